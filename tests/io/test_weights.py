@@ -1,0 +1,210 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tinydiff.io import weights as module
+from tinydiff.io.weights import load_weights, save_weights, weight_files
+from tinydiff.parallel.plan import Row
+from tinydiff.records import UserError
+
+ROWS = (
+    Row("blocks.0.weight", (6, 4)),
+    Row("blocks.0.bias", (6,)),
+    Row("norm.weight", (6,), float32=True),
+    Row("scale", ()),
+    Row("empty", (0, 3)),
+    Row("embed", (50, 4)),
+)
+
+
+def draw(rows=ROWS, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return {row.name: torch.randn(row.shape, generator=generator).to(dtype) for row in rows}
+
+
+def write_shards(folder: Path, tensors: dict[str, torch.Tensor], count: int = 3, stem: str = "diffusion_pytorch_model") -> list[Path]:
+    names = list(tensors)
+    files, index = [], {}
+    for shard in range(count):
+        name = f"{stem}-{shard + 1:05d}-of-{count:05d}.safetensors"
+        part = {key: tensors[key] for key in names[shard::count]}
+        save_file(part, folder / name, {"format": "pt"})
+        index |= dict.fromkeys(part, name)
+        files.append(folder / name)
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return files
+
+
+def refused(folder: Path, rows=ROWS, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        load_weights(folder, rows, torch.float32, **options)
+    assert caught.value.field == "model_path"
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, torch.float64])
+def test_values_and_types(tmp_path, monkeypatch, sharded, stored, target):
+    monkeypatch.setattr(module, "BUDGET", 100)  # bytes: tensors are cut and files reopened
+    tensors = draw(dtype=stored)
+    if sharded:
+        write_shards(tmp_path, tensors)
+    else:
+        save_file(tensors, tmp_path / "model.safetensors")
+    loaded = load_weights(tmp_path, ROWS, target)
+    assert list(loaded) == [row.name for row in ROWS]
+    for row in ROWS:
+        dtype = torch.float32 if row.float32 else target
+        assert loaded[row.name].dtype == dtype and tuple(loaded[row.name].shape) == row.shape
+        assert torch.equal(loaded[row.name], tensors[row.name].to(dtype)), row.name
+
+
+def test_streamed_pieces_stay_within_the_budget(monkeypatch):
+    monkeypatch.setattr(module, "BUDGET", 1000)
+    at = module.Stored(Path("x"), "k", "F32", (77, 5, 4))
+    pieces = list(module._pieces(at))
+    covered = [row for piece, _ in pieces if piece is not None for row in range(77)[piece]]
+    assert covered == list(range(77))
+    assert len(pieces) == 7 and all(size <= 1000 for _, size in pieces)
+
+
+def test_no_cast_on_cpu_maps_the_file_and_writes_stay_private(tmp_path):
+    tensors = draw()
+    save_file(tensors, tmp_path / "model.safetensors")
+    loaded = load_weights(tmp_path, ROWS, torch.float32)
+    again = load_weights(tmp_path, ROWS, torch.float32)
+    loaded["embed"].zero_()
+    assert torch.equal(again["embed"], tensors["embed"])
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["embed"], tensors["embed"])
+
+
+def test_any_device_gets_copies(tmp_path):
+    save_file(draw(), tmp_path / "model.safetensors")
+    loaded = load_weights(tmp_path, ROWS, torch.bfloat16, "meta")
+    assert {tensor.device.type for tensor in loaded.values()} == {"meta"}
+    assert loaded["norm.weight"].dtype == torch.float32
+
+
+def test_missing_unexpected_and_misshapen_are_named_with_counts(tmp_path):
+    tensors = draw()
+    del tensors["scale"]
+    tensors["blocks.0.bias"] = torch.zeros(5)
+    tensors |= {f"extra.{number}": torch.zeros(1) for number in range(7)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    message = refused(tmp_path)
+    assert "1 missing (scale)" in message
+    assert "7 unexpected (extra.0, extra.1, extra.2, extra.3, extra.4, ...)" in message
+    assert "1 of another shape (blocks.0.bias is [5] and should be [6])" in message
+
+
+def test_first_five_missing(tmp_path):
+    save_file({"scale": torch.tensor(1.0)}, tmp_path / "model.safetensors")
+    rows = [Row("scale", ()), *(Row(f"w{number}", (2,)) for number in range(9))]
+    assert "9 missing (w0, w1, w2, w3, w4, ...)" in refused(tmp_path, rows)
+
+
+def test_optional_rows_may_be_absent_or_present(tmp_path):
+    rows = (Row("shared", (3, 2)), Row("encoder.embed", (3, 2), optional=True))
+    save_file({"shared": torch.ones(3, 2)}, tmp_path / "model.safetensors")
+    assert list(load_weights(tmp_path, rows, torch.float32)) == ["shared"]
+    save_file({"shared": torch.ones(3, 2), "encoder.embed": torch.zeros(3, 2)}, tmp_path / "model.safetensors")
+    assert list(load_weights(tmp_path, rows, torch.float32)) == ["shared", "encoder.embed"]
+    save_file({"shared": torch.ones(3, 2), "encoder.embed": torch.zeros(3, 1)}, tmp_path / "model.safetensors")
+    assert "encoder.embed is [3, 1]" in refused(tmp_path, rows)
+
+
+def test_rename_maps_and_drops_keys(tmp_path):
+    save_file({"model.a": torch.ones(2), "model.position_ids": torch.arange(3)}, tmp_path / "model.safetensors")
+
+    def rename(key: str) -> str | None:
+        return None if key.endswith("position_ids") else key.removeprefix("model.")
+
+    assert list(load_weights(tmp_path, [Row("a", (2,))], torch.float32, rename=rename)) == ["a"]
+    message = refused(tmp_path, [Row("a", (2,))], rename=lambda key: "a")
+    assert "'a' is stored twice" in message
+
+
+@pytest.mark.parametrize("dtype, name", [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")])
+def test_quantised_storage_is_refused_not_cast(tmp_path, dtype, name):
+    save_file({"a": torch.ones(2).to(dtype)}, tmp_path / "model.safetensors")
+    assert f"a is {name}" in refused(tmp_path, [Row("a", (2,))])
+
+
+@pytest.mark.parametrize("shard", [0, 2])
+def test_truncated_shard(tmp_path, shard):
+    file = write_shards(tmp_path, draw())[shard]
+    file.write_bytes(file.read_bytes()[:-1])
+    message = refused(tmp_path)
+    assert file.name in message and "truncated" in message
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff" * 64, b"\x10\0\0\0\0\0\0\0not json at all!", b"\x02\0\0\0\0\0\0\0{}junk"])
+def test_corrupted_file(tmp_path, data):
+    (tmp_path / "model.safetensors").write_bytes(data)
+    message = refused(tmp_path)
+    assert "model.safetensors" in message and "truncated or not a safetensors file" in message
+
+
+def test_shard_named_by_the_index_is_absent(tmp_path):
+    file = write_shards(tmp_path, draw())[1]
+    file.unlink()
+    assert file.name in refused(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": {}}', '{"weight_map": 3}', "[]", "{"])
+def test_broken_index(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    assert "model.safetensors.index.json" in refused(tmp_path)
+
+
+def test_which_files_of_a_folder(tmp_path):
+    assert "no *.safetensors file" in refused(tmp_path)
+    (tmp_path / "model.bin").touch()
+    assert "only 'model.bin'" in refused(tmp_path)
+    for name in ("a.safetensors", "b.safetensors"):
+        (tmp_path / name).touch()
+    assert "'a.safetensors', 'b.safetensors'" in refused(tmp_path)
+    for name in ("model.safetensors", "model.fp16.safetensors"):
+        (tmp_path / name).touch()
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+    assert weight_files(tmp_path / "a.safetensors") == [tmp_path / "a.safetensors"]
+
+
+def test_save_is_whole_and_readable_by_safetensors(tmp_path):
+    path = tmp_path / "new" / "model.safetensors"
+    weights = {"t": torch.arange(6.0).reshape(2, 3).T, "s": torch.tensor(2, dtype=torch.bfloat16)}
+    save_weights(path, {"old": torch.zeros(3)})
+    save_weights(path, weights)
+    read = load_file(path)
+    assert read.keys() == weights.keys() and all(torch.equal(read[name], weights[name]) for name in read)
+    assert [entry.name for entry in path.parent.iterdir()] == ["model.safetensors"]
+    assert re.search(rb'"__metadata__":\{"format":"pt"\}', path.read_bytes())
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from Linux's /proc")
+def test_peak_memory_is_the_weights_and_one_mapping(tmp_path):
+    """64 MiB of float32 in one tensor to 32 MiB of bfloat16: the peak rises by those 32 MiB and the mapping of 8, not by 96."""
+    save_file({"embed": torch.ones(4096, 4096)}, tmp_path / "model.safetensors")
+    code = """
+import re, sys, torch
+from pathlib import Path
+from tinydiff.io.weights import load_weights
+from tinydiff.parallel.plan import Row
+status = lambda name: int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+torch.ones(9).to(torch.bfloat16)
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+weights = load_weights(Path(sys.argv[1]), [Row("embed", (4096, 4096))], torch.bfloat16)
+print(status("VmHWM") - before)
+"""
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert 32 <= float(run.stdout) <= 32 + 8 + 4

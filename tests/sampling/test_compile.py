@@ -1,0 +1,116 @@
+"""The compiled loop: equal to eager, one graph for everything a request may vary, cost that does not grow with depth."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+import tinydiff
+from tests.sampling import fake
+from tinydiff.sampling import guidance, loop, solvers
+from tinydiff.sampling.compile import compiled_denoise, graph_breaks, graph_count, region, while_loop
+
+CONFIG = fake.Config(4)
+
+
+def pair(kind, config=CONFIG, **options):
+    return loop.eager_denoise(fake.family, config, fake.PLAN, kind), compiled_denoise(fake.family, config, fake.PLAN, kind, **options)
+
+
+def assert_equal_to_eager(eager, fast, table, tokens, *, batch=2, images=1, seed=1, chunk=None, noise=None):
+    network, x = fake.ready(CONFIG, table, tokens, batch), fake.latents(tokens, images, seed)
+    want = fake.last(eager, table, x, lambda _: network, noise=noise)
+    got = fake.last(fast, table, x, lambda _: network, noise=noise, chunk=chunk)
+    assert got.isfinite().all() and (got - want).abs().max() < 1e-5 * max(1, want.abs().max().item())
+
+
+@pytest.mark.slow
+def test_one_graph_serves_sizes_steps_scales_seeds_solvers_and_chunks():
+    eager, fast = pair(guidance.classifier_free)
+    before = graph_count()
+    # The first request has as many tokens as steps: the two lengths must not be taken for one.
+    for tokens, steps, scale, seed, solver, chunk in (
+        (4, 4, 3.0, 1, fake.UNIPC, None),
+        (9, 4, 3.0, 1, fake.UNIPC, 1),
+        (24, 7, 1.5, 2, fake.UNIPC, 3),
+        (9, 5, 5.0, 2, fake.EULER, None),
+        (24, 1, 3.0, 1, fake.EULER, None),
+        (6, 1, 3.0, 1, fake.UNIPC, None),
+    ):
+        assert_equal_to_eager(eager, fast, fake.table(solver, steps, scale), tokens, seed=seed, chunk=chunk)
+        assert graph_count() == before + 1
+    experts = solvers.with_experts(fake.table(fake.EULER, 6), 0.8, 2.0)
+    assert len(solvers.segments(experts)) == 2
+    assert_equal_to_eager(eager, fast, experts, 24)
+    assert (graph_count(), graph_breaks()) == (before + 1, 0)
+
+
+@pytest.mark.slow
+def test_unguided_renoising_in_two_batch_sizes():
+    eager, fast = pair(guidance.none)
+    before = graph_count()
+    for tokens, timesteps, images, graphs in ((6, (1000, 757, 522), 1, 1), (9, (1000, 500), 1, 1), (6, (1000, 757, 522), 2, 2)):
+        noise = torch.stack([fake.latents(tokens, images, seed) for seed in range(len(timesteps))])
+        assert_equal_to_eager(eager, fast, solvers.dmd(timesteps), tokens, batch=images, images=images, noise=noise, chunk=2)
+        assert graph_count() == before + graphs
+    assert graph_breaks() == 0
+
+
+@pytest.mark.slow
+def test_exact_rounds_bfloat16_as_eager():
+    table = fake.table(fake.UNIPC, 4)
+    network, x = fake.ready(CONFIG, table, 12, dtype=torch.bfloat16), fake.latents(12, dtype=torch.float32)
+    family = fake.SimpleNamespace(**vars(fake.family) | {"pre": lambda c, p, w, x, *rest: fake.family.pre(c, p, w, x.bfloat16(), *rest)})
+    eager = loop.eager_denoise(family, CONFIG, fake.PLAN, guidance.classifier_free)
+    want = fake.last(eager, table, x, lambda _: network)
+    exact = fake.last(compiled_denoise(family, CONFIG, fake.PLAN, guidance.classifier_free, exact=True), table, x, lambda _: network)
+    loose = fake.last(compiled_denoise(family, CONFIG, fake.PLAN, guidance.classifier_free), table, x, lambda _: network)
+    assert (exact - want).abs().max() < (loose - want).abs().max() / 4
+
+
+def counting(predict):
+    """A predict that keeps something: the sum of the steps seen."""
+
+    def counted(w, x, step, request, memory):
+        return predict(w, x, step, request, {})[0], {"sum": memory["sum"] + step.i}
+
+    return counted
+
+
+@pytest.mark.slow
+def test_a_block_is_compiled_once_however_deep_the_stack_and_memory_is_carried():
+    """In the graph that Dynamo hands over, every block calls the one region."""
+    config = fake.Config(6)
+    predict = counting(loop.predictor(fake.family, config, fake.PLAN, region))
+    calls = []
+
+    def capture(graph, inputs):
+        calls.extend(node.args[1] for part in graph.modules() for node in part.graph.nodes if str(node.target) == "invoke_subgraph")
+        return graph
+
+    table = fake.table(fake.UNIPC, 3)
+    network, x = fake.ready(config, table, 5, batch=1), fake.latents(5)
+
+    @torch.compile(backend=capture, fullgraph=True)
+    def whole(network, state, rows, stop):
+        return loop.denoise(while_loop, predict, network, state, rows, None, stop * 0, stop)
+
+    with torch.no_grad():
+        state = loop.State(x, x * 0, x * 0, {"sum": torch.tensor(0)})
+        got = whole(network, state, loop.coefficients(table, x), torch.tensor(3))
+    assert len(calls) == 6 and len(set(calls)) == 1
+    assert got.memory["sum"].item() == 0 + 1 + 2
+    want = fake.last(loop.eager_denoise(fake.family, config, fake.PLAN, guidance.none), table, x, lambda _: network)
+    assert torch.allclose(got.x, want, atol=1e-5)
+
+
+def test_torch_compile_is_said_in_one_place():
+    package = Path(tinydiff.__path__[0])
+    said = {str(path.relative_to(package)) for path in package.rglob("*.py") if _says_compile(ast.parse(path.read_text()))}
+    assert said == {"sampling/compile.py"}
+
+
+def _says_compile(tree):
+    names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return not names.isdisjoint({"torch.compile", "torch.compiler.nested_compile_region"})

@@ -1,0 +1,327 @@
+"""Options: every spelling of SGLang Diffusion, files, precedence, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+
+from tinydiff import config, flags
+from tinydiff.records import UserError
+
+DATA = Path(__file__).parent / "data"
+
+CLI_PAGE = """\
+model_path: FastVideo/FastHunyuan-diffusers
+prompt: A beautiful woman in a red dress walking down a street
+output_path: outputs/
+num_gpus: 2
+sp_size: 2
+tp_size: 1
+num_frames: 45
+height: 720
+width: 1280
+num_inference_steps: 6
+seed: 1024
+fps: 24
+precision: bf16
+vae_precision: fp16
+vae_tiling: true
+vae_sp: true
+enable_torch_compile: false
+"""
+
+
+def sentence(argv: list[str]) -> UserError:
+    with pytest.raises(UserError) as caught:
+        config.parse(argv)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def test_nothing_given_leaves_every_choice_to_the_model():
+    made = config.parse([])
+    assert made == config.Options()
+    assert made.model.model_path == "tinydiff/shapes"
+    assert made.sampling.seed == (42,)
+    assert made.sampling.height is made.sampling.num_inference_steps is made.sampling.guidance_scale is None
+    with pytest.raises(FrozenInstanceError):
+        made.sampling.height = 3  # type: ignore[misc]
+
+
+def test_dashes_underscores_and_equals_signs_are_alike():
+    wanted = config.parse(["--num-inference-steps", "7", "--guidance-scale", "2.5"])
+    assert wanted.sampling.num_inference_steps == 7 and wanted.sampling.guidance_scale == 2.5
+    assert config.parse(["--num_inference_steps=7", "--guidance_scale=2.5"]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("argv", "truth"),
+    [(["--vae-tiling"], True), (["--vae-tiling", "true"], True), (["--vae-tiling=False"], False), (["--vae_tiling", "false"], False)],
+)
+def test_a_switch_stands_alone_or_says_true_or_false(argv: list[str], truth: bool):
+    assert config.parse(argv).model.vae_tiling is truth
+    assert config.parse([*argv, "--prompt", "a"]).model.vae_tiling is truth
+
+
+def test_several_values_and_repeated_flags():
+    assert config.parse(["--prompt", "a red circle", "a star"]).sampling.prompt == ("a red circle", "a star")
+    assert config.parse(["--prompt=--odd"]).sampling.prompt == ("--odd",)
+    assert config.parse(["--seed", "1", "2", "--num-outputs", "2"]).sampling.seed == (1, 2)
+    assert config.parse(["--dmd-denoising-steps", "1000,757,522"]).sampling.dmd_denoising_steps == (1000, 757, 522)
+    assert config.parse(["--height", "64", "--height", "96"]).sampling.height == 96
+
+
+@pytest.mark.parametrize(("name", "height", "width"), [("720p", 720, 1280), ("1080p", 1080, 1920), ("2k", 1440, 2560), ("4k", 2160, 3840)])
+def test_size_shorthands(name: str, height: int, width: int):
+    sampling = config.parse([f"--{name}"]).sampling
+    assert (sampling.height, sampling.width) == (height, width)
+    assert config.parse([f"--{name}", "false"]).sampling.height is None
+
+
+def test_component_maps_in_every_form():
+    wanted = {"text_encoder": "sdpa", "transformer": "flash"}
+    dotted = ["--component-attention-backends.text_encoder", "torch_sdpa", "--component-attention-backends.transformer", "fa"]
+    for argv in (
+        ["--component-attention-backends", "text_encoder=torch_sdpa,transformer=fa"],
+        ["--component_attention_backends", "text_encoder=torch_sdpa", "transformer=fa"],
+        ["--component-attention-backends", json.dumps({"text_encoder": "torch_sdpa", "transformer": "fa"})],
+        dotted,
+    ):
+        assert config.parse(argv).model.component_attention_backends == wanted
+    model = config.parse(["--vae-path", "a/b", "--component-paths.text_encoder", "c", "--component-precisions.vae", "fp32"]).model
+    assert model.component_paths == {"vae": "a/b", "text_encoder": "c"}
+    assert model.component_precisions == {"vae": "fp32"}
+    assert config.options({"component_precisions": {"vae": "fp32"}}).model.component_precisions == {"vae": "fp32"}
+
+
+def test_output_file_path_is_a_folder_and_a_name():
+    output = config.parse(["--output-file-path", "some/where/a.png"]).output
+    assert (output.output_path, output.output_file_name) == ("some/where", "a.png")
+    output = config.parse(["--output-file-path", "/a.png"]).output
+    assert (output.output_path, output.output_file_name) == ("/", "a.png")
+    output = config.parse(["--output-file-path", "frames/"]).output
+    assert (output.output_path, output.output_file_name) == (".", "frames/")
+
+
+def test_not_saving():
+    assert config.parse([]).output.save_output
+    assert config.parse(["--save-output"]).output.save_output
+    for argv in (["--no-save-output"], ["--save-output", "false"], ["--output-path", ""], ["--output-path="]):
+        assert not config.parse(argv).output.save_output
+
+
+def test_prompts_from_a_file(tmp_path: Path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red circle\n\n  a star \n")
+    for flag in ("--prompt-path", "--prompt-file-path"):
+        assert config.parse([flag, str(path)]).sampling.prompt == ("a red circle", "a star")
+    assert "prompt_path" in str(sentence(["--prompt-path", str(tmp_path / "none.txt")]))
+    assert "either --prompt or --prompt-path" in str(sentence(["--prompt", "a", "--prompt-path", str(path)]))
+    (tmp_path / "empty.txt").write_text("\n")
+    assert "holds no prompt" in str(sentence(["--prompt-path", str(tmp_path / "empty.txt")]))
+
+
+def test_the_example_of_the_cli_page_parses(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text(CLI_PAGE)
+    made = config.parse(["--config", str(path)])
+    assert made.model.model_path == "FastVideo/FastHunyuan-diffusers"
+    assert (made.model.dit_precision, made.model.vae_precision, made.model.vae_tiling) == ("bf16", "fp16", True)
+    assert made.model.enable_torch_compile is False
+    sampling = made.sampling
+    assert sampling.prompt == ("A beautiful woman in a red dress walking down a street",)
+    assert (sampling.num_frames, sampling.height, sampling.width, sampling.num_inference_steps, sampling.fps) == (45, 720, 1280, 6, 24)
+    assert sampling.seed == (1024,) and made.output.output_path == "outputs/"
+    assert made.ignored == ()
+    assert [line.partition(":")[0] for line in made.later] == ["num_gpus", "sp_degree"]
+    assert all("running on several GPUs does not exist yet" in line for line in made.later)
+
+
+def test_json_and_nested_sections(tmp_path: Path):
+    path = tmp_path / "config"
+    entries = {"prompt": ["a", "b"], "seed": [3], "height": None, "pipeline_config": {"dit-precision": "fp32", "flow_shift": 3}}
+    path.write_text(json.dumps({**entries, "vae_config": {"use_tiling": True}}, indent="\t"))
+    made = config.parse(["--config", str(path)])
+    assert made.sampling.prompt == ("a", "b") and made.sampling.seed == (3,) and made.sampling.height is None
+    assert made.model.dit_precision == "fp32" and made.sampling.flow_shift == 3.0 and made.model.vae_tiling is True
+
+
+def test_the_command_line_wins(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text("720p: true\nseed: 5\nsave_output: false\ncomponent_paths: {vae: a, transformer: b}\nprompt: from the file\n")
+    made = config.parse(["--height", "64", "--config", str(path), "--no-save-output", "false", "--vae-path", "c"])
+    assert (made.sampling.height, made.sampling.width, made.sampling.seed) == (64, 1280, (5,))
+    assert made.output.save_output and made.model.component_paths == {"vae": "c", "transformer": "b"}
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("from the prompt file")
+    assert config.parse(["--config", str(path), "--prompt-path", str(prompts)]).sampling.prompt == ("from the prompt file",)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("promt: a", "promt: no such key; did you mean 'prompt'?"),
+        ("a: [", "neither JSON nor YAML"),
+        ("just words", "holds a str"),
+        ("", "holds nothing"),
+        ("[1]", "holds a list"),
+        ("sp_size: 1\nsp_degree: 2", "either sp_size or sp_degree"),
+        ("height: tall", "height: 'tall' is not a whole number"),
+        ("height: 1.5", "height: 1.5 is not a whole number"),
+        ("height: true", "height: takes a whole number"),
+        ("vae_tiling: 3", "vae_tiling: 3 is not true or false"),
+        ("prompt: {a: b}", "prompt: {'a': 'b'} is not a text"),
+        ("config: other.yaml", "config: no such key"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, words: str):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert words in str(sentence(["--config", str(path)]))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path):
+    assert "no such file" in str(sentence(["--config", str(tmp_path / "none.yaml")]))
+    assert "cannot be read" in str(sentence(["--config", str(tmp_path)]))
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    assert "is not text" in str(sentence(["--config", str(tmp_path / "bytes")]))
+    assert "takes one text" in str(sentence(["--config"]))
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "words"),
+    [
+        (["--promt", "a"], "promt", "--promt: no such flag; did you mean '--prompt'?"),
+        (["--vea-path", "a"], "vea_path", "did you mean '--vae-path'?"),
+        (["a", "red", "circle"], "prompt", "every value follows its flag"),
+        (["--height"], "height", "was given no value"),
+        (["--prompt"], "prompt", "was given none"),
+        (["--height", "1", "2"], "height", "takes one value and was given '1' '2'"),
+        (["--height", "x"], "height", "'x' is not a whole number"),
+        (["--height", "0"], "height", "0 must be at least 1"),
+        (["--num-inference-steps", "0"], "num_inference_steps", "0 must be at least 1 and at most 1000"),
+        (["--num-inference-steps", "-3"], "num_inference_steps", "-3 must be at least 1"),
+        (["--num-frames", "0"], "num_frames", "at least 1"),
+        (["--guidance-scale", "nan"], "guidance_scale", "nan is not a finite number"),
+        (["--guidance-scale", "inf"], "guidance_scale", "inf is not a finite number"),
+        (["--guidance-scale", "-1"], "guidance_scale", "-1.0 must be at least 0"),
+        (["--guidance-scale-2", "much"], "guidance_scale_2", "'much' is not a number"),
+        (["--boundary-ratio", "1.5"], "boundary_ratio", "at least 0 and at most 1"),
+        (["--flow-shift", "0"], "flow_shift", "0.0 must be above 0"),
+        (["--seed", "-1"], "seed", "-1 must be at least 0"),
+        (["--seed", "1", "2"], "seed", "2 are given for 1 outputs of each prompt; give 1"),
+        (["--dmd-denoising-steps", "1000,1001"], "dmd_denoising_steps", "1001 must be at least 0 and at most 1000"),
+        (["--output-compression", "101"], "output_compression", "at most 100"),
+        (["--vae-tiling", "maybe"], "vae_tiling", "'maybe' is not true or false"),
+        (["--720p", "maybe"], "720p", "takes true or false, not 'maybe'"),
+        (["--720p", "--height", "8"], "height", "either --720p or --height"),
+        (["--save-output", "--no-save-output"], "save_output", "either --save-output or --no-save-output"),
+        (["--image-path", "nowhere.png"], "image_path", "'nowhere.png' is not a file"),
+        (["--attention-backend", "flsh"], "attention_backend", "not one of sdpa, flash, cudnn, efficient, math; did you mean 'flash'?"),
+        (["--attention-backend", "sage_attn"], "attention_backend", "'sage_attn' does not exist yet; choose one of sdpa"),
+        (["--component-attention-backends", "vae"], "component_attention_backends", "must be pairs"),
+        (["--component-attention-backends", "vae=fast"], "component_attention_backends.vae", "'fast' is not one of"),
+        (["--component-attention-backends", "{"], "component_attention_backends", "is not a JSON object"),
+        (["--vae-precision", "fp8"], "vae_precision", "'fp8' is not one of fp32, fp16, bf16"),
+        (["--backend", "diffusers"], "backend", "'diffusers' does not exist yet"),
+        (["--log-level", "loud"], "log_level", "'loud' is not one of debug"),
+        (["--prompt", "a", "b", "--output-file-name", "c.png"], "output_file_name", "names the output of one prompt and 2 are given"),
+        (["--prompt-path", "prompts.csv"], "prompt_path", "must be a .txt file"),
+    ],
+)
+def test_each_mistake_is_one_sentence(argv: list[str], field: str, words: str):
+    error = sentence(argv)
+    assert error.field == field
+    assert words in str(error)
+
+
+def test_given_images_are_files_addresses_or_data(tmp_path: Path):
+    path = tmp_path / "a.png"
+    path.touch()
+    images = [str(path), "https://example.com/a.png", "data:image/png;base64,AA=="]
+    assert config.parse(["--image-path", *images]).sampling.image_path == tuple(images)
+    assert config.options({"image_path": path}).sampling.image_path == (str(path),)
+
+
+def test_every_flag_of_sglang_is_known():
+    names = (DATA / "sglang_flags.txt").read_text().split()
+    assert len(names) > 300
+    for name in names:
+        try:
+            config.parse([name, "1"])
+        except UserError as error:
+            assert "no such flag" not in str(error), name
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--num-gpus", "1"], ["--tp-size", "1"], ["--sp_size", "1"], ["--vae-sp"], ["--vae-sp", "false"], ["--lora-merge-mode", "auto"],
+        ["--lora-scale", "1.0"], ["--performance-mode", "auto"], ["--mode", "manual"], ["--pin-cpu-memory"], ["--enable-teacache", "false"],
+        ["--guidance-rescale", "0.0"], ["--warmup-mode", "off"], ["--adjust-frames", "true"], ["--quality", "lossless"],
+        ["--component-direct-gpu-weight-loading.vae", "false"], ["--embedded-cfg-scale", "6.0"],
+    ],
+)  # fmt: skip
+def test_a_missing_feature_may_be_turned_off(argv: list[str]):
+    assert config.parse(argv) == config.Options()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--num-gpus", "4"], "num_gpus: '4' cannot be given: running on several GPUs does not exist yet"),
+        (["--ulysses-degree", "2"], "several GPUs"),
+        (["--enable-cfg-parallel"], "several GPUs"),
+        (["--lora-path", "a/b"], "LoRA does not exist yet"),
+        (["--quantization", "fp8"], "quantisation"),
+        (["--transformer-weights-path", "a"], "component_weights_paths: 'transformer=a' cannot be given"),
+        (["--vae-quantization", "fp8"], "component_quantizations"),
+        (["--component-quantizations.vae", "fp8", "--component-quantizations", "transformer=int8"], "'vae=fp8,transformer=int8'"),
+        (["--component-direct-gpu-weight-loading.vae"], "'vae=True'"),
+        (["--text-encoder-cpu-offload"], "offload does not exist yet"),
+        (["--enable-teacache"], "caching between steps"),
+        (["--enable-upscaling"], "upscaling"),
+        (["--enable-frame-interpolation", "true"], "frame interpolation"),
+        (["--profile"], "profiling"),
+        (["--performance-mode", "speed"], "a performance preset"),
+        (["--true-cfg-scale", "4"], "this form of guidance"),
+        (["--diffusers-kwargs", "{}"], "the diffusers backend"),
+    ],
+)
+def test_a_missing_feature_is_refused_in_one_sentence(argv: list[str], words: str):
+    [line] = config.parse(argv).later
+    assert words in line and line.endswith("does not exist yet")
+
+
+def test_server_flags_are_noted():
+    assert config.parse(["--host", "::", "--port", "30010", "--webui", "--disagg-role", "server"]).ignored == (
+        "host", "port", "webui", "disagg_role",
+    )  # fmt: skip
+
+
+def test_no_name_has_two_meanings():
+    kinds = [list(config.NAMES), list(flags.SERVER), list(flags._OFF), list(flags.ALIASES), list(flags.SIZES)]
+    names = [name for kind in kinds for name in kind]
+    assert len(names) == len(set(names))
+    assert set(flags.ALIASES.values()) <= {*config.NAMES, *flags._OFF, "prompt_path"}
+
+
+def test_library_values_are_read_as_they_are():
+    made = config.options({"prompt": "", "seed": 3, "image_path": (), "guidance_scale": 2, "height": None} | {"image_path": "data:,"})
+    assert made.sampling.prompt == ("",) and made.sampling.seed == (3,) and made.sampling.guidance_scale == 2.0
+    with pytest.raises(UserError, match="no such key"):
+        config.options({"hight": 3})
+    with pytest.raises(UserError, match=r"height: .* is not a whole number"):
+        config.options({"height": Path("a")})
+
+
+def test_seeds_of_each_prompt():
+    two = config.options({"prompt": ["a", "b"], "seed": 7, "num_outputs_per_prompt": 3}).sampling
+    assert config.seeds(two, 0) == config.seeds(two, 1) == (7, 8, 9)
+    listed = config.options({"prompt": ["a", "b"], "seed": [5, 3], "num_outputs_per_prompt": 2}).sampling
+    assert config.seeds(listed, 0) == config.seeds(listed, 1) == (5, 3)
+    each = config.options({"prompt": ["a", "b"], "seed": [1, 2, 3, 4], "num_outputs_per_prompt": 2}).sampling
+    assert (config.seeds(each, 0), config.seeds(each, 1)) == ((1, 2), (3, 4))

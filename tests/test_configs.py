@@ -1,0 +1,35 @@
+"""The presets in configs/: each is short, parses, and says what the registry says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tinydiff import config
+from tinydiff.models.registry import MODELS, find
+
+PRESETS = sorted((Path(__file__).parents[1] / "configs").glob("*"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_preset(path: Path):
+    assert len(path.read_text().splitlines()) < 20
+    made = config.parse(["--config", str(path)])
+    assert len(made.sampling.prompt) == 1 and made.ignored == ()
+    row = find(made.model.model_path)
+    assert row is not None
+    if path.stem == "several-gpus":
+        assert [line.partition(":")[0] for line in made.later] == ["num_gpus", "sp_degree"]
+        return
+    sampling = made.sampling
+    assert made.later == ()
+    assert (sampling.height, sampling.width, sampling.num_frames, sampling.fps) == (row.height, row.width, row.num_frames, row.fps)
+    assert (sampling.num_inference_steps, sampling.guidance_scale, sampling.flow_shift) == (row.steps, row.guidance, row.flow_shift)
+    assert (sampling.guidance_scale_2, sampling.boundary_ratio) == (row.guidance_2, row.boundary_ratio)
+    assert sampling.dmd_denoising_steps == row.dmd_timesteps
+
+
+def test_every_model_has_a_preset():
+    named = [config.parse(["--config", str(path)]).model.model_path for path in PRESETS]
+    assert {row.name for row in MODELS} == set(named)

@@ -1,0 +1,38 @@
+"""tinydiff: images and video from diffusion models, as pure functions over safetensors weights.
+
+`load` brings a model into memory, `generate` makes pictures and clips with it. Importing this package imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tinydiff.records import Result
+    from tinydiff.runtime.blueprint import Model
+
+__version__ = "0.1.0"
+__all__ = ["generate", "load"]
+
+
+def load(model_path: str | None = None, **options: Any) -> Model:
+    """Load a model: a folder in diffusers layout, a hub id, or by default the small one that comes with the package.
+
+    options: the command line's model options by their names, such as `dit_precision="bf16"`, `attention_backend="flash"` or
+    `enable_torch_compile=True`. Raises `tinydiff.records.UserError` naming the option that is wrong.
+    """
+    from tinydiff.runtime import library
+
+    return library.load(model_path, options)
+
+
+def generate(model: Model, prompt: str, **fields: Any) -> Result:
+    """Make pictures or a clip from a prompt.
+
+    fields: the command line's sampling options by their names, such as `height=480`, `num_frames=17`, `seed=3`, `image_path="a.png"` or
+    `num_outputs_per_prompt=4`. Returns a `Result`: `frames` (uint8 [frames, height, width, 3] per output), `images` (the first frame of
+    each), `latents`, `parameters` and timings. Raises `tinydiff.records.UserError` naming the field that is wrong.
+    """
+    from tinydiff.runtime import library
+
+    return library.generate(model, prompt, fields)

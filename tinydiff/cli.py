@@ -1,0 +1,219 @@
+"""The command line: `tinydiff generate`, `tinydiff models`, `tinydiff --version`.
+
+Help is drawn by tyro from the option records. Values are read by `config.parse`, the one reader that files, library calls and the command
+line share. torch is imported only once everything that needs no model has been checked.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, field, fields, make_dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from tinydiff import __version__, config
+from tinydiff.models import registry
+from tinydiff.records import UserError, nearest
+
+if TYPE_CHECKING:
+    from tinydiff.records import Result
+
+SUMMARY = """\
+usage: tinydiff COMMAND ...
+
+Pictures and clips from diffusion models.
+
+  tinydiff generate --prompt "a large red circle on a white background"
+  tinydiff generate --prompt "a green star moving right" --num-frames 17
+  tinydiff generate --model-path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a fox in the snow"
+
+commands:
+  generate    make pictures or clips and write them to files
+  models      list the supported models with their defaults (--json)
+  serve       an HTTP server (does not exist yet)
+
+  -h, --help  show this, or after a command its options
+  --version   show the version
+"""
+
+EPILOGUE = """\
+Dashes and underscores are alike; a switch is --flag, --flag true or --flag false.
+--config FILE reads any of these from JSON or YAML, and the command line wins.
+What is left out is the model's own choice: `tinydiff models` shows it.
+
+Every other flag of SGLang Diffusion is known too. Flags of a server (--host,
+--port, --webui, ...) are ignored with a note. Flags whose feature does not exist
+here yet (several GPUs, LoRA, quantisation, offload, step caches, upscaling, frame
+interpolation, profiles, the diffusers backend, ...) are accepted at the value that
+turns them off, and otherwise refused with one sentence.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it did, 2 for a user's mistake (one sentence on stderr), 130 when interrupted."""
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"tinydiff: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tinydiff: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    match argv:
+        case [] | ["-h" | "--help", *_]:
+            print(SUMMARY, end="")
+        case ["--version" | "version"]:
+            print(f"tinydiff {__version__}")
+        case ["generate", *rest]:
+            _help() if {"-h", "--help"} & set(rest) else _generate(rest)
+        case ["models", *rest]:
+            _models(rest)
+        case ["serve", *_]:
+            raise UserError("command", "serve: the HTTP server does not exist yet; `tinydiff generate` makes pictures and clips")
+        case [word, *_]:
+            raise UserError("command", f"{word}: no such command{nearest(word, COMMANDS)}; `tinydiff --help` lists them")
+    return 0
+
+
+COMMANDS = ("generate", "models", "serve", "--help", "--version")
+
+
+def _generate(argv: list[str]) -> None:
+    options = config.parse(argv)
+    _admissible(options)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("tinydiff").setLevel(options.output.log_level.upper())
+    for name in options.ignored:
+        print(f"tinydiff: --{name.replace('_', '-')} belongs to a server and is ignored here", file=sys.stderr)
+
+    from tinydiff import progress
+    from tinydiff.runtime.generate import generate
+
+    shown = progress.watch(options.output.log_level)
+    started = datetime.now(UTC)
+    try:
+        results = generate(options, shown)
+    finally:
+        shown.close()
+    for result in results:
+        print(_report(result))
+    if options.output.perf_dump_path is not None and results:
+        _dump(Path(options.output.perf_dump_path), results[0], started)
+
+
+def _admissible(options: config.Options) -> None:
+    """Refuse what can be refused before torch is imported."""
+    if options.later:
+        raise UserError("options", options.later[0])
+    if not options.sampling.prompt:
+        raise UserError("prompt", "prompt: none is given; say what to make with --prompt 'a red circle'")
+    if options.model.model_id is not None:
+        registry.named(options.model.model_id)
+    from tinydiff.io.output import check_writable
+
+    if options.output.save_output:
+        check_writable(Path(options.output.output_path).expanduser())
+    if options.output.perf_dump_path is not None:
+        path = Path(options.output.perf_dump_path).expanduser()
+        try:
+            check_writable(path.parent)
+        except UserError as error:
+            raise UserError("perf_dump_path", f"perf_dump_path: {str(error).removeprefix('output_path: ')}") from error
+        if path.is_dir():
+            raise UserError("perf_dump_path", f"perf_dump_path: {str(path)!r} is a folder; it must be a file's name")
+
+
+def _report(result: Result) -> str:
+    """The paths with their seeds, then the seconds of each stage."""
+    seeds = [f"seed {seed}" for seed in result.seeds]
+    saved = [f"{path}  {seed}" for path, seed in zip(result.paths, seeds, strict=True)] if result.paths else []
+    stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items())
+    return "\n".join([*(saved or [f"not saved: {', '.join(seeds)}"]), stages])
+
+
+def _dump(path: Path, result: Result, started: datetime) -> None:
+    """Write the timings of the first result as JSON, under the names that SGLang Diffusion's --perf-dump-path uses."""
+    from tinydiff.io.atomic import write_over
+
+    total = sum(result.seconds.values())
+    record = {
+        "timestamp": started.isoformat(),
+        "total_duration_ms": 1000 * total,
+        "steps": [{"name": stage, "duration_ms": 1000 * seconds} for stage, seconds in result.seconds.items()],
+        "denoise_steps_ms": [{"step": step, "duration_ms": 1000 * seconds} for step, seconds in enumerate(result.step_seconds)],
+        "meta": {"version": __version__, "parameters": dict(result.parameters)},
+    }
+    text = json.dumps(record, indent=2, default=str) + "\n"
+    write_over(path.expanduser(), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _models(argv: list[str]) -> None:
+    if argv in (["-h"], ["--help"]):
+        print("usage: tinydiff models [--json]\n\nList the supported models with their defaults.")
+    elif argv == ["--json"]:
+        print(json.dumps([asdict(row) for row in registry.MODELS], indent=2, ensure_ascii=False))
+    elif argv:
+        raise UserError("models", f"models: unexpected {argv[0]!r}; it takes --json or nothing")
+    else:
+        print("\n".join(_table()))
+
+
+def _table() -> list[str]:
+    rows = [("model", "size", "frames", "fps", "steps", "guidance", "shift", "solver", "picture", "parameters")]
+    for row in registry.MODELS:
+        frames = f"{row.num_frames}" if row.clip_frames == row.num_frames else f"{row.num_frames} or {row.clip_frames}"
+        guidance = f"{row.guidance:g}" if row.guidance_2 is None else f"{row.guidance:g}, {row.guidance_2:g}"
+        params = f"{row.params / 1e9:.1f} B" if row.params >= 1e8 else f"{row.params / 1e6:.1f} M"
+        size = f"{row.width}x{row.height}"
+        rows.append((row.name, size, frames, str(row.fps), str(row.steps), guidance, f"{row.flow_shift:g}", row.solver, row.image, params))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _help() -> None:
+    """Draw the options of `generate`: one box per record, in the order of `config.GROUPS`."""
+    import tyro
+
+    def hint(default: str) -> str:
+        return "" if default in ("", "None") else f"(default: {default.lower() if default in ('True', 'False') else default})"
+
+    def drawn(group: type) -> type:
+        rows = [
+            (entry.name, Annotated[kind, tyro.conf.arg(metavar=_metavar(kind), help_behavior_hint=hint)], entry)
+            for entry, kind in zip(fields(group), get_type_hints(group).values(), strict=True)
+        ]
+        return make_dataclass(group.__name__, rows, bases=(group,), frozen=True)
+
+    groups = zip(("picture", "file", "model"), map(drawn, config.GROUPS), strict=True)
+    boxes = [(name, group, field(default_factory=group)) for name, group in groups]
+    markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
+    shown = make_dataclass("Options", boxes, frozen=True)
+    description = "Make pictures or clips and write them to files."
+    try:
+        tyro.cli(shown, prog="tinydiff generate", description=description, args=["--help"], config=markers)
+    except SystemExit:
+        print(EPILOGUE, end="")
+
+
+def _metavar(kind: Any) -> str:
+    """How help writes the values of an annotated type."""
+    origin, inner = get_origin(kind), [k for k in get_args(kind) if k is not NoneType]
+    if origin is Literal:
+        return "|".join(get_args(kind))
+    if origin is tuple:
+        return f"{_metavar(inner[0])} ..."
+    if origin in (Union, UnionType):
+        return _metavar(inner[0])
+    return "COMPONENT=..." if origin else {bool: "[true|false]", str: "TEXT", int: "N", float: "X"}[kind]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,290 @@
+"""The options of a generation: frozen records under SGLang Diffusion's names, and the one reader that fills them.
+
+A command line, a config file and a library call all become a flat dict of names and values and pass through `options`, so each value is
+checked once and a mistake reads the same everywhere. None leaves the choice to the model's row in the registry. No torch here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+
+from tinydiff import flags
+from tinydiff.records import UserError, nearest
+
+Precision = Literal["fp32", "fp16", "bf16"]
+Attention = Literal["sdpa", "flash", "cudnn", "efficient", "math"]
+
+SAME_ATTENTION = {"torch_sdpa": "sdpa", "native": "sdpa", "fa": "flash", "fa2": "flash", "torch_cudnn_sdpa": "cudnn"}
+"""SGLang's names of the kernels that torch has."""
+
+LATER_ATTENTION = (
+    "fa3", "fa4", "dynamic_cudnn_sdpa", "sage_attn", "sage_attn_3", "fp8_fa_sm120", "sliding_tile_attn", "video_sparse_attn",
+    "video_sparse_attn_h3", "hybrid_window_attn_h3", "sparse_video_gen_2_attn", "vmoba_attn", "sparge_attn", "sla_attn", "sage_sla_attn",
+    "sol_attn", "subblock_sparse_attn", "cube_sparse_attn", "aiter", "aiter_sage", "laser_attn", "block_sparse_attn", "rain_fusion_attn",
+    "no_attention", "xpu", "mps",
+)  # fmt: skip
+
+SHOWN_AS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+class Progress(Protocol):
+    """Whoever watches a generation."""
+
+    def on_stage(self, name: str) -> None:
+        """A stage begins; the one before has ended."""
+
+    def on_step(self, done: int, total: int) -> None:
+        """`done` of the stage's `total` steps are made."""
+
+
+def _within(default: Any = None, least: float = -math.inf, most: float = math.inf, above: float = -math.inf) -> Any:
+    """A field whose numbers lie in [least, most] and above `above`."""
+    return field(default=default, metadata={"least": least, "most": most, "above": above})
+
+
+def _empty() -> Any:
+    return field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What to make."""
+
+    prompt: tuple[str, ...] = ()
+    """What to show; several prompts make several outputs. Or --prompt-path FILE.txt, one prompt a line."""
+    negative_prompt: str | None = None
+    """What to keep away from, where guidance is above 1."""
+    image_path: tuple[str, ...] = ()
+    """First frame of a clip (for some models also the last): a file, an http(s) address or a data URI."""
+    seed: tuple[int, ...] = _within((42,), least=0, most=2**63 - 1)
+    """Start of the random numbers: output k of a prompt is the picture of seed + k. Or one seed for each output."""
+    num_outputs_per_prompt: int = _within(1, least=1, most=10_000)
+    """Outputs made of each prompt."""
+    height: int | None = _within(least=1, most=2**16)
+    """Pixels. Sizes at once: --720p --1080p --2k --4k."""
+    width: int | None = _within(least=1, most=2**16)
+    """Pixels."""
+    num_frames: int | None = _within(least=1, most=100_000)
+    """Frames; 1 makes a picture."""
+    fps: int | None = _within(least=1, most=1000)
+    """Frames a second of a clip."""
+    num_inference_steps: int | None = _within(least=1, most=1000)
+    """Denoising steps."""
+    guidance_scale: float | None = _within(least=0)
+    """How strongly the prompt is followed; 1 turns guidance off and halves the work."""
+    guidance_scale_2: float | None = _within(least=0)
+    """The same for the second expert of a model that has two."""
+    boundary_ratio: float | None = _within(least=0, most=1)
+    """Share of the noise schedule below which the second expert takes over."""
+    flow_shift: float | None = _within(above=0)
+    """Above 1 spends more steps at high noise."""
+    dmd_denoising_steps: tuple[int, ...] = _within((), least=0, most=1000)
+    """Timesteps of a distilled model, falling."""
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where it goes."""
+
+    output_path: str = "outputs/"
+    """Folder of the outputs; "" saves nothing."""
+    output_file_name: str | None = None
+    """Name whose ending decides the format: .png .jpg .webp for a picture, .mp4 .webm .gif or a final / (a folder of frames) for a clip.
+    Or folder and name at once: --output-file-path PATH."""
+    output_quality: str = "default"
+    """Of lossy formats: maximum, high, medium, low or default."""
+    output_compression: int | None = _within(least=0, most=100)
+    """The same as a number, 0 to 100."""
+    x264_preset: str | None = None
+    """Effort of the MP4 encoder, ultrafast to placebo."""
+    save_output: bool = True
+    """Write files. --no-save-output does not."""
+    return_frames: bool = False
+    """Keep the raw frames in the result, for callers from Python."""
+    perf_dump_path: str | None = None
+    """Write the timings as JSON into this file."""
+    log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
+    """How much is said; from warning on there is no progress bar."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What makes it."""
+
+    model_path: str = "tinydiff/shapes"
+    """A folder in diffusers layout or a hub id. `tinydiff models` lists what is supported."""
+    model_id: str | None = None
+    """Take the defaults of this model, whatever the folder is called."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    component_paths: Mapping[str, str] = _empty()
+    """Take components from elsewhere: --vae-path X, --text-encoder-path X, and so on."""
+    dit_precision: Precision | None = None
+    """Type of the denoiser's weights."""
+    vae_precision: Precision | None = None
+    """Type of the autoencoder's weights."""
+    text_encoder_precisions: tuple[Precision, ...] = ()
+    """Types of the text encoders' weights, in order."""
+    image_encoder_precision: Precision | None = None
+    """Type of the image encoder's weights."""
+    component_precisions: Mapping[str, Precision] = _empty()
+    """The same by component: transformer=bf16,vae=fp32."""
+    vae_tiling: bool | None = None
+    """Decode in tiles, for less memory."""
+    attention_backend: Attention = "sdpa"
+    """Attention kernel; sdpa lets torch choose."""
+    component_attention_backends: Mapping[str, Attention] = _empty()
+    """The same by component: transformer=flash,text_encoder=math."""
+    enable_torch_compile: bool = False
+    """Compile the denoiser: slow once, then faster."""
+    backend: Literal["auto", "tinydiff", "sglang"] = "auto"
+    """All three are tinydiff's own code."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that a generation was asked for."""
+
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    later: tuple[str, ...] = ()
+    """One sentence for each option given whose feature does not exist yet."""
+    ignored: tuple[str, ...] = ()
+    """Server options given, which a single generation has no use for."""
+
+
+GROUPS: tuple[type, ...] = (SamplingOptions, OutputOptions, ModelOptions)
+NAMES = tuple(entry.name for group in GROUPS for entry in fields(group))
+_HINTS = {group: get_type_hints(group) for group in GROUPS}
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """The options of a command line, `--config FILE` read first and overruled by what is beside it. Raises UserError."""
+    given = flags.collect(flags.tokens(argv), [*NAMES, "config"], dashes=True)
+    config = given.pop("config", None)
+    entries = {} if config is None else flags.collect(flags.read_file(flags.one_text("config", config)), NAMES)
+    for name, value in given.items():
+        entries[name] = entries.get(name, {}) | value if name in (*flags.MAPS, *flags.LATER_MAPS) else value
+    return _checked(entries)
+
+
+def options(entries: Mapping[str, Any]) -> Options:
+    """The options under these names, spelled as on the command line or as keys. Raises UserError naming what is wrong."""
+    return _checked(flags.collect(entries.items(), NAMES))
+
+
+def seeds(sampling: SamplingOptions, prompt: int) -> tuple[int, ...]:
+    """The seeds of the outputs of prompt number `prompt`, in order."""
+    count, given = sampling.num_outputs_per_prompt, sampling.seed
+    if len(given) == 1:
+        return tuple(given[0] + k for k in range(count))
+    return given if len(given) == count else given[prompt * count : (prompt + 1) * count]
+
+
+def _checked(entries: Mapping[str, Any]) -> Options:
+    records = [group(**_fill(group, entries)) for group in GROUPS]
+    rest = {name: value for name, value in entries.items() if name not in NAMES}
+    refused = [flags.later(name, value) for name, value in rest.items() if name not in flags.SERVER]
+    later = tuple(sentence for sentence in refused if sentence)
+    made = Options(*records, later=later, ignored=tuple(name for name in rest if name in flags.SERVER))
+    if made.output.output_path == "":
+        made = replace(made, output=replace(made.output, save_output=False))
+    _agree(made)
+    return made
+
+
+def _fill(group: type, entries: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for entry in fields(group):
+        if entry.name in entries:
+            value = read(entry.name, _HINTS[group][entry.name], entries[entry.name])
+            for number in value if isinstance(value, tuple) else (value,):
+                _in_range(entry.name, number, entry.metadata)
+            found[entry.name] = value
+    return found
+
+
+def read(name: str, kind: Any, value: Any) -> Any:
+    """`value` as the annotated type `kind`: words of a command line, or what JSON, YAML or Python holds. Raises UserError."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return None if value is None else read(name, next(k for k in inner if k is not NoneType), value)
+    if origin is tuple:
+        words = list(value) if isinstance(value, list | tuple) else [value]
+        if inner[0] is not str:
+            words = [part for word in words for part in (word.replace(",", " ").split() if isinstance(word, str) else [word])]
+        if not words or words == [True]:
+            raise UserError(name, f"{name}: takes one value or more and was given none")
+        return tuple(read(name, inner[0], word) for word in words)
+    if origin is not None and origin is not Literal:
+        return {key: read(f"{name}.{key}", inner[1], word) for key, word in value.items()}
+    if isinstance(value, list | tuple):
+        if len(value) != 1:
+            shown = " ".join(map(repr, value))
+            raise UserError(name, f"{name}: takes one value and was given {shown or 'none'}; a text with spaces needs quotes")
+        value = value[0]
+    if value is True and kind is not bool:
+        raise UserError(name, f"{name}: takes {_allowed(kind)} and was given no value")
+    return _choice(name, inner, value) if origin is Literal else _plain(name, kind, value)
+
+
+def _plain(name: str, kind: type, value: Any) -> Any:
+    """One bool, int, float or str."""
+    try:
+        if kind is bool:
+            return value if isinstance(value, bool) else {"true": True, "false": False}[value.lower()]
+        if isinstance(value, bool) or not isinstance(value, str | int | float | Path) or (kind is int and isinstance(value, float)):
+            raise ValueError
+        return kind(str(value) if isinstance(value, Path) else value)
+    except (ValueError, KeyError, AttributeError):
+        raise UserError(name, f"{name}: {value!r} is not {_allowed(kind)}") from None
+
+
+def _choice(name: str, choices: Sequence[str], value: Any) -> str:
+    text = str(value)
+    if choices == get_args(Attention):
+        text = SAME_ATTENTION.get(text, text)
+        if text in LATER_ATTENTION:
+            raise UserError(name, f"{name}: {text!r} does not exist yet; choose one of {', '.join(choices)}")
+    if text == "diffusers" and name == "backend":
+        raise UserError(name, f"{name}: 'diffusers' does not exist yet; choose one of {', '.join(choices)}")
+    if text not in choices:
+        raise UserError(name, f"{name}: {text!r} is not one of {', '.join(choices)}{nearest(text, choices)}")
+    return text
+
+
+def _allowed(kind: Any) -> str:
+    return f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else SHOWN_AS[kind]
+
+
+def _in_range(name: str, value: Any, limits: Mapping[str, float]) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    if not math.isfinite(value):
+        raise UserError(name, f"{name}: {value} is not a finite number")
+    least, most, above = (limits.get(key, bound) for key, bound in (("least", -math.inf), ("most", math.inf), ("above", -math.inf)))
+    if least <= value <= most and value > above:
+        return
+    low = f"at least {least}" if least > -math.inf else f"above {above}"
+    raise UserError(name, f"{name}: {value} must be {low}{f' and at most {most}' if most < math.inf else ''}")
+
+
+def _agree(made: Options) -> None:
+    """What no single option can tell."""
+    sampling, output = made.sampling, made.output
+    prompts, count, given = len(sampling.prompt), sampling.num_outputs_per_prompt, len(sampling.seed)
+    if given not in (1, count, count * max(prompts, 1)):
+        wanted = " or ".join(str(number) for number in sorted({1, count, count * max(prompts, 1)}))
+        raise UserError("seed", f"seed: {given} are given for {count} outputs of each prompt; give {wanted}")
+    if prompts > 1 and output.output_file_name is not None:
+        message = f"output_file_name: {output.output_file_name!r} names the output of one prompt and {prompts} are given; leave it out"
+        raise UserError("output_file_name", message)
+    for path in sampling.image_path:
+        if not path.startswith(("http://", "https://", "data:")) and not Path(path).expanduser().is_file():
+            raise UserError("image_path", f"image_path: {path!r} is not a file")

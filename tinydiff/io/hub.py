@@ -1,0 +1,99 @@
+"""Where a model lies: a local folder or a hub id brought to the cache, and the JSON files that describe it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinydiff.records import UserError, nearest
+
+WANTED = ("*.json", "*/*.safetensors", "*/spiece.model", "*/tokenizer.model", "*/merges.txt")
+"""What a diffusers-layout folder is run from. Single-file weights at a repository's root are left out: they would double the download."""
+
+UNWANTED = ("*.fp16.*", "*.bf16.*", "*.non_ema.*", "*onnx*", "*flax*", "*openvino*")
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+@dataclass(frozen=True)
+class Index:
+    """A folder's `model_index.json`.
+
+    class_name: the pipeline's class. components: name to (library, class); absent ones (`[null, null]`) are left out.
+    options: the pipeline's own settings, such as `boundary_ratio` and `expand_timesteps`.
+    """
+
+    class_name: str
+    components: dict[str, tuple[str, str]]
+    options: dict[str, Any]
+
+
+def resolve(path_or_id: str | Path, revision: str | None = None, field: str = "model_path") -> Path:
+    """The local folder of a model: `path_or_id` itself if it is a folder, else the hub's snapshot of that id, downloaded if need be.
+
+    revision: branch, tag or commit of a hub id. field: the option to name in errors. Works offline for what the cache holds.
+    Raises UserError if there is no such folder or repository, or no network to fetch it.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise UserError("revision", f"revision: {revision!r} is given, but {field} {str(path_or_id)!r} is a local folder, not a hub id")
+        return path
+    if path.is_file():
+        raise UserError(field, f"{field}: {str(path)!r} is a file; it must be a folder in diffusers layout or a hub id")
+    text = str(path_or_id)
+    if not HUB_ID.fullmatch(text):
+        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+        hint = nearest(path.name, siblings)
+        raise UserError(field, f"{field}: {text!r} is neither a folder here nor a hub id such as 'Wan-AI/Wan2.2-TI2V-5B-Diffusers'{hint}")
+    return _snapshot(text, revision, field)
+
+
+def read_index(folder: Path) -> Index:
+    """Read `model_index.json`. Raises UserError when it is missing or is not one."""
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise UserError("model_path", f"model_path: {str(folder)!r} has no model_index.json, so it is not a model in diffusers layout")
+    entries = read_json(path)
+    if not isinstance(entries.get("_class_name"), str):
+        raise UserError("model_path", f"model_path: {str(path)!r} names no pipeline class (_class_name)")
+    pairs = {name: value for name, value in entries.items() if isinstance(value, list) and len(value) == 2}
+    components = {name: (str(pair[0]), str(pair[1])) for name, pair in pairs.items() if pair[1] is not None}
+    options = {name: value for name, value in entries.items() if name not in pairs and not name.startswith("_")}
+    return Index(entries["_class_name"], components, options)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; the bare `Infinity` and `NaN` that some released configs hold are accepted. Raises UserError otherwise."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError("model_path", f"model_path: {str(path)!r} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise UserError("model_path", f"model_path: {str(path)!r} is not readable JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError("model_path", f"model_path: {str(path)!r} holds a JSON {type(value).__name__} and should hold an object")
+    return value
+
+
+def _snapshot(hub_id: str, revision: str | None, field: str) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)))
+    except errors.GatedRepoError:
+        reason = "the hub asks for its licence to be accepted; accept it on its page and log in with `hf auth login`"
+    except errors.RevisionNotFoundError:
+        raise UserError("revision", f"revision: {hub_id!r} has no branch, tag or commit {revision!r}") from None
+    except errors.RepositoryNotFoundError:
+        reason = "the hub has no such model, or it is private and you are not logged in"
+    except errors.LocalEntryNotFoundError:
+        reason = "it is not a folder here, not in the download cache, and the hub cannot be reached"
+    except errors.HFValidationError as error:
+        reason = f"it is not a valid hub id ({error})"
+    except (OSError, ConnectionError) as error:
+        reason = f"the download failed ({error})".replace("\n", " ")
+    raise UserError(field, f"{field}: cannot load {hub_id!r}: {reason}")

@@ -1,0 +1,143 @@
+"""Pictures in and out: any source to RGB pixels; PNG, JPEG and WebP with the generation parameters inside."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinydiff.records import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+
+DEFAULT_QUALITY = {".jpg": 95, ".jpeg": 95, ".webp": 90}
+
+MOST_BYTES = 64 * 2**20
+"""The largest input picture read from an address."""
+
+JPEG_COMMENT = 60_000
+"""Bytes of parameters a JPEG takes (its segments end at 65,535)."""
+
+USER_COMMENT, EXIF_IFD, ASCII = 0x9286, 0x8769, b"ASCII\0\0\0"
+"""EXIF: the tag of the comment, the directory that holds it, and the mark of its character set."""
+
+
+def read_image(source: str | Path, field: str = "image_path") -> np.ndarray:
+    """The picture at a path, an http(s) address or a data URI, upright, as uint8 [H, W, 3] RGB.
+
+    The EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled to 8, of an animation the first frame is
+    taken. The bytes decide what it is, not the name. Raises UserError if it is missing, too large or not a picture.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    shown = repr(str(source) if len(str(source)) < 120 else f"{str(source)[:80]}...")
+    data = _fetch(source, field, shown)
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            return np.asarray(_rgb(ImageOps.exif_transpose(opened)))
+    except Image.DecompressionBombError as error:
+        raise UserError(field, f"{field}: {shown} is too large a picture ({error})") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(field, f"{field}: {shown} is not a picture that can be read (PNG, JPEG, WebP, GIF, ... are)") from error
+
+
+def resize(image: np.ndarray, height: int, width: int, method: str = "lanczos") -> np.ndarray:
+    """uint8 [H, W, 3] to uint8 [height, width, 3] by Pillow's "lanczos" (diffusers' default), "bicubic", "bilinear" or "nearest"."""
+    import numpy as np
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling[method.upper()]))
+
+
+def encode_image(image: np.ndarray, ending: str, quality: int | None = None, parameters: Mapping[str, Any] | None = None) -> bytes:
+    """uint8 [H, W, 3] as the bytes of a file of this ending (`IMAGE_ENDINGS`), with `parameters` as JSON in its metadata.
+
+    quality: 0 to 100, None for the format's default; PNG is lossless whatever it says, WebP at 100 too. The JSON lies in PNG's text
+    "parameters" or in EXIF's UserComment. A JPEG has room for 60 kB of it: longer texts are cut, with "..." at their end.
+    """
+    from PIL import Image, PngImagePlugin
+
+    picture, out = Image.fromarray(image), io.BytesIO()
+    if ending == ".png":
+        text = PngImagePlugin.PngInfo()
+        if parameters is not None:
+            text.add_text("parameters", json.dumps(dict(parameters), ensure_ascii=False, default=str))
+        picture.save(out, "PNG", pnginfo=text)
+        return out.getvalue()
+    quality = DEFAULT_QUALITY[ending] if quality is None else quality
+    exif = Image.Exif()
+    if parameters is not None:
+        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = ASCII + _ascii(parameters, None if ending == ".webp" else JPEG_COMMENT)
+    if ending == ".webp":
+        picture.save(out, "WEBP", quality=quality, lossless=quality == 100, exif=exif)
+    else:
+        picture.save(out, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2, exif=exif)
+    return out.getvalue()
+
+
+def read_image_parameters(path: Path) -> dict[str, Any]:
+    """The parameters stored in a picture by `encode_image` (or in a GIF's comment), {} if it has none."""
+    from PIL import Image
+
+    with Image.open(path) as opened:
+        text = opened.info.get("parameters") or opened.info.get("comment")
+        comment = opened.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
+    if isinstance(comment, bytes) and comment.startswith(ASCII):
+        text = comment[len(ASCII) :]
+    try:
+        return json.loads(text) if text else {}
+    except ValueError:  # another program's text
+        return {}
+
+
+def _fetch(source: str | Path, field: str, shown: str) -> bytes:
+    from http.client import HTTPException
+    from urllib.request import Request, urlopen
+
+    try:
+        if not str(source).startswith(("http://", "https://", "data:")):
+            return Path(source).expanduser().read_bytes()
+        with urlopen(Request(str(source), headers={"User-Agent": "tinydiff"}), timeout=30) as answer:
+            data = answer.read(MOST_BYTES + 1)
+    except FileNotFoundError:
+        raise UserError(field, f"{field}: {shown} does not exist") from None
+    except (OSError, ValueError, HTTPException) as error:
+        reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
+        raise UserError(field, f"{field}: {shown} cannot be read ({reason})") from error
+    if len(data) > MOST_BYTES:
+        raise UserError(field, f"{field}: {shown} is larger than {MOST_BYTES // 2**20} MiB")
+    return data
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    import numpy as np
+    from PIL import Image
+
+    if picture.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip
+        return Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    layer = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
+def _ascii(parameters: Mapping[str, Any], most: int | None) -> bytes:
+    """Parameters as ASCII JSON; above `most` bytes every long text is cut, further and further, until they fit."""
+    data = json.dumps(dict(parameters), default=str).encode("ascii")
+    length = 4096
+    while most is not None and len(data) > most and length:
+        data = json.dumps({name: _cut(value, length) for name, value in parameters.items()}, default=str).encode("ascii")
+        length //= 2
+    return data
+
+
+def _cut(value: Any, length: int) -> Any:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return value if len(text) <= length else f"{text[:length]}..."

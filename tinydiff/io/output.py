@@ -1,0 +1,189 @@
+"""From frames to named files: what a request's output options mean, checked before any work, and the file written whole."""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinydiff.io.atomic import write_new
+from tinydiff.io.images import IMAGE_ENDINGS, encode_image, read_image_parameters
+from tinydiff.io.video import CLIP_ENDINGS, X264_PRESETS, check_encoder, read_video_parameters, write_video
+from tinydiff.records import UserError, nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FRAMES = "/"
+"""The ending of a folder of PNG frames."""
+
+QUALITIES = {"maximum": 100, "high": 90, "medium": 55, "low": 35, "default": None}
+
+LONGEST_NAME = 200
+"""Bytes of a file name, leaving room for the numbers that follow it (file systems end at 255)."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where outputs go: `folder / stem` with `ending`, one of `IMAGE_ENDINGS`, `CLIP_ENDINGS` or `FRAMES`, spelled as the user did."""
+
+    folder: Path
+    stem: str
+    ending: str
+
+    def path(self, index: int, count: int) -> Path:
+        """The name of output `index` of `count`: several are numbered `_0`, `_1`, ..."""
+        number = f"_{index}" if count > 1 else ""
+        return self.folder / f"{self.stem}{number}{'' if self.ending == FRAMES else self.ending}"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How frames are encoded. fps: frames a second. quality: 0 to 100, None for the format's default. preset: of x264."""
+
+    fps: float = 16.0
+    quality: int | None = None
+    preset: str = "fast"
+
+
+def names_a_clip(name: str | None) -> bool:
+    """Whether a file name has an ending that only clips have."""
+    return name is not None and (name.endswith("/") or _ending(name).lower() in CLIP_ENDINGS)
+
+
+def plan_target(
+    output_path: str | Path,
+    output_file_name: str | None,
+    *,
+    clip: bool,
+    prompt: str = "",
+    seed: int = 0,
+    now: datetime | None = None,
+) -> Target:
+    """Where the outputs of one prompt go. The name's ending decides the format; without a name one is made of prompt, seed and time.
+
+    clip: whether the request makes several frames. A clip whose name ends in "/" or in no ending becomes a folder of PNG frames; a
+    picture without ending is a PNG. Raises UserError for an ending that is unknown or of the other kind.
+    """
+    folder = Path(output_path).expanduser()
+    if output_file_name is None:
+        return Target(folder, _default_stem(prompt, seed, now or datetime.now()), ".mp4" if clip else ".png")
+    name = output_file_name.removesuffix("/")
+    if not name or name in (".", "..") or "/" in name or "\0" in name or len(name.encode()) > LONGEST_NAME:
+        rule = f"a file name of 1 to {LONGEST_NAME} bytes without '/' (the folder is output_path)"
+        raise UserError("output_file_name", f"output_file_name: {output_file_name!r} must be {rule}")
+    if name != output_file_name:
+        return Target(folder, name, FRAMES)
+    ending = _ending(name)
+    allowed, other = (CLIP_ENDINGS, IMAGE_ENDINGS) if clip else (IMAGE_ENDINGS, CLIP_ENDINGS)
+    if not ending:
+        return Target(folder, name, FRAMES if clip else ".png")
+    if ending.lower() not in allowed:
+        kind = "a clip" if clip else "a picture"
+        choices = f"{', '.join(allowed)}{' or a name ending in / for a folder of frames' if clip else ''}"
+        wrong = f"this request makes {kind}" if ending.lower() in other else f"{ending!r} is not a known ending"
+        hint = "" if ending.lower() in other else nearest(ending.lower(), allowed)
+        raise UserError("output_file_name", f"output_file_name: {output_file_name!r}: {wrong}; {kind} may be {choices}{hint}")
+    return Target(folder, name.removesuffix(ending), ending)
+
+
+def plan_encoding(
+    target: Target,
+    fps: float = 16.0,
+    output_quality: str = "default",
+    output_compression: int | None = None,
+    x264_preset: str | None = None,
+) -> Encoding:
+    """Check and join the encoding options. Quality is a preset's name (`QUALITIES`) or `output_compression`, 0 to 100.
+
+    PNG, and so a folder of frames, is lossless and meets every quality. Raises UserError for a value out of range and for an option
+    that the target's format has no use for.
+    """
+    ending = target.ending.lower()
+    if output_quality not in QUALITIES:
+        choices = ", ".join(QUALITIES)
+        raise UserError("output_quality", f"output_quality: {output_quality!r} is not one of {choices}{nearest(output_quality, QUALITIES)}")
+    if output_compression is not None and output_quality != "default":
+        raise UserError("output_compression", "output_compression: give either output_compression or output_quality, not both")
+    if output_compression is not None and not 0 <= output_compression <= 100:
+        raise UserError("output_compression", f"output_compression: {output_compression} must be from 0 to 100")
+    quality = QUALITIES[output_quality] if output_compression is None else output_compression
+    if quality is not None and ending == ".gif":
+        field = "output_quality" if output_compression is None else "output_compression"
+        raise UserError(field, f"{field}: a GIF has no quality to choose; leave it out or choose .mp4 or .webm")
+    if x264_preset is not None and ending != ".mp4":
+        raise UserError("x264_preset", f"x264_preset: {x264_preset!r} applies to .mp4 only, and the output is {target.ending!r}")
+    if x264_preset is not None and x264_preset not in X264_PRESETS:
+        hint = nearest(x264_preset, X264_PRESETS)
+        raise UserError("x264_preset", f"x264_preset: {x264_preset!r} is not one of {', '.join(X264_PRESETS)}{hint}")
+    most = 50 if ending == ".gif" else 1000
+    if not (math.isfinite(fps) and 0 < fps <= most):
+        raise UserError("fps", f"fps: {fps} must be above 0 and at most {most}{' in a GIF' if most == 50 else ''}")
+    check_encoder(ending)
+    return Encoding(float(fps), quality, x264_preset or "fast")
+
+
+def check_writable(folder: Path) -> None:
+    """Prove that files can be made in `folder` (or, while it does not exist, in the nearest folder above), leaving none behind."""
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError("output_path", f"output_path: {str(folder)!r} cannot be a folder: {str(place)!r} is a file")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError("output_path", f"output_path: {str(folder)!r} cannot be written ({reason})") from error
+
+
+def save(
+    target: Target, frames: np.ndarray, encoding: Encoding, parameters: Mapping[str, Any] | None = None, index: int = 0, count: int = 1
+) -> Path:
+    """Write output `index` of `count`, uint8 frames [T, H, W, 3] (T = 1 for a picture), and return the path it got.
+
+    A name already taken gets the next free number, `name-1.png`; nothing is overwritten and nothing half-written is left. Raises
+    UserError when the disk is full or refuses.
+    """
+    if frames.ndim != 4 or frames.shape[3] != 3 or str(frames.dtype) != "uint8":
+        raise ValueError(f"frames are uint8 [T, H, W, 3], not {frames.dtype} {list(frames.shape)}")
+    ending = target.ending.lower()
+
+    def write(path: Path) -> None:
+        if ending == FRAMES:
+            path.mkdir()
+            for number, frame in enumerate(frames):
+                (path / f"{number:05d}.png").write_bytes(encode_image(frame, ".png", None, parameters))
+        elif ending in IMAGE_ENDINGS:
+            if len(frames) != 1:
+                raise ValueError(f"{target.ending} holds one frame, not {len(frames)}")
+            path.write_bytes(encode_image(frames[0], ending, encoding.quality, parameters))
+        else:
+            write_video(path, frames, ending, encoding.fps, encoding.quality, encoding.preset, parameters)
+
+    return write_new(target.path(index, count), write)
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """The generation parameters stored in a file (or a folder of frames) by `save`; {} if it holds none."""
+    if path.is_dir():
+        return read_parameters(path / "00000.png")
+    return (read_video_parameters if path.suffix.lower() in (".mp4", ".webm") else read_image_parameters)(path)
+
+
+def _ending(name: str) -> str:
+    """What looks like a file ending, case kept: `.png` of "a.png", nothing of "v1.5" or "take"."""
+    found = re.search(r"(?<=.)\.[A-Za-z][A-Za-z0-9]{1,4}$", name)
+    return found.group() if found else ""
+
+
+def _default_stem(prompt: str, seed: int, now: datetime) -> str:
+    words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")
+    short = words.encode()[:80].decode(errors="ignore").strip("-") or "untitled"
+    return f"{short}-{seed}-{now:%Y%m%d-%H%M%S}"

@@ -1,0 +1,133 @@
+"""Clips out: MP4, WebM and GIF that play everywhere, with the generation parameters inside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from tinydiff.records import UserError
+
+if TYPE_CHECKING:
+    import av
+    import numpy as np
+
+CLIP_ENDINGS = (".mp4", ".webm", ".gif")
+
+X264_PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
+
+DEFAULT_QUALITY = 65
+"""CRF 18 for H.264: no visible loss."""
+
+BT709 = 1
+"""The number of BT.709 as matrix, primaries and transfer in FFmpeg; limited range happens to be 1 too."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One video format. coarsest: the CRF at quality 0. finest: the CRF at quality 100. options: of the encoder. muxing: of the file."""
+
+    encoder: str
+    container: str
+    coarsest: int
+    finest: int
+    options: tuple[tuple[str, str], ...] = ()
+    muxing: tuple[tuple[str, str], ...] = ()
+
+    def crf(self, quality: int) -> int:
+        """The constant rate factor of a quality from 0 to 100."""
+        return max(self.finest, round((1 - quality / 100) * self.coarsest))
+
+
+CODECS = {
+    # H.264 at CRF 0 would be lossless, in a profile that browsers cannot play
+    ".mp4": Codec("libx264", "mp4", 51, 1, muxing=(("movflags", "+faststart"),)),
+    ".webm": Codec("libvpx-vp9", "webm", 63, 0, (("b:v", "0"), ("deadline", "good"), ("cpu-used", "4"), ("row-mt", "1"))),
+}
+
+
+def write_video(
+    path: Path,
+    frames: np.ndarray,
+    ending: str,
+    fps: float,
+    quality: int | None = None,
+    preset: str = "fast",
+    parameters: Mapping[str, Any] | None = None,
+) -> None:
+    """Write uint8 RGB frames [T, H, W, 3] to `path` in the format of `ending` (`CLIP_ENDINGS`), `parameters` as JSON in its comment.
+
+    MP4 is H.264, WebM is VP9, both yuv420p with BT.709 colours; an odd height or width is padded to even by repeating the last row
+    or column. quality: 0 to 100, None for 65. preset: of x264, MP4 only. A GIF has one palette of 256 colours for all frames, no
+    quality, and times in hundredths of a second, dealt so that the clip keeps its length.
+    """
+    if ending == ".gif":
+        _write_gif(path, frames, fps, parameters)
+    else:
+        _write_coded(path, frames, CODECS[ending], fps, DEFAULT_QUALITY if quality is None else quality, preset, parameters)
+
+
+def check_encoder(ending: str) -> None:
+    """Raise UserError if the installed PyAV cannot write this ending: builds without libx264 exist."""
+    import av
+
+    if ending in CODECS and CODECS[ending].encoder not in av.codecs_available:
+        others = ", ".join(other for other in CLIP_ENDINGS if other != ending)
+        raise UserError(
+            "output_file_name", f"output_file_name: the installed PyAV has no {CODECS[ending].encoder} to write {ending}; {others} remain"
+        )
+
+
+def read_video_parameters(path: Path) -> dict[str, Any]:
+    """The parameters stored in a clip by `write_video`, {} if it has none."""
+    import av
+
+    with av.open(str(path)) as container:
+        tags = {name.lower(): text for name, text in container.metadata.items()}
+    try:
+        return json.loads(tags["comment"]) if "comment" in tags else {}
+    except ValueError:  # another program's comment
+        return {}
+
+
+def _write_coded(
+    path: Path, frames: np.ndarray, codec: Codec, fps: float, quality: int, preset: str, parameters: Mapping[str, Any] | None
+) -> None:
+    import av
+    import numpy as np
+    from av.video.reformatter import ColorRange, Colorspace
+
+    even = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    rate = Fraction(fps).limit_denominator(1001)
+    options = {"crf": str(codec.crf(quality)), **dict(codec.options), **({"preset": preset} if codec.encoder == "libx264" else {})}
+    with av.open(str(path), "w", format=codec.container, options=dict(codec.muxing)) as container:
+        if parameters is not None:
+            container.metadata["comment"] = json.dumps(dict(parameters), ensure_ascii=False, default=str)
+        stream = cast("av.VideoStream", container.add_stream(codec.encoder, rate=rate, options=options))
+        stream.height, stream.width, stream.pix_fmt = even.shape[1], even.shape[2], "yuv420p"
+        context = stream.codec_context
+        context.time_base = 1 / rate
+        context.colorspace = context.color_primaries = context.color_trc = context.color_range = BT709
+        for index, pixels in enumerate(even):
+            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+            frame.pts, frame.time_base = index, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def _write_gif(path: Path, frames: np.ndarray, fps: float, parameters: Mapping[str, Any] | None) -> None:
+    import numpy as np
+    from PIL import Image
+
+    sample = frames[:: max(1, len(frames) // 8)]
+    palette = Image.fromarray(np.concatenate(list(sample))).quantize(256)
+    pictures = [Image.fromarray(pixels).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for pixels in frames]
+    ends = [round(100 * index / fps) for index in range(len(frames) + 1)]
+    comment = b"" if parameters is None else json.dumps(dict(parameters), default=str).encode("ascii")
+    durations = [10 * (end - start) for start, end in pairwise(ends)]
+    pictures[0].save(path, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, disposal=1, comment=comment)

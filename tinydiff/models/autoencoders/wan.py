@@ -1,0 +1,355 @@
+"""The Wan video autoencoders: causal in time, 4x fewer frames, 8x or 16x smaller frames.
+
+Source: arXiv 2503.20314 and the AutoencoderKLWan checkpoints (Wan2.1: z 16, stride 8; Wan2.2 TI2V: z 48, stride 16, residual).
+A clip has 4k + 1 frames; the first is coded alone, every later group of four becomes one latent frame. Because every operation is
+causal, a clip may be run in one pass or in chunks of latent frames with the same result: `past` then carries, by layer name, the
+frames that the next chunk looks back on. One pass needs none and touches no state.
+
+Shape letters: B batch, C channels, T frames, F latent frames, H height, W width, Z latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from tinydiff.ops.attention import attention
+from tinydiff.ops.conv import causal_conv3d, conv2d, per_frame
+from tinydiff.ops.tiles import tiled
+from tinydiff.ops.weights import Weights
+from tinydiff.parallel.plan import Plan, Row, conv_rows, under
+
+Past = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Field names are those of the checkpoint's config.json."""
+
+    base_dim: int = 96
+    decoder_base_dim: int | None = None
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attn_scales: tuple[float, ...] = ()
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    dropout: float = 0.0
+    latents_mean: tuple[float, ...] = (
+        *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+        *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+    )
+    latents_std: tuple[float, ...] = (
+        *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+        *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+    )
+    is_residual: bool = False
+    in_channels: int = 3
+    out_channels: int = 3
+    patch_size: int | None = None
+    scale_factor_temporal: int = 4
+    scale_factor_spatial: int = 8
+    clip_output: bool = True
+    """Recorded by some checkpoints; the reference clips whatever it says, and so does `decode`."""
+
+    def __post_init__(self) -> None:
+        if self.attn_scales:
+            raise ValueError(f"attn_scales is {self.attn_scales}; no released Wan autoencoder has attention outside its middle block")
+
+
+# --- structure: which layers there are, read by spec and by the forward functions alike -------------------------------------------
+
+
+class Resample(NamedTuple):
+    """A change of resolution: halving or doubling the frame size, and the frame rate too if `time`."""
+
+    at: str
+    width_in: int
+    width_out: int
+    time: bool
+
+
+class Stage(NamedTuple):
+    """Residual blocks (prefix, width in, width out), then a change of resolution; `skip` adds the parameter-free shortcut."""
+
+    blocks: tuple[tuple[str, int, int], ...]
+    resample: Resample | None
+    skip: bool
+
+
+def _widths(base: int, multipliers: Iterable[int]) -> list[int]:
+    return [base * m for m in multipliers]
+
+
+def down_stages(c: Config) -> Iterator[Stage]:
+    widths = _widths(c.base_dim, (1, *c.dim_mult))
+    last, index = len(c.dim_mult) - 1, 0
+    for i, (inner, outer) in enumerate(pairwise(widths)):
+        if c.is_residual:
+            names = [f"down_blocks.{i}.resnets.{j}" for j in range(c.num_res_blocks)]
+            at = f"down_blocks.{i}.downsampler"
+        else:  # one flat list: the blocks of a stage, then its resampling
+            names = [f"down_blocks.{index + j}" for j in range(c.num_res_blocks)]
+            at = f"down_blocks.{index + c.num_res_blocks}"
+            index += c.num_res_blocks + 1
+        blocks = tuple((name, inner if j == 0 else outer, outer) for j, name in enumerate(names))
+        resample = Resample(at, outer, outer, c.temperal_downsample[i]) if i < last else None
+        yield Stage(blocks, resample, c.is_residual)
+
+
+def up_stages(c: Config) -> Iterator[Stage]:
+    widths = _widths(c.decoder_base_dim or c.base_dim, (c.dim_mult[-1], *reversed(c.dim_mult)))
+    last, doubled = len(c.dim_mult) - 1, tuple(reversed(c.temperal_downsample))
+    for i, (inner, outer) in enumerate(pairwise(widths)):
+        if i and not c.is_residual:
+            inner //= 2  # the resampling of the stage before halved the width
+        names = [f"up_blocks.{i}.resnets.{j}" for j in range(c.num_res_blocks + 1)]
+        blocks = tuple((name, inner if j == 0 else outer, outer) for j, name in enumerate(names))
+        at = f"up_blocks.{i}.upsampler" if c.is_residual else f"up_blocks.{i}.upsamplers.0"
+        resample = Resample(at, outer, outer if c.is_residual else outer // 2, doubled[i]) if i < last else None
+        yield Stage(blocks, resample, c.is_residual and i < last)
+
+
+def _block_rows(name: str, inner: int, outer: int) -> Iterator[Row]:
+    yield Row(f"{name}.norm1.gamma", (inner, 1, 1, 1))
+    yield from conv_rows(f"{name}.conv1", inner, outer, (3, 3, 3))
+    yield Row(f"{name}.norm2.gamma", (outer, 1, 1, 1))
+    yield from conv_rows(f"{name}.conv2", outer, outer, (3, 3, 3))
+    if inner != outer:
+        yield from conv_rows(f"{name}.conv_shortcut", inner, outer, (1, 1, 1))
+
+
+def _middle_rows(width: int) -> Iterator[Row]:
+    yield from _block_rows("mid_block.resnets.0", width, width)
+    yield Row("mid_block.attentions.0.norm.gamma", (width, 1, 1))
+    yield from conv_rows("mid_block.attentions.0.to_qkv", width, 3 * width, (1, 1))
+    yield from conv_rows("mid_block.attentions.0.proj", width, width, (1, 1))
+    yield from _block_rows("mid_block.resnets.1", width, width)
+
+
+def _stage_rows(stage: Stage, time_factor: int) -> Iterator[Row]:
+    for block in stage.blocks:
+        yield from _block_rows(*block)
+    if (r := stage.resample) is not None:
+        yield from conv_rows(f"{r.at}.resample.1", r.width_in, r.width_out, (3, 3))
+        if r.time:
+            yield from conv_rows(f"{r.at}.time_conv", r.width_in, time_factor * r.width_in, (3, 1, 1))
+
+
+def encoder_spec(c: Config) -> Iterator[Row]:
+    """Every weight of the encoder half."""
+    first, last = c.base_dim, c.base_dim * c.dim_mult[-1]
+    yield from under("encoder", conv_rows("conv_in", c.in_channels, first, (3, 3, 3)))
+    for stage in down_stages(c):
+        yield from under("encoder", _stage_rows(stage, 1))
+    yield from under("encoder", _middle_rows(last), [Row("norm_out.gamma", (last, 1, 1, 1))], conv_rows("conv_out", last, 2 * c.z_dim, (3, 3, 3)))
+    yield from conv_rows("quant_conv", 2 * c.z_dim, 2 * c.z_dim, (1, 1, 1))
+
+
+def decoder_spec(c: Config) -> Iterator[Row]:
+    """Every weight of the decoder half."""
+    base = c.decoder_base_dim or c.base_dim
+    first, last = base * c.dim_mult[-1], base * c.dim_mult[0]
+    yield from conv_rows("post_quant_conv", c.z_dim, c.z_dim, (1, 1, 1))
+    yield from under("decoder", conv_rows("conv_in", c.z_dim, first, (3, 3, 3)), _middle_rows(first))
+    for stage in up_stages(c):
+        yield from under("decoder", _stage_rows(stage, 2))
+    yield from under("decoder", [Row("norm_out.gamma", (last, 1, 1, 1))], conv_rows("conv_out", last, c.out_channels, (3, 3, 3)))
+
+
+def spec(c: Config) -> Iterator[Row]:
+    """Every weight once: name and shape."""
+    yield from encoder_spec(c)
+    yield from decoder_spec(c)
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------------------
+
+
+def _rms(x: Tensor, w: Weights) -> Tensor:
+    """x over its channel norm, times sqrt(C) and gamma. The norm of half types is taken in float32."""
+    y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    inverse = y.square().sum(1, keepdim=True).clamp_min(1e-24).rsqrt()
+    return (y * inverse).to(x.dtype) * (x.shape[1] ** 0.5 * w["gamma"])
+
+
+def _recall(past: Past | None, key: str, x: Tensor, reach: int) -> Tensor | None:
+    """The frames before x that layer `key` looks back on, None at the start of a clip; remembers the last `reach` for the next chunk."""
+    if past is None:
+        return None
+    before = past.get(key)
+    past[key] = (x if before is None else torch.cat([before, x], 2))[:, :, -reach:]
+    return before
+
+
+def _conv(x: Tensor, w: Weights, past: Past | None) -> Tensor:
+    return causal_conv3d(x, w, _recall(past, w.at, x, 2))
+
+
+def _block(x: Tensor, w: Weights, past: Past | None) -> Tensor:
+    shortcut = causal_conv3d(x, w / "conv_shortcut") if "conv_shortcut.weight" in w else x
+    y = _conv(F.silu(_rms(x, w / "norm1")), w / "conv1", past)
+    return shortcut + _conv(F.silu(_rms(y, w / "norm2")), w / "conv2", past)
+
+
+def _frame_attention(x_BCHW: Tensor, w: Weights) -> Tensor:
+    """One head of attention over the pixels of each frame."""
+    qkv = conv2d(_rms(x_BCHW, w / "norm"), w / "to_qkv")
+    q, k, v = rearrange(qkv, "b (three c) h w -> three b (h w) 1 c", three=3).unbind(0)
+    y = attention(Plan(), q, k, v)
+    return x_BCHW + conv2d(rearrange(y, "b (h w) 1 c -> b c h w", h=x_BCHW.shape[2]), w / "proj")
+
+
+def _middle(x: Tensor, w: Weights, past: Past | None) -> Tensor:
+    x = _block(x, w / "resnets" / 0, past)
+    x = per_frame(lambda frame: _frame_attention(frame, w / "attentions" / 0), x)
+    return _block(x, w / "resnets" / 1, past)
+
+
+def _downsample(x: Tensor, w: Weights, time: bool, past: Past | None) -> Tensor:
+    x = per_frame(lambda frame: conv2d(F.pad(frame, (0, 1, 0, 1)), w / "resample" / 1, stride=2), x)
+    if not time:
+        return x
+    before, w = _recall(past, w.at, x, 1), w / "time_conv"
+    window = x if before is None else torch.cat([before, x], 2)
+    halved = [F.conv3d(window, w["weight"], w["bias"], stride=(2, 1, 1))] if window.shape[2] >= 3 else []
+    return torch.cat([x[:, :, :1], *halved], 2) if before is None else halved[0]
+
+
+def _upsample(x: Tensor, w: Weights, time: bool, past: Past | None) -> Tensor:
+    if time:
+        key = f"{w.at}time_conv."
+        started = past is not None and key in past
+        first, rest = (x[:, :, :0], x) if started else (x[:, :, :1], x[:, :, 1:])
+        before = _recall(past, key, rest, 2)
+        if rest.shape[2]:
+            doubled = causal_conv3d(rest, w / "time_conv", before)
+            first = torch.cat([first, rearrange(doubled, "b (two c) t h w -> b c (t two) h w", two=2)], 2)
+        x = first
+    return per_frame(lambda frame: conv2d(F.interpolate(frame, scale_factor=2, mode="nearest-exact"), w / "resample" / 1, padding=1), x)
+
+
+def _average_down(x: Tensor, width: int, ft: int, fs: int) -> Tensor:
+    """Shortcut: space and time folded into channels, groups of channels averaged down to `width`; zero frames in front fill up time."""
+    x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % ft, 0))
+    folded = rearrange(x, "b c (t ft) (h fh) (w fw) -> b (c ft fh fw) t h w", ft=ft, fh=fs, fw=fs)
+    return rearrange(folded, "b (o g) t h w -> b o g t h w", o=width).mean(2)
+
+
+def _duplicate_up(x: Tensor, width: int, ft: int, first: bool) -> Tensor:
+    """Shortcut: channels repeated and unfolded into space and time; at the start of a clip the first ft - 1 frames fall away."""
+    x = x.repeat_interleave(width * ft * 4 // x.shape[1], 1)
+    y = rearrange(x, "b (o ft fh fw) t h w -> b o (t ft) (h fh) (w fw)", o=width, ft=ft, fh=2, fw=2)
+    return y[:, :, ft - 1 :] if first else y
+
+
+def _down(x: Tensor, w: Weights, stage: Stage, past: Past | None) -> Tensor:
+    start = x
+    for name, _, _ in stage.blocks:
+        x = _block(x, w / name, past)
+    if (r := stage.resample) is not None:
+        x = _downsample(x, w / r.at, r.time, past)
+    if not stage.skip:
+        return x
+    ft, fs = (1, 1) if r is None else (2 if r.time else 1, 2)
+    return x + _average_down(start, x.shape[1], ft, fs)
+
+
+def _up(x: Tensor, w: Weights, stage: Stage, past: Past | None, first: bool) -> Tensor:
+    start = x
+    for name, _, _ in stage.blocks:
+        x = _block(x, w / name, past)
+    if (r := stage.resample) is None:
+        return x
+    x = _upsample(x, w / r.at, r.time, past)
+    return x + _duplicate_up(start, r.width_out, 2 if r.time else 1, first) if stage.skip else x
+
+
+def _encode_chunk(c: Config, w: Weights, x: Tensor, past: Past | None) -> Tensor:
+    x = _conv(x, w / "conv_in", past)
+    for stage in down_stages(c):
+        x = _down(x, w, stage, past)
+    x = _middle(x, w / "mid_block", past)
+    return _conv(F.silu(_rms(x, w / "norm_out")), w / "conv_out", past)
+
+
+def _decode_chunk(c: Config, w: Weights, z: Tensor, past: Past | None, first: bool) -> Tensor:
+    x = _middle(_conv(z, w / "conv_in", past), w / "mid_block", past)
+    for stage in up_stages(c):
+        x = _up(x, w, stage, past, first)
+    return _conv(F.silu(_rms(x, w / "norm_out")), w / "conv_out", past)
+
+
+# --- what callers use ---------------------------------------------------------------------------------------------------------------
+
+
+def _fold(c: Config, x_BCTHW: Tensor) -> Tensor:
+    p = c.patch_size or 1
+    return rearrange(x_BCTHW, "b c t (h ph) (w pw) -> b (c pw ph) t h w", ph=p, pw=p)
+
+
+def _unfold(c: Config, x_BCTHW: Tensor) -> Tensor:
+    p = c.patch_size or 1
+    return rearrange(x_BCTHW, "b (c pw ph) t h w -> b c t (h ph) (w pw)", ph=p, pw=p)
+
+
+def _moments(c: Config, w: Weights, x: Tensor, chunk: int | None) -> Tensor:
+    if chunk is None:
+        y = _encode_chunk(c, w / "encoder", x, None)
+    else:
+        past: Past = {}
+        bounds = [0, *range(4 * chunk - 3, x.shape[2], 4 * chunk), x.shape[2]]
+        y = torch.cat([_encode_chunk(c, w / "encoder", x[:, :, a:b], past) for a, b in pairwise(bounds)], 2)
+    return causal_conv3d(y, w / "quant_conv")
+
+
+def _pixels(c: Config, w: Weights, z: Tensor, chunk: int | None) -> Tensor:
+    z = causal_conv3d(z, w / "post_quant_conv")
+    past: Past | None = None if chunk is None else {}
+    pieces = z.split(chunk or z.shape[2], 2)
+    return torch.cat([_decode_chunk(c, w / "decoder", piece, past, i == 0) for i, piece in enumerate(pieces)], 2)
+
+
+def moments(c: Config, w: Weights, x_BCTHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
+    """Pixels [B, 3, T, H, W] in [-1, 1], T = 4k + 1 -> mean and log-variance [B, 2Z, F, H', W'] of the latent distribution.
+
+    chunk: latent frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one and blended. None: at once.
+    """
+    p = c.patch_size or 1
+    side = None if tile is None else tile // p
+    return tiled(lambda x: _moments(c, w, x, chunk), _fold(c, x_BCTHW), side, p / c.scale_factor_spatial)
+
+
+def normalise(c: Config, z_BZFHW: Tensor) -> Tensor:
+    """Raw latents -> latents of about zero mean and unit variance, as the denoiser sees them."""
+    mean, std = _statistics(c, z_BZFHW)
+    return (z_BZFHW - mean) / std
+
+
+def _statistics(c: Config, like: Tensor) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(v, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1) for v in (c.latents_mean, c.latents_std))
+    return mean, std
+
+
+def encode(c: Config, w: Weights, x_BCTHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
+    """Pixels [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'], the distribution's mean. `chunk`, `tile` as in `moments`."""
+    return normalise(c, moments(c, w, x_BCTHW, chunk, tile)[:, : c.z_dim])
+
+
+def raw_pixels(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
+    """Raw latents [B, Z, F, H', W'] -> pixels [B, 3, 4F - 3, H, W], not clipped. `chunk` and `tile` as in `moments`."""
+    stride = c.scale_factor_spatial
+    side = None if tile is None else tile // stride
+    return _unfold(c, tiled(lambda z: _pixels(c, w, z, chunk), z_BZFHW, side, stride / (c.patch_size or 1)))
+
+
+def decode(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
+    """Normalised latents [B, Z, F, H', W'] -> pixels [B, 3, 4F - 3, H, W] in [-1, 1]. `chunk` and `tile` as in `moments`."""
+    mean, std = _statistics(c, z_BZFHW)
+    return raw_pixels(c, w, z_BZFHW * std + mean, chunk, tile).clamp(-1, 1)

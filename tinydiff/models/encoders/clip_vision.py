@@ -1,0 +1,132 @@
+"""CLIP's vision tower (ViT-H/14 in Wan2.1 image to video): a picture to one token for itself and one per patch.
+
+Source: arXiv 2103.00020 and the CLIPVisionModel checkpoints. Wan reads the hidden states before the last layer, so that layer and
+the norm after it are stored but never run.
+Shape letters: B batch, C colours, S side in pixels, N tokens (1 + patches), D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinydiff.ops.attention import attention
+from tinydiff.ops.conv import conv2d
+from tinydiff.ops.linear import linear, linear_sum
+from tinydiff.ops.norm import layer_norm
+from tinydiff.ops.weights import Weights
+from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat, under
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""Red, green and blue of the training pictures, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Field names are those of the checkpoint's config.json; only those that bear on the tower's numbers."""
+
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 14
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
+
+    @property
+    def tokens(self) -> int:
+        return 1 + (self.image_size // self.patch_size) ** 2
+
+
+# --- weights ------------------------------------------------------------------------------------------------------------------------
+
+
+def _layer_rows(c: Config) -> Iterator[Row]:
+    d = c.hidden_size
+    for key in ("k_proj", "v_proj", "q_proj"):
+        yield from linear_rows(f"self_attn.{key}", d, d, "out")
+    yield from linear_rows("self_attn.out_proj", d, d, "in")
+    yield from norm_rows("layer_norm1", d, bias=True)
+    yield from linear_rows("mlp.fc1", d, c.intermediate_size, "out")
+    yield from linear_rows("mlp.fc2", c.intermediate_size, d, "in")
+    yield from norm_rows("layer_norm2", d, bias=True)
+
+
+def _rows(c: Config) -> Iterator[Row]:
+    d = c.hidden_size
+    yield Row("embeddings.class_embedding", (d,))
+    yield Row("embeddings.patch_embedding.weight", (d, c.num_channels, c.patch_size, c.patch_size))
+    yield Row("embeddings.position_embedding.weight", (c.tokens, d))
+    yield from norm_rows("pre_layrnorm", d, bias=True)  # spelt so in every checkpoint
+    yield from repeat("encoder.layers", c.num_hidden_layers, _layer_rows(c))
+    yield from norm_rows("post_layernorm", d, bias=True)
+
+
+def spec(c: Config) -> Iterator[Row]:
+    """Every weight once, under the names of the released files."""
+    yield from under("vision_model", _rows(c))
+
+
+def row_name(key: str) -> str | None:
+    """The spec's name of a stored key, None where nothing reads it: a list of positions in old files, the projection to CLIP's space.
+
+    transformers 5 writes the tower without its prefix.
+    """
+    if key.endswith(("embeddings.position_ids", "visual_projection.weight")):
+        return None
+    return key if key.startswith("vision_model.") else f"vision_model.{key}"
+
+
+# --- from picture to tokens ---------------------------------------------------------------------------------------------------------
+
+
+def pixels(c: Config, image_HWC: np.ndarray) -> Tensor:
+    """uint8 [H, W, 3] RGB -> float32 [1, 3, S, S]: short side to S (bicubic), centre cut out, CLIP's mean and deviation taken off."""
+    import numpy as np
+    from PIL import Image
+
+    side, (height, width) = c.image_size, image_HWC.shape[:2]
+    scaled = (side * width // min(height, width), side * height // min(height, width))
+    resized = np.asarray(Image.fromarray(image_HWC).resize(scaled, Image.Resampling.BICUBIC))
+    top, left = (resized.shape[0] - side) // 2, (resized.shape[1] - side) // 2
+    colours = torch.from_numpy(resized[top : top + side, left : left + side] / 255.0).float()
+    return ((colours - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)[None].contiguous()
+
+
+def encode(c: Config, plan: Plan, w: Weights, pixels_BCSS: Tensor) -> Tensor:
+    """Pixels from `pixels` [B, 3, S, S] -> tokens [B, N, D] after all layers but the last (`hidden_states[-2]` of the reference)."""
+    w, eps = w / "vision_model", c.layer_norm_eps
+    e = w / "embeddings"
+    kernel = e / "patch_embedding"
+    patches = conv2d(pixels_BCSS.to(kernel["weight"].dtype), kernel, stride=c.patch_size).flatten(2).mT
+    first = e["class_embedding"].expand(len(patches), 1, -1)
+    x = layer_norm(torch.cat([first, patches], 1) + e["position_embedding.weight"], w / "pre_layrnorm", eps)
+    for i in range(c.num_hidden_layers - 1):
+        layer = w / "encoder" / "layers" / i
+        x = x + _attention(c, plan, layer / "self_attn", layer_norm(x, layer / "layer_norm1", eps))
+        y = ACTIVATIONS[c.hidden_act](linear(layer_norm(x, layer / "layer_norm2", eps), layer / "mlp" / "fc1"))
+        x = x + linear_sum(plan, y, layer / "mlp" / "fc2")
+    return x
+
+
+def _attention(c: Config, plan: Plan, w: Weights, x: Tensor) -> Tensor:
+    heads = (c.num_attention_heads, c.hidden_size // c.num_attention_heads)
+    q, k, v = (linear(x, w / name).unflatten(-1, heads) for name in ("q_proj", "k_proj", "v_proj"))
+    return linear_sum(plan, attention(plan, q, k, v).flatten(2), w / "out_proj")

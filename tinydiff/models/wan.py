@@ -1,0 +1,272 @@
+"""Wan 2.1 and 2.2: a video diffusion transformer with full self-attention and cross-attention to text, and to an image in some.
+
+Source: arXiv 2503.20314 and the WanTransformer3DModel checkpoints. Variants differ in `Config` only: text to video (16 channels in),
+image to video (36: latents, mask and coded image side by side; Wan2.1 adds cross-attention to CLIP's view of the image), and TI2V
+(48 channels, the tokens of a given first frame stay clean and sit at timestep 0).
+
+Shape letters: B batch, L latent tokens, P latent values of a token, D width, H heads, E head width, T text tokens, S steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from tinydiff.ops.attention import attention
+from tinydiff.ops.embed import timestep_embedding
+from tinydiff.ops.linear import linear, linear_sum
+from tinydiff.ops.moves import move
+from tinydiff.ops.norm import compute_dtype, layer_norm, modulate, rms_norm
+from tinydiff.ops.rope import grid_positions, rope_table, rotate_interleaved
+from tinydiff.ops.weights import Weights
+from tinydiff.parallel.plan import SEQUENCE_MOVES, Plan, Row, linear_rows, norm_rows, repeat
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Field names are those of the checkpoint's config.json."""
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    cross_attn_norm: bool = True
+    qk_norm: str = "rms_norm_across_heads"
+    eps: float = 1e-6
+    image_dim: int | None = None
+    added_kv_proj_dim: int | None = None
+    rope_max_seq_len: int = 1024
+    pos_embed_seq_len: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.qk_norm != "rms_norm_across_heads":
+            raise ValueError(f"qk_norm is {self.qk_norm!r}; Wan normalises queries and keys by 'rms_norm_across_heads'")
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+MOVES = SEQUENCE_MOVES
+
+# --- weights ------------------------------------------------------------------------------------------------------------------------
+
+
+def _attention_rows(c: Config, name: str, added: int | None = None) -> Iterator[Row]:
+    d = c.width
+    for key in ("to_q", "to_k", "to_v"):
+        yield from linear_rows(f"{name}.{key}", d, d, "out")
+    yield from linear_rows(f"{name}.to_out.0", d, d, "in")
+    for key in ("norm_q", "norm_k"):
+        yield from norm_rows(f"{name}.{key}", d, split=0)
+    if added is not None:
+        for key in ("add_k_proj", "add_v_proj"):
+            yield from linear_rows(f"{name}.{key}", added, d, "out")
+        yield from norm_rows(f"{name}.norm_added_k", d, split=0)
+
+
+def _block_rows(c: Config) -> Iterator[Row]:
+    d = c.width
+    yield Row("scale_shift_table", (1, 6, d), float32=True)
+    yield from _attention_rows(c, "attn1")
+    yield from _attention_rows(c, "attn2", c.added_kv_proj_dim)
+    if c.cross_attn_norm:
+        yield from norm_rows("norm2", d, bias=True, float32=True)
+    yield from linear_rows("ffn.net.0.proj", d, c.ffn_dim, "out")
+    yield from linear_rows("ffn.net.2", c.ffn_dim, d, "in")
+
+
+def spec(c: Config) -> Iterator[Row]:
+    """Every weight once: name, shape, tensor-parallel split, and whether it stays float32."""
+    d, embed = c.width, "condition_embedder"
+    yield Row("scale_shift_table", (1, 2, d), float32=True)
+    yield Row("patch_embedding.weight", (d, c.in_channels, *c.patch_size))
+    yield Row("patch_embedding.bias", (d,))
+    yield from linear_rows(f"{embed}.time_embedder.linear_1", c.freq_dim, d, float32=True)
+    yield from linear_rows(f"{embed}.time_embedder.linear_2", d, d, float32=True)
+    yield from linear_rows(f"{embed}.time_proj", d, 6 * d)
+    yield from linear_rows(f"{embed}.text_embedder.linear_1", c.text_dim, d)
+    yield from linear_rows(f"{embed}.text_embedder.linear_2", d, d)
+    if c.image_dim is not None:
+        image = f"{embed}.image_embedder"
+        yield from norm_rows(f"{image}.norm1", c.image_dim, bias=True, float32=True)
+        yield from linear_rows(f"{image}.ff.net.0.proj", c.image_dim, c.image_dim)
+        yield from linear_rows(f"{image}.ff.net.2", c.image_dim, d)
+        yield from norm_rows(f"{image}.norm2", d, bias=True, float32=True)
+        if c.pos_embed_seq_len is not None:
+            yield Row(f"{image}.pos_embed", (1, c.pos_embed_seq_len, c.image_dim))
+    yield from repeat("blocks", c.num_layers, _block_rows(c))
+    yield from linear_rows("proj_out", d, c.out_channels * prod(c.patch_size))
+
+
+# --- what is computed once, before the loop ---------------------------------------------------------------------------------------
+
+SHARED = ("cos", "sin", "frozen", "still_modulation")
+"""The request's tensors that every block reads, where present."""
+
+TOKEN_DIMS = {"cos": 0, "sin": 0, "frozen": 1, "frame": 1, "concat": 1}
+"""Which dimension of a request's tensor runs over latent tokens."""
+
+
+def _time(c: Config, w: Weights, t_S: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Timesteps [S] -> time embedding [S, D] and the six modulations of all blocks [S, 6, D]."""
+    w = w / "condition_embedder"
+    e = w / "time_embedder"
+    sinusoid = timestep_embedding(t_S, c.freq_dim).to((e / "linear_1")["weight"].dtype)
+    time = linear(F.silu(linear(sinusoid, e / "linear_1")), e / "linear_2").to(dtype)
+    return time, linear(F.silu(time), w / "time_proj").unflatten(-1, (6, -1))
+
+
+def _image(c: Config, w: Weights, image: Tensor) -> Tensor:
+    """CLIP's tokens of the given images [B, N, C] -> [B', N', D]; where the model has a position table, two images make one row."""
+    if c.pos_embed_seq_len is not None:
+        image = image.reshape(-1, c.pos_embed_seq_len, image.shape[-1]) + w["pos_embed"]
+    ff = w / "ff" / "net"
+    y = linear(F.gelu(linear(layer_norm(image, w / "norm1", 1e-5), ff / "0.proj")), ff / 2)
+    return layer_norm(y, w / "norm2", 1e-5)
+
+
+def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
+    """All that depends only on the request and the table: (constants of the loop, tensors with one row per step).
+
+    inputs: `text` [B, T, text_dim], `positions` [L, 3] of the tokens on the latent grid, and where the variant has them: `image`
+    [B, N, image_dim] CLIP tokens; `concat` [B, L, P'] what stands beside the latents; `frame` [B, L, P] the given latents and
+    `frozen` [1, L, 1] bool which tokens they replace.
+    """
+    embed = w / "condition_embedder"
+    text = embed / "text_embedder"
+    dtype = (text / "linear_1")["weight"].dtype
+    context = linear(F.gelu(linear(inputs["text"].to(dtype), text / "linear_1"), approximate="tanh"), text / "linear_2")
+    image = _image(c, embed / "image_embedder", inputs["image"].to(dtype)) if "image" in inputs else None
+
+    third = 2 * (c.attention_head_dim // 6)
+    rope = rope_table(inputs["positions"], (c.attention_head_dim - 2 * third, third, third))
+    cos, sin = (move(plan, "enter", table.float()[None])[0] for table in rope)  # float32, as the reference keeps its tables
+    request = {"cos": cos, "sin": sin} | {name: inputs[name] for name in ("concat", "frame", "frozen") if name in inputs}
+
+    for _, at in blocks(c):
+        a = w / at / "attn2"
+        heads = (c.num_attention_heads, c.attention_head_dim)
+        request[f"{at}.attn2.k"] = rms_norm(linear(context, a / "to_k"), a / "norm_k", c.eps).unflatten(-1, heads)
+        request[f"{at}.attn2.v"] = linear(context, a / "to_v").unflatten(-1, heads)
+        if image is not None:
+            request[f"{at}.attn2.image_k"] = rms_norm(linear(image, a / "add_k_proj"), a / "norm_added_k", c.eps).unflatten(-1, heads)
+            request[f"{at}.attn2.image_v"] = linear(image, a / "add_v_proj").unflatten(-1, heads)
+
+    time, modulation = _time(c, w, timesteps_S, dtype)
+    if "frozen" in inputs:
+        request["still_time"], request["still_modulation"] = _time(c, w, torch.zeros_like(timesteps_S[:1]), dtype)
+    return request, {"time": time, "modulation": modulation}
+
+
+# --- the network --------------------------------------------------------------------------------------------------------------------
+
+
+def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Tensor:
+    """Latent tokens [B, L, P], the given ones put in their place, -> [B, L, D]."""
+    if "frame" in request:
+        x_BLP = torch.where(request["frozen"], request["frame"].to(x_BLP.dtype), x_BLP)
+    if "concat" in request:
+        x_BLP = torch.cat([x_BLP, request["concat"].to(x_BLP.dtype).expand(x_BLP.shape[0], -1, -1)], -1)
+    weight, bias = w["patch_embedding.weight"], w["patch_embedding.bias"]
+    return move(plan, "enter", F.linear(x_BLP.to(weight.dtype), weight.flatten(1), bias))
+
+
+def _modulations(table: Tensor, step: Tensor, still: Tensor | None, frozen: Tensor | None, x: Tensor) -> list[Tensor]:
+    """table [1, n, D] + step [B, n, D] -> n tensors [B, 1, D], or [B, L, D] where frozen tokens sit at timestep 0."""
+    dtype = compute_dtype(x)
+    moving = (table + step.to(dtype)).unsqueeze(2).unbind(1)
+    if still is None or frozen is None:
+        return list(moving)
+    return [torch.where(frozen, a, b) for a, b in zip((table + still.to(dtype)).unsqueeze(2).unbind(1), moving, strict=True)]
+
+
+def block(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, shared: Tensors) -> Tensor:
+    """Self-attention, cross-attention, feed-forward; the first and the last modulated by the time."""
+    heads = (c.num_attention_heads, c.attention_head_dim)
+    shift, scale, gate, ff_shift, ff_scale, ff_gate = _modulations(
+        w["scale_shift_table"], shared["modulation"], shared.get("still_modulation"), shared.get("frozen"), x_BLD
+    )
+    a = w / "attn1"
+    y = modulate(x_BLD, shift, scale, c.eps)
+    q, k = (
+        rotate_interleaved(rms_norm(linear(y, a / to), a / norm, c.eps).unflatten(-1, heads), shared["cos"], shared["sin"])
+        for to, norm in (("to_q", "norm_q"), ("to_k", "norm_k"))
+    )
+    y = attention(plan, q, k, linear(y, a / "to_v").unflatten(-1, heads)).flatten(2)
+    x_BLD = (x_BLD + linear_sum(plan, y, a / "to_out" / 0) * gate).to(x_BLD.dtype)
+
+    a, known = w / "attn2", request / "attn2"
+    y = layer_norm(x_BLD, w / "norm2", c.eps) if c.cross_attn_norm else x_BLD
+    q = rms_norm(linear(y, a / "to_q"), a / "norm_q", c.eps).unflatten(-1, heads)
+    y = attention(plan, q, known["k"], known["v"])
+    if "image_k" in known:
+        y = y + attention(plan, q, known["image_k"], known["image_v"])
+    x_BLD = x_BLD + linear_sum(plan, y.flatten(2), a / "to_out" / 0)
+
+    f = w / "ffn" / "net"
+    y = F.gelu(linear(modulate(x_BLD, ff_shift, ff_scale, c.eps), f / "0.proj"), approximate="tanh")
+    return (x_BLD + linear_sum(plan, y, f / 2) * ff_gate).to(x_BLD.dtype)
+
+
+def blocks(c: Config) -> list:
+    """The stack as rows (function, prefix)."""
+    return [(block, f"blocks.{i}") for i in range(c.num_layers)]
+
+
+def post(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, step: Tensors) -> Tensor:
+    """[B, L, D] -> predicted velocity of each token [B, L, P]."""
+    x_BLD = move(plan, "leave", x_BLD)
+    twice = step["time"][:, None].expand(-1, 2, -1)
+    still = request["still_time"][:, None].expand(-1, 2, -1) if "frozen" in request else None
+    shift, scale = _modulations(w["scale_shift_table"], twice, still, request.get("frozen"), x_BLD)
+    y = linear(modulate(x_BLD, shift, scale, c.eps), w / "proj_out")
+    return rearrange(y, "b l (patch c) -> b l (c patch)", c=c.out_channels)
+
+
+def predict(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, t_B: Tensor, inputs: Tensors) -> Tensor:
+    """One whole evaluation, nothing kept: tokens [B, L, P] at timesteps [B] or [1] -> velocity [B, L, P]. `inputs` as in `hoist`."""
+    flat, step = hoist(c, plan, w, inputs, t_B)
+    request = Weights(flat)
+    shared = step | {name: flat[name] for name in SHARED if name in flat}
+    x = pre(c, plan, w, x_BLP, request, step)
+    for fn, at in blocks(c):
+        x = fn(c, plan, w / at, x, request / at, shared)
+    return post(c, plan, w, x, request, step)
+
+
+# --- what a pipeline needs of this family -----------------------------------------------------------------------------------------
+
+
+def positions(c: Config, size: tuple[int, int, int], device: torch.device | str | None = None) -> Tensor:
+    """Positions [L, 3] on the patch grid of latents of `size` (frames, height, width)."""
+    return grid_positions(*(n // p for n, p in zip(size, c.patch_size, strict=True)), device=device)
+
+
+def text_input(hidden_BTC: Tensor, mask_BT: Tensor) -> Tensor:
+    """The encoder's last hidden states with the rows of padding set to zero; the network attends to all of them."""
+    return hidden_BTC * mask_BT[..., None].to(hidden_BTC.dtype)
+
+
+def known_frames_mask(size: tuple[int, int, int], first: bool = True, last: bool = False) -> Tensor:
+    """Image to video: mask [1, 4, F, H, W] of which of the clip's frames are given, four frames to a latent frame, the first alone."""
+    frames, height, width = size
+    given = torch.zeros(4 * frames - 3)
+    given[:1] = float(first)
+    if last:
+        given[-1] = 1
+    grouped = torch.cat([given[:1].repeat(4), given[1:]]).view(frames, 4).T
+    return grouped[None, :, :, None, None].expand(1, 4, frames, height, width)

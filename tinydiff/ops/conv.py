@@ -1,0 +1,41 @@
+"""Convolutions on images and clips. Shape letters: B batch, C channels, T frames, H height, W width."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinydiff.ops.weights import Weights
+
+
+def conv2d(x_BCHW: Tensor, w: Weights, stride: int = 1, padding: int = 0) -> Tensor:
+    """2-D convolution with `w.weight` [O, C, kh, kw] and `w.bias`."""
+    return F.conv2d(x_BCHW, w["weight"], w.get("bias"), stride, padding)
+
+
+def per_frame(fn, x_BCTHW: Tensor) -> Tensor:
+    """Apply an image function [N, C, H, W] -> [N, C', H', W'] to every frame of a clip."""
+    batch, _, frames = x_BCTHW.shape[:3]
+    if frames == 1:
+        return fn(x_BCTHW[:, :, 0])[:, :, None]
+    y = fn(x_BCTHW.transpose(1, 2).flatten(0, 1))
+    return y.unflatten(0, (batch, frames)).transpose(1, 2)
+
+
+def causal_conv3d(x_BCTHW: Tensor, w: Weights, past: Tensor | None = None) -> Tensor:
+    """3-D convolution that never looks at later frames; height and width keep their size.
+
+    The kernel's reach into the past is filled with `past` [B, C, <= kt-1, H, W], the frames before x, and with zeros before that.
+    """
+    weight = w["weight"]
+    reach, pad_h, pad_w = weight.shape[2] - 1, weight.shape[3] // 2, weight.shape[4] // 2
+    if past is not None:
+        x_BCTHW = torch.cat([past, x_BCTHW], 2)
+        reach -= past.shape[2]
+    elif x_BCTHW.shape[2] == 1:
+        # A single frame meets only the last temporal slice of the kernel; the others would multiply zeros.
+        return F.conv2d(x_BCTHW[:, :, 0], weight[:, :, -1], w.get("bias"), padding=(pad_h, pad_w))[:, :, None]
+    if reach:
+        x_BCTHW = F.pad(x_BCTHW, (0, 0, 0, 0, reach, 0))
+    return F.conv3d(x_BCTHW, weight, w.get("bias"), padding=(0, pad_h, pad_w))

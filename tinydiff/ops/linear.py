@@ -1,0 +1,33 @@
+"""Matrix products with weight leaves. The only place that looks at the kind of a leaf."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinydiff.ops.moves import move
+from tinydiff.ops.weights import Weights
+from tinydiff.parallel.plan import Plan
+
+
+def matmul(x: Tensor, leaf: Tensor) -> Tensor:
+    """x [..., I] times a weight leaf [O, I] -> [..., O]. A new storage format is a new leaf type and a new case here."""
+    match leaf:
+        case torch.Tensor():
+            return F.linear(x, leaf)
+    raise TypeError(f"no product is defined for a weight leaf of type {type(leaf).__name__}")
+
+
+def linear(x: Tensor, w: Weights) -> Tensor:
+    """x [..., I] -> [..., O]: `x @ w.weight.T + w.bias`, the bias optional."""
+    y = matmul(x, w["weight"])
+    bias = w.get("bias")
+    return y if bias is None else y + bias
+
+
+def linear_sum(plan: Plan, x: Tensor, w: Weights) -> Tensor:
+    """The row-split linear: partial products are summed over `tp` before the bias is added, once."""
+    y = move(plan, "sum", matmul(x, w["weight"]))
+    bias = w.get("bias")
+    return y if bias is None else y + bias

@@ -1,0 +1,32 @@
+"""Normalisation and adaptive modulation. Shape letters: B batch, L tokens, D width."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinydiff.ops.weights import Weights
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type norms and modulations compute in: float32 for half types, the input's own otherwise."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def layer_norm(x: Tensor, w: Weights | None = None, eps: float = 1e-6) -> Tensor:
+    """LayerNorm over the last dimension, at least in float32, back in x's type. With `w` also its weight and bias."""
+    dtype = compute_dtype(x)
+    weight, bias = (None, None) if w is None else (w["weight"].to(dtype), w["bias"].to(dtype))
+    return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
+
+
+def rms_norm(x: Tensor, w: Weights, eps: float = 1e-6) -> Tensor:
+    """RMSNorm over the last dimension times `w.weight`; half types are summed in float32."""
+    return F.rms_norm(x, x.shape[-1:], w["weight"].to(x.dtype), eps)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """Non-affine LayerNorm, then `y * (1 + scale) + shift`, computed in the modulation's type, returned in x's. x [B, L, D]."""
+    y = F.layer_norm(x.to(shift.dtype), x.shape[-1:], eps=eps)
+    return (y * (1 + scale) + shift).to(x.dtype)

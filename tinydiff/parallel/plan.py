@@ -1,0 +1,122 @@
+"""The words of the parallel plan: weight rows, placements, moves, and the static place of one process.
+
+A family lists every weight once as a `Row`. The loader's check, random initialisation, sharding, memory planning and FLOP counts
+all read these rows. Activations are resharded by named `Move`s, each a pair of placements on one mesh axis. This module holds
+words only and imports no torch: `ops/moves.py` carries a move out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight of a checkpoint.
+
+    name: the checkpoint's own key. shape: its full shape. split: the dimension divided over the `tp` axis, None when replicated.
+    parts: widths of the blocks concatenated along `split`, each divided on its own. float32: stays float32 whatever the
+    network's type is. optional: may be absent from a checkpoint (a second name of a tied weight, say).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    split: int | None = None
+    parts: tuple[int, ...] = ()
+    float32: bool = False
+    optional: bool = False
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """Every rank holds the whole tensor."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Each rank holds an equal slice along `dim`."""
+
+    dim: int
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Each rank holds a summand of the tensor."""
+
+
+Placement = Replicate | Shard | Partial
+
+
+@dataclass(frozen=True)
+class Move:
+    """Reshard an activation on mesh axis `axis` from one placement to another."""
+
+    axis: str
+    source: Placement
+    target: Placement
+
+
+SEQUENCE_MOVES: tuple[tuple[str, Move], ...] = (
+    ("enter", Move("ulysses", Replicate(), Shard(1))),
+    ("heads", Move("ulysses", Shard(1), Shard(2))),
+    ("tokens", Move("ulysses", Shard(2), Shard(1))),
+    ("leave", Move("ulysses", Shard(1), Replicate())),
+    ("sum", Move("tp", Partial(), Replicate())),
+)
+"""The moves of a transformer on tokens [B, L, ...]: a family names these, a layout gives the axes their sizes."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is static about how this process runs a network. The default is one device, every move the identity.
+
+    moves: the family's named moves. sizes: (axis, number of ranks) of the live mesh axes. attention: the backend's name, a key of
+    `ops.attention.BACKENDS`.
+    """
+
+    moves: tuple[tuple[str, Move], ...] = ()
+    sizes: tuple[tuple[str, int], ...] = ()
+    attention: str = "sdpa"
+
+
+def linear_rows(
+    name: str, fan_in: int, fan_out: int, split: str | None = None, *, bias: bool = True, parts: tuple[int, ...] = (), float32: bool = False
+) -> Iterator[Row]:
+    """Rows of a linear layer, weight [fan_out, fan_in]. `split`: "out" divides the outputs (column parallel), "in" the inputs (row parallel)."""
+    yield Row(f"{name}.weight", (fan_out, fan_in), {"out": 0, "in": 1, None: None}[split], parts, float32)
+    if bias:
+        columns = split == "out"
+        yield Row(f"{name}.bias", (fan_out,), 0 if columns else None, parts if columns else (), float32)
+
+
+def conv_rows(name: str, channels_in: int, channels_out: int, kernel: tuple[int, ...]) -> Iterator[Row]:
+    """Rows of a convolution, weight [channels_out, channels_in, *kernel] and its bias."""
+    yield Row(f"{name}.weight", (channels_out, channels_in, *kernel))
+    yield Row(f"{name}.bias", (channels_out,))
+
+
+def norm_rows(name: str, width: int, *, bias: bool = False, split: int | None = None, float32: bool = False) -> Iterator[Row]:
+    """Rows of a norm over `width`: its weight and, if asked, its bias."""
+    yield Row(f"{name}.weight", (width,), split, float32=float32)
+    if bias:
+        yield Row(f"{name}.bias", (width,), split, float32=float32)
+
+
+def under(prefix: str, *groups: Iterable[Row]) -> Iterator[Row]:
+    """The rows of all groups, each name below `prefix`."""
+    for rows in groups:
+        for row in rows:
+            yield replace(row, name=f"{prefix}.{row.name}")
+
+
+def repeat(prefix: str, count: int, *groups: Iterable[Row]) -> Iterator[Row]:
+    """The rows of all groups below `prefix.0` to `prefix.{count - 1}`."""
+    rows = [row for group in groups for row in group]
+    for index in range(count):
+        yield from under(f"{prefix}.{index}", rows)

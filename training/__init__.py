@@ -1,0 +1,1 @@
+"""Trains the model shipped with tinydiff: procedural data, the autoencoder, the text encoder with the transformer, and their evaluation."""

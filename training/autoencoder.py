@@ -1,0 +1,155 @@
+"""Training of the autoencoder: first on pictures, then on clips and pictures with the coding of pictures held still.
+
+For one picture a causal kernel reduces to its last temporal slice, so `pictures` trains 2-D kernels. `clips` puts zero slices before
+them; of the encoder it trains only those and the temporal convolutions, so a picture's latents stay exactly what they were and the
+denoiser can already be trained on them; the decoder goes on learning whole.
+
+Convolutions run in bfloat16 with channels innermost, which is several times faster on CPUs that have it; the weights stay float32.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tinydiff.models.autoencoders import wan as wan_vae
+from tinydiff.ops.weights import Weights
+from training import model
+from training.scenes import render, scenes
+
+C = model.autoencoder()
+FLAT = ("encoder.conv_in.", "encoder.down_blocks.0.", "decoder.up_blocks.3.", "decoder.conv_out.")
+"""Layers at the finest resolution never look at earlier frames: their kernels keep one temporal slice until they are exported."""
+Params = dict[str, Tensor]
+
+
+def initial(seed: int) -> Params:
+    """Random weights; spatial kernels have one temporal slice, the last layer of every residual branch starts at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    params = {}
+    for row in wan_vae.spec(C):
+        shape = list(row.shape)
+        if len(shape) == 5 and shape[3] == 3:
+            shape[2] = 1
+        if row.name.endswith("gamma"):
+            params[row.name] = torch.ones(shape)
+        elif len(shape) == 1 or row.name.endswith(("conv2.weight", "attentions.0.proj.weight", "resample.1.weight")):
+            params[row.name] = torch.zeros(shape)
+        else:
+            params[row.name] = torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
+    return params
+
+
+def with_past(params: Params, flat: tuple[str, ...] = FLAT) -> Params:
+    """Kernels [O, I, 1, 3, 3] -> [O, I, 3, 3, 3], zeros for the two frames before; layers below the prefixes `flat` stay as they are."""
+    grown = {}
+    for row in wan_vae.spec(C):
+        kernel = params[row.name]
+        missing = 0 if kernel.ndim < 5 or row.name.startswith(flat) else row.shape[2] - kernel.shape[2]
+        grown[row.name] = torch.cat([kernel.new_zeros(*kernel.shape[:2], missing, *kernel.shape[3:]), kernel], 2) if missing else kernel
+    return grown
+
+
+def _fast(params: Params) -> Params:
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return {n: t.to(torch.bfloat16, memory_format=layouts.get(t.ndim, torch.preserve_format)) for n, t in params.items()}
+
+
+def losses(params: Params, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean absolute error of pixels and of their differences to the neighbours, divergence of the latents from a unit Gaussian)."""
+    w = Weights(_fast(params))
+    mean, log_variance = wan_vae.moments(C, w, x.to(torch.bfloat16)).float().chunk(2, 1)
+    log_variance = log_variance.clamp(-12, 4)
+    z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+    error = wan_vae.raw_pixels(C, w, z.to(torch.bfloat16)).float() - x
+    sharp = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    return error.abs().mean() + 0.5 * sharp, divergence
+
+
+def around_edges(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """A square of every clip [B, 3, T, H, W] that holds a contour: flat ground teaches little."""
+    edges = x.diff(dim=-1).abs().sum((1, 2))[:, : x.shape[-2]].flatten(1) + 1e-3
+    pick = torch.multinomial(edges, 1, generator=generator)[:, 0]
+    limit = x.shape[-1] - side
+    jitter = torch.randint(-side // 3, side // 3 + 1, (2, len(pick)), generator=generator)
+    top = (pick // (x.shape[-1] - 1) - side // 2 + jitter[0]).clamp(0, limit)
+    left = (pick % (x.shape[-1] - 1) - side // 2 + jitter[1]).clamp(0, limit)
+    return torch.stack([clip[..., i : i + side, j : j + side] for clip, i, j in zip(x, top.tolist(), left.tolist(), strict=True)])
+
+
+def _batches(step: int, seed: int, stage: str, done: float) -> list[Tensor]:
+    """The batches of a step: squares around contours first, whole pictures in the last quarter."""
+    generator = torch.Generator().manual_seed(seed + step)
+    whole = done > 0.75
+    count = 6 if whole else 16
+    x = render(scenes(seed + step, "picture", count // 2) + scenes(seed + step, "pair", count - count // 2))
+    batches = [x if whole else around_edges(x, 64, generator)]
+    if stage == "clips":
+        batches.append(around_edges(render(scenes(seed + step, "clip", 4)), 64, generator))
+    return batches
+
+
+def _trained(stage: str, name: str, tensor: Tensor) -> Tensor | None:
+    """The mask of what `stage` may change of a weight, None for nothing."""
+    if stage == "pictures":
+        return None if "time_conv" in name else torch.ones(())
+    if "time_conv" in name or name.startswith(("decoder.", "post_quant_conv.")):
+        return torch.ones(())
+    if tensor.ndim == 5 and tensor.shape[2] == 3:
+        mask = torch.ones(1, 1, 3, 1, 1)
+        mask[:, :, -1] = 0
+        return mask
+    return None
+
+
+def train(stage: str, run: Path, steps: int, seed: int = 1, log: Callable[[str], None] = print, device: str = "cpu") -> None:
+    """Train `stage` ("pictures" or "clips") for `steps` in all and write `run/<stage>.pt`; resumes from that file when it is there."""
+    path = run / f"{stage}.pt"
+    before = run / "pictures.pt"
+    if path.exists():
+        state = torch.load(path, device)
+    else:
+        params = initial(seed) if stage == "pictures" else with_past(torch.load(before)["average"])
+        params = {name: tensor.to(device) for name, tensor in params.items()}
+        state = {"step": 0, "params": params, "average": {n: t.clone() for n, t in params.items()}, "optimiser": None}
+    params, average = state["params"], state["average"]
+    masks = {name: mask.to(device) for name, tensor in params.items() if (mask := _trained(stage, name, tensor)) is not None}
+    leaves = [params[name].requires_grad_() for name in masks]
+    rate = 2e-3 if stage == "pictures" else 1e-3
+    optimiser = torch.optim.AdamW(leaves, rate, betas=(0.9, 0.95), weight_decay=0.0)
+    if state["optimiser"]:
+        optimiser.load_state_dict(state["optimiser"])
+    started, shown, history = time.monotonic(), time.monotonic(), []
+    for step in range(state["step"], steps):
+        done = step / steps
+        for group in optimiser.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        for x in _batches(step, seed * 1_000_000, stage, done):
+            error, divergence = losses(params, x.to(device))
+            (error + 3e-5 * divergence).backward()
+            history.append((error.item(), divergence.item()))
+        for name, mask in masks.items():
+            if mask.ndim and params[name].grad is not None:
+                params[name].grad.mul_(mask)
+        torch.nn.utils.clip_grad_norm_(leaves, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            keep = min(0.998, step / (step + 10))
+            for name in masks:
+                average[name].lerp_(params[name].detach(), 1 - keep)
+        if time.monotonic() - shown > 20 or step + 1 == steps:
+            shown = time.monotonic()
+            recent = torch.tensor(history[-50:]).mean(0)
+            pace = (step + 1 - state["step"]) / (shown - started)
+            log(f"{stage} step {step + 1}/{steps} error {recent[0]:.4f} divergence {recent[1]:.2f} {pace:.2f} steps/s")
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            saved = {"step": step + 1, "average": average, "optimiser": optimiser.state_dict()}
+            torch.save(saved | {"params": {n: t.detach() for n, t in params.items()}}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").rename(path)

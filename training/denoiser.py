@@ -1,0 +1,180 @@
+"""Training of the denoiser and its text encoder, together, on the autoencoder's latents: flow matching with velocity prediction.
+
+Pictures are clips of one latent frame, so one network learns both. A quarter of the clips are given their first frame, its tokens clean
+and at timestep 0, as TI2V wants it. One prompt in ten is empty, for guidance.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from tinydiff.models import wan
+from tinydiff.models.autoencoders import wan as wan_vae
+from tinydiff.models.encoders import t5
+from tinydiff.ops.patch import patchify
+from tinydiff.ops.weights import Weights
+from tinydiff.parallel.plan import Plan
+from training import autoencoder, model
+from training.captions import caption
+from training.scenes import Kind, Scene, render, scenes
+
+C = model.transformer()
+EMPTY = 0.1  # share of prompts left empty
+GIVEN = 0.25  # share of clips whose first frame is given
+Params = dict[str, Tensor]
+Log = Callable[[str], None]
+
+
+def encoded(run: Path, kind: Kind, count: int, seed: int, log: Log, device: str = "cpu") -> tuple[list[Scene], Tensor]:
+    """`count` training scenes of a kind and the means of their latents, float16 [count, Z, F, 8, 8], kept in `run` once made."""
+    path = run / f"latents-{kind}.pt"
+    made = scenes(seed, kind, count)
+    stage = "clips" if kind == "clip" else "pictures"
+    if path.exists() and len(latents := torch.load(path)) == count:
+        return made, latents
+    w = Weights(torch.load(run / f"{stage}.pt", device)["average"])
+    size, parts = (4 if kind == "clip" else 32), []
+    started = time.monotonic()
+    with torch.no_grad():
+        for i in range(0, count, size):
+            parts.append(wan_vae.moments(autoencoder.C, w, render(made[i : i + size]).to(device))[:, : autoencoder.C.z_dim].half().cpu())
+            if (i // size) % 100 == 99:
+                log(f"latents {kind} {i + size}/{count} {(i + size) / (time.monotonic() - started):.1f} /s")
+    latents = torch.cat(parts)
+    torch.save(latents, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").rename(path)
+    return made, latents
+
+
+def statistics(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [Z] of latents [N, Z, F, H, W]: what goes into the autoencoder's config."""
+    flat = pictures.float().transpose(0, 1).flatten(1)
+    return flat.mean(1), flat.std(1)
+
+
+def initial(seed: int, vocabulary: int) -> tuple[Params, t5.Config]:
+    """Random weights, `text.` and `denoiser.` before their names; every branch ends in zeros, so the network starts as the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    text = model.text_encoder(vocabulary)
+    params: Params = {}
+    for prefix, rows in (("text", t5.spec(text)), ("denoiser", wan.spec(C))):
+        for row in rows:
+            if row.optional:
+                continue
+            name, shape = row.name, row.shape
+            if name.endswith("scale_shift_table"):
+                value = torch.zeros(shape)
+                if shape[1] == 6:
+                    value[:, 2::3] = 1  # the gates
+            elif "norm" in name:
+                value = torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
+            elif len(shape) == 1 or name.endswith(("to_out.0.weight", "ffn.net.2.weight", "proj_out.weight")):
+                value = torch.zeros(shape)
+            else:
+                scale = {"shared.weight": 1.0, "condition_embedder.time_proj.weight": 0.1 / C.width**0.5}.get(name)
+                if name.endswith("SelfAttention.q.weight"):
+                    scale = (shape[1] * text.d_kv) ** -0.5  # T5 does not scale its attention
+                value = torch.randn(shape, generator=generator) * (scale or 1 / math.prod(shape[1:]) ** 0.5)
+            params[f"{prefix}.{name}"] = value
+    return params, text
+
+
+def tokens(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Texts -> ids and mask [B, T], cut and padded to the model's length."""
+    ids = torch.zeros(len(texts), model.TEXT_TOKENS, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, encoding in enumerate(tokenizer.encode_batch(texts)):
+        found = encoding.ids[: model.TEXT_TOKENS]
+        ids[row, : len(found)], mask[row, : len(found)] = torch.tensor(found), 1
+    return ids, mask
+
+
+def loss(params: Params, text: t5.Config, ids: Tensor, mask: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the predicted velocity, over normalised latents [B, Z, F, H, W]."""
+    w = Weights(params)
+    hidden = wan.text_input(t5.encode(text, Plan(), w / "text", ids, mask), mask)
+    clean = patchify(latents, C.patch_size)
+    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+    sigma = torch.sigmoid(torch.randn(len(clean), generator=generator)).to(clean.device)
+    noisy = torch.lerp(clean, noise, sigma[:, None, None])
+    inputs = {"text": hidden, "positions": wan.positions(C, tuple(latents.shape[2:]), clean.device)}
+    weight = clean.new_ones(())
+    if latents.shape[2] > 1 and torch.rand((), generator=generator) < GIVEN:
+        frozen = (inputs["positions"][:, 0] == 0)[None, :, None]
+        inputs |= {"frame": clean, "frozen": frozen}
+        weight = (~frozen).float()
+    velocity = wan.predict(C, Plan(), w / "denoiser", noisy, sigma * 1000, inputs)
+    return ((velocity - (noise - clean)).square() * weight).mean() / weight.mean()
+
+
+def train(
+    run: Path,
+    steps: int,
+    tokenizer: Path,
+    counts: dict[Kind, int],
+    batches: dict[Kind, int],
+    clips_from: int,
+    seed: int = 1,
+    log: Log = print,
+    device: str = "cpu",
+) -> None:
+    """Train for `steps` in all and write `run/denoiser.pt`; resumes from it.
+
+    A step takes a batch of each kind in `batches`, drawn from `counts` scenes; clips, dear and learnt quickly by a network that knows
+    pictures, join at step `clips_from`.
+    """
+    words = Tokenizer.from_file(str(tokenizer))
+    path = run / "denoiser.pt"
+    data = {kind: encoded(run, kind, counts[kind], seed, log, device) for kind in batches if kind != "clip"}
+    params, text = initial(seed, words.get_vocab_size())
+    params = {name: tensor.to(device) for name, tensor in params.items()}
+    fresh = {"step": 0, "params": params, "average": {name: tensor.clone() for name, tensor in params.items()}}
+    state = torch.load(path, device) if path.exists() else fresh
+    params, average = state["params"], state["average"]
+    mean, std = (values.cpu() for values in state.get("statistics") or statistics(data["picture"][1]))
+    leaves = [tensor.requires_grad_() for tensor in params.values()]
+    rate = 1.5e-3
+    optimiser = torch.optim.AdamW(leaves, rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    if "optimiser" in state:
+        optimiser.load_state_dict(state["optimiser"])
+    started = shown = time.monotonic()
+    history: dict[str, list[float]] = {kind: [] for kind in batches}
+    for step in range(state["step"], steps):
+        for group in optimiser.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        generator, rng = torch.Generator().manual_seed(seed * 1_000_003 + step), Random(f"{seed} {step}")
+        for kind, size in batches.items():
+            if kind == "clip" and step < clips_from:
+                continue
+            if kind not in data:
+                data[kind] = encoded(run, kind, counts[kind], seed, log, device)
+            made, latents = data[kind]
+            picks = torch.randint(len(made), (size,), generator=generator)
+            texts = ["" if rng.random() < EMPTY else caption(made[i], rng) for i in picks.tolist()]
+            normal = (latents[picks].float() - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
+            ids, mask = (rows.to(device) for rows in tokens(words, texts))
+            error = loss(params, text, ids, mask, normal.to(device), generator)
+            error.backward()
+            history[kind].append(error.item())
+        torch.nn.utils.clip_grad_norm_(leaves, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            keep = min(0.999, step / (step + 10))
+            torch._foreach_lerp_(list(average.values()), [p.detach() for p in leaves], 1 - keep)
+        if time.monotonic() - shown > 30 or step + 1 == steps:
+            shown = time.monotonic()
+            recent = " ".join(f"{kind} {sum(h[-100:]) / len(h[-100:]):.4f}" for kind, h in history.items() if h)
+            log(f"denoiser step {step + 1}/{steps} loss {recent} {(step + 1 - state['step']) / (shown - started):.2f} steps/s")
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            saved = {"step": step + 1, "average": average, "optimiser": optimiser.state_dict(), "statistics": (mean, std)}
+            torch.save(saved | {"params": {n: t.detach() for n, t in params.items()}}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").rename(path)

@@ -1,0 +1,227 @@
+"""The procedural data set: coloured shapes on a plain background, as pictures of one shape or of a pair and as clips of one moving shape.
+
+A `Scene` says what is shown (its attributes, words of the tuples below) and exactly where (its continuous parameters, pixels of a
+128 x 128 canvas, y pointing down). `scenes` samples them, `render` draws a batch of them with analytic distance fields.
+`training.captions` puts them into words.
+
+One in ten combinations of attributes is held out by a fixed rule (`held_out`): training never sees them, the evaluation sees nothing else.
+"""
+
+import math
+import zlib
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["picture", "pair", "clip"]
+
+CANVAS = 128  # pixels, both ways
+FRAMES = 17  # of a clip
+
+PALETTE: dict[str, tuple[int, int, int]] = {
+    "red": (215, 25, 35),
+    "orange": (250, 130, 10),
+    "yellow": (255, 230, 20),
+    "green": (35, 160, 65),
+    "blue": (35, 85, 225),
+    "purple": (140, 50, 180),
+    "black": (10, 10, 10),
+    "white": (245, 245, 245),
+}
+COLOURS = tuple(PALETTE)
+SHAPES = ("circle", "square", "triangle", "star", "ring")
+RADII = {"small": (13.0, 15.0), "large": (28.0, 31.0)}  # half the width of the shape, pixels
+PAIR_RADII = (18.0, 23.0)  # both shapes of a pair: a size of its own, never named
+SIZES = tuple(RADII)
+PLACES = {"left": (34.0, 64.0), "right": (94.0, 64.0), "top": (64.0, 34.0), "bottom": (64.0, 94.0), "centre": (64.0, 64.0)}
+RELATIONS = {"left of": ("left", "right"), "above": ("top", "bottom")}  # where the first and the second shape go
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+MOTIONS = (*DIRECTIONS, "grow", "shrink")
+EXTENT = (30.0, 45.0)  # how far a moving shape goes over a clip, pixels
+GROWTH = (1.9, 2.1)  # by what factor a growing shape grows (a shrinking one shrinks)
+
+# What a held-out combination is a combination of, for each kind of scene.
+KEYS: dict[Kind, tuple[str, ...]] = {
+    "picture": ("colour", "shape", "size", "place"),
+    "pair": ("colour", "shape", "relation", "colour2", "shape2"),
+    "clip": ("colour", "shape", "motion"),
+}
+SALT = 2  # of the checksum that holds combinations out: with it, every word is in some of them, and every word is trained
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture or clip: attributes in words (None where the kind has no such attribute), then the parameters that `render` draws.
+
+    `size` of a clip is that of its first frame and `place` that of the middle of its path (None: anywhere).
+    `start`, `end` and `start2` are (x, y, radius) in pixels; a picture has start == end.
+    """
+
+    kind: Kind
+    colour: str
+    shape: str
+    background: str
+    start: tuple[float, float, float]
+    end: tuple[float, float, float]
+    size: str | None = None
+    place: str | None = None
+    motion: str | None = None
+    relation: str | None = None
+    colour2: str | None = None
+    shape2: str | None = None
+    start2: tuple[float, float, float] | None = None
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Every attribute that this scene has, by name."""
+        names = ("colour", "shape", "size", "place", "background", "motion", "relation", "colour2", "shape2")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+def held_out(scene: Scene) -> bool:
+    """Whether the scene belongs to the one combination in ten that training never sees (by a checksum of the words)."""
+    words = "/".join(str(getattr(scene, name)) for name in KEYS[scene.kind])
+    return zlib.crc32(f"{SALT}/{scene.kind}/{words}".encode()) % 10 == 0
+
+
+def scenes(seed: int, kind: Kind, count: int, held_out: bool = False) -> list[Scene]:
+    """`count` scenes of one kind, the same for the same seed; only held-out ones, or none of those."""
+    rng = Random(f"{seed}/{kind}/{held_out}")
+    return [sample_scene(rng, kind, held_out) for _ in range(count)]
+
+
+def sample_scene(rng: Random, kind: Kind, held_out: bool = False) -> Scene:
+    """One scene with uniform attributes; only a held-out one, or only one that is not."""
+    sample = {"picture": _picture, "pair": _pair, "clip": _clip}[kind]
+    while True:
+        scene = sample(rng)
+        if _is_held_out(scene) == held_out:
+            return scene
+
+
+_is_held_out = held_out  # the samplers' argument of that name hides the function
+
+
+def _picture(rng: Random) -> Scene:
+    colour, background = rng.sample(COLOURS, 2)
+    size, place = rng.choice(SIZES), rng.choice(tuple(PLACES))
+    start = _put(rng, place, rng.uniform(*RADII[size]))
+    return Scene("picture", colour, rng.choice(SHAPES), background, start, start, size, place)
+
+
+def _pair(rng: Random) -> Scene:
+    first, second = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], 2)
+    background = rng.choice([colour for colour in COLOURS if colour not in (first[0], second[0])])
+    relation = rng.choice(tuple(RELATIONS))
+    start, start2 = (_put(rng, place, rng.uniform(*PAIR_RADII)) for place in RELATIONS[relation])
+    words = {"relation": relation, "colour2": second[0], "shape2": second[1]}
+    return Scene("pair", *first, background, start, start, start2=start2, **words)
+
+
+def _clip(rng: Random) -> Scene:
+    colour, background = rng.sample(COLOURS, 2)
+    motion = rng.choice(MOTIONS)
+    if motion in DIRECTIONS:
+        size = rng.choice(SIZES)
+        first = last = rng.uniform(*RADII[size])
+        extent = rng.uniform(*EXTENT)
+        way = (DIRECTIONS[motion][0] * extent, DIRECTIONS[motion][1] * extent)
+        places = ("top", "centre", "bottom") if way[1] == 0 else ("left", "centre", "right")  # off the path's own axis
+    else:
+        large = rng.uniform(*RADII["large"])
+        small = large / rng.uniform(*GROWTH)
+        size, first, last = ("small", small, large) if motion == "grow" else ("large", large, small)
+        way = (0.0, 0.0)
+        places = tuple(PLACES)
+    place = rng.choice(places) if rng.random() < 0.6 else None
+    radius = max(first, last)
+    if place is None:  # anywhere that the whole path fits: a first frame that someone else made starts anywhere too
+        x, y = (_within(rng, radius + abs(step) / 2) for step in way)
+    else:
+        x, y, _ = _put(rng, place, radius)
+    start, end = (x - way[0] / 2, y - way[1] / 2, first), (x + way[0] / 2, y + way[1] / 2, last)
+    return Scene("clip", colour, rng.choice(SHAPES), background, start, end, size, place, motion)
+
+
+def _put(rng: Random, place: str, radius: float) -> tuple[float, float, float]:
+    """A position near a place: the larger the shape the nearer, so that it stays inside the canvas."""
+    jitter = 4.0 if radius < 20 else 1.5
+    x, y = PLACES[place]
+    return x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter), radius
+
+
+def _within(rng: Random, reach: float) -> float:
+    return rng.uniform(reach + 1, CANVAS - reach - 1)
+
+
+def render(batch: list[Scene], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Draws scenes of pictures and pairs (T = 1) or of clips (T = 17): [B, 3, T, 128, 128] in [-1, 1], edges one pixel soft."""
+    frames = FRAMES if batch[0].kind == "clip" else 1
+    if any((scene.kind == "clip") != (frames > 1) for scene in batch):
+        raise ValueError("a batch is all pictures or all clips")
+    palette = torch.tensor(list(PALETTE.values()), dtype=dtype) / 127.5 - 1
+    index = {colour: i for i, colour in enumerate(COLOURS)}
+    background = palette[[index[scene.background] for scene in batch]]
+    video = background[:, :, None, None, None].expand(-1, -1, frames, CANVAS, CANVAS).contiguous()
+    time = torch.linspace(0, 1, frames, dtype=dtype)
+    for shape in SHAPES:
+        firsts = [(i, scene.colour, scene.start, scene.end) for i, scene in enumerate(batch) if scene.shape == shape]
+        seconds = [(i, scene.colour2, scene.start2, scene.start2) for i, scene in enumerate(batch) if scene.shape2 == shape]
+        for group in (firsts, seconds):
+            if not group:
+                continue
+            rows, colours, starts, ends = zip(*group, strict=True)
+            start, end = torch.tensor(starts, dtype=dtype), torch.tensor(ends, dtype=dtype)
+            x, y, radius = (start[:, :, None] + (end - start)[:, :, None] * time).unbind(1)  # each [N, T]
+            alpha = coverage(shape, x, y, radius)[:, None]
+            under = video[list(rows)]
+            video[list(rows)] = under.lerp_(palette[[index[c] for c in colours]][:, :, None, None, None].expand_as(under), alpha)
+    return video
+
+
+def to_pixels(video: Tensor) -> Tensor:
+    """[B, 3, T, H, W] in [-1, 1] as bytes [B, T, H, W, 3], rounded."""
+    return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+
+
+def coverage(shape: str, x: Tensor, y: Tensor, radius: Tensor, side: int = CANVAS) -> Tensor:
+    """How much of each pixel a shape covers: [..., side, side] in [0, 1] for centres and radii [...] in pixels.
+
+    The box around each shape is centred on (x, y) and at most 2 * radius wide and high.
+    """
+    centres = torch.arange(side, dtype=x.dtype) + 0.5
+    u, v = centres - x[..., None, None], centres[:, None] - y[..., None, None]
+    return _distance(shape, u, v, radius[..., None, None]).neg_().add_(0.5).clamp_(0, 1)
+
+
+def _distance(shape: str, u: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    """Signed distance in pixels to the edge, negative inside, exact near the edges; u points right, v down."""
+    if shape == "circle":
+        return (u * u + v * v).sqrt_() - r
+    if shape == "ring":
+        return ((u * u + v * v).sqrt_() - 0.775 * r).abs_() - 0.225 * r  # the hole's radius is 0.55 r
+    if shape == "square":
+        return torch.maximum(u.abs(), v.abs()) - 0.88 * r
+    if shape == "triangle":  # equilateral: width 2 r, height sqrt(3) r
+        half = math.sqrt(3) / 2
+        return torch.maximum(u.abs() * half - (v + half * r) / 2, v - half * r)
+    if shape == "star":
+        return _star(u, v, 1.05 * r)
+    raise ValueError(f"no shape {shape!r}")
+
+
+def _star(u: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    """Five points of radius r around 0.42 r: the plane is folded onto one half of one point, where the edge is one line."""
+    cos, sin = math.cos(math.pi / 5), math.sin(math.pi / 5)
+    rise = (1 - cos) / 2 * r  # the box of a star lies (1 - cos 36) / 2 above its centre
+    a, b = u.abs(), rise - v  # b points up
+    for sign in (1, -1):
+        over = (a * (sign * cos) - b * sin).clamp_(min=0).mul_(2)
+        a, b = a - over * (sign * cos), b + over * sin
+    a = a.abs_()
+    edge = (0.42 * sin, 0.42 * cos - 1)  # from the tip (0, 1) to the notch beside it, in units of r
+    length = math.hypot(*edge)
+    return ((b - r) * (edge[0] / length)).sub_(a * (edge[1] / length))

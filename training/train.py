@@ -1,0 +1,52 @@
+"""Makes the shipped model from nothing: `python -m training.train RUN FOLDER`.
+
+Stages, each resumed from its file in RUN when interrupted: the autoencoder on pictures, its memory on clips, the denoiser with its text
+encoder on both; then FOLDER is written and evaluated. Runs on the CPU; hours on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from training import autoencoder, denoiser, tokenizer
+from training.evaluate import evaluate
+from training.export import export
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of the checkpoints and the log")
+    parser.add_argument("folder", type=Path, help="folder to write the model into")
+    parser.add_argument("--picture-steps", type=int, default=4000, help="steps of the autoencoder on pictures")
+    parser.add_argument("--clip-steps", type=int, default=1500, help="steps of the autoencoder on clips")
+    parser.add_argument("--steps", type=int, default=6500, help="steps of the denoiser")
+    parser.add_argument("--clips-from", type=int, default=2400, help="step of the denoiser from which it learns clips too")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    run: Path = arguments.run
+    run.mkdir(parents=True, exist_ok=True)
+
+    def log(line: str) -> None:
+        print(line, flush=True)
+        with (run / "log.txt").open("a") as file:
+            file.write(line + "\n")
+
+    tokenizer.save(run / "tokenizer")
+    autoencoder.train("pictures", run, arguments.picture_steps, arguments.seed, log, arguments.device)
+    autoencoder.train("clips", run, arguments.clip_steps, arguments.seed, log, arguments.device)
+    counts = {"picture": 16000, "pair": 12000, "clip": 3000}
+    batches = {"picture": 64, "pair": 40, "clip": 16}
+    words = run / "tokenizer" / "tokenizer.json"
+    denoiser.train(run, arguments.steps, words, counts, batches, arguments.clips_from, arguments.seed, log, arguments.device)
+    log(f"{export(run, arguments.folder)} bytes of weights in {arguments.folder}")
+    with torch.no_grad():
+        log(json.dumps(evaluate(arguments.folder, log=log)))
+
+
+if __name__ == "__main__":
+    main()
