@@ -318,6 +318,10 @@ def test_library_values_are_read_as_they_are():
         config.options({"height": Path("a")})
 
 
+def test_a_seed_of_one_is_a_number_not_a_switch():
+    assert config.options({"prompt": "x", "seed": 1}).sampling.seed == (1,)
+
+
 def test_seeds_of_each_prompt():
     two = config.options({"prompt": ["a", "b"], "seed": 7, "num_outputs_per_prompt": 3}).sampling
     assert config.seeds(two, 0) == config.seeds(two, 1) == (7, 8, 9)

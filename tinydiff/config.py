@@ -219,7 +219,7 @@ def read(name: str, kind: Any, value: Any) -> Any:
         words = list(value) if isinstance(value, list | tuple) else [value]
         if inner[0] is not str:
             words = [part for word in words for part in (word.replace(",", " ").split() if isinstance(word, str) else [word])]
-        if not words or words == [True]:
+        if not words or words[0] is True:
             raise UserError(name, f"{name}: takes one value or more and was given none")
         return tuple(read(name, inner[0], word) for word in words)
     if origin is not None and origin is not Literal:

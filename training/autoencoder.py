@@ -1,8 +1,8 @@
-"""Training of the autoencoder: first on pictures, then on clips and pictures with the coding of pictures held still.
+"""Training of the autoencoder in three stages: on pictures, then on clips too, then of the decoder alone.
 
 For one picture a causal kernel reduces to its last temporal slice, so `pictures` trains 2-D kernels. `clips` puts zero slices before
 them; of the encoder it trains only those and the temporal convolutions, so a picture's latents stay exactly what they were and the
-denoiser can already be trained on them; the decoder goes on learning whole.
+denoiser can already be trained on them. `polish` leaves the encoder as it is, so that nothing the denoiser learns from moves any more.
 
 Convolutions run in bfloat16 with channels innermost, which is several times faster on CPUs that have it; the weights stay float32.
 """
@@ -25,6 +25,7 @@ from training.scenes import render, scenes
 C = model.autoencoder()
 FLAT = ("encoder.conv_in.", "encoder.down_blocks.0.", "decoder.up_blocks.3.", "decoder.conv_out.")
 """Layers at the finest resolution never look at earlier frames: their kernels keep one temporal slice until they are exported."""
+STAGES = ("pictures", "clips", "polish")
 Params = dict[str, Tensor]
 
 
@@ -55,14 +56,15 @@ def with_past(params: Params, flat: tuple[str, ...] = FLAT) -> Params:
     return grown
 
 
-def _fast(params: Params) -> Params:
+def fast(params: Params) -> Params:
+    """The weights as the convolutions are quickest with: bfloat16, channels innermost."""
     layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
     return {n: t.to(torch.bfloat16, memory_format=layouts.get(t.ndim, torch.preserve_format)) for n, t in params.items()}
 
 
 def losses(params: Params, x: Tensor) -> tuple[Tensor, Tensor]:
     """(mean absolute error of pixels and of their differences to the neighbours, divergence of the latents from a unit Gaussian)."""
-    w = Weights(_fast(params))
+    w = Weights(fast(params))
     mean, log_variance = wan_vae.moments(C, w, x.to(torch.bfloat16)).float().chunk(2, 1)
     log_variance = log_variance.clamp(-12, 4)
     z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
@@ -90,7 +92,7 @@ def _batches(step: int, seed: int, stage: str, done: float) -> list[Tensor]:
     count = 6 if whole else 16
     x = render(scenes(seed + step, "picture", count // 2) + scenes(seed + step, "pair", count - count // 2))
     batches = [x if whole else around_edges(x, 64, generator)]
-    if stage == "clips":
+    if stage != "pictures":
         batches.append(around_edges(render(scenes(seed + step, "clip", 4)), 64, generator))
     return batches
 
@@ -99,9 +101,9 @@ def _trained(stage: str, name: str, tensor: Tensor) -> Tensor | None:
     """The mask of what `stage` may change of a weight, None for nothing."""
     if stage == "pictures":
         return None if "time_conv" in name else torch.ones(())
-    if "time_conv" in name or name.startswith(("decoder.", "post_quant_conv.")):
+    if name.startswith(("decoder.", "post_quant_conv.")) or (stage == "clips" and "time_conv" in name):
         return torch.ones(())
-    if tensor.ndim == 5 and tensor.shape[2] == 3:
+    if stage == "clips" and tensor.ndim == 5 and tensor.shape[2] == 3:
         mask = torch.ones(1, 1, 3, 1, 1)
         mask[:, :, -1] = 0
         return mask
@@ -109,13 +111,14 @@ def _trained(stage: str, name: str, tensor: Tensor) -> Tensor | None:
 
 
 def train(stage: str, run: Path, steps: int, seed: int = 1, log: Callable[[str], None] = print, device: str = "cpu") -> None:
-    """Train `stage` ("pictures" or "clips") for `steps` in all and write `run/<stage>.pt`; resumes from that file when it is there."""
+    """Train one of `STAGES` for `steps` in all and write `run/<stage>.pt`; resumes from that file when it is there."""
     path = run / f"{stage}.pt"
-    before = run / "pictures.pt"
     if path.exists():
         state = torch.load(path, device)
     else:
-        params = initial(seed) if stage == "pictures" else with_past(torch.load(before)["average"])
+        before = STAGES[STAGES.index(stage) - 1]
+        params = initial(seed) if stage == "pictures" else torch.load(run / f"{before}.pt")["average"]
+        params = with_past(params) if stage == "clips" else params
         params = {name: tensor.to(device) for name, tensor in params.items()}
         state = {"step": 0, "params": params, "average": {n: t.clone() for n, t in params.items()}, "optimiser": None}
     params, average = state["params"], state["average"]

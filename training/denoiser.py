@@ -22,6 +22,7 @@ from tinydiff.models.encoders import t5
 from tinydiff.ops.patch import patchify
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
+from tinydiff.sampling.sigmas import static_shift
 from training import autoencoder, model
 from training.captions import caption
 from training.scenes import Kind, Scene, render, scenes
@@ -29,6 +30,10 @@ from training.scenes import Kind, Scene, render, scenes
 C = model.transformer()
 EMPTY = 0.1  # share of prompts left empty
 GIVEN = 0.25  # share of clips whose first frame is given
+RATE = 1.5e-3
+SHIFT, SPREAD = 4.0, 1.2
+"""Noise levels are logit-normal with this spread, then shifted: few tokens with flat colours show what they are through much noise, so
+what a scene holds is decided at the highest levels."""
 Params = dict[str, Tensor]
 Log = Callable[[str], None]
 
@@ -40,12 +45,13 @@ def encoded(run: Path, kind: Kind, count: int, seed: int, log: Log, device: str 
     stage = "clips" if kind == "clip" else "pictures"
     if path.exists() and len(latents := torch.load(path)) == count:
         return made, latents
-    w = Weights(torch.load(run / f"{stage}.pt", device)["average"])
+    w = Weights(autoencoder.fast(torch.load(run / f"{stage}.pt", device)["average"]))
     size, parts = (4 if kind == "clip" else 32), []
     started = time.monotonic()
     with torch.no_grad():
         for i in range(0, count, size):
-            parts.append(wan_vae.moments(autoencoder.C, w, render(made[i : i + size]).to(device))[:, : autoencoder.C.z_dim].half().cpu())
+            x = render(made[i : i + size]).to(device, torch.bfloat16)
+            parts.append(wan_vae.moments(autoencoder.C, w, x)[:, : autoencoder.C.z_dim].half().cpu())
             if (i // size) % 100 == 99:
                 log(f"latents {kind} {i + size}/{count} {(i + size) / (time.monotonic() - started):.1f} /s")
     latents = torch.cat(parts)
@@ -103,7 +109,7 @@ def loss(params: Params, text: t5.Config, ids: Tensor, mask: Tensor, latents: Te
     hidden = wan.text_input(t5.encode(text, Plan(), w / "text", ids, mask), mask)
     clean = patchify(latents, C.patch_size)
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-    sigma = torch.sigmoid(torch.randn(len(clean), generator=generator)).to(clean.device)
+    sigma = static_shift(torch.sigmoid(SPREAD * torch.randn(len(clean), generator=generator)), SHIFT).to(clean.device)
     noisy = torch.lerp(clean, noise, sigma[:, None, None])
     inputs = {"text": hidden, "positions": wan.positions(C, tuple(latents.shape[2:]), clean.device)}
     weight = clean.new_ones(())
@@ -113,6 +119,17 @@ def loss(params: Params, text: t5.Config, ids: Tensor, mask: Tensor, latents: Te
         weight = (~frozen).float()
     velocity = wan.predict(C, Plan(), w / "denoiser", noisy, sigma * 1000, inputs)
     return ((velocity - (noise - clean)).square() * weight).mean() / weight.mean()
+
+
+def _optimisers(params: Params) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for the rest, at one rate."""
+    inner = [tensor for name, tensor in params.items() if tensor.ndim == 2 and ".block" in name and "bias" not in name]
+    chosen = {id(tensor) for tensor in inner}
+    outer = [tensor for tensor in params.values() if id(tensor) not in chosen]
+    return [
+        torch.optim.Muon(inner, RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outer, RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+    ]
 
 
 def train(
@@ -141,15 +158,15 @@ def train(
     params, average = state["params"], state["average"]
     mean, std = (values.cpu() for values in state.get("statistics") or statistics(data["picture"][1]))
     leaves = [tensor.requires_grad_() for tensor in params.values()]
-    rate = 1.5e-3
-    optimiser = torch.optim.AdamW(leaves, rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    if "optimiser" in state:
-        optimiser.load_state_dict(state["optimiser"])
+    optimisers = _optimisers(params)
+    for optimiser, saved in zip(optimisers, state.get("optimisers", []), strict=False):
+        optimiser.load_state_dict(saved)
     started = shown = time.monotonic()
     history: dict[str, list[float]] = {kind: [] for kind in batches}
     for step in range(state["step"], steps):
-        for group in optimiser.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = RATE * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         generator, rng = torch.Generator().manual_seed(seed * 1_000_003 + step), Random(f"{seed} {step}")
         for kind, size in batches.items():
             if kind == "clip" and step < clips_from:
@@ -165,8 +182,9 @@ def train(
             error.backward()
             history[kind].append(error.item())
         torch.nn.utils.clip_grad_norm_(leaves, 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         with torch.no_grad():
             keep = min(0.999, step / (step + 10))
             torch._foreach_lerp_(list(average.values()), [p.detach() for p in leaves], 1 - keep)
@@ -175,6 +193,6 @@ def train(
             recent = " ".join(f"{kind} {sum(h[-100:]) / len(h[-100:]):.4f}" for kind, h in history.items() if h)
             log(f"denoiser step {step + 1}/{steps} loss {recent} {(step + 1 - state['step']) / (shown - started):.2f} steps/s")
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            saved = {"step": step + 1, "average": average, "optimiser": optimiser.state_dict(), "statistics": (mean, std)}
+            saved = {"step": step + 1, "average": average, "optimisers": [o.state_dict() for o in optimisers], "statistics": (mean, std)}
             torch.save(saved | {"params": {n: t.detach() for n, t in params.items()}}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").rename(path)

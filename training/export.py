@@ -64,8 +64,9 @@ def export(run: Path, folder: Path) -> int:
     trained = torch.load(run / "denoiser.pt")
     average = trained["average"]
     mean, std = trained["statistics"]
-    clips = run / "clips.pt"
-    latest = torch.load(clips if clips.exists() else run / "pictures.pt")["average"]
+    latest = torch.load(next(path for stage in reversed(autoencoder.STAGES) if (path := run / f"{stage}.pt").exists()))["average"]
+    if latest["decoder.mid_block.resnets.0.conv1.weight"].shape[2] == 1:
+        latest = autoencoder.with_past(latest)
     text = model.text_encoder(len(average["text.shared.weight"]))
 
     def part(prefix: str) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Makes the shipped model from nothing: `python -m training.train RUN FOLDER`.
 
-Stages, each resumed from its file in RUN when interrupted: the autoencoder on pictures, its memory on clips, the denoiser with its text
-encoder on both; then FOLDER is written and evaluated. Runs on the CPU; hours on two cores.
+Stages, each resumed from its file in RUN when interrupted: the autoencoder on pictures, its memory on clips, its decoder alone, the
+denoiser with its text encoder on both; then FOLDER is written and evaluated. Runs on the CPU; hours on two cores.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder to write the model into")
     parser.add_argument("--picture-steps", type=int, default=4000, help="steps of the autoencoder on pictures")
     parser.add_argument("--clip-steps", type=int, default=1500, help="steps of the autoencoder on clips")
+    parser.add_argument("--polish-steps", type=int, default=3000, help="steps of the decoder alone")
     parser.add_argument("--steps", type=int, default=6500, help="steps of the denoiser")
     parser.add_argument("--clips-from", type=int, default=2400, help="step of the denoiser from which it learns clips too")
     parser.add_argument("--seed", type=int, default=1)
@@ -39,6 +40,7 @@ def main() -> None:
     tokenizer.save(run / "tokenizer")
     autoencoder.train("pictures", run, arguments.picture_steps, arguments.seed, log, arguments.device)
     autoencoder.train("clips", run, arguments.clip_steps, arguments.seed, log, arguments.device)
+    autoencoder.train("polish", run, arguments.polish_steps, arguments.seed, log, arguments.device)
     counts = {"picture": 16000, "pair": 12000, "clip": 3000}
     batches = {"picture": 64, "pair": 40, "clip": 16}
     words = run / "tokenizer" / "tokenizer.json"

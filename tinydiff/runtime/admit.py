@@ -11,6 +11,7 @@ from tinydiff.config import SamplingOptions, seeds
 from tinydiff.io.images import read_image, resize
 from tinydiff.records import Request, UserError
 from tinydiff.runtime.blueprint import Blueprint
+from tinydiff.runtime.pipeline import table
 
 
 def admit(blueprint: Blueprint, sampling: SamplingOptions, clip: bool = False) -> list[Request]:
@@ -22,15 +23,17 @@ def admit(blueprint: Blueprint, sampling: SamplingOptions, clip: bool = False) -
     height, width = _size(blueprint, sampling, originals)
     frames = _frames(blueprint, sampling, clip or bool(originals))
     if originals and frames == 1:
-        raise UserError("num_frames", "num_frames: 1 leaves nothing to make after the given first frame; give at least 5")
+        least = blueprint.nets["vae"].config.scale_factor_temporal + 1
+        raise UserError("num_frames", f"num_frames: 1 leaves nothing to make after the given first frame; give at least {least}")
     images = tuple(resize(image, height, width) for image in originals)
     steps, timesteps = _steps(blueprint, sampling)
     row = blueprint.row
-    guidance = row.guidance if sampling.guidance_scale is None else sampling.guidance_scale
+    guidance = _guidance(row.guidance if sampling.guidance_scale is None else sampling.guidance_scale)
     second, boundary = _experts(blueprint, sampling, guidance)
-    shift = blueprint.row.flow_shift if blueprint.named else blueprint.scheduler.get("flow_shift", blueprint.scheduler.get("shift", 1.0))
+    own = not blueprint.named and row.solver != "dmd"  # a distilled model does not run by the scheduler that lies in its folder
+    shift = blueprint.scheduler.get("flow_shift", blueprint.scheduler.get("shift", 1.0)) if own else row.flow_shift
     negative = row.negative_prompt if sampling.negative_prompt is None else sampling.negative_prompt
-    return [
+    requests = [
         Request(
             prompt=prompt,
             negative_prompt=negative or "",
@@ -50,6 +53,14 @@ def admit(blueprint: Blueprint, sampling: SamplingOptions, clip: bool = False) -
         )
         for index, prompt in enumerate(sampling.prompt)
     ]
+    for request in requests:
+        table(blueprint, request)  # refuses a schedule that cannot be
+    return requests
+
+
+def _guidance(scale: float) -> float:
+    """Guidance is off at 1 and below."""
+    return max(1.0, scale)
 
 
 def _multiple(blueprint: Blueprint) -> int:
@@ -63,9 +74,11 @@ def _images(blueprint: Blueprint, paths: Sequence[str]) -> tuple[numpy.ndarray, 
         raise UserError("image_path", f"image_path: {row.name} starts from a picture; give one with --image-path")
     if paths and row.image == "none":
         raise UserError("image_path", f"image_path: {row.name} makes clips from text alone; it takes no picture")
-    both = not blueprint.options.get("expand_timesteps") and (net.image_dim is None or net.pos_embed_seq_len is not None)
-    most = 2 if both else 1
-    if len(paths) > most:
+    two_views = net.image_dim is not None and net.pos_embed_seq_len is not None
+    if paths and two_views and len(paths) != 2:
+        raise UserError("image_path", f"image_path: {row.name} goes from a first to a last frame; give two pictures")
+    both = two_views or (net.image_dim is None and not blueprint.options.get("expand_timesteps"))
+    if len(paths) > (2 if both else 1):
         allowed = "the first and the last frame" if both else "one, the first frame"
         raise UserError("image_path", f"image_path: {len(paths)} pictures are given; {row.name} takes {allowed}")
     return tuple(read_image(path) for path in paths)
@@ -93,7 +106,8 @@ def _frames(blueprint: Blueprint, sampling: SamplingOptions, clip: bool) -> int:
     frames = sampling.num_frames or (row.clip_frames if clip else row.num_frames)
     if (frames - 1) % stride:
         below = (frames - 1) // stride * stride + 1
-        raise UserError("num_frames", f"num_frames: {frames} is not {stride}k + 1, as {row.name} needs; the nearest: {below} and {below + stride}")
+        near = f"{below} and {below + stride}"
+        raise UserError("num_frames", f"num_frames: {frames} is not {stride}k + 1, as {row.name} needs; the nearest: {near}")
     return frames
 
 
@@ -107,10 +121,8 @@ def _steps(blueprint: Blueprint, sampling: SamplingOptions) -> tuple[int, tuple[
     timesteps = sampling.dmd_denoising_steps or row.dmd_timesteps
     asked = sampling.num_inference_steps
     if asked is not None and asked != len(timesteps):
-        raise UserError(
-            "num_inference_steps",
-            f"num_inference_steps: {asked} does not fit {row.name}, distilled for {len(timesteps)} steps; other timesteps go into dmd_denoising_steps",
-        )
+        message = f"{asked} does not fit {row.name}, distilled for {len(timesteps)}; other timesteps go into dmd_denoising_steps"
+        raise UserError("num_inference_steps", f"num_inference_steps: {message}")
     return len(timesteps), tuple(timesteps)
 
 
@@ -130,4 +142,4 @@ def _experts(blueprint: Blueprint, sampling: SamplingOptions, guidance: float) -
         boundary = row.boundary_ratio if row.boundary_ratio is not None else blueprint.options.get("boundary_ratio")
     if boundary is None:
         raise UserError("boundary_ratio", f"boundary_ratio: {row.name} has two experts and names no boundary; give one between 0 and 1")
-    return second, boundary
+    return _guidance(second), boundary

@@ -6,8 +6,9 @@ A `Blueprint` costs only the reading of a few JSON files, so that a request is r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,7 @@ from tinydiff.models import registry, wan
 from tinydiff.models.autoencoders import wan as wan_vae
 from tinydiff.models.encoders import clip_vision, t5
 from tinydiff.models.registry import ReleasedModel
+from tinydiff.ops.attention import BACKENDS, attention
 from tinydiff.parallel.plan import Plan
 from tinydiff.records import UserError, nearest
 
@@ -41,6 +43,8 @@ class Kind:
     role: str
     strict: bool
     rename: Callable[[str], str | None] | None = None
+    heads: Callable[[Any], tuple[int, bool]] | None = None
+    """Config -> (width of a head, whether attention has a bias); None where the attention kernel is not a choice."""
 
 
 def _rename_wan(key: str) -> str | None:
@@ -48,14 +52,19 @@ def _rename_wan(key: str) -> str | None:
     return None if key.endswith(("norm_added_q.weight", "to_gate_compress.weight", "to_gate_compress.bias")) else key
 
 
+_T5 = Kind(t5, "text_encoder", False, heads=lambda c: (c.d_kv, True))
+_CLIP = Kind(clip_vision, "image_encoder", False, clip_vision.row_name, lambda c: (c.hidden_size // c.num_attention_heads, False))
+
 NETS = {
-    "WanTransformer3DModel": Kind(wan, "dit", True, _rename_wan),
+    "WanTransformer3DModel": Kind(wan, "dit", True, _rename_wan, lambda c: (c.attention_head_dim, False)),
     "AutoencoderKLWan": Kind(wan_vae, "vae", True),
-    "UMT5EncoderModel": Kind(t5, "text_encoder", False),
-    "T5EncoderModel": Kind(t5, "text_encoder", False),
-    "CLIPVisionModel": Kind(clip_vision, "image_encoder", False, clip_vision.row_name),
-    "CLIPVisionModelWithProjection": Kind(clip_vision, "image_encoder", False, clip_vision.row_name),
+    **dict.fromkeys(("UMT5EncoderModel", "T5EncoderModel"), _T5),
+    **dict.fromkeys(("CLIPVisionModel", "CLIPVisionModelWithProjection"), _CLIP),
 }
+"""Component class -> how it is run."""
+
+FILES = ("scheduler", "tokenizer", "image_processor")
+"""Components without weights. The third only says what CLIP's own preprocessing is."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +86,12 @@ class Blueprint:
     row: ReleasedModel
     named: bool
     """Whether the row was found by name; if only by shape, the folder's own scheduler settings hold."""
-    folder: Path
     nets: Mapping[str, NetPlan]
+    tokenizer: Path
     scheduler: Mapping[str, Any]
+    """`scheduler_config.json`."""
     options: Mapping[str, Any]
+    """The pipeline's own settings in `model_index.json`."""
     device: torch.device
     compiled: bool
     tiling: bool
@@ -120,56 +131,75 @@ def config_from(kind: Kind, path: Path) -> Any:
 
 
 def read(options: ModelOptions) -> Blueprint:
-    """Read and check what `options` name, everything but the weights."""
-    shipped = options.model_path == registry.SHIPPED
-    folder = SHIPPED if shipped else hub.resolve(options.model_path, options.revision)
+    """Read and check what `options` name, everything but the weights. Raises UserError."""
+    folder = hub.resolve(SHIPPED if options.model_path == registry.SHIPPED else options.model_path, options.revision)
     index = hub.read_index(folder)
+    places = {name: folder / name for name in index.components}
+    for name in options.component_paths:
+        _known("component_paths", name, [name for name in places if name != "image_processor"])
+        places[name] = hub.resolve(options.component_paths[name], field=f"{name}_path")
+    row, named = _row(index, places, options)
+    kinds = _kinds(index, options)
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _check_names(index, options)
-
     nets = {}
-    for name, (_, class_name) in index.components.items():
-        if name in ("scheduler", "tokenizer", "image_processor"):
-            continue
-        kind = NETS.get(class_name)
-        if kind is None:
-            raise UserError("model_path", f"model_path: component {name!r} is a {class_name}, which is not supported; known are {', '.join(NETS)}")
-        at = hub.resolve(options.component_paths[name], field=f"{name}_path") if name in options.component_paths else folder / name
-        config = config_from(kind, at / "config.json")
-        backend = options.component_attention_backends.get(name, options.attention_backend)
-        nets[name] = NetPlan(name, kind, at, config, _dtype(name, kind, options, device), Plan(attention=backend))
-
-    entries = hub.read_json(nets["transformer"].folder / "config.json") if "transformer" in nets else {}
-    name = options.model_id or options.model_path
-    row = registry.match(index.class_name, index.options, entries, name)
-    named = registry.find(name) is not None
-    scheduler = hub.read_json(folder / "scheduler" / "scheduler_config.json")
-    tiling = bool(options.vae_tiling)
-    return Blueprint(row, named, folder, nets, scheduler, index.options, device, options.enable_torch_compile, tiling)
+    for name, kind in kinds.items():
+        config = config_from(kind, places[name] / "config.json")
+        dtype = _dtype(name, kind, options, device)
+        nets[name] = NetPlan(name, kind, places[name], config, dtype, _plan(name, kind, config, dtype, options, device))
+    _check_fit(row, index, nets)
+    scheduler = hub.read_json(places["scheduler"] / "scheduler_config.json")
+    compiled, tiling = options.enable_torch_compile, bool(options.vae_tiling)
+    return Blueprint(row, named, nets, places["tokenizer"], scheduler, index.options, device, compiled, tiling)
 
 
 def load(blueprint: Blueprint) -> Model:
-    """Stream the weights of every network to the device and type that the blueprint says."""
+    """Stream the weights of every network to the device and type that the blueprint says. Raises UserError for broken files."""
+    tokenizer = load_tokenizer(blueprint.tokenizer)
     nets = {}
     for name, net in blueprint.nets.items():
-        log.debug("loading %s as %s", name, PRECISIONS[net.dtype])
+        log.debug("loading %s as %s", name, net.dtype)
         rows = net.kind.module.spec(net.config)
         weights = load_weights(net.folder, rows, net.dtype, blueprint.device, net.kind.rename)
         nets[name] = Net(net.kind.module, net.config, net.plan, weights, net.dtype)
-    return Model(blueprint, nets, load_tokenizer(blueprint.folder / "tokenizer"))
+    return Model(blueprint, nets, tokenizer)
 
 
-def _check_names(index: hub.Index, options: ModelOptions) -> None:
-    """Options that name a component must name one that the model has."""
-    given: Iterable[tuple[str, str]] = (
-        *((f"{name}_path", name) for name in options.component_paths),
-        *(("component_attention_backends", name) for name in options.component_attention_backends),
-        *(("component_precisions", name) for name in options.component_precisions),
-    )
-    for field, name in given:
-        if name not in index.components:
-            hint = nearest(name, index.components)
-            raise UserError(field, f"{field}: the model has no component {name!r}; it has {', '.join(index.components)}{hint}")
+def _row(index: hub.Index, places: Mapping[str, Path], options: ModelOptions) -> tuple[ReleasedModel, bool]:
+    """(the released model whose defaults hold, whether it was found by name)."""
+    entries = hub.read_json(places["transformer"] / "config.json") if "transformer" in places else {}
+    name = options.model_id or options.model_path
+    row = registry.match(index.class_name, index.options, entries, name)
+    if options.model_id is not None and (wanted := registry.named(options.model_id)) is not row:
+        message = f"model_id: {wanted.name} is a {wanted.pipeline}, and {options.model_path!r} is a {index.class_name}"
+        raise UserError("model_id", message)
+    return row, row is registry.find(name)
+
+
+def _kinds(index: hub.Index, options: ModelOptions) -> dict[str, Kind]:
+    """How each component with weights is run, once every option that speaks of a component is known to find it."""
+    kinds = {}
+    for name, (_, class_name) in index.components.items():
+        if name not in FILES:
+            if class_name not in NETS:
+                message = f"component {name!r} is a {class_name}, which is not supported; known are {', '.join(NETS)}"
+                raise UserError("model_path", f"model_path: {message}")
+            kinds[name] = NETS[class_name]
+    for name in options.component_precisions:
+        _known("component_precisions", name, kinds)
+    for name in options.component_attention_backends:
+        _known("component_attention_backends", name, [name for name, kind in kinds.items() if kind.heads is not None])
+    encoders = [name for name, kind in kinds.items() if kind.role == "text_encoder"]
+    if len(given := options.text_encoder_precisions) > len(encoders):
+        raise UserError("text_encoder_precisions", f"text_encoder_precisions: {len(given)} are given; text encoders: {len(encoders)}")
+    if options.image_encoder_precision is not None and "image_encoder" not in kinds:
+        raise UserError("image_encoder_precision", "image_encoder_precision: the model has no image encoder")
+    return kinds
+
+
+def _known(field: str, name: str, names: Collection[str]) -> None:
+    if name not in names:
+        raise UserError(field, f"{field}: {name!r} is none of the components that it is for, {', '.join(names)}{nearest(name, names)}")
 
 
 def _dtype(name: str, kind: Kind, options: ModelOptions, device: torch.device) -> torch.dtype:
@@ -188,6 +218,53 @@ def _dtype(name: str, kind: Kind, options: ModelOptions, device: torch.device) -
     return torch.float32 if device.type == "cpu" or kind.role in ("vae", "image_encoder") else torch.bfloat16
 
 
-def with_nets(model: Model, **nets: Net) -> Model:
-    """The model with some of its networks replaced."""
-    return replace(model, nets={**model.nets, **nets})
+def _plan(name: str, kind: Kind, config: Any, dtype: torch.dtype, options: ModelOptions, device: torch.device) -> Plan:
+    """A component's plan. `attention_backend` is the denoiser's; encoders, whose attention is masked, let torch choose unless named."""
+    named, general = options.component_attention_backends, options.attention_backend if kind.role == "dit" else "sdpa"
+    backend = named.get(name, named.get(name.removesuffix("_2"), general))  # a second component follows the first, as in SGLang
+    if kind.heads is not None and not _attends(backend, *kind.heads(config), dtype, device):
+        can = ", ".join(other for other in BACKENDS if _attends(other, *kind.heads(config), dtype, device))
+        field = "component_attention_backends" if name in named else "attention_backend"
+        where = f"the {name} in {PRECISIONS.get(dtype, dtype)} on this machine ({device.type})"
+        raise UserError(field, f"{field}: {backend!r} cannot run {where}; what can: {can}")
+    return Plan(attention=backend)
+
+
+def _attends(backend: str, width: int, biased: bool, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel serves heads of this width and type here. Torch alone knows, so it is tried."""
+    x = torch.zeros(1, 16, 1, width, dtype=dtype, device=device)
+    bias = torch.zeros(1, 1, 16, 16, dtype=dtype, device=device) if biased else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of each reason before it raises
+        try:
+            attention(Plan(attention=backend), x, x, x, bias)
+        except RuntimeError:
+            return False
+    return True
+
+
+def _check_fit(row: ReleasedModel, index: hub.Index, nets: Mapping[str, NetPlan]) -> None:
+    """The components that a request needs are there, and agree where they meet."""
+    image = "transformer" in nets and nets["transformer"].config.image_dim is not None
+    needed = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", *(("image_encoder",) if image else ()))
+    if absent := [name for name in needed if name not in index.components]:
+        raise UserError("model_path", f"model_path: model_index.json names no {absent[0]}, which this {index.class_name} needs")
+    net, vae, text = (nets[name].config for name in ("transformer", "vae", "text_encoder"))
+    meetings = {
+        "in_channels": (2 * vae.z_dim + 4 if row.image == "required" else vae.z_dim, "the vae's latents need"),
+        "out_channels": (vae.z_dim, "the vae's latents need"),
+        "text_dim": (text.d_model, "the text encoder gives"),
+    }
+    if image:
+        meetings["image_dim"] = (nets["image_encoder"].config.hidden_size, "the image encoder gives")
+    for field, (value, why) in meetings.items():
+        if getattr(net, field) != value:
+            message = f"the components do not fit each other: the transformer's {field} is {getattr(net, field)}, and {why} {value}"
+            raise UserError("model_path", f"model_path: {message}")
+    if "transformer_2" in nets:  # both experts run in one loop
+        first, second = nets["transformer"], nets["transformer_2"]
+        if first.config != second.config:
+            raise UserError("model_path", "model_path: transformer and transformer_2 must have one config, but for the weights")
+        if first.plan != second.plan:
+            field = "component_attention_backends"
+            raise UserError(field, f"{field}: transformer and transformer_2 run in one loop and need the same")

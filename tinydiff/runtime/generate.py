@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from tinydiff.config import OutputOptions, Options, Progress
+from tinydiff.config import Options, OutputOptions, Progress
 from tinydiff.io import output
 from tinydiff.records import Request, Result
 from tinydiff.runtime import blueprint, pipeline
@@ -31,6 +31,8 @@ def generate(options: Options, progress: Progress) -> list[Result]:
             before = time.perf_counter()
             result = replace(result, paths=_save(*destination, result))
             seconds["save"] = time.perf_counter() - before
+        if not options.output.return_frames:
+            result = replace(result, frames=(), latents=())  # written, or not wanted: many prompts shall fit into memory
         results.append(replace(result, seconds=seconds))
         seconds = {}
     return results
@@ -48,6 +50,6 @@ def _destination(options: OutputOptions, request: Request) -> tuple[output.Targe
 
 
 def _save(target: output.Target, encoding: output.Encoding, result: Result) -> tuple[Path, ...]:
-    made = zip(result.frames, result.seeds, strict=True)
-    count = len(result.frames)
-    return tuple(output.save(target, frames, encoding, {**result.parameters, "seed": seed}, i, count) for i, (frames, seed) in enumerate(made))
+    count = len(result.seeds)
+    made = enumerate(zip(result.frames, result.seeds, strict=True))
+    return tuple(output.save(target, frames, encoding, {**result.parameters, "seed": seed}, i, count) for i, (frames, seed) in made)

@@ -27,11 +27,13 @@ def load(model_path: str | None, options: Mapping[str, Any]) -> Model:
     """See `tinydiff.load`."""
     given = dict(options) if model_path is None else {**options, "model_path": model_path}
     _only(given, config.ModelOptions)
-    return blueprint.load(blueprint.read(config.options({**given, "prompt": ""}).model))
+    return blueprint.load(blueprint.read(config.options(given).model))
 
 
 def generate(model: Model, prompt: str, fields: Mapping[str, Any], progress: config.Progress | None = None) -> Result:
     """See `tinydiff.generate`."""
+    if not isinstance(prompt, str):
+        raise UserError("prompt", f"prompt: takes one text, not a {type(prompt).__name__}; call once for each prompt")
     _only(fields, config.SamplingOptions)
     sampling = config.options({**fields, "prompt": prompt}).sampling
     [request] = admit(model.blueprint, sampling)

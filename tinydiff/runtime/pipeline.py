@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -21,10 +22,11 @@ from tinydiff.config import Progress
 from tinydiff.io.tokenizer import prompt_clean
 from tinydiff.models import wan
 from tinydiff.models.encoders import clip_vision, t5
+from tinydiff.ops.norm import compute_dtype
 from tinydiff.ops.patch import patchify, unpatchify
 from tinydiff.ops.weights import Weights
 from tinydiff.records import Request, Result
-from tinydiff.runtime.blueprint import PRECISIONS, Model, Net
+from tinydiff.runtime.blueprint import PRECISIONS, Blueprint, Model, Net
 from tinydiff.sampling import guidance, loop, noise, solvers
 from tinydiff.sampling.solvers import Table
 
@@ -34,6 +36,8 @@ PIXELS_PER_PASS = 8_000_000
 """Pixels of frames that the autoencoder handles at once; longer clips go through it in chunks of latent frames, with the same result."""
 TILE = 256
 """Side in pixels of the squares of a tiled autoencoder."""
+SHIFTS = {"UniPCMultistepScheduler": "flow_shift"}
+"""What a scheduler class calls its shift, where it is not "shift"."""
 
 
 class Conditioning(NamedTuple):
@@ -45,13 +49,13 @@ class Conditioning(NamedTuple):
     """The latents' (F, H, W)."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Clock:
     """Seconds of each stage and of each step, told to `progress` as they pass."""
 
     progress: Progress
-    seconds: dict[str, float]
-    steps: list[float]
+    seconds: dict[str, float] = field(default_factory=dict)
+    step_seconds: list[float] = field(default_factory=list)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -59,6 +63,16 @@ class Clock:
         started = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def steps(self, made: Iterable[Tensor], total: int) -> Iterator[Tensor]:
+        """Pass on what each of `total` steps makes."""
+        before = time.perf_counter()
+        for done, latents in enumerate(made, 1):
+            now = time.perf_counter()
+            self.step_seconds.append(now - before)
+            before = now
+            self.progress.on_step(done, total)
+            yield latents
 
 
 @torch.no_grad()
@@ -93,7 +107,10 @@ def given_frames(model: Model, request: Request, size: tuple[int, int, int]) -> 
     pixels = to_pixels(request.images, vae, device)
     patch = net.config.patch_size
     chunk, tile = vae_passes(model, request)
-    encode = lambda x: vae.module.encode(vae.config, Weights(vae.weights), x, chunk, tile).float()  # noqa: E731
+
+    def encode(x: Tensor) -> Tensor:
+        return vae.module.encode(vae.config, Weights(vae.weights), x, chunk, tile).to(compute_dtype(x))
+
     if model.blueprint.options.get("expand_timesteps"):
         first = encode(pixels)
         frame = torch.cat([first, first.new_zeros(*first.shape[:2], size[0] - 1, *size[1:])], 2)
@@ -124,45 +141,40 @@ def condition(model: Model, request: Request) -> Conditioning:
     return Conditioning(inputs, size)
 
 
-def table(model: Model, request: Request) -> Table:
-    """The request's solver as a table."""
+def table(blueprint: Blueprint, request: Request) -> Table:
+    """The request's solver as a table. Raises UserError for a scheduler or timesteps that cannot be."""
     if request.dmd_timesteps:
         rows = solvers.dmd(request.dmd_timesteps, request.flow_shift)
     else:
-        shift = {"flow_shift" if "flow_shift" in model.blueprint.scheduler else "shift": request.flow_shift}
-        rows = solvers.from_scheduler_config({**model.blueprint.scheduler, **shift}, request.num_inference_steps)
+        shift = {SHIFTS.get(blueprint.scheduler.get("_class_name", ""), "shift"): request.flow_shift}
+        rows = solvers.from_scheduler_config({**blueprint.scheduler, **shift}, request.num_inference_steps)
     rows = solvers.with_guidance(rows, request.guidance_scale)
     if request.boundary_ratio is not None:
         rows = solvers.with_experts(rows, request.boundary_ratio, request.guidance_scale_2)
     return rows
 
 
-def denoise(
-    model: Model, request: Request, conditioning: Conditioning, seed: int, on_step: Callable[[int, int], None], latents: Tensor | None = None
-) -> Tensor:
-    """Noise of `seed` (or `latents` [1, C, F, H, W]) -> denoised latents [1, C, F, H, W], float32."""
+def denoise(model: Model, request: Request, conditioning: Conditioning, seed: int, latents: Tensor | None = None) -> Iterator[Tensor]:
+    """Noise of `seed` (or `latents` [1, C, F, H, W]) -> latents [1, C, F, H, W], float32, after each step, a given frame in its place."""
     net, device = model.nets["transformer"], model.blueprint.device
-    rows, patch, size = table(model, request), net.config.patch_size, conditioning.size
+    rows, patch, size = table(model.blueprint, request), net.config.patch_size, conditioning.size
     start, fresh = noise.latents(seed, [0], (model.nets["vae"].config.z_dim, *size), rows)
     kind = guidance.classifier_free if request.guided else guidance.none
     run = _denoiser(model.blueprint.compiled, net, kind)
-    made_ready: dict[int, loop.Hoisted] = {}
 
     def expert(index: int) -> loop.Hoisted:
-        if index not in made_ready:
-            made_ready.clear()
-            chosen = model.nets[("transformer", "transformer_2")[index]]
-            made_ready[index] = loop.hoist(chosen.module, chosen.config, chosen.plan, chosen.weights, conditioning.inputs, rows)
-        return made_ready[index]
+        chosen = model.nets[("transformer", "transformer_2")[index]]
+        return loop.hoist(chosen.module, chosen.config, chosen.plan, chosen.weights, conditioning.inputs, rows)
 
     x = patchify((start if latents is None else latents).to(device), patch)
-    tokens = None if fresh is None else torch.stack([patchify(draw.to(device), patch) for draw in fresh])
+    tokens = None if fresh is None else torch.stack([patchify(draw.to(x), patch) for draw in fresh])
     for progress in loop.run(run, rows, x, expert, tokens, chunk=1):
-        x = progress.x
-        on_step(progress.done, progress.total)
-    if "frame" in conditioning.inputs:
-        x = torch.where(conditioning.inputs["frozen"], conditioning.inputs["frame"].to(x.dtype), x)
-    return unpatchify(x, patch, size)
+        yield unpatchify(_in_place(conditioning.inputs, progress.x), patch, size)
+
+
+def _in_place(inputs: dict[str, Tensor], x_BLP: Tensor) -> Tensor:
+    """The tokens of a given frame, which the network sees clean at every step, put over those of the loop."""
+    return torch.where(inputs["frozen"], inputs["frame"].to(x_BLP.dtype), x_BLP) if "frame" in inputs else x_BLP
 
 
 def _denoiser(compiled: bool, net: Net, kind: Callable) -> loop.Denoise:
@@ -182,10 +194,10 @@ def decode(model: Model, request: Request, latents: Tensor) -> numpy.ndarray:
     return ((x[0].float() / 2 + 0.5) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
-def parameters(model: Model, request: Request) -> dict[str, object]:
+def parameters(model: Model, request: Request) -> dict[str, Any]:
     """Every effective parameter of a request but the seed, JSON-able."""
     names = ("prompt", "negative_prompt", "height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale")
-    entries: dict[str, object] = {"model": model.blueprint.row.name} | {name: getattr(request, name) for name in names}
+    entries: dict[str, Any] = {"model": model.blueprint.row.name} | {name: getattr(request, name) for name in names}
     if not request.guided:
         del entries["negative_prompt"]
     if request.boundary_ratio is not None:
@@ -199,24 +211,16 @@ def parameters(model: Model, request: Request) -> dict[str, object]:
 
 def run(model: Model, request: Request, progress: Progress) -> Result:
     """Make everything one request asks for."""
-    clock = Clock(progress, {}, [])
+    clock = Clock(progress)
     with clock.stage("encode"):
         conditioning = condition(model, request)
     frames, kept = [], []
     for seed in request.seeds:
         with clock.stage("denoise"):
-            before = time.perf_counter()
-
-            def on_step(done: int, total: int) -> None:
-                nonlocal before
-                now = time.perf_counter()
-                clock.steps.append(now - before)
-                before = now
-                progress.on_step(done, total)
-
-            latents = denoise(model, request, conditioning, seed, on_step)
+            steps = clock.steps(denoise(model, request, conditioning, seed), request.num_inference_steps)
+            latents = deque(steps, maxlen=1).pop()  # the last one's, holding no others
         with clock.stage("decode"):
             frames.append(decode(model, request, latents))
         kept.append(latents[0].cpu())
     made = parameters(model, request)
-    return Result(tuple(frames), tuple(kept), made, request.seeds, clock.seconds, tuple(clock.steps))
+    return Result(tuple(frames), tuple(kept), made, request.seeds, clock.seconds, tuple(clock.step_seconds))
