@@ -24,17 +24,20 @@ def card(run: Path, folder: Path, settings: str) -> str:
     steps = {stage: torch.load(run / f"{stage}.pt", "cpu")["step"] for stage in (*autoencoder.STAGES, "denoiser")}
     sizes = {path.parent.name: path.stat().st_size for path in sorted(folder.glob("*/*.safetensors"))}
     parts = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items())
+    whole = f"{sum(sizes.values()) / 1e6:.2f} MB"
     return f"""# tinydiff/shapes
 
-The model that comes with tinydiff: pictures and clips of coloured shapes, 128 by 128 pixels, from a sentence, or from a sentence and a
-first frame. It is Wan's TI2V architecture in small, in the diffusers layout, float16 on disk: {parts}, together {sum(sizes.values()) / 1e6:.2f} MB.
-It knows nothing but these shapes; it is there so that everything can be tried, and tested, without a download.
+The model that comes with tinydiff: pictures and clips of coloured shapes, 128 by 128 pixels, from a sentence, or from a
+sentence and a first frame. It is Wan's TI2V architecture in small, in the diffusers layout, float16 on disk: {parts},
+together {whole}. It knows nothing but these shapes; it is there so that everything can be tried, and tested, without a
+download.
 
 ## What it can draw
 
-{", ".join(SHAPES)}; {" or ".join(SIZES)}; {", ".join(COLOURS)}, on a background of any other of these colours; {", ".join(PLACES)}; two shapes
-{" or ".join(RELATIONS)} one another; in clips of 17 frames one shape that does one of {", ".join(MOTIONS)}. Wording is free within that,
-attributes may be left out, and are then random. Prompts are read up to {model.TEXT_TOKENS} tokens.
+{", ".join(SHAPES)}; {" or ".join(SIZES)}; {", ".join(COLOURS)},
+on a background of any other of these colours; {", ".join(PLACES)}; two shapes, one {" or ".join(RELATIONS)} the other;
+in clips of 17 frames one shape that does one of {", ".join(MOTIONS)}. Wording is free within that, attributes may
+be left out, and are then random. Prompts are read up to {model.TEXT_TOKENS} tokens.
 
 ## How well it does
 
@@ -49,17 +52,19 @@ pixels. {settings}
 
 ## How it was made
 
-`python -m training.train RUN FOLDER`, from nothing but that script's own procedural scenes (`training/scenes.py`), seed 1, on two CPU cores.
+`python -m training.train RUN FOLDER`, from nothing but that script's own procedural scenes (`training/scenes.py`), seed 1,
+on two CPU cores.
 
 | stage | steps | |
 |---|---|---|
 | autoencoder on pictures | {steps["pictures"]} | squares around contours, then whole pictures |
 | its memory on clips | {steps["clips"]} | the coding of pictures held still |
 | its decoder | {steps["polish"]} | |
-| denoiser and text encoder | {steps["denoiser"]} | flow matching, noise levels logit-normal shifted by {denoiser.SHIFT:g}, one prompt in ten empty |
+| denoiser and text encoder | {steps["denoiser"]} | flow matching, one prompt in ten empty |
 
-Combinations held out, a tenth each by a fixed hash: colour, shape, size and place of a single shape; colours, shapes and relation of two;
-colour, shape and motion of a clip. The first 16000 pictures, 12000 pairs and 3000 clips of seed 1 were coded once; captions are drawn anew each time.
+Noise levels are logit-normal, shifted by {denoiser.SHIFT:g}. Held out are a tenth of the combinations, by a fixed hash: of
+colour, shape, size and place of a single shape; of colours, shapes and relation of two; of colour, shape and motion in
+clips. The first 16000 pictures, 12000 pairs and 3000 clips of seed 1 were coded once; captions are drawn anew each time.
 
 ## Limits
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -132,6 +133,14 @@ def _optimisers(params: Params) -> list[torch.optim.Optimizer]:
     ]
 
 
+def _average_gradients(leaves: list[Tensor], ranks: int) -> None:
+    """One reduction over all gradients laid end to end; a leaf that took no part counts as zero."""
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in leaves])
+    dist.all_reduce(flat)
+    for leaf, part in zip(leaves, flat.div_(ranks).split([p.numel() for p in leaves]), strict=True):
+        leaf.grad = part.view_as(leaf)
+
+
 def train(
     run: Path,
     steps: int,
@@ -146,8 +155,9 @@ def train(
     """Train for `steps` in all and write `run/denoiser.pt`; resumes from it.
 
     A step takes a batch of each kind in `batches`, drawn from `counts` scenes; clips, dear and learnt quickly by a network that knows
-    pictures, join at step `clips_from`.
+    pictures, join at step `clips_from`. Where torch.distributed runs, the ranks share each batch and rank 0 writes.
     """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     words = Tokenizer.from_file(str(tokenizer))
     path = run / "denoiser.pt"
     data = {kind: encoded(run, kind, counts[kind], seed, log, device) for kind in batches if kind != "clip"}
@@ -167,20 +177,22 @@ def train(
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = RATE * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        generator, rng = torch.Generator().manual_seed(seed * 1_000_003 + step), Random(f"{seed} {step}")
+        generator, rng = torch.Generator().manual_seed((seed + rank) * 1_000_003 + step), Random(f"{seed} {step} {rank}")
         for kind, size in batches.items():
             if kind == "clip" and step < clips_from:
                 continue
             if kind not in data:
                 data[kind] = encoded(run, kind, counts[kind], seed, log, device)
             made, latents = data[kind]
-            picks = torch.randint(len(made), (size,), generator=generator)
+            picks = torch.randint(len(made), (size // ranks,), generator=generator)
             texts = ["" if rng.random() < EMPTY else caption(made[i], rng) for i in picks.tolist()]
             normal = (latents[picks].float() - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
             ids, mask = (rows.to(device) for rows in tokens(words, texts))
             error = loss(params, text, ids, mask, normal.to(device), generator)
             error.backward()
             history[kind].append(error.item())
+        if ranks > 1:
+            _average_gradients(leaves, ranks)
         torch.nn.utils.clip_grad_norm_(leaves, 1.0)
         for optimiser in optimisers:
             optimiser.step()
@@ -188,11 +200,11 @@ def train(
         with torch.no_grad():
             keep = min(0.999, step / (step + 10))
             torch._foreach_lerp_(list(average.values()), [p.detach() for p in leaves], 1 - keep)
-        if time.monotonic() - shown > 30 or step + 1 == steps:
+        if rank == 0 and (time.monotonic() - shown > 30 or step + 1 == steps):
             shown = time.monotonic()
             recent = " ".join(f"{kind} {sum(h[-100:]) / len(h[-100:]):.4f}" for kind, h in history.items() if h)
             log(f"denoiser step {step + 1}/{steps} loss {recent} {(step + 1 - state['step']) / (shown - started):.2f} steps/s")
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        if rank == 0 and ((step + 1) % 250 == 0 or step + 1 == steps):
             saved = {"step": step + 1, "average": average, "optimisers": [o.state_dict() for o in optimisers], "statistics": (mean, std)}
             torch.save(saved | {"params": {n: t.detach() for n, t in params.items()}}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").rename(path)

@@ -21,7 +21,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, T5TokenizerFast, UMT
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests.parity import randomised
-from tests.sources import PACKAGE
+from tests.sources import PACKAGE, ROOT
 from tinydiff.config import ModelOptions
 from tinydiff.runtime import blueprint
 from tinydiff.runtime.blueprint import Model
@@ -118,3 +118,14 @@ def load(folder: Path, **options: Any) -> Model:
         for name, net in model.nets.items()
     }
     return replace(model, nets=nets)
+
+
+def released(name: str, folder: Path) -> Path:
+    """The configs of a released model at `folder / name`, without weights: enough to read and to admit requests, not to load."""
+    stored = json.loads((ROOT / "tests" / "data" / "released" / f"{name.replace('/', '__')}.json").read_text())
+    files = {"model_index.json": stored["model_index"], "scheduler/scheduler_config.json": stored["scheduler"]}
+    files |= {f"{component}/config.json": entry["config"] for component, entry in stored["components"].items()}
+    for path, entries in files.items():
+        (folder / name / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name / path).write_text(json.dumps(entries))
+    return folder / name

@@ -182,7 +182,7 @@ def _kinds(index: hub.Index, options: ModelOptions) -> dict[str, Kind]:
     for name, (_, class_name) in index.components.items():
         if name not in FILES:
             if class_name not in NETS:
-                message = f"component {name!r} is a {class_name}, which is not supported; known are {', '.join(NETS)}"
+                message = f"component {name!r} has the class {class_name}, which is not supported; known are {', '.join(NETS)}"
                 raise UserError("model_path", f"model_path: {message}")
             kinds[name] = NETS[class_name]
     for name in options.component_precisions:
@@ -199,7 +199,7 @@ def _kinds(index: hub.Index, options: ModelOptions) -> dict[str, Kind]:
 
 def _known(field: str, name: str, names: Collection[str]) -> None:
     if name not in names:
-        raise UserError(field, f"{field}: {name!r} is none of the components that it is for, {', '.join(names)}{nearest(name, names)}")
+        raise UserError(field, f"{field}: {name!r} is not one of {', '.join(names)}{nearest(name, names)}")
 
 
 def _dtype(name: str, kind: Kind, options: ModelOptions, device: torch.device) -> torch.dtype:

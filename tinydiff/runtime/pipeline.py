@@ -25,7 +25,7 @@ from tinydiff.models.encoders import clip_vision, t5
 from tinydiff.ops.norm import compute_dtype
 from tinydiff.ops.patch import patchify, unpatchify
 from tinydiff.ops.weights import Weights
-from tinydiff.records import Request, Result
+from tinydiff.records import Request, Result, UserError
 from tinydiff.runtime.blueprint import PRECISIONS, Blueprint, Model, Net
 from tinydiff.sampling import guidance, loop, noise, solvers
 from tinydiff.sampling.solvers import Table
@@ -219,6 +219,10 @@ def run(model: Model, request: Request, progress: Progress) -> Result:
         with clock.stage("denoise"):
             steps = clock.steps(denoise(model, request, conditioning, seed), request.num_inference_steps)
             latents = deque(steps, maxlen=1).pop()  # the last one's, holding no others
+        if not latents.isfinite().all():
+            name, narrow = model.blueprint.row.name, PRECISIONS.get(model.nets["transformer"].dtype)
+            message = f"{name} gave values that are not numbers; its weights are broken, or {narrow} is too narrow for it"
+            raise UserError("model_path", f"model_path: {message} (see dit_precision)")
         with clock.stage("decode"):
             frames.append(decode(model, request, latents))
         kept.append(latents[0].cpu())

@@ -1,0 +1,254 @@
+"""Reading a model's folder and admitting a request: the released models' defaults, and one sentence for whatever does not fit.
+
+The folders hold the released configs and no weights: all of this happens before a weight is read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.runtime.folders import edit, released
+from tinydiff.config import ModelOptions, SamplingOptions
+from tinydiff.models.registry import MODELS, SHIPPED
+from tinydiff.records import UserError
+from tinydiff.runtime import blueprint
+from tinydiff.runtime.admit import admit
+
+T2V, I2V, EXPERTS = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+I2V_EXPERTS, TI2V, FAST = "Wan-AI/Wan2.2-I2V-A14B-Diffusers", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "FastVideo/FastWan2.1-T2V-1.3B-Diffusers"
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    path = tmp_path / "wide.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 160, 3), dtype=np.uint8)).save(path)
+    return str(path)
+
+
+def read(path: str | Path, **options):
+    return blueprint.read(ModelOptions(model_path=str(path), **options))
+
+
+def request(path, clip=False, options=None, **fields):
+    """The one admitted request of a model."""
+    asked = SamplingOptions(**{"prompt": ("a fox",)} | fields)
+    [made] = admit(read(path, **options or {}), asked, clip)
+    return made
+
+
+def refused(field: str, words: str, call, *args, **fields) -> None:
+    """The call ends in one sentence about `field` that holds `words`."""
+    with pytest.raises(UserError) as caught:
+        call(*args, **fields)
+    sentence = str(caught.value)
+    assert caught.value.field == field and words in sentence and "\n" not in sentence, sentence
+
+
+# --- what a request becomes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", MODELS, ids=lambda row: row.name.split("/")[-1])
+def test_defaults_are_the_registrys(row, tmp_path, picture):
+    path = row.name if row.name == SHIPPED else released(row.name, tmp_path)
+    image = (picture,) if row.image == "required" else ()
+    made = request(path, image_path=image, **({"height": row.height, "width": row.width} if image else {}))
+    assert (made.height, made.width, made.num_frames, made.fps) == (row.height, row.width, row.num_frames, row.fps)
+    assert (made.num_inference_steps, made.dmd_timesteps) == (row.steps, row.dmd_timesteps)
+    assert (made.guidance_scale, made.guidance_scale_2, made.boundary_ratio) == (row.guidance, row.guidance_2, row.boundary_ratio)
+    assert (made.flow_shift, made.negative_prompt, made.seeds) == (row.flow_shift, row.negative_prompt or "", (42,))
+    assert made.guided == (row.guidance > 1)
+    assert len(made.images) == len(made.originals) == len(image)
+
+
+@pytest.mark.parametrize(("name", "shift"), [(EXPERTS, 3.0), (TI2V, 5.0), (FAST, 8.0)])
+def test_a_folder_of_another_name_is_known_by_its_shape_and_keeps_its_own_scheduler(name, shift, tmp_path):
+    """But a distilled model does not run by the scheduler that lies in its folder."""
+    path = released(name, tmp_path).rename(tmp_path / "renamed")
+    made, row = request(path), next(row for row in MODELS if row.name == name)
+    assert (made.flow_shift, made.num_inference_steps, made.boundary_ratio) == (shift, row.steps, row.boundary_ratio)
+    assert request(path, options={"model_id": name}).flow_shift == row.flow_shift
+
+
+def test_several_prompts_and_seeds(tmp_path):
+    made = admit(read(SHIPPED), SamplingOptions(prompt=("a", "b"), seed=(5, 6, 7, 8), num_outputs_per_prompt=2))
+    assert [(one.prompt, one.seeds) for one in made] == [("a", (5, 6)), ("b", (7, 8))]
+    assert admit(read(SHIPPED), SamplingOptions(prompt=("a",), seed=(5,), num_outputs_per_prompt=3))[0].seeds == (5, 6, 7)
+
+
+def test_a_clip_is_made_where_its_file_or_its_first_frame_asks_for_one(picture):
+    assert [request(SHIPPED).num_frames, request(SHIPPED, clip=True).num_frames, request(SHIPPED, image_path=(picture,)).num_frames] == [
+        1,
+        17,
+        17,
+    ]
+    assert request(SHIPPED, clip=True, num_frames=5).num_frames == 5
+
+
+@pytest.mark.parametrize(("name", "multiple"), [(I2V, 16), (TI2V, 32)])
+def test_the_size_takes_the_pictures_shape_and_the_models_area(name, multiple, tmp_path, picture):
+    row = next(row for row in MODELS if row.name == name)
+    made = request(released(name, tmp_path), image_path=(picture,))
+    assert made.height % multiple == made.width % multiple == 0
+    assert made.width / made.height == pytest.approx(160 / 90, rel=0.05)
+    assert made.height * made.width == pytest.approx(row.height * row.width, rel=0.06)
+    assert made.images[0].shape == (made.height, made.width, 3) and made.originals[0].shape == (90, 160, 3)
+
+
+def test_guidance_at_one_and_below_is_off(tmp_path):
+    made = request(released(EXPERTS, tmp_path), guidance_scale=0.0)
+    assert (made.guidance_scale, made.guidance_scale_2, made.guided) == (1.0, 1.0, False)
+    made = request(tmp_path / EXPERTS, guidance_scale=0.5, guidance_scale_2=2.0)
+    assert (made.guidance_scale, made.guidance_scale_2, made.guided) == (1.0, 2.0, True)
+    assert request(tmp_path / EXPERTS, guidance_scale=6.0).guidance_scale_2 == 6.0
+
+
+def test_first_and_last_frame(tmp_path, picture):
+    assert len(request(released(I2V_EXPERTS, tmp_path), image_path=(picture, picture)).images) == 2
+    path = released(I2V, tmp_path)
+    refused("image_path", "2 pictures are given", request, path, image_path=(picture, picture))
+    edit(path / "transformer" / "config.json", pos_embed_seq_len=514)
+    assert len(request(path, image_path=(picture, picture)).images) == 2
+    refused("image_path", "from a first to a last frame", request, path, image_path=(picture,))
+
+
+# --- requests that cannot be ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "field", "words"),
+    [
+        (SHIPPED, {"height": 100}, "height", "100 is not a multiple of 32, which tinydiff/shapes needs; the nearest: 96 and 128"),
+        (SHIPPED, {"width": 31}, "width", "the nearest: 32"),
+        (T2V, {"height": 488}, "height", "488 is not a multiple of 16"),
+        (T2V, {"num_frames": 80}, "num_frames", "80 is not 4k + 1, as Wan-AI/Wan2.1-T2V-1.3B-Diffusers needs; the nearest: 77 and 81"),
+        (T2V, {"guidance_scale_2": 3.0}, "guidance_scale_2", "has one expert"),
+        (T2V, {"boundary_ratio": 0.5}, "boundary_ratio", "has one expert"),
+        (T2V, {"dmd_denoising_steps": (1000, 500)}, "dmd_denoising_steps", "is not distilled"),
+        (FAST, {"num_inference_steps": 4}, "num_inference_steps", "4 does not fit"),
+        (FAST, {"dmd_denoising_steps": (500, 800)}, "dmd_denoising_steps", "must fall"),
+        (I2V, {}, "image_path", "starts from a picture"),
+    ],
+)
+def test_requests_that_the_model_cannot_serve(name, fields, field, words, tmp_path):
+    refused(field, words, request, name if name == SHIPPED else released(name, tmp_path), **fields)
+
+
+def test_pictures_that_the_model_cannot_take(tmp_path, picture):
+    refused("image_path", "takes no picture", request, released(T2V, tmp_path), image_path=(picture,))
+    refused("image_path", "takes one, the first frame", request, SHIPPED, image_path=(picture, picture))
+    refused("num_frames", "1 leaves nothing to make", request, SHIPPED, image_path=(picture,), num_frames=1)
+
+
+def test_two_experts_need_a_boundary(tmp_path):
+    path = released(EXPERTS, tmp_path).rename(tmp_path / "renamed")
+    edit(path / "model_index.json", boundary_ratio=None)
+    refused("boundary_ratio", "names no boundary", request, path)
+    assert request(path, boundary_ratio=0.6).boundary_ratio == 0.6
+
+
+def test_a_scheduler_that_is_not_known_is_refused_at_once(tmp_path):
+    path = released(T2V, tmp_path)
+    edit(path / "scheduler" / "scheduler_config.json", _class_name="DDIMScheduler")
+    refused("scheduler", "'DDIMScheduler' is not supported", request, path)
+    edit(path / "scheduler" / "scheduler_config.json", _class_name="UniPCMultistepScheduler", solver_order=3)
+    refused("scheduler.solver_order", "solver_order of UniPCMultistepScheduler is 3; supported is 2", request, path)
+
+
+# --- models that cannot be ------------------------------------------------------------------------------------------------------------
+
+
+def test_options_that_name_a_component(tmp_path):
+    path = released(T2V, tmp_path)
+    refused("component_precisions", "'transfomer' is not one of", read, path, component_precisions={"transfomer": "bf16"})
+    refused("component_precisions", "'scheduler' is not one of", read, path, component_precisions={"scheduler": "bf16"})
+    refused("component_attention_backends", "'vae' is not one of", read, path, component_attention_backends={"vae": "math"})
+    refused("component_paths", "'image_encoder' is not one of", read, path, component_paths={"image_encoder": str(tmp_path)})
+    refused("vae_path", "is neither a folder here", read, path, component_paths={"vae": "nowhere"})
+    refused("text_encoder_precisions", "2 are given", read, path, text_encoder_precisions=("fp32", "bf16"))
+    refused("image_encoder_precision", "has no image encoder", read, path, image_encoder_precision="fp32")
+    refused("revision", "is a local folder", read, path, revision="main")
+    refused("revision", "is a local folder", read, SHIPPED, revision="main")
+
+
+def test_components_from_elsewhere(tmp_path):
+    path, other = released(T2V, tmp_path), tmp_path / "elsewhere"
+    for name in ("vae", "scheduler"):
+        (path / name).rename(other.with_name(f"my-{name}"))
+    (path / "tokenizer").mkdir()
+    edit(tmp_path / "my-scheduler" / "scheduler_config.json", flow_shift=7.0)
+    elsewhere = {name: str(tmp_path / f"my-{name}") for name in ("vae", "scheduler")} | {"tokenizer": str(path / "tokenizer")}
+    made = read(path, component_paths=elsewhere)
+    assert made.scheduler["flow_shift"] == 7.0 and made.nets["vae"].folder == tmp_path / "my-vae"
+    assert made.tokenizer == path / "tokenizer" and made.nets["transformer"].folder == path / "transformer"
+
+
+def test_types_and_attention_of_each_component():
+    made = read(SHIPPED, dit_precision="bf16", component_precisions={"vae": "fp16"}, attention_backend="math")
+    assert {name: blueprint.PRECISIONS[net.dtype] for name, net in made.nets.items()} == {
+        **{"transformer": "bf16", "vae": "fp16", "text_encoder": "fp32"},
+    }
+    assert (made.nets["transformer"].plan.attention, made.nets["text_encoder"].plan.attention) == ("math", "sdpa")
+    made = read(SHIPPED, component_attention_backends={"text_encoder": "math"})
+    assert (made.nets["transformer"].plan.attention, made.nets["text_encoder"].plan.attention) == ("sdpa", "math")
+
+
+@pytest.mark.parametrize("options", [{"attention_backend": "cudnn"}, {"component_attention_backends": {"transformer": "cudnn"}}])
+def test_attention_that_this_machine_cannot_run(options, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    [field] = options
+    refused(field, "'cudnn' cannot run the transformer in fp32 on this machine (cpu); what can: sdpa", read, SHIPPED, **options)
+
+
+def test_the_second_expert_follows_the_first_in_its_attention(tmp_path):
+    path = released(EXPERTS, tmp_path)
+    made = read(path, component_attention_backends={"transformer": "math"})
+    assert made.nets["transformer_2"].plan.attention == "math"
+    field = "component_attention_backends"
+    refused(field, "run in one loop and need the same", read, path, component_attention_backends={"transformer_2": "math"})
+
+
+def test_a_model_id_of_another_kind(tmp_path):
+    path = released(T2V, tmp_path)
+    refused("model_id", "'Wan2.1-T2V' is not a known model", read, path, model_id="Wan2.1-T2V")
+    refused("model_id", "is a WanImageToVideoPipeline, and", read, path, model_id="Wan2.1-I2V-14B-480P-Diffusers")
+
+
+@pytest.mark.parametrize("absent", ["vae", "tokenizer", "scheduler", "transformer"])
+def test_a_component_that_is_not_there(absent, tmp_path):
+    path = released(T2V, tmp_path)
+    edit(path / "model_index.json", **{absent: [None, None]})
+    refused("model_path", f"model_index.json names no {absent}", read, path)
+
+
+@pytest.mark.parametrize(
+    ("component", "entries", "words"),
+    [
+        ("vae", {"z_dim": 48}, "the transformer's in_channels is 16, and the vae's latents need 48"),
+        ("transformer", {"out_channels": 4}, "the transformer's out_channels is 4, and the vae's latents need 16"),
+        ("text_encoder", {"d_model": 64}, "the transformer's text_dim is 4096, and the text encoder gives 64"),
+        ("transformer", {"num_layer": 3}, "field 'num_layer' is not known to tinydiff.models.wan; did you mean 'num_layers'?"),
+        ("transformer", {"qk_norm": "layer"}, "qk_norm is 'layer'"),
+    ],
+)
+def test_configs_that_do_not_fit(component, entries, words, tmp_path):
+    path = released(T2V, tmp_path)
+    edit(path / component / "config.json", **entries)
+    refused("model_path", words, read, path)
+
+
+def test_two_experts_of_different_shape(tmp_path):
+    path = released(EXPERTS, tmp_path)
+    edit(path / "transformer_2" / "config.json", num_layers=3)
+    refused("model_path", "must have one config", read, path)
+
+
+def test_pipelines_and_components_that_are_not_supported(tmp_path):
+    path = released(T2V, tmp_path)
+    edit(path / "model_index.json", vae=["diffusers", "AutoencoderKL"])
+    refused("model_path", "component 'vae' has the class AutoencoderKL, which is not supported", read, path)
+    edit(path / "model_index.json", _class_name="WanPipelin")
+    refused("model_path", "supported classes are WanDMDPipeline, WanImageToVideoPipeline, WanPipeline; did you mean", read, path)
