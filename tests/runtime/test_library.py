@@ -13,8 +13,10 @@ from PIL import Image
 
 import tinydiff
 from tests.sources import PACKAGE
+from tinydiff import config
 from tinydiff.records import Result, UserError
 from tinydiff.runtime import library
+from tinydiff.runtime.generate import generate
 
 SMALL = {"height": 32, "width": 64, "num_inference_steps": 2}
 
@@ -125,3 +127,13 @@ def test_mistakes(model, tmp_path):
 def test_import_is_light():
     code = "import sys, tinydiff; print([name for name in ('torch', 'numpy', 'PIL', 'av', 'tyro') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_written_result_keeps_its_frames_only_where_asked(keep, tmp_path):
+    options = config.options({"prompt": ["a", "b"], "output_path": str(tmp_path), "return_frames": keep, **SMALL})
+    first, second = generate(options, library.Quiet())
+    assert [len(result.frames) for result in (first, second)] == [len(result.latents) for result in (first, second)] == [keep, keep]
+    assert list(first.seconds) == ["load", "encode", "denoise", "decode", "save"] and list(second.seconds) == list(first.seconds)[1:]
+    assert [result.parameters["prompt"] for result in (first, second)] == ["a", "b"]
+    assert len({path for result in (first, second) for path in result.paths}) == len(list(tmp_path.iterdir())) == 2

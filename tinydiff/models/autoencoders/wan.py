@@ -148,7 +148,9 @@ def encoder_spec(c: Config) -> Iterator[Row]:
     yield from under("encoder", conv_rows("conv_in", c.in_channels, first, (3, 3, 3)))
     for stage in down_stages(c):
         yield from under("encoder", _stage_rows(stage, 1))
-    yield from under("encoder", _middle_rows(last), [Row("norm_out.gamma", (last, 1, 1, 1))], conv_rows("conv_out", last, 2 * c.z_dim, (3, 3, 3)))
+    yield from under(
+        "encoder", _middle_rows(last), [Row("norm_out.gamma", (last, 1, 1, 1))], conv_rows("conv_out", last, 2 * c.z_dim, (3, 3, 3))
+    )
     yield from conv_rows("quant_conv", 2 * c.z_dim, 2 * c.z_dim, (1, 1, 1))
 
 
