@@ -88,7 +88,7 @@ class Plan:
 def linear_rows(
     name: str, fan_in: int, fan_out: int, split: str | None = None, *, bias: bool = True, parts: tuple[int, ...] = (), float32: bool = False
 ) -> Iterator[Row]:
-    """Rows of a linear layer, weight [fan_out, fan_in]. `split`: "out" divides the outputs (column parallel), "in" the inputs (row parallel)."""
+    """Rows of a linear layer, weight [fan_out, fan_in]. `split`: "out" divides the outputs (column parallel), "in" the inputs (row)."""
     yield Row(f"{name}.weight", (fan_out, fan_in), {"out": 0, "in": 1, None: None}[split], parts, float32)
     if bias:
         columns = split == "out"

@@ -340,7 +340,7 @@ def _statistics(c: Config, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode(c: Config, w: Weights, x_BCTHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
-    """Pixels [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'], the distribution's mean. `chunk`, `tile` as in `moments`."""
+    """Pixels [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'], the distribution's mean. Options as in `moments`."""
     return normalise(c, moments(c, w, x_BCTHW, chunk, tile)[:, : c.z_dim])
 
 
