@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from contextlib import chdir, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from tests.sources import ROOT
 from tinydiff.io.images import read_image
 
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = {page.stem: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
 
 
 def blocks(text: str) -> list[str]:
@@ -20,31 +22,32 @@ def blocks(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> dict[str, tuple[Path, str]]:
+    """Page -> (the folder that it ran in, what it printed). The blocks of a page run one after the other."""
+    done = {}
+    for name, text in PAGES.items():
+        folder, printed, names = tmp_path_factory.mktemp(name), StringIO(), {}
+        with chdir(folder), redirect_stdout(printed), torch.enable_grad():  # gradients on, as outside the tests
+            for number, block in enumerate(blocks(text)):
+                exec(compile(block, f"{name}.md, block {number}", "exec"), names)
+        done[name] = (folder, printed.getvalue())
+    return done
+
+
 def test_blocks_are_found():
     assert blocks("a\n```python\nx = 1\n```\n```bash\nls\n```\n```python\ny\n```\n") == ["x = 1\n", "y\n"]
-    assert any(blocks(page.read_text(encoding="utf-8")) for page in PAGES)
+    assert len(blocks(PAGES["library"])) == 3
 
 
-def run(page: Path) -> None:
-    """Every block after the one before it."""
-    names: dict[str, object] = {}
-    with torch.enable_grad():  # as outside the tests
-        for number, block in enumerate(blocks(page.read_text(encoding="utf-8"))):
-            exec(compile(block, f"{page.name} block {number}", "exec"), names)
+def test_every_page_runs(ran):
+    assert set(ran) == set(PAGES)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "library"], ids=lambda page: page.stem)
-def test_every_block_runs(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run(page)
-
-
-def test_the_pure_functions_make_the_librarys_picture(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    run(ROOT / "docs" / "library.md")
-    first, again = read_image(tmp_path / "circle.png"), read_image(tmp_path / "again.png")
+def test_the_pure_functions_make_the_librarys_picture_in_thirty_lines(ran):
+    folder, printed = ran["library"]
+    first, again = read_image(folder / "circle.png"), read_image(folder / "again.png")
     assert first.shape == (128, 128, 3) and np.array_equal(first, again)
-    shown = capsys.readouterr().out
-    assert "(17, 128, 128, 3) (42,)" in shown and "height | height: 100 is not a multiple of 32" in shown
-    longest = max(blocks((ROOT / "docs" / "library.md").read_text(encoding="utf-8")), key=len)
-    assert len([line for line in longest.splitlines() if line and not line.startswith(("#", "import", "from"))]) <= 30
+    assert "(17, 128, 128, 3) (42,)" in printed and "height | height: 100 is not a multiple of 32" in printed
+    lines = [line for line in blocks(PAGES["library"])[-1].splitlines() if line and not line.startswith(("#", "import", "from"))]
+    assert len(lines) <= 30

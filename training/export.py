@@ -25,7 +25,7 @@ SCHEDULER = {
     "num_train_timesteps": 1000,
     "prediction_type": "flow_prediction",
     "use_flow_sigmas": True,
-    "flow_shift": 1.0,
+    "flow_shift": 4.0,
     "solver_order": 2,
     "solver_type": "bh2",
     "predict_x0": True,

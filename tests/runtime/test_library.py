@@ -14,6 +14,7 @@ from PIL import Image
 import tinydiff
 from tests.sources import PACKAGE
 from tinydiff import config
+from tinydiff.models import registry
 from tinydiff.records import Result, UserError
 from tinydiff.runtime import library
 from tinydiff.runtime.generate import generate
@@ -44,10 +45,11 @@ def test_a_result_holds_frames_latents_parameters_and_timings(model):
 
 
 def test_parameters_are_those_that_took_effect(model):
+    row = registry.named(registry.SHIPPED)
     made = tinydiff.generate(model, "a red circle", **SMALL, guidance_scale=3.0).parameters
     assert json.loads(json.dumps(made)) == {
-        "model": "tinydiff/shapes", "prompt": "a red circle", "negative_prompt": "", "height": 32, "width": 64, "num_frames": 1, "fps": 8,
-        "num_inference_steps": 2, "guidance_scale": 3.0, "flow_shift": 1.0, "given_images": 0,
+        "model": "tinydiff/shapes", "prompt": "a red circle", "negative_prompt": "", "height": 32, "width": 64, "num_frames": 1,
+        "fps": row.fps, "num_inference_steps": 2, "guidance_scale": 3.0, "flow_shift": row.flow_shift, "given_images": 0,
         "precision": {"transformer": "fp32", "vae": "fp32", "text_encoder": "fp32"},
         "tinydiff": tinydiff.__version__, "torch": torch.__version__,
     }  # fmt: skip
@@ -58,7 +60,7 @@ def test_every_parameter_has_an_effect(model):
     plain = tinydiff.generate(model, "a red circle", **SMALL).latents[0]
     assert torch.equal(tinydiff.generate(model, "a red circle", **SMALL).latents[0], plain)
     for changed in (
-        {"seed": 43}, {"guidance_scale": 2.0}, {"guidance_scale": 1.0}, {"negative_prompt": "blue"}, {"flow_shift": 3.0},
+        {"seed": 43}, {"guidance_scale": 2.0}, {"guidance_scale": 1.0}, {"negative_prompt": "blue"}, {"flow_shift": 3.3},
         {"num_inference_steps": 3},
     ):  # fmt: skip
         assert not torch.equal(tinydiff.generate(model, "a red circle", **SMALL | changed).latents[0], plain), changed

@@ -21,6 +21,7 @@ from tests.sources import PACKAGE, ROOT
 from tinydiff import cli
 from tinydiff.io.images import read_image
 from tinydiff.io.output import read_parameters
+from tinydiff.models import registry
 from tinydiff.ops.weights import Weights
 from tinydiff.runtime import pipeline
 
@@ -58,7 +59,7 @@ def same(made, pipe, **fields):
         "prompt": PROMPT,
         "negative_prompt": "",
         "num_inference_steps": STEPS,
-        "guidance_scale": 4.0,
+        "guidance_scale": registry.named(registry.SHIPPED).guidance,
         "max_sequence_length": 32,
     }
     latents, video = (pipe(**asked, generator=torch.Generator().manual_seed(3), output_type=kind).frames[0] for kind in ("latent", "np"))

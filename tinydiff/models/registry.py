@@ -72,7 +72,7 @@ DMD = (1000, 757, 522)
 
 MODELS: tuple[ReleasedModel, ...] = (
     ReleasedModel(
-        SHIPPED, "WanPipeline", 128, 128, 1, 8, steps=30, guidance=4.0, flow_shift=1.0, params=2_758_048, layers=6, heads=5,
+        SHIPPED, "WanPipeline", 128, 128, 1, 8, steps=30, guidance=2.5, flow_shift=4.0, params=2_477_728, layers=6, heads=5,
         in_channels=32, negative_prompt=None, text_tokens=32, size_multiple=32, image="optional", expand_timesteps=True, clips_by_name=17,
     ),
     ReleasedModel(
