@@ -1,4 +1,8 @@
-"""For all tests: one thread, and no gradients unless a test asks for them with `torch.enable_grad()`."""
+"""For all tests: the CPU, one thread, and no gradients unless a test asks for them with `torch.enable_grad()`."""
+
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the figures compared here are those of float32 and float64 on the CPU
 
 import pytest
 import torch

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tinydiff.config import Progress
     from tinydiff.records import Result
     from tinydiff.runtime.blueprint import Model
 
@@ -26,13 +27,14 @@ def load(model_path: str | None = None, **options: Any) -> Model:
     return library.load(model_path, options)
 
 
-def generate(model: Model, prompt: str, **fields: Any) -> Result:
+def generate(model: Model, prompt: str, *, progress: Progress | None = None, **fields: Any) -> Result:
     """Make pictures or a clip from a prompt.
 
-    fields: the command line's sampling options by their names, such as `height=480`, `num_frames=17`, `seed=3`, `image_path="a.png"` or
-    `num_outputs_per_prompt=4`. Returns a `Result`: `frames` (uint8 [frames, height, width, 3] per output), `images` (the first frame of
-    each), `latents`, `parameters` and timings. Raises `tinydiff.records.UserError` naming the field that is wrong.
+    progress: told of each stage and step, an object with `on_stage(name)` and `on_step(done, total)`. fields: the command line's sampling
+    options by their names, such as `height=480`, `num_frames=17`, `seed=3`, `image_path="a.png"` or `num_outputs_per_prompt=4`.
+    Returns a `Result`: `frames` (uint8 [frames, height, width, 3] per output), `images` (the first frame of each), `latents`,
+    `parameters` and timings. Raises `tinydiff.records.UserError` naming the field that is wrong.
     """
     from tinydiff.runtime import library
 
-    return library.generate(model, prompt, fields)
+    return library.generate(model, prompt, fields, progress)

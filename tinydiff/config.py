@@ -137,7 +137,7 @@ class ModelOptions:
     vae_tiling: bool | None = None
     """Decode in tiles, for less memory."""
     attention_backend: Attention = "sdpa"
-    """Attention kernel; sdpa lets torch choose."""
+    """Attention kernel of the denoiser; sdpa lets torch choose."""
     component_attention_backends: Mapping[str, Attention] = _empty()
     """The same by component: transformer=flash,text_encoder=math."""
     enable_torch_compile: bool = False

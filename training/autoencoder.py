@@ -22,7 +22,7 @@ from tinydiff.ops.weights import Weights
 from training import model
 from training.scenes import render, scenes
 
-C = model.autoencoder()
+C = model.AUTOENCODER
 FLAT = ("encoder.conv_in.", "encoder.down_blocks.0.", "decoder.up_blocks.3.", "decoder.conv_out.")
 """Layers at the finest resolution never look at earlier frames: their kernels keep one temporal slice until they are exported."""
 STAGES = ("pictures", "clips", "polish")

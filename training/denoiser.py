@@ -28,7 +28,7 @@ from training import autoencoder, model
 from training.captions import caption
 from training.scenes import Kind, Scene, render, scenes
 
-C = model.transformer()
+C = model.TRANSFORMER
 EMPTY = 0.1  # share of prompts left empty
 GIVEN = 0.25  # share of clips whose first frame is given
 RATE = 1.5e-3
@@ -112,7 +112,8 @@ def loss(params: Params, text: t5.Config, ids: Tensor, mask: Tensor, latents: Te
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
     sigma = static_shift(torch.sigmoid(SPREAD * torch.randn(len(clean), generator=generator)), SHIFT).to(clean.device)
     noisy = torch.lerp(clean, noise, sigma[:, None, None])
-    inputs = {"text": hidden, "positions": wan.positions(C, tuple(latents.shape[2:]), clean.device)}
+    frames, height, width = latents.shape[2:]
+    inputs = {"text": hidden, "positions": wan.positions(C, (frames, height, width), clean.device)}
     weight = clean.new_ones(())
     if latents.shape[2] > 1 and torch.rand((), generator=generator) < GIVEN:
         frozen = (inputs["positions"][:, 0] == 0)[None, :, None]
@@ -199,7 +200,8 @@ def train(
             optimiser.zero_grad(set_to_none=True)
         with torch.no_grad():
             keep = min(0.999, step / (step + 10))
-            torch._foreach_lerp_(list(average.values()), [p.detach() for p in leaves], 1 - keep)
+            for kept, leaf in zip(average.values(), leaves, strict=True):
+                kept.lerp_(leaf.detach(), 1 - keep)
         if rank == 0 and (time.monotonic() - shown > 30 or step + 1 == steps):
             shown = time.monotonic()
             recent = " ".join(f"{kind} {sum(h[-100:]) / len(h[-100:]):.4f}" for kind, h in history.items() if h)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-import numpy as np
+from PIL import Image
 
 import tinydiff
 from tinydiff.models.registry import SHIPPED
@@ -41,7 +41,8 @@ def evaluate(folder: Path, counts: dict[Kind, int] = COUNTS, seed: int = 7, log:
             if missed:
                 failures.append(f"{text} (seed {i}): {', '.join(missed)}")
             if len(shown) < 12 * (len(figures) + 1):
-                shown.append(np.asarray(filmstrip(frames)) if kind == "clip" else frames[0])
+                pictures = [Image.fromarray(frame) for frame in frames]
+                shown.append(filmstrip(pictures) if kind == "clip" else pictures[0])
                 texts.append(text)
         share = round(1 - len(failures) / count, 4)
         seconds = round((time.monotonic() - started) / count, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,18 @@ def _component(folder: Path, file: str, config: dict[str, Any], rows: Iterable[R
     save_weights(folder / file, chosen)
 
 
+def _autoencoder(mean: Tensor, std: Tensor) -> dict[str, Any]:
+    entries = asdict(model.AUTOENCODER)
+    del entries["clip_output"]  # not a field of the reference
+    return entries | {name: [round(x, 5) for x in values.tolist()] for name, values in (("latents_mean", mean), ("latents_std", std))}
+
+
 def export(run: Path, folder: Path) -> int:
     """Write the model of `run` into `folder`; returns the bytes of all safetensors together."""
     trained = torch.load(run / "denoiser.pt")
     average = trained["average"]
     mean, std = trained["statistics"]
-    latest = torch.load(next(path for stage in reversed(autoencoder.STAGES) if (path := run / f"{stage}.pt").exists()))["average"]
+    latest = torch.load([path for stage in autoencoder.STAGES if (path := run / f"{stage}.pt").exists()][-1])["average"]
     if latest["decoder.mid_block.resnets.0.conv1.weight"].shape[2] == 1:
         latest = autoencoder.with_past(latest)
     text = model.text_encoder(len(average["text.shared.weight"]))
@@ -72,14 +79,11 @@ def export(run: Path, folder: Path) -> int:
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in average.items() if name.startswith(prefix)}
 
-    def rounded(values: Tensor) -> list[float]:
-        return [round(value, 5) for value in values.tolist()]
-
     _component(
         folder / "transformer",
         "diffusion_pytorch_model.safetensors",
-        {"_class_name": "WanTransformer3DModel", "_diffusers_version": DIFFUSERS, **model.TRANSFORMER},
-        wan.spec(model.transformer()),
+        {"_class_name": "WanTransformer3DModel", "_diffusers_version": DIFFUSERS, **asdict(model.TRANSFORMER)},
+        wan.spec(model.TRANSFORMER),
         part("denoiser."),
     )
     _component(
@@ -89,8 +93,8 @@ def export(run: Path, folder: Path) -> int:
             "architectures": ["UMT5EncoderModel"],
             "transformers_version": TRANSFORMERS,
             **{"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0},
-            **{"vocab_size": text.vocab_size, "num_decoder_layers": 2, "is_encoder_decoder": True, "use_cache": False},
-            **model.TEXT_ENCODER,
+            **{"num_decoder_layers": text.num_layers, "is_encoder_decoder": True, "use_cache": False},
+            **asdict(text),
         },
         t5.spec(text),
         part("text."),
@@ -98,8 +102,7 @@ def export(run: Path, folder: Path) -> int:
     _component(
         folder / "vae",
         "diffusion_pytorch_model.safetensors",
-        {"_class_name": "AutoencoderKLWan", "_diffusers_version": DIFFUSERS, **model.AUTOENCODER}
-        | {"latents_mean": rounded(mean), "latents_std": rounded(std)},
+        {"_class_name": "AutoencoderKLWan", "_diffusers_version": DIFFUSERS, **_autoencoder(mean, std)},
         wan_vae.spec(autoencoder.C),
         autoencoder.with_past(latest, flat=()),
     )

@@ -15,6 +15,7 @@ import torch
 from training import autoencoder, denoiser, tokenizer
 from training.evaluate import evaluate
 from training.export import export
+from training.scenes import Kind
 
 
 def main() -> None:
@@ -41,8 +42,8 @@ def main() -> None:
     autoencoder.train("pictures", run, arguments.picture_steps, arguments.seed, log, arguments.device)
     autoencoder.train("clips", run, arguments.clip_steps, arguments.seed, log, arguments.device)
     autoencoder.train("polish", run, arguments.polish_steps, arguments.seed, log, arguments.device)
-    counts = {"picture": 16000, "pair": 12000, "clip": 3000}
-    batches = {"picture": 64, "pair": 40, "clip": 16}
+    counts: dict[Kind, int] = {"picture": 16000, "pair": 12000, "clip": 3000}
+    batches: dict[Kind, int] = {"picture": 64, "pair": 24, "clip": 16}
     words = run / "tokenizer" / "tokenizer.json"
     denoiser.train(run, arguments.steps, words, counts, batches, arguments.clips_from, arguments.seed, log, arguments.device)
     log(f"{export(run, arguments.folder)} bytes of weights in {arguments.folder}")
