@@ -13,8 +13,8 @@ from training.scenes import COLOURS, MOTIONS, PLACES, RELATIONS, SHAPES, SIZES
 KINDS = {"picture": "pictures of one shape", "pair": "pictures of two shapes", "clip": "clips"}
 
 
-def card(run: Path, folder: Path, settings: str) -> str:
-    """The card's text. settings: how the pictures of the evaluation were sampled."""
+def card(run: Path, folder: Path) -> str:
+    """The card's text."""
     figures = json.loads((folder / "evaluation.json").read_text())
     rows = "\n".join(
         f"| {KINDS[kind]} | {found['count']} | {found['right']} | {found['share']:.1%} | "
@@ -42,13 +42,13 @@ be left out, and are then random. Prompts are read up to {model.TEXT_TOKENS} tok
 ## How well it does
 
 Held-out combinations of attributes, never trained on; an output is right when every attribute that its prompt names is read off its
-pixels. {settings}
+pixels. Made with the model's defaults (`tinydiff models`).
 
 | | made | right | share | attributes missed |
 |---|---|---|---|---|
 {rows}
 
-`evaluation.json` lists every failure with its prompt and seed. The contact sheet is in docs/media.
+`evaluation.json` lists every failure with its prompt and seed. A contact sheet of the first dozen of each is in docs/media/sheet.png.
 
 ## How it was made
 

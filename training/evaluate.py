@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from PIL import Image
 
@@ -18,11 +19,13 @@ from training.reading import judge
 from training.scenes import Kind, scenes
 from training.sheet import contact_sheet, filmstrip
 
-COUNTS: dict[Kind, int] = {"picture": 140, "pair": 80, "clip": 60}
+COUNTS: dict[Kind, int] = {"picture": 200, "pair": 60, "clip": 60}
 
 
-def evaluate(folder: Path, counts: dict[Kind, int] = COUNTS, seed: int = 7, log: Callable[[str], None] = print, **fields) -> dict:
-    """Figures of the model in `folder`, and a contact sheet of the first of each kind beside them.
+def evaluate(
+    folder: Path, sheet: Path, counts: dict[Kind, int] = COUNTS, seed: int = 7, log: Callable[[str], None] = print, **fields: Any
+) -> dict[Kind, dict[str, Any]]:
+    """Figures of the model in `folder`, and a contact sheet of the first of each kind as the picture `sheet`.
 
     An output is right when every attribute that its prompt names is read off its pixels. `fields` go to `tinydiff.generate`. Returns
     {kind: {count, right, share, wrong: {attribute: times}, seconds, failures}} and writes it to `folder / evaluation.json`.
@@ -50,5 +53,6 @@ def evaluate(folder: Path, counts: dict[Kind, int] = COUNTS, seed: int = 7, log:
         figures[kind] |= {"seconds": seconds, "failures": failures}
         log(f"{kind}: {count - len(failures)} of {count} right ({share:.1%}), wrong {dict(wrong)}, {seconds} s each")
     (folder / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
-    contact_sheet(shown, texts, 6).save(folder / "sheet.png")
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(shown, texts, 6).save(sheet)
     return figures

@@ -7,12 +7,12 @@ denoiser with its text encoder on both; then FOLDER is written and evaluated. Ru
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
 from training import autoencoder, denoiser, tokenizer
+from training.card import card
 from training.evaluate import evaluate
 from training.export import export
 from training.scenes import Kind
@@ -48,7 +48,8 @@ def main() -> None:
     denoiser.train(run, arguments.steps, words, counts, batches, arguments.clips_from, arguments.seed, log, arguments.device)
     log(f"{export(run, arguments.folder)} bytes of weights in {arguments.folder}")
     with torch.no_grad():
-        log(json.dumps(evaluate(arguments.folder, log=log)))
+        evaluate(arguments.folder, run / "sheet.png", log=log)
+    (arguments.folder / "README.md").write_text(card(run, arguments.folder))
 
 
 if __name__ == "__main__":
