@@ -14,3 +14,12 @@ torch.set_num_threads(1)
 def _no_gradients():
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def compiler():
+    """For tests that compile: a machine with Python and nothing else cannot."""
+    from tinydiff.sampling.compile import has_compiler
+
+    if not has_compiler():
+        pytest.skip("no C++ compiler here, which torch.compile needs")

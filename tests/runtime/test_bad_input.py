@@ -182,3 +182,12 @@ def test_a_full_disk_leaves_nothing_half_written(words, tmp_path):
     assert run.returncode == 2, run.stderr
     assert run.stderr.startswith("tinydiff: error: output_path: cannot write '") and run.stderr.endswith("': the disk is full\n")
     assert run.stderr.count("\n") == 1 and run.stdout == "" and list((tmp_path / "out").iterdir()) == []
+
+
+def test_compiling_without_a_compiler(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("tinydiff.sampling.compile.has_compiler", lambda: False)
+    assert cli.main(["generate", "--prompt", "x", "--enable-torch-compile", "--output-path", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "tinydiff: error: enable_torch_compile: compiling needs a C++ compiler, and none is found; install g++ or leave the option out"
+    ]
+    assert not (tmp_path / "out").exists()

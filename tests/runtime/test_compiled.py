@@ -35,6 +35,7 @@ def text(length, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 def test_one_graph_serves_every_request_and_both_experts():
     """Sizes, step counts, prompt lengths, guidance scales, seeds; in one piece and in chunks; the second expert in the first's graph."""
     run = {make: make(wan, CONFIG, PLAN, guidance.classifier_free) for make in (loop.eager_denoise, compiled_denoise)}
@@ -63,6 +64,7 @@ def test_one_graph_serves_every_request_and_both_experts():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 def test_the_shipped_model_compiles_at_its_first_picture_only():
     fast, eager = tinydiff.load(enable_torch_compile=True), tinydiff.load()
     before, broken = graph_count(), graph_breaks()

@@ -1,12 +1,8 @@
 """The compiled loop: equal to eager, one graph for everything a request may vary, cost that does not grow with depth."""
 
-import ast
-from pathlib import Path
-
 import pytest
 import torch
 
-import tinydiff
 from tests.sampling import fake
 from tinydiff.sampling import guidance, loop, solvers
 from tinydiff.sampling.compile import compiled_denoise, graph_breaks, graph_count, region, while_loop
@@ -26,6 +22,7 @@ def assert_equal_to_eager(eager, fast, table, tokens, *, batch=2, images=1, seed
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 def test_one_graph_serves_sizes_steps_scales_seeds_solvers_and_chunks():
     eager, fast = pair(guidance.classifier_free)
     before = graph_count()
@@ -47,6 +44,7 @@ def test_one_graph_serves_sizes_steps_scales_seeds_solvers_and_chunks():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 def test_unguided_renoising_in_two_batch_sizes():
     eager, fast = pair(guidance.none)
     before = graph_count()
@@ -58,6 +56,7 @@ def test_unguided_renoising_in_two_batch_sizes():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 def test_exact_rounds_bfloat16_as_eager():
     table = fake.table(fake.UNIPC, 4)
     network, x = fake.ready(CONFIG, table, 12, dtype=torch.bfloat16), fake.latents(12, dtype=torch.float32)
@@ -79,6 +78,7 @@ def counting(predict):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 def test_a_block_is_compiled_once_however_deep_the_stack_and_memory_is_carried():
     """In the graph that Dynamo hands over, every block calls the one region."""
     config = fake.Config(6)
@@ -103,14 +103,3 @@ def test_a_block_is_compiled_once_however_deep_the_stack_and_memory_is_carried()
     assert got.memory["sum"].item() == 0 + 1 + 2
     want = fake.last(loop.eager_denoise(fake.family, config, fake.PLAN, guidance.none), table, x, lambda _: network)
     assert torch.allclose(got.x, want, atol=1e-5)
-
-
-def test_torch_compile_is_said_in_one_place():
-    package = Path(tinydiff.__path__[0])
-    said = {str(path.relative_to(package)) for path in package.rglob("*.py") if _says_compile(ast.parse(path.read_text()))}
-    assert said == {"sampling/compile.py"}
-
-
-def _says_compile(tree):
-    names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    return not names.isdisjoint({"torch.compile", "torch.compiler.nested_compile_region"})

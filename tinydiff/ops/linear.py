@@ -11,19 +11,17 @@ from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
 
 
-def matmul(x: Tensor, leaf: Tensor) -> Tensor:
-    """x [..., I] times a weight leaf [O, I] -> [..., O]. A new storage format is a new leaf type and a new case here."""
+def matmul(x: Tensor, leaf: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., I] times a weight leaf [O, I], plus bias [O] -> [..., O]. A new storage format is a new leaf type and a new case here."""
     match leaf:
         case torch.Tensor():
-            return F.linear(x, leaf)
+            return F.linear(x, leaf, bias)
     raise TypeError(f"no product is defined for a weight leaf of type {type(leaf).__name__}")
 
 
 def linear(x: Tensor, w: Weights) -> Tensor:
     """x [..., I] -> [..., O]: `x @ w.weight.T + w.bias`, the bias optional."""
-    y = matmul(x, w["weight"])
-    bias = w.get("bias")
-    return y if bias is None else y + bias
+    return matmul(x, w["weight"], w.get("bias"))
 
 
 def linear_sum(plan: Plan, x: Tensor, w: Weights) -> Tensor:

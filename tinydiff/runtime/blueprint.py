@@ -150,6 +150,8 @@ def read(options: ModelOptions) -> Blueprint:
     _check_fit(row, index, nets)
     scheduler = hub.read_json(places["scheduler"] / "scheduler_config.json")
     compiled, tiling = options.enable_torch_compile, bool(options.vae_tiling)
+    if compiled:
+        _check_compiler()
     return Blueprint(row, named, nets, places["tokenizer"], scheduler, index.options, device, compiled, tiling)
 
 
@@ -228,6 +230,14 @@ def _plan(name: str, kind: Kind, config: Any, dtype: torch.dtype, options: Model
         where = f"the {name} in {PRECISIONS.get(dtype, dtype)} on this machine ({device.type})"
         raise UserError(field, f"{field}: {backend!r} cannot run {where}; what can: {can}")
     return Plan(attention=backend)
+
+
+def _check_compiler() -> None:
+    from tinydiff.sampling.compile import has_compiler  # pulls in the compiler: only those who compile pay for it
+
+    if not has_compiler():
+        message = "compiling needs a C++ compiler, and none is found; install g++ or leave the option out"
+        raise UserError("enable_torch_compile", f"enable_torch_compile: {message}")
 
 
 def _attends(backend: str, width: int, biased: bool, dtype: torch.dtype, device: torch.device) -> bool:

@@ -16,13 +16,24 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo.utils import counters
 from torch._higher_order_ops.invoke_subgraph import NestedCompileRegionOptions
 from torch._higher_order_ops.while_loop import while_loop
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.exc import InvalidCxxCompiler
 
 from tinydiff.parallel.plan import Plan
 from tinydiff.sampling.loop import Denoise, Hoisted, Predict, State, denoise, predictor
 
 _RECOMPILE_LIMIT = 64
 _compiled: dict[tuple, tuple[Any, Denoise]] = {}
+
+
+def has_compiler() -> bool:
+    """Whether this machine has the C++ compiler that compiled graphs need, on the CPU for kernels, on GPUs for their launchers."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return True
 
 
 def region(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
