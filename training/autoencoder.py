@@ -13,10 +13,12 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tinydiff.io.atomic import write_over
 from tinydiff.models.autoencoders import wan as wan_vae
 from tinydiff.ops.weights import Weights
 from training import model
@@ -27,6 +29,16 @@ FLAT = ("encoder.conv_in.", "encoder.down_blocks.0.", "decoder.up_blocks.3.", "d
 """Layers at the finest resolution never look at earlier frames: their kernels keep one temporal slice until they are exported."""
 STAGES = ("pictures", "clips", "polish")
 Params = dict[str, Tensor]
+
+
+def annealed(step: int, steps: int, warmup: int) -> float:
+    """The share of the full learning rate at a step: up in a line over `warmup` steps, then down a cosine to a fiftieth."""
+    return min(1, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def keep(path: Path, state: Any) -> None:
+    """Write a checkpoint; one that is there stays whole until the new one is."""
+    write_over(path, lambda place: torch.save(state, place))
 
 
 def initial(seed: int) -> Params:
@@ -132,7 +144,7 @@ def train(stage: str, run: Path, steps: int, seed: int = 1, log: Callable[[str],
     for step in range(state["step"], steps):
         done = step / steps
         for group in optimiser.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+            group["lr"] = rate * annealed(step, steps, warmup=50)
         for x in _batches(step, seed * 1_000_000, stage, done):
             error, divergence = losses(params, x.to(device))
             (error + 3e-5 * divergence).backward()
@@ -144,9 +156,9 @@ def train(stage: str, run: Path, steps: int, seed: int = 1, log: Callable[[str],
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         with torch.no_grad():
-            keep = min(0.998, step / (step + 10))
+            inertia = min(0.998, step / (step + 10))
             for name in masks:
-                average[name].lerp_(params[name].detach(), 1 - keep)
+                average[name].lerp_(params[name].detach(), 1 - inertia)
         if time.monotonic() - shown > 20 or step + 1 == steps:
             shown = time.monotonic()
             recent = torch.tensor(history[-50:]).mean(0)
@@ -154,5 +166,4 @@ def train(stage: str, run: Path, steps: int, seed: int = 1, log: Callable[[str],
             log(f"{stage} step {step + 1}/{steps} error {recent[0]:.4f} divergence {recent[1]:.2f} {pace:.2f} steps/s")
         if (step + 1) % 200 == 0 or step + 1 == steps:
             saved = {"step": step + 1, "average": average, "optimiser": optimiser.state_dict()}
-            torch.save(saved | {"params": {n: t.detach() for n, t in params.items()}}, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").rename(path)
+            keep(path, saved | {"params": {n: t.detach() for n, t in params.items()}})

@@ -56,8 +56,7 @@ def encoded(run: Path, kind: Kind, count: int, seed: int, log: Log, device: str 
             if (i // size) % 100 == 99:
                 log(f"latents {kind} {i + size}/{count} {(i + size) / (time.monotonic() - started):.1f} /s")
     latents = torch.cat(parts)
-    torch.save(latents, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").rename(path)
+    autoencoder.keep(path, latents)
     return made, latents
 
 
@@ -177,7 +176,7 @@ def train(
     for step in range(state["step"], steps):
         for optimiser in optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = RATE * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+                group["lr"] = RATE * autoencoder.annealed(step, steps, warmup=200)
         generator, rng = torch.Generator().manual_seed((seed + rank) * 1_000_003 + step), Random(f"{seed} {step} {rank}")
         for kind, size in batches.items():
             if kind == "clip" and step < clips_from:
@@ -199,14 +198,13 @@ def train(
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         with torch.no_grad():
-            keep = min(0.999, step / (step + 10))
+            inertia = min(0.999, step / (step + 10))
             for kept, leaf in zip(average.values(), leaves, strict=True):
-                kept.lerp_(leaf.detach(), 1 - keep)
+                kept.lerp_(leaf.detach(), 1 - inertia)
         if rank == 0 and (time.monotonic() - shown > 30 or step + 1 == steps):
             shown = time.monotonic()
             recent = " ".join(f"{kind} {sum(h[-100:]) / len(h[-100:]):.4f}" for kind, h in history.items() if h)
             log(f"denoiser step {step + 1}/{steps} loss {recent} {(step + 1 - state['step']) / (shown - started):.2f} steps/s")
         if rank == 0 and ((step + 1) % 250 == 0 or step + 1 == steps):
             saved = {"step": step + 1, "average": average, "optimisers": [o.state_dict() for o in optimisers], "statistics": (mean, std)}
-            torch.save(saved | {"params": {n: t.detach() for n, t in params.items()}}, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").rename(path)
+            autoencoder.keep(path, saved | {"params": {n: t.detach() for n, t in params.items()}})
