@@ -43,8 +43,8 @@ def measure(layers: int, steps: int) -> None:
         c, plan = case.config, Plan()
         table = solvers.with_guidance(solvers.from_scheduler_config(SCHEDULER, count), scale)
         generator = torch.Generator().manual_seed(1)
-        text = torch.randn(2, case.text_tokens, c.text_dim, generator=generator).to(device)
-        inputs = {"text": text, "positions": wan.positions(c, case.size, device)}
+        texts = torch.randn(2, 1, case.text_tokens, c.text_dim, generator=generator).to(device)
+        inputs = [{"text": text, "positions": wan.positions(c, case.size, device)} for text in texts]
         network = loop.hoist(wan, c, plan, weights(c, device), inputs, table)
         x = torch.randn(1, case.tokens, c.in_channels * 4, generator=generator).to(device)
         return list(loop.run(denoise, table, x, lambda _: network))[-1].x

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinydiff.models import wan
+from tinydiff.models.evaluate import predict
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
 from tinydiff.sampling import loop, solvers
@@ -56,28 +57,28 @@ def flops(fn: Callable[[], Any]) -> tuple[int, Any]:
 def measure(case: Case) -> str:
     c, flat = case.config, weights(case.config, "meta", torch.bfloat16)
     table = solvers.with_guidance(solvers.from_scheduler_config(SCHEDULER, STEPS), 5.0)
-    inputs = {"text": torch.empty(2, case.text_tokens, c.text_dim, device="meta"), "positions": wan.positions(c, case.size, "meta")}
-    x = torch.empty(2, case.tokens, c.out_channels * 4, device="meta")
+    inputs = {"text": torch.empty(1, case.text_tokens, c.text_dim, device="meta"), "positions": wan.positions(c, case.size, "meta")}
+    x = torch.empty(1, case.tokens, c.out_channels * 4, device="meta")
     times = table.timesteps.to("meta")
 
     whole = Read(flat)
-    before, _ = flops(lambda: wan.predict(c, PLAN, Weights(whole), x, times[:1], inputs))
+    before, _ = flops(lambda: predict(wan, c, PLAN, Weights(whole), x, times[:1], inputs))
     once, (request, steps) = flops(lambda: wan.hoist(c, PLAN, Weights(flat), inputs, times))
     kept, dealt = loop.deal(wan, c, flat), loop.deal(wan, c, request)
     stepped = {at: Read(dict(entries)) for at, entries in kept.items()}
     known = {at: Read(dict(entries)) for at, entries in dealt.items()}
-    row = loop.Step(torch.tensor(0), x, x, {name: rows[:1] for name, rows in steps.items()})
-    after, _ = flops(lambda: loop.predictor(wan, c, PLAN)(stepped, x, row, known, {}))
+    rows = loop.deal(wan, c, {name: rows[0] for name, rows in steps.items()})
+    after, _ = flops(lambda: loop.predictor(wan, c, PLAN)(stepped, x, loop.Step(x, x, x), (loop.Branch(known, rows),), {}))
 
     read, left = whole.size, sum(entries.size for entries in stepped.values())
-    hoisted = sum(entries.size for entries in known.values()) + sum(rows[:1].nbytes for rows in steps.values())
+    hoisted = sum(entries.size for entries in known.values()) + sum(rows[0].nbytes for rows in steps.values())
     run = STEPS * before / (once + STEPS * after)
     work = f"{before / 1e12:11.4f} {after / 1e12:11.4f} {before / after:7.4f} {run:7.4f}"
     return f"{case.name:32s} {work} {read / 1e9:9.4f} {left / 1e9:8.4f} {read / left:6.3f} {hoisted / 1e9:8.4f}"
 
 
 def main() -> None:
-    print(f"{'guided, ' + str(STEPS) + ' steps':32s} {'TFLOP/step':>11s} {'hoisted':>11s} {'ratio':>7s} {'run':>7s}", end=" ")
+    print(f"{'one branch, ' + str(STEPS) + ' steps':32s} {'TFLOP/step':>11s} {'hoisted':>11s} {'ratio':>7s} {'run':>7s}", end=" ")
     print(f"{'GB/step':>9s} {'hoisted':>8s} {'ratio':>6s} {'instead':>8s}")
     for name in ("Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-T2V-14B-Diffusers", "Wan2.2-TI2V-5B-Diffusers"):
         print(measure(released(name)))

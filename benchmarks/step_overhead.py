@@ -68,7 +68,7 @@ def theirs(pipe: Any, case: Case, text: Tensor, start: Tensor) -> Tensor:
 
 def ours(denoise: loop.Denoise, case: Case, flat: dict[str, Tensor], text: Tensor, start: Tensor) -> Tensor:
     table = solvers.with_guidance(solvers.from_scheduler_config(SCHEDULER, STEPS), SCALE)
-    inputs = {"text": text, "positions": wan.positions(case.config, case.size, DEVICE)}
+    inputs = [{"text": each[None], "positions": wan.positions(case.config, case.size, DEVICE)} for each in text]
     network = loop.hoist(wan, case.config, Plan(), flat, inputs, table)
     for progress in loop.run(denoise, table, patchify(start, PATCH), lambda _: network, chunk=1):
         x = progress.x

@@ -2,54 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 
-import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from tinydiff.parallel.plan import Row
+from tinydiff.parity.reference import doubles, draw, randomised
 
-
-class doubles(TorchFunctionMode):
-    """A context, `with doubles():`, in which a float64 tensor stays float64 where code asks for float32.
-
-    The references compute some steps in float32 whatever the network's type, to spare half types the rounding: diffusers'
-    FP32LayerNorm, `temb.float()` and `hidden_states.float()` of Wan's blocks, WanUpsample, and `to(torch.float32)` of T5's norm.
-    In float64 that is a rounding of the reference's own; without it the two sides agree to 1e-10. Only the reference runs in here.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            if func is Tensor.float:
-                return args[0]
-            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
-            kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
-        return func(*args, **kwargs)
-
-
-def randomised(module: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    """Redraw every entry of the module's state in float64, scales near 1 and all else near 0, and return the state dict.
-
-    Fresh modules hold zeros and ones in biases, norms and tables, which would hide a weight that is never read. Matrices and
-    kernels are divided by the square root of their fan-in, so that deep stacks neither vanish nor explode.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    state = module.double().eval().state_dict()
-    drawn: dict[int, Tensor] = {}  # a tied weight has two names and one memory
-    for name, old in state.items():
-        noise = torch.randn(old.shape, generator=generator, dtype=torch.float64)
-        scale = name.endswith("gamma") or (name.endswith("weight") and old.ndim == 1)
-        table = old.ndim == 3 or old.ndim == 1
-        fan_in = 1 if table or scale else max(1, old[0].numel())
-        value = 1 + 0.3 * noise if scale else noise * (0.3 if table else 1) / fan_in**0.5
-        state[name] = drawn.setdefault(old.data_ptr(), value)
-    module.load_state_dict(state)
-    return state
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal float64 numbers from a seed."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+__all__ = ["Recording", "close", "doubles", "draw", "randomised", "shapes"]
 
 
 def shapes(items: Iterable[Row] | Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

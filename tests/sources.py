@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,6 +71,7 @@ def _read_from(tree: ast.Module, name: str) -> set[str]:
     return {node.attr for node in found if node.value.id == name}
 
 
+@cache
 def said(source: str) -> set[str]:
     """Every dotted name that a module imports or reads, in full: `import os as system; system.environ` says `os.environ`."""
     tree = ast.parse(source)

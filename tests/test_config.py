@@ -287,7 +287,7 @@ def test_a_missing_feature_may_be_turned_off(argv: list[str]):
         (["--enable-frame-interpolation", "true"], "frame interpolation"),
         (["--profile"], "profiling"),
         (["--performance-mode", "speed"], "a performance preset"),
-        (["--true-cfg-scale", "4"], "this form of guidance"),
+        (["--guidance-rescale", "0.7"], "this form of guidance"),
         (["--diffusers-kwargs", "{}"], "the diffusers backend"),
     ],
 )

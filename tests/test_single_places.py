@@ -15,9 +15,9 @@ SINGLE_PLACES = {
     "os.environ": ("tinydiff.config",),
     "os.getenv": ("tinydiff.config",),
     "os.putenv": ("tinydiff.config",),
-    "diffusers": (),
-    "transformers": (),
-    "torch.nn.Module": (),
+    "diffusers": ("tinydiff.parity",),
+    "transformers": ("tinydiff.parity",),
+    "torch.nn.Module": ("tinydiff.parity",),
 }
 """Dotted name, with all below it -> the modules or folders that may say it. `torch._` is whatever torch keeps private."""
 

@@ -1,4 +1,4 @@
-"""The command line: `tinydiff generate`, `tinydiff models`, `tinydiff --version`.
+"""The command line: `tinydiff generate`, `tinydiff models`, `tinydiff doctor`, `tinydiff --version`.
 
 Help is drawn by tyro from the option records. Values are read by `config.parse`, the one reader that files, library calls and the command
 line share. torch is imported only once everything that needs no model has been checked.
@@ -35,6 +35,7 @@ Pictures and clips from diffusion models.
 commands:
   generate    make pictures or clips and write them to files
   models      list the supported models with their defaults (--json)
+  doctor      show what runs here; --parity compares the networks with diffusers'
   serve       an HTTP server (does not exist yet)
 
   -h, --help  show this, or after a command its options
@@ -55,7 +56,7 @@ turns them off, and otherwise refused with one sentence.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it did, 2 for a user's mistake (one sentence on stderr), 130 when interrupted."""
+    """Run one command; 0 when it did, 1 where `doctor` found a difference, 2 for a user's mistake (one sentence), 130 when interrupted."""
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
@@ -76,6 +77,10 @@ def _run(argv: list[str]) -> int:
             _help() if {"-h", "--help"} & set(rest) else _generate(rest)
         case ["models", *rest]:
             _models(rest)
+        case ["doctor", *rest]:
+            from tinydiff import doctor
+
+            return doctor.main(rest)
         case ["serve", *_]:
             raise UserError("command", "serve: the HTTP server does not exist yet; `tinydiff generate` makes pictures and clips")
         case [word, *_]:
@@ -83,7 +88,7 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = ("generate", "models", "serve", "--help", "--version")
+COMMANDS = ("generate", "models", "doctor", "serve", "--help", "--version")
 
 
 def _generate(argv: list[str]) -> None:
@@ -113,7 +118,8 @@ def _admissible(options: config.Options) -> None:
     """Refuse what can be refused before torch is imported."""
     if options.later:
         raise UserError("options", options.later[0])
-    if not options.sampling.prompt:
+    row = registry.find(options.model.model_id or options.model.model_path)
+    if not options.sampling.prompt and not (row and row.captions):
         raise UserError("prompt", "prompt: none is given; say what to make with --prompt 'a red circle'")
     if options.model.model_id is not None:
         registry.named(options.model.model_id)
@@ -134,7 +140,8 @@ def _admissible(options: config.Options) -> None:
 def _report(result: Result) -> str:
     """The paths with their seeds, then the seconds of each stage."""
     seeds = [f"seed {seed}" for seed in result.seeds]
-    saved = [f"{path}  {seed}" for path, seed in zip(result.paths, seeds, strict=True)] if result.paths else []
+    each = len(result.paths) // len(seeds)  # layers are files of their own
+    saved = [f"{path}  {seeds[i // each]}" for i, path in enumerate(result.paths)]
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items())
     return "\n".join([*(saved or [f"not saved: {', '.join(seeds)}"]), stages])
 
@@ -167,13 +174,16 @@ def _models(argv: list[str]) -> None:
 
 
 def _table() -> list[str]:
-    rows = [("model", "size", "frames", "fps", "steps", "guidance", "shift", "solver", "picture", "parameters")]
+    rows = [("model", "size", "frames", "fps", "steps", "guidance", "shift", "solver", "pictures", "parameters")]
     for row in registry.MODELS:
         frames = f"{row.num_frames}" if row.clip_frames == row.num_frames else f"{row.num_frames} or {row.clip_frames}"
         guidance = f"{row.guidance:g}" if row.guidance_2 is None else f"{row.guidance:g}, {row.guidance_2:g}"
         params = f"{row.params / 1e9:.1f} B" if row.params >= 1e8 else f"{row.params / 1e6:.1f} M"
         size = f"{row.width}x{row.height}"
-        rows.append((row.name, size, frames, str(row.fps), str(row.steps), guidance, f"{row.flow_shift:g}", row.solver, row.image, params))
+        shift = "its own" if row.flow_shift is None else f"{row.flow_shift:g}"
+        least, most = row.images
+        pictures = f"{least} to {most}" if least < most else f"{most}"
+        rows.append((row.name, size, frames, str(row.fps), str(row.steps), guidance, shift, row.solver, pictures, params))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

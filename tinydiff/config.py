@@ -60,7 +60,12 @@ class SamplingOptions:
     negative_prompt: str | None = None
     """What to keep away from, where guidance is above 1."""
     image_path: tuple[str, ...] = ()
-    """First frame of a clip (for some models also the last): a file, an http(s) address or a data URI."""
+    """Pictures given: the first frame of a clip (for some models also the last), the picture to start from, or references of an edit. A
+    file, an http(s) address or a data URI."""
+    mask_path: str | None = None
+    """Where the given picture is painted anew: white there, black where it stays; of the picture's size."""
+    strength: float | None = _within(above=0, most=1)
+    """How far a given picture is changed: near 0 hardly, at 1 wholly."""
     seed: tuple[int, ...] = _within((42,), least=0, most=2**63 - 1)
     """Start of the random numbers: output k of a prompt is the picture of seed + k. Or one seed for each output."""
     num_outputs_per_prompt: int = _within(1, least=1, most=10_000)
@@ -70,13 +75,15 @@ class SamplingOptions:
     width: int | None = _within(least=1, most=2**16)
     """Pixels."""
     num_frames: int | None = _within(least=1, most=100_000)
-    """Frames; 1 makes a picture."""
+    """Frames; 1 makes a picture. Qwen-Image-Layered: layers."""
     fps: int | None = _within(least=1, most=1000)
     """Frames a second of a clip."""
     num_inference_steps: int | None = _within(least=1, most=1000)
     """Denoising steps."""
     guidance_scale: float | None = _within(least=0)
     """How strongly the prompt is followed; 1 turns guidance off and halves the work."""
+    true_cfg_scale: float | None = _within(least=0)
+    """Guidance by a negative prompt, for models whose guidance_scale is told to the network (FLUX.1-dev); elsewhere the same as that."""
     guidance_scale_2: float | None = _within(least=0)
     """The same for the second expert of a model that has two."""
     boundary_ratio: float | None = _within(least=0, most=1)

@@ -34,19 +34,31 @@ class Request:
     prompt: str
     negative_prompt: str
     images: tuple[numpy.ndarray, ...]
-    """Given frames, uint8 [height, width, 3], already at the request's size: none, the first, or the first and the last."""
+    """Given frames, or the picture to start from, uint8 [height, width, 3], already at the request's size."""
     originals: tuple[numpy.ndarray, ...]
-    """The same pictures at their own sizes, for encoders that have a size of their own."""
+    """The given pictures at their own sizes, for networks that have a size of their own; with opacity [H, W, 4] where layers are made."""
+    mask: numpy.ndarray | None
+    """Where the given picture is painted anew: uint8 [height, width], 255 there and 0 elsewhere. None: everywhere."""
+    strength: float
+    """How much noise a picture to start from gets, above 0 (it stays) to 1 (nothing of it is left)."""
     height: int
     width: int
     num_frames: int
+    layers: int
+    """Pictures with opacity that a picture is taken apart into; 0 where it is made whole."""
     fps: int
     num_inference_steps: int
     guidance_scale: float
+    """Of prompt against negative prompt; 1 does without."""
+    embedded_guidance: float | None
+    """What a network that learnt guidance is told of it."""
     guidance_scale_2: float | None
     boundary_ratio: float | None
-    flow_shift: float
+    flow_shift: float | None
+    """None: what the scheduler says."""
     dmd_timesteps: tuple[int, ...]
+    text_tokens: int
+    """How many tokens of text the model reads at most."""
     seeds: tuple[int, ...]
 
     @property
@@ -54,15 +66,20 @@ class Request:
         """Whether a negative prompt takes part."""
         return max(self.guidance_scale, self.guidance_scale_2 or 0.0) > 1
 
+    @property
+    def texts(self) -> list[str]:
+        """The prompt and, where it takes part, the negative prompt."""
+        return [self.prompt, self.negative_prompt] if self.guided else [self.prompt]
+
 
 @dataclass(frozen=True)
 class Result:
     """What one request made."""
 
     frames: tuple[numpy.ndarray, ...]
-    """Per seed: uint8 [frames, height, width, 3]."""
+    """Per seed: uint8 [frames, height, width, 3], or layers with opacity [layers, height, width, 4]."""
     latents: tuple[torch.Tensor, ...]
-    """Per seed: the denoised latents [C, F, H, W] as the autoencoder takes them, float32 on the CPU."""
+    """Per seed: the denoised latents [C, F, H, W] as the autoencoder takes them (F counts layers where there are), float32 on the CPU."""
     parameters: Mapping[str, Any]
     """Every effective parameter, JSON-able."""
     seeds: tuple[int, ...]
@@ -71,9 +88,9 @@ class Result:
     step_seconds: tuple[float, ...]
     """Seconds of each denoising step."""
     paths: tuple[Path, ...] = field(default=())
-    """Files written, in the order of the seeds; empty when nothing was saved."""
+    """Files written, in the order of the seeds, and of the layers of each; empty when nothing was saved."""
 
     @property
     def images(self) -> tuple[numpy.ndarray, ...]:
-        """The first frame of each output, uint8 [height, width, 3]."""
+        """The first frame of each output, uint8 [height, width, 3], or its first layer [height, width, 4]."""
         return tuple(clip[0] for clip in self.frames)

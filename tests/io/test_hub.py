@@ -104,6 +104,16 @@ def test_hub_id_downloads_only_what_is_run(monkeypatch, tmp_path):
     assert list(kept) == ["model_index.json", "vae/m.safetensors", "tokenizer/spiece.model"]
 
 
+def test_a_component_by_itself_lies_at_the_root(monkeypatch, tmp_path):
+    asked = answer(monkeypatch, None, str(tmp_path))
+    resolve("org/autoencoder", field="vae_path")
+    files = ["config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "model.bin"]
+    kept = huggingface_hub.utils.filter_repo_objects(
+        files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+    )
+    assert list(kept) == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
 @pytest.mark.parametrize(
     "error, reason",
     [

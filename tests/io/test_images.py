@@ -101,6 +101,18 @@ def test_half_transparent_red_is_pink(tmp_path):
     assert read_image(tmp_path / "a.png")[0, 0].tolist() == [255, 127, 127]
 
 
+def test_opacity_is_kept_where_it_is_wanted(tmp_path):
+    pixels = np.random.default_rng(4).integers(0, 256, (6, 8, 4), dtype=np.uint8)
+    (tmp_path / "a.png").write_bytes(png(Image.fromarray(pixels)))
+    assert np.array_equal(read_image(tmp_path / "a.png", opacity=True), pixels)
+    (tmp_path / "b.png").write_bytes(png(Image.fromarray(pixels[..., :3])))
+    assert (read_image(tmp_path / "b.png", opacity=True) == np.dstack([pixels[..., :3], np.full((6, 8), 255)])).all()
+    deep = Image.fromarray(pixels[..., 0].astype(np.uint16) << 8)
+    (tmp_path / "c.png").write_bytes(png(deep))
+    assert np.array_equal(read_image(tmp_path / "c.png", opacity=True)[..., 2], pixels[..., 0])
+    assert resize(pixels, 3, 5).shape == (3, 5, 4)
+
+
 def test_grey_16_bit_cmyk_and_animation(tmp_path):
     deep = Image.fromarray(np.array([[0, 256 * 100, 65535]], dtype=np.uint16))
     (tmp_path / "deep").write_bytes(png(deep))

@@ -241,10 +241,36 @@ def test_read_only_folder(tmp_path):
 
 @pytest.mark.parametrize("wrong", [frames()[0], frames().astype(np.float32), frames()[..., :1]])
 def test_frames_of_another_kind_are_a_programming_error(tmp_path, wrong):
-    with pytest.raises(ValueError, match=r"uint8 \[T, H, W, 3\]"):
+    with pytest.raises(ValueError, match=r"uint8 \[T, H, W, 3 or 4\]"):
         save(Target(tmp_path, "a", ".png"), wrong, Encoding())
 
 
 def test_import_is_light():
     code = "import sys, tinydiff.io.output; print([name for name in ('torch', 'numpy', 'PIL', 'av') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("ending", [".png", ".webp"])
+def test_layers_keep_their_opacity(tmp_path, ending):
+    layer = np.random.default_rng(2).integers(0, 256, (1, 32, 48, 4), dtype=np.uint8)
+    path = save(Target(tmp_path, "a", ending), layer, Encoding(quality=100), PARAMETERS)
+    with Image.open(path) as opened:
+        assert opened.mode == "RGBA" and np.array_equal(np.asarray(opened), layer[0])  # also the colours of what cannot be seen
+    assert read_parameters(path) == PARAMETERS
+
+
+def test_layers_as_a_folder(tmp_path):
+    layers = np.random.default_rng(2).integers(0, 256, (3, 32, 48, 4), dtype=np.uint8)
+    path = save(Target(tmp_path, "a", FRAMES), layers, Encoding(), PARAMETERS)
+    read = [np.asarray(Image.open(path / f"{i:05d}.png")) for i in range(3)]
+    assert np.array_equal(read, layers) and read_parameters(path) == PARAMETERS
+
+
+def test_formats_without_opacity_take_no_layers(tmp_path):
+    for ending in (".jpg", ".mp4", ".gif"):
+        with pytest.raises(ValueError, match=r"frames are uint8 \[T, H, W, 3\]"):
+            save(Target(tmp_path, "a", ending), np.zeros((1, 32, 48, 4), dtype=np.uint8), Encoding())
+    assert name("a.webp", opacity=True) == "a|.webp" and name("a", opacity=True) == "a|.png" and name("a/", opacity=True) == "a|/"
+    with pytest.raises(UserError, match=r"'a\.JPG': layers have opacity, so they may be \.png, \.webp or a name ending in /") as caught:
+        name("a.JPG", opacity=True)
+    assert caught.value.field == "output_file_name" and listing(tmp_path) == []

@@ -1,9 +1,11 @@
 import io
+import json
 import random
 
 import pytest
 
-from tinydiff.io.tokenizer import load_tokenizer, prompt_clean
+from tests import vocabularies
+from tinydiff.io.tokenizer import load_tokenizer
 from tinydiff.records import UserError
 
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -98,21 +100,114 @@ def test_unusable_files(tmp_path):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "text, clean",
-    [
-        ("  a \t red\n\n circle ", "a red circle"),
-        ("&amp;lt;b&amp;gt; &amp;amp; &quot;x&quot;", '<b> & "x"'),
-        ("âœ” fixed mojibake", "✔ fixed mojibake"),
-        ("“curly” ﬁne", '"curly" fine'),
-        ("", ""),
-    ],
+# --- byte pairs: vocab.json and merges.txt ------------------------------------------------------------------------------------------
+
+FRAMED = "<|startoftext|> a <|endoftext|>\n<|im_start|>user\nIt's THEY'LL<|im_end|>\n<|image_pad|> <think>x</think>"
+SAMPLES = (
+    *TEXTS,
+    FRAMED,
+    "wow! ! !! Hello, WORLD 12345 3.14",
+    "Größe ½ ﬁne e\u0301 \u00a0nbsp\u3000 İ",
+    "🎨🖌️ 👩‍👩‍👧 \x07\u200b",
+    "a\r\n\r\n  b\n ",
 )
-def test_prompt_clean(text, clean):
-    assert prompt_clean(text) == clean
 
 
-def test_prompt_clean_is_the_reference():
-    reference = pytest.importorskip("diffusers.pipelines.wan.pipeline_wan").prompt_clean
-    for text in (*TEXTS, "&amp;lt;", "âœ” No problems", "a\u00a0b\u3000c", "Größe ½ ﬁ"):
-        assert prompt_clean(text) == reference(text)
+@pytest.fixture(scope="module", params=["CLIP-L", "CLIP-G", "Qwen"])
+def pairs(request, tmp_path_factory):
+    """(our tokenizer, transformers' of the same files)"""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp(request.param)
+    make = {"CLIP-L": vocabularies.clip, "CLIP-G": lambda folder: vocabularies.clip(folder, "!"), "Qwen": vocabularies.qwen}[request.param]
+    kind = transformers.Qwen2Tokenizer if request.param == "Qwen" else transformers.CLIPTokenizer
+    return load_tokenizer(make(folder)), kind.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("length", [5, 77])
+def test_byte_pairs_are_those_of_transformers(pairs, length, side):
+    tokenizer, reference = pairs
+    for text in SAMPLES:
+        expected = reference(text, padding="max_length", max_length=length, truncation=True, padding_side=side)
+        tokens = tokenizer.encode(text, length, side)
+        assert (tokens.ids, tokens.mask) == (expected.input_ids, expected.attention_mask), text
+        whole = reference(text).input_ids
+        assert tokenizer.encode(text) == (whole, [1] * len(whole), 0)
+        assert tokens.truncated == max(0, len(whole) - length)
+        assert tokenizer.encode(text, length, "none").ids == whole[:length] or tokens.truncated
+        assert tokenizer.text(whole) == reference.decode(whole, skip_special_tokens=True).strip()
+
+
+def test_a_batch_is_padded_to_its_longest(pairs):
+    tokenizer, reference = pairs
+    texts = ["a red circle", "", "large blue ring moving left " * 9]
+    for side in ("right", "left"):
+        expected = reference(texts, padding=True, max_length=20, truncation=True, padding_side=side)
+        rows = tokenizer.batch(texts, 20, side)
+        assert [row.ids for row in rows] == expected.input_ids and [row.mask for row in rows] == expected.attention_mask
+        assert [row.truncated > 0 for row in rows] == [False, False, True]
+    assert len(tokenizer.batch(texts[:2])[1].ids) == len(reference(texts[0]).input_ids)
+
+
+def test_what_opens_closes_and_pads(tmp_path):
+    clip = load_tokenizer(vocabularies.clip(tmp_path, "!"))
+    ids = json.loads((tmp_path / "vocab.json").read_text())
+    assert (clip.prefix, clip.suffix) == ((ids["<|startoftext|>"],), (ids["<|endoftext|>"],)) and clip.pad == ids["!"] == 0
+    assert clip.eos == ids["<|endoftext|>"] == clip.token_id("<|endoftext|>") and clip.token_id("<|image_pad|>") is None
+    qwen = load_tokenizer(vocabularies.qwen(tmp_path))
+    assert (qwen.prefix, qwen.suffix, qwen.pad, qwen.eos) == ((), (), 656, 658) and qwen.token_id("<|image_pad|>") == 659
+
+
+def test_the_old_layout_and_an_unsaid_class_give_the_same(tmp_path):
+    for name in ("new", "old", "unsaid"):
+        (tmp_path / name).mkdir()
+    new, old = load_tokenizer(vocabularies.qwen(tmp_path / "new")), load_tokenizer(vocabularies.qwen(tmp_path / "old", old=True))
+    assert [new.encode(text, 40) for text in SAMPLES] == [old.encode(text, 40) for text in SAMPLES]
+    clip = vocabularies.clip(tmp_path / "unsaid")
+    said = load_tokenizer(clip)
+    config = json.loads((clip / "tokenizer_config.json").read_text())
+    config.pop("tokenizer_class")
+    vocabularies.write(clip, tokenizer_config=config)
+    assert [said.encode(text, 40) for text in SAMPLES] == [load_tokenizer(clip).encode(text, 40) for text in SAMPLES]
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "$A </s>", "$A", "<s> $A </s>"])
+def test_tokenizer_json_adds_what_its_template_says(tmp_path, template):
+    """As FLUX.2 (which pads on the left) and ERNIE have it: byte pairs in tokenizer.json, <s> before a text."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    (tmp_path / "pairs").mkdir()
+    pairs = vocabularies.qwen(tmp_path / "pairs")
+    engine = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(pairs / "vocab.json"), str(pairs / "merges.txt")))
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = tokenizers.decoders.ByteLevel()
+    engine.add_special_tokens(["<unk>", "<s>", "</s>", "[IMG]", "<pad>"])
+    ends = [(name, engine.token_to_id(name)) for name in ("<s>", "</s>")]
+    engine.post_processor = tokenizers.processors.TemplateProcessing(single=template, pair=f"{template} $B", special_tokens=ends)
+    engine.save(str(tmp_path / "tokenizer.json"))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "padding_side": "left", "add_bos_token": True}
+    vocabularies.write(tmp_path, tokenizer_config=named | {"tokenizer_class": "TokenizersBackend"})
+    tokenizer, reference = load_tokenizer(tmp_path), transformers.TokenizersBackend.from_pretrained(tmp_path)
+    for text in (*SAMPLES, "[INST]look [IMG] here"):
+        for length in (6, 60):
+            expected = reference(text, padding="max_length", max_length=length, truncation=True)
+            tokens = tokenizer.encode(text, length)
+            assert (tokens.ids, tokens.mask) == (expected.input_ids, expected.attention_mask), text
+    ids = tokenizer.encode("a red circle").ids
+    assert (ids[0] == ends[0][1], ids[-1] == ends[1][1]) == ("<s>" in template, "</s>" in template)
+    assert tokenizer.text(ids) == "a red circle" and tokenizer.text([*ids, tokenizer.eos]) == "a red circle"
+
+
+def test_byte_pairs_that_do_not_fit_are_refused(tmp_path):
+    config = json.loads((vocabularies.qwen(tmp_path) / "tokenizer_config.json").read_text())
+    vocabularies.write(tmp_path, tokenizer_config=config | {"tokenizer_class": "GPT2Tokenizer"})
+    with pytest.raises(UserError, match=r"CLIPTokenizer or Qwen2Tokenizer; tokenizer_class is 'GPT2Tokenizer'"):
+        load_tokenizer(tmp_path)
+    vocabularies.write(tmp_path, tokenizer_config=config | {"added_tokens_decoder": {"700": vocabularies.token("<|endoftext|>")}})
+    with pytest.raises(UserError, match=r"'<\|endoftext\|>' should have id 700 and gets 656"):
+        load_tokenizer(tmp_path)
+    vocabularies.write(tmp_path, tokenizer_config=config | {"pad_token": None})
+    with pytest.raises(UserError, match="no padding token"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "merges.txt").write_text("neither one")
+    with pytest.raises(UserError, match=r"vocab\.json' is not a usable tokenizer"):
+        load_tokenizer(tmp_path)

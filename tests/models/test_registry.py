@@ -12,18 +12,22 @@ SHAPES = {
     "14B": {"num_layers": 40, "num_attention_heads": 40, "in_channels": 16},
     "14B image": {"num_layers": 40, "num_attention_heads": 40, "in_channels": 36},
     "5B": {"num_layers": 30, "num_attention_heads": 24, "in_channels": 48},
+    "guided": {"guidance_embeds": True},
+    "unguided": {"guidance_embeds": False},
 }
 
 
 def test_rows_are_consistent():
-    assert MODELS[0].name == SHIPPED and len({row.name for row in MODELS}) == len(MODELS) == 10
+    assert MODELS[0].name == SHIPPED and len({row.name for row in MODELS}) == len(MODELS)
     for row in MODELS:
         assert row.height % row.size_multiple == row.width % row.size_multiple == 0
         assert row.num_frames % row.frame_multiple == row.clip_frames % row.frame_multiple == 1
         assert (row.solver == "dmd") == (len(row.dmd_timesteps) == row.steps)
         assert (row.guidance_2 is None) == (row.boundary_ratio is None) == (row.experts == 1)
-        assert (row.negative_prompt is None) == (row.guidance == 1 or row.name == SHIPPED)
-        assert row.family == "wan"
+        guided = row.guidance + (row.guidance_form == "offset") > 1
+        assert (row.negative_prompt is None) == (not guided or row.name == SHIPPED)
+        least, most = row.images
+        assert 0 <= least <= most and (row.image_use != "start" or row.images == (0, 1))
 
 
 def test_the_negative_prompt_is_the_whole_one():
@@ -51,6 +55,21 @@ def test_published_defaults(name, size, frames, fps, steps, guidance, shift):
     assert (row.guidance, row.guidance_2) == guidance
 
 
+@pytest.mark.parametrize(
+    ("name", "steps", "guidance", "form", "text_tokens", "images"),
+    [
+        ("black-forest-labs/FLUX.1-dev", 50, 3.5, "embedded", 512, (0, 1)),
+        ("black-forest-labs/FLUX.1-schnell", 4, 1.0, "scale", 256, (0, 1)),
+        ("black-forest-labs/FLUX.1-Kontext-dev", 28, 2.5, "embedded", 512, (1, 4)),
+        ("AIDC-AI/Ovis-Image-7B", 50, 5.0, "scale", 256, (0, 1)),
+    ],
+)
+def test_published_defaults_of_pictures(name, steps, guidance, form, text_tokens, images):
+    row = named(name)
+    assert (row.height, row.width, row.num_frames, row.flow_shift) == (1024, 1024, 1, None)
+    assert (row.steps, row.guidance, row.guidance_form, row.text_tokens, row.images) == (steps, guidance, form, text_tokens, images)
+
+
 def test_names():
     assert find("somewhere/Wan2.1-T2V-14B-Diffusers/") is named("Wan-AI/Wan2.1-T2V-14B-Diffusers")
     assert find("Wan2.1-T2V-14B") is None
@@ -71,6 +90,9 @@ def test_names():
         ("WanImageToVideoPipeline", {"boundary_ratio": 0.9}, "14B image", "Wan2.2-I2V-A14B-Diffusers"),
         ("WanDMDPipeline", {}, "1.3B", "FastWan2.1-T2V-1.3B-Diffusers"),
         ("WanDMDPipeline", {"expand_timesteps": True}, "5B", "FastWan2.2-TI2V-5B-FullAttn-Diffusers"),
+        ("FluxPipeline", {}, "guided", "FLUX.1-dev"),
+        ("FluxPipeline", {}, "unguided", "FLUX.1-schnell"),
+        ("FluxKontextPipeline", {}, "guided", "FLUX.1-Kontext-dev"),
     ],
 )
 def test_a_folder_of_unknown_name_is_known_by_its_kind_and_shape(class_name, options, shape, wanted):

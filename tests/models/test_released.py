@@ -1,35 +1,59 @@
-"""Every released Wan and FastWan model: the spec rows are the released weights, and one evaluation costs what the reference's costs.
+"""Every released model: the spec rows are the released weights, and one evaluation costs what the reference's costs.
 
-`tests/data/released` has a file per repository (model_index, scheduler and component configs as released, parameter counts of the
-weight files) and a file of keys and shapes per kind of component, `{0..39}` and `{0,2}` standing for numbers. The keys are those of
-the reference classes built from the released configs. Wan2.2-S2V is not here: its files have another layout and are not supported.
+`tests/data/released` has a file per repository (model_index, scheduler and component configs as released, parameter counts) and a file
+of keys and shapes per kind of component, `{0..39}` and `{0,2}` standing for numbers. The keys are those of the reference classes built
+from the released configs; where released files spell them otherwise, `spellings` says how. FLUX.2-Tiny-AutoEncoder's class is in no
+library: its keys are those of the layers that its repository describes. Wan2.2-S2V is not here: its files have another layout and are
+not supported.
 """
 
 import functools
 import itertools
 import json
 import re
-from dataclasses import asdict, fields, replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import diffusers
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.parity import shapes
-from tinydiff.models import registry, wan
-from tinydiff.models.autoencoders import wan as autoencoder
-from tinydiff.models.encoders import clip_vision, t5
+from tinydiff.models import ernie, flux, flux2, ovis, qwen_image, registry, sd3, wan, z_image
+from tinydiff.models.encoders import clip_vision, qwen_vision
+from tinydiff.models.evaluate import predict
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
+from tinydiff.runtime.blueprint import NETS, read_config
 
 RELEASED = Path(__file__).parents[1] / "data" / "released"
 MODELS = {path.stem.replace("__", "/"): json.loads(path.read_text()) for path in sorted(RELEASED.glob("*__*.json"))}
-FAMILIES = {"WanTransformer3DModel": wan, "AutoencoderKLWan": autoencoder, "UMT5EncoderModel": t5, "CLIPVisionModel": clip_vision}
 COMPONENTS = [(name, component) for name, model in MODELS.items() for component in model["components"]]
-LATENT_STRIDES = {16: (4, 8), 48: (4, 16)}
+ALONE = "fal/FLUX.2-Tiny-AutoEncoder"
+"""An autoencoder without a model around it."""
+
+SCHEDULERS = {"UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"}
+WITHOUT_WEIGHTS = {
+    "T5TokenizerFast", "T5Tokenizer", "CLIPTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast", "TokenizersBackend", "PixtralProcessor",
+    "CLIPImageProcessor", "Qwen2VLProcessor",
+}  # fmt: skip
+
+PREFIXES = {
+    "CLIPVisionModel": [("", "vision_model.")],
+    "CLIPTextModel": [("", "text_model.")],
+    "Qwen3Model": [("model.", ""), *((name, f"model.{name}") for name in ("embed_tokens.", "layers.", "norm."))],
+    "Qwen2_5_VLForConditionalGeneration": [("model.visual.", "visual."), ("model.language_model.", "model.")],
+    "Mistral3ForConditionalGeneration": [
+        ("model.language_model.", "language_model.model."), ("model.vision_tower.", "vision_tower."),
+        ("model.multi_modal_projector.", "multi_modal_projector."), ("lm_head.", "language_model.lm_head."),
+    ],
+    "Mistral3Model": [("language_model.", "language_model.model."), ("language_model.", "model.language_model.")],
+}  # fmt: skip
+"""Class -> (how transformers 5 begins a key, how files written before or beside it do)."""
 
 
 def _numbers(group):
@@ -52,79 +76,237 @@ def released_keys(kind):
     return table
 
 
-def config_of(kind, stored):
-    """The family's Config of a released config.json. A network knows every field; an encoder those that bear on its numbers."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if not name.startswith("_")}
-    if kind in ("UMT5EncoderModel", "CLIPVisionModel"):
-        known = {field.name for field in fields(FAMILIES[kind].Config)}
-        values = {name: value for name, value in values.items() if name in known}
-    return FAMILIES[kind].Config(**values)
+def class_of(name, component):
+    """The class that runs a component: as model_index.json says, or the config of an autoencoder alone."""
+    listed = MODELS[name]["model_index"].get(component)
+    return listed[1] if listed else MODELS[name]["components"][component]["config"]["_class_name"]
 
 
-def test_the_nine_models_are_here():
-    assert len(MODELS) == 9 and sum("transformer_2" in model["components"] for model in MODELS.values()) == 2
-    assert {name for name in MODELS} == {row.name for row in registry.MODELS if row.name != registry.SHIPPED}
+@functools.cache
+def config_of(name, component):
+    """The family's Config of a released config.json, as the runtime reads it from a file."""
+    class_name = class_of(name, component)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(MODELS[name]["components"][component]["config"]))
+        return read_config(NETS[class_name], path, class_name)
+
+
+def rename(class_name, c, key):
+    """The spec's name of a stored key, as the loader finds it."""
+    found = NETS[class_name].rename
+    return key if found is None else found(c, key)
+
+
+def spellings(class_name, key):
+    """Other names of a key in released files."""
+    return [new + key.removeprefix(old) for old, new in PREFIXES.get(class_name, ()) if key.startswith(old)]
+
+
+def counted_apart(key, config):
+    """Second names of one weight, and buffers: counts of parameters leave them out."""
+    tied = key.endswith("lm_head.weight") and config.get("tie_word_embeddings") is not False
+    return tied or key == "encoder.embed_tokens.weight" or key.startswith("bn.") or key == "pos_embed.pos_embed"
+
+
+def test_all_models_are_here():
+    names = {row.name for row in registry.MODELS if row.name != registry.SHIPPED}
+    assert len(MODELS) == 32 and sum("transformer_2" in model["components"] for model in MODELS.values()) == 2
+    assert set(MODELS) - {ALONE} == names
 
 
 @pytest.mark.parametrize(("name", "component"), COMPONENTS, ids=lambda value: value.split("/")[-1])
 def test_the_spec_is_the_released_weights(name, component):
-    released = MODELS[name]["components"][component]
-    kind = MODELS[name]["model_index"][component][1]
-    rows = list(FAMILIES[kind].spec(config_of(kind, released["config"])))
-    keys = released_keys(released["keys"])
-    if kind == "CLIPVisionModel":  # listed as transformers 5 names them; released files have the prefix
-        keys = {clip_vision.row_name(key): shape for key, shape in keys.items()}
-    assert shapes(rows) == keys
-    assert {row.name for row in rows if row.optional} == ({"encoder.embed_tokens.weight"} if kind == "UMT5EncoderModel" else set())
-    assert sum(row.numel for row in rows if not row.optional) == released["parameters"]
+    """Language models are built whole; keys that nothing reads, other towers and output heads, must be known to be such."""
+    released, class_name = MODELS[name]["components"][component], class_of(name, component)
+    c, keys = config_of(name, component), released_keys(released["keys"])
+    rows = list(NETS[class_name].module.spec(c))
+    named = {key: rename(class_name, c, key) for key in keys}
+    assert shapes(rows) == {named[key]: shape for key, shape in keys.items() if named[key] is not None}
+    optional = {row.name for row in rows if row.optional}
+    assert optional == ({"encoder.embed_tokens.weight"} if class_name in ("UMT5EncoderModel", "T5EncoderModel") else set())
+    assert sum(prod(shape) for key, shape in keys.items() if not counted_apart(key, released["config"])) == released["parameters"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "component"), COMPONENTS, ids=lambda value: value.split("/")[-1])
+def test_other_spellings_of_a_key_mean_the_same(name, component):
+    class_name = class_of(name, component)
+    c, keys = config_of(name, component), released_keys(MODELS[name]["components"][component]["keys"])
+    for key in keys:
+        for other in spellings(class_name, key):
+            assert rename(class_name, c, other) == rename(class_name, c, key), other
+
+
+def test_what_is_dropped_of_a_checkpoint():
+    """Only towers and heads that no recipe reads, and the batch norm's counter."""
+    dropped = {}
+    for name, component in COMPONENTS:
+        class_name, c = class_of(name, component), config_of(name, component)
+        for key in released_keys(MODELS[name]["components"][component]["keys"]):
+            if rename(class_name, c, key) is None:
+                part = re.match(r"(model\.)?(visual|vision_tower|multi_modal_projector|lm_head|bn\.num_batches_tracked)", key)
+                dropped.setdefault(class_name, set()).add(part and part[2])
+    assert dropped == {
+        "AutoencoderKLFlux2": {"bn.num_batches_tracked"},
+        "Mistral3ForConditionalGeneration": {"vision_tower", "multi_modal_projector", "lm_head"},
+        "Mistral3Model": {"vision_tower", "multi_modal_projector"},
+        "Ministral3ForCausalLM": {"lm_head"},
+        "Qwen2_5_VLForConditionalGeneration": {"visual", "lm_head"},
+        "Qwen3ForCausalLM": {"lm_head"},
+        "Qwen3Model": {"lm_head"},
+    }
+
+
+def test_the_vision_tower_is_the_rest_of_the_language_model():
+    for model in MODELS.values():
+        part = model["components"].get("text_encoder", {})
+        if part.get("keys") == "qwen25_vl_7b":
+            keys = {qwen_vision.row_name(key): shape for key, shape in released_keys(part["keys"]).items()}
+            assert shapes(qwen_vision.spec(qwen_vision.config_from(part["config"]))) == {key: keys[key] for key in keys if key is not None}
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != ALONE])
 def test_every_component_with_weights_is_known(name):
     model = MODELS[name]
     listed = {key: value[1] for key, value in model["model_index"].items() if isinstance(value, list) and value[1] is not None}
-    assert {key for key, kind in listed.items() if kind in FAMILIES} == set(model["components"])
-    assert set(listed.values()) - set(FAMILIES) <= {"UniPCMultistepScheduler", "T5TokenizerFast", "T5Tokenizer", "CLIPImageProcessor"}
-    assert model["scheduler"]["_class_name"] == listed["scheduler"]
+    assert {key for key, kind in listed.items() if kind in NETS} == set(model["components"])
+    assert set(listed.values()) - set(NETS) <= SCHEDULERS | WITHOUT_WEIGHTS
+    assert model["scheduler"]["_class_name"] == listed["scheduler"] and listed["scheduler"] in SCHEDULERS
     if "image_processor" in model:
         read = model["image_processor"]
         assert (tuple(read["image_mean"]), tuple(read["image_std"])) == (clip_vision.MEAN, clip_vision.STD)
         assert read["size"] == {"shortest_edge": 224} and read["resample"] == 3 and read["rescale_factor"] == 1 / 255
+    if "processor" in model:
+        read, vision = model["processor"], qwen_vision.config_from(model["components"]["text_encoder"]["config"])
+        assert (tuple(read["image_mean"]), tuple(read["image_std"])) == (clip_vision.MEAN, clip_vision.STD)
+        assert (read["patch_size"], read["temporal_patch_size"]) == (vision.patch_size, vision.temporal_patch_size)
+        assert read["merge_size"] == vision.spatial_merge_size and (read["min_pixels"], read["max_pixels"]) == (56 * 56, 12845056)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != ALONE])
 def test_the_registry_tells_the_released_model(name):
     row, model = registry.named(name), MODELS[name]
     networks = {key: value for key, value in model["components"].items() if key.startswith("transformer")}
     config = networks["transformer"]["config"]
     assert row.params == sum(network["parameters"] for network in networks.values())
-    assert (row.layers, row.heads, row.in_channels) == (config["num_layers"], config["num_attention_heads"], config["in_channels"])
+    assert row.shape and {key: (model["model_index"] | config).get(key) for key in row.shape} == dict(row.shape)
     assert (row.pipeline, row.experts) == (model["model_index"]["_class_name"], len(networks))
     assert row.boundary_ratio == model["model_index"].get("boundary_ratio")
     assert row.expand_timesteps == model["model_index"].get("expand_timesteps", False)
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("name", MODELS)
-def test_one_evaluation_costs_what_the_reference_costs(name, layers):
+# --- floating point operations ------------------------------------------------------------------------------------------------------
+
+
+def _wan(c, name):
+    row = registry.named(name)
+    time, space = {16: (4, 8), 48: (4, 16)}[c.out_channels]
+    size = ((row.num_frames - 1) // time + 1, row.height // space, row.width // space)
+    positions, text = wan.positions(c, size), torch.empty(1, row.text_tokens, c.text_dim)
+    known = {"hidden_states": torch.empty(1, c.in_channels, *size), "encoder_hidden_states": text}
+    inputs = {"text": text, "positions": positions}
+    if c.image_dim is not None:
+        inputs["image"] = known["encoder_hidden_states_image"] = torch.empty(1, clip_vision.Config().tokens, c.image_dim)
+    return known, torch.empty(1, len(positions), c.in_channels * prod(c.patch_size)), inputs
+
+
+def _z_image(c, name):
+    size = (1, 128, 128)
+    inputs = {"text": torch.empty(1, 512, c.cap_feat_dim), "positions": z_image.positions(c, size), "padding": z_image.padding(c, size)}
+    known = {"x": [torch.empty(c.in_channels, *size)], "cap_feats": list(inputs["text"]), "return_dict": False}
+    return known, torch.empty(1, 4096, c.in_channels * prod(c.patch_size)), inputs
+
+
+def _qwen(c, name):
+    """With a reference image of the same size for Edit-2511, four layers and the condition image for Layered."""
+    sizes = [(80, 80)] * 6 if c.use_layer3d_rope else [(128, 128)] * (2 if c.zero_cond_t else 1)
+    positions, text = qwen_image.positions(c, sizes), torch.empty(1, 512, c.joint_attention_dim)
+    inputs, tokens = {"text": text, "positions": positions}, torch.empty(1, len(positions), c.in_channels)
+    known = {"hidden_states": tokens, "encoder_hidden_states": text, "img_shapes": [[(1, h // 2, w // 2) for h, w in sizes]]}
+    if c.zero_cond_t:
+        inputs["frozen"] = torch.empty(1, len(positions), 1, dtype=torch.bool)
+    if c.use_additional_t_cond:
+        inputs["kind"] = known["additional_t_cond"] = torch.zeros(1, dtype=torch.int64)
+    return known, tokens, inputs
+
+
+def _flux(c, name):
+    """Also FLUX.2 and Ovis-Image. Kontext is given a picture of the same size."""
+    row = {flux.Config: flux, flux2.Config: flux2, ovis.Config: ovis}[type(c)]
+    size = (1, 64, 64) if row is flux2 else (1, 128, 128)
+    positions = row.positions(size, (size,)) if "Kontext" in name else row.positions(size)
+    text, tokens = torch.empty(1, 256 if "schnell" in name else 512, c.joint_attention_dim), torch.empty(1, len(positions), c.in_channels)
+    inputs = {"text": text, "positions": positions}
+    known = {"hidden_states": tokens, "encoder_hidden_states": text, "img_ids": positions.float()}
+    known["txt_ids"] = torch.empty(text.shape[1], positions.shape[1])
+    if row is flux:
+        inputs["pooled"] = known["pooled_projections"] = torch.empty(1, c.pooled_projection_dim)
+    if getattr(c, "guidance_embeds", False):
+        inputs["guidance"] = known["guidance"] = torch.empty(1)
+    return known, tokens, inputs
+
+
+def _ernie(c, name):
+    text = torch.empty(1, 128, c.text_in_dim)
+    known = {"hidden_states": torch.empty(1, c.in_channels, 64, 64), "text_bth": text, "text_lens": torch.tensor([128])}
+    return known, torch.empty(1, 4096, c.in_channels), {"text": text, "positions": ernie.positions((1, 64, 64))}
+
+
+def _sd3(c, name):
+    text, pooled = torch.empty(1, 333, c.joint_attention_dim), torch.empty(1, c.pooled_projection_dim)
+    known = {"hidden_states": torch.empty(1, c.in_channels, 128, 128), "encoder_hidden_states": text, "pooled_projections": pooled}
+    inputs = {"text": text, "pooled": pooled, "positions": sd3.positions(c, (1, 128, 128))}
+    return known, torch.empty(1, 4096, c.in_channels * c.patch_size**2), inputs
+
+
+REQUESTS = {wan: _wan, z_image: _z_image, qwen_image: _qwen, flux: _flux, flux2: _flux, ovis: _flux, ernie: _ernie, sd3: _sd3}
+"""Family -> (the reference's keyword arguments but for the timestep, our tokens, our inputs), at the model's own size."""
+
+DEPTHS = ((1, 1), (2, 1), (1, 2))
+"""Numbers of blocks of the two kinds."""
+
+
+def _shallow(c, layers, single):
+    """The network with fewer blocks; None for a second number where it has but one kind."""
+    known = vars(c)
+    if "num_single_layers" in known:
+        return replace(c, num_layers=layers, num_single_layers=single)
+    if "n_refiner_layers" in known:
+        return replace(c, n_layers=layers, n_refiner_layers=single)
+    if "dual_attention_layers" in known:  # those come first
+        return replace(c, num_layers=layers + single, dual_attention_layers=tuple(range(single)) if c.dual_attention_layers else ())
+    return replace(c, num_layers=layers) if single == 1 else None
+
+
+TEXT_PROJECTED = {z_image: "all_final_layer.2-1.linear", ernie: "final_linear"}
+"""Families whose reference takes the text's rows through the last layer too, and drops them there; we drop them before."""
+
+DISTINCT = {
+    (model["components"]["transformer"]["keys"], name if "Kontext" in name or "2511" in name else ""): name
+    for name, model in MODELS.items() if name != ALONE
+}  # fmt: skip
+"""A model of each shape, and those of the same shape that are asked with references."""
+
+
+@pytest.mark.parametrize("name", DISTINCT.values())
+def test_one_evaluation_costs_what_the_reference_costs(name, monkeypatch):
     """Floating point operations at the model's default size, counted on the meta device, nothing hoisted.
 
-    Both counts are linear in the number of layers, so that equality at one and at three is equality at all.
+    Both counts are linear in the numbers of blocks, so that equality at these depths is equality at all.
     """
-    row = registry.named(name)
-    c = replace(config_of("WanTransformer3DModel", MODELS[name]["components"]["transformer"]["config"]), num_layers=layers)
-    time, space = LATENT_STRIDES[c.out_channels]
-    size = ((row.num_frames - 1) // time + 1, row.height // space, row.width // space)
-    with torch.device("meta"):
-        reference = WanTransformer3DModel(**asdict(c))
-        text, t = torch.empty(1, row.text_tokens, c.text_dim), torch.empty(1)
-        image = None if c.image_dim is None else torch.empty(1, clip_vision.Config().tokens, c.image_dim)
-        with FlopCounterMode(display=False) as theirs:
-            reference(torch.empty(1, c.in_channels, *size), t, text, image)
-        positions = wan.positions(c, size, "meta")
-        inputs = {"text": text, "positions": positions} | ({} if image is None else {"image": image})
-        weights = {weight.name: torch.empty(weight.shape) for weight in wan.spec(c)}
-        tokens = torch.empty(1, len(positions), c.in_channels * prod(c.patch_size))
-        with FlopCounterMode(display=False) as ours:
-            wan.predict(c, Plan(), Weights(weights), tokens, t, inputs)
-    assert ours.get_total_flops() == theirs.get_total_flops() > 1e12
+    monkeypatch.setattr(torch, "autocast", lambda **_: nullcontext())  # ERNIE-Image turns it off, and it knows no meta device
+    class_name, whole = class_of(name, "transformer"), config_of(name, "transformer")
+    family = NETS[class_name].module
+    for c in filter(None, (_shallow(whole, *depth) for depth in DEPTHS)):
+        with torch.device("meta"):
+            fields = {key: value for key, value in asdict(c).items() if key != "pooled_projection_dim" or family is not qwen_image}
+            reference = getattr(diffusers, class_name)(**fields)
+            known, tokens, inputs = REQUESTS[family](c, name)
+            t = torch.empty(1)
+            with FlopCounterMode(display=False) as theirs:
+                reference(**known, **{"t" if family is z_image else "timestep": t})
+            weights = {weight.name: torch.empty(weight.shape) for weight in family.spec(c)}
+            with FlopCounterMode(display=False) as ours:
+                predict(family, c, Plan(), Weights(weights), tokens, t, inputs)
+        values = 0 if family not in TEXT_PROJECTED else inputs["text"].shape[1] * weights[f"{TEXT_PROJECTED[family]}.weight"].numel()
+        assert ours.get_total_flops() + 2 * values == theirs.get_total_flops() > 1e11

@@ -8,6 +8,7 @@ from diffusers import WanTransformer3DModel
 
 from tests.parity import Recording, close, doubles, draw, randomised, shapes
 from tinydiff.models import wan
+from tinydiff.models.evaluate import predict
 from tinydiff.ops.patch import patchify, unpatchify
 from tinydiff.ops.weights import Weights, leaves
 from tinydiff.parallel.plan import Plan
@@ -55,7 +56,8 @@ def _case(name):
         given[:, :, 0] = True
         frame = draw(2, c.in_channels, *SIZE, seed=5)
         known["hidden_states"] = torch.where(given, frame, x)
-        inputs["frame"], inputs["frozen"] = patchify(frame, c.patch_size), patchify(given, (1, 2, 2))[..., :1]
+        inputs["frozen"] = patchify(given, (1, 2, 2))[..., :1]
+        tokens = patchify(known["hidden_states"], c.patch_size)
         known["timestep"] = torch.where(inputs["frozen"][..., 0], 0, TIMES[:, None])
     return c, flat, reference, known, tokens, inputs
 
@@ -67,7 +69,7 @@ def test_equals_the_reference_and_reads_every_weight(name):
     with doubles():
         expected = reference(**known).sample
     seen = Recording(flat)
-    y = wan.predict(c, PLAN, Weights(seen), tokens, TIMES, inputs)
+    y = predict(wan, c, PLAN, Weights(seen), tokens, TIMES, inputs)
     close(unpatchify(y, c.patch_size, SIZE), expected)
     assert seen.read == set(flat)
 
@@ -80,20 +82,21 @@ def test_hoisted_rows_equal_single_evaluations(name):
     request, steps = wan.hoist(c, PLAN, w, inputs, times)
     assert {len(rows) for rows in steps.values()} == {3}
     for i, t in enumerate(times):
-        step = {key: rows[i : i + 1] for key, rows in steps.items()}
+        step = {key: rows[i] for key, rows in steps.items()}
         shared = step | {key: request[key] for key in wan.SHARED if key in request}
         x = wan.pre(c, PLAN, w, tokens, Weights(request), step)
         for fn, at in wan.blocks(c):  # plain dicts, as they cross the boundary of a compiled region
             x = fn(c, PLAN, Weights(leaves(flat, at)), x, Weights(leaves(request, at)), shared)
         y = wan.post(c, PLAN, w, x, Weights(request), step)
-        close(y, wan.predict(c, PLAN, w, tokens, t[None], inputs), 1e-12)
+        close(y, predict(wan, c, PLAN, w, tokens, t[None], inputs), 1e-12)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_block_returns_new_memory(name):
     c, flat, _, _, tokens, inputs = _case(name)
     w = Weights(flat)
-    request, step = wan.hoist(c, PLAN, w, inputs, TIMES)
+    request, steps = wan.hoist(c, PLAN, w, inputs, TIMES[:1])
+    step = {key: rows[0] for key, rows in steps.items()}
     shared = step | {key: request[key] for key in wan.SHARED if key in request}
     x = wan.pre(c, PLAN, w, tokens, Weights(request), step)
     held = {t.untyped_storage().data_ptr() for t in (x, *flat.values(), *request.values(), *step.values())}
@@ -119,8 +122,8 @@ def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
     c, flat, reference, known, tokens, inputs = _case("given first frame")
     types = {row.name: torch.float32 if row.float32 else torch.bfloat16 for row in wan.spec(c)}
     rounded = {name: tensor.to(types[name]) for name, tensor in flat.items()}
-    exact = wan.predict(c, PLAN, Weights({name: t.double() for name, t in rounded.items()}), tokens, TIMES, inputs)
-    ours = wan.predict(c, PLAN, Weights(rounded), tokens.bfloat16(), TIMES, inputs)
+    exact = predict(wan, c, PLAN, Weights({name: t.double() for name, t in rounded.items()}), tokens, TIMES, inputs)
+    ours = predict(wan, c, PLAN, Weights(rounded), tokens.bfloat16(), TIMES, inputs)
     assert ours.dtype == torch.bfloat16
     for name, parameter in reference.named_parameters():
         parameter.data = rounded[name]
@@ -154,3 +157,23 @@ def test_rows_of_padding_become_zero():
 def test_another_query_norm_is_refused():
     with pytest.raises(ValueError, match=r"'rms_norm'.*'rms_norm_across_heads'"):
         _configs(qk_norm="rms_norm")
+
+
+@pytest.mark.parametrize(
+    "text, clean",
+    [
+        ("  a \t red\n\n circle ", "a red circle"),
+        ("&amp;lt;b&amp;gt; &amp;amp; &quot;x&quot;", '<b> & "x"'),
+        ("âœ” fixed mojibake", "✔ fixed mojibake"),
+        ("“curly” ﬁne", '"curly" fine'),
+        ("", ""),
+    ],
+)
+def test_prompt_clean(text, clean):
+    assert wan.prompt_clean(text) == clean
+
+
+def test_prompt_clean_is_the_reference():
+    reference = pytest.importorskip("diffusers.pipelines.wan.pipeline_wan").prompt_clean
+    for text in ("&amp;lt;", "âœ” No problems", "a\u00a0b\u3000c", "Größe ½ ﬁ"):
+        assert wan.prompt_clean(text) == reference(text)

@@ -1,10 +1,11 @@
-"""The Wan autoencoders against diffusers.AutoencoderKLWan in float64, every parameter redrawn."""
+"""The Wan autoencoders against diffusers' AutoencoderKLWan and AutoencoderKLQwenImage in float64, every parameter redrawn."""
 
 import functools
+import inspect
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 
 from tests.parity import Recording, close, doubles, draw, randomised, shapes
 from tinydiff.models.autoencoders import wan as autoencoder
@@ -33,12 +34,17 @@ CONFIGS = {
 NAMES = list(CONFIGS)
 
 
+def _fields(c, kind):
+    """The config as the class takes it."""
+    known = inspect.signature(kind.__init__).parameters
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(c).items() if key in known}
+
+
 @functools.cache
 def _pair(name):
     """Config, reference and weights. The reference is not told to tile."""
     c = CONFIGS[name]
-    fields = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(c).items() if key != "clip_output"}
-    reference = AutoencoderKLWan(**fields)
+    reference = AutoencoderKLWan(**_fields(c, AutoencoderKLWan))
     return c, reference, randomised(reference, 1)
 
 
@@ -97,8 +103,7 @@ def test_decode_equals_the_reference_in_one_pass_and_in_chunks(name, frames):
 
 def _tiling_reference(name, side):
     c, _, flat = _pair(name)
-    fields = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(c).items() if key != "clip_output"}
-    reference = AutoencoderKLWan(**fields).double().eval()
+    reference = AutoencoderKLWan(**_fields(c, AutoencoderKLWan)).double().eval()
     reference.load_state_dict(flat)
     reference.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
     return c, reference, Weights(flat)
@@ -132,3 +137,49 @@ def test_a_picture_within_one_tile_is_not_tiled():
 def test_attention_in_other_stages_is_refused():
     with pytest.raises(ValueError, match="attn_scales"):
         autoencoder.Config(attn_scales=(0.5,))
+
+
+# --- Qwen-Image's pictures ----------------------------------------------------------------------------------------------------------
+
+QWEN = {"Qwen-Image": 3, "Qwen-Image-Layered": 4}
+
+
+@functools.cache
+def _qwen(channels):
+    c = autoencoder.Config(base_dim=6, z_dim=4, dim_mult=(1, 2, 4, 4), num_res_blocks=2, input_channels=channels, **STATISTICS)
+    reference = AutoencoderKLQwenImage(**_fields(c, AutoencoderKLQwenImage))
+    return c, reference, randomised(reference, 1)
+
+
+@pytest.mark.parametrize("channels", QWEN.values(), ids=QWEN)
+def test_a_picture_of_qwen_image_equals_its_reference(channels):
+    """One frame: the network's weights over time are in the files, and nothing reads them."""
+    c, reference, flat = _qwen(channels)
+    stored = {key: tuple(value) if isinstance(value, list) else value for key, value in reference.config.items() if key[0] != "_"}
+    assert autoencoder.Config(**stored) == c and (c.in_channels, c.out_channels) == (channels, channels)
+    assert shapes(autoencoder.spec(c)) == shapes(flat)
+
+    seen = Recording(flat)
+    x, z = draw(2, channels, 1, 24, 40, seed=7).clamp(-1, 1), draw(2, c.z_dim, 1, 5, 3)
+    with doubles():
+        mean = reference.encode(x).latent_dist.mode()
+        pixels = reference.decode(_raw(c, z)).sample
+    latents = autoencoder.encode(c, Weights(seen), x)
+    assert latents.shape == (2, c.z_dim, 1, 3, 5)
+    close(_raw(c, latents), mean)
+    close(autoencoder.decode(c, Weights(seen), z), pixels)
+    assert set(flat) - seen.read == {name for name in flat if ".time_conv." in name} != set()
+
+
+def test_tiles_of_qwen_image_equal_those_of_its_reference():
+    c, _, flat = _qwen(4)
+    reference = AutoencoderKLQwenImage(**_fields(c, AutoencoderKLQwenImage)).double().eval()
+    reference.load_state_dict(flat)
+    side = 4 * c.scale_factor_spatial
+    reference.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
+    z, x = draw(1, c.z_dim, 1, 5, 6), draw(1, 4, 1, 48, 40, seed=7).clamp(-1, 1)
+    with doubles():
+        pixels, mean = reference.decode(_raw(c, z)).sample, reference.encode(x).latent_dist.mode()
+    # the reference clips a whole picture and leaves a tiled one to its pipeline
+    close(autoencoder.decode(c, Weights(flat), z, tile=side), pixels.clamp(-1, 1))
+    close(_raw(c, autoencoder.encode(c, Weights(flat), x, tile=side)), mean)

@@ -13,7 +13,7 @@ def test_positions_run_in_row_major_order():
 def test_a_table_holds_one_angle_per_pair_and_axis():
     positions = torch.tensor([[0, 0], [3, 5]])
     cos, sin = rope_table(positions, (4, 2), theta=100.0)
-    angles = torch.tensor([[0, 0, 0], [3, 3 / 10, 5]], dtype=torch.float64)  # 100 ** (0 / 4), 100 ** (2 / 4), 100 ** (0 / 2)
+    angles = torch.tensor([[0, 0, 0], [3, 3 * (1 / 10), 5]], dtype=torch.float64)  # 100 ** (0 / 4), 100 ** (2 / 4), 100 ** (0 / 2)
     assert torch.equal(cos, angles.cos()) and torch.equal(sin, angles.sin())
 
 
@@ -21,7 +21,7 @@ def test_angles_are_computed_in_the_type_asked_for():
     far = torch.tensor([[1023]])
     exact, rough = rope_table(far, (44,))[0], rope_table(far, (44,), dtype=torch.float32)[0]
     assert (exact.dtype, rough.dtype) == (torch.float64, torch.float32)
-    assert exact[0, 3] == math.cos(1023 / 10000 ** (6 / 44))
+    assert exact[0, 3] == math.cos(1023 * (1 / 10000 ** (6 / 44)))
     assert 1e-8 < (exact - rough).abs().max() < 1e-3
 
 

@@ -76,7 +76,7 @@ VARIANTS = {
 
 
 def build(variant: Variant, folder: Path, flow_shift: float = 3.0) -> DiffusionPipeline:
-    """The reference's pipeline in float64, saved in float32 to `folder`. Every parameter is redrawn, at values that float32 holds."""
+    """The reference's pipeline of a variant, and the folder that holds it."""
     text = UMT5Config(vocab_size=142, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
     networks = {
         "transformer": WanTransformer3DModel(**TRANSFORMER | variant.transformer),
@@ -93,13 +93,20 @@ def build(variant: Variant, folder: Path, flow_shift: float = 3.0) -> DiffusionP
         sizes = {"hidden_size": 10, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
         networks["image_encoder"] = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=CLIP_SIDE, patch_size=7))
         files["image_processor"] = CLIPImageProcessorPil(size={"shortest_edge": CLIP_SIDE}, crop_size=CLIP_SIDE)
+    settings = {"boundary_ratio": variant.boundary_ratio, "expand_timesteps": variant.expand_timesteps}
+    pipe = saved(variant.run_by, folder, networks, **files, **settings)
+    edit(folder / "model_index.json", _class_name=variant.stored_as)
+    return pipe
+
+
+def saved(kind: type[DiffusionPipeline], folder: Path, networks: Mapping[str, Any], **others: Any) -> DiffusionPipeline:
+    """A pipeline of these networks in float64, saved in float32 to `folder`. Every parameter is redrawn, at values that float32 holds."""
     for seed, network in enumerate(networks.values()):
         randomised(network, seed)
         network.float()
-    pipe = variant.run_by(**networks, **files, boundary_ratio=variant.boundary_ratio, expand_timesteps=variant.expand_timesteps)
+    pipe = kind(**networks, **others)
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(folder)
-    edit(folder / "model_index.json", _class_name=variant.stored_as)
     for network in networks.values():
         network.double()
     return pipe

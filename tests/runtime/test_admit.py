@@ -5,6 +5,7 @@ The folders hold the released configs and no weights: all of this happens before
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,16 @@ import pytest
 from PIL import Image
 
 from tests.runtime.folders import edit, released
+from tinydiff import config
 from tinydiff.config import ModelOptions, SamplingOptions
 from tinydiff.models.registry import MODELS, SHIPPED
 from tinydiff.records import UserError
 from tinydiff.runtime import blueprint
 from tinydiff.runtime.admit import admit
+from tinydiff.runtime.pipeline import table
 
 T2V, I2V, EXPERTS = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+DEV, SCHNELL, KONTEXT = (f"black-forest-labs/FLUX.1-{name}" for name in ("dev", "schnell", "Kontext-dev"))
 I2V_EXPERTS, TI2V, FAST = "Wan-AI/Wan2.2-I2V-A14B-Diffusers", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "FastVideo/FastWan2.1-T2V-1.3B-Diffusers"
 
 
@@ -26,6 +30,14 @@ I2V_EXPERTS, TI2V, FAST = "Wan-AI/Wan2.2-I2V-A14B-Diffusers", "Wan-AI/Wan2.2-TI2
 def picture(tmp_path: Path) -> str:
     path = tmp_path / "wide.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 160, 3), dtype=np.uint8)).save(path)
+    return str(path)
+
+
+@pytest.fixture
+def mask(tmp_path: Path) -> str:
+    """A mask of the picture's size, its right half white."""
+    path = tmp_path / "mask.png"
+    Image.fromarray(np.repeat(np.arange(160)[None] >= 80, 90, 0)).save(path)
     return str(path)
 
 
@@ -54,14 +66,16 @@ def refused(field: str, words: str, call, *args, **fields) -> None:
 @pytest.mark.parametrize("row", MODELS, ids=lambda row: row.name.split("/")[-1])
 def test_defaults_are_the_registrys(row, tmp_path, picture):
     path = row.name if row.name == SHIPPED else released(row.name, tmp_path)
-    image = (picture,) if row.image == "required" else ()
+    image = (picture,) * row.images[0]
     made = request(path, image_path=image, **({"height": row.height, "width": row.width} if image else {}))
     assert (made.height, made.width, made.num_frames, made.fps) == (row.height, row.width, row.num_frames, row.fps)
     assert (made.num_inference_steps, made.dmd_timesteps) == (row.steps, row.dmd_timesteps)
-    assert (made.guidance_scale, made.guidance_scale_2, made.boundary_ratio) == (row.guidance, row.guidance_2, row.boundary_ratio)
+    scale, told = {"scale": (row.guidance, None), "offset": (row.guidance + 1, None), "embedded": (1.0, row.guidance)}[row.guidance_form]
+    assert (made.guidance_scale, made.embedded_guidance) == (max(1.0, scale), told) and made.guided == (scale > 1)
+    assert (made.guidance_scale_2, made.boundary_ratio) == (row.guidance_2, row.boundary_ratio)
     assert (made.flow_shift, made.negative_prompt, made.seeds) == (row.flow_shift, row.negative_prompt or "", (42,))
-    assert made.guided == (row.guidance > 1)
-    assert len(made.images) == len(made.originals) == len(image)
+    assert len(made.originals) == len(image) and len(made.images) == (0 if row.image_use == "references" else len(image))
+    assert (made.mask, made.strength) == (None, 1.0)
 
 
 @pytest.mark.parametrize(("name", "shift"), [(EXPERTS, 3.0), (TI2V, 5.0), (FAST, 8.0)])
@@ -88,7 +102,7 @@ def test_a_clip_is_made_where_its_file_or_its_first_frame_asks_for_one(picture):
     assert request(SHIPPED, clip=True, num_frames=5).num_frames == 5
 
 
-@pytest.mark.parametrize(("name", "multiple"), [(I2V, 16), (TI2V, 32)])
+@pytest.mark.parametrize(("name", "multiple"), [(I2V, 16), (TI2V, 32), (DEV, 16)])
 def test_the_size_takes_the_pictures_shape_and_the_models_area(name, multiple, tmp_path, picture):
     row = next(row for row in MODELS if row.name == name)
     made = request(released(name, tmp_path), image_path=(picture,))
@@ -115,6 +129,41 @@ def test_first_and_last_frame(tmp_path, picture):
     refused("image_path", "from a first to a last frame", request, path, image_path=(picture,))
 
 
+def test_guidance_that_a_network_is_told_and_guidance_by_a_negative_prompt(tmp_path):
+    path = released(DEV, tmp_path)
+    made = request(path, guidance_scale=0.0)
+    assert (made.embedded_guidance, made.guidance_scale, made.texts) == (0.0, 1.0, ["a fox"])
+    made = request(path, true_cfg_scale=4.0, negative_prompt="blurry")
+    assert (made.embedded_guidance, made.guidance_scale, made.texts) == (3.5, 4.0, ["a fox", "blurry"])
+    made = request(released(SCHNELL, tmp_path), true_cfg_scale=4.0)
+    assert (made.embedded_guidance, made.guidance_scale, made.texts) == (None, 4.0, ["a fox", ""])
+
+
+def test_a_picture_to_start_from(tmp_path, picture, mask):
+    path = released(DEV, tmp_path)
+    made = request(path, image_path=(picture,))
+    assert made.strength == 0.6 and made.mask is None and made.images[0].shape == (made.height, made.width, 3)
+    made = request(path, image_path=(picture,), mask_path=mask, height=32, width=64)
+    assert made.strength == 1.0 and made.mask.shape == (32, 64) and made.mask.dtype == np.uint8
+    assert (made.mask[:, :30] == 0).all() and (made.mask[:, 34:] == 255).all()
+    assert request(path, image_path=(picture,), mask_path=mask, strength=0.25).strength == 0.25
+
+
+@pytest.mark.parametrize(("strength", "left"), [(1, 50), (0.6, 30), (0.5, 25), (0.3, 15), (0.01, 1), (1e-9, 1)])
+def test_strength_leaves_so_many_steps(strength, left, tmp_path, picture):
+    """As diffusers' image-to-image pipelines count them."""
+    blueprint = read(released(DEV, tmp_path))
+    [made] = admit(blueprint, SamplingOptions(prompt=("a fox",), image_path=(picture,), strength=strength))
+    rows = table(blueprint, made)
+    assert rows.steps == left and (rows.sigmas[0] == 1) == (strength == 1)
+
+
+def test_references_keep_their_own_sizes_and_lend_theirs(tmp_path, picture):
+    made = request(released(KONTEXT, tmp_path), image_path=(picture,) * 3)
+    assert made.images == () and [image.shape for image in made.originals] == [(90, 160, 3)] * 3
+    assert made.width / made.height == pytest.approx(160 / 90, rel=0.05)
+
+
 # --- requests that cannot be ----------------------------------------------------------------------------------------------------------
 
 
@@ -131,6 +180,14 @@ def test_first_and_last_frame(tmp_path, picture):
         (FAST, {"num_inference_steps": 4}, "num_inference_steps", "4 does not fit"),
         (FAST, {"dmd_denoising_steps": (500, 800)}, "dmd_denoising_steps", "must fall"),
         (I2V, {}, "image_path", "starts from a picture"),
+        (KONTEXT, {}, "image_path", "black-forest-labs/FLUX.1-Kontext-dev edits a picture; give one with --image-path"),
+        (DEV, {"num_frames": 5}, "num_frames", "5 would be a clip, and black-forest-labs/FLUX.1-dev makes pictures"),
+        (DEV, {"flow_shift": 3.0}, "flow_shift", "bends its schedule by the size of the picture"),
+        (DEV, {"negative_prompt": "blurry"}, "negative_prompt", "reads one only with true_cfg_scale above 1"),
+        (SCHNELL, {"guidance_scale": 3.0, "true_cfg_scale": 3.0}, "true_cfg_scale", "has one guidance"),
+        (DEV, {"strength": 0.5}, "strength", "says how far a given picture is changed; give one with --image-path"),
+        (T2V, {"strength": 0.5}, "strength", "does not start from a picture's noise"),
+        (DEV, {"width": 1000}, "width", "1000 is not a multiple of 16, which black-forest-labs/FLUX.1-dev needs"),
     ],
 )
 def test_requests_that_the_model_cannot_serve(name, fields, field, words, tmp_path):
@@ -141,6 +198,48 @@ def test_pictures_that_the_model_cannot_take(tmp_path, picture):
     refused("image_path", "takes no picture", request, released(T2V, tmp_path), image_path=(picture,))
     refused("image_path", "takes one, the first frame", request, SHIPPED, image_path=(picture, picture))
     refused("num_frames", "1 leaves nothing to make", request, SHIPPED, image_path=(picture,), num_frames=1)
+
+
+@pytest.mark.parametrize("strength", [0, -0.5, 1.01, float("inf"), float("nan")])
+def test_a_strength_out_of_range(strength, tmp_path, picture):
+    path = released(DEV, tmp_path)
+    refused("strength", "", config.options, {"image_path": picture, "strength": strength})  # where words and keys become options
+    refused("strength", "is not above 0 and at most 1", request, path, image_path=(picture,), strength=strength)
+
+
+def test_a_strength_that_leaves_no_step(tmp_path, picture):
+    path = released(DEV, tmp_path)
+    refused("strength", "of 50 steps is none; give more steps", request, path, image_path=(picture,), strength=1e-20)
+
+
+def test_a_solver_that_cannot_start_in_between(tmp_path, picture):
+    path = released(DEV, tmp_path)
+    solver = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(solver))
+    refused("strength", "looks back at earlier steps", request, path, image_path=(picture,))
+    assert request(path, image_path=(picture,), strength=1.0).strength == 1.0
+
+
+def test_masks_that_cannot_be(tmp_path, picture, mask):
+    path, given = released(DEV, tmp_path), {"image_path": (picture,), "mask_path": mask}
+    refused("mask_path", "give the picture with --image-path", request, path, mask_path=mask)
+    refused("mask_path", "'nowhere.png' does not exist", request, path, **given | {"mask_path": "nowhere.png"})
+    for name in (KONTEXT, TI2V):
+        refused("mask_path", "paints no part of a given picture anew; it takes no mask", request, released(name, tmp_path), **given)
+    Image.new("L", (160, 90)).save(mask)
+    refused("mask_path", "nothing of the mask is white", request, path, **given)
+    Image.new("L", (161, 90), 255).save(mask)
+    words = "the mask is 161 x 90 and the picture 160 x 90 pixels; they must be of one size"
+    refused("mask_path", words, request, path, **given)
+    Path(mask).write_text("no picture")
+    refused("mask_path", "is not a picture that can be read", request, path, **given)
+
+
+def test_more_pictures_than_the_model_takes(tmp_path, picture):
+    for name, most in ((DEV, 1), (KONTEXT, 4)):
+        path = released(name, tmp_path)
+        words = f"{most + 1} pictures are given; {name} takes at most {most}"
+        refused("image_path", words, request, path, image_path=(picture,) * (most + 1))
 
 
 def test_two_experts_need_a_boundary(tmp_path):
@@ -183,7 +282,7 @@ def test_components_from_elsewhere(tmp_path):
     elsewhere = {name: str(tmp_path / f"my-{name}") for name in ("vae", "scheduler")} | {"tokenizer": str(path / "tokenizer")}
     made = read(path, component_paths=elsewhere)
     assert made.scheduler["flow_shift"] == 7.0 and made.nets["vae"].folder == tmp_path / "my-vae"
-    assert made.tokenizer == path / "tokenizer" and made.nets["transformer"].folder == path / "transformer"
+    assert made.tokenizers["tokenizer"] == path / "tokenizer" and made.nets["transformer"].folder == path / "transformer"
 
 
 def test_types_and_attention_of_each_component():
@@ -248,7 +347,8 @@ def test_two_experts_of_different_shape(tmp_path):
 
 def test_pipelines_and_components_that_are_not_supported(tmp_path):
     path = released(T2V, tmp_path)
-    edit(path / "model_index.json", vae=["diffusers", "AutoencoderKL"])
-    refused("model_path", "component 'vae' has the class AutoencoderKL, which is not supported", read, path)
+    edit(path / "model_index.json", vae=["diffusers", "AutoencoderDC"])
+    refused("model_path", "component 'vae' has the class AutoencoderDC, which is not supported", read, path)
     edit(path / "model_index.json", _class_name="WanPipelin")
-    refused("model_path", "supported classes are WanDMDPipeline, WanImageToVideoPipeline, WanPipeline; did you mean", read, path)
+    classes = ", ".join(sorted({row.pipeline for row in MODELS}))
+    refused("model_path", f"supported classes are {classes}; did you mean 'WanPipeline'?", read, path)

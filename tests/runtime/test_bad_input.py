@@ -112,7 +112,7 @@ def test_folders_that_are_no_model(refused, model, tmp_path):
     (tmp_path / "file").write_text("x")
     assert "is a file; it must be a folder" in refused("--model-path", tmp_path / "file")
     edit(model / "model_index.json", _class_name="StableDiffusionPipeline")
-    assert "is a StableDiffusionPipeline; supported classes are WanDMDPipeline" in refused("--model-path", model)
+    assert "is a StableDiffusionPipeline; supported classes are " in refused("--model-path", model)
     (model / "model_index.json").write_text("{")
     assert "is not readable JSON" in refused("--model-path", model)
 

@@ -49,7 +49,7 @@ def test_one_graph_serves_every_request_and_both_experts():
         rows = solvers.from_scheduler_config(SCHEDULER, steps)
         rows = solvers.with_experts(solvers.with_guidance(rows, scale), 0.8, scale / 2)
         assert len(solvers.segments(rows)) == 2
-        inputs = {"text": text(length, seed), "positions": wan.positions(CONFIG, size)}
+        inputs = [{"text": each[None], "positions": wan.positions(CONFIG, size)} for each in text(length, seed)]
         ready = [loop.hoist(wan, CONFIG, PLAN, flat, inputs, rows) for flat in experts]
         x = draw(1, len(inputs["positions"]), 16, seed=seed).float()
         want, whole, chunked = (

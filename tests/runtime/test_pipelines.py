@@ -1,13 +1,6 @@
-"""Every variant of Wan against diffusers' own pipeline: the latents after every step and the frames, from the same start, in float64.
-
-Three roundings of the reference are taken out, so that what is left is exact. It steps with sigmas kept in float32: they are upcast
-unchanged, and tinydiff's tables hold the same digits. It makes constants in torch's default type: that is float64 here. It turns
-pictures into float32 numbers: they are brought to the multiples of 1/255 that they stand for.
-"""
+"""Every variant of Wan against diffusers' own pipeline: the latents after every step and the frames, from the same start, in float64."""
 
 from __future__ import annotations
-
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -15,10 +8,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from tests.parity import close, doubles, draw
+from tests.parity import close, draw
+from tests.runtime.compare import exact, ours, same_frames
 from tests.runtime.folders import VARIANTS, build, load
 from tinydiff.config import SamplingOptions
-from tinydiff.runtime import pipeline
 from tinydiff.runtime.admit import admit
 from tinydiff.sampling.noise import noise
 
@@ -47,49 +40,12 @@ def pictures(tmp_path):
     return [str(path) for path in paths]
 
 
-@contextmanager
-def exact(pipe):
-    """The reference without its own roundings."""
-    set_timesteps, preprocess = pipe.scheduler.set_timesteps, pipe.video_processor.preprocess
-
-    def upcast(*args, **kwargs):
-        set_timesteps(*args, **kwargs)
-        pipe.scheduler.sigmas = pipe.scheduler.sigmas.double()
-
-    def whole(*args, **kwargs):
-        return ((preprocess(*args, **kwargs).double() + 1) * 127.5).round() / 127.5 - 1
-
-    pipe.scheduler.set_timesteps, pipe.video_processor.preprocess = upcast, whole
-    torch.set_default_dtype(torch.float64)
-    try:
-        with doubles():
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def request_for(model, pictures, fields):
     """An admitted request at a size that is not square."""
     stride = model.blueprint.nets["vae"].config.scale_factor_spatial
     asked = {"prompt": (PROMPT,), "negative_prompt": NEGATIVE, "num_frames": FRAMES, "image_path": tuple(pictures)}
     [request] = admit(model.blueprint, SamplingOptions(**asked | {"height": 4 * stride, "width": 6 * stride} | fields))
     return request
-
-
-def ours(model, request, start):
-    """(latents after each step, frames)."""
-    conditioning = pipeline.condition(model, request)
-    assert conditioning.size == tuple(start.shape[2:])
-    latents = list(pipeline.denoise(model, request, conditioning, 0, start))
-    return latents, pipeline.decode(model, request, latents[-1])
-
-
-def same_frames(frames, video):
-    """uint8 frames against the reference's [0, 1]: equal but for ties in rounding, and no plain colour."""
-    expected = (np.asarray(video[0]) * 255).round()
-    assert frames.shape == expected.shape and expected.std() > 10
-    difference = np.abs(frames - expected)
-    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -14,8 +14,8 @@ def pair(kind, config=CONFIG, **options):
     return loop.eager_denoise(fake.family, config, fake.PLAN, kind), compiled_denoise(fake.family, config, fake.PLAN, kind, **options)
 
 
-def assert_equal_to_eager(eager, fast, table, tokens, *, batch=2, images=1, seed=1, chunk=None, noise=None):
-    network, x = fake.ready(CONFIG, table, tokens, batch), fake.latents(tokens, images, seed)
+def assert_equal_to_eager(eager, fast, table, tokens, *, branches=2, images=1, seed=1, chunk=None, noise=None):
+    network, x = fake.ready(CONFIG, table, tokens, branches, images), fake.latents(tokens, images, seed)
     want = fake.last(eager, table, x, lambda _: network, noise=noise)
     got = fake.last(fast, table, x, lambda _: network, noise=noise, chunk=chunk)
     assert got.isfinite().all() and (got - want).abs().max() < 1e-5 * max(1, want.abs().max().item())
@@ -45,12 +45,40 @@ def test_one_graph_serves_sizes_steps_scales_seeds_solvers_and_chunks():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
+def test_one_graph_serves_every_length_of_two_prompts_in_a_family_of_two_streams():
+    eager, fast = (make(fake.joint, CONFIG, fake.PLAN, guidance.classifier_free) for make in (loop.eager_denoise, compiled_denoise))
+    before = graph_count()
+    # Lengths that are equal in the first request, to each other and to those of tokens and steps, are not taken for one.
+    for tokens, steps, lengths in ((4, 4, (4, 4)), (9, 4, (4, 7)), (4, 3, (11, 3)), (24, 5, (5, 24))):
+        table, x = fake.table(fake.EULER, steps), fake.latents(tokens)
+        network = fake.ready(CONFIG, table, tokens, net=fake.joint, lengths=lengths)
+        want, got = (fake.last(run, table, x, lambda _, n=network: n) for run in (eager, fast))
+        assert got.isfinite().all() and (got - want).abs().max() < 1e-5 * max(1, want.abs().max().item())
+        assert (graph_count(), graph_breaks()) == (before + 1, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+def test_kept_tokens_are_one_more_graph():
+    eager, fast = pair(guidance.none)
+    before = graph_count()
+    for tokens, steps in ((6, 4), (9, 3)):
+        table, x = fake.table(fake.EULER, steps), fake.latents(tokens)
+        network = fake.ready(CONFIG, table, tokens, branches=1)
+        kept = loop.Kept((torch.arange(tokens) > 2).float()[None, :, None], fake.latents(tokens, seed=5), fake.latents(tokens, seed=6))
+        want, got = (fake.last(run, table, x, lambda _, n=network: n, kept=kept) for run in (eager, fast))
+        assert (got - want).abs().max() < 1e-5 * max(1, want.abs().max().item())
+        assert (graph_count(), graph_breaks()) == (before + 1, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 def test_unguided_renoising_in_two_batch_sizes():
     eager, fast = pair(guidance.none)
     before = graph_count()
     for tokens, timesteps, images, graphs in ((6, (1000, 757, 522), 1, 1), (9, (1000, 500), 1, 1), (6, (1000, 757, 522), 2, 2)):
         noise = torch.stack([fake.latents(tokens, images, seed) for seed in range(len(timesteps))])
-        assert_equal_to_eager(eager, fast, solvers.dmd(timesteps), tokens, batch=images, images=images, noise=noise, chunk=2)
+        assert_equal_to_eager(eager, fast, solvers.dmd(timesteps), tokens, branches=1, images=images, noise=noise, chunk=2)
         assert graph_count() == before + graphs
     assert graph_breaks() == 0
 
@@ -71,8 +99,9 @@ def test_exact_rounds_bfloat16_as_eager():
 def counting(predict):
     """A predict that keeps something: the sum of the steps seen."""
 
-    def counted(w, x, step, request, memory):
-        return predict(w, x, step, request, {})[0], {"sum": memory["sum"] + step.i}
+    def counted(w, x, step, branches, memory):
+        (v,), _ = predict(w, x, step, branches, {})
+        return v, {"sum": memory["sum"] + step.i}
 
     return counted
 
@@ -90,11 +119,11 @@ def test_a_block_is_compiled_once_however_deep_the_stack_and_memory_is_carried()
         return graph
 
     table = fake.table(fake.UNIPC, 3)
-    network, x = fake.ready(config, table, 5, batch=1), fake.latents(5)
+    network, x = fake.ready(config, table, 5, branches=1), fake.latents(5)
 
     @torch.compile(backend=capture, fullgraph=True)
     def whole(network, state, rows, stop):
-        return loop.denoise(while_loop, predict, network, state, rows, None, stop * 0, stop)
+        return loop.denoise(while_loop, predict, network, state, rows, None, None, stop * 0, stop)
 
     with torch.no_grad():
         state = loop.State(x, x * 0, x * 0, {"sum": torch.tensor(0)})

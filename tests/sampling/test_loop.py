@@ -12,21 +12,24 @@ EAGER = loop.eager_denoise(fake.family, CONFIG, fake.PLAN, guidance.classifier_f
 PLAIN = loop.eager_denoise(fake.family, CONFIG, fake.PLAN, guidance.none)
 
 
-def velocity(network, x, i):
+def flat(tree):
+    return {f"{prefix}.{name}".lstrip("."): t for prefix, entries in tree.items() for name, t in entries.items()}
+
+
+def velocity(network, branch, x, i):
     """The stack without the engine: flat weights seen through prefixes, row i of the steps."""
-    flat = {f"{prefix}.{name}".lstrip("."): t for prefix, entries in network.weights.items() for name, t in entries.items()}
-    request = {f"{prefix}.{name}".lstrip("."): t for prefix, entries in network.request.items() for name, t in entries.items()}
-    row = {name: rows[i : i + 1] for name, rows in network.steps.items()}
-    y = fake.family.pre(CONFIG, fake.PLAN, Weights(flat), x, Weights(request), row)
+    w, request = Weights(flat(network.weights)), flat(branch.request)
+    row = {name: rows[i] for name, rows in flat(branch.steps).items()}
+    y = fake.family.pre(CONFIG, fake.PLAN, w, x, Weights(request), row)
     for fn, at in fake.family.blocks(CONFIG):
-        y = fn(CONFIG, fake.PLAN, Weights(flat) / at, y, Weights(request) / at, row | {"cos": request["cos"]})
-    return fake.family.post(CONFIG, fake.PLAN, Weights(flat), y, Weights(request), row)
+        y = fn(CONFIG, fake.PLAN, w / at, y, Weights(request | row) / at, row | {"cos": request["cos"]})
+    return fake.family.post(CONFIG, fake.PLAN, w, y, Weights(request), row)
 
 
 def by_hand(table, network, x, fresh=None):
     h1 = h2 = torch.zeros_like(x)
     for i in range(table.steps):
-        condition, negative = velocity(network, torch.cat([x, x]), i).chunk(2)
+        condition, negative = (velocity(network, branch, x, i) for branch in network.branches)
         v = negative + table.guidance[i] * (condition - negative)
         clean = x - table.sigmas[i] * v
         x, h1, h2 = table.a[i] * x + table.c[i] * v + table.b1[i] * h1 + table.b2[i] * h2, clean, h1
@@ -94,8 +97,8 @@ def test_two_experts_run_their_own_steps_and_are_asked_for_once():
     state = loop.State(x, torch.zeros_like(x), torch.zeros_like(x), {})
     rows = loop.coefficients(table, x)
     with torch.no_grad():
-        state = EAGER(networks[0], state, rows, None, 0, switch)
-        state = EAGER(networks[1], state, rows, None, switch, 6)
+        state = EAGER(networks[0], state, rows, None, None, 0, switch)
+        state = EAGER(networks[1], state, rows, None, None, switch, 6)
     assert torch.equal(got, state.x)
     assert not torch.equal(got, fake.last(EAGER, table, x, lambda _: networks[0]))
 
@@ -103,25 +106,64 @@ def test_two_experts_run_their_own_steps_and_are_asked_for_once():
 def test_guidance_of_one_is_the_condition_alone():
     table = fake.table(fake.UNIPC, 4, 1.0)
     network, x = fake.ready(CONFIG, table, 6), fake.latents(6)
-    alone = network._replace(request={at: {n: t[:1] if at else t for n, t in entries.items()} for at, entries in network.request.items()})
+    alone = network._replace(branches=network.branches[:1])
     got, want = fake.last(EAGER, table, x, lambda _: network), fake.last(PLAIN, table, x, lambda _: alone)
     assert torch.allclose(got, want, atol=1e-5)
 
 
+def test_normed_guidance_has_the_length_of_the_condition_in_each_token():
+    normed = loop.eager_denoise(fake.family, CONFIG, fake.PLAN, guidance.token_normed)
+    table = fake.table(fake.EULER, 1, 4.0)
+    network, x = fake.ready(CONFIG, table, 6, dtype=torch.float64), fake.latents(6, dtype=torch.float64)
+    condition, negative = (velocity(network, branch, x, 0) for branch in network.branches)
+    plain = negative + 4.0 * (condition - negative)
+    v = plain * condition.norm(dim=-1, keepdim=True) / plain.norm(dim=-1, keepdim=True)
+    want = table.a[0] * x + table.c[0] * v + table.b1[0] * 0
+    assert torch.allclose(fake.last(normed, table, x, lambda _: network), want, rtol=1e-12, atol=1e-12)
+
+
+def test_steps_that_branches_have_alike_are_kept_once():
+    network = fake.ready(CONFIG, fake.table(), 6)
+    first, second = network.branches
+    assert first.steps[""]["modulation"] is second.steps[""]["modulation"]
+    assert not torch.equal(first.request["blocks.0"]["k"], second.request["blocks.0"]["k"])
+
+
+def test_kept_tokens_follow_their_path_and_given_ones_stay():
+    table = fake.table(fake.EULER, 4)
+    network, x = fake.ready(CONFIG, table, 6, dtype=torch.float64), fake.latents(6, dtype=torch.float64)
+    clean, noise = fake.latents(6, seed=5, dtype=torch.float64), fake.latents(6, seed=6, dtype=torch.float64)
+    noise[:, 0] = clean[:, 0]
+    mask = torch.tensor([0, 0, 0.25, 1, 1, 1], dtype=torch.float64)[None, :, None]
+    kept = loop.Kept(mask, clean, noise)
+    reports = [progress.x for progress in loop.run(EAGER, table, x, lambda _: network, kept=kept, chunk=1)]
+    for y, sigma in zip(reports, [*table.sigmas[1:].tolist(), 0.0], strict=True):
+        assert torch.equal(y[:, 0], clean[:, 0])
+        assert torch.allclose(y[:, 1], (1 - sigma) * clean[:, 1] + sigma * noise[:, 1], rtol=1e-12, atol=1e-12)
+    start = torch.where(mask > 0.5, x, torch.lerp(clean + (noise - clean) * table.sigmas[0], x, mask))
+    first = velocity(network, network.branches[1], start, 0)
+    first = first + table.guidance[0] * (velocity(network, network.branches[0], start, 0) - first)
+    free = table.a[0] * start + table.c[0] * first
+    path = clean + (noise - clean) * table.sigmas[1]
+    assert torch.allclose(reports[0], path + mask * (free - path), rtol=1e-12, atol=1e-12)
+
+
 def test_images_of_a_batch_do_not_mix():
     table = fake.table(fake.UNIPC, 4)
-    network, x = fake.ready(CONFIG, table, 6, batch=3), fake.latents(6, batch=3)
+    network, x = fake.ready(CONFIG, table, 6, branches=1, images=3), fake.latents(6, batch=3)
     together = fake.last(PLAIN, table, x, lambda _: network)
+    [branch] = network.branches
     for k in range(3):
-        request = {at: {n: t[k : k + 1] if at else t for n, t in entries.items()} for at, entries in network.request.items()}
-        alone = fake.last(PLAIN, table, x[k : k + 1], lambda _, r=request: network._replace(request=r))
+        request = {at: {n: t[k : k + 1] if at else t for n, t in entries.items()} for at, entries in branch.request.items()}
+        one = network._replace(branches=(branch._replace(request=request),))
+        alone = fake.last(PLAIN, table, x[k : k + 1], lambda _, n=one: n)
         assert torch.allclose(together[k], alone[0], atol=1e-5)
 
 
 def test_memory_is_carried_from_step_to_step_across_chunks():
     def counting(predict):
-        def counted(w, x, step, request, memory):
-            v, _ = predict(w, x, step, request, {})
+        def counted(w, x, step, branches, memory):
+            (v, _), _ = predict(w, x, step, branches, {})
             return v, {"sum": memory["sum"] + step.i}
 
         return counted
@@ -131,7 +173,7 @@ def test_memory_is_carried_from_step_to_step_across_chunks():
     network, x = fake.ready(CONFIG, table, 6), fake.latents(6)
     state = loop.State(x, x * 0, x * 0, {"sum": torch.tensor(0)})
     for start, stop in ((0, 2), (2, 5)):
-        state = denoise(network, state, loop.coefficients(table, x), None, start, stop)
+        state = denoise(network, state, loop.coefficients(table, x), None, None, start, stop)
     assert state.memory["sum"].item() == 10
 
 
@@ -139,7 +181,8 @@ def test_deal_gives_each_block_its_own_entries():
     many = fake.Config(12)
     flat = fake.weights(many)
     tree = loop.deal(fake.family, many, flat)
-    assert set(tree) == {"", *(f"blocks.{i}" for i in range(12))} and set(tree[""]) == {"enter.weight", "enter.bias", "leave.weight"}
+    assert set(tree) == {"", *(f"blocks.{i}" for i in range(12))}
+    assert set(tree[""]) == {"enter_text.weight", "enter.weight", "enter.bias", "leave.weight"}
     assert tree["blocks.11"]["qkv.weight"] is flat["blocks.11.qkv.weight"] and "1.qkv.weight" not in tree["blocks.1"]
     assert sum(map(len, tree.values())) == len(flat)
 

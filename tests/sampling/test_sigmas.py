@@ -39,11 +39,6 @@ def test_below_one_touches_only_a_first_sigma_of_one():
     assert torch.equal(sigmas.below_one(grid * 0.9), grid * 0.9)
 
 
-@pytest.mark.parametrize(("tokens", "mu"), [(256, 0.5), (4096, 1.15), (2176, 0.825)])
-def test_sequence_mu_is_a_line(tokens, mu):
-    assert abs(sigmas.sequence_mu(tokens, 256, 4096, 0.5, 1.15) - mu) < 1e-12
-
-
 @pytest.mark.parametrize("shift", [1.0, 5.0, 8.0])
 def test_train_grid_is_the_schedulers(shift):
     assert torch.equal(sigmas.train_grid(shift), FlowMatchEulerDiscreteScheduler(shift=shift).sigmas)

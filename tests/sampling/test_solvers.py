@@ -222,6 +222,43 @@ def test_one_expert_is_one_segment():
         solvers.with_experts(table, 1.5)
 
 
+@pytest.mark.parametrize("first", [0, 1, 5, 7])
+def test_a_later_start_is_the_references(first):
+    """Image to image: the scheduler begins at `first` with the picture made noisy to that sigma."""
+    scheduler = build(EULER)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 8, 8))
+    scheduler.sigmas = scheduler.sigmas.double()
+    scheduler.set_begin_index(first)
+    whole = solvers.with_guidance(solvers.from_scheduler_config(EULER, 8, sigmas=sigmas.linear_grid(8)), range(8))
+    table = solvers.since(whole, first)
+    clean, fresh, predictions = randn(2, 5), randn(2, 5), randn(8 - first, 2, 5)
+    theirs = scheduler.scale_noise(clean, scheduler.timesteps[first : first + 1], fresh)
+    ours = torch.lerp(clean, fresh, table.sigmas[0])
+    assert_close(ours[None], theirs[None])
+    want = []
+    for i, v in enumerate(predictions, first):  # its rule written out, as in `test_euler_equals_diffusers`
+        theirs = theirs + scheduler.sigmas.diff()[i] * v
+        want.append(theirs)
+    assert_close(run_table(table, ours, predictions), torch.stack(want))
+    assert table.steps == 8 - first and table.guidance.tolist() == [*range(first, 8)]
+    assert torch.equal(table.timesteps, scheduler.timesteps[first:].double())
+
+
+def test_a_later_start_keeps_fresh_noise_and_experts():
+    whole = solvers.with_experts(solvers.dmd((1000, 757, 522)), 0.6)
+    table = solvers.since(whole, 1)
+    assert table.renoises and table.n.tolist() == whole.n.tolist()[1:] and table.expert.tolist() == [0, 1]
+    assert all(map(torch.equal, solvers.since(whole, 0), whole))
+
+
+def test_a_solver_with_a_history_starts_only_at_its_first_step():
+    table = solvers.from_scheduler_config(UNIPC, 5)
+    assert all(map(torch.equal, solvers.since(table, 0), table))
+    with pytest.raises(UserError, match="looks back at earlier steps") as error:
+        solvers.since(table, 2)
+    assert error.value.field == "strength"
+
+
 @pytest.mark.parametrize(
     ("config", "field", "says"),
     [

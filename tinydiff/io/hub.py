@@ -13,7 +13,7 @@ from tinydiff.records import UserError, nearest
 WANTED = ("*.json", "*/*.safetensors", "*/spiece.model", "*/tokenizer.model", "*/merges.txt")
 """What a diffusers-layout folder is run from. Single-file weights at a repository's root are left out: they would double the download."""
 
-UNWANTED = ("*.fp16.*", "*.bf16.*", "*.non_ema.*", "*onnx*", "*flax*", "*openvino*")
+UNWANTED = ("*.fp16.*", "*.bf16.*", "*.non_ema.*", "*onnx*", "*flax*", "*openvino*", "pe/*")
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -82,8 +82,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def _snapshot(hub_id: str, revision: str | None, field: str) -> Path:
     from huggingface_hub import errors, snapshot_download
 
+    wanted = [*WANTED] if field == "model_path" else [*WANTED, "*.safetensors"]  # a component by itself lies at the root
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=list(UNWANTED)))
     except errors.GatedRepoError:
         reason = "the hub asks for its licence to be accepted; accept it on its page and log in with `hf auth login`"
     except errors.RevisionNotFoundError:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
+OPACITY_ENDINGS = (".png", ".webp")
+"""Those of formats that hold opacity."""
+
 DEFAULT_QUALITY = {".jpg": 95, ".jpeg": 95, ".webp": 90}
 
 MOST_BYTES = 64 * 2**20
@@ -28,11 +31,11 @@ USER_COMMENT, EXIF_IFD, ASCII = 0x9286, 0x8769, b"ASCII\0\0\0"
 """EXIF: the tag of the comment, the directory that holds it, and the mark of its character set."""
 
 
-def read_image(source: str | Path, field: str = "image_path") -> np.ndarray:
-    """The picture at a path, an http(s) address or a data URI, upright, as uint8 [H, W, 3] RGB.
+def read_image(source: str | Path, field: str = "image_path", opacity: bool = False) -> np.ndarray:
+    """The picture at a path, an http(s) address or a data URI, upright, as uint8 [H, W, 3] RGB, or [H, W, 4] RGBA with `opacity`.
 
-    The EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled to 8, of an animation the first frame is
-    taken. The bytes decide what it is, not the name. Raises UserError if it is missing, too large or not a picture.
+    The EXIF orientation is applied, transparency is laid on white or kept, 16-bit grey is scaled to 8, of an animation the first frame
+    is taken. The bytes decide what it is, not the name. Raises UserError if it is missing, too large or not a picture.
     """
     import numpy as np
     from PIL import Image, ImageOps
@@ -41,7 +44,7 @@ def read_image(source: str | Path, field: str = "image_path") -> np.ndarray:
     data = _fetch(source, field, shown)
     try:
         with Image.open(io.BytesIO(data)) as opened:
-            return np.asarray(_rgb(ImageOps.exif_transpose(opened)))
+            return np.asarray(_rgb(ImageOps.exif_transpose(opened), opacity))
     except Image.DecompressionBombError as error:
         raise UserError(field, f"{field}: {shown} is too large a picture ({error})") from error
     except (OSError, SyntaxError, ValueError) as error:
@@ -49,7 +52,7 @@ def read_image(source: str | Path, field: str = "image_path") -> np.ndarray:
 
 
 def resize(image: np.ndarray, height: int, width: int, method: str = "lanczos") -> np.ndarray:
-    """uint8 [H, W, 3] to uint8 [height, width, 3] by Pillow's "lanczos" (diffusers' default), "bicubic", "bilinear" or "nearest"."""
+    """uint8 [H, W, C] to uint8 [height, width, C] by Pillow's "lanczos" (diffusers' default), "bicubic", "bilinear" or "nearest"."""
     import numpy as np
     from PIL import Image
 
@@ -57,7 +60,8 @@ def resize(image: np.ndarray, height: int, width: int, method: str = "lanczos") 
 
 
 def encode_image(image: np.ndarray, ending: str, quality: int | None = None, parameters: Mapping[str, Any] | None = None) -> bytes:
-    """uint8 [H, W, 3] as the bytes of a file of this ending (`IMAGE_ENDINGS`), with `parameters` as JSON in its metadata.
+    """uint8 [H, W, 3], or with opacity [H, W, 4] (`OPACITY_ENDINGS`), as the bytes of a file of this ending (`IMAGE_ENDINGS`), with
+    `parameters` as JSON in its metadata.
 
     quality: 0 to 100, None for the format's default; PNG is lossless whatever it says, WebP at 100 too. The JSON lies in PNG's text
     "parameters" or in EXIF's UserComment. A JPEG has room for 60 kB of it: longer texts are cut, with "..." at their end.
@@ -76,7 +80,7 @@ def encode_image(image: np.ndarray, ending: str, quality: int | None = None, par
     if parameters is not None:
         exif.get_ifd(EXIF_IFD)[USER_COMMENT] = ASCII + _ascii(parameters, None if ending == ".webp" else JPEG_COMMENT)
     if ending == ".webp":
-        picture.save(out, "WEBP", quality=quality, lossless=quality == 100, exif=exif)
+        picture.save(out, "WEBP", quality=quality, lossless=quality == 100, exact=quality == 100, exif=exif)
     else:
         picture.save(out, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2, exif=exif)
     return out.getvalue()
@@ -116,12 +120,14 @@ def _fetch(source: str | Path, field: str, shown: str) -> bytes:
     return data
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+def _rgb(picture: Image.Image, opacity: bool) -> Image.Image:
     import numpy as np
     from PIL import Image
 
     if picture.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip
-        return Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        picture = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    if opacity:
+        return picture.convert("RGBA")
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     layer = picture.convert("RGBA")

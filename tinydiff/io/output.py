@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinydiff.io.atomic import write_new
-from tinydiff.io.images import IMAGE_ENDINGS, encode_image, read_image_parameters
+from tinydiff.io.images import IMAGE_ENDINGS, OPACITY_ENDINGS, encode_image, read_image_parameters
 from tinydiff.io.video import CLIP_ENDINGS, X264_PRESETS, check_encoder, read_video_parameters, write_video
 from tinydiff.records import UserError, nearest
 
@@ -61,6 +61,7 @@ def plan_target(
     output_file_name: str | None,
     *,
     clip: bool,
+    opacity: bool = False,
     prompt: str = "",
     seed: int = 0,
     now: datetime | None = None,
@@ -68,7 +69,8 @@ def plan_target(
     """Where the outputs of one prompt go. The name's ending decides the format; without a name one is made of prompt, seed and time.
 
     clip: whether the request makes several frames. A clip whose name ends in "/" or in no ending becomes a folder of PNG frames; a
-    picture without ending is a PNG. Raises UserError for an ending that is unknown or of the other kind.
+    picture without ending is a PNG. opacity: whether the pictures are layers, which not every format holds. Raises UserError for an
+    ending that is unknown or of the other kind.
     """
     folder = Path(output_path).expanduser()
     if output_file_name is None:
@@ -89,6 +91,9 @@ def plan_target(
         wrong = f"this request makes {kind}" if ending.lower() in other else f"{ending!r} is not a known ending"
         hint = "" if ending.lower() in other else nearest(ending.lower(), allowed)
         raise UserError("output_file_name", f"output_file_name: {output_file_name!r}: {wrong}; {kind} may be {choices}{hint}")
+    if opacity and ending.lower() not in OPACITY_ENDINGS:
+        choices = f"{', '.join(OPACITY_ENDINGS)} or a name ending in / for a folder of them"
+        raise UserError("output_file_name", f"output_file_name: {output_file_name!r}: layers have opacity, so they may be {choices}")
     return Target(folder, name.removesuffix(ending), ending)
 
 
@@ -146,14 +151,15 @@ def check_writable(folder: Path) -> None:
 def save(
     target: Target, frames: np.ndarray, encoding: Encoding, parameters: Mapping[str, Any] | None = None, index: int = 0, count: int = 1
 ) -> Path:
-    """Write output `index` of `count`, uint8 frames [T, H, W, 3] (T = 1 for a picture), and return the path it got.
+    """Write output `index` of `count`, uint8 frames [T, H, W, 3 or 4] (T = 1 for a picture), and return the path it got.
 
     A name already taken gets the next free number, `name-1.png`; nothing is overwritten and nothing half-written is left. Raises
     UserError when the disk is full or refuses.
     """
-    if frames.ndim != 4 or frames.shape[3] != 3 or str(frames.dtype) != "uint8":
-        raise ValueError(f"frames are uint8 [T, H, W, 3], not {frames.dtype} {list(frames.shape)}")
     ending = target.ending.lower()
+    channels = (3, 4) if ending in (*OPACITY_ENDINGS, FRAMES) else (3,)
+    if frames.ndim != 4 or frames.shape[3] not in channels or str(frames.dtype) != "uint8":
+        raise ValueError(f"frames are uint8 [T, H, W, {' or '.join(map(str, channels))}], not {frames.dtype} {list(frames.shape)}")
 
     def write(path: Path) -> None:
         if ending == FRAMES:

@@ -1,19 +1,24 @@
-"""Text to token ids as T5 and UMT5 take them, whichever tokenizer file the checkpoint has, and the prompt cleaning of Wan."""
+"""Text to token ids, whichever tokenizer files a checkpoint has.
+
+Three kinds of files are read: `tokenizer.json`; `vocab.json` with `merges.txt` (CLIP's and Qwen's byte pairs); `spiece.model` (T5).
+Which tokens open, close and pad a sequence, and where padding goes, is in the small JSON files beside them.
+"""
 
 from __future__ import annotations
 
-import html
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from tinydiff.io.hub import read_json
 from tinydiff.records import UserError
 
 
 class Tokens(NamedTuple):
-    """One encoded text. ids and mask have the asked length; mask is 1 on tokens, 0 on padding; `truncated` tokens of text were cut."""
+    """One encoded text. mask is 1 on tokens, 0 on padding; `truncated` tokens of the text were cut."""
 
     ids: list[int]
     mask: list[int]
@@ -22,61 +27,195 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """ids of a text without its end, and the two ids that close and pad a sequence."""
+    """pieces: ids of a text, special tokens written out in it found, none added. text: the text of ids, without special tokens.
+
+    token_id: the id of a token by name, None if there is none. prefix, suffix: what opens and closes a sequence. pad, eos: ids, eos None
+    where the files name none. side: where padding goes, "right" or "left".
+    """
 
     pieces: Callable[[str], list[int]]
-    eos: int
+    text: Callable[[Sequence[int]], str]
+    token_id: Callable[[str], int | None]
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
     pad: int
+    eos: int | None
+    side: str = "right"
 
-    def encode(self, text: str, max_length: int) -> Tokens:
-        """Ids of `text` closed by EOS and padded on the right to `max_length`; a longer text is cut so that EOS stays last."""
-        ids = self.pieces(text)
-        kept = [*ids[: max_length - 1], self.eos]
-        padding = max_length - len(kept)
-        return Tokens(kept + [self.pad] * padding, [1] * len(kept) + [0] * padding, max(0, len(ids) - (max_length - 1)))
+    def encode(self, text: str, max_length: int | None = None, side: str | None = None, framed: bool = True) -> Tokens:
+        """Ids of `text` between prefix and suffix, at most `max_length`: of a longer text the end is cut, the suffix stays.
+
+        side: "left" or "right" pads there up to `max_length`, "none" does not pad, by default where the files say. framed: whether prefix
+        and suffix are added; a chat's text has its own.
+        """
+        ids, (prefix, suffix) = self.pieces(text), (self.prefix, self.suffix) if framed else ((), ())
+        room = len(ids) if max_length is None else max(0, max_length - len(prefix) - len(suffix))
+        kept = [*prefix, *ids[:room], *suffix]
+        whole = Tokens(kept, [1] * len(kept), max(0, len(ids) - room))
+        return whole if max_length is None or side == "none" else self.padded(whole, max_length, side)
+
+    def batch(self, texts: Sequence[str], max_length: int | None = None, side: str | None = None) -> list[Tokens]:
+        """Each text as by `encode`, padded only to the longest of them."""
+        rows = [self.encode(text, max_length, "none") for text in texts]
+        longest = max(len(row.ids) for row in rows)
+        return [self.padded(row, longest, side) for row in rows]
+
+    def padded(self, tokens: Tokens, length: int, side: str | None = None) -> Tokens:
+        """`tokens` filled up to `length`."""
+        ids, mask, truncated = tokens
+        extra = length - len(ids)
+        if (side or self.side) == "left":
+            return Tokens([self.pad] * extra + ids, [0] * extra + mask, truncated)
+        return Tokens(ids + [self.pad] * extra, mask + [0] * extra, truncated)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint's `tokenizer` folder: `tokenizer.json` if it has one, else `spiece.model`.
+    """The tokenizer of a checkpoint's `tokenizer` folder: of `tokenizer.json` if it has one, else of the other files.
 
-    Both give the ids of transformers' T5TokenizerFast. Raises UserError if neither file is there or it cannot be read.
+    All give the ids of transformers' tokenizers. Raises UserError if the files are missing or cannot be read.
     """
-    for name, read in (("tokenizer.json", _from_json), ("spiece.model", _from_spiece)):
-        path = folder / name
-        if path.is_file():
+    for names, read in _READERS.items():
+        if all((folder / name).is_file() for name in names):
             try:
-                return read(path)
+                return read(folder, _settings(folder))
+            except UserError:
+                raise
             except Exception as error:  # the tokenizers library raises bare Exception
-                raise UserError("model_path", f"model_path: {str(path)!r} is not a usable tokenizer ({error})") from error
-    raise UserError("model_path", f"model_path: {str(folder)!r} has neither tokenizer.json nor spiece.model")
+                raise UserError("model_path", f"model_path: {str(folder / names[0])!r} is not a usable tokenizer ({error})") from error
+    missing = "has no vocab.json with merges.txt and has neither tokenizer.json nor spiece.model"
+    raise UserError("model_path", f"model_path: {str(folder)!r} {missing}")
 
 
-def prompt_clean(text: str) -> str:
-    """Repair broken Unicode, undo HTML entities (twice, for what was escaped twice) and collapse white space.
+# --- the small files ----------------------------------------------------------------------------------------------------------------
 
-    The reference is `prompt_clean` of diffusers' Wan pipelines.
+
+class Settings(NamedTuple):
+    """kind: tokenizer_class without the Fast, "" if unsaid. named: "pad_token" and the like to the token. added: tokens beyond the
+    vocabulary, in order of their ids. side: where padding goes.
     """
-    import ftfy
 
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
+    kind: str
+    named: dict[str, str]
+    added: dict[int, dict[str, Any]]
+    side: str
 
 
-def _from_json(path: Path) -> Tokenizer:
+def _settings(folder: Path) -> Settings:
+    config, special, old = (
+        read_json(path) if (path := folder / name).is_file() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    )
+    entries = special | {name: value for name, value in config.items() if value is not None}
+    named = {name: _content(entries[name]) for name in ("bos_token", "eos_token", "pad_token", "unk_token") if entries.get(name)}
+    more = [_content(token) for token in entries.get("additional_special_tokens") or []]
+    added = {int(index): token for index, token in config.get("added_tokens_decoder", {}).items()}
+    for token, index in old.items():
+        added.setdefault(index, {"content": token, "special": token in more or token in named.values()})
+    kind = config.get("tokenizer_class", "").removesuffix("Fast")
+    return Settings(kind, named, dict(sorted(added.items())), config.get("padding_side", "right"))
+
+
+def _content(token: str | Mapping[str, Any]) -> str:
+    return token if isinstance(token, str) else token["content"]
+
+
+# --- the tokenizers library ---------------------------------------------------------------------------------------------------------
+
+QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+"""Where words part before byte pairs are merged, as transformers' CLIPTokenizer and Qwen2Tokenizer have it."""
+
+
+def _from_json(folder: Path, settings: Settings) -> Tokenizer:
     from tokenizers import Tokenizer as Engine
 
-    engine = Engine.from_file(str(path))
+    engine = Engine.from_file(str(folder / "tokenizer.json"))
     engine.no_truncation()
     engine.no_padding()
-    eos, pad = engine.token_to_id("</s>"), engine.token_to_id("<pad>")
-    if eos is None or pad is None:
-        raise ValueError("it has no </s> or no <pad> token")
-    return Tokenizer(lambda text: engine.encode(text, add_special_tokens=False).ids, eos, pad)
+    return _engine(engine, settings)
 
 
-def _from_spiece(path: Path) -> Tokenizer:
+def _from_merges(folder: Path, settings: Settings) -> Tokenizer:
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Engine
+
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    kind = settings.kind or ("CLIPTokenizer" if any(piece.endswith("</w>") for piece in vocabulary) else "Qwen2Tokenizer")
+    if kind not in ("CLIPTokenizer", "Qwen2Tokenizer"):
+        raise ValueError(f"vocab.json is read as CLIPTokenizer or Qwen2Tokenizer; tokenizer_class is {kind!r}")
+    clip = kind == "CLIPTokenizer"
+    end, unknown = ("</w>", settings.named.get("unk_token", "<|endoftext|>")) if clip else ("", None)
+    files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
+    engine = Engine(models.BPE.from_file(*files, unk_token=unknown, continuing_subword_prefix="", end_of_word_suffix=end))
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=clip)
+    if clip:
+        spaces = normalizers.Replace(Regex(r"\s+"), " ")
+        engine.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+        engine.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(CLIP_WORDS), "removed", invert=True), bytes_])
+        engine.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
+        return _engine(engine, settings, framed=True)
+    engine.normalizer = normalizers.NFC()
+    engine.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated"), bytes_])
+    engine.decoder = decoders.ByteLevel()
+    return _engine(engine, settings, framed=False)
+
+
+def _engine(engine: Any, settings: Settings, framed: bool | None = None) -> Tokenizer:
+    """The engine with the tokens that only the small files know.
+
+    framed: whether BOS and EOS stand around a text; by default as the template in tokenizer.json says, for T5 EOS alone.
+    """
+    from tokenizers import AddedToken
+
+    known = {token.content for token in engine.get_added_tokens_decoder().values()}
+    for index, token in settings.added.items():
+        if token["content"] not in known:
+            flags = {name: token[name] for name in ("lstrip", "rstrip", "normalized", "single_word", "special") if name in token}
+            engine.add_tokens([AddedToken(token["content"], **flags)])
+            if engine.token_to_id(token["content"]) != index:
+                raise ValueError(f"token {token['content']!r} should have id {index} and gets {engine.token_to_id(token['content'])}")
+            known.add(token["content"])
+    engine.add_special_tokens([token for token in settings.named.values() if token not in known])
+
+    def ids_of(name: str, usual: str) -> int | None:
+        return engine.token_to_id(settings.named.get(name, usual))
+
+    bos, eos = ids_of("bos_token", "<s>"), ids_of("eos_token", "</s>")
+    pad = ids_of("pad_token", "<pad>")
+    if pad is None:
+        raise ValueError("it has no padding token")
+    begin, end = (() if token is None else (token,) for token in (bos, eos))
+    if framed is None:
+        prefix, suffix = ((), end) if settings.kind == "T5Tokenizer" else _frame(engine)
+    else:
+        prefix, suffix = (begin, end) if framed else ((), ())
+    return Tokenizer(
+        lambda text: engine.encode(text, add_special_tokens=False).ids,
+        lambda ids: engine.decode(list(ids), skip_special_tokens=True).strip(),
+        engine.token_to_id,
+        prefix,
+        suffix,
+        pad,
+        eos,
+        settings.side,
+    )
+
+
+def _frame(engine: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the engine's own template puts before and after a text."""
+    bare, framed = (engine.encode("a", add_special_tokens=add).ids for add in (False, True))
+    extra = len(framed) - len(bare)
+    start = next((i for i in range(extra + 1) if framed[i : i + len(bare)] == bare), 0)
+    return tuple(framed[:start]), tuple(framed[start + len(bare) :])
+
+
+# --- the sentencepiece library ------------------------------------------------------------------------------------------------------
+
+
+def _from_spiece(folder: Path, settings: Settings) -> Tokenizer:
     from sentencepiece import SentencePieceProcessor
 
-    engine = SentencePieceProcessor(model_file=str(path))
+    engine = SentencePieceProcessor(model_file=str(folder / "spiece.model"))
     eos, pad = engine.eos_id(), engine.pad_id()
     if eos < 0 or pad < 0:
         raise ValueError("it has no end or no padding token")
@@ -88,4 +227,19 @@ def _from_spiece(path: Path) -> Tokenizer:
         parts = split.split(text)
         return [i for part in parts for i in ([special[part]] if part in special else engine.encode(part))]
 
-    return Tokenizer(pieces, eos, pad)
+    def text(ids: Sequence[int]) -> str:
+        return engine.decode([i for i in ids if i not in special.values()]).strip()
+
+    def token_id(token: str) -> int | None:
+        index = engine.piece_to_id(token)
+        return index if engine.id_to_piece(index) == token else None
+
+    return Tokenizer(pieces, text, token_id, (), (eos,), pad, eos, settings.side)
+
+
+_READERS: dict[tuple[str, ...], Callable[[Path, Settings], Tokenizer]] = {
+    ("tokenizer.json",): _from_json,
+    ("vocab.json", "merges.txt"): _from_merges,
+    ("spiece.model",): _from_spiece,
+}
+"""Files that make a tokenizer and what reads them, the first that are there."""

@@ -24,37 +24,45 @@ class ReleasedModel:
     """A released model: the defaults of a request, and what a folder of unknown name is recognised by.
 
     height, width: pixels, multiples of `size_multiple`. num_frames: k * `frame_multiple` + 1. clip_frames: the frames of a clip that was
-    asked for without a number, where `num_frames` makes a picture. steps, guidance (1 runs the network once a step), guidance_2 (of the
-    second expert), boundary_ratio (the share of the schedule below which the second expert runs), flow_shift: the sampling table.
-    solver: a name of the engine; dmd_timesteps belong to "dmd". negative_prompt: None where guidance would not read one.
-    image: whether a first frame is taken. params: of the transformers together. layers, heads, in_channels: of `transformer/config.json`.
+    asked for without a number, where `num_frames` makes a picture. steps, guidance (at 1 the network runs once a step), guidance_2 (of
+    the second expert), boundary_ratio (the share of the schedule below which the second expert runs), flow_shift (None: the folder's
+    scheduler settles it): the sampling table. guidance_form: "embedded" is told to a network that learnt it, "offset" counts from 0.
+    solver: a name of the engine; dmd_timesteps belong to "dmd". negative_prompt: None where guidance would not read one. text_tokens: how
+    many are read at most. images: the least and the most input pictures. image_use: as frames of the clip, as the picture to start from,
+    or as references beside it. given_multiple: a size that follows the last given picture is rounded to multiples of so many pixels (None:
+    the first one, and down). layers: how many pictures with opacity one is taken apart into, where that is what the model does. captions:
+    its text encoder writes a missing prompt. params: of the transformers together. shape: fields of `transformer/config.json` that tell
+    it apart.
     """
 
     name: str
+    family: str
     pipeline: str
     height: int
     width: int
-    num_frames: int
-    fps: int
     steps: int
     guidance: float
-    flow_shift: float
     params: int
-    layers: int
-    heads: int
-    in_channels: int
+    shape: Mapping[str, Any]
+    num_frames: int = 1
+    fps: int = 16
+    flow_shift: float | None = None
     guidance_2: float | None = None
+    guidance_form: Literal["scale", "embedded", "offset"] = "scale"
     boundary_ratio: float | None = None
-    solver: Literal["unipc", "dmd", "euler"] = "unipc"
+    solver: Literal["unipc", "dmd", "euler"] = "euler"
     dmd_timesteps: tuple[int, ...] = ()
-    negative_prompt: str | None = WAN_NEGATIVE
+    negative_prompt: str | None = ""
     text_tokens: int = 512
     size_multiple: int = 16
     frame_multiple: int = 4
-    image: Literal["none", "optional", "required"] = "none"
+    layers: int = 0
+    captions: bool = False
+    images: tuple[int, int] = (0, 0)
+    image_use: Literal["frames", "start", "references"] = "frames"
+    given_multiple: int | None = None
     expand_timesteps: bool = False
     clips_by_name: int | None = None
-    family: str = "wan"
 
     @property
     def experts(self) -> int:
@@ -70,48 +78,103 @@ SHIPPED = "tinydiff/shapes"
 
 DMD = (1000, 757, 522)
 
+T2V, I2V, DMD_PIPELINE = "WanPipeline", "WanImageToVideoPipeline", "WanDMDPipeline"
+
+
+def _wan(name: str, pipeline: str, size: tuple[int, int], frames: int, fps: int, steps: int, guidance: float, shift: float, params: int,
+         shape: tuple[int, int, int], **more: Any) -> ReleasedModel:  # fmt: skip
+    """A Wan model; shape: its layers, heads and channels in."""
+    named: dict[str, Any] = dict(zip(("num_layers", "num_attention_heads", "in_channels"), shape, strict=True))
+    more = {"negative_prompt": WAN_NEGATIVE, "solver": "unipc"} | more
+    return ReleasedModel(name, "wan", pipeline, *size, steps, guidance, params, named, num_frames=frames, fps=fps, flow_shift=shift, **more)
+
+
+_480P, _720P, _704P = (480, 832), (720, 1280), (704, 1280)
+_TI2V: dict[str, Any] = {"size_multiple": 32, "images": (0, 1), "expand_timesteps": True}
+_DISTILLED: dict[str, Any] = {"solver": "dmd", "dmd_timesteps": DMD, "negative_prompt": None}
+
+_START: dict[str, Any] = {"images": (0, 1), "image_use": "start"}
+"""Of a model that makes pictures from text: it can start from one."""
+
+QWEN_2512_NEGATIVE = (
+    "低分辨率，低画质，肢体畸形，手指畸形，画面过饱和，蜡像感，人脸无细节，过度光滑，画面具有AI感。构图混乱。文字模糊，扭曲。"
+)
+"""The negative prompt on Qwen-Image-2512's card."""
+_QWEN: dict[str, Any] = {"params": 20_430_401_088, "negative_prompt": " "}
+_QWEN_2512: dict[str, Any] = {**_QWEN, "negative_prompt": QWEN_2512_NEGATIVE}
+_QWEN_EDIT: dict[str, Any] = {**_QWEN, "images": (1, 1), "image_use": "references", "given_multiple": 32}
+_QWEN_EDIT_PLUS: dict[str, Any] = {**_QWEN_EDIT, "images": (1, 3)}
+_QWEN_LAYERED: dict[str, Any] = {**_QWEN_EDIT, "params": 20_430_407_232}
+
+
+def _klein(name: str, distilled: bool, params: int, shape: tuple[int, int, int]) -> ReleasedModel:
+    """A FLUX.2 klein; shape: its double blocks, single blocks and heads."""
+    told = dict(zip(("num_layers", "num_single_layers", "num_attention_heads"), shape, strict=True)) | {"is_distilled": distilled}
+    steps, guidance, negative = (4, 1.0, None) if distilled else (50, 4.0, "")
+    return ReleasedModel(f"black-forest-labs/FLUX.2-klein-{name}", "flux2", "Flux2KleinPipeline", 1024, 1024, steps, guidance, params, told,
+                         negative_prompt=negative, **_FLUX2)  # fmt: skip
+
+
+_FLUX2: dict[str, Any] = {"images": (0, 10), "image_use": "references"}
+_ERNIE: dict[str, Any] = {"params": 8_033_490_048, "shape": {"num_layers": 36, "hidden_size": 4096}, "text_tokens": 2048}
+
 MODELS: tuple[ReleasedModel, ...] = (
-    ReleasedModel(
-        SHIPPED, "WanPipeline", 128, 128, 1, 8, steps=30, guidance=2.5, flow_shift=4.0, params=2_477_728, layers=6, heads=5,
-        in_channels=32, negative_prompt=None, text_tokens=32, size_multiple=32, image="optional", expand_timesteps=True, clips_by_name=17,
-    ),
-    ReleasedModel(
-        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "WanPipeline", 480, 832, 81, 16, steps=50, guidance=3.0, flow_shift=3.0,
-        params=1_418_996_800, layers=30, heads=12, in_channels=16,
-    ),
-    ReleasedModel(
-        "Wan-AI/Wan2.1-T2V-14B-Diffusers", "WanPipeline", 720, 1280, 81, 16, steps=50, guidance=5.0, flow_shift=5.0,
-        params=14_288_491_584, layers=40, heads=40, in_channels=16,
-    ),
-    ReleasedModel(
-        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "WanImageToVideoPipeline", 480, 832, 81, 16, steps=50, guidance=5.0, flow_shift=3.0,
-        params=16_394_878_784, layers=40, heads=40, in_channels=36, image="required",
-    ),
-    ReleasedModel(
-        "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", "WanImageToVideoPipeline", 720, 1280, 81, 16, steps=50, guidance=5.0, flow_shift=5.0,
-        params=16_394_878_784, layers=40, heads=40, in_channels=36, image="required",
-    ),
-    ReleasedModel(
-        "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "WanPipeline", 720, 1280, 81, 16, steps=40, guidance=4.0, guidance_2=3.0,
-        boundary_ratio=0.875, flow_shift=12.0, params=28_576_983_168, layers=40, heads=40, in_channels=16,
-    ),
-    ReleasedModel(
-        "Wan-AI/Wan2.2-I2V-A14B-Diffusers", "WanImageToVideoPipeline", 720, 1280, 81, 16, steps=40, guidance=3.5, guidance_2=3.5,
-        boundary_ratio=0.9, flow_shift=5.0, params=28_577_802_368, layers=40, heads=40, in_channels=36, image="required",
-    ),
-    ReleasedModel(
-        "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "WanPipeline", 704, 1280, 121, 24, steps=50, guidance=5.0, flow_shift=5.0,
-        params=4_999_787_712, layers=30, heads=24, in_channels=48, size_multiple=32, image="optional", expand_timesteps=True,
-    ),
-    ReleasedModel(
-        "FastVideo/FastWan2.1-T2V-1.3B-Diffusers", "WanDMDPipeline", 480, 832, 61, 16, steps=3, guidance=1.0, flow_shift=8.0,
-        solver="dmd", dmd_timesteps=DMD, negative_prompt=None, params=1_418_996_800, layers=30, heads=12, in_channels=16,
-    ),
-    ReleasedModel(
-        "FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers", "WanDMDPipeline", 704, 1280, 121, 24, steps=3, guidance=1.0, flow_shift=5.0,
-        solver="dmd", dmd_timesteps=DMD, negative_prompt=None, params=4_999_787_712, layers=30, heads=24, in_channels=48, size_multiple=32,
-        image="optional", expand_timesteps=True,
-    ),
+    _wan(SHIPPED, T2V, (128, 128), 1, 8, 30, 2.5, 4.0, 2_477_728, (6, 5, 32),
+         negative_prompt=None, text_tokens=32, clips_by_name=17, **_TI2V),
+    _wan("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", T2V, _480P, 81, 16, 50, 3.0, 3.0, 1_418_996_800, (30, 12, 16)),
+    _wan("Wan-AI/Wan2.1-T2V-14B-Diffusers", T2V, _720P, 81, 16, 50, 5.0, 5.0, 14_288_491_584, (40, 40, 16)),
+    _wan("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", I2V, _480P, 81, 16, 50, 5.0, 3.0, 16_394_878_784, (40, 40, 36), images=(1, 2)),
+    _wan("Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", I2V, _720P, 81, 16, 50, 5.0, 5.0, 16_394_878_784, (40, 40, 36), images=(1, 2)),
+    _wan("Wan-AI/Wan2.2-T2V-A14B-Diffusers", T2V, _720P, 81, 16, 40, 4.0, 12.0, 28_576_983_168, (40, 40, 16),
+         guidance_2=3.0, boundary_ratio=0.875),
+    _wan("Wan-AI/Wan2.2-I2V-A14B-Diffusers", I2V, _720P, 81, 16, 40, 3.5, 5.0, 28_577_802_368, (40, 40, 36),
+         guidance_2=3.5, boundary_ratio=0.9, images=(1, 2)),
+    _wan("Wan-AI/Wan2.2-TI2V-5B-Diffusers", T2V, _704P, 121, 24, 50, 5.0, 5.0, 4_999_787_712, (30, 24, 48), **_TI2V),
+    _wan("FastVideo/FastWan2.1-T2V-1.3B-Diffusers", DMD_PIPELINE, _480P, 61, 16, 3, 1.0, 8.0, 1_418_996_800, (30, 12, 16), **_DISTILLED),
+    _wan("FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers", DMD_PIPELINE, _704P, 121, 24, 3, 1.0, 5.0, 4_999_787_712, (30, 24, 48),
+         **_DISTILLED, **_TI2V),
+
+    ReleasedModel("black-forest-labs/FLUX.1-dev", "flux", "FluxPipeline", 1024, 1024, 50, 3.5, 11_901_408_320, {"guidance_embeds": True},
+                  guidance_form="embedded", **_START),
+    ReleasedModel("black-forest-labs/FLUX.1-schnell", "flux", "FluxPipeline", 1024, 1024, 4, 1.0, 11_891_178_560,
+                  {"guidance_embeds": False}, negative_prompt=None, text_tokens=256, **_START),
+    ReleasedModel("black-forest-labs/FLUX.1-Kontext-dev", "flux", "FluxKontextPipeline", 1024, 1024, 28, 2.5, 11_901_408_320,
+                  {"guidance_embeds": True}, guidance_form="embedded", images=(1, 4), image_use="references"),
+    ReleasedModel("AIDC-AI/Ovis-Image-7B", "ovis", "OvisImagePipeline", 1024, 1024, 50, 5.0, 7_370_449_728,
+                  {"num_layers": 6, "num_single_layers": 27}, text_tokens=256, **_START),
+
+    ReleasedModel("Tongyi-MAI/Z-Image-Turbo", "z_image", "ZImagePipeline", 1024, 1024, 8, 0.0, 6_154_908_736,
+                  {"dim": 3840, "n_layers": 30}, guidance_form="offset", negative_prompt=None, **_START),
+    ReleasedModel("Tongyi-MAI/Z-Image", "z_image", "ZImagePipeline", 1024, 1024, 50, 5.0, 6_154_908_736,
+                  {"dim": 3840, "n_layers": 30}, guidance_form="offset", **_START),
+    ReleasedModel("stabilityai/stable-diffusion-3-medium-diffusers", "sd3", "StableDiffusion3Pipeline", 1024, 1024, 28, 7.0,
+                  2_028_328_000, {"num_layers": 24, "pos_embed_max_size": 192}, text_tokens=256, **_START),
+    ReleasedModel("stabilityai/stable-diffusion-3.5-medium", "sd3", "StableDiffusion3Pipeline", 1024, 1024, 40, 4.5,
+                  2_243_171_520, {"num_layers": 24, "pos_embed_max_size": 384}, text_tokens=256, **_START),
+    ReleasedModel("stabilityai/stable-diffusion-3.5-large", "sd3", "StableDiffusion3Pipeline", 1024, 1024, 28, 3.5,
+                  8_056_627_520, {"num_layers": 38}, text_tokens=256, **_START),
+
+    ReleasedModel("Qwen/Qwen-Image", "qwen_image", "QwenImagePipeline", 1024, 1024, 50, 4.0, shape={"num_layers": 60}, **_QWEN, **_START),
+    ReleasedModel("Qwen/Qwen-Image-2512", "qwen_image", "QwenImagePipeline", 1024, 1024, 50, 4.0, shape={"num_layers": 60},
+                  **_QWEN_2512, **_START),
+    ReleasedModel("Qwen/Qwen-Image-Edit", "qwen_image", "QwenImageEditPipeline", 1024, 1024, 50, 4.0, shape={"num_layers": 60},
+                  **_QWEN_EDIT),
+    ReleasedModel("Qwen/Qwen-Image-Edit-2511", "qwen_image", "QwenImageEditPlusPipeline", 1024, 1024, 40, 4.0,
+                  shape={"num_layers": 60, "zero_cond_t": True}, **_QWEN_EDIT_PLUS),
+    ReleasedModel("Qwen/Qwen-Image-Edit-2509", "qwen_image", "QwenImageEditPlusPipeline", 1024, 1024, 40, 4.0,
+                  shape={"num_layers": 60}, **_QWEN_EDIT_PLUS),
+    ReleasedModel("Qwen/Qwen-Image-Layered", "qwen_image", "QwenImageLayeredPipeline", 640, 640, 50, 4.0,
+                  shape={"num_layers": 60, "use_layer3d_rope": True}, layers=4, captions=True,
+                  **_QWEN_LAYERED),
+
+    ReleasedModel("black-forest-labs/FLUX.2-dev", "flux2", "Flux2Pipeline", 1024, 1024, 50, 4.0, 32_223_281_152,
+                  {"num_layers": 8, "num_single_layers": 48}, guidance_form="embedded", **_FLUX2),
+    _klein("4B", True, 3_875_544_576, (5, 20, 24)),
+    _klein("base-4B", False, 3_875_544_576, (5, 20, 24)),
+    _klein("9B", True, 9_078_581_248, (8, 24, 32)),
+    _klein("base-9B", False, 9_078_581_248, (8, 24, 32)),
+    ReleasedModel("baidu/ERNIE-Image", "ernie", "ErnieImagePipeline", 1024, 1024, 50, 4.0, **_ERNIE, **_START),
+    ReleasedModel("baidu/ERNIE-Image-Turbo", "ernie", "ErnieImagePipeline", 1024, 1024, 8, 1.0, negative_prompt=None, **_ERNIE, **_START),
 )  # fmt: skip
 
 
@@ -148,5 +211,5 @@ def match(class_name: str, options: Mapping[str, Any], transformer: Mapping[str,
     if not rows:
         extra = f"boundary_ratio {options.get('boundary_ratio')} and expand_timesteps {kind[2]}"
         raise UserError("model_path", f"model_path: {name!r} is a {class_name} with {extra}, a combination that no supported model has")
-    shape = (transformer.get("num_layers"), transformer.get("num_attention_heads"), transformer.get("in_channels"))
-    return next((row for row in rows if (row.layers, row.heads, row.in_channels) == shape), rows[0])
+    known = {**options, **transformer}
+    return next((row for row in rows if all(known.get(key) == value for key, value in row.shape.items())), rows[0])

@@ -9,23 +9,31 @@ Shape letters: B batch, L latent tokens, P latent values of a token, D width, H 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import html
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from tinydiff.models.encoders import clip_vision, t5
+from tinydiff.models.recipe import Known, Parts, Prepared, latent_size
+from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import timestep_embedding
 from tinydiff.ops.linear import linear, linear_sum
 from tinydiff.ops.moves import move
 from tinydiff.ops.norm import compute_dtype, layer_norm, modulate, rms_norm
+from tinydiff.ops.patch import patchify, unpatchify
 from tinydiff.ops.rope import grid_positions, rope_table, rotate_interleaved
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import SEQUENCE_MOVES, Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.records import Request
 
 Tensors = dict[str, Tensor]
 
@@ -114,11 +122,17 @@ def spec(c: Config) -> Iterator[Row]:
 
 # --- what is computed once, before the loop ---------------------------------------------------------------------------------------
 
+POOLED = False
+"""Whether text enters the rows of the steps."""
+
 SHARED = ("cos", "sin", "frozen", "still_modulation")
 """The request's tensors that every block reads, where present."""
 
-TOKEN_DIMS = {"cos": 0, "sin": 0, "frozen": 1, "frame": 1, "concat": 1}
+TOKEN_DIMS = {"cos": 0, "sin": 0, "frozen": 1, "concat": 1}
 """Which dimension of a request's tensor runs over latent tokens."""
+
+TEXT_DIMS: dict[str, int] = {}
+"""Texts are always padded to one length."""
 
 
 def _time(c: Config, w: Weights, t_S: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -143,8 +157,8 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     """All that depends only on the request and the table: (constants of the loop, tensors with one row per step).
 
     inputs: `text` [B, T, text_dim], `positions` [L, 3] of the tokens on the latent grid, and where the variant has them: `image`
-    [B, N, image_dim] CLIP tokens; `concat` [B, L, P'] what stands beside the latents; `frame` [B, L, P] the given latents and
-    `frozen` [1, L, 1] bool which tokens they replace.
+    [B, N, image_dim] CLIP tokens; `concat` [B, L, P'] what stands beside the latents; `frozen` [1, L, 1] bool which tokens are given and
+    sit at timestep 0.
     """
     embed = w / "condition_embedder"
     text = embed / "text_embedder"
@@ -155,7 +169,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     third = 2 * (c.attention_head_dim // 6)
     rope = rope_table(inputs["positions"], (c.attention_head_dim - 2 * third, third, third))
     cos, sin = (move(plan, "enter", table.float()[None])[0] for table in rope)  # float32, as the reference keeps its tables
-    request = {"cos": cos, "sin": sin} | {name: inputs[name] for name in ("concat", "frame", "frozen") if name in inputs}
+    request = {"cos": cos, "sin": sin} | {name: inputs[name] for name in ("concat", "frozen") if name in inputs}
 
     for _, at in blocks(c):
         a = w / at / "attn2"
@@ -169,16 +183,14 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     time, modulation = _time(c, w, timesteps_S, dtype)
     if "frozen" in inputs:
         request["still_time"], request["still_modulation"] = _time(c, w, torch.zeros_like(timesteps_S[:1]), dtype)
-    return request, {"time": time, "modulation": modulation}
+    return request, {"time": time[:, None], "modulation": modulation[:, None]}
 
 
 # --- the network --------------------------------------------------------------------------------------------------------------------
 
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Tensor:
-    """Latent tokens [B, L, P], the given ones put in their place, -> [B, L, D]."""
-    if "frame" in request:
-        x_BLP = torch.where(request["frozen"], request["frame"].to(x_BLP.dtype), x_BLP)
+    """Latent tokens [B, L, P] -> [B, L, D]."""
     if "concat" in request:
         x_BLP = torch.cat([x_BLP, request["concat"].to(x_BLP.dtype).expand(x_BLP.shape[0], -1, -1)], -1)
     weight, bias = w["patch_embedding.weight"], w["patch_embedding.bias"]
@@ -237,17 +249,6 @@ def post(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, ste
     return rearrange(y, "b l (patch c) -> b l (c patch)", c=c.out_channels)
 
 
-def predict(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, t_B: Tensor, inputs: Tensors) -> Tensor:
-    """One whole evaluation, nothing kept: tokens [B, L, P] at timesteps [B] or [1] -> velocity [B, L, P]. `inputs` as in `hoist`."""
-    flat, step = hoist(c, plan, w, inputs, t_B)
-    request = Weights(flat)
-    shared = step | {name: flat[name] for name in SHARED if name in flat}
-    x = pre(c, plan, w, x_BLP, request, step)
-    for fn, at in blocks(c):
-        x = fn(c, plan, w / at, x, request / at, shared)
-    return post(c, plan, w, x, request, step)
-
-
 # --- what a pipeline needs of this family -----------------------------------------------------------------------------------------
 
 
@@ -261,6 +262,16 @@ def text_input(hidden_BTC: Tensor, mask_BT: Tensor) -> Tensor:
     return hidden_BTC * mask_BT[..., None].to(hidden_BTC.dtype)
 
 
+def prompt_clean(text: str) -> str:
+    """Repair broken Unicode, undo HTML entities (twice, for what was escaped twice) and collapse white space.
+
+    The reference is `prompt_clean` of diffusers' Wan pipelines.
+    """
+    import ftfy
+
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
+
+
 def known_frames_mask(size: tuple[int, int, int], first: bool = True, last: bool = False) -> Tensor:
     """Image to video: mask [1, 4, F, H, W] of which of the clip's frames are given, four frames to a latent frame, the first alone."""
     frames, height, width = size
@@ -270,3 +281,86 @@ def known_frames_mask(size: tuple[int, int, int], first: bool = True, last: bool
         given[-1] = 1
     grouped = torch.cat([given[:1].repeat(4), given[1:]]).view(frames, 4).T
     return grouped[None, :, :, None, None].expand(1, 4, frames, height, width)
+
+
+def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
+    """Text, and where pictures are given what the variant is told of them: clean tokens in place (TI2V), or latents and a mask beside."""
+    encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
+    size = latent_size(vae, request)
+    texts = [prompt_clean(text) for text in request.texts]
+    ids, mask = parts.tokens("tokenizer", texts, request.text_tokens)
+    hidden = text_input(t5.encode(encoder.config, encoder.plan, encoder.w, ids, mask), mask).to(parts.nets["transformer"].dtype)
+    known, shared = None, {"positions": positions(c, size, parts.device)}
+    if request.images and parts.options.get("expand_timesteps"):
+        first = parts.encode(parts.pixels(request.images))
+        frame = torch.cat([first, first.new_zeros(*first.shape[:2], size[0] - 1, *size[1:])], 2)
+        frozen = (shared["positions"][:, 0] == 0)[None, :, None]
+        known, shared["frozen"] = Known(patchify(frame, c.patch_size), ~frozen), frozen
+    elif request.images:
+        shared |= _beside(c, parts, request, size)
+    return Prepared(
+        branches=tuple({"text": text[None]} | shared for text in hidden),
+        size=(vae.z_dim, *size),
+        pack=lambda x: patchify(x, c.patch_size),
+        unpack=lambda x: unpatchify(x, c.patch_size, size),
+        known=known,
+    )
+
+
+def _beside(c: Config, parts: Parts, request: Request, size: tuple[int, int, int]) -> Tensors:
+    """Image to video: what stands beside the noisy latents, and CLIP's view of the pictures where the model has cross-attention to it."""
+    pixels = parts.pixels(request.images)
+    gap = pixels.new_zeros(1, 3, request.num_frames - pixels.shape[2], request.height, request.width)
+    latents = parts.encode(torch.cat([pixels[:, :, :1], gap, pixels[:, :, 1:]], 2))
+    mask = known_frames_mask(size, last=len(request.images) > 1).to(latents)
+    beside = {"concat": patchify(torch.cat([mask, latents], 1), c.patch_size)}
+    if c.image_dim is not None:
+        encoder = parts.nets["image_encoder"]
+        views = torch.cat([clip_vision.pixels(encoder.config, image) for image in request.originals]).to(parts.device)
+        beside["image"] = clip_vision.encode(encoder.config, encoder.plan, encoder.w, views)
+    return beside
+
+
+PIPELINES = dict.fromkeys(("WanPipeline", "WanImageToVideoPipeline", "WanDMDPipeline"), prepare)
+"""Pipeline class -> its recipe."""
+
+GUIDANCE = "classifier_free"
+TAKES: Mapping[str, tuple[int, ...]] = {}
+"""Which hidden states of its language models are read: component -> indices, from the end where negative."""
+LINEAR_GRID = False
+"""Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
+
+
+def patch(c: Config) -> int:
+    """Latent pixels along a token's side."""
+    return c.patch_size[-1]
+
+
+def image_tokens(c: Config, vae: Any, request: Request) -> int:
+    """How many tokens the request's picture or clip has."""
+    return prod(n // p for n, p in zip(latent_size(vae, request), c.patch_size, strict=True))
+
+
+def mu(tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
+    """The dynamic shift of the schedule: Wan has none."""
+    return None
+
+
+def needs(c: Config) -> tuple[str, ...]:
+    """Components needed beside transformer, vae, text_encoder, tokenizer and scheduler."""
+    return () if c.image_dim is None else ("image_encoder",)
+
+
+def meets(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+    """What this network's config must say to fit the components around it: (field, value, why)."""
+    z = nets["vae"].z_dim
+    yield "in_channels", 2 * z + 4 if row.images[0] else z, "the vae's latents need"
+    yield "out_channels", z, "the vae's latents need"
+    yield "text_dim", nets["text_encoder"].d_model, "the text encoder gives"
+    if c.image_dim is not None:
+        yield "image_dim", nets["image_encoder"].hidden_size, "the image encoder gives"
+
+
+def rename(key: str) -> str | None:
+    """Released files may carry a norm that nothing reads, and FastWan's the gates of sparse attention, which full attention has not."""
+    return None if key.endswith(("norm_added_q.weight", "to_gate_compress.weight", "to_gate_compress.bias")) else key

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -42,3 +44,16 @@ def attention(plan: Plan, q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, mask: 
     """
     q, k, v = (move(plan, "heads", x) for x in (q_BLHD, k_BMHD, v_BMHD))
     return move(plan, "tokens", BACKENDS[plan.attention](q, k, v, mask, scale))
+
+
+def serves(backend: str, width: int, biased: bool, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the backend's kernel runs there for heads of this width and type, with a bias if `biased`. Torch alone knows: it is tried."""
+    x = torch.zeros(1, 16, 1, width, dtype=dtype, device=device)
+    bias = torch.zeros(1, 1, 16, 16, dtype=dtype, device=device) if biased else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of each reason before it raises
+        try:
+            attention(Plan(attention=backend), x, x, x, bias)
+        except RuntimeError:
+            return False
+    return True

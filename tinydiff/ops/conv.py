@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,9 +16,11 @@ def conv2d(x_BCHW: Tensor, w: Weights, stride: int = 1, padding: int = 0) -> Ten
     return F.conv2d(x_BCHW, w["weight"], w.get("bias"), stride, padding)
 
 
-def per_frame(fn, x_BCTHW: Tensor) -> Tensor:
-    """Apply an image function [N, C, H, W] -> [N, C', H', W'] to every frame of a clip."""
+def per_frame(fn: Callable[[Tensor], Tensor], x_BCTHW: Tensor, chunk: int | None = None) -> Tensor:
+    """Apply an image function [N, C, H, W] -> [N, C', H', W'] to every frame of a clip, to at most `chunk` frames at once."""
     batch, _, frames = x_BCTHW.shape[:3]
+    if chunk is not None and frames > chunk:
+        return torch.cat([per_frame(fn, part) for part in x_BCTHW.split(chunk, 2)], 2)
     if frames == 1:
         return fn(x_BCTHW[:, :, 0])[:, :, None]
     y = fn(x_BCTHW.transpose(1, 2).flatten(0, 1))

@@ -1,4 +1,4 @@
-"""Normalisation and adaptive modulation. Shape letters: B batch, L tokens, D width."""
+"""Normalisation and adaptive modulation. Shape letters: B batch, C channels, L tokens, D width."""
 
 from __future__ import annotations
 
@@ -30,3 +30,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tens
     """Non-affine LayerNorm, then `y * (1 + scale) + shift`, computed in the modulation's type, returned in x's. x [B, L, D]."""
     y = F.layer_norm(x.to(shift.dtype), x.shape[-1:], eps=eps)
     return (y * (1 + scale) + shift).to(x.dtype)
+
+
+def group_norm(x: Tensor, w: Weights, groups: int, eps: float = 1e-6) -> Tensor:
+    """GroupNorm over groups of channels and all places, x [B, C, ...], with `w`'s weight and bias; half types are summed in float32."""
+    return F.group_norm(x, groups, w["weight"].to(x.dtype), w["bias"].to(x.dtype), eps)

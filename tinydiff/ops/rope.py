@@ -19,7 +19,7 @@ def rope_table(positions_LA: Tensor, dims: Sequence[int], theta: float = 1e4, dt
     angles = []
     for axis, dim in enumerate(dims):
         exponent = torch.arange(0, dim, 2, dtype=dtype, device=positions_LA.device) / dim
-        angles.append(positions_LA[:, axis, None].to(dtype) / theta**exponent)
+        angles.append(positions_LA[:, axis, None].to(dtype) * (1 / theta**exponent))  # rounded as all references round
     angle = torch.cat(angles, -1)
     return angle.cos(), angle.sin()
 
@@ -31,14 +31,17 @@ def grid_positions(*sizes: int, device: torch.device | str | None = None) -> Ten
 
 
 def rotate_interleaved(x_BLHD: Tensor, cos_LD: Tensor, sin_LD: Tensor) -> Tensor:
-    """Rotate the pairs (x0, x1), (x2, x3), ... of each head; tables [L, D / 2]. Computed in the wider type, returned in x's."""
+    """Rotate the pairs (x0, x1), (x2, x3), ... of each head; tables [L, D / 2], or [B, L, D / 2] where images differ in them.
+
+    Computed in the wider type, returned in x's.
+    """
     a, b = x_BLHD.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos_LD[None, :, None], sin_LD[None, :, None]
+    cos, sin = cos_LD.unsqueeze(-2), sin_LD.unsqueeze(-2)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x_BLHD.dtype)
 
 
 def rotate_half(x_BLHD: Tensor, cos_LD: Tensor, sin_LD: Tensor) -> Tensor:
-    """Rotate the pairs (x0, x[D/2]), (x1, x[D/2+1]), ... of each head; tables [L, D / 2]."""
+    """Rotate the pairs (x0, x[D/2]), (x1, x[D/2+1]), ... of each head; tables [L, D / 2], or [B, L, D / 2] where rows differ."""
     a, b = x_BLHD.chunk(2, -1)
-    cos, sin = cos_LD[None, :, None], sin_LD[None, :, None]
+    cos, sin = cos_LD.unsqueeze(-2), sin_LD.unsqueeze(-2)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_BLHD.dtype)

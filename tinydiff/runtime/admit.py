@@ -9,9 +9,15 @@ import numpy
 
 from tinydiff.config import SamplingOptions, seeds
 from tinydiff.io.images import read_image, resize
+from tinydiff.models.recipe import spread
 from tinydiff.records import Request, UserError
 from tinydiff.runtime.blueprint import Blueprint
 from tinydiff.runtime.pipeline import table
+
+STRENGTH = 0.6
+"""Of a picture to start from, where none is named."""
+LUMA = (0.299, 0.587, 0.114)
+"""Shares of red, green and blue in brightness, ITU-R BT.601."""
 
 
 def admit(blueprint: Blueprint, sampling: SamplingOptions, clip: bool = False) -> list[Request]:
@@ -19,19 +25,19 @@ def admit(blueprint: Blueprint, sampling: SamplingOptions, clip: bool = False) -
 
     Raises UserError naming the field, its value and what is allowed.
     """
+    row = blueprint.row
     originals = _images(blueprint, sampling.image_path)
     height, width = _size(blueprint, sampling, originals)
-    frames = _frames(blueprint, sampling, clip or bool(originals))
-    if originals and frames == 1:
+    frames = _frames(blueprint, sampling, clip or (bool(originals) and row.image_use == "frames"))
+    layers = (sampling.num_frames or row.layers) if row.layers else 0
+    if originals and row.image_use == "frames" and frames == 1:
         least = blueprint.nets["vae"].config.scale_factor_temporal + 1
         raise UserError("num_frames", f"num_frames: 1 leaves nothing to make after the given first frame; give at least {least}")
-    images = tuple(resize(image, height, width) for image in originals)
+    images = () if row.image_use == "references" else tuple(resize(image, height, width) for image in originals)
+    mask = _mask(blueprint, sampling, originals, height, width)
     steps, timesteps = _steps(blueprint, sampling)
-    row = blueprint.row
-    guidance = _guidance(row.guidance if sampling.guidance_scale is None else sampling.guidance_scale)
+    guidance, embedded = _guidance(blueprint, sampling)
     second, boundary = _experts(blueprint, sampling, guidance)
-    own = not blueprint.named and row.solver != "dmd"  # a distilled model does not run by the scheduler that lies in its folder
-    shift = blueprint.scheduler.get("flow_shift", blueprint.scheduler.get("shift", 1.0)) if own else row.flow_shift
     negative = row.negative_prompt if sampling.negative_prompt is None else sampling.negative_prompt
     requests = [
         Request(
@@ -39,41 +45,115 @@ def admit(blueprint: Blueprint, sampling: SamplingOptions, clip: bool = False) -
             negative_prompt=negative or "",
             images=images,
             originals=originals,
+            mask=mask,
+            strength=_strength(blueprint, sampling, steps),
             height=height,
             width=width,
             num_frames=frames,
+            layers=layers,
             fps=row.fps if sampling.fps is None else sampling.fps,
             num_inference_steps=steps,
             guidance_scale=guidance,
+            embedded_guidance=embedded,
             guidance_scale_2=second,
             boundary_ratio=boundary,
-            flow_shift=shift if sampling.flow_shift is None else sampling.flow_shift,
+            flow_shift=_shift(blueprint, sampling),
             dmd_timesteps=timesteps,
+            text_tokens=row.text_tokens,
             seeds=seeds(sampling, index),
         )
-        for index, prompt in enumerate(sampling.prompt)
+        for index, prompt in enumerate(sampling.prompt or ("",) * row.captions)
     ]
     for request in requests:
         table(blueprint, request)  # refuses a schedule that cannot be
     return requests
 
 
-def _guidance(scale: float) -> float:
-    """Guidance is off at 1 and below."""
-    return max(1.0, scale)
+def _shift(blueprint: Blueprint, sampling: SamplingOptions) -> float | None:
+    """The asked shift; else the row's, but where the model was found by shape alone its own scheduler's; None leaves it to that."""
+    row, scheduler = blueprint.row, blueprint.scheduler
+    if sampling.flow_shift is not None:
+        if scheduler.get("use_dynamic_shifting"):
+            raise UserError("flow_shift", f"flow_shift: {row.name} bends its schedule by the size of the picture; leave it out")
+        return sampling.flow_shift
+    if row.flow_shift is not None and not blueprint.named and row.solver != "dmd":  # a distilled model has its own schedule
+        return scheduler.get("flow_shift", scheduler.get("shift", 1.0))
+    return row.flow_shift
+
+
+def _guidance(blueprint: Blueprint, sampling: SamplingOptions) -> tuple[float, float | None]:
+    """(scale of prompt against negative prompt, 1 and below is off; what the network is told of guidance, None where it takes none)."""
+    row, asked, true = blueprint.row, sampling.guidance_scale, sampling.true_cfg_scale
+    if row.guidance_form == "embedded":
+        if sampling.negative_prompt and (true or 1.0) <= 1:
+            raise UserError("negative_prompt", f"negative_prompt: {row.name} reads one only with true_cfg_scale above 1")
+        return max(1.0, true or 1.0), row.guidance if asked is None else asked
+    if true is not None and asked is not None:
+        raise UserError("true_cfg_scale", f"true_cfg_scale: {row.name} has one guidance, and guidance_scale sets it too; give one of them")
+    if blueprint.options.get("is_distilled"):
+        for name, value in (("guidance_scale", asked), ("true_cfg_scale", true)):
+            if (value or 1.0) > 1:
+                raise UserError(name, f"{name}: {value} cannot be had; {row.name} is distilled and does without guidance (1)")
+        return 1.0, None
+    scale = next((value for value in (asked, true) if value is not None), row.guidance)
+    return max(1.0, scale + 1 if row.guidance_form == "offset" else scale), None
+
+
+def _strength(blueprint: Blueprint, sampling: SamplingOptions, steps: int) -> float:
+    row, strength = blueprint.row, sampling.strength
+    if strength is None:
+        return 1.0 if row.image_use != "start" or not sampling.image_path else STRENGTH if sampling.mask_path is None else 1.0
+    if row.image_use != "start":
+        raise UserError("strength", f"strength: {row.name} does not start from a picture's noise, so it cannot be set")
+    if not sampling.image_path:
+        raise UserError("strength", "strength: says how far a given picture is changed; give one with --image-path")
+    if not 0 < strength <= 1:
+        raise UserError("strength", f"strength: {strength} is not above 0 and at most 1")
+    if int(steps - steps * strength) >= steps:
+        raise UserError("strength", f"strength: {strength} of {steps} steps is none; give more steps or more strength")
+    return strength
+
+
+def _mask(blueprint: Blueprint, sampling: SamplingOptions, originals: Sequence[numpy.ndarray], height: int, width: int):
+    """The mask at the request's size, 0 or 255 [height, width]; None without one.
+
+    As in diffusers' inpainting pipelines it is resized as the picture is; then what is at least half as bright as white is white.
+    """
+    if sampling.mask_path is None:
+        return None
+    row = blueprint.row
+    if row.image_use != "start":
+        raise UserError("mask_path", f"mask_path: {row.name} paints no part of a given picture anew; it takes no mask")
+    if not originals:
+        raise UserError("mask_path", "mask_path: a mask says where a picture is painted anew; give the picture with --image-path")
+    given = read_image(sampling.mask_path, "mask_path")
+    if given.shape != originals[0].shape:
+        sizes = [f"{shape[1]} x {shape[0]}" for shape in (given.shape, originals[0].shape)]
+        raise UserError("mask_path", f"mask_path: the mask is {sizes[0]} and the picture {sizes[1]} pixels; they must be of one size")
+    white = resize(given, height, width) @ LUMA >= 127.5
+    if not white.any():
+        raise UserError("mask_path", "mask_path: nothing of the mask is white, so nothing would be painted; black is what stays")
+    return white * numpy.uint8(255)
 
 
 def _multiple(blueprint: Blueprint) -> int:
     """Height and width must divide by the autoencoder's stride times the denoiser's patch."""
-    return blueprint.nets["vae"].config.scale_factor_spatial * blueprint.nets["transformer"].config.patch_size[-1]
+    net = blueprint.nets["transformer"]
+    return blueprint.nets["vae"].config.scale_factor_spatial * net.kind.module.patch(net.config)
 
 
 def _images(blueprint: Blueprint, paths: Sequence[str]) -> tuple[numpy.ndarray, ...]:
     row, net = blueprint.row, blueprint.nets["transformer"].config
-    if not paths and row.image == "required":
-        raise UserError("image_path", f"image_path: {row.name} starts from a picture; give one with --image-path")
-    if paths and row.image == "none":
-        raise UserError("image_path", f"image_path: {row.name} makes clips from text alone; it takes no picture")
+    least, most = row.images
+    if len(paths) < least:
+        verb = "edits" if row.image_use == "references" else "starts from"
+        raise UserError("image_path", f"image_path: {row.name} {verb} a picture; give one with --image-path")
+    if paths and not most:
+        raise UserError("image_path", f"image_path: {row.name} works from text alone; it takes no picture")
+    if row.image_use != "frames":
+        if len(paths) > most:
+            raise UserError("image_path", f"image_path: {len(paths)} pictures are given; {row.name} takes at most {most}")
+        return tuple(read_image(path, opacity=row.layers > 0) for path in paths)
     two_views = net.image_dim is not None and net.pos_embed_seq_len is not None
     if paths and two_views and len(paths) != 2:
         raise UserError("image_path", f"image_path: {row.name} goes from a first to a last frame; give two pictures")
@@ -86,9 +166,16 @@ def _images(blueprint: Blueprint, paths: Sequence[str]) -> tuple[numpy.ndarray, 
 
 def _size(blueprint: Blueprint, sampling: SamplingOptions, images: Sequence[numpy.ndarray]) -> tuple[int, int]:
     """The asked size; else the model's, its area spread to the aspect of the given picture."""
-    row, multiple = blueprint.row, _multiple(blueprint)
+    row, multiple, longest = blueprint.row, _multiple(blueprint), _longest_side(blueprint)
     height, width = sampling.height or row.height, sampling.width or row.width
-    if images and sampling.height is None and sampling.width is None:
+    given_size = blueprint.nets["transformer"].kind.given_size
+    if images and given_size is not None:
+        (tall, wide), *_ = [given_size(image.shape[0], image.shape[1], multiple) for image in images]  # each may be refused
+        height, width = sampling.height or tall, sampling.width or wide
+    elif images and row.given_multiple is not None:
+        tall, wide = spread(row.height * row.width, images[-1].shape[0], images[-1].shape[1], row.given_multiple)
+        height, width = sampling.height or tall, sampling.width or wide
+    elif images and sampling.height is None and sampling.width is None:
         aspect = images[0].shape[0] / images[0].shape[1]
         height, width = (
             max(multiple, int(math.sqrt(row.height * row.width * ratio)) // multiple * multiple) for ratio in (aspect, 1 / aspect)
@@ -98,12 +185,25 @@ def _size(blueprint: Blueprint, sampling: SamplingOptions, images: Sequence[nump
             below = value // multiple * multiple
             near = f"{multiple}" if below == 0 else f"{below} and {below + multiple}"
             raise UserError(name, f"{name}: {value} is not a multiple of {multiple}, which {row.name} needs; the nearest: {near}")
+        if value > longest:
+            raise UserError(name, f"{name}: {value} is more than {longest} pixels, the longest side that {row.name} has positions for")
     return height, width
+
+
+def _longest_side(blueprint: Blueprint) -> float:
+    net = blueprint.nets["transformer"]
+    if net.kind.longest_side is None:
+        return math.inf
+    return net.kind.longest_side(net.config) * blueprint.nets["vae"].config.scale_factor_spatial
 
 
 def _frames(blueprint: Blueprint, sampling: SamplingOptions, clip: bool) -> int:
     row, stride = blueprint.row, blueprint.nets["vae"].config.scale_factor_temporal
+    if row.layers:
+        return 1
     frames = sampling.num_frames or (row.clip_frames if clip else row.num_frames)
+    if frames > 1 and row.clip_frames == 1:
+        raise UserError("num_frames", f"num_frames: {frames} would be a clip, and {row.name} makes pictures; leave it out")
     if (frames - 1) % stride:
         below = (frames - 1) // stride * stride + 1
         near = f"{below} and {below + stride}"
@@ -142,4 +242,4 @@ def _experts(blueprint: Blueprint, sampling: SamplingOptions, guidance: float) -
         boundary = row.boundary_ratio if row.boundary_ratio is not None else blueprint.options.get("boundary_ratio")
     if boundary is None:
         raise UserError("boundary_ratio", f"boundary_ratio: {row.name} has two experts and names no boundary; give one between 0 and 1")
-    return _guidance(second), boundary
+    return max(1.0, second), boundary

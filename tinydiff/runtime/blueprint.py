@@ -6,25 +6,27 @@ A `Blueprint` costs only the reading of a few JSON files, so that a request is r
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tinydiff.config import ModelOptions
 from tinydiff.io import hub
 from tinydiff.io.tokenizer import Tokenizer, load_tokenizer
 from tinydiff.io.weights import load_weights
-from tinydiff.models import registry, wan
+from tinydiff.models import ernie, flux, flux2, ovis, qwen_image, registry, sd3, wan, z_image
+from tinydiff.models.autoencoders import flux2_tiny, kl, tiny
 from tinydiff.models.autoencoders import wan as wan_vae
-from tinydiff.models.encoders import clip_vision, t5
+from tinydiff.models.encoders import clip_text, clip_vision, decoder_lm, qwen_vision, t5
+from tinydiff.models.encoders.decoder_config import CLASSES, config_from
+from tinydiff.models.recipe import Net
 from tinydiff.models.registry import ReleasedModel
-from tinydiff.ops.attention import BACKENDS, attention
+from tinydiff.ops.attention import BACKENDS, serves
 from tinydiff.parallel.plan import Plan
 from tinydiff.records import UserError, nearest
 
@@ -42,29 +44,67 @@ class Kind:
     module: ModuleType
     role: str
     strict: bool
-    rename: Callable[[str], str | None] | None = None
+    rename: Callable[[Any, str], str | None] | None = None
+    """(config, stored key) -> the spec's name, or None for what is known and not read."""
     heads: Callable[[Any], tuple[int, bool]] | None = None
     """Config -> (width of a head, whether attention has a bias); None where the attention kernel is not a choice."""
+    config: Callable[[Mapping[str, Any], str], Any] | None = None
+    """(config.json, class name) -> the module's Config, where its fields are not simply those."""
+    longest_side: Callable[[Any], int] | None = None
+    """Config -> the most latent pixels along a side; None where there is no limit."""
+    given_size: Callable[[int, int, int], tuple[int, int]] | None = None
+    """(height and width of a given picture, what both must divide by) -> those of the output, where they follow the picture's own. Raises
+    UserError for a picture that cannot be given.
+    """
+    settles: Mapping[str, Mapping[str, Any]] | None = None
+    """Component -> fields of its config that the pipeline sets whatever its config.json says."""
 
 
-def _rename_wan(key: str) -> str | None:
-    """Released Wan files may carry a norm that nothing reads, and FastWan's the gates of sparse attention, which full attention has not."""
-    return None if key.endswith(("norm_added_q.weight", "to_gate_compress.weight", "to_gate_compress.bias")) else key
+def _keys(name: Callable[[str], str | None]) -> Callable[[Any, str], str | None]:
+    return lambda c, key: name(key)
+
+
+def _dit(module: ModuleType, width: Callable[[Any], int] = lambda c: c.attention_head_dim, **more: Any) -> Kind:
+    return Kind(module, "dit", True, heads=lambda c: (width(c), False), **more)
 
 
 _T5 = Kind(t5, "text_encoder", False, heads=lambda c: (c.d_kv, True))
-_CLIP = Kind(clip_vision, "image_encoder", False, clip_vision.row_name, lambda c: (c.hidden_size // c.num_attention_heads, False))
+_CLIP_TEXT = Kind(clip_text, "text_encoder", False, _keys(clip_text.row_name), lambda c: (c.hidden_size // c.num_attention_heads, True))
+_CLIP = Kind(clip_vision, "image_encoder", False, _keys(clip_vision.row_name), lambda c: (c.hidden_size // c.num_attention_heads, False))
+_LM = Kind(decoder_lm, "text_encoder", False, decoder_lm.row_name, lambda c: (c.head_dim, True), config_from)
+_KL = Kind(kl, "vae", True, _keys(kl.row_name))
 
 NETS = {
-    "WanTransformer3DModel": Kind(wan, "dit", True, _rename_wan, lambda c: (c.attention_head_dim, False)),
-    "AutoencoderKLWan": Kind(wan_vae, "vae", True),
+    "WanTransformer3DModel": _dit(wan, rename=_keys(wan.rename)),
+    "FluxTransformer2DModel": _dit(flux),
+    "OvisImageTransformer2DModel": _dit(ovis),
+    "Flux2Transformer2DModel": _dit(flux2, given_size=flux2.reference_size),
+    "ErnieImageTransformer2DModel": _dit(ernie, lambda c: c.hidden_size // c.num_attention_heads, settles=ernie.SETTLES),
+    "QwenImageTransformer2DModel": _dit(qwen_image),
+    "ZImageTransformer2DModel": _dit(z_image, lambda c: c.dim // c.n_heads, longest_side=z_image.longest_side),
+    "SD3Transformer2DModel": _dit(sd3, longest_side=sd3.longest_side),
+    **dict.fromkeys(("AutoencoderKLWan", "AutoencoderKLQwenImage"), Kind(wan_vae, "vae", True)),
+    **dict.fromkeys(("AutoencoderKL", "AutoencoderKLFlux2"), _KL),
+    "AutoencoderTiny": Kind(tiny, "vae", True),
+    "Flux2TinyAutoEncoder": Kind(flux2_tiny, "vae", True),
     **dict.fromkeys(("UMT5EncoderModel", "T5EncoderModel"), _T5),
+    **dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection"), _CLIP_TEXT),
     **dict.fromkeys(("CLIPVisionModel", "CLIPVisionModelWithProjection"), _CLIP),
+    **dict.fromkeys(CLASSES, _LM),
 }
 """Component class -> how it is run."""
 
-FILES = ("scheduler", "tokenizer", "image_processor")
-"""Components without weights. The third only says what CLIP's own preprocessing is."""
+LANGUAGE_AND_VISION = "Qwen2_5_VLForConditionalGeneration"
+VISION = Kind(
+    qwen_vision, "image_encoder", False, _keys(qwen_vision.row_name), lambda c: (c.hidden_size // c.num_heads, True),
+    lambda entries, _: qwen_vision.config_from(entries),
+)  # fmt: skip
+"""The tower of such a component, loaded as a network "vision" of its own where the model looks at pictures."""
+
+FILES = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "image_processor", "processor")
+"""Components without weights. The last two only say what an encoder's own preprocessing is."""
+UNREAD = ("pe", "pe_tokenizer")
+"""Components that are not run: a language model that makes prompts longer."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +127,7 @@ class Blueprint:
     named: bool
     """Whether the row was found by name; if only by shape, the folder's own scheduler settings hold."""
     nets: Mapping[str, NetPlan]
-    tokenizer: Path
+    tokenizers: Mapping[str, Path]
     scheduler: Mapping[str, Any]
     """`scheduler_config.json`."""
     options: Mapping[str, Any]
@@ -98,27 +138,21 @@ class Blueprint:
 
 
 @dataclass(frozen=True)
-class Net:
-    """One network, ready: its functions are in `module`, its numbers in `weights`."""
-
-    module: ModuleType
-    config: Any
-    plan: Plan
-    weights: dict[str, Tensor]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
 class Model:
     """A model in memory, fit to answer any number of requests."""
 
     blueprint: Blueprint
     nets: Mapping[str, Net]
-    tokenizer: Tokenizer
+    tokenizers: Mapping[str, Tokenizer]
 
 
-def config_from(kind: Kind, path: Path) -> Any:
+def read_config(kind: Kind, path: Path, class_name: str) -> Any:
     """The network's `Config` from its config.json. Raises UserError for a field whose meaning is unknown, or a value out of range."""
+    if kind.config is not None:
+        try:
+            return kind.config(hub.read_json(path), class_name)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError("model_path", f"{path}: {error}") from error
     entries = {name: value for name, value in hub.read_json(path).items() if not name.startswith("_")}
     known = {f.name for f in fields(kind.module.Config)}
     if kind.strict and (unknown := sorted(entries.keys() - known)):
@@ -138,33 +172,44 @@ def read(options: ModelOptions) -> Blueprint:
     for name in options.component_paths:
         _known("component_paths", name, [name for name in places if name != "image_processor"])
         places[name] = hub.resolve(options.component_paths[name], field=f"{name}_path")
+        own = _own_class(name, places[name], index.components[name])
+        index = replace(index, components={**index.components, name: own})
     row, named = _row(index, places, options)
-    kinds = _kinds(index, options)
+    kinds = _kinds(index, row, options)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     nets = {}
     for name, kind in kinds.items():
-        config = config_from(kind, places[name] / "config.json")
+        owner = "text_encoder" if kind is VISION else name
+        config = read_config(kind, places[owner] / "config.json", index.components[owner][1])
+        if kind is _LM:
+            config = _needed_layers(config, kinds["transformer"].module.TAKES.get(name, (-1,)))
+            if row.captions and name == "text_encoder":
+                config = replace(config, lm_head=True)
+        settled = ((kinds["transformer"].settles or {}) if "transformer" in kinds else {}).get(name, {})
+        config = replace(config, **{key: value for key, value in settled.items() if hasattr(config, key)})
         dtype = _dtype(name, kind, options, device)
-        nets[name] = NetPlan(name, kind, places[name], config, dtype, _plan(name, kind, config, dtype, options, device))
+        nets[name] = NetPlan(name, kind, places[owner], config, dtype, _plan(name, kind, config, dtype, options, device))
     _check_fit(row, index, nets)
     scheduler = hub.read_json(places["scheduler"] / "scheduler_config.json")
     compiled, tiling = options.enable_torch_compile, bool(options.vae_tiling)
     if compiled:
         _check_compiler()
-    return Blueprint(row, named, nets, places["tokenizer"], scheduler, index.options, device, compiled, tiling)
+    tokenizers = {name: place for name, place in places.items() if name.startswith("tokenizer")}
+    return Blueprint(row, named, nets, tokenizers, scheduler, index.options, device, compiled, tiling)
 
 
 def load(blueprint: Blueprint) -> Model:
     """Stream the weights of every network to the device and type that the blueprint says. Raises UserError for broken files."""
-    tokenizer = load_tokenizer(blueprint.tokenizer)
+    tokenizers = {name: load_tokenizer(folder) for name, folder in blueprint.tokenizers.items()}
     nets = {}
     for name, net in blueprint.nets.items():
         log.debug("loading %s as %s", name, net.dtype)
         rows = net.kind.module.spec(net.config)
-        weights = load_weights(net.folder, rows, net.dtype, blueprint.device, net.kind.rename)
+        rename = None if net.kind.rename is None else partial(net.kind.rename, net.config)
+        weights = load_weights(net.folder, rows, net.dtype, blueprint.device, rename)
         nets[name] = Net(net.kind.module, net.config, net.plan, weights, net.dtype)
-    return Model(blueprint, nets, tokenizer)
+    return Model(blueprint, nets, tokenizers)
 
 
 def _row(index: hub.Index, places: Mapping[str, Path], options: ModelOptions) -> tuple[ReleasedModel, bool]:
@@ -178,15 +223,36 @@ def _row(index: hub.Index, places: Mapping[str, Path], options: ModelOptions) ->
     return row, row is registry.find(name)
 
 
-def _kinds(index: hub.Index, options: ModelOptions) -> dict[str, Kind]:
+def _own_class(name: str, place: Path, listed: tuple[str, str]) -> tuple[str, str]:
+    """(library, class) of a component that stands in for the `listed` one: a class that its own config.json names, where that is known."""
+    path = place / "config.json"
+    entries = hub.read_json(path) if path.is_file() else {}
+    own = next((kind for kind in (entries.get("_class_name"), *(entries.get("architectures") or ())) if kind in NETS), listed[1])
+    if own != listed[1] and listed[1] in NETS and NETS[own].role != NETS[listed[1]].role:
+        raise UserError(f"{name}_path", f"{name}_path: {str(place)!r} is a {own}, which cannot stand in for a {listed[1]}")
+    return listed[0], own
+
+
+def _needed_layers(config: Any, takes: tuple[int, ...] | Callable[[Any], tuple[int, ...]]) -> Any:
+    """A language model of only as many layers as its highest wanted state needs.
+
+    takes: the states, from the end where negative, or a function of the config that gives them.
+    """
+    total, states = config.num_hidden_layers, takes(config) if callable(takes) else takes
+    return replace(config, layers=max(take if take >= 0 else total + 1 + take for take in states))
+
+
+def _kinds(index: hub.Index, row: ReleasedModel, options: ModelOptions) -> dict[str, Kind]:
     """How each component with weights is run, once every option that speaks of a component is known to find it."""
     kinds = {}
     for name, (_, class_name) in index.components.items():
-        if name not in FILES:
+        if name not in FILES + UNREAD:
             if class_name not in NETS:
                 message = f"component {name!r} has the class {class_name}, which is not supported; known are {', '.join(NETS)}"
                 raise UserError("model_path", f"model_path: {message}")
             kinds[name] = NETS[class_name]
+            if class_name == LANGUAGE_AND_VISION and row.image_use == "references":
+                kinds["vision"] = VISION
     for name in options.component_precisions:
         _known("component_precisions", name, kinds)
     for name in options.component_attention_backends:
@@ -224,8 +290,8 @@ def _plan(name: str, kind: Kind, config: Any, dtype: torch.dtype, options: Model
     """A component's plan. `attention_backend` is the denoiser's; encoders, whose attention is masked, let torch choose unless named."""
     named, general = options.component_attention_backends, options.attention_backend if kind.role == "dit" else "sdpa"
     backend = named.get(name, named.get(name.removesuffix("_2"), general))  # a second component follows the first, as in SGLang
-    if kind.heads is not None and not _attends(backend, *kind.heads(config), dtype, device):
-        can = ", ".join(other for other in BACKENDS if _attends(other, *kind.heads(config), dtype, device))
+    if kind.heads is not None and not serves(backend, *kind.heads(config), dtype, device):
+        can = ", ".join(other for other in BACKENDS if serves(other, *kind.heads(config), dtype, device))
         field = "component_attention_backends" if name in named else "attention_backend"
         where = f"the {name} in {PRECISIONS.get(dtype, dtype)} on this machine ({device.type})"
         raise UserError(field, f"{field}: {backend!r} cannot run {where}; what can: {can}")
@@ -240,34 +306,15 @@ def _check_compiler() -> None:
         raise UserError("enable_torch_compile", f"enable_torch_compile: {message}")
 
 
-def _attends(backend: str, width: int, biased: bool, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel serves heads of this width and type here. Torch alone knows, so it is tried."""
-    x = torch.zeros(1, 16, 1, width, dtype=dtype, device=device)
-    bias = torch.zeros(1, 1, 16, 16, dtype=dtype, device=device) if biased else None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of each reason before it raises
-        try:
-            attention(Plan(attention=backend), x, x, x, bias)
-        except RuntimeError:
-            return False
-    return True
-
-
 def _check_fit(row: ReleasedModel, index: hub.Index, nets: Mapping[str, NetPlan]) -> None:
     """The components that a request needs are there, and agree where they meet."""
-    image = "transformer" in nets and nets["transformer"].config.image_dim is not None
-    needed = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", *(("image_encoder",) if image else ()))
+    needed = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    if "transformer" in nets:
+        needed = (*needed, *nets["transformer"].kind.module.needs(nets["transformer"].config))
     if absent := [name for name in needed if name not in index.components]:
         raise UserError("model_path", f"model_path: model_index.json names no {absent[0]}, which this {index.class_name} needs")
-    net, vae, text = (nets[name].config for name in ("transformer", "vae", "text_encoder"))
-    meetings = {
-        "in_channels": (2 * vae.z_dim + 4 if row.image == "required" else vae.z_dim, "the vae's latents need"),
-        "out_channels": (vae.z_dim, "the vae's latents need"),
-        "text_dim": (text.d_model, "the text encoder gives"),
-    }
-    if image:
-        meetings["image_dim"] = (nets["image_encoder"].config.hidden_size, "the image encoder gives")
-    for field, (value, why) in meetings.items():
+    net = nets["transformer"].config
+    for field, value, why in nets["transformer"].kind.module.meets(net, {name: plan.config for name, plan in nets.items()}, row):
         if getattr(net, field) != value:
             message = f"the components do not fit each other: the transformer's {field} is {getattr(net, field)}, and {why} {value}"
             raise UserError("model_path", f"model_path: {message}")

@@ -29,7 +29,7 @@ def generate(options: Options, progress: Progress) -> list[Result]:
         if options.output.save_output:
             progress.on_stage("save")
             before = time.perf_counter()
-            result = replace(result, paths=_save(*destination, result))
+            result = replace(result, paths=_save(*destination, request, result))
             seconds["save"] = time.perf_counter() - before
         if not options.output.return_frames:
             result = replace(result, frames=(), latents=())  # written, or not wanted: many prompts shall fit into memory
@@ -41,7 +41,12 @@ def generate(options: Options, progress: Progress) -> list[Result]:
 def _destination(options: OutputOptions, request: Request) -> tuple[output.Target, output.Encoding]:
     """Where and how the request's outputs are written, checked before they are made."""
     target = output.plan_target(
-        options.output_path, options.output_file_name, clip=request.num_frames > 1, prompt=request.prompt, seed=request.seeds[0]
+        options.output_path,
+        options.output_file_name,
+        clip=request.num_frames > 1,
+        opacity=request.layers > 0,
+        prompt=request.prompt,
+        seed=request.seeds[0],
     )
     encoding = output.plan_encoding(target, request.fps, options.output_quality, options.output_compression, options.x264_preset)
     if options.save_output:
@@ -49,7 +54,13 @@ def _destination(options: OutputOptions, request: Request) -> tuple[output.Targe
     return target, encoding
 
 
-def _save(target: output.Target, encoding: output.Encoding, result: Result) -> tuple[Path, ...]:
-    count = len(result.seeds)
-    made = enumerate(zip(result.frames, result.seeds, strict=True))
-    return tuple(output.save(target, frames, encoding, {**result.parameters, "seed": seed}, i, count) for i, (frames, seed) in made)
+def _save(target: output.Target, encoding: output.Encoding, request: Request, result: Result) -> tuple[Path, ...]:
+    """One file an output; layers are a file each, numbered on through all outputs, or a folder."""
+    files = []
+    for frames, seed in zip(result.frames, result.seeds, strict=True):
+        told = {**result.parameters, "seed": seed}
+        if request.layers and target.ending != output.FRAMES:
+            files += [(layer[None], {**told, "layer": i}) for i, layer in enumerate(frames)]
+        else:
+            files.append((frames, told))
+    return tuple(output.save(target, frames, encoding, told, i, len(files)) for i, (frames, told) in enumerate(files))

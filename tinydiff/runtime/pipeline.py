@@ -19,15 +19,13 @@ from torch import Tensor
 
 import tinydiff
 from tinydiff.config import Progress
-from tinydiff.io.tokenizer import prompt_clean
-from tinydiff.models import wan
-from tinydiff.models.encoders import clip_vision, t5
+from tinydiff.io.images import resize
+from tinydiff.models.recipe import Net, Parts, Prepared
 from tinydiff.ops.norm import compute_dtype
-from tinydiff.ops.patch import patchify, unpatchify
 from tinydiff.ops.weights import Weights
 from tinydiff.records import Request, Result, UserError
-from tinydiff.runtime.blueprint import PRECISIONS, Blueprint, Model, Net
-from tinydiff.sampling import guidance, loop, noise, solvers
+from tinydiff.runtime.blueprint import PRECISIONS, Blueprint, Model
+from tinydiff.sampling import guidance, loop, noise, sigmas, solvers
 from tinydiff.sampling.solvers import Table
 
 log = logging.getLogger(__name__)
@@ -36,17 +34,20 @@ PIXELS_PER_PASS = 8_000_000
 """Pixels of frames that the autoencoder handles at once; longer clips go through it in chunks of latent frames, with the same result."""
 TILE = 256
 """Side in pixels of the squares of a tiled autoencoder."""
+FEATHER = 8
+"""Half the width in pixels of the seam around what inpainting paints; a latent's pixel covers as many."""
 SHIFTS = {"UniPCMultistepScheduler": "flow_shift"}
 """What a scheduler class calls its shift, where it is not "shift"."""
 
 
 class Conditioning(NamedTuple):
-    """What the denoiser is told, but for time and noise."""
+    """What the loop is told, but for noise."""
 
-    inputs: dict[str, Tensor]
-    """As the family's `hoist` takes them; batch 2, positive and negative prompt, where the request is guided."""
-    size: tuple[int, int, int]
-    """The latents' (F, H, W)."""
+    prepared: Prepared
+    start: Tensor | None
+    """Tokens [1, L, P] of the picture to start from."""
+    mask: Tensor | None
+    """[1, L, P], 1 where that picture is painted anew, 0 where it stays."""
 
 
 @dataclass(frozen=True)
@@ -75,106 +76,109 @@ class Clock:
             yield latents
 
 
-@torch.no_grad()
-def embed_text(model: Model, texts: list[str]) -> Tensor:
-    """Prompts -> hidden states [B, T, C] in the denoiser's type, the rows of padding zero."""
-    net, length = model.nets["text_encoder"], model.blueprint.row.text_tokens
-    encoded = [model.tokenizer.encode(prompt_clean(text), length) for text in texts]
-    for tokens in encoded:
-        if tokens.truncated:
-            log.warning("prompt: the last %d of its tokens were cut, the model reads %d", tokens.truncated, length)
-    ids, mask = (torch.tensor(rows, device=model.blueprint.device) for rows in ([t.ids for t in encoded], [t.mask for t in encoded]))
-    hidden = t5.encode(net.config, net.plan, Weights(net.weights), ids, mask)
-    return wan.text_input(hidden, mask).to(model.nets["transformer"].dtype)
-
-
-def to_pixels(images: tuple[numpy.ndarray, ...], like: Net, device: torch.device) -> Tensor:
-    """uint8 pictures [H, W, 3] -> [1, 3, N, H, W] in [-1, 1], in the type of the network that reads them."""
-    x = torch.from_numpy(numpy.stack(images)).to(device, like.dtype)
-    return (x / 127.5 - 1).permute(3, 0, 1, 2)[None]
-
-
 def vae_passes(model: Model, request: Request) -> tuple[int, int | None]:
     """(latent frames per pass, side of the tiles or None) for the request's frames."""
     chunk = max(1, PIXELS_PER_PASS // (4 * request.height * request.width))
     return chunk, TILE if model.blueprint.tiling else None
 
 
-@torch.no_grad()
-def given_frames(model: Model, request: Request, size: tuple[int, int, int]) -> dict[str, Tensor]:
-    """How the variant is told of the given pictures: clean tokens in place (TI2V), or latents and mask beside the noisy ones."""
-    net, vae, device = model.nets["transformer"], model.nets["vae"], model.blueprint.device
-    pixels = to_pixels(request.images, vae, device)
-    patch = net.config.patch_size
+def parts(model: Model, request: Request) -> Parts:
+    """What the family's recipe may use of the model."""
+    vae, device = model.nets["vae"], model.blueprint.device
     chunk, tile = vae_passes(model, request)
 
-    def encode(x: Tensor) -> Tensor:
-        return vae.module.encode(vae.config, Weights(vae.weights), x, chunk, tile).to(compute_dtype(x))
+    def tokens(component: str, texts: list[str], length: int | None, side: str | None = None, framed: bool = True) -> tuple[Tensor, Tensor]:
+        tokenizer = model.tokenizers[component]
+        encoded = [tokenizer.encode(text, length, side, framed) for text in texts]
+        for each in encoded:
+            if each.truncated:
+                log.warning("prompt: the last %d of its tokens were cut, the model reads %d", each.truncated, length)
+        longest = max(len(each.ids) for each in encoded)
+        encoded = [tokenizer.padded(each, longest) for each in encoded]
+        return torch.tensor([each.ids for each in encoded], device=device), torch.tensor([each.mask for each in encoded], device=device)
 
-    if model.blueprint.options.get("expand_timesteps"):
-        first = encode(pixels)
-        frame = torch.cat([first, first.new_zeros(*first.shape[:2], size[0] - 1, *size[1:])], 2)
-        frozen = wan.positions(net.config, size, device)[:, 0] == 0
-        return {"frame": patchify(frame, patch), "frozen": frozen[None, :, None]}
-    gap = pixels.new_zeros(1, 3, request.num_frames - pixels.shape[2], request.height, request.width)
-    latents = encode(torch.cat([pixels[:, :, :1], gap, pixels[:, :, 1:]], 2))
-    mask = wan.known_frames_mask(size, last=len(request.images) > 1).to(latents)
-    beside = {"concat": patchify(torch.cat([mask, latents], 1), patch)}
-    if net.config.image_dim is not None:
-        encoder = model.nets["image_encoder"]
-        views = torch.cat([clip_vision.pixels(encoder.config, image) for image in request.originals]).to(device)
-        beside["image"] = clip_vision.encode(encoder.config, encoder.plan, Weights(encoder.weights), views)
-    return beside
+    def encode(pixels: Tensor) -> Tensor:
+        return vae.module.encode(vae.config, vae.w, pixels, chunk, tile).to(compute_dtype(pixels))
+
+    return Parts(model.nets, tokens, model.tokenizers, encode, resize, model.blueprint.options, device)
 
 
+@torch.no_grad()
 def condition(model: Model, request: Request) -> Conditioning:
     """Run the encoders."""
-    net, vae = model.nets["transformer"].config, model.nets["vae"].config
-    stride = vae.scale_factor_spatial
-    size = ((request.num_frames - 1) // vae.scale_factor_temporal + 1, request.height // stride, request.width // stride)
-    texts = [request.prompt, request.negative_prompt] if request.guided else [request.prompt]
-    inputs = {"text": embed_text(model, texts), "positions": wan.positions(net, size, model.blueprint.device)}
-    if request.images:
-        inputs |= given_frames(model, request, size)
-    if "image" in inputs:
-        inputs["image"] = inputs["image"].repeat(len(texts), 1, 1)
-    return Conditioning(inputs, size)
+    net, row = model.nets["transformer"], model.blueprint.row
+    have = parts(model, request)
+    prepared = net.module.PIPELINES[row.pipeline](net.config, have, request)
+    if row.image_use != "start" or not request.images:
+        return Conditioning(prepared, None, None)
+    start = prepared.pack(have.encode(have.pixels(request.images)))
+    if request.mask is None:
+        return Conditioning(prepared, start, None)
+    mask = torch.from_numpy(request.mask).to(start)[None, None] / 255
+    mask = torch.nn.functional.interpolate(mask, size=prepared.size[2:])
+    return Conditioning(prepared, start, prepared.pack(mask[:, :, None].expand(1, *prepared.size)))
 
 
 def table(blueprint: Blueprint, request: Request) -> Table:
     """The request's solver as a table. Raises UserError for a scheduler or timesteps that cannot be."""
-    if request.dmd_timesteps:
-        rows = solvers.dmd(request.dmd_timesteps, request.flow_shift)
-    else:
-        shift = {SHIFTS.get(blueprint.scheduler.get("_class_name", ""), "shift"): request.flow_shift}
-        rows = solvers.from_scheduler_config({**blueprint.scheduler, **shift}, request.num_inference_steps)
+    times = request.dmd_timesteps
+    rows = solvers.dmd(times, request.flow_shift or 1.0) if times else _scheduled(blueprint, request)
     rows = solvers.with_guidance(rows, request.guidance_scale)
     if request.boundary_ratio is not None:
         rows = solvers.with_experts(rows, request.boundary_ratio, request.guidance_scale_2)
+    if blueprint.row.image_use == "start" and request.images:
+        rows = solvers.since(rows, int(rows.steps - rows.steps * request.strength))
     return rows
 
 
+def _scheduled(blueprint: Blueprint, request: Request) -> Table:
+    scheduler, net = dict(blueprint.scheduler), blueprint.nets["transformer"]
+    if request.flow_shift is not None:
+        scheduler[SHIFTS.get(scheduler.get("_class_name", ""), "shift")] = request.flow_shift
+    module, steps = net.kind.module, request.num_inference_steps
+    grid = sigmas.linear_grid(steps) if module.LINEAR_GRID else None
+    tokens = module.image_tokens(net.config, blueprint.nets["vae"].config, request)
+    return solvers.from_scheduler_config(scheduler, steps, sigmas=grid, mu=module.mu(tokens, steps, scheduler))
+
+
 def denoise(model: Model, request: Request, conditioning: Conditioning, seed: int, latents: Tensor | None = None) -> Iterator[Tensor]:
-    """Noise of `seed` (or `latents` [1, C, F, H, W]) -> latents [1, C, F, H, W], float32, after each step, a given frame in its place."""
-    net, device = model.nets["transformer"], model.blueprint.device
-    rows, patch, size = table(model.blueprint, request), net.config.patch_size, conditioning.size
-    start, fresh = noise.latents(seed, [0], (model.nets["vae"].config.z_dim, *size), rows)
-    kind = guidance.classifier_free if request.guided else guidance.none
-    run = _denoiser(model.blueprint.compiled, net, kind)
+    """Noise of `seed` (or `latents` [1, C, F, H, W]) -> tokens [1, L, P] of the picture, float32, after each step."""
+    net, device, prepared = model.nets["transformer"], model.blueprint.device, conditioning.prepared
+    rows = table(model.blueprint, request)
+    start, fresh = noise.latents(seed, [0], prepared.size, rows)
+    form = guidance.KINDS[(prepared.guidance or net.module.GUIDANCE) if request.guided else "none"]
+    run = _denoiser(model.blueprint.compiled, net, form)
 
     def expert(index: int) -> loop.Hoisted:
         chosen = model.nets[("transformer", "transformer_2")[index]]
-        return loop.hoist(chosen.module, chosen.config, chosen.plan, chosen.weights, conditioning.inputs, rows)
+        return loop.hoist(chosen.module, chosen.config, chosen.plan, chosen.weights, prepared.branches, rows)
 
-    x = patchify((start if latents is None else latents).to(device), patch)
-    tokens = None if fresh is None else torch.stack([patchify(draw.to(x), patch) for draw in fresh])
-    for progress in loop.run(run, rows, x, expert, tokens, chunk=1):
-        yield unpatchify(_in_place(conditioning.inputs, progress.x), patch, size)
+    x = prepared.pack((start if latents is None else latents).to(device))
+    tokens = None if fresh is None else torch.stack([prepared.pack(draw.to(x)) for draw in fresh])
+    made = x.shape[1]
+    if conditioning.start is not None:
+        x, kept = _from_picture(x, conditioning, rows)
+    else:
+        x, kept = _beside_known(x, prepared)
+    for progress in loop.run(run, rows, x, expert, tokens, kept, chunk=1):
+        yield progress.x[:, :made]
 
 
-def _in_place(inputs: dict[str, Tensor], x_BLP: Tensor) -> Tensor:
-    """The tokens of a given frame, which the network sees clean at every step, put over those of the loop."""
-    return torch.where(inputs["frozen"], inputs["frame"].to(x_BLP.dtype), x_BLP) if "frame" in inputs else x_BLP
+def _from_picture(noise_BLP: Tensor, conditioning: Conditioning, rows: Table) -> tuple[Tensor, loop.Kept | None]:
+    """(the picture's tokens at the noise level where the table begins, what of them is kept)."""
+    assert conditioning.start is not None
+    clean = conditioning.start.to(noise_BLP.dtype)
+    x = torch.lerp(clean, noise_BLP, rows.sigmas[0].item())
+    return x, None if conditioning.mask is None else loop.Kept(conditioning.mask.to(x.dtype), clean, noise_BLP)
+
+
+def _beside_known(x_BLP: Tensor, prepared: Prepared) -> tuple[Tensor, loop.Kept | None]:
+    """(the noise and after it the references' tokens, the given ones as what is kept)."""
+    if prepared.known is None:
+        return x_BLP, None
+    given = prepared.known.tokens.to(x_BLP.dtype)
+    x = torch.cat([x_BLP, given[:, x_BLP.shape[1] :]], 1)
+    return x, loop.Kept(prepared.known.free.to(x.dtype), given, given)
 
 
 def _denoiser(compiled: bool, net: Net, kind: Callable) -> loop.Denoise:
@@ -187,11 +191,26 @@ def _denoiser(compiled: bool, net: Net, kind: Callable) -> loop.Denoise:
 
 @torch.no_grad()
 def decode(model: Model, request: Request, latents: Tensor) -> numpy.ndarray:
-    """Latents [1, C, F, H, W] -> frames uint8 [frames, height, width, 3]."""
+    """Latents [N, C, F, H, W] -> frames uint8 [frames, height, width, 3 or 4], those of the N clips one after another."""
     vae = model.nets["vae"]
     chunk, tile = vae_passes(model, request)
-    x = vae.module.decode(vae.config, Weights(vae.weights), latents.to(vae.dtype), chunk, tile)
-    return ((x[0].float() / 2 + 0.5) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+    clips = latents.to(vae.dtype).split(1)  # one by one, for less memory
+    x = torch.cat([vae.module.decode(vae.config, Weights(vae.weights), clip, chunk, tile)[0] for clip in clips], 1)
+    return ((x.float() / 2 + 0.5) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+
+
+def _over_given(frames: numpy.ndarray, request: Request) -> numpy.ndarray:
+    """Inpainting: the given picture's own pixels stay but in the mask and around it, where the two blend over twice `FEATHER` pixels.
+
+    The share of what is made is 1 in the mask; outside, the mean over a square of `FEATHER` pixels to each side of what has mask so near.
+    """
+    if request.mask is None:
+        return frames
+    from PIL import Image, ImageFilter
+
+    near = Image.fromarray(request.mask).filter(ImageFilter.BoxBlur(FEATHER)).point(lambda level: 255 if level else 0)
+    share = numpy.asarray(near.filter(ImageFilter.BoxBlur(FEATHER)))[..., None] / 255
+    return (frames * share + request.images[0] * (1 - share)).round().astype(numpy.uint8)
 
 
 def parameters(model: Model, request: Request) -> dict[str, Any]:
@@ -200,11 +219,21 @@ def parameters(model: Model, request: Request) -> dict[str, Any]:
     entries: dict[str, Any] = {"model": model.blueprint.row.name} | {name: getattr(request, name) for name in names}
     if not request.guided:
         del entries["negative_prompt"]
+    if model.blueprint.row.guidance_form == "offset":
+        entries["guidance_scale"] -= 1
+    if request.embedded_guidance is not None:
+        entries |= {"guidance_scale": request.embedded_guidance, "true_cfg_scale": request.guidance_scale}
     if request.boundary_ratio is not None:
         entries |= {"guidance_scale_2": request.guidance_scale_2, "boundary_ratio": request.boundary_ratio}
     if request.dmd_timesteps:
         entries["dmd_denoising_steps"] = list(request.dmd_timesteps)
-    entries |= {"flow_shift": request.flow_shift, "given_images": len(request.images)}
+    if request.flow_shift is not None:
+        entries["flow_shift"] = request.flow_shift
+    if request.layers:
+        entries["layers"] = request.layers
+    entries["given_images"] = len(request.originals)
+    if model.blueprint.row.image_use == "start" and request.images:
+        entries |= {"strength": request.strength, "masked": request.mask is not None}
     entries["precision"] = {name: PRECISIONS[net.dtype] for name, net in model.nets.items()}
     return entries | {"tinydiff": tinydiff.__version__, "torch": torch.__version__}
 
@@ -217,14 +246,14 @@ def run(model: Model, request: Request, progress: Progress) -> Result:
     frames, kept = [], []
     for seed in request.seeds:
         with clock.stage("denoise"):
-            steps = clock.steps(denoise(model, request, conditioning, seed), request.num_inference_steps)
-            latents = deque(steps, maxlen=1).pop()  # the last one's, holding no others
+            steps = clock.steps(denoise(model, request, conditioning, seed), table(model.blueprint, request).steps)
+            latents = conditioning.prepared.unpack(deque(steps, maxlen=1).pop())  # the last one's, holding no others
         if not latents.isfinite().all():
             name, narrow = model.blueprint.row.name, PRECISIONS.get(model.nets["transformer"].dtype)
             message = f"{name} gave values that are not numbers; its weights are broken, or {narrow} is too narrow for it"
             raise UserError("model_path", f"model_path: {message} (see dit_precision)")
         with clock.stage("decode"):
-            frames.append(decode(model, request, latents))
-        kept.append(latents[0].cpu())
+            frames.append(_over_given(decode(model, request, latents), request))
+        kept.append(latents.transpose(0, 1).flatten(1, 2).cpu())
     made = parameters(model, request)
     return Result(tuple(frames), tuple(kept), made, request.seeds, clock.seconds, tuple(clock.step_seconds))

@@ -7,7 +7,9 @@ fresh noise, guidance scale or chunk compiles again. A new batch size, dtype or 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -19,11 +21,13 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InvalidCxxCompiler
+from torch.fx.experimental import _config as fx_config
 
 from tinydiff.parallel.plan import Plan
-from tinydiff.sampling.loop import Denoise, Hoisted, Predict, State, denoise, predictor
+from tinydiff.sampling.loop import Branch, Denoise, Guided, Hoisted, Kept, Predict, State, denoise, predictor
 
 _RECOMPILE_LIMIT = 64
+_regions = itertools.count()
 _compiled: dict[tuple, tuple[Any, Denoise]] = {}
 
 
@@ -36,21 +40,25 @@ def has_compiler() -> bool:
     return True
 
 
-def region(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def region(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Mark `fn` as compiled once and reused within a graph.
 
     It takes plain tensors in dicts and tuples, and returns neither an input nor two views of one tensor.
     """
+    # Torch looks a region up by its code, and asks whether it fits by comparing lengths: two regions of one code would be compared, and
+    # the outcome, two prompts of equal length or not, guarded. So each has a code of its own.
+    code = fn.__code__.replace(co_name=f"{fn.__name__}_{next(_regions)}")
+    fn = FunctionType(code, fn.__globals__, code.co_name, fn.__defaults__, fn.__closure__)
     # Inside the loop operator a region needs the decompositions spelled out, else Inductor stops with "both a fallback and a decomp".
     dynamo_config.enable_invoke_subgraph_regional_compile = True
     options = NestedCompileRegionOptions(decompositions=select_decomp_table())
-    return cast(Callable[..., Tensor], torch.compiler.nested_compile_region(fn, options=options))
+    return cast(Callable[..., Any], torch.compiler.nested_compile_region(fn, options=options))
 
 
-def compiled_denoise(family: Any, config: Any, plan: Plan, guidance: Callable[[Predict], Predict], *, exact: bool = False) -> Denoise:
+def compiled_denoise(family: Any, config: Any, plan: Plan, guidance: Callable[[Predict], Guided], *, exact: bool = False) -> Denoise:
     """`denoise` for this network as one compiled graph; built once for each (family, config, plan, guidance, exact).
 
-    `family.TOKEN_DIMS` names the dimension over tokens of hoisted tensors, of a request and of steps alike: name -> dim.
+    `family.TOKEN_DIMS` and `family.TEXT_DIMS` name the dimension of hoisted tensors that runs over image and text tokens: name -> dim.
     exact: round to the tensors' dtype where eager code would, instead of keeping fused intermediates in float32.
     """
     key = (id(family), config, plan, guidance, exact)
@@ -59,45 +67,52 @@ def compiled_denoise(family: Any, config: Any, plan: Plan, guidance: Callable[[P
     return _compiled[key][1]
 
 
-def _build(family: Any, config: Any, plan: Plan, guidance: Callable[[Predict], Predict], exact: bool) -> Denoise:
+def _build(family: Any, config: Any, plan: Plan, guidance: Callable[[Predict], Guided], exact: bool) -> Denoise:
     predict = guidance(predictor(family, config, plan, region))
     # All networks share this function's code, and with it one cache of graphs in Dynamo.
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _RECOMPILE_LIMIT)
 
-    def whole(network: Hoisted, state: State, coefficients: Tensor, noise: Tensor | None, start: Tensor, stop: Tensor) -> State:
-        return denoise(while_loop, predict, network, state, coefficients, noise, start, stop)
+    def whole(
+        network: Hoisted, state: State, coefficients: Tensor, noise: Tensor | None, kept: Kept | None, start: Tensor, stop: Tensor
+    ) -> State:
+        return denoise(while_loop, predict, network, state, coefficients, noise, kept, start, stop)
 
     graph = torch.compile(whole, fullgraph=True, dynamic=False, options={"emulate_precision_casts": exact})
 
-    def call(network: Hoisted, state: State, coefficients: Tensor, noise: Tensor | None, start: int, stop: int) -> State:
-        tokens = state.x.shape[1]
-        network = network._replace(steps={name: _rows(rows, tokens) for name, rows in network.steps.items()})
-        coefficients, noise = _rows(coefficients, tokens), None if noise is None else _rows(noise, tokens)
-        _mark(family.TOKEN_DIMS, network, state, coefficients, noise)
+    def call(network: Hoisted, state: State, coefficients: Tensor, noise: Tensor | None, kept: Kept | None, start: int, stop: int) -> State:
+        coefficients, noise = _two_rows(coefficients), None if noise is None else _two_rows(noise)
+        _mark_rows(coefficients, noise, network.branches)
+        _mark_tokens(state, noise, kept)
+        for request, _ in network.branches:
+            _mark_named({**family.TOKEN_DIMS, **family.TEXT_DIMS}, request[""])
         bounds = torch.tensor([start, stop], device=state.x.device)
-        return graph(network, state, coefficients, noise, bounds[0].clone(), bounds[1].clone())
+        with cast(Any, fx_config).patch(use_duck_shape=False):  # two lengths that happen to be equal in the first request are still two
+            return graph(network, state, coefficients, noise, kept, bounds[0].clone(), bounds[1].clone())
 
     return call
 
 
-def _rows(rows: Tensor, tokens: int) -> Tensor:
-    """Rows [S, ...], one or two more that are never read where S is 1 (it would be specialised) or `tokens` (taken for that dimension)."""
-    count = rows.shape[0]
-    while count in (1, tokens):
-        count += 1
-    return rows if count == rows.shape[0] else torch.cat([rows, *[rows[-1:]] * (count - rows.shape[0])])
+def _two_rows(rows: Tensor) -> Tensor:
+    """Rows [S, ...], one more that is never read where S is 1: torch would compile that case on its own."""
+    return rows if rows.shape[0] > 1 else torch.cat([rows, rows])
 
 
-def _mark(token_dims: Mapping[str, int], network: Hoisted, state: State, coefficients: Tensor, noise: Tensor | None) -> None:
-    for tensor in (state.x, state.h1, state.h2):
-        torch._dynamo.mark_dynamic(tensor, 1)
-    for rows in (coefficients, *network.steps.values(), *(() if noise is None else (noise,))):
+def _mark_rows(coefficients: Tensor, noise: Tensor | None, branches: tuple[Branch, ...]) -> None:
+    tables = [rows for branch in branches for below in branch.steps.values() for rows in below.values()]
+    for rows in (coefficients, *tables, *(() if noise is None else (noise,))):
         torch._dynamo.mark_dynamic(rows, 0)
+
+
+def _mark_tokens(state: State, noise: Tensor | None, kept: Kept | None) -> None:
+    for tensor in (state.x, state.h1, state.h2, *(kept or ())):
+        torch._dynamo.mark_dynamic(tensor, 1)
     if noise is not None:
         torch._dynamo.mark_dynamic(noise, 2)
-    hoisted = {**network.request[""], **network.steps}
-    for name in token_dims.keys() & hoisted.keys():
-        torch._dynamo.mark_dynamic(hoisted[name], token_dims[name])
+
+
+def _mark_named(dims: Mapping[str, int], request: Mapping[str, Tensor]) -> None:
+    for name in dims.keys() & request.keys():
+        torch._dynamo.mark_dynamic(request[name], dims[name])
 
 
 def graph_count() -> int:

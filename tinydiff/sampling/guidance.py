@@ -1,5 +1,6 @@
-"""Guidance: functions that take a predict and return a predict (see `loop.Predict`).
+"""Guidance: functions that make one velocity of the velocities of several branches (see `loop.Predict`).
 
+The first branch is the prompt's, the second, where there is one, the negative prompt's.
 Shape letters: B images, L tokens, P packed channels.
 """
 
@@ -10,26 +11,46 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tinydiff.sampling.loop import Memory, Predict, Step, Tree
+from tinydiff.sampling.loop import Branch, Guided, Memory, Predict, Step, Tree
 
 
-def none(predict: Predict) -> Predict:
-    """The prediction as it is; the request's tensors have batch B."""
-    return predict
+def none(predict: Predict) -> Guided:
+    """The prediction of the only branch."""
+
+    def alone(w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory) -> tuple[Tensor, Memory]:
+        (prediction,), memory = predict(w, x_BLP, step, branches, memory)
+        return prediction, memory
+
+    return alone
 
 
-def classifier_free(predict: Predict) -> Predict:
-    """u + g (c - u) with the step's scale g, from one batch of 2B: the request's tensors hold the B conditions first, then the B
-    negatives. Source: arXiv 2207.12598.
-    """
+def _of_two(combine: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Predict], Guided]:
+    """combine: (prediction of the prompt, of the negative prompt, both [B, L, P], scale [1]) -> [B, L, P]."""
 
-    def guided(w: Tree, x_BLP: Tensor, step: Step, request: Tree, memory: Memory) -> tuple[Tensor, Memory]:
-        both, memory = predict(w, torch.cat([x_BLP, x_BLP]), step, request, memory)
-        condition, negative = both.to(x_BLP.dtype).chunk(2)
-        return negative + step.guidance * (condition - negative), memory
+    def guidance(predict: Predict) -> Guided:
+        def guided(w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory) -> tuple[Tensor, Memory]:
+            (condition, negative), memory = predict(w, x_BLP, step, branches, memory)
+            return combine(condition.to(x_BLP.dtype), negative.to(x_BLP.dtype), step.guidance), memory
 
-    return guided
+        return guided
+
+    return guidance
 
 
-KINDS: dict[str, Callable[[Predict], Predict]] = {"none": none, "classifier_free": classifier_free}
+def _plain(condition: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
+    return negative + scale * (condition - negative)
+
+
+def _normed(condition: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
+    guided = _plain(condition, negative, scale)
+    return guided * (torch.linalg.vector_norm(condition, dim=-1, keepdim=True) / torch.linalg.vector_norm(guided, dim=-1, keepdim=True))
+
+
+classifier_free = _of_two(_plain)
+"""u + g (c - u) with the step's scale g. Source: arXiv 2207.12598."""
+
+token_normed = _of_two(_normed)
+"""The same, each token scaled back to the length that the prompt's own prediction has. Source: Qwen-Image's pipelines."""
+
+KINDS: dict[str, Callable[[Predict], Guided]] = {"none": none, "classifier_free": classifier_free, "token_normed": token_normed}
 """Guidance by name."""

@@ -1,13 +1,15 @@
 """The denoising loop: one function that runs eagerly or is compiled whole, and the driver that calls it in chunks.
 
-The engine knows a family only by `pre`, `blocks`, `post`, `SHARED` (and `hoist`, `TOKEN_DIMS`); a module or any object with these will do.
-Everything that depends only on the request and the table is hoisted out of the loop; the loop gathers its rows.
+The engine knows a family only by `pre`, `blocks`, `post`, `SHARED` (and `hoist`, `POOLED`, `TOKEN_DIMS`, `TEXT_DIMS`); a module or any
+object with these will do. Everything that depends only on the request and the table is hoisted out; the loop gathers its rows.
+Guidance evaluates the network on several branches (the prompt, the negative prompt). They walk through the blocks side by side, so a
+block's weights are fetched once a step however many branches there are, and each branch has its own length of text.
 Shape letters: S steps, B images, L tokens, P packed channels, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +34,14 @@ class Step(NamedTuple):
     """Noise level [1], in the latents' dtype."""
     guidance: Tensor
     """Guidance scale [1], in the latents' dtype."""
-    hoisted: dict[str, Tensor]
-    """The family's rows of this step, [1, ...]."""
+
+
+class Branch(NamedTuple):
+    """What the network knows of one branch of guidance."""
+
+    request: Tree
+    steps: Tree
+    """Hoisted tensors [S, 1 or B, ...] of which step i sees row i; inside a predict that row, [1 or B, ...]."""
 
 
 class State(NamedTuple):
@@ -49,9 +57,24 @@ class Hoisted(NamedTuple):
     """A network made ready for one request."""
 
     weights: Tree
-    request: Tree
-    steps: dict[str, Tensor]
-    """Tensors [S, ...] of which step i sees row i."""
+    branches: tuple[Branch, ...]
+
+
+class Kept(NamedTuple):
+    """Tokens that the loop does not make: where `mask` is 0 they follow the straight path from `noise` to `clean`, where it is 1 they are
+    the network's. A token that stays as it is given has its own value as its noise.
+    """
+
+    mask: Tensor
+    """[1 or B, L, 1 or P], between 0 and 1."""
+    clean: Tensor
+    """[1 or B, L, P]."""
+    noise: Tensor
+    """[1 or B, L, P]."""
+
+    def at(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """x [B, L, P] with the kept tokens as they are at noise level sigma."""
+        return torch.lerp(torch.lerp(self.clean, self.noise, sigma), x, self.mask)
 
 
 class Progress(NamedTuple):
@@ -62,11 +85,15 @@ class Progress(NamedTuple):
     x: Tensor
 
 
-Predict = Callable[[Tree, Tensor, Step, Tree, Memory], tuple[Tensor, Memory]]
-"""(weights, x [B, L, P], step, request, memory) -> (velocity [B, L, P], memory)."""
-Wrap = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
-Denoise = Callable[[Hoisted, State, Tensor, Tensor | None, int, int], State]
-"""(network, state, coefficients [S, 7], fresh noise [S, B, L, P] or None, start, stop) -> state after steps [start, stop)."""
+Streams = Tensor | tuple[Tensor, ...]
+"""What the blocks carry, say [B, L, D] or (text [B, T, D], image [B, L, D])."""
+Predict = Callable[[Tree, Tensor, Step, tuple[Branch, ...], Memory], tuple[tuple[Tensor, ...], Memory]]
+"""(weights, x [B, L, P], step, branches at this step, memory) -> (a velocity [B, L, P] of each branch, memory)."""
+Guided = Callable[[Tree, Tensor, Step, tuple[Branch, ...], Memory], tuple[Tensor, Memory]]
+"""The same, the branches' velocities made into one."""
+Wrap = Callable[[Callable[..., Streams]], Callable[..., Streams]]
+Denoise = Callable[[Hoisted, State, Tensor, Tensor | None, Kept | None, int, int], State]
+"""(network, state, coefficients [S, 8], fresh noise [S, B, L, P], kept tokens, start, stop) -> state after steps [start, stop)."""
 
 
 def deal(family: Any, config: Any, flat: Mapping[str, Tensor]) -> Tree:
@@ -81,37 +108,53 @@ def deal(family: Any, config: Any, flat: Mapping[str, Tensor]) -> Tree:
 
 
 @torch.no_grad()
-def hoist(family: Any, config: Any, plan: Plan, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], table: Table) -> Hoisted:
-    """Make a network ready for one request: what the loop need not repeat is computed here, once. weights: flat, on their device."""
+def hoist(
+    family: Any, config: Any, plan: Plan, weights: Mapping[str, Tensor], branches: Sequence[dict[str, Tensor]], table: Table
+) -> Hoisted:
+    """Make a network ready for one request: what the loop need not repeat is computed here, once. weights: flat, on their device.
+
+    branches: the family's inputs for each branch of guidance. Rows of steps without text are kept once for all.
+    """
     device = next(iter(weights.values())).device
-    request, steps = family.hoist(config, plan, Weights(weights), inputs, table.timesteps.to(device))
-    return Hoisted(deal(family, config, weights), deal(family, config, request), steps)
+    timesteps = table.timesteps.to(device)
+    if len(timesteps) == 1:
+        timesteps = timesteps.expand(2)  # the second row is never read; torch would compile tables of one row on their own
+    made = [family.hoist(config, plan, Weights(weights), inputs, timesteps) for inputs in branches]
+    if not family.POOLED:
+        made = [(request, made[0][1]) for request, _ in made]
+    dealt = tuple(Branch(*(deal(family, config, flat) for flat in pair)) for pair in made)
+    return Hoisted(deal(family, config, weights), dealt)
 
 
-def as_is(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def as_is(fn: Callable[..., Streams]) -> Callable[..., Streams]:
     return fn
 
 
 def predictor(family: Any, config: Any, plan: Plan, wrap: Wrap = as_is) -> Predict:
-    """The family's stack as a predict. `wrap` is applied once to each kind of block, a function of plain tensors in dicts."""
+    """The family's stack as a predict. `wrap` is applied once to each kind of block, a function of plain tensors in dicts and tuples."""
 
-    def plain(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def plain(block: Callable[..., Streams]) -> Callable[..., Streams]:
         # Views are built inside: only plain tensors may cross the boundary of a compiled region.
-        def call(w: Mapping[str, Tensor], x_BLD: Tensor, request: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Tensor:
-            return block(config, plan, Weights(w), x_BLD, Weights(request), shared)
+        def call(w: Mapping[str, Tensor], x: Streams, request: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Streams:
+            return block(config, plan, Weights(w), x, Weights(request), shared)
 
         return wrap(call)
 
     stack = list(family.blocks(config))
-    calls = {block: plain(block) for block in dict.fromkeys(block for block, _ in stack)}
+    # Texts of their own length make branches of their own shape, and a region serves one shape: each branch gets its own.
+    kinds = dict.fromkeys(block for block, _ in stack)
+    first, second = ({block: plain(block) for block in kinds} for _ in range(2))
+    calls = (first, second if family.TEXT_DIMS else first)
 
-    def predict(w: Tree, x_BLP: Tensor, step: Step, request: Tree, memory: Memory) -> tuple[Tensor, Memory]:
-        top, cond = Weights(w[""]), Weights(request[""])
-        shared = step.hoisted | {name: cond[name] for name in family.SHARED if name in cond}
-        x_BLD = family.pre(config, plan, top, x_BLP, cond, step.hoisted)
+    def predict(w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory) -> tuple[tuple[Tensor, ...], Memory]:
+        top = Weights(w[""])
+        ends = [(Weights(request[""]), rows[""]) for request, rows in branches]
+        shared = [{**rows, **{name: request[name] for name in family.SHARED if name in request}} for request, rows in ends]
+        walking = [family.pre(config, plan, top, x_BLP, *end) for end in ends]
         for block, prefix in stack:
-            x_BLD = calls[block](w[prefix], x_BLD, request[prefix], shared)
-        return family.post(config, plan, top, x_BLD, cond, step.hoisted), memory
+            known = [{**request[prefix], **rows[prefix]} for request, rows in branches]
+            walking = [regions[block](w[prefix], *each) for regions, *each in zip(calls, walking, known, shared, strict=False)]
+        return tuple(family.post(config, plan, top, x, *end) for x, end in zip(walking, ends, strict=True)), memory
 
     return predict
 
@@ -125,11 +168,12 @@ def python_loop(condition: Callable[..., Tensor], body: Callable[..., tuple], ca
 
 def denoise(
     loop: Callable[..., tuple],
-    predict: Predict,
+    predict: Guided,
     network: Hoisted,
     state: State,
     coefficients: Tensor,
     noise: Tensor | None,
+    kept: Kept | None,
     start: Tensor,
     stop: Tensor,
 ) -> State:
@@ -140,38 +184,51 @@ def denoise(
 
     def body(i: Tensor, x: Tensor, h1: Tensor, h2: Tensor, memory: Memory) -> tuple[Tensor, Tensor, Tensor, Tensor, Memory]:
         row = i.view(1)
-        sigma, a, c, b1, b2, n, guidance = coefficients.index_select(0, row).unbind(1)
-        hoisted = {name: rows.index_select(0, row) for name, rows in network.steps.items()}
-        v, memory = predict(network.weights, x, Step(i, sigma, guidance, hoisted), network.request, memory)
+        sigma, after, a, c, b1, b2, n, guidance = coefficients.index_select(0, row).unbind(1)
+        branches = tuple(Branch(request, _rows(steps, row)) for request, steps in network.branches)
+        v, memory = predict(network.weights, x, Step(i, sigma, guidance), branches, memory)
         v = v.to(x.dtype)
         y = a * x + c * v + b1 * h1 + b2 * h2
         if noise is not None:
             y = y + n * noise.index_select(0, row)[0]
+        if kept is not None:
+            y = kept.at(y, after)
         return i + 1, y, x - sigma * v, h1.clone(), memory  # a loop operator must not return its own input
 
     return State(*loop(running, body, (start.clone(), *state))[1:])
 
 
-def eager_denoise(family: Any, config: Any, plan: Plan, guidance: Callable[[Predict], Predict]) -> Denoise:
+def _rows(steps: Tree, row: Tensor) -> Tree:
+    return {prefix: {name: rows.index_select(0, row)[0] for name, rows in below.items()} for prefix, below in steps.items()}
+
+
+def eager_denoise(family: Any, config: Any, plan: Plan, guidance: Callable[[Predict], Guided]) -> Denoise:
     """`denoise` for this network, run operation by operation."""
     predict = guidance(predictor(family, config, plan))
 
-    def call(network: Hoisted, state: State, coefficients: Tensor, noise: Tensor | None, start: int, stop: int) -> State:
+    def call(network: Hoisted, state: State, coefficients: Tensor, noise: Tensor | None, kept: Kept | None, start: int, stop: int) -> State:
         bounds = torch.tensor([start, stop], device=state.x.device)
-        return denoise(python_loop, predict, network, state, coefficients, noise, bounds[0], bounds[1])
+        return denoise(python_loop, predict, network, state, coefficients, noise, kept, bounds[0], bounds[1])
 
     return call
 
 
 def coefficients(table: Table, x: Tensor) -> Tensor:
-    """The columns sigma, a, c, b1, b2, n, guidance as [S, 7] in x's dtype and on its device."""
-    columns = (table.sigmas, table.a, table.c, table.b1, table.b2, table.n, table.guidance)
+    """The columns sigma, sigma after the step, a, c, b1, b2, n, guidance as [S, 8] in x's dtype and on its device."""
+    after = torch.cat([table.sigmas[1:], table.sigmas.new_zeros(1)])
+    columns = (table.sigmas, after, table.a, table.c, table.b1, table.b2, table.n, table.guidance)
     return torch.stack(columns, 1).to(x.device, x.dtype)
 
 
 @torch.no_grad()
 def run(
-    denoise: Denoise, table: Table, x_BLP: Tensor, experts: Callable[[int], Hoisted], noise: Tensor | None = None, chunk: int | None = None
+    denoise: Denoise,
+    table: Table,
+    x_BLP: Tensor,
+    experts: Callable[[int], Hoisted],
+    noise: Tensor | None = None,
+    kept: Kept | None = None,
+    chunk: int | None = None,
 ) -> Iterator[Progress]:
     """Denoise x_BLP over the whole table, yielding after every `chunk` steps (None: as rarely as possible). Stop iterating to cancel.
 
@@ -182,11 +239,12 @@ def run(
         raise ValueError("a table that renoises needs fresh noise, and only such a table")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1")
-    state = State(x_BLP.clone(memory_format=torch.contiguous_format), torch.zeros_like(x_BLP), torch.zeros_like(x_BLP), {})
     rows = coefficients(table, x_BLP)
+    x = x_BLP.clone(memory_format=torch.contiguous_format) if kept is None else kept.at(x_BLP, rows[0, 0])
+    state = State(x, torch.zeros_like(x), torch.zeros_like(x), {})
     for expert, first, last in segments(table):
         network = experts(expert)
         for start in range(first, last, chunk or last - first):
             stop = min(start + (chunk or last), last)
-            state = denoise(network, state, rows, noise, start, stop)
+            state = denoise(network, state, rows, noise, kept, start, stop)
             yield Progress(stop, table.steps, state.x)

@@ -63,12 +63,6 @@ def linear_shift(sigmas_S: Tensor, mu: float) -> Tensor:
     return m / (m + (1 / sigmas_S - 1))
 
 
-def sequence_mu(tokens: int, base_tokens: int, max_tokens: int, base_shift: float, max_shift: float) -> float:
-    """mu of a dynamic shift: the line through (base_tokens, base_shift) and (max_tokens, max_shift) at `tokens` image tokens."""
-    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
-    return tokens * slope + base_shift - slope * base_tokens
-
-
 def stretch_to_terminal(sigmas_S: Tensor, terminal: float) -> Tensor:
     """Stretch 1 - sigma so that the last sigma is `terminal`. A grid whose last sigma is 1 cannot be stretched and yields NaN."""
     clean = 1 - sigmas_S

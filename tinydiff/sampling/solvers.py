@@ -161,6 +161,13 @@ def with_experts(table: Table, boundary_ratio: float, guidance_2: float | None =
     return table._replace(expert=expert, guidance=guidance)
 
 
+def since(table: Table, step: int) -> Table:
+    """The table from row `step` on, as a picture made noisy to that row's sigma starts. Only for solvers without a history."""
+    if step and (table.b1.any() or table.b2.any()):
+        raise UserError("strength", "strength: this model's solver looks back at earlier steps, so it cannot start in between")
+    return Table(*(column[step:] for column in table))
+
+
 def segments(table: Table) -> list[tuple[int, int, int]]:
     """Runs of steps with one expert: (expert, start, stop)."""
     experts = table.expert.tolist()
@@ -184,7 +191,7 @@ _FIELDS: dict[str, dict[str, tuple[Any, Any]]] = {
         "shift": (1.0, _ANY),
         "stochastic_sampling": (False, _ANY),
         "invert_sigmas": (False, False),
-        # Read by the pipeline that computes mu, see `sigmas.sequence_mu`.
+        # Read by the families that compute mu of them.
         **dict.fromkeys(("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"), (None, _ANY)),
     },
     "UniPCMultistepScheduler": _SHIFTS
@@ -242,7 +249,9 @@ def _bend(grid: Tensor, get: Callable[[str], Any], shift: float, mu: float | Non
         grid = dynamic(grid, 0.0 if mu is None else mu)
     else:
         grid = static_shift(grid, shift)
-    return stretch_to_terminal(grid, get("shift_terminal")) if get("shift_terminal") else grid
+    if get("shift_terminal") and len(grid) > 1:  # one step begins and ends at 1, and nothing lies between to be stretched
+        return stretch_to_terminal(grid, get("shift_terminal"))
+    return grid
 
 
 def _check(config: Mapping[str, Any]) -> tuple[str, Callable[[str], Any]]:

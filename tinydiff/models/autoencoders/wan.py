@@ -1,6 +1,7 @@
 """The Wan video autoencoders: causal in time, 4x fewer frames, 8x or 16x smaller frames.
 
 Source: arXiv 2503.20314 and the AutoencoderKLWan checkpoints (Wan2.1: z 16, stride 8; Wan2.2 TI2V: z 48, stride 16, residual).
+Qwen-Image's AutoencoderKLQwenImage is Wan2.1's network run on single frames, in Qwen-Image-Layered with a fourth channel for opacity.
 A clip has 4k + 1 frames; the first is coded alone, every later group of four becomes one latent frame. Because every operation is
 causal, a clip may be run in one pass or in chunks of latent frames with the same result: `past` then carries, by layer name, the
 frames that the next chunk looks back on. One pass needs none and touches no state.
@@ -57,8 +58,13 @@ class Config:
     scale_factor_spatial: int = 8
     clip_output: bool = True
     """Recorded by some checkpoints; the reference clips whatever it says, and so does `decode`."""
+    input_channels: int | None = None
+    """AutoencoderKLQwenImage's name for both `in_channels` and `out_channels`, which it then sets."""
 
     def __post_init__(self) -> None:
+        if self.input_channels is not None:
+            for name in ("in_channels", "out_channels"):
+                object.__setattr__(self, name, self.input_channels)
         if self.attn_scales:
             raise ValueError(f"attn_scales is {self.attn_scales}; no released Wan autoencoder has attention outside its middle block")
 

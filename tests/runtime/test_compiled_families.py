@@ -1,0 +1,103 @@
+"""Every image family's own blocks in the compiled loop: equal to eager, one graph for all that a request may vary."""
+
+from __future__ import annotations
+
+from math import prod
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from tests.parity import draw
+from tinydiff.models import ernie, flux, flux2, ovis, qwen_image, sd3, z_image
+from tinydiff.parallel.plan import Plan
+from tinydiff.sampling import guidance, loop, solvers
+from tinydiff.sampling.compile import _compiled, compiled_denoise, graph_breaks, graph_count
+
+PLAN = Plan()
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+_STACK = {"num_layers": 2, "attention_head_dim": 12, "num_attention_heads": 2, "in_channels": 16, "joint_attention_dim": 20}
+_SINGLE = {"num_single_layers": 2, "axes_dims_rope": (4, 4, 4)}
+FAMILIES: dict[str, tuple[ModuleType, Any, int, int]] = {  # module, config, values of a token, width of the text
+    "flux": (flux, flux.Config(**_STACK | _SINGLE, pooled_projection_dim=8, guidance_embeds=True), 16, 20),
+    "ovis": (ovis, ovis.Config(**_STACK | _SINGLE, out_channels=16), 16, 20),
+    "flux2": (flux2, flux2.Config(**_STACK | _SINGLE | {"axes_dims_rope": (2, 4, 4, 2)}, guidance_embeds=False), 16, 20),
+    "qwen_image": (qwen_image, qwen_image.Config(**_STACK, out_channels=4, axes_dims_rope=(4, 4, 4)), 16, 20),
+    "sd3": (sd3, sd3.Config(**_STACK | {"in_channels": 4}, out_channels=4, caption_projection_dim=24, pooled_projection_dim=8,
+                            pos_embed_max_size=12, qk_norm="rms_norm", dual_attention_layers=(0,)), 16, 20),
+    "z_image": (z_image, z_image.Config(dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=20, in_channels=4,
+                                        axes_dims=(4, 4, 4)), 16, 20),
+    "ernie": (ernie, ernie.Config(hidden_size=24, num_attention_heads=2, num_layers=2, ffn_hidden_size=40, in_channels=16,
+                                  out_channels=16, text_in_dim=20, rope_axes_dim=(4, 4, 4)), 16, 20),
+}  # fmt: skip
+
+
+def weights(family: ModuleType, config: Any) -> dict[str, torch.Tensor]:
+    """Random weights by the spec's rows: near 1 for norms, small for all else."""
+    flat = {}
+    for seed, row in enumerate(family.spec(config)):
+        noise = draw(*row.shape, seed=seed).float()
+        one = len(row.shape) == 1 and row.name.endswith("weight")
+        flat[row.name] = 1 + 0.2 * noise if one else noise / max(1, prod(row.shape[1:])) ** 0.5
+    return flat
+
+
+def inputs(name: str, config: Any, height: int, width: int, text: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the family's hoist takes for a picture of height x width tokens."""
+    latents = (1, 2 * height, 2 * width)
+    given = {"text": text}
+    if name == "qwen_image":
+        return given | {"positions": qwen_image.positions(config, [latents[1:]])}
+    if name in ("flux", "sd3"):
+        given["pooled"] = text.mean(1)[:, :8]
+    if name == "flux":
+        given["guidance"] = torch.tensor([3.5])
+    if name in ("flux", "ovis"):
+        return given | {"positions": {"flux": flux, "ovis": ovis}[name].positions(latents)}
+    if name in ("flux2", "ernie"):
+        return given | {"positions": {"flux2": flux2, "ernie": ernie}[name].positions((1, height, width))}
+    if name == "z_image":
+        return given | {"positions": z_image.positions(config, latents), "padding": z_image.padding(config, latents)}
+    return given | {"positions": sd3.positions(config, latents)}
+
+
+def run(name: str, denoise: loop.Denoise, size: tuple[int, int], lengths: tuple[int, int], steps: int, scale: float) -> torch.Tensor:
+    """The last tokens of a guided request."""
+    family, config, packed, text_width = FAMILIES[name]
+    height, width = size
+    rows = solvers.with_guidance(solvers.from_scheduler_config(SCHEDULER, steps), scale)
+    texts = [draw(1, length, text_width, seed=length + i).float() for i, length in enumerate(lengths)]
+    branches = [inputs(name, config, height, width, text) for text in texts]
+    network = loop.hoist(family, config, PLAN, weights(family, config), branches, rows)
+    tokens = height * width + (z_image.pad_tokens(height * width) if name == "z_image" else 0)
+    return list(loop.run(denoise, rows, draw(1, tokens, packed, seed=steps).float(), lambda _: network))[-1].x
+
+
+def same(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert want.isfinite().all() and want.std() > 0.1
+    assert (got - want).abs().max() < 1e-5 * max(1, want.abs().max().item())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_graph_serves_sizes_prompt_lengths_steps_and_scales(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Counted on the graphs that Dynamo traces and guards; what Inductor makes of them is no question of the request."""
+    traced = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda fn, **_: traced(fn, backend="eager", fullgraph=True, dynamic=False))
+    family, config, *_ = FAMILIES[name]
+    eager, fast = (make(family, config, PLAN, guidance.classifier_free) for make in (loop.eager_denoise, compiled_denoise))
+    before, broken = graph_count(), graph_breaks()
+    # In the first request all lengths are equal, in the second both prompts are of one length, then all differ.
+    for request in (((2, 2), (4, 4), 4, 3.0), ((3, 5), (7, 7), 3, 1.5), ((6, 4), (33, 3), 5, 4.0)):
+        same(run(name, fast, *request), run(name, eager, *request))
+        assert (graph_count(), graph_breaks()) == (before + 1, broken)
+    _compiled.clear()  # another test shall not meet this graph
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+def test_inductor_makes_the_same_of_two_streams():
+    family, config, *_ = FAMILIES["flux"]
+    eager, fast = (make(family, config, PLAN, guidance.classifier_free) for make in (loop.eager_denoise, compiled_denoise))
+    for request in (((2, 2), (4, 4), 4, 3.0), ((6, 4), (33, 3), 5, 4.0)):
+        same(run("flux", fast, *request), run("flux", eager, *request))

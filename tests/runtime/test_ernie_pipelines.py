@@ -1,0 +1,140 @@
+"""ERNIE-Image against diffusers' own pipeline: the latents after every step and the picture, from the same start, in float64.
+
+The reference's roundings that test_flux2_pipelines names are taken out. Two stay in, which tinydiff has as well: times are embedded and the
+angles of positions computed in float32, so that both come in as float32 here.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKLFlux2, ErnieImagePipeline, ErnieImageTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from transformers import Ministral3Config, Ministral3ForCausalLM, Mistral3Config, Mistral3Model, PreTrainedTokenizerFast
+
+from tests import vocabularies
+from tests.parity import close, draw, randomised
+from tests.runtime.folders import load, released
+from tests.runtime.test_flux2_pipelines import LM, PIXTRAL, VAE, exact
+from tests.runtime.test_pipelines import same_frames
+from tinydiff.config import ModelOptions, SamplingOptions
+from tinydiff.runtime import blueprint, pipeline
+from tinydiff.runtime.admit import admit
+from tinydiff.sampling.noise import noise
+
+PROMPT, NEGATIVE, STEPS = "A red fox on the ice", "blurry and of another length", 3
+SIZE = (4, 6)
+TEXT = LM | {
+    **{"model_type": "ministral3", "vocab_size": 300, "sliding_window": None, "tie_word_embeddings": True},
+    "rope_parameters": {
+        **{"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 64, "beta_fast": 32.0},
+        **{"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+    },
+}
+"""With a rope stretched as the released one's is. Queries grow from the 64th token on, in the released one from the 16384th."""
+
+
+def build(folder, shift=3.0, framed=True, enhanced=False):
+    """The reference's pipeline in float64, saved in float32. framed: its tokenizer opens texts with BOS. enhanced: with a language model
+    for longer prompts.
+    """
+    files = folder / "vocabulary"
+    files.mkdir(parents=True)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(vocabularies.mistral(files, framed, model_max_length=2048))
+    transformer = ErnieImageTransformer2DModel(
+        hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=40, in_channels=16, out_channels=16, text_in_dim=12,
+        rope_axes_dim=(4, 6, 6),
+    )  # fmt: skip
+    text = Mistral3Model(Mistral3Config(text_config=TEXT, vision_config=PIXTRAL))
+    networks = {"transformer": transformer, "vae": AutoencoderKLFlux2(**VAE, latent_channels=4), "text_encoder": text}
+    networks["vae"].bn.num_batches_tracked = None  # the counter of training is no weight
+    if enhanced:
+        networks["pe"] = Ministral3ForCausalLM(Ministral3Config(**TEXT))
+    for seed, network in enumerate(networks.values()):
+        randomised(network, seed)
+        network.float()
+    networks["vae"].bn.running_var.abs_().mul_(1e-4)  # so small that eps tells
+    more = {"pe_tokenizer": tokenizer} if enhanced else {}
+    pipe = ErnieImagePipeline(**networks, **more, tokenizer=tokenizer, scheduler=FlowMatchEulerDiscreteScheduler(shift=shift))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder)
+    for network in networks.values():
+        network.double()
+    for module in (transformer.time_proj, transformer.pos_embed):
+        module.register_forward_pre_hook(lambda _, args: (torch.tensor(args[0].tolist(), dtype=torch.float32),))
+    return pipe
+
+
+def request_for(model, **fields):
+    asked = {"prompt": (PROMPT,), "height": 16 * SIZE[0], "width": 16 * SIZE[1], "num_inference_steps": STEPS}
+    [request] = admit(model.blueprint, SamplingOptions(**asked | fields))
+    return request
+
+
+CASES = {
+    "guided": (3.0, True, {"negative_prompt": NEGATIVE}),
+    "guided, nothing in the negative prompt": (3.0, True, {}),
+    "guided, not even BOS in the negative prompt": (3.0, False, {}),
+    "Turbo": (1.0, True, {"guidance_scale": 1.0}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_step_and_the_picture_equal_diffusers(case, tmp_path):
+    shift, framed, fields = CASES[case]
+    pipe = build(tmp_path / "model", shift, framed)
+    model = load(tmp_path / "model")
+    request, start = request_for(model, **fields), draw(1, 16, *SIZE, seed=9)
+    expected = []
+    with exact(pipe):
+        picture = pipe(
+            PROMPT, request.negative_prompt, request.height, request.width, STEPS, request.guidance_scale, latents=start,
+            callback_on_step_end=lambda pipe, i, t, kept: expected.append(kept["latents"]) or {}, output_type="np",
+        ).images  # fmt: skip
+    conditioning = pipeline.condition(model, request)
+    assert conditioning.prepared.size == (16, 1, *SIZE) and len(conditioning.prepared.branches) == 1 + (case != "Turbo")
+    got = [conditioning.prepared.unpack(x) for x in pipeline.denoise(model, request, conditioning, 0, start[:, :, None])]
+    assert len(got) == len(expected) == STEPS
+    for x, y in zip(got, expected, strict=True):
+        close(x[:, :, 0], y)
+    same_frames(pipeline.decode(model, request, got[-1]), [picture])
+
+
+def test_the_statistics_are_read_as_the_pipeline_reads_them(tmp_path):
+    build(tmp_path / "model")
+    read = blueprint.read(ModelOptions(model_path=str(tmp_path / "model")))
+    assert read.nets["vae"].config.batch_norm_eps == 1e-5
+    other = blueprint.read(ModelOptions(model_path=str(released("black-forest-labs/FLUX.2-dev", tmp_path))))
+    assert other.nets["vae"].config.batch_norm_eps == 1e-4
+
+
+def test_the_model_for_longer_prompts_is_left_out(tmp_path):
+    build(tmp_path / "model", enhanced=True)
+    assert set(load(tmp_path / "model").nets) == {"transformer", "vae", "text_encoder"}
+
+
+@pytest.mark.parametrize("name", ["ERNIE-Image", "ERNIE-Image-Turbo"])
+def test_only_the_layers_that_are_read_are_planned(name, tmp_path):
+    read = blueprint.read(ModelOptions(model_path=str(released(f"baidu/{name}", tmp_path))))
+    text = read.nets["text_encoder"].config
+    assert (text.layers, text.num_hidden_layers, read.row.name) == (25, 26, f"baidu/{name}")
+
+
+def test_noise_is_what_the_reference_draws(tmp_path):
+    build(tmp_path / "model")
+    model = load(tmp_path / "model")
+    made = pipeline.condition(model, request_for(model)).prepared
+    drawn = torch.randn(1, 16, *SIZE, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(noise(7, 0, (1, *made.size))[0, :, :, 0], drawn)
+    assert torch.equal(made.unpack(made.pack(drawn[:, :, None])), drawn[:, :, None])
+
+
+def test_it_can_start_from_a_picture(tmp_path):
+    from PIL import Image
+
+    build(tmp_path / "model")
+    model, path = load(tmp_path / "model"), tmp_path / "given.png"
+    Image.effect_noise((96, 64), 80).convert("RGB").save(path)
+    request = request_for(model, image_path=(str(path),), strength=0.5)
+    conditioning = pipeline.condition(model, request)
+    assert conditioning.start.shape == (1, 24, 16) and conditioning.start.std() > 0.1
+    assert len(list(pipeline.denoise(model, request, conditioning, 0))) == 2

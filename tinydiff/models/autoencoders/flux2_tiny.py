@@ -1,0 +1,143 @@
+"""fal's tiny autoencoder for FLUX.2: a TAESD-like one with 32 latent channels, and one more halving to FLUX.2's 128 at stride 16.
+
+Source: the Flux2TinyAutoEncoder class and checkpoint of fal/FLUX.2-Tiny-AutoEncoder. Its latents are the denoiser's own: neither the
+batch norm's statistics nor patches of FLUX.2's large autoencoder come in between.
+
+Shape letters: B batch, C channels, F frames (each coded by itself; pictures have one), H height, W width, Z latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinydiff.models.autoencoders import tiny
+from tinydiff.ops.conv import conv2d, per_frame
+from tinydiff.ops.norm import group_norm
+from tinydiff.ops.tiles import tiled
+from tinydiff.ops.weights import Weights
+from tinydiff.parallel.plan import Row, conv_rows, norm_rows, under
+
+GROUPS = 8
+
+
+@dataclass(frozen=True)
+class Config:
+    """Field names are those of the checkpoint's config.json."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 128
+    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    act_fn: str = "silu"
+    upsampling_scaling_factor: int = 2
+    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    latent_magnitude: float = 3.0
+    """This and the next three stand in the file, and the reference reads none of them."""
+    latent_shift: float = 0.5
+    force_upcast: bool = False
+    scaling_factor: float = 0.13025
+    auto_map: Mapping[str, str] | None = None
+    """Where transformers-like loaders find the class."""
+
+    def __post_init__(self) -> None:
+        if self.latent_channels % (4 * GROUPS):
+            raise ValueError(f"latent_channels is {self.latent_channels}; it must divide by {4 * GROUPS}, a quarter of it by {GROUPS}")
+        _ = self.inner  # refuses what the autoencoder inside refuses
+
+    @property
+    def inner(self) -> tiny.Config:
+        """The autoencoder inside, at half the stride."""
+        return tiny.Config(
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            latent_channels=self.latent_channels // 4,
+            encoder_block_out_channels=self.encoder_block_out_channels,
+            decoder_block_out_channels=self.decoder_block_out_channels,
+            act_fn=self.act_fn,
+            upsampling_scaling_factor=self.upsampling_scaling_factor,
+            num_encoder_blocks=self.num_encoder_blocks,
+            num_decoder_blocks=self.num_decoder_blocks,
+        )
+
+    @property
+    def z_dim(self) -> int:
+        return self.latent_channels
+
+    @property
+    def scale_factor_spatial(self) -> int:
+        """Pixels per latent, along height and width."""
+        return 2 * self.inner.scale_factor_spatial
+
+    @property
+    def scale_factor_temporal(self) -> int:
+        return 1
+
+
+# --- weights ------------------------------------------------------------------------------------------------------------------------
+
+
+def _residual_rows(name: str, width: int) -> Iterator[Row]:
+    yield from conv_rows(f"{name}.0", width, width, (3, 3))
+    yield from norm_rows(f"{name}.1", width, bias=True)
+    yield from conv_rows(f"{name}.3", width, width, (3, 3))
+
+
+def encoder_spec(c: Config) -> Iterator[Row]:
+    """Every weight of the encoder half."""
+    yield from under("tiny_vae", tiny.encoder_spec(c.inner))
+    yield from conv_rows("extra_encoder", c.inner.latent_channels, c.latent_channels, (4, 4))
+    yield from _residual_rows("residual_encoder", c.latent_channels)
+
+
+def decoder_spec(c: Config) -> Iterator[Row]:
+    """Every weight of the decoder half."""
+    half = c.inner.latent_channels
+    yield Row("extra_decoder.weight", (c.latent_channels, half, 4, 4))  # a transposed convolution: channels in come first
+    yield Row("extra_decoder.bias", (half,))
+    yield from _residual_rows("residual_decoder", half)
+    yield from under("tiny_vae", tiny.decoder_spec(c.inner))
+
+
+def spec(c: Config) -> Iterator[Row]:
+    """Every weight once: name and shape."""
+    yield from encoder_spec(c)
+    yield from decoder_spec(c)
+
+
+# --- what callers use ---------------------------------------------------------------------------------------------------------------
+
+
+def _residual(x: Tensor, w: Weights) -> Tensor:
+    y = F.silu(group_norm(conv2d(x, w / 0, padding=1), w / 1, GROUPS, 1e-5))
+    return x + conv2d(y, w / 3, padding=1)
+
+
+def _latents(c: Config, w: Weights, x_BCHW: Tensor) -> Tensor:
+    z = conv2d(tiny.image_latents(c.inner, w / "tiny_vae", x_BCHW), w / "extra_encoder", stride=2, padding=1)
+    return _residual(z, w / "residual_encoder")
+
+
+def _pixels(c: Config, w: Weights, z_BZHW: Tensor) -> Tensor:
+    kernel = w / "extra_decoder"
+    z = F.conv_transpose2d(z_BZHW, kernel["weight"], kernel["bias"], stride=2, padding=1)
+    return tiny.image_pixels(c.inner, w / "tiny_vae", _residual(z, w / "residual_decoder"))
+
+
+def encode(c: Config, w: Weights, x_BCFHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
+    """Pixels [B, C, F, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'].
+
+    chunk: frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one and blended. None: at once.
+    """
+    return tiled(lambda x: per_frame(lambda image: _latents(c, w, image), x, chunk), x_BCFHW, tile, 1 / c.scale_factor_spatial)
+
+
+def decode(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
+    """Normalised latents [B, Z, F, H', W'] -> pixels [B, C, F, H, W] in [-1, 1]. `chunk` and `tile` as in `encode`."""
+    side = None if tile is None else tile // c.scale_factor_spatial
+    return tiled(lambda z: per_frame(lambda image: _pixels(c, w, image), z, chunk), z_BZFHW, side, c.scale_factor_spatial).clamp(-1, 1)

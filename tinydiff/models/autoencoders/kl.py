@@ -1,0 +1,308 @@
+"""The picture autoencoders of AutoencoderKL's shape: FLUX.1, Z-Image, Ovis, SD3, GLM-Image, and FLUX.2's with its 2x2 patches.
+
+Source: arXiv 2112.10752 and the AutoencoderKL and AutoencoderKLFlux2 checkpoints (z 16, stride 8; FLUX.2: z 32 at stride 8, seen by
+the denoiser as 128 at stride 16). Latents are normalised by whichever the checkpoint has: a shift and a scale, a mean and a deviation
+per channel, or the running statistics of a batch norm over patches.
+
+Shape letters: B batch, C channels, F frames (each coded by itself; pictures have one), H height, W width, Z latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from tinydiff.ops.attention import attention
+from tinydiff.ops.conv import conv2d, per_frame
+from tinydiff.ops.linear import linear
+from tinydiff.ops.norm import group_norm
+from tinydiff.ops.tiles import tiled
+from tinydiff.ops.weights import Weights
+from tinydiff.parallel.plan import Plan, Row, conv_rows, linear_rows, norm_rows, under
+
+
+@dataclass(frozen=True)
+class Config:
+    """Field names are those of the checkpoint's config.json, of either class; defaults are AutoencoderKL's."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    decoder_block_out_channels: tuple[int, ...] | None = None
+    layers_per_block: int = 1
+    act_fn: str = "silu"
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+    patch_size: tuple[int, int] | None = None
+    """FLUX.2: places folded into channels before the batch norm. None: neither."""
+    batch_norm_eps: float = 1e-4
+    """ERNIE-Image's config says 1e-4 too, yet its pipeline reads its statistics with 1e-5."""
+    batch_norm_momentum: float = 0.1
+    """Of training alone; as are the next two, which the reference keeps for its own pipelines."""
+    sample_size: int | tuple[int, ...] = 32
+    force_upcast: bool = True
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+        for name, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            if getattr(self, name) != (block,) * levels:
+                raise ValueError(f"{name} is {list(getattr(self, name))}; it must be {block} once per width of block_out_channels")
+        if len(self.decoder_widths) != levels:
+            raise ValueError(f"decoder_block_out_channels has {len(self.decoder_widths)} widths and block_out_channels {levels}")
+        if self.act_fn != "silu":
+            raise ValueError(f"act_fn is {self.act_fn!r}; every released autoencoder of this kind uses 'silu'")
+        if (self.latents_mean is None) != (self.latents_std is None):
+            raise ValueError("latents_mean and latents_std must both be given, or neither")
+        if self.patch_size is not None and (len(self.patch_size) != 2 or len(set(self.patch_size)) != 1):
+            raise ValueError(f"patch_size is {list(self.patch_size)}; it must be height and width of a square")
+
+    @property
+    def decoder_widths(self) -> tuple[int, ...]:
+        return self.decoder_block_out_channels or self.block_out_channels
+
+    @property
+    def stride(self) -> int:
+        """Pixels per raw latent, along height and width."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def z_dim(self) -> int:
+        """Channels of the normalised latents."""
+        return self.latent_channels * prod(self.patch_size or ())
+
+    @property
+    def scale_factor_spatial(self) -> int:
+        """Pixels per normalised latent, along height and width."""
+        return self.stride * (1 if self.patch_size is None else self.patch_size[0])
+
+    @property
+    def scale_factor_temporal(self) -> int:
+        return 1
+
+
+# --- structure: which layers there are, read by spec and by the forward functions alike -------------------------------------------
+
+
+class Stage(NamedTuple):
+    """Residual blocks (prefix, width in, width out), then the convolution that changes the resolution, None in the last stage."""
+
+    blocks: tuple[tuple[str, int, int], ...]
+    resample: str | None
+
+
+def _stages(way: str, widths: tuple[int, ...], layers: int) -> Iterator[Stage]:
+    for i, (inner, outer) in enumerate(pairwise((widths[0], *widths))):
+        at = f"{way}_blocks.{i}"
+        blocks = tuple((f"{at}.resnets.{j}", inner if j == 0 else outer, outer) for j in range(layers))
+        yield Stage(blocks, f"{at}.{way}samplers.0.conv" if i < len(widths) - 1 else None)
+
+
+def down_stages(c: Config) -> Iterator[Stage]:
+    return _stages("down", c.block_out_channels, c.layers_per_block)
+
+
+def up_stages(c: Config) -> Iterator[Stage]:
+    return _stages("up", c.decoder_widths[::-1], c.layers_per_block + 1)
+
+
+def _block_rows(name: str, inner: int, outer: int) -> Iterator[Row]:
+    yield from norm_rows(f"{name}.norm1", inner, bias=True)
+    yield from conv_rows(f"{name}.conv1", inner, outer, (3, 3))
+    yield from norm_rows(f"{name}.norm2", outer, bias=True)
+    yield from conv_rows(f"{name}.conv2", outer, outer, (3, 3))
+    if inner != outer:
+        yield from conv_rows(f"{name}.conv_shortcut", inner, outer, (1, 1))
+
+
+def _stage_rows(stage: Stage) -> Iterator[Row]:
+    for block in stage.blocks:
+        yield from _block_rows(*block)
+    if stage.resample is not None:
+        width = stage.blocks[-1][2]
+        yield from conv_rows(stage.resample, width, width, (3, 3))
+
+
+def _middle_rows(c: Config, width: int) -> Iterator[Row]:
+    yield from _block_rows("mid_block.resnets.0", width, width)
+    if c.mid_block_add_attention:
+        yield from norm_rows("mid_block.attentions.0.group_norm", width, bias=True)
+        for name in ("to_q", "to_k", "to_v", "to_out.0"):
+            yield from linear_rows(f"mid_block.attentions.0.{name}", width, width)
+    yield from _block_rows("mid_block.resnets.1", width, width)
+
+
+def _end_rows(width: int, channels: int) -> Iterator[Row]:
+    yield from norm_rows("conv_norm_out", width, bias=True)
+    yield from conv_rows("conv_out", width, channels, (3, 3))
+
+
+def encoder_spec(c: Config) -> Iterator[Row]:
+    """Every weight of the encoder half."""
+    first, last, moments = c.block_out_channels[0], c.block_out_channels[-1], 2 * c.latent_channels
+    yield from under("encoder", conv_rows("conv_in", c.in_channels, first, (3, 3)))
+    for stage in down_stages(c):
+        yield from under("encoder", _stage_rows(stage))
+    yield from under("encoder", _middle_rows(c, last), _end_rows(last, moments))
+    if c.use_quant_conv:
+        yield from conv_rows("quant_conv", moments, moments, (1, 1))
+
+
+def decoder_spec(c: Config) -> Iterator[Row]:
+    """Every weight of the decoder half."""
+    first, last = c.decoder_widths[-1], c.decoder_widths[0]
+    if c.use_post_quant_conv:
+        yield from conv_rows("post_quant_conv", c.latent_channels, c.latent_channels, (1, 1))
+    yield from under("decoder", conv_rows("conv_in", c.latent_channels, first, (3, 3)), _middle_rows(c, first))
+    for stage in up_stages(c):
+        yield from under("decoder", _stage_rows(stage))
+    yield from under("decoder", _end_rows(last, c.out_channels))
+
+
+def statistics_spec(c: Config) -> Iterator[Row]:
+    """The statistics that both halves read, where they are weights."""
+    if c.patch_size is not None:
+        yield Row("bn.running_mean", (c.z_dim,))
+        yield Row("bn.running_var", (c.z_dim,))
+
+
+def spec(c: Config) -> Iterator[Row]:
+    """Every weight once: name and shape."""
+    yield from encoder_spec(c)
+    yield from decoder_spec(c)
+    yield from statistics_spec(c)
+
+
+def row_name(key: str) -> str | None:
+    """The spec's name of a stored key, None for the batch norm's counter, which only training reads."""
+    return None if key == "bn.num_batches_tracked" else key
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------------------
+
+
+def _block(c: Config, x: Tensor, w: Weights) -> Tensor:
+    shortcut = conv2d(x, w / "conv_shortcut") if "conv_shortcut.weight" in w else x
+    y = conv2d(F.silu(group_norm(x, w / "norm1", c.norm_num_groups)), w / "conv1", padding=1)
+    return shortcut + conv2d(F.silu(group_norm(y, w / "norm2", c.norm_num_groups)), w / "conv2", padding=1)
+
+
+def _attention(c: Config, x_BCHW: Tensor, w: Weights) -> Tensor:
+    """One head of attention over all pixels."""
+    pixels = rearrange(group_norm(x_BCHW, w / "group_norm", c.norm_num_groups), "b c h w -> b (h w) c")
+    q, k, v = (linear(pixels, w / name)[:, :, None] for name in ("to_q", "to_k", "to_v"))
+    y = linear(attention(Plan(), q, k, v)[:, :, 0], w / "to_out" / 0)
+    return x_BCHW + rearrange(y, "b (h w) c -> b c h w", h=x_BCHW.shape[2])
+
+
+def _middle(c: Config, x: Tensor, w: Weights) -> Tensor:
+    x = _block(c, x, w / "resnets" / 0)
+    if c.mid_block_add_attention:
+        x = _attention(c, x, w / "attentions" / 0)
+    return _block(c, x, w / "resnets" / 1)
+
+
+def _blocks(c: Config, x: Tensor, w: Weights, stage: Stage) -> Tensor:
+    for name, _, _ in stage.blocks:
+        x = _block(c, x, w / name)
+    return x
+
+
+def _end(c: Config, x: Tensor, w: Weights) -> Tensor:
+    return conv2d(F.silu(group_norm(x, w / "conv_norm_out", c.norm_num_groups)), w / "conv_out", padding=1)
+
+
+def _moments(c: Config, w: Weights, x_BCHW: Tensor) -> Tensor:
+    e = w / "encoder"
+    x = conv2d(x_BCHW, e / "conv_in", padding=1)
+    for stage in down_stages(c):
+        x = _blocks(c, x, e, stage)
+        if stage.resample is not None:
+            x = conv2d(F.pad(x, (0, 1, 0, 1)), e / stage.resample, stride=2)
+    x = _end(c, _middle(c, x, e / "mid_block"), e)
+    return conv2d(x, w / "quant_conv") if c.use_quant_conv else x
+
+
+def _pixels(c: Config, w: Weights, z_BZHW: Tensor) -> Tensor:
+    d = w / "decoder"
+    z = conv2d(z_BZHW, w / "post_quant_conv") if c.use_post_quant_conv else z_BZHW
+    x = _middle(c, conv2d(z, d / "conv_in", padding=1), d / "mid_block")
+    for stage in up_stages(c):
+        x = _blocks(c, x, d, stage)
+        if stage.resample is not None:
+            x = conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), d / stage.resample, padding=1)
+    return _end(c, x, d)
+
+
+# --- what callers use ---------------------------------------------------------------------------------------------------------------
+
+
+def moments(c: Config, w: Weights, x_BCFHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
+    """Pixels [B, C, F, H, W] in [-1, 1] -> mean and log-variance [B, 2Z, F, H', W'] of the raw latents' distribution.
+
+    chunk: frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one and blended. None: at once.
+    """
+    return tiled(lambda x: per_frame(lambda image: _moments(c, w, image), x, chunk), x_BCFHW, tile, 1 / c.stride)
+
+
+def normalise(c: Config, w: Weights, z_BZFHW: Tensor) -> Tensor:
+    """Raw latents -> latents of about zero mean and unit variance, as the denoiser sees them; FLUX.2's are folded into patches first."""
+    mean, std = _statistics(c, w, z_BZFHW)
+    if c.patch_size is not None:
+        ph, pw = c.patch_size
+        z_BZFHW = rearrange(z_BZFHW, "b c f (h ph) (w pw) -> b (c ph pw) f h w", ph=ph, pw=pw)
+    return (z_BZFHW - mean) / std
+
+
+def raw_latents(c: Config, w: Weights, z_BZFHW: Tensor) -> Tensor:
+    """Inverse of `normalise`."""
+    mean, std = _statistics(c, w, z_BZFHW)
+    z = z_BZFHW * std + mean
+    if c.patch_size is None:
+        return z
+    ph, pw = c.patch_size
+    return rearrange(z, "b (c ph pw) f h w -> b c f (h ph) (w pw)", ph=ph, pw=pw)
+
+
+def _statistics(c: Config, w: Weights, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of normalised channels, each to broadcast over [B, Z, F, H, W]."""
+    if c.patch_size is not None:
+        mean, std = (w / "bn")["running_mean"], ((w / "bn")["running_var"] + c.batch_norm_eps).sqrt()
+    elif c.latents_mean is not None:
+        mean, std = torch.tensor(c.latents_mean, dtype=torch.float64), torch.tensor(c.latents_std, dtype=torch.float64)
+    else:
+        mean, std = torch.tensor(c.shift_factor or 0.0, dtype=torch.float64), torch.tensor(1 / c.scaling_factor, dtype=torch.float64)
+    mean, std = (values.to(like).view(1, -1, 1, 1, 1) for values in (mean, std))
+    return mean, std
+
+
+def encode(c: Config, w: Weights, x_BCFHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
+    """Pixels [B, C, F, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'], the distribution's mean. Options as in `moments`."""
+    return normalise(c, w, moments(c, w, x_BCFHW, chunk, tile)[:, : c.latent_channels])
+
+
+def raw_pixels(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
+    """Raw latents [B, Z, F, H', W'] -> pixels [B, C, F, H, W], not clipped. `chunk` and `tile` as in `moments`."""
+    side = None if tile is None else tile // c.stride
+    return tiled(lambda z: per_frame(lambda image: _pixels(c, w, image), z, chunk), z_BZFHW, side, c.stride)
+
+
+def decode(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
+    """Normalised latents [B, Z, F, H', W'] -> pixels [B, C, F, H, W] in [-1, 1]. `chunk` and `tile` as in `moments`."""
+    return raw_pixels(c, w, raw_latents(c, w, z_BZFHW), chunk, tile).clamp(-1, 1)

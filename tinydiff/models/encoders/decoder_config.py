@@ -1,0 +1,239 @@
+"""What tells decoder language models apart: the Config that `decoder_lm` runs, and how a released config.json is read into it.
+
+transformers writes two layouts (4: `rope_theta` with `rope_scaling`; 5: `rope_parameters`, one or one per kind of layer), nests the text
+model of a multimodal one in `text_config`, and leaves out what equals its class' defaults, so those defaults are listed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch.nn.functional as F
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding of one kind of layer, under the names of `rope_parameters`.
+
+    mrope_section: channel pairs turned by the temporal, the vertical and the horizontal position; empty where a position is one number.
+    llama_4_scaling_beta: queries grow by 1 + beta log(1 + position // original_max_position_embeddings).
+    """
+
+    rope_theta: float = 1e4
+    rope_type: str = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    attention_factor: float | None = None
+    truncate: bool = True
+    mrope_section: tuple[int, ...] = ()
+    llama_4_scaling_beta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_type is {self.rope_type!r}; known are {', '.join(ROPE_TYPES)}")
+        if (self.rope_type in ("llama3", "yarn") or self.llama_4_scaling_beta) and self.original_max_position_embeddings <= 0:
+            raise ValueError(f"rope_type {self.rope_type!r} needs original_max_position_embeddings, the length trained on")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Field names are those of the text part of the checkpoint's config.json. The defaults are those of the text part of Qwen2.5-VL 7B.
+
+    qkv_bias, o_bias, mlp_bias: which linears have a bias. qk_norm: queries and keys are normalised per head. norm_plus_one: norms
+    multiply by 1 + weight. sandwich_norms: what a branch adds is normalised too. scale_embeddings: embeddings grow by the root of the
+    width. layer_types: the kind of each layer. local_rope_parameters: the rope of sliding layers where it is not that of the others.
+    layers: how many layers are built and run, counted from the first. lm_head: whether the output head is built, to generate text.
+    """
+
+    vocab_size: int = 152064
+    hidden_size: int = 3584
+    intermediate_size: int = 18944
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28
+    num_key_value_heads: int = 4
+    head_dim: int = 128
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    layer_types: tuple[str, ...] = (FULL,) * 28
+    sliding_window: int | None = None
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    rope_parameters: Rope = Rope(1e6, mrope_section=(16, 24, 24))
+    local_rope_parameters: Rope | None = None
+    qkv_bias: bool = True
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    norm_plus_one: bool = False
+    sandwich_norms: bool = False
+    scale_embeddings: bool = False
+    layers: int = 28
+    lm_head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            heads = f"num_attention_heads is {self.num_attention_heads}"
+            raise ValueError(f"{heads}; it must be a multiple of num_key_value_heads, {self.num_key_value_heads}")
+        if len(self.layer_types) != self.num_hidden_layers or not set(self.layer_types) <= {FULL, SLIDING}:
+            raise ValueError(f"layer_types is {self.layer_types}; it names {FULL} or {SLIDING} for each of {self.num_hidden_layers} layers")
+        if SLIDING in self.layer_types and not self.sliding_window:
+            raise ValueError(f"sliding_window is {self.sliding_window!r}, but layer_types has {SLIDING}")
+        sections = self.rope_parameters.mrope_section
+        if sections and (len(sections) != 3 or sum(sections) != self.head_dim // 2):
+            raise ValueError(f"mrope_section is {sections}; it divides the {self.head_dim // 2} channel pairs of a head over three axes")
+        if not 1 <= self.layers <= self.num_hidden_layers:
+            raise ValueError(f"layers is {self.layers}; the model has 1 to {self.num_hidden_layers}")
+        if self.lm_head and not self.final_norm:
+            raise ValueError(f"lm_head needs all {self.num_hidden_layers} layers; layers is {self.layers}")
+
+    @property
+    def final_norm(self) -> bool:
+        """Whether the last state is normalised: only that of the model's last layer is."""
+        return self.layers == self.num_hidden_layers
+
+
+_GEMMA = {"vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
+          "num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
+          "rope_theta": 1e4, "sliding_window": 4096, "tie_word_embeddings": True,
+          "norm_plus_one": True, "sandwich_norms": True, "scale_embeddings": True}  # fmt: skip
+_LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+          "rms_norm_eps": 1e-6, "hidden_act": "silu", "max_position_embeddings": 2048, "rope_theta": 1e4}  # fmt: skip
+
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "ministral3": _LLAMA | {
+        "vocab_size": 131072, "intermediate_size": 14336, "num_hidden_layers": 34, "num_key_value_heads": 8, "head_dim": 128,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 262144, "rope_theta": 1e6,
+        "rope_parameters": {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16384, "mscale": 1.0,
+                            "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+    },
+    "qwen2_5_vl_text": _LLAMA | {
+        "vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 32768, "rope_theta": 1e6, "max_window_layers": 80,
+        "sliding_window": 4096, "use_sliding_window": False, "qkv_bias": True,
+    },
+    "qwen3": _LLAMA | {
+        "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768,
+        "max_window_layers": 28, "sliding_window": 4096, "use_sliding_window": False, "qk_norm": True,
+    },
+    "gemma2": _GEMMA | {
+        "max_position_embeddings": 8192, "sliding_window_pattern": 2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+    },
+    "gemma3_text": _GEMMA | {
+        "vocab_size": 262208, "max_position_embeddings": 131072, "sliding_window_pattern": 6, "qk_norm": True,
+        "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+    },
+}  # fmt: skip
+"""model_type of the text part: what its config.json may leave out, and the flags of Config that set."""
+
+CLASSES = {
+    "LlamaModel": ("llama",),
+    "LlamaForCausalLM": ("llama",),
+    "MistralForCausalLM": ("mistral",),
+    "Mistral3Model": ("mistral", "ministral3"),
+    "Mistral3ForConditionalGeneration": ("mistral", "ministral3"),
+    "Ministral3ForCausalLM": ("ministral3",),
+    "Qwen2_5_VLTextModel": ("qwen2_5_vl_text",),
+    "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl_text",),
+    "Qwen3Model": ("qwen3",),
+    "Qwen3ForCausalLM": ("qwen3",),
+    "Gemma2Model": ("gemma2",),
+    "Gemma2ForCausalLM": ("gemma2",),
+    "Gemma3TextModel": ("gemma3_text",),
+    "Gemma3ForCausalLM": ("gemma3_text",),
+    "Gemma3ForConditionalGeneration": ("gemma3_text",),
+}
+"""Class named in model_index.json: the model_types its text part may have."""
+
+_WHOLE = {"qwen2_5_vl": "qwen2_5_vl_text", "gemma3": "gemma3_text"}
+"""model_type of a whole multimodal model whose older files hold the text part's fields beside it."""
+
+
+def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
+    """The Config of a released config.json, all layers built and no output head; `dataclasses.replace` sets `layers` and `lm_head`.
+
+    class_name: the class that model_index.json names. Raises ValueError, one sentence, for what is not implemented.
+    """
+    if class_name not in CLASSES:
+        raise ValueError(f"{class_name!r} is no known language model; known are {', '.join(CLASSES)}")
+    text = entries.get("text_config") or entries
+    kind: str = text.get("model_type", CLASSES[class_name][0])
+    kind = _WHOLE.get(kind, kind)
+    if kind not in CLASSES[class_name]:
+        raise ValueError(f"model_type is {kind!r}; {class_name} holds {' or '.join(CLASSES[class_name])}")
+    v = KINDS[kind] | dict(text)
+    if v.get("use_bidirectional_attention"):
+        raise ValueError("use_bidirectional_attention is set; only causal attention is implemented")
+    heads, layers = v["num_attention_heads"], v["num_hidden_layers"]
+    bias = bool(v.get("attention_bias"))
+    ties = [source["tie_word_embeddings"] for source in (text, entries) if "tie_word_embeddings" in source]  # newer files say it outside
+    rope, local_rope = _ropes(v)
+    window = v.get("sliding_window") if v.get("use_sliding_window", True) else None
+    derived = {
+        "head_dim": v.get("head_dim") or v["hidden_size"] // heads,
+        "num_key_value_heads": v.get("num_key_value_heads") or heads,
+        "hidden_act": v.get("hidden_activation", KINDS[kind]["hidden_act"]) if "gemma" in kind else v["hidden_act"],
+        "tie_word_embeddings": any(ties) if ties else KINDS[kind].get("tie_word_embeddings", False),
+        "sliding_window": window,
+        "layer_types": _layer_types(v) if window else (FULL,) * layers,
+        "rope_parameters": rope,
+        "local_rope_parameters": local_rope,
+        "qkv_bias": bias or v.get("qkv_bias", False),
+        "o_bias": bias,
+        "layers": layers,
+        "lm_head": False,
+    }
+    return Config(**{field.name: value for field in fields(Config) if (value := (v | derived).get(field.name)) is not None})
+
+
+def _layer_types(v: Mapping[str, Any]) -> tuple[str, ...]:
+    """As listed; else layers slide from `max_window_layers` on, but for every `sliding_window_pattern`-th."""
+    if v.get("layer_types"):
+        return tuple(v["layer_types"])
+    first, pattern = v.get("max_window_layers", 0), v.get("sliding_window_pattern", 0)
+    slides = (i >= first and not (pattern and (i + 1) % pattern == 0) for i in range(v["num_hidden_layers"]))
+    return tuple(SLIDING if yes else FULL for yes in slides)
+
+
+def _ropes(v: Mapping[str, Any]) -> tuple[Rope, Rope | None]:
+    """The rope of full layers and that of sliding ones, None where it is the same."""
+    given = v.get("rope_scaling") or v.get("rope_parameters") or {}
+    if FULL in given:
+        return _rope(v, given[FULL]), _rope(v, given[SLIDING])
+    local = v.get("rope_local_base_freq")
+    return _rope(v, given), None if local is None else Rope(local)
+
+
+def _rope(v: Mapping[str, Any], given: Mapping[str, Any]) -> Rope:
+    kind = given.get("rope_type") or given.get("type", "default")
+    kind = "default" if kind == "mrope" else kind
+    entries: dict[str, Any] = {"rope_theta": v["rope_theta"]} | dict(given) | {"rope_type": kind}
+    if kind in ("llama3", "yarn"):
+        entries.setdefault("original_max_position_embeddings", v["max_position_embeddings"])
+    if entries.pop("partial_rotary_factor", None) not in (None, 1, 1.0):
+        raise ValueError(f"partial_rotary_factor is {given['partial_rotary_factor']}; only heads rotated whole are implemented")
+    known = {field.name for field in fields(Rope)}
+    unknown = sorted(set(entries) - known - {"type", "max_position_embeddings"})
+    if unknown and kind in ROPE_TYPES:
+        raise ValueError(f"rope parameter {unknown[0]!r} is not known; known are {', '.join(sorted(known))}")
+    entries["mrope_section"] = tuple(given.get("mrope_section") or ())
+    return Rope(**{name: entries[name] for name in known if entries.get(name) is not None})

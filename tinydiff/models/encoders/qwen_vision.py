@@ -1,0 +1,243 @@
+"""The vision tower of Qwen2.5-VL, the pixels it takes, and how its tokens stand among the words of the language model.
+
+Source: arXiv 2502.13923. Patches attend within windows of 8 x 8, in four of the 32 blocks to their whole image; then each 2 x 2 patches
+become one token of the language model. Patches are listed so that those four are neighbours.
+
+Shape letters: N patches, P values of a patch, D width, U windows, M patches of a window, C width of the language model, B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from tinydiff.models.encoders.clip_vision import MEAN, STD
+from tinydiff.models.encoders.decoder_config import ACTIVATIONS, Rope
+from tinydiff.models.encoders.decoder_lm import frequencies
+from tinydiff.ops.attention import attention
+from tinydiff.ops.linear import linear, linear_sum
+from tinydiff.ops.norm import compute_dtype, rms_norm
+from tinydiff.ops.rope import grid_positions, rotate_half
+from tinydiff.ops.weights import Weights
+from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat
+
+if TYPE_CHECKING:
+    import numpy as np
+
+EPS = 1e-6
+
+Grid = tuple[int, int]
+"""Patches of an image: rows, columns."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Field names are those of `vision_config` in the checkpoint's config.json."""
+
+    depth: int = 32
+    hidden_size: int = 1280
+    intermediate_size: int = 3420
+    num_heads: int = 16
+    in_channels: int = 3
+    out_hidden_size: int = 3584
+    hidden_act: str = "silu"
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    window_size: int = 112
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
+
+    def __post_init__(self) -> None:
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
+        if self.window_size % (token := self.patch_size * self.spatial_merge_size):
+            raise ValueError(f"window_size is {self.window_size}; it must be a multiple of a token's {token} pixels")
+
+
+def config_from(entries: Mapping[str, Any]) -> Config:
+    """The Config of a released Qwen2.5-VL config.json. Older files call `in_channels` `in_chans`."""
+    vision = dict(entries["vision_config"])
+    vision.setdefault("in_channels", vision.get("in_chans", Config.in_channels))
+    vision["fullatt_block_indexes"] = tuple(vision.get("fullatt_block_indexes", Config.fullatt_block_indexes))
+    return Config(**{field.name: vision[field.name] for field in fields(Config) if field.name in vision})
+
+
+# --- weights ------------------------------------------------------------------------------------------------------------------------
+
+
+def _block_rows(c: Config) -> Iterator[Row]:
+    d = c.hidden_size
+    yield from norm_rows("norm1", d)
+    yield from linear_rows("attn.qkv", d, 3 * d, "out", parts=(d, d, d))
+    yield from linear_rows("attn.proj", d, d, "in")
+    yield from norm_rows("norm2", d)
+    for name in ("gate_proj", "up_proj"):
+        yield from linear_rows(f"mlp.{name}", d, c.intermediate_size, "out")
+    yield from linear_rows("mlp.down_proj", c.intermediate_size, d, "in")
+
+
+def spec(c: Config) -> Iterator[Row]:
+    """Every weight once, without the `visual.` of the released files."""
+    d, merged = c.hidden_size, c.hidden_size * c.spatial_merge_size**2
+    yield Row("patch_embed.proj.weight", (d, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size))
+    yield from repeat("blocks", c.depth, _block_rows(c))
+    yield from norm_rows("merger.ln_q", d)
+    yield from linear_rows("merger.mlp.0", merged, merged, "out")
+    yield from linear_rows("merger.mlp.2", merged, c.out_hidden_size, "in")
+
+
+def row_name(key: str) -> str | None:
+    """The spec's name of a stored key, None for those of the language model beside it."""
+    for prefix in ("model.visual.", "visual."):
+        if key.startswith(prefix):
+            return key.removeprefix(prefix)
+    return None if key.startswith(("model.", "lm_head.")) else key
+
+
+# --- from picture to patches --------------------------------------------------------------------------------------------------------
+
+
+def fitted(height: int, width: int, multiple: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width near the given ones that are multiples of `multiple` and whose product lies within the bounds."""
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"an image of {width} x {height} is too narrow: one side is at most 200 times the other")
+    tall, wide = (round(side / multiple) * multiple for side in (height, width))
+    if tall * wide > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        tall, wide = (max(multiple, math.floor(side / shrink / multiple) * multiple) for side in (height, width))
+    elif tall * wide < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        tall, wide = (math.ceil(side * grow / multiple) * multiple for side in (height, width))
+    return tall, wide
+
+
+def pixels(c: Config, image_HWC: np.ndarray, min_pixels: int = 56 * 56, max_pixels: int = 12845056) -> tuple[Tensor, Grid]:
+    """uint8 [H, W, 3] RGB -> (patches float32 [N, P], their grid). Bicubic, CLIP's mean and deviation taken off, each frame twice.
+    Opacity, of RGBA [H, W, 4], is seen before white.
+
+    min_pixels, max_pixels: of the checkpoint's preprocessor_config.json. Values are those of transformers' Qwen2VLImageProcessorPil.
+    """
+    import numpy as np
+    from PIL import Image
+
+    p, m = c.patch_size, c.spatial_merge_size
+    height, width = fitted(image_HWC.shape[0], image_HWC.shape[1], p * m, min_pixels, max_pixels)
+    picture = Image.fromarray(image_HWC)
+    if picture.mode == "RGBA":
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    resized = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+    colours = (torch.from_numpy(resized * (1 / 255)).float() - torch.tensor(MEAN)) / torch.tensor(STD)
+    patches = rearrange(colours, "(h m p) (w n q) c -> (h w m n) c 1 (p q)", m=m, n=m, p=p, q=p)
+    return patches.expand(-1, -1, c.temporal_patch_size, -1).flatten(1), (height // p, width // p)
+
+
+# --- the network --------------------------------------------------------------------------------------------------------------------
+
+
+def windows(c: Config, grid: Grid) -> Tensor:
+    """Which patches each window holds: int64 [U, M], -1 where a window reaches beyond the image."""
+    m = c.spatial_merge_size
+    side = c.window_size // c.patch_size // m
+    tall, wide = grid[0] // m, grid[1] // m
+    tokens = F.pad(torch.arange(tall * wide).view(tall, wide), (0, -wide % side, 0, -tall % side), value=-1)
+    tokens = rearrange(tokens, "(a s) (b t) -> (a b) (s t) 1", s=side, t=side)
+    return torch.where(tokens < 0, -1, tokens * m * m + torch.arange(m * m)).flatten(1)
+
+
+def _rope(c: Config, grid: Grid, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [N, D / heads / 2] of the patches: the first half turned by the row, the second by the column."""
+    m = c.spatial_merge_size
+    at = rearrange(grid_positions(*grid), "(h m w n) a -> (h w m n) a", h=grid[0] // m, m=m, n=m).to(like.device)
+    turn, _ = frequencies(Rope(1e4), c.hidden_size // c.num_heads // 2)
+    dtype = compute_dtype(like)
+    angle = (at[..., None].to(dtype) * turn.to(like.device, dtype)).flatten(1)
+    return angle.cos(), angle.sin()
+
+
+def encode(c: Config, plan: Plan, w: Weights, patches_NP: Tensor, grids: Sequence[Grid]) -> Tensor:
+    """Patches of images one after another [N, P], of the given grids, -> tokens for the language model [N / 4, C]."""
+    kernel = w["patch_embed.proj.weight"].flatten(1)
+    images = patches_NP.to(kernel.dtype).split([tall * wide for tall, wide in grids])
+    return torch.cat([_image(c, plan, w, F.linear(image, kernel), grid) for image, grid in zip(images, grids, strict=True)])
+
+
+def _image(c: Config, plan: Plan, w: Weights, x_ND: Tensor, grid: Grid) -> Tensor:
+    """One image, kept as windows [U, M, D] of equal size through all blocks; what a window holds beyond the image is never seen."""
+    index = windows(c, grid)
+    real, order = index >= 0, index.clamp_min(0).to(x_ND.device)
+    hidden = None
+    if not bool(real.all()):
+        hidden = torch.zeros(real.shape, dtype=x_ND.dtype).masked_fill(~real, -math.inf).to(x_ND.device)
+    x = x_ND[order]
+    cos, sin = (table[order] for table in _rope(c, grid, x_ND))
+    for i in range(c.depth):
+        whole = i in c.fullatt_block_indexes
+        x, rows, columns = (y.reshape(1, -1, y.shape[-1]) if whole else y.view(*index.shape, y.shape[-1]) for y in (x, cos, sin))
+        mask = None if hidden is None else hidden.view(1, 1, 1, -1) if whole else hidden[:, None, None]
+        x = _block(c, plan, w / "blocks" / i, x, rows, columns, mask)
+    x = x.view(*index.shape, -1)
+    back = torch.argsort(index[real]).to(x.device)
+    merger = w / "merger"
+    tokens = rms_norm(x[real.to(x.device)][back], merger / "ln_q", EPS).view(-1, merger["mlp.0.weight"].shape[1])
+    return linear_sum(plan, F.gelu(linear(tokens, merger / "mlp.0")), merger / "mlp.2")
+
+
+def _block(c: Config, plan: Plan, w: Weights, x_UMD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    a, f = w / "attn", w / "mlp"
+    q, k, v = linear(rms_norm(x_UMD, w / "norm1", EPS), a / "qkv").unflatten(-1, (3, -1, c.hidden_size // c.num_heads)).unbind(2)
+    y = attention(plan, rotate_half(q, cos, sin), rotate_half(k, cos, sin), v, mask)
+    x = x_UMD + linear_sum(plan, y.flatten(2), a / "proj")
+    y = rms_norm(x, w / "norm2", EPS)
+    return x + linear_sum(plan, ACTIVATIONS[c.hidden_act](linear(y, f / "gate_proj")) * linear(y, f / "up_proj"), f / "down_proj")
+
+
+# --- among the words ----------------------------------------------------------------------------------------------------------------
+
+
+def token_counts(c: Config, grids: Sequence[Grid]) -> list[int]:
+    """How many tokens of the language model each image becomes."""
+    return [tall * wide // c.spatial_merge_size**2 for tall, wide in grids]
+
+
+def expand(ids: Sequence[int], image_id: int, counts: Sequence[int]) -> list[int]:
+    """A prompt's ids with its i-th image token repeated counts[i] times. ValueError unless there is one such token per image."""
+    places = list(ids).count(image_id)
+    if places != len(counts):
+        raise ValueError(f"the prompt has {places} places for images and {len(counts)} images are given")
+    left = iter(counts)
+    return [each for token in ids for each in ([token] * next(left) if token == image_id else [token])]
+
+
+def place(embeds_BTC: Tensor, ids_BT: Tensor, image_id: int, tokens_NC: Tensor) -> Tensor:
+    """Embeddings [B, T, C] with the images' tokens [N, C], in order, where the ids say `image_id`."""
+    return embeds_BTC.masked_scatter((ids_BT == image_id)[..., None], tokens_NC.to(embeds_BTC.dtype))
+
+
+def positions(c: Config, ids_BT: Tensor, mask_BT: Tensor, image_id: int, grids: Sequence[Grid]) -> Tensor:
+    """Positions [3, B, T] (time, row, column) of words and images; 0 on padding. `grids`: of all images, row after row of the batch.
+
+    Words count on along all three axes. The tokens of an image share one time and take the rows and columns of its grid, from where the
+    words before it end; after it the count goes on behind the longer side.
+    """
+    m, left = c.spatial_merge_size, iter(grids)
+    at = torch.zeros(3, *ids_BT.shape, dtype=torch.int64)
+    for row, (ids, mask) in enumerate(zip(ids_BT.tolist(), mask_BT.tolist(), strict=True)):
+        real = [i for i, seen in enumerate(mask) if seen]
+        start = done = 0
+        while done < len(real):
+            if ids[real[done]] == image_id:
+                tall, wide = (side // m for side in next(left))
+                step, size = grid_positions(1, tall, wide).T, max(tall, wide)
+            else:
+                step, size = torch.zeros(3, 1, dtype=torch.int64), 1
+            places = real[done : done + step.shape[1]]
+            at[:, row, places] = start + step
+            start, done = start + size, done + step.shape[1]
+    return at.to(ids_BT.device)

@@ -1,0 +1,271 @@
+"""ERNIE-Image and ERNIE-Image-Turbo: one transformer stack on image and text tokens, every block modulated alike.
+
+Source: Baidu's ERNIE-Image and the ErnieImageTransformer2DModel checkpoints; the two models differ in their weights only.
+
+Shape letters: B batch, T text tokens, L image tokens, P latent values of a token, D width, H heads, E head width, S steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinydiff.models.encoders import decoder_lm
+from tinydiff.models.joint import Streams, joint_mask, split
+from tinydiff.models.recipe import Parts, Prepared, latent_size, on_grid, token_count
+from tinydiff.models.registry import ReleasedModel
+from tinydiff.ops.attention import attention
+from tinydiff.ops.embed import embedder, timestep_embedding
+from tinydiff.ops.linear import linear, linear_sum
+from tinydiff.ops.moves import move
+from tinydiff.ops.norm import compute_dtype, modulate, rms_norm
+from tinydiff.ops.rope import grid_positions, rope_table
+from tinydiff.ops.weights import Weights
+from tinydiff.parallel.plan import SEQUENCE_MOVES, Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.records import Request
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Field names are those of the checkpoint's config.json."""
+
+    hidden_size: int = 4096
+    num_attention_heads: int = 32
+    num_layers: int = 36
+    ffn_hidden_size: int = 12288
+    in_channels: int = 128
+    out_channels: int = 128
+    patch_size: int = 1
+    text_in_dim: int = 3072
+    rope_theta: int = 256
+    rope_axes_dim: tuple[int, int, int] = (32, 48, 48)
+    eps: float = 1e-6
+    qk_layernorm: bool = True
+
+    def __post_init__(self) -> None:
+        if self.patch_size != 1:
+            raise ValueError(f"patch_size is {self.patch_size}; a token of ERNIE-Image is one pixel of its latents (1)")
+        if not self.qk_layernorm:
+            raise ValueError("qk_layernorm is false; ERNIE-Image normalises queries and keys")
+        if self.text_in_dim == self.hidden_size:
+            raise ValueError(f"text_in_dim is hidden_size ({self.hidden_size}); such a model has no text_proj, and none was released")
+        if len(self.rope_axes_dim) != 3 or any(dim % 2 for dim in self.rope_axes_dim) or sum(self.rope_axes_dim) != self.head_width:
+            raise ValueError(f"rope_axes_dim is {self.rope_axes_dim}; it must be three even parts of a head's width {self.head_width}")
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+MOVES = SEQUENCE_MOVES
+
+# --- weights ------------------------------------------------------------------------------------------------------------------------
+
+
+def _block_rows(c: Config) -> Iterator[Row]:
+    d, a = c.hidden_size, "self_attention"
+    for name in ("adaLN_sa_ln", "adaLN_mlp_ln"):
+        yield from norm_rows(name, d)
+    for name in ("to_q", "to_k", "to_v"):
+        yield from linear_rows(f"{a}.{name}", d, d, "out", bias=False)
+    for name in ("norm_q", "norm_k"):
+        yield from norm_rows(f"{a}.{name}", c.head_width)
+    yield from linear_rows(f"{a}.to_out.0", d, d, "in", bias=False)
+    for name in ("gate_proj", "up_proj"):
+        yield from linear_rows(f"mlp.{name}", d, c.ffn_hidden_size, "out", bias=False)
+    yield from linear_rows("mlp.linear_fc2", c.ffn_hidden_size, d, "in", bias=False)
+
+
+def spec(c: Config) -> Iterator[Row]:
+    """Every weight once: name, shape, tensor-parallel split."""
+    d = c.hidden_size
+    yield Row("x_embedder.proj.weight", (d, c.in_channels, 1, 1))
+    yield Row("x_embedder.proj.bias", (d,))
+    yield from linear_rows("text_proj", c.text_in_dim, d, bias=False)
+    for name in ("time_embedding.linear_1", "time_embedding.linear_2"):
+        yield from linear_rows(name, d, d)
+    yield from linear_rows("adaLN_modulation.1", d, 6 * d)
+    yield from repeat("layers", c.num_layers, _block_rows(c))
+    yield from linear_rows("final_norm.linear", d, 2 * d)
+    yield from linear_rows("final_linear", d, c.out_channels)
+
+
+# --- what is computed once, before the loop ---------------------------------------------------------------------------------------
+
+POOLED = False
+"""Whether text enters the rows of the steps."""
+
+SHARED = ("cos", "sin", "text_cos", "text_sin", "mask")
+"""The request's tensors that every block reads, where present. The modulation of a step is shared by all blocks too."""
+
+TOKEN_DIMS = {"cos": 1, "sin": 1}
+"""Which dimension of a request's tensor runs over image tokens."""
+
+TEXT_DIMS = {"text": 1, "text_cos": 1, "text_sin": 1, "mask": 1}
+"""Which dimension of a request's tensor runs over text tokens."""
+
+
+def _positions(grid_LA: Tensor, tokens: int, mask_BT: Tensor | None) -> Streams:
+    """Positions (word, row, column) of text [B or 1, T, 3] and image [B or 1, L, 3]: the picture stands where the text ends."""
+    device = grid_LA.device
+    ends = torch.tensor([tokens], device=device) if mask_BT is None else mask_BT.sum(1)
+    return grid_positions(tokens, 1, 1, device=device).expand(len(ends), -1, -1), grid_LA + F.pad(ends[:, None, None], (0, 2))
+
+
+def _rope(c: Config, positions_BLA: Tensor) -> Streams:
+    """Positions [B, L, 3] -> cosines and sines [B, L, E], each angle twice in a row.
+
+    `_rotate` pairs the halves of a head all the same: the checkpoints were trained so. The reference computes angles in float32.
+    """
+    tables = rope_table(positions_BLA.flatten(0, 1), c.rope_axes_dim, c.rope_theta, torch.float32)
+    cos, sin = (table.repeat_interleave(2, -1).unflatten(0, positions_BLA.shape[:2]) for table in tables)
+    return cos, sin
+
+
+def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
+    """All that depends only on the request and the table: (constants of the loop, tensors with one row per step).
+
+    inputs: `text` [B, T, text_in_dim], `positions` [L, 3] of the image tokens and, where texts of a batch differ in length, `mask` [B, T]:
+    ones for a text's tokens, then zeros. timesteps_S: sigma * 1000.
+    """
+    dtype = w["text_proj.weight"].dtype
+    text = linear(inputs["text"].to(dtype), w / "text_proj")
+    request = {"text": move(plan, "enter", text)}
+    if "mask" in inputs:
+        request["mask"] = inputs["mask"].bool()
+    for stream, at in zip(("text_", ""), _positions(inputs["positions"], text.shape[1], request.get("mask")), strict=True):
+        cos, sin = _rope(c, at)
+        request |= {f"{stream}cos": move(plan, "enter", cos), f"{stream}sin": move(plan, "enter", sin)}
+
+    cosines, sines = timestep_embedding(timesteps_S.to(dtype), c.hidden_size).chunk(2, -1)  # half types round it, as in the reference
+    time = embedder(torch.cat([sines, cosines], -1).to(dtype), w / "time_embedding")[:, None]
+    modulation = linear(F.silu(time), w / "adaLN_modulation" / 1).unflatten(-1, (6, -1))
+    last = linear(time, w / "final_norm" / "linear").unflatten(-1, (2, -1))
+    return request, {"modulation": modulation.to(compute_dtype(modulation)), "last_modulation": last}
+
+
+# --- the network --------------------------------------------------------------------------------------------------------------------
+
+
+def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
+    """Latent tokens [B, L, P] -> text [B, T, D] and image [B, L, D]."""
+    text, proj = request["text"].expand(x_BLP.shape[0], -1, -1).contiguous(), w / "x_embedder" / "proj"
+    return text, move(plan, "enter", F.linear(x_BLP.to(text.dtype), proj["weight"].flatten(1), proj["bias"]))
+
+
+def _rotate(x_BLHE: Tensor, cos_BLE: Tensor, sin_BLE: Tensor) -> Tensor:
+    """Turn (x0, x[E/2]), (x1, x[E/2 + 1]), ..., each of the two by its own angle. Computed in the wider type, returned in x's."""
+    a, b = x_BLHE.chunk(2, -1)
+    return (x_BLHE * cos_BLE.unsqueeze(2) + torch.cat([-b, a], -1) * sin_BLE.unsqueeze(2)).to(x_BLHE.dtype)
+
+
+def _scaled(x: Tensor, w: Weights, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """RMSNorm, then `y * (1 + scale) + shift` in the modulation's type, returned in x's."""
+    return (rms_norm(x, w, eps) * (1 + scale) + shift).to(x.dtype)
+
+
+def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
+    """Self-attention and feed-forward on the joint sequence, both modulated."""
+    length, x = streams[0].shape[1], torch.cat(streams, 1)
+    shift, scale, gate, ff_shift, ff_scale, ff_gate = shared["modulation"].unsqueeze(2).unbind(1)
+    cos, sin = (torch.cat([shared[f"text_{name}"], shared[name]], 1) for name in ("cos", "sin"))
+    mask = joint_mask(shared["mask"], x.shape[1] - length) if "mask" in shared else None
+
+    a = w / "self_attention"
+    y = _scaled(x, w / "adaLN_sa_ln", shift, scale, c.eps)
+    q, k, v = (linear(y, a / name).unflatten(-1, (-1, c.head_width)) for name in ("to_q", "to_k", "to_v"))
+    q, k = (_rotate(rms_norm(z, a / norm, c.eps), cos, sin) for z, norm in ((q, "norm_q"), (k, "norm_k")))
+    x = x + (gate * linear_sum(plan, attention(plan, q, k, v, mask).flatten(2), a / "to_out" / 0)).to(x.dtype)
+
+    ff = w / "mlp"
+    y = _scaled(x, w / "adaLN_mlp_ln", ff_shift, ff_scale, c.eps)
+    y = linear_sum(plan, linear(y, ff / "up_proj") * F.gelu(linear(y, ff / "gate_proj")), ff / "linear_fc2")
+    (text, image), (y_text, y_image) = split(x, length), split((ff_gate * y).to(x.dtype), length)
+    return text + y_text, image + y_image
+
+
+def blocks(c: Config) -> list:
+    """The stack as rows (function, prefix)."""
+    return [(block, f"layers.{i}") for i in range(c.num_layers)]
+
+
+def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, step: Tensors) -> Tensor:
+    """The image stream [B, L, D] -> predicted velocity of each token [B, L, P]."""
+    scale, shift = step["last_modulation"].unsqueeze(2).unbind(1)
+    return linear(modulate(move(plan, "leave", streams[1]), shift, scale, c.eps), w / "final_linear")
+
+
+# --- what a pipeline needs of this family -----------------------------------------------------------------------------------------
+
+
+def positions(size: tuple[int, int, int], device: torch.device | str | None = None) -> Tensor:
+    """Positions [L, 3] (0, row, column) of the tokens of latents of `size` (1, height, width)."""
+    return grid_positions(*size, device=device)
+
+
+PIXEL = (1, 1, 1)
+"""The patch of a token: the autoencoder folds 2x2 places into channels itself."""
+
+
+def _text(parts: Parts, text: str, length: int) -> Tensor:
+    """The language model's last state but one [1, T, text_in_dim]; each text has its own length."""
+    encoder = parts.nets["text_encoder"]
+    ids, _ = parts.tokens("tokenizer", [text], length, "none")
+    if ids.shape[1] == 0:  # an empty text, and a tokenizer that opens none
+        ids, _ = parts.tokens("tokenizer", ["<s>"], length, "none")
+    (state,) = decoder_lm.encode(encoder.config, encoder.plan, encoder.w, ids, take=(encoder.config.layers,))
+    return state
+
+
+def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
+    """The texts as they are; ERNIE-Image's language model for longer prompts is left out."""
+    vae = parts.nets["vae"].config
+    where = positions(latent_size(vae, request), parts.device)
+    branches = [{"text": _text(parts, text, request.text_tokens), "positions": where} for text in request.texts]
+    return on_grid(branches, vae, request, PIXEL)
+
+
+PIPELINES = {"ErnieImagePipeline": prepare}
+"""Pipeline class -> its recipe."""
+
+GUIDANCE = "classifier_free"
+TAKES: Mapping[str, tuple[int, ...]] = {"text_encoder": (-2,)}
+"""Which hidden states of its language models are read: component -> indices, from the end where negative."""
+SETTLES = {"vae": {"batch_norm_eps": 1e-5}}
+"""What the pipeline sets, whatever a component's config.json says: component -> its fields."""
+LINEAR_GRID = True
+"""Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
+
+
+def patch(c: Config) -> int:
+    """Latent pixels along a token's side."""
+    return 1
+
+
+def image_tokens(c: Config, vae: Any, request: Request) -> int:
+    """How many tokens the request's picture has."""
+    return token_count(vae, request, PIXEL)
+
+
+def mu(tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
+    """The dynamic shift of the schedule: ERNIE-Image has none."""
+    return None
+
+
+def needs(c: Config) -> tuple[str, ...]:
+    """Components needed beside transformer, vae, text_encoder, tokenizer and scheduler."""
+    return ()
+
+
+def meets(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+    """What this network's config must say to fit the components around it: (field, value, why)."""
+    for field in ("in_channels", "out_channels"):
+        yield field, nets["vae"].z_dim, "the vae's latents need"
+    yield "text_in_dim", nets["text_encoder"].hidden_size, "the text encoder gives"

@@ -1,0 +1,262 @@
+"""FLUX.1 dev, schnell and Kontext: a double-stream, then single-stream flow transformer, conditioned on T5's tokens and CLIP's vector.
+
+Source: FLUX.1's reference code, arXiv 2506.15742 (Kontext) and the FluxTransformer2DModel checkpoints. Variants differ in `Config`
+only: dev and Kontext embed the guidance scale, schnell has none. Kontext is given the tokens of pictures to edit behind those of
+the picture it makes.
+
+Shape letters: B batch, T text tokens, L image tokens, P latent values of a token, D width, S steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from tinydiff.models import joint
+from tinydiff.models.encoders import clip_text, t5
+from tinydiff.models.recipe import Parts, Prepared, appended, latent_size, on_grid, shift_by_tokens, token_count
+from tinydiff.models.registry import ReleasedModel
+from tinydiff.ops.embed import embedder, timestep_embedding
+from tinydiff.ops.linear import linear
+from tinydiff.ops.moves import move
+from tinydiff.ops.norm import compute_dtype
+from tinydiff.ops.patch import patchify
+from tinydiff.ops.rope import grid_positions
+from tinydiff.ops.weights import Weights
+from tinydiff.parallel.plan import SEQUENCE_MOVES, Plan, Row, linear_rows
+from tinydiff.records import Request
+
+Tensors = dict[str, Tensor]
+Streams = joint.Streams
+
+
+@dataclass(frozen=True)
+class Config:
+    """Field names are those of the checkpoint's config.json. patch_size is 1: the latents come packed, 2 x 2 to a token."""
+
+    patch_size: int = 1
+    in_channels: int = 64
+    out_channels: int | None = None
+    num_layers: int = 19
+    num_single_layers: int = 38
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096
+    pooled_projection_dim: int = 768
+    guidance_embeds: bool = False
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+
+    def __post_init__(self) -> None:
+        if self.patch_size != 1:
+            raise ValueError(f"patch_size is {self.patch_size}; FLUX.1 takes packed latents, patch_size 1")
+        if len(self.axes_dims_rope) != 3 or sum(self.axes_dims_rope) != self.attention_head_dim:
+            raise ValueError(f"axes_dims_rope is {self.axes_dims_rope}; three axes must share the head width {self.attention_head_dim}")
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+MOVES = SEQUENCE_MOVES
+PATCH = (1, 2, 2)
+"""Latents to tokens and back: `ops.patch.patchify` by this patch."""
+FREQUENCIES = 256
+
+# --- weights ------------------------------------------------------------------------------------------------------------------------
+
+
+def spec(c: Config) -> Iterator[Row]:
+    """Every weight once: name, shape and tensor-parallel split."""
+    d = c.width
+    guidance = {"guidance_embedder": FREQUENCIES} if c.guidance_embeds else {}
+    for name, fan_in in {"timestep_embedder": FREQUENCIES, **guidance, "text_embedder": c.pooled_projection_dim}.items():
+        yield from linear_rows(f"time_text_embed.{name}.linear_1", fan_in, d)
+        yield from linear_rows(f"time_text_embed.{name}.linear_2", d, d)
+    yield from linear_rows("context_embedder", c.joint_attention_dim, d)
+    yield from linear_rows("x_embedder", c.in_channels, d)
+    yield from joint.stack_rows(c.num_layers, c.num_single_layers, d, c.attention_head_dim, (4 * d,))
+    yield from linear_rows("proj_out", d, c.out_channels or c.in_channels)
+
+
+# --- what is computed once, before the loop ---------------------------------------------------------------------------------------
+
+POOLED = True
+"""Whether text enters the rows of the steps."""
+
+SHARED = ("cos", "sin", "text_cos", "text_sin")
+"""The request's tensors that every block reads."""
+
+TOKEN_DIMS = {"cos": 0, "sin": 0}
+"""Which dimension of a request's tensor runs over image tokens."""
+
+TEXT_DIMS = {"text": 1, "text_cos": 0, "text_sin": 0}
+"""Which dimension of a request's tensor runs over text tokens."""
+
+
+def _embedded(x: Tensor, w: Weights, dtype: torch.dtype) -> Tensor:
+    """Timesteps or guidance scales [N], as thousandths -> [N, D]. Half types round them before the thousandfold, as in training."""
+    return embedder(timestep_embedding(x.to(dtype) * 1000, FREQUENCIES).to(dtype), w)
+
+
+def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
+    """All that depends only on the request and the table: (constants of the loop, tensors with one row per step).
+
+    inputs: `text` [B, T, joint_attention_dim], `pooled` [B, pooled_projection_dim], `positions` [L, 3] of the image tokens, and
+    where the variant embeds it `guidance` [1] or [B]. timesteps_S: sigma * 1000.
+    """
+    dtype = w["context_embedder.weight"].dtype
+    text = linear(inputs["text"].to(dtype), w / "context_embedder")
+    nowhere = inputs["positions"].new_zeros(text.shape[1], 3)
+    request = {"text": move(plan, "enter", text)}
+    request |= joint.rope_tables(plan, nowhere, inputs["positions"], c.axes_dims_rope, compute_dtype(text))
+
+    e = w / "time_text_embed"
+    time = _embedded(timesteps_S.to(dtype) / 1000, e / "timestep_embedder", dtype)[:, None]
+    if c.guidance_embeds:
+        time = time + _embedded(inputs["guidance"], e / "guidance_embedder", dtype)
+    time = time + embedder(inputs["pooled"].to(dtype), e / "text_embedder")
+    return request, joint.modulations(w, c.num_layers, c.num_single_layers, time)
+
+
+# --- the network --------------------------------------------------------------------------------------------------------------------
+
+
+def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
+    """Image tokens [B, L, P] -> text [B, T, D] and image [B, L, D]."""
+    image = linear(x_BLP.to(w["x_embedder.weight"].dtype), w / "x_embedder")
+    text = request["text"].expand(len(image), -1, -1).clone()  # memory of its own, as blocks return it
+    return text, move(plan, "enter", image)
+
+
+def double(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
+    """Joint attention of two streams with separate weights."""
+    return joint.double_block(plan, w, streams, request, shared, c.attention_head_dim, joint.gelu_tanh)
+
+
+def single(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
+    """Both streams through the same weights, attention and feed-forward side by side."""
+    return joint.single_block(plan, w, streams, request, shared, c.attention_head_dim, joint.gelu_tanh)
+
+
+def blocks(c: Config) -> list:
+    """The stack as rows (function, prefix)."""
+    return [(double, f"transformer_blocks.{i}") for i in range(c.num_layers)] + [
+        (single, f"single_transformer_blocks.{i}") for i in range(c.num_single_layers)
+    ]
+
+
+def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, step: Tensors) -> Tensor:
+    """Text and image -> predicted velocity of each image token [B, L, P]."""
+    return joint.last(plan, w, streams[1], step["norm_out"])
+
+
+# --- what a pipeline needs of this family -----------------------------------------------------------------------------------------
+
+
+def positions(size: tuple[int, int, int], references: Sequence[Sequence[int]] = (), device: torch.device | str | None = None) -> Tensor:
+    """Positions [L, 3] (picture, row, column) of the tokens of latents of `size` (1, height, width), then of those of `references`.
+
+    The picture in the making is number 0, the given ones are 1, 2, ...
+    """
+    grids = [grid_positions(*(n // p for n, p in zip(each, PATCH, strict=True)), device=device) for each in (size, *references)]
+    number = torch.tensor([1, 0, 0], device=device)
+    return torch.cat([grid + i * number for i, grid in enumerate(grids)])
+
+
+_WIDE = ((1568, 672), (1504, 688), (1456, 720), (1392, 752), (1328, 800), (1248, 832), (1184, 880), (1104, 944))
+KONTEXT_SIZES = (*((h, w) for w, h in _WIDE), (1024, 1024), *_WIDE)
+"""Widths and heights of pictures that Kontext learnt to edit."""
+
+
+def reference_size(height: int, width: int, multiple: int = 16) -> tuple[int, int]:
+    """The (height, width) that a picture to edit is brought to: of `KONTEXT_SIZES` the nearest in aspect.
+
+    As in the reference the aspect is that of whole tokens of `multiple` pixels.
+    """
+    aspect = max(1, width // multiple) / max(1, height // multiple)
+    _, wide, high = min((abs(aspect - w / h), w, h) for w, h in KONTEXT_SIZES)
+    return high, wide
+
+
+def _texts(parts: Parts, request: Request) -> list[Tensors]:
+    """What the network reads of each text: T5's states of its tokens, padding and all, and CLIP's vector of the whole."""
+    clip, large = parts.nets["text_encoder"], parts.nets["text_encoder_2"]
+    ids, _ = parts.tokens("tokenizer", request.texts, clip.config.max_position_embeddings)
+    pooled = clip_text.encode(clip.config, clip.plan, clip.w, ids).pooled
+    ids, _ = parts.tokens("tokenizer_2", request.texts, request.text_tokens)
+    text = t5.encode(large.config, large.plan, large.w, ids)
+    return [{"text": each[None], "pooled": whole[None]} for each, whole in zip(text, pooled, strict=True)]
+
+
+def _prepare(c: Config, parts: Parts, request: Request, references: Sequence[Tensor]) -> Prepared:
+    """references: latents [1, C, 1, H, W] of the pictures to edit."""
+    vae = parts.nets["vae"].config
+    size = latent_size(vae, request)
+    shared = {"positions": positions(size, [latents.shape[2:] for latents in references], parts.device)}
+    if c.guidance_embeds:
+        shared["guidance"] = torch.tensor([request.embedded_guidance], device=parts.device)
+    known = appended(token_count(vae, request, PATCH), [patchify(latents, PATCH) for latents in references])
+    return on_grid([text | shared for text in _texts(parts, request)], vae, request, PATCH, known)
+
+
+def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
+    """From text, dev and schnell."""
+    return _prepare(c, parts, request, ())
+
+
+def prepare_edit(c: Config, parts: Parts, request: Request) -> Prepared:
+    """From text and pictures, Kontext. It learnt to edit one; several are numbered in order."""
+    multiple = parts.nets["vae"].config.scale_factor_spatial * patch(c)
+
+    def latents(image: numpy.ndarray) -> Tensor:
+        height, width = reference_size(image.shape[0], image.shape[1], multiple)
+        return parts.encode(parts.pixels([parts.resize(image, height, width)]))
+
+    return _prepare(c, parts, request, [latents(image) for image in request.originals])
+
+
+PIPELINES = {"FluxPipeline": prepare, "FluxKontextPipeline": prepare_edit}
+"""Pipeline class -> its recipe."""
+
+GUIDANCE = "classifier_free"
+TAKES: Mapping[str, tuple[int, ...]] = {}
+"""Which hidden states of its language models are read: it has none."""
+LINEAR_GRID = True
+"""Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
+
+
+def patch(c: Config) -> int:
+    """Latent pixels along a token's side."""
+    return PATCH[-1]
+
+
+def image_tokens(c: Config, vae: Any, request: Request) -> int:
+    """How many tokens the request's picture has, without references."""
+    return token_count(vae, request, PATCH)
+
+
+def mu(tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float:
+    """The dynamic shift of the schedule; schnell's scheduler does not ask for it."""
+    return shift_by_tokens(tokens, scheduler)
+
+
+def needs(c: Config) -> tuple[str, ...]:
+    """Components needed beside transformer, vae, text_encoder, tokenizer and scheduler."""
+    return ("text_encoder_2", "tokenizer_2")
+
+
+def meets(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+    """What this network's config must say to fit the components around it: (field, value, why)."""
+    values = nets["vae"].z_dim * prod(PATCH)
+    yield "in_channels", values, "the vae's latents need"
+    if c.out_channels is not None:
+        yield "out_channels", values, "the vae's latents need"
+    yield "joint_attention_dim", nets["text_encoder_2"].d_model, "the second text encoder gives"
+    yield "pooled_projection_dim", nets["text_encoder"].hidden_size, "the text encoder gives"
+    yield "guidance_embeds", row.guidance_form == "embedded", f"the guidance of {row.name} needs"

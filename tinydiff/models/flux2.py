@@ -1,0 +1,354 @@
+"""FLUX.2: double-stream blocks of a text and an image stream, then blocks on both with attention and feed-forward side by side.
+
+Source: Black Forest Labs' FLUX.2 and the Flux2Transformer2DModel checkpoints. No layer has a bias, and all blocks of a kind share one
+modulation. Variants differ in `Config` only: dev is told the guidance scale, klein is not. Reference images are further image tokens.
+
+Shape letters: B batch, T text tokens, L image tokens, P latent values of a token, D width, H heads, E head width, S steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinydiff.models.encoders import decoder_lm
+from tinydiff.models.joint import IMAGE, TEXT, Streams, heads, joint_attention, rope_tables, split
+from tinydiff.models.recipe import Parts, Prepared, appended, latent_size, on_grid, token_count
+from tinydiff.models.registry import ReleasedModel
+from tinydiff.ops.attention import attention
+from tinydiff.ops.embed import embedder, timestep_embedding
+from tinydiff.ops.linear import linear, linear_sum
+from tinydiff.ops.moves import move
+from tinydiff.ops.norm import compute_dtype, modulate, rms_norm
+from tinydiff.ops.patch import patchify
+from tinydiff.ops.rope import grid_positions, rotate_interleaved
+from tinydiff.ops.weights import Weights
+from tinydiff.parallel.plan import SEQUENCE_MOVES, Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.records import Request, UserError
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Field names are those of the checkpoint's config.json."""
+
+    patch_size: int = 1
+    in_channels: int = 128
+    out_channels: int | None = None
+    num_layers: int = 8
+    num_single_layers: int = 48
+    attention_head_dim: int = 128
+    num_attention_heads: int = 48
+    joint_attention_dim: int = 15360
+    timestep_guidance_channels: int = 256
+    mlp_ratio: float = 3.0
+    axes_dims_rope: tuple[int, ...] = (32, 32, 32, 32)
+    rope_theta: int = 2000
+    eps: float = 1e-6
+    guidance_embeds: bool = True
+
+    def __post_init__(self) -> None:
+        if self.patch_size != 1:
+            raise ValueError(f"patch_size is {self.patch_size}; a token of FLUX.2 is one pixel of its latents (1)")
+        dims, width = self.axes_dims_rope, self.attention_head_dim
+        if len(dims) != 4 or any(dim % 2 for dim in dims) or sum(dims) != width:
+            raise ValueError(f"axes_dims_rope is {dims}; it must be four even parts of attention_head_dim ({width})")
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def fused(self) -> tuple[int, ...]:
+        """Widths of what a single block projects at once: queries, keys, values, and the two halves of the feed-forward."""
+        return (*[self.width] * 3, *[self.mlp_width] * 2)
+
+
+MOVES = SEQUENCE_MOVES
+
+# --- weights ------------------------------------------------------------------------------------------------------------------------
+
+MODULATIONS = {
+    "text_modulation": ("double_stream_modulation_txt", 6),
+    "image_modulation": ("double_stream_modulation_img", 6),
+    "single_modulation": ("single_stream_modulation", 3),
+    "last_modulation": ("norm_out", 2),
+}
+"""Tensors of a step [B, n, D]: (layer that makes them, n). Shift, scale and gate, once or twice; for the last norm scale, then shift."""
+
+
+def _double_rows(c: Config) -> Iterator[Row]:
+    d, m = c.width, c.mlp_width
+    for names, out, ff in ((IMAGE, "to_out.0", "ff"), (TEXT, "to_add_out", "ff_context")):
+        for name in names[:3]:
+            yield from linear_rows(f"attn.{name}", d, d, "out", bias=False)
+        for name in names[3:]:
+            yield from norm_rows(f"attn.{name}", c.attention_head_dim)
+        yield from linear_rows(f"attn.{out}", d, d, "in", bias=False)
+        yield from linear_rows(f"{ff}.linear_in", d, 2 * m, "out", bias=False, parts=(m, m))
+        yield from linear_rows(f"{ff}.linear_out", m, d, "in", bias=False)
+
+
+def _single_rows(c: Config) -> Iterator[Row]:
+    d, m = c.width, c.mlp_width
+    yield from linear_rows("attn.to_qkv_mlp_proj", d, sum(c.fused), "out", bias=False, parts=c.fused)
+    for name in ("norm_q", "norm_k"):
+        yield from norm_rows(f"attn.{name}", c.attention_head_dim)
+    yield from linear_rows("attn.to_out", d + m, d, "in", bias=False, parts=(d, m))
+
+
+def spec(c: Config) -> Iterator[Row]:
+    """Every weight once: name, shape, tensor-parallel split."""
+    d = c.width
+    for name in ("timestep", "guidance") if c.guidance_embeds else ("timestep",):
+        yield from linear_rows(f"time_guidance_embed.{name}_embedder.linear_1", c.timestep_guidance_channels, d, bias=False)
+        yield from linear_rows(f"time_guidance_embed.{name}_embedder.linear_2", d, d, bias=False)
+    for at, n in MODULATIONS.values():
+        yield from linear_rows(f"{at}.linear", d, n * d, bias=False)
+    yield from linear_rows("x_embedder", c.in_channels, d, bias=False)
+    yield from linear_rows("context_embedder", c.joint_attention_dim, d, bias=False)
+    yield from repeat("transformer_blocks", c.num_layers, _double_rows(c))
+    yield from repeat("single_transformer_blocks", c.num_single_layers, _single_rows(c))
+    yield from linear_rows("proj_out", d, c.out_channels or c.in_channels, bias=False)
+
+
+# --- what is computed once, before the loop ---------------------------------------------------------------------------------------
+
+POOLED = False
+"""Whether text enters the rows of the steps."""
+
+SHARED = ("cos", "sin", "text_cos", "text_sin")
+"""The request's tensors that every block reads. The modulations of a step are shared by all blocks too."""
+
+TOKEN_DIMS = {"cos": 0, "sin": 0}
+"""Which dimension of a request's tensor runs over image tokens."""
+
+TEXT_DIMS = {"text": 1, "text_cos": 0, "text_sin": 0}
+"""Which dimension of a request's tensor runs over text tokens."""
+
+
+def _embedded(c: Config, x: Tensor, w: Weights) -> Tensor:
+    """Timesteps or guidance scales [N], as thousandths -> [N, D]. Half types round them before the thousandfold, as in the reference."""
+    return embedder(timestep_embedding(x * 1000, c.timestep_guidance_channels).to(x.dtype), w)
+
+
+def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
+    """All that depends only on the request and the table: (constants of the loop, tensors with one row per step).
+
+    inputs: `text` [B, T, joint_attention_dim], `positions` [L, 4] of the image tokens and, where the model embeds it, the scale of
+    `guidance` [1] or [B]. timesteps_S: sigma * 1000. The text has no mask: its padding is attended to.
+    """
+    dtype, e = w["context_embedder.weight"].dtype, w / "time_guidance_embed"
+    time = _embedded(c, timesteps_S.to(dtype) / 1000, e / "timestep_embedder")[:, None]
+    if c.guidance_embeds:
+        time = time + _embedded(c, inputs["guidance"].to(dtype), e / "guidance_embedder")
+    steps = {name: linear(F.silu(time), w / at / "linear").unflatten(-1, (n, -1)) for name, (at, n) in MODULATIONS.items()}
+
+    text = linear(inputs["text"].to(dtype), w / "context_embedder")
+    words = F.pad(torch.arange(text.shape[1], device=text.device)[:, None], (3, 0))
+    request = {"text": move(plan, "enter", text)}
+    request |= rope_tables(plan, words, inputs["positions"], c.axes_dims_rope, compute_dtype(text), c.rope_theta)
+    return request, steps
+
+
+# --- the network --------------------------------------------------------------------------------------------------------------------
+
+
+def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
+    """Latent tokens [B, L, P] -> text [B, T, D] and image [B, L, D]."""
+    text = request["text"].expand(x_BLP.shape[0], -1, -1).contiguous()
+    return text, move(plan, "enter", linear(x_BLP.to(text.dtype), w / "x_embedder"))
+
+
+def _gated(gate: Tensor, value: Tensor) -> Tensor:
+    return F.silu(gate) * value
+
+
+def _finite(x: Tensor) -> Tensor:
+    """float16 has no larger numbers, and the residuals are large."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+def _finish(c: Config, plan: Plan, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...], ff: Weights) -> Tensor:
+    """The gated sum with what attention gave, then the modulated feed-forward."""
+    _, _, gate, ff_shift, ff_scale, ff_gate = modulation
+    x = x + gate * attended
+    hidden = _gated(*linear(modulate(x, ff_shift, ff_scale, c.eps), ff / "linear_in").chunk(2, -1))
+    return _finite(x + ff_gate * linear_sum(plan, hidden, ff / "linear_out"))
+
+
+def double(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
+    """Joint attention, then a feed-forward, each stream with its own weights."""
+    a, (text, image), width = w / "attn", streams, c.attention_head_dim
+    of_text, of_image = (shared[name].unsqueeze(2).unbind(1) for name in ("text_modulation", "image_modulation"))
+    y_text, y_image = joint_attention(
+        plan,
+        heads(a, modulate(text, *of_text[:2], eps=c.eps), width, (shared["text_cos"], shared["text_sin"]), TEXT, c.eps),
+        heads(a, modulate(image, *of_image[:2], eps=c.eps), width, (shared["cos"], shared["sin"]), IMAGE, c.eps),
+    )
+    return (
+        _finish(c, plan, text, linear_sum(plan, y_text, a / "to_add_out"), of_text, w / "ff_context"),
+        _finish(c, plan, image, linear_sum(plan, y_image, a / "to_out" / 0), of_image, w / "ff"),
+    )
+
+
+def single(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
+    """Attention and feed-forward side by side on the joint sequence, between two fused projections."""
+    a, (text, image) = w / "attn", streams
+    shift, scale, gate = shared["single_modulation"].unsqueeze(2).unbind(1)
+    cos, sin = (torch.cat([shared[f"text_{name}"], shared[name]]) for name in ("cos", "sin"))
+    y = linear(modulate(torch.cat(streams, 1), shift, scale, c.eps), a / "to_qkv_mlp_proj")
+    q, k, v, *ff = y.split([part * y.shape[-1] // sum(c.fused) for part in c.fused], -1)  # a rank holds its share of each part
+    q, k, v = (x.unflatten(-1, (-1, c.attention_head_dim)) for x in (q, k, v))
+    q, k = (rotate_interleaved(rms_norm(x, a / norm, c.eps), cos, sin) for x, norm in ((q, "norm_q"), (k, "norm_k")))
+    y = torch.cat([attention(plan, q, k, v).flatten(2), _gated(*ff)], -1)
+    y_text, y_image = split(gate * linear_sum(plan, y, a / "to_out"), text.shape[1])
+    return _finite(text + y_text), _finite(image + y_image)
+
+
+def blocks(c: Config) -> list:
+    """The stack as rows (function, prefix)."""
+    rows = [(double, f"transformer_blocks.{i}") for i in range(c.num_layers)]
+    return rows + [(single, f"single_transformer_blocks.{i}") for i in range(c.num_single_layers)]
+
+
+def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, step: Tensors) -> Tensor:
+    """The image stream [B, L, D] -> predicted velocity of each token [B, L, P]."""
+    scale, shift = step["last_modulation"].unsqueeze(2).unbind(1)
+    return linear(modulate(move(plan, "leave", streams[1]), shift, scale, c.eps), w / "proj_out")
+
+
+# --- what a pipeline needs of this family -----------------------------------------------------------------------------------------
+
+
+def positions(size: Sequence[int], references: Sequence[Sequence[int]] = (), device: torch.device | str | None = None) -> Tensor:
+    """Positions [L, 4] (picture, row, column, word) of the tokens of latents of `size` (1, height, width), then of those of `references`.
+
+    The picture in the making stands at 0, the given ones at 10, 20, ...
+    """
+    grids = [grid_positions(*each, 1, device=device) for each in (size, *references)]
+    place = torch.tensor([10, 0, 0, 0], device=device)
+    return torch.cat([grid + i * place for i, grid in enumerate(grids)])
+
+
+PIXEL = (1, 1, 1)
+"""The patch of a token: the autoencoder folds 2x2 places into channels itself."""
+MOST_PIXELS = 1024 * 1024
+"""Of a given picture; a larger one is shrunk."""
+LEAST_SIDE, MOST_ASPECT = 64, 8
+"""Pixels of a given picture's shorter side; how many times as long the other may be."""
+
+MISTRAL_CHAT = (
+    "<s>[SYSTEM_PROMPT]You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "relationships, object\nattribution and actions without speculation.[/SYSTEM_PROMPT][INST]{}[/INST]"
+)
+QWEN_CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+"""A prompt as its model reads it, by the chat templates of Mistral Small 3.2 and of Qwen3 without thinking."""
+
+
+def _shrunk(height: int, width: int) -> tuple[int, int]:
+    scale = math.sqrt(MOST_PIXELS / (height * width))
+    return (height, width) if scale >= 1 else (int(height * scale), int(width * scale))
+
+
+def reference_size(height: int, width: int, multiple: int) -> tuple[int, int]:
+    """Height and width in pixels of what the model sees of a given picture; the first one's are the output's, where none are asked for.
+
+    Raises UserError for a picture that is too small or too long.
+    """
+    short, long = sorted((height, width))
+    if short < LEAST_SIDE or long > MOST_ASPECT * short:
+        allowed = f"sides of at least {LEAST_SIDE} pixels, one at most {MOST_ASPECT} times the other"
+        raise UserError("image_path", f"image_path: a picture is {width} x {height} pixels; FLUX.2 takes {allowed}")
+    height, width = _shrunk(height, width)
+    return height // multiple * multiple, width // multiple * multiple
+
+
+def reference(parts: Parts, image: numpy.ndarray) -> Tensor:
+    """A given picture, uint8 [height, width, 3], shrunk to a megapixel if it is larger -> latents [1, C, 1, H, W] of its middle."""
+    height, width = image.shape[:2]
+    whole, seen = _shrunk(height, width), reference_size(height, width, parts.nets["vae"].config.scale_factor_spatial)
+    top, left = ((n - kept) // 2 for n, kept in zip(whole, seen, strict=True))
+    return parts.encode(parts.pixels([parts.resize(image, *whole)[top : top + seen[0], left : left + seen[1]]]))
+
+
+def _prepared(c: Config, parts: Parts, request: Request, texts: list[str], side: str | None) -> Prepared:
+    """Three states of the language model side by side for each token, those of padding too, and references behind the picture."""
+    encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
+    ids, mask = parts.tokens("tokenizer", texts, request.text_tokens, side, framed=False)
+    take = TAKES["text_encoder"](encoder.config)
+    text = torch.cat(decoder_lm.encode(encoder.config, encoder.plan, encoder.w, ids, mask, take=take), -1)
+    references = [reference(parts, image) for image in request.originals]
+    shared = {"positions": positions(latent_size(vae, request), [latents.shape[2:] for latents in references], parts.device)}
+    if c.guidance_embeds:
+        shared["guidance"] = torch.tensor([request.embedded_guidance], device=parts.device)
+    known = appended(token_count(vae, request, PIXEL), [patchify(latents, PIXEL) for latents in references])
+    return on_grid([{"text": each[None]} | shared for each in text], vae, request, PIXEL, known)
+
+
+def prepare_dev(c: Config, parts: Parts, request: Request) -> Prepared:
+    """Texts end where the language model's input ends. A prompt cannot hold the token that stands for pictures."""
+    return _prepared(c, parts, request, [MISTRAL_CHAT.format(text.replace("[IMG]", "")) for text in request.texts], "left")
+
+
+def prepare_klein(c: Config, parts: Parts, request: Request) -> Prepared:
+    """Texts begin where the language model's input begins, unless the tokenizer's files say otherwise."""
+    return _prepared(c, parts, request, [QWEN_CHAT.format(text) for text in request.texts], None)
+
+
+PIPELINES = {"Flux2Pipeline": prepare_dev, "Flux2KleinPipeline": prepare_klein}
+"""Pipeline class -> its recipe."""
+
+GUIDANCE = "classifier_free"
+TAKES: Mapping[str, Callable[[Any], tuple[int, ...]]] = {
+    "text_encoder": lambda encoder: tuple(i * encoder.num_hidden_layers // 4 for i in (1, 2, 3)),
+}
+"""Which hidden states of its language models are read: at a quarter, a half and three quarters of the depth of Mistral or Qwen3."""
+LINEAR_GRID = True
+"""Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
+
+
+def patch(c: Config) -> int:
+    """Latent pixels along a token's side."""
+    return 1
+
+
+def image_tokens(c: Config, vae: Any, request: Request) -> int:
+    """How many tokens the request's picture has."""
+    return token_count(vae, request, PIXEL)
+
+
+def mu(tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
+    """The dynamic shift of the schedule: a line in `steps` through the values at 10 and 200 of them, each a line in `tokens`.
+
+    Above 4300 image tokens it is that of 200 steps. Source: `compute_empirical_mu` of diffusers' FLUX.2 pipelines.
+    """
+    few, many = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
+    slope = 0 if tokens > 4300 else (many - few) / 190
+    return slope * steps + (many - 200 * slope)
+
+
+def needs(c: Config) -> tuple[str, ...]:
+    """Components needed beside transformer, vae, text_encoder, tokenizer and scheduler."""
+    return ()
+
+
+def meets(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+    """What this network's config must say to fit the components around it: (field, value, why)."""
+    yield "in_channels", nets["vae"].z_dim, "the vae's latents need"
+    if c.out_channels is not None:
+        yield "out_channels", nets["vae"].z_dim, "the vae's latents need"
+    yield "joint_attention_dim", 3 * nets["text_encoder"].hidden_size, "three states of the text encoder need"
+    yield "guidance_embeds", row.guidance_form == "embedded", f"the guidance of {row.name} needs"

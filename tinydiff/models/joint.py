@@ -1,0 +1,203 @@
+"""Two streams, text and image, that meet in attention: the pieces of a double-stream transformer, and the blocks of FLUX.1 and Ovis-Image.
+
+Between blocks text [B, T, D] and image [B, L, D] stay apart, so that no tensor of the derived length T + L crosses a block's boundary.
+Inside a block they are joined, text rows first. Source: arXiv 2403.03206; single stream: FLUX.1's reference code.
+
+Shape letters: B batch, T text tokens, L image tokens, D width, H heads, E head width, F hidden width of a feed-forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinydiff.ops.attention import attention
+from tinydiff.ops.linear import linear, linear_sum
+from tinydiff.ops.moves import move
+from tinydiff.ops.norm import modulate, rms_norm
+from tinydiff.ops.rope import rope_table, rotate_interleaved
+from tinydiff.ops.weights import Weights
+from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat
+
+Heads = tuple[Tensor, Tensor, Tensor]
+Streams = tuple[Tensor, Tensor]
+Activation = Callable[[Tensor], Tensor]
+
+IMAGE = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
+TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
+"""The checkpoints' names of a stream's projections and norms in joint attention."""
+
+# --- pieces -------------------------------------------------------------------------------------------------------------------------
+
+
+def heads(
+    w: Weights, x_BLD: Tensor, width: int, rope: tuple[Tensor, Tensor] | None = None, names: tuple[str, ...] = IMAGE, eps: float = 1e-6
+) -> Heads:
+    """Queries, keys and values [B, L, H, width] of one stream, by the weights `names` below `w`.
+
+    Queries and keys are normalised per head where `w` has the norms, then rotated in interleaved pairs where `rope`, the cosines
+    and sines [L, width / 2] of this stream, is given.
+    """
+    q, k, v = (linear(x_BLD, w / name).unflatten(-1, (-1, width)) for name in names[:3])
+    q, k = (rms_norm(x, w / name, eps) if f"{name}.weight" in w else x for x, name in zip((q, k), names[3:], strict=True))
+    if rope is not None:
+        q, k = rotate_interleaved(q, *rope), rotate_interleaved(k, *rope)
+    return q, k, v
+
+
+def rope_tables(
+    plan: Plan, text_TA: Tensor, image_LA: Tensor, dims: Sequence[int], dtype: torch.dtype, theta: float = 1e4
+) -> dict[str, Tensor]:
+    """Tables of both streams from their positions on A axes: `cos`, `sin` [L, E / 2] and `text_cos`, `text_sin` [T, E / 2].
+
+    Angles are computed in float64 and kept in `dtype`.
+    """
+    tables = {}
+    for prefix, positions in (("", image_LA), ("text_", text_TA)):
+        for name, table in zip(("cos", "sin"), rope_table(positions, dims, theta), strict=True):
+            tables[prefix + name] = move(plan, "enter", table.to(dtype)[None])[0]
+    return tables
+
+
+def joint_attention(plan: Plan, text: Heads, image: Heads, mask_BT: Tensor | None = None) -> Streams:
+    """Attention of both streams to both -> ([B, T, D], [B, L, D]), heads flattened: the two parts of one tensor, see `split`.
+
+    text, image: queries, keys and values [B, T or L, H, E]. mask_BT: 1 where a text token is real, the others are not attended to.
+    """
+    q, k, v = (torch.cat(pair, 1) for pair in zip(text, image, strict=True))
+    mask = None if mask_BT is None else joint_mask(mask_BT, image[0].shape[1])
+    return split(attention(plan, q, k, v, mask).flatten(2), text[0].shape[1])
+
+
+def joint_mask(mask_BT: Tensor, tokens: int) -> Tensor:
+    """Which keys of the joint sequence are attended to, [B, 1, 1, T + tokens] bool: the real text tokens and all image tokens."""
+    return F.pad(mask_BT.bool(), (0, tokens), value=True)[:, None, None]
+
+
+def split(x_BSD: Tensor, length: int) -> Streams:
+    """A joint sequence -> its text rows, the first `length`, and its image rows.
+
+    Both are views of one tensor, which a block must not return: add them to their streams, or project them, first.
+    """
+    return x_BSD[:, :length], x_BSD[:, length:]
+
+
+def feed_forward(plan: Plan, w: Weights, x_BLD: Tensor, activation: Activation) -> Tensor:
+    """Linear `net.0.proj`, activation, row-split linear `net.2`."""
+    return linear_sum(plan, activation(linear(x_BLD, w / "net" / "0.proj")), w / "net" / 2)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh approximation of GELU."""
+    return F.gelu(x, approximate="tanh")
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """[..., 2 F] -> [..., F]: the first half times SiLU of the second."""
+    value, gate = x.chunk(2, -1)
+    return value * F.silu(gate)
+
+
+# --- the blocks of FLUX.1 and Ovis-Image --------------------------------------------------------------------------------------------
+
+
+def stack_rows(double: int, single: int, d: int, width: int, hidden: tuple[int, ...]) -> Iterator[Row]:
+    """Weights of both stacks and of the last norm.
+
+    hidden: widths side by side in a feed-forward's first layer, (F,), or (F, F) for a gated one.
+    """
+    yield from repeat("transformer_blocks", double, _double_rows(d, width, hidden))
+    yield from repeat("single_transformer_blocks", single, _single_rows(d, width, hidden))
+    yield from linear_rows("norm_out.linear", d, 2 * d)
+
+
+def _double_rows(d: int, width: int, hidden: tuple[int, ...]) -> Iterator[Row]:
+    for name in ("norm1", "norm1_context"):
+        yield from linear_rows(f"{name}.linear", d, 6 * d)
+    for names in (IMAGE, TEXT):
+        yield from _heads_rows(d, width, names)
+    for name in ("to_out.0", "to_add_out"):
+        yield from linear_rows(f"attn.{name}", d, d, "in")
+    for name in ("ff", "ff_context"):
+        yield from linear_rows(f"{name}.net.0.proj", d, sum(hidden), "out", parts=hidden[1:] and hidden)
+        yield from linear_rows(f"{name}.net.2", hidden[0], d, "in")
+
+
+def _single_rows(d: int, width: int, hidden: tuple[int, ...]) -> Iterator[Row]:
+    yield from linear_rows("norm.linear", d, 3 * d)
+    yield from _heads_rows(d, width, IMAGE)
+    yield from linear_rows("proj_mlp", d, sum(hidden), "out", parts=hidden[1:] and hidden)
+    yield from linear_rows("proj_out", d + hidden[0], d, "in", parts=(d, hidden[0]))
+
+
+def _heads_rows(d: int, width: int, names: tuple[str, ...]) -> Iterator[Row]:
+    for name in names[:3]:
+        yield from linear_rows(f"attn.{name}", d, d, "out")
+    for name in names[3:]:
+        yield from norm_rows(f"attn.{name}", width)
+
+
+def modulations(w: Weights, double: int, single: int, time_SBD: Tensor) -> dict[str, Tensor]:
+    """Every modulation of both stacks, [S, B, n, D] under its norm's name, and of the last norm, `norm_out` (scale before shift).
+
+    time_SBD: the embedding of a step's timestep and whatever is added to it.
+    """
+    parts = {f"transformer_blocks.{i}.{name}": 6 for i in range(double) for name in ("norm1", "norm1_context")}
+    parts |= {f"single_transformer_blocks.{i}.norm": 3 for i in range(single)} | {"norm_out": 2}
+    active = F.silu(time_SBD)
+    return {name: linear(active, w / name / "linear").unflatten(-1, (n, -1)) for name, n in parts.items()}
+
+
+def double_block(
+    plan: Plan, w: Weights, streams: Streams, request: Weights, shared: dict[str, Tensor], width: int, activation: Activation
+) -> Streams:
+    """Joint attention, then a feed-forward for each stream, all modulated.
+
+    request: `norm1` and `norm1_context` [B, 6, D]: shift, scale, gate of attention, then of the feed-forward. shared: the tables of
+    `rope_tables`.
+    """
+    text, image = streams
+    of_text, of_image = (request[name].unsqueeze(2).unbind(1) for name in ("norm1_context", "norm1"))
+    a = w / "attn"
+    y_text, y_image = joint_attention(
+        plan,
+        heads(a, modulate(text, of_text[0], of_text[1]), width, (shared["text_cos"], shared["text_sin"]), TEXT),
+        heads(a, modulate(image, of_image[0], of_image[1]), width, (shared["cos"], shared["sin"])),
+    )
+    return (
+        _finish(plan, text, linear_sum(plan, y_text, a / "to_add_out"), of_text, w / "ff_context", activation),
+        _finish(plan, image, linear_sum(plan, y_image, a / "to_out" / 0), of_image, w / "ff", activation),
+    )
+
+
+def _finish(plan: Plan, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...], ff: Weights, activation: Activation) -> Tensor:
+    """The gated sum with what attention gave, and the modulated feed-forward."""
+    _, _, gate, ff_shift, ff_scale, ff_gate = modulation
+    x = x + attended * gate
+    return x + feed_forward(plan, ff, modulate(x, ff_shift, ff_scale), activation) * ff_gate
+
+
+def single_block(
+    plan: Plan, w: Weights, streams: Streams, request: Weights, shared: dict[str, Tensor], width: int, activation: Activation
+) -> Streams:
+    """Attention and feed-forward side by side on the joint sequence, behind one output projection.
+
+    request: `norm` [B, 3, D], shift, scale and gate. shared: as in `double_block`.
+    """
+    text, image = streams
+    shift, scale, gate = request["norm"].unsqueeze(2).unbind(1)
+    x = modulate(torch.cat(streams, 1), shift, scale)
+    rope = torch.cat([shared["text_cos"], shared["cos"]]), torch.cat([shared["text_sin"], shared["sin"]])
+    attended = attention(plan, *heads(w / "attn", x, width, rope)).flatten(2)
+    y = linear_sum(plan, torch.cat([attended, activation(linear(x, w / "proj_mlp"))], -1), w / "proj_out") * gate
+    y_text, y_image = split(y, text.shape[1])
+    return text + y_text, image + y_image
+
+
+def last(plan: Plan, w: Weights, image_BLD: Tensor, modulation_BnD: Tensor) -> Tensor:
+    """The last norm, modulated by `norm_out` (scale, shift), and the projection to a token's values [B, L, P]."""
+    scale, shift = modulation_BnD.unsqueeze(2).unbind(1)
+    return linear(modulate(move(plan, "leave", image_BLD), shift, scale), w / "proj_out")

@@ -1,0 +1,366 @@
+"""Qwen-Image, -2512, -Edit, -Edit-2509, -Edit-2511 and -Layered: a flow transformer on a text and an image stream with joint attention.
+
+Source: arXiv 2508.02324 and the QwenImageTransformer2DModel checkpoints. Variants differ in three switches of `Config`: Edit-2511 shows
+reference images at timestep 0 (`zero_cond_t`), Layered tells pictures with alpha from others (`use_additional_t_cond`) and sets its
+condition image before the first layer (`use_layer3d_rope`).
+
+Shape letters: B batch, T text tokens, L image tokens, P packed latent values of a token, D width, H heads, E head width, S steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from tinydiff.models.joint import IMAGE, TEXT, Streams, feed_forward, gelu_tanh, heads, joint_attention
+from tinydiff.models.qwen_prompts import EDIT, MAKE, PICTURE, Seen, caption, see, states
+from tinydiff.models.recipe import Parts, Prepared, appended, latent_size, on_grid, shift_by_tokens, spread, token_count
+from tinydiff.models.registry import ReleasedModel
+from tinydiff.ops.embed import embedder
+from tinydiff.ops.linear import linear, linear_sum
+from tinydiff.ops.moves import move
+from tinydiff.ops.norm import compute_dtype, modulate, rms_norm
+from tinydiff.ops.patch import patchify
+from tinydiff.ops.rope import grid_positions, rope_table
+from tinydiff.ops.weights import Weights
+from tinydiff.parallel.plan import SEQUENCE_MOVES, Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.records import Request
+
+Tensors = dict[str, Tensor]
+
+SINUSOIDS = 256
+
+
+@dataclass(frozen=True)
+class Config:
+    """Field names are those of the checkpoint's config.json."""
+
+    patch_size: int = 2
+    in_channels: int = 64
+    out_channels: int = 16
+    num_layers: int = 60
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 3584
+    guidance_embeds: bool = False
+    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
+    zero_cond_t: bool = False
+    use_additional_t_cond: bool = False
+    use_layer3d_rope: bool = False
+    pooled_projection_dim: int | None = None
+    """In the first release's file only; the network has no pooled text."""
+
+    def __post_init__(self) -> None:
+        if self.guidance_embeds:
+            raise ValueError("guidance_embeds is true; no released Qwen-Image has weights for an embedded guidance scale")
+        if self.in_channels != self.out_channels * self.patch_size**2:
+            packed = self.out_channels * self.patch_size**2
+            raise ValueError(f"in_channels is {self.in_channels}; it must be out_channels * patch_size**2, {packed}")
+        if sum(self.axes_dims_rope) != self.attention_head_dim or any(dim % 2 for dim in self.axes_dims_rope):
+            raise ValueError(f"axes_dims_rope is {self.axes_dims_rope}; they must be even and sum to {self.attention_head_dim}")
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+MOVES = SEQUENCE_MOVES
+
+# --- weights ------------------------------------------------------------------------------------------------------------------------
+
+
+def _block_rows(c: Config) -> Iterator[Row]:
+    d = c.width
+    for stream, (*projections, norm_q, norm_k), out in (("img", IMAGE, "to_out.0"), ("txt", TEXT, "to_add_out")):
+        yield from linear_rows(f"{stream}_mod.1", d, 6 * d)
+        for name in projections:
+            yield from linear_rows(f"attn.{name}", d, d, "out")
+        for name in (norm_q, norm_k):
+            yield from norm_rows(f"attn.{name}", c.attention_head_dim)
+        yield from linear_rows(f"attn.{out}", d, d, "in")
+        yield from linear_rows(f"{stream}_mlp.net.0.proj", d, 4 * d, "out")
+        yield from linear_rows(f"{stream}_mlp.net.2", 4 * d, d, "in")
+
+
+def spec(c: Config) -> Iterator[Row]:
+    """Every weight once: name, shape, tensor-parallel split."""
+    d, embed = c.width, "time_text_embed"
+    yield from linear_rows(f"{embed}.timestep_embedder.linear_1", SINUSOIDS, d)
+    yield from linear_rows(f"{embed}.timestep_embedder.linear_2", d, d)
+    if c.use_additional_t_cond:
+        yield Row(f"{embed}.addition_t_embedding.weight", (2, d))
+    yield from norm_rows("txt_norm", c.joint_attention_dim)
+    yield from linear_rows("txt_in", c.joint_attention_dim, d)
+    yield from linear_rows("img_in", c.in_channels, d)
+    yield from repeat("transformer_blocks", c.num_layers, _block_rows(c))
+    yield from linear_rows("norm_out.linear", d, 2 * d)
+    yield from linear_rows("proj_out", d, c.in_channels)
+
+
+# --- what is computed once, before the loop ---------------------------------------------------------------------------------------
+
+POOLED = False
+"""Whether text enters the rows of the steps."""
+
+SHARED = ("cos", "sin", "text_cos", "text_sin", "frozen", "mask")
+"""The request's tensors that every block reads, where present."""
+
+TOKEN_DIMS = {"cos": 0, "sin": 0, "frozen": 1}
+"""Which dimension of a request's tensor runs over image tokens."""
+
+TEXT_DIMS = {"text": 1, "text_cos": 0, "text_sin": 0, "mask": 1}
+"""Which dimension of a request's tensor runs over text tokens."""
+
+
+def _sinusoids(t_S: Tensor) -> Tensor:
+    """Timesteps [S] between 0 and 1 -> [S, 256], cosines first. The thousandfold comes last, so half types round t alone."""
+    half = SINUSOIDS // 2
+    frequency = torch.exp(-math.log(1e4) * torch.arange(half, dtype=torch.float32, device=t_S.device) / half)
+    angle = 1000 * (t_S.to(compute_dtype(t_S))[:, None] * frequency)
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+def _time(w: Weights, t_S: Tensor, kind_B: Tensor | None) -> Tensor:
+    """Timesteps [S] between 0 and 1 -> activated time embedding [S, 1, D], or [S, B, D] where pictures have kinds."""
+    time = embedder(_sinusoids(t_S).to(t_S.dtype), w / "timestep_embedder")[:, None]
+    return F.silu(time if kind_B is None else time + w["addition_t_embedding.weight"][kind_B])
+
+
+def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
+    """All that depends only on the request and the table: (constants of the loop, tensors with one row per step).
+
+    inputs: `text` [B, T, joint_attention_dim], `positions` [L, 3] as the function of this name gives them, and where they apply: `mask`
+    [B, T], 1 where a text token is real; `frozen` [1, L, 1] bool, the tokens of reference images; `kind` [1 or B] int64, Layered's
+    additional condition, 0 in all its pipelines.
+    """
+    dtype = w["txt_in.weight"].dtype
+    text = linear(rms_norm(inputs["text"].to(dtype), w / "txt_norm"), w / "txt_in")
+    request = {"text": move(plan, "enter", text)}
+    for prefix, at in (("", inputs["positions"]), ("text_", text_positions(c, inputs["positions"], text.shape[1]))):
+        cos, sin = rope_table(at, c.axes_dims_rope, dtype=torch.float32)
+        request |= {f"{prefix}cos": move(plan, "enter", cos[None])[0], f"{prefix}sin": move(plan, "enter", sin[None])[0]}
+    if "mask" in inputs:
+        request["mask"] = inputs["mask"].bool()
+
+    embed, kind = w / "time_text_embed", inputs["kind"] if c.use_additional_t_cond else None
+    time = _time(embed, timesteps_S.to(dtype) / 1000, kind)
+    steps = {"norm_out": linear(time, w / "norm_out" / "linear")}
+    for _, at in blocks(c):
+        for name in ("txt_mod", "img_mod"):
+            steps[f"{at}.{name}"] = linear(time, w / at / name / 1).unflatten(-1, (6, -1))
+    if c.zero_cond_t and "frozen" in inputs:
+        request["frozen"] = move(plan, "enter", inputs["frozen"])
+        still = _time(embed, torch.zeros_like(timesteps_S[:1], dtype=dtype), kind)[0]
+        for _, at in blocks(c):
+            request[f"{at}.still_mod"] = linear(still, w / at / "img_mod" / 1).unflatten(-1, (6, -1))
+    return request, steps
+
+
+# --- the network --------------------------------------------------------------------------------------------------------------------
+
+
+def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
+    """Packed latent tokens [B, L, P] -> text [B, T, D], image [B, L, D]."""
+    text = request["text"].expand(x_BLP.shape[0], -1, -1)
+    return text, move(plan, "enter", linear(x_BLP.to(text.dtype), w / "img_in"))
+
+
+def _modulations(rows: Tensor, still: Tensor | None = None, frozen: Tensor | None = None) -> tuple[Tensor, ...]:
+    """[B, 6, D] -> shift, scale and gate of attention, then of the feed-forward: [B, 1, D], or [B, L, D] where tokens are frozen."""
+    moving = rows.unsqueeze(2).unbind(1)
+    if still is None or frozen is None:
+        return moving
+    return tuple(torch.where(frozen, a, b) for a, b in zip(still.unsqueeze(2).unbind(1), moving, strict=True))
+
+
+def _finish(plan: Plan, x: Tensor, attended: Tensor, modulations: tuple[Tensor, ...], ff: Weights) -> Tensor:
+    """The gated sum with what attention gave, and the modulated feed-forward."""
+    _, _, gate, ff_shift, ff_scale, ff_gate = modulations
+    x = x + gate * attended
+    x = x + ff_gate * feed_forward(plan, ff, modulate(x, ff_shift, ff_scale), gelu_tanh)
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x  # float16 has no larger numbers, and the residuals are large
+
+
+def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
+    """Joint attention, then a feed-forward for each stream, all modulated by the time."""
+    text, image = streams
+    of_text = _modulations(request["txt_mod"])
+    of_image = _modulations(request["img_mod"], request.get("still_mod"), shared.get("frozen"))
+    a, width = w / "attn", c.attention_head_dim
+    y_text, y_image = joint_attention(
+        plan,
+        heads(a, modulate(text, of_text[0], of_text[1]), width, (shared["text_cos"], shared["text_sin"]), TEXT),
+        heads(a, modulate(image, of_image[0], of_image[1]), width, (shared["cos"], shared["sin"]), IMAGE),
+        shared.get("mask"),
+    )
+    return (
+        _finish(plan, text, linear_sum(plan, y_text, a / "to_add_out"), of_text, w / "txt_mlp"),
+        _finish(plan, image, linear_sum(plan, y_image, a / "to_out" / 0), of_image, w / "img_mlp"),
+    )
+
+
+def blocks(c: Config) -> list:
+    """The stack as rows (function, prefix)."""
+    return [(block, f"transformer_blocks.{i}") for i in range(c.num_layers)]
+
+
+def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, step: Tensors) -> Tensor:
+    """The image stream [B, L, D] -> predicted velocity of each token [B, L, P]."""
+    scale, shift = step["norm_out"][:, None].chunk(2, -1)
+    return linear(modulate(move(plan, "leave", streams[1]), shift, scale), w / "proj_out")
+
+
+# --- what a pipeline needs of this family -----------------------------------------------------------------------------------------
+
+
+def positions(c: Config, sizes: Sequence[tuple[int, int]], device: torch.device | str | None = None) -> Tensor:
+    """Positions [L, 3] (picture, row, column) of the packed tokens of latents of `sizes` (height, width), in the order of the sequence.
+
+    First what is made, a picture or all layers, then the reference images. Rows and columns are counted from the middle of each picture.
+    Layered's last picture, the condition image, is at -1, before all layers.
+    """
+    pictures = []
+    for i, size in enumerate(sizes):
+        height, width = (n // c.patch_size for n in size)
+        index = -1 if c.use_layer3d_rope and i == len(sizes) - 1 else i
+        first = torch.tensor([index, height // 2 - height, width // 2 - width], device=device)
+        pictures.append(grid_positions(1, height, width, device=device) + first)
+    return torch.cat(pictures)
+
+
+def text_positions(c: Config, positions_LA: Tensor, tokens: int) -> Tensor:
+    """Positions [T, 3] of text: on the diagonal, from the first place beyond all rows and columns (Layered: and layers) of the pictures."""
+    axes = positions_LA if c.use_layer3d_rope else positions_LA[:, 1:]
+    return (axes.amax() + 1 + torch.arange(tokens, device=axes.device))[:, None].expand(-1, 3)
+
+
+CANVAS = 1024 * 1024
+"""Pixels of a picture to edit as the network sees it."""
+GLANCE = 384 * 384
+"""Pixels of a picture to edit as the language model sees it, from Edit-2509 on."""
+
+
+def _patch3(c: Config) -> tuple[int, int, int]:
+    return 1, c.patch_size, c.patch_size
+
+
+def _resized(parts: Parts, images: Sequence[numpy.ndarray], area: int) -> list[numpy.ndarray]:
+    """Each picture at `area` pixels, its own aspect kept."""
+    return [parts.resize(image, *spread(area, *image.shape[:2])) for image in images]
+
+
+def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
+    """From text: Qwen-Image, -2512."""
+    vae = parts.nets["vae"].config
+    shared = {"positions": positions(c, [latent_size(vae, request)[1:]], parts.device)}
+    branches = [{"text": states(parts, MAKE, text, request.text_tokens)} | shared for text in request.texts]
+    return on_grid(branches, vae, request, _patch3(c))
+
+
+def _edit(c: Config, parts: Parts, request: Request, before: str, seen: Seen, references: Sequence[Tensor]) -> Prepared:
+    """before: what stands before the texts. references: latents [1, C, 1, H, W] of the pictures to edit."""
+    vae = parts.nets["vae"].config
+    known = appended(token_count(vae, request, _patch3(c)), [patchify(latents, _patch3(c)) for latents in references])
+    assert known is not None
+    sizes = [latent_size(vae, request)[1:], *(latents.shape[3:] for latents in references)]
+    shared = {"positions": positions(c, sizes, parts.device), "frozen": ~known.free}
+    branches = [{"text": states(parts, EDIT, before + text, seen=seen)} | shared for text in request.texts]
+    return on_grid(branches, vae, request, _patch3(c), known)
+
+
+def prepare_edit(c: Config, parts: Parts, request: Request) -> Prepared:
+    """From text and a picture, Edit: language model and network see the same."""
+    pictures = _resized(parts, request.originals, CANVAS)
+    return _edit(c, parts, request, PICTURE, see(parts, pictures), [parts.encode(parts.pixels(pictures))])
+
+
+def prepare_edit_plus(c: Config, parts: Parts, request: Request) -> Prepared:
+    """From text and numbered pictures, Edit-2509 and -2511: the language model sees them smaller."""
+    before = "".join(f"Picture {i}: {PICTURE}" for i in range(1, len(request.originals) + 1))
+    seen = see(parts, _resized(parts, request.originals, GLANCE))
+    references = [parts.encode(parts.pixels([picture])) for picture in _resized(parts, request.originals, CANVAS)]
+    return _edit(c, parts, request, before, seen, references)
+
+
+def prepare_layered(c: Config, parts: Parts, request: Request) -> Prepared:
+    """From a picture with opacity and a text about it, Layered: the picture once more, then its layers.
+
+    Without a prompt the language model says what it sees. Layers are drawn and packed one after another, each [C, H, W].
+    """
+    vae = parts.nets["vae"].config
+    p, (_, height, width) = c.patch_size, latent_size(vae, request)
+    whole = parts.resize(request.originals[0], request.height, request.width)
+    prompt, *negative = request.texts
+    texts = [prompt if prompt.strip() else caption(parts, whole), *negative]
+    reference = patchify(parts.encode(parts.pixels([whole])), _patch3(c))
+    pictures = request.layers + 1
+    shared = {
+        "positions": positions(c, [(height, width)] * (pictures + 1), parts.device),
+        "kind": torch.zeros(1, dtype=torch.int64, device=parts.device),
+    }
+
+    def unpack(x: Tensor) -> Tensor:
+        grid = {"f": pictures, "h": height // p, "w": width // p, "p": p, "q": p}
+        return rearrange(x[0], "(f h w) (c p q) -> f c 1 (h p) (w q)", **grid)[1:]
+
+    return Prepared(
+        branches=tuple({"text": states(parts, MAKE, text, request.text_tokens)} | shared for text in texts),
+        size=(pictures, vae.z_dim, height, width),
+        pack=lambda x: rearrange(x, "b f c (h p) (w q) -> b (f h w) (c p q)", p=p, q=p),
+        unpack=unpack,
+        known=appended(pictures * reference.shape[1], [reference]),
+        guidance="classifier_free",
+    )
+
+
+PIPELINES = {
+    "QwenImagePipeline": prepare,
+    "QwenImageEditPipeline": prepare_edit,
+    "QwenImageEditPlusPipeline": prepare_edit_plus,
+    "QwenImageLayeredPipeline": prepare_layered,
+}
+"""Pipeline class -> its recipe."""
+
+GUIDANCE = "token_normed"
+TAKES: Mapping[str, tuple[int, ...]] = {"text_encoder": (-1,)}
+"""Which hidden states of its language models are read: component -> indices, from the end where negative."""
+LINEAR_GRID = True
+"""Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
+
+
+def patch(c: Config) -> int:
+    """Latent pixels along a token's side."""
+    return c.patch_size
+
+
+def image_tokens(c: Config, vae: Any, request: Request) -> int:
+    """How many tokens the request's picture has, without references; of layers those of one."""
+    return token_count(vae, request, _patch3(c))
+
+
+def mu(tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
+    """The dynamic shift of the schedule; Layered's, which is told by its linear form, grows with a picture's side."""
+    return (tokens / 256) ** 0.5 if scheduler.get("time_shift_type") == "linear" else shift_by_tokens(tokens, scheduler)
+
+
+def needs(c: Config) -> tuple[str, ...]:
+    """Components needed beside transformer, vae, text_encoder, tokenizer and scheduler: none."""
+    return ()
+
+
+def meets(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+    """What this network's config must say to fit the components around it: (field, value, why)."""
+    vae = nets["vae"]
+    yield "in_channels", vae.z_dim * prod(_patch3(c)), "the vae's latents need"
+    yield "joint_attention_dim", nets["text_encoder"].hidden_size, "the text encoder gives"
+    yield "use_layer3d_rope", row.layers > 0, f"the pipeline of {row.name} needs"
+    yield "use_layer3d_rope", vae.in_channels == 4, f"a vae with {vae.in_channels} channels of pixels needs"

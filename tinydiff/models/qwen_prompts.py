@@ -1,0 +1,112 @@
+"""How Qwen-Image's pipelines speak with Qwen2.5-VL: the turns of the chat around a prompt, the pictures among the words, what is read.
+
+Source: diffusers' Qwen-Image pipelines. Shape letters: T tokens of a text, N tokens of the pictures in it, C width of the language model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+from torch import Tensor
+
+from tinydiff.models.encoders import decoder_lm, qwen_vision
+from tinydiff.models.encoders.decoder_generate import Sampling, generate
+from tinydiff.models.encoders.qwen_vision import Grid
+from tinydiff.models.recipe import Parts
+from tinydiff.records import UserError
+
+log = logging.getLogger(__name__)
+
+PAD = "<|image_pad|>"
+"""The token that stands for all those of a picture."""
+PICTURE = f"<|vision_start|>{PAD}<|vision_end|>"
+
+
+class Chat(NamedTuple):
+    """A chat about a prompt, and how many of its first tokens, the same for every prompt, are not read."""
+
+    text: str
+    unread: int
+
+
+_TURNS = "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+MAKE = Chat(
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
+    f"objects and background:{_TURNS}",
+    34,
+)
+EDIT = Chat(
+    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, background), then explain "
+    "how the user's text instruction should alter or modify the image. Generate a new image that meets the user's requirements while "
+    f"maintaining consistency with the original input where appropriate.{_TURNS}",
+    64,
+)
+CAPTION = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n# 图像标注器\n你是一个专业的图像标注器。请基于输入图像，"
+    "撰写图注:\n1.\n使用自然、描述性的语言撰写图注，不要使用结构化形式或富文本形式。\n2. 通过加入以下内容，丰富图注细节：\n"
+    " - 对象的属性：如数量、颜色、形状、大小、位置、材质、状态、动作等\n -\n"
+    "对象间的视觉关系：如空间关系、功能关系、动作关系、从属关系、比较关系、因果关系等\n"
+    " - 环境细节：例如天气、光照、颜色、纹理、气氛等\n - 文字内容：识别图像中清晰可见的文字，不做翻译和解释，用引号在图注中强调\n3.\n"
+    "保持真实性与准确性：\n - 不要使用笼统的描述\n -\n描述图像中所有可见的信息，但不要加入没有在图像中出现的内容\n"
+    f"{PICTURE}<|im_end|>\n<|im_start|>assistant\n"
+)
+CAPTION_TOKENS = 512
+CAPTION_ENDS = ("<|im_end|>", "<|endoftext|>")
+CAPTION_SAMPLING = Sampling(repetition_penalty=1.05)
+"""As Qwen2.5-VL's generation_config.json; its temperature of 1e-6 is the likeliest token."""
+
+
+class Seen(NamedTuple):
+    """Pictures as the language model sees them."""
+
+    tokens: Tensor
+    """[N, C], one picture after another."""
+    grids: list[Grid]
+
+
+def see(parts: Parts, images: Sequence[numpy.ndarray]) -> Seen:
+    """Run the vision tower on uint8 pictures [H, W, 3 or 4], each of its own size. Raises UserError for a picture too narrow."""
+    net = parts.nets["vision"]
+    try:
+        patches, grids = zip(*(qwen_vision.pixels(net.config, image) for image in images), strict=True)
+    except ValueError as error:
+        raise UserError("image_path", f"image_path: {error}") from error
+    return Seen(qwen_vision.encode(net.config, net.plan, net.w, torch.cat(patches).to(parts.device), grids), list(grids))
+
+
+def _among_words(parts: Parts, ids_1T: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Any]]:
+    """(ids [1, T + N - pictures], what else the language model needs to know of them)."""
+    language, vision = parts.nets["text_encoder"], parts.nets["vision"].config
+    pad = parts.tokenizers["tokenizer"].token_id(PAD)
+    try:
+        row = qwen_vision.expand(ids_1T[0].tolist(), pad, qwen_vision.token_counts(vision, seen.grids))
+    except ValueError as error:
+        raise UserError("prompt", f"prompt: {PAD} stands for a given picture and cannot be in a text ({error})") from error
+    ids = torch.tensor([row], device=parts.device)
+    embeds = qwen_vision.place(decoder_lm.embed(language.config, language.w, ids), ids, pad, seen.tokens)
+    return ids, {"positions": qwen_vision.positions(vision, ids, torch.ones_like(ids), pad, seen.grids), "embeds": embeds}
+
+
+def states(parts: Parts, chat: Chat, text: str, limit: int | None = None, seen: Seen | None = None) -> Tensor:
+    """The language model's last states [1, T, C] from the prompt on, at most `limit`; None reads all."""
+    net = parts.nets["text_encoder"]
+    ids, _ = parts.tokens("tokenizer", [chat.text.format(text)], None if limit is None else chat.unread + limit, "none")
+    ids, more = (ids, {}) if seen is None else _among_words(parts, ids, seen)
+    [hidden] = decoder_lm.encode(net.config, net.plan, net.w, ids, take=(net.config.num_hidden_layers,), **more)
+    return hidden[:, chat.unread :]
+
+
+def caption(parts: Parts, image: numpy.ndarray) -> str:
+    """What the language model says of a picture, in Chinese, the language of the model's own captions."""
+    net, tokenizer = parts.nets["text_encoder"], parts.tokenizers["tokenizer"]
+    ids, _ = parts.tokens("tokenizer", [CAPTION], None, "none")
+    ids, more = _among_words(parts, ids, see(parts, [image]))
+    stop = [tokenizer.token_id(name) for name in CAPTION_ENDS]
+    [said] = generate(net.config, net.plan, net.w, ids, limit=CAPTION_TOKENS, stop=stop, sampling=CAPTION_SAMPLING, **more)
+    text = tokenizer.text(said)
+    log.info("caption: %s", text)
+    return text

@@ -1,0 +1,147 @@
+"""What a family and the runtime tell each other: a model's loaded parts one way, a request in the family's own terms the other way.
+
+A family has a table `PIPELINES`: pipeline class of model_index.json -> prepare(config, parts, request) -> Prepared. So the runtime knows
+no family by name. Shape letters: B batch, C channels, F latent frames, H and W latent size, L tokens of what is made, R tokens of
+references, P latent values of a token, T text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod, sqrt
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+from torch import Tensor
+
+from tinydiff.ops.patch import patchify, unpatchify
+from tinydiff.ops.weights import Weights
+from tinydiff.parallel.plan import Plan
+from tinydiff.records import Request
+
+
+@dataclass(frozen=True)
+class Net:
+    """One network, ready: its functions are in `module`, its numbers in `weights`."""
+
+    module: Any
+    config: Any
+    plan: Plan
+    weights: dict[str, Tensor]
+    dtype: torch.dtype
+
+    @property
+    def w(self) -> Weights:
+        return Weights(self.weights)
+
+
+class Known(NamedTuple):
+    """Tokens given beforehand, of the picture itself (a first frame) or appended to it (reference pictures)."""
+
+    tokens: Tensor
+    """[1, L or L + R, P], anything where they are not given."""
+    free: Tensor
+    """bool [1, L or L + R, 1], true where the loop makes them."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a recipe may use of a loaded model, for one request."""
+
+    nets: Mapping[str, Net]
+    tokens: Callable[..., tuple[Tensor, Tensor]]
+    """(tokenizer's component name, texts, length or None, side, framed) -> ids and mask, int64 [B, T], on the device. side: where each is
+    padded to `length`, "left", "right" or as the tokenizer's files say; "none" pads to the longest of the texts only. framed (true):
+    whether what the files say opens and closes a text is added.
+    """
+    tokenizers: Mapping[str, Any]
+    """Component name -> its tokenizer (`io.tokenizer.Tokenizer`), for ids by name and text of ids."""
+    encode: Callable[[Tensor], Tensor]
+    """Pixels [1, 3 or 4, N, height, width] in [-1, 1] -> the autoencoder's normalised latents [1, C, F, H, W]."""
+    resize: Callable[[numpy.ndarray, int, int], numpy.ndarray]
+    """(uint8 picture [height, width, 3 or 4], height, width) -> the picture at that size, by Lanczos' filter."""
+    options: Mapping[str, Any]
+    """The pipeline's own settings in model_index.json."""
+    device: torch.device
+
+    def pixels(self, images: Sequence[numpy.ndarray]) -> Tensor:
+        """uint8 pictures [height, width, C] of one size -> [1, C, N, height, width] in [-1, 1], in the type of the autoencoder."""
+        x = torch.from_numpy(numpy.stack(images)).to(self.device, self.nets["vae"].dtype)
+        return (x / 127.5 - 1).permute(3, 0, 1, 2)[None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request in the family's own terms: all that the loop needs but noise and table."""
+
+    branches: tuple[dict[str, Tensor], ...]
+    """The inputs of the family's `hoist`: the prompt's and, where the request is guided, the negative prompt's."""
+    size: tuple[int, int, int, int]
+    """The latents' (C, F, H, W), in which noise is drawn. Where the reference draws it in another order of axes, that order."""
+    pack: Callable[[Tensor], Tensor]
+    """Latents in that order of axes, [B, C, F, H, W] -> tokens [B, L, P]."""
+    unpack: Callable[[Tensor], Tensor]
+    """Tokens [1, L, P] -> latents [N, C, F, H, W] as the autoencoder takes them: one clip, or N pictures in layers."""
+    known: Known | None = None
+    guidance: str | None = None
+    """A form of guidance by name, where the pipeline has not its family's."""
+
+
+def latent_size(vae: Any, request: Request) -> tuple[int, int, int]:
+    """The (F, H, W) of the latents of a request's picture or clip; vae: the autoencoder's config."""
+    stride = vae.scale_factor_spatial
+    return (request.num_frames - 1) // vae.scale_factor_temporal + 1, request.height // stride, request.width // stride
+
+
+def spread(area: int, height: int, width: int, multiple: int = 32) -> tuple[int, int]:
+    """The (height, width) of about `area` pixels nearest to the aspect of a picture, in multiples of `multiple`.
+
+    Source: `calculate_dimensions` of diffusers' Qwen-Image pipelines.
+    """
+    ratio = width / height
+    wide = sqrt(area * ratio)
+    tall, wide = (max(1, round(side / multiple)) * multiple for side in (wide / ratio, wide))
+    return tall, wide
+
+
+Patch = tuple[int, int, int]
+"""Latents to a token along frames, height and width."""
+
+
+def token_count(vae: Any, request: Request, patch: Patch) -> int:
+    """How many tokens the latents of a request's picture or clip have."""
+    return prod(n // p for n, p in zip(latent_size(vae, request), patch, strict=True))
+
+
+def on_grid(branches: Sequence[dict[str, Tensor]], vae: Any, request: Request, patch: Patch, known: Known | None = None) -> Prepared:
+    """A request whose tokens are the patches of its latents, packed as `ops.patch` packs."""
+    size = latent_size(vae, request)
+    return Prepared(
+        branches=tuple(branches),
+        size=(vae.z_dim, *size),
+        pack=lambda x: patchify(x, patch),
+        unpack=lambda x: unpatchify(x, patch, size),
+        known=known,
+    )
+
+
+def appended(made: int, references: Sequence[Tensor]) -> Known | None:
+    """Clean tokens [1, R, P] of each reference behind the `made` tokens of the picture; None without references."""
+    if not references:
+        return None
+    given = torch.cat(list(references), 1)
+    tokens = torch.cat([given.new_zeros(1, made, given.shape[2]), given], 1)
+    return Known(tokens, (torch.arange(tokens.shape[1], device=tokens.device) < made)[None, :, None])
+
+
+def shift_by_tokens(tokens: int, scheduler: Mapping[str, Any]) -> float:
+    """mu of a dynamic shift by the size of the picture: the line through two points that the scheduler's config names.
+
+    Source: `calculate_shift` of diffusers' pipelines, with its defaults.
+    """
+    points = ("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.15)
+    fewest, most, low, high = (scheduler.get(name, default) for name, default in points)
+    slope = (high - low) / (most - fewest)
+    return tokens * slope + (low - slope * fewest)

@@ -1,0 +1,309 @@
+"""Stable Diffusion 3 and 3.5: a flow transformer on a text and an image stream that meet in joint attention.
+
+Source: arXiv 2403.03206 and the SD3Transformer2DModel checkpoints. Variants differ in `Config` only: 3.5 normalises queries and keys
+(`qk_norm`), in the first layers of 3.5-medium the image also attends to itself alone (`dual_attention_layers`). Positions are a stored
+table, of which an image takes a rectangle in the middle. Pooled text is added to the time, so that every image has modulations of its own.
+
+Shape letters: B batch, T text tokens, L image tokens, P latent values of a token, D width, E head width, S steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from tinydiff.models.encoders import clip_text, t5
+from tinydiff.models.joint import IMAGE, TEXT, Streams, feed_forward, gelu_tanh, heads, joint_attention
+from tinydiff.models.recipe import Parts, Patch, Prepared, latent_size, on_grid, token_count
+from tinydiff.models.registry import ReleasedModel
+from tinydiff.ops.attention import attention
+from tinydiff.ops.embed import embedder, timestep_embedding
+from tinydiff.ops.linear import linear, linear_sum
+from tinydiff.ops.moves import move
+from tinydiff.ops.norm import modulate
+from tinydiff.ops.rope import grid_positions
+from tinydiff.ops.weights import Weights
+from tinydiff.parallel.plan import SEQUENCE_MOVES, Plan, Row, conv_rows, linear_rows, norm_rows, under
+from tinydiff.records import Request
+
+Tensors = dict[str, Tensor]
+
+SINUSOIDS = 256
+
+
+@dataclass(frozen=True)
+class Config:
+    """Field names are those of the checkpoint's config.json."""
+
+    sample_size: int = 128
+    patch_size: int = 2
+    in_channels: int = 16
+    num_layers: int = 24
+    attention_head_dim: int = 64
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096
+    caption_projection_dim: int = 1536
+    pooled_projection_dim: int = 2048
+    out_channels: int = 16
+    pos_embed_max_size: int = 192
+    dual_attention_layers: tuple[int, ...] = ()
+    qk_norm: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.qk_norm not in (None, "rms_norm"):
+            raise ValueError(f"qk_norm is {self.qk_norm!r}; queries and keys are normalised by 'rms_norm' or not at all (None)")
+        if self.caption_projection_dim != self.width:
+            raise ValueError(f"caption_projection_dim is {self.caption_projection_dim}; it must be the width of the network, {self.width}")
+        if not set(self.dual_attention_layers) <= set(range(self.num_layers)):
+            raise ValueError(f"dual_attention_layers is {self.dual_attention_layers}; the network has layers 0 to {self.num_layers - 1}")
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+MOVES = SEQUENCE_MOVES
+
+# --- weights ------------------------------------------------------------------------------------------------------------------------
+
+
+def _heads_rows(c: Config, names: tuple[str, ...]) -> Iterator[Row]:
+    for name in names[:3]:
+        yield from linear_rows(name, c.width, c.width, "out")
+    if c.qk_norm is not None:
+        for name in names[3:]:
+            yield from norm_rows(name, c.attention_head_dim)
+
+
+def _feed_forward_rows(c: Config, name: str) -> Iterator[Row]:
+    yield from linear_rows(f"{name}.net.0.proj", c.width, 4 * c.width, "out")
+    yield from linear_rows(f"{name}.net.2", 4 * c.width, c.width, "in")
+
+
+def _block_rows(c: Config, dual: bool, last: bool) -> Iterator[Row]:
+    d = c.width
+    yield from linear_rows("norm1.linear", d, (9 if dual else 6) * d)
+    yield from linear_rows("norm1_context.linear", d, (2 if last else 6) * d)
+    yield from under("attn", _heads_rows(c, IMAGE), _heads_rows(c, TEXT), linear_rows("to_out.0", d, d, "in"))
+    yield from _feed_forward_rows(c, "ff")
+    if dual:
+        yield from under("attn2", _heads_rows(c, IMAGE), linear_rows("to_out.0", d, d, "in"))
+    if not last:
+        yield from linear_rows("attn.to_add_out", d, d, "in")
+        yield from _feed_forward_rows(c, "ff_context")
+
+
+def spec(c: Config) -> Iterator[Row]:
+    """Every weight once: name, shape, tensor-parallel split."""
+    d, embed = c.width, "time_text_embed"
+    yield Row("pos_embed.pos_embed", (1, c.pos_embed_max_size**2, d))
+    yield from conv_rows("pos_embed.proj", c.in_channels, d, (c.patch_size, c.patch_size))
+    for name, fan_in in (("timestep_embedder", SINUSOIDS), ("text_embedder", c.pooled_projection_dim)):
+        yield from linear_rows(f"{embed}.{name}.linear_1", fan_in, d)
+        yield from linear_rows(f"{embed}.{name}.linear_2", d, d)
+    yield from linear_rows("context_embedder", c.joint_attention_dim, d)
+    for i in range(c.num_layers):
+        yield from under(f"transformer_blocks.{i}", _block_rows(c, i in c.dual_attention_layers, i == c.num_layers - 1))
+    yield from linear_rows("norm_out.linear", d, 2 * d)
+    yield from linear_rows("proj_out", d, c.patch_size**2 * c.out_channels)
+
+
+# --- what is computed once, before the loop ---------------------------------------------------------------------------------------
+
+POOLED = True
+"""Whether text enters the rows of the steps."""
+
+SHARED: tuple[str, ...] = ()
+"""The request's tensors that every block reads: none, all is in the modulations."""
+
+TOKEN_DIMS = {"position": 1}
+"""Which dimension of a request's tensor runs over image tokens."""
+
+TEXT_DIMS = {"text": 1}
+"""Which dimension of a request's tensor runs over text tokens."""
+
+
+def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
+    """All that depends only on the request and the table: (constants of the loop, tensors with one row per step).
+
+    inputs: `text` [B, T, joint_attention_dim], `pooled` [B, pooled_projection_dim], `positions` [L] of the image's tokens in the table.
+    """
+    embed, dtype = w / "time_text_embed", w["pos_embed.pos_embed"].dtype
+    position = w["pos_embed.pos_embed"][:, inputs["positions"]]
+    text = linear(inputs["text"].to(dtype), w / "context_embedder")
+    request = {"position": move(plan, "enter", position), "text": move(plan, "enter", text)}
+
+    sinusoid = timestep_embedding(timesteps_S, SINUSOIDS).to(dtype)
+    time_S1D = embedder(sinusoid, embed / "timestep_embedder")[:, None]
+    active = F.silu(time_S1D + embedder(inputs["pooled"].to(dtype), embed / "text_embedder"))
+    names = [f"{at}.{norm}" for _, at in blocks(c) for norm in ("norm1", "norm1_context")] + ["norm_out"]
+    return request, {name: linear(active, w / name / "linear").unflatten(-1, (-1, c.width)) for name in names}
+
+
+# --- the network --------------------------------------------------------------------------------------------------------------------
+
+
+def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
+    """Latent tokens [B, L, P] -> the text and the image, placed."""
+    weight, bias = w["pos_embed.proj.weight"], w["pos_embed.proj.bias"]
+    x = F.linear(x_BLP.to(weight.dtype), weight.flatten(1), bias)
+    return request["text"], move(plan, "enter", x) + request["position"]
+
+
+def _meet(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shift: Tensor, scale: Tensor) -> Streams:
+    """Joint attention, the text modulated by shift and scale -> what it gave the text, and the image all the way through the block."""
+    text, image = streams
+    rows = request["norm1"].unsqueeze(2).unbind(1)
+    (image_shift, image_scale, gate), (ff_shift, ff_scale, ff_gate), alone = rows[:3], rows[3:6], rows[6:]
+    a = w / "attn"
+    y_text, y_image = joint_attention(
+        plan,
+        heads(a, modulate(text, shift, scale), c.attention_head_dim, names=TEXT),
+        heads(a, modulate(image, image_shift, image_scale), c.attention_head_dim),
+    )
+    x = image + linear_sum(plan, y_image, a / "to_out" / 0) * gate
+    if alone:
+        alone_shift, alone_scale, alone_gate = alone
+        a = w / "attn2"
+        y = attention(plan, *heads(a, modulate(image, alone_shift, alone_scale), c.attention_head_dim)).flatten(2)
+        x = x + linear_sum(plan, y, a / "to_out" / 0) * alone_gate
+    return y_text, x + feed_forward(plan, w / "ff", modulate(x, ff_shift, ff_scale), gelu_tanh) * ff_gate
+
+
+def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
+    """Joint attention, where the layer has it also the image's attention to itself, and a feed-forward for each stream, all modulated.
+
+    request: `norm1` [B, 6, D], shift, scale, gate of attention, then of the feed-forward, and [B, 9, D] with those of the image's
+    attention to itself; `norm1_context` [B, 6, D].
+    """
+    shift, scale, gate, ff_shift, ff_scale, ff_gate = request["norm1_context"].unsqueeze(2).unbind(1)
+    y_text, image = _meet(c, plan, w, streams, request, shift, scale)
+    text = streams[0] + linear_sum(plan, y_text, w / "attn" / "to_add_out") * gate
+    return text + feed_forward(plan, w / "ff_context", modulate(text, ff_shift, ff_scale), gelu_tanh) * ff_gate, image
+
+
+def last_block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Tensor:
+    """A block that leaves the text as it is, for nothing reads it any more -> the image. `norm1_context` [B, 2, D]: scale, shift."""
+    scale, shift = request["norm1_context"].unsqueeze(2).unbind(1)
+    return _meet(c, plan, w, streams, request, shift, scale)[1]
+
+
+def blocks(c: Config) -> list:
+    """The stack as rows (function, prefix)."""
+    return [(last_block if i == c.num_layers - 1 else block, f"transformer_blocks.{i}") for i in range(c.num_layers)]
+
+
+def post(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, step: Tensors) -> Tensor:
+    """The image [B, L, D] -> predicted velocity of each token [B, L, P]."""
+    x_BLD = move(plan, "leave", x_BLD)
+    scale, shift = step["norm_out"].unsqueeze(2).unbind(1)
+    y = linear(modulate(x_BLD, shift, scale), w / "proj_out")
+    return rearrange(y, "b l (patch c) -> b l (c patch)", c=c.out_channels)
+
+
+# --- what a pipeline needs of this family -----------------------------------------------------------------------------------------
+
+
+def positions(c: Config, size: tuple[int, int, int], device: torch.device | str | None = None) -> Tensor:
+    """Rows [L] of the position table for latents of `size` (1, height, width): a rectangle in the middle of the square.
+
+    Raises ValueError where the square is too small.
+    """
+    side = c.pos_embed_max_size
+    height, width = (n // c.patch_size for n in size[1:])
+    if max(height, width) > side:
+        raise ValueError(f"latents of {height} x {width} patches; the position table holds {side} x {side}")
+    row, column = grid_positions(height, width, device=device).unbind(-1)
+    return side * (row + (side - height) // 2) + column + (side - width) // 2
+
+
+def _patch(c: Config) -> Patch:
+    return 1, c.patch_size, c.patch_size
+
+
+CLIPS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+"""The two CLIPs and what reads their texts."""
+
+
+def _clip(parts: Parts, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """What both CLIPs say, side by side: their last states but one [B, T, C] and the texts as a whole [B, pooled_projection_dim]."""
+    states, pooled = [], []
+    for name, tokenizer in CLIPS.items():
+        encoder = parts.nets[name]
+        ids, _ = parts.tokens(tokenizer, texts, encoder.config.max_position_embeddings)
+        encoded = clip_text.encode(encoder.config, encoder.plan, encoder.w, ids)
+        assert encoded.projected is not None  # `meets` sees to it
+        states.append(encoded.hidden_states[-2])
+        pooled.append(encoded.projected)
+    return torch.cat(states, -1), torch.cat(pooled, -1)
+
+
+def _t5(c: Config, parts: Parts, texts: list[str], length: int) -> Tensor:
+    """T5's last states [B, length, joint_attention_dim], of the padding too; zeros where the model is stored without T5."""
+    if "text_encoder_3" not in parts.nets:
+        return torch.zeros(len(texts), length, c.joint_attention_dim, dtype=parts.nets["text_encoder"].dtype, device=parts.device)
+    encoder = parts.nets["text_encoder_3"]
+    ids, _ = parts.tokens("tokenizer_3", texts, length)
+    return t5.encode(encoder.config, encoder.plan, encoder.w, ids)
+
+
+def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
+    """CLIP's rows of a text, filled up with zeros to the width of T5's, and T5's rows behind them. Padding is read like words."""
+    vae = parts.nets["vae"].config
+    clip, pooled = _clip(parts, request.texts)
+    long = _t5(c, parts, request.texts, request.text_tokens)
+    text = torch.cat([F.pad(clip, (0, c.joint_attention_dim - clip.shape[-1])), long], 1)
+    shared = {"positions": positions(c, latent_size(vae, request), parts.device)}
+    branches = [{"text": rows[None], "pooled": whole[None]} | shared for rows, whole in zip(text, pooled, strict=True)]
+    return on_grid(branches, vae, request, _patch(c))
+
+
+PIPELINES = {"StableDiffusion3Pipeline": prepare}
+"""Pipeline class -> its recipe."""
+
+GUIDANCE = "classifier_free"
+TAKES: Mapping[str, tuple[int, ...]] = {}
+"""Which hidden states of its language models are read: it has none."""
+LINEAR_GRID = False
+"""Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
+
+
+def patch(c: Config) -> int:
+    """Latent pixels along a token's side."""
+    return c.patch_size
+
+
+def longest_side(c: Config) -> int:
+    """Latent pixels along a side of the position table."""
+    return c.pos_embed_max_size * c.patch_size
+
+
+def image_tokens(c: Config, vae: Any, request: Request) -> int:
+    """How many tokens the request's picture has."""
+    return token_count(vae, request, _patch(c))
+
+
+def mu(tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
+    """The dynamic shift of the schedule: no release has one."""
+    return None
+
+
+def needs(c: Config) -> tuple[str, ...]:
+    """Components needed beside transformer, vae, text_encoder, tokenizer and scheduler. T5 may be left out."""
+    return ("text_encoder_2", "tokenizer_2")
+
+
+def meets(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+    """What this network's config must say to fit the components around it: (field, value, why)."""
+    for field in ("in_channels", "out_channels"):
+        yield field, nets["vae"].z_dim, "the vae's latents need"
+    clips = [nets[name] for name in CLIPS]
+    yield "pooled_projection_dim", sum(clip.projection_dim for clip in clips if clip.projects), "the two CLIPs give"
+    if "text_encoder_3" in nets:
+        yield "joint_attention_dim", nets["text_encoder_3"].d_model, "text_encoder_3 gives"

@@ -1,0 +1,348 @@
+"""Z-Image: a single-stream image diffusion transformer. Caption and image, each refined alone, then pass through the same blocks as one.
+
+Source: arXiv 2511.22699 and the ZImageTransformer2DModel checkpoints (Z-Image, Z-Image-Turbo). Caption and image are each filled up to a
+multiple of 32 tokens with learned pad tokens, which are attended to. The network's own output points from noise to image; `post` turns
+it round.
+
+Shape letters: B batch, L image tokens, P latent values of a token, D width, H heads, T text tokens, S steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from tinydiff.models.encoders import decoder_lm
+from tinydiff.models.joint import Streams, heads, joint_mask, split
+from tinydiff.models.recipe import Parts, Prepared, latent_size, token_count
+from tinydiff.models.registry import ReleasedModel
+from tinydiff.ops.attention import attention
+from tinydiff.ops.embed import timestep_embedding
+from tinydiff.ops.linear import linear, linear_sum
+from tinydiff.ops.moves import move
+from tinydiff.ops.norm import compute_dtype, layer_norm, rms_norm
+from tinydiff.ops.patch import patchify, unpatchify
+from tinydiff.ops.rope import grid_positions, rope_table
+from tinydiff.ops.weights import Weights
+from tinydiff.parallel.plan import SEQUENCE_MOVES, Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.records import Request
+
+Tensors = dict[str, Tensor]
+
+MULTIPLE = 32
+"""Caption and image are filled up to a multiple of so many tokens."""
+TIME_FREQUENCIES, TIME_HIDDEN, TIME_WIDTH = 256, 1024, 256
+"""Widths of the timestep's embedding, written into the reference's code."""
+QK_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Config:
+    """Field names are those of the checkpoint's config.json."""
+
+    all_patch_size: tuple[int, ...] = (2,)
+    all_f_patch_size: tuple[int, ...] = (1,)
+    in_channels: int = 16
+    dim: int = 3840
+    n_layers: int = 30
+    n_refiner_layers: int = 2
+    n_heads: int = 30
+    n_kv_heads: int = 30
+    norm_eps: float = 1e-5
+    qk_norm: bool = True
+    cap_feat_dim: int = 2560
+    siglip_feat_dim: int | None = None
+    rope_theta: float = 256.0
+    t_scale: float = 1000.0
+    axes_dims: tuple[int, int, int] = (32, 48, 48)
+    axes_lens: tuple[int, int, int] = (1536, 512, 512)
+
+    def __post_init__(self) -> None:
+        if len(self.all_patch_size) != 1 or len(self.all_f_patch_size) != 1:
+            sizes = f"all_patch_size is {self.all_patch_size} and all_f_patch_size is {self.all_f_patch_size}"
+            raise ValueError(f"{sizes}; a network of one patch size is supported")
+        if self.n_kv_heads != self.n_heads:
+            raise ValueError(f"n_kv_heads is {self.n_kv_heads}; it must be n_heads, which is {self.n_heads}")
+        if not self.qk_norm:
+            raise ValueError("qk_norm is False; Z-Image normalises queries and keys")
+        if self.siglip_feat_dim is not None:
+            raise ValueError(f"siglip_feat_dim is {self.siglip_feat_dim}; only networks without image features (None) are supported")
+        if sum(self.axes_dims) != self.head_dim:
+            raise ValueError(f"axes_dims is {self.axes_dims}; its sum must be the width of a head, {self.head_dim}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def patch_size(self) -> tuple[int, int, int]:
+        """Of frames, height and width."""
+        return (self.all_f_patch_size[0], self.all_patch_size[0], self.all_patch_size[0])
+
+    @property
+    def patch_name(self) -> str:
+        """Under which the weights of the ends are kept."""
+        return f"{self.all_patch_size[0]}-{self.all_f_patch_size[0]}"
+
+    @property
+    def time_width(self) -> int:
+        return min(self.dim, TIME_WIDTH)
+
+
+MOVES = SEQUENCE_MOVES
+
+# --- weights ------------------------------------------------------------------------------------------------------------------------
+
+
+def _layer_rows(c: Config, modulated: bool) -> Iterator[Row]:
+    d, hidden = c.dim, int(c.dim / 3 * 8)
+    for key in ("to_q", "to_k", "to_v"):
+        yield from linear_rows(f"attention.{key}", d, d, "out", bias=False)
+    yield from linear_rows("attention.to_out.0", d, d, "in", bias=False)
+    for key in ("norm_q", "norm_k"):
+        yield from norm_rows(f"attention.{key}", c.head_dim)
+    for key in ("w1", "w3"):
+        yield from linear_rows(f"feed_forward.{key}", d, hidden, "out", bias=False)
+    yield from linear_rows("feed_forward.w2", hidden, d, "in", bias=False)
+    for key in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
+        yield from norm_rows(key, d)
+    if modulated:
+        yield from linear_rows("adaLN_modulation.0", c.time_width, 4 * d)
+
+
+def spec(c: Config) -> Iterator[Row]:
+    """Every weight once: name, shape, tensor-parallel split."""
+    d, patch, final = c.dim, c.in_channels * prod(c.patch_size), f"all_final_layer.{c.patch_name}"
+    yield Row("x_pad_token", (1, d))
+    yield Row("cap_pad_token", (1, d))
+    yield from linear_rows(f"all_x_embedder.{c.patch_name}", patch, d)
+    yield from linear_rows("t_embedder.mlp.0", TIME_FREQUENCIES, TIME_HIDDEN)
+    yield from linear_rows("t_embedder.mlp.2", TIME_HIDDEN, c.time_width)
+    yield from norm_rows("cap_embedder.0", c.cap_feat_dim)
+    yield from linear_rows("cap_embedder.1", c.cap_feat_dim, d)
+    yield from repeat("noise_refiner", c.n_refiner_layers, _layer_rows(c, modulated=True))
+    yield from repeat("context_refiner", c.n_refiner_layers, _layer_rows(c, modulated=False))
+    yield from repeat("layers", c.n_layers, _layer_rows(c, modulated=True))
+    yield from linear_rows(f"{final}.adaLN_modulation.1", c.time_width, d)
+    yield from linear_rows(f"{final}.linear", d, patch)
+
+
+# --- what is computed once, before the loop ---------------------------------------------------------------------------------------
+
+POOLED = False
+"""Whether text enters the rows of the steps."""
+
+SHARED = ("cos", "sin", "text_cos", "text_sin", "mask")
+"""The request's tensors that every block reads, where present."""
+
+TOKEN_DIMS = {"cos": 1, "sin": 1, "padding": 1}
+"""Which dimension of a request's tensor runs over image tokens."""
+
+TEXT_DIMS = {"text": 1, "text_cos": 1, "text_sin": 1, "mask": 1}
+"""Which dimension of a request's tensor runs over text tokens."""
+
+
+def _modulation(time_SE: Tensor, w: Weights) -> Tensor:
+    """Time embedding of S steps -> rows [S, 1, 4, 1, D] of a block: scale and gate of its attention, then of its feed-forward."""
+    raw = linear(time_SE, w / "adaLN_modulation" / 0)
+    scale, gate, ff_scale, ff_gate = raw.to(compute_dtype(raw)).chunk(4, -1)
+    return torch.stack([1 + scale, gate.tanh(), 1 + ff_scale, ff_gate.tanh()], 1)[:, None, :, None]
+
+
+def _steps(c: Config, w: Weights, timesteps_S: Tensor) -> Tensors:
+    """The network's time runs from 0 at noise to 1 at the image; its embedding sets the scales and gates of every block."""
+    mlp = w / "t_embedder" / "mlp"
+    time = (1000 - timesteps_S.float()) / 1000 * c.t_scale
+    sinusoid = timestep_embedding(time, TIME_FREQUENCIES).to((mlp / 0)["weight"].dtype)
+    time_SE = linear(F.silu(linear(sinusoid, mlp / 0)), mlp / 2)
+    final = linear(F.silu(time_SE), w / "all_final_layer" / c.patch_name / "adaLN_modulation" / 1)
+    modulated = [f"noise_refiner.{i}" for i in range(c.n_refiner_layers)] + [at for _, at in blocks(c)]
+    rows = {f"{at}.modulation": _modulation(time_SE, w / at) for at in modulated}
+    return rows | {"scale": (1 + final.to(compute_dtype(final)))[:, None, None]}
+
+
+def _tables(c: Config, plan: Plan, inputs: Tensors, filled: list[int]) -> Tensors:
+    """Rope tables [1 or B, T or L, head_dim / 2], float32 as the reference keeps them. filled: lengths of the captions with their pads.
+
+    The image stands behind its caption, so that captions of different lengths give tables of their own; its pads all sit at 0.
+    """
+    device = inputs["positions"].device
+    start = torch.tensor([[[length + 1, 0, 0]] for length in filled], device=device)
+    image = inputs["positions"] + torch.where(inputs["padding"], 0, start)
+    text = F.pad(torch.arange(1, max(filled) + 1, device=device)[:, None], (0, 2)).expand(len(filled), -1, -1)
+    tables = {}
+    for stream, places in (("text_", text), ("", image)):
+        for name, table in zip(("cos", "sin"), rope_table(places.flatten(0, 1), c.axes_dims, c.rope_theta), strict=True):
+            tables[stream + name] = move(plan, "enter", table.float().unflatten(0, places.shape[:2]))
+    return tables
+
+
+def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
+    """All that depends only on the request and the table: (constants of the loop, tensors with one row per step).
+
+    inputs: `text` [B, T, cap_feat_dim]; `positions` [L, 3] and `padding` [1, L, 1] bool of the image's tokens, as the functions of these
+    names give them; where captions differ in length, `mask` [B, T], 1 on a caption's tokens, which come first, and 0 behind them.
+    """
+    embed, pad = w / "cap_embedder", w["cap_pad_token"]
+    batch, given, _ = inputs["text"].shape
+    lengths = inputs["mask"].sum(1).tolist() if "mask" in inputs else [given] * batch
+    filled = [length + pad_tokens(length) for length in lengths]
+    place, one_length = torch.arange(max(filled), device=pad.device), len(set(filled)) == 1
+
+    text = linear(rms_norm(inputs["text"].to(pad.dtype), embed / 0, c.norm_eps), embed / 1)
+    text = F.pad(text, (0, 0, 0, max(filled) - given))
+    text = torch.where(place[:, None] < torch.tensor(lengths, device=pad.device)[:, None, None], text, pad)
+    mask = None if one_length else place < torch.tensor(filled, device=pad.device)[:, None]
+    tables = _tables(c, plan, inputs, filled[:1] if one_length else filled)
+
+    text = move(plan, "enter", text)
+    for i in range(c.n_refiner_layers):
+        keys = None if mask is None else mask[:, None, None]
+        text = _layer(c, plan, w / "context_refiner" / i, text, tables["text_cos"], tables["text_sin"], keys, None)
+    request = tables | {"text": text, "padding": inputs["padding"]} | ({} if mask is None else {"mask": mask})
+    return request, _steps(c, w, timesteps_S)
+
+
+# --- the network --------------------------------------------------------------------------------------------------------------------
+
+
+def _layer(
+    c: Config, plan: Plan, w: Weights, x_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, modulation: Tensor | None
+) -> Tensor:
+    """Self-attention and a gated feed-forward, each between two norms; scaled and gated where there is a modulation [B, 4, 1, D]."""
+    scale, gate, ff_scale, ff_gate = (1, 1, 1, 1) if modulation is None else modulation.unbind(1)
+    a = w / "attention"
+    y = (rms_norm(x_BLD, w / "attention_norm1", c.norm_eps) * scale).to(x_BLD.dtype)
+    y = attention(plan, *heads(a, y, c.head_dim, (cos, sin), eps=QK_EPS), mask).flatten(2)
+    y = linear_sum(plan, y, a / "to_out" / 0)
+    x_BLD = (x_BLD + rms_norm(y, w / "attention_norm2", c.norm_eps) * gate).to(x_BLD.dtype)
+
+    f = w / "feed_forward"
+    y = (rms_norm(x_BLD, w / "ffn_norm1", c.norm_eps) * ff_scale).to(x_BLD.dtype)
+    y = linear_sum(plan, F.silu(linear(y, f / "w1")) * linear(y, f / "w3"), f / "w2")
+    return (x_BLD + rms_norm(y, w / "ffn_norm2", c.norm_eps) * ff_gate).to(x_BLD.dtype)
+
+
+def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
+    """Latent tokens [B, L, P], the pads among them, -> the refined caption and the refined image."""
+    embed = w / "all_x_embedder" / c.patch_name
+    x = rearrange(x_BLP, "b l (c patch) -> b l (patch c)", c=c.in_channels).to(embed["weight"].dtype)
+    x = move(plan, "enter", torch.where(request["padding"], w["x_pad_token"], linear(x, embed)))
+    for i in range(c.n_refiner_layers):
+        at = f"noise_refiner.{i}"
+        x = _layer(c, plan, w / at, x, request["cos"], request["sin"], None, step[f"{at}.modulation"])
+    return request["text"], x
+
+
+def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
+    """One layer over caption and image as one sequence."""
+    text, image = streams
+    cos, sin = (torch.cat([shared[f"text_{name}"], shared[name]], 1) for name in ("cos", "sin"))
+    mask = joint_mask(shared["mask"], image.shape[1]) if "mask" in shared else None
+    x = _layer(c, plan, w, torch.cat(streams, 1), cos, sin, mask, request["modulation"])
+    text, image = (part.clone(memory_format=torch.contiguous_format) for part in split(x, text.shape[1]))
+    return text, image
+
+
+def blocks(c: Config) -> list:
+    """The stack as rows (function, prefix)."""
+    return [(block, f"layers.{i}") for i in range(c.n_layers)]
+
+
+def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, step: Tensors) -> Tensor:
+    """The image [B, L, D] -> predicted velocity of each token [B, L, P]; the network's own output is minus that."""
+    x = move(plan, "leave", streams[1])
+    y = (layer_norm(x) * step["scale"]).to(x.dtype)
+    y = linear(y, w / "all_final_layer" / c.patch_name / "linear")
+    return -rearrange(y, "b l (patch c) -> b l (c patch)", c=c.in_channels)
+
+
+# --- what a pipeline needs of this family -----------------------------------------------------------------------------------------
+
+
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+"""A prompt as the language model was trained to see one: a turn of a chat, with the answer about to begin."""
+
+
+def pad_tokens(tokens: int) -> int:
+    """How many pad tokens follow so many tokens of a caption or an image."""
+    return -tokens % MULTIPLE
+
+
+def positions(c: Config, size: tuple[int, int, int], device: torch.device | str | None = None) -> Tensor:
+    """Positions [L, 3] on the patch grid of latents of `size` (frames, height, width), those of the pads behind them 0."""
+    grid = grid_positions(*(n // p for n, p in zip(size, c.patch_size, strict=True)), device=device)
+    return F.pad(grid, (0, 0, 0, pad_tokens(len(grid))))
+
+
+def padding(c: Config, size: tuple[int, int, int], device: torch.device | str | None = None) -> Tensor:
+    """Which of the tokens [1, L, 1] of latents of `size` are pads, bool. Their latent values are never read."""
+    tokens = prod(n // p for n, p in zip(size, c.patch_size, strict=True))
+    return torch.arange(tokens + pad_tokens(tokens), device=device).view(1, -1, 1) >= tokens
+
+
+def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
+    """Each text as the language model's last state but one, without padding; the latents as tokens and the pads behind them."""
+    encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
+    size, tokens = latent_size(vae, request), image_tokens(c, vae, request)
+    shared = {"positions": positions(c, size, parts.device), "padding": padding(c, size, parts.device)}
+
+    def branch(text: str) -> Tensors:
+        ids, _ = parts.tokens("tokenizer", [TEMPLATE.format(text)], request.text_tokens, "none")
+        [hidden] = decoder_lm.encode(encoder.config, encoder.plan, encoder.w, ids, take=(encoder.config.layers,))
+        return {"text": hidden} | shared
+
+    return Prepared(
+        branches=tuple(branch(text) for text in request.texts),
+        size=(vae.z_dim, *size),
+        pack=lambda x: F.pad(patchify(x, c.patch_size), (0, 0, 0, pad_tokens(tokens))),
+        unpack=lambda x: unpatchify(x[:, :tokens], c.patch_size, size),
+    )
+
+
+PIPELINES = {"ZImagePipeline": prepare}
+"""Pipeline class -> its recipe."""
+
+GUIDANCE = "classifier_free"
+TAKES: Mapping[str, tuple[int, ...]] = {"text_encoder": (-2,)}
+"""Which hidden states of its language models are read: component -> indices, from the end where negative."""
+LINEAR_GRID = True
+"""Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
+
+
+def patch(c: Config) -> int:
+    """Latent pixels along a token's side."""
+    return c.patch_size[-1]
+
+
+def longest_side(c: Config) -> int:
+    """Latent pixels along a side that the network has places for."""
+    return min(c.axes_lens[1:]) * c.patch_size[-1]
+
+
+def image_tokens(c: Config, vae: Any, request: Request) -> int:
+    """How many tokens the request's picture has, without pads."""
+    return token_count(vae, request, c.patch_size)
+
+
+def mu(tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
+    """The dynamic shift of the schedule: Z-Image has none."""
+    return None
+
+
+def needs(c: Config) -> tuple[str, ...]:
+    """Components needed beside transformer, vae, text_encoder, tokenizer and scheduler: none."""
+    return ()
+
+
+def meets(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+    """What this network's config must say to fit the components around it: (field, value, why)."""
+    yield "in_channels", nets["vae"].z_dim, "the vae's latents need"
+    yield "cap_feat_dim", nets["text_encoder"].hidden_size, "the text encoder gives"

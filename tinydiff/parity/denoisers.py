@@ -1,0 +1,296 @@
+"""The tiny denoisers, what each is asked, and under which names its reference shows what it computes on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from tinydiff.models import ernie, flux, flux2, ovis, qwen_image, sd3, wan, z_image
+from tinydiff.ops.patch import patchify
+from tinydiff.ops.weights import Weights
+from tinydiff.parallel.plan import Plan
+from tinydiff.parity.reference import Case, built, draw, library, overheard
+
+PLAN = Plan()
+TIME = torch.tensor([640.0])
+WORDS = 7
+
+
+class Asked(NamedTuple):
+    """One evaluation, put to both sides."""
+
+    tokens: Tensor
+    inputs: dict[str, Tensor]
+    """Of the family's `hoist`."""
+    known: dict[str, Any]
+    """The reference's keyword arguments."""
+    answer: Callable[[Any], Tensor] = lambda output: output.sample
+    """What the reference returns -> the velocity of each token."""
+    answered: int | None = None
+    """Tokens that it answers; pads follow among ours."""
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A tiny denoiser, and names of the reference's layers: what is hoisted of the time and of the text, and how tokens enter.
+
+    time, text: (layer, the name under which `hoist` returns its output). Blocks need no names, for theirs are ours.
+    """
+
+    family: ModuleType
+    reference: str
+    config: Any
+    ask: Callable[[Any], Asked]
+    time: tuple[str, str]
+    text: tuple[str, str]
+    image: str
+    sinusoid: str = ""
+    """A layer that computes in float32 whatever comes."""
+    image_first: bool = False
+    """How the reference's blocks order a joint sequence."""
+    sequence_first: bool = False
+    """Whether its dimensions are (sequence, batch, width)."""
+
+
+def case(d: Denoiser) -> Case:
+    """Stages: time, text, image, each block under its name, and the last layer."""
+    places = [at for _, at in d.family.blocks(d.config)]
+    asked = d.ask(d.config)
+    layers = {"time": d.time[0], "text": d.text[0], "image": d.image} | {at: at for at in places}
+
+    def reference() -> nn.Module:
+        with patch("torch.polar", _polar):
+            module = built(getattr(library("diffusers"), d.reference), d.config)
+        if d.sinusoid:
+            module.get_submodule(d.sinusoid).register_forward_pre_hook(_as_float32)
+        return module
+
+    def theirs(module: nn.Module) -> dict[str, Tensor]:
+        with overheard(module, layers.values()) as heard:
+            velocity = asked.answer(module(**asked.known))
+        seen = {stage: _joined(heard[layer], d.sequence_first and stage in places) for stage, layer in layers.items()}
+        return seen | {"time": _time(heard[d.time[0]], len(asked.tokens)), "last": velocity}
+
+    return Case(reference, lambda: d.family.spec(d.config), lambda key: key, theirs, lambda w: _walk(d, asked, w))
+
+
+def _walk(d: Denoiser, asked: Asked, w: Weights) -> Iterator[tuple[str, Tensor]]:
+    """What the loop does in one step, with a halt after each stage."""
+    f, c, pictures = d.family, d.config, len(asked.tokens)
+    request, steps = f.hoist(c, PLAN, w, asked.inputs, TIME)
+    step = {name: rows[0] for name, rows in steps.items()}
+    shared = step | {name: request[name] for name in f.SHARED if name in request}
+    time, text = step[d.time[1]].flatten(1), request[d.text[1]]
+    yield "time", (time - 1 if f is z_image else time).expand(pictures, -1)  # Z-Image hoists 1 + scale
+    yield "text", text.flatten(2).expand(pictures, -1, -1)
+    streams = f.pre(c, PLAN, w, asked.tokens, Weights(request), step)
+    yield "image", streams if isinstance(streams, Tensor) else streams[1]
+    for fn, at in f.blocks(c):
+        streams = fn(c, PLAN, w / at, streams, Weights(request | step) / at, shared)
+        parts = (streams,) if isinstance(streams, Tensor) else streams
+        yield at, torch.cat(parts[::-1] if d.image_first else parts, 1)
+    yield "last", f.post(c, PLAN, w, streams, Weights(request), step)[:, : asked.answered]
+
+
+def _joined(output: Any, sequence_first: bool) -> Tensor:
+    """What a layer of the reference returns -> [B, tokens, D], both streams one after the other."""
+    joined = torch.cat([part for part in (output if isinstance(output, tuple) else (output,)) if part is not None], 1)
+    if joined.ndim > 3:
+        return joined.flatten(2).transpose(1, 2)
+    return joined.transpose(0, 1) if sequence_first else joined
+
+
+def _time(output: Tensor, pictures: int) -> Tensor:
+    """[B, values] of the time that moves: that of timestep 0 follows in further rows, or stands at the first tokens."""
+    return (output if output.ndim == 2 else output[:, -1])[:pictures]
+
+
+def _polar(length: Tensor, angle: Tensor) -> Tensor:
+    """torch.polar rounds float32 cosines otherwise than torch.cos does, by one step, 6e-8; Qwen-Image's tables are made with it."""
+    return torch.complex(length * angle.cos(), length * angle.sin())
+
+
+def _as_float32(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`doubles` widens what a layer makes float32; coming in as float32 it stays so, as ours does."""
+    return (torch.tensor(args[0].tolist(), dtype=torch.float32), *args[1:])
+
+
+# --- what each is asked -------------------------------------------------------------------------------------------------------------
+
+
+def _wan(frozen: bool = False, length: int = WORDS) -> Callable[[wan.Config], Asked]:
+    """frozen: the first frame is given, and sits at timestep 0. length: where CLIP's tokens come too, the reference expects 512 words."""
+
+    def ask(c: wan.Config) -> Asked:
+        size, channels = (3, 6, 10), c.out_channels
+        x, text = draw(2, c.in_channels, *size, seed=2), draw(2, length, c.text_dim, seed=3)
+        inputs = {"text": text, "positions": wan.positions(c, size)}
+        known = {"hidden_states": x, "timestep": TIME.long().expand(2), "encoder_hidden_states": text}
+        if c.in_channels > channels:
+            inputs["concat"] = patchify(x[:, channels:], c.patch_size)
+        if c.image_dim is not None:
+            inputs["image"] = known["encoder_hidden_states_image"] = draw(2, 9, c.image_dim, seed=4)
+        if frozen:
+            inputs["frozen"] = (inputs["positions"][:, 0] == 0)[None, :, None]
+            known["timestep"] = torch.where(inputs["frozen"][..., 0], 0, TIME.long()).expand(2, -1)
+        return Asked(patchify(x[:, :channels], c.patch_size), inputs, known, lambda output: patchify(output.sample, c.patch_size))
+
+    return ask
+
+
+def _z_image(c: z_image.Config) -> Asked:
+    """Caption and picture both short of a multiple of 32 tokens."""
+    size = (1, 14, 10)
+    x, text = draw(2, c.in_channels, *size, seed=2), draw(2, WORDS, c.cap_feat_dim, seed=3)
+    tokens = patchify(x, c.patch_size)
+    inputs = {"text": text, "positions": z_image.positions(c, size), "padding": z_image.padding(c, size)}
+    known = {"x": list(x), "t": (1000 - TIME.expand(2)) / 1000, "cap_feats": list(text)}
+    padded = torch.cat([tokens, draw(2, z_image.pad_tokens(tokens.shape[1]), tokens.shape[2], seed=4)], 1)
+    return Asked(padded, inputs, known, lambda output: -patchify(torch.stack(output.sample), c.patch_size), tokens.shape[1])
+
+
+def _qwen(*sizes: tuple[int, int], made: int = 1) -> Callable[[qwen_image.Config], Asked]:
+    """Pictures of latents of these sizes, `made` of them made and the others given; two texts of different lengths."""
+
+    def ask(c: qwen_image.Config) -> Asked:
+        pictures = [patchify(draw(2, c.out_channels, 1, *size, seed=i), (1, 2, 2)) for i, size in enumerate(sizes)]
+        tokens, text = torch.cat(pictures, 1), draw(2, WORDS, c.joint_attention_dim, seed=11)
+        mask = torch.tensor([[1] * (WORDS - 3) + [0] * 3, [1] * WORDS])
+        inputs = {"text": text, "positions": qwen_image.positions(c, sizes), "mask": mask}
+        known = {"hidden_states": tokens, "encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
+        known |= {"timestep": TIME.double().expand(2) / 1000, "img_shapes": [[(1, h // 2, w // 2) for h, w in sizes]] * 2}
+        if len(sizes) > made:
+            inputs["frozen"] = torch.cat([torch.full(x.shape[1:2], i >= made) for i, x in enumerate(pictures)])[None, :, None]
+        if c.use_additional_t_cond:
+            inputs["kind"] = known["additional_t_cond"] = torch.tensor([1, 0])
+        return Asked(tokens, inputs, known)
+
+    return ask
+
+
+def _flux(family: ModuleType, *sizes: tuple[int, int, int]) -> Callable[[Any], Asked]:
+    """FLUX.1, FLUX.2 and Ovis-Image; sizes of the picture's latents and of references."""
+
+    def ask(c: Any) -> Asked:
+        ids = family.positions(sizes[0], sizes[1:]) if sizes[1:] else family.positions(sizes[0])
+        tokens, text = draw(2, len(ids), c.in_channels, seed=2), draw(2, WORDS, c.joint_attention_dim, seed=3)
+        inputs = {"text": text, "positions": ids}
+        places = {flux: (0, 0, 0), ovis: (0, 1, 1), flux2: (0, 0, 0, 1)}[family]
+        known = {"hidden_states": tokens, "encoder_hidden_states": text, "timestep": TIME.double().expand(2) / 1000}
+        known |= {"img_ids": ids.double(), "txt_ids": torch.arange(WORDS)[:, None].double() * torch.tensor(places)}
+        if family is flux:
+            inputs["pooled"] = known["pooled_projections"] = draw(2, c.pooled_projection_dim, seed=4)
+        if getattr(c, "guidance_embeds", False):
+            inputs["guidance"] = known["guidance"] = torch.tensor([2.5, 4.0])
+        return Asked(tokens, inputs, known)
+
+    return ask
+
+
+def _ernie(c: ernie.Config) -> Asked:
+    """Two texts of different lengths."""
+    size, ends = (1, 3, 5), torch.tensor([3, WORDS])
+    x, text = draw(2, c.in_channels, *size, seed=2), draw(2, WORDS, c.text_in_dim, seed=3)
+    inputs = {"text": text, "positions": ernie.positions(size), "mask": torch.arange(WORDS) < ends[:, None]}
+    known = {"hidden_states": x[:, :, 0], "timestep": TIME.expand(2), "text_bth": text, "text_lens": ends}
+    return Asked(patchify(x, (1, 1, 1)), inputs, known, lambda output: patchify(output.sample[:, :, None], (1, 1, 1)))
+
+
+def _sd3(c: sd3.Config) -> Asked:
+    size, patch_size = (1, 6, 10), (1, c.patch_size, c.patch_size)
+    x, text, pooled = draw(2, 3, *size, seed=2), draw(2, WORDS, c.joint_attention_dim, seed=3), draw(2, c.pooled_projection_dim, seed=4)
+    inputs = {"text": text, "pooled": pooled, "positions": sd3.positions(c, size)}
+    known = {"hidden_states": x[:, :, 0], "timestep": TIME.expand(2), "encoder_hidden_states": text, "pooled_projections": pooled}
+    return Asked(patchify(x, patch_size), inputs, known, lambda output: patchify(output.sample[:, :, None], patch_size))
+
+
+# --- the denoisers ------------------------------------------------------------------------------------------------------------------
+
+_NARROW: dict[str, Any] = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 20}
+_WAN = wan.Config(
+    num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=20, freq_dim=8, ffn_dim=40, num_layers=2
+)
+_Z = z_image.Config(in_channels=4, dim=32, n_layers=2, n_heads=2, n_kv_heads=2, norm_eps=1e-4, cap_feat_dim=20, axes_dims=(4, 6, 6))
+_QWEN = qwen_image.Config(in_channels=16, out_channels=4, axes_dims_rope=(4, 6, 6), **_NARROW)
+_FLUX = flux.Config(in_channels=8, num_single_layers=2, pooled_projection_dim=12, axes_dims_rope=(4, 4, 8), **_NARROW)
+_FLUX2 = flux2.Config(
+    in_channels=6, num_single_layers=2, timestep_guidance_channels=8, axes_dims_rope=(2, 4, 4, 6), guidance_embeds=False, **_NARROW
+)
+_OVIS = ovis.Config(in_channels=8, out_channels=8, num_single_layers=2, axes_dims_rope=(4, 4, 8), **_NARROW)
+_ERNIE = ernie.Config(32, 2, 2, 40, in_channels=6, out_channels=6, text_in_dim=20, rope_axes_dim=(4, 6, 6))
+_SD3 = sd3.Config(
+    sample_size=8, in_channels=3, out_channels=5, caption_projection_dim=32, pooled_projection_dim=12, pos_embed_max_size=9, **_NARROW
+)
+
+_FIRST = "transformer_blocks.0"
+_PICTURE, _GIVEN, _SMALL = (6, 10), (4, 14), (8, 2)
+"""Latents of a picture and of two others, none square."""
+
+
+def _of_wan(config: wan.Config, **more: Any) -> Denoiser:
+    time, text = ("condition_embedder.time_proj", "modulation"), ("blocks.0.attn2.to_v", "blocks.0.attn2.v")
+    return Denoiser(wan, "WanTransformer3DModel", config, _wan(**more), time, text, "patch_embedding")
+
+
+def _of_qwen(config: qwen_image.Config, ask: Callable[[Any], Asked]) -> Denoiser:
+    time = (f"{_FIRST}.img_mod.1", f"{_FIRST}.img_mod")
+    return Denoiser(qwen_image, "QwenImageTransformer2DModel", config, ask, time, ("txt_in", "text"), "img_in")
+
+
+def _of_flux(family: ModuleType, reference: str, config: Any, time: tuple[str, str], sinusoid: str, *given: tuple[int, int]) -> Denoiser:
+    ask = _flux(family, *((1, *size) for size in (_PICTURE, *given)))
+    return Denoiser(family, reference, config, ask, time, ("context_embedder", "text"), "x_embedder", sinusoid)
+
+
+def _of_flux1(config: flux.Config, *given: tuple[int, int]) -> Denoiser:
+    time = (f"{_FIRST}.norm1.linear", f"{_FIRST}.norm1")
+    return _of_flux(flux, "FluxTransformer2DModel", config, time, "time_text_embed.time_proj", *given)
+
+
+def _of_flux2(config: flux2.Config) -> Denoiser:
+    time = ("double_stream_modulation_img.linear", "image_modulation")
+    return _of_flux(flux2, "Flux2Transformer2DModel", config, time, "time_guidance_embed.time_proj", _GIVEN, _SMALL)
+
+
+def _of_sd3(**changes: Any) -> Denoiser:
+    time = (f"{_FIRST}.norm1.linear", f"{_FIRST}.norm1")
+    config = replace(_SD3, num_layers=3, **changes)
+    return Denoiser(sd3, "SD3Transformer2DModel", config, _sd3, time, ("context_embedder", "text"), "pos_embed")
+
+
+DENOISERS = {
+    "Wan, text": _of_wan(_WAN),
+    "Wan, a frame beside the noise": _of_wan(replace(_WAN, in_channels=12)),
+    "Wan, a frame beside the noise and CLIP": _of_wan(replace(_WAN, in_channels=12, image_dim=24, added_kv_proj_dim=32), length=512),
+    "Wan, a given first frame": _of_wan(_WAN, frozen=True),
+    "Z-Image": Denoiser(
+        z_image, "ZImageTransformer2DModel", _Z, _z_image, ("all_final_layer.2-1.adaLN_modulation.1", "scale"),
+        ("context_refiner.1", "text"), "noise_refiner.1", image_first=True,
+    ),
+    "Qwen-Image": _of_qwen(_QWEN, _qwen(_PICTURE)),
+    "Qwen-Image, references": _of_qwen(_QWEN, _qwen(_PICTURE, _GIVEN, _SMALL)),
+    "Qwen-Image, references at timestep 0": _of_qwen(replace(_QWEN, zero_cond_t=True), _qwen(_PICTURE, _GIVEN, _SMALL)),
+    "Qwen-Image, layers": _of_qwen(
+        replace(_QWEN, use_additional_t_cond=True, use_layer3d_rope=True), _qwen(_PICTURE, _PICTURE, _PICTURE, _GIVEN, made=3)
+    ),
+    "FLUX.1": _of_flux1(_FLUX),
+    "FLUX.1, guidance": _of_flux1(replace(_FLUX, guidance_embeds=True)),
+    "FLUX.1, guidance and a reference": _of_flux1(replace(_FLUX, guidance_embeds=True), _GIVEN),
+    "FLUX.2, references": _of_flux2(_FLUX2),
+    "FLUX.2, guidance and references": _of_flux2(replace(_FLUX2, guidance_embeds=True)),
+    "Ovis-Image": _of_flux(ovis, "OvisImageTransformer2DModel", _OVIS, (f"{_FIRST}.norm1.linear", f"{_FIRST}.norm1"), "time_proj"),
+    "ERNIE-Image": Denoiser(
+        ernie, "ErnieImageTransformer2DModel", _ERNIE, _ernie, ("adaLN_modulation.1", "modulation"), ("text_proj", "text"), "x_embedder",
+        image_first=True, sequence_first=True,
+    ),
+    "SD3": _of_sd3(),
+    "SD3, norms": _of_sd3(qk_norm="rms_norm"),
+    "SD3, norms and dual attention": _of_sd3(qk_norm="rms_norm", dual_attention_layers=(0, 1)),
+}  # fmt: skip
+"""What is compared -> how."""
