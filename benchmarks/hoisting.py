@@ -2,10 +2,10 @@
 
     python benchmarks/hoisting.py
 
-Counted, not timed: on the meta device, guided (conditions and negatives as one batch of 2).
+Counted, not timed: on the meta device, one branch of guidance.
 FLOPs of one step with nothing kept, and in the loop; gigabytes of weights that a step reads, in bfloat16 where the spec allows, before and
 after; and the gigabytes of hoisted tensors that it reads instead. Ratios are before over after; "run" counts all steps and the hoisting
-itself. Each model is shown at its default clip and at one frame of that size.
+itself. Clips are shown at the model's default and at one frame of that size, image models at their default size and a short prompt.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import SCHEDULER, Case, made_up, released, weights
+from cases import SCHEDULER, Case, Picture, made_up, picture, released, weights
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -54,36 +54,49 @@ def flops(fn: Callable[[], Any]) -> tuple[int, Any]:
     return counter.get_total_flops(), result
 
 
-def measure(case: Case) -> str:
-    c, flat = case.config, weights(case.config, "meta", torch.bfloat16)
-    table = solvers.with_guidance(solvers.from_scheduler_config(SCHEDULER, STEPS), 5.0)
-    inputs = {"text": torch.empty(1, case.text_tokens, c.text_dim, device="meta"), "positions": wan.positions(c, case.size, "meta")}
-    x = torch.empty(1, case.tokens, c.out_channels * 4, device="meta")
-    times = table.timesteps.to("meta")
+def clip(case: Case) -> Picture:
+    """One branch of a request to Wan."""
+    text = torch.empty(1, case.text_tokens, case.config.text_dim, device="meta")
+    inputs = {"text": text, "positions": wan.positions(case.config, case.size, "meta")}
+    return Picture(case.name, wan, case.config, inputs, torch.empty(1, case.tokens, case.config.out_channels * 4, device="meta"))
+
+
+def measure(asked: Picture) -> str:
+    name, family, c, inputs, x = asked
+    flat = weights(c, "meta", torch.bfloat16, family=family)
+    times = solvers.from_scheduler_config(SCHEDULER, STEPS).timesteps.to("meta")
 
     whole = Read(flat)
-    before, _ = flops(lambda: predict(wan, c, PLAN, Weights(whole), x, times[:1], inputs))
-    once, (request, steps) = flops(lambda: wan.hoist(c, PLAN, Weights(flat), inputs, times))
-    kept, dealt = loop.deal(wan, c, flat), loop.deal(wan, c, request)
+    before, _ = flops(lambda: predict(family, c, PLAN, Weights(whole), x, times[:1], inputs))
+    once, (request, steps) = flops(lambda: family.hoist(c, PLAN, Weights(flat), inputs, times))
+    kept, dealt = loop.deal(family, c, flat), loop.deal(family, c, request)
     stepped = {at: Read(dict(entries)) for at, entries in kept.items()}
-    known = {at: Read(dict(entries)) for at, entries in dealt.items()}
-    rows = loop.deal(wan, c, {name: rows[0] for name, rows in steps.items()})
-    after, _ = flops(lambda: loop.predictor(wan, c, PLAN)(stepped, x, loop.Step(x, x, x), (loop.Branch(known, rows),), {}))
+    rows = loop.deal(family, c, {name: rows[0] for name, rows in steps.items()})
+    after, _ = flops(lambda: loop.predictor(family, c, PLAN)(stepped, x, loop.Step(x, x, x), (loop.Branch(dealt, rows),), {}))
 
     read, left = whole.size, sum(entries.size for entries in stepped.values())
-    hoisted = sum(entries.size for entries in known.values()) + sum(rows[0].nbytes for rows in steps.values())
+    hoisted = sum(t.nbytes for t in request.values()) + sum(rows[0].nbytes for rows in steps.values())
     run = STEPS * before / (once + STEPS * after)
     work = f"{before / 1e12:11.4f} {after / 1e12:11.4f} {before / after:7.4f} {run:7.4f}"
-    return f"{case.name:32s} {work} {read / 1e9:9.4f} {left / 1e9:8.4f} {read / left:6.3f} {hoisted / 1e9:8.4f}"
+    return f"{name:36s} {work} {read / 1e9:9.4f} {left / 1e9:8.4f} {read / left:6.3f} {hoisted / 1e9:8.4f}"
+
+
+PICTURES = {
+    "FLUX.1-dev": 512, "FLUX.2-dev": 512, "FLUX.2-klein-4B": 512, "Qwen-Image": 50, "Z-Image": 64, "stable-diffusion-3.5-large": 333,
+    "Ovis-Image-7B": 256, "ERNIE-Image": 64,
+}  # fmt: skip
+"""Image models and how many tokens of text they are shown."""
 
 
 def main() -> None:
-    print(f"{'one branch, ' + str(STEPS) + ' steps':32s} {'TFLOP/step':>11s} {'hoisted':>11s} {'ratio':>7s} {'run':>7s}", end=" ")
+    print(f"{'one branch, ' + str(STEPS) + ' steps':36s} {'TFLOP/step':>11s} {'hoisted':>11s} {'ratio':>7s} {'run':>7s}", end=" ")
     print(f"{'GB/step':>9s} {'hoisted':>8s} {'ratio':>6s} {'instead':>8s}")
+    for name, text_tokens in PICTURES.items():
+        print(measure(picture(name, text_tokens)), flush=True)
     for name in ("Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-T2V-14B-Diffusers", "Wan2.2-TI2V-5B-Diffusers"):
-        print(measure(released(name)))
-        print(measure(released(name, frames=1)))
-    print(measure(made_up("6 blocks of width 160, 64 tokens", layers=6, heads=5, size=(1, 16, 16))))
+        print(measure(clip(released(name))), flush=True)
+        print(measure(clip(released(name, frames=1))), flush=True)
+    print(measure(clip(made_up("6 blocks of width 160, 64 tokens", layers=6, heads=5, size=(1, 16, 16)))))
 
 
 if __name__ == "__main__":

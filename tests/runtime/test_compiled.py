@@ -51,7 +51,7 @@ def test_one_graph_serves_every_request_and_both_experts():
         assert len(solvers.segments(rows)) == 2
         inputs = [{"text": each[None], "positions": wan.positions(CONFIG, size)} for each in text(length, seed)]
         ready = [loop.hoist(wan, CONFIG, PLAN, flat, inputs, rows) for flat in experts]
-        x = draw(1, len(inputs["positions"]), 16, seed=seed).float()
+        x = draw(1, len(inputs[0]["positions"]), 16, seed=seed).float()
         want, whole, chunked = (
             list(loop.run(run[make], rows, x, ready.__getitem__, chunk=pieces))[-1].x
             for make, pieces in ((loop.eager_denoise, None), (compiled_denoise, None), (compiled_denoise, chunk))
