@@ -73,3 +73,10 @@ def test_the_table_of_families_is_what_the_benchmark_prints(capsys):
             assert re.sub(r"\d+", "", cell) == re.sub(r"\d+", "", said)
             for number, shown in zip(re.findall(r" (\d+)|^(\d+)$", cell), re.findall(r" (\d+)|^(\d+)$", said), strict=True):
                 assert int("".join(shown)) == pytest.approx(int("".join(number)), rel=0.25, abs=2)
+
+
+def test_every_test_that_a_page_names_is_there():
+    named = {name for page in (ROOT / "docs").glob("*.md") for name in re.findall(r"`(tests/\S+\.py::\w+)`", page.read_text())}
+    assert len(named) >= 10
+    for path, test in (name.split("::") for name in named):
+        assert f"def {test}(" in (ROOT / path).read_text(), f"{path} has no {test}"
