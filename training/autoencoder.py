@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tinydiff.io.atomic import write_over
@@ -25,7 +26,7 @@ from training import model
 from training.scenes import render, scenes
 
 C = model.AUTOENCODER
-FLAT = ("encoder.conv_in.", "encoder.down_blocks.0.", "decoder.up_blocks.3.", "decoder.conv_out.")
+FLAT = ("encoder.conv_in.", "encoder.down_blocks.0.", f"decoder.up_blocks.{len(C.dim_mult) - 1}.", "decoder.conv_out.")
 """Layers at the finest resolution never look at earlier frames: their kernels keep one temporal slice until they are exported."""
 STAGES = ("pictures", "clips", "polish")
 Params = dict[str, Tensor]
@@ -75,7 +76,7 @@ def fast(params: Params) -> Params:
 
 
 def losses(params: Params, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean absolute error of pixels and of their differences to the neighbours, divergence of the latents from a unit Gaussian)."""
+    """(absolute and squared error of pixels and of their differences to the neighbours, divergence of the latents from a unit Gaussian)."""
     w = Weights(fast(params))
     mean, log_variance = wan_vae.moments(C, w, x.to(torch.bfloat16)).float().chunk(2, 1)
     log_variance = log_variance.clamp(-12, 4)
@@ -83,7 +84,7 @@ def losses(params: Params, x: Tensor) -> tuple[Tensor, Tensor]:
     error = wan_vae.raw_pixels(C, w, z.to(torch.bfloat16)).float() - x
     sharp = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return error.abs().mean() + 0.5 * sharp, divergence
+    return error.abs().mean() + 4 * error.square().mean() + 0.5 * sharp, divergence
 
 
 def around_edges(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
@@ -97,15 +98,14 @@ def around_edges(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
     return torch.stack([clip[..., i : i + side, j : j + side] for clip, i, j in zip(x, top.tolist(), left.tolist(), strict=True)])
 
 
-def _batches(step: int, seed: int, stage: str, done: float) -> list[Tensor]:
-    """The batches of a step: squares around contours first, whole pictures in the last quarter."""
-    generator = torch.Generator().manual_seed(seed + step)
-    whole = done > 0.75
-    count = 6 if whole else 16
-    x = render(scenes(seed + step, "picture", count // 2) + scenes(seed + step, "pair", count - count // 2))
+def _batches(seed: int, stage: str, whole: bool, ranks: int) -> list[Tensor]:
+    """One rank's share of the batches of a step: squares around contours, or whole pictures."""
+    generator = torch.Generator().manual_seed(seed)
+    count = (8 if whole else 16) // ranks
+    x = render(scenes(seed, "picture", count // 2) + scenes(seed, "pair", count - count // 2))
     batches = [x if whole else around_edges(x, 64, generator)]
     if stage != "pictures":
-        batches.append(around_edges(render(scenes(seed + step, "clip", 4)), 64, generator))
+        batches.append(around_edges(render(scenes(seed, "clip", 4 // ranks)), 64, generator))
     return batches
 
 
@@ -122,8 +122,20 @@ def _trained(stage: str, name: str, tensor: Tensor) -> Tensor | None:
     return None
 
 
+def average_gradients(leaves: list[Tensor], ranks: int) -> None:
+    """One reduction over all gradients laid end to end; a leaf that took no part counts as zero."""
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in leaves])
+    dist.all_reduce(flat)
+    for leaf, part in zip(leaves, flat.div_(ranks).split([p.numel() for p in leaves]), strict=True):
+        leaf.grad = part.view_as(leaf)
+
+
 def train(stage: str, run: Path, steps: int, seed: int = 1, log: Callable[[str], None] = print, device: str = "cpu") -> None:
-    """Train one of `STAGES` for `steps` in all and write `run/<stage>.pt`; resumes from that file when it is there."""
+    """Train one of `STAGES` for `steps` in all and write `run/<stage>.pt`; resumes from that file when it is there.
+
+    Where torch.distributed runs, the ranks share each batch and rank 0 writes.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     path = run / f"{stage}.pt"
     if path.exists():
         state = torch.load(path, device)
@@ -142,16 +154,17 @@ def train(stage: str, run: Path, steps: int, seed: int = 1, log: Callable[[str],
         optimiser.load_state_dict(state["optimiser"])
     started, shown, history = time.monotonic(), time.monotonic(), []
     for step in range(state["step"], steps):
-        done = step / steps
         for group in optimiser.param_groups:
             group["lr"] = rate * annealed(step, steps, warmup=50)
-        for x in _batches(step, seed * 1_000_000, stage, done):
+        for x in _batches((seed * 1_000_000 + step) * 64 + rank, stage, step > 0.88 * steps, ranks):
             error, divergence = losses(params, x.to(device))
             (error + 3e-5 * divergence).backward()
             history.append((error.item(), divergence.item()))
         for name, mask in masks.items():
             if mask.ndim and params[name].grad is not None:
                 params[name].grad.mul_(mask)
+        if ranks > 1:
+            average_gradients(leaves, ranks)
         torch.nn.utils.clip_grad_norm_(leaves, 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -159,11 +172,11 @@ def train(stage: str, run: Path, steps: int, seed: int = 1, log: Callable[[str],
             inertia = min(0.998, step / (step + 10))
             for name in masks:
                 average[name].lerp_(params[name].detach(), 1 - inertia)
-        if time.monotonic() - shown > 20 or step + 1 == steps:
+        if rank == 0 and (time.monotonic() - shown > 20 or step + 1 == steps):
             shown = time.monotonic()
             recent = torch.tensor(history[-50:]).mean(0)
             pace = (step + 1 - state["step"]) / (shown - started)
             log(f"{stage} step {step + 1}/{steps} error {recent[0]:.4f} divergence {recent[1]:.2f} {pace:.2f} steps/s")
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+        if rank == 0 and ((step + 1) % 200 == 0 or step + 1 == steps):
             saved = {"step": step + 1, "average": average, "optimiser": optimiser.state_dict()}
             keep(path, saved | {"params": {n: t.detach() for n, t in params.items()}})

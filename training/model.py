@@ -6,24 +6,24 @@ from tinydiff.models import wan
 from tinydiff.models.autoencoders import wan as wan_vae
 from tinydiff.models.encoders import t5
 
-LATENT = 32
+LATENT = 16
 TEXT_TOKENS = 32
 """Prompts are padded to this length; the denoiser attends to the padding too, as Wan does."""
 
 AUTOENCODER = wan_vae.Config(
-    base_dim=32,
-    decoder_base_dim=32,
+    base_dim=40,
+    decoder_base_dim=40,
     z_dim=LATENT,
-    dim_mult=(1, 1, 1, 1),
+    dim_mult=(1, 1, 1),
     num_res_blocks=1,
-    temperal_downsample=(False, True, True),
+    temperal_downsample=(True, True),
     latents_mean=(0.0,) * LATENT,
     latents_std=(1.0,) * LATENT,
     is_residual=True,
     in_channels=12,
     out_channels=12,
     patch_size=2,
-    scale_factor_spatial=16,
+    scale_factor_spatial=8,
 )
 """Its latents' mean and deviation are measured once it is trained."""
 

@@ -33,7 +33,7 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 }
 COLOURS = tuple(PALETTE)
 SHAPES = ("circle", "square", "triangle", "star", "ring")
-RADII = {"small": (13.0, 15.0), "large": (28.0, 31.0)}  # half the width of the shape, pixels
+RADII = {"small": (15.5, 17.5), "large": (28.0, 31.0)}  # half the width of the shape, pixels
 PAIR_RADII = (18.0, 23.0)  # both shapes of a pair: a size of its own, never named
 SIZES = tuple(RADII)
 PLACES = {"left": (34.0, 64.0), "right": (94.0, 64.0), "top": (64.0, 34.0), "bottom": (64.0, 94.0), "centre": (64.0, 64.0)}
@@ -41,7 +41,7 @@ RELATIONS = {"left of": ("left", "right"), "above": ("top", "bottom")}  # where 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MOTIONS = (*DIRECTIONS, "grow", "shrink")
 EXTENT = (30.0, 45.0)  # how far a moving shape goes over a clip, pixels
-GROWTH = (1.9, 2.1)  # by what factor a growing shape grows (a shrinking one shrinks)
+GROWTH = (1.65, 1.85)  # by what factor a growing shape grows (a shrinking one shrinks)
 
 # What a held-out combination is a combination of, for each kind of scene.
 KEYS: dict[Kind, tuple[str, ...]] = {

@@ -22,11 +22,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of the checkpoints and the log")
     parser.add_argument("folder", type=Path, help="folder to write the model into")
-    parser.add_argument("--picture-steps", type=int, default=4000, help="steps of the autoencoder on pictures")
-    parser.add_argument("--clip-steps", type=int, default=1500, help="steps of the autoencoder on clips")
+    parser.add_argument("--picture-steps", type=int, default=6400, help="steps of the autoencoder on pictures")
+    parser.add_argument("--clip-steps", type=int, default=1600, help="steps of the autoencoder on clips")
     parser.add_argument("--polish-steps", type=int, default=3000, help="steps of the decoder alone")
-    parser.add_argument("--steps", type=int, default=6500, help="steps of the denoiser")
-    parser.add_argument("--clips-from", type=int, default=2400, help="step of the denoiser from which it learns clips too")
+    parser.add_argument("--steps", type=int, default=9000, help="steps of the denoiser")
+    parser.add_argument("--clips-from", type=int, default=1000, help="step of the denoiser from which it learns clips too")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
@@ -42,8 +42,8 @@ def main() -> None:
     autoencoder.train("pictures", run, arguments.picture_steps, arguments.seed, log, arguments.device)
     autoencoder.train("clips", run, arguments.clip_steps, arguments.seed, log, arguments.device)
     autoencoder.train("polish", run, arguments.polish_steps, arguments.seed, log, arguments.device)
-    counts: dict[Kind, int] = {"picture": 16000, "pair": 12000, "clip": 3000}
-    batches: dict[Kind, int] = {"picture": 64, "pair": 24, "clip": 16}
+    counts: dict[Kind, int] = {"picture": 24000, "pair": 12000, "clip": 3500}
+    batches: dict[Kind, int] = {"picture": 48, "pair": 20, "clip": 12}
     words = run / "tokenizer" / "tokenizer.json"
     denoiser.train(run, arguments.steps, words, counts, batches, arguments.clips_from, arguments.seed, log, arguments.device)
     log(f"{export(run, arguments.folder)} bytes of weights in {arguments.folder}")
