@@ -81,7 +81,7 @@ def same(got: torch.Tensor, want: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_graph_serves_sizes_prompt_lengths_steps_and_scales(name: str, monkeypatch: pytest.MonkeyPatch):
-    """Counted on the graphs that Dynamo traces and guards; what Inductor makes of them is no question of the request."""
+    """Counted on the graphs that Dynamo traces and guards, over more requests than Inductor is given below."""
     traced = torch.compile
     monkeypatch.setattr(torch, "compile", lambda fn, **_: traced(fn, backend="eager", fullgraph=True, dynamic=False))
     family, config, *_ = FAMILIES[name]
@@ -96,8 +96,11 @@ def test_one_graph_serves_sizes_prompt_lengths_steps_and_scales(name: str, monke
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
-def test_inductor_makes_the_same_of_two_streams():
-    family, config, *_ = FAMILIES["flux"]
+@pytest.mark.parametrize("name", FAMILIES)
+def test_inductor_makes_the_same(name: str):
+    family, config, *_ = FAMILIES[name]
     eager, fast = (make(family, config, PLAN, guidance.classifier_free) for make in (loop.eager_denoise, compiled_denoise))
+    before, broken = graph_count(), graph_breaks()
     for request in (((2, 2), (4, 4), 4, 3.0), ((6, 4), (33, 3), 5, 4.0)):
-        same(run("flux", fast, *request), run("flux", eager, *request))
+        same(run(name, fast, *request), run(name, eager, *request))
+    assert (graph_count(), graph_breaks()) == (before + 1, broken)
