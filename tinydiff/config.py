@@ -84,6 +84,8 @@ class SamplingOptions:
     """How strongly the prompt is followed; 1 turns guidance off and halves the work."""
     true_cfg_scale: float | None = _within(least=0)
     """Guidance by a negative prompt, for models whose guidance_scale is told to the network (FLUX.1-dev); elsewhere the same as that."""
+    cfg_normalization: float | None = _within(least=0)
+    """Z-Image: how many times as long as the prompt's own prediction the guided one may be; 0 does not ask."""
     guidance_scale_2: float | None = _within(least=0)
     """The same for the second expert of a model that has two."""
     boundary_ratio: float | None = _within(least=0, most=1)

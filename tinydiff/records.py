@@ -52,6 +52,8 @@ class Request:
     """Of prompt against negative prompt; 1 does without."""
     embedded_guidance: float | None
     """What a network that learnt guidance is told of it."""
+    cfg_normalization: float
+    """How many times as long as the prompt's own prediction the guided one may be; 0 does not ask."""
     guidance_scale_2: float | None
     boundary_ratio: float | None
     flow_shift: float | None

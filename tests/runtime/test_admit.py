@@ -352,3 +352,9 @@ def test_pipelines_and_components_that_are_not_supported(tmp_path):
     edit(path / "model_index.json", _class_name="WanPipelin")
     classes = ", ".join(sorted({row.pipeline for row in MODELS}))
     refused("model_path", f"supported classes are {classes}; did you mean 'WanPipeline'?", read, path)
+
+
+def test_only_z_image_limits_its_guidance(tmp_path):
+    made = request(released("Tongyi-MAI/Z-Image", tmp_path), cfg_normalization=1.0)
+    assert made.cfg_normalization == 1.0 and made.guidance_scale == 6.0
+    refused("cfg_normalization", "only Z-Image has", request, released("Qwen/Qwen-Image", tmp_path), cfg_normalization=1.0)

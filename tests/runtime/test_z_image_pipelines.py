@@ -107,10 +107,12 @@ def same(made, expected):
         {"guidance_scale": 4.0},
         {"guidance_scale": 0.5, "negative_prompt": ""},
         {"guidance_scale": 0.0},
+        {"guidance_scale": 4.0, "cfg_normalization": 0.9},
+        {"guidance_scale": 4.0, "cfg_normalization": 50.0},
         {"guidance_scale": 2.0, "height": 32, "width": 16},  # 32 tokens, no pads
         {"guidance_scale": 2.0, "prompt": ("a red circle " * 120,)},  # the end of the template is cut too
     ],
-    ids=["guided", "hardly guided", "not guided", "no pads", "a long prompt"],
+    ids=["guided", "hardly guided", "not guided", "clamped", "clamped too high to matter", "no pads", "a long prompt"],
 )
 def test_text_to_image_equals_diffusers(fields, pipe, model, monkeypatch, caplog):
     request = request_for(model, **fields)
@@ -119,6 +121,7 @@ def test_text_to_image_equals_diffusers(fields, pipe, model, monkeypatch, caplog
     theirs = recorded(
         pipe, prompt=request.prompt, negative_prompt=request.negative_prompt, guidance_scale=fields["guidance_scale"],
         height=request.height, width=request.width, num_inference_steps=STEPS, latents=start[:, :, 0],
+        cfg_normalization=fields.get("cfg_normalization", False),
     )  # fmt: skip
     with caplog.at_level(logging.WARNING, "tinydiff"):
         made = ours(model, request, start)

@@ -188,7 +188,8 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     """All that depends only on the request and the table: (constants of the loop, tensors with one row per step).
 
     inputs: `text` [B, T, cap_feat_dim]; `positions` [L, 3] and `padding` [1, L, 1] bool of the image's tokens, as the functions of these
-    names give them; where captions differ in length, `mask` [B, T], 1 on a caption's tokens, which come first, and 0 behind them.
+    names give them; where captions differ in length, `mask` [B, T], 1 on a caption's tokens, which come first, and 0 behind them; where
+    guidance is clamped, its `limit` [1].
     """
     embed, pad = w / "cap_embedder", w["cap_pad_token"]
     batch, given, _ = inputs["text"].shape
@@ -206,7 +207,8 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     for i in range(c.n_refiner_layers):
         keys = None if mask is None else mask[:, None, None]
         text = _layer(c, plan, w / "context_refiner" / i, text, tables["text_cos"], tables["text_sin"], keys, None)
-    request = tables | {"text": text, "padding": inputs["padding"]} | ({} if mask is None else {"mask": mask})
+    request = tables | {"text": text} | {name: inputs[name] for name in ("padding", "limit") if name in inputs}
+    request |= {} if mask is None else {"mask": mask}
     return request, _steps(c, w, timesteps_S)
 
 
@@ -293,6 +295,8 @@ def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
     encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
     size, tokens = latent_size(vae, request), image_tokens(c, vae, request)
     shared = {"positions": positions(c, size, parts.device), "padding": padding(c, size, parts.device)}
+    limit = request.cfg_normalization
+    shared |= {"limit": torch.tensor([limit], dtype=torch.float64, device=parts.device)} if limit else {}
 
     def branch(text: str) -> Tensors:
         ids, _ = parts.tokens("tokenizer", [TEMPLATE.format(text)], request.text_tokens, "none")
@@ -304,6 +308,7 @@ def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
         size=(vae.z_dim, *size),
         pack=lambda x: F.pad(patchify(x, c.patch_size), (0, 0, 0, pad_tokens(tokens))),
         unpack=lambda x: unpatchify(x[:, :tokens], c.patch_size, size),
+        guidance="clamped" if limit else None,
     )
 
 

@@ -55,6 +55,7 @@ def admit(blueprint: Blueprint, sampling: SamplingOptions, clip: bool = False) -
             num_inference_steps=steps,
             guidance_scale=guidance,
             embedded_guidance=embedded,
+            cfg_normalization=_normalization(blueprint, sampling),
             guidance_scale_2=second,
             boundary_ratio=boundary,
             flow_shift=_shift(blueprint, sampling),
@@ -97,6 +98,13 @@ def _guidance(blueprint: Blueprint, sampling: SamplingOptions) -> tuple[float, f
         return 1.0, None
     scale = next((value for value in (asked, true) if value is not None), row.guidance)
     return max(1.0, scale + 1 if row.guidance_form == "offset" else scale), None
+
+
+def _normalization(blueprint: Blueprint, sampling: SamplingOptions) -> float:
+    row, limit = blueprint.row, sampling.cfg_normalization or 0.0
+    if limit and row.guidance_form != "offset":
+        raise UserError("cfg_normalization", f"cfg_normalization: {row.name} has no such limit on guidance; only Z-Image has")
+    return limit
 
 
 def _strength(blueprint: Blueprint, sampling: SamplingOptions, steps: int) -> float:

@@ -221,6 +221,7 @@ def parameters(model: Model, request: Request) -> dict[str, Any]:
         del entries["negative_prompt"]
     if model.blueprint.row.guidance_form == "offset":
         entries["guidance_scale"] -= 1
+        entries["cfg_normalization"] = request.cfg_normalization
     if request.embedded_guidance is not None:
         entries |= {"guidance_scale": request.embedded_guidance, "true_cfg_scale": request.guidance_scale}
     if request.boundary_ratio is not None:

@@ -52,5 +52,30 @@ classifier_free = _of_two(_plain)
 token_normed = _of_two(_normed)
 """The same, each token scaled back to the length that the prompt's own prediction has. Source: Qwen-Image's pipelines."""
 
-KINDS: dict[str, Callable[[Predict], Guided]] = {"none": none, "classifier_free": classifier_free, "token_normed": token_normed}
+
+def clamped(predict: Predict) -> Guided:
+    """As `classifier_free`, an image whose velocity is longer than `limit` times that of the prompt scaled back to that length.
+
+    The request holds `limit` [1] and `padding` [1, L, 1] bool, the tokens that count for nothing. Source: Z-Image's pipelines.
+    """
+
+    def guided(w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory) -> tuple[Tensor, Memory]:
+        (condition, negative), memory = predict(w, x_BLP, step, branches, memory)
+        condition, known = condition.to(x_BLP.dtype), branches[0].request[""]
+        free = _plain(condition, negative.to(x_BLP.dtype), step.guidance)
+        longest, length = (
+            torch.linalg.vector_norm(v.masked_fill(known["padding"], 0), dim=(1, 2), keepdim=True) for v in (condition, free)
+        )
+        longest = longest * known["limit"].to(x_BLP.dtype)
+        return free * torch.where(length > longest, longest / length, 1), memory
+
+    return guided
+
+
+KINDS: dict[str, Callable[[Predict], Guided]] = {
+    "none": none,
+    "classifier_free": classifier_free,
+    "token_normed": token_normed,
+    "clamped": clamped,
+}
 """Guidance by name."""
