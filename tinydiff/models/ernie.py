@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tinydiff.models.encoders import decoder_lm
 from tinydiff.models.joint import Streams, joint_mask, split
-from tinydiff.models.recipe import Parts, Prepared, latent_size, on_grid, token_count
+from tinydiff.models.recipe import Parts, Patch, Prepared, latent_size, on_grid
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import embedder, timestep_embedding
@@ -244,14 +244,9 @@ LINEAR_GRID = True
 """Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
 
 
-def patch(c: Config) -> int:
-    """Latent pixels along a token's side."""
-    return 1
-
-
-def image_tokens(c: Config, vae: Any, request: Request) -> int:
-    """How many tokens the request's picture has."""
-    return token_count(vae, request, PIXEL)
+def patch(c: Config) -> Patch:
+    """Latents to a token along frames, height and width."""
+    return PIXEL
 
 
 def mu(tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tinydiff.models import joint
 from tinydiff.models.encoders import clip_text, t5
-from tinydiff.models.recipe import Parts, Prepared, appended, latent_size, on_grid, shift_by_tokens, token_count
+from tinydiff.models.recipe import Parts, Patch, Prepared, appended, latent_size, on_grid, shift_by_tokens, token_count
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.embed import embedder, timestep_embedding
 from tinydiff.ops.linear import linear
@@ -212,7 +212,7 @@ def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
 
 def prepare_edit(c: Config, parts: Parts, request: Request) -> Prepared:
     """From text and pictures, Kontext. It learnt to edit one; several are numbered in order."""
-    multiple = parts.nets["vae"].config.scale_factor_spatial * patch(c)
+    multiple = parts.nets["vae"].config.scale_factor_spatial * PATCH[-1]
 
     def latents(image: numpy.ndarray) -> Tensor:
         height, width = reference_size(image.shape[0], image.shape[1], multiple)
@@ -231,14 +231,9 @@ LINEAR_GRID = True
 """Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
 
 
-def patch(c: Config) -> int:
-    """Latent pixels along a token's side."""
-    return PATCH[-1]
-
-
-def image_tokens(c: Config, vae: Any, request: Request) -> int:
-    """How many tokens the request's picture has, without references."""
-    return token_count(vae, request, PATCH)
+def patch(c: Config) -> Patch:
+    """Latents to a token along frames, height and width."""
+    return PATCH
 
 
 def mu(tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tinydiff.models import joint
 from tinydiff.models.encoders import decoder_lm
-from tinydiff.models.recipe import Parts, Prepared, latent_size, on_grid, shift_by_tokens, token_count
+from tinydiff.models.recipe import Parts, Patch, Prepared, latent_size, on_grid, shift_by_tokens
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.embed import embedder, timestep_embedding
 from tinydiff.ops.linear import linear
@@ -180,14 +180,9 @@ LINEAR_GRID = True
 """Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
 
 
-def patch(c: Config) -> int:
-    """Latent pixels along a token's side."""
-    return PATCH[-1]
-
-
-def image_tokens(c: Config, vae: Any, request: Request) -> int:
-    """How many tokens the request's picture has."""
-    return token_count(vae, request, PATCH)
+def patch(c: Config) -> Patch:
+    """Latents to a token along frames, height and width."""
+    return PATCH
 
 
 def mu(tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tinydiff.models.joint import IMAGE, TEXT, Streams, feed_forward, gelu_tanh, heads, joint_attention
 from tinydiff.models.qwen_prompts import EDIT, MAKE, PICTURE, Seen, caption, see, states
-from tinydiff.models.recipe import Parts, Prepared, appended, latent_size, on_grid, shift_by_tokens, spread, token_count
+from tinydiff.models.recipe import Parts, Patch, Prepared, appended, latent_size, on_grid, shift_by_tokens, spread, token_count
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.embed import embedder
 from tinydiff.ops.linear import linear, linear_sum
@@ -249,10 +249,6 @@ GLANCE = 384 * 384
 """Pixels of a picture to edit as the language model sees it, from Edit-2509 on."""
 
 
-def _patch3(c: Config) -> tuple[int, int, int]:
-    return 1, c.patch_size, c.patch_size
-
-
 def _resized(parts: Parts, images: Sequence[numpy.ndarray], area: int) -> list[numpy.ndarray]:
     """Each picture at `area` pixels, its own aspect kept."""
     return [parts.resize(image, *spread(area, *image.shape[:2])) for image in images]
@@ -263,18 +259,18 @@ def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
     vae = parts.nets["vae"].config
     shared = {"positions": positions(c, [latent_size(vae, request)[1:]], parts.device)}
     branches = [{"text": states(parts, MAKE, text, request.text_tokens)} | shared for text in request.texts]
-    return on_grid(branches, vae, request, _patch3(c))
+    return on_grid(branches, vae, request, patch(c))
 
 
 def _edit(c: Config, parts: Parts, request: Request, before: str, seen: Seen, references: Sequence[Tensor]) -> Prepared:
     """before: what stands before the texts. references: latents [1, C, 1, H, W] of the pictures to edit."""
     vae = parts.nets["vae"].config
-    known = appended(token_count(vae, request, _patch3(c)), [patchify(latents, _patch3(c)) for latents in references])
+    known = appended(token_count(vae, request, patch(c)), [patchify(latents, patch(c)) for latents in references])
     assert known is not None
     sizes = [latent_size(vae, request)[1:], *(latents.shape[3:] for latents in references)]
     shared = {"positions": positions(c, sizes, parts.device), "frozen": ~known.free}
     branches = [{"text": states(parts, EDIT, before + text, seen=seen)} | shared for text in request.texts]
-    return on_grid(branches, vae, request, _patch3(c), known)
+    return on_grid(branches, vae, request, patch(c), known)
 
 
 def prepare_edit(c: Config, parts: Parts, request: Request) -> Prepared:
@@ -301,7 +297,7 @@ def prepare_layered(c: Config, parts: Parts, request: Request) -> Prepared:
     whole = parts.resize(request.originals[0], request.height, request.width)
     prompt, *negative = request.texts
     texts = [prompt if prompt.strip() else caption(parts, whole), *negative]
-    reference = patchify(parts.encode(parts.pixels([whole])), _patch3(c))
+    reference = patchify(parts.encode(parts.pixels([whole])), patch(c))
     pictures = request.layers + 1
     shared = {
         "positions": positions(c, [(height, width)] * (pictures + 1), parts.device),
@@ -337,14 +333,9 @@ LINEAR_GRID = True
 """Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
 
 
-def patch(c: Config) -> int:
-    """Latent pixels along a token's side."""
-    return c.patch_size
-
-
-def image_tokens(c: Config, vae: Any, request: Request) -> int:
-    """How many tokens the request's picture has, without references; of layers those of one."""
-    return token_count(vae, request, _patch3(c))
+def patch(c: Config) -> Patch:
+    """Latents to a token along frames, height and width."""
+    return 1, c.patch_size, c.patch_size
 
 
 def mu(tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
@@ -360,7 +351,7 @@ def needs(c: Config) -> tuple[str, ...]:
 def meets(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What this network's config must say to fit the components around it: (field, value, why)."""
     vae = nets["vae"]
-    yield "in_channels", vae.z_dim * prod(_patch3(c)), "the vae's latents need"
+    yield "in_channels", vae.z_dim * prod(patch(c)), "the vae's latents need"
     yield "joint_attention_dim", nets["text_encoder"].hidden_size, "the text encoder gives"
     yield "use_layer3d_rope", row.layers > 0, f"the pipeline of {row.name} needs"
     yield "use_layer3d_rope", vae.in_channels == 4, f"a vae with {vae.in_channels} channels of pixels needs"

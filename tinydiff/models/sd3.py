@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tinydiff.models.encoders import clip_text, t5
 from tinydiff.models.joint import IMAGE, TEXT, Streams, feed_forward, gelu_tanh, heads, joint_attention
-from tinydiff.models.recipe import Parts, Patch, Prepared, latent_size, on_grid, token_count
+from tinydiff.models.recipe import Parts, Patch, Prepared, latent_size, on_grid
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import embedder, timestep_embedding
@@ -223,10 +223,6 @@ def positions(c: Config, size: tuple[int, int, int], device: torch.device | str 
     return side * (row + (side - height) // 2) + column + (side - width) // 2
 
 
-def _patch(c: Config) -> Patch:
-    return 1, c.patch_size, c.patch_size
-
-
 CLIPS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 """The two CLIPs and what reads their texts."""
 
@@ -261,7 +257,7 @@ def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
     text = torch.cat([F.pad(clip, (0, c.joint_attention_dim - clip.shape[-1])), long], 1)
     shared = {"positions": positions(c, latent_size(vae, request), parts.device)}
     branches = [{"text": rows[None], "pooled": whole[None]} | shared for rows, whole in zip(text, pooled, strict=True)]
-    return on_grid(branches, vae, request, _patch(c))
+    return on_grid(branches, vae, request, patch(c))
 
 
 PIPELINES = {"StableDiffusion3Pipeline": prepare}
@@ -274,19 +270,14 @@ LINEAR_GRID = False
 """Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
 
 
-def patch(c: Config) -> int:
-    """Latent pixels along a token's side."""
-    return c.patch_size
+def patch(c: Config) -> Patch:
+    """Latents to a token along frames, height and width."""
+    return 1, c.patch_size, c.patch_size
 
 
 def longest_side(c: Config) -> int:
     """Latent pixels along a side of the position table."""
     return c.pos_embed_max_size * c.patch_size
-
-
-def image_tokens(c: Config, vae: Any, request: Request) -> int:
-    """How many tokens the request's picture has."""
-    return token_count(vae, request, _patch(c))
 
 
 def mu(tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:

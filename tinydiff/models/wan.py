@@ -22,14 +22,14 @@ from einops import rearrange
 from torch import Tensor
 
 from tinydiff.models.encoders import clip_vision, t5
-from tinydiff.models.recipe import Known, Parts, Prepared, latent_size
+from tinydiff.models.recipe import Known, Parts, Patch, Prepared, latent_size, on_grid
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import timestep_embedding
 from tinydiff.ops.linear import linear, linear_sum
 from tinydiff.ops.moves import move
 from tinydiff.ops.norm import compute_dtype, layer_norm, modulate, rms_norm
-from tinydiff.ops.patch import patchify, unpatchify
+from tinydiff.ops.patch import patchify
 from tinydiff.ops.rope import grid_positions, rope_table, rotate_interleaved
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import SEQUENCE_MOVES, Plan, Row, linear_rows, norm_rows, repeat
@@ -298,13 +298,7 @@ def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
         known, shared["frozen"] = Known(patchify(frame, c.patch_size), ~frozen), frozen
     elif request.images:
         shared |= _beside(c, parts, request, size)
-    return Prepared(
-        branches=tuple({"text": text[None]} | shared for text in hidden),
-        size=(vae.z_dim, *size),
-        pack=lambda x: patchify(x, c.patch_size),
-        unpack=lambda x: unpatchify(x, c.patch_size, size),
-        known=known,
-    )
+    return on_grid([{"text": text[None]} | shared for text in hidden], vae, request, c.patch_size, known)
 
 
 def _beside(c: Config, parts: Parts, request: Request, size: tuple[int, int, int]) -> Tensors:
@@ -331,14 +325,9 @@ LINEAR_GRID = False
 """Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
 
 
-def patch(c: Config) -> int:
-    """Latent pixels along a token's side."""
-    return c.patch_size[-1]
-
-
-def image_tokens(c: Config, vae: Any, request: Request) -> int:
-    """How many tokens the request's picture or clip has."""
-    return prod(n // p for n, p in zip(latent_size(vae, request), c.patch_size, strict=True))
+def patch(c: Config) -> Patch:
+    """Latents to a token along frames, height and width."""
+    return c.patch_size
 
 
 def mu(tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:

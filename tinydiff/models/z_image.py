@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tinydiff.models.encoders import decoder_lm
 from tinydiff.models.joint import Streams, heads, joint_mask, split
-from tinydiff.models.recipe import Parts, Prepared, latent_size, token_count
+from tinydiff.models.recipe import Parts, Patch, Prepared, latent_size, token_count
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import timestep_embedding
@@ -293,7 +293,7 @@ def padding(c: Config, size: tuple[int, int, int], device: torch.device | str | 
 def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
     """Each text as the language model's last state but one, without padding; the latents as tokens and the pads behind them."""
     encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
-    size, tokens = latent_size(vae, request), image_tokens(c, vae, request)
+    size, tokens = latent_size(vae, request), token_count(vae, request, c.patch_size)
     shared = {"positions": positions(c, size, parts.device), "padding": padding(c, size, parts.device)}
     limit = request.cfg_normalization
     shared |= {"limit": torch.tensor([limit], dtype=torch.float64, device=parts.device)} if limit else {}
@@ -322,19 +322,14 @@ LINEAR_GRID = True
 """Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
 
 
-def patch(c: Config) -> int:
-    """Latent pixels along a token's side."""
-    return c.patch_size[-1]
+def patch(c: Config) -> Patch:
+    """Latents to a token along frames, height and width."""
+    return c.patch_size
 
 
 def longest_side(c: Config) -> int:
     """Latent pixels along a side that the network has places for."""
     return min(c.axes_lens[1:]) * c.patch_size[-1]
-
-
-def image_tokens(c: Config, vae: Any, request: Request) -> int:
-    """How many tokens the request's picture has, without pads."""
-    return token_count(vae, request, c.patch_size)
 
 
 def mu(tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:

@@ -147,7 +147,7 @@ def _mask(blueprint: Blueprint, sampling: SamplingOptions, originals: Sequence[n
 def _multiple(blueprint: Blueprint) -> int:
     """Height and width must divide by the autoencoder's stride times the denoiser's patch."""
     net = blueprint.nets["transformer"]
-    return blueprint.nets["vae"].config.scale_factor_spatial * net.kind.module.patch(net.config)
+    return blueprint.nets["vae"].config.scale_factor_spatial * net.kind.module.patch(net.config)[-1]
 
 
 def _images(blueprint: Blueprint, paths: Sequence[str]) -> tuple[numpy.ndarray, ...]:

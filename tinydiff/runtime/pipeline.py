@@ -20,9 +20,8 @@ from torch import Tensor
 import tinydiff
 from tinydiff.config import Progress
 from tinydiff.io.images import resize
-from tinydiff.models.recipe import Net, Parts, Prepared
+from tinydiff.models.recipe import Net, Parts, Prepared, token_count
 from tinydiff.ops.norm import compute_dtype
-from tinydiff.ops.weights import Weights
 from tinydiff.records import Request, Result, UserError
 from tinydiff.runtime.blueprint import PRECISIONS, Blueprint, Model
 from tinydiff.sampling import guidance, loop, noise, sigmas, solvers
@@ -44,9 +43,10 @@ class Conditioning(NamedTuple):
     """What the loop is told, but for noise."""
 
     prepared: Prepared
-    start: Tensor | None
+    rows: Table
+    start: Tensor | None = None
     """Tokens [1, L, P] of the picture to start from."""
-    mask: Tensor | None
+    mask: Tensor | None = None
     """[1, L, P], 1 where that picture is painted anew, 0 where it stays."""
 
 
@@ -105,18 +105,18 @@ def parts(model: Model, request: Request) -> Parts:
 
 @torch.no_grad()
 def condition(model: Model, request: Request) -> Conditioning:
-    """Run the encoders."""
+    """Run the encoders, and make the table."""
     net, row = model.nets["transformer"], model.blueprint.row
-    have = parts(model, request)
+    have, rows = parts(model, request), table(model.blueprint, request)
     prepared = net.module.PIPELINES[row.pipeline](net.config, have, request)
     if row.image_use != "start" or not request.images:
-        return Conditioning(prepared, None, None)
+        return Conditioning(prepared, rows)
     start = prepared.pack(have.encode(have.pixels(request.images)))
     if request.mask is None:
-        return Conditioning(prepared, start, None)
+        return Conditioning(prepared, rows, start)
     mask = torch.from_numpy(request.mask).to(start)[None, None] / 255
     mask = torch.nn.functional.interpolate(mask, size=prepared.size[2:])
-    return Conditioning(prepared, start, prepared.pack(mask[:, :, None].expand(1, *prepared.size)))
+    return Conditioning(prepared, rows, start, prepared.pack(mask[:, :, None].expand(1, *prepared.size)))
 
 
 def table(blueprint: Blueprint, request: Request) -> Table:
@@ -137,14 +137,14 @@ def _scheduled(blueprint: Blueprint, request: Request) -> Table:
         scheduler[SHIFTS.get(scheduler.get("_class_name", ""), "shift")] = request.flow_shift
     module, steps = net.kind.module, request.num_inference_steps
     grid = sigmas.linear_grid(steps) if module.LINEAR_GRID else None
-    tokens = module.image_tokens(net.config, blueprint.nets["vae"].config, request)
+    tokens = token_count(blueprint.nets["vae"].config, request, module.patch(net.config))
     return solvers.from_scheduler_config(scheduler, steps, sigmas=grid, mu=module.mu(tokens, steps, scheduler))
 
 
 def denoise(model: Model, request: Request, conditioning: Conditioning, seed: int, latents: Tensor | None = None) -> Iterator[Tensor]:
     """Noise of `seed` (or `latents` [1, C, F, H, W]) -> tokens [1, L, P] of the picture, float32, after each step."""
     net, device, prepared = model.nets["transformer"], model.blueprint.device, conditioning.prepared
-    rows = table(model.blueprint, request)
+    rows = conditioning.rows
     start, fresh = noise.latents(seed, [0], prepared.size, rows)
     form = guidance.KINDS[(prepared.guidance or net.module.GUIDANCE) if request.guided else "none"]
     run = _denoiser(model.blueprint.compiled, net, form)
@@ -157,18 +157,18 @@ def denoise(model: Model, request: Request, conditioning: Conditioning, seed: in
     tokens = None if fresh is None else torch.stack([prepared.pack(draw.to(x)) for draw in fresh])
     made = x.shape[1]
     if conditioning.start is not None:
-        x, kept = _from_picture(x, conditioning, rows)
+        x, kept = _from_picture(x, conditioning)
     else:
         x, kept = _beside_known(x, prepared)
     for progress in loop.run(run, rows, x, expert, tokens, kept, chunk=1):
         yield progress.x[:, :made]
 
 
-def _from_picture(noise_BLP: Tensor, conditioning: Conditioning, rows: Table) -> tuple[Tensor, loop.Kept | None]:
+def _from_picture(noise_BLP: Tensor, conditioning: Conditioning) -> tuple[Tensor, loop.Kept | None]:
     """(the picture's tokens at the noise level where the table begins, what of them is kept)."""
     assert conditioning.start is not None
     clean = conditioning.start.to(noise_BLP.dtype)
-    x = torch.lerp(clean, noise_BLP, rows.sigmas[0].item())
+    x = torch.lerp(clean, noise_BLP, conditioning.rows.sigmas[0].item())
     return x, None if conditioning.mask is None else loop.Kept(conditioning.mask.to(x.dtype), clean, noise_BLP)
 
 
@@ -195,7 +195,7 @@ def decode(model: Model, request: Request, latents: Tensor) -> numpy.ndarray:
     vae = model.nets["vae"]
     chunk, tile = vae_passes(model, request)
     clips = latents.to(vae.dtype).split(1)  # one by one, for less memory
-    x = torch.cat([vae.module.decode(vae.config, Weights(vae.weights), clip, chunk, tile)[0] for clip in clips], 1)
+    x = torch.cat([vae.module.decode(vae.config, vae.w, clip, chunk, tile)[0] for clip in clips], 1)
     return ((x.float() / 2 + 0.5) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
@@ -247,7 +247,7 @@ def run(model: Model, request: Request, progress: Progress) -> Result:
     frames, kept = [], []
     for seed in request.seeds:
         with clock.stage("denoise"):
-            steps = clock.steps(denoise(model, request, conditioning, seed), table(model.blueprint, request).steps)
+            steps = clock.steps(denoise(model, request, conditioning, seed), conditioning.rows.steps)
             latents = conditioning.prepared.unpack(deque(steps, maxlen=1).pop())  # the last one's, holding no others
         if not latents.isfinite().all():
             name, narrow = model.blueprint.row.name, PRECISIONS.get(model.nets["transformer"].dtype)
