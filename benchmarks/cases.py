@@ -95,7 +95,7 @@ def picture(name: str, text_tokens: int, device: str = "meta") -> Picture:
         case "flux2" | "ernie":
             inputs["positions"] = family.positions((1, row.height // 16, row.width // 16), device=device)
         case "z_image":
-            inputs |= {"positions": z_image.positions(c, size, device), "padding": z_image.padding(c, size, device)}
+            inputs |= {"positions": z_image.positions(c, size, device), "real": z_image.real(c, size, device)}
         case "sd3":
             inputs["positions"] = sd3.positions(c, size, device)
         case _:

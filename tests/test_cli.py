@@ -14,7 +14,7 @@ import pytest
 import tinydiff
 from tinydiff import cli, progress
 from tinydiff.models.registry import MODELS
-from tinydiff.records import UserError
+from tinydiff.records import RankError, UserError
 
 
 @pytest.fixture
@@ -61,7 +61,14 @@ def test_help(capsys: pytest.CaptureFixture[str]):
     assert "tinydiff generate --prompt" in capsys.readouterr().out
     assert cli.main(["generate", "--prompt", "a", "--help"]) == 0
     shown = capsys.readouterr().out
-    for word in ("--prompt TEXT ...", "--attention-backend sdpa|flash|cudnn|efficient|math", "(default: 42)", "--config FILE", "LoRA"):
+    for word in (
+        "--prompt TEXT ...",
+        "--attention-backend sdpa|flash|cudnn|efficient|math",
+        "(default: 42)",
+        "--config FILE",
+        "LoRA",
+        "--num-gpus N",
+    ):
         assert word in shown
     assert "None" not in shown and "--lora-path" not in shown
 
@@ -122,7 +129,9 @@ def test_perf_dump(asked, tmp_path):
         (["models", "--jsn"], "takes --json or nothing"),
         (["generate"], "prompt: none is given"),
         (["generate", "--promt", "a"], "did you mean '--prompt'?"),
-        (["generate", "--prompt", "a", "--num-gpus", "2"], "running on several GPUs does not exist yet"),
+        (["generate", "--prompt", "a", "--kv-gather-degree", "2"], "this way of running on several GPUs does not exist yet"),
+        (["generate", "--prompt", "a", "--num-gpus", "4", "--tp-size", "3"], "num_gpus: 4 ranks are not what tp_size 3 makes, 3"),
+        (["generate", "--prompt", "a", "--num-gpus", "4", "--nnodes", "2"], "dist_init_addr: 2 machines (nnodes) meet at"),
         (["generate", "--prompt", "a", "--model-id", "Wan"], "model_id: 'Wan' is not a known model"),
         (["generate", "--prompt", "a", "--num-inference-steps", "0"], "num_inference_steps: 0 must be at least 1"),
     ],
@@ -132,11 +141,14 @@ def test_mistakes(asked, capsys, argv, words):
     assert asked == []
 
 
-def test_the_several_gpus_preset_says_so(asked, capsys):
-    preset = Path(__file__).parents[1] / "configs" / "several-gpus.yaml"
-    assert "num_gpus: '2' cannot be given: running on several GPUs does not exist yet" in refused(
-        capsys, "generate", "--config", str(preset)
-    )
+def test_the_failure_of_a_rank_is_a_sentence(asked, tmp_path, monkeypatch, capsys):
+    def fail(*_: object) -> None:
+        raise RankError("rank 1: out of memory")
+
+    monkeypatch.setattr("tinydiff.runtime.launch.generate", fail)
+    assert cli.main(["generate", "--prompt", "a", "--num-gpus", "2", "--output-path", str(tmp_path)]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err == "tinydiff: error: rank 1: out of memory\n"
 
 
 def test_places_that_cannot_be_written(asked, tmp_path, capsys):

@@ -135,9 +135,8 @@ def test_the_example_of_the_cli_page_parses(tmp_path: Path):
     assert sampling.prompt == ("A beautiful woman in a red dress walking down a street",)
     assert (sampling.num_frames, sampling.height, sampling.width, sampling.num_inference_steps, sampling.fps) == (45, 720, 1280, 6, 24)
     assert sampling.seed == (1024,) and made.output.output_path == "outputs/"
-    assert made.ignored == ()
-    assert [line.partition(":")[0] for line in made.later] == ["num_gpus", "sp_degree"]
-    assert all("running on several GPUs does not exist yet" in line for line in made.later)
+    assert made.ignored == made.later == ()
+    assert made.parallel == config.ParallelOptions(num_gpus=2, sp_degree=2, tp_size=1, vae_sp=True)
 
 
 def test_json_and_nested_sections(tmp_path: Path):
@@ -227,6 +226,11 @@ def test_files_that_cannot_be_read(tmp_path: Path):
         (["--component-attention-backends", "{"], "component_attention_backends", "is not a JSON object"),
         (["--vae-precision", "fp8"], "vae_precision", "'fp8' is not one of fp32, fp16, bf16"),
         (["--backend", "diffusers"], "backend", "'diffusers' does not exist yet"),
+        (["--encoder-parallel", "dp"], "encoder_parallel", "'dp' does not exist yet; choose one of auto, fold, replicate"),
+        (["--num-gpus", "0"], "num_gpus", "0 must be at least 1"),
+        (["--cfg-parallel-size", "4"], "cfg_parallel_size", "4 must be at least 1 and at most 2"),
+        (["--dist-timeout", "0"], "dist_timeout", "0 must be at least 1"),
+        (["--dp", "2", "--dp-size", "2"], "data_parallel_size", "either --dp or --dp-size"),
         (["--log-level", "loud"], "log_level", "'loud' is not one of debug"),
         (["--prompt", "a", "b", "--output-file-name", "c.png"], "output_file_name", "names the output of one prompt and 2 are given"),
         (["--prompt-path", "prompts.csv"], "prompt_path", "must be a .txt file"),
@@ -259,7 +263,7 @@ def test_every_flag_of_sglang_is_known():
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--num-gpus", "1"], ["--tp-size", "1"], ["--sp_size", "1"], ["--vae-sp"], ["--vae-sp", "false"], ["--lora-merge-mode", "auto"],
+        ["--kv-gather-degree", "1"], ["--hsdp-shard-dim", "1"], ["--vae-config.use-parallel-decode"], ["--lora-merge-mode", "auto"],
         ["--lora-scale", "1.0"], ["--performance-mode", "auto"], ["--mode", "manual"], ["--pin-cpu-memory"], ["--enable-teacache", "false"],
         ["--guidance-rescale", "0.0"], ["--warmup-mode", "off"], ["--adjust-frames", "true"], ["--quality", "lossless"],
         ["--component-direct-gpu-weight-loading.vae", "false"], ["--embedded-cfg-scale", "6.0"],
@@ -272,9 +276,9 @@ def test_a_missing_feature_may_be_turned_off(argv: list[str]):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--num-gpus", "4"], "num_gpus: '4' cannot be given: running on several GPUs does not exist yet"),
-        (["--ulysses-degree", "2"], "several GPUs"),
-        (["--enable-cfg-parallel"], "several GPUs"),
+        (["--kv-gather-degree", "4"], "kv_gather_degree: '4' cannot be given: this way of running on several GPUs does not exist yet"),
+        (["--hsdp-shard-dim", "2"], "several GPUs"),
+        (["--enable-nccl-nvls"], "several GPUs"),
         (["--lora-path", "a/b"], "LoRA does not exist yet"),
         (["--quantization", "fp8"], "quantisation"),
         (["--transformer-weights-path", "a"], "component_weights_paths: 'transformer=a' cannot be given"),
@@ -329,3 +333,24 @@ def test_seeds_of_each_prompt():
     assert config.seeds(listed, 0) == config.seeds(listed, 1) == (5, 3)
     each = config.options({"prompt": ["a", "b"], "seed": [1, 2, 3, 4], "num_outputs_per_prompt": 2}).sampling
     assert (config.seeds(each, 0), config.seeds(each, 1)) == ((1, 2), (3, 4))
+
+
+def test_options_of_ranks():
+    made = config.parse(
+        ["--num-gpus=8", "--sp-size=2", "--dp=2", "--enable-cfg-parallel", "--encoder-parallel=fold", "--dist-init-addr=a:1"]
+    )
+    assert made.parallel == config.ParallelOptions(
+        num_gpus=8, sp_degree=2, data_parallel_size=2, enable_cfg_parallel=True, encoder_parallel="fold", dist_init_addr="a:1"
+    )
+    assert config.parse(["--num-gpus", "1"]).later == () and config.parse([]).parallel == config.ParallelOptions()
+
+
+def test_the_place_that_a_launcher_gave_is_read(monkeypatch):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert config.under_torchrun() is None
+    for name, value in zip(names, ("5", "8", "1", "4", "node0", "29500"), strict=True):
+        assert config.under_torchrun() is None  # all of them, or it was another program's
+        monkeypatch.setenv(name, value)
+    assert config.under_torchrun() == config.Place(rank=5, size=8, local_rank=1, local_size=4)

@@ -19,11 +19,12 @@ def test_preset(path: Path):
     assert len(made.sampling.prompt) == 1 and made.ignored == ()
     row = find(made.model.model_path)
     assert row is not None
-    if path.stem == "several-gpus":
-        assert [line.partition(":")[0] for line in made.later] == ["num_gpus", "sp_degree"]
-        return
     sampling = made.sampling
     assert made.later == ()
+    if path.stem == "several-gpus":
+        assert made.parallel == config.ParallelOptions(num_gpus=2, sp_degree=2, tp_size=1, vae_sp=True)
+        return
+    assert made.parallel == config.ParallelOptions()
     assert (sampling.height, sampling.width) == (row.height, row.width)
     if row.clip_frames > 1:
         assert (sampling.num_frames, sampling.fps) == (row.num_frames, row.fps)

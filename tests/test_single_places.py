@@ -11,7 +11,7 @@ SINGLE_PLACES = {
     "torch.compile": ("tinydiff.sampling.compile",),
     "torch.compiler": ("tinydiff.sampling.compile",),
     "torch._": ("tinydiff.sampling.compile",),
-    "torch.distributed": ("tinydiff.ops.moves", "tinydiff.parallel"),
+    "torch.distributed": ("tinydiff.parallel",),
     "os.environ": ("tinydiff.config",),
     "os.getenv": ("tinydiff.config",),
     "os.putenv": ("tinydiff.config",),

@@ -20,7 +20,8 @@ def load(model_path: str | None = None, **options: Any) -> Model:
     """Load a model: a folder in diffusers layout, a hub id, or by default the small one that comes with the package.
 
     options: the command line's model options by their names, such as `dit_precision="bf16"`, `attention_backend="flash"` or
-    `enable_torch_compile=True`. Raises `tinydiff.records.UserError` naming the option that is wrong.
+    `enable_torch_compile=True`; under torchrun also those of ranks, such as `tp_size=2`. Raises `tinydiff.records.UserError` naming the
+    option that is wrong.
     """
     from tinydiff.runtime import library
 

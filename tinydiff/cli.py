@@ -1,4 +1,4 @@
-"""The command line: `tinydiff generate`, `tinydiff models`, `tinydiff doctor`, `tinydiff --version`.
+"""The command line: `tinydiff generate`, `tinydiff models`, `tinydiff doctor`, `tinydiff plan`, `tinydiff --version`.
 
 Help is drawn by tyro from the option records. Values are read by `config.parse`, the one reader that files, library calls and the command
 line share. torch is imported only once everything that needs no model has been checked.
@@ -7,7 +7,6 @@ line share. torch is imported only once everything that needs no model has been 
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, field, fields, make_dataclass
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 from tinydiff import __version__, config
 from tinydiff.models import registry
-from tinydiff.records import UserError, nearest
+from tinydiff.records import RankError, UserError, nearest
+from tinydiff.runtime import launch
 
 if TYPE_CHECKING:
     from tinydiff.records import Result
@@ -36,6 +36,7 @@ commands:
   generate    make pictures or clips and write them to files
   models      list the supported models with their defaults (--json)
   doctor      show what runs here; --parity compares the networks with diffusers'
+  plan        what each way of sharing a request among several GPUs costs
   serve       an HTTP server (does not exist yet)
 
   -h, --help  show this, or after a command its options
@@ -49,19 +50,23 @@ What is left out is the model's own choice: `tinydiff models` shows it.
 
 Every other flag of SGLang Diffusion is known too. Flags of a server (--host,
 --port, --webui, ...) are ignored with a note. Flags whose feature does not exist
-here yet (several GPUs, LoRA, quantisation, offload, step caches, upscaling, frame
+here yet (LoRA, quantisation, offload, step caches, upscaling, frame
 interpolation, profiles, the diffusers backend, ...) are accepted at the value that
 turns them off, and otherwise refused with one sentence.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it did, 1 where `doctor` found a difference, 2 for a user's mistake (one sentence), 130 when interrupted."""
+    """Run one command; 0 when it did, 1 where `doctor` found a difference or a rank failed, 2 for a user's mistake, 130 when interrupted.
+
+    Both kinds of failure are told in one sentence.
+    """
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
+    except (UserError, RankError) as error:
+        launch.let_first_speak()
         print(f"tinydiff: error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("tinydiff: interrupted", file=sys.stderr)
         return 130
@@ -81,6 +86,10 @@ def _run(argv: list[str]) -> int:
             from tinydiff import doctor
 
             return doctor.main(rest)
+        case ["plan", *rest]:
+            from tinydiff import advise
+
+            return advise.main(rest)
         case ["serve", *_]:
             raise UserError("command", "serve: the HTTP server does not exist yet; `tinydiff generate` makes pictures and clips")
         case [word, *_]:
@@ -88,26 +97,20 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = ("generate", "models", "doctor", "serve", "--help", "--version")
+COMMANDS = ("generate", "models", "doctor", "plan", "serve", "--help", "--version")
 
 
 def _generate(argv: list[str]) -> None:
     options = config.parse(argv)
     _admissible(options)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("tinydiff").setLevel(options.output.log_level.upper())
+    launch.say(options.output.log_level)
     for name in options.ignored:
         print(f"tinydiff: --{name.replace('_', '-')} belongs to a server and is ignored here", file=sys.stderr)
 
     from tinydiff import progress
-    from tinydiff.runtime.generate import generate
 
-    shown = progress.watch(options.output.log_level)
     started = datetime.now(UTC)
-    try:
-        results = generate(options, shown)
-    finally:
-        shown.close()
+    results = launch.generate(options, progress.watch)
     for result in results:
         print(_report(result))
     if options.output.perf_dump_path is not None and results:
@@ -202,7 +205,7 @@ def _help() -> None:
         ]
         return make_dataclass(group.__name__, rows, bases=(group,), frozen=True)
 
-    groups = zip(("picture", "file", "model"), map(drawn, config.GROUPS), strict=True)
+    groups = zip(("picture", "file", "model", "ranks"), map(drawn, config.GROUPS), strict=True)
     boxes = [(name, group, field(default_factory=group)) for name, group in groups]
     markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
     shown = make_dataclass("Options", boxes, frozen=True)

@@ -7,6 +7,7 @@ checked once and a mistake reads the same everywhere. None leaves the choice to 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -28,6 +29,9 @@ LATER_ATTENTION = (
     "sol_attn", "subblock_sparse_attn", "cube_sparse_attn", "aiter", "aiter_sage", "laser_attn", "block_sparse_attn", "rain_fusion_attn",
     "no_attention", "xpu", "mps",
 )  # fmt: skip
+
+LATER_CHOICES = {"backend": ("diffusers",), "encoder_parallel": ("dp",)}
+"""SGLang's values that do not exist here yet."""
 
 SHOWN_AS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
@@ -156,21 +160,78 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class ParallelOptions:
+    """On how many devices. Each rank, a process of its own, has one; where there is no GPU, ranks share the CPU."""
+
+    num_gpus: int | None = _within(least=1, most=2**16)
+    """Ranks on all machines. Alone it chooses how they share the work, and says so."""
+    tp_size: int | None = _within(least=1)
+    """Ranks that share the weights of each layer."""
+    sp_degree: int | None = _within(least=1)
+    """Ranks that share the tokens of a picture: ulysses_degree times ring_degree, or alone the former."""
+    ulysses_degree: int | None = _within(least=1)
+    """Of them, those that trade tokens for heads in attention."""
+    ring_degree: int | None = _within(least=1)
+    """Of them, those that pass keys and values around."""
+    enable_cfg_parallel: bool | None = None
+    """Prompt and negative prompt on ranks of their own."""
+    cfg_parallel_size: int | None = _within(least=1, most=2)
+    """The same as a number: 2, or 1 for off."""
+    data_parallel_size: int | None = _within(least=1)
+    """Replicas of the model, which share the outputs."""
+    use_fsdp_inference: bool | None = None
+    """Divide weights over ranks that would hold the same, and gather them block by block."""
+    encoder_parallel: Literal["auto", "fold", "replicate"] = "auto"
+    """Text encoders: divided as tp_size says (auto), over all ranks of a replica (fold), or whole on each (replicate)."""
+    vae_sp: bool | None = None
+    """Divide the autoencoder's rows over the ranks of a replica; so it is done unless false."""
+    nnodes: int | None = _within(least=1)
+    """Machines; each runs the same command, but for node_rank."""
+    node_rank: int | None = _within(least=0)
+    """Which of them this is, from 0."""
+    dist_init_addr: str | None = None
+    """The first machine's host:port, for all to meet at."""
+    master_port: int | None = _within(least=1, most=2**16 - 1)
+    """The port, where dist_init_addr names none; on one machine any free one."""
+    dist_timeout: int | None = _within(least=1)
+    """Seconds that a rank waits for another before the job ends with an error, 3600 unless told."""
+
+
+@dataclass(frozen=True)
 class Options:
     """Everything that a generation was asked for."""
 
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
     later: tuple[str, ...] = ()
     """One sentence for each option given whose feature does not exist yet."""
     ignored: tuple[str, ...] = ()
     """Server options given, which a single generation has no use for."""
 
 
-GROUPS: tuple[type, ...] = (SamplingOptions, OutputOptions, ModelOptions)
+GROUPS: tuple[type, ...] = (SamplingOptions, OutputOptions, ModelOptions, ParallelOptions)
 NAMES = tuple(entry.name for group in GROUPS for entry in fields(group))
 _HINTS = {group: get_type_hints(group) for group in GROUPS}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which one this process is of those that torchrun, or `tinydiff generate`, started: its rank of `size`, and that on its machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def under_torchrun() -> Place | None:
+    """This process's place as the environment says it, None where no launcher started it."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if not {*names, "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return None
+    return Place(*(int(os.environ[name]) for name in names))
 
 
 def parse(argv: Sequence[str]) -> Options:
@@ -261,8 +322,8 @@ def _choice(name: str, choices: Sequence[str], value: Any) -> str:
         text = SAME_ATTENTION.get(text, text)
         if text in LATER_ATTENTION:
             raise UserError(name, f"{name}: {text!r} does not exist yet; choose one of {', '.join(choices)}")
-    if text == "diffusers" and name == "backend":
-        raise UserError(name, f"{name}: 'diffusers' does not exist yet; choose one of {', '.join(choices)}")
+    if text in LATER_CHOICES.get(name, ()):
+        raise UserError(name, f"{name}: {text!r} does not exist yet; choose one of {', '.join(choices)}")
     if text not in choices:
         raise UserError(name, f"{name}: {text!r} is not one of {', '.join(choices)}{nearest(text, choices)}")
     return text

@@ -56,10 +56,8 @@ SERVER = _words("""
 """Flags of a server: `generate` ignores them and says so."""
 
 LATER: dict[str, str] = {
-    "running on several GPUs": "num_gpus=1 tp_size=1 sp_degree=1 ulysses_degree=1 ring_degree=1 kv_gather_degree=1 cfg_parallel_size=1 "
-    "enable_cfg_parallel=false data_parallel_size=1 nnodes=1 node_rank=0 dist_init_addr= master_port=30005 dist_timeout=3600 "
-    "hsdp_replicate_dim=1 hsdp_shard_dim=1 use_fsdp_inference=false encoder_parallel=auto|replicate enable_nccl_nvls=false "
-    "enable_sequence_shard=false vae_sp=true|false vae_config.use_parallel_tiling=true|false vae_config.use_parallel_decode=true|false "
+    "this way of running on several GPUs": "kv_gather_degree=1 hsdp_replicate_dim=1 hsdp_shard_dim=1 enable_nccl_nvls=false "
+    "enable_sequence_shard=false vae_config.use_parallel_tiling=true|false vae_config.use_parallel_decode=true|false "
     "vae_config.parallel_decode_mode=auto diffusion_decoder_parallel_tiling=true|false",
     "choosing a GPU by number": "base_gpu_id=0 gpu_ids=0 numa_node=0",
     "LoRA": "lora_path= lora_nickname=default lora_scale=1 lora_alpha= lora_merge_mode=auto lora_weight_name=",

@@ -21,6 +21,10 @@ class UserError(ValueError):
         self.field = field
 
 
+class RankError(RuntimeError):
+    """What ended a job of several ranks where no user's mistake did: one sentence that names the rank."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """A hint "; did you mean 'x'?" with the closest of `names`, or nothing when none is close."""
     found = difflib.get_close_matches(name, list(names), 1)

@@ -14,6 +14,7 @@ from random import Random
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -27,15 +28,19 @@ from tinydiff.parallel.plan import Plan
 from tinydiff.sampling.sigmas import static_shift
 from training import autoencoder, model
 from training.captions import caption
-from training.scenes import Kind, Scene, render, scenes
+from training.scenes import FRAMES, SHAPES, Kind, Scene, render, scenes
 
 C = model.TRANSFORMER
 EMPTY = 0.1  # share of prompts left empty
 GIVEN = 0.25  # share of clips whose first frame is given
 RATE = 1.5e-3
-PROBED, PROBE = 2, 0.05
-"""After how many blocks a probe reads each token's place, and what its loss counts. Rope tells tokens only where they are to each other;
-absolute places, which prompts name, can be found out at the borders of the picture, and without this push they are found very late."""
+PROBE = 0.05
+"""What the losses of the two linear probes count, which are thrown away in the end."""
+PLACED, SHAPED = 2, 4
+"""After how many blocks a probe reads each token's place, and after how many the nearest shape: what it is, how far off and how large.
+Rope tells tokens only where they are to each other; absolute places, which prompts name, can be found out at the borders of the picture.
+The shape's outline moves the error of few tokens, and only when all of them agree where its centre is. Without these pushes the network
+finds both out very late."""
 SHIFT, SPREAD = 4.0, 1.2
 """Noise levels are logit-normal with this spread, then shifted: few tokens with flat colours show what they are through much noise, so
 what a scene holds is decided at the highest levels."""
@@ -95,6 +100,7 @@ def initial(seed: int, vocabulary: int) -> tuple[Params, t5.Config]:
                 value = torch.randn(shape, generator=generator) * (scale or 1 / math.prod(shape[1:]) ** 0.5)
             params[f"{prefix}.{name}"] = value
     params["probe.weight"] = torch.zeros(16, C.width)
+    params["outline.weight"] = torch.zeros(len(SHAPES) + 3, C.width)
     return params, text
 
 
@@ -108,8 +114,10 @@ def tokens(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def loss(params: Params, text: t5.Config, ids: Tensor, mask: Tensor, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(mean squared error of the predicted velocity, the probe's loss), over normalised latents [B, Z, F, H, W]."""
+def loss(
+    params: Params, text: t5.Config, ids: Tensor, mask: Tensor, made: list[Scene], latents: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(mean squared error of the predicted velocity, the probes' loss), over normalised latents [B, Z, F, H, W] of scenes."""
     w = Weights(params)
     hidden = wan.text_input(t5.encode(text, Plan(), w / "text", ids, mask), mask)
     clean = patchify(latents, C.patch_size)
@@ -126,14 +134,40 @@ def loss(params: Params, text: t5.Config, ids: Tensor, mask: Tensor, latents: Te
         weight = (~frozen).float()
     _, *states, velocity = walk(wan, C, Plan(), w / "denoiser", noisy, sigma * 1000, inputs)
     error = ((velocity - (noise - clean)).square() * weight).mean() / weight.mean()
-    return error, _lost(params["probe.weight"], states[PROBED - 1], inputs["positions"][:, 1:])
+    lost = _place_lost(params["probe.weight"], states[PLACED - 1], inputs["positions"][:, 1:])
+    return error, lost + _shape_lost(params["outline.weight"], states[SHAPED - 1], *nearest(made, inputs["positions"]))
 
 
-def _lost(probe: Tensor, hidden_BLD: Tensor, places_L2: Tensor) -> Tensor:
+def _place_lost(probe: Tensor, hidden_BLD: Tensor, places_L2: Tensor) -> Tensor:
     """How badly a linear probe [16, D] reads each token's row and column, 8 of each, off what it holds: a cross-entropy."""
-    rows, columns = (torch.nn.functional.layer_norm(hidden_BLD, hidden_BLD.shape[-1:]) @ probe.T).flatten(0, 1).chunk(2, -1)
+    rows, columns = _read(probe, hidden_BLD).flatten(0, 1).chunk(2, -1)
     row, column = places_L2.repeat(len(hidden_BLD), 1).unbind(-1)
-    return torch.nn.functional.cross_entropy(rows, row) + torch.nn.functional.cross_entropy(columns, column)
+    return F.cross_entropy(rows, row) + F.cross_entropy(columns, column)
+
+
+def _shape_lost(probe: Tensor, hidden_BLD: Tensor, shape_BL: Tensor, outline_BL3: Tensor) -> Tensor:
+    """How badly a linear probe [5 + 3, D] reads `nearest`: a cross-entropy and an absolute error, smooth at 0."""
+    shape, outline = _read(probe, hidden_BLD).split((len(SHAPES), 3), -1)
+    return F.cross_entropy(shape.flatten(0, 1), shape_BL.flatten()) + F.smooth_l1_loss(outline, outline_BL3, beta=0.1)
+
+
+def _read(probe: Tensor, hidden_BLD: Tensor) -> Tensor:
+    return F.layer_norm(hidden_BLD, hidden_BLD.shape[-1:]) @ probe.T
+
+
+def nearest(made: list[Scene], positions_L3: Tensor) -> tuple[Tensor, Tensor]:
+    """The shape nearest to each token: its index in SHAPES [B, L], and its centre from the token's and its radius, in 16 px, [B, L, 3]."""
+    first = [(scene.start, scene.end) for scene in made]
+    second = [(scene.start2 or (1e6, 1e6, 0.0),) * 2 for scene in made]
+    start, end = torch.tensor([first, second], device=positions_L3.device).unbind(2)  # [2, B, 3]
+    frame, row, column = positions_L3.unbind(-1)
+    time = (4 * frame - 1.5).clamp(min=0) / (FRAMES - 1)  # a latent frame is four of the clip, the first is one
+    at = torch.where(time[:, None] > 0, torch.lerp(start[:, :, None], end[:, :, None], time[:, None]), start[:, :, None])
+    token = torch.stack([16 * column + 8, 16 * row + 8, 0 * row], -1)
+    outline = (at - token) / 16  # [2, B, L, 3]
+    which = outline[..., :2].norm(dim=-1).argmin(0)  # [B, L]
+    kinds = torch.tensor([[SHAPES.index(name) for name in (s.shape, s.shape2 or s.shape)] for s in made], device=which.device)
+    return kinds.gather(1, which), torch.where(which[..., None] == 0, *outline)
 
 
 def _optimisers(params: Params) -> list[torch.optim.Optimizer]:
@@ -194,7 +228,7 @@ def train(
             texts = ["" if rng.random() < EMPTY else caption(made[i], rng) for i in picks.tolist()]
             normal = (latents[picks].float() - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
             ids, mask = (rows.to(device) for rows in tokens(words, texts))
-            error, lost = loss(params, text, ids, mask, normal.to(device), generator)
+            error, lost = loss(params, text, ids, mask, [made[i] for i in picks.tolist()], normal.to(device), generator)
             (error + PROBE * lost).backward()
             history[kind].append(error.item())
             history["lost"].append(lost.item())

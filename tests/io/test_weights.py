@@ -8,9 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.parallel.pool import on_ranks
 from tinydiff.io import weights as module
 from tinydiff.io.weights import load_weights, save_weights, weight_files
-from tinydiff.parallel.plan import Row
+from tinydiff.parallel.layout import Layout
+from tinydiff.parallel.plan import Group, Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel.ranks import grouped
+from tinydiff.parallel.shards import Box, held
 from tinydiff.records import UserError
 
 ROWS = (
@@ -68,13 +72,27 @@ def test_values_and_types(tmp_path, monkeypatch, sharded, stored, target):
         assert torch.equal(loaded[row.name], tensors[row.name].to(dtype)), row.name
 
 
-def test_streamed_pieces_stay_within_the_budget(monkeypatch):
-    monkeypatch.setattr(module, "BUDGET", 1000)
+def test_streamed_pieces_stay_within_the_budget():
     at = module.Stored(Path("x"), "k", "F32", (77, 5, 4))
-    pieces = list(module._pieces(at))
-    covered = [row for piece, _ in pieces if piece is not None for row in range(77)[piece]]
+    pieces = list(module._pieces(at, Box((0, 2, 0), (0, 0, 0), (77, 2, 4)), 1000))
+    covered = [row for piece in pieces for row in range(77)[piece.source[0]]]
     assert covered == list(range(77))
-    assert len(pieces) == 7 and all(size <= 1000 for _, size in pieces)
+    assert len(pieces) == 7 and all(piece.shape[0] * 5 * 4 * 4 <= 1000 for piece in pieces)
+    assert all(piece.source[1:] == (slice(2, 4), slice(0, 4)) and piece.target[1:] == (slice(0, 2), slice(0, 4)) for piece in pieces)
+
+
+def test_pieces_have_rows_for_every_rank_that_shares_them():
+    at = module.Stored(Path("x"), "k", "F32", (77, 50))
+    sizes = [piece.shape[0] for piece in module._pieces(at, Box((0, 0), (0, 0), at.shape), 1000, 4)]
+    assert sizes == [4] * 19 + [1]
+    assert [piece.shape[0] for piece in module._pieces(at, Box((0, 0), (0, 0), at.shape), 100, 4)] == sizes
+
+
+def test_a_table_behind_a_dimension_of_one_is_cut_too():
+    at = module.Stored(Path("x"), "k", "F32", (1, 77, 5, 4))
+    pieces = list(module._pieces(at, Box((0,) * 4, (0,) * 4, at.shape), 1000))
+    assert [piece.source[1] for piece in pieces] == [slice(at, min(at + 12, 77)) for at in range(0, 77, 12)]
+    assert all(piece.shape[0] == 1 and piece.shape[2:] == (5, 4) for piece in pieces)
 
 
 def test_no_cast_on_cpu_maps_the_file_and_writes_stay_private(tmp_path):
@@ -208,3 +226,142 @@ print(status("VmHWM") - before)
 """
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert 32 <= float(run.stdout) <= 32 + 8 + 4
+
+
+# --- several ranks ------------------------------------------------------------------------------------------------------------------
+
+DIVIDED = (
+    Row("embed.weight", (48, 6), split=0),
+    Row("again.weight", (48, 6), split=0, optional=True),
+    *repeat(
+        "blocks",
+        3,
+        linear_rows("qkv", 6, 24, "out", parts=(8, 8, 8), head=2),
+        linear_rows("out", 8, 6, "in"),
+        [Row("fused.weight", (6, 24), split=1, parts=(8, 16)), Row("mod.weight", (18, 6))],
+        norm_rows("norm", 7, float32=True),
+        [Row("table", (1, 6, 5), float32=True)],
+    ),
+    Row("places", (1, 9, 4)),
+    Row("norm_out.weight", (6,), float32=True),
+    Row("scale", ()),
+    Row("empty", (0, 3)),
+)
+BLOCKS = ("blocks.0", "blocks.1", "blocks.2")
+
+LAYOUTS = {
+    "tp 2": (Layout(tp=2), False),
+    "tp 4": (Layout(tp=4), False),
+    "tp 2 and two that hold the same": (Layout(ulysses=2, tp=2), False),
+    "four that hold the same": (Layout(dp=2, cfg=2), False),
+    "full sharding over 2": (Layout(ulysses=2, fsdp=True), True),
+    "full sharding over 4": (Layout(cfg=2, ring=2, fsdp=True), True),
+    "full sharding and tp": (Layout(ring=2, tp=2, fsdp=True), True),
+    "full sharding of each replica": (Layout(dp=2, cfg=2, fsdp=True), True),
+}
+
+
+def _bytes_read(folder, layout, fsdp, dtype):
+    """Bytes that this rank takes from the files, once what it loads is found to be its part of what one rank loads."""
+    axes = ("shard", "tp") if fsdp else ("tp",)
+    groups = grouped(layout, 60).groups
+    plan = Plan(groups=tuple((axis, groups[axis]) for axis in axes))
+    together, blocks = groups["dp" if fsdp else "peers"], BLOCKS if fsdp else ()
+    whole = load_weights(folder, DIVIDED, dtype)
+    taken, cut, budget, passed = [], module._cut, module.BUDGET, module.PASSED
+
+    def counted(*given):
+        taken.append(cut(*given).nbytes)
+        return cut(*given)
+
+    module._cut, module.BUDGET, module.PASSED = counted, 200, 100
+    try:
+        loaded = load_weights(folder, DIVIDED, dtype, plan=plan, together=together, blocks=blocks)
+    finally:
+        module._cut, module.BUDGET, module.PASSED = cut, budget, passed
+    expected = held(whole, DIVIDED, plan, blocks)
+    assert list(loaded) == list(expected)
+    for name, tensor in loaded.items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+    return sum(taken)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_ranks_read_the_checkpoint_once_together(tmp_path, name, dtype):
+    layout, fsdp = LAYOUTS[name]
+    tensors = draw([row for row in DIVIDED if not row.optional])
+    write_shards(tmp_path, tensors)
+    read = on_ranks(layout.size, _bytes_read, tmp_path, layout, fsdp, dtype)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    assert size <= sum(read) <= 1.05 * size
+    assert max(read) <= 1.5 * size / layout.size  # no rank reads for the others; 6 rows over 4 ranks are 2, 2, 2 and 0
+
+
+def _refusal(folder, layout):
+    plan = Plan(groups=(("tp", grouped(layout, 60).groups["tp"]),))
+    try:
+        load_weights(folder, DIVIDED, torch.float32, plan=plan)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "absent", "misshapen", "foreign"])
+def test_every_rank_refuses_broken_weights_in_the_same_words(tmp_path, harm):
+    tensors = draw(DIVIDED)
+    if harm == "misshapen":
+        tensors["scale"] = torch.ones(2)
+    if harm == "foreign":
+        tensors["norm_out.weight"] = torch.ones(6, dtype=torch.int8)
+    file = write_shards(tmp_path, tensors)[1]
+    if harm == "truncated":
+        file.write_bytes(file.read_bytes()[:-1])
+    if harm == "absent":
+        file.unlink()
+    words = {"truncated": "truncated", "absent": "does not exist", "misshapen": "scale is [2] and should be []", "foreign": "is I8"}
+    (said,) = set(on_ranks(2, _refusal, tmp_path, Layout(tp=2)))
+    assert said.startswith("model_path: ") and words[harm] in said
+
+
+def test_a_plan_that_does_not_divide_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    save_file(draw(DIVIDED), tmp_path / "model.safetensors")
+    monkeypatch.setattr(module, "_cut", None)
+    with pytest.raises(ValueError, match=r"blocks\.0\.qkv\.weight has 4 heads, which 8 ranks cannot share evenly"):
+        load_weights(tmp_path, DIVIDED, torch.float64, plan=Plan(groups=(("tp", Group("none", 8, 0)),)))
+
+
+PEAK_OF_A_RANK = """
+import re, sys, torch
+import torch.distributed as dist
+from pathlib import Path
+from tinydiff.io.weights import load_weights
+from tinydiff.parallel.plan import Group, Plan, Row
+folder, count, rank = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+plan = Plan(groups=(("tp", Group(dist.group.WORLD.group_name, 2, rank)),))
+rows = [Row(f"{name}.{i}", (2048, 4096), split) for i in range(count) for name, split in (("alike", None), ("up", 0), ("down", 1))]
+status = lambda name: int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+torch.ones(9).to(torch.bfloat16)
+dist.barrier()
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+weights = load_weights(folder, rows, torch.bfloat16, plan=plan)
+print(status("VmHWM") - before, sum(tensor.nbytes for tensor in weights.values()) / 2**20)
+dist.barrier()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from Linux's /proc")
+@pytest.mark.parametrize("count", [1, 4])
+def test_peak_memory_of_a_rank_is_what_it_holds_and_the_same_more_for_any_weights(tmp_path, count):
+    """96 and 384 MiB of float32 to 32 and 128 of bfloat16 on each rank. Fresh processes: freed memory would hide what is used."""
+    names = [f"{name}.{i}" for i in range(count) for name in ("alike", "up", "down")]
+    save_file({name: torch.ones(2048, 4096) for name in names}, tmp_path / "model.safetensors")
+    commands = [[sys.executable, "-c", PEAK_OF_A_RANK, str(tmp_path), str(count), str(rank)] for rank in range(2)]
+    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands]
+    answers = [rank.communicate(timeout=300) for rank in ranks]
+    for out, error in answers:
+        assert out, error
+        peak, size = map(float, out.split())
+        print(f"{size} MiB held, {peak - size:.1f} MiB above")
+        assert size == 32 * count and size <= peak <= size + 8 + 24

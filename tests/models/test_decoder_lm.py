@@ -120,7 +120,7 @@ def test_no_mask_is_a_mask_of_ones_and_equal_axes_are_one_axis():
     ids, mask = _tokens("none")
     (plain,) = decoder_lm.encode(c, PLAN, Weights(flat), ids, mask, take=(4,))
     places = torch.arange(ids.shape[1]).expand(3, 2, -1)
-    embeds = decoder_lm.embed(c, Weights(flat), ids)
+    embeds = decoder_lm.embed(c, PLAN, Weights(flat), ids)
     (axes,) = decoder_lm.encode(c, PLAN, Weights(flat), torch.zeros_like(ids), take=(4,), positions=places, embeds=embeds)
     assert torch.equal(plain, axes)
     (apart,) = decoder_lm.encode(c, PLAN, Weights(flat), ids, take=(4,), positions=places * torch.tensor([1, 2, 3])[:, None, None])

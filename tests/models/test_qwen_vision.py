@@ -108,7 +108,7 @@ def test_states_of_words_and_images_equal_the_reference(side):
     assert torch.equal(at, places) and at.max() > 0
 
     tokens = qwen_vision.encode(v, PLAN, Weights(_named(flat, qwen_vision.row_name)), inputs["pixel_values"], GRIDS)
-    embeds = qwen_vision.place(decoder_lm.embed(c, w, ids), ids, IMAGE, tokens)
+    embeds = qwen_vision.place(decoder_lm.embed(c, PLAN, w, ids), ids, IMAGE, tokens)
     ours = decoder_lm.encode(c, PLAN, w, ids, mask, take=(0, 1, 2, 3), positions=at, embeds=embeds)
     for mine, state in zip(ours, expected, strict=True):
         close(mine[mask.bool()], state[mask.bool()])
@@ -123,7 +123,7 @@ def test_text_about_images_is_that_of_the_reference():
     assert len({*written[0], *written[1]}) > 4
     w = Weights(_named(flat, lambda key: decoder_lm.row_name(c, key)))
     tokens = qwen_vision.encode(v, PLAN, Weights(_named(flat, qwen_vision.row_name)), inputs["pixel_values"], GRIDS)
-    embeds = qwen_vision.place(decoder_lm.embed(c, w, ids), ids, IMAGE, tokens)
+    embeds = qwen_vision.place(decoder_lm.embed(c, PLAN, w, ids), ids, IMAGE, tokens)
     at = qwen_vision.positions(v, ids, mask, IMAGE, GRIDS)
     assert generate(c, PLAN, w, ids, mask, limit=8, stop=(), positions=at, embeds=embeds) == written
 

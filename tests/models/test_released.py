@@ -212,7 +212,7 @@ def _wan(c, name):
 
 def _z_image(c, name):
     size = (1, 128, 128)
-    inputs = {"text": torch.empty(1, 512, c.cap_feat_dim), "positions": z_image.positions(c, size), "padding": z_image.padding(c, size)}
+    inputs = {"text": torch.empty(1, 512, c.cap_feat_dim), "positions": z_image.positions(c, size), "real": z_image.real(c, size)}
     known = {"x": [torch.empty(c.in_channels, *size)], "cap_feats": list(inputs["text"]), "return_dict": False}
     return known, torch.empty(1, 4096, c.in_channels * prod(c.patch_size)), inputs
 

@@ -48,7 +48,7 @@ def _case(name):
         "patch_size": c.all_patch_size[0],
         "f_patch_size": c.all_f_patch_size[0],
     }
-    inputs = {"text": text, "positions": z_image.positions(c, size), "padding": z_image.padding(c, size)}
+    inputs = {"text": text, "positions": z_image.positions(c, size), "real": z_image.real(c, size)}
     if set(lengths) != {rows}:
         inputs["mask"] = (torch.arange(rows) < torch.tensor(lengths)[:, None]).long()
     tokens = patchify(x, c.patch_size)
@@ -57,7 +57,7 @@ def _case(name):
 
 
 def _picture(c, size, y):
-    return unpatchify(y[:, : y.shape[1] - int(z_image.padding(c, size).sum())], c.patch_size, size)
+    return unpatchify(y[:, : y.shape[1] - int((~z_image.real(c, size)).sum())], c.patch_size, size)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -110,7 +110,7 @@ def test_the_dims_name_the_dimensions_that_run_over_tokens():
     """Between two requests exactly the named dimensions of the request's tensors change."""
     c, flat, _, _, _, inputs = _case("captions of different lengths")
     size = (1, 18, 22)
-    more = inputs | {"positions": z_image.positions(c, size), "padding": z_image.padding(c, size)}
+    more = inputs | {"positions": z_image.positions(c, size), "real": z_image.real(c, size)}
     longer = inputs | {"text": draw(2, 140, c.cap_feat_dim), "mask": F.pad(inputs["mask"], (30, 0), value=1)}
     request, image, text = (z_image.hoist(c, PLAN, Weights(flat), each, TIMES)[0] for each in (inputs, more, longer))
     assert set(z_image.SHARED) < set(request)

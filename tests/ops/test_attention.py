@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.parity import close, draw
-from tinydiff.ops.attention import BACKENDS, attention
-from tinydiff.parallel.plan import SEQUENCE_MOVES, Plan
+from tinydiff.ops.attention import BACKENDS, attend_with_log, attention
+from tinydiff.parallel.plan import Group, Plan
 
 ON_CPU = ("sdpa", "flash", "math")
 PLAN = Plan(attention="math")
@@ -44,8 +44,20 @@ def test_a_backend_that_the_cpu_lacks_raises(name):
         attention(replace(PLAN, attention=name), *_inputs(torch.float32))
 
 
-def test_moves_are_the_identity_on_one_rank_and_refused_beyond():
-    plan = replace(PLAN, moves=SEQUENCE_MOVES, sizes=(("ulysses", 1),))
-    close(attention(plan, *_inputs()), attention(PLAN, *_inputs()), 0)
-    with pytest.raises(RuntimeError, match="'ulysses' over 2 ranks"):
-        attention(replace(plan, sizes=(("ulysses", 2),)), *_inputs())
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_parts_of_the_keys_merge_by_their_logarithms(masked, dtype):
+    q, k, v = _inputs(dtype)
+    mask = draw(2, 1, 1, 11, seed=3) > -0.5 if masked else None
+    parts = [slice(0, 4), slice(4, 5), slice(5, 11)]
+    made = [attend_with_log(q, k[:, at], v[:, at], None if mask is None else mask[..., at], 0.3) for at in parts]
+    log = torch.stack([each for _, each in made]).logsumexp(0)
+    merged = sum(y * (each - log).exp() for y, each in made)
+    close(merged, attention(PLAN, q, k, v, mask, 0.3), 1e-12 if dtype == torch.float64 else 1e-5)
+    assert (log.abs() > 1e-3).any() and log.dtype == dtype
+
+
+def test_a_sequence_on_several_ranks_needs_to_know_its_padding():
+    plan = replace(PLAN, groups=(("ulysses", Group("", 2, 0)),))
+    with pytest.raises(ValueError, match="0 index tensors of keys are given"):
+        attention(plan, *_inputs())

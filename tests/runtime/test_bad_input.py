@@ -86,7 +86,6 @@ def test_an_attention_backend_that_this_machine_cannot_run(backend, refused):
         ("only words", "must hold keys and values"),
         ("guidance_scal: 3", "guidance_scal: no such key; did you mean 'guidance_scale'?"),
         ('{"height": 100}', "height: 100 is not a multiple of 32"),
-        ("num_gpus: 2", "running on several GPUs does not exist yet"),
     ],
 )
 def test_config_files(text, sentence, refused, tmp_path, capsys):

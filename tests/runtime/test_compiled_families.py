@@ -58,7 +58,7 @@ def inputs(name: str, config: Any, height: int, width: int, text: torch.Tensor) 
     if name in ("flux2", "ernie"):
         return given | {"positions": {"flux2": flux2, "ernie": ernie}[name].positions((1, height, width))}
     if name == "z_image":
-        return given | {"positions": z_image.positions(config, latents), "padding": z_image.padding(config, latents)}
+        return given | {"positions": z_image.positions(config, latents), "real": z_image.real(config, latents)}
     return given | {"positions": sd3.positions(config, latents)}
 
 

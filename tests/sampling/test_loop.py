@@ -161,7 +161,7 @@ def test_images_of_a_batch_do_not_mix():
 
 
 def test_memory_is_carried_from_step_to_step_across_chunks():
-    def counting(predict):
+    def counting(predict, plan):
         def counted(w, x, step, branches, memory):
             (v, _), _ = predict(w, x, step, branches, {})
             return v, {"sum": memory["sum"] + step.i}

@@ -31,10 +31,11 @@ class Index:
     options: dict[str, Any]
 
 
-def resolve(path_or_id: str | Path, revision: str | None = None, field: str = "model_path") -> Path:
+def resolve(path_or_id: str | Path, revision: str | None = None, field: str = "model_path", weights: bool = True) -> Path:
     """The local folder of a model: `path_or_id` itself if it is a folder, else the hub's snapshot of that id, downloaded if need be.
 
-    revision: branch, tag or commit of a hub id. field: the option to name in errors. Works offline for what the cache holds.
+    revision: branch, tag or commit of a hub id. field: the option to name in errors. weights: false fetches JSON files alone. Works offline
+    for what the cache holds.
     Raises UserError if there is no such folder or repository, or no network to fetch it.
     """
     path = Path(path_or_id).expanduser()
@@ -49,7 +50,7 @@ def resolve(path_or_id: str | Path, revision: str | None = None, field: str = "m
         siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
         hint = nearest(path.name, siblings)
         raise UserError(field, f"{field}: {text!r} is neither a folder here nor a hub id such as 'Wan-AI/Wan2.2-TI2V-5B-Diffusers'{hint}")
-    return _snapshot(text, revision, field)
+    return _snapshot(text, revision, field, weights)
 
 
 def read_index(folder: Path) -> Index:
@@ -79,10 +80,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _snapshot(hub_id: str, revision: str | None, field: str) -> Path:
+def _snapshot(hub_id: str, revision: str | None, field: str, weights: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     wanted = [*WANTED] if field == "model_path" else [*WANTED, "*.safetensors"]  # a component by itself lies at the root
+    wanted = wanted if weights else ["*.json"]
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=list(UNWANTED)))
     except errors.GatedRepoError:

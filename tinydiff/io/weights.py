@@ -1,9 +1,12 @@
-"""Safetensors in and out: memory-mapped, checked against the family's rows, cast while streaming to where the weights shall live."""
+"""Safetensors in and out: memory-mapped, checked against the family's rows, cast while streaming to where the weights shall live.
+
+Of several ranks each reads only what it holds, and what several hold alike they read in shares and pass on to each other.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +16,8 @@ from torch import Tensor
 
 from tinydiff.io.atomic import write_over
 from tinydiff.io.hub import read_json
-from tinydiff.parallel.plan import Row
+from tinydiff.parallel.plan import ALONE, SINGLE, Group, Plan, Row
+from tinydiff.parallel.shards import Box, Held, gathered, holdings, local_rows, share
 from tinydiff.records import UserError
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -24,6 +28,9 @@ STEMS = ("diffusion_pytorch_model", "model")
 
 BUDGET = 8 * 2**20
 """Bytes cast before the mapping is closed: mapped pages count as resident memory until then."""
+
+PASSED = 2**20
+"""Bytes that ranks pass on at a time: what a collective has allocated stays with the allocator many times over."""
 
 Rename = Callable[[str], str | None]
 
@@ -38,28 +45,41 @@ class Stored(NamedTuple):
 
 
 def load_weights(
-    folder: Path, rows: Iterable[Row], dtype: torch.dtype, device: torch.device | str = "cpu", rename: Rename | None = None
+    folder: Path,
+    rows: Iterable[Row],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    rename: Rename | None = None,
+    plan: Plan = SINGLE,
+    together: Group = ALONE,
+    blocks: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """Weights named by `rows`, in `dtype` (rows marked float32 in float32) on `device`.
+    """What this rank holds of the weights named by `rows`, in `dtype` (rows marked float32 in float32) on `device`.
 
     folder: a component's folder, holding one safetensors file or shards with their index; or one safetensors file.
     rename: stored key to row name; None drops a key that is known and not needed.
-    On the CPU a tensor already in its type is not copied: it stays a private mapping of the file. All others are cast through a
-    mapping of at most 8 MiB, so that peak memory is that of the weights in their final type.
-    Raises UserError if a file is broken, or naming the first five keys that are missing, unexpected or of another shape.
+    plan: its axis "tp" divides the weights by the splits of the rows, its axis "shard" those below `blocks`, which come as packs.
+    together: the ranks beside this one, on no axis of the plan, that hold the same. All ranks of these groups load at the same time.
+    On the CPU a tensor already in its type is not copied: it stays a private mapping of the file, where one rank alone holds all of it.
+    All others are cast through a mapping of at most 8 MiB, so that peak memory is that of the weights in their final type. What ranks
+    pass on to each other adds an amount that does not depend on the weights.
+    Raises UserError if a file is broken, or naming the first five keys that are missing, unexpected or of another shape: on every rank
+    the same, before anything is passed on. ValueError where the plan does not divide a row.
     """
     wanted = {row.name: row for row in rows}
     stored = _stored(folder, rename or (lambda key: key))
     _check(folder, wanted, stored)
-    types = {name: torch.float32 if wanted[name].float32 else dtype for name in stored}
+    there = [row for name, row in wanted.items() if name in stored]
+    held = list(holdings(there, plan, blocks, together))
     on_cpu = torch.device(device).type == "cpu"
-    ready = {name for name, at in stored.items() if on_cpu and FLOATS[at.dtype] == types[name]}
-    weights = _mapped({name: stored[name] for name in ready})
-    for name, at in stored.items():
-        if name not in ready:
-            weights[name] = torch.empty(at.shape, dtype=types[name], device=device)
-    _stream({name: stored[name] for name in stored if name not in ready}, weights)
-    return {name: weights[name] for name in wanted if name in weights}
+    mapped = [each for each in held if on_cpu and _as_stored(each, stored[each.row.name], dtype)]
+    ready = _mapped({each.row.name: stored[each.row.name] for each in mapped})
+    weights: dict[str, Tensor] = {}
+    for row in local_rows(there, plan, blocks):
+        new = torch.empty if row.name in stored else torch.zeros  # a pack's padding is zero
+        weights[row.name] = ready[row.name] if row.name in ready else new(row.shape, dtype=_type(row, dtype), device=device)
+    _stream([each for each in held if each.row.name not in ready], stored, weights)
+    return weights
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -126,48 +146,94 @@ def _check(folder: Path, wanted: Mapping[str, Row], stored: Mapping[str, Stored]
         raise UserError("model_path", f"model_path: in {str(folder)!r} {foreign[0]}{more}; the types read are {', '.join(FLOATS)}")
 
 
+def _type(row: Row, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if row.float32 else dtype
+
+
+def _as_stored(held: Held, at: Stored, dtype: torch.dtype) -> bool:
+    """Whether a weight is held as it is in its file, whole and by one rank alone."""
+    return held.home == held.row.name and held.shape == at.shape and not held.alike and FLOATS[at.dtype] == _type(held.row, dtype)
+
+
 def _mapped(ready: Mapping[str, Stored]) -> dict[str, Tensor]:
     """Tensors that are their own mapping of the file. A mapping lives as long as a tensor on it; writes stay private."""
     weights: dict[str, Tensor] = {}
     for file, names in _by_file(ready):
-        with _opened(file) as opened:
-            weights |= {name: opened.get_tensor(ready[name].key) for name in names}
+        opened = _opened(file)
+        weights |= {name: opened.get_tensor(ready[name].key) for name in names}
     return weights
 
 
-def _stream(stored: Mapping[str, Stored], weights: Mapping[str, Tensor]) -> None:
-    """Fill `weights` from disk, casting. Each file is mapped anew after `BUDGET` bytes, which lets go of the pages read so far."""
-    for file, names in _by_file(stored):
-        batch: list[tuple[str, slice | None]] = []
-        size = 0
-        for name in names:
-            for rows, bytes_ in _pieces(stored[name]):
-                batch.append((name, rows))
-                size += bytes_
-                if size >= BUDGET:
-                    _copy(file, batch, stored, weights)
-                    batch, size = [], 0
-        _copy(file, batch, stored, weights)
+def _stream(held: Iterable[Held], stored: Mapping[str, Stored], weights: Mapping[str, Tensor]) -> None:
+    """Fill `weights` from disk, casting, in the order of `held`: that of the rows, so that all ranks pass on in the same order."""
+    read = _reader()
+    for each in held:
+        at, tensor = stored[each.row.name], each.of(weights)
+        ranks = math.prod(group.size for group in each.alike)
+        for box in each.boxes:
+            for piece in _pieces(at, box, BUDGET if ranks == 1 else PASSED, ranks):
+                if each.alike and at.shape:
+                    _pass_on(tensor[piece.target], at, piece, read, each.alike)
+                else:
+                    tensor[piece.target].copy_(read(at, piece))
 
 
-def _copy(file: Path, batch: Sequence[tuple[str, slice | None]], stored: Mapping[str, Stored], weights: Mapping[str, Tensor]) -> None:
-    with _opened(file) as opened:
-        for name, rows in batch:
-            key = stored[name].key
-            source = opened.get_tensor(key) if rows is None else opened.get_slice(key)[rows]
-            (weights[name] if rows is None else weights[name][rows]).copy_(source)
+def _pass_on(target: Tensor, at: Stored, piece: Box, read: Callable[[Stored, Box], Tensor], alike: tuple[Group, ...]) -> None:
+    """Fill a piece that the ranks of these groups hold alike: each reads a share, and gets those of the others."""
+    size = math.prod(group.size for group in alike)
+    rank = 0
+    for group in alike:
+        rank = rank * group.size + group.rank
+    dim = _dealt(at)
+    target = target.movedim(dim, 0)
+    width, start, count = share(len(target), size, rank)
+    mine = target.new_zeros(width, *target.shape[1:])
+    if count:
+        mine[:count].copy_(read(at, piece.narrow(dim, start, count)).movedim(dim, 0))
+    target.copy_(gathered(mine, *alike)[: len(target)])
 
 
-def _pieces(at: Stored) -> Iterator[tuple[slice | None, int]]:
-    """Cut a tensor along its first dimension into pieces of at most about `BUDGET` bytes, each with its size."""
-    size = math.prod(at.shape) * FLOATS[at.dtype].itemsize
-    if size <= BUDGET:
-        yield None, size
+def _reader() -> Callable[[Stored, Box], Tensor]:
+    """Reads boxes of stored tensors. The file is mapped anew after `BUDGET` bytes, which lets go of the pages read so far."""
+    file, opened, left = None, None, 0
+
+    def read(at: Stored, box: Box) -> Tensor:
+        nonlocal file, opened, left
+        size = (box.shape[_dealt(at)] if box.shape else 1) * _row_bytes(at)
+        if opened is None or at.file != file or size > left:
+            file, opened, left = at.file, _opened(at.file), BUDGET
+        left -= size
+        return _cut(opened, at, box)
+
+    return read
+
+
+def _cut(opened: safe_open, at: Stored, box: Box) -> Tensor:
+    """A box of a stored tensor, a view of the mapped file: what is not copied from it is not read."""
+    return opened.get_tensor(at.key) if box.shape == at.shape else opened.get_slice(at.key)[box.source]
+
+
+def _pieces(at: Stored, box: Box, size: int, ranks: int = 1) -> Iterator[Box]:
+    """Cut a box so that the stored rows it lies in, all of which its mapping may show, take about `size` bytes at most.
+
+    A piece has as many rows for each of the ranks that share it, and one at least, so that none reads for the others.
+    """
+    if not at.shape:
+        yield box
         return
-    row = size // at.shape[0]
-    step = max(1, BUDGET // row)
-    for start in range(0, at.shape[0], step):
-        yield slice(start, start + step), step * row
+    dim, step = _dealt(at), max(1, size // max(1, _row_bytes(at)) // ranks) * ranks
+    for start in range(0, box.shape[dim], step):
+        yield box.narrow(dim, start, min(step, box.shape[dim] - start))
+
+
+def _dealt(at: Stored) -> int:
+    """The dimension a stored tensor is cut along: the first of more than one entry, so that pieces are whole in the file."""
+    return next((dim for dim, size in enumerate(at.shape) if size > 1), 0)
+
+
+def _row_bytes(at: Stored) -> int:
+    """Bytes of a stored tensor per entry of that dimension."""
+    return math.prod(at.shape[_dealt(at) + 1 :]) * FLOATS[at.dtype].itemsize
 
 
 def _by_file(stored: Mapping[str, Stored]) -> Iterator[tuple[Path, list[str]]]:

@@ -22,11 +22,11 @@ from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import embedder, timestep_embedding
 from tinydiff.ops.linear import linear, linear_sum
-from tinydiff.ops.moves import move
 from tinydiff.ops.norm import compute_dtype, modulate, rms_norm
 from tinydiff.ops.rope import grid_positions, rope_table
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import SEQUENCE_MOVES, Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel.sequence import keys
 from tinydiff.records import Request
 
 Tensors = dict[str, Tensor]
@@ -63,8 +63,6 @@ class Config:
     def head_width(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
-
-MOVES = SEQUENCE_MOVES
 
 # --- weights ------------------------------------------------------------------------------------------------------------------------
 
@@ -137,12 +135,12 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     """
     dtype = w["text_proj.weight"].dtype
     text = linear(inputs["text"].to(dtype), w / "text_proj")
-    request = {"text": move(plan, "enter", text)}
+    request = {"text": text}
     if "mask" in inputs:
         request["mask"] = inputs["mask"].bool()
     for stream, at in zip(("text_", ""), _positions(inputs["positions"], text.shape[1], request.get("mask")), strict=True):
         cos, sin = _rope(c, at)
-        request |= {f"{stream}cos": move(plan, "enter", cos), f"{stream}sin": move(plan, "enter", sin)}
+        request |= {f"{stream}cos": cos, f"{stream}sin": sin}
 
     cosines, sines = timestep_embedding(timesteps_S.to(dtype), c.hidden_size).chunk(2, -1)  # half types round it, as in the reference
     time = embedder(torch.cat([sines, cosines], -1).to(dtype), w / "time_embedding")[:, None]
@@ -157,7 +155,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
     """Latent tokens [B, L, P] -> text [B, T, D] and image [B, L, D]."""
     text, proj = request["text"].expand(x_BLP.shape[0], -1, -1).contiguous(), w / "x_embedder" / "proj"
-    return text, move(plan, "enter", F.linear(x_BLP.to(text.dtype), proj["weight"].flatten(1), proj["bias"]))
+    return text, F.linear(x_BLP.to(text.dtype), proj["weight"].flatten(1), proj["bias"])
 
 
 def _rotate(x_BLHE: Tensor, cos_BLE: Tensor, sin_BLE: Tensor) -> Tensor:
@@ -182,7 +180,8 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
     y = _scaled(x, w / "adaLN_sa_ln", shift, scale, c.eps)
     q, k, v = (linear(y, a / name).unflatten(-1, (-1, c.head_width)) for name in ("to_q", "to_k", "to_v"))
     q, k = (_rotate(rms_norm(z, a / norm, c.eps), cos, sin) for z, norm in ((q, "norm_q"), (k, "norm_k")))
-    x = x + (gate * linear_sum(plan, attention(plan, q, k, v, mask).flatten(2), a / "to_out" / 0)).to(x.dtype)
+    y = attention(plan, q, k, v, mask, keys=keys(plan, shared, "joint")).flatten(2)
+    x = x + (gate * linear_sum(plan, y, a / "to_out" / 0)).to(x.dtype)
 
     ff = w / "mlp"
     y = _scaled(x, w / "adaLN_mlp_ln", ff_shift, ff_scale, c.eps)
@@ -199,7 +198,7 @@ def blocks(c: Config) -> list:
 def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, step: Tensors) -> Tensor:
     """The image stream [B, L, D] -> predicted velocity of each token [B, L, P]."""
     scale, shift = step["last_modulation"].unsqueeze(2).unbind(1)
-    return linear(modulate(move(plan, "leave", streams[1]), shift, scale, c.eps), w / "final_linear")
+    return linear(modulate(streams[1], shift, scale, c.eps), w / "final_linear")
 
 
 # --- what a pipeline needs of this family -----------------------------------------------------------------------------------------

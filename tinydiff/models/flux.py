@@ -24,12 +24,11 @@ from tinydiff.models.recipe import Parts, Patch, Prepared, appended, latent_size
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.embed import embedder, timestep_embedding
 from tinydiff.ops.linear import linear
-from tinydiff.ops.moves import move
 from tinydiff.ops.norm import compute_dtype
 from tinydiff.ops.patch import patchify
 from tinydiff.ops.rope import grid_positions
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import SEQUENCE_MOVES, Plan, Row, linear_rows
+from tinydiff.parallel.plan import Plan, Row, linear_rows
 from tinydiff.records import Request
 
 Tensors = dict[str, Tensor]
@@ -63,7 +62,6 @@ class Config:
         return self.num_attention_heads * self.attention_head_dim
 
 
-MOVES = SEQUENCE_MOVES
 PATCH = (1, 2, 2)
 """Latents to tokens and back: `ops.patch.patchify` by this patch."""
 FREQUENCIES = 256
@@ -113,8 +111,8 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     dtype = w["context_embedder.weight"].dtype
     text = linear(inputs["text"].to(dtype), w / "context_embedder")
     nowhere = inputs["positions"].new_zeros(text.shape[1], 3)
-    request = {"text": move(plan, "enter", text)}
-    request |= joint.rope_tables(plan, nowhere, inputs["positions"], c.axes_dims_rope, compute_dtype(text))
+    request = {"text": text}
+    request |= joint.rope_tables(nowhere, inputs["positions"], c.axes_dims_rope, compute_dtype(text))
 
     e = w / "time_text_embed"
     time = _embedded(timesteps_S.to(dtype) / 1000, e / "timestep_embedder", dtype)[:, None]
@@ -131,7 +129,7 @@ def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step
     """Image tokens [B, L, P] -> text [B, T, D] and image [B, L, D]."""
     image = linear(x_BLP.to(w["x_embedder.weight"].dtype), w / "x_embedder")
     text = request["text"].expand(len(image), -1, -1).clone()  # memory of its own, as blocks return it
-    return text, move(plan, "enter", image)
+    return text, image
 
 
 def double(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
@@ -153,7 +151,7 @@ def blocks(c: Config) -> list:
 
 def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, step: Tensors) -> Tensor:
     """Text and image -> predicted velocity of each image token [B, L, P]."""
-    return joint.last(plan, w, streams[1], step["norm_out"])
+    return joint.last(w, streams[1], step["norm_out"])
 
 
 # --- what a pipeline needs of this family -----------------------------------------------------------------------------------------

@@ -25,12 +25,12 @@ from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import embedder, timestep_embedding
 from tinydiff.ops.linear import linear, linear_sum
-from tinydiff.ops.moves import move
 from tinydiff.ops.norm import compute_dtype, modulate, rms_norm
 from tinydiff.ops.patch import patchify
 from tinydiff.ops.rope import grid_positions, rotate_interleaved
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import SEQUENCE_MOVES, Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel.sequence import keys
 from tinydiff.records import Request, UserError
 
 Tensors = dict[str, Tensor]
@@ -75,8 +75,6 @@ class Config:
         """Widths of what a single block projects at once: queries, keys, values, and the two halves of the feed-forward."""
         return (*[self.width] * 3, *[self.mlp_width] * 2)
 
-
-MOVES = SEQUENCE_MOVES
 
 # --- weights ------------------------------------------------------------------------------------------------------------------------
 
@@ -158,8 +156,8 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
     text = linear(inputs["text"].to(dtype), w / "context_embedder")
     words = F.pad(torch.arange(text.shape[1], device=text.device)[:, None], (3, 0))
-    request = {"text": move(plan, "enter", text)}
-    request |= rope_tables(plan, words, inputs["positions"], c.axes_dims_rope, compute_dtype(text), c.rope_theta)
+    request = {"text": text}
+    request |= rope_tables(words, inputs["positions"], c.axes_dims_rope, compute_dtype(text), c.rope_theta)
     return request, steps
 
 
@@ -169,7 +167,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
     """Latent tokens [B, L, P] -> text [B, T, D] and image [B, L, D]."""
     text = request["text"].expand(x_BLP.shape[0], -1, -1).contiguous()
-    return text, move(plan, "enter", linear(x_BLP.to(text.dtype), w / "x_embedder"))
+    return text, linear(x_BLP.to(text.dtype), w / "x_embedder")
 
 
 def _gated(gate: Tensor, value: Tensor) -> Tensor:
@@ -197,6 +195,7 @@ def double(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights
         plan,
         heads(a, modulate(text, *of_text[:2], eps=c.eps), width, (shared["text_cos"], shared["text_sin"]), TEXT, c.eps),
         heads(a, modulate(image, *of_image[:2], eps=c.eps), width, (shared["cos"], shared["sin"]), IMAGE, c.eps),
+        shared,
     )
     return (
         _finish(c, plan, text, linear_sum(plan, y_text, a / "to_add_out"), of_text, w / "ff_context"),
@@ -213,7 +212,7 @@ def single(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights
     q, k, v, *ff = y.split([part * y.shape[-1] // sum(c.fused) for part in c.fused], -1)  # a rank holds its share of each part
     q, k, v = (x.unflatten(-1, (-1, c.attention_head_dim)) for x in (q, k, v))
     q, k = (rotate_interleaved(rms_norm(x, a / norm, c.eps), cos, sin) for x, norm in ((q, "norm_q"), (k, "norm_k")))
-    y = torch.cat([attention(plan, q, k, v).flatten(2), _gated(*ff)], -1)
+    y = torch.cat([attention(plan, q, k, v, keys=keys(plan, shared, "joint")).flatten(2), _gated(*ff)], -1)
     y_text, y_image = split(gate * linear_sum(plan, y, a / "to_out"), text.shape[1])
     return _finite(text + y_text), _finite(image + y_image)
 
@@ -227,7 +226,7 @@ def blocks(c: Config) -> list:
 def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, step: Tensors) -> Tensor:
     """The image stream [B, L, D] -> predicted velocity of each token [B, L, P]."""
     scale, shift = step["last_modulation"].unsqueeze(2).unbind(1)
-    return linear(modulate(move(plan, "leave", streams[1]), shift, scale, c.eps), w / "proj_out")
+    return linear(modulate(streams[1], shift, scale, c.eps), w / "proj_out")
 
 
 # --- what a pipeline needs of this family -----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ Shape letters: B batch, T text tokens, L image tokens, D width, H heads, E head 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from tinydiff.ops.attention import attention
 from tinydiff.ops.linear import linear, linear_sum
-from tinydiff.ops.moves import move
 from tinydiff.ops.norm import modulate, rms_norm
 from tinydiff.ops.rope import rope_table, rotate_interleaved
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel.sequence import keys
 
 Heads = tuple[Tensor, Tensor, Tensor]
 Streams = tuple[Tensor, Tensor]
@@ -48,9 +48,7 @@ def heads(
     return q, k, v
 
 
-def rope_tables(
-    plan: Plan, text_TA: Tensor, image_LA: Tensor, dims: Sequence[int], dtype: torch.dtype, theta: float = 1e4
-) -> dict[str, Tensor]:
+def rope_tables(text_TA: Tensor, image_LA: Tensor, dims: Sequence[int], dtype: torch.dtype, theta: float = 1e4) -> dict[str, Tensor]:
     """Tables of both streams from their positions on A axes: `cos`, `sin` [L, E / 2] and `text_cos`, `text_sin` [T, E / 2].
 
     Angles are computed in float64 and kept in `dtype`.
@@ -58,18 +56,19 @@ def rope_tables(
     tables = {}
     for prefix, positions in (("", image_LA), ("text_", text_TA)):
         for name, table in zip(("cos", "sin"), rope_table(positions, dims, theta), strict=True):
-            tables[prefix + name] = move(plan, "enter", table.to(dtype)[None])[0]
+            tables[prefix + name] = table.to(dtype)
     return tables
 
 
-def joint_attention(plan: Plan, text: Heads, image: Heads, mask_BT: Tensor | None = None) -> Streams:
+def joint_attention(plan: Plan, text: Heads, image: Heads, shared: Mapping[str, Tensor]) -> Streams:
     """Attention of both streams to both -> ([B, T, D], [B, L, D]), heads flattened: the two parts of one tensor, see `split`.
 
-    text, image: queries, keys and values [B, T or L, H, E]. mask_BT: 1 where a text token is real, the others are not attended to.
+    text, image: queries, keys and values [B, T or L, H, E]. shared: where it has `mask` [B, T], that is 1 where a text token is real, and
+    the others are not attended to.
     """
     q, k, v = (torch.cat(pair, 1) for pair in zip(text, image, strict=True))
-    mask = None if mask_BT is None else joint_mask(mask_BT, image[0].shape[1])
-    return split(attention(plan, q, k, v, mask).flatten(2), text[0].shape[1])
+    mask = joint_mask(shared["mask"], image[0].shape[1]) if "mask" in shared else None
+    return split(attention(plan, q, k, v, mask, keys=keys(plan, shared, "joint")).flatten(2), text[0].shape[1])
 
 
 def joint_mask(mask_BT: Tensor, tokens: int) -> Tensor:
@@ -166,6 +165,7 @@ def double_block(
         plan,
         heads(a, modulate(text, of_text[0], of_text[1]), width, (shared["text_cos"], shared["text_sin"]), TEXT),
         heads(a, modulate(image, of_image[0], of_image[1]), width, (shared["cos"], shared["sin"])),
+        shared,
     )
     return (
         _finish(plan, text, linear_sum(plan, y_text, a / "to_add_out"), of_text, w / "ff_context", activation),
@@ -191,13 +191,13 @@ def single_block(
     shift, scale, gate = request["norm"].unsqueeze(2).unbind(1)
     x = modulate(torch.cat(streams, 1), shift, scale)
     rope = torch.cat([shared["text_cos"], shared["cos"]]), torch.cat([shared["text_sin"], shared["sin"]])
-    attended = attention(plan, *heads(w / "attn", x, width, rope)).flatten(2)
+    attended = attention(plan, *heads(w / "attn", x, width, rope), keys=keys(plan, shared, "joint")).flatten(2)
     y = linear_sum(plan, torch.cat([attended, activation(linear(x, w / "proj_mlp"))], -1), w / "proj_out") * gate
     y_text, y_image = split(y, text.shape[1])
     return text + y_text, image + y_image
 
 
-def last(plan: Plan, w: Weights, image_BLD: Tensor, modulation_BnD: Tensor) -> Tensor:
+def last(w: Weights, image_BLD: Tensor, modulation_BnD: Tensor) -> Tensor:
     """The last norm, modulated by `norm_out` (scale, shift), and the projection to a token's values [B, L, P]."""
     scale, shift = modulation_BnD.unsqueeze(2).unbind(1)
-    return linear(modulate(move(plan, "leave", image_BLD), shift, scale), w / "proj_out")
+    return linear(modulate(image_BLD, shift, scale), w / "proj_out")

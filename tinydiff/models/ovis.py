@@ -22,11 +22,10 @@ from tinydiff.models.recipe import Parts, Patch, Prepared, latent_size, on_grid,
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.embed import embedder, timestep_embedding
 from tinydiff.ops.linear import linear
-from tinydiff.ops.moves import move
 from tinydiff.ops.norm import compute_dtype, rms_norm
 from tinydiff.ops.rope import grid_positions
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import SEQUENCE_MOVES, Plan, Row, linear_rows, norm_rows
+from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows
 from tinydiff.records import Request
 
 Tensors = dict[str, Tensor]
@@ -58,7 +57,6 @@ class Config:
         return self.num_attention_heads * self.attention_head_dim
 
 
-MOVES = SEQUENCE_MOVES
 PATCH = (1, 2, 2)
 """Latents to tokens and back: `ops.patch.patchify` by this patch."""
 FREQUENCIES = 256
@@ -101,8 +99,8 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     dtype = w["context_embedder.weight"].dtype
     text = linear(rms_norm(inputs["text"].to(dtype), w / "context_embedder_norm"), w / "context_embedder")
     diagonal = torch.arange(text.shape[1], device=text.device)[:, None] * torch.tensor([0, 1, 1], device=text.device)
-    request = {"text": move(plan, "enter", text)}
-    request |= joint.rope_tables(plan, diagonal, inputs["positions"], c.axes_dims_rope, compute_dtype(text))
+    request = {"text": text}
+    request |= joint.rope_tables(diagonal, inputs["positions"], c.axes_dims_rope, compute_dtype(text))
 
     t_S = timesteps_S.to(dtype) / 1000 * 1000  # half types round both times, as in training
     time = embedder(timestep_embedding(t_S, FREQUENCIES).to(dtype), w / "timestep_embedder")[:, None]
@@ -116,7 +114,7 @@ def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step
     """Image tokens [B, L, P] -> text [B, T, D] and image [B, L, D]."""
     image = linear(x_BLP.to(w["x_embedder.weight"].dtype), w / "x_embedder")
     text = request["text"].expand(len(image), -1, -1).clone()  # memory of its own, as blocks return it
-    return text, move(plan, "enter", image)
+    return text, image
 
 
 def double(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
@@ -138,7 +136,7 @@ def blocks(c: Config) -> list:
 
 def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, step: Tensors) -> Tensor:
     """Text and image -> predicted velocity of each image token [B, L, P]."""
-    return joint.last(plan, w, streams[1], step["norm_out"])
+    return joint.last(w, streams[1], step["norm_out"])
 
 
 # --- what a pipeline needs of this family -----------------------------------------------------------------------------------------

@@ -27,12 +27,11 @@ from tinydiff.models.recipe import Parts, Patch, Prepared, appended, latent_size
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.embed import embedder
 from tinydiff.ops.linear import linear, linear_sum
-from tinydiff.ops.moves import move
 from tinydiff.ops.norm import compute_dtype, modulate, rms_norm
 from tinydiff.ops.patch import patchify
 from tinydiff.ops.rope import grid_positions, rope_table
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import SEQUENCE_MOVES, Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat
 from tinydiff.records import Request
 
 Tensors = dict[str, Tensor]
@@ -72,8 +71,6 @@ class Config:
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
-
-MOVES = SEQUENCE_MOVES
 
 # --- weights ------------------------------------------------------------------------------------------------------------------------
 
@@ -144,10 +141,10 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     """
     dtype = w["txt_in.weight"].dtype
     text = linear(rms_norm(inputs["text"].to(dtype), w / "txt_norm"), w / "txt_in")
-    request = {"text": move(plan, "enter", text)}
+    request = {"text": text}
     for prefix, at in (("", inputs["positions"]), ("text_", text_positions(c, inputs["positions"], text.shape[1]))):
         cos, sin = rope_table(at, c.axes_dims_rope, dtype=torch.float32)
-        request |= {f"{prefix}cos": move(plan, "enter", cos[None])[0], f"{prefix}sin": move(plan, "enter", sin[None])[0]}
+        request |= {f"{prefix}cos": cos, f"{prefix}sin": sin}
     if "mask" in inputs:
         request["mask"] = inputs["mask"].bool()
 
@@ -158,7 +155,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
         for name in ("txt_mod", "img_mod"):
             steps[f"{at}.{name}"] = linear(time, w / at / name / 1).unflatten(-1, (6, -1))
     if c.zero_cond_t and "frozen" in inputs:
-        request["frozen"] = move(plan, "enter", inputs["frozen"])
+        request["frozen"] = inputs["frozen"]
         still = _time(embed, torch.zeros_like(timesteps_S[:1], dtype=dtype), kind)[0]
         for _, at in blocks(c):
             request[f"{at}.still_mod"] = linear(still, w / at / "img_mod" / 1).unflatten(-1, (6, -1))
@@ -171,7 +168,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
     """Packed latent tokens [B, L, P] -> text [B, T, D], image [B, L, D]."""
     text = request["text"].expand(x_BLP.shape[0], -1, -1)
-    return text, move(plan, "enter", linear(x_BLP.to(text.dtype), w / "img_in"))
+    return text, linear(x_BLP.to(text.dtype), w / "img_in")
 
 
 def _modulations(rows: Tensor, still: Tensor | None = None, frozen: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -200,7 +197,7 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
         plan,
         heads(a, modulate(text, of_text[0], of_text[1]), width, (shared["text_cos"], shared["text_sin"]), TEXT),
         heads(a, modulate(image, of_image[0], of_image[1]), width, (shared["cos"], shared["sin"]), IMAGE),
-        shared.get("mask"),
+        shared,
     )
     return (
         _finish(plan, text, linear_sum(plan, y_text, a / "to_add_out"), of_text, w / "txt_mlp"),
@@ -216,7 +213,7 @@ def blocks(c: Config) -> list:
 def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, step: Tensors) -> Tensor:
     """The image stream [B, L, D] -> predicted velocity of each token [B, L, P]."""
     scale, shift = step["norm_out"][:, None].chunk(2, -1)
-    return linear(modulate(move(plan, "leave", streams[1]), shift, scale), w / "proj_out")
+    return linear(modulate(streams[1], shift, scale), w / "proj_out")
 
 
 # --- what a pipeline needs of this family -----------------------------------------------------------------------------------------

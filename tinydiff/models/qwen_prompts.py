@@ -87,7 +87,7 @@ def _among_words(parts: Parts, ids_1T: Tensor, seen: Seen) -> tuple[Tensor, dict
     except ValueError as error:
         raise UserError("prompt", f"prompt: {PAD} stands for a given picture and cannot be in a text ({error})") from error
     ids = torch.tensor([row], device=parts.device)
-    embeds = qwen_vision.place(decoder_lm.embed(language.config, language.w, ids), ids, pad, seen.tokens)
+    embeds = qwen_vision.place(decoder_lm.embed(language.config, language.plan, language.w, ids), ids, pad, seen.tokens)
     return ids, {"positions": qwen_vision.positions(vision, ids, torch.ones_like(ids), pad, seen.grids), "embeds": embeds}
 
 

@@ -25,11 +25,11 @@ from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import embedder, timestep_embedding
 from tinydiff.ops.linear import linear, linear_sum
-from tinydiff.ops.moves import move
 from tinydiff.ops.norm import modulate
 from tinydiff.ops.rope import grid_positions
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import SEQUENCE_MOVES, Plan, Row, conv_rows, linear_rows, norm_rows, under
+from tinydiff.parallel.plan import Plan, Row, conv_rows, linear_rows, norm_rows, under
+from tinydiff.parallel.sequence import keys
 from tinydiff.records import Request
 
 Tensors = dict[str, Tensor]
@@ -67,8 +67,6 @@ class Config:
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
-
-MOVES = SEQUENCE_MOVES
 
 # --- weights ------------------------------------------------------------------------------------------------------------------------
 
@@ -137,7 +135,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     embed, dtype = w / "time_text_embed", w["pos_embed.pos_embed"].dtype
     position = w["pos_embed.pos_embed"][:, inputs["positions"]]
     text = linear(inputs["text"].to(dtype), w / "context_embedder")
-    request = {"position": move(plan, "enter", position), "text": move(plan, "enter", text)}
+    request = {"position": position, "text": text}
 
     sinusoid = timestep_embedding(timesteps_S, SINUSOIDS).to(dtype)
     time_S1D = embedder(sinusoid, embed / "timestep_embedder")[:, None]
@@ -153,10 +151,10 @@ def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step
     """Latent tokens [B, L, P] -> the text and the image, placed."""
     weight, bias = w["pos_embed.proj.weight"], w["pos_embed.proj.bias"]
     x = F.linear(x_BLP.to(weight.dtype), weight.flatten(1), bias)
-    return request["text"], move(plan, "enter", x) + request["position"]
+    return request["text"], x + request["position"]
 
 
-def _meet(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shift: Tensor, scale: Tensor) -> Streams:
+def _meet(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors, shift: Tensor, scale: Tensor) -> Streams:
     """Joint attention, the text modulated by shift and scale -> what it gave the text, and the image all the way through the block."""
     text, image = streams
     rows = request["norm1"].unsqueeze(2).unbind(1)
@@ -166,12 +164,14 @@ def _meet(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
         plan,
         heads(a, modulate(text, shift, scale), c.attention_head_dim, names=TEXT),
         heads(a, modulate(image, image_shift, image_scale), c.attention_head_dim),
+        shared,
     )
     x = image + linear_sum(plan, y_image, a / "to_out" / 0) * gate
     if alone:
         alone_shift, alone_scale, alone_gate = alone
         a = w / "attn2"
-        y = attention(plan, *heads(a, modulate(image, alone_shift, alone_scale), c.attention_head_dim)).flatten(2)
+        own = heads(a, modulate(image, alone_shift, alone_scale), c.attention_head_dim)
+        y = attention(plan, *own, keys=keys(plan, shared, "image")).flatten(2)
         x = x + linear_sum(plan, y, a / "to_out" / 0) * alone_gate
     return y_text, x + feed_forward(plan, w / "ff", modulate(x, ff_shift, ff_scale), gelu_tanh) * ff_gate
 
@@ -183,7 +183,7 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
     attention to itself; `norm1_context` [B, 6, D].
     """
     shift, scale, gate, ff_shift, ff_scale, ff_gate = request["norm1_context"].unsqueeze(2).unbind(1)
-    y_text, image = _meet(c, plan, w, streams, request, shift, scale)
+    y_text, image = _meet(c, plan, w, streams, request, shared, shift, scale)
     text = streams[0] + linear_sum(plan, y_text, w / "attn" / "to_add_out") * gate
     return text + feed_forward(plan, w / "ff_context", modulate(text, ff_shift, ff_scale), gelu_tanh) * ff_gate, image
 
@@ -191,7 +191,7 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
 def last_block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Tensor:
     """A block that leaves the text as it is, for nothing reads it any more -> the image. `norm1_context` [B, 2, D]: scale, shift."""
     scale, shift = request["norm1_context"].unsqueeze(2).unbind(1)
-    return _meet(c, plan, w, streams, request, shift, scale)[1]
+    return _meet(c, plan, w, streams, request, shared, shift, scale)[1]
 
 
 def blocks(c: Config) -> list:
@@ -201,7 +201,6 @@ def blocks(c: Config) -> list:
 
 def post(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, step: Tensors) -> Tensor:
     """The image [B, L, D] -> predicted velocity of each token [B, L, P]."""
-    x_BLD = move(plan, "leave", x_BLD)
     scale, shift = step["norm_out"].unsqueeze(2).unbind(1)
     y = linear(modulate(x_BLD, shift, scale), w / "proj_out")
     return rearrange(y, "b l (patch c) -> b l (c patch)", c=c.out_channels)

@@ -27,12 +27,12 @@ from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import timestep_embedding
 from tinydiff.ops.linear import linear, linear_sum
-from tinydiff.ops.moves import move
-from tinydiff.ops.norm import compute_dtype, layer_norm, modulate, rms_norm
+from tinydiff.ops.norm import compute_dtype, layer_norm, modulate, rms_norm_across
 from tinydiff.ops.patch import patchify
 from tinydiff.ops.rope import grid_positions, rope_table, rotate_interleaved
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import SEQUENCE_MOVES, Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel.sequence import keys, whole
 from tinydiff.records import Request
 
 Tensors = dict[str, Tensor]
@@ -67,8 +67,6 @@ class Config:
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
-
-MOVES = SEQUENCE_MOVES
 
 # --- weights ------------------------------------------------------------------------------------------------------------------------
 
@@ -168,16 +166,17 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
     third = 2 * (c.attention_head_dim // 6)
     rope = rope_table(inputs["positions"], (c.attention_head_dim - 2 * third, third, third))
-    cos, sin = (move(plan, "enter", table.float()[None])[0] for table in rope)  # float32, as the reference keeps its tables
+    cos, sin = (table.float() for table in rope)  # float32, as the reference keeps its tables
     request = {"cos": cos, "sin": sin} | {name: inputs[name] for name in ("concat", "frozen") if name in inputs}
 
+    heads = (-1, c.attention_head_dim)
     for _, at in blocks(c):
         a = w / at / "attn2"
-        heads = (c.num_attention_heads, c.attention_head_dim)
-        request[f"{at}.attn2.k"] = rms_norm(linear(context, a / "to_k"), a / "norm_k", c.eps).unflatten(-1, heads)
+        request[f"{at}.attn2.k"] = rms_norm_across(plan, linear(context, a / "to_k"), a / "norm_k", c.eps).unflatten(-1, heads)
         request[f"{at}.attn2.v"] = linear(context, a / "to_v").unflatten(-1, heads)
         if image is not None:
-            request[f"{at}.attn2.image_k"] = rms_norm(linear(image, a / "add_k_proj"), a / "norm_added_k", c.eps).unflatten(-1, heads)
+            key = rms_norm_across(plan, linear(image, a / "add_k_proj"), a / "norm_added_k", c.eps)
+            request[f"{at}.attn2.image_k"] = key.unflatten(-1, heads)
             request[f"{at}.attn2.image_v"] = linear(image, a / "add_v_proj").unflatten(-1, heads)
 
     time, modulation = _time(c, w, timesteps_S, dtype)
@@ -194,7 +193,7 @@ def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step
     if "concat" in request:
         x_BLP = torch.cat([x_BLP, request["concat"].to(x_BLP.dtype).expand(x_BLP.shape[0], -1, -1)], -1)
     weight, bias = w["patch_embedding.weight"], w["patch_embedding.bias"]
-    return move(plan, "enter", F.linear(x_BLP.to(weight.dtype), weight.flatten(1), bias))
+    return F.linear(x_BLP.to(weight.dtype), weight.flatten(1), bias)
 
 
 def _modulations(table: Tensor, step: Tensor, still: Tensor | None, frozen: Tensor | None, x: Tensor) -> list[Tensor]:
@@ -208,25 +207,25 @@ def _modulations(table: Tensor, step: Tensor, still: Tensor | None, frozen: Tens
 
 def block(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, shared: Tensors) -> Tensor:
     """Self-attention, cross-attention, feed-forward; the first and the last modulated by the time."""
-    heads = (c.num_attention_heads, c.attention_head_dim)
+    heads, all_tokens = (-1, c.attention_head_dim), whole(plan)
     shift, scale, gate, ff_shift, ff_scale, ff_gate = _modulations(
         w["scale_shift_table"], shared["modulation"], shared.get("still_modulation"), shared.get("frozen"), x_BLD
     )
     a = w / "attn1"
     y = modulate(x_BLD, shift, scale, c.eps)
     q, k = (
-        rotate_interleaved(rms_norm(linear(y, a / to), a / norm, c.eps).unflatten(-1, heads), shared["cos"], shared["sin"])
+        rotate_interleaved(rms_norm_across(plan, linear(y, a / to), a / norm, c.eps).unflatten(-1, heads), shared["cos"], shared["sin"])
         for to, norm in (("to_q", "norm_q"), ("to_k", "norm_k"))
     )
-    y = attention(plan, q, k, linear(y, a / "to_v").unflatten(-1, heads)).flatten(2)
+    y = attention(plan, q, k, linear(y, a / "to_v").unflatten(-1, heads), keys=keys(plan, shared, "image")).flatten(2)
     x_BLD = (x_BLD + linear_sum(plan, y, a / "to_out" / 0) * gate).to(x_BLD.dtype)
 
     a, known = w / "attn2", request / "attn2"
     y = layer_norm(x_BLD, w / "norm2", c.eps) if c.cross_attn_norm else x_BLD
-    q = rms_norm(linear(y, a / "to_q"), a / "norm_q", c.eps).unflatten(-1, heads)
-    y = attention(plan, q, known["k"], known["v"])
+    q = rms_norm_across(plan, linear(y, a / "to_q"), a / "norm_q", c.eps).unflatten(-1, heads)
+    y = attention(all_tokens, q, known["k"], known["v"])  # every rank holds all keys of the text
     if "image_k" in known:
-        y = y + attention(plan, q, known["image_k"], known["image_v"])
+        y = y + attention(all_tokens, q, known["image_k"], known["image_v"])
     x_BLD = x_BLD + linear_sum(plan, y.flatten(2), a / "to_out" / 0)
 
     f = w / "ffn" / "net"
@@ -241,7 +240,6 @@ def blocks(c: Config) -> list:
 
 def post(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, step: Tensors) -> Tensor:
     """[B, L, D] -> predicted velocity of each token [B, L, P]."""
-    x_BLD = move(plan, "leave", x_BLD)
     twice = step["time"][:, None].expand(-1, 2, -1)
     still = request["still_time"][:, None].expand(-1, 2, -1) if "frozen" in request else None
     shift, scale = _modulations(w["scale_shift_table"], twice, still, request.get("frozen"), x_BLD)

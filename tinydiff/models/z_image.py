@@ -9,7 +9,7 @@ Shape letters: B batch, L image tokens, P latent values of a token, D width, H h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -26,12 +26,12 @@ from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import timestep_embedding
 from tinydiff.ops.linear import linear, linear_sum
-from tinydiff.ops.moves import move
 from tinydiff.ops.norm import compute_dtype, layer_norm, rms_norm
 from tinydiff.ops.patch import patchify, unpatchify
 from tinydiff.ops.rope import grid_positions, rope_table
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import SEQUENCE_MOVES, Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel import sequence
+from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat
 from tinydiff.records import Request
 
 Tensors = dict[str, Tensor]
@@ -96,8 +96,6 @@ class Config:
         return min(self.dim, TIME_WIDTH)
 
 
-MOVES = SEQUENCE_MOVES
-
 # --- weights ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +140,7 @@ POOLED = False
 SHARED = ("cos", "sin", "text_cos", "text_sin", "mask")
 """The request's tensors that every block reads, where present."""
 
-TOKEN_DIMS = {"cos": 1, "sin": 1, "padding": 1}
+TOKEN_DIMS = {"cos": 1, "sin": 1, "real": 1}
 """Which dimension of a request's tensor runs over image tokens."""
 
 TEXT_DIMS = {"text": 1, "text_cos": 1, "text_sin": 1, "mask": 1}
@@ -175,19 +173,19 @@ def _tables(c: Config, plan: Plan, inputs: Tensors, filled: list[int]) -> Tensor
     """
     device = inputs["positions"].device
     start = torch.tensor([[[length + 1, 0, 0]] for length in filled], device=device)
-    image = inputs["positions"] + torch.where(inputs["padding"], 0, start)
+    image = inputs["positions"] + torch.where(inputs["real"], start, 0)
     text = F.pad(torch.arange(1, max(filled) + 1, device=device)[:, None], (0, 2)).expand(len(filled), -1, -1)
     tables = {}
     for stream, places in (("text_", text), ("", image)):
         for name, table in zip(("cos", "sin"), rope_table(places.flatten(0, 1), c.axes_dims, c.rope_theta), strict=True):
-            tables[stream + name] = move(plan, "enter", table.float().unflatten(0, places.shape[:2]))
+            tables[stream + name] = table.float().unflatten(0, places.shape[:2])
     return tables
 
 
 def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
     """All that depends only on the request and the table: (constants of the loop, tensors with one row per step).
 
-    inputs: `text` [B, T, cap_feat_dim]; `positions` [L, 3] and `padding` [1, L, 1] bool of the image's tokens, as the functions of these
+    inputs: `text` [B, T, cap_feat_dim]; `positions` [L, 3] and `real` [1, L, 1] bool of the image's tokens, as the functions of these
     names give them; where captions differ in length, `mask` [B, T], 1 on a caption's tokens, which come first, and 0 behind them; where
     guidance is clamped, its `limit` [1].
     """
@@ -203,11 +201,10 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     mask = None if one_length else place < torch.tensor(filled, device=pad.device)[:, None]
     tables = _tables(c, plan, inputs, filled[:1] if one_length else filled)
 
-    text = move(plan, "enter", text)
     for i in range(c.n_refiner_layers):
-        keys = None if mask is None else mask[:, None, None]
-        text = _layer(c, plan, w / "context_refiner" / i, text, tables["text_cos"], tables["text_sin"], keys, None)
-    request = tables | {"text": text} | {name: inputs[name] for name in ("padding", "limit") if name in inputs}
+        rope = tables["text_cos"], tables["text_sin"]
+        text = _layer(c, plan, w / "context_refiner" / i, text, rope, None, None if mask is None else mask[:, None, None])
+    request = tables | {"text": text} | {name: inputs[name] for name in ("real", "limit") if name in inputs}
     request |= {} if mask is None else {"mask": mask}
     return request, _steps(c, w, timesteps_S)
 
@@ -216,13 +213,20 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
 
 def _layer(
-    c: Config, plan: Plan, w: Weights, x_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, modulation: Tensor | None
+    c: Config,
+    plan: Plan,
+    w: Weights,
+    x_BLD: Tensor,
+    rope: tuple[Tensor, Tensor],
+    modulation: Tensor | None,
+    mask: Tensor | None = None,
+    keys: Sequence[Tensor] = (),
 ) -> Tensor:
     """Self-attention and a gated feed-forward, each between two norms; scaled and gated where there is a modulation [B, 4, 1, D]."""
     scale, gate, ff_scale, ff_gate = (1, 1, 1, 1) if modulation is None else modulation.unbind(1)
     a = w / "attention"
     y = (rms_norm(x_BLD, w / "attention_norm1", c.norm_eps) * scale).to(x_BLD.dtype)
-    y = attention(plan, *heads(a, y, c.head_dim, (cos, sin), eps=QK_EPS), mask).flatten(2)
+    y = attention(plan, *heads(a, y, c.head_dim, rope, eps=QK_EPS), mask, keys=keys).flatten(2)
     y = linear_sum(plan, y, a / "to_out" / 0)
     x_BLD = (x_BLD + rms_norm(y, w / "attention_norm2", c.norm_eps) * gate).to(x_BLD.dtype)
 
@@ -236,10 +240,11 @@ def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step
     """Latent tokens [B, L, P], the pads among them, -> the refined caption and the refined image."""
     embed = w / "all_x_embedder" / c.patch_name
     x = rearrange(x_BLP, "b l (c patch) -> b l (patch c)", c=c.in_channels).to(embed["weight"].dtype)
-    x = move(plan, "enter", torch.where(request["padding"], w["x_pad_token"], linear(x, embed)))
+    x = torch.where(request["real"], linear(x, embed), w["x_pad_token"])
     for i in range(c.n_refiner_layers):
         at = f"noise_refiner.{i}"
-        x = _layer(c, plan, w / at, x, request["cos"], request["sin"], None, step[f"{at}.modulation"])
+        rope, alone = (request["cos"], request["sin"]), sequence.keys(plan, request, "image")
+        x = _layer(c, plan, w / at, x, rope, step[f"{at}.modulation"], keys=alone)
     return request["text"], x
 
 
@@ -248,7 +253,7 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
     text, image = streams
     cos, sin = (torch.cat([shared[f"text_{name}"], shared[name]], 1) for name in ("cos", "sin"))
     mask = joint_mask(shared["mask"], image.shape[1]) if "mask" in shared else None
-    x = _layer(c, plan, w, torch.cat(streams, 1), cos, sin, mask, request["modulation"])
+    x = _layer(c, plan, w, torch.cat(streams, 1), (cos, sin), request["modulation"], mask, sequence.keys(plan, shared, "joint"))
     text, image = (part.clone(memory_format=torch.contiguous_format) for part in split(x, text.shape[1]))
     return text, image
 
@@ -260,7 +265,7 @@ def blocks(c: Config) -> list:
 
 def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, step: Tensors) -> Tensor:
     """The image [B, L, D] -> predicted velocity of each token [B, L, P]; the network's own output is minus that."""
-    x = move(plan, "leave", streams[1])
+    x = streams[1]
     y = (layer_norm(x) * step["scale"]).to(x.dtype)
     y = linear(y, w / "all_final_layer" / c.patch_name / "linear")
     return -rearrange(y, "b l (patch c) -> b l (c patch)", c=c.in_channels)
@@ -284,17 +289,17 @@ def positions(c: Config, size: tuple[int, int, int], device: torch.device | str 
     return F.pad(grid, (0, 0, 0, pad_tokens(len(grid))))
 
 
-def padding(c: Config, size: tuple[int, int, int], device: torch.device | str | None = None) -> Tensor:
+def real(c: Config, size: tuple[int, int, int], device: torch.device | str | None = None) -> Tensor:
     """Which of the tokens [1, L, 1] of latents of `size` are pads, bool. Their latent values are never read."""
     tokens = prod(n // p for n, p in zip(size, c.patch_size, strict=True))
-    return torch.arange(tokens + pad_tokens(tokens), device=device).view(1, -1, 1) >= tokens
+    return torch.arange(tokens + pad_tokens(tokens), device=device).view(1, -1, 1) < tokens
 
 
 def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
     """Each text as the language model's last state but one, without padding; the latents as tokens and the pads behind them."""
     encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
     size, tokens = latent_size(vae, request), token_count(vae, request, c.patch_size)
-    shared = {"positions": positions(c, size, parts.device), "padding": padding(c, size, parts.device)}
+    shared = {"positions": positions(c, size, parts.device), "real": real(c, size, parts.device)}
     limit = request.cfg_normalization
     shared |= {"limit": torch.tensor([limit], dtype=torch.float64, device=parts.device)} if limit else {}
 

@@ -1,17 +1,23 @@
-"""Attention behind one function. A backend is a name in `BACKENDS`; all take and return [B, L, H, D]."""
+"""Attention behind one function. A backend is a name in `BACKENDS`; all take and return [B, L, H, E].
+
+Over several ranks each holds a share of the tokens. Along `ulysses` they trade tokens for heads: every rank then attends with its heads
+from all tokens to all tokens. Along `ring` keys and values go from rank to rank, and what each part gives is merged by its log-sum-exp.
+Sources: arXiv 2309.14509, 2310.01889.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tinydiff.ops.moves import move
+from tinydiff.parallel.moves import move, rotate, wait
 from tinydiff.parallel.plan import Plan
+from tinydiff.parallel.sequence import ranks
 
 
 def _sdpa(kernel: SDPBackend | None) -> Callable[..., Tensor]:
@@ -37,13 +43,83 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 """torch's scaled dot product attention: `sdpa` lets torch choose the kernel, the others insist on one."""
 
 
-def attention(plan: Plan, q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """softmax(q k^T * scale + mask) v -> [B, L, H, D]; scale defaults to 1/sqrt(D), mask is added and broadcasts to [B, H, L, M].
+def attention(
+    plan: Plan,
+    q_BLHE: Tensor,
+    k_BMHE: Tensor,
+    v_BMHE: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    keys: Sequence[Tensor] = (),
+) -> Tensor:
+    """softmax(q k^T * scale + mask) v -> [B, L, H, E]; scale defaults to 1/sqrt(E), mask is added and broadcasts to [B, H, L, M].
 
-    The plan's backend computes it; a backend that cannot serve these inputs raises torch's RuntimeError.
+    The plan's backend computes it; a backend that cannot serve these inputs raises torch's RuntimeError. Where the plan deals the sequence
+    to ranks, L and M are this rank's shares, the mask is one of keys alone, [B or 1, 1, 1, M], and `keys` (see `parallel.sequence.keys`)
+    tells real tokens from padding.
     """
-    q, k, v = (move(plan, "heads", x) for x in (q_BLHD, k_BMHD, v_BMHD))
-    return move(plan, "tokens", BACKENDS[plan.attention](q, k, v, mask, scale))
+    attend = BACKENDS[plan.attention]
+    if ranks(plan)[0] == 1:
+        return attend(q_BLHE, k_BMHE, v_BMHE, mask, scale)
+    if len(keys) != plan.group("ring").size:
+        raise ValueError(f"the sequence is dealt to ranks, and {len(keys)} index tensors of keys are given")
+    heads, mask = q_BLHE.shape[2], None if mask is None else move(plan, "mask", mask)
+    idle = -heads % plan.group("ulysses").size  # heads that are none, for equal shares
+    q, k, v = move(plan, "heads", F.pad(torch.stack([q_BLHE, k_BMHE, v_BMHE]), (0, 0, 0, idle)))
+    y = attend(q, *_real(k, v, mask, keys[0]), scale) if len(keys) == 1 else _around(plan, q, k, v, mask, scale, keys)
+    return move(plan, "tokens", y)[:, :, :heads]
+
+
+def _real(k: Tensor, v: Tensor, mask: Tensor | None, keys: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    return k.index_select(1, keys), v.index_select(1, keys), None if mask is None else mask.index_select(3, keys)
+
+
+def _around(plan: Plan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, keys: Sequence[Tensor]) -> Tensor:
+    """Attention to the keys of every rank of the ring in turn; the next part is on its way while this one is worked at."""
+    ring, kv = plan.group("ring"), torch.stack([k, v])
+    y = log = None
+    for turn, real in enumerate(keys):
+        last = turn + 1 == ring.size
+        coming = None if last else rotate(kv, ring)
+        coming_mask = None if last or mask is None else rotate(mask, ring)
+        part, part_log = attend_with_log(q, *_real(kv[0], kv[1], mask, real), scale)
+        if y is None or log is None:
+            y, log = part, part_log
+        else:
+            sum_log = torch.logaddexp(log, part_log)
+            y, log = y * (log - sum_log).exp() + part * (part_log - sum_log).exp(), sum_log
+        kv = kv if coming is None else wait(coming).view(kv.shape)
+        mask = mask if coming_mask is None or mask is None else wait(coming_mask).view(mask.shape)
+    assert y is not None
+    return y.to(q.dtype)
+
+
+def attend_with_log(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
+    """(attention [B, L, H, E], the logarithm of its denominator [B, L, H, 1]), both at least float32. mask: [B or 1, 1, 1, M] bool."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        if mask is None:
+            y, log, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+        else:
+            bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf).expand(*q.shape[:-1], k.shape[2])
+            y, log, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
+    elif q.is_cuda:
+        y, log = _plain(q, k, v, mask, scale)
+    else:
+        bias = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+        y, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
+    if mask is not None:  # where all keys are masked a kernel may return anything
+        nothing = ~mask.any(-1)
+        y, log = y.masked_fill(nothing[..., None], 0), log.masked_fill(nothing, -torch.inf)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return y.transpose(1, 2).to(wide), log[:, :, : q.shape[2]].transpose(1, 2)[..., None].to(wide)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
+    scores = q @ k.transpose(2, 3) * (scale or q.shape[-1] ** -0.5)
+    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    log = scores.logsumexp(-1)
+    return (scores - log[..., None]).exp() @ v, log
 
 
 def serves(backend: str, width: int, biased: bool, dtype: torch.dtype, device: torch.device) -> bool:

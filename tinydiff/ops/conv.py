@@ -1,4 +1,7 @@
-"""Convolutions on images and clips. Shape letters: B batch, C channels, T frames, H height, W width."""
+"""Convolutions on images and clips. Shape letters: B batch, C channels, T frames, H height, W width.
+
+Each runs on a whole picture or on a strip of its rows (`parallel.rows`), where neighbours' rows stand for the padding between strips.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinydiff.ops.weights import Weights
+from tinydiff.parallel.rows import WHOLE, Strip, halo
 
 
-def conv2d(x_BCHW: Tensor, w: Weights, stride: int = 1, padding: int = 0) -> Tensor:
-    """2-D convolution with `w.weight` [O, C, kh, kw] and `w.bias`."""
-    return F.conv2d(x_BCHW, w["weight"], w.get("bias"), stride, padding)
+def conv2d(x_BCHW: Tensor, w: Weights, stride: int = 1, padding: int = 0, strip: Strip = WHOLE) -> Tensor:
+    """2-D convolution with `w.weight` [O, C, kh, kw] and `w.bias`. The height of a strip must be a multiple of `stride`."""
+    if not strip.divided:
+        return F.conv2d(x_BCHW, w["weight"], w.get("bias"), stride, padding)
+    x_BCHW = halo(strip, x_BCHW, padding, w["weight"].shape[2] - stride - padding)
+    return F.conv2d(x_BCHW, w["weight"], w.get("bias"), stride, (0, padding))
+
+
+def halve(x_BCHW: Tensor, w: Weights, strip: Strip = WHOLE) -> Tensor:
+    """A 3x3 convolution to half the height and width, padded to the right and below only."""
+    return conv2d(F.pad(halo(strip, x_BCHW, 0, 1), (0, 1, 0, 0 if strip.divided else 1)), w, stride=2)
 
 
 def per_frame(fn: Callable[[Tensor], Tensor], x_BCTHW: Tensor, chunk: int | None = None) -> Tensor:
@@ -27,13 +39,14 @@ def per_frame(fn: Callable[[Tensor], Tensor], x_BCTHW: Tensor, chunk: int | None
     return y.unflatten(0, (batch, frames)).transpose(1, 2)
 
 
-def causal_conv3d(x_BCTHW: Tensor, w: Weights, past: Tensor | None = None) -> Tensor:
+def causal_conv3d(x_BCTHW: Tensor, w: Weights, past: Tensor | None = None, strip: Strip = WHOLE) -> Tensor:
     """3-D convolution that never looks at later frames; height and width keep their size.
 
     The kernel's reach into the past is filled with `past` [B, C, <= kt-1, H, W], the frames before x, and with zeros before that.
+    In a strip both come with the rows of their `halo`, which then need no padding.
     """
     weight = w["weight"]
-    reach, pad_h, pad_w = weight.shape[2] - 1, weight.shape[3] // 2, weight.shape[4] // 2
+    reach, pad_h, pad_w = weight.shape[2] - 1, 0 if strip.divided else weight.shape[3] // 2, weight.shape[4] // 2
     if past is not None:
         x_BCTHW = torch.cat([past, x_BCTHW], 2)
         reach -= past.shape[2]

@@ -1,4 +1,7 @@
-"""Sinusoidal timestep embedding and the layers behind it. Source: arXiv 2006.11239, in the [cos, sin] order of the released checkpoints."""
+"""Embeddings: of tokens by a table, of timesteps by sinusoids and the layers behind them.
+
+Source of the sinusoids: arXiv 2006.11239, in the [cos, sin] order of the released checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinydiff.ops.linear import linear
+from tinydiff.ops.linear import linear, matmul
 from tinydiff.ops.weights import Weights
+from tinydiff.parallel.moves import move
+from tinydiff.parallel.plan import Plan
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 1e4, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -23,3 +28,20 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 1e4, dtype: torc
 def embedder(x: Tensor, w: Weights) -> Tensor:
     """The checkpoints' embedder of a sinusoid or a vector, x [..., I] -> [..., D]: `linear_1`, SiLU, `linear_2`."""
     return linear(F.silu(linear(x, w / "linear_1")), w / "linear_2")
+
+
+def lookup(plan: Plan, ids: Tensor, w: Weights) -> Tensor:
+    """Rows of a table w.weight [V, D], whose vocabulary is divided over `tp`, by ids [...] int64 -> [..., D]."""
+    table, tp = w["weight"], plan.group("tp")
+    if tp.size == 1:
+        return F.embedding(ids, table)
+    at = ids - tp.rank * len(table)
+    elsewhere = (at < 0) | (at >= len(table))
+    return move(plan, "sum", F.embedding(at.masked_fill(elsewhere, 0), table).masked_fill(elsewhere[..., None], 0))
+
+
+def scores(plan: Plan, x: Tensor, w: Weights) -> Tensor:
+    """x [..., D] against the same table, or one like it -> [..., V], the scores of the whole vocabulary on every rank."""
+    tp, mine = plan.group("tp"), matmul(x, w["weight"])
+    size = mine.shape[-1]
+    return move(plan, "sum", F.pad(mine, (tp.rank * size, (tp.size - 1 - tp.rank) * size)))

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinydiff.ops.moves import move
 from tinydiff.ops.weights import Weights
+from tinydiff.parallel.moves import move
 from tinydiff.parallel.plan import Plan
 
 

@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinydiff.ops.weights import Weights
+from tinydiff.parallel.moves import move
+from tinydiff.parallel.plan import Plan
+from tinydiff.parallel.rows import WHOLE, Strip, statistics
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -26,12 +29,31 @@ def rms_norm(x: Tensor, w: Weights, eps: float = 1e-6) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], w["weight"].to(x.dtype), eps)
 
 
+def rms_norm_across(plan: Plan, x: Tensor, w: Weights, eps: float = 1e-6) -> Tensor:
+    """RMSNorm over a last dimension that `tp` divides: the mean of the squares is that of all ranks."""
+    ranks = plan.group("tp").size
+    if ranks == 1:
+        return rms_norm(x, w, eps)
+    wide = x.to(compute_dtype(x))
+    mean = move(plan, "sum", wide.square().mean(-1, keepdim=True)) / ranks
+    return (wide * torch.rsqrt(mean + eps) * w["weight"]).to(x.dtype)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """Non-affine LayerNorm, then `y * (1 + scale) + shift`, computed in the modulation's type, returned in x's. x [B, L, D]."""
     y = F.layer_norm(x.to(shift.dtype), x.shape[-1:], eps=eps)
     return (y * (1 + scale) + shift).to(x.dtype)
 
 
-def group_norm(x: Tensor, w: Weights, groups: int, eps: float = 1e-6) -> Tensor:
-    """GroupNorm over groups of channels and all places, x [B, C, ...], with `w`'s weight and bias; half types are summed in float32."""
-    return F.group_norm(x, groups, w["weight"].to(x.dtype), w["bias"].to(x.dtype), eps)
+def group_norm(x: Tensor, w: Weights, groups: int, eps: float = 1e-6, strip: Strip = WHOLE) -> Tensor:
+    """GroupNorm over groups of channels and all places, x [B, C, ...], with `w`'s weight and bias; half types are summed in float32.
+
+    The places are those of the whole picture, of which x is a strip.
+    """
+    if not strip.divided:
+        return F.group_norm(x, groups, w["weight"].to(x.dtype), w["bias"].to(x.dtype), eps)
+    y = x.to(compute_dtype(x)).unflatten(1, (groups, -1)).flatten(3)
+    variance, mean = torch.var_mean(y, (2, 3), correction=0, keepdim=True)
+    mean, variance = statistics(strip, mean, variance)
+    weight, bias = (w[name].to(y).view(groups, -1, 1) for name in ("weight", "bias"))
+    return ((y - mean) * ((variance + eps).rsqrt() * weight) + bias).to(x.dtype).reshape(x.shape)

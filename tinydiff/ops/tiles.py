@@ -5,20 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from tinydiff.parallel.plan import SINGLE, Group, Plan
+from tinydiff.parallel.rows import WHOLE, Strip, by_rows, of_all
 
-def tiled(fn: Callable[[Tensor], Tensor], x: Tensor, side: int | None, scale: float) -> Tensor:
+Pictured = Callable[[Tensor, Strip], Tensor]
+"""A function of a picture, or of a strip of one."""
+
+
+def tiled(fn: Pictured, x: Tensor, side: int | None, scale: float, plan: Plan = SINGLE) -> Tensor:
     """fn over [..., H, W], whole when `side` is None or covers it, else on squares of `side` that overlap by a quarter.
 
     scale: size of fn's output over that of its input. Neighbours are blended linearly over their overlap, along rows, then columns.
+    The ranks of the plan's axis `rows` share the work, and each gets all of the result: the whole is divided into strips, tiles are dealt.
     """
     height, width = x.shape[-2:]
     if side is None or (height <= side and width <= side):
-        return fn(x)
+        return by_rows(plan, fn, x, max(1, round(1 / scale)))
     stride = side * 3 // 4
     keep, overlap = round(stride * scale), round(side * scale) - round(stride * scale)
-    rows = [[fn(x[..., i : i + side, j : j + side]) for j in range(0, width, stride)] for i in range(0, height, stride)]
+    columns = range(0, width, stride)
+    tiles = _dealt(fn, [x[..., i : i + side, j : j + side] for i in range(0, height, stride) for j in columns], scale, plan.group("rows"))
+    rows = [tiles[start : start + len(columns)] for start in range(0, len(tiles), len(columns))]
     strips = []
     for i, row in enumerate(rows):
         for j, tile in enumerate(row):
@@ -29,6 +39,19 @@ def tiled(fn: Callable[[Tensor], Tensor], x: Tensor, side: int | None, scale: fl
             row[j] = tile
         strips.append(torch.cat([tile[..., :keep, :keep] for tile in row], -1))
     return torch.cat(strips, -2)[..., : round(height * scale), : round(width * scale)]
+
+
+def _dealt(fn: Pictured, squares: list[Tensor], scale: float, group: Group) -> list[Tensor]:
+    """fn of every square. In each round every rank makes the next one for all; those left over at the end make the last again."""
+    if group.size == 1:
+        return [fn(square, WHOLE) for square in squares]
+    sizes = [[round(n * scale) for n in square.shape[-2:]] for square in squares]
+    made: list[Tensor] = []
+    for start in range(0, len(squares), group.size):
+        at = min(start + group.rank, len(squares) - 1)
+        bottom, right = (most - own for most, own in zip(sizes[0], sizes[at], strict=True))  # none is larger than the first
+        made += of_all(group, F.pad(fn(squares[at], WHOLE), (0, right, 0, bottom))).unbind(0)
+    return [tile[..., :height, :width] for tile, (height, width) in zip(made, sizes, strict=False)]
 
 
 def _blend(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 A family lists every weight once as a `Row`. The loader's check, random initialisation, sharding, memory planning and FLOP counts
 all read these rows. Activations are resharded by named `Move`s, each a pair of placements on one mesh axis. This module holds
-words only and imports no torch: `ops/moves.py` carries a move out.
+words only and imports no torch: `parallel/moves.py` carries a move out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ class Row:
 
     name: the checkpoint's own key. shape: its full shape. split: the dimension divided over the `tp` axis, None when replicated.
     parts: widths of the blocks concatenated along `split`, each divided on its own. float32: stays float32 whatever the
-    network's type is. optional: may be absent from a checkpoint (a second name of a tied weight, say).
+    network's type is. optional: may be absent from a checkpoint (a second name of a tied weight, say). head: width of the heads
+    that lie along `split`, which are never cut.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Row:
     parts: tuple[int, ...] = ()
     float32: bool = False
     optional: bool = False
+    head: int = 1
 
     @property
     def numel(self) -> int:
@@ -62,37 +64,67 @@ class Move:
     target: Placement
 
 
-SEQUENCE_MOVES: tuple[tuple[str, Move], ...] = (
-    ("enter", Move("ulysses", Replicate(), Shard(1))),
-    ("heads", Move("ulysses", Shard(1), Shard(2))),
-    ("tokens", Move("ulysses", Shard(2), Shard(1))),
-    ("leave", Move("ulysses", Shard(1), Replicate())),
-    ("sum", Move("tp", Partial(), Replicate())),
-)
-"""The moves of a transformer on tokens [B, L, ...]: a family names these, a layout gives the axes their sizes."""
+MOVES: dict[str, Move] = {
+    "heads": Move("ulysses", Shard(-3), Shard(-2)),
+    "tokens": Move("ulysses", Shard(-2), Shard(-3)),
+    "mask": Move("ulysses", Shard(-1), Replicate()),
+    "sum": Move("tp", Partial(), Replicate()),
+    "branches": Move("cfg", Shard(0), Replicate()),
+}
+"""The moves inside a transformer, on heads [..., L, H, E] (tokens L, heads H), masks [..., L] and branches of guidance [N, ...]."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks along one axis, as one of them sees them. name: torch.distributed's own of the process group."""
+
+    name: str
+    size: int
+    rank: int
+
+
+ALONE = Group("", 1, 0)
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is static about how this process runs a network. The default is one device, every move the identity.
 
-    moves: the family's named moves. sizes: (axis, number of ranks) of the live mesh axes. attention: the backend's name, a key of
-    `ops.attention.BACKENDS`.
+    attention: the backend's name, a key of `ops.attention.BACKENDS`. groups: the axes that more than one rank shares.
     """
 
-    moves: tuple[tuple[str, Move], ...] = ()
-    sizes: tuple[tuple[str, int], ...] = ()
     attention: str = "sdpa"
+    groups: tuple[tuple[str, Group], ...] = ()
+
+    def group(self, axis: str) -> Group:
+        """This rank's place on an axis."""
+        return dict(self.groups).get(axis, ALONE)
+
+    def along(self, *axes: str) -> Plan:
+        """The same with these axes only."""
+        return replace(self, groups=tuple((axis, group) for axis, group in self.groups if axis in axes))
+
+
+SINGLE = Plan()
+"""One device."""
 
 
 def linear_rows(
-    name: str, fan_in: int, fan_out: int, split: str | None = None, *, bias: bool = True, parts: tuple[int, ...] = (), float32: bool = False
+    name: str,
+    fan_in: int,
+    fan_out: int,
+    split: str | None = None,
+    *,
+    bias: bool = True,
+    parts: tuple[int, ...] = (),
+    float32: bool = False,
+    head: int = 1,
 ) -> Iterator[Row]:
     """Rows of a linear layer, weight [fan_out, fan_in]. `split`: "out" divides the outputs (column parallel), "in" the inputs (row)."""
-    yield Row(f"{name}.weight", (fan_out, fan_in), {"out": 0, "in": 1, None: None}[split], parts, float32)
+    yield Row(f"{name}.weight", (fan_out, fan_in), {"out": 0, "in": 1, None: None}[split], parts, float32, head=head)
     if bias:
         columns = split == "out"
-        yield Row(f"{name}.bias", (fan_out,), 0 if columns else None, parts if columns else (), float32)
+        yield Row(f"{name}.bias", (fan_out,), 0 if columns else None, parts if columns else (), float32, head=head)
 
 
 def conv_rows(name: str, channels_in: int, channels_out: int, kernel: tuple[int, ...]) -> Iterator[Row]:

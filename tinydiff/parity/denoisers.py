@@ -149,7 +149,7 @@ def _z_image(c: z_image.Config) -> Asked:
     size = (1, 14, 10)
     x, text = draw(2, c.in_channels, *size, seed=2), draw(2, WORDS, c.cap_feat_dim, seed=3)
     tokens = patchify(x, c.patch_size)
-    inputs = {"text": text, "positions": z_image.positions(c, size), "padding": z_image.padding(c, size)}
+    inputs = {"text": text, "positions": z_image.positions(c, size), "real": z_image.real(c, size)}
     known = {"x": list(x), "t": (1000 - TIME.expand(2)) / 1000, "cap_feats": list(text)}
     padded = torch.cat([tokens, draw(2, z_image.pad_tokens(tokens.shape[1]), tokens.shape[2], seed=4)], 1)
     return Asked(padded, inputs, known, lambda output: -patchify(torch.stack(output.sample), c.patch_size), tokens.shape[1])

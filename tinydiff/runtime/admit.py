@@ -36,7 +36,7 @@ def admit(blueprint: Blueprint, sampling: SamplingOptions, clip: bool = False) -
     images = () if row.image_use == "references" else tuple(resize(image, height, width) for image in originals)
     mask = _mask(blueprint, sampling, originals, height, width)
     steps, timesteps = _steps(blueprint, sampling)
-    guidance, embedded = _guidance(blueprint, sampling)
+    guidance, embedded = guidance_of(blueprint, sampling)
     second, boundary = _experts(blueprint, sampling, guidance)
     negative = row.negative_prompt if sampling.negative_prompt is None else sampling.negative_prompt
     requests = [
@@ -82,7 +82,7 @@ def _shift(blueprint: Blueprint, sampling: SamplingOptions) -> float | None:
     return row.flow_shift
 
 
-def _guidance(blueprint: Blueprint, sampling: SamplingOptions) -> tuple[float, float | None]:
+def guidance_of(blueprint: Blueprint, sampling: SamplingOptions) -> tuple[float, float | None]:
     """(scale of prompt against negative prompt, 1 and below is off; what the network is told of guidance, None where it takes none)."""
     row, asked, true = blueprint.row, sampling.guidance_scale, sampling.true_cfg_scale
     if row.guidance_form == "embedded":

@@ -27,7 +27,9 @@ from tinydiff.models.encoders.decoder_config import CLASSES, config_from
 from tinydiff.models.recipe import Net
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import BACKENDS, serves
-from tinydiff.parallel.plan import Plan
+from tinydiff.parallel.plan import ALONE, Group, Plan
+from tinydiff.parallel.ranks import Ranks
+from tinydiff.parallel.shards import undivided
 from tinydiff.records import UserError, nearest
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,8 @@ class Kind:
     """
     settles: Mapping[str, Mapping[str, Any]] | None = None
     """Component -> fields of its config that the pipeline sets whatever its config.json says."""
+    head_count: Callable[[Any], int] = lambda c: c.num_attention_heads
+    """Config of a denoiser -> its attention heads, for keys as for queries."""
 
 
 def _keys(name: Callable[[str], str | None]) -> Callable[[Any, str], str | None]:
@@ -81,7 +85,9 @@ NETS = {
     "Flux2Transformer2DModel": _dit(flux2, given_size=flux2.reference_size),
     "ErnieImageTransformer2DModel": _dit(ernie, lambda c: c.hidden_size // c.num_attention_heads, settles=ernie.SETTLES),
     "QwenImageTransformer2DModel": _dit(qwen_image),
-    "ZImageTransformer2DModel": _dit(z_image, lambda c: c.dim // c.n_heads, longest_side=z_image.longest_side),
+    "ZImageTransformer2DModel": _dit(
+        z_image, lambda c: c.dim // c.n_heads, head_count=lambda c: c.n_heads, longest_side=z_image.longest_side
+    ),
     "SD3Transformer2DModel": _dit(sd3, longest_side=sd3.longest_side),
     **dict.fromkeys(("AutoencoderKLWan", "AutoencoderKLQwenImage"), Kind(wan_vae, "vae", True)),
     **dict.fromkeys(("AutoencoderKL", "AutoencoderKLFlux2"), _KL),
@@ -199,17 +205,41 @@ def read(options: ModelOptions) -> Blueprint:
     return Blueprint(row, named, nets, tokenizers, scheduler, index.options, device, compiled, tiling)
 
 
-def load(blueprint: Blueprint) -> Model:
-    """Stream the weights of every network to the device and type that the blueprint says. Raises UserError for broken files."""
+def load(blueprint: Blueprint, ranks: Ranks | None = None) -> Model:
+    """Stream the weights of every network to the device and type that the blueprint says. Raises UserError for broken files.
+
+    ranks: this process among several that all load the model; it gets what it is to hold of it.
+    """
     tokenizers = {name: load_tokenizer(folder) for name, folder in blueprint.tokenizers.items()}
     nets = {}
     for name, net in blueprint.nets.items():
         log.debug("loading %s as %s", name, net.dtype)
+        plan, together = (net.plan, ALONE) if ranks is None else _placed(net, ranks)
         rows = net.kind.module.spec(net.config)
         rename = None if net.kind.rename is None else partial(net.kind.rename, net.config)
-        weights = load_weights(net.folder, rows, net.dtype, blueprint.device, rename)
-        nets[name] = Net(net.kind.module, net.config, net.plan, weights, net.dtype)
+        blocks = {at for _, at in net.kind.module.blocks(net.config)} if plan.group("shard").size > 1 else ()
+        weights = load_weights(net.folder, rows, net.dtype, blueprint.device, rename, plan.along("tp", "shard"), together, blocks)
+        nets[name] = Net(net.kind.module, net.config, plan, weights, net.dtype)
     return Model(blueprint, nets, tokenizers)
+
+
+def _placed(net: NetPlan, ranks: Ranks) -> tuple[Plan, Group]:
+    """(a network's plan on this rank, the ranks beside this one, on no axis that divides weights, that hold the same)."""
+    groups, layout = ranks.groups, ranks.layout
+    if net.kind.role == "dit":
+        axes = {axis: groups[axis] for axis in ("cfg", "ring", "ulysses", "tp", *(("shard",) if layout.fsdp else ()))}
+        return _with(net.plan, axes), groups["dp" if layout.fsdp else "peers"]
+    if net.kind.role == "vae":
+        return _with(net.plan, {"rows": groups["replica"]} if layout.vae else {}), groups["world"]
+    tp, together = (groups["replica"], groups["dp"]) if layout.encoders else (groups["tp"], groups["peers"])
+    if tp.size > 1 and (why := undivided(net.kind.module.spec(net.config), tp.size)):
+        log.info("%s stays whole on every rank: %s", net.name, why)
+        return net.plan, groups["world"]
+    return _with(net.plan, {"tp": tp}), together
+
+
+def _with(plan: Plan, axes: Mapping[str, Group]) -> Plan:
+    return replace(plan, groups=tuple((axis, group) for axis, group in axes.items() if group.size > 1))
 
 
 def _row(index: hub.Index, places: Mapping[str, Path], options: ModelOptions) -> tuple[ReleasedModel, bool]:

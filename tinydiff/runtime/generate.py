@@ -3,42 +3,94 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tinydiff.config import Options, OutputOptions, Progress
 from tinydiff.io import output
+from tinydiff.parallel.ranks import Ranks, from_lead, to_lead, turns
 from tinydiff.records import Request, Result
 from tinydiff.runtime import blueprint, pipeline
 from tinydiff.runtime.admit import admit
+from tinydiff.runtime.blueprint import Blueprint, Model
+
+Destination = tuple[output.Target, output.Encoding]
 
 
-def generate(options: Options, progress: Progress) -> list[Result]:
-    """Load the model, make everything asked for and write it. One result per prompt. Raises UserError before anything is made."""
-    started = time.perf_counter()
+@dataclass(frozen=True)
+class Job:
+    """What a replica makes at once: a prompt's outputs from number `first` on, as a request of their own. of: all outputs of the prompt."""
+
+    prompt: int
+    first: int
+    of: int
+    request: Request
+
+
+def admitted(options: Options) -> tuple[Blueprint, list[Request], list[Destination]]:
+    """The model, what it shall make and where that goes, read and checked without loading it. Raises UserError."""
     plan = blueprint.read(options.model)
     requests = admit(plan, options.sampling, clip=output.names_a_clip(options.output.output_file_name))
-    destinations = [_destination(options.output, request) for request in requests]
+    return plan, requests, [_destination(options.output, request) for request in requests]
+
+
+def generate(options: Options, progress: Progress, ranks: Ranks | None = None) -> list[Result]:
+    """Load the model, make everything asked for and write it. One result per prompt. Raises UserError before anything is made.
+
+    ranks: this process among several that all call this. Replicas then share the outputs, the first rank of each writes its files, and
+    rank 0 returns the results, the others none.
+    """
+    started = time.perf_counter()
+    plan, requests, destinations = admitted(options)
     progress.on_stage("load")
-    model = blueprint.load(plan)
-    seconds = {"load": time.perf_counter() - started}
-    results = []
-    for request, destination in zip(requests, destinations, strict=True):
-        result = pipeline.run(model, request, progress)
-        seconds |= result.seconds
-        if options.output.save_output:
-            progress.on_stage("save")
-            before = time.perf_counter()
-            result = replace(result, paths=_save(*destination, request, result))
-            seconds["save"] = time.perf_counter() - before
-        if not options.output.return_frames:
-            result = replace(result, frames=(), latents=())  # written, or not wanted: many prompts shall fit into memory
-        results.append(replace(result, seconds=seconds))
-        seconds = {}
-    return results
+    model = blueprint.load(plan, ranks)
+    loaded = {"load": time.perf_counter() - started}
+    jobs, numbers, writes = _jobs(requests, 1 if ranks is None else ranks.layout.dp), range(len(requests)), True
+    if ranks is not None:
+        destinations = from_lead(ranks.groups["world"], destinations)  # a name tells the time: that of one rank
+        numbers, writes = turns(ranks, len(jobs)), ranks.leads
+    made = {n: _make(model, jobs[n], destinations[jobs[n].prompt], options.output, progress, writes) for n in numbers}
+    if ranks is not None:
+        made = {n: result for share in to_lead(ranks.groups["world"], made if writes else {}) for n, result in share.items()}
+        if not made:
+            return []
+    results = [_joined([made[n] for n, job in enumerate(jobs) if job.prompt == prompt]) for prompt in range(len(requests))]
+    return [replace(results[0], seconds=loaded | dict(results[0].seconds)), *results[1:]]
 
 
-def _destination(options: OutputOptions, request: Request) -> tuple[output.Target, output.Encoding]:
+def _jobs(requests: Sequence[Request], replicas: int) -> list[Job]:
+    """Whole requests for one replica, single outputs for several."""
+    if replicas == 1:
+        return [Job(i, 0, len(request.seeds), request) for i, request in enumerate(requests)]
+    each = [(i, k, request) for i, request in enumerate(requests) for k in range(len(request.seeds))]
+    return [Job(i, k, len(request.seeds), replace(request, seeds=request.seeds[k : k + 1])) for i, k, request in each]
+
+
+def _make(model: Model, job: Job, destination: Destination, options: OutputOptions, progress: Progress, writes: bool) -> Result:
+    """Do a job, and write its files where this rank is the one that does."""
+    result = pipeline.run(model, job.request, progress)
+    if options.save_output and writes:
+        progress.on_stage("save")
+        before = time.perf_counter()
+        paths = _save(*destination, job, result)
+        result = replace(result, paths=paths, seconds={**result.seconds, "save": time.perf_counter() - before})
+    if not options.return_frames:
+        result = replace(result, frames=(), latents=())  # written, or not wanted: many prompts shall fit into memory
+    return result
+
+
+def _joined(parts: Sequence[Result]) -> Result:
+    """The result of a prompt from those of its jobs, in order; the seconds are those of all replicas together."""
+    if len(parts) == 1:
+        return parts[0]
+    names = ("frames", "latents", "seeds", "step_seconds", "paths")
+    joined = {name: tuple(each for part in parts for each in getattr(part, name)) for name in names}
+    seconds = {stage: sum(part.seconds[stage] for part in parts) for stage in parts[0].seconds}
+    return replace(parts[0], seconds=seconds, **joined)
+
+
+def _destination(options: OutputOptions, request: Request) -> Destination:
     """Where and how the request's outputs are written, checked before they are made."""
     target = output.plan_target(
         options.output_path,
@@ -54,13 +106,15 @@ def _destination(options: OutputOptions, request: Request) -> tuple[output.Targe
     return target, encoding
 
 
-def _save(target: output.Target, encoding: output.Encoding, request: Request, result: Result) -> tuple[Path, ...]:
+def _save(target: output.Target, encoding: output.Encoding, job: Job, result: Result) -> tuple[Path, ...]:
     """One file an output; layers are a file each, numbered on through all outputs, or a folder."""
     files = []
     for frames, seed in zip(result.frames, result.seeds, strict=True):
         told = {**result.parameters, "seed": seed}
-        if request.layers and target.ending != output.FRAMES:
+        if job.request.layers and target.ending != output.FRAMES:
             files += [(layer[None], {**told, "layer": i}) for i, layer in enumerate(frames)]
         else:
             files.append((frames, told))
-    return tuple(output.save(target, frames, encoding, told, i, len(files)) for i, (frames, told) in enumerate(files))
+    each = len(files) // len(result.seeds)
+    first, count = job.first * each, job.of * each
+    return tuple(output.save(target, frames, encoding, told, first + i, count) for i, (frames, told) in enumerate(files))

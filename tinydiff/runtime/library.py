@@ -7,9 +7,11 @@ from dataclasses import fields as fields_of
 from typing import Any
 
 from tinydiff import config
+from tinydiff.parallel import layout
+from tinydiff.parallel.ranks import Ranks, join
 from tinydiff.records import Result, UserError, nearest
-from tinydiff.runtime import blueprint, pipeline
-from tinydiff.runtime.admit import admit
+from tinydiff.runtime import blueprint, launch, pipeline
+from tinydiff.runtime.admit import admit, guidance_of
 from tinydiff.runtime.blueprint import Model
 
 
@@ -26,8 +28,30 @@ class Quiet:
 def load(model_path: str | None, options: Mapping[str, Any]) -> Model:
     """See `tinydiff.load`."""
     given = dict(options) if model_path is None else {**options, "model_path": model_path}
-    _only(given, config.ModelOptions)
-    return blueprint.load(blueprint.read(config.options(given).model))
+    _only(given, config.ModelOptions, config.ParallelOptions)
+    made = config.options(given)
+    plan = blueprint.read(made.model)
+    return blueprint.load(plan, _ranks(made.parallel, plan))
+
+
+def _ranks(asked: config.ParallelOptions, plan: blueprint.Blueprint) -> Ranks | None:
+    """This process among those that torchrun started, where `asked` has them share the model. Raises UserError outside of torchrun."""
+    given = [each.name for each in fields_of(asked) if getattr(asked, each.name) != each.default]
+    place = config.under_torchrun()
+    if not given or (count := layout.count(asked, place and place.size)) == 1:
+        return None
+    if place is None:
+        raise UserError(given[0], f"{given[0]}: a program is one rank; start it with torchrun, or make pictures from the command line")
+    if asked.data_parallel_size not in (None, 1):
+        message = f"{asked.data_parallel_size} replicas share outputs on the command line only; a program gives each its own prompts"
+        raise UserError("data_parallel_size", f"data_parallel_size: {message}")
+    guided = asked.enable_cfg_parallel or asked.cfg_parallel_size == 2 or guidance_of(plan, config.SamplingOptions())[0] > 1
+    launch.check_devices(plan, place.local_size)
+    chosen, why = layout.choose(asked, count, launch.denoiser_heads(plan), guided)
+    launch.check_divides(plan, chosen)
+    if place.rank == 0:
+        launch.log.info("%s", why)
+    return join(chosen, asked.dist_timeout or launch.TIMEOUT, plan.device.type)
 
 
 def generate(model: Model, prompt: str, fields: Mapping[str, Any], progress: config.Progress | None = None) -> Result:
@@ -40,8 +64,8 @@ def generate(model: Model, prompt: str, fields: Mapping[str, Any], progress: con
     return pipeline.run(model, request, progress or Quiet())
 
 
-def _only(given: Mapping[str, Any], record: type) -> None:
-    names = {field.name for field in fields_of(record)}
+def _only(given: Mapping[str, Any], *records: type) -> None:
+    names = {field.name for record in records for field in fields_of(record)}
     for name in given:
         if name not in names:
             raise UserError(name, f"{name}: no such option here; known are {', '.join(sorted(names))}{nearest(name, names)}")

@@ -22,6 +22,7 @@ from tinydiff.config import Progress
 from tinydiff.io.images import resize
 from tinydiff.models.recipe import Net, Parts, Prepared, token_count
 from tinydiff.ops.norm import compute_dtype
+from tinydiff.parallel import sequence
 from tinydiff.records import Request, Result, UserError
 from tinydiff.runtime.blueprint import PRECISIONS, Blueprint, Model
 from tinydiff.sampling import guidance, loop, noise, sigmas, solvers
@@ -98,7 +99,7 @@ def parts(model: Model, request: Request) -> Parts:
         return torch.tensor([each.ids for each in encoded], device=device), torch.tensor([each.mask for each in encoded], device=device)
 
     def encode(pixels: Tensor) -> Tensor:
-        return vae.module.encode(vae.config, vae.w, pixels, chunk, tile).to(compute_dtype(pixels))
+        return vae.module.encode(vae.config, vae.w, pixels, chunk, tile, vae.plan).to(compute_dtype(pixels))
 
     return Parts(model.nets, tokens, model.tokenizers, encode, resize, model.blueprint.options, device)
 
@@ -107,6 +108,9 @@ def parts(model: Model, request: Request) -> Parts:
 def condition(model: Model, request: Request) -> Conditioning:
     """Run the encoders, and make the table."""
     net, row = model.nets["transformer"], model.blueprint.row
+    if net.plan.group("cfg").size > 1 and not request.guided:
+        message = f"{request.guidance_scale:g} needs the prompt's branch alone, and cfg_parallel_size 2 gives half of the ranks another"
+        raise UserError("guidance_scale", f"guidance_scale: {message}; ask for more than 1, or load with cfg_parallel_size 1")
     have, rows = parts(model, request), table(model.blueprint, request)
     prepared = net.module.PIPELINES[row.pipeline](net.config, have, request)
     if row.image_use != "start" or not request.images:
@@ -142,7 +146,10 @@ def _scheduled(blueprint: Blueprint, request: Request) -> Table:
 
 
 def denoise(model: Model, request: Request, conditioning: Conditioning, seed: int, latents: Tensor | None = None) -> Iterator[Tensor]:
-    """Noise of `seed` (or `latents` [1, C, F, H, W]) -> tokens [1, L, P] of the picture, float32, after each step."""
+    """Noise of `seed` (or `latents` [1, C, F, H, W]) -> tokens [1, L, P] of the picture, float32, after each step.
+
+    Every rank draws the same noise for the whole picture and keeps its share: the picture does not depend on the layout.
+    """
     net, device, prepared = model.nets["transformer"], model.blueprint.device, conditioning.prepared
     rows = conditioning.rows
     start, fresh = noise.latents(seed, [0], prepared.size, rows)
@@ -156,12 +163,12 @@ def denoise(model: Model, request: Request, conditioning: Conditioning, seed: in
     x = prepared.pack((start if latents is None else latents).to(device))
     tokens = None if fresh is None else torch.stack([prepared.pack(draw.to(x)) for draw in fresh])
     made = x.shape[1]
-    if conditioning.start is not None:
-        x, kept = _from_picture(x, conditioning)
-    else:
-        x, kept = _beside_known(x, prepared)
-    for progress in loop.run(run, rows, x, expert, tokens, kept, chunk=1):
-        yield progress.x[:, :made]
+    x, kept = _beside_known(x, prepared) if conditioning.start is None else _from_picture(x, conditioning)
+    whole, plan = x.shape[1], net.plan
+    tokens = None if tokens is None else sequence.share(plan, tokens, 2)
+    kept = None if kept is None else loop.Kept(*(sequence.share(plan, each, 1) for each in kept))
+    for progress in loop.run(run, rows, sequence.share(plan, x, 1), expert, tokens, kept, chunk=1):
+        yield sequence.gathered(plan, progress.x, 1, whole)[:, :made]
 
 
 def _from_picture(noise_BLP: Tensor, conditioning: Conditioning) -> tuple[Tensor, loop.Kept | None]:
@@ -195,7 +202,7 @@ def decode(model: Model, request: Request, latents: Tensor) -> numpy.ndarray:
     vae = model.nets["vae"]
     chunk, tile = vae_passes(model, request)
     clips = latents.to(vae.dtype).split(1)  # one by one, for less memory
-    x = torch.cat([vae.module.decode(vae.config, vae.w, clip, chunk, tile)[0] for clip in clips], 1)
+    x = torch.cat([vae.module.decode(vae.config, vae.w, clip, chunk, tile, vae.plan)[0] for clip in clips], 1)
     return ((x.float() / 2 + 0.5) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 

@@ -24,7 +24,8 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.fx.experimental import _config as fx_config
 
 from tinydiff.parallel.plan import Plan
-from tinydiff.sampling.loop import Branch, Denoise, Guided, Hoisted, Kept, Predict, State, denoise, predictor
+from tinydiff.parallel.sequence import KEYS
+from tinydiff.sampling.loop import Branch, Denoise, Guidance, Hoisted, Kept, State, denoise, predictor
 
 _RECOMPILE_LIMIT = 64
 _regions = itertools.count()
@@ -55,7 +56,7 @@ def region(fn: Callable[..., Any]) -> Callable[..., Any]:
     return cast(Callable[..., Any], torch.compiler.nested_compile_region(fn, options=options))
 
 
-def compiled_denoise(family: Any, config: Any, plan: Plan, guidance: Callable[[Predict], Guided], *, exact: bool = False) -> Denoise:
+def compiled_denoise(family: Any, config: Any, plan: Plan, guidance: Guidance, *, exact: bool = False) -> Denoise:
     """`denoise` for this network as one compiled graph; built once for each (family, config, plan, guidance, exact).
 
     `family.TOKEN_DIMS` and `family.TEXT_DIMS` name the dimension of hoisted tensors that runs over image and text tokens: name -> dim.
@@ -67,8 +68,8 @@ def compiled_denoise(family: Any, config: Any, plan: Plan, guidance: Callable[[P
     return _compiled[key][1]
 
 
-def _build(family: Any, config: Any, plan: Plan, guidance: Callable[[Predict], Guided], exact: bool) -> Denoise:
-    predict = guidance(predictor(family, config, plan, region))
+def _build(family: Any, config: Any, plan: Plan, guidance: Guidance, exact: bool) -> Denoise:
+    predict = guidance(predictor(family, config, plan, region), plan)
     # All networks share this function's code, and with it one cache of graphs in Dynamo.
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _RECOMPILE_LIMIT)
 
@@ -85,6 +86,7 @@ def _build(family: Any, config: Any, plan: Plan, guidance: Callable[[Predict], G
         _mark_tokens(state, noise, kept)
         for request, _ in network.branches:
             _mark_named({**family.TOKEN_DIMS, **family.TEXT_DIMS}, request[""])
+            _mark_named({name: 0 for name in request[""] if name.startswith(KEYS)}, request[""])
         bounds = torch.tensor([start, stop], device=state.x.device)
         with cast(Any, fx_config).patch(use_duck_shape=False):  # two lengths that happen to be equal in the first request are still two
             return graph(network, state, coefficients, noise, kept, bounds[0].clone(), bounds[1].clone())

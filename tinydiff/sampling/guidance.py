@@ -1,6 +1,6 @@
 """Guidance: functions that make one velocity of the velocities of several branches (see `loop.Predict`).
 
-The first branch is the prompt's, the second, where there is one, the negative prompt's.
+The first branch is the prompt's, the second, where there is one, the negative prompt's. A rank sees its share of the tokens.
 Shape letters: B images, L tokens, P packed channels.
 """
 
@@ -11,10 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tinydiff.sampling.loop import Branch, Guided, Memory, Predict, Step, Tree
+from tinydiff.parallel.plan import Plan
+from tinydiff.parallel.sequence import total
+from tinydiff.sampling.loop import Branch, Guidance, Guided, Memory, Predict, Step, Tree
 
 
-def none(predict: Predict) -> Guided:
+def none(predict: Predict, plan: Plan) -> Guided:
     """The prediction of the only branch."""
 
     def alone(w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory) -> tuple[Tensor, Memory]:
@@ -24,10 +26,10 @@ def none(predict: Predict) -> Guided:
     return alone
 
 
-def _of_two(combine: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Predict], Guided]:
+def _of_two(combine: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Guidance:
     """combine: (prediction of the prompt, of the negative prompt, both [B, L, P], scale [1]) -> [B, L, P]."""
 
-    def guidance(predict: Predict) -> Guided:
+    def guidance(predict: Predict, plan: Plan) -> Guided:
         def guided(w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory) -> tuple[Tensor, Memory]:
             (condition, negative), memory = predict(w, x_BLP, step, branches, memory)
             return combine(condition.to(x_BLP.dtype), negative.to(x_BLP.dtype), step.guidance), memory
@@ -53,26 +55,25 @@ token_normed = _of_two(_normed)
 """The same, each token scaled back to the length that the prompt's own prediction has. Source: Qwen-Image's pipelines."""
 
 
-def clamped(predict: Predict) -> Guided:
+def clamped(predict: Predict, plan: Plan) -> Guided:
     """As `classifier_free`, an image whose velocity is longer than `limit` times that of the prompt scaled back to that length.
 
-    The request holds `limit` [1] and `padding` [1, L, 1] bool, the tokens that count for nothing. Source: Z-Image's pipelines.
+    The request holds `limit` [1] and `real` [1, L, 1] bool, the tokens that count. Source: Z-Image's pipelines.
     """
 
     def guided(w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory) -> tuple[Tensor, Memory]:
         (condition, negative), memory = predict(w, x_BLP, step, branches, memory)
         condition, known = condition.to(x_BLP.dtype), branches[0].request[""]
         free = _plain(condition, negative.to(x_BLP.dtype), step.guidance)
-        longest, length = (
-            torch.linalg.vector_norm(v.masked_fill(known["padding"], 0), dim=(1, 2), keepdim=True) for v in (condition, free)
-        )
+        squares = ((v * known["real"]).square().sum((1, 2), keepdim=True) for v in (condition, free))
+        longest, length = (total(plan, square).sqrt() for square in squares)
         longest = longest * known["limit"].to(x_BLP.dtype)
         return free * torch.where(length > longest, longest / length, 1), memory
 
     return guided
 
 
-KINDS: dict[str, Callable[[Predict], Guided]] = {
+KINDS: dict[str, Guidance] = {
     "none": none,
     "classifier_free": classifier_free,
     "token_normed": token_normed,

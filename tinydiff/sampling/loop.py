@@ -4,6 +4,7 @@ The engine knows a family only by `pre`, `blocks`, `post`, `SHARED` (and `hoist`
 object with these will do. Everything that depends only on the request and the table is hoisted out; the loop gathers its rows.
 Guidance evaluates the network on several branches (the prompt, the negative prompt). They walk through the blocks side by side, so a
 block's weights are fetched once a step however many branches there are, and each branch has its own length of text.
+Over several ranks the same code runs on each, on its share of the tokens (`parallel.sequence`), of the weights, or on its own branch.
 Shape letters: S steps, B images, L tokens, P packed channels, D width.
 """
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from tinydiff.ops.weights import Weights
+from tinydiff.parallel import sequence, shards
+from tinydiff.parallel.moves import move
 from tinydiff.parallel.plan import Plan
 from tinydiff.sampling.solvers import Table, segments
 
@@ -91,6 +94,7 @@ Predict = Callable[[Tree, Tensor, Step, tuple[Branch, ...], Memory], tuple[tuple
 """(weights, x [B, L, P], step, branches at this step, memory) -> (a velocity [B, L, P] of each branch, memory)."""
 Guided = Callable[[Tree, Tensor, Step, tuple[Branch, ...], Memory], tuple[Tensor, Memory]]
 """The same, the branches' velocities made into one."""
+Guidance = Callable[[Predict, Plan], Guided]
 Wrap = Callable[[Callable[..., Streams]], Callable[..., Streams]]
 Denoise = Callable[[Hoisted, State, Tensor, Tensor | None, Kept | None, int, int], State]
 """(network, state, coefficients [S, 8], fresh noise [S, B, L, P], kept tokens, start, stop) -> state after steps [start, stop)."""
@@ -111,17 +115,24 @@ def deal(family: Any, config: Any, flat: Mapping[str, Tensor]) -> Tree:
 def hoist(
     family: Any, config: Any, plan: Plan, weights: Mapping[str, Tensor], branches: Sequence[dict[str, Tensor]], table: Table
 ) -> Hoisted:
-    """Make a network ready for one request: what the loop need not repeat is computed here, once. weights: flat, on their device.
+    """Make a network ready for one request: what the loop need not repeat is computed here, once. weights: flat, on their device, as this
+    rank holds them.
 
-    branches: the family's inputs for each branch of guidance. Rows of steps without text are kept once for all.
+    branches: the family's inputs for each branch of guidance, of which this rank keeps its own where `cfg` deals them. Rows of steps
+    without text are kept once for all.
     """
     device = next(iter(weights.values())).device
+    cfg, everywhere = plan.group("cfg"), sequence.whole(plan)
+    if cfg.size > 1:
+        branches = [branches[cfg.rank]]
     timesteps = table.timesteps.to(device)
     if len(timesteps) == 1:
         timesteps = timesteps.expand(2)  # the second row is never read; torch would compile tables of one row on their own
-    made = [family.hoist(config, plan, Weights(weights), inputs, timesteps) for inputs in branches]
+    flat = Weights(shards.Unpacked(weights, _packs(family, config, plan), plan))
+    made = [family.hoist(config, everywhere, flat, inputs, timesteps) for inputs in branches]
     if not family.POOLED:
         made = [(request, made[0][1]) for request, _ in made]
+    made = [(sequence.dealt(plan, family, request), steps) for request, steps in made]
     dealt = tuple(Branch(*(deal(family, config, flat) for flat in pair)) for pair in made)
     return Hoisted(deal(family, config, weights), dealt)
 
@@ -144,19 +155,46 @@ def predictor(family: Any, config: Any, plan: Plan, wrap: Wrap = as_is) -> Predi
     # Texts of their own length make branches of their own shape, and a region serves one shape: each branch gets its own.
     kinds = dict.fromkeys(block for block, _ in stack)
     first, second = ({block: plain(block) for block in kinds} for _ in range(2))
-    calls = (first, second if family.TEXT_DIMS else first)
+    calls, cfg = (first, second if family.TEXT_DIMS else first), plan.group("cfg")
+    packs, shard = _packs(family, config, plan), plan.group("shard")
+
+    def begin(w: Tree, at: int) -> Mapping[str, Tensor]:
+        """Start to gather what other ranks hold of a block's weights."""
+        below = w[stack[at][1]] if at < len(stack) else {}
+        return {name: shards.start(x, shard) for name, x in below.items()} if packs else below
+
+    def end(coming: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
+        """The block's weights."""
+        found = {}
+        for name, x in coming.items():
+            found |= shards.finish(x, packs[f"{prefix}.{name}"]) if packs else {name: x}
+        return found
 
     def predict(w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory) -> tuple[tuple[Tensor, ...], Memory]:
         top = Weights(w[""])
         ends = [(Weights(request[""]), rows[""]) for request, rows in branches]
-        shared = [{**rows, **{name: request[name] for name in family.SHARED if name in request}} for request, rows in ends]
+        shared = [{**rows, **{name: x for name, x in request.flat.items() if _is_shared(family, name)}} for request, rows in ends]
         walking = [family.pre(config, plan, top, x_BLP, *end) for end in ends]
-        for block, prefix in stack:
+        coming = begin(w, 0)
+        for at, (block, prefix) in enumerate(stack):
+            here, coming = end(coming, prefix), begin(w, at + 1)  # the next block's weights travel while this one computes
             known = [{**request[prefix], **rows[prefix]} for request, rows in branches]
-            walking = [regions[block](w[prefix], *each) for regions, *each in zip(calls, walking, known, shared, strict=False)]
-        return tuple(family.post(config, plan, top, x, *end) for x, end in zip(walking, ends, strict=True)), memory
+            walking = [regions[block](here, *each) for regions, *each in zip(calls, walking, known, shared, strict=False)]
+        made = tuple(family.post(config, plan, top, x, *end) for x, end in zip(walking, ends, strict=True))
+        return made if cfg.size == 1 else move(plan, "branches", made[0][None]).unbind(0), memory
 
     return predict
+
+
+def _packs(family: Any, config: Any, plan: Plan) -> dict[str, shards.Pack]:
+    """How blocks' weights lie divided over the axis `shard`; none where it has one rank."""
+    if plan.group("shard").size == 1:
+        return {}
+    return shards.packing(family.spec(config), plan, {prefix for _, prefix in family.blocks(config)})
+
+
+def _is_shared(family: Any, name: str) -> bool:
+    return name in family.SHARED or name.startswith(sequence.KEYS)
 
 
 def python_loop(condition: Callable[..., Tensor], body: Callable[..., tuple], carry: tuple) -> tuple:
@@ -202,9 +240,9 @@ def _rows(steps: Tree, row: Tensor) -> Tree:
     return {prefix: {name: rows.index_select(0, row)[0] for name, rows in below.items()} for prefix, below in steps.items()}
 
 
-def eager_denoise(family: Any, config: Any, plan: Plan, guidance: Callable[[Predict], Guided]) -> Denoise:
+def eager_denoise(family: Any, config: Any, plan: Plan, guidance: Guidance) -> Denoise:
     """`denoise` for this network, run operation by operation."""
-    predict = guidance(predictor(family, config, plan))
+    predict = guidance(predictor(family, config, plan), plan)
 
     def call(network: Hoisted, state: State, coefficients: Tensor, noise: Tensor | None, kept: Kept | None, start: int, stop: int) -> State:
         bounds = torch.tensor([start, stop], device=state.x.device)

@@ -19,7 +19,8 @@ from tinydiff.ops.conv import conv2d, per_frame
 from tinydiff.ops.norm import group_norm
 from tinydiff.ops.tiles import tiled
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Row, conv_rows, norm_rows, under
+from tinydiff.parallel.plan import SINGLE, Plan, Row, conv_rows, norm_rows, under
+from tinydiff.parallel.rows import Strip, halo
 
 GROUPS = 8
 
@@ -113,31 +114,45 @@ def spec(c: Config) -> Iterator[Row]:
 # --- what callers use ---------------------------------------------------------------------------------------------------------------
 
 
-def _residual(x: Tensor, w: Weights) -> Tensor:
-    y = F.silu(group_norm(conv2d(x, w / 0, padding=1), w / 1, GROUPS, 1e-5))
-    return x + conv2d(y, w / 3, padding=1)
+def _residual(x: Tensor, w: Weights, strip: Strip) -> Tensor:
+    y = F.silu(group_norm(conv2d(x, w / 0, padding=1, strip=strip), w / 1, GROUPS, 1e-5, strip))
+    return x + conv2d(y, w / 3, padding=1, strip=strip)
 
 
-def _latents(c: Config, w: Weights, x_BCHW: Tensor) -> Tensor:
-    z = conv2d(tiny.image_latents(c.inner, w / "tiny_vae", x_BCHW), w / "extra_encoder", stride=2, padding=1)
-    return _residual(z, w / "residual_encoder")
+def _double(z: Tensor, w: Weights, strip: Strip) -> Tensor:
+    """A transposed convolution to twice the height and width, an input of which reaches one output beyond its own two."""
+    beyond = 2 if strip.divided else 0  # output rows of a neighbour's input row
+    return F.conv_transpose2d(halo(strip, z, 1, 1), w["weight"], w["bias"], stride=2, padding=(1 + beyond, 1))
 
 
-def _pixels(c: Config, w: Weights, z_BZHW: Tensor) -> Tensor:
-    kernel = w / "extra_decoder"
-    z = F.conv_transpose2d(z_BZHW, kernel["weight"], kernel["bias"], stride=2, padding=1)
-    return tiny.image_pixels(c.inner, w / "tiny_vae", _residual(z, w / "residual_decoder"))
+def _latents(c: Config, w: Weights, x_BCHW: Tensor, strip: Strip) -> Tensor:
+    z = conv2d(tiny.image_latents(c.inner, w / "tiny_vae", x_BCHW, strip), w / "extra_encoder", stride=2, padding=1, strip=strip)
+    return _residual(z, w / "residual_encoder", strip)
 
 
-def encode(c: Config, w: Weights, x_BCFHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
+def _pixels(c: Config, w: Weights, z_BZHW: Tensor, strip: Strip) -> Tensor:
+    z = _residual(_double(z_BZHW, w / "extra_decoder", strip), w / "residual_decoder", strip)
+    return tiny.image_pixels(c.inner, w / "tiny_vae", z, strip)
+
+
+def encode(c: Config, w: Weights, x_BCFHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
     """Pixels [B, C, F, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'].
 
     chunk: frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one and blended. None: at once.
+    The ranks of the plan's axis `rows` share the work; each gets all of the result.
     """
-    return tiled(lambda x: per_frame(lambda image: _latents(c, w, image), x, chunk), x_BCFHW, tile, 1 / c.scale_factor_spatial)
+
+    def latents(x: Tensor, strip: Strip) -> Tensor:
+        return per_frame(lambda image: _latents(c, w, image, strip), x, chunk)
+
+    return tiled(latents, x_BCFHW, tile, 1 / c.scale_factor_spatial, plan)
 
 
-def decode(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
-    """Normalised latents [B, Z, F, H', W'] -> pixels [B, C, F, H, W] in [-1, 1]. `chunk` and `tile` as in `encode`."""
+def decode(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
+    """Normalised latents [B, Z, F, H', W'] -> pixels [B, C, F, H, W] in [-1, 1]. Options as in `encode`."""
+
+    def pixels(z: Tensor, strip: Strip) -> Tensor:
+        return per_frame(lambda image: _pixels(c, w, image, strip), z, chunk)
+
     side = None if tile is None else tile // c.scale_factor_spatial
-    return tiled(lambda z: per_frame(lambda image: _pixels(c, w, image), z, chunk), z_BZFHW, side, c.scale_factor_spatial).clamp(-1, 1)
+    return tiled(pixels, z_BZFHW, side, c.scale_factor_spatial, plan).clamp(-1, 1)

@@ -21,12 +21,13 @@ from einops import rearrange
 from torch import Tensor
 
 from tinydiff.ops.attention import attention
-from tinydiff.ops.conv import conv2d, per_frame
+from tinydiff.ops.conv import conv2d, halve, per_frame
 from tinydiff.ops.linear import linear
 from tinydiff.ops.norm import group_norm
 from tinydiff.ops.tiles import tiled
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Plan, Row, conv_rows, linear_rows, norm_rows, under
+from tinydiff.parallel.plan import SINGLE, Plan, Row, conv_rows, linear_rows, norm_rows, under
+from tinydiff.parallel.rows import Strip, gather
 
 
 @dataclass(frozen=True)
@@ -197,68 +198,70 @@ def row_name(key: str) -> str | None:
 # --- layers -----------------------------------------------------------------------------------------------------------------------
 
 
-def _block(c: Config, x: Tensor, w: Weights) -> Tensor:
+def _half(c: Config, x: Tensor, norm: Weights, conv: Weights, strip: Strip) -> Tensor:
+    """Norm, activation, convolution: a half of a block, and the end of a network."""
+    return conv2d(F.silu(group_norm(x, norm, c.norm_num_groups, strip=strip)), conv, padding=1, strip=strip)
+
+
+def _block(c: Config, x: Tensor, w: Weights, strip: Strip) -> Tensor:
     shortcut = conv2d(x, w / "conv_shortcut") if "conv_shortcut.weight" in w else x
-    y = conv2d(F.silu(group_norm(x, w / "norm1", c.norm_num_groups)), w / "conv1", padding=1)
-    return shortcut + conv2d(F.silu(group_norm(y, w / "norm2", c.norm_num_groups)), w / "conv2", padding=1)
+    y = _half(c, x, w / "norm1", w / "conv1", strip)
+    return shortcut + _half(c, y, w / "norm2", w / "conv2", strip)
 
 
-def _attention(c: Config, x_BCHW: Tensor, w: Weights) -> Tensor:
+def _attention(c: Config, x_BCHW: Tensor, w: Weights, strip: Strip) -> Tensor:
     """One head of attention over all pixels."""
-    pixels = rearrange(group_norm(x_BCHW, w / "group_norm", c.norm_num_groups), "b c h w -> b (h w) c")
+    pixels = rearrange(group_norm(x_BCHW, w / "group_norm", c.norm_num_groups, strip=strip), "b c h w -> b (h w) c")
     q, k, v = (linear(pixels, w / name)[:, :, None] for name in ("to_q", "to_k", "to_v"))
-    y = linear(attention(Plan(), q, k, v)[:, :, 0], w / "to_out" / 0)
+    y = linear(attention(SINGLE, q, gather(strip, k, -3), gather(strip, v, -3))[:, :, 0], w / "to_out" / 0)
     return x_BCHW + rearrange(y, "b (h w) c -> b c h w", h=x_BCHW.shape[2])
 
 
-def _middle(c: Config, x: Tensor, w: Weights) -> Tensor:
-    x = _block(c, x, w / "resnets" / 0)
+def _middle(c: Config, x: Tensor, w: Weights, strip: Strip) -> Tensor:
+    x = _block(c, x, w / "resnets" / 0, strip)
     if c.mid_block_add_attention:
-        x = _attention(c, x, w / "attentions" / 0)
-    return _block(c, x, w / "resnets" / 1)
+        x = _attention(c, x, w / "attentions" / 0, strip)
+    return _block(c, x, w / "resnets" / 1, strip)
 
 
-def _blocks(c: Config, x: Tensor, w: Weights, stage: Stage) -> Tensor:
+def _blocks(c: Config, x: Tensor, w: Weights, stage: Stage, strip: Strip) -> Tensor:
     for name, _, _ in stage.blocks:
-        x = _block(c, x, w / name)
+        x = _block(c, x, w / name, strip)
     return x
 
 
-def _end(c: Config, x: Tensor, w: Weights) -> Tensor:
-    return conv2d(F.silu(group_norm(x, w / "conv_norm_out", c.norm_num_groups)), w / "conv_out", padding=1)
-
-
-def _moments(c: Config, w: Weights, x_BCHW: Tensor) -> Tensor:
+def _moments(c: Config, w: Weights, x_BCHW: Tensor, strip: Strip) -> Tensor:
     e = w / "encoder"
-    x = conv2d(x_BCHW, e / "conv_in", padding=1)
+    x = conv2d(x_BCHW, e / "conv_in", padding=1, strip=strip)
     for stage in down_stages(c):
-        x = _blocks(c, x, e, stage)
+        x = _blocks(c, x, e, stage, strip)
         if stage.resample is not None:
-            x = conv2d(F.pad(x, (0, 1, 0, 1)), e / stage.resample, stride=2)
-    x = _end(c, _middle(c, x, e / "mid_block"), e)
+            x = halve(x, e / stage.resample, strip)
+    x = _half(c, _middle(c, x, e / "mid_block", strip), e / "conv_norm_out", e / "conv_out", strip)
     return conv2d(x, w / "quant_conv") if c.use_quant_conv else x
 
 
-def _pixels(c: Config, w: Weights, z_BZHW: Tensor) -> Tensor:
+def _pixels(c: Config, w: Weights, z_BZHW: Tensor, strip: Strip) -> Tensor:
     d = w / "decoder"
     z = conv2d(z_BZHW, w / "post_quant_conv") if c.use_post_quant_conv else z_BZHW
-    x = _middle(c, conv2d(z, d / "conv_in", padding=1), d / "mid_block")
+    x = _middle(c, conv2d(z, d / "conv_in", padding=1, strip=strip), d / "mid_block", strip)
     for stage in up_stages(c):
-        x = _blocks(c, x, d, stage)
+        x = _blocks(c, x, d, stage, strip)
         if stage.resample is not None:
-            x = conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), d / stage.resample, padding=1)
-    return _end(c, x, d)
+            x = conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), d / stage.resample, padding=1, strip=strip)
+    return _half(c, x, d / "conv_norm_out", d / "conv_out", strip)
 
 
 # --- what callers use ---------------------------------------------------------------------------------------------------------------
 
 
-def moments(c: Config, w: Weights, x_BCFHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
+def moments(c: Config, w: Weights, x_BCFHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
     """Pixels [B, C, F, H, W] in [-1, 1] -> mean and log-variance [B, 2Z, F, H', W'] of the raw latents' distribution.
 
     chunk: frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one and blended. None: at once.
+    The ranks of the plan's axis `rows` share the work; each gets all of the result.
     """
-    return tiled(lambda x: per_frame(lambda image: _moments(c, w, image), x, chunk), x_BCFHW, tile, 1 / c.stride)
+    return tiled(lambda x, strip: per_frame(lambda image: _moments(c, w, image, strip), x, chunk), x_BCFHW, tile, 1 / c.stride, plan)
 
 
 def normalise(c: Config, w: Weights, z_BZFHW: Tensor) -> Tensor:
@@ -292,17 +295,17 @@ def _statistics(c: Config, w: Weights, like: Tensor) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def encode(c: Config, w: Weights, x_BCFHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
+def encode(c: Config, w: Weights, x_BCFHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
     """Pixels [B, C, F, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'], the distribution's mean. Options as in `moments`."""
-    return normalise(c, w, moments(c, w, x_BCFHW, chunk, tile)[:, : c.latent_channels])
+    return normalise(c, w, moments(c, w, x_BCFHW, chunk, tile, plan)[:, : c.latent_channels])
 
 
-def raw_pixels(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
-    """Raw latents [B, Z, F, H', W'] -> pixels [B, C, F, H, W], not clipped. `chunk` and `tile` as in `moments`."""
+def raw_pixels(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
+    """Raw latents [B, Z, F, H', W'] -> pixels [B, C, F, H, W], not clipped. Options as in `moments`."""
     side = None if tile is None else tile // c.stride
-    return tiled(lambda z: per_frame(lambda image: _pixels(c, w, image), z, chunk), z_BZFHW, side, c.stride)
+    return tiled(lambda z, strip: per_frame(lambda image: _pixels(c, w, image, strip), z, chunk), z_BZFHW, side, c.stride, plan)
 
 
-def decode(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
-    """Normalised latents [B, Z, F, H', W'] -> pixels [B, C, F, H, W] in [-1, 1]. `chunk` and `tile` as in `moments`."""
-    return raw_pixels(c, w, raw_latents(c, w, z_BZFHW), chunk, tile).clamp(-1, 1)
+def decode(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
+    """Normalised latents [B, Z, F, H', W'] -> pixels [B, C, F, H, W] in [-1, 1]. Options as in `moments`."""
+    return raw_pixels(c, w, raw_latents(c, w, z_BZFHW), chunk, tile, plan).clamp(-1, 1)

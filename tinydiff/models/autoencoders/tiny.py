@@ -19,7 +19,8 @@ from torch import Tensor
 from tinydiff.ops.conv import conv2d, per_frame
 from tinydiff.ops.tiles import tiled
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Row, conv_rows, under
+from tinydiff.parallel.plan import SINGLE, Plan, Row, conv_rows, under
+from tinydiff.parallel.rows import Strip
 
 ACTIVATIONS = {"relu": F.relu, "silu": F.silu}
 
@@ -144,56 +145,65 @@ def spec(c: Config) -> Iterator[Row]:
 # --- layers -----------------------------------------------------------------------------------------------------------------------
 
 
-def _block(c: Config, x: Tensor, w: Weights) -> Tensor:
+def _block(c: Config, x: Tensor, w: Weights, strip: Strip) -> Tensor:
     act = ACTIVATIONS[c.act_fn]
-    y = act(conv2d(x, w / 0, padding=1))
-    y = act(conv2d(y, w / 2, padding=1))
-    return F.relu(x + conv2d(y, w / 4, padding=1))
+    y = act(conv2d(x, w / 0, padding=1, strip=strip))
+    y = act(conv2d(y, w / 2, padding=1, strip=strip))
+    return F.relu(x + conv2d(y, w / 4, padding=1, strip=strip))
 
 
-def _layer(c: Config, x: Tensor, w: Weights, layer: Layer) -> Tensor:
+def _layer(c: Config, x: Tensor, w: Weights, layer: Layer, strip: Strip) -> Tensor:
     at = w / layer.at
     match layer.kind:
         case "block":
-            return _block(c, x, at / "conv")
+            return _block(c, x, at / "conv", strip)
         case "down":
-            return conv2d(x, at, stride=2, padding=1)
+            return conv2d(x, at, stride=2, padding=1, strip=strip)
         case "up":
-            return conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), at, padding=1)
+            return conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), at, padding=1, strip=strip)
         case _:
-            return conv2d(x, at, padding=1)
+            return conv2d(x, at, padding=1, strip=strip)
 
 
-def image_latents(c: Config, w: Weights, x_BCHW: Tensor) -> Tensor:
-    """One pass of the encoder: pixels [B, C, H, W] in [-1, 1] -> raw latents [B, Z, H', W']."""
+def image_latents(c: Config, w: Weights, x_BCHW: Tensor, strip: Strip) -> Tensor:
+    """One pass of the encoder: pixels [B, C, H, W] in [-1, 1] -> raw latents [B, Z, H', W'], of a strip of them or the whole."""
     x = (x_BCHW + 1) / 2  # the network was trained on pixels in [0, 1]
     for layer in encoder_layers(c):
-        x = _layer(c, x, w / "encoder", layer)
+        x = _layer(c, x, w / "encoder", layer, strip)
     return x
 
 
-def image_pixels(c: Config, w: Weights, z_BZHW: Tensor) -> Tensor:
+def image_pixels(c: Config, w: Weights, z_BZHW: Tensor, strip: Strip) -> Tensor:
     """One pass of the decoder: raw latents [B, Z, H', W'] -> pixels [B, C, H, W], not clipped. Latents beyond 3 are softly limited."""
     first, *others = decoder_layers(c)
-    x = ACTIVATIONS[c.act_fn](_layer(c, torch.tanh(z_BZHW / 3) * 3, w / "decoder", first))
+    x = ACTIVATIONS[c.act_fn](_layer(c, torch.tanh(z_BZHW / 3) * 3, w / "decoder", first, strip))
     for layer in others:
-        x = _layer(c, x, w / "decoder", layer)
+        x = _layer(c, x, w / "decoder", layer, strip)
     return x * 2 - 1
 
 
 # --- what callers use ---------------------------------------------------------------------------------------------------------------
 
 
-def encode(c: Config, w: Weights, x_BCFHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
+def encode(c: Config, w: Weights, x_BCFHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
     """Pixels [B, C, F, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'].
 
     chunk: frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one and blended. None: at once.
+    The ranks of the plan's axis `rows` share the work; each gets all of the result.
     """
-    z = tiled(lambda x: per_frame(lambda image: image_latents(c, w, image), x, chunk), x_BCFHW, tile, 1 / c.scale_factor_spatial)
+
+    def latents(x: Tensor, strip: Strip) -> Tensor:
+        return per_frame(lambda image: image_latents(c, w, image, strip), x, chunk)
+
+    z = tiled(latents, x_BCFHW, tile, 1 / c.scale_factor_spatial, plan)
     return (z - c.shift_factor) * c.scaling_factor
 
 
-def decode(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
-    """Normalised latents [B, Z, F, H', W'] -> pixels [B, C, F, H, W] in [-1, 1]. `chunk` and `tile` as in `encode`."""
+def decode(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
+    """Normalised latents [B, Z, F, H', W'] -> pixels [B, C, F, H, W] in [-1, 1]. Options as in `encode`."""
+
+    def pixels(z: Tensor, strip: Strip) -> Tensor:
+        return per_frame(lambda image: image_pixels(c, w, image, strip), z, chunk)
+
     side, z = None if tile is None else tile // c.scale_factor_spatial, z_BZFHW / c.scaling_factor + c.shift_factor
-    return tiled(lambda x: per_frame(lambda image: image_pixels(c, w, image), x, chunk), z, side, c.scale_factor_spatial).clamp(-1, 1)
+    return tiled(pixels, z, side, c.scale_factor_spatial, plan).clamp(-1, 1)

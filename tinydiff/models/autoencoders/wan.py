@@ -4,7 +4,7 @@ Source: arXiv 2503.20314 and the AutoencoderKLWan checkpoints (Wan2.1: z 16, str
 Qwen-Image's AutoencoderKLQwenImage is Wan2.1's network run on single frames, in Qwen-Image-Layered with a fourth channel for opacity.
 A clip has 4k + 1 frames; the first is coded alone, every later group of four becomes one latent frame. Because every operation is
 causal, a clip may be run in one pass or in chunks of latent frames with the same result: `past` then carries, by layer name, the
-frames that the next chunk looks back on. One pass needs none and touches no state.
+frames that the next chunk looks back on. One pass needs none and touches no state. A frame may be a strip of rows (`parallel.rows`).
 
 Shape letters: B batch, C channels, T frames, F latent frames, H height, W width, Z latent channels.
 """
@@ -22,10 +22,11 @@ from einops import rearrange
 from torch import Tensor
 
 from tinydiff.ops.attention import attention
-from tinydiff.ops.conv import causal_conv3d, conv2d, per_frame
+from tinydiff.ops.conv import causal_conv3d, conv2d, halve, per_frame
 from tinydiff.ops.tiles import tiled
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Plan, Row, conv_rows, under
+from tinydiff.parallel.plan import SINGLE, Plan, Row, conv_rows, under
+from tinydiff.parallel.rows import Strip, gather, halo
 
 Past = dict[str, Tensor]
 
@@ -192,36 +193,39 @@ def _recall(past: Past | None, key: str, x: Tensor, reach: int) -> Tensor | None
     if past is None:
         return None
     before = past.get(key)
-    past[key] = (x if before is None else torch.cat([before, x], 2))[:, :, -reach:]
+    seen = x if before is None or x.shape[2] >= reach else torch.cat([before, x], 2)
+    past[key] = seen[:, :, -reach:].clone()  # a view would keep all of x alive
     return before
 
 
-def _conv(x: Tensor, w: Weights, past: Past | None) -> Tensor:
-    return causal_conv3d(x, w, _recall(past, w.at, x, 2))
+def _conv(x: Tensor, w: Weights, past: Past | None, strip: Strip) -> Tensor:
+    x = halo(strip, x, 1, 1)  # first, so that the rows of neighbours are remembered too
+    return causal_conv3d(x, w, _recall(past, w.at, x, 2), strip)
 
 
-def _block(x: Tensor, w: Weights, past: Past | None) -> Tensor:
+def _block(x: Tensor, w: Weights, past: Past | None, strip: Strip) -> Tensor:
     shortcut = causal_conv3d(x, w / "conv_shortcut") if "conv_shortcut.weight" in w else x
-    y = _conv(F.silu(_rms(x, w / "norm1")), w / "conv1", past)
-    return shortcut + _conv(F.silu(_rms(y, w / "norm2")), w / "conv2", past)
+    y = _conv(F.silu(_rms(x, w / "norm1")), w / "conv1", past, strip)
+    return shortcut + _conv(F.silu(_rms(y, w / "norm2")), w / "conv2", past, strip)
 
 
-def _frame_attention(x_BCHW: Tensor, w: Weights) -> Tensor:
+def _frame_attention(x_BCHW: Tensor, w: Weights, strip: Strip) -> Tensor:
     """One head of attention over the pixels of each frame."""
     qkv = conv2d(_rms(x_BCHW, w / "norm"), w / "to_qkv")
-    q, k, v = rearrange(qkv, "b (three c) h w -> three b (h w) 1 c", three=3).unbind(0)
-    y = attention(Plan(), q, k, v)
+    qkv = rearrange(qkv, "b (three c) h w -> three b (h w) 1 c", three=3)
+    k, v = gather(strip, qkv[1:], -3).unbind(0)
+    y = attention(SINGLE, qkv[0], k, v)
     return x_BCHW + conv2d(rearrange(y, "b (h w) 1 c -> b c h w", h=x_BCHW.shape[2]), w / "proj")
 
 
-def _middle(x: Tensor, w: Weights, past: Past | None) -> Tensor:
-    x = _block(x, w / "resnets" / 0, past)
-    x = per_frame(lambda frame: _frame_attention(frame, w / "attentions" / 0), x)
-    return _block(x, w / "resnets" / 1, past)
+def _middle(x: Tensor, w: Weights, past: Past | None, strip: Strip) -> Tensor:
+    x = _block(x, w / "resnets" / 0, past, strip)
+    x = per_frame(lambda frame: _frame_attention(frame, w / "attentions" / 0, strip), x)
+    return _block(x, w / "resnets" / 1, past, strip)
 
 
-def _downsample(x: Tensor, w: Weights, time: bool, past: Past | None) -> Tensor:
-    x = per_frame(lambda frame: conv2d(F.pad(frame, (0, 1, 0, 1)), w / "resample" / 1, stride=2), x)
+def _downsample(x: Tensor, w: Weights, time: bool, past: Past | None, strip: Strip) -> Tensor:
+    x = per_frame(lambda frame: halve(frame, w / "resample" / 1, strip), x)
     if not time:
         return x
     before, w = _recall(past, w.at, x, 1), w / "time_conv"
@@ -230,7 +234,7 @@ def _downsample(x: Tensor, w: Weights, time: bool, past: Past | None) -> Tensor:
     return torch.cat([x[:, :, :1], *halved], 2) if before is None else halved[0]
 
 
-def _upsample(x: Tensor, w: Weights, time: bool, past: Past | None) -> Tensor:
+def _upsample(x: Tensor, w: Weights, time: bool, past: Past | None, strip: Strip) -> Tensor:
     if time:
         key = f"{w.at}time_conv."
         started = past is not None and key in past
@@ -240,7 +244,8 @@ def _upsample(x: Tensor, w: Weights, time: bool, past: Past | None) -> Tensor:
             doubled = causal_conv3d(rest, w / "time_conv", before)
             first = torch.cat([first, rearrange(doubled, "b (two c) t h w -> b c (t two) h w", two=2)], 2)
         x = first
-    return per_frame(lambda frame: conv2d(F.interpolate(frame, scale_factor=2, mode="nearest-exact"), w / "resample" / 1, padding=1), x)
+    at = w / "resample" / 1
+    return per_frame(lambda frame: conv2d(F.interpolate(frame, scale_factor=2, mode="nearest-exact"), at, padding=1, strip=strip), x)
 
 
 def _average_down(x: Tensor, width: int, ft: int, fs: int) -> Tensor:
@@ -257,41 +262,41 @@ def _duplicate_up(x: Tensor, width: int, ft: int, first: bool) -> Tensor:
     return y[:, :, ft - 1 :] if first else y
 
 
-def _down(x: Tensor, w: Weights, stage: Stage, past: Past | None) -> Tensor:
+def _down(x: Tensor, w: Weights, stage: Stage, past: Past | None, strip: Strip) -> Tensor:
     start = x
     for name, _, _ in stage.blocks:
-        x = _block(x, w / name, past)
+        x = _block(x, w / name, past, strip)
     if (r := stage.resample) is not None:
-        x = _downsample(x, w / r.at, r.time, past)
+        x = _downsample(x, w / r.at, r.time, past, strip)
     if not stage.skip:
         return x
     ft, fs = (1, 1) if r is None else (2 if r.time else 1, 2)
     return x + _average_down(start, x.shape[1], ft, fs)
 
 
-def _up(x: Tensor, w: Weights, stage: Stage, past: Past | None, first: bool) -> Tensor:
+def _up(x: Tensor, w: Weights, stage: Stage, past: Past | None, first: bool, strip: Strip) -> Tensor:
     start = x
     for name, _, _ in stage.blocks:
-        x = _block(x, w / name, past)
+        x = _block(x, w / name, past, strip)
     if (r := stage.resample) is None:
         return x
-    x = _upsample(x, w / r.at, r.time, past)
+    x = _upsample(x, w / r.at, r.time, past, strip)
     return x + _duplicate_up(start, r.width_out, 2 if r.time else 1, first) if stage.skip else x
 
 
-def _encode_chunk(c: Config, w: Weights, x: Tensor, past: Past | None) -> Tensor:
-    x = _conv(x, w / "conv_in", past)
+def _encode_chunk(c: Config, w: Weights, x: Tensor, past: Past | None, strip: Strip) -> Tensor:
+    x = _conv(x, w / "conv_in", past, strip)
     for stage in down_stages(c):
-        x = _down(x, w, stage, past)
-    x = _middle(x, w / "mid_block", past)
-    return _conv(F.silu(_rms(x, w / "norm_out")), w / "conv_out", past)
+        x = _down(x, w, stage, past, strip)
+    x = _middle(x, w / "mid_block", past, strip)
+    return _conv(F.silu(_rms(x, w / "norm_out")), w / "conv_out", past, strip)
 
 
-def _decode_chunk(c: Config, w: Weights, z: Tensor, past: Past | None, first: bool) -> Tensor:
-    x = _middle(_conv(z, w / "conv_in", past), w / "mid_block", past)
+def _decode_chunk(c: Config, w: Weights, z: Tensor, past: Past | None, first: bool, strip: Strip) -> Tensor:
+    x = _middle(_conv(z, w / "conv_in", past, strip), w / "mid_block", past, strip)
     for stage in up_stages(c):
-        x = _up(x, w, stage, past, first)
-    return _conv(F.silu(_rms(x, w / "norm_out")), w / "conv_out", past)
+        x = _up(x, w, stage, past, first, strip)
+    return _conv(F.silu(_rms(x, w / "norm_out")), w / "conv_out", past, strip)
 
 
 # --- what callers use ---------------------------------------------------------------------------------------------------------------
@@ -307,31 +312,32 @@ def _unfold(c: Config, x_BCTHW: Tensor) -> Tensor:
     return rearrange(x_BCTHW, "b (c pw ph) t h w -> b c t (h ph) (w pw)", ph=p, pw=p)
 
 
-def _moments(c: Config, w: Weights, x: Tensor, chunk: int | None) -> Tensor:
+def _moments(c: Config, w: Weights, x: Tensor, chunk: int | None, strip: Strip) -> Tensor:
     if chunk is None:
-        y = _encode_chunk(c, w / "encoder", x, None)
+        y = _encode_chunk(c, w / "encoder", x, None, strip)
     else:
         past: Past = {}
         bounds = [0, *range(4 * chunk - 3, x.shape[2], 4 * chunk), x.shape[2]]
-        y = torch.cat([_encode_chunk(c, w / "encoder", x[:, :, a:b], past) for a, b in pairwise(bounds)], 2)
+        y = torch.cat([_encode_chunk(c, w / "encoder", x[:, :, a:b], past, strip) for a, b in pairwise(bounds)], 2)
     return causal_conv3d(y, w / "quant_conv")
 
 
-def _pixels(c: Config, w: Weights, z: Tensor, chunk: int | None) -> Tensor:
+def _pixels(c: Config, w: Weights, z: Tensor, chunk: int | None, strip: Strip) -> Tensor:
     z = causal_conv3d(z, w / "post_quant_conv")
     past: Past | None = None if chunk is None else {}
     pieces = z.split(chunk or z.shape[2], 2)
-    return torch.cat([_decode_chunk(c, w / "decoder", piece, past, i == 0) for i, piece in enumerate(pieces)], 2)
+    return torch.cat([_decode_chunk(c, w / "decoder", piece, past, i == 0, strip) for i, piece in enumerate(pieces)], 2)
 
 
-def moments(c: Config, w: Weights, x_BCTHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
+def moments(c: Config, w: Weights, x_BCTHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
     """Pixels [B, 3, T, H, W] in [-1, 1], T = 4k + 1 -> mean and log-variance [B, 2Z, F, H', W'] of the latent distribution.
 
     chunk: latent frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one and blended. None: at once.
+    The ranks of the plan's axis `rows` share the work; each gets all of the result.
     """
     p = c.patch_size or 1
     side = None if tile is None else tile // p
-    return tiled(lambda x: _moments(c, w, x, chunk), _fold(c, x_BCTHW), side, p / c.scale_factor_spatial)
+    return tiled(lambda x, strip: _moments(c, w, x, chunk, strip), _fold(c, x_BCTHW), side, p / c.scale_factor_spatial, plan)
 
 
 def normalise(c: Config, z_BZFHW: Tensor) -> Tensor:
@@ -345,19 +351,19 @@ def _statistics(c: Config, like: Tensor) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def encode(c: Config, w: Weights, x_BCTHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
+def encode(c: Config, w: Weights, x_BCTHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
     """Pixels [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'], the distribution's mean. Options as in `moments`."""
-    return normalise(c, moments(c, w, x_BCTHW, chunk, tile)[:, : c.z_dim])
+    return normalise(c, moments(c, w, x_BCTHW, chunk, tile, plan)[:, : c.z_dim])
 
 
-def raw_pixels(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
-    """Raw latents [B, Z, F, H', W'] -> pixels [B, 3, 4F - 3, H, W], not clipped. `chunk` and `tile` as in `moments`."""
+def raw_pixels(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
+    """Raw latents [B, Z, F, H', W'] -> pixels [B, 3, 4F - 3, H, W], not clipped. Options as in `moments`."""
     stride = c.scale_factor_spatial
     side = None if tile is None else tile // stride
-    return _unfold(c, tiled(lambda z: _pixels(c, w, z, chunk), z_BZFHW, side, stride / (c.patch_size or 1)))
+    return _unfold(c, tiled(lambda z, strip: _pixels(c, w, z, chunk, strip), z_BZFHW, side, stride / (c.patch_size or 1), plan))
 
 
-def decode(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
-    """Normalised latents [B, Z, F, H', W'] -> pixels [B, 3, 4F - 3, H, W] in [-1, 1]. `chunk` and `tile` as in `moments`."""
+def decode(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
+    """Normalised latents [B, Z, F, H', W'] -> pixels [B, 3, 4F - 3, H, W] in [-1, 1]. Options as in `moments`."""
     mean, std = _statistics(c, z_BZFHW)
-    return raw_pixels(c, w, z_BZFHW * std + mean, chunk, tile).clamp(-1, 1)
+    return raw_pixels(c, w, z_BZFHW * std + mean, chunk, tile, plan).clamp(-1, 1)

@@ -71,10 +71,10 @@ class Encoded(NamedTuple):
 
 
 def _layer_rows(c: Config) -> Iterator[Row]:
-    d = c.hidden_size
+    d, head = c.hidden_size, c.hidden_size // c.num_attention_heads
     for key in ("k_proj", "v_proj", "q_proj"):
-        yield from linear_rows(f"self_attn.{key}", d, d, "out")
-    yield from linear_rows("self_attn.out_proj", d, d, "in")
+        yield from linear_rows(f"self_attn.{key}", d, d, "out", head=head)
+    yield from linear_rows("self_attn.out_proj", d, d, "in", head=head)
     yield from norm_rows("layer_norm1", d, bias=True)
     yield from linear_rows("mlp.fc1", d, c.intermediate_size, "out")
     yield from linear_rows("mlp.fc2", c.intermediate_size, d, "in")

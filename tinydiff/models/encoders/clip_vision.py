@@ -59,10 +59,10 @@ class Config:
 
 
 def _layer_rows(c: Config) -> Iterator[Row]:
-    d = c.hidden_size
+    d, head = c.hidden_size, c.hidden_size // c.num_attention_heads
     for key in ("k_proj", "v_proj", "q_proj"):
-        yield from linear_rows(f"self_attn.{key}", d, d, "out")
-    yield from linear_rows("self_attn.out_proj", d, d, "in")
+        yield from linear_rows(f"self_attn.{key}", d, d, "out", head=head)
+    yield from linear_rows("self_attn.out_proj", d, d, "in", head=head)
     yield from norm_rows("layer_norm1", d, bias=True)
     yield from linear_rows("mlp.fc1", d, c.intermediate_size, "out")
     yield from linear_rows("mlp.fc2", c.intermediate_size, d, "in")
@@ -127,6 +127,6 @@ def encode(c: Config, plan: Plan, w: Weights, pixels_BCSS: Tensor) -> Tensor:
 
 
 def _attention(c: Config, plan: Plan, w: Weights, x: Tensor) -> Tensor:
-    heads = (c.num_attention_heads, c.hidden_size // c.num_attention_heads)
+    heads = (-1, c.hidden_size // c.num_attention_heads)
     q, k, v = (linear(x, w / name).unflatten(-1, heads) for name in ("q_proj", "k_proj", "v_proj"))
     return linear_sum(plan, attention(plan, q, k, v).flatten(2), w / "out_proj")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinydiff.models.encoders.decoder_lm import Config, block, embed, last_norm, views
+from tinydiff.ops.embed import scores
 from tinydiff.ops.norm import compute_dtype
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
@@ -64,7 +65,7 @@ def generate(
     if not bool(mask[:, -1].all()):
         raise ValueError("prompts to continue are padded on the left; a row here ends in padding")
     at = (mask.cumsum(-1) - 1).clamp_min(0) if positions is None else positions
-    x = embed(c, w, ids_BT) if embeds is None else embeds
+    x = embed(c, plan, w, ids_BT) if embeds is None else embeds
     following = at.amax(-1, keepdim=True)
     if at.ndim == 3:  # after an image words go on from the farthest of its three axes
         following = following.amax(0, keepdim=True).expand_as(following)
@@ -83,7 +84,7 @@ def generate(
             break
         ids, mask = torch.cat([ids, token[:, None]], 1), F.pad(mask, (0, 1), value=1)
         at = following = following + 1
-        x = embed(c, w, token[:, None])
+        x = embed(c, plan, w, token[:, None])
     return rows
 
 
@@ -94,8 +95,8 @@ def _step(c: Config, plan: Plan, w: Weights, x: Tensor, at: Tensor, mask: Tensor
     for i in range(c.layers):
         x, kept = block(c, plan, w / "layers" / i, x, view[c.layer_types[i]], cache[i] if cache else None)
         grown.append(kept)
-    head = w["embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"]
-    logits = F.linear(last_norm(c, w, x[:, -1]), head)
+    head = w / ("embed_tokens" if c.tie_word_embeddings else "lm_head")
+    logits = scores(plan, last_norm(c, w, x[:, -1]), head)
     cap = c.final_logit_softcapping
     return logits if cap is None else cap * torch.tanh(logits / cap), grown
 

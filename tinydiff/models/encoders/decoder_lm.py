@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tinydiff.models.encoders.decoder_config import ACTIVATIONS, CLASSES, SLIDING, Config, Rope, config_from
 from tinydiff.ops.attention import attention
+from tinydiff.ops.embed import lookup
 from tinydiff.ops.linear import linear, linear_sum
 from tinydiff.ops.norm import compute_dtype, rms_norm
 from tinydiff.ops.rope import rotate_half
@@ -34,8 +35,8 @@ def _layer_rows(c: Config) -> Iterator[Row]:
     d, heads, kv_heads = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     yield from norm_rows("input_layernorm", d)
     for name, width in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)):
-        yield from linear_rows(f"self_attn.{name}", d, width, "out", bias=c.qkv_bias)
-    yield from linear_rows("self_attn.o_proj", heads, d, "in", bias=c.o_bias)
+        yield from linear_rows(f"self_attn.{name}", d, width, "out", bias=c.qkv_bias, head=c.head_dim)
+    yield from linear_rows("self_attn.o_proj", heads, d, "in", bias=c.o_bias, head=c.head_dim)
     if c.qk_norm:
         yield from norm_rows("self_attn.q_norm", c.head_dim)
         yield from norm_rows("self_attn.k_norm", c.head_dim)
@@ -50,12 +51,12 @@ def _layer_rows(c: Config) -> Iterator[Row]:
 
 def spec(c: Config) -> Iterator[Row]:
     """Every weight that is read, once, under the names of the bare text model; `row_name` maps the released names to them."""
-    yield Row("embed_tokens.weight", (c.vocab_size, c.hidden_size))
+    yield Row("embed_tokens.weight", (c.vocab_size, c.hidden_size), split=0)
     yield from repeat("layers", c.layers, _layer_rows(c))
     if c.final_norm:
         yield from norm_rows("norm", c.hidden_size)
     if c.lm_head and not c.tie_word_embeddings:
-        yield Row("lm_head.weight", (c.vocab_size, c.hidden_size))
+        yield Row("lm_head.weight", (c.vocab_size, c.hidden_size), split=0)
 
 
 def row_name(c: Config, key: str) -> str | None:
@@ -163,9 +164,9 @@ def _view(c: Config, rope: Rope, window: int | None, positions: Tensor, mask_BS:
 # --- the network --------------------------------------------------------------------------------------------------------------------
 
 
-def embed(c: Config, w: Weights, ids_BT: Tensor) -> Tensor:
+def embed(c: Config, plan: Plan, w: Weights, ids_BT: Tensor) -> Tensor:
     """Token ids [B, T] int64 -> their embeddings [B, T, C], the network's state 0."""
-    x = F.embedding(ids_BT, w["embed_tokens.weight"])
+    x = lookup(plan, ids_BT, w / "embed_tokens")
     return x * torch.tensor(c.hidden_size**0.5).to(x) if c.scale_embeddings else x  # a float32 root in x's type, as the references round
 
 
@@ -193,7 +194,7 @@ def encode(
     """
     if beyond := [state for state in take if not 0 <= state <= c.layers]:
         raise ValueError(f"state {beyond[0]} is asked for; a stack of {c.layers} layers has 0 to {c.layers}")
-    x = embed(c, w, ids_BT) if embeds is None else embeds
+    x = embed(c, plan, w, ids_BT) if embeds is None else embeds
     at = torch.arange(x.shape[1], device=x.device)[None] if positions is None else positions
     view = views(c, at, x.new_ones(1, x.shape[1]) if mask_BT is None else mask_BT, x)
     states = {0: x}

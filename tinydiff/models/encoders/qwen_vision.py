@@ -73,10 +73,10 @@ def config_from(entries: Mapping[str, Any]) -> Config:
 
 
 def _block_rows(c: Config) -> Iterator[Row]:
-    d = c.hidden_size
+    d, head = c.hidden_size, c.hidden_size // c.num_heads
     yield from norm_rows("norm1", d)
-    yield from linear_rows("attn.qkv", d, 3 * d, "out", parts=(d, d, d))
-    yield from linear_rows("attn.proj", d, d, "in")
+    yield from linear_rows("attn.qkv", d, 3 * d, "out", parts=(d, d, d), head=head)
+    yield from linear_rows("attn.proj", d, d, "in", head=head)
     yield from norm_rows("norm2", d)
     for name in ("gate_proj", "up_proj"):
         yield from linear_rows(f"mlp.{name}", d, c.intermediate_size, "out")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinydiff.ops.attention import attention
+from tinydiff.ops.embed import lookup
 from tinydiff.ops.linear import linear, linear_sum
 from tinydiff.ops.norm import rms_norm
 from tinydiff.ops.weights import Weights
@@ -53,8 +54,8 @@ class Config:
 def _attention_rows(c: Config, biased: bool) -> Iterator[Row]:
     inner = c.num_heads * c.d_kv
     for name in ("q", "k", "v"):
-        yield from linear_rows(f"SelfAttention.{name}", c.d_model, inner, "out", bias=False)
-    yield from linear_rows("SelfAttention.o", inner, c.d_model, "in", bias=False)
+        yield from linear_rows(f"SelfAttention.{name}", c.d_model, inner, "out", bias=False, head=c.d_kv)
+    yield from linear_rows("SelfAttention.o", inner, c.d_model, "in", bias=False, head=c.d_kv)
     if biased:
         yield Row("SelfAttention.relative_attention_bias.weight", (c.relative_attention_num_buckets, c.num_heads), split=1)
     yield from norm_rows("layer_norm", c.d_model)
@@ -69,8 +70,8 @@ def _dense_rows(c: Config) -> Iterator[Row]:
 
 def spec(c: Config) -> Iterator[Row]:
     """Every weight once. `encoder.embed_tokens` is a second name of `shared` that some checkpoints store too."""
-    yield Row("shared.weight", (c.vocab_size, c.d_model))
-    yield Row("encoder.embed_tokens.weight", (c.vocab_size, c.d_model), optional=True)
+    yield Row("shared.weight", (c.vocab_size, c.d_model), split=0)
+    yield Row("encoder.embed_tokens.weight", (c.vocab_size, c.d_model), split=0, optional=True)
     for i in range(c.num_layers):
         yield from under(f"encoder.block.{i}.layer.0", _attention_rows(c, i in c.biased_blocks))
         yield from under(f"encoder.block.{i}.layer.1", _dense_rows(c))
@@ -91,8 +92,7 @@ def buckets(c: Config, length: int, device: torch.device | str | None = None) ->
 
 def encode(c: Config, plan: Plan, w: Weights, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
     """Token ids [B, T] int64, mask [B, T] of 1 for tokens and 0 for padding -> last hidden states [B, T, C]. Padding is not attended to."""
-    heads = (c.num_heads, c.d_kv)
-    x = F.embedding(ids_BT, w["shared.weight"])
+    x = lookup(plan, ids_BT, w / "shared")
     bucket = buckets(c, ids_BT.shape[1], ids_BT.device)
     hidden = None if mask_BT is None else (mask_BT[:, None, None] == 0)
     bias = None
@@ -104,7 +104,7 @@ def encode(c: Config, plan: Plan, w: Weights, ids_BT: Tensor, mask_BT: Tensor | 
             if hidden is not None:
                 bias = bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
         y = rms_norm(x, block / 0 / "layer_norm", c.layer_norm_epsilon)
-        q, k, v = (linear(y, a / name).unflatten(-1, heads) for name in ("q", "k", "v"))
+        q, k, v = (linear(y, a / name).unflatten(-1, (-1, c.d_kv)) for name in ("q", "k", "v"))
         x = x + linear_sum(plan, attention(plan, q, k, v, bias, scale=1.0).flatten(2), a / "o")
         x = x + _dense(c, plan, block / 1 / "DenseReluDense", rms_norm(x, block / 1 / "layer_norm", c.layer_norm_epsilon))
     return rms_norm(x, w / "encoder" / "final_layer_norm", c.layer_norm_epsilon)

@@ -1,0 +1,299 @@
+"""Costs by arithmetic: a network small enough for paper, then what torch counts when every family runs on the meta device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import cases
+from tinydiff.models import wan, workload
+from tinydiff.models.autoencoders import kl
+from tinydiff.models.autoencoders import wan as wan_vae
+from tinydiff.ops.attention import BACKENDS
+from tinydiff.ops.weights import Weights
+from tinydiff.parallel import cost
+from tinydiff.parallel.cost import Machine, Network, Work
+from tinydiff.parallel.layout import AXES, Layout
+from tinydiff.parallel.plan import Group, Plan, Row
+from tinydiff.parallel.shards import local_rows
+from tinydiff.sampling import loop, solvers
+
+# --- on paper -----------------------------------------------------------------------------------------------------------------------
+
+BLOCK = (
+    Row("b.0.q.weight", (12, 12), split=0),
+    Row("b.0.norm.weight", (12,), split=0),
+    Row("b.0.o.weight", (12, 12), split=1),
+    Row("b.0.o.bias", (12,), float32=True),
+    Row("b.0.mod.weight", (24, 12)),
+)
+TINY = Network(
+    rows=(Row("in.weight", (12, 4)), *BLOCK, Row("out.weight", (4, 12))),
+    blocks=(BLOCK,),
+    reads={"in.weight": "image", "b.0.q.weight": "joint", "b.0.o.weight": "joint", "b.0.mod.weight": "table", "out.weight": "image"},
+    norms=("joint",),
+    attends=(("joint", "joint"),),
+    heads=3,
+    head_width=4,
+    values=4,
+)
+"""One block: queries of three heads of four, which attend to themselves, and a layer back; keys and values are left to the imagination."""
+ASKED = Work(image=10, text=3, steps=5)
+
+
+def test_weights_on_paper():
+    values = 48 + 144 + 12 + 144 + 288 + 48
+    assert cost.weight_bytes(TINY.rows, 2) == 2 * values + 4 * 12
+    assert cost.weight_bytes(TINY.rows, 2, tp=3) == 2 * (48 + 48 + 4 + 48 + 288 + 48) + 4 * 12
+    assert cost.weight_bytes([Row("again", (9,), optional=True)], 2) == 0
+    # two ranks: 6 of 12 rows of each weight, 12 of the modulation's 24; beside them what is in no block, and twice the whole block
+    shares, whole = 2 * (6 * 12 + 6 + 6 * 12 + 12 * 12) + 4 * 6, 2 * (144 + 12 + 144 + 288) + 4 * 12
+    assert cost.share_bytes(BLOCK, Layout(ulysses=2, fsdp=True), 2) == shares
+    assert cost.denoiser_bytes(TINY, Layout(ulysses=2, fsdp=True), 2) == shares + 2 * (48 + 48) + 2 * whole
+    assert cost.denoiser_bytes(TINY, Layout(ulysses=2), 2) == cost.denoiser_bytes(TINY, Layout(fsdp=True), 2) == 2 * values + 4 * 12
+
+
+def test_operations_on_paper():
+    linear = 2 * 10 * 48 + 2 * 13 * (144 + 144) + 2 * 10 * 48
+    assert cost.step_flops(TINY, Layout(), ASKED) == linear + 4 * 13 * 13 * 12
+    # ulysses over 2: a rank holds 5 of 10 and 2 of 3 tokens, and 2 of the 4 heads that 3 are filled up to, from all of its group
+    linear = 2 * 5 * 48 + 2 * 7 * (144 + 144) + 2 * 5 * 48
+    assert cost.step_flops(TINY, Layout(ulysses=2), ASKED) == linear + 4 * 7 * 13 * 16
+    guided = replace(ASKED, branches=2)
+    assert cost.step_flops(TINY, Layout(), guided) == 2 * cost.step_flops(TINY, Layout(cfg=2), guided)
+
+
+def test_bytes_sent_on_paper():
+    assert cost.step_bytes(TINY, Layout(), ASKED) == {}
+    assert cost.step_bytes(TINY, Layout(ulysses=2), ASKED) == {"ulysses": 4 * 7 * 16 * 2}
+    assert cost.step_bytes(TINY, Layout(ulysses=3), ASKED) == {"ulysses": 4 * 5 * 12 * 2}
+    assert cost.step_bytes(TINY, Layout(ring=2), ASKED) == {"ring": 2 * 7 * 12 * 2}
+    assert cost.step_bytes(TINY, Layout(ring=3), ASKED, b=4) == {"ring": 2 * 2 * 5 * 12 * 4}
+    assert cost.step_bytes(TINY, Layout(ring=2, ulysses=2), ASKED) == {"ring": 2 * 4 * 16 * 2, "ulysses": 4 * 4 * 16 * 2}
+    assert cost.step_bytes(TINY, Layout(tp=3), ASKED) == {"tp": 13 * 12 * 2 + 13 * 4}
+    assert cost.step_bytes(TINY, Layout(tp=3, ulysses=2), ASKED) == {"ulysses": 4 * 7 * 8 * 2, "tp": 7 * 12 * 2 + 7 * 4}
+    assert cost.step_bytes(TINY, Layout(cfg=2), replace(ASKED, branches=2, images=3)) == {"cfg": 3 * 10 * 4 * 2}
+    assert cost.step_bytes(TINY, Layout(ulysses=2), replace(ASKED, branches=2)) == {"ulysses": 2 * 4 * 7 * 16 * 2}
+    share = cost.share_bytes(BLOCK, Layout(ring=2, fsdp=True), 2)
+    assert cost.step_bytes(TINY, Layout(ring=2, fsdp=True), ASKED) == {"ring": 2 * 7 * 12 * 2, "fsdp": share}
+    assert cost.step_bytes(TINY, Layout(tp=3, fsdp=True), ASKED) == cost.step_bytes(TINY, Layout(tp=3), ASKED)
+
+
+def test_memory_on_paper():
+    streams, given, latents = 7 * 13 * 12 * 2, 13 * 12 * 2, 10 * 4 * 4 * 4
+    assert cost.activation_bytes(TINY, Layout(), ASKED, 2) == streams + given + latents
+    assert cost.activation_bytes(TINY, Layout(tp=3), ASKED, 2) == streams + given // 3 + latents
+    assert cost.hoisted_bytes(TINY, Layout(), ASKED, 2) == 5 * 24 * 2 + 13 * 4 * 4
+    guided = replace(ASKED, branches=2)
+    assert cost.hoisted_bytes(TINY, Layout(), guided, 2) == 5 * 24 * 2 + 2 * 13 * 4 * 4
+    assert cost.hoisted_bytes(replace(TINY, pooled=True), Layout(), guided, 2) == 2 * (5 * 24 * 2 + 13 * 4 * 4)
+
+
+def test_seconds_on_paper():
+    machine = Machine(tflops=1e-6, link=1e-6, net=1e-7, ranks=2)  # a million operations, a thousand bytes or a hundred a second
+    assert cost.step_seconds(TINY, Layout(), ASKED, machine) == cost.step_flops(TINY, Layout(), ASKED) / 1e6
+    shared = cost.step_flops(TINY, Layout(ulysses=2), ASKED) / 1e6
+    assert cost.step_seconds(TINY, Layout(ulysses=2), ASKED, machine) == pytest.approx(shared + 896 / 2 / 1e3)
+    beyond = cost.step_seconds(TINY, Layout(ulysses=2), ASKED, replace(machine, ranks=1))
+    assert beyond == pytest.approx(shared + 896 / 2 / 1e2)
+    gathered = cost.step_seconds(TINY, Layout(cfg=2, fsdp=True), replace(ASKED, branches=2), replace(machine, link=1e-8))
+    assert gathered == pytest.approx(cost.share_bytes(BLOCK, Layout(cfg=2, fsdp=True), 2) / 10)
+
+
+def test_an_axis_that_outgrows_a_machine_goes_over_the_network():
+    layout, eight = Layout(cfg=2, ring=2, ulysses=2, tp=2), Machine(ranks=8)
+    assert [cost.across(layout, axis, eight) for axis in ("tp", "ulysses", "ring", "cfg", "fsdp")] == [False, False, False, True, True]
+
+
+# --- as torch counts ----------------------------------------------------------------------------------------------------------------
+
+PICTURES = {
+    "FLUX.1-dev": 9, "FLUX.1-schnell": 9, "FLUX.2-dev": 9, "Qwen-Image": 9, "Z-Image": 32, "stable-diffusion-3-medium-diffusers": 9,
+    "stable-diffusion-3.5-medium": 9, "Ovis-Image-7B": 9, "ERNIE-Image": 9,
+}  # fmt: skip
+"""Released models and the tokens of their prompts."""
+CLIPS = ("Wan2.1-T2V-1.3B-Diffusers", "Wan2.2-TI2V-5B-Diffusers")
+STEPS = 3
+
+
+def shallow(c):
+    """The same network of few blocks."""
+    fewer = {name: n for name, n in (("num_layers", 3), ("num_single_layers", 2), ("n_layers", 2)) if hasattr(c, name)}
+    if getattr(c, "dual_attention_layers", ()):
+        fewer["dual_attention_layers"] = (0,)
+    return replace(c, **fewer)
+
+
+@cache
+def asked(name: str) -> tuple[cases.Picture, Network, Work]:
+    """A released model of few blocks, what it is told, and the same in the words of `cost`."""
+    if name in CLIPS:
+        case = cases.released(name, frames=5)
+        c = shallow(case.config)
+        inputs = {"text": torch.empty(1, 12, c.text_dim, device="meta"), "positions": wan.positions(c, case.size, "meta")}
+        made = cases.Picture(name, wan, c, inputs, torch.empty(1, case.tokens, c.out_channels * 4, device="meta"))
+    else:
+        made = cases.picture(name, PICTURES[name])
+        made = made._replace(config=shallow(made.config))
+    net = workload.network(made.family, made.config)
+    return made, net, Work(made.x.shape[1], made.inputs["text"].shape[1], steps=STEPS)
+
+
+def readied(name: str, plan: Plan, branches: int = 1):
+    """A step of the network on this plan, on the meta device: (weights, branches, latents, the step)."""
+    made, net, _ = asked(name)
+    blocks = [prefix for _, prefix in made.family.blocks(made.config)] if plan.group("shard").size > 1 else ()
+    flat = {
+        row.name: torch.empty(row.shape, device="meta", dtype=torch.float32 if row.float32 else torch.bfloat16)
+        for row in local_rows(net.rows, plan, blocks)
+    }
+    table = solvers.from_scheduler_config(cases.SCHEDULER, STEPS)
+    return loop.hoist(made.family, made.config, plan, flat, [made.inputs] * branches, table), made
+
+
+def run(name: str, plan: Plan, branches: int = 1, *modes):
+    """One evaluation, under these modes."""
+    hoisted, made = readied(name, plan, branches)
+    shares = plan.group("ring").size * plan.group("ulysses").size
+    x = made.x[:, : -(-made.x.shape[1] // shares)]
+    step = loop.Step(x, x, x)
+    at = tuple(
+        loop.Branch(request, {at: {n: t[0] for n, t in rows.items()} for at, rows in steps.items()}) for request, steps in hoisted[1]
+    )
+    predict = loop.predictor(made.family, made.config, plan)
+    with torch.no_grad(), modes[0]:
+        predict(hoisted.weights, x, step, at, {})
+    return hoisted
+
+
+NAMES = (*PICTURES, *CLIPS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_operations_of_a_step_are_those_that_torch_counts(name):
+    with FlopCounterMode(display=False) as counter:
+        pass
+    run(name, Plan(), 1, counter)
+    _, net, work = asked(name)
+    assert cost.step_flops(net, Layout(), work) == counter.get_total_flops() > 1e9
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes that tensors made here held at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        result = fn(*args, **(kwargs or {}))
+        self.made = {key: entry for key, entry in self.made.items() if not entry[0].expired()}
+        for x in (x for x in tree_leaves(result) if isinstance(x, torch.Tensor)):
+            storage = x.untyped_storage()
+            if storage._cdata not in known:
+                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.most = max(self.most, sum(size for _, size in self.made.values()))
+        return result
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_activations_and_hoisted_tensors_are_about_those_of_a_run(name, monkeypatch):
+    monkeypatch.setitem(BACKENDS, "sdpa", lambda q, *_: torch.empty_like(q))  # a kernel keeps no scores, and there is none for meta
+    alive = Alive()
+    hoisted = run(name, Plan(), 2, alive)
+    made, net, work = asked(name)
+    guided = replace(work, branches=2)
+    assert cost.activation_bytes(net, Layout(), guided, 2) == pytest.approx(alive.most, rel=0.25)
+    tensors = [tensor for branch in hoisted.branches for tree in branch for entries in tree.values() for tensor in entries.values()]
+    kept = sum({tensor.untyped_storage()._cdata: tensor.nbytes for tensor in tensors}.values())
+    family = made.family.__name__.rpartition(".")[2]
+    left_out = {"sd3": net.width * 2 - net.head_width * 4, "ernie": net.head_width * 4}.get(
+        family, 0
+    )  # rows of a table for rope; angles twice
+    assert cost.hoisted_bytes(net, Layout(), guided, 2) == pytest.approx(kept - 2 * work.image * left_out, rel=0.1)
+
+
+AUTOENCODERS = {
+    "kl": (kl, {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 2}, 1, 1),
+    "Wan2.1": (wan_vae, {}, 9, 1),
+    "Wan2.1, a picture": (wan_vae, {}, 1, 1),
+    "Wan2.1, in one pass": (wan_vae, {}, 9, 3),
+    "Wan2.2": (wan_vae, {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12,
+                         "patch_size": 2, "scale_factor_spatial": 16}, 17, 2),
+}  # fmt: skip
+"""Kind -> (module, fields of its config, frames, latent frames in a pass)."""
+
+
+@pytest.mark.parametrize("kind", AUTOENCODERS)
+def test_the_peak_of_decoding_is_about_that_of_a_run(kind, monkeypatch):
+    monkeypatch.setitem(BACKENDS, "sdpa", lambda q, *_: torch.empty_like(q))
+    module, fields, frames, passes = AUTOENCODERS[kind]
+    if module is kl:
+        fields = fields | {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    c, alive = module.Config(**fields), Alive()
+    if module is wan_vae:
+        c = replace(c, latents_mean=(0.0,) * c.z_dim, latents_std=(1.0,) * c.z_dim)
+    stride = c.scale_factor_spatial
+    weights = Weights({row.name: torch.empty(row.shape, device="meta") for row in module.spec(c)})
+    z = torch.empty(1, c.z_dim, (frames - 1) // c.scale_factor_temporal + 1, 256 // stride, 192 // stride, device="meta")
+    with torch.no_grad(), alive:
+        module.decode(c, weights, z, chunk=passes)
+    assert workload.decode_bytes(module, c, frames, 256, 192, passes, 1, 4) == pytest.approx(alive.most, rel=0.25)
+
+
+# --- what is sent -------------------------------------------------------------------------------------------------------------------
+
+
+class Sent(TorchDispatchMode):
+    """Bytes handed to functional collectives, by the name of the group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        if fn.namespace == "_c10d_functional" and "wait" not in fn.__name__:
+            self.bytes[args[-1]] += args[0].nbytes
+        return fn(*args, **(kwargs or {}))
+
+
+LAYOUTS = (
+    Layout(ulysses=2), Layout(ulysses=5), Layout(ring=2), Layout(ring=3, ulysses=2), Layout(tp=2), Layout(tp=2, ulysses=2), Layout(cfg=2),
+    Layout(cfg=2, ulysses=2), Layout(ring=3, fsdp=True), Layout(cfg=2, tp=2, fsdp=True),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, (*layout.sizes[1:], layout.fsdp))))
+@pytest.mark.parametrize("name", NAMES)
+def test_the_bytes_of_a_step_are_those_that_collectives_are_handed(name, layout):
+    _, net, work = asked(name)
+    if net.heads % layout.tp:
+        pytest.skip("tp does not divide the heads")
+    live = tuple((axis, Group(axis, n, 0)) for axis, n in zip(AXES, layout.sizes, strict=True) if n > 1)
+    live += (("shard", Group("fsdp", cost.shards(layout), 0)),) * layout.fsdp
+    sent, guided = Sent(), replace(work, branches=2)
+    run(name, Plan(groups=live), 2, sent)
+    assert dict(sent.bytes) == cost.step_bytes(net, layout, guided)
+
+
+@pytest.mark.parametrize("name", ["Wan2.1-T2V-1.3B-Diffusers", "FLUX.2-dev", "stable-diffusion-3.5-medium"])
+@pytest.mark.parametrize(("tp", "others"), [(1, 3), (2, 3), (4, 1)])
+def test_weights_are_those_that_a_rank_keeps(name, tp, others):
+    made, net, _ = asked(name)
+    blocks = [prefix for _, prefix in made.family.blocks(made.config)]
+    live = Plan(groups=(("tp", Group("tp", tp, 0)), ("shard", Group("shard", others, 0))))
+    held = [row for row in local_rows(net.rows, live, blocks if others > 1 else ()) if not row.optional]
+    whole = 2 * max(cost.weight_bytes(rows, 2, tp) for rows in net.blocks) if others > 1 else 0
+    layout = Layout(tp=tp, ulysses=others, fsdp=others > 1)
+    assert cost.denoiser_bytes(net, layout, 2) - whole == sum(row.numel * (4 if row.float32 else 2) for row in held)
+    assert cost.denoiser_bytes(net, layout, 2, experts=2) - whole == 2 * (cost.denoiser_bytes(net, layout, 2) - whole)

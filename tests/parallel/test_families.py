@@ -1,0 +1,103 @@
+"""Every family on every layout: the loop over several ranks ends where it ends on one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from tests.parallel.pool import on_ranks
+from tests.parity import close
+from tinydiff.models import sd3, z_image
+from tinydiff.parallel import sequence
+from tinydiff.parallel.layout import Layout
+from tinydiff.parallel.plan import Plan
+from tinydiff.parallel.ranks import grouped
+from tinydiff.parallel.shards import held
+from tinydiff.parity.denoisers import DENOISERS
+from tinydiff.sampling import guidance, loop, solvers
+
+LAYOUTS = {
+    "cfg": Layout(cfg=2),
+    "ulysses": Layout(ulysses=2),
+    "ring": Layout(ring=2),
+    "tp": Layout(tp=2),
+    "full sharding": Layout(ulysses=2, fsdp=True),
+    "ulysses on 4, heads that do not divide": Layout(ulysses=4),
+    "ring on 4": Layout(ring=4),
+    "ring x ulysses": Layout(ring=2, ulysses=2),
+    "tp x ulysses": Layout(ulysses=2, tp=2),
+    "cfg x ulysses": Layout(cfg=2, ulysses=2),
+    "cfg x tp, full sharding": Layout(cfg=2, tp=2, fsdp=True),
+}
+EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+TABLE = solvers.with_guidance(solvers.from_scheduler_config(EULER, 2), 3.0)
+
+
+def weights(family, config, dtype):
+    """Random weights, the same on every rank."""
+    generator = torch.Generator().manual_seed(5)
+    drawn = {row.name: (torch.randn(row.shape, generator=generator, dtype=torch.float64), row) for row in family.spec(config)}
+    return {name: (1 + 0.1 * x if len(row.shape) == 1 else 0.5 * x / row.shape[-1] ** 0.5).to(dtype) for name, (x, row) in drawn.items()}
+
+
+def branches(family, inputs, dtype):
+    """The prompt's inputs, and a negative prompt's: other words, where the family allows it two fewer."""
+    inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+    words = inputs["text"].shape[1] - 2 * bool(family.TEXT_DIMS)
+    other = {"text": inputs["text"][:, :words].flip(0) * 0.7}
+    if "mask" in inputs:
+        other["mask"] = inputs["mask"][:, :words]
+    return [inputs, inputs | other]
+
+
+def denoised(name, plan, fsdp=False, dtype=torch.float64, run=loop.eager_denoise):
+    """The tokens that a plan's ranks make together, after two steps with guidance."""
+    d = DENOISERS[name]
+    if d.family is sd3:
+        d = replace(d, config=replace(d.config, out_channels=d.config.in_channels))  # the loop adds what comes out to what goes in
+    if d.family is z_image:
+        d = replace(d, config=replace(d.config, dim=96, n_heads=6, n_kv_heads=6))  # the feed-forward's width follows, and divides
+    asked, blocks = d.ask(d.config), {prefix for _, prefix in d.family.blocks(d.config)} if fsdp else ()
+    mine = held(weights(d.family, d.config, dtype), d.family.spec(d.config), plan, blocks)
+    network = loop.hoist(d.family, d.config, plan, mine, branches(d.family, asked.inputs, dtype), TABLE)
+    x = sequence.share(plan, asked.tokens.to(dtype), 1)
+    *_, last = loop.run(run(d.family, d.config, plan, guidance.KINDS[d.family.GUIDANCE]), TABLE, x, lambda _: network)
+    return sequence.gathered(plan, last.x, 1, asked.tokens.shape[1])
+
+
+def plan_of(layout):
+    groups = grouped(layout, 60).groups
+    axes = ("cfg", "ring", "ulysses", "tp", *(("shard",) if layout.fsdp else ()))
+    return Plan(groups=tuple((axis, groups[axis]) for axis in axes if groups[axis].size > 1))
+
+
+def all_families(layout, dtype=torch.float64):
+    plan = plan_of(layout)
+    return {name: denoised(name, plan, layout.fsdp, dtype) for name in DENOISERS}
+
+
+@cache
+def alone(name):
+    return denoised(name, Plan())
+
+
+@cache
+def together(case):
+    return on_ranks(LAYOUTS[case].size, all_families, LAYOUTS[case])
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_every_layout_gives_what_one_rank_gives(case, name):
+    for rank in together(case):
+        close(rank[name], alone(name))
+
+
+@pytest.mark.parametrize("case", ["ring x ulysses", "tp x ulysses"])
+def test_float32_too(case):
+    for made in on_ranks(4, all_families, LAYOUTS[case], torch.float32):
+        for name in DENOISERS:
+            close(made[name], alone(name).float(), 1e-5)

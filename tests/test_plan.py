@@ -1,0 +1,254 @@
+"""`tinydiff plan`: every released model is planned from a table that says what its config.json says; what is printed, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from functools import cache
+
+import huggingface_hub
+import pytest
+
+from tests.sources import PACKAGE, ROOT
+from tinydiff import advise, cli, config
+from tinydiff.io import hub
+from tinydiff.models import registry
+from tinydiff.models.released import COMPONENTS
+from tinydiff.parallel import cost
+from tinydiff.parallel.cost import Machine
+from tinydiff.parallel.layout import Layout, choose
+from tinydiff.records import UserError
+from tinydiff.runtime import estimate
+from tinydiff.runtime.blueprint import NETS, UNREAD, read_config
+
+RELEASED = {path.stem.replace("__", "/"): json.loads(path.read_text()) for path in sorted((ROOT / "tests/data/released").glob("*__*.json"))}
+NAMES = [row.name for row in registry.MODELS]
+MACHINE = Machine()
+
+
+@cache
+def subject(name: str) -> estimate.Subject:
+    return estimate.subject(name, config.SamplingOptions(), 8, 2)
+
+
+def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert cli.main(["plan", *argv]) == 0
+    return capsys.readouterr().out
+
+
+# --- what is known of released models -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != registry.SHIPPED])
+def test_the_table_says_what_the_released_configs_say(name, tmp_path):
+    model, parts = RELEASED[name], COMPONENTS[name]
+    assert set(parts) == set(model["components"]) - set(UNREAD)
+    for part, (class_name, entries) in parts.items():
+        assert class_name == model["model_index"][part][1]
+        kind, made = NETS[class_name], []
+        for number, given in enumerate((entries, model["components"][part]["config"])):
+            path = tmp_path / f"{part}{number}.json"
+            path.write_text(json.dumps(given))
+            made.append(read_config(kind, path, class_name))
+        ours, theirs = (list(kind.module.spec(c)) for c in made)
+        assert ours == theirs, part
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_denoiser_has_as_many_parameters_as_released(name):
+    of = subject(name)
+    rows = [row for row in of.net.rows if row.name != "pos_embed.pos_embed"]  # a buffer
+    assert of.experts * sum(row.numel for row in rows) == registry.named(name).params
+
+
+# --- what a layout costs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_is_planned_on_one_to_eight_gpus(name):
+    of = subject(name)
+    alone = [Layout()]
+    assert [each.layout for each in estimate.estimates(of, 1, 1e6, MACHINE)] == alone
+    spec = sum(cost.weight_bytes(rows, b) for rows, b in of.others.values()) + of.experts * cost.weight_bytes(of.net.rows, 2)
+    assert estimate.estimate(of, Layout(), 80, MACHINE).weights == spec
+    for ranks in (2, 4, 8):
+        found = estimate.estimates(of, ranks, 80, MACHINE)
+        assert found and {each.layout.size for each in found} == {ranks}
+        assert [each.lacks > 0 for each in found] == sorted(each.lacks > 0 for each in found)
+        assert all(each.layout.cfg <= of.work.branches for each in found)
+        assert len({each.layout for each in found}) == len(found)
+        assert min(each.seconds for each in found) < estimate.estimate(of, Layout(), 80, MACHINE).seconds
+
+
+@pytest.mark.parametrize("name", ["Wan2.2-T2V-A14B-Diffusers", "FLUX.1-dev", "Qwen-Image-Edit", "stable-diffusion-3.5-medium"])
+def test_what_must_be_so(name):
+    of = subject(name)
+
+    def of_layout(machine: Machine = MACHINE, **sizes) -> estimate.Estimate:
+        return estimate.estimate(of, Layout(**sizes), 80, machine)
+
+    for less, more in ((1, 2), (2, 4)):
+        assert of_layout(tp=more).weights < of_layout(tp=less).weights
+        assert of_layout(ulysses=more).activations < of_layout(ulysses=less).activations
+        assert of_layout(ring=more).seconds < of_layout(ring=less).seconds
+    assert of_layout(ulysses=4).weights == of_layout(ring=4).weights == of_layout().weights
+    assert of_layout(ulysses=4, fsdp=True).weights < of_layout(ulysses=2, fsdp=True).weights < of_layout().weights
+    assert of_layout(ulysses=4, encoders=True).weights < of_layout(ulysses=4).weights
+    assert of_layout(ulysses=2, vae=True).decoding < of_layout(ulysses=2).decoding
+    assert of_layout(replace(MACHINE, link=25.0), ulysses=2).seconds > of_layout(ulysses=2).seconds
+    assert of_layout(replace(MACHINE, ranks=1), ulysses=2).seconds > of_layout(ulysses=2).seconds
+    assert of_layout(replace(MACHINE, tflops=200.0)).seconds == 2 * of_layout().seconds
+
+
+def test_what_does_not_fit_is_shown_with_what_makes_it_fit():
+    of = subject("Wan2.2-T2V-A14B-Diffusers")
+    found = estimate.estimates(of, 4, 60, MACHINE)
+    fits = {each.layout for each in found if each.lacks <= 0}
+    assert Layout(ulysses=4, vae=True) in {each.layout for each in found} - fits
+    assert Layout(ulysses=4, vae=True, fsdp=True) in fits and Layout(cfg=2, tp=2, vae=True) in fits
+    assert all(each.total / 1e9 + estimate.RESERVED <= 60 for each in found if each.layout in fits)
+    assert all(each.lacks > 0 for each in estimate.estimates(of, 4, 5, MACHINE))
+
+
+@pytest.mark.parametrize("name", ["Wan2.2-T2V-A14B-Diffusers", "FLUX.2-dev"])
+def test_the_options_shown_ask_generate_for_that_layout(name):
+    of = subject(name)
+    for each in estimate.estimates(of, 4, 20, MACHINE):
+        asked = config.parse([*shlex.split(advise.flags(each.layout)), "--num-gpus", "4"]).parallel
+        assert choose(asked, 4, of.net.heads, of.request.guided, of.work.image)[0] == each.layout
+
+
+# --- the command --------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_printed(capsys):
+    first, why, _, head, *lines = printed(capsys, "FLUX.1-dev", "--num-gpus", "2", "--vram", "80").splitlines()
+    assert first.startswith("black-forest-labs/FLUX.1-dev, 1024x1024, 50 steps, no guidance: 4096 image tokens and 512 of text")
+    assert why.startswith("ulysses 2 is the fastest that fits") and "`tinydiff generate --num-gpus 2` chooses it" in why
+    assert head.split() == ["layout", "weights", "activations", "decoding", "total", "fits", "sent/step", "s/step", "speed-up"]
+    rows = [re.split(r"  +", line) for line in lines[: lines.index("")]]
+    assert [row[0] for row in rows] == ["ulysses 2", "ring 2", "tp 2"] and {row[5] for row in rows} == {"yes"}
+    assert rows[0][1] == "33.9 GB" and rows[2][1] == "20.5 GB"
+    assert any("Estimated, not measured" in line for line in lines)
+
+
+def test_the_same_as_json(capsys):
+    argv = ["Wan2.1-T2V-1.3B-Diffusers", "--num-gpus", "2", "--vram", "80", "--size", "832x480", "--num-frames", "5", "--bandwidth", "pcie"]
+    told = json.loads(printed(capsys, *argv, "--json"))
+    assert told["request"] == {
+        "width": 832, "height": 480, "num_frames": 5,
+        "image": 2 * 30 * 52, "text": 512, "views": 0, "images": 1, "branches": 2, "steps": 50,
+    }  # fmt: skip
+    assert told["recommended"] == "cfg 2" and told["machine"]["link"] == 25
+    best = told["layouts"][0]
+    assert (
+        best["sent_bytes"] == {"cfg": 3120 * 64 * 2}
+        and best["fits"]
+        and best["lacks_gb"] == 0
+        and best["options"] == "--cfg-parallel-size 2"
+    )
+
+
+def test_options_that_change_the_plan(capsys):
+    def plan(*more: str) -> dict:
+        return json.loads(printed(capsys, "Z-Image", "--num-gpus", "2", "--vram", "80", "--json", *more))
+
+    usual, alone = plan(), plan("--guidance-scale", "0")
+    assert usual["request"]["branches"] == 2 and alone["request"]["branches"] == 1
+    assert {each["cfg"] for each in alone["layouts"]} == {1} and usual["recommended"] == "cfg 2"
+    heavier = plan("--dit-precision", "fp32")["layouts"][0]["weight_bytes"] - usual["layouts"][0]["weight_bytes"]
+    assert heavier == 2 * registry.named("Z-Image").params
+    assert plan("--num-inference-steps", "9")["request"]["steps"] == 9
+    slower = plan("--gpus-per-node", "1", "--net-bandwidth", "1")
+    assert slower["layouts"][0]["seconds_per_step"] > usual["layouts"][0]["seconds_per_step"]
+
+
+def test_nothing_fits(capsys):
+    out = printed(capsys, "FLUX.2-dev", "--num-gpus", "2", "--vram", "24")
+    assert "nothing fits into 24 GB; " in out and "comes nearest and lacks" in out and "yes" not in out.split("\n\n")[1]
+
+
+def test_a_folder_of_json_files_is_enough(tmp_path, capsys):
+    for path in (PACKAGE / "shapes").rglob("*.json"):
+        copy = tmp_path / path.relative_to(PACKAGE)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    ours, copied = (
+        json.loads(printed(capsys, model, "--num-gpus", "2", "--vram", "2", "--json"))
+        for model in (registry.SHIPPED, str(tmp_path / "shapes"))
+    )
+    assert ours["model"] == registry.SHIPPED and copied["model"] == str(tmp_path / "shapes")
+    assert ours["layouts"] == copied["layouts"] and ours["recommended"] == "cfg 2"
+
+
+def test_a_hub_ids_json_files_are_fetched_and_no_weights(monkeypatch):
+    asked = {}
+
+    def download(hub_id: str, **options: object) -> str:
+        asked[hub_id] = options
+        return str(PACKAGE / "shapes")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    of = estimate.subject("someone/else", config.SamplingOptions(), 1, 2)
+    assert of.name == "someone/else" and asked["someone/else"]["allow_patterns"] == ["*.json"]
+    assert hub.resolve("someone/else") and "*/*.safetensors" in asked["someone/else"]["allow_patterns"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["FLUX.1-dve", "--num-gpus", "2", "--vram", "80"], "did you mean 'FLUX.1-dev'?"),
+        (["FLUX.1-dev", "--vram", "80"], "num_gpus: none is given"),
+        (["FLUX.1-dev", "--num-gpus", "2"], "vram: none is given"),
+        (["FLUX.1-dev", "--num-gpus", "0", "--vram", "80"], "num_gpus: 0 must be at least 1"),
+        (["FLUX.1-dev", "--num-gpus", "2", "--vram", "-1"], "vram: -1 must be above 0"),
+        (["FLUX.1-dev", "--num-gpus", "2", "--vram", "much"], "vram: 'much' is not a number"),
+        (["FLUX.1-dev", "--num-gpus", "2", "--vram", "80", "--size", "720p"], "size: '720p' is not WIDTHxHEIGHT, such as 1280x720"),
+        (["FLUX.1-dev", "--num-gpus", "2", "--vram", "80", "--size", "100x1024"], "width: 100 is not a multiple of 16"),
+        (["FLUX.1-dev", "--num-gpus", "2", "--vram", "80", "--num-frames", "5"], "num_frames: 5 would be a clip"),
+        (["FLUX.1-dev", "--num-gpus", "2", "--vram", "80", "--bandwidth", "fast"], "bandwidth: 'fast' is not nvlink, pcie or a number"),
+        (["FLUX.1-dev", "--num-gpus", "2", "--vram", "80", "--frames", "5"], "plan: unrecognized arguments: --frames 5"),
+        (["--num-gpus", "2", "--vram", "80"], "plan: the following arguments are required: model"),
+    ],
+)
+def test_mistakes(capsys, argv, words):
+    assert cli.main(["plan", *argv]) == 2
+    shown = capsys.readouterr()
+    assert words in shown.err and shown.err.count("\n") == 1 and shown.out == ""
+
+
+def test_help(capsys):
+    assert printed(capsys, "--help") == advise.USAGE
+    options = re.findall(r"--([a-z-]+)", advise.USAGE)
+    for name in (
+        "num-gpus",
+        "vram",
+        "size",
+        "num-frames",
+        "dit-precision",
+        "tflops",
+        "bandwidth",
+        "net-bandwidth",
+        "gpus-per-node",
+        "json",
+    ):
+        assert name in options
+
+
+def test_an_unknown_model_that_looks_like_a_hub_id(monkeypatch):
+    def refuse(*_: object, **__: object) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(UserError, match=r"did you mean 'Qwen/Qwen-Image'"):
+        estimate.subject("Qwen/Qwen-Imag", config.SamplingOptions(), 1, 2)
+
+
+def test_the_plans_on_the_page_are_what_is_printed(capsys):
+    page = (ROOT / "docs" / "choosing-a-layout.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^```console\n\$ tinydiff (plan [^\n]+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(shown) == 2
+    for command, told in shown:
+        assert printed(capsys, *shlex.split(command)[1:]) == told

@@ -1,0 +1,266 @@
+"""What a layout costs one of its ranks, by arithmetic alone: bytes of weights and activations, operations, bytes to send, seconds a step.
+
+Names: B images, E head width, b bytes of a value, U ranks of ulysses, R of ring; n tokens of a stream that a rank holds: text and image
+tokens are each divided over R U ranks, rounded up. D is the width of all heads that a rank has after tp, their number filled up to a
+multiple of U. Words only, no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import ceil, prod
+
+from tinydiff.parallel.layout import Layout
+from tinydiff.parallel.plan import Row
+
+STREAMS = ("image", "text", "joint")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A denoiser as far as its costs go.
+
+    rows: every weight. blocks: those of each block. reads: name of a weight -> what passes through it: at every step a stream ("image",
+    "text", "joint"), or, before the loop, "table" (one row a step), "kept" (the text) or "seen" (the view of a given picture), whose
+    results stay. norms: the streams of norms over all heads, which tp adds up. attends: the streams of queries and of keys of each
+    attention; keys "words" and "views" are the whole text and view, which every rank holds. values: of a token's velocity. pooled: whether
+    text enters the tables, so that each branch has its own.
+    """
+
+    rows: tuple[Row, ...]
+    blocks: tuple[tuple[Row, ...], ...]
+    reads: Mapping[str, str]
+    norms: tuple[str, ...]
+    attends: tuple[tuple[str, str], ...]
+    heads: int
+    head_width: int
+    values: int
+    pooled: bool = False
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_width
+
+    @property
+    def streamed(self) -> list[tuple[str, str]]:
+        """Weights and their streams, of those that are read at every step."""
+        return [(name, stream) for name, stream in self.reads.items() if stream in STREAMS]
+
+    @property
+    def carried(self) -> str:
+        """What goes from block to block."""
+        return "image" if {stream for _, stream in self.streamed} == {"image"} else "joint"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is made at once. image: tokens, those of references among them. text, views: tokens of a prompt, of a picture seen by an
+    encoder of its own. images: of a batch. branches: of guidance. steps: of the whole request.
+    """
+
+    image: int
+    text: int
+    views: int = 0
+    images: int = 1
+    branches: int = 1
+    steps: int = 1
+
+    def held(self, stream: str, layout: Layout) -> int:
+        """Tokens of a stream on one rank."""
+        if stream == "joint":
+            return self.held("text", layout) + self.held("image", layout)
+        return ceil(getattr(self, stream) / layout.sequence)
+
+    def keys(self, stream: str) -> int:
+        """Tokens that are attended to."""
+        return {"image": self.image, "joint": self.image + self.text, "words": self.text, "views": self.views}[stream]
+
+    def evaluations(self, layout: Layout) -> int:
+        """Branches that one rank walks through in a step."""
+        return ceil(self.branches / layout.cfg)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a layout runs on. tflops: 10^12 operations a second that a rank reaches. link, net: 10^9 bytes a second that it sends to ranks
+    of its own machine, and to others'. ranks: of one machine.
+    """
+
+    tflops: float = 400.0
+    link: float = 300.0
+    net: float = 25.0
+    ranks: int = 8
+
+
+# --- weights ------------------------------------------------------------------------------------------------------------------------
+
+
+def numel(row: Row, tp: int = 1) -> int:
+    """Values of a weight that one of `tp` ranks holds."""
+    return row.numel if row.split is None else ceil(row.numel / tp)
+
+
+def itemsize(row: Row, b: int) -> int:
+    return 4 if row.float32 else b
+
+
+def weight_bytes(rows: Iterable[Row], b: int, tp: int = 1) -> int:
+    """Bytes of weights on one rank, those that may be absent left out."""
+    return sum(numel(row, tp) * itemsize(row, b) for row in rows if not row.optional)
+
+
+def shards(layout: Layout) -> int:
+    """Ranks that share a block's weights under full sharding."""
+    return layout.cfg * layout.sequence if layout.fsdp else 1
+
+
+def share_bytes(rows: Iterable[Row], layout: Layout, b: int) -> int:
+    """Bytes of a block's weights that one rank keeps: each weight is divided along its first dimension, rounded up."""
+    total = 0
+    for row in rows:
+        first = row.shape[0] // layout.tp if row.split == 0 else row.shape[0]
+        total += ceil(first / shards(layout)) * (numel(row, layout.tp) // first) * itemsize(row, b)
+    return total
+
+
+def denoiser_bytes(net: Network, layout: Layout, b: int, experts: int = 1) -> int:
+    """Bytes of weights on one rank, of one network or two alike. Under full sharding its shares, and two whole blocks: the one at work and
+    the one on its way.
+    """
+    if shards(layout) == 1:
+        return experts * weight_bytes(net.rows, b, layout.tp)
+    packed = {row.name for rows in net.blocks for row in rows}
+    rest = weight_bytes((row for row in net.rows if row.name not in packed), b, layout.tp)
+    kept = rest + sum(share_bytes(rows, layout, b) for rows in net.blocks)
+    return experts * kept + 2 * max(weight_bytes(rows, b, layout.tp) for rows in net.blocks)
+
+
+# --- activations --------------------------------------------------------------------------------------------------------------------
+
+
+def activation_bytes(net: Network, layout: Layout, work: Work, b: int) -> int:
+    """Bytes that a step needs beside weights and hoisted tensors, about:
+
+    the streams of all branches that walk side by side, n (heads E) b each; in one block of one of them, six more such (a norm and its
+    modulation, computed in float32) and all that its divided layers give, n out / tp b; and of the latents, the two clean ones before and
+    the velocities, 4 bytes a value.
+    """
+    streamed = dict(net.streamed)
+    one = work.held(net.carried, layout) * net.width * b
+    given = max(
+        sum(
+            work.held(streamed[row.name], layout) * given_values(row, layout.tp) * b
+            for row in rows
+            if row.split == 0 and row.name in streamed
+        )
+        for rows in net.blocks
+    )
+    latents = work.held("image", layout) * net.values * 4 * (3 + work.branches)
+    return work.images * ((work.evaluations(layout) + 6) * one + given + latents)
+
+
+def hoisted_bytes(net: Network, layout: Layout, work: Work, b: int) -> int:
+    """Bytes of what is computed once before the loop: a row for each step from each "table" layer, once for all branches unless text
+    enters them; the text's results of "kept" layers for each branch; the rope tables, 4 bytes a value.
+    """
+    each = work.evaluations(layout)
+    rows = {row.name: row for row in net.rows}
+    made = dict.fromkeys(("table", "kept", "seen"), 0)
+    for name, kind in net.reads.items():
+        if kind in made:
+            made[kind] += given_values(rows[name], layout.tp)
+    tables = work.steps * made["table"] * (each if net.pooled else 1)
+    kept = each * (work.text * made["kept"] + work.views * made["seen"])
+    return (tables + kept) * b + each * work.held(net.carried, layout) * net.head_width * 4
+
+
+def given_values(row: Row, tp: int) -> int:
+    """Values that a layer gives for a token on one of `tp` ranks."""
+    return row.shape[0] // tp if row.split == 0 else row.shape[0]
+
+
+# --- work and exchange of a step ----------------------------------------------------------------------------------------------------
+
+
+def step_flops(net: Network, layout: Layout, work: Work) -> int:
+    """Floating point operations of one rank in one step, of its branches together:
+
+    2 n (values of the weight that it holds) for every linear, 4 n (keys) D for every attention.
+    """
+    rows = {row.name: row for row in net.rows}
+    linear = sum(2 * work.held(stream, layout) * numel(rows[name], layout.tp) for name, stream in net.streamed)
+    return work.evaluations(layout) * work.images * (linear + attention_flops(net, layout, work))
+
+
+def attention_flops(net: Network, layout: Layout, work: Work) -> int:
+    """The attentions' share of `step_flops`, for one branch of one image."""
+    return sum(4 * work.held(queries, layout) * work.keys(keys) * dealt_width(net, layout, keys) for queries, keys in net.attends)
+
+
+def dealt_width(net: Network, layout: Layout, keys: str = "image") -> int:
+    """D: what a token's heads on one rank take. Attention to what every rank holds whole trades no heads, and fills none up."""
+    heads = ceil(net.heads / layout.tp)
+    fill = 1 if keys in ("words", "views") else layout.ulysses
+    return ceil(heads / fill) * fill * net.head_width
+
+
+def step_bytes(net: Network, layout: Layout, work: Work, b: int = 2) -> dict[str, int]:
+    """Bytes that one rank hands to collectives in one step, by axis, axes that exchange nothing left out. For each branch that it walks:
+
+    ulysses: for each attention of streams to streams one all-to-all of queries, keys and values, 3 B n D b, and one of the result, B n D b.
+    ring: for each of these attentions R - 1 rotations of the keys and values that ulysses left it, 2 B (n U) (D / U) b.
+    tp: for each row-split linear one sum of its result, B n out b; for each norm over all heads one sum of squares, 4 B n.
+
+    And for all branches together:
+
+    cfg: one gather of the velocity, B n (values of a token) b.
+    fsdp: one gather of every block's weights, of which the rank holds a share (`share_bytes`).
+    """
+    rows = {row.name: row for row in net.rows}
+    exchanged = sum(work.held(queries, layout) * dealt_width(net, layout) for queries, keys in net.attends if keys in ("image", "joint"))
+    summed = sum(work.held(stream, layout) * 4 for stream in net.norms)
+    summed += sum(work.held(stream, layout) * rows[name].shape[0] * b for name, stream in net.streamed if rows[name].split == 1)
+    each = work.evaluations(layout) * work.images
+    found = {
+        "cfg": (layout.cfg > 1) * work.images * work.held("image", layout) * net.values * b,
+        "ring": (layout.ring - 1) * each * 2 * exchanged * b,
+        "ulysses": (layout.ulysses > 1) * each * 4 * exchanged * b,
+        "tp": (layout.tp > 1) * each * summed,
+        "fsdp": (shards(layout) > 1) * sum(share_bytes(rows, layout, b) for rows in net.blocks),
+    }
+    return {axis: size for axis, size in found.items() if size}
+
+
+# --- time ---------------------------------------------------------------------------------------------------------------------------
+
+SENT: dict[str, Callable[[int], float]] = {
+    "cfg": lambda n: n - 1,
+    "ring": lambda n: 1,
+    "ulysses": lambda n: (n - 1) / n,
+    "tp": lambda n: 2 * (n - 1) / n,
+    "fsdp": lambda n: n - 1,
+}
+"""How many of the bytes that a rank hands in leave it, as rings of n ranks gather and sum; an all-to-all keeps its own part."""
+
+
+def across(layout: Layout, axis: str, machine: Machine) -> bool:
+    """Whether the ranks of an axis stand in more than one machine. Ranks are counted with tp innermost, then ulysses, ring, cfg."""
+    sizes = {"tp": layout.tp, "ulysses": layout.ulysses, "ring": layout.ring, "cfg": layout.cfg}
+    inner = list(sizes)[: list(sizes).index("cfg" if axis == "fsdp" else axis) + 1]
+    return prod(sizes[name] for name in inner) > machine.ranks
+
+
+def step_seconds(net: Network, layout: Layout, work: Work, machine: Machine, b: int = 2) -> float:
+    """Seconds of a step: the operations at the machine's rate, then the exchanges one after another at its bandwidths.
+
+    Only the gathering of a block's weights is hidden, behind the blocks before. Rings are not trusted to hide theirs, though each part is
+    on its way while attention works at another. Launches, waiting for the slowest and reading of memory are not counted.
+    """
+    ranks = {"cfg": layout.cfg, "ring": layout.ring, "ulysses": layout.ulysses, "tp": layout.tp, "fsdp": shards(layout)}
+    sending = dict.fromkeys(ranks, 0.0)
+    for axis, size in step_bytes(net, layout, work, b).items():
+        bandwidth = machine.net if across(layout, axis, machine) else machine.link
+        sending[axis] = size * SENT[axis](ranks[axis]) / (bandwidth * 1e9)
+    gathering = sending.pop("fsdp")
+    return max(step_flops(net, layout, work) / (machine.tflops * 1e12) + sum(sending.values()), gathering)

@@ -1,0 +1,223 @@
+"""How many ranks each axis of the mesh has, and which ranks stand together. Words only, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
+
+from tinydiff.config import ParallelOptions
+from tinydiff.records import UserError
+
+AXES = ("dp", "cfg", "ring", "ulysses", "tp")
+"""The mesh, outermost first: neighbours in rank, usually the best connected, share the axis that talks most."""
+
+OPTIONS = {
+    "dp": "data_parallel_size", "cfg": "cfg_parallel_size", "ring": "ring_degree", "ulysses": "ulysses_degree", "tp": "tp_size",
+}  # fmt: skip
+"""Axis -> the option that sets it."""
+PORT = 30005
+"""Where several machines meet, unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks along each axis, and what else is divided.
+
+    dp: replicas, each at requests of its own. cfg: branches of guidance. ring, ulysses: the sequence. tp: the weights.
+    fsdp: each block's weights lie divided over the ranks of a replica that would hold the same, and are gathered as it is entered.
+    encoders: text encoders are divided over the ranks of a replica too. vae: the autoencoder's rows are.
+    """
+
+    dp: int = 1
+    cfg: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    tp: int = 1
+    fsdp: bool = False
+    encoders: bool = False
+    vae: bool = False
+
+    @property
+    def size(self) -> int:
+        """Ranks in all."""
+        return prod(self.sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    @property
+    def sequence(self) -> int:
+        """Ranks that share a sequence."""
+        return self.ring * self.ulysses
+
+
+UNITED: dict[str, tuple[str, ...]] = {
+    "replica": ("cfg", "ring", "ulysses", "tp"),
+    "shard": ("cfg", "ring", "ulysses"),
+    "peers": ("dp", "cfg", "ring", "ulysses"),
+    "world": AXES,
+}
+"""Groups over several axes at once: the ranks of a replica, those of them that would hold the same weights, all that would, and all."""
+
+
+def teams(layout: Layout, name: str) -> list[list[int]]:
+    """All groups of an axis, or of a name in `UNITED`: lists of ranks in the order of the mesh, together every rank once."""
+    along = UNITED.get(name, (name,))
+    found: dict[tuple[int, ...], list[int]] = {}
+    for rank, place in enumerate(product(*map(range, layout.sizes))):
+        fixed = tuple(at for axis, at in zip(AXES, place, strict=True) if axis not in along)
+        found.setdefault(fixed, []).append(rank)
+    return list(found.values())
+
+
+def count(asked: ParallelOptions, running: int | None = None) -> int:
+    """Ranks asked for: `num_gpus`, else the product of the degrees given; 1 where nothing is asked.
+
+    running: how many ranks torchrun has started, of which this process is one; None outside of it. Raises UserError where the options
+    contradict each other or what runs.
+    """
+    given, machines = degrees(asked), asked.nnodes or 1
+    if running is None:
+        ranks = asked.num_gpus or prod(given.values())
+        _check_machines(asked, ranks, machines)
+    else:
+        ranks = running
+        for name in ("nnodes", "node_rank", "dist_init_addr", "master_port"):
+            if (value := getattr(asked, name)) is not None:
+                raise UserError(name, f"{name}: {value} cannot be given under torchrun, which has its own; leave it out")
+        if asked.num_gpus not in (None, running):
+            raise UserError("num_gpus", f"num_gpus: {asked.num_gpus} is not the number of ranks that torchrun started, {running}")
+    if ranks % prod(given.values()):
+        raise _unequal(ranks, given)
+    for name, value in (("use_fsdp_inference", True), ("encoder_parallel", "fold")):
+        if ranks == 1 and getattr(asked, name) == value:
+            raise UserError(name, f"{name}: {str(value).lower()} needs several ranks; give num_gpus")
+    return ranks
+
+
+def _unequal(ranks: int, given: Mapping[str, int]) -> UserError:
+    return UserError("num_gpus", f"num_gpus: {ranks} ranks are not what {_named(given)} makes, {prod(given.values())}")
+
+
+def _named(given: Mapping[str, int]) -> str:
+    return " x ".join(f"{OPTIONS[axis]} {n}" for axis, n in given.items())
+
+
+def _check_machines(asked: ParallelOptions, ranks: int, machines: int) -> None:
+    if asked.node_rank is not None and asked.node_rank >= machines:
+        allowed = f"give 0 to {machines - 1}" if machines > 1 else "leave it out, or give nnodes"
+        raise UserError("node_rank", f"node_rank: {asked.node_rank} is not among {machines} machines, counted from 0; {allowed}")
+    if machines > 1 and asked.dist_init_addr is None:
+        raise UserError("dist_init_addr", f"dist_init_addr: {machines} machines (nnodes) meet at the first one's; give its host:port")
+    if machines == 1 and asked.dist_init_addr is not None:
+        raise UserError("dist_init_addr", f"dist_init_addr: {asked.dist_init_addr!r} is where several machines meet; give nnodes too")
+    if ranks % machines:
+        raise UserError("num_gpus", f"num_gpus: {ranks} ranks in all cannot be shared equally by {machines} machines (nnodes)")
+    address(asked)
+
+
+def address(asked: ParallelOptions) -> tuple[str, int]:
+    """(host, port) where the processes meet; port 0 is any free one. Raises UserError for what is no address."""
+    if asked.dist_init_addr is None:
+        return "localhost", asked.master_port or 0
+    host, colon, port = asked.dist_init_addr.rpartition(":")
+    if not colon:
+        return asked.dist_init_addr, asked.master_port or PORT
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise UserError("dist_init_addr", f"dist_init_addr: {asked.dist_init_addr!r} is not host:port, such as node0:{PORT}")
+    if asked.master_port not in (None, int(port)):
+        raise UserError("master_port", f"master_port: {asked.master_port} is not the port of dist_init_addr, {port}; give one of them")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def degrees(asked: ParallelOptions) -> dict[str, int]:
+    """Axis -> ranks along it, of the axes that the options set. Raises UserError where two options of one axis disagree."""
+    cfg = asked.cfg_parallel_size
+    if asked.enable_cfg_parallel is not None:
+        if cfg is not None and asked.enable_cfg_parallel != (cfg > 1):
+            switch = str(asked.enable_cfg_parallel).lower()
+            raise UserError("cfg_parallel_size", f"cfg_parallel_size: {cfg} contradicts enable_cfg_parallel {switch}; give one of them")
+        cfg = 2 if asked.enable_cfg_parallel else 1
+    ring, ulysses, both = asked.ring_degree, asked.ulysses_degree, asked.sp_degree
+    if both is not None:
+        known = (ring or 1) * (ulysses or 1)
+        if both % known or (ring and ulysses and both != known):
+            given = " times ".join(f"{OPTIONS[axis]} {n}" for axis, n in (("ulysses", ulysses), ("ring", ring)) if n)
+            raise UserError("sp_degree", f"sp_degree: {both} must be ulysses_degree times ring_degree, and {given} is given")
+        ulysses, ring = ulysses or both // known, ring or (both // known if ulysses else 1)
+    found = {"dp": asked.data_parallel_size, "cfg": cfg, "ring": ring, "ulysses": ulysses, "tp": asked.tp_size}
+    return {axis: n for axis, n in found.items() if n is not None}
+
+
+def choose(
+    asked: ParallelOptions, ranks: int, heads: int, guided: bool, tokens: int | None = None, outputs: int | None = None
+) -> tuple[Layout, str]:
+    """(how `ranks` ranks share the work, why, in a line).
+
+    Degrees given stand. What they leave is dealt to axes that are not: to the two branches of guidance first, as they meet but once a
+    step; then to ulysses, as many as divide the heads; then to the weights. Replicas and the ring are never chosen. heads: of the
+    denoiser. guided: whether a negative prompt takes part. tokens: of the smallest picture, outputs: how many; None where not known.
+    Raises UserError, see `check`.
+    """
+    given = degrees(asked)
+    sizes, why = dict.fromkeys(AXES, 1) | given, dict.fromkeys(given, "asked")
+    left, over = divmod(ranks, prod(given.values()))
+    check(replace(Layout(), **sizes), heads, guided, tokens, outputs)
+    if over or (left > 1 and len(given) == len(AXES)):
+        raise _unequal(ranks, given)
+    if left > 1 and "cfg" not in given and guided and left % 2 == 0:
+        sizes["cfg"], why["cfg"], left = 2, "guidance runs", left // 2
+    if left > 1:
+        shares = list(_shares(left, sizes, given, heads, tokens))
+        if not shares:
+            beside = f" beside {_named(given)}" if given else ""
+            more = "fewer, or data_parallel_size or ring_degree too"
+            raise UserError("num_gpus", f"num_gpus: {ranks} ranks find no place on the denoiser's {heads} heads{beside}; give {more}")
+        fit, ulysses, tp = max(shares)
+        sizes |= {"ulysses": sizes["ulysses"] * ulysses, "tp": sizes["tp"] * tp}
+        why = {"ulysses": f"{'divides' if fit else 'pads'} {heads} heads", "tp": "the rest"} | why
+    replica, fsdp = ranks // sizes["dp"], bool(asked.use_fsdp_inference)
+    vae = replica > 1 and asked.vae_sp is not False
+    layout = replace(Layout(), **sizes, fsdp=fsdp, encoders=asked.encoder_parallel == "fold", vae=vae)
+    check(layout, heads, guided, tokens, outputs)
+    if layout.encoders and replica == layout.tp:
+        raise UserError("encoder_parallel", "encoder_parallel: 'fold' finds no ranks in a replica but those of tp_size; leave it out")
+    if asked.encoder_parallel == "replicate" and layout.tp > 1:
+        message = f"'replicate' is not possible where tp_size is {layout.tp}, which divides encoders too; give auto or fold"
+        raise UserError("encoder_parallel", f"encoder_parallel: {message}")
+    return layout, f"{ranks} ranks: " + ", ".join(f"{axis} {sizes[axis]} ({why[axis]})" for axis in AXES if sizes[axis] > 1)
+
+
+def _shares(left: int, sizes: Mapping[str, int], given: Collection[str], heads: int, tokens: int | None) -> Iterator[tuple[bool, int, int]]:
+    """The ways to deal `left` ranks to ulysses and tp, where they are not given: (whether ulysses divides the heads, ulysses, tp)."""
+    for ulysses in range(1, left + 1):
+        tp = left // ulysses
+        free = (ulysses == 1 or "ulysses" not in given) and (tp == 1 or "tp" not in given)
+        along, across = sizes["ulysses"] * ulysses, sizes["tp"] * tp
+        enough = along * across <= heads and (tokens is None or along * sizes["ring"] <= tokens)
+        if left % ulysses == 0 and free and enough and heads % across == 0:
+            yield heads // sizes["tp"] % ulysses == 0, ulysses, tp
+
+
+def check(layout: Layout, heads: int, guided: bool, tokens: int | None = None, outputs: int | None = None) -> None:
+    """Refuse a layout that this model and request cannot have. Arguments as of `choose`. Raises UserError naming the option."""
+    if heads % layout.tp:
+        fit = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise UserError("tp_size", f"tp_size: {layout.tp} does not divide the denoiser's {heads} heads; choose one of {fit}")
+    if layout.ulysses * layout.tp > heads:
+        beside = f" times tp_size {layout.tp}" if layout.tp > 1 else ""
+        message = f"{layout.ulysses}{beside} is more than the denoiser's {heads} heads; ring_degree has no such limit"
+        raise UserError("ulysses_degree", f"ulysses_degree: {message}")
+    if layout.cfg == 2 and not guided:
+        message = "2 ranks need guidance, and this request runs without; set a guidance scale above 1 or leave it out"
+        raise UserError("cfg_parallel_size", f"cfg_parallel_size: {message}")
+    if tokens is not None and layout.sequence > tokens:
+        raise UserError("sp_degree", f"sp_degree: {layout.sequence} ranks cannot share a picture of {tokens} tokens; give at most {tokens}")
+    if layout.fsdp and len(teams(layout, "shard")[0]) == 1:
+        message = "there are no ranks that would hold the same weights; give cfg_parallel_size, ulysses_degree or ring_degree too"
+        raise UserError("use_fsdp_inference", f"use_fsdp_inference: {message}")
+    if outputs is not None and layout.dp > outputs:
+        raise UserError("data_parallel_size", f"data_parallel_size: {layout.dp} replicas for {outputs} outputs; give at most {outputs}")

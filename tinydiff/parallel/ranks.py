@@ -1,0 +1,274 @@
+"""The processes of a job: started, joined into groups, and what they tell each other beside the networks' own traffic.
+
+Everything is torch.distributed's: its elastic launcher starts the ranks of a machine and ends all where one fails, its store and process
+groups carry the words. Every rank makes the same groups in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from tinydiff import config
+from tinydiff.parallel.layout import AXES, UNITED, Layout, teams
+from tinydiff.parallel.plan import ALONE, Group
+from tinydiff.records import RankError, UserError
+
+T = TypeVar("T")
+_c10d: Any = dist.distributed_c10d  # the store, and a group by its name, have no public function
+
+MONITOR = 0.1
+"""Seconds between two looks of the parent at its ranks."""
+GRACE = 10 * MONITOR
+"""Seconds that a rank lingers after its failure is written down, so that one which died without a word is seen to have been first."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a job.
+
+    rank: in the order of the mesh. groups: this rank's place along each of `AXES` and in each of `UNITED`, ALONE where no other rank is.
+    """
+
+    layout: Layout
+    rank: int
+    groups: Mapping[str, Group]
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank speaks for its replica: it writes the files."""
+        return self.groups["replica"].rank == 0
+
+
+def join(layout: Layout, timeout: float, device: str) -> Ranks:
+    """Meet the other ranks at the place that the environment names. Returns once all are there.
+
+    timeout: seconds that any collective waits for a rank before it fails. device: "cpu" or "cuda", of which this rank takes its own.
+    """
+    place, limit = config.under_torchrun(), timedelta(seconds=timeout)
+    assert place is not None, "a rank is started by torchrun or by start"
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // place.local_size)))
+    if device == "cuda":
+        torch.cuda.set_device(place.local_rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=limit, device_id=torch.device("cuda", place.local_rank))
+    else:
+        dist.init_process_group("gloo", timeout=limit)
+    return grouped(layout, timeout)
+
+
+def grouped(layout: Layout, timeout: float) -> Ranks:
+    """The groups of a layout, in a job whose processes have met. One process group serves all names with the same teams."""
+    rank, world, limit = dist.get_rank(), tuple(range(layout.size)), timedelta(seconds=timeout)
+    if dist.get_world_size() != layout.size:
+        raise ValueError(f"the layout is of {layout.size} ranks, and {dist.get_world_size()} have met")
+    made: dict[tuple[tuple[int, ...], ...], Group] = {tuple((r,) for r in world): ALONE}
+    if layout.size > 1:
+        made[(world,)] = _seen_by(rank, world, dist.group.WORLD)
+    groups = {}
+    for name in (*AXES, *UNITED):
+        parts = tuple(map(tuple, teams(layout, name)))
+        if parts not in made:
+            for team in parts:
+                group = dist.new_group(list(team), timeout=limit)
+                if rank in team:
+                    made[parts] = _seen_by(rank, team, group)
+        groups[name] = made[parts]
+    return Ranks(layout, rank, groups)
+
+
+def _seen_by(rank: int, team: tuple[int, ...], group: Any) -> Group:
+    return Group(group.group_name, len(team), team.index(rank))
+
+
+def close() -> None:
+    """Part from the other ranks."""
+    dist.destroy_process_group()
+
+
+def from_lead(group: Group, value: T) -> T:
+    """The value that the group's first rank has, a small object that can be pickled, on all of them."""
+    if group.size == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, group=_process_group(group), group_src=0)
+    return held[0]
+
+
+def to_lead(group: Group, value: T) -> list[T]:
+    """The values of all ranks of the group, in their order, on its first; nothing on the others."""
+    if group.size == 1:
+        return [value]
+    held: list[Any] = [None] * group.size if group.rank == 0 else []
+    dist.gather_object(value, held or None, group=_process_group(group), group_dst=0)
+    return held
+
+
+def together(group: Group) -> None:
+    """Wait until every rank of the group is here."""
+    if group.size > 1:
+        dist.all_reduce(torch.zeros(1), group=_process_group(group))
+
+
+def take(ranks: Ranks, queue: str = "work") -> int:
+    """The next number, from 0, of a counter that all replicas share: each number goes to one of them. Every rank of it calls this."""
+    number = _c10d._get_default_store().add(f"tinydiff/{queue}", 1) - 1 if ranks.leads else 0
+    return from_lead(ranks.groups["replica"], number)
+
+
+def turns(ranks: Ranks, count: int) -> Iterator[int]:
+    """The numbers below `count` that this replica is to do: all where there is one, else those it takes before the others do."""
+    if ranks.layout.dp == 1:
+        yield from range(count)
+        return
+    while (number := take(ranks)) < count:
+        yield number
+
+
+def first_to_fail() -> bool | None:
+    """Whether this rank is the first of all that asks this; None where they have not met."""
+    return _c10d._get_default_store().add("tinydiff/failed", 1) == 1 if dist.is_initialized() else None
+
+
+def told(rank: int, error: BaseException) -> str:
+    """A rank's failure in one sentence."""
+    said = " ".join(str(error).split())
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return f"rank {rank}: out of memory{': ' * bool(said)}{said}"
+    if isinstance(error, RuntimeError) and "timed out" in said.lower():
+        return f"rank {rank}: waited for another rank longer than dist_timeout allows: {said}"
+    return f"rank {rank}: {type(error).__name__}{': ' * bool(said)}{said}"
+
+
+def start(
+    fn: Callable[..., T], args: tuple, here: int, *, nodes: int = 1, node: int = 0, address: tuple[str, int] = ("localhost", 0),
+    timeout: float = 3600,
+) -> dict[int, T]:  # fmt: skip
+    """Run `fn(*args)`, a function of a module, in `here` processes on this machine: global rank -> what it returned.
+
+    nodes: machines in all, each of which calls this with its number `node`. address: host and port where they meet; port 0 is a free one,
+    of one machine only. timeout: seconds to wait for the other machines.
+
+    Where a rank fails the others are ended. Raises its UserError, or RankError for any other failure; KeyboardInterrupt and, with the
+    status of a process that the signal ended, SystemExit where this process is told to end. No process is left in any case.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    host, port = address
+    if port and node == 0:
+        _check_free(port)
+    with tempfile.TemporaryDirectory(prefix="tinydiff-") as folder:
+        launch = LaunchConfig(
+            min_nodes=nodes,
+            max_nodes=nodes,
+            nproc_per_node=here,
+            run_id="tinydiff",
+            rdzv_backend="c10d" if nodes == 1 else "static",
+            rdzv_endpoint=f"{host}:{port}",
+            rdzv_configs={"timeout": int(timeout)} | ({"rank": node} if nodes > 1 else {}),
+            local_addr=host if nodes == 1 else None,
+            max_restarts=0,
+            monitor_interval=MONITOR,
+            signals_to_handle="SIGTERM,SIGHUP",  # not SIGINT, which is Python's KeyboardInterrupt
+            logs_specs=DefaultLogsSpecs(folder),
+        )
+        try:
+            with _nothing_left():
+                return elastic_launch(launch, _work)(folder, fn, args)
+        except ChildFailedError as error:
+            raise _first_failure(Path(folder), *error.get_first_failure()) from None
+        except SignalException as error:
+            raise SystemExit(128 + error.sigval) from None
+        except (RendezvousError, dist.DistNetworkError, dist.DistStoreError) as error:
+            raise RankError(f"{nodes} machines did not meet at {host}:{port}: {' '.join(str(error).split())}") from None
+
+
+def _work(folder: str, fn: Callable[..., T], args: tuple) -> T:
+    """A rank's life."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no word of its own: the parent speaks for all of them
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        return fn(*args)
+    except BaseException as error:
+        place = config.under_torchrun()
+        rank = place.rank if place else 0
+        field = error.field if isinstance(error, UserError) else None
+        entry = {"field": field, "message": str(error) if field else told(rank, error), "trace": traceback.format_exc()}
+        written = Path(folder) / f"{rank}.failure"
+        written.write_text(json.dumps(entry))
+        time.sleep(GRACE)
+        raise
+
+
+def _first_failure(folder: Path, rank: int, failure: Any) -> UserError | RankError:
+    """What to raise for the rank that failed first: a signal tells of itself, the others have written down what it was."""
+    if failure.exitcode < 0 and not (folder / f"{rank}.failure").exists():
+        memory = ", as the system does where memory runs out" if failure.exitcode == -signal.SIGKILL else ""
+        return RankError(f"rank {rank}: ended by {signal.Signals(-failure.exitcode).name}{memory}")
+    written = sorted(folder.glob("*.failure"), key=lambda path: path.stat().st_mtime_ns)
+    if not written:
+        return RankError(f"rank {rank}: ended with exit code {failure.exitcode}")
+    entry = json.loads(written[0].read_text())
+    logging.getLogger(__name__).debug("%s", entry["trace"])
+    return RankError(entry["message"]) if entry["field"] is None else UserError(entry["field"], entry["message"])
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(("", port))
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise UserError("master_port", f"master_port: {port} cannot be had on this machine ({reason}); choose another") from None
+
+
+@contextmanager
+def _nothing_left() -> Iterator[None]:
+    """While the launcher works: its log, which repeats every failure with tracebacks of its own, is off, and Ctrl-C is this process's
+    alone. Afterwards no process that it started is left, and signals mean what they did.
+    """
+    before, silent = set(multiprocessing.active_children()), logging.root.manager.disable
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    done = threading.Event()
+    threading.Thread(target=done.wait, daemon=True).start()  # a thread to hear of Ctrl-C, which is then blocked in this one and, as
+    resource_tracker.ensure_running()  # (it would unblock it)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit that, in ranks that still import
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(silent)
+        for child in set(multiprocessing.active_children()) - before:
+            with suppress(OSError):
+                child.kill()
+            child.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        done.set()
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def _process_group(group: Group) -> dist.ProcessGroup:
+    return _c10d._resolve_process_group(group.name)

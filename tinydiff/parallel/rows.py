@@ -1,0 +1,101 @@
+"""A picture's rows divided over ranks, for networks that look at near pixels: every rank runs the same network on its strip of rows.
+
+Strips exchange the rows at their edges where a convolution reaches over them, merge their statistics where a norm is over all places, and
+show each other their keys and values where all pixels attend to all. So the result is one rank's, whatever the heights of the strips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinydiff.parallel.moves import reshard, wait
+from tinydiff.parallel.plan import ALONE, Group, Plan, Replicate, Shard
+
+
+@dataclass(frozen=True)
+class Strip:
+    """This rank's strip of a picture. heights: of all ranks' strips, from the top.
+
+    They are in a unit of the picture's division, and hold at every resolution: a strip's tensor has so many rows, or pixels row by row, for
+    each unit of its height, and every other strip as many.
+    """
+
+    group: Group
+    heights: tuple[int, ...]
+
+    @property
+    def divided(self) -> bool:
+        """Whether there are other strips."""
+        return self.group.size > 1
+
+
+WHOLE = Strip(ALONE, (1,))
+
+
+def by_rows(plan: Plan, fn: Callable[[Tensor, Strip], Tensor], x: Tensor, unit: int) -> Tensor:
+    """`fn(x, WHOLE)` over [..., H, W], made in strips by the ranks of the plan's axis `rows`; each of them gets all of it.
+
+    unit: rows that stay together, the stride of an encoder. A picture of fewer units than ranks, or of a part of one, is not divided: every
+    rank then makes all of it.
+    """
+    group, (units, rest) = plan.group("rows"), divmod(x.shape[-2], unit)
+    if group.size == 1 or units < group.size or rest:
+        return fn(x, WHOLE)
+    strip = Strip(group, tuple(units // group.size + (rank < units % group.size) for rank in range(group.size)))
+    mine = x.split([height * unit for height in strip.heights], -2)[group.rank]
+    return gather(strip, fn(mine, strip), -2)
+
+
+def halo(strip: Strip, x: Tensor, above: int, below: int) -> Tensor:
+    """x [..., H, W] of a strip -> [..., above + H + below, W], with rows of the strips next to it, or zeros beyond the picture.
+
+    What is whole comes back as it is. No strip may be lower than `above` or `below`.
+    """
+    group = strip.group
+    if not strip.divided or above == below == 0:
+        return x
+    has_upper, has_lower = group.rank > 0, group.rank < group.size - 1
+    sent, got = [0] * group.size, [0] * group.size
+    if has_upper:
+        sent[group.rank - 1], got[group.rank - 1] = below, above
+    if has_lower:
+        sent[group.rank + 1], got[group.rank + 1] = above, below
+    rows = x.movedim(-2, 0)
+    edges = torch.cat([rows[: below * has_upper], rows[rows.shape[0] - above * has_lower :]]).contiguous()
+    near = wait(torch.ops._c10d_functional.all_to_all_single(edges, got, sent, group.name)).movedim(0, -2)
+    near = F.pad(near, (0, 0, 0 if has_upper else above, 0 if has_lower else below))
+    return torch.cat([near[..., :above, :], x, near[..., above:, :]], -2)
+
+
+def gather(strip: Strip, x: Tensor, dim: int) -> Tensor:
+    """A strip's x -> the whole picture's, on every rank. dim: the dimension, counted from the last, of rows or of pixels row by row."""
+    if not strip.divided:
+        return x
+    each = x.shape[dim] // strip.heights[strip.group.rank]
+    lengths = [each * height for height in strip.heights]
+    padded = F.pad(x, (*(0, 0) * (-dim - 1), 0, max(lengths) - x.shape[dim]))
+    return torch.cat([part.narrow(dim, 0, n) for part, n in zip(of_all(strip.group, padded), lengths, strict=True)], dim)
+
+
+def statistics(strip: Strip, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over a strip -> over the picture. They are merged: a sum of squares would lose what a large mean hides."""
+    if not strip.divided:
+        return mean, variance
+    shares = [height / sum(strip.heights) for height in strip.heights]
+
+    def average(values: Tensor) -> Tensor:
+        return torch.stack([value * share for value, share in zip(values, shares, strict=True)]).sum(0)
+
+    means, variances = of_all(strip.group, torch.stack([mean, variance])).unbind(1)
+    mean = average(means)
+    return mean, average(variances + (means - mean).square())
+
+
+def of_all(group: Group, x: Tensor) -> Tensor:
+    """x of one shape on every rank -> [ranks, *x.shape]."""
+    return reshard(x[None], Shard(0), Replicate(), group)

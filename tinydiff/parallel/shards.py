@@ -1,0 +1,273 @@
+"""What a rank holds of a network's weights: slices over "tp" by the rows' splits, and shares over "shard" of what a block needs.
+
+Full sharding packs a block's weights: each is divided along its first dimension into equal shares, the last ones padded with zeros,
+and a rank's shares lie one behind the other in one flat tensor, `{block}.pack`, or `{block}.pack32` where rows stay float32. To enter
+the block one collective gathers them. All of this follows from the rows, so a rank knows without asking what any other holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinydiff.parallel.moves import wait
+from tinydiff.parallel.plan import ALONE, Group, Plan, Row
+
+_ops = torch.ops._c10d_functional
+
+
+# --- slices over tp -----------------------------------------------------------------------------------------------------------------
+
+
+def undivided(rows: Iterable[Row], ranks: int) -> str | None:
+    """Why these weights cannot be divided over so many ranks, naming the first that stands against it; None if they can."""
+    for row in rows:
+        for width in _widths(row):
+            if width % (ranks * row.head):
+                what = f"{width // row.head} heads" if row.head > 1 else f"a width of {width}"
+                return f"{row.name} has {what}, which {ranks} ranks cannot share evenly"
+    return None
+
+
+def local_rows(rows: Iterable[Row], plan: Plan, blocks: Collection[str] = ()) -> Iterator[Row]:
+    """The rows of the tensors that this rank holds, packs in place of the weights below `blocks`. ValueError where tp does not divide."""
+    rows = list(rows)
+    packs = packing(rows, plan, blocks)
+    homes = {_home(row, blocks) or row.name: None for row in rows}
+    whole = {row.name: row for row in rows}
+    for name in homes:
+        if pack := packs.get(name):
+            yield Row(name, (pack.numel,), float32=name.endswith("32"))
+        else:
+            yield _local(whole[name], plan.group("tp"))
+
+
+def _local(row: Row, tp: Group) -> Row:
+    if why := undivided([row], tp.size):
+        raise ValueError(why)
+    shape = tuple(size // tp.size if dim == row.split else size for dim, size in enumerate(row.shape))
+    return replace(row, shape=shape, split=None, parts=(), head=1)
+
+
+def _widths(row: Row) -> tuple[int, ...]:
+    return () if row.split is None else row.parts or (row.shape[row.split],)
+
+
+class Box(NamedTuple):
+    """A part of a weight: where it begins along each dimension, in the whole weight and in the tensor of this rank, and its shape."""
+
+    there: tuple[int, ...]
+    here: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def narrow(self, dim: int, start: int, size: int) -> Box:
+        """`size` of its rows along `dim`, counted from its own first."""
+        there, here = (_with(place, dim, place[dim] + start) for place in (self.there, self.here))
+        return Box(there, here, _with(self.shape, dim, size))
+
+    @property
+    def source(self) -> tuple[slice, ...]:
+        """Index of the whole weight."""
+        return tuple(slice(start, start + size) for start, size in zip(self.there, self.shape, strict=True))
+
+    @property
+    def target(self) -> tuple[slice, ...]:
+        """Index of this rank's tensor."""
+        return tuple(slice(start, start + size) for start, size in zip(self.here, self.shape, strict=True))
+
+
+def _with(sizes: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
+    return (*sizes[:dim], size, *sizes[dim + 1 :])
+
+
+def _boxes(row: Row, tp: Group) -> list[Box]:
+    """The boxes this rank holds of a weight: its slice of every part, in order."""
+    origin = (0,) * len(row.shape)
+    if row.split is None or tp.size == 1:
+        return [Box(origin, origin, row.shape)]
+    boxes = []
+    for width, end in zip(_widths(row), accumulate(_widths(row)), strict=True):
+        mine, start = width // tp.size, end - width
+        there, here = _with(origin, row.split, start + tp.rank * mine), _with(origin, row.split, start // tp.size)
+        boxes.append(Box(there, here, _with(row.shape, row.split, mine)))
+    return boxes
+
+
+def share(size: int, ranks: int, rank: int = 0) -> tuple[int, int, int]:
+    """A dimension in equal shares, the last ones padded: (width of a share, where this rank's starts, how much of it is real)."""
+    width = -(-size // ranks)
+    start = min(rank * width, size)
+    return width, start, min(width, size - start)
+
+
+# --- packs over shard ---------------------------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """A weight in a pack. name: below its block. shape: gathered. width: rows of a share. at: first element of each rank's share."""
+
+    name: str
+    shape: tuple[int, ...]
+    width: int
+    at: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of a share."""
+        return self.width * prod(self.shape[1:])
+
+
+@dataclass(frozen=True)
+class Pack:
+    """How a block's weights lie in a flat tensor of `numel` elements per rank. Blocks of one shape have equal packs."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def numel(self) -> int:
+        last = self.parts[-1]
+        return last.at + last.numel
+
+
+def packing(rows: Iterable[Row], plan: Plan, blocks: Collection[str]) -> dict[str, Pack]:
+    """The packs of the blocks with these prefixes, by the name of their tensor. ValueError for a row that cannot be in one."""
+    tp, ranks = plan.group("tp"), plan.group("shard").size
+    found: dict[str, list[Part]] = {}
+    for row in rows:
+        if home := _home(row, blocks):
+            if row.optional or not row.shape:
+                raise ValueError(f"{row.name} cannot be in a pack: it is {'optional' if row.optional else 'a single number'}")
+            shape = _local(row, tp).shape
+            parts = found.setdefault(home, [])
+            name = row.name.removeprefix(f"{home.rpartition('.')[0]}.")
+            parts.append(Part(name, shape, share(shape[0], ranks)[0], parts[-1].at + parts[-1].numel if parts else 0))
+    return {home: Pack(tuple(parts)) for home, parts in found.items()}
+
+
+def _parts(packs: Mapping[str, Pack]) -> dict[str, tuple[str, Part]]:
+    """Full name of each packed weight -> (its pack, its part there)."""
+    return {f"{home.rpartition('.')[0]}.{part.name}": (home, part) for home, pack in packs.items() for part in pack.parts}
+
+
+def _home(row: Row, blocks: Collection[str]) -> str | None:
+    """The pack that a weight lies in, None if it lies in none."""
+    cuts = (i for i, letter in enumerate(row.name) if letter == ".")
+    prefix = next((row.name[:cut] for cut in cuts if row.name[:cut] in blocks), None)
+    return None if prefix is None else f"{prefix}.pack32" if row.float32 else f"{prefix}.pack"
+
+
+def start(shares: Tensor, group: Group) -> Tensor:
+    """Begin to gather x [N, ...] of every rank along the first dimension; it may be read only after `finish` or `wait`."""
+    return shares if group.size == 1 else _ops.all_gather_into_tensor(shares, group.size, group.name)
+
+
+def finish(pending: Tensor, pack: Pack) -> dict[str, Tensor]:
+    """What was started for a flat pack -> the block's weights, by their names below it."""
+    return unpack(wait(pending).view(-1, pack.numel), pack)
+
+
+def unpack(shares: Tensor, pack: Pack) -> dict[str, Tensor]:
+    """The flat tensors of all ranks [ranks, numel] -> the block's weights, by their names below it."""
+    return {part.name: shares[:, part.at : part.at + part.numel].reshape(-1, *part.shape[1:])[: part.shape[0]] for part in pack.parts}
+
+
+def gathered(x: Tensor, *groups: Group) -> Tensor:
+    """x [N, ...] of all ranks along these axes, outermost first, one behind the other along the first dimension."""
+    for group in reversed(groups):
+        x = x if group.size == 1 else wait(start(x, group))
+    return x
+
+
+class Unpacked(Mapping[str, Tensor]):
+    """All weights by their own names, those in packs gathered when they are read: every rank must read the same ones in the same order."""
+
+    def __init__(self, weights: Mapping[str, Tensor], packs: Mapping[str, Pack], plan: Plan) -> None:
+        self.weights = weights
+        self.group = plan.group("shard")
+        self.parts = _parts(packs)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.parts:
+            return self.weights[name]
+        home, part = self.parts[name]
+        own = self.weights[home][part.at : part.at + part.numel]
+        return finish(start(own, self.group), Pack((part._replace(at=0),)))[part.name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.parts or name in self.weights
+
+    def __iter__(self) -> Iterator[str]:
+        packs = {home for home, _ in self.parts.values()}
+        yield from (name for name in self.weights if name not in packs)
+        yield from self.parts
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+# --- both together ------------------------------------------------------------------------------------------------------------------
+
+
+class Held(NamedTuple):
+    """What this rank holds of a weight.
+
+    row: the whole weight's. boxes: what of it. home, at, shape: the tensor of this rank that it lies in, from which element, in what shape.
+    alike: the axes, outermost first, along which ranks hold the very same.
+    """
+
+    row: Row
+    boxes: list[Box]
+    home: str
+    at: int
+    shape: tuple[int, ...]
+    alike: tuple[Group, ...]
+
+    def of(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Its tensor, a view of the one it lies in."""
+        return weights[self.home].view(-1)[self.at : self.at + prod(self.shape)].view(self.shape)
+
+
+def holdings(rows: Iterable[Row], plan: Plan, blocks: Collection[str] = (), together: Group = ALONE) -> Iterator[Held]:
+    """What this rank holds of each weight, in the order of the rows, which is the same on all ranks.
+
+    blocks: prefixes of the blocks whose weights are packed over "shard". together: the ranks beside this one, on no axis of the plan,
+    that hold the same as it in everything. ValueError where tp does not divide.
+    """
+    rows, tp, ranks = list(rows), plan.group("tp"), plan.group("shard")
+    parts = _parts(packing(rows, plan, blocks))
+    for row in rows:
+        shape, boxes = _local(row, tp).shape, _boxes(row, tp)
+        axes = (together, *([] if row.name in parts else [ranks]), *([tp] if row.split is None else []))
+        alike = tuple(group for group in axes if group.size > 1)
+        if row.name in parts:
+            home, part = parts[row.name]
+            yield Held(row, list(_shared(boxes, shape[0], ranks)), home, part.at, (part.width, *shape[1:]), alike)
+        else:
+            yield Held(row, boxes, row.name, 0, shape, alike)
+
+
+def _shared(boxes: Iterable[Box], size: int, group: Group) -> Iterator[Box]:
+    """What of the boxes lies in this rank's share of the first dimension, counted from the share's first row."""
+    _, first, count = share(size, group.size, group.rank)
+    for box in boxes:
+        low, high = max(first, box.here[0]), min(first + count, box.here[0] + box.shape[0])
+        if low < high:
+            kept = box.narrow(0, low - box.here[0], high - low)
+            yield kept._replace(here=_with(kept.here, 0, low - first))
+
+
+def held(weights: Mapping[str, Tensor], rows: Iterable[Row], plan: Plan, blocks: Collection[str] = ()) -> dict[str, Tensor]:
+    """What this rank holds, as new tensors, of whole weights that are in memory already. Weights that are not there are left out."""
+    rows = [row for row in rows if row.name in weights]
+    like = {home.home: weights[home.row.name] for home in holdings(rows, plan, blocks)}
+    mine = {row.name: like[row.name].new_zeros(row.shape) for row in local_rows(rows, plan, blocks)}
+    for each in holdings(rows, plan, blocks):
+        for box in each.boxes:
+            each.of(mine)[box.target] = weights[each.row.name][box.source]
+    return mine

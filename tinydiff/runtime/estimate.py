@@ -1,0 +1,230 @@
+"""What each way of sharing a request among GPUs costs, from a model's configs alone: no GPU, no weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tinydiff.config import ModelOptions, ParallelOptions, SamplingOptions
+from tinydiff.io import hub
+from tinydiff.models import registry, workload
+from tinydiff.models.recipe import latent_size, token_count
+from tinydiff.models.released import COMPONENTS
+from tinydiff.parallel import cost
+from tinydiff.parallel.cost import Machine, Network, Work
+from tinydiff.parallel.layout import Layout, check, choose
+from tinydiff.parallel.plan import Row
+from tinydiff.parallel.shards import undivided
+from tinydiff.records import Request, UserError, nearest
+from tinydiff.runtime import blueprint
+from tinydiff.runtime.admit import admit
+from tinydiff.runtime.pipeline import PIXELS_PER_PASS
+
+ROLE_BYTES = {"text_encoder": 2, "image_encoder": 4, "vae": 4}
+"""Of a value of the networks beside the denoiser, in the types that they have on a GPU by default."""
+RESERVED = 1.0
+"""GB of every GPU left to driver, libraries and the allocator's gaps."""
+NEAR = 1.02
+"""How many times as long as the fastest a layout may take to be called as fast."""
+REFERENCE = 1024
+"""Pixels along the sides of a reference picture."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is planned: the networks of a model and one request to it."""
+
+    name: str
+    request: Request
+    net: Network
+    experts: int
+    others: Mapping[str, tuple[tuple[Row, ...], int]]
+    """The networks beside the denoiser: name -> (weights, bytes of a value)."""
+    decoding: tuple[int | None, int | None]
+    """Bytes at the peak of decoding on one rank and, its rows divided, on each; None where it is not known."""
+    references: int
+    """Reference pictures among the image tokens."""
+    work: Work
+    b: int
+    """Bytes of a value of the denoiser."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A layout's costs for each GPU in bytes, and seconds of a step. activations: hoisted tensors among them. sent: axis -> of a step."""
+
+    layout: Layout
+    weights: int
+    activations: int
+    decoding: int
+    sent: Mapping[str, int]
+    seconds: float
+    speedup: float
+    vram: float
+
+    @property
+    def total(self) -> int:
+        return self.weights + max(self.activations, self.decoding)
+
+    @property
+    def lacks(self) -> float:
+        """GB that are missing; 0 or less where it fits."""
+        return self.total / 1e9 + RESERVED - self.vram
+
+
+def subject(model: str, sampling: SamplingOptions, ranks: int, b: int) -> Subject:
+    """Read a model and admit a request as a generation would be, but for pictures to be given, which have no bearing here.
+
+    model: a name in the registry, a folder or a hub id. b: bytes of a value of the denoiser. Raises UserError.
+    """
+    with _folder(model) as (folder, name):
+        plan = blueprint.read(ModelOptions(model_path=str(folder), model_id=name))
+    row = plan.row
+    [request] = admit(replace(plan, row=replace(row, images=(0, row.images[1]))), replace(sampling, prompt=("",)))
+    net, vae = plan.nets["transformer"], plan.nets["vae"]
+    references = row.images[0] if row.image_use == "references" and not row.layers else 0
+    tokens, text = _tokens(plan, request, references)
+    others = {
+        name: (tuple(each.kind.module.spec(each.config)), ROLE_BYTES[each.kind.role])
+        for name, each in plan.nets.items()
+        if each.kind.role != "dit"
+    }
+    passes = max(1, PIXELS_PER_PASS // (4 * request.height * request.width))
+    rows = min(ranks, latent_size(vae.config, request)[1])
+    size = request.num_frames, request.height, request.width
+    whole, shared = (workload.decode_bytes(vae.kind.module, vae.config, *size, passes, n, ROLE_BYTES["vae"]) for n in (1, rows))
+    return Subject(
+        name=model if name is None and model != registry.SHIPPED else row.name,
+        request=request,
+        net=workload.network(net.kind.module, net.config),
+        experts=len(plan.nets) - len(others),
+        others=others,
+        decoding=(whole, shared),
+        references=references,
+        work=Work(
+            image=tokens,
+            text=text,
+            views=plan.nets["image_encoder"].config.tokens if "image_encoder" in plan.nets else 0,
+            branches=2 if request.guided else 1,
+            steps=request.num_inference_steps,
+        ),
+        b=b,
+    )
+
+
+def _tokens(plan: blueprint.Blueprint, request: Request, references: int) -> tuple[int, int]:
+    """(image tokens, those of references among them; tokens of the longest text)."""
+    net, vae = plan.nets["transformer"], plan.nets["vae"].config
+    patch = net.kind.module.patch(net.config)
+    image = token_count(vae, request, patch) * (request.layers + 2 if request.layers else 1)
+    image += references * token_count(vae, replace(request, height=REFERENCE, width=REFERENCE), patch)
+    text = request.text_tokens
+    if plan.row.family == "sd3":  # CLIP's tokens stand before T5's
+        text += plan.nets["text_encoder"].config.max_position_embeddings
+    fill = getattr(net.kind.module, "pad_tokens", lambda tokens: 0)
+    return image + fill(image), text + fill(text)
+
+
+@contextmanager
+def _folder(model: str) -> Iterator[tuple[Path, str | None]]:
+    """A folder with the model's JSON files, and its name in the registry where the files do not tell."""
+    row = registry.find(model)
+    if Path(model).expanduser().is_dir() or row is None:
+        try:
+            yield hub.resolve(model, weights=False), None
+        except UserError as error:
+            names = [entry.name for entry in registry.MODELS]
+            hint = nearest(model, [*names, *(name.rpartition("/")[2] for name in names)])
+            raise UserError(error.field, f"{error}{hint if '; did you mean' not in str(error) else ''}") from error
+    elif row.name == registry.SHIPPED:
+        yield blueprint.SHIPPED, row.name
+    else:
+        with TemporaryDirectory() as folder:
+            _write(Path(folder), row)
+            yield Path(folder), row.name
+
+
+def _write(folder: Path, row: registry.ReleasedModel) -> None:
+    """The JSON files of a released model, as far as they bear on shapes."""
+    parts = COMPONENTS[row.name]
+    index: dict[str, Any] = {"_class_name": row.pipeline, "expand_timesteps": row.expand_timesteps}
+    index |= {} if row.boundary_ratio is None else {"boundary_ratio": row.boundary_ratio}
+    index |= {"is_distilled": row.shape["is_distilled"]} if "is_distilled" in row.shape else {}
+    index |= {part: ["", class_name] for part, (class_name, _) in parts.items()}
+    index |= {part.replace("text_encoder", "tokenizer"): ["", ""] for part in parts if part.startswith("text_encoder")}
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    files = {"model_index": index | {"scheduler": ["", scheduler["_class_name"]]}, "scheduler/scheduler_config": scheduler}
+    for file, entries in (files | {f"{part}/config": entries for part, (_, entries) in parts.items()}).items():
+        path = folder / f"{file}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(entries), encoding="utf-8")
+
+
+def layouts(subject: Subject, ranks: int) -> Iterator[Layout]:
+    """Every way to share one request among so many ranks, the autoencoder's rows divided, nothing else."""
+    for cfg, tp in ((cfg, tp) for cfg in (1, 2) for tp in range(1, ranks + 1) if ranks % (cfg * tp) == 0):
+        if undivided(subject.net.rows, tp) is None:
+            rest = ranks // (cfg * tp)
+            each = (Layout(cfg=cfg, ring=rest // n, ulysses=n, tp=tp, vae=ranks > 1) for n in range(1, rest + 1) if rest % n == 0)
+            yield from (layout for layout in each if _possible(subject, layout))
+
+
+def _possible(subject: Subject, layout: Layout) -> bool:
+    try:
+        check(layout, subject.net.heads, subject.request.guided, subject.work.image)
+    except UserError:
+        return False
+    return True
+
+
+def usual(subject: Subject, ranks: int) -> Layout | None:
+    """What `generate --num-gpus` alone chooses; None where it refuses."""
+    try:
+        return choose(ParallelOptions(num_gpus=ranks), ranks, subject.net.heads, subject.request.guided, subject.work.image)[0]
+    except UserError:
+        return None
+
+
+def estimates(subject: Subject, ranks: int, vram: float, machine: Machine) -> list[Estimate]:
+    """Those that fit into `vram` GB, the fastest first, then the others; before all, where it is hardly slower, what `generate` chooses.
+
+    With what does not fit stands the first way to make it fit, else the smallest: text encoders divided over all ranks too, full sharding,
+    both.
+    """
+    found = []
+    for layout in layouts(subject, ranks):
+        found.append(estimate(subject, layout, vram, machine))
+        if found[-1].lacks > 0 and layout.size > layout.tp:
+            smaller = [replace(layout, encoders=encoders, fsdp=fsdp) for encoders, fsdp in ((True, False), (False, True), (True, True))]
+            tried = [estimate(subject, each, vram, machine) for each in smaller]
+            found.append(next((each for each in tried if each.lacks <= 0), min(tried, key=lambda each: each.total)))
+    found.sort(key=lambda each: (each.lacks > 0, float(f"{each.seconds:.3g}"), each.layout.ring, each.total))
+    chosen = usual(subject, ranks)
+    near = [each for each in found if each.lacks <= 0 and each.seconds <= NEAR * found[0].seconds]
+    first = next((each for each in near if chosen is not None and each.layout.sizes == chosen.sizes), found[0])
+    return [first, *(each for each in found if each is not first)]
+
+
+def estimate(subject: Subject, layout: Layout, vram: float, machine: Machine) -> Estimate:
+    """What a layout costs. Text encoders are divided over tp, or over all ranks, where that divides their heads."""
+    net, work, b = subject.net, subject.work, subject.b
+    weights = cost.denoiser_bytes(net, layout, b, subject.experts)
+    for name, (rows, each) in subject.others.items():
+        over = (layout.size if layout.encoders else layout.tp) if name.startswith("text_encoder") else 1
+        weights += cost.weight_bytes(rows, each, over if undivided(rows, over) is None else 1)
+    seconds = cost.step_seconds(net, layout, work, machine, b)
+    return Estimate(
+        layout=layout,
+        weights=weights,
+        activations=cost.activation_bytes(net, layout, work, b) + cost.hoisted_bytes(net, layout, work, b),
+        decoding=subject.decoding[layout.vae] or 0,
+        sent=cost.step_bytes(net, layout, work, b),
+        seconds=seconds,
+        speedup=cost.step_seconds(net, Layout(), work, machine, b) / seconds,
+        vram=vram,
+    )

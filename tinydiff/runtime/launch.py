@@ -1,0 +1,160 @@
+"""From a command line to the ranks that run it: one process as ever, ranks of its own, or one of those that torchrun started.
+
+Everything that can be refused is refused here, before a process is started or a rank waits for another.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from typing import TYPE_CHECKING, Protocol
+
+from tinydiff import config
+from tinydiff.config import Options, Place
+from tinydiff.parallel import layout
+from tinydiff.parallel.layout import Layout
+from tinydiff.records import RankError, Request, Result, UserError
+
+if TYPE_CHECKING:
+    from tinydiff.runtime.blueprint import Blueprint
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = 3600
+"""Seconds that a rank waits for another, unless `dist_timeout` says."""
+LINGER = 60
+"""Seconds that a failed rank gives another to fail first."""
+
+
+class Display(Protocol):
+    """A `tinydiff.config.Progress` that ends."""
+
+    def on_stage(self, name: str) -> None: ...
+    def on_step(self, done: int, total: int) -> None: ...
+    def close(self) -> None: ...
+
+
+Watch = Callable[[str], Display]
+"""A function of a module: log level -> what shows the progress there."""
+
+
+def generate(options: Options, watch: Watch) -> list[Result]:
+    """Make everything asked for, on as many ranks as are asked for. One result per prompt; none where rank 0 is another process's.
+
+    Raises UserError as `runtime.generate.generate`, RankError where a rank fails otherwise.
+    """
+    place = config.under_torchrun()
+    ranks = layout.count(options.parallel, place and place.size)
+    if ranks == 1:
+        from tinydiff.runtime.generate import generate  # torch, for those who get here
+
+        with closing(watch(options.output.log_level)) as shown:
+            return generate(options, shown)
+    chosen = chosen_layout(options, ranks, place)
+    if place is None:
+        return _started(options, chosen, watch)
+    try:
+        return program(options, chosen, watch)
+    except UserError:
+        raise
+    except Exception as error:
+        from tinydiff.parallel.ranks import told
+
+        log.debug("", exc_info=error)
+        raise RankError(told(place.rank, error)) from error
+
+
+def let_first_speak() -> None:
+    """Called before a failure is told: of ranks that torchrun started, which may all fail alike, those that are not the first linger. By
+    then torchrun has ended them, unless it was theirs alone.
+    """
+    place = config.under_torchrun()
+    if place is None or place.size == 1:
+        return
+    ranks = sys.modules.get("tinydiff.parallel.ranks")  # where it was never needed, they have not met
+    first = None if ranks is None else ranks.first_to_fail()
+    if not (place.local_rank == 0 if first is None else first):
+        time.sleep(LINGER)
+
+
+def chosen_layout(options: Options, ranks: int, place: Place | None) -> Layout:
+    """How the ranks share what is asked for, told in a line. Reads the model's configs, no weights. Raises UserError."""
+    from tinydiff.runtime.generate import admitted
+
+    plan, requests, _ = admitted(options)
+    here = ranks // (options.parallel.nnodes or 1) if place is None else place.local_size
+    check_devices(plan, here)
+    heads, guided = denoiser_heads(plan), requests[0].guided
+    outputs = sum(len(request.seeds) for request in requests)
+    chosen, why = layout.choose(options.parallel, ranks, heads, guided, min(_tokens(plan, request) for request in requests), outputs)
+    check_divides(plan, chosen)
+    if place is None or place.rank == 0:
+        log.info("%s", why)
+    return chosen
+
+
+def denoiser_heads(plan: Blueprint) -> int:
+    """Attention heads of the denoiser."""
+    net = plan.nets["transformer"]
+    return net.kind.head_count(net.config)
+
+
+def check_divides(plan: Blueprint, chosen: Layout) -> None:
+    """Raises UserError where the ranks of `tp` cannot share the denoiser's weights evenly."""
+    from tinydiff.parallel.shards import undivided
+
+    net = plan.nets["transformer"]
+    if chosen.tp > 1 and (why := undivided(net.kind.module.spec(net.config), chosen.tp)):
+        raise UserError("tp_size", f"tp_size: {chosen.tp} ranks cannot share the transformer's weights: {why}")
+
+
+def check_devices(plan: Blueprint, here: int) -> None:
+    """Raises UserError for more ranks on this machine than it has GPUs; without GPU they share the CPU."""
+    import torch
+
+    if plan.device.type == "cuda" and here > torch.cuda.device_count():
+        message = f"{here} ranks are asked of this machine, and it has {torch.cuda.device_count()} GPUs"
+        raise UserError("num_gpus", f"num_gpus: {message}; give at most that many")
+
+
+def _tokens(plan: Blueprint, request: Request) -> int:
+    from tinydiff.models.recipe import token_count
+
+    net = plan.nets["transformer"]
+    return token_count(plan.nets["vae"].config, request, net.kind.module.patch(net.config))
+
+
+def _started(options: Options, chosen: Layout, watch: Watch) -> list[Result]:
+    """Start this machine's ranks and wait for them."""
+    from tinydiff.parallel.ranks import start
+
+    asked = options.parallel
+    nodes, node = asked.nnodes or 1, asked.node_rank or 0
+    where, timeout = layout.address(asked), asked.dist_timeout or TIMEOUT
+    made = start(program, (options, chosen, watch), chosen.size // nodes, nodes=nodes, node=node, address=where, timeout=timeout)
+    return made.get(0, [])
+
+
+def program(options: Options, chosen: Layout, watch: Watch) -> list[Result]:
+    """What every rank runs. Rank 0 shows the progress and returns the results, the others return none."""
+    import torch
+
+    from tinydiff.parallel.ranks import close, join
+    from tinydiff.runtime.generate import generate
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ranks = join(chosen, options.parallel.dist_timeout or TIMEOUT, device)
+    say(options.output.log_level if ranks.leads else "error")
+    with closing(watch(options.output.log_level if ranks.rank == 0 else "error")) as shown:
+        results = generate(options, shown, ranks)
+    close()
+    return results
+
+
+def say(log_level: str) -> None:
+    """Let this process's log of `log_level` and above be read on stderr."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("tinydiff").setLevel(log_level.upper())
