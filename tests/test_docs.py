@@ -48,7 +48,7 @@ def test_the_pure_functions_make_the_librarys_picture_in_thirty_lines(ran):
     folder, printed = ran["library"]
     first, again = read_image(folder / "circle.png"), read_image(folder / "again.png")
     assert first.shape == (128, 128, 3) and np.array_equal(first, again)
-    assert "(17, 128, 128, 3) (42,)" in printed and "height | height: 100 is not a multiple of 32" in printed
+    assert "(17, 128, 128, 3) (42,)" in printed and "height | height: 100 is not a multiple of 16" in printed
     lines = [line for line in blocks(PAGES["library"])[-1].splitlines() if line and not line.startswith(("#", "import", "from"))]
     assert len(lines) <= 30
 

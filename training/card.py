@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from training import autoencoder, denoiser, model
+from training import denoiser, model
 from training.scenes import COLOURS, MOTIONS, PLACES, RELATIONS, SHAPES, SIZES
 
 KINDS = {"picture": "pictures of one shape", "pair": "pictures of two shapes", "clip": "clips"}
@@ -21,7 +21,17 @@ def card(run: Path, folder: Path) -> str:
         f"{', '.join(f'{name} {times}' for name, times in found['wrong'].items()) or 'none'} |"
         for kind, found in figures.items()
     )
-    steps = {stage: torch.load(run / f"{stage}.pt", "cpu")["step"] for stage in (*autoencoder.STAGES, "denoiser")}
+    stages = {
+        "pictures": ("autoencoder on pictures", "squares around contours, then whole pictures"),
+        "clips": ("its memory on clips", "the coding of pictures held still"),
+        "polish": ("its decoder", ""),
+        "denoiser": ("denoiser and text encoder", "flow matching, one prompt in ten empty"),
+    }
+    steps = "\n".join(
+        f"| {what} | {torch.load(run / f'{stage}.pt', 'cpu')['step']} | {how} |"
+        for stage, (what, how) in stages.items()
+        if (run / f"{stage}.pt").exists()
+    )
     sizes = {path.parent.name: path.stat().st_size for path in sorted(folder.glob("*/*.safetensors"))}
     parts = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items())
     whole = f"{sum(sizes.values()) / 1e6:.2f} MB"
@@ -57,14 +67,11 @@ on two CPU cores.
 
 | stage | steps | |
 |---|---|---|
-| autoencoder on pictures | {steps["pictures"]} | squares around contours, then whole pictures |
-| its memory on clips | {steps["clips"]} | the coding of pictures held still |
-| its decoder | {steps["polish"]} | |
-| denoiser and text encoder | {steps["denoiser"]} | flow matching, one prompt in ten empty |
+{steps}
 
 Noise levels are logit-normal, shifted by {denoiser.SHIFT:g}. Held out are a tenth of the combinations, by a fixed hash: of
 colour, shape, size and place of a single shape; of colours, shapes and relation of two; of colour, shape and motion in
-clips. The first 16000 pictures, 12000 pairs and 3000 clips of seed 1 were coded once; captions are drawn anew each time.
+clips. The first 24000 pictures, 12000 pairs and 3500 clips of seed 1 were coded once; captions are drawn anew each time.
 
 ## Limits
 

@@ -47,8 +47,8 @@ def model(tmp_path) -> Path:
     ("words", "sentence"),
     [
         (["--num-inference-step", "2"], "--num-inference-step: no such flag; did you mean '--num-inference-steps'?"),
-        (["--height", "100"], "height: 100 is not a multiple of 32, which tinydiff/shapes needs; the nearest: 96 and 128"),
-        (["--width", "16"], "width: 16 is not a multiple of 32, which tinydiff/shapes needs; the nearest: 32"),
+        (["--height", "100"], "height: 100 is not a multiple of 16, which tinydiff/shapes needs; the nearest: 96 and 112"),
+        (["--width", "8"], "width: 8 is not a multiple of 16, which tinydiff/shapes needs; the nearest: 16"),
         (["--num-frames", "6"], "num_frames: 6 is not 4k + 1, as tinydiff/shapes needs; the nearest: 5 and 9"),
         (["--num-frames", "0"], "num_frames: 0 must be at least 1 and at most 100000"),
         (["--num-inference-steps", "0"], "num_inference_steps: 0 must be at least 1 and at most 1000"),
@@ -85,7 +85,7 @@ def test_an_attention_backend_that_this_machine_cannot_run(backend, refused):
         ("a: [1, 2", "is neither JSON nor YAML (YAML stops at line 1)"),
         ("only words", "must hold keys and values"),
         ("guidance_scal: 3", "guidance_scal: no such key; did you mean 'guidance_scale'?"),
-        ('{"height": 100}', "height: 100 is not a multiple of 32"),
+        ('{"height": 100}', "height: 100 is not a multiple of 16"),
     ],
 )
 def test_config_files(text, sentence, refused, tmp_path, capsys):

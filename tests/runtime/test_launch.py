@@ -209,7 +209,7 @@ def test_a_mistake_under_torchrun_is_told_once(tmp_path):
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tinydiff.cli", "generate", "--prompt", "a"]
     done = subprocess.run([*run, "--height", "100", "--output-path", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.count("tinydiff: error: height: 100 is not a multiple of 32") == 1
+    assert done.stderr.count("tinydiff: error: height: 100 is not a multiple of 16") == 1
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_a_mistake_under_torchrun_is_told_once(tmp_path):
         (["--num-gpus", "4", "--tp-size", "4", "--height", "32"], "tp_size: 4 does not divide"),
         (["--dp", "2"], "data_parallel_size: 2 replicas for 1 outputs; give at most 1"),
         (["--num-gpus", "2", "--nnodes", "2"], "dist_init_addr: 2 machines (nnodes) meet at the first one's"),
-        (["--num-gpus", "2", "--height", "100"], "height: 100 is not a multiple of 32"),
+        (["--num-gpus", "2", "--height", "100"], "height: 100 is not a multiple of 16"),
     ],
 )
 def test_what_is_refused_before_a_process_is_started(argv, words, tmp_path, capsys, monkeypatch):

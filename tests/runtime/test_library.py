@@ -39,7 +39,7 @@ def test_a_result_holds_frames_latents_parameters_and_timings(model):
     assert [(clip.shape, clip.dtype) for clip in made.frames] == [((5, 32, 64, 3), np.uint8)] * 2
     assert [image.shape for image in made.images] == [(32, 64, 3)] * 2
     assert np.array_equal(made.images[1], made.frames[1][0])
-    assert [(x.shape, x.dtype, x.device.type) for x in made.latents] == [((32, 2, 2, 4), torch.float32, "cpu")] * 2
+    assert [(x.shape, x.dtype, x.device.type) for x in made.latents] == [((16, 2, 4, 8), torch.float32, "cpu")] * 2
     assert list(made.seconds) == ["encode", "denoise", "decode"] and all(value > 0 for value in made.seconds.values())
     assert len(made.step_seconds) == 4 and sum(made.step_seconds) <= made.seconds["denoise"]
 
@@ -117,7 +117,7 @@ def test_mistakes(model, tmp_path):
     refused("heigth", "did you mean 'height'?", tinydiff.generate, model, "a", heigth=3)
     refused("output_path", "no such option here", tinydiff.generate, model, "a", output_path="x")
     refused("height", "'tall' is not a whole number", tinydiff.generate, model, "a", height="tall")
-    refused("height", "100 is not a multiple of 32", tinydiff.generate, model, "a", height=100)
+    refused("height", "100 is not a multiple of 16", tinydiff.generate, model, "a", height=100)
     refused("guidance_scale", "nan is not a finite number", tinydiff.generate, model, "a", guidance_scale=float("nan"))
     refused("prompt", "takes one text, not a list", tinydiff.generate, model, ["a", "b"])
     refused("num_frames", "1 leaves nothing", tinydiff.generate, model, "a", image_path=str(tmp_path / "a.png"), num_frames=1)

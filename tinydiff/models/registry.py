@@ -119,8 +119,8 @@ _FLUX2: dict[str, Any] = {"images": (0, 10), "image_use": "references"}
 _ERNIE: dict[str, Any] = {"params": 8_033_490_048, "shape": {"num_layers": 36, "hidden_size": 4096}, "text_tokens": 2048}
 
 MODELS: tuple[ReleasedModel, ...] = (
-    _wan(SHIPPED, T2V, (128, 128), 1, 8, 30, 2.5, 4.0, 2_477_728, (6, 5, 32),
-         negative_prompt=None, text_tokens=32, clips_by_name=17, **_TI2V),
+    _wan(SHIPPED, T2V, (128, 128), 1, 8, 30, 2.5, 4.0, 2_457_184, (6, 5, 16),
+         negative_prompt=None, text_tokens=32, clips_by_name=17, **_TI2V | {"size_multiple": 16}),
     _wan("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", T2V, _480P, 81, 16, 50, 3.0, 3.0, 1_418_996_800, (30, 12, 16)),
     _wan("Wan-AI/Wan2.1-T2V-14B-Diffusers", T2V, _720P, 81, 16, 50, 5.0, 5.0, 14_288_491_584, (40, 40, 16)),
     _wan("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", I2V, _480P, 81, 16, 50, 5.0, 3.0, 16_394_878_784, (40, 40, 36), images=(1, 2)),
