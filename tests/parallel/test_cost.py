@@ -277,8 +277,6 @@ LAYOUTS = (
 @pytest.mark.parametrize("name", NAMES)
 def test_the_bytes_of_a_step_are_those_that_collectives_are_handed(name, layout):
     _, net, work = asked(name)
-    if net.heads % layout.tp:
-        pytest.skip("tp does not divide the heads")
     live = tuple((axis, Group(axis, n, 0)) for axis, n in zip(AXES, layout.sizes, strict=True) if n > 1)
     live += (("shard", Group("fsdp", cost.shards(layout), 0)),) * layout.fsdp
     sent, guided = Sent(), replace(work, branches=2)

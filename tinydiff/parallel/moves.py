@@ -27,7 +27,7 @@ def reshard(x: Tensor, source: Placement, target: Placement, group: Group) -> Te
         case Partial(), Replicate():
             return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "sum", group.name))
         case Shard(dim), Replicate():
-            gathered = _gather(x.contiguous(), group)
+            gathered = wait(start_gather(x.contiguous(), group))
             return gathered.unflatten(0, (group.size, -1)).movedim(0, dim % x.ndim).flatten(dim % x.ndim, dim % x.ndim + 1)
         case Replicate(), Shard(dim):
             return x.chunk(group.size, dim)[group.rank]
@@ -49,11 +49,11 @@ def rotate(x: Tensor, group: Group) -> Tensor:
     return _ops.all_to_all_single(flat, got, sent, group.name)
 
 
+def start_gather(x: Tensor, group: Group) -> Tensor:
+    """x [N, ...] of every rank, one behind the other along the first dimension; started, and to be waited for with `wait`."""
+    return _ops.all_gather_into_tensor(x, group.size, group.name)
+
+
 def wait(x: Tensor) -> Tensor:
     """What a started collective brings."""
     return _ops.wait_tensor(x)
-
-
-def _gather(x: Tensor, group: Group) -> Tensor:
-    """x [N, ...] of every rank, one behind the other along the first dimension."""
-    return _ops.wait_tensor(_ops.all_gather_into_tensor(x, group.size, group.name))

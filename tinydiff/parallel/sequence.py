@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tinydiff.parallel.moves import reshard
-from tinydiff.parallel.plan import Partial, Plan, Replicate, Shard
+from tinydiff.parallel.plan import Partial, Placement, Plan, Replicate, Shard
 
 STREAMS = {"image": ("image",), "joint": ("text", "image")}
 """What attention in the loop runs over: the image alone, or both streams, text first on each rank."""
@@ -73,9 +73,7 @@ def gathered(plan: Plan, x: Tensor, dim: int, tokens: int) -> Tensor:
     shares, _ = ranks(plan)
     if shares == 1:
         return x
-    for axis in ("ulysses", "ring"):
-        if (group := plan.group(axis)).size > 1:
-            x = reshard(x, Shard(dim), Replicate(), group)
+    x = _everywhere(plan, x, Shard(dim))
     if x.shape[dim] == tokens:
         return x
     real = torch.arange(x.shape[dim] // shares) < torch.tensor(counts(tokens, shares))[:, None]
@@ -84,9 +82,14 @@ def gathered(plan: Plan, x: Tensor, dim: int, tokens: int) -> Tensor:
 
 def total(plan: Plan, x: Tensor) -> Tensor:
     """Sums over this rank's tokens -> sums over all tokens."""
+    return _everywhere(plan, x, Partial())
+
+
+def _everywhere(plan: Plan, x: Tensor, source: Placement) -> Tensor:
+    """x, divided as `source` says over the ranks of the sequence, on all of them."""
     for axis in ("ulysses", "ring"):
         if (group := plan.group(axis)).size > 1:
-            x = reshard(x, Partial(), Replicate(), group)
+            x = reshard(x, source, Replicate(), group)
     return x
 
 

@@ -13,14 +13,10 @@ from itertools import accumulate
 from math import prod
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from tinydiff.parallel.moves import wait
+from tinydiff.parallel.moves import start_gather, wait
 from tinydiff.parallel.plan import ALONE, Group, Plan, Row
-
-_ops = torch.ops._c10d_functional
-
 
 # --- slices over tp -----------------------------------------------------------------------------------------------------------------
 
@@ -164,7 +160,7 @@ def _home(row: Row, blocks: Collection[str]) -> str | None:
 
 def start(shares: Tensor, group: Group) -> Tensor:
     """Begin to gather x [N, ...] of every rank along the first dimension; it may be read only after `finish` or `wait`."""
-    return shares if group.size == 1 else _ops.all_gather_into_tensor(shares, group.size, group.name)
+    return shares if group.size == 1 else start_gather(shares, group)
 
 
 def finish(pending: Tensor, pack: Pack) -> dict[str, Tensor]:

@@ -165,10 +165,9 @@ def predictor(family: Any, config: Any, plan: Plan, wrap: Wrap = as_is) -> Predi
 
     def end(coming: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
         """The block's weights."""
-        found = {}
-        for name, x in coming.items():
-            found |= shards.finish(x, packs[f"{prefix}.{name}"]) if packs else {name: x}
-        return found
+        if not packs:
+            return coming
+        return {name: x for pack, flat in coming.items() for name, x in shards.finish(flat, packs[f"{prefix}.{pack}"]).items()}
 
     def predict(w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory) -> tuple[tuple[Tensor, ...], Memory]:
         top = Weights(w[""])
