@@ -125,7 +125,11 @@ def test_perf_dump(asked, tmp_path):
     ("argv", "words"),
     [
         (["generat"], "generat: no such command; did you mean 'generate'?"),
-        (["serve", "--port", "1"], "the HTTP server does not exist yet"),
+        (["serve", "--porrt", "1"], "did you mean '--port'?"),
+        (["serve", "--port", "x"], "port: 'x' is not a whole number"),
+        (["serve", "--prompt", "x"], "prompt: belongs to a request, not to a server"),
+        (["serve", "--num-gpus", "2"], "num_gpus: a server runs on one device so far"),
+        (["serve", "--api-key-file", "/nowhere"], "api_key_file: '/nowhere' cannot be read"),
         (["models", "--jsn"], "takes --json or nothing"),
         (["generate"], "prompt: none is given"),
         (["generate", "--promt", "a"], "did you mean '--prompt'?"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields, make_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,7 +37,7 @@ commands:
   models      list the supported models with their defaults (--json)
   doctor      show what runs here; --parity compares the networks with diffusers'
   plan        what each way of sharing a request among several GPUs costs
-  serve       an HTTP server (does not exist yet)
+  serve       the same over HTTP: OpenAI's images and videos, a page, metrics
 
   -h, --help  show this, or after a command its options
   --version   show the version
@@ -53,6 +53,16 @@ Every other flag of SGLang Diffusion is known too. Flags of a server (--host,
 here yet (LoRA, quantisation, offload, step caches, upscaling, frame
 interpolation, profiles, the diffusers backend, ...) are accepted at the value that
 turns them off, and otherwise refused with one sentence.
+"""
+
+
+SERVING = """\
+Dashes and underscores are alike; a switch is --flag, --flag true or --flag false.
+--config FILE reads any of these from JSON or YAML, and the command line wins.
+
+Object storage is told by variables: TINYDIFF_CLOUD_STORAGE_TYPE=s3,
+TINYDIFF_S3_BUCKET_NAME, TINYDIFF_S3_ACCESS_KEY_ID, TINYDIFF_S3_SECRET_ACCESS_KEY,
+TINYDIFF_S3_ENDPOINT_URL (or the same with SGLANG_ in front).
 """
 
 
@@ -79,7 +89,7 @@ def _run(argv: list[str]) -> int:
         case ["--version" | "version"]:
             print(f"tinydiff {__version__}")
         case ["generate", *rest]:
-            _help() if {"-h", "--help"} & set(rest) else _generate(rest)
+            _help_of_generate() if {"-h", "--help"} & set(rest) else _generate(rest)
         case ["models", *rest]:
             _models(rest)
         case ["doctor", *rest]:
@@ -90,8 +100,13 @@ def _run(argv: list[str]) -> int:
             from tinydiff import advise
 
             return advise.main(rest)
-        case ["serve", *_]:
-            raise UserError("command", "serve: the HTTP server does not exist yet; `tinydiff generate` makes pictures and clips")
+        case ["serve", *rest]:
+            if {"-h", "--help"} & set(rest):
+                _help_of_serve()
+            else:
+                from tinydiff.serve import server
+
+                return server.serve(rest)
         case [word, *_]:
             raise UserError("command", f"{word}: no such command{nearest(word, COMMANDS)}; `tinydiff --help` lists them")
     return 0
@@ -191,8 +206,20 @@ def _table() -> list[str]:
     return ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _help() -> None:
-    """Draw the options of `generate`: one box per record, in the order of `config.GROUPS`."""
+def _help_of_generate() -> None:
+    boxes: dict[str, type] = dict(zip(("picture", "file", "model", "ranks"), config.GROUPS, strict=True))
+    _help("generate", "Make pictures or clips and write them to files.", boxes, EPILOGUE)
+
+
+def _help_of_serve() -> None:
+    from tinydiff.serve.options import ServeOptions
+
+    boxes = {"server": ServeOptions, "model": config.ModelOptions}
+    _help("serve", "Keep a model loaded behind an OpenAI-compatible HTTP API, and a page.", boxes, SERVING)
+
+
+def _help(command: str, description: str, groups: Mapping[str, type], epilogue: str) -> None:
+    """Draw a command's options: one box per record."""
     import tyro
 
     def hint(default: str) -> str:
@@ -205,15 +232,13 @@ def _help() -> None:
         ]
         return make_dataclass(group.__name__, rows, bases=(group,), frozen=True)
 
-    groups = zip(("picture", "file", "model", "ranks"), map(drawn, config.GROUPS), strict=True)
-    boxes = [(name, group, field(default_factory=group)) for name, group in groups]
+    boxes = [(name, group, field(default_factory=group)) for name, group in ((name, drawn(group)) for name, group in groups.items())]
     markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
     shown = make_dataclass("Options", boxes, frozen=True)
-    description = "Make pictures or clips and write them to files."
     try:
-        tyro.cli(shown, prog="tinydiff generate", description=description, args=["--help"], config=markers)
+        tyro.cli(shown, prog=f"tinydiff {command}", description=description, args=["--help"], config=markers)
     except SystemExit:
-        print(EPILOGUE, end="")
+        print(epilogue, end="")
 
 
 def _metavar(kind: Any) -> str:

@@ -10,9 +10,10 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from tinydiff import flags
 from tinydiff.records import UserError, nearest
@@ -33,6 +34,11 @@ LATER_ATTENTION = (
 LATER_CHOICES = {"backend": ("diffusers",), "encoder_parallel": ("dp",)}
 """SGLang's values that do not exist here yet."""
 
+CLOUD_STORAGE = (
+    "CLOUD_STORAGE_TYPE", "S3_BUCKET_NAME", "S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY", "S3_ENDPOINT_URL", "S3_REGION_NAME",
+)  # fmt: skip
+"""Variables about object storage, each behind TINYDIFF_ or SGLANG_."""
+
 SHOWN_AS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -46,7 +52,7 @@ class Progress(Protocol):
         """`done` of the stage's `total` steps are made."""
 
 
-def _within(default: Any = None, least: float = -math.inf, most: float = math.inf, above: float = -math.inf) -> Any:
+def within(default: Any = None, least: float = -math.inf, most: float = math.inf, above: float = -math.inf) -> Any:
     """A field whose numbers lie in [least, most] and above `above`."""
     return field(default=default, metadata={"least": least, "most": most, "above": above})
 
@@ -68,35 +74,35 @@ class SamplingOptions:
     file, an http(s) address or a data URI."""
     mask_path: str | None = None
     """Where the given picture is painted anew: white there, black where it stays; of the picture's size."""
-    strength: float | None = _within(above=0, most=1)
+    strength: float | None = within(above=0, most=1)
     """How far a given picture is changed: near 0 hardly, at 1 wholly."""
-    seed: tuple[int, ...] = _within((42,), least=0, most=2**63 - 1)
+    seed: tuple[int, ...] = within((42,), least=0, most=2**63 - 1)
     """Start of the random numbers: output k of a prompt is the picture of seed + k. Or one seed for each output."""
-    num_outputs_per_prompt: int = _within(1, least=1, most=10_000)
+    num_outputs_per_prompt: int = within(1, least=1, most=10_000)
     """Outputs made of each prompt."""
-    height: int | None = _within(least=1, most=2**16)
+    height: int | None = within(least=1, most=2**16)
     """Pixels. Sizes at once: --720p --1080p --2k --4k."""
-    width: int | None = _within(least=1, most=2**16)
+    width: int | None = within(least=1, most=2**16)
     """Pixels."""
-    num_frames: int | None = _within(least=1, most=100_000)
+    num_frames: int | None = within(least=1, most=100_000)
     """Frames; 1 makes a picture. Qwen-Image-Layered: layers."""
-    fps: int | None = _within(least=1, most=1000)
+    fps: int | None = within(least=1, most=1000)
     """Frames a second of a clip."""
-    num_inference_steps: int | None = _within(least=1, most=1000)
+    num_inference_steps: int | None = within(least=1, most=1000)
     """Denoising steps."""
-    guidance_scale: float | None = _within(least=0)
+    guidance_scale: float | None = within(least=0)
     """How strongly the prompt is followed; 1 turns guidance off and halves the work."""
-    true_cfg_scale: float | None = _within(least=0)
+    true_cfg_scale: float | None = within(least=0)
     """Guidance by a negative prompt, for models whose guidance_scale is told to the network (FLUX.1-dev); elsewhere the same as that."""
-    cfg_normalization: float | None = _within(least=0)
+    cfg_normalization: float | None = within(least=0)
     """Z-Image: how many times as long as the prompt's own prediction the guided one may be; 0 does not ask."""
-    guidance_scale_2: float | None = _within(least=0)
+    guidance_scale_2: float | None = within(least=0)
     """The same for the second expert of a model that has two."""
-    boundary_ratio: float | None = _within(least=0, most=1)
+    boundary_ratio: float | None = within(least=0, most=1)
     """Share of the noise schedule below which the second expert takes over."""
-    flow_shift: float | None = _within(above=0)
+    flow_shift: float | None = within(above=0)
     """Above 1 spends more steps at high noise."""
-    dmd_denoising_steps: tuple[int, ...] = _within((), least=0, most=1000)
+    dmd_denoising_steps: tuple[int, ...] = within((), least=0, most=1000)
     """Timesteps of a distilled model, falling."""
 
 
@@ -111,7 +117,7 @@ class OutputOptions:
     Or folder and name at once: --output-file-path PATH."""
     output_quality: str = "default"
     """Of lossy formats: maximum, high, medium, low or default."""
-    output_compression: int | None = _within(least=0, most=100)
+    output_compression: int | None = within(least=0, most=100)
     """The same as a number, 0 to 100."""
     x264_preset: str | None = None
     """Effort of the MP4 encoder, ultrafast to placebo."""
@@ -163,21 +169,21 @@ class ModelOptions:
 class ParallelOptions:
     """On how many devices. Each rank, a process of its own, has one; where there is no GPU, ranks share the CPU."""
 
-    num_gpus: int | None = _within(least=1, most=2**16)
+    num_gpus: int | None = within(least=1, most=2**16)
     """Ranks on all machines. Alone it chooses how they share the work, and says so."""
-    tp_size: int | None = _within(least=1)
+    tp_size: int | None = within(least=1)
     """Ranks that share the weights of each layer."""
-    sp_degree: int | None = _within(least=1)
+    sp_degree: int | None = within(least=1)
     """Ranks that share the tokens of a picture: ulysses_degree times ring_degree, or alone the former."""
-    ulysses_degree: int | None = _within(least=1)
+    ulysses_degree: int | None = within(least=1)
     """Of them, those that trade tokens for heads in attention."""
-    ring_degree: int | None = _within(least=1)
+    ring_degree: int | None = within(least=1)
     """Of them, those that pass keys and values around."""
     enable_cfg_parallel: bool | None = None
     """Prompt and negative prompt on ranks of their own."""
-    cfg_parallel_size: int | None = _within(least=1, most=2)
+    cfg_parallel_size: int | None = within(least=1, most=2)
     """The same as a number: 2, or 1 for off."""
-    data_parallel_size: int | None = _within(least=1)
+    data_parallel_size: int | None = within(least=1)
     """Replicas of the model, which share the outputs."""
     use_fsdp_inference: bool | None = None
     """Divide weights over ranks that would hold the same, and gather them block by block."""
@@ -185,15 +191,15 @@ class ParallelOptions:
     """Text encoders: divided as tp_size says (auto), over all ranks of a replica (fold), or whole on each (replicate)."""
     vae_sp: bool | None = None
     """Divide the autoencoder's rows over the ranks of a replica; so it is done unless false."""
-    nnodes: int | None = _within(least=1)
+    nnodes: int | None = within(least=1)
     """Machines; each runs the same command, but for node_rank."""
-    node_rank: int | None = _within(least=0)
+    node_rank: int | None = within(least=0)
     """Which of them this is, from 0."""
     dist_init_addr: str | None = None
     """The first machine's host:port, for all to meet at."""
-    master_port: int | None = _within(least=1, most=2**16 - 1)
+    master_port: int | None = within(least=1, most=2**16 - 1)
     """The port, where dist_init_addr names none; on one machine any free one."""
-    dist_timeout: int | None = _within(least=1)
+    dist_timeout: int | None = within(least=1)
     """Seconds that a rank waits for another before the job ends with an error, 3600 unless told."""
 
 
@@ -213,7 +219,7 @@ class Options:
 
 GROUPS: tuple[type, ...] = (SamplingOptions, OutputOptions, ModelOptions, ParallelOptions)
 NAMES = tuple(entry.name for group in GROUPS for entry in fields(group))
-_HINTS = {group: get_type_hints(group) for group in GROUPS}
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -232,6 +238,18 @@ def under_torchrun() -> Place | None:
     if not {*names, "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return None
     return Place(*(int(os.environ[name]) for name in names))
+
+
+def keys(name: str) -> tuple[str, ...]:
+    """The keys in the variable TINYDIFF_<name>, several with commas between."""
+    return tuple(word.strip() for word in os.environ.get(f"TINYDIFF_{name}", "").split(",") if word.strip())
+
+
+def cloud_storage() -> dict[str, str]:
+    """What the environment says of object storage, by SGLang's names without their first word, such as S3_BUCKET_NAME: the variable
+    TINYDIFF_S3_BUCKET_NAME, else SGLANG_S3_BUCKET_NAME. What is not set, or is empty, is left out."""
+    found = {name: os.environ.get(f"TINYDIFF_{name}") or os.environ.get(f"SGLANG_{name}") for name in CLOUD_STORAGE}
+    return {name: value for name, value in found.items() if value}
 
 
 def parse(argv: Sequence[str]) -> Options:
@@ -258,7 +276,7 @@ def seeds(sampling: SamplingOptions, prompt: int) -> tuple[int, ...]:
 
 
 def _checked(entries: Mapping[str, Any]) -> Options:
-    records = [group(**_fill(group, entries)) for group in GROUPS]
+    records = [filled(group, entries) for group in GROUPS]
     rest = {name: value for name, value in entries.items() if name not in NAMES}
     refused = [flags.later(name, value) for name, value in rest.items() if name not in flags.SERVER]
     later = tuple(sentence for sentence in refused if sentence)
@@ -269,15 +287,19 @@ def _checked(entries: Mapping[str, Any]) -> Options:
     return made
 
 
-def _fill(group: type, entries: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
-    for entry in fields(group):
+_hints = cache(get_type_hints)
+
+
+def filled(group: type[Record], entries: Mapping[str, Any]) -> Record:
+    """A record of options with those of `entries` that are its own, read and in range. Raises UserError."""
+    found, hints = {}, _hints(group)
+    for entry in fields(cast(Any, group)):
         if entry.name in entries:
-            value = read(entry.name, _HINTS[group][entry.name], entries[entry.name])
+            value = read(entry.name, hints[entry.name], entries[entry.name])
             for number in value if isinstance(value, tuple) else (value,):
                 _in_range(entry.name, number, entry.metadata)
             found[entry.name] = value
-    return found
+    return group(**found)
 
 
 def read(name: str, kind: Any, value: Any) -> Any:

@@ -7,7 +7,7 @@ is here as two tables, so that every flag of SGLang is known, and none is taken 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ SERVER = _words("""
     disagg_transfer_backend disagg_transfer_pool_size disagg_transfer_pin_memory disagg_p2p_hostname disagg_ib_device disagg_server_addr
     encoder_urls prompt_encoder_urls image_encoder_urls denoiser_urls decoder_urls encoder_tp denoiser_tp denoiser_sp denoiser_ulysses
     denoiser_ring decoder_sp
+    api_key api_key_file admin_api_key cors_origin public_url state_dir state_url unfinished lease output_lifetime output_limit max_queue
+    max_body max_input_pixels max_pixels allow_url_inputs idle_unload http_threads log_format
 """)
 """Flags of a server: `generate` ignores them and says so."""
 
@@ -122,6 +124,9 @@ _OFF = {
     for name, _, values in (row.partition("=") for row in rows.split())
 }
 
+LATER_NAMES = frozenset(_OFF)
+"""The names in `LATER`."""
+
 
 def tokens(argv: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Split a command line into (name, values): `--name a b` gives [a, b], `--name=a` gives [a], and `--name` alone gives True.
@@ -169,11 +174,11 @@ def read_file(path: str) -> Iterator[tuple[str, Any]]:
             yield str(name), value
 
 
-def collect(pairs: Iterable[tuple[str, Any]], known: Iterable[str], dashes: bool = False) -> dict[str, Any]:
+def collect(pairs: Iterable[tuple[str, Any]], known: Iterable[str], dashes: bool = False, several: Collection[str] = ()) -> dict[str, Any]:
     """Bring one source's (name, value) pairs to tinydiff's names: aliases, shorthands and per-component forms are resolved.
 
-    known: the names of the options. dashes: whether to speak of flags or of keys. The last of a repeated name counts. Raises UserError
-    for an unknown name, with the nearest one, and for two spellings of one option.
+    known: the names of the options. dashes: whether to speak of flags or of keys. The last of a repeated name counts, but of the names in
+    `several` all do. Raises UserError for an unknown name, with the nearest one, and for two spellings of one option.
     """
     known = [*known, *MAPS]
     found: dict[str, Any] = {}
@@ -195,6 +200,8 @@ def collect(pairs: Iterable[tuple[str, Any]], known: Iterable[str], dashes: bool
                 raise UserError(name, f"{name}: give either {show(spelled[key])} or {show(given)}, not both")
             if part:
                 found[name] = found.get(name, {}) | {part: meant}
+            elif name in several and name in found:
+                found[name] = [*_listed(found[name]), *_listed(meant)]
             else:
                 found[name] = meant
     return found
@@ -255,16 +262,20 @@ def _said(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def one_text(name: str, value: Any) -> str:
     """The text of an option that takes one. Raises UserError for none and for several."""
-    words = value if isinstance(value, list) else [value]
+    words = _listed(value)
     if len(words) != 1 or not isinstance(words[0], str):
         raise UserError(name, f"{name}: takes one text and was given {'none' if value is True else words}")
     return words[0]
 
 
 def _truth(name: str, value: Any) -> bool:
-    words = value if isinstance(value, list) else [value]
+    words = _listed(value)
     truths = {"true": True, "false": False}
     if len(words) != 1 or str(words[0]).lower() not in truths:
         raise UserError(name, f"{name}: takes true or false, not {' '.join(map(str, words))!r}")

@@ -43,6 +43,8 @@ class Request:
     """The given pictures at their own sizes, for networks that have a size of their own; with opacity [H, W, 4] where layers are made."""
     mask: numpy.ndarray | None
     """Where the given picture is painted anew: uint8 [height, width], 255 there and 0 elsewhere. None: everywhere."""
+    starts: bool
+    """Whether the loop starts from the given picture, made noisy; else the network is told of it."""
     strength: float
     """How much noise a picture to start from gets, above 0 (it stays) to 1 (nothing of it is left)."""
     height: int

@@ -197,7 +197,8 @@ def test_requests_that_the_model_cannot_serve(name, fields, field, words, tmp_pa
 def test_pictures_that_the_model_cannot_take(tmp_path, picture):
     refused("image_path", "takes no picture", request, released(T2V, tmp_path), image_path=(picture,))
     refused("image_path", "takes one, the first frame", request, SHIPPED, image_path=(picture, picture))
-    refused("num_frames", "1 leaves nothing to make", request, SHIPPED, image_path=(picture,), num_frames=1)
+    refused("num_frames", "1 leaves nothing to make", request, released(I2V, tmp_path), image_path=(picture,), num_frames=1)
+    refused("strength", "ask for one picture, with num_frames 1", request, SHIPPED, image_path=(picture,), strength=0.5)
 
 
 @pytest.mark.parametrize("strength", [0, -0.5, 1.01, float("inf"), float("nan")])
@@ -212,12 +213,17 @@ def test_a_strength_that_leaves_no_step(tmp_path, picture):
     refused("strength", "of 50 steps is none; give more steps", request, path, image_path=(picture,), strength=1e-20)
 
 
-def test_a_solver_that_cannot_start_in_between(tmp_path, picture):
+def test_a_solver_with_a_history_starts_in_between_too(tmp_path, picture):
     path = released(DEV, tmp_path)
     solver = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True}
     (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(solver))
-    refused("strength", "looks back at earlier steps", request, path, image_path=(picture,))
-    assert request(path, image_path=(picture,), strength=1.0).strength == 1.0
+    assert request(path, image_path=(picture,)).strength == 0.6
+
+
+def test_a_model_that_continues_a_picture_starts_from_it_where_one_picture_is_asked_for(picture):
+    assert request(SHIPPED, image_path=(picture,), num_frames=1).starts
+    assert not request(SHIPPED, image_path=(picture,), num_frames=5).starts
+    assert not request(SHIPPED, num_frames=1).starts
 
 
 def test_masks_that_cannot_be(tmp_path, picture, mask):

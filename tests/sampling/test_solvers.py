@@ -251,12 +251,22 @@ def test_a_later_start_keeps_fresh_noise_and_experts():
     assert all(map(torch.equal, solvers.since(whole, 0), whole))
 
 
-def test_a_solver_with_a_history_starts_only_at_its_first_step():
-    table = solvers.from_scheduler_config(UNIPC, 5)
-    assert all(map(torch.equal, solvers.since(table, 0), table))
-    with pytest.raises(UserError, match="looks back at earlier steps") as error:
-        solvers.since(table, 2)
-    assert error.value.field == "strength"
+@pytest.mark.parametrize("first", [1, 4, 6, 7])
+def test_a_solver_with_a_history_begins_anew(first):
+    scheduler = build(UNIPC)
+    scheduler.set_timesteps(8)
+    scheduler.sigmas = scheduler.sigmas.double()
+    scheduler.set_begin_index(first)
+    whole = solvers.with_guidance(solvers.from_scheduler_config(UNIPC, 8), range(8))
+    table = solvers.since(whole, first)
+    x, predictions = randn(1, 2, 3), randn(8 - first, 1, 2, 3)
+    want, sample = [], x
+    for v, t in zip(predictions, scheduler.timesteps[first:], strict=True):
+        sample = scheduler.step(v, t, sample, return_dict=False)[0]
+        want.append(sample)
+    assert_close(run_table(table, x, predictions), torch.stack(want))
+    assert table.guidance.tolist() == [*range(first, 8)]
+    assert all(map(torch.equal, solvers.since(whole, 0), whole))
 
 
 @pytest.mark.parametrize(

@@ -289,12 +289,13 @@ def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
     ids, mask = parts.tokens("tokenizer", texts, request.text_tokens)
     hidden = text_input(t5.encode(encoder.config, encoder.plan, encoder.w, ids, mask), mask).to(parts.nets["transformer"].dtype)
     known, shared = None, {"positions": positions(c, size, parts.device)}
-    if request.images and parts.options.get("expand_timesteps"):
-        first = parts.encode(parts.pixels(request.images))
+    given = () if request.starts else request.images
+    if given and parts.options.get("expand_timesteps"):
+        first = parts.encode(parts.pixels(given))
         frame = torch.cat([first, first.new_zeros(*first.shape[:2], size[0] - 1, *size[1:])], 2)
         frozen = (shared["positions"][:, 0] == 0)[None, :, None]
         known, shared["frozen"] = Known(patchify(frame, c.patch_size), ~frozen), frozen
-    elif request.images:
+    elif given:
         shared |= _beside(c, parts, request, size)
     return on_grid([{"text": text[None]} | shared for text in hidden], vae, request, c.patch_size, known)
 

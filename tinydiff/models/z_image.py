@@ -187,7 +187,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
     inputs: `text` [B, T, cap_feat_dim]; `positions` [L, 3] and `real` [1, L, 1] bool of the image's tokens, as the functions of these
     names give them; where captions differ in length, `mask` [B, T], 1 on a caption's tokens, which come first, and 0 behind them; where
-    guidance is clamped, its `limit` [1].
+    guidance is clamped, its `limit` [1, 1, 1].
     """
     embed, pad = w / "cap_embedder", w["cap_pad_token"]
     batch, given, _ = inputs["text"].shape
@@ -301,7 +301,7 @@ def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
     size, tokens = latent_size(vae, request), token_count(vae, request, c.patch_size)
     shared = {"positions": positions(c, size, parts.device), "real": real(c, size, parts.device)}
     limit = request.cfg_normalization
-    shared |= {"limit": torch.tensor([limit], dtype=torch.float64, device=parts.device)} if limit else {}
+    shared |= {"limit": torch.full((1, 1, 1), limit, dtype=torch.float64, device=parts.device)} if limit else {}
 
     def branch(text: str) -> Tensors:
         ids, _ = parts.tokens("tokenizer", [TEMPLATE.format(text)], request.text_tokens, "none")

@@ -10,6 +10,7 @@ import numpy
 from tinydiff.config import SamplingOptions, seeds
 from tinydiff.io.images import read_image, resize
 from tinydiff.models.recipe import spread
+from tinydiff.models.registry import ReleasedModel
 from tinydiff.records import Request, UserError
 from tinydiff.runtime.blueprint import Blueprint
 from tinydiff.runtime.pipeline import table
@@ -30,11 +31,9 @@ def admit(blueprint: Blueprint, sampling: SamplingOptions, clip: bool = False) -
     height, width = _size(blueprint, sampling, originals)
     frames = _frames(blueprint, sampling, clip or (bool(originals) and row.image_use == "frames"))
     layers = (sampling.num_frames or row.layers) if row.layers else 0
-    if originals and row.image_use == "frames" and frames == 1:
-        least = blueprint.nets["vae"].config.scale_factor_temporal + 1
-        raise UserError("num_frames", f"num_frames: 1 leaves nothing to make after the given first frame; give at least {least}")
+    starts = _starts(blueprint, sampling, originals, frames)
     images = () if row.image_use == "references" else tuple(resize(image, height, width) for image in originals)
-    mask = _mask(blueprint, sampling, originals, height, width)
+    mask = _mask(blueprint, sampling, originals, starts, height, width)
     steps, timesteps = _steps(blueprint, sampling)
     guidance, embedded = guidance_of(blueprint, sampling)
     second, boundary = _experts(blueprint, sampling, guidance)
@@ -46,7 +45,8 @@ def admit(blueprint: Blueprint, sampling: SamplingOptions, clip: bool = False) -
             images=images,
             originals=originals,
             mask=mask,
-            strength=_strength(blueprint, sampling, steps),
+            starts=starts,
+            strength=_strength(blueprint, sampling, starts, steps),
             height=height,
             width=width,
             num_frames=frames,
@@ -107,12 +107,25 @@ def _normalization(blueprint: Blueprint, sampling: SamplingOptions) -> float:
     return limit
 
 
-def _strength(blueprint: Blueprint, sampling: SamplingOptions, steps: int) -> float:
+def _starts(blueprint: Blueprint, sampling: SamplingOptions, originals: Sequence[numpy.ndarray], frames: int) -> bool:
+    """Whether the loop starts from the given picture: of models that continue a picture as a clip, where one picture is asked for."""
+    row = blueprint.row
+    if row.image_use == "start" or not originals:
+        return row.image_use == "start" and bool(originals)
+    if row.image_use == "references" or frames > 1:
+        return False
+    if row.images[0]:
+        least = blueprint.nets["vae"].config.scale_factor_temporal + 1
+        raise UserError("num_frames", f"num_frames: 1 leaves nothing to make after the given first frame; give at least {least}")
+    return True
+
+
+def _strength(blueprint: Blueprint, sampling: SamplingOptions, starts: bool, steps: int) -> float:
     row, strength = blueprint.row, sampling.strength
     if strength is None:
-        return 1.0 if row.image_use != "start" or not sampling.image_path else STRENGTH if sampling.mask_path is None else 1.0
-    if row.image_use != "start":
-        raise UserError("strength", f"strength: {row.name} does not start from a picture's noise, so it cannot be set")
+        return STRENGTH if starts and sampling.mask_path is None else 1.0
+    if not starts and (row.image_use != "start" or sampling.image_path):
+        raise UserError("strength", f"strength: {row.name} does not start from a picture's noise, so it cannot be set{_instead(row)}")
     if not sampling.image_path:
         raise UserError("strength", "strength: says how far a given picture is changed; give one with --image-path")
     if not 0 < strength <= 1:
@@ -122,7 +135,14 @@ def _strength(blueprint: Blueprint, sampling: SamplingOptions, steps: int) -> fl
     return strength
 
 
-def _mask(blueprint: Blueprint, sampling: SamplingOptions, originals: Sequence[numpy.ndarray], height: int, width: int):
+def _instead(row: ReleasedModel) -> str:
+    """What to ask for where a model that makes clips could start from a picture."""
+    return "; ask for one picture, with num_frames 1" if row.image_use == "frames" and row.images == (0, 1) else ""
+
+
+def _mask(
+    blueprint: Blueprint, sampling: SamplingOptions, originals: Sequence[numpy.ndarray], starts: bool, height: int, width: int
+) -> numpy.ndarray | None:
     """The mask at the request's size, 0 or 255 [height, width]; None without one.
 
     As in diffusers' inpainting pipelines it is resized as the picture is; then what is at least half as bright as white is white.
@@ -130,8 +150,8 @@ def _mask(blueprint: Blueprint, sampling: SamplingOptions, originals: Sequence[n
     if sampling.mask_path is None:
         return None
     row = blueprint.row
-    if row.image_use != "start":
-        raise UserError("mask_path", f"mask_path: {row.name} paints no part of a given picture anew; it takes no mask")
+    if not starts and (row.image_use != "start" or originals):
+        raise UserError("mask_path", f"mask_path: {row.name} paints no part of a given picture anew; it takes no mask{_instead(row)}")
     if not originals:
         raise UserError("mask_path", "mask_path: a mask says where a picture is painted anew; give the picture with --image-path")
     given = read_image(sampling.mask_path, "mask_path")

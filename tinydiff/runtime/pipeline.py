@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy
@@ -20,7 +21,7 @@ from torch import Tensor
 import tinydiff
 from tinydiff.config import Progress
 from tinydiff.io.images import resize
-from tinydiff.models.recipe import Net, Parts, Prepared, token_count
+from tinydiff.models.recipe import Parts, Prepared, token_count
 from tinydiff.ops.norm import compute_dtype
 from tinydiff.parallel import sequence
 from tinydiff.records import Request, Result, UserError
@@ -45,6 +46,8 @@ class Conditioning(NamedTuple):
 
     prepared: Prepared
     rows: Table
+    experts: Callable[[int], loop.Hoisted]
+    """Index -> the network made ready, once for all outputs."""
     start: Tensor | None = None
     """Tokens [1, L, P] of the picture to start from."""
     mask: Tensor | None = None
@@ -113,14 +116,24 @@ def condition(model: Model, request: Request) -> Conditioning:
         raise UserError("guidance_scale", f"guidance_scale: {message}; ask for more than 1, or load with cfg_parallel_size 1")
     have, rows = parts(model, request), table(model.blueprint, request)
     prepared = net.module.PIPELINES[row.pipeline](net.config, have, request)
-    if row.image_use != "start" or not request.images:
-        return Conditioning(prepared, rows)
+    told = Conditioning(prepared, rows, _experts(model, prepared, rows))
+    if not request.starts:
+        return told
     start = prepared.pack(have.encode(have.pixels(request.images)))
     if request.mask is None:
-        return Conditioning(prepared, rows, start)
+        return told._replace(start=start)
     mask = torch.from_numpy(request.mask).to(start)[None, None] / 255
     mask = torch.nn.functional.interpolate(mask, size=prepared.size[2:])
-    return Conditioning(prepared, rows, start, prepared.pack(mask[:, :, None].expand(1, *prepared.size)))
+    return told._replace(start=start, mask=prepared.pack(mask[:, :, None].expand(1, *prepared.size)))
+
+
+def _experts(model: Model, prepared: Prepared, rows: Table) -> Callable[[int], loop.Hoisted]:
+    @cache
+    def expert(index: int) -> loop.Hoisted:
+        net = model.nets[("transformer", "transformer_2")[index]]
+        return loop.hoist(net.module, net.config, net.plan, net.weights, prepared.branches, rows)
+
+    return expert
 
 
 def table(blueprint: Blueprint, request: Request) -> Table:
@@ -130,7 +143,7 @@ def table(blueprint: Blueprint, request: Request) -> Table:
     rows = solvers.with_guidance(rows, request.guidance_scale)
     if request.boundary_ratio is not None:
         rows = solvers.with_experts(rows, request.boundary_ratio, request.guidance_scale_2)
-    if blueprint.row.image_use == "start" and request.images:
+    if request.starts:
         rows = solvers.since(rows, int(rows.steps - rows.steps * request.strength))
     return rows
 
@@ -145,30 +158,34 @@ def _scheduled(blueprint: Blueprint, request: Request) -> Table:
     return solvers.from_scheduler_config(scheduler, steps, sigmas=grid, mu=module.mu(tokens, steps, scheduler))
 
 
-def denoise(model: Model, request: Request, conditioning: Conditioning, seed: int, latents: Tensor | None = None) -> Iterator[Tensor]:
-    """Noise of `seed` (or `latents` [1, C, F, H, W]) -> tokens [1, L, P] of the picture, float32, after each step.
+def begin(
+    model: Model, request: Request, conditioning: Conditioning, seed: int, latents: Tensor | None = None, compiled: bool = False
+) -> tuple[loop.Seat, Callable[[Tensor], Tensor]]:
+    """(noise of `seed`, or `latents` [1, C, F, H, W], at the first step, what makes tokens [1, L, P] of the picture of the seat's).
 
     Every rank draws the same noise for the whole picture and keeps its share: the picture does not depend on the layout.
     """
-    net, device, prepared = model.nets["transformer"], model.blueprint.device, conditioning.prepared
+    plan, device, prepared = model.nets["transformer"].plan, model.blueprint.device, conditioning.prepared
     rows = conditioning.rows
     start, fresh = noise.latents(seed, [0], prepared.size, rows)
-    form = guidance.KINDS[(prepared.guidance or net.module.GUIDANCE) if request.guided else "none"]
-    run = _denoiser(model.blueprint.compiled, net, form)
-
-    def expert(index: int) -> loop.Hoisted:
-        chosen = model.nets[("transformer", "transformer_2")[index]]
-        return loop.hoist(chosen.module, chosen.config, chosen.plan, chosen.weights, prepared.branches, rows)
-
+    run = denoiser(model, request, conditioning, compiled)
     x = prepared.pack((start if latents is None else latents).to(device))
     tokens = None if fresh is None else torch.stack([prepared.pack(draw.to(x)) for draw in fresh])
     made = x.shape[1]
     x, kept = _beside_known(x, prepared) if conditioning.start is None else _from_picture(x, conditioning)
-    whole, plan = x.shape[1], net.plan
+    whole = x.shape[1]
     tokens = None if tokens is None else sequence.share(plan, tokens, 2)
     kept = None if kept is None else loop.Kept(*(sequence.share(plan, each, 1) for each in kept))
-    for progress in loop.run(run, rows, sequence.share(plan, x, 1), expert, tokens, kept, chunk=1):
-        yield sequence.gathered(plan, progress.x, 1, whole)[:, :made]
+    seat = loop.start(run, rows, sequence.share(plan, x, 1), conditioning.experts, tokens, kept)
+    return seat, lambda x_BLP: sequence.gathered(plan, x_BLP, 1, whole)[:, :made]
+
+
+def denoise(model: Model, request: Request, conditioning: Conditioning, seed: int, latents: Tensor | None = None) -> Iterator[Tensor]:
+    """Noise of `seed` (or `latents` [1, C, F, H, W]) -> tokens [1, L, P] of the picture, float32, after each step."""
+    seat, shown = begin(model, request, conditioning, seed, latents, model.blueprint.compiled)
+    while not seat.done:
+        seat = loop.advance(seat, 1)
+        yield shown(seat.state.x)
 
 
 def _from_picture(noise_BLP: Tensor, conditioning: Conditioning) -> tuple[Tensor, loop.Kept | None]:
@@ -188,12 +205,19 @@ def _beside_known(x_BLP: Tensor, prepared: Prepared) -> tuple[Tensor, loop.Kept 
     return x, loop.Kept(prepared.known.free.to(x.dtype), given, given)
 
 
-def _denoiser(compiled: bool, net: Net, kind: Callable) -> loop.Denoise:
+_eager = cache(loop.eager_denoise)
+"""One function for each network and form of guidance: pictures share a loop that has the same one."""
+
+
+def denoiser(model: Model, request: Request, conditioning: Conditioning, compiled: bool) -> loop.Denoise:
+    """The loop with the request's form of guidance; the same function for all requests of that form."""
+    net = model.nets["transformer"]
+    form = guidance.KINDS[(conditioning.prepared.guidance or net.module.GUIDANCE) if request.guided else "none"]
     if not compiled:
-        return loop.eager_denoise(net.module, net.config, net.plan, kind)
+        return _eager(net.module, net.config, net.plan, form)
     from tinydiff.sampling.compile import compiled_denoise  # pulls in the compiler: only those who compile pay for it
 
-    return compiled_denoise(net.module, net.config, net.plan, kind)
+    return compiled_denoise(net.module, net.config, net.plan, form)
 
 
 @torch.no_grad()
@@ -220,6 +244,17 @@ def _over_given(frames: numpy.ndarray, request: Request) -> numpy.ndarray:
     return (frames * share + request.images[0] * (1 - share)).round().astype(numpy.uint8)
 
 
+@torch.no_grad()
+def finish(model: Model, request: Request, conditioning: Conditioning, tokens: Tensor) -> tuple[numpy.ndarray, Tensor]:
+    """The last step's tokens [1, L, P] -> (frames uint8 [frames, height, width, 3 or 4], latents [N, C, F, H, W])."""
+    latents = conditioning.prepared.unpack(tokens)
+    if not latents.isfinite().all():
+        name, narrow = model.blueprint.row.name, PRECISIONS.get(model.nets["transformer"].dtype)
+        message = f"{name} gave values that are not numbers; its weights are broken, or {narrow} is too narrow for it"
+        raise UserError("model_path", f"model_path: {message} (see dit_precision)")
+    return _over_given(decode(model, request, latents), request), latents
+
+
 def parameters(model: Model, request: Request) -> dict[str, Any]:
     """Every effective parameter of a request but the seed, JSON-able."""
     names = ("prompt", "negative_prompt", "height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale")
@@ -240,7 +275,7 @@ def parameters(model: Model, request: Request) -> dict[str, Any]:
     if request.layers:
         entries["layers"] = request.layers
     entries["given_images"] = len(request.originals)
-    if model.blueprint.row.image_use == "start" and request.images:
+    if request.starts:
         entries |= {"strength": request.strength, "masked": request.mask is not None}
     entries["precision"] = {name: PRECISIONS[net.dtype] for name, net in model.nets.items()}
     return entries | {"tinydiff": tinydiff.__version__, "torch": torch.__version__}
@@ -255,13 +290,10 @@ def run(model: Model, request: Request, progress: Progress) -> Result:
     for seed in request.seeds:
         with clock.stage("denoise"):
             steps = clock.steps(denoise(model, request, conditioning, seed), conditioning.rows.steps)
-            latents = conditioning.prepared.unpack(deque(steps, maxlen=1).pop())  # the last one's, holding no others
-        if not latents.isfinite().all():
-            name, narrow = model.blueprint.row.name, PRECISIONS.get(model.nets["transformer"].dtype)
-            message = f"{name} gave values that are not numbers; its weights are broken, or {narrow} is too narrow for it"
-            raise UserError("model_path", f"model_path: {message} (see dit_precision)")
+            tokens = deque(steps, maxlen=1).pop()  # the last one's, holding no others
         with clock.stage("decode"):
-            frames.append(_over_given(decode(model, request, latents), request))
+            made, latents = finish(model, request, conditioning, tokens)
+        frames.append(made)
         kept.append(latents.transpose(0, 1).flatten(1, 2).cpu())
-    made = parameters(model, request)
-    return Result(tuple(frames), tuple(kept), made, request.seeds, clock.seconds, tuple(clock.step_seconds))
+    told = parameters(model, request)
+    return Result(tuple(frames), tuple(kept), told, request.seeds, clock.seconds, tuple(clock.step_seconds))

@@ -2,7 +2,7 @@
 
 The whole loop is one graph: torch's loop operator over steps, each kind of block a nested region compiled once, so the cost grows neither
 with depth nor with steps. Tokens and table rows are dynamic, everything else that varies is a tensor: no size, step count, solver without
-fresh noise, guidance scale or chunk compiles again. A new batch size, dtype or device does.
+fresh noise, guidance scale or chunk compiles again. A new dtype or device does, and several images after one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.fx.experimental import _config as fx_config
 
 from tinydiff.parallel.plan import Plan
 from tinydiff.parallel.sequence import KEYS
-from tinydiff.sampling.loop import Branch, Denoise, Guidance, Hoisted, Kept, State, denoise, predictor
+from tinydiff.sampling.loop import Branch, Denoise, Guidance, Hoisted, Kept, State, denoise, has_images, predictor
 
 _RECOMPILE_LIMIT = 64
 _regions = itertools.count()
@@ -84,6 +84,8 @@ def _build(family: Any, config: Any, plan: Plan, guidance: Guidance, exact: bool
         coefficients, noise = _two_rows(coefficients), None if noise is None else _two_rows(noise)
         _mark_rows(coefficients, noise, network.branches)
         _mark_tokens(state, noise, kept)
+        if state.x.shape[0] > 1:
+            _mark_images(family, network, state, coefficients, noise, kept)
         for request, _ in network.branches:
             _mark_named({**family.TOKEN_DIMS, **family.TEXT_DIMS}, request[""])
             _mark_named({name: 0 for name in request[""] if name.startswith(KEYS)}, request[""])
@@ -110,6 +112,17 @@ def _mark_tokens(state: State, noise: Tensor | None, kept: Kept | None) -> None:
         torch._dynamo.mark_dynamic(tensor, 1)
     if noise is not None:
         torch._dynamo.mark_dynamic(noise, 2)
+
+
+def _mark_images(family: Any, network: Hoisted, state: State, coefficients: Tensor, noise: Tensor | None, kept: Kept | None) -> None:
+    """Where there are several images, their number is dynamic; what they share has an axis of 1."""
+    told = [x for each, _ in network.branches for at, below in each.items() for name, x in below.items() if has_images(family, at, name)]
+    rows = [x for _, steps in network.branches for below in steps.values() for x in below.values()]
+    stated = [state.x, state.h1, state.h2, *state.memory.values(), *(kept or ())]
+    for tensors, dim in (([*told, *stated], 0), ([*rows, *(() if noise is None else (noise,))], 1), ([coefficients], 2)):
+        for x in tensors:
+            if x.ndim > dim and x.shape[dim] == state.x.shape[0]:
+                torch._dynamo.mark_dynamic(x, dim)
 
 
 def _mark_named(dims: Mapping[str, int], request: Mapping[str, Tensor]) -> None:

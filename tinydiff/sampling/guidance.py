@@ -27,7 +27,7 @@ def none(predict: Predict, plan: Plan) -> Guided:
 
 
 def _of_two(combine: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Guidance:
-    """combine: (prediction of the prompt, of the negative prompt, both [B, L, P], scale [1]) -> [B, L, P]."""
+    """combine: (prediction of the prompt, of the negative prompt, both [B, L, P], scale [1 or B, 1, 1]) -> [B, L, P]."""
 
     def guidance(predict: Predict, plan: Plan) -> Guided:
         def guided(w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory) -> tuple[Tensor, Memory]:
@@ -58,7 +58,7 @@ token_normed = _of_two(_normed)
 def clamped(predict: Predict, plan: Plan) -> Guided:
     """As `classifier_free`, an image whose velocity is longer than `limit` times that of the prompt scaled back to that length.
 
-    The request holds `limit` [1] and `real` [1, L, 1] bool, the tokens that count. Source: Z-Image's pipelines.
+    The request holds `limit` [1 or B, 1, 1] and `real` [1 or B, L, 1] bool, the tokens that count. Source: Z-Image's pipelines.
     """
 
     def guided(w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory) -> tuple[Tensor, Memory]:

@@ -34,9 +34,9 @@ class Step(NamedTuple):
     i: Tensor
     """int64 []."""
     sigma: Tensor
-    """Noise level [1], in the latents' dtype."""
+    """Noise level [1 or B, 1, 1], in the latents' dtype."""
     guidance: Tensor
-    """Guidance scale [1], in the latents' dtype."""
+    """Guidance scale [1 or B, 1, 1], in the latents' dtype."""
 
 
 class Branch(NamedTuple):
@@ -97,7 +97,30 @@ Guided = Callable[[Tree, Tensor, Step, tuple[Branch, ...], Memory], tuple[Tensor
 Guidance = Callable[[Predict, Plan], Guided]
 Wrap = Callable[[Callable[..., Streams]], Callable[..., Streams]]
 Denoise = Callable[[Hoisted, State, Tensor, Tensor | None, Kept | None, int, int], State]
-"""(network, state, coefficients [S, 8], fresh noise [S, B, L, P], kept tokens, start, stop) -> state after steps [start, stop)."""
+"""(network, state, coefficients [S, 8, 1 or B, 1, 1], fresh noise [S, B, L, P], kept tokens, start, stop) -> state after [start, stop)."""
+
+
+class Seat(NamedTuple):
+    """One batch of pictures on its way: where it is in its table, and all that the loop needs to go on."""
+
+    denoise: Denoise
+    table: Table
+    experts: Callable[[int], Hoisted]
+    rows: Tensor
+    """Coefficients [S, 8, 1, 1, 1]."""
+    noise: Tensor | None
+    """Fresh noise [S, B, L, P]."""
+    kept: Kept | None
+    network: Hoisted
+    """The expert that makes the steps up to `stop`."""
+    state: State
+    at: int
+    """How many steps are made."""
+    stop: int
+
+    @property
+    def done(self) -> bool:
+        return self.at == self.table.steps
 
 
 def deal(family: Any, config: Any, flat: Mapping[str, Tensor]) -> Tree:
@@ -196,6 +219,12 @@ def _is_shared(family: Any, name: str) -> bool:
     return name in family.SHARED or name.startswith(sequence.KEYS)
 
 
+def has_images(family: Any, prefix: str, name: str) -> bool:
+    """Whether a hoisted constant has an axis for images, its first; those that begin with tokens, or pick keys, have none."""
+    dims: Mapping[str, int] = {**family.TOKEN_DIMS, **family.TEXT_DIMS}
+    return bool(prefix) or (dims.get(name) != 0 and not name.startswith(sequence.KEYS))
+
+
 def python_loop(condition: Callable[..., Tensor], body: Callable[..., tuple], carry: tuple) -> tuple:
     """A while loop as it stands; compiled, torch's loop operator takes its place."""
     while condition(*carry):
@@ -221,7 +250,7 @@ def denoise(
 
     def body(i: Tensor, x: Tensor, h1: Tensor, h2: Tensor, memory: Memory) -> tuple[Tensor, Tensor, Tensor, Tensor, Memory]:
         row = i.view(1)
-        sigma, after, a, c, b1, b2, n, guidance = coefficients.index_select(0, row).unbind(1)
+        sigma, after, a, c, b1, b2, n, guidance = coefficients.index_select(0, row)[0].unbind(0)
         branches = tuple(Branch(request, _rows(steps, row)) for request, steps in network.branches)
         v, memory = predict(network.weights, x, Step(i, sigma, guidance), branches, memory)
         v = v.to(x.dtype)
@@ -251,10 +280,50 @@ def eager_denoise(family: Any, config: Any, plan: Plan, guidance: Guidance) -> D
 
 
 def coefficients(table: Table, x: Tensor) -> Tensor:
-    """The columns sigma, sigma after the step, a, c, b1, b2, n, guidance as [S, 8] in x's dtype and on its device."""
+    """The columns sigma, sigma after the step, a, c, b1, b2, n, guidance as [S, 8, 1, 1, 1] in x's dtype and on its device."""
     after = torch.cat([table.sigmas[1:], table.sigmas.new_zeros(1)])
     columns = (table.sigmas, after, table.a, table.c, table.b1, table.b2, table.n, table.guidance)
-    return torch.stack(columns, 1).to(x.device, x.dtype)
+    return torch.stack(columns, 1).to(x.device, x.dtype)[..., None, None, None]
+
+
+def start(
+    denoise: Denoise,
+    table: Table,
+    x_BLP: Tensor,
+    experts: Callable[[int], Hoisted],
+    noise: Tensor | None = None,
+    kept: Kept | None = None,
+) -> Seat:
+    """x_BLP at the first row of the table.
+
+    experts: index -> the network made ready, asked for once per segment, so that one expert may leave the device before the next arrives.
+    noise: fresh noise [S, B, L, P], exactly where the table renoises.
+    """
+    if table.renoises != (noise is not None):
+        raise ValueError("a table that renoises needs fresh noise, and only such a table")
+    rows = coefficients(table, x_BLP)
+    x = x_BLP.clone(memory_format=torch.contiguous_format) if kept is None else kept.at(x_BLP, rows[0, 0])
+    (expert, _, stop), *_ = segments(table)
+    return Seat(
+        denoise, table, experts, rows, noise, kept, experts(expert), State(x, torch.zeros_like(x), torch.zeros_like(x), {}), 0, stop
+    )
+
+
+def moved(seat: Seat, state: State, at: int) -> Seat:
+    """The seat with `at` steps made, and the expert for those to come."""
+    seat = seat._replace(state=state, at=at)
+    if at < seat.stop or seat.done:
+        return seat
+    expert, stop = next((expert, stop) for expert, first, stop in segments(seat.table) if first == at)
+    return seat._replace(network=seat.experts(expert), stop=stop)
+
+
+@torch.no_grad()
+def advance(seat: Seat, steps: int) -> Seat:
+    """The seat after `steps` more steps, or as many as its expert makes."""
+    stop = min(seat.at + steps, seat.stop)
+    state = seat.denoise(seat.network, seat.state, seat.rows, seat.noise, seat.kept, seat.at, stop)
+    return moved(seat, state, stop)
 
 
 @torch.no_grad()
@@ -267,21 +336,13 @@ def run(
     kept: Kept | None = None,
     chunk: int | None = None,
 ) -> Iterator[Progress]:
-    """Denoise x_BLP over the whole table, yielding after every `chunk` steps (None: as rarely as possible). Stop iterating to cancel.
+    """Denoise x_BLP over the whole table (see `start`), yielding after every `chunk` steps (None: as rarely as possible).
 
-    experts: index -> the network made ready, asked for once per segment, so that one expert may leave the device before the next arrives.
-    noise: fresh noise [S, B, L, P], exactly where the table renoises. The result does not depend on `chunk`.
+    Stop iterating to cancel. The result does not depend on `chunk`.
     """
-    if table.renoises != (noise is not None):
-        raise ValueError("a table that renoises needs fresh noise, and only such a table")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1")
-    rows = coefficients(table, x_BLP)
-    x = x_BLP.clone(memory_format=torch.contiguous_format) if kept is None else kept.at(x_BLP, rows[0, 0])
-    state = State(x, torch.zeros_like(x), torch.zeros_like(x), {})
-    for expert, first, last in segments(table):
-        network = experts(expert)
-        for start in range(first, last, chunk or last - first):
-            stop = min(start + (chunk or last), last)
-            state = denoise(network, state, rows, noise, kept, start, stop)
-            yield Progress(stop, table.steps, state.x)
+    seat = start(denoise, table, x_BLP, experts, noise, kept)
+    while not seat.done:
+        seat = advance(seat, chunk or table.steps)
+        yield Progress(seat.at, table.steps, seat.state.x)

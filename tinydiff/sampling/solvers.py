@@ -162,10 +162,12 @@ def with_experts(table: Table, boundary_ratio: float, guidance_2: float | None =
 
 
 def since(table: Table, step: int) -> Table:
-    """The table from row `step` on, as a picture made noisy to that row's sigma starts. Only for solvers without a history."""
-    if step and (table.b1.any() or table.b2.any()):
-        raise UserError("strength", "strength: this model's solver looks back at earlier steps, so it cannot start in between")
-    return Table(*(column[step:] for column in table))
+    """The table from row `step` on, as a picture made noisy to that row's sigma starts. UniPC, which looks back at earlier steps, begins
+    anew there, at first with its lower order, as the reference's does."""
+    rest = Table(*(column[step:] for column in table))
+    if not step or not (table.b1.any() or table.b2.any()):
+        return rest
+    return unipc(with_zero(rest.sigmas), rest.timesteps)._replace(guidance=rest.guidance, expert=rest.expert)
 
 
 def segments(table: Table) -> list[tuple[int, int, int]]:

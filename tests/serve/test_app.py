@@ -1,0 +1,66 @@
+import pytest
+from falcon import testing
+
+from tests.serve.fake import service
+from tinydiff.serve.app import PARTS, make_app
+from tinydiff.serve.guard import EXPOSED
+
+MINE = {"Origin": "https://mine.example"}
+
+
+@pytest.fixture
+def build(tmp_path):
+    made = []
+
+    def found(**options):
+        made.append(service(tmp_path / str(len(made)), **options))
+        return made[-1], testing.TestClient(make_app(made[-1]))
+
+    yield found
+    for each in made:
+        each.scheduler.close()
+
+
+def test_every_part_answers(build):
+    client = build()[1]
+    for path in ("/v1/models", "/liveness", "/openapi.json", "/", "/v1/videos", "/v1/models/"):
+        assert client.simulate_get(path).status_code == 200, path
+
+
+def test_with_keys_only_what_is_public_answers_without_one(build):
+    made, client = build(api_key=("k",))
+    for part in PARTS:
+        for path, resource in part.routes(made):
+            if not getattr(resource, "public", False):
+                method = "GET" if hasattr(resource, "on_get") else "POST"
+                at = path.replace("{id:path}", "x").replace("{id}", "x")
+                assert client.simulate_request(method, at).status_code in (401, 403), path
+
+
+def test_other_origins_are_not_told_anything_unless_asked(build):
+    answer = build()[1].simulate_get("/v1/models", headers=MINE)
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_an_allowed_origin_reads_answers_and_errors(build):
+    client = build(cors_origin=("https://mine.example",))[1]
+    for path in ("/v1/models", "/v1/images/none"):
+        headers = client.simulate_get(path, headers=MINE).headers
+        assert headers["access-control-allow-origin"] == "https://mine.example"
+        assert headers["access-control-expose-headers"] == ", ".join(EXPOSED)
+        assert headers["vary"] == "Origin"
+    assert "access-control-allow-origin" not in client.simulate_get("/v1/models", headers={"Origin": "https://evil.example"}).headers
+
+
+def test_a_browser_may_ask_first_without_a_key(build):
+    client = build(cors_origin=("https://mine.example",), api_key=("k",))[1]
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    answer = client.simulate_options("/v1/images/generations", headers={**MINE, **asked})
+    assert answer.status_code == 200
+    assert "POST" in answer.headers["access-control-allow-methods"]
+    assert answer.headers["access-control-allow-headers"] == "authorization"
+
+
+def test_any_origin_may_where_that_is_asked_for(build):
+    answer = build(cors_origin=("*",))[1].simulate_get("/v1/models", headers=MINE)
+    assert answer.headers["access-control-allow-origin"] == "*"

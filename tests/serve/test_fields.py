@@ -1,0 +1,161 @@
+import pytest
+
+from tinydiff.records import UserError
+from tinydiff.serve import fields
+from tinydiff.serve.errors import Refusal
+from tinydiff.serve.fields import FileId, read_fields
+
+
+def refused(*args, **more):
+    """(param, sentence) of the mistake in a body."""
+    with pytest.raises((UserError, Refusal)) as caught:
+        read_fields(*args, **more)
+    return getattr(caught.value, "field", None) or caught.value.param, str(caught.value)
+
+
+# --- what becomes of each field ---
+
+
+def test_openais_fields_become_options_of_generate():
+    asked = read_fields({"prompt": "a circle", "n": 2, "size": "256x128", "output_compression": 80, "output_format": "jpg"}, "image")
+    wanted = {"prompt": "a circle", "num_outputs_per_prompt": 2, "width": 256, "height": 128, "output_compression": 80}
+    assert {name: value for name, value in asked.fields.items() if name != "seed"} == wanted
+    assert asked.answer["output_format"] == "jpeg"
+
+
+def test_every_sampling_option_is_a_field_at_top_level_and_in_extra_body():
+    values = {
+        "prompt": "p", "negative_prompt": "n", "strength": 0.5, "seed": 7, "num_outputs_per_prompt": 2, "height": 64, "width": 96,
+        "num_frames": 5, "fps": 8, "num_inference_steps": 4, "guidance_scale": 2.0, "true_cfg_scale": 2.0, "cfg_normalization": 1.0,
+        "guidance_scale_2": 3.0, "boundary_ratio": 0.5, "flow_shift": 2.0, "dmd_denoising_steps": [1000, 500],
+    }  # fmt: skip
+    assert values.keys() == set(fields.SAMPLING)
+    top = read_fields(values, "video").fields
+    assert top == read_fields({"prompt": "p", "extra_body": {k: v for k, v in values.items() if k != "prompt"}}, "video").fields
+    assert top == {**values, "seed": (7,), "dmd_denoising_steps": (1000, 500)}
+
+
+@pytest.mark.parametrize("name", ["extra_body", "extra_params", "extra_json"])
+def test_extra_fields_may_be_the_text_of_an_object(name):
+    assert read_fields({"prompt": "p", name: '{"height": 64}'}, "image", form=True).fields["height"] == 64
+
+
+def test_aliases_and_sizes_of_the_command_line_are_known():
+    asked = read_fields({"prompt": "p", "num_outputs": 3, "720p": True}, "image")
+    assert (asked.fields["num_outputs_per_prompt"], asked.fields["height"], asked.fields["width"]) == (3, 720, 1280)
+
+
+def test_without_a_seed_each_request_has_its_own():
+    seeds = {read_fields({"prompt": "p"}, "image").fields["seed"][0] for _ in range(8)}
+    assert len(seeds) == 8
+
+
+def test_seeds_may_be_several():
+    assert read_fields({"prompt": "p", "seed": [3, 1], "n": 2}, "image").fields["seed"] == (3, 1)
+
+
+def test_numbers_of_a_form_are_texts():
+    said = {"prompt": "12", "n": "2", "seed": "1 5", "guidance_scale": "2.5", "stream": "true", "partial_images": "1", "height": "64"}
+    asked = read_fields(said, "image", form=True)
+    assert asked.fields == {"prompt": "12", "num_outputs_per_prompt": 2, "seed": (1, 5), "guidance_scale": 2.5, "height": 64}
+    assert (asked.answer["stream"], asked.answer["partial_images"]) == (True, 1)
+
+
+def test_null_is_not_given():
+    assert set(read_fields({"prompt": "p", "seed": 1, "size": None, "height": None, "loras": None}, "image").fields) == {"prompt", "seed"}
+
+
+def test_pictures_come_as_bytes_addresses_objects_and_lists():
+    given = read_fields({"image": b"PNG", "mask": {"file_id": "f"}}, "image").given
+    assert given == {"image_path": (b"PNG",), "mask_path": (FileId("f"),)}
+    given = read_fields({"images": [{"image_url": "https://x/y"}, "data:,a", {"file_id": "f", "image_url": None}]}, "image").given
+    assert given == {"image_path": ("https://x/y", "data:,a", FileId("f"))}
+    assert read_fields({"input_reference": {"image_url": "https://x"}}, "video").given == {"image_path": ("https://x",)}
+
+
+@pytest.mark.parametrize("value", ["auto", "low"])
+def test_moderation_asks_for_nothing(value):
+    assert set(read_fields({"seed": 1, "moderation": value}, "image").fields) == {"seed"}
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("said", "param", "part"),
+    [
+        ({"guidence_scale": 3}, "guidence_scale", "did you mean 'guidance_scale'"),
+        ({"size": "1024"}, "size", "WIDTHxHEIGHT"),
+        ({"size": "0x64"}, "size", "WIDTHxHEIGHT"),
+        ({"size": "256x256", "width": 64}, "size", "give either width or size"),
+        ({"n": 0}, "n", "from 1 to 10"),
+        ({"n": 2, "num_outputs_per_prompt": 2}, "n", "give either"),
+        ({"n": True}, "n", "true is not a whole number"),
+        ({"n": "2"}, "n", "'2' is not a whole number"),
+        ({"height": "64"}, "height", "'64' is not a whole number"),
+        ({"height": 64.5}, "height", "is not a whole number"),
+        ({"height": {}}, "height", "is not a whole number"),
+        ({"guidance_scale": [1, 2]}, "guidance_scale", "is not a number"),
+        ({"guidance_scale": False}, "guidance_scale", "false is not a number"),
+        ({"prompt": 5}, "prompt", "5 is not a text"),
+        ({"prompt": ["a", "b"]}, "prompt", "is not a text"),
+        ({"prompt": "x" * 40_000}, "prompt", "32000 are the most"),
+        ({"seed": "x"}, "seed", "is not a whole number or a list of them"),
+        ({"seed": [1, None]}, "seed", "null is not a whole number"),
+        ({"quality": "best"}, "quality", "is not one of auto, standard"),
+        ({"quality": "low", "num_inference_steps": 3}, "quality", "give either"),
+        ({"background": "clear"}, "background", "is not one of"),
+        ({"output_format": "gif"}, "output_format", "is not one of png, webp, jpeg"),
+        ({"output_format": "svg"}, "output_format", "is not one of"),
+        ({"response_format": "b64json"}, "response_format", "did you mean 'b64_json'"),
+        ({"response_format": "url", "stream": True}, "response_format", "a stream carries"),
+        ({"partial_images": 1}, "partial_images", "needs stream"),
+        ({"partial_images": 4, "stream": True}, "partial_images", "from 0 to 3"),
+        ({"progress": True}, "progress", "needs stream"),
+        ({"stream": 1}, "stream", "1 is not true or false"),
+        ({"style": "vivid"}, "style", "said in the prompt"),
+        ({"input_fidelity": "high"}, "input_fidelity", "it may be 'low'"),
+        ({"frame_count": 4}, "frame_count", "/v1/videos"),
+        ({"markup": b"PNG"}, "markup", "a file cannot be had"),
+        ({"loras": [{"path": "x"}]}, "loras", "LoRA does not exist yet"),
+        ({"lora_path": "x"}, "lora_path", "LoRA does not exist yet"),
+        ({"enable_teacache": True}, "enable_teacache", "caching between steps does not exist yet"),
+        ({"model_path": "x"}, "model_path", "where the server is started"),
+        ({"save_output": False}, "save_output", "where the server is started"),
+        ({"port": 5}, "port", "where the server is started"),
+        ({"seconds": "4"}, "seconds", "/v1/videos"),
+        ({"extra_body": {"prompt": "q"}, "prompt": "p"}, "prompt", "given twice"),
+        ({"extra_body": "{"}, "extra_body", "is not JSON"),
+        ({"extra_body": [1]}, "extra_body", "is not an object"),
+        ({"image": 5}, "image", "5 is not a picture"),
+        ({"image": {"url": "x"}}, "image", "image_url"),
+        ({"image": b"a", "images": [b"b"]}, "images", "give either image or images"),
+        ({"image": [b"a"] * 17}, "image", "16 pictures at most"),
+        ({"mask": b"a"}, "mask", "give the picture as image"),
+        ({"mask": [b"a", b"b"], "image": b"a"}, "mask", "one mask"),
+        ({"user": 5}, "user", "5 is not a text"),
+        ({"priority": 11}, "priority", "from -10 to 10"),
+    ],
+)
+def test_a_mistake_is_named_with_what_is_allowed(said, param, part):
+    found, message = refused(said, "image")
+    assert (found, part in message) == (param, True), message
+    assert message.startswith(f"{param}: ")
+
+
+def test_what_asks_for_nothing_is_taken():
+    said = {"seed": 1, "enable_teacache": False, "loras": [], "frame_count": 1, "input_fidelity": "low", "lora_scale": 1}
+    assert read_fields(said, "image").fields == {"seed": (1,)}
+
+
+def test_a_picture_has_a_most_of_bytes():
+    assert "50 are the most" in refused({"image": b"x" * (50 * 2**20 + 1)}, "image")[1]
+
+
+@pytest.mark.parametrize("value", [0, "x", True, 1e9, "nan", []])
+def test_seconds_are_a_number(value):
+    assert refused({"seconds": value}, "video")[0] == "seconds"
+
+
+def test_a_mistake_shows_no_endless_value():
+    assert len(refused({"size": "9" * 10_000}, "image")[1]) < 300

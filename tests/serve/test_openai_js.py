@@ -1,0 +1,166 @@
+"""The official JavaScript client, run by node against a server whose scheduler makes plain pictures: its main calls."""
+
+import base64
+import io
+import threading
+
+import pytest
+import waitress
+from PIL import Image
+
+from tests.serve import fake
+from tests.serve.node import told_by
+from tinydiff.serve.app import make_app
+
+SCRIPT = r"""
+import OpenAI, { toFile } from "openai";
+const [baseURL, apiKey, picture] = process.argv.slice(2);
+const client = new OpenAI({ baseURL, apiKey, maxRetries: 0, timeout: 30000 });
+const small = { prompt: "a red circle", model: "tinydiff/shapes", size: "64x48" };
+const file = () => toFile(Buffer.from(picture, "base64"), "picture.png", { type: "image/png" });
+const base64 = async (response) => Buffer.from(await response.arrayBuffer()).toString("base64");
+const failure = async (call) => {
+  try { return { none: await call() }; }
+  catch (e) { return { kind: e.constructor.name, status: e.status, code: e.code, param: e.param, request: Boolean(e.requestID) }; }
+};
+async function done(id) {
+  for (;;) {
+    const { data, response } = await client.videos.retrieve(id).withResponse();
+    if (data.status === "completed" || data.status === "failed") return data;
+    await new Promise((go) => setTimeout(go, Number(response.headers.get("openai-poll-after-ms")) / 4));
+  }
+}
+const parts = {
+  async video() {
+    const created = await client.videos.create({ ...small, seconds: "1", seed: 5 });
+    const finished = await done(created.id);
+    const listed = [];
+    for await (const one of client.videos.list({ limit: 1, order: "asc" })) listed.push(one.id);
+    const content = {};
+    for (const variant of ["video", "thumbnail", "spritesheet"])
+      content[variant] = await base64(await client.videos.downloadContent(created.id, { variant }));
+    const remix = await client.videos.remix(created.id, { prompt: "a blue square" });
+    return { created, finished, listed, content, remix: await done(remix.id) };
+  },
+  async given_picture() {
+    return done((await client.videos.create({ ...small, seconds: "1", strength: 1, input_reference: await file() })).id);
+  },
+  async deleted() {
+    const { id } = await client.videos.create({ ...small, seconds: "1" });
+    const gone = await client.videos.delete(id);
+    return { id, gone, after: await failure(() => client.videos.retrieve(id)) };
+  },
+  async generate() { return client.images.generate({ ...small, n: 2, seed: 5 }); },
+  async stream() {
+    const events = [];
+    const stream = await client.images.generate({ ...small, stream: true, partial_images: 2 });
+    for await (const event of stream) events.push(event);
+    return events;
+  },
+  async edit() { return client.images.edit({ ...small, image: await file(), mask: await file() }); },
+  async edit_stream() {
+    const kinds = [];
+    const stream = await client.images.edit({ ...small, image: await file(), strength: 1, stream: true });
+    for await (const event of stream) kinds.push(event.type);
+    return kinds;
+  },
+  async models() { const ids = []; for await (const model of client.models.list()) ids.push(model.id); return ids; },
+  async mistakes() {
+    return {
+      size: await failure(() => client.videos.create({ ...small, size: "64x50" })),
+      field: await failure(() => client.images.generate({ ...small, num_infrence_steps: 3 })),
+      model: await failure(() => client.images.generate({ ...small, model: "dall-e-3" })),
+      key: await failure(() => new OpenAI({ baseURL, apiKey: "wrong", maxRetries: 0 }).videos.list()),
+    };
+  },
+};
+"""
+
+
+@pytest.fixture(scope="module")
+def told(package, tmp_path_factory):
+    """What each part of the script found, by its name. The model is one that edits pictures too."""
+    made = fake.service(tmp_path_factory.mktemp("state"), row={"image_use": "start"}, api_key=("open-sesame",))
+    made.scheduler.step_seconds = 0.02
+    server = waitress.create_server(make_app(made), host="127.0.0.1", port=0, threads=8, channel_request_lookahead=1)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    address = f"http://127.0.0.1:{server.effective_port}/v1"  # pyright: ignore
+    picture = base64.b64encode(fake.picture(64, 48, "white")).decode()
+    try:
+        return told_by(package, SCRIPT, address, "open-sesame", picture)
+    finally:
+        made.scheduler.close()
+        server.close()
+        thread.join(5)
+
+
+def image(text):
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def test_create_and_retrieve(told):
+    created, finished = told["video"]["created"], told["video"]["finished"]
+    assert (created["object"], created["seconds"], created["size"]) == ("video", "1.125", "64x48")
+    assert (finished["status"], finished["progress"], finished["seeds"]) == ("completed", 100, [5])
+
+
+def test_list(told):
+    assert told["video"]["listed"] == [told["video"]["created"]["id"]]
+
+
+def test_content(told):
+    content = told["video"]["content"]
+    assert base64.b64decode(content["video"])[4:8] == b"ftyp"
+    assert [image(content[name]).format for name in ("thumbnail", "spritesheet")] == ["WEBP", "WEBP"]
+
+
+def test_remix(told):
+    remix = told["video"]["remix"]
+    assert (remix["status"], remix["prompt"], remix["seeds"]) == ("completed", "a blue square", [5])
+    assert remix["remixed_from_video_id"] == told["video"]["created"]["id"]
+
+
+def test_a_given_picture(told):
+    assert told["given_picture"]["status"] == "completed"
+
+
+def test_delete(told):
+    part = told["deleted"]
+    assert part["gone"] == {"id": part["id"], "deleted": True, "object": "video.deleted"}
+    assert (part["after"]["kind"], part["after"]["status"]) == ("NotFoundError", 404)
+
+
+def test_generate(told):
+    answer = told["generate"]
+    assert [image(one["b64_json"]).size for one in answer["data"]] == [(64, 48)] * 2
+    assert (answer["seeds"], answer["usage"]["total_tokens"]) == ([5, 6], 0)
+
+
+def test_a_stream_has_previews_and_ends_with_the_picture(told):
+    events = told["stream"]
+    assert [event["type"].split(".")[1] for event in events] == ["partial_image", "partial_image", "completed"]
+    assert [event["partial_image_index"] for event in events[:-1]] == [0, 1]
+    assert [image(event["b64_json"]).size for event in events] == [(64, 48)] * 3
+
+
+def test_an_edit_with_a_mask(told):
+    assert [image(one["b64_json"]).size for one in told["edit"]["data"]] == [(64, 48)]
+
+
+def test_a_stream_of_an_edit(told):
+    assert told["edit_stream"] == ["image_edit.completed"]
+
+
+def test_models(told):
+    assert told["models"] == ["tinydiff/shapes"]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "kind", "status", "param"),
+    [("size", "BadRequestError", 400, "size"), ("field", "BadRequestError", 400, "num_infrence_steps"),
+     ("model", "NotFoundError", 404, "model"), ("key", "AuthenticationError", 401, None)],
+)  # fmt: skip
+def test_mistakes_are_errors_of_the_right_kind(told, mistake, kind, status, param):
+    found = told["mistakes"][mistake]
+    assert (found["kind"], found["status"], found["param"], found["request"]) == (kind, status, param, True)

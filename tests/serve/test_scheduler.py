@@ -1,0 +1,264 @@
+"""The real scheduler with the shipped model, over a real store and real files."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from tinydiff.config import ModelOptions
+from tinydiff.runtime import pipeline
+from tinydiff.serve import outputs, scheduler, server
+from tinydiff.serve.jobs import DONE, Job, new_id
+from tinydiff.serve.options import ServeOptions
+from tinydiff.serve.service import Busy, Stopping
+
+
+@pytest.fixture
+def started(tmp_path):
+    """make(**options): a service whose scheduler runs."""
+    services = []
+
+    def make(**options):
+        given = {"state_dir": str(tmp_path), "lease": 2.0, "warmup_steps": 0, **options}
+        service = server.build(ModelOptions(), ServeOptions(**given))
+        services.append(service)
+        service.scheduler.start()
+        return service
+
+    yield make
+    for service in services:
+        service.scheduler.stop(0.0)
+
+
+def asked(kind="image", owner="", priority=0, pinned=False, **fields):
+    told = {"prompt": "a red circle", "num_inference_steps": 2, "seed": 1, **fields}
+    return Job(new_id(kind), kind, time.time(), owner=owner, fields=told, priority=priority, pinned=pinned)
+
+
+def wait(service, job, seconds=60):
+    """The job when it is done, and all the news on the way."""
+    heard = []
+    with service.scheduler.watch(job.id) as watch:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if (news := watch.next(1.0)) is not None:
+                heard.append(news)
+                if news.job.status in DONE:
+                    return news.job, heard
+    raise AssertionError(f"{service.store.get(job.id)} after {seconds} s; {service.scheduler.state()}")
+
+
+def test_a_picture_comes_with_its_parameters_seeds_timings_and_steps(started):
+    service = started()
+    job, heard = wait(service, service.scheduler.submit(asked(num_outputs_per_prompt=2)))
+    assert job.status == "completed" and job.progress == 100
+    assert job.result["seeds"] == [1, 2] and job.result["computed_steps"] == 4 and job.result["skipped_steps"] == 0
+    assert job.result["parameters"]["num_inference_steps"] == 2
+    assert {"queue", "encode", "denoise", "decode", "save"} <= job.result["seconds"].keys()
+    assert job.result["usage"]["output_tokens"] == 128 and job.result["usage"]["input_tokens_details"]["text_tokens"] > 3
+    for output in job.outputs:
+        assert service.files.path(output.file).read_bytes().startswith(b"\x89PNG")
+    assert heard[-1].done == heard[-1].total == 4
+
+
+def test_a_clip_has_a_thumbnail_and_a_spritesheet(started):
+    service = started()
+    job, _ = wait(service, service.scheduler.submit(asked("video", num_frames=5, num_inference_steps=1)))
+    assert [(output.variant, output.media_type) for output in job.outputs] == [
+        ("content", "video/mp4"),
+        ("thumbnail", "image/webp"),
+        ("spritesheet", "image/webp"),
+    ]
+
+
+def test_previews_come_on_the_way(started):
+    service = started()
+    _, heard = wait(service, service.scheduler.submit(asked(num_inference_steps=30), previews=2))
+    pictures = [picture for news in heard for picture in news.previews]
+    assert 1 <= len(pictures) <= 2 and pictures[0].shape == (128, 128, 3)
+
+
+def test_many_jobs_are_each_made_once(started):
+    service = started()
+    jobs = [service.scheduler.submit(asked(seed=k, num_inference_steps=1 + k % 3)) for k in range(12)]
+    done = [wait(service, job)[0] for job in jobs]
+    assert [job.status for job in done] == ["completed"] * 12
+    assert all(job.attempts == 1 and len(job.outputs) == 1 for job in done)
+
+
+def held(monkeypatch):
+    """Steps wait until the returned event is set."""
+    go, step = threading.Event(), pipeline.loop.denoise
+
+    def slow(*args):
+        go.wait(30)
+        return step(*args)
+
+    monkeypatch.setattr(pipeline.loop, "denoise", slow)
+    return go
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_cancel_takes_effect_within_a_step(started, monkeypatch):
+    service = started()
+    go = held(monkeypatch)
+    job = service.scheduler.submit(asked(num_inference_steps=1000))
+    until(lambda: service.store.get(job.id).status == "in_progress")
+    service.scheduler.cancel(job.id)
+    go.set()
+    made, _ = wait(service, job)
+    assert (made.status, made.error.code, made.outputs) == ("failed", "cancelled", ())
+
+
+def test_a_queued_job_is_cancelled_at_once(started, monkeypatch):
+    service = started(batching_max_size=1)
+    go = held(monkeypatch)
+    first, second = (service.scheduler.submit(asked()) for _ in range(2))
+    until(lambda: service.store.get(first.id).status == "in_progress")
+    assert service.scheduler.place(second).position == 0
+    service.scheduler.cancel(second.id)
+    assert service.store.get(second.id).error.code == "cancelled"
+    go.set()
+    assert wait(service, first)[0].status == "completed"
+
+
+def test_a_full_queue_says_when_to_come_back(started, monkeypatch):
+    service = started(batching_max_size=1, max_queue=1)
+    go = held(monkeypatch)
+    first = service.scheduler.submit(asked())
+    until(lambda: service.store.get(first.id).status == "in_progress")
+    service.scheduler.submit(asked())
+    with pytest.raises(Busy) as busy:
+        service.scheduler.submit(asked())
+    assert busy.value.seconds > 0
+    go.set()
+
+
+def test_a_job_that_runs_out_of_memory_fails_alone(started, monkeypatch):
+    service = started()
+    begin = pipeline.begin
+
+    def short(model, request, conditioning, seed, latents=None):
+        if seed == 13:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return begin(model, request, conditioning, seed, latents)
+
+    monkeypatch.setattr(pipeline, "begin", short)
+    jobs = [service.scheduler.submit(asked(seed=seed)) for seed in (12, 13, 14)]
+    done = [wait(service, job)[0] for job in jobs]
+    assert [job.status for job in done] == ["completed", "failed", "completed"]
+    assert done[1].error.code == "insufficient_memory"
+
+
+def ends(service):
+    """How many jobs were counted as done."""
+    lines = service.metrics.text().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("tinydiff_jobs_finished_total"))
+
+
+def test_a_job_cancelled_while_it_is_stored_ends_once_and_leaves_no_file(started, monkeypatch):
+    service, go, save = started(), threading.Event(), outputs.save
+    monkeypatch.setattr(outputs, "save", lambda *args: (go.wait(30), save(*args))[1])
+    job = service.scheduler.submit(asked())
+    until(lambda: "decode" in getattr(service.scheduler._jobs.get(job.id), "seconds", ()))
+    service.scheduler.cancel(job.id)
+    until(lambda: service.store.get(job.id).status == "failed")
+    go.set()
+    service.scheduler.stop(10.0)
+    assert service.store.get(job.id).error.code == "cancelled"
+    assert not any(service.files.folder.iterdir()) and ends(service) == 1
+
+
+def test_a_job_cancelled_as_it_completes_keeps_its_files(started, monkeypatch):
+    service, at, go = started(), threading.Event(), threading.Event()
+    finish = service.store.finish
+
+    def slow(id, server, status, **made):
+        at.set()
+        go.wait(30)
+        return finish(id, server, status, **made)
+
+    monkeypatch.setattr(service.store, "finish", slow)
+    job = service.scheduler.submit(asked())
+    assert at.wait(30)
+    service.scheduler.cancel(job.id)
+    until(lambda: not service.scheduler._cancelled)
+    go.set()
+    made, _ = wait(service, job)
+    assert made.status == "completed" and service.files.path(made.outputs[0].file) and ends(service) == 1
+
+
+def test_a_job_that_comes_as_the_queue_was_found_empty_is_not_left_waiting(started, monkeypatch):
+    monkeypatch.setattr(scheduler, "POLL", 60.0)
+    service, come = started(), threading.Event()
+    take, job = service.store.take, asked()
+
+    def late(*args):
+        found = take(*args)
+        if found is None and not come.is_set():
+            come.set()
+            service.scheduler.submit(job)
+        return found
+
+    monkeypatch.setattr(service.store, "take", late)
+    service.scheduler.wake()
+    assert come.wait(30) and wait(service, job, 30)[0].status == "completed"
+
+
+def test_an_unforeseen_error_is_told_without_its_inside(started, monkeypatch):
+    service = started()
+    monkeypatch.setattr(pipeline, "finish", lambda *_: 1 / 0)
+    job, _ = wait(service, service.scheduler.submit(asked()))
+    assert job.error.code == "server_error" and "division" not in job.error.message
+
+
+def test_sleep_gives_the_memory_back_and_the_next_job_wakes(started):
+    service = started()
+    wait(service, service.scheduler.submit(asked()))
+    service.scheduler.sleep()
+    until(lambda: service.scheduler.state().phase == "asleep")
+    assert service.scheduler._model is None
+    assert wait(service, service.scheduler.submit(asked()))[0].status == "completed"
+
+
+def test_the_model_leaves_when_nothing_comes_and_returns(started):
+    service = started(idle_unload=0.2)
+    wait(service, service.scheduler.submit(asked()))
+    until(lambda: service.scheduler._model is None)
+    assert wait(service, service.scheduler.submit(asked()))[0].status == "completed"
+
+
+def test_stopping_queues_again_what_is_left(started, monkeypatch):
+    service = started()
+    go = held(monkeypatch)
+    waiting, pinned = service.scheduler.submit(asked(num_inference_steps=1000)), service.scheduler.submit(asked(pinned=True))
+    until(lambda: service.store.get(waiting.id).status == "in_progress")
+    ender = threading.Thread(target=service.scheduler.stop, args=(0.05,))
+    ender.start()
+    until(lambda: service.scheduler.state().phase == "stopping")
+    with pytest.raises(Stopping):
+        service.scheduler.submit(asked())
+    go.set()
+    ender.join()
+    assert service.store.get(waiting.id).status == "queued"
+    assert service.store.get(pinned.id).error.code == "server_restarted"
+
+
+def test_declared_sizes_are_made_before_the_server_is_ready(started):
+    service = started(warmup_resolutions=("128x128", "96x160"), warmup_steps=1)
+    phases = set()
+
+    def ready():
+        phases.add(service.scheduler.state()[:3])
+        return service.scheduler.state().phase == "ready"
+
+    until(ready)
+    assert any(phase == ("warming", 1, 2) for phase in phases)
+    assert len(service.scheduler.figures()["step_seconds"]) == 2

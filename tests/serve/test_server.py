@@ -1,0 +1,161 @@
+"""The server as a process: what is left when it is killed, stopped or shared, and what its log says."""
+
+import json
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import boto3
+import pytest
+import requests
+from moto.server import ThreadedMotoServer
+
+from tests.serve.processes import serving, wait
+from tinydiff.records import UserError
+from tinydiff.serve import server
+
+CLIP = {"prompt": "a red circle", "num_frames": 5, "num_inference_steps": 2}
+STEPS = 40
+
+
+def videos(one):
+    """All clips of a server, from its list."""
+    found, after = [], None
+    while True:
+        page = one.get("/v1/videos", params={"limit": 100, **({"after": after} if after else {})}).json()
+        found += page["data"]
+        if not page["has_more"]:
+            return {video["id"]: video for video in found}
+        after = page["last_id"]
+
+
+def create(one, **fields):
+    answer = one.post("/v1/videos", json={**CLIP, **fields})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["id"]
+
+
+def all_done(one, ids):
+    found = videos(one)
+    return found if all(found[id]["status"] in ("completed", "failed") for id in ids) else None
+
+
+def test_a_killed_server_loses_no_job_and_makes_none_twice(tmp_path):
+    with serving(tmp_path, "--lease", "1") as first:
+        first.wait_ready()
+        ids = [create(first, seed=k, num_inference_steps=STEPS) for k in range(6)]
+        wait(lambda: any(video["status"] == "in_progress" for video in videos(first).values()))
+        first.kill()
+    with serving(tmp_path, "--lease", "1") as second:
+        found = wait(lambda: all_done(second, ids), 180)
+        assert sorted(found) == sorted(ids)
+        assert [video["status"] for video in found.values()] == ["completed"] * 6
+        assert second.get(f"/v1/videos/{ids[0]}/content").content[4:8] == b"ftyp"
+
+
+def test_unfinished_jobs_fail_with_a_code_where_that_is_asked_for(tmp_path):
+    with serving(tmp_path, "--lease", "1", "--batching-max-size", "1") as first:
+        first.wait_ready()
+        id = create(first, num_inference_steps=1000)
+        wait(lambda: videos(first)[id]["status"] == "in_progress")
+        first.kill()
+    with serving(tmp_path, "--lease", "1", "--unfinished", "fail") as second:
+        found = wait(lambda: all_done(second, [id]))
+        assert found[id]["status"] == "failed" and found[id]["error"]["code"] == "server_restarted"
+
+
+def test_stopping_lets_running_jobs_end_and_keeps_the_rest(tmp_path):
+    with serving(tmp_path, "--batching-max-size", "1") as first:
+        first.wait_ready()
+        running, waiting = create(first, num_inference_steps=STEPS), create(first, num_inference_steps=1000)
+        wait(lambda: videos(first)[running]["status"] == "in_progress")
+        assert first.stop() == 0
+        assert "stopping" in first.said()
+    with serving(tmp_path) as second:
+        assert videos(second)[running]["status"] == "completed"
+        assert videos(second)[waiting]["status"] in ("queued", "in_progress")
+
+
+def test_two_servers_share_a_database_and_one_dies(tmp_path, postgres_url):
+    options = ("--state-url", postgres_url, "--lease", "1", "--batching-max-size", "1")
+    with serving(tmp_path, *options) as first, serving(tmp_path, *options) as second:
+        first.wait_ready(), second.wait_ready()
+        ids = [create((first, second)[k % 2], seed=k, num_inference_steps=STEPS) for k in range(8)]
+        wait(lambda: sum(video["status"] == "in_progress" for video in videos(first).values()) == 2)
+        first.kill()
+        found = wait(lambda: all_done(second, ids), 180)
+        assert sorted(found) == sorted(ids)
+        assert [video["status"] for video in found.values()] == ["completed"] * 8
+
+
+def test_outputs_go_to_object_storage_and_leave_with_their_job(tmp_path):
+    storage = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    storage.start()
+    endpoint = "http://{}:{}".format(*storage.get_host_and_port())
+    client = boto3.client("s3", endpoint_url=endpoint, aws_access_key_id="k", aws_secret_access_key="s", region_name="us-east-1")
+    client.create_bucket(Bucket="pictures")
+    told = {"CLOUD_STORAGE_TYPE": "s3", "S3_BUCKET_NAME": "pictures", "S3_ACCESS_KEY_ID": "k", "S3_SECRET_ACCESS_KEY": "s"}
+    try:
+        with serving(tmp_path, **{f"SGLANG_{name}": value for name, value in told.items()}, SGLANG_S3_ENDPOINT_URL=endpoint) as one:
+            id = create(one.wait_ready())
+            wait(lambda: all_done(one, [id]))
+            wait(lambda: len(client.list_objects_v2(Bucket="pictures").get("Contents", ())) == 3)  # the clip, its first frame, its sheet
+            wait(lambda: all(output["url"].startswith(endpoint) for output in videos(one)[id]["outputs"]))
+            assert one.get(f"/v1/videos/{id}/content").content[4:8] == b"ftyp"
+            assert one.session.delete(f"{one.url}/v1/videos/{id}").json()["deleted"]
+            wait(lambda: "Contents" not in client.list_objects_v2(Bucket="pictures"))
+    finally:
+        storage.stop()
+
+
+def test_one_line_a_request_with_its_id(tmp_path):
+    with serving(tmp_path, "--log-format", "json") as one:
+        one.wait_ready()
+        one.get("/v1/models", headers={"x-request-id": "mine"})
+        lines = [json.loads(line) for line in one.said().splitlines() if line.startswith("{")]
+    assert [line["route"] for line in lines if line.get("request") == "mine"] == ["/v1/models"]
+
+
+def test_stopping_tells_those_who_wait_and_waits_for_no_idle_connection(tmp_path):
+    with serving(tmp_path, "--http-graceful-shutdown-timeout", "0.2") as one:
+        one.wait_ready()
+        with ThreadPoolExecutor(2) as pool:
+            asked = {"prompt": "a red circle", "num_inference_steps": 1000}
+            url = f"{one.url}/v1/images/generations"
+            waiting = [pool.submit(requests.post, url, json={**asked, "stream": stream}, timeout=60) for stream in (False, True)]
+            wait(lambda: one.get("/server_info").json()["figures"]["running"] == 2)  # over a connection that is kept
+            begun = time.monotonic()
+            assert one.stop() == 0
+            assert time.monotonic() - begun < server.ANSWERED_S
+        answer, stream = (each.result() for each in waiting)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "server_restarted")
+        assert stream.text.startswith("event: error\n") and "server_restarted" in stream.text
+
+
+def test_an_option_with_several_values_may_be_given_several_times():
+    _, options, _ = server.parse(["--api-key", "a", "--port", "1", "--api-key", "b", "c", "--port", "2", "--cors-origin", "x"])
+    assert (options.api_key, options.port, options.cors_origin) == (("a", "b", "c"), 2, ("x",))
+
+
+def test_a_warning_beyond_loopback_without_a_key(tmp_path):
+    with serving(tmp_path, "--host", "127.0.0.1") as quiet:
+        assert "--api-key" not in quiet.said()
+    with serving(tmp_path, "--host", "0.0.0.0", TINYDIFF_API_KEY="k") as keyed:
+        assert "--api-key" not in keyed.said()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--host", "nowhere.invalid"], "host: 'nowhere.invalid' cannot be listened at"),
+        (["--model-path", "/nowhere"], "model_path: '/nowhere'"),
+        (["--enable-sequence-shard", "true"], "does not exist yet"),
+        (["--warmup-resolutions", "128"], "warmup_resolutions: '128' is not WIDTHxHEIGHT"),
+        (["--warmup-resolutions", "100x100"], "height: 100 is not a multiple"),
+        (["--webui"], "webui: does not exist here"),
+        (["--state-url", "mysql://x"], "state_url: 'mysql://x' is not an address"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_loaded(argv, message, tmp_path):
+    with pytest.raises(UserError, match=re.escape(message)):
+        server.serve([*argv, "--state-dir", str(tmp_path), "--port", "0"])

@@ -1,0 +1,133 @@
+"""Files on their way out: whole or in part, from this machine or from where they were uploaded to."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+import falcon
+
+from tinydiff.serve.errors import Refusal
+from tinydiff.serve.jobs import Output
+from tinydiff.serve.service import Service
+
+RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
+PIECE = 2**18
+"""Bytes read at once."""
+
+
+def base_url(service: Service, req: falcon.Request) -> str:
+    """The address that the client reaches this server at, without a final slash."""
+    return (service.options.public_url or req.prefix).rstrip("/")
+
+
+class FileContent:
+    """A file, for whoever has its signed address, or its id, which cannot be guessed, and a key of this server."""
+
+    public = True
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response, id: str) -> None:
+        expires, signature = req.get_param("expires"), req.get_param("signature")
+        if expires is not None or signature is not None:
+            if not self.service.files.verify(id, expires or "", signature or ""):
+                raise Refusal(403, "bad_signature", "the address has expired, or is not one of this server's; the job has a new one")
+        elif self.service.options.api_key and not req.context.owner:
+            raise Refusal(401, "invalid_api_key", "the address is not signed, so it needs a key, sent as 'Authorization: Bearer KEY'")
+        _send(self.service, req, resp, id)
+
+    on_head = on_get
+
+
+def send_output(service: Service, req: falcon.Request, resp: falcon.Response, output: Output) -> None:
+    """Answer with a job's output, or with where it lies in object storage. Raises Refusal where it is no longer kept."""
+    _send(service, req, resp, output.file, output.url)
+
+
+def _send(service: Service, req: falcon.Request, resp: falcon.Response, id: str, url: str | None = None) -> None:
+    path = service.files.path(id)
+    if path is not None:
+        with suppress(FileNotFoundError):  # removed in this moment
+            send_file(req, resp, path, service.files.media_type(id))
+            return
+    if (url := url or service.files.elsewhere(id)) is None:
+        raise expired()
+    raise falcon.HTTPFound(url)
+
+
+def expired() -> Refusal:
+    """404 for a file that is gone."""
+    return Refusal(404, "file_expired", "the file is no longer kept, or never was")
+
+
+def send_file(req: falcon.Request, resp: falcon.Response, path: Path, media_type: str) -> None:
+    """Answer with the file at `path`, or what of it the request's conditions and range ask for (RFC 9110).
+
+    One range of bytes is answered with it; several, and what is no range, with the whole file. Raises FileNotFoundError, and
+    falcon.HTTPRangeNotSatisfiable for a range behind the end.
+    """
+    file = path.open("rb")
+    about = os.fstat(file.fileno())
+    changed = datetime.fromtimestamp(int(about.st_mtime), UTC)
+    tag = f"{about.st_mtime_ns:x}-{about.st_size:x}"
+    resp.etag = tag
+    resp.last_modified = changed
+    resp.set_headers({"Accept-Ranges": "bytes", "Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff"})
+    if _known(req, tag, changed):
+        file.close()
+        resp.status = falcon.HTTP_304
+        return
+    resp.content_type = media_type
+    start, stop = 0, about.st_size
+    whole = req.get_header("If-Range") not in (None, f'"{tag}"', falcon.dt_to_http(changed))
+    if req.method == "GET" and not whole and (asked := _range(req.get_header("Range") or "", about.st_size)) is not None:
+        start, stop = asked
+        if start >= stop:
+            file.close()
+            raise falcon.HTTPRangeNotSatisfiable(about.st_size)
+        resp.status = falcon.HTTP_206
+        resp.content_range = (start, stop - 1, about.st_size)
+    resp.content_length = stop - start
+    if req.method == "HEAD":
+        file.close()
+        return
+    file.seek(start)
+    # A file that is sent to its end goes out without a thread that waits for the client; a part of it needs one that counts.
+    resp.stream = file if stop == about.st_size else _pieces(file, stop - start)
+
+
+def _known(req: falcon.Request, tag: str, changed: datetime) -> bool:
+    """Whether the client has the file as it is."""
+    if req.get_header("If-None-Match") is not None:
+        return any(known in ("*", tag) for known in req.if_none_match or ())
+    with suppress(falcon.HTTPInvalidHeader):  # a date that is none asks for nothing
+        since = req.if_modified_since
+        return since is not None and changed <= since
+    return False
+
+
+def _range(text: str, size: int) -> tuple[int, int] | None:
+    """The bytes [start, stop) that a Range header asks for, nothing of them where it asks for what is behind the end; None for no range."""
+    match = RANGE.fullmatch(text.strip())
+    if match is None or match.groups() == ("", ""):
+        return None
+    first, last = match.groups()
+    if not first:
+        return max(0, size - int(last)), size
+    if last and int(last) < int(first):
+        return None
+    return int(first), min(size, int(last) + 1) if last else size
+
+
+def _pieces(file: BinaryIO, count: int) -> Iterator[bytes]:
+    with file:
+        while count > 0 and (piece := file.read(min(PIECE, count))):
+            count -= len(piece)
+            yield piece

@@ -1,0 +1,215 @@
+"""The server's own files: what jobs made and the pictures they were given, in one folder that several servers may share.
+
+A file's id is its name: 32 random hexadecimal digits and an ending that says the media type. So an id cannot be guessed, cannot lead out of
+the folder, and there is no list of files to keep in step. Each appears whole or not at all, also where the server is killed or the disk is
+full. No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinydiff.io.atomic import FULL, write_new, write_over
+from tinydiff.records import UserError
+
+if TYPE_CHECKING:
+    from tinydiff.serve.jobs import Job
+    from tinydiff.serve.store import Store
+
+MEDIA_TYPES = {
+    ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".gif": "image/gif", ".bmp": "image/bmp",
+    ".avif": "image/avif", ".mp4": "video/mp4", ".webm": "video/webm", ".zip": "application/zip", ".bin": "application/octet-stream",
+}  # fmt: skip
+"""Ending -> media type."""
+
+NOTE = ".url"
+"""Behind the name of a file: a note where the file lies now."""
+
+GRACE_S = 3600.0
+"""Age in seconds below which a file may still be on its way to a job; beyond, a killed server left it."""
+
+SECRET_BYTES = 32
+
+_ID = re.compile(r"[0-9a-f]{32}(" + "|".join(map(re.escape, MEDIA_TYPES)) + ")")
+_HALF_WRITTEN = re.compile(r"\.[0-9a-f]{16}\.tmp")
+
+
+def secret(state_dir: Path) -> bytes:
+    """What the servers of a folder sign addresses with: made by the first of them, and only its user can read it. Raises UserError."""
+    path = state_dir / "secret"
+    with _plain_errors():
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.exists():
+            made = write_new(path, _write_secret)
+            if made != path:  # another server was first
+                made.unlink()
+        found = path.read_bytes()
+    if len(found) != SECRET_BYTES:
+        raise UserError(
+            "state_dir", f"state_dir: {str(path)!r} is not a secret that a server made; remove it, and the next start makes one"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files by id. Every method may be called from any thread of any server of the folder."""
+
+    folder: Path
+    secret: bytes = field(repr=False)
+    """What signs addresses."""
+    lifetime: float
+    """Seconds for which an address is good unless it says otherwise."""
+    limit_bytes: int
+    """Of all files together; `sweep` removes the oldest beyond it."""
+
+    def put(self, data: bytes | Path, media_type: str, name_hint: str = "") -> str:
+        """Keep bytes, or a finished file, which is moved here; returns the id.
+
+        name_hint: a name whose ending is taken where the media type has it (.jpeg rather than .jpg). Raises UserError where the disk is
+        full or refuses, and then nothing is left behind; ValueError for a media type that is none of `MEDIA_TYPES`.
+        """
+        endings = [ending for ending, known in MEDIA_TYPES.items() if known == media_type]
+        if not endings:
+            raise ValueError(f"{media_type!r} is not one of {', '.join(sorted(set(MEDIA_TYPES.values())))}")
+        hinted = Path(name_hint).suffix.lower()
+        name = secrets.token_hex(16) + (hinted if hinted in endings else endings[0])
+
+        def write(temporary: Path) -> None:
+            if isinstance(data, Path):
+                shutil.move(data, temporary)
+            else:
+                temporary.write_bytes(data)
+
+        with _plain_errors():
+            return write_new(self.folder / name, write).name
+
+    def path(self, id: str) -> Path | None:
+        """Where a file lies; None if it is not here, whatever `id` is."""
+        path = self.folder / id if _ID.fullmatch(id) else None
+        return path if path is not None and path.is_file() else None
+
+    def media_type(self, id: str) -> str:
+        """What a file is, whether or not it still lies here. Raises KeyError for what is no id."""
+        found = _ID.fullmatch(id)
+        if found is None:
+            raise KeyError(id)
+        return MEDIA_TYPES[found[1]]
+
+    def delete(self, id: str) -> bool:
+        """Remove a file, and the note of one that moved; whether there was any. Whoever is reading it reads on to its end."""
+        if not _ID.fullmatch(id):
+            return False
+        return any([_removed(self.folder / id), _removed(self._note(id))])
+
+    def moved(self, id: str, url: str) -> None:
+        """The file lies at `url` now: remove it here, and note where it is for those who hold its old address."""
+        if not _ID.fullmatch(id):
+            raise KeyError(id)
+        with _plain_errors():
+            write_over(self._note(id), lambda temporary: temporary.write_text(url, "utf-8"))
+        _removed(self.folder / id)
+
+    def elsewhere(self, id: str) -> str | None:
+        """The address that a file moved to; None if it did not."""
+        with suppress(FileNotFoundError):
+            return self._note(id).read_text("utf-8") if _ID.fullmatch(id) else None
+        return None
+
+    def url(self, id: str, base: str, seconds: float | None = None) -> str:
+        """An address at the server `base` (http://host:port) that lets anyone read the file for so many seconds, `lifetime` by default."""
+        expires = str(int(time.time() + (self.lifetime if seconds is None else seconds)))
+        return f"{base.rstrip('/')}/v1/files/{id}/content?expires={expires}&signature={self._signature(id, expires)}"
+
+    def verify(self, id: str, expires: str, signature: str) -> bool:
+        """Whether these are parts of an address that `url` made, and it is still good. Takes the same time whatever is wrong."""
+        return hmac.compare_digest(self._signature(id, expires).encode(), signature.encode(errors="replace")) and int(expires) > time.time()
+
+    def sweep(self, store: Store, now: float) -> list[str]:
+        """Remove what is too old or too much; returns the ids of the jobs that lost files.
+
+        When a job's `expires_at` has come it goes with its files. While all files together are more than `limit_bytes`, the job that
+        was done first loses its files and stays, without those outputs. Last go files that no job names, once older than
+        `lifetime`, and half-written ones.
+        Files go before rows, so what a killed sweep left is found by the next one, and two at once do no harm.
+        """
+        lost = []
+        for job in store.expired(now):
+            self._delete_all(files_of(job))
+            store.delete(job.id)
+            lost.append(job.id)
+        # Measured anew each time: another server may be removing some too.
+        while sum(about.st_size for _, about in self._entries()) > self.limit_bytes and (job := store.oldest()) is not None:
+            self._delete_all(files_of(job))
+            store.update_outputs(job.id, [output for output in job.outputs if output.url is not None])
+            lost.append(job.id)
+        self._sweep_nobodys(store, now)
+        return lost
+
+    def _sweep_nobodys(self, store: Store, now: float) -> None:
+        ages = {path: now - about.st_mtime for path, about in self._entries()}
+        for path in (path for path, age in ages.items() if age > GRACE_S and _HALF_WRITTEN.fullmatch(path.name)):
+            _removed(path)
+        # Whose a file is tell only all the jobs together: they are asked when a file is older than those of most jobs become.
+        old = {path.name.removesuffix(NOTE) for path, age in ages.items() if age > max(self.lifetime, GRACE_S)}
+        if found := {name for name in old if _ID.fullmatch(name)}:
+            self._delete_all(found - {id for job in store.every() for id in files_of(job)})
+
+    def _delete_all(self, ids: Iterable[str]) -> None:
+        for id in ids:
+            self.delete(id)
+
+    def _entries(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """All that lies in the folder; other servers may remove some meanwhile."""
+        with suppress(FileNotFoundError), os.scandir(self.folder) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    yield Path(entry.path), entry.stat()
+
+    def _note(self, id: str) -> Path:
+        return self.folder / (id + NOTE)
+
+    def _signature(self, id: str, expires: str) -> str:
+        return hmac.new(self.secret, f"{id}\n{expires}".encode(errors="replace"), hashlib.sha256).hexdigest()
+
+
+def files_of(job: Job) -> list[str]:
+    """Ids of what a job was given and made."""
+    return [*(id for ids in job.inputs.values() for id in ids), *(output.file for output in job.outputs)]
+
+
+def _write_secret(path: Path) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(secrets.token_bytes(SECRET_BYTES))
+
+
+def _removed(path: Path) -> bool:
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Say what the system refuses in one sentence, without the folder's name, which is no client's business."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        reason = "the disk is full" if cause.errno in FULL else (cause.strerror or str(cause)).lower()
+        raise UserError("state_dir", f"state_dir: the server cannot keep files: {reason}") from error

@@ -1,0 +1,146 @@
+"""What stands before every resource: the request's id, keys, other pages' scripts, the size of bodies; and one line in the log for each.
+
+A resource with `public = True` answers without a key, one with `admin = True` needs the admin key. Resources find on `req.context`:
+`request_id`, `owner` (the fingerprint of the key, "" without keys), `admin`, and may leave `job_id` there for the log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import falcon
+
+from tinydiff.serve.body import too_large
+from tinydiff.serve.errors import Refusal
+from tinydiff.serve.logs import REQUESTS
+from tinydiff.serve.service import Service
+
+log = logging.getLogger(REQUESTS)
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+
+EXPOSED = ("x-request-id", "openai-poll-after-ms", "retry-after", "retry-after-ms", "x-should-retry")
+"""Headers that another page's scripts may read."""
+
+
+def owner(key: bytes) -> str:
+    """The fingerprint of a key, under which its jobs lie; the key itself is kept nowhere."""
+    return hashlib.sha256(key).hexdigest()[:16]
+
+
+def loopback(host: str) -> bool:
+    """Whether a name or address is this machine's own."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower().rstrip(".") == "localhost" or host.lower().endswith(".localhost")
+
+
+class Guard:
+    """Middleware. Its state is the service alone."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        options = service.options
+        self.most = int(options.max_body * 1e6)
+        self.keys = [key.encode() for key in options.api_key]
+        self.admin = options.admin_api_key.encode() if options.admin_api_key else None
+        self.origins = set(options.cors_origin)
+        self.home = urlsplit(options.public_url).netloc if options.public_url else None
+
+    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+        given = req.get_header("x-request-id") or ""
+        context = req.context
+        context.request_id = given if _SANE_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        context.begun, context.owner, context.admin, context.error_code, context.job_id = time.perf_counter(), "", False, "", ""
+        resp.set_header("x-request-id", context.request_id)
+        self._check_page(req)
+        if req.content_length is not None and req.content_length > self.most:
+            raise too_large(self.most)
+
+    def process_resource(self, req: falcon.Request, resp: falcon.Response, resource: Any, params: dict[str, Any]) -> None:
+        if req.method == "OPTIONS":
+            return
+        key, context = _key(req), req.context
+        is_admin = self.admin is not None and hmac.compare_digest(key, self.admin)
+        known = any([is_admin, *[hmac.compare_digest(key, each) for each in self.keys]])  # a list, so that every key is compared
+        keyless = not self.keys and self.admin is None
+        context.admin = is_admin or keyless
+        context.owner = owner(key) if known and self.keys else ""
+        if getattr(resource, "public", False):  # whoever shows a key is known there too
+            return
+        if self.keys and not known:
+            raise _unauthorized("a key of this server", key)
+        if not getattr(resource, "admin", False) or is_admin or (keyless and loopback(self.service.options.host)):
+            return
+        if self.admin is None:
+            message = "this changes the server, which needs an admin key, and it was started without one (--admin-api-key KEY)"
+            raise Refusal(403, "admin_key_missing", message)
+        if known:
+            raise Refusal(403, "admin_required", "this changes the server, which needs the admin key; the key given is an ordinary one")
+        raise _unauthorized("the admin key", key)
+
+    def process_response(self, req: falcon.Request, resp: falcon.Response, resource: Any, req_succeeded: bool) -> None:
+        if self.origins and "*" not in self.origins:
+            resp.append_header("Vary", "Origin")
+        if resp.stream is not None and not hasattr(resp.stream, "read"):
+            resp.stream = self._until_sent(resp.stream, req, resp)  # what is made while it is sent ends when that does
+        else:
+            self._note(req, resp)
+
+    def _until_sent(self, stream: Any, req: falcon.Request, resp: falcon.Response) -> Iterator[bytes]:
+        try:
+            yield from stream
+        finally:
+            self._note(req, resp)
+
+    def _note(self, req: falcon.Request, resp: falcon.Response) -> None:
+        context, seconds = req.context, time.perf_counter() - req.context.begun
+        status, route = resp.status_code, req.uri_template or "none"
+        self.service.metrics.request(route, req.method, status, seconds)
+        told = {
+            "method": req.method, "route": route, "status": status, "seconds": round(seconds, 4), "request": context.request_id,
+            "job": context.job_id, "owner": context.owner, "error": context.error_code,
+        }  # fmt: skip
+        told = {name: value for name, value in told.items() if value != ""}
+        if self.service.options.log_format == "json":
+            log.info(json.dumps({"time": round(time.time(), 3), **told}))
+        else:
+            more = "".join(f" {name}={value}" for name, value in list(told.items())[4:])
+            log.info("%s %s %d %.4f s%s", req.method, route, status, seconds, more)
+
+    def _check_page(self, req: falcon.Request) -> None:
+        """A server without keys trusts whoever reaches it, and on loopback every page in a browser of this machine does: so what a browser
+        says of the page decides. Its own page may; another's script may where its origin is allowed; and a name that merely leads here, as
+        in DNS rebinding, is not this server's own."""
+        origin = req.get_header("Origin")
+        if self.keys or (origin is None and req.get_header("Sec-Fetch-Site") is None):
+            return
+        if origin is not None and (origin in self.origins or "*" in self.origins):
+            return
+        if loopback(self.service.options.host) and not loopback(req.host) and req.netloc != self.home:
+            message = f"the name {req.host[:80]!r} is not this server's; name it with --public-url"
+            raise Refusal(403, "unknown_host", message)
+        if origin is not None and req.method not in SAFE_METHODS and urlsplit(origin).netloc not in (req.netloc, self.home):
+            raise Refusal(403, "foreign_origin", f"a page of {origin[:80]!r} may not call this server; allow it with --cors-origin")
+
+
+def _key(req: falcon.Request) -> bytes:
+    kind, _, key = (req.get_header("Authorization") or "").partition(" ")
+    return key.strip().encode("latin-1", "replace") if kind.lower() == "bearer" else b""
+
+
+def _unauthorized(wanted: str, key: bytes) -> Refusal:
+    message = f"Authorization: {'what was sent is not' if key else 'send'} {wanted}, as 'Authorization: Bearer KEY'"
+    return Refusal(401, "invalid_api_key", message, headers={"www-authenticate": "Bearer"})

@@ -1,0 +1,322 @@
+"""What the server says of itself, its model, health and figures, and what an administrator may tell it; in OpenAI's and SGLang's words."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+import falcon
+
+from tinydiff import __version__
+from tinydiff.records import UserError, nearest
+from tinydiff.serve.body import parse_json, read_bytes
+from tinydiff.serve.errors import NO_RETRY, Refusal
+from tinydiff.serve.metrics import CONTENT_TYPE
+from tinydiff.serve.service import Busy, Service
+
+ABLE = ("ready", "asleep")
+"""Phases in which a request is answered with a picture: one wakes a server that is asleep."""
+
+UNTOLD = ("api_key", "api_key_file", "admin_api_key", "state_dir", "state_url")
+"""Options that clients are not told, as they are secrets or places on this machine."""
+
+MOST_ORDERS = 2**16
+"""Bytes of the body of an administrator's request."""
+
+Req = falcon.Request
+Resp = falcon.Response
+
+
+def routes(service: Service) -> list[tuple[str, object]]:
+    """(address, resource) of each."""
+    sleep, wake, lora = Sleep(service), Wake(service), Lora()
+    return [
+        ("/v1/models", Models(service)),
+        ("/v1/models/{id:path}", Model(service)),
+        ("/v1/model_info", ModelInfo(service)),
+        ("/model_info", ModelInfo(service)),
+        ("/models", FlatModel(service)),
+        ("/server_info", ServerInfo(service)),
+        ("/liveness", Liveness()),
+        ("/health", Health(service)),
+        ("/health_generate", Health(service)),
+        ("/ready", Ready(service)),
+        ("/metrics", Scrape(service)),
+        ("/release_memory_occupation", sleep),
+        ("/v1/sleep", sleep),
+        ("/resume_memory_occupation", wake),
+        ("/v1/wake", wake),
+        ("/v1/set_lora", lora),
+        ("/v1/merge_lora_weights", lora),
+        ("/v1/unmerge_lora_weights", lora),
+        ("/v1/list_loras", Loras()),
+    ]
+
+
+def tasks(service: Service) -> list[str]:
+    """What the model makes of what, by SGLang's names: T2I, I2I, T2V, I2V."""
+    row = service.blueprint.row
+    least, most = row.images
+    clips = row.clip_frames > 1
+    from_text = (["T2V", "T2I"] if clips else ["T2I"]) if least == 0 else []
+    return from_text + ([("I2V" if clips else "I2I")] if most else [])
+
+
+def precisions(service: Service) -> dict[str, str]:
+    """Component -> fp32, fp16 or bf16."""
+    from tinydiff.runtime.blueprint import PRECISIONS
+
+    return {name: PRECISIONS[net.dtype] for name, net in service.blueprint.nets.items()}
+
+
+def defaults(service: Service) -> dict[str, Any]:
+    """What a request gets that leaves it out, by the names of its fields."""
+    row = service.blueprint.row
+    return {
+        "width": row.width,
+        "height": row.height,
+        "num_frames": {"image": row.layers or 1, "video": row.clip_frames if row.clip_frames > 1 else None},
+        "fps": row.fps,
+        "num_inference_steps": row.steps,
+        "guidance_scale": row.guidance,
+        "guidance_scale_2": row.guidance_2,
+        "boundary_ratio": row.boundary_ratio,
+        "flow_shift": row.flow_shift,
+        "negative_prompt": row.negative_prompt,
+    }
+
+
+def card(service: Service) -> dict[str, Any]:
+    """The model as /v1/models has it: OpenAI's fields, SGLang's and ours."""
+    plan, row = service.blueprint, service.blueprint.row
+    made, types = tasks(service), precisions(service)
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "tinydiff",
+        "root": row.name,
+        "parent": None,
+        "task_type": made[0] if len(made) == 1 else ("TI2V" if row.clip_frames > 1 else "TI2I") if row.images[1] else made[0],
+        "task_types": made,
+        "num_gpus": int(plan.device.type == "cuda"),
+        "device": plan.device.type,
+        "dit_precision": types["transformer"],
+        "vae_precision": types["vae"],
+        "precisions": types,
+        "pipeline_name": row.family,
+        "pipeline_class": row.pipeline,
+        "parameters": row.params,
+        "defaults": defaults(service),
+        "sizes": {
+            "default": f"{row.width}x{row.height}",
+            "multiple": row.size_multiple,
+            "max_pixels": int(service.options.max_pixels),
+            "frame_multiple": row.frame_multiple if row.clip_frames > 1 else None,
+        },
+        "input_images": {"least": row.images[0], "most": row.images[1], "use": row.image_use if row.images[1] else None},
+    }
+
+
+class Models:
+    """OpenAI's list of models: one."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def on_get(self, req: Req, resp: Resp) -> None:
+        resp.media = {"object": "list", "data": [card(self.service)]}
+
+
+class Model:
+    """One of them by its name, which may have slashes in it."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def on_get(self, req: Req, resp: Resp, id: str) -> None:
+        if id != self.service.name:
+            hint = nearest(id, [self.service.name]) or f"; this server has {self.service.name!r}"
+            raise Refusal(404, "model_not_found", f"model: there is no {id[:80]!r} here{hint}", "model")
+        resp.media = card(self.service)
+
+
+class ModelInfo:
+    """What SGLang's gateway reads to learn what a server can do."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def on_get(self, req: Req, resp: Resp) -> None:
+        row = self.service.blueprint.row
+        made = tasks(self.service)
+        resp.media = {
+            "model_path": row.name,
+            "served_model_name": self.service.name,
+            "is_generation": True,
+            "model_type": "diffusion",
+            "architectures": [row.pipeline],
+            "supports_image_generation": "T2I" in made or "I2I" in made,
+            "supports_video_generation": "T2V" in made or "I2V" in made,
+            "supports_image_input": row.images[1] > 0,
+        }
+
+
+class FlatModel:
+    """SGLang's older address: the model without a list around it."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def on_get(self, req: Req, resp: Resp) -> None:
+        said = card(self.service)
+        names = ("num_gpus", "task_type", "dit_precision", "vae_precision", "pipeline_name", "pipeline_class")
+        resp.media = {"model_path": said["root"], **{name: said[name] for name in names}}
+
+
+class ServerInfo:
+    """The server's options, but for secrets, and what it measured."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def on_get(self, req: Req, resp: Resp) -> None:
+        service, state = self.service, self.service.scheduler.state()
+        resp.media = {
+            "model_path": service.blueprint.row.name,
+            "served_model_name": service.name,
+            "version": __version__,
+            "tp_size": 1,
+            "dp_size": 1,
+            "phase": state.phase,
+            "uptime_s": max(0, int(time.time()) - service.created),
+            "options": {name: value for name, value in asdict(service.options).items() if name not in UNTOLD},
+            "figures": service.scheduler.figures(),
+        }
+
+
+class Liveness:
+    """Whether HTTP is answered."""
+
+    public = True
+
+    def on_get(self, req: Req, resp: Resp) -> None:
+        resp.media = {"status": "ok"}
+
+    on_head = on_get
+
+
+class Health:
+    """Whether requests can be answered, now or after the warm-up; 503 once the scheduler has failed, when only a restart helps."""
+
+    public = True
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def on_get(self, req: Req, resp: Resp) -> None:
+        state = self.service.scheduler.state()
+        if state.phase == "failed":
+            resp.status = falcon.HTTP_503
+            resp.media = {"status": "unhealthy", "phase": state.phase, "error": state.detail}
+        else:
+            resp.media = {"status": "ok", "phase": state.phase}
+
+    on_head = on_get
+
+
+class Ready:
+    """Whether a request that comes now is begun at once; until then, how far the server is."""
+
+    public = True
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def on_get(self, req: Req, resp: Resp) -> None:
+        state = self.service.scheduler.state()
+        resp.media = {"status": "ok" if state.phase in ABLE else "not ready", **state._asdict()}
+        if state.phase not in ABLE:
+            resp.status = falcon.HTTP_503
+            if state.eta_s is not None:
+                resp.set_header("Retry-After", str(max(1, round(state.eta_s))))
+
+    on_head = on_get
+
+
+class Scrape:
+    """The figures in Prometheus's form."""
+
+    public = True
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def on_get(self, req: Req, resp: Resp) -> None:
+        if not self.service.options.enable_metrics:
+            raise Refusal(404, "metrics_off", "metrics are off; start the server with --enable-metrics true")
+        figures = self.service.scheduler.figures()
+        self.service.metrics.jobs(figures.get("queued", 0), figures.get("running", 0))
+        if (peak := figures.get("peak_memory_bytes")) is not None:
+            self.service.metrics.peak_memory(peak)
+        resp.data, resp.content_type = self.service.metrics.text(), CONTENT_TYPE
+
+
+class Sleep:
+    """Has the weights leave the device; the next job brings them back."""
+
+    admin = True
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def on_post(self, req: Req, resp: Resp) -> None:
+        _takes_nothing(req)
+        try:
+            self.service.scheduler.sleep()
+        except Busy as busy:
+            message = "jobs run or wait, so the model stays on the device; ask again once they are done"
+            raise Refusal(409, "busy", message, headers={"retry-after": str(max(1, round(busy.seconds)))} | NO_RETRY) from None
+        resp.media = {"success": True, "message": "the model leaves the device"}
+
+
+class Wake:
+    """Brings them back ahead of the next job."""
+
+    admin = True
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def on_post(self, req: Req, resp: Resp) -> None:
+        _takes_nothing(req)
+        self.service.scheduler.wake()
+        resp.media = {"success": True, "message": "the model comes back to the device; /ready says when it is there"}
+
+
+class Lora:
+    """SGLang's addresses for adapters, which do not exist yet."""
+
+    admin = True
+
+    def on_post(self, req: Req, resp: Resp) -> None:
+        raise Refusal(400, "not_supported", "LoRA adapters do not exist here yet, so none can be set, merged or taken out")
+
+
+class Loras:
+    """The adapters that are loaded: none."""
+
+    def on_get(self, req: Req, resp: Resp) -> None:
+        resp.media = {"loaded_adapters": [], "active": {}}
+
+
+def _takes_nothing(req: Req) -> None:
+    """An order without options: no body, or an empty object. Raises UserError naming what is in it."""
+    data = read_bytes(req, MOST_ORDERS)
+    said = parse_json(data, "body") if data.strip() else {}
+    if said and isinstance(said, dict):
+        name = next(iter(said))
+        raise UserError(name, f"{name}: {req.path} takes no fields; the whole model leaves and comes back")
+    if said != {}:
+        raise UserError("body", f"body: {req.path} takes none, or an empty JSON object")

@@ -1,0 +1,206 @@
+"""From a request's body to a job: its fields read, its pictures fetched and kept, all of it checked before it is queued."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import falcon
+
+from tinydiff.config import options
+from tinydiff.records import UserError, nearest
+from tinydiff.serve import inputs, outputs
+from tinydiff.serve.body import fingerprint, read_body
+from tinydiff.serve.errors import Refusal
+from tinydiff.serve.fields import STEPS_OF_QUALITY, Asked, FileId, read_fields
+from tinydiff.serve.jobs import Job, Kind, new_id
+
+if TYPE_CHECKING:
+    from tinydiff.records import Request
+    from tinydiff.serve.service import Service
+
+LOSSLESS = ("default", "maximum", None, 100)
+"""What may be asked of the quality of a format that has no other."""
+
+
+def read_job(service: Service, req: falcon.Request, kind: Kind) -> Job:
+    """The job that a request asks for, checked, its given pictures among the server's files. It is not queued yet.
+
+    Its `answer` has the effective `size`, of a clip also `seconds`, and `fingerprint`, the same for bodies that say the same. Raises
+    UserError and Refusal; then nothing is left behind.
+    """
+    body, form = read_body(req, int(service.options.max_body * 1e6))
+    asked = read_fields(body, kind, form)
+    check_model(service, asked.answer.pop("model", ""))
+    priority = asked.answer.pop("priority", 0)
+    if priority > 0 and not req.context.admin:
+        raise Refusal(403, "admin_required", f"priority: {priority} is above 0, which needs the admin key", "priority")
+    job = Job(
+        id=new_id(kind), kind=kind, created_at=time.time(), owner=req.context.owner, fields=resolved(service, asked, kind),
+        answer={**asked.answer, "fingerprint": fingerprint(body)}, priority=priority, pinned=kind == "image",
+        idempotency=idempotency(req),
+    )  # fmt: skip
+    kept: dict[str, tuple[str, ...]] = {}
+    try:
+        for name, sources in asked.given.items():
+            kept[name] = ()
+            for source in sources:
+                kept[name] += (_keep(service, source, asked.answer["spelled"].get(name, name), name == "mask_path"),)
+        job = replace(job, inputs=kept)
+        return described(job, service.admitted(job))
+    except BaseException:
+        discard(service, replace(job, inputs=kept))
+        raise
+
+
+def idempotency(req: falcon.Request) -> str:
+    """What tells a repeated request, of its header Idempotency-Key; "" without one."""
+    key = req.get_header("Idempotency-Key") or ""
+    return hashlib.sha256(key.encode()).hexdigest()[:32] if key else ""
+
+
+def check_model(service: Service, name: str) -> None:
+    """Raises Refusal unless this server's model has the name: the one it serves, its path or hub id, or none."""
+    row = service.blueprint.row
+    if name not in ("", service.name, row.name):
+        hint = nearest(name, [service.name, row.name])
+        raise Refusal(404, "model_not_found", f"model: {name!r} is not served here; {service.name!r} is{hint}", "model")
+
+
+def described(job: Job, request: Request) -> Job:
+    """The job with what its answer says of the request: the effective size, and of a clip its seconds."""
+    more: dict[str, Any] = {"size": f"{request.width}x{request.height}"}
+    if job.kind == "video":
+        more["seconds"] = f"{request.num_frames / request.fps:g}"
+    return replace(job, answer={**job.answer, **more})
+
+
+def discard(service: Service, job: Job) -> None:
+    """Remove the given pictures of a job that never was."""
+    for id in (id for ids in job.inputs.values() for id in ids):
+        service.files.delete(id)
+
+
+def admitted(service: Service, job: Job) -> Request:
+    """The job's request, every field checked against the model and the server's limits. Raises UserError naming the field as the client
+    spelled it."""
+    from tinydiff.runtime.admit import admit  # reads models, so it loads torch
+
+    with _as_spelled(job):
+        _suits(service, job)
+        sampling = options({**_frames(service, job), **job.fields, **_paths(service, job)}).sampling
+        if not sampling.prompt and not service.blueprint.row.captions:
+            raise UserError("prompt", "prompt: is missing; it says what to show")
+        [request] = admit(service.blueprint, sampling, clip=job.kind == "video")
+        outputs.plan(job, request, Path("."))
+        pixels = request.num_frames * max(1, request.layers) * request.height * request.width * len(request.seeds)
+        if pixels > (most := service.options.max_pixels):
+            raise UserError("size", f"size: all outputs together have {pixels:,} pixels; {most:,.0f} are the most that this server makes")
+    return request
+
+
+def resolved(service: Service, asked: Asked, kind: Kind) -> dict[str, Any]:
+    """The fields, with what OpenAI's `seconds` and `quality` mean for this model in them. JSON-able."""
+    row, fields = service.blueprint.row, dict(asked.fields)
+    if "seconds" in asked.answer:
+        stride = service.blueprint.nets["vae"].config.scale_factor_temporal
+        frames = asked.answer["seconds"] * fields.get("fps", row.fps)
+        fields["num_frames"] = max(1, round((frames - 1) / stride)) * stride + 1  # the nearest that the model makes
+    quality = asked.answer.get("quality")
+    if quality in STEPS_OF_QUALITY and STEPS_OF_QUALITY[quality] != 1:
+        if row.solver == "dmd":
+            message = f"quality: {quality!r} would be another number of steps, and {row.name} is distilled for its own; it may be auto"
+            raise UserError("quality", message)
+        fields["num_inference_steps"] = max(1, round(row.steps * STEPS_OF_QUALITY[quality]))
+    return json.loads(json.dumps(fields))
+
+
+def _frames(service: Service, job: Job) -> Mapping[str, Any]:
+    return {"num_frames": 1} if job.kind == "image" and not service.blueprint.row.layers else {}
+
+
+def _suits(service: Service, job: Job) -> None:
+    """What the address asked at, and the format of the answer, leave of the fields."""
+    row, fields, answer = service.blueprint.row, job.fields, job.answer
+    if job.kind == "video":
+        if row.clip_frames == 1:
+            raise UserError("model", f"model: {row.name} makes pictures, not clips; they are asked for at /v1/images/generations")
+        if fields.get("num_frames") == 1:
+            raise UserError("num_frames", "num_frames: 1 makes a picture, which is asked for at /v1/images/generations")
+        return
+    if row.image_use == "frames" and row.images[0]:
+        raise UserError(
+            "image_path", f"image_path: {row.name} makes clips that begin with a given picture; they are asked for at /v1/videos"
+        )
+    if not row.layers and fields.get("num_frames", 1) != 1:
+        raise UserError("num_frames", f"num_frames: {fields['num_frames']} make a clip, which is asked for at /v1/videos")
+    if "fps" in fields:
+        raise UserError("fps", "fps: a picture has no frames a second; clips are asked for at /v1/videos")
+    clear, asked = row.layers > 0, answer.get("background", "auto")
+    if asked != "auto" and clear != (asked == "transparent"):
+        only = "transparent" if clear else "opaque"
+        raise UserError("background", f"background: {asked!r} cannot be had; the pictures of {row.name} are {only}")
+    for name in ("output_quality", "output_compression"):
+        if answer.get("output_format", "png") == "png" and fields.get(name) not in LOSSLESS:
+            raise UserError(name, f"{name}: {fields[name]!r} has no effect on a PNG, which is lossless; ask for output_format webp or jpeg")
+
+
+def _paths(service: Service, job: Job) -> dict[str, Any]:
+    """The given pictures as paths of this machine."""
+    found: dict[str, Any] = {}
+    for name, ids in job.inputs.items():
+        paths = [service.files.path(id) for id in ids]
+        if None in paths:
+            raise UserError(name, f"{name}: a given picture is no longer kept; send it again")
+        found[name] = [str(path) for path in paths] if name == "image_path" else str(paths[0])
+    return found
+
+
+def _keep(service: Service, source: str | bytes | FileId, field: str, mask: bool) -> str:
+    """Put a given picture among the server's files. Returns its id; one that is there already is copied, so that each job has its own."""
+    limits = service.options
+    if isinstance(source, FileId):
+        path = service.files.path(source.id)
+        if path is None:
+            raise Refusal(404, "not_found", f"{field}: no file has the id {source.id[:80]!r}", field)
+        source = path.read_bytes()
+    data = inputs.decoded(source, field, limits.allow_url_inputs, limits)
+    data = _white_where_clear(data) if mask else data
+    return service.files.put(data, inputs.media_type(data), "given")
+
+
+def _white_where_clear(data: bytes) -> bytes:
+    """A mask in OpenAI's form, which is transparent where the picture is painted anew, in ours, white there; any other as it is."""
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(data)) as opened:
+        upright = ImageOps.exif_transpose(opened)
+        if not upright.has_transparency_data:
+            return data
+        opacity = upright.convert("RGBA").getchannel("A")
+    if opacity.getextrema() == (255, 255):
+        return data
+    out = io.BytesIO()
+    ImageOps.invert(opacity).save(out, "PNG")
+    return out.getvalue()
+
+
+@contextmanager
+def _as_spelled(job: Job) -> Iterator[None]:
+    """Name the fields in mistakes as the client did: `size` where height and width came of it, `image` for image_path."""
+    first = "image" if job.kind == "image" else "input_reference"
+    spelled = {"image_path": first, "mask_path": "mask", **job.answer.get("spelled", {})}
+    try:
+        yield
+    except UserError as error:
+        name, said = error.field, str(error).removeprefix(f"{error.field}: ")
+        theirs = spelled.get(name, name)
+        inner = f"{name} " if theirs != name and name in ("height", "width", "num_frames", "num_inference_steps") else ""
+        raise UserError(theirs, f"{theirs}: {inner}{said}".replace("--image-path", spelled["image_path"])) from error

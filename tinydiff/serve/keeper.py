@@ -1,0 +1,57 @@
+"""What a server does for its jobs beside making them: leases, cancelled ones, files that are too old. In a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from tinydiff.serve.files import Files
+from tinydiff.serve.options import ServeOptions
+from tinydiff.serve.store import Store, Unreachable
+
+log = logging.getLogger(__name__)
+Made = TypeVar("Made")
+
+AWAY = (Unreachable, sqlite3.Error)
+"""What the store raises where its database is away, or its disk full."""
+PAUSE_S = 1.0
+"""Seconds before it is asked again."""
+SWEEP_S = 30.0
+"""Seconds between looks for files that are too old."""
+
+
+def keep(
+    server: str, store: Store, files: Files, options: ServeOptions, cancelled: Callable[[set[str]], None], end: threading.Event
+) -> None:
+    """Until `end`: renew the leases of `server`, take back jobs whose lease ran out, hand on the ids of those that others were asked to
+    cancel, remove old files. Errors are logged and it goes on: a database may be away for a while."""
+    swept = 0.0
+    while not end.is_set():
+        now = time.time()
+        try:
+            store.renew(server, now + options.lease)
+            if count := store.reclaim(now, options.unfinished):
+                log.warning("%d jobs of servers that no longer answer were taken back", count)
+            if asked := store.cancelled(server):
+                cancelled(set(asked))
+            if now - swept > SWEEP_S:
+                swept = now
+                files.sweep(store, now)
+        except Exception:
+            log.exception("keeping the jobs failed; it is tried again")
+        end.wait(min(1.0, options.lease / 3))
+
+
+def patiently(call: Callable[[], Made], end: threading.Event) -> Made | None:
+    """What `call` returns, once the database that it speaks to is there; None where `end` came first."""
+    while True:
+        try:
+            return call()
+        except AWAY as error:
+            log.warning("%s; it is tried again", error)
+            if end.wait(PAUSE_S):
+                return None

@@ -1,0 +1,58 @@
+"""From frames to the server's files: how a job's outputs are encoded, checked before they are made."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinydiff.io import output
+from tinydiff.serve.jobs import Job, Output
+
+if TYPE_CHECKING:
+    import numpy
+
+    from tinydiff.records import Request
+    from tinydiff.serve.files import Files
+
+MEDIA_TYPES = {
+    ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp",
+    ".mp4": "video/mp4", ".webm": "video/webm", ".gif": "image/gif",
+}  # fmt: skip
+"""Ending -> media type."""
+
+
+def plan(job: Job, request: Request, folder: Path) -> tuple[output.Target, output.Encoding]:
+    """How each output of the job is written. Raises UserError for a format or a quality that cannot be."""
+    clip = request.num_frames > 1
+    ending = job.answer.get("output_format") or ("mp4" if clip else "png")
+    target = output.plan_target(folder, f"{job.id}.{ending}", clip=clip, opacity=request.layers > 0)
+    chosen = {name: job.fields[name] for name in ("output_quality", "output_compression", "x264_preset") if name in job.fields}
+    return target, output.plan_encoding(target, request.fps, **chosen)
+
+
+def save(job: Job, request: Request, files: Files, frames: numpy.ndarray, seed: int, told: Mapping[str, Any]) -> list[Output]:
+    """Encode one output of a job, uint8 [T, H, W, 3 or 4], and put it among the files: a clip also in small, layers one by one."""
+    from tinydiff.serve.sheets import spritesheet, thumbnail
+
+    with tempfile.TemporaryDirectory() as folder:
+        target, encoding = plan(job, request, Path(folder))
+        media_type = MEDIA_TYPES[target.ending.lower()]
+        parts = [layer[None] for layer in frames] if request.layers else [frames]
+        made = []
+        for index, part in enumerate(parts):
+            path = output.save(target, part, encoding, {**told, "seed": seed, **({"layer": index} if request.layers else {})})
+            size = path.stat().st_size
+            made.append(Output(files.put(path, media_type, path.name), media_type, size, seed))
+    if request.num_frames > 1:
+        for variant, draw in (("thumbnail", thumbnail), ("spritesheet", spritesheet)):
+            data = draw(frames)
+            made.append(Output(files.put(data, "image/webp", f"{job.id}-{variant}.webp"), "image/webp", len(data), seed, variant))
+    return made
+
+
+def remove(made: Iterable[Output], files: Files) -> None:
+    """Delete outputs that became nobody's."""
+    for each in made:
+        files.delete(each.file)

@@ -1,0 +1,185 @@
+"""`tinydiff serve`: options to a running server, and its graceful end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import logging
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from tinydiff import config, flags
+from tinydiff.config import ModelOptions
+from tinydiff.records import UserError
+from tinydiff.serve import logs
+from tinydiff.serve.options import ServeOptions
+
+if TYPE_CHECKING:
+    from tinydiff.serve.service import Service
+
+log = logging.getLogger(__name__)
+
+ANSWERED_S = 5.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+OWN = tuple(entry.name for entry in fields(ServeOptions))
+SEVERAL = tuple(entry.name for entry in fields(ServeOptions) if str(entry.type).startswith("tuple"))
+"""Options that may be given several times, as keys often are."""
+
+
+def parse(argv: Sequence[str]) -> tuple[ModelOptions, ServeOptions, str]:
+    """(the model's options, the server's, the log level) of a command line, with --config FILE read first. Raises UserError."""
+    names = [*config.NAMES, *OWN]
+    given = flags.collect(flags.tokens(argv), [*names, "config"], dashes=True, several=SEVERAL)
+    path = given.pop("config", None)
+    entries = {} if path is None else flags.collect(flags.read_file(flags.one_text("config", path)), names)
+    entries |= given
+    own = {name: entries.pop(name) for name in OWN if name in entries}
+    if "output_path" in entries:
+        raise UserError("output_path", "output_path: a server keeps outputs with its jobs; name their folder with --state-dir")
+    made = config.options(entries)
+    for entry in (*fields(made.sampling), *fields(made.output)):
+        if entry.name in entries and entry.name != "log_level":
+            raise UserError(entry.name, f"{entry.name}: belongs to a request, not to a server")
+    if made.later:
+        raise UserError("options", made.later[0])
+    if made.ignored:
+        raise UserError(made.ignored[0], f"{made.ignored[0]}: does not exist here; `tinydiff serve --help` lists what does")
+    if [entry.name for entry in fields(made.parallel) if getattr(made.parallel, entry.name) != entry.default]:
+        raise UserError("num_gpus", "num_gpus: a server runs on one device so far; start one for each, on one --state-url")
+    return made.model, config.filled(ServeOptions, own), made.output.log_level
+
+
+def with_keys(options: ServeOptions) -> ServeOptions:
+    """The options with the keys that the environment and the key file hold."""
+    keys = [*options.api_key, *config.keys("API_KEY")]
+    if options.api_key_file is not None:
+        try:
+            lines = Path(options.api_key_file).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError("api_key_file", f"api_key_file: {options.api_key_file!r} cannot be read ({error})") from error
+        if not (found := [line.strip() for line in lines if line.strip()]):
+            raise UserError("api_key_file", f"api_key_file: {options.api_key_file!r} holds no key")
+        keys += found
+    admin = options.admin_api_key or next(iter(config.keys("ADMIN_API_KEY")), None)
+    return replace(options, api_key=tuple(dict.fromkeys(keys)), admin_api_key=admin)
+
+
+def build(model: ModelOptions, options: ServeOptions) -> Service:
+    """The parts of a server, nothing running yet but the store. Raises UserError for what cannot be."""
+    from tinydiff.runtime import blueprint
+    from tinydiff.serve import storage, warmup
+    from tinydiff.serve.files import Files, secret
+    from tinydiff.serve.metrics import Metrics
+    from tinydiff.serve.scheduler import Scheduler
+    from tinydiff.serve.service import Service
+    from tinydiff.serve.store import open_store
+
+    plan = blueprint.read(model)
+    folder = Path(options.state_dir).expanduser()
+    files = Files(folder / "files", secret(folder), options.output_lifetime, int(options.output_limit * 1e9))
+    store, metrics = open_store(folder, options.state_url, options.max_queue, options.output_lifetime), Metrics()
+    cloud = storage.from_environment()
+    uploader = None if cloud is None else storage.Uploader(cloud, files, store)
+
+    def admitted(job: Any) -> Any:
+        return service.admitted(job)
+
+    scheduler = Scheduler(options, plan, store, files, metrics, admitted, uploader)
+    name = options.served_model_name or model.model_path
+    service = Service(options, plan, name, int(time.time()), store, files, scheduler, metrics, uploader)
+    for job in warmup.jobs(options, plan.row):
+        service.admitted(job)  # refuses a size that cannot be
+    return service
+
+
+def listening(options: ServeOptions) -> socket.socket:
+    """A socket at the asked address; the next free port where it is taken, unless ports are strict. Raises UserError."""
+    for port in range(options.port, options.port + (1 if options.strict_ports or not options.port else 100)):
+        try:
+            family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+            return socket.create_server((options.host, port), family=family, backlog=1024)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                reason = (error.strerror or str(error)).lower()
+                raise UserError("host", f"host: {options.host!r} cannot be listened at ({reason})") from error
+    raise UserError("port", f"port: {options.port} is taken; choose another, or 0 for any free one")
+
+
+@contextlib.contextmanager
+def running(service: Service, sock: socket.socket) -> Iterator[str]:
+    """The server at work in threads of its own; its address. Ends gracefully: no new jobs, the running ones get their time."""
+    from waitress.server import create_server
+    from waitress.wasyncore import close_all
+
+    from tinydiff.serve.app import make_app
+
+    options, scheduler = service.options, service.scheduler
+    connections: dict[int, Any] = {}
+    server: Any = create_server(
+        make_app(service),
+        map=connections,
+        sockets=[sock],
+        threads=options.http_threads,
+        channel_request_lookahead=1,  # tells of clients that are gone
+        max_request_body_size=int(options.max_body * 1e6) + 2**20,
+        connection_limit=max(1000, 4 * options.http_threads),
+        ident=None,
+        clear_untrusted_proxy_headers=True,
+    )
+    thread = threading.Thread(target=server.run, name="http", daemon=True)
+    scheduler.start()
+    thread.start()
+    host, port = sock.getsockname()[:2]
+    try:
+        yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    finally:
+        scheduler.stop(options.http_graceful_shutdown_timeout)
+        _answered(server)
+        server.trigger.pull_trigger(functools.partial(close_all, connections, True))  # in its own thread
+        thread.join(5)
+        server.task_dispatcher.shutdown()
+        service.store.close()
+
+
+def _answered(server: Any) -> None:
+    """Wait until answers that are on their way are sent, for `ANSWERED_S` at most; clients keep connections open without wanting more."""
+    until = time.monotonic() + ANSWERED_S
+    while time.monotonic() < until and any(line.requests or line.total_outbufs_len for line in list(server.active_channels.values())):
+        time.sleep(0.02)
+
+
+def serve(argv: Sequence[str]) -> int:
+    """Run a server until it is told to stop by SIGTERM or SIGINT. 0, or 1 where it could not go on."""
+    model, options, level = parse(argv)
+    options = with_keys(options)
+    logs.configure(level, options.log_format)
+    service = build(model, options)
+    sock = listening(options)
+    if options.host not in LOOPBACK and not options.api_key:
+        print(f"tinydiff: anyone who reaches {options.host} can use this server; --api-key KEY asks for a key", file=sys.stderr)
+    told = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if told.is_set():  # asked twice: at once
+            raise KeyboardInterrupt
+        told.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    with running(service, sock) as address:
+        print(f"tinydiff: {service.name} at {address} (page /, API {address}/v1, documentation /docs)", flush=True)
+        while not told.wait(0.5):
+            if service.scheduler.state().phase == "failed":
+                print(f"tinydiff: error: {service.scheduler.state().detail}", file=sys.stderr)
+                return 1
+        print("tinydiff: stopping; running jobs may end, the rest is kept", flush=True)
+    return 0

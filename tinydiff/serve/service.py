@@ -1,0 +1,158 @@
+"""What the HTTP resources are given: the parts of a running server, and what they may ask of its scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from tinydiff.serve.files import files_of
+from tinydiff.serve.jobs import Job
+from tinydiff.serve.options import ServeOptions
+
+if TYPE_CHECKING:
+    import numpy
+
+    from tinydiff.records import Request
+    from tinydiff.runtime.blueprint import Blueprint
+    from tinydiff.serve.files import Files
+    from tinydiff.serve.metrics import Metrics
+    from tinydiff.serve.storage import Uploader
+    from tinydiff.serve.store import Store
+
+
+class Busy(Exception):
+    """The queue is full; `seconds` from now there will be room."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the queue is full; try again in {seconds:.0f} s")
+        self.seconds = seconds
+
+
+class Stopping(Exception):
+    """The server is going down and takes no more."""
+
+
+class News(NamedTuple):
+    """What became known of a job since one asked last."""
+
+    job: Job
+    """As it is now; `job.status in DONE` ends it."""
+    done: int
+    """Steps made of `total`, over all its outputs."""
+    total: int
+    previews: tuple[numpy.ndarray, ...]
+    """Pictures uint8 [H, W, 3] of where the first output stood, oldest first, made only where `wants_previews` asked."""
+
+
+class Watch(Protocol):
+    """Someone who waits for a job. Use as a context manager."""
+
+    def next(self, timeout: float) -> News | None:
+        """What is new, as soon as there is something; None after `timeout` seconds without."""
+        ...
+
+    def __enter__(self) -> Watch: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class Place(NamedTuple):
+    """Where a queued job stands."""
+
+    position: int
+    """Jobs before it; 0 is next, or running."""
+    eta_s: float | None
+    """Seconds until it is done, from measured times; None before any were measured."""
+
+
+class State(NamedTuple):
+    """What the scheduler does."""
+
+    phase: str
+    """loading, warming, compiling (it answers, not yet at full speed), ready, asleep, stopping or failed."""
+    done: int
+    total: int
+    """Of a phase that has parts."""
+    eta_s: float | None
+    detail: str
+    """Why it failed; else ""."""
+
+
+class Scheduler(Protocol):
+    """Owns the device. Every method may be called from any thread and, but for `stop`, returns at once."""
+
+    def start(self) -> None:
+        """Load the model and begin to take jobs, in the background."""
+        ...
+
+    def stop(self, timeout: float) -> None:
+        """Take no more jobs, let the running ones go on for `timeout` seconds at most, queue again what is left, and end."""
+        ...
+
+    def submit(self, job: Job, previews: int = 0) -> Job:
+        """Queue a job, or join the running one of the same `idempotency` and owner, which is returned then. previews: how many pictures
+        of the first output on its way are wanted. Raises Busy and Stopping."""
+        ...
+
+    def watch(self, id: str) -> Watch:
+        """Watch a job of this server from now on."""
+        ...
+
+    def cancel(self, id: str) -> Job | None:
+        """Have a job fail with the code "cancelled", a running one after its step at the latest. None if there is none of that id."""
+        ...
+
+    def place(self, job: Job) -> Place: ...
+
+    def poll_after_ms(self, job: Job) -> int:
+        """After how many milliseconds asking again is worth while, from measured step times: 200 to 10,000."""
+        ...
+
+    def state(self) -> State: ...
+
+    def sleep(self) -> None:
+        """Let the weights leave the device once nothing runs; raises Busy while jobs run or wait."""
+        ...
+
+    def wake(self) -> None:
+        """Bring them back, in the background; the next job does so too."""
+        ...
+
+    def figures(self) -> Mapping[str, Any]:
+        """Numbers for /server_info: jobs queued and running, batch sizes, step seconds by tokens and batch size, memory."""
+        ...
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running server."""
+
+    options: ServeOptions
+    blueprint: Blueprint
+    name: str
+    """What clients call the model."""
+    created: int
+    """When the server started, seconds since 1970."""
+    store: Store
+    files: Files
+    scheduler: Scheduler
+    metrics: Metrics
+    uploader: Uploader | None = None
+    """Where outputs are brought to object storage."""
+
+    def forget(self, job: Job) -> bool:
+        """Remove a job that is done, with all its files, here and in object storage. False where there is none any more."""
+        if not self.store.delete(job.id):
+            return False
+        for id in files_of(job):
+            self.files.delete(id)
+        if self.uploader is not None:
+            self.uploader.remove(job)
+        return True
+
+    def admitted(self, job: Job) -> Request:
+        """The job's request, every field checked against the model and the server's limits. Raises UserError naming the field."""
+        from tinydiff.serve.intake import admitted
+
+        return admitted(self, job)

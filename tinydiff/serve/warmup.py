@@ -1,0 +1,58 @@
+"""What a server makes before it is ready: an output of each declared size, through the functions that requests go through."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from tinydiff.records import UserError
+from tinydiff.serve.jobs import Job
+from tinydiff.serve.options import ServeOptions
+
+if TYPE_CHECKING:
+    from tinydiff.models.registry import ReleasedModel
+    from tinydiff.records import Request
+    from tinydiff.runtime.blueprint import Blueprint, Model
+    from tinydiff.runtime.continuous import Continuous
+
+
+def jobs(options: ServeOptions, row: ReleasedModel) -> list[Job]:
+    """A job for each declared size, or one of the model's own. Raises UserError for what is no size."""
+    clip = (options.warmup_num_frames or row.num_frames) > 1
+    if not options.warmup_steps:
+        return []
+    made = []
+    for size in options.warmup_resolutions or ("",):
+        fields: dict[str, Any] = {"prompt": "warm-up", "seed": 0, "num_inference_steps": options.warmup_steps}
+        if size:
+            width, _, height = size.lower().partition("x")
+            if not (width.isdecimal() and height.isdecimal()):
+                raise UserError("warmup_resolutions", f"warmup_resolutions: {size!r} is not WIDTHxHEIGHT, such as 1024x768")
+            fields |= {"width": int(width), "height": int(height)}
+        if options.warmup_num_frames is not None:
+            fields["num_frames"] = options.warmup_num_frames
+        made.append(Job("warm-up", "video" if clip else "image", time.time(), fields=fields))
+    return made
+
+
+def parts(options: ServeOptions, blueprint: Blueprint, admitted: Callable[[Job], Request]) -> list[tuple[Request, int]]:
+    """(what is made, how many of it side by side): several too where that is compiled, for which one and more are two graphs."""
+    counts = (1, 2) if blueprint.compiled and options.batching_max_size > 1 else (1,)
+    return [(admitted(job), count) for job in jobs(options, blueprint.row) for count in counts]
+
+
+def make(model: Model, request: Request, loop: Continuous, count: int) -> None:
+    """Make `count` of it side by side, and throw them away. Raises what a request would fail with."""
+    from tinydiff.runtime import pipeline
+    from tinydiff.runtime.continuous import sitting
+
+    conditioning = pipeline.condition(model, request)
+    made = [sitting(model, replace(request, seeds=(0,) * count), conditioning, "warm-up", i) for i in range(count)]
+    for each in made:
+        loop.add(each)
+    while loop.sittings:
+        if error := loop.step(count).error:
+            raise error
+    pipeline.finish(model, request, conditioning, made[0].shown(made[0].seat.state.x))
