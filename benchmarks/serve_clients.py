@@ -18,7 +18,7 @@ from PIL import Image
 
 from tinydiff.serve.jobs import DONE
 
-LONGEST = 180.0
+LONGEST = 180
 """Seconds that a client waits for an answer."""
 
 SIZES = ("128x128", "128x128", "128x128", "96x160", "160x96", "64x64", "192x128")

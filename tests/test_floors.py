@@ -24,6 +24,7 @@ APART = {("engine", "nets"), ("files", "nets")}
 
 LAZY = ["tinydiff", *(f"tinydiff.{name}" for name in ("cli", "doctor", "config", "flags", "records", "models.registry"))]
 LAZY += ["tinydiff.advise", "tinydiff.parallel.cost", "tinydiff.parallel.plan", "tinydiff.parallel.layout", "tinydiff.runtime.launch"]
+LAZY += [f"tinydiff.serve.{name}" for name in ("server", "app", "store", "files", "storage", "board", "warmup")]
 """Modules that run without torch."""
 
 

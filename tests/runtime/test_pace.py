@@ -1,6 +1,6 @@
 """How many pictures are made together, by measured step times."""
 
-from tinydiff.runtime.pace import FORMS, TRIES, Pace
+from tinydiff.runtime.pace import AGAIN, FORMS, TRIES, Pace
 
 
 def test_sizes_double_as_long_as_that_pays():
@@ -21,6 +21,18 @@ def test_where_it_does_not_pay_pictures_are_made_alone():
         tried.append(count)
         pace.measured("large", count, float(count))
     assert tried == [1, *[2] * TRIES, 1, 1]
+
+
+def test_what_did_not_pay_is_tried_again_in_time_and_stays_once_it_does():
+    pace = Pace()
+    tried = []
+    for i in range(3 * AGAIN):
+        count = pace.size("a", 2)
+        tried.append(count)
+        pace.measured("a", count, 1.0 if count == 1 or i > AGAIN + TRIES else 4.0)  # two became cheaper
+    assert tried[TRIES + 1 : AGAIN] == [1] * (AGAIN - TRIES - 1)
+    assert tried[AGAIN + TRIES : 2 * AGAIN] == [1] * (AGAIN - TRIES)
+    assert tried[2 * AGAIN :] == [2] * AGAIN
 
 
 def test_what_did_not_fit_into_memory_is_not_tried_again_until_told():

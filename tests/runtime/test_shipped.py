@@ -75,6 +75,26 @@ def test_diffusers_makes_the_same(fields, model, reference):
     same(made, reference, **{"height": 128, "width": 128, "num_frames": 1} | fields)
 
 
+def test_one_picture_starts_from_the_given_one(model, picture):
+    """The less strength, the fewer steps and the nearer to the given picture."""
+    given, far, steps = read_image(picture).astype(int), [], []
+    for strength in (0.05, 0.5, 1.0):
+        fields = {"strength": strength, "num_inference_steps": 20, "height": 96, "width": 96}
+        made = tinydiff.generate(model, "a blue star", image_path=picture, num_frames=1, **fields)
+        far.append(np.abs(made.images[0] - given).mean())
+        steps.append(len(made.step_seconds))
+    assert steps == [1, 10, 20] and far == sorted(far)
+
+
+def test_a_mask_keeps_what_is_black_in_it(model, picture, tmp_path):
+    given, mask = read_image(picture), np.zeros((96, 96, 3), np.uint8)
+    mask[:, :40] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    asked = {"image_path": picture, "mask_path": str(tmp_path / "mask.png"), "num_frames": 1, "height": 96, "width": 96}
+    made = tinydiff.generate(model, "a green square", num_inference_steps=4, **asked).images[0]
+    assert (made[:, 58:] == given[:, 58:]).all() and (made[:, :32] != given[:, :32]).any()
+
+
 def test_diffusers_makes_the_same_from_a_first_frame(model, picture):
     pipe = _quiet(WanImageToVideoPipeline.from_pretrained(SHIPPED, torch_dtype=torch.float32))
     size = {"height": 64, "width": 64, "num_frames": 9}

@@ -181,8 +181,9 @@ def test_a_job_cancelled_as_it_completes_keeps_its_files(started, monkeypatch):
     finish = service.store.finish
 
     def slow(id, server, status, **made):
-        at.set()
-        go.wait(30)
+        if status == "completed":
+            at.set()
+            go.wait(30)
         return finish(id, server, status, **made)
 
     monkeypatch.setattr(service.store, "finish", slow)
@@ -190,6 +191,7 @@ def test_a_job_cancelled_as_it_completes_keeps_its_files(started, monkeypatch):
     assert at.wait(30)
     service.scheduler.cancel(job.id)
     until(lambda: not service.scheduler._cancelled)
+    time.sleep(0.1)
     go.set()
     made, _ = wait(service, job)
     assert made.status == "completed" and service.files.path(made.outputs[0].file) and ends(service) == 1

@@ -159,3 +159,24 @@ def test_a_warning_beyond_loopback_without_a_key(tmp_path):
 def test_a_mistake_is_told_before_anything_is_loaded(argv, message, tmp_path):
     with pytest.raises(UserError, match=re.escape(message)):
         server.serve([*argv, "--state-dir", str(tmp_path), "--port", "0"])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+def test_it_answers_while_it_compiles_and_compiles_nothing_once_it_is_ready(tmp_path):
+    options = ("--enable-torch-compile", "--warmup-resolutions", "128x128", "96x160")
+
+    def picture(one, size):
+        return one.post("/v1/images/generations", json={"prompt": "a red circle", "num_inference_steps": 3, "size": size}).status_code
+
+    def compiled(one):
+        return next(line for line in one.get("/metrics").text.splitlines() if line.startswith("tinydiff_recompiles_total"))
+
+    with serving(tmp_path, *options) as one:
+        wait(lambda: one.get("/ready").json()["phase"] == "compiling")
+        assert picture(one, "128x128") == 200 and one.get("/ready").status_code == 503
+        one.wait_ready(400)
+        before = compiled(one)
+        with ThreadPoolExecutor(6) as pool:
+            assert set(pool.map(lambda k: picture(one, ("128x128", "96x160")[k % 2]), range(12))) == {200}
+        assert compiled(one) == before == "tinydiff_recompiles_total 2.0"

@@ -156,24 +156,25 @@ def save(
     A name already taken gets the next free number, `name-1.png`; nothing is overwritten and nothing half-written is left. Raises
     UserError when the disk is full or refuses.
     """
-    ending = target.ending.lower()
+    return write_new(target.path(index, count), lambda path: write(path, target.ending, frames, encoding, parameters))
+
+
+def write(path: Path, ending: str, frames: np.ndarray, encoding: Encoding, parameters: Mapping[str, Any] | None = None) -> None:
+    """Write frames as `save` takes them to `path`, which nobody else may see yet: a file of that ending, or a folder of frames."""
+    ending = ending.lower()
     channels = (3, 4) if ending in (*OPACITY_ENDINGS, FRAMES) else (3,)
     if frames.ndim != 4 or frames.shape[3] not in channels or str(frames.dtype) != "uint8":
         raise ValueError(f"frames are uint8 [T, H, W, {' or '.join(map(str, channels))}], not {frames.dtype} {list(frames.shape)}")
-
-    def write(path: Path) -> None:
-        if ending == FRAMES:
-            path.mkdir()
-            for number, frame in enumerate(frames):
-                (path / f"{number:05d}.png").write_bytes(encode_image(frame, ".png", None, parameters))
-        elif ending in IMAGE_ENDINGS:
-            if len(frames) != 1:
-                raise ValueError(f"{target.ending} holds one frame, not {len(frames)}")
-            path.write_bytes(encode_image(frames[0], ending, encoding.quality, parameters))
-        else:
-            write_video(path, frames, ending, encoding.fps, encoding.quality, encoding.preset, parameters)
-
-    return write_new(target.path(index, count), write)
+    if ending == FRAMES:
+        path.mkdir()
+        for number, frame in enumerate(frames):
+            (path / f"{number:05d}.png").write_bytes(encode_image(frame, ".png", None, parameters))
+    elif ending in IMAGE_ENDINGS:
+        if len(frames) != 1:
+            raise ValueError(f"{ending} holds one frame, not {len(frames)}")
+        path.write_bytes(encode_image(frames[0], ending, encoding.quality, parameters))
+    else:
+        write_video(path, frames, ending, encoding.fps, encoding.quality, encoding.preset, parameters)
 
 
 def read_parameters(path: Path) -> dict[str, Any]:

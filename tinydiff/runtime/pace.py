@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Hashable, Mapping
 
 LAST = 8
 """Measurements that count; the least of them is the time, for what disturbs only ever makes a step slower."""
 WORTH = 0.97
 """What share of the time per picture a larger batch may take at most to be chosen."""
-
-
 TRIES = 3
 """Measurements before a batch size is given up; a first step is often slow."""
+AGAIN = 256
+"""Measurements of a form after which sizes larger than the one in use are forgotten, and so tried again: a machine gets less to do, a graph
+is compiled."""
 FORMS = 256
 """Forms remembered; those not seen longest are forgotten, for clients choose sizes."""
 
@@ -23,14 +24,20 @@ class Pace:
     def __init__(self) -> None:
         self._seconds: OrderedDict[Hashable, dict[int, deque[float]]] = OrderedDict()
         self._most: dict[Hashable, int] = {}
+        self._count: Counter[Hashable] = Counter()
 
     def measured(self, form: Hashable, count: int, seconds: float) -> None:
         """A step of `count` pictures took so long."""
         known = self._seconds.setdefault(form, {})
         self._seconds.move_to_end(form)
         known.setdefault(count, deque(maxlen=LAST)).append(seconds)
+        self._count[form] += 1
+        if self._count[form] % AGAIN == 0:
+            self._seconds[form] = {size: times for size, times in known.items() if size <= count}
         if len(self._seconds) > FORMS:
-            self._most.pop(self._seconds.popitem(last=False)[0], None)
+            forgotten, _ = self._seconds.popitem(last=False)
+            self._most.pop(forgotten, None)
+            del self._count[forgotten]
 
     def too_many(self, form: Hashable, count: int) -> None:
         """So many pictures did not fit into memory."""

@@ -42,7 +42,8 @@ def save(job: Job, request: Request, files: Files, frames: numpy.ndarray, seed: 
         parts = [layer[None] for layer in frames] if request.layers else [frames]
         made = []
         for index, part in enumerate(parts):
-            path = output.save(target, part, encoding, {**told, "seed": seed, **({"layer": index} if request.layers else {})})
+            path = target.path(index, len(parts))
+            output.write(path, target.ending, part, encoding, {**told, "seed": seed, **({"layer": index} if request.layers else {})})
             size = path.stat().st_size
             made.append(Output(files.put(path, media_type, path.name), media_type, size, seed))
     if request.num_frames > 1:

@@ -330,7 +330,7 @@ class Scheduler:
             log.info("the model left the device")
         if self._asleep:
             self._say("asleep")
-            self._asleep = not self.store.counts().get("queued", 0)
+            self._asleep = not (patiently(self.store.counts, self._kept) or {}).get("queued", 0)
         if not self._asleep and self._state.phase == "asleep":
             self._say("loading")
             self._load()
