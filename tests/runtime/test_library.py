@@ -120,7 +120,7 @@ def test_mistakes(model, tmp_path):
     refused("height", "100 is not a multiple of 16", tinydiff.generate, model, "a", height=100)
     refused("guidance_scale", "nan is not a finite number", tinydiff.generate, model, "a", guidance_scale=float("nan"))
     refused("prompt", "takes one text, not a list", tinydiff.generate, model, ["a", "b"])
-    refused("num_frames", "1 leaves nothing", tinydiff.generate, model, "a", image_path=str(tmp_path / "a.png"), num_frames=1)
+    refused("strength", "ask for one picture", tinydiff.generate, model, "a", image_path=str(tmp_path / "a.png"), strength=0.5)
     refused("prompt", "no such option here", tinydiff.load, prompt="a")
     refused("dit_precision", "'fp8' is not one of fp32, fp16, bf16", tinydiff.load, dit_precision="fp8")
     refused("model_path", "has no model_index.json", tinydiff.load, tmp_path)

@@ -93,17 +93,17 @@ def test_outputs_go_to_object_storage_and_leave_with_their_job(tmp_path):
     storage.start()
     endpoint = "http://{}:{}".format(*storage.get_host_and_port())
     client = boto3.client("s3", endpoint_url=endpoint, aws_access_key_id="k", aws_secret_access_key="s", region_name="us-east-1")
-    client.create_bucket(Bucket="pictures")
-    told = {"CLOUD_STORAGE_TYPE": "s3", "S3_BUCKET_NAME": "pictures", "S3_ACCESS_KEY_ID": "k", "S3_SECRET_ACCESS_KEY": "s"}
+    client.create_bucket(Bucket="of-a-server")
+    told = {"CLOUD_STORAGE_TYPE": "s3", "S3_BUCKET_NAME": "of-a-server", "S3_ACCESS_KEY_ID": "k", "S3_SECRET_ACCESS_KEY": "s"}
     try:
         with serving(tmp_path, **{f"SGLANG_{name}": value for name, value in told.items()}, SGLANG_S3_ENDPOINT_URL=endpoint) as one:
             id = create(one.wait_ready())
             wait(lambda: all_done(one, [id]))
-            wait(lambda: len(client.list_objects_v2(Bucket="pictures").get("Contents", ())) == 3)  # the clip, its first frame, its sheet
+            wait(lambda: len(client.list_objects_v2(Bucket="of-a-server").get("Contents", ())) == 3)  # the clip, its first frame, its sheet
             wait(lambda: all(output["url"].startswith(endpoint) for output in videos(one)[id]["outputs"]))
             assert one.get(f"/v1/videos/{id}/content").content[4:8] == b"ftyp"
             assert one.session.delete(f"{one.url}/v1/videos/{id}").json()["deleted"]
-            wait(lambda: "Contents" not in client.list_objects_v2(Bucket="pictures"))
+            wait(lambda: "Contents" not in client.list_objects_v2(Bucket="of-a-server"))
     finally:
         storage.stop()
 
