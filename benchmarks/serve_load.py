@@ -8,8 +8,8 @@ in the answers, its lists, its figures, its log, its database and its folder of 
 ends with 1 if a check fails.
 
 Memory, open files and threads are those of the server's process, medians over the middle third of the time against the last: the first
-third warms up. Memory may grow by GROWTH_MB, files and threads not at all. Connections come and go, so they are counted at the start and
-the end.
+third warms up. Memory may grow by GROWTH_MB, files by 2 that are just being written, threads not at all. Connections come and go, so they
+are counted at the start and the end.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def _process(samples: list[Sample], at_rest: Sample, growth_mb: float) -> Checks
     sockets = samples[0].sockets, at_rest.sockets
     return [
         (f"memory grows by {growth_mb:g} MB at most", mb[1] - mb[0] <= growth_mb, f"{mb[0]:.0f} MB, then {mb[1]:.0f}"),
-        ("open files do not grow", files[1] <= files[0], f"{files[0]:.0f}, then {files[1]:.0f}"),
+        ("open files by 2 at most", files[1] <= files[0] + 2, f"{files[0]:.0f}, then {files[1]:.0f}"),
         ("threads do not", threads[1] <= threads[0], f"{threads[0]:.0f}, then {threads[1]:.0f}"),
         ("connections are closed", sockets[1] <= sockets[0] + 1, f"{sockets[0]} at the start, {sockets[1]} at the end"),
     ]

@@ -220,8 +220,10 @@ def _work(folder: str, fn: Callable[..., T], args: tuple) -> T:
         raise
 
 
-def _first_failure(folder: Path, rank: int, failure: Any) -> UserError | RankError:
+def _first_failure(folder: Path, rank: int, failure: Any) -> UserError | RankError | KeyboardInterrupt:
     """What to raise for the rank that failed first: a signal tells of itself, the others have written down what it was."""
+    if failure.exitcode == -signal.SIGINT:  # Ctrl-C went to all, and a rank was quicker to end than this process to hear of it
+        return KeyboardInterrupt()
     if failure.exitcode < 0 and not (folder / f"{rank}.failure").exists():
         memory = ", as the system does where memory runs out" if failure.exitcode == -signal.SIGKILL else ""
         return RankError(f"rank {rank}: ended by {signal.Signals(-failure.exitcode).name}{memory}")
