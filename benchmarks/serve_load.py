@@ -28,7 +28,6 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-import psutil
 import requests
 
 from benchmarks.serve_clients import CLIPS, LONGEST, Client, Seen
@@ -43,19 +42,20 @@ GROWTH_MB = 32.0
 class Sample(NamedTuple):
     """The server's process at a moment."""
 
-    at: float
     mb: float
     files: int
     sockets: int
     threads: int
 
 
-def sample(process: psutil.Process) -> Sample:
+def sample(process: Path) -> Sample:
+    """process: its folder in /proc."""
+    told = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
     opened = []
-    for link in Path(f"/proc/{process.pid}/fd").iterdir():
+    for link in (process / "fd").iterdir():
         with suppress(FileNotFoundError):
             opened.append(os.readlink(link).startswith("socket:"))
-    return Sample(time.monotonic(), process.memory_info().rss / 2**20, opened.count(False), opened.count(True), process.num_threads())
+    return Sample(int(told["VmRSS"].split()[0]) / 1024, opened.count(False), opened.count(True), int(told["Threads"]))
 
 
 def listed(server: Server) -> list[str]:
@@ -88,7 +88,7 @@ def load(folder: Path, clients: int, seconds: float, growth_mb: float = GROWTH_M
     options = ("--max-queue", str(clients // 2), "--log-format", "json", "--batching-max-size", "8")
     with serving(folder, *options, OMP_NUM_THREADS="1") as server:
         server.wait_ready(LONGEST)
-        process, seen = psutil.Process(server.process.pid), Seen()
+        process, seen = Path(f"/proc/{server.process.pid}"), Seen()
         samples, begun = [sample(process)], time.monotonic()
         crowd = [Client(server.url, number, begun + seconds, seen) for number in range(clients)]
         threads = [threading.Thread(target=client.run, daemon=True) for client in crowd]
