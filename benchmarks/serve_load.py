@@ -8,8 +8,8 @@ in the answers, its lists, its figures, its log, its database and its folder of 
 ends with 1 if a check fails.
 
 Memory, open files and threads are those of the server's process, medians over the middle third of the time against the last: the first
-third warms up. Memory may grow by GROWTH_MB, files by 2 that are just being written, threads not at all. Connections come and go, so they
-are counted at the start and the end.
+third warms up. Memory may grow by GROWTH_MB, files by 2 that are just being written, threads by 1, for the second one that encodes starts
+when it is needed. Connections come and go, so they are counted at the start and the end.
 """
 
 from __future__ import annotations
@@ -83,8 +83,11 @@ Checks = list[tuple[str, bool, str]]
 """(what should be, whether it is, in figures)."""
 
 
-def load(folder: Path, clients: int, seconds: float, growth_mb: float = GROWTH_MB) -> tuple[list[str], Checks]:
-    """Start a server with its state in `folder` and load it: (a table in lines, what was checked)."""
+def load(folder: Path, clients: int, seconds: float, growth_mb: float | None = GROWTH_MB) -> tuple[list[str], Checks]:
+    """Start a server with its state in `folder` and load it: (a table in lines, what was checked).
+
+    growth_mb: by how much its memory may grow; None for a run so short that its process has not come to rest, and is not looked at.
+    """
     options = ("--max-queue", str(clients // 2), "--log-format", "json", "--batching-max-size", "8")
     with serving(folder, *options, OMP_NUM_THREADS="1") as server:
         server.wait_ready(LONGEST)
@@ -115,7 +118,7 @@ def load(folder: Path, clients: int, seconds: float, growth_mb: float = GROWTH_M
         *_jobs(seen, jobs, clips, known, told),
         *_files(folder / "state" / "files", jobs),
         *_log(said, stopped),
-        *_process(samples, at_rest, growth_mb),
+        *([] if growth_mb is None else _process(samples, at_rest, growth_mb)),
     ]
     return _table(seen, jobs, told, lasted), checks
 
@@ -198,7 +201,7 @@ def _process(samples: list[Sample], at_rest: Sample, growth_mb: float) -> Checks
     return [
         (f"memory grows by {growth_mb:g} MB at most", mb[1] - mb[0] <= growth_mb, f"{mb[0]:.0f} MB, then {mb[1]:.0f}"),
         ("open files by 2 at most", files[1] <= files[0] + 2, f"{files[0]:.0f}, then {files[1]:.0f}"),
-        ("threads do not", threads[1] <= threads[0], f"{threads[0]:.0f}, then {threads[1]:.0f}"),
+        ("threads by 1 at most", threads[1] <= threads[0] + 1, f"{threads[0]:.0f}, then {threads[1]:.0f}"),
         ("connections are closed", sockets[1] <= sockets[0] + 1, f"{sockets[0]} at the start, {sockets[1]} at the end"),
     ]
 
