@@ -90,17 +90,17 @@ class SamplingOptions:
     """Frames a second of a clip."""
     num_inference_steps: int | None = within(least=1, most=1000)
     """Denoising steps."""
-    guidance_scale: float | None = within(least=0)
+    guidance_scale: float | None = within(least=0, most=1000)
     """How strongly the prompt is followed; 1 turns guidance off and halves the work."""
-    true_cfg_scale: float | None = within(least=0)
+    true_cfg_scale: float | None = within(least=0, most=1000)
     """Guidance by a negative prompt, for models whose guidance_scale is told to the network (FLUX.1-dev); elsewhere the same as that."""
     cfg_normalization: float | None = within(least=0)
     """Z-Image: how many times as long as the prompt's own prediction the guided one may be; 0 does not ask."""
-    guidance_scale_2: float | None = within(least=0)
+    guidance_scale_2: float | None = within(least=0, most=1000)
     """The same for the second expert of a model that has two."""
     boundary_ratio: float | None = within(least=0, most=1)
     """Share of the noise schedule below which the second expert takes over."""
-    flow_shift: float | None = within(above=0)
+    flow_shift: float | None = within(above=0, most=1000)
     """Above 1 spends more steps at high noise."""
     dmd_denoising_steps: tuple[int, ...] = within((), least=0, most=1000)
     """Timesteps of a distilled model, falling."""

@@ -1,6 +1,8 @@
 """The shipped model's pictures in one loop: what they are beside others, who goes first, and what an error leaves."""
 
+import gc
 import time
+import weakref
 
 import pytest
 import torch
@@ -176,3 +178,14 @@ def test_what_is_compiled_beside_serves_all_that_comes_after():
     run(loop)
     assert graph_count() == made
     assert (compiled - eager).abs().max() < BOUND
+
+
+def test_the_last_picture_that_leaves_holds_nothing(model):
+    loop, [one] = loop_of(model), begun(model)
+    loop.add(one)
+    loop.step()
+    state = weakref.ref(loop._joined[1].whole.state.x)
+    loop.leave("a")
+    del one
+    gc.collect()
+    assert state() is None

@@ -14,7 +14,7 @@ def build(tmp_path):
 
     def found(**options):
         made.append(service(tmp_path / str(len(made)), **options))
-        return made[-1], testing.TestClient(make_app(made[-1]))
+        return made[-1], testing.TestClient(make_app(made[-1]), {"Host": "localhost"})
 
     yield found
     for each in made:
@@ -25,6 +25,18 @@ def test_every_part_answers(build):
     client = build()[1]
     for path in ("/v1/models", "/liveness", "/openapi.json", "/", "/v1/videos", "/v1/models/"):
         assert client.simulate_get(path).status_code == 200, path
+
+
+def test_what_answers_get_answers_head(build):
+    client = build()[1]
+    for path in ("/v1/models", "/metrics", "/v1/videos", "/server_info"):
+        answer = client.simulate_head(path)
+        assert (answer.status_code, answer.content) == (200, b""), path
+
+
+def test_what_openai_has_beyond_this_is_a_404(build):
+    for path in ("/v1/videos/edits", "/v1/videos/characters", "/v1/videos/characters/x"):
+        assert build()[1].simulate_post(path).json["error"]["code"] == "not_supported"
 
 
 def test_with_keys_only_what_is_public_answers_without_one(build):

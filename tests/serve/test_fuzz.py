@@ -34,7 +34,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(made):
-    return testing.TestClient(make_app(made))
+    return testing.TestClient(make_app(made), {"Host": "localhost"})
 
 
 def works(client):

@@ -152,11 +152,21 @@ def test_a_body_without_a_length_is_counted(client):
         ({"Origin": "http://localhost:8000"}, (403, "foreign_origin")),
         ({"Origin": "http://evil.example:30000", "Host": "evil.example:30000"}, (403, "unknown_host")),
         ({"Sec-Fetch-Site": "same-origin", "Host": "evil.example"}, (403, "unknown_host")),
-        ({"Host": "evil.example"}, (200, None)),
+        ({"Host": "evil.example"}, (403, "unknown_host")),
+        ({"Origin": "http://["}, (403, "foreign_origin")),
     ],
 )
 def test_a_server_without_keys_is_no_other_pages_to_use(client, headers, wanted):
     assert code(client().simulate_post("/it", headers=headers)) == wanted
+
+
+def test_a_name_that_merely_leads_here_reads_nothing(client):
+    """A page of that name asks without an Origin."""
+    assert code(client().simulate_get("/it", headers={"Host": "evil.example:30000"})) == (403, "unknown_host")
+
+
+def test_nobody_holds_an_empty_key(client):
+    assert client(api_key=("",)).simulate_get("/it").status_code == 401
 
 
 def test_an_allowed_origin_and_a_public_name_may(client):
@@ -209,6 +219,6 @@ def test_requests_are_counted_by_route(tmp_path):
     made = service(tmp_path)
     app = falcon.App(middleware=[Guard(made)])
     app.add_route("/stream/{id}", Stream())
-    testing.TestClient(app).simulate_get("/stream/1")
+    testing.TestClient(app, {"Host": "localhost"}).simulate_get("/stream/1")
     made.scheduler.close()
     assert b'tinydiff_http_requests_total{method="GET",route="/stream/{id}",status="200"} 1.0' in made.metrics.text()

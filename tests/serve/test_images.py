@@ -24,7 +24,7 @@ def build(tmp_path):
 
     def found(row=None, **options):
         made.append(service(tmp_path / str(len(made)), row, **options))
-        return made[-1], testing.TestClient(make_app(made[-1]))
+        return made[-1], testing.TestClient(make_app(made[-1]), {"Host": "localhost"})
 
     yield found
     for each in made:
@@ -100,7 +100,7 @@ def test_the_format_is_as_asked(both, format, name):
 def test_an_address_serves_the_picture(both):
     said = generate(both[1], response_format="url").json
     assert "b64_json" not in said["data"][0]
-    answer = both[1].simulate_get(said["data"][0]["url"].removeprefix("http://falconframework.org"))
+    answer = both[1].simulate_get(said["data"][0]["url"].removeprefix("http://localhost"))
     assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
     assert Image.open(io.BytesIO(answer.content)).size == (64, 48)
 
@@ -202,6 +202,14 @@ def test_silence_is_filled_with_comments(both, monkeypatch):
     both[0].scheduler.gate.clear()
     threading.Timer(0.2, both[0].scheduler.gate.set).start()
     assert ": keepalive\n\n" in generate(both[1], stream=True).text
+
+
+def test_steps_that_are_not_told_do_not_count_as_news(both, monkeypatch):
+    monkeypatch.setattr(images, "KEEPALIVE_S", 0.02)
+    both[0].scheduler.step_seconds = 0.03
+    said = generate(both[1], stream=True).text
+    assert said.startswith(": begun\n\n")
+    assert ": keepalive\n\n" in said
 
 
 # --- edits ---
@@ -345,6 +353,9 @@ def test_content_is_the_picture_of_a_variant(both):
     assert found[0] == both[1].simulate_get(f"/v1/images/{id}/content").content != found[1]
     answer = both[1].simulate_get(f"/v1/images/{id}/content", params={"variant": "2"})
     assert (answer.status_code, answer.json["error"]["param"]) == (400, "variant")
+    for wrong in ({"variant": "0000000005"}, {"varaint": "1"}):
+        answer = both[1].simulate_get(f"/v1/images/{id}/content", params=wrong)
+        assert (answer.status_code, answer.json["error"]["param"]) == (400, next(iter(wrong)))
 
 
 def test_anothers_job_is_not_there(build):

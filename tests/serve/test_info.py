@@ -13,7 +13,7 @@ NAME = "tinydiff/shapes"
 
 
 def client_of(made, key=None):
-    return falcon.testing.TestClient(make_app(made), headers={"Authorization": f"Bearer {key}"} if key else {})
+    return falcon.testing.TestClient(make_app(made), headers={"Host": "localhost"} | ({"Authorization": f"Bearer {key}"} if key else {}))
 
 
 @pytest.fixture

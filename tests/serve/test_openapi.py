@@ -44,7 +44,7 @@ def test_the_document_is_valid(described):
 
 def test_it_is_served_without_a_key(tmp_path):
     made = service(tmp_path, api_key=("secret",))
-    answer = testing.TestClient(make_app(made)).simulate_get("/openapi.json")
+    answer = testing.TestClient(make_app(made), {"Host": "localhost"}).simulate_get("/openapi.json")
     made.scheduler.close()
     assert answer.status_code == 200 and answer.headers["content-type"] == "application/json"
     assert answer.json["openapi"].startswith("3.1") and answer.json["info"]["title"] == "tinydiff"
@@ -86,7 +86,7 @@ def test_every_field_of_a_request_is_described(described):
     ("name", "schema"),
     [
         ("num_inference_steps", {"type": "integer", "minimum": 1, "maximum": 1000}),
-        ("guidance_scale", {"type": "number", "minimum": 0}),
+        ("guidance_scale", {"type": "number", "minimum": 0, "maximum": 1000}),
         ("strength", {"type": "number", "exclusiveMinimum": 0, "maximum": 1}),
         ("output_compression", {"type": "integer", "minimum": 0, "maximum": 100}),
         ("negative_prompt", {"type": "string"}),
@@ -149,7 +149,7 @@ def test_the_model_is_named(described):
 
 
 def test_the_examples_are_good_requests(described, app):
-    client = testing.TestClient(app)
+    client = testing.TestClient(app, {"Host": "localhost"})
     for path in ("/v1/images/generations", "/v1/videos"):
         example = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["example"]
         assert client.simulate_post(path, json=example).status_code == 200

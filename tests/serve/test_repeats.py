@@ -16,7 +16,7 @@ AGAIN = {"x-stainless-retry-count": "1"}
 def both(tmp_path):
     """(service, client) of the shipped model."""
     made = service(tmp_path)
-    yield made, testing.TestClient(make_app(made))
+    yield made, testing.TestClient(make_app(made), {"Host": "localhost"})
     made.scheduler.close()
 
 

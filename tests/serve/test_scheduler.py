@@ -253,6 +253,29 @@ def test_stopping_queues_again_what_is_left(started, monkeypatch):
     assert service.store.get(pinned.id).error.code == "server_restarted"
 
 
+def test_what_waits_has_a_lease_from_the_start(started, monkeypatch):
+    """Else a job of a server that is killed in its first moment would wait for ever."""
+    service = started(batching_max_size=1)
+    go = held(monkeypatch)
+    until(lambda: service.scheduler.state().phase == "ready")
+    monkeypatch.setattr(service.store, "renew", lambda *_: None)
+    _, second = (service.scheduler.submit(asked(pinned=True)) for _ in range(2))
+    assert service.store.get(second.id).lease > time.time()
+    go.set()
+
+
+def test_stopping_does_not_wait_for_a_step_without_end(started, monkeypatch):
+    service = started()
+    go = held(monkeypatch)
+    job = service.scheduler.submit(asked())
+    until(lambda: service.store.get(job.id).status == "in_progress")
+    begun = time.monotonic()
+    service.scheduler.stop(0.1)
+    assert time.monotonic() - begun < 15 and not service.scheduler.ended()
+    go.set()
+    until(service.scheduler.ended)
+
+
 def test_declared_sizes_are_made_before_the_server_is_ready(started):
     service = started(warmup_resolutions=("128x128", "96x160"), warmup_steps=1)
     phases = set()

@@ -129,7 +129,7 @@ def test_stopping_tells_those_who_wait_and_waits_for_no_idle_connection(tmp_path
             assert time.monotonic() - begun < server.ANSWERED_S
         answer, stream = (each.result() for each in waiting)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "server_restarted")
-        assert stream.text.startswith("event: error\n") and "server_restarted" in stream.text
+        assert stream.text.startswith(": begun\n\nevent: error\n") and "server_restarted" in stream.text
 
 
 def test_an_option_with_several_values_may_be_given_several_times():
@@ -144,9 +144,18 @@ def test_a_warning_beyond_loopback_without_a_key(tmp_path):
         assert "--api-key" not in keyed.said()
 
 
+def test_a_body_that_is_never_read_is_refused_in_the_same_form(tmp_path):
+    with serving(tmp_path, "--max-body", "0.001") as one:
+        answer = one.post("/v1/images/generations", data=b"x" * 2**21)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+        assert answer.headers["x-request-id"]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--api-key", ""], "api_key: is empty"),
+        (["--admin-api-key", ""], "admin_api_key: is empty"),
         (["--host", "nowhere.invalid"], "host: 'nowhere.invalid' cannot be listened at"),
         (["--model-path", "/nowhere"], "model_path: '/nowhere'"),
         (["--enable-sequence-shard", "true"], "does not exist yet"),

@@ -72,7 +72,9 @@ def test_javascript(run):
 
 def test_the_error_is_as_shown(tmp_path):
     made = service(tmp_path)
-    answer = testing.TestClient(make_app(made)).simulate_post("/v1/images/generations", json={"prompt": "a", "guidance_scal": 1})
+    answer = testing.TestClient(make_app(made), {"Host": "localhost"}).simulate_post(
+        "/v1/images/generations", json={"prompt": "a", "guidance_scal": 1}
+    )
     made.scheduler.close()
     assert blocks("json") == [answer.text + "\n"]
 

@@ -29,7 +29,7 @@ def made(tmp_path):
 
 @pytest.fixture
 def client(made):
-    return falcon.testing.TestClient(make_app(made))
+    return falcon.testing.TestClient(make_app(made), {"Host": "localhost"})
 
 
 @pytest.fixture

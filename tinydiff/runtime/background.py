@@ -55,6 +55,7 @@ class Background:
             except Exception:
                 log.exception("the loop could not be compiled and goes on eagerly")
                 self._failed.add(key)
+            del key, compiled, seat  # while it waits for the next it holds no weights
 
 
 def _structure(seat: Seat) -> Hashable:

@@ -94,6 +94,8 @@ class Continuous:
     def leave(self, owner: str) -> None:
         """Take the pictures of `owner` out."""
         self.sittings = [sitting for sitting in self.sittings if sitting.owner != owner]
+        if not self.sittings:
+            self._joined = None  # with it the weights
 
     def clean(self, sitting: Sitting) -> tuple[Tensor, int]:
         """(the clean tokens [1, L, P] that the last step implied, how many steps are made)."""

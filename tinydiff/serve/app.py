@@ -22,5 +22,7 @@ def make_app(service: Service) -> falcon.App:
     errors.install(app)
     for part in PARTS:
         for address, resource in part.routes(service):
+            if hasattr(resource, "on_get") and not hasattr(resource, "on_head"):
+                resource.on_head = resource.on_get  # falcon leaves the body out
             app.add_route(address, resource)
     return app

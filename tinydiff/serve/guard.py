@@ -74,7 +74,7 @@ class Guard:
             return
         key, context = _key(req), req.context
         is_admin = self.admin is not None and hmac.compare_digest(key, self.admin)
-        known = any([is_admin, *[hmac.compare_digest(key, each) for each in self.keys]])  # a list, so that every key is compared
+        known = any([is_admin, *[hmac.compare_digest(key, each) for each in self.keys]]) and key != b""  # a list: each key is compared
         keyless = not self.keys and self.admin is None
         context.admin = is_admin or keyless
         context.owner = owner(key) if known and self.keys else ""
@@ -121,19 +121,24 @@ class Guard:
             log.info("%s %s %d %.4f s%s", req.method, route, status, seconds, more)
 
     def _check_page(self, req: falcon.Request) -> None:
-        """A server without keys trusts whoever reaches it, and on loopback every page in a browser of this machine does: so what a browser
-        says of the page decides. Its own page may; another's script may where its origin is allowed; and a name that merely leads here, as
-        in DNS rebinding, is not this server's own."""
+        """A server without keys trusts whoever reaches it, and on loopback every page in a browser of this machine does. A name that merely
+        leads here, as in DNS rebinding, is not this server's own, whatever else is sent: a page of that name reads without an Origin. Its
+        own page may do everything; another's script may where its origin is allowed."""
         origin = req.get_header("Origin")
-        if self.keys or (origin is None and req.get_header("Sec-Fetch-Site") is None):
-            return
-        if origin is not None and (origin in self.origins or "*" in self.origins):
+        if self.keys or (origin is not None and (origin in self.origins or "*" in self.origins)):
             return
         if loopback(self.service.options.host) and not loopback(req.host) and req.netloc != self.home:
             message = f"the name {req.host[:80]!r} is not this server's; name it with --public-url"
             raise Refusal(403, "unknown_host", message)
-        if origin is not None and req.method not in SAFE_METHODS and urlsplit(origin).netloc not in (req.netloc, self.home):
+        if origin is not None and req.method not in SAFE_METHODS and _netloc(origin) not in (req.netloc, self.home):
             raise Refusal(403, "foreign_origin", f"a page of {origin[:80]!r} may not call this server; allow it with --cors-origin")
+
+
+def _netloc(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:  # no address at all
+        return ""
 
 
 def _key(req: falcon.Request) -> bytes:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import falcon
 
-from tinydiff.records import UserError
 from tinydiff.serve.downloads import base_url, send_output
 from tinydiff.serve.errors import Refusal, body, of_failure, told, unknown
 from tinydiff.serve.intake import read_job
 from tinydiff.serve.jobs import DONE, Job, Output
+from tinydiff.serve.query import parameters, whole_number
 from tinydiff.serve.repeats import AGAIN_S, Repeats
 from tinydiff.serve.service import News, Service
 
@@ -80,6 +80,7 @@ class Image:
         self.service = service
 
     def on_get(self, req: Req, resp: Resp, id: str) -> None:
+        parameters(req, ())
         resp.media = state(self.service, owned(self.service, req, id), base_url(self.service, req))
 
     def on_delete(self, req: Req, resp: Resp, id: str) -> None:
@@ -112,14 +113,11 @@ class Content:
         self.service = service
 
     def on_get(self, req: Req, resp: Resp, id: str) -> None:
-        job = owned(self.service, req, id)
+        given, job = parameters(req, ("variant",)), owned(self.service, req, id)
         if job.status != "completed":
             failed = f"failed: {job.error.message}" if job.error else job.status
             raise Refusal(404, job.error.code if job.error else "not_ready", f"the picture {id} has no content: it is {failed}")
-        text, outputs = req.get_param("variant") or "0", job.outputs
-        if not (text.isascii() and text.isdigit() and int(text[:9]) < len(outputs)):
-            raise UserError("variant", f"variant: {text[:80]!r} is not a whole number from 0 to {len(outputs) - 1}")
-        send_output(self.service, req, resp, outputs[int(text)])
+        send_output(self.service, req, resp, job.outputs[whole_number(given, "variant", 0, len(job.outputs) - 1, 0)])
 
     on_head = on_get
 
@@ -226,15 +224,15 @@ def _events(service: Service, repeats: Repeats, req: Req, job: Job, event: str) 
     same["created_at"] = int(job.created_at)
     try:
         with repeats.waiting(job):
+            yield b": begun\n\n"  # the headers go with it
             for news in _news(service, job):
                 if _gone(req):
                     req.context.error_code = "client_gone"
                     return
-                if news is None and time.monotonic() - sent < KEEPALIVE_S:
-                    continue
-                sent = time.monotonic()
-                if news is None:
+                if time.monotonic() - sent >= KEEPALIVE_S:
+                    sent = time.monotonic()
                     yield b": keepalive\n\n"
+                if news is None:
                     continue
                 for preview in news.previews[: answer.get("partial_images", 0) - shown]:
                     picture = _base64(_preview(preview, answer.get("output_format", "png")))

@@ -104,6 +104,8 @@ def failure(error: BaseException) -> Failure:
     if isinstance(error, UserError) and error.field == "state_dir":
         log.error("a job's output could not be kept: %s", error)
         return Failure("storage_failed", str(error))
+    if isinstance(error, UserError) and error.field == "model_path":  # which no client chose
+        return Failure("server_error", str(error))
     if isinstance(error, UserError):
         return Failure("invalid_value", str(error), error.field)
     if short_of_memory(error):

@@ -90,7 +90,7 @@ class Scheduler:
             raise Stopping(self._state.detail or "the server is stopping")
         job = replace(job, answer={**job.answer, "previews": previews}) if previews else job
         if job.pinned:  # others may be made by another server, so nobody waits for them here
-            job = replace(job, server=self.name)
+            job = replace(job, server=self.name, lease=time.time() + self.options.lease)
             self.boards.open(job)
         try:
             queued = self.store.add(job)
@@ -158,18 +158,22 @@ class Scheduler:
     def stop(self, timeout: float) -> None:
         """Take no more jobs, let the running ones go on for `timeout` seconds at most, queue again what is left, and end."""
         self._say("stopping")
+        until = time.monotonic() + timeout
         with self._news:
             self._news.wait_for(lambda: not self._jobs, timeout)
         self._ending = True
         self._knock.set()
         self._kept.set()
         for thread in self._threads:
-            thread.join(timeout + 10)
+            thread.join(max(2.0, until - time.monotonic()))
         self._savers.shutdown(wait=True)
         if self.uploader is not None:
             self.uploader.close(timeout)
         self.store.requeue(self.name, self.options.unfinished)
         self.boards.close(self.store.get)
+
+    def ended(self) -> bool:
+        return not any(thread.is_alive() for thread in self._threads)
 
     # --- the device's thread ----------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import logging
+import os
 import signal
 import socket
 import sys
@@ -60,7 +61,10 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, ServeOptions, str]:
 
 def with_keys(options: ServeOptions) -> ServeOptions:
     """The options with the keys that the environment and the key file hold."""
-    keys = [*options.api_key, *config.keys("API_KEY")]
+    for name, given in (("api_key", options.api_key), ("admin_api_key", () if options.admin_api_key is None else (options.admin_api_key,))):
+        if not all(key.strip() for key in given):
+            raise UserError(name, f"{name}: is empty; a key has at least one character")
+    keys = [*(key.strip() for key in options.api_key), *config.keys("API_KEY")]
     if options.api_key_file is not None:
         try:
             lines = Path(options.api_key_file).expanduser().read_text(encoding="utf-8").splitlines()
@@ -69,7 +73,7 @@ def with_keys(options: ServeOptions) -> ServeOptions:
         if not (found := [line.strip() for line in lines if line.strip()]):
             raise UserError("api_key_file", f"api_key_file: {options.api_key_file!r} holds no key")
         keys += found
-    admin = options.admin_api_key or next(iter(config.keys("ADMIN_API_KEY")), None)
+    admin = options.admin_api_key.strip() if options.admin_api_key else next(iter(config.keys("ADMIN_API_KEY")), None)
     return replace(options, api_key=tuple(dict.fromkeys(keys)), admin_api_key=admin)
 
 
@@ -121,6 +125,7 @@ def running(service: Service, sock: socket.socket) -> Iterator[str]:
     from waitress.wasyncore import close_all
 
     from tinydiff.serve.app import make_app
+    from tinydiff.serve.channel import Channel
 
     options, scheduler = service.options, service.scheduler
     connections: dict[int, Any] = {}
@@ -135,6 +140,7 @@ def running(service: Service, sock: socket.socket) -> Iterator[str]:
         ident=None,
         clear_untrusted_proxy_headers=True,
     )
+    server.channel_class = Channel
     thread = threading.Thread(target=server.run, name="http", daemon=True)
     scheduler.start()
     thread.start()
@@ -182,4 +188,8 @@ def serve(argv: Sequence[str]) -> int:
                 print(f"tinydiff: error: {service.scheduler.state().detail}", file=sys.stderr)
                 return 1
         print("tinydiff: stopping; running jobs may end, the rest is kept", flush=True)
+    if not service.scheduler.ended():
+        # A step that takes longer than the time given cannot be broken off, and the interpreter would tear it down under its thread.
+        sys.stderr.flush()
+        os._exit(0)
     return 0

@@ -90,6 +90,10 @@ class Scheduler(Protocol):
         """Take no more jobs, let the running ones go on for `timeout` seconds at most, queue again what is left, and end."""
         ...
 
+    def ended(self) -> bool:
+        """Whether its threads have ended; after `stop` one may still be within a long step."""
+        ...
+
     def submit(self, job: Job, previews: int = 0) -> Job:
         """Queue a job, or join the running one of the same `idempotency` and owner, which is returned then. previews: how many pictures
         of the first output on its way are wanted. Raises Busy and Stopping."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +15,7 @@ from tinydiff.serve.errors import NO_RETRY, Refusal, unknown
 from tinydiff.serve.fields import read_fields
 from tinydiff.serve.intake import described, discard, idempotency, read_job
 from tinydiff.serve.jobs import DONE, Job, Output, new_id
+from tinydiff.serve.query import parameters, whole_number
 from tinydiff.serve.repeats import Repeats
 from tinydiff.serve.service import Service
 
@@ -96,8 +96,8 @@ class Videos:
         _tell(self.service, req, resp, self.repeats.submit(req, read_job(self.service, req, "video")))
 
     def on_get(self, req: Req, resp: Resp) -> None:
-        query = _query(req, ("after", "limit", "order"))
-        limit, order = _number(query, "limit", 1, MOST_LISTED, LISTED), query.get("order", "desc")
+        query = parameters(req, ("after", "limit", "order"))
+        limit, order = whole_number(query, "limit", 1, MOST_LISTED, LISTED), query.get("order", "desc")
         if order not in ("asc", "desc"):
             raise UserError("order", f"order: {order[:80]!r} is not one of asc, desc")
         try:
@@ -116,7 +116,7 @@ class Video:
         self.service = service
 
     def on_get(self, req: Req, resp: Resp, id: str) -> None:
-        _query(req, ())
+        parameters(req, ())
         _tell(self.service, req, resp, owned(self.service, req, id))
 
     def on_delete(self, req: Req, resp: Resp, id: str) -> None:
@@ -149,7 +149,7 @@ class Content:
         self.service = service
 
     def on_get(self, req: Req, resp: Resp, id: str) -> None:
-        query = _query(req, ("variant", "index"))
+        query = parameters(req, ("variant", "index"))
         job, variant = owned(self.service, req, id), query.get("variant", "video")
         if variant not in VARIANTS:
             raise UserError("variant", f"variant: {variant[:80]!r} is not one of {', '.join(VARIANTS)}{nearest(variant, VARIANTS)}")
@@ -158,7 +158,7 @@ class Content:
         found = [output for output in job.outputs if output.variant == VARIANTS[variant]]
         if not found:
             raise expired()
-        send_output(self.service, req, resp, found[_number(query, "index", 0, len(found) - 1, 0)])
+        send_output(self.service, req, resp, found[whole_number(query, "index", 0, len(found) - 1, 0)])
 
     on_head = on_get
 
@@ -205,12 +205,11 @@ class Remix:
 class Absent:
     """What OpenAI has beyond this."""
 
-    def on_post(self, req: Req, resp: Resp) -> None:
+    def on_post(self, req: Req, resp: Resp, id: str = "") -> None:
         what = req.path.split("/")[3]
         raise Refusal(404, "not_supported", f"{what} of videos do not exist here; POST /v1/videos and remix do", headers=NO_RETRY)
 
-    def on_get(self, req: Req, resp: Resp, id: str = "") -> None:
-        self.on_post(req, resp)
+    on_get = on_delete = on_post
 
 
 def _tell(service: Service, req: Req, resp: Resp, job: Job) -> None:
@@ -248,27 +247,6 @@ def _output(service: Service, output: Output, base: str, expires_at: float | Non
         "url": output.url or service.files.url(output.file, base, lifetime),
         "warning": output.warning,
     }
-
-
-def _query(req: Req, names: Sequence[str]) -> dict[str, str]:
-    """The query's parameters. Raises Refusal for one that means nothing here, UserError for one given twice."""
-    found: dict[str, str] = {}
-    for name, value in req.params.items():
-        if name not in names:
-            known = f"{nearest(name, names)}; the parameters are {', '.join(names)}" if names else "; there are none"
-            raise Refusal(400, "unknown_parameter", f"{name[:80]}: no such parameter of this address{known}", name[:80])
-        if not isinstance(value, str):
-            raise UserError(name, f"{name}: is given twice")
-        found[name] = value
-    return found
-
-
-def _number(query: dict[str, str], name: str, least: int, most: int, default: int) -> int:
-    """A whole number of the query. Raises UserError."""
-    text = query.get(name, str(default))
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
-        raise UserError(name, f"{name}: {text[:80]!r} is not a whole number from {least} to {most}")
-    return int(text)
 
 
 def _whole(seconds: float | None) -> int | None:
