@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import Repr
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,21 +14,53 @@ if TYPE_CHECKING:
     import torch
 
 
+LONGEST = 200
+"""Characters of a user's value that are compared with other names or shown in an error."""
+MOST_SAID = 2000
+"""Characters of an error's sentence."""
+
+
 class UserError(ValueError):
     """A mistake of the user: one sentence that names the field, the value and what is allowed. `field` is the option's name."""
 
     def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
-        self.field = field
+        super().__init__(field[:LONGEST], _one_line(message))  # pickling and copying call the class with these again
+        self.field = field[:LONGEST]
+
+    def __str__(self) -> str:
+        return self.args[1]
 
 
 class RankError(RuntimeError):
     """What ended a job of several ranks where no user's mistake did: one sentence that names the rank."""
 
 
+def _one_line(message: str) -> str:
+    """A sentence without line breaks and other control characters; of one that is too long the middle is left out."""
+    if len(message) > MOST_SAID:
+        message = f"{message[: MOST_SAID - LONGEST]} … {message[-LONGEST:]}"
+    return "".join(letter if letter.isprintable() else " " for letter in message)
+
+
+def shown(value: Any) -> str:
+    """A user's value as an error shows it: what Python writes for it, of a long one the beginning and the end."""
+    if isinstance(value, int) and abs(value) >= 10**LONGEST:
+        return f"an integer of more than {LONGEST} digits"
+    try:
+        text = _brief.repr(value)
+    except ValueError:  # Python does not write integers of more than 4,300 digits, these stand inside a list or a mapping
+        return f"a {type(value).__name__} with an integer of more than {LONGEST} digits"
+    return text if len(text) <= LONGEST + 2 else f"{text[:LONGEST]}…"
+
+
+_brief = Repr()
+_brief.maxstring = _brief.maxlong = _brief.maxother = LONGEST
+_brief.maxlist = _brief.maxtuple = _brief.maxdict = 10
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """A hint "; did you mean 'x'?" with the closest of `names`, or nothing when none is close."""
-    found = difflib.get_close_matches(name, list(names), 1)
+    found = difflib.get_close_matches(name[:LONGEST], list(names), 1)
     return f"; did you mean {found[0]!r}?" if found else ""
 
 

@@ -38,8 +38,11 @@ class Refusal(Exception):
     """An answer that is an error: its status, what the body says, and headers."""
 
     def __init__(self, status: int, code: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
+        super().__init__(status, code, message, param, headers)  # pickling and copying call the class with these again
         self.status, self.code, self.message, self.param, self.headers = status, code, message, param, dict(headers or {})
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def body(status: int, code: str, message: str, param: str | None = None) -> dict[str, Any]:

@@ -25,8 +25,11 @@ class Busy(Exception):
     """The queue is full; `seconds` from now there will be room."""
 
     def __init__(self, seconds: float) -> None:
-        super().__init__(f"the queue is full; try again in {seconds:.0f} s")
+        super().__init__(seconds)
         self.seconds = seconds
+
+    def __str__(self) -> str:
+        return f"the queue is full; try again in {self.seconds:.0f} s"
 
 
 class Stopping(Exception):
