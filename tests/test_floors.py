@@ -8,8 +8,9 @@ import pytest
 
 from tests.sources import PACKAGE, ROOT, imports, modules, starts
 
+WORDS = ("records", "paths", "flags", "config", "parallel.plan", "parallel.layout", "__version__")
 HOUSE = {
-    "words": (0, tuple(f"tinydiff.{name}" for name in ("records", "flags", "config", "parallel.plan", "parallel.layout", "__version__"))),
+    "words": (0, tuple(f"tinydiff.{name}" for name in WORDS)),
     "maths": (1, ("tinydiff.ops", "tinydiff.parallel")),
     "nets": (2, ("tinydiff.models",)),
     "engine": (3, ("tinydiff.sampling",)),

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Protocol, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from tinydiff import flags
+from tinydiff import flags, paths
 from tinydiff.records import UserError, nearest
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -378,5 +378,5 @@ def _agree(made: Options) -> None:
         message = f"output_file_name: {output.output_file_name!r} names the output of one prompt and {prompts} are given; leave it out"
         raise UserError("output_file_name", message)
     for path in sampling.image_path:
-        if not path.startswith(("http://", "https://", "data:")) and not Path(path).expanduser().is_file():
+        if not paths.scheme(path) and paths.kind(paths.path(path, "image_path")) != "file":
             raise UserError("image_path", f"image_path: {path!r} is not a file")

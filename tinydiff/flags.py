@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
+from tinydiff import paths
 from tinydiff.records import UserError, nearest
 
 _words = str.split
@@ -147,19 +147,15 @@ def read_file(path: str) -> Iterator[tuple[str, Any]]:
 
     A null means "not given". Raises UserError for a file that is missing, unreadable or neither format.
     """
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "is not text" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({(error.strerror or str(error)).lower()})"
-        raise UserError("config", f"config: {path!r} {reason}") from error
+    text = paths.read_text(path, "config")
     try:
         entries = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         import yaml
 
         try:
             entries = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2026-99-99 is a ValueError
             place = getattr(error, "problem_mark", None)
             where = f" (YAML stops at line {place.line + 1})" if place else ""
             raise UserError("config", f"config: {path!r} is neither JSON nor YAML{where}") from error
@@ -284,13 +280,9 @@ def _truth(name: str, value: Any) -> bool:
 
 def _lines(path: str) -> list[str]:
     """The prompts of a text file, one a line."""
-    if not path.endswith(".txt"):
+    if not path.lower().endswith(".txt"):
         raise UserError("prompt_path", f"prompt_path: {path!r} must be a .txt file with one prompt a line")
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "is not text" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({(error.strerror or str(error)).lower()})"
-        raise UserError("prompt_path", f"prompt_path: {path!r} {reason}") from error
+    lines = paths.lines(paths.read_text(path, "prompt_path"))
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError("prompt_path", f"prompt_path: {path!r} holds no prompt")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tinydiff import paths
 from tinydiff.records import UserError, nearest
 
 WANTED = ("*.json", "*/*.safetensors", "*/spiece.model", "*/tokenizer.model", "*/merges.txt")
@@ -38,16 +39,17 @@ def resolve(path_or_id: str | Path, revision: str | None = None, field: str = "m
     for what the cache holds.
     Raises UserError if there is no such folder or repository, or no network to fetch it.
     """
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
+    path = paths.path(path_or_id, field)
+    kind = paths.kind(path)
+    if kind == "directory":
         if revision is not None:
             raise UserError("revision", f"revision: {revision!r} is given, but {field} {str(path_or_id)!r} is a local folder, not a hub id")
         return path
-    if path.is_file():
+    if kind == "file":
         raise UserError(field, f"{field}: {str(path)!r} is a file; it must be a folder in diffusers layout or a hub id")
     text = str(path_or_id)
     if not HUB_ID.fullmatch(text):
-        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if paths.kind(path.parent) == "directory" else []
         hint = nearest(path.name, siblings)
         raise UserError(field, f"{field}: {text!r} is neither a folder here nor a hub id such as 'Wan-AI/Wan2.2-TI2V-5B-Diffusers'{hint}")
     return _snapshot(text, revision, field, weights)

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinydiff import paths
 from tinydiff.io.atomic import write_new
 from tinydiff.io.images import IMAGE_ENDINGS, OPACITY_ENDINGS, encode_image, read_image_parameters
 from tinydiff.io.video import CLIP_ENDINGS, X264_PRESETS, check_encoder, read_video_parameters, write_video
@@ -72,7 +73,7 @@ def plan_target(
     picture without ending is a PNG. opacity: whether the pictures are layers, which not every format holds. Raises UserError for an
     ending that is unknown or of the other kind.
     """
-    folder = Path(output_path).expanduser()
+    folder = paths.path(output_path, "output_path")
     if output_file_name is None:
         return Target(folder, _default_stem(prompt, seed, now or datetime.now()), ".mp4" if clip else ".png")
     name = output_file_name.removesuffix("/")

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tinydiff import paths
 from tinydiff.config import ModelOptions, ParallelOptions, SamplingOptions
 from tinydiff.io import hub
 from tinydiff.models import registry, workload
@@ -134,7 +135,7 @@ def _tokens(plan: blueprint.Blueprint, request: Request, references: int) -> tup
 def _folder(model: str) -> Iterator[tuple[Path, str | None]]:
     """A folder with the model's JSON files, and its name in the registry where the files do not tell."""
     row = registry.find(model)
-    if Path(model).expanduser().is_dir() or row is None:
+    if paths.kind(paths.path(model, "model_path")) == "directory" or row is None:
         try:
             yield hub.resolve(model, weights=False), None
         except UserError as error:

@@ -14,11 +14,10 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from tinydiff import config, flags
+from tinydiff import config, flags, paths
 from tinydiff.config import ModelOptions
 from tinydiff.records import UserError
 from tinydiff.serve import logs
@@ -66,10 +65,7 @@ def with_keys(options: ServeOptions) -> ServeOptions:
             raise UserError(name, f"{name}: is empty; a key has at least one character")
     keys = [*(key.strip() for key in options.api_key), *config.keys("API_KEY")]
     if options.api_key_file is not None:
-        try:
-            lines = Path(options.api_key_file).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError("api_key_file", f"api_key_file: {options.api_key_file!r} cannot be read ({error})") from error
+        lines = paths.lines(paths.read_text(options.api_key_file, "api_key_file"))
         if not (found := [line.strip() for line in lines if line.strip()]):
             raise UserError("api_key_file", f"api_key_file: {options.api_key_file!r} holds no key")
         keys += found
@@ -88,7 +84,7 @@ def build(model: ModelOptions, options: ServeOptions) -> Service:
     from tinydiff.serve.store import open_store
 
     plan = blueprint.read(model)
-    folder = Path(options.state_dir).expanduser()
+    folder = paths.path(options.state_dir, "state_dir")
     files = Files(folder / "files", secret(folder), options.output_lifetime, int(options.output_limit * 1e9))
     store, metrics = open_store(folder, options.state_url, options.max_queue, options.output_lifetime), Metrics()
     cloud = storage.from_environment()
