@@ -245,7 +245,7 @@ def test_models(client):
         ({"extra_body": {"seed": "one"}}, openai.BadRequestError, "invalid_value", "seed", "a whole number"),
         ({"extra_body": {"guidance_scale": -1}}, openai.BadRequestError, "invalid_value", "guidance_scale", "-1"),
         ({"size": "100x128"}, openai.BadRequestError, "invalid_value", "size", "96 and 112"),
-        ({"n": 11}, openai.BadRequestError, "invalid_value", "n", "from 1 to 10"),
+        ({"n": 11}, openai.BadRequestError, "invalid_value", "n", "11 outputs are more than the 10"),
         ({"extra_body": {"prompt": None}}, openai.BadRequestError, "invalid_value", "prompt", "is missing"),
         ({"background": "transparent"}, openai.BadRequestError, "invalid_value", "background", "opaque"),
         ({"style": "vivid"}, openai.BadRequestError, "invalid_value", "style", "in the prompt"),

@@ -88,7 +88,7 @@ def test_moderation_asks_for_nothing(value):
         ({"size": "1024"}, "size", "WIDTHxHEIGHT"),
         ({"size": "0x64"}, "size", "WIDTHxHEIGHT"),
         ({"size": "256x256", "width": 64}, "size", "give either width or size"),
-        ({"n": 0}, "n", "from 1 to 10"),
+        ({"n": 0}, "n", "from 1 to 10000"),
         ({"n": 2, "num_outputs_per_prompt": 2}, "n", "give either"),
         ({"n": True}, "n", "true is not a whole number"),
         ({"n": "2"}, "n", "'2' is not a whole number"),

@@ -49,7 +49,11 @@ def test_the_card_says_what_the_model_does_and_takes(serve):
     assert (card["dit_precision"], card["precisions"]["vae"], card["device"], card["num_gpus"]) == ("fp32", "fp32", "cpu", 0)
     assert card["defaults"]["num_frames"] == {"image": 1, "video": 17}
     assert (card["defaults"]["num_inference_steps"], card["defaults"]["guidance_scale"]) == (30, 2.5)
-    assert card["sizes"] == {"default": "128x128", "multiple": 16, "max_pixels": 10**9, "frame_multiple": 4}
+    own = 128 * 128
+    assert card["sizes"] == {
+        "default": "128x128", "multiple": 16, "max_pixels": 4 * own, "max_video_pixels": 4 * 17 * own, "max_outputs": 10,
+        "frame_multiple": 4,
+    }  # fmt: skip
     assert card["input_images"] == {"least": 0, "most": 1, "use": "frames"}
 
 

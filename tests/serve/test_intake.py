@@ -53,7 +53,10 @@ def test_seconds_are_frames_that_the_model_can_make(made, seconds, fps, frames):
         ({"output_quality": "low"}, "image", "output_quality", "no effect on a PNG"),
         ({"output_quality": "awful", "output_format": "webp"}, "image", "output_quality", "is not one of"),
         ({"x264_preset": "fast"}, "image", "x264_preset", "applies to .mp4 only"),
-        ({"size": "4096x4096", "num_outputs_per_prompt": 100}, "image", "size", "pixels"),
+        ({"size": "272x256"}, "image", "size", "an output has 69,632 pixels; this server makes 65,536 at most"),
+        ({"size": "256x256", "num_frames": 21}, "video", "size", "1,376,256 pixels; this server makes 1,114,112 at most"),
+        ({"n": 11}, "image", "n", "11 outputs are more than the 10 that one request may ask for"),
+        ({"num_outputs_per_prompt": 11}, "video", "num_outputs_per_prompt", "11 outputs are more than the 10"),
         ({"strength": 0.5}, "image", "strength", "cannot be set"),
     ],
 )
@@ -61,6 +64,17 @@ def test_what_the_model_cannot_do_is_named_as_the_client_spelled_it(made, said, 
     with pytest.raises(UserError) as caught:
         read(made, {"prompt": "p", **said}, kind)
     assert (caught.value.field, part in str(caught.value)) == (param, True), str(caught.value)
+
+
+def test_the_bound_on_pixels_follows_the_model_and_an_explicit_one_wins(tmp_path):
+    """Four times the model's own image, and of a video its own frames too; each of several outputs may have as many."""
+    for name, most, kind in (("own", 4 * 128 * 128, "image"), ("own", 4 * 128 * 128 * 17, "video"), ("told", 10**6, "image")):
+        found = service(tmp_path / name, **({"max_pixels": 1e6} if name == "told" else {}))
+        assert found.most_pixels(kind) == most
+        found.scheduler.close()
+    found = service(tmp_path / "several", max_outputs=12)
+    assert len(read(found, {"prompt": "p", "size": "256x256", "n": 12}).seeds) == 12
+    found.scheduler.close()
 
 
 def test_a_prompt_is_needed(made):

@@ -24,7 +24,8 @@ MOST_PICTURES = 16
 MOST_PICTURE_BYTES = 50 * 2**20
 MOST_PROMPT = 32_000
 """Characters of a text."""
-MOST_OUTPUTS = 10
+MOST_OUTPUTS = 10_000
+"""Outputs that a server may allow one request (--max-outputs)."""
 MOST_PARTIAL = 3
 
 STEPS_OF_QUALITY = {"low": 0.5, "medium": 0.75, "high": 1.0, "hd": 1.0, "xhigh": 1.5, "max": 2.0}

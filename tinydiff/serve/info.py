@@ -112,7 +112,9 @@ def card(service: Service) -> dict[str, Any]:
         "sizes": {
             "default": f"{row.width}x{row.height}",
             "multiple": row.size_multiple,
-            "max_pixels": int(service.options.max_pixels),
+            "max_pixels": service.most_pixels("image"),
+            "max_video_pixels": service.most_pixels("video") if row.clip_frames > 1 else None,
+            "max_outputs": service.options.max_outputs,
             "frame_multiple": row.frame_multiple if row.clip_frames > 1 else None,
         },
         "input_images": {"least": row.images[0], "most": row.images[1], "use": row.image_use if row.images[1] else None},

@@ -98,11 +98,14 @@ def admitted(service: Service, job: Job) -> Request:
         sampling = options({**_frames(service, job), **job.fields, **_paths(service, job)}).sampling
         if not sampling.prompt and not service.blueprint.row.captions:
             raise UserError("prompt", "prompt: is missing; it says what to show")
+        if sampling.num_outputs_per_prompt > (most := service.options.max_outputs):
+            name, asked = "num_outputs_per_prompt", sampling.num_outputs_per_prompt
+            raise UserError(name, f"{name}: {asked} outputs are more than the {most} that one request may ask for")
         [request] = admit(service.blueprint, sampling, clip=job.kind == "video")
         outputs.plan(job, request, Path("."))
-        pixels = request.num_frames * max(1, request.layers) * request.height * request.width * len(request.seeds)
-        if pixels > (most := service.options.max_pixels):
-            raise UserError("size", f"size: all outputs together have {pixels:,} pixels; {most:,.0f} are the most that this server makes")
+        pixels = request.num_frames * max(1, request.layers) * request.height * request.width
+        if pixels > (most := service.most_pixels(job.kind)):
+            raise UserError("size", f"size: an output has {pixels:,} pixels; this server makes {most:,} at most")
     return request
 
 

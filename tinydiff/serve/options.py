@@ -44,12 +44,14 @@ class ServeOptions:
     """GB of outputs kept; the oldest go first."""
     max_queue: int = within(64, least=1, most=100_000)
     """Jobs waiting at most; more are told to come back."""
+    max_outputs: int = within(10, least=1, most=10_000)
+    """Outputs of one request at most."""
     max_body: float = within(64.0, above=0, most=4096)
     """MB of a request at most."""
     max_input_pixels: float = within(40e6, least=1)
     """Pixels of a given picture at most."""
-    max_pixels: float = within(1e9, least=1)
-    """Pixels of all outputs of a request at most, frames times height times width."""
+    max_pixels: float | None = within(None, least=1)
+    """Pixels of one output at most, frames times height times width. Default: 4 times those of the model's own default output."""
     allow_url_inputs: bool = False
     """Fetch pictures from public addresses that requests name."""
     batching_max_size: int = within(8, least=1, most=1024)

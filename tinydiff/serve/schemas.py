@@ -95,7 +95,11 @@ def own(name: str, model: str) -> Schema:
         "model": choice("The model; left out, the one that is served.", model),
         "size": text("WIDTHxHEIGHT in pixels, or auto; the same as width and height.", pattern=SIZE),
         "quality": choice(f"So many times the model's own number of steps: {steps}.", "auto", "standard", *fields.STEPS_OF_QUALITY),
-        "n": whole("Outputs to make, of seeds from seed on; the same as num_outputs_per_prompt.", 1, fields.MOST_OUTPUTS),
+        "n": whole(
+            "Outputs to make, of seeds from seed on; the same as num_outputs_per_prompt. /v1/models says how many at most.",
+            1,
+            fields.MOST_OUTPUTS,
+        ),
         "user": text("Who asks; repeated in the answer.", maxLength=512),
         "safety_identifier": text("The same, by its newer name.", maxLength=512),
         "priority": whole("Higher goes first; above 0 needs the admin key.", -10, 10),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tinydiff.serve.files import files_of
-from tinydiff.serve.jobs import Job
+from tinydiff.serve.jobs import Job, Kind
 from tinydiff.serve.options import ServeOptions
 
 if TYPE_CHECKING:
@@ -131,6 +131,10 @@ class Scheduler(Protocol):
         ...
 
 
+OWN_SIZES = 4
+"""So many times the pixels of the model's own default output may be asked for, where --max-pixels does not say."""
+
+
 @dataclass(frozen=True)
 class Service:
     """A running server."""
@@ -157,6 +161,12 @@ class Service:
         if self.uploader is not None:
             self.uploader.remove(job)
         return True
+
+    def most_pixels(self, kind: Kind) -> int:
+        """How many pixels one output may have, over all its frames or layers."""
+        row = self.blueprint.row
+        frames = row.clip_frames if kind == "video" else max(1, row.layers)
+        return int(self.options.max_pixels or OWN_SIZES * frames * row.height * row.width)
 
     def admitted(self, job: Job) -> Request:
         """The job's request, every field checked against the model and the server's limits. Raises UserError naming the field."""
