@@ -210,19 +210,19 @@ class FakeScheduler:
         frames = numpy.broadcast_to(colour, (request.num_frames, request.height, request.width, 3)).copy()
         if job.kind == "image":
             format = job.answer.get("output_format", "png")
-            return [self._kept(encode_image(frames[0], f".{format}"), f"image/{format}", seed)]
+            return [self._kept(job, encode_image(frames[0], f".{format}"), f"image/{format}", seed)]
         with tempfile.TemporaryDirectory() as folder:
             write_video(Path(folder) / "clip.mp4", frames, ".mp4", request.fps, None, "ultrafast", {})
             clip = (Path(folder) / "clip.mp4").read_bytes()
         small = encode_image(frames[0], ".webp")
         return [
-            self._kept(clip, "video/mp4", seed),
-            self._kept(small, "image/webp", seed, "thumbnail"),
-            self._kept(small, "image/webp", seed, "spritesheet"),
+            self._kept(job, clip, "video/mp4", seed),
+            self._kept(job, small, "image/webp", seed, "thumbnail"),
+            self._kept(job, small, "image/webp", seed, "spritesheet"),
         ]
 
-    def _kept(self, data: bytes, media_type: str, seed: int, variant: str = "content") -> Output:
-        return Output(self.files.put(data, media_type, "made"), media_type, len(data), seed, variant)
+    def _kept(self, job: Job, data: bytes, media_type: str, seed: int, variant: str = "content") -> Output:
+        return Output(self.files.put(data, media_type, "made", job.owner), media_type, len(data), seed, variant)
 
 
 class FakeWatch:

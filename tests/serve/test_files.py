@@ -79,12 +79,28 @@ def test_a_finished_file_is_moved(files, tmp_path):
 )
 def test_the_ending_says_the_media_type(files, media_type, hint, ending):
     id = files.put(PNG, media_type, hint)
-    assert re.fullmatch(r"[0-9a-f]{32}\.[a-z0-9]+", id) and id.endswith(ending) and files.media_type(id) == media_type
+    assert re.fullmatch(r"[0-9a-f]{48}\.[a-z0-9]+", id) and id.endswith(ending) and files.media_type(id) == media_type
 
 
 def test_an_unknown_media_type_is_a_fault(files):
     with pytest.raises(ValueError, match="text/html"):
         files.put(b"", "text/html")
+
+
+def test_a_file_belongs_to_who_made_it_and_every_server_of_the_folder_knows(files):
+    id, nobodys = files.put(PNG, "image/png", owner="a"), files.put(PNG, "image/png")
+    another = Files(files.folder, files.secret, 1.0, 1)
+    for each in (files, another):
+        assert [each.belongs(id, owner) for owner in ("a", "b", "")] == [True, False, False]
+        assert [each.belongs(nobodys, owner) for owner in ("a", "")] == [False, True]
+    assert not Files(files.folder, b"t" * 32, 1.0, 1).belongs(id, "a")
+    forged = id[:32] + nobodys[32:48] + id[48:]
+    assert not files.belongs(forged, "") and not files.belongs(forged, "a")
+
+
+def test_files_of_earlier_versions_are_a_keyless_servers(files):
+    old = "a" * 32 + ".png"
+    assert files.belongs(old, "") and not files.belongs(old, "a") and not files.belongs("../secret", "")
 
 
 def test_no_two_ids_are_alike(files):

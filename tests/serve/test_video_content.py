@@ -112,6 +112,32 @@ def test_content_whose_file_is_gone(made, client):
     assert error(client.simulate_get(f"/v1/videos/{answer['id']}/content"))[:2] == (404, "file_expired")
 
 
+def test_a_file_is_its_own_key_s_alone_whether_it_is_read_or_given(tmp_path):
+    """Its id is no secret: another key that knows it learns no more than of an id that never was."""
+    made = fake.service(tmp_path, api_key=("mine", "theirs"), admin_api_key="boss", row={"images": (0, 4), "image_use": "references"})
+    app = make_app(made)
+    try:
+        mine, theirs, admin = (
+            falcon.testing.TestClient(app, {"Host": "localhost", "Authorization": f"Bearer {key}"}) for key in ("mine", "theirs", "boss")
+        )
+        id = mine.simulate_post("/v1/images/generations", json={"prompt": "p", "size": "64x64"}).json["id"]
+        [output] = made.store.get(id).outputs
+        never = output.file[::-1][4:] + ".png"
+        path = f"/v1/files/{output.file}/content"
+        assert mine.simulate_get(path).content == made.files.path(output.file).read_bytes()
+        for other in (theirs, admin):
+            answers = [other.simulate_get(where) for where in (path, f"/v1/files/{never}/content")]
+            assert [error(answer) for answer in answers] == [(404, "file_expired", None)] * 2
+        edit = {"prompt": "p", "image": {"file_id": output.file}}
+        assert error(theirs.simulate_post("/v1/images/edits", json=edit)) == (404, "not_found", "image")
+        assert mine.simulate_post("/v1/images/edits", json=edit).status_code == 200
+        given = made.scheduler.submitted[-1].inputs["image_path"][0]
+        assert mine.simulate_get(f"/v1/files/{given}/content").status_code == 200
+        assert theirs.simulate_get(f"/v1/files/{given}/content").status_code == 404
+    finally:
+        made.scheduler.close()
+
+
 def test_an_output_s_address_works_without_a_key(tmp_path):
     made = fake.service(tmp_path, api_key=("k",))
     app = make_app(made)

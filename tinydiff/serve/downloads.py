@@ -27,7 +27,7 @@ def base_url(service: Service, req: falcon.Request) -> str:
 
 
 class FileContent:
-    """A file, for whoever has its signed address, or its id, which cannot be guessed, and a key of this server."""
+    """A file, for whoever has its signed address, or its id and the key that it was made for."""
 
     public = True
 
@@ -41,6 +41,8 @@ class FileContent:
                 raise Refusal(403, "bad_signature", "the address has expired, or is not one of this server's; the job has a new one")
         elif self.service.options.api_key and not req.context.owner:
             raise Refusal(401, "invalid_api_key", "the address is not signed, so it needs a key, sent as 'Authorization: Bearer KEY'")
+        elif not self.service.files.belongs(id, req.context.owner):
+            raise expired()
         _send(self.service, req, resp, id)
 
     on_head = on_get

@@ -1,7 +1,7 @@
 """The server's own files: what jobs made and the pictures they were given, in one folder that several servers may share.
 
-A file's id is its name: 32 random hexadecimal digits and an ending that says the media type. So an id cannot be guessed, cannot lead out of
-the folder, and there is no list of files to keep in step. Each appears whole or not at all, also where the server is killed or the disk is
+A file's id is its name: 32 random hexadecimal digits, 16 that say whose it is, and an extension that says the media type. So an id cannot
+be guessed, cannot lead out of the directory, opens nothing to another key, and there is no list of files to keep in step. Each appears whole or not at all, also where the server is killed or the disk is
 full. No torch here.
 """
 
@@ -41,7 +41,8 @@ GRACE_S = 3600.0
 
 SECRET_BYTES = 32
 
-_ID = re.compile(r"[0-9a-f]{32}(" + "|".join(map(re.escape, MEDIA_TYPES)) + ")")
+_ID = re.compile(r"([0-9a-f]{32})([0-9a-f]{16})?(" + "|".join(map(re.escape, MEDIA_TYPES)) + ")")
+"""Random digits, the owner's mark (none in files of earlier versions), extension."""
 _HALF_WRITTEN = re.compile(r"\.[0-9a-f]{16}\.tmp")
 
 
@@ -74,9 +75,10 @@ class Files:
     limit_bytes: int
     """Of all files together; `sweep` removes the oldest beyond it."""
 
-    def put(self, data: bytes | Path, media_type: str, name_hint: str = "") -> str:
+    def put(self, data: bytes | Path, media_type: str, name_hint: str = "", owner: str = "") -> str:
         """Keep bytes, or a finished file, which is moved here; returns the id.
 
+        owner: fingerprint of the key that it belongs to, "" on a server without keys.
         name_hint: a name whose ending is taken where the media type has it (.jpeg rather than .jpg). Raises UserError where the disk is
         full or refuses, and then nothing is left behind; ValueError for a media type that is none of `MEDIA_TYPES`.
         """
@@ -84,7 +86,8 @@ class Files:
         if not endings:
             raise ValueError(f"{media_type!r} is not one of {', '.join(sorted(set(MEDIA_TYPES.values())))}")
         hinted = Path(name_hint).suffix.lower()
-        name = secrets.token_hex(16) + (hinted if hinted in endings else endings[0])
+        drawn = secrets.token_hex(16)
+        name = drawn + self._mark(drawn, owner) + (hinted if hinted in endings else endings[0])
 
         def write(temporary: Path) -> None:
             if isinstance(data, Path):
@@ -100,12 +103,21 @@ class Files:
         path = self.folder / id if _ID.fullmatch(id) else None
         return path if path is not None and path.is_file() else None
 
+    def belongs(self, id: str, owner: str) -> bool:
+        """Whether `id` was made for this owner, whether or not the file still lies here. The id says so itself, so every server of the
+        directory knows. A file of an earlier version belongs to a server without keys."""
+        found = _ID.fullmatch(id)
+        if found is None:
+            return False
+        drawn, mark = found[1], found[2]
+        return not owner if mark is None else hmac.compare_digest(mark, self._mark(drawn, owner))
+
     def media_type(self, id: str) -> str:
         """What a file is, whether or not it still lies here. Raises KeyError for what is no id."""
         found = _ID.fullmatch(id)
         if found is None:
             raise KeyError(id)
-        return MEDIA_TYPES[found[1]]
+        return MEDIA_TYPES[found[3]]
 
     def delete(self, id: str) -> bool:
         """Remove a file, and the note of one that moved; whether there was any. Whoever is reading it reads on to its end."""
@@ -179,6 +191,9 @@ class Files:
 
     def _note(self, id: str) -> Path:
         return self.folder / (id + NOTE)
+
+    def _mark(self, drawn: str, owner: str) -> str:
+        return hmac.new(self.secret, f"owner\n{drawn}\n{owner}".encode(), hashlib.sha256).hexdigest()[:16]
 
     def _signature(self, id: str, expires: str) -> str:
         return hmac.new(self.secret, f"{id}\n{expires}".encode(errors="replace"), hashlib.sha256).hexdigest()

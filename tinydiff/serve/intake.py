@@ -52,7 +52,7 @@ def read_job(service: Service, req: falcon.Request, kind: Kind) -> Job:
         for name, sources in asked.given.items():
             kept[name] = ()
             for source in sources:
-                kept[name] += (_keep(service, source, asked.answer["spelled"].get(name, name), name == "mask_path"),)
+                kept[name] += (_keep(service, job.owner, source, asked.answer["spelled"].get(name, name), name == "mask_path"),)
         job = replace(job, inputs=kept)
         return described(job, service.admitted(job))
     except BaseException:
@@ -166,17 +166,18 @@ def _paths(service: Service, job: Job) -> dict[str, Any]:
     return found
 
 
-def _keep(service: Service, source: str | bytes | FileId, field: str, mask: bool) -> str:
-    """Put a given picture among the server's files. Returns its id; one that is there already is copied, so that each job has its own."""
+def _keep(service: Service, owner: str, source: str | bytes | FileId, field: str, mask: bool) -> str:
+    """Put a given image among the server's files, as this owner's. Returns its id. One of the owner's own files is copied, so that each job
+    has its own; another owner's file is answered like one that does not exist."""
     limits = service.options
     if isinstance(source, FileId):
-        path = service.files.path(source.id)
+        path = service.files.path(source.id) if service.files.belongs(source.id, owner) else None
         if path is None:
             raise Refusal(404, "not_found", f"{field}: no file has the id {source.id[:80]!r}", field)
         source = path.read_bytes()
     data = inputs.decoded(source, field, limits.allow_url_inputs, limits)
     data = _white_where_clear(data) if mask else data
-    return service.files.put(data, inputs.media_type(data), "given")
+    return service.files.put(data, inputs.media_type(data), "given", owner)
 
 
 def _white_where_clear(data: bytes) -> bytes:

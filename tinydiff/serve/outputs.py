@@ -45,11 +45,12 @@ def save(job: Job, request: Request, files: Files, frames: numpy.ndarray, seed: 
             path = target.path(index, len(parts))
             output.write(path, target.ending, part, encoding, {**told, "seed": seed, **({"layer": index} if request.layers else {})})
             size = path.stat().st_size
-            made.append(Output(files.put(path, media_type, path.name), media_type, size, seed))
+            made.append(Output(files.put(path, media_type, path.name, job.owner), media_type, size, seed))
     if request.num_frames > 1:
         for variant, draw in (("thumbnail", thumbnail), ("spritesheet", spritesheet)):
             data = draw(frames)
-            made.append(Output(files.put(data, "image/webp", f"{job.id}-{variant}.webp"), "image/webp", len(data), seed, variant))
+            id = files.put(data, "image/webp", f"{job.id}-{variant}.webp", job.owner)
+            made.append(Output(id, "image/webp", len(data), seed, variant))
     return made
 
 

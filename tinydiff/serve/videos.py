@@ -185,7 +185,7 @@ class Remix:
             status="queued", progress=0, started_at=None, completed_at=None, expires_at=None, error=None, outputs=(), result={},
             server="", lease=0.0, attempts=0,
         )  # fmt: skip
-        job = replace(job, inputs={name: tuple(self._copied(file) for file in files) for name, files in source.inputs.items()})
+        job = replace(job, inputs={name: tuple(self._copied(file, job.owner) for file in files) for name, files in source.inputs.items()})
         try:
             job = described(job, self.service.admitted(job))
         except BaseException:
@@ -193,13 +193,13 @@ class Remix:
             raise
         _tell(self.service, req, resp, self.repeats.submit(req, job))
 
-    def _copied(self, file: str) -> str:
+    def _copied(self, file: str, owner: str) -> str:
         """A given picture once more, for it goes with the job that it was given for."""
         files = self.service.files
         path = files.path(file)
         if path is None:
             raise Refusal(404, "file_expired", "the picture that this video was made from is no longer kept; give it anew at /v1/videos")
-        return files.put(path.read_bytes(), files.media_type(file), path.name)
+        return files.put(path.read_bytes(), files.media_type(file), path.name, owner)
 
 
 class Absent:
