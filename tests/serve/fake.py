@@ -53,7 +53,7 @@ def blueprint():
 def service(folder: Path, row: dict[str, Any] | None = None, **options: Any) -> Service:
     """A server of the shipped model whose jobs lie in `folder`. row: fields of its registry row to change, such as image_use."""
     chosen = ServeOptions(**{"state_dir": str(folder), **options})
-    store = open_store(folder, None, chosen.max_queue, chosen.output_lifetime)
+    store = open_store(folder, None, chosen.max_queue, chosen.output_lifetime, chosen.several_keys)
     files = Files(folder / "files", b"secret", chosen.output_lifetime, int(chosen.output_limit * 1e9))
     plan = replace(blueprint(), row=replace(blueprint().row, **(row or {})), scheduler=EULER if row else blueprint().scheduler)
     name = chosen.served_model_name or plan.row.name

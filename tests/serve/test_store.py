@@ -110,6 +110,32 @@ def test_a_full_queue_refuses(where):
         assert [take(store).id for _ in range(2)] == [second.id, third.id]
 
 
+def test_a_shared_queue_has_room_for_every_owner(where):
+    """Who fills what may be filled leaves as much again: half, then a quarter, and whoever comes finds a place."""
+    with closing(open_store(*where, 16, shared=True)) as store:
+        held = {}
+        for owner in "abcd":
+            with pytest.raises(Busy, match="this key has as many jobs waiting as the queue has places left"):
+                while True:
+                    store.add(job(owner))
+                    held[owner] = held.get(owner, 0) + 1
+        assert held == {"a": 8, "b": 4, "c": 2, "d": 1}
+        store.add(job("e"))
+        with pytest.raises(Busy, match="the queue is full"):
+            store.add(job("f"))
+
+
+def test_a_share_of_the_queue_is_given_back_with_each_job_that_begins(where):
+    with closing(open_store(*where, 4, shared=True)) as store:
+        first = [store.add(job("a", idempotency=str(k))) for k in range(2)]
+        with pytest.raises(Busy):
+            store.add(job("a"))
+        assert store.add(job("a", idempotency="0")) == first[0]  # to join one takes no room
+        assert take(store).id == first[0].id and store.add(job("a"))
+        with pytest.raises(Busy):
+            store.add(job("a"))
+
+
 def test_a_repeated_request_joins_the_one_that_is_not_done(store):
     first = store.add(job("a", idempotency="k"))
     assert store.add(job("a", idempotency="k")) == first

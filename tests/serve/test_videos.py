@@ -205,6 +205,21 @@ def test_another_key_neither_sees_nor_touches_a_clip(tmp_path):
         made.scheduler.close()
 
 
+def test_a_key_that_has_its_share_of_the_queue_leaves_room_for_another(tmp_path):
+    made = fake.service(tmp_path, api_key=("mine", "theirs"), max_queue=4)
+    made.scheduler.gate.clear()
+    app = make_app(made)
+    try:
+        mine, theirs = (falcon.testing.TestClient(app, headers={"Authorization": f"Bearer {key}"}) for key in ("mine", "theirs"))
+        until(mine, create(mine)["id"], "in_progress")  # what runs does not wait
+        answers = [mine.simulate_post("/v1/videos", json=SMALL) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [200, 200, 429]
+        assert "this key has as many jobs waiting" in answers[2].json["error"]["message"] and "retry-after" in answers[2].headers
+        assert theirs.simulate_post("/v1/videos", json=SMALL).status_code == 200
+    finally:
+        made.scheduler.close()
+
+
 # --- cancel and delete ---
 
 

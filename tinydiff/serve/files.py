@@ -1,8 +1,8 @@
-"""The server's own files: what jobs made and the pictures they were given, in one folder that several servers may share.
+"""The server's own files: what jobs made and the images they were given, in one directory that several servers may share.
 
 A file's id is its name: 32 random hexadecimal digits, 16 that say whose it is, and an extension that says the media type. So an id cannot
-be guessed, cannot lead out of the directory, opens nothing to another key, and there is no list of files to keep in step. Each appears whole or not at all, also where the server is killed or the disk is
-full. No torch here.
+be guessed, cannot lead out of the directory, opens nothing to another key, and there is no list of files to keep in step. Each file
+appears whole or not at all, also where the server is killed or the disk is full. No torch here.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ class ServeOptions:
     output_limit: float = within(10.0, above=0)
     """GB of outputs kept; the oldest go first."""
     max_queue: int = within(64, least=1, most=100_000)
-    """Jobs waiting at most; more are told to come back."""
+    """Jobs waiting at most; more are told to come back. A server of several keys also tells a key that has as many waiting as places are
+    left."""
     max_outputs: int = within(10, least=1, most=10_000)
     """Outputs of one request at most."""
     max_body: float = within(64.0, above=0, most=4096)
@@ -74,3 +75,8 @@ class ServeOptions:
     """Answer /metrics."""
     log_format: Literal["text", "json"] = "text"
     """Form of the log, one line a request."""
+
+    @property
+    def several_keys(self) -> bool:
+        """Whether different keys share the queue."""
+        return bool(self.api_key) and len({*self.api_key, self.admin_api_key} - {None}) > 1

@@ -97,7 +97,7 @@ class Scheduler:
         except Exception as error:
             self.boards.drop(job.id)
             if isinstance(error, Busy):
-                raise Busy(self._times.until_done(job.kind, self.options.max_queue) or 5.0) from None
+                raise Busy(self._times.until_done(job.kind, self.options.max_queue) or 5.0, error.why) from None
             raise
         if queued.id != job.id:
             self.boards.drop(job.id)

@@ -86,7 +86,8 @@ def build(model: ModelOptions, options: ServeOptions) -> Service:
     plan = blueprint.read(model)
     folder = paths.path(options.state_dir, "state_dir")
     files = Files(folder / "files", secret(folder), options.output_lifetime, int(options.output_limit * 1e9))
-    store, metrics = open_store(folder, options.state_url, options.max_queue, options.output_lifetime), Metrics()
+    store = open_store(folder, options.state_url, options.max_queue, options.output_lifetime, options.several_keys)
+    metrics = Metrics()
     cloud = storage.from_environment()
     uploader = None if cloud is None else storage.Uploader(cloud, files, store)
 

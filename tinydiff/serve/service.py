@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class Busy(Exception):
-    """The queue is full; `seconds` from now there will be room."""
+    """The queue has no room; `seconds` from now it will. why: for whom it has none."""
 
-    def __init__(self, seconds: float) -> None:
-        super().__init__(seconds)
-        self.seconds = seconds
+    def __init__(self, seconds: float, why: str = "the queue is full") -> None:
+        super().__init__(seconds, why)
+        self.seconds, self.why = seconds, why
 
     def __str__(self) -> str:
-        return f"the queue is full; try again in {self.seconds:.0f} s"
+        return f"{self.why}; try again in {self.seconds:.0f} s"
 
 
 class Stopping(Exception):

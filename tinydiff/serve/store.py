@@ -44,15 +44,15 @@ class Unreachable(Exception):
     """The database is away, and did not come back in PATIENCE."""
 
 
-def open_store(state_dir: Path, state_url: str | None, most_queued: int, lifetime: float = 86400.0) -> Store:
+def open_store(state_dir: Path, state_url: str | None, most_queued: int, lifetime: float = 86400.0, shared: bool = False) -> Store:
     """The store at `state_url`, postgresql://..., or where that is None in `state_dir`.
 
-    most_queued: jobs that wait at most. lifetime: seconds that a done job is kept where `finish` does not say. Raises UserError naming
-    the option where the database cannot be used, or a newer version wrote it.
+    most_queued: jobs that wait at most. lifetime: seconds that a done job is kept where `finish` does not say. shared: whether owners share
+    the queue, see `add`. Raises UserError naming the option where the database cannot be used, or a newer version wrote it.
     """
     dialect = sql.sqlite(Path(state_dir) / "jobs.sqlite3") if state_url is None else sql.postgres(state_url)
     sql.prepare(dialect)
-    return Store(dialect, most_queued, lifetime)
+    return Store(dialect, most_queued, lifetime, shared)
 
 
 class Store:
@@ -62,8 +62,8 @@ class Store:
     that, so that servers whose clocks differ do not take each other's jobs.
     """
 
-    def __init__(self, dialect: sql.Dialect, most_queued: int, lifetime: float) -> None:
-        self._dialect, self._most_queued, self._lifetime = dialect, most_queued, lifetime
+    def __init__(self, dialect: sql.Dialect, most_queued: int, lifetime: float, shared: bool) -> None:
+        self._dialect, self._most_queued, self._lifetime, self._shared = dialect, most_queued, lifetime, shared
         self._idle: LifoQueue[Any] = LifoQueue()  # connections that nobody uses; None stands for one that is not open
         for _ in range(CONNECTIONS):
             self._idle.put(None)
@@ -75,23 +75,31 @@ class Store:
 
     def add(self, job: Job) -> Job:
         """Queue a job. Returns it, or the one of the same owner and `idempotency` that is not done, even where the queue is full.
-        Raises Busy(0) where it is."""
+
+        Raises Busy(0) where it is full, or where owners share it and this one has as many jobs waiting as places are left: so nobody
+        fills it, and whoever comes finds room.
+        """
         row = sql.to_row(job)
+        waiting = """SELECT count(*), COALESCE(sum(CASE WHEN owner = :owner THEN 1 ELSE 0 END), 0)
+            FROM tinydiff_jobs WHERE status = 'queued'"""
         same = "id = :id OR (owner = :owner AND idempotency = :idempotency AND idempotency <> '' AND {open})"
 
-        def work(execute: Execute) -> Job | None:
+        def work(execute: Execute) -> Job | Busy:
             execute("{alone}")
             if found := _jobs(execute("SELECT {columns} FROM tinydiff_jobs WHERE " + same, **row)):
                 return found[0]
-            if execute("SELECT count(*) FROM tinydiff_jobs WHERE status = 'queued'").fetchone()[0] >= self._most_queued:
-                return None
+            queued, own = execute(waiting, owner=job.owner).fetchone()
+            if queued >= self._most_queued:
+                return Busy(0)
+            if self._shared and own >= self._most_queued - queued:
+                return Busy(0, "this key has as many jobs waiting as the queue has places left")
             execute(f"INSERT INTO tinydiff_jobs ({', '.join(row)}) VALUES ({', '.join(f':{name}' for name in row)})", **row)
             return job
 
         # A pinned job ends with its client's connection, which no loss of power spares.
         queued = self._write(work, durable=not job.pinned)
-        if queued is None:
-            raise Busy(0)
+        if isinstance(queued, Busy):
+            raise queued
         return queued
 
     def take(self, server: str, lease_until: float) -> Job | None:
