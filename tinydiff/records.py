@@ -94,6 +94,7 @@ class Request:
     cfg_normalization: float
     """How many times as long as the prompt's own prediction the guided one may be; 0 does not ask."""
     guidance_scale_2: float | None
+    """The same for the second expert; read only where `guidance_scale` is above 1."""
     boundary_ratio: float | None
     flow_shift: float | None
     """None: what the scheduler says."""
@@ -101,11 +102,13 @@ class Request:
     text_tokens: int
     """How many tokens of text the model reads at most."""
     seeds: tuple[int, ...]
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Field -> where its value came from, or why it is without effect, where that may surprise."""
 
     @property
     def guided(self) -> bool:
         """Whether a negative prompt takes part."""
-        return max(self.guidance_scale, self.guidance_scale_2 or 0.0) > 1
+        return self.guidance_scale > 1
 
     @property
     def texts(self) -> list[str]:

@@ -59,7 +59,7 @@ def test_published_defaults(name, size, frames, fps, steps, guidance, shift):
     ("name", "steps", "guidance", "form", "text_tokens", "images"),
     [
         ("black-forest-labs/FLUX.1-dev", 50, 3.5, "embedded", 512, (0, 1)),
-        ("black-forest-labs/FLUX.1-schnell", 4, 1.0, "scale", 256, (0, 1)),
+        ("black-forest-labs/FLUX.1-schnell", 4, 1.0, "true", 256, (0, 1)),
         ("black-forest-labs/FLUX.1-Kontext-dev", 28, 2.5, "embedded", 512, (1, 4)),
         ("AIDC-AI/Ovis-Image-7B", 50, 5.0, "scale", 256, (0, 1)),
     ],
@@ -97,6 +97,19 @@ def test_names():
 )
 def test_a_folder_of_unknown_name_is_known_by_its_kind_and_shape(class_name, options, shape, wanted):
     assert match(class_name, options, SHAPES[shape], "/data/mine").name.endswith("/" + wanted)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "options", "name", "wanted"),
+    [
+        ("WanPipeline", {"boundary_ratio": 0.7}, "Wan2.1-T2V-14B-Diffusers", "Wan2.2-T2V-A14B-Diffusers"),
+        ("WanPipeline", {}, "Wan2.2-T2V-A14B-Diffusers", "Wan2.1-T2V-14B-Diffusers"),
+        ("Flux2KleinPipeline", {"is_distilled": False}, "FLUX.2-klein-4B", "FLUX.2-klein-base-4B"),
+    ],
+)
+def test_a_name_of_another_kind_does_not_decide(class_name, options, name, wanted):
+    shape = SHAPES["14B"] if class_name == "WanPipeline" else {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24}
+    assert match(class_name, options, shape, name).name.endswith("/" + wanted)
 
 
 def test_an_unreleased_shape_takes_the_first_row_of_its_kind():

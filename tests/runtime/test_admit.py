@@ -70,7 +70,8 @@ def test_defaults_are_the_registrys(row, tmp_path, picture):
     made = request(path, image_path=image, **({"height": row.height, "width": row.width} if image else {}))
     assert (made.height, made.width, made.num_frames, made.fps) == (row.height, row.width, row.num_frames, row.fps)
     assert (made.num_inference_steps, made.dmd_timesteps) == (row.steps, row.dmd_timesteps)
-    scale, told = {"scale": (row.guidance, None), "offset": (row.guidance + 1, None), "embedded": (1.0, row.guidance)}[row.guidance_form]
+    forms = {"scale": (row.guidance, None), "offset": (row.guidance + 1, None), "embedded": (1.0, row.guidance), "true": (1.0, None)}
+    scale, told = forms[row.guidance_form]
     assert (made.guidance_scale, made.embedded_guidance) == (max(1.0, scale), told) and made.guided == (scale > 1)
     assert (made.guidance_scale_2, made.boundary_ratio) == (row.guidance_2, row.boundary_ratio)
     assert (made.flow_shift, made.negative_prompt, made.seeds) == (row.flow_shift, row.negative_prompt or "", (42,))
@@ -116,7 +117,7 @@ def test_guidance_at_one_and_below_is_off(tmp_path):
     made = request(released(EXPERTS, tmp_path), guidance_scale=0.0)
     assert (made.guidance_scale, made.guidance_scale_2, made.guided) == (1.0, 1.0, False)
     made = request(tmp_path / EXPERTS, guidance_scale=0.5, guidance_scale_2=2.0)
-    assert (made.guidance_scale, made.guidance_scale_2, made.guided) == (1.0, 2.0, True)
+    assert (made.guidance_scale, made.guidance_scale_2, made.guided) == (1.0, 1.0, False)
     assert request(tmp_path / EXPERTS, guidance_scale=6.0).guidance_scale_2 == 6.0
 
 
@@ -135,7 +136,7 @@ def test_guidance_that_a_network_is_told_and_guidance_by_a_negative_prompt(tmp_p
     assert (made.embedded_guidance, made.guidance_scale, made.texts) == (0.0, 1.0, ["a fox"])
     made = request(path, true_cfg_scale=4.0, negative_prompt="blurry")
     assert (made.embedded_guidance, made.guidance_scale, made.texts) == (3.5, 4.0, ["a fox", "blurry"])
-    made = request(released(SCHNELL, tmp_path), true_cfg_scale=4.0)
+    made = request(released(SCHNELL, tmp_path), true_cfg_scale=4.0, negative_prompt="")
     assert (made.embedded_guidance, made.guidance_scale, made.texts) == (None, 4.0, ["a fox", ""])
 
 
@@ -184,7 +185,7 @@ def test_references_keep_their_own_sizes_and_lend_theirs(tmp_path, picture):
         (DEV, {"num_frames": 5}, "num_frames", "5 would be a clip, and black-forest-labs/FLUX.1-dev makes pictures"),
         (DEV, {"flow_shift": 3.0}, "flow_shift", "bends its schedule by the size of the picture"),
         (DEV, {"negative_prompt": "blurry"}, "negative_prompt", "reads one only with true_cfg_scale above 1"),
-        (SCHNELL, {"guidance_scale": 3.0, "true_cfg_scale": 3.0}, "true_cfg_scale", "has one guidance"),
+        (T2V, {"guidance_scale": 3.0, "true_cfg_scale": 3.0}, "true_cfg_scale", "has one guidance"),
         (DEV, {"strength": 0.5}, "strength", "says how far a given picture is changed; give one with --image-path"),
         (T2V, {"strength": 0.5}, "strength", "does not start from a picture's noise"),
         (DEV, {"width": 1000}, "width", "1000 is not a multiple of 16, which black-forest-labs/FLUX.1-dev needs"),

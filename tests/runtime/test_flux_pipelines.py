@@ -123,15 +123,28 @@ def mask(tmp_path):
 
 @pytest.mark.parametrize(
     ("guided", "fields"),
-    [(True, {"guidance_scale": 3.5}), (True, {"guidance_scale": 2.0} | TRUE_CFG), (False, {}), (False, TRUE_CFG), (False, LONG)],
-    ids=["dev", "dev with true CFG", "schnell", "schnell with true CFG", "schnell, more text than both encoders read"],
-)
+    [
+        (True, {"guidance_scale": 3.5}),
+        (True, {"guidance_scale": 2.0} | TRUE_CFG),
+        (True, {"true_cfg_scale": 2.6}),
+        (True, {"true_cfg_scale": 2.6, "negative_prompt": ""}),
+        (False, {}),
+        (False, TRUE_CFG),
+        (False, {"guidance_scale": 3.0, "negative_prompt": NEGATIVE}),
+        (False, LONG),
+    ],
+    ids=[
+        "dev", "dev with true CFG", "dev without a negative prompt", "dev with an empty one", "schnell", "schnell with true CFG",
+        "schnell is told no guidance", "schnell, more text than both encoders read",
+    ],
+)  # fmt: skip
 def test_every_step_and_the_pixels_equal_diffusers(guided, fields, tmp_path):
     pipe = build(tmp_path / "model", guided=guided)
     model = load(tmp_path / "model")
     assert model.blueprint.row.name.endswith("dev" if guided else "schnell")
     request = request_for(model, **fields)
-    assert (request.embedded_guidance, request.guided) == (fields.get("guidance_scale"), "true_cfg_scale" in fields)
+    assert request.embedded_guidance == (fields.get("guidance_scale", 3.5) if guided else None)
+    assert request.guided == ({"true_cfg_scale", "negative_prompt"} <= fields.keys())
     start = draw(1, 4, 1, 6, 10, seed=9)
     given = {"prompt": PROMPT, "height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, **fields}
     length = {"max_sequence_length": 512 if guided else 256}

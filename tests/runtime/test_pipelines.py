@@ -22,6 +22,8 @@ CASES = {
     "T2V, a picture": ("T2V", 0, GUIDED | {"num_frames": 1}),
     "T2V without guidance": ("T2V", 0, {"guidance_scale": 1.0}),
     "T2V with two experts": ("T2V with two experts", 0, GUIDED | {"guidance_scale_2": 2.5}),
+    "the second expert below one": ("T2V with two experts", 0, GUIDED | {"guidance_scale_2": 0.4}),
+    "the first expert at one": ("T2V with two experts", 0, {"guidance_scale": 1.0, "guidance_scale_2": 3.0}),
     "I2V with CLIP": ("I2V with CLIP", 1, GUIDED),
     "I2V with two experts": ("I2V with two experts", 1, GUIDED | {"guidance_scale_2": 2.5}),
     "I2V with two experts, first and last frame": ("I2V with two experts", 2, GUIDED),
@@ -60,11 +62,11 @@ def test_every_step_and_the_frames_equal_diffusers(case, tmp_path, pictures):
 
     theirs = []
     given = {
-        **{"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance_scale": request.guidance_scale, "latents": start},
+        **{"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance_scale": fields["guidance_scale"], "latents": start},
         **{"height": request.height, "width": request.width, "num_frames": request.num_frames, "num_inference_steps": STEPS},
     }
     if variant.boundary_ratio is not None:
-        given["guidance_scale_2"] = request.guidance_scale_2
+        given["guidance_scale_2"] = fields.get("guidance_scale_2")
     for field, picture in zip(("image", "last_image"), pictures[:count], strict=False):
         given[field] = Image.open(picture)
     with exact(pipe):

@@ -19,20 +19,25 @@ WAN_NEGATIVE = (
 """The negative prompt that Wan was tuned with, in the language that it was tuned in."""
 
 
+Kind = tuple[str, int, bool, bool]
+"""What a folder's model_index.json says of a model: its class, how many experts, expand_timesteps, is_distilled."""
+
+
 @dataclass(frozen=True)
 class ReleasedModel:
     """A released model: the defaults of a request, and what a folder of unknown name is recognised by.
 
-    height, width: pixels, multiples of `size_multiple`. num_frames: k * `frame_multiple` + 1. clip_frames: the frames of a clip that was
-    asked for without a number, where `num_frames` makes a picture. steps, guidance (at 1 the network runs once a step), guidance_2 (of
-    the second expert), boundary_ratio (the share of the schedule below which the second expert runs), flow_shift (None: the folder's
-    scheduler settles it): the sampling table. guidance_form: "embedded" is told to a network that learnt it, "offset" counts from 0.
-    solver: a name of the engine; dmd_timesteps belong to "dmd". negative_prompt: None where guidance would not read one. text_tokens: how
-    many are read at most. images: the least and the most input pictures. image_use: as frames of the clip, as the picture to start from,
-    or as references beside it. given_multiple: a size that follows the last given picture is rounded to multiples of so many pixels (None:
-    the first one, and down). layers: how many pictures with opacity one is taken apart into, where that is what the model does. captions:
-    its text encoder writes a missing prompt. params: of the transformers together. shape: fields of `transformer/config.json` that tell
-    it apart.
+    height, width: pixels, multiples of `size_multiple`. num_frames: k * `frame_multiple` + 1. clip_frames: the frames of a clip that
+    was asked for without a number, where `num_frames` makes a picture. steps, guidance (at 1 the network runs once a step), guidance_2
+    (of the second expert), boundary_ratio (the share of the schedule below which the second expert runs), flow_shift (None: the
+    folder's scheduler settles it), stored_shift (what the release's own scheduler says): the sampling table. guidance_form: "embedded"
+    is told to a network that learnt it, "offset" counts from 0; with "embedded" and "true", it is true_cfg_scale and a given negative
+    prompt that guide. solver: a name of the engine; dmd_timesteps belong to "dmd". negative_prompt: None where guidance would not read
+    one. text_tokens: how many are read at most. images: the least and the most input pictures. image_use: as frames of the clip, as the
+    picture to start from, or as references beside it. given_multiple: a size that follows the last given picture is rounded to
+    multiples of so many pixels (None: the first one, and down). layers: how many pictures with opacity one is taken apart into, where
+    that is what the model does. captions: its text encoder writes a missing prompt. params: of the transformers together. shape: fields
+    of `transformer/config.json` that tell it apart.
     """
 
     name: str
@@ -47,8 +52,9 @@ class ReleasedModel:
     num_frames: int = 1
     fps: int = 16
     flow_shift: float | None = None
+    stored_shift: float | None = None
     guidance_2: float | None = None
-    guidance_form: Literal["scale", "embedded", "offset"] = "scale"
+    guidance_form: Literal["scale", "embedded", "offset", "true"] = "scale"
     boundary_ratio: float | None = None
     solver: Literal["unipc", "dmd", "euler"] = "euler"
     dmd_timesteps: tuple[int, ...] = ()
@@ -69,6 +75,10 @@ class ReleasedModel:
         return 1 if self.boundary_ratio is None else 2
 
     @property
+    def kind(self) -> Kind:
+        return self.pipeline, self.experts, self.expand_timesteps, self.shape.get("is_distilled", False)
+
+    @property
     def clip_frames(self) -> int:
         return self.clips_by_name or self.num_frames
 
@@ -85,8 +95,8 @@ def _wan(name: str, pipeline: str, size: tuple[int, int], frames: int, fps: int,
          shape: tuple[int, int, int], **more: Any) -> ReleasedModel:  # fmt: skip
     """A Wan model; shape: its layers, heads and channels in."""
     named: dict[str, Any] = dict(zip(("num_layers", "num_attention_heads", "in_channels"), shape, strict=True))
-    more = {"negative_prompt": WAN_NEGATIVE, "solver": "unipc"} | more
-    return ReleasedModel(name, "wan", pipeline, *size, steps, guidance, params, named, num_frames=frames, fps=fps, flow_shift=shift, **more)
+    defaults: dict[str, Any] = {"negative_prompt": WAN_NEGATIVE, "solver": "unipc", "flow_shift": shift, "stored_shift": shift}
+    return ReleasedModel(name, "wan", pipeline, *size, steps, guidance, params, named, num_frames=frames, fps=fps, **defaults | more)
 
 
 _480P, _720P, _704P = (480, 832), (720, 1280), (704, 1280)
@@ -122,13 +132,13 @@ MODELS: tuple[ReleasedModel, ...] = (
     _wan(SHIPPED, T2V, (128, 128), 1, 8, 30, 2.5, 4.0, 2_457_184, (6, 5, 16),
          negative_prompt=None, text_tokens=32, clips_by_name=17, **_TI2V | {"size_multiple": 16}),
     _wan("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", T2V, _480P, 81, 16, 50, 3.0, 3.0, 1_418_996_800, (30, 12, 16)),
-    _wan("Wan-AI/Wan2.1-T2V-14B-Diffusers", T2V, _720P, 81, 16, 50, 5.0, 5.0, 14_288_491_584, (40, 40, 16)),
+    _wan("Wan-AI/Wan2.1-T2V-14B-Diffusers", T2V, _720P, 81, 16, 50, 5.0, 5.0, 14_288_491_584, (40, 40, 16), stored_shift=3.0),
     _wan("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", I2V, _480P, 81, 16, 50, 5.0, 3.0, 16_394_878_784, (40, 40, 36), images=(1, 2)),
     _wan("Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", I2V, _720P, 81, 16, 50, 5.0, 5.0, 16_394_878_784, (40, 40, 36), images=(1, 2)),
     _wan("Wan-AI/Wan2.2-T2V-A14B-Diffusers", T2V, _720P, 81, 16, 40, 4.0, 12.0, 28_576_983_168, (40, 40, 16),
-         guidance_2=3.0, boundary_ratio=0.875),
+         stored_shift=3.0, guidance_2=3.0, boundary_ratio=0.875),
     _wan("Wan-AI/Wan2.2-I2V-A14B-Diffusers", I2V, _720P, 81, 16, 40, 3.5, 5.0, 28_577_802_368, (40, 40, 36),
-         guidance_2=3.5, boundary_ratio=0.9, images=(1, 2)),
+         stored_shift=3.0, guidance_2=3.5, boundary_ratio=0.9, images=(1, 2)),
     _wan("Wan-AI/Wan2.2-TI2V-5B-Diffusers", T2V, _704P, 121, 24, 50, 5.0, 5.0, 4_999_787_712, (30, 24, 48), **_TI2V),
     _wan("FastVideo/FastWan2.1-T2V-1.3B-Diffusers", DMD_PIPELINE, _480P, 61, 16, 3, 1.0, 8.0, 1_418_996_800, (30, 12, 16), **_DISTILLED),
     _wan("FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers", DMD_PIPELINE, _704P, 121, 24, 3, 1.0, 5.0, 4_999_787_712, (30, 24, 48),
@@ -137,7 +147,7 @@ MODELS: tuple[ReleasedModel, ...] = (
     ReleasedModel("black-forest-labs/FLUX.1-dev", "flux", "FluxPipeline", 1024, 1024, 50, 3.5, 11_901_408_320, {"guidance_embeds": True},
                   guidance_form="embedded", **_START),
     ReleasedModel("black-forest-labs/FLUX.1-schnell", "flux", "FluxPipeline", 1024, 1024, 4, 1.0, 11_891_178_560,
-                  {"guidance_embeds": False}, negative_prompt=None, text_tokens=256, **_START),
+                  {"guidance_embeds": False}, guidance_form="true", negative_prompt=None, text_tokens=256, **_START),
     ReleasedModel("black-forest-labs/FLUX.1-Kontext-dev", "flux", "FluxKontextPipeline", 1024, 1024, 28, 2.5, 11_901_408_320,
                   {"guidance_embeds": True}, guidance_form="embedded", images=(1, 4), image_use="references"),
     ReleasedModel("AIDC-AI/Ovis-Image-7B", "ovis", "OvisImagePipeline", 1024, 1024, 50, 5.0, 7_370_449_728,
@@ -193,23 +203,37 @@ def named(model_id: str) -> ReleasedModel:
     return row
 
 
+def _kind(class_name: str, options: Mapping[str, Any]) -> Kind:
+    experts = 1 if options.get("boundary_ratio") is None else 2
+    return class_name, experts, bool(options.get("expand_timesteps")), bool(options.get("is_distilled"))
+
+
+def in_words(kind: Kind) -> str:
+    """A kind in words, by the names of model_index.json."""
+    class_name, experts, expand, distilled = kind
+    settings = {"boundary_ratio": experts == 2, "expand_timesteps": expand, "is_distilled": distilled}
+    words = [name for name, said in settings.items() if said]
+    return f"{class_name} with {' and '.join(words)}" if words else class_name
+
+
 def match(class_name: str, options: Mapping[str, Any], transformer: Mapping[str, Any], name: str) -> ReleasedModel:
-    """The row whose defaults a folder takes: by its name, else by its kind and the transformer's shape, else the first of its kind.
+    """The row whose defaults a folder takes: by its name where that is of its kind, else by its kind and the transformer's shape, else
+    the first of its kind.
 
     class_name, options: of `model_index.json`. transformer: `transformer/config.json`. Two released models of one shape (I2V 480P and
     720P) cannot be told apart without a name; the first is taken, and --model-id chooses. Raises UserError for an unsupported class.
     """
+    kind = _kind(class_name, options)
     row = find(name)
-    if row is not None and row.pipeline == class_name:
+    if row is not None and row.kind == kind:
         return row
     classes = sorted({row.pipeline for row in MODELS})
     if class_name not in classes:
         hint = nearest(class_name, classes)
         raise UserError("model_path", f"model_path: {name!r} is a {class_name}; supported classes are {', '.join(classes)}{hint}")
-    kind = (class_name, 1 if options.get("boundary_ratio") is None else 2, bool(options.get("expand_timesteps")))
-    rows = [row for row in MODELS[1:] if (row.pipeline, row.experts, row.expand_timesteps) == kind]
+    rows = [row for row in MODELS[1:] if row.kind == kind]
     if not rows:
-        extra = f"boundary_ratio {options.get('boundary_ratio')} and expand_timesteps {kind[2]}"
-        raise UserError("model_path", f"model_path: {name!r} is a {class_name} with {extra}, a combination that no supported model has")
+        message = f"{name!r} is a {in_words(kind)}, a combination that no supported model has"
+        raise UserError("model_path", f"model_path: {message}")
     known = {**options, **transformer}
     return next((row for row in rows if all(known.get(key) == value for key, value in row.shape.items())), rows[0])

@@ -188,7 +188,7 @@ The tests hold more than this page: other configurations of each network (`tests
 (`tests/runtime/`), samplers and guidance (`tests/sampling/`), every key and shape of the released files and the arithmetic of an
 evaluation (`tests/models/test_released.py`). Of FLUX.2-Tiny-AutoEncoder, whose class is in neither library, this page compares the
 AutoencoderTiny inside; the layers around it are compared with a description of them in `tests/models/test_tiny_autoencoder.py`.
-What nobody has compared here: released weights, half types on a GPU.
+What nobody has compared here: released weights, half types on a GPU. What differs on purpose: [differences.md](differences.md).
 
 Measured with {versions}.
 

@@ -14,6 +14,7 @@ from tinydiff.models.registry import ReleasedModel
 from tinydiff.records import Request, UserError
 from tinydiff.runtime.blueprint import Blueprint
 from tinydiff.runtime.pipeline import table
+from tinydiff.runtime.settings import settle
 
 STRENGTH = 0.6
 """Of a picture to start from, where none is named."""
@@ -35,13 +36,10 @@ def admit(blueprint: Blueprint, sampling: SamplingOptions, clip: bool = False) -
     images = () if row.image_use == "references" else tuple(resize(image, height, width) for image in originals)
     mask = _mask(blueprint, sampling, originals, starts, height, width)
     steps, timesteps = _steps(blueprint, sampling)
-    guidance, embedded = guidance_of(blueprint, sampling)
-    second, boundary = _experts(blueprint, sampling, guidance)
-    negative = row.negative_prompt if sampling.negative_prompt is None else sampling.negative_prompt
+    settled = settle(blueprint, sampling)
     requests = [
         Request(
             prompt=prompt,
-            negative_prompt=negative or "",
             images=images,
             originals=originals,
             mask=mask,
@@ -53,51 +51,23 @@ def admit(blueprint: Blueprint, sampling: SamplingOptions, clip: bool = False) -
             layers=layers,
             fps=row.fps if sampling.fps is None else sampling.fps,
             num_inference_steps=steps,
-            guidance_scale=guidance,
-            embedded_guidance=embedded,
             cfg_normalization=_normalization(blueprint, sampling),
-            guidance_scale_2=second,
-            boundary_ratio=boundary,
-            flow_shift=_shift(blueprint, sampling),
             dmd_timesteps=timesteps,
             text_tokens=row.text_tokens,
             seeds=seeds(sampling, index),
+            guidance_scale=settled.guidance_scale,
+            embedded_guidance=settled.embedded_guidance,
+            guidance_scale_2=settled.guidance_scale_2,
+            boundary_ratio=settled.boundary_ratio,
+            negative_prompt=settled.negative_prompt,
+            flow_shift=settled.flow_shift,
+            notes=settled.notes,
         )
         for index, prompt in enumerate(sampling.prompt or ("",) * row.captions)
     ]
     for request in requests:
         table(blueprint, request)  # refuses a schedule that cannot be
     return requests
-
-
-def _shift(blueprint: Blueprint, sampling: SamplingOptions) -> float | None:
-    """The asked shift; else the row's, but where the model was found by shape alone its own scheduler's; None leaves it to that."""
-    row, scheduler = blueprint.row, blueprint.scheduler
-    if sampling.flow_shift is not None:
-        if scheduler.get("use_dynamic_shifting"):
-            raise UserError("flow_shift", f"flow_shift: {row.name} bends its schedule by the size of the picture; leave it out")
-        return sampling.flow_shift
-    if row.flow_shift is not None and not blueprint.named and row.solver != "dmd":  # a distilled model has its own schedule
-        return scheduler.get("flow_shift", scheduler.get("shift", 1.0))
-    return row.flow_shift
-
-
-def guidance_of(blueprint: Blueprint, sampling: SamplingOptions) -> tuple[float, float | None]:
-    """(scale of prompt against negative prompt, 1 and below is off; what the network is told of guidance, None where it takes none)."""
-    row, asked, true = blueprint.row, sampling.guidance_scale, sampling.true_cfg_scale
-    if row.guidance_form == "embedded":
-        if sampling.negative_prompt and (true or 1.0) <= 1:
-            raise UserError("negative_prompt", f"negative_prompt: {row.name} reads one only with true_cfg_scale above 1")
-        return max(1.0, true or 1.0), row.guidance if asked is None else asked
-    if true is not None and asked is not None:
-        raise UserError("true_cfg_scale", f"true_cfg_scale: {row.name} has one guidance, and guidance_scale sets it too; give one of them")
-    if blueprint.options.get("is_distilled"):
-        for name, value in (("guidance_scale", asked), ("true_cfg_scale", true)):
-            if (value or 1.0) > 1:
-                raise UserError(name, f"{name}: {value} cannot be had; {row.name} is distilled and does without guidance (1)")
-        return 1.0, None
-    scale = next((value for value in (asked, true) if value is not None), row.guidance)
-    return max(1.0, scale + 1 if row.guidance_form == "offset" else scale), None
 
 
 def _normalization(blueprint: Blueprint, sampling: SamplingOptions) -> float:
@@ -252,22 +222,3 @@ def _steps(blueprint: Blueprint, sampling: SamplingOptions) -> tuple[int, tuple[
         message = f"{asked} does not fit {row.name}, distilled for {len(timesteps)}; other timesteps go into dmd_denoising_steps"
         raise UserError("num_inference_steps", f"num_inference_steps: {message}")
     return len(timesteps), tuple(timesteps)
-
-
-def _experts(blueprint: Blueprint, sampling: SamplingOptions, guidance: float) -> tuple[float | None, float | None]:
-    """(guidance of the second expert, boundary) of a model with two, else (None, None)."""
-    row = blueprint.row
-    if "transformer_2" not in blueprint.nets:
-        for name in ("guidance_scale_2", "boundary_ratio"):
-            if getattr(sampling, name) is not None:
-                raise UserError(name, f"{name}: {row.name} has one expert, so it cannot be set")
-        return None, None
-    second = sampling.guidance_scale_2
-    if second is None:
-        second = guidance if sampling.guidance_scale is not None or row.guidance_2 is None else row.guidance_2
-    boundary = sampling.boundary_ratio
-    if boundary is None:
-        boundary = row.boundary_ratio if row.boundary_ratio is not None else blueprint.options.get("boundary_ratio")
-    if boundary is None:
-        raise UserError("boundary_ratio", f"boundary_ratio: {row.name} has two experts and names no boundary; give one between 0 and 1")
-    return max(1.0, second), boundary

@@ -248,7 +248,9 @@ def _row(index: hub.Index, places: Mapping[str, Path], options: ModelOptions) ->
     name = options.model_id or options.model_path
     row = registry.match(index.class_name, index.options, entries, name)
     if options.model_id is not None and (wanted := registry.named(options.model_id)) is not row:
-        message = f"model_id: {wanted.name} is a {wanted.pipeline}, and {options.model_path!r} is a {index.class_name}"
+        message = (
+            f"model_id: {wanted.name} is a {registry.in_words(wanted.kind)}, and {options.model_path!r} is a {registry.in_words(row.kind)}"
+        )
         raise UserError("model_id", message)
     return row, row is registry.find(name)
 

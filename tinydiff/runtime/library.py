@@ -11,8 +11,9 @@ from tinydiff.parallel import layout
 from tinydiff.parallel.ranks import Ranks, join
 from tinydiff.records import Result, UserError, nearest
 from tinydiff.runtime import blueprint, launch, pipeline
-from tinydiff.runtime.admit import admit, guidance_of
+from tinydiff.runtime.admit import admit
 from tinydiff.runtime.blueprint import Model
+from tinydiff.runtime.settings import guidance_of
 
 
 class Quiet:

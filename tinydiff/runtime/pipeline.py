@@ -37,8 +37,6 @@ TILE = 256
 """Side in pixels of the squares of a tiled autoencoder."""
 FEATHER = 8
 """Half the width in pixels of the seam around what inpainting paints; a latent's pixel covers as many."""
-SHIFTS = {"UniPCMultistepScheduler": "flow_shift"}
-"""What a scheduler class calls its shift, where it is not "shift"."""
 
 
 class Conditioning(NamedTuple):
@@ -151,7 +149,7 @@ def table(blueprint: Blueprint, request: Request) -> Table:
 def _scheduled(blueprint: Blueprint, request: Request) -> Table:
     scheduler, net = dict(blueprint.scheduler), blueprint.nets["transformer"]
     if request.flow_shift is not None:
-        scheduler[SHIFTS.get(scheduler.get("_class_name", ""), "shift")] = request.flow_shift
+        scheduler[solvers.SHIFT_NAMES.get(scheduler.get("_class_name", ""), "shift")] = request.flow_shift
     module, steps = net.kind.module, request.num_inference_steps
     grid = sigmas.linear_grid(steps) if module.LINEAR_GRID else None
     tokens = token_count(blueprint.nets["vae"].config, request, module.patch(net.config))
@@ -277,6 +275,8 @@ def parameters(model: Model, request: Request) -> dict[str, Any]:
     entries["given_images"] = len(request.originals)
     if request.starts:
         entries |= {"strength": request.strength, "masked": request.mask is not None}
+    if request.notes:
+        entries["notes"] = dict(request.notes)
     entries["precision"] = {name: PRECISIONS[net.dtype] for name, net in model.nets.items()}
     return entries | {"tinydiff": tinydiff.__version__, "torch": torch.__version__}
 

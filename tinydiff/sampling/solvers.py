@@ -177,6 +177,9 @@ def segments(table: Table) -> list[tuple[int, int, int]]:
     return [(experts[start], start, stop) for start, stop in zip(starts, [*starts[1:], len(experts)], strict=True)]
 
 
+SHIFT_NAMES = {"FlowMatchEulerDiscreteScheduler": "shift", "UniPCMultistepScheduler": "flow_shift"}
+"""What each scheduler class calls its static shift."""
+
 _ANY = object()
 _SHIFTS = {
     "num_train_timesteps": (TRAIN_STEPS, TRAIN_STEPS),

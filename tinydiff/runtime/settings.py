@@ -1,0 +1,128 @@
+"""Guidance, experts and shift of a request: of what was asked, what the folder says and what the release recommends, which one holds.
+
+What is asked holds. Else the folder's own files hold. A release's recommendation holds only where the folder is that release, by name,
+and its file is as released. docs/differences.md has the rules as a table.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+from tinydiff.config import SamplingOptions
+from tinydiff.records import UserError
+from tinydiff.runtime.blueprint import Blueprint
+from tinydiff.sampling.solvers import SHIFT_NAMES
+
+log = logging.getLogger(__name__)
+
+
+class Settings(NamedTuple):
+    """The fields of a `Request` by their names, and `notes`: field -> where its value came from, or why it is without effect."""
+
+    guidance_scale: float
+    embedded_guidance: float | None
+    guidance_scale_2: float | None
+    boundary_ratio: float | None
+    negative_prompt: str
+    flow_shift: float | None
+    notes: dict[str, str]
+
+
+def settle(blueprint: Blueprint, sampling: SamplingOptions) -> Settings:
+    """Raises UserError for what contradicts itself or the model."""
+    notes: dict[str, str] = {}
+    guidance, embedded = guidance_of(blueprint, sampling, notes)
+    second, boundary = _experts(blueprint, sampling, guidance, notes)
+    negative, standard = sampling.negative_prompt, blueprint.row.negative_prompt
+    if negative and guidance <= 1:
+        _ignored(notes, "negative_prompt", "guidance is off")
+    elif negative is None and standard and guidance > 1:
+        notes["negative_prompt"] = f"the standard one of {blueprint.row.name}; diffusers has none"
+    text = (standard if negative is None else negative) or ""
+    return Settings(guidance, embedded, second, boundary, text, _shift(blueprint, sampling, notes), notes)
+
+
+def guidance_of(blueprint: Blueprint, sampling: SamplingOptions, notes: dict[str, str] | None = None) -> tuple[float, float | None]:
+    """(scale of prompt against negative prompt, 1 is off; what the network is told of guidance, None where it takes none)."""
+    row, asked, true = blueprint.row, sampling.guidance_scale, sampling.true_cfg_scale
+    if row.guidance_form in ("embedded", "true"):
+        embedded = row.guidance_form == "embedded"
+        if embedded and sampling.negative_prompt and (true or 1.0) <= 1:
+            raise UserError("negative_prompt", f"negative_prompt: {row.name} reads one only with true_cfg_scale above 1")
+        if not embedded and (asked or 1.0) != 1:
+            _ignored(notes, "guidance_scale", f"{row.name} is told none; true_cfg_scale with a negative prompt guides it")
+        if (true or 1.0) > 1 and sampling.negative_prompt is None:
+            _ignored(notes, "true_cfg_scale", "no negative prompt is given (an empty one is one)")
+            true = None
+        return max(1.0, true or 1.0), (row.guidance if asked is None else asked) if embedded else None
+    if true is not None and asked is not None:
+        raise UserError("true_cfg_scale", f"true_cfg_scale: {row.name} has one guidance, and guidance_scale sets it too; give one of them")
+    if blueprint.options.get("is_distilled"):
+        for name, value in (("guidance_scale", asked), ("true_cfg_scale", true)):
+            if (value or 1.0) > 1:
+                raise UserError(name, f"{name}: {value} cannot be had; {row.name} is distilled and does without guidance (1)")
+        return 1.0, None
+    scale = next((value for value in (asked, true) if value is not None), row.guidance)
+    return max(1.0, scale + 1 if row.guidance_form == "offset" else scale), None
+
+
+def _ignored(notes: dict[str, str] | None, field: str, why: str) -> None:
+    """Say that what was asked of `field` is without effect, as in diffusers."""
+    if notes is not None:
+        notes[field] = f"without effect: {why}"
+        log.warning("%s is without effect: %s", field, why)
+
+
+def _experts(blueprint: Blueprint, sampling: SamplingOptions, guidance: float, notes: dict[str, str]) -> tuple[float | None, float | None]:
+    """(guidance of the second expert, boundary) of a model with two, else (None, None).
+
+    As in diffusers the first expert's scale says for both whether there is guidance; where there is, the second's is any number.
+    """
+    row, stored = blueprint.row, blueprint.options.get("boundary_ratio")
+    if "transformer_2" not in blueprint.nets:
+        for name in ("guidance_scale_2", "boundary_ratio"):
+            if getattr(sampling, name) is not None:
+                raise UserError(name, f"{name}: {row.name} has one expert, so it cannot be set")
+        if stored is not None:
+            message = f"model_index.json gives boundary_ratio {stored}, where a second expert takes over, and names no transformer_2"
+            raise UserError("model_path", f"model_path: {message}")
+        return None, None
+    boundary = stored if sampling.boundary_ratio is None else sampling.boundary_ratio
+    if boundary is None:
+        message = f"{row.name} has two experts and model_index.json names no boundary; give one between 0 and 1 (0 runs the first alone)"
+        raise UserError("boundary_ratio", f"boundary_ratio: {message}")
+    if sampling.boundary_ratio is None and boundary != row.boundary_ratio:
+        notes["boundary_ratio"] = f"from model_index.json; {row.name} is released with {row.boundary_ratio:g}"
+    second = sampling.guidance_scale_2
+    if guidance <= 1:
+        if (second or 1.0) != 1:
+            _ignored(notes, "guidance_scale_2", "guidance_scale turns guidance off for both experts")
+        return 1.0, boundary
+    if second is None:
+        second = guidance if sampling.guidance_scale is not None or row.guidance_2 is None else row.guidance_2
+    return second, boundary
+
+
+def _shift(blueprint: Blueprint, sampling: SamplingOptions, notes: dict[str, str]) -> float | None:
+    """The shift of the schedule; None leaves it to the scheduler's file."""
+    row, scheduler = blueprint.row, blueprint.scheduler
+    if sampling.flow_shift is not None:
+        if scheduler.get("use_dynamic_shifting"):
+            raise UserError("flow_shift", f"flow_shift: {row.name} bends its schedule by the size of the picture; leave it out")
+        return sampling.flow_shift
+    if row.flow_shift is None:
+        return None
+    field = SHIFT_NAMES.get(scheduler.get("_class_name", ""), "shift")
+    stored = scheduler.get(field, 1.0)
+    if row.solver == "dmd":  # FastVideo has the schedule of its distilled models in its code
+        if stored != row.flow_shift:
+            notes["flow_shift"] = f"what {row.name} is distilled for; the scheduler's file, which says {stored:g}, is not read"
+        return row.flow_shift
+    if blueprint.named and field == "flow_shift" and stored == row.stored_shift:
+        if stored != row.flow_shift:
+            notes["flow_shift"] = f"recommended for {row.name}; its scheduler's file says {stored:g}"
+        return row.flow_shift
+    if stored != row.flow_shift:
+        notes["flow_shift"] = f"from the scheduler's file; {row.flow_shift:g} is recommended for {row.name}"
+    return stored
