@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tinydiff import config
+from tinydiff import config, values
 from tinydiff.parallel.cost import Machine
 from tinydiff.parallel.layout import AXES, OPTIONS, Layout
 from tinydiff.records import UserError, nearest
@@ -117,7 +117,7 @@ def _size(text: str | None) -> dict[str, int]:
 
 
 def _positive(name: str, kind: type, text: str) -> Any:
-    value = config.read(name, kind, text)
+    value = values.read(name, kind, text)
     if not 0 < value < float("inf"):
         raise UserError(name, f"{name}: {text} must be above 0 and finite")
     return value

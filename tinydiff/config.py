@@ -6,40 +6,19 @@ checked once and a mistake reads the same everywhere. None leaves the choice to 
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Protocol, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol
 
 from tinydiff import flags, paths
-from tinydiff.records import UserError, nearest
-
-Precision = Literal["fp32", "fp16", "bf16"]
-Attention = Literal["sdpa", "flash", "cudnn", "efficient", "math"]
-
-SAME_ATTENTION = {"torch_sdpa": "sdpa", "native": "sdpa", "fa": "flash", "fa2": "flash", "torch_cudnn_sdpa": "cudnn"}
-"""SGLang's names of the kernels that torch has."""
-
-LATER_ATTENTION = (
-    "fa3", "fa4", "dynamic_cudnn_sdpa", "sage_attn", "sage_attn_3", "fp8_fa_sm120", "sliding_tile_attn", "video_sparse_attn",
-    "video_sparse_attn_h3", "hybrid_window_attn_h3", "sparse_video_gen_2_attn", "vmoba_attn", "sparge_attn", "sla_attn", "sage_sla_attn",
-    "sol_attn", "subblock_sparse_attn", "cube_sparse_attn", "aiter", "aiter_sage", "laser_attn", "block_sparse_attn", "rain_fusion_attn",
-    "no_attention", "xpu", "mps",
-)  # fmt: skip
-
-LATER_CHOICES = {"backend": ("diffusers",), "encoder_parallel": ("dp",)}
-"""SGLang's values that do not exist here yet."""
+from tinydiff.records import UserError, shown
+from tinydiff.values import Attention, Precision, filled, within
 
 CLOUD_STORAGE = (
     "CLOUD_STORAGE_TYPE", "S3_BUCKET_NAME", "S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY", "S3_ENDPOINT_URL", "S3_REGION_NAME",
 )  # fmt: skip
 """Variables about object storage, each behind TINYDIFF_ or SGLANG_."""
-
-SHOWN_AS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 class Progress(Protocol):
@@ -52,9 +31,7 @@ class Progress(Protocol):
         """`done` of the stage's `total` steps are made."""
 
 
-def within(default: Any = None, least: float = -math.inf, most: float = math.inf, above: float = -math.inf) -> Any:
-    """A field whose numbers lie in [least, most] and above `above`."""
-    return field(default=default, metadata={"least": least, "most": most, "above": above})
+LAST_SEED = 2**63 - 1
 
 
 def _empty() -> Any:
@@ -76,7 +53,7 @@ class SamplingOptions:
     """Where the given picture is painted anew: white there, black where it stays; of the picture's size."""
     strength: float | None = within(above=0, most=1)
     """How far a given picture is changed: near 0 hardly, at 1 wholly."""
-    seed: tuple[int, ...] = within((42,), least=0, most=2**63 - 1)
+    seed: tuple[int, ...] = within((42,), least=0, most=LAST_SEED)
     """Start of the random numbers: output k of a prompt is the picture of seed + k. Or one seed for each output."""
     num_outputs_per_prompt: int = within(1, least=1, most=10_000)
     """Outputs made of each prompt."""
@@ -219,7 +196,6 @@ class Options:
 
 GROUPS: tuple[type, ...] = (SamplingOptions, OutputOptions, ModelOptions, ParallelOptions)
 NAMES = tuple(entry.name for group in GROUPS for entry in fields(group))
-Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -268,9 +244,11 @@ def options(entries: Mapping[str, Any]) -> Options:
 
 
 def seeds(sampling: SamplingOptions, prompt: int) -> tuple[int, ...]:
-    """The seeds of the outputs of prompt number `prompt`, in order."""
+    """The seeds of the outputs of prompt number `prompt`, in order. Raises UserError where they would go past the last seed."""
     count, given = sampling.num_outputs_per_prompt, sampling.seed
     if len(given) == 1:
+        if given[0] + count - 1 > LAST_SEED:
+            raise UserError("seed", f"seed: {given[0]} and {count} outputs go past the last seed; give at most {LAST_SEED - count + 1}")
         return tuple(given[0] + k for k in range(count))
     return given if len(given) == count else given[prompt * count : (prompt + 1) * count]
 
@@ -287,86 +265,6 @@ def _checked(entries: Mapping[str, Any]) -> Options:
     return made
 
 
-_hints = cache(get_type_hints)
-
-
-def filled(group: type[Record], entries: Mapping[str, Any]) -> Record:
-    """A record of options with those of `entries` that are its own, read and in range. Raises UserError."""
-    found, hints = {}, _hints(group)
-    for entry in fields(cast(Any, group)):
-        if entry.name in entries:
-            value = read(entry.name, hints[entry.name], entries[entry.name])
-            for number in value if isinstance(value, tuple) else (value,):
-                _in_range(entry.name, number, entry.metadata)
-            found[entry.name] = value
-    return group(**found)
-
-
-def read(name: str, kind: Any, value: Any) -> Any:
-    """`value` as the annotated type `kind`: words of a command line, or what JSON, YAML or Python holds. Raises UserError."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return None if value is None else read(name, next(k for k in inner if k is not NoneType), value)
-    if origin is tuple:
-        words = list(value) if isinstance(value, list | tuple) else [value]
-        if inner[0] is not str:
-            words = [part for word in words for part in (word.replace(",", " ").split() if isinstance(word, str) else [word])]
-        if not words or words[0] is True:
-            raise UserError(name, f"{name}: takes one value or more and was given none")
-        return tuple(read(name, inner[0], word) for word in words)
-    if origin is not None and origin is not Literal:
-        return {key: read(f"{name}.{key}", inner[1], word) for key, word in value.items()}
-    if isinstance(value, list | tuple):
-        if len(value) != 1:
-            shown = " ".join(map(repr, value))
-            raise UserError(name, f"{name}: takes one value and was given {shown or 'none'}; a text with spaces needs quotes")
-        value = value[0]
-    if value is True and kind is not bool:
-        raise UserError(name, f"{name}: takes {_allowed(kind)} and was given no value")
-    return _choice(name, inner, value) if origin is Literal else _plain(name, kind, value)
-
-
-def _plain(name: str, kind: type, value: Any) -> Any:
-    """One bool, int, float or str."""
-    try:
-        if kind is bool:
-            return value if isinstance(value, bool) else {"true": True, "false": False}[value.lower()]
-        if isinstance(value, bool) or not isinstance(value, str | int | float | Path) or (kind is int and isinstance(value, float)):
-            raise ValueError
-        return kind(str(value) if isinstance(value, Path) else value)
-    except (ValueError, KeyError, AttributeError):
-        raise UserError(name, f"{name}: {value!r} is not {_allowed(kind)}") from None
-
-
-def _choice(name: str, choices: Sequence[str], value: Any) -> str:
-    text = str(value)
-    if choices == get_args(Attention):
-        text = SAME_ATTENTION.get(text, text)
-        if text in LATER_ATTENTION:
-            raise UserError(name, f"{name}: {text!r} does not exist yet; choose one of {', '.join(choices)}")
-    if text in LATER_CHOICES.get(name, ()):
-        raise UserError(name, f"{name}: {text!r} does not exist yet; choose one of {', '.join(choices)}")
-    if text not in choices:
-        raise UserError(name, f"{name}: {text!r} is not one of {', '.join(choices)}{nearest(text, choices)}")
-    return text
-
-
-def _allowed(kind: Any) -> str:
-    return f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else SHOWN_AS[kind]
-
-
-def _in_range(name: str, value: Any, limits: Mapping[str, float]) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return
-    if not math.isfinite(value):
-        raise UserError(name, f"{name}: {value} is not a finite number")
-    least, most, above = (limits.get(key, bound) for key, bound in (("least", -math.inf), ("most", math.inf), ("above", -math.inf)))
-    if least <= value <= most and value > above:
-        return
-    low = f"at least {least}" if least > -math.inf else f"above {above}"
-    raise UserError(name, f"{name}: {value} must be {low}{f' and at most {most}' if most < math.inf else ''}")
-
-
 def _agree(made: Options) -> None:
     """What no single option can tell."""
     sampling, output = made.sampling, made.output
@@ -374,9 +272,10 @@ def _agree(made: Options) -> None:
     if given not in (1, count, count * max(prompts, 1)):
         wanted = " or ".join(str(number) for number in sorted({1, count, count * max(prompts, 1)}))
         raise UserError("seed", f"seed: {given} are given for {count} outputs of each prompt; give {wanted}")
+    seeds(sampling, 0)
     if prompts > 1 and output.output_file_name is not None:
-        message = f"output_file_name: {output.output_file_name!r} names the output of one prompt and {prompts} are given; leave it out"
+        message = f"output_file_name: {shown(output.output_file_name)} names the output of one prompt and {prompts} are given; leave it out"
         raise UserError("output_file_name", message)
     for path in sampling.image_path:
         if not paths.scheme(path) and paths.kind(paths.path(path, "image_path")) != "file":
-            raise UserError("image_path", f"image_path: {path!r} is not a file")
+            raise UserError("image_path", f"image_path: {shown(path)} is not a file")

@@ -9,10 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 from tinydiff import paths
-from tinydiff.records import UserError, nearest
+from tinydiff.records import LONGEST, UserError, nearest, shown
+from tinydiff.values import of_python, read
+
+MOST_TEXT = 1_000_000
+"""Characters of a config file."""
 
 _words = str.split
 
@@ -134,7 +139,8 @@ def tokens(argv: Sequence[str]) -> Iterator[tuple[str, Any]]:
     A value begins with "--" only after an equals sign. Raises UserError for a word that belongs to no flag.
     """
     if argv and not argv[0].startswith("--"):
-        raise UserError("prompt", f"prompt: unexpected {argv[0]!r}; every value follows its flag, as in --prompt {argv[0]!r}")
+        word = shown(argv[0])
+        raise UserError("prompt", f"prompt: unexpected {word}; every value follows its flag, as in --prompt {word}")
     starts = [i for i, word in enumerate(argv) if word.startswith("--")]
     for start, stop in zip(starts, [*starts[1:], len(argv)], strict=False):
         name, equals, value = argv[start][2:].partition("=")
@@ -145,33 +151,74 @@ def tokens(argv: Sequence[str]) -> Iterator[tuple[str, Any]]:
 def read_file(path: str) -> Iterator[tuple[str, Any]]:
     """The (key, value) pairs of a JSON or YAML file of flat keys; `pipeline_config`, `vae_config` and `dit_config` may be nested.
 
-    A null means "not given". Raises UserError for a file that is missing, unreadable or neither format.
+    A null means "not given". Raises UserError for a file that is missing, unreadable or neither format, and for a key that stands twice.
     """
     text = paths.read_text(path, "config")
-    try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError):
-        import yaml
-
-        try:
-            entries = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2026-99-99 is a ValueError
-            place = getattr(error, "problem_mark", None)
-            where = f" (YAML stops at line {place.line + 1})" if place else ""
-            raise UserError("config", f"config: {path!r} is neither JSON nor YAML{where}") from error
+    if len(text) > MOST_TEXT:
+        raise UserError("config", f"config: {shown(path)} has more than {MOST_TEXT} characters")
+    entries = _parsed(path, text)
     if not isinstance(entries, dict):
         kind = "nothing" if entries is None else f"a {type(entries).__name__}"
-        raise UserError("config", f"config: {path!r} holds {kind}; it must hold keys and values, such as `num_frames: 17`")
+        raise UserError("config", f"config: {shown(path)} holds {kind}; it must hold keys and values, such as `num_frames: 17`")
     for name, value in entries.items():
         if name in ("pipeline_config", "vae_config", "dit_config") and isinstance(value, dict):
             prefix = "" if name == "pipeline_config" else f"{name}."
-            yield from ((prefix + str(key), inner) for key, inner in value.items() if inner is not None)
-        elif value is not None:
+            yield from ((f"{prefix}{key}", inner) for key, inner in value.items())
+        else:
             yield str(name), value
 
 
+def _parsed(path: str, text: str) -> Any:
+    """What a JSON or YAML text holds. Raises UserError."""
+    import yaml
+
+    try:
+        return _of_json(text) if text.lstrip().startswith(("{", "[", '"')) else _of_yaml(text)
+    except RecursionError as error:
+        raise UserError("config", f"config: {shown(path)} is nested too deeply") from error
+    except KeyError as error:
+        raise UserError("config", f"config: {shown(path)} has the key {shown(error.args[0])} twice") from error
+    except (yaml.YAMLError, ValueError) as error:  # also a date or a number that cannot be
+        place = getattr(error, "problem_mark", None)
+        where = f" (YAML stops at line {place.line + 1})" if place else ""
+        raise UserError("config", f"config: {shown(path)} is neither JSON nor YAML{where}") from error
+
+
+def _of_json(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except ValueError:  # YAML begins like this too
+        return _of_yaml(text)
+
+
+def _of_yaml(text: str) -> Any:
+    import yaml
+
+    def check(node: Any) -> None:
+        if isinstance(node, yaml.MappingNode):
+            _once([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+            for _, inner in node.value:
+                check(inner)
+
+    loader = yaml.SafeLoader(text)
+    node = loader.get_single_node()
+    check(node)
+    return None if node is None else loader.construct_document(node)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of these pairs. Raises KeyError for a key that stands twice."""
+    made = {}
+    for key, value in pairs:
+        if key in made:
+            raise KeyError(key)
+        made[key] = value
+    return made
+
+
 def collect(pairs: Iterable[tuple[str, Any]], known: Iterable[str], dashes: bool = False, several: Collection[str] = ()) -> dict[str, Any]:
-    """Bring one source's (name, value) pairs to tinydiff's names: aliases, shorthands and per-component forms are resolved.
+    """Bring one source's (name, value) pairs to tinydiff's names: aliases, shorthands and per-component forms are resolved. What
+    is None is not given.
 
     known: the names of the options. dashes: whether to speak of flags or of keys. The last of a repeated name counts, but of the names in
     `several` all do. Raises UserError for an unknown name, with the nearest one, and for two spellings of one option.
@@ -184,18 +231,17 @@ def collect(pairs: Iterable[tuple[str, Any]], known: Iterable[str], dashes: bool
         return f"--{name.replace('_', '-')}" if dashes else name
 
     for spelling, value in pairs:
-        given = spelling.replace("-", "_")
-        for name, part, meant in _meanings(given, value, known):
-            if name is None:
-                names = [*known, *SPELLINGS, *(f"{component}_path" for component in COMPONENTS), *SERVER, *_OFF]
-                kind = "flag" if dashes else "key"
-                hint = nearest(show(given), [show(n) for n in names])
-                raise UserError(given, f"{show(given)}: no such {kind}{hint}")
+        given = spelling[:LONGEST].replace("-", "_")
+        if not _exists(given, known):
+            names = [*known, *SPELLINGS, *(f"{component}_path" for component in COMPONENTS), *SERVER, *_OFF]
+            hint = nearest(show(given), [show(n) for n in names])
+            raise UserError(given, f"{show(given)}: no such {'flag' if dashes else 'key'}{hint}")
+        for name, part, meant in () if value is None else _meanings(given, value, known):
             key = f"{name}.{part}" if part else name
             if spelled.setdefault(key, given) != given:
                 raise UserError(name, f"{name}: give either {show(spelled[key])} or {show(given)}, not both")
             if part:
-                found[name] = found.get(name, {}) | {part: meant}
+                found.setdefault(name, {})[part] = meant
             elif name in several and name in found:
                 found[name] = [*_listed(found[name]), *_listed(meant)]
             else:
@@ -203,31 +249,42 @@ def collect(pairs: Iterable[tuple[str, Any]], known: Iterable[str], dashes: bool
     return found
 
 
-def _meanings(given: str, value: Any, known: Sequence[str]) -> Iterator[tuple[str | None, str | None, Any]]:
-    """What one flag says, as (option, component, value); the option is None for a name that nobody knows."""
-    name, _, part = given.partition(".")
-    component = next((c for c in COMPONENTS if given.startswith(c + "_") and given.removeprefix(c + "_") in _PER_COMPONENT), None)
+def _exists(given: str, known: Collection[str]) -> bool:
+    """Whether `given` is a spelling of some option."""
+    return any(given in names for names in (known, SPELLINGS, SERVER, _OFF)) or _is_map(given) or _component(given) is not None
+
+
+def _is_map(given: str) -> bool:
+    return given.partition(".")[0] in (*MAPS, *LATER_MAPS)
+
+
+def _component(given: str) -> str | None:
+    """The component of `vae_path` and its like."""
+    return next((c for c in COMPONENTS if given.startswith(c + "_") and given.removeprefix(c + "_") in _PER_COMPONENT), None)
+
+
+def _meanings(given: str, value: Any, known: Collection[str]) -> Iterator[tuple[str, str | None, Any]]:
+    """What one flag says, as (option, component, value)."""
     if given in ALIASES:
         yield from _meanings(ALIASES[given], value, known)
     elif given in SIZES:
-        if _truth(given, value):
+        if read(given, bool, value):
             yield from (("height", None, SIZES[given][0]), ("width", None, SIZES[given][1]))
     elif given == "no_save_output":
-        yield "save_output", None, not _truth(given, value)
+        yield "save_output", None, not read(given, bool, value)
     elif given == "output_file_path":
         folder, slash, file = one_text(given, value).rstrip("/").rpartition("/")
         frames = "/" if one_text(given, value).endswith("/") else ""
         yield from (("output_path", None, folder or slash or "."), ("output_file_name", None, file + frames))
     elif given == "prompt_path":
         yield "prompt", None, _lines(one_text(given, value))
-    elif name in MAPS or name in LATER_MAPS:
+    elif _is_map(given):
+        name, _, part = given.partition(".")
         yield from [(name, part, value)] if part else ((name, *pair) for pair in _pairs(name, value))
-    elif given in known or given in SERVER or given in _OFF:
-        yield given, None, value
-    elif component:
+    elif given not in known and (component := _component(given)):
         yield _PER_COMPONENT[given.removeprefix(component + "_")], component, value
     else:
-        yield None, None, value
+        yield given, None, value
 
 
 _PER_COMPONENT = {
@@ -238,10 +295,11 @@ _PER_COMPONENT = {
 def later(name: str, value: Any) -> str | None:
     """The sentence that refuses `name` = `value` where its feature does not exist yet; None where the value asks for nothing."""
     feature, off = _OFF[name]
+    value = of_python(value)
     parts = value.values() if name in LATER_MAPS else [value]
     if all(_plain(_said(part)) in (*off, "") for part in parts):
         return None
-    return f"{name}: {_said(value)!r} cannot be given: {feature} does not exist yet"
+    return f"{name}: {shown(_said(value))} cannot be given: {feature} does not exist yet"
 
 
 def _plain(text: str) -> str:
@@ -252,10 +310,18 @@ def _plain(text: str) -> str:
 
 
 def _said(value: Any) -> str:
-    """A value as the user wrote it."""
+    """A value as the user wrote it, the beginning of a long one."""
     if isinstance(value, Mapping):
-        return ",".join(f"{part}={_said(inner)}" for part, inner in value.items())
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return ",".join(f"{part}={_words_of(inner)}" for part, inner in islice(value.items(), LONGEST))
+    return _words_of(value)
+
+
+def _words_of(value: Any) -> str:
+    return " ".join(map(_word, value[:LONGEST])) if isinstance(value, list | tuple) else _word(value)
+
+
+def _word(value: Any) -> str:
+    return value[: LONGEST + 1] if isinstance(value, str) else shown(value)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -266,16 +332,8 @@ def one_text(name: str, value: Any) -> str:
     """The text of an option that takes one. Raises UserError for none and for several."""
     words = _listed(value)
     if len(words) != 1 or not isinstance(words[0], str):
-        raise UserError(name, f"{name}: takes one text and was given {'none' if value is True else words}")
+        raise UserError(name, f"{name}: takes one text and was given {'none' if value is True else shown(words)}")
     return words[0]
-
-
-def _truth(name: str, value: Any) -> bool:
-    words = _listed(value)
-    truths = {"true": True, "false": False}
-    if len(words) != 1 or str(words[0]).lower() not in truths:
-        raise UserError(name, f"{name}: takes true or false, not {' '.join(map(str, words))!r}")
-    return truths[str(words[0]).lower()]
 
 
 def _lines(path: str) -> list[str]:
@@ -292,18 +350,17 @@ def _lines(path: str) -> list[str]:
 def _pairs(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """The (component, value) pairs of a map: a mapping, a JSON object, or `a=x,b=y`."""
     if isinstance(value, Mapping):
-        yield from ((str(key), inner) for key, inner in value.items())
+        yield from ((_word(key), inner) for key, inner in value.items())
         return
-    words = [str(word) for word in value] if isinstance(value, list) else [str(value)]
-    text = ",".join(words)
+    text = ",".join(word if isinstance(word, str) else shown(word) for word in _listed(value))
     if text.lstrip().startswith("{"):
         try:
             yield from json.loads(text).items()
             return
-        except ValueError as error:
-            raise UserError(name, f"{name}: {text!r} is not a JSON object") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(name, f"{name}: {shown(text)} is not a JSON object") from error
     for pair in text.split(","):
         key, equals, inner = (part.strip() for part in pair.partition("="))
         if not (key and equals and inner):
-            raise UserError(name, f"{name}: {text!r} must be pairs such as transformer=sdpa,text_encoder=math")
+            raise UserError(name, f"{name}: {shown(text)} must be pairs such as transformer=sdpa,text_encoder=math")
         yield key, inner

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields as fields_of
 from typing import Any, NamedTuple, get_type_hints
 
-from tinydiff import config, flags
+from tinydiff import config, flags, values
 from tinydiff.config import OutputOptions, SamplingOptions
 from tinydiff.records import UserError, nearest
 from tinydiff.serve.body import parse_json
@@ -256,7 +256,7 @@ def _option(name: str, meant: str, value: Any, words: bool) -> Any:
         if isinstance(one, dict | list | bytes | bool | None) or isinstance(one, str) == (numbers and not words):
             what = ("a number" if "float" in hint else "a whole number") if numbers else "a text"
             raise _wrong(name, one, f"{what}{' or a list of them' if several else ''}")
-    return config.read(name, _HINTS[meant], value)
+    return values.read(name, _HINTS[meant], value)
 
 
 def _sources(name: str, value: Any) -> Iterator[str | bytes | FileId]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tinydiff.config import within
+from tinydiff.values import within
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ Schema = dict[str, Any]
 
 TYPES = {int: "integer", float: "number", str: "string", bool: "boolean"}
 BOUNDS = {"least": "minimum", "most": "maximum", "above": "exclusiveMinimum"}
-"""Words of `config.within` -> JSON schema's."""
+"""Words of `values.within` -> JSON schema's."""
 LARGEST = 2**53 - 1
 """JSON numbers are exact up to here in every language; greater bounds are not worth telling."""
 

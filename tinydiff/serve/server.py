@@ -17,7 +17,7 @@ from dataclasses import fields, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from tinydiff import config, flags, paths
+from tinydiff import config, flags, paths, values
 from tinydiff.config import ModelOptions
 from tinydiff.records import UserError
 from tinydiff.serve import logs
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, ServeOptions, str]:
         raise UserError(made.ignored[0], f"{made.ignored[0]}: does not exist here; `tinydiff serve --help` lists what does")
     if [entry.name for entry in fields(made.parallel) if getattr(made.parallel, entry.name) != entry.default]:
         raise UserError("num_gpus", "num_gpus: a server runs on one device so far; start one for each, on one --state-url")
-    return made.model, config.filled(ServeOptions, own), made.output.log_level
+    return made.model, values.filled(ServeOptions, own), made.output.log_level
 
 
 def with_keys(options: ServeOptions) -> ServeOptions:
