@@ -8,7 +8,7 @@ import pytest
 
 from tests.sources import PACKAGE, ROOT, imports, modules, starts
 
-WORDS = ("records", "paths", "values", "flags", "config", "parallel.plan", "parallel.layout", "__version__")
+WORDS = ("records", "paths", "values", "flags", "config_file", "config", "parallel.plan", "parallel.layout", "__version__")
 HOUSE = {
     "words": (0, tuple(f"tinydiff.{name}" for name in WORDS)),
     "maths": (1, ("tinydiff.ops", "tinydiff.parallel")),
@@ -23,7 +23,10 @@ HOUSE = {
 APART = {("engine", "nets"), ("files", "nets")}
 """Rooms that must not import one below them."""
 
-LAZY = ["tinydiff", *(f"tinydiff.{name}" for name in ("cli", "doctor", "config", "values", "flags", "records", "models.registry"))]
+LAZY = [
+    "tinydiff",
+    *(f"tinydiff.{name}" for name in ("cli", "doctor", "config", "values", "flags", "config_file", "records", "models.registry")),
+]
 LAZY += ["tinydiff.advise", "tinydiff.parallel.cost", "tinydiff.parallel.plan", "tinydiff.parallel.layout", "tinydiff.runtime.launch"]
 LAZY += [f"tinydiff.serve.{name}" for name in ("server", "app", "store", "files", "storage", "board", "warmup")]
 """Modules that run without torch."""

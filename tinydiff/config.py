@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
-from tinydiff import flags, paths
+from tinydiff import config_file, flags, paths
 from tinydiff.records import UserError, shown
 from tinydiff.values import Attention, Precision, filled, within
 
@@ -232,7 +232,7 @@ def parse(argv: Sequence[str]) -> Options:
     """The options of a command line, `--config FILE` read first and overruled by what is beside it. Raises UserError."""
     given = flags.collect(flags.tokens(argv), [*NAMES, "config"], dashes=True)
     config = given.pop("config", None)
-    entries = {} if config is None else flags.collect(flags.read_file(flags.one_text("config", config)), NAMES)
+    entries = {} if config is None else flags.collect(config_file.entries_of(flags.one_text("config", config)), NAMES)
     for name, value in given.items():
         entries[name] = entries.get(name, {}) | value if name in (*flags.MAPS, *flags.LATER_MAPS) else value
     return _checked(entries)

@@ -17,7 +17,7 @@ from dataclasses import fields, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from tinydiff import config, flags, paths, values
+from tinydiff import config, config_file, flags, paths, values
 from tinydiff.config import ModelOptions
 from tinydiff.records import UserError
 from tinydiff.serve import logs
@@ -40,7 +40,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, ServeOptions, str]:
     names = [*config.NAMES, *OWN]
     given = flags.collect(flags.tokens(argv), [*names, "config"], dashes=True, several=SEVERAL)
     path = given.pop("config", None)
-    entries = {} if path is None else flags.collect(flags.read_file(flags.one_text("config", path)), names)
+    entries = {} if path is None else flags.collect(config_file.entries_of(flags.one_text("config", path)), names)
     entries |= given
     own = {name: entries.pop(name) for name in OWN if name in entries}
     if "output_path" in entries:
