@@ -27,11 +27,13 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 from tests import vocabularies
+from tests.io import profiles
 from tests.parity import close, draw
 from tests.runtime.compare import ours, recorded, same_frames, starting_from
 from tests.runtime.folders import load, saved
 from tests.sources import PACKAGE
 from tinydiff.config import ModelOptions, SamplingOptions
+from tinydiff.io.images import read_image
 from tinydiff.models import flux
 from tinydiff.ops.patch import patchify
 from tinydiff.records import UserError
@@ -260,7 +262,9 @@ def test_what_the_mask_keeps_stays(tmp_path, pictures):
     """Of a whole run: the given pixels stay where no white is within twice the seam, the new ones are where it is white."""
     build(tmp_path / "model")
     model, side = blueprint.load(blueprint.read(ModelOptions(model_path=str(tmp_path / "model")))), 64
-    Image.fromarray(np.random.default_rng(3).integers(0, 256, (side, side, 3), dtype=np.uint8)).save(pictures[0])
+    pixels = np.random.default_rng(3).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(pictures[0], icc_profile=profiles.rgb(profiles.P3))
+    given = read_image(pictures[0])
     white = np.zeros((side, side), np.uint8)
     white[:9, :13], white[60, 60] = 255, 255
     Image.fromarray(white).save(tmp_path / "mask.png")
@@ -272,7 +276,8 @@ def test_what_the_mask_keeps_stays(tmp_path, pictures):
     far = np.maximum(abs(np.arange(side)[:, None, None] - y), abs(np.arange(side)[None, :, None] - x)).min(-1)
     assert np.array_equal(shown[far == 0], made[far == 0])
     kept = far > 2 * pipeline.FEATHER
-    assert np.array_equal(shown[kept], request.images[0][kept]) and kept.mean() > 0.2
+    assert np.array_equal(shown[kept], given[kept]) and kept.mean() > 0.2
+    assert (given[kept] != pixels[kept]).mean() > 0.5  # converted from the profile that the file holds
     seam = (far > 0) & ~kept
     low, high = np.minimum(made, request.images[0]), np.maximum(made, request.images[0])
     assert ((shown >= low) & (shown <= high))[seam].all() and (shown != made)[seam].any() and (shown != request.images[0])[seam].any()

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinydiff import paths
 from tinydiff.records import UserError
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL import Image
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -20,6 +20,9 @@ OPACITY_ENDINGS = (".png", ".webp")
 """Those of formats that hold opacity."""
 
 DEFAULT_QUALITY = {".jpg": 95, ".jpeg": 95, ".webp": 90}
+
+PROGRAMS = ("EPS",)
+"""Formats that are programs, which Pillow has Ghostscript run: they are not read."""
 
 MOST_BYTES = 64 * 2**20
 """The largest input picture read from an address."""
@@ -32,23 +35,35 @@ USER_COMMENT, EXIF_IFD, ASCII = 0x9286, 0x8769, b"ASCII\0\0\0"
 
 
 def read_image(source: str | Path, field: str = "image_path", opacity: bool = False) -> np.ndarray:
-    """The picture at a path, an http(s) address or a data URI, upright, as uint8 [H, W, 3] RGB, or [H, W, 4] RGBA with `opacity`.
+    """The image at a path, an http(s) URL or a data URI, upright, as uint8 [H, W, 3] sRGB, or [H, W, 4] RGBA with `opacity`.
 
-    The EXIF orientation is applied, transparency is laid on white or kept, 16-bit grey is scaled to 8, of an animation the first frame
-    is taken. The bytes decide what it is, not the name. Raises UserError if it is missing, too large or not a picture.
+    The EXIF orientation is applied, an embedded colour profile is converted from, transparency is laid on white or kept, deeper samples
+    are brought to 8 bits, of an animation the first frame is taken. The bytes decide what it is, not the name. Raises UserError if it is
+    missing, too large or not an image.
     """
-    import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image
+
+    from tinydiff.io import decode
 
     shown = repr(str(source) if len(str(source)) < 120 else f"{str(source)[:80]}...")
     data = _fetch(source, field, shown)
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            return np.asarray(_rgb(ImageOps.exif_transpose(opened), opacity))
+        with Image.open(io.BytesIO(data), formats=_formats()) as opened:
+            return decode.srgb(opened, opacity, f"{field}: {shown}")
+    except decode.Unranged as error:
+        raise UserError(field, f"{field}: {shown} {error}") from error
     except Image.DecompressionBombError as error:
         raise UserError(field, f"{field}: {shown} is too large a picture ({error})") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # decoders fail in many ways on what somebody made up
         raise UserError(field, f"{field}: {shown} is not a picture that can be read (PNG, JPEG, WebP, GIF, ... are)") from error
+
+
+def _formats() -> list[str]:
+    """The formats that Pillow reads by itself."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in Image.OPEN if name not in PROGRAMS]
 
 
 def resize(image: np.ndarray, height: int, width: int, method: str = "lanczos") -> np.ndarray:
@@ -105,10 +120,13 @@ def _fetch(source: str | Path, field: str, shown: str) -> bytes:
     from http.client import HTTPException
     from urllib.request import Request, urlopen
 
+    scheme = paths.scheme(str(source))
+    file = None if scheme else paths.path(source, field)
     try:
-        if not str(source).startswith(("http://", "https://", "data:")):
-            return Path(source).expanduser().read_bytes()
-        with urlopen(Request(str(source), headers={"User-Agent": "tinydiff"}), timeout=30) as answer:
+        if file is not None:
+            return file.read_bytes()
+        url = str(source) if scheme == "data" else paths.ascii_url(str(source))
+        with urlopen(Request(url, headers={"User-Agent": "tinydiff"}), timeout=30) as answer:
             data = answer.read(MOST_BYTES + 1)
     except FileNotFoundError:
         raise UserError(field, f"{field}: {shown} does not exist") from None
@@ -118,20 +136,6 @@ def _fetch(source: str | Path, field: str, shown: str) -> bytes:
     if len(data) > MOST_BYTES:
         raise UserError(field, f"{field}: {shown} is larger than {MOST_BYTES // 2**20} MiB")
     return data
-
-
-def _rgb(picture: Image.Image, opacity: bool) -> Image.Image:
-    import numpy as np
-    from PIL import Image
-
-    if picture.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip
-        picture = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-    if opacity:
-        return picture.convert("RGBA")
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    layer = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
 def _ascii(parameters: Mapping[str, Any], most: int | None) -> bytes:

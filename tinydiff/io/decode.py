@@ -1,0 +1,142 @@
+"""From an image file of any mode, depth and colour space to 8-bit sRGB.
+
+Shapes: arrays are [H, W] or [H, W, C].
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from PIL import Image, ImageCms, ImageFile, ImageOps
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+SAMPLE_SCALES = {"L;2": 85, "L;4": 17}
+"""Pillow's raw mode -> what it multiplies the samples of a grey image with, but not its transparent level."""
+
+INTEGERS = ("PNG", "PPM")
+"""Formats whose images of Pillow's mode "I" hold 16 bits."""
+
+WHITE_IS_ZERO = (262, 0)
+"""The tag of a TIFF's photometric interpretation, and its value where 0 is white."""
+
+PLAIN = {"1": "L", "La": "LA", "PA": "RGBA", "RGBa": "RGBA", "RGBX": "RGB", "YCbCr": "RGB", "HSV": "RGB"}
+"""Pillow's mode -> the mode that holds the same as grey or RGB."""
+
+PROFILED = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "Lab": "LAB"}
+"""The colour space of a profile -> Pillow's mode of the images it describes."""
+
+
+class Unranged(ValueError):
+    """An image whose numbers do not tell what is white: the end of a sentence about it."""
+
+
+def srgb(opened: ImageFile.ImageFile, opacity: bool, name: str) -> NDArray[np.uint8]:
+    """The pixels of an opened image file, upright, as uint8 sRGB [H, W, 3] on white, or with `opacity` [H, W, 4].
+
+    An embedded colour profile is converted from. One that is broken, or describes another kind of image, is ignored with a warning.
+    name: what messages call the file. Raises Unranged.
+    """
+    raw, profile = _raw_mode(opened), opened.info.get("icc_profile")
+    inverted = getattr(opened, "tag_v2", {}).get(WHITE_IS_ZERO[0]) == WHITE_IS_ZERO[1]
+    form = opened.format or ""
+    image = _plain(ImageOps.exif_transpose(opened), raw, form, inverted)
+    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
+    colour = image.convert(image.mode.removesuffix("A")) if alpha else image
+    colour = _from_profile(colour, profile, name) if profile else _unprofiled(colour)
+    if alpha is None:
+        return np.asarray(colour.convert("RGBA") if opacity else colour)
+    colour.putalpha(alpha)
+    if opacity:
+        return np.asarray(colour)
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour).convert("RGB"))
+
+
+def _raw_mode(opened: ImageFile.ImageFile) -> str:
+    """How Pillow names the samples in the file, which is known until it has read them; "" where there is no name."""
+    args: Any = opened.tile[0][3] if opened.tile else ""
+    first = args[0] if isinstance(args, tuple) and args else args
+    return first if isinstance(first, str) else ""
+
+
+def _plain(image: Image.Image, raw: str, form: str, inverted: bool) -> Image.Image:
+    """The image in mode L, LA, RGB, RGBA, CMYK or LAB, with 8 bits a sample."""
+    if image.mode == "P" or (form != "PNG" and image.mode in ("1", "L", "RGB")):
+        return image.convert("RGBA" if image.has_transparency_data else "L" if image.mode in ("1", "L") else "RGB")
+    samples, key = np.asarray(image), image.info.get("transparency")
+    opaque = None if key is None else _differs(samples, key, raw)
+    if image.mode == "F":
+        image = _from_unit(samples, inverted)
+    elif image.mode.startswith("I"):
+        image = _from_integers(samples, image.mode, raw, form, inverted)
+    image = image.convert(PLAIN[image.mode]) if image.mode in PLAIN else image
+    if opaque is not None:
+        image.putalpha(Image.fromarray(opaque * np.uint8(255)))
+    return image
+
+
+def _differs(samples: NDArray[Any], key: Any, raw: str) -> NDArray[np.bool_]:
+    """Where an image is not of its one transparent colour, [H, W]."""
+    if raw == "RGB;16B":  # Pillow keeps the upper 8 bits of the samples, and all of the colour's
+        key = tuple(level >> 8 for level in key)
+    elif raw in SAMPLE_SCALES:
+        key *= SAMPLE_SCALES[raw]
+    elif samples.dtype == np.bool_:
+        key = bool(key)
+    return (samples != key) if samples.ndim == 2 else (samples != np.array(key)).any(-1)
+
+
+def _from_unit(samples: NDArray[Any], inverted: bool) -> Image.Image:
+    """Floating-point grey from 0 to 1 as 8 bits."""
+    least, most = samples.min(), samples.max()
+    if not (least >= 0 and most <= 1):  # nor where there is a NaN
+        raise Unranged(f"holds values from {least:g} to {most:g}; an image of floating-point numbers holds 0 (black) to 1 (white)")
+    return Image.fromarray(np.rint((1 - samples if inverted else samples) * 255).astype(np.uint8))
+
+
+def _from_integers(samples: NDArray[Any], mode: str, raw: str, form: str, inverted: bool) -> Image.Image:
+    """Grey of 16 bits, or of 12 in a TIFF, as its upper 8 bits. Wider integers have no agreed white."""
+    if mode == "I" and form not in INTEGERS:
+        raise Unranged("holds signed or 32-bit integers, of which none is agreed to be white; save it with 8 or 16 bits")
+    upper = (samples >> (4 if raw == "I;12" else 8)).astype(np.uint8)
+    return Image.fromarray(255 - upper if inverted else upper)
+
+
+def _unprofiled(image: Image.Image) -> Image.Image:
+    if image.mode != "LAB":
+        return image.convert("RGB")
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
+    return _converted(image, lab)
+
+
+def _from_profile(image: Image.Image, profile: bytes, name: str) -> Image.Image:
+    """L, RGB, CMYK or LAB in the colours of an ICC profile, as RGB in those of sRGB."""
+    try:
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = cast(Any, opened.profile).xcolor_space.strip()
+        if (image.mode, space) == ("L", "RGB"):  # grey is a colour of any RGB space
+            image = image.convert("RGB")
+        if PROFILED.get(space) != image.mode:
+            raise ValueError(f"describes {space} and the image is {image.mode}")
+        converted = _converted(image, opened)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
+        log.warning("%s: its colour profile cannot be used (%s), so it is read without one", name, error)
+        return _unprofiled(image)
+    if image.mode in ("L", "RGB"):
+        given = image.convert("RGB")
+        if (
+            np.abs(np.asarray(converted).astype(np.int16) - np.asarray(given)).max() <= 1
+        ):  # a profile of sRGB's own: what it moves is rounding
+            return given
+    return converted
+
+
+def _converted(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
+    target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    return ImageCms.ImageCmsTransform(profile, target, image.mode, "RGB").apply(image)
