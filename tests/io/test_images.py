@@ -129,11 +129,14 @@ def test_grey_16_bit_cmyk_and_animation(tmp_path):
 def test_data_uri_and_address(tmp_path):
     pixels = picture()
     data = png(Image.fromarray(pixels))
-    assert np.array_equal(read_image("data:image/png;base64," + base64.b64encode(data).decode()), pixels)
+    for head in ("data:image/png;base64,", "DATA:;base64,"):
+        assert np.array_equal(read_image(head + base64.b64encode(data).decode()), pixels)
+    asked = []
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200 if self.path == "/a.png" else 404)
+            asked.append(self.path)
+            self.send_response(200 if "/a.png" in self.path else 404)
             self.end_headers()
             self.wfile.write(data)
 
@@ -145,6 +148,9 @@ def test_data_uri_and_address(tmp_path):
     address = f"http://127.0.0.1:{server.server_port}"
     try:
         assert np.array_equal(read_image(f"{address}/a.png"), pixels)
+        for url in ("/ü b/a.png?q=ä |&x=%20#part", "/%C3%BC/a.png"):
+            assert np.array_equal(read_image(address.replace("http", "HTTP") + url), pixels)
+        assert asked == ["/a.png", "/%C3%BC%20b/a.png?q=%C3%A4%20%7C&x=%20", "/%C3%BC/a.png"]
         with pytest.raises(UserError, match="cannot be read"):
             read_image(f"{address}/other.png")
     finally:
@@ -166,8 +172,10 @@ def test_refused_sources(tmp_path, monkeypatch):
         read_image(tmp_path / "nothing.png")
     with pytest.raises(UserError, match="cannot be read"):
         read_image(tmp_path)
-    with pytest.raises(UserError, match="cannot be read"):
-        read_image("data:no comma")
+    for url in ("data:no comma", "http:///a.png", "http://[::1/a.png", "http://host:port/a.png", f"http://{'ü' * 80}/"):
+        with pytest.raises(UserError, match="cannot be read") as caught:
+            read_image(url)
+        assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="does not exist"):
         read_image(f"file://{tmp_path}/text")  # an address scheme that would read this machine
     monkeypatch.setattr(module, "MOST_BYTES", 10)

@@ -10,8 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from urllib.parse import SplitResult, quote, urljoin, urlsplit
+from urllib.parse import SplitResult, urljoin, urlsplit
 
+from tinydiff import paths
 from tinydiff.records import UserError
 
 PORTS = (80, 443)
@@ -27,9 +28,6 @@ HIDDEN = tuple(
 """Networks that Python calls public in some versions, and are for protocols, examples or ways into IPv4 (Teredo, 6to4)."""
 IPV6_PUBLIC = ipaddress.ip_network("2000::/3")
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
-
-_AS_IT_IS = "%/:=&?~+!$,;'@()*[]"
-"""What is not quoted in a path or query."""
 
 Resolve = Callable[[str, int, float], list[str]]
 """(host, port, seconds) -> numeric addresses. Raises OSError."""
@@ -122,7 +120,8 @@ def _parts(url: str, field: str) -> SplitResult:
     try:
         parts = urlsplit(url)
         port, host = parts.port, parts.hostname or ""
-        host = host if host.isascii() else host.encode("idna").decode()
+        if parts.scheme in ("http", "https") and host:
+            parts = urlsplit(paths.ascii_url(url))
     except ValueError:
         raise UserError(field, f"{field}: is not an address that can be read; it is http://HOST/... or https://HOST/...") from None
     if parts.scheme not in ("http", "https") or not host:
@@ -131,7 +130,7 @@ def _parts(url: str, field: str) -> SplitResult:
         raise UserError(field, f"{field}: the address holds a name or a password, which are not sent; leave them out")
     if port is not None and port not in PORTS:
         raise UserError(field, f"{field}: the address names port {port}; it may be {' or '.join(map(str, PORTS))}")
-    return parts._replace(netloc=(f"[{host}]" if ":" in host else host) + (f":{port}" if port is not None else ""))
+    return parts
 
 
 def _shown(parts: SplitResult) -> str:
@@ -169,7 +168,7 @@ def _answer(sock: socket.socket, parts: SplitResult, field: str, most: int, end:
     """(the bytes, None), or (b"", where a redirect leads), of one request. Raises OSError and HTTPException, TimeoutError after `end`."""
     connection = http.client.HTTPConnection(parts.netloc)
     connection.sock = sock
-    target = quote(parts.path or "/", safe=_AS_IT_IS) + (f"?{quote(parts.query, safe=_AS_IT_IS)}" if parts.query else "")
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     headers = {"Host": parts.netloc, "User-Agent": "tinydiff", "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"}
     with _ended_at(sock, end), closing(connection):
         connection.request("GET", target, headers=headers)
