@@ -32,7 +32,7 @@ LATER_ATTENTION = (
 LATER_CHOICES = {"backend": ("diffusers",), "encoder_parallel": ("dp",)}
 """SGLang's values that do not exist here yet."""
 
-SHOWN_AS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+SHOWN_AS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
 MOST_VALUES = 100_000
 """Numbers that one option takes."""
@@ -59,11 +59,16 @@ def filled(group: type[Record], entries: Mapping[str, Any]) -> Record:
     for entry in fields(cast(Any, group)):
         given = entries.get(entry.name)
         if given is not None and not (entry.default == () and given in ([], ())):
-            value = read(entry.name, hints[entry.name], given)
-            for number in value if isinstance(value, tuple) else (value,):
-                _in_range(entry.name, number, entry.metadata)
-            found[entry.name] = value
+            found[entry.name] = within_limits(entry.name, hints[entry.name], given, entry.metadata)
     return group(**found)
+
+
+def within_limits(name: str, kind: Any, value: Any, limits: Mapping[str, float]) -> Any:
+    """`value` as the annotated type `kind`, its numbers in the bounds that `within` names. Raises UserError."""
+    made = read(name, kind, value)
+    for number in made if isinstance(made, tuple) else (made,):
+        _in_range(name, number, limits)
+    return made
 
 
 def read(name: str, kind: Any, value: Any) -> Any:

@@ -116,7 +116,7 @@ def test_mistakes(model, tmp_path):
     refused("num_step", "num_step: no such option here", tinydiff.generate, model, "a", num_step=3)
     refused("heigth", "did you mean 'height'?", tinydiff.generate, model, "a", heigth=3)
     refused("output_path", "no such option here", tinydiff.generate, model, "a", output_path="x")
-    refused("height", "'tall' is not a whole number", tinydiff.generate, model, "a", height="tall")
+    refused("height", "'tall' is not an integer", tinydiff.generate, model, "a", height="tall")
     refused("height", "100 is not a multiple of 16", tinydiff.generate, model, "a", height=100)
     refused("guidance_scale", "nan is not a finite number", tinydiff.generate, model, "a", guidance_scale=float("nan"))
     refused("prompt", "takes one text, not a list", tinydiff.generate, model, ["a", "b"])

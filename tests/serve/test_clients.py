@@ -242,7 +242,7 @@ def test_models(client):
     [
         ({"model": "gpt-image-1"}, openai.NotFoundError, "model_not_found", "model", "'tinydiff/shapes' is"),
         ({"extra_body": {"guidance_scal": 3}}, openai.BadRequestError, "unknown_parameter", "guidance_scal", "guidance_scale"),
-        ({"extra_body": {"seed": "one"}}, openai.BadRequestError, "invalid_value", "seed", "a whole number"),
+        ({"extra_body": {"seed": "one"}}, openai.BadRequestError, "invalid_value", "seed", "an integer"),
         ({"extra_body": {"guidance_scale": -1}}, openai.BadRequestError, "invalid_value", "guidance_scale", "-1"),
         ({"size": "100x128"}, openai.BadRequestError, "invalid_value", "size", "96 and 112"),
         ({"n": 11}, openai.BadRequestError, "invalid_value", "n", "11 outputs are more than the 10"),

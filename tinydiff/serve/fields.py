@@ -6,7 +6,6 @@ nothing. Every sampling option of `tinydiff generate` is a field under its name 
 
 from __future__ import annotations
 
-import math
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from tinydiff import config, flags, values
 from tinydiff.config import OutputOptions, SamplingOptions
-from tinydiff.records import UserError, nearest
+from tinydiff.records import UserError, nearest, shown
 from tinydiff.serve.body import parse_json
 from tinydiff.serve.errors import Refusal
 from tinydiff.serve.jobs import Kind
@@ -27,6 +26,9 @@ MOST_PROMPT = 32_000
 MOST_OUTPUTS = 10_000
 """Outputs that a server may allow one request (--max-outputs)."""
 MOST_PARTIAL = 3
+MOST_SECONDS = 3600
+MOST_LISTED = 10_000
+"""Values of a list."""
 
 STEPS_OF_QUALITY = {"low": 0.5, "medium": 0.75, "high": 1.0, "hd": 1.0, "xhigh": 1.5, "max": 2.0}
 """What `quality` means here: so many times the model's own number of steps. "auto" and "standard" leave it."""
@@ -57,9 +59,9 @@ Reader = Callable[[str, Any, bool], Any]
 def _text(most: int = 512) -> Reader:
     def read(name: str, value: Any, words: bool) -> str:
         if not isinstance(value, str):
-            raise _wrong(name, value, "a text")
+            raise _wrong(name, value, "a string")
         if len(value) > most:
-            raise UserError(name, f"{name}: has {len(value)} characters; {most} are the most")
+            raise UserError(name, f"{name}: has {len(value):,} characters; {most:,} are the most")
         return value
 
     return read
@@ -67,18 +69,18 @@ def _text(most: int = 512) -> Reader:
 
 def _whole(least: int, most: int) -> Reader:
     def read(name: str, value: Any, words: bool) -> int:
-        value = int(value) if words and isinstance(value, str) and re.fullmatch(r"-?\d{1,18}", value) else value
+        value = int(value) if words and isinstance(value, str) and re.fullmatch("-?[0-9]{1,18}", value) else value
         if not isinstance(value, int) or isinstance(value, bool):
-            raise _wrong(name, value, "a whole number")
+            raise _wrong(name, value, "an integer")
         if not least <= value <= most:
-            raise UserError(name, f"{name}: {value} must be from {least} to {most}")
+            raise UserError(name, f"{name}: {_shown(value)} must be from {least} to {most}")
         return value
 
     return read
 
 
 def _truth(name: str, value: Any, words: bool) -> bool:
-    value = {"true": True, "false": False}.get(value.lower(), value) if words and isinstance(value, str) else value
+    value = {"true": True, "false": False}.get(value[:8].lower(), value) if words and isinstance(value, str) else value
     if not isinstance(value, bool):
         raise _wrong(name, value, "true or false")
     return value
@@ -96,20 +98,16 @@ def _choice(*choices: str, **same: str) -> Reader:
 
 
 def _size(name: str, value: Any, words: bool) -> str:
-    if not isinstance(value, str) or not (value == "auto" or re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", value)):
+    if not isinstance(value, str) or not (value == "auto" or re.fullmatch("[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", value)):
         raise UserError(name, f'{name}: {_shown(value)} is neither "auto" nor WIDTHxHEIGHT in pixels, such as "1024x768"')
     return value
 
 
 def _seconds(name: str, value: Any, words: bool) -> float:
     """OpenAI has them as a text, "4"; a number is taken too."""
-    try:
-        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
-    except (ValueError, OverflowError):
-        number = math.nan
-    if not 0 < number <= 3600:
-        raise UserError(name, f'{name}: {_shown(value)} is not a number of seconds above 0 and at most 3600, such as "4"')
-    return number
+    if isinstance(value, str) and not _NUMBERS.fullmatch(value):
+        raise _wrong(name, value, 'a number of seconds, such as "4"')
+    return values.within_limits(name, float, value, {"above": 0, "most": MOST_SECONDS})
 
 
 BOTH: dict[str, Reader] = {
@@ -159,8 +157,11 @@ IDLE: dict[str, tuple[tuple[Any, ...], str]] = {
 ENCODING = ("output_quality", "output_compression", "x264_preset")
 SAMPLING = tuple(entry.name for entry in fields_of(SamplingOptions) if entry.name not in ("image_path", "mask_path"))
 _HINTS = {**get_type_hints(SamplingOptions), **get_type_hints(OutputOptions)}
+_LIMITS = {entry.name: entry.metadata for entry in (*fields_of(SamplingOptions), *fields_of(OutputOptions))}
 _ELSEWHERE = {*config.NAMES, *flags.SERVER, *flags.MAPS, "prompt_path", "output_file_path", "no_save_output"}
 """Names of `generate` and `serve` that a request cannot settle, but for the above."""
+_NUMBERS = re.compile("-?[.0-9][-+.0-9eE]*(?:[, ]+-?[.0-9][-+.0-9eE]*)*")
+"""What numbers in a form begin with and hold. `values` reads more, as words of a command line: blanks, a plus, infinity."""
 _EXTRA = ("extra_body", "extra_params", "extra_json")
 
 
@@ -244,7 +245,9 @@ def _entries(body: Mapping[str, Any], form: bool) -> Iterator[tuple[str, Any, bo
 
 
 def _option(name: str, meant: str, value: Any, words: bool) -> Any:
-    """A sampling or encoding option. In JSON a number must be a number and a text a text; of texts there is one."""
+    """A sampling or encoding option. In JSON a number must be a number and a string a string; of strings there is one."""
+    if isinstance(value, str) and len(value) > MOST_PROMPT:
+        raise UserError(name, f"{name}: has {len(value):,} characters; {MOST_PROMPT:,} are the most")
     if meant in ("prompt", "negative_prompt"):
         return _text(MOST_PROMPT)(name, value, words)
     hint = str(_HINTS[meant])
@@ -252,11 +255,15 @@ def _option(name: str, meant: str, value: Any, words: bool) -> Any:
     if words and several and isinstance(value, str) and value.startswith("["):
         value, words = parse_json(value, name), False
     each = value if isinstance(value, list) and several else [value]
+    if len(each) > MOST_LISTED:
+        raise UserError(name, f"{name}: has {len(each):,} values; {MOST_LISTED:,} are the most")
     for one in each:
         if isinstance(one, dict | list | bytes | bool | None) or isinstance(one, str) == (numbers and not words):
-            what = ("a number" if "float" in hint else "a whole number") if numbers else "a text"
+            what = ("a number" if "float" in hint else "an integer") if numbers else "a string"
             raise _wrong(name, one, f"{what}{' or a list of them' if several else ''}")
-    return values.read(name, _HINTS[meant], value)
+    if words and numbers and not all(_NUMBERS.fullmatch(one) for one in each if isinstance(one, str)):
+        raise _wrong(name, value, "a number" if "float" in hint else "an integer")
+    return values.within_limits(name, _HINTS[meant], value, _LIMITS[meant])
 
 
 def _sources(name: str, value: Any) -> Iterator[str | bytes | FileId]:
@@ -316,8 +323,8 @@ def _wrong(name: str, value: Any, wanted: str) -> UserError:
     return UserError(name, f"{name}: {_shown(value)} is not {wanted}")
 
 
+
 def _shown(value: Any) -> str:
     if isinstance(value, bytes):
         return "a file"
-    text = {True: "true", False: "false", None: "null"}.get(value) if isinstance(value, bool | None) else repr(value)
-    return text if text and len(text) <= 80 else f"{str(text)[:80]}..."
+    return {True: "true", False: "false", None: "null"}[value] if isinstance(value, bool | None) else shown(value)

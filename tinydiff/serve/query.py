@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import falcon
 
-from tinydiff.records import UserError, nearest
+from tinydiff.records import UserError, nearest, shown
 from tinydiff.serve.errors import Refusal
 
 
@@ -24,8 +24,8 @@ def parameters(req: falcon.Request, names: Sequence[str]) -> dict[str, str]:
 
 
 def whole_number(query: dict[str, str], name: str, least: int, most: int, default: int) -> int:
-    """A whole number of the query. Raises UserError."""
+    """An integer of the query. Raises UserError."""
     text = query.get(name, str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
-        raise UserError(name, f"{name}: {text[:80]!r} is not a whole number from {least} to {most}")
+        raise UserError(name, f"{name}: {shown(text)} is not an integer from {least} to {most}")
     return int(text)
