@@ -61,6 +61,44 @@ def test_numbers_of_a_form_are_texts():
     assert (asked.answer["stream"], asked.answer["partial_images"]) == (True, 1)
 
 
+STRANGE = ["1_0", "+1", " 1", "1 ", "\u0661", "\uff11", "0x10", "1e1", "Infinity", "inf", "nan", "NaN", "1" + "0" * 309, "", "1.", "--1"]
+"""What Python's own readers take for an integer or a number, or nearly: 1_0 as ten, every script's digits, blanks around them."""
+
+
+@pytest.mark.parametrize("text", STRANGE)
+@pytest.mark.parametrize("name", ["n", "priority", "height", "fps", "num_inference_steps", "num_outputs_per_prompt", "output_compression"])
+def test_the_text_of_an_integer_is_its_digits(name, text):
+    param, said = refused({"prompt": "p", name: text}, "video" if name == "fps" else "image", form=True)
+    assert param == name and ("integer" in said or "must be" in said)
+
+
+@pytest.mark.parametrize("text", [text for text in STRANGE if text not in ("1.", "1e1")])
+@pytest.mark.parametrize("name", ["guidance_scale", "strength", "flow_shift", "seconds"])
+def test_the_text_of_a_number_is_digits_a_point_and_an_exponent(name, text):
+    assert refused({"prompt": "p", name: text}, "video", form=True)[0] == name
+
+
+@pytest.mark.parametrize(("text", "number"), [("2", 2.0), ("2.5", 2.5), (".5", 0.5), ("1.", 1.0), ("1e1", 10.0), ("25E-1", 2.5)])
+def test_numbers_of_a_form_are_read(text, number):
+    assert read_fields({"prompt": "p", "guidance_scale": text}, "image", form=True).fields["guidance_scale"] == number
+    assert read_fields({"prompt": "p", "seconds": text}, "video", form=True).answer["seconds"] == number
+
+
+HUGE = 10**309
+
+
+@pytest.mark.parametrize("form", [False, True])
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_no_number_overflows(kind, form):
+    """Beyond a float's range an integer is still only too large."""
+    numbers = {name for name in fields.SAMPLING if name not in ("prompt", "negative_prompt")} | {"output_compression", "n", "priority"}
+    numbers |= {"seconds"} if kind == "video" else {"partial_images"}
+    for name in numbers:
+        for value in (HUGE, -HUGE):
+            param, said = refused({"prompt": "p", name: str(value) if form else value}, kind, form=form)
+            assert param == name and len(said) < 600
+
+
 def test_null_is_not_given():
     assert set(read_fields({"prompt": "p", "seed": 1, "size": None, "height": None, "loras": None}, "image").fields) == {"prompt", "seed"}
 

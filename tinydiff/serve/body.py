@@ -22,7 +22,7 @@ MOST_PARTS = 512
 """Fields of a form."""
 MOST_DEPTH = 32
 """Nested lists and dicts."""
-MOST_VALUES = 100_000
+MOST_VALUES = 20_000
 """Values of a JSON text. Its commas and brackets are counted for it, those inside strings too; a long prompt has fewer."""
 MOST_CONTENT_TYPE = 1024
 """Characters of the header Content-Type."""
@@ -169,7 +169,7 @@ def _header(name: str, text: str) -> tuple[str, dict[str, str]]:
     found: dict[str, str] = {}
     while at >= 0 and text[at:].strip():
         match = _PARAMETER.match(text, at)
-        key = (match and match[1] or "").lower()
+        key = ((match and match[1]) or "").lower()
         if match is None or key in found:
             raise UserError(name, f"{name}: {shown(text)} is not a value and parameters, such as a/b; c=d")
         if key:

@@ -323,7 +323,6 @@ def _wrong(name: str, value: Any, wanted: str) -> UserError:
     return UserError(name, f"{name}: {_shown(value)} is not {wanted}")
 
 
-
 def _shown(value: Any) -> str:
     if isinstance(value, bytes):
         return "a file"

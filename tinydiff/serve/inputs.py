@@ -11,9 +11,8 @@ import io
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
 
-from tinydiff.records import UserError
+from tinydiff.records import UserError, shown
 from tinydiff.serve.fetch import FETCH_S, fetch, too_large
 
 if TYPE_CHECKING:
@@ -28,6 +27,10 @@ FORMATS = {
 """Pillow's names of the formats that are read -> media type. MPO is what phones make of a JPEG by putting more pictures behind it."""
 
 SHOWN_FORMATS = "PNG, JPEG, WebP, GIF, BMP or AVIF"
+
+ESCAPED = {"%2B": "+", "%2F": "/", "%3D": "=", "%0A": "", "%0D": "", "%20": ""}
+"""What a URI's escapes may stand for in base64."""
+_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
 """How pictures begin in base64."""
@@ -70,8 +73,7 @@ def _read(source: str, field: str, allow_urls: bool, most: int, get: Get) -> byt
     if source.startswith(BASE64_STARTS) or (len(source) >= 256 and re.fullmatch(r"[A-Za-z0-9+/_\s-]+", source[:256])):
         raise UserError(field, f"{field}: is base64 without its head; put data:image/png;base64, before it")
     address = " or an http(s) address" if allow_urls else ""
-    shown = repr(source if len(source) <= 80 else f"{source[:80]}...")
-    raise UserError(field, f"{field}: {shown} must be a file sent along, a data URI{address}; the server's own files are not read")
+    raise UserError(field, f"{field}: {shown(source)} must be a file sent along, a data URI{address}; the server's own files are not read")
 
 
 def _data_uri(source: str, field: str, most: int) -> bytes:
@@ -80,9 +82,11 @@ def _data_uri(source: str, field: str, most: int) -> bytes:
         raise UserError(field, f"{field}: is a data URI without ;base64, ; the form is data:image/png;base64,...")
     if len(body) > 6 * most:  # four letters are three bytes, and one written as %2B is three letters
         raise too_large(field, most)
-    text = "".join((unquote(body) if "%" in body else body).split()).translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")
+    for code, letter in ESCAPED.items():
+        body = body.replace(code, letter).replace(code.lower(), letter)
     try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        text = body.encode("ascii").translate(_ALPHABET, delete=b" \t\r\n").rstrip(b"=")
+        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise UserError(field, f"{field}: is a data URI whose base64 is broken") from None
 
