@@ -50,7 +50,7 @@ def test_other_numbers_and_truths_of_numpy():
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("height", numpy.float32(480), "height: 480.0 is not a whole number"),
+        ("height", numpy.float32(480), "height: 480.0 is not an integer"),
         ("height", numpy.zeros((2, 2)), "height: array("),
         ("height", numpy.arange(2), "height: takes one value and was given 0 1"),
         ("guidance_scale", numpy.float64("nan"), "guidance_scale: nan is not a finite number"),
@@ -58,9 +58,9 @@ def test_other_numbers_and_truths_of_numpy():
         ("guidance_scale", "9" * 401, "has too many digits"),
         ("height", "9" * 5000, "has too many digits"),
         ("height", 10**5000, "height: an integer of more than 200 digits must be at least 1"),
-        ("negative_prompt", 10**5000, "negative_prompt: an integer of more than 200 digits is not a text"),
-        ("height", "1_0", "height: '1_0' is not a whole number"),
-        ("height", "٤٨", "height: '٤٨' is not a whole number"),
+        ("negative_prompt", 10**5000, "negative_prompt: an integer of more than 200 digits is not a string"),
+        ("height", "1_0", "height: '1_0' is not an integer"),
+        ("height", "٤٨", "height: '٤٨' is not an integer"),
         ("guidance_scale", "1_0.5", "guidance_scale: '1_0.5' is not a number"),
         ("seed", [1, 2**63], "seed: 9223372036854775808 must be at least 0 and at most 9223372036854775807"),
         ("seed", range(10**12), "seed: takes at most 100000 values"),

@@ -57,7 +57,7 @@ REFUSED = {
     "a quality of 20 MB": (IMAGES, JSON, prompt(quality="hi" * 10_000_000), "quality", "is not one of"),
     "an x264_preset of 20 MB": (VIDEOS, JSON, prompt(x264_preset="f" * 20_000_000), "x264_preset", "characters"),
     "a size of 20 MB": (IMAGES, JSON, prompt(size="1" * 20_000_000), "size", "is neither"),
-    "seconds of 20 MB": (VIDEOS, JSON, prompt(seconds="1" * 20_000_000), "seconds", "is not a number"),
+    "seconds of 20 MB": (VIDEOS, JSON, prompt(seconds="1" * 20_000_000), "seconds", "too many digits"),
     "a number of 4,300 digits": (IMAGES, JSON, b'{"prompt":"a","n":' + b"1" * 4300 + b"}", "n", "must be from"),
     "a name of 20 MB": (IMAGES, JSON, prompt(**{"p" * 20_000_000: 1}), "p" * 80, "no such field"),
     "a name of 20 MB in extra_body": (IMAGES, JSON, prompt(extra_body={"p" * 20_000_000: 1}), "p" * 80, "no such field"),
