@@ -13,13 +13,14 @@ with listening(made) as address: ...                  # its app in a real server
 from __future__ import annotations
 
 import io
+import socket
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from tinydiff.config import ModelOptions
 from tinydiff.io.images import encode_image
 from tinydiff.io.video import write_video
 from tinydiff.serve.app import make_app
+from tinydiff.serve.channel import Limits, Server
 from tinydiff.serve.files import Files
+from tinydiff.serve.guard import Guard
 from tinydiff.serve.jobs import Failure, Job, Output
 from tinydiff.serve.metrics import Metrics
 from tinydiff.serve.options import ServeOptions
@@ -63,22 +66,20 @@ def service(folder: Path, row: dict[str, Any] | None = None, **options: Any) -> 
 
 
 @contextmanager
-def listening(made: Service) -> Iterator[str]:
-    """The service's app in a real server, which ends with the block; its address, http://host:port."""
-    from waitress.server import create_server
-    from waitress.wasyncore import close_all
-
-    server = create_server(
-        make_app(made), host="127.0.0.1", port=0, threads=8, channel_request_lookahead=1, clear_untrusted_proxy_headers=True
+def listening(made: Service, **limited: Any) -> Iterator[str]:
+    """The service's app in a real server, which ends with the block; its address, http://host:port. limited: other `Limits`."""
+    sock = socket.create_server(("127.0.0.1", 0))
+    limits = Limits(
+        **{"threads": 8, "body": int(made.options.max_body * 1e6), "connections": 100, "wants_body": Guard(made).wants_body, **limited}
     )
-
+    server = Server(make_app(made), sock, limits, "127.0.0.1")
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.effective_port}"  # pyright: ignore
+        yield f"http://127.0.0.1:{server.effective_port}"
     finally:
         made.scheduler.close()  # pyright: ignore
-        server.trigger.pull_trigger(partial(close_all, server._map, True))  # in its own thread, with the connections that clients keep
+        server.hang_up()
         thread.join(5)
 
 

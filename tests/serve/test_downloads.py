@@ -9,8 +9,9 @@ import falcon.testing
 import pytest
 import waitress
 
-from tinydiff.serve.downloads import PIECE, send_file
+from tinydiff.serve.downloads import send_file
 
+PIECE = 2**18
 DATA = bytes(range(256)) * 40
 CHANGED = 1_700_000_000
 DATE = "Tue, 14 Nov 2023 22:13:20 GMT"

@@ -1,29 +1,157 @@
-"""Connections of waitress whose own refusals, of a body too large or a broken request, are OpenAI's error object too."""
+"""HTTP connections: what waitress does, and what it leaves to its users.
+
+One thread (waitress's loop) reads requests and sends answers; pools of threads make the answers. Three rules keep the server reachable:
+
+- No thread waits for a client. What a client does not read yet lies in a buffer, a file is sent by the loop alone, and the loop gives each
+  connection its turn.
+- What never waits has threads of its own: the probes of a monitor, refusals, and requests that only look.
+- A connection that does nothing is closed in time, and where there are too many the oldest idle one makes way.
+
+A body is read only where the headers let the request through (`Limits.wants_body`). Else the request reaches the app without it, the app
+refuses it as it refuses any other, and the connection ends with the answer.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import secrets
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
+from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
-from waitress.task import ErrorTask
+from waitress.parser import HTTPRequestParser, ParsingError
+from waitress.server import TcpWSGIServer
+from waitress.task import ErrorTask, ThreadedTaskDispatcher
+from waitress.wasyncore import close_all
 
-from tinydiff.serve.errors import body
+from tinydiff.serve.errors import Refusal, body
 
-CODES = {413: "request_too_large", 431: "headers_too_large"}
+log = logging.getLogger(__name__)
+
+CODES = {413: "request_too_large", 431: "headers_too_large", 501: "not_supported", 500: "server_error"}
+
+PROBES = ("/liveness", "/health", "/health_generate", "/ready", "/metrics")
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+
+MOST_HEADERS = 8192
+"""Bytes of a request's first line and headers together."""
+MOST_FRAMING = 2**16
+"""Bytes of a chunked body, beyond as many as its content has, that only say where chunks end."""
+MOST_LINE = 1024
+"""Bytes of a line that says how long a chunk is."""
+MOST_UNREAD = 2**26
+"""Bytes of an answer in parts, a stream of events, that wait for their client; then the thread that makes them waits too."""
+TURN = 2**20
+"""Bytes that one connection is sent before others have their turn."""
+
+HEADERS_S = 15.0
+"""Seconds for the headers of a request to come."""
+BODY_S, BODY_PACE = 30.0, 500.0
+"""A body has so many seconds, and one more for each BODY_PACE bytes that came."""
+KEPT_S = 120.0
+"""Seconds that a connection is kept open between two requests."""
+STALLED_S = 60.0
+"""Seconds without a byte read after which a client that is owed some is given up."""
+LINGER_S = 5.0
+"""Seconds that a refused body is read and thrown away, so that its sender gets to read the answer."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server grants its clients."""
+
+    threads: int
+    """For requests that may wait, such as those for images."""
+    body: int
+    """Bytes of a body."""
+    connections: int
+    """Open at once. About half of them are answered at most, so that there is always an idle one to make way."""
+    wants_body: Callable[[str, Callable[[str], str | None], int | None], bool]
+    """(method, header by name, announced length) -> whether the body of such a request is to be read."""
+    readers: int = 16
+    """Threads for requests that only look, which never wait for the device."""
+    probers: int = 4
+    """Threads for the probes and refusals."""
+
+
+class Parser(HTTPRequestParser):
+    """One request as it arrives."""
+
+    def __init__(self, adj: Adjustments, channel: Channel) -> None:
+        super().__init__(adj)
+        self.channel, self.begun = channel, time.time()
+        self.without_body = False
+        """Whether there was one, and the app does not want it."""
+
+    def received(self, data: bytes) -> int:
+        """How many of the bytes belong to this request: all that will ever come, where it is the last of its connection."""
+        headers_known = self.headers_finished
+        try:
+            count = super().received(data)
+        except OSError as error:
+            log.error("a request's body cannot be kept: %s", error)
+            self.error = cast(Any, Refusal(507, "storage_failed", "the server cannot keep the body of the request: its disk is full"))
+            count = 0
+        if self.error is None and not headers_known and self.headers_finished and self.body_rcv is not None:
+            self._let_in()
+        elif self.error is None and self.chunked:
+            self._check_chunks()
+        if self.error is not None:
+            self.completed = True
+        if self.completed:
+            self.expect_continue = False  # a client that waits for leave to send its body has its answer
+        if self.error is not None or self.without_body:
+            self.channel.deaf = True
+            return len(data)
+        return count
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """Raises ParsingError also for what two servers may read in two ways."""
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:  # an address or a length that is none
+            raise ParsingError("the first line or a header cannot be read") from error
+        if self.version not in ("1.0", "1.1"):
+            raise ParsingError("the version of HTTP is 1.0 or 1.1")
+        if self.version == "1.0" and "TRANSFER_ENCODING" in self.headers:
+            raise ParsingError("HTTP/1.0 has no Transfer-Encoding")
+        if self.chunked and "CONTENT_LENGTH" in self.headers:
+            raise ParsingError("a body has either Content-Length or Transfer-Encoding, not both")
+
+    def _let_in(self) -> None:
+        """Leave the body away where the app does not want it."""
+        length = None if self.chunked else self.content_length
+        headers: dict[str, str] = cast(Any, self.headers)
+        if not self.channel.server.limits.wants_body(cast(Any, self.command), partial(_header, headers), length):
+            self.close()
+            self.body_rcv, self.chunked, self.completed, self.without_body = None, False, True, True
+            headers["CONNECTION"] = "close"
+
+    def _check_chunks(self) -> None:
+        """Refuse chunks that cost more than they carry, and lines without an end, which are read anew with every byte."""
+        found: Any = self.body_rcv
+        framing = self.body_bytes_received - len(found)
+        if len(found.control_line) > MOST_LINE or len(found.trailer) > MOST_HEADERS or framing > MOST_FRAMING + len(found):
+            self.error = cast(Any, Refusal(400, "bad_request", "the body comes in chunks that hold next to nothing; send larger ones"))
 
 
 class Refused(ErrorTask):
-    """The answer to a request that never reached the app."""
+    """The answer to a request that never reached the app, in the same form as the app's own."""
 
     def execute(self) -> None:
         error: Any = cast(Any, self.request).error
-        said = json.dumps(body(error.code, CODES.get(error.code, "bad_request"), f"{error.reason}: {error.body}")).encode()
-        self.status = f"{error.code} {error.reason}"
-        self.response_headers = [
-            *self.response_headers, ("Content-Type", "application/json"), ("x-request-id", f"req_{secrets.token_hex(12)}"),
-        ]  # fmt: skip
+        if not isinstance(error, Refusal):
+            error = Refusal(error.code, CODES.get(error.code, "bad_request"), f"{error.reason}: {error.body}")
+        said = json.dumps(body(error.status, error.code, error.message)).encode()
+        self.status = f"{error.status} {error.code.replace('_', ' ')}"
+        headers = {"Content-Type": "application/json", "x-request-id": f"req_{secrets.token_hex(12)}", **error.headers}
+        self.response_headers = [*self.response_headers, *headers.items()]
         self.set_close_on_finish()
         self.content_length = len(said)
         self.write(said)
@@ -33,3 +161,162 @@ class Channel(HTTPChannel):
     """A connection."""
 
     error_task_class = Refused
+    server: Server
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.answered = False
+        self.deaf = False
+        """Whether no request can follow: what still comes is thrown away."""
+        self.parting, self.parted_at, self.thrown_away = False, 0.0, 0
+        self.turn = TURN
+        super().__init__(*args, **options)
+        self.parser_class = cast(Any, partial(Parser, channel=self))
+
+    @property
+    def close_when_flushed(self) -> bool:
+        """Whether to close once all is sent. Who still sends a refused body would lose the answer with that, so `deaf` connections part."""
+        return self._close_when_flushed
+
+    @close_when_flushed.setter
+    def close_when_flushed(self, value: bool) -> None:
+        if value and self.deaf:
+            self.parting = True
+        else:
+            self._close_when_flushed = value
+
+    _close_when_flushed = False
+
+    def received(self, data: bytes) -> bool:
+        if self.deaf:
+            self.thrown_away += len(data)
+            self.will_close = self.will_close or self.thrown_away > self.adj.max_request_body_size
+            return False
+        made = super().received(data)
+        self.answered = self.answered or bool(self.requests)
+        return made
+
+    def writable(self) -> bool:
+        return bool(super().writable() or (self.parting and not self.parted_at))
+
+    def handle_write(self) -> None:
+        self.turn = TURN
+        super().handle_write()
+        if self.parting and not self.parted_at and self.connected and not self.total_outbufs_len:
+            self.parted_at = time.time()
+            try:
+                cast(Any, self.socket).shutdown(socket.SHUT_WR)
+            except OSError:
+                self.handle_close()
+
+    def send(self, data: bytes, do_close: bool = True) -> int:
+        if self.turn <= 0:
+            return 0
+        sent = super().send(data, do_close)
+        self.turn -= sent
+        return sent
+
+    def handle_expt(self) -> None:
+        self.handle_close()  # HTTP has no urgent data, and it would be announced for ever
+
+    def overdue(self, now: float) -> bool:
+        """Whether the client let the time pass that it had for what it does."""
+        if self.parted_at:
+            return now - self.parted_at > LINGER_S
+        if self.total_outbufs_len:
+            return now - self.last_activity > STALLED_S
+        if self.requests or self.parting:
+            return False
+        request = cast(Any, self.request)
+        if request is not None and request.headers_finished:
+            return now - request.begun > HEADERS_S + BODY_S + request.body_bytes_received / BODY_PACE
+        if request is not None and self.answered:
+            return now - request.begun > HEADERS_S
+        return now - self.last_activity > KEPT_S if self.answered else now - self.creation_time > HEADERS_S
+
+    def rank(self) -> tuple[bool, bool, float]:
+        """The least is the first to make way: one that is owed nothing and sends nothing, for the longest time."""
+        request = cast(Any, self.request)
+        since = request.begun if request is not None else self.last_activity if self.answered else self.creation_time
+        return bool(self.total_outbufs_len), request is not None and request.headers_finished, since
+
+
+class Server(TcpWSGIServer):
+    """Accepts connections, and hands each request to the threads for its kind."""
+
+    channel_class = Channel
+    active_channels: Any
+    trigger: Any
+    _map: Any
+
+    def __init__(self, application: Any, sock: socket.socket, limits: Limits, name: str) -> None:
+        """name: what stands for the host where a request names none."""
+        self.limits = limits
+        adj = Adjustments(
+            sockets=[sock],
+            channel_request_lookahead=1,  # tells of clients that are gone
+            max_request_header_size=MOST_HEADERS + 1,
+            max_request_body_size=limits.body + 2**20,  # chunks have ends too; the app counts exactly
+            outbuf_high_watermark=MOST_UNREAD,
+            connection_limit=limits.connections + 16,  # beyond what makes way
+            cleanup_interval=1,
+            asyncore_use_poll=True,  # select ends at descriptor 1023
+            server_name=name,
+            ident=None,
+            clear_untrusted_proxy_headers=True,
+        )
+        self.waiting, self.reading, self.probing = (_pool(count) for count in (limits.threads, limits.readers, limits.probers))
+        sockinfo = (sock.family, sock.type, sock.proto, sock.getsockname())
+        super().__init__(
+            application, map={}, _sock=cast(Any, sock), dispatcher=self.waiting, adj=adj, bind_socket=False, sockinfo=cast(Any, sockinfo)
+        )
+
+    def add_task(self, task: Any) -> None:
+        """Have a connection's next request answered; at once with 503 where an eighth of all connections wait for the same threads."""
+        request = task.requests[0]
+        pool = self._pool(request)
+        if pool is not self.probing and len(pool.queue) >= self.limits.connections // 8:
+            message = "the server has more requests than it can answer; try again soon"
+            request.error, pool = Refusal(503, "overloaded", message, headers={"retry-after": "5"}), self.probing
+        pool.add_task(task)
+
+    def _pool(self, request: Any) -> ThreadedTaskDispatcher:
+        if request.error is not None or "/" + request.path.strip("/") in PROBES:
+            return self.probing
+        if request.command in SAFE_METHODS:
+            return self.reading
+        return self.probing if request.without_body else self.waiting  # without its body the app refuses it
+
+    def readable(self) -> bool:
+        self._make_room()
+        return super().readable()
+
+    def maintenance(self, now: float) -> None:
+        for channel in list(self.active_channels.values()):
+            if channel.overdue(now):
+                channel.handle_close()
+
+    def end(self) -> None:
+        """Stop all threads. For the end, once the loop has."""
+        for pool in (self.waiting, self.reading, self.probing):
+            pool.shutdown(timeout=2)
+
+    def hang_up(self) -> None:
+        """Close every connection and end the loop, from another thread."""
+        self.trigger.pull_trigger(partial(close_all, self._map, True))
+
+    def _make_room(self) -> None:
+        while len(self.active_channels) >= self.limits.connections:
+            idle = [channel for channel in list(self.active_channels.values()) if not channel.requests]
+            if not idle:
+                return
+            min(idle, key=Channel.rank).handle_close()
+
+
+def _pool(count: int) -> ThreadedTaskDispatcher:
+    pool = ThreadedTaskDispatcher()
+    pool.set_thread_count(count)
+    return pool
+
+
+def _header(headers: Mapping[str, str], name: str) -> str | None:
+    return headers.get(name.upper().replace("-", "_"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,8 +16,6 @@ from tinydiff.serve.jobs import Output
 from tinydiff.serve.service import Service
 
 RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
-PIECE = 2**18
-"""Bytes read at once."""
 
 
 def base_url(service: Service, req: falcon.Request) -> str:
@@ -101,8 +98,7 @@ def send_file(req: falcon.Request, resp: falcon.Response, path: Path, media_type
         file.close()
         return
     file.seek(start)
-    # A file that is sent to its end goes out without a thread that waits for the client; a part of it needs one that counts.
-    resp.stream = file if stop == about.st_size else _pieces(file, stop - start)
+    resp.stream = Part(file, stop)
 
 
 def _known(req: falcon.Request, tag: str, changed: datetime) -> bool:
@@ -128,8 +124,13 @@ def _range(text: str, size: int) -> tuple[int, int] | None:
     return int(first), min(size, int(last) + 1) if last else size
 
 
-def _pieces(file: BinaryIO, count: int) -> Iterator[bytes]:
-    with file:
-        while count > 0 and (piece := file.read(min(PIECE, count))):
-            count -= len(piece)
-            yield piece
+class Part:
+    """A file that ends at `stop`. It can be sought in, so the server's loop sends it as the client reads, and no thread waits for that."""
+
+    def __init__(self, file: BinaryIO, stop: int) -> None:
+        self.file, self.stop = file, stop
+        self.seek, self.tell, self.close = file.seek, file.tell, file.close
+
+    def read(self, count: int | None = -1, /) -> bytes:
+        left = max(0, self.stop - self.file.tell())
+        return self.file.read(left if count is None or count < 0 else min(count, left))

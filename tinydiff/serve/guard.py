@@ -14,13 +14,14 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
 import falcon
 
 from tinydiff.serve.body import too_large
+from tinydiff.serve.channel import SAFE_METHODS
 from tinydiff.serve.errors import Refusal
 from tinydiff.serve.logs import REQUESTS
 from tinydiff.serve.service import Service
@@ -28,7 +29,8 @@ from tinydiff.serve.service import Service
 log = logging.getLogger(REQUESTS)
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._~-]{1,255})(:[0-9]{0,5})?")
+"""A Host header: a name or an address, and perhaps a port."""
 
 EXPOSED = ("x-request-id", "openai-poll-after-ms", "retry-after", "retry-after-ms", "x-should-retry")
 """Headers that another page's scripts may read."""
@@ -65,16 +67,13 @@ class Guard:
         context.request_id = given if _SANE_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
         context.begun, context.owner, context.admin, context.error_code, context.job_id = time.perf_counter(), "", False, "", ""
         resp.set_header("x-request-id", context.request_id)
-        self._check_page(req)
-        if req.content_length is not None and req.content_length > self.most:
-            raise too_large(self.most)
+        self._check(req.method, req.get_header, req.content_length)
 
     def process_resource(self, req: falcon.Request, resp: falcon.Response, resource: Any, params: dict[str, Any]) -> None:
         if req.method == "OPTIONS":
             return
-        key, context = _key(req), req.context
-        is_admin = self.admin is not None and hmac.compare_digest(key, self.admin)
-        known = any([is_admin, *[hmac.compare_digest(key, each) for each in self.keys]]) and key != b""  # a list: each key is compared
+        key, context = _key(req.get_header), req.context
+        is_admin, known = self._is_admin(key), self._known(key)
         keyless = not self.keys and self.admin is None
         context.admin = is_admin or keyless
         context.owner = owner(key) if known and self.keys else ""
@@ -120,18 +119,44 @@ class Guard:
             more = "".join(f" {name}={value}" for name, value in list(told.items())[4:])
             log.info("%s %s %d %.4f s%s", req.method, route, status, seconds, more)
 
-    def _check_page(self, req: falcon.Request) -> None:
+    def wants_body(self, method: str, get: Callable[[str], str | None], length: int | None) -> bool:
+        """Whether a request with these headers is one whose body is read. get: a header by its name. length: as announced, in bytes."""
+        if method in SAFE_METHODS:  # such a body means nothing
+            return False
+        try:
+            self._check(method, get, length)
+        except Refusal:
+            return False
+        return not self.keys or self._known(_key(get))
+
+    def _check(self, method: str, get: Callable[[str], str | None], length: int | None) -> None:
+        """Raise Refusal for what the headers alone tell, whatever is asked for."""
+        host = get("Host") or None
+        if host is not None and HOST.fullmatch(host) is None:
+            raise Refusal(400, "invalid_host", f"Host: {host[:80]!r} is not NAME or NAME:PORT")
+        self._check_page(method, host, get("Origin"))
+        if length is not None and length > self.most:
+            raise too_large(self.most)
+
+    def _check_page(self, method: str, host: str | None, origin: str | None) -> None:
         """A server without keys trusts whoever reaches it, and on loopback every page in a browser of this machine does. A name that merely
         leads here, as in DNS rebinding, is not this server's own, whatever else is sent: a page of that name reads without an Origin. Its
-        own page may do everything; another's script may where its origin is allowed."""
-        origin = req.get_header("Origin")
+        own page may do everything; another's script may where its origin is allowed. Whoever names no host is no browser."""
         if self.keys or (origin is not None and (origin in self.origins or "*" in self.origins)):
             return
-        if loopback(self.service.options.host) and not loopback(req.host) and req.netloc != self.home:
-            message = f"the name {req.host[:80]!r} is not this server's; name it with --public-url"
+        if host is not None and loopback(self.service.options.host) and not loopback(_name(host)) and host != self.home:
+            message = f"the name {_name(host)[:80]!r} is not this server's; name it with --public-url"
             raise Refusal(403, "unknown_host", message)
-        if origin is not None and req.method not in SAFE_METHODS and _netloc(origin) not in (req.netloc, self.home):
+        if origin is not None and method not in SAFE_METHODS and _netloc(origin) not in {host, self.home} - {None}:
             raise Refusal(403, "foreign_origin", f"a page of {origin[:80]!r} may not call this server; allow it with --cors-origin")
+
+    def _is_admin(self, key: bytes) -> bool:
+        return self.admin is not None and hmac.compare_digest(key, self.admin)
+
+    def _known(self, key: bytes) -> bool:
+        return (
+            any([self._is_admin(key), *[hmac.compare_digest(key, each) for each in self.keys]]) and key != b""
+        )  # a list: all are compared
 
 
 def _netloc(origin: str) -> str:
@@ -141,8 +166,13 @@ def _netloc(origin: str) -> str:
         return ""
 
 
-def _key(req: falcon.Request) -> bytes:
-    kind, _, key = (req.get_header("Authorization") or "").partition(" ")
+def _name(host: str) -> str:
+    """A Host header without its port."""
+    return host if host.endswith("]") else re.sub(r":[0-9]*$", "", host)
+
+
+def _key(get: Callable[[str], str | None]) -> bytes:
+    kind, _, key = (get("Authorization") or "").partition(" ")
     return key.strip().encode("latin-1", "replace") if kind.lower() == "bearer" else b""
 
 

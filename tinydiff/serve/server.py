@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ANSWERED_S = 5.0
+OWN_DESCRIPTORS = 256
+"""Of the process beside its connections: databases, weights, files that are being made."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OWN = tuple(entry.name for entry in fields(ServeOptions))
 SEVERAL = tuple(entry.name for entry in fields(ServeOptions) if str(entry.type).startswith("tuple"))
@@ -118,26 +120,14 @@ def listening(options: ServeOptions) -> socket.socket:
 @contextlib.contextmanager
 def running(service: Service, sock: socket.socket) -> Iterator[str]:
     """The server at work in threads of its own; its address. Ends gracefully: no new jobs, the running ones get their time."""
-    from waitress.server import create_server
-    from waitress.wasyncore import close_all
-
     from tinydiff.serve.app import make_app
-    from tinydiff.serve.channel import Channel
+    from tinydiff.serve.channel import Limits, Server
+    from tinydiff.serve.guard import Guard
 
     options, scheduler = service.options, service.scheduler
-    connections: dict[int, Any] = {}
-    server: Any = create_server(
-        make_app(service),
-        map=connections,
-        sockets=[sock],
-        threads=options.http_threads,
-        channel_request_lookahead=1,  # tells of clients that are gone
-        max_request_body_size=int(options.max_body * 1e6) + 2**20,
-        connection_limit=max(1000, 4 * options.http_threads),
-        ident=None,
-        clear_untrusted_proxy_headers=True,
-    )
-    server.channel_class = Channel
+    connections = _connections(options.http_threads)
+    limits = Limits(min(options.http_threads, connections // 2), int(options.max_body * 1e6), connections, Guard(service).wants_body)
+    server = Server(make_app(service), sock, limits, options.host)
     thread = threading.Thread(target=server.run, name="http", daemon=True)
     scheduler.start()
     thread.start()
@@ -147,10 +137,21 @@ def running(service: Service, sock: socket.socket) -> Iterator[str]:
     finally:
         scheduler.stop(options.http_graceful_shutdown_timeout)
         _answered(server)
-        server.trigger.pull_trigger(functools.partial(close_all, connections, True))  # in its own thread
+        server.hang_up()
         thread.join(5)
-        server.task_dispatcher.shutdown()
+        server.end()
         service.store.close()
+
+
+def _connections(threads: int) -> int:
+    """How many connections there may be, each with a file behind it; the process is allowed as many descriptors where it may be."""
+    wanted = max(1000, 4 * threads)
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * wanted + OWN_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if most == resource.RLIM_INFINITY else min(needed, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
+    return wanted if soft == resource.RLIM_INFINITY else max(16, min(wanted, (soft - OWN_DESCRIPTORS) // 2))
 
 
 def _answered(server: Any) -> None:
