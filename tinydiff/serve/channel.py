@@ -28,7 +28,7 @@ from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher
-from waitress.wasyncore import close_all
+from waitress.wasyncore import close_all, poll2  # select would end at descriptor 1023
 
 from tinydiff.serve.errors import Refusal, body
 
@@ -258,8 +258,6 @@ class Server(TcpWSGIServer):
             max_request_body_size=limits.body + 2**20,  # chunks have ends too; the app counts exactly
             outbuf_high_watermark=MOST_UNREAD,
             connection_limit=limits.connections + 16,  # beyond what makes way
-            cleanup_interval=1,
-            asyncore_use_poll=True,  # select ends at descriptor 1023
             server_name=name,
             ident=None,
             clear_untrusted_proxy_headers=True,
@@ -286,14 +284,19 @@ class Server(TcpWSGIServer):
             return self.reading
         return self.probing if request.without_body else self.waiting  # without its body the app refuses it
 
-    def readable(self) -> bool:
-        self._make_room()
-        return super().readable()
+    def run(self) -> None:
+        """The loop. Connections are closed between two polls alone: within one, a closed number may already be a new connection's."""
+        checked = 0.0
+        while self._map:
+            poll2(self.adj.asyncore_loop_timeout, self._map)
+            self._make_room()
+            if (now := time.time()) - checked >= 1:
+                checked = now
+                for channel in [each for each in self.active_channels.values() if each.overdue(now)]:
+                    channel.handle_close()
 
     def maintenance(self, now: float) -> None:
-        for channel in list(self.active_channels.values()):
-            if channel.overdue(now):
-                channel.handle_close()
+        """Nothing: `run` does it."""
 
     def end(self) -> None:
         """Stop all threads. For the end, once the loop has."""
