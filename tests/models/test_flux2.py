@@ -185,4 +185,4 @@ def test_configs_that_cannot_be_are_refused(changes, message):
 @pytest.mark.parametrize("tokens", [16, 256, 4096, 4300, 4301, 8160])
 @pytest.mark.parametrize("steps", [1, 4, 28, 50])
 def test_the_shift_is_the_pipelines(tokens, steps):
-    assert abs(flux2.mu(tokens, steps, {}) - compute_empirical_mu(tokens, steps)) < 1e-14
+    assert abs(flux2.mu(flux2.Config(), tokens, steps, {}) - compute_empirical_mu(tokens, steps)) < 1e-14

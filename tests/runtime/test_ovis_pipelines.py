@@ -52,8 +52,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("ovis") / "model"
 
 
-@pytest.fixture(scope="module")
-def pipe(folder):
+def build(folder):
     """The reference's pipeline, saved to `folder`."""
     folder.mkdir()
     tokenizer = Qwen2Tokenizer.from_pretrained(vocabularies.qwen(folder, chat_template=CHAT))
@@ -67,6 +66,11 @@ def pipe(folder):
     embed = networks["transformer"].time_proj
     embed.register_forward_pre_hook(lambda _, args: (torch.tensor(args[0].tolist(), dtype=torch.float32),))
     return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return build(folder)
 
 
 @pytest.fixture(scope="module")

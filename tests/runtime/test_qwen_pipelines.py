@@ -174,9 +174,18 @@ def test_edit_of_several(count, still, scale, small, tmp_path, pictures):
     _same(_ours(model, request, start), theirs, True)
 
 
-@pytest.mark.parametrize(("prompt", "scale"), [(PROMPT, 4.0), (PROMPT, 1.0), ("", 4.0)])
-def test_layers(prompt, scale, small, tmp_path, pictures, monkeypatch):
+@pytest.mark.parametrize(
+    ("prompt", "scale", "scheduler"),
+    [
+        (PROMPT, 4.0, {}),
+        (PROMPT, 1.0, {"time_shift_type": "exponential"}),
+        ("", 4.0, {"shift_terminal": 0.1, "time_shift_type": "exponential"}),
+    ],
+)
+def test_layers(prompt, scale, scheduler, small, tmp_path, pictures, monkeypatch):
     pipe = build(diffusers.QwenImageLayeredPipeline, tmp_path / "model", **LAYERED)
+    pipe.scheduler.register_to_config(**scheduler)
+    edit(tmp_path / "model" / "scheduler" / "scheduler_config.json", **scheduler)
     generate = pipe.text_encoder.generate
     monkeypatch.setattr(pipe.text_encoder, "generate", lambda **given: generate(**given | {"max_new_tokens": 9}))
     monkeypatch.setattr(qwen_prompts, "CAPTION_TOKENS", 9)

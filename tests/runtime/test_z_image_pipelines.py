@@ -49,10 +49,9 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("z_image")
 
 
-@pytest.fixture(scope="module")
-def pipe(folder):
+def build(folder):
     """The reference's pipeline, saved to `folder`."""
-    (folder / "words").mkdir()
+    (folder / "words").mkdir(parents=True)
     tokenizer = Qwen2Tokenizer.from_pretrained(vocabularies.qwen(folder / "words", chat_template=CHAT))
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     text = Qwen3Config(vocab_size=len(tokenizer), hidden_size=20, intermediate_size=28, num_hidden_layers=3, **heads)
@@ -65,6 +64,11 @@ def pipe(folder):
         "text_encoder": Qwen3Model(text),
     }
     return saved(ZImagePipeline, folder, networks, tokenizer=tokenizer, scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0))
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return build(folder)
 
 
 @pytest.fixture(scope="module")

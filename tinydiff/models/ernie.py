@@ -248,7 +248,7 @@ def patch(c: Config) -> Patch:
     return PIXEL
 
 
-def mu(tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
+def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
     """The dynamic shift of the schedule: ERNIE-Image has none."""
     return None
 

@@ -234,7 +234,7 @@ def patch(c: Config) -> Patch:
     return PATCH
 
 
-def mu(tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float:
+def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float:
     """The dynamic shift of the schedule; schnell's scheduler does not ask for it."""
     return shift_by_tokens(tokens, scheduler)
 

@@ -324,7 +324,7 @@ def patch(c: Config) -> Patch:
     return PIXEL
 
 
-def mu(tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
+def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
     """The dynamic shift of the schedule: a line in `steps` through the values at 10 and 200 of them, each a line in `tokens`.
 
     Above 4300 image tokens it is that of 200 steps. Source: `compute_empirical_mu` of diffusers' FLUX.2 pipelines.

@@ -335,9 +335,9 @@ def patch(c: Config) -> Patch:
     return 1, c.patch_size, c.patch_size
 
 
-def mu(tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
-    """The dynamic shift of the schedule; Layered's, which is told by its linear form, grows with a picture's side."""
-    return (tokens / 256) ** 0.5 if scheduler.get("time_shift_type") == "linear" else shift_by_tokens(tokens, scheduler)
+def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
+    """The dynamic shift of the schedule; that of Layered's pipeline grows with a picture's side, whatever the scheduler's file says."""
+    return (tokens / 256) ** 0.5 if c.use_layer3d_rope else shift_by_tokens(tokens, scheduler)
 
 
 def needs(c: Config) -> tuple[str, ...]:

@@ -279,7 +279,7 @@ def longest_side(c: Config) -> int:
     return c.pos_embed_max_size * c.patch_size
 
 
-def mu(tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
+def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
     """The dynamic shift of the schedule: no release has one."""
     return None
 

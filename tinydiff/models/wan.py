@@ -329,7 +329,7 @@ def patch(c: Config) -> Patch:
     return c.patch_size
 
 
-def mu(tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
+def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
     """The dynamic shift of the schedule: Wan has none."""
     return None
 

@@ -337,7 +337,7 @@ def longest_side(c: Config) -> int:
     return min(c.axes_lens[1:]) * c.patch_size[-1]
 
 
-def mu(tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
+def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
     """The dynamic shift of the schedule: Z-Image has none."""
     return None
 

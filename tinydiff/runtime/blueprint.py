@@ -60,6 +60,8 @@ class Kind:
     """
     settles: Mapping[str, Mapping[str, Any]] | None = None
     """Component -> fields of its config that the pipeline sets whatever its config.json says."""
+    own_grid: tuple[str, ...] = ()
+    """Pipeline classes that, from text, leave a scheduler with flow sigmas (UniPC) its own grid."""
     head_count: Callable[[Any], int] = lambda c: c.num_attention_heads
     """Config of a denoiser -> its attention heads, for keys as for queries."""
 
@@ -80,9 +82,9 @@ _KL = Kind(kl, "vae", True, _keys(kl.row_name))
 
 NETS = {
     "WanTransformer3DModel": _dit(wan, rename=_keys(wan.rename)),
-    "FluxTransformer2DModel": _dit(flux),
-    "OvisImageTransformer2DModel": _dit(ovis),
-    "Flux2Transformer2DModel": _dit(flux2, given_size=flux2.reference_size),
+    "FluxTransformer2DModel": _dit(flux, own_grid=("FluxPipeline",)),
+    "OvisImageTransformer2DModel": _dit(ovis, own_grid=("OvisImagePipeline",)),
+    "Flux2Transformer2DModel": _dit(flux2, own_grid=("Flux2Pipeline", "Flux2KleinPipeline"), given_size=flux2.reference_size),
     "ErnieImageTransformer2DModel": _dit(ernie, lambda c: c.hidden_size // c.num_attention_heads, settles=ernie.SETTLES),
     "QwenImageTransformer2DModel": _dit(qwen_image),
     "ZImageTransformer2DModel": _dit(
