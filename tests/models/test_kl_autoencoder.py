@@ -69,9 +69,7 @@ def _normalised(c, reference, z_BZHW):
     """As the pipelines do it: FLUX.2's patchify, then apply the batch norm's statistics."""
     if c.patch_size is not None:
         return reference.bn(F.pixel_unshuffle(z_BZHW, 2))
-    if c.latents_mean is not None:
-        mean, std = (torch.tensor(v, dtype=z_BZHW.dtype).view(1, -1, 1, 1) for v in (c.latents_mean, c.latents_std))
-        return (z_BZHW - mean) / std
+    # A mean and a deviation per channel are read by no pipeline of the families that run here.
     return (z_BZHW - (c.shift_factor or 0)) * c.scaling_factor
 
 
@@ -199,7 +197,6 @@ def test_the_counter_of_training_is_no_weight():
         ({"down_block_types": ("DownEncoderBlock2D",) * 2}, "down_block_types"),
         ({"up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D")}, r"AttnUpDecoderBlock2D.*UpDecoderBlock2D"),
         ({"decoder_block_out_channels": (4, 8)}, "decoder_block_out_channels has 2 widths and block_out_channels 3"),
-        ({"latents_mean": (0.0,) * 4}, "latents_mean and latents_std"),
         ({"patch_size": (1, 2)}, r"patch_size is \[1, 2\]"),
     ],
 )

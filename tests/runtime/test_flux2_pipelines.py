@@ -38,7 +38,6 @@ from tinydiff.config import ModelOptions, SamplingOptions
 from tinydiff.io.images import resize
 from tinydiff.models import flux2
 from tinydiff.models.autoencoders import flux2_tiny
-from tinydiff.models.encoders import decoder_config
 from tinydiff.ops.patch import patchify, unpatchify
 from tinydiff.records import UserError
 from tinydiff.runtime import blueprint, pipeline
@@ -47,12 +46,13 @@ from tinydiff.sampling.noise import noise
 
 PROMPT, NEGATIVE, STEPS = "A red fox {on} the [IMG]ice, 4 pm", "blurry", 3
 SIZE = (4, 6)
-STATES = (1, 2, 3)
-"""What a quarter, a half and three quarters of four layers are."""
 SHAPES = ((80, 130), (100, 64))
 """Heights and widths of two given pictures, no multiples of 16."""
 
-LM = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+LM = {
+    **{"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 31},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
+}
 PIXTRAL = {
     **{"model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
     **{"image_size": 28, "patch_size": 14},
@@ -76,7 +76,7 @@ MISTRAL_TEMPLATE = (
 """What the templates of Qwen3 and Mistral Small 3.2 make of the pipelines' messages."""
 
 
-def klein(folder, distilled, depth=4, channels=16):
+def klein(folder, distilled, depth=28, channels=16):
     files = folder / "vocabulary"
     files.mkdir(parents=True)
     tokenizer = Qwen2TokenizerFast.from_pretrained(vocabularies.qwen(files), chat_template=QWEN_TEMPLATE)
@@ -167,9 +167,9 @@ def theirs(pipe, request, start, **given):
         given["image"] = [Image.fromarray(image) for image in request.originals]
     with exact(pipe):
         if request.guided:
-            given["negative_prompt_embeds"], _ = pipe.encode_prompt(request.negative_prompt, text_encoder_out_layers=STATES)
+            given["negative_prompt_embeds"], _ = pipe.encode_prompt(request.negative_prompt)
         keep = {"callback_on_step_end": lambda pipe, i, t, kept: tokens.append(kept["latents"]) or {}}
-        made = pipe(**given, **keep, text_encoder_out_layers=STATES, output_type="np").images
+        made = pipe(**given, **keep, output_type="np").images
     return tokens, made
 
 
@@ -226,21 +226,25 @@ def test_a_prompt_that_is_too_long_is_cut_as_by_the_reference(tmp_path, caplog):
     request = replace(request_for(model), prompt=long)
     text = pipeline.condition(model, request).prepared.branches[0]["text"]
     with doubles():
-        expected, _ = pipe.encode_prompt(long, text_encoder_out_layers=STATES)
+        expected, _ = pipe.encode_prompt(long)
     close(text, expected)
     assert text.shape[1] == 512 and "tokens were cut, the model reads 512" in caplog.text
 
 
-def test_states_of_the_released_depths_are_the_references():
-    for depth, states in ((36, (9, 18, 27)), (40, (10, 20, 30))):
-        config = decoder_config.Config(num_hidden_layers=depth, layers=depth, layer_types=(decoder_config.FULL,) * depth)
-        assert flux2.TAKES["text_encoder"](config) == states
+@pytest.mark.parametrize("depth", [27, 40])
+def test_the_states_read_do_not_depend_on_the_depth(depth, tmp_path, pictures):
+    """Of 27 layers the last state read is the one that is normalised."""
+    pipe = klein(tmp_path / "model", True, depth)
+    model = load(tmp_path / "model")
+    text = model.nets["text_encoder"]
+    assert text.config.layers == 27 and {int(name.split(".")[1]) for name in text.weights if "layers" in name} == set(range(27))
+    same(pipe, model, request_for(model), guidance_scale=1.0)
 
 
-def test_only_the_layers_that_are_read_are_loaded(tmp_path):
-    klein(tmp_path / "model", True, depth=8)
-    text = load(tmp_path / "model").nets["text_encoder"]
-    assert text.config.layers == 6 and {int(name.split(".")[1]) for name in text.weights if "layers" in name} == set(range(6))
+def test_a_language_model_without_the_states_is_refused(tmp_path):
+    klein(tmp_path / "model", True, depth=26)
+    with pytest.raises(UserError, match="text_encoder has 26 layers, and Flux2KleinPipeline reads its hidden states 9, 18, 27"):
+        load(tmp_path / "model")
 
 
 def test_noise_is_what_the_reference_draws(tmp_path):

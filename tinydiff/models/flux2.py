@@ -9,7 +9,7 @@ Shape letters: B batch, T text tokens, L image tokens, P latent values of a toke
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -283,11 +283,10 @@ def reference(parts: Parts, image: numpy.ndarray) -> Tensor:
     return parts.encode(parts.pixels([parts.resize(image, *whole)[top : top + seen[0], left : left + seen[1]]]))
 
 
-def _prepared(c: Config, parts: Parts, request: Request, texts: list[str], side: str | None) -> Prepared:
-    """Three states of the language model side by side for each token, those of padding too, and references behind the picture."""
+def _prepared(c: Config, parts: Parts, request: Request, texts: list[str], side: str | None, take: tuple[int, ...]) -> Prepared:
+    """Three states `take` of the language model side by side for each token, those of padding too, and references behind the picture."""
     encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
     ids, mask = parts.tokens("tokenizer", texts, request.text_tokens, side, framed=False)
-    take = TAKES["text_encoder"](encoder.config)
     text = torch.cat(decoder_lm.encode(encoder.config, encoder.plan, encoder.w, ids, mask, take=take), -1)
     references = [reference(parts, image) for image in request.originals]
     shared = {"positions": positions(latent_size(vae, request), [latents.shape[2:] for latents in references], parts.device)}
@@ -299,22 +298,22 @@ def _prepared(c: Config, parts: Parts, request: Request, texts: list[str], side:
 
 def prepare_dev(c: Config, parts: Parts, request: Request) -> Prepared:
     """Texts end where the language model's input ends. A prompt cannot hold the token that stands for pictures."""
-    return _prepared(c, parts, request, [MISTRAL_CHAT.format(text.replace("[IMG]", "")) for text in request.texts], "left")
+    texts = [MISTRAL_CHAT.format(text.replace("[IMG]", "")) for text in request.texts]
+    return _prepared(c, parts, request, texts, "left", TAKES["text_encoder"]["Flux2Pipeline"])
 
 
 def prepare_klein(c: Config, parts: Parts, request: Request) -> Prepared:
     """Texts begin where the language model's input begins, unless the tokenizer's files say otherwise."""
-    return _prepared(c, parts, request, [QWEN_CHAT.format(text) for text in request.texts], None)
+    texts = [QWEN_CHAT.format(text) for text in request.texts]
+    return _prepared(c, parts, request, texts, None, TAKES["text_encoder"]["Flux2KleinPipeline"])
 
 
 PIPELINES = {"Flux2Pipeline": prepare_dev, "Flux2KleinPipeline": prepare_klein}
 """Pipeline class -> its recipe."""
 
 GUIDANCE = "classifier_free"
-TAKES: Mapping[str, Callable[[Any], tuple[int, ...]]] = {
-    "text_encoder": lambda encoder: tuple(i * encoder.num_hidden_layers // 4 for i in (1, 2, 3)),
-}
-"""Which hidden states of its language models are read: at a quarter, a half and three quarters of the depth of Mistral or Qwen3."""
+TAKES = {"text_encoder": {"Flux2Pipeline": (10, 20, 30), "Flux2KleinPipeline": (9, 18, 27)}}
+"""Which hidden states of its language models are read: component -> pipeline class -> indices, whatever the model's depth."""
 LINEAR_GRID = True
 """Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
 

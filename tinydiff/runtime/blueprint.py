@@ -191,7 +191,8 @@ def read(options: ModelOptions) -> Blueprint:
         owner = "text_encoder" if kind is VISION else name
         config = read_config(kind, places[owner] / "config.json", index.components[owner][1])
         if kind is _LM:
-            config = _needed_layers(config, kinds["transformer"].module.TAKES.get(name, (-1,)))
+            takes = kinds["transformer"].module.TAKES.get(name, (-1,)) if "transformer" in kinds else (-1,)
+            config = _needed_layers(name, config, takes if isinstance(takes, tuple) else takes[row.pipeline], index)
             if row.captions and name == "text_encoder":
                 config = replace(config, lm_head=True)
         settled = ((kinds["transformer"].settles or {}) if "transformer" in kinds else {}).get(name, {})
@@ -267,13 +268,14 @@ def _own_class(name: str, place: Path, listed: tuple[str, str]) -> tuple[str, st
     return listed[0], own
 
 
-def _needed_layers(config: Any, takes: tuple[int, ...] | Callable[[Any], tuple[int, ...]]) -> Any:
-    """A language model of only as many layers as its highest wanted state needs.
-
-    takes: the states, from the end where negative, or a function of the config that gives them.
-    """
-    total, states = config.num_hidden_layers, takes(config) if callable(takes) else takes
-    return replace(config, layers=max(take if take >= 0 else total + 1 + take for take in states))
+def _needed_layers(name: str, config: Any, takes: tuple[int, ...], index: hub.Index) -> Any:
+    """A language model of only as many layers as its highest wanted state needs. takes: the states, from the end where negative."""
+    total = config.num_hidden_layers
+    most = max(take if take >= 0 else total + 1 + take for take in takes)
+    if not 0 <= most <= total:
+        message = f"{name} has {total} layers, and {index.class_name} reads its hidden states {', '.join(map(str, takes))}"
+        raise UserError("model_path", f"model_path: {message}")
+    return replace(config, layers=max(1, most))
 
 
 def _kinds(index: hub.Index, row: ReleasedModel, options: ModelOptions) -> dict[str, Kind]:

@@ -1,8 +1,8 @@
 """The picture autoencoders of AutoencoderKL's shape: FLUX.1, Z-Image, Ovis, SD3, GLM-Image, and FLUX.2's with its 2x2 patches.
 
 Source: arXiv 2112.10752 and the AutoencoderKL and AutoencoderKLFlux2 checkpoints (z 16, stride 8; FLUX.2: z 32 at stride 8, seen by
-the denoiser as 128 at stride 16). Latents are normalised by whichever the checkpoint has: a shift and a scale, a mean and a deviation
-per channel, or the running statistics of a batch norm over patches.
+the denoiser as 128 at stride 16). Latents are normalised by a shift and a scale or, of FLUX.2, by the running statistics of a batch
+norm over patches.
 
 Shape letters: B batch, C channels, F frames (each coded by itself; pictures have one), H height, W width, Z latent channels.
 """
@@ -47,6 +47,7 @@ class Config:
     scaling_factor: float = 0.18215
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
+    """Not read, nor is the next: no pipeline of the reference with this autoencoder and a denoiser that runs here does."""
     latents_std: tuple[float, ...] | None = None
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
@@ -69,8 +70,6 @@ class Config:
             raise ValueError(f"decoder_block_out_channels has {len(self.decoder_widths)} widths and block_out_channels {levels}")
         if self.act_fn != "silu":
             raise ValueError(f"act_fn is {self.act_fn!r}; every released autoencoder of this kind uses 'silu'")
-        if (self.latents_mean is None) != (self.latents_std is None):
-            raise ValueError("latents_mean and latents_std must both be given, or neither")
         if self.patch_size is not None and (len(self.patch_size) != 2 or len(set(self.patch_size)) != 1):
             raise ValueError(f"patch_size is {list(self.patch_size)}; it must be height and width of a square")
 
@@ -287,8 +286,6 @@ def _statistics(c: Config, w: Weights, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation of normalised channels, each to broadcast over [B, Z, F, H, W]."""
     if c.patch_size is not None:
         mean, std = (w / "bn")["running_mean"], ((w / "bn")["running_var"] + c.batch_norm_eps).sqrt()
-    elif c.latents_mean is not None:
-        mean, std = torch.tensor(c.latents_mean, dtype=torch.float64), torch.tensor(c.latents_std, dtype=torch.float64)
     else:
         mean, std = torch.tensor(c.shift_factor or 0.0, dtype=torch.float64), torch.tensor(1 / c.scaling_factor, dtype=torch.float64)
     mean, std = (values.to(like).view(1, -1, 1, 1, 1) for values in (mean, std))
