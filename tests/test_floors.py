@@ -8,7 +8,7 @@ import pytest
 
 from tests.sources import PACKAGE, ROOT, imports, modules, starts
 
-WORDS = ("records", "paths", "values", "flags", "config_file", "config", "parallel.plan", "parallel.layout", "__version__")
+WORDS = ("records", "entries", "paths", "values", "flags", "config_file", "config", "parallel.plan", "parallel.layout", "__version__")
 HOUSE = {
     "words": (0, tuple(f"tinydiff.{name}" for name in WORDS)),
     "maths": (1, ("tinydiff.ops", "tinydiff.parallel")),

@@ -118,6 +118,8 @@ class ModelOptions:
     """Take the defaults of this model, whatever the folder is called."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    variant: str | None = None
+    """Load the weights saved under this variant, such as fp16, where a component has them."""
     component_paths: Mapping[str, str] = _empty()
     """Take components from elsewhere: --vae-path X, --text-encoder-path X, and so on."""
     dit_precision: Precision | None = None

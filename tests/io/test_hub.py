@@ -80,7 +80,7 @@ def test_mistyped_folder_names_the_nearest(tmp_path):
     assert caught.value.field == "vae_path"
 
 
-def answer(monkeypatch, error: Exception | None, path="/snapshot") -> dict:
+def answer(monkeypatch, error: Exception | None, path="/snapshot", files=()) -> dict:
     asked: dict = {}
 
     def download(hub_id, **options):
@@ -90,28 +90,63 @@ def answer(monkeypatch, error: Exception | None, path="/snapshot") -> dict:
         return path
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda hub_id, revision: files)
     return asked
 
 
+def downloaded(asked, files):
+    patterns = {name: asked[name] for name in ("allow_patterns", "ignore_patterns")}
+    return list(huggingface_hub.utils.filter_repo_objects(files, **patterns))
+
+
 def test_hub_id_downloads_only_what_is_run(monkeypatch, tmp_path):
-    asked = answer(monkeypatch, None, str(tmp_path))
+    files = ["model_index.json", "vae/m.safetensors", "vae/m.fp16.safetensors", "big.safetensors", "tokenizer/spiece.model", "vae/m.bin"]
+    asked = answer(monkeypatch, None, str(tmp_path), files)
     assert resolve("org/model", "v1") == tmp_path
     assert asked["hub_id"] == "org/model" and asked["revision"] == "v1" and asked["allow_patterns"] == list(WANTED)
-    files = ["model_index.json", "vae/m.safetensors", "vae/m.fp16.safetensors", "big.safetensors", "tokenizer/spiece.model", "vae/m.bin"]
-    kept = huggingface_hub.utils.filter_repo_objects(
-        files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
-    )
-    assert list(kept) == ["model_index.json", "vae/m.safetensors", "tokenizer/spiece.model"]
+    assert downloaded(asked, files) == ["model_index.json", "vae/m.safetensors", "tokenizer/spiece.model"]
 
 
 def test_a_component_by_itself_lies_at_the_root(monkeypatch, tmp_path):
-    asked = answer(monkeypatch, None, str(tmp_path))
-    resolve("org/autoencoder", field="vae_path")
     files = ["config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "model.bin"]
-    kept = huggingface_hub.utils.filter_repo_objects(
-        files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
-    )
-    assert list(kept) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    asked = answer(monkeypatch, None, str(tmp_path), files)
+    resolve("org/autoencoder", field="vae_path")
+    assert downloaded(asked, files) == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+SHARDS = ["-00001-of-00002.safetensors", "-00002-of-00002.safetensors"]
+PLAIN = ["t/model.safetensors.index.json", *(f"t/model{shard}" for shard in SHARDS)]
+HALF = ["t/model.safetensors.index.fp16.json", *(f"t/model.fp16{shard}" for shard in SHARDS)]
+OLD = ["t/model.safetensors.index.fp16.json", *(f"t/model{shard.replace('.', '.fp16.')}" for shard in SHARDS)]
+
+
+@pytest.mark.parametrize(
+    ("files", "variant", "kept"),
+    [
+        (PLAIN + HALF, None, PLAIN),
+        (PLAIN + HALF, "fp16", HALF),
+        (PLAIN + OLD, "fp16", OLD),
+        (PLAIN + OLD, None, PLAIN),
+        (HALF, None, HALF),  # alone in its folder
+        (PLAIN, "fp16", PLAIN),  # a component that has no variant
+        ([*PLAIN, "t/model.safetensors", "t/model.bf16.safetensors"], "bf16", ["t/model.bf16.safetensors"]),
+        (["v/wan2.1_vae.safetensors"], "fp16", ["v/wan2.1_vae.safetensors"]),
+    ],
+)  # fmt: skip
+def test_only_the_weights_that_will_be_loaded_are_downloaded(files, variant, kept, monkeypatch, tmp_path):
+    asked = answer(monkeypatch, None, str(tmp_path), files)
+    resolve("org/model", variant=variant)
+    assert downloaded(asked, files) == kept
+
+
+def test_without_the_hub_the_cache_is_asked(monkeypatch, tmp_path):
+    answer(monkeypatch, None, str(tmp_path))
+
+    def silent(hub_id, revision):
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", silent)
+    assert resolve("org/model", variant="fp16") == tmp_path
 
 
 @pytest.mark.parametrize(

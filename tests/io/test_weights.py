@@ -130,14 +130,15 @@ def test_first_five_missing(tmp_path):
     assert "9 missing (w0, w1, w2, w3, w4, ...)" in refused(tmp_path, rows)
 
 
-def test_optional_rows_may_be_absent_or_present(tmp_path):
-    rows = (Row("shared", (3, 2)), Row("encoder.embed", (3, 2), optional=True))
-    save_file({"shared": torch.ones(3, 2)}, tmp_path / "model.safetensors")
-    assert list(load_weights(tmp_path, rows, torch.float32)) == ["shared"]
-    save_file({"shared": torch.ones(3, 2), "encoder.embed": torch.zeros(3, 2)}, tmp_path / "model.safetensors")
-    assert list(load_weights(tmp_path, rows, torch.float32)) == ["shared", "encoder.embed"]
-    save_file({"shared": torch.ones(3, 2), "encoder.embed": torch.zeros(3, 1)}, tmp_path / "model.safetensors")
-    assert "encoder.embed is [3, 1]" in refused(tmp_path, rows)
+@pytest.mark.parametrize("keys", [("shared",), ("a.embed",), ("a.embed", "shared"), ("shared", "z.embed")])
+def test_a_tied_weight_may_be_stored_under_either_key_or_both(tmp_path, keys):
+    """Under both, its own counts."""
+    rename, values = (lambda key: "shared"), {key: torch.full((3, 2), float(i)) for i, key in enumerate(keys)}
+    save_file(values, tmp_path / "model.safetensors")
+    loaded = load_weights(tmp_path, (Row("shared", (3, 2), tied=True),), torch.float32, rename=rename)
+    assert list(loaded) == ["shared"] and torch.equal(loaded["shared"], values["shared" if "shared" in keys else keys[0]])
+    if len(keys) == 2:
+        assert "'shared' is stored twice" in refused(tmp_path, (Row("shared", (3, 2)),), rename=rename)
 
 
 def test_rename_maps_and_drops_keys(tmp_path):
@@ -182,6 +183,49 @@ def test_shard_named_by_the_index_is_absent(tmp_path):
 def test_broken_index(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     assert "model.safetensors.index.json" in refused(tmp_path)
+
+
+def test_a_stale_index_beside_a_whole_file_does_not_count(tmp_path):
+    for stem in ("model", "diffusion_pytorch_model"):
+        (tmp_path / stem).mkdir()
+        for shard in write_shards(tmp_path / stem, draw(), stem=stem)[1:]:
+            shard.unlink()
+        save_file(draw(), tmp_path / stem / f"{stem}.safetensors")
+        assert weight_files(tmp_path / stem) == [tmp_path / stem / f"{stem}.safetensors"]
+        assert len(load_weights(tmp_path / stem, ROWS, torch.float32)) == len(ROWS)
+
+
+def test_of_whole_file_and_shards_each_library_reads_its_own(tmp_path):
+    for stem in ("model", "diffusion_pytorch_model"):
+        (tmp_path / stem).mkdir()
+        shards = write_shards(tmp_path / stem, draw(), stem=stem)
+        save_file(draw(), tmp_path / stem / f"{stem}.safetensors")
+        whole = [tmp_path / stem / f"{stem}.safetensors"]
+        assert weight_files(tmp_path / stem) == (whole if stem == "model" else shards)
+
+
+def test_variants(tmp_path, caplog):
+    caplog.set_level("INFO", "tinydiff")
+    plain, half, brain = (tmp_path / f"model{part}.safetensors" for part in ("", ".fp16", ".bf16"))
+    for path in (half, brain):
+        path.touch()
+    assert weight_files(tmp_path, "bf16") == [brain]
+    assert "holds the variants bf16 and fp16, and nothing says which to load; --variant chooses; did you mean 'fp16'?" in refused(
+        tmp_path, variant="f16"
+    )
+    brain.unlink()
+    assert weight_files(tmp_path) == weight_files(tmp_path, "fp16") == [half] and not caplog.text
+    assert weight_files(tmp_path, "bf16") == [half] and "has no variant bf16; fp16 is read" in caplog.text
+    plain.touch()
+    assert weight_files(tmp_path) == [plain] and weight_files(tmp_path, "fp16") == [half]
+    caplog.clear()
+    assert weight_files(tmp_path, "int8") == [plain] and "has no variant int8; the plain one is read" in caplog.text
+
+
+def test_shards_without_an_index(tmp_path):
+    write_shards(tmp_path, draw())
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    assert "'diffusion_pytorch_model-00001-of-00003.safetensors' and no index of its shards" in refused(tmp_path)
 
 
 def test_which_files_of_a_folder(tmp_path):
@@ -232,7 +276,7 @@ print(status("VmHWM") - before)
 
 DIVIDED = (
     Row("embed.weight", (48, 6), split=0),
-    Row("again.weight", (48, 6), split=0, optional=True),
+    Row("again.weight", (48, 6), split=0, tied=True),
     *repeat(
         "blocks",
         3,
@@ -290,7 +334,7 @@ def _bytes_read(folder, layout, fsdp, dtype):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_ranks_read_the_checkpoint_once_together(tmp_path, name, dtype):
     layout, fsdp = LAYOUTS[name]
-    tensors = draw([row for row in DIVIDED if not row.optional])
+    tensors = draw(DIVIDED)
     write_shards(tmp_path, tensors)
     read = on_ranks(layout.size, _bytes_read, tmp_path, layout, fsdp, dtype)
     size = sum(tensor.nbytes for tensor in tensors.values())

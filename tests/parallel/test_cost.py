@@ -53,7 +53,6 @@ def test_weights_on_paper():
     values = 48 + 144 + 12 + 144 + 288 + 48
     assert cost.weight_bytes(TINY.rows, 2) == 2 * values + 4 * 12
     assert cost.weight_bytes(TINY.rows, 2, tp=3) == 2 * (48 + 48 + 4 + 48 + 288 + 48) + 4 * 12
-    assert cost.weight_bytes([Row("again", (9,), optional=True)], 2) == 0
     # two ranks: 6 of 12 rows of each weight, 12 of the modulation's 24; beside them what is in no block, and twice the whole block
     shares, whole = 2 * (6 * 12 + 6 + 6 * 12 + 12 * 12) + 4 * 6, 2 * (144 + 12 + 144 + 288) + 4 * 12
     assert cost.share_bytes(BLOCK, Layout(ulysses=2, fsdp=True), 2) == shares
@@ -290,7 +289,7 @@ def test_weights_are_those_that_a_rank_keeps(name, tp, others):
     made, net, _ = asked(name)
     blocks = [prefix for _, prefix in made.family.blocks(made.config)]
     live = Plan(groups=(("tp", Group("tp", tp, 0)), ("shard", Group("shard", others, 0))))
-    held = [row for row in local_rows(net.rows, live, blocks if others > 1 else ()) if not row.optional]
+    held = [row for row in local_rows(net.rows, live, blocks if others > 1 else ())]
     whole = 2 * max(cost.weight_bytes(rows, 2, tp) for rows in net.blocks) if others > 1 else 0
     layout = Layout(tp=tp, ulysses=others, fsdp=others > 1)
     assert cost.denoiser_bytes(net, layout, 2) - whole == sum(row.numel * (4 if row.float32 else 2) for row in held)

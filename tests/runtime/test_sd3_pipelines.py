@@ -230,7 +230,6 @@ def test_the_released_models_defaults(name, steps, guidance, longest, tmp_path):
     ("component", "fields", "words"),
     [
         ("text_encoder", {"projection_dim": 8}, "the transformer's pooled_projection_dim is 11, and the two CLIPs give 13"),
-        ("text_encoder_2", {"architectures": ["CLIPTextModel"]}, "the transformer's pooled_projection_dim is 11, and the two CLIPs give 6"),
         ("text_encoder_3", {"d_model": 32}, "the transformer's joint_attention_dim is 24, and text_encoder_3 gives 32"),
         ("vae", {"latent_channels": 4}, "the transformer's in_channels is 16, and the vae's latents need 4"),
     ],
@@ -245,4 +244,16 @@ def test_components_that_do_not_fit_are_refused(component, fields, words, both, 
     config.write_text((folder / component / "config.json").read_text())
     edit(config, **fields)
     with pytest.raises(UserError, match=words):
+        blueprint.read(ModelOptions(model_path=str(tmp_path)))
+
+
+def test_the_class_in_the_index_says_whether_a_clip_projects(both, tmp_path):
+    _, folder, _ = both()
+    for part in folder.glob("*"):
+        (tmp_path / part.name).symlink_to(part)
+    index = (folder / "model_index.json").read_text()
+    (tmp_path / "model_index.json").unlink()
+    (tmp_path / "model_index.json").write_text(index)
+    edit(tmp_path / "model_index.json", text_encoder_2=["transformers", "CLIPTextModel"])
+    with pytest.raises(UserError, match="the transformer's pooled_projection_dim is 11, and the two CLIPs give 6"):
         blueprint.read(ModelOptions(model_path=str(tmp_path)))

@@ -278,17 +278,34 @@ def test_a_solver_with_a_history_begins_anew(first):
         (UNIPC | {"prediction_type": "epsilon"}, "scheduler.prediction_type", "'flow_prediction'"),
         ({"_class_name": "UniPCMultistepScheduler"}, "scheduler.prediction_type", "'epsilon'"),
         (UNIPC | {"disable_corrector": [0]}, "scheduler.disable_corrector", r"\[0\]"),
-        (UNIPC | {"flow_shft": 3.0}, "scheduler.flow_shft", "did you mean 'flow_shift'"),
+        (EULER | {"shift": None}, "scheduler.shift", "shift is None; it must be a number at least 1e-06"),
+        (
+            EULER | {"shift_terminal": 1.5},
+            "scheduler.shift_terminal",
+            "1.5; it must be a number at least 0 and at most 0.999",
+        ),
+        (EULER | {"use_dynamic_shifting": "yes"}, "scheduler.use_dynamic_shifting", "'yes'; it must be true or false"),
+        ({"_class_name": ["a"]}, "scheduler", "is not supported"),
         (EULER | {"use_karras_sigmas": True}, "scheduler.use_karras_sigmas", "supported is False"),
         (EULER | {"invert_sigmas": True}, "scheduler.invert_sigmas", "supported is False"),
         (EULER | {"time_shift_type": "cubic"}, "scheduler.time_shift_type", "'cubic'"),
-        (EULER | {"use_dynamic_shifting": True}, "mu", "needs it"),
+        (EULER | {"use_dynamic_shifting": True}, "scheduler.use_dynamic_shifting", "pipeline gives none"),
     ],
 )
 def test_config_refusals_name_field_and_value(config, field, says):
     with pytest.raises(UserError, match=says) as error:
         solvers.from_scheduler_config(config, 4)
     assert error.value.field == field
+
+
+def test_unknown_fields_and_nulls_are_as_the_reference_takes_them():
+    config = UNIPC | {"flow_shft": 3.0, "shift": 7.0, "thresholding": None, "solver_p": None}
+    assert solvers.unread(config) == ["flow_shft", "shift"] and solvers.unread(UNIPC) == []
+    assert all(map(torch.equal, solvers.from_scheduler_config(config, 5), solvers.from_scheduler_config(UNIPC, 5)))
+    config = {name: value for name, value in config.items() if name not in solvers.unread(config)}
+    scheduler = build(config)
+    scheduler.set_timesteps(5)
+    assert_close(solvers.from_scheduler_config(config, 5).sigmas, scheduler.sigmas[:-1].double())
 
 
 def test_wrong_counts_are_refused():

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from tinydiff import paths
+from tinydiff.io.variants import unchosen
 from tinydiff.records import UserError, nearest
 
 WANTED = ("*.json", "*/*.safetensors", "*/spiece.model", "*/tokenizer.model", "*/merges.txt")
 """What a diffusers-layout folder is run from. Single-file weights at a repository's root are left out: they would double the download."""
 
-UNWANTED = ("*.fp16.*", "*.bf16.*", "*.non_ema.*", "*onnx*", "*flax*", "*openvino*", "pe/*")
+UNWANTED = ("*onnx*", "*flax*", "*openvino*", "pe/*")
+"""Of that, what is not run. So are weights of variants that are not loaded."""
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -32,11 +34,17 @@ class Index:
     options: dict[str, Any]
 
 
-def resolve(path_or_id: str | Path, revision: str | None = None, field: str = "model_path", weights: bool = True) -> Path:
+def resolve(
+    path_or_id: str | Path,
+    revision: str | None = None,
+    field: str = "model_path",
+    weights: bool = True,
+    variant: str | None = None,
+) -> Path:
     """The local folder of a model: `path_or_id` itself if it is a folder, else the hub's snapshot of that id, downloaded if need be.
 
-    revision: branch, tag or commit of a hub id. field: the option to name in errors. weights: false fetches JSON files alone. Works offline
-    for what the cache holds.
+    revision: branch, tag or commit of a hub id. field: the option to name in errors. weights: false fetches JSON files alone. variant: of
+    a component's weights these alone are fetched, where it has them. Works offline for what the cache holds.
     Raises UserError if there is no such folder or repository, or no network to fetch it.
     """
     path = paths.path(path_or_id, field)
@@ -52,7 +60,7 @@ def resolve(path_or_id: str | Path, revision: str | None = None, field: str = "m
         siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if paths.kind(path.parent) == "directory" else []
         hint = nearest(path.name, siblings)
         raise UserError(field, f"{field}: {text!r} is neither a folder here nor a hub id such as 'Wan-AI/Wan2.2-TI2V-5B-Diffusers'{hint}")
-    return _snapshot(text, revision, field, weights)
+    return _snapshot(text, revision, field, weights, variant)
 
 
 def read_index(folder: Path) -> Index:
@@ -82,13 +90,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _snapshot(hub_id: str, revision: str | None, field: str, weights: bool) -> Path:
+def _snapshot(hub_id: str, revision: str | None, field: str, weights: bool, variant: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     wanted = [*WANTED] if field == "model_path" else [*WANTED, "*.safetensors"]  # a component by itself lies at the root
     wanted = wanted if weights else ["*.json"]
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=list(UNWANTED)))
+        unwanted = [*UNWANTED, *(unchosen(_listing(hub_id, revision), variant) if weights else ())]
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     except errors.GatedRepoError:
         reason = "the hub asks for its licence to be accepted; accept it on its page and log in with `hf auth login`"
     except errors.RevisionNotFoundError:
@@ -102,3 +111,13 @@ def _snapshot(hub_id: str, revision: str | None, field: str, weights: bool) -> P
     except (OSError, ConnectionError) as error:
         reason = f"the download failed ({error})".replace("\n", " ")
     raise UserError(field, f"{field}: cannot load {hub_id!r}: {reason}")
+
+
+def _listing(hub_id: str, revision: str | None) -> list[str]:
+    """The repository's files; none where the hub does not answer, since the download then says why, or needs nothing of the hub."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        return list_repo_files(hub_id, revision=revision)
+    except Exception:  # of the hub's client, of the network below it, or offline
+        return []

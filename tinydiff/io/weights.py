@@ -5,6 +5,7 @@ Of several ranks each reads only what it holds, and what several hold alike they
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,17 +15,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tinydiff.io import variants
 from tinydiff.io.atomic import write_over
 from tinydiff.io.hub import read_json
 from tinydiff.parallel.plan import ALONE, SINGLE, Group, Plan, Row
 from tinydiff.parallel.shards import Box, Held, gathered, holdings, local_rows, share
 from tinydiff.records import UserError
 
+log = logging.getLogger(__name__)
+
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types read as they are. Anything else (float8, integers) needs scales that a cast would silently drop."""
 
-STEMS = ("diffusion_pytorch_model", "model")
-"""The usual names of a component's weights: preferred where a folder also holds variants (`model.fp16.safetensors`)."""
+BUFFERS = ("position_ids", "rotary_emb.inv_freq", "num_batches_tracked")
+"""Ends of keys that some files store and that are no weights."""
 
 BUDGET = 8 * 2**20
 """Bytes cast before the mapping is closed: mapped pages count as resident memory until then."""
@@ -53,13 +57,15 @@ def load_weights(
     plan: Plan = SINGLE,
     together: Group = ALONE,
     blocks: Collection[str] = (),
+    variant: str | None = None,
 ) -> dict[str, Tensor]:
     """What this rank holds of the weights named by `rows`, in `dtype` (rows marked float32 in float32) on `device`.
 
     folder: a component's folder, holding one safetensors file or shards with their index; or one safetensors file.
-    rename: stored key to row name; None drops a key that is known and not needed.
+    rename: stored key to row name; None drops a key that is known and not needed, which is said in one line.
     plan: its axis "tp" divides the weights by the splits of the rows, its axis "shard" those below `blocks`, which come as packs.
     together: the ranks beside this one, on no axis of the plan, that hold the same. All ranks of these groups load at the same time.
+    variant: the files to load, such as "fp16", where the folder has them; else the plain ones.
     On the CPU a tensor already in its type is not copied: it stays a private mapping of the file, where one rank alone holds all of it.
     All others are cast through a mapping of at most 8 MiB, so that peak memory is that of the weights in their final type. What ranks
     pass on to each other adds an amount that does not depend on the weights.
@@ -67,15 +73,14 @@ def load_weights(
     the same, before anything is passed on. ValueError where the plan does not divide a row.
     """
     wanted = {row.name: row for row in rows}
-    stored = _stored(folder, rename or (lambda key: key))
+    stored = _stored(folder, wanted, rename or (lambda key: key), variant)
     _check(folder, wanted, stored)
-    there = [row for name, row in wanted.items() if name in stored]
-    held = list(holdings(there, plan, blocks, together))
+    held = list(holdings(wanted.values(), plan, blocks, together))
     on_cpu = torch.device(device).type == "cpu"
     mapped = [each for each in held if on_cpu and _as_stored(each, stored[each.row.name], dtype)]
     ready = _mapped({each.row.name: stored[each.row.name] for each in mapped})
     weights: dict[str, Tensor] = {}
-    for row in local_rows(there, plan, blocks):
+    for row in local_rows(wanted.values(), plan, blocks):
         new = torch.empty if row.name in stored else torch.zeros  # a pack's padding is zero
         weights[row.name] = ready[row.name] if row.name in ready else new(row.shape, dtype=_type(row, dtype), device=device)
     _stream([each for each in held if each.row.name not in ready], stored, weights)
@@ -89,49 +94,71 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     write_over(path, lambda file: save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file, {"format": "pt"}))
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a component: the shards its index names, or its one file."""
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors files of a component: its one file, or the shards that its index names.
+
+    Where there are both, transformers takes the file and diffusers the shards, as each has its own names; an index whose shards are not
+    there is stale and does not count beside a file.
+    """
     if folder.is_file():
         return [folder]
-    indices = _preferred(sorted(folder.glob("*.safetensors.index.json")))
-    if len(indices) == 1:
-        shards = read_json(indices[0]).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise UserError("model_path", f"model_path: {str(indices[0])!r} names no shards (weight_map)")
-        return sorted({folder / str(name) for name in shards.values()})
-    files = _preferred(sorted(folder.glob("*.safetensors")))
-    if len(files) == 1:
-        return files
-    if files or indices:
-        names = ", ".join(repr(path.name) for path in indices or files)
-        raise UserError("model_path", f"model_path: {str(folder)!r} holds {names} and no way to tell which to load; keep one")
-    other = next((path.name for ending in ("*.bin", "*.pth", "*.pt", "*.ckpt") for path in folder.glob(ending)), None)
-    found = f"only {other!r}: weights are read from safetensors alone" if other else "no *.safetensors file"
-    raise UserError("model_path", f"model_path: {str(folder)!r} has {found}")
+    try:
+        chosen = variants.choose((path.name for path in folder.iterdir()), variant)
+    except ValueError as error:
+        raise UserError("model_path", f"model_path: {str(folder)!r} {error}") from error
+    except OSError:
+        chosen = None
+    if chosen is None:
+        raise UserError("model_path", f"model_path: {str(folder)!r} has {_instead(folder)}")
+    if variant is not None and chosen.variant != variant:
+        log.info("%s has no variant %s; %s is read", folder, variant, chosen.variant or "the plain one")
+    whole, index = folder / chosen.whole, folder / chosen.index
+    if whole.is_file() and (chosen.stem != variants.STEMS[0] or not index.is_file()):
+        return [whole]
+    shards = _shards(index)
+    return [whole] if whole.is_file() and not all(path.is_file() for path in shards) else shards
 
 
-def _preferred(paths: list[Path]) -> list[Path]:
-    return [path for stem in STEMS for path in paths if path.name.split(".safetensors")[0] == stem][:1] or paths
+def _shards(index: Path) -> list[Path]:
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise UserError("model_path", f"model_path: {str(index)!r} names no shards (weight_map)")
+    return sorted({index.parent / str(name) for name in shards.values()})
 
 
-def _stored(folder: Path, rename: Rename) -> dict[str, Stored]:
-    """Row name to the tensor on disk, from the files' headers alone."""
+def _instead(folder: Path) -> str:
+    """What a folder without weights to load has."""
+    if shards := sorted(folder.glob("*.safetensors")):
+        return f"{shards[0].name!r} and no index of its shards (*.safetensors.index.json)"
+    other = next((path.name for ending in ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf") for path in folder.glob(ending)), None)
+    return f"only {other!r}: weights are read from safetensors alone" if other else "no *.safetensors file"
+
+
+def _stored(folder: Path, wanted: Mapping[str, Row], rename: Rename, variant: str | None) -> dict[str, Stored]:
+    """Row name to the tensor on disk, from the files' headers alone. Of a tied weight's keys its own name is preferred."""
     stored: dict[str, Stored] = {}
-    for file in weight_files(folder):
+    unread = []
+    for file in weight_files(folder, variant):
         with _opened(file) as opened:
             for key in opened.keys():  # noqa: SIM118 (a handle, not a dict)
                 name = rename(key)
                 if name is None:
+                    unread.append(key)
                     continue
                 piece = opened.get_slice(key)
-                if name in stored:
+                at = Stored(file, key, piece.get_dtype(), tuple(piece.get_shape()))
+                if name in stored and not (name in wanted and wanted[name].tied):
                     raise UserError("model_path", f"model_path: {name!r} is stored twice, in {str(stored[name].file)!r} and {str(file)!r}")
-                stored[name] = Stored(file, key, piece.get_dtype(), tuple(piece.get_shape()))
+                if name not in stored or key.endswith(name):
+                    stored[name] = at
+    if unread := sorted(key for key in unread if not key.endswith(BUFFERS)):
+        more = ", ..." if len(unread) > 3 else ""
+        log.info("%s: %d stored weights are not needed and not read (%s%s)", folder, len(unread), ", ".join(unread[:3]), more)
     return stored
 
 
 def _check(folder: Path, wanted: Mapping[str, Row], stored: Mapping[str, Stored]) -> None:
-    missing = [name for name, row in wanted.items() if name not in stored and not row.optional]
+    missing = [name for name in wanted if name not in stored]
     unexpected = [at.key for name, at in stored.items() if name not in wanted]
     shared = [name for name in wanted if name in stored]
     shapes = [(name, stored[name].shape, wanted[name].shape) for name in shared]

@@ -16,10 +16,11 @@ import numpy
 import torch
 from torch import Tensor
 
+from tinydiff import entries
 from tinydiff.ops.patch import patchify, unpatchify
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
-from tinydiff.records import Request
+from tinydiff.records import Request, UserError
 
 
 @dataclass(frozen=True)
@@ -136,12 +137,18 @@ def appended(made: int, references: Sequence[Tensor]) -> Known | None:
     return Known(tokens, (torch.arange(tokens.shape[1], device=tokens.device) < made)[None, :, None])
 
 
-def shift_by_tokens(tokens: int, scheduler: Mapping[str, Any]) -> float:
+def shift_by_tokens(tokens: int, scheduler: Mapping[str, Any], max_shift: float = 1.15) -> float:
     """mu of a dynamic shift by the size of the picture: the line through two points that the scheduler's config names.
 
-    Source: `calculate_shift` of diffusers' pipelines, with its defaults.
+    Source: `calculate_shift` of diffusers' pipelines, with its defaults. Raises UserError for points that make no line.
     """
-    points = ("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.15)
-    fewest, most, low, high = (scheduler.get(name, default) for name, default in points)
+    lengths, shifts = {"base_image_seq_len": 256, "max_image_seq_len": 4096}, {"base_shift": 0.5, "max_shift": max_shift}
+    try:
+        fewest, most = (entries.value(name, int, scheduler.get(name, default)) for name, default in lengths.items())
+        low, high = (entries.value(name, float, scheduler.get(name, default)) for name, default in shifts.items())
+        if fewest == most:
+            raise ValueError(f"base_image_seq_len and max_image_seq_len are both {most}; they must differ")
+    except ValueError as error:
+        raise UserError("scheduler", f"scheduler: {error}") from error
     slope = (high - low) / (most - fewest)
     return tokens * slope + (low - slope * fewest)

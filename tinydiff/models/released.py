@@ -26,7 +26,7 @@ _WAN_SMALL = _wan(num_attention_heads=12, ffn_dim=8960, num_layers=30)
 _WAN_5B = _wan(num_attention_heads=24, in_channels=48, out_channels=48, ffn_dim=14336, num_layers=30)
 _WAN_SEES = _wan(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
 _UMT5: Component = ("UMT5EncoderModel", {})
-_T5: Component = ("T5EncoderModel", {"vocab_size": 32128, "model_type": "t5"})
+_T5: Component = ("T5EncoderModel", {"vocab_size": 32128, "feed_forward_proj": "gated-gelu"})
 _WAN_VAE: Component = ("AutoencoderKLWan", {})
 _WAN_5B_VAE: Component = (
     "AutoencoderKLWan",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tinydiff.models.encoders import clip_text, t5
 from tinydiff.models.joint import IMAGE, TEXT, Streams, feed_forward, gelu_tanh, heads, joint_attention
-from tinydiff.models.recipe import Parts, Patch, Prepared, latent_size, on_grid
+from tinydiff.models.recipe import Parts, Patch, Prepared, latent_size, on_grid, shift_by_tokens
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import embedder, timestep_embedding
@@ -280,8 +280,12 @@ def longest_side(c: Config) -> int:
 
 
 def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
-    """The dynamic shift of the schedule: no release has one."""
-    return None
+    """The dynamic shift of the schedule; the released schedulers do not ask for it.
+
+    The pipeline's own default of the upper point counts only where the scheduler's class has none.
+    """
+    euler = scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler"
+    return shift_by_tokens(tokens, scheduler, 1.15 if euler else 1.16)
 
 
 def needs(c: Config) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tinydiff.models.encoders import decoder_lm
 from tinydiff.models.joint import Streams, heads, joint_mask, split
-from tinydiff.models.recipe import Parts, Patch, Prepared, latent_size, token_count
+from tinydiff.models.recipe import Parts, Patch, Prepared, latent_size, shift_by_tokens, token_count
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import timestep_embedding
@@ -338,8 +338,8 @@ def longest_side(c: Config) -> int:
 
 
 def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
-    """The dynamic shift of the schedule: Z-Image has none."""
-    return None
+    """The dynamic shift of the schedule; the released schedulers do not ask for it."""
+    return shift_by_tokens(tokens, scheduler)
 
 
 def needs(c: Config) -> tuple[str, ...]:

@@ -107,7 +107,7 @@ def itemsize(row: Row, b: int) -> int:
 
 def weight_bytes(rows: Iterable[Row], b: int, tp: int = 1) -> int:
     """Bytes of weights on one rank, those that may be absent left out."""
-    return sum(numel(row, tp) * itemsize(row, b) for row in rows if not row.optional)
+    return sum(numel(row, tp) * itemsize(row, b) for row in rows)
 
 
 def shards(layout: Layout) -> int:

@@ -18,8 +18,8 @@ class Row:
 
     name: the checkpoint's own key. shape: its full shape. split: the dimension divided over the `tp` axis, None when replicated.
     parts: widths of the blocks concatenated along `split`, each divided on its own. float32: stays float32 whatever the
-    network's type is. optional: may be absent from a checkpoint (a second name of a tied weight, say). head: width of the heads
-    that lie along `split`, which are never cut.
+    network's type is. tied: a checkpoint may hold it under a second key too, or instead. head: width of the heads that lie along
+    `split`, which are never cut.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Row:
     split: int | None = None
     parts: tuple[int, ...] = ()
     float32: bool = False
-    optional: bool = False
+    tied: bool = False
     head: int = 1
 
     @property

@@ -137,8 +137,8 @@ def packing(rows: Iterable[Row], plan: Plan, blocks: Collection[str]) -> dict[st
     found: dict[str, list[Part]] = {}
     for row in rows:
         if home := _home(row, blocks):
-            if row.optional or not row.shape:
-                raise ValueError(f"{row.name} cannot be in a pack: it is {'optional' if row.optional else 'a single number'}")
+            if not row.shape:
+                raise ValueError(f"{row.name} cannot be in a pack: it is a single number")
             shape = _local(row, tp).shape
             parts = found.setdefault(home, [])
             name = row.name.removeprefix(f"{home.rpartition('.')[0]}.")

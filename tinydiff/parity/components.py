@@ -47,7 +47,7 @@ def _t5(kind: str, prefix: str) -> Case:
     def ours(w: Weights) -> Iterator[tuple[str, Tensor]]:
         yield "last", t5.encode(c, PLAN, w, _IDS, _MASK)[read]
 
-    return Case(reference, lambda: t5.spec(c), lambda key: key, theirs, ours)
+    return Case(reference, lambda: t5.spec(c), t5.row_name, theirs, ours)
 
 
 def _clip(projects: bool, act: str) -> Case:
@@ -68,7 +68,7 @@ def _clip(projects: bool, act: str) -> Case:
         yield "pooled", out.pooled if out.projected is None else out.projected
 
     build = partial(_transformers, model, "CLIPTextConfig", **fields, bos_token_id=50)
-    return Case(build, lambda: clip_text.spec(c), clip_text.row_name, theirs, ours)
+    return Case(build, lambda: clip_text.spec(c), lambda key: clip_text.row_name(c, key), theirs, ours)
 
 
 def _states(states: tuple[Tensor, ...]) -> dict[str, Tensor]:

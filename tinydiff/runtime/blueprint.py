@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from tinydiff.config import ModelOptions
+from tinydiff.entries import typed
 from tinydiff.io import hub
 from tinydiff.io.tokenizer import Tokenizer, load_tokenizer
+from tinydiff.io.variants import has
 from tinydiff.io.weights import load_weights
 from tinydiff.models import ernie, flux, flux2, ovis, qwen_image, registry, sd3, wan, z_image
 from tinydiff.models.autoencoders import flux2_tiny, kl, tiny
@@ -41,17 +43,16 @@ PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Kind:
-    """How a component class of model_index.json is run. strict: every field of its config.json must be known."""
+    """How a component class of model_index.json is run."""
 
     module: ModuleType
     role: str
-    strict: bool
     rename: Callable[[Any, str], str | None] | None = None
     """(config, stored key) -> the spec's name, or None for what is known and not read."""
     heads: Callable[[Any], tuple[int, bool]] | None = None
     """Config -> (width of a head, whether attention has a bias); None where the attention kernel is not a choice."""
     config: Callable[[Mapping[str, Any], str], Any] | None = None
-    """(config.json, class name) -> the module's Config, where its fields are not simply those."""
+    """(config.json, class name) -> the module's Config, where its fields are not simply those. Else every field must be known."""
     longest_side: Callable[[Any], int] | None = None
     """Config -> the most latent pixels along a side; None where there is no limit."""
     given_size: Callable[[int, int, int], tuple[int, int]] | None = None
@@ -71,14 +72,19 @@ def _keys(name: Callable[[str], str | None]) -> Callable[[Any, str], str | None]
 
 
 def _dit(module: ModuleType, width: Callable[[Any], int] = lambda c: c.attention_head_dim, **more: Any) -> Kind:
-    return Kind(module, "dit", True, heads=lambda c: (width(c), False), **more)
+    return Kind(module, "dit", heads=lambda c: (width(c), False), **more)
 
 
-_T5 = Kind(t5, "text_encoder", False, heads=lambda c: (c.d_kv, True))
-_CLIP_TEXT = Kind(clip_text, "text_encoder", False, _keys(clip_text.row_name), lambda c: (c.hidden_size // c.num_attention_heads, True))
-_CLIP = Kind(clip_vision, "image_encoder", False, _keys(clip_vision.row_name), lambda c: (c.hidden_size // c.num_attention_heads, False))
-_LM = Kind(decoder_lm, "text_encoder", False, decoder_lm.row_name, lambda c: (c.head_dim, True), config_from)
-_KL = Kind(kl, "vae", True, _keys(kl.row_name))
+_T5 = Kind(t5, "text_encoder", _keys(t5.row_name), lambda c: (c.d_kv, True), t5.config_from)
+_CLIP_TEXT = Kind(
+    clip_text, "text_encoder", clip_text.row_name, lambda c: (c.hidden_size // c.num_attention_heads, True), clip_text.config_from
+)
+_CLIP = Kind(
+    clip_vision, "image_encoder", _keys(clip_vision.row_name), lambda c: (c.hidden_size // c.num_attention_heads, False),
+    clip_vision.config_from,
+)  # fmt: skip
+_LM = Kind(decoder_lm, "text_encoder", decoder_lm.row_name, lambda c: (c.head_dim, True), config_from)
+_KL = Kind(kl, "vae", _keys(kl.row_name))
 
 NETS = {
     "WanTransformer3DModel": _dit(wan, rename=_keys(wan.rename)),
@@ -91,10 +97,10 @@ NETS = {
         z_image, lambda c: c.dim // c.n_heads, head_count=lambda c: c.n_heads, longest_side=z_image.longest_side
     ),
     "SD3Transformer2DModel": _dit(sd3, longest_side=sd3.longest_side),
-    **dict.fromkeys(("AutoencoderKLWan", "AutoencoderKLQwenImage"), Kind(wan_vae, "vae", True)),
+    **dict.fromkeys(("AutoencoderKLWan", "AutoencoderKLQwenImage"), Kind(wan_vae, "vae")),
     **dict.fromkeys(("AutoencoderKL", "AutoencoderKLFlux2"), _KL),
-    "AutoencoderTiny": Kind(tiny, "vae", True),
-    "Flux2TinyAutoEncoder": Kind(flux2_tiny, "vae", True),
+    "AutoencoderTiny": Kind(tiny, "vae"),
+    "Flux2TinyAutoEncoder": Kind(flux2_tiny, "vae"),
     **dict.fromkeys(("UMT5EncoderModel", "T5EncoderModel"), _T5),
     **dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection"), _CLIP_TEXT),
     **dict.fromkeys(("CLIPVisionModel", "CLIPVisionModelWithProjection"), _CLIP),
@@ -104,13 +110,13 @@ NETS = {
 
 LANGUAGE_AND_VISION = "Qwen2_5_VLForConditionalGeneration"
 VISION = Kind(
-    qwen_vision, "image_encoder", False, _keys(qwen_vision.row_name), lambda c: (c.hidden_size // c.num_heads, True),
+    qwen_vision, "image_encoder", _keys(qwen_vision.row_name), lambda c: (c.hidden_size // c.num_heads, True),
     lambda entries, _: qwen_vision.config_from(entries),
 )  # fmt: skip
 """The tower of such a component, loaded as a network "vision" of its own where the model looks at pictures."""
 
-FILES = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "image_processor", "processor")
-"""Components without weights. The last two only say what an encoder's own preprocessing is."""
+FILES = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "image_processor", "processor", "feature_extractor")
+"""Components without weights. The last three only say what an encoder's own preprocessing is."""
 UNREAD = ("pe", "pe_tokenizer")
 """Components that are not run: a language model that makes prompts longer."""
 
@@ -143,6 +149,8 @@ class Blueprint:
     device: torch.device
     compiled: bool
     tiling: bool
+    variant: str | None = None
+    """Of the weights, where they are saved in several."""
 
 
 @dataclass(frozen=True)
@@ -156,30 +164,37 @@ class Model:
 
 def read_config(kind: Kind, path: Path, class_name: str) -> Any:
     """The network's `Config` from its config.json. Raises UserError for a field whose meaning is unknown, or a value out of range."""
-    if kind.config is not None:
-        try:
-            return kind.config(hub.read_json(path), class_name)
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError("model_path", f"{path}: {error}") from error
-    entries = {name: value for name, value in hub.read_json(path).items() if not name.startswith("_")}
-    known = {f.name for f in fields(kind.module.Config)}
-    if kind.strict and (unknown := sorted(entries.keys() - known)):
-        raise UserError("model_path", f"{path}: field {unknown[0]!r} is not known to {kind.module.__name__}{nearest(unknown[0], known)}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in entries.items() if name in known}
+    stored = hub.read_json(path)
     try:
-        return kind.module.Config(**values)
+        config = _config(kind, stored) if kind.config is None else kind.config(stored, class_name)
+        for row in kind.module.spec(config):
+            if 0 in row.shape:
+                raise ValueError(f"{row.name} would have the shape {list(row.shape)}")
     except (ValueError, TypeError) as error:
         raise UserError("model_path", f"{path}: {error}") from error
+    except (ArithmeticError, LookupError) as error:
+        raise UserError("model_path", f"{path}: its numbers describe no network ({type(error).__name__}: {error})") from error
+    return config
+
+
+def _config(kind: Kind, stored: Mapping[str, Any]) -> Any:
+    """The Config whose fields are the file's own; an unknown field that holds null says nothing."""
+    entries = {name: value for name, value in stored.items() if not name.startswith("_")}
+    known = {f.name for f in fields(kind.module.Config)}
+    if unknown := sorted(name for name in entries.keys() - known if entries[name] is not None):
+        raise ValueError(f"field {unknown[0]!r} is not known to {kind.module.__name__}{nearest(unknown[0], known)}")
+    return kind.module.Config(**typed(kind.module.Config, entries))
 
 
 def read(options: ModelOptions) -> Blueprint:
     """Read and check what `options` name, everything but the weights. Raises UserError."""
-    folder = hub.resolve(SHIPPED if options.model_path == registry.SHIPPED else options.model_path, options.revision)
+    asked = SHIPPED if options.model_path == registry.SHIPPED else options.model_path
+    folder = hub.resolve(asked, options.revision, variant=options.variant)
     index = hub.read_index(folder)
     places = {name: folder / name for name in index.components}
     for name in options.component_paths:
         _known("component_paths", name, [name for name in places if name != "image_processor"])
-        places[name] = hub.resolve(options.component_paths[name], field=f"{name}_path")
+        places[name] = hub.resolve(options.component_paths[name], field=f"{name}_path", variant=options.variant)
         own = _own_class(name, places[name], index.components[name])
         index = replace(index, components={**index.components, name: own})
     row, named = _row(index, places, options)
@@ -205,7 +220,7 @@ def read(options: ModelOptions) -> Blueprint:
     if compiled:
         _check_compiler()
     tokenizers = {name: place for name, place in places.items() if name.startswith("tokenizer")}
-    return Blueprint(row, named, nets, tokenizers, scheduler, index.options, device, compiled, tiling)
+    return Blueprint(row, named, nets, tokenizers, scheduler, index.options, device, compiled, tiling, options.variant)
 
 
 def load(blueprint: Blueprint, ranks: Ranks | None = None) -> Model:
@@ -213,6 +228,9 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None) -> Model:
 
     ranks: this process among several that all load the model; it gets what it is to hold of it.
     """
+    variant = blueprint.variant
+    if variant is not None and not any(has(net.folder, variant) for net in blueprint.nets.values()):
+        raise UserError("variant", f"variant: no component of {blueprint.row.name} has weights of the variant {variant!r}")
     tokenizers = {name: load_tokenizer(folder) for name, folder in blueprint.tokenizers.items()}
     nets = {}
     for name, net in blueprint.nets.items():
@@ -221,7 +239,7 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None) -> Model:
         rows = net.kind.module.spec(net.config)
         rename = None if net.kind.rename is None else partial(net.kind.rename, net.config)
         blocks = {at for _, at in net.kind.module.blocks(net.config)} if plan.group("shard").size > 1 else ()
-        weights = load_weights(net.folder, rows, net.dtype, blueprint.device, rename, plan.along("tp", "shard"), together, blocks)
+        weights = load_weights(net.folder, rows, net.dtype, blueprint.device, rename, plan.along("tp", "shard"), together, blocks, variant)
         nets[name] = Net(net.kind.module, net.config, plan, weights, net.dtype)
     return Model(blueprint, nets, tokenizers)
 

@@ -149,12 +149,13 @@ def table(blueprint: Blueprint, request: Request) -> Table:
 def _scheduled(blueprint: Blueprint, request: Request) -> Table:
     scheduler, net = dict(blueprint.scheduler), blueprint.nets["transformer"]
     if request.flow_shift is not None:
-        scheduler[solvers.SHIFT_NAMES.get(scheduler.get("_class_name", ""), "shift")] = request.flow_shift
+        scheduler[solvers.SHIFT_NAMES.get(str(scheduler.get("_class_name")), "shift")] = request.flow_shift
     module, steps = net.kind.module, request.num_inference_steps
     own = scheduler.get("use_flow_sigmas") and blueprint.row.pipeline in net.kind.own_grid and not request.starts
     grid = sigmas.linear_grid(steps) if module.LINEAR_GRID and not own else None
     tokens = token_count(blueprint.nets["vae"].config, request, module.patch(net.config))
-    return solvers.from_scheduler_config(scheduler, steps, sigmas=grid, mu=module.mu(net.config, tokens, steps, scheduler))
+    mu = module.mu(net.config, tokens, steps, scheduler) if scheduler.get("use_dynamic_shifting") else None
+    return solvers.from_scheduler_config(scheduler, steps, sigmas=grid, mu=mu)
 
 
 def begin(

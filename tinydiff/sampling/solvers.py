@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tinydiff import entries
 from tinydiff.records import UserError, nearest
 from tinydiff.sampling.sigmas import (
     TRAIN_STEPS,
@@ -180,6 +181,9 @@ def segments(table: Table) -> list[tuple[int, int, int]]:
 SHIFT_NAMES = {"FlowMatchEulerDiscreteScheduler": "shift", "UniPCMultistepScheduler": "flow_shift"}
 """What each scheduler class calls its static shift."""
 
+MOST_SHIFT = 100.0
+"""A dynamic shift beyond it, either way, leaves nothing of a schedule."""
+
 _ANY = object()
 _SHIFTS = {
     "num_train_timesteps": (TRAIN_STEPS, TRAIN_STEPS),
@@ -220,6 +224,17 @@ _FIELDS: dict[str, dict[str, tuple[Any, Any]]] = {
 }
 """Fields of each scheduler class we read: name -> (diffusers' default, the only value that gives these numerics or any)."""
 
+_KINDS = {
+    **{"shift": float, "flow_shift": float, "shift_terminal": float | None, "time_shift_type": str},
+    **dict.fromkeys(("use_dynamic_shifting", "stochastic_sampling"), bool | None),
+}
+"""Types of the fields that may have any value."""
+
+
+def unread(config: Mapping[str, Any]) -> list[str]:
+    """Fields of a `scheduler_config.json` that its class does not have, which the reference ignores too."""
+    return [field for field in config if field not in _FIELDS.get(str(config.get("_class_name")), ()) and not field.startswith("_")]
+
 
 def from_scheduler_config(config: Mapping[str, Any], steps: int, *, sigmas: Tensor | None = None, mu: float | None = None) -> Table:
     """The table of a diffusers `scheduler_config.json` for `steps` steps, with the sigmas rounded to float32 as diffusers stores them.
@@ -232,8 +247,9 @@ def from_scheduler_config(config: Mapping[str, Any], steps: int, *, sigmas: Tens
     if steps < 1:
         raise UserError("num_inference_steps", f"num_inference_steps is {steps}; it must be at least 1")
     name, get = _check(config)
-    if get("use_dynamic_shifting") and mu is None:
-        raise UserError("mu", f"mu is not set; {name} with use_dynamic_shifting needs it")
+    if get("use_dynamic_shifting") and (mu is None or not abs(mu) <= MOST_SHIFT):
+        wrong = "this model's pipeline gives none" if mu is None else f"that is {mu:g} here, no shift of a schedule"
+        raise UserError("scheduler.use_dynamic_shifting", f"use_dynamic_shifting of the {name} is true and asks for a shift; {wrong}")
     if sigmas is not None and sigmas.shape != (steps,):
         raise UserError("sigmas", f"sigmas lists {sigmas.shape[0]} values for {steps} steps; give one per step")
     if name == "UniPCMultistepScheduler":
@@ -261,17 +277,21 @@ def _bend(grid: Tensor, get: Callable[[str], Any], shift: float, mu: float | Non
 
 def _check(config: Mapping[str, Any]) -> tuple[str, Callable[[str], Any]]:
     """The scheduler's class name and a reader of its fields, once all of them are known to be reproduced here."""
-    name = config.get("_class_name", "")
+    name = str(config.get("_class_name", ""))
     if name not in _FIELDS:
         raise UserError("scheduler", f"scheduler {name!r} is not supported; supported are {', '.join(_FIELDS)}{nearest(name, _FIELDS)}")
     fields = _FIELDS[name]
 
     def get(field: str) -> Any:
-        return config.get(field, fields[field][0])
+        """null is the default, as false is where the reference asks for a truth value."""
+        return fields[field][0] if config.get(field) is None else config[field]
 
-    for field in config:
-        if field not in fields and not field.startswith("_"):
-            raise UserError(f"scheduler.{field}", f"field {field!r} of {name} is not known{nearest(field, fields)}")
+    for field, kind in _KINDS.items():
+        if field in fields and field in config:
+            try:
+                entries.value(field, kind, None if (field, config[field]) == ("shift_terminal", False) else config[field])
+            except ValueError as error:
+                raise UserError(f"scheduler.{field}", f"scheduler: {error}") from error
     for field, (_, allowed) in fields.items():
         if allowed is not _ANY and get(field) != allowed:
             raise UserError(f"scheduler.{field}", f"{field} of {name} is {get(field)!r}; supported is {allowed!r}")

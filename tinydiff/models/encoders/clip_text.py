@@ -7,14 +7,15 @@ Shape letters: B batch, T tokens, D width, P width of CLIP's joint space.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinydiff.entries import typed
 from tinydiff.ops.attention import attention
 from tinydiff.ops.linear import linear, linear_sum
 from tinydiff.ops.norm import layer_norm
@@ -28,7 +29,10 @@ WITH_PROJECTION = "CLIPTextModelWithProjection"
 
 @dataclass(frozen=True)
 class Config:
-    """Field names are those of the checkpoint's config.json; only those that bear on the encoder's numbers."""
+    """Field names are those of the checkpoint's config.json; only those that bear on the encoder's numbers.
+
+    architectures: the class that runs it.
+    """
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -54,6 +58,14 @@ class Config:
     def projects(self) -> bool:
         """Whether the checkpoint has the map into CLIP's joint space."""
         return self.architectures == (WITH_PROJECTION,)
+
+
+def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
+    """The Config of a config.json, of a text encoder or of a whole CLIP; the class says whether there is a map into the joint space."""
+    text = entries.get("text_config", entries)
+    if not isinstance(text, Mapping):
+        raise ValueError(f"text_config is {text!r}; it must be an object")
+    return Config(**typed(Config, {**text, "architectures": [class_name]}))
 
 
 class Encoded(NamedTuple):
@@ -95,14 +107,16 @@ def spec(c: Config) -> Iterator[Row]:
         yield from linear_rows("text_projection", c.hidden_size, c.projection_dim, bias=False)
 
 
-def row_name(key: str) -> str | None:
-    """The spec's name of a stored key, None for the list of positions in old files, which nothing reads.
+def row_name(c: Config, key: str) -> str | None:
+    """The spec's name of a stored key, None where nothing reads it: a list of positions in old files, the rest of a whole CLIP.
 
     transformers 5 writes an encoder without projection without its prefix.
     """
-    if key.endswith("embeddings.position_ids"):
+    if key.endswith("embeddings.position_ids") or key.startswith(("vision_model.", "visual_projection.", "logit_scale")):
         return None
-    return key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}"
+    if key.startswith("text_projection."):
+        return key if c.projects else None
+    return key if key.startswith("text_model.") else f"text_model.{key}"
 
 
 # --- from tokens to states ------------------------------------------------------------------------------------------------------------

@@ -7,14 +7,15 @@ Shape letters: B batch, C colours, S side in pixels, N tokens (1 + patches), D w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinydiff.entries import typed
 from tinydiff.ops.attention import attention
 from tinydiff.ops.conv import conv2d
 from tinydiff.ops.linear import linear, linear_sum
@@ -55,6 +56,14 @@ class Config:
         return 1 + (self.image_size // self.patch_size) ** 2
 
 
+def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
+    """The Config of a config.json, of a vision tower or of a whole CLIP."""
+    vision = entries.get("vision_config", entries)
+    if not isinstance(vision, Mapping):
+        raise ValueError(f"vision_config is {vision!r}; it must be an object")
+    return Config(**typed(Config, vision))
+
+
 # --- weights ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -85,11 +94,11 @@ def spec(c: Config) -> Iterator[Row]:
 
 
 def row_name(key: str) -> str | None:
-    """The spec's name of a stored key, None where nothing reads it: a list of positions in old files, the projection to CLIP's space.
+    """The spec's name of a stored key, None where nothing reads it: a list of positions in old files, the rest of a whole CLIP.
 
     transformers 5 writes the tower without its prefix.
     """
-    if key.endswith(("embeddings.position_ids", "visual_projection.weight")):
+    if key.endswith("embeddings.position_ids") or key.startswith(("visual_projection.", "text_model.", "text_projection.", "logit_scale")):
         return None
     return key if key.startswith("vision_model.") else f"vision_model.{key}"
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch.nn.functional as F
 
+from tinydiff.entries import typed
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
@@ -145,6 +147,27 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """model_type of the text part: what its config.json may leave out, and the flags of Config that set."""
 
+
+@dataclass(frozen=True)
+class _Stored:
+    """Types of the entries that a config.json is read by before they become a Config."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    rope_theta: float
+    max_position_embeddings: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    sliding_window: int | None = None
+    max_window_layers: int | None = None
+    sliding_window_pattern: int | None = None
+    rope_local_base_freq: float | None = None
+    layer_types: tuple[str, ...] | None = None
+    rope_scaling: Mapping[str, Any] | None = None
+    rope_parameters: Mapping[str, Any] | None = None
+
+
 CLASSES = {
     "LlamaModel": ("llama",),
     "LlamaForCausalLM": ("llama",),
@@ -176,11 +199,14 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
     if class_name not in CLASSES:
         raise ValueError(f"{class_name!r} is no known language model; known are {', '.join(CLASSES)}")
     text = entries.get("text_config") or entries
-    kind: str = text.get("model_type", CLASSES[class_name][0])
+    if not isinstance(text, Mapping):
+        raise ValueError(f"text_config is {text!r}; it must be an object")
+    kind = str(text.get("model_type", CLASSES[class_name][0]))
     kind = _WHOLE.get(kind, kind)
     if kind not in CLASSES[class_name]:
         raise ValueError(f"model_type is {kind!r}; {class_name} holds {' or '.join(CLASSES[class_name])}")
     v = KINDS[kind] | dict(text)
+    v |= typed(_Stored, v)
     if v.get("use_bidirectional_attention"):
         raise ValueError("use_bidirectional_attention is set; only causal attention is implemented")
     heads, layers = v["num_attention_heads"], v["num_hidden_layers"]
@@ -202,14 +228,14 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
         "layers": layers,
         "lm_head": False,
     }
-    return Config(**{field.name: value for field in fields(Config) if (value := (v | derived).get(field.name)) is not None})
+    return Config(**typed(Config, {name: value for name, value in (v | derived).items() if value is not None}))
 
 
 def _layer_types(v: Mapping[str, Any]) -> tuple[str, ...]:
     """As listed; else layers slide from `max_window_layers` on, but for every `sliding_window_pattern`-th."""
     if v.get("layer_types"):
         return tuple(v["layer_types"])
-    first, pattern = v.get("max_window_layers", 0), v.get("sliding_window_pattern", 0)
+    first, pattern = v.get("max_window_layers") or 0, v.get("sliding_window_pattern")
     slides = (i >= first and not (pattern and (i + 1) % pattern == 0) for i in range(v["num_hidden_layers"]))
     return tuple(SLIDING if yes else FULL for yes in slides)
 
@@ -218,7 +244,10 @@ def _ropes(v: Mapping[str, Any]) -> tuple[Rope, Rope | None]:
     """The rope of full layers and that of sliding ones, None where it is the same."""
     given = v.get("rope_scaling") or v.get("rope_parameters") or {}
     if FULL in given:
-        return _rope(v, given[FULL]), _rope(v, given[SLIDING])
+        full, sliding = (given.get(kind) for kind in (FULL, SLIDING))
+        if not isinstance(full, Mapping) or not isinstance(sliding, Mapping | None):
+            raise ValueError(f"rope_parameters is {dict(given)}; it must have an object for each kind of layer")
+        return _rope(v, full), None if sliding is None else _rope(v, sliding)
     local = v.get("rope_local_base_freq")
     return _rope(v, given), None if local is None else Rope(local)
 
@@ -235,5 +264,5 @@ def _rope(v: Mapping[str, Any], given: Mapping[str, Any]) -> Rope:
     unknown = sorted(set(entries) - known - {"type", "max_position_embeddings"})
     if unknown and kind in ROPE_TYPES:
         raise ValueError(f"rope parameter {unknown[0]!r} is not known; known are {', '.join(sorted(known))}")
-    entries["mrope_section"] = tuple(given.get("mrope_section") or ())
-    return Rope(**{name: entries[name] for name in known if entries.get(name) is not None})
+    entries["mrope_section"] = given.get("mrope_section") or ()
+    return Rope(**typed(Rope, {name: value for name, value in entries.items() if value is not None}))

@@ -51,7 +51,7 @@ def _layer_rows(c: Config) -> Iterator[Row]:
 
 def spec(c: Config) -> Iterator[Row]:
     """Every weight that is read, once, under the names of the bare text model; `row_name` maps the released names to them."""
-    yield Row("embed_tokens.weight", (c.vocab_size, c.hidden_size), split=0)
+    yield Row("embed_tokens.weight", (c.vocab_size, c.hidden_size), split=0, tied=c.tie_word_embeddings)
     yield from repeat("layers", c.layers, _layer_rows(c))
     if c.final_norm:
         yield from norm_rows("norm", c.hidden_size)
@@ -59,15 +59,22 @@ def spec(c: Config) -> Iterator[Row]:
         yield Row("lm_head.weight", (c.vocab_size, c.hidden_size), split=0)
 
 
+TOWERS = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "audio_tower.")
+"""Beginnings of keys of what sees or hears beside a language model."""
+
+
 def row_name(c: Config, key: str) -> str | None:
     """The spec's name of a stored key; None for what is known and not read: other towers, the output head, layers beyond `c.layers`.
 
-    Released files prefix the text model with `model.`, `language_model.model.`, `model.language_model.`, `language_model.` or nothing.
+    A tied output head is the embeddings' second name. Released files prefix the text model with `model.`, `language_model.model.`,
+    `model.language_model.`, `language_model.` or nothing.
     """
     name = re.sub(r"^(model\.language_model\.|language_model\.model\.|language_model\.|model\.)", "", key)
-    if name.startswith(("visual.", "vision_tower.", "multi_modal_projector.")) or name.endswith("rotary_emb.inv_freq"):
+    if name.startswith(TOWERS) or name.endswith("rotary_emb.inv_freq"):
         return None
-    if (name == "norm.weight" and not c.final_norm) or (name == "lm_head.weight" and (c.tie_word_embeddings or not c.lm_head)):
+    if name == "lm_head.weight" and c.tie_word_embeddings:
+        return "embed_tokens.weight"
+    if (name == "norm.weight" and not c.final_norm) or (name == "lm_head.weight" and not c.lm_head):
         return None
     layer = re.match(r"layers\.(\d+)\.", name)
     return None if layer and c.layers <= int(layer[1]) < c.num_hidden_layers else name

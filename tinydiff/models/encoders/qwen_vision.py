@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from tinydiff.entries import typed
 from tinydiff.models.encoders.clip_vision import MEAN, STD
 from tinydiff.models.encoders.decoder_config import ACTIVATIONS, Rope
 from tinydiff.models.encoders.decoder_lm import frequencies
@@ -63,10 +64,11 @@ class Config:
 
 def config_from(entries: Mapping[str, Any]) -> Config:
     """The Config of a released Qwen2.5-VL config.json. Older files call `in_channels` `in_chans`."""
-    vision = dict(entries["vision_config"])
-    vision.setdefault("in_channels", vision.get("in_chans", Config.in_channels))
-    vision["fullatt_block_indexes"] = tuple(vision.get("fullatt_block_indexes", Config.fullatt_block_indexes))
-    return Config(**{field.name: vision[field.name] for field in fields(Config) if field.name in vision})
+    vision = entries.get("vision_config")
+    if not isinstance(vision, Mapping):
+        raise ValueError(f"vision_config is {vision!r}; it must be an object, the shape of the vision tower")
+    older = {"in_channels": vision["in_chans"]} if "in_chans" in vision else {}
+    return Config(**typed(Config, older | dict(vision)))
 
 
 # --- weights ------------------------------------------------------------------------------------------------------------------------

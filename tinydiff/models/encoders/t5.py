@@ -7,13 +7,15 @@ Shape letters: B batch, T tokens, C width, H heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinydiff.entries import typed
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import lookup
 from tinydiff.ops.linear import linear, linear_sum
@@ -51,6 +53,20 @@ class Config:
         return range(self.num_layers if self.model_type == "umt5" else 1)
 
 
+def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
+    """The Config of a config.json, of an encoder or of a whole T5; the class says which of the two kinds it is, as in transformers.
+
+    Raises ValueError, one sentence, for what is not implemented.
+    """
+    kind, usual = ("umt5", "gated-gelu") if class_name.startswith("UMT5") else ("t5", "relu")
+    proj = entries.get("feed_forward_proj", usual)
+    gate, _, act = proj.rpartition("-") if isinstance(proj, str) else ("?", "", "")
+    if gate not in ("", "gated"):
+        raise ValueError(f"feed_forward_proj is {proj!r}; it must be an activation such as 'relu', or 'gated-' and one")
+    derived = {"dense_act_fn": "gelu_new" if proj == "gated-gelu" else act, "is_gated_act": bool(gate), "model_type": kind}
+    return Config(**typed(Config, {**entries, **derived}))
+
+
 def _attention_rows(c: Config, biased: bool) -> Iterator[Row]:
     inner = c.num_heads * c.d_kv
     for name in ("q", "k", "v"):
@@ -69,13 +85,19 @@ def _dense_rows(c: Config) -> Iterator[Row]:
 
 
 def spec(c: Config) -> Iterator[Row]:
-    """Every weight once. `encoder.embed_tokens` is a second name of `shared` that some checkpoints store too."""
-    yield Row("shared.weight", (c.vocab_size, c.d_model), split=0)
-    yield Row("encoder.embed_tokens.weight", (c.vocab_size, c.d_model), split=0, optional=True)
+    """Every weight once."""
+    yield Row("shared.weight", (c.vocab_size, c.d_model), split=0, tied=True)
     for i in range(c.num_layers):
         yield from under(f"encoder.block.{i}.layer.0", _attention_rows(c, i in c.biased_blocks))
         yield from under(f"encoder.block.{i}.layer.1", _dense_rows(c))
     yield from norm_rows("encoder.final_layer_norm", c.d_model)
+
+
+def row_name(key: str) -> str | None:
+    """The spec's name of a stored key, None for those of a whole T5's other half. `encoder.embed_tokens` is `shared`'s second name."""
+    if key.startswith(("decoder.", "lm_head.")):
+        return None
+    return "shared.weight" if key == "encoder.embed_tokens.weight" else key
 
 
 def buckets(c: Config, length: int, device: torch.device | str | None = None) -> Tensor:

@@ -1,0 +1,140 @@
+"""The entries of a JSON file as the fields of a record: the one place where their types and bounds are checked. No torch here.
+
+A record is a frozen dataclass whose annotations say the types; `BOUNDS` says by name what a number may be. What a file says is so either
+a value that the record's code can work with, or one sentence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+MOST = 2**24
+"""No width, size or count of a network is larger."""
+
+LARGEST = 1e30
+"""No number is further from 0."""
+
+BOUNDS: dict[str, tuple[float, float]] = {
+    "*eps": (0.0, 1.0),
+    "*epsilon": (0.0, 1.0),
+    "*token_id": (-1, 2**31),
+    "*single_layers": (0, 1000),
+    "n_refiner_layers": (0, 1000),
+    "dual_attention_layers": (0, 1000),
+    "fullatt_block_indexes": (0, 1000),
+    "max_window_layers": (0, MOST),
+    "mrope_section": (0, MOST),
+    "original_max_position_embeddings": (0, MOST),
+    "*layers": (1, 1000),
+    "*blocks": (1, 1000),
+    "layers_per_block": (1, 1000),
+    "depth": (1, 1000),
+    "*scale_factor_*": (1, 1024),
+    "shift": (1e-6, 1e6),
+    "flow_shift": (1e-6, 1e6),
+    "shift_terminal": (0.0, 0.999),
+    "*theta": (1e-6, 1e12),
+    "*base_freq": (1e-6, 1e12),
+    "*std": (1e-12, 1e12),
+    "*softcapping": (1e-6, 1e12),
+    "query_pre_attn_scalar": (1e-6, 1e12),
+    "mlp_ratio": (1e-6, 1e3),
+}
+"""Pattern of a field's name -> the least and the most of its numbers; the first that fits counts."""
+
+SHOWN = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def typed(record: type, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `entries` that are fields of `record`, lists made tuples. Raises ValueError, one sentence, naming the field."""
+    kinds = _kinds(record)
+    return {name: value(name, kinds[name], entries[name]) for name in kinds if name in entries}
+
+
+@cache
+def _kinds(record: type) -> dict[str, Any]:
+    hints = get_type_hints(record)
+    return {field.name: hints[field.name] for field in fields(record)}
+
+
+def value(name: str, kind: Any, given: Any) -> Any:
+    """`given` as the annotated type `kind`. Raises ValueError, one sentence, naming the field."""
+    try:
+        return _read(kind, given, *_bounds(name))
+    except ValueError as error:
+        raise ValueError(f"{name} is {_shown(given)}; it must be {error}") from None
+
+
+def _bounds(name: str) -> tuple[float, float]:
+    found = (bounds for pattern, bounds in BOUNDS.items() if fnmatchcase(name, pattern))
+    return next(found, (-math.inf, math.inf))
+
+
+def _read(kind: Any, given: Any, least: float, most: float) -> Any:
+    """The value, or ValueError with what is allowed."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return _one_of(inner, given, least, most)
+    if origin is tuple:
+        return _listed(inner, given, least, most)
+    if is_dataclass(kind) or origin is not None:
+        wanted: Any = kind if origin is None else origin
+        if not isinstance(given, wanted):
+            raise ValueError("an object")
+        return given
+    if kind is int or kind is float:
+        return _number(kind, given, least, most)
+    if not isinstance(given, kind):
+        raise ValueError(SHOWN[kind])
+    return given
+
+
+def _one_of(kinds: tuple[Any, ...], given: Any, least: float, most: float) -> Any:
+    if given is None and NoneType in kinds:
+        return None
+    allowed = []
+    for kind in kinds:
+        if kind is not NoneType:
+            try:
+                return _read(kind, given, least, most)
+            except ValueError as error:
+                allowed.append(str(error))
+    raise ValueError(" or ".join([*allowed, *(["null"] if NoneType in kinds else [])]))
+
+
+def _listed(inner: tuple[Any, ...], given: Any, least: float, most: float) -> tuple[Any, ...]:
+    many = inner[-1] is Ellipsis
+    kinds = set(inner) - {Ellipsis}
+    assert len(kinds) == 1, "a list holds values of one type"
+    [kind] = kinds
+    if not isinstance(given, list | tuple) or (not many and len(given) != len(inner)):
+        raise ValueError(f"a list of {'values' if many else len(inner)}, each {_allowed(kind, least, most)}")
+    try:
+        return tuple(_read(kind, each, least, most) for each in given)
+    except ValueError as error:
+        raise ValueError(f"a list of values, each {error}") from None
+
+
+def _number(kind: type, given: Any, least: float, most: float) -> Any:
+    if kind is int:
+        least, most = (1 if least == -math.inf else least), (MOST if most == math.inf else most)
+    number = isinstance(given, int | float) and not isinstance(given, bool) and -math.inf < given < math.inf
+    if not number or (kind is int and given != int(given)) or not least <= given <= most or abs(given) > LARGEST:
+        raise ValueError(_allowed(kind, least, most))
+    return kind(given)
+
+
+def _allowed(kind: Any, least: float, most: float) -> str:
+    bounds = [f"{word} {limit:g}" for word, limit in (("at least", least), ("at most", most)) if math.isfinite(limit)]
+    return " ".join([SHOWN.get(kind, "a value"), " and ".join(bounds)]).strip()
+
+
+def _shown(given: Any) -> str:
+    text = repr(given)
+    return text if len(text) <= 60 else f"{text[:57]}..."
