@@ -48,7 +48,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }
 """Pattern of a field's name -> the least and the most of its numbers; the first that fits counts."""
 
-SHOWN = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+SHOWN = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
 
 def typed(record: type, entries: Mapping[str, Any]) -> dict[str, Any]:
