@@ -24,10 +24,10 @@ def model():
     return blueprint.load(blueprint.read(config.ModelOptions()))
 
 
-def begun(model, owner="a", priority=0, **fields):
+def begun(model, owner="a", priority=0, key="", **fields):
     [request] = admit(model.blueprint, config.options({"prompt": "a red circle", "num_inference_steps": 4, **fields}).sampling)
     conditioning = pipeline.condition(model, request)
-    return [sitting(model, request, conditioning, owner, i, priority) for i in range(len(request.seeds))]
+    return [sitting(model, request, conditioning, owner, i, priority, key=key) for i in range(len(request.seeds))]
 
 
 class Together(Pace):
@@ -87,6 +87,34 @@ def test_higher_priority_goes_first(model):
     loop = loop_of(model)
     left, _ = run(loop, [(0, begun(model, "low", num_frames=5)), (1, begun(model, "high", priority=1))])
     assert left == ["high", "low"]
+
+
+def test_an_image_of_another_key_joins_at_once_and_is_what_it_is_alone(model, monkeypatch):
+    """One of the four that go on together pauses for it, between two of its steps, and loses nothing."""
+    monkeypatch.setattr("tinydiff.runtime.continuous.MOMENT", 0.0)  # one step at a time
+    loop = loop_of(model, Together)
+    loop.most = 4
+    large, [small] = begun(model, "large", key="a", num_outputs_per_prompt=4), begun(model, "small", key="b", seed=7)
+    left, sizes = run(loop, [(0, large), (1, [small])])
+    assert left == ["large"] * 3 + ["small", "large"]
+    assert sizes == [4, 4, 4, 4, 2, 1, 1]  # the fifth is the last of its 4 steps, and the second of the one that paused
+    for one, seed in [(small, 7), *zip(large, (42, 43, 44, 45), strict=True)]:
+        assert (one.shown(one.seat.state.x) - alone(model, seed=seed)).abs().max() < BOUND
+
+
+def test_a_key_that_asks_for_many_forms_has_no_more_of_the_device(model):
+    """Every step takes a second; no image is done while it is looked at."""
+    loop, steps = loop_of(model), {"a": 0, "b": 0}
+    clock = iter(range(1000))
+    for size in (64, 80, 96):
+        loop.add(begun(model, f"a{size}", key="a", height=size, width=64, num_inference_steps=30)[0])
+    loop.add(begun(model, "b", key="b", height=128, width=64, num_inference_steps=30)[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tinydiff.runtime.continuous.time.perf_counter", lambda: next(clock))
+        for _ in range(24):
+            stepped = loop.step()
+            steps[stepped.sittings[0].key] += stepped.made
+    assert steps == {"a": 12, "b": 12}
 
 
 def test_who_is_taken_out_is_not_finished(model):

@@ -106,6 +106,22 @@ def until(condition, seconds=20):
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_large_job_does_not_keep_another_key_waiting(started, monkeypatch, most):
+    """Ten images of one key, all asked for before: the other's image is done among the first, whatever the seats are."""
+    service = started(batching_max_size=most)
+    go, ended, finish = held(monkeypatch), [], pipeline.finish
+    monkeypatch.setattr(pipeline, "finish", lambda model, request, *rest: (ended.append(request.prompt), finish(model, request, *rest))[1])
+    large = service.scheduler.submit(asked(owner="a", num_outputs_per_prompt=10, prompt="large"))
+    until(lambda: service.store.get(large.id).status == "in_progress")
+    more = service.scheduler.submit(asked(owner="a", prompt="more"))
+    small = service.scheduler.submit(asked(owner="b", prompt="small"))
+    go.set()
+    for job in (large, more, small):
+        assert wait(service, job)[0].status == "completed"
+    assert ended.index("small") <= most and ended.count("large") == 10
+
+
 def test_cancel_takes_effect_within_a_step(started, monkeypatch):
     service = started()
     go = held(monkeypatch)

@@ -1,8 +1,10 @@
 """Pictures of many requests in one denoising loop: who goes on together, and for how long.
 
-Pictures of one form (`sampling.batch`) share the loop and join and leave it between two steps; how many pays is measured (`pace`). Pictures
-of several forms, say a clip and small pictures, take turns by device time, the highest priority first. All state lies in values, so a step
-that fails leaves every picture as it was: a batch that does not fit into memory is made smaller, a picture that fails alone is handed back.
+Images of one form (`sampling.batch`) share the loop and join and leave it between two steps; how many pays is measured (`pace`), and where
+there are more, keys and jobs take turns (`turns`). Several forms, say a video and small images, share the device's time, the highest
+priority first; a key that asks for many forms has no more of it than one that asks for one. All state lies in values, so an image may
+pause, and a step that fails leaves every image as it was: a batch that does not fit into memory is made smaller, an image that fails alone
+is handed back.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from tinydiff.runtime.background import Background
 from tinydiff.runtime.blueprint import Model
 from tinydiff.runtime.pace import Pace
 from tinydiff.runtime.pipeline import Conditioning
+from tinydiff.runtime.turns import Path, line
 from tinydiff.sampling import batch
 from tinydiff.sampling.loop import Denoise, Seat
 
@@ -45,10 +48,19 @@ class Sitting:
     looks: tuple[int, ...] = ()
     """Numbers of steps after which it is looked at, so the loop halts there."""
     form: Hashable = None
+    key: str = ""
+    """Whose job it is."""
+    begun: bool = False
+    """Whether a step of it was made."""
+
+    @property
+    def path(self) -> Path:
+        """(key, job): see `turns`."""
+        return self.key, self.owner
 
 
 def sitting(
-    model: Model, request: Request, conditioning: Conditioning, owner: str, index: int, priority: int = 0, looks: int = 0
+    model: Model, request: Request, conditioning: Conditioning, owner: str, index: int, priority: int = 0, looks: int = 0, key: str = ""
 ) -> Sitting:
     """Output number `index` of a request as it enters the loop: eager, and once that is ready compiled where the model is to be.
 
@@ -57,7 +69,8 @@ def sitting(
     seat, shown = pipeline.begin(model, request, conditioning, request.seeds[index])
     compiled = pipeline.denoiser(model, request, conditioning, True) if model.blueprint.compiled else None
     steps = conditioning.rows.steps
-    return Sitting(owner, index, priority, seat, shown, compiled, tuple(-(-i * steps // (looks + 1)) for i in range(1, looks + 1)))
+    at = tuple(-(-i * steps // (looks + 1)) for i in range(1, looks + 1))
+    return Sitting(owner, index, priority, seat, shown, compiled, at, key=key)
 
 
 class Stepped(NamedTuple):
@@ -83,8 +96,12 @@ class Continuous:
     sittings: list[Sitting] = field(default_factory=list)
     """In the order in which they came."""
     _joined: tuple[list[Sitting], batch.Batch] | None = None
+    most: int | None = None
+    """Images that go on together at most; the others pause."""
     _served: dict[Hashable, float] = field(default_factory=dict)
-    """Device seconds that each form had."""
+    """Device seconds that each form had, over its share of them."""
+    _turns: dict[Path, int] = field(default_factory=dict)
+    """The number of the turn at which each key and each job last began an image."""
 
     def add(self, sitting: Sitting) -> None:
         """Let a picture in; it begins with the next step of its form."""
@@ -110,6 +127,7 @@ class Continuous:
         chosen = self._chosen(count)
         if self._joined is None or self._joined[0] != chosen:
             self._part()
+            self._begin(chosen)
             self._joined = chosen, batch.together(self.family, [sitting.seat for sitting in chosen])
         joined, key = self._joined[1], _size(chosen[0].seat)
         pace = self.pace.step(key, len(chosen))
@@ -125,7 +143,7 @@ class Continuous:
         seconds, made = time.perf_counter() - started, going.whole.at - joined.whole.at
         self._joined = chosen, going
         self.pace.measured(key, len(chosen), seconds / made)
-        self._served[chosen[0].form] += seconds
+        self._served[chosen[0].form] += seconds / self._share(chosen[0].form)
         done = () if batch.left(going) else self._part()
         return Stepped(tuple(chosen), made, seconds, done)
 
@@ -137,11 +155,27 @@ class Continuous:
         self._served.setdefault(sitting.form, min(self._served.values(), default=0.0))
 
     def _chosen(self, count: int | None) -> list[Sitting]:
-        """Those of the highest priority, of the form that had least of the device."""
+        """Those of the highest priority, of the form that had least of its share of the device; keys and jobs in turn."""
         first = max(sitting.priority for sitting in self.sittings)
         form = min((s.form for s in self.sittings if s.priority == first), key=self._served.__getitem__)
-        alike = sorted((s for s in self.sittings if s.form == form), key=lambda sitting: -sitting.priority)
-        return alike[: count or self.pace.size(_size(alike[0].seat), len(alike))]
+        alike = line([s for s in self.sittings if s.form == form], self._turns)
+        return alike[: count or self.pace.size(_size(alike[0].seat), min(len(alike), self.most or len(alike)))]
+
+    def _share(self, form: Hashable) -> float:
+        """What a form may have of the device, a key's part being 1: each key divides its own among the forms that it asked for."""
+        forms: dict[str, set[Hashable]] = {}
+        for sitting in self.sittings:
+            forms.setdefault(sitting.key, set()).add(sitting.form)
+        return sum(1 / len(asked) for asked in forms.values() if form in asked)
+
+    def _begin(self, chosen: list[Sitting]) -> None:
+        """Note whose turn it was."""
+        present = {path for sitting in self.sittings for path in (sitting.path, sitting.path[:1])}
+        self._turns = {path: turn for path, turn in self._turns.items() if path in present}
+        for sitting in chosen:
+            if not sitting.begun:
+                sitting.begun = True
+                self._turns[sitting.path] = self._turns[sitting.path[:1]] = max(self._turns.values(), default=0) + 1
 
     def _unseen(self, chosen: list[Sitting], left: int) -> int:
         """Steps until one of them is looked at, `left` at most."""

@@ -25,7 +25,7 @@ from tinydiff.runtime import blueprint as blueprints
 from tinydiff.runtime import pipeline, preview
 from tinydiff.runtime.blueprint import Blueprint, Model
 from tinydiff.runtime.continuous import Continuous, Sitting, give_memory_back, short_of_memory, sitting
-from tinydiff.serve import outputs, warmup
+from tinydiff.serve import outputs, seats, warmup
 from tinydiff.serve.board import Boards
 from tinydiff.serve.files import Files
 from tinydiff.serve.jobs import DONE, Failure, Job, Status
@@ -59,7 +59,7 @@ class Scheduler:
         self.options, self.blueprint, self.store, self.files, self.metrics = options, blueprint, store, files, metrics
         self.admitted, self.uploader = admitted, uploader
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        self.boards, self.loop = Boards(), Continuous(blueprint.nets["transformer"].kind.module)
+        self.boards, self.loop = Boards(), Continuous(blueprint.nets["transformer"].kind.module, most=options.batching_max_size)
         self._model: Model | None = None
         self._colours: torch.Tensor | None = None
         self._jobs: dict[str, Making] = {}
@@ -228,8 +228,8 @@ class Scheduler:
             self._say("ready" if done == total else "compiling", done, total)
 
     def _take(self) -> None:
-        """Take jobs as long as there is room in the loop for their pictures."""
-        while self._state.phase in ("compiling", "ready") and not self._asleep and self._room() > 0:
+        """Take jobs as long as there is room for them on the device."""
+        while self._state.phase in ("compiling", "ready") and not self._asleep and self._room():
             job = patiently(lambda: self.store.take(self.name, time.time() + self.options.lease), self._kept)
             if job is None:
                 return
@@ -252,23 +252,21 @@ class Scheduler:
             self._jobs[job.id] = making
             self.boards.post(job, 0, making.total)
 
-    def _room(self) -> int:
-        """How many more pictures the loop may take."""
-        return self.options.batching_max_size - len(self.loop.sittings) - sum(len(making.waiting) for making in list(self._jobs.values()))
+    def _room(self) -> bool:
+        return seats.room(self._jobs.values(), self.loop.sittings, self.options.batching_max_size)
 
     def _let_in(self) -> None:
-        """Begin pictures while there is room."""
-        for making in sorted(self._jobs.values(), key=lambda making: (-making.job.priority, making.taken)):
-            while making.waiting and len(self.loop.sittings) < self.options.batching_max_size:
-                index, started = making.waiting.popleft(), time.perf_counter()
-                try:
-                    job, model = making.job, self._load()
-                    looks = 0 if index else making.previews
-                    self.loop.add(sitting(model, making.request, making.conditioning, job.id, index, job.priority, looks))
-                    making.spent("denoise", time.perf_counter() - started)
-                except Exception as error:
-                    self._fail(making.job.id, error)
-                    break
+        """Begin images while there are seats."""
+        most = self.options.batching_max_size
+        while (making := seats.next_in(self._jobs.values(), self.loop.sittings, most)) is not None:
+            index, job, started = making.waiting.popleft(), making.job, time.perf_counter()
+            looks = 0 if index else making.previews
+            try:
+                asked = self._load(), making.request, making.conditioning
+                self.loop.add(sitting(*asked, job.id, index, job.priority, looks, job.owner))
+                making.spent("denoise", time.perf_counter() - started)
+            except Exception as error:
+                self._fail(job.id, error)
 
     def _drop(self) -> None:
         """End what was cancelled, and take pictures of jobs that ended out of the loop."""
