@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -45,15 +44,10 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"], ["models"]])
-def test_answers_within_a_second_and_without_torch(argv: list[str]):
+def test_answers_without_torch(argv: list[str]):
     code = f"import sys\nfrom tinydiff.cli import main\nmain({argv!r})\nassert not {{'torch', 'numpy', 'PIL', 'av'}} & set(sys.modules)"
-    seconds = []
-    for _ in range(3):
-        before = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        seconds.append(time.perf_counter() - before)
-        assert done.returncode == 0, done.stderr
-    assert min(seconds) < 1
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_help(capsys: pytest.CaptureFixture[str]):

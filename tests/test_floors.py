@@ -16,7 +16,10 @@ HOUSE = {
     "engine": (3, ("tinydiff.sampling",)),
     "files": (3, ("tinydiff.io",)),
     "joints": (4, ("tinydiff.runtime",)),
-    "faces": (5, tuple(f"tinydiff.{name}" for name in ("cli", "progress", "doctor", "advise", "parity", "serve", "bench", "__main__"))),
+    "faces": (
+        5,
+        tuple(f"tinydiff.{name}" for name in ("cli", "progress", "printing", "doctor", "advise", "parity", "serve", "bench", "__main__")),
+    ),
 }
 """Room: (floor, what is in it). The package itself, its `__init__.py`, is a face; only its version may be read from below."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from tinydiff import __version__, config
+from tinydiff import __version__, config, printing
 from tinydiff.models import registry
 from tinydiff.records import RankError, UserError, nearest
 from tinydiff.runtime import launch
@@ -67,12 +67,23 @@ TINYDIFF_S3_ENDPOINT_URL (or the same with SGLANG_ in front).
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it did, 1 where `doctor` found a difference or a rank failed, 2 for a user's mistake, 130 when interrupted.
+    """Run one command and return its exit code.
 
-    Both kinds of failure are told in one sentence.
+    0 when it did; also where the reader of what is printed left early. 1 where `doctor` found a difference, a rank failed, or not all
+    could be printed; files are written by then. 2 for a user's mistake, 130 when interrupted. Every failure is told in one sentence.
     """
+    with printing.steady() as out:
+        code = _told(list(sys.argv[1:] if argv is None else argv))
+        if (reason := printing.lost(out)) and not code:
+            print(f"tinydiff: error: not all could be printed ({reason}); the work itself is done", file=sys.stderr)
+            return 1
+    return code
+
+
+def _told(argv: list[str]) -> int:
+    """Run one command, and tell its failure."""
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        return _run(argv)
     except (UserError, RankError) as error:
         launch.let_first_speak()
         print(f"tinydiff: error: {error}", file=sys.stderr)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from typing import TextIO, cast
+
+from tinydiff.printing import Steady
 
 
 class Bar:
@@ -13,7 +15,7 @@ class Bar:
     def __init__(self, stream: TextIO | None = None) -> None:
         from tqdm import tqdm
 
-        self._stream = stream or sys.stderr
+        self._stream = cast(TextIO, Steady(stream or sys.stderr))  # a terminal that is gone costs no work
         self._tqdm = tqdm
         self._bar: tqdm | None = None
         self._stage = ""

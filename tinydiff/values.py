@@ -123,9 +123,10 @@ def _plain(name: str, kind: type, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, str | int | float | Path):
             raise _wrong(name, kind, value)
         try:
-            return str(value)
+            text = str(value)
         except ValueError:  # an integer of more digits than Python writes
             raise _wrong(name, kind, value) from None
+        return _encodable(name, text)
     if isinstance(value, str):
         return _number(name, kind, value)
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
@@ -134,6 +135,19 @@ def _plain(name: str, kind: type, value: Any) -> Any:
         return kind(value)
     except OverflowError:  # an integer beyond all floats
         return math.inf if value > 0 else -math.inf
+
+
+_NAMES_FILE = re.compile(r".*_(path|file|file_name|dir)|component_paths\..*")
+"""Options whose text is a path: it may hold bytes that are not UTF-8, as file names do."""
+
+
+def _encodable(name: str, text: str) -> str:
+    """A text that can be written again: no halves of characters and, but in paths, no bytes that are not UTF-8."""
+    try:
+        text.encode("utf-8", "surrogateescape" if _NAMES_FILE.fullmatch(name) else "strict")
+    except UnicodeEncodeError:
+        raise UserError(name, f"{name}: {shown(text)} holds bytes that are not UTF-8, or half a character") from None
+    return text
 
 
 _FORMS = {
