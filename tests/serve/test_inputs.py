@@ -11,7 +11,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from tinydiff.records import UserError
-from tinydiff.serve.inputs import decoded, media_type
+from tinydiff.serve import unpack
+from tinydiff.serve.inputs import received
 from tinydiff.serve.options import ServeOptions
 
 LIMITS = ServeOptions(max_body=1.0, max_input_pixels=10_000)
@@ -32,7 +33,13 @@ def uri(data: bytes, head: str = "data:image/png;base64,") -> str:
 
 
 def read(source, allow_urls: bool = False, **more) -> bytes:
-    return decoded(source, "image", allow_urls, LIMITS, **more)
+    data = received(source, "image", allow_urls, LIMITS, **more)
+    assert unpack.pixels(data, "image", LIMITS.max_input_pixels).dtype == "uint8"
+    return data
+
+
+def kind(data: bytes) -> str:
+    return unpack.media_type(data, "image")
 
 
 def refused(source, allow_urls: bool = False, **more) -> str:
@@ -48,18 +55,18 @@ def refused(source, allow_urls: bool = False, **more) -> str:
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
 def test_a_picture_is_taken_as_it_is(format):
     data = picture(format)
-    assert read(data) == data and media_type(data) == f"image/{format.lower()}"
+    assert read(data) == data and kind(data) == f"image/{format.lower()}"
 
 
 @pytest.mark.skipif("AVIF" not in Image.SAVE and not Image.init() and "AVIF" not in Image.SAVE, reason="this Pillow writes no AVIF")
 def test_avif_is_taken():
     data = picture("AVIF")
-    assert read(data) == data and media_type(data) == "image/avif"
+    assert read(data) == data and kind(data) == "image/avif"
 
 
 def test_a_phones_jpeg_with_more_behind_it_is_one_picture():
     data = picture("MPO", save_all=True, append_images=[Image.new("RGB", (4, 3))])
-    assert read(data) == data and media_type(data) == "image/jpeg"
+    assert read(data) == data and kind(data) == "image/jpeg"
 
 
 @pytest.mark.parametrize(
@@ -121,8 +128,8 @@ def test_the_servers_own_picture_is_not_read(tmp_path):
     assert "the server's own files are not read" in refused(str(path), True)
 
 
-def test_the_bytes_decide_not_the_media_type():
-    assert media_type(read(uri(picture("WEBP"), "data:image/png;base64,"))) == "image/webp"
+def test_the_bytes_decide_not_the_kind():
+    assert kind(read(uri(picture("WEBP"), "data:image/png;base64,"))) == "image/webp"
 
 
 def test_pixels_are_counted_before_they_are_unpacked(monkeypatch):

@@ -99,12 +99,21 @@ def latent_size(vae: Any, request: Request) -> tuple[int, int, int]:
 def spread(area: int, height: int, width: int, multiple: int = 32) -> tuple[int, int]:
     """The (height, width) of about `area` pixels nearest to the aspect of a picture, in multiples of `multiple`.
 
-    Source: `calculate_dimensions` of diffusers' Qwen-Image pipelines.
+    Source: `calculate_dimensions` of diffusers' Qwen-Image pipelines. Raises UserError where a side would come out as nothing.
     """
     ratio = width / height
     wide = sqrt(area * ratio)
-    tall, wide = (max(1, round(side / multiple)) * multiple for side in (wide / ratio, wide))
+    sides = wide / ratio, wide
+    if min(sides) < multiple / 2:
+        raise too_long(height, width)
+    tall, wide = (max(1, round(side / multiple)) * multiple for side in sides)
     return tall, wide
+
+
+def too_long(height: int, width: int) -> UserError:
+    """The mistake of a given image whose aspect no output of the model has."""
+    message = f"the given image is {width}x{height} pixels, too long for this model to keep its aspect; crop it"
+    return UserError("image_path", f"image_path: {message}")
 
 
 Patch = tuple[int, int, int]

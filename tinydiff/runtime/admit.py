@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy
 
 from tinydiff.config import SamplingOptions, seeds
 from tinydiff.io.images import read_image, resize
-from tinydiff.models.recipe import spread
+from tinydiff.models.recipe import spread, too_long
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.records import Request, UserError
 from tinydiff.runtime.blueprint import Blueprint
@@ -22,19 +23,31 @@ LUMA = (0.299, 0.587, 0.114)
 """Shares of red, green and blue in brightness, ITU-R BT.601."""
 
 
-def admit(blueprint: Blueprint, sampling: SamplingOptions, clip: bool = False) -> list[Request]:
-    """One request per prompt. clip: a clip is wanted where the model makes pictures by default (an output file named like one).
+class Read(Protocol):
+    """What a given image is read by: its path, URL or data URI, the field that names it, and whether its alpha is kept."""
 
+    def __call__(self, source: str, field: str, opacity: bool = False, /) -> numpy.ndarray: ...
+
+
+def admit(
+    blueprint: Blueprint, sampling: SamplingOptions, clip: bool = False, read: Read = read_image, most_pixels: float = math.inf
+) -> list[Request]:
+    """One request per prompt.
+
+    clip: a video is wanted where the model makes images by default (an output file named like one). most_pixels: of one output, all its
+    frames together; they are counted before anything is brought to that size.
     Raises UserError naming the field, its value and what is allowed.
     """
     row = blueprint.row
-    originals = _images(blueprint, sampling.image_path)
+    originals = _images(blueprint, sampling.image_path, read)
     height, width = _size(blueprint, sampling, originals)
     frames = _frames(blueprint, sampling, clip or (bool(originals) and row.image_use == "frames"))
     layers = (sampling.num_frames or row.layers) if row.layers else 0
     starts = _starts(blueprint, sampling, originals, frames)
+    if (pixels := frames * max(1, layers) * height * width) > most_pixels:
+        raise UserError("size", f"size: an output has {pixels:,} pixels; {most_pixels:,.0f} are the most")
     images = () if row.image_use == "references" else tuple(resize(image, height, width) for image in originals)
-    mask = _mask(blueprint, sampling, originals, starts, height, width)
+    mask = _mask(blueprint, sampling, originals, starts, height, width, read)
     steps, timesteps = _steps(blueprint, sampling)
     settled = settle(blueprint, sampling)
     requests = [
@@ -111,7 +124,13 @@ def _instead(row: ReleasedModel) -> str:
 
 
 def _mask(
-    blueprint: Blueprint, sampling: SamplingOptions, originals: Sequence[numpy.ndarray], starts: bool, height: int, width: int
+    blueprint: Blueprint,
+    sampling: SamplingOptions,
+    originals: Sequence[numpy.ndarray],
+    starts: bool,
+    height: int,
+    width: int,
+    read: Read,
 ) -> numpy.ndarray | None:
     """The mask at the request's size, 0 or 255 [height, width]; None without one.
 
@@ -124,7 +143,7 @@ def _mask(
         raise UserError("mask_path", f"mask_path: {row.name} paints no part of a given picture anew; it takes no mask{_instead(row)}")
     if not originals:
         raise UserError("mask_path", "mask_path: a mask says where a picture is painted anew; give the picture with --image-path")
-    given = read_image(sampling.mask_path, "mask_path")
+    given = read(sampling.mask_path, "mask_path")
     if given.shape != originals[0].shape:
         sizes = [f"{shape[1]} x {shape[0]}" for shape in (given.shape, originals[0].shape)]
         raise UserError("mask_path", f"mask_path: the mask is {sizes[0]} and the picture {sizes[1]} pixels; they must be of one size")
@@ -140,7 +159,7 @@ def _multiple(blueprint: Blueprint) -> int:
     return blueprint.nets["vae"].config.scale_factor_spatial * net.kind.module.patch(net.config)[-1]
 
 
-def _images(blueprint: Blueprint, paths: Sequence[str]) -> tuple[numpy.ndarray, ...]:
+def _images(blueprint: Blueprint, paths: Sequence[str], read: Read) -> tuple[numpy.ndarray, ...]:
     row, net = blueprint.row, blueprint.nets["transformer"].config
     least, most = row.images
     if len(paths) < least:
@@ -151,7 +170,7 @@ def _images(blueprint: Blueprint, paths: Sequence[str]) -> tuple[numpy.ndarray, 
     if row.image_use != "frames":
         if len(paths) > most:
             raise UserError("image_path", f"image_path: {len(paths)} pictures are given; {row.name} takes at most {most}")
-        return tuple(read_image(path, opacity=row.layers > 0) for path in paths)
+        return tuple(read(path, "image_path", row.layers > 0) for path in paths)
     two_views = net.image_dim is not None and net.pos_embed_seq_len is not None
     if paths and two_views and len(paths) != 2:
         raise UserError("image_path", f"image_path: {row.name} goes from a first to a last frame; give two pictures")
@@ -159,7 +178,7 @@ def _images(blueprint: Blueprint, paths: Sequence[str]) -> tuple[numpy.ndarray, 
     if len(paths) > (2 if both else 1):
         allowed = "the first and the last frame" if both else "one, the first frame"
         raise UserError("image_path", f"image_path: {len(paths)} pictures are given; {row.name} takes {allowed}")
-    return tuple(read_image(path) for path in paths)
+    return tuple(read(path, "image_path") for path in paths)
 
 
 def _size(blueprint: Blueprint, sampling: SamplingOptions, images: Sequence[numpy.ndarray]) -> tuple[int, int]:
@@ -174,10 +193,12 @@ def _size(blueprint: Blueprint, sampling: SamplingOptions, images: Sequence[nump
         tall, wide = spread(row.height * row.width, images[-1].shape[0], images[-1].shape[1], row.given_multiple)
         height, width = sampling.height or tall, sampling.width or wide
     elif images and sampling.height is None and sampling.width is None:
-        aspect = images[0].shape[0] / images[0].shape[1]
-        height, width = (
-            max(multiple, int(math.sqrt(row.height * row.width * ratio)) // multiple * multiple) for ratio in (aspect, 1 / aspect)
-        )
+        tall, wide = images[0].shape[:2]
+        aspect = tall / wide
+        sides = [math.sqrt(row.height * row.width * ratio) for ratio in (aspect, 1 / aspect)]
+        if min(sides) < multiple / 2:
+            raise too_long(tall, wide)
+        height, width = (max(multiple, int(side) // multiple * multiple) for side in sides)
     for name, value in (("height", height), ("width", width)):
         if value < multiple or value % multiple:
             below = value // multiple * multiple

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,16 @@ import falcon
 
 from tinydiff.config import options
 from tinydiff.records import UserError, nearest
-from tinydiff.serve import inputs, outputs
+from tinydiff.serve import decoder, inputs, outputs
 from tinydiff.serve.body import fingerprint, read_body
 from tinydiff.serve.errors import Refusal
 from tinydiff.serve.fields import STEPS_OF_QUALITY, Asked, FileId, read_fields
 from tinydiff.serve.jobs import Job, Kind, new_id
+from tinydiff.serve.unpack import media_type
 
 if TYPE_CHECKING:
+    import numpy
+
     from tinydiff.records import Request
     from tinydiff.serve.service import Service
 
@@ -52,9 +55,8 @@ def read_job(service: Service, req: falcon.Request, kind: Kind) -> Job:
         for name, sources in asked.given.items():
             kept[name] = ()
             for source in sources:
-                kept[name] += (_keep(service, job.owner, source, asked.answer["spelled"].get(name, name), name == "mask_path"),)
-        job = replace(job, inputs=kept)
-        return described(job, service.admitted(job))
+                kept[name] += (_keep(service, job.owner, source, asked.answer["spelled"].get(name, name)),)
+        return checked(service, replace(job, inputs=kept))
     except BaseException:
         discard(service, replace(job, inputs=kept))
         raise
@@ -74,8 +76,11 @@ def check_model(service: Service, name: str) -> None:
         raise Refusal(404, "model_not_found", f"model: {name!r} is not served here; {service.name!r} is{hint}", "model")
 
 
-def described(job: Job, request: Request) -> Job:
-    """The job with what its answer says of the request: the effective size, and of a clip its seconds."""
+def checked(service: Service, job: Job) -> Job:
+    """The job with what its answer says of its request: the effective size, and of a video its seconds. The request goes to the device with
+    its images as they are now. Raises UserError."""
+    request = admitted(service, job)
+    service.handover.put(job.id, request)
     more: dict[str, Any] = {"size": f"{request.width}x{request.height}"}
     if job.kind == "video":
         more["seconds"] = f"{request.num_frames / request.fps:g}"
@@ -83,7 +88,8 @@ def described(job: Job, request: Request) -> Job:
 
 
 def discard(service: Service, job: Job) -> None:
-    """Remove the given pictures of a job that never was."""
+    """Remove the given images of a job that never was."""
+    service.handover.take(job.id)
     for id in (id for ids in job.inputs.values() for id in ids):
         service.files.delete(id)
 
@@ -93,7 +99,7 @@ def admitted(service: Service, job: Job) -> Request:
     spelled it."""
     from tinydiff.runtime.admit import admit  # reads models, so it loads torch
 
-    with _as_spelled(job):
+    with _as_spelled(job), decoder.slot() if job.inputs else nullcontext():
         _suits(service, job)
         sampling = options({**_frames(service, job), **job.fields, **_paths(service, job)}).sampling
         if not sampling.prompt and not service.blueprint.row.captions:
@@ -101,12 +107,15 @@ def admitted(service: Service, job: Job) -> Request:
         if sampling.num_outputs_per_prompt > (most := service.options.max_outputs):
             name, asked = "num_outputs_per_prompt", sampling.num_outputs_per_prompt
             raise UserError(name, f"{name}: {asked} outputs are more than the {most} that one request may ask for")
-        [request] = admit(service.blueprint, sampling, clip=job.kind == "video")
+        read, most = partial(_pixels, service.options.max_input_pixels), service.most_pixels(job.kind)
+        [request] = admit(service.blueprint, sampling, job.kind == "video", read, most)
         outputs.plan(job, request, Path("."))
-        pixels = request.num_frames * max(1, request.layers) * request.height * request.width
-        if pixels > (most := service.most_pixels(job.kind)):
-            raise UserError("size", f"size: an output has {pixels:,} pixels; this server makes {most:,} at most")
     return request
+
+
+def _pixels(most_pixels: float, path: str, field: str, opacity: bool = False) -> numpy.ndarray:
+    """A given image, decoded elsewhere."""
+    return decoder.DECODER.pixels(Path(path).read_bytes(), field, most_pixels, opacity, field == "mask_path")
 
 
 def resolved(service: Service, asked: Asked, kind: Kind) -> dict[str, Any]:
@@ -166,7 +175,7 @@ def _paths(service: Service, job: Job) -> dict[str, Any]:
     return found
 
 
-def _keep(service: Service, owner: str, source: str | bytes | FileId, field: str, mask: bool) -> str:
+def _keep(service: Service, owner: str, source: str | bytes | FileId, field: str) -> str:
     """Put a given image among the server's files, as this owner's. Returns its id. One of the owner's own files is copied, so that each job
     has its own; another owner's file is answered like one that does not exist."""
     limits = service.options
@@ -175,25 +184,8 @@ def _keep(service: Service, owner: str, source: str | bytes | FileId, field: str
         if path is None:
             raise Refusal(404, "not_found", f"{field}: no file has the id {source.id[:80]!r}", field)
         source = path.read_bytes()
-    data = inputs.decoded(source, field, limits.allow_url_inputs, limits)
-    data = _white_where_clear(data) if mask else data
-    return service.files.put(data, inputs.media_type(data), "given", owner)
-
-
-def _white_where_clear(data: bytes) -> bytes:
-    """A mask in OpenAI's form, which is transparent where the picture is painted anew, in ours, white there; any other as it is."""
-    from PIL import Image, ImageOps
-
-    with Image.open(io.BytesIO(data)) as opened:
-        upright = ImageOps.exif_transpose(opened)
-        if not upright.has_transparency_data:
-            return data
-        opacity = upright.convert("RGBA").getchannel("A")
-    if opacity.getextrema() == (255, 255):
-        return data
-    out = io.BytesIO()
-    ImageOps.invert(opacity).save(out, "PNG")
-    return out.getvalue()
+    data = inputs.received(source, field, limits.allow_url_inputs, limits)
+    return service.files.put(data, media_type(data, field), "given", owner)
 
 
 @contextmanager

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tinydiff.serve.files import files_of
+from tinydiff.serve.handover import Handover
 from tinydiff.serve.jobs import Job, Kind
 from tinydiff.serve.options import ServeOptions
 
@@ -151,6 +152,8 @@ class Service:
     metrics: Metrics
     uploader: Uploader | None = None
     """Where outputs are brought to object storage."""
+    handover: Handover = field(default_factory=Handover)
+    """Requests that were checked here and wait for the device."""
 
     def forget(self, job: Job) -> bool:
         """Remove a job that is done, with all its files, here and in object storage. False where there is none any more."""
@@ -169,7 +172,10 @@ class Service:
         return int(self.options.max_pixels or OWN_SIZES * frames * row.height * row.width)
 
     def admitted(self, job: Job) -> Request:
-        """The job's request, every field checked against the model and the server's limits. Raises UserError naming the field."""
+        """The job's request, every field checked against the model and the server's limits. Raises UserError naming the field.
+
+        One that was checked here is taken as it was made then; another server's is made from its files.
+        """
         from tinydiff.serve.intake import admitted
 
-        return admitted(self, job)
+        return self.handover.take(job.id) or admitted(self, job)

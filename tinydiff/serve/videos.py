@@ -13,7 +13,7 @@ from tinydiff.serve.body import fingerprint, read_body
 from tinydiff.serve.downloads import FileContent, base_url, expired, send_output
 from tinydiff.serve.errors import NO_RETRY, Refusal, unknown
 from tinydiff.serve.fields import read_fields
-from tinydiff.serve.intake import described, discard, idempotency, read_job
+from tinydiff.serve.intake import checked, discard, idempotency, read_job
 from tinydiff.serve.jobs import DONE, Job, Output, new_id
 from tinydiff.serve.query import parameters, whole_number
 from tinydiff.serve.repeats import Repeats
@@ -187,7 +187,7 @@ class Remix:
         )  # fmt: skip
         job = replace(job, inputs={name: tuple(self._copied(file, job.owner) for file in files) for name, files in source.inputs.items()})
         try:
-            job = described(job, self.service.admitted(job))
+            job = checked(self.service, job)
         except BaseException:
             discard(self.service, job)
             raise

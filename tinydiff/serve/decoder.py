@@ -1,0 +1,111 @@
+"""Where given images are decoded: in processes of their own, few at a time, each with an end. See `unpack`. No torch here."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from tinydiff.records import UserError
+from tinydiff.serve import unpack
+
+if TYPE_CHECKING:
+    import numpy as np
+
+AT_ONCE = 2
+"""Requests whose images are decoded and resized at once; others wait."""
+SECONDS = 30.0
+"""How long one image may take."""
+
+PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from tinydiff.serve import unpack; unpack.main()"
+
+
+class Decoder:
+    """Processes that decode, begun when they are needed."""
+
+    def __init__(self, seconds: float = SECONDS, command: Sequence[str] | None = None) -> None:
+        self.seconds = seconds
+        self.command = command or [sys.executable, "-c", PROGRAM, json.dumps(sys.path)]
+        self._idle: list[subprocess.Popen[bytes]] = []
+
+    def pixels(self, data: bytes, field: str, most_pixels: float, opacity: bool = False, mask: bool = False) -> np.ndarray:
+        """As `unpack.pixels`, elsewhere. Raises UserError also for an image that takes too much time or memory."""
+        import numpy as np
+
+        ask = {"field": field, "most_pixels": most_pixels, "opacity": opacity, "mask": mask}
+        with self._process() as process:
+            assert process.stdin is not None and process.stdout is not None
+            try:
+                unpack.send(process.stdin, ask, data)
+                answer, values = unpack.receive(process.stdout)
+            except (EOFError, OSError):
+                process.kill()
+                message = "takes more time or memory to read than this server gives one picture; save it as an ordinary PNG or JPEG"
+                raise UserError(field, f"{field}: {message}") from None
+            if answer.get("last"):
+                process.wait()  # it ends by itself, and all that it held is the system's again
+        if "error" in answer:
+            raise UserError(field, str(answer["error"]))
+        return np.frombuffer(values, np.uint8).reshape(answer["shape"])  # pyright: ignore[reportArgumentType]
+
+    def close(self) -> None:
+        """End the processes that wait for work."""
+        while self._idle:
+            _end(self._idle.pop())
+
+    @contextmanager
+    def _process(self) -> Iterator[subprocess.Popen[bytes]]:
+        """A process for one image, killed when its time is over."""
+        try:
+            process = self._idle.pop()
+        except IndexError:
+            process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        timer = threading.Timer(self.seconds, process.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            timer.cancel()
+            if process.poll() is None and process.returncode is None and len(self._idle) < AT_ONCE:
+                self._idle.append(process)
+            else:
+                _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    with suppress(OSError):
+        process.communicate()
+
+
+DECODER = Decoder()
+"""This process's own."""
+atexit.register(DECODER.close)
+
+_slots = threading.BoundedSemaphore(AT_ONCE)
+
+
+@contextmanager
+def slot() -> Iterator[None]:
+    """While a request's images are decoded and brought to size. What that took is given back to the system at the end."""
+    with _slots:
+        try:
+            yield
+        finally:
+            _trim()
+
+
+def _trim() -> None:
+    """Have the C library return what is free; left alone, it keeps gigabytes of images that are gone."""
+    with suppress(AttributeError, OSError):  # only glibc can
+        ctypes.CDLL(None).malloc_trim(0)

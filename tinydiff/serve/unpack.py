@@ -1,0 +1,205 @@
+"""Given images, from the bytes of a file to pixels, with bounds on the work; and a process that does only that.
+
+An image file is a small program for its decoder: a few bytes may ask for any number of pixels, scans or entries. What can be counted is
+counted first. The rest is bounded by the process: `decoder` gives it some seconds, it gives itself some memory, and it ends after a large
+image, so that the allocator keeps nothing. No torch here.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import struct
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from tinydiff.records import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import ImageFile
+
+MAGIC = {
+    "image/png": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "image/jpeg": re.compile(rb"\xff\xd8\xff"),
+    "image/webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
+    "image/gif": re.compile(rb"GIF8[79]a"),
+    "image/bmp": re.compile(rb"BM"),
+    "image/avif": re.compile(rb"....ftyp(?:avif|avis|mif1|msf1|miaf)", re.DOTALL),
+}
+"""Media type -> how such a file begins."""
+
+FORMATS = {
+    "image/png": ["PNG"], "image/jpeg": ["JPEG", "MPO"], "image/webp": ["WEBP"], "image/gif": ["GIF"], "image/bmp": ["BMP", "DIB"],
+    "image/avif": ["AVIF"],
+}  # fmt: skip
+"""Media type -> Pillow's formats. MPO is what phones make of a JPEG by putting more images behind it."""
+
+SHOWN_FORMATS = "PNG, JPEG, WebP, GIF, BMP or AVIF"
+
+MOST_MARKERS = 5000
+"""Segments of a JPEG; a large colour profile and its metadata are some hundreds."""
+MOST_SCANS = 64
+"""Scans of a progressive JPEG; encoders make about ten."""
+MOST_PASSES = 16
+"""How many times over the most pixels that are taken a JPEG's scans may go in all."""
+
+BYTES_A_PIXEL, BYTES = 32, 2**28
+"""Memory that decoding may take: so much for each of the most pixels, and so much beside."""
+LARGE = 2**22
+"""Pixels of an image after which the process ends."""
+
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
+_SCAN, _END, _ALONE = 0xDA, 0xD9, (0x01, 0xD8)
+
+
+def media_type(data: bytes, field: str) -> str:
+    """What a file is, by how it begins. Raises UserError for what is no image, naming `field`."""
+    for name, begins in MAGIC.items():
+        if begins.match(data):
+            return name
+    raise UserError(field, f"{field}: is empty") if not data else unreadable(field)
+
+
+def unreadable(field: str) -> UserError:
+    return UserError(field, f"{field}: is not a whole picture that can be read; it may be {SHOWN_FORMATS}")
+
+
+def pixels(data: bytes, field: str, most_pixels: float, opacity: bool = False, mask: bool = False) -> np.ndarray:
+    """The pixels of one whole image of `FORMATS`, upright, uint8 sRGB [H, W, 3], or with `opacity` RGBA [H, W, 4].
+
+    mask: of a mask in OpenAI's form, which is transparent where the image is inpainted, in ours, white there; any other as it is. Raises
+    UserError naming `field` for an animation, and for what has too many pixels or scans, counted before anything is unpacked.
+    """
+    from PIL import Image
+
+    from tinydiff.io import decode
+
+    kind = media_type(data, field)
+    try:
+        with _opened(data, kind) as opened:
+            width, height = opened.size
+            if width * height > most_pixels:
+                allowed = f"{most_pixels:,.0f} are the most that this server takes"
+                raise UserError(field, f"{field}: has {width}x{height} pixels; {allowed}")
+            if kind == "image/jpeg":
+                _count_scans(data, field, width * height, most_pixels)
+            elif getattr(opened, "is_animated", False):
+                raise UserError(field, f"{field}: is an animation; give one picture")
+            opened.load()
+            return _mask(opened, field) if mask else decode.srgb(opened, opacity, field)
+    except UserError:
+        raise
+    except Image.DecompressionBombError:
+        allowed = f"{most_pixels:,.0f} are the most here"
+        raise UserError(field, f"{field}: has more pixels than any picture may have; {allowed}") from None
+    except MemoryError:
+        raise UserError(field, f"{field}: takes more memory to read than this server gives one picture") from None
+    except decode.Unranged as error:
+        raise UserError(field, f"{field}: {error}") from None
+    except Exception as error:  # decoders fail in many ways on what somebody made up
+        raise unreadable(field) from error
+
+
+def _opened(data: bytes, kind: str) -> ImageFile.ImageFile:
+    """The image of these bytes, only its header read. The segments of a JPEG are counted before Pillow walks over them."""
+    from PIL import Image
+
+    if kind == "image/jpeg" and sum(1 for _ in _segments(data)) > MOST_MARKERS:
+        raise ValueError(f"more than {MOST_MARKERS} segments")
+    Image.init()
+    return Image.open(io.BytesIO(data), formats=[name for name in FORMATS[kind] if name in Image.OPEN])
+
+
+def _segments(data: bytes) -> list[int]:
+    """The markers of a JPEG, up to one more than are allowed. What lies inside a segment, such as a thumbnail, is passed over."""
+    found: list[int] = []
+    at = 2
+    while len(found) <= MOST_MARKERS and (match := _MARKER.search(data, at)) is not None:
+        marker, at = match[1][0], match.end()
+        found.append(marker)
+        if marker == _END:
+            break
+        if marker not in _ALONE and len(data) >= at + 2:
+            at += int.from_bytes(data[at : at + 2], "big")
+    return found
+
+
+def _count_scans(data: bytes, field: str, pixels: int, most_pixels: float) -> None:
+    """Raise UserError for a JPEG whose scans go over its pixels too often."""
+    scans = _segments(data).count(_SCAN)
+    if scans > MOST_SCANS or scans * pixels > MOST_PASSES * most_pixels:
+        raise UserError(field, f"{field}: has {scans} scans, too many for its size; save it as an ordinary JPEG or PNG")
+
+
+def _mask(opened: ImageFile.ImageFile, field: str) -> np.ndarray:
+    from tinydiff.io import decode
+
+    image = decode.srgb(opened, True, field)
+    alpha = image[..., 3:]
+    return image[..., :3] if (alpha == 255).all() else (255 - alpha).repeat(3, axis=2)
+
+
+# --- the process ---
+
+
+def send(stream: BinaryIO, head: dict[str, object], data: bytes | memoryview) -> None:
+    """Write a message: a few words, and bytes."""
+    words = json.dumps(head).encode()
+    stream.write(struct.pack(">II", len(words), len(data)) + words)
+    stream.write(data)
+    stream.flush()
+
+
+def receive(stream: BinaryIO) -> tuple[dict[str, object], bytearray]:
+    """Read a message. Raises EOFError where the other side is gone."""
+    words, size = struct.unpack(">II", _exactly(stream, 8))
+    return json.loads(_exactly(stream, words)), _exactly(stream, size)
+
+
+def _exactly(stream: BinaryIO, size: int) -> bytearray:
+    data = bytearray(size)
+    view, done = memoryview(data), 0
+    while done < size:
+        count = stream.readinto(view[done:])  # pyright: ignore[reportAttributeAccessIssue]
+        if not count:
+            raise EOFError
+        done += count
+    return data
+
+
+def main() -> None:
+    """Answer one message after another, until there are no more or an image was large."""
+    import numpy as np
+
+    from tinydiff.io import decode  # noqa: F401  before the memory is bounded
+
+    source, sink, bounded = sys.stdin.buffer, sys.stdout.buffer, False
+    with suppress(EOFError):
+        while True:
+            ask, data = receive(source)
+            if not bounded:
+                bounded = True
+                _bound_memory(int(BYTES_A_PIXEL * float(str(ask["most_pixels"]))) + BYTES)
+            try:
+                image = np.ascontiguousarray(pixels(bytes(data), **ask))  # pyright: ignore[reportArgumentType]
+            except UserError as error:
+                send(sink, {"error": str(error)}, b"")
+                continue
+            large = image.size > 3 * LARGE
+            send(sink, {"shape": image.shape, "last": large}, memoryview(image).cast("B"))
+            if large:
+                return
+
+
+def _bound_memory(more: int) -> None:
+    """Let this process have so many bytes more than it has, where the system can count them."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + more
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
