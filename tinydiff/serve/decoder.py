@@ -45,14 +45,13 @@ class Decoder:
                 unpack.send(process.stdin, ask, data)
                 answer, values = unpack.receive(process.stdout)
             except (EOFError, OSError):
-                process.kill()
                 message = "takes more time or memory to read than this server gives one picture; save it as an ordinary PNG or JPEG"
                 raise UserError(field, f"{field}: {message}") from None
             if answer.get("last"):
                 process.wait()  # it ends by itself, and all that it held is the system's again
         if "error" in answer:
             raise UserError(field, str(answer["error"]))
-        return np.frombuffer(values, np.uint8).reshape(answer["shape"])  # pyright: ignore[reportArgumentType]
+        return np.frombuffer(values, np.uint8).reshape(answer["shape"])
 
     def close(self) -> None:
         """End the processes that wait for work."""
@@ -62,24 +61,32 @@ class Decoder:
     @contextmanager
     def _process(self) -> Iterator[subprocess.Popen[bytes]]:
         """A process for one image, killed when its time is over."""
-        try:
-            process = self._idle.pop()
-        except IndexError:
+        process = self._waiting()
+        if process is None:
             process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         timer = threading.Timer(self.seconds, process.kill)
         timer.daemon = True
         timer.start()
+        answered = False
         try:
             yield process
-        except BaseException:
-            process.kill()
-            raise
+            answered = True
         finally:
             timer.cancel()
-            if process.poll() is None and process.returncode is None and len(self._idle) < AT_ONCE:
+            if answered and process.poll() is None and len(self._idle) < AT_ONCE:
                 self._idle.append(process)
             else:
                 _end(process)
+
+    def _waiting(self) -> subprocess.Popen[bytes] | None:
+        """A process that waits for work, None where there is none."""
+        while self._idle:
+            with suppress(IndexError):  # another thread took the last one
+                process = self._idle.pop()
+                if process.poll() is None:
+                    return process
+                _end(process)
+        return None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

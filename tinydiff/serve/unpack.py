@@ -14,7 +14,7 @@ import struct
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import IO, TYPE_CHECKING, Any
 
 from tinydiff.records import UserError
 
@@ -146,7 +146,7 @@ def _mask(opened: ImageFile.ImageFile, field: str) -> np.ndarray:
 # --- the process ---
 
 
-def send(stream: BinaryIO, head: dict[str, object], data: bytes | memoryview) -> None:
+def send(stream: IO[bytes], head: dict[str, Any], data: bytes | memoryview) -> None:
     """Write a message: a few words, and bytes."""
     words = json.dumps(head).encode()
     stream.write(struct.pack(">II", len(words), len(data)) + words)
@@ -154,13 +154,13 @@ def send(stream: BinaryIO, head: dict[str, object], data: bytes | memoryview) ->
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> tuple[dict[str, object], bytearray]:
+def receive(stream: IO[bytes]) -> tuple[dict[str, Any], bytearray]:
     """Read a message. Raises EOFError where the other side is gone."""
     words, size = struct.unpack(">II", _exactly(stream, 8))
     return json.loads(_exactly(stream, words)), _exactly(stream, size)
 
 
-def _exactly(stream: BinaryIO, size: int) -> bytearray:
+def _exactly(stream: IO[bytes], size: int) -> bytearray:
     data = bytearray(size)
     view, done = memoryview(data), 0
     while done < size:
@@ -183,14 +183,14 @@ def main() -> None:
             ask, data = receive(source)
             if not bounded:
                 bounded = True
-                _bound_memory(int(BYTES_A_PIXEL * float(str(ask["most_pixels"]))) + BYTES)
+                _bound_memory(int(BYTES_A_PIXEL * float(ask["most_pixels"])) + BYTES)
             try:
-                image = np.ascontiguousarray(pixels(bytes(data), **ask))  # pyright: ignore[reportArgumentType]
+                image = np.ascontiguousarray(pixels(bytes(data), **ask))
             except UserError as error:
                 send(sink, {"error": str(error)}, b"")
                 continue
             large = image.size > 3 * LARGE
-            send(sink, {"shape": image.shape, "last": large}, memoryview(image).cast("B"))
+            send(sink, {"shape": image.shape, "last": large}, image.data.cast("B"))
             if large:
                 return
 
