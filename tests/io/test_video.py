@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tinydiff.io import palette
 from tinydiff.io.images import read_image_parameters
 from tinydiff.io.video import CODECS, check_encoder, read_video_parameters, write_video
 from tinydiff.records import UserError
@@ -126,3 +127,61 @@ def test_missing_encoder_is_named_before_any_work(monkeypatch):
     with pytest.raises(UserError, match="no libx264"):
         check_encoder(".mp4")
     check_encoder(".webm")
+
+
+def shown(path, fps: int) -> np.ndarray:
+    """What a GIF shows at each frame's time; Pillow stores frames that are alike once, for longer."""
+    frames = []
+    with Image.open(path) as gif:
+        for index in range(getattr(gif, "n_frames", 1)):
+            gif.seek(index)
+            frames += [np.asarray(gif.convert("RGB"))] * round(gif.info["duration"] * fps / 1000)
+    return np.stack(frames)
+
+
+BLUE = (20, 40, 250)
+
+
+@pytest.mark.parametrize("count, begins", [(33, 5), (33, 32), (200, 101)])
+@pytest.mark.parametrize("many", [False, True])
+def test_gif_keeps_what_is_seen_for_a_moment(tmp_path, count, begins, many):
+    """A small square in up to three frames, over one colour and over a gradient of thousands."""
+    y, x = np.mgrid[:48, :64]
+    ground = np.stack([x * 4, y * 5, 200 - x], -1) if many else np.full((48, 64, 3), (200, 180, 40))
+    frames = np.stack([ground] * count).astype(np.uint8)
+    frames[begins : begins + 3, 20:25, 20:25] = BLUE
+    write_video(tmp_path / "a", frames, ".gif", 10)
+    decoded = shown(tmp_path / "a", 10)
+    assert decoded.shape == frames.shape
+    assert (decoded[begins : begins + 3, 20:25, 20:25] == BLUE).all()
+    error = np.abs(decoded.astype(int) - frames)
+    assert error.mean() < 4 and error.max() < 40 if many else error.max() == 0
+
+
+def test_gif_of_up_to_256_colours_is_exact(tmp_path):
+    colours = np.random.default_rng(2).permutation(1 << 24)[:257]
+    frames = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], -1).astype(np.uint8)[:, None, None].repeat(4, 1).repeat(4, 2)
+    write_video(tmp_path / "a", frames[:256], ".gif", 10)
+    assert np.array_equal(shown(tmp_path / "a", 10), frames[:256])
+    write_video(tmp_path / "a", frames, ".gif", 10)
+    assert np.abs(shown(tmp_path / "a", 10).astype(int) - frames).max() < 24
+
+
+def test_a_palette_is_made_frame_by_frame():
+    """Of an iterator that hands out one array again and again, which is overwritten in between."""
+    frame, rng = np.empty((16, 16, 3), dtype=np.uint8), np.random.default_rng(0)
+
+    def frames(count=20):
+        for _ in range(count):
+            frame[:] = rng.integers(0, 256, frame.shape)
+            yield frame
+
+    assert palette.of_many(frames()).shape == (256, 3) and palette.few(frames()) is None
+
+    def two():
+        for level in (3, 250):
+            frame[:] = level
+            yield frame
+
+    assert palette.of_many(two()).tolist() == [[3] * 3, [250] * 3]
+    assert palette.few(two()).tolist() == [0x030303, 0xFAFAFA]

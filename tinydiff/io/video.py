@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -15,6 +15,7 @@ from tinydiff.records import UserError
 if TYPE_CHECKING:
     import av
     import numpy as np
+    from PIL import Image
 
 CLIP_ENDINGS = (".mp4", ".webm", ".gif")
 
@@ -62,8 +63,8 @@ def write_video(
     """Write uint8 RGB frames [T, H, W, 3] to `path` in the format of `ending` (`CLIP_ENDINGS`), `parameters` as JSON in its comment.
 
     MP4 is H.264, WebM is VP9, both yuv420p with BT.709 colours; an odd height or width is padded to even by repeating the last row
-    or column. quality: 0 to 100, None for 65. preset: of x264, MP4 only. A GIF has one palette of 256 colours for all frames, no
-    quality, and times in hundredths of a second, dealt so that the clip keeps its length.
+    or column. quality: 0 to 100, None for 65. preset: of x264, MP4 only. A GIF has one palette for all frames, exact where they have no
+    more than 256 colours; no quality, and times in hundredths of a second, dealt so that the clip keeps its length.
     """
     if ending == ".gif":
         _write_gif(path, frames, fps, parameters)
@@ -121,13 +122,29 @@ def _write_coded(
 
 
 def _write_gif(path: Path, frames: np.ndarray, fps: float, parameters: Mapping[str, Any] | None) -> None:
-    import numpy as np
-    from PIL import Image
-
-    sample = frames[:: max(1, len(frames) // 8)]
-    palette = Image.fromarray(np.concatenate(list(sample))).quantize(256)
-    pictures = [Image.fromarray(pixels).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for pixels in frames]
+    pictures = list(_paletted(frames))
     ends = [round(100 * index / fps) for index in range(len(frames) + 1)]
     comment = b"" if parameters is None else json.dumps(dict(parameters), default=str).encode("ascii")
     durations = [10 * (end - start) for start, end in pairwise(ends)]
     pictures[0].save(path, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, disposal=1, comment=comment)
+
+
+def _paletted(frames: np.ndarray) -> Iterator[Image.Image]:
+    """Frames in one palette of all their colours, or where these are too many, of those near to them, dithered."""
+    import numpy as np
+    from PIL import Image
+
+    from tinydiff.io import palette
+
+    exact = palette.few(frames)
+    if exact is None:
+        chosen = palette.of_many(frames)
+        holder = Image.new("P", (1, 1))
+        holder.putpalette(chosen.tobytes())
+        yield from (Image.fromarray(pixels).quantize(palette=holder, dither=Image.Dither.FLOYDSTEINBERG) for pixels in frames)
+        return
+    colours = np.stack([exact >> 16, exact >> 8 & 255, exact & 255], 1).astype(np.uint8)
+    for pixels in frames:
+        picture = Image.fromarray(np.searchsorted(exact, palette.packed(pixels)).astype(np.uint8))
+        picture.putpalette(colours.tobytes())
+        yield picture
