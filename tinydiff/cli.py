@@ -15,7 +15,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from tinydiff import __version__, config, printing
+from tinydiff import __version__, config, paths, printing
 from tinydiff.models import registry
 from tinydiff.records import RankError, UserError, nearest
 from tinydiff.runtime import launch
@@ -140,7 +140,7 @@ def _generate(argv: list[str]) -> None:
     for result in results:
         print(_report(result))
     if options.output.perf_dump_path is not None and results:
-        _dump(Path(options.output.perf_dump_path), results[0], started)
+        _dump(paths.path(options.output.perf_dump_path, "perf_dump_path"), results[0], started)
 
 
 def _admissible(options: config.Options) -> None:
@@ -155,15 +155,12 @@ def _admissible(options: config.Options) -> None:
     from tinydiff.io.output import check_writable
 
     if options.output.save_output:
-        check_writable(Path(options.output.output_path).expanduser())
+        check_writable(paths.path(options.output.output_path, "output_path"))
     if options.output.perf_dump_path is not None:
-        path = Path(options.output.perf_dump_path).expanduser()
-        try:
-            check_writable(path.parent)
-        except UserError as error:
-            raise UserError("perf_dump_path", f"perf_dump_path: {str(error).removeprefix('output_path: ')}") from error
-        if path.is_dir():
+        path = paths.path(options.output.perf_dump_path, "perf_dump_path")
+        if paths.kind(path) == "directory":
             raise UserError("perf_dump_path", f"perf_dump_path: {str(path)!r} is a folder; it must be a file's name")
+        check_writable(path.parent, path.name, "perf_dump_path")
 
 
 def _report(result: Result) -> str:
@@ -188,7 +185,7 @@ def _dump(path: Path, result: Result, started: datetime) -> None:
         "meta": {"version": __version__, "parameters": dict(result.parameters)},
     }
     text = json.dumps(record, indent=2, default=str) + "\n"
-    write_over(path.expanduser(), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_over(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _models(argv: list[str]) -> None:

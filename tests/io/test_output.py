@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinydiff.io import atomic, output
+from tinydiff.io import atomic, output, parameters
 from tinydiff.io.output import FRAMES, Encoding, Target, check_writable, plan_encoding, plan_target, read_parameters, save
 from tinydiff.records import UserError
 
@@ -274,3 +274,94 @@ def test_formats_without_opacity_take_no_layers(tmp_path):
     with pytest.raises(UserError, match=r"'a\.JPG': layers have opacity, so they may be \.png, \.webp or a name ending in /") as caught:
         name("a.JPG", opacity=True)
     assert caught.value.field == "output_file_name" and listing(tmp_path) == []
+
+
+ODD_NAMES = ["run:1", "http:", "pipe:1", "concat:a|b", "-y", "a%d", "file:x", "~", "a b\n円", "\udcff", "crypto+file:x", "a'\"$`"]
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".webm", ".gif", ".png", ".jpg", ".webp", FRAMES])
+def test_a_folder_and_a_file_may_have_any_name(tmp_path, monkeypatch, ending):
+    """Also relative ones, which FFmpeg would take for protocols, and its patterns."""
+    monkeypatch.chdir(tmp_path)
+    count = 1 if ending in output.IMAGE_ENDINGS else 2
+    for odd in ODD_NAMES:
+        target = Target(Path(odd), odd, ending)
+        check_writable(target.folder, target.path(0, 1).name)
+        path = save(target, frames(count), Encoding(), {"seed": 7})
+        assert path.exists() and read_parameters(path) == {"seed": 7}
+    assert len(list(tmp_path.iterdir())) == len(ODD_NAMES)
+
+
+def test_names_are_checked_where_they_will_be(tmp_path):
+    for folder, name, reason in (
+        (tmp_path / ("a" * 300), "a.png", "file name too long"),
+        (tmp_path / "new" / ("a" * 300) / "b", "a.png", "file name too long"),
+        (tmp_path, "a" * 300, "file name too long"),
+        (tmp_path, "a/b.png", "no such file or directory"),
+        (tmp_path / "a\0", "a.png", "null"),
+        (tmp_path, "\ud800.png", "surrogates not allowed"),
+    ):
+        with pytest.raises(UserError, match=reason) as caught:
+            check_writable(folder, name)
+        assert caught.value.field == "output_path" and "\n" not in str(caught.value)
+    (tmp_path / "loop").symlink_to(tmp_path / "nowhere" / "deeper")
+    with pytest.raises(UserError, match="cannot be a folder") as caught:
+        check_writable(tmp_path / "loop" / "a", field="perf_dump_path")
+    assert caught.value.field == "perf_dump_path"
+    check_writable(tmp_path / "new" / ".." / "other", "a.png")
+    assert listing(tmp_path) == ["loop"]
+
+
+def test_file_names_that_the_system_cannot_spell():
+    with pytest.raises(UserError, match="a file name of 1 to 200 bytes"):
+        name("\ud800.png")
+    assert name("\udcff.png") == "\udcff|.png"
+    with pytest.raises(UserError, match="a file name of 1 to 200 bytes"):
+        name("\udcff" * 200 + ".png")
+
+
+def test_a_default_name_is_one_that_the_system_can_spell(monkeypatch):
+    assert name(None, prompt="\ud800 a \udcff b") == "a-b-0-20260102-123005|.png"
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "latin-1")
+    assert name(None, prompt="円 größe") == "größe-0-20260102-123005|.png"
+    assert name(None, prompt="円") == "untitled-0-20260102-123005|.png"
+
+
+@pytest.mark.parametrize("ending, most", [*output.LONGEST_SIDE.items(), (".MP4", 16_384)])
+def test_sizes_that_a_format_cannot_hold_are_refused_before_any_step(tmp_path, ending, most):
+    target = Target(tmp_path, "a", ending)
+    output.check_size(target, most, most)
+    for field, size in (("height", (most + 1, 16)), ("width", (16, most + 1))):
+        with pytest.raises(
+            UserError, match=rf"{most + 1} is more than the {most} pixels that {ending.lower()} can hold; choose \."
+        ) as caught:
+            output.check_size(target, *size)
+        assert caught.value.field == field
+    strip = np.zeros((1, 2, most, 3), dtype=np.uint8)
+    assert read_parameters(save(target, strip, Encoding(preset="ultrafast"), {"seed": 7})) == {"seed": 7}
+
+
+def test_formats_without_a_limit():
+    for ending in (".png", ".webm", FRAMES):
+        output.check_size(Target(Path("out"), "a", ending), 65_536, 65_536)
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".webp", ".mp4", ".webm", ".gif", FRAMES])
+def test_parameters_with_half_a_character_are_saved(tmp_path, ending):
+    told = {"prompt": "円 \ud800 \udcff", "seed": 7}
+    count = 1 if ending in output.IMAGE_ENDINGS else 2
+    assert read_parameters(save(Target(tmp_path, "a", ending), frames(count), Encoding(), told)) == told
+
+
+@pytest.mark.parametrize("text", [b"ffconcat version 1.0\nfile other.mp4\n", b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n"])
+def test_lists_of_other_files_are_not_followed(tmp_path, text):
+    """FFmpeg knows formats by their bytes, and some name other files."""
+    save(Target(tmp_path, "other", ".mp4"), frames(2), Encoding(), {"seed": 7})
+    (tmp_path / "a.mp4").write_bytes(text)
+    with pytest.raises(ValueError, match="Invalid data"):
+        read_parameters(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("text", ["5", "[1]", "null", "[" * 100_000, "words"])
+def test_texts_of_other_programs_are_no_parameters(text):
+    assert parameters.read(text) == parameters.read(text.encode()) == {}

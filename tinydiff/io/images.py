@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinydiff import paths
+from tinydiff.io.parameters import as_ascii, as_text, read
 from tinydiff.records import UserError
 
 if TYPE_CHECKING:
@@ -87,13 +87,13 @@ def encode_image(image: np.ndarray, ending: str, quality: int | None = None, par
     if ending == ".png":
         text = PngImagePlugin.PngInfo()
         if parameters is not None:
-            text.add_text("parameters", json.dumps(dict(parameters), ensure_ascii=False, default=str))
+            text.add_text("parameters", as_text(parameters))
         picture.save(out, "PNG", pnginfo=text)
         return out.getvalue()
     quality = DEFAULT_QUALITY[ending] if quality is None else quality
     exif = Image.Exif()
     if parameters is not None:
-        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = ASCII + _ascii(parameters, None if ending == ".webp" else JPEG_COMMENT)
+        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = ASCII + as_ascii(parameters, None if ending == ".webp" else JPEG_COMMENT)
     if ending == ".webp":
         picture.save(out, "WEBP", quality=quality, lossless=quality == 100, exact=quality == 100, exif=exif)
     else:
@@ -110,10 +110,7 @@ def read_image_parameters(path: Path) -> dict[str, Any]:
         comment = opened.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
     if isinstance(comment, bytes) and comment.startswith(ASCII):
         text = comment[len(ASCII) :]
-    try:
-        return json.loads(text) if text else {}
-    except ValueError:  # another program's text
-        return {}
+    return read(text)
 
 
 def _fetch(source: str | Path, field: str, shown: str) -> bytes:
@@ -136,18 +133,3 @@ def _fetch(source: str | Path, field: str, shown: str) -> bytes:
     if len(data) > MOST_BYTES:
         raise UserError(field, f"{field}: {shown} is larger than {MOST_BYTES // 2**20} MiB")
     return data
-
-
-def _ascii(parameters: Mapping[str, Any], most: int | None) -> bytes:
-    """Parameters as ASCII JSON; above `most` bytes every long text is cut, further and further, until they fit."""
-    data = json.dumps(dict(parameters), default=str).encode("ascii")
-    length = 4096
-    while most is not None and len(data) > most and length:
-        data = json.dumps({name: _cut(value, length) for name, value in parameters.items()}, default=str).encode("ascii")
-        length //= 2
-    return data
-
-
-def _cut(value: Any, length: int) -> Any:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return value if len(text) <= length else f"{text[:length]}..."

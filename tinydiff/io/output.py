@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +29,10 @@ QUALITIES = {"maximum": 100, "high": 90, "medium": 55, "low": 35, "default": Non
 
 LONGEST_NAME = 200
 """Bytes of a file name, leaving room for the numbers that follow it (file systems end at 255)."""
+
+
+LONGEST_SIDE = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383, ".gif": 65_535, ".mp4": 16_384}
+"""Pixels of height and of width that formats, or their encoders here, can hold."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def plan_target(
     if output_file_name is None:
         return Target(folder, _default_stem(prompt, seed, now or datetime.now()), ".mp4" if clip else ".png")
     name = output_file_name.removesuffix("/")
-    if not name or name in (".", "..") or "/" in name or "\0" in name or len(name.encode()) > LONGEST_NAME:
+    if not name or name in (".", "..") or "/" in name or "\0" in name or not 0 < _bytes(name) <= LONGEST_NAME:
         rule = f"a file name of 1 to {LONGEST_NAME} bytes without '/' (the folder is output_path)"
         raise UserError("output_file_name", f"output_file_name: {output_file_name!r} must be {rule}")
     if name != output_file_name:
@@ -134,19 +140,37 @@ def plan_encoding(
     return Encoding(float(fps), quality, x264_preset or "fast")
 
 
-def check_writable(folder: Path) -> None:
-    """Prove that files can be made in `folder` (or, while it does not exist, in the nearest folder above), leaving none behind."""
-    place = folder.absolute()
-    while not place.exists() and place != place.parent:
+def check_size(target: Target, height: int, width: int) -> None:
+    """Raise UserError for a size that the target's format cannot hold."""
+    ending = target.ending.lower()
+    most = LONGEST_SIDE.get(ending, math.inf)
+    for field, pixels in (("height", height), ("width", width)):
+        if pixels > most:
+            others = ", ".join(other for other in (IMAGE_ENDINGS if ending in IMAGE_ENDINGS else CLIP_ENDINGS) if _fits(other, pixels))
+            raise UserError(field, f"{field}: {pixels} is more than the {most} pixels that {ending} can hold; choose {others}")
+
+
+def _fits(ending: str, pixels: int) -> bool:
+    return pixels <= LONGEST_SIDE.get(ending, math.inf)
+
+
+def check_writable(folder: Path, name: str = "", field: str = "output_path") -> None:
+    """Prove that a file `name` can be made in `folder`, which need not exist yet, leaving nothing behind. Raises UserError."""
+    place, missing = folder.absolute(), []
+    while not os.path.lexists(place) and place != place.parent:
+        missing.insert(0, place.name)
         place = place.parent
-    if not place.is_dir():
-        raise UserError("output_path", f"output_path: {str(folder)!r} cannot be a folder: {str(place)!r} is a file")
+    if paths.kind(place) != "directory":
+        raise UserError(field, f"{field}: {str(folder)!r} cannot be a folder: {str(place)!r} is a file")
     try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError("output_path", f"output_path: {str(folder)!r} cannot be written ({reason})") from error
+        with tempfile.TemporaryDirectory(prefix=".", dir=place) as trial:  # the names as they will be: not every file system takes all
+            inside = Path(trial, *missing)
+            inside.mkdir(parents=True, exist_ok=True)
+            if name:
+                (inside / name).touch(exist_ok=False)
+    except (OSError, ValueError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise UserError(field, f"{field}: {str(folder / name)!r} cannot be written ({reason})") from error
 
 
 def save(
@@ -191,7 +215,16 @@ def _ending(name: str) -> str:
     return found.group() if found else ""
 
 
+def _bytes(name: str) -> int:
+    """How long the file system finds a name; 0 for one that it cannot spell."""
+    try:
+        return len(os.fsencode(name))
+    except UnicodeEncodeError:
+        return 0
+
+
 def _default_stem(prompt: str, seed: int, now: datetime) -> str:
-    words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")
-    short = words.encode()[:80].decode(errors="ignore").strip("-") or "untitled"
+    words = re.sub(r"[\W_]+", "-", prompt.lower())
+    encoding = sys.getfilesystemencoding()
+    short = words.encode(encoding, "ignore")[:80].decode(encoding, "ignore").strip("-") or "untitled"
     return f"{short}-{seed}-{now:%Y%m%d-%H%M%S}"

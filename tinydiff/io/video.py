@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -10,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from tinydiff.io.parameters import as_ascii, as_text, read
 from tinydiff.records import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ DEFAULT_QUALITY = 65
 
 BT709 = 1
 """The number of BT.709 as matrix, primaries and transfer in FFmpeg; limited range happens to be 1 too."""
+
+
+EBML = b"\x1a\x45\xdf\xa3"
+"""How a WebM begins."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +88,20 @@ def check_encoder(ending: str) -> None:
 
 
 def read_video_parameters(path: Path) -> dict[str, Any]:
-    """The parameters stored in a clip by `write_video`, {} if it has none."""
+    """The parameters stored in an MP4 or a WebM by `write_video`, {} if it has none."""
     import av
 
-    with av.open(str(path)) as container:
+    with open(path, "rb") as file:
+        ending = ".webm" if file.read(len(EBML)) == EBML else ".mp4"
+    # the format is named, because FFmpeg would take some texts for lists of other files
+    with av.open(as_file(path), format=CODECS[ending].container, metadata_errors="replace") as container:
         tags = {name.lower(): text for name, text in container.metadata.items()}
-    try:
-        return json.loads(tags["comment"]) if "comment" in tags else {}
-    except ValueError:  # another program's comment
-        return {}
+    return read(tags.get("comment"))
+
+
+def as_file(path: Path) -> str:
+    """A path as FFmpeg takes it: as a file, whatever its first directory is called ("http:", "pipe:1", "concat:a|b")."""
+    return f"file:{path}"
 
 
 def _write_coded(
@@ -105,9 +114,9 @@ def _write_coded(
     even = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     rate = Fraction(fps).limit_denominator(1001)
     options = {"crf": str(codec.crf(quality)), **dict(codec.options), **({"preset": preset} if codec.encoder == "libx264" else {})}
-    with av.open(str(path), "w", format=codec.container, options=dict(codec.muxing)) as container:
+    with av.open(as_file(path), "w", format=codec.container, options=dict(codec.muxing)) as container:
         if parameters is not None:
-            container.metadata["comment"] = json.dumps(dict(parameters), ensure_ascii=False, default=str)
+            container.metadata["comment"] = as_text(parameters)
         stream = cast("av.VideoStream", container.add_stream(codec.encoder, rate=rate, options=options))
         stream.height, stream.width, stream.pix_fmt = even.shape[1], even.shape[2], "yuv420p"
         context = stream.codec_context
@@ -124,7 +133,7 @@ def _write_coded(
 def _write_gif(path: Path, frames: np.ndarray, fps: float, parameters: Mapping[str, Any] | None) -> None:
     pictures = list(_paletted(frames))
     ends = [round(100 * index / fps) for index in range(len(frames) + 1)]
-    comment = b"" if parameters is None else json.dumps(dict(parameters), default=str).encode("ascii")
+    comment = b"" if parameters is None else as_ascii(parameters)
     durations = [10 * (end - start) for start, end in pairwise(ends)]
     pictures[0].save(path, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, disposal=1, comment=comment)
 

@@ -102,7 +102,8 @@ def _destination(options: OutputOptions, request: Request) -> Destination:
     )
     encoding = output.plan_encoding(target, request.fps, options.output_quality, options.output_compression, options.x264_preset)
     if options.save_output:
-        output.check_writable(target.folder)
+        output.check_size(target, request.height, request.width)
+        output.check_writable(target.folder, target.path(len(request.seeds) - 1, len(request.seeds)).name)
     return target, encoding
 
 

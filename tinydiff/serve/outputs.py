@@ -28,6 +28,7 @@ def plan(job: Job, request: Request, folder: Path) -> tuple[output.Target, outpu
     clip = request.num_frames > 1
     ending = job.answer.get("output_format") or ("mp4" if clip else "png")
     target = output.plan_target(folder, f"{job.id}.{ending}", clip=clip, opacity=request.layers > 0)
+    output.check_size(target, request.height, request.width)
     chosen = {name: job.fields[name] for name in ("output_quality", "output_compression", "x264_preset") if name in job.fields}
     return target, output.plan_encoding(target, request.fps, **chosen)
 
