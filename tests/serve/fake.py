@@ -6,6 +6,7 @@ made.scheduler.fail = lambda job: Failure(...)        # or None; asked once per 
 made.scheduler.gate.clear() ... .set()                # holds every job before its first step
 made.scheduler.busy = 3.0; .stopping = True           # what `submit` then raises
 made.scheduler.submitted                              # every job that was queued, in order (joined ones are not)
+made.scheduler.watched                                # ids of jobs, once for each client that waited
 made.scheduler.close()                                # ends its thread; the fixture of a test module should
 with listening(made) as address: ...                  # its app in a real server, which closes the scheduler at the end
 """
@@ -98,6 +99,7 @@ class FakeScheduler:
         self.stopping = False
         self.phase = "ready"
         self.submitted: list[Job] = []
+        self.watched: list[str] = []
         self.changed = threading.Condition()
         self.done: dict[str, int] = {}
         self.previews: dict[str, list[numpy.ndarray]] = {}
@@ -120,6 +122,7 @@ class FakeScheduler:
         return queued
 
     def watch(self, id: str) -> FakeWatch:
+        self.watched.append(id)
         return FakeWatch(self, id)
 
     def cancel(self, id: str) -> Job | None:

@@ -1,5 +1,4 @@
 import threading
-import time
 
 import pytest
 from falcon import testing
@@ -39,11 +38,11 @@ def started(both):
 
 
 def test_a_retry_joins_the_running_request(both):
-    thread, answers, _ = started(both)
+    thread, answers, job = started(both)
     second = []
     retry = threading.Thread(target=lambda: second.append(generate(both[1], AGAIN)))
     retry.start()
-    time.sleep(0.1)
+    eventually(lambda: both[0].scheduler.watched == [job.id] * 2)
     both[0].scheduler.gate.set()
     thread.join(10), retry.join(10)
     assert answers[0].json["id"] == second[0].json["id"]
@@ -106,6 +105,28 @@ def test_an_idempotency_key_joins_and_is_of_one_body(both):
     assert len({answer.json["id"] for answer in answers}) == len(made.scheduler.submitted) == 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_few_wait_for_one_request_however_many_ask(both, stream):
+    """Each that waits holds a thread of the server, so a hundred of one key would hold them all."""
+    made, client = both
+    made.scheduler.gate.clear()
+    key, answers = {"Idempotency-Key": "once"}, []
+    ask = lambda: answers.append(generate(client, key, stream=stream))  # noqa: E731
+    threads = [threading.Thread(target=ask) for _ in range(repeats.MOST_WAITING)]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: len(made.scheduler.watched) == repeats.MOST_WAITING)
+    for _ in range(3):
+        refused = generate(client, key, stream=stream)
+        assert (refused.status_code, refused.json["error"]["code"]) == (429, "too_many_waiting")
+        assert refused.headers["retry-after"] == "2"
+    made.scheduler.gate.set()
+    for thread in threads:
+        thread.join(10)
+    assert [answer.status_code for answer in answers] == [200] * repeats.MOST_WAITING and len(made.scheduler.submitted) == 1
+    assert generate(client, key, stream=stream).status_code == 200
+
+
 # --- clients that go ---
 
 
@@ -113,9 +134,10 @@ class Patient:
     """What waitress knows of a connection."""
 
     def __init__(self):
-        self.gone = False
+        self.gone = self.missed = False
 
     def __call__(self):
+        self.missed = self.gone
         return self.gone
 
 
@@ -149,7 +171,7 @@ def test_a_client_out_of_patience_finds_its_job_again(both, monkeypatch):
     line.gone = True
     again = threading.Thread(target=lambda: answers.append(generate(client, {**headers, **AGAIN})))
     again.start()
-    time.sleep(0.1)
+    eventually(lambda: line.missed and len(made.scheduler.watched) == 2)
     made.scheduler.gate.set()
     first.join(10), again.join(10)
     assert (answers[0].status_code, len(made.scheduler.submitted)) == (200, 1)
@@ -157,13 +179,13 @@ def test_a_client_out_of_patience_finds_its_job_again(both, monkeypatch):
 
 def test_a_job_goes_on_while_one_of_its_clients_waits(both, monkeypatch):
     monkeypatch.setattr(images, "LOOK_S", 0.02)
-    thread, answers, _ = started(both)
+    thread, answers, job = started(both)
     line = Patient()
     extras = {"waitress.client_disconnected": line}
     body = {"prompt": "a circle", "size": "64x48"}
     joined = threading.Thread(target=lambda: both[1].simulate_post("/v1/images/generations", json=body, headers=AGAIN, extras=extras))
     joined.start()
-    time.sleep(0.1)
+    eventually(lambda: both[0].scheduler.watched == [job.id] * 2)
     line.gone = True
     joined.join(10)
     both[0].scheduler.gate.set()

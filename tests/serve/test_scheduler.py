@@ -203,11 +203,12 @@ def test_a_job_cancelled_as_it_completes_keeps_its_files(started, monkeypatch):
         return finish(id, server, status, **made)
 
     monkeypatch.setattr(service.store, "finish", slow)
+    ended, end = threading.Event(), service.scheduler._end
+    monkeypatch.setattr(service.scheduler, "_end", lambda *args: (end(*args), ended.set()))
     job = service.scheduler.submit(asked())
     assert at.wait(30)
     service.scheduler.cancel(job.id)
-    until(lambda: not service.scheduler._cancelled)
-    time.sleep(0.1)
+    assert ended.wait(30)
     go.set()
     made, _ = wait(service, job)
     assert made.status == "completed" and service.files.path(made.outputs[0].file) and ends(service) == 1

@@ -115,16 +115,26 @@ def storm(where, server):
     return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
 
 
+def at_work(process):
+    """What a process says until it has added and finished ten jobs more."""
+    lines, seen = "", Counter()
+    while min(seen["added"], seen["finished"]) < 10:
+        line = process.stdout.readline()
+        assert line, "the process has ended"
+        lines += line
+        seen[line.split()[0]] += 1
+    return lines
+
+
 def test_killed_processes_lose_nothing_and_do_nothing_twice(where):
     said = Counter()
     for round in range(3):
         # Two at once share a queue; the second says a name that is new each time, so that what it leaves comes back by its lease.
         running = [storm(where, "same"), storm(where, f"new {round}")]
-        heads = [each.stdout.readline() for each in running]
-        time.sleep(0.3)
-        for each in running:
+        heads = [at_work(each) for each in running]
+        for n, each in enumerate(running):
+            heads[n] += at_work(each)  # the second goes on without the first
             each.send_signal(signal.SIGKILL)
-            time.sleep(0.05)
         for head, each in zip(heads, running, strict=True):
             lines = (head + each.communicate()[0]).splitlines(keepends=True)
             said.update(tuple(line.split()) for line in lines if line.endswith("\n"))
@@ -222,6 +232,14 @@ def test_a_request_waits_for_the_disk_and_progress_does_not(tmp_path):
         assert said.count("PRAGMA synchronous=NORMAL") == 3 and "PRAGMA synchronous=FULL" not in said
 
 
+def goes_on(finished, more=20):
+    """Wait until so many more jobs are finished."""
+    end, wanted = time.monotonic() + 30, len(finished) + more
+    while len(finished) < wanted:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def test_a_database_that_restarts_is_waited_for(postgres, database, tmp_path):
     with closing(open_store(tmp_path, database, 10**6)) as one, closing(open_store(tmp_path, database, 10**6)) as two:
         added, finished, over = [], [], threading.Event()
@@ -235,13 +253,10 @@ def test_a_database_that_restarts_is_waited_for(postgres, database, tmp_path):
         with ThreadPoolExecutor(6) as pool:
             running = [pool.submit(work, *((one, "one"), (two, "two"))[n % 2]) for n in range(6)]
             for how in (signal.SIGINT, signal.SIGQUIT):
-                time.sleep(0.3)
-                before = len(finished)
+                goes_on(finished)
                 postgres.stop(how)
                 postgres.start()
-                end = time.monotonic() + 20
-                while len(finished) < before + 20 and time.monotonic() < end:
-                    time.sleep(0.02)
+                goes_on(finished)
             over.set()
             for each in running:
                 each.result()

@@ -20,6 +20,9 @@ REMEMBERED = 4096
 """Bodies that are remembered at most; older ones are forgotten."""
 AGAIN_S = 15.0
 """Within how many seconds a client that gave up waiting has asked again; the official ones wait for 8 at most."""
+MOST_WAITING = 4
+"""Clients that may wait for one job at once, each with a thread of the server. An official client asks three times at most, and has gone
+from where it asked before."""
 
 
 class Repeats:
@@ -35,7 +38,8 @@ class Repeats:
         self._waiting: Counter[str] = Counter()
 
     def submit(self, req: falcon.Request, job: Job, previews: int = 0) -> Job:
-        """Queue the job, or return the one that it repeats. Raises Busy and Stopping, and Refusal for a key that was used for another."""
+        """Queue the job, or return the one that it repeats. Raises Busy and Stopping, and Refusal for a key that was used for another
+        and where too many wait for the same."""
         mark = job.owner + job.answer["fingerprint"] + job.idempotency
         try:
             queued = self._joined(req, mark) or self._service.scheduler.submit(job, previews)
@@ -51,13 +55,16 @@ class Repeats:
             discard(self._service, job)
         with self._lock:
             _remember(self._begun, mark, queued.id)
+            self._check_company(queued)
         req.context.job_id = queued.id
         return queued
 
     @contextmanager
     def waiting(self, job: Job) -> Iterator[None]:
-        """While a client waits for a job. When the last of them leaves before it is done, it is cancelled."""
+        """While a client waits for a job. When the last of them leaves before it is done, it is cancelled. Raises Refusal where as many
+        wait as may."""
         with self._lock:
+            self._check_company(job)
             self._waiting[job.id] += 1
         try:
             yield
@@ -69,6 +76,12 @@ class Repeats:
                     del self._waiting[job.id]
             if last and (now := self._service.store.get(job.id)) is not None and now.status not in DONE:
                 self._service.scheduler.cancel(job.id)
+
+    def _check_company(self, job: Job) -> None:
+        if self._waiting[job.id] >= MOST_WAITING:
+            seconds = max(1, round(self._service.scheduler.place(job).eta_s or 1.0))
+            message = f"{MOST_WAITING} clients wait for this request already; ask again when it is done"
+            raise Refusal(429, "too_many_waiting", message, headers={"retry-after": str(seconds)})
 
     def _joined(self, req: falcon.Request, mark: str) -> Job | None:
         """The job that the official client asks for again: it runs, or was completed a moment ago."""

@@ -62,7 +62,7 @@ class Store:
     that, so that servers whose clocks differ do not take each other's jobs.
     """
 
-    def __init__(self, dialect: sql.Dialect, most_queued: int, lifetime: float, shared: bool) -> None:
+    def __init__(self, dialect: sql.Dialect, most_queued: int, lifetime: float, shared: bool = False) -> None:
         self._dialect, self._most_queued, self._lifetime, self._shared = dialect, most_queued, lifetime, shared
         self._idle: LifoQueue[Any] = LifoQueue()  # connections that nobody uses; None stands for one that is not open
         for _ in range(CONNECTIONS):
