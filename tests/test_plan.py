@@ -21,7 +21,7 @@ from tinydiff.parallel.cost import Machine
 from tinydiff.parallel.layout import Layout, choose
 from tinydiff.records import UserError
 from tinydiff.runtime import estimate
-from tinydiff.runtime.blueprint import NETS, UNREAD, read_config
+from tinydiff.runtime.blueprint import NETS, read_config
 
 RELEASED = {path.stem.replace("__", "/"): json.loads(path.read_text()) for path in sorted((ROOT / "tests/data/released").glob("*__*.json"))}
 NAMES = [row.name for row in registry.MODELS]
@@ -44,7 +44,7 @@ def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 @pytest.mark.parametrize("name", [name for name in NAMES if name != registry.SHIPPED])
 def test_the_table_says_what_the_released_configs_say(name, tmp_path):
     model, parts = RELEASED[name], COMPONENTS[name]
-    assert set(parts) == set(model["components"]) - set(UNREAD)
+    assert set(parts) == set(model["components"])
     for part, (class_name, entries) in parts.items():
         assert class_name == model["model_index"][part][1]
         kind, made = NETS[class_name], []

@@ -79,6 +79,8 @@ class SamplingOptions:
     """Share of the noise schedule below which the second expert takes over."""
     flow_shift: float | None = within(above=0, most=1000)
     """Above 1 spends more steps at high noise."""
+    use_pe: bool | None = None
+    """ERNIE-Image: its language model rewrites the prompt first, where the folder has one (component pe); false takes it as it is."""
     dmd_denoising_steps: tuple[int, ...] = within((), least=0, most=1000)
     """Timesteps of a distilled model, falling."""
 

@@ -102,6 +102,8 @@ class Request:
     text_tokens: int
     """How many tokens of text the model reads at most."""
     seeds: tuple[int, ...]
+    use_pe: bool = False
+    """Whether the model's own language model rewrites the prompt before it is read."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """Field -> where its value came from, or why it is without effect, where that may surprise."""
 

@@ -6,6 +6,8 @@ angles of positions computed in float32, so that both come in as float32 here.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import AutoencoderKLFlux2, ErnieImagePipeline, ErnieImageTransformer2DModel, FlowMatchEulerDiscreteScheduler
@@ -16,9 +18,11 @@ from tests.parity import close, draw, randomised
 from tests.runtime.folders import load, released
 from tests.runtime.test_flux2_pipelines import LM, PIXTRAL, VAE, exact
 from tests.runtime.test_pipelines import same_frames
-from tinydiff.config import ModelOptions, SamplingOptions
+from tinydiff.config import ModelOptions, Options, OutputOptions, SamplingOptions
+from tinydiff.records import UserError
 from tinydiff.runtime import blueprint, pipeline
 from tinydiff.runtime.admit import admit
+from tinydiff.runtime.generate import admitted
 from tinydiff.sampling.noise import noise
 
 PROMPT, NEGATIVE, STEPS = "A red fox on the ice", "blurry and of another length", 3
@@ -107,9 +111,68 @@ def test_the_statistics_are_read_as_the_pipeline_reads_them(tmp_path):
     assert other.nets["vae"].config.batch_norm_eps == 1e-4
 
 
-def test_the_model_for_longer_prompts_is_left_out(tmp_path):
+CHAT = "{% for turn in messages %}{{ bos_token }}[INST]{{ turn.content }}\nOutput:[/INST]{% endfor %}"
+TOLD = {"do_sample": True, "top_k": 7, "repetition_penalty": 1.3}
+
+
+@pytest.mark.parametrize(("told", "as_file"), [({}, True), (TOLD, False)], ids=["as transformers", "as its own file says"])
+def test_the_prompt_is_rewritten_as_by_the_reference(told, as_file, tmp_path):
+    """In float32 on both sides, and the reference's draws from the start of ours; it draws from torch's global one."""
+    pipe = build(tmp_path / "model", enhanced=True)
+    pipe.pe_tokenizer.chat_template, pipe.pe_tokenizer.model_max_length = CHAT, 12
+    pipe.pe_tokenizer.save_pretrained(tmp_path / "model" / "pe_tokenizer", save_jinja_files=as_file)
+    pipe.pe.float()
+    for name, value in told.items():
+        setattr(pipe.pe.generation_config, name, value)
+    pipe.pe.generation_config.save_pretrained(tmp_path / "model" / "pe")
+    model = blueprint.load(blueprint.read(ModelOptions(model_path=str(tmp_path / "model"))))
+    request = request_for(model, prompt=('a "red" fox, 雪',))
+    torch.manual_seed(0)
+    expected = pipe._enhance_prompt_with_pe(request.prompt, "cpu", width=request.width, height=request.height)
+    made = pipeline.condition(model, request).prepared
+    assert made.revised == expected and len(expected) > 8
+    shown = pipeline.parameters(model, request, made.revised)
+    assert (shown["prompt"], shown["use_pe"], shown["revised_prompt"]) == (request.prompt, True, expected)
+    # What is read is the rewritten prompt; the negative one stays.
+    same, plain = (
+        pipeline.condition(model, request_for(model, prompt=(text,), use_pe=False)).prepared for text in (expected, request.prompt)
+    )
+    assert plain.revised is None and len(made.branches) == 2
+    assert all(torch.equal(a["text"], b["text"]) for a, b in zip(made.branches, same.branches, strict=True))
+    assert not torch.equal(made.branches[1]["text"], made.branches[0]["text"])
+
+
+def test_a_prompt_and_a_size_make_one_text_whatever_the_seed(tmp_path):
+    pipe = build(tmp_path / "model", enhanced=True)
+    pipe.pe_tokenizer.chat_template, pipe.pe_tokenizer.model_max_length = CHAT, 12
+    pipe.pe_tokenizer.save_pretrained(tmp_path / "model" / "pe_tokenizer")
+    model = load(tmp_path / "model")
+    texts = [pipeline.condition(model, request_for(model, **asked)).prepared.revised for asked in ({}, {"seed": (7,)}, {"width": 64})]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_rewriting_that_cannot_be(tmp_path):
     build(tmp_path / "model", enhanced=True)
-    assert set(load(tmp_path / "model").nets) == {"transformer", "vae", "text_encoder"}
+    model = load(tmp_path / "model")
+    with pytest.raises(UserError, match="pe_tokenizer has no chat template; --use-pe false"):
+        pipeline.condition(model, request_for(model))
+    pe = model.nets["pe"]
+    model = replace(model, nets={**model.nets, "pe": replace(pe, generation={"min_p": 0.1})})
+    model = replace(model, tokenizers={**model.tokenizers, "pe_tokenizer": replace(model.tokenizers["pe_tokenizer"], chat=str)})
+    with pytest.raises(UserError, match=r"min_p in pe/generation_config.json is 0.1; supported is None"):
+        pipeline.condition(model, request_for(model))
+    build(tmp_path / "plain")
+    with pytest.raises(UserError, match=r"use_pe: .* has no language model here that rewrites prompts \(component pe\)"):
+        request_for(load(tmp_path / "plain"), use_pe=True)
+    assert not request_for(load(tmp_path / "plain"), use_pe=False).use_pe
+
+
+def test_the_model_that_rewrites_is_not_loaded_where_it_is_not_asked(tmp_path):
+    build(tmp_path / "model", enhanced=True)
+    asked = Options(model=ModelOptions(model_path=str(tmp_path / "model")), output=OutputOptions(output_path=str(tmp_path)))
+    for use, nets in ((None, {"pe"}), (False, set())):
+        plan, [request], _ = admitted(replace(asked, sampling=SamplingOptions(prompt=("a",), use_pe=use)))
+        assert plan.nets.keys() - {"transformer", "vae", "text_encoder"} == nets and request.use_pe == bool(nets)
 
 
 @pytest.mark.parametrize("name", ["ERNIE-Image", "ERNIE-Image-Turbo"])

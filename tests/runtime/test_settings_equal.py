@@ -171,8 +171,7 @@ BY_SIZE = {name for name in SCHEDULERS if "by size" in name}
 IMPOSSIBLE = {
     "Wan": BY_SIZE,  # the pipeline hands its scheduler no shift
     "ERNIE": BY_SIZE | {name for name in SCHEDULERS if "UniPC" in name},  # nor does this; and UniPC cannot read its grid
-    "Z-Image": {name for name in SCHEDULERS if "UniPC" in name} | BY_SIZE,  # UniPC cannot read its grid
-    "SD3": BY_SIZE,
+    "Z-Image": {name for name in SCHEDULERS if "UniPC" in name},  # UniPC cannot read its grid
 }
 """Schedulers with which the reference's own pipeline ends in an error."""
 ROWS = [(name, scheduler) for name in FAMILIES for scheduler in SCHEDULERS if scheduler not in IMPOSSIBLE.get(name, ())]

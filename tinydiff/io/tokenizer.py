@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tinydiff.io import chat
 from tinydiff.io.hub import read_json
 from tinydiff.records import UserError
 
@@ -41,6 +42,10 @@ class Tokenizer:
     pad: int
     eos: int | None
     side: str = "right"
+    longest: int | None = None
+    """`model_max_length` of the files, None where they name no limit."""
+    chat: Callable[[chat.Turns], str] | None = None
+    """The turns of a chat -> their text, None where the files have no template."""
 
     def encode(self, text: str, max_length: int | None = None, side: str | None = None, framed: bool = True) -> Tokens:
         """Ids of `text` between prefix and suffix, at most `max_length`: of a longer text the end is cut, the suffix stays.
@@ -77,7 +82,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     for names, read in _READERS.items():
         if all((folder / name).is_file() for name in names):
             try:
-                return read(folder, _settings(folder))
+                return replace(read(folder, _settings(folder)), longest=_longest(folder), chat=chat.template(folder))
             except UserError:
                 raise
             except Exception as error:  # the tokenizers library raises bare Exception
@@ -113,6 +118,16 @@ def _settings(folder: Path) -> Settings:
         added.setdefault(index, {"content": token, "special": token in more or token in named.values()})
     kind = config.get("tokenizer_class", "").removesuffix("Fast")
     return Settings(kind, named, dict(sorted(added.items())), config.get("padding_side", "right"))
+
+
+NO_LIMIT = 10**9
+"""Transformers writes a much larger number where a tokenizer has no limit."""
+
+
+def _longest(folder: Path) -> int | None:
+    path = folder / "tokenizer_config.json"
+    length = read_json(path).get("model_max_length") if path.is_file() else None
+    return int(length) if isinstance(length, int | float) and 0 < length < NO_LIMIT else None
 
 
 def _content(token: str | Mapping[str, Any]) -> str:

@@ -7,8 +7,10 @@ Shape letters: B batch, T text tokens, L image tokens, P latent values of a toke
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinydiff.models.encoders import decoder_lm
+from tinydiff.models.encoders.decoder_generate import Sampling, generate
 from tinydiff.models.joint import Streams, joint_mask, split
 from tinydiff.models.recipe import Parts, Patch, Prepared, latent_size, on_grid
 from tinydiff.models.registry import ReleasedModel
@@ -27,7 +30,9 @@ from tinydiff.ops.rope import grid_positions, rope_table
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat
 from tinydiff.parallel.sequence import keys
-from tinydiff.records import Request
+from tinydiff.records import Request, UserError
+
+log = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
 
@@ -223,12 +228,46 @@ def _text(parts: Parts, text: str, length: int) -> Tensor:
     return state
 
 
+NEUTRAL = {"num_beams": 1, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "no_repeat_ngram_size": 0,
+           "min_length": 0, "min_new_tokens": None}  # fmt: skip
+"""What else a generation_config.json may say of how tokens are drawn, at the values that change nothing."""
+
+
+def _drawing(told: Mapping[str, Any]) -> Sampling:
+    """The pipeline's own numbers, and what it leaves to generation_config.json; where that is silent, transformers' defaults."""
+    told = {name: value for name, value in told.items() if value is not None}
+    for name, neutral in NEUTRAL.items():
+        if told.get(name, neutral) != neutral:
+            raise UserError("model_path", f"model_path: {name} in pe/generation_config.json is {told[name]!r}; supported is {neutral!r}")
+    return Sampling(0.6, told.get("top_k", 50), 0.95, told.get("repetition_penalty", 1.0))
+
+
+def rewritten(parts: Parts, request: Request) -> str:
+    """The prompt as the model's own language model rewrites it for the size of the image.
+
+    The tokens are drawn from one fixed start: a prompt and a size make one text, whatever the seed and on every rank.
+    """
+    net, tokenizer = parts.nets["pe"], parts.tokenizers["pe_tokenizer"]
+    if tokenizer.chat is None:
+        raise UserError("model_path", "model_path: pe_tokenizer has no chat template; --use-pe false does without the component pe")
+    asked = json.dumps({"prompt": request.prompt, "width": request.width, "height": request.height}, ensure_ascii=False)
+    ids, _ = parts.tokens("pe_tokenizer", [tokenizer.chat([{"role": "user", "content": asked}])], None, "none")
+    limit, stop, drawn = tokenizer.longest or request.text_tokens, {tokenizer.eos} - {None}, torch.Generator().manual_seed(0)
+    [said] = generate(net.config, net.plan, net.w, ids, limit=limit, stop=stop, sampling=_drawing(net.generation), generator=drawn)
+    text = tokenizer.text(said).strip()
+    log.info("the prompt as rewritten: %s", text)
+    return text
+
+
 def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
-    """The texts as they are; ERNIE-Image's language model for longer prompts is left out."""
+    """The texts as they are, but for a prompt that the model's language model rewrites."""
     vae = parts.nets["vae"].config
     where = positions(latent_size(vae, request), parts.device)
-    branches = [{"text": _text(parts, text, request.text_tokens), "positions": where} for text in request.texts]
-    return on_grid(branches, vae, request, PIXEL)
+    prompt, *negative = request.texts
+    revised = rewritten(parts, request) if request.use_pe else None
+    texts = [prompt if revised is None else revised, *negative]
+    branches = [{"text": _text(parts, text, request.text_tokens), "positions": where} for text in texts]
+    return replace(on_grid(branches, vae, request, PIXEL), revised=revised)
 
 
 PIPELINES = {"ErnieImagePipeline": prepare}

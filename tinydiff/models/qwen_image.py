@@ -312,6 +312,7 @@ def prepare_layered(c: Config, parts: Parts, request: Request) -> Prepared:
         unpack=unpack,
         known=appended(pictures * reference.shape[1], [reference]),
         guidance="classifier_free",
+        revised=None if prompt.strip() else texts[0],
     )
 
 

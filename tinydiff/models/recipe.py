@@ -8,7 +8,7 @@ references, P latent values of a token, T text tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod, sqrt
 from typing import Any, NamedTuple
 
@@ -32,6 +32,8 @@ class Net:
     plan: Plan
     weights: dict[str, Tensor]
     dtype: torch.dtype
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """`generation_config.json`, of a language model that writes."""
 
     @property
     def w(self) -> Weights:
@@ -88,6 +90,8 @@ class Prepared:
     known: Known | None = None
     guidance: str | None = None
     """A form of guidance by name, where the pipeline has not its family's."""
+    revised: str | None = None
+    """The prompt as a language model wrote it, where one did."""
 
 
 def latent_size(vae: Any, request: Request) -> tuple[int, int, int]:

@@ -78,7 +78,7 @@ _TEXT, _SEES = _parts(_wan(), _WAN_VAE, _UMT5), _parts(_WAN_SEES, _WAN_VAE, _UMT
 _SMALL, _5B = _parts(_WAN_SMALL, _WAN_VAE, _UMT5), _parts(_WAN_5B, _WAN_5B_VAE, _UMT5)
 _FLUX = _parts(("FluxTransformer2DModel", {"guidance_embeds": True}), _KL, _CLIP, _T5)
 _Z_IMAGE = _parts(("ZImageTransformer2DModel", {}), _KL, _lm("Qwen3Model", 2560, 9728, 36, tie_word_embeddings=True))
-_ERNIE = _parts(("ErnieImageTransformer2DModel", {}), _FLUX2_VAE, _MINISTRAL)
+_ERNIE = _parts(("ErnieImageTransformer2DModel", {}), _FLUX2_VAE, _MINISTRAL, pe=("Ministral3ForCausalLM", _MINISTRAL[1]))
 _KLEIN_4B = _klein(2560, 9728, True, num_layers=5, num_single_layers=20, num_attention_heads=24)
 _KLEIN_9B = _klein(4096, 12288, False, num_single_layers=24, num_attention_heads=32)
 

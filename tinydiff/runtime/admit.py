@@ -74,6 +74,7 @@ def admit(
             boundary_ratio=settled.boundary_ratio,
             negative_prompt=settled.negative_prompt,
             flow_shift=settled.flow_shift,
+            use_pe=settled.use_pe,
             notes=settled.notes,
         )
         for index, prompt in enumerate(sampling.prompt or ("",) * row.captions)

@@ -115,10 +115,13 @@ VISION = Kind(
 )  # fmt: skip
 """The tower of such a component, loaded as a network "vision" of its own where the model looks at pictures."""
 
-FILES = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "image_processor", "processor", "feature_extractor")
+FILES = (
+    *("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "pe_tokenizer"),
+    *("image_processor", "processor", "feature_extractor"),
+)
 """Components without weights. The last three only say what an encoder's own preprocessing is."""
-UNREAD = ("pe", "pe_tokenizer")
-"""Components that are not run: a language model that makes prompts longer."""
+WRITER = "pe"
+"""A language model that rewrites prompts, where the pipeline has one and its tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,7 @@ def read(options: ModelOptions) -> Blueprint:
         if kind is _LM:
             takes = kinds["transformer"].module.TAKES.get(name, (-1,)) if "transformer" in kinds else (-1,)
             config = _needed_layers(name, config, takes if isinstance(takes, tuple) else takes[row.pipeline], index)
-            if row.captions and name == "text_encoder":
+            if name == WRITER or (row.captions and name == "text_encoder"):
                 config = replace(config, lm_head=True)
         settled = ((kinds["transformer"].settles or {}) if "transformer" in kinds else {}).get(name, {})
         config = replace(config, **{key: value for key, value in settled.items() if hasattr(config, key)})
@@ -219,7 +222,7 @@ def read(options: ModelOptions) -> Blueprint:
     compiled, tiling = options.enable_torch_compile, bool(options.vae_tiling)
     if compiled:
         _check_compiler()
-    tokenizers = {name: place for name, place in places.items() if name.startswith("tokenizer")}
+    tokenizers = {name: place for name, place in places.items() if name.startswith(("tokenizer", "pe_tokenizer"))}
     return Blueprint(row, named, nets, tokenizers, scheduler, index.options, device, compiled, tiling, options.variant)
 
 
@@ -240,8 +243,13 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None) -> Model:
         rename = None if net.kind.rename is None else partial(net.kind.rename, net.config)
         blocks = {at for _, at in net.kind.module.blocks(net.config)} if plan.group("shard").size > 1 else ()
         weights = load_weights(net.folder, rows, net.dtype, blueprint.device, rename, plan.along("tp", "shard"), together, blocks, variant)
-        nets[name] = Net(net.kind.module, net.config, plan, weights, net.dtype)
+        nets[name] = Net(net.kind.module, net.config, plan, weights, net.dtype, _generation(net) if name == WRITER else {})
     return Model(blueprint, nets, tokenizers)
+
+
+def _generation(net: NetPlan) -> Mapping[str, Any]:
+    path = net.folder / "generation_config.json"
+    return hub.read_json(path) if path.is_file() else {}
 
 
 def _placed(net: NetPlan, ranks: Ranks) -> tuple[Plan, Group]:
@@ -300,7 +308,7 @@ def _kinds(index: hub.Index, row: ReleasedModel, options: ModelOptions) -> dict[
     """How each component with weights is run, once every option that speaks of a component is known to find it."""
     kinds = {}
     for name, (_, class_name) in index.components.items():
-        if name not in FILES + UNREAD:
+        if name not in FILES and (name != WRITER or "pe_tokenizer" in index.components):
             if class_name not in NETS:
                 message = f"component {name!r} has the class {class_name}, which is not supported; known are {', '.join(NETS)}"
                 raise UserError("model_path", f"model_path: {message}")
@@ -311,7 +319,7 @@ def _kinds(index: hub.Index, row: ReleasedModel, options: ModelOptions) -> dict[
         _known("component_precisions", name, kinds)
     for name in options.component_attention_backends:
         _known("component_attention_backends", name, [name for name, kind in kinds.items() if kind.heads is not None])
-    encoders = [name for name, kind in kinds.items() if kind.role == "text_encoder"]
+    encoders = [name for name, kind in kinds.items() if kind.role == "text_encoder" and name != WRITER]
     if len(given := options.text_encoder_precisions) > len(encoders):
         raise UserError("text_encoder_precisions", f"text_encoder_precisions: {len(given)} are given; text encoders: {len(encoders)}")
     if options.image_encoder_precision is not None and "image_encoder" not in kinds:

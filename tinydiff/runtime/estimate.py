@@ -158,6 +158,7 @@ def _write(folder: Path, row: registry.ReleasedModel) -> None:
     index |= {"is_distilled": row.shape["is_distilled"]} if "is_distilled" in row.shape else {}
     index |= {part: ["", class_name] for part, (class_name, _) in parts.items()}
     index |= {part.replace("text_encoder", "tokenizer"): ["", ""] for part in parts if part.startswith("text_encoder")}
+    index |= {f"{blueprint.WRITER}_tokenizer": ["", ""]} if blueprint.WRITER in parts else {}
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
     files = {"model_index": index | {"scheduler": ["", scheduler["_class_name"]]}, "scheduler/scheduler_config": scheduler}
     for file, entries in (files | {f"{part}/config": entries for part, (_, entries) in parts.items()}).items():

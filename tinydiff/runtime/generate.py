@@ -31,6 +31,8 @@ class Job:
 def admitted(options: Options) -> tuple[Blueprint, list[Request], list[Destination]]:
     """The model, what it shall make and where that goes, read and checked without loading it. Raises UserError."""
     plan = blueprint.read(options.model)
+    if options.sampling.use_pe is False:
+        plan = replace(plan, nets={name: net for name, net in plan.nets.items() if name != blueprint.WRITER})
     requests = admit(plan, options.sampling, clip=output.names_a_clip(options.output.output_file_name))
     return plan, requests, [_destination(options.output, request) for request in requests]
 

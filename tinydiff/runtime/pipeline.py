@@ -25,7 +25,7 @@ from tinydiff.models.recipe import Parts, Prepared, token_count
 from tinydiff.ops.norm import compute_dtype
 from tinydiff.parallel import sequence
 from tinydiff.records import Request, Result, UserError
-from tinydiff.runtime.blueprint import PRECISIONS, Blueprint, Model
+from tinydiff.runtime.blueprint import PRECISIONS, WRITER, Blueprint, Model
 from tinydiff.sampling import guidance, loop, noise, sigmas, solvers
 from tinydiff.sampling.solvers import Table
 
@@ -255,12 +255,16 @@ def finish(model: Model, request: Request, conditioning: Conditioning, tokens: T
     return _over_given(decode(model, request, latents), request), latents
 
 
-def parameters(model: Model, request: Request) -> dict[str, Any]:
-    """Every effective parameter of a request but the seed, JSON-able."""
+def parameters(model: Model, request: Request, revised: str | None = None) -> dict[str, Any]:
+    """Every effective parameter of a request but the seed, JSON-able. revised: the prompt as a language model wrote it."""
     names = ("prompt", "negative_prompt", "height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale")
     entries: dict[str, Any] = {"model": model.blueprint.row.name} | {name: getattr(request, name) for name in names}
     if not request.guided:
         del entries["negative_prompt"]
+    if WRITER in model.nets:
+        entries["use_pe"] = request.use_pe
+    if revised is not None:
+        entries["revised_prompt"] = revised
     if model.blueprint.row.guidance_form == "offset":
         entries["guidance_scale"] -= 1
         entries["cfg_normalization"] = request.cfg_normalization
@@ -297,5 +301,5 @@ def run(model: Model, request: Request, progress: Progress) -> Result:
             made, latents = finish(model, request, conditioning, tokens)
         frames.append(made)
         kept.append(latents.transpose(0, 1).flatten(1, 2).cpu())
-    told = parameters(model, request)
+    told = parameters(model, request, conditioning.prepared.revised)
     return Result(tuple(frames), tuple(kept), told, request.seeds, clock.seconds, tuple(clock.step_seconds))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from tinydiff.config import SamplingOptions
 from tinydiff.records import UserError
-from tinydiff.runtime.blueprint import Blueprint
+from tinydiff.runtime.blueprint import WRITER, Blueprint
 from tinydiff.sampling.solvers import SHIFT_NAMES
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ class Settings(NamedTuple):
     boundary_ratio: float | None
     negative_prompt: str
     flow_shift: float | None
+    use_pe: bool
     notes: dict[str, str]
 
 
@@ -40,7 +41,10 @@ def settle(blueprint: Blueprint, sampling: SamplingOptions) -> Settings:
     elif negative is None and standard and guidance > 1:
         notes["negative_prompt"] = f"the standard one of {blueprint.row.name}; diffusers has none"
     text = (standard if negative is None else negative) or ""
-    return Settings(guidance, embedded, second, boundary, text, _shift(blueprint, sampling, notes), notes)
+    shift, writes = _shift(blueprint, sampling, notes), WRITER in blueprint.nets
+    if sampling.use_pe and not writes:
+        raise UserError("use_pe", f"use_pe: {blueprint.row.name} has no language model here that rewrites prompts (component {WRITER})")
+    return Settings(guidance, embedded, second, boundary, text, shift, writes and sampling.use_pe is not False, notes)
 
 
 def guidance_of(blueprint: Blueprint, sampling: SamplingOptions, notes: dict[str, str] | None = None) -> tuple[float, float | None]:

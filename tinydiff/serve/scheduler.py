@@ -321,7 +321,8 @@ class Scheduler:
         seconds = time.perf_counter() - started
         making.spent("decode", seconds)
         self.metrics.stage("decode", seconds)
-        self._savers.submit(self._save, making, one.index, frames, pipeline.parameters(model, making.request))
+        told = pipeline.parameters(model, making.request, making.conditioning.prepared.revised)
+        self._savers.submit(self._save, making, one.index, frames, told)
 
     def _idle(self) -> None:
         """Wait for work. The weights leave the device when asked to, or when nothing came for long, and come back with the next job."""

@@ -57,7 +57,7 @@ def generate(
     """Continue each prompt until a token of `stop` or `limit` tokens -> the new ids of each row, the stop left out.
 
     Prompts of different lengths are padded on the left (mask 0). positions, embeds: as in `decoder_lm.encode`; by default words count
-    from 0 at a row's first token. generator: of the device of the weights, for a temperature above 0.
+    from 0 at a row's first token. generator: for a temperature above 0; one of the CPU draws the same on every device.
     """
     if not c.lm_head:
         raise ValueError("generating needs the output head: a Config with lm_head")
@@ -104,7 +104,11 @@ def _step(c: Config, plan: Plan, w: Weights, x: Tensor, at: Tensor, mask: Tensor
 def choose(logits_BV: Tensor, ids_BT: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
     """The next token of each row [B] int64, given the scores [B, V] and the ids so far [B, T]."""
     scores = warped(logits_BV, ids_BT, sampling)
-    return scores.argmax(-1) if sampling.temperature == 0 else torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+    if sampling.temperature == 0:
+        return scores.argmax(-1)
+    shares = scores.softmax(-1)
+    at = shares.device if generator is None else generator.device
+    return torch.multinomial(shares.to(at), 1, generator=generator)[:, 0].to(shares.device)
 
 
 def warped(logits_BV: Tensor, ids_BT: Tensor, sampling: Sampling) -> Tensor:

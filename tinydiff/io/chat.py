@@ -1,0 +1,60 @@
+"""What a language model's tokenizer folder makes of the turns of a chat: its template, rendered as transformers renders it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tinydiff.io.hub import read_json
+from tinydiff.records import UserError
+
+Turns = Sequence[Mapping[str, str]]
+"""Each with `role` and `content`."""
+
+
+def template(folder: Path) -> Callable[[Turns], str] | None:
+    """Turns -> text, without the opening of an answer; None where the folder has no template.
+
+    Of `chat_template.jinja`, else of `chat_template` in tokenizer_config.json. The function raises UserError where it cannot be rendered.
+    """
+    path, config = folder / "chat_template.jinja", _read(folder / "tokenizer_config.json")
+    source = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
+    if isinstance(source, list):  # several by name
+        source = next((each["template"] for each in source if each.get("name") == "default"), None)
+    if source is None:
+        return None
+    tokens = {**_read(folder / "special_tokens_map.json"), **config}
+    named = {name: token if isinstance(token, str) else token["content"] for name, token in tokens.items() if _is_token(name, token)}
+
+    def render(turns: Turns) -> str:
+        return _rendered(source, folder, {**named, "messages": list(turns), "add_generation_prompt": False})
+
+    return render
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _is_token(name: str, token: Any) -> bool:
+    return name.endswith("_token") and (isinstance(token, str) or (isinstance(token, Mapping) and "content" in token))
+
+
+def _rendered(source: str, folder: Path, values: Mapping[str, Any]) -> str:
+    """A template comes with the weights and may be anybody's: it runs in Jinja's sandbox, which cannot change what it is given."""
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    engine = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    engine.filters["tojson"] = lambda value, **form: json.dumps(value, ensure_ascii=False, **form)
+    engine.globals["raise_exception"] = refuse
+    try:
+        return engine.from_string(source).render(**values)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise UserError("model_path", f"model_path: the chat template in {str(folder)!r} cannot be rendered ({error})") from error
