@@ -55,9 +55,9 @@ FAMILIES = {
     ),
     "FLUX.1": Family(flux.build, (12, 20)),
     "FLUX.1 schnell": Family(lambda folder: flux.build(folder, guided=False), (12, 20), given={"max_sequence_length": 256}),
-    "FLUX.2 dev": Family(flux2.dev, (64, 96), "image", {"text_encoder_out_layers": flux2.STATES}),
+    "FLUX.2 dev": Family(flux2.dev, (64, 96), "image"),
     "FLUX.2 klein": Family(
-        lambda folder: flux2.klein(folder, False), (64, 96), "image", {"text_encoder_out_layers": flux2.STATES},
+        lambda folder: flux2.klein(folder, False), (64, 96), "image",
         model_id="FLUX.2-klein-base-4B",
     ),
     "Ovis": Family(ovis.build, (12, 20)),

@@ -251,6 +251,8 @@ def _option(name: str, meant: str, value: Any, words: bool) -> Any:
     if meant in ("prompt", "negative_prompt"):
         return _text(MOST_PROMPT)(name, value, words)
     hint = str(_HINTS[meant])
+    if "bool" in hint:
+        return _truth(name, value, words)
     several, numbers = hint.startswith("tuple"), "int" in hint or "float" in hint
     if words and several and isinstance(value, str) and value.startswith("["):
         value, words = parse_json(value, name), False
