@@ -156,6 +156,10 @@ def test_places_that_cannot_be_written(asked, tmp_path, capsys):
     common = ["generate", "--prompt", "a", "--output-path", str(tmp_path), "--perf-dump-path"]
     assert refused(capsys, *common, str(taken / "perf.json")).startswith("perf_dump_path:")
     assert "is a folder" in refused(capsys, *common, str(tmp_path))
+    assert "is a device or a pipe" in refused(capsys, *common, "/dev/null")
+    assert refused(capsys, *common, "~no-such-user/a").startswith("perf_dump_path: '~no-such-user/a' does not exist: no home directory")
+    assert "no home directory is known" in refused(capsys, "generate", "--prompt", "a", "--output-path", "~no-such-user")
+    assert "file name too long" in refused(capsys, "generate", "--prompt", "a", "--output-path", str(tmp_path / ("a" * 300)))
     assert asked == [] and list(tmp_path.iterdir()) == [taken]
 
 

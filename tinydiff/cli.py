@@ -158,8 +158,9 @@ def _admissible(options: config.Options) -> None:
         check_writable(paths.path(options.output.output_path, "output_path"))
     if options.output.perf_dump_path is not None:
         path = paths.path(options.output.perf_dump_path, "perf_dump_path")
-        if paths.kind(path) == "directory":
-            raise UserError("perf_dump_path", f"perf_dump_path: {str(path)!r} is a folder; it must be a file's name")
+        if (kind := paths.kind(path)) not in ("file", ""):
+            what = "a folder" if kind == "directory" else "a device or a pipe"
+            raise UserError("perf_dump_path", f"perf_dump_path: {str(path)!r} is {what}; it must be a file's name")
         check_writable(path.parent, path.name, "perf_dump_path")
 
 
