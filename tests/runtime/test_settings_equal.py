@@ -10,10 +10,12 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
+import numpy as np
 import pytest
+import torch
 from diffusers.pipelines.z_image import pipeline_z_image
 
 from tests.parity import close, draw
@@ -68,6 +70,15 @@ FAMILIES = {
 }  # fmt: skip
 
 
+class Made(NamedTuple):
+    """Latents of every step, tinydiff's and the reference's, then the images of both."""
+
+    ours: list[torch.Tensor]
+    theirs: list[torch.Tensor]
+    frames: np.ndarray
+    images: np.ndarray
+
+
 @dataclass(frozen=True)
 class Both:
     """A family's two sides, made once; the folder's scheduler is changed for each row."""
@@ -76,9 +87,13 @@ class Both:
     folder: Path
     pipe: Any
     model: Any
+    own: Mapping[str, Any]
+    """The scheduler that the folder was saved with."""
 
-    def scheduled(self, config: Mapping[str, Any]) -> Both:
-        """The folder and tinydiff's side with this scheduler."""
+    def scheduled(self, config: Mapping[str, Any], reference: bool = True) -> Both:
+        """Both sides with this scheduler, or tinydiff's alone."""
+        if reference:
+            self.pipe.scheduler = getattr(diffusers, config["_class_name"]).from_config(dict(config))
         (self.folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
         read = blueprint.read(ModelOptions(model_path=str(self.folder), model_id=self.family.model_id))
         return replace(self, model=replace(self.model, blueprint=read))
@@ -89,25 +104,32 @@ class Both:
 
     def request(self, given: Mapping[str, Any]) -> Request:
         options = {name: value for name, value in self.given(given).items() if name in OPTIONS}
-        [request] = admit(self.model.blueprint, SamplingOptions(**options | {"prompt": (PROMPT,)}))
+        [request] = admit(self.model.blueprint, SamplingOptions(**{"prompt": (PROMPT,)} | options))
         return request
 
-    def compare(self, given: Mapping[str, Any]) -> None:
-        """The latents of every step, with these arguments on both sides."""
-        request = self.request(given)
+    def run(self, given: Mapping[str, Any], prompt: str = PROMPT, seed: int = 9) -> Made:
+        """Both sides, with these arguments and one start."""
+        request = replace(self.request(given), prompt=prompt)
         told = pipeline.condition(self.model, request)
-        start = draw(1, *told.prepared.size, seed=9)
+        start = draw(1, *told.prepared.size, seed=seed)
         latents = {"tokens": lambda: told.prepared.pack(start), "image": lambda: start[:, :, 0], "clip": lambda: start}[self.family.form]()
         theirs = []
         with exact(self.pipe):
-            self.pipe(
-                prompt=PROMPT, **self.given(given), latents=latents, output_type="latent",
+            made = self.pipe(
+                prompt=prompt, **self.given(given), latents=latents, output_type="np",
                 callback_on_step_end=lambda pipe, i, t, kept: theirs.append(kept["latents"]) or {},
             )  # fmt: skip
-        ours = list(pipeline.denoise(self.model, request, told, 0, start))
-        assert len(ours) == len(theirs) == STEPS
-        for got, wanted in zip(ours, theirs, strict=True):
-            close(got if wanted.ndim == 3 else told.prepared.unpack(got).reshape(wanted.shape), wanted)
+        tokens = list(pipeline.denoise(self.model, request, told, 0, start))
+        assert len(tokens) == len(theirs) == request.num_inference_steps
+        ours = [x if y.ndim == 3 else told.prepared.unpack(x).reshape(y.shape) for x, y in zip(tokens, theirs, strict=True)]
+        frames = pipeline.decode(self.model, request, told.prepared.unpack(tokens[-1]))
+        return Made(ours, theirs, frames, made.frames[0] if self.family.form == "clip" else made.images)
+
+    def compare(self, given: Mapping[str, Any], prompt: str = PROMPT) -> None:
+        """The latents of every step."""
+        made = self.run(given, prompt)
+        for got, wanted in zip(made.ours, made.theirs, strict=True):
+            close(got, wanted)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +140,8 @@ def both(tmp_path_factory):
         if name not in made:
             folder = tmp_path_factory.mktemp("family") / "model"
             pipe = FAMILIES[name].build(folder)
-            made[name] = Both(FAMILIES[name], folder, pipe, folders.load(folder, model_id=FAMILIES[name].model_id))
+            model = folders.load(folder, model_id=FAMILIES[name].model_id)
+            made[name] = Both(FAMILIES[name], folder, pipe, model, model.blueprint.scheduler)
         return made[name]
 
     return get
@@ -179,16 +202,14 @@ ROWS = [(name, scheduler) for name in FAMILIES for scheduler in SCHEDULERS if sc
 
 @pytest.mark.parametrize(("name", "scheduler"), ROWS)
 def test_another_scheduler_gives_the_references_latents(name, scheduler, both):
-    here = both(name)
-    here.pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]["_class_name"]).from_config(dict(SCHEDULERS[scheduler]))
-    here.scheduled(SCHEDULERS[scheduler]).compare({})
+    both(name).scheduled(SCHEDULERS[scheduler]).compare({})
 
 
 @pytest.mark.parametrize("scheduler", REFUSED)
 def test_a_scheduler_that_is_not_reproduced_is_refused(scheduler, both):
     for name in FAMILIES:
         with pytest.raises(UserError) as caught:
-            both(name).scheduled(REFUSED[scheduler]).request({})
+            both(name).scheduled(REFUSED[scheduler], reference=False).request({})
         changed = [field for field in REFUSED[scheduler] if caught.value.field == f"scheduler.{field}"]
         assert changed and changed[0] in str(caught.value) and "\n" not in str(caught.value)
 
@@ -214,6 +235,36 @@ GUIDANCE = {
 def test_guidance_is_read_as_the_reference_reads_it(name, both):
     """On, off, below 1, with a negative prompt, an empty one, none."""
     here = both(name).scheduled(euler(shift=3.0))
-    here.pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     for given in GUIDANCE[name]:
         here.compare(given)
+
+
+HELD_OUT = [(1, "", {"num_inference_steps": 2}), (2, "a yellow star, left of 円 & <b>", {"num_inference_steps": 5}), (3, "x " * 300, {})]
+"""Starts, prompts and steps that no other test has."""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_released_settings_give_the_references_images(name, both):
+    """To one level, with the scheduler that each family is released with; texts that are cut, the other way round in height and width."""
+    here = both(name).scheduled(both(name).own)
+    height, width = here.family.size
+    for seed, prompt, given in HELD_OUT:
+        turned = {"height": width, "width": height} if seed == 2 else {}
+        made = here.run(given | turned, prompt, seed)
+        assert abs(made.frames - (made.images * 255).round()).max() <= 1 and made.images.std() > 0.02
+
+
+@pytest.mark.parametrize("name", ["FLUX.1", "SD3", "ERNIE"])
+def test_texts_are_cut_where_the_tokenizers_files_say(name, both):
+    """As the pipelines cut: for CLIP after the first tokenizer's length."""
+    here, length = both(name).scheduled(euler(shift=3.0)), 9
+    path = here.folder / "tokenizer" / "tokenizer_config.json"
+    whole, kept = path.read_text(), here.pipe.tokenizer.model_max_length
+    try:
+        folders.edit(path, model_max_length=length)
+        here.pipe.tokenizer.model_max_length = here.pipe.tokenizer_max_length = length
+        model = folders.load(here.folder, model_id=here.family.model_id)
+        replace(here, model=model).compare({}, "a red circle and a blue star " * 3)
+    finally:
+        path.write_text(whole)
+        here.pipe.tokenizer.model_max_length = here.pipe.tokenizer_max_length = kept

@@ -266,7 +266,8 @@ def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
     prompt, *negative = request.texts
     revised = rewritten(parts, request) if request.use_pe else None
     texts = [prompt if revised is None else revised, *negative]
-    branches = [{"text": _text(parts, text, request.text_tokens), "positions": where} for text in texts]
+    limit = parts.tokenizers["tokenizer"].longest or request.text_tokens
+    branches = [{"text": _text(parts, text, limit), "positions": where} for text in texts]
     return replace(on_grid(branches, vae, request, PIXEL), revised=revised)
 
 

@@ -185,7 +185,7 @@ def reference_size(height: int, width: int, multiple: int = 16) -> tuple[int, in
 def _texts(parts: Parts, request: Request) -> list[Tensors]:
     """What the network reads of each text: T5's states of its tokens, padding and all, and CLIP's vector of the whole."""
     clip, large = parts.nets["text_encoder"], parts.nets["text_encoder_2"]
-    ids, _ = parts.tokens("tokenizer", request.texts, clip.config.max_position_embeddings)
+    ids, _ = parts.tokens("tokenizer", request.texts, parts.clip_tokens("text_encoder"))
     pooled = clip_text.encode(clip.config, clip.plan, clip.w, ids).pooled
     ids, _ = parts.tokens("tokenizer_2", request.texts, request.text_tokens)
     text = t5.encode(large.config, large.plan, large.w, ids)

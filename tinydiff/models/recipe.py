@@ -69,6 +69,11 @@ class Parts:
     """The pipeline's own settings in model_index.json."""
     device: torch.device
 
+    def clip_tokens(self, net: str) -> int:
+        """How long a text a CLIP is given: what the first tokenizer's files say, and no more than the network has places for."""
+        places = self.nets[net].config.max_position_embeddings
+        return min(self.tokenizers["tokenizer"].longest or places, places)
+
     def pixels(self, images: Sequence[numpy.ndarray]) -> Tensor:
         """uint8 pictures [height, width, C] of one size -> [1, C, N, height, width] in [-1, 1], in the type of the autoencoder."""
         x = torch.from_numpy(numpy.stack(images)).to(self.device, self.nets["vae"].dtype)

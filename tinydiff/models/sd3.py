@@ -231,7 +231,7 @@ def _clip(parts: Parts, texts: list[str]) -> tuple[Tensor, Tensor]:
     states, pooled = [], []
     for name, tokenizer in CLIPS.items():
         encoder = parts.nets[name]
-        ids, _ = parts.tokens(tokenizer, texts, encoder.config.max_position_embeddings)
+        ids, _ = parts.tokens(tokenizer, texts, parts.clip_tokens(name))
         encoded = clip_text.encode(encoder.config, encoder.plan, encoder.w, ids)
         assert encoded.projected is not None  # `meets` sees to it
         states.append(encoded.hidden_states[-2])
