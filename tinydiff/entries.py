@@ -21,6 +21,7 @@ LARGEST = 1e30
 """No number is further from 0."""
 
 BOUNDS: dict[str, tuple[float, float]] = {
+    "boundary_ratio": (0.0, 1.0),
     "*eps": (0.0, 1.0),
     "*epsilon": (0.0, 1.0),
     "*token_id": (-1, 2**31),
@@ -41,6 +42,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "shift_terminal": (0.0, 0.999),
     "*theta": (1e-6, 1e12),
     "*base_freq": (1e-6, 1e12),
+    "resample": (0, 5),
     "*std": (1e-12, 1e12),
     "*softcapping": (1e-6, 1e12),
     "query_pre_attn_scalar": (1e-6, 1e12),

@@ -142,7 +142,7 @@ def test_text_about_images_is_that_of_the_reference():
 def test_pixels_are_those_of_the_reference(size, bounds):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     read = Qwen2VLImageProcessorPil(min_pixels=bounds[0], max_pixels=bounds[1])(image, return_tensors="pt")
-    patches, grid = qwen_vision.pixels(qwen_vision.Config(), image, *bounds)
+    patches, grid = qwen_vision.pixels(replace(qwen_vision.Config(), min_pixels=bounds[0], max_pixels=bounds[1]), image)
     assert read["image_grid_thw"].tolist() == [[1, *grid]]
     assert patches.dtype == torch.float32
     assert torch.equal(patches, read["pixel_values"])

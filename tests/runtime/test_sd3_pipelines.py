@@ -43,7 +43,7 @@ VARIANTS = {
 }
 
 
-def build(name, folder):
+def build(name, folder, **scheduler):
     """The reference's pipeline, saved to `folder`."""
     words = [folder / "words-l", folder / "words-g"]
     for path, pad in zip(words, ("<|endoftext|>", "!"), strict=True):
@@ -68,7 +68,7 @@ def build(name, folder):
     }
     others = {
         **{"tokenizer": tokenizers[0], "tokenizer_2": tokenizers[1], "tokenizer_3": None, "text_encoder_3": None},
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "scheduler": FlowMatchEulerDiscreteScheduler(**{"shift": 3.0} | scheduler),
     }
     if name != "3.5 medium without T5":
         networks["text_encoder_3"] = T5EncoderModel(t5)
@@ -147,6 +147,16 @@ def test_text_to_image_equals_diffusers(name, fields, both, caplog):
     assert len(theirs) == STEPS and request.guided == (fields["guidance_scale"] > 1)
     for length in (TOKENS, 256):
         assert (f"tokens were cut, the model reads {length}" in caplog.text) == ("prompt" in fields)
+
+
+def test_a_scheduler_that_asks_for_a_dynamic_shift_gets_the_pipelines(tmp_path):
+    pipe = build("3.5 medium without T5", tmp_path / "model", use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64)
+    model = load(tmp_path / "model")
+    request = request_for(model, guidance_scale=5.0)
+    theirs, images = recorded(pipe, **given(request), latents=START[:, :, 0])
+    latents, frames = ours(model, request, START)
+    same_latents(latents, theirs)
+    same_frames(frames, [images])
 
 
 @pytest.mark.parametrize("guidance", [5.0, 1.0])

@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("z_image")
 
 
-def build(folder):
+def build(folder, **scheduler):
     """The reference's pipeline, saved to `folder`."""
     (folder / "words").mkdir(parents=True)
     tokenizer = Qwen2Tokenizer.from_pretrained(vocabularies.qwen(folder / "words", chat_template=CHAT))
@@ -63,7 +63,9 @@ def build(folder):
         "vae": AutoencoderKL(**levels, **vae, latent_channels=Z, norm_num_groups=4),
         "text_encoder": Qwen3Model(text),
     }
-    return saved(ZImagePipeline, folder, networks, tokenizer=tokenizer, scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0))
+    return saved(
+        ZImagePipeline, folder, networks, tokenizer=tokenizer, scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 6.0} | scheduler)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,30 @@ def test_text_to_image_equals_diffusers(fields, pipe, model, monkeypatch, caplog
     same(made, theirs)
     assert len(theirs[0]) == STEPS and request.guided == (fields["guidance_scale"] > 0)
     assert ("tokens were cut, the model reads 512" in caplog.text) == ("prompt" in fields)
+
+
+@pytest.mark.parametrize("stored", [{}, {"base_shift": 0.3, "max_shift": 0.9, "base_image_seq_len": 4, "max_image_seq_len": 64}])
+def test_a_scheduler_that_asks_for_a_dynamic_shift_gets_the_pipelines(stored, tmp_path, monkeypatch):
+    pipe = build(tmp_path / "model", use_dynamic_shifting=True, **stored)
+    model = load(tmp_path / "model")
+    request = request_for(model, guidance_scale=4.0)
+    start = start_for(request)
+    widened(monkeypatch, pipeline_z_image)
+    theirs = recorded(
+        pipe, prompt=request.prompt, negative_prompt=request.negative_prompt, guidance_scale=4.0, height=request.height,
+        width=request.width, num_inference_steps=STEPS, latents=start[:, :, 0],
+    )  # fmt: skip
+    same(ours(model, request, start), theirs)
+
+
+def test_points_of_a_dynamic_shift_that_are_null_are_one_sentence(tmp_path):
+    """The reference's pipeline ends in a TypeError of None and a number."""
+    build(tmp_path / "model", use_dynamic_shifting=True)
+    edit(tmp_path / "model" / "scheduler" / "scheduler_config.json", base_shift=None)
+    with pytest.raises(UserError, match="scheduler: base_shift is None; it must be a number"):
+        request_for(load(tmp_path / "model"))
+    edit(tmp_path / "model" / "scheduler" / "scheduler_config.json", use_dynamic_shifting=False)
+    assert request_for(load(tmp_path / "model")).num_inference_steps == STEPS
 
 
 @pytest.mark.parametrize("guidance", [4.0, 0.0])

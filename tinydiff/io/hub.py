@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinydiff import paths
+from tinydiff.entries import value as typed_value
 from tinydiff.io.variants import unchosen
 from tinydiff.records import UserError, nearest
 
@@ -17,6 +18,9 @@ WANTED = ("*.json", "*/*.safetensors", "*/spiece.model", "*/tokenizer.model", "*
 
 UNWANTED = ("*onnx*", "*flax*", "*openvino*", "pe/*")
 """Of that, what is not run. So are weights of variants that are not loaded."""
+
+SETTINGS: dict[str, Any] = {"boundary_ratio": float | None, "expand_timesteps": bool | None, "is_distilled": bool | None}
+"""The pipeline's own settings that are read, and their types."""
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -74,6 +78,10 @@ def read_index(folder: Path) -> Index:
     pairs = {name: value for name, value in entries.items() if isinstance(value, list) and len(value) == 2}
     components = {name: (str(pair[0]), str(pair[1])) for name, pair in pairs.items() if pair[1] is not None}
     options = {name: value for name, value in entries.items() if name not in pairs and not name.startswith("_")}
+    try:
+        options |= {name: typed_value(name, kind, options[name]) for name, kind in SETTINGS.items() if name in options}
+    except ValueError as error:
+        raise UserError("model_path", f"{path}: {error}") from error
     return Index(entries["_class_name"], components, options)
 
 

@@ -6,26 +6,20 @@ A `Blueprint` costs only the reading of a few JSON files, so that a request is r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from tinydiff.config import ModelOptions
-from tinydiff.entries import typed
 from tinydiff.io import hub
 from tinydiff.io.tokenizer import Tokenizer, load_tokenizer
 from tinydiff.io.variants import has
 from tinydiff.io.weights import load_weights
-from tinydiff.models import ernie, flux, flux2, ovis, qwen_image, registry, sd3, wan, z_image
-from tinydiff.models.autoencoders import flux2_tiny, kl, tiny
-from tinydiff.models.autoencoders import wan as wan_vae
-from tinydiff.models.encoders import clip_text, clip_vision, decoder_lm, qwen_vision, t5
-from tinydiff.models.encoders.decoder_config import CLASSES, config_from
+from tinydiff.models import registry
 from tinydiff.models.recipe import Net
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import BACKENDS, serves
@@ -33,6 +27,8 @@ from tinydiff.parallel.plan import ALONE, Group, Plan
 from tinydiff.parallel.ranks import Ranks
 from tinydiff.parallel.shards import undivided
 from tinydiff.records import UserError, nearest
+from tinydiff.runtime.kinds import LANGUAGE_AND_VISION, LM, NETS, VISION, Kind, preprocessed, read_config
+from tinydiff.sampling import solvers
 
 log = logging.getLogger(__name__)
 
@@ -41,80 +37,6 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 
 
-@dataclass(frozen=True)
-class Kind:
-    """How a component class of model_index.json is run."""
-
-    module: ModuleType
-    role: str
-    rename: Callable[[Any, str], str | None] | None = None
-    """(config, stored key) -> the spec's name, or None for what is known and not read."""
-    heads: Callable[[Any], tuple[int, bool]] | None = None
-    """Config -> (width of a head, whether attention has a bias); None where the attention kernel is not a choice."""
-    config: Callable[[Mapping[str, Any], str], Any] | None = None
-    """(config.json, class name) -> the module's Config, where its fields are not simply those. Else every field must be known."""
-    longest_side: Callable[[Any], int] | None = None
-    """Config -> the most latent pixels along a side; None where there is no limit."""
-    given_size: Callable[[int, int, int], tuple[int, int]] | None = None
-    """(height and width of a given picture, what both must divide by) -> those of the output, where they follow the picture's own. Raises
-    UserError for a picture that cannot be given.
-    """
-    settles: Mapping[str, Mapping[str, Any]] | None = None
-    """Component -> fields of its config that the pipeline sets whatever its config.json says."""
-    own_grid: tuple[str, ...] = ()
-    """Pipeline classes that, from text, leave a scheduler with flow sigmas (UniPC) its own grid."""
-    head_count: Callable[[Any], int] = lambda c: c.num_attention_heads
-    """Config of a denoiser -> its attention heads, for keys as for queries."""
-
-
-def _keys(name: Callable[[str], str | None]) -> Callable[[Any, str], str | None]:
-    return lambda c, key: name(key)
-
-
-def _dit(module: ModuleType, width: Callable[[Any], int] = lambda c: c.attention_head_dim, **more: Any) -> Kind:
-    return Kind(module, "dit", heads=lambda c: (width(c), False), **more)
-
-
-_T5 = Kind(t5, "text_encoder", _keys(t5.row_name), lambda c: (c.d_kv, True), t5.config_from)
-_CLIP_TEXT = Kind(
-    clip_text, "text_encoder", clip_text.row_name, lambda c: (c.hidden_size // c.num_attention_heads, True), clip_text.config_from
-)
-_CLIP = Kind(
-    clip_vision, "image_encoder", _keys(clip_vision.row_name), lambda c: (c.hidden_size // c.num_attention_heads, False),
-    clip_vision.config_from,
-)  # fmt: skip
-_LM = Kind(decoder_lm, "text_encoder", decoder_lm.row_name, lambda c: (c.head_dim, True), config_from)
-_KL = Kind(kl, "vae", _keys(kl.row_name))
-
-NETS = {
-    "WanTransformer3DModel": _dit(wan, rename=_keys(wan.rename)),
-    "FluxTransformer2DModel": _dit(flux, own_grid=("FluxPipeline",)),
-    "OvisImageTransformer2DModel": _dit(ovis, own_grid=("OvisImagePipeline",)),
-    "Flux2Transformer2DModel": _dit(flux2, own_grid=("Flux2Pipeline", "Flux2KleinPipeline"), given_size=flux2.reference_size),
-    "ErnieImageTransformer2DModel": _dit(ernie, lambda c: c.hidden_size // c.num_attention_heads, settles=ernie.SETTLES),
-    "QwenImageTransformer2DModel": _dit(qwen_image),
-    "ZImageTransformer2DModel": _dit(
-        z_image, lambda c: c.dim // c.n_heads, head_count=lambda c: c.n_heads, longest_side=z_image.longest_side
-    ),
-    "SD3Transformer2DModel": _dit(sd3, longest_side=sd3.longest_side),
-    **dict.fromkeys(("AutoencoderKLWan", "AutoencoderKLQwenImage"), Kind(wan_vae, "vae")),
-    **dict.fromkeys(("AutoencoderKL", "AutoencoderKLFlux2"), _KL),
-    "AutoencoderTiny": Kind(tiny, "vae"),
-    "Flux2TinyAutoEncoder": Kind(flux2_tiny, "vae"),
-    **dict.fromkeys(("UMT5EncoderModel", "T5EncoderModel"), _T5),
-    **dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection"), _CLIP_TEXT),
-    **dict.fromkeys(("CLIPVisionModel", "CLIPVisionModelWithProjection"), _CLIP),
-    **dict.fromkeys(CLASSES, _LM),
-}
-"""Component class -> how it is run."""
-
-LANGUAGE_AND_VISION = "Qwen2_5_VLForConditionalGeneration"
-VISION = Kind(
-    qwen_vision, "image_encoder", _keys(qwen_vision.row_name), lambda c: (c.hidden_size // c.num_heads, True),
-    lambda entries, _: qwen_vision.config_from(entries),
-)  # fmt: skip
-"""The tower of such a component, loaded as a network "vision" of its own where the model looks at pictures."""
-
 FILES = (
     *("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "pe_tokenizer"),
     *("image_processor", "processor", "feature_extractor"),
@@ -122,6 +44,10 @@ FILES = (
 """Components without weights. The last three only say what an encoder's own preprocessing is."""
 WRITER = "pe"
 """A language model that rewrites prompts, where the pipeline has one and its tokenizer."""
+
+
+NEEDED = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+"""Components of every model."""
 
 
 @dataclass(frozen=True)
@@ -165,30 +91,6 @@ class Model:
     tokenizers: Mapping[str, Tokenizer]
 
 
-def read_config(kind: Kind, path: Path, class_name: str) -> Any:
-    """The network's `Config` from its config.json. Raises UserError for a field whose meaning is unknown, or a value out of range."""
-    stored = hub.read_json(path)
-    try:
-        config = _config(kind, stored) if kind.config is None else kind.config(stored, class_name)
-        for row in kind.module.spec(config):
-            if 0 in row.shape:
-                raise ValueError(f"{row.name} would have the shape {list(row.shape)}")
-    except (ValueError, TypeError) as error:
-        raise UserError("model_path", f"{path}: {error}") from error
-    except (ArithmeticError, LookupError) as error:
-        raise UserError("model_path", f"{path}: its numbers describe no network ({type(error).__name__}: {error})") from error
-    return config
-
-
-def _config(kind: Kind, stored: Mapping[str, Any]) -> Any:
-    """The Config whose fields are the file's own; an unknown field that holds null says nothing."""
-    entries = {name: value for name, value in stored.items() if not name.startswith("_")}
-    known = {f.name for f in fields(kind.module.Config)}
-    if unknown := sorted(name for name in entries.keys() - known if entries[name] is not None):
-        raise ValueError(f"field {unknown[0]!r} is not known to {kind.module.__name__}{nearest(unknown[0], known)}")
-    return kind.module.Config(**typed(kind.module.Config, entries))
-
-
 def read(options: ModelOptions) -> Blueprint:
     """Read and check what `options` name, everything but the weights. Raises UserError."""
     asked = SHIPPED if options.model_path == registry.SHIPPED else options.model_path
@@ -200,25 +102,33 @@ def read(options: ModelOptions) -> Blueprint:
         places[name] = hub.resolve(options.component_paths[name], field=f"{name}_path", variant=options.variant)
         own = _own_class(name, places[name], index.components[name])
         index = replace(index, components={**index.components, name: own})
+    if absent := [name for name in NEEDED if name not in index.components]:
+        raise UserError("model_path", f"model_path: model_index.json names no {absent[0]}, which a {index.class_name} needs")
     row, named = _row(index, places, options)
     kinds = _kinds(index, row, options)
+    denoiser = kinds["transformer"]
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     nets = {}
     for name, kind in kinds.items():
         owner = "text_encoder" if kind is VISION else name
         config = read_config(kind, places[owner] / "config.json", index.components[owner][1])
-        if kind is _LM:
-            takes = kinds["transformer"].module.TAKES.get(name, (-1,)) if "transformer" in kinds else (-1,)
+        if kind.preprocessor is not None and kind.preprocessor[0] in places:
+            config = preprocessed(kind, config, places[kind.preprocessor[0]])
+        if kind is LM:
+            takes = denoiser.module.TAKES.get(name, (-1,))
             config = _needed_layers(name, config, takes if isinstance(takes, tuple) else takes[row.pipeline], index)
             if name == WRITER or (row.captions and name == "text_encoder"):
                 config = replace(config, lm_head=True)
-        settled = ((kinds["transformer"].settles or {}) if "transformer" in kinds else {}).get(name, {})
+        settled = (denoiser.settles or {}).get(name, {})
         config = replace(config, **{key: value for key, value in settled.items() if hasattr(config, key)})
         dtype = _dtype(name, kind, options, device)
         nets[name] = NetPlan(name, kind, places[owner], config, dtype, _plan(name, kind, config, dtype, options, device))
     _check_fit(row, index, nets)
     scheduler = hub.read_json(places["scheduler"] / "scheduler_config.json")
+    solvers.check_types(scheduler)
+    if ignored := solvers.unread(scheduler):
+        log.warning("scheduler: %s has no field %s, which is not read", scheduler.get("_class_name"), ", ".join(ignored))
     compiled, tiling = options.enable_torch_compile, bool(options.vae_tiling)
     if compiled:
         _check_compiler()
@@ -273,7 +183,7 @@ def _with(plan: Plan, axes: Mapping[str, Group]) -> Plan:
 
 def _row(index: hub.Index, places: Mapping[str, Path], options: ModelOptions) -> tuple[ReleasedModel, bool]:
     """(the released model whose defaults hold, whether it was found by name)."""
-    entries = hub.read_json(places["transformer"] / "config.json") if "transformer" in places else {}
+    entries = hub.read_json(places["transformer"] / "config.json")
     name = options.model_id or options.model_path
     row = registry.match(index.class_name, index.options, entries, name)
     if options.model_id is not None and (wanted := registry.named(options.model_id)) is not row:
@@ -370,9 +280,11 @@ def _check_compiler() -> None:
 
 def _check_fit(row: ReleasedModel, index: hub.Index, nets: Mapping[str, NetPlan]) -> None:
     """The components that a request needs are there, and agree where they meet."""
-    needed = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-    if "transformer" in nets:
-        needed = (*needed, *nets["transformer"].kind.module.needs(nets["transformer"].config))
+    encoders = [name for name, plan in nets.items() if plan.kind.role == "text_encoder"]
+    needed = (
+        *nets["transformer"].kind.module.needs(nets["transformer"].config),
+        *(name.replace("text_encoder", "tokenizer") for name in encoders),
+    )
     if absent := [name for name in needed if name not in index.components]:
         raise UserError("model_path", f"model_path: model_index.json names no {absent[0]}, which this {index.class_name} needs")
     net = nets["transformer"].config

@@ -231,9 +231,23 @@ _KINDS = {
 """Types of the fields that may have any value."""
 
 
+def check_types(config: Mapping[str, Any]) -> None:
+    """Raises UserError, one sentence, for a `scheduler_config.json` with a value of a wrong type or out of range."""
+    name = config.get("_class_name")
+    if not isinstance(name, str):
+        raise UserError("scheduler", f"scheduler: _class_name is {name!r}; it must be a string, such as 'FlowMatchEulerDiscreteScheduler'")
+    for field, kind in _KINDS.items():
+        if field in config and field in _FIELDS.get(name, ()):
+            try:
+                entries.value(field, kind, None if (field, config[field]) == ("shift_terminal", False) else config[field])
+            except ValueError as error:
+                raise UserError(f"scheduler.{field}", f"scheduler: {error}") from error
+
+
 def unread(config: Mapping[str, Any]) -> list[str]:
     """Fields of a `scheduler_config.json` that its class does not have, which the reference ignores too."""
-    return [field for field in config if field not in _FIELDS.get(str(config.get("_class_name")), ()) and not field.startswith("_")]
+    known = _FIELDS.get(str(config.get("_class_name")), config)
+    return [field for field in config if field not in known and not field.startswith("_")]
 
 
 def from_scheduler_config(config: Mapping[str, Any], steps: int, *, sigmas: Tensor | None = None, mu: float | None = None) -> Table:
@@ -286,12 +300,7 @@ def _check(config: Mapping[str, Any]) -> tuple[str, Callable[[str], Any]]:
         """null is the default, as false is where the reference asks for a truth value."""
         return fields[field][0] if config.get(field) is None else config[field]
 
-    for field, kind in _KINDS.items():
-        if field in fields and field in config:
-            try:
-                entries.value(field, kind, None if (field, config[field]) == ("shift_terminal", False) else config[field])
-            except ValueError as error:
-                raise UserError(f"scheduler.{field}", f"scheduler: {error}") from error
+    check_types(config)
     for field, (_, allowed) in fields.items():
         if allowed is not _ANY and get(field) != allowed:
             raise UserError(f"scheduler.{field}", f"{field} of {name} is {get(field)!r}; supported is {allowed!r}")

@@ -46,6 +46,13 @@ class Config:
     patch_size: int = 14
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-5
+    image_mean: tuple[float, float, float] = MEAN
+    """This and the next three are of the preprocessor's file."""
+    image_std: tuple[float, float, float] = STD
+    resample: int = 3
+    """Pillow's number of a filter: bicubic."""
+    shortest_edge: int | None = None
+    """To which an image is resized before its centre is cut out; None: image_size."""
 
     def __post_init__(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
@@ -107,16 +114,17 @@ def row_name(key: str) -> str | None:
 
 
 def pixels(c: Config, image_HWC: np.ndarray) -> Tensor:
-    """uint8 [H, W, 3] RGB -> float32 [1, 3, S, S]: short side to S (bicubic), centre cut out, CLIP's mean and deviation taken off."""
+    """uint8 [H, W, 3] RGB -> float32 [1, 3, S, S]: the short side resized, the centre cut out, mean and deviation taken off."""
     import numpy as np
     from PIL import Image
 
     side, (height, width) = c.image_size, image_HWC.shape[:2]
-    scaled = (side * width // min(height, width), side * height // min(height, width))
-    resized = np.asarray(Image.fromarray(image_HWC).resize(scaled, Image.Resampling.BICUBIC))
+    edge, short = c.shortest_edge or side, min(height, width)
+    scaled = (edge * width // short, edge * height // short)
+    resized = np.asarray(Image.fromarray(image_HWC).resize(scaled, Image.Resampling(c.resample)))
     top, left = (resized.shape[0] - side) // 2, (resized.shape[1] - side) // 2
     colours = torch.from_numpy(resized[top : top + side, left : left + side] / 255.0).float()
-    return ((colours - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)[None].contiguous()
+    return ((colours - torch.tensor(c.image_mean)) / torch.tensor(c.image_std)).permute(2, 0, 1)[None].contiguous()
 
 
 def encode(c: Config, plan: Plan, w: Weights, pixels_BCSS: Tensor) -> Tensor:

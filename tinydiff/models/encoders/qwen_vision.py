@@ -54,12 +54,24 @@ class Config:
     spatial_merge_size: int = 2
     window_size: int = 112
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
+    image_mean: tuple[float, float, float] = MEAN
+    """This and the next four are of the preprocessor's file."""
+    image_std: tuple[float, float, float] = STD
+    resample: int = 3
+    """Pillow's number of a filter: bicubic."""
+    min_pixels: int = 56 * 56
+    max_pixels: int = 12845056
 
     def __post_init__(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
         if self.window_size % (token := self.patch_size * self.spatial_merge_size):
             raise ValueError(f"window_size is {self.window_size}; it must be a multiple of a token's {token} pixels")
+
+    @property
+    def tiling(self) -> dict[str, int]:
+        """What its preprocessor must agree with, under its names."""
+        return {"patch_size": self.patch_size, "temporal_patch_size": self.temporal_patch_size, "merge_size": self.spatial_merge_size}
 
 
 def config_from(entries: Mapping[str, Any]) -> Config:
@@ -120,22 +132,22 @@ def fitted(height: int, width: int, multiple: int, min_pixels: int, max_pixels: 
     return tall, wide
 
 
-def pixels(c: Config, image_HWC: np.ndarray, min_pixels: int = 56 * 56, max_pixels: int = 12845056) -> tuple[Tensor, Grid]:
-    """uint8 [H, W, 3] RGB -> (patches float32 [N, P], their grid). Bicubic, CLIP's mean and deviation taken off, each frame twice.
+def pixels(c: Config, image_HWC: np.ndarray) -> tuple[Tensor, Grid]:
+    """uint8 [H, W, 3] RGB -> (patches float32 [N, P], their grid). Resized, mean and deviation taken off, each frame twice.
     Opacity, of RGBA [H, W, 4], is seen before white.
 
-    min_pixels, max_pixels: of the checkpoint's preprocessor_config.json. Values are those of transformers' Qwen2VLImageProcessorPil.
+    Values are those of transformers' Qwen2VLImageProcessorPil.
     """
     import numpy as np
     from PIL import Image
 
     p, m = c.patch_size, c.spatial_merge_size
-    height, width = fitted(image_HWC.shape[0], image_HWC.shape[1], p * m, min_pixels, max_pixels)
+    height, width = fitted(image_HWC.shape[0], image_HWC.shape[1], p * m, c.min_pixels, c.max_pixels)
     picture = Image.fromarray(image_HWC)
     if picture.mode == "RGBA":
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    resized = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
-    colours = (torch.from_numpy(resized * (1 / 255)).float() - torch.tensor(MEAN)) / torch.tensor(STD)
+    resized = np.asarray(picture.resize((width, height), Image.Resampling(c.resample)))
+    colours = (torch.from_numpy(resized * (1 / 255)).float() - torch.tensor(c.image_mean)) / torch.tensor(c.image_std)
     patches = rearrange(colours, "(h m p) (w n q) c -> (h w m n) c 1 (p q)", m=m, n=m, p=p, q=p)
     return patches.expand(-1, -1, c.temporal_patch_size, -1).flatten(1), (height // p, width // p)
 

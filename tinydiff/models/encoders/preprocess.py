@@ -1,0 +1,72 @@
+"""What a folder's preprocessor files say of how an encoder's images are made ready, as fields of the encoder's Config.
+
+Source: transformers' CLIPImageProcessorPil and Qwen2VLImageProcessorPil, whose defaults these are. What can be had is read; any other
+value is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tinydiff.entries import value
+
+ALWAYS = {"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
+"""Steps that are always taken here; null leaves the default, which is the same."""
+
+RGB = tuple[float, float, float]
+
+
+def clip(entries: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+    """Fields of `clip_vision.Config`. image_size: the side that the tower sees. Raises ValueError, one sentence."""
+    found = _shared(entries)
+    edge = _edges(entries, ("shortest_edge",)).get("shortest_edge")
+    if edge is not None:
+        found["shortest_edge"] = edge
+    crop = entries.get("crop_size")
+    sides = {name: crop.get(name) for name in ("height", "width")} if isinstance(crop, Mapping) else {"height": crop, "width": crop}
+    if crop is not None and set(sides.values()) != {image_size}:
+        raise ValueError(f"crop_size is {crop!r}; it must be image_size of the image encoder, {image_size}, both ways")
+    if found.get("shortest_edge", image_size) < image_size:
+        raise ValueError(f"size is {entries['size']!r}; its shortest_edge must be at least the {image_size} pixels that are cut out")
+    return found
+
+
+def qwen(entries: Mapping[str, Any], shape: Mapping[str, int]) -> dict[str, Any]:
+    """Fields of `qwen_vision.Config`. shape: the tower's patch_size, temporal_patch_size and merge_size. Raises ValueError."""
+    for name, wanted in shape.items():
+        if entries.get(name, wanted) != wanted:
+            raise ValueError(f"{name} is {entries[name]!r}, and that of the vision tower is {wanted}")
+    edges = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
+    stored = _edges(entries, ("shortest_edge", "longest_edge"))
+    for bound, edge in zip(edges, ("shortest_edge", "longest_edge"), strict=True):
+        given = entries.get(bound) if entries.get(bound) is not None else stored.get(edge)
+        if given is not None:
+            edges[bound] = value(bound, int, given)
+    if edges["min_pixels"] > edges["max_pixels"]:
+        raise ValueError(f"min_pixels is {edges['min_pixels']}; it must be at most max_pixels, {edges['max_pixels']}")
+    return _shared(entries) | edges
+
+
+def _shared(entries: Mapping[str, Any]) -> dict[str, Any]:
+    for name, always in ALWAYS.items():
+        if entries.get(name) not in (None, always):
+            raise ValueError(f"{name} is {entries[name]!r}; only {always} is supported")
+    factor = entries.get("rescale_factor")
+    if factor is not None and abs(value("rescale_factor", float, factor) * 255 - 1) > 1e-6:
+        raise ValueError(f"rescale_factor is {factor!r}; only 1/255 is supported")
+    kinds = {"image_mean": RGB, "image_std": RGB, "resample": int}
+    found = {name: value(name, kind, entries[name]) for name, kind in kinds.items() if entries.get(name) is not None}
+    return found
+
+
+def _edges(entries: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, int]:
+    """The named entries of `size`, which older files give as one number."""
+    size = entries.get("size")
+    if isinstance(size, int) and not isinstance(size, bool):
+        size = {names[0]: size}
+    if size is None:
+        return {}
+    if not isinstance(size, Mapping) or not set(names) <= size.keys():
+        raise ValueError(f"size is {size!r}; it must be an object with {' and '.join(names)}")
+    return {name: value(f"size.{name}", int, size[name]) for name in names}
