@@ -89,6 +89,18 @@ def test_a_recommended_shift_holds_only_over_the_releases_own_file(name, tmp_pat
     assert shift_of(path)[0] == 2.5
 
 
+def test_entries_of_another_type_are_one_sentence(tmp_path):
+    path = released(EXPERTS, tmp_path)
+    edit(path / "model_index.json", boundary_ratio="0.7")
+    refused("model_path", "boundary_ratio is '0.7'", request, path)
+    edit(path / "model_index.json", boundary_ratio=0.7)
+    assert shift_of(stored(path, flow_shift=None)) == (1.0, f"from the scheduler's file; 12 is recommended for {EXPERTS}")
+    refused("scheduler.flow_shift", "flow_shift is 'much'", request, stored(path, flow_shift="much"))
+    refused("scheduler", "is not supported", request, stored(path, _class_name=["UniPC"]))
+    made = request(stored(released(FAST, tmp_path), flow_shift="much"))
+    assert made.flow_shift == 8.0
+
+
 def test_a_distilled_schedule_is_not_in_the_file(tmp_path):
     made = request(stored(released(FAST, tmp_path), flow_shift=4.2))
     assert made.flow_shift == 8.0 and made.notes["flow_shift"].endswith("the scheduler's file, which says 4.2, is not read")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from typing import NamedTuple
 
+from tinydiff import entries
 from tinydiff.config import SamplingOptions
 from tinydiff.records import UserError
 from tinydiff.runtime.blueprint import WRITER, Blueprint
@@ -83,7 +84,11 @@ def _experts(blueprint: Blueprint, sampling: SamplingOptions, guidance: float, n
 
     As in diffusers the first expert's scale says for both whether there is guidance; where there is, the second's is any number.
     """
-    row, stored = blueprint.row, blueprint.options.get("boundary_ratio")
+    row = blueprint.row
+    try:
+        stored = entries.value("boundary_ratio", float | None, blueprint.options.get("boundary_ratio"))
+    except ValueError as error:
+        raise UserError("model_path", f"model_path: {error} (model_index.json)") from error
     if "transformer_2" not in blueprint.nets:
         for name in ("guidance_scale_2", "boundary_ratio"):
             if getattr(sampling, name) is not None:
@@ -117,12 +122,14 @@ def _shift(blueprint: Blueprint, sampling: SamplingOptions, notes: dict[str, str
         return sampling.flow_shift
     if row.flow_shift is None:
         return None
-    field = SHIFT_NAMES.get(scheduler.get("_class_name", ""), "shift")
-    stored = scheduler.get(field, 1.0)
+    field = SHIFT_NAMES.get(str(scheduler.get("_class_name")), "shift")
+    stored = 1.0 if scheduler.get(field) is None else scheduler[field]
     if row.solver == "dmd":  # FastVideo has the schedule of its distilled models in its code
         if stored != row.flow_shift:
-            notes["flow_shift"] = f"what {row.name} is distilled for; the scheduler's file, which says {stored:g}, is not read"
+            notes["flow_shift"] = f"what {row.name} is distilled for; the scheduler's file, which says {stored}, is not read"
         return row.flow_shift
+    if not isinstance(stored, int | float):
+        return None  # the scheduler's own fields are checked with it
     if blueprint.named and field == "flow_shift" and stored == row.stored_shift:
         if stored != row.flow_shift:
             notes["flow_shift"] = f"recommended for {row.name}; its scheduler's file says {stored:g}"
