@@ -27,7 +27,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list:
         shown.on_step(1, 2)
         paths = (Path("outputs/a_0.png"), Path("outputs/a_1.png")) if options.output.save_output else ()
         stages = {"load": 0.5, "denoise": 0.25}
-        return [SimpleNamespace(paths=paths, seeds=(42, 43), seconds=stages, step_seconds=(0.1, 0.15), parameters={"height": 128})]
+        said = {"warnings": ("prompt: the last 3 of its tokens were cut",), "parameters": {"height": 128}}
+        return [SimpleNamespace(paths=paths, seeds=(42, 43), seconds=stages, step_seconds=(0.1, 0.15), **said)]
 
     stand_in = ModuleType("tinydiff.runtime.generate")
     stand_in.generate = generate  # type: ignore[attr-defined]
@@ -89,7 +90,12 @@ def test_generate_prints_paths_seeds_and_seconds(asked, tmp_path, monkeypatch, c
     [options] = asked
     assert options.sampling.prompt == ("a red circle",) and options.sampling.num_outputs_per_prompt == 2
     shown = capsys.readouterr()
-    assert shown.out.splitlines() == ["outputs/a_0.png  seed 42", "outputs/a_1.png  seed 43", "load 0.50 s, denoise 0.25 s"]
+    assert shown.out.splitlines() == [
+        "outputs/a_0.png  seed 42",
+        "outputs/a_1.png  seed 43",
+        "warning: prompt: the last 3 of its tokens were cut",
+        "load 0.50 s, denoise 0.25 s",
+    ]
     assert shown.err == ""
     assert list(tmp_path.iterdir()) == []
 

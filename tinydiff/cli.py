@@ -165,13 +165,14 @@ def _admissible(options: config.Options) -> None:
 
 
 def _report(result: Result) -> str:
-    """The paths with their seeds, the prompt where the model wrote it, then the seconds of each stage."""
+    """The paths with their seeds, the prompt where the model wrote it, what had no effect, then the seconds of each stage."""
     seeds = [f"seed {seed}" for seed in result.seeds]
     each = len(result.paths) // len(seeds)  # layers are files of their own
     saved = [f"{path}  {seeds[i // each]}" for i, path in enumerate(result.paths)]
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items())
     revised = [f"prompt as rewritten: {result.parameters['revised_prompt']}"] if "revised_prompt" in result.parameters else []
-    return "\n".join([*(saved or [f"not saved: {', '.join(seeds)}"]), *revised, stages])
+    warnings = [f"warning: {said}" for said in result.warnings]
+    return "\n".join([*(saved or [f"not saved: {', '.join(seeds)}"]), *revised, *warnings, stages])
 
 
 def _dump(path: Path, result: Result, started: datetime) -> None:

@@ -137,6 +137,11 @@ class Result:
     """Files written, in the order of the seeds, and of the layers of each; empty when nothing was saved."""
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """What of the request had no effect, a sentence each, such as how many tokens of the prompt were cut."""
+        return tuple(self.parameters.get("warnings", ()))
+
+    @property
     def images(self) -> tuple[numpy.ndarray, ...]:
         """The first frame of each output, uint8 [height, width, 3], or its first layer [height, width, 4]."""
         return tuple(clip[0] for clip in self.frames)

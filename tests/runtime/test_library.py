@@ -106,9 +106,17 @@ def test_whoever_watches_is_told(model):
 
 
 def test_a_long_prompt_is_cut_with_a_word(model, caplog):
-    tinydiff.generate(model, "a red circle " * 20, **SMALL)
-    [record] = caplog.records
-    assert record.getMessage() == "prompt: the last 29 of its tokens were cut, the model reads 32"
+    """Each text once, in the result, in the parameters that files hold, and in the log."""
+    cut = "prompt: the last 29 of its tokens were cut, the model reads 32"
+    result = tinydiff.generate(model, "a red circle " * 20, **SMALL)
+    assert result.warnings == (cut,) and result.parameters["warnings"] == [cut]
+    assert [record.getMessage() for record in caplog.records] == [cut]
+    assert "warnings" not in tinydiff.generate(model, "a red circle", **SMALL).parameters
+
+
+def test_a_long_negative_prompt_is_named(model):
+    result = tinydiff.generate(model, "a red circle", **SMALL | {"guidance_scale": 2.0, "negative_prompt": "a blue square " * 20})
+    assert [said.split(":")[0] for said in result.warnings] == ["negative_prompt"]
 
 
 def test_mistakes(model, tmp_path):

@@ -5,10 +5,11 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
 from tinydiff.config import ModelOptions
 from tinydiff.runtime import pipeline
-from tinydiff.serve import outputs, scheduler, server
+from tinydiff.serve import images, outputs, scheduler, server, videos
 from tinydiff.serve.jobs import DONE, Job, new_id
 from tinydiff.serve.options import ServeOptions
 from tinydiff.serve.service import Busy, Stopping
@@ -60,6 +61,22 @@ def test_a_picture_comes_with_its_parameters_seeds_timings_and_steps(started):
     for output in job.outputs:
         assert service.files.path(output.file).read_bytes().startswith(b"\x89PNG")
     assert heard[-1].done == heard[-1].total == 4
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_what_is_cut_of_a_long_prompt_is_in_the_answer_the_job_and_the_file(started, kind):
+    service = started()
+    more = {"num_frames": 5} if kind == "video" else {}
+    job, _ = wait(service, service.scheduler.submit(asked(kind, prompt="a red circle " * 20, **more)))
+    cut = ["prompt: the last 29 of its tokens were cut, the model reads 32"]
+    shown = images.state(service, job, "http://here") if kind == "image" else videos.video(service, job, "http://here")
+    assert shown["warnings"] == shown["parameters"]["warnings"] == cut
+    if kind == "image":
+        assert images.finished(service, job, "http://here")["warnings"] == cut
+        with Image.open(service.files.path(job.outputs[0].file)) as opened:
+            assert cut[0] in opened.info["parameters"]
+    short, _ = wait(service, service.scheduler.submit(asked()))
+    assert images.state(service, short, "http://here")["warnings"] == []
 
 
 def test_a_clip_has_a_thumbnail_and_a_spritesheet(started):

@@ -17,7 +17,7 @@ OPENAI = {
     "id", "object", "model", "status", "progress", "created_at", "completed_at", "expires_at", "prompt", "size", "seconds",
     "remixed_from_video_id", "error",
 }  # fmt: skip
-OURS = {"parameters", "seeds", "timings", "computed_steps", "skipped_steps", "queue_position", "eta_s", "outputs"}
+OURS = {"parameters", "seeds", "timings", "computed_steps", "skipped_steps", "queue_position", "eta_s", "outputs", "warnings"}
 
 
 @pytest.fixture

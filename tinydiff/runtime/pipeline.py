@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -50,6 +50,8 @@ class Conditioning(NamedTuple):
     """Tokens [1, L, P] of the picture to start from."""
     mask: Tensor | None = None
     """[1, L, P], 1 where that picture is painted anew, 0 where it stays."""
+    warnings: tuple[str, ...] = ()
+    """What of the request had no effect: tokens of a text that were cut."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +86,18 @@ def vae_passes(model: Model, request: Request) -> tuple[int, int | None]:
     return chunk, TILE if model.blueprint.tiling else None
 
 
-def parts(model: Model, request: Request) -> Parts:
-    """What the family's recipe may use of the model."""
+def parts(model: Model, request: Request, warn: Callable[[str], None] = log.warning) -> Parts:
+    """What the family's recipe may use of the model. warn: told of each text that was too long, in a sentence."""
     vae, device = model.nets["vae"], model.blueprint.device
     chunk, tile = vae_passes(model, request)
 
     def tokens(component: str, texts: list[str], length: int | None, side: str | None = None, framed: bool = True) -> tuple[Tensor, Tensor]:
         tokenizer = model.tokenizers[component]
         encoded = [tokenizer.encode(text, length, side, framed) for text in texts]
-        for each in encoded:
+        for index, each in enumerate(encoded):
             if each.truncated:
-                log.warning("prompt: the last %d of its tokens were cut, the model reads %d", each.truncated, length)
+                name = "negative_prompt" if _is_negative(request, texts, index) else "prompt"
+                warn(f"{name}: the last {each.truncated} of its tokens were cut, the model reads {length}")
         longest = max(len(each.ids) for each in encoded)
         encoded = [tokenizer.padded(each, longest) for each in encoded]
         return torch.tensor([each.ids for each in encoded], device=device), torch.tensor([each.mask for each in encoded], device=device)
@@ -105,14 +108,29 @@ def parts(model: Model, request: Request) -> Parts:
     return Parts(model.nets, tokens, model.tokenizers, encode, resize, model.blueprint.options, device)
 
 
-@torch.no_grad()
+def _is_negative(request: Request, texts: Sequence[str], index: int) -> bool:
+    """Whether a text that a tokenizer gets is the negative prompt's. It comes second, or alone within words of the model's own."""
+    if len(texts) > 1:
+        return request.guided and index > 0
+    return request.guided and request.prompt not in texts[0] and request.negative_prompt in texts[0]
+
+
 def condition(model: Model, request: Request) -> Conditioning:
     """Run the encoders, and make the table."""
+    warnings: dict[str, None] = {}  # in order, each once: tokenizers of one length cut alike
+    told = _conditioned(model, request, parts(model, request, lambda said: warnings.update({said: None})))
+    for said in warnings:
+        log.warning("%s", said)
+    return told._replace(warnings=tuple(warnings))
+
+
+@torch.no_grad()
+def _conditioned(model: Model, request: Request, have: Parts) -> Conditioning:
     net, row = model.nets["transformer"], model.blueprint.row
     if net.plan.group("cfg").size > 1 and not request.guided:
         message = f"{request.guidance_scale:g} needs the prompt's branch alone, and cfg_parallel_size 2 gives half of the ranks another"
         raise UserError("guidance_scale", f"guidance_scale: {message}; ask for more than 1, or load with cfg_parallel_size 1")
-    have, rows = parts(model, request), table(model.blueprint, request)
+    rows = table(model.blueprint, request)
     prepared = net.module.PIPELINES[row.pipeline](net.config, have, request)
     told = Conditioning(prepared, rows, _experts(model, prepared, rows))
     if not request.starts:
@@ -255,8 +273,9 @@ def finish(model: Model, request: Request, conditioning: Conditioning, tokens: T
     return _over_given(decode(model, request, latents), request), latents
 
 
-def parameters(model: Model, request: Request, revised: str | None = None) -> dict[str, Any]:
-    """Every effective parameter of a request but the seed, JSON-able. revised: the prompt as a language model wrote it."""
+def parameters(model: Model, request: Request, revised: str | None = None, warnings: Sequence[str] = ()) -> dict[str, Any]:
+    """Every effective parameter of a request but the seed, and what of it had no effect. JSON-able. revised: the prompt as a language model
+    wrote it."""
     names = ("prompt", "negative_prompt", "height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale")
     entries: dict[str, Any] = {"model": model.blueprint.row.name} | {name: getattr(request, name) for name in names}
     if not request.guided:
@@ -283,6 +302,8 @@ def parameters(model: Model, request: Request, revised: str | None = None) -> di
         entries |= {"strength": request.strength, "masked": request.mask is not None}
     if request.notes:
         entries["notes"] = dict(request.notes)
+    if warnings:
+        entries["warnings"] = list(warnings)
     entries["precision"] = {name: PRECISIONS[net.dtype] for name, net in model.nets.items()}
     return entries | {"tinydiff": tinydiff.__version__, "torch": torch.__version__}
 
@@ -301,5 +322,5 @@ def run(model: Model, request: Request, progress: Progress) -> Result:
             made, latents = finish(model, request, conditioning, tokens)
         frames.append(made)
         kept.append(latents.transpose(0, 1).flatten(1, 2).cpu())
-    told = parameters(model, request, conditioning.prepared.revised)
+    told = parameters(model, request, conditioning.prepared.revised, conditioning.warnings)
     return Result(tuple(frames), tuple(kept), told, request.seeds, clock.seconds, tuple(clock.step_seconds))

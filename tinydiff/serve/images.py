@@ -164,6 +164,7 @@ def summary(job: Job) -> dict[str, Any]:
         "seed": seeds[0] if seeds else None,
         "seeds": seeds,
         "parameters": made.get("parameters") or dict(job.fields),
+        "warnings": made.get("warnings") or [],
         "timings": made.get("seconds") or {},
         "computed_steps": made.get("computed_steps"),
         "skipped_steps": made.get("skipped_steps"),

@@ -71,6 +71,7 @@ class Making:
             "computed_steps": self.steps,
             "skipped_steps": self.total - self.steps,
             "usage": self.usage,
+            "warnings": list(told.get("warnings", ())),
         }
 
 

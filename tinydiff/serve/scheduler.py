@@ -321,7 +321,8 @@ class Scheduler:
         seconds = time.perf_counter() - started
         making.spent("decode", seconds)
         self.metrics.stage("decode", seconds)
-        told = pipeline.parameters(model, making.request, making.conditioning.prepared.revised)
+        conditioning = making.conditioning
+        told = pipeline.parameters(model, making.request, conditioning.prepared.revised, conditioning.warnings)
         self._savers.submit(self._save, making, one.index, frames, told)
 
     def _idle(self) -> None:

@@ -166,6 +166,7 @@ ERROR = obj({
 })  # fmt: skip
 
 PARAMETERS = {**FREE, "description": "Every effective parameter."}
+WARNINGS = listed(text(""), "What of the request had no effect, such as how many tokens of the prompt were cut.")
 TIMINGS = {**FREE, "additionalProperties": NUMBER, "description": "Seconds of each stage."}
 POSITION = nullable(whole("Jobs before it; 0 is next.", 0))
 ETA = nullable({**NUMBER, "description": "Seconds until it is done, as measured before."})
@@ -185,6 +186,7 @@ SUMMARY = {
     "seed": nullable(whole("The seed of the first.")),
     "seeds": listed({"type": "integer"}, "The seed of each picture."),
     "parameters": PARAMETERS,
+    "warnings": WARNINGS,
     "timings": TIMINGS,
     **STEPS,
 }
@@ -238,6 +240,7 @@ VIDEO = obj({
     "remixed_from_video_id": nullable(text("The clip that it is a remix of.")),
     "error": nullable(obj({"code": text("Why it failed; cancelled among others."), "message": text("")})),
     "parameters": PARAMETERS,
+    "warnings": WARNINGS,
     "seeds": nullable(listed({"type": "integer"}, "The seed of each clip.")),
     "timings": nullable(TIMINGS),
     **STEPS,

@@ -69,6 +69,7 @@ def video(service: Service, job: Job, base: str) -> dict[str, Any]:
         "error": None if job.error is None else {"code": job.error.code, "message": job.error.message},
         "parameters": dict(job.result.get("parameters") or job.fields),
         "seeds": job.result.get("seeds"),
+        "warnings": job.result.get("warnings") or [],
         "timings": job.result.get("seconds"),
         "computed_steps": job.result.get("computed_steps"),
         "skipped_steps": job.result.get("skipped_steps"),
