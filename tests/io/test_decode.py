@@ -213,6 +213,19 @@ def test_a_profile_that_cannot_be_used_is_ignored_with_a_warning(read, caplog, p
     assert record.message.startswith("image_path: '") and reason in record.message and "read without one" in record.message
 
 
+def test_gamma_and_primaries_that_are_not_srgbs_are_told(read, caplog):
+    pixel, gamma = [bytes((200, 60, 50))], struct.pack(">I", 45455)
+    srgb = struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+    p3 = struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
+    linear = struct.pack(">I", 100000)
+    for chunks in ({}, {"gAMA": gamma}, {"gAMA": gamma, "cHRM": srgb}, {"sRGB": b"\0", "gAMA": linear}):
+        assert read(png(8, 2, pixel, **chunks)) == [[[200, 60, 50]]] and caplog.records == []
+    for chunks in ({"gAMA": linear}, {"cHRM": p3}):
+        assert read(png(8, 2, pixel, **chunks)) == [[[200, 60, 50]]]
+        assert "are not sRGB's" in caplog.records[-1].message
+    assert len(caplog.records) == 2
+
+
 def test_a_profile_and_an_orientation(read):
     exif = Image.Exif()
     exif[0x0112] = 6

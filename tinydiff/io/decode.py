@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -26,6 +27,9 @@ INTEGERS = ("PNG", "PPM")
 WHITE_IS_ZERO = (262, 0)
 """The tag of a TIFF's photometric interpretation, and its value where 0 is white."""
 
+SRGB = (0.45455, 0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+"""As PNG writes it: gamma, and x and y of white, red, green and blue."""
+
 PLAIN = {"1": "L", "La": "LA", "PA": "RGBA", "RGBa": "RGBA", "RGBX": "RGB", "YCbCr": "RGB", "HSV": "RGB"}
 """Pillow's mode -> the mode that holds the same as grey or RGB."""
 
@@ -44,6 +48,8 @@ def srgb(opened: ImageFile.ImageFile, opacity: bool, name: str) -> NDArray[np.ui
     name: what messages call the file. Raises Unranged.
     """
     raw, profile = _raw_mode(opened), opened.info.get("icc_profile")
+    if not profile and _other_space(opened.info):
+        log.warning("%s: its gamma and primaries (PNG's gAMA and cHRM) are not sRGB's; it is read as if they were", name)
     inverted = getattr(opened, "tag_v2", {}).get(WHITE_IS_ZERO[0]) == WHITE_IS_ZERO[1]
     form = opened.format or ""
     image = _plain(ImageOps.exif_transpose(opened), raw, form, inverted)
@@ -56,6 +62,14 @@ def srgb(opened: ImageFile.ImageFile, opacity: bool, name: str) -> NDArray[np.ui
     if opacity:
         return np.asarray(colour)
     return np.asarray(Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour).convert("RGB"))
+
+
+def _other_space(info: Mapping[Any, Any]) -> bool:
+    """Whether a PNG without a profile says by numbers that its colours are not sRGB's."""
+    if "srgb" in info:
+        return False
+    told = (info.get("gamma", SRGB[0]), *info.get("chromaticity", SRGB[1:]))
+    return any(abs(number - meant) > 0.01 for number, meant in zip(told, SRGB, strict=True))
 
 
 def _raw_mode(opened: ImageFile.ImageFile) -> str:
