@@ -43,6 +43,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "*theta": (1e-6, 1e12),
     "*base_freq": (1e-6, 1e12),
     "resample": (0, 5),
+    "extra_ids": (0, 100_000),
     "*std": (1e-12, 1e12),
     "*softcapping": (1e-6, 1e12),
     "query_pre_attn_scalar": (1e-6, 1e12),

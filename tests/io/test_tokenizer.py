@@ -20,6 +20,8 @@ TEXTS = (
     "two  spaces\tand a tab\nand a line",
     "special </s> inside <pad> a text",
     "<unk>",
+    "<extra_id_3>",
+    "a red<extra_id_0>circle <extra_id_99> and  <extra_id_100> <extra_id_10>",
     "unknown 日本語 runs?! together",
     "large blue ring moving left " * 9,
 )
@@ -46,7 +48,8 @@ def reference(spiece):
     transformers = pytest.importorskip("transformers")
     engine = sentencepiece.SentencePieceProcessor(model_file=str(spiece / "spiece.model"))
     pieces = [(engine.id_to_piece(index), engine.get_score(index)) for index in range(engine.get_piece_size())]
-    return transformers.T5TokenizerFast(vocab=pieces, extra_ids=0)
+    sentinels = [(f"<extra_id_{i}>", 0.0) for i in range(99, -1, -1)]
+    return transformers.T5TokenizerFast(vocab=[*pieces, *sentinels], extra_ids=100)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,38 @@ def test_same_ids_as_transformers(kind, length, reference, request):
         tokens = tokenizer.encode(text, length)
         assert tokens.ids == expected.input_ids, text
         assert tokens.mask == expected.attention_mask, text
+
+
+def scrambled(special, seed, count=60):
+    """Texts of special tokens, whole and broken, words, spaces and signs, side by side at random."""
+    draw = random.Random(seed)
+    parts = [
+        *special,
+        *(token[:-1] for token in special),
+        "red",
+        " circle",
+        "moving",
+        " ",
+        "  ",
+        "\n",
+        "'s",
+        "12",
+        "!",
+        "\u65e5",
+        "\u00e9",
+        ",",
+    ]
+    return ["".join(draw.choices(parts, k=draw.randint(1, 12))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["spiece", "json_folder"])
+def test_special_tokens_anywhere_in_a_text_are_those_of_transformers(kind, reference, request):
+    tokenizer = load_tokenizer(request.getfixturevalue(kind))
+    for text in scrambled(["</s>", "<pad>", "<unk>", "<extra_id_0>", "<extra_id_12>", "<extra_id_1>"], 1):
+        assert tokenizer.encode(text).ids == reference(text).input_ids, text
+    assert tokenizer.token_id("<extra_id_3>") == reference.convert_tokens_to_ids("<extra_id_3>")
+    ids = tokenizer.encode("a red <extra_id_3> circle").ids
+    assert tokenizer.text(ids) == reference.decode(ids, skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("kind", ["spiece", "json_folder"])
@@ -121,6 +156,34 @@ def pairs(request, tmp_path_factory):
     make = {"CLIP-L": vocabularies.clip, "CLIP-G": lambda folder: vocabularies.clip(folder, "!"), "Qwen": vocabularies.qwen}[request.param]
     kind = transformers.Qwen2Tokenizer if request.param == "Qwen" else transformers.CLIPTokenizer
     return load_tokenizer(make(folder)), kind.from_pretrained(folder)
+
+
+def test_special_tokens_anywhere_among_byte_pairs_are_those_of_transformers(pairs):
+    tokenizer, reference = pairs
+    for text in scrambled([*reference.all_special_tokens, "<think>", "</think>"], 2):
+        assert tokenizer.encode(text).ids == reference(text).input_ids, text
+
+
+def test_special_tokens_of_older_files(tmp_path):
+    """added_tokens.json and special_tokens_map.json in place of added_tokens_decoder."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load_tokenizer(vocabularies.qwen(tmp_path, old=True))
+    reference = transformers.Qwen2Tokenizer.from_pretrained(tmp_path)
+    for text in scrambled([*reference.all_special_tokens, "<think>", "</think>"], 3):
+        assert tokenizer.encode(text).ids == reference(text).input_ids, text
+
+
+def test_sentinels_of_a_t5_are_where_its_files_say(spiece, tmp_path):
+    size = sentencepiece.SentencePieceProcessor(model_file=str(spiece / "spiece.model")).get_piece_size()
+    (tmp_path / "spiece.model").write_bytes((spiece / "spiece.model").read_bytes())
+    vocabularies.write(tmp_path, tokenizer_config={"extra_ids": 5})
+    assert load_tokenizer(tmp_path).encode("a<extra_id_1>").ids[-2:] == [size + 3, 1]
+    added = {str(size + 200): vocabularies.token("<extra_id_1>"), str(size): vocabularies.token("<mark>")}
+    vocabularies.write(tmp_path, tokenizer_config={"added_tokens_decoder": added})
+    assert load_tokenizer(tmp_path).encode("a<extra_id_1><mark>").ids[-3:] == [size + 200, size, 1]
+    vocabularies.write(tmp_path, tokenizer_config={"added_tokens_decoder": {"9": vocabularies.token("</s>")}})
+    with pytest.raises(UserError, match="'</s>' should have id 9 and has 1"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

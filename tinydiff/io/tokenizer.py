@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tinydiff.entries import value
 from tinydiff.io import chat
 from tinydiff.io.hub import read_json
 from tinydiff.records import UserError
@@ -96,13 +97,14 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 class Settings(NamedTuple):
     """kind: tokenizer_class without the Fast, "" if unsaid. named: "pad_token" and the like to the token. added: tokens beyond the
-    vocabulary, in order of their ids. side: where padding goes.
+    vocabulary, in order of their ids. side: where padding goes. extra_ids: how many sentinels T5 has behind its pieces.
     """
 
     kind: str
     named: dict[str, str]
     added: dict[int, dict[str, Any]]
     side: str
+    extra_ids: int
 
 
 def _settings(folder: Path) -> Settings:
@@ -117,7 +119,8 @@ def _settings(folder: Path) -> Settings:
     for token, index in old.items():
         added.setdefault(index, {"content": token, "special": token in more or token in named.values()})
     kind = config.get("tokenizer_class", "").removesuffix("Fast")
-    return Settings(kind, named, dict(sorted(added.items())), config.get("padding_side", "right"))
+    extra_ids = value("extra_ids", int, config.get("extra_ids", 100))
+    return Settings(kind, named, dict(sorted(added.items())), config.get("padding_side", "right"), extra_ids)
 
 
 NO_LIMIT = 10**9
@@ -234,8 +237,14 @@ def _from_spiece(folder: Path, settings: Settings) -> Tokenizer:
     eos, pad = engine.eos_id(), engine.pad_id()
     if eos < 0 or pad < 0:
         raise ValueError("it has no end or no padding token")
-    special = {engine.id_to_piece(i): i for i in range(engine.get_piece_size()) if engine.is_control(i) or engine.is_unknown(i)}
-    split = re.compile("(" + "|".join(map(re.escape, special)) + ")")
+    size, count = engine.get_piece_size(), settings.extra_ids
+    special = {engine.id_to_piece(i): i for i in range(size) if engine.is_control(i) or engine.is_unknown(i)}
+    if not any(token["content"].startswith("<extra_id_") for token in settings.added.values()):
+        special |= {f"<extra_id_{i}>": size + count - 1 - i for i in range(count)}
+    for index, token in settings.added.items():
+        if special.setdefault(token["content"], index) != index:
+            raise ValueError(f"token {token['content']!r} should have id {index} and has {special[token['content']]}")
+    split = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
 
     def pieces(text: str) -> list[int]:
         """A special token written out in a text is that token, as in tokenizer.json."""
@@ -243,9 +252,11 @@ def _from_spiece(folder: Path, settings: Settings) -> Tokenizer:
         return [i for part in parts for i in ([special[part]] if part in special else engine.encode(part))]
 
     def text(ids: Sequence[int]) -> str:
-        return engine.decode([i for i in ids if i not in special.values()]).strip()
+        return engine.decode([i for i in ids if i < size and i not in special.values()]).strip()
 
     def token_id(token: str) -> int | None:
+        if token in special:
+            return special[token]
         index = engine.piece_to_id(token)
         return index if engine.id_to_piece(index) == token else None
 
