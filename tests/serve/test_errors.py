@@ -73,7 +73,7 @@ def test_a_full_queue_says_when_to_come_back():
         (Failure("insufficient_memory", "m"), 507, False),
         (Failure("invalid_value", "m", "size"), 400, False),
         (Failure("server_error", "m"), 500, False),
-        (Failure("storage_failed", "m"), 500, False),
+        (Failure("storage_failed", "m"), 507, False),
         (Failure("server_restarted", "m"), 503, True),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from falcon import testing
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from tests.serve.fake import service
+from tests.serve.fake import eventually, form, picture, service
 from tinydiff.config import SamplingOptions
 from tinydiff.records import UserError
 from tinydiff.serve import fields, info, openapi, schemas, videos
@@ -17,7 +17,7 @@ from tinydiff.serve.options import ServeOptions
 ALIASES = {
     "/health_generate", "/models", "/model_info", "/release_memory_occupation", "/resume_memory_occupation", "/v1/set_lora",
     "/v1/merge_lora_weights", "/v1/unmerge_lora_weights", "/v1/videos/edits", "/v1/videos/extensions", "/v1/videos/characters",
-    "/v1/videos/characters/{id}", "/", "/docs", "/openapi.json", "/page/{file}",
+    "/v1/videos/characters/{id}", "/v1/images/variations", "/", "/docs", "/openapi.json", "/page/{file}",
 }  # fmt: skip
 """Addresses that only repeat another, say that something does not exist, or are pages."""
 
@@ -153,6 +153,108 @@ def test_the_examples_are_good_requests(described, app):
     for path in ("/v1/images/generations", "/v1/videos"):
         example = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["example"]
         assert client.simulate_post(path, json=example).status_code == 200
+
+
+def undescribed(document, schema, value, at=""):
+    """Where an answer has keys that its schema has not, or lacks those that it promises. An object without properties may hold any."""
+    if "$ref" in schema:
+        found = document
+        for name in schema["$ref"].removeprefix("#/").split("/"):
+            found = found[name]
+        yield from undescribed(document, found, value, at)
+    elif isinstance(value, dict) and "anyOf" in schema:
+        [schema] = [one for one in schema["anyOf"] if one.get("type") != "null"]
+        yield from undescribed(document, schema, value, at)
+    elif isinstance(value, dict) and "properties" in schema:
+        known = schema["properties"]
+        yield from (f"{at}.{name}" for name in value.keys() ^ known.keys() if name in value or name in schema["required"])
+        for name in value.keys() & known.keys():
+            yield from undescribed(document, known[name], value[name], f"{at}.{name}")
+    elif isinstance(value, list):
+        for one in value:
+            yield from undescribed(document, schema["items"], one, f"{at}[]")
+
+
+SAID = {"prompt": "a star", "width": 64, "height": 64, "user": "me", "safety_identifier": "I"}
+
+
+def test_every_key_of_an_answer_is_described_and_every_described_key_is_there(described, tmp_path):
+    made = service(tmp_path, row={"images": (0, 2), "image_use": "start"})
+    client = testing.TestClient(make_app(made), {"Host": "localhost"})
+    image = client.simulate_post("/v1/images/generations", json=SAID).json
+    video = client.simulate_post("/v1/videos", json=SAID).json
+    asked = [
+        ("post", "/v1/images/generations", image),
+        ("post", "/v1/images/generations", client.simulate_post("/v1/images/generations", json={**SAID, "response_format": "url"}).json),
+        ("post", "/v1/videos", video),
+    ]
+    assert (image["user"], image["safety_identifier"], video["user"], video["safety_identifier"]) == ("me", "I", "me", "I")
+    ids = {"/v1/videos": video["id"], "/v1/images": image["id"], "/v1/models": made.name}
+    for path, methods in described["paths"].items():
+        id = next((id for begin, id in ids.items() if path.startswith(begin)), "none")
+        for method in ("get", "post"):
+            if method in methods and not path.endswith(("/content", "/generations", "/edits", "/v1/videos", "/metrics")):
+                eventually(lambda: not {"queued", "in_progress"} & {name for name, count in made.store.counts().items() if count})
+                body = {"prompt": "another", "seed": 3} if path.endswith("remix") else {}
+                answer = client.simulate_request(method.upper(), path.replace("{id}", id), json=body if method == "post" else None)
+                assert answer.status_code == 200, (path, answer.text)
+                asked.append((method, path, answer.json))
+    asked.append(("get", "/v1/videos", client.simulate_get("/v1/videos").json))
+    made.scheduler.phase = "failed"
+    for path in ("/health", "/ready"):
+        answer = client.simulate_get(path)
+        assert answer.status_code == 503
+        asked.append(("get", path, answer.json))
+    asked += [("delete", f"{begin}/{{id}}", client.simulate_delete(f"{begin}/{ids[begin]}").json) for begin in ("/v1/videos", "/v1/images")]
+    made.scheduler.close()
+    wrong = {}
+    for method, path, answer in asked:
+        status = "503" if answer.get("status") in ("unhealthy", "not ready") else "200"
+        schema = described["paths"][path][method]["responses"][status]["content"]["application/json"]["schema"]
+        wrong[method, path] = sorted(undescribed(described, schema, answer))
+    assert len(asked) > 20 and {call: names for call, names in wrong.items() if names} == {}
+
+
+TROUBLE = [
+    {"headers": {"Host": "localhost:x"}},
+    {"headers": {"Host": "elsewhere.example"}},
+    {"headers": {"Origin": "http://elsewhere.example"}},
+    {"query_string": "no_such=1"},
+    {"query_string": "limit=x&index=x&variant=x&after=x"},
+    {"body": "{", "headers": {"Content-Type": "application/json"}},
+    {"body": "{}", "headers": {"Content-Type": "application/json"}},
+    {"body": "x", "headers": {"Content-Type": "text/plain"}},
+    {"body": form(("prompt", "a"), ("image", b"none")), "headers": {"Content-Type": "multipart/form-data; boundary=B"}},
+    {"body": form(("prompt", "a"), ("image", picture())), "headers": {"Content-Type": "multipart/form-data; boundary=B"}},
+    {"body": "x" * 1_000_001},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", [{}, {"api_key": ("k",)}, {"api_key": ("k",), "admin_api_key": "boss"}], ids=["none", "key", "admin"])
+def test_every_status_that_comes_is_described(described, tmp_path, keys):
+    made = service(tmp_path, max_body=1.0, enable_metrics=False, **keys)
+    client = testing.TestClient(make_app(made))
+    lacking, seen = set(), set()
+    for authorization in ("", "Bearer k", "Bearer boss", "Bearer wrong"):
+        for trouble in ({}, *TROUBLE):
+            headers = {"Host": "localhost", "Authorization": authorization, **trouble.get("headers", {})}
+            for path, methods in described["paths"].items():
+                for method, operation in methods.items():
+                    asked = {**trouble, "headers": headers}
+                    answer = client.simulate_request(method.upper(), path.replace("{id}", "none"), **asked)
+                    seen.add(answer.status_code)
+                    if str(answer.status_code) not in operation["responses"]:
+                        lacking.add(f"{method} {path}: {answer.status_code}")
+    made.scheduler.close()
+    assert lacking == set() and {200, 400, 403, 404, 413, 415} <= seen
+
+
+def test_variations_are_refused_in_a_sentence(app):
+    """A bare 405 says nothing that OpenAI's clients would show."""
+    answer = testing.TestClient(app, {"Host": "localhost"}).simulate_post("/v1/images/variations", body=form(("image", picture())))
+    error = answer.json["error"]
+    assert (answer.status_code, error["code"], answer.headers["x-should-retry"]) == (404, "not_supported", "false")
+    assert error["message"] == "variations of an image are not supported; POST /v1/images/edits with the image and a prompt"
 
 
 def test_the_document_is_plain_json(described):

@@ -30,7 +30,7 @@ STOPPING_S = 5.0
 MOST_SAID = 1000
 """Characters of a message; a field's name and value come from the client, and may be long."""
 
-FAILURES = {"cancelled": 409, "insufficient_memory": 507, "server_restarted": 503, "invalid_value": 400}
+FAILURES = {"cancelled": 409, "insufficient_memory": 507, "server_restarted": 503, "invalid_value": 400, "storage_failed": 507}
 """Why a job failed -> status of the answer to whom waited for it, else 500. All but a restart would fail again."""
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import falcon
 
 from tinydiff.serve.downloads import base_url, send_output
-from tinydiff.serve.errors import Refusal, body, of_failure, told, unknown
+from tinydiff.serve.errors import NO_RETRY, Refusal, body, of_failure, told, unknown
 from tinydiff.serve.intake import read_job
 from tinydiff.serve.jobs import DONE, Job, Output
 from tinydiff.serve.query import parameters, whole_number
@@ -44,6 +44,7 @@ def routes(service: Service) -> list[tuple[str, object]]:
     return [
         ("/v1/images/generations", Generations(service, repeats)),
         ("/v1/images/edits", Edits(service, repeats)),
+        ("/v1/images/variations", Absent("variations of an image are not supported; POST /v1/images/edits with the image and a prompt")),
         ("/v1/images/{id}", Image(service)),
         ("/v1/images/{id}/content", Content(service)),
         ("/v1/images/{id}/cancel", Cancel(service)),
@@ -71,6 +72,18 @@ class Edits:
         if "image_path" not in job.inputs:
             raise Refusal(400, "missing_required_parameter", "image: is missing; an edit is of one picture or more", "image")
         _make(self.service, self.repeats, req, resp, job, "image_edit")
+
+
+class Absent:
+    """What OpenAI has beyond this: an answer that says so, which its clients show and do not ask for again."""
+
+    def __init__(self, says: str) -> None:
+        self.says = says
+
+    def on_post(self, req: Req, resp: Resp, id: str = "") -> None:
+        raise Refusal(404, "not_supported", self.says, headers=NO_RETRY)
+
+    on_get = on_delete = on_post
 
 
 class Image:
@@ -160,7 +173,7 @@ def summary(job: Job) -> dict[str, Any]:
         "quality": answer.get("quality", "auto"),
         "background": answer.get("background", "auto"),
         "output_format": answer.get("output_format", "png"),
-        **{name: answer[name] for name in ("user", "safety_identifier") if name in answer},
+        **said(job),
         "seed": seeds[0] if seeds else None,
         "seeds": seeds,
         "parameters": made.get("parameters") or dict(job.fields),
@@ -169,6 +182,11 @@ def summary(job: Job) -> dict[str, Any]:
         "computed_steps": made.get("computed_steps"),
         "skipped_steps": made.get("skipped_steps"),
     }
+
+
+def said(job: Job) -> dict[str, str]:
+    """Who asked, as the request said it."""
+    return {name: job.answer[name] for name in ("user", "safety_identifier") if name in job.answer}
 
 
 def finished(service: Service, job: Job, base: str) -> dict[str, Any]:

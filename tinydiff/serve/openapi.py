@@ -86,6 +86,8 @@ def routes(service: Service) -> list[tuple[str, object]]:
     return [("/openapi.json", Document(file, policy()))]
 
 
+ALWAYS = (400, 403, 413, 503)
+"""What may come of any request: a Host header that is none, a foreign page, a body too large, a server that is overloaded."""
 MADE = (400, 404, 409, 429, 500, 503, 507)
 """What may come of asking for something to be made."""
 CLIPS = ("video/mp4", "video/webm", "image/gif", "image/webp", "image/png", "image/jpeg")
@@ -163,7 +165,9 @@ def model(name: str) -> Iterator[Operation]:
 
 
 def server(name: str) -> Iterator[Operation]:
-    status = schemas.obj({"status": {"type": "string"}})
+    alive = schemas.obj({"status": {"type": "string"}})
+    words = {name: {"type": "string"} for name in ("status", "phase")}
+    status = schemas.obj(words, optional={"error": schemas.text("Why, where the status is unhealthy.")})
     state = {"phase": {"type": "string"}, "done": {"type": "integer"}, "total": {"type": "integer"}}
     ready = schemas.obj({"status": {"type": "string"}, **state, "eta_s": schemas.ETA, "detail": {"type": "string"}})
     told = {200: Answer("told", schemas.obj({"success": {"type": "boolean"}, "message": {"type": "string"}}))}
@@ -171,7 +175,7 @@ def server(name: str) -> Iterator[Operation]:
     begun = {200: Answer("ready", ready), 503: Answer("not yet: how far it is", ready)}
     figures = {200: Answer("Prometheus's text", files=("text/plain",))}
     nothing = {JSON: schemas.obj({}, closed=True)}
-    yield Operation("get /liveness", "liveness", "Whether HTTP is answered.", {200: Answer("alive", status)}, key="none")
+    yield Operation("get /liveness", "liveness", "Whether HTTP is answered.", {200: Answer("alive", alive)}, key="none")
     yield Operation("get /health", "health", "Whether requests are answered, now or after the warm-up.", healthy, key="none")
     yield Operation("get /ready", "ready", "Whether a request is begun at once.", begun, key="none")
     yield Operation("get /metrics", "metrics", "What the server counts.", figures, (404,), key="none")
@@ -228,7 +232,7 @@ def document(service: Service) -> dict[str, Any]:
 
 def _described(one: Operation) -> dict[str, Any]:
     """An operation in OpenAPI's words."""
-    errors = {*one.errors, *(() if one.key == "none" else (401, 403)), *((400, 413, 415) if one.body else ())}
+    errors = {*one.errors, *ALWAYS, *(() if one.key == "none" else (401,)), *((415,) if one.body else ())}
     inside = [part[1:-1] for part in one.path.split("/") if part.startswith("{")]
     found: dict[str, Any] = {
         "operationId": one.name,

@@ -31,9 +31,12 @@ OPTIONS: dict[str, type] = {
 """Field -> the record that has it."""
 
 
-def obj(properties: Schema, required: tuple[str, ...] | None = None, closed: bool = False, **more: Any) -> Schema:
-    """An object. required: all of them unless told."""
-    found = {"type": "object", "properties": properties, "required": list(properties if required is None else required), **more}
+def obj(
+    properties: Schema, required: tuple[str, ...] | None = None, closed: bool = False, optional: Schema | None = None, **more: Any
+) -> Schema:
+    """An object. required: all of `properties` unless told. optional: further properties that may be missing."""
+    needed = list(properties if required is None else required)
+    found = {"type": "object", "properties": {**properties, **(optional or {})}, "required": needed, **more}
     return {**found, "additionalProperties": False} if closed else found
 
 
@@ -199,7 +202,13 @@ OUTPUT = {
     "warning": text("What went wrong in storing it elsewhere."),
 }
 
-IMAGES = obj({
+SAID: Schema = {
+    "user": text("Who asks, as the request said."),
+    "safety_identifier": text("The same, by its newer name."),
+}
+"""What answers repeat where the request said it."""
+
+IMAGES = obj(optional=SAID, properties={
     "created": STAMP,
     "data": listed(obj({"b64_json": text("The file in base64."), "url": ADDRESS, **OUTPUT}, ("seed",))),
     "usage": {**FREE, "description": "Tokens, for clients that need them to be there; nothing is billed by them."},
@@ -208,7 +217,7 @@ IMAGES = obj({
     **SUMMARY,
 })  # fmt: skip
 
-IMAGE = obj({
+IMAGE = obj(optional=SAID, properties={
     "id": text("Its id."),
     "object": choice("", "image"),
     "model": text("The model."),
@@ -225,7 +234,7 @@ IMAGE = obj({
     "data": listed(obj({"url": ADDRESS, **OUTPUT}, ("url", "seed"))),
 })  # fmt: skip
 
-VIDEO = obj({
+VIDEO = obj(optional=SAID, properties={
     "id": text("Its id."),
     "object": choice("", "video"),
     "model": text("The model."),
@@ -246,7 +255,13 @@ VIDEO = obj({
     **STEPS,
     "queue_position": POSITION,
     "eta_s": ETA,
-    "outputs": listed(FREE, "The clips, with addresses that serve them for a while."),
+    "outputs": listed(
+        obj({
+            "seed": whole("Its seed."), "media_type": text(""), "bytes": whole("Size of the file.", 0), "url": ADDRESS,
+            "warning": nullable(text("What went wrong in storing it elsewhere.")),
+        }),
+        "The videos, with URLs that serve them for a while.",
+    ),
 })  # fmt: skip
 
 VIDEO_LIST = obj({
@@ -262,11 +277,19 @@ MODEL = obj({
     "object": choice("", "model"),
     "created": STAMP,
     "owned_by": text(""),
+    "root": text("The model's own name."),
+    "parent": nullable(text("")),
+    "task_type": text("The task that SGLang names it by."),
+    "num_gpus": whole("", 0),
+    "device": text("Where it runs."),
+    "dit_precision": text("Type of the denoiser's weights."),
+    "vae_precision": text("Type of the autoencoder's weights."),
+    "precisions": {**FREE, "description": "Type of each component's weights."},
+    "pipeline_name": text("The model's family."),
+    "pipeline_class": text("The pipeline's class in diffusers."),
+    "parameters": {"description": "How many the denoiser has."},
     "task_types": listed(text(""), "T2I, I2I, T2V, I2V: from text or pictures, to pictures or clips."),
     "defaults": {**FREE, "description": "What a request gets that leaves it out."},
     "sizes": {**FREE, "description": "What sizes must be multiples of, and how large they may be."},
     "input_images": {**FREE, "description": "How many pictures may be given, and as what."},
 })  # fmt: skip
-
-NAMED = {"Images": IMAGES, "Image": IMAGE, "Video": VIDEO, "Model": MODEL, "Error": ERROR}
-"""Those that the document has by name."""

@@ -11,8 +11,9 @@ import falcon
 from tinydiff.records import UserError, nearest
 from tinydiff.serve.body import fingerprint, read_body
 from tinydiff.serve.downloads import FileContent, base_url, expired, send_output
-from tinydiff.serve.errors import NO_RETRY, Refusal, unknown
+from tinydiff.serve.errors import Refusal, unknown
 from tinydiff.serve.fields import read_fields
+from tinydiff.serve.images import Absent, said
 from tinydiff.serve.intake import checked, discard, idempotency, read_job
 from tinydiff.serve.jobs import DONE, Job, Output, new_id
 from tinydiff.serve.query import parameters, whole_number
@@ -21,6 +22,9 @@ from tinydiff.serve.service import Service
 
 VARIANTS = {"video": "content", "thumbnail": "thumbnail", "spritesheet": "spritesheet"}
 """OpenAI's names of what can be downloaded -> those of a job's outputs."""
+
+ABSENT = ("edits", "extensions", "characters")
+"""What OpenAI has beyond this."""
 
 MOST_LISTED, LISTED = 100, 20
 """Jobs on a page, at most and unless told."""
@@ -34,17 +38,18 @@ Resp = falcon.Response
 
 def routes(service: Service) -> list[tuple[str, object]]:
     """(address, resource) of each."""
-    repeats, absent = Repeats(service), Absent()
+    repeats = Repeats(service)
+    absent = {what: Absent(f"{what} of videos are not supported; POST /v1/videos and remix are") for what in ABSENT}
     return [
         ("/v1/videos", Videos(service, repeats)),
         ("/v1/videos/{id}", Video(service)),
         ("/v1/videos/{id}/content", Content(service)),
         ("/v1/videos/{id}/cancel", Cancel(service)),
         ("/v1/videos/{id}/remix", Remix(service, repeats)),
-        ("/v1/videos/edits", absent),
-        ("/v1/videos/extensions", absent),
-        ("/v1/videos/characters", absent),
-        ("/v1/videos/characters/{id}", absent),
+        ("/v1/videos/edits", absent["edits"]),
+        ("/v1/videos/extensions", absent["extensions"]),
+        ("/v1/videos/characters", absent["characters"]),
+        ("/v1/videos/characters/{id}", absent["characters"]),
         ("/v1/files/{id}/content", FileContent(service)),
     ]
 
@@ -76,6 +81,7 @@ def video(service: Service, job: Job, base: str) -> dict[str, Any]:
         "queue_position": None if place is None else place.position,
         "eta_s": None if place is None else place.eta_s,
         "outputs": [_output(service, output, base, job.expires_at) for output in clips],
+        **said(job),
     }
 
 
@@ -201,16 +207,6 @@ class Remix:
         if path is None:
             raise Refusal(404, "file_expired", "the picture that this video was made from is no longer kept; give it anew at /v1/videos")
         return files.put(path.read_bytes(), files.media_type(file), path.name, owner)
-
-
-class Absent:
-    """What OpenAI has beyond this."""
-
-    def on_post(self, req: Req, resp: Resp, id: str = "") -> None:
-        what = req.path.split("/")[3]
-        raise Refusal(404, "not_supported", f"{what} of videos do not exist here; POST /v1/videos and remix do", headers=NO_RETRY)
-
-    on_get = on_delete = on_post
 
 
 def _tell(service: Service, req: Req, resp: Resp, job: Job) -> None:
