@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -133,8 +134,45 @@ def test_stopping_tells_those_who_wait_and_waits_for_no_idle_connection(tmp_path
 
 
 def test_an_option_with_several_values_may_be_given_several_times():
-    _, options, _ = server.parse(["--api-key", "a", "--port", "1", "--api-key", "b", "c", "--port", "2", "--cors-origin", "x"])
-    assert (options.api_key, options.port, options.cors_origin) == (("a", "b", "c"), 2, ("x",))
+    _, options, _ = server.parse(["--api-key", "a", "--port", "1", "--api-key", "b", "c", "--port", "2", "--cors-origin", "*"])
+    assert (options.api_key, options.port, options.cors_origin) == (("a", "b", "c"), 2, ("*",))
+
+
+def test_what_origins_and_a_public_address_may_be():
+    origins = ("http://localhost:3000", "https://a.example", "http://[::1]:8080", "chrome-extension://abc", "https://b_c.example:8443")
+    argv = ["--cors-origin", *origins, "--public-url", "https://a.example:8443/images/"]
+    _, options, _ = server.parse(argv)
+    assert (options.cors_origin, options.public_url) == (origins, "https://a.example:8443/images/")
+
+
+def test_the_model_may_come_first_as_sglang_has_it():
+    model, options, _ = server.parse(["some/model", "--port", "1"])
+    assert (model.model_path, options.port) == ("some/model", 1)
+
+
+@pytest.mark.parametrize(("first", "second", "code"), [("SIGTERM", "SIGTERM", 143), ("SIGINT", "SIGINT", 130), ("SIGTERM", "SIGINT", 130)])
+def test_asked_twice_it_stops_at_once(tmp_path, first, second, code):
+    with serving(tmp_path) as one:
+        create(one.wait_ready(), num_inference_steps=1000)
+        wait(lambda: one.get("/server_info").json()["figures"]["running"] == 1)
+        one.process.send_signal(getattr(signal, first))
+        wait(lambda: "stopping" in one.said())
+        one.process.send_signal(getattr(signal, second))
+        assert one.process.wait(60) == code
+        assert one.said().endswith("stopped at once; running jobs are taken up by the next start\n") and "Traceback" not in one.said()
+
+
+def test_files_go_where_sglang_has_them_go(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("x" * 10_000)
+    with serving(tmp_path, "--output-path", str(tmp_path / "out")) as one:
+        one.wait_ready()
+        answer = one.post("/v1/images/generations", json={"prompt": "a", "num_inference_steps": 1, "response_format": "url"}).json()
+        assert requests.get(answer["data"][0]["url"], timeout=60).content[:4] == b"\x89PNG"
+        assert [path.suffix for path in (tmp_path / "out").glob("*.png")] == [".png"]
+        assert str(tmp_path) not in one.get("/server_info").text
+    with pytest.raises(UserError, match=r"output_path: .* holds the files of a server with another state_dir"):
+        server.serve(["--port", "0", "--state-dir", str(tmp_path / "other"), "--output-path", str(tmp_path / "out")])
 
 
 def test_a_warning_beyond_loopback_without_a_key(tmp_path):
@@ -162,6 +200,30 @@ def test_a_body_that_is_never_read_is_refused_in_the_same_form(tmp_path):
         (["--warmup-resolutions", "128"], "warmup_resolutions: '128' is not WIDTHxHEIGHT"),
         (["--warmup-resolutions", "100x100"], "height: 100 is not a multiple"),
         (["--webui"], "webui: does not exist here"),
+        (
+            ["--cors-origin", "evil.com"],
+            "cors_origin: 'evil.com' is neither * nor SCHEME://HOST or SCHEME://HOST:PORT; did you mean 'https://evil.com'?",
+        ),
+        (["--cors-origin", "*", "https://A.example:443/"], "did you mean 'https://a.example'?"),
+        (["--cors-origin", "http://a.example/page"], "did you mean 'http://a.example'?"),
+        (["--cors-origin", "http://a.example:70000"], "such as 'https://example.com'"),
+        (["--cors-origin", "null"], "did you mean 'https://null'?"),
+        (["--cors-origin", ""], "cors_origin: '' is neither"),
+        (["--public-url", "nonsense"], "public_url: 'nonsense' is not http(s)://HOST"),
+        (["--public-url", "ftp://a.example"], "public_url: 'ftp://a.example' is not http(s)://HOST"),
+        (["--public-url", "https://"], "public_url: 'https://' is not"),
+        (["--public-url", "https://a.example/?q=1"], "public_url: 'https://a.example/?q=1' is not"),
+        (["--public-url", "https://user:word@a.example"], "public_url: 'https://user:word@a.example' is not"),
+        (["--public-url", "https://a.example:99999"], "public_url: 'https://a.example:99999' is not"),
+        (["--api-key", "a\nb"], "api_key: holds a control character"),
+        (["--admin-api-key", "a\x7fb"], "admin_api_key: holds a control character"),
+        (["--host", ""], "host: '' is empty"),
+        (["--host", "a" * 300], "host: "),
+        (["--served-model-name", " "], "served_model_name: ' ' is empty"),
+        (["--output-path", ""], "output_path: '' is empty"),
+        (["--output-path", "/dev/null/x"], "output_path: cannot write to '/dev/null/x' (not a directory)"),
+        (["--output-limit", "1e300"], "output_limit: 1e+300 must be"),
+        (["somewhere", "--model-path", "elsewhere"], "model_path: is given twice"),
         (["--state-url", "mysql://x"], "state_url: 'mysql://x' is not an address"),
     ],
 )

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinydiff.io.atomic import FULL, write_new, write_over
-from tinydiff.records import UserError
+from tinydiff.records import UserError, shown
 
 if TYPE_CHECKING:
     from tinydiff.serve.jobs import Job
@@ -61,6 +61,24 @@ def secret(state_dir: Path) -> bytes:
             "state_dir", f"state_dir: {str(path)!r} is not a secret that a server made; remove it, and the next start makes one"
         )
     return found
+
+
+def claim(folder: Path, secret: bytes) -> Path:
+    """The folder, made where there is none, as one for the files of the servers that have this secret: others would remove what no job of
+    theirs names. Raises UserError for one that cannot be written to, or is another's."""
+    field, mark = "output_path", hashlib.sha256(secret).hexdigest()
+    note = folder / ".tinydiff-server"
+    try:
+        if not note.exists() and (made := write_new(note, lambda temporary: temporary.write_text(mark, "utf-8"))) != note:
+            made.unlink()  # another server was first
+        if note.read_text("utf-8") == mark:
+            return folder
+    except (OSError, UserError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        reason = (getattr(cause, "strerror", None) or str(error)).lower()
+        raise UserError(field, f"{field}: cannot write to {shown(str(folder))} ({reason})") from error
+    message = f"{shown(str(folder))} holds the files of a server with another state_dir; choose another directory, or that state_dir"
+    raise UserError(field, f"{field}: {message}")
 
 
 @dataclass(frozen=True)
@@ -183,11 +201,12 @@ class Files:
             self.delete(id)
 
     def _entries(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """All that lies in the folder; other servers may remove some meanwhile."""
+        """All of the server's own that lies in the folder, which a user may have chosen; other servers may remove some meanwhile."""
         with suppress(FileNotFoundError), os.scandir(self.folder) as entries:
             for entry in entries:
-                with suppress(FileNotFoundError):
-                    yield Path(entry.path), entry.stat()
+                if _ID.fullmatch(entry.name.removesuffix(NOTE)) or _HALF_WRITTEN.fullmatch(entry.name):
+                    with suppress(FileNotFoundError):
+                        yield Path(entry.path), entry.stat()
 
     def _note(self, id: str) -> Path:
         return self.folder / (id + NOTE)

@@ -31,16 +31,18 @@ class ServeOptions:
     public_url: str | None = None
     """What clients reach this server as, for the addresses in answers; else what their request says."""
     state_dir: str = "tinydiff-state/"
-    """Folder of the jobs and their files."""
+    """Directory of the jobs and, without output_path, their files."""
+    output_path: str | None = None
+    """Directory of the files that jobs were given and made. Default: `files` in state_dir."""
     state_url: str | None = None
     """postgresql://... keeps the jobs in a database that several servers share; their state_dir is then one shared folder."""
     unfinished: Literal["rerun", "fail"] = "rerun"
     """What becomes of jobs that a server left unfinished."""
     lease: float = within(30.0, above=0, most=3600)
     """Seconds after which the jobs of a server that no longer answers are taken by others."""
-    output_lifetime: float = within(86400.0, above=0)
+    output_lifetime: float = within(86400.0, above=0, most=1e10)
     """Seconds that outputs are kept."""
-    output_limit: float = within(10.0, above=0)
+    output_limit: float = within(10.0, above=0, most=1e9)
     """GB of outputs kept; the oldest go first."""
     max_queue: int = within(64, least=1, most=100_000)
     """Jobs waiting at most; more are told to come back. A server of several keys also tells a key that has as many waiting as places are

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinydiff import config, config_file, flags, paths, values
 from tinydiff.config import ModelOptions
-from tinydiff.records import UserError
+from tinydiff.records import UserError, shown
 from tinydiff.serve import logs
 from tinydiff.serve.options import ServeOptions
 
@@ -32,6 +33,9 @@ ANSWERED_S = 5.0
 OWN_DESCRIPTORS = 256
 """Of the process beside its connections: databases, weights, files that are being made."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ORIGIN = re.compile(r"(?:([A-Za-z][A-Za-z0-9+.-]*)://)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)(?::([0-9]{1,5}))?(?=/|$)")
+"""Scheme, host and port at the beginning of an address."""
+PATH = re.compile(r"[A-Za-z0-9/._~%+-]*")
 OWN = tuple(entry.name for entry in fields(ServeOptions))
 SEVERAL = tuple(entry.name for entry in fields(ServeOptions) if str(entry.type).startswith("tuple"))
 """Options that may be given several times, as keys often are."""
@@ -40,13 +44,15 @@ SEVERAL = tuple(entry.name for entry in fields(ServeOptions) if str(entry.type).
 def parse(argv: Sequence[str]) -> tuple[ModelOptions, ServeOptions, str]:
     """(the model's options, the server's, the log level) of a command line, with --config FILE read first. Raises UserError."""
     names = [*config.NAMES, *OWN]
+    if argv and not argv[0].startswith("--"):  # as SGLang's server takes it
+        if any(word.partition("=")[0] in ("--model-path", "--model_path") for word in argv):
+            raise UserError("model_path", f"model_path: is given twice, as {shown(argv[0])} and with --model-path")
+        argv = ["--model-path", *argv]
     given = flags.collect(flags.tokens(argv), [*names, "config"], dashes=True, several=SEVERAL)
     path = given.pop("config", None)
     entries = {} if path is None else flags.collect(config_file.entries_of(flags.one_text("config", path)), names)
     entries |= given
     own = {name: entries.pop(name) for name in OWN if name in entries}
-    if "output_path" in entries:
-        raise UserError("output_path", "output_path: a server keeps outputs with its jobs; name their folder with --state-dir")
     made = config.options(entries)
     for entry in (*fields(made.sampling), *fields(made.output)):
         if entry.name in entries and entry.name != "log_level":
@@ -57,7 +63,38 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, ServeOptions, str]:
         raise UserError(made.ignored[0], f"{made.ignored[0]}: does not exist here; `tinydiff serve --help` lists what does")
     if [entry.name for entry in fields(made.parallel) if getattr(made.parallel, entry.name) != entry.default]:
         raise UserError("num_gpus", "num_gpus: a server runs on one device so far; start one for each, on one --state-url")
-    return made.model, values.filled(ServeOptions, own), made.output.log_level
+    return made.model, checked(values.filled(ServeOptions, own)), made.output.log_level
+
+
+def checked(options: ServeOptions) -> ServeOptions:
+    """The options, if their addresses and names can be what they are for. Raises UserError."""
+    for name in ("host", "state_dir", "output_path", "served_model_name"):
+        value = getattr(options, name)
+        if value is not None and (not value.strip() or not value.isprintable()):
+            raise UserError(name, f"{name}: {shown(value)} is empty, or holds what cannot be printed")
+    for origin in options.cors_origin:
+        if origin != "*" and ((meant := _origin(origin)) == "" or origin != meant):
+            hint = f"; did you mean {meant!r}?" if meant else ", such as 'https://example.com'"
+            raise UserError("cors_origin", f"cors_origin: {shown(origin)} is neither * nor SCHEME://HOST or SCHEME://HOST:PORT{hint}")
+    if options.public_url is not None and not _is_public(options.public_url):
+        message = f"public_url: {shown(options.public_url)} is not http(s)://HOST, perhaps with a port and a path"
+        raise UserError("public_url", f"{message}, such as 'https://example.com/images'")
+    return options
+
+
+def _origin(text: str) -> str:
+    """The origin that a browser would send for an address or a bare host; "" where it is neither."""
+    found = ORIGIN.match(text)
+    port = int(found[3] or 0) if found else 2**16
+    if found is None or port >= 2**16:
+        return ""
+    scheme = (found[1] or "https").lower()
+    return f"{scheme}://{found[2].lower()}" + (f":{port}" if port and port != {"http": 80, "https": 443}.get(scheme) else "")
+
+
+def _is_public(url: str) -> bool:
+    found = ORIGIN.match(url)
+    return bool(found and _origin(url) and (found[1] or "").lower() in ("http", "https") and PATH.fullmatch(url, found.end()))
 
 
 def with_keys(options: ServeOptions) -> ServeOptions:
@@ -72,6 +109,9 @@ def with_keys(options: ServeOptions) -> ServeOptions:
             raise UserError("api_key_file", f"api_key_file: {options.api_key_file!r} holds no key")
         keys += found
     admin = options.admin_api_key.strip() if options.admin_api_key else next(iter(config.keys("ADMIN_API_KEY")), None)
+    for name, given in (("api_key", keys), ("admin_api_key", [admin or ""])):
+        if not all(key.isprintable() for key in given):
+            raise UserError(name, f"{name}: holds a control character, which no client can send in a header")
     return replace(options, api_key=tuple(dict.fromkeys(keys)), admin_api_key=admin)
 
 
@@ -79,7 +119,7 @@ def build(model: ModelOptions, options: ServeOptions) -> Service:
     """The parts of a server, nothing running yet but the store. Raises UserError for what cannot be."""
     from tinydiff.runtime import blueprint
     from tinydiff.serve import storage, warmup
-    from tinydiff.serve.files import Files, secret
+    from tinydiff.serve.files import Files, claim, secret
     from tinydiff.serve.metrics import Metrics
     from tinydiff.serve.scheduler import Scheduler
     from tinydiff.serve.service import Service
@@ -87,7 +127,9 @@ def build(model: ModelOptions, options: ServeOptions) -> Service:
 
     plan = blueprint.read(model)
     folder = paths.path(options.state_dir, "state_dir")
-    files = Files(folder / "files", secret(folder), options.output_lifetime, int(options.output_limit * 1e9))
+    signing = secret(folder)
+    kept = folder / "files" if options.output_path is None else claim(paths.path(options.output_path, "output_path"), signing)
+    files = Files(kept, signing, options.output_lifetime, int(options.output_limit * 1e9))
     store = open_store(folder, options.state_url, options.max_queue, options.output_lifetime, options.several_keys)
     metrics = Metrics()
     cloud = storage.from_environment()
@@ -106,14 +148,15 @@ def build(model: ModelOptions, options: ServeOptions) -> Service:
 
 def listening(options: ServeOptions) -> socket.socket:
     """A socket at the asked address; the next free port where it is taken, unless ports are strict. Raises UserError."""
-    for port in range(options.port, options.port + (1 if options.strict_ports or not options.port else 100)):
+    last = options.port if options.strict_ports or not options.port else min(options.port + 99, 2**16 - 1)
+    for port in range(options.port, last + 1):
         try:
             family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
             return socket.create_server((options.host, port), family=family, backlog=1024)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                reason = (error.strerror or str(error)).lower()
-                raise UserError("host", f"host: {options.host!r} cannot be listened at ({reason})") from error
+        except (OSError, ValueError) as error:  # ValueError: no name at all
+            if getattr(error, "errno", None) != errno.EADDRINUSE:
+                reason = (getattr(error, "strerror", None) or str(error)).lower()
+                raise UserError("host", f"host: {shown(options.host)} cannot be listened at ({reason})") from error
     raise UserError("port", f"port: {options.port} is taken; choose another, or 0 for any free one")
 
 
@@ -173,8 +216,9 @@ def serve(argv: Sequence[str]) -> int:
     told = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if told.is_set():  # asked twice: at once
-            raise KeyboardInterrupt
+        if told.is_set():  # asked twice: at once, for Python's own end would tear threads down in the middle of a step
+            os.write(2, b"tinydiff: stopped at once; running jobs are taken up by the next start\n")
+            os._exit(128 + number)
         told.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
