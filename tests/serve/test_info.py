@@ -1,12 +1,19 @@
 """What the server says of itself, in every phase, and what an administrator may tell it."""
 
+import sqlite3
+import threading
+from contextlib import closing
+from types import SimpleNamespace
+
 import falcon.testing
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serve import fake
 from tinydiff import __version__
+from tinydiff.serve import info, sql
 from tinydiff.serve.app import make_app
+from tinydiff.serve.errors import of_exception
 from tinydiff.serve.service import State
 
 NAME = "tinydiff/shapes"
@@ -215,3 +222,55 @@ def test_what_changes_the_server_needs_the_admin_key(serve, address):
 def test_lora_is_refused_clearly(serve, name):
     answer = client_of(serve()).simulate_post(f"/v1/{name}", json={"lora_nickname": "x"})
     assert (answer.status_code, answer.json["error"]["code"]) == (400, "not_supported")
+
+
+@pytest.fixture
+def locked(serve, monkeypatch, tmp_path):
+    """A server whose database another process holds."""
+    monkeypatch.setattr(sql, "BUSY", 0.01)
+    made = serve()
+    made.scheduler.close()  # its own thread would wait too
+    with closing(sqlite3.connect(tmp_path / "0" / "jobs.sqlite3", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield made
+
+
+def test_a_locked_database_is_a_503(locked):
+    client = client_of(locked)
+    answer = client.simulate_get("/ready")
+    assert (answer.status_code, answer.json["status"]) == (503, "not ready")
+    assert answer.json["detail"] == "the database of the jobs does not answer; try again soon"
+    assert [client.simulate_get(path).status_code for path in ("/liveness", "/health", "/metrics")] == [200] * 3
+    answer = client.simulate_post("/v1/videos", json={"prompt": "a"})
+    assert (answer.status_code, answer.json["error"]["code"], answer.headers["retry-after"]) == (503, "store_unreachable", "5")
+
+
+def test_a_store_that_does_not_answer_holds_no_probe(serve, monkeypatch):
+    monkeypatch.setattr(info, "CHECK_S", 0.01)
+    made, let = serve(), threading.Event()
+    asked = []
+    monkeypatch.setattr(made.store, "check", lambda: (asked.append(1), let.wait(20)))
+    client = client_of(made)
+    assert [client.simulate_get("/ready").status_code for _ in range(5)] == [503] * 5
+    assert asked == [1]  # all of them wait for one
+    let.set()
+    fake.eventually(lambda: client.simulate_get("/ready").status_code == 200)
+
+
+@pytest.mark.parametrize("free", [0, info.LEAST_FREE - 1])
+def test_a_full_disk_is_not_ready(serve, monkeypatch, free):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    answer = client_of(serve()).simulate_get("/ready")
+    assert (answer.status_code, answer.json["detail"]) == (503, "the disk of the server's files is full")
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "told"),
+    [(sqlite3.SQLITE_FULL, 507, "storage_failed"), (sqlite3.SQLITE_IOERR_WRITE, 507, "storage_failed"),
+     (sqlite3.SQLITE_BUSY, 503, "store_unreachable"), (sqlite3.SQLITE_LOCKED, 503, "store_unreachable")],
+)  # fmt: skip
+def test_what_the_database_refuses_has_one_form(code, status, told):
+    error = sqlite3.OperationalError("refused")
+    error.sqlite_errorcode = code
+    refusal = of_exception(error)
+    assert (refusal.status, refusal.code) == (status, told)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import http
 import json
 import logging
+import sqlite3
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,9 @@ TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
 STOPPING_S = 5.0
 """After how many seconds another server, or this one anew, may be there."""
+
+DISK = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+"""SQLite's own words for a disk that keeps nothing."""
 
 MOST_SAID = 1000
 """Characters of a message; a field's name and value come from the client, and may be long."""
@@ -76,8 +80,11 @@ def of_exception(error: Exception) -> Refusal | None:
     if isinstance(error, Stopping):
         message = str(error) or "the server is going down and takes no more; try again soon"
         return Refusal(503, "stopping", message, headers={"retry-after": str(round(STOPPING_S))})
-    if isinstance(error, Unreachable):
-        return Refusal(503, "store_unreachable", "the database of the jobs does not answer; try again soon")
+    if isinstance(error, sqlite3.OperationalError) and getattr(error, "sqlite_errorcode", 0) & 0xFF in DISK:
+        return Refusal(507, "storage_failed", "the server cannot keep jobs: its disk is full or refuses", headers=NO_RETRY)
+    if isinstance(error, Unreachable | sqlite3.OperationalError):
+        message = "the database of the jobs does not answer; try again soon"
+        return Refusal(503, "store_unreachable", message, headers={"retry-after": str(round(STOPPING_S))})
     if isinstance(error, falcon.HTTPError):
         return _of_falcon(error)
     return None

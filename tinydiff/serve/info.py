@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import falcon
@@ -11,7 +16,7 @@ import falcon
 from tinydiff import __version__
 from tinydiff.records import UserError, nearest
 from tinydiff.serve.body import parse_json, read_bytes
-from tinydiff.serve.errors import NO_RETRY, Refusal
+from tinydiff.serve.errors import NO_RETRY, Refusal, of_exception
 from tinydiff.serve.metrics import CONTENT_TYPE
 from tinydiff.serve.service import Busy, Service
 
@@ -20,6 +25,12 @@ ABLE = ("ready", "asleep")
 
 UNTOLD = ("api_key", "api_key_file", "admin_api_key", "state_dir", "output_path", "state_url")
 """Options that clients are not told, as they are secrets or places on this machine."""
+
+CHECK_S = 2.0
+"""Seconds that a probe waits for the store; one that is slower is as good as away."""
+
+LEAST_FREE = 2**24
+"""Bytes free on the disk, below which no job can be kept."""
 
 MOST_ORDERS = 2**16
 """Bytes of the body of an administrator's request."""
@@ -31,6 +42,7 @@ Resp = falcon.Response
 def routes(service: Service) -> list[tuple[str, object]]:
     """(address, resource) of each."""
     sleep, wake, lora = Sleep(service), Wake(service), Lora()
+    storage, figures = Asked(partial(_storage, service)), Asked(lambda: service.scheduler.figures())
     return [
         ("/v1/models", Models(service)),
         ("/v1/models/{id:path}", Model(service)),
@@ -41,8 +53,8 @@ def routes(service: Service) -> list[tuple[str, object]]:
         ("/liveness", Liveness()),
         ("/health", Health(service)),
         ("/health_generate", Health(service)),
-        ("/ready", Ready(service)),
-        ("/metrics", Scrape(service)),
+        ("/ready", Ready(service, storage)),
+        ("/metrics", Scrape(service, figures)),
         ("/release_memory_occupation", sleep),
         ("/v1/sleep", sleep),
         ("/resume_memory_occupation", wake),
@@ -198,6 +210,30 @@ class ServerInfo:
         }
 
 
+class Asked:
+    """A question that may take long, as the store's answers may: put by one thread of its own, once at a time for all who ask."""
+
+    def __init__(self, question: Callable[[], Any]) -> None:
+        self.question, self.pool, self.lock = question, ThreadPoolExecutor(1, "probe"), threading.Lock()
+        self.pending: Future[Any] | None = None
+
+    def answer(self) -> Any:
+        """The answer, or what the question raises; TimeoutError after CHECK_S."""
+        with self.lock:
+            if self.pending is None or self.pending.done():
+                self.pending = self.pool.submit(self.question)
+            pending = self.pending
+        return pending.result(CHECK_S)
+
+
+def _storage(service: Service) -> None:
+    """Raise Refusal, or what a job would meet, where none can be kept."""
+    service.store.check()
+    for folder in (service.files.folder, service.files.folder.parent):
+        if folder.exists() and shutil.disk_usage(folder).free < LEAST_FREE:
+            raise Refusal(507, "storage_failed", "the disk of the server's files is full")
+
+
 class Liveness:
     """Whether HTTP is answered."""
 
@@ -229,20 +265,27 @@ class Health:
 
 
 class Ready:
-    """Whether a request that comes now is begun at once; until then, how far the server is."""
+    """Whether a request that comes now is begun at once; until then, how far the server is, and whether its jobs can be kept."""
 
     public = True
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
+    def __init__(self, service: Service, storage: Asked) -> None:
+        self.service, self.storage = service, storage
 
     def on_get(self, req: Req, resp: Resp) -> None:
         state = self.service.scheduler.state()
-        resp.media = {"status": "ok" if state.phase in ABLE else "not ready", **state._asdict()}
         if state.phase not in ABLE:
+            resp.media = {"status": "not ready", **state._asdict()}
             resp.status = falcon.HTTP_503
             if state.eta_s is not None:
                 resp.set_header("Retry-After", str(max(1, round(state.eta_s))))
+            return
+        try:
+            self.storage.answer()
+            resp.media = {"status": "ok", **state._asdict()}
+        except Exception as error:
+            refusal = of_exception(error) or Refusal(503, "store_unreachable", "the store of the jobs does not answer")
+            resp.status, resp.media = falcon.HTTP_503, {"status": "not ready", **state._asdict(), "detail": refusal.message}
 
     on_head = on_get
 
@@ -252,14 +295,17 @@ class Scrape:
 
     public = True
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
+    def __init__(self, service: Service, figures: Asked) -> None:
+        self.service, self.figures = service, figures
 
     def on_get(self, req: Req, resp: Resp) -> None:
         if not self.service.options.enable_metrics:
             raise Refusal(404, "metrics_off", "metrics are off; start the server with --enable-metrics true")
-        figures = self.service.scheduler.figures()
-        self.service.metrics.jobs(figures.get("queued", 0), figures.get("running", 0))
+        try:
+            figures = self.figures.answer()
+            self.service.metrics.jobs(figures.get("queued", 0), figures.get("running", 0))
+        except Exception:  # a store that is away does not take the other figures with it
+            figures = {}
         if (peak := figures.get("peak_memory_bytes")) is not None:
             self.service.metrics.peak_memory(peak)
         resp.data, resp.content_type = self.service.metrics.text(), CONTENT_TYPE

@@ -44,7 +44,7 @@ STEPS: tuple[tuple[str, ...], ...] = (
 )
 """How the tables came to be what they are: the statements that lead from version n to n + 1. A released step is never changed."""
 
-BUSY = 30.0
+BUSY = 5.0
 """Seconds that SQLite waits for another process to end its transaction."""
 
 PATIENCE = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}

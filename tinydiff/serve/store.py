@@ -9,10 +9,10 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, LifoQueue
-from threading import Lock
+from threading import Lock, Semaphore
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args
 
@@ -68,7 +68,7 @@ class Store:
         for _ in range(CONNECTIONS):
             self._idle.put(None)
         # SQLite lets waiting writers sleep and try again, threads of one process can do better.
-        self._writing = Lock() if dialect.one_writer else nullcontext()
+        self._writing = Lock() if dialect.one_writer else Semaphore(2**20)
         self._unsure: list[str] = []  # tickets of calls of `take` that may have succeeded unheard
 
     # --- the way of a job -------------------------------------------------------------------------------------------------------------
@@ -234,6 +234,10 @@ class Store:
                 < (SELECT rank, round, joined, last_start, since, id FROM line WHERE id = :id)"""
         return self._rows(statement, id=job.id)[0][0]
 
+    def check(self) -> None:
+        """Raise what a job would meet that is queued now: the database's own error, or Unreachable."""
+        self._write(lambda execute: None)
+
     def counts(self) -> dict[Status, int]:
         """How many jobs there are of each status."""
         found = self._rows("SELECT status, count(*) FROM tinydiff_jobs GROUP BY status")
@@ -345,8 +349,12 @@ class Store:
             execute("COMMIT")
             return made
 
-        with self._writing:
+        if not self._writing.acquire(timeout=sql.BUSY):
+            raise Unreachable(f"the database {self._dialect.shown!r} takes no more: others hold it")
+        try:
             return self._attempt(transaction)
+        finally:
+            self._writing.release()
 
     def _attempt(self, work: Callable[[Execute], Made]) -> Made:
         """`work(execute)` on a connection, and from its start on another one where the database went away under it."""
