@@ -165,6 +165,21 @@ def test_a_name_that_merely_leads_here_reads_nothing(client):
     assert code(client().simulate_get("/it", headers={"Host": "evil.example:30000"})) == (403, "unknown_host")
 
 
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1:abc", "localhost:1:2", "localhost:999999", "[::1", "[::1]x", "a b", "user@localhost", "localhost/", "ü", "a, b", "a" * 300],
+)
+@pytest.mark.parametrize("options", [{}, {"api_key": ("one",)}, {"host": "0.0.0.0"}])
+def test_a_host_that_is_none_is_a_400(client, host, options):
+    headers = {"Host": host.encode().decode("latin-1"), **bearer("one")}
+    assert code(client(**options).simulate_get("/public", headers=headers)) == (400, "invalid_host")
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1", "[::1]", "[::1]:30000", "a.localhost:", "127.0.0.1:65535", ""])
+def test_a_host_of_this_machine(client, host):
+    assert client().simulate_get("/it", headers={"Host": host}).status_code == 200
+
+
 def test_nobody_holds_an_empty_key(client):
     assert client(api_key=("",)).simulate_get("/it").status_code == 401
 
