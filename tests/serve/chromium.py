@@ -3,7 +3,7 @@
 import re
 import shutil
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pytest
@@ -12,24 +12,25 @@ from tests.serve.fake import listening, picture, service
 
 try:
     from selenium import webdriver
+    from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 except ImportError:
     webdriver = None
 
 BROWSERS = ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser")
-EXPECTED = re.compile(r"responded with a status of 4|/ready - .* status of 503")
-"""What a browser notes of refusals."""
+EXPECTED = re.compile(r"responded with a status of 4|/ready - .* status of 503|net::ERR_INTERNET_DISCONNECTED")
+"""What a browser notes of refusals, and of a server that is out of reach."""
 
 
 @pytest.fixture(scope="module")
 def browser():
     """The browser of a module's tests."""
     if webdriver is None:
-        pytest.skip("selenium is not installed")
+        pytest.fail("selenium is not installed: pip install -e '.[test]'")
     path, program = next(filter(None, map(shutil.which, BROWSERS)), None), shutil.which("chromedriver")
     if path is None or program is None:
-        pytest.skip("no Chromium with its chromedriver on this machine")
+        pytest.fail("no Chromium with its chromedriver on this machine: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = path
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1360,900", "--hide-scrollbars"):
@@ -58,10 +59,42 @@ def serve(browser, tmp_path):
     assert [message for message in wrong if not EXPECTED.search(message)] == []
 
 
+@contextmanager
+def unreachable(browser):
+    """The browser reaches no server for as long as this lasts."""
+    conditions = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    browser.execute_cdp_cmd("Network.enable", {})
+    browser.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": True, **conditions})
+    try:
+        yield
+    finally:
+        browser.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": False, **conditions})
+
+
+@contextmanager
+def screen(browser, width, height, touch=False):
+    """A window of this size; touch: as a phone has it."""
+    size = {"width": width, "height": height, "deviceScaleFactor": 2 if touch else 1, "mobile": touch}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": touch})
+    try:
+        yield
+    finally:
+        browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def until(browser, selector, seconds=20):
     """The first visible element, as soon as there is one."""
     return WebDriverWait(browser, seconds, 0.03).until(
         lambda _: next((element for element in browser.find_elements(By.CSS_SELECTOR, selector) if element.is_displayed()), None)
+    )
+
+
+def says(browser, selector, text, seconds=20):
+    """The first visible element that says `text`, as soon as there is one."""
+    return WebDriverWait(browser, seconds, 0.03, (StaleElementReferenceException,)).until(
+        lambda _: next((e for e in browser.find_elements(By.CSS_SELECTOR, selector) if e.is_displayed() and text in e.text), None)
     )
 
 

@@ -358,6 +358,16 @@ def test_content_is_the_picture_of_a_variant(both):
         assert (answer.status_code, answer.json["error"]["param"]) == (400, next(iter(wrong)))
 
 
+def test_content_comes_in_small(both):
+    id = generate(both[1], size="1024x64", seed=1).json["id"]
+    answer = both[1].simulate_get(f"/v1/images/{id}/content", params={"thumbnail": "true"})
+    small, whole = (Image.open(io.BytesIO(data)) for data in (answer.content, both[1].simulate_get(f"/v1/images/{id}/content").content))
+    assert (small.format, small.size, whole.size) == ("WEBP", (512, 32), (1024, 64)) and answer.headers["content-type"] == "image/webp"
+    assert numpy.abs(numpy.asarray(small.convert("RGB"))[0, 0].astype(int) - numpy.asarray(whole)[0, 0]).max() < 8
+    answer = both[1].simulate_get(f"/v1/images/{id}/content", params={"thumbnail": "1"})
+    assert answer.status_code == 400 and answer.json["error"]["message"] == "thumbnail: '1' is not true or false"
+
+
 def test_anothers_job_is_not_there(build):
     client = build(api_key=("a", "b"))[1]
     id = generate(client, {"Authorization": "Bearer a"}).json["id"]

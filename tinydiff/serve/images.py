@@ -19,7 +19,7 @@ from tinydiff.serve.downloads import base_url, send_output
 from tinydiff.serve.errors import NO_RETRY, Refusal, body, of_failure, told, unknown
 from tinydiff.serve.intake import read_job
 from tinydiff.serve.jobs import DONE, Job, Output
-from tinydiff.serve.query import parameters, whole_number
+from tinydiff.serve.query import parameters, switch, whole_number
 from tinydiff.serve.repeats import AGAIN_S, Repeats
 from tinydiff.serve.service import News, Service
 
@@ -120,17 +120,26 @@ class Cancel:
 
 
 class Content:
-    """A picture itself; of several the one of `variant`, from 0."""
+    """A picture itself; of several the one of `variant`, from 0; with `thumbnail` a small one of it."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
 
     def on_get(self, req: Req, resp: Resp, id: str) -> None:
-        given, job = parameters(req, ("variant",)), owned(self.service, req, id)
+        from tinydiff.io.images import read_image
+        from tinydiff.serve.sheets import thumbnail
+
+        given, job = parameters(req, ("variant", "thumbnail")), owned(self.service, req, id)
         if job.status != "completed":
             failed = f"failed: {job.error.message}" if job.error else job.status
             raise Refusal(404, job.error.code if job.error else "not_ready", f"the picture {id} has no content: it is {failed}")
-        send_output(self.service, req, resp, job.outputs[whole_number(given, "variant", 0, len(job.outputs) - 1, 0)])
+        output = job.outputs[whole_number(given, "variant", 0, len(job.outputs) - 1, 0)]
+        path = self.service.files.path(output.file) if switch(given, "thumbnail") else None
+        if path is None:  # also where the image lies in object storage, which has no small one
+            send_output(self.service, req, resp, output)
+            return
+        resp.data, resp.content_type = thumbnail(read_image(path, opacity=True)[None]), "image/webp"
+        resp.set_headers({"Cache-Control": "private, max-age=86400, immutable", "X-Content-Type-Options": "nosniff"})
 
     on_head = on_get
 

@@ -114,7 +114,10 @@ def pictures(name: str) -> Iterator[Operation]:
     edit_json = schemas.request("image", name, False, ("prompt", "images"), without=("image",))
     images = {200: Answer("the pictures; with stream, server-sent events", ref("Images"), (EVENTS,))}
     job = {200: Answer("the job", ref("Image"))}
-    which = {"variant": schemas.whole("Which of several pictures, from 0.", 0)}
+    which = {
+        "variant": schemas.whole("Which of several pictures, from 0.", 0),
+        "thumbnail": schemas.choice("Whether in small, as WebP with no side over 512 pixels.", "true", "false", default="false"),
+    }
     made = "Make pictures from given ones: start from one, paint a part of it anew with a mask, or work from references."
     yield Operation("post /v1/images/generations", "createImage", "Make pictures.", images, MADE, {}, {JSON: generation}, EXAMPLE)
     yield Operation("post /v1/images/edits", "editImage", made, images, MADE, {}, {FORM: edit, JSON: edit_json})

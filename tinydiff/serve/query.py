@@ -29,3 +29,11 @@ def whole_number(query: dict[str, str], name: str, least: int, most: int, defaul
     if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
         raise UserError(name, f"{name}: {shown(text)} is not an integer from {least} to {most}")
     return int(text)
+
+
+def switch(query: dict[str, str], name: str) -> bool:
+    """Whether the query says true; false where it says nothing. Raises UserError."""
+    text = query.get(name, "false")
+    if text not in ("true", "false"):
+        raise UserError(name, f"{name}: {text[:80]!r} is not true or false")
+    return text == "true"

@@ -1,5 +1,5 @@
-// A picture on a canvas and the mask that is painted over it. Strokes are kept as lines in shares of the picture's width, so that undo
-// is leaving one out, and the mask comes at the picture's own size however large it was shown.
+// An image on a canvas and the mask that is painted over it. Strokes are kept as lines in shares of the image's width, so that undo
+// is leaving one out, and the mask comes at the image's own size however large it was shown.
 
 const SHOWN = 1024; // pixels of the longer side on the screen at most
 const TINT = "#e0567a";
@@ -84,7 +84,7 @@ export function makeBrush(canvas, onChange) {
   canvas.addEventListener("keyup", (event) => { if (event.key === " ") drawing = false; });
 
   const self = {
-    /** Begin with a picture (anything that can be drawn), or with null. */
+    /** Begin with an image (anything that can be drawn), or with null. */
     open(image) {
       [picture, strokes, pointer, drawing] = [image, [], null, false];
       if (image) {

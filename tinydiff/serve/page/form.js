@@ -1,4 +1,4 @@
-// The form: what the model can do, what is asked of it, the given pictures, and where a mistake is shown.
+// The form: what the model can do, what is asked of it, the given images, and where a mistake is shown.
 
 import { makeBrush } from "./brush.js";
 
@@ -42,7 +42,7 @@ function setDefaults(before) {
   for (const part of form.querySelectorAll("[data-kind]")) part.hidden = part.dataset.kind !== kind();
   const takes = model.images[kind()];
   byId("given").hidden = !takes;
-  byId("given-label").textContent = { frames: "First frame", references: "Pictures to work from" }[takes?.use] ?? "Start from a picture";
+  byId("given-label").textContent = { frames: "First frame", references: "Images to work from" }[takes?.use] ?? "Start from an image";
   showGiven();
 }
 
@@ -106,13 +106,24 @@ export function accept() {
   for (const input of form.querySelectorAll("[aria-invalid]")) input.removeAttribute("aria-invalid");
 }
 
-/** The given pictures of a request, and its mask where one was painted. */
+/** The given images of a request, and its mask where one was painted. */
 export async function pictures() {
   const takes = model.images[kind()];
   return takes ? { files: given.map((one) => one.file), mask: takes.mask ? await brush.mask() : null } : { files: [], mask: null };
 }
 
-/** Take pictures: the last ones where the model takes fewer. */
+/** Go on from an image that was made. */
+export async function startFrom(file) {
+  if (!model.images[kind()] && model.images.image) {
+    form.elements.kind.value = "image";
+    form.elements.kind[0].dispatchEvent(new Event("change", { bubbles: true }));
+  }
+  if (!model.images[kind()]) throw new Mistake(null, "this model starts from no image");
+  await give([file]);
+  byId("given").scrollIntoView({ block: "nearest" });
+}
+
+/** Take images: the last ones where the model takes fewer. */
 export async function give(files) {
   const takes = model?.images[kind()];
   if (!takes) return;
@@ -123,7 +134,7 @@ export async function give(files) {
     try {
       await image.decode();
     } catch {
-      refuse("image", `image: ${file.name} is not a picture that this browser can show`);
+      refuse("image", `image: ${file.name} is not an image that this browser can show`);
       continue;
     }
     added.push({ file, image });

@@ -1,7 +1,9 @@
 // The page: asks for what the form says and follows it until it is made.
 
-import { ask, askJson, events, onKeyNeeded, picture, Refused, rest, saveKey } from "./api.js";
+import { ask, askJson, decoded, events, onKeyNeeded, Refused, rest, saveKey, Silence } from "./api.js";
 import * as form from "./form.js";
+import * as memory from "./memory.js";
+import { announce, back, watch } from "./server.js";
 import * as shelf from "./shelf.js";
 
 const byId = (id) => document.getElementById(id);
@@ -15,7 +17,7 @@ const waiting = new Set();
 function describe({ id, task_types: tasks, defaults, sizes, input_images: given }) {
   const start = { use: "start", most: 1, mask: true };
   const first = given.use === "frames" && { use: "frames", most: given.most, mask: false };
-  const picture = first ? !given.least && start : given.use === "start" ? start : given.most > 0 && { ...given, mask: false };
+  const image = first ? !given.least && start : given.use === "start" ? start : given.most > 0 && { ...given, mask: false };
   const { width, height, num_inference_steps, guidance_scale } = defaults;
   const both = { width, height, num_inference_steps, guidance_scale };
   return {
@@ -25,7 +27,7 @@ function describe({ id, task_types: tasks, defaults, sizes, input_images: given 
     stride: sizes.frame_multiple ?? 1,
     negative: defaults.negative_prompt !== null,
     defaults: { image: both, video: { ...both, num_frames: defaults.num_frames.video, fps: defaults.fps } },
-    images: { image: picture, video: first },
+    images: { image, video: first },
   };
 }
 
@@ -46,40 +48,49 @@ async function turn(signal) {
   };
 }
 
-/** Ask for pictures and follow the stream: how far it is, previews, and what was made. */
+/** Ask for images and follow the stream: how far it is, previews, and what was made. */
 async function makeImages(item, { files, mask }, signal) {
   const { kind, ...wish } = item.wish;
   const fields = { model: model.id, ...wish, stream: true, partial_images: PREVIEWS, progress: true };
+  const post = { method: "POST", signal, busy: (seconds) => busy(item, seconds) };
   const answer = files.length
-    ? await ask("v1/images/edits", { method: "POST", form: filled(fields, files, "image[]", mask), signal })
-    : await ask("v1/images/generations", { method: "POST", json: fields, signal });
-  for await (const event of events(answer)) {
+    ? await ask("v1/images/edits", { ...post, form: filled(fields, files, "image[]", mask) })
+    : await ask("v1/images/generations", { ...post, json: fields });
+  for await (const event of events(answer, signal)) {
     item.id = event.id ?? item.id;
     if (event.type.endsWith(".progress")) {
       progress(item, event.step, event.total, event.queue_position, event.eta_s);
     } else if (event.type.endsWith(".partial_image")) {
-      item.preview = picture(event.b64_json, event.output_format);
+      item.preview = decoded(event.b64_json, event.output_format);
     } else if (event.type.endsWith(".completed")) {
-      item.files = [...(item.files ?? []), picture(event.b64_json, event.output_format)];
+      item.files = [...(item.files ?? []), decoded(event.b64_json, event.output_format)];
       item.seeds = [...(item.seeds ?? []), event.seed];
       Object.assign(item, { parameters: event.parameters, seconds: total(event.timings) });
     }
     shelf.update(item);
   }
-  if (!item.files) throw new Error("the connection ended before the picture was made");
+  if (!item.files) throw new Error("the connection ended before the image was made");
 }
 
-/** Ask for a clip and look again until it is made. */
-async function makeClip(item, { files }, signal) {
+/** Ask for a video and look again until it is made, also where the server does not answer for a while. */
+async function makeVideo(item, { files }, signal) {
   if (!item.id) {
     const { kind, ...wish } = item.wish;
     const form = filled({ model: model.id, ...wish }, files, "input_reference");
-    item.id = (await askJson("v1/videos", { method: "POST", form, signal })).id;
+    const post = { method: "POST", form, signal, busy: (seconds) => busy(item, seconds) };
+    item.id = (await askJson("v1/videos", post)).id;
   }
   const path = `v1/videos/${item.id}`;
   for (;;) {
-    const answer = await ask(path, { signal });
-    const job = await answer.json();
+    let answer, job;
+    try {
+      answer = await ask(path, { signal });
+      job = await answer.json();
+    } catch (error) {
+      if (!(error instanceof Silence)) throw error;
+      await back(signal);
+      continue;
+    }
     if (job.status === "failed") throw new Refused(job.error, 200);
     if (job.status === "completed") {
       Object.assign(item, { seeds: job.seeds, parameters: job.parameters, seconds: total(job.timings) });
@@ -94,8 +105,14 @@ async function makeClip(item, { files }, signal) {
 
 const total = (timings) => (timings ? Object.values(timings).reduce((sum, s) => sum + s, 0) : null);
 
+function busy(item, seconds) {
+  item.busy = seconds;
+  shelf.update(item);
+}
+
 function progress(item, done, of, position, eta) {
   if (done && !item.begun) item.begun = Date.now();
+  item.busy = null;
   Object.assign(item, { done, total: of, position, eta, status: done ? "in_progress" : item.status });
 }
 
@@ -109,6 +126,11 @@ function filled(fields, files, name, mask) {
 }
 
 async function make(item, given) {
+  item.again = () => {
+    Object.assign(item, { id: null, status: "queued", done: 0, total: 0, begun: null, error: null, preview: null });
+    shelf.update(item);
+    make(item, given);
+  };
   const stop = new AbortController();
   item.stop = () => {
     stop.abort();
@@ -117,21 +139,31 @@ async function make(item, given) {
   let leave = () => {};
   try {
     if (item.kind === "image") leave = await turn(stop.signal);
-    await (item.kind === "image" ? makeImages : makeClip)(item, given, stop.signal);
+    await (item.kind === "image" ? makeImages : makeVideo)(item, given, stop.signal);
     item.status = "completed";
     shelf.update(item);
+    announce(`made: ${item.wish.prompt || "without a prompt"}`);
   } catch (error) {
     if (stop.signal.aborted || error.code === "cancelled") shelf.forget(item);
     else if (error.field && !item.begun) { // a mistake in the form
       shelf.forget(item);
       form.refuse(error.field, error.message);
     } else {
-      Object.assign(item, { status: "failed", error: error.message });
+      Object.assign(item, { status: "failed", error: error.message, busy: null });
       shelf.update(item);
+      announce(`failed: ${error.message}`);
     }
   } finally {
     leave();
   }
+}
+
+/** Whether to make it without a prompt. */
+function sure() {
+  const dialog = byId("sure");
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise((resolve) => { dialog.onclose = () => resolve(dialog.returnValue === "yes"); });
 }
 
 byId("form").addEventListener("submit", async (event) => {
@@ -139,6 +171,10 @@ byId("form").addEventListener("submit", async (event) => {
   form.accept();
   try {
     const wish = form.read();
+    if (!wish.prompt && !(await sure())) {
+      byId("prompt").focus();
+      return;
+    }
     const given = await form.pictures();
     const item = { id: null, kind: wish.kind, wish, status: "queued", done: 0, total: 0, created: Date.now() };
     shelf.add(item);
@@ -162,15 +198,28 @@ byId("reuse").onclick = () => {
 };
 byId("restart").onclick = async () => {
   const [item, output] = shelf.looking();
-  const blob = await (await fetch(await shelf.load(item, output))).blob();
-  form.give([new File([blob], `seed-${item.seeds[output]}.png`, { type: blob.type })]);
+  form.accept();
+  try {
+    const { blob } = await shelf.load(item, output);
+    if (!blob) throw new Error("this image lies in another storage, which the page may not read: download it, then choose the file");
+    await form.startFrom(new File([blob], `seed-${item.seeds[output]}.${blob.type.split("/")[1]}`, { type: blob.type }));
+  } catch (error) {
+    form.refuse("image", error.message);
+  }
 };
+byId("retry").onclick = () => shelf.looking()[0].again();
+byId("undo-removal").onclick = () => shelf.undoRemoval();
+window.addEventListener("pagehide", () => shelf.finishRemoval());
+window.addEventListener("beforeunload", (event) => {
+  // The server stops making an image when its page goes; of a video it does not.
+  if (shelf.items.some((item) => shelf.open(item) && (item.kind === "image" || !item.id))) event.preventDefault();
+});
 byId("theme").onclick = () => {
   const dark = getComputedStyle(document.documentElement).getPropertyValue("color-scheme") === "dark"
     || (!document.documentElement.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches);
-  localStorage.setItem("tinydiff-theme", document.documentElement.dataset.theme = dark ? "light" : "dark");
+  memory.remember("tinydiff-theme", document.documentElement.dataset.theme = dark ? "light" : "dark");
 };
-document.documentElement.dataset.theme = localStorage.getItem("tinydiff-theme") ?? "";
+document.documentElement.dataset.theme = memory.recall("tinydiff-theme") ?? "";
 
 let asking = null;
 onKeyNeeded((refusal) => asking ??= new Promise((resolve) => {
@@ -187,29 +236,17 @@ onKeyNeeded((refusal) => asking ??= new Promise((resolve) => {
   dialog.showModal();
 }));
 
-/** Show how the server is, now and then. */
-async function watch() {
-  for (;;) {
-    const state = byId("state");
-    let ready = false;
-    try {
-      const answer = await fetch("ready");
-      const { phase, done, total: of, eta_s: eta } = await answer.json();
-      ready = answer.ok;
-      state.dataset.state = ready ? "ready" : phase;
-      state.textContent = [phase, of > 1 && !ready && `${done} of ${of}`, eta && `${Math.ceil(eta)} s`].filter(Boolean).join(", ");
-    } catch {
-      state.dataset.state = "failed";
-      state.textContent = "no answer";
-    }
-    await rest(ready ? 20_000 : 1500);
-    while (document.hidden) await rest(1000);
-  }
+/** Take up what was asked for in an earlier visit or another tab. */
+function takeUp(item) {
+  if (shelf.find(item)) return;
+  const known = { done: 0, total: 0, ...item };
+  shelf.add(known);
+  if (known.status !== "completed") make(known, { files: [] });
 }
 
-/** Bring back what was made before, and the clips that this user has on the server. */
+/** Bring back what was made before, and the videos that this user has on the server. */
 async function restore() {
-  const kept = shelf.remembered();
+  const kept = memory.items();
   const listed = (await askJson("v1/videos?limit=50").catch(() => ({ data: [] }))).data;
   const known = new Set(kept.map((item) => item.id));
   for (const job of listed.filter((one) => !known.has(one.id) && one.status !== "failed")) {
@@ -218,19 +255,30 @@ async function restore() {
     const made = { seeds: job.seeds, parameters: job.parameters, seconds: total(job.timings) };
     kept.push({ id: job.id, kind: "video", wish, status: job.status, created: job.created_at * 1000, ...made });
   }
-  for (const item of kept.sort((a, b) => a.created - b.created)) {
-    shelf.add({ done: 0, total: 0, ...item });
-    if (item.status !== "completed") make(shelf.items[0], { files: [] });
-  }
+  for (const item of kept.sort((a, b) => a.created - b.created)) takeUp(item);
+  memory.onOthers(takeUp, (gone) => { const item = shelf.find(gone); if (item) shelf.forget(item); });
   const last = shelf.items.find((item) => item.status === "completed");
   if (last && !shelf.looking()[0]) shelf.show(last);
 }
 
-watch();
-askJson("v1/models").then(async ({ data: [entry] }) => {
+/** Fill the page, once the server answers. */
+async function begin() {
+  const { data: [entry] } = await askJson("v1/models");
   model = describe(entry);
   byId("model").textContent = model.id;
   form.setUp(model);
   byId("form").dataset.ready = "";
   await restore();
-}).catch((error) => form.refuse(null, error.message));
+}
+
+let begun = false;
+watch(async () => {
+  if (begun) { shelf.retry(); return; }
+  begun = true;
+  try {
+    await begin();
+  } catch (error) {
+    begun = Boolean(model);
+    if (!(error instanceof Silence)) form.refuse(null, error.message);
+  }
+});

@@ -1,30 +1,33 @@
 // What was asked for: the queue, the gallery, and the one of them that is looked at. An item is a plain object:
-//   id (the server's, or null), kind, wish (of the form), status, done, total, position, eta, preview, files (addresses within this page,
-//   one an output), seeds, parameters, seconds, error, created, begun, stop().
+//   id (the server's, or null), kind, wish (of the form), status, done, total, position, eta, busy (seconds until it is asked for again),
+//   preview, files ({ blob, src }, one an output; without blob where it lies in another storage), seeds, parameters, seconds, error,
+//   created, begun, stop(), again().
 
 import { ask, askFile, askJson } from "./api.js";
+import * as memory from "./memory.js";
 
 const byId = (id) => document.getElementById(id);
-const KEPT = "tinydiff-gallery";
-const MOST = 200; // items kept in this browser
+const UNDO = 10_000; // milliseconds in which a removal can be taken back
 const runs = (item) => item && open(item) && item.done > 0;
-const open = (item) => !["completed", "failed"].includes(item.status);
+export const open = (item) => !["completed", "failed"].includes(item.status);
 
 export let items = []; // the newest first
 let shown = null, index = 0;
 let following = true; // what is being made, until the user looks at something else
 const rows = new Map(), cards = new Map();
 
-/** Put a new item on the shelf. */
+export const find = ({ kind, id }) => items.find((item) => id && item.kind === kind && item.id === id);
+
+/** Put an item on the shelf, among the others by its age. */
 export function add(item) {
-  items.unshift(item);
+  const older = items.findIndex((other) => other.created <= item.created);
+  items.splice(older < 0 ? items.length : older, 0, item);
   update(item);
 }
 
 /** Show what has become of an item. */
 export function update(item) {
-  const queued = item.status !== "completed";
-  if (queued) showRow(item);
+  if (item.status !== "completed") showRow(item);
   else {
     rows.get(item)?.remove();
     rows.delete(item);
@@ -34,7 +37,7 @@ export function update(item) {
   const news = runs(item) || (item.status === "completed" && item.stop); // what was made before has no stop
   if (following && news && shown !== item && !runs(shown)) show(item, 0, true);
   else if (shown === item) view();
-  keep();
+  if (item.id && (item.status === "completed" || (item.kind === "video" && open(item)))) memory.keep(item);
 }
 
 /** Take an item off the shelf. */
@@ -46,7 +49,7 @@ export function forget(item) {
   cards.delete(item);
   showBoxes();
   if (shown === item) show(items.find((other) => other.status === "completed") ?? null);
-  keep();
+  memory.drop(item);
 }
 
 function showBoxes() {
@@ -68,34 +71,17 @@ export function follow(item) {
 
 export const looking = () => [shown, index];
 
-/** What this browser remembers of earlier visits, the newest first. */
-export function remembered() {
-  try {
-    return JSON.parse(localStorage.getItem(KEPT)) ?? [];
-  } catch {
-    return [];
-  }
-}
-
-function keep() {
-  const kept = items.filter((item) => item.id && (item.status === "completed" || (item.kind === "video" && open(item))));
-  const plain = kept.slice(0, MOST).map(({ id, kind, wish, status, seeds, parameters, seconds, created }) =>
-    ({ id, kind, wish, status, seeds, parameters, seconds, created }));
-  localStorage.setItem(KEPT, JSON.stringify(plain));
-}
-
 /** Where the server has an output. */
-export const address = (item, output, variant = "video") =>
-  `v1/${item.kind}s/${item.id}/content?${item.kind === "video" ? `variant=${variant}&index` : "variant"}=${output}`;
+const address = (item, output) => `v1/${item.kind}s/${item.id}/content?${item.kind === "video" ? "index" : "variant"}=${output}`;
 
 /** Fetch an output that is not in this page yet. */
 export async function load(item, output) {
   item.files ??= [];
-  item.files[output] ??= (await askFile(address(item, output))) ?? (await elsewhere(item, output));
+  item.files[output] ??= (await askFile(address(item, output))) ?? { src: await elsewhere(item, output) };
   return item.files[output];
 }
 
-/** The address of an output in another storage, whose pictures may be shown. */
+/** The address of an output in another storage, whose images may be shown. */
 async function elsewhere(item, output) {
   const job = await askJson(`v1/${item.kind}s/${item.id}`);
   return (job.data ?? job.outputs)[output].url;
@@ -108,6 +94,7 @@ const seconds = (s) => (s < 9.95 ? `${s.toFixed(1)} s` : s < 90 ? `${Math.round(
 function standing(item) {
   if (item.status === "failed") return item.error;
   if (item.status === "completed") return "";
+  if (item.busy) return `the server has too much to do; asking again in ${seconds(item.busy)}`;
   if (item.done) {
     const left = ((Date.now() - item.begun) / 1000 / item.done) * (item.total - item.done);
     const steps = item.kind === "video" ? `${item.done} %` : `step ${item.done} of ${item.total}`;
@@ -134,6 +121,15 @@ function showRow(item) {
   row.querySelector(".drop-job").setAttribute("aria-label", open(item) ? "Cancel" : "Dismiss");
 }
 
+const outputs = new WeakMap(); // of cards: [item, output]
+const bare = new Set(); // cards whose image could not be fetched
+const near = new IntersectionObserver((entries) => {
+  for (const { target } of entries.filter((entry) => entry.isIntersecting)) {
+    near.unobserve(target);
+    fill(target);
+  }
+}, { rootMargin: "300px" });
+
 function showCards(item) {
   if (cards.has(item)) return;
   const made = item.seeds.map((seed, output) => {
@@ -141,8 +137,9 @@ function showCards(item) {
     const button = card.querySelector("button");
     button.setAttribute("aria-label", `${item.wish.prompt || "without a prompt"}, seed ${seed}`);
     button.onclick = () => { show(item, output); byId("viewer").scrollIntoView({ block: "nearest" }); };
-    thumbnail(item, output).then((src) => button.append(element("img", { src, alt: "" })), () => forget(item));
-    if (item.kind === "video") button.append(element("span", { className: "badge", textContent: "clip" }));
+    if (item.kind === "video") button.append(element("span", { className: "badge", textContent: "video" }));
+    outputs.set(card, [item, output]);
+    near.observe(card);
     return card;
   });
   cards.set(item, made);
@@ -151,9 +148,30 @@ function showCards(item) {
   else byId("gallery").append(...made);
 }
 
+/** Fetch a card's small image. What the server no longer has leaves the shelf; after any other failure the card waits for `retry`. */
+async function fill(card) {
+  const [item, output] = outputs.get(card);
+  try {
+    const src = await thumbnail(item, output);
+    card.querySelector("button").prepend(element("img", { src, alt: "" }));
+    bare.delete(card);
+  } catch (error) {
+    if (error.status === 404) forget(item);
+    else bare.add(card);
+  }
+}
+
 async function thumbnail(item, output) {
-  const small = address(item, output, "thumbnail");
-  return item.kind === "video" ? (await askFile(small)) ?? small : load(item, output);
+  const known = item.kind === "image" && item.files?.[output];
+  const small = `${address(item, output)}&${item.kind === "video" ? "variant=thumbnail" : "thumbnail=true"}`;
+  return known ? known.src : (await askFile(small))?.src ?? (item.kind === "video" ? small : (await load(item, output)).src);
+}
+
+/** Fetch again what could not be fetched. */
+export function retry() {
+  for (const card of bare) near.observe(card);
+  bare.clear();
+  if (shown?.status === "completed" && !byId("media").firstElementChild) view();
 }
 
 function view() {
@@ -162,44 +180,49 @@ function view() {
   byId("viewer").dataset.status = status;
   for (const [id, when] of Object.entries({
     cancel: item && open(item), download: status === "completed", reuse: item, remove: status === "completed",
-    restart: status === "completed" && item.kind === "image",
+    restart: status === "completed" && item.kind === "image", retry: status === "failed" && item.again,
   })) byId(id).hidden = !when;
   byId("progress").value = item?.total ? item.done / item.total : 0;
   byId("details").hidden = status !== "completed";
-  byId("caption").textContent = !item ? "What you make appears here." : status === "completed" ? summary(item) : standing(item);
+  const [said, facts] = !item ? ["What you make appears here."] : status === "completed" ? summary(item) : [standing(item)];
+  byId("caption").textContent = said;
+  byId("facts").textContent = facts ?? "";
   for (const mark of document.querySelectorAll(".gallery [aria-current]")) mark.removeAttribute("aria-current");
   if (!item) { byId("media").replaceChildren(); return; }
   const { width = 1, height = 1 } = { ...item.wish, ...item.parameters };
-  byId("media").style.setProperty("--ratio", width / height);
-  byId("media").style.setProperty("--most", `${4 * width}px`);
+  byId("frame").style.setProperty("--ratio", width / height);
+  byId("frame").style.setProperty("--most", `${4 * width}px`);
   if (status === "completed") {
     cards.get(item)?.[index]?.querySelector("button").setAttribute("aria-current", "true");
     byId("parameters").replaceChildren(...Object.entries({ ...item.parameters, seed: item.seeds[index] }).flatMap(([name, value]) =>
-      value === null || value === "" || value?.length === 0 ? [] : [element("dt", { textContent: name }), element("dd", { textContent: said(value) })]));
+      value === null || value === "" || value?.length === 0 ? [] : [element("dt", { textContent: name }), element("dd", { textContent: shownAs(value) })]));
     viewMade(item, index);
-  } else paint(item.preview && element("img", { src: item.preview, alt: "A preview", className: "preview" }), item.preview);
+  } else paint(item.preview && element("img", { src: item.preview.src, alt: "A preview", className: "preview" }), item.preview?.src);
 }
 
-const said = (value) => (typeof value === "object" ? JSON.stringify(value) : String(value));
+const shownAs = (value) => (typeof value === "object" ? JSON.stringify(value) : String(value));
 
+/** What was asked for, and what was made. */
 function summary(item) {
   const { width, height, num_frames: frames } = { ...item.wish, ...item.parameters };
-  const parts = [item.wish.prompt, `${width} × ${height}`, frames > 1 && `${frames} frames`, `seed ${item.seeds[index]}`];
-  return [...parts, item.seconds && `made in ${seconds(item.seconds)}`].filter(Boolean).join(" · ");
+  const facts = [`${width} × ${height}`, frames > 1 && `${frames} frames`, `seed ${item.seeds[index]}`];
+  return [item.wish.prompt, [...facts, item.seconds && `made in ${seconds(item.seconds)}`].filter(Boolean).join(" · ")];
 }
 
 async function viewMade(item, output) {
   let src;
   try {
-    src = await load(item, output);
+    ({ src } = await load(item, output));
   } catch (error) {
+    if (shown !== item || index !== output) return;
+    paint(null);
     byId("caption").textContent = error.message;
     return;
   }
   if (shown !== item || index !== output) return;
-  const clip = { src, controls: true, loop: true, muted: true, autoplay: true, playsInline: true };
-  const made = item.kind === "video" ? element("video", clip) : element("img", { src, alt: item.wish.prompt || "the picture" });
-  if (item.kind === "video") made.setAttribute("aria-label", item.wish.prompt || "the clip");
+  const video = { src, controls: true, loop: true, muted: true, autoplay: true, playsInline: true };
+  const made = item.kind === "video" ? element("video", video) : element("img", { src, alt: item.wish.prompt || "the image" });
+  if (item.kind === "video") made.setAttribute("aria-label", item.wish.prompt || "the video");
   paint(made, src);
   byId("download").href = src;
   byId("download").download = `tinydiff-${item.seeds[output]}.${item.kind === "video" ? "mp4" : "png"}`;
@@ -207,7 +230,7 @@ async function viewMade(item, output) {
 
 let painted = 0;
 
-/** Show a picture or clip in place of what was there, once it can be drawn, so that nothing flickers; the last one asked for wins. */
+/** Show an image or a video in place of what was there, once it can be drawn, so that nothing flickers; the last one asked for wins. */
 async function paint(made, src) {
   const turn = ++painted;
   if (byId("media").firstElementChild?.getAttribute("src") === (src ?? null) && src) return;
@@ -215,8 +238,31 @@ async function paint(made, src) {
   if (turn === painted) byId("media").replaceChildren(...(made ? [made] : []));
 }
 
-/** Have the server remove an item, and forget it. */
-export async function remove(item) {
+let removing = null; // the item that is off the shelf but still the server's
+
+/** Take an item off the shelf, and have the server remove it when it is too late to take that back. */
+export function remove(item) {
+  finishRemoval();
   forget(item);
-  await ask(`v1/${item.kind}s/${item.id}`, { method: "DELETE" }).catch(() => {}); // it may be gone already
+  removing = { item, timer: setTimeout(finishRemoval, UNDO) };
+  byId("removed").hidden = false;
+}
+
+export function undoRemoval() {
+  if (!removing) return;
+  clearTimeout(removing.timer);
+  const { item } = removing;
+  removing = null;
+  byId("removed").hidden = true;
+  add(item);
+  show(item);
+}
+
+export function finishRemoval() {
+  if (!removing) return;
+  clearTimeout(removing.timer);
+  const { kind, id } = removing.item;
+  removing = null;
+  byId("removed").hidden = true;
+  ask(`v1/${kind}s/${id}`, { method: "DELETE", keepalive: true }).catch(() => {}); // it may be gone already
 }
