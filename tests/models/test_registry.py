@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
+import tinydiff
 from tinydiff.models.registry import MODELS, SHIPPED, WAN_NEGATIVE, find, match, named
 from tinydiff.records import UserError
 
@@ -110,6 +114,14 @@ def test_a_folder_of_unknown_name_is_known_by_its_kind_and_shape(class_name, opt
 def test_a_name_of_another_kind_does_not_decide(class_name, options, name, wanted):
     shape = SHAPES["14B"] if class_name == "WanPipeline" else {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24}
     assert match(class_name, options, shape, name).name.endswith("/" + wanted)
+
+
+def test_a_copy_of_the_shipped_model_is_known_under_any_name():
+    config = json.loads((Path(tinydiff.__file__).parent / "shapes" / "transformer" / "config.json").read_text())
+    options = {"boundary_ratio": None, "expand_timesteps": True}
+    assert match("WanPipeline", options, config, "/data/mine") is named(SHIPPED)
+    other = match("WanPipeline", options, {**config, "num_layers": 5}, "/data/mine")
+    assert other is named("Wan-AI/Wan2.2-TI2V-5B-Diffusers"), "the shipped model stands for no other"
 
 
 def test_an_unreleased_shape_takes_the_first_row_of_its_kind():

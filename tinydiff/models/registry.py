@@ -231,9 +231,10 @@ def match(class_name: str, options: Mapping[str, Any], transformer: Mapping[str,
     if class_name not in classes:
         hint = nearest(class_name, classes)
         raise UserError("model_path", f"model_path: {name!r} is a {class_name}; supported classes are {', '.join(classes)}{hint}")
-    rows = [row for row in MODELS[1:] if row.kind == kind]
+    rows = [row for row in MODELS if row.kind == kind]
     if not rows:
         message = f"{name!r} is a {in_words(kind)}, a combination that no supported model has"
         raise UserError("model_path", f"model_path: {message}")
     known = {**options, **transformer}
-    return next((row for row in rows if all(known.get(key) == value for key, value in row.shape.items())), rows[0])
+    alike = [row for row in rows if all(known.get(key) == value for key, value in row.shape.items())]
+    return next(row for row in (*alike, *rows) if row.name != SHIPPED or row in alike)  # the shipped model stands for no other
