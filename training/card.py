@@ -10,35 +10,43 @@ import torch
 from training import denoiser, model
 from training.scenes import COLOURS, MOTIONS, PLACES, RELATIONS, SHAPES, SIZES
 
-KINDS = {"picture": "pictures of one shape", "pair": "pictures of two shapes", "clip": "clips"}
+KINDS = {"picture": "images of one shape", "pair": "images of two shapes", "clip": "videos"}
+TABLE = "| stage | steps | |\n|---|---|---|\n"
 
 
-def card(run: Path, folder: Path) -> str:
-    """The card's text."""
+def stages(card: str) -> list[str]:
+    """The rows of an earlier card's table of stages: what a model that is trained on has behind it."""
+    return card.partition(TABLE)[2].partition("\n\n")[0].splitlines()
+
+
+def card(run: Path, folder: Path, before: list[str] | None = None) -> str:
+    """The card's text. before: rows of the stages that are not in `run`."""
     figures = json.loads((folder / "evaluation.json").read_text())
     rows = "\n".join(
         f"| {KINDS[kind]} | {found['count']} | {found['right']} | {found['share']:.1%} | "
         f"{', '.join(f'{name} {times}' for name, times in found['wrong'].items()) or 'none'} |"
         for kind, found in figures.items()
     )
-    stages = {
-        "pictures": ("autoencoder on pictures", "squares around contours, then whole pictures"),
-        "clips": ("its memory on clips", "the coding of pictures held still"),
+    parts_of_the_training = {
+        "pictures": ("autoencoder on images", "squares around contours, then whole images"),
+        "clips": ("its memory on videos", "the coding of images held still"),
         "polish": ("its decoder", ""),
         "denoiser": ("denoiser and text encoder", "flow matching, one prompt in ten empty"),
     }
-    steps = "\n".join(
+    done = [
         f"| {what} | {torch.load(run / f'{stage}.pt', 'cpu')['step']} | {how} |"
-        for stage, (what, how) in stages.items()
+        for stage, (what, how) in parts_of_the_training.items()
         if (run / f"{stage}.pt").exists()
-    )
+    ]
+    steps = "\n".join([*(before or []), *done])
     sizes = {path.parent.name: path.stat().st_size for path in sorted(folder.glob("*/*.safetensors"))}
     parts = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items())
     whole = f"{sum(sizes.values()) / 1e6:.2f} MB"
     return f"""# tinydiff/shapes
 
-The model that comes with tinydiff: pictures and clips of coloured shapes, 128 by 128 pixels, from a sentence, or from a
-sentence and a first frame. It is Wan's TI2V architecture in small, in the diffusers layout, float16 on disk: {parts},
+The model that comes with tinydiff: images and videos of coloured shapes, 128 by 128 pixels, from a sentence, or from a
+sentence and a first frame. It is Wan's TI2V architecture in small, in the diffusers layout, float16 on disk:
+{parts},
 together {whole}. It knows nothing but these shapes; it is there so that everything can be tried, and tested, without a
 download.
 
@@ -46,13 +54,14 @@ download.
 
 {", ".join(SHAPES)}; {" or ".join(SIZES)}; {", ".join(COLOURS)},
 on a background of any other of these colours; {", ".join(PLACES)}; two shapes, one {" or ".join(RELATIONS)} the other;
-in clips of 17 frames one shape that does one of {", ".join(MOTIONS)}. Wording is free within that, attributes may
-be left out, and are then random. Prompts are read up to {model.TEXT_TOKENS} tokens.
+in videos of 17 frames one shape that does one of {", ".join(MOTIONS)}. Wording is free within that. Attributes may
+be left out, and are then random; an image whose prompt names no place is less often clean. Prompts are read up to
+{model.TEXT_TOKENS} tokens.
 
 ## How well it does
 
-Held-out combinations of attributes, never trained on; an output is right when every attribute that its prompt names is read off its
-pixels. Made with the model's defaults (`tinydiff models`).
+Held-out combinations of attributes, never trained on, each named by its prompt; an output is right when every attribute
+that its prompt names is read off its pixels. Made with the model's defaults (`tinydiff models`).
 
 | | made | right | share | attributes missed |
 |---|---|---|---|---|
@@ -65,15 +74,13 @@ pixels. Made with the model's defaults (`tinydiff models`).
 `python -m training.train RUN FOLDER`, from nothing but that script's own procedural scenes (`training/scenes.py`), seed 1,
 on two CPU cores.
 
-| stage | steps | |
-|---|---|---|
-{steps}
+{TABLE}{steps}
 
-Noise levels are logit-normal, shifted by {denoiser.SHIFT:g}. Held out are a tenth of the combinations, by a fixed hash: of
-colour, shape, size and place of a single shape; of colours, shapes and relation of two; of colour, shape and motion in
-clips. The first 24000 pictures, 12000 pairs and 3500 clips of seed 1 were coded once; captions are drawn anew each time.
+Noise levels are logit-normal, shifted by {denoiser.SHIFT:g}, of videos by the root of their latent frames more.
+Held out are a tenth of the combinations, by a fixed hash: of colour, shape, size and place of a single shape; of
+colours, shapes and relation of two; of colour, shape and motion in videos. Captions are drawn anew each time.
 
 ## Limits
 
-Small shapes lose their points; unusual words are spelt out letter by letter and mean nothing to it. Apache-2.0.
+Videos often lose the shape of what moves; unusual words are spelt out letter by letter and mean nothing to it. Apache-2.0.
 """

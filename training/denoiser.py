@@ -1,14 +1,17 @@
 """Training of the denoiser and its text encoder, together, on the autoencoder's latents: flow matching with velocity prediction.
 
-Pictures are clips of one latent frame, so one network learns both. A quarter of the clips are given their first frame, its tokens clean
-and at timestep 0, as TI2V wants it. One prompt in ten is empty, for guidance.
+Pictures are clips of one latent frame, so one network learns both, and every step takes all kinds of scenes: without clips among them it
+forgets clips within minutes. Some clips are given their first frame, its tokens clean and at timestep 0, as TI2V wants it. One prompt in
+ten is empty, for guidance.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -18,8 +21,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from tinydiff.io.weights import load_weights
 from tinydiff.models import wan
-from tinydiff.models.autoencoders import wan as wan_vae
 from tinydiff.models.encoders import t5
 from tinydiff.models.evaluate import walk
 from tinydiff.ops.patch import patchify
@@ -28,14 +31,17 @@ from tinydiff.parallel.plan import Plan
 from tinydiff.sampling.sigmas import static_shift
 from training import autoencoder, model
 from training.captions import caption
-from training.scenes import FRAMES, SHAPES, Kind, Scene, render, scenes
+from training.pool import Pool, coder, drawn, exported, grown, statistics
+from training.scenes import FRAMES, SHAPES, Kind, Scene
 
 C = model.TRANSFORMER
 EMPTY = 0.1  # share of prompts left empty
-GIVEN = 0.25  # share of clips whose first frame is given
-RATE = 1.5e-3
+GIVEN = 0.15  # share of batches of clips whose first frame is given
+RATE, WARMUP, ENDING = 8e-4, 50, 0.2
+"""The learning rate, over how many steps it rises to that, and in what last share of the training it falls along a cosine."""
+INERTIA = 0.995  # of the average of the weights, which is what is exported
 PROBE = 0.05
-"""What the losses of the two linear probes count, which are thrown away in the end."""
+"""What the losses of the two linear probes count, which are thrown away in the end. A model that is trained on has none."""
 PLACED, SHAPED = 2, 4
 """After how many blocks a probe reads each token's place, and after how many the nearest shape: what it is, how far off and how large.
 Rope tells tokens only where they are to each other; absolute places, which prompts name, can be found out at the borders of the picture.
@@ -43,36 +49,10 @@ The shape's outline moves the error of few tokens, and only when all of them agr
 finds both out very late."""
 SHIFT, SPREAD = 4.0, 1.2
 """Noise levels are logit-normal with this spread, then shifted: few tokens with flat colours show what they are through much noise, so
-what a scene holds is decided at the highest levels."""
+what a scene holds is decided at the highest levels. A clip shows it through still more: its shift grows with the root of its latent
+frames."""
 Params = dict[str, Tensor]
 Log = Callable[[str], None]
-
-
-def encoded(run: Path, kind: Kind, count: int, seed: int, log: Log, device: str = "cpu") -> tuple[list[Scene], Tensor]:
-    """`count` training scenes of a kind and the means of their latents, float16 [count, Z, F, 16, 16], kept in `run` once made."""
-    path = run / f"latents-{kind}.pt"
-    made = scenes(seed, kind, count)
-    stage = "clips" if kind == "clip" else "pictures"
-    if path.exists() and len(latents := torch.load(path)) == count:
-        return made, latents
-    w = Weights(autoencoder.fast(torch.load(run / f"{stage}.pt", device)["average"]))
-    size, parts = (4 if kind == "clip" else 32), []
-    started = time.monotonic()
-    with torch.no_grad():
-        for i in range(0, count, size):
-            x = render(made[i : i + size]).to(device, torch.bfloat16)
-            parts.append(wan_vae.moments(autoencoder.C, w, x)[:, : autoencoder.C.z_dim].half().cpu())
-            if (i // size) % 100 == 99:
-                log(f"latents {kind} {i + size}/{count} {(i + size) / (time.monotonic() - started):.1f} /s")
-    latents = torch.cat(parts)
-    autoencoder.keep(path, latents)
-    return made, latents
-
-
-def statistics(pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [Z] of latents [N, Z, F, H, W]: what goes into the autoencoder's config."""
-    flat = pictures.float().transpose(0, 1).flatten(1)
-    return flat.mean(1), flat.std(1)
 
 
 def initial(seed: int, vocabulary: int) -> tuple[Params, t5.Config]:
@@ -82,8 +62,6 @@ def initial(seed: int, vocabulary: int) -> tuple[Params, t5.Config]:
     params: Params = {}
     for prefix, rows in (("text", t5.spec(text)), ("denoiser", wan.spec(C))):
         for row in rows:
-            if row.optional:
-                continue
             name, shape = row.name, row.shape
             if name.endswith("scale_shift_table"):
                 value = torch.zeros(shape)
@@ -117,12 +95,13 @@ def tokens(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
 def loss(
     params: Params, text: t5.Config, ids: Tensor, mask: Tensor, made: list[Scene], latents: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """(mean squared error of the predicted velocity, the probes' loss), over normalised latents [B, Z, F, H, W] of scenes."""
+    """(mean squared error of the predicted velocity, the probes' loss or 0 without probes), over normalised latents [B, Z, F, H, W]."""
     w = Weights(params)
     hidden = wan.text_input(t5.encode(text, Plan(), w / "text", ids, mask), mask)
     clean = patchify(latents, C.patch_size)
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-    sigma = static_shift(torch.sigmoid(SPREAD * torch.randn(len(clean), generator=generator)), SHIFT).to(clean.device)
+    level = torch.sigmoid(SPREAD * torch.randn(len(clean), generator=generator))
+    sigma = static_shift(level, SHIFT * latents.shape[2] ** 0.5).to(clean.device)
     noisy = torch.lerp(clean, noise, sigma[:, None, None])
     frames, height, width = latents.shape[2:]
     inputs = {"text": hidden, "positions": wan.positions(C, (frames, height, width), clean.device)}
@@ -134,6 +113,8 @@ def loss(
         weight = (~frozen).float()
     _, *states, velocity = walk(wan, C, Plan(), w / "denoiser", noisy, sigma * 1000, inputs)
     error = ((velocity - (noise - clean)).square() * weight).mean() / weight.mean()
+    if "probe.weight" not in params:
+        return error, error.new_zeros(())
     lost = _place_lost(params["probe.weight"], states[PLACED - 1], inputs["positions"][:, 1:])
     return error, lost + _shape_lost(params["outline.weight"], states[SHAPED - 1], *nearest(made, inputs["positions"]))
 
@@ -170,82 +151,164 @@ def nearest(made: list[Scene], positions_L3: Tensor) -> tuple[Tensor, Tensor]:
     return kinds.gather(1, which), torch.where(which[..., None] == 0, *outline)
 
 
-def _optimisers(params: Params) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for the rest, at one rate."""
-    inner = [tensor for name, tensor in params.items() if tensor.ndim == 2 and ".block" in name and "bias" not in name]
-    chosen = {id(tensor) for tensor in inner}
-    outer = [tensor for tensor in params.values() if id(tensor) not in chosen]
-    return [
-        torch.optim.Muon(inner, RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(outer, RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
-    ]
+def finished(folder: Path) -> Params:
+    """The weights of a model folder, named as `initial` names them, without probes."""
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    parts = {
+        "text": load_weights(folder / "text_encoder", t5.spec(model.text_encoder(config["vocab_size"])), torch.float32),
+        "denoiser": load_weights(folder / "transformer", wan.spec(C), torch.float32),
+    }
+    return {f"{prefix}.{name}": tensor.clone() for prefix, part in parts.items() for name, tensor in part.items()}
+
+
+def normalisation(folder: Path) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [Z] of the latents, as the autoencoder's config in a model folder has them."""
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    return torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
+
+
+def pace(step: int, done: float) -> float:
+    """The share of the full learning rate at a step where `done` of the whole training, in [0, 1], is behind it."""
+    left = min(1.0, max(0.0, 1 - done) / ENDING)
+    return min(1, (step + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 - math.cos(math.pi * left)))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one kind of scene is to the training: how many scenes a step takes, how many are coded before the first step and at each
+    one, and what their loss counts."""
+
+    batch: int
+    first: int
+    growth: int
+    weight: float = 1.0
+
+
+MIX: dict[Kind, Share] = {"picture": Share(14, 500, 2), "pair": Share(6, 300, 1), "clip": Share(14, 50, 1, 2.0)}
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long to train: `steps` or `minutes` in all, whichever is given, and for how many minutes of that at most in this call."""
+
+    steps: int | None = None
+    minutes: float | None = None
+    piece: float = math.inf
+
+    def done(self, step: int, minutes: float) -> float:
+        """The share of the whole that is behind a step, or a time."""
+        return step / self.steps if self.steps is not None else minutes / (self.minutes or math.inf)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training begins with: an autoencoder's weights, the denoiser's and text encoder's, and the latents' mean and deviation, which
+    are measured where they are None."""
+
+    coder: Params
+    params: Params
+    normal: tuple[Tensor, Tensor] | None = None
+
+
+def scratch(run: Path, words: Tokenizer, seed: int) -> Start:
+    """From nothing, on the latents of the autoencoder in `run`."""
+    return Start(torch.load(run / "clips.pt", "cpu")["average"], initial(seed, words.get_vocab_size())[0])
+
+
+def resumed(folder: Path, weights: Path | None = None) -> Start:
+    """From a model folder; `weights` is another folder whose transformer and text encoder are taken instead."""
+    return Start(exported(folder), finished(weights or folder), normalisation(folder))
 
 
 def train(
     run: Path,
-    steps: int,
+    length: Length,
     tokenizer: Path,
-    counts: dict[Kind, int],
-    batches: dict[Kind, int],
-    clips_from: int,
+    start: Callable[[Tokenizer], Start],
+    mix: dict[Kind, Share] = MIX,
     seed: int = 1,
     log: Log = print,
     device: str = "cpu",
-) -> None:
-    """Train for `steps` in all and write `run/denoiser.pt`; resumes from it.
+    every: float = 240,
+) -> bool:
+    """Train and write `run/denoiser.pt` every so many seconds and in the end; goes on from that file where it is there, else from `start`.
+    Returns whether the whole is done.
 
-    A step takes a batch of each kind in `batches`, drawn from `counts` scenes; clips, dear and learnt quickly by a network that knows
-    pictures, join at step `clips_from`. Where torch.distributed runs, the ranks share each batch and rank 0 writes.
+    Each step takes a batch of each kind in `mix`. Where torch.distributed runs, the ranks share each batch and rank 0 writes.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     words = Tokenizer.from_file(str(tokenizer))
+    text = model.text_encoder(words.get_vocab_size())
     path = run / "denoiser.pt"
-    data = {kind: encoded(run, kind, counts[kind], seed, log, device) for kind in batches if kind != "clip"}
-    params, text = initial(seed, words.get_vocab_size())
-    params = {name: tensor.to(device) for name, tensor in params.items()}
-    fresh = {"step": 0, "params": params, "average": {name: tensor.clone() for name, tensor in params.items()}}
-    state = torch.load(path, device) if path.exists() else fresh
-    params, average = state["params"], state["average"]
-    mean, std = (values.cpu() for values in state.get("statistics") or statistics(data["picture"][1]))
+    begin = start(words)
+    code = coder(begin.coder, device)
+    state = torch.load(path, device) if path.exists() else {"step": 0, "minutes": 0.0, "params": begin.params}
+    counts: dict[Kind, int] = {kind: share.first + share.growth * state["step"] for kind, share in mix.items()}
+    pools = {kind: grown(_kept(run, kind, seed), kind, count, seed, code) for kind, count in counts.items()}
+    mean, std = (values.cpu() for values in state.get("statistics") or begin.normal or statistics(pools["picture"].latents))
+    params = {name: tensor.to(device) for name, tensor in state["params"].items()}
+    average = state.get("average") or {name: tensor.clone() for name, tensor in params.items()}
     leaves = [tensor.requires_grad_() for tensor in params.values()]
-    optimisers = _optimisers(params)
-    for optimiser, saved in zip(optimisers, state.get("optimisers", []), strict=False):
-        optimiser.load_state_dict(saved)
-    started = shown = time.monotonic()
-    history: dict[str, list[float]] = {kind: [] for kind in (*batches, "lost")}
-    for step in range(state["step"], steps):
-        for optimiser in optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = RATE * autoencoder.annealed(step, steps, warmup=200)
+    optimiser = torch.optim.AdamW(leaves, RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    if "optimiser" in state:
+        optimiser.load_state_dict(state["optimiser"])
+    history: dict[str, list[float]] = {kind: [] for kind in (*mix, "lost")}
+    step, began, first = state["step"], time.monotonic(), state["step"]
+    shown = written = began
+
+    def spent() -> float:
+        return (time.monotonic() - began) / 60
+
+    def save() -> None:
+        for kind, pool in pools.items():
+            autoencoder.keep(run / f"pool-{kind}.pt", pool.latents)
+        saved = {"step": step, "minutes": state["minutes"] + spent(), "average": average, "statistics": (mean, std)}
+        kept = {"params": {n: t.detach() for n, t in params.items()}, "optimiser": optimiser.state_dict()}
+        autoencoder.keep(path, saved | kept)
+
+    while (done := length.done(step, state["minutes"] + spent())) < 1 and spent() < length.piece:
+        for group in optimiser.param_groups:
+            group["lr"] = RATE * pace(step, done)
         generator, rng = torch.Generator().manual_seed((seed + rank) * 1_000_003 + step), Random(f"{seed} {step} {rank}")
-        for kind, size in batches.items():
-            if kind == "clip" and step < clips_from:
-                continue
-            if kind not in data:
-                data[kind] = encoded(run, kind, counts[kind], seed, log, device)
-            made, latents = data[kind]
-            picks = torch.randint(len(made), (size // ranks,), generator=generator)
-            texts = ["" if rng.random() < EMPTY else caption(made[i], rng) for i in picks.tolist()]
-            normal = (latents[picks].float() - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
-            ids, mask = (rows.to(device) for rows in tokens(words, texts))
-            error, lost = loss(params, text, ids, mask, [made[i] for i in picks.tolist()], normal.to(device), generator)
-            (error + PROBE * lost).backward()
+        for kind, share in mix.items():
+            pools[kind] = pool = grown(pools[kind], kind, share.first + share.growth * step, seed, code)
+            picks = torch.randint(len(pool.scenes), (share.batch // ranks,), generator=generator)
+            made = [pool.scenes[i] for i in picks.tolist()]
+            normal = (pool.latents[picks].float() - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
+            ids, mask = (rows.to(device) for rows in tokens(words, ["" if rng.random() < EMPTY else caption(s, rng) for s in made]))
+            error, lost = loss(params, text, ids, mask, made, normal.to(device), generator)
+            (share.weight * error + PROBE * lost).backward()
             history[kind].append(error.item())
             history["lost"].append(lost.item())
         if ranks > 1:
             autoencoder.average_gradients(leaves, ranks)
         torch.nn.utils.clip_grad_norm_(leaves, 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
         with torch.no_grad():
-            inertia = min(0.999, step / (step + 10))
+            inertia = min(INERTIA, step / (step + 10))
             for kept, leaf in zip(average.values(), leaves, strict=True):
                 kept.lerp_(leaf.detach(), 1 - inertia)
-        if rank == 0 and (time.monotonic() - shown > 30 or step + 1 == steps):
+        step += 1
+        if rank == 0 and time.monotonic() - shown > 30:
             shown = time.monotonic()
-            recent = " ".join(f"{kind} {sum(h[-100:]) / len(h[-100:]):.4f}" for kind, h in history.items() if h)
-            log(f"denoiser step {step + 1}/{steps} loss {recent} {(step + 1 - state['step']) / (shown - started):.2f} steps/s")
-        if rank == 0 and ((step + 1) % 250 == 0 or step + 1 == steps):
-            saved = {"step": step + 1, "average": average, "optimisers": [o.state_dict() for o in optimisers], "statistics": (mean, std)}
-            autoencoder.keep(path, saved | {"params": {n: t.detach() for n, t in params.items()}})
+            log(_progress(step, history, spent(), done, step - first))
+        if rank == 0 and time.monotonic() - written > every:
+            written = time.monotonic()
+            save()
+    if rank == 0 and step > first:
+        log(_progress(step, history, spent(), length.done(step, state["minutes"] + spent()), step - first))
+        save()
+    return done >= 1
+
+
+def _kept(run: Path, kind: Kind, seed: int) -> Pool:
+    """The pool that an earlier call left in `run`, or an empty one."""
+    path = run / f"pool-{kind}.pt"
+    latents = torch.load(path) if path.exists() else None
+    return Pool() if latents is None else Pool(drawn(kind, len(latents), seed), latents)
+
+
+def _progress(step: int, history: dict[str, list[float]], minutes: float, done: float, steps: int) -> str:
+    recent = " ".join(f"{kind} {sum(h[-100:]) / len(h[-100:]):.4f}" for kind, h in history.items() if h)
+    return f"denoiser step {step} ({done:.0%}) loss {recent} {steps / max(minutes, 1e-9):.1f} steps/min"

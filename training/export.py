@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -56,7 +57,7 @@ def _json(path: Path, entries: dict[str, Any]) -> None:
 
 def _component(folder: Path, file: str, config: dict[str, Any], rows: Iterable[Row], weights: dict[str, Tensor]) -> None:
     _json(folder / "config.json", config)
-    chosen = {row.name: weights[row.name].detach().reshape(row.shape).half().contiguous() for row in rows if not row.optional}
+    chosen = {row.name: weights[row.name].detach().reshape(row.shape).half().contiguous() for row in rows}
     save_weights(folder / file, chosen)
 
 
@@ -66,12 +67,13 @@ def _autoencoder(mean: Tensor, std: Tensor) -> dict[str, Any]:
     return entries | {name: [round(x, 5) for x in values.tolist()] for name, values in (("latents_mean", mean), ("latents_std", std))}
 
 
-def export(run: Path, folder: Path) -> int:
-    """Write the model of `run` into `folder`; returns the bytes of all safetensors together."""
+def export(run: Path, folder: Path, origin: Path | None = None) -> int:
+    """Write the model of `run` into `folder`; returns the bytes of all safetensors together.
+
+    origin: the model folder that was trained on, whose autoencoder and tokenizer are taken as they are.
+    """
     trained = torch.load(run / "denoiser.pt", "cpu")
     average = trained["average"]
-    mean, std = trained["statistics"]
-    latest = torch.load([path for stage in autoencoder.STAGES if (path := run / f"{stage}.pt").exists()][-1], "cpu")["average"]
     text = model.text_encoder(len(average["text.shared.weight"]))
 
     def part(prefix: str) -> dict[str, Tensor]:
@@ -97,6 +99,19 @@ def export(run: Path, folder: Path) -> int:
         t5.spec(text),
         part("text."),
     )
+    if origin is None:
+        _own(run, folder, *trained["statistics"])
+    elif origin.resolve() != folder.resolve():
+        for part in ("vae", "tokenizer"):
+            shutil.copytree(origin / part, folder / part, dirs_exist_ok=True)
+    _json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    _json(folder / "model_index.json", INDEX)
+    return sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
+
+
+def _own(run: Path, folder: Path, mean: Tensor, std: Tensor) -> None:
+    """The autoencoder of `run`, and the tokenizer of these scenes' captions."""
+    latest = torch.load([path for stage in autoencoder.STAGES if (path := run / f"{stage}.pt").exists()][-1], "cpu")["average"]
     _component(
         folder / "vae",
         "diffusion_pytorch_model.safetensors",
@@ -104,7 +119,4 @@ def export(run: Path, folder: Path) -> int:
         wan_vae.spec(autoencoder.C),
         autoencoder.with_past(latest, flat=()),
     )
-    _json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    _json(folder / "model_index.json", INDEX)
     tokenizer.save(folder / "tokenizer")
-    return sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))

@@ -16,7 +16,7 @@ CONTRAST = 45.0  # how far from the background's colour a pixel of a shape is at
 COLOUR_LIMIT = 60.0  # how far from a colour of the palette a pixel has it at most: beyond, the colour is muddy and has no name
 SPECK = 40  # pixels of a 128 x 128 canvas: fewer are not a shape
 LIKENESS = 0.7  # overlap with the best of the five shapes below which a blob is none of them
-SIZE_LIMIT = 22.5  # half width or height, whichever is larger, of the 128 pixels: small is below
+SIZE_LIMIT = 23.0  # half width or height, whichever is larger, of the 128 pixels: small is below
 
 _COLOURS = np.array(list(PALETTE.values()), dtype=np.float32)
 

@@ -4,6 +4,9 @@ A `Scene` says what is shown (its attributes, words of the tuples below) and exa
 128 x 128 canvas, y pointing down). `scenes` samples them, `render` draws a batch of them with analytic distance fields.
 `training.captions` puts them into words.
 
+Everything lies on a grid that the networks see as whole tokens: centres on corners of the denoiser's tokens of 16 pixels, one radius for
+each size, and moving shapes go one latent pixel in each latent frame. So one shape is one pattern of latents, moved by whole tokens.
+
 One in ten combinations of attributes is held out by a fixed rule (`held_out`): training never sees them, the evaluation sees nothing else.
 """
 
@@ -33,15 +36,16 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 }
 COLOURS = tuple(PALETTE)
 SHAPES = ("circle", "square", "triangle", "star", "ring")
-RADII = {"small": (15.5, 17.5), "large": (28.0, 31.0)}  # half the width of the shape, pixels
-PAIR_RADII = (18.0, 23.0)  # both shapes of a pair: a size of its own, never named
+GRID = (32.0, 64.0, 96.0)  # where centres lie, both ways, pixels
+RADII = {"small": 20.0, "large": 30.0}  # half the width of the shape, pixels
+PAIR_RADIUS = 20.0  # of both shapes of a pair, whose size is never named
 SIZES = tuple(RADII)
-PLACES = {"left": (34.0, 64.0), "right": (94.0, 64.0), "top": (64.0, 34.0), "bottom": (64.0, 94.0), "centre": (64.0, 64.0)}
+PLACES = {"left": (32.0, 64.0), "right": (96.0, 64.0), "top": (64.0, 32.0), "bottom": (64.0, 96.0), "centre": (64.0, 64.0)}
 RELATIONS = {"left of": ("left", "right"), "above": ("top", "bottom")}  # where the first and the second shape go
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MOTIONS = (*DIRECTIONS, "grow", "shrink")
-EXTENT = (30.0, 45.0)  # how far a moving shape goes over a clip, pixels
-GROWTH = (1.65, 1.85)  # by what factor a growing shape grows (a shrinking one shrinks)
+EXTENT = 32.0  # how far a moving shape goes over a clip, pixels: 2 from frame to frame
+PLACED = 0.6  # share of clips with a place; the others lie anywhere on the grid where the whole path fits
 
 # What a held-out combination is a combination of, for each kind of scene.
 KEYS: dict[Kind, tuple[str, ...]] = {
@@ -108,7 +112,7 @@ _is_held_out = held_out  # the samplers' argument of that name hides the functio
 def _picture(rng: Random) -> Scene:
     colour, background = rng.sample(COLOURS, 2)
     size, place = rng.choice(SIZES), rng.choice(tuple(PLACES))
-    start = _put(rng, place, rng.uniform(*RADII[size]))
+    start = (*PLACES[place], RADII[size])
     return Scene("picture", colour, rng.choice(SHAPES), background, start, start, size, place)
 
 
@@ -116,7 +120,7 @@ def _pair(rng: Random) -> Scene:
     first, second = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], 2)
     background = rng.choice([colour for colour in COLOURS if colour not in (first[0], second[0])])
     relation = rng.choice(tuple(RELATIONS))
-    start, start2 = (_put(rng, place, rng.uniform(*PAIR_RADII)) for place in RELATIONS[relation])
+    start, start2 = ((*PLACES[place], PAIR_RADIUS) for place in RELATIONS[relation])
     words = {"relation": relation, "colour2": second[0], "shape2": second[1]}
     return Scene("pair", *first, background, start, start, start2=start2, **words)
 
@@ -126,35 +130,18 @@ def _clip(rng: Random) -> Scene:
     motion = rng.choice(MOTIONS)
     if motion in DIRECTIONS:
         size = rng.choice(SIZES)
-        first = last = rng.uniform(*RADII[size])
-        extent = rng.uniform(*EXTENT)
-        way = (DIRECTIONS[motion][0] * extent, DIRECTIONS[motion][1] * extent)
+        first = last = RADII[size]
+        way = (DIRECTIONS[motion][0] * EXTENT, DIRECTIONS[motion][1] * EXTENT)
         places = ("top", "centre", "bottom") if way[1] == 0 else ("left", "centre", "right")  # off the path's own axis
     else:
-        large = rng.uniform(*RADII["large"])
-        small = large / rng.uniform(*GROWTH)
-        size, first, last = ("small", small, large) if motion == "grow" else ("large", large, small)
+        size, other = ("small", "large") if motion == "grow" else ("large", "small")
+        first, last = RADII[size], RADII[other]
         way = (0.0, 0.0)
         places = tuple(PLACES)
-    place = rng.choice(places) if rng.random() < 0.6 else None
-    radius = max(first, last)
-    if place is None:  # anywhere that the whole path fits: a first frame that someone else made starts anywhere too
-        x, y = (_within(rng, radius + abs(step) / 2) for step in way)
-    else:
-        x, y, _ = _put(rng, place, radius)
+    place = rng.choice(places) if rng.random() < PLACED else None
+    x, y = (64.0 if step else rng.choice(GRID) for step in way) if place is None else PLACES[place]
     start, end = (x - way[0] / 2, y - way[1] / 2, first), (x + way[0] / 2, y + way[1] / 2, last)
     return Scene("clip", colour, rng.choice(SHAPES), background, start, end, size, place, motion)
-
-
-def _put(rng: Random, place: str, radius: float) -> tuple[float, float, float]:
-    """A position near a place: the larger the shape the nearer, so that it stays inside the canvas."""
-    jitter = 4.0 if radius < 20 else 1.5
-    x, y = PLACES[place]
-    return x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter), radius
-
-
-def _within(rng: Random, reach: float) -> float:
-    return rng.uniform(reach + 1, CANVAS - reach - 1)
 
 
 def render(batch: list[Scene], dtype: torch.dtype = torch.float32) -> Tensor:

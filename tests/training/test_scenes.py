@@ -69,6 +69,36 @@ def test_every_value_occurs(kind):
     assert all(scene.background not in (scene.colour, scene.colour2) for scene in batch)
 
 
+def centres(scene):
+    """Where a scene's shapes are; a moving one at the middle of its path."""
+    (x, y, _), (last_x, last_y, _) = scene.start, scene.end
+    return [((x + last_x) / 2, (y + last_y) / 2), *([scene.start2[:2]] if scene.start2 else [])]
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_shapes_lie_on_corners_of_tokens(kind):
+    batch = scenes(9, kind, 1500)
+    assert {at for scene in batch for each in centres(scene) for at in each} == {32.0, 64.0, 96.0}
+    for scene in batch:
+        assert scene.place is None or centres(scene) == [PLACES[scene.place]]
+    somewhere = {centres(scene)[0] for scene in batch if scene.place is None and scene.motion in ("grow", "shrink")}
+    assert len(somewhere) == (9 if kind == "clip" else 0), "what is not named is anywhere on the grid"
+
+
+def test_a_size_is_one_radius():
+    found = {(scene.size, scene.start[2]) for kind in ("picture", "clip") for scene in scenes(10, kind, 500)}
+    assert found == {("small", 20.0), ("large", 30.0)}
+    assert {scene.end[2] for scene in scenes(10, "clip", 500) if scene.motion == "grow"} == {30.0}
+    assert {radius for scene in scenes(10, "pair", 100) for radius in (scene.start[2], scene.start2[2])} == {20.0}
+
+
+def test_a_moving_shape_goes_two_pixels_a_frame():
+    steps = {"left": (-32, 0), "right": (32, 0), "up": (0, -32), "down": (0, 32), "grow": (0, 0), "shrink": (0, 0)}
+    assert (FRAMES - 1) * 2 == 32
+    for scene in scenes(11, "clip", 500):
+        assert (scene.end[0] - scene.start[0], scene.end[1] - scene.start[1]) == steps[scene.motion]
+
+
 @pytest.mark.parametrize(("kind", "frames"), [("picture", 1), ("pair", 1), ("clip", FRAMES)])
 def test_render_shape_range_and_margin(kind, frames):
     batch = scenes(2, kind, 24)
