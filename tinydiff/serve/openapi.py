@@ -98,7 +98,7 @@ FILE = {
     304: Answer("as it was"),
 }
 NO_FILE = (400, 404, 416)
-EXAMPLE = {"prompt": "a large yellow star on a purple background", "seed": 7}
+EXAMPLE = {"prompt": "a small yellow star in the centre on a purple background", "seed": 7}
 FREE = {200: Answer("all of it", schemas.FREE)}
 
 
