@@ -102,8 +102,8 @@ def export(run: Path, folder: Path, origin: Path | None = None) -> int:
     if origin is None:
         _own(run, folder, *trained["statistics"])
     elif origin.resolve() != folder.resolve():
-        for part in ("vae", "tokenizer"):
-            shutil.copytree(origin / part, folder / part, dirs_exist_ok=True)
+        for same in ("vae", "tokenizer"):
+            shutil.copytree(origin / same, folder / same, dirs_exist_ok=True)
     _json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     _json(folder / "model_index.json", INDEX)
     return sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))

@@ -18,6 +18,7 @@ from training.scenes import Kind, Scene, render, sample_scene
 
 Params = dict[str, Tensor]
 Coder = Callable[[list[Scene]], Tensor]
+NONE = torch.empty(0, dtype=torch.float16)  # torch.cat passes over it
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Pool:
     """Training scenes of one kind, and the means of their latents, float16 [N, Z, F, 16, 16]."""
 
     scenes: tuple[Scene, ...] = ()
-    latents: Tensor | None = None
+    latents: Tensor = NONE
 
 
 def grown(pool: Pool, kind: Kind, count: int, seed: int, code: Coder) -> Pool:
@@ -33,8 +34,7 @@ def grown(pool: Pool, kind: Kind, count: int, seed: int, code: Coder) -> Pool:
     if count <= len(pool.scenes):
         return pool
     made = drawn(kind, count, seed, pool.scenes)
-    latents = [] if pool.latents is None else [pool.latents]
-    return Pool(made, torch.cat([*latents, code(list(made[len(pool.scenes) :]))]))
+    return Pool(made, torch.cat([pool.latents, code(list(made[len(pool.scenes) :]))]))
 
 
 def drawn(kind: Kind, count: int, seed: int, first: tuple[Scene, ...] = ()) -> tuple[Scene, ...]:
