@@ -47,6 +47,8 @@ MOST_LINE = 1024
 """Bytes of a line that says how long a chunk is."""
 MOST_UNREAD = 2**26
 """Bytes of an answer in parts, a stream of events, that wait for their client; then the thread that makes them waits too."""
+MOST_THROWN_AWAY = 2**27
+"""Bytes of a refused body that are read and thrown away; a connection that ends earlier may take the answer with it."""
 TURN = 2**20
 """Bytes that one connection is sent before others have their turn."""
 
@@ -189,7 +191,7 @@ class Channel(HTTPChannel):
     def received(self, data: bytes) -> bool:
         if self.deaf:
             self.thrown_away += len(data)
-            self.will_close = self.will_close or self.thrown_away > self.adj.max_request_body_size
+            self.will_close = self.will_close or self.thrown_away > MOST_THROWN_AWAY
             return False
         made = super().received(data)
         self.answered = self.answered or bool(self.requests)
