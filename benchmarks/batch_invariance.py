@@ -59,7 +59,7 @@ def requests(model: Model, count: int) -> list[list[Request]]:
 
 def make(model: Model, background: Background, asked: Sequence[Request], most: int) -> tuple[list[Made], list[int]]:
     """(the pictures of all requests, made by a loop of at most `most` at once; how many there were in each step)."""
-    loop, waiting = Continuous(model.nets["transformer"].module, background=background), deque(range(len(asked)))
+    loop, waiting = Continuous(model.nets["transformer"].family, background=background), deque(range(len(asked)))
     told = [pipeline.condition(model, request) for request in asked]
     made: dict[int, Made] = {}
     sizes: list[int] = []

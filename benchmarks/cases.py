@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tinydiff.models import ernie, flux, flux2, ovis, qwen_image, sd3, wan, z_image
 from tinydiff.models.autoencoders import wan as autoencoder
+from tinydiff.models.family import Denoiser
 from tinydiff.models.registry import ReleasedModel, named
 
 RELEASED = Path(__file__).parents[1] / "tests" / "data" / "released"
@@ -70,7 +71,7 @@ class Picture(NamedTuple):
     """A released image transformer and one branch of a request at the model's default size."""
 
     name: str
-    family: ModuleType
+    family: Denoiser
     config: Any
     inputs: dict[str, Tensor]
     x: Tensor
@@ -101,11 +102,13 @@ def picture(name: str, text_tokens: int, device: str = "meta") -> Picture:
         case _:
             inputs["positions"] = family.positions(size, device=device)
     packed = (c.out_channels if row.family == "sd3" else c.in_channels) * (4 if row.family in ("sd3", "z_image") else 1)
-    return Picture(f"{row.name.split('/')[-1]} {row.width}x{row.height}", family, c, inputs, torch.empty(1, tokens, packed, device=device))
+    return Picture(
+        f"{row.name.split('/')[-1]} {row.width}x{row.height}", family.FAMILY, c, inputs, torch.empty(1, tokens, packed, device=device)
+    )
 
 
 def weights(
-    config: Any, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0, family: ModuleType = wan
+    config: Any, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0, family: Denoiser = wan.FAMILY
 ) -> dict[str, Tensor]:
     """Every weight of the spec: norms near 1, tables and biases near 0, matrices over the square root of their fan-in. Meta stays empty."""
     if torch.device(device).type == "meta":

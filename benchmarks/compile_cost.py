@@ -31,7 +31,7 @@ def measure(layers: int, steps: int) -> None:
     from cases import SCHEDULER, made_up, weights
 
     from tinydiff.models import wan
-    from tinydiff.parallel.plan import Plan
+    from tinydiff.ops.network import Network
     from tinydiff.sampling import guidance, loop, solvers
     from tinydiff.sampling.compile import compiled_denoise, graph_breaks, graph_count
 
@@ -40,18 +40,18 @@ def measure(layers: int, steps: int) -> None:
 
     def run(denoise: loop.Denoise, side: int, count: int, scale: float) -> torch.Tensor:
         case = made_up("", layers=layers, heads=2, size=(1, side, side))
-        c, plan = case.config, Plan()
+        c = case.config
         table = solvers.with_guidance(solvers.from_scheduler_config(SCHEDULER, count), scale)
         generator = torch.Generator().manual_seed(1)
         texts = torch.randn(2, 1, case.text_tokens, c.text_dim, generator=generator).to(device)
         inputs = [{"text": text, "positions": wan.positions(c, case.size, device)} for text in texts]
-        network = loop.hoist(wan, c, plan, weights(c, device), inputs, table)
+        network = loop.hoist(Network(wan.FAMILY, c), weights(c, device), inputs, table)
         x = torch.randn(1, case.tokens, c.in_channels * 4, generator=generator).to(device)
         return list(loop.run(denoise, table, x, lambda _: network))[-1].x
 
     config = made_up("", layers=layers, heads=2, size=(1, 8, 8)).config
-    fast = compiled_denoise(wan, config, Plan(), guidance.classifier_free)
-    eager = loop.eager_denoise(wan, config, Plan(), guidance.classifier_free)
+    fast = compiled_denoise(Network(wan.FAMILY, config), guidance.classifier_free)
+    eager = loop.eager_denoise(Network(wan.FAMILY, config), guidance.classifier_free)
     run(eager, 8, steps, 5.0)
     before = cpu_seconds()
     made = run(fast, 8, steps, 5.0)

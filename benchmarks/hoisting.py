@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tinydiff.models import wan
 from tinydiff.models.evaluate import predict
+from tinydiff.ops.network import Branch, Network, divide
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
 from tinydiff.sampling import loop, solvers
@@ -58,7 +59,7 @@ def clip(case: Case) -> Picture:
     """One branch of a request to Wan."""
     text = torch.empty(1, case.text_tokens, case.config.text_dim, device="meta")
     inputs = {"text": text, "positions": wan.positions(case.config, case.size, "meta")}
-    return Picture(case.name, wan, case.config, inputs, torch.empty(1, case.tokens, case.config.out_channels * 4, device="meta"))
+    return Picture(case.name, wan.FAMILY, case.config, inputs, torch.empty(1, case.tokens, case.config.out_channels * 4, device="meta"))
 
 
 def measure(asked: Picture) -> str:
@@ -67,14 +68,16 @@ def measure(asked: Picture) -> str:
     times = solvers.from_scheduler_config(SCHEDULER, STEPS).timesteps.to("meta")
 
     whole = Read(flat)
-    before, _ = flops(lambda: predict(family, c, PLAN, Weights(whole), x, times[:1], inputs))
-    once, (request, steps) = flops(lambda: family.hoist(c, PLAN, Weights(flat), inputs, times))
-    kept, dealt = loop.deal(family, c, flat), loop.deal(family, c, request)
-    stepped = {at: Read(dict(entries)) for at, entries in kept.items()}
-    rows = loop.deal(family, c, {name: rows[0] for name, rows in steps.items()})
-    after, _ = flops(lambda: loop.predictor(family, c, PLAN)(stepped, x, loop.Step(x, x, x), (loop.Branch(dealt, rows),), {}))
+    network = Network(family, c, dtype=torch.bfloat16)
+    before, _ = flops(lambda: predict(network, flat, x, times[:1], inputs))
+    once, (request, steps) = flops(lambda: family.hoist(c, PLAN, Weights(whole, dtype=network.dtype), inputs, times))
+    stepped = {at: Read(dict(entries)) for at, entries in divide(network, flat).items()}
+    branch = Branch(divide(network, request), divide(network, {name: rows[0] for name, rows in steps.items()}))
+    after, _ = flops(lambda: loop.predictor(network)(stepped, x, loop.Step(x, x, x), (branch,), {}))
 
-    read, left = whole.size, sum(entries.size for entries in stepped.values())
+    left = sum(entries.size for entries in stepped.values())
+    names = whole.names | {f"{at}.{name}".lstrip(".") for at, entries in stepped.items() for name in entries.names}
+    read = sum(flat[name].nbytes for name in names)
     hoisted = sum(t.nbytes for t in request.values()) + sum(rows[0].nbytes for rows in steps.values())
     run = STEPS * before / (once + STEPS * after)
     work = f"{before / 1e12:11.4f} {after / 1e12:11.4f} {before / after:7.4f} {run:7.4f}"

@@ -25,8 +25,8 @@ from cases import SCHEDULER, Case, made_up, weights
 from torch import Tensor
 
 from tinydiff.models import wan
+from tinydiff.ops.network import Network
 from tinydiff.ops.patch import patchify, unpatchify
-from tinydiff.parallel.plan import Plan
 from tinydiff.sampling import guidance, loop, solvers
 from tinydiff.sampling.compile import compiled_denoise
 
@@ -69,7 +69,7 @@ def theirs(pipe: Any, case: Case, text: Tensor, start: Tensor) -> Tensor:
 def ours(denoise: loop.Denoise, case: Case, flat: dict[str, Tensor], text: Tensor, start: Tensor) -> Tensor:
     table = solvers.with_guidance(solvers.from_scheduler_config(SCHEDULER, STEPS), SCALE)
     inputs = [{"text": each[None], "positions": wan.positions(case.config, case.size, DEVICE)} for each in text]
-    network = loop.hoist(wan, case.config, Plan(), flat, inputs, table)
+    network = loop.hoist(Network(wan.FAMILY, case.config), flat, inputs, table)
     for progress in loop.run(denoise, table, patchify(start, PATCH), lambda _: network, chunk=1):
         x = progress.x
     return unpatchify(x, PATCH, case.size)
@@ -90,8 +90,8 @@ def measure(case: Case, rounds: int) -> None:
     generator = torch.Generator().manual_seed(1)
     text = torch.randn(2, case.text_tokens, case.config.text_dim, generator=generator).to(DEVICE)
     start = torch.randn(1, case.config.in_channels, *case.size, generator=generator).to(DEVICE)
-    eager = loop.eager_denoise(wan, case.config, Plan(), guidance.classifier_free)
-    fast = compiled_denoise(wan, case.config, Plan(), guidance.classifier_free)
+    eager = loop.eager_denoise(Network(wan.FAMILY, case.config), guidance.classifier_free)
+    fast = compiled_denoise(Network(wan.FAMILY, case.config), guidance.classifier_free)
     slow_pipe, fast_pipe = (pipeline(case, flat, compiled) for compiled in (False, True))
     ways: dict[str, Callable[[], Tensor]] = {
         "tinydiff eager": lambda: ours(eager, case, flat, text, start),

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 from tinydiff.parallel.plan import Row
 from tinydiff.parity.reference import doubles, draw, randomised
 
-__all__ = ["Recording", "close", "doubles", "draw", "randomised", "shapes"]
+__all__ = ["Recording", "close", "doubles", "draw", "randomised", "shapes", "tracked", "unread"]
 
 
 def shapes(items: Iterable[Row] | Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -45,3 +46,14 @@ class Recording(dict):
         if name in self:
             self.read.add(name)
         return super().get(name, default)
+
+
+def tracked(flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights, of which autograd keeps track."""
+    return {name: tensor.detach().clone().requires_grad_() for name, tensor in flat.items()}
+
+
+def unread(y: Tensor, weights: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tracked weights that y does not depend on."""
+    gradients = torch.autograd.grad(y, list(weights.values()), torch.ones_like(y), allow_unused=True)
+    return [name for name, gradient in zip(weights, gradients, strict=True) if gradient is None]

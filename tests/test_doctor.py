@@ -29,7 +29,7 @@ FAULTS = [
     ("Wan, text", "condition_embedder.text_embedder.linear_1.weight", "text"),
     ("Wan, text", "blocks.1.attn2.to_k.weight", "blocks.1"),
     ("Z-Image", "cap_pad_token", "text"),
-    ("Z-Image", "noise_refiner.0.attention.to_v.weight", "image"),
+    ("Z-Image", "noise_refiner.0.attention.to_v.weight", "noise_refiner.0"),
     ("Z-Image", "layers.1.feed_forward.w3.weight", "layers.1"),
     ("Qwen-Image, references at timestep 0", "transformer_blocks.1.img_mod.1.weight", "transformer_blocks.1"),
     ("FLUX.2, references", "single_stream_modulation.linear.weight", "single_transformer_blocks.0"),

@@ -15,13 +15,14 @@ from tests.sources import PACKAGE, ROOT
 from tinydiff import advise, cli, config
 from tinydiff.io import hub
 from tinydiff.models import registry
+from tinydiff.models.classes import RECORDS
 from tinydiff.models.released import COMPONENTS
 from tinydiff.parallel import cost
 from tinydiff.parallel.cost import Machine
 from tinydiff.parallel.layout import Layout, choose
 from tinydiff.records import UserError
 from tinydiff.runtime import estimate
-from tinydiff.runtime.blueprint import NETS, read_config
+from tinydiff.runtime.component_config import read_config
 
 RELEASED = {path.stem.replace("__", "/"): json.loads(path.read_text()) for path in sorted((ROOT / "tests/data/released").glob("*__*.json"))}
 NAMES = [row.name for row in registry.MODELS]
@@ -47,12 +48,12 @@ def test_the_table_says_what_the_released_configs_say(name, tmp_path):
     assert set(parts) == set(model["components"])
     for part, (class_name, entries) in parts.items():
         assert class_name == model["model_index"][part][1]
-        kind, made = NETS[class_name], []
+        family, made = RECORDS[class_name], []
         for number, given in enumerate((entries, model["components"][part]["config"])):
             path = tmp_path / f"{part}{number}.json"
             path.write_text(json.dumps(given))
-            made.append(read_config(kind, path, class_name))
-        ours, theirs = (list(kind.module.spec(c)) for c in made)
+            made.append(read_config(family, path, class_name))
+        ours, theirs = (list(family.spec(c)) for c in made)
         assert ours == theirs, part
 
 

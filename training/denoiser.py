@@ -24,9 +24,10 @@ from torch import Tensor
 from tinydiff.io.weights import load_weights
 from tinydiff.models import wan
 from tinydiff.models.encoders import t5
-from tinydiff.models.evaluate import walk
+from tinydiff.models.evaluate import evaluate
+from tinydiff.ops.network import Network
 from tinydiff.ops.patch import patchify
-from tinydiff.ops.weights import Weights
+from tinydiff.ops.weights import Weights, leaves
 from tinydiff.parallel.plan import Plan
 from tinydiff.sampling.sigmas import static_shift
 from training import autoencoder, model
@@ -111,10 +112,12 @@ def loss(
         noisy = torch.where(frozen, clean, noisy)
         inputs["frozen"] = frozen
         weight = (~frozen).float()
-    _, *states, velocity = walk(wan, C, Plan(), w / "denoiser", noisy, sigma * 1000, inputs)
-    error = ((velocity - (noise - clean)).square() * weight).mean() / weight.mean()
+    network, flat = Network(wan.FAMILY, C), leaves(params, "denoiser")
+    evaluation = evaluate(network, flat, noisy, sigma * 1000, inputs)
+    error = ((evaluation.velocity - (noise - clean)).square() * weight).mean() / weight.mean()
     if "probe.weight" not in params:
         return error, error.new_zeros(())
+    states = [x for x in evaluation.blocks.values() if isinstance(x, Tensor)]
     lost = _place_lost(params["probe.weight"], states[PLACED - 1], inputs["positions"][:, 1:])
     return error, lost + _shape_lost(params["outline.weight"], states[SHAPED - 1], *nearest(made, inputs["positions"]))
 

@@ -7,11 +7,12 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
-from tests.parity import Recording, close, doubles, draw, randomised, shapes
+from tests.parity import close, doubles, draw, randomised, shapes, tracked, unread
 from tinydiff.models import flux
 from tinydiff.models.evaluate import predict
+from tinydiff.ops.network import Network
 from tinydiff.ops.patch import patchify
-from tinydiff.ops.weights import Weights, leaves
+from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
 
 PLAN = Plan()
@@ -68,57 +69,11 @@ def test_equals_the_reference_and_reads_every_weight(name):
     assert shapes(flux.spec(c)) == shapes(flat)
     with doubles():
         expected = reference(**known).sample
-    seen = Recording(flat)
-    close(predict(flux, c, PLAN, Weights(seen), tokens, TIMES, inputs), expected)
-    assert seen.read == set(flat)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_hoisted_rows_equal_single_evaluations(name):
-    """What the loop does: hoist once for all timesteps, then each step with its row."""
-    c, flat, _, _, tokens, inputs = _case(name)
-    w, times = Weights(flat), torch.tensor([999, 640, 1])
-    request, steps = flux.hoist(c, PLAN, w, inputs, times)
-    assert {len(rows) for rows in steps.values()} == {3}
-    for i, t in enumerate(times):
-        step = {key: rows[i] for key, rows in steps.items()}
-        shared = {key: request[key] for key in flux.SHARED}
-        x = flux.pre(c, PLAN, w, tokens, Weights(request), step)
-        for fn, at in flux.blocks(c):  # plain dicts, as they cross the boundary of a compiled region
-            x = fn(c, PLAN, Weights(leaves(flat, at)), x, Weights(leaves(request | step, at)), shared)
-        y = flux.post(c, PLAN, w, x, Weights(request), step)
-        close(y, predict(flux, c, PLAN, w, tokens, t[None], inputs), 1e-12)
-
-
-def test_a_block_returns_new_memory():
-    c, flat, _, _, tokens, inputs = _case("Kontext")
-    w = Weights(flat)
-    request, steps = flux.hoist(c, PLAN, w, inputs, TIMES[:1])
-    step = {key: rows[0] for key, rows in steps.items()}
-    shared = {key: request[key] for key in flux.SHARED}
-    streams = flux.pre(c, PLAN, w, tokens, Weights(request), step)
-    held = {t.untyped_storage().data_ptr() for t in (*streams, *flat.values(), *request.values(), *step.values())}
-    before = [x.clone() for x in streams]
-    for fn, at in flux.blocks(c):
-        given = {t.untyped_storage().data_ptr() for t in fn(c, PLAN, w / at, streams, Weights(request | step) / at, shared)}
-        assert len(given) == 2 and not given & held
-    assert all(map(torch.equal, streams, before)), "a block wrote into its input"
-
-
-def test_the_dims_name_the_dimensions_that_run_over_tokens():
-    c, flat, _, _, tokens, inputs = _case("Kontext")
-    request, _ = flux.hoist(c, PLAN, Weights(flat), inputs, TIMES)
-    assert set(request) == set(flux.TOKEN_DIMS) | set(flux.TEXT_DIMS)
-    assert {request[key].shape[dim] for key, dim in flux.TOKEN_DIMS.items()} == {tokens.shape[1]}
-    assert {request[key].shape[dim] for key, dim in flux.TEXT_DIMS.items()} == {LENGTH}
-
-
-def test_one_text_serves_all_images():
-    c, flat, _, _, tokens, inputs = _case("dev")
-    once = inputs | {name: inputs[name][:1] for name in ("text", "pooled")}
-    twice = inputs | {name: inputs[name][:1].repeat(2, *[1] * (inputs[name].ndim - 1)) for name in ("text", "pooled")}
-    y, expected = (predict(flux, c, PLAN, Weights(flat), tokens, TIMES[:1], each) for each in (once, twice))
-    close(y, expected, 1e-12)
+    weights = tracked(flat)
+    with torch.enable_grad():
+        y = predict(Network(flux.FAMILY, c, dtype=torch.float64), weights, tokens, TIMES, inputs)
+    close(y.detach(), expected)
+    assert unread(y, weights) == []
 
 
 def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
@@ -126,9 +81,9 @@ def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
     c, flat, _, known, tokens, inputs = _case("dev")
     rounded = {name: tensor.bfloat16() for name, tensor in flat.items()}
     times = torch.tensor([640.0, 38.0])
-    wide = Weights({name: tensor.double() for name, tensor in rounded.items()})
-    exact = predict(flux, c, PLAN, wide, tokens.bfloat16().double(), times, inputs)
-    ours = predict(flux, c, PLAN, Weights(rounded), tokens.bfloat16(), times, inputs)
+    wide = {name: tensor.double() for name, tensor in rounded.items()}
+    exact = predict(Network(flux.FAMILY, c, dtype=torch.float64), wide, tokens.bfloat16().double(), times, inputs)
+    ours = predict(Network(flux.FAMILY, c, dtype=torch.bfloat16), rounded, tokens.bfloat16(), times, inputs)
     assert ours.dtype == torch.bfloat16
     reference = FluxTransformer2DModel(**asdict(c)).bfloat16()
     reference.load_state_dict(rounded)
@@ -143,7 +98,9 @@ def test_half_types_round_timestep_and_guidance_as_the_reference():
     c, flat, _, _, _, inputs = _case("dev")
     times, guidance = torch.tensor([987.3, 501.7, 37.1]), torch.tensor([3.3])
     rounded = {name: tensor.bfloat16() for name, tensor in flat.items()}
-    _, steps = flux.hoist(c, PLAN, Weights(rounded), inputs | {"pooled": inputs["pooled"][:1], "guidance": guidance}, times)
+    _, steps = flux.hoist(
+        c, PLAN, Weights(rounded, dtype=torch.bfloat16), inputs | {"pooled": inputs["pooled"][:1], "guidance": guidance}, times
+    )
     reference = FluxTransformer2DModel(**asdict(c)).bfloat16()
     reference.load_state_dict(rounded)
     t, g = (times.bfloat16() / 1000) * 1000, guidance.bfloat16() * 1000

@@ -7,11 +7,12 @@ import torch
 from diffusers import OvisImageTransformer2DModel
 from diffusers.pipelines.ovis_image.pipeline_ovis_image import OvisImagePipeline
 
-from tests.parity import Recording, close, doubles, draw, randomised, shapes
+from tests.parity import close, doubles, draw, randomised, shapes, tracked, unread
 from tinydiff.models import ovis
 from tinydiff.models.evaluate import predict
+from tinydiff.ops.network import Network
 from tinydiff.ops.patch import patchify
-from tinydiff.ops.weights import Weights, leaves
+from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
 
 PLAN = Plan()
@@ -57,48 +58,11 @@ def test_equals_the_reference_and_reads_every_weight(name):
     assert shapes(ovis.spec(c)) == shapes(flat)
     with doubles():
         expected = reference(**known).sample
-    seen = Recording(flat)
-    close(predict(ovis, c, PLAN, Weights(seen), tokens, TIMES, inputs), expected)
-    assert seen.read == set(flat)
-
-
-def test_hoisted_rows_equal_single_evaluations():
-    """What the loop does: hoist once for all timesteps, then each step with its row."""
-    flat, _, _, tokens, inputs = _case(TINY)
-    w, times = Weights(flat), torch.tensor([999, 640, 1])
-    request, steps = ovis.hoist(TINY, PLAN, w, inputs, times)
-    assert {rows.shape[:2] for rows in steps.values()} == {(3, 1)}
-    for i, t in enumerate(times):
-        step = {key: rows[i] for key, rows in steps.items()}
-        shared = {key: request[key] for key in ovis.SHARED}
-        x = ovis.pre(TINY, PLAN, w, tokens, Weights(request), step)
-        for fn, at in ovis.blocks(TINY):  # plain dicts, as they cross the boundary of a compiled region
-            x = fn(TINY, PLAN, Weights(leaves(flat, at)), x, Weights(leaves(request | step, at)), shared)
-        y = ovis.post(TINY, PLAN, w, x, Weights(request), step)
-        close(y, predict(ovis, TINY, PLAN, w, tokens, t[None], inputs), 1e-12)
-
-
-def test_a_block_returns_new_memory():
-    flat, _, _, tokens, inputs = _case(TINY)
-    w = Weights(flat)
-    request, steps = ovis.hoist(TINY, PLAN, w, inputs, TIMES[:1])
-    step = {key: rows[0] for key, rows in steps.items()}
-    shared = {key: request[key] for key in ovis.SHARED}
-    streams = ovis.pre(TINY, PLAN, w, tokens, Weights(request), step)
-    held = {t.untyped_storage().data_ptr() for t in (*streams, *flat.values(), *request.values(), *step.values())}
-    before = [x.clone() for x in streams]
-    for fn, at in ovis.blocks(TINY):
-        given = {t.untyped_storage().data_ptr() for t in fn(TINY, PLAN, w / at, streams, Weights(request | step) / at, shared)}
-        assert len(given) == 2 and not given & held
-    assert all(map(torch.equal, streams, before)), "a block wrote into its input"
-
-
-def test_the_dims_name_the_dimensions_that_run_over_tokens():
-    flat, _, _, tokens, inputs = _case(TINY)
-    request, _ = ovis.hoist(TINY, PLAN, Weights(flat), inputs, TIMES)
-    assert set(request) == set(ovis.TOKEN_DIMS) | set(ovis.TEXT_DIMS)
-    assert {request[key].shape[dim] for key, dim in ovis.TOKEN_DIMS.items()} == {tokens.shape[1]}
-    assert {request[key].shape[dim] for key, dim in ovis.TEXT_DIMS.items()} == {LENGTH}
+    weights = tracked(flat)
+    with torch.enable_grad():
+        y = predict(Network(ovis.FAMILY, c, dtype=torch.float64), weights, tokens, TIMES, inputs)
+    close(y.detach(), expected)
+    assert unread(y, weights) == []
 
 
 def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
@@ -106,9 +70,9 @@ def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
     flat, _, known, tokens, inputs = _case(TINY)
     rounded = {name: tensor.bfloat16() for name, tensor in flat.items()}
     times = torch.tensor([640.0, 38.0])
-    wide = Weights({name: tensor.double() for name, tensor in rounded.items()})
-    exact = predict(ovis, TINY, PLAN, wide, tokens.bfloat16().double(), times, inputs)
-    ours = predict(ovis, TINY, PLAN, Weights(rounded), tokens.bfloat16(), times, inputs)
+    wide = {name: tensor.double() for name, tensor in rounded.items()}
+    exact = predict(Network(ovis.FAMILY, TINY, dtype=torch.float64), wide, tokens.bfloat16().double(), times, inputs)
+    ours = predict(Network(ovis.FAMILY, TINY, dtype=torch.bfloat16), rounded, tokens.bfloat16(), times, inputs)
     assert ours.dtype == torch.bfloat16
     reference = OvisImageTransformer2DModel(**asdict(TINY)).bfloat16()
     reference.load_state_dict(rounded)
@@ -122,7 +86,7 @@ def test_half_types_round_the_timestep_as_the_reference():
     flat, _, _, _, inputs = _case(TINY)
     times = torch.tensor([987.3, 501.7, 37.1])
     rounded = {name: tensor.bfloat16() for name, tensor in flat.items()}
-    _, steps = ovis.hoist(TINY, PLAN, Weights(rounded), inputs, times)
+    _, steps = ovis.hoist(TINY, PLAN, Weights(rounded, dtype=torch.bfloat16), inputs, times)
     reference = OvisImageTransformer2DModel(**asdict(TINY)).bfloat16()
     reference.load_state_dict(rounded)
     time = reference.timestep_embedder(reference.time_proj((times.bfloat16() / 1000) * 1000).bfloat16())

@@ -24,11 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.parity import shapes
 from tinydiff.models import ernie, flux, flux2, ovis, qwen_image, registry, sd3, wan, z_image
+from tinydiff.models.classes import RECORDS
 from tinydiff.models.encoders import clip_vision, qwen_vision
 from tinydiff.models.evaluate import predict
-from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Plan
-from tinydiff.runtime.blueprint import NETS, read_config
+from tinydiff.ops.network import Network
+from tinydiff.runtime.component_config import read_config
 
 RELEASED = Path(__file__).parents[1] / "data" / "released"
 MODELS = {path.stem.replace("__", "/"): json.loads(path.read_text()) for path in sorted(RELEASED.glob("*__*.json"))}
@@ -89,12 +89,12 @@ def config_of(name, component):
     with TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(MODELS[name]["components"][component]["config"]))
-        return read_config(NETS[class_name], path, class_name)
+        return read_config(RECORDS[class_name], path, class_name)
 
 
 def rename(class_name, c, key):
     """The spec's name of a stored key, as the loader finds it."""
-    found = NETS[class_name].rename
+    found = RECORDS[class_name].rename
     return key if found is None else found(c, key)
 
 
@@ -120,7 +120,7 @@ def test_the_spec_is_the_released_weights(name, component):
     """Language models are built whole; keys that nothing reads, other towers and output heads, must be known to be such."""
     released, class_name = MODELS[name]["components"][component], class_of(name, component)
     c, keys = config_of(name, component), released_keys(released["keys"])
-    rows = list(NETS[class_name].module.spec(c))
+    rows = list(RECORDS[class_name].spec(c))
     named = {key: rename(class_name, c, key) for key in keys}
     assert shapes(rows) == {named[key]: shape for key, shape in keys.items() if named[key] is not None}
     tied = {row.name for row in rows if row.tied}
@@ -167,8 +167,8 @@ def test_the_vision_tower_is_the_rest_of_the_language_model():
 def test_every_component_with_weights_is_known(name):
     model = MODELS[name]
     listed = {key: value[1] for key, value in model["model_index"].items() if isinstance(value, list) and value[1] is not None}
-    assert {key for key, kind in listed.items() if kind in NETS} == set(model["components"])
-    assert set(listed.values()) - set(NETS) <= SCHEDULERS | WITHOUT_WEIGHTS
+    assert {key for key, kind in listed.items() if kind in RECORDS} == set(model["components"])
+    assert set(listed.values()) - set(RECORDS) <= SCHEDULERS | WITHOUT_WEIGHTS
     assert model["scheduler"]["_class_name"] == listed["scheduler"] and listed["scheduler"] in SCHEDULERS
     if "image_processor" in model:
         read = model["image_processor"]
@@ -294,7 +294,7 @@ def test_one_evaluation_costs_what_the_reference_costs(name, monkeypatch):
     """
     monkeypatch.setattr(torch, "autocast", lambda **_: nullcontext())  # ERNIE-Image turns it off, and it knows no meta device
     class_name, whole = class_of(name, "transformer"), config_of(name, "transformer")
-    family = NETS[class_name].module
+    family = next(module for module in REQUESTS if module.FAMILY is RECORDS[class_name])
     for c in filter(None, (_shallow(whole, *depth) for depth in DEPTHS)):
         with torch.device("meta"):
             fields = {key: value for key, value in asdict(c).items() if key != "pooled_projection_dim" or family is not qwen_image}
@@ -305,6 +305,6 @@ def test_one_evaluation_costs_what_the_reference_costs(name, monkeypatch):
                 reference(**known, **{"t" if family is z_image else "timestep": t})
             weights = {weight.name: torch.empty(weight.shape) for weight in family.spec(c)}
             with FlopCounterMode(display=False) as ours:
-                predict(family, c, Plan(), Weights(weights), tokens, t, inputs)
+                predict(Network(family.FAMILY, c), weights, tokens, t, inputs)
         values = 0 if family not in TEXT_PROJECTED else inputs["text"].shape[1] * weights[f"{TEXT_PROJECTED[family]}.weight"].numel()
         assert ours.get_total_flops() + 2 * values == theirs.get_total_flops() > 1e11

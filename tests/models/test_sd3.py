@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from tests.parity import Recording, close, doubles, draw, randomised, shapes
+from tests.parity import close, doubles, draw, randomised, shapes, tracked, unread
 from tinydiff.models import sd3
 from tinydiff.models.evaluate import predict
+from tinydiff.ops.network import Network
 from tinydiff.ops.patch import patchify, unpatchify
-from tinydiff.ops.weights import Weights, leaves
 from tinydiff.parallel.plan import Plan
 
 PLAN = Plan()
@@ -55,62 +55,19 @@ def test_equals_the_reference_and_reads_every_weight(name):
     assert shapes(sd3.spec(c)) == shapes(flat)
     with doubles():
         expected = reference(**known).sample
-    seen = Recording(flat)
-    y = predict(sd3, c, PLAN, Weights(seen), tokens, TIMES, inputs)
+    weights = tracked(flat)
+    with torch.enable_grad():
+        y = predict(Network(sd3.FAMILY, c, dtype=torch.float64), weights, tokens, TIMES, inputs)
     close(unpatchify(y, (1, c.patch_size, c.patch_size), SIZE)[:, :, 0], expected)
-    assert seen.read == set(flat)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_hoisted_rows_equal_single_evaluations(name):
-    """What the loop does: hoist once for all timesteps, then each step with its row."""
-    c, flat, _, _, tokens, inputs = _case(name)
-    w, times = Weights(flat), torch.tensor([999.0, 640.0, 1.0])
-    request, steps = sd3.hoist(c, PLAN, w, inputs, times)
-    assert {rows.shape[:2] for rows in steps.values()} == {(3, 2)}
-    for i, t in enumerate(times):
-        step = {key: rows[i] for key, rows in steps.items()}
-        x = sd3.pre(c, PLAN, w, tokens, Weights(request), step)
-        for fn, at in sd3.blocks(c):  # plain dicts, as they cross the boundary of a compiled region
-            x = fn(c, PLAN, Weights(leaves(flat, at)), x, Weights(leaves(request, at) | leaves(step, at)), {})
-        y = sd3.post(c, PLAN, w, x, Weights(request), step)
-        close(y, predict(sd3, c, PLAN, w, tokens, t[None], inputs), 1e-12)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_a_block_returns_new_memory(name):
-    c, flat, _, _, tokens, inputs = _case(name)
-    w = Weights(flat)
-    request, steps = sd3.hoist(c, PLAN, w, inputs, TIMES[:1])
-    step = {key: rows[0] for key, rows in steps.items()}
-    x = sd3.pre(c, PLAN, w, tokens, Weights(request), step)
-    held = {t.untyped_storage().data_ptr() for t in (*x, *flat.values(), *request.values(), *step.values())}
-    before = [stream.clone() for stream in x]
-    for fn, at in sd3.blocks(c):
-        y = fn(c, PLAN, w / at, x, Weights(request | step) / at, {})
-        streams = (y,) if fn is sd3.last_block else y
-        memory = {stream.untyped_storage().data_ptr() for stream in streams}
-        assert len(memory) == len(streams) and not memory & held
-        assert all(stream.is_contiguous() for stream in streams)
-    assert all(map(torch.equal, x, before)), "a block wrote into its input"
-
-
-def test_the_dims_name_the_dimensions_that_run_over_tokens():
-    """Between two requests exactly the named dimensions of the request's tensors change."""
-    c, flat, _, _, _, inputs = _case("3 medium")
-    more, longer = inputs | {"positions": sd3.positions(c, (1, 8, 14))}, inputs | {"text": draw(2, 9, c.joint_attention_dim)}
-    request, image, text = (sd3.hoist(c, PLAN, Weights(flat), each, TIMES)[0] for each in (inputs, more, longer))
-    for other, dims in ((image, sd3.TOKEN_DIMS), (text, sd3.TEXT_DIMS)):
-        changed = {key: [d for d, n in enumerate(value.shape) if other[key].shape[d] != n] for key, value in request.items()}
-        assert {key: d for key, d in changed.items() if d} == {key: [dim] for key, dim in dims.items()}
+    assert unread(y, weights) == []
 
 
 def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
     """The distance to float64 with the same rounded weights is that of the reference, within a fifth."""
     c, flat, reference, known, tokens, inputs = _case("3.5 medium")
     rounded = {name: tensor.bfloat16() for name, tensor in flat.items()}
-    exact = predict(sd3, c, PLAN, Weights({name: t.double() for name, t in rounded.items()}), tokens, TIMES, inputs)
-    ours = predict(sd3, c, PLAN, Weights(rounded), tokens.bfloat16(), TIMES, inputs)
+    exact = predict(Network(sd3.FAMILY, c, dtype=torch.float64), {name: t.double() for name, t in rounded.items()}, tokens, TIMES, inputs)
+    ours = predict(Network(sd3.FAMILY, c, dtype=torch.bfloat16), rounded, tokens.bfloat16(), TIMES, inputs)
     assert ours.dtype == torch.bfloat16
     halves = {name: value.bfloat16() for name, value in known.items() if name != "timestep"}
     theirs = patchify(reference.bfloat16()(**known | halves).sample[:, :, None], (1, 2, 2))

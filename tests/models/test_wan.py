@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from tests.parity import Recording, close, doubles, draw, randomised, shapes
+from tests.parity import close, doubles, draw, randomised, shapes, tracked, unread
 from tinydiff.models import wan
 from tinydiff.models.evaluate import predict
+from tinydiff.ops.network import Network
 from tinydiff.ops.patch import patchify, unpatchify
-from tinydiff.ops.weights import Weights, leaves
 from tinydiff.parallel.plan import Plan
 
 PLAN = Plan()
@@ -68,53 +68,11 @@ def test_equals_the_reference_and_reads_every_weight(name):
     assert shapes(wan.spec(c)) == shapes(flat)
     with doubles():
         expected = reference(**known).sample
-    seen = Recording(flat)
-    y = predict(wan, c, PLAN, Weights(seen), tokens, TIMES, inputs)
+    weights = tracked(flat)
+    with torch.enable_grad():
+        y = predict(Network(wan.FAMILY, c, dtype=torch.float64), weights, tokens, TIMES, inputs)
     close(unpatchify(y, c.patch_size, SIZE), expected)
-    assert seen.read == set(flat)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_hoisted_rows_equal_single_evaluations(name):
-    """What the loop does: hoist once for all timesteps, then each step with its row."""
-    c, flat, _, _, tokens, inputs = _case(name)
-    w, times = Weights(flat), torch.tensor([999, 640, 1])
-    request, steps = wan.hoist(c, PLAN, w, inputs, times)
-    assert {len(rows) for rows in steps.values()} == {3}
-    for i, t in enumerate(times):
-        step = {key: rows[i] for key, rows in steps.items()}
-        shared = step | {key: request[key] for key in wan.SHARED if key in request}
-        x = wan.pre(c, PLAN, w, tokens, Weights(request), step)
-        for fn, at in wan.blocks(c):  # plain dicts, as they cross the boundary of a compiled region
-            x = fn(c, PLAN, Weights(leaves(flat, at)), x, Weights(leaves(request, at)), shared)
-        y = wan.post(c, PLAN, w, x, Weights(request), step)
-        close(y, predict(wan, c, PLAN, w, tokens, t[None], inputs), 1e-12)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_a_block_returns_new_memory(name):
-    c, flat, _, _, tokens, inputs = _case(name)
-    w = Weights(flat)
-    request, steps = wan.hoist(c, PLAN, w, inputs, TIMES[:1])
-    step = {key: rows[0] for key, rows in steps.items()}
-    shared = step | {key: request[key] for key in wan.SHARED if key in request}
-    x = wan.pre(c, PLAN, w, tokens, Weights(request), step)
-    held = {t.untyped_storage().data_ptr() for t in (x, *flat.values(), *request.values(), *step.values())}
-    before = x.clone()
-    for fn, at in wan.blocks(c):
-        y = fn(c, PLAN, w / at, x, Weights(request) / at, shared)
-        assert y.untyped_storage().data_ptr() not in held
-    assert torch.equal(x, before), "a block wrote into its input"
-
-
-def test_the_token_dims_name_the_dimension_that_runs_over_tokens():
-    """Cutting every per-token tensor at the named dimension and attending to all tokens is all that sharding needs to know."""
-    for name in CASES:
-        c, flat, _, _, tokens, inputs = _case(name)
-        request, _ = wan.hoist(c, PLAN, Weights(flat), inputs, TIMES)
-        for key, dim in wan.TOKEN_DIMS.items():
-            if key in request:
-                assert request[key].shape[dim] == tokens.shape[1]
+    assert unread(y, weights) == []
 
 
 def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
@@ -122,8 +80,8 @@ def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
     c, flat, reference, known, tokens, inputs = _case("given first frame")
     types = {row.name: torch.float32 if row.float32 else torch.bfloat16 for row in wan.spec(c)}
     rounded = {name: tensor.to(types[name]) for name, tensor in flat.items()}
-    exact = predict(wan, c, PLAN, Weights({name: t.double() for name, t in rounded.items()}), tokens, TIMES, inputs)
-    ours = predict(wan, c, PLAN, Weights(rounded), tokens.bfloat16(), TIMES, inputs)
+    exact = predict(Network(wan.FAMILY, c, dtype=torch.float64), {name: t.double() for name, t in rounded.items()}, tokens, TIMES, inputs)
+    ours = predict(Network(wan.FAMILY, c, dtype=torch.bfloat16), rounded, tokens.bfloat16(), TIMES, inputs)
     assert ours.dtype == torch.bfloat16
     for name, parameter in reference.named_parameters():
         parameter.data = rounded[name]

@@ -4,14 +4,14 @@ from dataclasses import asdict
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import ZImageTransformer2DModel
 
-from tests.parity import Recording, close, doubles, draw, randomised, shapes
+from tests.parity import close, doubles, draw, randomised, shapes, tracked, unread
 from tinydiff.models import z_image
 from tinydiff.models.evaluate import predict
+from tinydiff.ops.network import Network
 from tinydiff.ops.patch import patchify, unpatchify
-from tinydiff.ops.weights import Weights, leaves
+from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
 
 PLAN = Plan()
@@ -66,57 +66,11 @@ def test_equals_the_reference_and_reads_every_weight(name):
     assert shapes(z_image.spec(c)) == shapes(flat)
     with doubles():
         expected = -torch.stack(reference(**known).sample)
-    seen = Recording(flat)
-    y = predict(z_image, c, PLAN, Weights(seen), tokens, TIMES, inputs)
+    weights = tracked(flat)
+    with torch.enable_grad():
+        y = predict(Network(z_image.FAMILY, c, dtype=torch.float64), weights, tokens, TIMES, inputs)
     close(_picture(c, CASES[name][1], y), expected)
-    assert seen.read == set(flat)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_hoisted_rows_equal_single_evaluations(name):
-    """What the loop does: hoist once for all timesteps, then each step with its row."""
-    c, flat, _, _, tokens, inputs = _case(name)
-    w, times = Weights(flat), torch.tensor([999.0, 640.0, 1.0])
-    request, steps = z_image.hoist(c, PLAN, w, inputs, times)
-    assert {len(rows) for rows in steps.values()} == {3}
-    for i, t in enumerate(times):
-        step = {key: rows[i] for key, rows in steps.items()}
-        shared = {key: request[key] for key in z_image.SHARED if key in request}
-        x = z_image.pre(c, PLAN, w, tokens, Weights(request), step)
-        for fn, at in z_image.blocks(c):  # plain dicts, as they cross the boundary of a compiled region
-            x = fn(c, PLAN, Weights(leaves(flat, at)), x, Weights(leaves(request, at) | leaves(step, at)), shared)
-        y = z_image.post(c, PLAN, w, x, Weights(request), step)
-        close(y, predict(z_image, c, PLAN, w, tokens, t[None], inputs), 1e-12)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_a_block_returns_new_memory(name):
-    c, flat, _, _, tokens, inputs = _case(name)
-    w = Weights(flat)
-    request, steps = z_image.hoist(c, PLAN, w, inputs, TIMES[:1])
-    step = {key: rows[0] for key, rows in steps.items()}
-    x = z_image.pre(c, PLAN, w, tokens, Weights(request), step)
-    held = {t.untyped_storage().data_ptr() for t in (*x, *flat.values(), *request.values(), *step.values())}
-    before = [stream.clone() for stream in x]
-    for fn, at in z_image.blocks(c):
-        y = fn(c, PLAN, w / at, x, Weights(request | step) / at, request)
-        memory = {stream.untyped_storage().data_ptr() for stream in y}
-        assert len(memory) == 2 and not memory & held
-        assert [(stream.shape, stream.is_contiguous()) for stream in y] == [(stream.shape, True) for stream in x]
-    assert all(map(torch.equal, x, before)), "a block wrote into its input"
-
-
-def test_the_dims_name_the_dimensions_that_run_over_tokens():
-    """Between two requests exactly the named dimensions of the request's tensors change."""
-    c, flat, _, _, _, inputs = _case("captions of different lengths")
-    size = (1, 18, 22)
-    more = inputs | {"positions": z_image.positions(c, size), "real": z_image.real(c, size)}
-    longer = inputs | {"text": draw(2, 140, c.cap_feat_dim), "mask": F.pad(inputs["mask"], (30, 0), value=1)}
-    request, image, text = (z_image.hoist(c, PLAN, Weights(flat), each, TIMES)[0] for each in (inputs, more, longer))
-    assert set(z_image.SHARED) < set(request)
-    for other, dims in ((image, z_image.TOKEN_DIMS), (text, z_image.TEXT_DIMS)):
-        changed = {key: [d for d, n in enumerate(value.shape) if other[key].shape[d] != n] for key, value in request.items()}
-        assert {key: d for key, d in changed.items() if d} == {key: [dim] for key, dim in dims.items()}
+    assert unread(y, weights) == []
 
 
 def test_only_captions_that_differ_when_filled_up_are_masked():
@@ -128,15 +82,17 @@ def test_only_captions_that_differ_when_filled_up_are_masked():
 
 def _hoisting(name):
     c, flat, _, _, _, inputs = _case(name)
-    return c, PLAN, Weights(flat), inputs, TIMES
+    return c, PLAN, Weights(flat, dtype=torch.float64), inputs, TIMES
 
 
 def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
     """The distance to float64 with the same rounded weights is that of the reference, within a fifth."""
     c, flat, reference, known, tokens, inputs = _case("captions of different lengths")
     rounded = {name: tensor.bfloat16() for name, tensor in flat.items()}
-    exact = predict(z_image, c, PLAN, Weights({name: t.double() for name, t in rounded.items()}), tokens, TIMES, inputs)
-    ours = predict(z_image, c, PLAN, Weights(rounded), tokens.bfloat16(), TIMES, inputs)
+    exact = predict(
+        Network(z_image.FAMILY, c, dtype=torch.float64), {name: t.double() for name, t in rounded.items()}, tokens, TIMES, inputs
+    )
+    ours = predict(Network(z_image.FAMILY, c, dtype=torch.bfloat16), rounded, tokens.bfloat16(), TIMES, inputs)
     assert ours.dtype == torch.bfloat16
     lists = {name: [t.bfloat16() for t in known[name]] for name in ("x", "cap_feats")}
     theirs = -torch.stack(reference.bfloat16()(**known | lists).sample)

@@ -12,6 +12,7 @@ from tests.parallel.test_families import plan_of
 from tests.parity import draw
 from tests.runtime.test_compiled_families import FAMILIES, SCHEDULER, inputs, weights
 from tinydiff.models import z_image
+from tinydiff.ops.network import Network
 from tinydiff.parallel import sequence
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.shards import held
@@ -27,10 +28,11 @@ def tokens(name, plan, fsdp, denoise, size, lengths, steps, scale):
     rows = solvers.with_guidance(solvers.from_scheduler_config(SCHEDULER, steps), scale)
     branches = [inputs(name, config, *size, draw(1, length, width, seed=length + i).float()) for i, length in enumerate(lengths)]
     blocks = {at for _, at in family.blocks(config)} if fsdp else ()
-    network = loop.hoist(family, config, plan, held(weights(family, config), family.spec(config), plan, blocks), branches, rows)
+    mine = held(weights(family, config), family.spec(config), plan, blocks)
+    hoisted = loop.hoist(Network(family, config, plan), mine, branches, rows)
     count = size[0] * size[1] + (z_image.pad_tokens(size[0] * size[1]) if name == "z_image" else 0)
     x = sequence.share(plan, draw(1, count, packed, seed=steps).float(), 1)
-    return sequence.gathered(plan, list(loop.run(denoise, rows, x, lambda _: network))[-1].x, 1, count)
+    return sequence.gathered(plan, list(loop.run(denoise, rows, x, lambda _: hoisted))[-1].x, 1, count)
 
 
 def errors(layout, names, backend):
@@ -44,7 +46,7 @@ def errors(layout, names, backend):
         found = {}
         for name in names:
             family, config, *_ = FAMILIES[name]
-            made = (make(family, config, plan, guidance.classifier_free) for make in (loop.eager_denoise, compiled_denoise))
+            made = (make(Network(family, config, plan), guidance.classifier_free) for make in (loop.eager_denoise, compiled_denoise))
             eager, fast = made
             before, broken, worst = graph_count(), graph_breaks(), 0.0
             for request in REQUESTS:

@@ -14,13 +14,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cases
-from tinydiff.models import wan, workload
+from tinydiff.models import ernie, sd3, wan, workload
 from tinydiff.models.autoencoders import kl
 from tinydiff.models.autoencoders import wan as wan_vae
 from tinydiff.ops.attention import BACKENDS
+from tinydiff.ops.network import Branch, Network
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel import cost
-from tinydiff.parallel.cost import Machine, Network, Work
+from tinydiff.parallel.cost import CostModel, Machine, Work
 from tinydiff.parallel.layout import AXES, Layout
 from tinydiff.parallel.plan import Group, Plan, Row
 from tinydiff.parallel.shards import local_rows
@@ -35,7 +36,7 @@ BLOCK = (
     Row("b.0.o.bias", (12,), float32=True),
     Row("b.0.mod.weight", (24, 12)),
 )
-TINY = Network(
+TINY = CostModel(
     rows=(Row("in.weight", (12, 4)), *BLOCK, Row("out.weight", (4, 12))),
     blocks=(BLOCK,),
     reads={"in.weight": "image", "b.0.q.weight": "joint", "b.0.o.weight": "joint", "b.0.mod.weight": "table", "out.weight": "image"},
@@ -132,13 +133,13 @@ def shallow(c):
 
 
 @cache
-def asked(name: str) -> tuple[cases.Picture, Network, Work]:
+def asked(name: str) -> tuple[cases.Picture, CostModel, Work]:
     """A released model of few blocks, what it is told, and the same in the words of `cost`."""
     if name in CLIPS:
         case = cases.released(name, frames=5)
         c = shallow(case.config)
         inputs = {"text": torch.empty(1, 12, c.text_dim, device="meta"), "positions": wan.positions(c, case.size, "meta")}
-        made = cases.Picture(name, wan, c, inputs, torch.empty(1, case.tokens, c.out_channels * 4, device="meta"))
+        made = cases.Picture(name, wan.FAMILY, c, inputs, torch.empty(1, case.tokens, c.out_channels * 4, device="meta"))
     else:
         made = cases.picture(name, PICTURES[name])
         made = made._replace(config=shallow(made.config))
@@ -155,7 +156,8 @@ def readied(name: str, plan: Plan, branches: int = 1):
         for row in local_rows(net.rows, plan, blocks)
     }
     table = solvers.from_scheduler_config(cases.SCHEDULER, STEPS)
-    return loop.hoist(made.family, made.config, plan, flat, [made.inputs] * branches, table), made
+    network = Network(made.family, made.config, plan, torch.bfloat16)
+    return loop.hoist(network, flat, [made.inputs] * branches, table), made
 
 
 def run(name: str, plan: Plan, branches: int = 1, *modes):
@@ -164,10 +166,8 @@ def run(name: str, plan: Plan, branches: int = 1, *modes):
     shares = plan.group("ring").size * plan.group("ulysses").size
     x = made.x[:, : -(-made.x.shape[1] // shares)]
     step = loop.Step(x, x, x)
-    at = tuple(
-        loop.Branch(request, {at: {n: t[0] for n, t in rows.items()} for at, rows in steps.items()}) for request, steps in hoisted[1]
-    )
-    predict = loop.predictor(made.family, made.config, plan)
+    at = tuple(Branch(request, {at: {n: t[0] for n, t in rows.items()} for at, rows in steps.items()}) for request, steps in hoisted[1])
+    predict = loop.predictor(Network(made.family, made.config, plan, torch.bfloat16))
     with torch.no_grad(), modes[0]:
         predict(hoisted.weights, x, step, at, {})
     return hoisted
@@ -215,10 +215,8 @@ def test_activations_and_hoisted_tensors_are_about_those_of_a_run(name, monkeypa
     assert cost.activation_bytes(net, Layout(), guided, 2) == pytest.approx(alive.most, rel=0.25)
     tensors = [tensor for branch in hoisted.branches for tree in branch for entries in tree.values() for tensor in entries.values()]
     kept = sum({tensor.untyped_storage()._cdata: tensor.nbytes for tensor in tensors}.values())
-    family = made.family.__name__.rpartition(".")[2]
-    left_out = {"sd3": net.width * 2 - net.head_width * 4, "ernie": net.head_width * 4}.get(
-        family, 0
-    )  # rows of a table for rope; angles twice
+    # SD3 has rows of a position table where others have rope tables, ERNIE-Image has each angle twice.
+    left_out = {sd3.FAMILY: net.width * 2 - net.head_width * 4, ernie.FAMILY: net.head_width * 4}.get(made.family, 0)
     assert cost.hoisted_bytes(net, Layout(), guided, 2) == pytest.approx(kept - 2 * work.image * left_out, rel=0.1)
 
 
@@ -247,7 +245,7 @@ def test_the_peak_of_decoding_is_about_that_of_a_run(kind, monkeypatch):
     z = torch.empty(1, c.z_dim, (frames - 1) // c.scale_factor_temporal + 1, 256 // stride, 192 // stride, device="meta")
     with torch.no_grad(), alive:
         module.decode(c, weights, z, chunk=passes)
-    assert workload.decode_bytes(module, c, frames, 256, 192, passes, 1, 4) == pytest.approx(alive.most, rel=0.25)
+    assert workload.decode_bytes(module.FAMILY, c, frames, 256, 192, passes, 1, 4) == pytest.approx(alive.most, rel=0.25)
 
 
 # --- what is sent -------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from tests.parallel.pool import on_ranks
 from tests.parity import close
 from tinydiff.models import sd3, z_image
+from tinydiff.ops.network import Network
 from tinydiff.parallel import sequence
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.plan import Plan
@@ -40,13 +41,15 @@ def weights(family, config, dtype):
     """Random weights, the same on every rank."""
     generator = torch.Generator().manual_seed(5)
     drawn = {row.name: (torch.randn(row.shape, generator=generator, dtype=torch.float64), row) for row in family.spec(config)}
-    return {name: (1 + 0.1 * x if len(row.shape) == 1 else 0.5 * x / row.shape[-1] ** 0.5).to(dtype) for name, (x, row) in drawn.items()}
+    scaled = {name: 1 + 0.1 * x if len(row.shape) == 1 else 0.5 * x / row.shape[-1] ** 0.5 for name, (x, row) in drawn.items()}
+    wide = torch.promote_types(dtype, torch.float32)
+    return {name: x.to(wide if drawn[name][1].float32 else dtype) for name, x in scaled.items()}
 
 
 def branches(family, inputs, dtype):
     """The prompt's inputs, and a negative prompt's: other words, where the family allows it two fewer."""
     inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
-    words = inputs["text"].shape[1] - 2 * bool(family.TEXT_DIMS)
+    words = inputs["text"].shape[1] - 2 * any(cond.stream == "text" for cond in family.conds)
     other = {"text": inputs["text"][:, :words].flip(0) * 0.7}
     if "mask" in inputs:
         other["mask"] = inputs["mask"][:, :words]
@@ -56,15 +59,16 @@ def branches(family, inputs, dtype):
 def denoised(name, plan, fsdp=False, dtype=torch.float64, run=loop.eager_denoise):
     """The tokens that a plan's ranks make together, after two steps with guidance."""
     d = DENOISERS[name]
-    if d.family is sd3:
+    if d.family is sd3.FAMILY:
         d = replace(d, config=replace(d.config, out_channels=d.config.in_channels))  # the loop adds what comes out to what goes in
-    if d.family is z_image:
+    if d.family is z_image.FAMILY:
         d = replace(d, config=replace(d.config, dim=96, n_heads=6, n_kv_heads=6))  # the feed-forward's width follows, and divides
     asked, blocks = d.ask(d.config), {prefix for _, prefix in d.family.blocks(d.config)} if fsdp else ()
     mine = held(weights(d.family, d.config, dtype), d.family.spec(d.config), plan, blocks)
-    network = loop.hoist(d.family, d.config, plan, mine, branches(d.family, asked.inputs, dtype), TABLE)
+    network = Network(d.family, d.config, plan, dtype)
+    hoisted = loop.hoist(network, mine, branches(d.family, asked.inputs, dtype), TABLE)
     x = sequence.share(plan, asked.tokens.to(dtype), 1)
-    *_, last = loop.run(run(d.family, d.config, plan, guidance.KINDS[d.family.GUIDANCE]), TABLE, x, lambda _: network)
+    *_, last = loop.run(run(network, guidance.KINDS[d.family.guidance]), TABLE, x, lambda _: hoisted)
     return sequence.gathered(plan, last.x, 1, asked.tokens.shape[1])
 
 

@@ -10,7 +10,7 @@ from tests.parallel.test_families import plan_of
 from tinydiff.parallel import sequence
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.moves import reshard, rotate, wait
-from tinydiff.parallel.plan import Group, Partial, Plan, Replicate, Shard
+from tinydiff.parallel.plan import Cond, Group, Partial, Plan, Replicate, Shard
 
 RING, ULYSSES = 3, 2
 
@@ -22,16 +22,14 @@ def places():
             yield Plan(groups=(("ring", Group("r", RING, ring)), ("ulysses", Group("u", ULYSSES, ulysses))))
 
 
-class Family:
-    TOKEN_DIMS = {"cos": 0}  # noqa: RUF012
-    TEXT_DIMS = {"text": 1}  # noqa: RUF012
+CONDS = (Cond("cos", "image"), Cond("text", "text", dim=1))
 
 
 @pytest.mark.parametrize(("text", "image"), [(5, 17), (12, 6), (1, 7), (6, 6)])
 def test_every_rank_meets_every_token_once(text, image):
     """In each stream: the real keys of all turns of the ring, as the ranks of a Ulysses group gather them."""
     request = {"text": torch.arange(text)[None], "cos": torch.arange(100, 100 + image)}
-    shares = [sequence.dealt(plan, Family, request) for plan in places()]
+    shares = [sequence.dealt(plan, CONDS, request) for plan in places()]
     chunks = {  # what a ring's member has gathered of a stream
         "image": [torch.cat([each["cos"] for each in shares[i : i + ULYSSES]]) for i in range(0, RING * ULYSSES, ULYSSES)],
     }
@@ -56,7 +54,7 @@ def test_shares_are_equal_dense_and_never_of_one_token():
 def test_one_rank_deals_nothing():
     x, request = torch.ones(1, 5, 2), {"text": torch.ones(1, 3)}
     assert sequence.share(Plan(), x, 1) is x and sequence.gathered(Plan(), x, 1, 5) is x
-    assert sequence.dealt(Plan(), Family, request) == request and sequence.keys(Plan(), request, "joint") == ()
+    assert sequence.dealt(Plan(), CONDS, request) == request and sequence.keys(Plan(), request, "joint") == ()
 
 
 def there_and_back():

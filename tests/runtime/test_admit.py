@@ -336,7 +336,7 @@ def test_a_component_that_is_not_there(absent, tmp_path):
         ("vae", {"z_dim": 48}, "the transformer's in_channels is 16, and the vae's latents need 48"),
         ("transformer", {"out_channels": 4}, "the transformer's out_channels is 4, and the vae's latents need 16"),
         ("text_encoder", {"d_model": 64}, "the transformer's text_dim is 4096, and the text encoder gives 64"),
-        ("transformer", {"num_layer": 3}, "field 'num_layer' is not known to tinydiff.models.wan; did you mean 'num_layers'?"),
+        ("transformer", {"num_layer": 3}, "field 'num_layer' is not known to WanTransformer3DModel; did you mean 'num_layers'?"),
         ("transformer", {"qk_norm": "layer"}, "qk_norm is 'layer'"),
     ],
 )

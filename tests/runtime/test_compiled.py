@@ -12,12 +12,12 @@ import tinydiff
 from tests.parity import draw, randomised
 from tests.runtime.folders import TRANSFORMER
 from tinydiff.models import wan
-from tinydiff.parallel.plan import Plan
+from tinydiff.ops.network import Network
 from tinydiff.sampling import guidance, loop, solvers
 from tinydiff.sampling.compile import compiled_denoise, graph_breaks, graph_count
 
 CONFIG = wan.Config(**TRANSFORMER)
-PLAN = Plan()
+NETWORK = Network(wan.FAMILY, CONFIG)
 TEXT_TOKENS = 24
 SCHEDULER = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
@@ -38,7 +38,7 @@ def text(length, seed):
 @pytest.mark.usefixtures("compiler")
 def test_one_graph_serves_every_request_and_both_experts():
     """Sizes, step counts, prompt lengths, guidance scales, seeds; in one piece and in chunks; the second expert in the first's graph."""
-    run = {make: make(wan, CONFIG, PLAN, guidance.classifier_free) for make in (loop.eager_denoise, compiled_denoise)}
+    run = {make: make(NETWORK, guidance.classifier_free) for make in (loop.eager_denoise, compiled_denoise)}
     experts = [weights(1), weights(2)]
     before, broken = graph_count(), graph_breaks()
     for size, steps, length, scale, seed, chunk in (
@@ -50,7 +50,7 @@ def test_one_graph_serves_every_request_and_both_experts():
         rows = solvers.with_experts(solvers.with_guidance(rows, scale), 0.8, scale / 2)
         assert len(solvers.segments(rows)) == 2
         inputs = [{"text": each[None], "positions": wan.positions(CONFIG, size)} for each in text(length, seed)]
-        ready = [loop.hoist(wan, CONFIG, PLAN, flat, inputs, rows) for flat in experts]
+        ready = [loop.hoist(NETWORK, flat, inputs, rows) for flat in experts]
         x = draw(1, len(inputs[0]["positions"]), 16, seed=seed).float()
         want, whole, chunked = (
             list(loop.run(run[make], rows, x, ready.__getitem__, chunk=pieces))[-1].x

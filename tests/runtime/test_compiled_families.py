@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from math import prod
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,29 +10,29 @@ import torch
 
 from tests.parity import draw
 from tinydiff.models import ernie, flux, flux2, ovis, qwen_image, sd3, z_image
-from tinydiff.parallel.plan import Plan
+from tinydiff.models.family import Denoiser
+from tinydiff.ops.network import Network
 from tinydiff.sampling import guidance, loop, solvers
 from tinydiff.sampling.compile import _compiled, compiled_denoise, graph_breaks, graph_count
 
-PLAN = Plan()
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 _STACK = {"num_layers": 2, "attention_head_dim": 12, "num_attention_heads": 2, "in_channels": 16, "joint_attention_dim": 20}
 _SINGLE = {"num_single_layers": 2, "axes_dims_rope": (4, 4, 4)}
-FAMILIES: dict[str, tuple[ModuleType, Any, int, int]] = {  # module, config, values of a token, width of the text
-    "flux": (flux, flux.Config(**_STACK | _SINGLE, pooled_projection_dim=8, guidance_embeds=True), 16, 20),
-    "ovis": (ovis, ovis.Config(**_STACK | _SINGLE, out_channels=16), 16, 20),
-    "flux2": (flux2, flux2.Config(**_STACK | _SINGLE | {"axes_dims_rope": (2, 4, 4, 2)}, guidance_embeds=False), 16, 20),
-    "qwen_image": (qwen_image, qwen_image.Config(**_STACK, out_channels=4, axes_dims_rope=(4, 4, 4)), 16, 20),
-    "sd3": (sd3, sd3.Config(**_STACK | {"in_channels": 4}, out_channels=4, caption_projection_dim=24, pooled_projection_dim=8,
+FAMILIES: dict[str, tuple[Denoiser, Any, int, int]] = {  # family, config, values of a token, width of the text
+    "flux": (flux.FAMILY, flux.Config(**_STACK | _SINGLE, pooled_projection_dim=8, guidance_embeds=True), 16, 20),
+    "ovis": (ovis.FAMILY, ovis.Config(**_STACK | _SINGLE, out_channels=16), 16, 20),
+    "flux2": (flux2.FAMILY, flux2.Config(**_STACK | _SINGLE | {"axes_dims_rope": (2, 4, 4, 2)}, guidance_embeds=False), 16, 20),
+    "qwen_image": (qwen_image.FAMILY, qwen_image.Config(**_STACK, out_channels=4, axes_dims_rope=(4, 4, 4)), 16, 20),
+    "sd3": (sd3.FAMILY, sd3.Config(**_STACK | {"in_channels": 4}, out_channels=4, caption_projection_dim=24, pooled_projection_dim=8,
                             pos_embed_max_size=12, qk_norm="rms_norm", dual_attention_layers=(0,)), 16, 20),
-    "z_image": (z_image, z_image.Config(dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=20, in_channels=4,
-                                        axes_dims=(4, 4, 4)), 16, 20),
-    "ernie": (ernie, ernie.Config(hidden_size=24, num_attention_heads=2, num_layers=2, ffn_hidden_size=40, in_channels=16,
+    "z_image": (z_image.FAMILY, z_image.Config(dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=20,
+                                               in_channels=4, axes_dims=(4, 4, 4)), 16, 20),
+    "ernie": (ernie.FAMILY, ernie.Config(hidden_size=24, num_attention_heads=2, num_layers=2, ffn_hidden_size=40, in_channels=16,
                                   out_channels=16, text_in_dim=20, rope_axes_dim=(4, 4, 4)), 16, 20),
 }  # fmt: skip
 
 
-def weights(family: ModuleType, config: Any) -> dict[str, torch.Tensor]:
+def weights(family: Denoiser, config: Any) -> dict[str, torch.Tensor]:
     """Random weights by the spec's rows: near 1 for norms, small for all else."""
     flat = {}
     for seed, row in enumerate(family.spec(config)):
@@ -69,7 +68,7 @@ def run(name: str, denoise: loop.Denoise, size: tuple[int, int], lengths: tuple[
     rows = solvers.with_guidance(solvers.from_scheduler_config(SCHEDULER, steps), scale)
     texts = [draw(1, length, text_width, seed=length + i).float() for i, length in enumerate(lengths)]
     branches = [inputs(name, config, height, width, text) for text in texts]
-    network = loop.hoist(family, config, PLAN, weights(family, config), branches, rows)
+    network = loop.hoist(Network(family, config), weights(family, config), branches, rows)
     tokens = height * width + (z_image.pad_tokens(height * width) if name == "z_image" else 0)
     return list(loop.run(denoise, rows, draw(1, tokens, packed, seed=steps).float(), lambda _: network))[-1].x
 
@@ -85,7 +84,7 @@ def test_one_graph_serves_sizes_prompt_lengths_steps_and_scales(name: str, monke
     traced = torch.compile
     monkeypatch.setattr(torch, "compile", lambda fn, **_: traced(fn, backend="eager", fullgraph=True, dynamic=False))
     family, config, *_ = FAMILIES[name]
-    eager, fast = (make(family, config, PLAN, guidance.classifier_free) for make in (loop.eager_denoise, compiled_denoise))
+    eager, fast = (make(Network(family, config), guidance.classifier_free) for make in (loop.eager_denoise, compiled_denoise))
     before, broken = graph_count(), graph_breaks()
     # In the first request all lengths are equal, in the second both prompts are of one length, then all differ.
     for request in (((2, 2), (4, 4), 4, 3.0), ((3, 5), (7, 7), 3, 1.5), ((6, 4), (33, 3), 5, 4.0)):
@@ -99,7 +98,7 @@ def test_one_graph_serves_sizes_prompt_lengths_steps_and_scales(name: str, monke
 @pytest.mark.parametrize("name", FAMILIES)
 def test_inductor_makes_the_same(name: str):
     family, config, *_ = FAMILIES[name]
-    eager, fast = (make(family, config, PLAN, guidance.classifier_free) for make in (loop.eager_denoise, compiled_denoise))
+    eager, fast = (make(Network(family, config), guidance.classifier_free) for make in (loop.eager_denoise, compiled_denoise))
     before, broken = graph_count(), graph_breaks()
     for request in (((2, 2), (4, 4), 4, 3.0), ((6, 4), (33, 3), 5, 4.0)):
         same(run(name, fast, *request), run(name, eager, *request))

@@ -38,7 +38,7 @@ class Together(Pace):
 
 
 def loop_of(model, pace=Pace):
-    return Continuous(model.nets["transformer"].module, pace())
+    return Continuous(model.nets["transformer"].family, pace())
 
 
 def run(loop, arrivals=()):

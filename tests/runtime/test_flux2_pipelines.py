@@ -330,12 +330,12 @@ def test_the_tiny_autoencoder_takes_the_others_place(tmp_path, pictures):
     net, request = model.nets["vae"], request_for(model, pictures[:1])
     given = torch.tensor(request.originals[0][:, 1:129]).double().permute(2, 0, 1)[None, :, None] / 127.5 - 1
     known = pipeline.condition(model, request).prepared.known
-    close(known.tokens[:, 24:], patchify(net.module.encode(net.config, net.w, given), (1, 1, 1)))
+    close(known.tokens[:, 24:], patchify(net.family.encode(net.config, net.w, given), (1, 1, 1)))
 
     request, start = request_for(model), draw(1, 32, *SIZE, seed=9)
     (tokens, picture), (expected, _) = ours(model, request, start), ours(usual, request, start)
     close(tokens[-1], expected[-1], 1e-13)
-    frames = net.module.decode(net.config, net.w, unpatchify(tokens[-1], (1, 1, 1), (1, *SIZE)))
+    frames = net.family.decode(net.config, net.w, unpatchify(tokens[-1], (1, 1, 1), (1, *SIZE)))
     same_frames(picture, frames.permute(0, 2, 3, 4, 1) / 2 + 0.5)
 
 

@@ -296,4 +296,3 @@ def test_components_that_do_not_fit(tmp_path):
     message = r"guidance_embeds is False, and the guidance of black-forest-labs/FLUX.1-dev needs True"
     with pytest.raises(UserError, match=message):
         load(tmp_path / "model", model_id="FLUX.1-dev")
-    assert blueprint.NETS["FluxTransformer2DModel"].module is flux

@@ -22,7 +22,6 @@ from tinydiff import cli
 from tinydiff.io.images import read_image
 from tinydiff.io.output import read_parameters
 from tinydiff.models import registry
-from tinydiff.ops.weights import Weights
 
 SHIPPED = PACKAGE / "shapes"
 PROMPT, STEPS = "a large red circle on a white background, moving right", 4
@@ -107,9 +106,9 @@ def test_a_clip_starts_with_the_given_picture(model, picture):
     made = tinydiff.generate(model, PROMPT, num_inference_steps=2, image_path=picture, height=96, width=96, num_frames=5)
     vae = model.nets["vae"]
     pixels = torch.from_numpy(read_image(picture).copy()).permute(2, 0, 1)[None, :, None] / 127.5 - 1
-    coded = vae.module.encode(vae.config, Weights(vae.weights), pixels)
+    coded = vae.family.encode(vae.config, vae.w, pixels)
     assert torch.allclose(made.latents[0][:, :1], coded[0], atol=1e-5)
-    again = vae.module.decode(vae.config, Weights(vae.weights), coded)[0, :, 0].permute(1, 2, 0)
+    again = vae.family.decode(vae.config, vae.w, coded)[0, :, 0].permute(1, 2, 0)
     assert np.abs(made.images[0] - ((again / 2 + 0.5) * 255).numpy()).max() <= 1
 
 

@@ -1,20 +1,34 @@
 """A tiny family: self-attention, cross-attention to a hoisted key and value, modulation by a hoisted row of the step."""
 
 from dataclasses import dataclass
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from tinydiff.ops.attention import attention
 from tinydiff.ops.linear import linear
+from tinydiff.ops.network import Network
 from tinydiff.ops.norm import layer_norm
-from tinydiff.parallel.plan import Plan
+from tinydiff.parallel.plan import Cond, Plan
 from tinydiff.sampling import loop, solvers
 
 WIDTH, PACKED, TEXT, HEADS = 16, 8, 5, 2
 PLAN = Plan()
 UNIPC = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """The functions that the loop asks for."""
+
+    hoist: Any
+    pre: Any
+    blocks: Any
+    post: Any
+    conds: tuple[Cond, ...]
+    pooled: bool = False
+    spec: Any = None
 
 
 @dataclass(frozen=True)
@@ -43,15 +57,12 @@ def hoist(c, plan, w, inputs, t):
     return request, {"modulation": torch.cos(t.to(text.dtype)[:, None, None, None] * torch.arange(3 * WIDTH) / 1000)}
 
 
-family = SimpleNamespace(
+family = Family(
     hoist=hoist,
     pre=lambda c, plan, w, x, request, step: linear(x, w / "enter"),
     blocks=lambda c: [(block, f"blocks.{i}") for i in range(c.layers)],
     post=lambda c, plan, w, x, request, step: linear(x, w / "leave"),
-    POOLED=False,
-    SHARED=("cos", "absent"),
-    TOKEN_DIMS={"cos": 0, "absent": 0},
-    TEXT_DIMS={},
+    conds=(Cond("cos", "image", shared=True), Cond("absent", "image", shared=True)),
 )
 
 
@@ -69,15 +80,12 @@ def _joint_hoist(c, plan, w, inputs, t):
     return {"cos": request["cos"], "text": linear(inputs["text"], w / "enter_text")}, steps | scales
 
 
-joint = SimpleNamespace(
+joint = Family(
     hoist=_joint_hoist,
     pre=lambda c, plan, w, x, request, step: (request["text"].expand(x.shape[0], -1, -1), linear(x, w / "enter")),
     blocks=lambda c: [(_joint_block, f"blocks.{i}") for i in range(c.layers)],
     post=lambda c, plan, w, streams, request, step: linear(streams[1], w / "leave"),
-    POOLED=False,
-    SHARED=("cos",),
-    TOKEN_DIMS={"cos": 0},
-    TEXT_DIMS={"text": 1},
+    conds=(Cond("cos", "image", shared=True), Cond("text", "text", dim=1)),
 )
 """A tiny family of two streams, text and image, and as many text tokens as a prompt has."""
 
@@ -96,7 +104,7 @@ def ready(c, table, tokens, branches=2, images=1, seed=0, dtype=torch.float32, n
     generator = torch.Generator().manual_seed(seed)
     texts = [torch.randn(images, length, WIDTH, generator=generator).to(dtype) for length in lengths[:branches]]
     inputs = [{"text": text, "tokens": torch.tensor(tokens)} for text in texts]
-    return loop.hoist(net, c, PLAN, weights(c, seed, dtype), inputs, table)
+    return loop.hoist(Network(net, c, PLAN, dtype), weights(c, seed, dtype), inputs, table)
 
 
 def table(config=UNIPC, steps=4, guidance=3.0):

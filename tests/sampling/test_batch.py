@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.sampling import fake
+from tinydiff.ops.network import Network
 from tinydiff.sampling import batch, guidance, loop, solvers
 
 CONFIG = fake.Config()
@@ -14,8 +15,8 @@ TABLES = {
 }
 WEIGHTS = fake.weights(CONFIG, 0, torch.float64)
 DENOISE = {
-    "family": loop.eager_denoise(fake.family, CONFIG, fake.PLAN, guidance.classifier_free),
-    "joint": loop.eager_denoise(fake.joint, CONFIG, fake.PLAN, guidance.classifier_free),
+    "family": loop.eager_denoise(Network(fake.family, CONFIG), guidance.classifier_free),
+    "joint": loop.eager_denoise(Network(fake.joint, CONFIG), guidance.classifier_free),
 }
 
 
@@ -24,7 +25,7 @@ def seat(table, seed, tokens=6, net="family", lengths=(5, 5), **more):
     generator = torch.Generator().manual_seed(seed)
     texts = [torch.randn(1, length, fake.WIDTH, generator=generator, dtype=torch.float64) for length in lengths]
     inputs = [{"text": text, "tokens": torch.tensor(tokens)} for text in texts]
-    network = loop.hoist(getattr(fake, net), CONFIG, fake.PLAN, WEIGHTS, inputs, table)
+    network = loop.hoist(Network(getattr(fake, net), CONFIG), WEIGHTS, inputs, table)
     return loop.start(DENOISE[net], table, fake.latents(tokens, seed=seed, dtype=torch.float64), lambda _: network, **more)
 
 
@@ -96,7 +97,7 @@ def test_form_is_what_pictures_must_have_in_common():
     others = [
         seat(TABLES["unipc"], 0, tokens=7),
         seat(TABLES["unipc"], 0, lengths=(4, 5)),
-        one._replace(denoise=loop.eager_denoise(fake.family, CONFIG, fake.PLAN, guidance.none)),
+        one._replace(denoise=loop.eager_denoise(Network(fake.family, CONFIG), guidance.none)),
         one._replace(network=fake.ready(CONFIG, TABLES["unipc"], 6, dtype=torch.float64)),
         one._replace(kept=loop.Kept(torch.ones(1, 6, 1), one.state.x, one.state.x)),
     ]

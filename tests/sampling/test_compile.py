@@ -1,9 +1,12 @@
 """The compiled loop: equal to eager, one graph for everything a request may vary, cost that does not grow with depth."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.sampling import fake
+from tinydiff.ops.network import Network
 from tinydiff.sampling import guidance, loop, solvers
 from tinydiff.sampling.compile import compiled_denoise, graph_breaks, graph_count, region, while_loop
 
@@ -11,7 +14,7 @@ CONFIG = fake.Config(4)
 
 
 def pair(kind, config=CONFIG, **options):
-    return loop.eager_denoise(fake.family, config, fake.PLAN, kind), compiled_denoise(fake.family, config, fake.PLAN, kind, **options)
+    return loop.eager_denoise(Network(fake.family, config), kind), compiled_denoise(Network(fake.family, config), kind, **options)
 
 
 def assert_equal_to_eager(eager, fast, table, tokens, *, branches=2, images=1, seed=1, chunk=None, noise=None):
@@ -46,7 +49,7 @@ def test_one_graph_serves_sizes_steps_scales_seeds_solvers_and_chunks():
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_one_graph_serves_every_length_of_two_prompts_in_a_family_of_two_streams():
-    eager, fast = (make(fake.joint, CONFIG, fake.PLAN, guidance.classifier_free) for make in (loop.eager_denoise, compiled_denoise))
+    eager, fast = (make(Network(fake.joint, CONFIG), guidance.classifier_free) for make in (loop.eager_denoise, compiled_denoise))
     before = graph_count()
     # Lengths that are equal in the first request, to each other and to those of tokens and steps, are not taken for one.
     for tokens, steps, lengths in ((4, 4, (4, 4)), (9, 4, (4, 7)), (4, 3, (11, 3)), (24, 5, (5, 24))):
@@ -88,11 +91,11 @@ def test_unguided_renoising_in_two_batch_sizes():
 def test_exact_rounds_bfloat16_as_eager():
     table = fake.table(fake.UNIPC, 4)
     network, x = fake.ready(CONFIG, table, 12, dtype=torch.bfloat16), fake.latents(12, dtype=torch.float32)
-    family = fake.SimpleNamespace(**vars(fake.family) | {"pre": lambda c, p, w, x, *rest: fake.family.pre(c, p, w, x.bfloat16(), *rest)})
-    eager = loop.eager_denoise(family, CONFIG, fake.PLAN, guidance.classifier_free)
+    family = replace(fake.family, pre=lambda c, p, w, x, *rest: fake.family.pre(c, p, w, x.bfloat16(), *rest))
+    eager = loop.eager_denoise(Network(family, CONFIG), guidance.classifier_free)
     want = fake.last(eager, table, x, lambda _: network)
-    exact = fake.last(compiled_denoise(family, CONFIG, fake.PLAN, guidance.classifier_free, exact=True), table, x, lambda _: network)
-    loose = fake.last(compiled_denoise(family, CONFIG, fake.PLAN, guidance.classifier_free), table, x, lambda _: network)
+    exact = fake.last(compiled_denoise(Network(family, CONFIG), guidance.classifier_free, exact=True), table, x, lambda _: network)
+    loose = fake.last(compiled_denoise(Network(family, CONFIG), guidance.classifier_free), table, x, lambda _: network)
     assert (exact - want).abs().max() < (loose - want).abs().max() / 4
 
 
@@ -111,7 +114,7 @@ def counting(predict):
 def test_a_block_is_compiled_once_however_deep_the_stack_and_memory_is_carried():
     """In the graph that Dynamo hands over, every block calls the one region."""
     config = fake.Config(6)
-    predict = counting(loop.predictor(fake.family, config, fake.PLAN, region))
+    predict = counting(loop.predictor(Network(fake.family, config), region))
     calls = []
 
     def capture(graph, inputs):
@@ -130,5 +133,5 @@ def test_a_block_is_compiled_once_however_deep_the_stack_and_memory_is_carried()
         got = whole(network, state, loop.coefficients(table, x), torch.tensor(3))
     assert len(calls) == 6 and len(set(calls)) == 1
     assert got.memory["sum"].item() == 0 + 1 + 2
-    want = fake.last(loop.eager_denoise(fake.family, config, fake.PLAN, guidance.none), table, x, lambda _: network)
+    want = fake.last(loop.eager_denoise(Network(fake.family, config), guidance.none), table, x, lambda _: network)
     assert torch.allclose(got.x, want, atol=1e-5)

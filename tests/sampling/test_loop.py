@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from tests.sampling import fake
+from tinydiff.ops.network import Network, divide
 from tinydiff.ops.weights import Weights
 from tinydiff.sampling import guidance, loop, solvers
 
 CONFIG = fake.Config()
-EAGER = loop.eager_denoise(fake.family, CONFIG, fake.PLAN, guidance.classifier_free)
-PLAIN = loop.eager_denoise(fake.family, CONFIG, fake.PLAN, guidance.none)
+EAGER = loop.eager_denoise(Network(fake.family, CONFIG), guidance.classifier_free)
+PLAIN = loop.eager_denoise(Network(fake.family, CONFIG), guidance.none)
 
 
 def flat(tree):
@@ -112,7 +113,7 @@ def test_guidance_of_one_is_the_condition_alone():
 
 
 def test_normed_guidance_has_the_length_of_the_condition_in_each_token():
-    normed = loop.eager_denoise(fake.family, CONFIG, fake.PLAN, guidance.token_normed)
+    normed = loop.eager_denoise(Network(fake.family, CONFIG), guidance.token_normed)
     table = fake.table(fake.EULER, 1, 4.0)
     network, x = fake.ready(CONFIG, table, 6, dtype=torch.float64), fake.latents(6, dtype=torch.float64)
     condition, negative = (velocity(network, branch, x, 0) for branch in network.branches)
@@ -168,7 +169,7 @@ def test_memory_is_carried_from_step_to_step_across_chunks():
 
         return counted
 
-    denoise = loop.eager_denoise(fake.family, CONFIG, fake.PLAN, counting)
+    denoise = loop.eager_denoise(Network(fake.family, CONFIG), counting)
     table = fake.table(fake.EULER, 5)
     network, x = fake.ready(CONFIG, table, 6), fake.latents(6)
     state = loop.State(x, x * 0, x * 0, {"sum": torch.tensor(0)})
@@ -177,10 +178,10 @@ def test_memory_is_carried_from_step_to_step_across_chunks():
     assert state.memory["sum"].item() == 10
 
 
-def test_deal_gives_each_block_its_own_entries():
+def test_divide_gives_each_block_its_own_entries():
     many = fake.Config(12)
     flat = fake.weights(many)
-    tree = loop.deal(fake.family, many, flat)
+    tree = divide(Network(fake.family, many), flat)
     assert set(tree) == {"", *(f"blocks.{i}" for i in range(12))}
     assert set(tree[""]) == {"enter_text.weight", "enter.weight", "enter.bias", "leave.weight"}
     assert tree["blocks.11"]["qkv.weight"] is flat["blocks.11.qkv.weight"] and "1.qkv.weight" not in tree["blocks.1"]

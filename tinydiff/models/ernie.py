@@ -19,8 +19,9 @@ from torch import Tensor
 
 from tinydiff.models.encoders import decoder_lm
 from tinydiff.models.encoders.decoder_generate import Sampling, generate
+from tinydiff.models.family import Denoiser
 from tinydiff.models.joint import Streams, joint_mask, split
-from tinydiff.models.recipe import Parts, Patch, Prepared, latent_size, on_grid
+from tinydiff.models.recipe import Parts, Prepared, latent_size, on_grid
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import embedder, timestep_embedding
@@ -28,7 +29,7 @@ from tinydiff.ops.linear import linear, linear_sum
 from tinydiff.ops.norm import compute_dtype, modulate, rms_norm
 from tinydiff.ops.rope import grid_positions, rope_table
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows, norm_rows, repeat
 from tinydiff.parallel.sequence import keys
 from tinydiff.records import Request, UserError
 
@@ -102,17 +103,15 @@ def spec(c: Config) -> Iterator[Row]:
 
 # --- what is computed once, before the loop ---------------------------------------------------------------------------------------
 
-POOLED = False
-"""Whether text enters the rows of the steps."""
-
-SHARED = ("cos", "sin", "text_cos", "text_sin", "mask")
-"""The request's tensors that every block reads, where present. The modulation of a step is shared by all blocks too."""
-
-TOKEN_DIMS = {"cos": 1, "sin": 1}
-"""Which dimension of a request's tensor runs over image tokens."""
-
-TEXT_DIMS = {"text": 1, "text_cos": 1, "text_sin": 1, "mask": 1}
-"""Which dimension of a request's tensor runs over text tokens."""
+CONDS = (
+    Cond("cos", "image", dim=1, shared=True),
+    Cond("sin", "image", dim=1, shared=True),
+    Cond("text_cos", "text", dim=1, shared=True),
+    Cond("text_sin", "text", dim=1, shared=True),
+    Cond("mask", "text", dim=1, shared=True),
+    Cond("text", "text", dim=1),
+)
+"""The tensors of a request that belong to no block."""
 
 
 def _positions(grid_LA: Tensor, tokens: int, mask_BT: Tensor | None) -> Streams:
@@ -138,7 +137,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     inputs: `text` [B, T, text_in_dim], `positions` [L, 3] of the image tokens and, where texts of a batch differ in length, `mask` [B, T]:
     ones for a text's tokens, then zeros. timesteps_S: sigma * 1000.
     """
-    dtype = w["text_proj.weight"].dtype
+    dtype = w.dtype
     text = linear(inputs["text"].to(dtype), w / "text_proj")
     request = {"text": text}
     if "mask" in inputs:
@@ -159,8 +158,8 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
     """Latent tokens [B, L, P] -> text [B, T, D] and image [B, L, D]."""
-    text, proj = request["text"].expand(x_BLP.shape[0], -1, -1).contiguous(), w / "x_embedder" / "proj"
-    return text, F.linear(x_BLP.to(text.dtype), proj["weight"].flatten(1), proj["bias"])
+    text = request["text"].expand(x_BLP.shape[0], -1, -1).contiguous()
+    return text, linear(x_BLP.to(w.dtype), w / "x_embedder" / "proj")
 
 
 def _rotate(x_BLHE: Tensor, cos_BLE: Tensor, sin_BLE: Tensor) -> Tensor:
@@ -271,35 +270,27 @@ def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
     return replace(on_grid(branches, vae, request, PIXEL), revised=revised)
 
 
-PIPELINES = {"ErnieImagePipeline": prepare}
-"""Pipeline class -> its recipe."""
-
-GUIDANCE = "classifier_free"
-TAKES: Mapping[str, tuple[int, ...]] = {"text_encoder": (-2,)}
-"""Which hidden states of its language models are read: component -> indices, from the end where negative."""
-SETTLES = {"vae": {"batch_norm_eps": 1e-5}}
-"""What the pipeline sets, whatever a component's config.json says: component -> its fields."""
-LINEAR_GRID = True
-"""Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
-
-
-def patch(c: Config) -> Patch:
-    """Latents to a token along frames, height and width."""
-    return PIXEL
-
-
-def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
-    """The dynamic shift of the schedule: ERNIE-Image has none."""
-    return None
-
-
-def needs(c: Config) -> tuple[str, ...]:
-    """Components needed beside transformer, vae, text_encoder, tokenizer and scheduler."""
-    return ()
-
-
-def meets(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What this network's config must say to fit the components around it: (field, value, why)."""
     for field in ("in_channels", "out_channels"):
         yield field, nets["vae"].z_dim, "the vae's latents need"
     yield "text_in_dim", nets["text_encoder"].hidden_size, "the text encoder gives"
+
+
+FAMILY = Denoiser(
+    config=Config,
+    spec=spec,
+    conds=CONDS,
+    hoist=hoist,
+    pre=pre,
+    blocks=blocks,
+    post=post,
+    pipelines={"ErnieImagePipeline": prepare},
+    patch=lambda c: PIXEL,
+    heads=lambda c: c.num_attention_heads,
+    head_width=lambda c: c.hidden_size // c.num_attention_heads,
+    must_fit=must_fit,
+    linear_grid=True,
+    hidden_states={"text_encoder": (-2,)},
+    settles={"vae": {"batch_norm_eps": 1e-5}},
+)

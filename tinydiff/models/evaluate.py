@@ -1,36 +1,53 @@
-"""One whole evaluation of a family's network, nothing kept between calls: what the loop does in parts, for tests, training and readers."""
+"""One whole evaluation of a network, nothing kept between calls: what the loop does in parts, for tests, training and readers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tinydiff.ops.network import Branch, Hooks, Network, Streams, Tensors, Walk, divide, plain, walk
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Plan
-
-Tensors = dict[str, Tensor]
 
 
-def predict(family: Any, c: Any, plan: Plan, w: Weights, x_BLP: Tensor, t_B: Tensor, inputs: Tensors) -> Tensor:
+class Evaluation(NamedTuple):
+    """What one evaluation made, in the order in which it was made."""
+
+    request: Tensors
+    step: Tensors
+    """What `hoist` gave, the tensors of the step [1 or B, ...]."""
+    entered: Streams
+    """What entered the first block."""
+    blocks: dict[str, Streams]
+    """Prefix of each block -> what it returned."""
+    velocity: Tensor
+    """[B, L, P]."""
+
+
+def predict(network: Network, weights: Tensors, x_BLP: Tensor, t_B: Tensor, inputs: Tensors) -> Tensor:
     """Tokens [B, L, P] at timesteps [B], or [1] for all, -> velocity [B, L, P]. `inputs` as the family's `hoist` takes them."""
-    *_, velocity = walk(family, c, plan, w, x_BLP, t_B, inputs)
-    return velocity
+    return evaluate(network, weights, x_BLP, t_B, inputs).velocity
 
 
-def walk(family: Any, c: Any, plan: Plan, w: Weights, x_BLP: Tensor, t_B: Tensor, inputs: Tensors) -> Iterator[Any]:
-    """The same, one after another: what enters the first block, what each block returns, the velocity."""
-    request, steps = family.hoist(c, plan, w, inputs, t_B)
-    rows = {name: _per_image(table, len(t_B)) for name, table in steps.items()}
-    shared = rows | {name: request[name] for name in family.SHARED if name in request}
-    x = family.pre(c, plan, w, x_BLP, Weights(request), rows)
-    yield x
-    for fn, at in family.blocks(c):
-        x = fn(c, plan, w / at, x, Weights(request | rows) / at, shared)
-        yield x
-    yield family.post(c, plan, w, x, Weights(request), rows)
+def evaluate(network: Network, weights: Tensors, x_BLP: Tensor, t_B: Tensor, inputs: Tensors) -> Evaluation:
+    """The same, with what each part made. weights: flat, all of the network's."""
+    family = network.family
+    w = Weights(weights, dtype=network.dtype)
+    request, steps = family.hoist(network.config, network.plan, w, inputs, t_B)
+    step = {name: _per_image(table, len(t_B)) for name, table in steps.items()}
+    entered: list[Streams] = []
+    blocks: dict[str, Streams] = {}
+
+    def note(run: Walk, streams: list[Streams]) -> list[Streams]:
+        entered.extend(streams)
+        return run(streams)
+
+    hooks = Hooks(stack=note, after=lambda prefix, streams: blocks.update({prefix: streams[0]}))
+    calls = {block: plain(network, block) for block, _ in family.blocks(network.config)}
+    branch = Branch(divide(network, request), divide(network, step))
+    (velocity,) = walk(network, [calls], divide(network, weights), x_BLP, [branch], hooks)
+    return Evaluation(request, step, entered[0], blocks, velocity)
 
 
 def _per_image(table: Tensor, images: int) -> Tensor:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from tinydiff.models import joint
 from tinydiff.models.encoders import clip_text, t5
-from tinydiff.models.recipe import Parts, Patch, Prepared, appended, latent_size, on_grid, shift_by_tokens, token_count
+from tinydiff.models.family import Denoiser
+from tinydiff.models.recipe import Parts, Prepared, appended, latent_size, on_grid, shift_by_tokens, token_count
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.embed import embedder, timestep_embedding
 from tinydiff.ops.linear import linear
@@ -28,7 +29,7 @@ from tinydiff.ops.norm import compute_dtype
 from tinydiff.ops.patch import patchify
 from tinydiff.ops.rope import grid_positions
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Plan, Row, linear_rows
+from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows
 from tinydiff.records import Request
 
 Tensors = dict[str, Tensor]
@@ -84,17 +85,14 @@ def spec(c: Config) -> Iterator[Row]:
 
 # --- what is computed once, before the loop ---------------------------------------------------------------------------------------
 
-POOLED = True
-"""Whether text enters the rows of the steps."""
-
-SHARED = ("cos", "sin", "text_cos", "text_sin")
-"""The request's tensors that every block reads."""
-
-TOKEN_DIMS = {"cos": 0, "sin": 0}
-"""Which dimension of a request's tensor runs over image tokens."""
-
-TEXT_DIMS = {"text": 1, "text_cos": 0, "text_sin": 0}
-"""Which dimension of a request's tensor runs over text tokens."""
+CONDS = (
+    Cond("cos", "image", shared=True),
+    Cond("sin", "image", shared=True),
+    Cond("text_cos", "text", shared=True),
+    Cond("text_sin", "text", shared=True),
+    Cond("text", "text", dim=1),
+)
+"""The tensors of a request that belong to no block."""
 
 
 def _embedded(x: Tensor, w: Weights, dtype: torch.dtype) -> Tensor:
@@ -108,7 +106,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     inputs: `text` [B, T, joint_attention_dim], `pooled` [B, pooled_projection_dim], `positions` [L, 3] of the image tokens, and
     where the variant embeds it `guidance` [1] or [B]. timesteps_S: sigma * 1000.
     """
-    dtype = w["context_embedder.weight"].dtype
+    dtype = w.dtype
     text = linear(inputs["text"].to(dtype), w / "context_embedder")
     nowhere = inputs["positions"].new_zeros(text.shape[1], 3)
     request = {"text": text}
@@ -127,7 +125,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
     """Image tokens [B, L, P] -> text [B, T, D] and image [B, L, D]."""
-    image = linear(x_BLP.to(w["x_embedder.weight"].dtype), w / "x_embedder")
+    image = linear(x_BLP.to(w.dtype), w / "x_embedder")
     text = request["text"].expand(len(image), -1, -1).clone()  # memory of its own, as blocks return it
     return text, image
 
@@ -219,32 +217,7 @@ def prepare_edit(c: Config, parts: Parts, request: Request) -> Prepared:
     return _prepare(c, parts, request, [latents(image) for image in request.originals])
 
 
-PIPELINES = {"FluxPipeline": prepare, "FluxKontextPipeline": prepare_edit}
-"""Pipeline class -> its recipe."""
-
-GUIDANCE = "classifier_free"
-TAKES: Mapping[str, tuple[int, ...]] = {}
-"""Which hidden states of its language models are read: it has none."""
-LINEAR_GRID = True
-"""Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
-
-
-def patch(c: Config) -> Patch:
-    """Latents to a token along frames, height and width."""
-    return PATCH
-
-
-def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float:
-    """The dynamic shift of the schedule; schnell's scheduler does not ask for it."""
-    return shift_by_tokens(tokens, scheduler)
-
-
-def needs(c: Config) -> tuple[str, ...]:
-    """Components needed beside transformer, vae, text_encoder, tokenizer and scheduler."""
-    return ("text_encoder_2", "tokenizer_2")
-
-
-def meets(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What this network's config must say to fit the components around it: (field, value, why)."""
     values = nets["vae"].z_dim * prod(PATCH)
     yield "in_channels", values, "the vae's latents need"
@@ -253,3 +226,24 @@ def meets(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tu
     yield "joint_attention_dim", nets["text_encoder_2"].d_model, "the second text encoder gives"
     yield "pooled_projection_dim", nets["text_encoder"].hidden_size, "the text encoder gives"
     yield "guidance_embeds", row.guidance_form == "embedded", f"the guidance of {row.name} needs"
+
+
+FAMILY = Denoiser(
+    config=Config,
+    spec=spec,
+    conds=CONDS,
+    hoist=hoist,
+    pre=pre,
+    blocks=blocks,
+    post=post,
+    pooled=True,
+    pipelines={"FluxPipeline": prepare, "FluxKontextPipeline": prepare_edit},
+    patch=lambda c: PATCH,
+    heads=lambda c: c.num_attention_heads,
+    head_width=lambda c: c.attention_head_dim,
+    must_fit=must_fit,
+    needs=lambda c: ("text_encoder_2", "tokenizer_2"),
+    mu=lambda c, tokens, steps, scheduler: shift_by_tokens(tokens, scheduler),
+    linear_grid=True,
+    own_grid=("FluxPipeline",),
+)

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinydiff.models.encoders import decoder_lm
+from tinydiff.models.family import Denoiser
 from tinydiff.models.joint import IMAGE, TEXT, Streams, heads, joint_attention, rope_tables, split
-from tinydiff.models.recipe import Parts, Patch, Prepared, appended, latent_size, on_grid, token_count
+from tinydiff.models.recipe import Parts, Prepared, appended, latent_size, on_grid, token_count
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import embedder, timestep_embedding
@@ -29,7 +30,7 @@ from tinydiff.ops.norm import compute_dtype, modulate, rms_norm
 from tinydiff.ops.patch import patchify
 from tinydiff.ops.rope import grid_positions, rotate_interleaved
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows, norm_rows, repeat
 from tinydiff.parallel.sequence import keys
 from tinydiff.records import Request, UserError
 
@@ -124,17 +125,14 @@ def spec(c: Config) -> Iterator[Row]:
 
 # --- what is computed once, before the loop ---------------------------------------------------------------------------------------
 
-POOLED = False
-"""Whether text enters the rows of the steps."""
-
-SHARED = ("cos", "sin", "text_cos", "text_sin")
-"""The request's tensors that every block reads. The modulations of a step are shared by all blocks too."""
-
-TOKEN_DIMS = {"cos": 0, "sin": 0}
-"""Which dimension of a request's tensor runs over image tokens."""
-
-TEXT_DIMS = {"text": 1, "text_cos": 0, "text_sin": 0}
-"""Which dimension of a request's tensor runs over text tokens."""
+CONDS = (
+    Cond("cos", "image", shared=True),
+    Cond("sin", "image", shared=True),
+    Cond("text_cos", "text", shared=True),
+    Cond("text_sin", "text", shared=True),
+    Cond("text", "text", dim=1),
+)
+"""The tensors of a request that belong to no block."""
 
 
 def _embedded(c: Config, x: Tensor, w: Weights) -> Tensor:
@@ -148,7 +146,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     inputs: `text` [B, T, joint_attention_dim], `positions` [L, 4] of the image tokens and, where the model embeds it, the scale of
     `guidance` [1] or [B]. timesteps_S: sigma * 1000. The text has no mask: its padding is attended to.
     """
-    dtype, e = w["context_embedder.weight"].dtype, w / "time_guidance_embed"
+    dtype, e = w.dtype, w / "time_guidance_embed"
     time = _embedded(c, timesteps_S.to(dtype) / 1000, e / "timestep_embedder")[:, None]
     if c.guidance_embeds:
         time = time + _embedded(c, inputs["guidance"].to(dtype), e / "guidance_embedder")
@@ -167,7 +165,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
     """Latent tokens [B, L, P] -> text [B, T, D] and image [B, L, D]."""
     text = request["text"].expand(x_BLP.shape[0], -1, -1).contiguous()
-    return text, linear(x_BLP.to(text.dtype), w / "x_embedder")
+    return text, linear(x_BLP.to(w.dtype), w / "x_embedder")
 
 
 def _gated(gate: Tensor, value: Tensor) -> Tensor:
@@ -283,6 +281,10 @@ def reference(parts: Parts, image: numpy.ndarray) -> Tensor:
     return parts.encode(parts.pixels([parts.resize(image, *whole)[top : top + seen[0], left : left + seen[1]]]))
 
 
+DEV_STATES, KLEIN_STATES = (10, 20, 30), (9, 18, 27)
+"""Which hidden states of the language model are read, whatever its depth."""
+
+
 def _prepared(c: Config, parts: Parts, request: Request, texts: list[str], side: str | None, take: tuple[int, ...]) -> Prepared:
     """Three states `take` of the language model side by side for each token, those of padding too, and references behind the picture."""
     encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
@@ -299,28 +301,13 @@ def _prepared(c: Config, parts: Parts, request: Request, texts: list[str], side:
 def prepare_dev(c: Config, parts: Parts, request: Request) -> Prepared:
     """Texts end where the language model's input ends. A prompt cannot hold the token that stands for pictures."""
     texts = [MISTRAL_CHAT.format(text.replace("[IMG]", "")) for text in request.texts]
-    return _prepared(c, parts, request, texts, "left", TAKES["text_encoder"]["Flux2Pipeline"])
+    return _prepared(c, parts, request, texts, "left", DEV_STATES)
 
 
 def prepare_klein(c: Config, parts: Parts, request: Request) -> Prepared:
     """Texts begin where the language model's input begins, unless the tokenizer's files say otherwise."""
     texts = [QWEN_CHAT.format(text) for text in request.texts]
-    return _prepared(c, parts, request, texts, None, TAKES["text_encoder"]["Flux2KleinPipeline"])
-
-
-PIPELINES = {"Flux2Pipeline": prepare_dev, "Flux2KleinPipeline": prepare_klein}
-"""Pipeline class -> its recipe."""
-
-GUIDANCE = "classifier_free"
-TAKES = {"text_encoder": {"Flux2Pipeline": (10, 20, 30), "Flux2KleinPipeline": (9, 18, 27)}}
-"""Which hidden states of its language models are read: component -> pipeline class -> indices, whatever the model's depth."""
-LINEAR_GRID = True
-"""Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
-
-
-def patch(c: Config) -> Patch:
-    """Latents to a token along frames, height and width."""
-    return PIXEL
+    return _prepared(c, parts, request, texts, None, KLEIN_STATES)
 
 
 def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
@@ -333,15 +320,31 @@ def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> floa
     return slope * steps + (many - 200 * slope)
 
 
-def needs(c: Config) -> tuple[str, ...]:
-    """Components needed beside transformer, vae, text_encoder, tokenizer and scheduler."""
-    return ()
-
-
-def meets(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What this network's config must say to fit the components around it: (field, value, why)."""
     yield "in_channels", nets["vae"].z_dim, "the vae's latents need"
     if c.out_channels is not None:
         yield "out_channels", nets["vae"].z_dim, "the vae's latents need"
     yield "joint_attention_dim", 3 * nets["text_encoder"].hidden_size, "three states of the text encoder need"
     yield "guidance_embeds", row.guidance_form == "embedded", f"the guidance of {row.name} needs"
+
+
+FAMILY = Denoiser(
+    config=Config,
+    spec=spec,
+    conds=CONDS,
+    hoist=hoist,
+    pre=pre,
+    blocks=blocks,
+    post=post,
+    pipelines={"Flux2Pipeline": prepare_dev, "Flux2KleinPipeline": prepare_klein},
+    patch=lambda c: PIXEL,
+    heads=lambda c: c.num_attention_heads,
+    head_width=lambda c: c.attention_head_dim,
+    must_fit=must_fit,
+    mu=mu,
+    linear_grid=True,
+    hidden_states={"text_encoder": {"Flux2Pipeline": DEV_STATES, "Flux2KleinPipeline": KLEIN_STATES}},
+    own_grid=("Flux2Pipeline", "Flux2KleinPipeline"),
+    given_size=reference_size,
+)

@@ -18,14 +18,15 @@ from torch import Tensor
 
 from tinydiff.models import joint
 from tinydiff.models.encoders import decoder_lm
-from tinydiff.models.recipe import Parts, Patch, Prepared, latent_size, on_grid, shift_by_tokens
+from tinydiff.models.family import Denoiser
+from tinydiff.models.recipe import Parts, Prepared, latent_size, on_grid, shift_by_tokens
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.embed import embedder, timestep_embedding
 from tinydiff.ops.linear import linear
 from tinydiff.ops.norm import compute_dtype, rms_norm
 from tinydiff.ops.rope import grid_positions
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows
+from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows, norm_rows
 from tinydiff.records import Request
 
 Tensors = dict[str, Tensor]
@@ -78,17 +79,14 @@ def spec(c: Config) -> Iterator[Row]:
 
 # --- what is computed once, before the loop ---------------------------------------------------------------------------------------
 
-POOLED = False
-"""Whether text enters the rows of the steps."""
-
-SHARED = ("cos", "sin", "text_cos", "text_sin")
-"""The request's tensors that every block reads."""
-
-TOKEN_DIMS = {"cos": 0, "sin": 0}
-"""Which dimension of a request's tensor runs over image tokens."""
-
-TEXT_DIMS = {"text": 1, "text_cos": 0, "text_sin": 0}
-"""Which dimension of a request's tensor runs over text tokens."""
+CONDS = (
+    Cond("cos", "image", shared=True),
+    Cond("sin", "image", shared=True),
+    Cond("text_cos", "text", shared=True),
+    Cond("text_sin", "text", shared=True),
+    Cond("text", "text", dim=1),
+)
+"""The tensors of a request that belong to no block."""
 
 
 def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
@@ -96,7 +94,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
     inputs: `text` [B, T, joint_attention_dim], `positions` [L, 3] of the image tokens. timesteps_S: sigma * 1000.
     """
-    dtype = w["context_embedder.weight"].dtype
+    dtype = w.dtype
     text = linear(rms_norm(inputs["text"].to(dtype), w / "context_embedder_norm"), w / "context_embedder")
     diagonal = torch.arange(text.shape[1], device=text.device)[:, None] * torch.tensor([0, 1, 1], device=text.device)
     request = {"text": text}
@@ -112,7 +110,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
     """Image tokens [B, L, P] -> text [B, T, D] and image [B, L, D]."""
-    image = linear(x_BLP.to(w["x_embedder.weight"].dtype), w / "x_embedder")
+    image = linear(x_BLP.to(w.dtype), w / "x_embedder")
     text = request["text"].expand(len(image), -1, -1).clone()  # memory of its own, as blocks return it
     return text, image
 
@@ -168,35 +166,30 @@ def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
     return on_grid([{"text": text[None]} | shared for text in hidden], vae, request, PATCH)
 
 
-PIPELINES = {"OvisImagePipeline": prepare}
-"""Pipeline class -> its recipe."""
-
-GUIDANCE = "classifier_free"
-TAKES: Mapping[str, tuple[int, ...]] = {"text_encoder": (-1,)}
-"""Which hidden states of its language models are read: component -> indices, from the end where negative."""
-LINEAR_GRID = True
-"""Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
-
-
-def patch(c: Config) -> Patch:
-    """Latents to a token along frames, height and width."""
-    return PATCH
-
-
-def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float:
-    """The dynamic shift of the schedule."""
-    return shift_by_tokens(tokens, scheduler)
-
-
-def needs(c: Config) -> tuple[str, ...]:
-    """Components needed beside transformer, vae, text_encoder, tokenizer and scheduler."""
-    return ()
-
-
-def meets(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What this network's config must say to fit the components around it: (field, value, why)."""
     values = nets["vae"].z_dim * prod(PATCH)
     yield "in_channels", values, "the vae's latents need"
     if c.out_channels is not None:
         yield "out_channels", values, "the vae's latents need"
     yield "joint_attention_dim", nets["text_encoder"].hidden_size, "the text encoder gives"
+
+
+FAMILY = Denoiser(
+    config=Config,
+    spec=spec,
+    conds=CONDS,
+    hoist=hoist,
+    pre=pre,
+    blocks=blocks,
+    post=post,
+    pipelines={"OvisImagePipeline": prepare},
+    patch=lambda c: PATCH,
+    heads=lambda c: c.num_attention_heads,
+    head_width=lambda c: c.attention_head_dim,
+    must_fit=must_fit,
+    mu=lambda c, tokens, steps, scheduler: shift_by_tokens(tokens, scheduler),
+    linear_grid=True,
+    own_grid=("OvisImagePipeline",),
+    hidden_states={"text_encoder": (-1,)},
+)

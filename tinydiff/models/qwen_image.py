@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from tinydiff.models.family import Denoiser
 from tinydiff.models.joint import IMAGE, TEXT, Streams, feed_forward, gelu_tanh, heads, joint_attention
 from tinydiff.models.qwen_prompts import EDIT, MAKE, PICTURE, Seen, caption, see, states
 from tinydiff.models.recipe import Parts, Patch, Prepared, appended, latent_size, on_grid, shift_by_tokens, spread, token_count
@@ -31,7 +32,7 @@ from tinydiff.ops.norm import compute_dtype, modulate, rms_norm
 from tinydiff.ops.patch import patchify
 from tinydiff.ops.rope import grid_positions, rope_table
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows, norm_rows, repeat
 from tinydiff.records import Request
 
 Tensors = dict[str, Tensor]
@@ -105,17 +106,16 @@ def spec(c: Config) -> Iterator[Row]:
 
 # --- what is computed once, before the loop ---------------------------------------------------------------------------------------
 
-POOLED = False
-"""Whether text enters the rows of the steps."""
-
-SHARED = ("cos", "sin", "text_cos", "text_sin", "frozen", "mask")
-"""The request's tensors that every block reads, where present."""
-
-TOKEN_DIMS = {"cos": 0, "sin": 0, "frozen": 1}
-"""Which dimension of a request's tensor runs over image tokens."""
-
-TEXT_DIMS = {"text": 1, "text_cos": 0, "text_sin": 0, "mask": 1}
-"""Which dimension of a request's tensor runs over text tokens."""
+CONDS = (
+    Cond("cos", "image", shared=True),
+    Cond("sin", "image", shared=True),
+    Cond("text_cos", "text", shared=True),
+    Cond("text_sin", "text", shared=True),
+    Cond("frozen", "image", dim=1, shared=True),
+    Cond("mask", "text", dim=1, shared=True),
+    Cond("text", "text", dim=1),
+)
+"""The tensors of a request that belong to no block."""
 
 
 def _sinusoids(t_S: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     [B, T], 1 where a text token is real; `frozen` [1, L, 1] bool, the tokens of reference images; `kind` [1 or B] int64, Layered's
     additional condition, 0 in all its pipelines.
     """
-    dtype = w["txt_in.weight"].dtype
+    dtype = w.dtype
     text = linear(rms_norm(inputs["text"].to(dtype), w / "txt_norm"), w / "txt_in")
     request = {"text": text}
     for prefix, at in (("", inputs["positions"]), ("text_", text_positions(c, inputs["positions"], text.shape[1]))):
@@ -168,7 +168,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
     """Packed latent tokens [B, L, P] -> text [B, T, D], image [B, L, D]."""
     text = request["text"].expand(x_BLP.shape[0], -1, -1)
-    return text, linear(x_BLP.to(text.dtype), w / "img_in")
+    return text, linear(x_BLP.to(w.dtype), w / "img_in")
 
 
 def _modulations(rows: Tensor, still: Tensor | None = None, frozen: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -316,21 +316,6 @@ def prepare_layered(c: Config, parts: Parts, request: Request) -> Prepared:
     )
 
 
-PIPELINES = {
-    "QwenImagePipeline": prepare,
-    "QwenImageEditPipeline": prepare_edit,
-    "QwenImageEditPlusPipeline": prepare_edit_plus,
-    "QwenImageLayeredPipeline": prepare_layered,
-}
-"""Pipeline class -> its recipe."""
-
-GUIDANCE = "token_normed"
-TAKES: Mapping[str, tuple[int, ...]] = {"text_encoder": (-1,)}
-"""Which hidden states of its language models are read: component -> indices, from the end where negative."""
-LINEAR_GRID = True
-"""Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
-
-
 def patch(c: Config) -> Patch:
     """Latents to a token along frames, height and width."""
     return 1, c.patch_size, c.patch_size
@@ -341,15 +326,35 @@ def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> floa
     return (tokens / 256) ** 0.5 if c.use_layer3d_rope else shift_by_tokens(tokens, scheduler)
 
 
-def needs(c: Config) -> tuple[str, ...]:
-    """Components needed beside transformer, vae, text_encoder, tokenizer and scheduler: none."""
-    return ()
-
-
-def meets(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What this network's config must say to fit the components around it: (field, value, why)."""
     vae = nets["vae"]
     yield "in_channels", vae.z_dim * prod(patch(c)), "the vae's latents need"
     yield "joint_attention_dim", nets["text_encoder"].hidden_size, "the text encoder gives"
     yield "use_layer3d_rope", row.layers > 0, f"the pipeline of {row.name} needs"
     yield "use_layer3d_rope", vae.in_channels == 4, f"a vae with {vae.in_channels} channels of pixels needs"
+
+
+FAMILY = Denoiser(
+    config=Config,
+    spec=spec,
+    conds=CONDS,
+    hoist=hoist,
+    pre=pre,
+    blocks=blocks,
+    post=post,
+    pipelines={
+        "QwenImagePipeline": prepare,
+        "QwenImageEditPipeline": prepare_edit,
+        "QwenImageEditPlusPipeline": prepare_edit_plus,
+        "QwenImageLayeredPipeline": prepare_layered,
+    },
+    patch=patch,
+    heads=lambda c: c.num_attention_heads,
+    head_width=lambda c: c.attention_head_dim,
+    must_fit=must_fit,
+    guidance="token_normed",
+    mu=mu,
+    linear_grid=True,
+    hidden_states={"text_encoder": (-1,)},
+)

@@ -1,7 +1,7 @@
 """What a family and the runtime tell each other: a model's loaded parts one way, a request in the family's own terms the other way.
 
-A family has a table `PIPELINES`: pipeline class of model_index.json -> prepare(config, parts, request) -> Prepared. So the runtime knows
-no family by name. Shape letters: B batch, C channels, F latent frames, H and W latent size, L tokens of what is made, R tokens of
+A family's record has a table `pipelines`: pipeline class of model_index.json -> prepare(config, parts, request) -> Prepared. So the runtime
+knows no family by name. Shape letters: B batch, C channels, F latent frames, H and W latent size, L tokens of what is made, R tokens of
 references, P latent values of a token, T text tokens.
 """
 
@@ -10,24 +10,31 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod, sqrt
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy
 import torch
 from torch import Tensor
 
 from tinydiff import entries
+from tinydiff.ops.network import Family, Network
 from tinydiff.ops.patch import patchify, unpatchify
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
 from tinydiff.records import Request, UserError
 
+F = TypeVar("F")
+"""A record of `models.family`."""
+
 
 @dataclass(frozen=True)
-class Net:
-    """One network, ready: its functions are in `module`, its numbers in `weights`."""
+class Net(Generic[F]):
+    """One network of a model in memory.
 
-    module: Any
+    family: its record (`models.family`). weights: flat, on their device, as this rank holds them. dtype: what it computes in.
+    """
+
+    family: F
     config: Any
     plan: Plan
     weights: dict[str, Tensor]
@@ -37,7 +44,12 @@ class Net:
 
     @property
     def w(self) -> Weights:
-        return Weights(self.weights)
+        return Weights(self.weights, dtype=self.dtype)
+
+    @property
+    def network(self) -> Network:
+        """A denoiser as the loop takes it."""
+        return Network(cast(Family, self.family), self.config, self.plan, self.dtype)
 
 
 class Known(NamedTuple):
@@ -53,7 +65,7 @@ class Known(NamedTuple):
 class Parts:
     """What a recipe may use of a loaded model, for one request."""
 
-    nets: Mapping[str, Net]
+    nets: Mapping[str, Net[Any]]
     tokens: Callable[..., tuple[Tensor, Tensor]]
     """(tokenizer's component name, texts, length or None, side, framed) -> ids and mask, int64 [B, T], on the device. side: where each is
     padded to `length`, "left", "right" or as the tokenizer's files say; "none" pads to the longest of the texts only. framed (true):

@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tinydiff.models.encoders import clip_text, t5
+from tinydiff.models.family import Denoiser
 from tinydiff.models.joint import IMAGE, TEXT, Streams, feed_forward, gelu_tanh, heads, joint_attention
 from tinydiff.models.recipe import Parts, Patch, Prepared, latent_size, on_grid, shift_by_tokens
 from tinydiff.models.registry import ReleasedModel
@@ -28,7 +29,7 @@ from tinydiff.ops.linear import linear, linear_sum
 from tinydiff.ops.norm import modulate
 from tinydiff.ops.rope import grid_positions
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Plan, Row, conv_rows, linear_rows, norm_rows, under
+from tinydiff.parallel.plan import Cond, Plan, Row, conv_rows, linear_rows, norm_rows, under
 from tinydiff.parallel.sequence import keys
 from tinydiff.records import Request
 
@@ -114,17 +115,11 @@ def spec(c: Config) -> Iterator[Row]:
 
 # --- what is computed once, before the loop ---------------------------------------------------------------------------------------
 
-POOLED = True
-"""Whether text enters the rows of the steps."""
-
-SHARED: tuple[str, ...] = ()
-"""The request's tensors that every block reads: none, all is in the modulations."""
-
-TOKEN_DIMS = {"position": 1}
-"""Which dimension of a request's tensor runs over image tokens."""
-
-TEXT_DIMS = {"text": 1}
-"""Which dimension of a request's tensor runs over text tokens."""
+CONDS = (
+    Cond("position", "image", dim=1),
+    Cond("text", "text", dim=1),
+)
+"""The tensors of a request that belong to no block."""
 
 
 def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
@@ -132,7 +127,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
     inputs: `text` [B, T, joint_attention_dim], `pooled` [B, pooled_projection_dim], `positions` [L] of the image's tokens in the table.
     """
-    embed, dtype = w / "time_text_embed", w["pos_embed.pos_embed"].dtype
+    embed, dtype = w / "time_text_embed", w.dtype
     position = w["pos_embed.pos_embed"][:, inputs["positions"]]
     text = linear(inputs["text"].to(dtype), w / "context_embedder")
     request = {"position": position, "text": text}
@@ -149,9 +144,8 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
     """Latent tokens [B, L, P] -> the text and the image, placed."""
-    weight, bias = w["pos_embed.proj.weight"], w["pos_embed.proj.bias"]
-    x = F.linear(x_BLP.to(weight.dtype), weight.flatten(1), bias)
-    return request["text"], x + request["position"]
+    image = linear(x_BLP.to(w.dtype), w / "pos_embed" / "proj") + request["position"]
+    return request["text"].expand(len(image), -1, -1), image
 
 
 def _meet(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors, shift: Tensor, scale: Tensor) -> Streams:
@@ -259,24 +253,9 @@ def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
     return on_grid(branches, vae, request, patch(c))
 
 
-PIPELINES = {"StableDiffusion3Pipeline": prepare}
-"""Pipeline class -> its recipe."""
-
-GUIDANCE = "classifier_free"
-TAKES: Mapping[str, tuple[int, ...]] = {}
-"""Which hidden states of its language models are read: it has none."""
-LINEAR_GRID = False
-"""Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
-
-
 def patch(c: Config) -> Patch:
     """Latents to a token along frames, height and width."""
     return 1, c.patch_size, c.patch_size
-
-
-def longest_side(c: Config) -> int:
-    """Latent pixels along a side of the position table."""
-    return c.pos_embed_max_size * c.patch_size
 
 
 def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
@@ -288,12 +267,7 @@ def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> floa
     return shift_by_tokens(tokens, scheduler, 1.15 if euler else 1.16)
 
 
-def needs(c: Config) -> tuple[str, ...]:
-    """Components needed beside transformer, vae, text_encoder, tokenizer and scheduler. T5 may be left out."""
-    return ("text_encoder_2", "tokenizer_2")
-
-
-def meets(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What this network's config must say to fit the components around it: (field, value, why)."""
     for field in ("in_channels", "out_channels"):
         yield field, nets["vae"].z_dim, "the vae's latents need"
@@ -301,3 +275,24 @@ def meets(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tu
     yield "pooled_projection_dim", sum(clip.projection_dim for clip in clips if clip.projects), "the two CLIPs give"
     if "text_encoder_3" in nets:
         yield "joint_attention_dim", nets["text_encoder_3"].d_model, "text_encoder_3 gives"
+
+
+FAMILY = Denoiser(
+    config=Config,
+    spec=spec,
+    conds=CONDS,
+    hoist=hoist,
+    pre=pre,
+    blocks=blocks,
+    post=post,
+    pooled=True,
+    pipelines={"StableDiffusion3Pipeline": prepare},
+    patch=patch,
+    heads=lambda c: c.num_attention_heads,
+    head_width=lambda c: c.attention_head_dim,
+    must_fit=must_fit,
+    mu=mu,
+    needs=lambda c: ("text_encoder_2", "tokenizer_2"),
+    longest_side=lambda c: c.pos_embed_max_size * c.patch_size,
+    texts_before=("text_encoder",),
+)

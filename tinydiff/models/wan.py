@@ -22,7 +22,8 @@ from einops import rearrange
 from torch import Tensor
 
 from tinydiff.models.encoders import clip_vision, t5
-from tinydiff.models.recipe import Known, Parts, Patch, Prepared, latent_size, on_grid
+from tinydiff.models.family import Denoiser
+from tinydiff.models.recipe import Known, Parts, Prepared, latent_size, on_grid
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import timestep_embedding
@@ -31,7 +32,7 @@ from tinydiff.ops.norm import compute_dtype, layer_norm, modulate, rms_norm_acro
 from tinydiff.ops.patch import patchify
 from tinydiff.ops.rope import grid_positions, rope_table, rotate_interleaved
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows, norm_rows, repeat
 from tinydiff.parallel.sequence import keys, whole
 from tinydiff.records import Request
 
@@ -120,25 +121,23 @@ def spec(c: Config) -> Iterator[Row]:
 
 # --- what is computed once, before the loop ---------------------------------------------------------------------------------------
 
-POOLED = False
-"""Whether text enters the rows of the steps."""
-
-SHARED = ("cos", "sin", "frozen", "still_modulation")
-"""The request's tensors that every block reads, where present."""
-
-TOKEN_DIMS = {"cos": 0, "sin": 0, "frozen": 1, "concat": 1}
-"""Which dimension of a request's tensor runs over latent tokens."""
-
-TEXT_DIMS: dict[str, int] = {}
-"""Texts are always padded to one length."""
+CONDS = (
+    Cond("cos", "image", shared=True),
+    Cond("sin", "image", shared=True),
+    Cond("frozen", "image", dim=1, shared=True),
+    Cond("still_modulation", shared=True),
+    Cond("concat", "image", dim=1),
+    Cond("still_time"),
+)
+"""The tensors of a request that belong to no block."""
 
 
-def _time(c: Config, w: Weights, t_S: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _time(c: Config, w: Weights, t_S: Tensor) -> tuple[Tensor, Tensor]:
     """Timesteps [S] -> time embedding [S, D] and the six modulations of all blocks [S, 6, D]."""
     w = w / "condition_embedder"
     e = w / "time_embedder"
-    sinusoid = timestep_embedding(t_S, c.freq_dim).to((e / "linear_1")["weight"].dtype)
-    time = linear(F.silu(linear(sinusoid, e / "linear_1")), e / "linear_2").to(dtype)
+    sinusoid = timestep_embedding(t_S, c.freq_dim).to(torch.promote_types(w.dtype, torch.float32))
+    time = linear(F.silu(linear(sinusoid, e / "linear_1")), e / "linear_2").to(w.dtype)
     return time, linear(F.silu(time), w / "time_proj").unflatten(-1, (6, -1))
 
 
@@ -160,9 +159,8 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     """
     embed = w / "condition_embedder"
     text = embed / "text_embedder"
-    dtype = (text / "linear_1")["weight"].dtype
-    context = linear(F.gelu(linear(inputs["text"].to(dtype), text / "linear_1"), approximate="tanh"), text / "linear_2")
-    image = _image(c, embed / "image_embedder", inputs["image"].to(dtype)) if "image" in inputs else None
+    context = linear(F.gelu(linear(inputs["text"].to(w.dtype), text / "linear_1"), approximate="tanh"), text / "linear_2")
+    image = _image(c, embed / "image_embedder", inputs["image"].to(w.dtype)) if "image" in inputs else None
 
     third = 2 * (c.attention_head_dim // 6)
     rope = rope_table(inputs["positions"], (c.attention_head_dim - 2 * third, third, third))
@@ -179,9 +177,9 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
             request[f"{at}.attn2.image_k"] = key.unflatten(-1, heads)
             request[f"{at}.attn2.image_v"] = linear(image, a / "add_v_proj").unflatten(-1, heads)
 
-    time, modulation = _time(c, w, timesteps_S, dtype)
+    time, modulation = _time(c, w, timesteps_S)
     if "frozen" in inputs:
-        request["still_time"], request["still_modulation"] = _time(c, w, torch.zeros_like(timesteps_S[:1]), dtype)
+        request["still_time"], request["still_modulation"] = _time(c, w, torch.zeros_like(timesteps_S[:1]))
     return request, {"time": time[:, None], "modulation": modulation[:, None]}
 
 
@@ -192,8 +190,7 @@ def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step
     """Latent tokens [B, L, P] -> [B, L, D]."""
     if "concat" in request:
         x_BLP = torch.cat([x_BLP, request["concat"].to(x_BLP.dtype).expand(x_BLP.shape[0], -1, -1)], -1)
-    weight, bias = w["patch_embedding.weight"], w["patch_embedding.bias"]
-    return F.linear(x_BLP.to(weight.dtype), weight.flatten(1), bias)
+    return linear(x_BLP.to(w.dtype), w / "patch_embedding")
 
 
 def _modulations(table: Tensor, step: Tensor, still: Tensor | None, frozen: Tensor | None, x: Tensor) -> list[Tensor]:
@@ -314,32 +311,12 @@ def _beside(c: Config, parts: Parts, request: Request, size: tuple[int, int, int
     return beside
 
 
-PIPELINES = dict.fromkeys(("WanPipeline", "WanImageToVideoPipeline", "WanDMDPipeline"), prepare)
-"""Pipeline class -> its recipe."""
-
-GUIDANCE = "classifier_free"
-TAKES: Mapping[str, tuple[int, ...]] = {}
-"""Which hidden states of its language models are read: component -> indices, from the end where negative."""
-LINEAR_GRID = False
-"""Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
-
-
-def patch(c: Config) -> Patch:
-    """Latents to a token along frames, height and width."""
-    return c.patch_size
-
-
-def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
-    """The dynamic shift of the schedule: Wan has none."""
-    return None
-
-
 def needs(c: Config) -> tuple[str, ...]:
     """Components needed beside transformer, vae, text_encoder, tokenizer and scheduler."""
     return () if c.image_dim is None else ("image_encoder",)
 
 
-def meets(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What this network's config must say to fit the components around it: (field, value, why)."""
     z = nets["vae"].z_dim
     yield "in_channels", 2 * z + 4 if row.images[0] else z, "the vae's latents need"
@@ -352,3 +329,21 @@ def meets(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tu
 def rename(key: str) -> str | None:
     """Released files may carry a norm that nothing reads, and FastWan's the gates of sparse attention, which full attention has not."""
     return None if key.endswith(("norm_added_q.weight", "to_gate_compress.weight", "to_gate_compress.bias")) else key
+
+
+FAMILY = Denoiser(
+    config=Config,
+    spec=spec,
+    conds=CONDS,
+    hoist=hoist,
+    pre=pre,
+    blocks=blocks,
+    post=post,
+    pipelines=dict.fromkeys(("WanPipeline", "WanImageToVideoPipeline", "WanDMDPipeline"), prepare),
+    patch=lambda c: c.patch_size,
+    heads=lambda c: c.num_attention_heads,
+    head_width=lambda c: c.attention_head_dim,
+    must_fit=must_fit,
+    needs=needs,
+    rename=lambda c, key: rename(key),
+)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from types import ModuleType
 from typing import Any
 
-from tinydiff.parallel.cost import Network
+from tinydiff.models.family import Autoencoder, Denoiser
+from tinydiff.parallel.cost import CostModel
 
 READS: dict[str, str] = {
     "blocks.*.attn2.to_[kv]": "kept",  # Wan's cross-attention
@@ -45,7 +45,7 @@ READS: dict[str, str] = {
     "proj_out": "image",
     "x_embedder*": "image",
 }
-"""Pattern of a layer's name -> what passes through it, as `cost.Network.reads` says; the first that fits counts, "" is nothing."""
+"""Pattern of a layer's name -> what passes through it, as `cost.CostModel.reads` says; the first that fits counts, "" is nothing."""
 
 ATTENDS: dict[str, tuple[str, str]] = {
     "blocks.*.attn1.to_out.0": ("image", "image"),
@@ -65,14 +65,14 @@ LAST = ("proj_out", "final_linear", "all_final_layer.*.linear")
 """What the layer that gives a token's velocity is called."""
 
 
-def network(family: ModuleType, config: Any) -> Network:
+def network(family: Denoiser, config: Any) -> CostModel:
     """A family's network as its costs see it."""
     rows = tuple(family.spec(config))
     layers = {row.name.removesuffix(".weight"): row for row in rows if row.name.endswith(".weight")}
     streams = {layer: stream for layer in layers if (stream := _first(READS, layer))}
-    heads = getattr(config, "n_heads", None) or config.num_attention_heads
+    heads = family.heads(config)
     [last] = [layers[layer] for layer in layers if any(fnmatchcase(layer, pattern) for pattern in LAST)]
-    return Network(
+    return CostModel(
         rows=rows,
         blocks=tuple(tuple(row for row in rows if row.name.startswith(f"{prefix}.")) for _, prefix in family.blocks(config)),
         reads={layers[layer].name: stream for layer, stream in streams.items() if len(layers[layer].shape) > 1},
@@ -81,7 +81,7 @@ def network(family: ModuleType, config: Any) -> Network:
         heads=heads,
         head_width=last.shape[1] // heads,
         values=last.shape[0],
-        pooled=family.POOLED,
+        pooled=family.pooled,
     )
 
 
@@ -89,7 +89,7 @@ def _first(table: Mapping[str, Any], layer: str) -> Any:
     return next((found for pattern, found in table.items() if fnmatchcase(layer, pattern)), None)
 
 
-def decode_bytes(vae: ModuleType, c: Any, frames: int, height: int, width: int, passes: int, ranks: int, b: int) -> int | None:
+def decode_bytes(vae: Autoencoder, c: Any, frames: int, height: int, width: int, passes: int, ranks: int, b: int) -> int | None:
     """Bytes at the peak of decoding a clip or picture of that many pixels, its rows divided over ranks; None for a kind not known here.
 
     passes: latent frames at once. The largest stage holds about three tensors of the width that enters a residual block and one of that
@@ -98,7 +98,7 @@ def decode_bytes(vae: ModuleType, c: Any, frames: int, height: int, width: int, 
     and beside them the last two frames that every convolution has read. Then the pixels made so far; in the end three copies of all, on
     every rank.
     """
-    if not hasattr(vae, "up_stages"):
+    if vae.up_stages is None:
         return None
     latents = (frames - 1) // c.scale_factor_temporal + 1
     now, folded = min(passes, latents), c.patch_size if isinstance(c.patch_size, int) else 1

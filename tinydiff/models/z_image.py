@@ -20,8 +20,9 @@ from einops import rearrange
 from torch import Tensor
 
 from tinydiff.models.encoders import decoder_lm
+from tinydiff.models.family import Denoiser
 from tinydiff.models.joint import Streams, heads, joint_mask, split
-from tinydiff.models.recipe import Parts, Patch, Prepared, latent_size, shift_by_tokens, token_count
+from tinydiff.models.recipe import Parts, Prepared, latent_size, shift_by_tokens, token_count
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import timestep_embedding
@@ -31,7 +32,7 @@ from tinydiff.ops.patch import patchify, unpatchify
 from tinydiff.ops.rope import grid_positions, rope_table
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel import sequence
-from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows, norm_rows, repeat
 from tinydiff.records import Request
 
 Tensors = dict[str, Tensor]
@@ -134,17 +135,17 @@ def spec(c: Config) -> Iterator[Row]:
 
 # --- what is computed once, before the loop ---------------------------------------------------------------------------------------
 
-POOLED = False
-"""Whether text enters the rows of the steps."""
-
-SHARED = ("cos", "sin", "text_cos", "text_sin", "mask")
-"""The request's tensors that every block reads, where present."""
-
-TOKEN_DIMS = {"cos": 1, "sin": 1, "real": 1}
-"""Which dimension of a request's tensor runs over image tokens."""
-
-TEXT_DIMS = {"text": 1, "text_cos": 1, "text_sin": 1, "mask": 1}
-"""Which dimension of a request's tensor runs over text tokens."""
+CONDS = (
+    Cond("cos", "image", dim=1, shared=True),
+    Cond("sin", "image", dim=1, shared=True),
+    Cond("text_cos", "text", dim=1, shared=True),
+    Cond("text_sin", "text", dim=1, shared=True),
+    Cond("mask", "text", dim=1, shared=True),
+    Cond("real", "image", dim=1),
+    Cond("limit"),
+    Cond("text", "text", dim=1),
+)
+"""The tensors of a request that belong to no block."""
 
 
 def _modulation(time_SE: Tensor, w: Weights) -> Tensor:
@@ -158,11 +159,10 @@ def _steps(c: Config, w: Weights, timesteps_S: Tensor) -> Tensors:
     """The network's time runs from 0 at noise to 1 at the image; its embedding sets the scales and gates of every block."""
     mlp = w / "t_embedder" / "mlp"
     time = (1000 - timesteps_S.float()) / 1000 * c.t_scale
-    sinusoid = timestep_embedding(time, TIME_FREQUENCIES).to((mlp / 0)["weight"].dtype)
+    sinusoid = timestep_embedding(time, TIME_FREQUENCIES).to(w.dtype)
     time_SE = linear(F.silu(linear(sinusoid, mlp / 0)), mlp / 2)
     final = linear(F.silu(time_SE), w / "all_final_layer" / c.patch_name / "adaLN_modulation" / 1)
-    modulated = [f"noise_refiner.{i}" for i in range(c.n_refiner_layers)] + [at for _, at in blocks(c)]
-    rows = {f"{at}.modulation": _modulation(time_SE, w / at) for at in modulated}
+    rows = {f"{at}.modulation": _modulation(time_SE, w / at) for _, at in blocks(c)}
     return rows | {"scale": (1 + final.to(compute_dtype(final)))[:, None, None]}
 
 
@@ -195,7 +195,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     filled = [length + pad_tokens(length) for length in lengths]
     place, one_length = torch.arange(max(filled), device=pad.device), len(set(filled)) == 1
 
-    text = linear(rms_norm(inputs["text"].to(pad.dtype), embed / 0, c.norm_eps), embed / 1)
+    text = linear(rms_norm(inputs["text"].to(w.dtype), embed / 0, c.norm_eps), embed / 1)
     text = F.pad(text, (0, 0, 0, max(filled) - given))
     text = torch.where(place[:, None] < torch.tensor(lengths, device=pad.device)[:, None, None], text, pad)
     mask = None if one_length else place < torch.tensor(filled, device=pad.device)[:, None]
@@ -237,15 +237,18 @@ def _layer(
 
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
-    """Latent tokens [B, L, P], the pads among them, -> the refined caption and the refined image."""
+    """Latent tokens [B, L, P], the pads among them, -> the refined caption [B, T, D] and the image [B, L, D]."""
     embed = w / "all_x_embedder" / c.patch_name
-    x = rearrange(x_BLP, "b l (c patch) -> b l (patch c)", c=c.in_channels).to(embed["weight"].dtype)
+    x = rearrange(x_BLP, "b l (c patch) -> b l (patch c)", c=c.in_channels).to(w.dtype)
     x = torch.where(request["real"], linear(x, embed), w["x_pad_token"])
-    for i in range(c.n_refiner_layers):
-        at = f"noise_refiner.{i}"
-        rope, alone = (request["cos"], request["sin"]), sequence.keys(plan, request, "image")
-        x = _layer(c, plan, w / at, x, rope, step[f"{at}.modulation"], keys=alone)
-    return request["text"], x
+    return request["text"].expand(len(x), -1, -1).contiguous(), x
+
+
+def refine(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
+    """One layer over the image alone."""
+    text, image = streams
+    rope, keys = (shared["cos"], shared["sin"]), sequence.keys(plan, shared, "image")
+    return text.clone(), _layer(c, plan, w, image, rope, request["modulation"], keys=keys)
 
 
 def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
@@ -260,7 +263,8 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
 
 def blocks(c: Config) -> list:
     """The stack as rows (function, prefix)."""
-    return [(block, f"layers.{i}") for i in range(c.n_layers)]
+    refiners = [(refine, f"noise_refiner.{i}") for i in range(c.n_refiner_layers)]
+    return refiners + [(block, f"layers.{i}") for i in range(c.n_layers)]
 
 
 def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, step: Tensors) -> Tensor:
@@ -317,37 +321,28 @@ def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
     )
 
 
-PIPELINES = {"ZImagePipeline": prepare}
-"""Pipeline class -> its recipe."""
-
-GUIDANCE = "classifier_free"
-TAKES: Mapping[str, tuple[int, ...]] = {"text_encoder": (-2,)}
-"""Which hidden states of its language models are read: component -> indices, from the end where negative."""
-LINEAR_GRID = True
-"""Whether the pipeline hands its scheduler the grid 1, 1 - 1/S, ..., 1/S."""
-
-
-def patch(c: Config) -> Patch:
-    """Latents to a token along frames, height and width."""
-    return c.patch_size
-
-
-def longest_side(c: Config) -> int:
-    """Latent pixels along a side that the network has places for."""
-    return min(c.axes_lens[1:]) * c.patch_size[-1]
-
-
-def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
-    """The dynamic shift of the schedule; the released schedulers do not ask for it."""
-    return shift_by_tokens(tokens, scheduler)
-
-
-def needs(c: Config) -> tuple[str, ...]:
-    """Components needed beside transformer, vae, text_encoder, tokenizer and scheduler: none."""
-    return ()
-
-
-def meets(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What this network's config must say to fit the components around it: (field, value, why)."""
     yield "in_channels", nets["vae"].z_dim, "the vae's latents need"
     yield "cap_feat_dim", nets["text_encoder"].hidden_size, "the text encoder gives"
+
+
+FAMILY = Denoiser(
+    config=Config,
+    spec=spec,
+    conds=CONDS,
+    hoist=hoist,
+    pre=pre,
+    blocks=blocks,
+    post=post,
+    pipelines={"ZImagePipeline": prepare},
+    patch=lambda c: c.patch_size,
+    heads=lambda c: c.n_heads,
+    head_width=lambda c: c.dim // c.n_heads,
+    must_fit=must_fit,
+    mu=lambda c, tokens, steps, scheduler: shift_by_tokens(tokens, scheduler),
+    linear_grid=True,
+    hidden_states={"text_encoder": (-2,)},
+    longest_side=lambda c: min(c.axes_lens[1:]) * c.patch_size[-1],
+    pads=pad_tokens,
+)

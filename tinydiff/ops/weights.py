@@ -4,20 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 
 class Weights:
-    """View of a flat weight dict below a prefix: `(w / "attn1" / "to_q")["weight"]` is `flat["attn1.to_q.weight"]`."""
+    """View of a flat weight dict below a prefix: `(w / "attn1" / "to_q")["weight"]` is `flat["attn1.to_q.weight"]`.
 
-    __slots__ = ("at", "flat")
+    `w.dtype` is the type that the network computes in. It is the network's own, for a stored weight may have another.
+    """
 
-    def __init__(self, flat: Mapping[str, Tensor], at: str = "") -> None:
+    __slots__ = ("_dtype", "at", "flat")
+
+    def __init__(self, flat: Mapping[str, Tensor], at: str = "", dtype: torch.dtype | None = None) -> None:
         self.flat = flat
         self.at = at
+        self._dtype = dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        if self._dtype is None:
+            raise ValueError("this view was made without the type that the network computes in")
+        return self._dtype
 
     def __truediv__(self, name: str | int) -> Weights:
-        return Weights(self.flat, f"{self.at}{name}.")
+        return Weights(self.flat, f"{self.at}{name}.", self._dtype)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.flat[self.at + name]

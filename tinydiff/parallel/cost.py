@@ -18,7 +18,7 @@ STREAMS = ("image", "text", "joint")
 
 
 @dataclass(frozen=True)
-class Network:
+class CostModel:
     """A denoiser as far as its costs go.
 
     rows: every weight. blocks: those of each block. reads: name of a weight -> what passes through it: at every step a stream ("image",
@@ -124,7 +124,7 @@ def share_bytes(rows: Iterable[Row], layout: Layout, b: int) -> int:
     return total
 
 
-def denoiser_bytes(net: Network, layout: Layout, b: int, experts: int = 1) -> int:
+def denoiser_bytes(net: CostModel, layout: Layout, b: int, experts: int = 1) -> int:
     """Bytes of weights on one rank, of one network or two alike. Under full sharding its shares, and two whole blocks: the one at work and
     the one on its way.
     """
@@ -139,7 +139,7 @@ def denoiser_bytes(net: Network, layout: Layout, b: int, experts: int = 1) -> in
 # --- activations --------------------------------------------------------------------------------------------------------------------
 
 
-def activation_bytes(net: Network, layout: Layout, work: Work, b: int) -> int:
+def activation_bytes(net: CostModel, layout: Layout, work: Work, b: int) -> int:
     """Bytes that a step needs beside weights and hoisted tensors, about:
 
     the streams of all branches that walk side by side, n (heads E) b each; in one block of one of them, six more such (a norm and its
@@ -160,7 +160,7 @@ def activation_bytes(net: Network, layout: Layout, work: Work, b: int) -> int:
     return work.images * ((work.evaluations(layout) + 6) * one + given + latents)
 
 
-def hoisted_bytes(net: Network, layout: Layout, work: Work, b: int) -> int:
+def hoisted_bytes(net: CostModel, layout: Layout, work: Work, b: int) -> int:
     """Bytes of what is computed once before the loop: a row for each step from each "table" layer, once for all branches unless text
     enters them; the text's results of "kept" layers for each branch; the rope tables, 4 bytes a value.
     """
@@ -183,7 +183,7 @@ def given_values(row: Row, tp: int) -> int:
 # --- work and exchange of a step ----------------------------------------------------------------------------------------------------
 
 
-def step_flops(net: Network, layout: Layout, work: Work) -> int:
+def step_flops(net: CostModel, layout: Layout, work: Work) -> int:
     """Floating point operations of one rank in one step, of its branches together:
 
     2 n (values of the weight that it holds) for every linear, 4 n (keys) D for every attention.
@@ -193,19 +193,19 @@ def step_flops(net: Network, layout: Layout, work: Work) -> int:
     return work.evaluations(layout) * work.images * (linear + attention_flops(net, layout, work))
 
 
-def attention_flops(net: Network, layout: Layout, work: Work) -> int:
+def attention_flops(net: CostModel, layout: Layout, work: Work) -> int:
     """The attentions' share of `step_flops`, for one branch of one image."""
     return sum(4 * work.held(queries, layout) * work.keys(keys) * dealt_width(net, layout, keys) for queries, keys in net.attends)
 
 
-def dealt_width(net: Network, layout: Layout, keys: str = "image") -> int:
+def dealt_width(net: CostModel, layout: Layout, keys: str = "image") -> int:
     """D: what a token's heads on one rank take. Attention to what every rank holds whole trades no heads, and fills none up."""
     heads = ceil(net.heads / layout.tp)
     fill = 1 if keys in ("words", "views") else layout.ulysses
     return ceil(heads / fill) * fill * net.head_width
 
 
-def step_bytes(net: Network, layout: Layout, work: Work, b: int = 2) -> dict[str, int]:
+def step_bytes(net: CostModel, layout: Layout, work: Work, b: int = 2) -> dict[str, int]:
     """Bytes that one rank hands to collectives in one step, by axis, axes that exchange nothing left out. For each branch that it walks:
 
     ulysses: for each attention of streams to streams one all-to-all of queries, keys and values, 3 B n D b, and one of the result, B n D b.
@@ -251,7 +251,7 @@ def across(layout: Layout, axis: str, machine: Machine) -> bool:
     return prod(sizes[name] for name in inner) > machine.ranks
 
 
-def step_seconds(net: Network, layout: Layout, work: Work, machine: Machine, b: int = 2) -> float:
+def step_seconds(net: CostModel, layout: Layout, work: Work, machine: Machine, b: int = 2) -> float:
     """Seconds of a step: the operations at the machine's rate, then the exchanges one after another at its bandwidths.
 
     Only the gathering of a block's weights is hidden, behind the blocks before. Rings are not trusted to hide theirs, though each part is

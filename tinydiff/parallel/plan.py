@@ -36,6 +36,20 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Cond:
+    """One tensor of a request, as a family's `hoist` returns it beside those that belong to a block.
+
+    name: its key. stream: the tokens along its dimension `dim`, "image" or "text"; None where no dimension runs over tokens.
+    shared: every block reads it.
+    """
+
+    name: str
+    stream: str | None = None
+    dim: int = 0
+    shared: bool = False
+
+
+@dataclass(frozen=True)
 class Replicate:
     """Every rank holds the whole tensor."""
 

@@ -8,14 +8,14 @@ by token. Shape letters: L image tokens, T text tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tinydiff.parallel.moves import reshard
-from tinydiff.parallel.plan import Partial, Placement, Plan, Replicate, Shard
+from tinydiff.parallel.plan import Cond, Partial, Placement, Plan, Replicate, Shard
 
 STREAMS = {"image": ("image",), "joint": ("text", "image")}
 """What attention in the loop runs over: the image alone, or both streams, text first on each rank."""
@@ -27,13 +27,6 @@ class Known(Protocol):
     """Tensors by name: a dict, or a view of weights."""
 
     def __getitem__(self, name: str, /) -> Tensor: ...
-
-
-class Dims(Protocol):
-    """What a family says about the tensors of its requests: name -> the dimension that runs over tokens."""
-
-    TOKEN_DIMS: Mapping[str, int]
-    TEXT_DIMS: Mapping[str, int]
 
 
 def ranks(plan: Plan) -> tuple[int, int]:
@@ -93,12 +86,12 @@ def _everywhere(plan: Plan, x: Tensor, source: Placement) -> Tensor:
     return x
 
 
-def dealt(plan: Plan, family: Dims, request: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A request's tensors as this rank holds them, and the index tensors of `keys` beside them."""
+def dealt(plan: Plan, conds: Sequence[Cond], request: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A request's tensors as this rank holds them, and the index tensors of `keys` beside them. conds: the family's."""
     if ranks(plan)[0] == 1:
         return dict(request)
-    image, text = (_length(request, dims) for dims in (family.TOKEN_DIMS, family.TEXT_DIMS))
-    dims = {**family.TOKEN_DIMS, **family.TEXT_DIMS}
+    image, text = (_length(request, conds, stream) for stream in ("image", "text"))
+    dims = {cond.name: cond.dim for cond in conds if cond.stream is not None}
     device = next(iter(request.values())).device
     shares = {name: share(plan, x, dims[name]) if name in dims else x for name, x in request.items()}
     return shares | {name: torch.tensor(index, dtype=torch.int64, device=device) for name, index in _real(plan, text, image).items()}
@@ -130,5 +123,6 @@ def _real(plan: Plan, text: int, image: int) -> dict[str, list[int]]:
     return found
 
 
-def _length(request: Mapping[str, Tensor], dims: Mapping[str, int]) -> int:
-    return next((request[name].shape[dim] for name, dim in dims.items() if name in request), 0)
+def _length(request: Mapping[str, Tensor], conds: Sequence[Cond], stream: str) -> int:
+    found = (request[cond.name].shape[cond.dim] for cond in conds if cond.stream == stream and cond.name in request)
+    return next(found, 0)

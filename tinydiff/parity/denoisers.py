@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -11,9 +11,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from tinydiff.models import ernie, flux, flux2, ovis, qwen_image, sd3, wan, z_image
+from tinydiff.models import ernie, family, flux, flux2, ovis, qwen_image, sd3, wan, z_image
+from tinydiff.models.evaluate import evaluate
+from tinydiff.ops.network import Network
 from tinydiff.ops.patch import patchify
-from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
 from tinydiff.parity.reference import Case, built, draw, library, overheard
 
@@ -43,15 +44,18 @@ class Denoiser:
     time, text: (layer, the name under which `hoist` returns its output). Blocks need no names, for theirs are ours.
     """
 
-    family: ModuleType
+    family: family.Denoiser
     reference: str
     config: Any
     ask: Callable[[Any], Asked]
     time: tuple[str, str]
     text: tuple[str, str]
-    image: str
+    image: str | None
+    """The layer that embeds the image's tokens; None where its output is not in their order."""
     sinusoid: str = ""
     """A layer that computes in float32 whatever comes."""
+    image_alone: str = ""
+    """How the names of blocks begin that the reference runs on the image alone."""
     image_first: bool = False
     """How the reference's blocks order a joint sequence."""
     sequence_first: bool = False
@@ -62,7 +66,8 @@ def case(d: Denoiser) -> Case:
     """Stages: time, text, image, each block under its name, and the last layer."""
     places = [at for _, at in d.family.blocks(d.config)]
     asked = d.ask(d.config)
-    layers = {"time": d.time[0], "text": d.text[0], "image": d.image} | {at: at for at in places}
+    layers = {"time": d.time[0], "text": d.text[0]} | ({} if d.image is None else {"image": d.image})
+    layers |= {at: at for at in places}
 
     def reference() -> nn.Module:
         with patch("torch.polar", _polar):
@@ -77,25 +82,25 @@ def case(d: Denoiser) -> Case:
         seen = {stage: _joined(heard[layer], d.sequence_first and stage in places) for stage, layer in layers.items()}
         return seen | {"time": _time(heard[d.time[0]], len(asked.tokens)), "last": velocity}
 
-    return Case(reference, lambda: d.family.spec(d.config), lambda key: key, theirs, lambda w: _walk(d, asked, w))
+    return Case(reference, lambda: d.family.spec(d.config), lambda key: key, theirs, lambda w: _stages(d, asked, w.flat))
 
 
-def _walk(d: Denoiser, asked: Asked, w: Weights) -> Iterator[tuple[str, Tensor]]:
-    """What the loop does in one step, with a halt after each stage."""
-    f, c, pictures = d.family, d.config, len(asked.tokens)
-    request, steps = f.hoist(c, PLAN, w, asked.inputs, TIME)
-    step = {name: rows[0] for name, rows in steps.items()}
-    shared = step | {name: request[name] for name in f.SHARED if name in request}
+def _stages(d: Denoiser, asked: Asked, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The stages of one evaluation, as the loop makes it."""
+    images = len(asked.tokens)
+    network = Network(d.family, d.config, PLAN, torch.float64)
+    request, step, entered, blocks, velocity = evaluate(network, dict(weights), asked.tokens, TIME, asked.inputs)
     time, text = step[d.time[1]].flatten(1), request[d.text[1]]
-    yield "time", (time - 1 if f is z_image else time).expand(pictures, -1)  # Z-Image hoists 1 + scale
-    yield "text", text.flatten(2).expand(pictures, -1, -1)
-    streams = f.pre(c, PLAN, w, asked.tokens, Weights(request), step)
-    yield "image", streams if isinstance(streams, Tensor) else streams[1]
-    for fn, at in f.blocks(c):
-        streams = fn(c, PLAN, w / at, streams, Weights(request | step) / at, shared)
+    yield "time", (time - 1 if d.family is z_image.FAMILY else time).expand(images, -1)  # Z-Image hoists 1 + scale
+    yield "text", text.flatten(2).expand(images, -1, -1)
+    if d.image is not None:
+        yield "image", entered if isinstance(entered, Tensor) else entered[1]
+    for at, streams in blocks.items():
         parts = (streams,) if isinstance(streams, Tensor) else streams
+        if d.image_alone and at.startswith(d.image_alone):
+            parts = parts[1:]
         yield at, torch.cat(parts[::-1] if d.image_first else parts, 1)
-    yield "last", f.post(c, PLAN, w, streams, Weights(request), step)[:, : asked.answered]
+    yield "last", velocity[:, : asked.answered]
 
 
 def _joined(output: Any, sequence_first: bool) -> Tensor:
@@ -174,17 +179,17 @@ def _qwen(*sizes: tuple[int, int], made: int = 1) -> Callable[[qwen_image.Config
     return ask
 
 
-def _flux(family: ModuleType, *sizes: tuple[int, int, int]) -> Callable[[Any], Asked]:
+def _flux(module: ModuleType, *sizes: tuple[int, int, int]) -> Callable[[Any], Asked]:
     """FLUX.1, FLUX.2 and Ovis-Image; sizes of the picture's latents and of references."""
 
     def ask(c: Any) -> Asked:
-        ids = family.positions(sizes[0], sizes[1:]) if sizes[1:] else family.positions(sizes[0])
+        ids = module.positions(sizes[0], sizes[1:]) if sizes[1:] else module.positions(sizes[0])
         tokens, text = draw(2, len(ids), c.in_channels, seed=2), draw(2, WORDS, c.joint_attention_dim, seed=3)
         inputs = {"text": text, "positions": ids}
-        places = {flux: (0, 0, 0), ovis: (0, 1, 1), flux2: (0, 0, 0, 1)}[family]
+        places = {flux: (0, 0, 0), ovis: (0, 1, 1), flux2: (0, 0, 0, 1)}[module]
         known = {"hidden_states": tokens, "encoder_hidden_states": text, "timestep": TIME.double().expand(2) / 1000}
         known |= {"img_ids": ids.double(), "txt_ids": torch.arange(WORDS)[:, None].double() * torch.tensor(places)}
-        if family is flux:
+        if module is flux:
             inputs["pooled"] = known["pooled_projections"] = draw(2, c.pooled_projection_dim, seed=4)
         if getattr(c, "guidance_embeds", False):
             inputs["guidance"] = known["guidance"] = torch.tensor([2.5, 4.0])
@@ -235,17 +240,17 @@ _PICTURE, _GIVEN, _SMALL = (6, 10), (4, 14), (8, 2)
 
 def _of_wan(config: wan.Config, **more: Any) -> Denoiser:
     time, text = ("condition_embedder.time_proj", "modulation"), ("blocks.0.attn2.to_v", "blocks.0.attn2.v")
-    return Denoiser(wan, "WanTransformer3DModel", config, _wan(**more), time, text, "patch_embedding")
+    return Denoiser(wan.FAMILY, "WanTransformer3DModel", config, _wan(**more), time, text, "patch_embedding")
 
 
 def _of_qwen(config: qwen_image.Config, ask: Callable[[Any], Asked]) -> Denoiser:
     time = (f"{_FIRST}.img_mod.1", f"{_FIRST}.img_mod")
-    return Denoiser(qwen_image, "QwenImageTransformer2DModel", config, ask, time, ("txt_in", "text"), "img_in")
+    return Denoiser(qwen_image.FAMILY, "QwenImageTransformer2DModel", config, ask, time, ("txt_in", "text"), "img_in")
 
 
-def _of_flux(family: ModuleType, reference: str, config: Any, time: tuple[str, str], sinusoid: str, *given: tuple[int, int]) -> Denoiser:
-    ask = _flux(family, *((1, *size) for size in (_PICTURE, *given)))
-    return Denoiser(family, reference, config, ask, time, ("context_embedder", "text"), "x_embedder", sinusoid)
+def _of_flux(module: ModuleType, reference: str, config: Any, time: tuple[str, str], sinusoid: str, *given: tuple[int, int]) -> Denoiser:
+    ask = _flux(module, *((1, *size) for size in (_PICTURE, *given)))
+    return Denoiser(module.FAMILY, reference, config, ask, time, ("context_embedder", "text"), "x_embedder", sinusoid)
 
 
 def _of_flux1(config: flux.Config, *given: tuple[int, int]) -> Denoiser:
@@ -261,7 +266,7 @@ def _of_flux2(config: flux2.Config) -> Denoiser:
 def _of_sd3(**changes: Any) -> Denoiser:
     time = (f"{_FIRST}.norm1.linear", f"{_FIRST}.norm1")
     config = replace(_SD3, num_layers=3, **changes)
-    return Denoiser(sd3, "SD3Transformer2DModel", config, _sd3, time, ("context_embedder", "text"), "pos_embed")
+    return Denoiser(sd3.FAMILY, "SD3Transformer2DModel", config, _sd3, time, ("context_embedder", "text"), "pos_embed")
 
 
 DENOISERS = {
@@ -270,8 +275,8 @@ DENOISERS = {
     "Wan, a frame beside the noise and CLIP": _of_wan(replace(_WAN, in_channels=12, image_dim=24, added_kv_proj_dim=32), length=512),
     "Wan, a given first frame": _of_wan(_WAN, frozen=True),
     "Z-Image": Denoiser(
-        z_image, "ZImageTransformer2DModel", _Z, _z_image, ("all_final_layer.2-1.adaLN_modulation.1", "scale"),
-        ("context_refiner.1", "text"), "noise_refiner.1", image_first=True,
+        z_image.FAMILY, "ZImageTransformer2DModel", _Z, _z_image, ("all_final_layer.2-1.adaLN_modulation.1", "scale"),
+        ("context_refiner.1", "text"), None, image_alone="noise_refiner.", image_first=True,
     ),
     "Qwen-Image": _of_qwen(_QWEN, _qwen(_PICTURE)),
     "Qwen-Image, references": _of_qwen(_QWEN, _qwen(_PICTURE, _GIVEN, _SMALL)),
@@ -286,7 +291,8 @@ DENOISERS = {
     "FLUX.2, guidance and references": _of_flux2(replace(_FLUX2, guidance_embeds=True)),
     "Ovis-Image": _of_flux(ovis, "OvisImageTransformer2DModel", _OVIS, (f"{_FIRST}.norm1.linear", f"{_FIRST}.norm1"), "time_proj"),
     "ERNIE-Image": Denoiser(
-        ernie, "ErnieImageTransformer2DModel", _ERNIE, _ernie, ("adaLN_modulation.1", "modulation"), ("text_proj", "text"), "x_embedder",
+        ernie.FAMILY, "ErnieImageTransformer2DModel", _ERNIE, _ernie, ("adaLN_modulation.1", "modulation"), ("text_proj", "text"),
+        "x_embedder",
         image_first=True, sequence_first=True,
     ),
     "SD3": _of_sd3(),

@@ -163,7 +163,7 @@ def compared(case: Case, expected: Mapping[str, Tensor], weights: Mapping[str, T
     note = f"{odd[0]}: ours {rows.get(odd[0])}, the reference's {given.get(odd[0])}" if odd else ""
     yield Stage("weights", math.inf if odd else 0.0, note)
     with torch.no_grad():
-        for name, values in case.ours(Weights(weights)):
+        for name, values in case.ours(Weights(weights, dtype=torch.float64)):
             yield Stage(name, *distance(values, expected[name]))
 
 

@@ -99,7 +99,7 @@ def _starts(blueprint: Blueprint, sampling: SamplingOptions, originals: Sequence
     if row.image_use == "references" or frames > 1:
         return False
     if row.images[0]:
-        least = blueprint.nets["vae"].config.scale_factor_temporal + 1
+        least = blueprint.autoencoder.config.scale_factor_temporal + 1
         raise UserError("num_frames", f"num_frames: 1 leaves nothing to make after the given first frame; give at least {least}")
     return True
 
@@ -156,12 +156,12 @@ def _mask(
 
 def _multiple(blueprint: Blueprint) -> int:
     """Height and width must divide by the autoencoder's stride times the denoiser's patch."""
-    net = blueprint.nets["transformer"]
-    return blueprint.nets["vae"].config.scale_factor_spatial * net.kind.module.patch(net.config)[-1]
+    net = blueprint.denoiser
+    return blueprint.autoencoder.config.scale_factor_spatial * net.family.patch(net.config)[-1]
 
 
 def _images(blueprint: Blueprint, paths: Sequence[str], read: Read) -> tuple[numpy.ndarray, ...]:
-    row, net = blueprint.row, blueprint.nets["transformer"].config
+    row, net = blueprint.row, blueprint.denoiser.config
     least, most = row.images
     if len(paths) < least:
         verb = "edits" if row.image_use == "references" else "starts from"
@@ -186,7 +186,7 @@ def _size(blueprint: Blueprint, sampling: SamplingOptions, images: Sequence[nump
     """The asked size; else the model's, its area spread to the aspect of the given picture."""
     row, multiple, longest = blueprint.row, _multiple(blueprint), _longest_side(blueprint)
     height, width = sampling.height or row.height, sampling.width or row.width
-    given_size = blueprint.nets["transformer"].kind.given_size
+    given_size = blueprint.denoiser.family.given_size
     if images and given_size is not None:
         (tall, wide), *_ = [given_size(image.shape[0], image.shape[1], multiple) for image in images]  # each may be refused
         height, width = sampling.height or tall, sampling.width or wide
@@ -211,14 +211,14 @@ def _size(blueprint: Blueprint, sampling: SamplingOptions, images: Sequence[nump
 
 
 def _longest_side(blueprint: Blueprint) -> float:
-    net = blueprint.nets["transformer"]
-    if net.kind.longest_side is None:
+    net = blueprint.denoiser
+    if net.family.longest_side is None:
         return math.inf
-    return net.kind.longest_side(net.config) * blueprint.nets["vae"].config.scale_factor_spatial
+    return net.family.longest_side(net.config) * blueprint.autoencoder.config.scale_factor_spatial
 
 
 def _frames(blueprint: Blueprint, sampling: SamplingOptions, clip: bool) -> int:
-    row, stride = blueprint.row, blueprint.nets["vae"].config.scale_factor_temporal
+    row, stride = blueprint.row, blueprint.autoencoder.config.scale_factor_temporal
     if row.layers:
         return 1
     frames = sampling.num_frames or (row.clip_frames if clip else row.num_frames)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -20,6 +20,8 @@ from tinydiff.io.tokenizer import Tokenizer, load_tokenizer
 from tinydiff.io.variants import has
 from tinydiff.io.weights import load_weights
 from tinydiff.models import registry
+from tinydiff.models.classes import LANGUAGE_AND_VISION, RECORDS, VISION
+from tinydiff.models.family import Autoencoder, Denoiser, Encoder, Record
 from tinydiff.models.recipe import Net
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import BACKENDS, serves
@@ -27,10 +29,11 @@ from tinydiff.parallel.plan import ALONE, Group, Plan
 from tinydiff.parallel.ranks import Ranks
 from tinydiff.parallel.shards import undivided
 from tinydiff.records import UserError, nearest
-from tinydiff.runtime.kinds import LANGUAGE_AND_VISION, LM, NETS, VISION, Kind, preprocessed, read_config
+from tinydiff.runtime.component_config import preprocessed, read_config
 from tinydiff.sampling import solvers
 
 log = logging.getLogger(__name__)
+R = TypeVar("R", bound=Record)
 
 SHIPPED = Path(__file__).parent.parent / "shapes"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -51,11 +54,11 @@ NEEDED = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 @dataclass(frozen=True)
-class NetPlan:
-    """One network before its weights are there."""
+class NetPlan(Generic[R]):
+    """One network before its weights are there. family: its record."""
 
     name: str
-    kind: Kind
+    family: R
     folder: Path
     config: Any
     dtype: torch.dtype
@@ -69,7 +72,8 @@ class Blueprint:
     row: ReleasedModel
     named: bool
     """Whether the row was found by name; if only by shape, the folder's own scheduler settings hold."""
-    nets: Mapping[str, NetPlan]
+    nets: Mapping[str, NetPlan[Any]]
+    """Component -> its network."""
     tokenizers: Mapping[str, Path]
     scheduler: Mapping[str, Any]
     """`scheduler_config.json`."""
@@ -81,14 +85,32 @@ class Blueprint:
     variant: str | None = None
     """Of the weights, where they are saved in several."""
 
+    @property
+    def denoiser(self) -> NetPlan[Denoiser]:
+        """The first expert where there are two."""
+        return self.nets["transformer"]
+
+    @property
+    def autoencoder(self) -> NetPlan[Autoencoder]:
+        return self.nets["vae"]
+
 
 @dataclass(frozen=True)
 class Model:
     """A model in memory, fit to answer any number of requests."""
 
     blueprint: Blueprint
-    nets: Mapping[str, Net]
+    nets: Mapping[str, Net[Any]]
     tokenizers: Mapping[str, Tokenizer]
+
+    @property
+    def denoiser(self) -> Net[Denoiser]:
+        """The first expert where there are two."""
+        return self.nets["transformer"]
+
+    @property
+    def autoencoder(self) -> Net[Autoencoder]:
+        return self.nets["vae"]
 
 
 def read(options: ModelOptions) -> Blueprint:
@@ -105,25 +127,28 @@ def read(options: ModelOptions) -> Blueprint:
     if absent := [name for name in NEEDED if name not in index.components]:
         raise UserError("model_path", f"model_path: model_index.json names no {absent[0]}, which a {index.class_name} needs")
     row, named = _row(index, places, options)
-    kinds = _kinds(index, row, options)
-    denoiser = kinds["transformer"]
+    records = _records(index, row, options)
 
+    denoiser = records["transformer"]
+    if not isinstance(denoiser, Denoiser):
+        message = f"the component transformer is a {index.components['transformer'][1]}, which is no denoiser"
+        raise UserError("model_path", f"model_path: {message}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     nets = {}
-    for name, kind in kinds.items():
-        owner = "text_encoder" if kind is VISION else name
-        config = read_config(kind, places[owner] / "config.json", index.components[owner][1])
-        if kind.preprocessor is not None and kind.preprocessor[0] in places:
-            config = preprocessed(kind, config, places[kind.preprocessor[0]])
-        if kind is LM:
-            takes = denoiser.module.TAKES.get(name, (-1,))
-            config = _needed_layers(name, config, takes if isinstance(takes, tuple) else takes[row.pipeline], index)
+    for name, family in records.items():
+        owner = "text_encoder" if family is VISION else name
+        config = read_config(family, places[owner] / "config.json", index.components[owner][1])
+        if isinstance(family, Encoder) and family.preprocessor is not None and family.preprocessor[0] in places:
+            config = preprocessed(family, config, places[family.preprocessor[0]])
+        if family is RECORDS[LANGUAGE_AND_VISION]:
+            states = denoiser.hidden_states.get(name, (-1,))
+            config = _needed_layers(name, config, states if isinstance(states, tuple) else states[row.pipeline], index)
             if name == WRITER or (row.captions and name == "text_encoder"):
                 config = replace(config, lm_head=True)
-        settled = (denoiser.settles or {}).get(name, {})
+        settled = denoiser.settles.get(name, {})
         config = replace(config, **{key: value for key, value in settled.items() if hasattr(config, key)})
-        dtype = _dtype(name, kind, options, device)
-        nets[name] = NetPlan(name, kind, places[owner], config, dtype, _plan(name, kind, config, dtype, options, device))
+        dtype = _dtype(name, family, options, device)
+        nets[name] = NetPlan(name, family, places[owner], config, dtype, _plan(name, family, config, dtype, options, device))
     _check_fit(row, index, nets)
     scheduler = hub.read_json(places["scheduler"] / "scheduler_config.json")
     solvers.check_types(scheduler)
@@ -149,29 +174,29 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None) -> Model:
     for name, net in blueprint.nets.items():
         log.debug("loading %s as %s", name, net.dtype)
         plan, together = (net.plan, ALONE) if ranks is None else _placed(net, ranks)
-        rows = net.kind.module.spec(net.config)
-        rename = None if net.kind.rename is None else partial(net.kind.rename, net.config)
-        blocks = {at for _, at in net.kind.module.blocks(net.config)} if plan.group("shard").size > 1 else ()
+        rows = net.family.spec(net.config)
+        rename = None if net.family.rename is None else partial(net.family.rename, net.config)
+        blocks = {at for _, at in net.family.blocks(net.config)} if plan.group("shard").size > 1 else ()
         weights = load_weights(net.folder, rows, net.dtype, blueprint.device, rename, plan.along("tp", "shard"), together, blocks, variant)
-        nets[name] = Net(net.kind.module, net.config, plan, weights, net.dtype, _generation(net) if name == WRITER else {})
+        nets[name] = Net(net.family, net.config, plan, weights, net.dtype, _generation(net) if name == WRITER else {})
     return Model(blueprint, nets, tokenizers)
 
 
-def _generation(net: NetPlan) -> Mapping[str, Any]:
+def _generation(net: NetPlan[Any]) -> Mapping[str, Any]:
     path = net.folder / "generation_config.json"
     return hub.read_json(path) if path.is_file() else {}
 
 
-def _placed(net: NetPlan, ranks: Ranks) -> tuple[Plan, Group]:
+def _placed(net: NetPlan[Any], ranks: Ranks) -> tuple[Plan, Group]:
     """(a network's plan on this rank, the ranks beside this one, on no axis that divides weights, that hold the same)."""
     groups, layout = ranks.groups, ranks.layout
-    if net.kind.role == "dit":
+    if net.family.role == "dit":
         axes = {axis: groups[axis] for axis in ("cfg", "ring", "ulysses", "tp", *(("shard",) if layout.fsdp else ()))}
         return _with(net.plan, axes), groups["dp" if layout.fsdp else "peers"]
-    if net.kind.role == "vae":
+    if net.family.role == "vae":
         return _with(net.plan, {"rows": groups["replica"]} if layout.vae else {}), groups["world"]
     tp, together = (groups["replica"], groups["dp"]) if layout.encoders else (groups["tp"], groups["peers"])
-    if tp.size > 1 and (why := undivided(net.kind.module.spec(net.config), tp.size)):
+    if tp.size > 1 and (why := undivided(net.family.spec(net.config), tp.size)):
         log.info("%s stays whole on every rank: %s", net.name, why)
         return net.plan, groups["world"]
     return _with(net.plan, {"tp": tp}), together
@@ -198,8 +223,8 @@ def _own_class(name: str, place: Path, listed: tuple[str, str]) -> tuple[str, st
     """(library, class) of a component that stands in for the `listed` one: a class that its own config.json names, where that is known."""
     path = place / "config.json"
     entries = hub.read_json(path) if path.is_file() else {}
-    own = next((kind for kind in (entries.get("_class_name"), *(entries.get("architectures") or ())) if kind in NETS), listed[1])
-    if own != listed[1] and listed[1] in NETS and NETS[own].role != NETS[listed[1]].role:
+    own = next((kind for kind in (entries.get("_class_name"), *(entries.get("architectures") or ())) if kind in RECORDS), listed[1])
+    if own != listed[1] and listed[1] in RECORDS and RECORDS[own].role != RECORDS[listed[1]].role:
         raise UserError(f"{name}_path", f"{name}_path: {str(place)!r} is a {own}, which cannot stand in for a {listed[1]}")
     return listed[0], own
 
@@ -214,27 +239,27 @@ def _needed_layers(name: str, config: Any, takes: tuple[int, ...], index: hub.In
     return replace(config, layers=max(1, most))
 
 
-def _kinds(index: hub.Index, row: ReleasedModel, options: ModelOptions) -> dict[str, Kind]:
+def _records(index: hub.Index, row: ReleasedModel, options: ModelOptions) -> dict[str, Record]:
     """How each component with weights is run, once every option that speaks of a component is known to find it."""
-    kinds = {}
+    records = {}
     for name, (_, class_name) in index.components.items():
         if name not in FILES and (name != WRITER or "pe_tokenizer" in index.components):
-            if class_name not in NETS:
-                message = f"component {name!r} has the class {class_name}, which is not supported; known are {', '.join(NETS)}"
+            if class_name not in RECORDS:
+                message = f"component {name!r} has the class {class_name}, which is not supported; known are {', '.join(RECORDS)}"
                 raise UserError("model_path", f"model_path: {message}")
-            kinds[name] = NETS[class_name]
+            records[name] = RECORDS[class_name]
             if class_name == LANGUAGE_AND_VISION and row.image_use == "references":
-                kinds["vision"] = VISION
+                records["vision"] = VISION
     for name in options.component_precisions:
-        _known("component_precisions", name, kinds)
+        _known("component_precisions", name, records)
     for name in options.component_attention_backends:
-        _known("component_attention_backends", name, [name for name, kind in kinds.items() if kind.heads is not None])
-    encoders = [name for name, kind in kinds.items() if kind.role == "text_encoder" and name != WRITER]
+        _known("component_attention_backends", name, [name for name, family in records.items() if family.head_width is not None])
+    encoders = [name for name, family in records.items() if family.role == "text_encoder" and name != WRITER]
     if len(given := options.text_encoder_precisions) > len(encoders):
         raise UserError("text_encoder_precisions", f"text_encoder_precisions: {len(given)} are given; text encoders: {len(encoders)}")
-    if options.image_encoder_precision is not None and "image_encoder" not in kinds:
+    if options.image_encoder_precision is not None and "image_encoder" not in records:
         raise UserError("image_encoder_precision", "image_encoder_precision: the model has no image encoder")
-    return kinds
+    return records
 
 
 def _known(field: str, name: str, names: Collection[str]) -> None:
@@ -242,7 +267,7 @@ def _known(field: str, name: str, names: Collection[str]) -> None:
         raise UserError(field, f"{field}: {name!r} is not one of {', '.join(names)}{nearest(name, names)}")
 
 
-def _dtype(name: str, kind: Kind, options: ModelOptions, device: torch.device) -> torch.dtype:
+def _dtype(name: str, family: Record, options: ModelOptions, device: torch.device) -> torch.dtype:
     """A component's type: the option for it, else that for its role, else float32 on the CPU and for autoencoders, bfloat16 elsewhere."""
     encoders = options.text_encoder_precisions
     place = int(name.rpartition("_")[2]) - 1 if name.rpartition("_")[2].isdigit() else 0
@@ -252,18 +277,21 @@ def _dtype(name: str, kind: Kind, options: ModelOptions, device: torch.device) -
         "image_encoder": options.image_encoder_precision,
         "text_encoder": encoders[place] if place < len(encoders) else None,
     }
-    asked = options.component_precisions.get(name) or by_role[kind.role]
+    asked = options.component_precisions.get(name) or by_role[family.role]
     if asked is not None:
         return DTYPES[asked]
-    return torch.float32 if device.type == "cpu" or kind.role in ("vae", "image_encoder") else torch.bfloat16
+    return torch.float32 if device.type == "cpu" or family.role in ("vae", "image_encoder") else torch.bfloat16
 
 
-def _plan(name: str, kind: Kind, config: Any, dtype: torch.dtype, options: ModelOptions, device: torch.device) -> Plan:
+def _plan(name: str, family: Record, config: Any, dtype: torch.dtype, options: ModelOptions, device: torch.device) -> Plan:
     """A component's plan. `attention_backend` is the denoiser's; encoders, whose attention is masked, let torch choose unless named."""
-    named, general = options.component_attention_backends, options.attention_backend if kind.role == "dit" else "sdpa"
+    named, general = options.component_attention_backends, options.attention_backend if family.role == "dit" else "sdpa"
     backend = named.get(name, named.get(name.removesuffix("_2"), general))  # a second component follows the first, as in SGLang
-    if kind.heads is not None and not serves(backend, *kind.heads(config), dtype, device):
-        can = ", ".join(other for other in BACKENDS if serves(other, *kind.heads(config), dtype, device))
+    if family.head_width is None:
+        return Plan(attention=backend)
+    width, biased = family.head_width(config), family.biased
+    if not serves(backend, width, biased, dtype, device):
+        can = ", ".join(other for other in BACKENDS if serves(other, width, biased, dtype, device))
         field = "component_attention_backends" if name in named else "attention_backend"
         where = f"the {name} in {PRECISIONS.get(dtype, dtype)} on this machine ({device.type})"
         raise UserError(field, f"{field}: {backend!r} cannot run {where}; what can: {can}")
@@ -278,17 +306,17 @@ def _check_compiler() -> None:
         raise UserError("enable_torch_compile", f"enable_torch_compile: {message}")
 
 
-def _check_fit(row: ReleasedModel, index: hub.Index, nets: Mapping[str, NetPlan]) -> None:
+def _check_fit(row: ReleasedModel, index: hub.Index, nets: Mapping[str, NetPlan[Any]]) -> None:
     """The components that a request needs are there, and agree where they meet."""
-    encoders = [name for name, plan in nets.items() if plan.kind.role == "text_encoder"]
+    encoders = [name for name, plan in nets.items() if plan.family.role == "text_encoder"]
     needed = (
-        *nets["transformer"].kind.module.needs(nets["transformer"].config),
+        *nets["transformer"].family.needs(nets["transformer"].config),
         *(name.replace("text_encoder", "tokenizer") for name in encoders),
     )
     if absent := [name for name in needed if name not in index.components]:
         raise UserError("model_path", f"model_path: model_index.json names no {absent[0]}, which this {index.class_name} needs")
     net = nets["transformer"].config
-    for field, value, why in nets["transformer"].kind.module.meets(net, {name: plan.config for name, plan in nets.items()}, row):
+    for field, value, why in nets["transformer"].family.must_fit(net, {name: plan.config for name, plan in nets.items()}, row):
         if getattr(net, field) != value:
             message = f"the components do not fit each other: the transformer's {field} is {getattr(net, field)}, and {why} {value}"
             raise UserError("model_path", f"model_path: {message}")

@@ -17,7 +17,7 @@ from tinydiff.models import registry, workload
 from tinydiff.models.recipe import latent_size, token_count
 from tinydiff.models.released import COMPONENTS
 from tinydiff.parallel import cost
-from tinydiff.parallel.cost import Machine, Network, Work
+from tinydiff.parallel.cost import CostModel, Machine, Work
 from tinydiff.parallel.layout import Layout, check, choose
 from tinydiff.parallel.plan import Row
 from tinydiff.parallel.shards import undivided
@@ -42,7 +42,7 @@ class Subject:
 
     name: str
     request: Request
-    net: Network
+    net: CostModel
     experts: int
     others: Mapping[str, tuple[tuple[Row, ...], int]]
     """The networks beside the denoiser: name -> (weights, bytes of a value)."""
@@ -87,22 +87,22 @@ def subject(model: str, sampling: SamplingOptions, ranks: int, b: int) -> Subjec
         plan = blueprint.read(ModelOptions(model_path=str(folder), model_id=name))
     row = plan.row
     [request] = admit(replace(plan, row=replace(row, images=(0, row.images[1]))), replace(sampling, prompt=("",)))
-    net, vae = plan.nets["transformer"], plan.nets["vae"]
+    net, vae = plan.denoiser, plan.autoencoder
     references = row.images[0] if row.image_use == "references" and not row.layers else 0
     tokens, text = _tokens(plan, request, references)
     others = {
-        name: (tuple(each.kind.module.spec(each.config)), ROLE_BYTES[each.kind.role])
+        name: (tuple(each.family.spec(each.config)), ROLE_BYTES[each.family.role])
         for name, each in plan.nets.items()
-        if each.kind.role != "dit"
+        if each.family.role != "dit"
     }
     passes = max(1, PIXELS_PER_PASS // (4 * request.height * request.width))
     rows = min(ranks, latent_size(vae.config, request)[1])
     size = request.num_frames, request.height, request.width
-    whole, shared = (workload.decode_bytes(vae.kind.module, vae.config, *size, passes, n, ROLE_BYTES["vae"]) for n in (1, rows))
+    whole, shared = (workload.decode_bytes(vae.family, vae.config, *size, passes, n, ROLE_BYTES["vae"]) for n in (1, rows))
     return Subject(
         name=model if name is None and model != registry.SHIPPED else row.name,
         request=request,
-        net=workload.network(net.kind.module, net.config),
+        net=workload.network(net.family, net.config),
         experts=len(plan.nets) - len(others),
         others=others,
         decoding=(whole, shared),
@@ -120,15 +120,13 @@ def subject(model: str, sampling: SamplingOptions, ranks: int, b: int) -> Subjec
 
 def _tokens(plan: blueprint.Blueprint, request: Request, references: int) -> tuple[int, int]:
     """(image tokens, those of references among them; tokens of the longest text)."""
-    net, vae = plan.nets["transformer"], plan.nets["vae"].config
-    patch = net.kind.module.patch(net.config)
+    net, vae = plan.denoiser, plan.autoencoder.config
+    patch = net.family.patch(net.config)
     image = token_count(vae, request, patch) * (request.layers + 2 if request.layers else 1)
     image += references * token_count(vae, replace(request, height=REFERENCE, width=REFERENCE), patch)
     text = request.text_tokens
-    if plan.row.family == "sd3":  # CLIP's tokens stand before T5's
-        text += plan.nets["text_encoder"].config.max_position_embeddings
-    fill = getattr(net.kind.module, "pad_tokens", lambda tokens: 0)
-    return image + fill(image), text + fill(text)
+    text += sum(plan.nets[name].config.max_position_embeddings for name in net.family.texts_before)
+    return image + net.family.pads(image), text + net.family.pads(text)
 
 
 @contextmanager

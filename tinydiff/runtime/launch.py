@@ -98,16 +98,16 @@ def chosen_layout(options: Options, ranks: int, place: Place | None) -> Layout:
 
 def denoiser_heads(plan: Blueprint) -> int:
     """Attention heads of the denoiser."""
-    net = plan.nets["transformer"]
-    return net.kind.head_count(net.config)
+    net = plan.denoiser
+    return net.family.heads(net.config)
 
 
 def check_divides(plan: Blueprint, chosen: Layout) -> None:
     """Raises UserError where the ranks of `tp` cannot share the denoiser's weights evenly."""
     from tinydiff.parallel.shards import undivided
 
-    net = plan.nets["transformer"]
-    if chosen.tp > 1 and (why := undivided(net.kind.module.spec(net.config), chosen.tp)):
+    net = plan.denoiser
+    if chosen.tp > 1 and (why := undivided(net.family.spec(net.config), chosen.tp)):
         raise UserError("tp_size", f"tp_size: {chosen.tp} ranks cannot share the transformer's weights: {why}")
 
 
@@ -123,8 +123,8 @@ def check_devices(plan: Blueprint, here: int) -> None:
 def _tokens(plan: Blueprint, request: Request) -> int:
     from tinydiff.models.recipe import token_count
 
-    net = plan.nets["transformer"]
-    return token_count(plan.nets["vae"].config, request, net.kind.module.patch(net.config))
+    net = plan.denoiser
+    return token_count(plan.autoencoder.config, request, net.family.patch(net.config))
 
 
 def _started(options: Options, chosen: Layout, watch: Watch) -> list[Result]:

@@ -88,7 +88,7 @@ def vae_passes(model: Model, request: Request) -> tuple[int, int | None]:
 
 def parts(model: Model, request: Request, warn: Callable[[str], None] = log.warning) -> Parts:
     """What the family's recipe may use of the model. warn: told of each text that was too long, in a sentence."""
-    vae, device = model.nets["vae"], model.blueprint.device
+    vae, device = model.autoencoder, model.blueprint.device
     chunk, tile = vae_passes(model, request)
 
     def tokens(component: str, texts: list[str], length: int | None, side: str | None = None, framed: bool = True) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ def parts(model: Model, request: Request, warn: Callable[[str], None] = log.warn
         return torch.tensor([each.ids for each in encoded], device=device), torch.tensor([each.mask for each in encoded], device=device)
 
     def encode(pixels: Tensor) -> Tensor:
-        return vae.module.encode(vae.config, vae.w, pixels, chunk, tile, vae.plan).to(compute_dtype(pixels))
+        return vae.family.encode(vae.config, vae.w, pixels, chunk, tile, vae.plan).to(compute_dtype(pixels))
 
     return Parts(model.nets, tokens, model.tokenizers, encode, resize, model.blueprint.options, device)
 
@@ -126,12 +126,12 @@ def condition(model: Model, request: Request) -> Conditioning:
 
 @torch.no_grad()
 def _conditioned(model: Model, request: Request, have: Parts) -> Conditioning:
-    net, row = model.nets["transformer"], model.blueprint.row
+    net, row = model.denoiser, model.blueprint.row
     if net.plan.group("cfg").size > 1 and not request.guided:
         message = f"{request.guidance_scale:g} needs the prompt's branch alone, and cfg_parallel_size 2 gives half of the ranks another"
         raise UserError("guidance_scale", f"guidance_scale: {message}; ask for more than 1, or load with cfg_parallel_size 1")
     rows = table(model.blueprint, request)
-    prepared = net.module.PIPELINES[row.pipeline](net.config, have, request)
+    prepared = net.family.pipelines[row.pipeline](net.config, have, request)
     told = Conditioning(prepared, rows, _experts(model, prepared, rows))
     if not request.starts:
         return told
@@ -147,7 +147,7 @@ def _experts(model: Model, prepared: Prepared, rows: Table) -> Callable[[int], l
     @cache
     def expert(index: int) -> loop.Hoisted:
         net = model.nets[("transformer", "transformer_2")[index]]
-        return loop.hoist(net.module, net.config, net.plan, net.weights, prepared.branches, rows)
+        return loop.hoist(net.network, net.weights, prepared.branches, rows)
 
     return expert
 
@@ -165,14 +165,14 @@ def table(blueprint: Blueprint, request: Request) -> Table:
 
 
 def _scheduled(blueprint: Blueprint, request: Request) -> Table:
-    scheduler, net = dict(blueprint.scheduler), blueprint.nets["transformer"]
+    scheduler, net = dict(blueprint.scheduler), blueprint.denoiser
     if request.flow_shift is not None:
         scheduler[solvers.SHIFT_NAMES.get(str(scheduler.get("_class_name")), "shift")] = request.flow_shift
-    module, steps = net.kind.module, request.num_inference_steps
-    own = scheduler.get("use_flow_sigmas") and blueprint.row.pipeline in net.kind.own_grid and not request.starts
-    grid = sigmas.linear_grid(steps) if module.LINEAR_GRID and not own else None
-    tokens = token_count(blueprint.nets["vae"].config, request, module.patch(net.config))
-    mu = module.mu(net.config, tokens, steps, scheduler) if scheduler.get("use_dynamic_shifting") else None
+    family, steps = net.family, request.num_inference_steps
+    own = scheduler.get("use_flow_sigmas") and blueprint.row.pipeline in family.own_grid and not request.starts
+    grid = sigmas.linear_grid(steps) if family.linear_grid and not own else None
+    tokens = token_count(blueprint.autoencoder.config, request, family.patch(net.config))
+    mu = family.mu(net.config, tokens, steps, scheduler) if scheduler.get("use_dynamic_shifting") else None
     return solvers.from_scheduler_config(scheduler, steps, sigmas=grid, mu=mu)
 
 
@@ -183,7 +183,7 @@ def begin(
 
     Every rank draws the same noise for the whole picture and keeps its share: the picture does not depend on the layout.
     """
-    plan, device, prepared = model.nets["transformer"].plan, model.blueprint.device, conditioning.prepared
+    plan, device, prepared = model.denoiser.plan, model.blueprint.device, conditioning.prepared
     rows = conditioning.rows
     start, fresh = noise.latents(seed, [0], prepared.size, rows)
     run = denoiser(model, request, conditioning, compiled)
@@ -229,22 +229,22 @@ _eager = cache(loop.eager_denoise)
 
 def denoiser(model: Model, request: Request, conditioning: Conditioning, compiled: bool) -> loop.Denoise:
     """The loop with the request's form of guidance; the same function for all requests of that form."""
-    net = model.nets["transformer"]
-    form = guidance.KINDS[(conditioning.prepared.guidance or net.module.GUIDANCE) if request.guided else "none"]
+    net = model.denoiser
+    form = guidance.KINDS[(conditioning.prepared.guidance or net.family.guidance) if request.guided else "none"]
     if not compiled:
-        return _eager(net.module, net.config, net.plan, form)
+        return _eager(net.network, form)
     from tinydiff.sampling.compile import compiled_denoise  # pulls in the compiler: only those who compile pay for it
 
-    return compiled_denoise(net.module, net.config, net.plan, form)
+    return compiled_denoise(net.network, form)
 
 
 @torch.no_grad()
 def decode(model: Model, request: Request, latents: Tensor) -> numpy.ndarray:
     """Latents [N, C, F, H, W] -> frames uint8 [frames, height, width, 3 or 4], those of the N clips one after another."""
-    vae = model.nets["vae"]
+    vae = model.autoencoder
     chunk, tile = vae_passes(model, request)
     clips = latents.to(vae.dtype).split(1)  # one by one, for less memory
-    x = torch.cat([vae.module.decode(vae.config, vae.w, clip, chunk, tile, vae.plan)[0] for clip in clips], 1)
+    x = torch.cat([vae.family.decode(vae.config, vae.w, clip, chunk, tile, vae.plan)[0] for clip in clips], 1)
     return ((x.float() / 2 + 0.5) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
@@ -267,7 +267,7 @@ def finish(model: Model, request: Request, conditioning: Conditioning, tokens: T
     """The last step's tokens [1, L, P] -> (frames uint8 [frames, height, width, 3 or 4], latents [N, C, F, H, W])."""
     latents = conditioning.prepared.unpack(tokens)
     if not latents.isfinite().all():
-        name, narrow = model.blueprint.row.name, PRECISIONS.get(model.nets["transformer"].dtype)
+        name, narrow = model.blueprint.row.name, PRECISIONS.get(model.denoiser.dtype)
         message = f"{name} gave values that are not numbers; its weights are broken, or {narrow} is too narrow for it"
         raise UserError("model_path", f"model_path: {message} (see dit_precision)")
     return _over_given(decode(model, request, latents), request), latents

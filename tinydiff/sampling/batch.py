@@ -9,12 +9,13 @@ Shape letters: S steps, B images, L tokens, P packed channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tinydiff.sampling.loop import Branch, Denoise, Hoisted, Kept, Seat, State, Tree, has_images, moved
+from tinydiff.ops.network import Branch, Family, Tree, has_images
+from tinydiff.sampling.loop import Denoise, Hoisted, Kept, Seat, State, moved
 
 
 class Batch(NamedTuple):
@@ -24,14 +25,14 @@ class Batch(NamedTuple):
     whole: Seat
 
 
-def form(family: Any, seat: Seat) -> Hashable:
+def form(family: Family, seat: Seat) -> Hashable:
     """What two seats must have in common to share the loop: the network, and all shapes and types that it is shown.
 
     What has no axis for images, such as rope tables, must be the same to the bit.
     """
     told = [(b.request, b.steps) for b in seat.network.branches]
     requests = tuple(
-        (prefix, name, x.shape, x.dtype, None if has_images(family, prefix, name) else hash(x.cpu().numpy().tobytes()))
+        (prefix, name, x.shape, x.dtype, None if has_images(family.conds, prefix, name) else hash(x.cpu().numpy().tobytes()))
         for request, _ in told
         for prefix, below in sorted(request.items())
         for name, x in sorted(below.items())
@@ -45,7 +46,7 @@ def form(family: Any, seat: Seat) -> Hashable:
     return seat.denoise, weights, len(told), requests, steps, kept, fresh, x.shape, x.dtype
 
 
-def together(family: Any, seats: Sequence[Seat]) -> Batch:
+def together(family: Family, seats: Sequence[Seat]) -> Batch:
     """Seats of one `form`, joined from where each stands to where the first of them ends or changes its expert."""
     if len(seats) == 1:
         return Batch(tuple(seats), seats[0])
@@ -63,7 +64,7 @@ def together(family: Any, seats: Sequence[Seat]) -> Batch:
         }
 
     def told(prefix: str, name: str, found: list[Tensor]) -> Tensor:
-        return torch.cat(found) if has_images(family, prefix, name) else found[0]
+        return torch.cat(found) if has_images(family.conds, prefix, name) else found[0]
 
     branches = tuple(
         Branch(joined([b.request for b in same], told), joined([b.steps for b in same], lambda _, __, rows: ahead(rows, 1)))

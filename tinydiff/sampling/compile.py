@@ -8,7 +8,7 @@ fresh noise, guidance scale or chunk compiles again. A new dtype or device does,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any, cast
 
@@ -23,13 +23,14 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.fx.experimental import _config as fx_config
 
-from tinydiff.parallel.plan import Plan
+from tinydiff.ops.network import Branch, Network, has_images, token_dims
+from tinydiff.parallel.plan import Cond
 from tinydiff.parallel.sequence import KEYS
-from tinydiff.sampling.loop import Branch, Denoise, Guidance, Hoisted, Kept, State, denoise, has_images, predictor
+from tinydiff.sampling.loop import Denoise, Guidance, Hoisted, Kept, State, denoise, predictor
 
 _RECOMPILE_LIMIT = 64
 _regions = itertools.count()
-_compiled: dict[tuple, tuple[Any, Denoise]] = {}
+_compiled: dict[tuple[Network, Guidance, bool], Denoise] = {}
 
 
 def has_compiler() -> bool:
@@ -56,42 +57,56 @@ def region(fn: Callable[..., Any]) -> Callable[..., Any]:
     return cast(Callable[..., Any], torch.compiler.nested_compile_region(fn, options=options))
 
 
-def compiled_denoise(family: Any, config: Any, plan: Plan, guidance: Guidance, *, exact: bool = False) -> Denoise:
-    """`denoise` for this network as one compiled graph; built once for each (family, config, plan, guidance, exact).
+def compiled_denoise(network: Network, guidance: Guidance, *, exact: bool = False) -> Denoise:
+    """`denoise` for this network as one compiled graph; built once for each (network, guidance, exact).
 
-    `family.TOKEN_DIMS` and `family.TEXT_DIMS` name the dimension of hoisted tensors that runs over image and text tokens: name -> dim.
+    The family's `conds` say which dimension of a request's tensor runs over image and text tokens.
     exact: round to the tensors' dtype where eager code would, instead of keeping fused intermediates in float32.
     """
-    key = (id(family), config, plan, guidance, exact)
+    key = (network, guidance, exact)
     if key not in _compiled:
-        _compiled[key] = (family, _build(family, config, plan, guidance, exact))  # holding the family keeps its id its own
-    return _compiled[key][1]
+        _compiled[key] = _build(network, guidance, exact)
+    return _compiled[key]
 
 
-def _build(family: Any, config: Any, plan: Plan, guidance: Guidance, exact: bool) -> Denoise:
-    predict = guidance(predictor(family, config, plan, region), plan)
+def _build(network: Network, guidance: Guidance, exact: bool) -> Denoise:
+    predict, conds = guidance(predictor(network, region), network.plan), network.family.conds
     # All networks share this function's code, and with it one cache of graphs in Dynamo.
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _RECOMPILE_LIMIT)
 
     def whole(
-        network: Hoisted, state: State, coefficients: Tensor, noise: Tensor | None, kept: Kept | None, start: Tensor, stop: Tensor
+        hoisted: Hoisted,
+        state: State,
+        coefficients: Tensor,
+        noise: Tensor | None,
+        kept: Kept | None,
+        start: Tensor,
+        stop: Tensor,
     ) -> State:
-        return denoise(while_loop, predict, network, state, coefficients, noise, kept, start, stop)
+        return denoise(while_loop, predict, hoisted, state, coefficients, noise, kept, start, stop)
 
     graph = torch.compile(whole, fullgraph=True, dynamic=False, options={"emulate_precision_casts": exact})
 
-    def call(network: Hoisted, state: State, coefficients: Tensor, noise: Tensor | None, kept: Kept | None, start: int, stop: int) -> State:
+    def call(
+        hoisted: Hoisted,
+        state: State,
+        coefficients: Tensor,
+        noise: Tensor | None,
+        kept: Kept | None,
+        start: int,
+        stop: int,
+    ) -> State:
         coefficients, noise = _two_rows(coefficients), None if noise is None else _two_rows(noise)
-        _mark_rows(coefficients, noise, network.branches)
+        _mark_rows(coefficients, noise, hoisted.branches)
         _mark_tokens(state, noise, kept)
         if state.x.shape[0] > 1:
-            _mark_images(family, network, state, coefficients, noise, kept)
-        for request, _ in network.branches:
-            _mark_named({**family.TOKEN_DIMS, **family.TEXT_DIMS}, request[""])
+            _mark_images(conds, hoisted, state, coefficients, noise, kept)
+        for request, _ in hoisted.branches:
+            _mark_named(token_dims(conds), request[""])
             _mark_named({name: 0 for name in request[""] if name.startswith(KEYS)}, request[""])
         bounds = torch.tensor([start, stop], device=state.x.device)
         with cast(Any, fx_config).patch(use_duck_shape=False):  # two lengths that happen to be equal in the first request are still two
-            return graph(network, state, coefficients, noise, kept, bounds[0].clone(), bounds[1].clone())
+            return graph(hoisted, state, coefficients, noise, kept, bounds[0].clone(), bounds[1].clone())
 
     return call
 
@@ -114,10 +129,18 @@ def _mark_tokens(state: State, noise: Tensor | None, kept: Kept | None) -> None:
         torch._dynamo.mark_dynamic(noise, 2)
 
 
-def _mark_images(family: Any, network: Hoisted, state: State, coefficients: Tensor, noise: Tensor | None, kept: Kept | None) -> None:
+def _mark_images(
+    conds: Sequence[Cond],
+    hoisted: Hoisted,
+    state: State,
+    coefficients: Tensor,
+    noise: Tensor | None,
+    kept: Kept | None,
+) -> None:
     """Where there are several images, their number is dynamic; what they share has an axis of 1."""
-    told = [x for each, _ in network.branches for at, below in each.items() for name, x in below.items() if has_images(family, at, name)]
-    rows = [x for _, steps in network.branches for below in steps.values() for x in below.values()]
+    requests = [(at, below) for request, _ in hoisted.branches for at, below in request.items()]
+    told = [x for at, below in requests for name, x in below.items() if has_images(conds, at, name)]
+    rows = [x for _, steps in hoisted.branches for below in steps.values() for x in below.values()]
     stated = [state.x, state.h1, state.h2, *state.memory.values(), *(kept or ())]
     for tensors, dim in (([*told, *stated], 0), ([*rows, *(() if noise is None else (noise,))], 1), ([coefficients], 2)):
         for x in tensors:

@@ -11,9 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tinydiff.ops.network import Branch, Tree
 from tinydiff.parallel.plan import Plan
 from tinydiff.parallel.sequence import total
-from tinydiff.sampling.loop import Branch, Guidance, Guided, Memory, Predict, Step, Tree
+from tinydiff.sampling.loop import Guidance, Guided, Memory, Predict, Step
 
 
 def none(predict: Predict, plan: Plan) -> Guided:

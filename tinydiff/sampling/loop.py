@@ -1,7 +1,7 @@
 """The denoising loop: one function that runs eagerly or is compiled whole, and the driver that calls it in chunks.
 
-The engine knows a family only by `pre`, `blocks`, `post`, `SHARED` (and `hoist`, `POOLED`, `TOKEN_DIMS`, `TEXT_DIMS`); a module or any
-object with these will do. Everything that depends only on the request and the table is hoisted out; the loop gathers its rows.
+The engine knows a family only as `ops.network.Family`; any record with these functions will do. Everything that
+depends only on the request and the table is hoisted out; the loop gathers its rows.
 Guidance evaluates the network on several branches (the prompt, the negative prompt). They walk through the blocks side by side, so a
 block's weights are fetched once a step however many branches there are, and each branch has its own length of text.
 Over several ranks the same code runs on each, on its share of the tokens (`parallel.sequence`), of the weights, or on its own branch.
@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tinydiff.ops.network import Branch, Fetch, Hooks, Network, Streams, Tree, divide, plain, walk
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel import sequence, shards
 from tinydiff.parallel.moves import move
 from tinydiff.parallel.plan import Plan
 from tinydiff.sampling.solvers import Table, segments
 
-Tree = Mapping[str, Mapping[str, Tensor]]
-"""A flat dict of tensors dealt to blocks: block prefix -> its entries without the prefix; "" -> what belongs to no block."""
 Memory = dict[str, Tensor]
 """What a predict carries from step to step; each tensor keeps its shape, dtype and strides."""
 
@@ -37,14 +36,6 @@ class Step(NamedTuple):
     """Noise level [1 or B, 1, 1], in the latents' dtype."""
     guidance: Tensor
     """Guidance scale [1 or B, 1, 1], in the latents' dtype."""
-
-
-class Branch(NamedTuple):
-    """What the network knows of one branch of guidance."""
-
-    request: Tree
-    steps: Tree
-    """Hoisted tensors [S, 1 or B, ...] of which step i sees row i; inside a predict that row, [1 or B, ...]."""
 
 
 class State(NamedTuple):
@@ -88,8 +79,6 @@ class Progress(NamedTuple):
     x: Tensor
 
 
-Streams = Tensor | tuple[Tensor, ...]
-"""What the blocks carry, say [B, L, D] or (text [B, T, D], image [B, L, D])."""
 Predict = Callable[[Tree, Tensor, Step, tuple[Branch, ...], Memory], tuple[tuple[Tensor, ...], Memory]]
 """(weights, x [B, L, P], step, branches at this step, memory) -> (a velocity [B, L, P] of each branch, memory)."""
 Guided = Callable[[Tree, Tensor, Step, tuple[Branch, ...], Memory], tuple[Tensor, Memory]]
@@ -123,27 +112,14 @@ class Seat(NamedTuple):
         return self.at == self.table.steps
 
 
-def deal(family: Any, config: Any, flat: Mapping[str, Tensor]) -> Tree:
-    """A flat dict (weights, or a request) dealt to the blocks of the family by prefix."""
-    prefixes = {prefix for _, prefix in family.blocks(config)}
-    tree: dict[str, dict[str, Tensor]] = {"": {}} | {prefix: {} for prefix in prefixes}
-    for name, tensor in flat.items():
-        cuts = (i for i, letter in enumerate(name) if letter == ".")
-        prefix = next((name[:cut] for cut in cuts if name[:cut] in prefixes), "")
-        tree[prefix][name[len(prefix) + 1 :] if prefix else name] = tensor
-    return tree
-
-
 @torch.no_grad()
-def hoist(
-    family: Any, config: Any, plan: Plan, weights: Mapping[str, Tensor], branches: Sequence[dict[str, Tensor]], table: Table
-) -> Hoisted:
-    """Make a network ready for one request: what the loop need not repeat is computed here, once. weights: flat, on their device, as this
-    rank holds them.
+def hoist(network: Network, weights: Mapping[str, Tensor], branches: Sequence[dict[str, Tensor]], table: Table) -> Hoisted:
+    """Make a network ready for one request: what the loop need not repeat is computed here, once.
 
-    branches: the family's inputs for each branch of guidance, of which this rank keeps its own where `cfg` deals them. Rows of steps
-    without text are kept once for all.
+    weights: flat, on their device, as this rank holds them. branches: the inputs of the family's `hoist` for each branch of guidance,
+    of which this rank keeps its own where `cfg` divides them. Tensors of the steps that no prompt enters are kept once for all branches.
     """
+    family, plan = network.family, network.plan
     device = next(iter(weights.values())).device
     cfg, everywhere = plan.group("cfg"), sequence.whole(plan)
     if cfg.size > 1:
@@ -151,78 +127,59 @@ def hoist(
     timesteps = table.timesteps.to(device)
     if len(timesteps) == 1:
         timesteps = timesteps.expand(2)  # the second row is never read; torch would compile tables of one row on their own
-    flat = Weights(shards.Unpacked(weights, _packs(family, config, plan), plan))
-    made = [family.hoist(config, everywhere, flat, inputs, timesteps) for inputs in branches]
-    if not family.POOLED:
-        made = [(request, made[0][1]) for request, _ in made]
-    made = [(sequence.dealt(plan, family, request), steps) for request, steps in made]
-    dealt = tuple(Branch(*(deal(family, config, flat) for flat in pair)) for pair in made)
-    return Hoisted(deal(family, config, weights), dealt)
+    flat = Weights(shards.Unpacked(weights, _packs(network), plan), dtype=network.dtype)
+    hoisted = [family.hoist(network.config, everywhere, flat, inputs, timesteps) for inputs in branches]
+    if not family.pooled:
+        hoisted = [(request, hoisted[0][1]) for request, _ in hoisted]
+    return Hoisted(
+        divide(network, weights),
+        tuple(Branch(divide(network, sequence.dealt(plan, family.conds, request)), divide(network, steps)) for request, steps in hoisted),
+    )
 
 
 def as_is(fn: Callable[..., Streams]) -> Callable[..., Streams]:
     return fn
 
 
-def predictor(family: Any, config: Any, plan: Plan, wrap: Wrap = as_is) -> Predict:
-    """The family's stack as a predict. `wrap` is applied once to each kind of block, a function of plain tensors in dicts and tuples."""
+def predictor(network: Network, wrap: Wrap = as_is, hooks: Hooks = Hooks()) -> Predict:  # noqa: B008
+    """The network as a predict. `wrap` is applied once to each kind of block, a function of plain tensors in dicts and tuples.
 
-    def plain(block: Callable[..., Streams]) -> Callable[..., Streams]:
-        # Views are built inside: only plain tensors may cross the boundary of a compiled region.
-        def call(w: Mapping[str, Tensor], x: Streams, request: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Streams:
-            return block(config, plan, Weights(w), x, Weights(request), shared)
-
-        return wrap(call)
-
-    stack = list(family.blocks(config))
+    hooks: take part in every walk; over ranks that divide the weights of blocks their `fetch` is replaced.
+    """
+    kinds = dict.fromkeys(block for block, _ in network.family.blocks(network.config))
     # Texts of their own length make branches of their own shape, and a region serves one shape: each branch gets its own.
-    kinds = dict.fromkeys(block for block, _ in stack)
-    first, second = ({block: plain(block) for block in kinds} for _ in range(2))
-    calls, cfg = (first, second if family.TEXT_DIMS else first), plan.group("cfg")
-    packs, shard = _packs(family, config, plan), plan.group("shard")
-
-    def begin(w: Tree, at: int) -> Mapping[str, Tensor]:
-        """Start to gather what other ranks hold of a block's weights."""
-        below = w[stack[at][1]] if at < len(stack) else {}
-        return {name: shards.start(x, shard) for name, x in below.items()} if packs else below
-
-    def end(coming: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
-        """The block's weights."""
-        if not packs:
-            return coming
-        return {name: x for pack, flat in coming.items() for name, x in shards.finish(flat, packs[f"{prefix}.{pack}"]).items()}
+    first, second = ({block: wrap(plain(network, block)) for block in kinds} for _ in range(2))
+    has_texts = any(cond.stream == "text" for cond in network.family.conds)
+    calls, cfg = (first, second if has_texts else first), network.plan.group("cfg")
+    if packs := _packs(network):
+        hooks = hooks._replace(fetch=_gathered(packs, network.plan))
 
     def predict(w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory) -> tuple[tuple[Tensor, ...], Memory]:
-        top = Weights(w[""])
-        ends = [(Weights(request[""]), rows[""]) for request, rows in branches]
-        shared = [{**rows, **{name: x for name, x in request.flat.items() if _is_shared(family, name)}} for request, rows in ends]
-        walking = [family.pre(config, plan, top, x_BLP, *end) for end in ends]
-        coming = begin(w, 0)
-        for at, (block, prefix) in enumerate(stack):
-            here, coming = end(coming, prefix), begin(w, at + 1)  # the next block's weights travel while this one computes
-            known = [{**request[prefix], **rows[prefix]} for request, rows in branches]
-            walking = [regions[block](here, *each) for regions, *each in zip(calls, walking, known, shared, strict=False)]
-        made = tuple(family.post(config, plan, top, x, *end) for x, end in zip(walking, ends, strict=True))
-        return made if cfg.size == 1 else move(plan, "branches", made[0][None]).unbind(0), memory
+        velocities = walk(network, calls[: len(branches)], w, x_BLP, branches, hooks)
+        if cfg.size > 1:
+            return move(network.plan, "branches", velocities[0][None]).unbind(0), memory
+        return tuple(velocities), memory
 
     return predict
 
 
-def _packs(family: Any, config: Any, plan: Plan) -> dict[str, shards.Pack]:
+def _packs(network: Network) -> dict[str, shards.Pack]:
     """How blocks' weights lie divided over the axis `shard`; none where it has one rank."""
+    family, config, plan = network.family, network.config, network.plan
     if plan.group("shard").size == 1:
         return {}
     return shards.packing(family.spec(config), plan, {prefix for _, prefix in family.blocks(config)})
 
 
-def _is_shared(family: Any, name: str) -> bool:
-    return name in family.SHARED or name.startswith(sequence.KEYS)
+def _gathered(packs: Mapping[str, shards.Pack], plan: Plan) -> Fetch:
+    """The weights of blocks that are divided over ranks: gathered when they are needed."""
+    shard = plan.group("shard")
 
+    def take(prefix: str, coming: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        parts = (shards.finish(flat, packs[f"{prefix}.{pack}"]) for pack, flat in coming.items())
+        return {name: x for part in parts for name, x in part.items()}
 
-def has_images(family: Any, prefix: str, name: str) -> bool:
-    """Whether a hoisted constant has an axis for images, its first; those that begin with tokens, or pick keys, have none."""
-    dims: Mapping[str, int] = {**family.TOKEN_DIMS, **family.TEXT_DIMS}
-    return bool(prefix) or (dims.get(name) != 0 and not name.startswith(sequence.KEYS))
+    return Fetch(lambda prefix, held: {name: shards.start(x, shard) for name, x in held.items()}, take)
 
 
 def python_loop(condition: Callable[..., Tensor], body: Callable[..., tuple], carry: tuple) -> tuple:
@@ -268,13 +225,13 @@ def _rows(steps: Tree, row: Tensor) -> Tree:
     return {prefix: {name: rows.index_select(0, row)[0] for name, rows in below.items()} for prefix, below in steps.items()}
 
 
-def eager_denoise(family: Any, config: Any, plan: Plan, guidance: Guidance) -> Denoise:
+def eager_denoise(network: Network, guidance: Guidance) -> Denoise:
     """`denoise` for this network, run operation by operation."""
-    predict = guidance(predictor(family, config, plan), plan)
+    predict = guidance(predictor(network), network.plan)
 
-    def call(network: Hoisted, state: State, coefficients: Tensor, noise: Tensor | None, kept: Kept | None, start: int, stop: int) -> State:
+    def call(hoisted: Hoisted, state: State, coefficients: Tensor, noise: Tensor | None, kept: Kept | None, start: int, stop: int) -> State:
         bounds = torch.tensor([start, stop], device=state.x.device)
-        return denoise(python_loop, predict, network, state, coefficients, noise, kept, bounds[0], bounds[1])
+        return denoise(python_loop, predict, hoisted, state, coefficients, noise, kept, bounds[0], bounds[1])
 
     return call
 

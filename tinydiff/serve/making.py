@@ -93,7 +93,7 @@ class Times:
 
 def usage(model: Model, request: Request) -> Mapping[str, Any]:
     net, vae = model.nets["transformer"], model.nets["vae"].config
-    picture = token_count(vae, request, net.module.patch(net.config))
+    picture = token_count(vae, request, net.family.patch(net.config))
     tokenizer = next(iter(model.tokenizers.values()))
     text, given, made = len(tokenizer.encode(request.prompt).ids), picture * len(request.originals), picture * len(request.seeds)
     details = {"text_tokens": text, "image_tokens": given}

@@ -59,7 +59,7 @@ class Scheduler:
         self.options, self.blueprint, self.store, self.files, self.metrics = options, blueprint, store, files, metrics
         self.admitted, self.uploader = admitted, uploader
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        self.boards, self.loop = Boards(), Continuous(blueprint.nets["transformer"].kind.module, most=options.batching_max_size)
+        self.boards, self.loop = Boards(), Continuous(blueprint.denoiser.family, most=options.batching_max_size)
         self._model: Model | None = None
         self._colours: torch.Tensor | None = None
         self._jobs: dict[str, Making] = {}

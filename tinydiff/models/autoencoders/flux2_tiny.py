@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinydiff.models.autoencoders import tiny
+from tinydiff.models.family import Autoencoder
 from tinydiff.ops.conv import conv2d, per_frame
 from tinydiff.ops.norm import group_norm
 from tinydiff.ops.tiles import tiled
@@ -156,3 +157,6 @@ def decode(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, til
 
     side = None if tile is None else tile // c.scale_factor_spatial
     return tiled(pixels, z_BZFHW, side, c.scale_factor_spatial, plan).clamp(-1, 1)
+
+
+FAMILY = Autoencoder(Config, spec, encode, decode)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from tinydiff.models.family import Autoencoder
 from tinydiff.ops.attention import attention
 from tinydiff.ops.conv import conv2d, halve, per_frame
 from tinydiff.ops.linear import linear
@@ -306,3 +307,6 @@ def raw_pixels(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None,
 def decode(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
     """Normalised latents [B, Z, F, H', W'] -> pixels [B, C, F, H, W] in [-1, 1]. Options as in `moments`."""
     return raw_pixels(c, w, raw_latents(c, w, z_BZFHW), chunk, tile, plan).clamp(-1, 1)
+
+
+FAMILY = Autoencoder(Config, spec, encode, decode, rename=lambda c, key: row_name(key), up_stages=up_stages)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinydiff.models.family import Autoencoder
 from tinydiff.ops.conv import conv2d, per_frame
 from tinydiff.ops.tiles import tiled
 from tinydiff.ops.weights import Weights
@@ -207,3 +208,6 @@ def decode(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, til
 
     side, z = None if tile is None else tile // c.scale_factor_spatial, z_BZFHW / c.scaling_factor + c.shift_factor
     return tiled(pixels, z, side, c.scale_factor_spatial, plan).clamp(-1, 1)
+
+
+FAMILY = Autoencoder(Config, spec, encode, decode)

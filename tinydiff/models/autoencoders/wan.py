@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from tinydiff.models.family import Autoencoder
 from tinydiff.ops.attention import attention
 from tinydiff.ops.conv import causal_conv3d, conv2d, halve, per_frame
 from tinydiff.ops.tiles import tiled
@@ -367,3 +368,6 @@ def decode(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, til
     """Normalised latents [B, Z, F, H', W'] -> pixels [B, 3, 4F - 3, H, W] in [-1, 1]. Options as in `moments`."""
     mean, std = _statistics(c, z_BZFHW)
     return raw_pixels(c, w, z_BZFHW * std + mean, chunk, tile, plan).clamp(-1, 1)
+
+
+FAMILY = Autoencoder(Config, spec, encode, decode, up_stages=up_stages)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinydiff.entries import typed
+from tinydiff.models.family import Encoder
 from tinydiff.ops.attention import attention
 from tinydiff.ops.linear import linear, linear_sum
 from tinydiff.ops.norm import layer_norm
@@ -153,3 +154,14 @@ def _attention(c: Config, plan: Plan, w: Weights, x: Tensor, later: Tensor) -> T
     heads = (-1, c.hidden_size // c.num_attention_heads)
     q, k, v = (linear(x, w / name).unflatten(-1, heads) for name in ("q_proj", "k_proj", "v_proj"))
     return linear_sum(plan, attention(plan, q, k, v, later).flatten(2), w / "out_proj")
+
+
+FAMILY = Encoder(
+    "text_encoder",
+    Config,
+    spec,
+    head_width=lambda c: c.hidden_size // c.num_attention_heads,
+    biased=True,
+    rename=row_name,
+    read=config_from,
+)

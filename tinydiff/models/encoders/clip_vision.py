@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinydiff.entries import typed
+from tinydiff.models.encoders import preprocess
+from tinydiff.models.family import Encoder
 from tinydiff.ops.attention import attention
 from tinydiff.ops.conv import conv2d
 from tinydiff.ops.linear import linear, linear_sum
@@ -132,7 +134,7 @@ def encode(c: Config, plan: Plan, w: Weights, pixels_BCSS: Tensor) -> Tensor:
     w, eps = w / "vision_model", c.layer_norm_eps
     e = w / "embeddings"
     kernel = e / "patch_embedding"
-    patches = conv2d(pixels_BCSS.to(kernel["weight"].dtype), kernel, stride=c.patch_size).flatten(2).mT
+    patches = conv2d(pixels_BCSS.to(w.dtype), kernel, stride=c.patch_size).flatten(2).mT
     first = e["class_embedding"].expand(len(patches), 1, -1)
     x = layer_norm(torch.cat([first, patches], 1) + e["position_embedding.weight"], w / "pre_layrnorm", eps)
     for i in range(c.num_hidden_layers - 1):
@@ -147,3 +149,15 @@ def _attention(c: Config, plan: Plan, w: Weights, x: Tensor) -> Tensor:
     heads = (-1, c.hidden_size // c.num_attention_heads)
     q, k, v = (linear(x, w / name).unflatten(-1, heads) for name in ("q_proj", "k_proj", "v_proj"))
     return linear_sum(plan, attention(plan, q, k, v).flatten(2), w / "out_proj")
+
+
+FAMILY = Encoder(
+    "image_encoder",
+    Config,
+    spec,
+    head_width=lambda c: c.hidden_size // c.num_attention_heads,
+    biased=False,
+    rename=lambda c, key: row_name(key),
+    read=config_from,
+    preprocessor=("image_processor", lambda entries, c: preprocess.clip(entries, c.image_size)),
+)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinydiff.models.encoders.decoder_config import ACTIVATIONS, CLASSES, SLIDING, Config, Rope, config_from
+from tinydiff.models.family import Encoder
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import lookup
 from tinydiff.ops.linear import linear, linear_sum
@@ -260,3 +261,6 @@ def _norm(c: Config, x: Tensor, w: Weights) -> Tensor:
         return rms_norm(x, w, c.rms_norm_eps)
     wide = x.to(compute_dtype(x))
     return F.rms_norm(wide, x.shape[-1:], 1 + w["weight"].to(wide.dtype), c.rms_norm_eps).to(x.dtype)
+
+
+FAMILY = Encoder("text_encoder", Config, spec, head_width=lambda c: c.head_dim, biased=True, rename=row_name, read=config_from)

@@ -19,9 +19,11 @@ from einops import rearrange
 from torch import Tensor
 
 from tinydiff.entries import typed
+from tinydiff.models.encoders import preprocess
 from tinydiff.models.encoders.clip_vision import MEAN, STD
 from tinydiff.models.encoders.decoder_config import ACTIVATIONS, Rope
 from tinydiff.models.encoders.decoder_lm import frequencies
+from tinydiff.models.family import Encoder
 from tinydiff.ops.attention import attention
 from tinydiff.ops.linear import linear, linear_sum
 from tinydiff.ops.norm import compute_dtype, rms_norm
@@ -178,7 +180,7 @@ def _rope(c: Config, grid: Grid, like: Tensor) -> tuple[Tensor, Tensor]:
 def encode(c: Config, plan: Plan, w: Weights, patches_NP: Tensor, grids: Sequence[Grid]) -> Tensor:
     """Patches of images one after another [N, P], of the given grids, -> tokens for the language model [N / 4, C]."""
     kernel = w["patch_embed.proj.weight"].flatten(1)
-    images = patches_NP.to(kernel.dtype).split([tall * wide for tall, wide in grids])
+    images = patches_NP.to(w.dtype).split([tall * wide for tall, wide in grids])
     return torch.cat([_image(c, plan, w, F.linear(image, kernel), grid) for image, grid in zip(images, grids, strict=True)])
 
 
@@ -255,3 +257,15 @@ def positions(c: Config, ids_BT: Tensor, mask_BT: Tensor, image_id: int, grids: 
             at[:, row, places] = start + step
             start, done = start + size, done + step.shape[1]
     return at.to(ids_BT.device)
+
+
+FAMILY = Encoder(
+    "image_encoder",
+    Config,
+    spec,
+    head_width=lambda c: c.hidden_size // c.num_heads,
+    biased=True,
+    rename=lambda c, key: row_name(key),
+    read=lambda entries, _: config_from(entries),
+    preprocessor=("processor", lambda entries, c: preprocess.qwen(entries, c.tiling)),
+)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinydiff.entries import typed
+from tinydiff.models.family import Encoder
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import lookup
 from tinydiff.ops.linear import linear, linear_sum
@@ -136,3 +137,14 @@ def _dense(c: Config, plan: Plan, w: Weights, x: Tensor) -> Tensor:
     act = ACTIVATIONS[c.dense_act_fn]
     y = act(linear(x, w / "wi_0")) * linear(x, w / "wi_1") if c.is_gated_act else act(linear(x, w / "wi"))
     return linear_sum(plan, y, w / "wo")
+
+
+FAMILY = Encoder(
+    "text_encoder",
+    Config,
+    spec,
+    head_width=lambda c: c.d_kv,
+    biased=True,
+    rename=lambda c, key: row_name(key),
+    read=config_from,
+)

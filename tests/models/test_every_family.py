@@ -1,0 +1,103 @@
+"""What holds of every denoiser, on each tiny one of the parity table: a new family is tested here by its row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.parallel.test_families import weights
+from tests.parity import close
+from tinydiff.models.evaluate import evaluate, predict
+from tinydiff.ops.network import Branch, Network, divide, plain, walk
+from tinydiff.ops.weights import Weights
+from tinydiff.parity.denoisers import DENOISERS
+
+TIMES = torch.tensor([999.0, 640.0, 1.0])
+
+
+def case(name):
+    """A tiny denoiser: the network, its weights, tokens, inputs."""
+    d = DENOISERS[name]
+    asked = d.ask(d.config)
+    network = Network(d.family, d.config, dtype=torch.float64)
+    return network, weights(d.family, d.config, torch.float64), asked.tokens, asked.inputs
+
+
+def hoisted(network, flat, inputs):
+    return network.family.hoist(network.config, network.plan, Weights(flat, dtype=network.dtype), inputs, TIMES)
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_hoisted_rows_equal_single_evaluations(name):
+    """What the loop does: hoist once for all timesteps, then each step with its row."""
+    network, flat, tokens, inputs = case(name)
+    request, steps = hoisted(network, flat, inputs)
+    assert {len(rows) for rows in steps.values()} == {len(TIMES)}
+    calls = {block: plain(network, block) for block, _ in network.family.blocks(network.config)}
+    for i, t in enumerate(TIMES):
+        step = divide(network, {key: rows[i] for key, rows in steps.items()})
+        (y,) = walk(network, [calls], divide(network, flat), tokens, [Branch(divide(network, request), step)])
+        close(y, predict(network, flat, tokens, t[None], inputs), 1e-12)
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_a_block_returns_new_memory(name):
+    """No input, no two views of one tensor, and nothing is written into an input: regions of a graph ask for it."""
+    network, flat, tokens, inputs = case(name)
+    known = {x.untyped_storage().data_ptr() for x in flat.values()}
+
+    def checked(block):
+        call = plain(network, block)
+
+        def run(w, x, request, shared):
+            streams = x if isinstance(x, tuple) else (x,)
+            given = [*streams, *request.values(), *shared.values()]
+            before = [each.clone() for each in given]
+            result = call(w, x, request, shared)
+            returned = result if isinstance(result, tuple) else (result,)
+            storages = {each.untyped_storage().data_ptr() for each in returned}
+            assert len(storages) == len(returned)
+            assert not storages & (known | {each.untyped_storage().data_ptr() for each in given})
+            assert all(map(torch.equal, given, before)), "a block wrote into its input"
+            return result
+
+        return run
+
+    request, steps = hoisted(network, flat, inputs)
+    calls = {block: checked(block) for block, _ in network.family.blocks(network.config)}
+    step = divide(network, {key: rows[0] for key, rows in steps.items()})
+    walk(network, [calls], divide(network, flat), tokens, [Branch(divide(network, request), step)])
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_conds_name_every_tensor_of_a_request_and_the_dimension_that_runs_over_tokens(name):
+    network, flat, tokens, inputs = case(name)
+    request, _ = hoisted(network, flat, inputs)
+    own = divide(network, request)[""]
+    conds = {cond.name: cond for cond in network.family.conds}
+    assert own.keys() <= conds.keys()
+    lengths = {
+        stream: {own[cond.name].shape[cond.dim] for cond in conds.values() if cond.stream == stream and cond.name in own}
+        for stream in ("image", "text")
+    }
+    assert lengths["image"] == {tokens.shape[1]}
+    if lengths["text"]:
+        assert lengths["text"] == {own["text"].shape[1]}
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_one_text_serves_all_images(name):
+    """What an input holds once for a batch stands for each of its images."""
+    network, flat, tokens, inputs = case(name)
+    prompt = {key: x for key, x in inputs.items() if key in ("text", "pooled", "mask", "image", "kind")}
+    once = inputs | {key: x[: len(x) // 2] for key, x in prompt.items()}
+    twice = inputs | {key: x[: len(x) // 2].repeat(2, *[1] * (x.ndim - 1)) for key, x in prompt.items()}
+    close(*(predict(network, flat, tokens, TIMES[:1], each) for each in (once, twice)), 1e-12)
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_an_evaluation_tells_what_each_block_returned(name):
+    network, flat, tokens, inputs = case(name)
+    made = evaluate(network, flat, tokens, TIMES[:1], inputs)
+    assert list(made.blocks) == [prefix for _, prefix in network.family.blocks(network.config)]
+    assert made.velocity.shape[:2] == tokens.shape[:2]

@@ -1,0 +1,39 @@
+"""Which record runs a component: the class that a checkpoint names for it -> its record."""
+
+from __future__ import annotations
+
+from tinydiff.models import ernie, flux, flux2, ovis, qwen_image, sd3, wan, z_image
+from tinydiff.models.autoencoders import flux2_tiny, kl, tiny
+from tinydiff.models.autoencoders import wan as wan_vae
+from tinydiff.models.encoders import clip_text, clip_vision, decoder_lm, qwen_vision, t5
+from tinydiff.models.encoders.decoder_config import CLASSES
+from tinydiff.models.family import Record
+
+RECORDS: dict[str, Record] = {
+    "WanTransformer3DModel": wan.FAMILY,
+    "FluxTransformer2DModel": flux.FAMILY,
+    "OvisImageTransformer2DModel": ovis.FAMILY,
+    "Flux2Transformer2DModel": flux2.FAMILY,
+    "ErnieImageTransformer2DModel": ernie.FAMILY,
+    "QwenImageTransformer2DModel": qwen_image.FAMILY,
+    "ZImageTransformer2DModel": z_image.FAMILY,
+    "SD3Transformer2DModel": sd3.FAMILY,
+    "AutoencoderKLWan": wan_vae.FAMILY,
+    "AutoencoderKLQwenImage": wan_vae.FAMILY,
+    "AutoencoderKL": kl.FAMILY,
+    "AutoencoderKLFlux2": kl.FAMILY,
+    "AutoencoderTiny": tiny.FAMILY,
+    "Flux2TinyAutoEncoder": flux2_tiny.FAMILY,
+    "UMT5EncoderModel": t5.FAMILY,
+    "T5EncoderModel": t5.FAMILY,
+    "CLIPTextModel": clip_text.FAMILY,
+    "CLIPTextModelWithProjection": clip_text.FAMILY,
+    "CLIPVisionModel": clip_vision.FAMILY,
+    "CLIPVisionModelWithProjection": clip_vision.FAMILY,
+    **dict.fromkeys(CLASSES, decoder_lm.FAMILY),
+}
+
+LANGUAGE_AND_VISION = "Qwen2_5_VLForConditionalGeneration"
+"""A language model with a vision tower in one component."""
+VISION = qwen_vision.FAMILY
+"""The tower of such a component, loaded as a network "vision" of its own where the model looks at images."""

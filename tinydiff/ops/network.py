@@ -1,0 +1,199 @@
+"""A denoiser as the loop sees it, and the one walk through it.
+
+A network is a family's functions with a config and a place on the machine; its weights are data that travels beside it. Everything that
+evaluates a network (the loop, the parity check, FLOP counts, training, tests) goes through `walk`.
+Shape letters: S steps, B images, L tokens, P latent values of a token, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tinydiff.ops.weights import Weights
+from tinydiff.parallel import sequence
+from tinydiff.parallel.plan import SINGLE, Cond, Plan, Row
+
+Tensors = dict[str, Tensor]
+Tree = Mapping[str, Mapping[str, Tensor]]
+"""A flat dict of tensors, divided by block: block prefix -> its entries without the prefix; "" -> what belongs to no block."""
+Streams = Tensor | tuple[Tensor, ...]
+"""What the blocks carry, say [B, L, D] or (text [B, T, D], image [B, L, D])."""
+
+
+class Block(Protocol):
+    """(config, plan, the block's weights, streams, the block's own tensors of request and step, those that every block reads) -> streams.
+
+    It returns new memory: no input, and no two views of one tensor.
+    """
+
+    def __call__(self, c: Any, plan: Plan, w: Weights, x: Any, request: Weights, shared: Mapping[str, Tensor], /) -> Streams: ...
+
+
+class Family(Protocol):
+    """What the loop asks of a family. `models.family.Denoiser` is this and more."""
+
+    @property
+    def spec(self) -> Callable[[Any], Iterable[Row]]:
+        """Config -> every weight."""
+        ...
+
+    @property
+    def conds(self) -> tuple[Cond, ...]:
+        """The tensors of a request that belong to no block."""
+        ...
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the prompt enters the tensors of a step."""
+        ...
+
+    @property
+    def hoist(self) -> Callable[[Any, Plan, Weights, Tensors, Tensor], tuple[Tensors, Tensors]]:
+        """(config, plan, weights, inputs, timesteps [S]) -> (tensors of the request, tensors of the steps [S, 1 or B, ...])."""
+        ...
+
+    @property
+    def pre(self) -> Callable[[Any, Plan, Weights, Tensor, Weights, Tensors], Streams]:
+        """(config, plan, weights, tokens [B, L, P], request, step) -> what enters the first block."""
+        ...
+
+    @property
+    def blocks(self) -> Callable[[Any], Sequence[tuple[Block, str]]]:
+        """Config -> the stack as rows (function, prefix of its weights)."""
+        ...
+
+    @property
+    def post(self) -> Callable[[Any, Plan, Weights, Any, Weights, Tensors], Tensor]:
+        """(config, plan, weights, what leaves the last block, request, step) -> velocity [B, L, P]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Network:
+    """A denoiser without its weights. Two networks that are equal share compiled graphs.
+
+    dtype: what it computes in. Weights may be stored in another type.
+    """
+
+    family: Family
+    config: Any
+    plan: Plan = SINGLE
+    dtype: torch.dtype = torch.float32
+
+
+class Branch(NamedTuple):
+    """What the network is told for one branch of guidance."""
+
+    request: Tree
+    steps: Tree
+    """Tensors of the steps [S, 1 or B, ...]; for a walk, those of one step [1 or B, ...]."""
+
+
+class Fetch(NamedTuple):
+    """How a block's weights come: asked for while the block before computes, taken when its turn is there."""
+
+    start: Callable[[str, Mapping[str, Tensor]], Mapping[str, Tensor]]
+    """(prefix, what this rank holds of the block) -> what is on its way."""
+    take: Callable[[str, Mapping[str, Tensor]], Mapping[str, Tensor]]
+    """(prefix, what was on its way) -> the block's weights."""
+
+
+RESIDENT = Fetch(lambda prefix, held: held, lambda prefix, coming: coming)
+"""The weights are where they are used."""
+
+Walk = Callable[[list[Streams]], list[Streams]]
+"""The streams of each branch through some blocks."""
+
+
+class Hooks(NamedTuple):
+    """What may take part in a walk.
+
+    fetch: brings the weights of each block. stack: is called as stack(run, streams) in place of run(streams), which walks all blocks; a
+    step cache may leave it out. after: sees (prefix, streams of each branch) behind every block.
+    """
+
+    fetch: Fetch = RESIDENT
+    stack: Callable[[Walk, list[Streams]], list[Streams]] = lambda run, streams: run(streams)
+    after: Callable[[str, list[Streams]], None] | None = None
+
+
+def plain(network: Network, block: Block) -> Callable[..., Streams]:
+    """The block as a function of plain tensors in dicts and tuples, which may cross the boundary of a compiled region."""
+    config, plan, dtype = network.config, network.plan, network.dtype
+
+    def call(w: Mapping[str, Tensor], x: Streams, request: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Streams:
+        return block(config, plan, Weights(w, dtype=dtype), x, Weights(request, dtype=dtype), shared)
+
+    return call
+
+
+Calls = Mapping[Block, Callable[..., Streams]]
+"""Each kind of block as it is called (see `plain`)."""
+
+
+def walk(
+    network: Network,
+    calls: Sequence[Calls],
+    w: Tree,
+    x_BLP: Tensor,
+    branches: Sequence[Branch],
+    hooks: Hooks = Hooks(),  # noqa: B008
+) -> list[Tensor]:
+    """One evaluation for each branch -> velocities [B, L, P].
+
+    The branches walk through the blocks side by side, so that a block's weights are fetched once. calls: of each branch.
+    """
+    family, config, plan, dtype = network.family, network.config, network.plan, network.dtype
+    top, stack = Weights(w[""], dtype=dtype), family.blocks(config)
+    ends = [(Weights(request[""], dtype=dtype), dict(step[""])) for request, step in branches]
+    shared = [step | {name: x for name, x in request.flat.items() if is_shared(family.conds, name)} for request, step in ends]
+
+    def run(streams: list[Streams]) -> list[Streams]:
+        coming = hooks.fetch.start(stack[0][1], w[stack[0][1]]) if stack else {}
+        for at, (block, prefix) in enumerate(stack):
+            here = hooks.fetch.take(prefix, coming)
+            if at + 1 < len(stack):  # the next block's weights travel while this one computes
+                following = stack[at + 1][1]
+                coming = hooks.fetch.start(following, w[following])
+            own = [{**request[prefix], **step[prefix]} for request, step in branches]
+            streams = [call[block](here, *each) for call, *each in zip(calls, streams, own, shared, strict=False)]
+            if hooks.after is not None:
+                hooks.after(prefix, streams)
+        return streams
+
+    entered = [family.pre(config, plan, top, x_BLP, *end) for end in ends]
+    left = hooks.stack(run, entered)
+    return [family.post(config, plan, top, x, *end) for x, end in zip(left, ends, strict=True)]
+
+
+def divide(network: Network, flat: Mapping[str, Tensor]) -> Tree:
+    """A flat dict of tensors (weights, a request) divided by the blocks' prefixes."""
+    prefixes = {prefix for _, prefix in network.family.blocks(network.config)}
+    tree: dict[str, dict[str, Tensor]] = {"": {}} | {prefix: {} for prefix in prefixes}
+    for name, tensor in flat.items():
+        cuts = (i for i, letter in enumerate(name) if letter == ".")
+        prefix = next((name[:cut] for cut in cuts if name[:cut] in prefixes), "")
+        tree[prefix][name[len(prefix) + 1 :] if prefix else name] = tensor
+    return tree
+
+
+def token_dims(conds: Iterable[Cond]) -> dict[str, int]:
+    """Name of a request's tensor -> its dimension that runs over tokens, of those that have one."""
+    return {cond.name: cond.dim for cond in conds if cond.stream is not None}
+
+
+def is_shared(conds: Iterable[Cond], name: str) -> bool:
+    """Whether every block reads the request's tensor of this name."""
+    return name.startswith(sequence.KEYS) or any(cond.shared and cond.name == name for cond in conds)
+
+
+def has_images(conds: Iterable[Cond], prefix: str, name: str) -> bool:
+    """Whether a request's tensor has an axis for images, its first. Those that begin with tokens, or pick keys, have none."""
+    if prefix:
+        return True
+    return not name.startswith(sequence.KEYS) and token_dims(conds).get(name) != 0

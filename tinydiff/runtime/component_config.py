@@ -1,0 +1,53 @@
+"""A component's config.json as its record's Config, with what its preprocessor's files say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from tinydiff.entries import typed
+from tinydiff.io import hub
+from tinydiff.models.family import Encoder, Record
+from tinydiff.records import UserError, nearest
+
+
+def read_config(family: Record, path: Path, class_name: str) -> Any:
+    """The network's `Config` from its config.json. Raises UserError for a field whose meaning is unknown, or a value out of range."""
+    stored = hub.read_json(path)
+    try:
+        config = family.read(stored, class_name) if family.read is not None else _config(family, stored, class_name)
+        for row in family.spec(config):
+            if 0 in row.shape:
+                raise ValueError(f"{row.name} would have the shape {list(row.shape)}")
+    except (ValueError, TypeError) as error:
+        raise UserError("model_path", f"{path}: {error}") from error
+    except (ArithmeticError, LookupError) as error:
+        raise UserError("model_path", f"{path}: its numbers describe no network ({type(error).__name__}: {error})") from error
+    return config
+
+
+def _config(family: Record, stored: Mapping[str, Any], class_name: str) -> Any:
+    """The Config whose fields are the file's own; an unknown field that holds null says nothing."""
+    entries = {name: value for name, value in stored.items() if not name.startswith("_")}
+    known = {f.name for f in fields(family.config)}
+    if unknown := sorted(name for name in entries.keys() - known if entries[name] is not None):
+        raise ValueError(f"field {unknown[0]!r} is not known to {class_name}{nearest(unknown[0], known)}")
+    return family.config(**typed(family.config, entries))
+
+
+def preprocessed(family: Encoder, config: Any, folder: Path) -> Any:
+    """An encoder's Config with what the preprocessor's files say; transformers 5 may keep that in processor_config.json."""
+    assert family.preprocessor is not None
+    files = {name: folder / f"{name}_config.json" for name in ("processor", "preprocessor")}
+    found = {name: hub.read_json(path) for name, path in files.items() if path.is_file()}
+    if not found:
+        return config
+    inner = found.get("processor", {}).get("image_processor")
+    name = "processor" if isinstance(inner, dict) else "preprocessor"
+    entries = inner if isinstance(inner, dict) else found.get(name, {})
+    try:
+        return replace(config, **family.preprocessor[1](entries, config))
+    except ValueError as error:
+        raise UserError("model_path", f"{files[name]}: {error}") from error
