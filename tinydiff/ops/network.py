@@ -118,7 +118,7 @@ class Hooks(NamedTuple):
     """
 
     fetch: Fetch = RESIDENT
-    stack: Callable[[Walk, list[Streams]], list[Streams]] = lambda run, streams: run(streams)
+    stack: Callable[[Walk, list[Streams]], list[Streams]] | None = None
     after: Callable[[str, list[Streams]], None] | None = None
 
 
@@ -166,8 +166,11 @@ def walk(
                 hooks.after(prefix, streams)
         return streams
 
-    entered = [family.pre(config, plan, top, x_BLP, *end) for end in ends]
-    left = hooks.stack(run, entered)
+    # No name may hold on to what enters the stack: it is as large as all that the blocks carry.
+    if hooks.stack is None:
+        left = run([family.pre(config, plan, top, x_BLP, *end) for end in ends])
+    else:
+        left = hooks.stack(run, [family.pre(config, plan, top, x_BLP, *end) for end in ends])
     return [family.post(config, plan, top, x, *end) for x, end in zip(left, ends, strict=True)]
 
 
