@@ -32,14 +32,14 @@ def test_equals_the_reference(act):
     x = draw(2, 3, 21, 21)
     with doubles():
         expected = reference(x, output_hidden_states=True).hidden_states[-2]
-    close(clip_vision.encode(c, Plan(), Weights(flat), x), expected)
+    close(clip_vision.encode(c, Plan(), Weights(flat, dtype=torch.float64), x), expected)
 
 
 def test_the_spec_names_every_weight_and_all_before_the_last_layer_are_read():
     _, flat = _weights(TINY)
     assert shapes(clip_vision.spec(TINY)) == shapes(flat)
     seen = Recording(flat)
-    clip_vision.encode(TINY, Plan(), Weights(seen), draw(1, 3, 21, 21))
+    clip_vision.encode(TINY, Plan(), Weights(seen, dtype=torch.float64), draw(1, 3, 21, 21))
     unread = ("vision_model.encoder.layers.2.", "vision_model.post_layernorm.")
     assert seen.read == {name for name in flat if not name.startswith(unread)}
 

@@ -83,7 +83,7 @@ def test_the_tower_equals_the_reference_and_reads_every_weight():
     with doubles():
         expected = reference.model.visual(patches, torch.tensor([(1, *grid) for grid in GRIDS])).pooler_output
     seen = Recording(ours)
-    close(qwen_vision.encode(v, PLAN, Weights(seen), patches, GRIDS), expected)
+    close(qwen_vision.encode(v, PLAN, Weights(seen, dtype=torch.float64), patches, GRIDS), expected)
     assert seen.read == set(ours)
 
 
@@ -107,7 +107,7 @@ def test_states_of_words_and_images_equal_the_reference(side):
     places, _ = reference.model.get_rope_index(ids, inputs["mm_token_type_ids"], inputs["image_grid_thw"], attention_mask=mask)
     assert torch.equal(at, places) and at.max() > 0
 
-    tokens = qwen_vision.encode(v, PLAN, Weights(_named(flat, qwen_vision.row_name)), inputs["pixel_values"], GRIDS)
+    tokens = qwen_vision.encode(v, PLAN, Weights(_named(flat, qwen_vision.row_name), dtype=torch.float64), inputs["pixel_values"], GRIDS)
     embeds = qwen_vision.place(decoder_lm.embed(c, PLAN, w, ids), ids, IMAGE, tokens)
     ours = decoder_lm.encode(c, PLAN, w, ids, mask, take=(0, 1, 2, 3), positions=at, embeds=embeds)
     for mine, state in zip(ours, expected, strict=True):
@@ -122,7 +122,7 @@ def test_text_about_images_is_that_of_the_reference():
         written = reference.generate(**inputs, max_new_tokens=8, do_sample=False)[:, ids.shape[1] :].tolist()
     assert len({*written[0], *written[1]}) > 4
     w = Weights(_named(flat, lambda key: decoder_lm.row_name(c, key)))
-    tokens = qwen_vision.encode(v, PLAN, Weights(_named(flat, qwen_vision.row_name)), inputs["pixel_values"], GRIDS)
+    tokens = qwen_vision.encode(v, PLAN, Weights(_named(flat, qwen_vision.row_name), dtype=torch.float64), inputs["pixel_values"], GRIDS)
     embeds = qwen_vision.place(decoder_lm.embed(c, PLAN, w, ids), ids, IMAGE, tokens)
     at = qwen_vision.positions(v, ids, mask, IMAGE, GRIDS)
     assert generate(c, PLAN, w, ids, mask, limit=8, stop=(), positions=at, embeds=embeds) == written

@@ -30,10 +30,11 @@ from transformers import (
 
 from tests.parity import close, doubles, randomised
 from tinydiff.io.weights import load_weights
+from tinydiff.models.classes import RECORDS
 from tinydiff.models.encoders import clip_text, clip_vision, decoder_lm, t5
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
-from tinydiff.runtime.blueprint import NETS, read_config
+from tinydiff.runtime.blueprint import read_config
 
 IDS = torch.tensor([[5, 9, 33, 2, 47, 60], [8, 60, 1, 3, 4, 4]])
 T5 = {"vocab_size": 61, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 3, "num_heads": 4, "num_decoder_layers": 2}
@@ -58,10 +59,11 @@ SIGLIP = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num
 
 def loaded(folder, class_name):
     """Our config and weights of a component's folder, as the runtime loads it."""
-    kind = NETS[class_name]
-    c = read_config(kind, folder / "config.json", class_name)
-    rename = kind.rename or (lambda c, key: key)
-    return c, Weights(load_weights(folder, kind.module.spec(c), torch.float64, rename=lambda key: rename(c, key)))
+    family = RECORDS[class_name]
+    c = read_config(family, folder / "config.json", class_name)
+    rename = family.rename or (lambda c, key: key)
+    flat = load_weights(folder, family.spec(c), torch.float64, rename=lambda key: rename(c, key))
+    return c, Weights(flat, dtype=torch.float64)
 
 
 def reference(folder, class_name):

@@ -109,7 +109,7 @@ def _divided(layout, module, c, dtype):
     whole = _weights(module.spec(c), dtype, 0 if getattr(c, "norm_plus_one", False) else 1)
     mine = held(whole, module.spec(c), plan)
     assert sum(tensor.numel() for tensor in mine.values()) < 0.75 * sum(tensor.numel() for tensor in whole.values())
-    return Weights(whole), plan, Weights(mine)
+    return Weights(whole, dtype=dtype), plan, Weights(mine, dtype=dtype)
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ def randomised(module: nn.Module, seed: int = 0) -> dict[str, Tensor]:
             continue  # a counter
         noise = torch.randn(old.shape, generator=generator, dtype=torch.float64)
         scale = name.endswith("gamma") or (name.endswith("weight") and old.ndim == 1)
-        table = old.ndim == 3 or old.ndim == 1
+        table = old.ndim in (0, 1, 3)
         fan_in = 1 if table or scale else max(1, old[0].numel())
         value = 1 + 0.3 * noise if scale else noise * (0.3 if table else 1) / fan_in**0.5
         value = value.abs() + 0.01 if name.endswith("running_var") else value
