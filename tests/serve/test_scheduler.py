@@ -1,5 +1,6 @@
 """The real scheduler with the shipped model, over a real store and real files."""
 
+import sqlite3
 import threading
 import time
 
@@ -10,6 +11,7 @@ from PIL import Image
 from tinydiff.config import ModelOptions
 from tinydiff.runtime import pipeline
 from tinydiff.serve import images, outputs, scheduler, server, videos
+from tinydiff.serve.errors import of_failure
 from tinydiff.serve.jobs import DONE, Job, new_id
 from tinydiff.serve.options import ServeOptions
 from tinydiff.serve.service import Busy, Stopping
@@ -77,6 +79,31 @@ def test_what_is_cut_of_a_long_prompt_is_in_the_answer_the_job_and_the_file(star
             assert cut[0] in opened.info["parameters"]
     short, _ = wait(service, service.scheduler.submit(asked()))
     assert images.state(service, short, "http://here")["warnings"] == []
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_client_does_not_wait_for_a_disk_that_is_full(started, monkeypatch, pinned):
+    """It is told at once, in the status that says so; a job that nobody waits for is noted once there is room."""
+    service = started()
+    full, finish, tried = threading.Event(), service.store.finish, []
+
+    def kept(*args, **made):
+        tried.append(args)
+        if full.is_set():
+            raise sqlite3.OperationalError("database or disk is full")
+        return finish(*args, **made)
+
+    monkeypatch.setattr(service.store, "finish", kept)
+    full.set()
+    job = service.scheduler.submit(asked(pinned=pinned))
+    if pinned:
+        told, _ = wait(service, job)
+        assert told.error.code == "storage_failed" and of_failure(told.error).status == 507
+    else:
+        until(lambda: tried)
+        assert service.store.get(job.id).status == "in_progress"
+    full.clear()
+    until(lambda: service.store.get(job.id).status == "completed")
 
 
 def test_a_clip_has_a_thumbnail_and_a_spritesheet(started):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import secrets
+import socket
 import sqlite3
 import threading
 import time
@@ -22,6 +25,11 @@ PAUSE_S = 1.0
 """Seconds before it is asked again."""
 SWEEP_S = 30.0
 """Seconds between looks for files that are too old."""
+
+
+def server_name() -> str:
+    """A name that no other server of the database has, nor had."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def keep(
@@ -46,12 +54,13 @@ def keep(
         end.wait(min(1.0, options.lease / 3))
 
 
-def patiently(call: Callable[[], Made], end: threading.Event) -> Made | None:
-    """What `call` returns, once the database that it speaks to is there; None where `end` came first."""
+def patiently(call: Callable[[], Made], end: threading.Event, away: Callable[[], None] = lambda: None) -> Made | None:
+    """What `call` returns, once the database that it speaks to is there; None where `end` came first. away: called where it is not."""
     while True:
         try:
             return call()
         except AWAY as error:
             log.warning("%s; it is tried again", error)
+            away()
             if end.wait(PAUSE_S):
                 return None

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+UNKEPT = Failure("storage_failed", "the server could not keep what was made")
+
 
 @dataclass(eq=False)
 class Making:

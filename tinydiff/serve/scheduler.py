@@ -7,9 +7,6 @@ A second thread keeps the jobs' leases and hears of cancelled ones while a step 
 from __future__ import annotations
 
 import logging
-import os
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -29,8 +26,8 @@ from tinydiff.serve import outputs, seats, warmup
 from tinydiff.serve.board import Boards
 from tinydiff.serve.files import Files
 from tinydiff.serve.jobs import DONE, Failure, Job, Status
-from tinydiff.serve.keeper import AWAY, keep, patiently
-from tinydiff.serve.making import Making, Times, failure, usage
+from tinydiff.serve.keeper import AWAY, keep, patiently, server_name
+from tinydiff.serve.making import UNKEPT, Making, Times, failure, usage
 from tinydiff.serve.metrics import Metrics
 from tinydiff.serve.options import ServeOptions
 from tinydiff.serve.service import Busy, Place, State, Stopping, Watch
@@ -58,7 +55,7 @@ class Scheduler:
     ) -> None:
         self.options, self.blueprint, self.store, self.files, self.metrics = options, blueprint, store, files, metrics
         self.admitted, self.uploader = admitted, uploader
-        self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.name = server_name()
         self.boards, self.loop = Boards(), Continuous(blueprint.denoiser.family, most=options.batching_max_size)
         self._model: Model | None = None
         self._colours: torch.Tensor | None = None
@@ -389,7 +386,12 @@ class Scheduler:
 
     def _note(self, job: Job, status: Status, **made: Any) -> bool:
         """Write down how a job ended, and tell whoever waits; whether it was still to be ended."""
-        finished = patiently(lambda: self.store.finish(job.id, self.name, status, **made), self._kept)
+
+        def unkept() -> None:
+            if job.pinned:  # its client waits for an answer, not for a disk
+                self.boards.post(replace(job, status="failed", error=UNKEPT))
+
+        finished = patiently(lambda: self.store.finish(job.id, self.name, status, **made), self._kept, unkept)
         now = patiently(lambda: self.store.get(job.id), self._kept) or replace(job, status="failed", error=CANCELLED)  # deleted meanwhile
         self.metrics.finished(now)
         self.boards.post(now)

@@ -97,8 +97,7 @@ class Store:
             return job
 
         # A pinned job ends with its client's connection, which no loss of power spares.
-        queued = self._write(work, durable=not job.pinned)
-        if isinstance(queued, Busy):
+        if isinstance(queued := self._write(work, durable=not job.pinned), Busy):
             raise queued
         return queued
 
@@ -108,6 +107,8 @@ class Store:
         The highest priority comes first; then the owner of whom the fewest run, and of those the one whose turn is longest ago; then
         the oldest job.
         """
+        if not self._unsure and not self._rows("SELECT 1 FROM tinydiff_jobs WHERE status = 'queued' LIMIT 1"):
+            return None  # to look takes no turn of writing
         ticket = self._unsure.pop() if self._unsure else secrets.token_hex(8)
         mine = "SELECT {columns} FROM tinydiff_jobs WHERE {held} AND server = :server AND ticket = :ticket"
         next_in_line = """SELECT queued.id, queued.owner {line} AND (queued.pinned = 0 OR queued.server = :server)
