@@ -10,9 +10,11 @@ import zlib
 import pytest
 from falcon import testing
 
-from tests.serve.fake import listening, picture, service
+from tests.serve.counting import counting
+from tests.serve.fake import eventually, form, listening, picture, service
 from tinydiff.serve import fields
 from tinydiff.serve.app import make_app
+from tinydiff.serve.openapi import operations
 
 COUNT = 1000
 GOOD = {"prompt": "a red circle", "width": 64, "height": 64, "seed": 1}
@@ -198,6 +200,83 @@ def in_the_one_shape(answer):
     assert isinstance(error["type"], str) and isinstance(error["code"], str) and isinstance(error["param"], str | None)
 
 
+MOST_CALLS, MOST_BYTES, MOST_COPIES = 200_000, 2**23, 6
+"""What a request may cost: function calls, bytes beside its body, and how many times over its body is held."""
+
+
+def within_budget(cost, more, told):
+    sent = len(more.get("body") or b"")
+    assert cost.calls < MOST_CALLS, f"{cost.calls:,} calls: {told}"
+    assert cost.bytes < MOST_BYTES + MOST_COPIES * sent, f"{cost.bytes:,} bytes for {sent:,}: {told}"
+
+
+ROUTES = [(one.method.upper(), one.path) for one in operations("") if one.path not in ("/v1/sleep", "/v1/wake")]
+NUMBERS = ["1" + "0" * 309, "-1" + "0" * 309, "1e309", "9" * 4301, "1_0", "+1", " 1", "\u0661", "0x10", "Infinity", "nan", "-0", "1.5e-400"]
+MARKS = ["", "[]", "[0]", "[1]", "[9999]", "[a]", "[0][0]", "[][a]", "[a][]", "[", "]", "[99999999999999999999]"]
+HOSTS = ["localhost", "localhost:80", "localhost:", "127.0.0.1:abc", "[::1]:x", "[", "a b", "", "localhost:" + "9" * 400, "\xe9", "@"]
+ODD = ["", "*", "\xe9", ";" * 3000, '"' * 500, "a" * 8000, "0", "-1", "1e999", "bytes=0-", "bytes=99999999999999999999-", ", " * 2000]
+HEADERS = [
+    "Accept", "Accept-Encoding", "Authorization", "Cookie", "Idempotency-Key", "If-Modified-Since", "If-None-Match", "If-Range",
+    "Origin", "Range", "X-Forwarded-For", "X-Request-Id", "x-stainless-read-timeout", "x-stainless-retry-count", "x-stainless-timeout",
+]  # fmt: skip
+
+
+def any_form(rng, kind):
+    """Fields by any name and in any form, repeated or nested, numbers that no reader should take, files by any name."""
+    names = [*fields.names(kind), "image_path", "mask"]
+    parts = [("prompt", "a")]
+    for name in rng.choices(names, k=rng.choice([1, 2, 6])):
+        value = rng.choice([*NUMBERS, "true", "", "{}", "[1,2]", "a" * 33_000, picture(16, 16), b"", b"\xff\xd8\xff" + rng.randbytes(40)])
+        parts += [(name + rng.choice(MARKS), value)] * rng.choice([1, 1, 2])
+    return form(*parts), "multipart/form-data; boundary=B"
+
+
+def any_json(rng, kind):
+    body = ", ".join(
+        f"{json.dumps(name)}: {rng.choice([rng.choice(NUMBERS), json.dumps(rng.choice(WEIRD)), '[' + rng.choice(NUMBERS) + ']'])}"
+        for name in rng.sample(fields.names(kind), rng.choice([1, 3]))
+    )
+    return f"{{{body}}}".encode("utf-8", "surrogatepass"), rng.choice(
+        ["application/json", "application/json; charset=UTF-8", 'application/json; a="']
+    )
+
+
+def test_any_request_at_every_route_has_an_answer_within_its_budget(tmp_path):
+    """Good or bad: no answer is an error of the server, and each costs what it sends, in calls and bytes."""
+    rng, seen, made = random.Random(11), set(), service(tmp_path, max_body=2.0, max_pixels=2**18)
+    client = testing.TestClient(make_app(made), {"Host": "localhost"})
+    ids = {}
+    for kind, path in (("images", IMAGES), ("videos", VIDEOS)):
+        ids[kind] = client.simulate_post(path, json=GOOD).json["id"]
+    eventually(lambda: made.store.get(ids["videos"]).status == "completed")
+    for round in range(30):
+        for method, path in ROUTES:
+            kind = "video" if "video" in path else "image"
+            id = rng.choice([ids["videos" if kind == "video" else "images"], "none", "%00", "a" * 3000, "..%2f"])
+            headers = {"Host": rng.choice(["localhost"] * 9 + HOSTS)}
+            headers |= {name: rng.choice(ODD) for name in rng.sample(HEADERS, rng.choice([0, 1, 3]))}
+            more = {"headers": headers}
+            if method == "POST":
+                more["body"], headers["Content-Type"] = rng.choice([any_form, any_json])(rng, kind)
+            elif round % 3 == 0:
+                more["query_string"] = (
+                    f"{rng.choice(['limit', 'index', 'variant', 'after', 'x'])}={rng.choice(['1', '-1', '9' * 400, '%ff', ''])}"
+                )
+            if method == "DELETE":
+                id = "none"
+            with counting() as cost:
+                answer = client.simulate_request(method, path.replace("{id}", id), **more)
+            told = f"round {round}: {method} {path} {str(more)[:600]} -> {answer.status} {answer.content[:300]!r}"
+            assert answer.status_code < 500, told
+            if answer.status_code >= 400 and method != "HEAD":
+                in_the_one_shape(answer)
+            within_budget(cost, more, told)
+            seen.add((method, path, answer.status_code))
+    assert {path for _, path, status in seen if status < 300} >= {"/liveness", "/v1/models", "/v1/videos"}
+    assert {200, 400, 404} <= {status for _, _, status in seen}
+    made.scheduler.close()
+
+
 @pytest.mark.filterwarnings("ignore:Unknown REQUEST_METHOD")
 def test_a_thousand_malformed_requests(client, made):
     rng = random.Random(5)
@@ -205,9 +284,11 @@ def test_a_thousand_malformed_requests(client, made):
     for number in range(COUNT):
         make = KINDS[number % len(KINDS)]
         method, path, more = make(rng)
-        answer = client.simulate_request(method, path, **more)
+        with counting() as cost:
+            answer = client.simulate_request(method, path, **more)
         told = f"number {number}, {make.__name__}: {method} {path[:80]!r} {str(more)[:300]} -> {answer.status} {answer.text[:300]}"
         assert 400 <= answer.status_code < 500, told
+        within_budget(cost, more, told)
         in_the_one_shape(answer)
         statuses.setdefault(make.__name__, set()).add(answer.status_code)
         if number % 100 == 99:
