@@ -1,11 +1,15 @@
 """What is said in one place only, and how long and how named a file may be."""
 
 import ast
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from tests.sources import PACKAGE, ROOT, modules, said, starts
+from tinydiff.models import registry
+from tinydiff.models.classes import RECORDS
+from tinydiff.models.family import Denoiser
 
 SINGLE_PLACES = {
     "torch.compile": ("tinydiff.sampling.compile",),
@@ -118,3 +122,32 @@ def test_no_class_of_the_package_inherits_from_another():
 
 def test_the_package_is_where_the_tests_look():
     assert (PACKAGE / "__init__.py").is_file()
+
+
+GENERIC = ("runtime", "serve", "parallel", "sampling", "cli.py", "advise.py", "config.py")
+"""What serves every family and may know none."""
+COMMON = {"dim", "layers"}
+"""Names of config fields that our own records have too."""
+
+
+def _families_told_apart(source: str, names: set[str]) -> list[str]:
+    """Reads of a family's config field, and strings that name a family."""
+    families = {row.family for row in registry.MODELS}
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in names:
+            found.append(ast.unparse(node))
+        if isinstance(node, ast.Compare):
+            literals = [each.value for each in ast.walk(node) if isinstance(each, ast.Constant)]
+            found += [ast.unparse(node) for value in literals if value in families]
+    return found
+
+
+def test_generic_code_reads_no_field_of_a_familys_config_and_compares_no_familys_name():
+    configs = [family.config for family in RECORDS.values() if isinstance(family, Denoiser)]
+    names = {f.name for config in configs for f in fields(config)} - COMMON
+    assert _families_told_apart("x = net.image_dim\ny = row.family == 'sd3'", names) == ["net.image_dim", "row.family == 'sd3'"]
+    places = [path for name in GENERIC for path in ([PACKAGE / name] if name.endswith(".py") else sorted((PACKAGE / name).glob("*.py")))]
+    assert len(places) > 50
+    wrong = {str(path): found for path in places if (found := _families_told_apart(path.read_text(), names))}
+    assert wrong == {}

@@ -41,6 +41,11 @@ def no_shift(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -
     return None
 
 
+def one_frame(c: Config, options: Mapping[str, Any]) -> tuple[int, ...]:
+    """A family whose videos start from one given frame."""
+    return (1,)
+
+
 def no_pads(tokens: int) -> int:
     """A family whose sequences may have any length."""
     return 0
@@ -91,6 +96,9 @@ class Denoiser:
     given_size: Callable[[int, int, int], tuple[int, int]] | None = None
     """(height and width of a given image, what both must divide by) -> height and width of the output, where they follow it.
     Raises UserError for an image that cannot be given."""
+    given_frames: Callable[[Config, Mapping[str, Any]], tuple[int, ...]] = one_frame
+    """(config, the pipeline's own settings in model_index.json) -> how many frames of a video may be given: the first, or the first and
+    the last."""
     settles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Component -> fields of its config that the pipeline sets, whatever its config.json says."""
     pads: Callable[[int], int] = no_pads
@@ -118,6 +126,8 @@ class Encoder:
     biased: bool
     rename: Rename | None = None
     read: Read | None = None
+    longest: Callable[[Config], int] | None = None
+    """Tokens of a text that it reads at most, where the network has places for no more."""
     preprocessor: tuple[str, Callable[[Mapping[str, Any], Config], dict[str, Any]]] | None = None
     """(component whose files say how images are made ready, (what they say, config) -> the config's fields for it)."""
 

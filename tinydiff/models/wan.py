@@ -316,6 +316,13 @@ def needs(c: Config) -> tuple[str, ...]:
     return () if c.image_dim is None else ("image_encoder",)
 
 
+def given_frames(c: Config, options: Mapping[str, Any]) -> tuple[int, ...]:
+    """How many frames may be given. CLIP looks at one, or with a position table at two; a first frame in place stands alone."""
+    if c.image_dim is not None:
+        return (1,) if c.pos_embed_seq_len is None else (2,)
+    return (1,) if options.get("expand_timesteps") else (1, 2)
+
+
 def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What this network's config must say to fit the components around it: (field, value, why)."""
     z = nets["vae"].z_dim
@@ -344,6 +351,7 @@ FAMILY = Denoiser(
     heads=lambda c: c.num_attention_heads,
     head_width=lambda c: c.attention_head_dim,
     must_fit=must_fit,
+    given_frames=given_frames,
     needs=needs,
     rename=lambda c, key: rename(key),
 )

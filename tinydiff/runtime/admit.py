@@ -161,7 +161,7 @@ def _multiple(blueprint: Blueprint) -> int:
 
 
 def _images(blueprint: Blueprint, paths: Sequence[str], read: Read) -> tuple[numpy.ndarray, ...]:
-    row, net = blueprint.row, blueprint.denoiser.config
+    row, net = blueprint.row, blueprint.denoiser
     least, most = row.images
     if len(paths) < least:
         verb = "edits" if row.image_use == "references" else "starts from"
@@ -172,12 +172,11 @@ def _images(blueprint: Blueprint, paths: Sequence[str], read: Read) -> tuple[num
         if len(paths) > most:
             raise UserError("image_path", f"image_path: {len(paths)} pictures are given; {row.name} takes at most {most}")
         return tuple(read(path, "image_path", row.layers > 0) for path in paths)
-    two_views = net.image_dim is not None and net.pos_embed_seq_len is not None
-    if paths and two_views and len(paths) != 2:
+    frames = net.family.given_frames(net.config, blueprint.options)
+    if paths and 1 not in frames and len(paths) != 2:
         raise UserError("image_path", f"image_path: {row.name} goes from a first to a last frame; give two pictures")
-    both = two_views or (net.image_dim is None and not blueprint.options.get("expand_timesteps"))
-    if len(paths) > (2 if both else 1):
-        allowed = "the first and the last frame" if both else "one, the first frame"
+    if len(paths) > max(frames):
+        allowed = "the first and the last frame" if 2 in frames else "one, the first frame"
         raise UserError("image_path", f"image_path: {len(paths)} pictures are given; {row.name} takes {allowed}")
     return tuple(read(path, "image_path") for path in paths)
 

@@ -125,7 +125,8 @@ def _tokens(plan: blueprint.Blueprint, request: Request, references: int) -> tup
     image = token_count(vae, request, patch) * (request.layers + 2 if request.layers else 1)
     image += references * token_count(vae, replace(request, height=REFERENCE, width=REFERENCE), patch)
     text = request.text_tokens
-    text += sum(plan.nets[name].config.max_position_embeddings for name in net.family.texts_before)
+    before = (plan.nets[name] for name in net.family.texts_before)
+    text += sum(encoder.family.longest(encoder.config) for encoder in before)
     return image + net.family.pads(image), text + net.family.pads(text)
 
 

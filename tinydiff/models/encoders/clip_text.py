@@ -164,4 +164,5 @@ FAMILY = Encoder(
     biased=True,
     rename=row_name,
     read=config_from,
+    longest=lambda c: c.max_position_embeddings,
 )
