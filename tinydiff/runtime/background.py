@@ -13,6 +13,7 @@ from queue import SimpleQueue
 
 import torch
 
+from tinydiff.runtime.ambient import plain
 from tinydiff.sampling.loop import Denoise, Seat
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Background:
         while True:
             key, compiled, seat = self._wanted.get()
             try:
-                with torch.no_grad():
+                with plain():
                     compiled(seat.network, seat.state, seat.rows, seat.noise, seat.kept, seat.at, seat.at + 1)
                 self._ready.add(key)
             except Exception:

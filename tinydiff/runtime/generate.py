@@ -13,6 +13,7 @@ from tinydiff.parallel.ranks import Ranks, from_lead, to_lead, turns
 from tinydiff.records import Request, Result
 from tinydiff.runtime import blueprint, pipeline
 from tinydiff.runtime.admit import admit
+from tinydiff.runtime.ambient import plain
 from tinydiff.runtime.blueprint import Blueprint, Model
 
 Destination = tuple[output.Target, output.Encoding]
@@ -37,6 +38,7 @@ def admitted(options: Options) -> tuple[Blueprint, list[Request], list[Destinati
     return plan, requests, [_destination(options.output, request) for request in requests]
 
 
+@plain()
 def generate(options: Options, progress: Progress, ranks: Ranks | None = None) -> list[Result]:
     """Load the model, make everything asked for and write it. One result per prompt. Raises UserError before anything is made.
 

@@ -12,6 +12,7 @@ from tinydiff.parallel.ranks import Ranks, join
 from tinydiff.records import Result, UserError, nearest
 from tinydiff.runtime import blueprint, launch, pipeline
 from tinydiff.runtime.admit import admit
+from tinydiff.runtime.ambient import plain
 from tinydiff.runtime.blueprint import Model
 from tinydiff.runtime.settings import guidance_of
 
@@ -31,8 +32,9 @@ def load(model_path: str | None, options: Mapping[str, Any]) -> Model:
     given = dict(options) if model_path is None else {**options, "model_path": model_path}
     _only(given, config.ModelOptions, config.ParallelOptions)
     made = config.options(given)
-    plan = blueprint.read(made.model)
-    return blueprint.load(plan, _ranks(made.parallel, plan))
+    with plain():
+        plan = blueprint.read(made.model)
+        return blueprint.load(plan, _ranks(made.parallel, plan))
 
 
 def _ranks(asked: config.ParallelOptions, plan: blueprint.Blueprint) -> Ranks | None:
@@ -61,8 +63,9 @@ def generate(model: Model, prompt: str, fields: Mapping[str, Any], progress: con
         raise UserError("prompt", f"prompt: takes one text, not a {type(prompt).__name__}; call once for each prompt")
     _only(fields, config.SamplingOptions)
     sampling = config.options({**fields, "prompt": prompt}).sampling
-    [request] = admit(model.blueprint, sampling)
-    return pipeline.run(model, request, progress or Quiet())
+    with plain():
+        [request] = admit(model.blueprint, sampling)
+        return pipeline.run(model, request, progress or Quiet())
 
 
 def _only(given: Mapping[str, Any], *records: type) -> None:

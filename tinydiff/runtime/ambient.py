@@ -1,0 +1,124 @@
+"""The state that torch keeps beside tensors: default type and device, autocast, modes and numeric switches.
+
+A program sets it for its own sake, and it would change the image of a seed. So what computes runs in `plain`, where torch is as in a
+fresh process; afterwards the program finds its state as it was.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One state of the whole process. fresh: what it may be in a process that never set it; `write` gets the first of these."""
+
+    read: Callable[[], Any]
+    write: Callable[[Any], None]
+    fresh: tuple[Any, ...]
+
+
+def _attribute(owner: Any, name: str, *fresh: Any) -> Setting:
+    return Setting(lambda: getattr(owner, name), lambda value: setattr(owner, name, value), fresh)
+
+
+def _kernel(name: str) -> Setting:
+    """Whether scaled dot product attention may choose the kernel."""
+    cuda = torch.backends.cuda
+    return Setting(getattr(cuda, f"{name}_sdp_enabled"), getattr(cuda, f"enable_{name}_sdp"), (True,))
+
+
+def _deterministic() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _matmul() -> tuple[str, str, str]:
+    """(the common precision of float32, that of CUDA, that of the CPU). The common one is "" where the others contradict it, of which
+    torch makes an error.
+    """
+    single = _backends.cuda.matmul.fp32_precision, _backends.mkldnn.matmul.fp32_precision
+    try:
+        return torch.get_float32_matmul_precision(), *single
+    except RuntimeError:
+        return "", *single
+
+
+def _set_matmul(precisions: tuple[str, str, str]) -> None:
+    common, *single = precisions
+    if common:
+        torch.set_float32_matmul_precision(common)  # which sets the others too
+    _backends.cuda.matmul.fp32_precision, _backends.mkldnn.matmul.fp32_precision = single
+
+
+_backends = torch.backends
+_matmuls = _backends.cuda.matmul
+SETTINGS = (
+    Setting(torch.get_default_dtype, torch.set_default_dtype, (torch.float32,)),
+    Setting(_deterministic, lambda on: torch.use_deterministic_algorithms(on[0], warn_only=on[1]), ((False, False),)),
+    _attribute(_backends, "fp32_precision", "none"),  # before those that follow it where they are not set
+    _attribute(_backends.cudnn, "fp32_precision", "none"),
+    _attribute(_backends.cudnn.conv, "fp32_precision", "tf32"),
+    _attribute(_backends.mkldnn.conv, "fp32_precision", "ieee", "none"),
+    Setting(_matmul, _set_matmul, tuple(("highest", a, b) for a in ("ieee", "none") for b in ("ieee", "none"))),
+    _attribute(_matmuls, "allow_bf16_reduced_precision_reduction", True),
+    _attribute(_matmuls, "allow_fp16_reduced_precision_reduction", True),
+    _attribute(_matmuls, "allow_fp16_accumulation", False),
+    _attribute(_backends.cudnn, "enabled", True),
+    _attribute(_backends.cudnn, "benchmark", False),
+    _attribute(_backends.cudnn, "deterministic", False),
+    _attribute(_backends.mkldnn, "enabled", True),
+    *map(_kernel, ("flash", "mem_efficient", "math", "cudnn")),
+)
+"""What can change a value. Determinism is among it: where it is asked for, torch refuses operations, and nothing here needs it."""
+
+
+class _Shared:
+    """The settings of the process, for all threads that are in `plain` at a time: the first makes them fresh, the last brings them back."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._before: list[tuple[Setting, Any]] = []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = []
+                for setting in SETTINGS:
+                    if (value := setting.read()) not in setting.fresh:
+                        self._before.append((setting, value))
+                        setting.write(setting.fresh[0])
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                for setting, value in reversed(self._before):
+                    setting.write(value)
+
+
+_shared = _Shared()
+_KINDS = ("cpu", "cuda", "xpu", "mps")
+"""Devices that autocast may be on for."""
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """torch as it is in a fresh process, without gradients. What belongs to a thread is set for this one, the rest for the process."""
+    with ExitStack() as stack:
+        stack.enter_context(_shared)
+        for kind in _KINDS:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if torch.get_default_device() != torch.device("cpu"):
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.no_grad())
+        yield
