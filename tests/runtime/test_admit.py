@@ -15,6 +15,7 @@ from PIL import Image
 from tests.runtime.folders import edit, released
 from tinydiff import config
 from tinydiff.config import ModelOptions, SamplingOptions
+from tinydiff.models.recipe import side
 from tinydiff.models.registry import MODELS, SHIPPED
 from tinydiff.records import UserError
 from tinydiff.runtime import blueprint
@@ -162,7 +163,22 @@ def test_strength_leaves_so_many_steps(strength, left, tmp_path, picture):
 def test_references_keep_their_own_sizes_and_lend_theirs(tmp_path, picture):
     made = request(released(KONTEXT, tmp_path), image_path=(picture,) * 3)
     assert made.images == () and [image.shape for image in made.originals] == [(90, 160, 3)] * 3
-    assert made.width / made.height == pytest.approx(160 / 90, rel=0.05)
+    assert (made.height, made.width) == (1024, 1024)  # as the reference, whatever is given
+
+
+@pytest.mark.parametrize(("given", "size"), [((832, 480), (480, 832)), ((480, 832), (832, 480)), ((600, 600), (624, 624))])
+def test_a_picture_of_the_models_own_size_keeps_it(given, size, tmp_path):
+    """By the rounding of diffusers' own example: round(sqrt(area * aspect)) // multiple * multiple, 479.9999 for the first."""
+    Image.new("RGB", given).save(tmp_path / "a.png")
+    made = request(released(I2V, tmp_path), image_path=(str(tmp_path / "a.png"),))
+    assert (made.height, made.width) == size
+
+
+def test_a_side_is_the_integer_nearest_to_the_root():
+    for along in range(1, 400, 7):
+        for across in range(1, 400, 11):
+            nearest = side(480 * 832, along, across)
+            assert (2 * nearest - 1) ** 2 * across <= 4 * 480 * 832 * along < (2 * nearest + 1) ** 2 * across
 
 
 # --- requests that cannot be ----------------------------------------------------------------------------------------------------------

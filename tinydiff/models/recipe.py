@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod, sqrt
+from math import isqrt, prod, sqrt
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy
@@ -115,6 +115,14 @@ def latent_size(vae: Any, request: Request) -> tuple[int, int, int]:
     """The (F, H, W) of the latents of a request's picture or clip; vae: the autoencoder's config."""
     stride = vae.scale_factor_spatial
     return (request.num_frames - 1) // vae.scale_factor_temporal + 1, request.height // stride, request.width // stride
+
+
+def side(area: int, along: int, across: int) -> int:
+    """The side of a rectangle of about `area` pixels, of the aspect along:across: the integer nearest to sqrt(area * along / across).
+
+    It is found among integers, since the floating-point root of 480 * 832 * 480 / 832 is 479.9999.
+    """
+    return (isqrt(4 * area * along // across) + 1) // 2
 
 
 def spread(area: int, height: int, width: int, multiple: int = 32) -> tuple[int, int]:

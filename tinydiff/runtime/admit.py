@@ -10,7 +10,7 @@ import numpy
 
 from tinydiff.config import SamplingOptions, seeds
 from tinydiff.io.images import read_image, resize
-from tinydiff.models.recipe import spread, too_long
+from tinydiff.models.recipe import side, spread, too_long
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.records import Request, UserError
 from tinydiff.runtime.blueprint import Blueprint
@@ -192,13 +192,12 @@ def _size(blueprint: Blueprint, sampling: SamplingOptions, images: Sequence[nump
     elif images and row.given_multiple is not None:
         tall, wide = spread(row.height * row.width, images[-1].shape[0], images[-1].shape[1], row.given_multiple)
         height, width = sampling.height or tall, sampling.width or wide
-    elif images and sampling.height is None and sampling.width is None:
+    elif images and row.image_use != "references" and sampling.height is None and sampling.width is None:
         tall, wide = images[0].shape[:2]
-        aspect = tall / wide
-        sides = [math.sqrt(row.height * row.width * ratio) for ratio in (aspect, 1 / aspect)]
+        sides = side(row.height * row.width, tall, wide), side(row.height * row.width, wide, tall)
         if min(sides) < multiple / 2:
             raise too_long(tall, wide)
-        height, width = (max(multiple, int(side) // multiple * multiple) for side in sides)
+        height, width = (max(multiple, each // multiple * multiple) for each in sides)
     for name, value in (("height", height), ("width", width)):
         if value < multiple or value % multiple:
             below = value // multiple * multiple

@@ -24,6 +24,9 @@ class Setting:
     fresh: tuple[Any, ...]
 
 
+_backends: Any = torch.backends
+
+
 def _attribute(owner: Any, name: str, *fresh: Any) -> Setting:
     return Setting(lambda: getattr(owner, name), lambda value: setattr(owner, name, value), fresh)
 
@@ -56,7 +59,6 @@ def _set_matmul(precisions: tuple[str, str, str]) -> None:
     _backends.cuda.matmul.fp32_precision, _backends.mkldnn.matmul.fp32_precision = single
 
 
-_backends = torch.backends
 _matmuls = _backends.cuda.matmul
 SETTINGS = (
     Setting(torch.get_default_dtype, torch.set_default_dtype, (torch.float32,)),

@@ -8,12 +8,14 @@ fresh noise, guidance scale or chunk compiles again. A new dtype or device does,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_function_stack
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.utils import counters
 from torch._higher_order_ops.invoke_subgraph import NestedCompileRegionOptions
@@ -22,6 +24,8 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.fx.experimental import _config as fx_config
+from torch.overrides import _pop_mode, _push_mode
+from torch.utils import _device as default_device
 
 from tinydiff.ops.network import Branch, Network, has_images, token_dims
 from tinydiff.parallel.plan import Cond
@@ -105,10 +109,24 @@ def _build(network: Network, guidance: Guidance, exact: bool) -> Denoise:
             _mark_named(token_dims(conds), request[""])
             _mark_named({name: 0 for name in request[""] if name.startswith(KEYS)}, request[""])
         bounds = torch.tensor([start, stop], device=state.x.device)
-        with cast(Any, fx_config).patch(use_duck_shape=False):  # two lengths that happen to be equal in the first request are still two
+        # Two lengths that happen to be equal in the first request are still two.
+        with _no_modes(), cast(Any, fx_config).patch(use_duck_shape=False):
             return graph(hoisted, state, coefficients, noise, kept, bounds[0].clone(), bounds[1].clone())
 
     return call
+
+
+@contextmanager
+def _no_modes() -> Iterator[None]:
+    """Without the modes that see every function of torch, such as a default device. The graph would be compiled again for each of them."""
+    modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
+    device, default_device.CURRENT_DEVICE = default_device.CURRENT_DEVICE, None
+    try:
+        yield
+    finally:
+        default_device.CURRENT_DEVICE = device
+        for mode in reversed(modes):
+            _push_mode(mode)
 
 
 def _two_rows(rows: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from tinydiff.records import Request
 from tinydiff.runtime import blueprint as blueprints
 from tinydiff.runtime import pipeline, preview
+from tinydiff.runtime.ambient import plain
 from tinydiff.runtime.blueprint import Blueprint, Model
 from tinydiff.runtime.continuous import Continuous, Sitting, give_memory_back, short_of_memory, sitting
 from tinydiff.serve import outputs, seats, warmup
@@ -174,6 +175,7 @@ class Scheduler:
 
     # --- the device's thread ----------------------------------------------------------------------------------------------------------
 
+    @plain()
     def _own_device(self) -> None:
         try:
             self._load()
