@@ -1,5 +1,4 @@
-"""The one thread that owns the device: it takes jobs from the store, has their pictures made side by side (`runtime.continuous`), and hands
-frames on to be saved.
+"""The one thread that owns the device: it runs the jobs of the store side by side (`runtime.continuous`) and has their frames saved.
 
 A second thread keeps the jobs' leases and hears of cancelled ones while a step runs; others encode and store what is made.
 """
@@ -19,8 +18,7 @@ import torch
 
 from tinydiff.records import Request
 from tinydiff.runtime import blueprint as blueprints
-from tinydiff.runtime import pipeline, preview
-from tinydiff.runtime.ambient import plain
+from tinydiff.runtime import ambient, pipeline, preview
 from tinydiff.runtime.blueprint import Blueprint, Model
 from tinydiff.runtime.continuous import Continuous, Sitting, give_memory_back, short_of_memory, sitting
 from tinydiff.serve import outputs, seats, warmup
@@ -175,7 +173,7 @@ class Scheduler:
 
     # --- the device's thread ----------------------------------------------------------------------------------------------------------
 
-    @plain()
+    @ambient.plain()
     def _own_device(self) -> None:
         try:
             self._load()
