@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from tinydiff.records import Request
-from tinydiff.runtime import blueprint as blueprints
 from tinydiff.runtime import ambient, pipeline, preview
+from tinydiff.runtime import blueprint as blueprints
 from tinydiff.runtime.blueprint import Blueprint, Model
 from tinydiff.runtime.continuous import Continuous, Sitting, give_memory_back, short_of_memory, sitting
 from tinydiff.serve import outputs, seats, warmup
