@@ -354,3 +354,29 @@ def test_the_place_that_a_launcher_gave_is_read(monkeypatch):
         assert config.under_torchrun() is None  # all of them, or it was another program's
         monkeypatch.setenv(name, value)
     assert config.under_torchrun() == config.Place(rank=5, size=8, local_rank=1, local_size=4)
+
+
+LAUNCHED = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("RANK", "", "RANK is ''"),
+        ("RANK", "2", "RANK is 2; of 2 processes the last is 1"),
+        ("RANK", "-1", "RANK is '-1'"),
+        ("WORLD_SIZE", "x", "WORLD_SIZE is 'x'"),
+        ("WORLD_SIZE", "9" * 5000, "WORLD_SIZE is "),
+        ("LOCAL_RANK", "7", "LOCAL_RANK is 7; of 2 processes the last is 1"),
+        ("LOCAL_WORLD_SIZE", "1_0", "LOCAL_WORLD_SIZE is '1_0'"),
+        ("MASTER_PORT", "abc", "MASTER_PORT is 'abc'"),
+        ("MASTER_PORT", "70000", "MASTER_PORT must be between 1 and 65535"),
+    ],
+)
+def test_a_variable_that_no_launcher_sets_so_is_one_sentence(name, value, says, monkeypatch):
+    for each, usual in (LAUNCHED | {name: value}).items():
+        monkeypatch.setenv(each, usual)
+    with pytest.raises(UserError) as caught:
+        config.under_torchrun()
+    sentence = str(caught.value)
+    assert caught.value.field == name and says in sentence and "\n" not in sentence and len(sentence) < 500

@@ -213,11 +213,28 @@ class Place:
 
 
 def under_torchrun() -> Place | None:
-    """This process's place as the environment says it, None where no launcher started it."""
+    """This process's place as the environment says it, None where no launcher started it. Raises UserError for a variable that no
+    launcher sets so.
+    """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if not {*names, "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return None
-    return Place(*(int(os.environ[name]) for name in names))
+    rank, size, local_rank, local_size = (_launched(name) for name in names)
+    for name, value, total in (("RANK", rank, size), ("LOCAL_RANK", local_rank, local_size)):
+        if not value < total:
+            raise UserError(name, f"the environment variable {name} is {value}; of {total} processes the last is {total - 1}")
+    if not 0 < _launched("MASTER_PORT") < 2**16:
+        raise UserError("MASTER_PORT", "the environment variable MASTER_PORT must be between 1 and 65535")
+    return Place(rank, size, local_rank, local_size)
+
+
+def _launched(name: str) -> int:
+    """A number that a launcher put into the environment."""
+    text = os.environ[name]
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        message = f"the environment variable {name} is {shown(text)}; a launcher such as torchrun sets it to an integer of at least 0"
+        raise UserError(name, f"{message}; unset it where there is none")
+    return int(text)
 
 
 def keys(name: str) -> tuple[str, ...]:

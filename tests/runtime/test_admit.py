@@ -381,3 +381,20 @@ def test_only_z_image_limits_its_guidance(tmp_path):
     made = request(released("Tongyi-MAI/Z-Image", tmp_path), cfg_normalization=1.0)
     assert made.cfg_normalization == 1.0 and made.guidance_scale == 6.0
     refused("cfg_normalization", "only Z-Image has", request, released("Qwen/Qwen-Image", tmp_path), cfg_normalization=1.0)
+
+
+@pytest.mark.parametrize(("shift", "steps"), [(1000, 999), (1000, 1000)])
+def test_steps_closer_together_than_float32_tells_apart(shift, steps, tmp_path):
+    path = released(TI2V, tmp_path)
+    refused(
+        "flow_shift", f"{steps} steps of a flow_shift of {shift} lie closer", request, path, flow_shift=shift, num_inference_steps=steps
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 2, 50, 600])
+@pytest.mark.parametrize("shift", [1000, 1, 1e-3])
+def test_a_schedule_that_is_admitted_has_finite_numbers(shift, steps, tmp_path):
+    made = read(released(TI2V, tmp_path))
+    [asked] = admit(made, SamplingOptions(prompt=("a",), flow_shift=float(shift), num_inference_steps=steps))
+    rows = table(made, asked)
+    assert all(column.isfinite().all() for column in (rows.a, rows.c, rows.b1, rows.b2, rows.n))

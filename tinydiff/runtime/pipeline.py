@@ -156,6 +156,11 @@ def table(blueprint: Blueprint, request: Request) -> Table:
     """The request's solver as a table. Raises UserError for a scheduler or timesteps that cannot be."""
     times = request.dmd_timesteps
     rows = solvers.dmd(times, request.flow_shift or 1.0) if times else _scheduled(blueprint, request)
+    if not all(column.isfinite().all() for column in (rows.a, rows.c, rows.b1, rows.b2, rows.n)):
+        field = "num_inference_steps" if request.flow_shift is None else "flow_shift"
+        shift = "the schedule" if request.flow_shift is None else f"a flow_shift of {request.flow_shift:g}"
+        message = f"{request.num_inference_steps} steps of {shift} lie closer together than float32 tells apart"
+        raise UserError(field, f"{field}: {message}; take fewer steps or a shift nearer to 1")
     rows = solvers.with_guidance(rows, request.guidance_scale)
     if request.boundary_ratio is not None:
         rows = solvers.with_experts(rows, request.boundary_ratio, request.guidance_scale_2)
