@@ -171,6 +171,41 @@ def test_nothing_fits(capsys):
     assert "nothing fits into 24 GB; " in out and "comes nearest and lacks" in out and "yes" not in out.split("\n\n")[1]
 
 
+def test_one_gpu_is_assumed(capsys):
+    argv = ("FLUX.1-dev", "--vram", "80", "--json")
+    told = printed(capsys, *argv)
+    assert told == printed(capsys, *argv, "--num-gpus", "1") and json.loads(told)["recommended"] == "one GPU"
+
+
+def test_without_vram_the_usual_layout_is_held_against_the_usual_gpus(capsys):
+    first, why, _, head, *lines = printed(capsys, "FLUX.1-dev").splitlines()
+    rows = [re.split(r"  +", line) for line in lines[: lines.index("")]]
+    assert first.endswith("of text, on one GPU") and why.startswith("one GPU needs 37.7 GB at its peak")
+    assert head.split() == ["GPU", "peak", "fits"]
+    assert [row[0] for row in rows] == [f"{size} GB" for size in (12, 16, 24, 32, 48, 80, 96, 141, 192)]
+    assert [row[2] for row in rows] == [*(f"lacks {size} GB" for size in (26.7, 22.7, 14.7, 6.7)), *["yes"] * 5]
+    assert {row[1] for row in rows} == {"37.7 GB"}
+
+
+def test_the_cards_say_what_a_plan_for_each_says(capsys):
+    name = "FLUX.1-dev"
+    told = json.loads(printed(capsys, name, "--num-gpus", "2", "--json"))
+    assert told["vram_gb"] is None and "layouts" not in told and [each["vram_gb"] for each in told["cards"]] == list(estimate.CARDS)
+    for each in told["cards"]:
+        planned = json.loads(printed(capsys, name, "--num-gpus", "2", "--vram", str(each["vram_gb"]), "--json"))["layouts"]
+        assert {key: value for key, value in each.items() if key not in ("vram_gb", "help")} in planned
+        assert each["fits"] == (each["help"] is None) and each["help"] in [None, *planned]
+
+
+def test_help_is_the_smallest_that_is_enough(capsys):
+    helped = {each["vram_gb"]: each["help"] for each in json.loads(printed(capsys, "FLUX.1-dev", "--num-gpus", "2", "--json"))["cards"]}
+    said = {vram: each and (each["encoders"], each["fsdp"], each["fits"]) for vram, each in helped.items()}
+    assert said == {
+        12: (True, True, False), 16: (True, True, False), 24: (True, True, True), 32: (True, False, True),
+        48: None, 80: None, 96: None, 141: None, 192: None,
+    }  # fmt: skip
+
+
 def test_a_folder_of_json_files_is_enough(tmp_path, capsys):
     for path in (PACKAGE / "shapes").rglob("*.json"):
         copy = tmp_path / path.relative_to(PACKAGE)
@@ -201,8 +236,6 @@ def test_a_hub_ids_json_files_are_fetched_and_no_weights(monkeypatch):
     ("argv", "words"),
     [
         (["FLUX.1-dve", "--num-gpus", "2", "--vram", "80"], "did you mean 'FLUX.1-dev'?"),
-        (["FLUX.1-dev", "--vram", "80"], "num_gpus: none is given"),
-        (["FLUX.1-dev", "--num-gpus", "2"], "vram: none is given"),
         (["FLUX.1-dev", "--num-gpus", "0", "--vram", "80"], "num_gpus: 0 must be at least 1"),
         (["FLUX.1-dev", "--num-gpus", "2", "--vram", "-1"], "vram: -1 must be above 0"),
         (["FLUX.1-dev", "--num-gpus", "2", "--vram", "much"], "vram: 'much' is not a number"),
@@ -250,6 +283,6 @@ def test_an_unknown_model_that_looks_like_a_hub_id(monkeypatch):
 def test_the_plans_on_the_page_are_what_is_printed(capsys):
     page = (ROOT / "docs" / "choosing-a-layout.md").read_text(encoding="utf-8")
     shown = re.findall(r"^```console\n\$ tinydiff (plan [^\n]+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert len(shown) == 2
+    assert len(shown) == 3
     for command, told in shown:
         assert printed(capsys, *shlex.split(command)[1:]) == told

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from tinydiff.runtime.estimate import Estimate, Subject
 
 USAGE = """\
-usage: tinydiff plan MODEL --num-gpus N --vram GB [options]
+usage: tinydiff plan MODEL [--num-gpus N] [--vram GB] [options]
 
 What each way of sharing a request among N GPUs costs: memory, bytes sent, estimated seconds a step. By arithmetic; nothing is run.
 
   MODEL                     a model's name (`tinydiff models`), a folder in diffusers layout or a hub id; JSON files are enough
-  --num-gpus N              GPUs in all
-  --vram GB                 memory of each
+  --num-gpus N              GPUs in all: 1 (default)
+  --vram GB                 memory of each; left out, the usual layout is held against GPUs of 12 to 192 GB
   --size WIDTHxHEIGHT       pixels, such as 1280x720; left out, the model's own, as are
   --num-frames N            frames of a clip
   --num-inference-steps N   denoising steps
@@ -42,11 +42,11 @@ ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 @dataclass(frozen=True)
 class Asked:
-    """The command line. vram: GB."""
+    """The command line. vram: GB, None where it is left out."""
 
     model: str
     ranks: int
-    vram: float
+    vram: float | None
     sampling: config.SamplingOptions
     precision: str
     machine: Machine
@@ -62,13 +62,21 @@ def main(argv: Sequence[str]) -> int:
     from tinydiff.runtime import estimate  # torch, for those who get here
 
     subject = estimate.subject(asked.model, asked.sampling, asked.ranks, ITEM_BYTES[asked.precision])
-    found = estimate.estimates(subject, asked.ranks, asked.vram, asked.machine)
-    why = reason(asked, best(found), estimate.usual(subject, asked.ranks))
     rests = list(assumptions(asked, subject, estimate.RESERVED, estimate.REFERENCE))
-    if asked.as_json:
-        print(json.dumps(_as_json(asked, subject, found, why) | {"assumptions": rests}, indent=2))
+    usual = estimate.usual(subject, asked.ranks)
+    if asked.vram is None:
+        cards = estimate.over_cards(subject, asked.ranks, asked.machine)
+        why, told = peak(asked, cards[0][0], usual), _cards_json(subject, cards)
+        columns = len(CARD_HEAD) if any(helped for _, helped in cards) else CARD_HEAD.index("help")
+        rows = [row[:columns] for row in (CARD_HEAD, *(_card(*each) for each in cards))]
     else:
-        print("\n".join([_asked_for(asked, subject), why, "", *_table(subject, found), "", *rests]))
+        found = estimate.estimates(subject, asked.ranks, asked.vram, asked.machine)
+        why, told = reason(asked, asked.vram, best(found), usual), _layouts_json(subject, found)
+        rows = [HEAD, *(_cells(each, subject.decoding[0] is None) for each in found)]
+    if asked.as_json:
+        print(json.dumps(_asked_json(asked, subject) | {"reason": why} | told | {"assumptions": rests}, indent=2))
+    else:
+        print("\n".join([_asked_for(asked, subject), why, "", *_table(rows), "", *rests]))
     return 0
 
 
@@ -89,9 +97,6 @@ def _parsed(argv: Sequence[str]) -> Asked | None:
     for name in ("num_gpus", "size", "dit_precision", "bandwidth", "gpus_per_node", *sampling, *numbers):
         parser.add_argument(f"--{name.replace('_', '-')}")
     given = {name: value for name, value in vars(parser.parse_args(list(argv))).items() if value is not None}
-    for name in ("num_gpus", "vram"):
-        if name not in given:
-            raise UserError(name, f"{name}: none is given; `tinydiff plan --help` shows what it takes")
     made = config.options(
         {name: given[name] for name in ("num_gpus", "dit_precision", *sampling) if name in given} | _size(given.get("size"))
     )
@@ -162,11 +167,17 @@ def best(found: Sequence[Estimate]) -> Estimate:
     return found[0] if found[0].lacks <= 0 else min(found, key=lambda each: each.lacks)
 
 
-def reason(asked: Asked, first: Estimate, usual: Layout | None) -> str:
+def peak(asked: Asked, plain: Estimate, usual: Layout | None) -> str:
+    """What a layout needs, whatever the GPU: a line. usual: what `generate` chooses by itself."""
+    how = f", which `tinydiff generate --num-gpus {asked.ranks}` chooses," if plain.layout == usual and asked.ranks > 1 else ""
+    return f"{named(plain.layout)}{how} needs {plain.total / 1e9:.1f} GB at its peak and takes {plain.seconds:.3g} s/step"
+
+
+def reason(asked: Asked, vram: float, first: Estimate, usual: Layout | None) -> str:
     """Why this one, and how to ask for it, or that nothing fits: a line. usual: what `generate` chooses by itself."""
     if first.lacks > 0:
         advice = "more GPUs, more memory or a smaller size would help"
-        return f"nothing fits into {asked.vram:g} GB; {named(first.layout)} comes nearest and lacks {first.lacks:.1f} GB; {advice}"
+        return f"nothing fits into {vram:g} GB; {named(first.layout)} comes nearest and lacks {first.lacks:.1f} GB; {advice}"
     if first.layout.size == 1:
         return "one GPU has room"
     why = "; ".join(WHY[name] for name in (*AXES, "encoders", "fsdp") if int(getattr(first.layout, name)) > (name in AXES))
@@ -179,15 +190,19 @@ def _asked_for(asked: Asked, subject: Subject) -> str:
     request, work = subject.request, subject.work
     frames = f", {request.num_frames} frames" if request.num_frames > 1 else f", {request.layers} layers" if request.layers else ""
     runs = "two branches of guidance" if work.branches > 1 else "no guidance"
+    gpus = "one GPU" if asked.ranks == 1 else f"{asked.ranks} GPUs"
+    on = gpus if asked.vram is None else f"{asked.ranks} x {asked.vram:g} GB"
     what = f"{subject.name}, {request.width}x{request.height}{frames}, {work.steps} steps, {runs}"
-    return f"{what}: {work.image} image tokens and {work.text} of text, on {asked.ranks} x {asked.vram:g} GB"
+    return f"{what}: {work.image} image tokens and {work.text} of text, on {on}"
 
 
 HEAD = ("layout", "weights", "activations", "decoding", "total", "fits", "sent/step", "s/step", "speed-up")
 
 
-def _table(subject: Subject, found: Sequence[Estimate]) -> Iterator[str]:
-    rows = [HEAD, *(_cells(each, subject.decoding[0] is None) for each in found)]
+CARD_HEAD = ("GPU", "peak", "fits", "help", "peak with it", "fits with it", "s/step with it")
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, *cells in rows:
         yield "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))])
@@ -196,8 +211,19 @@ def _table(subject: Subject, found: Sequence[Estimate]) -> Iterator[str]:
 def _cells(each: Estimate, unknown: bool) -> tuple[str, ...]:
     sizes = [f"{size / 1e9:.1f} GB" for size in (each.weights, each.activations, each.decoding, each.total)]
     sizes[2] = "not known" if unknown else sizes[2]
-    fits = "yes" if each.lacks <= 0 else f"lacks {each.lacks:.1f} GB"
-    return named(each.layout), *sizes, fits, _sent(sum(each.sent.values())), f"{each.seconds:.3g}", f"{each.speedup:.2f}"
+    return named(each.layout), *sizes, _fits(each), _sent(sum(each.sent.values())), f"{each.seconds:.3g}", f"{each.speedup:.2f}"
+
+
+def _card(plain: Estimate, helped: Estimate | None) -> tuple[str, ...]:
+    rest = ("-",) * 4
+    if helped is not None:
+        switches = " + ".join(["encoders"] * helped.layout.encoders + ["fsdp"] * helped.layout.fsdp)
+        rest = switches, f"{helped.total / 1e9:.1f} GB", _fits(helped), f"{helped.seconds:.3g}"
+    return f"{plain.vram:g} GB", f"{plain.total / 1e9:.1f} GB", _fits(plain), *rest
+
+
+def _fits(each: Estimate) -> str:
+    return "yes" if each.lacks <= 0 else f"lacks {each.lacks:.1f} GB"
 
 
 def _sent(size: int) -> str:
@@ -211,7 +237,8 @@ def assumptions(asked: Asked, subject: Subject, reserved: float, reference: int)
     yield f"weights: all networks stay there; denoiser in {asked.precision}, text encoders in bf16, image encoder and autoencoder in fp32"
     yield "activations: what a step needs beside weights, run operation by operation, and what is computed once before the steps"
     yield f"total: weights and the larger of activations and decoding; {reserved:g} GB more must be free, for driver and libraries"
-    yield "sent/step: what a rank hands to collectives"
+    if asked.vram is not None:
+        yield "sent/step: what a rank hands to collectives"
     speeds = f"{m.link:g} GB/s in a machine of {m.ranks} GPUs, {m.net:g} GB/s beyond"
     yield f"s/step: operations at {m.tflops:g} TFLOP/s, then sending, {speeds};"
     yield "  only the gathering of weights hides behind other work; launches and waiting are not counted"
@@ -223,31 +250,48 @@ def assumptions(asked: Asked, subject: Subject, reserved: float, reference: int)
         yield "replicas (--data-parallel-size) are left out: they make no request faster"
 
 
-def _as_json(asked: Asked, subject: Subject, found: Sequence[Estimate], why: str) -> dict[str, Any]:
-    request, first = subject.request, best(found)
+def _asked_json(asked: Asked, subject: Subject) -> dict[str, Any]:
+    request = subject.request
     return {
         "model": subject.name,
         "request": {"width": request.width, "height": request.height, "num_frames": request.num_frames, **asdict(subject.work)},
         "gpus": asked.ranks,
         "vram_gb": asked.vram,
         "machine": asdict(asked.machine),
-        "recommended": named(first.layout) if first.lacks <= 0 else None,
-        "reason": why,
-        "layouts": [
+    }
+
+
+def _layouts_json(subject: Subject, found: Sequence[Estimate]) -> dict[str, Any]:
+    first = best(found)
+    recommended = named(first.layout) if first.lacks <= 0 else None
+    return {"recommended": recommended, "layouts": [_estimate_json(subject, each) for each in found]}
+
+
+def _cards_json(subject: Subject, cards: Sequence[tuple[Estimate, Estimate | None]]) -> dict[str, Any]:
+    return {
+        "cards": [
             {
-                "layout": named(each.layout),
-                "options": flags(each.layout),
-                **asdict(each.layout),
-                "weight_bytes": each.weights,
-                "activation_bytes": each.activations,
-                "decoding_bytes": None if subject.decoding[0] is None else each.decoding,
-                "total_bytes": each.total,
-                "fits": each.lacks <= 0,
-                "lacks_gb": max(0.0, round(each.lacks, 3)),
-                "sent_bytes": dict(each.sent),
-                "seconds_per_step": each.seconds,
-                "speedup": each.speedup,
+                "vram_gb": plain.vram,
+                **_estimate_json(subject, plain),
+                "help": None if helped is None else _estimate_json(subject, helped),
             }
-            for each in found
-        ],
+            for plain, helped in cards
+        ]
+    }
+
+
+def _estimate_json(subject: Subject, each: Estimate) -> dict[str, Any]:
+    return {
+        "layout": named(each.layout),
+        "options": flags(each.layout),
+        **asdict(each.layout),
+        "weight_bytes": each.weights,
+        "activation_bytes": each.activations,
+        "decoding_bytes": None if subject.decoding[0] is None else each.decoding,
+        "total_bytes": each.total,
+        "fits": each.lacks <= 0,
+        "lacks_gb": max(0.0, round(each.lacks, 3)),
+        "sent_bytes": dict(each.sent),
+        "seconds_per_step": each.seconds,
+        "speedup": each.speedup,
     }

@@ -32,6 +32,8 @@ RESERVED = 1.0
 """GB of every GPU left to driver, libraries and the allocator's gaps."""
 NEAR = 1.02
 """How many times as long as the fastest a layout may take to be called as fast."""
+CARDS = (12, 16, 24, 32, 48, 80, 96, 141, 192)
+"""GB of the usual GPUs."""
 REFERENCE = 1024
 """Pixels along the sides of a reference picture."""
 
@@ -201,14 +203,30 @@ def estimates(subject: Subject, ranks: int, vram: float, machine: Machine) -> li
     for layout in layouts(subject, ranks):
         found.append(estimate(subject, layout, vram, machine))
         if found[-1].lacks > 0 and layout.size > layout.tp:
-            smaller = [replace(layout, encoders=encoders, fsdp=fsdp) for encoders, fsdp in ((True, False), (False, True), (True, True))]
-            tried = [estimate(subject, each, vram, machine) for each in smaller]
-            found.append(next((each for each in tried if each.lacks <= 0), min(tried, key=lambda each: each.total)))
+            found.append(_helped(subject, layout, vram, machine))
     found.sort(key=lambda each: (each.lacks > 0, float(f"{each.seconds:.3g}"), each.layout.ring, each.total))
     chosen = usual(subject, ranks)
     near = [each for each in found if each.lacks <= 0 and each.seconds <= NEAR * found[0].seconds]
     first = next((each for each in near if chosen is not None and each.layout.sizes == chosen.sizes), found[0])
     return [first, *(each for each in found if each is not first)]
+
+
+def _helped(subject: Subject, layout: Layout, vram: float, machine: Machine) -> Estimate:
+    """The first way to make a layout fit, else the smallest: text encoders divided over all ranks, full sharding, both."""
+    smaller = [replace(layout, encoders=encoders, fsdp=fsdp) for encoders, fsdp in ((True, False), (False, True), (True, True))]
+    tried = [estimate(subject, each, vram, machine) for each in smaller]
+    return next((each for each in tried if each.lacks <= 0), min(tried, key=lambda each: each.total))
+
+
+def over_cards(subject: Subject, ranks: int, machine: Machine) -> list[tuple[Estimate, Estimate | None]]:
+    """For each of CARDS: the usual layout, the fastest where `generate` has none, and what helps where it does not fit.
+
+    None where it fits, and where no layer is held twice, so that nothing is left to divide.
+    """
+    layout = usual(subject, ranks) or estimates(subject, ranks, float("inf"), machine)[0].layout
+    plain = [estimate(subject, layout, vram, machine) for vram in CARDS]
+    can = layout.size > layout.tp
+    return [(each, _helped(subject, layout, each.vram, machine) if each.lacks > 0 and can else None) for each in plain]
 
 
 def estimate(subject: Subject, layout: Layout, vram: float, machine: Machine) -> Estimate:
