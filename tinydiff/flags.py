@@ -166,10 +166,10 @@ def collect(pairs: Iterable[tuple[str, Any]], known: Iterable[str], dashes: bool
             hint = nearest(show(given), [show(n) for n in names])
             raise UserError(given, f"{show(given)}: no such {'flag' if dashes else 'key'}{hint}")
         for name, part, meant in () if value is None else _meanings(given, value, known):
-            key = f"{name}.{part}" if part else name
+            key = name if part is None else f"{name}.{part}"
             if spelled.setdefault(key, given) != given:
                 raise UserError(name, f"{name}: give either {show(spelled[key])} or {show(given)}, not both")
-            if part:
+            if part is not None:  # "" is a component's name too, of none that exists
                 found.setdefault(name, {})[part] = meant
             elif name in several and name in found:
                 found[name] = [*_listed(found[name]), *_listed(meant)]

@@ -57,8 +57,8 @@ def filled(group: type[Record], entries: Mapping[str, Any]) -> Record:
     """
     found, hints = {}, _hints(group)
     for entry in fields(cast(Any, group)):
-        given = entries.get(entry.name)
-        if given is not None and not (entry.default == () and given in ([], ())):
+        given = of_python(entries.get(entry.name))
+        if given is not None and not (entry.default == () and isinstance(given, list | tuple) and not given):
             found[entry.name] = within_limits(entry.name, hints[entry.name], given, entry.metadata)
     return group(**found)
 
