@@ -336,7 +336,7 @@ def test_a_picture_token_in_a_prompt_is_refused(small, tmp_path, pictures):
     thin = tmp_path / "thin.png"
     Image.new("RGB", (6000, 20)).save(thin)
     request = _request(model, [thin], height=HEIGHT, width=WIDTH)
-    with pytest.raises(UserError, match=r"image_path: .*too narrow"):
+    with pytest.raises(UserError, match=r"image_path: .*too long for this model"):
         pipeline.condition(model, request)
 
 
