@@ -161,7 +161,7 @@ def walk(
                 following = stack[at + 1][1]
                 coming = hooks.fetch.start(following, w[following])
             own = [{**request[prefix], **step[prefix]} for request, step in branches]
-            streams = [call[block](here, *each) for call, *each in zip(calls, streams, own, shared, strict=False)]
+            streams = [call[block](here, *each) for call, *each in zip(calls, streams, own, shared, strict=True)]
             if hooks.after is not None:
                 hooks.after(prefix, streams)
         return streams
@@ -185,11 +185,6 @@ def divide(network: Network, flat: Mapping[str, Tensor]) -> Tree:
     return tree
 
 
-def token_dims(conds: Iterable[Cond]) -> dict[str, int]:
-    """Name of a request's tensor -> its dimension that runs over tokens, of those that have one."""
-    return {cond.name: cond.dim for cond in conds if cond.stream is not None}
-
-
 def is_shared(conds: Iterable[Cond], name: str) -> bool:
     """Whether every block reads the request's tensor of this name."""
     return name.startswith(sequence.KEYS) or any(cond.shared and cond.name == name for cond in conds)
@@ -199,4 +194,4 @@ def has_images(conds: Iterable[Cond], prefix: str, name: str) -> bool:
     """Whether a request's tensor has an axis for images, its first. Those that begin with tokens, or pick keys, have none."""
     if prefix:
         return True
-    return not name.startswith(sequence.KEYS) and token_dims(conds).get(name) != 0
+    return not name.startswith(sequence.KEYS) and sequence.token_dims(conds).get(name) != 0

@@ -8,7 +8,7 @@ by token. Shape letters: L image tokens, T text tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -86,12 +86,17 @@ def _everywhere(plan: Plan, x: Tensor, source: Placement) -> Tensor:
     return x
 
 
+def token_dims(conds: Iterable[Cond]) -> dict[str, int]:
+    """Name of a request's tensor -> its dimension that runs over tokens, of those that have one."""
+    return {cond.name: cond.dim for cond in conds if cond.stream is not None}
+
+
 def dealt(plan: Plan, conds: Sequence[Cond], request: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A request's tensors as this rank holds them, and the index tensors of `keys` beside them. conds: the family's."""
     if ranks(plan)[0] == 1:
         return dict(request)
     image, text = (_length(request, conds, stream) for stream in ("image", "text"))
-    dims = {cond.name: cond.dim for cond in conds if cond.stream is not None}
+    dims = token_dims(conds)
     device = next(iter(request.values())).device
     shares = {name: share(plan, x, dims[name]) if name in dims else x for name, x in request.items()}
     return shares | {name: torch.tensor(index, dtype=torch.int64, device=device) for name, index in _real(plan, text, image).items()}

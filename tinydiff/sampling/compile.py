@@ -27,9 +27,9 @@ from torch.fx.experimental import _config as fx_config
 from torch.overrides import _pop_mode, _push_mode
 from torch.utils import _device as default_device
 
-from tinydiff.ops.network import Branch, Network, has_images, token_dims
+from tinydiff.ops.network import Branch, Network, has_images
 from tinydiff.parallel.plan import Cond
-from tinydiff.parallel.sequence import KEYS
+from tinydiff.parallel.sequence import KEYS, token_dims
 from tinydiff.sampling.loop import Denoise, Guidance, Hoisted, Kept, State, denoise, predictor
 
 _RECOMPILE_LIMIT = 64
