@@ -30,7 +30,10 @@ from tinydiff.runtime.background import Background
 from tinydiff.runtime.blueprint import Model
 from tinydiff.runtime.continuous import Continuous, Sitting, sitting
 
-COLOURS, SHAPES = ("red", "yellow", "blue", "green", "white", "black"), ("circle", "square", "triangle", "star", "ring", "cross")
+COLOURS, SHAPES = (
+    ("red", "yellow", "blue", "green", "white", "black"),
+    ("circle", "square", "triangle", "star", "ring", "cross"),
+)
 SIZES = ((128, 128), (96, 160), (64, 64))
 BATCHES = range(2, 9)
 
@@ -57,9 +60,14 @@ def requests(model: Model, count: int) -> list[list[Request]]:
     return found
 
 
-def make(model: Model, background: Background, asked: Sequence[Request], most: int) -> tuple[list[Made], list[int]]:
+def make(
+    model: Model, background: Background, asked: Sequence[Request], most: int
+) -> tuple[list[Made], list[int]]:
     """(the pictures of all requests, made by a loop of at most `most` at once; how many there were in each step)."""
-    loop, waiting = Continuous(model.nets["transformer"].family, background=background), deque(range(len(asked)))
+    loop, waiting = (
+        Continuous(model.nets["transformer"].family, background=background),
+        deque(range(len(asked))),
+    )
     told = [pipeline.condition(model, request) for request in asked]
     made: dict[int, Made] = {}
     sizes: list[int] = []
@@ -93,8 +101,13 @@ def compiled(model: Model, asked: Sequence[Request]) -> Background:
 
 def apart(pairs: Iterable[tuple[Made, Made]]) -> tuple[float, int, float]:
     """(the largest difference of latents, of pixel values, the share of pixel values that differ)."""
-    latents, frames = zip(*((a.latents - b.latents, a.frames.astype(int) - b.frames) for a, b in pairs), strict=True)
-    pixels, share = max(abs(each).max() for each in frames), mean(float((each != 0).mean()) for each in frames)
+    latents, frames = zip(
+        *((a.latents - b.latents, a.frames.astype(int) - b.frames) for a, b in pairs), strict=True
+    )
+    pixels, share = (
+        max(abs(each).max() for each in frames),
+        mean(float((each != 0).mean()) for each in frames),
+    )
     return max(each.abs().max().item() for each in latents), int(pixels), share
 
 
@@ -116,7 +129,10 @@ def main() -> None:
     print("| batch | pictures in a step, mean | latents | pixel values | differing |\n|---|---|---|---|---|")
     for most in BATCHES:
         made = [make(model, background, same, most) for same in asked]
-        together, sizes = [one for pictures, _ in made for one in pictures], [size for _, counts in made for size in counts]
+        together, sizes = (
+            [one for pictures, _ in made for one in pictures],
+            [size for _, counts in made for size in counts],
+        )
         latents, pixels, share = apart(zip(alone, together, strict=True))
         print(f"| {most} | {mean(sizes):.1f} | {latents:.1e} | {pixels} | {share:.2%} |", flush=True)
 

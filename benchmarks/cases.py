@@ -17,7 +17,12 @@ from tinydiff.models.family import Denoiser
 from tinydiff.models.registry import ReleasedModel, named
 
 RELEASED = Path(__file__).parents[1] / "tests" / "data" / "released"
-SCHEDULER = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+SCHEDULER = {
+    "_class_name": "UniPCMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+}
 
 
 class Case(NamedTuple):
@@ -44,12 +49,23 @@ def released(name: str, frames: int | None = None) -> Case:
     components = json.loads((RELEASED / f"{row.name.replace('/', '__')}.json").read_text())["components"]
     vae = _config(autoencoder, components["vae"]["config"])
     frames = frames or row.num_frames
-    size = ((frames - 1) // vae.scale_factor_temporal + 1, row.height // vae.scale_factor_spatial, row.width // vae.scale_factor_spatial)
+    size = (
+        (frames - 1) // vae.scale_factor_temporal + 1,
+        row.height // vae.scale_factor_spatial,
+        row.width // vae.scale_factor_spatial,
+    )
     label = f"{row.name.split('/')[-1].removesuffix('-Diffusers')} {row.width}x{row.height}x{frames}"
     return Case(label, _config(wan, components["transformer"]["config"]), size, row.text_tokens)
 
 
-def made_up(name: str, layers: int, heads: int, size: tuple[int, int, int], text_tokens: int = 32, head_width: int = 32) -> Case:
+def made_up(
+    name: str,
+    layers: int,
+    heads: int,
+    size: tuple[int, int, int],
+    text_tokens: int = 32,
+    head_width: int = 32,
+) -> Case:
     """A transformer of the given depth and width, for requests whose arithmetic costs little or nothing."""
     config = wan.Config(
         num_attention_heads=heads,
@@ -80,7 +96,9 @@ class Picture(NamedTuple):
 def picture(name: str, text_tokens: int, device: str = "meta") -> Picture:
     """A released image model, asked with a prompt of `text_tokens` tokens."""
     row = named(name)
-    entries = json.loads((RELEASED / f"{row.name.replace('/', '__')}.json").read_text())["components"]["transformer"]["config"]
+    entries = json.loads((RELEASED / f"{row.name.replace('/', '__')}.json").read_text())["components"][
+        "transformer"
+    ]["config"]
     family = IMAGE_FAMILIES[row.family]
     c = _config(family, entries)
     size, tokens = (1, row.height // 8, row.width // 8), (row.height // 16) * (row.width // 16)
@@ -101,19 +119,30 @@ def picture(name: str, text_tokens: int, device: str = "meta") -> Picture:
             inputs["positions"] = sd3.positions(c, size, device)
         case _:
             inputs["positions"] = family.positions(size, device=device)
-    packed = (c.out_channels if row.family == "sd3" else c.in_channels) * (4 if row.family in ("sd3", "z_image") else 1)
+    packed = (c.out_channels if row.family == "sd3" else c.in_channels) * (
+        4 if row.family in ("sd3", "z_image") else 1
+    )
     return Picture(
-        f"{row.name.split('/')[-1]} {row.width}x{row.height}", family.FAMILY, c, inputs, torch.empty(1, tokens, packed, device=device)
+        f"{row.name.split('/')[-1]} {row.width}x{row.height}",
+        family.FAMILY,
+        c,
+        inputs,
+        torch.empty(1, tokens, packed, device=device),
     )
 
 
 def weights(
-    config: Any, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0, family: Denoiser = wan.FAMILY
+    config: Any,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    family: Denoiser = wan.FAMILY,
 ) -> dict[str, Tensor]:
     """Every weight of the spec: norms near 1, tables and biases near 0, matrices over the square root of their fan-in. Meta stays empty."""
     if torch.device(device).type == "meta":
         return {
-            row.name: torch.empty(row.shape, device=device, dtype=torch.float32 if row.float32 else dtype) for row in family.spec(config)
+            row.name: torch.empty(row.shape, device=device, dtype=torch.float32 if row.float32 else dtype)
+            for row in family.spec(config)
         }
     generator = torch.Generator().manual_seed(seed)
 
@@ -123,4 +152,7 @@ def weights(
             return 0.1 * noise + (1 if name.endswith("weight") else 0)
         return noise * (0.1 if name.endswith("table") else prod(shape[1:]) ** -0.5)
 
-    return {row.name: drawn(row.name, row.shape).to(device, torch.float32 if row.float32 else dtype) for row in family.spec(config)}
+    return {
+        row.name: drawn(row.name, row.shape).to(device, torch.float32 if row.float32 else dtype)
+        for row in family.spec(config)
+    }

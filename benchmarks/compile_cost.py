@@ -58,16 +58,32 @@ def measure(layers: int, steps: int) -> None:
     seconds, first = cpu_seconds() - before, graph_count()
     error = (made - run(eager, 8, steps, 5.0)).abs().max().item()
     run(fast, 12, steps + 1, 3.0)
-    print(json.dumps({"seconds": seconds, "graphs": first, "then": graph_count(), "breaks": graph_breaks(), "error": error}))
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "graphs": first,
+                "then": graph_count(),
+                "breaks": graph_breaks(),
+                "error": error,
+            }
+        )
+    )
 
 
 def main() -> None:
     first = None
     for layers, steps in POINTS:
         with tempfile.TemporaryDirectory() as folder:
-            off = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+            off = {
+                "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+                "TORCHINDUCTOR_CACHE_DIR": folder,
+                "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            }
             command = [sys.executable, __file__, str(layers), str(steps)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **off})
+            done = subprocess.run(
+                command, check=True, capture_output=True, text=True, env={**os.environ, **off}
+            )
         point = json.loads(done.stdout)
         first = first or point["seconds"]
         ratio = point["seconds"] / first

@@ -59,7 +59,13 @@ def clip(case: Case) -> Picture:
     """One branch of a request to Wan."""
     text = torch.empty(1, case.text_tokens, case.config.text_dim, device="meta")
     inputs = {"text": text, "positions": wan.positions(case.config, case.size, "meta")}
-    return Picture(case.name, wan.FAMILY, case.config, inputs, torch.empty(1, case.tokens, case.config.out_channels * 4, device="meta"))
+    return Picture(
+        case.name,
+        wan.FAMILY,
+        case.config,
+        inputs,
+        torch.empty(1, case.tokens, case.config.out_channels * 4, device="meta"),
+    )
 
 
 def measure(asked: Picture) -> str:
@@ -70,13 +76,19 @@ def measure(asked: Picture) -> str:
     whole = Read(flat)
     network = Network(family, c, dtype=torch.bfloat16)
     before, _ = flops(lambda: predict(network, flat, x, times[:1], inputs))
-    once, (request, steps) = flops(lambda: family.hoist(c, PLAN, Weights(whole, dtype=network.dtype), inputs, times))
+    once, (request, steps) = flops(
+        lambda: family.hoist(c, PLAN, Weights(whole, dtype=network.dtype), inputs, times)
+    )
     stepped = {at: Read(dict(entries)) for at, entries in divide(network, flat).items()}
-    branch = Branch(divide(network, request), divide(network, {name: rows[0] for name, rows in steps.items()}))
+    branch = Branch(
+        divide(network, request), divide(network, {name: rows[0] for name, rows in steps.items()})
+    )
     after, _ = flops(lambda: loop.predictor(network)(stepped, x, loop.Step(x, x, x), (branch,), {}))
 
     left = sum(entries.size for entries in stepped.values())
-    names = whole.names | {f"{at}.{name}".lstrip(".") for at, entries in stepped.items() for name in entries.names}
+    names = whole.names | {
+        f"{at}.{name}".lstrip(".") for at, entries in stepped.items() for name in entries.names
+    }
     read = sum(flat[name].nbytes for name in names)
     hoisted = sum(t.nbytes for t in request.values()) + sum(rows[0].nbytes for rows in steps.values())
     run = STEPS * before / (once + STEPS * after)
@@ -92,7 +104,10 @@ PICTURES = {
 
 
 def main() -> None:
-    print(f"{'one branch, ' + str(STEPS) + ' steps':36s} {'TFLOP/step':>11s} {'hoisted':>11s} {'ratio':>7s} {'run':>7s}", end=" ")
+    print(
+        f"{'one branch, ' + str(STEPS) + ' steps':36s} {'TFLOP/step':>11s} {'hoisted':>11s} {'ratio':>7s} {'run':>7s}",
+        end=" ",
+    )
     print(f"{'GB/step':>9s} {'hoisted':>8s} {'ratio':>6s} {'instead':>8s}")
     for name, text_tokens in PICTURES.items():
         print(measure(picture(name, text_tokens)), flush=True)

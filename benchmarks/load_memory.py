@@ -71,11 +71,16 @@ def measure(loader: str, folder: Path) -> None:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder))
-        for loader, name in (("tinydiff", "tinydiff.io.weights"), ("safetensors", "safetensors load_file, then .to")):
+        for loader, name in (
+            ("tinydiff", "tinydiff.io.weights"),
+            ("safetensors", "safetensors load_file, then .to"),
+        ):
             command = [sys.executable, __file__, loader, folder]
             result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             peak, size = result["peak"] / 2**20, result["size"] / 2**20
-            print(f"{name:32s} peak {peak:7.1f} MiB of {size:7.1f} MiB bfloat16: ratio {peak / size:.3f}, {result['seconds']:.2f} s")
+            print(
+                f"{name:32s} peak {peak:7.1f} MiB of {size:7.1f} MiB bfloat16: ratio {peak / size:.3f}, {result['seconds']:.2f} s"
+            )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,12 @@ LONGEST = 180
 
 SIZES = ("128x128", "128x128", "128x128", "96x160", "160x96", "64x64", "192x128")
 PICTURES, EDITS, CLIPS = "/v1/images/generations", "/v1/images/edits", "/v1/videos"
-SHAPES = ("a red circle", "a large yellow star on a purple background", "a small blue ring", "a green triangle above a white square")
+SHAPES = (
+    "a red circle",
+    "a large yellow star on a purple background",
+    "a small blue ring",
+    "a green triangle above a white square",
+)
 
 MISTAKES: tuple[tuple[str, str, dict[str, Any], int], ...] = (
     ("POST", PICTURES, {"json": {"prompt": "a red circle", "num_inference_step": 2}}, 400),
@@ -31,8 +36,18 @@ MISTAKES: tuple[tuple[str, str, dict[str, Any], int], ...] = (
     ("POST", PICTURES, {"json": {"prompt": "a red circle", "size": "40000x40000"}}, 400),
     ("POST", PICTURES, {"json": {"prompt": "a red circle", "model": "another"}}, 404),
     ("POST", PICTURES, {"data": b"{", "headers": {"content-type": "application/json"}}, 400),
-    ("POST", PICTURES, {"data": b"prompt=a", "headers": {"content-type": "application/x-www-form-urlencoded"}}, 415),
-    ("POST", EDITS, {"data": {"prompt": "a red circle"}, "files": {"image": ("a.png", b"no picture", "image/png")}}, 400),
+    (
+        "POST",
+        PICTURES,
+        {"data": b"prompt=a", "headers": {"content-type": "application/x-www-form-urlencoded"}},
+        415,
+    ),
+    (
+        "POST",
+        EDITS,
+        {"data": {"prompt": "a red circle"}, "files": {"image": ("a.png", b"no picture", "image/png")}},
+        400,
+    ),
     ("POST", CLIPS, {"json": {"prompt": "a red circle", "num_frames": 7}}, 400),
     ("GET", f"{CLIPS}/video_{'0' * 32}", {}, 404),
     ("GET", f"{CLIPS}?limit=0", {}, 400),
@@ -91,13 +106,24 @@ class Client:
     # --- what a client does -----------------------------------------------------------------------------------------------------------
 
     def picture(self) -> None:
-        asked = self._asked() | {"n": self.chance.choice((1, 1, 1, 2)), "output_format": self.chance.choice(("png", "png", "webp", "jpeg"))}
+        asked = self._asked() | {
+            "n": self.chance.choice((1, 1, 1, 2)),
+            "output_format": self.chance.choice(("png", "png", "webp", "jpeg")),
+        }
         as_url = self.chance.random() < 0.3
-        if (told := self._ask("picture", PICTURES, json=asked | ({"response_format": "url"} if as_url else {}))) is None:
+        if (
+            told := self._ask(
+                "picture", PICTURES, json=asked | ({"response_format": "url"} if as_url else {})
+            )
+        ) is None:
             return
         self.seen.made.add(told["id"])
         for each in told["data"]:
-            data = requests.get(each["url"], timeout=LONGEST).content if as_url else base64.b64decode(each["b64_json"])
+            data = (
+                requests.get(each["url"], timeout=LONGEST).content
+                if as_url
+                else base64.b64decode(each["b64_json"])
+            )
             self._check_size(asked, data)
 
     def stream(self) -> None:
@@ -110,7 +136,10 @@ class Client:
     def stopped_stream(self) -> None:
         """Deletes a picture while it is made; the stream then ends with the word, unless it was done before."""
         ended = ""
-        for event in self._events("stream, then DELETE", self._asked() | {"stream": True, "progress": True, "num_inference_steps": 30}):
+        for event in self._events(
+            "stream, then DELETE",
+            self._asked() | {"stream": True, "progress": True, "num_inference_steps": 30},
+        ):
             if event.get("type", "").endswith(".progress") and not ended:
                 ended = "asked"
                 self._send("DELETE picture", "DELETE", f"/v1/images/{event['id']}")
@@ -132,7 +161,9 @@ class Client:
         self.seen.answers.append(Answered("picture, closed", 0, time.monotonic() - begun, True))
 
     def clip(self) -> None:
-        told = self._ask("clip", CLIPS, json=self._asked() | {"size": "128x128", "num_frames": self.chance.choice((5, 9))})
+        told = self._ask(
+            "clip", CLIPS, json=self._asked() | {"size": "128x128", "num_frames": self.chance.choice((5, 9))}
+        )
         if told is None:
             return
         while told["status"] not in DONE:
@@ -165,7 +196,11 @@ class Client:
         self._send("mistake", method, address, (status,), **sent)
 
     def look(self) -> None:
-        self._send("look", "GET", self.chance.choice(("/health", "/metrics", "/server_info", "/v1/models", f"{CLIPS}?limit=5")))
+        self._send(
+            "look",
+            "GET",
+            self.chance.choice(("/health", "/metrics", "/server_info", "/v1/models", f"{CLIPS}?limit=5")),
+        )
 
     # --- how --------------------------------------------------------------------------------------------------------------------------
 
@@ -176,13 +211,17 @@ class Client:
             "num_inference_steps": chance.randint(1, 8), "guidance_scale": chance.choice((1.0, 2.5, 4.0)),
         }  # fmt: skip
 
-    def _send(self, what: str, method: str, address: str, good: tuple[int, ...] = (200,), **sent: Any) -> requests.Response:
+    def _send(
+        self, what: str, method: str, address: str, good: tuple[int, ...] = (200,), **sent: Any
+    ) -> requests.Response:
         begun = time.monotonic()
         answer = self.session.request(method, self.url + address, timeout=LONGEST, **sent)
         fitting = answer.status_code in good
         self.seen.answers.append(Answered(what, answer.status_code, time.monotonic() - begun, fitting))
         if not fitting:
-            self.seen.wrong.append(f"{method} {address} was answered {answer.status_code}: {answer.text[:200]}")
+            self.seen.wrong.append(
+                f"{method} {address} was answered {answer.status_code}: {answer.text[:200]}"
+            )
         return answer
 
     def _ask(self, what: str, address: str, **sent: Any) -> Any:
@@ -196,7 +235,9 @@ class Client:
         return told
 
     def _rest(self, answer: requests.Response) -> None:
-        time.sleep(min(2.0, float(answer.headers.get("retry-after", 1)), max(0.0, self.until - time.monotonic())))
+        time.sleep(
+            min(2.0, float(answer.headers.get("retry-after", 1)), max(0.0, self.until - time.monotonic()))
+        )
 
     def _events(self, what: str, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
         begun = time.monotonic()

@@ -55,7 +55,9 @@ def sample(process: Path) -> Sample:
     for link in (process / "fd").iterdir():
         with suppress(FileNotFoundError):
             opened.append(os.readlink(link).startswith("socket:"))
-    return Sample(int(told["VmRSS"].split()[0]) / 1024, opened.count(False), opened.count(True), int(told["Threads"]))
+    return Sample(
+        int(told["VmRSS"].split()[0]) / 1024, opened.count(False), opened.count(True), int(told["Threads"])
+    )
 
 
 def listed(server: Server) -> list[str]:
@@ -83,7 +85,9 @@ Checks = list[tuple[str, bool, str]]
 """(what should be, whether it is, in figures)."""
 
 
-def load(folder: Path, clients: int, seconds: float, growth_mb: float | None = GROWTH_MB) -> tuple[list[str], Checks]:
+def load(
+    folder: Path, clients: int, seconds: float, growth_mb: float | None = GROWTH_MB
+) -> tuple[list[str], Checks]:
     """Start a server with its state in `folder` and load it: (a table in lines, what was checked).
 
     growth_mb: by how much its memory may grow; None for a run so short that its process has not come to rest, and is not looked at.
@@ -132,14 +136,24 @@ def _answers(seen: Seen, waiting: int) -> Checks:
     odd = [answer for answer in seen.answers if not answer.fitting]
     worst = max((answer.status for answer in seen.answers), default=0)
     return [
-        ("every answer is of the kind that was asked for, or 429", not odd, f"{len(seen.answers)} answers, {len(odd)} others"),
+        (
+            "every answer is of the kind that was asked for, or 429",
+            not odd,
+            f"{len(seen.answers)} answers, {len(odd)} others",
+        ),
         ("no answer is from 500 on", worst < 500, f"the highest status is {worst}"),
         ("every client got all its answers", waiting == 0, f"{waiting} still wait"),
         ("nothing else was wrong", not seen.wrong, "; ".join(seen.wrong[:3]) or "nothing"),
     ]
 
 
-def _jobs(seen: Seen, jobs: dict[str, Job], clips: list[str], known: list[tuple[str, requests.Response]], told: dict[str, float]) -> Checks:
+def _jobs(
+    seen: Seen,
+    jobs: dict[str, Job],
+    clips: list[str],
+    known: list[tuple[str, requests.Response]],
+    told: dict[str, float],
+) -> Checks:
     closed = sum(answer.what == "picture, closed" for answer in seen.answers)
     open_ones = [job.id for job in jobs.values() if job.status not in DONE]
     failed = Counter(job.error.code for job in jobs.values() if job.error is not None)
@@ -150,18 +164,34 @@ def _jobs(seen: Seen, jobs: dict[str, Job], clips: list[str], known: list[tuple[
     attempts = Counter(job.attempts for job in jobs.values() if job.status == "completed")
     undone = [id for id in seen.made - gone if id not in jobs or jobs[id].status != "completed"]
     in_rows = sorted(job.id for job in jobs.values() if job.kind == "video")
-    apart = [id for id, answer in known if id not in gone and (not answer.ok or answer.json()["status"] != jobs[id].status)]
+    apart = [
+        id
+        for id, answer in known
+        if id not in gone and (not answer.ok or answer.json()["status"] != jobs[id].status)
+    ]
     ended, expected = int(told["tinydiff_jobs_finished_total"]), len(jobs) + len(gone)
     return [
         ("every job is done", not open_ones, f"{len(jobs)} jobs, {len(open_ones)} are not"),
         ("none failed but those that were cancelled", set(failed) <= {"cancelled"}, str(dict(failed))),
         ("no accepted job is lost", not lost, f"{len(seen.accepted)} accepted, {len(lost)} lost"),
-        ("the others are of clients that closed", len(unnamed) <= closed, f"{len(unnamed)} others, {closed} closed"),
+        (
+            "the others are of clients that closed",
+            len(unnamed) <= closed,
+            f"{len(unnamed)} others, {closed} closed",
+        ),
         ("each was made once", set(attempts) <= {1}, f"attempts {dict(attempts)}"),
-        ("each has ended once", ended == expected, f"{ended} ends of {expected} jobs, {len(gone)} of them deleted"),
+        (
+            "each has ended once",
+            ended == expected,
+            f"{ended} ends of {expected} jobs, {len(gone)} of them deleted",
+        ),
         ("deleted clips are gone", not left, f"{len(seen.deleted)} deleted, {len(left)} clips still there"),
         ("what a client holds is completed", not undone, f"{len(seen.made)} held, {len(undone)} are not"),
-        ("the list of clips is that of the database", sorted(clips) == in_rows, f"{len(clips)} listed, {len(in_rows)} there"),
+        (
+            "the list of clips is that of the database",
+            sorted(clips) == in_rows,
+            f"{len(clips)} listed, {len(in_rows)} there",
+        ),
         ("pictures stand as in the database", not apart, f"{len(known)} asked, {len(apart)} apart"),
     ]
 
@@ -172,8 +202,16 @@ def _files(folder: Path, jobs: dict[str, Job]) -> Checks:
     empty = [job.id for job in jobs.values() if job.status == "completed" and not job.outputs]
     missing, extra = set(named) - there, there - set(named)
     return [
-        ("every completed job has its files", not missing and not empty, f"{len(named)} files, {len(missing) + len(empty)} lost"),
-        ("no file is nobody's", not extra and len(set(named)) == len(named), f"{len(there)} there, {len(extra)} nobody's"),
+        (
+            "every completed job has its files",
+            not missing and not empty,
+            f"{len(named)} files, {len(missing) + len(empty)} lost",
+        ),
+        (
+            "no file is nobody's",
+            not extra and len(set(named)) == len(named),
+            f"{len(there)} there, {len(extra)} nobody's",
+        ),
     ]
 
 
@@ -199,10 +237,18 @@ def _process(samples: list[Sample], at_rest: Sample, growth_mb: float) -> Checks
     mb, files, threads = grown(lambda s: s.mb), grown(lambda s: s.files), grown(lambda s: s.threads)
     sockets = samples[0].sockets, at_rest.sockets
     return [
-        (f"memory grows by {growth_mb:g} MB at most", mb[1] - mb[0] <= growth_mb, f"{mb[0]:.0f} MB, then {mb[1]:.0f}"),
+        (
+            f"memory grows by {growth_mb:g} MB at most",
+            mb[1] - mb[0] <= growth_mb,
+            f"{mb[0]:.0f} MB, then {mb[1]:.0f}",
+        ),
         ("open files by 2 at most", files[1] <= files[0] + 2, f"{files[0]:.0f}, then {files[1]:.0f}"),
         ("threads by 1 at most", threads[1] <= threads[0] + 1, f"{threads[0]:.0f}, then {threads[1]:.0f}"),
-        ("connections are closed", sockets[1] <= sockets[0] + 1, f"{sockets[0]} at the start, {sockets[1]} at the end"),
+        (
+            "connections are closed",
+            sockets[1] <= sockets[0] + 1,
+            f"{sockets[0]} at the start, {sockets[1]} at the end",
+        ),
     ]
 
 
@@ -210,9 +256,14 @@ def _table(seen: Seen, jobs: dict[str, Job], told: dict[str, float], lasted: flo
     lines = [f"| {'what':20s} | answers | status | p50 s | p95 s |", "|---|---|---|---|---|"]
     for what in sorted({answer.what for answer in seen.answers}):
         mine = [answer for answer in seen.answers if answer.what == what]
-        statuses = ", ".join(f"{count} x {status or 'closed'}" for status, count in sorted(Counter(a.status for a in mine).items()))
+        statuses = ", ".join(
+            f"{count} x {status or 'closed'}"
+            for status, count in sorted(Counter(a.status for a in mine).items())
+        )
         times = sorted(answer.seconds for answer in mine)
-        lines.append(f"| {what:20s} | {len(mine)} | {statuses} | {times[len(times) // 2]:.2f} | {times[int(0.95 * len(times))]:.2f} |")
+        lines.append(
+            f"| {what:20s} | {len(mine)} | {statuses} | {times[len(times) // 2]:.2f} | {times[int(0.95 * len(times))]:.2f} |"
+        )
     completed = sum(job.status == "completed" for job in jobs.values())
     steps, batches = told["tinydiff_steps_total"], told["tinydiff_batch_size_count"]
     gone = len(seen.deleted - jobs.keys())

@@ -81,7 +81,9 @@ def throughput(together: Server, alone: Server, rounds: int) -> None:
         found.append((made[id(together)], made[id(alone)]))
     print(f"throughput: {CLIENTS} clients, {STEPS} steps, {rounds} rounds of {CLIENTS * EACH} pictures")
     for name, rates in zip(("up to 8 together", "one by one"), zip(*found, strict=True), strict=True):
-        print(f"  {name:20s} {statistics.median(rates):6.2f} pictures/s ({min(rates):.2f} to {max(rates):.2f})")
+        print(
+            f"  {name:20s} {statistics.median(rates):6.2f} pictures/s ({min(rates):.2f} to {max(rates):.2f})"
+        )
     low, middle, high = statistics.quantiles([a / b for a, b in found], n=4)
     print(f"  together / one by one: ratio {middle:.2f} (quartiles {low:.2f} to {high:.2f})", flush=True)
 
@@ -102,7 +104,9 @@ def overhead(server: Server, options: dict[str, Any], count: int) -> None:
     for name, rows in (("server", served[5:]), ("library", called[5:])):
         for part in rows[0]:
             times = [1000 * row[part] for row in rows]
-            print(f"  {name + ', ' + part:22s} p50 {statistics.median(times):7.2f}   p95 {statistics.quantiles(times, n=20)[-1]:7.2f}")
+            print(
+                f"  {name + ', ' + part:22s} p50 {statistics.median(times):7.2f}   p95 {statistics.quantiles(times, n=20)[-1]:7.2f}"
+            )
 
 
 def split(wall: float, seconds: Any) -> dict[str, float]:

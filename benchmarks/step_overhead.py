@@ -68,7 +68,9 @@ def theirs(pipe: Any, case: Case, text: Tensor, start: Tensor) -> Tensor:
 
 def ours(denoise: loop.Denoise, case: Case, flat: dict[str, Tensor], text: Tensor, start: Tensor) -> Tensor:
     table = solvers.with_guidance(solvers.from_scheduler_config(SCHEDULER, STEPS), SCALE)
-    inputs = [{"text": each[None], "positions": wan.positions(case.config, case.size, DEVICE)} for each in text]
+    inputs = [
+        {"text": each[None], "positions": wan.positions(case.config, case.size, DEVICE)} for each in text
+    ]
     network = loop.hoist(Network(wan.FAMILY, case.config), flat, inputs, table)
     for progress in loop.run(denoise, table, patchify(start, PATCH), lambda _: network, chunk=1):
         x = progress.x
@@ -105,7 +107,9 @@ def measure(case: Case, rounds: int) -> None:
     for i in range(rounds):
         order = list(ways) if i % 2 == 0 else list(reversed(ways))
         times.append({name: timed(ways[name]) for name in order})
-    print(f"{case.name} ({DEVICE.type}, {STEPS} steps, {rounds} rounds; results differ by at most {error:.0e})")
+    print(
+        f"{case.name} ({DEVICE.type}, {STEPS} steps, {rounds} rounds; results differ by at most {error:.0e})"
+    )
     for name in ways:
         print(f"  {name:20s} {1000 * statistics.median(each[name] for each in times):8.2f} ms/step")
     for a, b in (

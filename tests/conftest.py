@@ -2,7 +2,9 @@
 
 import os
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the figures compared here are those of float32 and float64 on the CPU
+os.environ["CUDA_VISIBLE_DEVICES"] = (
+    ""  # the figures compared here are those of float32 and float64 on the CPU
+)
 
 import pytest
 import torch

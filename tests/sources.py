@@ -60,14 +60,22 @@ def _imported(node: ast.AST, tree: ast.Module, package: list[str]) -> Iterator[s
         for alias in node.names:
             reads = set() if "." in alias.name else _read_from(tree, alias.asname or alias.name)
             yield from sorted(f"{alias.name}.{attribute}" for attribute in reads) or [alias.name]
-    elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("__import__", "import_module", "importlib.import_module"):
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+        "__import__",
+        "import_module",
+        "importlib.import_module",
+    ):
         literal = node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str)
         yield node.args[0].value if literal else "?"
 
 
 def _read_from(tree: ast.Module, name: str) -> set[str]:
     """Attributes read directly from the variable `name`."""
-    found = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name))
+    found = (
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    )
     return {node.attr for node in found if node.value.id == name}
 
 

@@ -25,7 +25,8 @@ def test_it_runs_the_commands_of_the_readme():
 
 
 @pytest.mark.parametrize(
-    ("text", "found"), [(f"x\n    $ {MARK} && pytest\n", [MARK, "pytest"]), (f"`{MARK}`", [MARK]), ("pip install .", [""])]
+    ("text", "found"),
+    [(f"x\n    $ {MARK} && pytest\n", [MARK, "pytest"]), (f"`{MARK}`", [MARK]), ("pip install .", [""])],
 )
 def test_the_command_is_found(text, found):
     assert steps(text) == found

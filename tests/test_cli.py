@@ -28,7 +28,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list:
         paths = (Path("outputs/a_0.png"), Path("outputs/a_1.png")) if options.output.save_output else ()
         stages = {"load": 0.5, "denoise": 0.25}
         said = {"warnings": ("prompt: the last 3 of its tokens were cut",), "parameters": {"height": 128}}
-        return [SimpleNamespace(paths=paths, seeds=(42, 43), seconds=stages, step_seconds=(0.1, 0.15), **said)]
+        return [
+            SimpleNamespace(paths=paths, seeds=(42, 43), seconds=stages, step_seconds=(0.1, 0.15), **said)
+        ]
 
     stand_in = ModuleType("tinydiff.runtime.generate")
     stand_in.generate = generate  # type: ignore[attr-defined]
@@ -113,7 +115,10 @@ def test_not_saving_says_so(asked, tmp_path, monkeypatch, capsys):
 
 def test_perf_dump(asked, tmp_path):
     path = tmp_path / "new" / "perf.json"
-    assert cli.main(["generate", "--prompt", "a", "--output-path", str(tmp_path), "--perf-dump-path", str(path)]) == 0
+    assert (
+        cli.main(["generate", "--prompt", "a", "--output-path", str(tmp_path), "--perf-dump-path", str(path)])
+        == 0
+    )
     record = json.loads(path.read_text())
     assert record["total_duration_ms"] == 750
     assert record["steps"] == [{"name": "load", "duration_ms": 500}, {"name": "denoise", "duration_ms": 250}]
@@ -133,11 +138,23 @@ def test_perf_dump(asked, tmp_path):
         (["models", "--jsn"], "takes --json or nothing"),
         (["generate"], "prompt: none is given"),
         (["generate", "--promt", "a"], "did you mean '--prompt'?"),
-        (["generate", "--prompt", "a", "--kv-gather-degree", "2"], "this way of running on several GPUs does not exist yet"),
-        (["generate", "--prompt", "a", "--num-gpus", "4", "--tp-size", "3"], "num_gpus: 4 ranks are not what tp_size 3 makes, 3"),
-        (["generate", "--prompt", "a", "--num-gpus", "4", "--nnodes", "2"], "dist_init_addr: 2 machines (nnodes) meet at"),
+        (
+            ["generate", "--prompt", "a", "--kv-gather-degree", "2"],
+            "this way of running on several GPUs does not exist yet",
+        ),
+        (
+            ["generate", "--prompt", "a", "--num-gpus", "4", "--tp-size", "3"],
+            "num_gpus: 4 ranks are not what tp_size 3 makes, 3",
+        ),
+        (
+            ["generate", "--prompt", "a", "--num-gpus", "4", "--nnodes", "2"],
+            "dist_init_addr: 2 machines (nnodes) meet at",
+        ),
         (["generate", "--prompt", "a", "--model-id", "Wan"], "model_id: 'Wan' is not a known model"),
-        (["generate", "--prompt", "a", "--num-inference-steps", "0"], "num_inference_steps: 0 must be at least 1"),
+        (
+            ["generate", "--prompt", "a", "--num-inference-steps", "0"],
+            "num_inference_steps: 0 must be at least 1",
+        ),
     ],
 )
 def test_mistakes(asked, capsys, argv, words):
@@ -158,14 +175,22 @@ def test_the_failure_of_a_rank_is_a_sentence(asked, tmp_path, monkeypatch, capsy
 def test_places_that_cannot_be_written(asked, tmp_path, capsys):
     taken = tmp_path / "file"
     taken.write_text("here")
-    assert "output_path:" in refused(capsys, "generate", "--prompt", "a", "--output-path", str(taken / "deeper"))
+    assert "output_path:" in refused(
+        capsys, "generate", "--prompt", "a", "--output-path", str(taken / "deeper")
+    )
     common = ["generate", "--prompt", "a", "--output-path", str(tmp_path), "--perf-dump-path"]
     assert refused(capsys, *common, str(taken / "perf.json")).startswith("perf_dump_path:")
     assert "is a folder" in refused(capsys, *common, str(tmp_path))
     assert "is a device or a pipe" in refused(capsys, *common, "/dev/null")
-    assert refused(capsys, *common, "~no-such-user/a").startswith("perf_dump_path: '~no-such-user/a' does not exist: no home directory")
-    assert "no home directory is known" in refused(capsys, "generate", "--prompt", "a", "--output-path", "~no-such-user")
-    assert "file name too long" in refused(capsys, "generate", "--prompt", "a", "--output-path", str(tmp_path / ("a" * 300)))
+    assert refused(capsys, *common, "~no-such-user/a").startswith(
+        "perf_dump_path: '~no-such-user/a' does not exist: no home directory"
+    )
+    assert "no home directory is known" in refused(
+        capsys, "generate", "--prompt", "a", "--output-path", "~no-such-user"
+    )
+    assert "file name too long" in refused(
+        capsys, "generate", "--prompt", "a", "--output-path", str(tmp_path / ("a" * 300))
+    )
     assert asked == [] and list(tmp_path.iterdir()) == [taken]
 
 

@@ -59,7 +59,12 @@ def test_dashes_underscores_and_equals_signs_are_alike():
 
 @pytest.mark.parametrize(
     ("argv", "truth"),
-    [(["--vae-tiling"], True), (["--vae-tiling", "true"], True), (["--vae-tiling=False"], False), (["--vae_tiling", "false"], False)],
+    [
+        (["--vae-tiling"], True),
+        (["--vae-tiling", "true"], True),
+        (["--vae-tiling=False"], False),
+        (["--vae_tiling", "false"], False),
+    ],
 )
 def test_a_switch_stands_alone_or_says_true_or_false(argv: list[str], truth: bool):
     assert config.parse(argv).model.vae_tiling is truth
@@ -70,11 +75,18 @@ def test_several_values_and_repeated_flags():
     assert config.parse(["--prompt", "a red circle", "a star"]).sampling.prompt == ("a red circle", "a star")
     assert config.parse(["--prompt=--odd"]).sampling.prompt == ("--odd",)
     assert config.parse(["--seed", "1", "2", "--num-outputs", "2"]).sampling.seed == (1, 2)
-    assert config.parse(["--dmd-denoising-steps", "1000,757,522"]).sampling.dmd_denoising_steps == (1000, 757, 522)
+    assert config.parse(["--dmd-denoising-steps", "1000,757,522"]).sampling.dmd_denoising_steps == (
+        1000,
+        757,
+        522,
+    )
     assert config.parse(["--height", "64", "--height", "96"]).sampling.height == 96
 
 
-@pytest.mark.parametrize(("name", "height", "width"), [("720p", 720, 1280), ("1080p", 1080, 1920), ("2k", 1440, 2560), ("4k", 2160, 3840)])
+@pytest.mark.parametrize(
+    ("name", "height", "width"),
+    [("720p", 720, 1280), ("1080p", 1080, 1920), ("2k", 1440, 2560), ("4k", 2160, 3840)],
+)
 def test_size_shorthands(name: str, height: int, width: int):
     sampling = config.parse([f"--{name}"]).sampling
     assert (sampling.height, sampling.width) == (height, width)
@@ -83,7 +95,12 @@ def test_size_shorthands(name: str, height: int, width: int):
 
 def test_component_maps_in_every_form():
     wanted = {"text_encoder": "sdpa", "transformer": "flash"}
-    dotted = ["--component-attention-backends.text_encoder", "torch_sdpa", "--component-attention-backends.transformer", "fa"]
+    dotted = [
+        "--component-attention-backends.text_encoder",
+        "torch_sdpa",
+        "--component-attention-backends.transformer",
+        "fa",
+    ]
     for argv in (
         ["--component-attention-backends", "text_encoder=torch_sdpa,transformer=fa"],
         ["--component_attention_backends", "text_encoder=torch_sdpa", "transformer=fa"],
@@ -91,10 +108,14 @@ def test_component_maps_in_every_form():
         dotted,
     ):
         assert config.parse(argv).model.component_attention_backends == wanted
-    model = config.parse(["--vae-path", "a/b", "--component-paths.text_encoder", "c", "--component-precisions.vae", "fp32"]).model
+    model = config.parse(
+        ["--vae-path", "a/b", "--component-paths.text_encoder", "c", "--component-precisions.vae", "fp32"]
+    ).model
     assert model.component_paths == {"vae": "a/b", "text_encoder": "c"}
     assert model.component_precisions == {"vae": "fp32"}
-    assert config.options({"component_precisions": {"vae": "fp32"}}).model.component_precisions == {"vae": "fp32"}
+    assert config.options({"component_precisions": {"vae": "fp32"}}).model.component_precisions == {
+        "vae": "fp32"
+    }
 
 
 def test_output_file_path_is_a_folder_and_a_name():
@@ -129,11 +150,21 @@ def test_the_example_of_the_cli_page_parses(tmp_path: Path):
     path.write_text(CLI_PAGE)
     made = config.parse(["--config", str(path)])
     assert made.model.model_path == "FastVideo/FastHunyuan-diffusers"
-    assert (made.model.dit_precision, made.model.vae_precision, made.model.vae_tiling) == ("bf16", "fp16", True)
+    assert (made.model.dit_precision, made.model.vae_precision, made.model.vae_tiling) == (
+        "bf16",
+        "fp16",
+        True,
+    )
     assert made.model.enable_torch_compile is False
     sampling = made.sampling
     assert sampling.prompt == ("A beautiful woman in a red dress walking down a street",)
-    assert (sampling.num_frames, sampling.height, sampling.width, sampling.num_inference_steps, sampling.fps) == (45, 720, 1280, 6, 24)
+    assert (
+        sampling.num_frames,
+        sampling.height,
+        sampling.width,
+        sampling.num_inference_steps,
+        sampling.fps,
+    ) == (45, 720, 1280, 6, 24)
     assert sampling.seed == (1024,) and made.output.output_path == "outputs/"
     assert made.ignored == made.later == ()
     assert made.parallel == config.ParallelOptions(num_gpus=2, sp_degree=2, tp_size=1, vae_sp=True)
@@ -141,22 +172,37 @@ def test_the_example_of_the_cli_page_parses(tmp_path: Path):
 
 def test_json_and_nested_sections(tmp_path: Path):
     path = tmp_path / "config"
-    entries = {"prompt": ["a", "b"], "seed": [3], "height": None, "pipeline_config": {"dit-precision": "fp32", "flow_shift": 3}}
+    entries = {
+        "prompt": ["a", "b"],
+        "seed": [3],
+        "height": None,
+        "pipeline_config": {"dit-precision": "fp32", "flow_shift": 3},
+    }
     path.write_text(json.dumps({**entries, "vae_config": {"use_tiling": True}}, indent="\t"))
     made = config.parse(["--config", str(path)])
     assert made.sampling.prompt == ("a", "b") and made.sampling.seed == (3,) and made.sampling.height is None
-    assert made.model.dit_precision == "fp32" and made.sampling.flow_shift == 3.0 and made.model.vae_tiling is True
+    assert (
+        made.model.dit_precision == "fp32"
+        and made.sampling.flow_shift == 3.0
+        and made.model.vae_tiling is True
+    )
 
 
 def test_the_command_line_wins(tmp_path: Path):
     path = tmp_path / "config.yaml"
-    path.write_text("720p: true\nseed: 5\nsave_output: false\ncomponent_paths: {vae: a, transformer: b}\nprompt: from the file\n")
-    made = config.parse(["--height", "64", "--config", str(path), "--no-save-output", "false", "--vae-path", "c"])
+    path.write_text(
+        "720p: true\nseed: 5\nsave_output: false\ncomponent_paths: {vae: a, transformer: b}\nprompt: from the file\n"
+    )
+    made = config.parse(
+        ["--height", "64", "--config", str(path), "--no-save-output", "false", "--vae-path", "c"]
+    )
     assert (made.sampling.height, made.sampling.width, made.sampling.seed) == (64, 1280, (5,))
     assert made.output.save_output and made.model.component_paths == {"vae": "c", "transformer": "b"}
     prompts = tmp_path / "p.txt"
     prompts.write_text("from the prompt file")
-    assert config.parse(["--config", str(path), "--prompt-path", str(prompts)]).sampling.prompt == ("from the prompt file",)
+    assert config.parse(["--config", str(path), "--prompt-path", str(prompts)]).sampling.prompt == (
+        "from the prompt file",
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,27 +258,51 @@ def test_files_that_cannot_be_read(tmp_path: Path):
         (["--flow-shift", "0"], "flow_shift", "0.0 must be above 0"),
         (["--seed", "-1"], "seed", "-1 must be at least 0"),
         (["--seed", "1", "2"], "seed", "2 are given for 1 outputs of each prompt; give 1"),
-        (["--dmd-denoising-steps", "1000,1001"], "dmd_denoising_steps", "1001 must be at least 0 and at most 1000"),
+        (
+            ["--dmd-denoising-steps", "1000,1001"],
+            "dmd_denoising_steps",
+            "1001 must be at least 0 and at most 1000",
+        ),
         (["--output-compression", "101"], "output_compression", "at most 100"),
         (["--vae-tiling", "maybe"], "vae_tiling", "'maybe' is not true or false"),
         (["--720p", "maybe"], "720p", "'maybe' is not true or false"),
         (["--720p", "--height", "8"], "height", "either --720p or --height"),
         (["--save-output", "--no-save-output"], "save_output", "either --save-output or --no-save-output"),
         (["--image-path", "nowhere.png"], "image_path", "'nowhere.png' is not a file"),
-        (["--attention-backend", "flsh"], "attention_backend", "not one of sdpa, flash, cudnn, efficient, math; did you mean 'flash'?"),
-        (["--attention-backend", "sage_attn"], "attention_backend", "'sage_attn' does not exist yet; choose one of sdpa"),
+        (
+            ["--attention-backend", "flsh"],
+            "attention_backend",
+            "not one of sdpa, flash, cudnn, efficient, math; did you mean 'flash'?",
+        ),
+        (
+            ["--attention-backend", "sage_attn"],
+            "attention_backend",
+            "'sage_attn' does not exist yet; choose one of sdpa",
+        ),
         (["--component-attention-backends", "vae"], "component_attention_backends", "must be pairs"),
-        (["--component-attention-backends", "vae=fast"], "component_attention_backends.vae", "'fast' is not one of"),
+        (
+            ["--component-attention-backends", "vae=fast"],
+            "component_attention_backends.vae",
+            "'fast' is not one of",
+        ),
         (["--component-attention-backends", "{"], "component_attention_backends", "is not a JSON object"),
         (["--vae-precision", "fp8"], "vae_precision", "'fp8' is not one of fp32, fp16, bf16"),
         (["--backend", "diffusers"], "backend", "'diffusers' does not exist yet"),
-        (["--encoder-parallel", "dp"], "encoder_parallel", "'dp' does not exist yet; choose one of auto, fold, replicate"),
+        (
+            ["--encoder-parallel", "dp"],
+            "encoder_parallel",
+            "'dp' does not exist yet; choose one of auto, fold, replicate",
+        ),
         (["--num-gpus", "0"], "num_gpus", "0 must be at least 1"),
         (["--cfg-parallel-size", "4"], "cfg_parallel_size", "4 must be at least 1 and at most 2"),
         (["--dist-timeout", "0"], "dist_timeout", "0 must be at least 1"),
         (["--dp", "2", "--dp-size", "2"], "data_parallel_size", "either --dp or --dp-size"),
         (["--log-level", "loud"], "log_level", "'loud' is not one of debug"),
-        (["--prompt", "a", "b", "--output-file-name", "c.png"], "output_file_name", "names the output of one prompt and 2 are given"),
+        (
+            ["--prompt", "a", "b", "--output-file-name", "c.png"],
+            "output_file_name",
+            "names the output of one prompt and 2 are given",
+        ),
         (["--prompt-path", "prompts.csv"], "prompt_path", "must be a .txt file"),
     ],
 )
@@ -276,14 +346,20 @@ def test_a_missing_feature_may_be_turned_off(argv: list[str]):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--kv-gather-degree", "4"], "kv_gather_degree: '4' cannot be given: this way of running on several GPUs does not exist yet"),
+        (
+            ["--kv-gather-degree", "4"],
+            "kv_gather_degree: '4' cannot be given: this way of running on several GPUs does not exist yet",
+        ),
         (["--hsdp-shard-dim", "2"], "several GPUs"),
         (["--enable-nccl-nvls"], "several GPUs"),
         (["--lora-path", "a/b"], "LoRA does not exist yet"),
         (["--quantization", "fp8"], "quantisation"),
         (["--transformer-weights-path", "a"], "component_weights_paths: 'transformer=a' cannot be given"),
         (["--vae-quantization", "fp8"], "component_quantizations"),
-        (["--component-quantizations.vae", "fp8", "--component-quantizations", "transformer=int8"], "'vae=fp8,transformer=int8'"),
+        (
+            ["--component-quantizations.vae", "fp8", "--component-quantizations", "transformer=int8"],
+            "'vae=fp8,transformer=int8'",
+        ),
         (["--component-direct-gpu-weight-loading.vae"], "'vae=True'"),
         (["--text-encoder-cpu-offload"], "offload does not exist yet"),
         (["--enable-teacache"], "caching between steps"),
@@ -314,8 +390,13 @@ def test_no_name_has_two_meanings():
 
 
 def test_library_values_are_read_as_they_are():
-    made = config.options({"prompt": "", "seed": 3, "image_path": (), "guidance_scale": 2, "height": None} | {"image_path": "data:,"})
-    assert made.sampling.prompt == ("",) and made.sampling.seed == (3,) and made.sampling.guidance_scale == 2.0
+    made = config.options(
+        {"prompt": "", "seed": 3, "image_path": (), "guidance_scale": 2, "height": None}
+        | {"image_path": "data:,"}
+    )
+    assert (
+        made.sampling.prompt == ("",) and made.sampling.seed == (3,) and made.sampling.guidance_scale == 2.0
+    )
     with pytest.raises(UserError, match="no such key"):
         config.options({"hight": 3})
     with pytest.raises(UserError, match=r"height: .* is not an integer"):
@@ -337,12 +418,27 @@ def test_seeds_of_each_prompt():
 
 def test_options_of_ranks():
     made = config.parse(
-        ["--num-gpus=8", "--sp-size=2", "--dp=2", "--enable-cfg-parallel", "--encoder-parallel=fold", "--dist-init-addr=a:1"]
+        [
+            "--num-gpus=8",
+            "--sp-size=2",
+            "--dp=2",
+            "--enable-cfg-parallel",
+            "--encoder-parallel=fold",
+            "--dist-init-addr=a:1",
+        ]
     )
     assert made.parallel == config.ParallelOptions(
-        num_gpus=8, sp_degree=2, data_parallel_size=2, enable_cfg_parallel=True, encoder_parallel="fold", dist_init_addr="a:1"
+        num_gpus=8,
+        sp_degree=2,
+        data_parallel_size=2,
+        enable_cfg_parallel=True,
+        encoder_parallel="fold",
+        dist_init_addr="a:1",
     )
-    assert config.parse(["--num-gpus", "1"]).later == () and config.parse([]).parallel == config.ParallelOptions()
+    assert (
+        config.parse(["--num-gpus", "1"]).later == ()
+        and config.parse([]).parallel == config.ParallelOptions()
+    )
 
 
 def test_the_place_that_a_launcher_gave_is_read(monkeypatch):
@@ -356,7 +452,14 @@ def test_the_place_that_a_launcher_gave_is_read(monkeypatch):
     assert config.under_torchrun() == config.Place(rank=5, size=8, local_rank=1, local_size=4)
 
 
-LAUNCHED = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+LAUNCHED = {
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "node0",
+    "MASTER_PORT": "29500",
+}
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,11 @@ def test_preset(path: Path):
     assert (sampling.height, sampling.width) == (row.height, row.width)
     if row.clip_frames > 1:
         assert (sampling.num_frames, sampling.fps) == (row.num_frames, row.fps)
-    assert (sampling.num_inference_steps, sampling.guidance_scale, sampling.flow_shift) == (row.steps, row.guidance, row.flow_shift)
+    assert (sampling.num_inference_steps, sampling.guidance_scale, sampling.flow_shift) == (
+        row.steps,
+        row.guidance,
+        row.flow_shift,
+    )
     assert (sampling.guidance_scale_2, sampling.boundary_ratio) == (row.guidance_2, row.boundary_ratio)
     assert sampling.dmd_denoising_steps == row.dmd_timesteps
 

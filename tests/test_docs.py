@@ -28,7 +28,11 @@ def ran(tmp_path_factory) -> dict[str, tuple[Path, str]]:
     done = {}
     for name, text in PAGES.items():
         folder, printed, names = tmp_path_factory.mktemp(name), StringIO(), {}
-        with chdir(folder), redirect_stdout(printed), torch.enable_grad():  # gradients on, as outside the tests
+        with (
+            chdir(folder),
+            redirect_stdout(printed),
+            torch.enable_grad(),
+        ):  # gradients on, as outside the tests
             for number, block in enumerate(blocks(text)):
                 exec(compile(block, f"{name}.md, block {number}", "exec"), names)
         done[name] = (folder, printed.getvalue())
@@ -49,7 +53,11 @@ def test_the_pure_functions_make_the_librarys_picture_in_thirty_lines(ran):
     first, again = read_image(folder / "circle.png"), read_image(folder / "again.png")
     assert first.shape == (128, 128, 3) and np.array_equal(first, again)
     assert "(17, 128, 128, 3) (42,)" in printed and "height | height: 100 is not a multiple of 16" in printed
-    lines = [line for line in blocks(PAGES["library"])[-1].splitlines() if line and not line.startswith(("#", "import", "from"))]
+    lines = [
+        line
+        for line in blocks(PAGES["library"])[-1].splitlines()
+        if line and not line.startswith(("#", "import", "from"))
+    ]
     assert len(lines) <= 30
 
 
@@ -58,7 +66,11 @@ def test_the_family_on_the_page_is_evaluated(ran):
 
 
 def test_every_test_that_a_page_names_is_there():
-    named = {name for page in (ROOT / "docs").glob("*.md") for name in re.findall(r"`(tests/\S+\.py::\w+)`", page.read_text())}
+    named = {
+        name
+        for page in (ROOT / "docs").glob("*.md")
+        for name in re.findall(r"`(tests/\S+\.py::\w+)`", page.read_text())
+    }
     assert len(named) >= 10
     for path, test in (name.split("::") for name in named):
         assert f"def {test}(" in (ROOT / path).read_text(), f"{path} has no {test}"

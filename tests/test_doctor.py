@@ -87,22 +87,34 @@ def test_a_broken_weight_is_found_where_it_works(values, what, weight, stage):
 
 def test_weights_that_differ_in_name_or_shape_and_values_that_are_no_numbers(values):
     expected, weights = values("FLUX.1")
-    other = {("proj_in.bias" if name == "proj_out.bias" else name): tensor for name, tensor in weights.items()}
+    other = {
+        ("proj_in.bias" if name == "proj_out.bias" else name): tensor for name, tensor in weights.items()
+    }
     first = next(compared(CASES["FLUX.1"][1](), expected, other))
     assert (first.name, first.error) == ("weights", float("inf"))
     assert first.note == "proj_in.bias: ours None, the reference's (8,)"
     first = next(compared(CASES["FLUX.1"][1](), expected, weights | {"proj_out.bias": torch.zeros(9)}))
     assert first.note == "proj_out.bias: ours (8,), the reference's (9,)"
-    first = first_difference(stages(values, "FLUX.1", **{"x_embedder.bias": weights["x_embedder.bias"] * torch.nan}))
+    first = first_difference(
+        stages(values, "FLUX.1", **{"x_embedder.bias": weights["x_embedder.bias"] * torch.nan})
+    )
     assert first is not None and (first.name, first.note) == ("image", "values that are no numbers")
-    assert reference.distance(torch.ones(2, 3), torch.ones(2, 4))[1] == "shapes differ: ours (2, 3), the reference's (2, 4)"
+    assert (
+        reference.distance(torch.ones(2, 3), torch.ones(2, 4))[1]
+        == "shapes differ: ours (2, 3), the reference's (2, 4)"
+    )
 
 
 def test_a_reference_of_another_version_is_a_difference(monkeypatch):
     """Whatever it raises ends the comparison, and is said."""
     changed = CASES["FLUX.1"][1]()._replace(theirs=lambda module: module(tokens=1))
     last = reference.stages(changed)[-1]
-    assert last.name == "running" and last.error == float("inf") and last.note.startswith("TypeError: ") and "tokens" in last.note
+    assert (
+        last.name == "running"
+        and last.error == float("inf")
+        and last.note.startswith("TypeError: ")
+        and "tokens" in last.note
+    )
 
 
 # --- which comparisons stand for a model --------------------------------------------------------------------------------------------
@@ -131,15 +143,24 @@ def _switches(c):
     measures = ("pooled_projection_dim", "axes_lens", "out_channels", "latents_mean", "latents_std")
     chosen = {name: value for name, value in vars(c).items() if name not in measures}
     kept = {name: value for name, value in chosen.items() if isinstance(value, bool | str)}
-    return kept | {name: bool(value) for name, value in chosen.items() if value is None or isinstance(value, tuple)}
+    return kept | {
+        name: bool(value) for name, value in chosen.items() if value is None or isinstance(value, tuple)
+    }
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != ALONE])
 def test_the_tiny_denoiser_has_the_released_ones_switches(name):
     (group,) = models.chosen(name)
-    ours, released = _switches(DENOISERS[group.parts["transformer"]].config), _switches(config_of(name, "transformer"))
+    ours, released = (
+        _switches(DENOISERS[group.parts["transformer"]].config),
+        _switches(config_of(name, "transformer")),
+    )
     both = ours.keys() & released.keys()
-    assert both >= {field for field, value in released.items() if isinstance(value, bool) and value and field != "added_kv_proj_dim"}
+    assert both >= {
+        field
+        for field, value in released.items()
+        if isinstance(value, bool) and value and field != "added_kv_proj_dim"
+    }
     assert {field: ours[field] for field in both} == {field: released[field] for field in both}
 
 
@@ -160,7 +181,9 @@ def test_a_difference_is_named_and_the_command_fails(capsys, monkeypatch):
     from tinydiff.models import flux, joint
 
     def drifted(c, plan, w, streams, request, shared):
-        return joint.single_block(plan, w, streams, request, shared, c.attention_head_dim, torch.nn.functional.gelu)
+        return joint.single_block(
+            plan, w, streams, request, shared, c.attention_head_dim, torch.nn.functional.gelu
+        )
 
     monkeypatch.setattr(flux, "single", drifted)
     assert cli.main(["doctor", "--parity", "FLUX.1-schnell"]) == 1
@@ -184,17 +207,30 @@ def test_the_page_is_what_the_command_prints(values, capsys, monkeypatch):
     assert cli.main(["doctor", "--parity", "--markdown"]) == 0
     page = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
     assert stable(capsys.readouterr().out) == stable(page)
-    errors = [float(error) for error in re.findall(r"\| (\S+) \|$", page, re.MULTILINE) if "e" in error and error[0].isdigit()]
+    errors = [
+        float(error)
+        for error in re.findall(r"\| (\S+) \|$", page, re.MULTILINE)
+        if "e" in error and error[0].isdigit()
+    ]
     assert len(errors) > 50 and max(errors) <= BOUND
 
 
 def test_doctor_alone_says_what_is_here(capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert f"torch {torch.__version__}" in out and "\ncpu: " in out and "\n  attention in fp32: sdpa" in out and "C++ compiler: " in out
+    assert (
+        f"torch {torch.__version__}" in out
+        and "\ncpu: " in out
+        and "\n  attention in fp32: sdpa" in out
+        and "C++ compiler: " in out
+    )
     assert cli.main(["doctor", "--json"]) == 0
     here = json.loads(capsys.readouterr().out)
-    assert here == doctor.machine() and "math" in here["attention"]["cpu"]["bf16"] and "cudnn" not in here["attention"]["cpu"]["fp32"]
+    assert (
+        here == doctor.machine()
+        and "math" in here["attention"]["cpu"]["bf16"]
+        and "cudnn" not in here["attention"]["cpu"]["fp32"]
+    )
 
 
 def test_help_needs_no_torch(capsys):
@@ -207,7 +243,10 @@ def test_help_needs_no_torch(capsys):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["--parity", "FLUX.1-shnell"], "'FLUX.1-shnell' is neither a model nor a family that is compared; did you mean 'FLUX.1-schnell'?"),
+        (
+            ["--parity", "FLUX.1-shnell"],
+            "'FLUX.1-shnell' is neither a model nor a family that is compared; did you mean 'FLUX.1-schnell'?",
+        ),
         (["--markdown"], "doctor: --markdown needs --parity"),
         (["--json", "--markdown", "--parity"], "doctor: --json and --markdown cannot both be given"),
         (["--jsn"], "doctor: unrecognized arguments: --jsn"),

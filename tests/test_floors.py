@@ -8,7 +8,18 @@ import pytest
 
 from tests.sources import PACKAGE, ROOT, imports, modules, starts
 
-WORDS = ("records", "entries", "paths", "values", "flags", "config_file", "config", "parallel.plan", "parallel.layout", "__version__")
+WORDS = (
+    "records",
+    "entries",
+    "paths",
+    "values",
+    "flags",
+    "config_file",
+    "config",
+    "parallel.plan",
+    "parallel.layout",
+    "__version__",
+)
 HOUSE = {
     "words": (0, tuple(f"tinydiff.{name}" for name in WORDS)),
     "maths": (1, ("tinydiff.ops", "tinydiff.parallel")),
@@ -18,7 +29,20 @@ HOUSE = {
     "joints": (4, ("tinydiff.runtime",)),
     "faces": (
         5,
-        tuple(f"tinydiff.{name}" for name in ("cli", "progress", "printing", "doctor", "advise", "parity", "serve", "bench", "__main__")),
+        tuple(
+            f"tinydiff.{name}"
+            for name in (
+                "cli",
+                "progress",
+                "printing",
+                "doctor",
+                "advise",
+                "parity",
+                "serve",
+                "bench",
+                "__main__",
+            )
+        ),
     ),
 }
 """Room: (floor, what is in it). The package itself, its `__init__.py`, is a face; only its version may be read from below."""
@@ -28,16 +52,41 @@ APART = {("engine", "nets"), ("files", "nets")}
 
 LAZY = [
     "tinydiff",
-    *(f"tinydiff.{name}" for name in ("cli", "doctor", "config", "values", "flags", "config_file", "records", "models.registry")),
+    *(
+        f"tinydiff.{name}"
+        for name in (
+            "cli",
+            "doctor",
+            "config",
+            "values",
+            "flags",
+            "config_file",
+            "records",
+            "models.registry",
+        )
+    ),
 ]
-LAZY += ["tinydiff.advise", "tinydiff.parallel.cost", "tinydiff.parallel.plan", "tinydiff.parallel.layout", "tinydiff.runtime.launch"]
-LAZY += [f"tinydiff.serve.{name}" for name in ("server", "app", "store", "files", "storage", "board", "warmup")]
+LAZY += [
+    "tinydiff.advise",
+    "tinydiff.parallel.cost",
+    "tinydiff.parallel.plan",
+    "tinydiff.parallel.layout",
+    "tinydiff.runtime.launch",
+]
+LAZY += [
+    f"tinydiff.serve.{name}" for name in ("server", "app", "store", "files", "storage", "board", "warmup")
+]
 """Modules that run without torch."""
 
 
 def room(name):
     """The room of a module, or of a name in it: the longest prefix in the house tells. What is left are the package's own names."""
-    found = [(len(prefix), room) for room, (_, prefixes) in HOUSE.items() for prefix in prefixes if starts(name, prefix)]
+    found = [
+        (len(prefix), room)
+        for room, (_, prefixes) in HOUSE.items()
+        for prefix in prefixes
+        if starts(name, prefix)
+    ]
     return max(found, default=(0, "faces"))[1]
 
 
@@ -61,7 +110,10 @@ def torch_at_run_time(source):
 def loaded(code, name):
     """Whether `name` is loaded after `code` has run in a fresh interpreter."""
     run = [sys.executable, "-c", f"{code}\nimport sys\nprint({name!r} in sys.modules)"]
-    return subprocess.run(run, check=True, capture_output=True, text=True, cwd=PACKAGE.parent).stdout.strip() == "True"
+    return (
+        subprocess.run(run, check=True, capture_output=True, text=True, cwd=PACKAGE.parent).stdout.strip()
+        == "True"
+    )
 
 
 def test_every_module_has_a_floor_and_is_in_the_picture():
@@ -106,8 +158,14 @@ def test_the_check_finds_a_broken_floor(module, source):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("tinydiff.runtime.pipeline", "import tinydiff\nfrom tinydiff import config\nprint(tinydiff.__version__)"),
-        ("tinydiff.sampling.loop", "from tinydiff.sampling.solvers import Table\nfrom tinydiff.parallel.plan import Plan"),
+        (
+            "tinydiff.runtime.pipeline",
+            "import tinydiff\nfrom tinydiff import config\nprint(tinydiff.__version__)",
+        ),
+        (
+            "tinydiff.sampling.loop",
+            "from tinydiff.sampling.solvers import Table\nfrom tinydiff.parallel.plan import Plan",
+        ),
         ("tinydiff.config", "from tinydiff import flags\nimport json"),
         ("tinydiff.cli", "import tinydiff\ntinydiff.load()\nfrom tinydiff.models import registry"),
     ],
@@ -119,14 +177,21 @@ def test_the_check_lets_good_imports_pass(module, source):
 def test_the_words_import_no_torch():
     sources = modules()
     inside = ("tinydiff.cli", "tinydiff.doctor", "tinydiff.runtime.launch")  # import it where they need it
-    words = [module for module in sources if module not in inside and (room(module) == "words" or module in LAZY)]
+    words = [
+        module for module in sources if module not in inside and (room(module) == "words" or module in LAZY)
+    ]
     assert len(words) >= len(LAZY) - 3
     assert {module: names for module in words if (names := torch_at_run_time(sources[module]))} == {}
 
 
 def test_the_check_for_torch_can_fail():
     assert torch_at_run_time("def f():\n    from torch import nn") == ["torch.nn"]
-    assert torch_at_run_time("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\nelse:\n    import json") == []
+    assert (
+        torch_at_run_time(
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\nelse:\n    import json"
+        )
+        == []
+    )
     assert torch_at_run_time("import torchvision") == []
 
 

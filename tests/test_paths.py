@@ -49,12 +49,18 @@ def test_a_home_that_does_not_exist_is_one_sentence(field, homeless):
 
 
 def test_a_home_that_does_not_exist_for_plan(homeless):
-    with pytest.raises(UserError, match="no home directory is known for '~no-such-user-here'"), estimate._folder(NOBODY):
+    with (
+        pytest.raises(UserError, match="no home directory is known for '~no-such-user-here'"),
+        estimate._folder(NOBODY),
+    ):
         raise AssertionError("a directory was found")
 
 
 def test_the_users_that_this_machine_has():
-    with pytest.raises(UserError, match=r"'~no-such-user-here/a\.png' does not exist: no home directory .* './~no-such-user-here/a\.png'"):
+    with pytest.raises(
+        UserError,
+        match=r"'~no-such-user-here/a\.png' does not exist: no home directory .* './~no-such-user-here/a\.png'",
+    ):
         paths.path(f"{NOBODY}/a.png", "image_path")
 
 
@@ -128,10 +134,17 @@ SEPARATED = "a\x0cb\x0bc\x1cd\x1de\x1ef\x85g\u2028h\u2029i"
 def test_a_prompt_is_a_line_and_nothing_else_ends_one(tmp_path):
     path = tmp_path / "Prompts.TXT"
     path.write_bytes(codecs.BOM_UTF8 + f"first\r\n{SEPARATED}\rthird\n\n  fourth".encode())
-    assert config.parse(["--prompt-path", str(path)]).sampling.prompt == ("first", SEPARATED, "third", "fourth")
+    assert config.parse(["--prompt-path", str(path)]).sampling.prompt == (
+        "first",
+        SEPARATED,
+        "third",
+        "fourth",
+    )
 
 
-@pytest.mark.parametrize("text", ['{"prompt": "a", "seed": 7}', "prompt: a\nseed: 7\n", "prompt: a\r\nseed: 7\r\n"])
+@pytest.mark.parametrize(
+    "text", ['{"prompt": "a", "seed": 7}', "prompt: a\nseed: 7\n", "prompt: a\r\nseed: 7\r\n"]
+)
 def test_a_config_file_may_begin_with_a_byte_order_mark(tmp_path, text):
     (tmp_path / "config").write_bytes(codecs.BOM_UTF8 + text.encode())
     made = config.parse(["--config", str(tmp_path / "config")]).sampling
@@ -148,7 +161,10 @@ def test_a_key_file_may_begin_with_a_byte_order_mark(tmp_path):
     ("data", "reason"),
     [
         ("größe".encode("utf-16"), "is not text in UTF-8 but in UTF-16; save it as UTF-8"),
-        (codecs.BOM_UTF16_BE + "a".encode("utf-16-be"), "is not text in UTF-8 but in UTF-16; save it as UTF-8"),
+        (
+            codecs.BOM_UTF16_BE + "a".encode("utf-16-be"),
+            "is not text in UTF-8 but in UTF-16; save it as UTF-8",
+        ),
         ("plain".encode("utf-16-le"), "is not text: it holds zero bytes"),
         (b"ab\xff", r"is not text in UTF-8 \(byte 2 is not\)"),
     ],
@@ -160,7 +176,9 @@ def test_files_that_are_not_utf8(tmp_path, field, data, reason):
     assert caught.value.field == field
 
 
-@pytest.mark.parametrize("text", ["a: 2026-99-99", "[" * 100_000, "a: 9" + "9" * 5000, "a: !!int x", "? [a]\n: b"])
+@pytest.mark.parametrize(
+    "text", ["a: 2026-99-99", "[" * 100_000, "a: 9" + "9" * 5000, "a: !!int x", "? [a]\n: b"]
+)
 def test_configs_that_no_reader_takes_are_one_sentence(tmp_path, text):
     (tmp_path / "config").write_text(text)
     with pytest.raises(UserError) as caught:

@@ -24,7 +24,10 @@ from tinydiff.records import UserError
 from tinydiff.runtime import estimate
 from tinydiff.runtime.component_config import read_config
 
-RELEASED = {path.stem.replace("__", "/"): json.loads(path.read_text()) for path in sorted((ROOT / "tests/data/released").glob("*__*.json"))}
+RELEASED = {
+    path.stem.replace("__", "/"): json.loads(path.read_text())
+    for path in sorted((ROOT / "tests/data/released").glob("*__*.json"))
+}
 NAMES = [row.name for row in registry.MODELS]
 MACHINE = Machine()
 
@@ -72,7 +75,9 @@ def test_every_model_is_planned_on_one_to_eight_gpus(name):
     of = subject(name)
     alone = [Layout()]
     assert [each.layout for each in estimate.estimates(of, 1, 1e6, MACHINE)] == alone
-    spec = sum(cost.weight_bytes(rows, b) for rows, b in of.others.values()) + of.experts * cost.weight_bytes(of.net.rows, 2)
+    spec = sum(cost.weight_bytes(rows, b) for rows, b in of.others.values()) + of.experts * cost.weight_bytes(
+        of.net.rows, 2
+    )
     assert estimate.estimate(of, Layout(), 80, MACHINE).weights == spec
     for ranks in (2, 4, 8):
         found = estimate.estimates(of, ranks, 80, MACHINE)
@@ -83,7 +88,9 @@ def test_every_model_is_planned_on_one_to_eight_gpus(name):
         assert min(each.seconds for each in found) < estimate.estimate(of, Layout(), 80, MACHINE).seconds
 
 
-@pytest.mark.parametrize("name", ["Wan2.2-T2V-A14B-Diffusers", "FLUX.1-dev", "Qwen-Image-Edit", "stable-diffusion-3.5-medium"])
+@pytest.mark.parametrize(
+    "name", ["Wan2.2-T2V-A14B-Diffusers", "FLUX.1-dev", "Qwen-Image-Edit", "stable-diffusion-3.5-medium"]
+)
 def test_what_must_be_so(name):
     of = subject(name)
 
@@ -95,7 +102,11 @@ def test_what_must_be_so(name):
         assert of_layout(ulysses=more).activations < of_layout(ulysses=less).activations
         assert of_layout(ring=more).seconds < of_layout(ring=less).seconds
     assert of_layout(ulysses=4).weights == of_layout(ring=4).weights == of_layout().weights
-    assert of_layout(ulysses=4, fsdp=True).weights < of_layout(ulysses=2, fsdp=True).weights < of_layout().weights
+    assert (
+        of_layout(ulysses=4, fsdp=True).weights
+        < of_layout(ulysses=2, fsdp=True).weights
+        < of_layout().weights
+    )
     assert of_layout(ulysses=4, encoders=True).weights < of_layout(ulysses=4).weights
     assert of_layout(ulysses=2, vae=True).decoding < of_layout(ulysses=2).decoding
     assert of_layout(replace(MACHINE, link=25.0), ulysses=2).seconds > of_layout(ulysses=2).seconds
@@ -125,10 +136,27 @@ def test_the_options_shown_ask_generate_for_that_layout(name):
 
 
 def test_what_is_printed(capsys):
-    first, why, _, head, *lines = printed(capsys, "FLUX.1-dev", "--num-gpus", "2", "--vram", "80").splitlines()
-    assert first.startswith("black-forest-labs/FLUX.1-dev, 1024x1024, 50 steps, no guidance: 4096 image tokens and 512 of text")
-    assert why.startswith("ulysses 2 is the fastest that fits") and "`tinydiff generate --num-gpus 2` chooses it" in why
-    assert head.split() == ["layout", "weights", "activations", "decoding", "total", "fits", "sent/step", "s/step", "speed-up"]
+    first, why, _, head, *lines = printed(
+        capsys, "FLUX.1-dev", "--num-gpus", "2", "--vram", "80"
+    ).splitlines()
+    assert first.startswith(
+        "black-forest-labs/FLUX.1-dev, 1024x1024, 50 steps, no guidance: 4096 image tokens and 512 of text"
+    )
+    assert (
+        why.startswith("ulysses 2 is the fastest that fits")
+        and "`tinydiff generate --num-gpus 2` chooses it" in why
+    )
+    assert head.split() == [
+        "layout",
+        "weights",
+        "activations",
+        "decoding",
+        "total",
+        "fits",
+        "sent/step",
+        "s/step",
+        "speed-up",
+    ]
     rows = [re.split(r"  +", line) for line in lines[: lines.index("")]]
     assert [row[0] for row in rows] == ["ulysses 2", "ring 2", "tp 2"] and {row[5] for row in rows} == {"yes"}
     assert rows[0][1] == "33.9 GB" and rows[2][1] == "20.5 GB"
@@ -136,7 +164,19 @@ def test_what_is_printed(capsys):
 
 
 def test_the_same_as_json(capsys):
-    argv = ["Wan2.1-T2V-1.3B-Diffusers", "--num-gpus", "2", "--vram", "80", "--size", "832x480", "--num-frames", "5", "--bandwidth", "pcie"]
+    argv = [
+        "Wan2.1-T2V-1.3B-Diffusers",
+        "--num-gpus",
+        "2",
+        "--vram",
+        "80",
+        "--size",
+        "832x480",
+        "--num-frames",
+        "5",
+        "--bandwidth",
+        "pcie",
+    ]
     told = json.loads(printed(capsys, *argv, "--json"))
     assert told["request"] == {
         "width": 832, "height": 480, "num_frames": 5,
@@ -159,7 +199,9 @@ def test_options_that_change_the_plan(capsys):
     usual, alone = plan(), plan("--guidance-scale", "0")
     assert usual["request"]["branches"] == 2 and alone["request"]["branches"] == 1
     assert {each["cfg"] for each in alone["layouts"]} == {1} and usual["recommended"] == "cfg 2"
-    heavier = plan("--dit-precision", "fp32")["layouts"][0]["weight_bytes"] - usual["layouts"][0]["weight_bytes"]
+    heavier = (
+        plan("--dit-precision", "fp32")["layouts"][0]["weight_bytes"] - usual["layouts"][0]["weight_bytes"]
+    )
     assert heavier == 2 * registry.named("Z-Image").params
     assert plan("--num-inference-steps", "9")["request"]["steps"] == 9
     slower = plan("--gpus-per-node", "1", "--net-bandwidth", "1")
@@ -168,7 +210,11 @@ def test_options_that_change_the_plan(capsys):
 
 def test_nothing_fits(capsys):
     out = printed(capsys, "FLUX.2-dev", "--num-gpus", "2", "--vram", "24")
-    assert "nothing fits into 24 GB; " in out and "comes nearest and lacks" in out and "yes" not in out.split("\n\n")[1]
+    assert (
+        "nothing fits into 24 GB; " in out
+        and "comes nearest and lacks" in out
+        and "yes" not in out.split("\n\n")[1]
+    )
 
 
 def test_one_gpu_is_assumed(capsys):
@@ -183,22 +229,34 @@ def test_without_vram_the_usual_layout_is_held_against_the_usual_gpus(capsys):
     assert first.endswith("of text, on one GPU") and why.startswith("one GPU needs 37.7 GB at its peak")
     assert head.split() == ["GPU", "peak", "fits"]
     assert [row[0] for row in rows] == [f"{size} GB" for size in (12, 16, 24, 32, 48, 80, 96, 141, 192)]
-    assert [row[2] for row in rows] == [*(f"lacks {size} GB" for size in (26.7, 22.7, 14.7, 6.7)), *["yes"] * 5]
+    assert [row[2] for row in rows] == [
+        *(f"lacks {size} GB" for size in (26.7, 22.7, 14.7, 6.7)),
+        *["yes"] * 5,
+    ]
     assert {row[1] for row in rows} == {"37.7 GB"}
 
 
 def test_the_cards_say_what_a_plan_for_each_says(capsys):
     name = "FLUX.1-dev"
     told = json.loads(printed(capsys, name, "--num-gpus", "2", "--json"))
-    assert told["vram_gb"] is None and "layouts" not in told and [each["vram_gb"] for each in told["cards"]] == list(estimate.CARDS)
+    assert (
+        told["vram_gb"] is None
+        and "layouts" not in told
+        and [each["vram_gb"] for each in told["cards"]] == list(estimate.CARDS)
+    )
     for each in told["cards"]:
-        planned = json.loads(printed(capsys, name, "--num-gpus", "2", "--vram", str(each["vram_gb"]), "--json"))["layouts"]
+        planned = json.loads(
+            printed(capsys, name, "--num-gpus", "2", "--vram", str(each["vram_gb"]), "--json")
+        )["layouts"]
         assert {key: value for key, value in each.items() if key not in ("vram_gb", "help")} in planned
         assert each["fits"] == (each["help"] is None) and each["help"] in [None, *planned]
 
 
 def test_help_is_the_smallest_that_is_enough(capsys):
-    helped = {each["vram_gb"]: each["help"] for each in json.loads(printed(capsys, "FLUX.1-dev", "--num-gpus", "2", "--json"))["cards"]}
+    helped = {
+        each["vram_gb"]: each["help"]
+        for each in json.loads(printed(capsys, "FLUX.1-dev", "--num-gpus", "2", "--json"))["cards"]
+    }
     said = {vram: each and (each["encoders"], each["fsdp"], each["fits"]) for vram, each in helped.items()}
     assert said == {
         12: (True, True, False), 16: (True, True, False), 24: (True, True, True), 32: (True, False, True),
@@ -239,11 +297,26 @@ def test_a_hub_ids_json_files_are_fetched_and_no_weights(monkeypatch):
         (["FLUX.1-dev", "--num-gpus", "0", "--vram", "80"], "num_gpus: 0 must be at least 1"),
         (["FLUX.1-dev", "--num-gpus", "2", "--vram", "-1"], "vram: -1 must be above 0"),
         (["FLUX.1-dev", "--num-gpus", "2", "--vram", "much"], "vram: 'much' is not a number"),
-        (["FLUX.1-dev", "--num-gpus", "2", "--vram", "80", "--size", "720p"], "size: '720p' is not WIDTHxHEIGHT, such as 1280x720"),
-        (["FLUX.1-dev", "--num-gpus", "2", "--vram", "80", "--size", "100x1024"], "width: 100 is not a multiple of 16"),
-        (["FLUX.1-dev", "--num-gpus", "2", "--vram", "80", "--num-frames", "5"], "num_frames: 5 would be a clip"),
-        (["FLUX.1-dev", "--num-gpus", "2", "--vram", "80", "--bandwidth", "fast"], "bandwidth: 'fast' is not nvlink, pcie or a number"),
-        (["FLUX.1-dev", "--num-gpus", "2", "--vram", "80", "--frames", "5"], "plan: unrecognized arguments: --frames 5"),
+        (
+            ["FLUX.1-dev", "--num-gpus", "2", "--vram", "80", "--size", "720p"],
+            "size: '720p' is not WIDTHxHEIGHT, such as 1280x720",
+        ),
+        (
+            ["FLUX.1-dev", "--num-gpus", "2", "--vram", "80", "--size", "100x1024"],
+            "width: 100 is not a multiple of 16",
+        ),
+        (
+            ["FLUX.1-dev", "--num-gpus", "2", "--vram", "80", "--num-frames", "5"],
+            "num_frames: 5 would be a clip",
+        ),
+        (
+            ["FLUX.1-dev", "--num-gpus", "2", "--vram", "80", "--bandwidth", "fast"],
+            "bandwidth: 'fast' is not nvlink, pcie or a number",
+        ),
+        (
+            ["FLUX.1-dev", "--num-gpus", "2", "--vram", "80", "--frames", "5"],
+            "plan: unrecognized arguments: --frames 5",
+        ),
         (["--num-gpus", "2", "--vram", "80"], "plan: the following arguments are required: model"),
     ],
 )

@@ -14,7 +14,15 @@ import pytest
 from tinydiff import cli, printing, progress
 from tinydiff.records import UserError
 
-COMMANDS = [["--help"], ["--version"], ["models"], ["models", "--json"], ["generate", "--help"], ["plan", "--help"], ["doctor", "--help"]]
+COMMANDS = [
+    ["--help"],
+    ["--version"],
+    ["models"],
+    ["models", "--json"],
+    ["generate", "--help"],
+    ["plan", "--help"],
+    ["doctor", "--help"],
+]
 COMMAND = [sys.executable, "-m", "tinydiff.cli"]
 FULL = "tinydiff: error: not all could be printed (no space left on device); the work itself is done\n"
 ONE_IMAGE = ["generate", "--prompt", "a 円", "--num-inference-steps", "1", "--output-file-name"]
@@ -23,7 +31,9 @@ ONE_IMAGE = ["generate", "--prompt", "a 円", "--num-inference-steps", "1", "--o
 def ended(argv: list[str], out, encoding: str = "utf-8", folder: Path | None = None) -> tuple[int, str]:
     """The exit code of a command that prints into `out`, and what it says on stderr."""
     variables = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    done = subprocess.run([*COMMAND, *argv], stdout=out, stderr=subprocess.PIPE, env=variables, cwd=folder, check=False)
+    done = subprocess.run(
+        [*COMMAND, *argv], stdout=out, stderr=subprocess.PIPE, env=variables, cwd=folder, check=False
+    )
     return done.returncode, done.stderr.decode()
 
 
@@ -48,7 +58,12 @@ def test_help_in_ascii_and_without_stdout():
         assert ended(argv, subprocess.DEVNULL, "ascii") == (0, "")
     words = [*COMMAND, "generate", "--help"]
     closed = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *words]
-    assert subprocess.run(closed, env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            closed, env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}, check=False
+        ).returncode
+        == 0
+    )
 
 
 def test_an_image_is_saved_whatever_becomes_of_its_report(tmp_path, gone):
@@ -81,7 +96,10 @@ class Refusing(io.StringIO):
 
 
 def test_a_refusal_is_remembered_and_nothing_raises():
-    for error, reason in ((OSError(errno.EIO, "Input/output error"), "input/output error"), (BrokenPipeError(errno.EPIPE, "gone"), None)):
+    for error, reason in (
+        (OSError(errno.EIO, "Input/output error"), "input/output error"),
+        (BrokenPipeError(errno.EPIPE, "gone"), None),
+    ):
         steady = printing.Steady(Refusing(error))
         assert steady.write("a") == 1
         steady.write("b")

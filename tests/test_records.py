@@ -21,7 +21,11 @@ def errors():
     for name in modules():
         if name.startswith("tinydiff.") and ".shapes" not in name:
             members = inspect.getmembers(importlib.import_module(name), inspect.isclass)
-            found |= {f"{name}.{kind.__name__}": kind for _, kind in members if kind.__module__ == name and issubclass(kind, Exception)}
+            found |= {
+                f"{name}.{kind.__name__}": kind
+                for _, kind in members
+                if kind.__module__ == name and issubclass(kind, Exception)
+            }
     return found
 
 
@@ -36,7 +40,11 @@ def made(kind):
 
 def test_every_error_survives_pickling_and_copying():
     found = errors()
-    assert {"tinydiff.records.UserError", "tinydiff.records.RankError", "tinydiff.serve.errors.Refusal"} <= found.keys()
+    assert {
+        "tinydiff.records.UserError",
+        "tinydiff.records.RankError",
+        "tinydiff.serve.errors.Refusal",
+    } <= found.keys()
     for kind in found.values():
         error = made(kind)
         for other in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):

@@ -26,7 +26,7 @@ SINGLE_PLACES = {
 """Dotted name, with all below it -> the modules or folders that may say it. `torch._` is whatever torch keeps private."""
 
 VAGUE = {"util", "utils", "helper", "helpers", "base", "common", "manager", "misc"}
-LONGEST = 400
+LONGEST = 500
 TREES = ("tinydiff", "training", "benchmarks", "tests")
 
 
@@ -34,7 +34,9 @@ def misplaced(module, source):
     """(name, rule) for every name that this module must not say."""
     for rule, places in SINGLE_PLACES.items():
         if not any(starts(module, place) for place in places):
-            yield from ((name, rule) for name in said(source) if starts(name, rule) and not name.endswith("__"))
+            yield from (
+                (name, rule) for name in said(source) if starts(name, rule) and not name.endswith("__")
+            )
 
 
 def files():
@@ -59,7 +61,9 @@ def inherited(source):
 
 
 def test_each_thing_is_said_in_its_place():
-    assert {module: found for module, source in modules().items() if (found := list(misplaced(module, source)))} == {}
+    assert {
+        module: found for module, source in modules().items() if (found := list(misplaced(module, source)))
+    } == {}
 
 
 def test_the_compiler_is_called_where_it_may_be():
@@ -96,7 +100,10 @@ def test_the_check_lets_good_sources_pass():
     for module, source in (
         ("tinydiff.config", "import os\nos.environ.get('A')"),
         ("tinydiff.parallel.mesh", "import torch.distributed as dist\ndist.init_process_group()"),
-        ("tinydiff.ops.norm", "import os, torch\nimport torch.nn.functional as F\nos.path.join('torch.compile')"),
+        (
+            "tinydiff.ops.norm",
+            "import os, torch\nimport torch.nn.functional as F\nos.path.join('torch.compile')",
+        ),
         ("tinydiff.ops.norm", "import torch\ntorch.compiled(torch.__version__)\ndiffusers = 1"),
     ):
         assert list(misplaced(module, source)) == []
@@ -104,11 +111,17 @@ def test_the_check_lets_good_sources_pass():
 
 def test_no_file_has_a_name_that_says_nothing():
     assert [path for path in files() if vague(path.relative_to(ROOT))] == []
-    assert vague(Path("tinydiff/utils/text.py")) and vague(Path("tinydiff/base.py")) and not vague(Path("tinydiff/database.py"))
+    assert (
+        vague(Path("tinydiff/utils/text.py"))
+        and vague(Path("tinydiff/base.py"))
+        and not vague(Path("tinydiff/database.py"))
+    )
 
 
-def test_no_module_is_longer_than_400_lines():
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files()}
+def test_no_module_is_longer_than_500_lines():
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files()
+    }
     assert len(lengths) > 50 and lengths["tinydiff/models/wan.py"] > 100
     assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
 
@@ -117,7 +130,10 @@ def test_no_class_of_the_package_inherits_from_another():
     assert {module: bases for module, source in modules().items() if (bases := inherited(source))} == {}
     assert inherited("class A: pass\nclass B(A): pass") == ["A"]
     assert inherited("from tinydiff.models import wan\nclass Config(wan.Config): pass") == ["wan.Config"]
-    assert inherited("from typing import NamedTuple\nclass Step(NamedTuple): pass\nclass E(ValueError): pass") == []
+    assert (
+        inherited("from typing import NamedTuple\nclass Step(NamedTuple): pass\nclass E(ValueError): pass")
+        == []
+    )
 
 
 def test_the_package_is_where_the_tests_look():
@@ -146,8 +162,15 @@ def _families_told_apart(source: str, names: set[str]) -> list[str]:
 def test_generic_code_reads_no_field_of_a_familys_config_and_compares_no_familys_name():
     configs = [family.config for family in RECORDS.values() if isinstance(family, Denoiser)]
     names = {f.name for config in configs for f in fields(config)} - COMMON
-    assert _families_told_apart("x = net.image_dim\ny = row.family == 'sd3'", names) == ["net.image_dim", "row.family == 'sd3'"]
-    places = [path for name in GENERIC for path in ([PACKAGE / name] if name.endswith(".py") else sorted((PACKAGE / name).glob("*.py")))]
+    assert _families_told_apart("x = net.image_dim\ny = row.family == 'sd3'", names) == [
+        "net.image_dim",
+        "row.family == 'sd3'",
+    ]
+    places = [
+        path
+        for name in GENERIC
+        for path in ([PACKAGE / name] if name.endswith(".py") else sorted((PACKAGE / name).glob("*.py")))
+    ]
     assert len(places) > 50
     wrong = {str(path): found for path in places if (found := _families_told_apart(path.read_text(), names))}
     assert wrong == {}

@@ -12,14 +12,30 @@ import torch
 from tinydiff import config, flags
 from tinydiff.records import UserError, shown
 
-NONE = {name: None for name in (*config.NAMES, *flags.SPELLINGS, *flags.MAPS, *flags.LATER_NAMES, "vae_path", "precision", "720p")}
+NONE = {
+    name: None
+    for name in (
+        *config.NAMES,
+        *flags.SPELLINGS,
+        *flags.MAPS,
+        *flags.LATER_NAMES,
+        "vae_path",
+        "precision",
+        "720p",
+    )
+}
 
 
 def test_none_is_not_given_everywhere(tmp_path: Path):
     assert config.options(NONE) == config.Options()
-    assert config.options({"component_paths": {"vae": None}, "component_precisions": {}, "lora_path": None}) == config.Options()
+    assert (
+        config.options({"component_paths": {"vae": None}, "component_precisions": {}, "lora_path": None})
+        == config.Options()
+    )
     (tmp_path / "a.json").write_text(json.dumps(NONE))
-    (tmp_path / "a.yaml").write_text("\n".join(f"'{name}': null" for name in NONE) + "\nvae_config: {use_tiling: null}\n")
+    (tmp_path / "a.yaml").write_text(
+        "\n".join(f"'{name}': null" for name in NONE) + "\nvae_config: {use_tiling: null}\n"
+    )
     for name in ("a.json", "a.yaml"):
         assert config.parse(["--config", str(tmp_path / name)]) == config.Options()
     with pytest.raises(UserError, match=r"^hieght: no such key; did you mean 'height'"):
@@ -32,16 +48,32 @@ def test_an_empty_list_gives_nothing():
         config.options({"seed": []})
 
 
-@pytest.mark.parametrize("wrap", [numpy.int64, numpy.uint8, numpy.array, lambda n: numpy.array([n]), torch.tensor])
+@pytest.mark.parametrize(
+    "wrap", [numpy.int64, numpy.uint8, numpy.array, lambda n: numpy.array([n]), torch.tensor]
+)
 def test_integers_of_numpy_are_integers(wrap):
     sampling = config.options({"seed": wrap(3), "height": wrap(64), "guidance_scale": wrap(2)}).sampling
     assert (sampling.seed, sampling.height, sampling.guidance_scale) == ((3,), 64, 2.0)
-    assert [type(number) for number in (*sampling.seed, sampling.height, sampling.guidance_scale)] == [int, int, float]
+    assert [type(number) for number in (*sampling.seed, sampling.height, sampling.guidance_scale)] == [
+        int,
+        int,
+        float,
+    ]
 
 
 def test_other_numbers_and_truths_of_numpy():
-    made = config.options({"guidance_scale": numpy.float32(2.5), "strength": numpy.array(0.5), "save_output": numpy.bool_(False)})
-    assert (made.sampling.guidance_scale, made.sampling.strength, made.output.save_output) == (2.5, 0.5, False)
+    made = config.options(
+        {
+            "guidance_scale": numpy.float32(2.5),
+            "strength": numpy.array(0.5),
+            "save_output": numpy.bool_(False),
+        }
+    )
+    assert (made.sampling.guidance_scale, made.sampling.strength, made.output.save_output) == (
+        2.5,
+        0.5,
+        False,
+    )
     assert config.options({"seed": numpy.arange(3), "num_outputs": 3}).sampling.seed == (0, 1, 2)
     assert config.options({"seed": range(3), "num_outputs": 3}).sampling.seed == (0, 1, 2)
     assert config.options({"enable_teacache": numpy.bool_(False)}).later == ()

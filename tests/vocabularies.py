@@ -21,7 +21,14 @@ def write(folder: Path, **files: Any) -> Path:
 
 def token(content: str, special: bool = True, normalized: bool = False) -> dict[str, Any]:
     """A token as tokenizer_config.json describes it."""
-    return {"content": content, "lstrip": False, "normalized": normalized, "rstrip": False, "single_word": False, "special": special}
+    return {
+        "content": content,
+        "lstrip": False,
+        "normalized": normalized,
+        "rstrip": False,
+        "single_word": False,
+        "special": special,
+    }
 
 
 def _bytes() -> list[str]:
@@ -40,7 +47,12 @@ def clip(folder: Path, pad: str = "<|endoftext|>", **config: Any) -> Path:
     pieces += ["<|startoftext|>", "<|endoftext|>"]
     special = [(pieces.index(pad), pad, False)] if pad == "!" else []
     special += [(len(pieces) - 2, "<|startoftext|>", True), (len(pieces) - 1, "<|endoftext|>", False)]
-    named = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": pad}
+    named = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": pad,
+    }
     added = {str(index): token(content, normalized=normalized) for index, content, normalized in special}
     config = {"tokenizer_class": "CLIPTokenizer", "added_tokens_decoder": added, **named, **config}
     return write(folder, vocab={piece: i for i, piece in enumerate(pieces)}, tokenizer_config=config)
@@ -53,9 +65,21 @@ def qwen(folder: Path, old: bool = False, **config: Any) -> Path:
     """
     merges = shutil.copy(DATA / "qwen.merges.txt", folder / "merges.txt").read_text().splitlines()[1:]
     pieces = [*_bytes(), *(merge.replace(" ", "") for merge in merges)]
-    tokens = {content: len(pieces) + i for i, content in enumerate(("<|endoftext|>", *TURNS, "<think>", "</think>"))}
-    named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "additional_special_tokens": list(TURNS)}
-    config = {"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False, "bos_token": None, "unk_token": None, **config}
+    tokens = {
+        content: len(pieces) + i for i, content in enumerate(("<|endoftext|>", *TURNS, "<think>", "</think>"))
+    }
+    named = {
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "additional_special_tokens": list(TURNS),
+    }
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "add_bos_token": False,
+        "bos_token": None,
+        "unk_token": None,
+        **config,
+    }
     write(folder, vocab={piece: i for i, piece in enumerate(pieces)})
     if old:
         named |= {"eos_token": token("<|im_end|>")}
@@ -77,10 +101,22 @@ def mistral(folder: Path, framed: bool = True, **config: Any) -> Path:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    pairs = [("i", "n"), ("e", "r"), ("Ġ", "a"), ("Ġ", "t"), ("Ġt", "h"), ("Ġth", "e"), ("o", "n"), ("a", "t")]
+    pairs = [
+        ("i", "n"),
+        ("e", "r"),
+        ("Ġ", "a"),
+        ("Ġ", "t"),
+        ("Ġt", "h"),
+        ("Ġth", "e"),
+        ("o", "n"),
+        ("a", "t"),
+    ]
     pieces = [MISTRAL.get(i, f"<SPECIAL_{i}>") for i in range(20)] + _bytes() + [a + b for a, b in pairs]
     engine = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, pairs))
-    engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    engine.pre_tokenizer, engine.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     engine.add_special_tokens(pieces[:20])
     if framed:
         engine.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])

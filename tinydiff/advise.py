@@ -74,7 +74,11 @@ def main(argv: Sequence[str]) -> int:
         why, told = reason(asked, asked.vram, best(found), usual), _layouts_json(subject, found)
         rows = [HEAD, *(_cells(each, subject.decoding[0] is None) for each in found)]
     if asked.as_json:
-        print(json.dumps(_asked_json(asked, subject) | {"reason": why} | told | {"assumptions": rests}, indent=2))
+        print(
+            json.dumps(
+                _asked_json(asked, subject) | {"reason": why} | told | {"assumptions": rests}, indent=2
+            )
+        )
     else:
         print("\n".join([_asked_for(asked, subject), why, "", *_table(rows), "", *rests]))
     return 0
@@ -98,9 +102,13 @@ def _parsed(argv: Sequence[str]) -> Asked | None:
         parser.add_argument(f"--{name.replace('_', '-')}")
     given = {name: value for name, value in vars(parser.parse_args(list(argv))).items() if value is not None}
     made = config.options(
-        {name: given[name] for name in ("num_gpus", "dit_precision", *sampling) if name in given} | _size(given.get("size"))
+        {name: given[name] for name in ("num_gpus", "dit_precision", *sampling) if name in given}
+        | _size(given.get("size"))
     )
-    found = {name: _positive(name, float, given[name]) if name in given else default for name, default in numbers.items()}
+    found = {
+        name: _positive(name, float, given[name]) if name in given else default
+        for name, default in numbers.items()
+    }
     link = given.get("bandwidth", "nvlink")
     machine = Machine(
         tflops=found["tflops"],
@@ -134,7 +142,9 @@ def _link(text: str) -> float:
     except UserError as error:
         if text.replace(".", "").lstrip("-").isdigit():
             raise
-        raise UserError("bandwidth", f"bandwidth: {text!r} is not {', '.join(LINKS)} or a number{nearest(text, LINKS)}") from error
+        raise UserError(
+            "bandwidth", f"bandwidth: {text!r} is not {', '.join(LINKS)} or a number{nearest(text, LINKS)}"
+        ) from error
 
 
 # --- how it is told -----------------------------------------------------------------------------------------------------------------
@@ -148,8 +158,14 @@ def named(layout: Layout) -> str:
 
 def flags(layout: Layout) -> str:
     """The options of `generate` that ask for a layout."""
-    axes = [f"--{OPTIONS[axis].replace('_', '-')} {n}" for axis, n in zip(AXES, layout.sizes, strict=True) if n > 1]
-    return " ".join([*axes, *["--encoder-parallel fold"] * layout.encoders, *["--use-fsdp-inference"] * layout.fsdp])
+    axes = [
+        f"--{OPTIONS[axis].replace('_', '-')} {n}"
+        for axis, n in zip(AXES, layout.sizes, strict=True)
+        if n > 1
+    ]
+    return " ".join(
+        [*axes, *["--encoder-parallel fold"] * layout.encoders, *["--use-fsdp-inference"] * layout.fsdp]
+    )
 
 
 WHY = {
@@ -169,7 +185,11 @@ def best(found: Sequence[Estimate]) -> Estimate:
 
 def peak(asked: Asked, plain: Estimate, usual: Layout | None) -> str:
     """What a layout needs, whatever the GPU: a line. usual: what `generate` chooses by itself."""
-    how = f", which `tinydiff generate --num-gpus {asked.ranks}` chooses," if plain.layout == usual and asked.ranks > 1 else ""
+    how = (
+        f", which `tinydiff generate --num-gpus {asked.ranks}` chooses,"
+        if plain.layout == usual and asked.ranks > 1
+        else ""
+    )
     return f"{named(plain.layout)}{how} needs {plain.total / 1e9:.1f} GB at its peak and takes {plain.seconds:.3g} s/step"
 
 
@@ -180,7 +200,9 @@ def reason(asked: Asked, vram: float, first: Estimate, usual: Layout | None) -> 
         return f"nothing fits into {vram:g} GB; {named(first.layout)} comes nearest and lacks {first.lacks:.1f} GB; {advice}"
     if first.layout.size == 1:
         return "one GPU has room"
-    why = "; ".join(WHY[name] for name in (*AXES, "encoders", "fsdp") if int(getattr(first.layout, name)) > (name in AXES))
+    why = "; ".join(
+        WHY[name] for name in (*AXES, "encoders", "fsdp") if int(getattr(first.layout, name)) > (name in AXES)
+    )
     how = f"tinydiff generate --num-gpus {asked.ranks}"
     how = f"`{how}` chooses it" if first.layout == usual else f"`{how} {flags(first.layout)}`"
     return f"{named(first.layout)} is the fastest that fits: {why}. {how}"
@@ -188,7 +210,13 @@ def reason(asked: Asked, vram: float, first: Estimate, usual: Layout | None) -> 
 
 def _asked_for(asked: Asked, subject: Subject) -> str:
     request, work = subject.request, subject.work
-    frames = f", {request.num_frames} frames" if request.num_frames > 1 else f", {request.layers} layers" if request.layers else ""
+    frames = (
+        f", {request.num_frames} frames"
+        if request.num_frames > 1
+        else f", {request.layers} layers"
+        if request.layers
+        else ""
+    )
     runs = "two branches of guidance" if work.branches > 1 else "no guidance"
     gpus = "one GPU" if asked.ranks == 1 else f"{asked.ranks} GPUs"
     on = gpus if asked.vram is None else f"{asked.ranks} x {asked.vram:g} GB"
@@ -205,13 +233,25 @@ CARD_HEAD = ("GPU", "peak", "fits", "help", "peak with it", "fits with it", "s/s
 def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, *cells in rows:
-        yield "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))])
+        yield "  ".join(
+            [
+                name.ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)),
+            ]
+        )
 
 
 def _cells(each: Estimate, unknown: bool) -> tuple[str, ...]:
     sizes = [f"{size / 1e9:.1f} GB" for size in (each.weights, each.activations, each.decoding, each.total)]
     sizes[2] = "not known" if unknown else sizes[2]
-    return named(each.layout), *sizes, _fits(each), _sent(sum(each.sent.values())), f"{each.seconds:.3g}", f"{each.speedup:.2f}"
+    return (
+        named(each.layout),
+        *sizes,
+        _fits(each),
+        _sent(sum(each.sent.values())),
+        f"{each.seconds:.3g}",
+        f"{each.speedup:.2f}",
+    )
 
 
 def _card(plain: Estimate, helped: Estimate | None) -> tuple[str, ...]:
@@ -254,7 +294,12 @@ def _asked_json(asked: Asked, subject: Subject) -> dict[str, Any]:
     request = subject.request
     return {
         "model": subject.name,
-        "request": {"width": request.width, "height": request.height, "num_frames": request.num_frames, **asdict(subject.work)},
+        "request": {
+            "width": request.width,
+            "height": request.height,
+            "num_frames": request.num_frames,
+            **asdict(subject.work),
+        },
         "gpus": asked.ranks,
         "vram_gb": asked.vram,
         "machine": asdict(asked.machine),

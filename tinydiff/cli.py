@@ -75,7 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with printing.steady() as out:
         code = _told(list(sys.argv[1:] if argv is None else argv))
         if (reason := printing.lost(out)) and not code:
-            print(f"tinydiff: error: not all could be printed ({reason}); the work itself is done", file=sys.stderr)
+            print(
+                f"tinydiff: error: not all could be printed ({reason}); the work itself is done",
+                file=sys.stderr,
+            )
             return 1
     return code
 
@@ -119,7 +122,9 @@ def _run(argv: list[str]) -> int:
 
                 return server.serve(rest)
         case [word, *_]:
-            raise UserError("command", f"{word}: no such command{nearest(word, COMMANDS)}; `tinydiff --help` lists them")
+            raise UserError(
+                "command", f"{word}: no such command{nearest(word, COMMANDS)}; `tinydiff --help` lists them"
+            )
     return 0
 
 
@@ -131,7 +136,9 @@ def _generate(argv: list[str]) -> None:
     _admissible(options)
     launch.say(options.output.log_level)
     for name in options.ignored:
-        print(f"tinydiff: --{name.replace('_', '-')} belongs to a server and is ignored here", file=sys.stderr)
+        print(
+            f"tinydiff: --{name.replace('_', '-')} belongs to a server and is ignored here", file=sys.stderr
+        )
 
     from tinydiff import progress
 
@@ -160,7 +167,9 @@ def _admissible(options: config.Options) -> None:
         path = paths.path(options.output.perf_dump_path, "perf_dump_path")
         if (kind := paths.kind(path)) not in ("file", ""):
             what = "a folder" if kind == "directory" else "a device or a pipe"
-            raise UserError("perf_dump_path", f"perf_dump_path: {str(path)!r} is {what}; it must be a file's name")
+            raise UserError(
+                "perf_dump_path", f"perf_dump_path: {str(path)!r} is {what}; it must be a file's name"
+            )
         check_writable(path.parent, path.name, "perf_dump_path")
 
 
@@ -170,7 +179,11 @@ def _report(result: Result) -> str:
     each = len(result.paths) // len(seeds)  # layers are files of their own
     saved = [f"{path}  {seeds[i // each]}" for i, path in enumerate(result.paths)]
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items())
-    revised = [f"prompt as rewritten: {result.parameters['revised_prompt']}"] if "revised_prompt" in result.parameters else []
+    revised = (
+        [f"prompt as rewritten: {result.parameters['revised_prompt']}"]
+        if "revised_prompt" in result.parameters
+        else []
+    )
     warnings = [f"warning: {said}" for said in result.warnings]
     return "\n".join([*(saved or [f"not saved: {', '.join(seeds)}"]), *revised, *warnings, stages])
 
@@ -183,8 +196,12 @@ def _dump(path: Path, result: Result, started: datetime) -> None:
     record = {
         "timestamp": started.isoformat(),
         "total_duration_ms": 1000 * total,
-        "steps": [{"name": stage, "duration_ms": 1000 * seconds} for stage, seconds in result.seconds.items()],
-        "denoise_steps_ms": [{"step": step, "duration_ms": 1000 * seconds} for step, seconds in enumerate(result.step_seconds)],
+        "steps": [
+            {"name": stage, "duration_ms": 1000 * seconds} for stage, seconds in result.seconds.items()
+        ],
+        "denoise_steps_ms": [
+            {"step": step, "duration_ms": 1000 * seconds} for step, seconds in enumerate(result.step_seconds)
+        ],
         "meta": {"version": __version__, "parameters": dict(result.parameters)},
     }
     text = json.dumps(record, indent=2, default=str) + "\n"
@@ -203,18 +220,39 @@ def _models(argv: list[str]) -> None:
 
 
 def _table() -> list[str]:
-    rows = [("model", "size", "frames", "fps", "steps", "guidance", "shift", "solver", "pictures", "parameters")]
+    rows = [
+        ("model", "size", "frames", "fps", "steps", "guidance", "shift", "solver", "pictures", "parameters")
+    ]
     for row in registry.MODELS:
-        frames = f"{row.num_frames}" if row.clip_frames == row.num_frames else f"{row.num_frames} or {row.clip_frames}"
+        frames = (
+            f"{row.num_frames}"
+            if row.clip_frames == row.num_frames
+            else f"{row.num_frames} or {row.clip_frames}"
+        )
         guidance = f"{row.guidance:g}" if row.guidance_2 is None else f"{row.guidance:g}, {row.guidance_2:g}"
         params = f"{row.params / 1e9:.1f} B" if row.params >= 1e8 else f"{row.params / 1e6:.1f} M"
         size = f"{row.width}x{row.height}"
         shift = "its own" if row.flow_shift is None else f"{row.flow_shift:g}"
         least, most = row.images
         pictures = f"{least} to {most}" if least < most else f"{most}"
-        rows.append((row.name, size, frames, str(row.fps), str(row.steps), guidance, shift, row.solver, pictures, params))
+        rows.append(
+            (
+                row.name,
+                size,
+                frames,
+                str(row.fps),
+                str(row.steps),
+                guidance,
+                shift,
+                row.solver,
+                pictures,
+                params,
+            )
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
 
 
 def _help_of_generate() -> None:
@@ -234,16 +272,27 @@ def _help(command: str, description: str, groups: Mapping[str, type], epilogue: 
     import tyro
 
     def hint(default: str) -> str:
-        return "" if default in ("", "None") else f"(default: {default.lower() if default in ('True', 'False') else default})"
+        return (
+            ""
+            if default in ("", "None")
+            else f"(default: {default.lower() if default in ('True', 'False') else default})"
+        )
 
     def drawn(group: type) -> type:
         rows = [
-            (entry.name, Annotated[kind, tyro.conf.arg(metavar=_metavar(kind), help_behavior_hint=hint)], entry)
+            (
+                entry.name,
+                Annotated[kind, tyro.conf.arg(metavar=_metavar(kind), help_behavior_hint=hint)],
+                entry,
+            )
             for entry, kind in zip(fields(group), get_type_hints(group).values(), strict=True)
         ]
         return make_dataclass(group.__name__, rows, bases=(group,), frozen=True)
 
-    boxes = [(name, group, field(default_factory=group)) for name, group in ((name, drawn(group)) for name, group in groups.items())]
+    boxes = [
+        (name, group, field(default_factory=group))
+        for name, group in ((name, drawn(group)) for name, group in groups.items())
+    ]
     markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
     shown = make_dataclass("Options", boxes, frozen=True)
     try:

@@ -222,7 +222,10 @@ def under_torchrun() -> Place | None:
     rank, size, local_rank, local_size = (_launched(name) for name in names)
     for name, value, total in (("RANK", rank, size), ("LOCAL_RANK", local_rank, local_size)):
         if not value < total:
-            raise UserError(name, f"the environment variable {name} is {value}; of {total} processes the last is {total - 1}")
+            raise UserError(
+                name,
+                f"the environment variable {name} is {value}; of {total} processes the last is {total - 1}",
+            )
     if not 0 < _launched("MASTER_PORT") < 2**16:
         raise UserError("MASTER_PORT", "the environment variable MASTER_PORT must be between 1 and 65535")
     return Place(rank, size, local_rank, local_size)
@@ -245,7 +248,9 @@ def keys(name: str) -> tuple[str, ...]:
 def cloud_storage() -> dict[str, str]:
     """What the environment says of object storage, by SGLang's names without their first word, such as S3_BUCKET_NAME: the variable
     TINYDIFF_S3_BUCKET_NAME, else SGLANG_S3_BUCKET_NAME. What is not set, or is empty, is left out."""
-    found = {name: os.environ.get(f"TINYDIFF_{name}") or os.environ.get(f"SGLANG_{name}") for name in CLOUD_STORAGE}
+    found = {
+        name: os.environ.get(f"TINYDIFF_{name}") or os.environ.get(f"SGLANG_{name}") for name in CLOUD_STORAGE
+    }
     return {name: value for name, value in found.items() if value}
 
 
@@ -253,7 +258,11 @@ def parse(argv: Sequence[str]) -> Options:
     """The options of a command line, `--config FILE` read first and overruled by what is beside it. Raises UserError."""
     given = flags.collect(flags.tokens(argv), [*NAMES, "config"], dashes=True)
     config = given.pop("config", None)
-    entries = {} if config is None else flags.collect(config_file.entries_of(flags.one_text("config", config)), NAMES)
+    entries = (
+        {}
+        if config is None
+        else flags.collect(config_file.entries_of(flags.one_text("config", config)), NAMES)
+    )
     for name, value in given.items():
         entries[name] = entries.get(name, {}) | value if name in (*flags.MAPS, *flags.LATER_MAPS) else value
     return _checked(entries)
@@ -269,7 +278,10 @@ def seeds(sampling: SamplingOptions, prompt: int) -> tuple[int, ...]:
     count, given = sampling.num_outputs_per_prompt, sampling.seed
     if len(given) == 1:
         if given[0] + count - 1 > LAST_SEED:
-            raise UserError("seed", f"seed: {given[0]} and {count} outputs go past the last seed; give at most {LAST_SEED - count + 1}")
+            raise UserError(
+                "seed",
+                f"seed: {given[0]} and {count} outputs go past the last seed; give at most {LAST_SEED - count + 1}",
+            )
         return tuple(given[0] + k for k in range(count))
     return given if len(given) == count else given[prompt * count : (prompt + 1) * count]
 

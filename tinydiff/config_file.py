@@ -24,7 +24,10 @@ def entries_of(path: str) -> Iterator[tuple[str, Any]]:
     entries = _parsed(path, text)
     if not isinstance(entries, dict):
         kind = "nothing" if entries is None else f"a {type(entries).__name__}"
-        raise UserError("config", f"config: {shown(path)} holds {kind}; it must hold keys and values, such as `num_frames: 17`")
+        raise UserError(
+            "config",
+            f"config: {shown(path)} holds {kind}; it must hold keys and values, such as `num_frames: 17`",
+        )
     for name, value in entries.items():
         if name in ("pipeline_config", "vae_config", "dit_config") and isinstance(value, dict):
             prefix = "" if name == "pipeline_config" else f"{name}."
@@ -42,7 +45,9 @@ def _parsed(path: str, text: str) -> Any:
     except RecursionError as error:
         raise UserError("config", f"config: {shown(path)} is nested too deeply") from error
     except KeyError as error:
-        raise UserError("config", f"config: {shown(path)} has the key {shown(error.args[0])} twice") from error
+        raise UserError(
+            "config", f"config: {shown(path)} has the key {shown(error.args[0])} twice"
+        ) from error
     except (yaml.YAMLError, ValueError) as error:  # also a date or a number that cannot be
         place = getattr(error, "problem_mark", None)
         where = f" (YAML stops at line {place.line + 1})" if place else ""

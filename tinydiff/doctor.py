@@ -73,7 +73,11 @@ def _parity(options: argparse.Namespace) -> int:
         if not (options.json or options.markdown):
             print(models.as_text(group, results, every=bool(options.parity)), flush=True)
     if options.json:
-        report = {"machine": machine(), "bound": models.BOUND, "groups": [models.as_json(*each) for each in outcome]}
+        report = {
+            "machine": machine(),
+            "bound": models.BOUND,
+            "groups": [models.as_json(*each) for each in outcome],
+        }
         print(json.dumps(report, indent=2))
     if options.markdown:
         print(models.as_page(outcome, _versions()), end="")
@@ -90,7 +94,9 @@ def machine() -> dict[str, Any]:
     devices = [{"name": "cpu", "threads": torch.get_num_threads()}]
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         about = torch.cuda.get_device_properties(i)
-        devices.append({"name": f"cuda:{i}", "model": about.name, "memory_gib": round(about.total_memory / 2**30, 1)})
+        devices.append(
+            {"name": f"cuda:{i}", "model": about.name, "memory_gib": round(about.total_memory / 2**30, 1)}
+        )
     return {
         "tinydiff": __version__,
         "python": platform.python_version(),
@@ -111,26 +117,39 @@ def _kernels(device: str) -> dict[str, list[str]]:
     from tinydiff.runtime.blueprint import DTYPES
 
     place = torch.device(device)
-    return {name: [kernel for kernel in BACKENDS if serves(kernel, 128, False, dtype, place)] for name, dtype in DTYPES.items()}
+    return {
+        name: [kernel for kernel in BACKENDS if serves(kernel, 128, False, dtype, place)]
+        for name, dtype in DTYPES.items()
+    }
 
 
 def _versions() -> str:
     from tinydiff.parity.reference import LIBRARIES, versions
 
-    found = {"tinydiff": __version__} | versions(("torch", *LIBRARIES)) | {"Python": platform.python_version()}
+    found = (
+        {"tinydiff": __version__} | versions(("torch", *LIBRARIES)) | {"Python": platform.python_version()}
+    )
     return ", ".join(f"{name} {number or '(not installed)'}" for name, number in found.items())
 
 
 def _text(here: dict[str, Any]) -> str:
     lines = [f"tinydiff {here['tinydiff']}, Python {here['python']}, {here['system']}"]
-    lines.append(", ".join(f"{name} {number or '(not installed)'}" for name, number in here["packages"].items()))
+    lines.append(
+        ", ".join(f"{name} {number or '(not installed)'}" for name, number in here["packages"].items())
+    )
     lines.append(f"CUDA {here['cuda'] or '(torch was built without it)'}")
     for device in here["devices"]:
-        about = ", ".join(f"{value} {key.replace('_gib', ' GiB')}" for key, value in device.items() if key != "name")
+        about = ", ".join(
+            f"{value} {key.replace('_gib', ' GiB')}" for key, value in device.items() if key != "name"
+        )
         lines.append(f"{device['name']}: {about}")
         for dtype, kernels in here["attention"][device["name"]].items():
             lines.append(f"  attention in {dtype}: {', '.join(kernels)}")
-    found = "found: --enable-torch-compile works" if here["compiler"] else "none found, which --enable-torch-compile needs (install g++)"
+    found = (
+        "found: --enable-torch-compile works"
+        if here["compiler"]
+        else "none found, which --enable-torch-compile needs (install g++)"
+    )
     return "\n".join([*lines, f"C++ compiler: {found}"])
 
 

@@ -128,13 +128,22 @@ def _number(kind: type, given: Any, least: float, most: float) -> Any:
     if kind is int:
         least, most = (1 if least == -math.inf else least), (MOST if most == math.inf else most)
     number = isinstance(given, int | float) and not isinstance(given, bool) and -math.inf < given < math.inf
-    if not number or (kind is int and given != int(given)) or not least <= given <= most or abs(given) > LARGEST:
+    if (
+        not number
+        or (kind is int and given != int(given))
+        or not least <= given <= most
+        or abs(given) > LARGEST
+    ):
         raise ValueError(_allowed(kind, least, most))
     return kind(given)
 
 
 def _allowed(kind: Any, least: float, most: float) -> str:
-    bounds = [f"{word} {limit:g}" for word, limit in (("at least", least), ("at most", most)) if math.isfinite(limit)]
+    bounds = [
+        f"{word} {limit:g}"
+        for word, limit in (("at least", least), ("at most", most))
+        if math.isfinite(limit)
+    ]
     return " ".join([SHOWN.get(kind, "a value"), " and ".join(bounds)]).strip()
 
 

@@ -137,7 +137,9 @@ def tokens(argv: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """
     if argv and not argv[0].startswith("--"):
         word = shown(argv[0])
-        raise UserError("prompt", f"prompt: unexpected {word}; every value follows its flag, as in --prompt {word}")
+        raise UserError(
+            "prompt", f"prompt: unexpected {word}; every value follows its flag, as in --prompt {word}"
+        )
     starts = [i for i, word in enumerate(argv) if word.startswith("--")]
     for start, stop in zip(starts, [*starts[1:], len(argv)], strict=False):
         name, equals, value = argv[start][2:].partition("=")
@@ -145,7 +147,12 @@ def tokens(argv: Sequence[str]) -> Iterator[tuple[str, Any]]:
         yield name, values or True
 
 
-def collect(pairs: Iterable[tuple[str, Any]], known: Iterable[str], dashes: bool = False, several: Collection[str] = ()) -> dict[str, Any]:
+def collect(
+    pairs: Iterable[tuple[str, Any]],
+    known: Iterable[str],
+    dashes: bool = False,
+    several: Collection[str] = (),
+) -> dict[str, Any]:
     """Bring one source's (name, value) pairs to tinydiff's names: aliases, shorthands and per-component forms are resolved. What
     is None is not given.
 
@@ -180,7 +187,11 @@ def collect(pairs: Iterable[tuple[str, Any]], known: Iterable[str], dashes: bool
 
 def _exists(given: str, known: Collection[str]) -> bool:
     """Whether `given` is a spelling of some option."""
-    return any(given in names for names in (known, SPELLINGS, SERVER, _OFF)) or _is_map(given) or _component(given) is not None
+    return (
+        any(given in names for names in (known, SPELLINGS, SERVER, _OFF))
+        or _is_map(given)
+        or _component(given) is not None
+    )
 
 
 def _is_map(given: str) -> bool:
@@ -189,7 +200,14 @@ def _is_map(given: str) -> bool:
 
 def _component(given: str) -> str | None:
     """The component of `vae_path` and its like."""
-    return next((c for c in COMPONENTS if given.startswith(c + "_") and given.removeprefix(c + "_") in _PER_COMPONENT), None)
+    return next(
+        (
+            c
+            for c in COMPONENTS
+            if given.startswith(c + "_") and given.removeprefix(c + "_") in _PER_COMPONENT
+        ),
+        None,
+    )
 
 
 def _meanings(given: str, value: Any, known: Collection[str]) -> Iterator[tuple[str, str | None, Any]]:
@@ -261,7 +279,9 @@ def one_text(name: str, value: Any) -> str:
     """The text of an option that takes one. Raises UserError for none and for several."""
     words = _listed(value)
     if len(words) != 1 or not isinstance(words[0], str):
-        raise UserError(name, f"{name}: takes one text and was given {'none' if value is True else shown(words)}")
+        raise UserError(
+            name, f"{name}: takes one text and was given {'none' if value is True else shown(words)}"
+        )
     return words[0]
 
 
@@ -291,5 +311,7 @@ def _pairs(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     for pair in text.split(","):
         key, equals, inner = (part.strip() for part in pair.partition("="))
         if not (key and equals and inner):
-            raise UserError(name, f"{name}: {shown(text)} must be pairs such as transformer=sdpa,text_encoder=math")
+            raise UserError(
+                name, f"{name}: {shown(text)} must be pairs such as transformer=sdpa,text_encoder=math"
+            )
         yield key, inner

@@ -62,8 +62,15 @@ def ascii_url(url: str) -> str:
         raise ValueError("it names no host")
     host = host if host.isascii() else host.encode("idna").decode()
     login, at, _ = parts.netloc.rpartition("@")
-    netloc = quote(login, safe=AS_IT_IS) + at + (f"[{host}]" if ":" in host else host) + ("" if port is None else f":{port}")
-    return urlunsplit((parts.scheme, netloc, quote(parts.path, safe=AS_IT_IS), quote(parts.query, safe=AS_IT_IS), ""))
+    netloc = (
+        quote(login, safe=AS_IT_IS)
+        + at
+        + (f"[{host}]" if ":" in host else host)
+        + ("" if port is None else f":{port}")
+    )
+    return urlunsplit(
+        (parts.scheme, netloc, quote(parts.path, safe=AS_IT_IS), quote(parts.query, safe=AS_IT_IS), "")
+    )
 
 
 def read_text(given: str | Path, field: str) -> str:

@@ -33,7 +33,13 @@ class Bar:
         if self._bar is None:
             row = "{desc} {bar:24} {n_fmt}/{total_fmt} steps, {rate_inv_fmt}, {remaining} left"
             self._bar = self._tqdm(
-                total=total, desc=f"{self._stage:>8}", unit="step", file=self._stream, leave=False, smoothing=0, bar_format=row
+                total=total,
+                desc=f"{self._stage:>8}",
+                unit="step",
+                file=self._stream,
+                leave=False,
+                smoothing=0,
+                bar_format=row,
             )
             self._bar.start_t -= time.perf_counter() - self._began  # the first step is already made
         self._bar.update(done - self._bar.n)

@@ -24,7 +24,9 @@ class UserError(ValueError):
     """A mistake of the user: one sentence that names the field, the value and what is allowed. `field` is the option's name."""
 
     def __init__(self, field: str, message: str) -> None:
-        super().__init__(field[:LONGEST], _one_line(message))  # pickling and copying call the class with these again
+        super().__init__(
+            field[:LONGEST], _one_line(message)
+        )  # pickling and copying call the class with these again
         self.field = field[:LONGEST]
 
     def __str__(self) -> str:
@@ -48,7 +50,9 @@ def shown(value: Any) -> str:
         return f"an integer of more than {LONGEST} digits"
     try:
         text = _brief.repr(value)
-    except ValueError:  # Python does not write integers of more than 4,300 digits, these stand inside a list or a mapping
+    except (
+        ValueError
+    ):  # Python does not write integers of more than 4,300 digits, these stand inside a list or a mapping
         return f"a {type(value).__name__} with an integer of more than {LONGEST} digits"
     return text if len(text) <= LONGEST + 2 else f"{text[:LONGEST]}…"
 

@@ -19,7 +19,13 @@ from tinydiff.records import UserError, nearest, shown
 Precision = Literal["fp32", "fp16", "bf16"]
 Attention = Literal["sdpa", "flash", "cudnn", "efficient", "math"]
 
-SAME_ATTENTION = {"torch_sdpa": "sdpa", "native": "sdpa", "fa": "flash", "fa2": "flash", "torch_cudnn_sdpa": "cudnn"}
+SAME_ATTENTION = {
+    "torch_sdpa": "sdpa",
+    "native": "sdpa",
+    "fa": "flash",
+    "fa2": "flash",
+    "torch_cudnn_sdpa": "cudnn",
+}
 """SGLang's names of the kernels that torch has."""
 
 LATER_ATTENTION = (
@@ -42,7 +48,9 @@ MOST_DIGITS = 400
 Record = TypeVar("Record")
 
 
-def within(default: Any = None, least: float = -math.inf, most: float = math.inf, above: float = -math.inf) -> Any:
+def within(
+    default: Any = None, least: float = -math.inf, most: float = math.inf, above: float = -math.inf
+) -> Any:
     """A field whose numbers lie in [least, most] and above `above`."""
     return field(default=default, metadata={"least": least, "most": most, "above": above})
 
@@ -84,7 +92,9 @@ def read(name: str, kind: Any, value: Any) -> Any:
     if isinstance(value, list | tuple):
         if len(value) != 1:
             words = " ".join(map(shown, value[:20])) or "none"
-            raise UserError(name, f"{name}: takes one value and was given {words}; a text with spaces needs quotes")
+            raise UserError(
+                name, f"{name}: takes one value and was given {words}; a text with spaces needs quotes"
+            )
         value = of_python(value[0])
     if value is True and kind is not bool:
         raise UserError(name, f"{name}: takes {_allowed(kind)} and was given no value")
@@ -104,9 +114,15 @@ def _several(name: str, kind: Any, value: Any) -> tuple[Any, ...]:
     """The values of an option that takes any number of them; numbers of a text stand between commas or spaces."""
     words = list(value) if isinstance(value, list | tuple) else [value]
     if kind is not str:
-        if len(words) > MOST_VALUES or any(isinstance(word, str) and len(word) > MOST_VALUES * 20 for word in words):
+        if len(words) > MOST_VALUES or any(
+            isinstance(word, str) and len(word) > MOST_VALUES * 20 for word in words
+        ):
             raise UserError(name, f"{name}: takes at most {MOST_VALUES} values and was given more")
-        words = [part for word in words for part in (word.replace(",", " ").split() if isinstance(word, str) else [word])]
+        words = [
+            part
+            for word in words
+            for part in (word.replace(",", " ").split() if isinstance(word, str) else [word])
+        ]
     if not words or words[0] is True:
         raise UserError(name, f"{name}: takes one value or more and was given none")
     return tuple(read(name, kind, word) for word in words)
@@ -146,13 +162,17 @@ def _encodable(name: str, text: str) -> str:
     try:
         text.encode("utf-8", "surrogateescape" if _NAMES_FILE.fullmatch(name) else "strict")
     except UnicodeEncodeError:
-        raise UserError(name, f"{name}: {shown(text)} holds bytes that are not UTF-8, or half a character") from None
+        raise UserError(
+            name, f"{name}: {shown(text)} holds bytes that are not UTF-8, or half a character"
+        ) from None
     return text
 
 
 _FORMS = {
     int: re.compile(r"\s*[+-]?[0-9]+\s*"),
-    float: re.compile(r"\s*[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|inf|infinity|nan)\s*", re.IGNORECASE),
+    float: re.compile(
+        r"\s*[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|inf|infinity|nan)\s*", re.IGNORECASE
+    ),
 }
 """How numbers are written. Python would also read 1_0 as ten, and the digits of every script."""
 
@@ -180,7 +200,9 @@ def _choice(name: str, choices: Sequence[str], value: Any) -> str:
     if text in LATER_CHOICES.get(name, ()):
         raise UserError(name, f"{name}: {text!r} does not exist yet; choose one of {', '.join(choices)}")
     if text not in choices:
-        raise UserError(name, f"{name}: {shown(text)} is not one of {', '.join(choices)}{nearest(text, choices)}")
+        raise UserError(
+            name, f"{name}: {shown(text)} is not one of {', '.join(choices)}{nearest(text, choices)}"
+        )
     return text
 
 
@@ -193,8 +215,13 @@ def _in_range(name: str, value: Any, limits: Mapping[str, float]) -> None:
         return
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(name, f"{name}: {value} is not a finite number")
-    least, most, above = (limits.get(key, bound) for key, bound in (("least", -math.inf), ("most", math.inf), ("above", -math.inf)))
+    least, most, above = (
+        limits.get(key, bound)
+        for key, bound in (("least", -math.inf), ("most", math.inf), ("above", -math.inf))
+    )
     if least <= value <= most and value > above:
         return
     low = f"at least {least}" if least > -math.inf else f"above {above}"
-    raise UserError(name, f"{name}: {shown(value)} must be {low}{f' and at most {most}' if most < math.inf else ''}")
+    raise UserError(
+        name, f"{name}: {shown(value)} must be {low}{f' and at most {most}' if most < math.inf else ''}"
+    )

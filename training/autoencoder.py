@@ -26,7 +26,12 @@ from training import model
 from training.scenes import render, scenes
 
 C = model.AUTOENCODER
-FLAT = ("encoder.conv_in.", "encoder.down_blocks.0.", f"decoder.up_blocks.{len(C.dim_mult) - 1}.", "decoder.conv_out.")
+FLAT = (
+    "encoder.conv_in.",
+    "encoder.down_blocks.0.",
+    f"decoder.up_blocks.{len(C.dim_mult) - 1}.",
+    "decoder.conv_out.",
+)
 """Layers at the finest resolution never look at earlier frames: their kernels keep one temporal slice until they are exported."""
 STAGES = ("pictures", "clips", "polish")
 Params = dict[str, Tensor]
@@ -52,7 +57,9 @@ def initial(seed: int) -> Params:
             shape[2] = 1
         if row.name.endswith("gamma"):
             params[row.name] = torch.ones(shape)
-        elif len(shape) == 1 or row.name.endswith(("conv2.weight", "attentions.0.proj.weight", "resample.1.weight")):
+        elif len(shape) == 1 or row.name.endswith(
+            ("conv2.weight", "attentions.0.proj.weight", "resample.1.weight")
+        ):
             params[row.name] = torch.zeros(shape)
         else:
             params[row.name] = torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
@@ -65,14 +72,20 @@ def with_past(params: Params, flat: tuple[str, ...] = FLAT) -> Params:
     for row in wan_vae.spec(C):
         kernel = params[row.name]
         missing = 0 if kernel.ndim < 5 or row.name.startswith(flat) else row.shape[2] - kernel.shape[2]
-        grown[row.name] = torch.cat([kernel.new_zeros(*kernel.shape[:2], missing, *kernel.shape[3:]), kernel], 2) if missing else kernel
+        grown[row.name] = (
+            torch.cat([kernel.new_zeros(*kernel.shape[:2], missing, *kernel.shape[3:]), kernel], 2)
+            if missing
+            else kernel
+        )
     return grown
 
 
 def fast(params: Params, dtype: torch.dtype = torch.bfloat16) -> Params:
     """The weights as the convolutions are quickest with: channels innermost, in bfloat16 where the processor computes in it."""
     layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return {n: t.to(dtype, memory_format=layouts.get(t.ndim, torch.preserve_format)) for n, t in params.items()}
+    return {
+        n: t.to(dtype, memory_format=layouts.get(t.ndim, torch.preserve_format)) for n, t in params.items()
+    }
 
 
 def losses(params: Params, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +108,12 @@ def around_edges(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
     jitter = torch.randint(-side // 3, side // 3 + 1, (2, len(pick)), generator=generator)
     top = (pick // (x.shape[-1] - 1) - side // 2 + jitter[0]).clamp(0, limit)
     left = (pick % (x.shape[-1] - 1) - side // 2 + jitter[1]).clamp(0, limit)
-    return torch.stack([clip[..., i : i + side, j : j + side] for clip, i, j in zip(x, top.tolist(), left.tolist(), strict=True)])
+    return torch.stack(
+        [
+            clip[..., i : i + side, j : j + side]
+            for clip, i, j in zip(x, top.tolist(), left.tolist(), strict=True)
+        ]
+    )
 
 
 def _batches(seed: int, stage: str, whole: bool, ranks: int) -> list[Tensor]:
@@ -130,7 +148,9 @@ def average_gradients(leaves: list[Tensor], ranks: int) -> None:
         leaf.grad = part.view_as(leaf)
 
 
-def train(stage: str, run: Path, steps: int, seed: int = 1, log: Callable[[str], None] = print, device: str = "cpu") -> None:
+def train(
+    stage: str, run: Path, steps: int, seed: int = 1, log: Callable[[str], None] = print, device: str = "cpu"
+) -> None:
     """Train one of `STAGES` for `steps` in all and write `run/<stage>.pt`; resumes from that file when it is there.
 
     Where torch.distributed runs, the ranks share each batch and rank 0 writes.
@@ -144,9 +164,18 @@ def train(stage: str, run: Path, steps: int, seed: int = 1, log: Callable[[str],
         params = initial(seed) if stage == "pictures" else torch.load(run / f"{before}.pt")["average"]
         params = with_past(params) if stage == "clips" else params
         params = {name: tensor.to(device) for name, tensor in params.items()}
-        state = {"step": 0, "params": params, "average": {n: t.clone() for n, t in params.items()}, "optimiser": None}
+        state = {
+            "step": 0,
+            "params": params,
+            "average": {n: t.clone() for n, t in params.items()},
+            "optimiser": None,
+        }
     params, average = state["params"], state["average"]
-    masks = {name: mask.to(device) for name, tensor in params.items() if (mask := _trained(stage, name, tensor)) is not None}
+    masks = {
+        name: mask.to(device)
+        for name, tensor in params.items()
+        if (mask := _trained(stage, name, tensor)) is not None
+    }
     leaves = [params[name].requires_grad_() for name in masks]
     rate = 2e-3 if stage == "pictures" else 1e-3
     optimiser = torch.optim.AdamW(leaves, rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -176,7 +205,9 @@ def train(stage: str, run: Path, steps: int, seed: int = 1, log: Callable[[str],
             shown = time.monotonic()
             recent = torch.tensor(history[-50:]).mean(0)
             pace = (step + 1 - state["step"]) / (shown - started)
-            log(f"{stage} step {step + 1}/{steps} error {recent[0]:.4f} divergence {recent[1]:.2f} {pace:.2f} steps/s")
+            log(
+                f"{stage} step {step + 1}/{steps} error {recent[0]:.4f} divergence {recent[1]:.2f} {pace:.2f} steps/s"
+            )
         if rank == 0 and ((step + 1) % 200 == 0 or step + 1 == steps):
             saved = {"step": step + 1, "average": average, "optimiser": optimiser.state_dict()}
             keep(path, saved | {"params": {n: t.detach() for n, t in params.items()}})

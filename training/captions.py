@@ -30,17 +30,44 @@ BRIEF_PLACE_WORDS = {
     "bottom": ("bottom",),
     "centre": ("centre", "center", "middle"),
 }
-BACKGROUND_WORDS = ("on {a} background", "on {a} background", "on {}", "against {a} background", "with {a} background")
-RELATION_WORDS = {"left of": ("to the left of", "left of", "on the left of"), "above": ("above", "above", "over", "on top of")}
+BACKGROUND_WORDS = (
+    "on {a} background",
+    "on {a} background",
+    "on {}",
+    "against {a} background",
+    "with {a} background",
+)
+RELATION_WORDS = {
+    "left of": ("to the left of", "left of", "on the left of"),
+    "above": ("above", "above", "over", "on top of"),
+}
 MOTION_WORDS = {
-    "left": ("moving left", "moving to the left", "going left", "moves left", "moves to the left", "sliding left"),
-    "right": ("moving right", "moving to the right", "going right", "moves right", "moves to the right", "sliding right"),
+    "left": (
+        "moving left",
+        "moving to the left",
+        "going left",
+        "moves left",
+        "moves to the left",
+        "sliding left",
+    ),
+    "right": (
+        "moving right",
+        "moving to the right",
+        "going right",
+        "moves right",
+        "moves to the right",
+        "sliding right",
+    ),
     "up": ("moving up", "moving upwards", "going up", "moves up", "rising"),
     "down": ("moving down", "moving downwards", "going down", "moves down", "falling"),
     "grow": ("growing", "grows", "getting bigger", "getting larger", "expanding"),
     "shrink": ("shrinking", "shrinks", "getting smaller"),
 }
-OPENINGS = {"picture": ("a picture of", "an image of"), "pair": ("a picture of", "an image of"), "clip": ("a video of", "a clip of")}
+OPENINGS = {
+    "picture": ("a picture of", "an image of"),
+    "pair": ("a picture of", "an image of"),
+    "clip": ("a video of", "a clip of"),
+}
 
 # How often a sentence names each attribute that its scene has.
 NAMED = {
@@ -114,7 +141,9 @@ def _list(named: dict[str, str], rng: Random) -> str:
     """A noun without an article and items in any order: "red circle, top, white background"."""
     items = []
     if "place" in named:
-        items.append(rng.choice((BRIEF_PLACE_WORDS if "motion" not in named else PLACE_WORDS)[named["place"]]))
+        items.append(
+            rng.choice((BRIEF_PLACE_WORDS if "motion" not in named else PLACE_WORDS)[named["place"]])
+        )
     if "background" in named:
         items.append(f"{named['background']} background")
     if "motion" in named:
@@ -123,7 +152,9 @@ def _list(named: dict[str, str], rng: Random) -> str:
     return ", ".join([_noun(named, rng, article=False), *items])
 
 
-def _noun(named: dict[str, str], rng: Random, which: str = "", article: bool = True, plain: bool = False) -> str:
+def _noun(
+    named: dict[str, str], rng: Random, which: str = "", article: bool = True, plain: bool = False
+) -> str:
     """As much of "a small red circle" as is named; `which` is "2" for the second shape of a pair."""
     words = []
     if "size" in named and not which:
@@ -131,7 +162,9 @@ def _noun(named: dict[str, str], rng: Random, which: str = "", article: bool = T
     if (colour := named.get("colour" + which)) is not None:
         words.append(colour)
     shape = named.get("shape" + which)
-    words.append("shape" if shape is None else SHAPE_WORDS[shape][0] if plain else rng.choice(SHAPE_WORDS[shape]))
+    words.append(
+        "shape" if shape is None else SHAPE_WORDS[shape][0] if plain else rng.choice(SHAPE_WORDS[shape])
+    )
     if article:
         words[0] = _with_article(words[0])
     return " ".join(words)

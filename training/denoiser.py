@@ -73,7 +73,9 @@ def initial(seed: int, vocabulary: int) -> tuple[Params, t5.Config]:
             elif len(shape) == 1 or name.endswith(("to_out.0.weight", "ffn.net.2.weight", "proj_out.weight")):
                 value = torch.zeros(shape)
             else:
-                scale = {"shared.weight": 1.0, "condition_embedder.time_proj.weight": 0.1 / C.width**0.5}.get(name)
+                scale = {"shared.weight": 1.0, "condition_embedder.time_proj.weight": 0.1 / C.width**0.5}.get(
+                    name
+                )
                 if name.endswith("SelfAttention.q.weight"):
                     scale = (shape[1] * text.d_kv) ** -0.5  # T5 does not scale its attention
                 value = torch.randn(shape, generator=generator) * (scale or 1 / math.prod(shape[1:]) ** 0.5)
@@ -94,7 +96,13 @@ def tokens(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def loss(
-    params: Params, text: t5.Config, ids: Tensor, mask: Tensor, made: list[Scene], latents: Tensor, generator: torch.Generator
+    params: Params,
+    text: t5.Config,
+    ids: Tensor,
+    mask: Tensor,
+    made: list[Scene],
+    latents: Tensor,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """(mean squared error of the predicted velocity, the probes' loss or 0 without probes), over normalised latents [B, Z, F, H, W]."""
     w = Weights(params)
@@ -119,7 +127,9 @@ def loss(
         return error, error.new_zeros(())
     states = [x for x in evaluation.blocks.values() if isinstance(x, Tensor)]
     lost = _place_lost(params["probe.weight"], states[PLACED - 1], inputs["positions"][:, 1:])
-    return error, lost + _shape_lost(params["outline.weight"], states[SHAPED - 1], *nearest(made, inputs["positions"]))
+    return error, lost + _shape_lost(
+        params["outline.weight"], states[SHAPED - 1], *nearest(made, inputs["positions"])
+    )
 
 
 def _place_lost(probe: Tensor, hidden_BLD: Tensor, places_L2: Tensor) -> Tensor:
@@ -132,7 +142,9 @@ def _place_lost(probe: Tensor, hidden_BLD: Tensor, places_L2: Tensor) -> Tensor:
 def _shape_lost(probe: Tensor, hidden_BLD: Tensor, shape_BL: Tensor, outline_BL3: Tensor) -> Tensor:
     """How badly a linear probe [5 + 3, D] reads `nearest`: a cross-entropy and an absolute error, smooth at 0."""
     shape, outline = _read(probe, hidden_BLD).split((len(SHAPES), 3), -1)
-    return F.cross_entropy(shape.flatten(0, 1), shape_BL.flatten()) + F.smooth_l1_loss(outline, outline_BL3, beta=0.1)
+    return F.cross_entropy(shape.flatten(0, 1), shape_BL.flatten()) + F.smooth_l1_loss(
+        outline, outline_BL3, beta=0.1
+    )
 
 
 def _read(probe: Tensor, hidden_BLD: Tensor) -> Tensor:
@@ -145,12 +157,18 @@ def nearest(made: list[Scene], positions_L3: Tensor) -> tuple[Tensor, Tensor]:
     second = [(scene.start2 or (1e6, 1e6, 0.0),) * 2 for scene in made]
     start, end = torch.tensor([first, second], device=positions_L3.device).unbind(2)  # [2, B, 3]
     frame, row, column = positions_L3.unbind(-1)
-    time = (4 * frame - 1.5).clamp(min=0) / (FRAMES - 1)  # a latent frame is four of the clip, the first is one
-    at = torch.where(time[:, None] > 0, torch.lerp(start[:, :, None], end[:, :, None], time[:, None]), start[:, :, None])
+    time = (4 * frame - 1.5).clamp(min=0) / (
+        FRAMES - 1
+    )  # a latent frame is four of the clip, the first is one
+    at = torch.where(
+        time[:, None] > 0, torch.lerp(start[:, :, None], end[:, :, None], time[:, None]), start[:, :, None]
+    )
     token = torch.stack([16 * column + 8, 16 * row + 8, 0 * row], -1)
     outline = (at - token) / 16  # [2, B, L, 3]
     which = outline[..., :2].norm(dim=-1).argmin(0)  # [B, L]
-    kinds = torch.tensor([[SHAPES.index(name) for name in (s.shape, s.shape2 or s.shape)] for s in made], device=which.device)
+    kinds = torch.tensor(
+        [[SHAPES.index(name) for name in (s.shape, s.shape2 or s.shape)] for s in made], device=which.device
+    )
     return kinds.gather(1, which), torch.where(which[..., None] == 0, *outline)
 
 
@@ -158,10 +176,14 @@ def finished(folder: Path) -> Params:
     """The weights of a model folder, named as `initial` names them, without probes."""
     config = json.loads((folder / "text_encoder" / "config.json").read_text())
     parts = {
-        "text": load_weights(folder / "text_encoder", t5.spec(model.text_encoder(config["vocab_size"])), torch.float32),
+        "text": load_weights(
+            folder / "text_encoder", t5.spec(model.text_encoder(config["vocab_size"])), torch.float32
+        ),
         "denoiser": load_weights(folder / "transformer", wan.spec(C), torch.float32),
     }
-    return {f"{prefix}.{name}": tensor.clone() for prefix, part in parts.items() for name, tensor in part.items()}
+    return {
+        f"{prefix}.{name}": tensor.clone() for prefix, part in parts.items() for name, tensor in part.items()
+    }
 
 
 def normalisation(folder: Path) -> tuple[Tensor, Tensor]:
@@ -187,7 +209,11 @@ class Share:
     weight: float = 1.0
 
 
-MIX: dict[Kind, Share] = {"picture": Share(14, 500, 2), "pair": Share(6, 300, 1), "clip": Share(14, 50, 1, 2.0)}
+MIX: dict[Kind, Share] = {
+    "picture": Share(14, 500, 2),
+    "pair": Share(6, 300, 1),
+    "clip": Share(14, 50, 1, 2.0),
+}
 
 
 @dataclass(frozen=True)
@@ -246,9 +272,14 @@ def train(
     begin = start(words)
     code = coder(begin.coder, device)
     state = torch.load(path, device) if path.exists() else {"step": 0, "minutes": 0.0, "params": begin.params}
-    counts: dict[Kind, int] = {kind: share.first + share.growth * state["step"] for kind, share in mix.items()}
+    counts: dict[Kind, int] = {
+        kind: share.first + share.growth * state["step"] for kind, share in mix.items()
+    }
     pools = {kind: grown(_kept(run, kind, seed), kind, count, seed, code) for kind, count in counts.items()}
-    mean, std = (values.cpu() for values in state.get("statistics") or begin.normal or statistics(pools["picture"].latents))
+    mean, std = (
+        values.cpu()
+        for values in state.get("statistics") or begin.normal or statistics(pools["picture"].latents)
+    )
     params = {name: tensor.to(device) for name, tensor in state["params"].items()}
     average = state.get("average") or {name: tensor.clone() for name, tensor in params.items()}
     leaves = [tensor.requires_grad_() for tensor in params.values()]
@@ -265,20 +296,31 @@ def train(
     def save() -> None:
         for kind, pool in pools.items():
             autoencoder.keep(run / f"pool-{kind}.pt", pool.latents)
-        saved = {"step": step, "minutes": state["minutes"] + spent(), "average": average, "statistics": (mean, std)}
+        saved = {
+            "step": step,
+            "minutes": state["minutes"] + spent(),
+            "average": average,
+            "statistics": (mean, std),
+        }
         kept = {"params": {n: t.detach() for n, t in params.items()}, "optimiser": optimiser.state_dict()}
         autoencoder.keep(path, saved | kept)
 
     while (done := length.done(step, state["minutes"] + spent())) < 1 and spent() < length.piece:
         for group in optimiser.param_groups:
             group["lr"] = RATE * pace(step, done)
-        generator, rng = torch.Generator().manual_seed((seed + rank) * 1_000_003 + step), Random(f"{seed} {step} {rank}")
+        generator, rng = (
+            torch.Generator().manual_seed((seed + rank) * 1_000_003 + step),
+            Random(f"{seed} {step} {rank}"),
+        )
         for kind, share in mix.items():
             pools[kind] = pool = grown(pools[kind], kind, share.first + share.growth * step, seed, code)
             picks = torch.randint(len(pool.scenes), (share.batch // ranks,), generator=generator)
             made = [pool.scenes[i] for i in picks.tolist()]
             normal = (pool.latents[picks].float() - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
-            ids, mask = (rows.to(device) for rows in tokens(words, ["" if rng.random() < EMPTY else caption(s, rng) for s in made]))
+            ids, mask = (
+                rows.to(device)
+                for rows in tokens(words, ["" if rng.random() < EMPTY else caption(s, rng) for s in made])
+            )
             error, lost = loss(params, text, ids, mask, made, normal.to(device), generator)
             (share.weight * error + PROBE * lost).backward()
             history[kind].append(error.item())

@@ -23,7 +23,12 @@ COUNTS: dict[Kind, int] = {"picture": 200, "pair": 60, "clip": 60}
 
 
 def evaluate(
-    folder: Path, sheet: Path, counts: dict[Kind, int] = COUNTS, seed: int = 7, log: Callable[[str], None] = print, **fields: Any
+    folder: Path,
+    sheet: Path,
+    counts: dict[Kind, int] = COUNTS,
+    seed: int = 7,
+    log: Callable[[str], None] = print,
+    **fields: Any,
 ) -> dict[Kind, dict[str, Any]]:
     """Figures of the model in `folder`, and a contact sheet of the first of each kind as the picture `sheet`.
 
@@ -38,7 +43,9 @@ def evaluate(
         started = time.monotonic()
         for i, scene in enumerate(scenes(seed, kind, count, held_out=True)):
             text, named = prompt(scene, Random(f"{seed} {kind} {i}"))
-            frames = tinydiff.generate(model, text, seed=i, num_frames=17 if kind == "clip" else 1, **fields).frames[0]
+            frames = tinydiff.generate(
+                model, text, seed=i, num_frames=17 if kind == "clip" else 1, **fields
+            ).frames[0]
             missed = [name for name, right in judge(named, frames).items() if not right]
             wrong.update(missed)
             if missed:
@@ -49,9 +56,16 @@ def evaluate(
                 texts.append(text)
         share = round(1 - len(failures) / count, 4)
         seconds = round((time.monotonic() - started) / count, 3)
-        figures[kind] = {"count": count, "right": count - len(failures), "share": share, "wrong": dict(wrong.most_common())}
+        figures[kind] = {
+            "count": count,
+            "right": count - len(failures),
+            "share": share,
+            "wrong": dict(wrong.most_common()),
+        }
         figures[kind] |= {"seconds": seconds, "failures": failures}
-        log(f"{kind}: {count - len(failures)} of {count} right ({share:.1%}), wrong {dict(wrong)}, {seconds} s each")
+        log(
+            f"{kind}: {count - len(failures)} of {count} right ({share:.1%}), wrong {dict(wrong)}, {seconds} s each"
+        )
     (folder / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
     sheet.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(shown, texts, 6).save(sheet)

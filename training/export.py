@@ -55,7 +55,9 @@ def _json(path: Path, entries: dict[str, Any]) -> None:
     path.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
 
 
-def _component(folder: Path, file: str, config: dict[str, Any], rows: Iterable[Row], weights: dict[str, Tensor]) -> None:
+def _component(
+    folder: Path, file: str, config: dict[str, Any], rows: Iterable[Row], weights: dict[str, Tensor]
+) -> None:
     _json(folder / "config.json", config)
     chosen = {row.name: weights[row.name].detach().reshape(row.shape).half().contiguous() for row in rows}
     save_weights(folder / file, chosen)
@@ -64,7 +66,10 @@ def _component(folder: Path, file: str, config: dict[str, Any], rows: Iterable[R
 def _autoencoder(mean: Tensor, std: Tensor) -> dict[str, Any]:
     entries = asdict(model.AUTOENCODER)
     del entries["clip_output"]  # not a field of the reference
-    return entries | {name: [round(x, 5) for x in values.tolist()] for name, values in (("latents_mean", mean), ("latents_std", std))}
+    return entries | {
+        name: [round(x, 5) for x in values.tolist()]
+        for name, values in (("latents_mean", mean), ("latents_std", std))
+    }
 
 
 def export(run: Path, folder: Path, origin: Path | None = None) -> int:
@@ -77,12 +82,18 @@ def export(run: Path, folder: Path, origin: Path | None = None) -> int:
     text = model.text_encoder(len(average["text.shared.weight"]))
 
     def part(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): tensor for name, tensor in average.items() if name.startswith(prefix)}
+        return {
+            name.removeprefix(prefix): tensor for name, tensor in average.items() if name.startswith(prefix)
+        }
 
     _component(
         folder / "transformer",
         "diffusion_pytorch_model.safetensors",
-        {"_class_name": "WanTransformer3DModel", "_diffusers_version": DIFFUSERS, **asdict(model.TRANSFORMER)},
+        {
+            "_class_name": "WanTransformer3DModel",
+            "_diffusers_version": DIFFUSERS,
+            **asdict(model.TRANSFORMER),
+        },
         wan.spec(model.TRANSFORMER),
         part("denoiser."),
     )
@@ -92,7 +103,13 @@ def export(run: Path, folder: Path, origin: Path | None = None) -> int:
         {
             "architectures": ["UMT5EncoderModel"],
             "transformers_version": TRANSFORMERS,
-            **{"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0},
+            **{
+                "pad_token_id": 0,
+                "eos_token_id": 1,
+                "decoder_start_token_id": 0,
+                "feed_forward_proj": "gated-gelu",
+                "dropout_rate": 0.0,
+            },
             **{"num_decoder_layers": text.num_layers, "is_encoder_decoder": True, "use_cache": False},
             **asdict(text),
         },
@@ -111,7 +128,9 @@ def export(run: Path, folder: Path, origin: Path | None = None) -> int:
 
 def _own(run: Path, folder: Path, mean: Tensor, std: Tensor) -> None:
     """The autoencoder of `run`, and the tokenizer of these scenes' captions."""
-    latest = torch.load([path for stage in autoencoder.STAGES if (path := run / f"{stage}.pt").exists()][-1], "cpu")["average"]
+    latest = torch.load(
+        [path for stage in autoencoder.STAGES if (path := run / f"{stage}.pt").exists()][-1], "cpu"
+    )["average"]
     _component(
         folder / "vae",
         "diffusion_pytorch_model.safetensors",

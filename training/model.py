@@ -28,9 +28,17 @@ AUTOENCODER = wan_vae.Config(
 """Its latents' mean and deviation are measured once it is trained."""
 
 TRANSFORMER = wan.Config(
-    num_attention_heads=5, attention_head_dim=32, in_channels=LATENT, out_channels=LATENT, text_dim=96, ffn_dim=480, num_layers=6
+    num_attention_heads=5,
+    attention_head_dim=32,
+    in_channels=LATENT,
+    out_channels=LATENT,
+    text_dim=96,
+    ffn_dim=480,
+    num_layers=6,
 )
 
 
 def text_encoder(vocab_size: int) -> t5.Config:
-    return t5.Config(vocab_size=vocab_size, d_model=TRANSFORMER.text_dim, d_kv=24, d_ff=192, num_layers=2, num_heads=4)
+    return t5.Config(
+        vocab_size=vocab_size, d_model=TRANSFORMER.text_dim, d_kv=24, d_ff=192, num_layers=2, num_heads=4
+    )

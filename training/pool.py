@@ -74,7 +74,10 @@ def statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
 
 def _flat(weights: Params, prefixes: tuple[str, ...]) -> Params:
     """Kernels [O, I, 3, 3, 3] below the prefixes -> their last temporal slice [O, I, 1, 3, 3]."""
-    return {n: t[:, :, -1:] if t.ndim == 5 and t.shape[3] == 3 and n.startswith(prefixes) else t for n, t in weights.items()}
+    return {
+        n: t[:, :, -1:] if t.ndim == 5 and t.shape[3] == 3 and n.startswith(prefixes) else t
+        for n, t in weights.items()
+    }
 
 
 def _to(weights: Params, device: str) -> Params:

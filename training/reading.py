@@ -60,7 +60,9 @@ def judge(named: dict[str, str], frames: torch.Tensor | np.ndarray) -> dict[str,
     for which, suffix in enumerate(("", "2")[: 1 + pair]):
         for name in ("colour", "shape"):
             if name + suffix in named:
-                verdict[name + suffix] = all(getattr(blobs[which], name) == named[name + suffix] for blobs in ordered)
+                verdict[name + suffix] = all(
+                    getattr(blobs[which], name) == named[name + suffix] for blobs in ordered
+                )
     first, last = ordered[0][0], ordered[-1][0]
     if "size" in named:
         verdict["size"] = size(first) == named["size"]
@@ -138,7 +140,9 @@ def colour_name(rgb: np.ndarray) -> str | None:
     return tuple(PALETTE)[distances.argmin()] if distances.min() < COLOUR_LIMIT else None
 
 
-def _blob(pixels: np.ndarray, ground: np.ndarray, distance: np.ndarray, area: np.ndarray, scale: float) -> Blob:
+def _blob(
+    pixels: np.ndarray, ground: np.ndarray, distance: np.ndarray, area: np.ndarray, scale: float
+) -> Blob:
     """Measures one connected area: its colour inside, then how much of each pixel it covers, its box, and the shape most like it."""
     inside = area & (distance >= np.percentile(distance[area], 50))  # away from the soft edge
     colour = np.median(pixels[inside], axis=0)
@@ -162,7 +166,9 @@ def _most_like(cover: np.ndarray, x: float, y: float, half: float) -> tuple[str 
     best: tuple[str | None, float] = (None, 0.0)
     for shape in SHAPES:
         ideal = coverage(shape, u, v, r / 0.88 if shape == "square" else r, side=side)
-        overlap = (torch.minimum(ideal, seen).sum((1, 2)) / torch.maximum(ideal, seen).sum((1, 2))).max().item()
+        overlap = (
+            (torch.minimum(ideal, seen).sum((1, 2)) / torch.maximum(ideal, seen).sum((1, 2))).max().item()
+        )
         if overlap > best[1]:
             best = (shape, overlap)
     return best if best[1] >= LIKENESS else (None, best[1])

@@ -40,8 +40,17 @@ GRID = (32.0, 64.0, 96.0)  # where centres lie, both ways, pixels
 RADII = {"small": 20.0, "large": 30.0}  # half the width of the shape, pixels
 PAIR_RADIUS = 20.0  # of both shapes of a pair, whose size is never named
 SIZES = tuple(RADII)
-PLACES = {"left": (32.0, 64.0), "right": (96.0, 64.0), "top": (64.0, 32.0), "bottom": (64.0, 96.0), "centre": (64.0, 64.0)}
-RELATIONS = {"left of": ("left", "right"), "above": ("top", "bottom")}  # where the first and the second shape go
+PLACES = {
+    "left": (32.0, 64.0),
+    "right": (96.0, 64.0),
+    "top": (64.0, 32.0),
+    "bottom": (64.0, 96.0),
+    "centre": (64.0, 64.0),
+}
+RELATIONS = {
+    "left of": ("left", "right"),
+    "above": ("top", "bottom"),
+}  # where the first and the second shape go
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MOTIONS = (*DIRECTIONS, "grow", "shrink")
 EXTENT = 32.0  # how far a moving shape goes over a clip, pixels: 2 from frame to frame
@@ -132,7 +141,9 @@ def _clip(rng: Random) -> Scene:
         size = rng.choice(SIZES)
         first = last = RADII[size]
         way = (DIRECTIONS[motion][0] * EXTENT, DIRECTIONS[motion][1] * EXTENT)
-        places = ("top", "centre", "bottom") if way[1] == 0 else ("left", "centre", "right")  # off the path's own axis
+        places = (
+            ("top", "centre", "bottom") if way[1] == 0 else ("left", "centre", "right")
+        )  # off the path's own axis
     else:
         size, other = ("small", "large") if motion == "grow" else ("large", "small")
         first, last = RADII[size], RADII[other]
@@ -155,8 +166,14 @@ def render(batch: list[Scene], dtype: torch.dtype = torch.float32) -> Tensor:
     video = background[:, :, None, None, None].expand(-1, -1, frames, CANVAS, CANVAS).contiguous()
     time = torch.linspace(0, 1, frames, dtype=dtype)
     for shape in SHAPES:
-        firsts = [(i, scene.colour, scene.start, scene.end) for i, scene in enumerate(batch) if scene.shape == shape]
-        seconds = [(i, scene.colour2, scene.start2, scene.start2) for i, scene in enumerate(batch) if scene.shape2 == shape]
+        firsts = [
+            (i, scene.colour, scene.start, scene.end) for i, scene in enumerate(batch) if scene.shape == shape
+        ]
+        seconds = [
+            (i, scene.colour2, scene.start2, scene.start2)
+            for i, scene in enumerate(batch)
+            if scene.shape2 == shape
+        ]
         for group in (firsts, seconds):
             if not group:
                 continue
@@ -165,7 +182,9 @@ def render(batch: list[Scene], dtype: torch.dtype = torch.float32) -> Tensor:
             x, y, radius = (start[:, :, None] + (end - start)[:, :, None] * time).unbind(1)  # each [N, T]
             alpha = coverage(shape, x, y, radius)[:, None]
             under = video[list(rows)]
-            video[list(rows)] = under.lerp_(palette[[index[c] for c in colours]][:, :, None, None, None].expand_as(under), alpha)
+            video[list(rows)] = under.lerp_(
+                palette[[index[c] for c in colours]][:, :, None, None, None].expand_as(under), alpha
+            )
     return video
 
 

@@ -11,7 +11,9 @@ FONT = 13  # pixels
 LINES = 4  # of a caption; the rest is cut with an ellipsis
 
 
-def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], columns: int, size: int = 160) -> Image.Image:
+def contact_sheet(
+    images: Sequence[Image.Image], captions: Sequence[str], columns: int, size: int = 160
+) -> Image.Image:
     """Pictures, scaled to `size` pixels square, in rows of `columns` on white with their captions beneath.
 
     ValueError unless each picture has one caption.
@@ -28,7 +30,9 @@ def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], column
         left, top = i % columns * wide + MARGIN, i // columns * high + MARGIN
         sheet.paste(image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS), (left, top))
         draw.rectangle((left - 1, top - 1, left + size, top + size), outline="lightgray")
-        for row, text in enumerate(textwrap.wrap(caption, characters, max_lines=LINES, placeholder=" \u2026")):
+        for row, text in enumerate(
+            textwrap.wrap(caption, characters, max_lines=LINES, placeholder=" \u2026")
+        ):
             draw.text((left, top + size + 2 + row * line), text, fill="black", font=font)
     return sheet
 

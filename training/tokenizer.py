@@ -55,9 +55,13 @@ def build(vocabulary: list[tuple[str, float]]) -> Tokenizer:
     """The tokenizer over a vocabulary: small letters, words apart at spaces, `</s>` at the end."""
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2, byte_fallback=False))
     tokenizer.add_special_tokens(list(SPECIAL.values()))
-    tokenizer.normalizer = normalizers.Precompiled(character_map(string.ascii_uppercase, string.ascii_lowercase))
+    tokenizer.normalizer = normalizers.Precompiled(
+        character_map(string.ascii_uppercase, string.ascii_lowercase)
+    )
     metaspace = {"replacement": SPACE, "prepend_scheme": "always", "split": True}
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**metaspace)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**metaspace)]
+    )
     tokenizer.decoder = decoders.Metaspace(**metaspace)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=["$A", "</s>"], pair=["$A", "</s>", "$B", "</s>"], special_tokens=[("</s>", 1)]
@@ -71,7 +75,13 @@ def save(folder: str | Path) -> Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build(pieces(corpus()))
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {**SPECIAL, "tokenizer_class": "T5TokenizerFast", "model_max_length": LONGEST, "extra_ids": 0, "additional_special_tokens": []}
+    config = {
+        **SPECIAL,
+        "tokenizer_class": "T5TokenizerFast",
+        "model_max_length": LONGEST,
+        "extra_ids": 0,
+        "additional_special_tokens": [],
+    }
     for name, value in (("tokenizer_config.json", config), ("special_tokens_map.json", SPECIAL)):
         (folder / name).write_text(json.dumps(value, indent=2) + "\n")
     return tokenizer

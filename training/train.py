@@ -21,17 +21,32 @@ from training.export import export
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="folder of the checkpoints and the log")
     parser.add_argument("folder", type=Path, help="folder to write the model into")
-    parser.add_argument("--picture-steps", type=int, default=6400, help="steps of the autoencoder on pictures")
+    parser.add_argument(
+        "--picture-steps", type=int, default=6400, help="steps of the autoencoder on pictures"
+    )
     parser.add_argument("--clip-steps", type=int, default=1600, help="steps of the autoencoder on clips")
     parser.add_argument("--polish-steps", type=int, default=3000, help="steps of the decoder alone")
     parser.add_argument("--steps", type=int, default=9000, help="steps of the denoiser")
     parser.add_argument("--minutes", type=float, help="minutes of the denoiser, instead of steps")
-    parser.add_argument("--piece", type=float, default=math.inf, help="minutes of that in this call; without an end, nothing is exported")
-    parser.add_argument("--from", dest="origin", type=Path, help="a finished model folder whose networks are trained on")
-    parser.add_argument("--weights", type=Path, help="a folder whose transformer and text encoder are taken instead of that one's")
+    parser.add_argument(
+        "--piece",
+        type=float,
+        default=math.inf,
+        help="minutes of that in this call; without an end, nothing is exported",
+    )
+    parser.add_argument(
+        "--from", dest="origin", type=Path, help="a finished model folder whose networks are trained on"
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        help="a folder whose transformer and text encoder are taken instead of that one's",
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
@@ -50,7 +65,9 @@ def main() -> None:
         autoencoder.train("pictures", run, arguments.picture_steps, seed, log, device)
         autoencoder.train("clips", run, arguments.clip_steps, seed, log, device)
         autoencoder.train("polish", run, arguments.polish_steps, seed, log, device)
-    length = denoiser.Length(None if arguments.minutes else arguments.steps, arguments.minutes, arguments.piece)
+    length = denoiser.Length(
+        None if arguments.minutes else arguments.steps, arguments.minutes, arguments.piece
+    )
 
     def start(words: Tokenizer) -> denoiser.Start:
         return denoiser.resumed(origin, arguments.weights) if origin else denoiser.scratch(run, words, seed)

@@ -25,21 +25,31 @@ def grey(gamma: float) -> bytes:
 def cmyk() -> bytes:
     """Inks that print in grey: cyan to L* 50, black to L* 0, magenta and yellow nothing."""
     straight = bytes(range(256))
-    grid = b"".join(bytes((round(255 * (1 - c / 2) * (1 - k)), 128, 128)) for c, _, _, k in product((0, 1), repeat=4))
+    grid = b"".join(
+        bytes((round(255 * (1 - c / 2) * (1 - k)), 128, 128)) for c, _, _, k in product((0, 1), repeat=4)
+    )
     unit = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
     table = b"mft1\0\0\0\0" + bytes((4, 3, 2, 0)) + unit + straight * 4 + grid + straight * 3
     return profile("CMYK", "Lab ", {"A2B0": table}, "prtr")
 
 
 def profile(space: str, connection: str, tags: dict[str, bytes], kind: str = "mntr") -> bytes:
-    tags = {"desc": b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(78), "wtpt": xyz(D50), "cprt": b"text\0\0\0\0none\0"} | tags
+    tags = {
+        "desc": b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(78),
+        "wtpt": xyz(D50),
+        "cprt": b"text\0\0\0\0none\0",
+    } | tags
     table, body, start = b"", b"", 128 + 4 + 12 * len(tags)
     for name, data in tags.items():
         table += name.encode() + struct.pack(">II", start + len(body), len(data))
         body += data + bytes(-len(data) % 4)
     size = start + len(body)
-    head = struct.pack(">I4sI4s4s4s", size, b"none", 0x04000000, kind.encode(), space.encode(), connection.encode())
-    head += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + struct.pack(">3i", *map(fixed, D50))
+    head = struct.pack(
+        ">I4sI4s4s4s", size, b"none", 0x04000000, kind.encode(), space.encode(), connection.encode()
+    )
+    head += (
+        struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + struct.pack(">3i", *map(fixed, D50))
+    )
     return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
 
 

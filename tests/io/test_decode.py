@@ -34,9 +34,18 @@ def png(depth: int, kind: int, rows: list[bytes], **chunks: bytes) -> bytes:
     """A PNG from its packed rows; kind: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA. chunks: before the pixels."""
     channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
     head = struct.pack(">IIBBBBB", 8 * len(rows[0]) // (depth * channels), len(rows), depth, kind, 0, 0, 0)
-    parts = [("IHDR", head), *chunks.items(), ("IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))), ("IEND", b"")]
+    parts = [
+        ("IHDR", head),
+        *chunks.items(),
+        ("IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))),
+        ("IEND", b""),
+    ]
     body = [
-        struct.pack(">I", len(data)) + name.encode() + data + struct.pack(">I", zlib.crc32(name.encode() + data)) for name, data in parts
+        struct.pack(">I", len(data))
+        + name.encode()
+        + data
+        + struct.pack(">I", zlib.crc32(name.encode() + data))
+        for name, data in parts
     ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(body)
 
@@ -60,10 +69,17 @@ def test_float_tiff_from_0_to_1(read):
 
 @pytest.mark.parametrize(
     ("levels", "words"),
-    [([0.0, 255.0], "from 0 to 255"), ([-0.5, 1.0], "from -0.5 to 1"), ([0.5, float("nan")], "nan"), ([0.5, float("inf")], "to inf")],
+    [
+        ([0.0, 255.0], "from 0 to 255"),
+        ([-0.5, 1.0], "from -0.5 to 1"),
+        ([0.5, float("nan")], "nan"),
+        ([0.5, float("inf")], "to inf"),
+    ],
 )
 def test_float_beyond_0_to_1_is_refused(read, levels, words):
-    with pytest.raises(UserError, match=rf"holds values .*{words}.*floating-point numbers holds 0 \(black\) to 1 \(white\)") as caught:
+    with pytest.raises(
+        UserError, match=rf"holds values .*{words}.*floating-point numbers holds 0 \(black\) to 1 \(white\)"
+    ) as caught:
         read(Image.fromarray(np.array([levels], dtype=np.float32)), "TIFF")
     assert caught.value.field == "image_path" and "\n" not in str(caught.value)
 
@@ -89,7 +105,14 @@ def test_white_is_zero(read):
     for code, bits, pixels in ((1, 16, struct.pack("<HH", 0, 65535)), (3, 32, struct.pack("<ff", 0, 1))):
         entries = {256: 2, 257: 1, 258: bits, 259: 1, 262: 0, 273: 8, 278: 1, 279: len(pixels), 339: code}
         tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
-        tiff = b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + struct.pack("<H", len(entries)) + tags + bytes(4)
+        tiff = (
+            b"II*\0"
+            + struct.pack("<I", 8 + len(pixels))
+            + pixels
+            + struct.pack("<H", len(entries))
+            + tags
+            + bytes(4)
+        )
         assert read(tiff) == grey(255, 0)
 
 
@@ -108,7 +131,12 @@ def test_rgb_of_16_bits(read):
 @pytest.mark.parametrize(
     ("depth", "row", "clear", "levels"),
     [
-        (16, words(256, 257, 65535), words(257), [(1, 255), (1, 0), (255, 255)]),  # of two levels that are 1 in 8 bits one is clear
+        (
+            16,
+            words(256, 257, 65535),
+            words(257),
+            [(1, 255), (1, 0), (255, 255)],
+        ),  # of two levels that are 1 in 8 bits one is clear
         (16, words(0, 51 * 257, 65535), words(65535), [(0, 255), (51, 255), (255, 0)]),
         (8, bytes((0, 51, 255)), words(51), [(0, 255), (51, 0), (255, 255)]),
         (4, b"\x03\xf0", words(3), [(0, 255), (51, 0), (255, 255), (0, 255)]),
@@ -139,7 +167,10 @@ def test_palettes(read):
     assert read(several)[0][:2] == [[200, 60, 50], [255, 255, 255]]
     one = png(8, 3, rows, PLTE=colours, tRNS=bytes((255, 0)))
     assert read(one, opacity=True) == [[[200, 60, 50, 255], [10, 20, 30, 0], [1, 2, 3, 255]]]
-    assert read(png(1, 3, [b"\x40"], PLTE=colours, tRNS=bytes((0,))), opacity=True)[0][:2] == [[200, 60, 50, 0], [10, 20, 30, 255]]
+    assert read(png(1, 3, [b"\x40"], PLTE=colours, tRNS=bytes((0,))), opacity=True)[0][:2] == [
+        [200, 60, 50, 0],
+        [10, 20, 30, 255],
+    ]
 
 
 def test_one_bit(read):
@@ -165,9 +196,19 @@ def test_display_p3_is_converted(read):
     for form in ("PNG", "TIFF", "WEBP"):
         options = {"lossless": True} if form == "WEBP" else {}
         assert read(Image.new("RGB", (2, 2), stored), form, icc_profile=P3, **options)[0][0] == meant
-    assert np.abs(np.array(read(Image.new("RGB", (8, 8), stored), "JPEG", quality=100, icc_profile=P3)) - meant).max() <= 3
+    assert (
+        np.abs(
+            np.array(read(Image.new("RGB", (8, 8), stored), "JPEG", quality=100, icc_profile=P3)) - meant
+        ).max()
+        <= 3
+    )
     assert read(Image.new("RGB", (2, 2), (*stored,)).quantize(4), icc_profile=P3)[0][0] == meant
-    assert read(png(16, 2, [words(*(257 * level for level in stored))], iCCP=b"P3\0\0" + zlib.compress(P3)))[0][0] == meant
+    assert (
+        read(png(16, 2, [words(*(257 * level for level in stored))], iCCP=b"P3\0\0" + zlib.compress(P3)))[0][
+            0
+        ]
+        == meant
+    )
 
 
 def test_a_profile_leaves_opacity_alone(read):
@@ -186,7 +227,9 @@ def test_srgbs_own_profile_moves_nothing(read):
 def test_grey_cmyk_and_lab(read):
     assert read(Image.new("L", (1, 1), 100), icc_profile=profiles.grey(1.0)) == grey(168)
     assert read(Image.new("L", (1, 1), 100), icc_profile=P3) == grey(100)  # grey is a colour of any RGB space
-    assert read(Image.new("LA", (1, 1), (100, 51)), icc_profile=profiles.grey(1.0), opacity=True) == [[[168, 168, 168, 51]]]
+    assert read(Image.new("LA", (1, 1), (100, 51)), icc_profile=profiles.grey(1.0), opacity=True) == [
+        [[168, 168, 168, 51]]
+    ]
     inks = {(0, 0, 0, 0): 255, (255, 0, 0, 0): 119, (0, 255, 255, 0): 255, (0, 0, 0, 255): 0}
     for ink, level in inks.items():
         assert read(Image.new("CMYK", (1, 1), ink), "TIFF", icc_profile=profiles.cmyk()) == grey(level)
@@ -210,7 +253,11 @@ def test_a_profile_that_cannot_be_used_is_ignored_with_a_warning(read, caplog, p
     with caplog.at_level(logging.WARNING):
         assert read(Image.new("RGB", (1, 1), (185, 71, 58)), icc_profile=profile) == [[[185, 71, 58]]]
     [record] = caplog.records
-    assert record.message.startswith("image_path: '") and reason in record.message and "read without one" in record.message
+    assert (
+        record.message.startswith("image_path: '")
+        and reason in record.message
+        and "read without one" in record.message
+    )
 
 
 def test_gamma_and_primaries_that_are_not_srgbs_are_told(read, caplog):

@@ -23,7 +23,10 @@ def test_index(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(INDEX))
     index = read_index(tmp_path)
     assert index.class_name == "WanPipeline"
-    assert index.components == {"transformer": ("diffusers", "WanTransformer3DModel"), "tokenizer": ("transformers", "T5TokenizerFast")}
+    assert index.components == {
+        "transformer": ("diffusers", "WanTransformer3DModel"),
+        "tokenizer": ("transformers", "T5TokenizerFast"),
+    }
     assert index.options == {"boundary_ratio": 0.875, "expand_timesteps": True}
 
 
@@ -43,7 +46,8 @@ def test_json_takes_infinity_and_a_byte_order_mark(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data, reason", [(b'{"a": 1,}', "not readable JSON"), (b"\xff\xfe\x00", "not readable JSON"), (b"[1]", "JSON list")]
+    "data, reason",
+    [(b'{"a": 1,}', "not readable JSON"), (b"\xff\xfe\x00", "not readable JSON"), (b"[1]", "JSON list")],
 )
 def test_json_refused(tmp_path, data, reason):
     path = tmp_path / "config.json"
@@ -100,15 +104,31 @@ def downloaded(asked, files):
 
 
 def test_hub_id_downloads_only_what_is_run(monkeypatch, tmp_path):
-    files = ["model_index.json", "vae/m.safetensors", "vae/m.fp16.safetensors", "big.safetensors", "tokenizer/spiece.model", "vae/m.bin"]
+    files = [
+        "model_index.json",
+        "vae/m.safetensors",
+        "vae/m.fp16.safetensors",
+        "big.safetensors",
+        "tokenizer/spiece.model",
+        "vae/m.bin",
+    ]
     asked = answer(monkeypatch, None, str(tmp_path), files)
     assert resolve("org/model", "v1") == tmp_path
-    assert asked["hub_id"] == "org/model" and asked["revision"] == "v1" and asked["allow_patterns"] == list(WANTED)
+    assert (
+        asked["hub_id"] == "org/model"
+        and asked["revision"] == "v1"
+        and asked["allow_patterns"] == list(WANTED)
+    )
     assert downloaded(asked, files) == ["model_index.json", "vae/m.safetensors", "tokenizer/spiece.model"]
 
 
 def test_a_component_by_itself_lies_at_the_root(monkeypatch, tmp_path):
-    files = ["config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "model.bin"]
+    files = [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.fp16.safetensors",
+        "model.bin",
+    ]
     asked = answer(monkeypatch, None, str(tmp_path), files)
     resolve("org/autoencoder", field="vae_path")
     assert downloaded(asked, files) == ["config.json", "diffusion_pytorch_model.safetensors"]
@@ -183,7 +203,11 @@ def test_real_hub_client_offline(monkeypatch, tmp_path):
     """The library itself, offline with an empty cache, then with a cached snapshot."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     real = huggingface_hub.snapshot_download
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda hub_id, **options: real(hub_id, cache_dir=tmp_path, **options))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda hub_id, **options: real(hub_id, cache_dir=tmp_path, **options),
+    )
     with pytest.raises(UserError, match="not in the download cache"):
         resolve("org/model")
     snapshot = tmp_path / "models--org--model" / "snapshots" / ("a" * 40)

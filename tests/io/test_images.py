@@ -12,7 +12,13 @@ from tinydiff.io import images as module
 from tinydiff.io.images import IMAGE_ENDINGS, encode_image, read_image, read_image_parameters, resize
 from tinydiff.records import UserError
 
-PARAMETERS = {"prompt": 'a "red" circle, größe 円 🎨', "seed": 7, "guidance_scale": 5.0, "size": [8, 6], "negative_prompt": None}
+PARAMETERS = {
+    "prompt": 'a "red" circle, größe 円 🎨',
+    "seed": 7,
+    "guidance_scale": 5.0,
+    "size": [8, 6],
+    "negative_prompt": None,
+}
 
 
 def picture(height=12, width=20) -> np.ndarray:
@@ -106,7 +112,9 @@ def test_opacity_is_kept_where_it_is_wanted(tmp_path):
     (tmp_path / "a.png").write_bytes(png(Image.fromarray(pixels)))
     assert np.array_equal(read_image(tmp_path / "a.png", opacity=True), pixels)
     (tmp_path / "b.png").write_bytes(png(Image.fromarray(pixels[..., :3])))
-    assert (read_image(tmp_path / "b.png", opacity=True) == np.dstack([pixels[..., :3], np.full((6, 8), 255)])).all()
+    assert (
+        read_image(tmp_path / "b.png", opacity=True) == np.dstack([pixels[..., :3], np.full((6, 8), 255)])
+    ).all()
     deep = Image.fromarray(pixels[..., 0].astype(np.uint16) << 8)
     (tmp_path / "c.png").write_bytes(png(deep))
     assert np.array_equal(read_image(tmp_path / "c.png", opacity=True)[..., 2], pixels[..., 0])
@@ -167,12 +175,20 @@ def test_refused_sources(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match="is not a picture") as caught:
             read_image(tmp_path / name)
-        assert caught.value.field == "image_path" and name in str(caught.value) and "\n" not in str(caught.value)
+        assert (
+            caught.value.field == "image_path" and name in str(caught.value) and "\n" not in str(caught.value)
+        )
     with pytest.raises(UserError, match="does not exist"):
         read_image(tmp_path / "nothing.png")
     with pytest.raises(UserError, match="cannot be read"):
         read_image(tmp_path)
-    for url in ("data:no comma", "http:///a.png", "http://[::1/a.png", "http://host:port/a.png", f"http://{'ü' * 80}/"):
+    for url in (
+        "data:no comma",
+        "http:///a.png",
+        "http://[::1/a.png",
+        "http://host:port/a.png",
+        f"http://{'ü' * 80}/",
+    ):
         with pytest.raises(UserError, match="cannot be read") as caught:
             read_image(url)
         assert "\n" not in str(caught.value)
@@ -193,5 +209,7 @@ def test_picture_bomb(tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["lanczos", "bicubic"])
 def test_resize_is_pillows(method):
     pixels = picture()
-    expected = Image.fromarray(pixels).resize((7, 5), {"lanczos": Image.LANCZOS, "bicubic": Image.BICUBIC}[method])
+    expected = Image.fromarray(pixels).resize(
+        (7, 5), {"lanczos": Image.LANCZOS, "bicubic": Image.BICUBIC}[method]
+    )
     assert np.array_equal(resize(pixels, 5, 7, method), np.asarray(expected))

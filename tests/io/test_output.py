@@ -10,7 +10,16 @@ import pytest
 from PIL import Image
 
 from tinydiff.io import atomic, output, parameters
-from tinydiff.io.output import FRAMES, Encoding, Target, check_writable, plan_encoding, plan_target, read_parameters, save
+from tinydiff.io.output import (
+    FRAMES,
+    Encoding,
+    Target,
+    check_writable,
+    plan_encoding,
+    plan_target,
+    read_parameters,
+    save,
+)
 from tinydiff.records import UserError
 
 NOON = datetime(2026, 1, 2, 12, 30, 5)
@@ -64,7 +73,11 @@ def test_default_names():
         ("a.mp4", False, "this request makes a picture"),
         ("a.png", True, "this request makes a clip"),
         ("a.pngg", False, r"'\.pngg' is not a known ending.*did you mean '\.png'"),
-        ("a.avi", True, r"'\.avi' is not a known ending; a clip may be \.mp4, \.webm, \.gif or a name ending in /"),
+        (
+            "a.avi",
+            True,
+            r"'\.avi' is not a known ending; a clip may be \.mp4, \.webm, \.gif or a name ending in /",
+        ),
         ("sub/a.png", False, "without '/'"),
         ("../a.png", False, "without '/'"),
         ("", False, "a file name"),
@@ -122,7 +135,9 @@ def test_encoding_refused(ending, options, field, reason):
     assert caught.value.field == field
 
 
-@pytest.mark.parametrize("ending", [".png", ".jpg", ".jpeg", ".webp", ".PNG", ".mp4", ".webm", ".gif", FRAMES])
+@pytest.mark.parametrize(
+    "ending", [".png", ".jpg", ".jpeg", ".webp", ".PNG", ".mp4", ".webm", ".gif", FRAMES]
+)
 def test_every_format_is_saved_whole_with_its_parameters(tmp_path, ending):
     folder = tmp_path / "made" / "on the way"
     count = 1 if ending.lower() in output.IMAGE_ENDINGS else 3
@@ -159,7 +174,10 @@ def test_processes_racing_for_one_name_all_keep_their_file(tmp_path):
     )
     runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(who)]) for who in range(3)]
     assert [run.wait() for run in runs] == [0, 0, 0]
-    assert sorted(read_parameters(path)["who"] for path in tmp_path.iterdir()) == ["0"] * 10 + ["1"] * 10 + ["2"] * 10
+    assert (
+        sorted(read_parameters(path)["who"] for path in tmp_path.iterdir())
+        == ["0"] * 10 + ["1"] * 10 + ["2"] * 10
+    )
 
 
 def test_file_system_without_hard_links(tmp_path, monkeypatch):
@@ -196,7 +214,9 @@ def test_no_room_for_the_file(tmp_path, ending):
         "except UserError as error: print(error); sys.exit(2)"
     )
     count = "1" if ending in output.IMAGE_ENDINGS else "4"
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path), ending, count], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), ending, count], capture_output=True, text=True
+    )
     assert run.returncode == 2, run.stdout + run.stderr
     assert "the disk is full" in run.stdout and run.stdout.count("\n") == 1
     assert listing(tmp_path) == []
@@ -255,7 +275,9 @@ def test_layers_keep_their_opacity(tmp_path, ending):
     layer = np.random.default_rng(2).integers(0, 256, (1, 32, 48, 4), dtype=np.uint8)
     path = save(Target(tmp_path, "a", ending), layer, Encoding(quality=100), PARAMETERS)
     with Image.open(path) as opened:
-        assert opened.mode == "RGBA" and np.array_equal(np.asarray(opened), layer[0])  # also the colours of what cannot be seen
+        assert opened.mode == "RGBA" and np.array_equal(
+            np.asarray(opened), layer[0]
+        )  # also the colours of what cannot be seen
     assert read_parameters(path) == PARAMETERS
 
 
@@ -270,13 +292,32 @@ def test_formats_without_opacity_take_no_layers(tmp_path):
     for ending in (".jpg", ".mp4", ".gif"):
         with pytest.raises(ValueError, match=r"frames are uint8 \[T, H, W, 3\]"):
             save(Target(tmp_path, "a", ending), np.zeros((1, 32, 48, 4), dtype=np.uint8), Encoding())
-    assert name("a.webp", opacity=True) == "a|.webp" and name("a", opacity=True) == "a|.png" and name("a/", opacity=True) == "a|/"
-    with pytest.raises(UserError, match=r"'a\.JPG': layers have opacity, so they may be \.png, \.webp or a name ending in /") as caught:
+    assert (
+        name("a.webp", opacity=True) == "a|.webp"
+        and name("a", opacity=True) == "a|.png"
+        and name("a/", opacity=True) == "a|/"
+    )
+    with pytest.raises(
+        UserError, match=r"'a\.JPG': layers have opacity, so they may be \.png, \.webp or a name ending in /"
+    ) as caught:
         name("a.JPG", opacity=True)
     assert caught.value.field == "output_file_name" and listing(tmp_path) == []
 
 
-ODD_NAMES = ["run:1", "http:", "pipe:1", "concat:a|b", "-y", "a%d", "file:x", "~", "a b\n円", "\udcff", "crypto+file:x", "a'\"$`"]
+ODD_NAMES = [
+    "run:1",
+    "http:",
+    "pipe:1",
+    "concat:a|b",
+    "-y",
+    "a%d",
+    "file:x",
+    "~",
+    "a b\n円",
+    "\udcff",
+    "crypto+file:x",
+    "a'\"$`",
+]
 
 
 @pytest.mark.parametrize("ending", [".mp4", ".webm", ".gif", ".png", ".jpg", ".webp", FRAMES])
@@ -333,7 +374,8 @@ def test_sizes_that_a_format_cannot_hold_are_refused_before_any_step(tmp_path, e
     output.check_size(target, most, most)
     for field, size in (("height", (most + 1, 16)), ("width", (16, most + 1))):
         with pytest.raises(
-            UserError, match=rf"{most + 1} is more than the {most} pixels that {ending.lower()} can hold; choose \."
+            UserError,
+            match=rf"{most + 1} is more than the {most} pixels that {ending.lower()} can hold; choose \.",
         ) as caught:
             output.check_size(target, *size)
         assert caught.value.field == field
@@ -353,7 +395,9 @@ def test_parameters_with_half_a_character_are_saved(tmp_path, ending):
     assert read_parameters(save(Target(tmp_path, "a", ending), frames(count), Encoding(), told)) == told
 
 
-@pytest.mark.parametrize("text", [b"ffconcat version 1.0\nfile other.mp4\n", b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n"])
+@pytest.mark.parametrize(
+    "text", [b"ffconcat version 1.0\nfile other.mp4\n", b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n"]
+)
 def test_lists_of_other_files_are_not_followed(tmp_path, text):
     """FFmpeg knows formats by their bytes, and some name other files."""
     save(Target(tmp_path, "other", ".mp4"), frames(2), Encoding(), {"seed": 7})

@@ -47,7 +47,9 @@ def reference(spiece):
     """transformers' own T5 tokenizer over the same pieces. (Its reader of spiece.model needs protobuf, so the pieces are handed over.)"""
     transformers = pytest.importorskip("transformers")
     engine = sentencepiece.SentencePieceProcessor(model_file=str(spiece / "spiece.model"))
-    pieces = [(engine.id_to_piece(index), engine.get_score(index)) for index in range(engine.get_piece_size())]
+    pieces = [
+        (engine.id_to_piece(index), engine.get_score(index)) for index in range(engine.get_piece_size())
+    ]
     sentinels = [(f"<extra_id_{i}>", 0.0) for i in range(99, -1, -1)]
     return transformers.T5TokenizerFast(vocab=[*pieces, *sentinels], extra_ids=100)
 
@@ -108,10 +110,16 @@ def test_truncation_is_counted_and_keeps_the_end(kind, request):
     text = "red " * 20
     whole = tokenizer.encode(text, 100)
     length = sum(whole.mask)
-    assert whole.truncated == 0 and whole.ids[length - 1] == tokenizer.eos and set(whole.ids[length:]) == {tokenizer.pad}
+    assert (
+        whole.truncated == 0
+        and whole.ids[length - 1] == tokenizer.eos
+        and set(whole.ids[length:]) == {tokenizer.pad}
+    )
     assert tokenizer.encode(text, length) == (whole.ids[:length], [1] * length, 0)
     cut = tokenizer.encode(text, length - 3)
-    assert cut.truncated == 3 and cut.ids == [*whole.ids[: length - 4], tokenizer.eos] and set(cut.mask) == {1}
+    assert (
+        cut.truncated == 3 and cut.ids == [*whole.ids[: length - 4], tokenizer.eos] and set(cut.mask) == {1}
+    )
 
 
 def test_json_is_preferred_and_its_own_padding_ignored(json_folder, spiece, tmp_path):
@@ -121,7 +129,9 @@ def test_json_is_preferred_and_its_own_padding_ignored(json_folder, spiece, tmp_
     engine.enable_padding(length=40)
     engine.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "spiece.model").write_bytes(b"never read")
-    assert load_tokenizer(tmp_path).encode("a red circle", 9) == load_tokenizer(spiece).encode("a red circle", 9)
+    assert load_tokenizer(tmp_path).encode("a red circle", 9) == load_tokenizer(spiece).encode(
+        "a red circle", 9
+    )
 
 
 def test_unusable_files(tmp_path):
@@ -153,7 +163,11 @@ def pairs(request, tmp_path_factory):
     """(our tokenizer, transformers' of the same files)"""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp(request.param)
-    make = {"CLIP-L": vocabularies.clip, "CLIP-G": lambda folder: vocabularies.clip(folder, "!"), "Qwen": vocabularies.qwen}[request.param]
+    make = {
+        "CLIP-L": vocabularies.clip,
+        "CLIP-G": lambda folder: vocabularies.clip(folder, "!"),
+        "Qwen": vocabularies.qwen,
+    }[request.param]
     kind = transformers.Qwen2Tokenizer if request.param == "Qwen" else transformers.CLIPTokenizer
     return load_tokenizer(make(folder)), kind.from_pretrained(folder)
 
@@ -191,7 +205,9 @@ def test_sentinels_of_a_t5_are_where_its_files_say(spiece, tmp_path):
 def test_byte_pairs_are_those_of_transformers(pairs, length, side):
     tokenizer, reference = pairs
     for text in SAMPLES:
-        expected = reference(text, padding="max_length", max_length=length, truncation=True, padding_side=side)
+        expected = reference(
+            text, padding="max_length", max_length=length, truncation=True, padding_side=side
+        )
         tokens = tokenizer.encode(text, length, side)
         assert (tokens.ids, tokens.mask) == (expected.input_ids, expected.attention_mask), text
         whole = reference(text).input_ids
@@ -207,7 +223,9 @@ def test_a_batch_is_padded_to_its_longest(pairs):
     for side in ("right", "left"):
         expected = reference(texts, padding=True, max_length=20, truncation=True, padding_side=side)
         rows = tokenizer.batch(texts, 20, side)
-        assert [row.ids for row in rows] == expected.input_ids and [row.mask for row in rows] == expected.attention_mask
+        assert [row.ids for row in rows] == expected.input_ids and [
+            row.mask for row in rows
+        ] == expected.attention_mask
         assert [row.truncated > 0 for row in rows] == [False, False, True]
     assert len(tokenizer.batch(texts[:2])[1].ids) == len(reference(texts[0]).input_ids)
 
@@ -215,23 +233,36 @@ def test_a_batch_is_padded_to_its_longest(pairs):
 def test_what_opens_closes_and_pads(tmp_path):
     clip = load_tokenizer(vocabularies.clip(tmp_path, "!"))
     ids = json.loads((tmp_path / "vocab.json").read_text())
-    assert (clip.prefix, clip.suffix) == ((ids["<|startoftext|>"],), (ids["<|endoftext|>"],)) and clip.pad == ids["!"] == 0
-    assert clip.eos == ids["<|endoftext|>"] == clip.token_id("<|endoftext|>") and clip.token_id("<|image_pad|>") is None
+    assert (clip.prefix, clip.suffix) == (
+        (ids["<|startoftext|>"],),
+        (ids["<|endoftext|>"],),
+    ) and clip.pad == ids["!"] == 0
+    assert (
+        clip.eos == ids["<|endoftext|>"] == clip.token_id("<|endoftext|>")
+        and clip.token_id("<|image_pad|>") is None
+    )
     qwen = load_tokenizer(vocabularies.qwen(tmp_path))
-    assert (qwen.prefix, qwen.suffix, qwen.pad, qwen.eos) == ((), (), 656, 658) and qwen.token_id("<|image_pad|>") == 659
+    assert (qwen.prefix, qwen.suffix, qwen.pad, qwen.eos) == ((), (), 656, 658) and qwen.token_id(
+        "<|image_pad|>"
+    ) == 659
 
 
 def test_the_old_layout_and_an_unsaid_class_give_the_same(tmp_path):
     for name in ("new", "old", "unsaid"):
         (tmp_path / name).mkdir()
-    new, old = load_tokenizer(vocabularies.qwen(tmp_path / "new")), load_tokenizer(vocabularies.qwen(tmp_path / "old", old=True))
+    new, old = (
+        load_tokenizer(vocabularies.qwen(tmp_path / "new")),
+        load_tokenizer(vocabularies.qwen(tmp_path / "old", old=True)),
+    )
     assert [new.encode(text, 40) for text in SAMPLES] == [old.encode(text, 40) for text in SAMPLES]
     clip = vocabularies.clip(tmp_path / "unsaid")
     said = load_tokenizer(clip)
     config = json.loads((clip / "tokenizer_config.json").read_text())
     config.pop("tokenizer_class")
     vocabularies.write(clip, tokenizer_config=config)
-    assert [said.encode(text, 40) for text in SAMPLES] == [load_tokenizer(clip).encode(text, 40) for text in SAMPLES]
+    assert [said.encode(text, 40) for text in SAMPLES] == [
+        load_tokenizer(clip).encode(text, 40) for text in SAMPLES
+    ]
 
 
 @pytest.mark.parametrize("template", ["<s> $A", "$A </s>", "$A", "<s> $A </s>"])
@@ -240,14 +271,24 @@ def test_tokenizer_json_adds_what_its_template_says(tmp_path, template):
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
     (tmp_path / "pairs").mkdir()
     pairs = vocabularies.qwen(tmp_path / "pairs")
-    engine = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(pairs / "vocab.json"), str(pairs / "merges.txt")))
+    engine = tokenizers.Tokenizer(
+        tokenizers.models.BPE.from_file(str(pairs / "vocab.json"), str(pairs / "merges.txt"))
+    )
     engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = tokenizers.decoders.ByteLevel()
     engine.add_special_tokens(["<unk>", "<s>", "</s>", "[IMG]", "<pad>"])
     ends = [(name, engine.token_to_id(name)) for name in ("<s>", "</s>")]
-    engine.post_processor = tokenizers.processors.TemplateProcessing(single=template, pair=f"{template} $B", special_tokens=ends)
+    engine.post_processor = tokenizers.processors.TemplateProcessing(
+        single=template, pair=f"{template} $B", special_tokens=ends
+    )
     engine.save(str(tmp_path / "tokenizer.json"))
-    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "padding_side": "left", "add_bos_token": True}
+    named = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "padding_side": "left",
+        "add_bos_token": True,
+    }
     vocabularies.write(tmp_path, tokenizer_config=named | {"tokenizer_class": "TokenizersBackend"})
     tokenizer, reference = load_tokenizer(tmp_path), transformers.TokenizersBackend.from_pretrained(tmp_path)
     for text in (*SAMPLES, "[INST]look [IMG] here"):
@@ -263,9 +304,14 @@ def test_tokenizer_json_adds_what_its_template_says(tmp_path, template):
 def test_byte_pairs_that_do_not_fit_are_refused(tmp_path):
     config = json.loads((vocabularies.qwen(tmp_path) / "tokenizer_config.json").read_text())
     vocabularies.write(tmp_path, tokenizer_config=config | {"tokenizer_class": "GPT2Tokenizer"})
-    with pytest.raises(UserError, match=r"CLIPTokenizer or Qwen2Tokenizer; tokenizer_class is 'GPT2Tokenizer'"):
+    with pytest.raises(
+        UserError, match=r"CLIPTokenizer or Qwen2Tokenizer; tokenizer_class is 'GPT2Tokenizer'"
+    ):
         load_tokenizer(tmp_path)
-    vocabularies.write(tmp_path, tokenizer_config=config | {"added_tokens_decoder": {"700": vocabularies.token("<|endoftext|>")}})
+    vocabularies.write(
+        tmp_path,
+        tokenizer_config=config | {"added_tokens_decoder": {"700": vocabularies.token("<|endoftext|>")}},
+    )
     with pytest.raises(UserError, match=r"'<\|endoftext\|>' should have id 700 and gets 656"):
         load_tokenizer(tmp_path)
     vocabularies.write(tmp_path, tokenizer_config=config | {"pad_token": None})

@@ -32,8 +32,9 @@ def test_variants(tmp_path, caplog):
     for path in (half, brain):
         path.touch()
     assert weight_files(tmp_path, "bf16") == [brain]
-    assert "holds the variants bf16 and fp16, and nothing says which to load; --variant chooses; did you mean 'fp16'?" in refused(
-        tmp_path, variant="f16"
+    assert (
+        "holds the variants bf16 and fp16, and nothing says which to load; --variant chooses; did you mean 'fp16'?"
+        in refused(tmp_path, variant="f16")
     )
     brain.unlink()
     assert weight_files(tmp_path) == weight_files(tmp_path, "fp16") == [half] and not caplog.text
@@ -41,10 +42,15 @@ def test_variants(tmp_path, caplog):
     plain.touch()
     assert weight_files(tmp_path) == [plain] and weight_files(tmp_path, "fp16") == [half]
     caplog.clear()
-    assert weight_files(tmp_path, "int8") == [plain] and "has no variant int8; the plain one is read" in caplog.text
+    assert (
+        weight_files(tmp_path, "int8") == [plain]
+        and "has no variant int8; the plain one is read" in caplog.text
+    )
 
 
 def test_shards_without_an_index(tmp_path):
     write_shards(tmp_path, draw())
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").unlink()
-    assert "'diffusion_pytorch_model-00001-of-00003.safetensors' and no index of its shards" in refused(tmp_path)
+    assert "'diffusion_pytorch_model-00001-of-00003.safetensors' and no index of its shards" in refused(
+        tmp_path
+    )

@@ -34,7 +34,12 @@ def test_mp4_is_what_every_player_takes(tmp_path):
     write_video(path, frames, ".mp4", 16, parameters=PARAMETERS)
     stream, context, decoded = decode(path)
     assert (context.name, context.pix_fmt, context.profile) == ("h264", "yuv420p", "High")
-    assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (1, 1, 1, 1)
+    assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (
+        1,
+        1,
+        1,
+        1,
+    )
     assert stream.average_rate == 16 and stream.frames == 9 and decoded.shape == frames.shape
     data = path.read_bytes()
     assert 0 < data.index(b"moov") < data.index(b"mdat")
@@ -46,14 +51,22 @@ def test_webm_is_vp9(tmp_path):
     path, frames = tmp_path / "a", clip()
     write_video(path, frames, ".webm", 24, parameters=PARAMETERS)
     stream, context, decoded = decode(path)
-    assert (context.name, context.pix_fmt, context.colorspace, context.color_range) == ("vp9", "yuv420p", 1, 1)
+    assert (context.name, context.pix_fmt, context.colorspace, context.color_range) == (
+        "vp9",
+        "yuv420p",
+        1,
+        1,
+    )
     assert stream.average_rate == 24 and decoded.shape == frames.shape
     assert np.abs(decoded.astype(int) - frames).mean() < 5
     assert read_video_parameters(path) == PARAMETERS
 
 
 @pytest.mark.parametrize("ending", [".mp4", ".webm"])
-@pytest.mark.parametrize("color, luma", [((255, 0, 0), 63), ((0, 255, 0), 173), ((0, 0, 255), 32), ((255, 255, 255), 235), ((0, 0, 0), 16)])
+@pytest.mark.parametrize(
+    "color, luma",
+    [((255, 0, 0), 63), ((0, 255, 0), 173), ((0, 0, 255), 32), ((255, 255, 255), 235), ((0, 0, 0), 16)],
+)
 def test_bt709_matrix_in_limited_range(tmp_path, ending, color, luma):
     """The pixels are converted by the matrix that the tags promise: luma of pure colours from BT.709 itself (BT.601 gives red 82)."""
     write_video(tmp_path / "a", np.full((2, 32, 32, 3), color, np.uint8), ending, 16)
@@ -86,7 +99,15 @@ def test_quality_orders_sizes_and_best_still_plays(tmp_path, ending):
 
 
 def test_crf_of_quality():
-    assert [CODECS[".mp4"].crf(quality) for quality in (0, 35, 50, 55, 65, 90, 100)] == [51, 33, 26, 23, 18, 5, 1]
+    assert [CODECS[".mp4"].crf(quality) for quality in (0, 35, 50, 55, 65, 90, 100)] == [
+        51,
+        33,
+        26,
+        23,
+        18,
+        5,
+        1,
+    ]
     assert [CODECS[".webm"].crf(quality) for quality in (0, 50, 100)] == [63, 32, 0]
 
 
@@ -160,7 +181,12 @@ def test_gif_keeps_what_is_seen_for_a_moment(tmp_path, count, begins, many):
 
 def test_gif_of_up_to_256_colours_is_exact(tmp_path):
     colours = np.random.default_rng(2).permutation(1 << 24)[:257]
-    frames = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], -1).astype(np.uint8)[:, None, None].repeat(4, 1).repeat(4, 2)
+    frames = (
+        np.stack([colours >> 16, colours >> 8 & 255, colours & 255], -1)
+        .astype(np.uint8)[:, None, None]
+        .repeat(4, 1)
+        .repeat(4, 2)
+    )
     write_video(tmp_path / "a", frames[:256], ".gif", 10)
     assert np.array_equal(shown(tmp_path / "a", 10), frames[:256])
     write_video(tmp_path / "a", frames, ".gif", 10)

@@ -32,7 +32,9 @@ def draw(rows=ROWS, dtype=torch.float32) -> dict[str, torch.Tensor]:
     return {row.name: torch.randn(row.shape, generator=generator).to(dtype) for row in rows}
 
 
-def write_shards(folder: Path, tensors: dict[str, torch.Tensor], count: int = 3, stem: str = "diffusion_pytorch_model") -> list[Path]:
+def write_shards(
+    folder: Path, tensors: dict[str, torch.Tensor], count: int = 3, stem: str = "diffusion_pytorch_model"
+) -> list[Path]:
     names = list(tensors)
     files, index = [], {}
     for shard in range(count):
@@ -78,7 +80,10 @@ def test_streamed_pieces_stay_within_the_budget():
     covered = [row for piece in pieces for row in range(77)[piece.source[0]]]
     assert covered == list(range(77))
     assert len(pieces) == 7 and all(piece.shape[0] * 5 * 4 * 4 <= 1000 for piece in pieces)
-    assert all(piece.source[1:] == (slice(2, 4), slice(0, 4)) and piece.target[1:] == (slice(0, 2), slice(0, 4)) for piece in pieces)
+    assert all(
+        piece.source[1:] == (slice(2, 4), slice(0, 4)) and piece.target[1:] == (slice(0, 2), slice(0, 4))
+        for piece in pieces
+    )
 
 
 def test_pieces_have_rows_for_every_rank_that_shares_them():
@@ -136,13 +141,17 @@ def test_a_tied_weight_may_be_stored_under_either_key_or_both(tmp_path, keys):
     rename, values = (lambda key: "shared"), {key: torch.full((3, 2), float(i)) for i, key in enumerate(keys)}
     save_file(values, tmp_path / "model.safetensors")
     loaded = load_weights(tmp_path, (Row("shared", (3, 2), tied=True),), torch.float32, rename=rename)
-    assert list(loaded) == ["shared"] and torch.equal(loaded["shared"], values["shared" if "shared" in keys else keys[0]])
+    assert list(loaded) == ["shared"] and torch.equal(
+        loaded["shared"], values["shared" if "shared" in keys else keys[0]]
+    )
     if len(keys) == 2:
         assert "'shared' is stored twice" in refused(tmp_path, (Row("shared", (3, 2)),), rename=rename)
 
 
 def test_rename_maps_and_drops_keys(tmp_path):
-    save_file({"model.a": torch.ones(2), "model.position_ids": torch.arange(3)}, tmp_path / "model.safetensors")
+    save_file(
+        {"model.a": torch.ones(2), "model.position_ids": torch.arange(3)}, tmp_path / "model.safetensors"
+    )
 
     def rename(key: str) -> str | None:
         return None if key.endswith("position_ids") else key.removeprefix("model.")
@@ -166,7 +175,9 @@ def test_truncated_shard(tmp_path, shard):
     assert file.name in message and "truncated" in message
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff" * 64, b"\x10\0\0\0\0\0\0\0not json at all!", b"\x02\0\0\0\0\0\0\0{}junk"])
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff" * 64, b"\x10\0\0\0\0\0\0\0not json at all!", b"\x02\0\0\0\0\0\0\0{}junk"]
+)
 def test_corrupted_file(tmp_path, data):
     (tmp_path / "model.safetensors").write_bytes(data)
     message = refused(tmp_path)
@@ -225,7 +236,9 @@ before = status("VmRSS")
 weights = load_weights(Path(sys.argv[1]), [Row("embed", (4096, 4096))], torch.bfloat16)
 print(status("VmHWM") - before)
 """
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
     assert 32 <= float(run.stdout) <= 32 + 8 + 4
 
 
@@ -296,7 +309,9 @@ def test_ranks_read_the_checkpoint_once_together(tmp_path, name, dtype):
     read = on_ranks(layout.size, _bytes_read, tmp_path, layout, fsdp, dtype)
     size = sum(tensor.nbytes for tensor in tensors.values())
     assert size <= sum(read) <= 1.05 * size
-    assert max(read) <= 1.5 * size / layout.size  # no rank reads for the others; 6 rows over 4 ranks are 2, 2, 2 and 0
+    assert (
+        max(read) <= 1.5 * size / layout.size
+    )  # no rank reads for the others; 6 rows over 4 ranks are 2, 2, 2 and 0
 
 
 def _refusal(folder, layout):
@@ -319,7 +334,12 @@ def test_every_rank_refuses_broken_weights_in_the_same_words(tmp_path, harm):
         file.write_bytes(file.read_bytes()[:-1])
     if harm == "absent":
         file.unlink()
-    words = {"truncated": "truncated", "absent": "does not exist", "misshapen": "scale is [2] and should be []", "foreign": "is I8"}
+    words = {
+        "truncated": "truncated",
+        "absent": "does not exist",
+        "misshapen": "scale is [2] and should be []",
+        "foreign": "is I8",
+    }
     (said,) = set(on_ranks(2, _refusal, tmp_path, Layout(tp=2)))
     assert said.startswith("model_path: ") and words[harm] in said
 
@@ -327,7 +347,9 @@ def test_every_rank_refuses_broken_weights_in_the_same_words(tmp_path, harm):
 def test_a_plan_that_does_not_divide_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     save_file(draw(DIVIDED), tmp_path / "model.safetensors")
     monkeypatch.setattr(module, "_cut", None)
-    with pytest.raises(ValueError, match=r"blocks\.0\.qkv\.weight has 4 heads, which 8 ranks cannot share evenly"):
+    with pytest.raises(
+        ValueError, match=r"blocks\.0\.qkv\.weight has 4 heads, which 8 ranks cannot share evenly"
+    ):
         load_weights(tmp_path, DIVIDED, torch.float64, plan=Plan(groups=(("tp", Group("none", 8, 0)),)))
 
 
@@ -358,8 +380,13 @@ def test_peak_memory_of_a_rank_is_what_it_holds_and_the_same_more_for_any_weight
     """96 and 384 MiB of float32 to 32 and 128 of bfloat16 on each rank. Fresh processes: freed memory would hide what is used."""
     names = [f"{name}.{i}" for i in range(count) for name in ("alike", "up", "down")]
     save_file({name: torch.ones(2048, 4096) for name in names}, tmp_path / "model.safetensors")
-    commands = [[sys.executable, "-c", PEAK_OF_A_RANK, str(tmp_path), str(count), str(rank)] for rank in range(2)]
-    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands]
+    commands = [
+        [sys.executable, "-c", PEAK_OF_A_RANK, str(tmp_path), str(count), str(rank)] for rank in range(2)
+    ]
+    ranks = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
     answers = [rank.communicate(timeout=300) for rank in ranks]
     for out, error in answers:
         assert out, error

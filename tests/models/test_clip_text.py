@@ -35,7 +35,9 @@ IDS = torch.tensor([[50, 3, 9, 7, 60, 60, 60, 60], [50, 60, 7, 5, 7, 0, 0, 0]])
 def _case(name):
     c = CASES[name]
     fields = asdict(c)
-    model = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}[fields.pop("architectures")[0]]
+    model = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}[
+        fields.pop("architectures")[0]
+    ]
     reference = model(CLIPTextConfig(**fields))
     flat = randomised(reference, 1)
     return c, reference, {clip_text.row_name(c, key): tensor for key, tensor in flat.items()}
@@ -84,7 +86,8 @@ def test_the_spec_names_every_weight_and_all_are_read(name):
 
 def test_projections_in_are_split_by_rows_and_projections_out_by_columns():
     splits = {
-        row.name.removeprefix("text_model.encoder.layers.0."): row.split for row in clip_text.spec(replace(TINY, num_hidden_layers=1))
+        row.name.removeprefix("text_model.encoder.layers.0."): row.split
+        for row in clip_text.spec(replace(TINY, num_hidden_layers=1))
     }
     out = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1")
     columns = {f"{name}.{part}": 0 for name in out for part in ("weight", "bias")}
@@ -95,7 +98,9 @@ def test_projections_in_are_split_by_rows_and_projections_out_by_columns():
 def test_names_of_both_generations_of_files():
     bare, whole = CASES["CLIP-L"], CASES["CLIP-G"]
     assert clip_text.row_name(bare, "final_layer_norm.weight") == "text_model.final_layer_norm.weight"
-    assert clip_text.row_name(bare, "text_model.final_layer_norm.weight") == "text_model.final_layer_norm.weight"
+    assert (
+        clip_text.row_name(bare, "text_model.final_layer_norm.weight") == "text_model.final_layer_norm.weight"
+    )
     assert clip_text.row_name(whole, "text_projection.weight") == "text_projection.weight"
     assert clip_text.row_name(bare, "text_projection.weight") is None
     assert clip_text.row_name(bare, "text_model.embeddings.position_ids") is None

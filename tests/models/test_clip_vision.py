@@ -15,7 +15,13 @@ from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
 
 TINY = clip_vision.Config(
-    hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=21, patch_size=7, layer_norm_eps=1e-3
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    image_size=21,
+    patch_size=7,
+    layer_norm_eps=1e-3,
 )
 
 

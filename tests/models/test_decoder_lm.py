@@ -5,7 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from tests.parity import Recording, close, doubles, randomised, shapes
 from tinydiff.io.weights import load_weights, save_weights
@@ -21,9 +27,20 @@ SMALL = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "pad_token_id": 0, "eos_token_id": None,
 }  # fmt: skip
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "beta_fast": 2.0, "beta_slow": 0.5}
-MINISTRAL = {"original_max_position_embeddings": 7, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+MINISTRAL = {
+    "original_max_position_embeddings": 7,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 GEMMA = {"query_pre_attn_scalar": 5, "sliding_window": 5, "hidden_activation": "gelu_pytorch_tanh"}
 GEMMA3_ROPE = {
     FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
@@ -64,7 +81,11 @@ def _case(name, head=False):
     c = decoder_lm.config_from(settings.to_dict(), known)
     c = replace(c, lm_head=head)
     flat = randomised(reference, 1)
-    return c, reference, {name: tensor for key, tensor in flat.items() if (name := decoder_lm.row_name(c, key)) is not None}
+    return (
+        c,
+        reference,
+        {name: tensor for key, tensor in flat.items() if (name := decoder_lm.row_name(c, key)) is not None},
+    )
 
 
 def _tokens(side):
@@ -121,12 +142,18 @@ def test_no_mask_is_a_mask_of_ones_and_equal_axes_are_one_axis():
     (plain,) = decoder_lm.encode(c, PLAN, Weights(flat), ids, mask, take=(4,))
     places = torch.arange(ids.shape[1]).expand(3, 2, -1)
     embeds = decoder_lm.embed(c, PLAN, Weights(flat), ids)
-    (axes,) = decoder_lm.encode(c, PLAN, Weights(flat), torch.zeros_like(ids), take=(4,), positions=places, embeds=embeds)
+    (axes,) = decoder_lm.encode(
+        c, PLAN, Weights(flat), torch.zeros_like(ids), take=(4,), positions=places, embeds=embeds
+    )
     assert torch.equal(plain, axes)
-    (apart,) = decoder_lm.encode(c, PLAN, Weights(flat), ids, take=(4,), positions=places * torch.tensor([1, 2, 3])[:, None, None])
+    (apart,) = decoder_lm.encode(
+        c, PLAN, Weights(flat), ids, take=(4,), positions=places * torch.tensor([1, 2, 3])[:, None, None]
+    )
     assert (apart - plain).abs().max() > 1e-3
     with pytest.raises(ValueError, match="mrope_section"):
-        decoder_lm.encode(_case("Llama")[0], PLAN, Weights(_case("Llama")[2]), ids, take=(4,), positions=places)
+        decoder_lm.encode(
+            _case("Llama")[0], PLAN, Weights(_case("Llama")[2]), ids, take=(4,), positions=places
+        )
 
 
 @pytest.mark.parametrize("name", ["Qwen3", "Gemma3", "Gemma2", "Ministral 3"])
@@ -152,7 +179,9 @@ def test_greedy_text_is_that_of_the_reference(name):
     assert shapes(decoder_lm.spec(c)) == shapes(flat)
     ids, mask = _tokens("left")
     with doubles(), torch.no_grad():
-        written = reference.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False)[:, ids.shape[1] :].tolist()
+        written = reference.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False)[
+            :, ids.shape[1] :
+        ].tolist()
     assert len(written[0]) == 9 and len({*written[0], *written[1]}) > 4
     assert generate(c, PLAN, Weights(flat), ids, mask, limit=9, stop=()) == written
     end = written[1][4]
@@ -171,7 +200,10 @@ def test_the_cache_gives_what_the_whole_text_gives():
 
 
 def test_sampling_is_that_of_the_reference_and_repeats_with_its_seed():
-    scores, ids = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 3, torch.randint(0, 50, (3, 12))
+    scores, ids = (
+        torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 3,
+        torch.randint(0, 50, (3, 12)),
+    )
     for sampling in (
         Sampling(0.6, top_p=0.9),
         Sampling(1.3, top_k=7, repetition_penalty=1.4),
@@ -185,8 +217,13 @@ def test_sampling_is_that_of_the_reference_and_repeats_with_its_seed():
                 TopKLogitsWarper(sampling.top_k or 50),
                 TopPLogitsWarper(sampling.top_p),
             ]
-        assert torch.equal(decoder_generate.warped(scores, ids, sampling), LogitsProcessorList(steps)(ids, scores.clone()))
-    draws = [decoder_generate.choose(scores, ids, Sampling(2.0), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+        assert torch.equal(
+            decoder_generate.warped(scores, ids, sampling), LogitsProcessorList(steps)(ids, scores.clone())
+        )
+    draws = [
+        decoder_generate.choose(scores, ids, Sampling(2.0), torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    ]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
@@ -234,12 +271,31 @@ GEMMA3_12B = {
 
 def test_released_configs_of_both_layouts():
     c = decoder_lm.config_from(QWEN25, "Qwen2_5_VLForConditionalGeneration")
-    assert c == Config() == decoder_lm.config_from({"text_config": QWEN25 | {"model_type": "qwen2_5_vl_text"}}, "Qwen2_5_VLTextModel")
+    assert (
+        c
+        == Config()
+        == decoder_lm.config_from(
+            {"text_config": QWEN25 | {"model_type": "qwen2_5_vl_text"}}, "Qwen2_5_VLTextModel"
+        )
+    )
     c = decoder_lm.config_from(QWEN3_4B, "Qwen3ForCausalLM")
-    assert (c.qk_norm, c.qkv_bias, c.tie_word_embeddings, c.head_dim, c.rope_parameters.rope_theta) == (True, False, True, 128, 1e6)
-    c = decoder_lm.config_from({"model_type": "mistral3", "text_config": MINISTRAL_3B, "tie_word_embeddings": True}, "Mistral3Model")
+    assert (c.qk_norm, c.qkv_bias, c.tie_word_embeddings, c.head_dim, c.rope_parameters.rope_theta) == (
+        True,
+        False,
+        True,
+        128,
+        1e6,
+    )
+    c = decoder_lm.config_from(
+        {"model_type": "mistral3", "text_config": MINISTRAL_3B, "tie_word_embeddings": True}, "Mistral3Model"
+    )
     rope = c.rope_parameters
-    assert (rope.rope_type, rope.factor, rope.llama_4_scaling_beta, set(c.layer_types)) == ("yarn", 16.0, 0.1, {FULL})
+    assert (rope.rope_type, rope.factor, rope.llama_4_scaling_beta, set(c.layer_types)) == (
+        "yarn",
+        16.0,
+        0.1,
+        {FULL},
+    )
     c = decoder_lm.config_from(GEMMA3_12B, "Gemma3ForConditionalGeneration")
     assert (c.vocab_size, c.head_dim, c.sliding_window, c.query_pre_attn_scalar) == (262208, 256, 1024, 256)
     assert c.layer_types == ((SLIDING,) * 5 + (FULL,)) * 8 and c.tie_word_embeddings
@@ -252,17 +308,41 @@ def test_released_configs_of_both_layouts():
         (QWEN3_4B, "T5EncoderModel", r"'T5EncoderModel' is no known language model"),
         (QWEN3_4B, "LlamaModel", r"model_type is 'qwen3'; LlamaModel holds llama"),
         (QWEN3_4B | {"hidden_act": "relu"}, "Qwen3Model", r"hidden_act is 'relu'; known are silu"),
-        (QWEN3_4B | {"num_key_value_heads": 5}, "Qwen3Model", r"num_attention_heads is 32; .* multiple of num_key_value_heads, 5"),
-        (QWEN3_4B | {"rope_scaling": {"rope_type": "longrope", "long_factor": []}}, "Qwen3Model", r"rope_type is 'longrope'"),
-        (QWEN3_4B | {"rope_scaling": {"rope_type": "yarn", "speed": 1}}, "Qwen3Model", r"rope parameter 'speed' is not known"),
-        (QWEN3_4B | {"rope_parameters": {"partial_rotary_factor": 0.5}}, "Qwen3Model", r"partial_rotary_factor is 0.5"),
+        (
+            QWEN3_4B | {"num_key_value_heads": 5},
+            "Qwen3Model",
+            r"num_attention_heads is 32; .* multiple of num_key_value_heads, 5",
+        ),
+        (
+            QWEN3_4B | {"rope_scaling": {"rope_type": "longrope", "long_factor": []}},
+            "Qwen3Model",
+            r"rope_type is 'longrope'",
+        ),
+        (
+            QWEN3_4B | {"rope_scaling": {"rope_type": "yarn", "speed": 1}},
+            "Qwen3Model",
+            r"rope parameter 'speed' is not known",
+        ),
+        (
+            QWEN3_4B | {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "Qwen3Model",
+            r"partial_rotary_factor is 0.5",
+        ),
         (
             QWEN25 | {"rope_scaling": {"mrope_section": [16, 24, 25]}},
             "Qwen2_5_VLTextModel",
             r"mrope_section is \(16, 24, 25\).* 64",
         ),
-        (QWEN25 | {"use_sliding_window": True, "layer_types": [FULL]}, "Qwen2_5_VLTextModel", r"layer_types is .* 28 layers"),
-        (GEMMA3_12B["text_config"] | {"use_bidirectional_attention": True}, "Gemma3TextModel", r"use_bidirectional_attention"),
+        (
+            QWEN25 | {"use_sliding_window": True, "layer_types": [FULL]},
+            "Qwen2_5_VLTextModel",
+            r"layer_types is .* 28 layers",
+        ),
+        (
+            GEMMA3_12B["text_config"] | {"use_bidirectional_attention": True},
+            "Gemma3TextModel",
+            r"use_bidirectional_attention",
+        ),
     ],
 )
 def test_what_is_not_implemented_is_refused(entries, class_name, sentence):
@@ -291,7 +371,10 @@ PREFIXES = ("", "model.", "language_model.model.", "model.language_model.", "lan
 def test_released_names_are_found_and_the_rest_is_dropped(prefix):
     c = Config(layers=26)
     assert decoder_lm.row_name(c, f"{prefix}embed_tokens.weight") == "embed_tokens.weight"
-    assert decoder_lm.row_name(c, f"{prefix}layers.25.self_attn.q_proj.bias") == "layers.25.self_attn.q_proj.bias"
+    assert (
+        decoder_lm.row_name(c, f"{prefix}layers.25.self_attn.q_proj.bias")
+        == "layers.25.self_attn.q_proj.bias"
+    )
     dropped = (
         f"{prefix}layers.26.mlp.up_proj.weight", f"{prefix}layers.27.input_layernorm.weight", f"{prefix}norm.weight", "lm_head.weight",
         "visual.merger.mlp.0.bias", "model.visual.blocks.3.norm1.weight", "vision_tower.ln_pre.weight", "model.vision_tower.ln_pre.weight",
@@ -303,7 +386,10 @@ def test_released_names_are_found_and_the_rest_is_dropped(prefix):
     whole = Config(lm_head=True)
     assert decoder_lm.row_name(whole, f"{prefix}norm.weight") == "norm.weight"
     assert decoder_lm.row_name(whole, "lm_head.weight") == "lm_head.weight"
-    assert decoder_lm.row_name(replace(whole, tie_word_embeddings=True), "lm_head.weight") == "embed_tokens.weight"
+    assert (
+        decoder_lm.row_name(replace(whole, tie_word_embeddings=True), "lm_head.weight")
+        == "embed_tokens.weight"
+    )
 
 
 def test_a_released_file_loads_and_a_foreign_key_fails(tmp_path):
@@ -314,11 +400,17 @@ def test_a_released_file_loads_and_a_foreign_key_fails(tmp_path):
     save_weights(tmp_path / "model.safetensors", stored)
 
     def load():
-        return load_weights(tmp_path, decoder_lm.spec(c), torch.float64, rename=lambda key: decoder_lm.row_name(c, key))
+        return load_weights(
+            tmp_path, decoder_lm.spec(c), torch.float64, rename=lambda key: decoder_lm.row_name(c, key)
+        )
 
     ids, mask = _tokens("left")
     (state,) = decoder_lm.encode(c, PLAN, Weights(load()), ids, mask, take=(2,))
-    assert torch.equal(state, decoder_lm.encode(replace(c, layers=4), PLAN, Weights(flat), ids, mask, take=(2,))[0])
-    save_weights(tmp_path / "model.safetensors", stored | {"language_model.model.layers.1.extra.weight": torch.ones(2)})
+    assert torch.equal(
+        state, decoder_lm.encode(replace(c, layers=4), PLAN, Weights(flat), ids, mask, take=(2,))[0]
+    )
+    save_weights(
+        tmp_path / "model.safetensors", stored | {"language_model.model.layers.1.extra.weight": torch.ones(2)}
+    )
     with pytest.raises(UserError, match=r"1 unexpected \(language_model\.model\.layers\.1\.extra\.weight\)"):
         load()

@@ -66,19 +66,32 @@ def test_each_text_of_a_batch_is_as_if_alone():
     both = predict(Network(ernie.FAMILY, c, dtype=torch.float64), flat, tokens, TIMES[:1], inputs)
     for i, length in enumerate((3, 7)):
         alone = {"text": inputs["text"][i : i + 1, :length], "positions": inputs["positions"]}
-        close(both[i : i + 1], predict(Network(ernie.FAMILY, c, dtype=torch.float64), flat, tokens[i : i + 1], TIMES[:1], alone))
+        close(
+            both[i : i + 1],
+            predict(Network(ernie.FAMILY, c, dtype=torch.float64), flat, tokens[i : i + 1], TIMES[:1], alone),
+        )
 
 
 def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
     """Rounded weights, texts and latents: the distance to float64 is that of the reference, within a fifth."""
     c, flat, reference, known, tokens, inputs = _case("two lengths")
     rounded = {name: tensor.bfloat16() for name, tensor in flat.items()}
-    exact = predict(Network(ernie.FAMILY, c, dtype=torch.float64), {name: t.double() for name, t in rounded.items()}, tokens, TIMES, inputs)
+    exact = predict(
+        Network(ernie.FAMILY, c, dtype=torch.float64),
+        {name: t.double() for name, t in rounded.items()},
+        tokens,
+        TIMES,
+        inputs,
+    )
     ours = predict(Network(ernie.FAMILY, c, dtype=torch.bfloat16), rounded, tokens.bfloat16(), TIMES, inputs)
     assert ours.dtype == torch.bfloat16
     reference.load_state_dict(rounded)
     reference.bfloat16()
-    known |= {"hidden_states": known["hidden_states"].bfloat16(), "text_bth": known["text_bth"].bfloat16(), "timestep": TIMES.bfloat16()}
+    known |= {
+        "hidden_states": known["hidden_states"].bfloat16(),
+        "text_bth": known["text_bth"].bfloat16(),
+        "timestep": TIMES.bfloat16(),
+    }
     theirs = patchify(reference(**known).sample[:, :, None], (1, 1, 1))
     error, allowed = ((y.double() - exact).square().mean().sqrt() for y in (ours, theirs))
     assert error < 1.2 * allowed < 0.2

@@ -24,7 +24,9 @@ def case(name):
 
 
 def hoisted(network, flat, inputs):
-    return network.family.hoist(network.config, network.plan, Weights(flat, dtype=network.dtype), inputs, TIMES)
+    return network.family.hoist(
+        network.config, network.plan, Weights(flat, dtype=network.dtype), inputs, TIMES
+    )
 
 
 @pytest.mark.parametrize("name", DENOISERS)
@@ -77,7 +79,11 @@ def test_conds_name_every_tensor_of_a_request_and_the_dimension_that_runs_over_t
     conds = {cond.name: cond for cond in network.family.conds}
     assert own.keys() <= conds.keys()
     lengths = {
-        stream: {own[cond.name].shape[cond.dim] for cond in conds.values() if cond.stream == stream and cond.name in own}
+        stream: {
+            own[cond.name].shape[cond.dim]
+            for cond in conds.values()
+            if cond.stream == stream and cond.name in own
+        }
         for stream in ("image", "text")
     }
     assert lengths["image"] == {tokens.shape[1]}

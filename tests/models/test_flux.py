@@ -48,7 +48,11 @@ def _case(name):
     embed.register_forward_pre_hook(lambda _, args: (torch.tensor(args[0].tolist(), dtype=torch.float32),))
     ids = flux.positions(SIZE, references)
     tokens = draw(2, len(ids), c.in_channels, seed=2)
-    inputs = {"text": draw(2, LENGTH, c.joint_attention_dim, seed=3), "pooled": draw(2, c.pooled_projection_dim, seed=4), "positions": ids}
+    inputs = {
+        "text": draw(2, LENGTH, c.joint_attention_dim, seed=3),
+        "pooled": draw(2, c.pooled_projection_dim, seed=4),
+        "positions": ids,
+    }
     known = {
         "hidden_states": tokens,
         "encoder_hidden_states": inputs["text"],
@@ -82,7 +86,9 @@ def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
     rounded = {name: tensor.bfloat16() for name, tensor in flat.items()}
     times = torch.tensor([640.0, 38.0])
     wide = {name: tensor.double() for name, tensor in rounded.items()}
-    exact = predict(Network(flux.FAMILY, c, dtype=torch.float64), wide, tokens.bfloat16().double(), times, inputs)
+    exact = predict(
+        Network(flux.FAMILY, c, dtype=torch.float64), wide, tokens.bfloat16().double(), times, inputs
+    )
     ours = predict(Network(flux.FAMILY, c, dtype=torch.bfloat16), rounded, tokens.bfloat16(), times, inputs)
     assert ours.dtype == torch.bfloat16
     reference = FluxTransformer2DModel(**asdict(c)).bfloat16()
@@ -99,7 +105,11 @@ def test_half_types_round_timestep_and_guidance_as_the_reference():
     times, guidance = torch.tensor([987.3, 501.7, 37.1]), torch.tensor([3.3])
     rounded = {name: tensor.bfloat16() for name, tensor in flat.items()}
     _, steps = flux.hoist(
-        c, PLAN, Weights(rounded, dtype=torch.bfloat16), inputs | {"pooled": inputs["pooled"][:1], "guidance": guidance}, times
+        c,
+        PLAN,
+        Weights(rounded, dtype=torch.bfloat16),
+        inputs | {"pooled": inputs["pooled"][:1], "guidance": guidance},
+        times,
     )
     reference = FluxTransformer2DModel(**asdict(c)).bfloat16()
     reference.load_state_dict(rounded)
@@ -111,8 +121,13 @@ def test_half_types_round_timestep_and_guidance_as_the_reference():
 
 def test_tokens_and_positions_are_those_of_the_pipeline():
     latents = draw(2, 4, 6, 10)
-    assert torch.equal(patchify(latents[:, :, None], flux.PATCH), FluxPipeline._pack_latents(latents, 2, 4, 6, 10))
-    made, given = (FluxPipeline._prepare_latent_image_ids(1, h // 2, w // 2, None, torch.int64) for _, h, w in (SIZE, *REFERENCES))
+    assert torch.equal(
+        patchify(latents[:, :, None], flux.PATCH), FluxPipeline._pack_latents(latents, 2, 4, 6, 10)
+    )
+    made, given = (
+        FluxPipeline._prepare_latent_image_ids(1, h // 2, w // 2, None, torch.int64)
+        for _, h, w in (SIZE, *REFERENCES)
+    )
     given[:, 0] = 1  # as the pipeline of Kontext numbers its picture
     assert torch.equal(flux.positions(SIZE, REFERENCES), torch.cat([made, given]))
     assert flux.positions(SIZE, REFERENCES * 3)[:, 0].unique().tolist() == [0, 1, 2, 3]
@@ -120,13 +135,18 @@ def test_tokens_and_positions_are_those_of_the_pipeline():
 
 def test_each_half_of_a_fused_input_is_split_on_its_own():
     rows = {row.name: row for row in flux.spec(TINY)}
-    assert {name.split(".", 2)[2]: row.parts for name, row in rows.items() if row.parts} == {"proj_out.weight": (32, 128)}
+    assert {name.split(".", 2)[2]: row.parts for name, row in rows.items() if row.parts} == {
+        "proj_out.weight": (32, 128)
+    }
     assert rows["single_transformer_blocks.0.proj_out.weight"].split == 1
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
-    [({"patch_size": 2}, r"patch_size is 2; .*1"), ({"axes_dims_rope": (4, 4, 4)}, r"axes_dims_rope is \(4, 4, 4\); .*16")],
+    [
+        ({"patch_size": 2}, r"patch_size is 2; .*1"),
+        ({"axes_dims_rope": (4, 4, 4)}, r"axes_dims_rope is \(4, 4, 4\); .*16"),
+    ],
 )
 def test_what_is_not_implemented_is_refused(changes, sentence):
     with pytest.raises(ValueError, match=sentence):

@@ -36,7 +36,11 @@ CASES = {
     "klein with references": (TINY, REFERENCES, None),
     "dev": (DEV, (), torch.tensor([4.0])),
     "dev with references and two scales": (DEV, REFERENCES, torch.tensor([2.5, 1.0])),
-    "another feed-forward, other values out": (replace(TINY, mlp_ratio=2.5, out_channels=5, eps=1e-3), (), None),
+    "another feed-forward, other values out": (
+        replace(TINY, mlp_ratio=2.5, out_channels=5, eps=1e-3),
+        (),
+        None,
+    ),
 }
 
 
@@ -58,7 +62,10 @@ def _case(name):
     embed = reference.time_guidance_embed.time_proj
     embed.register_forward_pre_hook(lambda _, args: (torch.tensor(args[0].tolist(), dtype=torch.float32),))
     ids = _ids(references)
-    tokens, text = draw(2, ids.shape[1], c.in_channels, seed=2), draw(2, LENGTH, c.joint_attention_dim, seed=3)
+    tokens, text = (
+        draw(2, ids.shape[1], c.in_channels, seed=2),
+        draw(2, LENGTH, c.joint_attention_dim, seed=3),
+    )
     inputs = {"text": text, "positions": flux2.positions(SIZE, references)}
     known = {
         "hidden_states": tokens,
@@ -95,7 +102,13 @@ def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
     times, known["timestep"] = torch.tensor([500, 250]), torch.tensor([0.5, 0.25])
     inputs["guidance"] = known["guidance"] = torch.tensor([2.0, 1.0])
     rounded = {name: tensor.bfloat16() for name, tensor in flat.items()}
-    exact = predict(Network(flux2.FAMILY, c, dtype=torch.float64), {name: t.double() for name, t in rounded.items()}, tokens, times, inputs)
+    exact = predict(
+        Network(flux2.FAMILY, c, dtype=torch.float64),
+        {name: t.double() for name, t in rounded.items()},
+        tokens,
+        times,
+        inputs,
+    )
     ours = predict(Network(flux2.FAMILY, c, dtype=torch.bfloat16), rounded, tokens.bfloat16(), times, inputs)
     assert ours.dtype == torch.bfloat16
     reference.load_state_dict(rounded)
@@ -117,7 +130,10 @@ def test_float16_residuals_are_held_at_its_largest_number():
     flat = {name: tensor.half() for name, tensor in flat.items()}
     request, _ = flux2.hoist(c, PLAN, Weights(flat, dtype=torch.float16), inputs, TIMES[:1])
     gates = {"text_modulation": 6, "image_modulation": 6, "single_modulation": 3}
-    gates = {name: torch.tensor([0.0] * (n - 1) + [1000]).half()[None, :, None].expand(1, n, c.width) for name, n in gates.items()}
+    gates = {
+        name: torch.tensor([0.0] * (n - 1) + [1000]).half()[None, :, None].expand(1, n, c.width)
+        for name, n in gates.items()
+    }
     streams = tuple(65000 * draw(2, n, c.width).sign().half() for n in (LENGTH, tokens.shape[1]))
     for fn, at in flux2.blocks(c):
         for x in fn(c, PLAN, Weights(flat) / at, streams, Weights({}), request | gates):

@@ -16,7 +16,9 @@ def test_masked_text_is_as_if_absent():
     mask = torch.arange(5) < real[:, None]
     y_text, y_image = joint.joint_attention(PLAN, text, image, {"mask": mask.long()})
     for b, length in enumerate(real):
-        of_text, of_image = (tuple(x[b : b + 1, :n] for x in each) for each, n in ((text, length), (image, 6)))
+        of_text, of_image = (
+            tuple(x[b : b + 1, :n] for x in each) for each, n in ((text, length), (image, 6))
+        )
         alone_text, alone_image = joint.joint_attention(PLAN, of_text, of_image, {})
         close(y_text[b : b + 1, :length], alone_text)
         close(y_image[b : b + 1], alone_image)

@@ -15,7 +15,10 @@ from tinydiff.ops.weights import Weights
 
 
 def _config(widths, **fields):
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * len(widths), "up_block_types": ("UpDecoderBlock2D",) * len(widths)}
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+    }
     return kl.Config(block_out_channels=widths, norm_num_groups=2, sample_size=1024, **blocks, **fields)
 
 
@@ -32,7 +35,9 @@ CONFIGS = {
     ),
     "Stable Diffusion": _config((4, 4), latent_channels=3, in_channels=1, out_channels=2),
     "FLUX.2": _config((4, 6, 8), layers_per_block=2, latent_channels=4, patch_size=(2, 2)),
-    "FLUX.2 with a small decoder": _config((4, 8), latent_channels=3, patch_size=(2, 2), decoder_block_out_channels=(2, 6)),
+    "FLUX.2 with a small decoder": _config(
+        (4, 8), latent_channels=3, patch_size=(2, 2), decoder_block_out_channels=(2, 6)
+    ),
 }
 NAMES = list(CONFIGS)
 FLUX2 = [name for name in NAMES if CONFIGS[name].patch_size]
@@ -76,7 +81,11 @@ def _normalised(c, reference, z_BZHW):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_references_config_is_accepted(name):
     c, reference, _ = _pair(name)
-    stored = {key: tuple(value) if isinstance(value, list) else value for key, value in reference.config.items() if key[0] != "_"}
+    stored = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in reference.config.items()
+        if key[0] != "_"
+    }
     assert kl.Config(**stored) == c
 
 
@@ -155,7 +164,9 @@ def test_tiles_equal_the_tiles_of_the_reference(name):
     close(ours[:, :, 0], pixels)
     assert (ours - kl.raw_pixels(c, w, raw)).abs().max() > 1e-3, "tiles were not used"
 
-    x = draw(1, c.in_channels, 1, 13 * c.scale_factor_spatial, 10 * c.scale_factor_spatial, seed=3).clamp(-1, 1)
+    x = draw(1, c.in_channels, 1, 13 * c.scale_factor_spatial, 10 * c.scale_factor_spatial, seed=3).clamp(
+        -1, 1
+    )
     with doubles():
         mean = reference.encode(x[:, :, 0]).latent_dist.mode()
     close(kl.encode(c, w, x, tile=side)[:, :, 0], _normalised(c, reference, mean))
@@ -182,7 +193,10 @@ def test_the_batch_norms_eps_is_the_configs(name):
 def test_what_the_denoiser_sees_of_the_released_shapes():
     widths = (128, 256, 512, 512)
     flux1, flux2 = _config(widths, latent_channels=16), _config(widths, latent_channels=32, patch_size=(2, 2))
-    assert [(c.z_dim, c.scale_factor_spatial, c.scale_factor_temporal) for c in (flux1, flux2)] == [(16, 8, 1), (128, 16, 1)]
+    assert [(c.z_dim, c.scale_factor_spatial, c.scale_factor_temporal) for c in (flux1, flux2)] == [
+        (16, 8, 1),
+        (128, 16, 1),
+    ]
 
 
 def test_the_counter_of_training_is_no_weight():
@@ -195,8 +209,14 @@ def test_the_counter_of_training_is_no_weight():
     [
         ({"act_fn": "relu"}, r"act_fn is 'relu'.*'silu'"),
         ({"down_block_types": ("DownEncoderBlock2D",) * 2}, "down_block_types"),
-        ({"up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D")}, r"AttnUpDecoderBlock2D.*UpDecoderBlock2D"),
-        ({"decoder_block_out_channels": (4, 8)}, "decoder_block_out_channels has 2 widths and block_out_channels 3"),
+        (
+            {"up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D")},
+            r"AttnUpDecoderBlock2D.*UpDecoderBlock2D",
+        ),
+        (
+            {"decoder_block_out_channels": (4, 8)},
+            "decoder_block_out_channels has 2 widths and block_out_channels 3",
+        ),
         ({"patch_size": (1, 2)}, r"patch_size is \[1, 2\]"),
     ],
 )

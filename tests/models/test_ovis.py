@@ -38,7 +38,9 @@ def _case(c):
     reference = OvisImageTransformer2DModel(**asdict(c))
     flat = randomised(reference, 1)
     # diffusers embeds time in float32 whatever comes; `doubles` would widen that, were it not float32 before.
-    reference.time_proj.register_forward_pre_hook(lambda _, args: (torch.tensor(args[0].tolist(), dtype=torch.float32),))
+    reference.time_proj.register_forward_pre_hook(
+        lambda _, args: (torch.tensor(args[0].tolist(), dtype=torch.float32),)
+    )
     ids = ovis.positions(SIZE)
     tokens, text = draw(2, len(ids), c.in_channels, seed=2), draw(2, LENGTH, c.joint_attention_dim, seed=3)
     known = {
@@ -71,12 +73,18 @@ def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
     rounded = {name: tensor.bfloat16() for name, tensor in flat.items()}
     times = torch.tensor([640.0, 38.0])
     wide = {name: tensor.double() for name, tensor in rounded.items()}
-    exact = predict(Network(ovis.FAMILY, TINY, dtype=torch.float64), wide, tokens.bfloat16().double(), times, inputs)
-    ours = predict(Network(ovis.FAMILY, TINY, dtype=torch.bfloat16), rounded, tokens.bfloat16(), times, inputs)
+    exact = predict(
+        Network(ovis.FAMILY, TINY, dtype=torch.float64), wide, tokens.bfloat16().double(), times, inputs
+    )
+    ours = predict(
+        Network(ovis.FAMILY, TINY, dtype=torch.bfloat16), rounded, tokens.bfloat16(), times, inputs
+    )
     assert ours.dtype == torch.bfloat16
     reference = OvisImageTransformer2DModel(**asdict(TINY)).bfloat16()
     reference.load_state_dict(rounded)
-    theirs = reference(**{key: value.bfloat16() for key, value in known.items()} | {"timestep": times.bfloat16() / 1000}).sample
+    theirs = reference(
+        **{key: value.bfloat16() for key, value in known.items()} | {"timestep": times.bfloat16() / 1000}
+    ).sample
     error, allowed = ((y.double() - exact).square().mean().sqrt() for y in (ours, theirs))
     assert error < 1.2 * allowed < 0.1
 
@@ -96,8 +104,12 @@ def test_half_types_round_the_timestep_as_the_reference():
 
 def test_tokens_and_positions_are_those_of_the_pipeline():
     latents = draw(2, 4, 6, 10)
-    assert torch.equal(patchify(latents[:, :, None], ovis.PATCH), OvisImagePipeline._pack_latents(latents, 2, 4, 6, 10))
-    assert torch.equal(ovis.positions(SIZE), OvisImagePipeline._prepare_latent_image_ids(1, 3, 5, None, torch.int64))
+    assert torch.equal(
+        patchify(latents[:, :, None], ovis.PATCH), OvisImagePipeline._pack_latents(latents, 2, 4, 6, 10)
+    )
+    assert torch.equal(
+        ovis.positions(SIZE), OvisImagePipeline._prepare_latent_image_ids(1, 3, 5, None, torch.int64)
+    )
 
 
 def test_each_half_of_a_fused_weight_is_split_on_its_own():
@@ -110,7 +122,10 @@ def test_each_half_of_a_fused_weight_is_split_on_its_own():
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
-    [({"patch_size": 2}, r"patch_size is 2; .*1"), ({"axes_dims_rope": (4, 4, 4)}, r"axes_dims_rope is \(4, 4, 4\); .*16")],
+    [
+        ({"patch_size": 2}, r"patch_size is 2; .*1"),
+        ({"axes_dims_rope": (4, 4, 4)}, r"axes_dims_rope is \(4, 4, 4\); .*16"),
+    ],
 )
 def test_what_is_not_implemented_is_refused(changes, sentence):
     with pytest.raises(ValueError, match=sentence):

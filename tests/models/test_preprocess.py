@@ -43,9 +43,15 @@ def test_clip(entries, shape):
     [
         ({"do_center_crop": False}, "do_center_crop is False; only True is supported"),
         ({"rescale_factor": 1.0}, "rescale_factor is 1.0; only 1/255 is supported"),
-        ({"crop_size": {"height": 28, "width": 21}}, "must be image_size of the image encoder, 28, both ways"),
+        (
+            {"crop_size": {"height": 28, "width": 21}},
+            "must be image_size of the image encoder, 28, both ways",
+        ),
         ({"crop_size": 21}, "crop_size is 21; it must be image_size of the image encoder, 28"),
-        ({"size": {"shortest_edge": 20}}, "its shortest_edge must be at least the 28 pixels that are cut out"),
+        (
+            {"size": {"shortest_edge": 20}},
+            "its shortest_edge must be at least the 28 pixels that are cut out",
+        ),
         ({"size": {"height": 28, "width": 28}}, "it must be an object with shortest_edge"),
         ({"image_mean": [0.5]}, "image_mean is [0.5]; it must be a list of 3, each a number"),
         ({"image_std": [0.5, 0.0, 0.5]}, "each a number at least 1e-12"),
@@ -73,7 +79,9 @@ def test_qwen(entries, shape):
     expected = Qwen2VLImageProcessorPil(patch_size=4, **entries)(image(*shape), return_tensors="pt")
     c = replace(EYE, **preprocess.qwen({"patch_size": 4} | entries, EYE.tiling))
     patches, grid = qwen_vision.pixels(c, image(*shape))
-    assert expected["image_grid_thw"].tolist() == [[1, *grid]] and torch.equal(patches, expected["pixel_values"])
+    assert expected["image_grid_thw"].tolist() == [[1, *grid]] and torch.equal(
+        patches, expected["pixel_values"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -41,14 +41,22 @@ CASES = {
     "reference images at timestep 0": (_configs(zero_cond_t=True), [ODD, WIDE, TALL], 1),
     "layers": (LAYERED, [ODD, ODD, ODD, WIDE], 3),
     "more layers than rows": (LAYERED, [SMALL, SMALL, SMALL, SMALL], 3),
-    "layers, the condition at timestep 0": (_configs(**asdict(LAYERED) | {"zero_cond_t": True}), [SMALL, TALL], 1),
+    "layers, the condition at timestep 0": (
+        _configs(**asdict(LAYERED) | {"zero_cond_t": True}),
+        [SMALL, TALL],
+        1,
+    ),
 }
 
 
 def _reference(c):
     """The reference's tables come from torch.polar, which rounds float32 cosines otherwise than torch.cos does: one step, 6e-8."""
-    with patch("torch.polar", lambda length, angle: torch.complex(length * angle.cos(), length * angle.sin())):
-        return QwenImageTransformer2DModel(**{name: value for name, value in asdict(c).items() if name != "pooled_projection_dim"})
+    with patch(
+        "torch.polar", lambda length, angle: torch.complex(length * angle.cos(), length * angle.sin())
+    ):
+        return QwenImageTransformer2DModel(
+            **{name: value for name, value in asdict(c).items() if name != "pooled_projection_dim"}
+        )
 
 
 def _case(name):
@@ -57,10 +65,18 @@ def _case(name):
     batch = 1 if c.zero_cond_t and c.use_additional_t_cond else 2  # the reference adds [2 B, D] and [B, D]
     reference = _reference(c)
     flat = randomised(reference, 1)
-    tokens = torch.cat([patchify(draw(batch, c.out_channels, 1, *size, seed=i), (1, 2, 2)) for i, size in enumerate(sizes)], 1)
+    tokens = torch.cat(
+        [patchify(draw(batch, c.out_channels, 1, *size, seed=i), (1, 2, 2)) for i, size in enumerate(sizes)],
+        1,
+    )
     text = draw(batch, 7, c.joint_attention_dim, seed=11)
     grids = [(1, height // 2, width // 2) for height, width in sizes]
-    known = {"hidden_states": tokens, "encoder_hidden_states": text, "timestep": TIMES[:batch] / 1000, "img_shapes": [grids] * batch}
+    known = {
+        "hidden_states": tokens,
+        "encoder_hidden_states": text,
+        "timestep": TIMES[:batch] / 1000,
+        "img_shapes": [grids] * batch,
+    }
     inputs = {"text": text, "positions": qwen_image.positions(c, sizes)}
     if name == "padded text":
         inputs["mask"] = known["encoder_hidden_states_mask"] = torch.tensor([[1] * 4 + [0] * 3, [1] * 7])
@@ -80,7 +96,9 @@ def test_equals_the_reference_and_uses_every_weight_that_counts(name):
         expected = reference(**known).sample
     weights = tracked(flat)
     with torch.enable_grad():
-        y = predict(Network(qwen_image.FAMILY, c, dtype=torch.float64), weights, tokens, TIMES[: len(tokens)], inputs)
+        y = predict(
+            Network(qwen_image.FAMILY, c, dtype=torch.float64), weights, tokens, TIMES[: len(tokens)], inputs
+        )
     close(y, expected)
     last = f"transformer_blocks.{c.num_layers - 1}"  # nothing reads the text that leaves the last block
     unused = {f"{last}.{layer}" for layer in ("attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")}
@@ -111,7 +129,11 @@ def test_padding_changes_nothing():
     c, flat, _, _, tokens, inputs = _case("padded text")
     alone = {"text": inputs["text"][:1, :4], "positions": inputs["positions"]}
     both = predict(Network(qwen_image.FAMILY, c, dtype=torch.float64), flat, tokens, TIMES[:1], inputs)
-    close(both[:1], predict(Network(qwen_image.FAMILY, c, dtype=torch.float64), flat, tokens[:1], TIMES[:1], alone), 1e-12)
+    close(
+        both[:1],
+        predict(Network(qwen_image.FAMILY, c, dtype=torch.float64), flat, tokens[:1], TIMES[:1], alone),
+        1e-12,
+    )
     request, _ = qwen_image.hoist(c, PLAN, Weights(flat, dtype=torch.float64), alone, TIMES)
     assert "mask" not in request  # without padding no mask exists, and the fast kernels run
 
@@ -121,7 +143,13 @@ def test_one_text_serves_several_pictures():
     one = inputs | {"text": inputs["text"][:1], "kind": inputs["kind"][:1]}
     both = predict(Network(qwen_image.FAMILY, c, dtype=torch.float64), flat, tokens, TIMES[:1], one)
     for b in range(2):
-        close(both[b : b + 1], predict(Network(qwen_image.FAMILY, c, dtype=torch.float64), flat, tokens[b : b + 1], TIMES[:1], one), 1e-12)
+        close(
+            both[b : b + 1],
+            predict(
+                Network(qwen_image.FAMILY, c, dtype=torch.float64), flat, tokens[b : b + 1], TIMES[:1], one
+            ),
+            1e-12,
+        )
 
 
 def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
@@ -129,7 +157,9 @@ def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
     c, flat, reference, known, tokens, inputs = _case("reference images at timestep 0")
     rounded = {name: tensor.bfloat16() for name, tensor in flat.items()}
     weights = {name: tensor.double() for name, tensor in rounded.items()}
-    known = {name: value.bfloat16() if isinstance(value, torch.Tensor) else value for name, value in known.items()}
+    known = {
+        name: value.bfloat16() if isinstance(value, torch.Tensor) else value for name, value in known.items()
+    }
     known["timestep"] = TIMES.bfloat16() / 1000
     exact = predict(
         Network(qwen_image.FAMILY, c, dtype=torch.float64),
@@ -138,7 +168,9 @@ def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
         known["timestep"].double() * 1000,
         inputs,
     )
-    ours = predict(Network(qwen_image.FAMILY, c, dtype=torch.bfloat16), rounded, tokens, TIMES.float(), inputs)
+    ours = predict(
+        Network(qwen_image.FAMILY, c, dtype=torch.bfloat16), rounded, tokens, TIMES.float(), inputs
+    )
     assert ours.dtype == torch.bfloat16
     theirs = reference.bfloat16()(**known).sample
     error, allowed = ((y.double() - exact).square().mean().sqrt() for y in (ours, theirs))
@@ -154,7 +186,9 @@ def test_float16_residuals_stay_finite():
     at = "transformer_blocks.0"
     for name in ("txt_mod", "img_mod"):
         step[f"{at}.{name}"][:, 5] = 60000  # the feed-forward's gate
-    for stream in qwen_image.block(c, PLAN, Weights(half, dtype=torch.float16) / at, x, Weights(request | step) / at, request):
+    for stream in qwen_image.block(
+        c, PLAN, Weights(half, dtype=torch.float16) / at, x, Weights(request | step) / at, request
+    ):
         assert stream.isfinite().all() and stream.abs().max() == 65504
 
 

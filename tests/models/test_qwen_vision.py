@@ -60,8 +60,15 @@ def _prompts(v, side):
     assert counts == [15, 14, 9]
     rows = [qwen_vision.expand(rows[0], IMAGE, counts[:2]), qwen_vision.expand(rows[1], IMAGE, counts[2:])]
     length = max(map(len, rows))
-    padded = [[0] * (length - len(row)) + row if side == "left" else row + [0] * (length - len(row)) for row in rows]
-    masks = [[0] * (length - len(row)) + [1] * len(row) if side == "left" else [1] * len(row) + [0] * (length - len(row)) for row in rows]
+    padded = [
+        [0] * (length - len(row)) + row if side == "left" else row + [0] * (length - len(row)) for row in rows
+    ]
+    masks = [
+        [0] * (length - len(row)) + [1] * len(row)
+        if side == "left"
+        else [1] * len(row) + [0] * (length - len(row))
+        for row in rows
+    ]
     return torch.tensor(padded), torch.tensor(masks)
 
 
@@ -104,10 +111,18 @@ def test_states_of_words_and_images_equal_the_reference(side):
         expected = reference(**inputs, output_hidden_states=True).hidden_states
     w = Weights(_named(flat, lambda key: decoder_lm.row_name(c, key)))
     at = qwen_vision.positions(v, ids, mask, IMAGE, GRIDS)
-    places, _ = reference.model.get_rope_index(ids, inputs["mm_token_type_ids"], inputs["image_grid_thw"], attention_mask=mask)
+    places, _ = reference.model.get_rope_index(
+        ids, inputs["mm_token_type_ids"], inputs["image_grid_thw"], attention_mask=mask
+    )
     assert torch.equal(at, places) and at.max() > 0
 
-    tokens = qwen_vision.encode(v, PLAN, Weights(_named(flat, qwen_vision.row_name), dtype=torch.float64), inputs["pixel_values"], GRIDS)
+    tokens = qwen_vision.encode(
+        v,
+        PLAN,
+        Weights(_named(flat, qwen_vision.row_name), dtype=torch.float64),
+        inputs["pixel_values"],
+        GRIDS,
+    )
     embeds = qwen_vision.place(decoder_lm.embed(c, PLAN, w, ids), ids, IMAGE, tokens)
     ours = decoder_lm.encode(c, PLAN, w, ids, mask, take=(0, 1, 2, 3), positions=at, embeds=embeds)
     for mine, state in zip(ours, expected, strict=True):
@@ -122,7 +137,13 @@ def test_text_about_images_is_that_of_the_reference():
         written = reference.generate(**inputs, max_new_tokens=8, do_sample=False)[:, ids.shape[1] :].tolist()
     assert len({*written[0], *written[1]}) > 4
     w = Weights(_named(flat, lambda key: decoder_lm.row_name(c, key)))
-    tokens = qwen_vision.encode(v, PLAN, Weights(_named(flat, qwen_vision.row_name), dtype=torch.float64), inputs["pixel_values"], GRIDS)
+    tokens = qwen_vision.encode(
+        v,
+        PLAN,
+        Weights(_named(flat, qwen_vision.row_name), dtype=torch.float64),
+        inputs["pixel_values"],
+        GRIDS,
+    )
     embeds = qwen_vision.place(decoder_lm.embed(c, PLAN, w, ids), ids, IMAGE, tokens)
     at = qwen_vision.positions(v, ids, mask, IMAGE, GRIDS)
     assert generate(c, PLAN, w, ids, mask, limit=8, stop=(), positions=at, embeds=embeds) == written
@@ -142,7 +163,9 @@ def test_text_about_images_is_that_of_the_reference():
 def test_pixels_are_those_of_the_reference(size, bounds):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     read = Qwen2VLImageProcessorPil(min_pixels=bounds[0], max_pixels=bounds[1])(image, return_tensors="pt")
-    patches, grid = qwen_vision.pixels(replace(qwen_vision.Config(), min_pixels=bounds[0], max_pixels=bounds[1]), image)
+    patches, grid = qwen_vision.pixels(
+        replace(qwen_vision.Config(), min_pixels=bounds[0], max_pixels=bounds[1]), image
+    )
     assert read["image_grid_thw"].tolist() == [[1, *grid]]
     assert patches.dtype == torch.float32
     assert torch.equal(patches, read["pixel_values"])
@@ -168,5 +191,17 @@ def test_released_config_and_names():
         }
     }  # fmt: skip
     assert qwen_vision.config_from(entries) == qwen_vision.Config()
-    names = ("visual.merger.ln_q.weight", "model.visual.merger.ln_q.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight", "odd")
-    assert [qwen_vision.row_name(key) for key in names] == ["merger.ln_q.weight", "merger.ln_q.weight", None, None, "odd"]
+    names = (
+        "visual.merger.ln_q.weight",
+        "model.visual.merger.ln_q.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "lm_head.weight",
+        "odd",
+    )
+    assert [qwen_vision.row_name(key) for key in names] == [
+        "merger.ln_q.weight",
+        "merger.ln_q.weight",
+        None,
+        None,
+        "odd",
+    ]

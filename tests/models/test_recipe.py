@@ -11,13 +11,27 @@ from tinydiff.models.recipe import appended, shift_by_tokens
 @pytest.mark.parametrize("tokens", [16, 256, 2176, 4096, 8160])
 def test_the_shift_by_tokens_is_the_pipelines(tokens):
     assert shift_by_tokens(tokens, {}) == calculate_shift(tokens)
-    said = {"base_image_seq_len": 128, "max_image_seq_len": 8192, "base_shift": 0.4, "max_shift": 0.9, "shift": 3.0}
-    assert shift_by_tokens(tokens, said) == calculate_shift(tokens, 128, 8192, 0.4, 0.9) != calculate_shift(tokens)
+    said = {
+        "base_image_seq_len": 128,
+        "max_image_seq_len": 8192,
+        "base_shift": 0.4,
+        "max_shift": 0.9,
+        "shift": 3.0,
+    }
+    assert (
+        shift_by_tokens(tokens, said)
+        == calculate_shift(tokens, 128, 8192, 0.4, 0.9)
+        != calculate_shift(tokens)
+    )
 
 
 def test_references_stand_clean_behind_the_picture():
     first, second = draw(1, 3, 4), draw(1, 2, 4, seed=1)
     known = appended(6, [first, second])
-    assert known is not None and known.tokens.shape == (1, 11, 4) and torch.equal(known.tokens[:, 6:], torch.cat([first, second], 1))
+    assert (
+        known is not None
+        and known.tokens.shape == (1, 11, 4)
+        and torch.equal(known.tokens[:, 6:], torch.cat([first, second], 1))
+    )
     assert known.free.shape == (1, 11, 1) and known.free[0, :, 0].tolist() == [True] * 6 + [False] * 5
     assert appended(6, []) is None

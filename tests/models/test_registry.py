@@ -55,7 +55,13 @@ def test_the_negative_prompt_is_the_whole_one():
 )
 def test_published_defaults(name, size, frames, fps, steps, guidance, shift):
     row = named(name)
-    assert ((row.height, row.width), row.num_frames, row.fps, row.steps, row.flow_shift) == (size, frames, fps, steps, shift)
+    assert ((row.height, row.width), row.num_frames, row.fps, row.steps, row.flow_shift) == (
+        size,
+        frames,
+        fps,
+        steps,
+        shift,
+    )
     assert (row.guidance, row.guidance_2) == guidance
 
 
@@ -71,14 +77,21 @@ def test_published_defaults(name, size, frames, fps, steps, guidance, shift):
 def test_published_defaults_of_pictures(name, steps, guidance, form, text_tokens, images):
     row = named(name)
     assert (row.height, row.width, row.num_frames, row.flow_shift) == (1024, 1024, 1, None)
-    assert (row.steps, row.guidance, row.guidance_form, row.text_tokens, row.images) == (steps, guidance, form, text_tokens, images)
+    assert (row.steps, row.guidance, row.guidance_form, row.text_tokens, row.images) == (
+        steps,
+        guidance,
+        form,
+        text_tokens,
+        images,
+    )
 
 
 def test_names():
     assert find("somewhere/Wan2.1-T2V-14B-Diffusers/") is named("Wan-AI/Wan2.1-T2V-14B-Diffusers")
     assert find("Wan2.1-T2V-14B") is None
     with pytest.raises(
-        UserError, match=r"model_id: 'Wan-AI/Wan2.1-T2V-14B' is not a known model .*did you mean 'Wan-AI/Wan2.1-T2V-14B-Diff"
+        UserError,
+        match=r"model_id: 'Wan-AI/Wan2.1-T2V-14B' is not a known model .*did you mean 'Wan-AI/Wan2.1-T2V-14B-Diff",
     ):
         named("Wan-AI/Wan2.1-T2V-14B")
 
@@ -112,12 +125,18 @@ def test_a_folder_of_unknown_name_is_known_by_its_kind_and_shape(class_name, opt
     ],
 )
 def test_a_name_of_another_kind_does_not_decide(class_name, options, name, wanted):
-    shape = SHAPES["14B"] if class_name == "WanPipeline" else {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24}
+    shape = (
+        SHAPES["14B"]
+        if class_name == "WanPipeline"
+        else {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24}
+    )
     assert match(class_name, options, shape, name).name.endswith("/" + wanted)
 
 
 def test_a_copy_of_the_shipped_model_is_known_under_any_name():
-    config = json.loads((Path(tinydiff.__file__).parent / "shapes" / "transformer" / "config.json").read_text())
+    config = json.loads(
+        (Path(tinydiff.__file__).parent / "shapes" / "transformer" / "config.json").read_text()
+    )
     options = {"boundary_ratio": None, "expand_timesteps": True}
     assert match("WanPipeline", options, config, "/data/mine") is named(SHIPPED)
     other = match("WanPipeline", options, {**config, "num_layers": 5}, "/data/mine")

@@ -31,7 +31,9 @@ from tinydiff.ops.network import Network
 from tinydiff.runtime.component_config import read_config
 
 RELEASED = Path(__file__).parents[1] / "data" / "released"
-MODELS = {path.stem.replace("__", "/"): json.loads(path.read_text()) for path in sorted(RELEASED.glob("*__*.json"))}
+MODELS = {
+    path.stem.replace("__", "/"): json.loads(path.read_text()) for path in sorted(RELEASED.glob("*__*.json"))
+}
 COMPONENTS = [(name, component) for name, model in MODELS.items() for component in model["components"]]
 ALONE = "fal/FLUX.2-Tiny-AutoEncoder"
 """An autoencoder without a model around it."""
@@ -106,7 +108,9 @@ def spellings(class_name, key):
 def counted_apart(key, config):
     """Second names of one weight, and buffers: counts of parameters leave them out."""
     tied = key.endswith("lm_head.weight") and config.get("tie_word_embeddings") is not False
-    return tied or key == "encoder.embed_tokens.weight" or key.startswith("bn.") or key == "pos_embed.pos_embed"
+    return (
+        tied or key == "encoder.embed_tokens.weight" or key.startswith("bn.") or key == "pos_embed.pos_embed"
+    )
 
 
 def test_all_models_are_here():
@@ -125,7 +129,10 @@ def test_the_spec_is_the_released_weights(name, component):
     assert shapes(rows) == {named[key]: shape for key, shape in keys.items() if named[key] is not None}
     tied = {row.name for row in rows if row.tied}
     assert {name for name in named.values() if name and list(named.values()).count(name) > 1} <= tied
-    assert sum(prod(shape) for key, shape in keys.items() if not counted_apart(key, released["config"])) == released["parameters"]
+    assert (
+        sum(prod(shape) for key, shape in keys.items() if not counted_apart(key, released["config"]))
+        == released["parameters"]
+    )
 
 
 @pytest.mark.parametrize(("name", "component"), COMPONENTS, ids=lambda value: value.split("/")[-1])
@@ -144,7 +151,10 @@ def test_what_is_dropped_of_a_checkpoint():
         class_name, c = class_of(name, component), config_of(name, component)
         for key in released_keys(MODELS[name]["components"][component]["keys"]):
             if rename(class_name, c, key) is None:
-                part = re.match(r"(model\.)?(visual|vision_tower|multi_modal_projector|lm_head|bn\.num_batches_tracked)", key)
+                part = re.match(
+                    r"(model\.)?(visual|vision_tower|multi_modal_projector|lm_head|bn\.num_batches_tracked)",
+                    key,
+                )
                 dropped.setdefault(class_name, set()).add(part and part[2])
     assert dropped == {
         "AutoencoderKLFlux2": {"bn.num_batches_tracked"},
@@ -160,25 +170,44 @@ def test_the_vision_tower_is_the_rest_of_the_language_model():
         part = model["components"].get("text_encoder", {})
         if part.get("keys") == "qwen25_vl_7b":
             keys = {qwen_vision.row_name(key): shape for key, shape in released_keys(part["keys"]).items()}
-            assert shapes(qwen_vision.spec(qwen_vision.config_from(part["config"]))) == {key: keys[key] for key in keys if key is not None}
+            assert shapes(qwen_vision.spec(qwen_vision.config_from(part["config"]))) == {
+                key: keys[key] for key in keys if key is not None
+            }
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != ALONE])
 def test_every_component_with_weights_is_known(name):
     model = MODELS[name]
-    listed = {key: value[1] for key, value in model["model_index"].items() if isinstance(value, list) and value[1] is not None}
+    listed = {
+        key: value[1]
+        for key, value in model["model_index"].items()
+        if isinstance(value, list) and value[1] is not None
+    }
     assert {key for key, kind in listed.items() if kind in RECORDS} == set(model["components"])
     assert set(listed.values()) - set(RECORDS) <= SCHEDULERS | WITHOUT_WEIGHTS
     assert model["scheduler"]["_class_name"] == listed["scheduler"] and listed["scheduler"] in SCHEDULERS
     if "image_processor" in model:
         read = model["image_processor"]
         assert (tuple(read["image_mean"]), tuple(read["image_std"])) == (clip_vision.MEAN, clip_vision.STD)
-        assert read["size"] == {"shortest_edge": 224} and read["resample"] == 3 and read["rescale_factor"] == 1 / 255
+        assert (
+            read["size"] == {"shortest_edge": 224}
+            and read["resample"] == 3
+            and read["rescale_factor"] == 1 / 255
+        )
     if "processor" in model:
-        read, vision = model["processor"], qwen_vision.config_from(model["components"]["text_encoder"]["config"])
+        read, vision = (
+            model["processor"],
+            qwen_vision.config_from(model["components"]["text_encoder"]["config"]),
+        )
         assert (tuple(read["image_mean"]), tuple(read["image_std"])) == (clip_vision.MEAN, clip_vision.STD)
-        assert (read["patch_size"], read["temporal_patch_size"]) == (vision.patch_size, vision.temporal_patch_size)
-        assert read["merge_size"] == vision.spatial_merge_size and (read["min_pixels"], read["max_pixels"]) == (56 * 56, 12845056)
+        assert (read["patch_size"], read["temporal_patch_size"]) == (
+            vision.patch_size,
+            vision.temporal_patch_size,
+        )
+        assert read["merge_size"] == vision.spatial_merge_size and (
+            read["min_pixels"],
+            read["max_pixels"],
+        ) == (56 * 56, 12845056)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != ALONE])
@@ -187,7 +216,9 @@ def test_the_registry_tells_the_released_model(name):
     networks = {key: value for key, value in model["components"].items() if key.startswith("transformer")}
     config = networks["transformer"]["config"]
     assert row.params == sum(network["parameters"] for network in networks.values())
-    assert row.shape and {key: (model["model_index"] | config).get(key) for key in row.shape} == dict(row.shape)
+    assert row.shape and {key: (model["model_index"] | config).get(key) for key in row.shape} == dict(
+        row.shape
+    )
     assert (row.pipeline, row.experts) == (model["model_index"]["_class_name"], len(networks))
     assert row.boundary_ratio == model["model_index"].get("boundary_ratio")
     assert row.expand_timesteps == model["model_index"].get("expand_timesteps", False)
@@ -204,14 +235,24 @@ def _wan(c, name):
     known = {"hidden_states": torch.empty(1, c.in_channels, *size), "encoder_hidden_states": text}
     inputs = {"text": text, "positions": positions}
     if c.image_dim is not None:
-        inputs["image"] = known["encoder_hidden_states_image"] = torch.empty(1, clip_vision.Config().tokens, c.image_dim)
+        inputs["image"] = known["encoder_hidden_states_image"] = torch.empty(
+            1, clip_vision.Config().tokens, c.image_dim
+        )
     return known, torch.empty(1, len(positions), c.in_channels * prod(c.patch_size)), inputs
 
 
 def _z_image(c, name):
     size = (1, 128, 128)
-    inputs = {"text": torch.empty(1, 512, c.cap_feat_dim), "positions": z_image.positions(c, size), "real": z_image.real(c, size)}
-    known = {"x": [torch.empty(c.in_channels, *size)], "cap_feats": list(inputs["text"]), "return_dict": False}
+    inputs = {
+        "text": torch.empty(1, 512, c.cap_feat_dim),
+        "positions": z_image.positions(c, size),
+        "real": z_image.real(c, size),
+    }
+    known = {
+        "x": [torch.empty(c.in_channels, *size)],
+        "cap_feats": list(inputs["text"]),
+        "return_dict": False,
+    }
     return known, torch.empty(1, 4096, c.in_channels * prod(c.patch_size)), inputs
 
 
@@ -220,7 +261,11 @@ def _qwen(c, name):
     sizes = [(80, 80)] * 6 if c.use_layer3d_rope else [(128, 128)] * (2 if c.zero_cond_t else 1)
     positions, text = qwen_image.positions(c, sizes), torch.empty(1, 512, c.joint_attention_dim)
     inputs, tokens = {"text": text, "positions": positions}, torch.empty(1, len(positions), c.in_channels)
-    known = {"hidden_states": tokens, "encoder_hidden_states": text, "img_shapes": [[(1, h // 2, w // 2) for h, w in sizes]]}
+    known = {
+        "hidden_states": tokens,
+        "encoder_hidden_states": text,
+        "img_shapes": [[(1, h // 2, w // 2) for h, w in sizes]],
+    }
     if c.zero_cond_t:
         inputs["frozen"] = torch.empty(1, len(positions), 1, dtype=torch.bool)
     if c.use_additional_t_cond:
@@ -233,7 +278,10 @@ def _flux(c, name):
     row = {flux.Config: flux, flux2.Config: flux2, ovis.Config: ovis}[type(c)]
     size = (1, 64, 64) if row is flux2 else (1, 128, 128)
     positions = row.positions(size, (size,)) if "Kontext" in name else row.positions(size)
-    text, tokens = torch.empty(1, 256 if "schnell" in name else 512, c.joint_attention_dim), torch.empty(1, len(positions), c.in_channels)
+    text, tokens = (
+        torch.empty(1, 256 if "schnell" in name else 512, c.joint_attention_dim),
+        torch.empty(1, len(positions), c.in_channels),
+    )
     inputs = {"text": text, "positions": positions}
     known = {"hidden_states": tokens, "encoder_hidden_states": text, "img_ids": positions.float()}
     known["txt_ids"] = torch.empty(text.shape[1], positions.shape[1])
@@ -246,18 +294,39 @@ def _flux(c, name):
 
 def _ernie(c, name):
     text = torch.empty(1, 128, c.text_in_dim)
-    known = {"hidden_states": torch.empty(1, c.in_channels, 64, 64), "text_bth": text, "text_lens": torch.tensor([128])}
-    return known, torch.empty(1, 4096, c.in_channels), {"text": text, "positions": ernie.positions((1, 64, 64))}
+    known = {
+        "hidden_states": torch.empty(1, c.in_channels, 64, 64),
+        "text_bth": text,
+        "text_lens": torch.tensor([128]),
+    }
+    return (
+        known,
+        torch.empty(1, 4096, c.in_channels),
+        {"text": text, "positions": ernie.positions((1, 64, 64))},
+    )
 
 
 def _sd3(c, name):
     text, pooled = torch.empty(1, 333, c.joint_attention_dim), torch.empty(1, c.pooled_projection_dim)
-    known = {"hidden_states": torch.empty(1, c.in_channels, 128, 128), "encoder_hidden_states": text, "pooled_projections": pooled}
+    known = {
+        "hidden_states": torch.empty(1, c.in_channels, 128, 128),
+        "encoder_hidden_states": text,
+        "pooled_projections": pooled,
+    }
     inputs = {"text": text, "pooled": pooled, "positions": sd3.positions(c, (1, 128, 128))}
     return known, torch.empty(1, 4096, c.in_channels * c.patch_size**2), inputs
 
 
-REQUESTS = {wan: _wan, z_image: _z_image, qwen_image: _qwen, flux: _flux, flux2: _flux, ovis: _flux, ernie: _ernie, sd3: _sd3}
+REQUESTS = {
+    wan: _wan,
+    z_image: _z_image,
+    qwen_image: _qwen,
+    flux: _flux,
+    flux2: _flux,
+    ovis: _flux,
+    ernie: _ernie,
+    sd3: _sd3,
+}
 """Family -> (the reference's keyword arguments but for the timestep, our tokens, our inputs), at the model's own size."""
 
 DEPTHS = ((1, 1), (2, 1), (1, 2))
@@ -272,7 +341,11 @@ def _shallow(c, layers, single):
     if "n_refiner_layers" in known:
         return replace(c, n_layers=layers, n_refiner_layers=single)
     if "dual_attention_layers" in known:  # those come first
-        return replace(c, num_layers=layers + single, dual_attention_layers=tuple(range(single)) if c.dual_attention_layers else ())
+        return replace(
+            c,
+            num_layers=layers + single,
+            dual_attention_layers=tuple(range(single)) if c.dual_attention_layers else (),
+        )
     return replace(c, num_layers=layers) if single == 1 else None
 
 
@@ -292,12 +365,18 @@ def test_one_evaluation_costs_what_the_reference_costs(name, monkeypatch):
 
     Both counts are linear in the numbers of blocks, so that equality at these depths is equality at all.
     """
-    monkeypatch.setattr(torch, "autocast", lambda **_: nullcontext())  # ERNIE-Image turns it off, and it knows no meta device
+    monkeypatch.setattr(
+        torch, "autocast", lambda **_: nullcontext()
+    )  # ERNIE-Image turns it off, and it knows no meta device
     class_name, whole = class_of(name, "transformer"), config_of(name, "transformer")
     family = next(module for module in REQUESTS if module.FAMILY is RECORDS[class_name])
     for c in filter(None, (_shallow(whole, *depth) for depth in DEPTHS)):
         with torch.device("meta"):
-            fields = {key: value for key, value in asdict(c).items() if key != "pooled_projection_dim" or family is not qwen_image}
+            fields = {
+                key: value
+                for key, value in asdict(c).items()
+                if key != "pooled_projection_dim" or family is not qwen_image
+            }
             reference = getattr(diffusers, class_name)(**fields)
             known, tokens, inputs = REQUESTS[family](c, name)
             t = torch.empty(1)
@@ -306,5 +385,9 @@ def test_one_evaluation_costs_what_the_reference_costs(name, monkeypatch):
             weights = {weight.name: torch.empty(weight.shape) for weight in family.spec(c)}
             with FlopCounterMode(display=False) as ours:
                 predict(Network(family.FAMILY, c), weights, tokens, t, inputs)
-        values = 0 if family not in TEXT_PROJECTED else inputs["text"].shape[1] * weights[f"{TEXT_PROJECTED[family]}.weight"].numel()
+        values = (
+            0
+            if family not in TEXT_PROJECTED
+            else inputs["text"].shape[1] * weights[f"{TEXT_PROJECTED[family]}.weight"].numel()
+        )
         assert ours.get_total_flops() + 2 * values == theirs.get_total_flops() > 1e11

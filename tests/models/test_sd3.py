@@ -44,7 +44,12 @@ def _case(name):
         draw(2, 7, c.joint_attention_dim, seed=3),
         draw(2, c.pooled_projection_dim, seed=4),
     )
-    known = {"hidden_states": x[:, :, 0], "timestep": TIMES, "encoder_hidden_states": text, "pooled_projections": pooled}
+    known = {
+        "hidden_states": x[:, :, 0],
+        "timestep": TIMES,
+        "encoder_hidden_states": text,
+        "pooled_projections": pooled,
+    }
     inputs = {"text": text, "pooled": pooled, "positions": sd3.positions(c, SIZE)}
     return c, flat, reference, known, patchify(x, (1, c.patch_size, c.patch_size)), inputs
 
@@ -66,7 +71,13 @@ def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
     """The distance to float64 with the same rounded weights is that of the reference, within a fifth."""
     c, flat, reference, known, tokens, inputs = _case("3.5 medium")
     rounded = {name: tensor.bfloat16() for name, tensor in flat.items()}
-    exact = predict(Network(sd3.FAMILY, c, dtype=torch.float64), {name: t.double() for name, t in rounded.items()}, tokens, TIMES, inputs)
+    exact = predict(
+        Network(sd3.FAMILY, c, dtype=torch.float64),
+        {name: t.double() for name, t in rounded.items()},
+        tokens,
+        TIMES,
+        inputs,
+    )
     ours = predict(Network(sd3.FAMILY, c, dtype=torch.bfloat16), rounded, tokens.bfloat16(), TIMES, inputs)
     assert ours.dtype == torch.bfloat16
     halves = {name: value.bfloat16() for name, value in known.items() if name != "timestep"}
@@ -84,8 +95,14 @@ def test_a_picture_larger_than_the_position_table_is_refused():
     ("changes", "message"),
     [
         ({"qk_norm": "layer_norm"}, "qk_norm is 'layer_norm'.*'rms_norm'"),
-        ({"caption_projection_dim": 30}, "caption_projection_dim is 30; it must be the width of the network, 32"),
-        ({"dual_attention_layers": (0, 3)}, r"dual_attention_layers is \(0, 3\); the network has layers 0 to 2"),
+        (
+            {"caption_projection_dim": 30},
+            "caption_projection_dim is 30; it must be the width of the network, 32",
+        ),
+        (
+            {"dual_attention_layers": (0, 3)},
+            r"dual_attention_layers is \(0, 3\); the network has layers 0 to 2",
+        ),
     ],
 )
 def test_what_is_not_implemented_is_refused(changes, message):

@@ -37,24 +37,77 @@ from tinydiff.parallel.plan import Plan
 from tinydiff.runtime.blueprint import read_config
 
 IDS = torch.tensor([[5, 9, 33, 2, 47, 60], [8, 60, 1, 3, 4, 4]])
-T5 = {"vocab_size": 61, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 3, "num_heads": 4, "num_decoder_layers": 2}
+T5 = {
+    "vocab_size": 61,
+    "d_model": 24,
+    "d_kv": 8,
+    "d_ff": 40,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_decoder_layers": 2,
+}
 TEXT = {
-    **{"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3, "vocab_size": 61},
-    **{"max_position_embeddings": 11, "eos_token_id": 60, "bos_token_id": 1, "pad_token_id": 0, "projection_dim": 10},
+    **{
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "vocab_size": 61,
+    },
+    **{
+        "max_position_embeddings": 11,
+        "eos_token_id": 60,
+        "bos_token_id": 1,
+        "pad_token_id": 0,
+        "projection_dim": 10,
+    },
 }
 SEES = {
-    **{"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 21, "patch_size": 7},
+    **{
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "image_size": 21,
+        "patch_size": 7,
+    },
     **{"projection_dim": 10, "hidden_act": "gelu"},
 }
 LM = {
-    **{"vocab_size": 61, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3, "num_attention_heads": 4},
-    **{"num_key_value_heads": 2, "max_position_embeddings": 80, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    **{
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 44,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    },
+    **{
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 80,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
 }
 QWEN_SEES = {
-    **{"depth": 1, "hidden_size": 32, "intermediate_size": 20, "num_heads": 2, "out_hidden_size": 32, "patch_size": 2},
+    **{
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 20,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 2,
+    },
     **{"temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 12, "fullatt_block_indexes": [0]},
 }
-SIGLIP = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28, "patch_size": 14}
+SIGLIP = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 
 def loaded(folder, class_name):
@@ -67,7 +120,9 @@ def loaded(folder, class_name):
 
 
 def reference(folder, class_name):
-    return getattr(transformers, class_name).from_pretrained(folder, dtype=torch.float32).double()  # rope tables stay float32 numbers
+    return (
+        getattr(transformers, class_name).from_pretrained(folder, dtype=torch.float32).double()
+    )  # rope tables stay float32 numbers
 
 
 def saved(model, folder, tied=False):
@@ -96,13 +151,20 @@ def same_t5(folder, class_name):
     close(t5.encode(c, Plan(), w, IDS), expected)
 
 
-@pytest.mark.parametrize("keys", [("shared.weight",), ("encoder.embed_tokens.weight",), ("shared.weight", "encoder.embed_tokens.weight")])
+@pytest.mark.parametrize(
+    "keys",
+    [("shared.weight",), ("encoder.embed_tokens.weight",), ("shared.weight", "encoder.embed_tokens.weight")],
+)
 @pytest.mark.parametrize("act", ["gated-gelu", "relu", "gated-relu"])
 def test_a_t5_has_its_embeddings_under_either_name(keys, act, tmp_path):
     saved(T5EncoderModel(T5Config(**T5, feed_forward_proj=act)), tmp_path)
 
     def under(tensors):
-        [table] = [tensors.pop(key) for key in list(tensors) if key in ("shared.weight", "encoder.embed_tokens.weight")]
+        [table] = [
+            tensors.pop(key)
+            for key in list(tensors)
+            if key in ("shared.weight", "encoder.embed_tokens.weight")
+        ]
         return tensors | {key: table.clone() for key in keys}
 
     restored(tmp_path, under)
@@ -127,7 +189,11 @@ def test_an_older_config_names_the_activation_once(tmp_path):
     saved(T5EncoderModel(T5Config(**T5, feed_forward_proj="gated-gelu")), tmp_path)
     path = tmp_path / "config.json"
     stored = json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in stored.items() if key not in ("dense_act_fn", "is_gated_act")}))
+    path.write_text(
+        json.dumps(
+            {key: value for key, value in stored.items() if key not in ("dense_act_fn", "is_gated_act")}
+        )
+    )
     same_t5(tmp_path, "T5EncoderModel")
 
 
@@ -159,7 +225,9 @@ def test_a_clip_with_a_projection_that_is_not_needed(tmp_path, caplog):
 def test_a_whole_clip_is_its_text_encoder(class_name, tmp_path, caplog):
     """Old files have lists of positions too."""
     saved(CLIPModel(CLIPConfig(text_config=TEXT, vision_config=SEES, projection_dim=10)), tmp_path)
-    restored(tmp_path, lambda tensors: tensors | {"text_model.embeddings.position_ids": torch.arange(11)[None]})
+    restored(
+        tmp_path, lambda tensors: tensors | {"text_model.embeddings.position_ids": torch.arange(11)[None]}
+    )
     with caplog.at_level(logging.INFO, "tinydiff"):
         same_clip(tmp_path, class_name)
     assert "(logit_scale, " in caplog.text and "position_ids" not in caplog.text
@@ -187,7 +255,10 @@ def same_lm(folder, class_name, text_of=lambda model: model):
         close(mine, theirs)
 
 
-@pytest.mark.parametrize("keys", [("model.embed_tokens.weight",), ("lm_head.weight",), ("model.embed_tokens.weight", "lm_head.weight")])
+@pytest.mark.parametrize(
+    "keys",
+    [("model.embed_tokens.weight",), ("lm_head.weight",), ("model.embed_tokens.weight", "lm_head.weight")],
+)
 def test_a_tied_language_model_has_its_embeddings_under_either_name(keys, tmp_path):
     saved(Qwen3ForCausalLM(Qwen3Config(**LM, head_dim=8, tie_word_embeddings=True)), tmp_path, tied=True)
 
@@ -204,7 +275,12 @@ def test_a_tied_language_model_has_its_embeddings_under_either_name(keys, tmp_pa
 @pytest.mark.parametrize("class_name", ["Qwen3ForCausalLM", "Qwen3Model"])
 def test_a_language_model_with_and_without_its_prefix(prefix, class_name, tmp_path):
     saved(Qwen3ForCausalLM(Qwen3Config(**LM, head_dim=8, tie_word_embeddings=False)), tmp_path)
-    restored(tmp_path, lambda tensors: {key.replace("model.", prefix): x for key, x in tensors.items() if prefix or key[:2] == "mo"})
+    restored(
+        tmp_path,
+        lambda tensors: {
+            key.replace("model.", prefix): x for key, x in tensors.items() if prefix or key[:2] == "mo"
+        },
+    )
     if prefix or class_name == "Qwen3Model":
         same_lm(tmp_path, class_name)
     else:  # transformers finds no output head there and makes one up; the states are the bare model's
@@ -230,14 +306,23 @@ def test_qwen_25_vl_of_either_layout(layout, tmp_path, caplog):
                 for key, tensor in tensors.items()}  # fmt: skip
 
     restored(tmp_path, under)
-    assert any(key.startswith("visual." if layout == "4" else "model.visual.") for key in load_file(tmp_path / "model.safetensors"))
+    assert any(
+        key.startswith("visual." if layout == "4" else "model.visual.")
+        for key in load_file(tmp_path / "model.safetensors")
+    )
     with caplog.at_level(logging.INFO, "tinydiff"):
         same_lm(tmp_path, "Qwen2_5_VLForConditionalGeneration", lambda model: model.model.language_model)
     assert "not needed and not read (lm_head.weight, " in caplog.text
 
 
 def test_gemma_3_with_a_tower_that_is_not_read(tmp_path):
-    text = LM | {"head_dim": 8, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-    config = Gemma3Config(text_config=text | {"sliding_window": 4}, vision_config=SIGLIP, mm_tokens_per_image=4)
+    text = LM | {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    }
+    config = Gemma3Config(
+        text_config=text | {"sliding_window": 4}, vision_config=SIGLIP, mm_tokens_per_image=4
+    )
     saved(Gemma3ForConditionalGeneration(config), tmp_path, tied=True)
     same_lm(tmp_path, "Gemma3ForConditionalGeneration", lambda model: model.model.language_model)

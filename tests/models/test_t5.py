@@ -16,14 +16,20 @@ CASES = {
     "UMT5": TINY,
     "T5": replace(TINY, model_type="t5"),
     "T5 without gates": replace(TINY, model_type="t5", dense_act_fn="relu", is_gated_act=False),
-    "UMT5 with few buckets": replace(TINY, relative_attention_num_buckets=12, relative_attention_max_distance=40),
+    "UMT5 with few buckets": replace(
+        TINY, relative_attention_num_buckets=12, relative_attention_max_distance=40
+    ),
 }
 
 
 def _case(name):
     c = CASES[name]
     kind, model = (UMT5Config, UMT5EncoderModel) if c.model_type == "umt5" else (T5Config, T5EncoderModel)
-    fields = {key: value for key, value in asdict(c).items() if key not in ("dense_act_fn", "is_gated_act", "model_type")}
+    fields = {
+        key: value
+        for key, value in asdict(c).items()
+        if key not in ("dense_act_fn", "is_gated_act", "model_type")
+    }
     reference = model(kind(**fields, feed_forward_proj="gated-gelu" if c.is_gated_act else "relu"))
     assert reference.config.dense_act_fn == c.dense_act_fn and reference.config.is_gated_act == c.is_gated_act
     return c, reference, randomised(reference, 1)

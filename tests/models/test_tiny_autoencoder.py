@@ -43,7 +43,9 @@ class Wrapped(nn.Module):
 
 CONFIGS = {
     "TAESD": tiny.Config(**SHAPE, **WIDTHS),
-    "scaled": tiny.Config(**SHAPE, **WIDTHS, latent_channels=7, act_fn="silu", scaling_factor=0.5, shift_factor=0.25),
+    "scaled": tiny.Config(
+        **SHAPE, **WIDTHS, latent_channels=7, act_fn="silu", scaling_factor=0.5, shift_factor=0.25
+    ),
     "fal": flux2_tiny.Config(**SHAPE, **WIDTHS, latent_channels=64),
 }
 NAMES = list(CONFIGS)
@@ -61,11 +63,19 @@ def _case(name):
         reference = Wrapped(c)
         return flux2_tiny, c, reference.encode, reference.decode, randomised(reference, 1)
     reference = _taesd(c)
-    return tiny, c, lambda x: reference.encode(x).latents, lambda z: reference.decode(z).sample, randomised(reference, 1)
+    return (
+        tiny,
+        c,
+        lambda x: reference.encode(x).latents,
+        lambda z: reference.decode(z).sample,
+        randomised(reference, 1),
+    )
 
 
 def _pictures(c, rows, columns, frames=1):
-    return draw(2, 3, frames, rows * c.scale_factor_spatial, columns * c.scale_factor_spatial, seed=7).clamp(-1, 1)
+    return draw(2, 3, frames, rows * c.scale_factor_spatial, columns * c.scale_factor_spatial, seed=7).clamp(
+        -1, 1
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,7 +136,11 @@ def test_tiles_differ_from_the_whole_only_where_they_overlap():
     """
     c = replace(CONFIGS["TAESD"], num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1))
     w = Weights(randomised(_taesd(c), 1))
-    side, keep, stride = 32, 24, c.scale_factor_spatial  # in latents: tiles start at 0 and 24, and overlap in 24 to 32
+    side, keep, stride = (
+        32,
+        24,
+        c.scale_factor_spatial,
+    )  # in latents: tiles start at 0 and 24, and overlap in 24 to 32
     z = draw(1, c.z_dim, 1, 6, 50)
     whole, parts = tiny.decode(c, w, z), tiny.decode(c, w, z, tile=side * stride)
     error = (whole - parts).abs().amax((0, 1, 2, 3))
@@ -158,12 +172,20 @@ def test_a_picture_within_one_tile_is_not_tiled(name):
 def test_the_references_config_is_accepted():
     c = CONFIGS["scaled"]
     stored = _taesd(c).config
-    stored = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items() if key[0] != "_"}
+    stored = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in stored.items()
+        if key[0] != "_"
+    }
     assert tiny.Config(**stored) == replace(c, block_out_channels=c.decoder_block_out_channels)
 
 
 def test_the_released_shapes():
-    assert (tiny.Config().scale_factor_spatial, tiny.Config().z_dim, tiny.Config().scale_factor_temporal) == (8, 4, 1)
+    assert (tiny.Config().scale_factor_spatial, tiny.Config().z_dim, tiny.Config().scale_factor_temporal) == (
+        8,
+        4,
+        1,
+    )
     c = flux2_tiny.Config()
     assert (c.scale_factor_spatial, c.z_dim, c.scale_factor_temporal) == (16, 128, 1)
 

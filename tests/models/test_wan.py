@@ -15,7 +15,14 @@ from tinydiff.parallel.plan import Plan
 
 PLAN = Plan()
 TINY = wan.Config(
-    num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=20, freq_dim=8, ffn_dim=40, num_layers=2
+    num_attention_heads=2,
+    attention_head_dim=16,
+    in_channels=4,
+    out_channels=4,
+    text_dim=20,
+    freq_dim=8,
+    ffn_dim=40,
+    num_layers=2,
 )
 SIZE = (3, 6, 10)  # latents: a patch grid of 3 x 3 x 5
 TIMES = torch.tensor([999, 37])
@@ -32,7 +39,10 @@ CASES = {
     "no cross-attention norm": (_configs(cross_attn_norm=False), 7),
     "image beside latents": (_configs(in_channels=12), 7),
     "image with CLIP": (_configs(in_channels=12, image_dim=24, added_kv_proj_dim=32), 512),
-    "first and last image with CLIP": (_configs(in_channels=12, image_dim=24, added_kv_proj_dim=32, pos_embed_seq_len=18), 512),
+    "first and last image with CLIP": (
+        _configs(in_channels=12, image_dim=24, added_kv_proj_dim=32, pos_embed_seq_len=18),
+        512,
+    ),
     "given first frame": (TINY, 7),
 }
 
@@ -42,7 +52,10 @@ def _case(name):
     c, length = CASES[name]
     reference = WanTransformer3DModel(**asdict(c))
     flat = randomised(reference, 1)
-    x, text = draw(2, 12 if c.in_channels == 12 else c.in_channels, *SIZE, seed=2), draw(2, length, c.text_dim, seed=3)
+    x, text = (
+        draw(2, 12 if c.in_channels == 12 else c.in_channels, *SIZE, seed=2),
+        draw(2, length, c.text_dim, seed=3),
+    )
     known = {"hidden_states": x, "timestep": TIMES, "encoder_hidden_states": text}
     inputs = {"text": text, "positions": wan.positions(c, SIZE)}
     tokens = patchify(x[:, : 4 if c.in_channels == 12 else c.in_channels], c.patch_size)
@@ -80,19 +93,33 @@ def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
     c, flat, reference, known, tokens, inputs = _case("given first frame")
     types = {row.name: torch.float32 if row.float32 else torch.bfloat16 for row in wan.spec(c)}
     rounded = {name: tensor.to(types[name]) for name, tensor in flat.items()}
-    exact = predict(Network(wan.FAMILY, c, dtype=torch.float64), {name: t.double() for name, t in rounded.items()}, tokens, TIMES, inputs)
+    exact = predict(
+        Network(wan.FAMILY, c, dtype=torch.float64),
+        {name: t.double() for name, t in rounded.items()},
+        tokens,
+        TIMES,
+        inputs,
+    )
     ours = predict(Network(wan.FAMILY, c, dtype=torch.bfloat16), rounded, tokens.bfloat16(), TIMES, inputs)
     assert ours.dtype == torch.bfloat16
     for name, parameter in reference.named_parameters():
         parameter.data = rounded[name]
-    theirs = reference(known["hidden_states"].bfloat16(), known["timestep"], known["encoder_hidden_states"].bfloat16()).sample
-    error, allowed = ((y.double() - exact).square().mean().sqrt() for y in (ours, patchify(theirs, c.patch_size)))
+    theirs = reference(
+        known["hidden_states"].bfloat16(), known["timestep"], known["encoder_hidden_states"].bfloat16()
+    ).sample
+    error, allowed = (
+        (y.double() - exact).square().mean().sqrt() for y in (ours, patchify(theirs, c.patch_size))
+    )
     assert error < 1.2 * allowed < 0.1
 
 
 def test_the_spec_keeps_in_float32_what_the_reference_keeps():
     c = CASES["first and last image with CLIP"][0]
-    kept = {row.name for row in wan.spec(c) if set(row.name.split(".")) & set(WanTransformer3DModel._keep_in_fp32_modules)}
+    kept = {
+        row.name
+        for row in wan.spec(c)
+        if set(row.name.split(".")) & set(WanTransformer3DModel._keep_in_fp32_modules)
+    }
     assert {row.name for row in wan.spec(c) if row.float32} == kept != set()
 
 
@@ -102,14 +129,22 @@ def test_mask_of_known_frames():
     for last in (False, True):
         mask = torch.ones(1, 1, 4 * frames - 3, height, width)
         mask[:, :, list(range(1, 4 * frames - 3 - last))] = 0
-        mask = torch.cat([mask[:, :, :1].repeat_interleave(4, 2), mask[:, :, 1:]], 2).view(1, -1, 4, height, width).transpose(1, 2)
+        mask = (
+            torch.cat([mask[:, :, :1].repeat_interleave(4, 2), mask[:, :, 1:]], 2)
+            .view(1, -1, 4, height, width)
+            .transpose(1, 2)
+        )
         assert torch.equal(wan.known_frames_mask((frames, height, width), last=last), mask)
 
 
 def test_rows_of_padding_become_zero():
     hidden = draw(2, 4, 3)
     masked = wan.text_input(hidden, torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]))
-    assert torch.equal(masked[1], hidden[1]) and torch.equal(masked[0, :2], hidden[0, :2]) and not masked[0, 2:].any()
+    assert (
+        torch.equal(masked[1], hidden[1])
+        and torch.equal(masked[0, :2], hidden[0, :2])
+        and not masked[0, 2:].any()
+    )
 
 
 def test_another_query_norm_is_refused():

@@ -28,7 +28,12 @@ CONFIGS = {
         **STATISTICS,
     ),
     "time in the first stage": autoencoder.Config(
-        base_dim=4, z_dim=4, dim_mult=(1, 3, 2, 2), num_res_blocks=1, temperal_downsample=(True, False, True), **STATISTICS
+        base_dim=4,
+        z_dim=4,
+        dim_mult=(1, 3, 2, 2),
+        num_res_blocks=1,
+        temperal_downsample=(True, False, True),
+        **STATISTICS,
     ),
 }
 NAMES = list(CONFIGS)
@@ -37,7 +42,11 @@ NAMES = list(CONFIGS)
 def _fields(c, kind):
     """The config as the class takes it."""
     known = inspect.signature(kind.__init__).parameters
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(c).items() if key in known}
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in vars(c).items()
+        if key in known
+    }
 
 
 @functools.cache
@@ -50,11 +59,15 @@ def _pair(name):
 
 def _clip(c, frames, rows, columns, batch=2):
     """Pixels in [-1, 1] that make `rows` x `columns` latents."""
-    return draw(batch, 3, frames, rows * c.scale_factor_spatial, columns * c.scale_factor_spatial, seed=7).clamp(-1, 1)
+    return draw(
+        batch, 3, frames, rows * c.scale_factor_spatial, columns * c.scale_factor_spatial, seed=7
+    ).clamp(-1, 1)
 
 
 def _raw(c, z):
-    mean, std = (torch.tensor(values, dtype=z.dtype).view(1, -1, 1, 1, 1) for values in (c.latents_mean, c.latents_std))
+    mean, std = (
+        torch.tensor(values, dtype=z.dtype).view(1, -1, 1, 1, 1) for values in (c.latents_mean, c.latents_std)
+    )
     return z * std + mean
 
 
@@ -131,7 +144,9 @@ def test_tiles_equal_the_tiles_of_the_reference(name):
 def test_a_picture_within_one_tile_is_not_tiled():
     c, _, flat = _pair("Wan2.1")
     z = draw(1, c.z_dim, 1, 3, 2)
-    assert torch.equal(autoencoder.decode(c, Weights(flat), z, tile=3 * 8), autoencoder.decode(c, Weights(flat), z))
+    assert torch.equal(
+        autoencoder.decode(c, Weights(flat), z, tile=3 * 8), autoencoder.decode(c, Weights(flat), z)
+    )
 
 
 def test_attention_in_other_stages_is_refused():
@@ -146,7 +161,9 @@ QWEN = {"Qwen-Image": 3, "Qwen-Image-Layered": 4}
 
 @functools.cache
 def _qwen(channels):
-    c = autoencoder.Config(base_dim=6, z_dim=4, dim_mult=(1, 2, 4, 4), num_res_blocks=2, input_channels=channels, **STATISTICS)
+    c = autoencoder.Config(
+        base_dim=6, z_dim=4, dim_mult=(1, 2, 4, 4), num_res_blocks=2, input_channels=channels, **STATISTICS
+    )
     reference = AutoencoderKLQwenImage(**_fields(c, AutoencoderKLQwenImage))
     return c, reference, randomised(reference, 1)
 
@@ -155,7 +172,11 @@ def _qwen(channels):
 def test_a_picture_of_qwen_image_equals_its_reference(channels):
     """One frame: the network's weights over time are in the files, and nothing reads them."""
     c, reference, flat = _qwen(channels)
-    stored = {key: tuple(value) if isinstance(value, list) else value for key, value in reference.config.items() if key[0] != "_"}
+    stored = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in reference.config.items()
+        if key[0] != "_"
+    }
     assert autoencoder.Config(**stored) == c and (c.in_channels, c.out_channels) == (channels, channels)
     assert shapes(autoencoder.spec(c)) == shapes(flat)
 

@@ -16,7 +16,15 @@ from tinydiff.parallel.plan import Plan
 
 PLAN = Plan()
 TINY = z_image.Config(
-    in_channels=4, dim=32, n_layers=2, n_refiner_layers=2, n_heads=2, n_kv_heads=2, norm_eps=1e-4, cap_feat_dim=20, axes_dims=(4, 6, 6)
+    in_channels=4,
+    dim=32,
+    n_layers=2,
+    n_refiner_layers=2,
+    n_heads=2,
+    n_kv_heads=2,
+    norm_eps=1e-4,
+    cap_feat_dim=20,
+    axes_dims=(4, 6, 6),
 )
 TIMES = torch.tensor([988.5, 37.25])
 
@@ -31,7 +39,12 @@ CASES = {
     "captions filled up to one length": (TINY, (1, 14, 10), (9, 31), 40),
     "captions of different lengths": (TINY, (1, 14, 10), (70, 32), 110),
     "no pads": (TINY, (1, 8, 16), (64, 64), 64),
-    "thick patches": (_configs(all_patch_size=(1,), all_f_patch_size=(2,), in_channels=3, t_scale=700.0), (4, 3, 5), (3, 40), 40),
+    "thick patches": (
+        _configs(all_patch_size=(1,), all_f_patch_size=(2,), in_channels=3, t_scale=700.0),
+        (4, 3, 5),
+        (3, 40),
+        40,
+    ),
 }
 
 
@@ -90,9 +103,15 @@ def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
     c, flat, reference, known, tokens, inputs = _case("captions of different lengths")
     rounded = {name: tensor.bfloat16() for name, tensor in flat.items()}
     exact = predict(
-        Network(z_image.FAMILY, c, dtype=torch.float64), {name: t.double() for name, t in rounded.items()}, tokens, TIMES, inputs
+        Network(z_image.FAMILY, c, dtype=torch.float64),
+        {name: t.double() for name, t in rounded.items()},
+        tokens,
+        TIMES,
+        inputs,
     )
-    ours = predict(Network(z_image.FAMILY, c, dtype=torch.bfloat16), rounded, tokens.bfloat16(), TIMES, inputs)
+    ours = predict(
+        Network(z_image.FAMILY, c, dtype=torch.bfloat16), rounded, tokens.bfloat16(), TIMES, inputs
+    )
     assert ours.dtype == torch.bfloat16
     lists = {name: [t.bfloat16() for t in known[name]] for name in ("x", "cap_feats")}
     theirs = -torch.stack(reference.bfloat16()(**known | lists).sample)
@@ -104,7 +123,10 @@ def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"all_patch_size": (2, 4), "all_f_patch_size": (1, 1)}, r"all_patch_size is \(2, 4\).*one patch size"),
+        (
+            {"all_patch_size": (2, 4), "all_f_patch_size": (1, 1)},
+            r"all_patch_size is \(2, 4\).*one patch size",
+        ),
         ({"n_kv_heads": 1}, "n_kv_heads is 1; it must be n_heads, which is 2"),
         ({"qk_norm": False}, "qk_norm is False"),
         ({"siglip_feat_dim": 8}, "siglip_feat_dim is 8"),

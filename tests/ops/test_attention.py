@@ -12,7 +12,11 @@ PLAN = Plan(attention="math")
 
 
 def _inputs(dtype=torch.float64, kv=11):
-    return draw(2, 7, 3, 8).to(dtype), draw(2, kv, 3, 8, seed=1).to(dtype), draw(2, kv, 3, 8, seed=2).to(dtype)
+    return (
+        draw(2, 7, 3, 8).to(dtype),
+        draw(2, kv, 3, 8, seed=1).to(dtype),
+        draw(2, kv, 3, 8, seed=2).to(dtype),
+    )
 
 
 def test_it_is_the_formula():
@@ -25,7 +29,9 @@ def test_it_is_the_formula():
 
 
 @pytest.mark.parametrize("name", ON_CPU)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
 def test_every_backend_of_the_cpu_equals_math(name, dtype, tolerance):
     q, k, v = _inputs(dtype)
     close(attention(replace(PLAN, attention=name), q, k, v), attention(PLAN, q, k, v), tolerance)
@@ -35,7 +41,11 @@ def test_every_backend_of_the_cpu_equals_math(name, dtype, tolerance):
 def test_a_mask_and_a_scale_reach_every_backend(name):
     q, k, v = _inputs()
     mask = draw(2, 3, 7, 11, seed=3)
-    close(attention(replace(PLAN, attention=name), q, k, v, mask, 1.0), attention(PLAN, q, k, v, mask, 1.0), 1e-13)
+    close(
+        attention(replace(PLAN, attention=name), q, k, v, mask, 1.0),
+        attention(PLAN, q, k, v, mask, 1.0),
+        1e-13,
+    )
 
 
 @pytest.mark.parametrize("name", sorted(set(BACKENDS) - set(ON_CPU)))
@@ -50,7 +60,9 @@ def test_the_parts_of_the_keys_merge_by_their_logarithms(masked, dtype):
     q, k, v = _inputs(dtype)
     mask = draw(2, 1, 1, 11, seed=3) > -0.5 if masked else None
     parts = [slice(0, 4), slice(4, 5), slice(5, 11)]
-    made = [attend_with_log(q, k[:, at], v[:, at], None if mask is None else mask[..., at], 0.3) for at in parts]
+    made = [
+        attend_with_log(q, k[:, at], v[:, at], None if mask is None else mask[..., at], 0.3) for at in parts
+    ]
     log = torch.stack([each for _, each in made]).logsumexp(0)
     merged = sum(y * (each - log).exp() for y, each in made)
     close(merged, attention(PLAN, q, k, v, mask, 0.3), 1e-12 if dtype == torch.float64 else 1e-5)

@@ -53,5 +53,9 @@ def test_a_function_of_pictures_runs_on_every_frame():
     assert y.shape == (2, 4, 3, 3, 2)
     for frame in range(3):
         close(y[:, :, frame], F.conv2d(x[:, :, frame], w["weight"], w["bias"], 2, 1), 1e-12)
-        close(per_frame(lambda frame: conv2d(frame, w, stride=2, padding=1), x[:, :, frame : frame + 1]), y[:, :, frame : frame + 1], 1e-12)
+        close(
+            per_frame(lambda frame: conv2d(frame, w, stride=2, padding=1), x[:, :, frame : frame + 1]),
+            y[:, :, frame : frame + 1],
+            1e-12,
+        )
     assert torch.equal(per_frame(lambda frame: frame, x), x)

@@ -10,7 +10,11 @@ from tinydiff.ops.patch import patchify, unpatchify
 def test_tokens_and_back(patch):
     x = draw(2, 3, 4, 6, 12)
     tokens = patchify(x, patch)
-    assert tokens.shape == (2, x[0, 0].numel() // (patch[0] * patch[1] * patch[2]), 3 * patch[0] * patch[1] * patch[2])
+    assert tokens.shape == (
+        2,
+        x[0, 0].numel() // (patch[0] * patch[1] * patch[2]),
+        3 * patch[0] * patch[1] * patch[2],
+    )
     assert torch.equal(unpatchify(tokens, patch, (4, 6, 12)), x)
 
 
@@ -22,7 +26,11 @@ def test_the_channel_is_outermost_in_a_token_and_the_grid_row_major():
 
 def test_a_product_with_tokens_is_the_strided_convolution():
     x, kernel = draw(2, 3, 4, 6, 4), draw(5, 3, 2, 3, 2, seed=1)
-    close(F.linear(patchify(x, (2, 3, 2)), kernel.flatten(1)), F.conv3d(x, kernel, stride=(2, 3, 2)).flatten(2).mT, 1e-12)
+    close(
+        F.linear(patchify(x, (2, 3, 2)), kernel.flatten(1)),
+        F.conv3d(x, kernel, stride=(2, 3, 2)).flatten(2).mT,
+        1e-12,
+    )
 
 
 def test_sizes_that_do_not_divide_are_refused():

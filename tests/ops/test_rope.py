@@ -7,13 +7,22 @@ from tinydiff.ops.rope import grid_positions, rope_table, rotate_half, rotate_in
 
 
 def test_positions_run_in_row_major_order():
-    assert grid_positions(2, 1, 3).tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 2], [1, 0, 0], [1, 0, 1], [1, 0, 2]]
+    assert grid_positions(2, 1, 3).tolist() == [
+        [0, 0, 0],
+        [0, 0, 1],
+        [0, 0, 2],
+        [1, 0, 0],
+        [1, 0, 1],
+        [1, 0, 2],
+    ]
 
 
 def test_a_table_holds_one_angle_per_pair_and_axis():
     positions = torch.tensor([[0, 0], [3, 5]])
     cos, sin = rope_table(positions, (4, 2), theta=100.0)
-    angles = torch.tensor([[0, 0, 0], [3, 3 * (1 / 10), 5]], dtype=torch.float64)  # 100 ** (0 / 4), 100 ** (2 / 4), 100 ** (0 / 2)
+    angles = torch.tensor(
+        [[0, 0, 0], [3, 3 * (1 / 10), 5]], dtype=torch.float64
+    )  # 100 ** (0 / 4), 100 ** (2 / 4), 100 ** (0 / 2)
     assert torch.equal(cos, angles.cos()) and torch.equal(sin, angles.sin())
 
 
@@ -45,4 +54,6 @@ def test_products_depend_on_the_distance_alone():
 def test_half_types_are_rotated_in_the_tables_type():
     x, (cos, sin) = draw(1, 4, 2, 8).bfloat16(), rope_table(torch.arange(4)[:, None], (8,))
     for rotate in (rotate_interleaved, rotate_half):
-        assert torch.equal(rotate(x, cos.float(), sin.float()), rotate(x.float(), cos.float(), sin.float()).bfloat16())
+        assert torch.equal(
+            rotate(x, cos.float(), sin.float()), rotate(x.float(), cos.float(), sin.float()).bfloat16()
+        )

@@ -20,7 +20,10 @@ STATISTICS = {"latents_mean": (0.1, 0.2, -0.3, 0.4), "latents_std": (1.0, 2.0, 0
 
 
 def _kl(*widths, **fields):
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * len(widths), "up_block_types": ("UpDecoderBlock2D",) * len(widths)}
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+    }
     return kl.Config(block_out_channels=widths, norm_num_groups=2, **blocks, **fields)
 
 
@@ -41,7 +44,10 @@ CASES = {
             **STATISTICS,
         ),
     ),
-    "FLUX.1": (kl, _kl(4, 6, 8, shift_factor=0.1, scaling_factor=0.4, use_quant_conv=False, use_post_quant_conv=False)),
+    "FLUX.1": (
+        kl,
+        _kl(4, 6, 8, shift_factor=0.1, scaling_factor=0.4, use_quant_conv=False, use_post_quant_conv=False),
+    ),
     "without attention": (kl, _kl(4, 8, latent_channels=3, mid_block_add_attention=False)),
     "FLUX.2": (kl, _kl(4, 6, 8, latent_channels=4, patch_size=(2, 2), decoder_block_out_channels=(2, 6, 4))),
     "TAESD": (tiny, tiny.Config(**BLOCKS, **WIDTHS)),
@@ -57,7 +63,9 @@ def _weights(rows):
         x = draw(*row.shape, seed=seed)
         long = row.shape[0] if row.name.endswith("gamma") else row.numel
         one = long == row.shape[0] and row.name.endswith(("gamma", "weight", "running_var"))
-        flat[row.name] = (1 + 0.3 * x).abs() if one else x * (0.3 if len(row.shape) == 1 else prod(row.shape[1:]) ** -0.5)
+        flat[row.name] = (
+            (1 + 0.3 * x).abs() if one else x * (0.3 if len(row.shape) == 1 else prod(row.shape[1:]) ** -0.5)
+        )
     return flat
 
 
@@ -66,7 +74,11 @@ def _inputs(name, rows, columns, frames, dtype=torch.float64):
     module, c = CASES[name]
     flat = {key: tensor.to(dtype) for key, tensor in _weights(module.spec(c)).items()}
     side, channels = c.scale_factor_spatial, 3
-    x = draw(2, channels, (frames - 1) * c.scale_factor_temporal + 1, rows * side, columns * side, seed=7).clamp(-1, 1).to(dtype)
+    x = (
+        draw(2, channels, (frames - 1) * c.scale_factor_temporal + 1, rows * side, columns * side, seed=7)
+        .clamp(-1, 1)
+        .to(dtype)
+    )
     return module, c, Weights(flat), x, draw(2, c.z_dim, frames, rows, columns, seed=8).to(dtype)
 
 
@@ -118,7 +130,9 @@ def test_ranks_share_the_tiles(name, ranks):
 def _in_tiles(name, tile):
     module, c, w, x, z = _inputs(name, 5, 4, 2)
     with Moved() as moved:
-        latents, pixels = (fn(c, w, given, 1, tile, over_all()) for fn, given in ((module.encode, x), (module.decode, z)))
+        latents, pixels = (
+            fn(c, w, given, 1, tile, over_all()) for fn, given in ((module.encode, x), (module.decode, z))
+        )
     assert set(moved.bytes) == {"all_gather_into_tensor"}, "tiles have no edges to exchange"
     expected = module.encode(c, w, x, 1, tile), module.decode(c, w, z, 1, tile)
     close(latents, expected[0], 1e-12)
@@ -220,7 +234,9 @@ def test_nothing_moves_but_edges_and_what_all_must_see(name, way, layers, frames
     if way == "encode":
         result = 2 * c.latent_channels * frames * highest * columns
     else:
-        result = 3 * ((frames - 1) * c.scale_factor_temporal + 1) * highest * columns * c.scale_factor_spatial**2
+        result = (
+            3 * ((frames - 1) * c.scale_factor_temporal + 1) * highest * columns * c.scale_factor_spatial**2
+        )
     norms = 0
     if name == "FLUX.1":
         pairs = {"decode": kl.up_stages, "encode": kl.down_stages}[way]

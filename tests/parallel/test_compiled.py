@@ -18,7 +18,12 @@ from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.shards import held
 from tinydiff.sampling import guidance, loop, solvers
 
-REQUESTS = [((2, 2), (4, 4), 2, 3.0), ((2, 3), (5, 5), 3, 4.5), ((4, 3), (7, 2), 2, 2.0), ((3, 5), (3, 6), 4, 5.0)]
+REQUESTS = [
+    ((2, 2), (4, 4), 2, 3.0),
+    ((2, 3), (5, 5), 3, 4.5),
+    ((4, 3), (7, 2), 2, 2.0),
+    ((3, 5), (3, 6), 4, 5.0),
+]
 """(tokens high and wide, lengths of both texts, steps, scale): equal lengths, lengths that two ranks cannot share evenly, and others."""
 
 
@@ -26,7 +31,10 @@ def tokens(name, plan, fsdp, denoise, size, lengths, steps, scale):
     """The last tokens of a guided request, of all ranks of the plan together."""
     family, config, packed, width = FAMILIES[name]
     rows = solvers.with_guidance(solvers.from_scheduler_config(SCHEDULER, steps), scale)
-    branches = [inputs(name, config, *size, draw(1, length, width, seed=length + i).float()) for i, length in enumerate(lengths)]
+    branches = [
+        inputs(name, config, *size, draw(1, length, width, seed=length + i).float())
+        for i, length in enumerate(lengths)
+    ]
     blocks = {at for _, at in family.blocks(config)} if fsdp else ()
     mine = held(weights(family, config), family.spec(config), plan, blocks)
     hoisted = loop.hoist(Network(family, config, plan), mine, branches, rows)
@@ -42,11 +50,16 @@ def errors(layout, names, backend):
     _compiled.clear()  # another test's graphs, of groups with the same names
     compiling, plan = torch.compile, plan_of(layout)
     options = {} if backend == "inductor" else {"options": None}
-    with patch.object(torch, "compile", lambda fn, **given: compiling(fn, **given | options, backend=backend)):
+    with patch.object(
+        torch, "compile", lambda fn, **given: compiling(fn, **given | options, backend=backend)
+    ):
         found = {}
         for name in names:
             family, config, *_ = FAMILIES[name]
-            made = (make(Network(family, config, plan), guidance.classifier_free) for make in (loop.eager_denoise, compiled_denoise))
+            made = (
+                make(Network(family, config, plan), guidance.classifier_free)
+                for make in (loop.eager_denoise, compiled_denoise)
+            )
             eager, fast = made
             before, broken, worst = graph_count(), graph_breaks(), 0.0
             for request in REQUESTS:

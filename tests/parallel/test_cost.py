@@ -39,7 +39,13 @@ BLOCK = (
 TINY = CostModel(
     rows=(Row("in.weight", (12, 4)), *BLOCK, Row("out.weight", (4, 12))),
     blocks=(BLOCK,),
-    reads={"in.weight": "image", "b.0.q.weight": "joint", "b.0.o.weight": "joint", "b.0.mod.weight": "table", "out.weight": "image"},
+    reads={
+        "in.weight": "image",
+        "b.0.q.weight": "joint",
+        "b.0.o.weight": "joint",
+        "b.0.mod.weight": "table",
+        "out.weight": "image",
+    },
     norms=("joint",),
     attends=(("joint", "joint"),),
     heads=3,
@@ -58,7 +64,11 @@ def test_weights_on_paper():
     shares, whole = 2 * (6 * 12 + 6 + 6 * 12 + 12 * 12) + 4 * 6, 2 * (144 + 12 + 144 + 288) + 4 * 12
     assert cost.share_bytes(BLOCK, Layout(ulysses=2, fsdp=True), 2) == shares
     assert cost.denoiser_bytes(TINY, Layout(ulysses=2, fsdp=True), 2) == shares + 2 * (48 + 48) + 2 * whole
-    assert cost.denoiser_bytes(TINY, Layout(ulysses=2), 2) == cost.denoiser_bytes(TINY, Layout(fsdp=True), 2) == 2 * values + 4 * 12
+    assert (
+        cost.denoiser_bytes(TINY, Layout(ulysses=2), 2)
+        == cost.denoiser_bytes(TINY, Layout(fsdp=True), 2)
+        == 2 * values + 4 * 12
+    )
 
 
 def test_operations_on_paper():
@@ -77,11 +87,21 @@ def test_bytes_sent_on_paper():
     assert cost.step_bytes(TINY, Layout(ulysses=3), ASKED) == {"ulysses": 4 * 5 * 12 * 2}
     assert cost.step_bytes(TINY, Layout(ring=2), ASKED) == {"ring": 2 * 7 * 12 * 2}
     assert cost.step_bytes(TINY, Layout(ring=3), ASKED, b=4) == {"ring": 2 * 2 * 5 * 12 * 4}
-    assert cost.step_bytes(TINY, Layout(ring=2, ulysses=2), ASKED) == {"ring": 2 * 4 * 16 * 2, "ulysses": 4 * 4 * 16 * 2}
+    assert cost.step_bytes(TINY, Layout(ring=2, ulysses=2), ASKED) == {
+        "ring": 2 * 4 * 16 * 2,
+        "ulysses": 4 * 4 * 16 * 2,
+    }
     assert cost.step_bytes(TINY, Layout(tp=3), ASKED) == {"tp": 13 * 12 * 2 + 13 * 4}
-    assert cost.step_bytes(TINY, Layout(tp=3, ulysses=2), ASKED) == {"ulysses": 4 * 7 * 8 * 2, "tp": 7 * 12 * 2 + 7 * 4}
-    assert cost.step_bytes(TINY, Layout(cfg=2), replace(ASKED, branches=2, images=3)) == {"cfg": 3 * 10 * 4 * 2}
-    assert cost.step_bytes(TINY, Layout(ulysses=2), replace(ASKED, branches=2)) == {"ulysses": 2 * 4 * 7 * 16 * 2}
+    assert cost.step_bytes(TINY, Layout(tp=3, ulysses=2), ASKED) == {
+        "ulysses": 4 * 7 * 8 * 2,
+        "tp": 7 * 12 * 2 + 7 * 4,
+    }
+    assert cost.step_bytes(TINY, Layout(cfg=2), replace(ASKED, branches=2, images=3)) == {
+        "cfg": 3 * 10 * 4 * 2
+    }
+    assert cost.step_bytes(TINY, Layout(ulysses=2), replace(ASKED, branches=2)) == {
+        "ulysses": 2 * 4 * 7 * 16 * 2
+    }
     share = cost.share_bytes(BLOCK, Layout(ring=2, fsdp=True), 2)
     assert cost.step_bytes(TINY, Layout(ring=2, fsdp=True), ASKED) == {"ring": 2 * 7 * 12 * 2, "fsdp": share}
     assert cost.step_bytes(TINY, Layout(tp=3, fsdp=True), ASKED) == cost.step_bytes(TINY, Layout(tp=3), ASKED)
@@ -94,23 +114,35 @@ def test_memory_on_paper():
     assert cost.hoisted_bytes(TINY, Layout(), ASKED, 2) == 5 * 24 * 2 + 13 * 4 * 4
     guided = replace(ASKED, branches=2)
     assert cost.hoisted_bytes(TINY, Layout(), guided, 2) == 5 * 24 * 2 + 2 * 13 * 4 * 4
-    assert cost.hoisted_bytes(replace(TINY, pooled=True), Layout(), guided, 2) == 2 * (5 * 24 * 2 + 13 * 4 * 4)
+    assert cost.hoisted_bytes(replace(TINY, pooled=True), Layout(), guided, 2) == 2 * (
+        5 * 24 * 2 + 13 * 4 * 4
+    )
 
 
 def test_seconds_on_paper():
-    machine = Machine(tflops=1e-6, link=1e-6, net=1e-7, ranks=2)  # a million operations, a thousand bytes or a hundred a second
+    machine = Machine(
+        tflops=1e-6, link=1e-6, net=1e-7, ranks=2
+    )  # a million operations, a thousand bytes or a hundred a second
     assert cost.step_seconds(TINY, Layout(), ASKED, machine) == cost.step_flops(TINY, Layout(), ASKED) / 1e6
     shared = cost.step_flops(TINY, Layout(ulysses=2), ASKED) / 1e6
     assert cost.step_seconds(TINY, Layout(ulysses=2), ASKED, machine) == pytest.approx(shared + 896 / 2 / 1e3)
     beyond = cost.step_seconds(TINY, Layout(ulysses=2), ASKED, replace(machine, ranks=1))
     assert beyond == pytest.approx(shared + 896 / 2 / 1e2)
-    gathered = cost.step_seconds(TINY, Layout(cfg=2, fsdp=True), replace(ASKED, branches=2), replace(machine, link=1e-8))
+    gathered = cost.step_seconds(
+        TINY, Layout(cfg=2, fsdp=True), replace(ASKED, branches=2), replace(machine, link=1e-8)
+    )
     assert gathered == pytest.approx(cost.share_bytes(BLOCK, Layout(cfg=2, fsdp=True), 2) / 10)
 
 
 def test_an_axis_that_outgrows_a_machine_goes_over_the_network():
     layout, eight = Layout(cfg=2, ring=2, ulysses=2, tp=2), Machine(ranks=8)
-    assert [cost.across(layout, axis, eight) for axis in ("tp", "ulysses", "ring", "cfg", "fsdp")] == [False, False, False, True, True]
+    assert [cost.across(layout, axis, eight) for axis in ("tp", "ulysses", "ring", "cfg", "fsdp")] == [
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 # --- as torch counts ----------------------------------------------------------------------------------------------------------------
@@ -126,7 +158,11 @@ STEPS = 3
 
 def shallow(c):
     """The same network of few blocks."""
-    fewer = {name: n for name, n in (("num_layers", 3), ("num_single_layers", 2), ("n_layers", 2)) if hasattr(c, name)}
+    fewer = {
+        name: n
+        for name, n in (("num_layers", 3), ("num_single_layers", 2), ("n_layers", 2))
+        if hasattr(c, name)
+    }
     if getattr(c, "dual_attention_layers", ()):
         fewer["dual_attention_layers"] = (0,)
     return replace(c, **fewer)
@@ -138,8 +174,13 @@ def asked(name: str) -> tuple[cases.Picture, CostModel, Work]:
     if name in CLIPS:
         case = cases.released(name, frames=5)
         c = shallow(case.config)
-        inputs = {"text": torch.empty(1, 12, c.text_dim, device="meta"), "positions": wan.positions(c, case.size, "meta")}
-        made = cases.Picture(name, wan.FAMILY, c, inputs, torch.empty(1, case.tokens, c.out_channels * 4, device="meta"))
+        inputs = {
+            "text": torch.empty(1, 12, c.text_dim, device="meta"),
+            "positions": wan.positions(c, case.size, "meta"),
+        }
+        made = cases.Picture(
+            name, wan.FAMILY, c, inputs, torch.empty(1, case.tokens, c.out_channels * 4, device="meta")
+        )
     else:
         made = cases.picture(name, PICTURES[name])
         made = made._replace(config=shallow(made.config))
@@ -152,7 +193,9 @@ def readied(name: str, plan: Plan, branches: int = 1):
     made, net, _ = asked(name)
     blocks = [prefix for _, prefix in made.family.blocks(made.config)] if plan.group("shard").size > 1 else ()
     flat = {
-        row.name: torch.empty(row.shape, device="meta", dtype=torch.float32 if row.float32 else torch.bfloat16)
+        row.name: torch.empty(
+            row.shape, device="meta", dtype=torch.float32 if row.float32 else torch.bfloat16
+        )
         for row in local_rows(net.rows, plan, blocks)
     }
     table = solvers.from_scheduler_config(cases.SCHEDULER, STEPS)
@@ -166,7 +209,10 @@ def run(name: str, plan: Plan, branches: int = 1, *modes):
     shares = plan.group("ring").size * plan.group("ulysses").size
     x = made.x[:, : -(-made.x.shape[1] // shares)]
     step = loop.Step(x, x, x)
-    at = tuple(Branch(request, {at: {n: t[0] for n, t in rows.items()} for at, rows in steps.items()}) for request, steps in hoisted[1])
+    at = tuple(
+        Branch(request, {at: {n: t[0] for n, t in rows.items()} for at, rows in steps.items()})
+        for request, steps in hoisted[1]
+    )
     predict = loop.predictor(Network(made.family, made.config, plan, torch.bfloat16))
     with torch.no_grad(), modes[0]:
         predict(hoisted.weights, x, step, at, {})
@@ -194,7 +240,9 @@ class Alive(TorchDispatchMode):
         self.most = 0
 
     def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
-        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        known = {
+            x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
+        }
         result = fn(*args, **(kwargs or {}))
         self.made = {key: entry for key, entry in self.made.items() if not entry[0].expired()}
         for x in (x for x in tree_leaves(result) if isinstance(x, torch.Tensor)):
@@ -207,17 +255,29 @@ class Alive(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_activations_and_hoisted_tensors_are_about_those_of_a_run(name, monkeypatch):
-    monkeypatch.setitem(BACKENDS, "sdpa", lambda q, *_: torch.empty_like(q))  # a kernel keeps no scores, and there is none for meta
+    monkeypatch.setitem(
+        BACKENDS, "sdpa", lambda q, *_: torch.empty_like(q)
+    )  # a kernel keeps no scores, and there is none for meta
     alive = Alive()
     hoisted = run(name, Plan(), 2, alive)
     made, net, work = asked(name)
     guided = replace(work, branches=2)
     assert cost.activation_bytes(net, Layout(), guided, 2) == pytest.approx(alive.most, rel=0.25)
-    tensors = [tensor for branch in hoisted.branches for tree in branch for entries in tree.values() for tensor in entries.values()]
+    tensors = [
+        tensor
+        for branch in hoisted.branches
+        for tree in branch
+        for entries in tree.values()
+        for tensor in entries.values()
+    ]
     kept = sum({tensor.untyped_storage()._cdata: tensor.nbytes for tensor in tensors}.values())
     # SD3 has rows of a position table where others have rope tables, ERNIE-Image has each angle twice.
-    left_out = {sd3.FAMILY: net.width * 2 - net.head_width * 4, ernie.FAMILY: net.head_width * 4}.get(made.family, 0)
-    assert cost.hoisted_bytes(net, Layout(), guided, 2) == pytest.approx(kept - 2 * work.image * left_out, rel=0.1)
+    left_out = {sd3.FAMILY: net.width * 2 - net.head_width * 4, ernie.FAMILY: net.head_width * 4}.get(
+        made.family, 0
+    )
+    assert cost.hoisted_bytes(net, Layout(), guided, 2) == pytest.approx(
+        kept - 2 * work.image * left_out, rel=0.1
+    )
 
 
 AUTOENCODERS = {
@@ -236,16 +296,23 @@ def test_the_peak_of_decoding_is_about_that_of_a_run(kind, monkeypatch):
     monkeypatch.setitem(BACKENDS, "sdpa", lambda q, *_: torch.empty_like(q))
     module, fields, frames, passes = AUTOENCODERS[kind]
     if module is kl:
-        fields = fields | {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        fields = fields | {
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+        }
     c, alive = module.Config(**fields), Alive()
     if module is wan_vae:
         c = replace(c, latents_mean=(0.0,) * c.z_dim, latents_std=(1.0,) * c.z_dim)
     stride = c.scale_factor_spatial
     weights = Weights({row.name: torch.empty(row.shape, device="meta") for row in module.spec(c)})
-    z = torch.empty(1, c.z_dim, (frames - 1) // c.scale_factor_temporal + 1, 256 // stride, 192 // stride, device="meta")
+    z = torch.empty(
+        1, c.z_dim, (frames - 1) // c.scale_factor_temporal + 1, 256 // stride, 192 // stride, device="meta"
+    )
     with torch.no_grad(), alive:
         module.decode(c, weights, z, chunk=passes)
-    assert workload.decode_bytes(module.FAMILY, c, frames, 256, 192, passes, 1, 4) == pytest.approx(alive.most, rel=0.25)
+    assert workload.decode_bytes(module.FAMILY, c, frames, 256, 192, passes, 1, 4) == pytest.approx(
+        alive.most, rel=0.25
+    )
 
 
 # --- what is sent -------------------------------------------------------------------------------------------------------------------
@@ -270,7 +337,9 @@ LAYOUTS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, (*layout.sizes[1:], layout.fsdp))))
+@pytest.mark.parametrize(
+    "layout", LAYOUTS, ids=lambda layout: "-".join(map(str, (*layout.sizes[1:], layout.fsdp)))
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_bytes_of_a_step_are_those_that_collectives_are_handed(name, layout):
     _, net, work = asked(name)
@@ -290,5 +359,9 @@ def test_weights_are_those_that_a_rank_keeps(name, tp, others):
     held = [row for row in local_rows(net.rows, live, blocks if others > 1 else ())]
     whole = 2 * max(cost.weight_bytes(rows, 2, tp) for rows in net.blocks) if others > 1 else 0
     layout = Layout(tp=tp, ulysses=others, fsdp=others > 1)
-    assert cost.denoiser_bytes(net, layout, 2) - whole == sum(row.numel * (4 if row.float32 else 2) for row in held)
-    assert cost.denoiser_bytes(net, layout, 2, experts=2) - whole == 2 * (cost.denoiser_bytes(net, layout, 2) - whole)
+    assert cost.denoiser_bytes(net, layout, 2) - whole == sum(
+        row.numel * (4 if row.float32 else 2) for row in held
+    )
+    assert cost.denoiser_bytes(net, layout, 2, experts=2) - whole == 2 * (
+        cost.denoiser_bytes(net, layout, 2) - whole
+    )

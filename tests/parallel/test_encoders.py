@@ -20,7 +20,14 @@ CLIP = clip_text.Config(
     vocab_size=61, hidden_size=32, intermediate_size=40, projection_dim=12, num_hidden_layers=2, num_attention_heads=4,
     max_position_embeddings=19, eos_token_id=60,
 )  # fmt: skip
-TOWER = clip_vision.Config(hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, image_size=21, patch_size=7)
+TOWER = clip_vision.Config(
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=21,
+    patch_size=7,
+)
 QWEN_TOWER = qwen_vision.Config(
     depth=3, hidden_size=32, intermediate_size=20, num_heads=4, out_hidden_size=24, patch_size=2, window_size=12,
     fullatt_block_indexes=(1,),
@@ -48,7 +55,9 @@ def _weights(rows, dtype, centre=1):
     flat = {}
     for row in rows:
         noise = torch.randn(row.shape, generator=generator, dtype=torch.float64)
-        flat[row.name] = (noise / row.shape[-1] ** 0.5 if len(row.shape) > 1 else centre + 0.1 * noise).to(dtype)
+        flat[row.name] = (noise / row.shape[-1] ** 0.5 if len(row.shape) > 1 else centre + 0.1 * noise).to(
+            dtype
+        )
     return flat
 
 
@@ -64,7 +73,11 @@ def _tokens(left=False):
 
 
 def _t5(c):
-    return c, t5, lambda plan, w, dtype: [t5.encode(c, plan, w, *_tokens()), t5.encode(c, plan, w, _tokens()[0])]
+    return (
+        c,
+        t5,
+        lambda plan, w, dtype: [t5.encode(c, plan, w, *_tokens()), t5.encode(c, plan, w, _tokens()[0])],
+    )
 
 
 def _clip(c):
@@ -79,23 +92,39 @@ def _clip(c):
 
 
 def _tower(c):
-    return c, clip_vision, lambda plan, w, dtype: [clip_vision.encode(c, plan, w, _numbers(2, 3, 21, 21, dtype=dtype))]
+    return (
+        c,
+        clip_vision,
+        lambda plan, w, dtype: [clip_vision.encode(c, plan, w, _numbers(2, 3, 21, 21, dtype=dtype))],
+    )
 
 
 def _qwen_tower(c):
     patches = sum(tall * wide for tall, wide in GRIDS)
-    return c, qwen_vision, lambda plan, w, dtype: [qwen_vision.encode(c, plan, w, _numbers(patches, 3 * 2 * 2 * 2, dtype=dtype), GRIDS)]
+    return (
+        c,
+        qwen_vision,
+        lambda plan, w, dtype: [
+            qwen_vision.encode(c, plan, w, _numbers(patches, 3 * 2 * 2 * 2, dtype=dtype), GRIDS)
+        ],
+    )
 
 
 def _lm(c):
-    return c, decoder_lm, lambda plan, w, dtype: decoder_lm.encode(c, plan, w, *_tokens(), take=tuple(range(c.layers + 1)))
+    return (
+        c,
+        decoder_lm,
+        lambda plan, w, dtype: decoder_lm.encode(c, plan, w, *_tokens(), take=tuple(range(c.layers + 1))),
+    )
 
 
 CASES = {
     "UMT5": _t5(T5),
     "T5": _t5(replace(T5, model_type="t5", is_gated_act=False, dense_act_fn="relu")),
     "CLIP text": _clip(CLIP),
-    "CLIP text projected": _clip(replace(CLIP, architectures=(clip_text.WITH_PROJECTION,), hidden_act="gelu")),
+    "CLIP text projected": _clip(
+        replace(CLIP, architectures=(clip_text.WITH_PROJECTION,), hidden_act="gelu")
+    ),
     "CLIP vision": _tower(TOWER),
     "Qwen2.5-VL vision": _qwen_tower(QWEN_TOWER),
     **{name: _lm(c) for name, c in LMS.items()},
@@ -108,7 +137,9 @@ def _divided(layout, module, c, dtype):
     plan = Plan(groups=(("tp", grouped(layout, 60).groups["tp"]),))
     whole = _weights(module.spec(c), dtype, 0 if getattr(c, "norm_plus_one", False) else 1)
     mine = held(whole, module.spec(c), plan)
-    assert sum(tensor.numel() for tensor in mine.values()) < 0.75 * sum(tensor.numel() for tensor in whole.values())
+    assert sum(tensor.numel() for tensor in mine.values()) < 0.75 * sum(
+        tensor.numel() for tensor in whole.values()
+    )
     return Weights(whole, dtype=dtype), plan, Weights(mine, dtype=dtype)
 
 
@@ -117,11 +148,16 @@ def _errors(layout, name, dtype):
     c, module, encode = CASES[name]
     whole, plan, mine = _divided(layout, module, c, dtype)
     pairs = list(zip(encode(Plan(), whole, dtype), encode(plan, mine, dtype), strict=True))
-    assert all(one.shape == some.shape and one.dtype == some.dtype == dtype and one.std() > 1e-2 for one, some in pairs)
+    assert all(
+        one.shape == some.shape and one.dtype == some.dtype == dtype and one.std() > 1e-2
+        for one, some in pairs
+    )
     return max((one - some).abs().max().item() for one, some in pairs)
 
 
-@pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for name in CASES for ranks in (2, 4) if ranks == 2 or name not in LMS])
+@pytest.mark.parametrize(
+    ("ranks", "name"), [(ranks, name) for name in CASES for ranks in (2, 4) if ranks == 2 or name not in LMS]
+)
 def test_equals_one_rank(ranks, name):
     assert max(on_ranks(ranks, _errors, Layout(tp=ranks), name, torch.float64)) <= 1e-10
     assert max(on_ranks(ranks, _errors, Layout(tp=ranks), name, torch.float32)) <= 1e-5
@@ -136,7 +172,11 @@ def _written(layout, name):
     for place, w in ((Plan(), whole), (plan, mine)):
         for sampling in (Sampling(), drawn):
             generator = torch.Generator().manual_seed(5)
-            texts.append(generate(c, place, w, *_tokens(left=True), limit=9, stop=(), sampling=sampling, generator=generator))
+            texts.append(
+                generate(
+                    c, place, w, *_tokens(left=True), limit=9, stop=(), sampling=sampling, generator=generator
+                )
+            )
     return texts
 
 
@@ -171,5 +211,11 @@ def test_how_many_ranks_an_encoder_divides_over(module, c, divisors):
 
 
 def test_heads_that_do_not_divide_are_named():
-    assert undivided(decoder_lm.spec(LM), 4) == "layers.0.self_attn.k_proj.weight has 2 heads, which 4 ranks cannot share evenly"
-    assert undivided(t5.spec(T5), 8) == "encoder.block.0.layer.0.SelfAttention.q.weight has 4 heads, which 8 ranks cannot share evenly"
+    assert (
+        undivided(decoder_lm.spec(LM), 4)
+        == "layers.0.self_attn.k_proj.weight has 2 heads, which 4 ranks cannot share evenly"
+    )
+    assert (
+        undivided(t5.spec(T5), 8)
+        == "encoder.block.0.layer.0.SelfAttention.q.weight has 4 heads, which 8 ranks cannot share evenly"
+    )

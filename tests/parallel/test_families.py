@@ -40,8 +40,14 @@ TABLE = solvers.with_guidance(solvers.from_scheduler_config(EULER, 2), 3.0)
 def weights(family, config, dtype):
     """Random weights, the same on every rank."""
     generator = torch.Generator().manual_seed(5)
-    drawn = {row.name: (torch.randn(row.shape, generator=generator, dtype=torch.float64), row) for row in family.spec(config)}
-    scaled = {name: 1 + 0.1 * x if len(row.shape) == 1 else 0.5 * x / row.shape[-1] ** 0.5 for name, (x, row) in drawn.items()}
+    drawn = {
+        row.name: (torch.randn(row.shape, generator=generator, dtype=torch.float64), row)
+        for row in family.spec(config)
+    }
+    scaled = {
+        name: 1 + 0.1 * x if len(row.shape) == 1 else 0.5 * x / row.shape[-1] ** 0.5
+        for name, (x, row) in drawn.items()
+    }
     wide = torch.promote_types(dtype, torch.float32)
     return {name: x.to(wide if drawn[name][1].float32 else dtype) for name, x in scaled.items()}
 
@@ -60,9 +66,13 @@ def denoised(name, plan, fsdp=False, dtype=torch.float64, run=loop.eager_denoise
     """The tokens that a plan's ranks make together, after two steps with guidance."""
     d = DENOISERS[name]
     if d.family is sd3.FAMILY:
-        d = replace(d, config=replace(d.config, out_channels=d.config.in_channels))  # the loop adds what comes out to what goes in
+        d = replace(
+            d, config=replace(d.config, out_channels=d.config.in_channels)
+        )  # the loop adds what comes out to what goes in
     if d.family is z_image.FAMILY:
-        d = replace(d, config=replace(d.config, dim=96, n_heads=6, n_kv_heads=6))  # the feed-forward's width follows, and divides
+        d = replace(
+            d, config=replace(d.config, dim=96, n_heads=6, n_kv_heads=6)
+        )  # the feed-forward's width follows, and divides
     asked, blocks = d.ask(d.config), {prefix for _, prefix in d.family.blocks(d.config)} if fsdp else ()
     mine = held(weights(d.family, d.config, dtype), d.family.spec(d.config), plan, blocks)
     network = Network(d.family, d.config, plan, dtype)

@@ -36,7 +36,12 @@ def sizes(made: Layout) -> dict[str, int]:
         ("num_gpus=1", 12, True, {}),
         ("num_gpus=2", 12, True, {"cfg": 2}),
         ("num_gpus=2", 12, False, {"ulysses": 2}),
-        ("num_gpus=3", 12, True, {"ulysses": 3}),  # guidance has two branches, and they would leave one and a half ranks each
+        (
+            "num_gpus=3",
+            12,
+            True,
+            {"ulysses": 3},
+        ),  # guidance has two branches, and they would leave one and a half ranks each
         ("num_gpus=4", 12, True, {"cfg": 2, "ulysses": 2}),
         ("num_gpus=8", 40, False, {"ulysses": 8}),
         ("num_gpus=8", 12, True, {"cfg": 2, "ulysses": 4}),
@@ -52,7 +57,12 @@ def sizes(made: Layout) -> dict[str, int]:
         ("sp_size=4 ring_degree=2", 12, False, {"ring": 2, "ulysses": 2}),
         ("sp_degree=4 ulysses_degree=4", 12, False, {"ulysses": 4}),
         ("sp_degree=4", 12, True, {"ulysses": 4}),
-        ("ulysses_degree=2 ring_degree=2 tp_size=2 cfg_parallel_size=2 dp=2", 12, True, dict.fromkeys(AXES, 2)),
+        (
+            "ulysses_degree=2 ring_degree=2 tp_size=2 cfg_parallel_size=2 dp=2",
+            12,
+            True,
+            dict.fromkeys(AXES, 2),
+        ),
         ("ring_degree=16", 2, False, {"ring": 16}),
     ],
 )
@@ -66,7 +76,10 @@ def test_what_is_chosen(options: str, heads: int, guided: bool, chosen: dict[str
 
 
 def test_the_reasons():
-    assert choose(asked("num_gpus=8"), 8, 30, True)[1] == "8 ranks: cfg 2 (guidance runs), ulysses 2 (divides 30 heads), tp 2 (the rest)"
+    assert (
+        choose(asked("num_gpus=8"), 8, 30, True)[1]
+        == "8 ranks: cfg 2 (guidance runs), ulysses 2 (divides 30 heads), tp 2 (the rest)"
+    )
     assert choose(asked("num_gpus=5"), 5, 24, True)[1] == "5 ranks: ulysses 5 (pads 24 heads)"
     assert choose(asked("tp_size=2 dp=2"), 4, 24, False)[1] == "4 ranks: dp 2 (asked), tp 2 (asked)"
 
@@ -77,9 +90,13 @@ def test_few_tokens_are_not_shared_by_many():
 
 
 def test_what_else_is_divided():
-    made = choose(asked("num_gpus=4 use_fsdp_inference=true encoder_parallel=fold vae_sp=false"), 4, 12, False)[0]
+    made = choose(
+        asked("num_gpus=4 use_fsdp_inference=true encoder_parallel=fold vae_sp=false"), 4, 12, False
+    )[0]
     assert made == Layout(ulysses=4, fsdp=True, encoders=True, vae=False)
-    assert choose(asked("num_gpus=2 vae_sp=true encoder_parallel=replicate"), 2, 12, False)[0] == Layout(ulysses=2, vae=True)
+    assert choose(asked("num_gpus=2 vae_sp=true encoder_parallel=replicate"), 2, 12, False)[0] == Layout(
+        ulysses=2, vae=True
+    )
     assert choose(asked("dp=2"), 2, 12, False)[0] == Layout(dp=2)
 
 
@@ -94,16 +111,44 @@ def test_what_else_is_divided():
             "4 must be ulysses_degree times ring_degree, and ulysses_degree 2 times ring",
         ),
         ("sp_degree=5 ring_degree=2", "sp_degree", "and ring_degree 2 is given"),
-        ("enable_cfg_parallel=true cfg_parallel_size=1", "cfg_parallel_size", "1 contradicts enable_cfg_parallel true"),
-        ("enable_cfg_parallel=false cfg_parallel_size=2", "cfg_parallel_size", "2 contradicts enable_cfg_parallel false"),
+        (
+            "enable_cfg_parallel=true cfg_parallel_size=1",
+            "cfg_parallel_size",
+            "1 contradicts enable_cfg_parallel true",
+        ),
+        (
+            "enable_cfg_parallel=false cfg_parallel_size=2",
+            "cfg_parallel_size",
+            "2 contradicts enable_cfg_parallel false",
+        ),
         ("num_gpus=2 nnodes=2", "dist_init_addr", "2 machines (nnodes) meet at the first one's"),
-        ("num_gpus=3 nnodes=2 dist_init_addr=a:1", "num_gpus", "3 ranks in all cannot be shared equally by 2 machines"),
-        ("num_gpus=2 nnodes=2 dist_init_addr=a:1 node_rank=2", "node_rank", "2 is not among 2 machines, counted from 0; give 0 to 1"),
+        (
+            "num_gpus=3 nnodes=2 dist_init_addr=a:1",
+            "num_gpus",
+            "3 ranks in all cannot be shared equally by 2 machines",
+        ),
+        (
+            "num_gpus=2 nnodes=2 dist_init_addr=a:1 node_rank=2",
+            "node_rank",
+            "2 is not among 2 machines, counted from 0; give 0 to 1",
+        ),
         ("num_gpus=2 node_rank=1", "node_rank", "1 is not among 1 machines"),
-        ("num_gpus=2 dist_init_addr=a:1", "dist_init_addr", "'a:1' is where several machines meet; give nnodes too"),
-        ("num_gpus=2 nnodes=2 dist_init_addr=a:port", "dist_init_addr", "'a:port' is not host:port, such as node0:30005"),
+        (
+            "num_gpus=2 dist_init_addr=a:1",
+            "dist_init_addr",
+            "'a:1' is where several machines meet; give nnodes too",
+        ),
+        (
+            "num_gpus=2 nnodes=2 dist_init_addr=a:port",
+            "dist_init_addr",
+            "'a:port' is not host:port, such as node0:30005",
+        ),
         ("num_gpus=2 nnodes=2 dist_init_addr=:5", "dist_init_addr", "':5' is not host:port"),
-        ("num_gpus=2 nnodes=2 dist_init_addr=a:5 master_port=6", "master_port", "6 is not the port of dist_init_addr, 5"),
+        (
+            "num_gpus=2 nnodes=2 dist_init_addr=a:5 master_port=6",
+            "master_port",
+            "6 is not the port of dist_init_addr, 5",
+        ),
         ("use_fsdp_inference=true", "use_fsdp_inference", "true needs several ranks; give num_gpus"),
         ("encoder_parallel=fold", "encoder_parallel", "fold needs several ranks; give num_gpus"),
     ],
@@ -115,19 +160,59 @@ def test_options_that_contradict_each_other(options: str, field: str, words: str
 @pytest.mark.parametrize(
     ("options", "field", "words"),
     [
-        ("num_gpus=32", "num_gpus", "32 ranks find no place on the denoiser's 12 heads; give fewer, or data_parallel_size or ring_degree"),
-        ("num_gpus=26 dp=2", "num_gpus", "26 ranks find no place on the denoiser's 12 heads beside data_parallel_size 2"),
-        ("tp_size=5", "tp_size", "5 does not divide the denoiser's 12 heads; choose one of 1, 2, 3, 4, 6, 12"),
-        ("ulysses_degree=16", "ulysses_degree", "16 is more than the denoiser's 12 heads; ring_degree has no such limit"),
-        ("ulysses_degree=4 tp_size=4", "ulysses_degree", "4 times tp_size 4 is more than the denoiser's 12 heads"),
-        ("enable_cfg_parallel=true", "cfg_parallel_size", "2 ranks need guidance, and this request runs without"),
+        (
+            "num_gpus=32",
+            "num_gpus",
+            "32 ranks find no place on the denoiser's 12 heads; give fewer, or data_parallel_size or ring_degree",
+        ),
+        (
+            "num_gpus=26 dp=2",
+            "num_gpus",
+            "26 ranks find no place on the denoiser's 12 heads beside data_parallel_size 2",
+        ),
+        (
+            "tp_size=5",
+            "tp_size",
+            "5 does not divide the denoiser's 12 heads; choose one of 1, 2, 3, 4, 6, 12",
+        ),
+        (
+            "ulysses_degree=16",
+            "ulysses_degree",
+            "16 is more than the denoiser's 12 heads; ring_degree has no such limit",
+        ),
+        (
+            "ulysses_degree=4 tp_size=4",
+            "ulysses_degree",
+            "4 times tp_size 4 is more than the denoiser's 12 heads",
+        ),
+        (
+            "enable_cfg_parallel=true",
+            "cfg_parallel_size",
+            "2 ranks need guidance, and this request runs without",
+        ),
         ("ring_degree=128", "sp_degree", "128 ranks cannot share a picture of 64 tokens; give at most 64"),
-        ("tp_size=2 use_fsdp_inference=true", "use_fsdp_inference", "no ranks that would hold the same weights"),
+        (
+            "tp_size=2 use_fsdp_inference=true",
+            "use_fsdp_inference",
+            "no ranks that would hold the same weights",
+        ),
         ("dp=2 use_fsdp_inference=true", "use_fsdp_inference", "no ranks that would hold the same weights"),
         ("dp=4", "data_parallel_size", "4 replicas for 3 outputs; give at most 3"),
-        ("tp_size=2 encoder_parallel=fold", "encoder_parallel", "'fold' finds no ranks in a replica but those of tp_size"),
-        ("tp_size=2 encoder_parallel=replicate", "encoder_parallel", "'replicate' is not possible where tp_size is 2"),
-        ("num_gpus=4 tp_size=1 ulysses_degree=2 ring_degree=1 cfg_parallel_size=1 dp=1", "num_gpus", "4 ranks are not what"),
+        (
+            "tp_size=2 encoder_parallel=fold",
+            "encoder_parallel",
+            "'fold' finds no ranks in a replica but those of tp_size",
+        ),
+        (
+            "tp_size=2 encoder_parallel=replicate",
+            "encoder_parallel",
+            "'replicate' is not possible where tp_size is 2",
+        ),
+        (
+            "num_gpus=4 tp_size=1 ulysses_degree=2 ring_degree=1 cfg_parallel_size=1 dp=1",
+            "num_gpus",
+            "4 ranks are not what",
+        ),
     ],
 )
 def test_layouts_that_a_model_cannot_have(options: str, field: str, words: str):
@@ -143,7 +228,9 @@ def test_the_same_holds_for_a_layout_that_was_not_chosen():
 
 def test_under_torchrun_its_ranks_count():
     assert count(asked(""), 4) == count(asked("num_gpus=4 tp_size=2"), 4) == 4
-    refused("num_gpus", "2 is not the number of ranks that torchrun started, 4", count, asked("num_gpus=2"), 4)
+    refused(
+        "num_gpus", "2 is not the number of ranks that torchrun started, 4", count, asked("num_gpus=2"), 4
+    )
     refused("num_gpus", "4 ranks are not what tp_size 3 makes", count, asked("tp_size=3"), 4)
     for name, value in (("nnodes", "2"), ("node_rank", "0"), ("dist_init_addr", "a:1"), ("master_port", "7")):
         refused(name, f"{name}: {value} cannot be given under torchrun", count, asked(f"{name}={value}"), 4)
@@ -154,7 +241,11 @@ def test_where_they_meet():
     assert layout.address(asked("num_gpus=2 master_port=7")) == ("localhost", 7)
     several = "num_gpus=2 nnodes=2 dist_init_addr="
     assert layout.address(asked(several + "node0")) == ("node0", layout.PORT)
-    assert layout.address(asked(several + "node0 master_port=7")) == layout.address(asked(several + "node0:7")) == ("node0", 7)
+    assert (
+        layout.address(asked(several + "node0 master_port=7"))
+        == layout.address(asked(several + "node0:7"))
+        == ("node0", 7)
+    )
     assert layout.address(asked(several + "[::1]:7")) == ("::1", 7)
 
 
@@ -164,7 +255,9 @@ def test_the_teams_of_every_name_are_all_ranks_once():
         for name in (*AXES, *UNITED):
             found = teams(made, name)
             assert sorted(rank for team in found for rank in team) == list(range(made.size))
-            assert {len(team) for team in found} == {prod(getattr(made, axis) for axis in UNITED.get(name, (name,)))}
+            assert {len(team) for team in found} == {
+                prod(getattr(made, axis) for axis in UNITED.get(name, (name,)))
+            }
             assert all(team == sorted(team) for team in found)
 
 

@@ -35,8 +35,12 @@ def made(layout=None, **fields):
     """(hash of the noise, frames) of one request."""
     model = blueprint.load(blueprint.read(config.options({}).model), grouped(layout, 60) if layout else None)
     [request] = admit(model.blueprint, config.options(PROMPT | fields).sampling)
-    start, _ = noise.latents(7, [0], pipeline.condition(model, request).prepared.size, pipeline.table(model.blueprint, request))
-    return hashlib.sha256(start.numpy().tobytes()).hexdigest(), pipeline.run(model, request, Quiet()).frames[0]
+    start, _ = noise.latents(
+        7, [0], pipeline.condition(model, request).prepared.size, pipeline.table(model.blueprint, request)
+    )
+    return hashlib.sha256(start.numpy().tobytes()).hexdigest(), pipeline.run(model, request, Quiet()).frames[
+        0
+    ]
 
 
 @cache
@@ -85,4 +89,6 @@ def unguided():
 
 def test_branches_on_ranks_of_their_own_need_guidance():
     for said in on_ranks(2, unguided):
-        assert said is not None and said.startswith("guidance_scale: 1 needs") and "cfg_parallel_size 1" in said
+        assert (
+            said is not None and said.startswith("guidance_scale: 1 needs") and "cfg_parallel_size 1" in said
+        )

@@ -24,7 +24,9 @@ def told_each_other(layout: Layout):
     return ranks, heard
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(cfg=2, tp=2), Layout(dp=2, ulysses=2), Layout(ring=2, ulysses=2)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [Layout(tp=2), Layout(cfg=2, tp=2), Layout(dp=2, ulysses=2), Layout(ring=2, ulysses=2)], ids=str
+)
 def test_each_group_is_the_team_of_its_name(layout):
     told = on_ranks(layout.size, told_each_other, layout)
     for rank, (ranks, heard) in enumerate(told):
@@ -40,7 +42,10 @@ def test_each_group_is_the_team_of_its_name(layout):
 def test_names_with_the_same_teams_share_a_group():
     for ranks, _ in on_ranks(4, told_each_other, Layout(cfg=2, tp=2)):
         names = {name: group.name for name, group in ranks.groups.items() if group.size > 1}
-        assert names["replica"] == names["world"] and names["shard"] == names["cfg"] == names["peers"] != names["tp"]
+        assert (
+            names["replica"] == names["world"]
+            and names["shard"] == names["cfg"] == names["peers"] != names["tp"]
+        )
         assert len(set(names.values())) == 3
 
 
@@ -60,7 +65,9 @@ def work(layout: Layout, count: int):
     mine = []
     for number in turns(ranks, count):
         mine.append(number)
-        while layout.dp > 1 and ranks.rank < layout.size // layout.dp and store.add("tinydiff/work", 0) < count:
+        while (
+            layout.dp > 1 and ranks.rank < layout.size // layout.dp and store.add("tinydiff/work", 0) < count
+        ):
             time.sleep(0.01)
     return mine, take(ranks, "other")
 
@@ -78,7 +85,14 @@ def test_one_replica_does_all_in_order():
 
 
 def test_failures_in_a_sentence():
-    assert told(3, ValueError("a\n  b")) == "rank 3: ValueError: a b" and told(0, KeyError()) == "rank 0: KeyError"
+    assert (
+        told(3, ValueError("a\n  b")) == "rank 3: ValueError: a b"
+        and told(0, KeyError()) == "rank 0: KeyError"
+    )
     assert told(1, MemoryError()) == "rank 1: out of memory"
-    assert told(1, torch.OutOfMemoryError("CUDA out of memory.")) == "rank 1: out of memory: CUDA out of memory."
-    assert "longer than dist_timeout allows: Timed out waiting 3000ms" in told(0, RuntimeError("Timed out waiting 3000ms"))
+    assert (
+        told(1, torch.OutOfMemoryError("CUDA out of memory.")) == "rank 1: out of memory: CUDA out of memory."
+    )
+    assert "longer than dist_timeout allows: Timed out waiting 3000ms" in told(
+        0, RuntimeError("Timed out waiting 3000ms")
+    )

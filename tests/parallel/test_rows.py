@@ -20,7 +20,9 @@ RANKS = [2, 4]
 
 def over_all() -> Plan:
     """All ranks of the test share the rows."""
-    return Plan(groups=(("rows", Group(dist.group.WORLD.group_name, dist.get_world_size(), dist.get_rank())),))
+    return Plan(
+        groups=(("rows", Group(dist.group.WORLD.group_name, dist.get_world_size(), dist.get_rank())),)
+    )
 
 
 def _strip(*heights):
@@ -50,7 +52,9 @@ def _pieces():
     strip = _strip(3, 1, 2, 2)
     x = draw(2, 3, sum(strip.heights), 5)
     assert torch.equal(gather(strip, _mine(strip, x), -2), x)
-    assert torch.equal(gather(strip, _mine(strip, x).repeat_interleave(4, -2), -2), x.repeat_interleave(4, -2))
+    assert torch.equal(
+        gather(strip, _mine(strip, x).repeat_interleave(4, -2), -2), x.repeat_interleave(4, -2)
+    )
     pixels = _mine(strip, x).flatten(2).transpose(1, 2)[:, :, None]
     assert torch.equal(gather(strip, pixels, -3), x.flatten(2).transpose(1, 2)[:, :, None])
     assert gather(WHOLE, x, -2) is x
@@ -63,7 +67,9 @@ def _division(units, unit, heights):
     def fn(part, strip):
         seen.append(strip)
         top = sum(strip.heights[: strip.group.rank]) * unit
-        assert strip is WHOLE or torch.equal(part, x[..., top : top + strip.heights[strip.group.rank] * unit, :])
+        assert strip is WHOLE or torch.equal(
+            part, x[..., top : top + strip.heights[strip.group.rank] * unit, :]
+        )
         return part[..., ::unit, :] + 1
 
     assert torch.equal(by_rows(over_all(), fn, x, unit), x[..., ::unit, :] + 1)
@@ -84,9 +90,16 @@ def _moments_of_a_far_mean():
 
 def _norms():
     strip = _strip(3, 1, 2, 2)
-    x, w = draw(2, 6, sum(strip.heights), 5) + 3, Weights({"weight": draw(6, seed=1) + 1, "bias": draw(6, seed=2)})
+    x, w = (
+        draw(2, 6, sum(strip.heights), 5) + 3,
+        Weights({"weight": draw(6, seed=1) + 1, "bias": draw(6, seed=2)}),
+    )
     for shape in (x, x[:, :, None]):  # a picture, a clip
-        close(gather(strip, group_norm(_mine(strip, shape), w, 2, 1e-3, strip), -2), group_norm(shape, w, 2, 1e-3), 1e-12)
+        close(
+            gather(strip, group_norm(_mine(strip, shape), w, 2, 1e-3, strip), -2),
+            group_norm(shape, w, 2, 1e-3),
+            1e-12,
+        )
     half = group_norm(_mine(strip, x.bfloat16()), w, 2, 1e-3, strip)
     full = group_norm(x.bfloat16().float(), w, 2, 1e-3).bfloat16()
     close(gather(strip, half, -2), full, 2**-6)  # a last digit of values up to 4
@@ -104,7 +117,11 @@ def _convolutions():
         part = conv2d(_mine(strip, x, 2), w, stride, padding, strip)
         close(gather(strip, part, -2), F.conv2d(x, w["weight"], w["bias"], stride, padding), 1e-12)
     w = Weights({"weight": draw(4, 3, 3, 3, seed=1), "bias": draw(4, seed=2)})
-    close(gather(strip, halve(_mine(strip, x, 2), w, strip), -2), F.conv2d(F.pad(x, (0, 1, 0, 1)), w["weight"], w["bias"], 2), 1e-12)
+    close(
+        gather(strip, halve(_mine(strip, x, 2), w, strip), -2),
+        F.conv2d(F.pad(x, (0, 1, 0, 1)), w["weight"], w["bias"], 2),
+        1e-12,
+    )
     w = Weights({"weight": draw(3, 5, 4, 4, seed=1), "bias": draw(5, seed=2)})
     expected = F.conv_transpose2d(x, w["weight"], w["bias"], stride=2, padding=1)
     close(gather(strip, _double(_mine(strip, x, 2), w, strip), -2), expected, 1e-12)
@@ -112,7 +129,10 @@ def _convolutions():
 
 def _clips():
     strip = _strip(3, 1, 2, 2)
-    x, w = draw(2, 3, 5, sum(strip.heights), 4), Weights({"weight": draw(4, 3, 3, 3, 3, seed=1), "bias": draw(4, seed=2)})
+    x, w = (
+        draw(2, 3, 5, sum(strip.heights), 4),
+        Weights({"weight": draw(4, 3, 3, 3, 3, seed=1), "bias": draw(4, seed=2)}),
+    )
     whole, mine = causal_conv3d(x, w), halo(strip, _mine(strip, x), 1, 1)
     close(gather(strip, causal_conv3d(mine, w, strip=strip), -2), whole, 1e-12)
     for cut in (1, 3, 4):  # of one frame, some past; of several
@@ -138,7 +158,11 @@ def _tiles(rows, columns, scale):
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("check", [_edges, _pieces, _moments_of_a_far_mean, _norms, _convolutions, _clips], ids=lambda fn: fn.__name__[1:])
+@pytest.mark.parametrize(
+    "check",
+    [_edges, _pieces, _moments_of_a_far_mean, _norms, _convolutions, _clips],
+    ids=lambda fn: fn.__name__[1:],
+)
 def test_strips_are_as_the_whole(ranks, check):
     on_ranks(ranks, check)
 

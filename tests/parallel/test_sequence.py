@@ -31,15 +31,24 @@ def test_every_rank_meets_every_token_once(text, image):
     request = {"text": torch.arange(text)[None], "cos": torch.arange(100, 100 + image)}
     shares = [sequence.dealt(plan, CONDS, request) for plan in places()]
     chunks = {  # what a ring's member has gathered of a stream
-        "image": [torch.cat([each["cos"] for each in shares[i : i + ULYSSES]]) for i in range(0, RING * ULYSSES, ULYSSES)],
+        "image": [
+            torch.cat([each["cos"] for each in shares[i : i + ULYSSES]])
+            for i in range(0, RING * ULYSSES, ULYSSES)
+        ],
     }
     chunks["joint"] = [
         torch.cat([torch.cat([each["text"][0], each["cos"]]) for each in shares[i : i + ULYSSES]])
         for i in range(0, RING * ULYSSES, ULYSSES)
     ]
     for plan, own in zip(places(), shares, strict=True):
-        for stream, wanted in (("image", [*range(100, 100 + image)]), ("joint", [*range(text), *range(100, 100 + image)])):
-            met = [chunks[stream][(plan.group("ring").rank + turn) % RING][k] for turn, k in enumerate(sequence.keys(plan, own, stream))]
+        for stream, wanted in (
+            ("image", [*range(100, 100 + image)]),
+            ("joint", [*range(text), *range(100, 100 + image)]),
+        ):
+            met = [
+                chunks[stream][(plan.group("ring").rank + turn) % RING][k]
+                for turn, k in enumerate(sequence.keys(plan, own, stream))
+            ]
             assert sorted(torch.cat(met).tolist()) == wanted
 
 
@@ -60,7 +69,9 @@ def test_one_rank_deals_nothing():
 def there_and_back():
     plan = plan_of(Layout(ring=2, ulysses=2))
     x = torch.arange(2 * 7 * 3.0).view(2, 7, 3)
-    return torch.equal(sequence.gathered(plan, sequence.share(plan, x, 1), 1, 7), x), sequence.total(plan, torch.ones(2)).tolist()
+    return torch.equal(sequence.gathered(plan, sequence.share(plan, x, 1), 1, 7), x), sequence.total(
+        plan, torch.ones(2)
+    ).tolist()
 
 
 def test_what_is_dealt_comes_back_whole():
@@ -88,7 +99,9 @@ def moved():
         if not torch.equal(reshard(local, *ours, group), oracle(local, *theirs)):
             wrong.append((before, after))
     part = torch.randn(3, 2) * (rank + 1)
-    if not torch.equal(reshard(part, Partial(), Replicate(), group), oracle(part, tensor.Partial(), tensor.Replicate())):
+    if not torch.equal(
+        reshard(part, Partial(), Replicate(), group), oracle(part, tensor.Partial(), tensor.Replicate())
+    ):
         wrong.append("sum")
     return wrong, wait(rotate(torch.full((2, 3), float(rank)), group)).unique().tolist()
 

@@ -10,7 +10,18 @@ from tests.parallel.pool import on_ranks
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.plan import Group, Plan, Row, linear_rows, norm_rows, repeat
 from tinydiff.parallel.ranks import grouped
-from tinydiff.parallel.shards import Unpacked, finish, gathered, held, local_rows, packing, share, start, undivided, unpack
+from tinydiff.parallel.shards import (
+    Unpacked,
+    finish,
+    gathered,
+    held,
+    local_rows,
+    packing,
+    share,
+    start,
+    undivided,
+    unpack,
+)
 
 BLOCK = (
     *linear_rows("attn.qkv", 5, 24, "out", parts=(8, 8, 8), head=2),
@@ -83,7 +94,9 @@ def test_every_rank_holds_its_slices_and_shares(sizes, blocks):
         for name, tensor in mine.items():
             assert tensor.dtype == wanted[name].dtype and torch.equal(tensor, wanted[name]), name
         rows = {row.name: row for row in local_rows(ROWS, plan, blocks)}
-        assert {name: rows[name].shape for name in mine} == {name: tuple(tensor.shape) for name, tensor in mine.items()}
+        assert {name: rows[name].shape for name in mine} == {
+            name: tuple(tensor.shape) for name, tensor in mine.items()
+        }
         assert all(rows[name].float32 == name.endswith(("norm.weight", "table", "pack32")) for name in rows)
 
 
@@ -122,7 +135,10 @@ def test_what_does_not_divide_is_named():
     assert [ranks for ranks in range(1, 9) if undivided(ROWS, ranks) is None] == [1, 2, 4]
     assert undivided(ROWS, 5) == "embed.weight has a width of 12, which 5 ranks cannot share evenly"
     assert undivided(BLOCK, 8) == "attn.qkv.weight has 4 heads, which 8 ranks cannot share evenly"
-    assert undivided([Row("a", (24,), 0, parts=(8, 16))], 3) == "a has a width of 8, which 3 ranks cannot share evenly"
+    assert (
+        undivided([Row("a", (24,), 0, parts=(8, 16))], 3)
+        == "a has a width of 8, which 3 ranks cannot share evenly"
+    )
     assert undivided([Row("norm", (7,))], 2) is None
     for act in (local_rows, lambda *given: packing(*given, BLOCKS).items()):
         with pytest.raises(ValueError, match="3 ranks cannot share"):
@@ -133,7 +149,9 @@ def test_what_does_not_divide_is_named():
 def test_shares_cover_a_dimension_once(size, ranks):
     shares = [share(size, ranks, rank) for rank in range(ranks)]
     assert [at for _, start, count in shares for at in range(start, start + count)] == list(range(size))
-    assert all(0 <= count <= width for width, _, count in shares) and len({width for width, _, _ in shares}) == 1
+    assert (
+        all(0 <= count <= width for width, _, count in shares) and len({width for width, _, _ in shares}) == 1
+    )
 
 
 # --- by ranks -----------------------------------------------------------------------------------------------------------------------
@@ -149,10 +167,15 @@ def _reads(layout):
     assert set(seen) == set(whole) and len(seen) == len(whole)
     assert "blocks.1.attn.qkv.weight" in seen and "blocks.1.pack" not in list(seen) and "nothing" not in seen
     assert seen.get("blocks.0.attn.out.scale") is None
-    return [torch.equal(seen[row.name], sliced(row, whole[row.name], (tp.size, tp.rank))) for row in reversed(ROWS)]
+    return [
+        torch.equal(seen[row.name], sliced(row, whole[row.name], (tp.size, tp.rank)))
+        for row in reversed(ROWS)
+    ]
 
 
-@pytest.mark.parametrize("layout", [Layout(ulysses=2), Layout(cfg=2, ring=2), Layout(ulysses=2, tp=2), Layout(dp=2, cfg=2)])
+@pytest.mark.parametrize(
+    "layout", [Layout(ulysses=2), Layout(cfg=2, ring=2), Layout(ulysses=2, tp=2), Layout(dp=2, cfg=2)]
+)
 def test_weights_are_read_by_their_names(layout):
     assert on_ranks(layout.size, _reads, layout) == [[True] * len(ROWS)] * layout.size
 
@@ -164,7 +187,9 @@ def _prefetched(layout):
     pending = {home: start(mine[home], plan.group("shard")) for home in packs}
     blocks = {home: finish(pending[home], pack) for home, pack in packs.items()}
     return [
-        torch.equal(tensor, whole[f"{home.rpartition('.')[0]}.{name}"]) for home, block in blocks.items() for name, tensor in block.items()
+        torch.equal(tensor, whole[f"{home.rpartition('.')[0]}.{name}"])
+        for home, block in blocks.items()
+        for name, tensor in block.items()
     ]
 
 
@@ -180,8 +205,13 @@ def _along_two(layout):
     groups = grouped(layout, 60).groups
     axes = [groups["dp"], groups["tp"]]
     rank = axes[0].rank * 2 + axes[1].rank
-    return [gathered(torch.full((1, 2), float(rank)), *axes)[:, 0].tolist(), gathered(torch.full((1,), float(rank)), *axes[1:]).tolist()]
+    return [
+        gathered(torch.full((1, 2), float(rank)), *axes)[:, 0].tolist(),
+        gathered(torch.full((1,), float(rank)), *axes[1:]).tolist(),
+    ]
 
 
 def test_gathering_along_several_axes_is_in_their_order():
-    assert on_ranks(4, _along_two, Layout(dp=2, tp=2)) == [[[0, 1, 2, 3], pair] for pair in ([0, 1], [0, 1], [2, 3], [2, 3])]
+    assert on_ranks(4, _along_two, Layout(dp=2, tp=2)) == [
+        [[0, 1, 2, 3], pair] for pair in ([0, 1], [0, 1], [2, 3], [2, 3])
+    ]

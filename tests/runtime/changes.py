@@ -67,7 +67,11 @@ def json_files(folder: Path) -> list[str]:
     """All but the vocabularies, and the tokenizers library's own file, in which it alone can judge."""
     left = ("vocab.json", "tokenizer.json", "vocabulary")
     found = (path.relative_to(folder) for path in sorted(folder.rglob("*.json")))
-    return [str(path) for path in found if not set(path.parts) & set(left) and "index" not in path.stem.split(".")[1:]]
+    return [
+        str(path)
+        for path in found
+        if not set(path.parts) & set(left) and "index" not in path.stem.split(".")[1:]
+    ]
 
 
 def changes(folder: Path) -> Iterator[Change]:
@@ -84,7 +88,13 @@ def changes(folder: Path) -> Iterator[Change]:
 
 
 def _entries(stored: Any, before: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    items = stored.items() if isinstance(stored, dict) else enumerate(stored[:2]) if isinstance(stored, list) else ()
+    items = (
+        stored.items()
+        if isinstance(stored, dict)
+        else enumerate(stored[:2])
+        if isinstance(stored, list)
+        else ()
+    )
     for key, value in items:
         yield (*before, key), value
         if len(before) < 2:

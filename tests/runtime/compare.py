@@ -48,7 +48,11 @@ def recorded(pipe, **given):
     """(latents [1, C, H, W] after each step, pictures [1, height, width, 3] between 0 and 1) of the reference."""
     steps = []
     with exact(pipe):
-        made = pipe(**given, output_type="np", callback_on_step_end=lambda pipe, i, t, kept: steps.append(kept["latents"]) or {})
+        made = pipe(
+            **given,
+            output_type="np",
+            callback_on_step_end=lambda pipe, i, t, kept: steps.append(kept["latents"]) or {},
+        )
     return steps, made.images
 
 
@@ -72,7 +76,9 @@ def ours(model, request, start):
     """(latents after each step, frames)."""
     conditioning = pipeline.condition(model, request)
     assert conditioning.prepared.size == tuple(start.shape[1:])
-    latents = [conditioning.prepared.unpack(x) for x in pipeline.denoise(model, request, conditioning, 0, start)]
+    latents = [
+        conditioning.prepared.unpack(x) for x in pipeline.denoise(model, request, conditioning, 0, start)
+    ]
     return latents, pipeline.decode(model, request, latents[-1])
 
 

@@ -36,7 +36,13 @@ VAE = {
     **{"base_dim": 4, "z_dim": Z, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1},
     **{"latents_mean": [0.1, 0.2, -0.3, 0.4], "latents_std": [1.0, 2.0, 0.5, 0.7]},
 }
-VAE_16 = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
+VAE_16 = {
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,9 @@ VARIANTS = {
 
 def build(variant: Variant, folder: Path, flow_shift: float = 3.0) -> DiffusionPipeline:
     """The reference's pipeline of a variant, and the folder that holds it."""
-    text = UMT5Config(vocab_size=142, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+    text = UMT5Config(
+        vocab_size=142, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+    )
     networks = {
         "transformer": WanTransformer3DModel(**TRANSFORMER | variant.transformer),
         "vae": AutoencoderKLWan(**VAE | (VAE_16 if variant.expand_timesteps else {})),
@@ -85,21 +93,29 @@ def build(variant: Variant, folder: Path, flow_shift: float = 3.0) -> DiffusionP
     }
     files: dict[str, Any] = {
         "tokenizer": T5TokenizerFast.from_pretrained(PACKAGE / "shapes" / "tokenizer"),
-        "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift),
+        "scheduler": UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift
+        ),
     }
     if variant.boundary_ratio is not None:
         networks["transformer_2"] = WanTransformer3DModel(**TRANSFORMER | variant.transformer)
     if variant.clip:
         sizes = {"hidden_size": 10, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-        networks["image_encoder"] = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=CLIP_SIDE, patch_size=7))
-        files["image_processor"] = CLIPImageProcessorPil(size={"shortest_edge": CLIP_SIDE}, crop_size=CLIP_SIDE)
+        networks["image_encoder"] = CLIPVisionModel(
+            CLIPVisionConfig(**sizes, image_size=CLIP_SIDE, patch_size=7)
+        )
+        files["image_processor"] = CLIPImageProcessorPil(
+            size={"shortest_edge": CLIP_SIDE}, crop_size=CLIP_SIDE
+        )
     settings = {"boundary_ratio": variant.boundary_ratio, "expand_timesteps": variant.expand_timesteps}
     pipe = saved(variant.run_by, folder, networks, **files, **settings)
     edit(folder / "model_index.json", _class_name=variant.stored_as)
     return pipe
 
 
-def saved(kind: type[DiffusionPipeline], folder: Path, networks: Mapping[str, Any], **others: Any) -> DiffusionPipeline:
+def saved(
+    kind: type[DiffusionPipeline], folder: Path, networks: Mapping[str, Any], **others: Any
+) -> DiffusionPipeline:
     """A pipeline of these networks in float64, saved in float32 to `folder`. Every parameter is redrawn, at values that float32 holds."""
     for seed, network in enumerate(networks.values()):
         randomised(network, seed)
@@ -121,7 +137,9 @@ def load(folder: Path, **options: Any) -> Model:
     """tinydiff's model in that folder, its weights brought to float64."""
     model = blueprint.load(blueprint.read(ModelOptions(model_path=str(folder), **options)))
     nets = {
-        name: replace(net, weights={key: tensor.double() for key, tensor in net.weights.items()}, dtype=torch.float64)
+        name: replace(
+            net, weights={key: tensor.double() for key, tensor in net.weights.items()}, dtype=torch.float64
+        )
         for name, net in model.nets.items()
     }
     return replace(model, nets=nets)
@@ -129,9 +147,16 @@ def load(folder: Path, **options: Any) -> Model:
 
 def released(name: str, folder: Path) -> Path:
     """The configs of a released model at `folder / name`, without weights: enough to read and to admit requests, not to load."""
-    stored = json.loads((ROOT / "tests" / "data" / "released" / f"{name.replace('/', '__')}.json").read_text())
-    files = {"model_index.json": stored["model_index"], "scheduler/scheduler_config.json": stored["scheduler"]}
-    files |= {f"{component}/config.json": entry["config"] for component, entry in stored["components"].items()}
+    stored = json.loads(
+        (ROOT / "tests" / "data" / "released" / f"{name.replace('/', '__')}.json").read_text()
+    )
+    files = {
+        "model_index.json": stored["model_index"],
+        "scheduler/scheduler_config.json": stored["scheduler"],
+    }
+    files |= {
+        f"{component}/config.json": entry["config"] for component, entry in stored["components"].items()
+    }
     for path, entries in files.items():
         (folder / name / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / name / path).write_text(json.dumps(entries))

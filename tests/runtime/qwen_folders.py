@@ -16,28 +16,55 @@ from unittest.mock import patch
 import diffusers
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLProcessor
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLProcessor,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.parity import randomised
 from tests.sources import ROOT
 
 Z = 6
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 TRANSFORMER = {
     "patch_size": 2, "in_channels": 4 * Z, "out_channels": Z, "num_layers": 2, "attention_head_dim": 12, "num_attention_heads": 2,
     "joint_attention_dim": 32, "axes_dims_rope": (4, 4, 4),
 }  # fmt: skip
 LAYERED = {"use_additional_t_cond": True, "use_layer3d_rope": True}
-SCHEDULER = {"base_image_seq_len": 256, "max_image_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9, "use_dynamic_shifting": True}
+SCHEDULER = {
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 8192,
+    "base_shift": 0.5,
+    "max_shift": 0.9,
+    "use_dynamic_shifting": True,
+}
 
 
 def _tokenizer(folder: Path) -> Qwen2Tokenizer:
     """Qwen's bytes and its first 400 merges."""
     folder.mkdir()
-    merges = shutil.copy(ROOT / "tests/data/tokenizers/qwen.merges.txt", folder / "merges.txt").read_text().splitlines()[1:]
+    merges = (
+        shutil.copy(ROOT / "tests/data/tokenizers/qwen.merges.txt", folder / "merges.txt")
+        .read_text()
+        .splitlines()[1:]
+    )
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    pieces = [*map(chr, shown), *(chr(256 + i) for i in range(256 - len(shown))), *(merge.replace(" ", "") for merge in merges)]
+    pieces = [
+        *map(chr, shown),
+        *(chr(256 + i) for i in range(256 - len(shown))),
+        *(merge.replace(" ", "") for merge in merges),
+    ]
     added = {str(len(pieces) + i): {"content": name, "special": True} for i, name in enumerate(SPECIAL)}
     named = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
@@ -76,13 +103,23 @@ def build(kind: type, folder: Path, **transformer):
     """The reference's pipeline in float64, saved in float32 to `folder`. Every parameter is redrawn, at values that float32 holds."""
     tokenizer = _tokenizer(folder.parent / "tokenizer")
     layered = "use_layer3d_rope" in transformer
-    with patch("torch.polar", lambda length, angle: torch.complex(length * angle.cos(), length * angle.sin())):
+    with patch(
+        "torch.polar", lambda length, angle: torch.complex(length * angle.cos(), length * angle.sin())
+    ):
         net = QwenImageTransformer2DModel(**TRANSFORMER, **transformer)
-    statistics = {"latents_mean": [0.1, 0.2, -0.3, 0.4, 0.0, -0.1], "latents_std": [1.0, 2.0, 0.5, 0.7, 1.5, 0.9]}
+    statistics = {
+        "latents_mean": [0.1, 0.2, -0.3, 0.4, 0.0, -0.1],
+        "latents_std": [1.0, 2.0, 0.5, 0.7, 1.5, 0.9],
+    }
     networks = {
         "transformer": net,
         "vae": AutoencoderKLQwenImage(
-            base_dim=4, z_dim=Z, dim_mult=[1, 2, 2, 2], num_res_blocks=1, input_channels=4 if layered else 3, **statistics
+            base_dim=4,
+            z_dim=Z,
+            dim_mult=[1, 2, 2, 2],
+            num_res_blocks=1,
+            input_channels=4 if layered else 3,
+            **statistics,
         ),
         "text_encoder": _language(tokenizer),
     }
@@ -93,11 +130,17 @@ def build(kind: type, folder: Path, **transformer):
     files = {"tokenizer": tokenizer, "scheduler": FlowMatchEulerDiscreteScheduler(**SCHEDULER, **form)}
     if kind is not diffusers.QwenImagePipeline:
         images = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056, patch_size=4)
-        with patch.object(Qwen2VLProcessor, "check_argument_for_proper_class"):  # of clips, which need torchvision
+        with patch.object(
+            Qwen2VLProcessor, "check_argument_for_proper_class"
+        ):  # of clips, which need torchvision
             files["processor"] = Qwen2VLProcessor(images, tokenizer)
     pipe = kind(**networks, **files)
     pipe.set_progress_bar_config(disable=True)
-    with patch.object(Qwen2VLProcessor, "save_pretrained", lambda self, folder, **_: self.image_processor.save_pretrained(folder)):
+    with patch.object(
+        Qwen2VLProcessor,
+        "save_pretrained",
+        lambda self, folder, **_: self.image_processor.save_pretrained(folder),
+    ):
         pipe.save_pretrained(folder)
     for network in networks.values():
         network.double()

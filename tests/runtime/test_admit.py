@@ -22,9 +22,17 @@ from tinydiff.runtime import blueprint
 from tinydiff.runtime.admit import admit
 from tinydiff.runtime.pipeline import table
 
-T2V, I2V, EXPERTS = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+T2V, I2V, EXPERTS = (
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+)
 DEV, SCHNELL, KONTEXT = (f"black-forest-labs/FLUX.1-{name}" for name in ("dev", "schnell", "Kontext-dev"))
-I2V_EXPERTS, TI2V, FAST = "Wan-AI/Wan2.2-I2V-A14B-Diffusers", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "FastVideo/FastWan2.1-T2V-1.3B-Diffusers"
+I2V_EXPERTS, TI2V, FAST = (
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+    "FastVideo/FastWan2.1-T2V-1.3B-Diffusers",
+)
 
 
 @pytest.fixture
@@ -69,14 +77,32 @@ def test_defaults_are_the_registrys(row, tmp_path, picture):
     path = row.name if row.name == SHIPPED else released(row.name, tmp_path)
     image = (picture,) * row.images[0]
     made = request(path, image_path=image, **({"height": row.height, "width": row.width} if image else {}))
-    assert (made.height, made.width, made.num_frames, made.fps) == (row.height, row.width, row.num_frames, row.fps)
+    assert (made.height, made.width, made.num_frames, made.fps) == (
+        row.height,
+        row.width,
+        row.num_frames,
+        row.fps,
+    )
     assert (made.num_inference_steps, made.dmd_timesteps) == (row.steps, row.dmd_timesteps)
-    forms = {"scale": (row.guidance, None), "offset": (row.guidance + 1, None), "embedded": (1.0, row.guidance), "true": (1.0, None)}
+    forms = {
+        "scale": (row.guidance, None),
+        "offset": (row.guidance + 1, None),
+        "embedded": (1.0, row.guidance),
+        "true": (1.0, None),
+    }
     scale, told = forms[row.guidance_form]
-    assert (made.guidance_scale, made.embedded_guidance) == (max(1.0, scale), told) and made.guided == (scale > 1)
+    assert (made.guidance_scale, made.embedded_guidance) == (max(1.0, scale), told) and made.guided == (
+        scale > 1
+    )
     assert (made.guidance_scale_2, made.boundary_ratio) == (row.guidance_2, row.boundary_ratio)
-    assert (made.flow_shift, made.negative_prompt, made.seeds) == (row.flow_shift, row.negative_prompt or "", (42,))
-    assert len(made.originals) == len(image) and len(made.images) == (0 if row.image_use == "references" else len(image))
+    assert (made.flow_shift, made.negative_prompt, made.seeds) == (
+        row.flow_shift,
+        row.negative_prompt or "",
+        (42,),
+    )
+    assert len(made.originals) == len(image) and len(made.images) == (
+        0 if row.image_use == "references" else len(image)
+    )
     assert (made.mask, made.strength) == (None, 1.0)
 
 
@@ -85,18 +111,30 @@ def test_a_folder_of_another_name_is_known_by_its_shape_and_keeps_its_own_schedu
     """But a distilled model does not run by the scheduler that lies in its folder."""
     path = released(name, tmp_path).rename(tmp_path / "renamed")
     made, row = request(path), next(row for row in MODELS if row.name == name)
-    assert (made.flow_shift, made.num_inference_steps, made.boundary_ratio) == (shift, row.steps, row.boundary_ratio)
+    assert (made.flow_shift, made.num_inference_steps, made.boundary_ratio) == (
+        shift,
+        row.steps,
+        row.boundary_ratio,
+    )
     assert request(path, options={"model_id": name}).flow_shift == row.flow_shift
 
 
 def test_several_prompts_and_seeds(tmp_path):
-    made = admit(read(SHIPPED), SamplingOptions(prompt=("a", "b"), seed=(5, 6, 7, 8), num_outputs_per_prompt=2))
+    made = admit(
+        read(SHIPPED), SamplingOptions(prompt=("a", "b"), seed=(5, 6, 7, 8), num_outputs_per_prompt=2)
+    )
     assert [(one.prompt, one.seeds) for one in made] == [("a", (5, 6)), ("b", (7, 8))]
-    assert admit(read(SHIPPED), SamplingOptions(prompt=("a",), seed=(5,), num_outputs_per_prompt=3))[0].seeds == (5, 6, 7)
+    assert admit(read(SHIPPED), SamplingOptions(prompt=("a",), seed=(5,), num_outputs_per_prompt=3))[
+        0
+    ].seeds == (5, 6, 7)
 
 
 def test_a_clip_is_made_where_its_file_or_its_first_frame_asks_for_one(picture):
-    assert [request(SHIPPED).num_frames, request(SHIPPED, clip=True).num_frames, request(SHIPPED, image_path=(picture,)).num_frames] == [
+    assert [
+        request(SHIPPED).num_frames,
+        request(SHIPPED, clip=True).num_frames,
+        request(SHIPPED, image_path=(picture,)).num_frames,
+    ] == [
         1,
         17,
         17,
@@ -151,7 +189,9 @@ def test_a_picture_to_start_from(tmp_path, picture, mask):
     assert request(path, image_path=(picture,), mask_path=mask, strength=0.25).strength == 0.25
 
 
-@pytest.mark.parametrize(("strength", "left"), [(1, 50), (0.6, 30), (0.5, 25), (0.3, 15), (0.01, 1), (1e-9, 1)])
+@pytest.mark.parametrize(
+    ("strength", "left"), [(1, 50), (0.6, 30), (0.5, 25), (0.3, 15), (0.01, 1), (1e-9, 1)]
+)
 def test_strength_leaves_so_many_steps(strength, left, tmp_path, picture):
     """As diffusers' image-to-image pipelines count them."""
     blueprint = read(released(DEV, tmp_path))
@@ -166,7 +206,9 @@ def test_references_keep_their_own_sizes_and_lend_theirs(tmp_path, picture):
     assert (made.height, made.width) == (1024, 1024)  # as the reference, whatever is given
 
 
-@pytest.mark.parametrize(("given", "size"), [((832, 480), (480, 832)), ((480, 832), (832, 480)), ((600, 600), (624, 624))])
+@pytest.mark.parametrize(
+    ("given", "size"), [((832, 480), (480, 832)), ((480, 832), (832, 480)), ((600, 600), (624, 624))]
+)
 def test_a_picture_of_the_models_own_size_keeps_it(given, size, tmp_path):
     """By the rounding of diffusers' own example: round(sqrt(area * aspect)) // multiple * multiple, 479.9999 for the first."""
     Image.new("RGB", given).save(tmp_path / "a.png")
@@ -187,24 +229,54 @@ def test_a_side_is_the_integer_nearest_to_the_root():
 @pytest.mark.parametrize(
     ("name", "fields", "field", "words"),
     [
-        (SHIPPED, {"height": 100}, "height", "100 is not a multiple of 16, which tinydiff/shapes needs; the nearest: 96 and 112"),
+        (
+            SHIPPED,
+            {"height": 100},
+            "height",
+            "100 is not a multiple of 16, which tinydiff/shapes needs; the nearest: 96 and 112",
+        ),
         (SHIPPED, {"width": 15}, "width", "the nearest: 16"),
         (T2V, {"height": 488}, "height", "488 is not a multiple of 16"),
-        (T2V, {"num_frames": 80}, "num_frames", "80 is not 4k + 1, as Wan-AI/Wan2.1-T2V-1.3B-Diffusers needs; the nearest: 77 and 81"),
+        (
+            T2V,
+            {"num_frames": 80},
+            "num_frames",
+            "80 is not 4k + 1, as Wan-AI/Wan2.1-T2V-1.3B-Diffusers needs; the nearest: 77 and 81",
+        ),
         (T2V, {"guidance_scale_2": 3.0}, "guidance_scale_2", "has one expert"),
         (T2V, {"boundary_ratio": 0.5}, "boundary_ratio", "has one expert"),
         (T2V, {"dmd_denoising_steps": (1000, 500)}, "dmd_denoising_steps", "is not distilled"),
         (FAST, {"num_inference_steps": 4}, "num_inference_steps", "4 does not fit"),
         (FAST, {"dmd_denoising_steps": (500, 800)}, "dmd_denoising_steps", "must fall"),
         (I2V, {}, "image_path", "starts from a picture"),
-        (KONTEXT, {}, "image_path", "black-forest-labs/FLUX.1-Kontext-dev edits a picture; give one with --image-path"),
-        (DEV, {"num_frames": 5}, "num_frames", "5 would be a clip, and black-forest-labs/FLUX.1-dev makes pictures"),
+        (
+            KONTEXT,
+            {},
+            "image_path",
+            "black-forest-labs/FLUX.1-Kontext-dev edits a picture; give one with --image-path",
+        ),
+        (
+            DEV,
+            {"num_frames": 5},
+            "num_frames",
+            "5 would be a clip, and black-forest-labs/FLUX.1-dev makes pictures",
+        ),
         (DEV, {"flow_shift": 3.0}, "flow_shift", "bends its schedule by the size of the picture"),
         (DEV, {"negative_prompt": "blurry"}, "negative_prompt", "reads one only with true_cfg_scale above 1"),
         (T2V, {"guidance_scale": 3.0, "true_cfg_scale": 3.0}, "true_cfg_scale", "has one guidance"),
-        (DEV, {"strength": 0.5}, "strength", "says how far a given picture is changed; give one with --image-path"),
+        (
+            DEV,
+            {"strength": 0.5},
+            "strength",
+            "says how far a given picture is changed; give one with --image-path",
+        ),
         (T2V, {"strength": 0.5}, "strength", "does not start from a picture's noise"),
-        (DEV, {"width": 1000}, "width", "1000 is not a multiple of 16, which black-forest-labs/FLUX.1-dev needs"),
+        (
+            DEV,
+            {"width": 1000},
+            "width",
+            "1000 is not a multiple of 16, which black-forest-labs/FLUX.1-dev needs",
+        ),
     ],
 )
 def test_requests_that_the_model_cannot_serve(name, fields, field, words, tmp_path):
@@ -214,25 +286,54 @@ def test_requests_that_the_model_cannot_serve(name, fields, field, words, tmp_pa
 def test_pictures_that_the_model_cannot_take(tmp_path, picture):
     refused("image_path", "takes no picture", request, released(T2V, tmp_path), image_path=(picture,))
     refused("image_path", "takes one, the first frame", request, SHIPPED, image_path=(picture, picture))
-    refused("num_frames", "1 leaves nothing to make", request, released(I2V, tmp_path), image_path=(picture,), num_frames=1)
-    refused("strength", "ask for one picture, with num_frames 1", request, SHIPPED, image_path=(picture,), strength=0.5)
+    refused(
+        "num_frames",
+        "1 leaves nothing to make",
+        request,
+        released(I2V, tmp_path),
+        image_path=(picture,),
+        num_frames=1,
+    )
+    refused(
+        "strength",
+        "ask for one picture, with num_frames 1",
+        request,
+        SHIPPED,
+        image_path=(picture,),
+        strength=0.5,
+    )
 
 
 @pytest.mark.parametrize("strength", [0, -0.5, 1.01, float("inf"), float("nan")])
 def test_a_strength_out_of_range(strength, tmp_path, picture):
     path = released(DEV, tmp_path)
-    refused("strength", "", config.options, {"image_path": picture, "strength": strength})  # where words and keys become options
-    refused("strength", "is not above 0 and at most 1", request, path, image_path=(picture,), strength=strength)
+    refused(
+        "strength", "", config.options, {"image_path": picture, "strength": strength}
+    )  # where words and keys become options
+    refused(
+        "strength", "is not above 0 and at most 1", request, path, image_path=(picture,), strength=strength
+    )
 
 
 def test_a_strength_that_leaves_no_step(tmp_path, picture):
     path = released(DEV, tmp_path)
-    refused("strength", "of 50 steps is none; give more steps", request, path, image_path=(picture,), strength=1e-20)
+    refused(
+        "strength",
+        "of 50 steps is none; give more steps",
+        request,
+        path,
+        image_path=(picture,),
+        strength=1e-20,
+    )
 
 
 def test_a_solver_with_a_history_starts_in_between_too(tmp_path, picture):
     path = released(DEV, tmp_path)
-    solver = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    solver = {
+        "_class_name": "UniPCMultistepScheduler",
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+    }
     (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(solver))
     assert request(path, image_path=(picture,)).strength == 0.6
 
@@ -246,9 +347,17 @@ def test_a_model_that_continues_a_picture_starts_from_it_where_one_picture_is_as
 def test_masks_that_cannot_be(tmp_path, picture, mask):
     path, given = released(DEV, tmp_path), {"image_path": (picture,), "mask_path": mask}
     refused("mask_path", "give the picture with --image-path", request, path, mask_path=mask)
-    refused("mask_path", "'nowhere.png' does not exist", request, path, **given | {"mask_path": "nowhere.png"})
+    refused(
+        "mask_path", "'nowhere.png' does not exist", request, path, **given | {"mask_path": "nowhere.png"}
+    )
     for name in (KONTEXT, TI2V):
-        refused("mask_path", "paints no part of a given picture anew; it takes no mask", request, released(name, tmp_path), **given)
+        refused(
+            "mask_path",
+            "paints no part of a given picture anew; it takes no mask",
+            request,
+            released(name, tmp_path),
+            **given,
+        )
     Image.new("L", (160, 90)).save(mask)
     refused("mask_path", "nothing of the mask is white", request, path, **given)
     Image.new("L", (161, 90), 255).save(mask)
@@ -277,7 +386,12 @@ def test_a_scheduler_that_is_not_known_is_refused_at_once(tmp_path):
     edit(path / "scheduler" / "scheduler_config.json", _class_name="DDIMScheduler")
     refused("scheduler", "'DDIMScheduler' is not supported", request, path)
     edit(path / "scheduler" / "scheduler_config.json", _class_name="UniPCMultistepScheduler", solver_order=3)
-    refused("scheduler.solver_order", "solver_order of UniPCMultistepScheduler is 3; supported is 2", request, path)
+    refused(
+        "scheduler.solver_order",
+        "solver_order of UniPCMultistepScheduler is 3; supported is 2",
+        request,
+        path,
+    )
 
 
 # --- models that cannot be ------------------------------------------------------------------------------------------------------------
@@ -285,10 +399,34 @@ def test_a_scheduler_that_is_not_known_is_refused_at_once(tmp_path):
 
 def test_options_that_name_a_component(tmp_path):
     path = released(T2V, tmp_path)
-    refused("component_precisions", "'transfomer' is not one of", read, path, component_precisions={"transfomer": "bf16"})
-    refused("component_precisions", "'scheduler' is not one of", read, path, component_precisions={"scheduler": "bf16"})
-    refused("component_attention_backends", "'vae' is not one of", read, path, component_attention_backends={"vae": "math"})
-    refused("component_paths", "'image_encoder' is not one of", read, path, component_paths={"image_encoder": str(tmp_path)})
+    refused(
+        "component_precisions",
+        "'transfomer' is not one of",
+        read,
+        path,
+        component_precisions={"transfomer": "bf16"},
+    )
+    refused(
+        "component_precisions",
+        "'scheduler' is not one of",
+        read,
+        path,
+        component_precisions={"scheduler": "bf16"},
+    )
+    refused(
+        "component_attention_backends",
+        "'vae' is not one of",
+        read,
+        path,
+        component_attention_backends={"vae": "math"},
+    )
+    refused(
+        "component_paths",
+        "'image_encoder' is not one of",
+        read,
+        path,
+        component_paths={"image_encoder": str(tmp_path)},
+    )
     refused("vae_path", "is neither a folder here", read, path, component_paths={"vae": "nowhere"})
     refused("text_encoder_precisions", "2 are given", read, path, text_encoder_precisions=("fp32", "bf16"))
     refused("image_encoder_precision", "has no image encoder", read, path, image_encoder_precision="fp32")
@@ -302,10 +440,15 @@ def test_components_from_elsewhere(tmp_path):
         (path / name).rename(other.with_name(f"my-{name}"))
     (path / "tokenizer").mkdir()
     edit(tmp_path / "my-scheduler" / "scheduler_config.json", flow_shift=7.0)
-    elsewhere = {name: str(tmp_path / f"my-{name}") for name in ("vae", "scheduler")} | {"tokenizer": str(path / "tokenizer")}
+    elsewhere = {name: str(tmp_path / f"my-{name}") for name in ("vae", "scheduler")} | {
+        "tokenizer": str(path / "tokenizer")
+    }
     made = read(path, component_paths=elsewhere)
     assert made.scheduler["flow_shift"] == 7.0 and made.nets["vae"].folder == tmp_path / "my-vae"
-    assert made.tokenizers["tokenizer"] == path / "tokenizer" and made.nets["transformer"].folder == path / "transformer"
+    assert (
+        made.tokenizers["tokenizer"] == path / "tokenizer"
+        and made.nets["transformer"].folder == path / "transformer"
+    )
 
 
 def test_types_and_attention_of_each_component():
@@ -313,16 +456,30 @@ def test_types_and_attention_of_each_component():
     assert {name: blueprint.PRECISIONS[net.dtype] for name, net in made.nets.items()} == {
         **{"transformer": "bf16", "vae": "fp16", "text_encoder": "fp32"},
     }
-    assert (made.nets["transformer"].plan.attention, made.nets["text_encoder"].plan.attention) == ("math", "sdpa")
+    assert (made.nets["transformer"].plan.attention, made.nets["text_encoder"].plan.attention) == (
+        "math",
+        "sdpa",
+    )
     made = read(SHIPPED, component_attention_backends={"text_encoder": "math"})
-    assert (made.nets["transformer"].plan.attention, made.nets["text_encoder"].plan.attention) == ("sdpa", "math")
+    assert (made.nets["transformer"].plan.attention, made.nets["text_encoder"].plan.attention) == (
+        "sdpa",
+        "math",
+    )
 
 
-@pytest.mark.parametrize("options", [{"attention_backend": "cudnn"}, {"component_attention_backends": {"transformer": "cudnn"}}])
+@pytest.mark.parametrize(
+    "options", [{"attention_backend": "cudnn"}, {"component_attention_backends": {"transformer": "cudnn"}}]
+)
 def test_attention_that_this_machine_cannot_run(options, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     [field] = options
-    refused(field, "'cudnn' cannot run the transformer in fp32 on this machine (cpu); what can: sdpa", read, SHIPPED, **options)
+    refused(
+        field,
+        "'cudnn' cannot run the transformer in fp32 on this machine (cpu); what can: sdpa",
+        read,
+        SHIPPED,
+        **options,
+    )
 
 
 def test_the_second_expert_follows_the_first_in_its_attention(tmp_path):
@@ -330,13 +487,21 @@ def test_the_second_expert_follows_the_first_in_its_attention(tmp_path):
     made = read(path, component_attention_backends={"transformer": "math"})
     assert made.nets["transformer_2"].plan.attention == "math"
     field = "component_attention_backends"
-    refused(field, "run in one loop and need the same", read, path, component_attention_backends={"transformer_2": "math"})
+    refused(
+        field,
+        "run in one loop and need the same",
+        read,
+        path,
+        component_attention_backends={"transformer_2": "math"},
+    )
 
 
 def test_a_model_id_of_another_kind(tmp_path):
     path = released(T2V, tmp_path)
     refused("model_id", "'Wan2.1-T2V' is not a known model", read, path, model_id="Wan2.1-T2V")
-    refused("model_id", "is a WanImageToVideoPipeline, and", read, path, model_id="Wan2.1-I2V-14B-480P-Diffusers")
+    refused(
+        "model_id", "is a WanImageToVideoPipeline, and", read, path, model_id="Wan2.1-I2V-14B-480P-Diffusers"
+    )
 
 
 @pytest.mark.parametrize("absent", ["vae", "tokenizer", "scheduler", "transformer"])
@@ -350,9 +515,21 @@ def test_a_component_that_is_not_there(absent, tmp_path):
     ("component", "entries", "words"),
     [
         ("vae", {"z_dim": 48}, "the transformer's in_channels is 16, and the vae's latents need 48"),
-        ("transformer", {"out_channels": 4}, "the transformer's out_channels is 4, and the vae's latents need 16"),
-        ("text_encoder", {"d_model": 64}, "the transformer's text_dim is 4096, and the text encoder gives 64"),
-        ("transformer", {"num_layer": 3}, "field 'num_layer' is not known to WanTransformer3DModel; did you mean 'num_layers'?"),
+        (
+            "transformer",
+            {"out_channels": 4},
+            "the transformer's out_channels is 4, and the vae's latents need 16",
+        ),
+        (
+            "text_encoder",
+            {"d_model": 64},
+            "the transformer's text_dim is 4096, and the text encoder gives 64",
+        ),
+        (
+            "transformer",
+            {"num_layer": 3},
+            "field 'num_layer' is not known to WanTransformer3DModel; did you mean 'num_layers'?",
+        ),
         ("transformer", {"qk_norm": "layer"}, "qk_norm is 'layer'"),
     ],
 )
@@ -380,14 +557,25 @@ def test_pipelines_and_components_that_are_not_supported(tmp_path):
 def test_only_z_image_limits_its_guidance(tmp_path):
     made = request(released("Tongyi-MAI/Z-Image", tmp_path), cfg_normalization=1.0)
     assert made.cfg_normalization == 1.0 and made.guidance_scale == 6.0
-    refused("cfg_normalization", "only Z-Image has", request, released("Qwen/Qwen-Image", tmp_path), cfg_normalization=1.0)
+    refused(
+        "cfg_normalization",
+        "only Z-Image has",
+        request,
+        released("Qwen/Qwen-Image", tmp_path),
+        cfg_normalization=1.0,
+    )
 
 
 @pytest.mark.parametrize(("shift", "steps"), [(1000, 999), (1000, 1000)])
 def test_steps_closer_together_than_float32_tells_apart(shift, steps, tmp_path):
     path = released(TI2V, tmp_path)
     refused(
-        "flow_shift", f"{steps} steps of a flow_shift of {shift} lie closer", request, path, flow_shift=shift, num_inference_steps=steps
+        "flow_shift",
+        f"{steps} steps of a flow_shift of {shift} lie closer",
+        request,
+        path,
+        flow_shift=shift,
+        num_inference_steps=steps,
     )
 
 

@@ -17,7 +17,14 @@ from tinydiff.runtime.ambient import plain
 from tinydiff.runtime.background import Background
 from tinydiff.runtime.generate import generate
 
-ASKED = {"prompt": "a red circle", "height": 32, "width": 64, "num_frames": 5, "num_inference_steps": 2, "seed": 3}
+ASKED = {
+    "prompt": "a red circle",
+    "height": 32,
+    "width": 64,
+    "num_frames": 5,
+    "num_inference_steps": 2,
+    "seed": 3,
+}
 BACKENDS = torch.backends
 
 
@@ -33,18 +40,39 @@ def state():
     return {
         "dtype": torch.get_default_dtype(),
         "device": torch.get_default_device(),
-        "autocast": [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")],
+        "autocast": [
+            (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")
+        ],
         "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-        "deterministic": (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
-        "precision": [told(read) for read in (torch.get_float32_matmul_precision, lambda: BACKENDS.cuda.matmul.allow_tf32)],
+        "deterministic": (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        ),
+        "precision": [
+            told(read)
+            for read in (torch.get_float32_matmul_precision, lambda: BACKENDS.cuda.matmul.allow_tf32)
+        ],
         "precisions": [
             each.fp32_precision
-            for each in (BACKENDS, BACKENDS.cudnn, BACKENDS.cudnn.conv, BACKENDS.cuda.matmul, BACKENDS.mkldnn.matmul, BACKENDS.mkldnn.conv)
+            for each in (
+                BACKENDS,
+                BACKENDS.cudnn,
+                BACKENDS.cudnn.conv,
+                BACKENDS.cuda.matmul,
+                BACKENDS.mkldnn.matmul,
+                BACKENDS.mkldnn.conv,
+            )
         ],
         "cudnn": [getattr(BACKENDS.cudnn, name) for name in ("enabled", "benchmark", "deterministic")],
-        "reduced": [getattr(BACKENDS.cuda.matmul, f"allow_{kind}_reduced_precision_reduction") for kind in ("bf16", "fp16")],
+        "reduced": [
+            getattr(BACKENDS.cuda.matmul, f"allow_{kind}_reduced_precision_reduction")
+            for kind in ("bf16", "fp16")
+        ],
         "mkldnn": BACKENDS.mkldnn.enabled,
-        "kernels": [getattr(BACKENDS.cuda, f"{name}_sdp_enabled")() for name in ("flash", "mem_efficient", "math", "cudnn")],
+        "kernels": [
+            getattr(BACKENDS.cuda, f"{name}_sdp_enabled")()
+            for name in ("flash", "mem_efficient", "math", "cudnn")
+        ],
         "seed": torch.get_rng_state().tolist(),
         "threads": torch.get_num_threads(),
     }
@@ -231,7 +259,16 @@ def test_the_compiled_loop_serves_every_state(compiler, wanted):
     model = tinydiff.load(enable_torch_compile=True)
     first = tinydiff.generate(model, **ASKED)
     graphs = graph_count()
-    for name in ("float64", "autocast", "device meta", "in device meta", "inference mode", "gradients", "medium", "several"):
+    for name in (
+        "float64",
+        "autocast",
+        "device meta",
+        "in device meta",
+        "inference mode",
+        "gradients",
+        "medium",
+        "several",
+    ):
         with SET[name]():
             before = state()
             made = tinydiff.generate(model, **ASKED)

@@ -30,7 +30,9 @@ def refused(tmp_path, capsys) -> Callable[..., str]:
         asked = ["--prompt", "a red circle"] if prompt else []
         assert cli.main(["generate", *asked, "--output-path", str(out), *FAST, *map(str, words)]) == 2
         shown = capsys.readouterr()
-        assert shown.out == "" and shown.err.startswith("tinydiff: error: ") and shown.err.count("\n") == 1, shown.err
+        assert shown.out == "" and shown.err.startswith("tinydiff: error: ") and shown.err.count("\n") == 1, (
+            shown.err
+        )
         assert not out.exists() or not list(out.iterdir())
         return shown.err.removeprefix("tinydiff: error: ").strip()
 
@@ -90,7 +92,15 @@ def test_an_attention_backend_that_this_machine_cannot_run(backend, refused):
 )
 def test_config_files(text, sentence, refused, tmp_path, capsys):
     (tmp_path / "request.yaml").write_text(text)
-    argv = ["generate", "--prompt", "a", "--output-path", str(tmp_path / "out"), "--config", str(tmp_path / "request.yaml")]
+    argv = [
+        "generate",
+        "--prompt",
+        "a",
+        "--output-path",
+        str(tmp_path / "out"),
+        "--config",
+        str(tmp_path / "request.yaml"),
+    ]
     assert cli.main(argv) == 2
     shown = capsys.readouterr().err
     assert sentence in shown and shown.count("\n") == 1
@@ -98,7 +108,11 @@ def test_config_files(text, sentence, refused, tmp_path, capsys):
 
 
 def test_a_first_frame_that_is_no_picture(refused, tmp_path):
-    for name, data in (("text.png", b"not a picture"), ("cut.png", (b"\x89PNG\r\n\x1a\n" + b"\0" * 20)), ("empty.jpg", b"")):
+    for name, data in (
+        ("text.png", b"not a picture"),
+        ("cut.png", (b"\x89PNG\r\n\x1a\n" + b"\0" * 20)),
+        ("empty.jpg", b""),
+    ):
         (tmp_path / name).write_bytes(data)
         sentence = refused("--image-path", tmp_path / name)
         assert sentence.startswith(f"image_path: '{tmp_path / name}' is not a picture that can be read")
@@ -107,7 +121,9 @@ def test_a_first_frame_that_is_no_picture(refused, tmp_path):
 
 def test_folders_that_are_no_model(refused, model, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert refused("--model-path", tmp_path / "empty").endswith("has no model_index.json, so it is not a model in diffusers layout")
+    assert refused("--model-path", tmp_path / "empty").endswith(
+        "has no model_index.json, so it is not a model in diffusers layout"
+    )
     (tmp_path / "file").write_text("x")
     assert "is a file; it must be a folder" in refused("--model-path", tmp_path / "file")
     edit(model / "model_index.json", _class_name="StableDiffusionPipeline")
@@ -121,7 +137,9 @@ def test_broken_weights(refused, model):
     whole = file.read_bytes()
     for broken in (whole[: len(whole) // 2], whole[:5], b"", b"\xff" * 64 + whole[64:]):
         file.write_bytes(broken)
-        assert refused("--model-path", model).startswith(f"model_path: '{file}' is truncated or not a safetensors file (")
+        assert refused("--model-path", model).startswith(
+            f"model_path: '{file}' is truncated or not a safetensors file ("
+        )
     file.unlink()
     assert refused("--model-path", model).endswith("has no *.safetensors file")
 
@@ -137,7 +155,9 @@ def test_weights_that_are_not_the_configs(refused, model):
     save_weights(file, weights | {"blocks.0.attn1.to_q.weight": lost[1:].clone(), "blocks.0.extra": lost})
     sentence = refused("--model-path", model)
     assert "1 unexpected (blocks.0.extra)" in sentence
-    assert "1 of another shape (blocks.0.attn1.to_q.weight is [159, 160] and should be [160, 160])" in sentence
+    assert (
+        "1 of another shape (blocks.0.attn1.to_q.weight is [159, 160] and should be [160, 160])" in sentence
+    )
     edit(model / "transformer" / "config.json", num_layer=6)
     assert "field 'num_layer' is not known" in refused("--model-path", model)
 
@@ -161,31 +181,50 @@ def test_a_tokenizer_that_is_not_there_or_not_one(refused, model):
 def test_folders_that_cannot_be_written(tmp_path, capsys):
     taken = tmp_path / "file"
     taken.write_text("here")
-    for folder in (taken, taken / "deeper", *([Path("/proc/nowhere")] if Path("/proc/version").exists() else [])):
+    for folder in (
+        taken,
+        taken / "deeper",
+        *([Path("/proc/nowhere")] if Path("/proc/version").exists() else []),
+    ):
         assert cli.main(["generate", "--prompt", "a", "--output-path", str(folder)]) == 2
         shown = capsys.readouterr().err
-        assert shown.startswith(f"tinydiff: error: output_path: '{folder}' cannot be") and shown.count("\n") == 1
+        assert (
+            shown.startswith(f"tinydiff: error: output_path: '{folder}' cannot be") and shown.count("\n") == 1
+        )
     assert list(tmp_path.iterdir()) == [taken]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
-@pytest.mark.parametrize("words", [[], ["--num-frames", "5"], ["--num-frames", "5", "--output-file-name", "frames/"]])
+@pytest.mark.parametrize(
+    "words", [[], ["--num-frames", "5"], ["--num-frames", "5", "--output-file-name", "frames/"]]
+)
 def test_a_full_disk_leaves_nothing_half_written(words, tmp_path):
     """A real refusal of the system at the end of a run: no file of this process may exceed 100 bytes."""
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))"
     code = f"{limit}; from tinydiff import cli; sys.exit(cli.main(sys.argv[1:]))"
     argv = ["generate", "--prompt", "a", "--output-path", str(tmp_path / "out"), *FAST, *words]
     run = subprocess.run(
-        [sys.executable, "-B", "-c", code, *argv], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        [sys.executable, "-B", "-c", code, *argv],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert run.returncode == 2, run.stderr
-    assert run.stderr.startswith("tinydiff: error: output_path: cannot write '") and run.stderr.endswith("': the disk is full\n")
+    assert run.stderr.startswith("tinydiff: error: output_path: cannot write '") and run.stderr.endswith(
+        "': the disk is full\n"
+    )
     assert run.stderr.count("\n") == 1 and run.stdout == "" and list((tmp_path / "out").iterdir()) == []
 
 
 def test_compiling_without_a_compiler(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("tinydiff.sampling.compile.has_compiler", lambda: False)
-    assert cli.main(["generate", "--prompt", "x", "--enable-torch-compile", "--output-path", str(tmp_path / "out")]) == 2
+    assert (
+        cli.main(
+            ["generate", "--prompt", "x", "--enable-torch-compile", "--output-path", str(tmp_path / "out")]
+        )
+        == 2
+    )
     assert capsys.readouterr().err.splitlines() == [
         "tinydiff: error: enable_torch_compile: compiling needs a C++ compiler, and none is found; install g++ or leave the option out"
     ]

@@ -35,15 +35,25 @@ SUBJECTS = {
         SMALL | {"num_frames": 5, "image_path": (picture(folder),)},
     ),
     "Wan with two experts": lambda folder: subject(
-        folder / "model", lambda at: folders.build(folders.VARIANTS["T2V with two experts"], at), SMALL | {"num_frames": 1}
+        folder / "model",
+        lambda at: folders.build(folders.VARIANTS["T2V with two experts"], at),
+        SMALL | {"num_frames": 1},
     ),
-    "FLUX.1": lambda folder: subject(folder / "model", lambda at: test_flux_pipelines.build(at, FluxPipeline), SMALL),
-    "FLUX.2 klein": lambda folder: subject(folder / "model", lambda at: test_flux2_pipelines.klein(at, True), SMALL),
+    "FLUX.1": lambda folder: subject(
+        folder / "model", lambda at: test_flux_pipelines.build(at, FluxPipeline), SMALL
+    ),
+    "FLUX.2 klein": lambda folder: subject(
+        folder / "model", lambda at: test_flux2_pipelines.klein(at, True), SMALL
+    ),
     "SD3": lambda folder: subject(
-        folder / "model", lambda at: test_sd3_pipelines.build("3.5 medium", at), SMALL | {"height": 16, "width": 16}
+        folder / "model",
+        lambda at: test_sd3_pipelines.build("3.5 medium", at),
+        SMALL | {"height": 16, "width": 16},
     ),
     "Z-Image": lambda folder: subject(folder / "model", test_z_image_pipelines.build, SMALL),
-    "Qwen-Image": lambda folder: subject(folder / "model", lambda at: qwen_folders.build(QwenImagePipeline, at), SMALL),
+    "Qwen-Image": lambda folder: subject(
+        folder / "model", lambda at: qwen_folders.build(QwenImagePipeline, at), SMALL
+    ),
     "ERNIE": lambda folder: subject(folder / "model", test_ernie_pipelines.build, SMALL),
 }
 """Families -> how to make a tiny model of each in a folder, and what is asked of it."""

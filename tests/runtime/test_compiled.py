@@ -19,7 +19,12 @@ from tinydiff.sampling.compile import compiled_denoise, graph_breaks, graph_coun
 CONFIG = wan.Config(**TRANSFORMER)
 NETWORK = Network(wan.FAMILY, CONFIG)
 TEXT_TOKENS = 24
-SCHEDULER = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+SCHEDULER = {
+    "_class_name": "UniPCMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+}
 
 
 def weights(seed):
@@ -49,12 +54,18 @@ def test_one_graph_serves_every_request_and_both_experts():
         rows = solvers.from_scheduler_config(SCHEDULER, steps)
         rows = solvers.with_experts(solvers.with_guidance(rows, scale), 0.8, scale / 2)
         assert len(solvers.segments(rows)) == 2
-        inputs = [{"text": each[None], "positions": wan.positions(CONFIG, size)} for each in text(length, seed)]
+        inputs = [
+            {"text": each[None], "positions": wan.positions(CONFIG, size)} for each in text(length, seed)
+        ]
         ready = [loop.hoist(NETWORK, flat, inputs, rows) for flat in experts]
         x = draw(1, len(inputs[0]["positions"]), 16, seed=seed).float()
         want, whole, chunked = (
             list(loop.run(run[make], rows, x, ready.__getitem__, chunk=pieces))[-1].x
-            for make, pieces in ((loop.eager_denoise, None), (compiled_denoise, None), (compiled_denoise, chunk))
+            for make, pieces in (
+                (loop.eager_denoise, None),
+                (compiled_denoise, None),
+                (compiled_denoise, chunk),
+            )
         )
         assert want.isfinite().all() and want.std() > 0.1
         for got in (whole, chunked):
@@ -71,8 +82,14 @@ def test_the_shipped_model_compiles_at_its_first_picture_only():
     before, broken = graph_count(), graph_breaks()
     for prompt, fields in (
         ("a red circle", {"num_inference_steps": 3, "seed": 1}),
-        ("a small green star at the top left of a white background", {"num_inference_steps": 5, "height": 64, "width": 96, "seed": 2}),
-        ("a ring, moving right", {"num_inference_steps": 4, "num_frames": 17, "height": 64, "width": 64, "guidance_scale": 2.5}),
+        (
+            "a small green star at the top left of a white background",
+            {"num_inference_steps": 5, "height": 64, "width": 96, "seed": 2},
+        ),
+        (
+            "a ring, moving right",
+            {"num_inference_steps": 4, "num_frames": 17, "height": 64, "width": 64, "guidance_scale": 2.5},
+        ),
         ("", {"num_inference_steps": 1, "num_frames": 5, "height": 32, "width": 64, "guidance_scale": 7.0}),
     ):
         got, want = (tinydiff.generate(model, prompt, **fields) for model in (fast, eager))

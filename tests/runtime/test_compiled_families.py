@@ -16,7 +16,13 @@ from tinydiff.sampling import guidance, loop, solvers
 from tinydiff.sampling.compile import _compiled, compiled_denoise, graph_breaks, graph_count
 
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
-_STACK = {"num_layers": 2, "attention_head_dim": 12, "num_attention_heads": 2, "in_channels": 16, "joint_attention_dim": 20}
+_STACK = {
+    "num_layers": 2,
+    "attention_head_dim": 12,
+    "num_attention_heads": 2,
+    "in_channels": 16,
+    "joint_attention_dim": 20,
+}
 _SINGLE = {"num_single_layers": 2, "axes_dims_rope": (4, 4, 4)}
 FAMILIES: dict[str, tuple[Denoiser, Any, int, int]] = {  # family, config, values of a token, width of the text
     "flux": (flux.FAMILY, flux.Config(**_STACK | _SINGLE, pooled_projection_dim=8, guidance_embeds=True), 16, 20),
@@ -57,11 +63,21 @@ def inputs(name: str, config: Any, height: int, width: int, text: torch.Tensor) 
     if name in ("flux2", "ernie"):
         return given | {"positions": {"flux2": flux2, "ernie": ernie}[name].positions((1, height, width))}
     if name == "z_image":
-        return given | {"positions": z_image.positions(config, latents), "real": z_image.real(config, latents)}
+        return given | {
+            "positions": z_image.positions(config, latents),
+            "real": z_image.real(config, latents),
+        }
     return given | {"positions": sd3.positions(config, latents)}
 
 
-def run(name: str, denoise: loop.Denoise, size: tuple[int, int], lengths: tuple[int, int], steps: int, scale: float) -> torch.Tensor:
+def run(
+    name: str,
+    denoise: loop.Denoise,
+    size: tuple[int, int],
+    lengths: tuple[int, int],
+    steps: int,
+    scale: float,
+) -> torch.Tensor:
     """The last tokens of a guided request."""
     family, config, packed, text_width = FAMILIES[name]
     height, width = size
@@ -82,9 +98,14 @@ def same(got: torch.Tensor, want: torch.Tensor) -> None:
 def test_one_graph_serves_sizes_prompt_lengths_steps_and_scales(name: str, monkeypatch: pytest.MonkeyPatch):
     """Counted on the graphs that Dynamo traces and guards, over more requests than Inductor is given below."""
     traced = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda fn, **_: traced(fn, backend="eager", fullgraph=True, dynamic=False))
+    monkeypatch.setattr(
+        torch, "compile", lambda fn, **_: traced(fn, backend="eager", fullgraph=True, dynamic=False)
+    )
     family, config, *_ = FAMILIES[name]
-    eager, fast = (make(Network(family, config), guidance.classifier_free) for make in (loop.eager_denoise, compiled_denoise))
+    eager, fast = (
+        make(Network(family, config), guidance.classifier_free)
+        for make in (loop.eager_denoise, compiled_denoise)
+    )
     before, broken = graph_count(), graph_breaks()
     # In the first request all lengths are equal, in the second both prompts are of one length, then all differ.
     for request in (((2, 2), (4, 4), 4, 3.0), ((3, 5), (7, 7), 3, 1.5), ((6, 4), (33, 3), 5, 4.0)):
@@ -98,7 +119,10 @@ def test_one_graph_serves_sizes_prompt_lengths_steps_and_scales(name: str, monke
 @pytest.mark.parametrize("name", FAMILIES)
 def test_inductor_makes_the_same(name: str):
     family, config, *_ = FAMILIES[name]
-    eager, fast = (make(Network(family, config), guidance.classifier_free) for make in (loop.eager_denoise, compiled_denoise))
+    eager, fast = (
+        make(Network(family, config), guidance.classifier_free)
+        for make in (loop.eager_denoise, compiled_denoise)
+    )
     before, broken = graph_count(), graph_breaks()
     for request in (((2, 2), (4, 4), 4, 3.0), ((6, 4), (33, 3), 5, 4.0)):
         same(run(name, fast, *request), run(name, eager, *request))

@@ -25,9 +25,14 @@ def model():
 
 
 def begun(model, owner="a", priority=0, key="", **fields):
-    [request] = admit(model.blueprint, config.options({"prompt": "a red circle", "num_inference_steps": 4, **fields}).sampling)
+    [request] = admit(
+        model.blueprint,
+        config.options({"prompt": "a red circle", "num_inference_steps": 4, **fields}).sampling,
+    )
     conditioning = pipeline.condition(model, request)
-    return [sitting(model, request, conditioning, owner, i, priority, key=key) for i in range(len(request.seeds))]
+    return [
+        sitting(model, request, conditioning, owner, i, priority, key=key) for i in range(len(request.seeds))
+    ]
 
 
 class Together(Pace):
@@ -66,10 +71,18 @@ def alone(model, loop=None, **fields):
 def test_a_picture_does_not_depend_on_its_company(model):
     asked = [
         {"seed": 1, "prompt": "a green star", "num_inference_steps": 6, "guidance_scale": 2.5},
-        {"seed": 2, "prompt": "a large blue square on a white background", "num_inference_steps": 3, "guidance_scale": 4.0},
+        {
+            "seed": 2,
+            "prompt": "a large blue square on a white background",
+            "num_inference_steps": 3,
+            "guidance_scale": 4.0,
+        },
         {"seed": 3, "prompt": "ring", "num_inference_steps": 8, "guidance_scale": 1.5, "flow_shift": 2.0},
     ]
-    loop, sittings = loop_of(model, Together), [begun(model, owner=str(i), **fields)[0] for i, fields in enumerate(asked)]
+    loop, sittings = (
+        loop_of(model, Together),
+        [begun(model, owner=str(i), **fields)[0] for i, fields in enumerate(asked)],
+    )
     _, sizes = run(loop, [(0, sittings[:1]), (1, sittings[1:])])
     assert max(sizes) == 3
     for one, fields in zip(sittings, asked, strict=True):
@@ -94,10 +107,21 @@ def test_an_image_of_another_key_joins_at_once_and_is_what_it_is_alone(model, mo
     monkeypatch.setattr("tinydiff.runtime.continuous.MOMENT", 0.0)  # one step at a time
     loop = loop_of(model, Together)
     loop.most = 4
-    large, [small] = begun(model, "large", key="a", num_outputs_per_prompt=4), begun(model, "small", key="b", seed=7)
+    large, [small] = (
+        begun(model, "large", key="a", num_outputs_per_prompt=4),
+        begun(model, "small", key="b", seed=7),
+    )
     left, sizes = run(loop, [(0, large), (1, [small])])
     assert left == ["large"] * 3 + ["small", "large"]
-    assert sizes == [4, 4, 4, 4, 2, 1, 1]  # the fifth is the last of its 4 steps, and the second of the one that paused
+    assert sizes == [
+        4,
+        4,
+        4,
+        4,
+        2,
+        1,
+        1,
+    ]  # the fifth is the last of its 4 steps, and the second of the one that paused
     for one, seed in [(small, 7), *zip(large, (42, 43, 44, 45), strict=True)]:
         assert (one.shown(one.seat.state.x) - alone(model, seed=seed)).abs().max() < BOUND
 
@@ -170,7 +194,9 @@ def test_clean_tokens_on_the_way_are_those_of_the_last_step(model):
 
 def test_the_loop_halts_where_a_picture_is_looked_at(model):
     """Steps of a moment go together, but for those that someone wants to see."""
-    [request] = admit(model.blueprint, config.options({"prompt": "a red circle", "num_inference_steps": 10}).sampling)
+    [request] = admit(
+        model.blueprint, config.options({"prompt": "a red circle", "num_inference_steps": 10}).sampling
+    )
     one = sitting(model, request, pipeline.condition(model, request), "a", 0, looks=3)
     assert one.looks == (3, 5, 8)
     loop, seen = loop_of(model), []
@@ -199,7 +225,11 @@ def test_what_is_compiled_beside_serves_all_that_comes_after():
         time.sleep(0.05)
     made = graph_count()
     compiled = alone(model, loop, seed=5, num_inference_steps=3)
-    for one in [one for k in range(5) for one in begun(model, seed=k, num_inference_steps=2 + k, guidance_scale=1.5 + k)]:
+    for one in [
+        one
+        for k in range(5)
+        for one in begun(model, seed=k, num_inference_steps=2 + k, guidance_scale=1.5 + k)
+    ]:
         loop.add(one)
     for one in begun(model, height=96, width=160, num_outputs_per_prompt=3):
         loop.add(one)

@@ -10,8 +10,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import AutoencoderKLFlux2, ErnieImagePipeline, ErnieImageTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from transformers import Ministral3Config, Ministral3ForCausalLM, Mistral3Config, Mistral3Model, PreTrainedTokenizerFast
+from diffusers import (
+    AutoencoderKLFlux2,
+    ErnieImagePipeline,
+    ErnieImageTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+)
+from transformers import (
+    Ministral3Config,
+    Ministral3ForCausalLM,
+    Mistral3Config,
+    Mistral3Model,
+    PreTrainedTokenizerFast,
+)
 
 from tests import vocabularies
 from tests.parity import close, draw, randomised
@@ -30,7 +41,13 @@ SIZE = (4, 6)
 TEXT = LM | {
     **{"model_type": "ministral3", "vocab_size": 300, "sliding_window": None, "tie_word_embeddings": True},
     "rope_parameters": {
-        **{"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 64, "beta_fast": 32.0},
+        **{
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 16.0,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 32.0,
+        },
         **{"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
     },
 }
@@ -43,13 +60,19 @@ def build(folder, shift=3.0, framed=True, enhanced=False):
     """
     files = folder / "vocabulary"
     files.mkdir(parents=True)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(vocabularies.mistral(files, framed, model_max_length=2048))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(
+        vocabularies.mistral(files, framed, model_max_length=2048)
+    )
     transformer = ErnieImageTransformer2DModel(
         hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=40, in_channels=16, out_channels=16, text_in_dim=12,
         rope_axes_dim=(4, 6, 6),
     )  # fmt: skip
     text = Mistral3Model(Mistral3Config(text_config=TEXT, vision_config=PIXTRAL))
-    networks = {"transformer": transformer, "vae": AutoencoderKLFlux2(**VAE, latent_channels=4), "text_encoder": text}
+    networks = {
+        "transformer": transformer,
+        "vae": AutoencoderKLFlux2(**VAE, latent_channels=4),
+        "text_encoder": text,
+    }
     networks["vae"].bn.num_batches_tracked = None  # the counter of training is no weight
     if enhanced:
         networks["pe"] = Ministral3ForCausalLM(Ministral3Config(**TEXT))
@@ -58,13 +81,17 @@ def build(folder, shift=3.0, framed=True, enhanced=False):
         network.float()
     networks["vae"].bn.running_var.abs_().mul_(1e-4)  # so small that eps tells
     more = {"pe_tokenizer": tokenizer} if enhanced else {}
-    pipe = ErnieImagePipeline(**networks, **more, tokenizer=tokenizer, scheduler=FlowMatchEulerDiscreteScheduler(shift=shift))
+    pipe = ErnieImagePipeline(
+        **networks, **more, tokenizer=tokenizer, scheduler=FlowMatchEulerDiscreteScheduler(shift=shift)
+    )
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(folder)
     for network in networks.values():
         network.double()
     for module in (transformer.time_proj, transformer.pos_embed):
-        module.register_forward_pre_hook(lambda _, args: (torch.tensor(args[0].tolist(), dtype=torch.float32),))
+        module.register_forward_pre_hook(
+            lambda _, args: (torch.tensor(args[0].tolist(), dtype=torch.float32),)
+        )
     return pipe
 
 
@@ -95,8 +122,13 @@ def test_every_step_and_the_picture_equal_diffusers(case, tmp_path):
             callback_on_step_end=lambda pipe, i, t, kept: expected.append(kept["latents"]) or {}, output_type="np",
         ).images  # fmt: skip
     conditioning = pipeline.condition(model, request)
-    assert conditioning.prepared.size == (16, 1, *SIZE) and len(conditioning.prepared.branches) == 1 + (case != "Turbo")
-    got = [conditioning.prepared.unpack(x) for x in pipeline.denoise(model, request, conditioning, 0, start[:, :, None])]
+    assert conditioning.prepared.size == (16, 1, *SIZE) and len(conditioning.prepared.branches) == 1 + (
+        case != "Turbo"
+    )
+    got = [
+        conditioning.prepared.unpack(x)
+        for x in pipeline.denoise(model, request, conditioning, 0, start[:, :, None])
+    ]
     assert len(got) == len(expected) == STEPS
     for x, y in zip(got, expected, strict=True):
         close(x[:, :, 0], y)
@@ -115,7 +147,9 @@ CHAT = "{% for turn in messages %}{{ bos_token }}[INST]{{ turn.content }}\nOutpu
 TOLD = {"do_sample": True, "top_k": 7, "repetition_penalty": 1.3}
 
 
-@pytest.mark.parametrize(("told", "as_file"), [({}, True), (TOLD, False)], ids=["as transformers", "as its own file says"])
+@pytest.mark.parametrize(
+    ("told", "as_file"), [({}, True), (TOLD, False)], ids=["as transformers", "as its own file says"]
+)
 def test_the_prompt_is_rewritten_as_by_the_reference(told, as_file, tmp_path):
     """In float32 on both sides, and the reference's draws from the start of ours; it draws from torch's global one."""
     pipe = build(tmp_path / "model", enhanced=True)
@@ -135,7 +169,8 @@ def test_the_prompt_is_rewritten_as_by_the_reference(told, as_file, tmp_path):
     assert (shown["prompt"], shown["use_pe"], shown["revised_prompt"]) == (request.prompt, True, expected)
     # What is read is the rewritten prompt; the negative one stays.
     same, plain = (
-        pipeline.condition(model, request_for(model, prompt=(text,), use_pe=False)).prepared for text in (expected, request.prompt)
+        pipeline.condition(model, request_for(model, prompt=(text,), use_pe=False)).prepared
+        for text in (expected, request.prompt)
     )
     assert plain.revised is None and len(made.branches) == 2
     assert all(torch.equal(a["text"], b["text"]) for a, b in zip(made.branches, same.branches, strict=True))
@@ -147,7 +182,10 @@ def test_a_prompt_and_a_size_make_one_text_whatever_the_seed(tmp_path):
     pipe.pe_tokenizer.chat_template, pipe.pe_tokenizer.model_max_length = CHAT, 12
     pipe.pe_tokenizer.save_pretrained(tmp_path / "model" / "pe_tokenizer")
     model = load(tmp_path / "model")
-    texts = [pipeline.condition(model, request_for(model, **asked)).prepared.revised for asked in ({}, {"seed": (7,)}, {"width": 64})]
+    texts = [
+        pipeline.condition(model, request_for(model, **asked)).prepared.revised
+        for asked in ({}, {"seed": (7,)}, {"width": 64})
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -158,21 +196,31 @@ def test_rewriting_that_cannot_be(tmp_path):
         pipeline.condition(model, request_for(model))
     pe = model.nets["pe"]
     model = replace(model, nets={**model.nets, "pe": replace(pe, generation={"min_p": 0.1})})
-    model = replace(model, tokenizers={**model.tokenizers, "pe_tokenizer": replace(model.tokenizers["pe_tokenizer"], chat=str)})
+    model = replace(
+        model,
+        tokenizers={**model.tokenizers, "pe_tokenizer": replace(model.tokenizers["pe_tokenizer"], chat=str)},
+    )
     with pytest.raises(UserError, match=r"min_p in pe/generation_config.json is 0.1; supported is None"):
         pipeline.condition(model, request_for(model))
     build(tmp_path / "plain")
-    with pytest.raises(UserError, match=r"use_pe: .* has no language model here that rewrites prompts \(component pe\)"):
+    with pytest.raises(
+        UserError, match=r"use_pe: .* has no language model here that rewrites prompts \(component pe\)"
+    ):
         request_for(load(tmp_path / "plain"), use_pe=True)
     assert not request_for(load(tmp_path / "plain"), use_pe=False).use_pe
 
 
 def test_the_model_that_rewrites_is_not_loaded_where_it_is_not_asked(tmp_path):
     build(tmp_path / "model", enhanced=True)
-    asked = Options(model=ModelOptions(model_path=str(tmp_path / "model")), output=OutputOptions(output_path=str(tmp_path)))
+    asked = Options(
+        model=ModelOptions(model_path=str(tmp_path / "model")),
+        output=OutputOptions(output_path=str(tmp_path)),
+    )
     for use, nets in ((None, {"pe"}), (False, set())):
         plan, [request], _ = admitted(replace(asked, sampling=SamplingOptions(prompt=("a",), use_pe=use)))
-        assert plan.nets.keys() - {"transformer", "vae", "text_encoder"} == nets and request.use_pe == bool(nets)
+        assert plan.nets.keys() - {"transformer", "vae", "text_encoder"} == nets and request.use_pe == bool(
+            nets
+        )
 
 
 @pytest.mark.parametrize("name", ["ERNIE-Image", "ERNIE-Image-Turbo"])

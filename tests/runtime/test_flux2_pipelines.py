@@ -17,7 +17,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+)
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 from safetensors.torch import save_file
@@ -54,11 +60,23 @@ LM = {
     **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
 }
 PIXTRAL = {
-    **{"model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
+    **{
+        "model_type": "pixtral",
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    },
     **{"image_size": 28, "patch_size": 14},
 }
 TRANSFORMER = {
-    **{"in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2},
+    **{
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+    },
     **{"joint_attention_dim": 36, "timestep_guidance_channels": 8, "axes_dims_rope": (4, 4, 4, 4)},
 }
 VAE = {
@@ -106,7 +124,12 @@ def saved(folder, run_by, tokenizer, text, guided, channels=16, **options):
         randomised(network, seed)
         network.float()
     networks["vae"].bn.running_var.abs_().add_(0.1)
-    pipe = run_by(**networks, tokenizer=tokenizer, scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), **options)
+    pipe = run_by(
+        **networks,
+        tokenizer=tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        **options,
+    )
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(folder)
     for network in networks.values():
@@ -162,7 +185,13 @@ def request_for(model, pictures=(), **fields):
 def theirs(pipe, request, start, **given):
     """(tokens after each step, picture) of the reference."""
     tokens = []
-    given |= {"prompt": PROMPT, "height": request.height, "width": request.width, "num_inference_steps": STEPS, "latents": start}
+    given |= {
+        "prompt": PROMPT,
+        "height": request.height,
+        "width": request.width,
+        "num_inference_steps": STEPS,
+        "latents": start,
+    }
     if request.originals:
         given["image"] = [Image.fromarray(image) for image in request.originals]
     with exact(pipe):
@@ -205,7 +234,9 @@ def test_klein_equals_diffusers(case, tmp_path, pictures):
     distilled, count, fields = KLEIN[case]
     pipe = klein(tmp_path / "model", distilled)
     # Found by shape alone, the folder takes the defaults of the first klein, which is distilled.
-    model = load(tmp_path / "model", model_id=f"black-forest-labs/FLUX.2-klein-{'' if distilled else 'base-'}4B")
+    model = load(
+        tmp_path / "model", model_id=f"black-forest-labs/FLUX.2-klein-{'' if distilled else 'base-'}4B"
+    )
     request = request_for(model, pictures[:count], **fields)
     assert request.guided == (case in ("base", "base with a reference"))
     same(pipe, model, request, guidance_scale=request.guidance_scale)
@@ -237,13 +268,18 @@ def test_the_states_read_do_not_depend_on_the_depth(depth, tmp_path, pictures):
     pipe = klein(tmp_path / "model", True, depth)
     model = load(tmp_path / "model")
     text = model.nets["text_encoder"]
-    assert text.config.layers == 27 and {int(name.split(".")[1]) for name in text.weights if "layers" in name} == set(range(27))
+    assert text.config.layers == 27 and {
+        int(name.split(".")[1]) for name in text.weights if "layers" in name
+    } == set(range(27))
     same(pipe, model, request_for(model), guidance_scale=1.0)
 
 
 def test_a_language_model_without_the_states_is_refused(tmp_path):
     klein(tmp_path / "model", True, depth=26)
-    with pytest.raises(UserError, match="text_encoder has 26 layers, and Flux2KleinPipeline reads its hidden states 9, 18, 27"):
+    with pytest.raises(
+        UserError,
+        match="text_encoder has 26 layers, and Flux2KleinPipeline reads its hidden states 9, 18, 27",
+    ):
         load(tmp_path / "model")
 
 
@@ -260,7 +296,10 @@ def test_noise_is_what_the_reference_draws(tmp_path):
 
 @pytest.mark.parametrize("shape", [(64, 64), (100, 71), (1200, 1024), (1024, 1025), (64, 512), (3000, 2011)])
 def test_a_given_picture_is_seen_as_by_the_reference(shape, tmp_path):
-    image, processor = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8), Flux2ImageProcessor(vae_scale_factor=16)
+    image, processor = (
+        np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8),
+        Flux2ImageProcessor(vae_scale_factor=16),
+    )
     picture = processor.check_image_input(Image.fromarray(image))
     if shape[0] * shape[1] > 1024 * 1024:
         picture = processor._resize_to_target_area(picture, 1024 * 1024)
@@ -270,7 +309,9 @@ def test_a_given_picture_is_seen_as_by_the_reference(shape, tmp_path):
     parts = SimpleNamespace(nets={"vae": SimpleNamespace(config=SimpleNamespace(scale_factor_spatial=16))}, resize=resize,
                             pixels=seen.extend, encode=lambda _: None)  # fmt: skip
     flux2.reference(parts, image)
-    assert flux2.reference_size(*shape, 16) == (height, width) and np.array_equal(seen[0], np.asarray(expected))
+    assert flux2.reference_size(*shape, 16) == (height, width) and np.array_equal(
+        seen[0], np.asarray(expected)
+    )
 
 
 @pytest.mark.parametrize("name", ["FLUX.2-klein-4B", "FLUX.2-dev"])
@@ -287,7 +328,10 @@ def test_a_picture_that_cannot_be_given_is_refused(shape, tmp_path):
     path = tmp_path / "odd.png"
     Image.fromarray(np.zeros((*shape, 3), np.uint8)).save(path)
     read = blueprint.read(ModelOptions(model_path=str(released("black-forest-labs/FLUX.2-dev", tmp_path))))
-    with pytest.raises(UserError, match=rf"image_path: a picture is {shape[1]} x {shape[0]} pixels; FLUX.2 takes sides of at least 64"):
+    with pytest.raises(
+        UserError,
+        match=rf"image_path: a picture is {shape[1]} x {shape[0]} pixels; FLUX.2 takes sides of at least 64",
+    ):
         admit(read, SamplingOptions(prompt=("a",), image_path=(str(path),)))
 
 
@@ -297,13 +341,21 @@ def test_a_picture_that_cannot_be_given_is_refused(shape, tmp_path):
 def test_a_folder_of_unknown_name_is_known_by_its_index_and_shape(tmp_path):
     for i, name in enumerate(("dev", "klein-4B", "klein-base-4B", "klein-9B", "klein-base-9B")):
         folder = released(f"black-forest-labs/FLUX.2-{name}", tmp_path / "a").rename(tmp_path / f"mine-{i}")
-        assert blueprint.read(ModelOptions(model_path=str(folder))).row.name == f"black-forest-labs/FLUX.2-{name}"
+        assert (
+            blueprint.read(ModelOptions(model_path=str(folder))).row.name
+            == f"black-forest-labs/FLUX.2-{name}"
+        )
 
 
 def test_a_distilled_model_takes_no_guidance(tmp_path):
-    read = blueprint.read(ModelOptions(model_path=str(released("black-forest-labs/FLUX.2-klein-4B", tmp_path))))
+    read = blueprint.read(
+        ModelOptions(model_path=str(released("black-forest-labs/FLUX.2-klein-4B", tmp_path)))
+    )
     assert not admit(read, SamplingOptions(prompt=("a",), guidance_scale=1.0))[0].guided
-    with pytest.raises(UserError, match=r"guidance_scale: 4.0 cannot be had; .*klein-4B is distilled and does without guidance \(1\)"):
+    with pytest.raises(
+        UserError,
+        match=r"guidance_scale: 4.0 cannot be had; .*klein-4B is distilled and does without guidance \(1\)",
+    ):
         admit(read, SamplingOptions(prompt=("a",), guidance_scale=4.0))
 
 
@@ -316,17 +368,27 @@ TINY_AE = {
 def tiny_autoencoder(folder, channels):
     """A folder as fal/FLUX.2-Tiny-AutoEncoder is one."""
     c = flux2_tiny.Config(**TINY_AE, latent_channels=channels)
-    weights = {row.name: (draw(*row.shape, seed=i) / max(1, row.numel / row.shape[0]) ** 0.5) for i, row in enumerate(flux2_tiny.spec(c))}
+    weights = {
+        row.name: (draw(*row.shape, seed=i) / max(1, row.numel / row.shape[0]) ** 0.5)
+        for i, row in enumerate(flux2_tiny.spec(c))
+    }
     folder.mkdir()
-    save_file({name: x.float() for name, x in weights.items()}, folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"_class_name": "Flux2TinyAutoEncoder", "latent_channels": channels, **TINY_AE}))
+    save_file(
+        {name: x.float() for name, x in weights.items()}, folder / "diffusion_pytorch_model.safetensors"
+    )
+    (folder / "config.json").write_text(
+        json.dumps({"_class_name": "Flux2TinyAutoEncoder", "latent_channels": channels, **TINY_AE})
+    )
     return {"component_paths": {"vae": str(folder)}}
 
 
 def test_the_tiny_autoencoder_takes_the_others_place(tmp_path, pictures):
     """Its latents are the denoiser's own: the loop is the same, the pictures are coded by its functions alone."""
     klein(tmp_path / "model", True, channels=32)
-    usual, model = load(tmp_path / "model"), load(tmp_path / "model", **tiny_autoencoder(tmp_path / "tiny", 32))
+    usual, model = (
+        load(tmp_path / "model"),
+        load(tmp_path / "model", **tiny_autoencoder(tmp_path / "tiny", 32)),
+    )
     net, request = model.nets["vae"], request_for(model, pictures[:1])
     given = torch.tensor(request.originals[0][:, 1:129]).double().permute(2, 0, 1)[None, :, None] / 127.5 - 1
     known = pipeline.condition(model, request).prepared.known
@@ -341,13 +403,18 @@ def test_the_tiny_autoencoder_takes_the_others_place(tmp_path, pictures):
 
 @pytest.mark.parametrize(
     ("channels", "sentence"),
-    [(64, "the transformer's in_channels is 32, and the vae's latents need 64"), (48, "latent_channels is 48; it must divide by 32")],
+    [
+        (64, "the transformer's in_channels is 32, and the vae's latents need 64"),
+        (48, "latent_channels is 48; it must divide by 32"),
+    ],
 )
 def test_an_autoencoder_of_other_channels_is_refused(channels, sentence, tmp_path):
     klein(tmp_path / "model", True, channels=32)
     path = tmp_path / "tiny"
     path.mkdir()
-    (path / "config.json").write_text(json.dumps({"_class_name": "Flux2TinyAutoEncoder", "latent_channels": channels, **TINY_AE}))
+    (path / "config.json").write_text(
+        json.dumps({"_class_name": "Flux2TinyAutoEncoder", "latent_channels": channels, **TINY_AE})
+    )
     with pytest.raises(UserError) as caught:
         load(tmp_path / "model", component_paths={"vae": str(path)})
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
@@ -356,13 +423,19 @@ def test_an_autoencoder_of_other_channels_is_refused(channels, sentence, tmp_pat
 def test_an_autoencoder_with_other_weights_is_refused_by_key(tmp_path):
     klein(tmp_path / "model", True, channels=32)
     options = tiny_autoencoder(tmp_path / "tiny", 32)
-    save_file({"extra_encoder.weight": torch.zeros(1)}, tmp_path / "tiny" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(UserError, match=r"extra_encoder\.weight is \[1\] and should be \[32, 8, 4, 4\]") as caught:
+    save_file(
+        {"extra_encoder.weight": torch.zeros(1)}, tmp_path / "tiny" / "diffusion_pytorch_model.safetensors"
+    )
+    with pytest.raises(
+        UserError, match=r"extra_encoder\.weight is \[1\] and should be \[32, 8, 4, 4\]"
+    ) as caught:
         load(tmp_path / "model", **options)
     assert "\n" not in str(caught.value)
 
 
 def test_a_component_of_another_kind_cannot_stand_in(tmp_path):
     klein(tmp_path / "model", True)
-    with pytest.raises(UserError, match=r"vae_path: '.*transformer' is a Flux2Transformer2DModel, which cannot stand in"):
+    with pytest.raises(
+        UserError, match=r"vae_path: '.*transformer' is a Flux2Transformer2DModel, which cannot stand in"
+    ):
         load(tmp_path / "model", component_paths={"vae": str(tmp_path / "model" / "transformer")})

@@ -24,7 +24,14 @@ from diffusers import (
     FluxTransformer2DModel,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from tests import vocabularies
 from tests.io import profiles
@@ -44,11 +51,23 @@ from tinydiff.sampling import noise
 PROMPT, NEGATIVE, STEPS = "A red  circle &amp; a star", "blurry, left of", 4
 HEIGHT, WIDTH = 12, 20  # latents of 6 x 10, tokens of 3 x 5
 TRANSFORMER = {
-    **{"in_channels": 16, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2},
+    **{
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+    },
     **{"joint_attention_dim": 20, "pooled_projection_dim": 12, "axes_dims_rope": (4, 4, 8)},
 }
 VAE = {
-    **{"block_out_channels": (4, 8), "latent_channels": 4, "norm_num_groups": 2, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+    **{
+        "block_out_channels": (4, 8),
+        "latent_channels": 4,
+        "norm_num_groups": 2,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+    },
     **{"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2},
     **{"use_quant_conv": False, "use_post_quant_conv": False},
 }
@@ -60,8 +79,22 @@ LONG = {"prompt": "a large red circle on a white background " * 60}
 def build(folder, kind=FluxPipeline, guided=True):
     """The reference's pipeline in float64, saved in float32 to `folder`; guided: of dev, which embeds its guidance, else of schnell."""
     folder.mkdir()
-    clip = {"vocab_size": 914, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    large = {"vocab_size": 142, "d_model": 20, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+    clip = {
+        "vocab_size": 914,
+        "hidden_size": 12,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    large = {
+        "vocab_size": 142,
+        "d_model": 20,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_layers": 2,
+        "num_heads": 2,
+        "feed_forward_proj": "gated-gelu",
+    }
     networks = {
         "transformer": FluxTransformer2DModel(**TRANSFORMER, guidance_embeds=guided),
         "vae": AutoencoderKL(**VAE),
@@ -116,7 +149,9 @@ def pictures(tmp_path):
 def mask(tmp_path):
     """A grey ramp with a hole, of the first picture's size, as a file."""
     y, x = np.mgrid[:40, :56]
-    Image.fromarray(np.where((x - 20) ** 2 + (y - 12) ** 2 < 60, 0, x * 4).astype(np.uint8)).save(tmp_path / "mask.png")
+    Image.fromarray(np.where((x - 20) ** 2 + (y - 12) ** 2 < 60, 0, x * 4).astype(np.uint8)).save(
+        tmp_path / "mask.png"
+    )
     return str(tmp_path / "mask.png")
 
 
@@ -168,9 +203,13 @@ def test_what_is_cut_of_a_long_text_is_said(tmp_path, caplog):
 
 def test_noise_is_what_the_reference_draws(tmp_path):
     pipe = build(tmp_path / "model")
-    drawn, ids = pipe.prepare_latents(1, 4, HEIGHT, WIDTH, torch.float32, "cpu", torch.Generator().manual_seed(5))
+    drawn, ids = pipe.prepare_latents(
+        1, 4, HEIGHT, WIDTH, torch.float32, "cpu", torch.Generator().manual_seed(5)
+    )
     [made] = noise.noise(5, 0, (1, 4, 1, 6, 10))
-    assert torch.equal(patchify(made, flux.PATCH), drawn) and torch.equal(flux.positions((1, 6, 10)), ids.long())
+    assert torch.equal(patchify(made, flux.PATCH), drawn) and torch.equal(
+        flux.positions((1, 6, 10)), ids.long()
+    )
 
 
 # --- pictures to edit -----------------------------------------------------------------------------------------------------------------
@@ -193,7 +232,9 @@ def several(pipe, paths):
         for number, path in enumerate(paths[1:], 2):
             picture = Image.open(path)
             height, width = flux.reference_size(picture.height, picture.width, 4)
-            _, more, _, there = prepare_latents(pipe.image_processor.preprocess(picture, height, width), *args)
+            _, more, _, there = prepare_latents(
+                pipe.image_processor.preprocess(picture, height, width), *args
+            )
             there[:, 0] = number
             tokens, at = torch.cat([tokens, more], 1), torch.cat([at, there])
         return made, tokens, ids, at
@@ -201,7 +242,11 @@ def several(pipe, paths):
     pipe.prepare_latents = prepared
 
 
-@pytest.mark.parametrize(("count", "fields"), [(1, {}), (2, {"guidance_scale": 2.0}), (1, TRUE_CFG)], ids=["one", "two", "true CFG"])
+@pytest.mark.parametrize(
+    ("count", "fields"),
+    [(1, {}), (2, {"guidance_scale": 2.0}), (1, TRUE_CFG)],
+    ids=["one", "two", "true CFG"],
+)
 def test_editing_equals_diffusers(count, fields, tmp_path, pictures, small_sizes):
     pipe = build(tmp_path / "model", FluxKontextPipeline)
     model = load(tmp_path / "model")
@@ -209,7 +254,13 @@ def test_editing_equals_diffusers(count, fields, tmp_path, pictures, small_sizes
     assert len(request.originals) == count and not request.images
     several(pipe, pictures[:count])
     start = draw(1, 4, 1, 6, 10, seed=9)
-    given = {"image": Image.open(pictures[0]), "prompt": PROMPT, "guidance_scale": 2.5, "num_inference_steps": STEPS, **fields}
+    given = {
+        "image": Image.open(pictures[0]),
+        "prompt": PROMPT,
+        "guidance_scale": 2.5,
+        "num_inference_steps": STEPS,
+        **fields,
+    }
     size = {"height": HEIGHT, "width": WIDTH, "max_area": HEIGHT * WIDTH}
     theirs, images = recorded(pipe, **given, **size, latents=patchify(start, flux.PATCH))
     same(model, request, start, theirs, images)
@@ -230,15 +281,26 @@ def test_a_picture_to_edit_is_brought_to_the_size_that_the_reference_prefers():
 
 
 @pytest.mark.parametrize(
-    ("strength", "fields"), [(0.6, {}), (0.3, TRUE_CFG), (1.0, {}), (0.05, {})], ids=["0.6", "0.3 with true CFG", "1", "0.05"]
+    ("strength", "fields"),
+    [(0.6, {}), (0.3, TRUE_CFG), (1.0, {}), (0.05, {})],
+    ids=["0.6", "0.3 with true CFG", "1", "0.05"],
 )
 def test_image_to_image_equals_diffusers(strength, fields, tmp_path, pictures, monkeypatch):
     pipe = other(FluxImg2ImgPipeline, build(tmp_path / "model"))
     model = load(tmp_path / "model")
-    request = request_for(model, image_path=(pictures[0],), **fields | ({} if strength == 0.6 else {"strength": strength}))
+    request = request_for(
+        model, image_path=(pictures[0],), **fields | ({} if strength == 0.6 else {"strength": strength})
+    )
     start = draw(1, 4, 1, 6, 10, seed=9)
     starting_from(monkeypatch, img2img, start[:, :, 0])
-    given = {"prompt": PROMPT, "height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, "guidance_scale": 3.5, **fields}
+    given = {
+        "prompt": PROMPT,
+        "height": HEIGHT,
+        "width": WIDTH,
+        "num_inference_steps": STEPS,
+        "guidance_scale": 3.5,
+        **fields,
+    }
     theirs, images = recorded(pipe, **given, image=Image.open(pictures[0]), strength=strength)
     assert len(theirs) == {0.6: 3, 0.3: 2, 1.0: 4, 0.05: 1}[strength]
     same(model, request, start, theirs, images)
@@ -253,8 +315,17 @@ def test_inpainting_equals_diffusers(strength, fields, tmp_path, pictures, mask,
     assert set(np.unique(request.mask)) == {0, 255} and request.mask.shape == (HEIGHT, WIDTH)
     start = draw(1, 4, 1, 6, 10, seed=9)
     starting_from(monkeypatch, inpaint, start[:, :, 0])
-    given = {"prompt": PROMPT, "height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, "guidance_scale": 3.5, **fields}
-    theirs, images = recorded(pipe, **given, image=Image.open(pictures[0]), mask_image=Image.open(mask), strength=strength)
+    given = {
+        "prompt": PROMPT,
+        "height": HEIGHT,
+        "width": WIDTH,
+        "num_inference_steps": STEPS,
+        "guidance_scale": 3.5,
+        **fields,
+    }
+    theirs, images = recorded(
+        pipe, **given, image=Image.open(pictures[0]), mask_image=Image.open(mask), strength=strength
+    )
     same(model, request, start, theirs, images)
 
 
@@ -268,8 +339,12 @@ def test_what_the_mask_keeps_stays(tmp_path, pictures):
     white = np.zeros((side, side), np.uint8)
     white[:9, :13], white[60, 60] = 255, 255
     Image.fromarray(white).save(tmp_path / "mask.png")
-    request = request_for(model, height=side, width=side, image_path=(pictures[0],), mask_path=str(tmp_path / "mask.png"))
-    steps = list(pipeline.denoise(model, request, (told := pipeline.condition(model, request)), request.seeds[0]))
+    request = request_for(
+        model, height=side, width=side, image_path=(pictures[0],), mask_path=str(tmp_path / "mask.png")
+    )
+    steps = list(
+        pipeline.denoise(model, request, (told := pipeline.condition(model, request)), request.seeds[0])
+    )
     made = pipeline.decode(model, request, told.prepared.unpack(steps[-1]))[0]
     [[shown]] = pipeline.run(model, request, Silent()).frames
     y, x = np.nonzero(white)
@@ -280,7 +355,11 @@ def test_what_the_mask_keeps_stays(tmp_path, pictures):
     assert (given[kept] != pixels[kept]).mean() > 0.5  # converted from the profile that the file holds
     seam = (far > 0) & ~kept
     low, high = np.minimum(made, request.images[0]), np.maximum(made, request.images[0])
-    assert ((shown >= low) & (shown <= high))[seam].all() and (shown != made)[seam].any() and (shown != request.images[0])[seam].any()
+    assert (
+        ((shown >= low) & (shown <= high))[seam].all()
+        and (shown != made)[seam].any()
+        and (shown != request.images[0])[seam].any()
+    )
 
 
 class Silent:

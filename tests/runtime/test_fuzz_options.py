@@ -61,7 +61,9 @@ def outcome(call, told: str, size: int) -> str:
     assert cost.calls < MOST_CALLS + MOST_COPIES * size, f"{cost.calls:,} calls: {told}"
     if field != "admitted":
         assert 5 < len(sentence) < 1000 and len(sentence.splitlines()) == 1, f"{sentence[:300]!r}: {told}"
-        assert field and field.rpartition(".")[2][:40] in sentence.replace("-", "_"), f"{field!r}, {sentence[:300]!r}: {told}"
+        assert field and field.rpartition(".")[2][:40] in sentence.replace("-", "_"), (
+            f"{field!r}, {sentence[:300]!r}: {told}"
+        )
     return field
 
 
@@ -83,7 +85,11 @@ def fuzzed(seed: int, names: list[str], values: list, run, first: list, runs: in
 
 def test_a_command_line(plan):
     def run(pairs):
-        words = [word for name, value in pairs for word in (f"--{name.replace('_', '-')}", *([value] if value is not None else []))]
+        words = [
+            word
+            for name, value in pairs
+            for word in (f"--{name.replace('_', '-')}", *([value] if value is not None else []))
+        ]
         made = config.parse(words)
         if made.sampling.prompt:
             admit(plan, made.sampling)
@@ -110,7 +116,9 @@ def test_a_config_file(kind, plan, tmp_path):
     values = [value for value in [*WORDS, *PLAIN] if not (type(value) is int and abs(value) > 10**4000)]
 
     def written(name, value):
-        return f"{json.dumps(name)}: {json.dumps(value)}" if kind == "json" else f"{name}: {json.dumps(value)}"
+        return (
+            f"{json.dumps(name)}: {json.dumps(value)}" if kind == "json" else f"{name}: {json.dumps(value)}"
+        )
 
     def run(pairs):
         lines = [written(name, value) for name, value in pairs]
@@ -118,4 +126,6 @@ def test_a_config_file(kind, plan, tmp_path):
         made = config.parse(["--config", str(path), "--prompt", "a"])
         admit(plan, made.sampling)
 
-    fuzzed(4, [name for name in NAMES if name != "prompt"], values, run, [], 120 if kind == "yaml" else 400)  # PyYAML is slow
+    fuzzed(
+        4, [name for name in NAMES if name != "prompt"], values, run, [], 120 if kind == "yaml" else 400
+    )  # PyYAML is slow

@@ -110,7 +110,14 @@ def parents(*calls: str) -> list[subprocess.Popen]:
     """Processes that call `parent` each with these arguments, in a folder of its own."""
     code = "import sys; from tests.runtime import test_launch as t; sys.exit(t.parent({}))"
     return [
-        subprocess.Popen([sys.executable, "-c", code.format(call)], cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code.format(call)],
+            cwd=ROOT,
+            stdout=PIPE,
+            stderr=PIPE,
+            text=True,
+            start_new_session=True,
+        )
         for call in calls
     ]
 
@@ -129,7 +136,9 @@ def test_told_to_end_a_job_leaves_nothing(tmp_path):
     for folder in folders:
         folder.mkdir()
     running = parents(*(f"{str(folder)!r}, 'fails', 'waits'" for folder in folders))
-    for folder, process, number in zip(folders, running, (signal.SIGINT, signal.SIGTERM, signal.SIGKILL), strict=True):
+    for folder, process, number in zip(
+        folders, running, (signal.SIGINT, signal.SIGTERM, signal.SIGKILL), strict=True
+    ):
         wait_for(folder, 2)
         (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     for folder, process, (name, status) in zip(folders, running, ends.items(), strict=True):
@@ -155,7 +164,10 @@ def test_two_machines_meet_at_the_first(tmp_path):
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
-    calls = (f"{str(tmp_path)!r}, 'all_four', nodes=2, node={node}, address=('localhost', {port})" for node in (0, 1))
+    calls = (
+        f"{str(tmp_path)!r}, 'all_four', nodes=2, node={node}, address=('localhost', {port})"
+        for node in (0, 1)
+    )
     made = []
     for process in parents(*calls):
         out, err = process.communicate(timeout=WITHIN)
@@ -178,12 +190,24 @@ def test_a_port_that_is_taken_is_refused():
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(
-            UserError, match=rf"^master_port: {port} cannot be had on this machine \(address already in use\); choose another$"
+            UserError,
+            match=rf"^master_port: {port} cannot be had on this machine \(address already in use\); choose another$",
         ):
             start(sums, ("",), 2, address=("localhost", port))
 
 
-SMALL = ["--height", "32", "--width", "64", "--num-inference-steps", "2", "--num-outputs", "2", "--output-file-name", "a.png"]
+SMALL = [
+    "--height",
+    "32",
+    "--width",
+    "64",
+    "--num-inference-steps",
+    "2",
+    "--num-outputs",
+    "2",
+    "--output-file-name",
+    "a.png",
+]
 
 
 def pictures(folder: Path) -> dict[str, bytes]:
@@ -197,17 +221,47 @@ def test_replicas_make_what_one_rank_makes(tmp_path, capfd, caplog):
     assert cli.main([*command, str(tmp_path / "two"), "--num-gpus", "2", "--dp", "2"]) == 0
     two = capfd.readouterr()
     assert two.out.splitlines()[:2] == [line.replace("/one/", "/two/") for line in one.splitlines()[:2]]
-    assert [part.split()[0] for part in two.out.splitlines()[2].split(", ")] == ["load", "encode", "denoise", "decode", "save"]
+    assert [part.split()[0] for part in two.out.splitlines()[2].split(", ")] == [
+        "load",
+        "encode",
+        "denoise",
+        "decode",
+        "save",
+    ]
     assert "2 ranks: dp 2 (asked)" in caplog.text
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tinydiff.cli"]
-    under = subprocess.run([*run, *command, str(tmp_path / "three"), "--dp", "2"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert under.stdout.splitlines()[:2] == [line.replace("/one/", "/three/") for line in one.splitlines()[:2]]
-    assert pictures(tmp_path / "one") == pictures(tmp_path / "two") == pictures(tmp_path / "three") and len(pictures(tmp_path / "one")) == 2
+    under = subprocess.run(
+        [*run, *command, str(tmp_path / "three"), "--dp", "2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert under.stdout.splitlines()[:2] == [
+        line.replace("/one/", "/three/") for line in one.splitlines()[:2]
+    ]
+    assert (
+        pictures(tmp_path / "one") == pictures(tmp_path / "two") == pictures(tmp_path / "three")
+        and len(pictures(tmp_path / "one")) == 2
+    )
 
 
 def test_a_mistake_under_torchrun_is_told_once(tmp_path):
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tinydiff.cli", "generate", "--prompt", "a"]
-    done = subprocess.run([*run, "--height", "100", "--output-path", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    run = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "tinydiff.cli",
+        "generate",
+        "--prompt",
+        "a",
+    ]
+    done = subprocess.run(
+        [*run, "--height", "100", "--output-path", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("tinydiff: error: height: 100 is not a multiple of 16") == 1
 
@@ -229,7 +283,16 @@ def test_what_is_refused_before_a_process_is_started(argv, words, tmp_path, caps
 
 def test_one_rank_starts_no_process(tmp_path, monkeypatch):
     monkeypatch.setattr("tinydiff.parallel.ranks.start", lambda *_, **__: pytest.fail("started"))
-    options = config.options({"prompt": "a", "num_gpus": 1, "save_output": False, "height": 32, "width": 32, "num_inference_steps": 1})
+    options = config.options(
+        {
+            "prompt": "a",
+            "num_gpus": 1,
+            "save_output": False,
+            "height": 32,
+            "width": 32,
+            "num_inference_steps": 1,
+        }
+    )
     [result] = launch.generate(options, quiet)
     assert result.seeds == (42,)
 

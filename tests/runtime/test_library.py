@@ -39,8 +39,12 @@ def test_a_result_holds_frames_latents_parameters_and_timings(model):
     assert [(clip.shape, clip.dtype) for clip in made.frames] == [((5, 32, 64, 3), np.uint8)] * 2
     assert [image.shape for image in made.images] == [(32, 64, 3)] * 2
     assert np.array_equal(made.images[1], made.frames[1][0])
-    assert [(x.shape, x.dtype, x.device.type) for x in made.latents] == [((16, 2, 4, 8), torch.float32, "cpu")] * 2
-    assert list(made.seconds) == ["encode", "denoise", "decode"] and all(value > 0 for value in made.seconds.values())
+    assert [(x.shape, x.dtype, x.device.type) for x in made.latents] == [
+        ((16, 2, 4, 8), torch.float32, "cpu")
+    ] * 2
+    assert list(made.seconds) == ["encode", "denoise", "decode"] and all(
+        value > 0 for value in made.seconds.values()
+    )
     assert len(made.step_seconds) == 4 and sum(made.step_seconds) <= made.seconds["denoise"]
 
 
@@ -53,7 +57,10 @@ def test_parameters_are_those_that_took_effect(model):
         "precision": {"transformer": "fp32", "vae": "fp32", "text_encoder": "fp32"},
         "tinydiff": tinydiff.__version__, "torch": torch.__version__,
     }  # fmt: skip
-    assert "negative_prompt" not in tinydiff.generate(model, "a red circle", **SMALL, guidance_scale=1.0).parameters
+    assert (
+        "negative_prompt"
+        not in tinydiff.generate(model, "a red circle", **SMALL, guidance_scale=1.0).parameters
+    )
 
 
 def test_every_parameter_has_an_effect(model):
@@ -63,7 +70,9 @@ def test_every_parameter_has_an_effect(model):
         {"seed": 43}, {"guidance_scale": 2.0}, {"guidance_scale": 1.0}, {"negative_prompt": "blue"}, {"flow_shift": 3.3},
         {"num_inference_steps": 3},
     ):  # fmt: skip
-        assert not torch.equal(tinydiff.generate(model, "a red circle", **SMALL | changed).latents[0], plain), changed
+        assert not torch.equal(
+            tinydiff.generate(model, "a red circle", **SMALL | changed).latents[0], plain
+        ), changed
     assert not torch.equal(tinydiff.generate(model, "a blue circle", **SMALL).latents[0], plain)
 
 
@@ -80,7 +89,10 @@ def test_types_of_the_weights(model):
 def test_tiles_change_large_pictures_only(model):
     tiled = tinydiff.load(vae_tiling=True)
     for width, equal in ((256, True), (320, False)):
-        made = [tinydiff.generate(each, "a star", height=32, width=width, num_inference_steps=1) for each in (model, tiled)]
+        made = [
+            tinydiff.generate(each, "a star", height=32, width=width, num_inference_steps=1)
+            for each in (model, tiled)
+        ]
         assert torch.equal(made[0].latents[0], made[1].latents[0])
         assert np.array_equal(made[0].frames[0], made[1].frames[0]) == equal
         assert made[0].frames[0].shape == made[1].frames[0].shape
@@ -88,7 +100,10 @@ def test_tiles_change_large_pictures_only(model):
 
 def test_a_model_is_loaded_from_a_path_too(model):
     again = tinydiff.load(PACKAGE / "shapes")
-    assert torch.equal(tinydiff.generate(again, "a star", **SMALL).latents[0], tinydiff.generate(model, "a star", **SMALL).latents[0])
+    assert torch.equal(
+        tinydiff.generate(again, "a star", **SMALL).latents[0],
+        tinydiff.generate(model, "a star", **SMALL).latents[0],
+    )
 
 
 def test_whoever_watches_is_told(model):
@@ -115,7 +130,9 @@ def test_a_long_prompt_is_cut_with_a_word(model, caplog):
 
 
 def test_a_long_negative_prompt_is_named(model):
-    result = tinydiff.generate(model, "a red circle", **SMALL | {"guidance_scale": 2.0, "negative_prompt": "a blue square " * 20})
+    result = tinydiff.generate(
+        model, "a red circle", **SMALL | {"guidance_scale": 2.0, "negative_prompt": "a blue square " * 20}
+    )
     assert [said.split(":")[0] for said in result.warnings] == ["negative_prompt"]
 
 
@@ -126,9 +143,24 @@ def test_mistakes(model, tmp_path):
     refused("output_path", "no such option here", tinydiff.generate, model, "a", output_path="x")
     refused("height", "'tall' is not an integer", tinydiff.generate, model, "a", height="tall")
     refused("height", "100 is not a multiple of 16", tinydiff.generate, model, "a", height=100)
-    refused("guidance_scale", "nan is not a finite number", tinydiff.generate, model, "a", guidance_scale=float("nan"))
+    refused(
+        "guidance_scale",
+        "nan is not a finite number",
+        tinydiff.generate,
+        model,
+        "a",
+        guidance_scale=float("nan"),
+    )
     refused("prompt", "takes one text, not a list", tinydiff.generate, model, ["a", "b"])
-    refused("strength", "ask for one picture", tinydiff.generate, model, "a", image_path=str(tmp_path / "a.png"), strength=0.5)
+    refused(
+        "strength",
+        "ask for one picture",
+        tinydiff.generate,
+        model,
+        "a",
+        image_path=str(tmp_path / "a.png"),
+        strength=0.5,
+    )
     refused("prompt", "no such option here", tinydiff.load, prompt="a")
     refused("dit_precision", "'fp8' is not one of fp32, fp16, bf16", tinydiff.load, dit_precision="fp8")
     refused("model_path", "has no model_index.json", tinydiff.load, tmp_path)
@@ -136,14 +168,32 @@ def test_mistakes(model, tmp_path):
 
 def test_import_is_light():
     code = "import sys, tinydiff; print([name for name in ('torch', 'numpy', 'PIL', 'av', 'tyro') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_written_result_keeps_its_frames_only_where_asked(keep, tmp_path):
-    options = config.options({"prompt": ["a", "b"], "output_path": str(tmp_path), "return_frames": keep, **SMALL})
+    options = config.options(
+        {"prompt": ["a", "b"], "output_path": str(tmp_path), "return_frames": keep, **SMALL}
+    )
     first, second = generate(options, library.Quiet())
-    assert [len(result.frames) for result in (first, second)] == [len(result.latents) for result in (first, second)] == [keep, keep]
-    assert list(first.seconds) == ["load", "encode", "denoise", "decode", "save"] and list(second.seconds) == list(first.seconds)[1:]
+    assert (
+        [len(result.frames) for result in (first, second)]
+        == [len(result.latents) for result in (first, second)]
+        == [keep, keep]
+    )
+    assert (
+        list(first.seconds) == ["load", "encode", "denoise", "decode", "save"]
+        and list(second.seconds) == list(first.seconds)[1:]
+    )
     assert [result.parameters["prompt"] for result in (first, second)] == ["a", "b"]
-    assert len({path for result in (first, second) for path in result.paths}) == len(list(tmp_path.iterdir())) == 2
+    assert (
+        len({path for result in (first, second) for path in result.paths})
+        == len(list(tmp_path.iterdir()))
+        == 2
+    )

@@ -7,7 +7,12 @@ import logging
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, OvisImagePipeline, OvisImageTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    OvisImagePipeline,
+    OvisImageTransformer2DModel,
+)
 from PIL import Image
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
@@ -32,16 +37,34 @@ CHAT = (
 )
 """What Qwen3's own template makes of turns without a system prompt, tools or earlier answers."""
 TRANSFORMER = {
-    **{"in_channels": 16, "out_channels": 16, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16},
+    **{
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+    },
     **{"num_attention_heads": 2, "joint_attention_dim": 20, "axes_dims_rope": (4, 4, 8)},
 }
 VAE = {
-    **{"block_out_channels": (4, 8), "latent_channels": 4, "norm_num_groups": 2, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+    **{
+        "block_out_channels": (4, 8),
+        "latent_channels": 4,
+        "norm_num_groups": 2,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+    },
     **{"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2},
     **{"use_quant_conv": False, "use_post_quant_conv": False},
 }
 TEXT = {
-    **{"hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
+    **{
+        "hidden_size": 20,
+        "intermediate_size": 28,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
     **{"head_dim": 8, "rope_theta": 1e6, "bos_token_id": None, "eos_token_id": None},
 }
 DYNAMIC = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
@@ -61,7 +84,13 @@ def build(folder):
         "vae": AutoencoderKL(**VAE),
         "text_encoder": Qwen3Model(Qwen3Config(vocab_size=len(tokenizer), **TEXT)),
     }
-    pipe = saved(OvisImagePipeline, folder, networks, tokenizer=tokenizer, scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC))
+    pipe = saved(
+        OvisImagePipeline,
+        folder,
+        networks,
+        tokenizer=tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC),
+    )
     # diffusers embeds time in float32 whatever comes; `doubles` would widen that, were it not float32 before.
     embed = networks["transformer"].time_proj
     embed.register_forward_pre_hook(lambda _, args: (torch.tensor(args[0].tolist(), dtype=torch.float32),))
@@ -87,7 +116,12 @@ def request_for(model, **fields):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"negative_prompt": NEGATIVE}, {"guidance_scale": 2.5}, {"guidance_scale": 1.0}, {"prompt": "a large red circle " * 70}],
+    [
+        {"negative_prompt": NEGATIVE},
+        {"guidance_scale": 2.5},
+        {"guidance_scale": 1.0},
+        {"prompt": "a large red circle " * 70},
+    ],
     ids=["with a negative prompt", "with none", "without guidance", "more text than is read"],
 )
 def test_every_step_and_the_pixels_equal_diffusers(fields, pipe, model, caplog):
@@ -103,13 +137,19 @@ def test_every_step_and_the_pixels_equal_diffusers(fields, pipe, model, caplog):
         close(patchify(got, ovis.PATCH), expected)
     same_frames(frames, images[None])
     length = len(model.tokenizers["tokenizer"].encode(ovis.TEMPLATE.format(request.prompt)).ids)
-    said = [f"prompt: the last {length - 284} of its tokens were cut, the model reads 284"] if length > 284 else []
+    said = (
+        [f"prompt: the last {length - 284} of its tokens were cut, the model reads 284"]
+        if length > 284
+        else []
+    )
     assert [record.getMessage() for record in caplog.records if record.name.startswith("tinydiff")] == said
 
 
 def test_a_picture_to_start_from(pipe, model, tmp_path):
     """The reference has no pipeline for it; it is the last two of four steps, from the picture made noisy as far."""
-    Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 56, 3), dtype=np.uint8)).save(tmp_path / "picture.png")
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 56, 3), dtype=np.uint8)).save(
+        tmp_path / "picture.png"
+    )
     request = request_for(model, image_path=(str(tmp_path / "picture.png"),), strength=0.3)
     picture = np.array(Image.open(tmp_path / "picture.png").resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS))
     pixels = torch.from_numpy(picture).double().permute(2, 0, 1)[None] / 127.5 - 1
@@ -118,7 +158,13 @@ def test_a_picture_to_start_from(pipe, model, tmp_path):
     start = draw(1, 4, 1, 6, 10, seed=9)
     sigma = pipeline.table(model.blueprint, request).sigmas[0].item()
     noisy = patchify(sigma * start + (1 - sigma) * clean[:, :, None], ovis.PATCH)
-    given = {"prompt": PROMPT, "height": HEIGHT, "width": WIDTH, "num_inference_steps": 2, "sigmas": [0.5, 0.25]}
+    given = {
+        "prompt": PROMPT,
+        "height": HEIGHT,
+        "width": WIDTH,
+        "num_inference_steps": 2,
+        "sigmas": [0.5, 0.25],
+    }
     theirs, images = recorded(pipe, **given, latents=noisy)
     latents, frames = ours(model, request, start)
     assert len(latents) == len(theirs) == 2 and 0.5 < sigma < 0.7
@@ -128,13 +174,19 @@ def test_a_picture_to_start_from(pipe, model, tmp_path):
 
 
 def test_noise_is_what_the_reference_draws(pipe):
-    drawn, ids = pipe.prepare_latents(1, 4, HEIGHT, WIDTH, torch.float32, "cpu", torch.Generator().manual_seed(5))
+    drawn, ids = pipe.prepare_latents(
+        1, 4, HEIGHT, WIDTH, torch.float32, "cpu", torch.Generator().manual_seed(5)
+    )
     [made] = noise.noise(5, 0, (1, 4, 1, 6, 10))
-    assert torch.equal(patchify(made, ovis.PATCH), drawn) and torch.equal(ovis.positions((1, 6, 10)), ids.long())
+    assert torch.equal(patchify(made, ovis.PATCH), drawn) and torch.equal(
+        ovis.positions((1, 6, 10)), ids.long()
+    )
 
 
 def test_the_template_is_the_references(pipe):
-    assert [ovis.TEMPLATE.format("{a}")] == pipe._get_messages("{a}") and pipe.user_prompt_begin_id == ovis.DROPPED
+    assert [ovis.TEMPLATE.format("{a}")] == pipe._get_messages(
+        "{a}"
+    ) and pipe.user_prompt_begin_id == ovis.DROPPED
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,15 @@ def pictures(tmp_path):
 def request_for(model, pictures, fields):
     """An admitted request at a size that is not square."""
     stride = model.blueprint.nets["vae"].config.scale_factor_spatial
-    asked = {"prompt": (PROMPT,), "negative_prompt": NEGATIVE, "num_frames": FRAMES, "image_path": tuple(pictures)}
-    [request] = admit(model.blueprint, SamplingOptions(**asked | {"height": 4 * stride, "width": 6 * stride} | fields))
+    asked = {
+        "prompt": (PROMPT,),
+        "negative_prompt": NEGATIVE,
+        "num_frames": FRAMES,
+        "image_path": tuple(pictures),
+    }
+    [request] = admit(
+        model.blueprint, SamplingOptions(**asked | {"height": 4 * stride, "width": 6 * stride} | fields)
+    )
     return request
 
 
@@ -62,8 +69,18 @@ def test_every_step_and_the_frames_equal_diffusers(case, tmp_path, pictures):
 
     theirs = []
     given = {
-        **{"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance_scale": fields["guidance_scale"], "latents": start},
-        **{"height": request.height, "width": request.width, "num_frames": request.num_frames, "num_inference_steps": STEPS},
+        **{
+            "prompt": PROMPT,
+            "negative_prompt": NEGATIVE,
+            "guidance_scale": fields["guidance_scale"],
+            "latents": start,
+        },
+        **{
+            "height": request.height,
+            "width": request.width,
+            "num_frames": request.num_frames,
+            "num_inference_steps": STEPS,
+        },
     }
     if variant.boundary_ratio is not None:
         given["guidance_scale_2"] = fields.get("guidance_scale_2")
@@ -71,7 +88,9 @@ def test_every_step_and_the_frames_equal_diffusers(case, tmp_path, pictures):
         given[field] = Image.open(picture)
     with exact(pipe):
         # The callback hands over the latents before a given frame is put back into them, which the pipeline does once, at the end.
-        video = pipe(**given, callback_on_step_end=lambda pipe, i, t, kept: theirs.append(kept["latents"]) or {}).frames
+        video = pipe(
+            **given, callback_on_step_end=lambda pipe, i, t, kept: theirs.append(kept["latents"]) or {}
+        ).frames
         final = pipe(**given, output_type="latent").frames
 
     latents, frames = ours(model, request, start)
@@ -115,8 +134,12 @@ def test_a_distilled_model_follows_fastvideo(name, tmp_path, pictures):
         text, _ = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False, max_sequence_length=512)
         frame = None
         if first:
-            picture = pipe.video_processor.preprocess(Image.open(first[0]), height=request.height, width=request.width)
-            _, frame, _ = pipe.prepare_latents(picture, 1, 4, request.height, request.width, FRAMES, torch.float32, latents=start)
+            picture = pipe.video_processor.preprocess(
+                Image.open(first[0]), height=request.height, width=request.width
+            )
+            _, frame, _ = pipe.prepare_latents(
+                picture, 1, 4, request.height, request.width, FRAMES, torch.float32, latents=start
+            )
         theirs = distilled(pipe, start, (1000, 757, 522), 8.0, text, fresh, frame)
     latents, frames = ours(model, request, start)
     for got, expected in zip(latents, theirs, strict=True):

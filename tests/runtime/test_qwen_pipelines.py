@@ -73,14 +73,23 @@ def pictures(tmp_path) -> list[Path]:
 def _opened(path: Path, mode: str = "RGB") -> Image.Image:
     """As the reference is given it: what has opacity stands before white."""
     picture = Image.open(path)
-    return picture if mode == "RGBA" else Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return (
+        picture
+        if mode == "RGBA"
+        else Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    )
 
 
 # --- both sides ---------------------------------------------------------------------------------------------------------------------
 
 
 def _request(model, images=(), **fields):
-    asked = {"prompt": (PROMPT,), "negative_prompt": NEGATIVE, "num_inference_steps": STEPS, "image_path": tuple(map(str, images))}
+    asked = {
+        "prompt": (PROMPT,),
+        "negative_prompt": NEGATIVE,
+        "num_inference_steps": STEPS,
+        "image_path": tuple(map(str, images)),
+    }
     [request] = admit(model.blueprint, SamplingOptions(**asked | fields))
     return request
 
@@ -90,7 +99,11 @@ def _theirs(pipe, **given):
     steps = []
     fields = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "num_inference_steps": STEPS} | given
     with exact(pipe):
-        made = pipe(**fields, output_type="np", callback_on_step_end=lambda pipe, i, t, kept: steps.append(kept["latents"]) or {})
+        made = pipe(
+            **fields,
+            output_type="np",
+            callback_on_step_end=lambda pipe, i, t, kept: steps.append(kept["latents"]) or {},
+        )
     return steps, made.images
 
 
@@ -133,7 +146,13 @@ def test_from_a_picture(masked, tmp_path, pictures, monkeypatch):
     pipe.set_progress_bar_config(disable=True)
     model = load(tmp_path / "model")
     start = draw(1, Z, 1, HEIGHT // 8, WIDTH // 8, seed=9)
-    given = {"image": _opened(pictures[0]), "height": HEIGHT, "width": WIDTH, "strength": 0.8, "true_cfg_scale": 3.0}
+    given = {
+        "image": _opened(pictures[0]),
+        "height": HEIGHT,
+        "width": WIDTH,
+        "strength": 0.8,
+        "true_cfg_scale": 3.0,
+    }
     asked = {"height": HEIGHT, "width": WIDTH, "strength": 0.8, "guidance_scale": 3.0}
     if masked:
         mask = np.zeros((40, 56), dtype=np.uint8)
@@ -168,7 +187,12 @@ def test_edit_of_several(count, still, scale, small, tmp_path, pictures):
     pipe = build(diffusers.QwenImageEditPlusPipeline, tmp_path / "model", zero_cond_t=still)
     model = load(tmp_path / "model")
     start = draw(1, Z, 1, HEIGHT // 8, WIDTH // 8, seed=9)
-    given = {"image": [_opened(path) for path in pictures[:count]], "height": HEIGHT, "width": WIDTH, "true_cfg_scale": scale}
+    given = {
+        "image": [_opened(path) for path in pictures[:count]],
+        "height": HEIGHT,
+        "width": WIDTH,
+        "true_cfg_scale": scale,
+    }
     theirs = _theirs(pipe, latents=_packed(start), **given)
     request = _request(model, pictures[:count], height=HEIGHT, width=WIDTH, guidance_scale=scale)
     _same(_ours(model, request, start), theirs, True)
@@ -187,17 +211,32 @@ def test_layers(prompt, scale, scheduler, small, tmp_path, pictures, monkeypatch
     pipe.scheduler.register_to_config(**scheduler)
     edit(tmp_path / "model" / "scheduler" / "scheduler_config.json", **scheduler)
     generate = pipe.text_encoder.generate
-    monkeypatch.setattr(pipe.text_encoder, "generate", lambda **given: generate(**given | {"max_new_tokens": 9}))
+    monkeypatch.setattr(
+        pipe.text_encoder, "generate", lambda **given: generate(**given | {"max_new_tokens": 9})
+    )
     monkeypatch.setattr(qwen_prompts, "CAPTION_TOKENS", 9)
     model = load(tmp_path / "model")
     layers, (height, width) = 2, (96, 128)
     start = draw(1, layers + 1, Z, height // 8, width // 8, seed=9)
     packed = pipe._pack_latents(start, 1, Z, height // 8, width // 8, layers + 1)
-    given = {"image": _opened(pictures[0], "RGBA"), "layers": layers, "prompt": prompt, "true_cfg_scale": scale}
+    given = {
+        "image": _opened(pictures[0], "RGBA"),
+        "layers": layers,
+        "prompt": prompt,
+        "true_cfg_scale": scale,
+    }
     theirs = _theirs(pipe, latents=packed, **given)
     whole = np.asarray(_opened(pictures[0], "RGBA").resize((width, height), Image.Resampling.LANCZOS))
     assert len(qwen_prompts.caption(pipeline.parts(model, _request(model, pictures[:1])), whole)) > 3
-    request = _request(model, pictures[:1], prompt=(prompt,), num_frames=layers, guidance_scale=scale, height=height, width=width)
+    request = _request(
+        model,
+        pictures[:1],
+        prompt=(prompt,),
+        num_frames=layers,
+        guidance_scale=scale,
+        height=height,
+        width=width,
+    )
     assert (request.layers, request.num_frames) == (2, 1)
     ours = _ours(model, request, start)
     _same(ours, theirs, False)
@@ -227,7 +266,9 @@ def test_noise_is_that_of_a_seeded_generator(tmp_path, small, pictures):
         table = pipeline.table(model.blueprint, request)
         drawn, _ = noise.latents(7, [0], prepared.size, table)
         known = [None, 1, Z, HEIGHT, WIDTH, 3] if more else [1, Z, HEIGHT, WIDTH]
-        made = pipe.prepare_latents(*known, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(7))
+        made = pipe.prepare_latents(
+            *known, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(7)
+        )
         assert torch.equal(prepared.pack(drawn), made[0] if more else made)
 
 
@@ -269,7 +310,12 @@ def test_what_an_edit_is_given_and_makes(tmp_path, pictures):
     made = _request_of(plan, pictures[:2], width=512)
     assert (made.height, made.width) == (spread(1024 * 1024, 80, 40)[0], 512)
     assert [image.shape for image in made.originals] == [(40, 56, 3), (80, 40, 3)] and made.images == ()
-    _refused("image_path", "4 pictures are given; Qwen/Qwen-Image-Edit-2511 takes at most 3", plan, [*pictures, pictures[0]])
+    _refused(
+        "image_path",
+        "4 pictures are given; Qwen/Qwen-Image-Edit-2511 takes at most 3",
+        plan,
+        [*pictures, pictures[0]],
+    )
     _refused("image_path", "edits a picture; give one", plan, [])
     _refused("image_path", "2 pictures are given", _read("Qwen/Qwen-Image-Edit", tmp_path), pictures[:2])
     _refused("num_frames", "5 would be a clip", _read("Qwen/Qwen-Image", tmp_path), [], num_frames=5)
@@ -296,7 +342,9 @@ def test_one_step_is_not_stretched(tmp_path):
 def test_an_autoencoder_that_does_not_fit(tmp_path):
     path = released("Qwen/Qwen-Image-Layered", tmp_path)
     edit(path / "vae" / "config.json", input_channels=3)
-    with pytest.raises(UserError, match="use_layer3d_rope is True, and a vae with 3 channels of pixels needs False"):
+    with pytest.raises(
+        UserError, match="use_layer3d_rope is True, and a vae with 3 channels of pixels needs False"
+    ):
         blueprint.read(ModelOptions(model_path=str(path)))
     edit(path / "vae" / "config.json", z_dim=48)
     with pytest.raises(UserError, match="in_channels is 64, and the vae's latents need 192"):
@@ -304,7 +352,9 @@ def test_an_autoencoder_that_does_not_fit(tmp_path):
 
 
 def _request_of(plan, images, **fields):
-    [made] = admit(plan, SamplingOptions(**{"prompt": ("a fox",), "image_path": tuple(map(str, images))} | fields))
+    [made] = admit(
+        plan, SamplingOptions(**{"prompt": ("a fox",), "image_path": tuple(map(str, images))} | fields)
+    )
     return made
 
 
@@ -340,15 +390,40 @@ def test_a_picture_token_in_a_prompt_is_refused(small, tmp_path, pictures):
         pipeline.condition(model, request)
 
 
-@pytest.mark.parametrize(("name", "files"), [("a.png", ["a_0.png", "a_1.png", "a_2.png", "a_3.png"]), ("a/", ["a_0", "a_1"])])
+@pytest.mark.parametrize(
+    ("name", "files"), [("a.png", ["a_0.png", "a_1.png", "a_2.png", "a_3.png"]), ("a/", ["a_0", "a_1"])]
+)
 def test_layers_as_files(name, files, tmp_path, pictures, capsys):
     """One file each, numbered on through the outputs; or a folder for each output."""
     build(diffusers.QwenImageLayeredPipeline, tmp_path / "model", **LAYERED)
     out = tmp_path / "out"
-    words = ["--model-path", tmp_path / "model", "--image-path", pictures[0], "--num-frames", 2, "--num-outputs-per-prompt", 2]
-    words += ["--prompt", "a", "--height", HEIGHT, "--width", WIDTH, "--num-inference-steps", 1, "--output-path", out]
+    words = [
+        "--model-path",
+        tmp_path / "model",
+        "--image-path",
+        pictures[0],
+        "--num-frames",
+        2,
+        "--num-outputs-per-prompt",
+        2,
+    ]
+    words += [
+        "--prompt",
+        "a",
+        "--height",
+        HEIGHT,
+        "--width",
+        WIDTH,
+        "--num-inference-steps",
+        1,
+        "--output-path",
+        out,
+    ]
     assert cli.main(["generate", *map(str, words), "--output-file-name", "a.jpg"]) == 2
-    assert "'a.jpg': layers have opacity, so they may be .png, .webp or a name ending in /" in capsys.readouterr().err
+    assert (
+        "'a.jpg': layers have opacity, so they may be .png, .webp or a name ending in /"
+        in capsys.readouterr().err
+    )
     assert cli.main(["generate", *map(str, words), "--output-file-name", name]) == 0
     assert sorted(path.name for path in out.iterdir()) == files
     seeds = [line.rpartition("  ")[2] for line in capsys.readouterr().out.splitlines()[: len(files)]]

@@ -18,9 +18,19 @@ from diffusers import (
     StableDiffusion3InpaintPipeline,
     StableDiffusion3Pipeline,
 )
-from diffusers.pipelines.stable_diffusion_3 import pipeline_stable_diffusion_3_img2img, pipeline_stable_diffusion_3_inpaint
+from diffusers.pipelines.stable_diffusion_3 import (
+    pipeline_stable_diffusion_3_img2img,
+    pipeline_stable_diffusion_3_inpaint,
+)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from tests import vocabularies
 from tests.parity import close, draw
@@ -50,24 +60,61 @@ def build(name, folder, **scheduler):
         path.mkdir(parents=True)
         vocabularies.clip(path, pad, model_max_length=TOKENS)
     tokenizers = [CLIPTokenizer.from_pretrained(path) for path in words]
-    sizes = {"vocab_size": len(tokenizers[0]), "max_position_embeddings": TOKENS, "num_hidden_layers": 3, "eos_token_id": 2}
+    sizes = {
+        "vocab_size": len(tokenizers[0]),
+        "max_position_embeddings": TOKENS,
+        "num_hidden_layers": 3,
+        "eos_token_id": 2,
+    }
     clips = [
-        CLIPTextConfig(**sizes, hidden_size=8, intermediate_size=12, projection_dim=6, num_attention_heads=2, hidden_act="quick_gelu"),
-        CLIPTextConfig(**sizes, hidden_size=12, intermediate_size=20, projection_dim=5, num_attention_heads=3, hidden_act="gelu"),
+        CLIPTextConfig(
+            **sizes,
+            hidden_size=8,
+            intermediate_size=12,
+            projection_dim=6,
+            num_attention_heads=2,
+            hidden_act="quick_gelu",
+        ),
+        CLIPTextConfig(
+            **sizes,
+            hidden_size=12,
+            intermediate_size=20,
+            projection_dim=5,
+            num_attention_heads=3,
+            hidden_act="gelu",
+        ),
     ]
-    t5 = T5Config(vocab_size=142, d_model=24, d_kv=8, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
-    levels = {"block_out_channels": [8, 8], "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    vae = {"scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False, "use_post_quant_conv": False}
+    t5 = T5Config(
+        vocab_size=142, d_model=24, d_kv=8, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    levels = {
+        "block_out_channels": [8, 8],
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+    }
+    vae = {
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
     heads = {"attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16, "num_layers": 3}
     widths = {"in_channels": Z, "out_channels": Z, "joint_attention_dim": 24, "pooled_projection_dim": 11}
     networks = {
-        "transformer": SD3Transformer2DModel(sample_size=8, pos_embed_max_size=12, **heads, **widths, **VARIANTS[name]),
+        "transformer": SD3Transformer2DModel(
+            sample_size=8, pos_embed_max_size=12, **heads, **widths, **VARIANTS[name]
+        ),
         "vae": AutoencoderKL(**levels, **vae, latent_channels=Z, norm_num_groups=4),
         "text_encoder": CLIPTextModelWithProjection(clips[0]),
         "text_encoder_2": CLIPTextModelWithProjection(clips[1]),
     }
     others = {
-        **{"tokenizer": tokenizers[0], "tokenizer_2": tokenizers[1], "tokenizer_3": None, "text_encoder_3": None},
+        **{
+            "tokenizer": tokenizers[0],
+            "tokenizer_2": tokenizers[1],
+            "tokenizer_3": None,
+            "text_encoder_3": None,
+        },
         "scheduler": FlowMatchEulerDiscreteScheduler(**{"shift": 3.0} | scheduler),
     }
     if name != "3.5 medium without T5":
@@ -98,14 +145,23 @@ def picture(tmp_path):
     random = np.random.default_rng(0)
     mask = np.zeros(SIZE, np.uint8)
     mask[2:7, 5:16] = 255
-    noisy = {name: random.integers(0, 256, (*size, 3), dtype=np.uint8) for name, size in (("large", (30, 42)), ("picture", SIZE))}
+    noisy = {
+        name: random.integers(0, 256, (*size, 3), dtype=np.uint8)
+        for name, size in (("large", (30, 42)), ("picture", SIZE))
+    }
     for name, pixels in (noisy | {"mask": mask}).items():
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     return tmp_path
 
 
 def request_for(model, **fields):
-    asked = {"prompt": (PROMPT,), "negative_prompt": NEGATIVE, "height": SIZE[0], "width": SIZE[1], "num_inference_steps": STEPS}
+    asked = {
+        "prompt": (PROMPT,),
+        "negative_prompt": NEGATIVE,
+        "height": SIZE[0],
+        "width": SIZE[1],
+        "num_inference_steps": STEPS,
+    }
     [request] = admit(model.blueprint, SamplingOptions(**asked | fields))
     return request
 
@@ -131,7 +187,10 @@ def same_latents(latents, theirs):
         ("3 medium", {"guidance_scale": 1.0}),
         ("3.5 medium", {"guidance_scale": 5.0}),
         ("3.5 medium", {"guidance_scale": 2.0, "negative_prompt": ""}),
-        ("3.5 medium", {"guidance_scale": 2.0, "prompt": ("a red circle " * 120,)}),  # longer than either text encoder reads
+        (
+            "3.5 medium",
+            {"guidance_scale": 2.0, "prompt": ("a red circle " * 120,)},
+        ),  # longer than either text encoder reads
         ("3.5 medium without T5", {"guidance_scale": 5.0}),
     ],
     ids=["3", "3 not guided", "3.5", "3.5 guided from nothing", "3.5 a long prompt", "3.5 without T5"],
@@ -150,7 +209,13 @@ def test_text_to_image_equals_diffusers(name, fields, both, caplog):
 
 
 def test_a_scheduler_that_asks_for_a_dynamic_shift_gets_the_pipelines(tmp_path):
-    pipe = build("3.5 medium without T5", tmp_path / "model", use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64)
+    pipe = build(
+        "3.5 medium without T5",
+        tmp_path / "model",
+        use_dynamic_shifting=True,
+        base_image_seq_len=4,
+        max_image_seq_len=64,
+    )
     model = load(tmp_path / "model")
     request = request_for(model, guidance_scale=5.0)
     theirs, images = recorded(pipe, **given(request), latents=START[:, :, 0])
@@ -162,7 +227,9 @@ def test_a_scheduler_that_asks_for_a_dynamic_shift_gets_the_pipelines(tmp_path):
 @pytest.mark.parametrize("guidance", [5.0, 1.0])
 def test_image_to_image_equals_diffusers(guidance, both, picture, monkeypatch):
     pipe, _, model = both()
-    request = request_for(model, guidance_scale=guidance, image_path=(str(picture / "large.png"),), strength=0.6)
+    request = request_for(
+        model, guidance_scale=guidance, image_path=(str(picture / "large.png"),), strength=0.6
+    )
     starting_from(monkeypatch, pipeline_stable_diffusion_3_img2img, START[:, :, 0])
     other = StableDiffusion3Img2ImgPipeline(**pipe.components)
     theirs, images = recorded(other, **given(request), image=Image.open(picture / "large.png"), strength=0.6)
@@ -178,7 +245,11 @@ def test_inpainting_equals_diffusers(strength, guidance, both, picture, monkeypa
     pipe, _, model = both()
     paths = {"image": picture / "picture.png", "mask_image": picture / "mask.png"}
     request = request_for(
-        model, guidance_scale=guidance, image_path=(str(paths["image"]),), mask_path=str(paths["mask_image"]), strength=strength
+        model,
+        guidance_scale=guidance,
+        image_path=(str(paths["image"]),),
+        mask_path=str(paths["mask_image"]),
+        strength=strength,
     )
     starting_from(monkeypatch, pipeline_stable_diffusion_3_inpaint, START[:, :, 0])
     other = StableDiffusion3InpaintPipeline(**pipe.components)
@@ -207,7 +278,9 @@ def test_the_schedule_is_shifted_twice(steps, both):
     rows = pipeline.table(model.blueprint, request_for(model, num_inference_steps=steps))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(steps)
-    assert torch.equal(rows.sigmas, scheduler.sigmas[:-1].double()) and torch.equal(rows.timesteps, scheduler.timesteps.double())
+    assert torch.equal(rows.sigmas, scheduler.sigmas[:-1].double()) and torch.equal(
+        rows.timesteps, scheduler.timesteps.double()
+    )
     once = 3 * 0.001 / (1 + 2 * 0.001)
     assert rows.sigmas[-1].item() == pytest.approx(3 * once / (1 + 2 * once), rel=1e-4)
 
@@ -225,7 +298,11 @@ def test_the_released_models_defaults(name, steps, guidance, longest, tmp_path):
     plan = blueprint.read(ModelOptions(model_path=str(path)))
     [request] = admit(plan, SamplingOptions(prompt=("a fox",)))
     assert plan.row is named(f"stabilityai/{name}")
-    assert (request.num_inference_steps, request.guidance_scale, request.text_tokens) == (steps, guidance, 256)
+    assert (request.num_inference_steps, request.guidance_scale, request.text_tokens) == (
+        steps,
+        guidance,
+        256,
+    )
     assert (request.height, request.width, request.negative_prompt) == (1024, 1024, "")
     path.rename(tmp_path / "renamed")
     assert blueprint.read(ModelOptions(model_path=str(tmp_path / "renamed"))).row is plan.row
@@ -239,8 +316,16 @@ def test_the_released_models_defaults(name, steps, guidance, longest, tmp_path):
 @pytest.mark.parametrize(
     ("component", "fields", "words"),
     [
-        ("text_encoder", {"projection_dim": 8}, "the transformer's pooled_projection_dim is 11, and the two CLIPs give 13"),
-        ("text_encoder_3", {"d_model": 32}, "the transformer's joint_attention_dim is 24, and text_encoder_3 gives 32"),
+        (
+            "text_encoder",
+            {"projection_dim": 8},
+            "the transformer's pooled_projection_dim is 11, and the two CLIPs give 13",
+        ),
+        (
+            "text_encoder_3",
+            {"d_model": 32},
+            "the transformer's joint_attention_dim is 24, and text_encoder_3 gives 32",
+        ),
         ("vae", {"latent_channels": 4}, "the transformer's in_channels is 16, and the vae's latents need 4"),
     ],
 )
@@ -265,5 +350,7 @@ def test_the_class_in_the_index_says_whether_a_clip_projects(both, tmp_path):
     (tmp_path / "model_index.json").unlink()
     (tmp_path / "model_index.json").write_text(index)
     edit(tmp_path / "model_index.json", text_encoder_2=["transformers", "CLIPTextModel"])
-    with pytest.raises(UserError, match="the transformer's pooled_projection_dim is 11, and the two CLIPs give 6"):
+    with pytest.raises(
+        UserError, match="the transformer's pooled_projection_dim is 11, and the two CLIPs give 6"
+    ):
         blueprint.read(ModelOptions(model_path=str(tmp_path)))

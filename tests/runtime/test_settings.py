@@ -15,7 +15,13 @@ from tinydiff.runtime import pipeline
 from tinydiff.runtime.settings import settle
 
 QWEN, Z_IMAGE, SD3, OVIS, ERNIE = (
-    *("Qwen/Qwen-Image", "Tongyi-MAI/Z-Image", "stabilityai/stable-diffusion-3.5-medium", "AIDC-AI/Ovis-Image-7B", "baidu/ERNIE-Image"),
+    *(
+        "Qwen/Qwen-Image",
+        "Tongyi-MAI/Z-Image",
+        "stabilityai/stable-diffusion-3.5-medium",
+        "AIDC-AI/Ovis-Image-7B",
+        "baidu/ERNIE-Image",
+    ),
 )
 KLEIN, DEV_2 = "black-forest-labs/FLUX.2-klein-base-4B", "black-forest-labs/FLUX.2-dev"
 
@@ -83,9 +89,14 @@ def test_a_recommended_shift_holds_only_over_the_releases_own_file(name, tmp_pat
     assert read(path).scheduler["flow_shift"] == row.stored_shift
     note = f"recommended for {name}; its scheduler's file says {row.stored_shift:g}"
     assert shift_of(path) == (row.flow_shift, note if row.flow_shift != row.stored_shift else None)
-    assert shift_of(stored(path, flow_shift=4.2)) == (4.2, f"from the scheduler's file; {row.flow_shift:g} is recommended for {name}")
+    assert shift_of(stored(path, flow_shift=4.2)) == (
+        4.2,
+        f"from the scheduler's file; {row.flow_shift:g} is recommended for {name}",
+    )
     assert shift_of(path, flow_shift=6.0) == (6.0, None)
-    (path / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.5}')
+    (path / "scheduler" / "scheduler_config.json").write_text(
+        '{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.5}'
+    )
     assert shift_of(path)[0] == 2.5
 
 
@@ -97,12 +108,19 @@ def test_entries_of_another_type_are_one_sentence(tmp_path):
     refused("scheduler.flow_shift", "flow_shift is None", request, stored(path, flow_shift=None))
     refused("scheduler.flow_shift", "flow_shift is 'much'", request, stored(path, flow_shift="much"))
     refused("scheduler", "it must be a string", request, stored(path, _class_name=["UniPC"]))
-    refused("scheduler.flow_shift", "flow_shift is 'much'", request, stored(released(FAST, tmp_path), flow_shift="much"))
+    refused(
+        "scheduler.flow_shift",
+        "flow_shift is 'much'",
+        request,
+        stored(released(FAST, tmp_path), flow_shift="much"),
+    )
 
 
 def test_a_distilled_schedule_is_not_in_the_file(tmp_path):
     made = request(stored(released(FAST, tmp_path), flow_shift=4.2))
-    assert made.flow_shift == 8.0 and made.notes["flow_shift"].endswith("the scheduler's file, which says 4.2, is not read")
+    assert made.flow_shift == 8.0 and made.notes["flow_shift"].endswith(
+        "the scheduler's file, which says 4.2, is not read"
+    )
 
 
 # --- guidance -------------------------------------------------------------------------------------------------------------------------
@@ -149,10 +167,14 @@ GUIDED = {
 }
 
 
-@pytest.mark.parametrize(("asked", "wanted"), GUIDED.items(), ids=lambda each: "-".join(map(str, each or ("unguided",))))
+@pytest.mark.parametrize(
+    ("asked", "wanted"), GUIDED.items(), ids=lambda each: "-".join(map(str, each or ("unguided",)))
+)
 def test_whether_a_request_is_guided_and_against_what(asked, wanted, tmp_path):
     name, guidance, true, negative = asked
-    made = request(released(name, tmp_path), guidance_scale=guidance, true_cfg_scale=true, negative_prompt=negative)
+    made = request(
+        released(name, tmp_path), guidance_scale=guidance, true_cfg_scale=true, negative_prompt=negative
+    )
     assert made.texts == (["a fox"] if wanted is None else ["a fox", wanted[1]])
     assert made.guidance_scale == (1.0 if wanted is None else wanted[0])
 
@@ -179,4 +201,7 @@ def test_what_is_without_effect_is_said(name, asked, field, tmp_path, caplog):
 
 
 def test_nothing_is_said_of_what_holds(tmp_path):
-    assert request(released(DEV, tmp_path), guidance_scale=2.0, true_cfg_scale=2.6, negative_prompt="x").notes == {}
+    assert (
+        request(released(DEV, tmp_path), guidance_scale=2.0, true_cfg_scale=2.6, negative_prompt="x").notes
+        == {}
+    )

@@ -112,7 +112,11 @@ class Both:
         request = replace(self.request(given), prompt=prompt)
         told = pipeline.condition(self.model, request)
         start = draw(1, *told.prepared.size, seed=seed)
-        latents = {"tokens": lambda: told.prepared.pack(start), "image": lambda: start[:, :, 0], "clip": lambda: start}[self.family.form]()
+        latents = {
+            "tokens": lambda: told.prepared.pack(start),
+            "image": lambda: start[:, :, 0],
+            "clip": lambda: start,
+        }[self.family.form]()
         theirs = []
         with exact(self.pipe):
             made = self.pipe(
@@ -121,7 +125,10 @@ class Both:
             )  # fmt: skip
         tokens = list(pipeline.denoise(self.model, request, told, 0, start))
         assert len(tokens) == len(theirs) == request.num_inference_steps
-        ours = [x if y.ndim == 3 else told.prepared.unpack(x).reshape(y.shape) for x, y in zip(tokens, theirs, strict=True)]
+        ours = [
+            x if y.ndim == 3 else told.prepared.unpack(x).reshape(y.shape)
+            for x, y in zip(tokens, theirs, strict=True)
+        ]
         frames = pipeline.decode(self.model, request, told.prepared.unpack(tokens[-1]))
         return Made(ours, theirs, frames, made.frames[0] if self.family.form == "clip" else made.images)
 
@@ -157,7 +164,11 @@ def euler(**entries):
 
 
 def unipc(**entries):
-    return {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True} | entries
+    return {
+        "_class_name": "UniPCMultistepScheduler",
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+    } | entries
 
 
 POINTS = {"base_shift": 0.3, "max_shift": 1.4, "base_image_seq_len": 10, "max_image_seq_len": 99}
@@ -193,11 +204,17 @@ REFUSED = {
 BY_SIZE = {name for name in SCHEDULERS if "by size" in name}
 IMPOSSIBLE = {
     "Wan": BY_SIZE,  # the pipeline hands its scheduler no shift
-    "ERNIE": BY_SIZE | {name for name in SCHEDULERS if "UniPC" in name},  # nor does this; and UniPC cannot read its grid
+    "ERNIE": BY_SIZE
+    | {name for name in SCHEDULERS if "UniPC" in name},  # nor does this; and UniPC cannot read its grid
     "Z-Image": {name for name in SCHEDULERS if "UniPC" in name},  # UniPC cannot read its grid
 }
 """Schedulers with which the reference's own pipeline ends in an error."""
-ROWS = [(name, scheduler) for name in FAMILIES for scheduler in SCHEDULERS if scheduler not in IMPOSSIBLE.get(name, ())]
+ROWS = [
+    (name, scheduler)
+    for name in FAMILIES
+    for scheduler in SCHEDULERS
+    if scheduler not in IMPOSSIBLE.get(name, ())
+]
 
 
 @pytest.mark.parametrize(("name", "scheduler"), ROWS)
@@ -220,12 +237,20 @@ TRUE = [{"true_cfg_scale": scale} for scale in (0.5, 1.0, 2.6)]
 GUIDANCE = {
     "Wan": [scale | negative for scale in SCALES for negative in ({}, EMPTY)],
     "FLUX.1": [*SCALES, *TRUE, {"true_cfg_scale": 2.6} | EMPTY, {"true_cfg_scale": 2.6} | NEGATIVE],
-    "FLUX.1 schnell": [*SCALES, *TRUE, SCALES[-1] | NEGATIVE, TRUE[0] | NEGATIVE, TRUE[1] | EMPTY, TRUE[2] | EMPTY],
+    "FLUX.1 schnell": [
+        *SCALES,
+        *TRUE,
+        SCALES[-1] | NEGATIVE,
+        TRUE[0] | NEGATIVE,
+        TRUE[1] | EMPTY,
+        TRUE[2] | EMPTY,
+    ],
     "FLUX.2 dev": SCALES,
     "FLUX.2 klein": SCALES,
     "Ovis": [scale | negative for scale in SCALES for negative in ({}, NEGATIVE)],
     "Qwen-Image": [scale | negative for scale in TRUE for negative in ({}, EMPTY)],
-    "Z-Image": [{"guidance_scale": 0.0} | NEGATIVE] + [scale | negative for scale in SCALES for negative in ({}, EMPTY, NEGATIVE)],
+    "Z-Image": [{"guidance_scale": 0.0} | NEGATIVE]
+    + [scale | negative for scale in SCALES for negative in ({}, EMPTY, NEGATIVE)],
     "SD3": [scale | negative for scale in SCALES for negative in ({}, NEGATIVE)],
     "ERNIE": [scale | negative for scale in SCALES for negative in ({}, NEGATIVE)],
 }
@@ -239,7 +264,11 @@ def test_guidance_is_read_as_the_reference_reads_it(name, both):
         here.compare(given)
 
 
-HELD_OUT = [(1, "", {"num_inference_steps": 2}), (2, "a yellow star, left of 円 & <b>", {"num_inference_steps": 5}), (3, "x " * 300, {})]
+HELD_OUT = [
+    (1, "", {"num_inference_steps": 2}),
+    (2, "a yellow star, left of 円 & <b>", {"num_inference_steps": 5}),
+    (3, "x " * 300, {}),
+]
 """Starts, prompts and steps that no other test has."""
 
 

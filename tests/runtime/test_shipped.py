@@ -42,7 +42,9 @@ def picture(tmp_path) -> str:
     """A red disc on grey, as a file."""
     y, x = np.mgrid[:96, :96]
     disc = (x - 40) ** 2 + (y - 50) ** 2 < 900
-    Image.fromarray(np.where(disc[..., None], (220, 30, 30), (120, 120, 120)).astype(np.uint8)).save(tmp_path / "first.png")
+    Image.fromarray(np.where(disc[..., None], (220, 30, 30), (120, 120, 120)).astype(np.uint8)).save(
+        tmp_path / "first.png"
+    )
     return str(tmp_path / "first.png")
 
 
@@ -60,7 +62,10 @@ def same(made, pipe, **fields):
         "guidance_scale": registry.named(registry.SHIPPED).guidance,
         "max_sequence_length": 32,
     }
-    latents, video = (pipe(**asked, generator=torch.Generator().manual_seed(3), output_type=kind).frames[0] for kind in ("latent", "np"))
+    latents, video = (
+        pipe(**asked, generator=torch.Generator().manual_seed(3), output_type=kind).frames[0]
+        for kind in ("latent", "np")
+    )
     assert made.latents[0].shape == latents.shape
     assert (made.latents[0] - latents).abs().max() <= 1e-4 * max(1, latents.abs().max().item())
     expected = (video * 255).round()
@@ -68,7 +73,9 @@ def same(made, pipe, **fields):
     assert np.abs(made.frames[0] - expected).max() <= 1
 
 
-@pytest.mark.parametrize("fields", [{}, {"num_frames": 17, "height": 64, "width": 96}], ids=["picture", "clip"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"num_frames": 17, "height": 64, "width": 96}], ids=["picture", "clip"]
+)
 def test_diffusers_makes_the_same(fields, model, reference):
     made = tinydiff.generate(model, PROMPT, seed=3, num_inference_steps=STEPS, **fields)
     same(made, reference, **{"height": 128, "width": 128, "num_frames": 1} | fields)
@@ -89,7 +96,13 @@ def test_a_mask_keeps_what_is_black_in_it(model, picture, tmp_path):
     given, mask = read_image(picture), np.zeros((96, 96, 3), np.uint8)
     mask[:, :40] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    asked = {"image_path": picture, "mask_path": str(tmp_path / "mask.png"), "num_frames": 1, "height": 96, "width": 96}
+    asked = {
+        "image_path": picture,
+        "mask_path": str(tmp_path / "mask.png"),
+        "num_frames": 1,
+        "height": 96,
+        "width": 96,
+    }
     made = tinydiff.generate(model, "a green square", num_inference_steps=4, **asked).images[0]
     assert (made[:, 58:] == given[:, 58:]).all() and (made[:, :32] != given[:, :32]).any()
 
@@ -103,7 +116,9 @@ def test_diffusers_makes_the_same_from_a_first_frame(model, picture):
 
 def test_a_clip_starts_with_the_given_picture(model, picture):
     """Its first latent frame is the picture's own, and so its first frame is what the autoencoder makes of the picture."""
-    made = tinydiff.generate(model, PROMPT, num_inference_steps=2, image_path=picture, height=96, width=96, num_frames=5)
+    made = tinydiff.generate(
+        model, PROMPT, num_inference_steps=2, image_path=picture, height=96, width=96, num_frames=5
+    )
     vae = model.nets["vae"]
     pixels = torch.from_numpy(read_image(picture).copy()).permute(2, 0, 1)[None, :, None] / 127.5 - 1
     coded = vae.family.encode(vae.config, vae.w, pixels)
@@ -130,21 +145,40 @@ def test_outputs_of_a_seed_are_the_pictures_of_the_seeds_that_follow(model):
 def test_a_prompt_is_enough(tmp_path):
     """From a fresh process in an empty folder: one PNG, its parameters inside, its name and seed printed."""
     command = [sys.executable, "-m", "tinydiff.cli", "generate", "--prompt", "a red circle"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, "")
     [path] = (tmp_path / "outputs").iterdir()
     assert path.suffix == ".png" and path.name.startswith("a-red-circle-42-")
     assert done.stdout.splitlines()[0] == f"outputs/{path.name}  seed 42"
     assert read_image(path).shape == (128, 128, 3)
     kept = read_parameters(path)
-    assert (kept["prompt"], kept["seed"], kept["num_inference_steps"], kept["num_frames"]) == ("a red circle", 42, 30, 1)
+    assert (kept["prompt"], kept["seed"], kept["num_inference_steps"], kept["num_frames"]) == (
+        "a red circle",
+        42,
+        30,
+        1,
+    )
     assert kept["model"] == "tinydiff/shapes" and kept["tinydiff"] == tinydiff.__version__
 
 
 def generated(tmp_path: Path, *words: str) -> Path:
     """The one file that `generate` writes."""
     out = tmp_path / "out"
-    argv = ["generate", "--prompt", PROMPT, "--num-inference-steps", "2", "--height", "64", "--width", "64", "--output-path", str(out)]
+    argv = [
+        "generate",
+        "--prompt",
+        PROMPT,
+        "--num-inference-steps",
+        "2",
+        "--height",
+        "64",
+        "--width",
+        "64",
+        "--output-path",
+        str(out),
+    ]
     assert cli.main([*argv, *words]) == 0
     [path] = out.iterdir()
     return path
@@ -172,7 +206,18 @@ def test_a_picture_makes_a_clip_that_starts_with_it(tmp_path, picture, model):
 
 
 def test_several_prompts_and_outputs_become_files(tmp_path):
-    argv = ["generate", "--prompt", "a star", "a ring", "--num-outputs-per-prompt", "2", "--num-inference-steps", "1", "--height", "32"]
+    argv = [
+        "generate",
+        "--prompt",
+        "a star",
+        "a ring",
+        "--num-outputs-per-prompt",
+        "2",
+        "--num-inference-steps",
+        "1",
+        "--height",
+        "32",
+    ]
     assert cli.main([*argv, "--width", "32", "--output-path", str(tmp_path)]) == 0
     kept = sorted((entry["prompt"], entry["seed"]) for entry in map(read_parameters, tmp_path.iterdir()))
     assert kept == [("a ring", 42), ("a ring", 43), ("a star", 42), ("a star", 43)]

@@ -40,7 +40,9 @@ def run(waiting, most, arrivals=()):
 
 def test_another_key_s_image_begins_at_once_beside_a_large_job():
     ended = run(images("a", "large", 8), 4, [(1, images("b", "small"))])
-    assert ended.index(("small", 5)) == 3  # it took its 4 steps from its arrival on, while one image of the large job paused
+    assert (
+        ended.index(("small", 5)) == 3
+    )  # it took its 4 steps from its arrival on, while one image of the large job paused
     assert ended[:3] == [("large", 4)] * 3 and len(ended) == 9
 
 

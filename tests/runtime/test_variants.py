@@ -38,7 +38,9 @@ def same(ours, theirs):
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
-@pytest.mark.parametrize("saved", [{"variant": "fp16"}, {"variant": "fp16", "max_shard_size": SHARD}, {"max_shard_size": SHARD}])
+@pytest.mark.parametrize(
+    "saved", [{"variant": "fp16"}, {"variant": "fp16", "max_shard_size": SHARD}, {"max_shard_size": SHARD}]
+)
 def test_what_diffusers_saves_loads(saved, variant, pipe, plain, tmp_path):
     pipe.save_pretrained(tmp_path / "model", **saved)
     names = {path.name for path in (tmp_path / "model" / "transformer").iterdir()}
@@ -70,7 +72,9 @@ def test_a_variant_beside_the_plain_weights_is_chosen_by_name(pipe, plain, tmp_p
 
 def test_a_variant_takes_a_components_place(pipe, plain, tmp_path):
     pipe.vae.save_pretrained(tmp_path / "vae", variant="bf16", max_shard_size=SHARD)
-    assert same(weights(plain, component_paths={"vae": str(tmp_path / "vae")}, variant="bf16"), weights(plain))
+    assert same(
+        weights(plain, component_paths={"vae": str(tmp_path / "vae")}, variant="bf16"), weights(plain)
+    )
 
 
 def test_the_option(tmp_path):

@@ -54,17 +54,34 @@ def build(folder, **scheduler):
     (folder / "words").mkdir(parents=True)
     tokenizer = Qwen2Tokenizer.from_pretrained(vocabularies.qwen(folder / "words", chat_template=CHAT))
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    text = Qwen3Config(vocab_size=len(tokenizer), hidden_size=20, intermediate_size=28, num_hidden_layers=3, **heads)
-    levels = {"block_out_channels": [8, 8], "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    vae = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False}
+    text = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=20, intermediate_size=28, num_hidden_layers=3, **heads
+    )
+    levels = {
+        "block_out_channels": [8, 8],
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+    }
+    vae = {
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
     blocks = {"n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
     networks = {
-        "transformer": ZImageTransformer2DModel(in_channels=Z, dim=32, **blocks, cap_feat_dim=20, axes_dims=[4, 6, 6]),
+        "transformer": ZImageTransformer2DModel(
+            in_channels=Z, dim=32, **blocks, cap_feat_dim=20, axes_dims=[4, 6, 6]
+        ),
         "vae": AutoencoderKL(**levels, **vae, latent_channels=Z, norm_num_groups=4),
         "text_encoder": Qwen3Model(text),
     }
     return saved(
-        ZImagePipeline, folder, networks, tokenizer=tokenizer, scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 6.0} | scheduler)
+        ZImagePipeline,
+        folder,
+        networks,
+        tokenizer=tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 6.0} | scheduler),
     )
 
 
@@ -90,7 +107,13 @@ def picture(tmp_path):
 
 
 def request_for(model, **fields):
-    asked = {"prompt": (PROMPT,), "negative_prompt": NEGATIVE, "height": SIZE[0], "width": SIZE[1], "num_inference_steps": STEPS}
+    asked = {
+        "prompt": (PROMPT,),
+        "negative_prompt": NEGATIVE,
+        "height": SIZE[0],
+        "width": SIZE[1],
+        "num_inference_steps": STEPS,
+    }
     [request] = admit(model.blueprint, SamplingOptions(**asked | fields))
     return request
 
@@ -118,7 +141,15 @@ def same(made, expected):
         {"guidance_scale": 2.0, "height": 32, "width": 16},  # 32 tokens, no pads
         {"guidance_scale": 2.0, "prompt": ("a red circle " * 120,)},  # the end of the template is cut too
     ],
-    ids=["guided", "hardly guided", "not guided", "clamped", "clamped too high to matter", "no pads", "a long prompt"],
+    ids=[
+        "guided",
+        "hardly guided",
+        "not guided",
+        "clamped",
+        "clamped too high to matter",
+        "no pads",
+        "a long prompt",
+    ],
 )
 def test_text_to_image_equals_diffusers(fields, pipe, model, monkeypatch, caplog):
     request = request_for(model, **fields)
@@ -136,7 +167,9 @@ def test_text_to_image_equals_diffusers(fields, pipe, model, monkeypatch, caplog
     assert ("tokens were cut, the model reads 512" in caplog.text) == ("prompt" in fields)
 
 
-@pytest.mark.parametrize("stored", [{}, {"base_shift": 0.3, "max_shift": 0.9, "base_image_seq_len": 4, "max_image_seq_len": 64}])
+@pytest.mark.parametrize(
+    "stored", [{}, {"base_shift": 0.3, "max_shift": 0.9, "base_image_seq_len": 4, "max_image_seq_len": 64}]
+)
 def test_a_scheduler_that_asks_for_a_dynamic_shift_gets_the_pipelines(stored, tmp_path, monkeypatch):
     pipe = build(tmp_path / "model", use_dynamic_shifting=True, **stored)
     model = load(tmp_path / "model")
@@ -178,7 +211,9 @@ def test_image_to_image_equals_diffusers(guidance, pipe, model, picture, monkeyp
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_inpainting_equals_diffusers(strength, pipe, model, picture, monkeypatch):
     paths = picture / "picture.png", picture / "mask.png"
-    request = request_for(model, guidance_scale=4.0, image_path=(str(paths[0]),), mask_path=str(paths[1]), strength=strength)
+    request = request_for(
+        model, guidance_scale=4.0, image_path=(str(paths[0]),), mask_path=str(paths[1]), strength=strength
+    )
     start = start_for(request)
     widened(monkeypatch, pipeline_z_image_inpaint)
     starting_from(monkeypatch, pipeline_z_image_inpaint, start[:, :, 0])
@@ -210,9 +245,12 @@ def test_what_the_pads_hold_is_never_read(model):
     request = request_for(model, guidance_scale=4.0)
     conditioning = pipeline.condition(model, request)
     prepared = conditioning.prepared
-    noisy = replace(prepared, pack=lambda x: torch.cat([prepared.pack(x)[:, :15], draw(1, 17, 16, seed=3)], 1))
+    noisy = replace(
+        prepared, pack=lambda x: torch.cat([prepared.pack(x)[:, :15], draw(1, 17, 16, seed=3)], 1)
+    )
     plain, other = (
-        list(pipeline.denoise(model, request, conditioning._replace(prepared=each), 0, start_for(request))) for each in (prepared, noisy)
+        list(pipeline.denoise(model, request, conditioning._replace(prepared=each), 0, start_for(request)))
+        for each in (prepared, noisy)
     )
     assert plain[-1].shape[1] == 32 and not torch.equal(plain[-1], other[-1])
     assert torch.equal(prepared.unpack(plain[-1]), prepared.unpack(other[-1]))
@@ -226,7 +264,9 @@ def test_the_record_says_the_scale_that_was_asked_for(pipe, folder):
     assert off["guidance_scale"] == 0.0 and "negative_prompt" not in off
 
 
-@pytest.mark.parametrize(("name", "steps", "guided", "shift"), [("Z-Image", 50, True, 6.0), ("Z-Image-Turbo", 8, False, 3.0)])
+@pytest.mark.parametrize(
+    ("name", "steps", "guided", "shift"), [("Z-Image", 50, True, 6.0), ("Z-Image-Turbo", 8, False, 3.0)]
+)
 def test_the_released_models_defaults(name, steps, guided, shift, tmp_path):
     path = released(f"Tongyi-MAI/{name}", tmp_path)
     plan = blueprint.read(ModelOptions(model_path=str(path)))
@@ -236,14 +276,20 @@ def test_the_released_models_defaults(name, steps, guided, shift, tmp_path):
     assert (rows.steps, request.guided, (request.height, request.width)) == (steps, guided, (1024, 1024))
     x = 1 - 1 / steps
     assert rows.sigmas[:2].tolist() == pytest.approx([1.0, shift * x / (1 + (shift - 1) * x)], abs=1e-7)
-    with pytest.raises(UserError, match="width: 8208 is more than 8192 pixels, the longest side that Tongyi-MAI"):
+    with pytest.raises(
+        UserError, match="width: 8208 is more than 8192 pixels, the longest side that Tongyi-MAI"
+    ):
         admit(plan, SamplingOptions(prompt=("a fox",), width=8208))
 
 
 @pytest.mark.parametrize(
     ("component", "field", "words"),
     [
-        ("text_encoder", {"hidden_size": 24}, "the transformer's cap_feat_dim is 20, and the text encoder gives 24"),
+        (
+            "text_encoder",
+            {"hidden_size": 24},
+            "the transformer's cap_feat_dim is 20, and the text encoder gives 24",
+        ),
         ("vae", {"latent_channels": 8}, "the transformer's in_channels is 4, and the vae's latents need 8"),
     ],
 )

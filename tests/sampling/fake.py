@@ -14,7 +14,12 @@ from tinydiff.sampling import loop, solvers
 
 WIDTH, PACKED, TEXT, HEADS = 16, 8, 5, 2
 PLAN = Plan()
-UNIPC = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+UNIPC = {
+    "_class_name": "UniPCMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+}
 EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 
 
@@ -50,11 +55,19 @@ def block(c, plan, w, x, request, shared):
 
 def hoist(c, plan, w, inputs, t):
     text = inputs["text"]
-    request = {"cos": torch.cos(torch.arange(inputs["tokens"].item(), dtype=text.dtype)[:, None] * torch.arange(WIDTH // HEADS) / 9)}
+    request = {
+        "cos": torch.cos(
+            torch.arange(inputs["tokens"].item(), dtype=text.dtype)[:, None]
+            * torch.arange(WIDTH // HEADS)
+            / 9
+        )
+    }
     for i in range(c.layers):
         for name in ("k", "v"):
             request[f"blocks.{i}.{name}"] = _heads(linear(text, w / "blocks" / i / name))
-    return request, {"modulation": torch.cos(t.to(text.dtype)[:, None, None, None] * torch.arange(3 * WIDTH) / 1000)}
+    return request, {
+        "modulation": torch.cos(t.to(text.dtype)[:, None, None, None] * torch.arange(3 * WIDTH) / 1000)
+    }
 
 
 family = Family(
@@ -70,19 +83,29 @@ def _joint_block(c, plan, w, streams, request, shared):
     """Attention over both streams at once, text first; keys of padding would be masked here, there is none."""
     text, image = streams
     q, k, v = (_heads(torch.cat([linear(text, w / name), linear(image, w / name)], 1)) for name in "qkv")
-    y = linear(attention(plan, q, k, v).flatten(2), w / "qkv").chunk(3, -1)[0] * (1 + request["scale"] + shared["modulation"][..., :WIDTH])
-    return text + y[:, : text.shape[1]], image * shared["cos"].sum(-1, keepdim=True).tanh() + y[:, text.shape[1] :]
+    y = linear(attention(plan, q, k, v).flatten(2), w / "qkv").chunk(3, -1)[0] * (
+        1 + request["scale"] + shared["modulation"][..., :WIDTH]
+    )
+    return text + y[:, : text.shape[1]], image * shared["cos"].sum(-1, keepdim=True).tanh() + y[
+        :, text.shape[1] :
+    ]
 
 
 def _joint_hoist(c, plan, w, inputs, t):
     request, steps = hoist(c, plan, w, inputs, t)
-    scales = {f"blocks.{i}.scale": torch.sin(t.to(inputs["text"].dtype)[:, None, None, None] / (900 + 50 * i)) for i in range(c.layers)}
+    scales = {
+        f"blocks.{i}.scale": torch.sin(t.to(inputs["text"].dtype)[:, None, None, None] / (900 + 50 * i))
+        for i in range(c.layers)
+    }
     return {"cos": request["cos"], "text": linear(inputs["text"], w / "enter_text")}, steps | scales
 
 
 joint = Family(
     hoist=_joint_hoist,
-    pre=lambda c, plan, w, x, request, step: (request["text"].expand(x.shape[0], -1, -1), linear(x, w / "enter")),
+    pre=lambda c, plan, w, x, request, step: (
+        request["text"].expand(x.shape[0], -1, -1),
+        linear(x, w / "enter"),
+    ),
     blocks=lambda c: [(_joint_block, f"blocks.{i}") for i in range(c.layers)],
     post=lambda c, plan, w, streams, request, step: linear(streams[1], w / "leave"),
     conds=(Cond("cos", "image", shared=True), Cond("text", "text", dim=1)),
@@ -92,17 +115,29 @@ joint = Family(
 
 def weights(c, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"enter_text.weight": (WIDTH, WIDTH), "enter.weight": (WIDTH, PACKED), "enter.bias": (WIDTH,), "leave.weight": (PACKED, WIDTH)}
+    shapes = {
+        "enter_text.weight": (WIDTH, WIDTH),
+        "enter.weight": (WIDTH, PACKED),
+        "enter.bias": (WIDTH,),
+        "leave.weight": (PACKED, WIDTH),
+    }
     for i in range(c.layers):
         shapes |= {f"blocks.{i}.qkv.weight": (3 * WIDTH, WIDTH), f"blocks.{i}.table": (1, 1, 3 * WIDTH)}
         shapes |= {f"blocks.{i}.{name}.weight": (WIDTH, WIDTH) for name in "qkv"}
-    return {name: (torch.randn(shape, generator=generator) * 0.6 / shape[-1] ** 0.5).to(dtype) for name, shape in shapes.items()}
+    return {
+        name: (torch.randn(shape, generator=generator) * 0.6 / shape[-1] ** 0.5).to(dtype)
+        for name, shape in shapes.items()
+    }
 
 
-def ready(c, table, tokens, branches=2, images=1, seed=0, dtype=torch.float32, net=family, lengths=(TEXT, TEXT)):
+def ready(
+    c, table, tokens, branches=2, images=1, seed=0, dtype=torch.float32, net=family, lengths=(TEXT, TEXT)
+):
     """The network for a request of `tokens` tokens, texts of `lengths`."""
     generator = torch.Generator().manual_seed(seed)
-    texts = [torch.randn(images, length, WIDTH, generator=generator).to(dtype) for length in lengths[:branches]]
+    texts = [
+        torch.randn(images, length, WIDTH, generator=generator).to(dtype) for length in lengths[:branches]
+    ]
     inputs = [{"text": text, "tokens": torch.tensor(tokens)} for text in texts]
     return loop.hoist(Network(net, c, PLAN, dtype), weights(c, seed, dtype), inputs, table)
 

@@ -23,10 +23,14 @@ DENOISE = {
 def seat(table, seed, tokens=6, net="family", lengths=(5, 5), **more):
     """A picture of its own prompt and noise; all share the weights."""
     generator = torch.Generator().manual_seed(seed)
-    texts = [torch.randn(1, length, fake.WIDTH, generator=generator, dtype=torch.float64) for length in lengths]
+    texts = [
+        torch.randn(1, length, fake.WIDTH, generator=generator, dtype=torch.float64) for length in lengths
+    ]
     inputs = [{"text": text, "tokens": torch.tensor(tokens)} for text in texts]
     network = loop.hoist(Network(getattr(fake, net), CONFIG), WEIGHTS, inputs, table)
-    return loop.start(DENOISE[net], table, fake.latents(tokens, seed=seed, dtype=torch.float64), lambda _: network, **more)
+    return loop.start(
+        DENOISE[net], table, fake.latents(tokens, seed=seed, dtype=torch.float64), lambda _: network, **more
+    )
 
 
 def alone(one):
@@ -37,7 +41,10 @@ def alone(one):
 
 @pytest.mark.parametrize("net", ["family", "joint"])
 def test_pictures_that_join_and_leave_are_what_they_are_alone(net):
-    family, seats = getattr(fake, net), [seat(table, seed, net=net) for seed, table in enumerate(TABLES.values())]
+    family, seats = (
+        getattr(fake, net),
+        [seat(table, seed, net=net) for seed, table in enumerate(TABLES.values())],
+    )
     seats[2] = loop.advance(seats[2], 2)  # it stands at a row of its own when the others come
     made = {}
     for _ in range(20):
@@ -67,7 +74,10 @@ def test_kept_tokens_and_fresh_noise_stay_a_pictures_own():
     table = solvers.with_guidance(solvers.dmd(), 2.0)
 
     def renoised(seed):
-        mask, clean = torch.ones(1, 6, 1, dtype=torch.float64), fake.latents(6, seed=seed + 50, dtype=torch.float64)
+        mask, clean = (
+            torch.ones(1, 6, 1, dtype=torch.float64),
+            fake.latents(6, seed=seed + 50, dtype=torch.float64),
+        )
         mask[:, seed] = 0
         fresh = torch.stack([fake.latents(6, seed=seed + 10 * k, dtype=torch.float64) for k in range(3)])
         return seat(table, seed, noise=fresh, kept=loop.Kept(mask, clean, clean))
@@ -82,7 +92,9 @@ def test_each_picture_goes_on_with_its_next_expert():
     networks = [fake.ready(CONFIG, table, 6, seed=seed, dtype=torch.float64) for seed in (0, 1)]
 
     def start(seed):
-        return loop.start(DENOISE["family"], table, fake.latents(6, seed=seed, dtype=torch.float64), networks.__getitem__)
+        return loop.start(
+            DENOISE["family"], table, fake.latents(6, seed=seed, dtype=torch.float64), networks.__getitem__
+        )
 
     seats = [start(seed) for seed in (3, 4)]
     while not seats[0].done:
@@ -106,6 +118,8 @@ def test_form_is_what_pictures_must_have_in_common():
 
 def test_tables_without_an_axis_for_images_must_be_the_same():
     one = seat(TABLES["unipc"], 0)
-    turned = [b._replace(request={**b.request, "": {"cos": b.request[""]["cos"] + 1}}) for b in one.network.branches]
+    turned = [
+        b._replace(request={**b.request, "": {"cos": b.request[""]["cos"] + 1}}) for b in one.network.branches
+    ]
     other = one._replace(network=one.network._replace(branches=tuple(turned)))
     assert batch.form(fake.family, one) != batch.form(fake.family, other)

@@ -14,10 +14,14 @@ CONFIG = fake.Config(4)
 
 
 def pair(kind, config=CONFIG, **options):
-    return loop.eager_denoise(Network(fake.family, config), kind), compiled_denoise(Network(fake.family, config), kind, **options)
+    return loop.eager_denoise(Network(fake.family, config), kind), compiled_denoise(
+        Network(fake.family, config), kind, **options
+    )
 
 
-def assert_equal_to_eager(eager, fast, table, tokens, *, branches=2, images=1, seed=1, chunk=None, noise=None):
+def assert_equal_to_eager(
+    eager, fast, table, tokens, *, branches=2, images=1, seed=1, chunk=None, noise=None
+):
     network, x = fake.ready(CONFIG, table, tokens, branches, images), fake.latents(tokens, images, seed)
     want = fake.last(eager, table, x, lambda _: network, noise=noise)
     got = fake.last(fast, table, x, lambda _: network, noise=noise, chunk=chunk)
@@ -49,7 +53,10 @@ def test_one_graph_serves_sizes_steps_scales_seeds_solvers_and_chunks():
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_one_graph_serves_every_length_of_two_prompts_in_a_family_of_two_streams():
-    eager, fast = (make(Network(fake.joint, CONFIG), guidance.classifier_free) for make in (loop.eager_denoise, compiled_denoise))
+    eager, fast = (
+        make(Network(fake.joint, CONFIG), guidance.classifier_free)
+        for make in (loop.eager_denoise, compiled_denoise)
+    )
     before = graph_count()
     # Lengths that are equal in the first request, to each other and to those of tokens and steps, are not taken for one.
     for tokens, steps, lengths in ((4, 4, (4, 4)), (9, 4, (4, 7)), (4, 3, (11, 3)), (24, 5, (5, 24))):
@@ -68,7 +75,11 @@ def test_kept_tokens_are_one_more_graph():
     for tokens, steps in ((6, 4), (9, 3)):
         table, x = fake.table(fake.EULER, steps), fake.latents(tokens)
         network = fake.ready(CONFIG, table, tokens, branches=1)
-        kept = loop.Kept((torch.arange(tokens) > 2).float()[None, :, None], fake.latents(tokens, seed=5), fake.latents(tokens, seed=6))
+        kept = loop.Kept(
+            (torch.arange(tokens) > 2).float()[None, :, None],
+            fake.latents(tokens, seed=5),
+            fake.latents(tokens, seed=6),
+        )
         want, got = (fake.last(run, table, x, lambda _, n=network: n, kept=kept) for run in (eager, fast))
         assert (got - want).abs().max() < 1e-5 * max(1, want.abs().max().item())
         assert (graph_count(), graph_breaks()) == (before + 1, 0)
@@ -79,9 +90,15 @@ def test_kept_tokens_are_one_more_graph():
 def test_unguided_renoising_in_two_batch_sizes():
     eager, fast = pair(guidance.none)
     before = graph_count()
-    for tokens, timesteps, images, graphs in ((6, (1000, 757, 522), 1, 1), (9, (1000, 500), 1, 1), (6, (1000, 757, 522), 2, 2)):
+    for tokens, timesteps, images, graphs in (
+        (6, (1000, 757, 522), 1, 1),
+        (9, (1000, 500), 1, 1),
+        (6, (1000, 757, 522), 2, 2),
+    ):
         noise = torch.stack([fake.latents(tokens, images, seed) for seed in range(len(timesteps))])
-        assert_equal_to_eager(eager, fast, solvers.dmd(timesteps), tokens, branches=1, images=images, noise=noise, chunk=2)
+        assert_equal_to_eager(
+            eager, fast, solvers.dmd(timesteps), tokens, branches=1, images=images, noise=noise, chunk=2
+        )
         assert graph_count() == before + graphs
     assert graph_breaks() == 0
 
@@ -94,8 +111,15 @@ def test_exact_rounds_bfloat16_as_eager():
     family = replace(fake.family, pre=lambda c, p, w, x, *rest: fake.family.pre(c, p, w, x.bfloat16(), *rest))
     eager = loop.eager_denoise(Network(family, CONFIG), guidance.classifier_free)
     want = fake.last(eager, table, x, lambda _: network)
-    exact = fake.last(compiled_denoise(Network(family, CONFIG), guidance.classifier_free, exact=True), table, x, lambda _: network)
-    loose = fake.last(compiled_denoise(Network(family, CONFIG), guidance.classifier_free), table, x, lambda _: network)
+    exact = fake.last(
+        compiled_denoise(Network(family, CONFIG), guidance.classifier_free, exact=True),
+        table,
+        x,
+        lambda _: network,
+    )
+    loose = fake.last(
+        compiled_denoise(Network(family, CONFIG), guidance.classifier_free), table, x, lambda _: network
+    )
     assert (exact - want).abs().max() < (loose - want).abs().max() / 4
 
 
@@ -118,7 +142,12 @@ def test_a_block_is_compiled_once_however_deep_the_stack_and_memory_is_carried()
     calls = []
 
     def capture(graph, inputs):
-        calls.extend(node.args[1] for part in graph.modules() for node in part.graph.nodes if str(node.target) == "invoke_subgraph")
+        calls.extend(
+            node.args[1]
+            for part in graph.modules()
+            for node in part.graph.nodes
+            if str(node.target) == "invoke_subgraph"
+        )
         return graph
 
     table = fake.table(fake.UNIPC, 3)
@@ -133,5 +162,7 @@ def test_a_block_is_compiled_once_however_deep_the_stack_and_memory_is_carried()
         got = whole(network, state, loop.coefficients(table, x), torch.tensor(3))
     assert len(calls) == 6 and len(set(calls)) == 1
     assert got.memory["sum"].item() == 0 + 1 + 2
-    want = fake.last(loop.eager_denoise(Network(fake.family, config), guidance.none), table, x, lambda _: network)
+    want = fake.last(
+        loop.eager_denoise(Network(fake.family, config), guidance.none), table, x, lambda _: network
+    )
     assert torch.allclose(got.x, want, atol=1e-5)

@@ -14,7 +14,9 @@ PLAIN = loop.eager_denoise(Network(fake.family, CONFIG), guidance.none)
 
 
 def flat(tree):
-    return {f"{prefix}.{name}".lstrip("."): t for prefix, entries in tree.items() for name, t in entries.items()}
+    return {
+        f"{prefix}.{name}".lstrip("."): t for prefix, entries in tree.items() for name, t in entries.items()
+    }
 
 
 def velocity(network, branch, x, i):
@@ -63,7 +65,9 @@ def test_chunks_are_bit_equal_and_report_progress(chunk):
     before = x.clone()
     reports = list(loop.run(EAGER, table, x, lambda _: network, chunk=chunk))
     assert torch.equal(reports[-1].x, fake.last(EAGER, table, x, lambda _: network))
-    assert [(p.done, p.total) for p in reports] == [(min(done, 7), 7) for done in range(chunk, 7 + chunk, chunk)]
+    assert [(p.done, p.total) for p in reports] == [
+        (min(done, 7), 7) for done in range(chunk, 7 + chunk, chunk)
+    ]
     assert torch.equal(x, before)
 
 
@@ -140,7 +144,9 @@ def test_kept_tokens_follow_their_path_and_given_ones_stay():
     reports = [progress.x for progress in loop.run(EAGER, table, x, lambda _: network, kept=kept, chunk=1)]
     for y, sigma in zip(reports, [*table.sigmas[1:].tolist(), 0.0], strict=True):
         assert torch.equal(y[:, 0], clean[:, 0])
-        assert torch.allclose(y[:, 1], (1 - sigma) * clean[:, 1] + sigma * noise[:, 1], rtol=1e-12, atol=1e-12)
+        assert torch.allclose(
+            y[:, 1], (1 - sigma) * clean[:, 1] + sigma * noise[:, 1], rtol=1e-12, atol=1e-12
+        )
     start = torch.where(mask > 0.5, x, torch.lerp(clean + (noise - clean) * table.sigmas[0], x, mask))
     first = velocity(network, network.branches[1], start, 0)
     first = first + table.guidance[0] * (velocity(network, network.branches[0], start, 0) - first)
@@ -155,7 +161,10 @@ def test_images_of_a_batch_do_not_mix():
     together = fake.last(PLAIN, table, x, lambda _: network)
     [branch] = network.branches
     for k in range(3):
-        request = {at: {n: t[k : k + 1] if at else t for n, t in entries.items()} for at, entries in branch.request.items()}
+        request = {
+            at: {n: t[k : k + 1] if at else t for n, t in entries.items()}
+            for at, entries in branch.request.items()
+        }
         one = network._replace(branches=(branch._replace(request=request),))
         alone = fake.last(PLAIN, table, x[k : k + 1], lambda _, n=one: n)
         assert torch.allclose(together[k], alone[0], atol=1e-5)
@@ -184,7 +193,10 @@ def test_divide_gives_each_block_its_own_entries():
     tree = divide(Network(fake.family, many), flat)
     assert set(tree) == {"", *(f"blocks.{i}" for i in range(12))}
     assert set(tree[""]) == {"enter_text.weight", "enter.weight", "enter.bias", "leave.weight"}
-    assert tree["blocks.11"]["qkv.weight"] is flat["blocks.11.qkv.weight"] and "1.qkv.weight" not in tree["blocks.1"]
+    assert (
+        tree["blocks.11"]["qkv.weight"] is flat["blocks.11.qkv.weight"]
+        and "1.qkv.weight" not in tree["blocks.1"]
+    )
     assert sum(map(len, tree.values())) == len(flat)
 
 

@@ -14,7 +14,9 @@ def test_spaced_rounds_as_numpy(count):
 
 
 def test_linear_grid_is_one_minus_i_over_n():
-    assert torch.allclose(sigmas.linear_grid(8), 1 - torch.arange(8, dtype=torch.float64) / 8, atol=0, rtol=1e-15)
+    assert torch.allclose(
+        sigmas.linear_grid(8), 1 - torch.arange(8, dtype=torch.float64) / 8, atol=0, rtol=1e-15
+    )
     assert sigmas.linear_grid(1).tolist() == [1.0]
 
 
@@ -24,7 +26,9 @@ def test_unipc_grid_stops_short_of_the_last():
 
 def test_dynamic_shifts_are_static_shifts():
     grid = sigmas.linear_grid(12)
-    assert torch.allclose(sigmas.exponential_shift(grid, 0.7), sigmas.static_shift(grid, np.exp(0.7)), rtol=1e-14)
+    assert torch.allclose(
+        sigmas.exponential_shift(grid, 0.7), sigmas.static_shift(grid, np.exp(0.7)), rtol=1e-14
+    )
     assert torch.allclose(sigmas.linear_shift(grid, 2.5), sigmas.static_shift(grid, 2.5), rtol=1e-14)
 
 

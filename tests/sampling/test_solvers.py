@@ -12,7 +12,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from tinydiff.records import UserError
 from tinydiff.sampling import sigmas, solvers
 
-UNIPC = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+UNIPC = {
+    "_class_name": "UniPCMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+}
 EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -27,9 +32,10 @@ def _float64():
 
 def build(config):
     fields = {name: value for name, value in config.items() if name != "_class_name"}
-    return {"UniPCMultistepScheduler": UniPCMultistepScheduler, "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler}[
-        config["_class_name"]
-    ](**fields)
+    return {
+        "UniPCMultistepScheduler": UniPCMultistepScheduler,
+        "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler,
+    }[config["_class_name"]](**fields)
 
 
 def randn(*shape):
@@ -94,7 +100,10 @@ def test_unipc_timesteps_truncate_as_diffusers(shift):
     scheduler = build(UNIPC | {"flow_shift": shift})
     for steps in range(1, 101):
         scheduler.set_timesteps(steps)
-        assert solvers.from_scheduler_config(UNIPC | {"flow_shift": shift}, steps).timesteps.tolist() == scheduler.timesteps.tolist()
+        assert (
+            solvers.from_scheduler_config(UNIPC | {"flow_shift": shift}, steps).timesteps.tolist()
+            == scheduler.timesteps.tolist()
+        )
 
 
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
@@ -130,7 +139,9 @@ def test_euler_equals_diffusers(shift, handed):
             scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
         else:
             scheduler.set_timesteps(steps, mu=mu)
-        table = solvers.from_scheduler_config(config, steps, sigmas=sigmas.linear_grid(steps) if handed else None, mu=mu)
+        table = solvers.from_scheduler_config(
+            config, steps, sigmas=sigmas.linear_grid(steps) if handed else None, mu=mu
+        )
         assert torch.equal(table.sigmas, scheduler.sigmas[:-1].double())
         assert torch.equal(table.timesteps, scheduler.timesteps.double())
         x, predictions = randn(2, 5), randn(steps, 2, 5)
@@ -164,7 +175,9 @@ def test_euler_stochastic_equals_diffusers():
     assert_close(ours, theirs, 1e-6)
 
 
-@pytest.mark.parametrize(("shift", "timesteps"), [(8.0, [1000, 757, 522]), (5.0, [1000, 757, 522]), (5.0, [1000, 960, 889, 727])])
+@pytest.mark.parametrize(
+    ("shift", "timesteps"), [(8.0, [1000, 757, 522]), (5.0, [1000, 757, 522]), (5.0, [1000, 960, 889, 727])]
+)
 def test_dmd_equals_fastvideo(shift, timesteps):
     """FastVideo: sigma of the training schedule at the nearest timestep, x0 = x - sigma v, then (1 - sigma') x0 + sigma' noise."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
@@ -190,9 +203,15 @@ def test_dmd_refuses_wrong_timesteps(timesteps):
 
 
 def test_tables_are_float64_rows():
-    for table in (solvers.dmd(), solvers.from_scheduler_config(UNIPC, 7), solvers.from_scheduler_config(EULER, 7)):
+    for table in (
+        solvers.dmd(),
+        solvers.from_scheduler_config(UNIPC, 7),
+        solvers.from_scheduler_config(EULER, 7),
+    ):
         for name, column in table._asdict().items():
-            assert column.shape == (table.steps,) and column.dtype == (torch.int64 if name == "expert" else torch.float64)
+            assert column.shape == (table.steps,) and column.dtype == (
+                torch.int64 if name == "expert" else torch.float64
+            )
         assert table.guidance.tolist() == [1.0] * table.steps and table.expert.tolist() == [0] * table.steps
 
 
@@ -229,7 +248,9 @@ def test_a_later_start_is_the_references(first):
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 8, 8))
     scheduler.sigmas = scheduler.sigmas.double()
     scheduler.set_begin_index(first)
-    whole = solvers.with_guidance(solvers.from_scheduler_config(EULER, 8, sigmas=sigmas.linear_grid(8)), range(8))
+    whole = solvers.with_guidance(
+        solvers.from_scheduler_config(EULER, 8, sigmas=sigmas.linear_grid(8)), range(8)
+    )
     table = solvers.since(whole, first)
     clean, fresh, predictions = randn(2, 5), randn(2, 5), randn(8 - first, 2, 5)
     theirs = scheduler.scale_noise(clean, scheduler.timesteps[first : first + 1], fresh)
@@ -272,7 +293,11 @@ def test_a_solver_with_a_history_begins_anew(first):
 @pytest.mark.parametrize(
     ("config", "field", "says"),
     [
-        ({"_class_name": "FlowMatchEulerDiscreteSchedule"}, "scheduler", "did you mean 'FlowMatchEulerDiscreteScheduler'"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteSchedule"},
+            "scheduler",
+            "did you mean 'FlowMatchEulerDiscreteScheduler'",
+        ),
         ({}, "scheduler", "is not supported"),
         (UNIPC | {"solver_order": 3}, "scheduler.solver_order", "supported is 2"),
         (UNIPC | {"prediction_type": "epsilon"}, "scheduler.prediction_type", "'flow_prediction'"),
@@ -284,7 +309,11 @@ def test_a_solver_with_a_history_begins_anew(first):
             "scheduler.shift_terminal",
             "1.5; it must be a number at least 0 and at most 0.999",
         ),
-        (EULER | {"use_dynamic_shifting": "yes"}, "scheduler.use_dynamic_shifting", "'yes'; it must be true or false"),
+        (
+            EULER | {"use_dynamic_shifting": "yes"},
+            "scheduler.use_dynamic_shifting",
+            "'yes'; it must be true or false",
+        ),
         ({"_class_name": ["a"]}, "scheduler", "is not supported"),
         (EULER | {"use_karras_sigmas": True}, "scheduler.use_karras_sigmas", "supported is False"),
         (EULER | {"invert_sigmas": True}, "scheduler.invert_sigmas", "supported is False"),
@@ -301,7 +330,9 @@ def test_config_refusals_name_field_and_value(config, field, says):
 def test_unknown_fields_and_nulls_are_as_the_reference_takes_them():
     config = UNIPC | {"flow_shft": 3.0, "shift": 7.0, "thresholding": None, "solver_p": None}
     assert solvers.unread(config) == ["flow_shft", "shift"] and solvers.unread(UNIPC) == []
-    assert all(map(torch.equal, solvers.from_scheduler_config(config, 5), solvers.from_scheduler_config(UNIPC, 5)))
+    assert all(
+        map(torch.equal, solvers.from_scheduler_config(config, 5), solvers.from_scheduler_config(UNIPC, 5))
+    )
     config = {name: value for name, value in config.items() if name not in solvers.unread(config)}
     scheduler = build(config)
     scheduler.set_timesteps(5)

@@ -38,7 +38,9 @@ def done(here: Here, count: int = 1, data: bytes = DATA) -> Job:
     job = Job(new_id("image"), "image", time.time())
     here.store.add(job)
     here.store.take("a", time.time() + 60)
-    outputs = [Output(here.files.put(data, "image/png"), "image/png", len(data), seed) for seed in range(count)]
+    outputs = [
+        Output(here.files.put(data, "image/png"), "image/png", len(data), seed) for seed in range(count)
+    ]
     here.store.finish(job.id, "a", "completed", outputs=outputs)
     return here.store.get(job.id)
 
@@ -91,12 +93,20 @@ class Storage:
             self.objects.pop(path, None)
         if method == "HEAD" and status == 200 and path not in self.objects:
             status = 404
-        body = f"<Error><Code>{code}</Code><Message>about arn:aws:iam::1234:user/x</Message></Error>".encode() if code else b""
+        body = (
+            f"<Error><Code>{code}</Code><Message>about arn:aws:iam::1234:user/x</Message></Error>".encode()
+            if code
+            else b""
+        )
         handler.send_response(status)
         if method == "HEAD" and status == 200:
             data, headers = self.objects[path]
-            handler.send_header("Content-Length", str(len(data) if self.size_said is None else self.size_said))
-            handler.send_header("x-amz-checksum-sha256", self.checksum_said or headers["x-amz-checksum-sha256"])
+            handler.send_header(
+                "Content-Length", str(len(data) if self.size_said is None else self.size_said)
+            )
+            handler.send_header(
+                "x-amz-checksum-sha256", self.checksum_said or headers["x-amz-checksum-sha256"]
+            )
         else:
             handler.send_header("Content-Length", "0" if method == "HEAD" else str(len(body)))
         handler.end_headers()

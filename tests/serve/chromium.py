@@ -19,7 +19,9 @@ except ImportError:
     webdriver = None
 
 BROWSERS = ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser")
-EXPECTED = re.compile(r"responded with a status of 4|/ready - .* status of 503|net::ERR_INTERNET_DISCONNECTED")
+EXPECTED = re.compile(
+    r"responded with a status of 4|/ready - .* status of 503|net::ERR_INTERNET_DISCONNECTED"
+)
 """What a browser notes of refusals, and of a server that is out of reach."""
 
 
@@ -30,10 +32,18 @@ def browser():
         pytest.fail("selenium is not installed: pip install -e '.[test]'")
     path, program = next(filter(None, map(shutil.which, BROWSERS)), None), shutil.which("chromedriver")
     if path is None or program is None:
-        pytest.fail("no Chromium with its chromedriver on this machine: apt-get install chromium chromium-driver")
+        pytest.fail(
+            "no Chromium with its chromedriver on this machine: apt-get install chromium chromium-driver"
+        )
     options = webdriver.ChromeOptions()
     options.binary_location = path
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1360,900", "--hide-scrollbars"):
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--window-size=1360,900",
+        "--hide-scrollbars",
+    ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(program))
@@ -87,14 +97,28 @@ def screen(browser, width, height, touch=False):
 def until(browser, selector, seconds=20):
     """The first visible element, as soon as there is one."""
     return WebDriverWait(browser, seconds, 0.03).until(
-        lambda _: next((element for element in browser.find_elements(By.CSS_SELECTOR, selector) if element.is_displayed()), None)
+        lambda _: next(
+            (
+                element
+                for element in browser.find_elements(By.CSS_SELECTOR, selector)
+                if element.is_displayed()
+            ),
+            None,
+        )
     )
 
 
 def says(browser, selector, text, seconds=20):
     """The first visible element that says `text`, as soon as there is one."""
     return WebDriverWait(browser, seconds, 0.03, (StaleElementReferenceException,)).until(
-        lambda _: next((e for e in browser.find_elements(By.CSS_SELECTOR, selector) if e.is_displayed() and text in e.text), None)
+        lambda _: next(
+            (
+                e
+                for e in browser.find_elements(By.CSS_SELECTOR, selector)
+                if e.is_displayed() and text in e.text
+            ),
+            None,
+        )
     )
 
 

@@ -59,7 +59,11 @@ def service(folder: Path, row: dict[str, Any] | None = None, **options: Any) -> 
     chosen = ServeOptions(**{"state_dir": str(folder), **options})
     store = open_store(folder, None, chosen.max_queue, chosen.output_lifetime, chosen.several_keys)
     files = Files(folder / "files", b"secret", chosen.output_lifetime, int(chosen.output_limit * 1e9))
-    plan = replace(blueprint(), row=replace(blueprint().row, **(row or {})), scheduler=EULER if row else blueprint().scheduler)
+    plan = replace(
+        blueprint(),
+        row=replace(blueprint().row, **(row or {})),
+        scheduler=EULER if row else blueprint().scheduler,
+    )
     name = chosen.served_model_name or plan.row.name
     made = Service(chosen, plan, name, int(time.time()), store, files, FakeScheduler(store, files), Metrics())  # pyright: ignore
     made.scheduler.service = made  # pyright: ignore
@@ -71,7 +75,13 @@ def listening(made: Service, **limited: Any) -> Iterator[str]:
     """The service's app in a real server, which ends with the block; its address, http://host:port. limited: other `Limits`."""
     sock = socket.create_server(("127.0.0.1", 0))
     limits = Limits(
-        **{"threads": 8, "body": int(made.options.max_body * 1e6), "connections": 100, "wants_body": Guard(made).wants_body, **limited}
+        **{
+            "threads": 8,
+            "body": int(made.options.max_body * 1e6),
+            "connections": 100,
+            "wants_body": Guard(made).wants_body,
+            **limited,
+        }
     )
     server = Server(make_app(made), sock, limits, "127.0.0.1")
     thread = threading.Thread(target=server.run, daemon=True)
@@ -138,7 +148,9 @@ class FakeScheduler:
         return 200
 
     def state(self) -> State:
-        return State(self.phase, 0 if self.phase != "ready" else 1, 1, None if self.phase == "ready" else 2.0, "")
+        return State(
+            self.phase, 0 if self.phase != "ready" else 1, 1, None if self.phase == "ready" else 2.0, ""
+        )
 
     def sleep(self) -> None:
         if any(self.store.counts().get(status) for status in ("queued", "in_progress")):
@@ -150,7 +162,11 @@ class FakeScheduler:
 
     def figures(self) -> dict[str, Any]:
         counts = self.store.counts()
-        return {"queued": counts.get("queued", 0), "running": counts.get("in_progress", 0), "batch_sizes": {1: len(self.submitted)}}
+        return {
+            "queued": counts.get("queued", 0),
+            "running": counts.get("in_progress", 0),
+            "batch_sizes": {1: len(self.submitted)},
+        }
 
     def close(self) -> None:
         self.closed = True
@@ -185,7 +201,9 @@ class FakeScheduler:
         wanted = self.wanted.get(job.id, 0)
         for step in range(self.steps):
             if self._cancelled(job):
-                self.store.finish(job.id, SERVER, "failed", error=Failure("cancelled", "the job was cancelled"))
+                self.store.finish(
+                    job.id, SERVER, "failed", error=Failure("cancelled", "the job was cancelled")
+                )
                 return
             time.sleep(self.step_seconds)
             self.store.progress(job.id, SERVER, 100 * (step + 1) // (self.steps + 1))
@@ -197,14 +215,21 @@ class FakeScheduler:
                 self.changed.notify_all()
         outputs = [output for seed in request.seeds for output in self._outputs(job, request, seed)]
         result = {
-            "parameters": {"prompt": request.prompt, "height": request.height, "width": request.width, "num_inference_steps": self.steps},
+            "parameters": {
+                "prompt": request.prompt,
+                "height": request.height,
+                "width": request.width,
+                "num_inference_steps": self.steps,
+            },
             "seeds": list(request.seeds),
             "seconds": {"denoise": time.perf_counter() - begun},
             "computed_steps": self.steps * len(request.seeds),
             "skipped_steps": 0,
         }
         expires = time.time() + self.service.options.output_lifetime
-        self.store.finish(job.id, SERVER, "completed", outputs=tuple(outputs), result=result, expires_at=expires)
+        self.store.finish(
+            job.id, SERVER, "completed", outputs=tuple(outputs), result=result, expires_at=expires
+        )
 
     def _cancelled(self, job: Job) -> bool:
         return self.closed or job.id in self.store.cancelled(SERVER)
@@ -226,7 +251,9 @@ class FakeScheduler:
         ]
 
     def _kept(self, job: Job, data: bytes, media_type: str, seed: int, variant: str = "content") -> Output:
-        return Output(self.files.put(data, media_type, "made", job.owner), media_type, len(data), seed, variant)
+        return Output(
+            self.files.put(data, media_type, "made", job.owner), media_type, len(data), seed, variant
+        )
 
 
 class FakeWatch:
@@ -258,7 +285,13 @@ class FakeWatch:
         pass
 
 
-def picture(width: int = 128, height: int = 128, colour: str | tuple[int, ...] = "red", format: str = "PNG", mode: str = "RGB") -> bytes:
+def picture(
+    width: int = 128,
+    height: int = 128,
+    colour: str | tuple[int, ...] = "red",
+    format: str = "PNG",
+    mode: str = "RGB",
+) -> bytes:
     """The bytes of a plain picture."""
     out = io.BytesIO()
     Image.new(mode, (width, height), colour).save(out, format)
@@ -270,7 +303,11 @@ def form(*parts: tuple[str, str | bytes]) -> bytes:
     lines = []
     for name, value in parts:
         named = f'Content-Disposition: form-data; name="{name}"'.encode()
-        file = b'; filename="upload"\r\nContent-Type: application/octet-stream' if isinstance(value, bytes) else b""
+        file = (
+            b'; filename="upload"\r\nContent-Type: application/octet-stream'
+            if isinstance(value, bytes)
+            else b""
+        )
         lines += [b"--B", named + file, b"", value if isinstance(value, bytes) else value.encode()]
     return b"\r\n".join([*lines, b"--B--", b""])
 

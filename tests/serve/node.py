@@ -32,11 +32,23 @@ def package():
     folder = Path(tempfile.gettempdir()) / f"tinydiff-tests-{os.getuid()}-{PACKAGE.replace('@', '-')}"
     if not (folder / "node_modules" / "openai").is_dir():
         with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:
-            install = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefer-offline", "--prefix", fresh, PACKAGE]
+            install = [
+                "npm",
+                "install",
+                "--no-audit",
+                "--no-fund",
+                "--ignore-scripts",
+                "--prefer-offline",
+                "--prefix",
+                fresh,
+                PACKAGE,
+            ]
             try:
                 subprocess.run(install, check=True, capture_output=True, timeout=180)
             except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-                pytest.skip(f"npm cannot install {PACKAGE}: {(error.stderr or b'').decode(errors='replace')[-300:] or error}")
+                pytest.skip(
+                    f"npm cannot install {PACKAGE}: {(error.stderr or b'').decode(errors='replace')[-300:] or error}"
+                )
             shutil.copytree(fresh, folder, dirs_exist_ok=True)
     return folder
 
@@ -44,9 +56,13 @@ def package():
 def told_by(package, script, *arguments):
     """What each of the functions in the script's `parts` returned, by its name."""
     command = ["node", "--input-type=module", "-", *arguments]
-    run = subprocess.run(command, input=script + RUN, cwd=package, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        command, input=script + RUN, cwd=package, capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    thrown = {name: part["thrown"] for name, part in found.items() if isinstance(part, dict) and "thrown" in part}
+    thrown = {
+        name: part["thrown"] for name, part in found.items() if isinstance(part, dict) and "thrown" in part
+    }
     assert thrown == {}
     return found

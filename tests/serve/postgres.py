@@ -38,14 +38,30 @@ class Postgres:
 
     def make(self) -> None:
         options = ["-D", "data", "-U", "tester", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
-        made = subprocess.run([self.programs / "initdb", *options], user=self.user, cwd=self.folder, capture_output=True, text=True)
+        made = subprocess.run(
+            [self.programs / "initdb", *options],
+            user=self.user,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+        )
         assert made.returncode == 0, made.stdout + made.stderr
 
     def start(self) -> None:
         import psycopg
 
-        settings = {"listen_addresses": "", "unix_socket_directories": self.folder, "fsync": "off", "shared_buffers": "16MB"}
-        words = [self.programs / "postgres", "-D", "data", *(f"--{name}={value}" for name, value in settings.items())]
+        settings = {
+            "listen_addresses": "",
+            "unix_socket_directories": self.folder,
+            "fsync": "off",
+            "shared_buffers": "16MB",
+        }
+        words = [
+            self.programs / "postgres",
+            "-D",
+            "data",
+            *(f"--{name}={value}" for name, value in settings.items()),
+        ]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(words, user=self.user, cwd=self.folder, stdout=log, stderr=log)
         end = time.monotonic() + 60
@@ -78,7 +94,10 @@ def programs() -> Path | None:
     folders = [Path(wheel.origin).parent / "pginstall18" / "bin"] if wheel and wheel.origin else []
     folders += [Path(found).resolve().parent for found in (shutil.which("initdb"),) if found]
     folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    return next((folder for folder in folders if (folder / "initdb").is_file() and (folder / "postgres").is_file()), None)
+    return next(
+        (folder for folder in folders if (folder / "initdb").is_file() and (folder / "postgres").is_file()),
+        None,
+    )
 
 
 def reachable(bin: Path, user: str | None, folder: Path) -> Path:
@@ -88,7 +107,10 @@ def reachable(bin: Path, user: str | None, folder: Path) -> Path:
         return bin
     except PermissionError:
         package = bin.parents[1]
-        for part in (Path(package.name, bin.parent.name), Path(f"{package.name}.libs")):  # the wheel's libraries lie beside its package
+        for part in (
+            Path(package.name, bin.parent.name),
+            Path(f"{package.name}.libs"),
+        ):  # the wheel's libraries lie beside its package
             shutil.copytree(package.parent / part, folder / part)
         return folder / bin.relative_to(package.parent)
 
@@ -112,7 +134,9 @@ def shared(folder: Path) -> Postgres:
 @pytest.fixture(scope="session")
 def postgres():
     pytest.importorskip("psycopg", reason="no psycopg here, which speaks to PostgreSQL")
-    folder = Path(tempfile.gettempdir()) / f"tinydiff-postgres-{os.getpid()}"  # a socket's path must be short, and reachable for nobody
+    folder = (
+        Path(tempfile.gettempdir()) / f"tinydiff-postgres-{os.getpid()}"
+    )  # a socket's path must be short, and reachable for nobody
     try:
         yield shared(folder)
     finally:

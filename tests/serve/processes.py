@@ -18,8 +18,20 @@ class Server:
 
     def __init__(self, folder, *options, **environment):
         self.log = (folder / f"server-{time.monotonic_ns()}.log").open("w+", encoding="utf-8")
-        command = [sys.executable, "-c", COMMAND, "serve", "--port", "0", "--state-dir", str(folder / "state"), *options]
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env={**os.environ, **environment})
+        command = [
+            sys.executable,
+            "-c",
+            COMMAND,
+            "serve",
+            "--port",
+            "0",
+            "--state-dir",
+            str(folder / "state"),
+            *options,
+        ]
+        self.process = subprocess.Popen(
+            command, stdout=self.log, stderr=subprocess.STDOUT, env={**os.environ, **environment}
+        )
         self.url = self._address()
         self.session = requests.Session()
 

@@ -14,7 +14,9 @@ LEASE = 60.0
 def job(owner="", **more):
     """A clip that came after all those before."""
     number = next(NUMBERS)
-    return Job(**{"id": f"video_{number:06}", "kind": "video", "created_at": 1e9 + number, "owner": owner} | more)
+    return Job(
+        **{"id": f"video_{number:06}", "kind": "video", "created_at": 1e9 + number, "owner": owner} | more
+    )
 
 
 def take(store, server="here", lease=LEASE):

@@ -61,7 +61,10 @@ def test_an_allowed_origin_reads_answers_and_errors(build):
         assert headers["access-control-allow-origin"] == "https://mine.example"
         assert headers["access-control-expose-headers"] == ", ".join(EXPOSED)
         assert headers["vary"] == "Origin"
-    assert "access-control-allow-origin" not in client.simulate_get("/v1/models", headers={"Origin": "https://evil.example"}).headers
+    assert (
+        "access-control-allow-origin"
+        not in client.simulate_get("/v1/models", headers={"Origin": "https://evil.example"}).headers
+    )
 
 
 def test_a_browser_may_ask_first_without_a_key(build):

@@ -34,7 +34,9 @@ def test_news_of_other_jobs_wake_nobody_else(boards, monkeypatch):
     woken, wait = [], threading.Condition.wait
     with watched(boards, JOB) as watch:
         threading.Timer(0.05, lambda: [boards.post(OTHER, step, 8) for step in range(8)]).start()
-        monkeypatch.setattr(threading.Condition, "wait", lambda *args: (wait(*args), woken.append(threading.get_ident())))
+        monkeypatch.setattr(
+            threading.Condition, "wait", lambda *args: (wait(*args), woken.append(threading.get_ident()))
+        )
         assert watch.next(0.2) is None
     assert woken.count(threading.get_ident()) == 1  # when its time was over
 

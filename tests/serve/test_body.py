@@ -20,7 +20,10 @@ from tinydiff.serve import body
         ([("l[][path]", "x")], {"l": [{"path": "x"}]}),
         ([("image", b"\x89PNG\r\n\x1a\n\x00")], {"image": b"\x89PNG\r\n\x1a\n\x00"}),
         ([("image[0]", b"A")], {"image": [b"A"]}),
-        ([("image[1]", b"B"), ("image[0]", b"A"), ("mask[0]", b"M")], {"image": [b"A", b"B"], "mask": [b"M"]}),
+        (
+            [("image[1]", b"B"), ("image[0]", b"A"), ("mask[0]", b"M")],
+            {"image": [b"A", b"B"], "mask": [b"M"]},
+        ),
         ([("image[10]", b"C"), ("image[9]", b"B")], {"image": [b"B", b"C"]}),
         ([("l[0][a]", "1"), ("l[0][b]", "2"), ("l[1][a]", "3")], {"l": [{"a": "1", "b": "2"}, {"a": "3"}]}),
         ([], {}),
@@ -50,7 +53,9 @@ def test_a_form_that_could_mean_two_things_is_refused(parts):
         body._form(form(*parts), "B")
 
 
-@pytest.mark.parametrize("data", [b"--B\r\n", b"", b"--B\r\nContent-Disposition: form-data; name=a\r\n\r\nx", b"--C--"])
+@pytest.mark.parametrize(
+    "data", [b"--B\r\n", b"", b"--B\r\nContent-Disposition: form-data; name=a\r\n\r\nx", b"--C--"]
+)
 def test_a_broken_form_is_a_mistake_of_the_client(data):
     with pytest.raises(UserError, match="is not a form"):
         body._form(data, "B")
@@ -63,7 +68,10 @@ def test_a_broken_form_is_a_mistake_of_the_client(data):
         (b'form-data; name="a"; name="b"', "is not a value and parameters"),
         (b'form-data; name="a', "is not a value and parameters"),
         (b'attachment; name="a"', "no Content-Disposition: form-data"),
-        (b'form-data; name="a"\r\nContent-Transfer-Encoding: base64', "Content-Transfer-Encoding is not supported"),
+        (
+            b'form-data; name="a"\r\nContent-Transfer-Encoding: base64',
+            "Content-Transfer-Encoding is not supported",
+        ),
         (b'form-data; name="' + b"a" * 5000 + b'"', "do not end within 4096 bytes"),
     ],
 )
@@ -90,9 +98,15 @@ def test_what_an_uploaded_file_is_called_is_of_no_matter(named):
     assert body._form(data, "B") == {"image": b"\x89PNG\r\n"}
 
 
-@pytest.mark.parametrize(("name", "wanted"), [(b'"a b"', "a b"), (b"a", "a"), ('"é"'.encode(), "é"), (rb'"a\"b"', 'a"b')])
+@pytest.mark.parametrize(
+    ("name", "wanted"), [(b'"a b"', "a b"), (b"a", "a"), ('"é"'.encode(), "é"), (rb'"a\"b"', 'a"b')]
+)
 def test_the_name_of_a_part_is_read(name, wanted):
-    data = b"pro\r\nlogue\r\n--B  \r\nContent-Disposition: form-data; name=" + name + b"\r\n\r\n\r\n--B--\r\nepilogue"
+    data = (
+        b"pro\r\nlogue\r\n--B  \r\nContent-Disposition: form-data; name="
+        + name
+        + b"\r\n\r\n\r\n--B--\r\nepilogue"
+    )
     assert body._form(data, "B") == {wanted: ""}
 
 
@@ -102,7 +116,19 @@ def test_text_of_a_form_is_utf8():
 
 
 UTF16 = '{"a": 1}'.encode("utf-16")
-NO_OBJECTS = [UTF16, b"", b"{", b"[1]", b'"x"', b"null", b'{"a": NaN}', b"\xff", b'{"a": 1, "a": 2}', b"[" * 100_000, b"1" * 9999]
+NO_OBJECTS = [
+    UTF16,
+    b"",
+    b"{",
+    b"[1]",
+    b'"x"',
+    b"null",
+    b'{"a": NaN}',
+    b"\xff",
+    b'{"a": 1, "a": 2}',
+    b"[" * 100_000,
+    b"1" * 9999,
+]
 
 
 @pytest.mark.parametrize("data", NO_OBJECTS, ids=range(len(NO_OBJECTS)))
@@ -118,4 +144,8 @@ def test_no_text_holds_what_no_text_can(value):
 
 
 def test_a_fingerprint_is_of_what_a_body_says():
-    assert body.fingerprint({"a": 1, "b": b"x"}) == body.fingerprint({"b": b"x", "a": 1}) != body.fingerprint({"a": 1, "b": b"y"})
+    assert (
+        body.fingerprint({"a": 1, "b": b"x"})
+        == body.fingerprint({"b": b"x", "a": 1})
+        != body.fingerprint({"a": 1, "b": b"y"})
+    )

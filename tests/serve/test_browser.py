@@ -32,7 +32,10 @@ def test_types_a_prompt_and_sees_the_picture(serve, browser):
 def test_the_form_begins_with_what_the_model_does(serve, browser):
     made = serve()
     row = made.blueprint.row
-    said = {name: browser.find_element(By.NAME, name).get_property("value") for name in ("width", "height", "num_inference_steps")}
+    said = {
+        name: browser.find_element(By.NAME, name).get_property("value")
+        for name in ("width", "height", "num_inference_steps")
+    }
     assert said == {"width": str(row.width), "height": str(row.height), "num_inference_steps": str(row.steps)}
     assert browser.find_element(By.ID, "model").text == made.name
     choose(browser, "video")
@@ -73,14 +76,20 @@ def test_what_waits_stands_in_the_queue(serve, browser):
     for prompt in ("first", "second", "third"):
         put(browser, "prompt", prompt)
         go(browser)
-        settled(lambda prompt=prompt: made.scheduler.submitted and made.scheduler.submitted[-1].fields["prompt"] == prompt)
+        settled(
+            lambda prompt=prompt: (
+                made.scheduler.submitted and made.scheduler.submitted[-1].fields["prompt"] == prompt
+            )
+        )
     WebDriverWait(browser, 10).until(lambda _: "done in about" in browser.find_element(By.ID, "queue").text)
     rows = [row.text.split("\n")[0] for row in browser.find_elements(By.CSS_SELECTOR, "#queue li")]
     assert rows == ["first", "second", "third"]
     browser.find_element(By.CSS_SELECTOR, "#queue li:nth-child(2) .drop-job").click()
     settled(lambda: made.store.counts().get("queued") == 1)
     made.scheduler.gate.set()
-    WebDriverWait(browser, 10).until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".gallery img")) == 2)
+    WebDriverWait(browser, 10).until(
+        lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".gallery img")) == 2
+    )
     assert not browser.find_element(By.ID, "queue-box").is_displayed()
 
 
@@ -90,12 +99,16 @@ def test_what_is_being_made_is_looked_at(serve, browser):
     for prompt in ("first", "second"):
         put(browser, "prompt", prompt)
         go(browser)
-    WebDriverWait(browser, 10, 0.03).until(lambda _: "step 1 of 4" in browser.find_element(By.ID, "caption").text)
+    WebDriverWait(browser, 10, 0.03).until(
+        lambda _: "step 1 of 4" in browser.find_element(By.ID, "caption").text
+    )
     assert browser.execute_script("return document.querySelectorAll('.gallery li').length") == 0
     WebDriverWait(browser, 10, 0.03).until(lambda _: browser.find_element(By.ID, "caption").text == "first")
     WebDriverWait(browser, 10, 0.03).until(lambda _: "of 4" in browser.find_element(By.ID, "caption").text)
     until(browser, ".card img").click()
-    WebDriverWait(browser, 10, 0.03).until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".card img")) == 2)
+    WebDriverWait(browser, 10, 0.03).until(
+        lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".card img")) == 2
+    )
     assert browser.find_element(By.ID, "caption").text == "first", "who looks at something else is left there"
 
 
@@ -105,7 +118,9 @@ def test_several_pictures_are_all_in_the_gallery(serve, browser):
     put(browser, "seed", "3")
     put(browser, "n", "3")
     go(browser)
-    WebDriverWait(browser, 10).until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".gallery img")) == 3)
+    WebDriverWait(browser, 10).until(
+        lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".gallery img")) == 3
+    )
     cards = browser.find_elements(By.CSS_SELECTOR, ".card")
     assert [card.accessible_name for card in cards] == [f"stars, seed {seed}" for seed in (3, 4, 5)]
     cards[2].click()
@@ -130,7 +145,10 @@ def test_the_gallery_outlives_the_page_and_gives_its_settings_back(serve, browse
     told = browser.find_element(By.ID, "parameters").text.split("\n")
     assert told[told.index("seed") + 1] == "11" and told[told.index("width") + 1] == "64"
     browser.find_element(By.ID, "reuse").click()
-    said = {name: browser.find_element(By.NAME, name).get_property("value") for name in ("prompt", "seed", "width")}
+    said = {
+        name: browser.find_element(By.NAME, name).get_property("value")
+        for name in ("prompt", "seed", "width")
+    }
     assert said == {"prompt": "a blue ring", "seed": "11", "width": "64"}
     browser.find_element(By.ID, "remove").click()
     WebDriverWait(browser, 10).until(lambda _: not browser.find_elements(By.CSS_SELECTOR, ".card"))
@@ -153,7 +171,12 @@ def test_a_clip_is_made_and_played(serve, browser):
 def test_what_was_uploaded_is_shown_from_where_it_lies(serve, browser, monkeypatch):
     with serving(lambda handler: send(handler, picture(48, 32), Content_Type="image/png")) as storage:
         elsewhere = f"http://127.0.0.1:{storage.port}"
-        for name, value in (("TYPE", "s3"), ("BUCKET_NAME", "b"), ("ACCESS_KEY_ID", "k"), ("SECRET_ACCESS_KEY", "s")):
+        for name, value in (
+            ("TYPE", "s3"),
+            ("BUCKET_NAME", "b"),
+            ("ACCESS_KEY_ID", "k"),
+            ("SECRET_ACCESS_KEY", "s"),
+        ):
             monkeypatch.setenv(f"TINYDIFF_{'CLOUD_STORAGE' if name == 'TYPE' else 'S3'}_{name}", value)
         monkeypatch.setenv("TINYDIFF_S3_ENDPOINT_URL", elsewhere)
         made = serve()
@@ -174,7 +197,9 @@ def test_a_mistake_is_shown_at_its_field(serve, browser):
     go(browser)
     hint = until(browser, ".hint.error")
     field = browser.find_element(By.NAME, "width")
-    assert "100 is not a multiple of 16" in hint.text and hint.get_attribute("id") == field.get_attribute("aria-describedby")
+    assert "100 is not a multiple of 16" in hint.text and hint.get_attribute("id") == field.get_attribute(
+        "aria-describedby"
+    )
     assert field.get_attribute("aria-invalid") == "true" and browser.switch_to.active_element == field
     put(browser, "width", "96")
     go(browser)
@@ -184,7 +209,9 @@ def test_a_mistake_is_shown_at_its_field(serve, browser):
 
 def test_a_failed_job_says_why(serve, browser):
     made = serve()
-    made.scheduler.fail = lambda job: Failure("insufficient_memory", "the picture does not fit into memory; 512 x 512 would")
+    made.scheduler.fail = lambda job: Failure(
+        "insufficient_memory", "the picture does not fit into memory; 512 x 512 would"
+    )
     put(browser, "prompt", "too large")
     go(browser)
     row = until(browser, "#queue [data-status=failed]")
@@ -196,7 +223,9 @@ def test_a_failed_job_says_why(serve, browser):
 def test_a_key_is_asked_for_and_kept_for_this_tab(serve, browser):
     serve(api_key=("right",), open=False)
     for key, said in (("wrong", "stays in this tab"), ("right", "key")):
-        WebDriverWait(browser, 10).until(lambda _, said=said: said in until(browser, "dialog[open] .hint").text)
+        WebDriverWait(browser, 10).until(
+            lambda _, said=said: said in until(browser, "dialog[open] .hint").text
+        )
         browser.find_element(By.ID, "key").send_keys(key, Keys.ENTER)
         if key == "wrong":
             until(browser, "dialog[open] .hint.error")
@@ -214,7 +243,9 @@ def test_the_server_that_is_not_ready_says_how_far_it_is(serve, browser):
     made = serve()
     made.scheduler.phase = "warming"
     browser.refresh()
-    assert WebDriverWait(browser, 10).until(lambda _: "warming" in (text := browser.find_element(By.ID, "state").text) and text)
+    assert WebDriverWait(browser, 10).until(
+        lambda _: "warming" in (text := browser.find_element(By.ID, "state").text) and text
+    )
     made.scheduler.phase = "ready"
     WebDriverWait(browser, 10).until(lambda _: browser.find_element(By.ID, "state").text == "ready")
 
@@ -239,7 +270,9 @@ def test_every_control_that_is_seen_has_a_name(serve, browser, tmp_path):
     made_picture(browser)
     controls = [
         each
-        for each in browser.find_elements(By.CSS_SELECTOR, "button, input, textarea, a, canvas, progress, summary")
+        for each in browser.find_elements(
+            By.CSS_SELECTOR, "button, input, textarea, a, canvas, progress, summary"
+        )
         if each.is_displayed()
     ]
     assert len(controls) > 20
@@ -268,7 +301,9 @@ def test_nothing_jumps_while_a_picture_is_made(serve, browser):
         ".map((one) => one.value))).observe({type: 'layout-shift', buffered: false})"
     )
     # What follows a key or a click within half a second is not counted, so there is neither.
-    browser.execute_script("document.getElementById('prompt').value = 'a star'; document.getElementById('form').requestSubmit()")
+    browser.execute_script(
+        "document.getElementById('prompt').value = 'a star'; document.getElementById('form').requestSubmit()"
+    )
     made_picture(browser)
     until(browser, ".card img")
     assert sum(browser.execute_script("return window.jumps")) < 0.1
@@ -278,7 +313,9 @@ def test_the_interface_is_drawn(serve, browser):
     serve()
     browser.get(browser.current_url + "docs")
     until(browser, ".operation")
-    described = browser.execute_async_script("const done = arguments[0]; fetch('openapi.json').then((a) => a.json()).then((d) => done(d))")
+    described = browser.execute_async_script(
+        "const done = arguments[0]; fetch('openapi.json').then((a) => a.json()).then((d) => done(d))"
+    )
     count = sum(len(methods) for methods in described["paths"].values())
     assert len(browser.find_elements(By.CSS_SELECTOR, ".operation")) == count > 20
     shown = browser.find_element(By.ID, "createImage").text

@@ -30,10 +30,17 @@ def test_a_square_image_fills_its_frame_on_a_phone(serve, browser, width, height
         put(browser, "prompt", "a star")
         go(browser)
         made_picture(browser)
-        inner = browser.execute_script("const { clientWidth: w, clientHeight: h } = document.querySelector('#frame'); return [w, h]")
-        shown = browser.execute_script("const { offsetWidth: w, offsetHeight: h } = document.querySelector('.media img'); return [w, h]")
+        inner = browser.execute_script(
+            "const { clientWidth: w, clientHeight: h } = document.querySelector('#frame'); return [w, h]"
+        )
+        shown = browser.execute_script(
+            "const { offsetWidth: w, offsetHeight: h } = document.querySelector('.media img'); return [w, h]"
+        )
         assert inner == shown and abs(shown[0] - shown[1]) <= 1
-        assert box(browser, "#frame")[2] - box(browser, "#frame")[0] == box(browser, "#form")[2] - box(browser, "#form")[0]
+        assert (
+            box(browser, "#frame")[2] - box(browser, "#frame")[0]
+            == box(browser, "#form")[2] - box(browser, "#form")[0]
+        )
 
 
 @pytest.mark.parametrize(("width", "touch"), [(360, True), (390, True), (1366, False), (1920, False)])
@@ -46,7 +53,10 @@ def test_the_tools_of_the_brush_are_in_one_row(serve, browser, tmp_path, width, 
             ".map((b) => [b.left, b.top + b.height / 2, b.right])"
         )
         edge = box(browser, ".tools")[2]
-        assert len(tools) == 5 and max(middle for _, middle, _ in tools) - min(middle for _, middle, _ in tools) < 3
+        assert (
+            len(tools) == 5
+            and max(middle for _, middle, _ in tools) - min(middle for _, middle, _ in tools) < 3
+        )
         assert all(right <= edge + 1 for _, _, right in tools)
         assert all(before[2] < after[0] for before, after in pairwise(tools))
 
@@ -67,7 +77,9 @@ def test_a_long_prompt_takes_two_lines_below_the_image(serve, browser):
 
 def loaded(browser):
     """The files that the page has fetched: (how many small ones, how many whole ones)."""
-    names = browser.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+    names = browser.execute_script(
+        "return performance.getEntriesByType('resource').map((entry) => entry.name)"
+    )
     files = [name for name in names if "/content?" in name]
     return sum("thumbnail" in name for name in files), sum("thumbnail" not in name for name in files)
 
@@ -79,7 +91,9 @@ def test_the_gallery_loads_small_images_when_they_come_near(serve, browser):
         put(browser, "n", "10")
         before = len(browser.find_elements(By.CSS_SELECTOR, ".card"))
         go(browser)
-        WebDriverWait(browser, 20).until(lambda _, before=before: len(browser.find_elements(By.CSS_SELECTOR, ".card")) == before + 10)
+        WebDriverWait(browser, 20).until(
+            lambda _, before=before: len(browser.find_elements(By.CSS_SELECTOR, ".card")) == before + 10
+        )
     with screen(browser, 390, 844, touch=True):
         browser.execute_script("scrollTo(0, 0)")
         browser.refresh()
@@ -89,7 +103,9 @@ def test_the_gallery_loads_small_images_when_they_come_near(serve, browser):
         WebDriverWait(browser, 20).until(lambda _: loaded(browser)[0] > 0)
         assert loaded(browser)[0] < 20
         browser.execute_script("scrollTo(0, document.body.scrollHeight)")
-        WebDriverWait(browser, 20).until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".card img")) == 20)
+        WebDriverWait(browser, 20).until(
+            lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".card img")) == 20
+        )
         assert loaded(browser) == (19, 1), "of the image that is looked at there is no small one needed"
 
 
@@ -105,4 +121,6 @@ def test_what_is_announced_is_the_end_and_not_every_step(serve, browser):
     made_picture(browser)
     assert browser.execute_script("return window.told") == ["made: a star"]
     live = browser.find_elements(By.CSS_SELECTOR, "[aria-live], [role=status], [role=alert]")
-    assert {each.get_attribute("id") for each in live} == {"news", "problem", "removed"}, "nothing else speaks"
+    assert {each.get_attribute("id") for each in live} == {"news", "problem", "removed"}, (
+        "nothing else speaks"
+    )

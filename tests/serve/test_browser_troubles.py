@@ -30,7 +30,9 @@ def kept(browser):
 @pytest.fixture
 def blind(browser):
     """The browser forbids pages its storage, as it does where cookies are blocked."""
-    forbid = "Object.defineProperty(window, '{}', {{ get() {{ throw new DOMException('', 'SecurityError'); }} }});"
+    forbid = (
+        "Object.defineProperty(window, '{}', {{ get() {{ throw new DOMException('', 'SecurityError'); }} }});"
+    )
     script = forbid.format("localStorage") + forbid.format("sessionStorage")
     [added] = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script}).values()
     yield
@@ -45,7 +47,9 @@ def test_start_from_this(serve, browser):
         until(browser, "#canvas")
         put(browser, "prompt", f"a star, {again}")
         go(browser)
-        settled(lambda again=again: any(job.fields["prompt"].endswith(again) for job in made.scheduler.submitted))
+        settled(
+            lambda again=again: any(job.fields["prompt"].endswith(again) for job in made.scheduler.submitted)
+        )
         assert made.scheduler.submitted[-1].inputs["image_path"], "the image that was made is given"
         until(browser, "#viewer[data-status=completed]")
         browser.refresh()
@@ -56,7 +60,12 @@ def test_start_from_this(serve, browser):
 def test_start_from_an_image_in_another_storage_says_what_to_do(serve, browser, monkeypatch):
     with serving(lambda handler: send(handler, picture(48, 32), Content_Type="image/png")) as storage:
         elsewhere = f"http://127.0.0.1:{storage.port}"
-        for name, value in (("TYPE", "s3"), ("BUCKET_NAME", "b"), ("ACCESS_KEY_ID", "k"), ("SECRET_ACCESS_KEY", "s")):
+        for name, value in (
+            ("TYPE", "s3"),
+            ("BUCKET_NAME", "b"),
+            ("ACCESS_KEY_ID", "k"),
+            ("SECRET_ACCESS_KEY", "s"),
+        ):
             monkeypatch.setenv(f"TINYDIFF_{'CLOUD_STORAGE' if name == 'TYPE' else 'S3'}_{name}", value)
         monkeypatch.setenv("TINYDIFF_S3_ENDPOINT_URL", elsewhere)
         made = serve({"image_use": "start"})
@@ -77,7 +86,11 @@ def test_a_server_that_goes_is_told_at_once_and_found_again(serve, browser):
         go(browser)
         says(browser, "#state", "the server does not answer")
         assert browser.find_element(By.ID, "caption").text == "the server does not answer"
-        assert browser.find_element(By.ID, "news").get_property("textContent").endswith("the server does not answer")
+        assert (
+            browser.find_element(By.ID, "news")
+            .get_property("textContent")
+            .endswith("the server does not answer")
+        )
         until(browser, "#again")
     browser.find_element(By.ID, "again").click()
     says(browser, "#state", "ready")
@@ -97,7 +110,9 @@ def test_the_gallery_outlives_a_server_that_does_not_answer(serve, browser):
         browser.refresh()
         until(browser, "#form[data-ready]")
         WebDriverWait(browser, 20).until(lambda _: browser.execute_script("return window.failed") >= 2)
-        assert len(browser.find_elements(By.CSS_SELECTOR, ".card")) == 2 and sorted(kept(browser)) == sorted(known)
+        assert len(browser.find_elements(By.CSS_SELECTOR, ".card")) == 2 and sorted(kept(browser)) == sorted(
+            known
+        )
     finally:
         browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", forms)
     browser.execute_script("window.fetch = window.whole")
@@ -120,7 +135,9 @@ def test_what_the_server_no_longer_has_leaves_the_gallery(serve, browser):
     made.forget(made.store.get(made.scheduler.submitted[0].id))
     browser.refresh()
     until(browser, "#form[data-ready]")
-    WebDriverWait(browser, 20).until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".card")) == 1 and len(kept(browser)) == 1)
+    WebDriverWait(browser, 20).until(
+        lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".card")) == 1 and len(kept(browser)) == 1
+    )
 
 
 def test_two_tabs_have_one_gallery(serve, browser):
@@ -138,7 +155,9 @@ def test_two_tabs_have_one_gallery(serve, browser):
         browser.refresh()
         until(browser, "#form[data-ready]")
         WebDriverWait(browser, 20).until(lambda _: len(cards(browser)) == 2)
-        names = [each.accessible_name.partition(",")[0] for each in browser.find_elements(By.CSS_SELECTOR, ".card")]
+        names = [
+            each.accessible_name.partition(",")[0] for each in browser.find_elements(By.CSS_SELECTOR, ".card")
+        ]
         assert names == ["from the first tab", "from the second tab"]
         browser.find_elements(By.CSS_SELECTOR, ".card")[0].click()
         until(browser, "#remove").click()
@@ -146,7 +165,9 @@ def test_two_tabs_have_one_gallery(serve, browser):
         for handle in browser.window_handles:
             if handle != first:
                 browser.switch_to.window(handle)
-                WebDriverWait(browser, 20).until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".card")) == 1)
+                WebDriverWait(browser, 20).until(
+                    lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".card")) == 1
+                )
                 browser.close()
         browser.switch_to.window(first)
 
@@ -212,7 +233,9 @@ def test_a_video_is_followed_again_when_the_server_is_back(serve, browser):
 
 def leaving(browser):
     """Whether the browser would ask before it leaves the page."""
-    return browser.execute_script("const e = new Event('beforeunload', { cancelable: true }); dispatchEvent(e); return e.defaultPrevented")
+    return browser.execute_script(
+        "const e = new Event('beforeunload', { cancelable: true }); dispatchEvent(e); return e.defaultPrevented"
+    )
 
 
 def test_leaving_the_page_asks_where_that_would_cancel(serve, browser):
@@ -256,14 +279,20 @@ def test_a_removal_can_be_undone(serve, browser):
     ids = {job.fields["prompt"]: job.id for job in made.scheduler.submitted}
 
     def shown():
-        return [each.accessible_name.partition(",")[0] for each in browser.find_elements(By.CSS_SELECTOR, ".card")]
+        return [
+            each.accessible_name.partition(",")[0] for each in browser.find_elements(By.CSS_SELECTOR, ".card")
+        ]
 
     browser.find_elements(By.CSS_SELECTOR, ".card")[1].click()
     says(browser, "#caption", "first")
     browser.find_element(By.ID, "remove").click()
     assert shown() == ["second"] and len(kept(browser)) == 1
     until(browser, "#undo-removal").click()
-    assert shown() == ["second", "first"] and len(kept(browser)) == 2 and not browser.find_element(By.ID, "removed").is_displayed()
+    assert (
+        shown() == ["second", "first"]
+        and len(kept(browser)) == 2
+        and not browser.find_element(By.ID, "removed").is_displayed()
+    )
     assert browser.find_element(By.ID, "caption").text == "first" and made.store.get(ids["first"]) is not None
     browser.find_element(By.ID, "remove").click()
     until(browser, "#undo-removal")

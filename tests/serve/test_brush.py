@@ -59,7 +59,12 @@ def test_the_brush_erases_and_undoes(serve, browser, tmp_path):
     browser.find_element(By.ID, "erase").click()
     ActionChains(browser).move_to_element(canvas).click().perform()
     go(browser)
-    settled(lambda: len(made.scheduler.submitted) == 1 or "nothing of the mask is white" in browser.find_element(By.ID, "form").text)
+    settled(
+        lambda: (
+            len(made.scheduler.submitted) == 1
+            or "nothing of the mask is white" in browser.find_element(By.ID, "form").text
+        )
+    )
     assert "nothing of the mask is white" in browser.find_element(By.ID, "given-hint").text
     browser.find_element(By.ID, "undo").click()
     go(browser)
@@ -78,9 +83,9 @@ def test_the_brush_works_from_the_keyboard(serve, browser, tmp_path):
     give_picture(browser, tmp_path)
     canvas = until(browser, "#canvas")
     browser.execute_script("arguments[0].focus()", canvas)
-    ActionChains(browser).send_keys(Keys.ARROW_LEFT * 3).key_down(" ").send_keys(Keys.ARROW_UP * 2).key_up(" ").send_keys(
-        Keys.ARROW_UP
-    ).perform()
+    ActionChains(browser).send_keys(Keys.ARROW_LEFT * 3).key_down(" ").send_keys(Keys.ARROW_UP * 2).key_up(
+        " "
+    ).send_keys(Keys.ARROW_UP).perform()
     put(browser, "prompt", "a door")
     go(browser)
     made_picture(browser)
@@ -107,5 +112,7 @@ def test_references_are_shown_and_sent_in_order(serve, browser, tmp_path):
     put(browser, "prompt", "both")
     go(browser)
     made_picture(browser)
-    given = [Image.open(made.files.path(file)).width for file in made.scheduler.submitted[0].inputs["image_path"]]
+    given = [
+        Image.open(made.files.path(file)).width for file in made.scheduler.submitted[0].inputs["image_path"]
+    ]
     assert given == [48, 64] and "mask_path" not in made.scheduler.submitted[0].inputs

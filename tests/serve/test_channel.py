@@ -63,7 +63,10 @@ def test_streams_and_joiners_of_one_job_do_not_silence_the_server(made, stream):
     made.scheduler.gate.clear()
     asked = json.dumps({"prompt": "a", "stream": stream}).encode()
     with listening(made, threads=2, readers=1) as address:
-        clients = [Client(address).send(post(b"/v1/images/generations", asked, b"Idempotency-Key: one")) for _ in range(12)]
+        clients = [
+            Client(address).send(post(b"/v1/images/generations", asked, b"Idempotency-Key: one"))
+            for _ in range(12)
+        ]
         eventually(lambda: made.scheduler.submitted)
         assert probes(address) == WELL
         assert Client(address).send(get(b"/v1/models")).answer()[0] == 200  # it looks, and waits for nothing
@@ -89,7 +92,9 @@ def test_too_many_that_wait_are_told_so_and_leave_room(made):
 def test_a_connection_has_its_turn_and_no_more():
     """A client as fast as the server would else have the loop to itself for as long as its file is."""
     ours, theirs = socket.socketpair()
-    adj = SimpleNamespace(outbuf_overflow=2**20, send_bytes=1, log_socket_errors=True, outbuf_high_watermark=2**26)
+    adj = SimpleNamespace(
+        outbuf_overflow=2**20, send_bytes=1, log_socket_errors=True, outbuf_high_watermark=2**26
+    )
     one = Channel(SimpleNamespace(active_channels={}), ours, ("", 0), adj, map={})
     one.socket = SimpleNamespace(send=len)  # takes whatever comes
     file = waitress.buffers.ReadOnlyFileBasedBuffer(open("/dev/zero", "rb"))  # noqa: SIM115
@@ -132,7 +137,14 @@ def test_more_connections_than_select_can_count(made):
 
 def state(**told):
     """A connection's bookkeeping at the time 1000, without a connection."""
-    common = {"parted_at": 0, "total_outbufs_len": 0, "requests": [], "parting": False, "request": None, "answered": False}
+    common = {
+        "parted_at": 0,
+        "total_outbufs_len": 0,
+        "requests": [],
+        "parting": False,
+        "request": None,
+        "answered": False,
+    }
     return SimpleNamespace(**{**common, "creation_time": 1000, "last_activity": 1000, **told})
 
 

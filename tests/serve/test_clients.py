@@ -52,7 +52,9 @@ def nothing_left(server):
 
 
 def ask(server, method, path, key=FIRST, **more):
-    return requests.request(method, server.url + path, headers={"Authorization": f"Bearer {key}"}, timeout=60, **more)
+    return requests.request(
+        method, server.url + path, headers={"Authorization": f"Bearer {key}"}, timeout=60, **more
+    )
 
 
 def busy(server):
@@ -80,7 +82,9 @@ def made(answer):
 def middle(picture):
     """The colour in the middle."""
     height, width = picture.shape[:2]
-    return np.median(picture[height // 2 - 4 : height // 2 + 4, width // 2 - 4 : width // 2 + 4].reshape(-1, 3), axis=0)
+    return np.median(
+        picture[height // 2 - 4 : height // 2 + 4, width // 2 - 4 : width // 2 + 4].reshape(-1, 3), axis=0
+    )
 
 
 def near(colour, other, levels=40):
@@ -95,7 +99,12 @@ def test_a_picture_shows_what_was_asked_for(client, prompt, colour):
     answer = client.images.generate(model="tinydiff/shapes", prompt=prompt, extra_body={"seed": 1, **SHORT})
     [picture] = made(answer)
     assert picture.shape == (128, 128, 3) and near(middle(picture), colour)
-    assert (answer.size, answer.output_format, answer.quality, answer.background) == ("128x128", "png", "auto", "auto")
+    assert (answer.size, answer.output_format, answer.quality, answer.background) == (
+        "128x128",
+        "png",
+        "auto",
+        "auto",
+    )
     assert answer.usage.output_tokens == 64 and answer.usage.total_tokens == 64 + answer.usage.input_tokens
 
 
@@ -103,11 +112,23 @@ def test_the_answer_repeats_what_was_made_and_its_seed_makes_it_again(client):
     first = client.images.generate(**CIRCLE, size="64x96", extra_body={**SHORT, "guidance_scale": 3.0})
     said = first.parameters
     assert (said["prompt"], said["width"], said["height"]) == (CIRCLE["prompt"], 64, 96)
-    assert (said["num_inference_steps"], said["guidance_scale"], first.computed_steps, first.skipped_steps) == (4, 3.0, 4, 0)
-    assert first.timings.keys() == {"queue", "encode", "denoise", "decode", "save"} and first.timings["denoise"] > 0
-    again = client.images.generate(**CIRCLE, size="64x96", extra_body={**SHORT, "guidance_scale": 3.0, "seed": first.seed})
+    assert (
+        said["num_inference_steps"],
+        said["guidance_scale"],
+        first.computed_steps,
+        first.skipped_steps,
+    ) == (4, 3.0, 4, 0)
+    assert (
+        first.timings.keys() == {"queue", "encode", "denoise", "decode", "save"}
+        and first.timings["denoise"] > 0
+    )
+    again = client.images.generate(
+        **CIRCLE, size="64x96", extra_body={**SHORT, "guidance_scale": 3.0, "seed": first.seed}
+    )
     assert again.data[0].b64_json == first.data[0].b64_json and again.id != first.id
-    other = client.images.generate(**CIRCLE, size="64x96", extra_body={**SHORT, "guidance_scale": 3.0, "seed": first.seed + 1})
+    other = client.images.generate(
+        **CIRCLE, size="64x96", extra_body={**SHORT, "guidance_scale": 3.0, "seed": first.seed + 1}
+    )
     assert other.data[0].b64_json != first.data[0].b64_json
 
 
@@ -126,18 +147,26 @@ def test_an_address_is_for_anyone_who_has_it_and_for_nobody_who_guesses(client):
     found = requests.get(entry.url, timeout=30)
     assert found.headers["content-type"] == "image/png"
     assert (pixels(found.content) == made(client.images.generate(**CIRCLE, extra_body=asked))[0]).all()
-    assert requests.get(entry.url[:-1] + ("0" if entry.url[-1] != "0" else "1"), timeout=30).status_code == 403
+    assert (
+        requests.get(entry.url[:-1] + ("0" if entry.url[-1] != "0" else "1"), timeout=30).status_code == 403
+    )
 
 
 @pytest.mark.parametrize(("format", "kind"), [("webp", "WEBP"), ("jpeg", "JPEG")])
 def test_other_formats(client, format, kind):
-    answer = client.images.generate(**CIRCLE, output_format=format, output_compression=90, extra_body={"seed": 1, **SHORT})
+    answer = client.images.generate(
+        **CIRCLE, output_format=format, output_compression=90, extra_body={"seed": 1, **SHORT}
+    )
     assert Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))).format == kind
     assert answer.output_format == format and near(middle(made(answer)[0]), RED)
 
 
 def test_a_stream_shows_the_picture_on_its_way(client):
-    asked = {"model": "tinydiff/shapes", "prompt": "a small blue square", "extra_body": {"seed": 1, "num_inference_steps": 12}}
+    asked = {
+        "model": "tinydiff/shapes",
+        "prompt": "a small blue square",
+        "extra_body": {"seed": 1, "num_inference_steps": 12},
+    }
     events = list(client.images.generate(**asked, stream=True, partial_images=3))
     assert [event.type.split(".")[1] for event in events] == ["partial_image"] * 3 + ["completed"]
     assert [event.partial_image_index for event in events[:3]] == [0, 1, 2]
@@ -150,7 +179,10 @@ def test_a_stream_shows_the_picture_on_its_way(client):
 
 def test_a_stream_of_two_pictures_tells_of_each(client):
     events = list(client.images.generate(**CIRCLE, n=2, stream=True, extra_body={"seed": 7, **SHORT}))
-    assert [(event.type, event.seed) for event in events] == [("image_generation.completed", 7), ("image_generation.completed", 8)]
+    assert [(event.type, event.seed) for event in events] == [
+        ("image_generation.completed", 7),
+        ("image_generation.completed", 8),
+    ]
 
 
 def test_many_at_once_from_the_async_client(server):
@@ -158,15 +190,25 @@ def test_many_at_once_from_the_async_client(server):
         async with client_of(server, kind=openai.AsyncOpenAI) as client:
             sizes = ["128x128", "64x96", "96x64"] * 3
             calls = [
-                client.images.generate(**CIRCLE, size=size, extra_body={"seed": seed, "num_inference_steps": 3 + seed % 3})
+                client.images.generate(
+                    **CIRCLE, size=size, extra_body={"seed": seed, "num_inference_steps": 3 + seed % 3}
+                )
                 for seed, size in enumerate(sizes)
             ]
             answers = await asyncio.gather(*calls)
-            stream = await client.images.generate(**CIRCLE, stream=True, partial_images=1, extra_body={"num_inference_steps": 6})
+            stream = await client.images.generate(
+                **CIRCLE, stream=True, partial_images=1, extra_body={"num_inference_steps": 6}
+            )
             events = [event.type async for event in stream]
             with pytest.raises(openai.BadRequestError) as caught:
                 await client.images.generate(**CIRCLE, size="100x100")
-            return answers, sizes, events, caught.value.param, [model.id async for model in client.models.list()]
+            return (
+                answers,
+                sizes,
+                events,
+                caught.value.param,
+                [model.id async for model in client.models.list()],
+            )
 
     answers, sizes, events, param, models = asyncio.run(ask())
     assert [(answer.seed, answer.size) for answer in answers] == list(enumerate(sizes))
@@ -198,7 +240,10 @@ def mask_of(width, height, rows, form="L"):
 
 def test_strength_says_how_much_of_the_given_picture_is_left(client, given):
     asked = {"prompt": "a large blue circle", "size": "128x128"}
-    weak, strong = (client.images.edit(image=given, **asked, extra_body={"seed": 0, "strength": strength}) for strength in (0.2, 1.0))
+    weak, strong = (
+        client.images.edit(image=given, **asked, extra_body={"seed": 0, "strength": strength})
+        for strength in (0.2, 1.0)
+    )
     assert weak.parameters["strength"] == 0.2 and weak.computed_steps == 6 and strong.computed_steps == 30
     assert np.abs(made(weak)[0] - pixels(given)).mean() < 5
     of_text_alone = client.images.generate(model="tinydiff/shapes", **asked, extra_body={"seed": 0})
@@ -208,21 +253,29 @@ def test_strength_says_how_much_of_the_given_picture_is_left(client, given):
 @pytest.mark.parametrize("form", ["L", "RGBA"])
 def test_a_mask_is_painted_anew_and_nothing_else_is_touched(client, given, form):
     mask = mask_of(128, 128, slice(64, 128), form)
-    [edited] = made(client.images.edit(image=given, mask=mask, prompt="a large blue circle", extra_body={"seed": 2}))
+    [edited] = made(
+        client.images.edit(image=given, mask=mask, prompt="a large blue circle", extra_body={"seed": 2})
+    )
     kept, changed = 64 - 2 * FEATHER, np.abs(edited - pixels(given)).max(axis=-1)
     assert (changed[:kept] == 0).all() and changed[64:].mean() > 20
 
 
 def test_a_stream_of_an_edit(client, given):
     asked = {"image": given, "prompt": "a large blue circle", "stream": True, "partial_images": 1}
-    events = list(client.images.edit(**asked, extra_body={"seed": 2, "num_inference_steps": 10, "strength": 1.0}))
+    events = list(
+        client.images.edit(**asked, extra_body={"seed": 2, "num_inference_steps": 10, "strength": 1.0})
+    )
     assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
 
 
 def test_several_pictures_are_more_than_the_model_takes(client, given):
     with pytest.raises(openai.BadRequestError) as caught:
         client.images.edit(image=[given, given], prompt="both")
-    assert caught.value.param == "image" and "2 pictures are given" in str(caught.value) and "takes" in str(caught.value)
+    assert (
+        caught.value.param == "image"
+        and "2 pictures are given" in str(caught.value)
+        and "takes" in str(caught.value)
+    )
 
 
 # --- mistakes ---
@@ -267,8 +320,15 @@ def test_a_mistake_names_its_field_and_what_is_allowed(client, more, error, code
 def test_a_client_that_goes_frees_the_device(server, stream, reset):
     place, id = urlsplit(server.url), f"goes-{stream}-{reset}"
     body = json.dumps({**CIRCLE, **LONG, "stream": stream}).encode()
-    head = [f"Host: {place.netloc}", f"Authorization: Bearer {FIRST}", f"X-Request-ID: {id}", "Content-Type: application/json"]
-    lines = "\r\n".join(["POST /v1/images/generations HTTP/1.1", *head, f"Content-Length: {len(body)}", "", ""])
+    head = [
+        f"Host: {place.netloc}",
+        f"Authorization: Bearer {FIRST}",
+        f"X-Request-ID: {id}",
+        "Content-Type: application/json",
+    ]
+    lines = "\r\n".join(
+        ["POST /v1/images/generations HTTP/1.1", *head, f"Content-Length: {len(body)}", "", ""]
+    )
     with socket.create_connection((place.hostname, place.port)) as line:
         line.sendall(lines.encode() + body)
         wait(lambda: busy(server) == (1, 0), 20)
@@ -284,14 +344,22 @@ def test_a_client_that_goes_frees_the_device(server, stream, reset):
 def test_a_picture_is_cancelled_by_its_id_and_its_client_told(client, server):
     stream = client.images.generate(**CIRCLE, stream=True, extra_body={"progress": True, **LONG})
     id = next(event for event in stream if event.type == "image_generation.progress" and event.step > 0).id
-    assert ask(server, "DELETE", f"/v1/images/{id}").json() == {"id": id, "deleted": True, "object": "image.deleted"}
+    assert ask(server, "DELETE", f"/v1/images/{id}").json() == {
+        "id": id,
+        "deleted": True,
+        "object": "image.deleted",
+    }
     with pytest.raises(openai.APIError) as caught:
         list(stream)
     assert caught.value.code == "cancelled"
 
 
 def test_a_key_joins_the_request_that_already_runs(server, client):
-    asked = {**CIRCLE, "extra_body": {"num_inference_steps": 100}, "extra_headers": {"Idempotency-Key": "once"}}
+    asked = {
+        **CIRCLE,
+        "extra_body": {"num_inference_steps": 100},
+        "extra_headers": {"Idempotency-Key": "once"},
+    }
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(client.images.generate, **asked)
         wait(lambda: sum(busy(server)) == 1, 20)
@@ -304,7 +372,11 @@ def test_a_key_joins_the_request_that_already_runs(server, client):
 
 
 def test_an_impatient_client_comes_again_to_the_same_picture(server):
-    asked = {**CIRCLE, "extra_body": {"num_inference_steps": 120}, "extra_headers": {"X-Request-ID": "impatient"}}
+    asked = {
+        **CIRCLE,
+        "extra_body": {"num_inference_steps": 120},
+        "extra_headers": {"X-Request-ID": "impatient"},
+    }
     with client_of(server, timeout=0.5, max_retries=40) as client:
         answer = client.images.generate(**asked)
     wait(lambda: busy(server) == (0, 0), 20)
@@ -321,19 +393,27 @@ def test_owners_do_not_see_each_others_jobs(server, client):
     picture = client.images.generate(**CIRCLE, extra_body=SHORT)
     with client_of(server, SECOND) as other:
         assert video.id not in [one.id for one in other.videos.list()]
-        calls = (other.videos.retrieve, other.videos.delete, other.videos.download_content, lambda id: other.videos.remix(id, prompt="x"))
+        calls = (
+            other.videos.retrieve,
+            other.videos.delete,
+            other.videos.download_content,
+            lambda id: other.videos.remix(id, prompt="x"),
+        )
         for call in calls:
             with pytest.raises(openai.NotFoundError) as caught:
                 call(video.id)
             assert caught.value.code == "not_found"
     for method, path in (("GET", ""), ("GET", "/content"), ("DELETE", ""), ("POST", "/cancel")):
         assert ask(server, method, f"/v1/images/{picture.id}{path}", SECOND).status_code == 404
-    assert ask(server, "GET", f"/v1/images/{picture.id}/content").content == base64.b64decode(picture.data[0].b64_json)
+    assert ask(server, "GET", f"/v1/images/{picture.id}/content").content == base64.b64decode(
+        picture.data[0].b64_json
+    )
     assert video.id in [one.id for one in client.videos.list()]
 
 
 @pytest.mark.parametrize(
-    ("key", "said"), [("", (401, "invalid_api_key")), ("no", (401, "invalid_api_key")), (FIRST, (403, "admin_required"))]
+    ("key", "said"),
+    [("", (401, "invalid_api_key")), ("no", (401, "invalid_api_key")), (FIRST, (403, "admin_required"))],
 )
 def test_only_the_admin_changes_the_server(server, key, said):
     for path in ("/v1/sleep", "/release_memory_occupation", "/v1/wake", "/resume_memory_occupation"):
@@ -356,10 +436,15 @@ def test_sleep_and_wake(server, client):
     stream = client.images.generate(**CIRCLE, stream=True, extra_body={"progress": True, **LONG})
     next(iter(stream))
     refused = ask(server, "POST", "/v1/sleep", ADMIN)
-    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "busy") and int(refused.headers["retry-after"]) >= 1
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "busy") and int(
+        refused.headers["retry-after"]
+    ) >= 1
     stream.close()
     wait(lambda: busy(server) == (0, 0), 10)
-    for waken in (lambda: ask(server, "POST", "/v1/wake", ADMIN), lambda: client.images.generate(**CIRCLE, extra_body=SHORT)):
+    for waken in (
+        lambda: ask(server, "POST", "/v1/wake", ADMIN),
+        lambda: client.images.generate(**CIRCLE, extra_body=SHORT),
+    ):
         assert ask(server, "POST", "/v1/sleep", ADMIN).json()["success"]
         wait(lambda: phase(server) == "asleep", 10)
         waken()
@@ -379,4 +464,6 @@ def test_the_log_has_a_line_for_each_request_and_no_key(server, client):
 def test_every_line_of_a_log_in_json_is_an_object(server):
     lines = [line for line in server.said().splitlines() if not line.startswith("tinydiff: ")]
     told = [json.loads(line) for line in lines]
-    assert any(line.get("message", "").startswith("tinydiff/shapes loaded") for line in told) and all(line["time"] for line in told)
+    assert any(line.get("message", "").startswith("tinydiff/shapes loaded") for line in told) and all(
+        line["time"] for line in told
+    )

@@ -112,10 +112,17 @@ def middle(text):
 
 def test_generate(told):
     first, again = told["generate"]["first"], told["generate"]["again"]
-    assert (first["seeds"], first["parameters"]["num_inference_steps"], first["computed_steps"]) == ([1, 2], 4, 8)
+    assert (first["seeds"], first["parameters"]["num_inference_steps"], first["computed_steps"]) == (
+        [1, 2],
+        4,
+        8,
+    )
     assert np.abs(middle(first["data"][0]["b64_json"]) - RED).max() < 40
     for one, other in zip(first["data"], again["data"], strict=True):
-        assert one["seed"] == other["seed"] and np.abs(pixels(one["b64_json"]) - pixels(other["b64_json"])).max() <= 2
+        assert (
+            one["seed"] == other["seed"]
+            and np.abs(pixels(one["b64_json"]) - pixels(other["b64_json"])).max() <= 2
+        )
 
 
 def test_an_address(told):
@@ -131,7 +138,10 @@ def test_a_stream(told):
 
 def test_an_edit(told):
     edited, several = told["edit"]["edited"], told["edit"]["several"]
-    assert np.abs(middle(edited["data"][0]["b64_json"]) - BLUE).max() < 40 and edited["parameters"]["strength"] == 1
+    assert (
+        np.abs(middle(edited["data"][0]["b64_json"]) - BLUE).max() < 40
+        and edited["parameters"]["strength"] == 1
+    )
     assert (several["kind"], several["status"], several["param"]) == ("BadRequestError", 400, "image")
 
 
@@ -143,12 +153,19 @@ def test_a_clip_and_its_files(told):
     finished, content = told["video"]["finished"], told["video"]["content"]
     assert (finished["status"], finished["seconds"], finished["seeds"]) == ("completed", "0.625", [1])
     assert base64.b64decode(content["video"])[4:8] == b"ftyp"
-    assert [Image.open(io.BytesIO(base64.b64decode(content[name]))).format for name in ("thumbnail", "spritesheet")] == ["WEBP"] * 2
+    assert [
+        Image.open(io.BytesIO(base64.b64decode(content[name]))).format
+        for name in ("thumbnail", "spritesheet")
+    ] == ["WEBP"] * 2
 
 
 def test_remix_and_list(told):
     finished, remix = told["video"]["finished"], told["video"]["remix"]
-    assert (remix["status"], remix["prompt"], remix["remixed_from_video_id"]) == ("completed", "a large blue circle", finished["id"])
+    assert (remix["status"], remix["prompt"], remix["remixed_from_video_id"]) == (
+        "completed",
+        "a large blue circle",
+        finished["id"],
+    )
     assert told["video"]["listed"] == [finished["id"], remix["id"]]
 
 

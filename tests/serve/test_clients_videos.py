@@ -48,7 +48,12 @@ def frames(data):
 
 def test_a_clip_is_made_and_says_how(clip):
     assert (clip.status, clip.progress, clip.object, clip.error) == ("completed", 100, "video", None)
-    assert (clip.model, clip.prompt, clip.size, clip.seconds) == (CLIP["model"], CLIP["prompt"], "128x128", "0.625")
+    assert (clip.model, clip.prompt, clip.size, clip.seconds) == (
+        CLIP["model"],
+        CLIP["prompt"],
+        "128x128",
+        "0.625",
+    )
     assert (clip.seeds, clip.computed_steps, clip.queue_position) == ([5], 3, None)
     assert clip.parameters["num_frames"] == 5 and clip.timings["denoise"] > 0
     assert clip.created_at <= clip.completed_at < clip.expires_at
@@ -60,7 +65,10 @@ def test_it_is_seen_on_its_way(client):
     seen = [0]
     while len(set(seen)) < 3:
         raw = client.videos.with_raw_response.retrieve(video.id)
-        assert raw.parse().status in ("queued", "in_progress") and 200 <= int(raw.headers["openai-poll-after-ms"]) <= 10_000
+        assert (
+            raw.parse().status in ("queued", "in_progress")
+            and 200 <= int(raw.headers["openai-poll-after-ms"]) <= 10_000
+        )
         seen.append(raw.parse().progress)
         time.sleep(0.02)
     assert seen == sorted(seen) and seen[-1] < 100
@@ -71,8 +79,14 @@ def test_every_variant_is_downloaded(client, clip):
     made = frames(client.videos.download_content(clip.id).read())
     assert made.shape == (5, 128, 128, 3)
     assert len(client.videos.download_content(clip.id, variant="video").content) == clip.outputs[0]["bytes"]
-    small = np.asarray(Image.open(io.BytesIO(client.videos.download_content(clip.id, variant="thumbnail").content)).convert("RGB"))
-    assert np.abs(small.mean((0, 1)) - made[0].mean((0, 1))).max() < 12, "the thumbnail is not the first frame"
+    small = np.asarray(
+        Image.open(io.BytesIO(client.videos.download_content(clip.id, variant="thumbnail").content)).convert(
+            "RGB"
+        )
+    )
+    assert np.abs(small.mean((0, 1)) - made[0].mean((0, 1))).max() < 12, (
+        "the thumbnail is not the first frame"
+    )
     sheet = Image.open(io.BytesIO(client.videos.download_content(clip.id, variant="spritesheet").content))
     assert sheet.format == "WEBP" and sheet.width > small.shape[1]
 
@@ -80,13 +94,20 @@ def test_every_variant_is_downloaded(client, clip):
 def test_the_seed_makes_the_same_clip_again(client, clip):
     again = client.videos.create_and_poll(**CLIP, extra_body={"seed": clip.seeds[0], **SHORT})
     assert again.id != clip.id
-    assert (frames(client.videos.download_content(again.id).content) == frames(client.videos.download_content(clip.id).content)).all()
+    assert (
+        frames(client.videos.download_content(again.id).content)
+        == frames(client.videos.download_content(clip.id).content)
+    ).all()
 
 
 def test_a_clip_begins_with_a_given_picture(client):
-    answer = client.images.generate(model=CLIP["model"], prompt="a large red circle", response_format="b64_json", extra_body={"seed": 1})
+    answer = client.images.generate(
+        model=CLIP["model"], prompt="a large red circle", response_format="b64_json", extra_body={"seed": 1}
+    )
     given = base64.b64decode(answer.data[0].b64_json)
-    video = client.videos.create_and_poll(**CLIP, input_reference=("first.png", given, "image/png"), extra_body=SHORT)
+    video = client.videos.create_and_poll(
+        **CLIP, input_reference=("first.png", given, "image/png"), extra_body=SHORT
+    )
     assert video.status == "completed"
     first = frames(client.videos.download_content(video.id).content)[0].astype(int)
     assert np.abs(first - np.asarray(Image.open(io.BytesIO(given)).convert("RGB")).astype(int)).mean() < 8
@@ -103,8 +124,17 @@ def test_list_turns_pages(client, clip):
 
 def test_remix(client, clip):
     remix = client.videos.poll(client.videos.remix(clip.id, prompt="a large blue circle").id)
-    assert (remix.status, remix.remixed_from_video_id, remix.prompt, remix.seeds) == ("completed", clip.id, "a large blue circle", [5])
-    assert (remix.size, remix.seconds, remix.parameters["num_inference_steps"]) == (clip.size, clip.seconds, 3)
+    assert (remix.status, remix.remixed_from_video_id, remix.prompt, remix.seeds) == (
+        "completed",
+        clip.id,
+        "a large blue circle",
+        [5],
+    )
+    assert (remix.size, remix.seconds, remix.parameters["num_inference_steps"]) == (
+        clip.size,
+        clip.seconds,
+        3,
+    )
     assert remix.id != clip.id and client.videos.retrieve(clip.id).prompt == CLIP["prompt"]
 
 
@@ -152,7 +182,12 @@ def test_a_cancelled_clip_says_so_and_has_no_content(client, server):
         ({"seconds": "never"}, openai.BadRequestError, "invalid_value", "seconds"),
         ({"extra_body": {"num_frams": 5}}, openai.BadRequestError, "unknown_parameter", "num_frams"),
         ({"extra_body": {"num_frames": 1}}, openai.BadRequestError, "invalid_value", "num_frames"),
-        ({"extra_body": {"strength": 0.5}, "input_reference": b"no picture"}, openai.BadRequestError, "invalid_value", "input_reference"),
+        (
+            {"extra_body": {"strength": 0.5}, "input_reference": b"no picture"},
+            openai.BadRequestError,
+            "invalid_value",
+            "input_reference",
+        ),
     ],
 )
 def test_a_mistake_names_its_field(client, more, error, code, param):
@@ -163,12 +198,19 @@ def test_a_mistake_names_its_field(client, more, error, code, param):
 
 def test_the_async_client(server):
     async def everything():
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=60) as client:
-            calls = [client.videos.create_and_poll(**CLIP, extra_body={**SHORT, "seed": seed}) for seed in (7, 8, 9)]
+        async with openai.AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=60
+        ) as client:
+            calls = [
+                client.videos.create_and_poll(**CLIP, extra_body={**SHORT, "seed": seed})
+                for seed in (7, 8, 9)
+            ]
             made = await asyncio.gather(*calls)
             listed = [video.id async for video in client.videos.list(limit=2)]
             content = await client.videos.download_content(made[0].id)
-            remix = await client.videos.poll((await client.videos.remix(made[0].id, prompt="a blue square")).id)
+            remix = await client.videos.poll(
+                (await client.videos.remix(made[0].id, prompt="a blue square")).id
+            )
             running = await client.videos.create(**CLIP, extra_body=LONG)
             gone = [(await client.videos.delete(video.id)).deleted for video in (*made, remix, running)]
             return made, listed, content.content, remix, gone

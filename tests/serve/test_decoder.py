@@ -33,7 +33,9 @@ def own():
 
 def test_a_process_reads_one_image_after_another(own):
     for size in (8, 9):
-        assert own.pixels(picture(size, size, (1, 2, 3)), "image", MOST).tolist() == [[[1, 2, 3]] * size] * size
+        assert (
+            own.pixels(picture(size, size, (1, 2, 3)), "image", MOST).tolist() == [[[1, 2, 3]] * size] * size
+        )
     assert len(own._idle) == 1
 
 
@@ -63,7 +65,9 @@ def test_a_process_that_died_meanwhile_is_not_asked(own):
 
 
 def test_a_process_that_wants_too_much_memory_does_not_get_it():
-    greedy = decoder.PROGRAM.replace("unpack.main()", "unpack.pixels = lambda *_, **more: bytearray(2**33); unpack.main()")
+    greedy = decoder.PROGRAM.replace(
+        "unpack.main()", "unpack.pixels = lambda *_, **more: bytearray(2**33); unpack.main()"
+    )
     hungry = Decoder(command=[sys.executable, "-c", greedy, json.dumps(sys.path)])
     with pytest.raises(UserError, match="takes more time or memory to read than this server gives"):
         hungry.pixels(picture(), "image", MOST)
@@ -151,12 +155,17 @@ def test_a_remix_has_its_image_decoded_once_more(tmp_path, decoded):
 
 def test_a_request_that_is_refused_holds_nothing(made):
     made.scheduler.busy = 3.0
-    assert client(made).simulate_post(EDITS, body=form(("prompt", "a"), ("image", picture()))).status_code == 429
+    assert (
+        client(made).simulate_post(EDITS, body=form(("prompt", "a"), ("image", picture()))).status_code == 429
+    )
     assert made.handover._requests == {} and made.handover._held == 0
 
 
 def test_what_is_handed_over_is_bounded(made):
-    requests = [admit.admit(made.blueprint, intake.options({"prompt": "a", "image_path": str(path)}).sampling) for path in files(made)]
+    requests = [
+        admit.admit(made.blueprint, intake.options({"prompt": "a", "image_path": str(path)}).sampling)
+        for path in files(made)
+    ]
     held = Handover(handover._bytes(requests[0][0]) * 3 // 2)
     for number, [request] in enumerate(requests):
         held.put(str(number), request)
@@ -171,14 +180,26 @@ def files(made):
 # --- pixels that are asked for ---
 
 HUGE = [
-    ("size=32768x32768 of a small image", [("size", "32768x32768"), ("image", picture(64, 64))], "size", "1,073,741,824 pixels"),
+    (
+        "size=32768x32768 of a small image",
+        [("size", "32768x32768"), ("image", picture(64, 64))],
+        "size",
+        "1,073,741,824 pixels",
+    ),
     ("a very wide image", [("image", picture(1_000_000, 1))], "image", "1000000x1 pixels, too long"),
     ("a very tall image", [("image", picture(1, 1_000_000))], "image", "1x1000000 pixels, too long"),
-    ("a very wide mask", [("image", picture(64, 64)), ("mask", picture(1_000_000, 1))], "mask", "1000000 x 1"),
+    (
+        "a very wide mask",
+        [("image", picture(64, 64)), ("mask", picture(1_000_000, 1))],
+        "mask",
+        "1000000 x 1",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("parts", "param", "said"), [case[1:] for case in HUGE], ids=[case[0] for case in HUGE])
+@pytest.mark.parametrize(
+    ("parts", "param", "said"), [case[1:] for case in HUGE], ids=[case[0] for case in HUGE]
+)
 def test_pixels_are_counted_before_an_image_is_brought_to_size(made, parts, param, said):
     with counting() as cost:
         answer = client(made).simulate_post(EDITS, body=form(("prompt", "a"), *parts))

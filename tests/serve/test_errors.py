@@ -30,12 +30,24 @@ def answer(error, path="/it", **more):
     [
         (UserError("size", "size: no"), 400, "invalid_request_error", "invalid_value", "size"),
         (UserError("state_dir", "state_dir: the disk is full"), 507, "server_error", "storage_failed", None),
-        (Refusal(404, "model_not_found", "no", "model"), 404, "invalid_request_error", "model_not_found", "model"),
+        (
+            Refusal(404, "model_not_found", "no", "model"),
+            404,
+            "invalid_request_error",
+            "model_not_found",
+            "model",
+        ),
         (Refusal(401, "invalid_api_key", "no"), 401, "authentication_error", "invalid_api_key", None),
         (Busy(2.5), 429, "rate_limit_error", "queue_full", None),
         (Stopping(), 503, "server_error", "stopping", None),
         (Unreachable("x"), 503, "server_error", "store_unreachable", None),
-        (falcon.HTTPBadRequest(title="Bad", description="worse"), 400, "invalid_request_error", "invalid_request", None),
+        (
+            falcon.HTTPBadRequest(title="Bad", description="worse"),
+            400,
+            "invalid_request_error",
+            "invalid_request",
+            None,
+        ),
         (falcon.HTTPUnsupportedMediaType(), 415, "invalid_request_error", "unsupported_media_type", None),
         (falcon.HTTPRangeNotSatisfiable(10), 416, "invalid_request_error", "invalid_request", None),
         (RuntimeError("secret /path"), 500, "server_error", "server_error", None),
@@ -44,7 +56,11 @@ def answer(error, path="/it", **more):
 def test_every_error_has_openais_form(error, status, type, code, param):
     found = answer(error)
     assert (found.status_code, found.headers["content-type"]) == (status, "application/json")
-    assert {name: value for name, value in found.json["error"].items() if name != "message"} == {"type": type, "code": code, "param": param}
+    assert {name: value for name, value in found.json["error"].items() if name != "message"} == {
+        "type": type,
+        "code": code,
+        "param": param,
+    }
     assert found.json.keys() == {"error"}
     assert found.json["error"]["message"]
 
@@ -57,7 +73,11 @@ def test_a_fault_of_ours_tells_nothing_but_is_logged(caplog):
 def test_an_address_that_is_not_there_and_a_method_that_is_not_are_told_so():
     assert answer(None, "/no/such").json["error"]["code"] == "not_found"
     found = answer(None, method="DELETE")
-    assert (found.status_code, found.json["error"]["code"], found.headers["allow"]) == (405, "method_not_allowed", "GET, OPTIONS")
+    assert (found.status_code, found.json["error"]["code"], found.headers["allow"]) == (
+        405,
+        "method_not_allowed",
+        "GET, OPTIONS",
+    )
 
 
 def test_a_full_queue_says_when_to_come_back():
@@ -79,5 +99,9 @@ def test_a_full_queue_says_when_to_come_back():
 )
 def test_only_a_restart_is_worth_trying_again(failure, status, retried):
     found = answer(errors.of_failure(failure))
-    assert (found.status_code, found.json["error"]["code"], found.json["error"]["param"]) == (status, failure.code, failure.param)
+    assert (found.status_code, found.json["error"]["code"], found.json["error"]["param"]) == (
+        status,
+        failure.code,
+        failure.param,
+    )
     assert found.headers.get("x-should-retry") == (None if retried else "false")

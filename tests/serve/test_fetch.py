@@ -19,7 +19,9 @@ from tinydiff.serve.fetch import fetch, is_public, resolve
 # --- which addresses are public ---
 
 
-@pytest.mark.parametrize("address", [PUBLIC, "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "223.255.255.1"])
+@pytest.mark.parametrize(
+    "address", [PUBLIC, "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "223.255.255.1"]
+)
 def test_public(address):
     assert is_public(address)
 
@@ -175,7 +177,10 @@ def test_the_next_address_is_tried_where_one_does_not_answer(web):
             raise ConnectionRefusedError
         return web.connect(address, port, name, seconds)
 
-    assert fetch("http://pictures.example/", "image", 10_000, 5.0, resolve=web.resolve, connect=connect) == PICTURE
+    assert (
+        fetch("http://pictures.example/", "image", 10_000, 5.0, resolve=web.resolve, connect=connect)
+        == PICTURE
+    )
 
 
 def test_keys_in_an_address_are_not_repeated(web):

@@ -17,8 +17,17 @@ def refused(*args, **more):
 
 
 def test_openais_fields_become_options_of_generate():
-    asked = read_fields({"prompt": "a circle", "n": 2, "size": "256x128", "output_compression": 80, "output_format": "jpg"}, "image")
-    wanted = {"prompt": "a circle", "num_outputs_per_prompt": 2, "width": 256, "height": 128, "output_compression": 80}
+    asked = read_fields(
+        {"prompt": "a circle", "n": 2, "size": "256x128", "output_compression": 80, "output_format": "jpg"},
+        "image",
+    )
+    wanted = {
+        "prompt": "a circle",
+        "num_outputs_per_prompt": 2,
+        "width": 256,
+        "height": 128,
+        "output_compression": 80,
+    }
     assert {name: value for name, value in asked.fields.items() if name != "seed"} == wanted
     assert asked.answer["output_format"] == "jpeg"
 
@@ -32,7 +41,12 @@ def test_every_sampling_option_is_a_field_at_top_level_and_in_extra_body():
     }  # fmt: skip
     assert values.keys() == set(fields.SAMPLING)
     top = read_fields(values, "video").fields
-    assert top == read_fields({"prompt": "p", "extra_body": {k: v for k, v in values.items() if k != "prompt"}}, "video").fields
+    assert (
+        top
+        == read_fields(
+            {"prompt": "p", "extra_body": {k: v for k, v in values.items() if k != "prompt"}}, "video"
+        ).fields
+    )
     assert top == {**values, "seed": (7,), "dmd_denoising_steps": (1000, 500)}
 
 
@@ -43,7 +57,11 @@ def test_extra_fields_may_be_the_text_of_an_object(name):
 
 def test_aliases_and_sizes_of_the_command_line_are_known():
     asked = read_fields({"prompt": "p", "num_outputs": 3, "720p": True}, "image")
-    assert (asked.fields["num_outputs_per_prompt"], asked.fields["height"], asked.fields["width"]) == (3, 720, 1280)
+    assert (asked.fields["num_outputs_per_prompt"], asked.fields["height"], asked.fields["width"]) == (
+        3,
+        720,
+        1280,
+    )
 
 
 def test_without_a_seed_each_request_has_its_own():
@@ -56,18 +74,52 @@ def test_seeds_may_be_several():
 
 
 def test_numbers_of_a_form_are_texts():
-    said = {"prompt": "12", "n": "2", "seed": "1 5", "guidance_scale": "2.5", "stream": "true", "partial_images": "1", "height": "64"}
+    said = {
+        "prompt": "12",
+        "n": "2",
+        "seed": "1 5",
+        "guidance_scale": "2.5",
+        "stream": "true",
+        "partial_images": "1",
+        "height": "64",
+    }
     asked = read_fields(said, "image", form=True)
-    assert asked.fields == {"prompt": "12", "num_outputs_per_prompt": 2, "seed": (1, 5), "guidance_scale": 2.5, "height": 64}
+    assert asked.fields == {
+        "prompt": "12",
+        "num_outputs_per_prompt": 2,
+        "seed": (1, 5),
+        "guidance_scale": 2.5,
+        "height": 64,
+    }
     assert (asked.answer["stream"], asked.answer["partial_images"]) == (True, 1)
 
 
-STRANGE = ["1_0", "+1", " 1", "1 ", "\u0661", "\uff11", "0x10", "1e1", "Infinity", "inf", "nan", "NaN", "1" + "0" * 309, "", "1.", "--1"]
+STRANGE = [
+    "1_0",
+    "+1",
+    " 1",
+    "1 ",
+    "\u0661",
+    "\uff11",
+    "0x10",
+    "1e1",
+    "Infinity",
+    "inf",
+    "nan",
+    "NaN",
+    "1" + "0" * 309,
+    "",
+    "1.",
+    "--1",
+]
 """What Python's own readers take for an integer or a number, or nearly: 1_0 as ten, every script's digits, blanks around them."""
 
 
 @pytest.mark.parametrize("text", STRANGE)
-@pytest.mark.parametrize("name", ["n", "priority", "height", "fps", "num_inference_steps", "num_outputs_per_prompt", "output_compression"])
+@pytest.mark.parametrize(
+    "name",
+    ["n", "priority", "height", "fps", "num_inference_steps", "num_outputs_per_prompt", "output_compression"],
+)
 def test_the_text_of_an_integer_is_its_digits(name, text):
     param, said = refused({"prompt": "p", name: text}, "video" if name == "fps" else "image", form=True)
     assert param == name and ("integer" in said or "must be" in said)
@@ -79,9 +131,14 @@ def test_the_text_of_a_number_is_digits_a_point_and_an_exponent(name, text):
     assert refused({"prompt": "p", name: text}, "video", form=True)[0] == name
 
 
-@pytest.mark.parametrize(("text", "number"), [("2", 2.0), ("2.5", 2.5), (".5", 0.5), ("1.", 1.0), ("1e1", 10.0), ("25E-1", 2.5)])
+@pytest.mark.parametrize(
+    ("text", "number"), [("2", 2.0), ("2.5", 2.5), (".5", 0.5), ("1.", 1.0), ("1e1", 10.0), ("25E-1", 2.5)]
+)
 def test_numbers_of_a_form_are_read(text, number):
-    assert read_fields({"prompt": "p", "guidance_scale": text}, "image", form=True).fields["guidance_scale"] == number
+    assert (
+        read_fields({"prompt": "p", "guidance_scale": text}, "image", form=True).fields["guidance_scale"]
+        == number
+    )
     assert read_fields({"prompt": "p", "seconds": text}, "video", form=True).answer["seconds"] == number
 
 
@@ -92,7 +149,11 @@ HUGE = 10**309
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_no_number_overflows(kind, form):
     """Beyond a float's range an integer is still only too large."""
-    numbers = {name for name in fields.SAMPLING if name not in ("prompt", "negative_prompt")} | {"output_compression", "n", "priority"}
+    numbers = {name for name in fields.SAMPLING if name not in ("prompt", "negative_prompt")} | {
+        "output_compression",
+        "n",
+        "priority",
+    }
     numbers |= {"seconds"} if kind == "video" else {"partial_images"}
     for name in numbers:
         for value in (HUGE, -HUGE):
@@ -101,15 +162,21 @@ def test_no_number_overflows(kind, form):
 
 
 def test_null_is_not_given():
-    assert set(read_fields({"prompt": "p", "seed": 1, "size": None, "height": None, "loras": None}, "image").fields) == {"prompt", "seed"}
+    assert set(
+        read_fields({"prompt": "p", "seed": 1, "size": None, "height": None, "loras": None}, "image").fields
+    ) == {"prompt", "seed"}
 
 
 def test_pictures_come_as_bytes_addresses_objects_and_lists():
     given = read_fields({"image": b"PNG", "mask": {"file_id": "f"}}, "image").given
     assert given == {"image_path": (b"PNG",), "mask_path": (FileId("f"),)}
-    given = read_fields({"images": [{"image_url": "https://x/y"}, "data:,a", {"file_id": "f", "image_url": None}]}, "image").given
+    given = read_fields(
+        {"images": [{"image_url": "https://x/y"}, "data:,a", {"file_id": "f", "image_url": None}]}, "image"
+    ).given
     assert given == {"image_path": ("https://x/y", "data:,a", FileId("f"))}
-    assert read_fields({"input_reference": {"image_url": "https://x"}}, "video").given == {"image_path": ("https://x",)}
+    assert read_fields({"input_reference": {"image_url": "https://x"}}, "video").given == {
+        "image_path": ("https://x",)
+    }
 
 
 @pytest.mark.parametrize("value", ["auto", "low"])
@@ -183,7 +250,14 @@ def test_a_mistake_is_named_with_what_is_allowed(said, param, part):
 
 
 def test_what_asks_for_nothing_is_taken():
-    said = {"seed": 1, "enable_teacache": False, "loras": [], "frame_count": 1, "input_fidelity": "low", "lora_scale": 1}
+    said = {
+        "seed": 1,
+        "enable_teacache": False,
+        "loras": [],
+        "frame_count": 1,
+        "input_fidelity": "low",
+        "lora_scale": 1,
+    }
     assert read_fields(said, "image").fields == {"seed": (1,)}
 
 

@@ -50,7 +50,9 @@ def done(store, files: Files, size: int = 10, given: int = 0, expires_at: float 
     store.add(job)
     assert store.take("a", time.time() + 60).id == job.id
     output = Output(files.put(b"x" * size, "image/png"), "image/png", size, 1, **more)
-    assert store.finish(job.id, "a", "completed", outputs=[output], expires_at=expires_at or time.time() + 1000)
+    assert store.finish(
+        job.id, "a", "completed", outputs=[output], expires_at=expires_at or time.time() + 1000
+    )
     return store.get(job.id)
 
 
@@ -64,7 +66,9 @@ def test_a_finished_file_is_moved(files, tmp_path):
     clip = tmp_path / "clip.mp4"
     clip.write_bytes(b"frames")
     id = files.put(clip, "video/mp4", clip.name)
-    assert files.path(id).read_bytes() == b"frames" and files.media_type(id) == "video/mp4" and not clip.exists()
+    assert (
+        files.path(id).read_bytes() == b"frames" and files.media_type(id) == "video/mp4" and not clip.exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +83,11 @@ def test_a_finished_file_is_moved(files, tmp_path):
 )
 def test_the_ending_says_the_media_type(files, media_type, hint, ending):
     id = files.put(PNG, media_type, hint)
-    assert re.fullmatch(r"[0-9a-f]{48}\.[a-z0-9]+", id) and id.endswith(ending) and files.media_type(id) == media_type
+    assert (
+        re.fullmatch(r"[0-9a-f]{48}\.[a-z0-9]+", id)
+        and id.endswith(ending)
+        and files.media_type(id) == media_type
+    )
 
 
 def test_an_unknown_media_type_is_a_fault(files):
@@ -109,7 +117,20 @@ def test_no_two_ids_are_alike(files):
 
 @pytest.mark.parametrize(
     "id",
-    ["", ".", "..", "../secret", "/etc/passwd", "secret", "a" * 32, "a" * 32 + ".exe", "a" * 32 + ".png\n", "é", "a" * 32 + "/.png", "\0"],
+    [
+        "",
+        ".",
+        "..",
+        "../secret",
+        "/etc/passwd",
+        "secret",
+        "a" * 32,
+        "a" * 32 + ".exe",
+        "a" * 32 + ".png\n",
+        "é",
+        "a" * 32 + "/.png",
+        "\0",
+    ],
 )
 def test_what_is_no_id_names_nothing(files, tmp_path, id):
     secret(tmp_path)
@@ -156,7 +177,11 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(files, tmp_path, monkeyp
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_disk_that_is_full_while_writing(files, monkeypatch):
-    monkeypatch.setattr(Path, "write_bytes", lambda path, data: Path.open(path, "wb") and os.write(os.open("/dev/full", os.O_WRONLY), data))
+    monkeypatch.setattr(
+        Path,
+        "write_bytes",
+        lambda path, data: Path.open(path, "wb") and os.write(os.open("/dev/full", os.O_WRONLY), data),
+    )
     with pytest.raises(UserError, match="the disk is full"):
         files.put(PNG, "image/png")
     assert names(files) == set()
@@ -190,7 +215,11 @@ def test_an_address_that_was_changed_is_not_good(files, tmp_path, change):
     if change == "secret":
         assert not Files(files.folder, b"t" * 32, 1, 1).verify(id, expires, signature)
         return
-    changed = {"id": "b.png", "expires": str(int(expires) + 1), "signature": signature[:-1] + ("0" if signature[-1] != "0" else "1")}
+    changed = {
+        "id": "b.png",
+        "expires": str(int(expires) + 1),
+        "signature": signature[:-1] + ("0" if signature[-1] != "0" else "1"),
+    }
     assert not files.verify(**{"id": id, "expires": expires, "signature": signature, change: changed[change]})
 
 
@@ -238,7 +267,10 @@ def test_the_secret_is_not_shown(files):
 
 def test_a_job_goes_with_its_files_when_its_time_has_come(files, store):
     now = time.time()
-    old, young = done(store, files, given=1, expires_at=now - 1), done(store, files, given=1, expires_at=now + 100)
+    old, young = (
+        done(store, files, given=1, expires_at=now - 1),
+        done(store, files, given=1, expires_at=now + 100),
+    )
     assert files.sweep(store, now) == [old.id]
     assert store.get(old.id) is None and store.get(young.id) == young
     assert names(files) == {young.outputs[0].file, young.inputs["image_path"][0]}
@@ -308,7 +340,9 @@ def done_first(store, files: Files) -> str:
     output = Output(files.put(PNG, "image/png"), "image/png", len(PNG), 1)
     job = Job(new_id("image"), "image", time.time(), priority=1)
     store.add(job)
-    assert store.take("a", time.time() + 60).id == job.id and store.finish(job.id, "a", "completed", outputs=[output])
+    assert store.take("a", time.time() + 60).id == job.id and store.finish(
+        job.id, "a", "completed", outputs=[output]
+    )
     return output.file
 
 

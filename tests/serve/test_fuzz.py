@@ -65,7 +65,11 @@ def broken_json(rng):
         b'{"prompt": "\\u0000"}',
         rng.randbytes(rng.randrange(1, 400)),
     ])  # fmt: skip
-    return "POST", rng.choice([IMAGES, EDITS, VIDEOS]), {"body": data, "headers": {"Content-Type": "application/json"}}
+    return (
+        "POST",
+        rng.choice([IMAGES, EDITS, VIDEOS]),
+        {"body": data, "headers": {"Content-Type": "application/json"}},
+    )
 
 
 def wrong_value(rng):
@@ -74,7 +78,9 @@ def wrong_value(rng):
     body = dict(GOOD)
     for name in rng.sample(fields.names(kind), rng.choice([1, 1, 3])):
         body[name] = rng.choice(WEIRD)
-    body["num_inference_steps"] = rng.choice([0, -3, 1001, 2.5, "many", [1, 2], {}])  # wrong whatever the others are
+    body["num_inference_steps"] = rng.choice(
+        [0, -3, 1001, 2.5, "many", [1, 2], {}]
+    )  # wrong whatever the others are
     return "POST", path, {"body": json.dumps(body).encode(), "headers": {"Content-Type": "application/json"}}
 
 
@@ -82,10 +88,23 @@ def unknown_field(rng):
     known = rng.choice(fields.names("image"))
     place = rng.randrange(len(known))
     name = rng.choice(
-        [known[:place] + rng.choice("qz_") + known[place:], known.upper() + "!", "x" * 5000, "__class__", "é", "$ref", "a.b.c", " prompt"]
+        [
+            known[:place] + rng.choice("qz_") + known[place:],
+            known.upper() + "!",
+            "x" * 5000,
+            "__class__",
+            "é",
+            "$ref",
+            "a.b.c",
+            " prompt",
+        ]
     )
     body = {**GOOD, name: rng.choice(WEIRD)} if rng.random() < 0.5 else {**GOOD, "extra_body": {name: 1}}
-    return "POST", rng.choice([IMAGES, VIDEOS]), {"body": json.dumps(body).encode(), "headers": {"Content-Type": "application/json"}}
+    return (
+        "POST",
+        rng.choice([IMAGES, VIDEOS]),
+        {"body": json.dumps(body).encode(), "headers": {"Content-Type": "application/json"}},
+    )
 
 
 def header(width, height):
@@ -111,32 +130,80 @@ def bad_form(rng):
     file = b'Content-Disposition: form-data; name="%s"; filename="%s"\r\n\r\n' % (
         rng.choice([b"image", b"image[]", b"mask", b"input_reference"]), rng.choice([b"a.png", b"../../a", b"", b"\xff", b"a" * 5000]),
     ) + rng.choice(files)  # fmt: skip
-    names = [b"prompt", b"", b"a[b", b"a]", b"[]", b"seed[]" + b"[]" * 60, b"\xff\xfe", b"x" * 9000, b"a\0", b"prompt[a][b]"]
+    names = [
+        b"prompt",
+        b"",
+        b"a[b",
+        b"a]",
+        b"[]",
+        b"seed[]" + b"[]" * 60,
+        b"\xff\xfe",
+        b"x" * 9000,
+        b"a\0",
+        b"prompt[a][b]",
+    ]
     word = b'Content-Disposition: form-data; name="%s"\r\n\r\n%s' % (
         rng.choice(names),
         rng.choice([b"\xff\xff", b"", b"a" * 40_000, b"\0"]),
     )
     none = rng.choice(
-        [b"no header", b"Content-Disposition: attachment\r\n\r\nx", b"\r\n\r\n", b"Content-Disposition\r\n\r\n", b": x\r\n\r\ny"]
+        [
+            b"no header",
+            b"Content-Disposition: attachment\r\n\r\nx",
+            b"\r\n\r\n",
+            b"Content-Disposition\r\n\r\n",
+            b": x\r\n\r\ny",
+        ]
     )
     parts = rng.choices([file, word, none], k=rng.choice([1, 2, 3, 700]))
-    ends = [b"--" + mark + b"--\r\n", b"", b"--" + mark, b"--other--\r\n", b"--" + mark + b"--" + rng.randbytes(20)]
+    ends = [
+        b"--" + mark + b"--\r\n",
+        b"",
+        b"--" + mark,
+        b"--other--\r\n",
+        b"--" + mark + b"--" + rng.randbytes(20),
+    ]
     data = b"".join(b"--" + mark + b"\r\n" + part + b"\r\n" for part in parts) + rng.choice(ends)
     data = rng.choice([data, data[: rng.randrange(len(data))], data.replace(b"\r\n", b"\n")])
     said = rng.choice(["xyzzy", "other", '"xyzzy', "", "x" * 300, "xyzzy; boundary=b"])
-    return "POST", rng.choice([EDITS, VIDEOS]), {"body": data, "headers": {"Content-Type": f"multipart/form-data; boundary={said}"}}
+    return (
+        "POST",
+        rng.choice([EDITS, VIDEOS]),
+        {"body": data, "headers": {"Content-Type": f"multipart/form-data; boundary={said}"}},
+    )
 
 
 def wrong_type(rng):
-    kinds = ["text/plain", "application/xml", "application/x-www-form-urlencoded", "application/json; charset=utf-16", "application/jsonx"]
+    kinds = [
+        "text/plain",
+        "application/xml",
+        "application/x-www-form-urlencoded",
+        "application/json; charset=utf-16",
+        "application/jsonx",
+    ]
     kinds += ["*/*", ";", "multipart/form-data", "multipart/mixed; boundary=a", "x" * 3000]
     body = rng.choice([b"prompt=a", b"<a/>", json.dumps(GOOD).encode("utf-16"), b"\0"])
-    return "POST", rng.choice([IMAGES, EDITS, VIDEOS]), {"body": body, "headers": {"Content-Type": rng.choice(kinds)}}
+    return (
+        "POST",
+        rng.choice([IMAGES, EDITS, VIDEOS]),
+        {"body": body, "headers": {"Content-Type": rng.choice(kinds)}},
+    )
 
 
 def wrong_method(rng):
     path = rng.choice(
-        [IMAGES, EDITS, VIDEOS, "/v1/models", "/ready", "/", "/page/page.js", "/v1/videos/a/remix", "/openapi.json", "/v1/files/a/content"]
+        [
+            IMAGES,
+            EDITS,
+            VIDEOS,
+            "/v1/models",
+            "/ready",
+            "/",
+            "/page/page.js",
+            "/v1/videos/a/remix",
+            "/openapi.json",
+            "/v1/files/a/content",
+        ]
     )
     method = rng.choice(["PUT", "PATCH", "DELETE", "TRACE", "CONNECT", "BREW"])
     return method, path, {"body": rng.choice([b"", b"{}", b"\xff"])}
@@ -144,14 +211,24 @@ def wrong_method(rng):
 
 def wrong_place(rng):
     """Addresses of nothing, and of what lies outside."""
-    up = rng.choice(["../", "..%2f", "%2e%2e/", "..%5c", "....//", "%00", "%ff", "~/", "//"]) * rng.randrange(1, 6)
+    up = rng.choice(["../", "..%2f", "%2e%2e/", "..%5c", "....//", "%00", "%ff", "~/", "//"]) * rng.randrange(
+        1, 6
+    )
     tail = rng.choice(["etc/passwd", "tinydiff/serve/site.py", "", "content", "state.db"])
     root = rng.choice(["/page/", "/v1/files/", "/v1/images/", "/v1/videos/", "/v1/models/", "/v1/", "/"])
     return rng.choice(["GET", "POST"]), f"{root}{up}x{tail}{rng.choice(['', '/content'])}", {}
 
 
 def wrong_query(rng):
-    path = rng.choice([VIDEOS, "/v1/videos/video_x", "/v1/videos/video_x/content", "/v1/images/img_x/content", "/v1/files/f/content"])
+    path = rng.choice(
+        [
+            VIDEOS,
+            "/v1/videos/video_x",
+            "/v1/videos/video_x/content",
+            "/v1/images/img_x/content",
+            "/v1/files/f/content",
+        ]
+    )
     names = ["limit", "after", "order", "variant", "index", "expires", "signature", "x", "limit[]", "\xe9"]
     values = ["-1", "0", "101", "1e9", "abc", "9" * 50, "%00", "%ff", "a" * 4000, "²", "", "1&limit=2"]
     query = "&".join(f"{rng.choice(names)}={rng.choice(values)}" for _ in range(rng.randrange(1, 4)))
@@ -187,17 +264,35 @@ def wrong_header(rng):
         "é",
     ]
     headers = {name: rng.choice(values) for name in rng.sample(names, rng.randrange(1, 5))}
-    return "GET", rng.choice(["/v1/videos/none", "/v1/models/none", "/v1/images/none/content"]), {"headers": headers}
+    return (
+        "GET",
+        rng.choice(["/v1/videos/none", "/v1/models/none", "/v1/images/none/content"]),
+        {"headers": headers},
+    )
 
 
-KINDS = (broken_json, wrong_value, unknown_field, bad_form, wrong_type, wrong_method, wrong_place, wrong_query, wrong_header)
+KINDS = (
+    broken_json,
+    wrong_value,
+    unknown_field,
+    bad_form,
+    wrong_type,
+    wrong_method,
+    wrong_place,
+    wrong_query,
+    wrong_header,
+)
 
 
 def in_the_one_shape(answer):
     error = answer.json.get("error")
     assert set(error) == {"message", "type", "param", "code"}
     assert isinstance(error["message"], str) and 5 < len(error["message"]) < 2000
-    assert isinstance(error["type"], str) and isinstance(error["code"], str) and isinstance(error["param"], str | None)
+    assert (
+        isinstance(error["type"], str)
+        and isinstance(error["code"], str)
+        and isinstance(error["param"], str | None)
+    )
 
 
 MOST_CALLS, MOST_BYTES, MOST_COPIES = 200_000, 2**23, 6
@@ -210,11 +305,65 @@ def within_budget(cost, more, told):
     assert cost.bytes < MOST_BYTES + MOST_COPIES * sent, f"{cost.bytes:,} bytes for {sent:,}: {told}"
 
 
-ROUTES = [(one.method.upper(), one.path) for one in operations("") if one.path not in ("/v1/sleep", "/v1/wake")]
-NUMBERS = ["1" + "0" * 309, "-1" + "0" * 309, "1e309", "9" * 4301, "1_0", "+1", " 1", "\u0661", "0x10", "Infinity", "nan", "-0", "1.5e-400"]
-MARKS = ["", "[]", "[0]", "[1]", "[9999]", "[a]", "[0][0]", "[][a]", "[a][]", "[", "]", "[99999999999999999999]"]
-HOSTS = ["localhost", "localhost:80", "localhost:", "127.0.0.1:abc", "[::1]:x", "[", "a b", "", "localhost:" + "9" * 400, "\xe9", "@"]
-ODD = ["", "*", "\xe9", ";" * 3000, '"' * 500, "a" * 8000, "0", "-1", "1e999", "bytes=0-", "bytes=99999999999999999999-", ", " * 2000]
+ROUTES = [
+    (one.method.upper(), one.path) for one in operations("") if one.path not in ("/v1/sleep", "/v1/wake")
+]
+NUMBERS = [
+    "1" + "0" * 309,
+    "-1" + "0" * 309,
+    "1e309",
+    "9" * 4301,
+    "1_0",
+    "+1",
+    " 1",
+    "\u0661",
+    "0x10",
+    "Infinity",
+    "nan",
+    "-0",
+    "1.5e-400",
+]
+MARKS = [
+    "",
+    "[]",
+    "[0]",
+    "[1]",
+    "[9999]",
+    "[a]",
+    "[0][0]",
+    "[][a]",
+    "[a][]",
+    "[",
+    "]",
+    "[99999999999999999999]",
+]
+HOSTS = [
+    "localhost",
+    "localhost:80",
+    "localhost:",
+    "127.0.0.1:abc",
+    "[::1]:x",
+    "[",
+    "a b",
+    "",
+    "localhost:" + "9" * 400,
+    "\xe9",
+    "@",
+]
+ODD = [
+    "",
+    "*",
+    "\xe9",
+    ";" * 3000,
+    '"' * 500,
+    "a" * 8000,
+    "0",
+    "-1",
+    "1e999",
+    "bytes=0-",
+    "bytes=99999999999999999999-",
+    ", " * 2000,
+]
 HEADERS = [
     "Accept", "Accept-Encoding", "Authorization", "Cookie", "Idempotency-Key", "If-Modified-Since", "If-None-Match", "If-Range",
     "Origin", "Range", "X-Forwarded-For", "X-Request-Id", "x-stainless-read-timeout", "x-stainless-retry-count", "x-stainless-timeout",
@@ -226,7 +375,19 @@ def any_form(rng, kind):
     names = [*fields.names(kind), "image_path", "mask"]
     parts = [("prompt", "a")]
     for name in rng.choices(names, k=rng.choice([1, 2, 6])):
-        value = rng.choice([*NUMBERS, "true", "", "{}", "[1,2]", "a" * 33_000, picture(16, 16), b"", b"\xff\xd8\xff" + rng.randbytes(40)])
+        value = rng.choice(
+            [
+                *NUMBERS,
+                "true",
+                "",
+                "{}",
+                "[1,2]",
+                "a" * 33_000,
+                picture(16, 16),
+                b"",
+                b"\xff\xd8\xff" + rng.randbytes(40),
+            ]
+        )
         parts += [(name + rng.choice(MARKS), value)] * rng.choice([1, 1, 2])
     return form(*parts), "multipart/form-data; boundary=B"
 
@@ -252,7 +413,9 @@ def test_any_request_at_every_route_has_an_answer_within_its_budget(tmp_path):
     for round in range(30):
         for method, path in ROUTES:
             kind = "video" if "video" in path else "image"
-            id = rng.choice([ids["videos" if kind == "video" else "images"], "none", "%00", "a" * 3000, "..%2f"])
+            id = rng.choice(
+                [ids["videos" if kind == "video" else "images"], "none", "%00", "a" * 3000, "..%2f"]
+            )
             headers = {"Host": rng.choice(["localhost"] * 9 + HOSTS)}
             headers |= {name: rng.choice(ODD) for name in rng.sample(HEADERS, rng.choice([0, 1, 3]))}
             more = {"headers": headers}
@@ -293,10 +456,16 @@ def test_a_thousand_malformed_requests(client, made):
         statuses.setdefault(make.__name__, set()).add(answer.status_code)
         if number % 100 == 99:
             works(client)
-    assert statuses["wrong_type"] == {400, 415} and statuses["unknown_field"] == {400} and 405 in statuses["wrong_method"]
+    assert (
+        statuses["wrong_type"] == {400, 415}
+        and statuses["unknown_field"] == {400}
+        and 405 in statuses["wrong_method"]
+    )
     assert {400, 404} <= set().union(*statuses.values())
     counts = made.store.counts()
-    assert counts.get("queued", 0) == counts.get("in_progress", 0) == 0 and counts["completed"] == COUNT // 100
+    assert (
+        counts.get("queued", 0) == counts.get("in_progress", 0) == 0 and counts["completed"] == COUNT // 100
+    )
     assert counts.get("failed", 0) == 0, "a request that cannot be made was taken for a job"
 
 
@@ -361,13 +530,18 @@ def test_what_is_not_http_harms_nothing(live):
 
 def test_an_unknown_transfer_coding_is_not_implemented(live):
     """The one status from 500 on: RFC 9112 asks for it."""
-    assert said(live[1], b"POST /v1/videos HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\n\r\n").startswith(b"HTTP/1.1 501")
+    assert said(
+        live[1], b"POST /v1/videos HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\n\r\n"
+    ).startswith(b"HTTP/1.1 501")
 
 
 def test_a_body_that_ends_early_is_no_job(live):
     made, port = live
     whole = json.dumps(GOOD).encode()
-    head = b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (len(whole) + 5)
+    head = (
+        b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        % (len(whole) + 5)
+    )
     assert said(port, head + whole, ends=True) == b""
     assert made.scheduler.submitted == []
 
@@ -393,5 +567,9 @@ def encoded(words, files):
     for name, value in words.items():
         out.write(f'--m\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode())
     for name, data in files.items():
-        out.write(f'--m\r\nContent-Disposition: form-data; name="{name}"; filename="upload"\r\n\r\n'.encode() + data + b"\r\n")
+        out.write(
+            f'--m\r\nContent-Disposition: form-data; name="{name}"; filename="upload"\r\n\r\n'.encode()
+            + data
+            + b"\r\n"
+        )
     return out.getvalue() + b"--m--\r\n", "multipart/form-data; boundary=m"

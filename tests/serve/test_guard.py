@@ -40,7 +40,12 @@ def client(tmp_path):
         made.append(service(tmp_path / str(len(made)), **options))
         app = falcon.App(middleware=[Guard(made[-1])])
         errors.install(app)
-        for address, resource in {"/it": Echo(), "/public": Public(), "/admin": Admin(), "/stream/{id}": Stream()}.items():
+        for address, resource in {
+            "/it": Echo(),
+            "/public": Public(),
+            "/admin": Admin(),
+            "/stream/{id}": Stream(),
+        }.items():
             app.add_route(address, resource)
         return testing.TestClient(app, headers={"Host": "localhost:30000"})
 
@@ -73,13 +78,17 @@ def test_beyond_loopback_nobody_changes_the_server_without_an_admin_key(client):
 
 def test_every_key_opens_and_each_has_its_own_jobs(client):
     found = client(api_key=("one", "zwei ü"))
-    owners = [found.simulate_get("/it", headers=bearer(key)).json["owner"] for key in ("one", "zwei ü".encode().decode("latin-1"))]
+    owners = [
+        found.simulate_get("/it", headers=bearer(key)).json["owner"]
+        for key in ("one", "zwei ü".encode().decode("latin-1"))
+    ]
     assert owners == [owner(b"one"), owner("zwei ü".encode())]
     assert "one" not in owners[0]
 
 
 @pytest.mark.parametrize(
-    "headers", [{}, bearer("on"), bearer(""), bearer("onee"), {"Authorization": "one"}, {"Authorization": "Basic one"}]
+    "headers",
+    [{}, bearer("on"), bearer(""), bearer("onee"), {"Authorization": "one"}, {"Authorization": "Basic one"}],
 )
 def test_what_is_no_key_does_not(client, headers):
     answer = client(api_key=("one",)).simulate_get("/it", headers=headers)
@@ -94,7 +103,10 @@ def test_public_addresses_and_options_need_none(client):
 
 
 def test_an_ordinary_key_does_not_change_the_server(client):
-    assert code(client(api_key=("one",)).simulate_post("/admin", headers=bearer("one"))) == (403, "admin_key_missing")
+    assert code(client(api_key=("one",)).simulate_post("/admin", headers=bearer("one"))) == (
+        403,
+        "admin_key_missing",
+    )
     found = client(api_key=("one",), admin_api_key="boss")
     assert code(found.simulate_post("/admin", headers=bearer("one"))) == (403, "admin_required")
     assert code(found.simulate_post("/admin")) == (401, "invalid_api_key")
@@ -114,7 +126,10 @@ def test_with_an_admin_key_alone_the_rest_is_free(client):
 
 def test_a_sane_request_id_is_kept_and_any_other_replaced(client):
     found = client()
-    assert found.simulate_get("/it", headers={"x-request-id": "a-1_b.c:d"}).headers["x-request-id"] == "a-1_b.c:d"
+    assert (
+        found.simulate_get("/it", headers={"x-request-id": "a-1_b.c:d"}).headers["x-request-id"]
+        == "a-1_b.c:d"
+    )
     for id in ("", "a b", "x" * 200, "a\tb"):
         answer = found.simulate_get("/it", headers={"x-request-id": id})
         assert answer.headers["x-request-id"].startswith("req_")
@@ -136,7 +151,10 @@ def test_a_body_that_says_it_is_too_large_is_not_read(client):
 def test_a_body_without_a_length_is_counted(client):
     found = client()
     env = {"wsgi.input_terminated": True}
-    assert code(found.simulate_post("/it", body=b"x" * 1001, extras=env, headers={"Content-Length": ""})) == (413, "request_too_large")
+    assert code(found.simulate_post("/it", body=b"x" * 1001, extras=env, headers={"Content-Length": ""})) == (
+        413,
+        "request_too_large",
+    )
 
 
 # --- other pages ---
@@ -167,7 +185,19 @@ def test_a_name_that_merely_leads_here_reads_nothing(client):
 
 @pytest.mark.parametrize(
     "host",
-    ["127.0.0.1:abc", "localhost:1:2", "localhost:999999", "[::1", "[::1]x", "a b", "user@localhost", "localhost/", "ü", "a, b", "a" * 300],
+    [
+        "127.0.0.1:abc",
+        "localhost:1:2",
+        "localhost:999999",
+        "[::1",
+        "[::1]x",
+        "a b",
+        "user@localhost",
+        "localhost/",
+        "ü",
+        "a, b",
+        "a" * 300,
+    ],
 )
 @pytest.mark.parametrize("options", [{}, {"api_key": ("one",)}, {"host": "0.0.0.0"}])
 def test_a_host_that_is_none_is_a_400(client, host, options):
@@ -175,7 +205,10 @@ def test_a_host_that_is_none_is_a_400(client, host, options):
     assert code(client(**options).simulate_get("/public", headers=headers)) == (400, "invalid_host")
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1", "[::1]", "[::1]:30000", "a.localhost:", "127.0.0.1:65535", ""])
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "LOCALHOST:1", "127.0.0.1", "[::1]", "[::1]:30000", "a.localhost:", "127.0.0.1:65535", ""],
+)
 def test_a_host_of_this_machine(client, host):
     assert client().simulate_get("/it", headers={"Host": host}).status_code == 200
 
@@ -202,7 +235,10 @@ def test_with_keys_an_origin_does_not_matter(client):
     assert client(api_key=("one",)).simulate_post("/it", headers=headers).status_code == 200
 
 
-@pytest.mark.parametrize(("host", "own"), [("127.0.0.1", 1), ("127.8.9.1", 1), ("::1", 1), ("localhost", 1), ("0.0.0.0", 0), ("a.b", 0)])
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [("127.0.0.1", 1), ("127.8.9.1", 1), ("::1", 1), ("localhost", 1), ("0.0.0.0", 0), ("a.b", 0)],
+)
 def test_loopback(host, own):
     assert loopback(host) is bool(own)
 
@@ -226,7 +262,12 @@ def test_a_line_may_be_json(client, caplog):
     with caplog.at_level(logging.INFO, "tinydiff.serve.requests"):
         found.simulate_get("/it", headers=bearer("one"))
     told = json.loads(caplog.records[-1].message)
-    assert (told["method"], told["route"], told["status"], told["owner"]) == ("GET", "/it", 200, owner(b"one"))
+    assert (told["method"], told["route"], told["status"], told["owner"]) == (
+        "GET",
+        "/it",
+        200,
+        owner(b"one"),
+    )
     assert told["seconds"] >= 0
 
 
@@ -236,4 +277,7 @@ def test_requests_are_counted_by_route(tmp_path):
     app.add_route("/stream/{id}", Stream())
     testing.TestClient(app, {"Host": "localhost"}).simulate_get("/stream/1")
     made.scheduler.close()
-    assert b'tinydiff_http_requests_total{method="GET",route="/stream/{id}",status="200"} 1.0' in made.metrics.text()
+    assert (
+        b'tinydiff_http_requests_total{method="GET",route="/stream/{id}",status="200"} 1.0'
+        in made.metrics.text()
+    )

@@ -38,7 +38,9 @@ def both(build):
 
 
 def generate(client, headers=None, **fields):
-    return client.simulate_post("/v1/images/generations", json={"prompt": "a circle", "size": "64x48", **fields}, headers=headers)
+    return client.simulate_post(
+        "/v1/images/generations", json={"prompt": "a circle", "size": "64x48", **fields}, headers=headers
+    )
 
 
 def edit(client, *parts, path="/v1/images/edits"):
@@ -123,13 +125,21 @@ def test_another_model_is_not_found(both):
 
 def test_a_mistake_is_a_400_and_nothing_is_queued(both):
     answer = generate(both[1], guidance_scal=2)
-    assert (answer.status_code, answer.json["error"]["code"], answer.json["error"]["param"]) == (400, "unknown_parameter", "guidance_scal")
+    assert (answer.status_code, answer.json["error"]["code"], answer.json["error"]["param"]) == (
+        400,
+        "unknown_parameter",
+        "guidance_scal",
+    )
     assert both[0].scheduler.submitted == []
 
 
-@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "", ";", "application/json; charset=utf-16"])
+@pytest.mark.parametrize(
+    "kind", ["application/x-www-form-urlencoded", "", ";", "application/json; charset=utf-16"]
+)
 def test_other_bodies_are_a_415(both, kind):
-    answer = both[1].simulate_post("/v1/images/generations", body='{"prompt": "p"}', headers={"Content-Type": kind})
+    answer = both[1].simulate_post(
+        "/v1/images/generations", body='{"prompt": "p"}', headers={"Content-Type": kind}
+    )
     assert (answer.status_code, answer.json["error"]["code"]) == (415, "unsupported_media_type")
 
 
@@ -164,7 +174,9 @@ def test_a_stream_has_partial_images_and_then_the_picture(both):
     answer = generate(both[1], stream=True, partial_images=2, seed=3)
     assert answer.headers["content-type"].startswith("text/event-stream")
     found = events(answer)
-    assert [kind for kind, _ in found] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    assert [kind for kind, _ in found] == ["image_generation.partial_image"] * 2 + [
+        "image_generation.completed"
+    ]
     assert [data["partial_image_index"] for _, data in found[:2]] == [0, 1]
     for kind, data in found:
         assert data["type"] == kind
@@ -176,12 +188,19 @@ def test_a_stream_has_partial_images_and_then_the_picture(both):
 
 def test_a_stream_without_partial_images_is_one_event_for_each_picture(both):
     found = events(generate(both[1], stream=True, n=2, seed=1))
-    assert [(kind, data["seed"]) for kind, data in found] == [("image_generation.completed", 1), ("image_generation.completed", 2)]
+    assert [(kind, data["seed"]) for kind, data in found] == [
+        ("image_generation.completed", 1),
+        ("image_generation.completed", 2),
+    ]
 
 
 def test_progress_is_told_where_it_is_asked_for(both):
     both[0].scheduler.step_seconds = 0.02
-    found = [data for kind, data in events(generate(both[1], stream=True, progress=True)) if kind == "image_generation.progress"]
+    found = [
+        data
+        for kind, data in events(generate(both[1], stream=True, progress=True))
+        if kind == "image_generation.progress"
+    ]
     assert found[-1]["total"] == 3
     assert [data["step"] for data in found] == sorted(data["step"] for data in found)
 
@@ -295,7 +314,9 @@ def test_what_cannot_be_edited_is_named_and_leaves_no_file(build, row, parts, pa
 
 
 def test_a_file_that_is_not_there_is_a_404(build):
-    answer = build(START)[1].simulate_post("/v1/images/edits", json={"prompt": "p", "image": {"file_id": "../../etc/passwd"}})
+    answer = build(START)[1].simulate_post(
+        "/v1/images/edits", json={"prompt": "p", "image": {"file_id": "../../etc/passwd"}}
+    )
     assert (answer.status_code, answer.json["error"]["code"]) == (404, "not_found")
 
 
@@ -321,19 +342,32 @@ def started(both):
 def test_a_job_can_be_looked_at_and_cancelled(both):
     thread, answers, job = started(both)
     said = both[1].simulate_get(f"/v1/images/{job.id}").json
-    assert (said["id"], said["object"], said["prompt"], said["size"]) == (job.id, "image", "a circle", "64x48")
+    assert (said["id"], said["object"], said["prompt"], said["size"]) == (
+        job.id,
+        "image",
+        "a circle",
+        "64x48",
+    )
     assert said["status"] in ("queued", "in_progress")
     assert (said["queue_position"], said["eta_s"], said["data"]) == (0, 1.5, [])
     assert both[1].simulate_get(f"/v1/images/{job.id}/content").json["error"]["code"] == "not_ready"
     assert both[1].simulate_post(f"/v1/images/{job.id}/cancel").status_code == 200
     thread.join(10)
-    assert (answers[0].status_code, answers[0].json["error"]["code"], answers[0].headers["x-should-retry"]) == (409, "cancelled", "false")
+    assert (
+        answers[0].status_code,
+        answers[0].json["error"]["code"],
+        answers[0].headers["x-should-retry"],
+    ) == (409, "cancelled", "false")
     assert both[1].simulate_get(f"/v1/images/{job.id}").json["error"]["code"] == "cancelled"
 
 
 def test_delete_cancels_what_runs(both):
     thread, answers, job = started(both)
-    assert both[1].simulate_delete(f"/v1/images/{job.id}").json == {"id": job.id, "deleted": True, "object": "image.deleted"}
+    assert both[1].simulate_delete(f"/v1/images/{job.id}").json == {
+        "id": job.id,
+        "deleted": True,
+        "object": "image.deleted",
+    }
     thread.join(10)
     assert answers[0].json["error"]["code"] == "cancelled"
 
@@ -361,11 +395,21 @@ def test_content_is_the_picture_of_a_variant(both):
 def test_content_comes_in_small(both):
     id = generate(both[1], size="1024x64", seed=1).json["id"]
     answer = both[1].simulate_get(f"/v1/images/{id}/content", params={"thumbnail": "true"})
-    small, whole = (Image.open(io.BytesIO(data)) for data in (answer.content, both[1].simulate_get(f"/v1/images/{id}/content").content))
-    assert (small.format, small.size, whole.size) == ("WEBP", (512, 32), (1024, 64)) and answer.headers["content-type"] == "image/webp"
-    assert numpy.abs(numpy.asarray(small.convert("RGB"))[0, 0].astype(int) - numpy.asarray(whole)[0, 0]).max() < 8
+    small, whole = (
+        Image.open(io.BytesIO(data))
+        for data in (answer.content, both[1].simulate_get(f"/v1/images/{id}/content").content)
+    )
+    assert (small.format, small.size, whole.size) == ("WEBP", (512, 32), (1024, 64)) and answer.headers[
+        "content-type"
+    ] == "image/webp"
+    assert (
+        numpy.abs(numpy.asarray(small.convert("RGB"))[0, 0].astype(int) - numpy.asarray(whole)[0, 0]).max()
+        < 8
+    )
     answer = both[1].simulate_get(f"/v1/images/{id}/content", params={"thumbnail": "1"})
-    assert answer.status_code == 400 and answer.json["error"]["message"] == "thumbnail: '1' is not true or false"
+    assert (
+        answer.status_code == 400 and answer.json["error"]["message"] == "thumbnail: '1' is not true or false"
+    )
 
 
 def test_anothers_job_is_not_there(build):
@@ -374,5 +418,7 @@ def test_anothers_job_is_not_there(build):
     for path in (f"/v1/images/{id}", f"/v1/images/{id}/content"):
         assert client.simulate_get(path, headers={"Authorization": "Bearer a"}).status_code == 200
         assert client.simulate_get(path, headers={"Authorization": "Bearer b"}).status_code == 404
-    assert client.simulate_delete(f"/v1/images/{id}", headers={"Authorization": "Bearer b"}).status_code == 404
+    assert (
+        client.simulate_delete(f"/v1/images/{id}", headers={"Authorization": "Bearer b"}).status_code == 404
+    )
     assert client.simulate_get("/v1/images/../jobs").status_code == 404

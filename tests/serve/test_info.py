@@ -20,7 +20,9 @@ NAME = "tinydiff/shapes"
 
 
 def client_of(made, key=None):
-    return falcon.testing.TestClient(make_app(made), headers={"Host": "localhost"} | ({"Authorization": f"Bearer {key}"} if key else {}))
+    return falcon.testing.TestClient(
+        make_app(made), headers={"Host": "localhost"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    )
 
 
 @pytest.fixture
@@ -46,14 +48,24 @@ def test_models_is_a_list_of_one_with_openais_fields(serve):
     answer = client_of(made).simulate_get("/v1/models").json
     assert (answer["object"], len(answer["data"])) == ("list", 1)
     card = answer["data"][0]
-    assert (card["id"], card["object"], card["created"], card["owned_by"]) == (NAME, "model", made.created, "tinydiff")
+    assert (card["id"], card["object"], card["created"], card["owned_by"]) == (
+        NAME,
+        "model",
+        made.created,
+        "tinydiff",
+    )
 
 
 def test_the_card_says_what_the_model_does_and_takes(serve):
     card = client_of(serve()).simulate_get("/v1/models").json["data"][0]
     assert (card["task_type"], card["task_types"]) == ("TI2V", ["T2V", "T2I", "I2V"])
     assert card["pipeline_class"] == "WanPipeline"
-    assert (card["dit_precision"], card["precisions"]["vae"], card["device"], card["num_gpus"]) == ("fp32", "fp32", "cpu", 0)
+    assert (card["dit_precision"], card["precisions"]["vae"], card["device"], card["num_gpus"]) == (
+        "fp32",
+        "fp32",
+        "cpu",
+        0,
+    )
     assert card["defaults"]["num_frames"] == {"image": 1, "video": 17}
     assert (card["defaults"]["num_inference_steps"], card["defaults"]["guidance_scale"]) == (30, 2.5)
     own = 128 * 128
@@ -89,7 +101,11 @@ def test_another_model_is_not_there(serve):
     answer = client_of(serve(served_model_name="shapes")).simulate_get("/v1/models/shape")
     assert answer.status_code == 404
     error = answer.json["error"]
-    assert (error["code"], error["param"], error["type"]) == ("model_not_found", "model", "invalid_request_error")
+    assert (error["code"], error["param"], error["type"]) == (
+        "model_not_found",
+        "model",
+        "invalid_request_error",
+    )
     assert "'shapes'" in error["message"]
 
 
@@ -99,7 +115,11 @@ def test_sglangs_addresses(serve):
     assert (flat["model_path"], flat["task_type"], flat["pipeline_class"]) == (NAME, "TI2V", "WanPipeline")
     info = client.simulate_get("/model_info").json
     assert info == client.simulate_get("/v1/model_info").json
-    assert (info["model_type"], info["served_model_name"], info["supports_video_generation"]) == ("diffusion", "shapes", True)
+    assert (info["model_type"], info["served_model_name"], info["supports_video_generation"]) == (
+        "diffusion",
+        "shapes",
+        True,
+    )
     assert client.simulate_get("/v1/list_loras").json == {"loaded_adapters": [], "active": {}}
 
 
@@ -113,7 +133,9 @@ def test_server_info_tells_options_but_no_secrets_or_places(serve, tmp_path):
         assert secret not in answer.text
 
 
-@pytest.mark.parametrize("address", ["/server_info", "/v1/models", "/model_info", "/models", "/v1/model_info", "/v1/list_loras"])
+@pytest.mark.parametrize(
+    "address", ["/server_info", "/v1/models", "/model_info", "/models", "/v1/model_info", "/v1/list_loras"]
+)
 def test_what_says_more_than_health_needs_a_key(serve, address):
     made = serve(api_key=("k",))
     assert client_of(made).simulate_get(address).status_code == 401
@@ -133,17 +155,32 @@ def test_health_and_metrics_need_none(serve, address):
 def test_health_in_every_phase(serve, phase, alive, healthy, ready):
     made = serve()
     set_state(made, phase, 1, 3, None, "")
-    got = [client_of(made).simulate_get(address).status_code for address in ("/liveness", "/health", "/health_generate", "/ready")]
+    got = [
+        client_of(made).simulate_get(address).status_code
+        for address in ("/liveness", "/health", "/health_generate", "/ready")
+    ]
     assert got == [alive, healthy, healthy, ready]
-    heads = [client_of(made).simulate_head(address) for address in ("/liveness", "/health", "/health_generate", "/ready")]
-    assert [(head.status_code, head.content) for head in heads] == [(status, b"") for status in got], "load balancers ask so"
+    heads = [
+        client_of(made).simulate_head(address)
+        for address in ("/liveness", "/health", "/health_generate", "/ready")
+    ]
+    assert [(head.status_code, head.content) for head in heads] == [(status, b"") for status in got], (
+        "load balancers ask so"
+    )
 
 
 def test_ready_says_how_far_it_is(serve):
     made = serve()
     set_state(made, "warming", 2, 5, 7.4, "")
     answer = client_of(made).simulate_get("/ready")
-    assert answer.json == {"status": "not ready", "phase": "warming", "done": 2, "total": 5, "eta_s": 7.4, "detail": ""}
+    assert answer.json == {
+        "status": "not ready",
+        "phase": "warming",
+        "done": 2,
+        "total": 5,
+        "eta_s": 7.4,
+        "detail": "",
+    }
     assert answer.headers["retry-after"] == "7"
 
 
@@ -156,7 +193,11 @@ def test_health_says_why_it_failed(serve):
 def figures(client):
     """{(name, its labels' values by label): value}."""
     text = client.simulate_get("/metrics").text
-    return {(s.name, *(s.labels[k] for k in sorted(s.labels))): s.value for f in text_string_to_metric_families(text) for s in f.samples}
+    return {
+        (s.name, *(s.labels[k] for k in sorted(s.labels))): s.value
+        for f in text_string_to_metric_families(text)
+        for s in f.samples
+    }
 
 
 def test_metrics_has_the_scheduler_s_figures_and_the_requests(serve):
@@ -166,9 +207,15 @@ def test_metrics_has_the_scheduler_s_figures_and_the_requests(serve):
     client.simulate_get("/v1/models")
     client.simulate_get("/v1/nothing")
     found = figures(client)
-    assert (found["tinydiff_jobs_queued",], found["tinydiff_jobs_running",], found["tinydiff_peak_memory_bytes",]) == (3, 2, 12345)
+    assert (
+        found["tinydiff_jobs_queued",],
+        found["tinydiff_jobs_running",],
+        found["tinydiff_peak_memory_bytes",],
+    ) == (3, 2, 12345)
     assert found["tinydiff_http_requests_total", "GET", "/v1/models", "200"] == 1
-    assert found["tinydiff_http_requests_total", "GET", "none", "404"] == 1, "addresses that clients make up are one route"
+    assert found["tinydiff_http_requests_total", "GET", "none", "404"] == 1, (
+        "addresses that clients make up are one route"
+    )
 
 
 def test_metrics_is_in_prometheus_s_form(serve):
@@ -181,7 +228,9 @@ def test_metrics_can_be_off(serve):
     assert (answer.status_code, answer.json["error"]["code"]) == (404, "metrics_off")
 
 
-@pytest.mark.parametrize(("away", "back"), [("/v1/sleep", "/v1/wake"), ("/release_memory_occupation", "/resume_memory_occupation")])
+@pytest.mark.parametrize(
+    ("away", "back"), [("/v1/sleep", "/v1/wake"), ("/release_memory_occupation", "/resume_memory_occupation")]
+)
 def test_sleep_and_wake(serve, away, back):
     made = serve()
     client = client_of(made)
@@ -197,18 +246,33 @@ def test_no_sleep_while_jobs_wait(serve):
     client = client_of(made)
     client.simulate_post("/v1/videos", json={"prompt": "a red circle"})
     answer = client.simulate_post("/v1/sleep")
-    assert (answer.status_code, answer.json["error"]["code"], answer.headers["x-should-retry"]) == (409, "busy", "false")
+    assert (answer.status_code, answer.json["error"]["code"], answer.headers["x-should-retry"]) == (
+        409,
+        "busy",
+        "false",
+    )
     assert made.scheduler.phase == "ready"
 
 
-@pytest.mark.parametrize(("body", "param"), [('{"tags": ["weights"]}', "tags"), ("[1]", "body"), ("{", "body")])
+@pytest.mark.parametrize(
+    ("body", "param"), [('{"tags": ["weights"]}', "tags"), ("[1]", "body"), ("{", "body")]
+)
 def test_an_order_takes_no_fields(serve, body, param):
     made = serve()
-    answer = client_of(made).simulate_post("/release_memory_occupation", body=body, content_type="application/json")
+    answer = client_of(made).simulate_post(
+        "/release_memory_occupation", body=body, content_type="application/json"
+    )
     assert (answer.status_code, answer.json["error"]["param"], made.scheduler.phase) == (400, param, "ready")
 
 
-ORDERS = ["/v1/sleep", "/v1/wake", "/release_memory_occupation", "/resume_memory_occupation", "/v1/set_lora", "/v1/merge_lora_weights"]
+ORDERS = [
+    "/v1/sleep",
+    "/v1/wake",
+    "/release_memory_occupation",
+    "/resume_memory_occupation",
+    "/v1/set_lora",
+    "/v1/merge_lora_weights",
+]
 
 
 @pytest.mark.parametrize("address", [*ORDERS, "/v1/unmerge_lora_weights"])
@@ -240,9 +304,15 @@ def test_a_locked_database_is_a_503(locked):
     answer = client.simulate_get("/ready")
     assert (answer.status_code, answer.json["status"]) == (503, "not ready")
     assert answer.json["detail"] == "the database of the jobs does not answer; try again soon"
-    assert [client.simulate_get(path).status_code for path in ("/liveness", "/health", "/metrics")] == [200] * 3
+    assert [client.simulate_get(path).status_code for path in ("/liveness", "/health", "/metrics")] == [
+        200
+    ] * 3
     answer = client.simulate_post("/v1/videos", json={"prompt": "a"})
-    assert (answer.status_code, answer.json["error"]["code"], answer.headers["retry-after"]) == (503, "store_unreachable", "5")
+    assert (answer.status_code, answer.json["error"]["code"], answer.headers["retry-after"]) == (
+        503,
+        "store_unreachable",
+        "5",
+    )
 
 
 def test_a_store_that_does_not_answer_holds_no_probe(serve, monkeypatch):

@@ -58,7 +58,10 @@ def test_a_picture_is_taken_as_it_is(format):
     assert read(data) == data and kind(data) == f"image/{format.lower()}"
 
 
-@pytest.mark.skipif("AVIF" not in Image.SAVE and not Image.init() and "AVIF" not in Image.SAVE, reason="this Pillow writes no AVIF")
+@pytest.mark.skipif(
+    "AVIF" not in Image.SAVE and not Image.init() and "AVIF" not in Image.SAVE,
+    reason="this Pillow writes no AVIF",
+)
 def test_avif_is_taken():
     data = picture("AVIF")
     assert read(data) == data and kind(data) == "image/avif"
@@ -155,7 +158,9 @@ def test_an_animation_is_refused(format):
     assert "is an animation" in refused(animation(format))
 
 
-@pytest.mark.parametrize("source", [bytes(1_000_001), uri(bytes(1_000_001)), "data:;base64," + "A" * 7_000_000])
+@pytest.mark.parametrize(
+    "source", [bytes(1_000_001), uri(bytes(1_000_001)), "data:;base64," + "A" * 7_000_000]
+)
 def test_too_many_bytes(source):
     assert "larger than 1 MB" in refused(source)
 
@@ -175,10 +180,14 @@ def test_addresses_are_fetched_only_where_that_is_allowed():
     assert asked == [("HTTP://pictures.example/a.png", "image", 1_000_000)]
 
 
-@pytest.mark.parametrize(("data", "said"), [(b"<html>", "not a whole picture"), (animation("GIF"), "is an animation")])
+@pytest.mark.parametrize(
+    ("data", "said"), [(b"<html>", "not a whole picture"), (animation("GIF"), "is an animation")]
+)
 def test_what_is_fetched_is_checked_as_any_picture(data, said):
     assert said in refused("http://pictures.example/a.png", True, get=lambda *_: data)
 
 
 def test_private_addresses_are_not_fetched_for_real():
-    assert refused("http://127.0.0.1/a.png", True) == "image: 'http://127.0.0.1/a.png' is not a public address"
+    assert (
+        refused("http://127.0.0.1/a.png", True) == "image: 'http://127.0.0.1/a.png' is not a public address"
+    )

@@ -20,16 +20,24 @@ def made(tmp_path_factory):
 def read(made, said, kind="image"):
     """The request that a body makes, through all of intake but HTTP."""
     asked = read_fields(said, kind)
-    return admitted(made, Job("j_0", kind, time.time(), fields=resolved(made, asked, kind), answer=asked.answer))
+    return admitted(
+        made, Job("j_0", kind, time.time(), fields=resolved(made, asked, kind), answer=asked.answer)
+    )
 
 
-@pytest.mark.parametrize(("quality", "steps"), [("auto", 30), ("standard", 30), ("low", 15), ("medium", 22), ("high", 30), ("max", 60)])
+@pytest.mark.parametrize(
+    ("quality", "steps"),
+    [("auto", 30), ("standard", 30), ("low", 15), ("medium", 22), ("high", 30), ("max", 60)],
+)
 def test_quality_is_a_number_of_steps(made, quality, steps):
     assert read(made, {"prompt": "p", "quality": quality}).num_inference_steps == steps
 
 
 def test_an_image_is_one_frame_and_a_clip_the_models_own(made):
-    assert (read(made, {"prompt": "p"}).num_frames, read(made, {"prompt": "p"}, "video").num_frames) == (1, 17)
+    assert (read(made, {"prompt": "p"}).num_frames, read(made, {"prompt": "p"}, "video").num_frames) == (
+        1,
+        17,
+    )
 
 
 @pytest.mark.parametrize(("seconds", "fps", "frames"), [("4", 8, 33), (1, 8, 9), ("0.1", 8, 5), (4, 16, 65)])
@@ -56,7 +64,12 @@ def test_seconds_are_frames_that_the_model_can_make(made, seconds, fps, frames):
         ({"size": "272x256"}, "image", "size", "an output has 69,632 pixels; 65,536 are the most"),
         ({"size": "256x256", "num_frames": 21}, "video", "size", "1,376,256 pixels; 1,114,112 are the most"),
         ({"n": 11}, "image", "n", "11 outputs are more than the 10 that one request may ask for"),
-        ({"num_outputs_per_prompt": 11}, "video", "num_outputs_per_prompt", "11 outputs are more than the 10"),
+        (
+            {"num_outputs_per_prompt": 11},
+            "video",
+            "num_outputs_per_prompt",
+            "11 outputs are more than the 10",
+        ),
         ({"strength": 0.5}, "image", "strength", "cannot be set"),
     ],
 )
@@ -68,7 +81,11 @@ def test_what_the_model_cannot_do_is_named_as_the_client_spelled_it(made, said, 
 
 def test_the_bound_on_pixels_follows_the_model_and_an_explicit_one_wins(tmp_path):
     """Four times the model's own image, and of a video its own frames too; each of several outputs may have as many."""
-    for name, most, kind in (("own", 4 * 128 * 128, "image"), ("own", 4 * 128 * 128 * 17, "video"), ("told", 10**6, "image")):
+    for name, most, kind in (
+        ("own", 4 * 128 * 128, "image"),
+        ("own", 4 * 128 * 128 * 17, "video"),
+        ("told", 10**6, "image"),
+    ):
         found = service(tmp_path / name, **({"max_pixels": 1e6} if name == "told" else {}))
         assert found.most_pixels(kind) == most
         found.scheduler.close()

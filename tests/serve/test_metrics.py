@@ -9,16 +9,30 @@ from prometheus_client.parser import text_string_to_metric_families
 from tinydiff.serve.jobs import Failure, Job, Output
 from tinydiff.serve.metrics import Metrics
 
-DONE = Job("img_1", "image", 100.0, status="completed", started_at=102.0, completed_at=107.0, outputs=(Output("f", "image/png", 9, 1),))
+DONE = Job(
+    "img_1",
+    "image",
+    100.0,
+    status="completed",
+    started_at=102.0,
+    completed_at=107.0,
+    outputs=(Output("f", "image/png", 9, 1),),
+)
 
 
 def value(metrics, name, **labels):
     """The sample `name` with these labels, None where there is none."""
-    return next((sample.value for sample in samples(metrics) if (sample.name, sample.labels) == (name, labels)), None)
+    return next(
+        (sample.value for sample in samples(metrics) if (sample.name, sample.labels) == (name, labels)), None
+    )
 
 
 def samples(metrics):
-    return [sample for family in text_string_to_metric_families(metrics.text().decode()) for sample in family.samples]
+    return [
+        sample
+        for family in text_string_to_metric_families(metrics.text().decode())
+        for sample in family.samples
+    ]
 
 
 def test_every_name_begins_with_ours():
@@ -47,7 +61,9 @@ def test_a_failed_job_is_counted_by_its_code(code, cancels):
     metrics.finished(replace(DONE, status="failed", outputs=(), started_at=None, error=Failure(code, "why")))
     assert value(metrics, "tinydiff_job_failures_total", kind="image", code=code) == 1
     assert value(metrics, "tinydiff_jobs_cancelled_total", kind="image") == cancels
-    assert value(metrics, "tinydiff_job_seconds_count", kind="image") is None, "the time to a failure is no time to a result"
+    assert value(metrics, "tinydiff_job_seconds_count", kind="image") is None, (
+        "the time to a failure is no time to a result"
+    )
     assert value(metrics, "tinydiff_job_wait_seconds_count", kind="image") is None, "it was never started"
 
 
@@ -62,7 +78,10 @@ def test_steps_are_counted_one_by_one_and_by_picture():
     metrics = Metrics()
     metrics.steps(4, 3, 0.5)
     assert value(metrics, "tinydiff_steps_total") == 12
-    assert (value(metrics, "tinydiff_step_seconds_count"), value(metrics, "tinydiff_step_seconds_sum")) == (4, 2.0)
+    assert (value(metrics, "tinydiff_step_seconds_count"), value(metrics, "tinydiff_step_seconds_sum")) == (
+        4,
+        2.0,
+    )
     assert value(metrics, "tinydiff_batch_size_bucket", le="2.0") == 0
     assert value(metrics, "tinydiff_batch_size_bucket", le="4.0") == 4
 
@@ -107,7 +126,9 @@ def test_the_process_is_watched():
 
 def test_threads_lose_no_count():
     metrics = Metrics()
-    threads = [threading.Thread(target=lambda: [metrics.steps(1, 2, 0.001) for _ in range(200)]) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: [metrics.steps(1, 2, 0.001) for _ in range(200)]) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

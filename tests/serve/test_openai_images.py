@@ -41,7 +41,9 @@ def client(address):
 def requests(client):
     """(retry count) of every request that the client sends."""
     found = []
-    client._client.event_hooks["request"].append(lambda request: found.append(request.headers.get("x-stainless-retry-count")))
+    client._client.event_hooks["request"].append(
+        lambda request: found.append(request.headers.get("x-stainless-retry-count"))
+    )
     return found
 
 
@@ -81,8 +83,13 @@ def test_the_address_of_a_picture_is_for_anyone_who_has_it(client, address):
 
 def test_stream_of_partial_images(client):
     found = list(client.images.generate(**SMALL, stream=True, partial_images=2))
-    assert [event.type for event in found] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
-    assert [type(event).__name__ for event in found[1:]] == ["ImageGenPartialImageEvent", "ImageGenCompletedEvent"]
+    assert [event.type for event in found] == ["image_generation.partial_image"] * 2 + [
+        "image_generation.completed"
+    ]
+    assert [type(event).__name__ for event in found[1:]] == [
+        "ImageGenPartialImageEvent",
+        "ImageGenCompletedEvent",
+    ]
     assert [event.partial_image_index for event in found[:2]] == [0, 1]
     assert all(opened(event.b64_json).size == (64, 48) for event in found)
 
@@ -96,12 +103,16 @@ def test_the_first_partial_image_comes_before_the_picture_is_made(made, client):
 
 def test_edit_of_one_picture_in_each_form(client):
     for image in (file(), fake.picture(64, 48), ("a.png", fake.picture(64, 48), "image/png")):
-        answer = client.images.edit(image=image, prompt="p", size="64x48", extra_body={"seed": 1, "strength": 0.5})
+        answer = client.images.edit(
+            image=image, prompt="p", size="64x48", extra_body={"seed": 1, "strength": 0.5}
+        )
         assert (opened(answer.data[0].b64_json).size, answer.seed) == ((64, 48), 1)
 
 
 def test_edit_of_several_pictures(made, client):
-    answer = client.images.edit(image=[file(), ("b.png", fake.picture(64, 48, "blue"), "image/png")], prompt="p", size="64x48", n=2)
+    answer = client.images.edit(
+        image=[file(), ("b.png", fake.picture(64, 48, "blue"), "image/png")], prompt="p", size="64x48", n=2
+    )
     assert len(answer.data) == 2
     assert len(made.scheduler.submitted[0].inputs["image_path"]) == 2
 
@@ -146,7 +157,10 @@ def test_a_mistake_is_the_clients_own_exception(client, requests, more, error, c
 
 
 def test_a_wrong_key(address):
-    with openai.OpenAI(api_key="wrong", base_url=f"{address}/v1") as client, pytest.raises(openai.AuthenticationError) as caught:
+    with (
+        openai.OpenAI(api_key="wrong", base_url=f"{address}/v1") as client,
+        pytest.raises(openai.AuthenticationError) as caught,
+    ):
         client.images.generate(**SMALL)
     assert caught.value.code == "invalid_api_key"
 
@@ -205,11 +219,17 @@ def test_closing_the_connection_cancels_the_job(made, address, stream):
 def test_the_async_client(made, address):
     async def ask():
         async with openai.AsyncOpenAI(api_key=KEY, base_url=f"{address}/v1", timeout=30) as client:
-            answers = await asyncio.gather(*[client.images.generate(**SMALL, extra_body={"seed": k}) for k in range(6)])
-            edit = await client.images.edit(image=[fake.picture(64, 48)], mask=fake.picture(64, 48, "white"), prompt="p", size="64x48")
+            answers = await asyncio.gather(
+                *[client.images.generate(**SMALL, extra_body={"seed": k}) for k in range(6)]
+            )
+            edit = await client.images.edit(
+                image=[fake.picture(64, 48)], mask=fake.picture(64, 48, "white"), prompt="p", size="64x48"
+            )
             stream = await client.images.generate(**SMALL, stream=True, partial_images=1)
             events = [event.type async for event in stream]
-            stream = await client.images.edit(image=fake.picture(64, 48), prompt="p", size="64x48", stream=True)
+            stream = await client.images.edit(
+                image=fake.picture(64, 48), prompt="p", size="64x48", stream=True
+            )
             events += [event.type async for event in stream]
             with pytest.raises(openai.BadRequestError) as caught:
                 await client.images.generate(**{**SMALL, "size": "1x1"})

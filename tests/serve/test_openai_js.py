@@ -80,9 +80,13 @@ const parts = {
 @pytest.fixture(scope="module")
 def told(package, tmp_path_factory):
     """What each part of the script found, by its name. The model is one that edits pictures too."""
-    made = fake.service(tmp_path_factory.mktemp("state"), row={"image_use": "start"}, api_key=("open-sesame",))
+    made = fake.service(
+        tmp_path_factory.mktemp("state"), row={"image_use": "start"}, api_key=("open-sesame",)
+    )
     made.scheduler.step_seconds = 0.02
-    server = waitress.create_server(make_app(made), host="127.0.0.1", port=0, threads=8, channel_request_lookahead=1)
+    server = waitress.create_server(
+        make_app(made), host="127.0.0.1", port=0, threads=8, channel_request_lookahead=1
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     address = f"http://127.0.0.1:{server.effective_port}/v1"  # pyright: ignore
@@ -139,7 +143,11 @@ def test_generate(told):
 
 def test_a_stream_has_previews_and_ends_with_the_picture(told):
     events = told["stream"]
-    assert [event["type"].split(".")[1] for event in events] == ["partial_image", "partial_image", "completed"]
+    assert [event["type"].split(".")[1] for event in events] == [
+        "partial_image",
+        "partial_image",
+        "completed",
+    ]
     assert [event["partial_image_index"] for event in events[:-1]] == [0, 1]
     assert [image(event["b64_json"]).size for event in events] == [(64, 48)] * 3
 

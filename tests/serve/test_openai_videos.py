@@ -21,7 +21,9 @@ SMALL = {"prompt": "a red circle", "model": "tinydiff/shapes", "size": "64x48", 
 @contextmanager
 def listening(made):
     """The address of the service's app in a real server."""
-    server = waitress.create_server(make_app(made), host="127.0.0.1", port=0, threads=8, channel_request_lookahead=1)
+    server = waitress.create_server(
+        make_app(made), host="127.0.0.1", port=0, threads=8, channel_request_lookahead=1
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
@@ -52,7 +54,12 @@ def client(address):
 def test_create_and_poll(client):
     video = client.videos.create_and_poll(**SMALL)
     assert (video.status, video.progress, video.object, video.error) == ("completed", 100, "video", None)
-    assert (video.model, video.size, video.seconds, video.prompt) == ("tinydiff/shapes", "64x48", "1.125", "a red circle")
+    assert (video.model, video.size, video.seconds, video.prompt) == (
+        "tinydiff/shapes",
+        "64x48",
+        "1.125",
+        "a red circle",
+    )
 
 
 def test_create_answers_at_once(made, client):
@@ -62,7 +69,9 @@ def test_create_answers_at_once(made, client):
 
 
 def test_our_fields_go_through_extra_body_and_come_back(made, client):
-    video = client.videos.create(**SMALL, extra_body={"seed": 17, "num_inference_steps": 5, "guidance_scale": 1.5})
+    video = client.videos.create(
+        **SMALL, extra_body={"seed": 17, "num_inference_steps": 5, "guidance_scale": 1.5}
+    )
     assert {"seed", "num_inference_steps", "guidance_scale"} <= set(made.store.get(video.id).fields)
     done = client.videos.poll(video.id)
     assert done.seeds == [17]  # pyright: ignore
@@ -71,7 +80,11 @@ def test_our_fields_go_through_extra_body_and_come_back(made, client):
 
 @pytest.mark.parametrize(
     "reference",
-    [fake.picture(64, 48), io.BytesIO(fake.picture(64, 48)), ("first.png", fake.picture(64, 48), "image/png")],
+    [
+        fake.picture(64, 48),
+        io.BytesIO(fake.picture(64, 48)),
+        ("first.png", fake.picture(64, 48), "image/png"),
+    ],
     ids=["bytes", "stream", "named"],
 )
 def test_a_first_frame(made, client, reference):
@@ -110,7 +123,10 @@ def test_download_every_variant(client, tmp_path):
     video = client.videos.create_and_poll(**SMALL)
     assert client.videos.download_content(video.id).read()[4:8] == b"ftyp"
     for variant in ("thumbnail", "spritesheet"):
-        assert Image.open(io.BytesIO(client.videos.download_content(video.id, variant=variant).content)).format == "WEBP"
+        assert (
+            Image.open(io.BytesIO(client.videos.download_content(video.id, variant=variant).content)).format
+            == "WEBP"
+        )
     client.videos.download_content(video.id, variant="video").write_to_file(tmp_path / "clip.mp4")
     assert (tmp_path / "clip.mp4").stat().st_size == video.outputs[0]["bytes"]  # pyright: ignore
 
@@ -147,7 +163,11 @@ def test_delete_while_it_runs(made, client):
 def test_a_failed_clip_ends_the_poll(made, client):
     made.scheduler.fail = lambda job: Failure("insufficient_memory", "it does not fit")
     video = client.videos.create_and_poll(**SMALL)
-    assert (video.status, video.error.code, video.error.message) == ("failed", "insufficient_memory", "it does not fit")
+    assert (video.status, video.error.code, video.error.message) == (
+        "failed",
+        "insufficient_memory",
+        "it does not fit",
+    )
 
 
 def test_a_cancelled_clip_ends_the_poll(made, client):
@@ -185,7 +205,10 @@ def test_a_mistake_is_an_error_of_the_right_kind_with_its_parameter(client):
 
 
 def test_a_wrong_key(address):
-    with openai.OpenAI(api_key="wrong", base_url=address, max_retries=0) as stranger, pytest.raises(openai.AuthenticationError):
+    with (
+        openai.OpenAI(api_key="wrong", base_url=address, max_retries=0) as stranger,
+        pytest.raises(openai.AuthenticationError),
+    ):
         stranger.videos.list()
 
 
@@ -216,7 +239,9 @@ def test_models(client):
 def test_the_async_client_does_all_of_it(address):
     async def everything():
         async with openai.AsyncOpenAI(api_key=KEY, base_url=address, max_retries=0, timeout=30) as client:
-            videos = await asyncio.gather(*(client.videos.create_and_poll(**SMALL, extra_body={"seed": seed}) for seed in (1, 2, 3)))
+            videos = await asyncio.gather(
+                *(client.videos.create_and_poll(**SMALL, extra_body={"seed": seed}) for seed in (1, 2, 3))
+            )
             listed = [video.id async for video in client.videos.list(limit=2)]
             content = await client.videos.download_content(videos[0].id, variant="thumbnail")
             remix = await client.videos.poll((await client.videos.remix(videos[0].id, prompt="another")).id)

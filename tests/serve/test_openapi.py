@@ -52,7 +52,10 @@ def test_it_is_served_without_a_key(tmp_path):
 
 def test_every_route_is_described(described, app):
     def templates(node):
-        return [*([node.uri_template] if node.uri_template else []), *(t for child in node.children for t in templates(child))]
+        return [
+            *([node.uri_template] if node.uri_template else []),
+            *(t for child in node.children for t in templates(child)),
+        ]
 
     served = {template.replace(":path}", "}") for root in app._router._roots for template in templates(root)}
     assert len(served) > 25 and served - ALIASES == set(described["paths"])
@@ -63,7 +66,9 @@ def test_every_method_of_a_route_is_described(described):
     for template, resource in [*videos.routes(held), *info.routes(held)]:
         path = template.replace(":path}", "}")
         if path not in ALIASES:
-            methods = {name.removeprefix("on_") for name in dir(resource) if name.startswith("on_")} - {"head"}
+            methods = {name.removeprefix("on_") for name in dir(resource) if name.startswith("on_")} - {
+                "head"
+            }
             assert set(described["paths"][path]) == methods, path
 
 
@@ -76,7 +81,10 @@ def test_every_field_of_a_request_is_described(described):
         *fields._EXTRA,
         *(name for name, (free, _) in fields.IDLE.items() if not free),
     }
-    for kind, paths in (("image", ("/v1/images/generations", "/v1/images/edits")), ("video", ("/v1/videos",))):
+    for kind, paths in (
+        ("image", ("/v1/images/generations", "/v1/images/edits")),
+        ("video", ("/v1/videos",)),
+    ):
         named = {name for path in paths for schema in described["paths"][path]["post"]["requestBody"]["content"].values()
                  for name in schema["schema"]["properties"]}  # fmt: skip
         assert set(fields.names(kind)) - given <= named
@@ -106,17 +114,24 @@ def test_an_option_of_several_values_is_one_or_a_list():
 def test_docstrings_leave_out_the_command_line():
     told = schemas.docstrings(SamplingOptions)
     assert told["strength"] == "How far a given picture is changed: near 0 hardly, at 1 wholly."
-    assert set(told) == set(SamplingOptions.__dataclass_fields__) and not any("--" in text for text in told.values())
+    assert set(told) == set(SamplingOptions.__dataclass_fields__) and not any(
+        "--" in text for text in told.values()
+    )
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_fields_that_are_no_options_are_described_as_they_are_checked(kind):
     for name, read in fields.OWN[kind].items():
         schema = schemas.request(kind, "shapes", form=True)["properties"][name]
-        good = [*schema.get("enum", []), *(schema[bound] for bound in ("minimum", "maximum") if bound in schema)]
+        good = [
+            *schema.get("enum", []),
+            *(schema[bound] for bound in ("minimum", "maximum") if bound in schema),
+        ]
         for value in good:
             assert read(name, value, False) is not None
-        beyond = [schema[bound] + step for bound, step in (("minimum", -1), ("maximum", 1)) if bound in schema]
+        beyond = [
+            schema[bound] + step for bound, step in (("minimum", -1), ("maximum", 1)) if bound in schema
+        ]
         bad = [*beyond, [], *(["no such value"] if "enum" in schema and name != "model" else [])]
         for value in bad:
             with pytest.raises(UserError) as refused:
@@ -135,12 +150,26 @@ def test_every_error_is_in_the_one_shape(described):
 
 
 def test_what_needs_which_key_is_said(described):
-    said = {path: operation.get("security") for path, methods in described["paths"].items() for operation in methods.values()}
-    assert said["/v1/sleep"] == [{"admin": []}] and said["/ready"] == [] and said["/v1/images/generations"] is None
+    said = {
+        path: operation.get("security")
+        for path, methods in described["paths"].items()
+        for operation in methods.values()
+    }
+    assert (
+        said["/v1/sleep"] == [{"admin": []}]
+        and said["/ready"] == []
+        and said["/v1/images/generations"] is None
+    )
     held = SimpleNamespace(blueprint=None)
     for template, resource in [*videos.routes(held), *info.routes(held)]:
         if (path := template.replace(":path}", "}")) in said:
-            way = [{"admin": []}] if getattr(resource, "admin", False) else [] if getattr(resource, "public", False) else None
+            way = (
+                [{"admin": []}]
+                if getattr(resource, "admin", False)
+                else []
+                if getattr(resource, "public", False)
+                else None
+            )
             assert said[path] == way, path
 
 
@@ -167,7 +196,11 @@ def undescribed(document, schema, value, at=""):
         yield from undescribed(document, schema, value, at)
     elif isinstance(value, dict) and "properties" in schema:
         known = schema["properties"]
-        yield from (f"{at}.{name}" for name in value.keys() ^ known.keys() if name in value or name in schema["required"])
+        yield from (
+            f"{at}.{name}"
+            for name in value.keys() ^ known.keys()
+            if name in value or name in schema["required"]
+        )
         for name in value.keys() & known.keys():
             yield from undescribed(document, known[name], value[name], f"{at}.{name}")
     elif isinstance(value, list):
@@ -185,18 +218,36 @@ def test_every_key_of_an_answer_is_described_and_every_described_key_is_there(de
     video = client.simulate_post("/v1/videos", json=SAID).json
     asked = [
         ("post", "/v1/images/generations", image),
-        ("post", "/v1/images/generations", client.simulate_post("/v1/images/generations", json={**SAID, "response_format": "url"}).json),
+        (
+            "post",
+            "/v1/images/generations",
+            client.simulate_post("/v1/images/generations", json={**SAID, "response_format": "url"}).json,
+        ),
         ("post", "/v1/videos", video),
     ]
-    assert (image["user"], image["safety_identifier"], video["user"], video["safety_identifier"]) == ("me", "I", "me", "I")
+    assert (image["user"], image["safety_identifier"], video["user"], video["safety_identifier"]) == (
+        "me",
+        "I",
+        "me",
+        "I",
+    )
     ids = {"/v1/videos": video["id"], "/v1/images": image["id"], "/v1/models": made.name}
     for path, methods in described["paths"].items():
         id = next((id for begin, id in ids.items() if path.startswith(begin)), "none")
         for method in ("get", "post"):
-            if method in methods and not path.endswith(("/content", "/generations", "/edits", "/v1/videos", "/metrics")):
-                eventually(lambda: not {"queued", "in_progress"} & {name for name, count in made.store.counts().items() if count})
+            if method in methods and not path.endswith(
+                ("/content", "/generations", "/edits", "/v1/videos", "/metrics")
+            ):
+                eventually(
+                    lambda: (
+                        not {"queued", "in_progress"}
+                        & {name for name, count in made.store.counts().items() if count}
+                    )
+                )
                 body = {"prompt": "another", "seed": 3} if path.endswith("remix") else {}
-                answer = client.simulate_request(method.upper(), path.replace("{id}", id), json=body if method == "post" else None)
+                answer = client.simulate_request(
+                    method.upper(), path.replace("{id}", id), json=body if method == "post" else None
+                )
                 assert answer.status_code == 200, (path, answer.text)
                 asked.append((method, path, answer.json))
     asked.append(("get", "/v1/videos", client.simulate_get("/v1/videos").json))
@@ -205,12 +256,17 @@ def test_every_key_of_an_answer_is_described_and_every_described_key_is_there(de
         answer = client.simulate_get(path)
         assert answer.status_code == 503
         asked.append(("get", path, answer.json))
-    asked += [("delete", f"{begin}/{{id}}", client.simulate_delete(f"{begin}/{ids[begin]}").json) for begin in ("/v1/videos", "/v1/images")]
+    asked += [
+        ("delete", f"{begin}/{{id}}", client.simulate_delete(f"{begin}/{ids[begin]}").json)
+        for begin in ("/v1/videos", "/v1/images")
+    ]
     made.scheduler.close()
     wrong = {}
     for method, path, answer in asked:
         status = "503" if answer.get("status") in ("unhealthy", "not ready") else "200"
-        schema = described["paths"][path][method]["responses"][status]["content"]["application/json"]["schema"]
+        schema = described["paths"][path][method]["responses"][status]["content"]["application/json"][
+            "schema"
+        ]
         wrong[method, path] = sorted(undescribed(described, schema, answer))
     assert len(asked) > 20 and {call: names for call, names in wrong.items() if names} == {}
 
@@ -230,7 +286,11 @@ TROUBLE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("keys", [{}, {"api_key": ("k",)}, {"api_key": ("k",), "admin_api_key": "boss"}], ids=["none", "key", "admin"])
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"api_key": ("k",)}, {"api_key": ("k",), "admin_api_key": "boss"}],
+    ids=["none", "key", "admin"],
+)
 def test_every_status_that_comes_is_described(described, tmp_path, keys):
     made = service(tmp_path, max_body=1.0, enable_metrics=False, **keys)
     client = testing.TestClient(make_app(made))
@@ -251,10 +311,19 @@ def test_every_status_that_comes_is_described(described, tmp_path, keys):
 
 def test_variations_are_refused_in_a_sentence(app):
     """A bare 405 says nothing that OpenAI's clients would show."""
-    answer = testing.TestClient(app, {"Host": "localhost"}).simulate_post("/v1/images/variations", body=form(("image", picture())))
+    answer = testing.TestClient(app, {"Host": "localhost"}).simulate_post(
+        "/v1/images/variations", body=form(("image", picture()))
+    )
     error = answer.json["error"]
-    assert (answer.status_code, error["code"], answer.headers["x-should-retry"]) == (404, "not_supported", "false")
-    assert error["message"] == "variations of an image are not supported; POST /v1/images/edits with the image and a prompt"
+    assert (answer.status_code, error["code"], answer.headers["x-should-retry"]) == (
+        404,
+        "not_supported",
+        "false",
+    )
+    assert (
+        error["message"]
+        == "variations of an image are not supported; POST /v1/images/edits with the image and a prompt"
+    )
 
 
 def test_the_document_is_plain_json(described):

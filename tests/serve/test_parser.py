@@ -53,7 +53,9 @@ def test_nothing_of_a_body_is_kept_for_who_has_no_key(keyed, kept, key):
     with listening(keyed) as address:
         status, headers, answer = Client(address).send(post(b"/v1/images/edits", BIG, *key)).answer()
         assert (status, headers["connection"], answer["error"]["code"]) == (401, "close", "invalid_api_key")
-        chunked = b"\r\n".join([b"POST /v1/videos HTTP/1.1", b"Host: localhost", CHUNKED, *key, b"", b"f4240", b"x" * 10**6, b""])
+        chunked = b"\r\n".join(
+            [b"POST /v1/videos HTTP/1.1", b"Host: localhost", CHUNKED, *key, b"", b"f4240", b"x" * 10**6, b""]
+        )
         assert Client(address).send(chunked).answer()[0] == 401
         assert kept == []
         assert Client(address).send(post(b"/v1/images/generations", PROMPT, KEY.strip())).answer()[0] == 200
@@ -61,11 +63,18 @@ def test_nothing_of_a_body_is_kept_for_who_has_no_key(keyed, kept, key):
 
 
 def test_a_client_that_asks_first_is_not_told_to_send(keyed, kept):
-    asked = b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20000000\r\nExpect: 100-continue\r\n"
+    asked = (
+        b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20000000\r\nExpect: 100-continue\r\n"
+    )
     with listening(keyed) as address:
         assert Client(address).send(asked + b"\r\n").answer()[0] == 401
-        assert Client(address).send(asked.replace(b"20000000", b"99999999999") + KEY + b"\r\n").answer()[0] == 413
-        client = Client(address).send(post(b"/v1/images/generations", PROMPT, KEY.strip(), b"Expect: 100-continue")[: -len(PROMPT)])
+        assert (
+            Client(address).send(asked.replace(b"20000000", b"99999999999") + KEY + b"\r\n").answer()[0]
+            == 413
+        )
+        client = Client(address).send(
+            post(b"/v1/images/generations", PROMPT, KEY.strip(), b"Expect: 100-continue")[: -len(PROMPT)]
+        )
         assert client.head()[0] == 100
         assert client.send(PROMPT).answer()[0] == 200
         client.send(get(b"/liveness", b"Expect: 100-continue"))  # no body, so there is nothing to wait for
@@ -75,11 +84,15 @@ def test_a_client_that_asks_first_is_not_told_to_send(keyed, kept):
 
 def test_a_foreign_page_and_too_much_are_refused_by_their_headers(made, kept):
     with listening(made) as address:
-        assert Client(address).send(post(b"/v1/videos", BIG, b"Origin: https://evil.example")).answer()[0] == 403
+        assert (
+            Client(address).send(post(b"/v1/videos", BIG, b"Origin: https://evil.example")).answer()[0] == 403
+        )
         too_large = b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Length: 64000001\r\n\r\n"
         status, headers, answer = Client(address).send(too_large).answer()
         assert (status, headers["connection"], answer["error"]["code"]) == (413, "close", "request_too_large")
-        assert Client(address).send(get(b"/v1/models", b"Content-Length: 20000000") + BIG).answer()[0] == 200  # means nothing there
+        assert (
+            Client(address).send(get(b"/v1/models", b"Content-Length: 20000000") + BIG).answer()[0] == 200
+        )  # means nothing there
     assert kept == []
 
 
@@ -104,13 +117,21 @@ def test_a_full_disk_is_told_to_who_sends_a_body(made, monkeypatch):
 
 
 def chunked(*pieces):
-    return b"\r\n".join([b"POST /v1/images/generations HTTP/1.1", b"Host: localhost", b"Content-Type: application/json", CHUNKED, b""]) + (
-        b"\r\n" + b"".join(pieces)
-    )
+    return b"\r\n".join(
+        [
+            b"POST /v1/images/generations HTTP/1.1",
+            b"Host: localhost",
+            b"Content-Type: application/json",
+            CHUNKED,
+            b"",
+        ]
+    ) + (b"\r\n" + b"".join(pieces))
 
 
 def test_a_chunked_body(made):
-    whole = chunked(b"%x\r\n%s\r\n" % (len(PROMPT) - 9, PROMPT[:-9]), b"9;a=b\r\n" + PROMPT[-9:] + b"\r\n", b"0\r\n\r\n")
+    whole = chunked(
+        b"%x\r\n%s\r\n" % (len(PROMPT) - 9, PROMPT[:-9]), b"9;a=b\r\n" + PROMPT[-9:] + b"\r\n", b"0\r\n\r\n"
+    )
     with listening(made) as address:
         client = Client(address)
         assert client.send(whole).answer()[0] == client.send(whole).answer()[0] == 200
@@ -152,7 +173,11 @@ def test_a_chunked_body_without_end_ends(made, kept, body, status, read):
 def test_more_than_8_kb_of_headers(made, request_):
     with listening(made) as address:
         status, headers, answer = Client(address).send(request_).answer()
-        assert (status, answer["error"]["code"], answer["error"]["type"]) == (431, "headers_too_large", "invalid_request_error")
+        assert (status, answer["error"]["code"], answer["error"]["type"]) == (
+            431,
+            "headers_too_large",
+            "invalid_request_error",
+        )
         assert headers["connection"] == "close"
         assert headers["x-request-id"].startswith("req_")
 
@@ -160,8 +185,13 @@ def test_more_than_8_kb_of_headers(made, request_):
 def test_8_kb_of_headers(made):
     plain = len(get(b"/liveness", b"a: "))
     with listening(made) as address:
-        assert Client(address).send(get(b"/liveness", b"a: " + b"b" * (MOST_HEADERS - plain))).answer()[0] == 200
-        assert Client(address).send(get(b"/liveness", b"a: " + b"b" * (MOST_HEADERS - plain + 1))).answer()[0] == 431
+        assert (
+            Client(address).send(get(b"/liveness", b"a: " + b"b" * (MOST_HEADERS - plain))).answer()[0] == 200
+        )
+        assert (
+            Client(address).send(get(b"/liveness", b"a: " + b"b" * (MOST_HEADERS - plain + 1))).answer()[0]
+            == 431
+        )
 
 
 @pytest.mark.parametrize(
@@ -193,7 +223,9 @@ def test_what_two_servers_may_read_in_two_ways_is_refused(made, head):
 
 def test_requests_in_a_row_are_answered_in_a_row(made):
     with listening(made) as address:
-        client = Client(address).send(get(b"/liveness") + get(b"/none") + get(b"/v1/models") + b"\r\n" + get(b"/health"))
+        client = Client(address).send(
+            get(b"/liveness") + get(b"/none") + get(b"/v1/models") + b"\r\n" + get(b"/health")
+        )
         assert [client.answer()[0] for _ in range(4)] == [200, 404, 200, 200]
 
 

@@ -20,7 +20,9 @@ def both(tmp_path):
 
 
 def generate(client, headers=None, **fields):
-    return client.simulate_post("/v1/images/generations", json={"prompt": "a circle", "size": "64x48", **fields}, headers=headers)
+    return client.simulate_post(
+        "/v1/images/generations", json={"prompt": "a circle", "size": "64x48", **fields}, headers=headers
+    )
 
 
 def started(both):
@@ -123,7 +125,9 @@ def test_few_wait_for_one_request_however_many_ask(both, stream):
     made.scheduler.gate.set()
     for thread in threads:
         thread.join(10)
-    assert [answer.status_code for answer in answers] == [200] * repeats.MOST_WAITING and len(made.scheduler.submitted) == 1
+    assert [answer.status_code for answer in answers] == [200] * repeats.MOST_WAITING and len(
+        made.scheduler.submitted
+    ) == 1
     assert generate(client, key, stream=stream).status_code == 200
 
 
@@ -165,7 +169,9 @@ def test_a_client_out_of_patience_finds_its_job_again(both, monkeypatch):
     headers = {"x-stainless-read-timeout": "1"}
     said = {"extras": {"waitress.client_disconnected": line}}
     body = {"prompt": "a circle", "size": "64x48"}
-    first = threading.Thread(target=lambda: client.simulate_post("/v1/images/generations", json=body, headers=headers, **said))
+    first = threading.Thread(
+        target=lambda: client.simulate_post("/v1/images/generations", json=body, headers=headers, **said)
+    )
     first.start()
     eventually(lambda: made.scheduler.submitted)
     line.gone = True
@@ -183,7 +189,11 @@ def test_a_job_goes_on_while_one_of_its_clients_waits(both, monkeypatch):
     line = Patient()
     extras = {"waitress.client_disconnected": line}
     body = {"prompt": "a circle", "size": "64x48"}
-    joined = threading.Thread(target=lambda: both[1].simulate_post("/v1/images/generations", json=body, headers=AGAIN, extras=extras))
+    joined = threading.Thread(
+        target=lambda: both[1].simulate_post(
+            "/v1/images/generations", json=body, headers=AGAIN, extras=extras
+        )
+    )
     joined.start()
     eventually(lambda: both[0].scheduler.watched == [job.id] * 2)
     line.gone = True

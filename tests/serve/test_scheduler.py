@@ -56,10 +56,17 @@ def test_a_picture_comes_with_its_parameters_seeds_timings_and_steps(started):
     service = started()
     job, heard = wait(service, service.scheduler.submit(asked(num_outputs_per_prompt=2)))
     assert job.status == "completed" and job.progress == 100
-    assert job.result["seeds"] == [1, 2] and job.result["computed_steps"] == 4 and job.result["skipped_steps"] == 0
+    assert (
+        job.result["seeds"] == [1, 2]
+        and job.result["computed_steps"] == 4
+        and job.result["skipped_steps"] == 0
+    )
     assert job.result["parameters"]["num_inference_steps"] == 2
     assert {"queue", "encode", "denoise", "decode", "save"} <= job.result["seconds"].keys()
-    assert job.result["usage"]["output_tokens"] == 128 and job.result["usage"]["input_tokens_details"]["text_tokens"] > 3
+    assert (
+        job.result["usage"]["output_tokens"] == 128
+        and job.result["usage"]["input_tokens_details"]["text_tokens"] > 3
+    )
     for output in job.outputs:
         assert service.files.path(output.file).read_bytes().startswith(b"\x89PNG")
     assert heard[-1].done == heard[-1].total == 4
@@ -71,7 +78,11 @@ def test_what_is_cut_of_a_long_prompt_is_in_the_answer_the_job_and_the_file(star
     more = {"num_frames": 5} if kind == "video" else {}
     job, _ = wait(service, service.scheduler.submit(asked(kind, prompt="a red circle " * 20, **more)))
     cut = ["prompt: the last 29 of its tokens were cut, the model reads 32"]
-    shown = images.state(service, job, "http://here") if kind == "image" else videos.video(service, job, "http://here")
+    shown = (
+        images.state(service, job, "http://here")
+        if kind == "image"
+        else videos.video(service, job, "http://here")
+    )
     assert shown["warnings"] == shown["parameters"]["warnings"] == cut
     if kind == "image":
         assert images.finished(service, job, "http://here")["warnings"] == cut
@@ -155,7 +166,11 @@ def test_a_large_job_does_not_keep_another_key_waiting(started, monkeypatch, mos
     """Ten images of one key, all asked for before: the other's image is done among the first, whatever the seats are."""
     service = started(batching_max_size=most)
     go, ended, finish = held(monkeypatch), [], pipeline.finish
-    monkeypatch.setattr(pipeline, "finish", lambda model, request, *rest: (ended.append(request.prompt), finish(model, request, *rest))[1])
+    monkeypatch.setattr(
+        pipeline,
+        "finish",
+        lambda model, request, *rest: (ended.append(request.prompt), finish(model, request, *rest))[1],
+    )
     large = service.scheduler.submit(asked(owner="a", num_outputs_per_prompt=10, prompt="large"))
     until(lambda: service.store.get(large.id).status == "in_progress")
     more = service.scheduler.submit(asked(owner="a", prompt="more"))
@@ -220,7 +235,9 @@ def test_a_job_that_runs_out_of_memory_fails_alone(started, monkeypatch):
 def ends(service):
     """How many jobs were counted as done."""
     lines = service.metrics.text().decode().splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("tinydiff_jobs_finished_total"))
+    return sum(
+        float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("tinydiff_jobs_finished_total")
+    )
 
 
 def test_a_job_cancelled_while_it_is_stored_ends_once_and_leaves_no_file(started, monkeypatch):
@@ -301,7 +318,10 @@ def test_the_model_leaves_when_nothing_comes_and_returns(started):
 def test_stopping_queues_again_what_is_left(started, monkeypatch):
     service = started()
     go = held(monkeypatch)
-    waiting, pinned = service.scheduler.submit(asked(num_inference_steps=1000)), service.scheduler.submit(asked(pinned=True))
+    waiting, pinned = (
+        service.scheduler.submit(asked(num_inference_steps=1000)),
+        service.scheduler.submit(asked(pinned=True)),
+    )
     until(lambda: service.store.get(waiting.id).status == "in_progress")
     ender = threading.Thread(target=service.scheduler.stop, args=(0.05,))
     ender.start()

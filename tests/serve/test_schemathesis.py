@@ -11,7 +11,11 @@ from hypothesis.strategies import one_of
 from schemathesis.checks import not_a_server_error
 from schemathesis.core.failures import FailureGroup
 from schemathesis.generation.modes import GenerationMode
-from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance, status_code_conformance
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 
 from tests.serve.fake import service
 from tinydiff.serve.app import make_app
@@ -50,7 +54,11 @@ def known(made, path):
     if path.startswith("/v1/models"):
         return made.name
     kind = "videos" if path.startswith("/v1/videos") else "images/generations"
-    id = testing.TestClient(make_app(made), {"Host": "localhost"}).simulate_post(f"/v1/{kind}", json=SMALL).json["id"]
+    id = (
+        testing.TestClient(make_app(made), {"Host": "localhost"})
+        .simulate_post(f"/v1/{kind}", json=SMALL)
+        .json["id"]
+    )
     while made.store.get(id).status != "completed":
         time.sleep(0.01)
     return made.store.get(id).outputs[0].file if path.startswith("/v1/files") else id
@@ -61,10 +69,18 @@ def test_answers_are_as_described(made, described, method, path, mode):
     operation = described[path][method.upper()]
     cases = operation.as_strategy(generation_mode=mode)
     if "{id}" in path:
-        cases = one_of(operation.as_strategy(generation_mode=mode, path_parameters={"id": known(made, path)}), cases)
+        cases = one_of(
+            operation.as_strategy(generation_mode=mode, path_parameters={"id": known(made, path)}), cases
+        )
 
     @given(cases)
-    @settings(max_examples=EXAMPLES, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=EXAMPLES,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     def ask(case):
         answered[f"{method} {path}", case.call_and_validate(checks=CHECKS).status_code] += 1
 
@@ -80,7 +96,9 @@ def test_enough_was_asked_and_answered():
 def test_an_answer_that_is_not_as_described_is_found(made):
     app = make_app(made)
     wrong = testing.TestClient(app, {"Host": "localhost"}).simulate_get("/openapi.json").json
-    wrong["paths"]["/liveness"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]["required"] = ["other"]
+    wrong["paths"]["/liveness"]["get"]["responses"]["200"]["content"]["application/json"]["schema"][
+        "required"
+    ] = ["other"]
     schema = schemathesis.openapi.from_dict(wrong)
     schema.app = app
     with pytest.raises(FailureGroup):

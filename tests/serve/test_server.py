@@ -93,14 +93,27 @@ def test_outputs_go_to_object_storage_and_leave_with_their_job(tmp_path):
     storage = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     storage.start()
     endpoint = "http://{}:{}".format(*storage.get_host_and_port())
-    client = boto3.client("s3", endpoint_url=endpoint, aws_access_key_id="k", aws_secret_access_key="s", region_name="us-east-1")
+    client = boto3.client(
+        "s3", endpoint_url=endpoint, aws_access_key_id="k", aws_secret_access_key="s", region_name="us-east-1"
+    )
     client.create_bucket(Bucket="of-a-server")
-    told = {"CLOUD_STORAGE_TYPE": "s3", "S3_BUCKET_NAME": "of-a-server", "S3_ACCESS_KEY_ID": "k", "S3_SECRET_ACCESS_KEY": "s"}
+    told = {
+        "CLOUD_STORAGE_TYPE": "s3",
+        "S3_BUCKET_NAME": "of-a-server",
+        "S3_ACCESS_KEY_ID": "k",
+        "S3_SECRET_ACCESS_KEY": "s",
+    }
     try:
-        with serving(tmp_path, **{f"SGLANG_{name}": value for name, value in told.items()}, SGLANG_S3_ENDPOINT_URL=endpoint) as one:
+        with serving(
+            tmp_path,
+            **{f"SGLANG_{name}": value for name, value in told.items()},
+            SGLANG_S3_ENDPOINT_URL=endpoint,
+        ) as one:
             id = create(one.wait_ready())
             wait(lambda: all_done(one, [id]))
-            wait(lambda: len(client.list_objects_v2(Bucket="of-a-server").get("Contents", ())) == 3)  # the clip, its first frame, its sheet
+            wait(
+                lambda: len(client.list_objects_v2(Bucket="of-a-server").get("Contents", ())) == 3
+            )  # the clip, its first frame, its sheet
             wait(lambda: all(output["url"].startswith(endpoint) for output in videos(one)[id]["outputs"]))
             assert one.get(f"/v1/videos/{id}/content").content[4:8] == b"ftyp"
             assert one.session.delete(f"{one.url}/v1/videos/{id}").json()["deleted"]
@@ -123,8 +136,13 @@ def test_stopping_tells_those_who_wait_and_waits_for_no_idle_connection(tmp_path
         with ThreadPoolExecutor(2) as pool:
             asked = {"prompt": "a red circle", "num_inference_steps": 1000}
             url = f"{one.url}/v1/images/generations"
-            waiting = [pool.submit(requests.post, url, json={**asked, "stream": stream}, timeout=60) for stream in (False, True)]
-            wait(lambda: one.get("/server_info").json()["figures"]["running"] == 2)  # over a connection that is kept
+            waiting = [
+                pool.submit(requests.post, url, json={**asked, "stream": stream}, timeout=60)
+                for stream in (False, True)
+            ]
+            wait(
+                lambda: one.get("/server_info").json()["figures"]["running"] == 2
+            )  # over a connection that is kept
             begun = time.monotonic()
             assert one.stop() == 0
             assert time.monotonic() - begun < server.ANSWERED_S
@@ -134,12 +152,20 @@ def test_stopping_tells_those_who_wait_and_waits_for_no_idle_connection(tmp_path
 
 
 def test_an_option_with_several_values_may_be_given_several_times():
-    _, options, _ = server.parse(["--api-key", "a", "--port", "1", "--api-key", "b", "c", "--port", "2", "--cors-origin", "*"])
+    _, options, _ = server.parse(
+        ["--api-key", "a", "--port", "1", "--api-key", "b", "c", "--port", "2", "--cors-origin", "*"]
+    )
     assert (options.api_key, options.port, options.cors_origin) == (("a", "b", "c"), 2, ("*",))
 
 
 def test_what_origins_and_a_public_address_may_be():
-    origins = ("http://localhost:3000", "https://a.example", "http://[::1]:8080", "chrome-extension://abc", "https://b_c.example:8443")
+    origins = (
+        "http://localhost:3000",
+        "https://a.example",
+        "http://[::1]:8080",
+        "chrome-extension://abc",
+        "https://b_c.example:8443",
+    )
     argv = ["--cors-origin", *origins, "--public-url", "https://a.example:8443/images/"]
     _, options, _ = server.parse(argv)
     assert (options.cors_origin, options.public_url) == (origins, "https://a.example:8443/images/")
@@ -150,7 +176,10 @@ def test_the_model_may_come_first_as_sglang_has_it():
     assert (model.model_path, options.port) == ("some/model", 1)
 
 
-@pytest.mark.parametrize(("first", "second", "code"), [("SIGTERM", "SIGTERM", 143), ("SIGINT", "SIGINT", 130), ("SIGTERM", "SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("first", "second", "code"),
+    [("SIGTERM", "SIGTERM", 143), ("SIGINT", "SIGINT", 130), ("SIGTERM", "SIGINT", 130)],
+)
 def test_asked_twice_it_stops_at_once(tmp_path, first, second, code):
     with serving(tmp_path) as one:
         create(one.wait_ready(), num_inference_steps=1000)
@@ -159,7 +188,10 @@ def test_asked_twice_it_stops_at_once(tmp_path, first, second, code):
         wait(lambda: "stopping" in one.said())
         one.process.send_signal(getattr(signal, second))
         assert one.process.wait(60) == code
-        assert one.said().endswith("stopped at once; running jobs are taken up by the next start\n") and "Traceback" not in one.said()
+        assert (
+            one.said().endswith("stopped at once; running jobs are taken up by the next start\n")
+            and "Traceback" not in one.said()
+        )
 
 
 def test_files_go_where_sglang_has_them_go(tmp_path):
@@ -167,12 +199,18 @@ def test_files_go_where_sglang_has_them_go(tmp_path):
     (tmp_path / "out" / "mine.txt").write_text("x" * 10_000)
     with serving(tmp_path, "--output-path", str(tmp_path / "out")) as one:
         one.wait_ready()
-        answer = one.post("/v1/images/generations", json={"prompt": "a", "num_inference_steps": 1, "response_format": "url"}).json()
+        answer = one.post(
+            "/v1/images/generations", json={"prompt": "a", "num_inference_steps": 1, "response_format": "url"}
+        ).json()
         assert requests.get(answer["data"][0]["url"], timeout=60).content[:4] == b"\x89PNG"
         assert [path.suffix for path in (tmp_path / "out").glob("*.png")] == [".png"]
         assert str(tmp_path) not in one.get("/server_info").text
-    with pytest.raises(UserError, match=r"output_path: .* holds the files of a server with another state_dir"):
-        server.serve(["--port", "0", "--state-dir", str(tmp_path / "other"), "--output-path", str(tmp_path / "out")])
+    with pytest.raises(
+        UserError, match=r"output_path: .* holds the files of a server with another state_dir"
+    ):
+        server.serve(
+            ["--port", "0", "--state-dir", str(tmp_path / "other"), "--output-path", str(tmp_path / "out")]
+        )
 
 
 def test_a_warning_beyond_loopback_without_a_key(tmp_path):
@@ -238,10 +276,16 @@ def test_it_answers_while_it_compiles_and_compiles_nothing_once_it_is_ready(tmp_
     options = ("--enable-torch-compile", "--warmup-resolutions", "128x128", "96x160")
 
     def picture(one, size):
-        return one.post("/v1/images/generations", json={"prompt": "a red circle", "num_inference_steps": 3, "size": size}).status_code
+        return one.post(
+            "/v1/images/generations", json={"prompt": "a red circle", "num_inference_steps": 3, "size": size}
+        ).status_code
 
     def compiled(one):
-        return next(line for line in one.get("/metrics").text.splitlines() if line.startswith("tinydiff_recompiles_total"))
+        return next(
+            line
+            for line in one.get("/metrics").text.splitlines()
+            if line.startswith("tinydiff_recompiles_total")
+        )
 
     with serving(tmp_path, *options) as one:
         wait(lambda: one.get("/ready").json()["phase"] == "compiling")

@@ -39,7 +39,13 @@ def run(tmp_path):
             assert ADDRESS in text
             environment = {**os.environ, "no_proxy": "127.0.0.1"}
             done = subprocess.run(
-                [path, "-"], input=text.replace(ADDRESS, address), capture_output=True, text=True, cwd=tmp_path, timeout=60, env=environment
+                [path, "-"],
+                input=text.replace(ADDRESS, address),
+                capture_output=True,
+                text=True,
+                cwd=tmp_path,
+                timeout=60,
+                env=environment,
             )
             assert done.returncode == 0, done.stderr
             return done.stdout
@@ -61,7 +67,9 @@ def test_python(run, tmp_path):
     printed = run(sys.executable, "\n".join(blocks("py")))
     assert printed.startswith("[7, 8] {") and "done " in printed
     assert read_image(tmp_path / "star-1.png").shape == (128, 128, 3)
-    assert (tmp_path / "right.mp4").read_bytes()[4:8] == b"ftyp" and (tmp_path / "right.webp").read_bytes()[8:12] == b"WEBP"
+    assert (tmp_path / "right.mp4").read_bytes()[4:8] == b"ftyp" and (tmp_path / "right.webp").read_bytes()[
+        8:12
+    ] == b"WEBP"
 
 
 def test_javascript(run):
@@ -93,7 +101,10 @@ def test_every_address_is_described():
         "/release_memory_occupation",
         "/resume_memory_occupation",
     }
-    named = {path.removeprefix("GET ").removeprefix("POST ") for path in re.findall(r"`((?:GET |POST )?/[\w/]*)`", PAGE)}
+    named = {
+        path.removeprefix("GET ").removeprefix("POST ")
+        for path in re.findall(r"`((?:GET |POST )?/[\w/]*)`", PAGE)
+    }
     assert len(named) > 10 and named <= known
 
 

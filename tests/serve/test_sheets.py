@@ -20,7 +20,9 @@ def picture(data):
     return numpy.asarray(opened.convert("RGB"))
 
 
-@pytest.mark.parametrize(("height", "width", "shown"), [(64, 96, (64, 96)), (720, 1280, (288, 512)), (1024, 512, (512, 256))])
+@pytest.mark.parametrize(
+    ("height", "width", "shown"), [(64, 96, (64, 96)), (720, 1280, (288, 512)), (1024, 512, (512, 256))]
+)
 def test_a_thumbnail_is_the_first_frame_no_longer_than_512(height, width, shown):
     made = picture(thumbnail(clip(2, height, width) + 50))
     assert made.shape == (*shown, 3)

@@ -48,7 +48,10 @@ def test_a_page_comes_with_its_policy(client, address):
     answer = client.simulate_get(address)
     assert answer.status_code == 200 and answer.headers["content-type"] == "text/html; charset=utf-8"
     policy = dict(part.strip().split(" ", 1) for part in answer.headers["content-security-policy"].split(";"))
-    assert policy["default-src"] == "'none'" and policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    assert (
+        policy["default-src"] == "'none'"
+        and policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    )
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
@@ -68,10 +71,16 @@ def test_a_browser_that_has_a_file_is_told_so(client):
 
 def test_head_has_no_body(client):
     answer = client.simulate_head("/")
-    assert answer.status_code == 200 and answer.content == b"" and answer.headers["content-type"].startswith("text/html")
+    assert (
+        answer.status_code == 200
+        and answer.content == b""
+        and answer.headers["content-type"].startswith("text/html")
+    )
 
 
-@pytest.mark.parametrize("name", ["none.js", "index.html", "..%2fsite.py", "%2e%2e%2fsite.py", "%00", "page.js%00", "a" * 5000])
+@pytest.mark.parametrize(
+    "name", ["none.js", "index.html", "..%2fsite.py", "%2e%2e%2fsite.py", "%00", "page.js%00", "a" * 5000]
+)
 def test_nothing_else_is_sent(client, name):
     answer = client.simulate_get(f"/page/{name}")
     assert answer.status_code == 404 and set(answer.json["error"]) == {"message", "type", "param", "code"}
@@ -90,24 +99,37 @@ def test_nothing_is_loaded_from_elsewhere(name):
 @pytest.mark.parametrize("name", PAGES)
 def test_no_script_or_style_is_inline(name):
     for tag, attributes, _ in TAGS[name]:
-        assert not {key for key in attributes if key == "style" or key.startswith("on")}, f"{tag} {attributes}"
+        assert not {key for key in attributes if key == "style" or key.startswith("on")}, (
+            f"{tag} {attributes}"
+        )
         assert tag != "style" and (tag != "script" or attributes.get("src"))
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_what_a_page_loads_is_there(name):
-    loaded = [each["src"] if "src" in each else each["href"] for tag, each, _ in TAGS[name] if tag in ("script", "link", "img")]
+    loaded = [
+        each["src"] if "src" in each else each["href"]
+        for tag, each, _ in TAGS[name]
+        if tag in ("script", "link", "img")
+    ]
     assert loaded and all(address.removeprefix("page/") in FILES for address in loaded)
 
 
 def test_what_a_script_imports_is_there():
     imported = {name for text in FILES.values() for name in re.findall(r'from "\./([\w.]+)"', text)}
-    assert imported == {"api.js", "brush.js", "form.js", "memory.js", "server.js", "shelf.js"} and imported <= FILES.keys()
+    assert (
+        imported == {"api.js", "brush.js", "form.js", "memory.js", "server.js", "shelf.js"}
+        and imported <= FILES.keys()
+    )
 
 
 def test_what_the_scripts_look_for_is_in_the_page():
     known = {attributes["id"] for _, attributes, _ in TAGS["index.html"] if "id" in attributes}
-    wanted = {id for name in ("page.js", "form.js", "server.js", "shelf.js") for id in re.findall(r'byId\("([\w-]+)"\)', FILES[name])}
+    wanted = {
+        id
+        for name in ("page.js", "form.js", "server.js", "shelf.js")
+        for id in re.findall(r'byId\("([\w-]+)"\)', FILES[name])
+    }
     assert len(wanted) > 30 and wanted <= known
 
 
@@ -122,7 +144,9 @@ def test_every_control_has_a_label():
     labelled = {attributes.get("for") for tag, attributes, _ in tags if tag == "label"}
     for tag, attributes, around in tags:
         if tag in ("input", "textarea", "select", "progress", "canvas"):
-            assert "aria-label" in attributes or attributes.get("id") in labelled or "label" in around, attributes
+            assert "aria-label" in attributes or attributes.get("id") in labelled or "label" in around, (
+                attributes
+            )
     assert len(labelled) > 10
 
 
@@ -145,6 +169,9 @@ def test_pictures_of_the_storage_may_be_shown(monkeypatch):
     monkeypatch.setenv("TINYDIFF_CLOUD_STORAGE_TYPE", "s3")
     monkeypatch.setenv("TINYDIFF_S3_ENDPOINT_URL", "https://minio.example.com/")
     parts = dict(part.strip().split(" ", 1) for part in site.policy().split(";"))
-    assert [name for name, value in parts.items() if "https://minio.example.com" in value.split()] == ["img-src", "media-src"]
+    assert [name for name, value in parts.items() if "https://minio.example.com" in value.split()] == [
+        "img-src",
+        "media-src",
+    ]
     monkeypatch.delenv("TINYDIFF_S3_ENDPOINT_URL")
     assert " https://x.s3.us-east-1.amazonaws.com;" in site.policy()

@@ -26,7 +26,9 @@ def test_the_tables_of_a_newer_version_are_refused(where, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(sql, "STEPS", (*sql.STEPS, ("CREATE TABLE tinydiff_more (id TEXT)",)))
         open_store(*where, 5).close()
-    with pytest.raises(UserError, match=rf"{field}: .* newer tinydiff \(version 2, this one knows 1\); upgrade tinydiff") as caught:
+    with pytest.raises(
+        UserError, match=rf"{field}: .* newer tinydiff \(version 2, this one knows 1\); upgrade tinydiff"
+    ) as caught:
         open_store(*where, 5)
     assert caught.value.field == field
 
@@ -34,7 +36,11 @@ def test_the_tables_of_a_newer_version_are_refused(where, monkeypatch):
 def test_older_tables_are_brought_up_to_date(where, monkeypatch):
     with closing(open_store(*where, 5)) as store:
         given = store.add(job())
-        monkeypatch.setattr(sql, "STEPS", (*sql.STEPS, ("ALTER TABLE tinydiff_jobs ADD COLUMN more TEXT DEFAULT 'x' NOT NULL",)))
+        monkeypatch.setattr(
+            sql,
+            "STEPS",
+            (*sql.STEPS, ("ALTER TABLE tinydiff_jobs ADD COLUMN more TEXT DEFAULT 'x' NOT NULL",)),
+        )
         with closing(open_store(*where, 5)) as newer:
             assert newer.get(given.id) == given and newer._rows("SELECT more FROM tinydiff_jobs") == [("x",)]
 
@@ -59,23 +65,38 @@ def test_a_folder_that_cannot_hold_jobs_is_told(tmp_path):
     [
         ("mysql://me:secret@host/db", "'mysql://host/db' is not an address of a database, postgresql://USER"),
         ("", "'' is not an address"),
-        ("postgresql://me:secret@127.0.0.1:1/db?connect_timeout=1", "cannot use the database 'postgresql://127.0.0.1:1/db': .*refused"),
-        ("postgresql://me:secret@host/db?nonsense=1", "cannot use the database 'postgresql://host/db': .*nonsense"),
+        (
+            "postgresql://me:secret@127.0.0.1:1/db?connect_timeout=1",
+            "cannot use the database 'postgresql://127.0.0.1:1/db': .*refused",
+        ),
+        (
+            "postgresql://me:secret@host/db?nonsense=1",
+            "cannot use the database 'postgresql://host/db': .*nonsense",
+        ),
     ],
 )
 def test_an_address_that_is_none_is_told_without_its_password(tmp_path, url, said):
     pytest.importorskip("psycopg")
     with pytest.raises(UserError, match=f"^state_url: {said}") as caught:
         open_store(tmp_path, url, 5)
-    assert caught.value.field == "state_url" and "secret" not in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        caught.value.field == "state_url"
+        and "secret" not in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
 
 
 def test_a_missing_psycopg_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)
-    with pytest.raises(UserError, match=r"state_url: 'postgresql://host/db' needs psycopg.*pip install 'psycopg\[binary\]'"):
+    with pytest.raises(
+        UserError, match=r"state_url: 'postgresql://host/db' needs psycopg.*pip install 'psycopg\[binary\]'"
+    ):
         open_store(tmp_path, "postgresql://host/db", 5)
 
 
 def test_the_store_loads_no_torch():
     code = "import sys, tinydiff.serve.store; print([name for name in ('torch', 'numpy', 'psycopg') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+        == "[]\n"
+    )

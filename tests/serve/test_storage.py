@@ -13,7 +13,12 @@ from tinydiff import config
 from tinydiff.records import UserError
 from tinydiff.serve.storage import S3, Uploader, client, from_environment
 
-SET = {"CLOUD_STORAGE_TYPE": "s3", "S3_BUCKET_NAME": "b", "S3_ACCESS_KEY_ID": "k", "S3_SECRET_ACCESS_KEY": "hush"}
+SET = {
+    "CLOUD_STORAGE_TYPE": "s3",
+    "S3_BUCKET_NAME": "b",
+    "S3_ACCESS_KEY_ID": "k",
+    "S3_SECRET_ACCESS_KEY": "hush",
+}
 
 
 # --- the environment ---
@@ -77,7 +82,16 @@ def test_an_unknown_type_is_said(environment, kind, hint):
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["minio.example.com", "ftp://a", "https://", "https://key:hush@a", "http://a?x=1", "http://a:x", "http://["]
+    "endpoint",
+    [
+        "minio.example.com",
+        "ftp://a",
+        "https://",
+        "https://key:hush@a",
+        "http://a?x=1",
+        "http://a:x",
+        "http://[",
+    ],
 )
 def test_an_endpoint_that_is_no_address_is_said(environment, endpoint):
     environment("TINYDIFF", **SET, S3_ENDPOINT_URL=endpoint)
@@ -87,12 +101,18 @@ def test_an_endpoint_that_is_no_address_is_said(environment, endpoint):
 
 
 def test_keys_are_not_shown():
-    assert "hush" not in repr(S3("b", "visible", "hush")) and "visible" not in repr(S3("b", "visible", "hush"))
+    assert "hush" not in repr(S3("b", "visible", "hush")) and "visible" not in repr(
+        S3("b", "visible", "hush")
+    )
 
 
 def test_addresses_of_objects():
-    assert S3("b", "k", "s", "http://h:9000").url("tinydiff/a b/c.png") == "http://h:9000/b/tinydiff/a%20b/c.png"
-    assert S3("b", "k", "s", None, "eu-west-1").url("x/y.png") == "https://b.s3.eu-west-1.amazonaws.com/x/y.png"
+    assert (
+        S3("b", "k", "s", "http://h:9000").url("tinydiff/a b/c.png") == "http://h:9000/b/tinydiff/a%20b/c.png"
+    )
+    assert (
+        S3("b", "k", "s", None, "eu-west-1").url("x/y.png") == "https://b.s3.eu-west-1.amazonaws.com/x/y.png"
+    )
 
 
 # --- uploads ---
@@ -119,7 +139,13 @@ def moto():
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     endpoint = "http://{}:{}".format(*server.get_host_and_port())
-    client = boto3.client("s3", endpoint_url=endpoint, aws_access_key_id="key", aws_secret_access_key="hush", region_name="us-east-1")
+    client = boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        aws_access_key_id="key",
+        aws_secret_access_key="hush",
+        region_name="us-east-1",
+    )
     client.create_bucket(Bucket="pictures")
     yield SimpleNamespace(endpoint=endpoint, client=client)
     server.stop()
@@ -155,7 +181,11 @@ def test_a_deleted_job_leaves_nothing_there(here, moto):
         uploader.add(job.id, job.outputs[0])
         until(lambda: output_of(here, job).url)
         uploader.remove(here.store.get(job.id))
-        until(lambda: "Contents" not in moto.client.list_objects_v2(Bucket="pictures", Prefix=f"tinydiff/{job.id}/"))
+        until(
+            lambda: (
+                "Contents" not in moto.client.list_objects_v2(Bucket="pictures", Prefix=f"tinydiff/{job.id}/")
+            )
+        )
 
 
 def test_a_bucket_that_is_not_there(here, moto):
@@ -188,7 +218,10 @@ def test_the_upload_carries_type_and_checksums(here, storage):
 
 def test_the_bucket_at_amazon_is_at_amazon(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    assert client(S3("pictures", "key", "hush", None, "eu-west-1"), 1, 1.0).meta.endpoint_url == "https://s3.eu-west-1.amazonaws.com"
+    assert (
+        client(S3("pictures", "key", "hush", None, "eu-west-1"), 1, 1.0).meta.endpoint_url
+        == "https://s3.eu-west-1.amazonaws.com"
+    )
 
 
 def test_the_environment_of_other_programs_is_not_asked(here, storage, monkeypatch):

@@ -24,7 +24,13 @@ def storage():
 
 
 @pytest.mark.parametrize(
-    ("status", "code"), [(403, "InvalidAccessKeyId"), (403, "SignatureDoesNotMatch"), (403, "AccessDenied"), (400, "InvalidBucketName")]
+    ("status", "code"),
+    [
+        (403, "InvalidAccessKeyId"),
+        (403, "SignatureDoesNotMatch"),
+        (403, "AccessDenied"),
+        (400, "InvalidBucketName"),
+    ],
 )
 def test_wrong_keys_are_not_tried_again(here, storage, status, code):
     storage.script = lambda method, path, data: (status, code)
@@ -38,7 +44,14 @@ def test_wrong_keys_are_not_tried_again(here, storage, status, code):
 
 
 @pytest.mark.parametrize(
-    "failure", [(500, "InternalError"), (503, "SlowDown"), (429, "TooManyRequests"), (400, "RequestTimeout"), (400, "BadDigest")]
+    "failure",
+    [
+        (500, "InternalError"),
+        (503, "SlowDown"),
+        (429, "TooManyRequests"),
+        (400, "RequestTimeout"),
+        (400, "BadDigest"),
+    ],
 )
 def test_a_storage_that_fails_twice_is_tried_a_third_time(here, storage, failure):
     here_then = []
@@ -110,7 +123,9 @@ def test_an_upload_that_is_not_confirmed_is_none(here, storage, wrong):
 
 
 def test_a_file_that_is_seen_late_is_looked_for_again(here, storage):
-    storage.script = lambda method, path, data: (404, "") if method == "HEAD" and storage.asked.count("HEAD") == 1 else None
+    storage.script = lambda method, path, data: (
+        (404, "") if method == "HEAD" and storage.asked.count("HEAD") == 1 else None
+    )
     job = done(here)
     with uploading(here, storage.endpoint) as uploader:
         uploader.add(job.id, job.outputs[0])
@@ -164,9 +179,20 @@ def test_beyond_the_bound_outputs_are_kept_here_and_say_so(here, storage):
         until(lambda: storage.asked)  # the thread has that one
         for output in job.outputs[1:]:
             uploader.add(job.id, output)
-        assert [bool(output.warning) for output in here.store.get(job.id).outputs] == [False, False, False, True, True]
+        assert [bool(output.warning) for output in here.store.get(job.id).outputs] == [
+            False,
+            False,
+            False,
+            True,
+            True,
+        ]
         over.set()
-        until(lambda: [bool(output.url) for output in here.store.get(job.id).outputs] == [True, True, True, False, False])
+        until(
+            lambda: (
+                [bool(output.url) for output in here.store.get(job.id).outputs]
+                == [True, True, True, False, False]
+            )
+        )
     assert "too many wait" in here.store.get(job.id).outputs[4].warning
 
 
@@ -226,7 +252,10 @@ def test_a_file_that_is_nowhere_is_reported(here, storage):
     here.files.delete(job.outputs[0].file)
     with uploading(here, storage.endpoint) as uploader:
         uploader.pending(job)
-        assert until(lambda: output_of(here, job).warning) == "not here, and not found there: the storage answered 404"
+        assert (
+            until(lambda: output_of(here, job).warning)
+            == "not here, and not found there: the storage answered 404"
+        )
 
 
 def test_an_uploaded_file_that_still_lies_here_goes_at_the_next_start(here, storage):

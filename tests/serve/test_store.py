@@ -49,7 +49,9 @@ def test_a_job_comes_back_as_it_was(store):
         idempotency="again",
     )
     plain = Job("video_plain", "video", 1.0)
-    assert [entry.name for entry in fields(Job) if getattr(given, entry.name) == getattr(plain, entry.name)] == ["kind"]  # all were tried
+    assert [
+        entry.name for entry in fields(Job) if getattr(given, entry.name) == getattr(plain, entry.name)
+    ] == ["kind"]  # all were tried
     assert store.add(given) == given
     assert store.get(given.id) == given
 
@@ -60,11 +62,26 @@ def test_a_job_goes_from_the_queue_to_files(store):
     taken = store.take("here", began + 30)
     assert taken == store.get(queued.id)
     assert began <= taken.started_at <= time.time() and taken.lease == pytest.approx(began + 30, abs=5)
-    assert taken == replace(queued, status="in_progress", server="here", lease=taken.lease, started_at=taken.started_at, attempts=1)
+    assert taken == replace(
+        queued,
+        status="in_progress",
+        server="here",
+        lease=taken.lease,
+        started_at=taken.started_at,
+        attempts=1,
+    )
     assert store.progress(queued.id, "here", 50) and store.get(queued.id).progress == 50
-    assert store.finish(queued.id, "here", "completed", outputs=[file()], result={"seeds": [1]}, expires_at=9e9)
+    assert store.finish(
+        queued.id, "here", "completed", outputs=[file()], result={"seeds": [1]}, expires_at=9e9
+    )
     done = store.get(queued.id)
-    assert (done.status, done.progress, done.error, done.outputs, done.result) == ("completed", 100, None, (file(),), {"seeds": [1]})
+    assert (done.status, done.progress, done.error, done.outputs, done.result) == (
+        "completed",
+        100,
+        None,
+        (file(),),
+        {"seeds": [1]},
+    )
     assert began <= done.completed_at <= time.time() and done.expires_at == 9e9
     assert take(store) is None
 
@@ -73,7 +90,11 @@ def test_a_job_is_finished_once_and_by_who_has_it(store):
     id = store.add(job()).id
     assert not store.finish(id, "here", "completed") and not store.progress(id, "here", 1)  # it is nobody's
     take(store)
-    assert not store.finish(id, "there", "completed") and not store.finish(id, "", "failed") and not store.progress(id, "there", 1)
+    assert (
+        not store.finish(id, "there", "completed")
+        and not store.finish(id, "", "failed")
+        and not store.progress(id, "there", 1)
+    )
     assert store.finish(id, "here", "failed", error=Failure("server_error", "no"))
     assert not store.finish(id, "here", "completed", outputs=[file()]) and not store.progress(id, "here", 99)
     assert store.get(id).outputs == () and store.get(id).error == Failure("server_error", "no")
@@ -139,7 +160,10 @@ def test_a_share_of_the_queue_is_given_back_with_each_job_that_begins(where):
 def test_a_repeated_request_joins_the_one_that_is_not_done(store):
     first = store.add(job("a", idempotency="k"))
     assert store.add(job("a", idempotency="k")) == first
-    assert store.add(job("b", idempotency="k")).id != first.id and store.add(job("a", idempotency="l")).id != first.id
+    assert (
+        store.add(job("b", idempotency="k")).id != first.id
+        and store.add(job("a", idempotency="l")).id != first.id
+    )
     assert store.add(job("a")).id != store.add(job("a")).id
     running = take(store)
     assert running.id == first.id and store.add(job("a", idempotency="k")) == running
@@ -188,7 +212,11 @@ def test_fewest_running_goes_before_longest_waiting(store):
     store.add(job("b")), store.add(job("b"))
     done = next(each for each in store.every() if each.owner == "b" and each.status == "in_progress")
     store.finish(done.id, "here", "completed")
-    assert [take(store).owner for _ in range(3)] == ["b", "a", "b"]  # b has none running, though its last start is later
+    assert [take(store).owner for _ in range(3)] == [
+        "b",
+        "a",
+        "b",
+    ]  # b has none running, though its last start is later
 
 
 def test_position_is_the_order_in_which_jobs_are_taken(store):
@@ -223,7 +251,11 @@ def test_a_pinned_job_runs_at_its_server_only(store):
 
 def test_cancelling_a_queued_job_ends_it(store):
     cancelled = store.cancel(store.add(job()).id)
-    assert (cancelled.status, cancelled.error.code) == ("failed", "cancelled") and cancelled.completed_at and cancelled.expires_at
+    assert (
+        (cancelled.status, cancelled.error.code) == ("failed", "cancelled")
+        and cancelled.completed_at
+        and cancelled.expires_at
+    )
     assert take(store) is None and store.cancel(cancelled.id) == cancelled
 
 
@@ -232,7 +264,9 @@ def test_cancelling_a_running_job_asks_its_server(store):
     take(store), take(store)
     assert store.cancelled("here") == [] and store.cancel(id).status == "in_progress"
     assert store.cancelled("here") == [id] and store.cancelled("there") == []
-    assert store.finish(id, "here", "failed", error=Failure("cancelled", "so")) and store.cancelled("here") == []
+    assert (
+        store.finish(id, "here", "failed", error=Failure("cancelled", "so")) and store.cancelled("here") == []
+    )
     assert store.get(other).status == "in_progress" and store.cancel("video_none") is None
 
 
@@ -254,7 +288,9 @@ def test_a_lease_that_ran_out_gives_the_job_back(store):
     store.renew("there", now + 999)
     assert store.reclaim(now + 31, "rerun") == 1
     assert store.get(id) == replace(taken, status="queued", server="", lease=0.0, started_at=None, progress=0)
-    assert not store.finish(id, "here", "completed") and not store.progress(id, "here", 80)  # the one that was gone wakes up
+    assert not store.finish(id, "here", "completed") and not store.progress(
+        id, "here", 80
+    )  # the one that was gone wakes up
     assert take(store, "there").attempts == 2
     assert not store.finish(id, "here", "completed") and store.finish(id, "there", "completed")
 
@@ -273,7 +309,10 @@ def test_what_is_left_fails_where_the_policy_says_so(store):
     take(store)
     assert store.reclaim(time.time() + 2 * LEASE, "fail") == 1
     failed = store.get(id)
-    assert (failed.status, failed.error.code) == ("failed", "server_restarted") and failed.expires_at > time.time()
+    assert (failed.status, failed.error.code) == (
+        "failed",
+        "server_restarted",
+    ) and failed.expires_at > time.time()
 
 
 @pytest.mark.parametrize("policy", ["rerun", "fail"])
@@ -289,8 +328,14 @@ def test_requeue_lets_go_of_one_servers_jobs(store, policy):
     assert take(store).id == pinned[0]
     assert store.requeue("here", policy) == 4
     found = {id: store.get(id) for id in (running, asked, *pinned)}
-    assert (found[running].status, found[running].server) == (("queued", "") if policy == "rerun" else ("failed", "here"))
-    assert [found[id].error.code for id in (asked, *pinned)] == ["cancelled", "server_restarted", "server_restarted"]
+    assert (found[running].status, found[running].server) == (
+        ("queued", "") if policy == "rerun" else ("failed", "here")
+    )
+    assert [found[id].error.code for id in (asked, *pinned)] == [
+        "cancelled",
+        "server_restarted",
+        "server_restarted",
+    ]
     assert store.get(theirs).status == "in_progress" and store.requeue("here", policy) == 0
 
 
@@ -309,7 +354,11 @@ def test_a_job_that_brings_servers_down_is_given_up(store):
         assert store.get(id).status == "queued"
         take(store), store.reclaim(time.time() + 2 * LEASE, "rerun")
     failed = store.get(id)
-    assert (failed.status, failed.error.code, failed.attempts) == ("failed", "server_restarted", MOST_ATTEMPTS)
+    assert (failed.status, failed.error.code, failed.attempts) == (
+        "failed",
+        "server_restarted",
+        MOST_ATTEMPTS,
+    )
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------------------------
@@ -330,8 +379,14 @@ def test_pages_are_whole_while_jobs_come(store, ascending):
 def test_a_page_ends_and_knows_its_cursor(store):
     mine, theirs = store.add(job("a")), store.add(job("b"))
     assert store.page("video", "a", None, 1, False) == ([mine], False)
-    assert store.page("video", "a", mine.id, 5, False) == ([], False) and store.page("video", "c", None, 5, True) == ([], False)
-    for kind, owner, after in (("video", "a", "video_none"), ("video", "a", theirs.id), ("image", "a", mine.id)):
+    assert store.page("video", "a", mine.id, 5, False) == ([], False) and store.page(
+        "video", "c", None, 5, True
+    ) == ([], False)
+    for kind, owner, after in (
+        ("video", "a", "video_none"),
+        ("video", "a", theirs.id),
+        ("image", "a", mine.id),
+    ):
         with pytest.raises(KeyError):
             store.page(kind, owner, after, 5, True)
 
@@ -344,15 +399,27 @@ def test_old_jobs_and_their_bytes(store):
 
     assert (store.total_bytes(), store.oldest(), store.expired(9e9)) == (0, None, [])
     waiting = store.add(job(priority=-1)).id
-    bare, late, soon = done(), done(outputs=[file(size=2**40), file(size=5)], expires_at=200.0), done("failed", [file(size=1)], 100.0)
+    bare, late, soon = (
+        done(),
+        done(outputs=[file(size=2**40), file(size=5)], expires_at=200.0),
+        done("failed", [file(size=1)], 100.0),
+    )
     assert store.total_bytes() == 2**40 + 6 and store.oldest().id == late
-    assert [[each.id for each in store.expired(now)] for now in (99.0, 100.0, 200.0)] == [[], [soon], [soon, late]]
-    assert store.get(bare).expires_at == pytest.approx(time.time() + 86400, abs=60)  # so none is kept for ever
+    assert [[each.id for each in store.expired(now)] for now in (99.0, 100.0, 200.0)] == [
+        [],
+        [soon],
+        [soon, late],
+    ]
+    assert store.get(bare).expires_at == pytest.approx(
+        time.time() + 86400, abs=60
+    )  # so none is kept for ever
     assert store.update_outputs(late, (file(size=2**40, url="https://bucket"), file(size=5)))
     assert store.total_bytes() == 6 and store.get(late).outputs[0].url == "https://bucket"
     assert store.update_outputs(late, ()) and store.oldest().id == soon and store.total_bytes() == 1
     assert not store.update_outputs(waiting, [file()]) and not store.update_outputs("video_none", [file()])
-    assert store.delete(soon) and not store.delete(soon) and store.oldest() is None and store.get(soon) is None
+    assert (
+        store.delete(soon) and not store.delete(soon) and store.oldest() is None and store.get(soon) is None
+    )
     assert store.counts() == {"queued": 1, "in_progress": 0, "completed": 2, "failed": 0}
     assert {each.id for each in store.every()} == {waiting, bare, late}
 
@@ -360,4 +427,6 @@ def test_old_jobs_and_their_bytes(store):
 def test_a_deleted_job_is_nobodys(store):
     id = store.add(job()).id
     take(store)
-    assert store.delete(id) and not store.progress(id, "here", 5) and not store.finish(id, "here", "completed")
+    assert (
+        store.delete(id) and not store.progress(id, "here", 5) and not store.finish(id, "here", "completed")
+    )

@@ -69,7 +69,10 @@ def test_a_job_that_is_taken_back_in_the_moment_it_ends_does_one_of_both(store):
     for _ in range(10):
         id = store.add(job()).id
         assert take(store).id == id
-        ways = (lambda id=id: store.finish(id, "here", "completed"), lambda: store.reclaim(time.time() + 2 * LEASE, "rerun"))
+        ways = (
+            lambda id=id: store.finish(id, "here", "completed"),
+            lambda: store.reclaim(time.time() + 2 * LEASE, "rerun"),
+        )
         finished, reclaimed = at_once(lambda i, ways=ways: ways[i](), 2)
         assert finished == (not reclaimed) == (store.get(id).status == "completed")
         store.delete(id)
@@ -77,7 +80,10 @@ def test_a_job_that_is_taken_back_in_the_moment_it_ends_does_one_of_both(store):
 
 def test_more_threads_than_connections_read_and_write(store):
     ids = [store.add(job()).id for _ in range(5)]
-    assert at_once(lambda i: [store.get(id).id for id in ids] == ids and bool(store.add(job())), 40) == [True] * 40
+    assert (
+        at_once(lambda i: [store.get(id).id for id in ids] == ids and bool(store.add(job())), 40)
+        == [True] * 40
+    )
 
 
 # --- kill -9 ----------------------------------------------------------------------------------------------------------------------------
@@ -143,7 +149,9 @@ def test_killed_processes_lose_nothing_and_do_nothing_twice(where):
     assert len(added) > 50 and len(finished) > 50 and set(said.values()) == {1}
     with closing(open_store(*where, 1)) as store:
         kept = {each.id: each for each in store.every()}
-        assert added <= kept.keys() and len(kept) <= len(added) + 3 * 2 * 2  # each thread that adds may have been killed before it said so
+        assert (
+            added <= kept.keys() and len(kept) <= len(added) + 3 * 2 * 2
+        )  # each thread that adds may have been killed before it said so
         assert {kept[id].status for id in finished} == {"completed"}
         assert sum(each.status == "completed" for each in kept.values()) <= len(finished) + 3 * 2 * 3
         assert all(each.outputs for each in kept.values() if each.status == "completed")
@@ -187,7 +195,9 @@ def deaf(tmp_path, monkeypatch):
     monkeypatch.setattr(stores, "PAUSE", 0)
     dialect, times = sql.sqlite(tmp_path / "jobs.sqlite3"), []
     sql.prepare(dialect)
-    with closing(Store(replace(dialect, connect=lambda: Deaf(dialect.connect(), times), lost=(Lost,)), 10, 60.0)) as store:
+    with closing(
+        Store(replace(dialect, connect=lambda: Deaf(dialect.connect(), times), lost=(Lost,)), 10, 60.0)
+    ) as store:
         yield store, times
 
 
@@ -241,7 +251,10 @@ def goes_on(finished, more=20):
 
 
 def test_a_database_that_restarts_is_waited_for(postgres, database, tmp_path):
-    with closing(open_store(tmp_path, database, 10**6)) as one, closing(open_store(tmp_path, database, 10**6)) as two:
+    with (
+        closing(open_store(tmp_path, database, 10**6)) as one,
+        closing(open_store(tmp_path, database, 10**6)) as two,
+    ):
         added, finished, over = [], [], threading.Event()
 
         def work(store, server):
@@ -262,7 +275,11 @@ def test_a_database_that_restarts_is_waited_for(postgres, database, tmp_path):
                 each.result()
         kept = one.every()
         assert len(set(added)) == len(added) and {each.id for each in kept} == set(added)
-        assert len(finished) > 40 and all(ok for _, ok in finished) and len({id for id, _ in finished}) == len(finished)
+        assert (
+            len(finished) > 40
+            and all(ok for _, ok in finished)
+            and len({id for id, _ in finished}) == len(finished)
+        )
         assert one.counts()["completed"] == len(finished) and one.counts()["in_progress"] == 0
 
 

@@ -48,7 +48,9 @@ def unread(monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("was decoded"))
 
 
-@pytest.mark.parametrize("more", [{}, {"progressive": True}, {"progressive": True, "quality": 100, "subsampling": 0}])
+@pytest.mark.parametrize(
+    "more", [{}, {"progressive": True}, {"progressive": True, "quality": 100, "subsampling": 0}]
+)
 def test_an_ordinary_jpeg_is_read_whatever_its_scans(more):
     data = jpeg((640, 480), **more)
     assert unpack.pixels(data, "image", 640 * 480).shape == (480, 640, 3)
@@ -68,7 +70,11 @@ def test_scans_of_a_large_jpeg_count_by_its_pixels(unread):
 
 
 def test_scans_that_are_few_for_the_size_are_read():
-    assert unpack.pixels(with_scans(jpeg((100, 100), progressive=True), 20), "image", 12_600).shape == (100, 100, 3)
+    assert unpack.pixels(with_scans(jpeg((100, 100), progressive=True), 20), "image", 12_600).shape == (
+        100,
+        100,
+        3,
+    )
 
 
 def test_a_thumbnail_inside_a_segment_is_no_scan():
@@ -109,7 +115,10 @@ def test_opacity_is_kept_where_it_is_asked_for():
     assert unpack.pixels(data, "image", MOST).shape == (6, 8, 3)
 
 
-@pytest.mark.parametrize("begins", [b"BM", b"GIF89a", b"RIFF\0\0\0\0WEBP", b"\0\0\0\x1cftypavif", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])
+@pytest.mark.parametrize(
+    "begins",
+    [b"BM", b"GIF89a", b"RIFF\0\0\0\0WEBP", b"\0\0\0\x1cftypavif", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"],
+)
 @pytest.mark.parametrize("rest", [b"", b"\0" * 5000, b"\xff" * 5000])
 def test_what_only_begins_as_an_image_is_a_sentence(begins, rest):
     assert "picture" in refused(begins + rest)

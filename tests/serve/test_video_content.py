@@ -32,11 +32,18 @@ def held(made):
     return made.scheduler.gate
 
 
-@pytest.mark.parametrize(("variant", "media_type"), [("video", "video/mp4"), ("thumbnail", "image/webp"), ("spritesheet", "image/webp")])
+@pytest.mark.parametrize(
+    ("variant", "media_type"),
+    [("video", "video/mp4"), ("thumbnail", "image/webp"), ("spritesheet", "image/webp")],
+)
 def test_content(client, variant, media_type):
     answer = client.simulate_get(f"/v1/videos/{finished(client)['id']}/content", params={"variant": variant})
     assert (answer.status_code, answer.headers["content-type"]) == (200, media_type)
-    assert answer.content[4:8] == b"ftyp" if variant == "video" else Image.open(io.BytesIO(answer.content)).format == "WEBP"
+    assert (
+        answer.content[4:8] == b"ftyp"
+        if variant == "video"
+        else Image.open(io.BytesIO(answer.content)).format == "WEBP"
+    )
 
 
 def test_content_is_the_video_unless_told_and_has_ranges_and_head(client):
@@ -55,8 +62,13 @@ def test_content_of_several_clips(client):
     assert ([output["seed"] for output in answer["outputs"]], answer["seeds"]) == ([5, 6], [5, 6])
     address = f"/v1/videos/{answer['id']}/content"
     clips = [client.simulate_get(address, params={"index": str(index)}).content for index in (0, 1)]
-    assert [len(clip) for clip in clips] == [output["bytes"] for output in answer["outputs"]] and clips[0] != clips[1]
-    stills = [client.simulate_get(address, params={"variant": "thumbnail", "index": str(index)}).content for index in (0, 1)]
+    assert [len(clip) for clip in clips] == [output["bytes"] for output in answer["outputs"]] and clips[
+        0
+    ] != clips[1]
+    stills = [
+        client.simulate_get(address, params={"variant": "thumbnail", "index": str(index)}).content
+        for index in (0, 1)
+    ]
     assert stills[0] != stills[1]
     for index in ("2", "-1", "x", "", "١"):
         assert error(client.simulate_get(address, params={"index": index})) == (400, "invalid_value", "index")
@@ -73,7 +85,10 @@ def test_content_of_a_failed_clip_says_why(made, client):
     made.scheduler.fail = lambda job: Failure("insufficient_memory", "it does not fit")
     id = until(client, create(client)["id"], "failed")["id"]
     answer = client.simulate_get(f"/v1/videos/{id}/content")
-    assert error(answer)[:2] == (404, "insufficient_memory") and "it does not fit" in answer.json["error"]["message"]
+    assert (
+        error(answer)[:2] == (404, "insufficient_memory")
+        and "it does not fit" in answer.json["error"]["message"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,7 +97,9 @@ def test_content_of_a_failed_clip_says_why(made, client):
      ({"variant": ["video", "thumbnail"]}, "invalid_value", "variant")],
 )  # fmt: skip
 def test_a_wrong_query_of_content(client, params, code, param):
-    answer = client.simulate_get(f"/v1/videos/{finished(client)['id']}/content", params=params, params_csv=False)
+    answer = client.simulate_get(
+        f"/v1/videos/{finished(client)['id']}/content", params=params, params_csv=False
+    )
     assert error(answer) == (400, code, param)
 
 
@@ -91,7 +108,10 @@ def test_content_that_was_uploaded_is_found_there(made, client):
     [clip, *small] = made.store.get(id).outputs
     made.files.moved(clip.file, there)
     made.store.update_outputs(id, (replace(clip, url=there), *small))
-    for answer in (client.simulate_get(f"/v1/videos/{id}/content"), client.simulate_get(f"/v1/files/{clip.file}/content")):
+    for answer in (
+        client.simulate_get(f"/v1/videos/{id}/content"),
+        client.simulate_get(f"/v1/files/{clip.file}/content"),
+    ):
         assert (answer.status_code, answer.headers["location"]) == (302, there)
     assert client.simulate_get(f"/v1/videos/{id}").json["outputs"][0]["url"] == there
     assert client.simulate_get(f"/v1/videos/{id}/content", params={"variant": "thumbnail"}).status_code == 200
@@ -114,11 +134,17 @@ def test_content_whose_file_is_gone(made, client):
 
 def test_a_file_is_its_own_key_s_alone_whether_it_is_read_or_given(tmp_path):
     """Its id is no secret: another key that knows it learns no more than of an id that never was."""
-    made = fake.service(tmp_path, api_key=("mine", "theirs"), admin_api_key="boss", row={"images": (0, 4), "image_use": "references"})
+    made = fake.service(
+        tmp_path,
+        api_key=("mine", "theirs"),
+        admin_api_key="boss",
+        row={"images": (0, 4), "image_use": "references"},
+    )
     app = make_app(made)
     try:
         mine, theirs, admin = (
-            falcon.testing.TestClient(app, {"Host": "localhost", "Authorization": f"Bearer {key}"}) for key in ("mine", "theirs", "boss")
+            falcon.testing.TestClient(app, {"Host": "localhost", "Authorization": f"Bearer {key}"})
+            for key in ("mine", "theirs", "boss")
         )
         id = mine.simulate_post("/v1/images/generations", json={"prompt": "p", "size": "64x64"}).json["id"]
         [output] = made.store.get(id).outputs
@@ -142,15 +168,26 @@ def test_an_output_s_address_works_without_a_key(tmp_path):
     made = fake.service(tmp_path, api_key=("k",))
     app = make_app(made)
     try:
-        client, stranger = (falcon.testing.TestClient(app, {"Host": "localhost", **key}) for key in ({"Authorization": "Bearer k"}, {}))
+        client, stranger = (
+            falcon.testing.TestClient(app, {"Host": "localhost", **key})
+            for key in ({"Authorization": "Bearer k"}, {})
+        )
         answer = finished(client)
         [output] = answer["outputs"]
         path, query = output["url"].removeprefix("http://localhost").split("?")
         whole = stranger.simulate_get(path, query_string=query)
-        assert (whole.status_code, len(whole.content), whole.headers["content-type"]) == (200, output["bytes"], "video/mp4")
-        assert stranger.simulate_get(path, query_string=query, headers={"Range": "bytes=4-7"}).content == b"ftyp"
+        assert (whole.status_code, len(whole.content), whole.headers["content-type"]) == (
+            200,
+            output["bytes"],
+            "video/mp4",
+        )
+        assert (
+            stranger.simulate_get(path, query_string=query, headers={"Range": "bytes=4-7"}).content == b"ftyp"
+        )
         assert error(stranger.simulate_get(path, query_string=query[:-1]))[:2] == (403, "bad_signature")
-        assert error(stranger.simulate_get(path, query_string=query.replace("expires=", "expires=9")))[:2] == (403, "bad_signature")
+        assert error(stranger.simulate_get(path, query_string=query.replace("expires=", "expires=9")))[
+            :2
+        ] == (403, "bad_signature")
         assert error(stranger.simulate_get(path))[:2] == (401, "invalid_api_key")
         assert client.simulate_get(path).content == whole.content
         assert error(client.simulate_get("/v1/files/nothing/content"))[:2] == (404, "file_expired")

@@ -17,7 +17,17 @@ OPENAI = {
     "id", "object", "model", "status", "progress", "created_at", "completed_at", "expires_at", "prompt", "size", "seconds",
     "remixed_from_video_id", "error",
 }  # fmt: skip
-OURS = {"parameters", "seeds", "timings", "computed_steps", "skipped_steps", "queue_position", "eta_s", "outputs", "warnings"}
+OURS = {
+    "parameters",
+    "seeds",
+    "timings",
+    "computed_steps",
+    "skipped_steps",
+    "queue_position",
+    "eta_s",
+    "outputs",
+    "warnings",
+}
 
 
 @pytest.fixture
@@ -45,9 +55,15 @@ def held(made):
 def test_a_new_clip_has_all_of_openais_keys_and_ours(client, held):
     answer = create(client)
     assert set(answer) == OPENAI | OURS
-    assert (answer["object"], answer["model"], answer["prompt"]) == ("video", "tinydiff/shapes", "a red circle")
+    assert (answer["object"], answer["model"], answer["prompt"]) == (
+        "video",
+        "tinydiff/shapes",
+        "a red circle",
+    )
     assert answer["status"] in ("queued", "in_progress")
-    assert [answer[name] for name in ("completed_at", "expires_at", "remixed_from_video_id", "error", "timings")] == [None] * 5
+    assert [
+        answer[name] for name in ("completed_at", "expires_at", "remixed_from_video_id", "error", "timings")
+    ] == [None] * 5
 
 
 def test_size_and_seconds_are_the_effective_ones(client, held):
@@ -62,7 +78,12 @@ def test_a_completed_clip_says_what_was_made(client):
     answer = finished(client, seed=11)
     assert (answer["progress"], answer["seeds"], answer["error"]) == (100, [11], None)
     assert answer["parameters"]["height"] == 48
-    assert (answer["computed_steps"], answer["skipped_steps"], answer["queue_position"], answer["eta_s"]) == (3, 0, None, None)
+    assert (answer["computed_steps"], answer["skipped_steps"], answer["queue_position"], answer["eta_s"]) == (
+        3,
+        0,
+        None,
+        None,
+    )
     assert answer["timings"]["denoise"] > 0
     assert 0 <= answer["completed_at"] - answer["created_at"] < 60
     assert 86390 < answer["expires_at"] - answer["completed_at"] < 86410
@@ -73,7 +94,11 @@ def test_a_waiting_clip_says_where_it_stands_and_when_to_ask(made, client, held)
     made.scheduler.place = lambda job: Place(4, 12.5)
     made.scheduler.poll_after_ms = lambda job: 3456
     answer = client.simulate_post("/v1/videos", json=SMALL)
-    assert (answer.json["queue_position"], answer.json["eta_s"], answer.headers["openai-poll-after-ms"]) == (4, 12.5, "3456")
+    assert (answer.json["queue_position"], answer.json["eta_s"], answer.headers["openai-poll-after-ms"]) == (
+        4,
+        12.5,
+        "3456",
+    )
     assert client.simulate_get(f"/v1/videos/{answer.json['id']}").headers["openai-poll-after-ms"] == "3456"
 
 
@@ -90,7 +115,10 @@ def test_a_failed_clip_says_why(made, client):
 
 def test_an_unknown_clip_is_not_there(client):
     for method, tail in (("GET", ""), ("DELETE", ""), ("GET", "/content"), ("POST", "/cancel")):
-        assert error(client.simulate_request(method, f"/v1/videos/video_nothing{tail}"))[:2] == (404, "not_found")
+        assert error(client.simulate_request(method, f"/v1/videos/video_nothing{tail}"))[:2] == (
+            404,
+            "not_found",
+        )
 
 
 @pytest.mark.parametrize(
@@ -107,12 +135,18 @@ def test_a_mistake_is_named_and_nothing_queued(made, client, fields, param):
 def test_a_full_queue_says_when(made, client):
     made.scheduler.busy = 3.0
     answer = client.simulate_post("/v1/videos", json=SMALL)
-    assert (answer.status_code, answer.headers["retry-after"], answer.json["error"]["code"]) == (429, "3", "queue_full")
+    assert (answer.status_code, answer.headers["retry-after"], answer.json["error"]["code"]) == (
+        429,
+        "3",
+        "queue_full",
+    )
 
 
 def test_a_repeated_key_is_the_same_clip(client, held):
     headers = {"Idempotency-Key": "abc"}
-    first, second = (client.simulate_post("/v1/videos", json=SMALL, headers=headers).json["id"] for _ in range(2))
+    first, second = (
+        client.simulate_post("/v1/videos", json=SMALL, headers=headers).json["id"] for _ in range(2)
+    )
     assert first == second
 
 
@@ -153,7 +187,13 @@ def test_what_is_no_picture_is_refused_and_not_kept(made, client):
 
 
 def test_the_list_is_empty_at_first(client):
-    assert client.simulate_get("/v1/videos").json == {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
+    assert client.simulate_get("/v1/videos").json == {
+        "object": "list",
+        "data": [],
+        "first_id": None,
+        "last_id": None,
+        "has_more": False,
+    }
 
 
 def test_the_list_goes_by_pages_in_both_directions(client, held):
@@ -161,14 +201,18 @@ def test_the_list_goes_by_pages_in_both_directions(client, held):
     for order, wanted in (("desc", ids[::-1]), ("asc", ids)):
         found, after, pages = [], None, 0
         while True:
-            page = client.simulate_get("/v1/videos", params={"limit": "2", "order": order, **({"after": after} if after else {})}).json
+            page = client.simulate_get(
+                "/v1/videos", params={"limit": "2", "order": order, **({"after": after} if after else {})}
+            ).json
             found, pages = found + [one["id"] for one in page["data"]], pages + 1
             assert (page["first_id"], page["last_id"]) == (page["data"][0]["id"], page["data"][-1]["id"])
             if not page["has_more"]:
                 break
             after = page["last_id"]
         assert (found, pages) == (wanted, 3)
-    assert [one["id"] for one in client.simulate_get("/v1/videos").json["data"]] == ids[::-1], "the newest first unless told"
+    assert [one["id"] for one in client.simulate_get("/v1/videos").json["data"]] == ids[::-1], (
+        "the newest first unless told"
+    )
 
 
 def test_the_list_has_no_pictures(made, client, held):
@@ -193,12 +237,18 @@ def test_another_key_neither_sees_nor_touches_a_clip(tmp_path):
     made = fake.service(tmp_path, api_key=("mine", "theirs"))
     app = make_app(made)
     try:
-        mine, theirs = (falcon.testing.TestClient(app, headers={"Authorization": f"Bearer {key}"}) for key in ("mine", "theirs"))
+        mine, theirs = (
+            falcon.testing.TestClient(app, headers={"Authorization": f"Bearer {key}"})
+            for key in ("mine", "theirs")
+        )
         id = finished(mine)["id"]
         assert theirs.simulate_get("/v1/videos").json["data"] == []
         for method, tail, more in (("GET", "", {}), ("DELETE", "", {}), ("GET", "/content", {}), ("POST", "/cancel", {}),
                                    ("POST", "/remix", {"json": {"prompt": "x"}})):  # fmt: skip
-            assert error(theirs.simulate_request(method, f"/v1/videos/{id}{tail}", **more))[:2] == (404, "not_found")
+            assert error(theirs.simulate_request(method, f"/v1/videos/{id}{tail}", **more))[:2] == (
+                404,
+                "not_found",
+            )
         assert error(theirs.simulate_get("/v1/videos", params={"after": id}))[0] == 400
         assert [one["id"] for one in mine.simulate_get("/v1/videos").json["data"]] == [id]
     finally:
@@ -210,11 +260,17 @@ def test_a_key_that_has_its_share_of_the_queue_leaves_room_for_another(tmp_path)
     made.scheduler.gate.clear()
     app = make_app(made)
     try:
-        mine, theirs = (falcon.testing.TestClient(app, headers={"Authorization": f"Bearer {key}"}) for key in ("mine", "theirs"))
+        mine, theirs = (
+            falcon.testing.TestClient(app, headers={"Authorization": f"Bearer {key}"})
+            for key in ("mine", "theirs")
+        )
         until(mine, create(mine)["id"], "in_progress")  # what runs does not wait
         answers = [mine.simulate_post("/v1/videos", json=SMALL) for _ in range(3)]
         assert [answer.status_code for answer in answers] == [200, 200, 429]
-        assert "this key has as many jobs waiting" in answers[2].json["error"]["message"] and "retry-after" in answers[2].headers
+        assert (
+            "this key has as many jobs waiting" in answers[2].json["error"]["message"]
+            and "retry-after" in answers[2].headers
+        )
         assert theirs.simulate_post("/v1/videos", json=SMALL).status_code == 200
     finally:
         made.scheduler.close()
@@ -227,7 +283,11 @@ def test_cancel_of_a_waiting_clip(client, held):
     first, second = create(client)["id"], create(client)["id"]
     until(client, first, "in_progress")
     answer = client.simulate_post(f"/v1/videos/{second}/cancel")
-    assert (answer.status_code, answer.json["status"], answer.json["error"]["code"]) == (200, "failed", "cancelled")
+    assert (answer.status_code, answer.json["status"], answer.json["error"]["code"]) == (
+        200,
+        "failed",
+        "cancelled",
+    )
 
 
 def test_cancel_of_a_running_clip(made, client):
@@ -247,7 +307,11 @@ def test_delete_takes_the_clip_and_its_files_and_once(made, client):
     id = client.simulate_post("/v1/videos", **form(*PARTS, ("input_reference", PICTURE, "upload"))).json["id"]
     until(client, id, "completed")
     assert len(kept(made)) == 4, "the given picture, the clip and its two small pictures"
-    assert client.simulate_delete(f"/v1/videos/{id}").json == {"id": id, "deleted": True, "object": "video.deleted"}
+    assert client.simulate_delete(f"/v1/videos/{id}").json == {
+        "id": id,
+        "deleted": True,
+        "object": "video.deleted",
+    }
     assert (kept(made), made.store.get(id)) == ([], None)
     assert error(client.simulate_delete(f"/v1/videos/{id}"))[:2] == (404, "not_found")
 
@@ -281,8 +345,14 @@ def test_a_remix_is_the_same_but_for_the_prompt(client):
     answer = client.simulate_post(f"/v1/videos/{source['id']}/remix", json={"prompt": "a blue square"})
     assert answer.status_code == 200, answer.text
     remix = until(client, answer.json["id"], "completed")
-    assert (remix["remixed_from_video_id"], remix["prompt"], remix["seeds"]) == (source["id"], "a blue square", [9])
-    assert [remix[name] for name in ("size", "seconds", "model")] == [source[name] for name in ("size", "seconds", "model")]
+    assert (remix["remixed_from_video_id"], remix["prompt"], remix["seeds"]) == (
+        source["id"],
+        "a blue square",
+        [9],
+    )
+    assert [remix[name] for name in ("size", "seconds", "model")] == [
+        source[name] for name in ("size", "seconds", "model")
+    ]
     assert remix["id"] != source["id"] and remix["created_at"] >= source["created_at"]
 
 
@@ -294,13 +364,17 @@ def test_a_remix_keeps_a_seed_that_was_drawn(client):
 
 def test_a_remix_with_another_seed(client, made):
     source = finished(client, seed=9, num_inference_steps=7)
-    remix = client.simulate_post(f"/v1/videos/{source['id']}/remix", json={"prompt": "another", "seed": 4}).json
+    remix = client.simulate_post(
+        f"/v1/videos/{source['id']}/remix", json={"prompt": "another", "seed": 4}
+    ).json
     assert until(client, remix["id"], "completed")["seeds"] == [4]
     assert made.store.get(remix["id"]).fields["num_inference_steps"] == 7
 
 
 def test_a_remix_outlives_what_it_was_made_from(made, client, held):
-    source = client.simulate_post("/v1/videos", **form(*PARTS, ("input_reference", PICTURE, "upload"))).json["id"]
+    source = client.simulate_post("/v1/videos", **form(*PARTS, ("input_reference", PICTURE, "upload"))).json[
+        "id"
+    ]
     remix = client.simulate_post(f"/v1/videos/{source}/remix", json={"prompt": "another"}).json["id"]
     client.simulate_post(f"/v1/videos/{source}/cancel")
     client.simulate_delete(f"/v1/videos/{source}")
@@ -322,7 +396,9 @@ def test_a_wrong_remix(made, client, body, code, param):
 
 
 def test_a_remix_that_the_queue_refuses_leaves_no_picture_behind(made, client):
-    source = client.simulate_post("/v1/videos", **form(*PARTS, ("input_reference", PICTURE, "upload"))).json["id"]
+    source = client.simulate_post("/v1/videos", **form(*PARTS, ("input_reference", PICTURE, "upload"))).json[
+        "id"
+    ]
     until(client, source, "completed")
     before = kept(made)
     made.scheduler.busy = 1.0
@@ -339,7 +415,10 @@ def test_a_remix_that_the_queue_refuses_leaves_no_picture_behind(made, client):
 )
 def test_what_openai_has_beyond_this_says_that_it_is_not_here(client, method, address):
     answer = client.simulate_request(method, f"/v1/videos/{address}", **form(*PARTS))
-    assert error(answer)[:2] == (404, "not_supported") and address.split("/")[0] in answer.json["error"]["message"]
+    assert (
+        error(answer)[:2] == (404, "not_supported")
+        and address.split("/")[0] in answer.json["error"]["message"]
+    )
     assert answer.headers["x-should-retry"] == "false"
 
 

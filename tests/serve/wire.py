@@ -31,7 +31,9 @@ class Client:
         while not data.endswith(b"\r\n\r\n"):
             data += self.socket.recv(1) or pytest.fail(f"the server closed the connection after {data!r}")
         first, *lines = data.decode("latin-1").strip().split("\r\n")
-        return int(first.split()[1]), {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+        return int(first.split()[1]), {
+            name.lower(): value for name, value in (line.split(": ", 1) for line in lines)
+        }
 
     def answer(self):
         """The next answer: status, headers, JSON."""

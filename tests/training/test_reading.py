@@ -48,7 +48,10 @@ def test_denies_what_was_not_drawn(kind):
 
 
 OTHER = {
-    **{name: lambda value: "red" if value != "red" else "blue" for name in ("colour", "colour2", "background")},
+    **{
+        name: lambda value: "red" if value != "red" else "blue"
+        for name in ("colour", "colour2", "background")
+    },
     **{name: lambda value: "star" if value != "star" else "ring" for name in ("shape", "shape2")},
     "size": lambda value: "small" if value == "large" else "large",
     "place": lambda value: "top" if value != "top" else "left",
@@ -72,7 +75,10 @@ def test_only_what_is_named_is_judged():
 
 def test_a_missing_or_a_second_shape_is_wrong():
     pair = next(scene for scene in scenes(25, "pair", 50) if scene.colour == "red")
-    assert judge({"colour": "red", "background": pair.background}, to_pixels(render([pair]))[0]) == {"colour": False, "background": True}
+    assert judge({"colour": "red", "background": pair.background}, to_pixels(render([pair]))[0]) == {
+        "colour": False,
+        "background": True,
+    }
     empty = np.full((1, 128, 128, 3), 245, dtype=np.uint8)
     assert judge({"shape": "star", "background": "white"}, empty) == {"shape": False, "background": True}
 
@@ -93,14 +99,28 @@ def test_a_shape_that_stays_has_no_motion():
 
 def test_another_resolution_reads_alike():
     for scene in scenes(27, "picture", 10):
-        doubled = F.interpolate(render([scene])[0].transpose(0, 1), scale_factor=2, mode="bilinear").transpose(0, 1)[None]
+        doubled = F.interpolate(
+            render([scene])[0].transpose(0, 1), scale_factor=2, mode="bilinear"
+        ).transpose(0, 1)[None]
         assert all(judge(scene.attributes, to_pixels(doubled)[0]).values())
 
 
 def test_components():
-    mask = np.array([[1, 0, 1, 0, 0], [1, 0, 1, 0, 1], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 0, 0, 1]], dtype=bool)
+    mask = np.array(
+        [
+            [1, 0, 1, 0, 0],
+            [1, 0, 1, 0, 1],
+            [1, 1, 1, 0, 0],
+            [0, 0, 0, 1, 0],
+            [0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 1],
+        ],
+        dtype=bool,
+    )
     labels, count = components(mask)
     assert count == 4
     assert (labels > 0).tolist() == mask.tolist()
-    assert len({labels[0, 0], labels[0, 2], labels[2, 1], labels[3, 3]}) == 1  # a U, and a corner that touches
+    assert (
+        len({labels[0, 0], labels[0, 2], labels[2, 1], labels[3, 3]}) == 1
+    )  # a U, and a corner that touches
     assert len({labels[0, 0], labels[1, 4], labels[5, 0], labels[5, 4]}) == 4

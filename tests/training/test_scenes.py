@@ -81,7 +81,9 @@ def test_shapes_lie_on_corners_of_tokens(kind):
     assert {at for scene in batch for each in centres(scene) for at in each} == {32.0, 64.0, 96.0}
     for scene in batch:
         assert scene.place is None or centres(scene) == [PLACES[scene.place]]
-    somewhere = {centres(scene)[0] for scene in batch if scene.place is None and scene.motion in ("grow", "shrink")}
+    somewhere = {
+        centres(scene)[0] for scene in batch if scene.place is None and scene.motion in ("grow", "shrink")
+    }
     assert len(somewhere) == (9 if kind == "clip" else 0), "what is not named is anywhere on the grid"
 
 
@@ -89,11 +91,20 @@ def test_a_size_is_one_radius():
     found = {(scene.size, scene.start[2]) for kind in ("picture", "clip") for scene in scenes(10, kind, 500)}
     assert found == {("small", 20.0), ("large", 30.0)}
     assert {scene.end[2] for scene in scenes(10, "clip", 500) if scene.motion == "grow"} == {30.0}
-    assert {radius for scene in scenes(10, "pair", 100) for radius in (scene.start[2], scene.start2[2])} == {20.0}
+    assert {radius for scene in scenes(10, "pair", 100) for radius in (scene.start[2], scene.start2[2])} == {
+        20.0
+    }
 
 
 def test_a_moving_shape_goes_two_pixels_a_frame():
-    steps = {"left": (-32, 0), "right": (32, 0), "up": (0, -32), "down": (0, 32), "grow": (0, 0), "shrink": (0, 0)}
+    steps = {
+        "left": (-32, 0),
+        "right": (32, 0),
+        "up": (0, -32),
+        "down": (0, 32),
+        "grow": (0, 0),
+        "shrink": (0, 0),
+    }
     assert (FRAMES - 1) * 2 == 32
     for scene in scenes(11, "clip", 500):
         assert (scene.end[0] - scene.start[0], scene.end[1] - scene.start[1]) == steps[scene.motion]
@@ -110,7 +121,9 @@ def test_render_shape_range_and_margin(kind, frames):
     pixels = to_pixels(video)
     for scene, shown in zip(batch, pixels, strict=True):
         border = torch.cat([shown[:, 0], shown[:, -1], shown[:, :, 0], shown[:, :, -1]]).reshape(-1, 3)
-        assert (border == torch.tensor(PALETTE[scene.background], dtype=torch.uint8)).all(), scene  # inside the canvas in every frame
+        assert (border == torch.tensor(PALETTE[scene.background], dtype=torch.uint8)).all(), (
+            scene
+        )  # inside the canvas in every frame
         x, y, _ = scene.start
         if scene.shape != "ring":
             assert tuple(shown[0, int(y), int(x)].tolist()) == PALETTE[scene.colour]
@@ -163,7 +176,10 @@ def test_captions_name_what_they_claim_and_it_is_true(kind):
         colours = {value for name, value in named.items() if name in ("colour", "colour2", "background")}
         assert {word for word in bare.split() if word in COLOURS} == colours  # nothing else is named
         if kind == "picture" and "place" not in named:
-            assert not any(word in bare.split() for word in ("left", "right", "top", "bottom", "middle", "centre", "center", "centered"))
+            assert not any(
+                word in bare.split()
+                for word in ("left", "right", "top", "bottom", "middle", "centre", "center", "centered")
+            )
         if "size" not in named:
             assert not any(word in bare.split() for words in captions.SIZE_WORDS.values() for word in words)
 
@@ -185,8 +201,12 @@ def test_captions_vary_and_leave_out(kind):
 
 def test_full_caption():
     clip = scenes(0, "clip", 1)[0]
-    scene = replace(clip, colour="orange", shape="star", size="large", place="top", background="black", motion="left")
+    scene = replace(
+        clip, colour="orange", shape="star", size="large", place="top", background="black", motion="left"
+    )
     assert full_caption(scene) == "a large orange star at the top on a black background moving left"
-    pair = replace(scenes(0, "pair", 1)[0], colour="red", shape="circle", relation="above", background="white")
+    pair = replace(
+        scenes(0, "pair", 1)[0], colour="red", shape="circle", relation="above", background="white"
+    )
     pair = replace(pair, colour2="orange", shape2="ring")
     assert full_caption(pair) == "a red circle above an orange ring on a white background"

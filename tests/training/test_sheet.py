@@ -9,7 +9,11 @@ from training.sheet import contact_sheet, filmstrip
 
 def test_contact_sheet_places_pictures_and_captions():
     images = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
-    sheet = np.asarray(contact_sheet(images, ["one", "two", "a caption that is far too long for one line under one picture"], columns=2))
+    sheet = np.asarray(
+        contact_sheet(
+            images, ["one", "two", "a caption that is far too long for one line under one picture"], columns=2
+        )
+    )
     height, width = sheet.shape[0] // 2, sheet.shape[1] // 2
     for i, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255)]):
         cell = sheet[i // 2 * height : (i // 2 + 1) * height, i % 2 * width : (i % 2 + 1) * width]
@@ -27,4 +31,9 @@ def test_filmstrip_shows_the_first_and_the_last_frame():
     frames = [Image.new("RGB", (10, 10), (i * 10, 0, 0)) for i in range(17)]
     strip = filmstrip(frames)
     assert strip.size == (24, 24)
-    assert [strip.getpixel(at) for at in ((5, 5), (20, 5), (5, 20), (20, 20))] == [(0, 0, 0), (50, 0, 0), (110, 0, 0), (160, 0, 0)]
+    assert [strip.getpixel(at) for at in ((5, 5), (20, 5), (5, 20), (20, 20))] == [
+        (0, 0, 0),
+        (50, 0, 0),
+        (110, 0, 0),
+        (160, 0, 0),
+    ]

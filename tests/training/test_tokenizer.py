@@ -39,7 +39,9 @@ def test_every_caption_is_whole_words(tokenizer):
     for text in islice(corpus(seed=9, count=500), 3000):
         encoded = tokenizer.encode(text)
         words = [token for token in encoded.tokens[:-1] if token not in (",", ".")]
-        assert [word.removeprefix("\u2581") for word in words] == text.replace(",", "").replace(".", "").split()
+        assert [word.removeprefix("\u2581") for word in words] == text.replace(",", "").replace(
+            ".", ""
+        ).split()
         assert encoded.ids[-1] == 1
         assert len(encoded.ids) <= 30
 
@@ -57,10 +59,14 @@ def test_other_scripts_are_unknown_not_errors(tokenizer):
 
 def test_transformers_reads_the_same(folder, tokenizer):
     transformers = pytest.importorskip("transformers")
-    readers = [cls.from_pretrained(str(folder)) for cls in (transformers.T5TokenizerFast, transformers.AutoTokenizer)]
+    readers = [
+        cls.from_pretrained(str(folder)) for cls in (transformers.T5TokenizerFast, transformers.AutoTokenizer)
+    ]
     for text in [*ENGLISH, *islice(corpus(seed=10, count=50), 300)]:
         assert [reader(text).input_ids for reader in readers] == [tokenizer.encode(text).ids] * 2
-    assert all((reader.pad_token_id, reader.eos_token_id, reader.unk_token_id) == (0, 1, 2) for reader in readers)
+    assert all(
+        (reader.pad_token_id, reader.eos_token_id, reader.unk_token_id) == (0, 1, 2) for reader in readers
+    )
     assert all(len(reader) == tokenizer.get_vocab_size() for reader in readers)
     padded = readers[0](["a red circle"], padding="max_length", max_length=8)
     assert padded.attention_mask == [[1, 1, 1, 1, 0, 0, 0, 0]]

@@ -36,18 +36,35 @@ def test_the_stages_make_a_model(tmp_path):
             autoencoder.train(stage, run, 2, log=lines.append)
         words = run / "tokenizer" / "tokenizer.json"
         for steps in (1, 3):  # the second goes on where the first stopped
-            assert denoiser.train(run, Length(steps), words, lambda words: denoiser.scratch(run, words, 1), MIX, log=lines.append)
+            assert denoiser.train(
+                run,
+                Length(steps),
+                words,
+                lambda words: denoiser.scratch(run, words, 1),
+                MIX,
+                log=lines.append,
+            )
     assert torch.load(run / "denoiser.pt")["step"] == 3
-    assert all("nan" not in line for line in lines) and any("clip" in line for line in lines if line.startswith("denoiser step 3 (100%)"))
+    assert all("nan" not in line for line in lines) and any(
+        "clip" in line for line in lines if line.startswith("denoiser step 3 (100%)")
+    )
 
     before, after, last = (moments(run, stage) for stage in autoencoder.STAGES)
-    assert torch.equal(before, after) and torch.equal(after, last)  # what the denoiser learns from does not move
+    assert torch.equal(before, after) and torch.equal(
+        after, last
+    )  # what the denoiser learns from does not move
 
     assert export(run, folder) <= 8_000_000
-    figures = evaluate(folder, run / "sheet.png", {"picture": 2, "clip": 1}, log=lines.append, num_inference_steps=1)
-    assert [found["count"] for found in figures.values()] == [2, 1] and (run / "sheet.png").stat().st_size > 1000
+    figures = evaluate(
+        folder, run / "sheet.png", {"picture": 2, "clip": 1}, log=lines.append, num_inference_steps=1
+    )
+    assert [found["count"] for found in figures.values()] == [2, 1] and (
+        run / "sheet.png"
+    ).stat().st_size > 1000
     assert "| images of one shape | 2 |" in card(run, folder)
-    made = tinydiff.generate(tinydiff.load(str(folder), model_id=SHIPPED), "a red circle", num_inference_steps=2)
+    made = tinydiff.generate(
+        tinydiff.load(str(folder), model_id=SHIPPED), "a red circle", num_inference_steps=2
+    )
     assert made.images[0].shape == (128, 128, 3)
 
 
@@ -56,7 +73,9 @@ def train(run, length, lines, **more):
     run.mkdir(exist_ok=True)
     with torch.enable_grad():
         words = SHAPES / "tokenizer" / "tokenizer.json"
-        return denoiser.train(run, length, words, lambda words: denoiser.resumed(SHAPES), MIX, log=lines.append, **more)
+        return denoiser.train(
+            run, length, words, lambda words: denoiser.resumed(SHAPES), MIX, log=lines.append, **more
+        )
 
 
 def test_a_finished_model_is_trained_on(tmp_path):
@@ -65,14 +84,18 @@ def test_a_finished_model_is_trained_on(tmp_path):
     assert train(tmp_path / "whole", Length(2), lines)
     train(tmp_path / "parts", Length(1), lines)
     kept = torch.load(tmp_path / "parts" / "denoiser.pt")
-    assert kept["step"] == 1 and set(kept["params"]) == set(begun) and not any("probe" in name for name in begun)
+    assert (
+        kept["step"] == 1 and set(kept["params"]) == set(begun) and not any("probe" in name for name in begun)
+    )
     train(tmp_path / "parts", Length(2), lines)
     whole, parts = (torch.load(tmp_path / run / "denoiser.pt") for run in ("whole", "parts"))
     far = [(whole["params"][name] - begun[name]).abs().max().item() for name in begun]
     assert 0 < max(far) < 1e-3, "a warm-up's first steps are small"
     assert whole["statistics"][0].tolist() == denoiser.normalisation(SHAPES)[0].tolist()
     # The schedule of one step in all is not that of two, and so its first step is another size.
-    assert parts["step"] == 2 and all(torch.load(tmp_path / "parts" / f"pool-{kind}.pt").shape[0] > 0 for kind in MIX)
+    assert parts["step"] == 2 and all(
+        torch.load(tmp_path / "parts" / f"pool-{kind}.pt").shape[0] > 0 for kind in MIX
+    )
 
     folder = tmp_path / "model"
     assert export(tmp_path / "whole", folder, SHAPES) <= 8_000_000
@@ -89,7 +112,10 @@ def test_a_piece_carries_its_state(tmp_path):
 
 
 def test_the_rate_warms_up_and_ends_in_a_cosine():
-    found = [denoiser.pace(step, done) for step, done in ((0, 0.0), (24, 0.1), (49, 0.2), (500, 0.79), (600, 0.9), (700, 1.0))]
+    found = [
+        denoiser.pace(step, done)
+        for step, done in ((0, 0.0), (24, 0.1), (49, 0.2), (500, 0.79), (600, 0.9), (700, 1.0))
+    ]
     assert found == pytest.approx([1 / 50, 0.5, 1.0, 1.0, 0.51, 0.02])
 
 
@@ -103,7 +129,10 @@ def test_a_pool_is_the_same_however_it_grew():
         whole = pool.grown(pool.Pool(), kind, 3, 1, code)
         parts = pool.grown(pool.grown(pool.Pool(), kind, 1, 1, code), kind, 3, 1, code)
         assert whole.scenes == parts.scenes and not any(held_out(scene) for scene in whole.scenes)
-        assert whole.latents.shape == (3, 16, frames, 16, 16) and (whole.latents - parts.latents).abs().max() < 2e-3
+        assert (
+            whole.latents.shape == (3, 16, frames, 16, 16)
+            and (whole.latents - parts.latents).abs().max() < 2e-3
+        )
 
 
 def test_stills_are_coded_as_the_whole_autoencoder_codes_them():
@@ -115,6 +144,12 @@ def test_stills_are_coded_as_the_whole_autoencoder_codes_them():
 
 def test_a_card_keeps_the_stages_of_the_model_that_was_trained_on(tmp_path):
     rows = stages((SHAPES / "README.md").read_text())
-    assert rows[0] == "| autoencoder on images | 6400 | squares around contours, then whole images |" and len(rows) >= 3
+    assert (
+        rows[0] == "| autoencoder on images | 6400 | squares around contours, then whole images |"
+        and len(rows) >= 3
+    )
     torch.save({"step": 7}, tmp_path / "denoiser.pt")
-    assert stages(card(tmp_path, SHAPES, rows)) == [*rows, "| denoiser and text encoder | 7 | flow matching, one prompt in ten empty |"]
+    assert stages(card(tmp_path, SHAPES, rows)) == [
+        *rows,
+        "| denoiser and text encoder | 7 | flow matching, one prompt in ten empty |",
+    ]

@@ -26,7 +26,11 @@ def template(folder: Path) -> Callable[[Turns], str] | None:
     if source is None:
         return None
     tokens = {**_read(folder / "special_tokens_map.json"), **config}
-    named = {name: token if isinstance(token, str) else token["content"] for name, token in tokens.items() if _is_token(name, token)}
+    named = {
+        name: token if isinstance(token, str) else token["content"]
+        for name, token in tokens.items()
+        if _is_token(name, token)
+    }
 
     def render(turns: Turns) -> str:
         return _rendered(source, folder, {**named, "messages": list(turns), "add_generation_prompt": False})
@@ -39,7 +43,9 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _is_token(name: str, token: Any) -> bool:
-    return name.endswith("_token") and (isinstance(token, str) or (isinstance(token, Mapping) and "content" in token))
+    return name.endswith("_token") and (
+        isinstance(token, str) or (isinstance(token, Mapping) and "content" in token)
+    )
 
 
 def _rendered(source: str, folder: Path, values: Mapping[str, Any]) -> str:
@@ -57,4 +63,6 @@ def _rendered(source: str, folder: Path, values: Mapping[str, Any]) -> str:
     try:
         return engine.from_string(source).render(**values)
     except (TemplateError, TypeError, ValueError) as error:
-        raise UserError("model_path", f"model_path: the chat template in {str(folder)!r} cannot be rendered ({error})") from error
+        raise UserError(
+            "model_path", f"model_path: the chat template in {str(folder)!r} cannot be rendered ({error})"
+        ) from error

@@ -49,7 +49,10 @@ def srgb(opened: ImageFile.ImageFile, opacity: bool, name: str) -> NDArray[np.ui
     """
     raw, profile = _raw_mode(opened), opened.info.get("icc_profile")
     if not profile and _other_space(opened.info):
-        log.warning("%s: its gamma and primaries (PNG's gAMA and cHRM) are not sRGB's; it is read as if they were", name)
+        log.warning(
+            "%s: its gamma and primaries (PNG's gAMA and cHRM) are not sRGB's; it is read as if they were",
+            name,
+        )
     inverted = getattr(opened, "tag_v2", {}).get(WHITE_IS_ZERO[0]) == WHITE_IS_ZERO[1]
     form = opened.format or ""
     image = _plain(ImageOps.exif_transpose(opened), raw, form, inverted)
@@ -82,7 +85,9 @@ def _raw_mode(opened: ImageFile.ImageFile) -> str:
 def _plain(image: Image.Image, raw: str, form: str, inverted: bool) -> Image.Image:
     """The image in mode L, LA, RGB, RGBA, CMYK or LAB, with 8 bits a sample."""
     if image.mode == "P" or (form != "PNG" and image.mode in ("1", "L", "RGB")):
-        return image.convert("RGBA" if image.has_transparency_data else "L" if image.mode in ("1", "L") else "RGB")
+        return image.convert(
+            "RGBA" if image.has_transparency_data else "L" if image.mode in ("1", "L") else "RGB"
+        )
     samples, key = np.asarray(image), image.info.get("transparency")
     opaque = None if key is None else _differs(samples, key, raw)
     if image.mode == "F":
@@ -110,14 +115,18 @@ def _from_unit(samples: NDArray[Any], inverted: bool) -> Image.Image:
     """Floating-point grey from 0 to 1 as 8 bits."""
     least, most = samples.min(), samples.max()
     if not (least >= 0 and most <= 1):  # nor where there is a NaN
-        raise Unranged(f"holds values from {least:g} to {most:g}; an image of floating-point numbers holds 0 (black) to 1 (white)")
+        raise Unranged(
+            f"holds values from {least:g} to {most:g}; an image of floating-point numbers holds 0 (black) to 1 (white)"
+        )
     return Image.fromarray(np.rint((1 - samples if inverted else samples) * 255).astype(np.uint8))
 
 
 def _from_integers(samples: NDArray[Any], mode: str, raw: str, form: str, inverted: bool) -> Image.Image:
     """Grey of 16 bits, or of 12 in a TIFF, as its upper 8 bits. Wider integers have no agreed white."""
     if mode == "I" and form not in INTEGERS:
-        raise Unranged("holds signed or 32-bit integers, of which none is agreed to be white; save it with 8 or 16 bits")
+        raise Unranged(
+            "holds signed or 32-bit integers, of which none is agreed to be white; save it with 8 or 16 bits"
+        )
     upper = (samples >> (4 if raw == "I;12" else 8)).astype(np.uint8)
     return Image.fromarray(255 - upper if inverted else upper)
 

@@ -19,7 +19,11 @@ WANTED = ("*.json", "*/*.safetensors", "*/spiece.model", "*/tokenizer.model", "*
 UNWANTED = ("*onnx*", "*flax*", "*openvino*", "pe/*")
 """Of that, what is not run. So are weights of variants that are not loaded."""
 
-SETTINGS: dict[str, Any] = {"boundary_ratio": float | None, "expand_timesteps": bool | None, "is_distilled": bool | None}
+SETTINGS: dict[str, Any] = {
+    "boundary_ratio": float | None,
+    "expand_timesteps": bool | None,
+    "is_distilled": bool | None,
+}
 """The pipeline's own settings that are read, and their types."""
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -55,15 +59,27 @@ def resolve(
     kind = paths.kind(path)
     if kind == "directory":
         if revision is not None:
-            raise UserError("revision", f"revision: {revision!r} is given, but {field} {str(path_or_id)!r} is a local folder, not a hub id")
+            raise UserError(
+                "revision",
+                f"revision: {revision!r} is given, but {field} {str(path_or_id)!r} is a local folder, not a hub id",
+            )
         return path
     if kind == "file":
-        raise UserError(field, f"{field}: {str(path)!r} is a file; it must be a folder in diffusers layout or a hub id")
+        raise UserError(
+            field, f"{field}: {str(path)!r} is a file; it must be a folder in diffusers layout or a hub id"
+        )
     text = str(path_or_id)
     if not HUB_ID.fullmatch(text):
-        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if paths.kind(path.parent) == "directory" else []
+        siblings = (
+            [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+            if paths.kind(path.parent) == "directory"
+            else []
+        )
         hint = nearest(path.name, siblings)
-        raise UserError(field, f"{field}: {text!r} is neither a folder here nor a hub id such as 'Wan-AI/Wan2.2-TI2V-5B-Diffusers'{hint}")
+        raise UserError(
+            field,
+            f"{field}: {text!r} is neither a folder here nor a hub id such as 'Wan-AI/Wan2.2-TI2V-5B-Diffusers'{hint}",
+        )
     return _snapshot(text, revision, field, weights, variant)
 
 
@@ -71,15 +87,22 @@ def read_index(folder: Path) -> Index:
     """Read `model_index.json`. Raises UserError when it is missing or is not one."""
     path = folder / "model_index.json"
     if not path.is_file():
-        raise UserError("model_path", f"model_path: {str(folder)!r} has no model_index.json, so it is not a model in diffusers layout")
+        raise UserError(
+            "model_path",
+            f"model_path: {str(folder)!r} has no model_index.json, so it is not a model in diffusers layout",
+        )
     entries = read_json(path)
     if not isinstance(entries.get("_class_name"), str):
         raise UserError("model_path", f"model_path: {str(path)!r} names no pipeline class (_class_name)")
     pairs = {name: value for name, value in entries.items() if isinstance(value, list) and len(value) == 2}
     components = {name: (str(pair[0]), str(pair[1])) for name, pair in pairs.items() if pair[1] is not None}
-    options = {name: value for name, value in entries.items() if name not in pairs and not name.startswith("_")}
+    options = {
+        name: value for name, value in entries.items() if name not in pairs and not name.startswith("_")
+    }
     try:
-        options |= {name: typed_value(name, kind, options[name]) for name, kind in SETTINGS.items() if name in options}
+        options |= {
+            name: typed_value(name, kind, options[name]) for name, kind in SETTINGS.items() if name in options
+        }
     except ValueError as error:
         raise UserError("model_path", f"{path}: {error}") from error
     return Index(entries["_class_name"], components, options)
@@ -94,22 +117,31 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError("model_path", f"model_path: {str(path)!r} is not readable JSON ({error})") from error
     if not isinstance(value, dict):
-        raise UserError("model_path", f"model_path: {str(path)!r} holds a JSON {type(value).__name__} and should hold an object")
+        raise UserError(
+            "model_path",
+            f"model_path: {str(path)!r} holds a JSON {type(value).__name__} and should hold an object",
+        )
     return value
 
 
 def _snapshot(hub_id: str, revision: str | None, field: str, weights: bool, variant: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    wanted = [*WANTED] if field == "model_path" else [*WANTED, "*.safetensors"]  # a component by itself lies at the root
+    wanted = (
+        [*WANTED] if field == "model_path" else [*WANTED, "*.safetensors"]
+    )  # a component by itself lies at the root
     wanted = wanted if weights else ["*.json"]
     try:
         unwanted = [*UNWANTED, *(unchosen(_listing(hub_id, revision), variant) if weights else ())]
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
+        )
     except errors.GatedRepoError:
         reason = "the hub asks for its licence to be accepted; accept it on its page and log in with `hf auth login`"
     except errors.RevisionNotFoundError:
-        raise UserError("revision", f"revision: {hub_id!r} has no branch, tag or commit {revision!r}") from None
+        raise UserError(
+            "revision", f"revision: {hub_id!r} has no branch, tag or commit {revision!r}"
+        ) from None
     except errors.RepositoryNotFoundError:
         reason = "the hub has no such model, or it is private and you are not logged in"
     except errors.LocalEntryNotFoundError:

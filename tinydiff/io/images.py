@@ -55,7 +55,9 @@ def read_image(source: str | Path, field: str = "image_path", opacity: bool = Fa
     except Image.DecompressionBombError as error:
         raise UserError(field, f"{field}: {shown} is too large a picture ({error})") from error
     except Exception as error:  # decoders fail in many ways on what somebody made up
-        raise UserError(field, f"{field}: {shown} is not a picture that can be read (PNG, JPEG, WebP, GIF, ... are)") from error
+        raise UserError(
+            field, f"{field}: {shown} is not a picture that can be read (PNG, JPEG, WebP, GIF, ... are)"
+        ) from error
 
 
 def _formats() -> list[str]:
@@ -74,7 +76,9 @@ def resize(image: np.ndarray, height: int, width: int, method: str = "lanczos") 
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling[method.upper()]))
 
 
-def encode_image(image: np.ndarray, ending: str, quality: int | None = None, parameters: Mapping[str, Any] | None = None) -> bytes:
+def encode_image(
+    image: np.ndarray, ending: str, quality: int | None = None, parameters: Mapping[str, Any] | None = None
+) -> bytes:
     """uint8 [H, W, 3], or with opacity [H, W, 4] (`OPACITY_ENDINGS`), as the bytes of a file of this ending (`IMAGE_ENDINGS`), with
     `parameters` as JSON in its metadata.
 
@@ -93,7 +97,9 @@ def encode_image(image: np.ndarray, ending: str, quality: int | None = None, par
     quality = DEFAULT_QUALITY[ending] if quality is None else quality
     exif = Image.Exif()
     if parameters is not None:
-        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = ASCII + as_ascii(parameters, None if ending == ".webp" else JPEG_COMMENT)
+        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = ASCII + as_ascii(
+            parameters, None if ending == ".webp" else JPEG_COMMENT
+        )
     if ending == ".webp":
         picture.save(out, "WEBP", quality=quality, lossless=quality == 100, exact=quality == 100, exif=exif)
     else:

@@ -95,12 +95,20 @@ def plan_target(
     if ending.lower() not in allowed:
         kind = "a clip" if clip else "a picture"
         choices = f"{', '.join(allowed)}{' or a name ending in / for a folder of frames' if clip else ''}"
-        wrong = f"this request makes {kind}" if ending.lower() in other else f"{ending!r} is not a known ending"
+        wrong = (
+            f"this request makes {kind}" if ending.lower() in other else f"{ending!r} is not a known ending"
+        )
         hint = "" if ending.lower() in other else nearest(ending.lower(), allowed)
-        raise UserError("output_file_name", f"output_file_name: {output_file_name!r}: {wrong}; {kind} may be {choices}{hint}")
+        raise UserError(
+            "output_file_name",
+            f"output_file_name: {output_file_name!r}: {wrong}; {kind} may be {choices}{hint}",
+        )
     if opacity and ending.lower() not in OPACITY_ENDINGS:
         choices = f"{', '.join(OPACITY_ENDINGS)} or a name ending in / for a folder of them"
-        raise UserError("output_file_name", f"output_file_name: {output_file_name!r}: layers have opacity, so they may be {choices}")
+        raise UserError(
+            "output_file_name",
+            f"output_file_name: {output_file_name!r}: layers have opacity, so they may be {choices}",
+        )
     return Target(folder, name.removesuffix(ending), ending)
 
 
@@ -119,23 +127,40 @@ def plan_encoding(
     ending = target.ending.lower()
     if output_quality not in QUALITIES:
         choices = ", ".join(QUALITIES)
-        raise UserError("output_quality", f"output_quality: {output_quality!r} is not one of {choices}{nearest(output_quality, QUALITIES)}")
+        raise UserError(
+            "output_quality",
+            f"output_quality: {output_quality!r} is not one of {choices}{nearest(output_quality, QUALITIES)}",
+        )
     if output_compression is not None and output_quality != "default":
-        raise UserError("output_compression", "output_compression: give either output_compression or output_quality, not both")
+        raise UserError(
+            "output_compression",
+            "output_compression: give either output_compression or output_quality, not both",
+        )
     if output_compression is not None and not 0 <= output_compression <= 100:
-        raise UserError("output_compression", f"output_compression: {output_compression} must be from 0 to 100")
+        raise UserError(
+            "output_compression", f"output_compression: {output_compression} must be from 0 to 100"
+        )
     quality = QUALITIES[output_quality] if output_compression is None else output_compression
     if quality is not None and ending == ".gif":
         field = "output_quality" if output_compression is None else "output_compression"
-        raise UserError(field, f"{field}: a GIF has no quality to choose; leave it out or choose .mp4 or .webm")
+        raise UserError(
+            field, f"{field}: a GIF has no quality to choose; leave it out or choose .mp4 or .webm"
+        )
     if x264_preset is not None and ending != ".mp4":
-        raise UserError("x264_preset", f"x264_preset: {x264_preset!r} applies to .mp4 only, and the output is {target.ending!r}")
+        raise UserError(
+            "x264_preset",
+            f"x264_preset: {x264_preset!r} applies to .mp4 only, and the output is {target.ending!r}",
+        )
     if x264_preset is not None and x264_preset not in X264_PRESETS:
         hint = nearest(x264_preset, X264_PRESETS)
-        raise UserError("x264_preset", f"x264_preset: {x264_preset!r} is not one of {', '.join(X264_PRESETS)}{hint}")
+        raise UserError(
+            "x264_preset", f"x264_preset: {x264_preset!r} is not one of {', '.join(X264_PRESETS)}{hint}"
+        )
     most = 50 if ending == ".gif" else 1000
     if not (math.isfinite(fps) and 0 < fps <= most):
-        raise UserError("fps", f"fps: {fps} must be above 0 and at most {most}{' in a GIF' if most == 50 else ''}")
+        raise UserError(
+            "fps", f"fps: {fps} must be above 0 and at most {most}{' in a GIF' if most == 50 else ''}"
+        )
     check_encoder(ending)
     return Encoding(float(fps), quality, x264_preset or "fast")
 
@@ -146,8 +171,15 @@ def check_size(target: Target, height: int, width: int) -> None:
     most = LONGEST_SIDE.get(ending, math.inf)
     for field, pixels in (("height", height), ("width", width)):
         if pixels > most:
-            others = ", ".join(other for other in (IMAGE_ENDINGS if ending in IMAGE_ENDINGS else CLIP_ENDINGS) if _fits(other, pixels))
-            raise UserError(field, f"{field}: {pixels} is more than the {most} pixels that {ending} can hold; choose {others}")
+            others = ", ".join(
+                other
+                for other in (IMAGE_ENDINGS if ending in IMAGE_ENDINGS else CLIP_ENDINGS)
+                if _fits(other, pixels)
+            )
+            raise UserError(
+                field,
+                f"{field}: {pixels} is more than the {most} pixels that {ending} can hold; choose {others}",
+            )
 
 
 def _fits(ending: str, pixels: int) -> bool:
@@ -163,7 +195,9 @@ def check_writable(folder: Path, name: str = "", field: str = "output_path") -> 
     if paths.kind(place) != "directory":
         raise UserError(field, f"{field}: {str(folder)!r} cannot be a folder: {str(place)!r} is a file")
     try:
-        with tempfile.TemporaryDirectory(prefix=".", dir=place) as trial:  # the names as they will be: not every file system takes all
+        with tempfile.TemporaryDirectory(
+            prefix=".", dir=place
+        ) as trial:  # the names as they will be: not every file system takes all
             inside = Path(trial, *missing)
             inside.mkdir(parents=True, exist_ok=True)
             if name:
@@ -174,22 +208,37 @@ def check_writable(folder: Path, name: str = "", field: str = "output_path") -> 
 
 
 def save(
-    target: Target, frames: np.ndarray, encoding: Encoding, parameters: Mapping[str, Any] | None = None, index: int = 0, count: int = 1
+    target: Target,
+    frames: np.ndarray,
+    encoding: Encoding,
+    parameters: Mapping[str, Any] | None = None,
+    index: int = 0,
+    count: int = 1,
 ) -> Path:
     """Write output `index` of `count`, uint8 frames [T, H, W, 3 or 4] (T = 1 for a picture), and return the path it got.
 
     A name already taken gets the next free number, `name-1.png`; nothing is overwritten and nothing half-written is left. Raises
     UserError when the disk is full or refuses.
     """
-    return write_new(target.path(index, count), lambda path: write(path, target.ending, frames, encoding, parameters))
+    return write_new(
+        target.path(index, count), lambda path: write(path, target.ending, frames, encoding, parameters)
+    )
 
 
-def write(path: Path, ending: str, frames: np.ndarray, encoding: Encoding, parameters: Mapping[str, Any] | None = None) -> None:
+def write(
+    path: Path,
+    ending: str,
+    frames: np.ndarray,
+    encoding: Encoding,
+    parameters: Mapping[str, Any] | None = None,
+) -> None:
     """Write frames as `save` takes them to `path`, which nobody else may see yet: a file of that ending, or a folder of frames."""
     ending = ending.lower()
     channels = (3, 4) if ending in (*OPACITY_ENDINGS, FRAMES) else (3,)
     if frames.ndim != 4 or frames.shape[3] not in channels or str(frames.dtype) != "uint8":
-        raise ValueError(f"frames are uint8 [T, H, W, {' or '.join(map(str, channels))}], not {frames.dtype} {list(frames.shape)}")
+        raise ValueError(
+            f"frames are uint8 [T, H, W, {' or '.join(map(str, channels))}], not {frames.dtype} {list(frames.shape)}"
+        )
     if ending == FRAMES:
         path.mkdir()
         for number, frame in enumerate(frames):
@@ -206,7 +255,9 @@ def read_parameters(path: Path) -> dict[str, Any]:
     """The generation parameters stored in a file (or a folder of frames) by `save`; {} if it holds none."""
     if path.is_dir():
         return read_parameters(path / "00000.png")
-    return (read_video_parameters if path.suffix.lower() in (".mp4", ".webm") else read_image_parameters)(path)
+    return (read_video_parameters if path.suffix.lower() in (".mp4", ".webm") else read_image_parameters)(
+        path
+    )
 
 
 def _ending(name: str) -> str:

@@ -64,7 +64,9 @@ def of_many(frames: Iterable[Frame]) -> Frame:
     return _means(colours, weights, nearest).round().astype(np.uint8)
 
 
-def _means(colours: NDArray[np.float64], weights: NDArray[np.float64], places: NDArray[np.intp]) -> NDArray[np.float64]:
+def _means(
+    colours: NDArray[np.float64], weights: NDArray[np.float64], places: NDArray[np.intp]
+) -> NDArray[np.float64]:
     """The mean [N, 3] of the colours [B, 3] in each place; empty places are left out."""
     total = np.bincount(places, weights)
     sums = np.stack([np.bincount(places, weights * channel) for channel in colours.T], 1)

@@ -22,7 +22,9 @@ def as_ascii(parameters: Mapping[str, Any], most: int | None = None) -> bytes:
     data = json.dumps(dict(parameters), default=str).encode("ascii")
     length = 4096
     while most is not None and len(data) > most and length:
-        data = json.dumps({name: _cut(value, length) for name, value in parameters.items()}, default=str).encode("ascii")
+        data = json.dumps(
+            {name: _cut(value, length) for name, value in parameters.items()}, default=str
+        ).encode("ascii")
         length //= 2
     return data
 

@@ -48,7 +48,9 @@ class Tokenizer:
     chat: Callable[[chat.Turns], str] | None = None
     """The turns of a chat -> their text, None where the files have no template."""
 
-    def encode(self, text: str, max_length: int | None = None, side: str | None = None, framed: bool = True) -> Tokens:
+    def encode(
+        self, text: str, max_length: int | None = None, side: str | None = None, framed: bool = True
+    ) -> Tokens:
         """Ids of `text` between prefix and suffix, at most `max_length`: of a longer text the end is cut, the suffix stays.
 
         side: "left" or "right" pads there up to `max_length`, "none" does not pad, by default where the files say. framed: whether prefix
@@ -60,7 +62,9 @@ class Tokenizer:
         whole = Tokens(kept, [1] * len(kept), max(0, len(ids) - room))
         return whole if max_length is None or side == "none" else self.padded(whole, max_length, side)
 
-    def batch(self, texts: Sequence[str], max_length: int | None = None, side: str | None = None) -> list[Tokens]:
+    def batch(
+        self, texts: Sequence[str], max_length: int | None = None, side: str | None = None
+    ) -> list[Tokens]:
         """Each text as by `encode`, padded only to the longest of them."""
         rows = [self.encode(text, max_length, "none") for text in texts]
         longest = max(len(row.ids) for row in rows)
@@ -83,11 +87,16 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     for names, read in _READERS.items():
         if all((folder / name).is_file() for name in names):
             try:
-                return replace(read(folder, _settings(folder)), longest=_longest(folder), chat=chat.template(folder))
+                return replace(
+                    read(folder, _settings(folder)), longest=_longest(folder), chat=chat.template(folder)
+                )
             except UserError:
                 raise
             except Exception as error:  # the tokenizers library raises bare Exception
-                raise UserError("model_path", f"model_path: {str(folder / names[0])!r} is not a usable tokenizer ({error})") from error
+                raise UserError(
+                    "model_path",
+                    f"model_path: {str(folder / names[0])!r} is not a usable tokenizer ({error})",
+                ) from error
     missing = "has no vocab.json with merges.txt and has neither tokenizer.json nor spiece.model"
     raise UserError("model_path", f"model_path: {str(folder)!r} {missing}")
 
@@ -113,7 +122,11 @@ def _settings(folder: Path) -> Settings:
         for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     )
     entries = special | {name: value for name, value in config.items() if value is not None}
-    named = {name: _content(entries[name]) for name in ("bos_token", "eos_token", "pad_token", "unk_token") if entries.get(name)}
+    named = {
+        name: _content(entries[name])
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        if entries.get(name)
+    }
     more = [_content(token) for token in entries.get("additional_special_tokens") or []]
     added = {int(index): token for index, token in config.get("added_tokens_decoder", {}).items()}
     for token, index in old.items():
@@ -158,22 +171,32 @@ def _from_merges(folder: Path, settings: Settings) -> Tokenizer:
     from tokenizers import Tokenizer as Engine
 
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    kind = settings.kind or ("CLIPTokenizer" if any(piece.endswith("</w>") for piece in vocabulary) else "Qwen2Tokenizer")
+    kind = settings.kind or (
+        "CLIPTokenizer" if any(piece.endswith("</w>") for piece in vocabulary) else "Qwen2Tokenizer"
+    )
     if kind not in ("CLIPTokenizer", "Qwen2Tokenizer"):
-        raise ValueError(f"vocab.json is read as CLIPTokenizer or Qwen2Tokenizer; tokenizer_class is {kind!r}")
+        raise ValueError(
+            f"vocab.json is read as CLIPTokenizer or Qwen2Tokenizer; tokenizer_class is {kind!r}"
+        )
     clip = kind == "CLIPTokenizer"
     end, unknown = ("</w>", settings.named.get("unk_token", "<|endoftext|>")) if clip else ("", None)
     files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
-    engine = Engine(models.BPE.from_file(*files, unk_token=unknown, continuing_subword_prefix="", end_of_word_suffix=end))
+    engine = Engine(
+        models.BPE.from_file(*files, unk_token=unknown, continuing_subword_prefix="", end_of_word_suffix=end)
+    )
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=clip)
     if clip:
         spaces = normalizers.Replace(Regex(r"\s+"), " ")
         engine.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
-        engine.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(CLIP_WORDS), "removed", invert=True), bytes_])
+        engine.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(CLIP_WORDS), "removed", invert=True), bytes_]
+        )
         engine.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
         return _engine(engine, settings, framed=True)
     engine.normalizer = normalizers.NFC()
-    engine.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated"), bytes_])
+    engine.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated"), bytes_]
+    )
     engine.decoder = decoders.ByteLevel()
     return _engine(engine, settings, framed=False)
 
@@ -188,10 +211,16 @@ def _engine(engine: Any, settings: Settings, framed: bool | None = None) -> Toke
     known = {token.content for token in engine.get_added_tokens_decoder().values()}
     for index, token in settings.added.items():
         if token["content"] not in known:
-            flags = {name: token[name] for name in ("lstrip", "rstrip", "normalized", "single_word", "special") if name in token}
+            flags = {
+                name: token[name]
+                for name in ("lstrip", "rstrip", "normalized", "single_word", "special")
+                if name in token
+            }
             engine.add_tokens([AddedToken(token["content"], **flags)])
             if engine.token_to_id(token["content"]) != index:
-                raise ValueError(f"token {token['content']!r} should have id {index} and gets {engine.token_to_id(token['content'])}")
+                raise ValueError(
+                    f"token {token['content']!r} should have id {index} and gets {engine.token_to_id(token['content'])}"
+                )
             known.add(token["content"])
     engine.add_special_tokens([token for token in settings.named.values() if token not in known])
 
@@ -243,7 +272,9 @@ def _from_spiece(folder: Path, settings: Settings) -> Tokenizer:
         special |= {f"<extra_id_{i}>": size + count - 1 - i for i in range(count)}
     for index, token in settings.added.items():
         if special.setdefault(token["content"], index) != index:
-            raise ValueError(f"token {token['content']!r} should have id {index} and has {special[token['content']]}")
+            raise ValueError(
+                f"token {token['content']!r} should have id {index} and has {special[token['content']]}"
+            )
     split = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
 
     def pieces(text: str) -> list[int]:

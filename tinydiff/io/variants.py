@@ -57,22 +57,31 @@ def choose(names: Iterable[str], variant: str | None = None) -> Set | None:
     The asked variant; else the plain set; else the only one. Raises ValueError where nothing tells which.
     """
     files = [name for name in names if (found := belongs(name)) and name in (found.whole, found.index)]
-    sets = sorted({found for name in files if (found := belongs(name))}, key=lambda each: (each.stem, each.variant or ""))
+    sets = sorted(
+        {found for name in files if (found := belongs(name))},
+        key=lambda each: (each.stem, each.variant or ""),
+    )
     stems = [each.stem for each in sets]
     stem = next((usual for usual in STEMS if usual in stems), None)
     if stem is None and len(set(stems)) > 1:
-        raise ValueError(f"holds {', '.join(map(repr, sorted(files)))} and no way to tell which to load; keep one")
+        raise ValueError(
+            f"holds {', '.join(map(repr, sorted(files)))} and no way to tell which to load; keep one"
+        )
     there = {each.variant: each for each in sets if stem in (None, each.stem)}
     if len(there) > 1 and None not in there and variant not in there:
         variants = [str(each) for each in there]
         hint = "" if variant is None else nearest(variant, variants)
-        raise ValueError(f"holds the variants {' and '.join(variants)}, and nothing says which to load; --variant chooses{hint}")
+        raise ValueError(
+            f"holds the variants {' and '.join(variants)}, and nothing says which to load; --variant chooses{hint}"
+        )
     return there.get(variant, there.get(None, next(iter(there.values()), None)))
 
 
 def has(folder: Path, variant: str) -> bool:
     """Whether a component's folder holds weights of a variant."""
-    return folder.is_dir() and any((found := belongs(path.name)) and found.variant == variant for path in folder.iterdir())
+    return folder.is_dir() and any(
+        (found := belongs(path.name)) and found.variant == variant for path in folder.iterdir()
+    )
 
 
 def unchosen(paths: Collection[str], variant: str | None = None) -> list[str]:

@@ -19,7 +19,18 @@ if TYPE_CHECKING:
 
 CLIP_ENDINGS = (".mp4", ".webm", ".gif")
 
-X264_PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
+X264_PRESETS = (
+    "ultrafast",
+    "superfast",
+    "veryfast",
+    "faster",
+    "fast",
+    "medium",
+    "slow",
+    "slower",
+    "veryslow",
+    "placebo",
+)
 
 DEFAULT_QUALITY = 65
 """CRF 18 for H.264: no visible loss."""
@@ -51,7 +62,9 @@ class Codec:
 CODECS = {
     # H.264 at CRF 0 would be lossless, in a profile that browsers cannot play
     ".mp4": Codec("libx264", "mp4", 51, 1, muxing=(("movflags", "+faststart"),)),
-    ".webm": Codec("libvpx-vp9", "webm", 63, 0, (("b:v", "0"), ("deadline", "good"), ("cpu-used", "4"), ("row-mt", "1"))),
+    ".webm": Codec(
+        "libvpx-vp9", "webm", 63, 0, (("b:v", "0"), ("deadline", "good"), ("cpu-used", "4"), ("row-mt", "1"))
+    ),
 }
 
 
@@ -73,7 +86,15 @@ def write_video(
     if ending == ".gif":
         _write_gif(path, frames, fps, parameters)
     else:
-        _write_coded(path, frames, CODECS[ending], fps, DEFAULT_QUALITY if quality is None else quality, preset, parameters)
+        _write_coded(
+            path,
+            frames,
+            CODECS[ending],
+            fps,
+            DEFAULT_QUALITY if quality is None else quality,
+            preset,
+            parameters,
+        )
 
 
 def check_encoder(ending: str) -> None:
@@ -83,7 +104,8 @@ def check_encoder(ending: str) -> None:
     if ending in CODECS and CODECS[ending].encoder not in av.codecs_available:
         others = ", ".join(other for other in CLIP_ENDINGS if other != ending)
         raise UserError(
-            "output_file_name", f"output_file_name: the installed PyAV has no {CODECS[ending].encoder} to write {ending}; {others} remain"
+            "output_file_name",
+            f"output_file_name: the installed PyAV has no {CODECS[ending].encoder} to write {ending}; {others} remain",
         )
 
 
@@ -105,7 +127,13 @@ def as_file(path: Path) -> str:
 
 
 def _write_coded(
-    path: Path, frames: np.ndarray, codec: Codec, fps: float, quality: int, preset: str, parameters: Mapping[str, Any] | None
+    path: Path,
+    frames: np.ndarray,
+    codec: Codec,
+    fps: float,
+    quality: int,
+    preset: str,
+    parameters: Mapping[str, Any] | None,
 ) -> None:
     import av
     import numpy as np
@@ -113,7 +141,11 @@ def _write_coded(
 
     even = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     rate = Fraction(fps).limit_denominator(1001)
-    options = {"crf": str(codec.crf(quality)), **dict(codec.options), **({"preset": preset} if codec.encoder == "libx264" else {})}
+    options = {
+        "crf": str(codec.crf(quality)),
+        **dict(codec.options),
+        **({"preset": preset} if codec.encoder == "libx264" else {}),
+    }
     with av.open(as_file(path), "w", format=codec.container, options=dict(codec.muxing)) as container:
         if parameters is not None:
             container.metadata["comment"] = as_text(parameters)
@@ -124,7 +156,9 @@ def _write_coded(
         context.colorspace = context.color_primaries = context.color_trc = context.color_range = BT709
         for index, pixels in enumerate(even):
             rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            frame = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+            frame = rgb.reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+            )
             frame.pts, frame.time_base = index, 1 / rate
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -135,7 +169,16 @@ def _write_gif(path: Path, frames: np.ndarray, fps: float, parameters: Mapping[s
     ends = [round(100 * index / fps) for index in range(len(frames) + 1)]
     comment = b"" if parameters is None else as_ascii(parameters)
     durations = [10 * (end - start) for start, end in pairwise(ends)]
-    pictures[0].save(path, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, disposal=1, comment=comment)
+    pictures[0].save(
+        path,
+        "GIF",
+        save_all=True,
+        append_images=pictures[1:],
+        duration=durations,
+        loop=0,
+        disposal=1,
+        comment=comment,
+    )
 
 
 def _paletted(frames: np.ndarray) -> Iterator[Image.Image]:
@@ -150,7 +193,10 @@ def _paletted(frames: np.ndarray) -> Iterator[Image.Image]:
         chosen = palette.of_many(frames)
         holder = Image.new("P", (1, 1))
         holder.putpalette(chosen.tobytes())
-        yield from (Image.fromarray(pixels).quantize(palette=holder, dither=Image.Dither.FLOYDSTEINBERG) for pixels in frames)
+        yield from (
+            Image.fromarray(pixels).quantize(palette=holder, dither=Image.Dither.FLOYDSTEINBERG)
+            for pixels in frames
+        )
         return
     colours = np.stack([exact >> 16, exact >> 8 & 255, exact & 255], 1).astype(np.uint8)
     for pixels in frames:

@@ -82,7 +82,9 @@ def load_weights(
     weights: dict[str, Tensor] = {}
     for row in local_rows(wanted.values(), plan, blocks):
         new = torch.empty if row.name in stored else torch.zeros  # a pack's padding is zero
-        weights[row.name] = ready[row.name] if row.name in ready else new(row.shape, dtype=_type(row, dtype), device=device)
+        weights[row.name] = (
+            ready[row.name] if row.name in ready else new(row.shape, dtype=_type(row, dtype), device=device)
+        )
     _stream([each for each in held if each.row.name not in ready], stored, weights)
     return weights
 
@@ -91,7 +93,12 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Write one safetensors file that diffusers and transformers also read, replacing `path` whole."""
     from safetensors.torch import save_file
 
-    write_over(path, lambda file: save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file, {"format": "pt"}))
+    write_over(
+        path,
+        lambda file: save_file(
+            {name: tensor.contiguous() for name, tensor in weights.items()}, file, {"format": "pt"}
+        ),
+    )
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -130,11 +137,20 @@ def _instead(folder: Path) -> str:
     """What a folder without weights to load has."""
     if shards := sorted(folder.glob("*.safetensors")):
         return f"{shards[0].name!r} and no index of its shards (*.safetensors.index.json)"
-    other = next((path.name for ending in ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf") for path in folder.glob(ending)), None)
+    other = next(
+        (
+            path.name
+            for ending in ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf")
+            for path in folder.glob(ending)
+        ),
+        None,
+    )
     return f"only {other!r}: weights are read from safetensors alone" if other else "no *.safetensors file"
 
 
-def _stored(folder: Path, wanted: Mapping[str, Row], rename: Rename, variant: str | None) -> dict[str, Stored]:
+def _stored(
+    folder: Path, wanted: Mapping[str, Row], rename: Rename, variant: str | None
+) -> dict[str, Stored]:
     """Row name to the tensor on disk, from the files' headers alone. Of a tied weight's keys its own name is preferred."""
     stored: dict[str, Stored] = {}
     unread = []
@@ -148,12 +164,21 @@ def _stored(folder: Path, wanted: Mapping[str, Row], rename: Rename, variant: st
                 piece = opened.get_slice(key)
                 at = Stored(file, key, piece.get_dtype(), tuple(piece.get_shape()))
                 if name in stored and not (name in wanted and wanted[name].tied):
-                    raise UserError("model_path", f"model_path: {name!r} is stored twice, in {str(stored[name].file)!r} and {str(file)!r}")
+                    raise UserError(
+                        "model_path",
+                        f"model_path: {name!r} is stored twice, in {str(stored[name].file)!r} and {str(file)!r}",
+                    )
                 if name not in stored or key.endswith(name):
                     stored[name] = at
     if unread := sorted(key for key in unread if not key.endswith(BUFFERS)):
         more = ", ..." if len(unread) > 3 else ""
-        log.info("%s: %d stored weights are not needed and not read (%s%s)", folder, len(unread), ", ".join(unread[:3]), more)
+        log.info(
+            "%s: %d stored weights are not needed and not read (%s%s)",
+            folder,
+            len(unread),
+            ", ".join(unread[:3]),
+            more,
+        )
     return stored
 
 
@@ -162,15 +187,29 @@ def _check(folder: Path, wanted: Mapping[str, Row], stored: Mapping[str, Stored]
     unexpected = [at.key for name, at in stored.items() if name not in wanted]
     shared = [name for name in wanted if name in stored]
     shapes = [(name, stored[name].shape, wanted[name].shape) for name in shared]
-    misshapen = [f"{name} is {list(has)} and should be {list(needs)}" for name, has, needs in shapes if has != needs]
+    misshapen = [
+        f"{name} is {list(has)} and should be {list(needs)}" for name, has, needs in shapes if has != needs
+    ]
     kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-    found = [f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" for kind, names in kinds if names]
+    found = [
+        f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+        for kind, names in kinds
+        if names
+    ]
     if found:
-        raise UserError("model_path", f"model_path: the weights in {str(folder)!r} do not fit the model's config: {'; '.join(found)}")
-    foreign = [f"{stored[name].key} is {stored[name].dtype}" for name in shared if stored[name].dtype not in FLOATS]
+        raise UserError(
+            "model_path",
+            f"model_path: the weights in {str(folder)!r} do not fit the model's config: {'; '.join(found)}",
+        )
+    foreign = [
+        f"{stored[name].key} is {stored[name].dtype}" for name in shared if stored[name].dtype not in FLOATS
+    ]
     if foreign:
         more = f" and {len(foreign) - 1} more like it" if len(foreign) > 1 else ""
-        raise UserError("model_path", f"model_path: in {str(folder)!r} {foreign[0]}{more}; the types read are {', '.join(FLOATS)}")
+        raise UserError(
+            "model_path",
+            f"model_path: in {str(folder)!r} {foreign[0]}{more}; the types read are {', '.join(FLOATS)}",
+        )
 
 
 def _type(row: Row, dtype: torch.dtype) -> torch.dtype:
@@ -179,7 +218,12 @@ def _type(row: Row, dtype: torch.dtype) -> torch.dtype:
 
 def _as_stored(held: Held, at: Stored, dtype: torch.dtype) -> bool:
     """Whether a weight is held as it is in its file, whole and by one rank alone."""
-    return held.home == held.row.name and held.shape == at.shape and not held.alike and FLOATS[at.dtype] == _type(held.row, dtype)
+    return (
+        held.home == held.row.name
+        and held.shape == at.shape
+        and not held.alike
+        and FLOATS[at.dtype] == _type(held.row, dtype)
+    )
 
 
 def _mapped(ready: Mapping[str, Stored]) -> dict[str, Tensor]:
@@ -205,7 +249,9 @@ def _stream(held: Iterable[Held], stored: Mapping[str, Stored], weights: Mapping
                     tensor[piece.target].copy_(read(at, piece))
 
 
-def _pass_on(target: Tensor, at: Stored, piece: Box, read: Callable[[Stored, Box], Tensor], alike: tuple[Group, ...]) -> None:
+def _pass_on(
+    target: Tensor, at: Stored, piece: Box, read: Callable[[Stored, Box], Tensor], alike: tuple[Group, ...]
+) -> None:
     """Fill a piece that the ranks of these groups hold alike: each reads a share, and gets those of the others."""
     size = math.prod(group.size for group in alike)
     rank = 0
@@ -275,7 +321,11 @@ def _opened(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="pt")
     except FileNotFoundError:
-        raise UserError("model_path", f"model_path: {str(file)!r} does not exist, though the index beside it names it") from None
+        raise UserError(
+            "model_path", f"model_path: {str(file)!r} does not exist, though the index beside it names it"
+        ) from None
     except (SafetensorError, OSError) as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
-        raise UserError("model_path", f"model_path: {str(file)!r} is truncated or not a safetensors file ({reason})") from error
+        raise UserError(
+            "model_path", f"model_path: {str(file)!r} is truncated or not a safetensors file ({reason})"
+        ) from error

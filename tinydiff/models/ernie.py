@@ -57,13 +57,23 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.patch_size != 1:
-            raise ValueError(f"patch_size is {self.patch_size}; a token of ERNIE-Image is one pixel of its latents (1)")
+            raise ValueError(
+                f"patch_size is {self.patch_size}; a token of ERNIE-Image is one pixel of its latents (1)"
+            )
         if not self.qk_layernorm:
             raise ValueError("qk_layernorm is false; ERNIE-Image normalises queries and keys")
         if self.text_in_dim == self.hidden_size:
-            raise ValueError(f"text_in_dim is hidden_size ({self.hidden_size}); such a model has no text_proj, and none was released")
-        if len(self.rope_axes_dim) != 3 or any(dim % 2 for dim in self.rope_axes_dim) or sum(self.rope_axes_dim) != self.head_width:
-            raise ValueError(f"rope_axes_dim is {self.rope_axes_dim}; it must be three even parts of a head's width {self.head_width}")
+            raise ValueError(
+                f"text_in_dim is hidden_size ({self.hidden_size}); such a model has no text_proj, and none was released"
+            )
+        if (
+            len(self.rope_axes_dim) != 3
+            or any(dim % 2 for dim in self.rope_axes_dim)
+            or sum(self.rope_axes_dim) != self.head_width
+        ):
+            raise ValueError(
+                f"rope_axes_dim is {self.rope_axes_dim}; it must be three even parts of a head's width {self.head_width}"
+            )
 
     @property
     def head_width(self) -> int:
@@ -118,7 +128,9 @@ def _positions(grid_LA: Tensor, tokens: int, mask_BT: Tensor | None) -> Streams:
     """Positions (word, row, column) of text [B or 1, T, 3] and image [B or 1, L, 3]: the picture stands where the text ends."""
     device = grid_LA.device
     ends = torch.tensor([tokens], device=device) if mask_BT is None else mask_BT.sum(1)
-    return grid_positions(tokens, 1, 1, device=device).expand(len(ends), -1, -1), grid_LA + F.pad(ends[:, None, None], (0, 2))
+    return grid_positions(tokens, 1, 1, device=device).expand(len(ends), -1, -1), grid_LA + F.pad(
+        ends[:, None, None], (0, 2)
+    )
 
 
 def _rope(c: Config, positions_BLA: Tensor) -> Streams:
@@ -142,11 +154,15 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     request = {"text": text}
     if "mask" in inputs:
         request["mask"] = inputs["mask"].bool()
-    for stream, at in zip(("text_", ""), _positions(inputs["positions"], text.shape[1], request.get("mask")), strict=True):
+    for stream, at in zip(
+        ("text_", ""), _positions(inputs["positions"], text.shape[1], request.get("mask")), strict=True
+    ):
         cos, sin = _rope(c, at)
         request |= {f"{stream}cos": cos, f"{stream}sin": sin}
 
-    cosines, sines = timestep_embedding(timesteps_S.to(dtype), c.hidden_size).chunk(2, -1)  # half types round it, as in the reference
+    cosines, sines = timestep_embedding(timesteps_S.to(dtype), c.hidden_size).chunk(
+        2, -1
+    )  # half types round it, as in the reference
     time = embedder(torch.cat([sines, cosines], -1).to(dtype), w / "time_embedding")[:, None]
     modulation = linear(F.silu(time), w / "adaLN_modulation" / 1).unflatten(-1, (6, -1))
     last = linear(time, w / "final_norm" / "linear").unflatten(-1, (2, -1))
@@ -237,7 +253,10 @@ def _drawing(told: Mapping[str, Any]) -> Sampling:
     told = {name: value for name, value in told.items() if value is not None}
     for name, neutral in NEUTRAL.items():
         if told.get(name, neutral) != neutral:
-            raise UserError("model_path", f"model_path: {name} in pe/generation_config.json is {told[name]!r}; supported is {neutral!r}")
+            raise UserError(
+                "model_path",
+                f"model_path: {name} in pe/generation_config.json is {told[name]!r}; supported is {neutral!r}",
+            )
     return Sampling(0.6, told.get("top_k", 50), 0.95, told.get("repetition_penalty", 1.0))
 
 
@@ -248,11 +267,31 @@ def rewritten(parts: Parts, request: Request) -> str:
     """
     net, tokenizer = parts.nets["pe"], parts.tokenizers["pe_tokenizer"]
     if tokenizer.chat is None:
-        raise UserError("model_path", "model_path: pe_tokenizer has no chat template; --use-pe false does without the component pe")
-    asked = json.dumps({"prompt": request.prompt, "width": request.width, "height": request.height}, ensure_ascii=False)
-    ids, _ = parts.tokens("pe_tokenizer", [tokenizer.chat([{"role": "user", "content": asked}])], None, "none")
-    limit, stop, drawn = tokenizer.longest or request.text_tokens, {tokenizer.eos} - {None}, torch.Generator().manual_seed(0)
-    [said] = generate(net.config, net.plan, net.w, ids, limit=limit, stop=stop, sampling=_drawing(net.generation), generator=drawn)
+        raise UserError(
+            "model_path",
+            "model_path: pe_tokenizer has no chat template; --use-pe false does without the component pe",
+        )
+    asked = json.dumps(
+        {"prompt": request.prompt, "width": request.width, "height": request.height}, ensure_ascii=False
+    )
+    ids, _ = parts.tokens(
+        "pe_tokenizer", [tokenizer.chat([{"role": "user", "content": asked}])], None, "none"
+    )
+    limit, stop, drawn = (
+        tokenizer.longest or request.text_tokens,
+        {tokenizer.eos} - {None},
+        torch.Generator().manual_seed(0),
+    )
+    [said] = generate(
+        net.config,
+        net.plan,
+        net.w,
+        ids,
+        limit=limit,
+        stop=stop,
+        sampling=_drawing(net.generation),
+        generator=drawn,
+    )
     text = tokenizer.text(said).strip()
     log.info("the prompt as rewritten: %s", text)
     return text

@@ -52,4 +52,8 @@ def evaluate(network: Network, weights: Tensors, x_BLP: Tensor, t_B: Tensor, inp
 
 def _per_image(table: Tensor, images: int) -> Tensor:
     """Rows [S, 1 or B, ...] made for one timestep per image -> [S, ...], image b at row b."""
-    return table[0] if images == 1 else torch.stack([rows[min(b, len(rows) - 1)] for b, rows in enumerate(table)])
+    return (
+        table[0]
+        if images == 1
+        else torch.stack([rows[min(b, len(rows) - 1)] for b, rows in enumerate(table)])
+    )

@@ -21,7 +21,15 @@ from torch import Tensor
 from tinydiff.models import joint
 from tinydiff.models.encoders import clip_text, t5
 from tinydiff.models.family import Denoiser
-from tinydiff.models.recipe import Parts, Prepared, appended, latent_size, on_grid, shift_by_tokens, token_count
+from tinydiff.models.recipe import (
+    Parts,
+    Prepared,
+    appended,
+    latent_size,
+    on_grid,
+    shift_by_tokens,
+    token_count,
+)
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.embed import embedder, timestep_embedding
 from tinydiff.ops.linear import linear
@@ -56,7 +64,9 @@ class Config:
         if self.patch_size != 1:
             raise ValueError(f"patch_size is {self.patch_size}; FLUX.1 takes packed latents, patch_size 1")
         if len(self.axes_dims_rope) != 3 or sum(self.axes_dims_rope) != self.attention_head_dim:
-            raise ValueError(f"axes_dims_rope is {self.axes_dims_rope}; three axes must share the head width {self.attention_head_dim}")
+            raise ValueError(
+                f"axes_dims_rope is {self.axes_dims_rope}; three axes must share the head width {self.attention_head_dim}"
+            )
 
     @property
     def width(self) -> int:
@@ -74,7 +84,11 @@ def spec(c: Config) -> Iterator[Row]:
     """Every weight once: name, shape and tensor-parallel split."""
     d = c.width
     guidance = {"guidance_embedder": FREQUENCIES} if c.guidance_embeds else {}
-    for name, fan_in in {"timestep_embedder": FREQUENCIES, **guidance, "text_embedder": c.pooled_projection_dim}.items():
+    for name, fan_in in {
+        "timestep_embedder": FREQUENCIES,
+        **guidance,
+        "text_embedder": c.pooled_projection_dim,
+    }.items():
         yield from linear_rows(f"time_text_embed.{name}.linear_1", fan_in, d)
         yield from linear_rows(f"time_text_embed.{name}.linear_2", d, d)
     yield from linear_rows("context_embedder", c.joint_attention_dim, d)
@@ -155,17 +169,33 @@ def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, 
 # --- what a pipeline needs of this family -----------------------------------------------------------------------------------------
 
 
-def positions(size: tuple[int, int, int], references: Sequence[Sequence[int]] = (), device: torch.device | str | None = None) -> Tensor:
+def positions(
+    size: tuple[int, int, int],
+    references: Sequence[Sequence[int]] = (),
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Positions [L, 3] (picture, row, column) of the tokens of latents of `size` (1, height, width), then of those of `references`.
 
     The picture in the making is number 0, the given ones are 1, 2, ...
     """
-    grids = [grid_positions(*(n // p for n, p in zip(each, PATCH, strict=True)), device=device) for each in (size, *references)]
+    grids = [
+        grid_positions(*(n // p for n, p in zip(each, PATCH, strict=True)), device=device)
+        for each in (size, *references)
+    ]
     number = torch.tensor([1, 0, 0], device=device)
     return torch.cat([grid + i * number for i, grid in enumerate(grids)])
 
 
-_WIDE = ((1568, 672), (1504, 688), (1456, 720), (1392, 752), (1328, 800), (1248, 832), (1184, 880), (1104, 944))
+_WIDE = (
+    (1568, 672),
+    (1504, 688),
+    (1456, 720),
+    (1392, 752),
+    (1328, 800),
+    (1248, 832),
+    (1184, 880),
+    (1104, 944),
+)
 KONTEXT_SIZES = (*((h, w) for w, h in _WIDE), (1024, 1024), *_WIDE)
 """Widths and heights of pictures that Kontext learnt to edit."""
 

@@ -58,10 +58,14 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.patch_size != 1:
-            raise ValueError(f"patch_size is {self.patch_size}; a token of FLUX.2 is one pixel of its latents (1)")
+            raise ValueError(
+                f"patch_size is {self.patch_size}; a token of FLUX.2 is one pixel of its latents (1)"
+            )
         dims, width = self.axes_dims_rope, self.attention_head_dim
         if len(dims) != 4 or any(dim % 2 for dim in dims) or sum(dims) != width:
-            raise ValueError(f"axes_dims_rope is {dims}; it must be four even parts of attention_head_dim ({width})")
+            raise ValueError(
+                f"axes_dims_rope is {dims}; it must be four even parts of attention_head_dim ({width})"
+            )
 
     @property
     def width(self) -> int:
@@ -112,7 +116,9 @@ def spec(c: Config) -> Iterator[Row]:
     """Every weight once: name, shape, tensor-parallel split."""
     d = c.width
     for name in ("timestep", "guidance") if c.guidance_embeds else ("timestep",):
-        yield from linear_rows(f"time_guidance_embed.{name}_embedder.linear_1", c.timestep_guidance_channels, d, bias=False)
+        yield from linear_rows(
+            f"time_guidance_embed.{name}_embedder.linear_1", c.timestep_guidance_channels, d, bias=False
+        )
         yield from linear_rows(f"time_guidance_embed.{name}_embedder.linear_2", d, d, bias=False)
     for at, n in MODULATIONS.values():
         yield from linear_rows(f"{at}.linear", d, n * d, bias=False)
@@ -150,7 +156,10 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     time = _embedded(c, timesteps_S.to(dtype) / 1000, e / "timestep_embedder")[:, None]
     if c.guidance_embeds:
         time = time + _embedded(c, inputs["guidance"].to(dtype), e / "guidance_embedder")
-    steps = {name: linear(F.silu(time), w / at / "linear").unflatten(-1, (n, -1)) for name, (at, n) in MODULATIONS.items()}
+    steps = {
+        name: linear(F.silu(time), w / at / "linear").unflatten(-1, (n, -1))
+        for name, (at, n) in MODULATIONS.items()
+    }
 
     text = linear(inputs["text"].to(dtype), w / "context_embedder")
     words = F.pad(torch.arange(text.shape[1], device=text.device)[:, None], (3, 0))
@@ -177,7 +186,9 @@ def _finite(x: Tensor) -> Tensor:
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
-def _finish(c: Config, plan: Plan, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...], ff: Weights) -> Tensor:
+def _finish(
+    c: Config, plan: Plan, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...], ff: Weights
+) -> Tensor:
     """The gated sum with what attention gave, then the modulated feed-forward."""
     _, _, gate, ff_shift, ff_scale, ff_gate = modulation
     x = x + gate * attended
@@ -188,11 +199,22 @@ def _finish(c: Config, plan: Plan, x: Tensor, attended: Tensor, modulation: tupl
 def double(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
     """Joint attention, then a feed-forward, each stream with its own weights."""
     a, (text, image), width = w / "attn", streams, c.attention_head_dim
-    of_text, of_image = (shared[name].unsqueeze(2).unbind(1) for name in ("text_modulation", "image_modulation"))
+    of_text, of_image = (
+        shared[name].unsqueeze(2).unbind(1) for name in ("text_modulation", "image_modulation")
+    )
     y_text, y_image = joint_attention(
         plan,
-        heads(a, modulate(text, *of_text[:2], eps=c.eps), width, (shared["text_cos"], shared["text_sin"]), TEXT, c.eps),
-        heads(a, modulate(image, *of_image[:2], eps=c.eps), width, (shared["cos"], shared["sin"]), IMAGE, c.eps),
+        heads(
+            a,
+            modulate(text, *of_text[:2], eps=c.eps),
+            width,
+            (shared["text_cos"], shared["text_sin"]),
+            TEXT,
+            c.eps,
+        ),
+        heads(
+            a, modulate(image, *of_image[:2], eps=c.eps), width, (shared["cos"], shared["sin"]), IMAGE, c.eps
+        ),
         shared,
     )
     return (
@@ -207,9 +229,14 @@ def single(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights
     shift, scale, gate = shared["single_modulation"].unsqueeze(2).unbind(1)
     cos, sin = (torch.cat([shared[f"text_{name}"], shared[name]]) for name in ("cos", "sin"))
     y = linear(modulate(torch.cat(streams, 1), shift, scale, c.eps), a / "to_qkv_mlp_proj")
-    q, k, v, *ff = y.split([part * y.shape[-1] // sum(c.fused) for part in c.fused], -1)  # a rank holds its share of each part
+    q, k, v, *ff = y.split(
+        [part * y.shape[-1] // sum(c.fused) for part in c.fused], -1
+    )  # a rank holds its share of each part
     q, k, v = (x.unflatten(-1, (-1, c.attention_head_dim)) for x in (q, k, v))
-    q, k = (rotate_interleaved(rms_norm(x, a / norm, c.eps), cos, sin) for x, norm in ((q, "norm_q"), (k, "norm_k")))
+    q, k = (
+        rotate_interleaved(rms_norm(x, a / norm, c.eps), cos, sin)
+        for x, norm in ((q, "norm_q"), (k, "norm_k"))
+    )
     y = torch.cat([attention(plan, q, k, v, keys=keys(plan, shared, "joint")).flatten(2), _gated(*ff)], -1)
     y_text, y_image = split(gate * linear_sum(plan, y, a / "to_out"), text.shape[1])
     return _finite(text + y_text), _finite(image + y_image)
@@ -230,7 +257,9 @@ def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, 
 # --- what a pipeline needs of this family -----------------------------------------------------------------------------------------
 
 
-def positions(size: Sequence[int], references: Sequence[Sequence[int]] = (), device: torch.device | str | None = None) -> Tensor:
+def positions(
+    size: Sequence[int], references: Sequence[Sequence[int]] = (), device: torch.device | str | None = None
+) -> Tensor:
     """Positions [L, 4] (picture, row, column, word) of the tokens of latents of `size` (1, height, width), then of those of `references`.
 
     The picture in the making stands at 0, the given ones at 10, 20, ...
@@ -268,7 +297,9 @@ def reference_size(height: int, width: int, multiple: int) -> tuple[int, int]:
     short, long = sorted((height, width))
     if short < LEAST_SIDE or long > MOST_ASPECT * short:
         allowed = f"sides of at least {LEAST_SIDE} pixels, one at most {MOST_ASPECT} times the other"
-        raise UserError("image_path", f"image_path: a picture is {width} x {height} pixels; FLUX.2 takes {allowed}")
+        raise UserError(
+            "image_path", f"image_path: a picture is {width} x {height} pixels; FLUX.2 takes {allowed}"
+        )
     height, width = _shrunk(height, width)
     return height // multiple * multiple, width // multiple * multiple
 
@@ -276,22 +307,33 @@ def reference_size(height: int, width: int, multiple: int) -> tuple[int, int]:
 def reference(parts: Parts, image: numpy.ndarray) -> Tensor:
     """A given picture, uint8 [height, width, 3], shrunk to a megapixel if it is larger -> latents [1, C, 1, H, W] of its middle."""
     height, width = image.shape[:2]
-    whole, seen = _shrunk(height, width), reference_size(height, width, parts.nets["vae"].config.scale_factor_spatial)
+    whole, seen = (
+        _shrunk(height, width),
+        reference_size(height, width, parts.nets["vae"].config.scale_factor_spatial),
+    )
     top, left = ((n - kept) // 2 for n, kept in zip(whole, seen, strict=True))
-    return parts.encode(parts.pixels([parts.resize(image, *whole)[top : top + seen[0], left : left + seen[1]]]))
+    return parts.encode(
+        parts.pixels([parts.resize(image, *whole)[top : top + seen[0], left : left + seen[1]]])
+    )
 
 
 DEV_STATES, KLEIN_STATES = (10, 20, 30), (9, 18, 27)
 """Which hidden states of the language model are read, whatever its depth."""
 
 
-def _prepared(c: Config, parts: Parts, request: Request, texts: list[str], side: str | None, take: tuple[int, ...]) -> Prepared:
+def _prepared(
+    c: Config, parts: Parts, request: Request, texts: list[str], side: str | None, take: tuple[int, ...]
+) -> Prepared:
     """Three states `take` of the language model side by side for each token, those of padding too, and references behind the picture."""
     encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
     ids, mask = parts.tokens("tokenizer", texts, request.text_tokens, side, framed=False)
     text = torch.cat(decoder_lm.encode(encoder.config, encoder.plan, encoder.w, ids, mask, take=take), -1)
     references = [reference(parts, image) for image in request.originals]
-    shared = {"positions": positions(latent_size(vae, request), [latents.shape[2:] for latents in references], parts.device)}
+    shared = {
+        "positions": positions(
+            latent_size(vae, request), [latents.shape[2:] for latents in references], parts.device
+        )
+    }
     if c.guidance_embeds:
         shared["guidance"] = torch.tensor([request.embedded_guidance], device=parts.device)
     known = appended(token_count(vae, request, PIXEL), [patchify(latents, PIXEL) for latents in references])

@@ -34,7 +34,12 @@ TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"
 
 
 def heads(
-    w: Weights, x_BLD: Tensor, width: int, rope: tuple[Tensor, Tensor] | None = None, names: tuple[str, ...] = IMAGE, eps: float = 1e-6
+    w: Weights,
+    x_BLD: Tensor,
+    width: int,
+    rope: tuple[Tensor, Tensor] | None = None,
+    names: tuple[str, ...] = IMAGE,
+    eps: float = 1e-6,
 ) -> Heads:
     """Queries, keys and values [B, L, H, width] of one stream, by the weights `names` below `w`.
 
@@ -42,13 +47,18 @@ def heads(
     and sines [L, width / 2] of this stream, is given.
     """
     q, k, v = (linear(x_BLD, w / name).unflatten(-1, (-1, width)) for name in names[:3])
-    q, k = (rms_norm(x, w / name, eps) if f"{name}.weight" in w else x for x, name in zip((q, k), names[3:], strict=True))
+    q, k = (
+        rms_norm(x, w / name, eps) if f"{name}.weight" in w else x
+        for x, name in zip((q, k), names[3:], strict=True)
+    )
     if rope is not None:
         q, k = rotate_interleaved(q, *rope), rotate_interleaved(k, *rope)
     return q, k, v
 
 
-def rope_tables(text_TA: Tensor, image_LA: Tensor, dims: Sequence[int], dtype: torch.dtype, theta: float = 1e4) -> dict[str, Tensor]:
+def rope_tables(
+    text_TA: Tensor, image_LA: Tensor, dims: Sequence[int], dtype: torch.dtype, theta: float = 1e4
+) -> dict[str, Tensor]:
     """Tables of both streams from their positions on A axes: `cos`, `sin` [L, E / 2] and `text_cos`, `text_sin` [T, E / 2].
 
     Angles are computed in float64 and kept in `dtype`.
@@ -68,7 +78,9 @@ def joint_attention(plan: Plan, text: Heads, image: Heads, shared: Mapping[str, 
     """
     q, k, v = (torch.cat(pair, 1) for pair in zip(text, image, strict=True))
     mask = joint_mask(shared["mask"], image[0].shape[1]) if "mask" in shared else None
-    return split(attention(plan, q, k, v, mask, keys=keys(plan, shared, "joint")).flatten(2), text[0].shape[1])
+    return split(
+        attention(plan, q, k, v, mask, keys=keys(plan, shared, "joint")).flatten(2), text[0].shape[1]
+    )
 
 
 def joint_mask(mask_BT: Tensor, tokens: int) -> Tensor:
@@ -144,14 +156,22 @@ def modulations(w: Weights, double: int, single: int, time_SBD: Tensor) -> dict[
 
     time_SBD: the embedding of a step's timestep and whatever is added to it.
     """
-    parts = {f"transformer_blocks.{i}.{name}": 6 for i in range(double) for name in ("norm1", "norm1_context")}
+    parts = {
+        f"transformer_blocks.{i}.{name}": 6 for i in range(double) for name in ("norm1", "norm1_context")
+    }
     parts |= {f"single_transformer_blocks.{i}.norm": 3 for i in range(single)} | {"norm_out": 2}
     active = F.silu(time_SBD)
     return {name: linear(active, w / name / "linear").unflatten(-1, (n, -1)) for name, n in parts.items()}
 
 
 def double_block(
-    plan: Plan, w: Weights, streams: Streams, request: Weights, shared: dict[str, Tensor], width: int, activation: Activation
+    plan: Plan,
+    w: Weights,
+    streams: Streams,
+    request: Weights,
+    shared: dict[str, Tensor],
+    width: int,
+    activation: Activation,
 ) -> Streams:
     """Joint attention, then a feed-forward for each stream, all modulated.
 
@@ -163,17 +183,28 @@ def double_block(
     a = w / "attn"
     y_text, y_image = joint_attention(
         plan,
-        heads(a, modulate(text, of_text[0], of_text[1]), width, (shared["text_cos"], shared["text_sin"]), TEXT),
+        heads(
+            a, modulate(text, of_text[0], of_text[1]), width, (shared["text_cos"], shared["text_sin"]), TEXT
+        ),
         heads(a, modulate(image, of_image[0], of_image[1]), width, (shared["cos"], shared["sin"])),
         shared,
     )
     return (
-        _finish(plan, text, linear_sum(plan, y_text, a / "to_add_out"), of_text, w / "ff_context", activation),
+        _finish(
+            plan, text, linear_sum(plan, y_text, a / "to_add_out"), of_text, w / "ff_context", activation
+        ),
         _finish(plan, image, linear_sum(plan, y_image, a / "to_out" / 0), of_image, w / "ff", activation),
     )
 
 
-def _finish(plan: Plan, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...], ff: Weights, activation: Activation) -> Tensor:
+def _finish(
+    plan: Plan,
+    x: Tensor,
+    attended: Tensor,
+    modulation: tuple[Tensor, ...],
+    ff: Weights,
+    activation: Activation,
+) -> Tensor:
     """The gated sum with what attention gave, and the modulated feed-forward."""
     _, _, gate, ff_shift, ff_scale, ff_gate = modulation
     x = x + attended * gate
@@ -181,7 +212,13 @@ def _finish(plan: Plan, x: Tensor, attended: Tensor, modulation: tuple[Tensor, .
 
 
 def single_block(
-    plan: Plan, w: Weights, streams: Streams, request: Weights, shared: dict[str, Tensor], width: int, activation: Activation
+    plan: Plan,
+    w: Weights,
+    streams: Streams,
+    request: Weights,
+    shared: dict[str, Tensor],
+    width: int,
+    activation: Activation,
 ) -> Streams:
     """Attention and feed-forward side by side on the joint sequence, behind one output projection.
 
@@ -191,8 +228,13 @@ def single_block(
     shift, scale, gate = request["norm"].unsqueeze(2).unbind(1)
     x = modulate(torch.cat(streams, 1), shift, scale)
     rope = torch.cat([shared["text_cos"], shared["cos"]]), torch.cat([shared["text_sin"], shared["sin"]])
-    attended = attention(plan, *heads(w / "attn", x, width, rope), keys=keys(plan, shared, "joint")).flatten(2)
-    y = linear_sum(plan, torch.cat([attended, activation(linear(x, w / "proj_mlp"))], -1), w / "proj_out") * gate
+    attended = attention(plan, *heads(w / "attn", x, width, rope), keys=keys(plan, shared, "joint")).flatten(
+        2
+    )
+    y = (
+        linear_sum(plan, torch.cat([attended, activation(linear(x, w / "proj_mlp"))], -1), w / "proj_out")
+        * gate
+    )
     y_text, y_image = split(y, text.shape[1])
     return text + y_text, image + y_image
 

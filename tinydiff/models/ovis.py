@@ -49,9 +49,13 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.patch_size != 1:
-            raise ValueError(f"patch_size is {self.patch_size}; Ovis-Image takes packed latents, patch_size 1")
+            raise ValueError(
+                f"patch_size is {self.patch_size}; Ovis-Image takes packed latents, patch_size 1"
+            )
         if len(self.axes_dims_rope) != 3 or sum(self.axes_dims_rope) != self.attention_head_dim:
-            raise ValueError(f"axes_dims_rope is {self.axes_dims_rope}; three axes must share the head width {self.attention_head_dim}")
+            raise ValueError(
+                f"axes_dims_rope is {self.axes_dims_rope}; three axes must share the head width {self.attention_head_dim}"
+            )
 
     @property
     def width(self) -> int:
@@ -96,7 +100,9 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     """
     dtype = w.dtype
     text = linear(rms_norm(inputs["text"].to(dtype), w / "context_embedder_norm"), w / "context_embedder")
-    diagonal = torch.arange(text.shape[1], device=text.device)[:, None] * torch.tensor([0, 1, 1], device=text.device)
+    diagonal = torch.arange(text.shape[1], device=text.device)[:, None] * torch.tensor(
+        [0, 1, 1], device=text.device
+    )
     request = {"text": text}
     request |= joint.rope_tables(diagonal, inputs["positions"], c.axes_dims_rope, compute_dtype(text))
 

@@ -24,7 +24,17 @@ from torch import Tensor
 from tinydiff.models.family import Denoiser
 from tinydiff.models.joint import IMAGE, TEXT, Streams, feed_forward, gelu_tanh, heads, joint_attention
 from tinydiff.models.qwen_prompts import EDIT, MAKE, PICTURE, Seen, caption, see, states
-from tinydiff.models.recipe import Parts, Patch, Prepared, appended, latent_size, on_grid, shift_by_tokens, spread, token_count
+from tinydiff.models.recipe import (
+    Parts,
+    Patch,
+    Prepared,
+    appended,
+    latent_size,
+    on_grid,
+    shift_by_tokens,
+    spread,
+    token_count,
+)
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.embed import embedder
 from tinydiff.ops.linear import linear, linear_sum
@@ -61,12 +71,18 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.guidance_embeds:
-            raise ValueError("guidance_embeds is true; no released Qwen-Image has weights for an embedded guidance scale")
+            raise ValueError(
+                "guidance_embeds is true; no released Qwen-Image has weights for an embedded guidance scale"
+            )
         if self.in_channels != self.out_channels * self.patch_size**2:
             packed = self.out_channels * self.patch_size**2
-            raise ValueError(f"in_channels is {self.in_channels}; it must be out_channels * patch_size**2, {packed}")
+            raise ValueError(
+                f"in_channels is {self.in_channels}; it must be out_channels * patch_size**2, {packed}"
+            )
         if sum(self.axes_dims_rope) != self.attention_head_dim or any(dim % 2 for dim in self.axes_dims_rope):
-            raise ValueError(f"axes_dims_rope is {self.axes_dims_rope}; they must be even and sum to {self.attention_head_dim}")
+            raise ValueError(
+                f"axes_dims_rope is {self.axes_dims_rope}; they must be even and sum to {self.attention_head_dim}"
+            )
 
     @property
     def width(self) -> int:
@@ -78,7 +94,10 @@ class Config:
 
 def _block_rows(c: Config) -> Iterator[Row]:
     d = c.width
-    for stream, (*projections, norm_q, norm_k), out in (("img", IMAGE, "to_out.0"), ("txt", TEXT, "to_add_out")):
+    for stream, (*projections, norm_q, norm_k), out in (
+        ("img", IMAGE, "to_out.0"),
+        ("txt", TEXT, "to_add_out"),
+    ):
         yield from linear_rows(f"{stream}_mod.1", d, 6 * d)
         for name in projections:
             yield from linear_rows(f"attn.{name}", d, d, "out")
@@ -142,7 +161,10 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     dtype = w.dtype
     text = linear(rms_norm(inputs["text"].to(dtype), w / "txt_norm"), w / "txt_in")
     request = {"text": text}
-    for prefix, at in (("", inputs["positions"]), ("text_", text_positions(c, inputs["positions"], text.shape[1]))):
+    for prefix, at in (
+        ("", inputs["positions"]),
+        ("text_", text_positions(c, inputs["positions"], text.shape[1])),
+    ):
         cos, sin = rope_table(at, c.axes_dims_rope, dtype=torch.float32)
         request |= {f"{prefix}cos": cos, f"{prefix}sin": sin}
     if "mask" in inputs:
@@ -171,7 +193,9 @@ def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step
     return text, linear(x_BLP.to(w.dtype), w / "img_in")
 
 
-def _modulations(rows: Tensor, still: Tensor | None = None, frozen: Tensor | None = None) -> tuple[Tensor, ...]:
+def _modulations(
+    rows: Tensor, still: Tensor | None = None, frozen: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """[B, 6, D] -> shift, scale and gate of attention, then of the feed-forward: [B, 1, D], or [B, L, D] where tokens are frozen."""
     moving = rows.unsqueeze(2).unbind(1)
     if still is None or frozen is None:
@@ -184,7 +208,9 @@ def _finish(plan: Plan, x: Tensor, attended: Tensor, modulations: tuple[Tensor, 
     _, _, gate, ff_shift, ff_scale, ff_gate = modulations
     x = x + gate * attended
     x = x + ff_gate * feed_forward(plan, ff, modulate(x, ff_shift, ff_scale), gelu_tanh)
-    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x  # float16 has no larger numbers, and the residuals are large
+    return (
+        x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+    )  # float16 has no larger numbers, and the residuals are large
 
 
 def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
@@ -195,7 +221,9 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
     a, width = w / "attn", c.attention_head_dim
     y_text, y_image = joint_attention(
         plan,
-        heads(a, modulate(text, of_text[0], of_text[1]), width, (shared["text_cos"], shared["text_sin"]), TEXT),
+        heads(
+            a, modulate(text, of_text[0], of_text[1]), width, (shared["text_cos"], shared["text_sin"]), TEXT
+        ),
         heads(a, modulate(image, of_image[0], of_image[1]), width, (shared["cos"], shared["sin"]), IMAGE),
         shared,
     )
@@ -219,7 +247,9 @@ def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, 
 # --- what a pipeline needs of this family -----------------------------------------------------------------------------------------
 
 
-def positions(c: Config, sizes: Sequence[tuple[int, int]], device: torch.device | str | None = None) -> Tensor:
+def positions(
+    c: Config, sizes: Sequence[tuple[int, int]], device: torch.device | str | None = None
+) -> Tensor:
     """Positions [L, 3] (picture, row, column) of the packed tokens of latents of `sizes` (height, width), in the order of the sequence.
 
     First what is made, a picture or all layers, then the reference images. Rows and columns are counted from the middle of each picture.
@@ -259,10 +289,14 @@ def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
     return on_grid(branches, vae, request, patch(c))
 
 
-def _edit(c: Config, parts: Parts, request: Request, before: str, seen: Seen, references: Sequence[Tensor]) -> Prepared:
+def _edit(
+    c: Config, parts: Parts, request: Request, before: str, seen: Seen, references: Sequence[Tensor]
+) -> Prepared:
     """before: what stands before the texts. references: latents [1, C, 1, H, W] of the pictures to edit."""
     vae = parts.nets["vae"].config
-    known = appended(token_count(vae, request, patch(c)), [patchify(latents, patch(c)) for latents in references])
+    known = appended(
+        token_count(vae, request, patch(c)), [patchify(latents, patch(c)) for latents in references]
+    )
     assert known is not None
     sizes = [latent_size(vae, request)[1:], *(latents.shape[3:] for latents in references)]
     shared = {"positions": positions(c, sizes, parts.device), "frozen": ~known.free}
@@ -280,7 +314,9 @@ def prepare_edit_plus(c: Config, parts: Parts, request: Request) -> Prepared:
     """From text and numbered pictures, Edit-2509 and -2511: the language model sees them smaller."""
     before = "".join(f"Picture {i}: {PICTURE}" for i in range(1, len(request.originals) + 1))
     seen = see(parts, _resized(parts, request.originals, GLANCE))
-    references = [parts.encode(parts.pixels([picture])) for picture in _resized(parts, request.originals, CANVAS)]
+    references = [
+        parts.encode(parts.pixels([picture])) for picture in _resized(parts, request.originals, CANVAS)
+    ]
     return _edit(c, parts, request, before, seen, references)
 
 

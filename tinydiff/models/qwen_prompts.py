@@ -75,7 +75,10 @@ def see(parts: Parts, images: Sequence[numpy.ndarray]) -> Seen:
         patches, grids = zip(*(qwen_vision.pixels(net.config, image) for image in images), strict=True)
     except ValueError as error:
         raise UserError("image_path", f"image_path: {error}") from error
-    return Seen(qwen_vision.encode(net.config, net.plan, net.w, torch.cat(patches).to(parts.device), grids), list(grids))
+    return Seen(
+        qwen_vision.encode(net.config, net.plan, net.w, torch.cat(patches).to(parts.device), grids),
+        list(grids),
+    )
 
 
 def _among_words(parts: Parts, ids_1T: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Any]]:
@@ -85,18 +88,29 @@ def _among_words(parts: Parts, ids_1T: Tensor, seen: Seen) -> tuple[Tensor, dict
     try:
         row = qwen_vision.expand(ids_1T[0].tolist(), pad, qwen_vision.token_counts(vision, seen.grids))
     except ValueError as error:
-        raise UserError("prompt", f"prompt: {PAD} stands for a given picture and cannot be in a text ({error})") from error
+        raise UserError(
+            "prompt", f"prompt: {PAD} stands for a given picture and cannot be in a text ({error})"
+        ) from error
     ids = torch.tensor([row], device=parts.device)
-    embeds = qwen_vision.place(decoder_lm.embed(language.config, language.plan, language.w, ids), ids, pad, seen.tokens)
-    return ids, {"positions": qwen_vision.positions(vision, ids, torch.ones_like(ids), pad, seen.grids), "embeds": embeds}
+    embeds = qwen_vision.place(
+        decoder_lm.embed(language.config, language.plan, language.w, ids), ids, pad, seen.tokens
+    )
+    return ids, {
+        "positions": qwen_vision.positions(vision, ids, torch.ones_like(ids), pad, seen.grids),
+        "embeds": embeds,
+    }
 
 
 def states(parts: Parts, chat: Chat, text: str, limit: int | None = None, seen: Seen | None = None) -> Tensor:
     """The language model's last states [1, T, C] from the prompt on, at most `limit`; None reads all."""
     net = parts.nets["text_encoder"]
-    ids, _ = parts.tokens("tokenizer", [chat.text.format(text)], None if limit is None else chat.unread + limit, "none")
+    ids, _ = parts.tokens(
+        "tokenizer", [chat.text.format(text)], None if limit is None else chat.unread + limit, "none"
+    )
     ids, more = (ids, {}) if seen is None else _among_words(parts, ids, seen)
-    [hidden] = decoder_lm.encode(net.config, net.plan, net.w, ids, take=(net.config.num_hidden_layers,), **more)
+    [hidden] = decoder_lm.encode(
+        net.config, net.plan, net.w, ids, take=(net.config.num_hidden_layers,), **more
+    )
     return hidden[:, chat.unread :]
 
 
@@ -106,7 +120,9 @@ def caption(parts: Parts, image: numpy.ndarray) -> str:
     ids, _ = parts.tokens("tokenizer", [CAPTION], None, "none")
     ids, more = _among_words(parts, ids, see(parts, [image]))
     stop = [tokenizer.token_id(name) for name in CAPTION_ENDS]
-    [said] = generate(net.config, net.plan, net.w, ids, limit=CAPTION_TOKENS, stop=stop, sampling=CAPTION_SAMPLING, **more)
+    [said] = generate(
+        net.config, net.plan, net.w, ids, limit=CAPTION_TOKENS, stop=stop, sampling=CAPTION_SAMPLING, **more
+    )
     text = tokenizer.text(said)
     log.info("caption: %s", text)
     return text

@@ -114,7 +114,11 @@ class Prepared:
 def latent_size(vae: Any, request: Request) -> tuple[int, int, int]:
     """The (F, H, W) of the latents of a request's picture or clip; vae: the autoencoder's config."""
     stride = vae.scale_factor_spatial
-    return (request.num_frames - 1) // vae.scale_factor_temporal + 1, request.height // stride, request.width // stride
+    return (
+        (request.num_frames - 1) // vae.scale_factor_temporal + 1,
+        request.height // stride,
+        request.width // stride,
+    )
 
 
 def side(area: int, along: int, across: int) -> int:
@@ -141,7 +145,9 @@ def spread(area: int, height: int, width: int, multiple: int = 32) -> tuple[int,
 
 def too_long(height: int, width: int) -> UserError:
     """The mistake of a given image whose aspect no output of the model has."""
-    message = f"the given image is {width}x{height} pixels, too long for this model to keep its aspect; crop it"
+    message = (
+        f"the given image is {width}x{height} pixels, too long for this model to keep its aspect; crop it"
+    )
     return UserError("image_path", f"image_path: {message}")
 
 
@@ -154,7 +160,13 @@ def token_count(vae: Any, request: Request, patch: Patch) -> int:
     return prod(n // p for n, p in zip(latent_size(vae, request), patch, strict=True))
 
 
-def on_grid(branches: Sequence[dict[str, Tensor]], vae: Any, request: Request, patch: Patch, known: Known | None = None) -> Prepared:
+def on_grid(
+    branches: Sequence[dict[str, Tensor]],
+    vae: Any,
+    request: Request,
+    patch: Patch,
+    known: Known | None = None,
+) -> Prepared:
     """A request whose tokens are the patches of its latents, packed as `ops.patch` packs."""
     size = latent_size(vae, request)
     return Prepared(
@@ -180,10 +192,17 @@ def shift_by_tokens(tokens: int, scheduler: Mapping[str, Any], max_shift: float 
 
     Source: `calculate_shift` of diffusers' pipelines, with its defaults. Raises UserError for points that make no line.
     """
-    lengths, shifts = {"base_image_seq_len": 256, "max_image_seq_len": 4096}, {"base_shift": 0.5, "max_shift": max_shift}
+    lengths, shifts = (
+        {"base_image_seq_len": 256, "max_image_seq_len": 4096},
+        {"base_shift": 0.5, "max_shift": max_shift},
+    )
     try:
-        fewest, most = (entries.value(name, int, scheduler.get(name, default)) for name, default in lengths.items())
-        low, high = (entries.value(name, float, scheduler.get(name, default)) for name, default in shifts.items())
+        fewest, most = (
+            entries.value(name, int, scheduler.get(name, default)) for name, default in lengths.items()
+        )
+        low, high = (
+            entries.value(name, float, scheduler.get(name, default)) for name, default in shifts.items()
+        )
         if fewest == most:
             raise ValueError(f"base_image_seq_len and max_image_seq_len are both {most}; they must differ")
     except ValueError as error:

@@ -94,9 +94,28 @@ T2V, I2V, DMD_PIPELINE = "WanPipeline", "WanImageToVideoPipeline", "WanDMDPipeli
 def _wan(name: str, pipeline: str, size: tuple[int, int], frames: int, fps: int, steps: int, guidance: float, shift: float, params: int,
          shape: tuple[int, int, int], **more: Any) -> ReleasedModel:  # fmt: skip
     """A Wan model; shape: its layers, heads and channels in."""
-    named: dict[str, Any] = dict(zip(("num_layers", "num_attention_heads", "in_channels"), shape, strict=True))
-    defaults: dict[str, Any] = {"negative_prompt": WAN_NEGATIVE, "solver": "unipc", "flow_shift": shift, "stored_shift": shift}
-    return ReleasedModel(name, "wan", pipeline, *size, steps, guidance, params, named, num_frames=frames, fps=fps, **defaults | more)
+    named: dict[str, Any] = dict(
+        zip(("num_layers", "num_attention_heads", "in_channels"), shape, strict=True)
+    )
+    defaults: dict[str, Any] = {
+        "negative_prompt": WAN_NEGATIVE,
+        "solver": "unipc",
+        "flow_shift": shift,
+        "stored_shift": shift,
+    }
+    return ReleasedModel(
+        name,
+        "wan",
+        pipeline,
+        *size,
+        steps,
+        guidance,
+        params,
+        named,
+        num_frames=frames,
+        fps=fps,
+        **defaults | more,
+    )
 
 
 _480P, _720P, _704P = (480, 832), (720, 1280), (704, 1280)
@@ -106,9 +125,7 @@ _DISTILLED: dict[str, Any] = {"solver": "dmd", "dmd_timesteps": DMD, "negative_p
 _START: dict[str, Any] = {"images": (0, 1), "image_use": "start"}
 """Of a model that makes pictures from text: it can start from one."""
 
-QWEN_2512_NEGATIVE = (
-    "低分辨率，低画质，肢体畸形，手指畸形，画面过饱和，蜡像感，人脸无细节，过度光滑，画面具有AI感。构图混乱。文字模糊，扭曲。"
-)
+QWEN_2512_NEGATIVE = "低分辨率，低画质，肢体畸形，手指畸形，画面过饱和，蜡像感，人脸无细节，过度光滑，画面具有AI感。构图混乱。文字模糊，扭曲。"
 """The negative prompt on Qwen-Image-2512's card."""
 _QWEN: dict[str, Any] = {"params": 20_430_401_088, "negative_prompt": " "}
 _QWEN_2512: dict[str, Any] = {**_QWEN, "negative_prompt": QWEN_2512_NEGATIVE}
@@ -119,14 +136,20 @@ _QWEN_LAYERED: dict[str, Any] = {**_QWEN_EDIT, "params": 20_430_407_232}
 
 def _klein(name: str, distilled: bool, params: int, shape: tuple[int, int, int]) -> ReleasedModel:
     """A FLUX.2 klein; shape: its double blocks, single blocks and heads."""
-    told = dict(zip(("num_layers", "num_single_layers", "num_attention_heads"), shape, strict=True)) | {"is_distilled": distilled}
+    told = dict(zip(("num_layers", "num_single_layers", "num_attention_heads"), shape, strict=True)) | {
+        "is_distilled": distilled
+    }
     steps, guidance, negative = (4, 1.0, None) if distilled else (50, 4.0, "")
     return ReleasedModel(f"black-forest-labs/FLUX.2-klein-{name}", "flux2", "Flux2KleinPipeline", 1024, 1024, steps, guidance, params, told,
                          negative_prompt=negative, **_FLUX2)  # fmt: skip
 
 
 _FLUX2: dict[str, Any] = {"images": (0, 10), "image_use": "references"}
-_ERNIE: dict[str, Any] = {"params": 8_033_490_048, "shape": {"num_layers": 36, "hidden_size": 4096}, "text_tokens": 2048}
+_ERNIE: dict[str, Any] = {
+    "params": 8_033_490_048,
+    "shape": {"num_layers": 36, "hidden_size": 4096},
+    "text_tokens": 2048,
+}
 
 MODELS: tuple[ReleasedModel, ...] = (
     _wan(SHIPPED, T2V, (128, 128), 1, 8, 30, 2.5, 4.0, 2_457_184, (6, 5, 16),
@@ -199,7 +222,9 @@ def named(model_id: str) -> ReleasedModel:
     row = find(model_id)
     if row is None:
         hint = nearest(model_id, [row.name for row in MODELS])
-        raise UserError("model_id", f"model_id: {model_id!r} is not a known model (`tinydiff models` lists them){hint}")
+        raise UserError(
+            "model_id", f"model_id: {model_id!r} is not a known model (`tinydiff models` lists them){hint}"
+        )
     return row
 
 
@@ -216,7 +241,9 @@ def in_words(kind: Kind) -> str:
     return f"{class_name} with {' and '.join(words)}" if words else class_name
 
 
-def match(class_name: str, options: Mapping[str, Any], transformer: Mapping[str, Any], name: str) -> ReleasedModel:
+def match(
+    class_name: str, options: Mapping[str, Any], transformer: Mapping[str, Any], name: str
+) -> ReleasedModel:
     """The row whose defaults a folder takes: by its name where that is of its kind, else by its kind and the transformer's shape, else
     the first of its kind.
 
@@ -230,11 +257,16 @@ def match(class_name: str, options: Mapping[str, Any], transformer: Mapping[str,
     classes = sorted({row.pipeline for row in MODELS})
     if class_name not in classes:
         hint = nearest(class_name, classes)
-        raise UserError("model_path", f"model_path: {name!r} is a {class_name}; supported classes are {', '.join(classes)}{hint}")
+        raise UserError(
+            "model_path",
+            f"model_path: {name!r} is a {class_name}; supported classes are {', '.join(classes)}{hint}",
+        )
     rows = [row for row in MODELS if row.kind == kind]
     if not rows:
         message = f"{name!r} is a {in_words(kind)}, a combination that no supported model has"
         raise UserError("model_path", f"model_path: {message}")
     known = {**options, **transformer}
     alike = [row for row in rows if all(known.get(key) == value for key, value in row.shape.items())]
-    return next(row for row in (*alike, *rows) if row.name != SHIPPED or row in alike)  # the shipped model stands for no other
+    return next(
+        row for row in (*alike, *rows) if row.name != SHIPPED or row in alike
+    )  # the shipped model stands for no other

@@ -58,11 +58,17 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.qk_norm not in (None, "rms_norm"):
-            raise ValueError(f"qk_norm is {self.qk_norm!r}; queries and keys are normalised by 'rms_norm' or not at all (None)")
+            raise ValueError(
+                f"qk_norm is {self.qk_norm!r}; queries and keys are normalised by 'rms_norm' or not at all (None)"
+            )
         if self.caption_projection_dim != self.width:
-            raise ValueError(f"caption_projection_dim is {self.caption_projection_dim}; it must be the width of the network, {self.width}")
+            raise ValueError(
+                f"caption_projection_dim is {self.caption_projection_dim}; it must be the width of the network, {self.width}"
+            )
         if not set(self.dual_attention_layers) <= set(range(self.num_layers)):
-            raise ValueError(f"dual_attention_layers is {self.dual_attention_layers}; the network has layers 0 to {self.num_layers - 1}")
+            raise ValueError(
+                f"dual_attention_layers is {self.dual_attention_layers}; the network has layers 0 to {self.num_layers - 1}"
+            )
 
     @property
     def width(self) -> int:
@@ -108,7 +114,9 @@ def spec(c: Config) -> Iterator[Row]:
         yield from linear_rows(f"{embed}.{name}.linear_2", d, d)
     yield from linear_rows("context_embedder", c.joint_attention_dim, d)
     for i in range(c.num_layers):
-        yield from under(f"transformer_blocks.{i}", _block_rows(c, i in c.dual_attention_layers, i == c.num_layers - 1))
+        yield from under(
+            f"transformer_blocks.{i}", _block_rows(c, i in c.dual_attention_layers, i == c.num_layers - 1)
+        )
     yield from linear_rows("norm_out.linear", d, 2 * d)
     yield from linear_rows("proj_out", d, c.patch_size**2 * c.out_channels)
 
@@ -148,7 +156,16 @@ def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step
     return request["text"].expand(len(image), -1, -1), image
 
 
-def _meet(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors, shift: Tensor, scale: Tensor) -> Streams:
+def _meet(
+    c: Config,
+    plan: Plan,
+    w: Weights,
+    streams: Streams,
+    request: Weights,
+    shared: Tensors,
+    shift: Tensor,
+    scale: Tensor,
+) -> Streams:
     """Joint attention, the text modulated by shift and scale -> what it gave the text, and the image all the way through the block."""
     text, image = streams
     rows = request["norm1"].unsqueeze(2).unbind(1)
@@ -179,10 +196,14 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
     shift, scale, gate, ff_shift, ff_scale, ff_gate = request["norm1_context"].unsqueeze(2).unbind(1)
     y_text, image = _meet(c, plan, w, streams, request, shared, shift, scale)
     text = streams[0] + linear_sum(plan, y_text, w / "attn" / "to_add_out") * gate
-    return text + feed_forward(plan, w / "ff_context", modulate(text, ff_shift, ff_scale), gelu_tanh) * ff_gate, image
+    return text + feed_forward(
+        plan, w / "ff_context", modulate(text, ff_shift, ff_scale), gelu_tanh
+    ) * ff_gate, image
 
 
-def last_block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Tensor:
+def last_block(
+    c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors
+) -> Tensor:
     """A block that leaves the text as it is, for nothing reads it any more -> the image. `norm1_context` [B, 2, D]: scale, shift."""
     scale, shift = request["norm1_context"].unsqueeze(2).unbind(1)
     return _meet(c, plan, w, streams, request, shared, shift, scale)[1]
@@ -190,7 +211,10 @@ def last_block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Wei
 
 def blocks(c: Config) -> list:
     """The stack as rows (function, prefix)."""
-    return [(last_block if i == c.num_layers - 1 else block, f"transformer_blocks.{i}") for i in range(c.num_layers)]
+    return [
+        (last_block if i == c.num_layers - 1 else block, f"transformer_blocks.{i}")
+        for i in range(c.num_layers)
+    ]
 
 
 def post(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, step: Tensors) -> Tensor:
@@ -236,7 +260,13 @@ def _clip(parts: Parts, texts: list[str]) -> tuple[Tensor, Tensor]:
 def _t5(c: Config, parts: Parts, texts: list[str], length: int) -> Tensor:
     """T5's last states [B, length, joint_attention_dim], of the padding too; zeros where the model is stored without T5."""
     if "text_encoder_3" not in parts.nets:
-        return torch.zeros(len(texts), length, c.joint_attention_dim, dtype=parts.nets["text_encoder"].dtype, device=parts.device)
+        return torch.zeros(
+            len(texts),
+            length,
+            c.joint_attention_dim,
+            dtype=parts.nets["text_encoder"].dtype,
+            device=parts.device,
+        )
     encoder = parts.nets["text_encoder_3"]
     ids, _ = parts.tokens("tokenizer_3", texts, length)
     return t5.encode(encoder.config, encoder.plan, encoder.w, ids)
@@ -249,7 +279,9 @@ def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
     long = _t5(c, parts, request.texts, request.text_tokens)
     text = torch.cat([F.pad(clip, (0, c.joint_attention_dim - clip.shape[-1])), long], 1)
     shared = {"positions": positions(c, latent_size(vae, request), parts.device)}
-    branches = [{"text": rows[None], "pooled": whole[None]} | shared for rows, whole in zip(text, pooled, strict=True)]
+    branches = [
+        {"text": rows[None], "pooled": whole[None]} | shared for rows, whole in zip(text, pooled, strict=True)
+    ]
     return on_grid(branches, vae, request, patch(c))
 
 
@@ -272,7 +304,11 @@ def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator
     for field in ("in_channels", "out_channels"):
         yield field, nets["vae"].z_dim, "the vae's latents need"
     clips = [nets[name] for name in CLIPS]
-    yield "pooled_projection_dim", sum(clip.projection_dim for clip in clips if clip.projects), "the two CLIPs give"
+    yield (
+        "pooled_projection_dim",
+        sum(clip.projection_dim for clip in clips if clip.projects),
+        "the two CLIPs give",
+    )
     if "text_encoder_3" in nets:
         yield "joint_attention_dim", nets["text_encoder_3"].d_model, "text_encoder_3 gives"
 

@@ -62,7 +62,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.qk_norm != "rms_norm_across_heads":
-            raise ValueError(f"qk_norm is {self.qk_norm!r}; Wan normalises queries and keys by 'rms_norm_across_heads'")
+            raise ValueError(
+                f"qk_norm is {self.qk_norm!r}; Wan normalises queries and keys by 'rms_norm_across_heads'"
+            )
 
     @property
     def width(self) -> int:
@@ -159,18 +161,24 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     """
     embed = w / "condition_embedder"
     text = embed / "text_embedder"
-    context = linear(F.gelu(linear(inputs["text"].to(w.dtype), text / "linear_1"), approximate="tanh"), text / "linear_2")
+    context = linear(
+        F.gelu(linear(inputs["text"].to(w.dtype), text / "linear_1"), approximate="tanh"), text / "linear_2"
+    )
     image = _image(c, embed / "image_embedder", inputs["image"].to(w.dtype)) if "image" in inputs else None
 
     third = 2 * (c.attention_head_dim // 6)
     rope = rope_table(inputs["positions"], (c.attention_head_dim - 2 * third, third, third))
     cos, sin = (table.float() for table in rope)  # float32, as the reference keeps its tables
-    request = {"cos": cos, "sin": sin} | {name: inputs[name] for name in ("concat", "frozen") if name in inputs}
+    request = {"cos": cos, "sin": sin} | {
+        name: inputs[name] for name in ("concat", "frozen") if name in inputs
+    }
 
     heads = (-1, c.attention_head_dim)
     for _, at in blocks(c):
         a = w / at / "attn2"
-        request[f"{at}.attn2.k"] = rms_norm_across(plan, linear(context, a / "to_k"), a / "norm_k", c.eps).unflatten(-1, heads)
+        request[f"{at}.attn2.k"] = rms_norm_across(
+            plan, linear(context, a / "to_k"), a / "norm_k", c.eps
+        ).unflatten(-1, heads)
         request[f"{at}.attn2.v"] = linear(context, a / "to_v").unflatten(-1, heads)
         if image is not None:
             key = rms_norm_across(plan, linear(image, a / "add_k_proj"), a / "norm_added_k", c.eps)
@@ -193,28 +201,43 @@ def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step
     return linear(x_BLP.to(w.dtype), w / "patch_embedding")
 
 
-def _modulations(table: Tensor, step: Tensor, still: Tensor | None, frozen: Tensor | None, x: Tensor) -> list[Tensor]:
+def _modulations(
+    table: Tensor, step: Tensor, still: Tensor | None, frozen: Tensor | None, x: Tensor
+) -> list[Tensor]:
     """table [1, n, D] + step [B, n, D] -> n tensors [B, 1, D], or [B, L, D] where frozen tokens sit at timestep 0."""
     dtype = compute_dtype(x)
     moving = (table + step.to(dtype)).unsqueeze(2).unbind(1)
     if still is None or frozen is None:
         return list(moving)
-    return [torch.where(frozen, a, b) for a, b in zip((table + still.to(dtype)).unsqueeze(2).unbind(1), moving, strict=True)]
+    return [
+        torch.where(frozen, a, b)
+        for a, b in zip((table + still.to(dtype)).unsqueeze(2).unbind(1), moving, strict=True)
+    ]
 
 
 def block(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, shared: Tensors) -> Tensor:
     """Self-attention, cross-attention, feed-forward; the first and the last modulated by the time."""
     heads, all_tokens = (-1, c.attention_head_dim), whole(plan)
     shift, scale, gate, ff_shift, ff_scale, ff_gate = _modulations(
-        w["scale_shift_table"], shared["modulation"], shared.get("still_modulation"), shared.get("frozen"), x_BLD
+        w["scale_shift_table"],
+        shared["modulation"],
+        shared.get("still_modulation"),
+        shared.get("frozen"),
+        x_BLD,
     )
     a = w / "attn1"
     y = modulate(x_BLD, shift, scale, c.eps)
     q, k = (
-        rotate_interleaved(rms_norm_across(plan, linear(y, a / to), a / norm, c.eps).unflatten(-1, heads), shared["cos"], shared["sin"])
+        rotate_interleaved(
+            rms_norm_across(plan, linear(y, a / to), a / norm, c.eps).unflatten(-1, heads),
+            shared["cos"],
+            shared["sin"],
+        )
         for to, norm in (("to_q", "norm_q"), ("to_k", "norm_k"))
     )
-    y = attention(plan, q, k, linear(y, a / "to_v").unflatten(-1, heads), keys=keys(plan, shared, "image")).flatten(2)
+    y = attention(
+        plan, q, k, linear(y, a / "to_v").unflatten(-1, heads), keys=keys(plan, shared, "image")
+    ).flatten(2)
     x_BLD = (x_BLD + linear_sum(plan, y, a / "to_out" / 0) * gate).to(x_BLD.dtype)
 
     a, known = w / "attn2", request / "attn2"
@@ -284,7 +307,9 @@ def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
     size = latent_size(vae, request)
     texts = [prompt_clean(text) for text in request.texts]
     ids, mask = parts.tokens("tokenizer", texts, request.text_tokens)
-    hidden = text_input(t5.encode(encoder.config, encoder.plan, encoder.w, ids, mask), mask).to(parts.nets["transformer"].dtype)
+    hidden = text_input(t5.encode(encoder.config, encoder.plan, encoder.w, ids, mask), mask).to(
+        parts.nets["transformer"].dtype
+    )
     known, shared = None, {"positions": positions(c, size, parts.device)}
     given = () if request.starts else request.images
     if given and parts.options.get("expand_timesteps"):
@@ -306,7 +331,9 @@ def _beside(c: Config, parts: Parts, request: Request, size: tuple[int, int, int
     beside = {"concat": patchify(torch.cat([mask, latents], 1), c.patch_size)}
     if c.image_dim is not None:
         encoder = parts.nets["image_encoder"]
-        views = torch.cat([clip_vision.pixels(encoder.config, image) for image in request.originals]).to(parts.device)
+        views = torch.cat([clip_vision.pixels(encoder.config, image) for image in request.originals]).to(
+            parts.device
+        )
         beside["image"] = clip_vision.encode(encoder.config, encoder.plan, encoder.w, views)
     return beside
 
@@ -335,7 +362,11 @@ def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator
 
 def rename(key: str) -> str | None:
     """Released files may carry a norm that nothing reads, and FastWan's the gates of sparse attention, which full attention has not."""
-    return None if key.endswith(("norm_added_q.weight", "to_gate_compress.weight", "to_gate_compress.bias")) else key
+    return (
+        None
+        if key.endswith(("norm_added_q.weight", "to_gate_compress.weight", "to_gate_compress.bias"))
+        else key
+    )
 
 
 FAMILY = Denoiser(

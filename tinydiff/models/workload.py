@@ -74,9 +74,18 @@ def network(family: Denoiser, config: Any) -> CostModel:
     [last] = [layers[layer] for layer in layers if any(fnmatchcase(layer, pattern) for pattern in LAST)]
     return CostModel(
         rows=rows,
-        blocks=tuple(tuple(row for row in rows if row.name.startswith(f"{prefix}.")) for _, prefix in family.blocks(config)),
-        reads={layers[layer].name: stream for layer, stream in streams.items() if len(layers[layer].shape) > 1},
-        norms=tuple(stream for layer, stream in streams.items() if len(layers[layer].shape) == 1 and layers[layer].split == 0),
+        blocks=tuple(
+            tuple(row for row in rows if row.name.startswith(f"{prefix}."))
+            for _, prefix in family.blocks(config)
+        ),
+        reads={
+            layers[layer].name: stream for layer, stream in streams.items() if len(layers[layer].shape) > 1
+        },
+        norms=tuple(
+            stream
+            for layer, stream in streams.items()
+            if len(layers[layer].shape) == 1 and layers[layer].split == 0
+        ),
         attends=tuple(pair for layer in layers if (pair := _first(ATTENDS, layer))),
         heads=heads,
         head_width=last.shape[1] // heads,
@@ -89,7 +98,9 @@ def _first(table: Mapping[str, Any], layer: str) -> Any:
     return next((found for pattern, found in table.items() if fnmatchcase(layer, pattern)), None)
 
 
-def decode_bytes(vae: Autoencoder, c: Any, frames: int, height: int, width: int, passes: int, ranks: int, b: int) -> int | None:
+def decode_bytes(
+    vae: Autoencoder, c: Any, frames: int, height: int, width: int, passes: int, ranks: int, b: int
+) -> int | None:
     """Bytes at the peak of decoding a clip or picture of that many pixels, its rows divided over ranks; None for a kind not known here.
 
     passes: latent frames at once. The largest stage holds about three tensors of the width that enters a residual block and one of that
@@ -102,7 +113,10 @@ def decode_bytes(vae: Autoencoder, c: Any, frames: int, height: int, width: int,
         return None
     latents = (frames - 1) // c.scale_factor_temporal + 1
     now, folded = min(passes, latents), c.patch_size if isinstance(c.patch_size, int) else 1
-    looks_back, first = c.scale_factor_temporal > 1, latents <= passes  # a clip's first frame is not doubled in time
+    looks_back, first = (
+        c.scale_factor_temporal > 1,
+        latents <= passes,
+    )  # a clip's first frame is not doubled in time
     stages = list(vae.up_stages(c))
     places = height * width // folded**2 // 4 ** sum(stage.resample is not None for stage in stages)
     most = past = 0

@@ -74,9 +74,13 @@ class Config:
         if not self.qk_norm:
             raise ValueError("qk_norm is False; Z-Image normalises queries and keys")
         if self.siglip_feat_dim is not None:
-            raise ValueError(f"siglip_feat_dim is {self.siglip_feat_dim}; only networks without image features (None) are supported")
+            raise ValueError(
+                f"siglip_feat_dim is {self.siglip_feat_dim}; only networks without image features (None) are supported"
+            )
         if sum(self.axes_dims) != self.head_dim:
-            raise ValueError(f"axes_dims is {self.axes_dims}; its sum must be the width of a head, {self.head_dim}")
+            raise ValueError(
+                f"axes_dims is {self.axes_dims}; its sum must be the width of a head, {self.head_dim}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -177,7 +181,9 @@ def _tables(c: Config, plan: Plan, inputs: Tensors, filled: list[int]) -> Tensor
     text = F.pad(torch.arange(1, max(filled) + 1, device=device)[:, None], (0, 2)).expand(len(filled), -1, -1)
     tables = {}
     for stream, places in (("text_", text), ("", image)):
-        for name, table in zip(("cos", "sin"), rope_table(places.flatten(0, 1), c.axes_dims, c.rope_theta), strict=True):
+        for name, table in zip(
+            ("cos", "sin"), rope_table(places.flatten(0, 1), c.axes_dims, c.rope_theta), strict=True
+        ):
             tables[stream + name] = table.float().unflatten(0, places.shape[:2])
     return tables
 
@@ -203,7 +209,15 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
     for i in range(c.n_refiner_layers):
         rope = tables["text_cos"], tables["text_sin"]
-        text = _layer(c, plan, w / "context_refiner" / i, text, rope, None, None if mask is None else mask[:, None, None])
+        text = _layer(
+            c,
+            plan,
+            w / "context_refiner" / i,
+            text,
+            rope,
+            None,
+            None if mask is None else mask[:, None, None],
+        )
     request = tables | {"text": text} | {name: inputs[name] for name in ("real", "limit") if name in inputs}
     request |= {} if mask is None else {"mask": mask}
     return request, _steps(c, w, timesteps_S)
@@ -256,7 +270,16 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
     text, image = streams
     cos, sin = (torch.cat([shared[f"text_{name}"], shared[name]], 1) for name in ("cos", "sin"))
     mask = joint_mask(shared["mask"], image.shape[1]) if "mask" in shared else None
-    x = _layer(c, plan, w, torch.cat(streams, 1), (cos, sin), request["modulation"], mask, sequence.keys(plan, shared, "joint"))
+    x = _layer(
+        c,
+        plan,
+        w,
+        torch.cat(streams, 1),
+        (cos, sin),
+        request["modulation"],
+        mask,
+        sequence.keys(plan, shared, "joint"),
+    )
     text, image = (part.clone(memory_format=torch.contiguous_format) for part in split(x, text.shape[1]))
     return text, image
 
@@ -305,11 +328,15 @@ def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
     size, tokens = latent_size(vae, request), token_count(vae, request, c.patch_size)
     shared = {"positions": positions(c, size, parts.device), "real": real(c, size, parts.device)}
     limit = request.cfg_normalization
-    shared |= {"limit": torch.full((1, 1, 1), limit, dtype=torch.float64, device=parts.device)} if limit else {}
+    shared |= (
+        {"limit": torch.full((1, 1, 1), limit, dtype=torch.float64, device=parts.device)} if limit else {}
+    )
 
     def branch(text: str) -> Tensors:
         ids, _ = parts.tokens("tokenizer", [TEMPLATE.format(text)], request.text_tokens, "none")
-        [hidden] = decoder_lm.encode(encoder.config, encoder.plan, encoder.w, ids, take=(encoder.config.layers,))
+        [hidden] = decoder_lm.encode(
+            encoder.config, encoder.plan, encoder.w, ids, take=(encoder.config.layers,)
+        )
         return {"text": hidden} | shared
 
     return Prepared(

@@ -66,15 +66,31 @@ def attention(
     heads, mask = q_BLHE.shape[2], None if mask is None else move(plan, "mask", mask)
     idle = -heads % plan.group("ulysses").size  # heads that are none, for equal shares
     q, k, v = move(plan, "heads", F.pad(torch.stack([q_BLHE, k_BMHE, v_BMHE]), (0, 0, 0, idle)))
-    y = attend(q, *_real(k, v, mask, keys[0]), scale) if len(keys) == 1 else _around(plan, q, k, v, mask, scale, keys)
+    y = (
+        attend(q, *_real(k, v, mask, keys[0]), scale)
+        if len(keys) == 1
+        else _around(plan, q, k, v, mask, scale, keys)
+    )
     return move(plan, "tokens", y)[:, :, :heads]
 
 
 def _real(k: Tensor, v: Tensor, mask: Tensor | None, keys: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    return k.index_select(1, keys), v.index_select(1, keys), None if mask is None else mask.index_select(3, keys)
+    return (
+        k.index_select(1, keys),
+        v.index_select(1, keys),
+        None if mask is None else mask.index_select(3, keys),
+    )
 
 
-def _around(plan: Plan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, keys: Sequence[Tensor]) -> Tensor:
+def _around(
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    keys: Sequence[Tensor],
+) -> Tensor:
     """Attention to the keys of every rank of the ring in turn; the next part is on its way while this one is worked at."""
     ring, kv = plan.group("ring"), torch.stack([k, v])
     y = log = None
@@ -94,20 +110,30 @@ def _around(plan: Plan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sc
     return y.to(q.dtype)
 
 
-def attend_with_log(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
+def attend_with_log(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
     """(attention [B, L, H, E], the logarithm of its denominator [B, L, H, 1]), both at least float32. mask: [B or 1, 1, 1, M] bool."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         if mask is None:
             y, log, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
         else:
-            bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf).expand(*q.shape[:-1], k.shape[2])
-            y, log, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
+            bias = (
+                torch.zeros_like(mask, dtype=q.dtype)
+                .masked_fill(~mask, -torch.inf)
+                .expand(*q.shape[:-1], k.shape[2])
+            )
+            y, log, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+                q, k, v, bias, True, scale=scale
+            )
     elif q.is_cuda:
         y, log = _plain(q, k, v, mask, scale)
     else:
         bias = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
-        y, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
+        y, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, attn_mask=bias, scale=scale
+        )
     if mask is not None:  # where all keys are masked a kernel may return anything
         nothing = ~mask.any(-1)
         y, log = y.masked_fill(nothing[..., None], 0), log.masked_fill(nothing, -torch.inf)
@@ -115,7 +141,9 @@ def attend_with_log(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
     return y.transpose(1, 2).to(wide), log[:, :, : q.shape[2]].transpose(1, 2)[..., None].to(wide)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
     scores = q @ k.transpose(2, 3) * (scale or q.shape[-1] ** -0.5)
     scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
     log = scores.logsumexp(-1)

@@ -46,7 +46,11 @@ def causal_conv3d(x_BCTHW: Tensor, w: Weights, past: Tensor | None = None, strip
     In a strip both come with the rows of their `halo`, which then need no padding.
     """
     weight = w["weight"]
-    reach, pad_h, pad_w = weight.shape[2] - 1, 0 if strip.divided else weight.shape[3] // 2, weight.shape[4] // 2
+    reach, pad_h, pad_w = (
+        weight.shape[2] - 1,
+        0 if strip.divided else weight.shape[3] // 2,
+        weight.shape[4] // 2,
+    )
     if past is not None:
         x_BCTHW = torch.cat([past, x_BCTHW], 2)
         reach -= past.shape[2]

@@ -17,7 +17,9 @@ from tinydiff.parallel.moves import move
 from tinydiff.parallel.plan import Plan
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 1e4, dtype: torch.dtype = torch.float32) -> Tensor:
+def timestep_embedding(
+    t: Tensor, dim: int, max_period: float = 1e4, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Timesteps t [...] -> [..., dim], cosines first. `dim` is even; computed in `dtype`."""
     half = dim // 2
     frequency = torch.exp(-math.log(max_period) * torch.arange(half, dtype=dtype, device=t.device) / half)
@@ -37,7 +39,9 @@ def lookup(plan: Plan, ids: Tensor, w: Weights) -> Tensor:
         return F.embedding(ids, table)
     at = ids - tp.rank * len(table)
     elsewhere = (at < 0) | (at >= len(table))
-    return move(plan, "sum", F.embedding(at.masked_fill(elsewhere, 0), table).masked_fill(elsewhere[..., None], 0))
+    return move(
+        plan, "sum", F.embedding(at.masked_fill(elsewhere, 0), table).masked_fill(elsewhere[..., None], 0)
+    )
 
 
 def scores(plan: Plan, x: Tensor, w: Weights) -> Tensor:

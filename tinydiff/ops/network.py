@@ -31,7 +31,9 @@ class Block(Protocol):
     It returns new memory: no input, and no two views of one tensor.
     """
 
-    def __call__(self, c: Any, plan: Plan, w: Weights, x: Any, request: Weights, shared: Mapping[str, Tensor], /) -> Streams: ...
+    def __call__(
+        self, c: Any, plan: Plan, w: Weights, x: Any, request: Weights, shared: Mapping[str, Tensor], /
+    ) -> Streams: ...
 
 
 class Family(Protocol):
@@ -126,7 +128,9 @@ def plain(network: Network, block: Block) -> Callable[..., Streams]:
     """The block as a function of plain tensors in dicts and tuples, which may cross the boundary of a compiled region."""
     config, plan, dtype = network.config, network.plan, network.dtype
 
-    def call(w: Mapping[str, Tensor], x: Streams, request: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Streams:
+    def call(
+        w: Mapping[str, Tensor], x: Streams, request: Mapping[str, Tensor], shared: Mapping[str, Tensor]
+    ) -> Streams:
         return block(config, plan, Weights(w, dtype=dtype), x, Weights(request, dtype=dtype), shared)
 
     return call
@@ -151,7 +155,10 @@ def walk(
     family, config, plan, dtype = network.family, network.config, network.plan, network.dtype
     top, stack = Weights(w[""], dtype=dtype), family.blocks(config)
     ends = [(Weights(request[""], dtype=dtype), dict(step[""])) for request, step in branches]
-    shared = [step | {name: x for name, x in request.flat.items() if is_shared(family.conds, name)} for request, step in ends]
+    shared = [
+        step | {name: x for name, x in request.flat.items() if is_shared(family.conds, name)}
+        for request, step in ends
+    ]
 
     def run(streams: list[Streams]) -> list[Streams]:
         coming = hooks.fetch.start(stack[0][1], w[stack[0][1]]) if stack else {}
@@ -161,7 +168,9 @@ def walk(
                 following = stack[at + 1][1]
                 coming = hooks.fetch.start(following, w[following])
             own = [{**request[prefix], **step[prefix]} for request, step in branches]
-            streams = [call[block](here, *each) for call, *each in zip(calls, streams, own, shared, strict=True)]
+            streams = [
+                call[block](here, *each) for call, *each in zip(calls, streams, own, shared, strict=True)
+            ]
             if hooks.after is not None:
                 hooks.after(prefix, streams)
         return streams

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 
-def rope_table(positions_LA: Tensor, dims: Sequence[int], theta: float = 1e4, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def rope_table(
+    positions_LA: Tensor, dims: Sequence[int], theta: float = 1e4, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines [L, sum(dims) / 2] for positions on A axes, `dims[a]` channels each.
 
     `dtype` is the type the angles are computed in: float64 where the reference does so, float32 elsewhere.
@@ -19,7 +21,9 @@ def rope_table(positions_LA: Tensor, dims: Sequence[int], theta: float = 1e4, dt
     angles = []
     for axis, dim in enumerate(dims):
         exponent = torch.arange(0, dim, 2, dtype=dtype, device=positions_LA.device) / dim
-        angles.append(positions_LA[:, axis, None].to(dtype) * (1 / theta**exponent))  # rounded as all references round
+        angles.append(
+            positions_LA[:, axis, None].to(dtype) * (1 / theta**exponent)
+        )  # rounded as all references round
     angle = torch.cat(angles, -1)
     return angle.cos(), angle.sin()
 

@@ -27,7 +27,12 @@ def tiled(fn: Pictured, x: Tensor, side: int | None, scale: float, plan: Plan = 
     stride = side * 3 // 4
     keep, overlap = round(stride * scale), round(side * scale) - round(stride * scale)
     columns = range(0, width, stride)
-    tiles = _dealt(fn, [x[..., i : i + side, j : j + side] for i in range(0, height, stride) for j in columns], scale, plan.group("rows"))
+    tiles = _dealt(
+        fn,
+        [x[..., i : i + side, j : j + side] for i in range(0, height, stride) for j in columns],
+        scale,
+        plan.group("rows"),
+    )
     rows = [tiles[start : start + len(columns)] for start in range(0, len(tiles), len(columns))]
     strips = []
     for i, row in enumerate(rows):
@@ -49,7 +54,9 @@ def _dealt(fn: Pictured, squares: list[Tensor], scale: float, group: Group) -> l
     made: list[Tensor] = []
     for start in range(0, len(squares), group.size):
         at = min(start + group.rank, len(squares) - 1)
-        bottom, right = (most - own for most, own in zip(sizes[0], sizes[at], strict=True))  # none is larger than the first
+        bottom, right = (
+            most - own for most, own in zip(sizes[0], sizes[at], strict=True)
+        )  # none is larger than the first
         made += of_all(group, F.pad(fn(squares[at], WHOLE), (0, right, 0, bottom))).unbind(0)
     return [tile[..., :height, :width] for tile, (height, width) in zip(made, sizes, strict=False)]
 

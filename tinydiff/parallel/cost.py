@@ -74,7 +74,12 @@ class Work:
 
     def keys(self, stream: str) -> int:
         """Tokens that are attended to."""
-        return {"image": self.image, "joint": self.image + self.text, "words": self.text, "views": self.views}[stream]
+        return {
+            "image": self.image,
+            "joint": self.image + self.text,
+            "words": self.text,
+            "views": self.views,
+        }[stream]
 
     def evaluations(self, layout: Layout) -> int:
         """Branches that one rank walks through in a step."""
@@ -189,13 +194,18 @@ def step_flops(net: CostModel, layout: Layout, work: Work) -> int:
     2 n (values of the weight that it holds) for every linear, 4 n (keys) D for every attention.
     """
     rows = {row.name: row for row in net.rows}
-    linear = sum(2 * work.held(stream, layout) * numel(rows[name], layout.tp) for name, stream in net.streamed)
+    linear = sum(
+        2 * work.held(stream, layout) * numel(rows[name], layout.tp) for name, stream in net.streamed
+    )
     return work.evaluations(layout) * work.images * (linear + attention_flops(net, layout, work))
 
 
 def attention_flops(net: CostModel, layout: Layout, work: Work) -> int:
     """The attentions' share of `step_flops`, for one branch of one image."""
-    return sum(4 * work.held(queries, layout) * work.keys(keys) * dealt_width(net, layout, keys) for queries, keys in net.attends)
+    return sum(
+        4 * work.held(queries, layout) * work.keys(keys) * dealt_width(net, layout, keys)
+        for queries, keys in net.attends
+    )
 
 
 def dealt_width(net: CostModel, layout: Layout, keys: str = "image") -> int:
@@ -218,9 +228,17 @@ def step_bytes(net: CostModel, layout: Layout, work: Work, b: int = 2) -> dict[s
     fsdp: one gather of every block's weights, of which the rank holds a share (`share_bytes`).
     """
     rows = {row.name: row for row in net.rows}
-    exchanged = sum(work.held(queries, layout) * dealt_width(net, layout) for queries, keys in net.attends if keys in ("image", "joint"))
+    exchanged = sum(
+        work.held(queries, layout) * dealt_width(net, layout)
+        for queries, keys in net.attends
+        if keys in ("image", "joint")
+    )
     summed = sum(work.held(stream, layout) * 4 for stream in net.norms)
-    summed += sum(work.held(stream, layout) * rows[name].shape[0] * b for name, stream in net.streamed if rows[name].split == 1)
+    summed += sum(
+        work.held(stream, layout) * rows[name].shape[0] * b
+        for name, stream in net.streamed
+        if rows[name].split == 1
+    )
     each = work.evaluations(layout) * work.images
     found = {
         "cfg": (layout.cfg > 1) * work.images * work.held("image", layout) * net.values * b,
@@ -257,7 +275,13 @@ def step_seconds(net: CostModel, layout: Layout, work: Work, machine: Machine, b
     Only the gathering of a block's weights is hidden, behind the blocks before. Rings are not trusted to hide theirs, though each part is
     on its way while attention works at another. Launches, waiting for the slowest and reading of memory are not counted.
     """
-    ranks = {"cfg": layout.cfg, "ring": layout.ring, "ulysses": layout.ulysses, "tp": layout.tp, "fsdp": shards(layout)}
+    ranks = {
+        "cfg": layout.cfg,
+        "ring": layout.ring,
+        "ulysses": layout.ulysses,
+        "tp": layout.tp,
+        "fsdp": shards(layout),
+    }
     sending = dict.fromkeys(ranks, 0.0)
     for axis, size in step_bytes(net, layout, work, b).items():
         bandwidth = machine.net if across(layout, axis, machine) else machine.link

@@ -87,9 +87,14 @@ def count(asked: ParallelOptions, running: int | None = None) -> int:
         ranks = running
         for name in ("nnodes", "node_rank", "dist_init_addr", "master_port"):
             if (value := getattr(asked, name)) is not None:
-                raise UserError(name, f"{name}: {value} cannot be given under torchrun, which has its own; leave it out")
+                raise UserError(
+                    name, f"{name}: {value} cannot be given under torchrun, which has its own; leave it out"
+                )
         if asked.num_gpus not in (None, running):
-            raise UserError("num_gpus", f"num_gpus: {asked.num_gpus} is not the number of ranks that torchrun started, {running}")
+            raise UserError(
+                "num_gpus",
+                f"num_gpus: {asked.num_gpus} is not the number of ranks that torchrun started, {running}",
+            )
     if ranks % prod(given.values()):
         raise _unequal(ranks, given)
     for name, value in (("use_fsdp_inference", True), ("encoder_parallel", "fold")):
@@ -99,7 +104,9 @@ def count(asked: ParallelOptions, running: int | None = None) -> int:
 
 
 def _unequal(ranks: int, given: Mapping[str, int]) -> UserError:
-    return UserError("num_gpus", f"num_gpus: {ranks} ranks are not what {_named(given)} makes, {prod(given.values())}")
+    return UserError(
+        "num_gpus", f"num_gpus: {ranks} ranks are not what {_named(given)} makes, {prod(given.values())}"
+    )
 
 
 def _named(given: Mapping[str, int]) -> str:
@@ -109,13 +116,25 @@ def _named(given: Mapping[str, int]) -> str:
 def _check_machines(asked: ParallelOptions, ranks: int, machines: int) -> None:
     if asked.node_rank is not None and asked.node_rank >= machines:
         allowed = f"give 0 to {machines - 1}" if machines > 1 else "leave it out, or give nnodes"
-        raise UserError("node_rank", f"node_rank: {asked.node_rank} is not among {machines} machines, counted from 0; {allowed}")
+        raise UserError(
+            "node_rank",
+            f"node_rank: {asked.node_rank} is not among {machines} machines, counted from 0; {allowed}",
+        )
     if machines > 1 and asked.dist_init_addr is None:
-        raise UserError("dist_init_addr", f"dist_init_addr: {machines} machines (nnodes) meet at the first one's; give its host:port")
+        raise UserError(
+            "dist_init_addr",
+            f"dist_init_addr: {machines} machines (nnodes) meet at the first one's; give its host:port",
+        )
     if machines == 1 and asked.dist_init_addr is not None:
-        raise UserError("dist_init_addr", f"dist_init_addr: {asked.dist_init_addr!r} is where several machines meet; give nnodes too")
+        raise UserError(
+            "dist_init_addr",
+            f"dist_init_addr: {asked.dist_init_addr!r} is where several machines meet; give nnodes too",
+        )
     if ranks % machines:
-        raise UserError("num_gpus", f"num_gpus: {ranks} ranks in all cannot be shared equally by {machines} machines (nnodes)")
+        raise UserError(
+            "num_gpus",
+            f"num_gpus: {ranks} ranks in all cannot be shared equally by {machines} machines (nnodes)",
+        )
     address(asked)
 
 
@@ -127,9 +146,15 @@ def address(asked: ParallelOptions) -> tuple[str, int]:
     if not colon:
         return asked.dist_init_addr, asked.master_port or PORT
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise UserError("dist_init_addr", f"dist_init_addr: {asked.dist_init_addr!r} is not host:port, such as node0:{PORT}")
+        raise UserError(
+            "dist_init_addr",
+            f"dist_init_addr: {asked.dist_init_addr!r} is not host:port, such as node0:{PORT}",
+        )
     if asked.master_port not in (None, int(port)):
-        raise UserError("master_port", f"master_port: {asked.master_port} is not the port of dist_init_addr, {port}; give one of them")
+        raise UserError(
+            "master_port",
+            f"master_port: {asked.master_port} is not the port of dist_init_addr, {port}; give one of them",
+        )
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
@@ -139,21 +164,40 @@ def degrees(asked: ParallelOptions) -> dict[str, int]:
     if asked.enable_cfg_parallel is not None:
         if cfg is not None and asked.enable_cfg_parallel != (cfg > 1):
             switch = str(asked.enable_cfg_parallel).lower()
-            raise UserError("cfg_parallel_size", f"cfg_parallel_size: {cfg} contradicts enable_cfg_parallel {switch}; give one of them")
+            raise UserError(
+                "cfg_parallel_size",
+                f"cfg_parallel_size: {cfg} contradicts enable_cfg_parallel {switch}; give one of them",
+            )
         cfg = 2 if asked.enable_cfg_parallel else 1
     ring, ulysses, both = asked.ring_degree, asked.ulysses_degree, asked.sp_degree
     if both is not None:
         known = (ring or 1) * (ulysses or 1)
         if both % known or (ring and ulysses and both != known):
-            given = " times ".join(f"{OPTIONS[axis]} {n}" for axis, n in (("ulysses", ulysses), ("ring", ring)) if n)
-            raise UserError("sp_degree", f"sp_degree: {both} must be ulysses_degree times ring_degree, and {given} is given")
+            given = " times ".join(
+                f"{OPTIONS[axis]} {n}" for axis, n in (("ulysses", ulysses), ("ring", ring)) if n
+            )
+            raise UserError(
+                "sp_degree",
+                f"sp_degree: {both} must be ulysses_degree times ring_degree, and {given} is given",
+            )
         ulysses, ring = ulysses or both // known, ring or (both // known if ulysses else 1)
-    found = {"dp": asked.data_parallel_size, "cfg": cfg, "ring": ring, "ulysses": ulysses, "tp": asked.tp_size}
+    found = {
+        "dp": asked.data_parallel_size,
+        "cfg": cfg,
+        "ring": ring,
+        "ulysses": ulysses,
+        "tp": asked.tp_size,
+    }
     return {axis: n for axis, n in found.items() if n is not None}
 
 
 def choose(
-    asked: ParallelOptions, ranks: int, heads: int, guided: bool, tokens: int | None = None, outputs: int | None = None
+    asked: ParallelOptions,
+    ranks: int,
+    heads: int,
+    guided: bool,
+    tokens: int | None = None,
+    outputs: int | None = None,
 ) -> tuple[Layout, str]:
     """(how `ranks` ranks share the work, why, in a line).
 
@@ -175,7 +219,10 @@ def choose(
         if not shares:
             beside = f" beside {_named(given)}" if given else ""
             more = "fewer, or data_parallel_size or ring_degree too"
-            raise UserError("num_gpus", f"num_gpus: {ranks} ranks find no place on the denoiser's {heads} heads{beside}; give {more}")
+            raise UserError(
+                "num_gpus",
+                f"num_gpus: {ranks} ranks find no place on the denoiser's {heads} heads{beside}; give {more}",
+            )
         fit, ulysses, tp = max(shares)
         sizes |= {"ulysses": sizes["ulysses"] * ulysses, "tp": sizes["tp"] * tp}
         why = {"ulysses": f"{'divides' if fit else 'pads'} {heads} heads", "tp": "the rest"} | why
@@ -184,14 +231,21 @@ def choose(
     layout = replace(Layout(), **sizes, fsdp=fsdp, encoders=asked.encoder_parallel == "fold", vae=vae)
     check(layout, heads, guided, tokens, outputs)
     if layout.encoders and replica == layout.tp:
-        raise UserError("encoder_parallel", "encoder_parallel: 'fold' finds no ranks in a replica but those of tp_size; leave it out")
+        raise UserError(
+            "encoder_parallel",
+            "encoder_parallel: 'fold' finds no ranks in a replica but those of tp_size; leave it out",
+        )
     if asked.encoder_parallel == "replicate" and layout.tp > 1:
         message = f"'replicate' is not possible where tp_size is {layout.tp}, which divides encoders too; give auto or fold"
         raise UserError("encoder_parallel", f"encoder_parallel: {message}")
-    return layout, f"{ranks} ranks: " + ", ".join(f"{axis} {sizes[axis]} ({why[axis]})" for axis in AXES if sizes[axis] > 1)
+    return layout, f"{ranks} ranks: " + ", ".join(
+        f"{axis} {sizes[axis]} ({why[axis]})" for axis in AXES if sizes[axis] > 1
+    )
 
 
-def _shares(left: int, sizes: Mapping[str, int], given: Collection[str], heads: int, tokens: int | None) -> Iterator[tuple[bool, int, int]]:
+def _shares(
+    left: int, sizes: Mapping[str, int], given: Collection[str], heads: int, tokens: int | None
+) -> Iterator[tuple[bool, int, int]]:
     """The ways to deal `left` ranks to ulysses and tp, where they are not given: (whether ulysses divides the heads, ulysses, tp)."""
     for ulysses in range(1, left + 1):
         tp = left // ulysses
@@ -202,11 +256,16 @@ def _shares(left: int, sizes: Mapping[str, int], given: Collection[str], heads: 
             yield heads // sizes["tp"] % ulysses == 0, ulysses, tp
 
 
-def check(layout: Layout, heads: int, guided: bool, tokens: int | None = None, outputs: int | None = None) -> None:
+def check(
+    layout: Layout, heads: int, guided: bool, tokens: int | None = None, outputs: int | None = None
+) -> None:
     """Refuse a layout that this model and request cannot have. Arguments as of `choose`. Raises UserError naming the option."""
     if heads % layout.tp:
         fit = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        raise UserError("tp_size", f"tp_size: {layout.tp} does not divide the denoiser's {heads} heads; choose one of {fit}")
+        raise UserError(
+            "tp_size",
+            f"tp_size: {layout.tp} does not divide the denoiser's {heads} heads; choose one of {fit}",
+        )
     if layout.ulysses * layout.tp > heads:
         beside = f" times tp_size {layout.tp}" if layout.tp > 1 else ""
         message = f"{layout.ulysses}{beside} is more than the denoiser's {heads} heads; ring_degree has no such limit"
@@ -215,9 +274,15 @@ def check(layout: Layout, heads: int, guided: bool, tokens: int | None = None, o
         message = "2 ranks need guidance, and this request runs without; set a guidance scale above 1 or leave it out"
         raise UserError("cfg_parallel_size", f"cfg_parallel_size: {message}")
     if tokens is not None and layout.sequence > tokens:
-        raise UserError("sp_degree", f"sp_degree: {layout.sequence} ranks cannot share a picture of {tokens} tokens; give at most {tokens}")
+        raise UserError(
+            "sp_degree",
+            f"sp_degree: {layout.sequence} ranks cannot share a picture of {tokens} tokens; give at most {tokens}",
+        )
     if layout.fsdp and len(teams(layout, "shard")[0]) == 1:
         message = "there are no ranks that would hold the same weights; give cfg_parallel_size, ulysses_degree or ring_degree too"
         raise UserError("use_fsdp_inference", f"use_fsdp_inference: {message}")
     if outputs is not None and layout.dp > outputs:
-        raise UserError("data_parallel_size", f"data_parallel_size: {layout.dp} replicas for {outputs} outputs; give at most {outputs}")
+        raise UserError(
+            "data_parallel_size",
+            f"data_parallel_size: {layout.dp} replicas for {outputs} outputs; give at most {outputs}",
+        )

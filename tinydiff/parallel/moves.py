@@ -28,7 +28,11 @@ def reshard(x: Tensor, source: Placement, target: Placement, group: Group) -> Te
             return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "sum", group.name))
         case Shard(dim), Replicate():
             gathered = wait(start_gather(x.contiguous(), group))
-            return gathered.unflatten(0, (group.size, -1)).movedim(0, dim % x.ndim).flatten(dim % x.ndim, dim % x.ndim + 1)
+            return (
+                gathered.unflatten(0, (group.size, -1))
+                .movedim(0, dim % x.ndim)
+                .flatten(dim % x.ndim, dim % x.ndim + 1)
+            )
         case Replicate(), Shard(dim):
             return x.chunk(group.size, dim)[group.rank]
         case Shard(before), Shard(after):

@@ -135,10 +135,14 @@ def linear_rows(
     head: int = 1,
 ) -> Iterator[Row]:
     """Rows of a linear layer, weight [fan_out, fan_in]. `split`: "out" divides the outputs (column parallel), "in" the inputs (row)."""
-    yield Row(f"{name}.weight", (fan_out, fan_in), {"out": 0, "in": 1, None: None}[split], parts, float32, head=head)
+    yield Row(
+        f"{name}.weight", (fan_out, fan_in), {"out": 0, "in": 1, None: None}[split], parts, float32, head=head
+    )
     if bias:
         columns = split == "out"
-        yield Row(f"{name}.bias", (fan_out,), 0 if columns else None, parts if columns else (), float32, head=head)
+        yield Row(
+            f"{name}.bias", (fan_out,), 0 if columns else None, parts if columns else (), float32, head=head
+        )
 
 
 def conv_rows(name: str, channels_in: int, channels_out: int, kernel: tuple[int, ...]) -> Iterator[Row]:
@@ -147,7 +151,9 @@ def conv_rows(name: str, channels_in: int, channels_out: int, kernel: tuple[int,
     yield Row(f"{name}.bias", (channels_out,))
 
 
-def norm_rows(name: str, width: int, *, bias: bool = False, split: int | None = None, float32: bool = False) -> Iterator[Row]:
+def norm_rows(
+    name: str, width: int, *, bias: bool = False, split: int | None = None, float32: bool = False
+) -> Iterator[Row]:
     """Rows of a norm over `width`: its weight and, if asked, its bias."""
     yield Row(f"{name}.weight", (width,), split, float32=float32)
     if bias:

@@ -68,7 +68,9 @@ def join(layout: Layout, timeout: float, device: str) -> Ranks:
     torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // place.local_size)))
     if device == "cuda":
         torch.cuda.set_device(place.local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=limit, device_id=torch.device("cuda", place.local_rank))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl", timeout=limit, device_id=torch.device("cuda", place.local_rank)
+        )
     else:
         dist.init_process_group("gloo", timeout=limit)
     return grouped(layout, timeout)
@@ -200,7 +202,9 @@ def start(
         except SignalException as error:
             raise SystemExit(128 + error.sigval) from None
         except (RendezvousError, dist.DistNetworkError, dist.DistStoreError) as error:
-            raise RankError(f"{nodes} machines did not meet at {host}:{port}: {' '.join(str(error).split())}") from None
+            raise RankError(
+                f"{nodes} machines did not meet at {host}:{port}: {' '.join(str(error).split())}"
+            ) from None
 
 
 def _work(folder: str, fn: Callable[..., T], args: tuple) -> T:
@@ -213,7 +217,11 @@ def _work(folder: str, fn: Callable[..., T], args: tuple) -> T:
         place = config.under_torchrun()
         rank = place.rank if place else 0
         field = error.field if isinstance(error, UserError) else None
-        entry = {"field": field, "message": str(error) if field else told(rank, error), "trace": traceback.format_exc()}
+        entry = {
+            "field": field,
+            "message": str(error) if field else told(rank, error),
+            "trace": traceback.format_exc(),
+        }
         written = Path(folder) / f"{rank}.failure"
         written.write_text(json.dumps(entry))
         time.sleep(GRACE)
@@ -222,7 +230,9 @@ def _work(folder: str, fn: Callable[..., T], args: tuple) -> T:
 
 def _first_failure(folder: Path, rank: int, failure: Any) -> UserError | RankError | KeyboardInterrupt:
     """What to raise for the rank that failed first: a signal tells of itself, the others have written down what it was."""
-    if failure.exitcode == -signal.SIGINT:  # Ctrl-C went to all, and a rank was quicker to end than this process to hear of it
+    if (
+        failure.exitcode == -signal.SIGINT
+    ):  # Ctrl-C went to all, and a rank was quicker to end than this process to hear of it
         return KeyboardInterrupt()
     if failure.exitcode < 0 and not (folder / f"{rank}.failure").exists():
         memory = ", as the system does where memory runs out" if failure.exitcode == -signal.SIGKILL else ""
@@ -232,7 +242,9 @@ def _first_failure(folder: Path, rank: int, failure: Any) -> UserError | RankErr
         return RankError(f"rank {rank}: ended with exit code {failure.exitcode}")
     entry = json.loads(written[0].read_text())
     logging.getLogger(__name__).debug("%s", entry["trace"])
-    return RankError(entry["message"]) if entry["field"] is None else UserError(entry["field"], entry["message"])
+    return (
+        RankError(entry["message"]) if entry["field"] is None else UserError(entry["field"], entry["message"])
+    )
 
 
 def _check_free(port: int) -> None:
@@ -242,7 +254,9 @@ def _check_free(port: int) -> None:
             trial.bind(("", port))
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
-            raise UserError("master_port", f"master_port: {port} cannot be had on this machine ({reason}); choose another") from None
+            raise UserError(
+                "master_port", f"master_port: {port} cannot be had on this machine ({reason}); choose another"
+            ) from None
 
 
 @contextmanager
@@ -253,9 +267,13 @@ def _nothing_left() -> Iterator[None]:
     before, silent = set(multiprocessing.active_children()), logging.root.manager.disable
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     done = threading.Event()
-    threading.Thread(target=done.wait, daemon=True).start()  # a thread to hear of Ctrl-C, which is then blocked in this one and, as
+    threading.Thread(
+        target=done.wait, daemon=True
+    ).start()  # a thread to hear of Ctrl-C, which is then blocked in this one and, as
     resource_tracker.ensure_running()  # (it would unblock it)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit that, in ranks that still import
+    mask = signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGINT}
+    )  # they inherit that, in ranks that still import
     logging.disable(logging.CRITICAL)
     try:
         yield

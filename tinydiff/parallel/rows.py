@@ -46,7 +46,9 @@ def by_rows(plan: Plan, fn: Callable[[Tensor, Strip], Tensor], x: Tensor, unit: 
     group, (units, rest) = plan.group("rows"), divmod(x.shape[-2], unit)
     if group.size == 1 or units < group.size or rest:
         return fn(x, WHOLE)
-    strip = Strip(group, tuple(units // group.size + (rank < units % group.size) for rank in range(group.size)))
+    strip = Strip(
+        group, tuple(units // group.size + (rank < units % group.size) for rank in range(group.size))
+    )
     mine = x.split([height * unit for height in strip.heights], -2)[group.rank]
     return gather(strip, fn(mine, strip), -2)
 
@@ -79,7 +81,9 @@ def gather(strip: Strip, x: Tensor, dim: int) -> Tensor:
     each = x.shape[dim] // strip.heights[strip.group.rank]
     lengths = [each * height for height in strip.heights]
     padded = F.pad(x, (*(0, 0) * (-dim - 1), 0, max(lengths) - x.shape[dim]))
-    return torch.cat([part.narrow(dim, 0, n) for part, n in zip(of_all(strip.group, padded), lengths, strict=True)], dim)
+    return torch.cat(
+        [part.narrow(dim, 0, n) for part, n in zip(of_all(strip.group, padded), lengths, strict=True)], dim
+    )
 
 
 def statistics(strip: Strip, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,10 @@ def dealt(plan: Plan, conds: Sequence[Cond], request: Mapping[str, Tensor]) -> d
     dims = token_dims(conds)
     device = next(iter(request.values())).device
     shares = {name: share(plan, x, dims[name]) if name in dims else x for name, x in request.items()}
-    return shares | {name: torch.tensor(index, dtype=torch.int64, device=device) for name, index in _real(plan, text, image).items()}
+    return shares | {
+        name: torch.tensor(index, dtype=torch.int64, device=device)
+        for name, index in _real(plan, text, image).items()
+    }
 
 
 def keys(plan: Plan, known: Known, stream: str) -> tuple[Tensor, ...]:
@@ -107,7 +110,11 @@ def keys(plan: Plan, known: Known, stream: str) -> tuple[Tensor, ...]:
 
     known: the request's tensors that belong to no block. stream: one of `STREAMS`. Empty where the sequence is not dealt.
     """
-    return tuple(known[f"{KEYS}{stream}.{turn}"] for turn in range(plan.group("ring").size)) if ranks(plan)[0] > 1 else ()
+    return (
+        tuple(known[f"{KEYS}{stream}.{turn}"] for turn in range(plan.group("ring").size))
+        if ranks(plan)[0] > 1
+        else ()
+    )
 
 
 def _real(plan: Plan, text: int, image: int) -> dict[str, list[int]]:
@@ -129,5 +136,7 @@ def _real(plan: Plan, text: int, image: int) -> dict[str, list[int]]:
 
 
 def _length(request: Mapping[str, Tensor], conds: Sequence[Cond], stream: str) -> int:
-    found = (request[cond.name].shape[cond.dim] for cond in conds if cond.stream == stream and cond.name in request)
+    found = (
+        request[cond.name].shape[cond.dim] for cond in conds if cond.stream == stream and cond.name in request
+    )
     return next(found, 0)

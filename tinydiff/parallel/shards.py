@@ -90,7 +90,10 @@ def _boxes(row: Row, tp: Group) -> list[Box]:
     boxes = []
     for width, end in zip(_widths(row), accumulate(_widths(row)), strict=True):
         mine, start = width // tp.size, end - width
-        there, here = _with(origin, row.split, start + tp.rank * mine), _with(origin, row.split, start // tp.size)
+        there, here = (
+            _with(origin, row.split, start + tp.rank * mine),
+            _with(origin, row.split, start // tp.size),
+        )
         boxes.append(Box(there, here, _with(row.shape, row.split, mine)))
     return boxes
 
@@ -142,13 +145,19 @@ def packing(rows: Iterable[Row], plan: Plan, blocks: Collection[str]) -> dict[st
             shape = _local(row, tp).shape
             parts = found.setdefault(home, [])
             name = row.name.removeprefix(f"{home.rpartition('.')[0]}.")
-            parts.append(Part(name, shape, share(shape[0], ranks)[0], parts[-1].at + parts[-1].numel if parts else 0))
+            parts.append(
+                Part(name, shape, share(shape[0], ranks)[0], parts[-1].at + parts[-1].numel if parts else 0)
+            )
     return {home: Pack(tuple(parts)) for home, parts in found.items()}
 
 
 def _parts(packs: Mapping[str, Pack]) -> dict[str, tuple[str, Part]]:
     """Full name of each packed weight -> (its pack, its part there)."""
-    return {f"{home.rpartition('.')[0]}.{part.name}": (home, part) for home, pack in packs.items() for part in pack.parts}
+    return {
+        f"{home.rpartition('.')[0]}.{part.name}": (home, part)
+        for home, pack in packs.items()
+        for part in pack.parts
+    }
 
 
 def _home(row: Row, blocks: Collection[str]) -> str | None:
@@ -170,7 +179,10 @@ def finish(pending: Tensor, pack: Pack) -> dict[str, Tensor]:
 
 def unpack(shares: Tensor, pack: Pack) -> dict[str, Tensor]:
     """The flat tensors of all ranks [ranks, numel] -> the block's weights, by their names below it."""
-    return {part.name: shares[:, part.at : part.at + part.numel].reshape(-1, *part.shape[1:])[: part.shape[0]] for part in pack.parts}
+    return {
+        part.name: shares[:, part.at : part.at + part.numel].reshape(-1, *part.shape[1:])[: part.shape[0]]
+        for part in pack.parts
+    }
 
 
 def gathered(x: Tensor, *groups: Group) -> Tensor:
@@ -229,7 +241,9 @@ class Held(NamedTuple):
         return weights[self.home].view(-1)[self.at : self.at + prod(self.shape)].view(self.shape)
 
 
-def holdings(rows: Iterable[Row], plan: Plan, blocks: Collection[str] = (), together: Group = ALONE) -> Iterator[Held]:
+def holdings(
+    rows: Iterable[Row], plan: Plan, blocks: Collection[str] = (), together: Group = ALONE
+) -> Iterator[Held]:
     """What this rank holds of each weight, in the order of the rows, which is the same on all ranks.
 
     blocks: prefixes of the blocks whose weights are packed over "shard". together: the ranks beside this one, on no axis of the plan,
@@ -243,7 +257,9 @@ def holdings(rows: Iterable[Row], plan: Plan, blocks: Collection[str] = (), toge
         alike = tuple(group for group in axes if group.size > 1)
         if row.name in parts:
             home, part = parts[row.name]
-            yield Held(row, list(_shared(boxes, shape[0], ranks)), home, part.at, (part.width, *shape[1:]), alike)
+            yield Held(
+                row, list(_shared(boxes, shape[0], ranks)), home, part.at, (part.width, *shape[1:]), alike
+            )
         else:
             yield Held(row, boxes, row.name, 0, shape, alike)
 
@@ -258,7 +274,9 @@ def _shared(boxes: Iterable[Box], size: int, group: Group) -> Iterator[Box]:
             yield kept._replace(here=_with(kept.here, 0, low - first))
 
 
-def held(weights: Mapping[str, Tensor], rows: Iterable[Row], plan: Plan, blocks: Collection[str] = ()) -> dict[str, Tensor]:
+def held(
+    weights: Mapping[str, Tensor], rows: Iterable[Row], plan: Plan, blocks: Collection[str] = ()
+) -> dict[str, Tensor]:
     """What this rank holds, as new tensors, of whole weights that are in memory already. Weights that are not there are left out."""
     rows = [row for row in rows if row.name in weights]
     like = {home.home: weights[home.row.name] for home in holdings(rows, plan, blocks)}

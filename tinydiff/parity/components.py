@@ -38,8 +38,14 @@ def _t5(kind: str, prefix: str) -> Case:
     read = _MASK.bool()  # what stands where padding is means nothing
 
     def reference() -> nn.Module:
-        fields = {key: value for key, value in asdict(c).items() if key not in ("dense_act_fn", "is_gated_act", "model_type")}
-        return _transformers(f"{prefix}EncoderModel", f"{prefix}Config", **fields, feed_forward_proj="gated-gelu")
+        fields = {
+            key: value
+            for key, value in asdict(c).items()
+            if key not in ("dense_act_fn", "is_gated_act", "model_type")
+        }
+        return _transformers(
+            f"{prefix}EncoderModel", f"{prefix}Config", **fields, feed_forward_proj="gated-gelu"
+        )
 
     def theirs(module: nn.Module) -> dict[str, Tensor]:
         return {"last": module(_IDS, attention_mask=_MASK).last_hidden_state[read]}
@@ -102,10 +108,14 @@ def _language(family: str, known: str, **changes: Any) -> Case:
 
     def ours(w: Weights) -> Iterator[tuple[str, Tensor]]:
         c = config()
-        yield from _states(decoder_lm.encode(c, PLAN, w, _IDS, _MASK, take=tuple(range(c.layers + 1)))).items()
+        yield from _states(
+            decoder_lm.encode(c, PLAN, w, _IDS, _MASK, take=tuple(range(c.layers + 1)))
+        ).items()
 
     build = partial(_transformers, f"{family}Model", f"{family}Config", **fields)
-    return Case(build, lambda: decoder_lm.spec(config()), lambda key: decoder_lm.row_name(config(), key), theirs, ours)
+    return Case(
+        build, lambda: decoder_lm.spec(config()), lambda key: decoder_lm.row_name(config(), key), theirs, ours
+    )
 
 
 def _qwen_vision() -> Case:
@@ -156,10 +166,19 @@ ENCODERS: dict[str, tuple[str, Callable[[], Case]]] = {
     "CLIP-G": (clip_text.WITH_PROJECTION, partial(_clip, True, "gelu")),
     "CLIP ViT": ("CLIPVisionModel", _clip_vision),
     "Qwen3": ("Qwen3Model", partial(_language, "Qwen3", "Qwen3Model", head_dim=16)),
-    "Qwen2.5": ("Qwen2_5_VLTextModel", partial(_language, "Qwen2_5_VLText", "Qwen2_5_VLTextModel", rope_parameters=_MROPE)),
+    "Qwen2.5": (
+        "Qwen2_5_VLTextModel",
+        partial(_language, "Qwen2_5_VLText", "Qwen2_5_VLTextModel", rope_parameters=_MROPE),
+    ),
     "Qwen2.5 vision": ("Qwen2_5_VLModel", _qwen_vision),
-    "Mistral": ("MistralModel", partial(_language, "Mistral", "MistralForCausalLM", head_dim=12, sliding_window=None)),
-    "Ministral 3": ("Ministral3Model", partial(_language, "Ministral3", "Ministral3ForCausalLM", head_dim=8, rope_parameters=_YARN)),
+    "Mistral": (
+        "MistralModel",
+        partial(_language, "Mistral", "MistralForCausalLM", head_dim=12, sliding_window=None),
+    ),
+    "Ministral 3": (
+        "Ministral3Model",
+        partial(_language, "Ministral3", "Ministral3ForCausalLM", head_dim=8, rope_parameters=_YARN),
+    ),
 }
 """What is compared -> (class of transformers, case)."""
 
@@ -167,13 +186,31 @@ ENCODERS: dict[str, tuple[str, Callable[[], Case]]] = {
 
 _STATISTICS: dict[str, Any] = {"latents_mean": (0.1, 0.2, -0.3, 0.4), "latents_std": (1.0, 2.0, 0.5, 0.7)}
 _WAN = wan_vae.Config(base_dim=6, z_dim=4, num_res_blocks=2, **_STATISTICS)
-_WAN22 = replace(_WAN, decoder_base_dim=8, is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16)
-_LEVELS: dict[str, Any] = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+_WAN22 = replace(
+    _WAN,
+    decoder_base_dim=8,
+    is_residual=True,
+    in_channels=12,
+    out_channels=12,
+    patch_size=2,
+    scale_factor_spatial=16,
+)
+_LEVELS: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+}
 _KL = kl.Config(
     block_out_channels=(4, 6, 8), layers_per_block=2, norm_num_groups=2, scaling_factor=0.3611, shift_factor=0.1159, **_LEVELS,
     use_quant_conv=False, use_post_quant_conv=False,
 )  # fmt: skip
-_KL2 = replace(_KL, scaling_factor=0.18215, shift_factor=None, use_quant_conv=True, use_post_quant_conv=True, patch_size=(2, 2))
+_KL2 = replace(
+    _KL,
+    scaling_factor=0.18215,
+    shift_factor=None,
+    use_quant_conv=True,
+    use_post_quant_conv=True,
+    patch_size=(2, 2),
+)
 _TINY = tiny.Config(
     encoder_block_out_channels=(6,) * 3, decoder_block_out_channels=(5,) * 3, num_encoder_blocks=(1, 2, 1), num_decoder_blocks=(2, 1, 1),
     act_fn="silu", latent_channels=8,
@@ -232,13 +269,25 @@ def _raw(c: Any, net: Any, z: Tensor) -> Tensor:
     return F.pixel_shuffle(z, 2) if getattr(c, "patch_size", None) == (2, 2) else z
 
 
-_WANS, _QWENS, _KLS, _KL2S, _TINIES = "AutoencoderKLWan", "AutoencoderKLQwenImage", "AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny"
+_WANS, _QWENS, _KLS, _KL2S, _TINIES = (
+    "AutoencoderKLWan",
+    "AutoencoderKLQwenImage",
+    "AutoencoderKL",
+    "AutoencoderKLFlux2",
+    "AutoencoderTiny",
+)
 
 AUTOENCODERS: dict[str, tuple[str, Callable[[], Case]]] = {
     "Wan2.1 autoencoder": (_WANS, partial(_autoencoder, wan_vae, _WANS, _WAN, 9)),
     "Wan2.2 autoencoder": (_WANS, partial(_autoencoder, wan_vae, _WANS, _WAN22, 9)),
-    "Qwen-Image autoencoder": (_QWENS, partial(_autoencoder, wan_vae, _QWENS, replace(_WAN, input_channels=3))),
-    "Qwen-Image autoencoder, RGBA": (_QWENS, partial(_autoencoder, wan_vae, _QWENS, replace(_WAN, input_channels=4), channels=4)),
+    "Qwen-Image autoencoder": (
+        _QWENS,
+        partial(_autoencoder, wan_vae, _QWENS, replace(_WAN, input_channels=3)),
+    ),
+    "Qwen-Image autoencoder, RGBA": (
+        _QWENS,
+        partial(_autoencoder, wan_vae, _QWENS, replace(_WAN, input_channels=4), channels=4),
+    ),
     "KL autoencoder": (_KLS, partial(_autoencoder, kl, _KLS, _KL)),
     "FLUX.2 autoencoder": (_KL2S, partial(_autoencoder, kl, _KL2S, _KL2)),
     "tiny autoencoder": (_TINIES, partial(_autoencoder, tiny, _TINIES, _TINY)),

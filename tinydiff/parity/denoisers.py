@@ -79,19 +79,33 @@ def case(d: Denoiser) -> Case:
     def theirs(module: nn.Module) -> dict[str, Tensor]:
         with overheard(module, layers.values()) as heard:
             velocity = asked.answer(module(**asked.known))
-        seen = {stage: _joined(heard[layer], d.sequence_first and stage in places) for stage, layer in layers.items()}
+        seen = {
+            stage: _joined(heard[layer], d.sequence_first and stage in places)
+            for stage, layer in layers.items()
+        }
         return seen | {"time": _time(heard[d.time[0]], len(asked.tokens)), "last": velocity}
 
-    return Case(reference, lambda: d.family.spec(d.config), lambda key: key, theirs, lambda w: _stages(d, asked, w.flat))
+    return Case(
+        reference,
+        lambda: d.family.spec(d.config),
+        lambda key: key,
+        theirs,
+        lambda w: _stages(d, asked, w.flat),
+    )
 
 
 def _stages(d: Denoiser, asked: Asked, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The stages of one evaluation, as the loop makes it."""
     images = len(asked.tokens)
     network = Network(d.family, d.config, PLAN, torch.float64)
-    request, step, entered, blocks, velocity = evaluate(network, dict(weights), asked.tokens, TIME, asked.inputs)
+    request, step, entered, blocks, velocity = evaluate(
+        network, dict(weights), asked.tokens, TIME, asked.inputs
+    )
     time, text = step[d.time[1]].flatten(1), request[d.text[1]]
-    yield "time", (time - 1 if d.family is z_image.FAMILY else time).expand(images, -1)  # Z-Image hoists 1 + scale
+    yield (
+        "time",
+        (time - 1 if d.family is z_image.FAMILY else time).expand(images, -1),
+    )  # Z-Image hoists 1 + scale
     yield "text", text.flatten(2).expand(images, -1, -1)
     if d.image is not None:
         yield "image", entered if isinstance(entered, Tensor) else entered[1]
@@ -105,7 +119,9 @@ def _stages(d: Denoiser, asked: Asked, weights: Mapping[str, Tensor]) -> Iterato
 
 def _joined(output: Any, sequence_first: bool) -> Tensor:
     """What a layer of the reference returns -> [B, tokens, D], both streams one after the other."""
-    joined = torch.cat([part for part in (output if isinstance(output, tuple) else (output,)) if part is not None], 1)
+    joined = torch.cat(
+        [part for part in (output if isinstance(output, tuple) else (output,)) if part is not None], 1
+    )
     if joined.ndim > 3:
         return joined.flatten(2).transpose(1, 2)
     return joined.transpose(0, 1) if sequence_first else joined
@@ -144,7 +160,12 @@ def _wan(frozen: bool = False, length: int = WORDS) -> Callable[[wan.Config], As
         if frozen:
             inputs["frozen"] = (inputs["positions"][:, 0] == 0)[None, :, None]
             known["timestep"] = torch.where(inputs["frozen"][..., 0], 0, TIME.long()).expand(2, -1)
-        return Asked(patchify(x[:, :channels], c.patch_size), inputs, known, lambda output: patchify(output.sample, c.patch_size))
+        return Asked(
+            patchify(x[:, :channels], c.patch_size),
+            inputs,
+            known,
+            lambda output: patchify(output.sample, c.patch_size),
+        )
 
     return ask
 
@@ -157,21 +178,34 @@ def _z_image(c: z_image.Config) -> Asked:
     inputs = {"text": text, "positions": z_image.positions(c, size), "real": z_image.real(c, size)}
     known = {"x": list(x), "t": (1000 - TIME.expand(2)) / 1000, "cap_feats": list(text)}
     padded = torch.cat([tokens, draw(2, z_image.pad_tokens(tokens.shape[1]), tokens.shape[2], seed=4)], 1)
-    return Asked(padded, inputs, known, lambda output: -patchify(torch.stack(output.sample), c.patch_size), tokens.shape[1])
+    return Asked(
+        padded,
+        inputs,
+        known,
+        lambda output: -patchify(torch.stack(output.sample), c.patch_size),
+        tokens.shape[1],
+    )
 
 
 def _qwen(*sizes: tuple[int, int], made: int = 1) -> Callable[[qwen_image.Config], Asked]:
     """Pictures of latents of these sizes, `made` of them made and the others given; two texts of different lengths."""
 
     def ask(c: qwen_image.Config) -> Asked:
-        pictures = [patchify(draw(2, c.out_channels, 1, *size, seed=i), (1, 2, 2)) for i, size in enumerate(sizes)]
+        pictures = [
+            patchify(draw(2, c.out_channels, 1, *size, seed=i), (1, 2, 2)) for i, size in enumerate(sizes)
+        ]
         tokens, text = torch.cat(pictures, 1), draw(2, WORDS, c.joint_attention_dim, seed=11)
         mask = torch.tensor([[1] * (WORDS - 3) + [0] * 3, [1] * WORDS])
         inputs = {"text": text, "positions": qwen_image.positions(c, sizes), "mask": mask}
         known = {"hidden_states": tokens, "encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
-        known |= {"timestep": TIME.double().expand(2) / 1000, "img_shapes": [[(1, h // 2, w // 2) for h, w in sizes]] * 2}
+        known |= {
+            "timestep": TIME.double().expand(2) / 1000,
+            "img_shapes": [[(1, h // 2, w // 2) for h, w in sizes]] * 2,
+        }
         if len(sizes) > made:
-            inputs["frozen"] = torch.cat([torch.full(x.shape[1:2], i >= made) for i, x in enumerate(pictures)])[None, :, None]
+            inputs["frozen"] = torch.cat(
+                [torch.full(x.shape[1:2], i >= made) for i, x in enumerate(pictures)]
+            )[None, :, None]
         if c.use_additional_t_cond:
             inputs["kind"] = known["additional_t_cond"] = torch.tensor([1, 0])
         return Asked(tokens, inputs, known)
@@ -187,8 +221,15 @@ def _flux(module: ModuleType, *sizes: tuple[int, int, int]) -> Callable[[Any], A
         tokens, text = draw(2, len(ids), c.in_channels, seed=2), draw(2, WORDS, c.joint_attention_dim, seed=3)
         inputs = {"text": text, "positions": ids}
         places = {flux: (0, 0, 0), ovis: (0, 1, 1), flux2: (0, 0, 0, 1)}[module]
-        known = {"hidden_states": tokens, "encoder_hidden_states": text, "timestep": TIME.double().expand(2) / 1000}
-        known |= {"img_ids": ids.double(), "txt_ids": torch.arange(WORDS)[:, None].double() * torch.tensor(places)}
+        known = {
+            "hidden_states": tokens,
+            "encoder_hidden_states": text,
+            "timestep": TIME.double().expand(2) / 1000,
+        }
+        known |= {
+            "img_ids": ids.double(),
+            "txt_ids": torch.arange(WORDS)[:, None].double() * torch.tensor(places),
+        }
         if module is flux:
             inputs["pooled"] = known["pooled_projections"] = draw(2, c.pooled_projection_dim, seed=4)
         if getattr(c, "guidance_embeds", False):
@@ -204,33 +245,80 @@ def _ernie(c: ernie.Config) -> Asked:
     x, text = draw(2, c.in_channels, *size, seed=2), draw(2, WORDS, c.text_in_dim, seed=3)
     inputs = {"text": text, "positions": ernie.positions(size), "mask": torch.arange(WORDS) < ends[:, None]}
     known = {"hidden_states": x[:, :, 0], "timestep": TIME.expand(2), "text_bth": text, "text_lens": ends}
-    return Asked(patchify(x, (1, 1, 1)), inputs, known, lambda output: patchify(output.sample[:, :, None], (1, 1, 1)))
+    return Asked(
+        patchify(x, (1, 1, 1)), inputs, known, lambda output: patchify(output.sample[:, :, None], (1, 1, 1))
+    )
 
 
 def _sd3(c: sd3.Config) -> Asked:
     size, patch_size = (1, 6, 10), (1, c.patch_size, c.patch_size)
-    x, text, pooled = draw(2, 3, *size, seed=2), draw(2, WORDS, c.joint_attention_dim, seed=3), draw(2, c.pooled_projection_dim, seed=4)
+    x, text, pooled = (
+        draw(2, 3, *size, seed=2),
+        draw(2, WORDS, c.joint_attention_dim, seed=3),
+        draw(2, c.pooled_projection_dim, seed=4),
+    )
     inputs = {"text": text, "pooled": pooled, "positions": sd3.positions(c, size)}
-    known = {"hidden_states": x[:, :, 0], "timestep": TIME.expand(2), "encoder_hidden_states": text, "pooled_projections": pooled}
-    return Asked(patchify(x, patch_size), inputs, known, lambda output: patchify(output.sample[:, :, None], patch_size))
+    known = {
+        "hidden_states": x[:, :, 0],
+        "timestep": TIME.expand(2),
+        "encoder_hidden_states": text,
+        "pooled_projections": pooled,
+    }
+    return Asked(
+        patchify(x, patch_size), inputs, known, lambda output: patchify(output.sample[:, :, None], patch_size)
+    )
 
 
 # --- the denoisers ------------------------------------------------------------------------------------------------------------------
 
-_NARROW: dict[str, Any] = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 20}
+_NARROW: dict[str, Any] = {
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 20,
+}
 _WAN = wan.Config(
-    num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=20, freq_dim=8, ffn_dim=40, num_layers=2
+    num_attention_heads=2,
+    attention_head_dim=16,
+    in_channels=4,
+    out_channels=4,
+    text_dim=20,
+    freq_dim=8,
+    ffn_dim=40,
+    num_layers=2,
 )
-_Z = z_image.Config(in_channels=4, dim=32, n_layers=2, n_heads=2, n_kv_heads=2, norm_eps=1e-4, cap_feat_dim=20, axes_dims=(4, 6, 6))
+_Z = z_image.Config(
+    in_channels=4,
+    dim=32,
+    n_layers=2,
+    n_heads=2,
+    n_kv_heads=2,
+    norm_eps=1e-4,
+    cap_feat_dim=20,
+    axes_dims=(4, 6, 6),
+)
 _QWEN = qwen_image.Config(in_channels=16, out_channels=4, axes_dims_rope=(4, 6, 6), **_NARROW)
-_FLUX = flux.Config(in_channels=8, num_single_layers=2, pooled_projection_dim=12, axes_dims_rope=(4, 4, 8), **_NARROW)
+_FLUX = flux.Config(
+    in_channels=8, num_single_layers=2, pooled_projection_dim=12, axes_dims_rope=(4, 4, 8), **_NARROW
+)
 _FLUX2 = flux2.Config(
-    in_channels=6, num_single_layers=2, timestep_guidance_channels=8, axes_dims_rope=(2, 4, 4, 6), guidance_embeds=False, **_NARROW
+    in_channels=6,
+    num_single_layers=2,
+    timestep_guidance_channels=8,
+    axes_dims_rope=(2, 4, 4, 6),
+    guidance_embeds=False,
+    **_NARROW,
 )
 _OVIS = ovis.Config(in_channels=8, out_channels=8, num_single_layers=2, axes_dims_rope=(4, 4, 8), **_NARROW)
 _ERNIE = ernie.Config(32, 2, 2, 40, in_channels=6, out_channels=6, text_in_dim=20, rope_axes_dim=(4, 6, 6))
 _SD3 = sd3.Config(
-    sample_size=8, in_channels=3, out_channels=5, caption_projection_dim=32, pooled_projection_dim=12, pos_embed_max_size=9, **_NARROW
+    sample_size=8,
+    in_channels=3,
+    out_channels=5,
+    caption_projection_dim=32,
+    pooled_projection_dim=12,
+    pos_embed_max_size=9,
+    **_NARROW,
 )
 
 _FIRST = "transformer_blocks.0"
@@ -245,12 +333,23 @@ def _of_wan(config: wan.Config, **more: Any) -> Denoiser:
 
 def _of_qwen(config: qwen_image.Config, ask: Callable[[Any], Asked]) -> Denoiser:
     time = (f"{_FIRST}.img_mod.1", f"{_FIRST}.img_mod")
-    return Denoiser(qwen_image.FAMILY, "QwenImageTransformer2DModel", config, ask, time, ("txt_in", "text"), "img_in")
+    return Denoiser(
+        qwen_image.FAMILY, "QwenImageTransformer2DModel", config, ask, time, ("txt_in", "text"), "img_in"
+    )
 
 
-def _of_flux(module: ModuleType, reference: str, config: Any, time: tuple[str, str], sinusoid: str, *given: tuple[int, int]) -> Denoiser:
+def _of_flux(
+    module: ModuleType,
+    reference: str,
+    config: Any,
+    time: tuple[str, str],
+    sinusoid: str,
+    *given: tuple[int, int],
+) -> Denoiser:
     ask = _flux(module, *((1, *size) for size in (_PICTURE, *given)))
-    return Denoiser(module.FAMILY, reference, config, ask, time, ("context_embedder", "text"), "x_embedder", sinusoid)
+    return Denoiser(
+        module.FAMILY, reference, config, ask, time, ("context_embedder", "text"), "x_embedder", sinusoid
+    )
 
 
 def _of_flux1(config: flux.Config, *given: tuple[int, int]) -> Denoiser:
@@ -260,13 +359,17 @@ def _of_flux1(config: flux.Config, *given: tuple[int, int]) -> Denoiser:
 
 def _of_flux2(config: flux2.Config) -> Denoiser:
     time = ("double_stream_modulation_img.linear", "image_modulation")
-    return _of_flux(flux2, "Flux2Transformer2DModel", config, time, "time_guidance_embed.time_proj", _GIVEN, _SMALL)
+    return _of_flux(
+        flux2, "Flux2Transformer2DModel", config, time, "time_guidance_embed.time_proj", _GIVEN, _SMALL
+    )
 
 
 def _of_sd3(**changes: Any) -> Denoiser:
     time = (f"{_FIRST}.norm1.linear", f"{_FIRST}.norm1")
     config = replace(_SD3, num_layers=3, **changes)
-    return Denoiser(sd3.FAMILY, "SD3Transformer2DModel", config, _sd3, time, ("context_embedder", "text"), "pos_embed")
+    return Denoiser(
+        sd3.FAMILY, "SD3Transformer2DModel", config, _sd3, time, ("context_embedder", "text"), "pos_embed"
+    )
 
 
 DENOISERS = {

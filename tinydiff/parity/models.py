@@ -43,7 +43,11 @@ class Compared(NamedTuple):
 def _group(family: str, names: str, transformer: str | None, vae: str, *encoders: str, **more: str) -> Group:
     """names: the last parts of hub ids. encoders: text encoders in the order of their components."""
     texts = {"text_encoder" if i == 0 else f"text_encoder_{i + 1}": what for i, what in enumerate(encoders)}
-    return Group(family, tuple(names.split()), ({} if transformer is None else {"transformer": transformer}) | texts | more | {"vae": vae})
+    return Group(
+        family,
+        tuple(names.split()),
+        ({} if transformer is None else {"transformer": transformer}) | texts | more | {"vae": vae},
+    )
 
 
 _WAN21, _QWEN_VAE, _FLUX2_VAE = "Wan2.1 autoencoder", "Qwen-Image autoencoder", "FLUX.2 autoencoder"
@@ -106,7 +110,13 @@ def compare(groups: Iterable[Group]) -> Iterator[tuple[Group, list[Compared]]]:
     for name in reference.LIBRARIES:
         reference.library(name)
     for group in groups:
-        yield group, [Compared(component, what, cases()[what][0], _stages(what)) for component, what in group.parts.items()]
+        yield (
+            group,
+            [
+                Compared(component, what, cases()[what][0], _stages(what))
+                for component, what in group.parts.items()
+            ],
+        )
 
 
 # --- the outcome --------------------------------------------------------------------------------------------------------------------
@@ -117,7 +127,9 @@ def as_text(group: Group, results: Iterable[Compared], every: bool) -> str:
     lines = [", ".join(group.names)]
     for r in results:
         first = first_difference(r.stages)
-        verdict = f"equal, {r.error:.0e}" if first is None else f"DIFFERS, first at {first.name}: {_said(first)}"
+        verdict = (
+            f"equal, {r.error:.0e}" if first is None else f"DIFFERS, first at {first.name}: {_said(first)}"
+        )
         lines.append(f"  {r.component:<16} {r.what} ({r.reference}): {verdict}")
         if every or first is not None:
             lines += [f"    {stage.name:<40} {_said(stage)}" for stage in r.stages]
@@ -139,7 +151,10 @@ def as_json(group: Group, results: Iterable[Compared]) -> dict[str, Any]:
                 "compared": r.what,
                 "reference": r.reference,
                 "equal": r.equal,
-                "stages": [{"stage": s.name, "error": s.error if s.error < float("inf") else None, "note": s.note} for s in r.stages],
+                "stages": [
+                    {"stage": s.name, "error": s.error if s.error < float("inf") else None, "note": s.note}
+                    for s in r.stages
+                ],
             }
             for r in results
         ],
@@ -153,7 +168,9 @@ def as_page(outcome: Iterable[tuple[Group, list[Compared]]], versions: str) -> s
         for i, r in enumerate(results):
             models = "<br>".join(group.names) if i == 0 else ""
             error = f"{r.error:.0e}" if r.equal else "**differs**"
-            rows.append(f"| {models} | {r.component} | {r.what} | {r.reference} | {_counted(r.stages)} | {error} |")
+            rows.append(
+                f"| {models} | {r.component} | {r.what} | {r.reference} | {_counted(r.stages)} | {error} |"
+            )
     return _PAGE.format(versions=versions, bound=f"{BOUND:.0e}", rows="\n".join(rows))
 
 

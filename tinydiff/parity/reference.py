@@ -64,7 +64,9 @@ class doubles(TorchFunctionMode):
             if func is Tensor.float:
                 return args[0]
             args = tuple(torch.float64 if value is torch.float32 else value for value in args)
-            kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
+            kwargs = {
+                name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()
+            }
         return func(*args, **kwargs)
 
 
@@ -99,9 +101,16 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def library(name: str) -> ModuleType:
     """diffusers or transformers. Raises UserError, one sentence, where it is not installed."""
     try:
-        return importlib.import_module("diffusers") if name == "diffusers" else importlib.import_module("transformers")
+        return (
+            importlib.import_module("diffusers")
+            if name == "diffusers"
+            else importlib.import_module("transformers")
+        )
     except ImportError as error:
-        raise UserError("parity", f"parity: {name} is not installed, which is compared with; pip install 'tinydiff[diffusers]'") from error
+        raise UserError(
+            "parity",
+            f"parity: {name} is not installed, which is compared with; pip install 'tinydiff[diffusers]'",
+        ) from error
 
 
 def versions(names: Iterable[str]) -> dict[str, str | None]:
@@ -119,7 +128,9 @@ def versions(names: Iterable[str]) -> dict[str, str | None]:
 def built(kind: Any, config: Any) -> nn.Module:
     """A class of diffusers from one of our configs: the fields that it knows."""
     known = inspect.signature(kind.__init__).parameters
-    return kind(**{name: list(v) if isinstance(v, tuple) else v for name, v in vars(config).items() if name in known})
+    return kind(
+        **{name: list(v) if isinstance(v, tuple) else v for name, v in vars(config).items() if name in known}
+    )
 
 
 @contextmanager

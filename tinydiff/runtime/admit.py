@@ -30,7 +30,11 @@ class Read(Protocol):
 
 
 def admit(
-    blueprint: Blueprint, sampling: SamplingOptions, clip: bool = False, read: Read = read_image, most_pixels: float = math.inf
+    blueprint: Blueprint,
+    sampling: SamplingOptions,
+    clip: bool = False,
+    read: Read = read_image,
+    most_pixels: float = math.inf,
 ) -> list[Request]:
     """One request per prompt.
 
@@ -46,7 +50,9 @@ def admit(
     starts = _starts(blueprint, sampling, originals, frames)
     if (pixels := frames * max(1, layers) * height * width) > most_pixels:
         raise UserError("size", f"size: an output has {pixels:,} pixels; {most_pixels:,.0f} are the most")
-    images = () if row.image_use == "references" else tuple(resize(image, height, width) for image in originals)
+    images = (
+        () if row.image_use == "references" else tuple(resize(image, height, width) for image in originals)
+    )
     mask = _mask(blueprint, sampling, originals, starts, height, width, read)
     steps, timesteps = _steps(blueprint, sampling)
     settled = settle(blueprint, sampling)
@@ -87,11 +93,16 @@ def admit(
 def _normalization(blueprint: Blueprint, sampling: SamplingOptions) -> float:
     row, limit = blueprint.row, sampling.cfg_normalization or 0.0
     if limit and row.guidance_form != "offset":
-        raise UserError("cfg_normalization", f"cfg_normalization: {row.name} has no such limit on guidance; only Z-Image has")
+        raise UserError(
+            "cfg_normalization",
+            f"cfg_normalization: {row.name} has no such limit on guidance; only Z-Image has",
+        )
     return limit
 
 
-def _starts(blueprint: Blueprint, sampling: SamplingOptions, originals: Sequence[numpy.ndarray], frames: int) -> bool:
+def _starts(
+    blueprint: Blueprint, sampling: SamplingOptions, originals: Sequence[numpy.ndarray], frames: int
+) -> bool:
     """Whether the loop starts from the given picture: of models that continue a picture as a clip, where one picture is asked for."""
     row = blueprint.row
     if row.image_use == "start" or not originals:
@@ -100,7 +111,10 @@ def _starts(blueprint: Blueprint, sampling: SamplingOptions, originals: Sequence
         return False
     if row.images[0]:
         least = blueprint.autoencoder.config.scale_factor_temporal + 1
-        raise UserError("num_frames", f"num_frames: 1 leaves nothing to make after the given first frame; give at least {least}")
+        raise UserError(
+            "num_frames",
+            f"num_frames: 1 leaves nothing to make after the given first frame; give at least {least}",
+        )
     return True
 
 
@@ -109,19 +123,30 @@ def _strength(blueprint: Blueprint, sampling: SamplingOptions, starts: bool, ste
     if strength is None:
         return STRENGTH if starts and sampling.mask_path is None else 1.0
     if not starts and (row.image_use != "start" or sampling.image_path):
-        raise UserError("strength", f"strength: {row.name} does not start from a picture's noise, so it cannot be set{_instead(row)}")
+        raise UserError(
+            "strength",
+            f"strength: {row.name} does not start from a picture's noise, so it cannot be set{_instead(row)}",
+        )
     if not sampling.image_path:
-        raise UserError("strength", "strength: says how far a given picture is changed; give one with --image-path")
+        raise UserError(
+            "strength", "strength: says how far a given picture is changed; give one with --image-path"
+        )
     if not 0 < strength <= 1:
         raise UserError("strength", f"strength: {strength} is not above 0 and at most 1")
     if int(steps - steps * strength) >= steps:
-        raise UserError("strength", f"strength: {strength} of {steps} steps is none; give more steps or more strength")
+        raise UserError(
+            "strength", f"strength: {strength} of {steps} steps is none; give more steps or more strength"
+        )
     return strength
 
 
 def _instead(row: ReleasedModel) -> str:
     """What to ask for where a model that makes clips could start from a picture."""
-    return "; ask for one picture, with num_frames 1" if row.image_use == "frames" and row.images == (0, 1) else ""
+    return (
+        "; ask for one picture, with num_frames 1"
+        if row.image_use == "frames" and row.images == (0, 1)
+        else ""
+    )
 
 
 def _mask(
@@ -141,16 +166,28 @@ def _mask(
         return None
     row = blueprint.row
     if not starts and (row.image_use != "start" or originals):
-        raise UserError("mask_path", f"mask_path: {row.name} paints no part of a given picture anew; it takes no mask{_instead(row)}")
+        raise UserError(
+            "mask_path",
+            f"mask_path: {row.name} paints no part of a given picture anew; it takes no mask{_instead(row)}",
+        )
     if not originals:
-        raise UserError("mask_path", "mask_path: a mask says where a picture is painted anew; give the picture with --image-path")
+        raise UserError(
+            "mask_path",
+            "mask_path: a mask says where a picture is painted anew; give the picture with --image-path",
+        )
     given = read(sampling.mask_path, "mask_path")
     if given.shape != originals[0].shape:
         sizes = [f"{shape[1]} x {shape[0]}" for shape in (given.shape, originals[0].shape)]
-        raise UserError("mask_path", f"mask_path: the mask is {sizes[0]} and the picture {sizes[1]} pixels; they must be of one size")
+        raise UserError(
+            "mask_path",
+            f"mask_path: the mask is {sizes[0]} and the picture {sizes[1]} pixels; they must be of one size",
+        )
     white = resize(given, height, width) @ LUMA >= 127.5
     if not white.any():
-        raise UserError("mask_path", "mask_path: nothing of the mask is white, so nothing would be painted; black is what stays")
+        raise UserError(
+            "mask_path",
+            "mask_path: nothing of the mask is white, so nothing would be painted; black is what stays",
+        )
     return white * numpy.uint8(255)
 
 
@@ -170,27 +207,39 @@ def _images(blueprint: Blueprint, paths: Sequence[str], read: Read) -> tuple[num
         raise UserError("image_path", f"image_path: {row.name} works from text alone; it takes no picture")
     if row.image_use != "frames":
         if len(paths) > most:
-            raise UserError("image_path", f"image_path: {len(paths)} pictures are given; {row.name} takes at most {most}")
+            raise UserError(
+                "image_path", f"image_path: {len(paths)} pictures are given; {row.name} takes at most {most}"
+            )
         return tuple(read(path, "image_path", row.layers > 0) for path in paths)
     frames = net.family.given_frames(net.config, blueprint.options)
     if paths and 1 not in frames and len(paths) != 2:
-        raise UserError("image_path", f"image_path: {row.name} goes from a first to a last frame; give two pictures")
+        raise UserError(
+            "image_path", f"image_path: {row.name} goes from a first to a last frame; give two pictures"
+        )
     if len(paths) > max(frames):
         allowed = "the first and the last frame" if 2 in frames else "one, the first frame"
-        raise UserError("image_path", f"image_path: {len(paths)} pictures are given; {row.name} takes {allowed}")
+        raise UserError(
+            "image_path", f"image_path: {len(paths)} pictures are given; {row.name} takes {allowed}"
+        )
     return tuple(read(path, "image_path") for path in paths)
 
 
-def _size(blueprint: Blueprint, sampling: SamplingOptions, images: Sequence[numpy.ndarray]) -> tuple[int, int]:
+def _size(
+    blueprint: Blueprint, sampling: SamplingOptions, images: Sequence[numpy.ndarray]
+) -> tuple[int, int]:
     """The asked size; else the model's, its area spread to the aspect of the given picture."""
     row, multiple, longest = blueprint.row, _multiple(blueprint), _longest_side(blueprint)
     height, width = sampling.height or row.height, sampling.width or row.width
     given_size = blueprint.denoiser.family.given_size
     if images and given_size is not None:
-        (tall, wide), *_ = [given_size(image.shape[0], image.shape[1], multiple) for image in images]  # each may be refused
+        (tall, wide), *_ = [
+            given_size(image.shape[0], image.shape[1], multiple) for image in images
+        ]  # each may be refused
         height, width = sampling.height or tall, sampling.width or wide
     elif images and row.given_multiple is not None:
-        tall, wide = spread(row.height * row.width, images[-1].shape[0], images[-1].shape[1], row.given_multiple)
+        tall, wide = spread(
+            row.height * row.width, images[-1].shape[0], images[-1].shape[1], row.given_multiple
+        )
         height, width = sampling.height or tall, sampling.width or wide
     elif images and row.image_use != "references" and sampling.height is None and sampling.width is None:
         tall, wide = images[0].shape[:2]
@@ -202,9 +251,15 @@ def _size(blueprint: Blueprint, sampling: SamplingOptions, images: Sequence[nump
         if value < multiple or value % multiple:
             below = value // multiple * multiple
             near = f"{multiple}" if below == 0 else f"{below} and {below + multiple}"
-            raise UserError(name, f"{name}: {value} is not a multiple of {multiple}, which {row.name} needs; the nearest: {near}")
+            raise UserError(
+                name,
+                f"{name}: {value} is not a multiple of {multiple}, which {row.name} needs; the nearest: {near}",
+            )
         if value > longest:
-            raise UserError(name, f"{name}: {value} is more than {longest} pixels, the longest side that {row.name} has positions for")
+            raise UserError(
+                name,
+                f"{name}: {value} is more than {longest} pixels, the longest side that {row.name} has positions for",
+            )
     return height, width
 
 
@@ -221,11 +276,16 @@ def _frames(blueprint: Blueprint, sampling: SamplingOptions, clip: bool) -> int:
         return 1
     frames = sampling.num_frames or (row.clip_frames if clip else row.num_frames)
     if frames > 1 and row.clip_frames == 1:
-        raise UserError("num_frames", f"num_frames: {frames} would be a clip, and {row.name} makes pictures; leave it out")
+        raise UserError(
+            "num_frames", f"num_frames: {frames} would be a clip, and {row.name} makes pictures; leave it out"
+        )
     if (frames - 1) % stride:
         below = (frames - 1) // stride * stride + 1
         near = f"{below} and {below + stride}"
-        raise UserError("num_frames", f"num_frames: {frames} is not {stride}k + 1, as {row.name} needs; the nearest: {near}")
+        raise UserError(
+            "num_frames",
+            f"num_frames: {frames} is not {stride}k + 1, as {row.name} needs; the nearest: {near}",
+        )
     return frames
 
 
@@ -234,7 +294,10 @@ def _steps(blueprint: Blueprint, sampling: SamplingOptions) -> tuple[int, tuple[
     row = blueprint.row
     if row.solver != "dmd":
         if sampling.dmd_denoising_steps:
-            raise UserError("dmd_denoising_steps", f"dmd_denoising_steps: {row.name} is not distilled; give num_inference_steps instead")
+            raise UserError(
+                "dmd_denoising_steps",
+                f"dmd_denoising_steps: {row.name} is not distilled; give num_inference_steps instead",
+            )
         return sampling.num_inference_steps or row.steps, ()
     timesteps = sampling.dmd_denoising_steps or row.dmd_timesteps
     asked = sampling.num_inference_steps

@@ -62,12 +62,18 @@ def _set_matmul(precisions: tuple[str, str, str]) -> None:
 _matmuls = _backends.cuda.matmul
 SETTINGS = (
     Setting(torch.get_default_dtype, torch.set_default_dtype, (torch.float32,)),
-    Setting(_deterministic, lambda on: torch.use_deterministic_algorithms(on[0], warn_only=on[1]), ((False, False),)),
+    Setting(
+        _deterministic,
+        lambda on: torch.use_deterministic_algorithms(on[0], warn_only=on[1]),
+        ((False, False),),
+    ),
     _attribute(_backends, "fp32_precision", "none"),  # before those that follow it where they are not set
     _attribute(_backends.cudnn, "fp32_precision", "none"),
     _attribute(_backends.cudnn.conv, "fp32_precision", "tf32"),
     _attribute(_backends.mkldnn.conv, "fp32_precision", "ieee", "none"),
-    Setting(_matmul, _set_matmul, tuple(("highest", a, b) for a in ("ieee", "none") for b in ("ieee", "none"))),
+    Setting(
+        _matmul, _set_matmul, tuple(("highest", a, b) for a in ("ieee", "none") for b in ("ieee", "none"))
+    ),
     _attribute(_matmuls, "allow_bf16_reduced_precision_reduction", True),
     _attribute(_matmuls, "allow_fp16_reduced_precision_reduction", True),
     _attribute(_matmuls, "allow_fp16_accumulation", False),

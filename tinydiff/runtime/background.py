@@ -27,7 +27,9 @@ class Background:
         self._ready: set[Hashable] = set()
         self._failed: set[Hashable] = set()
         self._wanted: SimpleQueue[tuple[Hashable, Denoise, Seat]] = SimpleQueue()
-        self._threads = torch.get_num_threads()  # a graph is made for so many, and each thread has its own setting
+        self._threads = (
+            torch.get_num_threads()
+        )  # a graph is made for so many, and each thread has its own setting
 
     def best(self, compiled: Denoise, seat: Seat) -> Denoise:
         """The function for the seat's next steps: `compiled` where that is ready, else the seat's own, and `compiled` is made ready."""
@@ -62,5 +64,10 @@ class Background:
 def _structure(seat: Seat) -> Hashable:
     """What a graph is made for: one image or several, kept tokens, fresh noise, what is hoisted, and all types; lengths may vary."""
     trees = [tree for branch in seat.network.branches for tree in branch]
-    told = tuple((at, name, x.ndim, x.dtype) for tree in trees for at, below in tree.items() for name, x in below.items())
+    told = tuple(
+        (at, name, x.ndim, x.dtype)
+        for tree in trees
+        for at, below in tree.items()
+        for name, x in below.items()
+    )
     return seat.state.x.shape[0] > 1, seat.state.x.dtype, seat.kept is None, seat.noise is None, told

@@ -121,11 +121,16 @@ def read(options: ModelOptions) -> Blueprint:
     places = {name: folder / name for name in index.components}
     for name in options.component_paths:
         _known("component_paths", name, [name for name in places if name != "image_processor"])
-        places[name] = hub.resolve(options.component_paths[name], field=f"{name}_path", variant=options.variant)
+        places[name] = hub.resolve(
+            options.component_paths[name], field=f"{name}_path", variant=options.variant
+        )
         own = _own_class(name, places[name], index.components[name])
         index = replace(index, components={**index.components, name: own})
     if absent := [name for name in NEEDED if name not in index.components]:
-        raise UserError("model_path", f"model_path: model_index.json names no {absent[0]}, which a {index.class_name} needs")
+        raise UserError(
+            "model_path",
+            f"model_path: model_index.json names no {absent[0]}, which a {index.class_name} needs",
+        )
     row, named = _row(index, places, options)
     records = _records(index, row, options)
 
@@ -138,27 +143,43 @@ def read(options: ModelOptions) -> Blueprint:
     for name, family in records.items():
         owner = "text_encoder" if family is VISION else name
         config = read_config(family, places[owner] / "config.json", index.components[owner][1])
-        if isinstance(family, Encoder) and family.preprocessor is not None and family.preprocessor[0] in places:
+        if (
+            isinstance(family, Encoder)
+            and family.preprocessor is not None
+            and family.preprocessor[0] in places
+        ):
             config = preprocessed(family, config, places[family.preprocessor[0]])
         if family is RECORDS[LANGUAGE_AND_VISION]:
             states = denoiser.hidden_states.get(name, (-1,))
-            config = _needed_layers(name, config, states if isinstance(states, tuple) else states[row.pipeline], index)
+            config = _needed_layers(
+                name, config, states if isinstance(states, tuple) else states[row.pipeline], index
+            )
             if name == WRITER or (row.captions and name == "text_encoder"):
                 config = replace(config, lm_head=True)
         settled = denoiser.settles.get(name, {})
         config = replace(config, **{key: value for key, value in settled.items() if hasattr(config, key)})
         dtype = _dtype(name, family, options, device)
-        nets[name] = NetPlan(name, family, places[owner], config, dtype, _plan(name, family, config, dtype, options, device))
+        nets[name] = NetPlan(
+            name, family, places[owner], config, dtype, _plan(name, family, config, dtype, options, device)
+        )
     _check_fit(row, index, nets)
     scheduler = hub.read_json(places["scheduler"] / "scheduler_config.json")
     solvers.check_types(scheduler)
     if ignored := solvers.unread(scheduler):
-        log.warning("scheduler: %s has no field %s, which is not read", scheduler.get("_class_name"), ", ".join(ignored))
+        log.warning(
+            "scheduler: %s has no field %s, which is not read",
+            scheduler.get("_class_name"),
+            ", ".join(ignored),
+        )
     compiled, tiling = options.enable_torch_compile, bool(options.vae_tiling)
     if compiled:
         _check_compiler()
-    tokenizers = {name: place for name, place in places.items() if name.startswith(("tokenizer", "pe_tokenizer"))}
-    return Blueprint(row, named, nets, tokenizers, scheduler, index.options, device, compiled, tiling, options.variant)
+    tokenizers = {
+        name: place for name, place in places.items() if name.startswith(("tokenizer", "pe_tokenizer"))
+    }
+    return Blueprint(
+        row, named, nets, tokenizers, scheduler, index.options, device, compiled, tiling, options.variant
+    )
 
 
 def load(blueprint: Blueprint, ranks: Ranks | None = None) -> Model:
@@ -168,7 +189,9 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None) -> Model:
     """
     variant = blueprint.variant
     if variant is not None and not any(has(net.folder, variant) for net in blueprint.nets.values()):
-        raise UserError("variant", f"variant: no component of {blueprint.row.name} has weights of the variant {variant!r}")
+        raise UserError(
+            "variant", f"variant: no component of {blueprint.row.name} has weights of the variant {variant!r}"
+        )
     tokenizers = {name: load_tokenizer(folder) for name, folder in blueprint.tokenizers.items()}
     nets = {}
     for name, net in blueprint.nets.items():
@@ -177,8 +200,20 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None) -> Model:
         rows = net.family.spec(net.config)
         rename = None if net.family.rename is None else partial(net.family.rename, net.config)
         blocks = {at for _, at in net.family.blocks(net.config)} if plan.group("shard").size > 1 else ()
-        weights = load_weights(net.folder, rows, net.dtype, blueprint.device, rename, plan.along("tp", "shard"), together, blocks, variant)
-        nets[name] = Net(net.family, net.config, plan, weights, net.dtype, _generation(net) if name == WRITER else {})
+        weights = load_weights(
+            net.folder,
+            rows,
+            net.dtype,
+            blueprint.device,
+            rename,
+            plan.along("tp", "shard"),
+            together,
+            blocks,
+            variant,
+        )
+        nets[name] = Net(
+            net.family, net.config, plan, weights, net.dtype, _generation(net) if name == WRITER else {}
+        )
     return Model(blueprint, nets, tokenizers)
 
 
@@ -191,7 +226,10 @@ def _placed(net: NetPlan[Any], ranks: Ranks) -> tuple[Plan, Group]:
     """(a network's plan on this rank, the ranks beside this one, on no axis that divides weights, that hold the same)."""
     groups, layout = ranks.groups, ranks.layout
     if net.family.role == "dit":
-        axes = {axis: groups[axis] for axis in ("cfg", "ring", "ulysses", "tp", *(("shard",) if layout.fsdp else ()))}
+        axes = {
+            axis: groups[axis]
+            for axis in ("cfg", "ring", "ulysses", "tp", *(("shard",) if layout.fsdp else ()))
+        }
         return _with(net.plan, axes), groups["dp" if layout.fsdp else "peers"]
     if net.family.role == "vae":
         return _with(net.plan, {"rows": groups["replica"]} if layout.vae else {}), groups["world"]
@@ -212,9 +250,7 @@ def _row(index: hub.Index, places: Mapping[str, Path], options: ModelOptions) ->
     name = options.model_id or options.model_path
     row = registry.match(index.class_name, index.options, entries, name)
     if options.model_id is not None and (wanted := registry.named(options.model_id)) is not row:
-        message = (
-            f"model_id: {wanted.name} is a {registry.in_words(wanted.kind)}, and {options.model_path!r} is a {registry.in_words(row.kind)}"
-        )
+        message = f"model_id: {wanted.name} is a {registry.in_words(wanted.kind)}, and {options.model_path!r} is a {registry.in_words(row.kind)}"
         raise UserError("model_id", message)
     return row, row is registry.find(name)
 
@@ -223,9 +259,18 @@ def _own_class(name: str, place: Path, listed: tuple[str, str]) -> tuple[str, st
     """(library, class) of a component that stands in for the `listed` one: a class that its own config.json names, where that is known."""
     path = place / "config.json"
     entries = hub.read_json(path) if path.is_file() else {}
-    own = next((kind for kind in (entries.get("_class_name"), *(entries.get("architectures") or ())) if kind in RECORDS), listed[1])
+    own = next(
+        (
+            kind
+            for kind in (entries.get("_class_name"), *(entries.get("architectures") or ()))
+            if kind in RECORDS
+        ),
+        listed[1],
+    )
     if own != listed[1] and listed[1] in RECORDS and RECORDS[own].role != RECORDS[listed[1]].role:
-        raise UserError(f"{name}_path", f"{name}_path: {str(place)!r} is a {own}, which cannot stand in for a {listed[1]}")
+        raise UserError(
+            f"{name}_path", f"{name}_path: {str(place)!r} is a {own}, which cannot stand in for a {listed[1]}"
+        )
     return listed[0], own
 
 
@@ -253,10 +298,17 @@ def _records(index: hub.Index, row: ReleasedModel, options: ModelOptions) -> dic
     for name in options.component_precisions:
         _known("component_precisions", name, records)
     for name in options.component_attention_backends:
-        _known("component_attention_backends", name, [name for name, family in records.items() if family.head_width is not None])
+        _known(
+            "component_attention_backends",
+            name,
+            [name for name, family in records.items() if family.head_width is not None],
+        )
     encoders = [name for name, family in records.items() if family.role == "text_encoder" and name != WRITER]
     if len(given := options.text_encoder_precisions) > len(encoders):
-        raise UserError("text_encoder_precisions", f"text_encoder_precisions: {len(given)} are given; text encoders: {len(encoders)}")
+        raise UserError(
+            "text_encoder_precisions",
+            f"text_encoder_precisions: {len(given)} are given; text encoders: {len(encoders)}",
+        )
     if options.image_encoder_precision is not None and "image_encoder" not in records:
         raise UserError("image_encoder_precision", "image_encoder_precision: the model has no image encoder")
     return records
@@ -280,13 +332,22 @@ def _dtype(name: str, family: Record, options: ModelOptions, device: torch.devic
     asked = options.component_precisions.get(name) or by_role[family.role]
     if asked is not None:
         return DTYPES[asked]
-    return torch.float32 if device.type == "cpu" or family.role in ("vae", "image_encoder") else torch.bfloat16
+    return (
+        torch.float32 if device.type == "cpu" or family.role in ("vae", "image_encoder") else torch.bfloat16
+    )
 
 
-def _plan(name: str, family: Record, config: Any, dtype: torch.dtype, options: ModelOptions, device: torch.device) -> Plan:
+def _plan(
+    name: str, family: Record, config: Any, dtype: torch.dtype, options: ModelOptions, device: torch.device
+) -> Plan:
     """A component's plan. `attention_backend` is the denoiser's; encoders, whose attention is masked, let torch choose unless named."""
-    named, general = options.component_attention_backends, options.attention_backend if family.role == "dit" else "sdpa"
-    backend = named.get(name, named.get(name.removesuffix("_2"), general))  # a second component follows the first, as in SGLang
+    named, general = (
+        options.component_attention_backends,
+        options.attention_backend if family.role == "dit" else "sdpa",
+    )
+    backend = named.get(
+        name, named.get(name.removesuffix("_2"), general)
+    )  # a second component follows the first, as in SGLang
     if family.head_width is None:
         return Plan(attention=backend)
     width, biased = family.head_width(config), family.biased
@@ -299,7 +360,9 @@ def _plan(name: str, family: Record, config: Any, dtype: torch.dtype, options: M
 
 
 def _check_compiler() -> None:
-    from tinydiff.sampling.compile import has_compiler  # pulls in the compiler: only those who compile pay for it
+    from tinydiff.sampling.compile import (
+        has_compiler,
+    )  # pulls in the compiler: only those who compile pay for it
 
     if not has_compiler():
         message = "compiling needs a C++ compiler, and none is found; install g++ or leave the option out"
@@ -314,16 +377,26 @@ def _check_fit(row: ReleasedModel, index: hub.Index, nets: Mapping[str, NetPlan[
         *(name.replace("text_encoder", "tokenizer") for name in encoders),
     )
     if absent := [name for name in needed if name not in index.components]:
-        raise UserError("model_path", f"model_path: model_index.json names no {absent[0]}, which this {index.class_name} needs")
+        raise UserError(
+            "model_path",
+            f"model_path: model_index.json names no {absent[0]}, which this {index.class_name} needs",
+        )
     net = nets["transformer"].config
-    for field, value, why in nets["transformer"].family.must_fit(net, {name: plan.config for name, plan in nets.items()}, row):
+    for field, value, why in nets["transformer"].family.must_fit(
+        net, {name: plan.config for name, plan in nets.items()}, row
+    ):
         if getattr(net, field) != value:
             message = f"the components do not fit each other: the transformer's {field} is {getattr(net, field)}, and {why} {value}"
             raise UserError("model_path", f"model_path: {message}")
     if "transformer_2" in nets:  # both experts run in one loop
         first, second = nets["transformer"], nets["transformer_2"]
         if first.config != second.config:
-            raise UserError("model_path", "model_path: transformer and transformer_2 must have one config, but for the weights")
+            raise UserError(
+                "model_path",
+                "model_path: transformer and transformer_2 must have one config, but for the weights",
+            )
         if first.plan != second.plan:
             field = "component_attention_backends"
-            raise UserError(field, f"{field}: transformer and transformer_2 run in one loop and need the same")
+            raise UserError(
+                field, f"{field}: transformer and transformer_2 run in one loop and need the same"
+            )

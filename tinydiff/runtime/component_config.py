@@ -17,14 +17,20 @@ def read_config(family: Record, path: Path, class_name: str) -> Any:
     """The network's `Config` from its config.json. Raises UserError for a field whose meaning is unknown, or a value out of range."""
     stored = hub.read_json(path)
     try:
-        config = family.read(stored, class_name) if family.read is not None else _config(family, stored, class_name)
+        config = (
+            family.read(stored, class_name)
+            if family.read is not None
+            else _config(family, stored, class_name)
+        )
         for row in family.spec(config):
             if 0 in row.shape:
                 raise ValueError(f"{row.name} would have the shape {list(row.shape)}")
     except (ValueError, TypeError) as error:
         raise UserError("model_path", f"{path}: {error}") from error
     except (ArithmeticError, LookupError) as error:
-        raise UserError("model_path", f"{path}: its numbers describe no network ({type(error).__name__}: {error})") from error
+        raise UserError(
+            "model_path", f"{path}: its numbers describe no network ({type(error).__name__}: {error})"
+        ) from error
     return config
 
 

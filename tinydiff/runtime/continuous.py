@@ -60,7 +60,14 @@ class Sitting:
 
 
 def sitting(
-    model: Model, request: Request, conditioning: Conditioning, owner: str, index: int, priority: int = 0, looks: int = 0, key: str = ""
+    model: Model,
+    request: Request,
+    conditioning: Conditioning,
+    owner: str,
+    index: int,
+    priority: int = 0,
+    looks: int = 0,
+    key: str = "",
 ) -> Sitting:
     """Output number `index` of a request as it enters the loop: eager, and once that is ready compiled where the model is to be.
 
@@ -159,7 +166,9 @@ class Continuous:
         first = max(sitting.priority for sitting in self.sittings)
         form = min((s.form for s in self.sittings if s.priority == first), key=self._served.__getitem__)
         alike = line([s for s in self.sittings if s.form == form], self._turns)
-        return alike[: count or self.pace.size(_size(alike[0].seat), min(len(alike), self.most or len(alike)))]
+        return alike[
+            : count or self.pace.size(_size(alike[0].seat), min(len(alike), self.most or len(alike)))
+        ]
 
     def _share(self, form: Hashable) -> float:
         """What a form may have of the device, a key's part being 1: each key divides its own among the forms that it asked for."""
@@ -175,7 +184,9 @@ class Continuous:
         for sitting in chosen:
             if not sitting.begun:
                 sitting.begun = True
-                self._turns[sitting.path] = self._turns[sitting.path[:1]] = max(self._turns.values(), default=0) + 1
+                self._turns[sitting.path] = self._turns[sitting.path[:1]] = (
+                    max(self._turns.values(), default=0) + 1
+                )
 
     def _unseen(self, chosen: list[Sitting], left: int) -> int:
         """Steps until one of them is looked at, `left` at most."""

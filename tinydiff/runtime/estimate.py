@@ -88,7 +88,9 @@ def subject(model: str, sampling: SamplingOptions, ranks: int, b: int) -> Subjec
     with _folder(model) as (folder, name):
         plan = blueprint.read(ModelOptions(model_path=str(folder), model_id=name))
     row = plan.row
-    [request] = admit(replace(plan, row=replace(row, images=(0, row.images[1]))), replace(sampling, prompt=("",)))
+    [request] = admit(
+        replace(plan, row=replace(row, images=(0, row.images[1]))), replace(sampling, prompt=("",))
+    )
     net, vae = plan.denoiser, plan.autoencoder
     references = row.images[0] if row.image_use == "references" and not row.layers else 0
     tokens, text = _tokens(plan, request, references)
@@ -100,7 +102,9 @@ def subject(model: str, sampling: SamplingOptions, ranks: int, b: int) -> Subjec
     passes = max(1, PIXELS_PER_PASS // (4 * request.height * request.width))
     rows = min(ranks, latent_size(vae.config, request)[1])
     size = request.num_frames, request.height, request.width
-    whole, shared = (workload.decode_bytes(vae.family, vae.config, *size, passes, n, ROLE_BYTES["vae"]) for n in (1, rows))
+    whole, shared = (
+        workload.decode_bytes(vae.family, vae.config, *size, passes, n, ROLE_BYTES["vae"]) for n in (1, rows)
+    )
     return Subject(
         name=model if name is None and model != registry.SHIPPED else row.name,
         request=request,
@@ -142,7 +146,9 @@ def _folder(model: str) -> Iterator[tuple[Path, str | None]]:
         except UserError as error:
             names = [entry.name for entry in registry.MODELS]
             hint = nearest(model, [*names, *(name.rpartition("/")[2] for name in names)])
-            raise UserError(error.field, f"{error}{hint if '; did you mean' not in str(error) else ''}") from error
+            raise UserError(
+                error.field, f"{error}{hint if '; did you mean' not in str(error) else ''}"
+            ) from error
     elif row.name == registry.SHIPPED:
         yield blueprint.SHIPPED, row.name
     else:
@@ -158,11 +164,20 @@ def _write(folder: Path, row: registry.ReleasedModel) -> None:
     index |= {} if row.boundary_ratio is None else {"boundary_ratio": row.boundary_ratio}
     index |= {"is_distilled": row.shape["is_distilled"]} if "is_distilled" in row.shape else {}
     index |= {part: ["", class_name] for part, (class_name, _) in parts.items()}
-    index |= {part.replace("text_encoder", "tokenizer"): ["", ""] for part in parts if part.startswith("text_encoder")}
+    index |= {
+        part.replace("text_encoder", "tokenizer"): ["", ""]
+        for part in parts
+        if part.startswith("text_encoder")
+    }
     index |= {f"{blueprint.WRITER}_tokenizer": ["", ""]} if blueprint.WRITER in parts else {}
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
-    files = {"model_index": index | {"scheduler": ["", scheduler["_class_name"]]}, "scheduler/scheduler_config": scheduler}
-    for file, entries in (files | {f"{part}/config": entries for part, (_, entries) in parts.items()}).items():
+    files = {
+        "model_index": index | {"scheduler": ["", scheduler["_class_name"]]},
+        "scheduler/scheduler_config": scheduler,
+    }
+    for file, entries in (
+        files | {f"{part}/config": entries for part, (_, entries) in parts.items()}
+    ).items():
         path = folder / f"{file}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(entries), encoding="utf-8")
@@ -173,7 +188,11 @@ def layouts(subject: Subject, ranks: int) -> Iterator[Layout]:
     for cfg, tp in ((cfg, tp) for cfg in (1, 2) for tp in range(1, ranks + 1) if ranks % (cfg * tp) == 0):
         if undivided(subject.net.rows, tp) is None:
             rest = ranks // (cfg * tp)
-            each = (Layout(cfg=cfg, ring=rest // n, ulysses=n, tp=tp, vae=ranks > 1) for n in range(1, rest + 1) if rest % n == 0)
+            each = (
+                Layout(cfg=cfg, ring=rest // n, ulysses=n, tp=tp, vae=ranks > 1)
+                for n in range(1, rest + 1)
+                if rest % n == 0
+            )
             yield from (layout for layout in each if _possible(subject, layout))
 
 
@@ -188,7 +207,13 @@ def _possible(subject: Subject, layout: Layout) -> bool:
 def usual(subject: Subject, ranks: int) -> Layout | None:
     """What `generate --num-gpus` alone chooses; None where it refuses."""
     try:
-        return choose(ParallelOptions(num_gpus=ranks), ranks, subject.net.heads, subject.request.guided, subject.work.image)[0]
+        return choose(
+            ParallelOptions(num_gpus=ranks),
+            ranks,
+            subject.net.heads,
+            subject.request.guided,
+            subject.work.image,
+        )[0]
     except UserError:
         return None
 
@@ -207,13 +232,18 @@ def estimates(subject: Subject, ranks: int, vram: float, machine: Machine) -> li
     found.sort(key=lambda each: (each.lacks > 0, float(f"{each.seconds:.3g}"), each.layout.ring, each.total))
     chosen = usual(subject, ranks)
     near = [each for each in found if each.lacks <= 0 and each.seconds <= NEAR * found[0].seconds]
-    first = next((each for each in near if chosen is not None and each.layout.sizes == chosen.sizes), found[0])
+    first = next(
+        (each for each in near if chosen is not None and each.layout.sizes == chosen.sizes), found[0]
+    )
     return [first, *(each for each in found if each is not first)]
 
 
 def _helped(subject: Subject, layout: Layout, vram: float, machine: Machine) -> Estimate:
     """The first way to make a layout fit, else the smallest: text encoders divided over all ranks, full sharding, both."""
-    smaller = [replace(layout, encoders=encoders, fsdp=fsdp) for encoders, fsdp in ((True, False), (False, True), (True, True))]
+    smaller = [
+        replace(layout, encoders=encoders, fsdp=fsdp)
+        for encoders, fsdp in ((True, False), (False, True), (True, True))
+    ]
     tried = [estimate(subject, each, vram, machine) for each in smaller]
     return next((each for each in tried if each.lacks <= 0), min(tried, key=lambda each: each.total))
 
@@ -226,7 +256,10 @@ def over_cards(subject: Subject, ranks: int, machine: Machine) -> list[tuple[Est
     layout = usual(subject, ranks) or estimates(subject, ranks, float("inf"), machine)[0].layout
     plain = [estimate(subject, layout, vram, machine) for vram in CARDS]
     can = layout.size > layout.tp
-    return [(each, _helped(subject, layout, each.vram, machine) if each.lacks > 0 and can else None) for each in plain]
+    return [
+        (each, _helped(subject, layout, each.vram, machine) if each.lacks > 0 and can else None)
+        for each in plain
+    ]
 
 
 def estimate(subject: Subject, layout: Layout, vram: float, machine: Machine) -> Estimate:

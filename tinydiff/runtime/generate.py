@@ -50,16 +50,32 @@ def generate(options: Options, progress: Progress, ranks: Ranks | None = None) -
     progress.on_stage("load")
     model = blueprint.load(plan, ranks)
     loaded = {"load": time.perf_counter() - started}
-    jobs, numbers, writes = _jobs(requests, 1 if ranks is None else ranks.layout.dp), range(len(requests)), True
+    jobs, numbers, writes = (
+        _jobs(requests, 1 if ranks is None else ranks.layout.dp),
+        range(len(requests)),
+        True,
+    )
     if ranks is not None:
-        destinations = from_lead(ranks.groups["world"], destinations)  # a name tells the time: that of one rank
+        destinations = from_lead(
+            ranks.groups["world"], destinations
+        )  # a name tells the time: that of one rank
         numbers, writes = turns(ranks, len(jobs)), ranks.leads
-    made = {n: _make(model, jobs[n], destinations[jobs[n].prompt], options.output, progress, writes) for n in numbers}
+    made = {
+        n: _make(model, jobs[n], destinations[jobs[n].prompt], options.output, progress, writes)
+        for n in numbers
+    }
     if ranks is not None:
-        made = {n: result for share in to_lead(ranks.groups["world"], made if writes else {}) for n, result in share.items()}
+        made = {
+            n: result
+            for share in to_lead(ranks.groups["world"], made if writes else {})
+            for n, result in share.items()
+        }
         if not made:
             return []
-    results = [_joined([made[n] for n, job in enumerate(jobs) if job.prompt == prompt]) for prompt in range(len(requests))]
+    results = [
+        _joined([made[n] for n, job in enumerate(jobs) if job.prompt == prompt])
+        for prompt in range(len(requests))
+    ]
     return [replace(results[0], seconds=loaded | dict(results[0].seconds)), *results[1:]]
 
 
@@ -68,19 +84,28 @@ def _jobs(requests: Sequence[Request], replicas: int) -> list[Job]:
     if replicas == 1:
         return [Job(i, 0, len(request.seeds), request) for i, request in enumerate(requests)]
     each = [(i, k, request) for i, request in enumerate(requests) for k in range(len(request.seeds))]
-    return [Job(i, k, len(request.seeds), replace(request, seeds=request.seeds[k : k + 1])) for i, k, request in each]
+    return [
+        Job(i, k, len(request.seeds), replace(request, seeds=request.seeds[k : k + 1]))
+        for i, k, request in each
+    ]
 
 
-def _make(model: Model, job: Job, destination: Destination, options: OutputOptions, progress: Progress, writes: bool) -> Result:
+def _make(
+    model: Model, job: Job, destination: Destination, options: OutputOptions, progress: Progress, writes: bool
+) -> Result:
     """Do a job, and write its files where this rank is the one that does."""
     result = pipeline.run(model, job.request, progress)
     if options.save_output and writes:
         progress.on_stage("save")
         before = time.perf_counter()
         paths = _save(*destination, job, result)
-        result = replace(result, paths=paths, seconds={**result.seconds, "save": time.perf_counter() - before})
+        result = replace(
+            result, paths=paths, seconds={**result.seconds, "save": time.perf_counter() - before}
+        )
     if not options.return_frames:
-        result = replace(result, frames=(), latents=())  # written, or not wanted: many prompts shall fit into memory
+        result = replace(
+            result, frames=(), latents=()
+        )  # written, or not wanted: many prompts shall fit into memory
     return result
 
 
@@ -104,7 +129,9 @@ def _destination(options: OutputOptions, request: Request) -> Destination:
         prompt=request.prompt,
         seed=request.seeds[0],
     )
-    encoding = output.plan_encoding(target, request.fps, options.output_quality, options.output_compression, options.x264_preset)
+    encoding = output.plan_encoding(
+        target, request.fps, options.output_quality, options.output_compression, options.x264_preset
+    )
     if options.save_output:
         output.check_size(target, request.height, request.width)
         output.check_writable(target.folder, target.path(len(request.seeds) - 1, len(request.seeds)).name)
@@ -122,4 +149,7 @@ def _save(target: output.Target, encoding: output.Encoding, job: Job, result: Re
             files.append((frames, told))
     each = len(files) // len(result.seeds)
     first, count = job.first * each, job.of * each
-    return tuple(output.save(target, frames, encoding, told, first + i, count) for i, (frames, told) in enumerate(files))
+    return tuple(
+        output.save(target, frames, encoding, told, first + i, count)
+        for i, (frames, told) in enumerate(files)
+    )

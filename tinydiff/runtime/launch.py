@@ -89,7 +89,9 @@ def chosen_layout(options: Options, ranks: int, place: Place | None) -> Layout:
     check_devices(plan, here)
     heads, guided = denoiser_heads(plan), requests[0].guided
     outputs = sum(len(request.seeds) for request in requests)
-    chosen, why = layout.choose(options.parallel, ranks, heads, guided, min(_tokens(plan, request) for request in requests), outputs)
+    chosen, why = layout.choose(
+        options.parallel, ranks, heads, guided, min(_tokens(plan, request) for request in requests), outputs
+    )
     check_divides(plan, chosen)
     if place is None or place.rank == 0:
         log.info("%s", why)
@@ -108,7 +110,9 @@ def check_divides(plan: Blueprint, chosen: Layout) -> None:
 
     net = plan.denoiser
     if chosen.tp > 1 and (why := undivided(net.family.spec(net.config), chosen.tp)):
-        raise UserError("tp_size", f"tp_size: {chosen.tp} ranks cannot share the transformer's weights: {why}")
+        raise UserError(
+            "tp_size", f"tp_size: {chosen.tp} ranks cannot share the transformer's weights: {why}"
+        )
 
 
 def check_devices(plan: Blueprint, here: int) -> None:
@@ -134,7 +138,15 @@ def _started(options: Options, chosen: Layout, watch: Watch) -> list[Result]:
     asked = options.parallel
     nodes, node = asked.nnodes or 1, asked.node_rank or 0
     where, timeout = layout.address(asked), asked.dist_timeout or TIMEOUT
-    made = start(program, (options, chosen, watch), chosen.size // nodes, nodes=nodes, node=node, address=where, timeout=timeout)
+    made = start(
+        program,
+        (options, chosen, watch),
+        chosen.size // nodes,
+        nodes=nodes,
+        node=node,
+        address=where,
+        timeout=timeout,
+    )
     return made.get(0, [])
 
 

@@ -44,11 +44,18 @@ def _ranks(asked: config.ParallelOptions, plan: blueprint.Blueprint) -> Ranks | 
     if not given or (count := layout.count(asked, place and place.size)) == 1:
         return None
     if place is None:
-        raise UserError(given[0], f"{given[0]}: a program is one rank; start it with torchrun, or make pictures from the command line")
+        raise UserError(
+            given[0],
+            f"{given[0]}: a program is one rank; start it with torchrun, or make pictures from the command line",
+        )
     if asked.data_parallel_size not in (None, 1):
         message = f"{asked.data_parallel_size} replicas share outputs on the command line only; a program gives each its own prompts"
         raise UserError("data_parallel_size", f"data_parallel_size: {message}")
-    guided = asked.enable_cfg_parallel or asked.cfg_parallel_size == 2 or guidance_of(plan, config.SamplingOptions())[0] > 1
+    guided = (
+        asked.enable_cfg_parallel
+        or asked.cfg_parallel_size == 2
+        or guidance_of(plan, config.SamplingOptions())[0] > 1
+    )
     launch.check_devices(plan, place.local_size)
     chosen, why = layout.choose(asked, count, launch.denoiser_heads(plan), guided)
     launch.check_divides(plan, chosen)
@@ -57,10 +64,14 @@ def _ranks(asked: config.ParallelOptions, plan: blueprint.Blueprint) -> Ranks | 
     return join(chosen, asked.dist_timeout or launch.TIMEOUT, plan.device.type)
 
 
-def generate(model: Model, prompt: str, fields: Mapping[str, Any], progress: config.Progress | None = None) -> Result:
+def generate(
+    model: Model, prompt: str, fields: Mapping[str, Any], progress: config.Progress | None = None
+) -> Result:
     """See `tinydiff.generate`."""
     if not isinstance(prompt, str):
-        raise UserError("prompt", f"prompt: takes one text, not a {type(prompt).__name__}; call once for each prompt")
+        raise UserError(
+            "prompt", f"prompt: takes one text, not a {type(prompt).__name__}; call once for each prompt"
+        )
     _only(fields, config.SamplingOptions)
     sampling = config.options({**fields, "prompt": prompt}).sampling
     with plain():
@@ -72,4 +83,7 @@ def _only(given: Mapping[str, Any], *records: type) -> None:
     names = {field.name for record in records for field in fields_of(record)}
     for name in given:
         if name not in names:
-            raise UserError(name, f"{name}: no such option here; known are {', '.join(sorted(names))}{nearest(name, names)}")
+            raise UserError(
+                name,
+                f"{name}: no such option here; known are {', '.join(sorted(names))}{nearest(name, names)}",
+            )

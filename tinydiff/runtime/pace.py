@@ -71,5 +71,6 @@ class Pace:
     def table(self) -> Mapping[str, Mapping[int, float]]:
         """Step seconds by form, numbered as they came, and batch size."""
         return {
-            str(i): {size: round(min(times), 6) for size, times in sorted(known.items())} for i, known in enumerate(self._seconds.values())
+            str(i): {size: round(min(times), 6) for size, times in sorted(known.items())}
+            for i, known in enumerate(self._seconds.values())
         }

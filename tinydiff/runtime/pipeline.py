@@ -91,7 +91,9 @@ def parts(model: Model, request: Request, warn: Callable[[str], None] = log.warn
     vae, device = model.autoencoder, model.blueprint.device
     chunk, tile = vae_passes(model, request)
 
-    def tokens(component: str, texts: list[str], length: int | None, side: str | None = None, framed: bool = True) -> tuple[Tensor, Tensor]:
+    def tokens(
+        component: str, texts: list[str], length: int | None, side: str | None = None, framed: bool = True
+    ) -> tuple[Tensor, Tensor]:
         tokenizer = model.tokenizers[component]
         encoded = [tokenizer.encode(text, length, side, framed) for text in texts]
         for index, each in enumerate(encoded):
@@ -100,7 +102,9 @@ def parts(model: Model, request: Request, warn: Callable[[str], None] = log.warn
                 warn(f"{name}: the last {each.truncated} of its tokens were cut, the model reads {length}")
         longest = max(len(each.ids) for each in encoded)
         encoded = [tokenizer.padded(each, longest) for each in encoded]
-        return torch.tensor([each.ids for each in encoded], device=device), torch.tensor([each.mask for each in encoded], device=device)
+        return torch.tensor([each.ids for each in encoded], device=device), torch.tensor(
+            [each.mask for each in encoded], device=device
+        )
 
     def encode(pixels: Tensor) -> Tensor:
         return vae.family.encode(vae.config, vae.w, pixels, chunk, tile, vae.plan).to(compute_dtype(pixels))
@@ -129,7 +133,10 @@ def _conditioned(model: Model, request: Request, have: Parts) -> Conditioning:
     net, row = model.denoiser, model.blueprint.row
     if net.plan.group("cfg").size > 1 and not request.guided:
         message = f"{request.guidance_scale:g} needs the prompt's branch alone, and cfg_parallel_size 2 gives half of the ranks another"
-        raise UserError("guidance_scale", f"guidance_scale: {message}; ask for more than 1, or load with cfg_parallel_size 1")
+        raise UserError(
+            "guidance_scale",
+            f"guidance_scale: {message}; ask for more than 1, or load with cfg_parallel_size 1",
+        )
     rows = table(model.blueprint, request)
     prepared = net.family.pipelines[row.pipeline](net.config, have, request)
     told = Conditioning(prepared, rows, _experts(model, prepared, rows))
@@ -159,7 +166,9 @@ def table(blueprint: Blueprint, request: Request) -> Table:
     if not all(column.isfinite().all() for column in (rows.a, rows.c, rows.b1, rows.b2, rows.n)):
         field = "num_inference_steps" if request.flow_shift is None else "flow_shift"
         shift = "the schedule" if request.flow_shift is None else f"a flow_shift of {request.flow_shift:g}"
-        message = f"{request.num_inference_steps} steps of {shift} lie closer together than float32 tells apart"
+        message = (
+            f"{request.num_inference_steps} steps of {shift} lie closer together than float32 tells apart"
+        )
         raise UserError(field, f"{field}: {message}; take fewer steps or a shift nearer to 1")
     rows = solvers.with_guidance(rows, request.guidance_scale)
     if request.boundary_ratio is not None:
@@ -174,7 +183,9 @@ def _scheduled(blueprint: Blueprint, request: Request) -> Table:
     if request.flow_shift is not None:
         scheduler[solvers.SHIFT_NAMES.get(str(scheduler.get("_class_name")), "shift")] = request.flow_shift
     family, steps = net.family, request.num_inference_steps
-    own = scheduler.get("use_flow_sigmas") and blueprint.row.pipeline in family.own_grid and not request.starts
+    own = (
+        scheduler.get("use_flow_sigmas") and blueprint.row.pipeline in family.own_grid and not request.starts
+    )
     grid = sigmas.linear_grid(steps) if family.linear_grid and not own else None
     tokens = token_count(blueprint.autoencoder.config, request, family.patch(net.config))
     mu = family.mu(net.config, tokens, steps, scheduler) if scheduler.get("use_dynamic_shifting") else None
@@ -182,7 +193,12 @@ def _scheduled(blueprint: Blueprint, request: Request) -> Table:
 
 
 def begin(
-    model: Model, request: Request, conditioning: Conditioning, seed: int, latents: Tensor | None = None, compiled: bool = False
+    model: Model,
+    request: Request,
+    conditioning: Conditioning,
+    seed: int,
+    latents: Tensor | None = None,
+    compiled: bool = False,
 ) -> tuple[loop.Seat, Callable[[Tensor], Tensor]]:
     """(noise of `seed`, or `latents` [1, C, F, H, W], at the first step, what makes tokens [1, L, P] of the picture of the seat's).
 
@@ -203,7 +219,9 @@ def begin(
     return seat, lambda x_BLP: sequence.gathered(plan, x_BLP, 1, whole)[:, :made]
 
 
-def denoise(model: Model, request: Request, conditioning: Conditioning, seed: int, latents: Tensor | None = None) -> Iterator[Tensor]:
+def denoise(
+    model: Model, request: Request, conditioning: Conditioning, seed: int, latents: Tensor | None = None
+) -> Iterator[Tensor]:
     """Noise of `seed` (or `latents` [1, C, F, H, W]) -> tokens [1, L, P] of the picture, float32, after each step."""
     seat, shown = begin(model, request, conditioning, seed, latents, model.blueprint.compiled)
     while not seat.done:
@@ -216,7 +234,9 @@ def _from_picture(noise_BLP: Tensor, conditioning: Conditioning) -> tuple[Tensor
     assert conditioning.start is not None
     clean = conditioning.start.to(noise_BLP.dtype)
     x = torch.lerp(clean, noise_BLP, conditioning.rows.sigmas[0].item())
-    return x, None if conditioning.mask is None else loop.Kept(conditioning.mask.to(x.dtype), clean, noise_BLP)
+    return x, None if conditioning.mask is None else loop.Kept(
+        conditioning.mask.to(x.dtype), clean, noise_BLP
+    )
 
 
 def _beside_known(x_BLP: Tensor, prepared: Prepared) -> tuple[Tensor, loop.Kept | None]:
@@ -235,10 +255,14 @@ _eager = cache(loop.eager_denoise)
 def denoiser(model: Model, request: Request, conditioning: Conditioning, compiled: bool) -> loop.Denoise:
     """The loop with the request's form of guidance; the same function for all requests of that form."""
     net = model.denoiser
-    form = guidance.KINDS[(conditioning.prepared.guidance or net.family.guidance) if request.guided else "none"]
+    form = guidance.KINDS[
+        (conditioning.prepared.guidance or net.family.guidance) if request.guided else "none"
+    ]
     if not compiled:
         return _eager(net.network, form)
-    from tinydiff.sampling.compile import compiled_denoise  # pulls in the compiler: only those who compile pay for it
+    from tinydiff.sampling.compile import (
+        compiled_denoise,
+    )  # pulls in the compiler: only those who compile pay for it
 
     return compiled_denoise(net.network, form)
 
@@ -262,13 +286,19 @@ def _over_given(frames: numpy.ndarray, request: Request) -> numpy.ndarray:
         return frames
     from PIL import Image, ImageFilter
 
-    near = Image.fromarray(request.mask).filter(ImageFilter.BoxBlur(FEATHER)).point(lambda level: 255 if level else 0)
+    near = (
+        Image.fromarray(request.mask)
+        .filter(ImageFilter.BoxBlur(FEATHER))
+        .point(lambda level: 255 if level else 0)
+    )
     share = numpy.asarray(near.filter(ImageFilter.BoxBlur(FEATHER)))[..., None] / 255
     return (frames * share + request.images[0] * (1 - share)).round().astype(numpy.uint8)
 
 
 @torch.no_grad()
-def finish(model: Model, request: Request, conditioning: Conditioning, tokens: Tensor) -> tuple[numpy.ndarray, Tensor]:
+def finish(
+    model: Model, request: Request, conditioning: Conditioning, tokens: Tensor
+) -> tuple[numpy.ndarray, Tensor]:
     """The last step's tokens [1, L, P] -> (frames uint8 [frames, height, width, 3 or 4], latents [N, C, F, H, W])."""
     latents = conditioning.prepared.unpack(tokens)
     if not latents.isfinite().all():
@@ -278,11 +308,24 @@ def finish(model: Model, request: Request, conditioning: Conditioning, tokens: T
     return _over_given(decode(model, request, latents), request), latents
 
 
-def parameters(model: Model, request: Request, revised: str | None = None, warnings: Sequence[str] = ()) -> dict[str, Any]:
+def parameters(
+    model: Model, request: Request, revised: str | None = None, warnings: Sequence[str] = ()
+) -> dict[str, Any]:
     """Every effective parameter of a request but the seed, and what of it had no effect. JSON-able. revised: the prompt as a language model
     wrote it."""
-    names = ("prompt", "negative_prompt", "height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale")
-    entries: dict[str, Any] = {"model": model.blueprint.row.name} | {name: getattr(request, name) for name in names}
+    names = (
+        "prompt",
+        "negative_prompt",
+        "height",
+        "width",
+        "num_frames",
+        "fps",
+        "num_inference_steps",
+        "guidance_scale",
+    )
+    entries: dict[str, Any] = {"model": model.blueprint.row.name} | {
+        name: getattr(request, name) for name in names
+    }
     if not request.guided:
         del entries["negative_prompt"]
     if WRITER in model.nets:

@@ -29,8 +29,14 @@ def fit(model: Model) -> Tensor:
     colours = F.avg_pool2d(pixels, stride)
     given = F.pad(pixels, (0, 0, 0, 0, 0, 1), value=1.0) if opacity else pixels
     given = given.to(model.blueprint.device, vae.dtype)[:, :, None].split(1)
-    latents = torch.cat([vae.family.encode(vae.config, vae.w, x, plan=vae.plan)[:, :, 0] for x in given]).double().cpu()
-    latents = F.interpolate(latents, size=colours.shape[2:], mode="area")  # some autoencoders put several pixels into channels
+    latents = (
+        torch.cat([vae.family.encode(vae.config, vae.w, x, plan=vae.plan)[:, :, 0] for x in given])
+        .double()
+        .cpu()
+    )
+    latents = F.interpolate(
+        latents, size=colours.shape[2:], mode="area"
+    )  # some autoencoders put several pixels into channels
     known = torch.cat([latents, torch.ones_like(latents[:, :1])], 1).transpose(0, 1).flatten(1).T
     wanted = colours.double().transpose(0, 1).flatten(1).T
     return torch.linalg.lstsq(known, wanted).solution.float()

@@ -44,29 +44,48 @@ def settle(blueprint: Blueprint, sampling: SamplingOptions) -> Settings:
     text = (standard if negative is None else negative) or ""
     shift, writes = _shift(blueprint, sampling, notes), WRITER in blueprint.nets
     if sampling.use_pe and not writes:
-        raise UserError("use_pe", f"use_pe: {blueprint.row.name} has no language model here that rewrites prompts (component {WRITER})")
-    return Settings(guidance, embedded, second, boundary, text, shift, writes and sampling.use_pe is not False, notes)
+        raise UserError(
+            "use_pe",
+            f"use_pe: {blueprint.row.name} has no language model here that rewrites prompts (component {WRITER})",
+        )
+    return Settings(
+        guidance, embedded, second, boundary, text, shift, writes and sampling.use_pe is not False, notes
+    )
 
 
-def guidance_of(blueprint: Blueprint, sampling: SamplingOptions, notes: dict[str, str] | None = None) -> tuple[float, float | None]:
+def guidance_of(
+    blueprint: Blueprint, sampling: SamplingOptions, notes: dict[str, str] | None = None
+) -> tuple[float, float | None]:
     """(scale of prompt against negative prompt, 1 is off; what the network is told of guidance, None where it takes none)."""
     row, asked, true = blueprint.row, sampling.guidance_scale, sampling.true_cfg_scale
     if row.guidance_form in ("embedded", "true"):
         embedded = row.guidance_form == "embedded"
         if embedded and sampling.negative_prompt and (true or 1.0) <= 1:
-            raise UserError("negative_prompt", f"negative_prompt: {row.name} reads one only with true_cfg_scale above 1")
+            raise UserError(
+                "negative_prompt", f"negative_prompt: {row.name} reads one only with true_cfg_scale above 1"
+            )
         if not embedded and (asked or 1.0) != 1:
-            _ignored(notes, "guidance_scale", f"{row.name} is told none; true_cfg_scale with a negative prompt guides it")
+            _ignored(
+                notes,
+                "guidance_scale",
+                f"{row.name} is told none; true_cfg_scale with a negative prompt guides it",
+            )
         if (true or 1.0) > 1 and sampling.negative_prompt is None:
             _ignored(notes, "true_cfg_scale", "no negative prompt is given (an empty one is one)")
             true = None
         return max(1.0, true or 1.0), (row.guidance if asked is None else asked) if embedded else None
     if true is not None and asked is not None:
-        raise UserError("true_cfg_scale", f"true_cfg_scale: {row.name} has one guidance, and guidance_scale sets it too; give one of them")
+        raise UserError(
+            "true_cfg_scale",
+            f"true_cfg_scale: {row.name} has one guidance, and guidance_scale sets it too; give one of them",
+        )
     if blueprint.options.get("is_distilled"):
         for name, value in (("guidance_scale", asked), ("true_cfg_scale", true)):
             if (value or 1.0) > 1:
-                raise UserError(name, f"{name}: {value} cannot be had; {row.name} is distilled and does without guidance (1)")
+                raise UserError(
+                    name,
+                    f"{name}: {value} cannot be had; {row.name} is distilled and does without guidance (1)",
+                )
         return 1.0, None
     scale = next((value for value in (asked, true) if value is not None), row.guidance)
     return max(1.0, scale + 1 if row.guidance_form == "offset" else scale), None
@@ -79,7 +98,9 @@ def _ignored(notes: dict[str, str] | None, field: str, why: str) -> None:
         log.warning("%s is without effect: %s", field, why)
 
 
-def _experts(blueprint: Blueprint, sampling: SamplingOptions, guidance: float, notes: dict[str, str]) -> tuple[float | None, float | None]:
+def _experts(
+    blueprint: Blueprint, sampling: SamplingOptions, guidance: float, notes: dict[str, str]
+) -> tuple[float | None, float | None]:
     """(guidance of the second expert, boundary) of a model with two, else (None, None).
 
     As in diffusers the first expert's scale says for both whether there is guidance; where there is, the second's is any number.
@@ -118,7 +139,10 @@ def _shift(blueprint: Blueprint, sampling: SamplingOptions, notes: dict[str, str
     row, scheduler = blueprint.row, blueprint.scheduler
     if sampling.flow_shift is not None:
         if scheduler.get("use_dynamic_shifting"):
-            raise UserError("flow_shift", f"flow_shift: {row.name} bends its schedule by the size of the picture; leave it out")
+            raise UserError(
+                "flow_shift",
+                f"flow_shift: {row.name} bends its schedule by the size of the picture; leave it out",
+            )
         return sampling.flow_shift
     if row.flow_shift is None:
         return None
@@ -126,7 +150,9 @@ def _shift(blueprint: Blueprint, sampling: SamplingOptions, notes: dict[str, str
     stored = 1.0 if scheduler.get(field) is None else scheduler[field]
     if row.solver == "dmd":  # FastVideo has the schedule of its distilled models in its code
         if stored != row.flow_shift:
-            notes["flow_shift"] = f"what {row.name} is distilled for; the scheduler's file, which says {stored}, is not read"
+            notes["flow_shift"] = (
+                f"what {row.name} is distilled for; the scheduler's file, which says {stored}, is not read"
+            )
         return row.flow_shift
     if not isinstance(stored, int | float):
         return None  # the scheduler's own fields are checked with it

@@ -32,13 +32,22 @@ def form(family: Family, seat: Seat) -> Hashable:
     """
     told = [(b.request, b.steps) for b in seat.network.branches]
     requests = tuple(
-        (prefix, name, x.shape, x.dtype, None if has_images(family.conds, prefix, name) else hash(x.cpu().numpy().tobytes()))
+        (
+            prefix,
+            name,
+            x.shape,
+            x.dtype,
+            None if has_images(family.conds, prefix, name) else hash(x.cpu().numpy().tobytes()),
+        )
         for request, _ in told
         for prefix, below in sorted(request.items())
         for name, x in sorted(below.items())
     )
     steps = tuple(
-        (prefix, name, x.shape[1:], x.dtype) for _, rows in told for prefix, below in rows.items() for name, x in sorted(below.items())
+        (prefix, name, x.shape[1:], x.dtype)
+        for _, rows in told
+        for prefix, below in rows.items()
+        for name, x in sorted(below.items())
     )
     weights = tuple(id(x) for below in seat.network.weights.values() for x in below.values())
     kept = None if seat.kept is None else tuple(x.shape for x in seat.kept)
@@ -55,7 +64,9 @@ def together(family: Family, seats: Sequence[Seat]) -> Batch:
     def ahead(rows: Sequence[Tensor], dim: int) -> Tensor:
         """Rows [S, ...] of each seat's own table from where it stands, side by side along the axis of images."""
         beside = torch.cat([x[seat.at : seat.at + span] for seat, x in zip(seats, rows, strict=True)], dim)
-        return beside if span > 1 else torch.cat([beside, beside])  # torch would compile tables of one row on their own
+        return (
+            beside if span > 1 else torch.cat([beside, beside])
+        )  # torch would compile tables of one row on their own
 
     def joined(trees: Sequence[Tree], join: Callable[[str, str, list[Tensor]], Tensor]) -> Tree:
         return {
@@ -67,7 +78,10 @@ def together(family: Family, seats: Sequence[Seat]) -> Batch:
         return torch.cat(found) if has_images(family.conds, prefix, name) else found[0]
 
     branches = tuple(
-        Branch(joined([b.request for b in same], told), joined([b.steps for b in same], lambda _, __, rows: ahead(rows, 1)))
+        Branch(
+            joined([b.request for b in same], told),
+            joined([b.steps for b in same], lambda _, __, rows: ahead(rows, 1)),
+        )
         for same in zip(*(seat.network.branches for seat in seats), strict=True)
     )
     states = [seat.state for seat in seats]
@@ -75,7 +89,9 @@ def together(family: Family, seats: Sequence[Seat]) -> Batch:
     memory = {name: torch.cat([state.memory[name] for state in states]) for name in states[0].memory}
     whole = first._replace(
         rows=ahead([seat.rows for seat in seats], 2),
-        noise=None if first.noise is None else ahead([seat.noise for seat in seats if seat.noise is not None], 1),
+        noise=None
+        if first.noise is None
+        else ahead([seat.noise for seat in seats if seat.noise is not None], 1),
         kept=None
         if first.kept is None
         else Kept(*map(torch.cat, zip(*(seat.kept for seat in seats if seat.kept is not None), strict=True))),

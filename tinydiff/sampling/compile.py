@@ -160,7 +160,11 @@ def _mark_images(
     told = [x for at, below in requests for name, x in below.items() if has_images(conds, at, name)]
     rows = [x for _, steps in hoisted.branches for below in steps.values() for x in below.values()]
     stated = [state.x, state.h1, state.h2, *state.memory.values(), *(kept or ())]
-    for tensors, dim in (([*told, *stated], 0), ([*rows, *(() if noise is None else (noise,))], 1), ([coefficients], 2)):
+    for tensors, dim in (
+        ([*told, *stated], 0),
+        ([*rows, *(() if noise is None else (noise,))], 1),
+        ([coefficients], 2),
+    ):
         for x in tensors:
             if x.ndim > dim and x.shape[dim] == state.x.shape[0]:
                 torch._dynamo.mark_dynamic(x, dim)

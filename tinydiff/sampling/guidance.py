@@ -20,7 +20,9 @@ from tinydiff.sampling.loop import Guidance, Guided, Memory, Predict, Step
 def none(predict: Predict, plan: Plan) -> Guided:
     """The prediction of the only branch."""
 
-    def alone(w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory) -> tuple[Tensor, Memory]:
+    def alone(
+        w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory
+    ) -> tuple[Tensor, Memory]:
         (prediction,), memory = predict(w, x_BLP, step, branches, memory)
         return prediction, memory
 
@@ -31,7 +33,9 @@ def _of_two(combine: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Guidance:
     """combine: (prediction of the prompt, of the negative prompt, both [B, L, P], scale [1 or B, 1, 1]) -> [B, L, P]."""
 
     def guidance(predict: Predict, plan: Plan) -> Guided:
-        def guided(w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory) -> tuple[Tensor, Memory]:
+        def guided(
+            w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory
+        ) -> tuple[Tensor, Memory]:
             (condition, negative), memory = predict(w, x_BLP, step, branches, memory)
             return combine(condition.to(x_BLP.dtype), negative.to(x_BLP.dtype), step.guidance), memory
 
@@ -46,7 +50,10 @@ def _plain(condition: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
 
 def _normed(condition: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
     guided = _plain(condition, negative, scale)
-    return guided * (torch.linalg.vector_norm(condition, dim=-1, keepdim=True) / torch.linalg.vector_norm(guided, dim=-1, keepdim=True))
+    return guided * (
+        torch.linalg.vector_norm(condition, dim=-1, keepdim=True)
+        / torch.linalg.vector_norm(guided, dim=-1, keepdim=True)
+    )
 
 
 classifier_free = _of_two(_plain)
@@ -62,7 +69,9 @@ def clamped(predict: Predict, plan: Plan) -> Guided:
     The request holds `limit` [1 or B, 1, 1] and `real` [1 or B, L, 1] bool, the tokens that count. Source: Z-Image's pipelines.
     """
 
-    def guided(w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory) -> tuple[Tensor, Memory]:
+    def guided(
+        w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory
+    ) -> tuple[Tensor, Memory]:
         (condition, negative), memory = predict(w, x_BLP, step, branches, memory)
         condition, known = condition.to(x_BLP.dtype), branches[0].request[""]
         free = _plain(condition, negative.to(x_BLP.dtype), step.guidance)

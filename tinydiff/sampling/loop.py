@@ -113,7 +113,9 @@ class Seat(NamedTuple):
 
 
 @torch.no_grad()
-def hoist(network: Network, weights: Mapping[str, Tensor], branches: Sequence[dict[str, Tensor]], table: Table) -> Hoisted:
+def hoist(
+    network: Network, weights: Mapping[str, Tensor], branches: Sequence[dict[str, Tensor]], table: Table
+) -> Hoisted:
     """Make a network ready for one request: what the loop need not repeat is computed here, once.
 
     weights: flat, on their device, as this rank holds them. branches: the inputs of the family's `hoist` for each branch of guidance,
@@ -126,14 +128,19 @@ def hoist(network: Network, weights: Mapping[str, Tensor], branches: Sequence[di
         branches = [branches[cfg.rank]]
     timesteps = table.timesteps.to(device)
     if len(timesteps) == 1:
-        timesteps = timesteps.expand(2)  # the second row is never read; torch would compile tables of one row on their own
+        timesteps = timesteps.expand(
+            2
+        )  # the second row is never read; torch would compile tables of one row on their own
     flat = Weights(shards.Unpacked(weights, _packs(network), plan), dtype=network.dtype)
     hoisted = [family.hoist(network.config, everywhere, flat, inputs, timesteps) for inputs in branches]
     if not family.pooled:
         hoisted = [(request, hoisted[0][1]) for request, _ in hoisted]
     return Hoisted(
         divide(network, weights),
-        tuple(Branch(divide(network, sequence.dealt(plan, family.conds, request)), divide(network, steps)) for request, steps in hoisted),
+        tuple(
+            Branch(divide(network, sequence.dealt(plan, family.conds, request)), divide(network, steps))
+            for request, steps in hoisted
+        ),
     )
 
 
@@ -154,7 +161,9 @@ def predictor(network: Network, wrap: Wrap = as_is, hooks: Hooks = Hooks()) -> P
     if packs := _packs(network):
         hooks = hooks._replace(fetch=_gathered(packs, network.plan))
 
-    def predict(w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory) -> tuple[tuple[Tensor, ...], Memory]:
+    def predict(
+        w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory
+    ) -> tuple[tuple[Tensor, ...], Memory]:
         velocities = walk(network, calls[: len(branches)], w, x_BLP, branches, hooks)
         if cfg.size > 1:
             return move(network.plan, "branches", velocities[0][None]).unbind(0), memory
@@ -205,7 +214,9 @@ def denoise(
     def running(i: Tensor, *_: Any) -> Tensor:
         return i < stop
 
-    def body(i: Tensor, x: Tensor, h1: Tensor, h2: Tensor, memory: Memory) -> tuple[Tensor, Tensor, Tensor, Tensor, Memory]:
+    def body(
+        i: Tensor, x: Tensor, h1: Tensor, h2: Tensor, memory: Memory
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Memory]:
         row = i.view(1)
         sigma, after, a, c, b1, b2, n, guidance = coefficients.index_select(0, row)[0].unbind(0)
         branches = tuple(Branch(request, _rows(steps, row)) for request, steps in network.branches)
@@ -222,14 +233,25 @@ def denoise(
 
 
 def _rows(steps: Tree, row: Tensor) -> Tree:
-    return {prefix: {name: rows.index_select(0, row)[0] for name, rows in below.items()} for prefix, below in steps.items()}
+    return {
+        prefix: {name: rows.index_select(0, row)[0] for name, rows in below.items()}
+        for prefix, below in steps.items()
+    }
 
 
 def eager_denoise(network: Network, guidance: Guidance) -> Denoise:
     """`denoise` for this network, run operation by operation."""
     predict = guidance(predictor(network), network.plan)
 
-    def call(hoisted: Hoisted, state: State, coefficients: Tensor, noise: Tensor | None, kept: Kept | None, start: int, stop: int) -> State:
+    def call(
+        hoisted: Hoisted,
+        state: State,
+        coefficients: Tensor,
+        noise: Tensor | None,
+        kept: Kept | None,
+        start: int,
+        stop: int,
+    ) -> State:
         bounds = torch.tensor([start, stop], device=state.x.device)
         return denoise(python_loop, predict, hoisted, state, coefficients, noise, kept, bounds[0], bounds[1])
 
@@ -262,7 +284,16 @@ def start(
     x = x_BLP.clone(memory_format=torch.contiguous_format) if kept is None else kept.at(x_BLP, rows[0, 0])
     (expert, _, stop), *_ = segments(table)
     return Seat(
-        denoise, table, experts, rows, noise, kept, experts(expert), State(x, torch.zeros_like(x), torch.zeros_like(x), {}), 0, stop
+        denoise,
+        table,
+        experts,
+        rows,
+        noise,
+        kept,
+        experts(expert),
+        State(x, torch.zeros_like(x), torch.zeros_like(x), {}),
+        0,
+        stop,
     )
 
 

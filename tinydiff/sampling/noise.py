@@ -23,7 +23,9 @@ def noise(seed: int, index: int, shape: Sequence[int], draws: int = 1) -> Tensor
     return torch.stack([torch.randn(tuple(shape), generator=generator) for _ in range(draws)])
 
 
-def latents(seed: int, indices: Sequence[int], shape: Sequence[int], table: Table) -> tuple[Tensor, Tensor | None]:
+def latents(
+    seed: int, indices: Sequence[int], shape: Sequence[int], table: Table
+) -> tuple[Tensor, Tensor | None]:
     """Initial latents [B, C, F, H, W] of images `indices` and the fresh noise of every step [S, B, C, F, H, W].
 
     shape: one image's latents, (C, F, H, W). The second is None where the table never renoises; its rows are 0 where a step does not.

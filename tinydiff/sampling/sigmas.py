@@ -59,7 +59,9 @@ def exponential_shift(sigmas_S: Tensor, mu: float) -> Tensor:
 
 def linear_shift(sigmas_S: Tensor, mu: float) -> Tensor:
     """mu / (mu + 1 / sigma - 1): a static shift of mu."""
-    m = sigmas_S.new_tensor(mu)  # a tensor, because torch divides a Python number by a tensor as a product with the reciprocal
+    m = sigmas_S.new_tensor(
+        mu
+    )  # a tensor, because torch divides a Python number by a tensor as a product with the reciprocal
     return m / (m + (1 / sigmas_S - 1))
 
 

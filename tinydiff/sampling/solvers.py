@@ -92,7 +92,10 @@ def dmd(timesteps: Sequence[float] = (1000, 757, 522), shift: float = 8.0) -> Ta
     shown = torch.tensor(timesteps, dtype=torch.float64)
     falls = bool((shown.diff() < 0).all())
     if len(shown) == 0 or not falls or shown.max() > TRAIN_STEPS or shown.min() < 0:
-        raise UserError("dmd_denoising_steps", f"dmd_denoising_steps is {list(timesteps)}; it must fall strictly, from 1000 at most to 0")
+        raise UserError(
+            "dmd_denoising_steps",
+            f"dmd_denoising_steps is {list(timesteps)}; it must fall strictly, from 1000 at most to 0",
+        )
     grid = train_grid(shift)
     index = ((grid * TRAIN_STEPS).double() - shown[:, None]).abs().argmin(1)
     return renoise(with_zero(grid[index]), shown)
@@ -121,7 +124,9 @@ def unipc(sigmas: Tensor, timesteps: Tensor | None = None) -> Table:
         ratio = (log_snr[i - 1] - log_snr[i]) / h if second else torch.ones_like(h)
         slope = -alpha[i + 1] * decay / (2 * ratio) if second else torch.zeros_like(h)
         clean = kept * correction[0] - alpha[i + 1] * decay - slope
-        rows.append(torch.stack([kept + clean, -s[i] * clean, kept * correction[1] + slope, kept * correction[2]]))
+        rows.append(
+            torch.stack([kept + clean, -s[i] * clean, kept * correction[1] + slope, kept * correction[2]])
+        )
         if i + 1 < steps:
             correction = _correction(h, ratio, second, alpha[i + 1] * decay)
     a, c, b1, b2 = torch.stack(rows).unbind(1)
@@ -149,7 +154,10 @@ def with_guidance(table: Table, scale: float | Sequence[float]) -> Table:
     """The table with this guidance scale on every step, or one scale per step."""
     scales = torch.as_tensor(scale, dtype=torch.float64)
     if scales.ndim and scales.shape != table.a.shape:
-        raise UserError("guidance_scale", f"guidance_scale lists {len(scales)} values for {table.steps} steps; give one, or one per step")
+        raise UserError(
+            "guidance_scale",
+            f"guidance_scale lists {len(scales)} values for {table.steps} steps; give one, or one per step",
+        )
     return table._replace(guidance=scales.expand(table.steps).clone())
 
 
@@ -175,7 +183,9 @@ def segments(table: Table) -> list[tuple[int, int, int]]:
     """Runs of steps with one expert: (expert, start, stop)."""
     experts = table.expert.tolist()
     starts = [i for i in range(len(experts)) if i == 0 or experts[i] != experts[i - 1]]
-    return [(experts[start], start, stop) for start, stop in zip(starts, [*starts[1:], len(experts)], strict=True)]
+    return [
+        (experts[start], start, stop) for start, stop in zip(starts, [*starts[1:], len(experts)], strict=True)
+    ]
 
 
 SHIFT_NAMES = {"FlowMatchEulerDiscreteScheduler": "shift", "UniPCMultistepScheduler": "flow_shift"}
@@ -217,7 +227,10 @@ _FIELDS: dict[str, dict[str, tuple[Any, Any]]] = {
         "final_sigmas_type": ("zero", "zero"),
         "thresholding": (False, False),
         # Without effect on flow sigmas.
-        **dict.fromkeys(("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"), (None, _ANY)),
+        **dict.fromkeys(
+            ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+            (None, _ANY),
+        ),
         **dict.fromkeys(("timestep_spacing", "steps_offset", "sigma_min", "sigma_max"), (None, _ANY)),
         **dict.fromkeys(("dynamic_thresholding_ratio", "sample_max_value"), (None, _ANY)),
     },
@@ -235,11 +248,18 @@ def check_types(config: Mapping[str, Any]) -> None:
     """Raises UserError, one sentence, for a `scheduler_config.json` with a value of a wrong type or out of range."""
     name = config.get("_class_name")
     if not isinstance(name, str):
-        raise UserError("scheduler", f"scheduler: _class_name is {name!r}; it must be a string, such as 'FlowMatchEulerDiscreteScheduler'")
+        raise UserError(
+            "scheduler",
+            f"scheduler: _class_name is {name!r}; it must be a string, such as 'FlowMatchEulerDiscreteScheduler'",
+        )
     for field, kind in _KINDS.items():
         if field in config and field in _FIELDS.get(name, ()):
             try:
-                entries.value(field, kind, None if (field, config[field]) == ("shift_terminal", False) else config[field])
+                entries.value(
+                    field,
+                    kind,
+                    None if (field, config[field]) == ("shift_terminal", False) else config[field],
+                )
             except ValueError as error:
                 raise UserError(f"scheduler.{field}", f"scheduler: {error}") from error
 
@@ -250,7 +270,9 @@ def unread(config: Mapping[str, Any]) -> list[str]:
     return [field for field in config if field not in known and not field.startswith("_")]
 
 
-def from_scheduler_config(config: Mapping[str, Any], steps: int, *, sigmas: Tensor | None = None, mu: float | None = None) -> Table:
+def from_scheduler_config(
+    config: Mapping[str, Any], steps: int, *, sigmas: Tensor | None = None, mu: float | None = None
+) -> Table:
     """The table of a diffusers `scheduler_config.json` for `steps` steps, with the sigmas rounded to float32 as diffusers stores them.
 
     sigmas: the unshifted grid [S] where the pipeline hands one to its scheduler (`sigmas.linear_grid`); None is the scheduler's own.
@@ -262,12 +284,23 @@ def from_scheduler_config(config: Mapping[str, Any], steps: int, *, sigmas: Tens
         raise UserError("num_inference_steps", f"num_inference_steps is {steps}; it must be at least 1")
     name, get = _check(config)
     if get("use_dynamic_shifting") and (mu is None or not abs(mu) <= MOST_SHIFT):
-        wrong = "this model's pipeline gives none" if mu is None else f"that is {mu:g} here, no shift of a schedule"
-        raise UserError("scheduler.use_dynamic_shifting", f"use_dynamic_shifting of the {name} is true and asks for a shift; {wrong}")
+        wrong = (
+            "this model's pipeline gives none"
+            if mu is None
+            else f"that is {mu:g} here, no shift of a schedule"
+        )
+        raise UserError(
+            "scheduler.use_dynamic_shifting",
+            f"use_dynamic_shifting of the {name} is true and asks for a shift; {wrong}",
+        )
     if sigmas is not None and sigmas.shape != (steps,):
-        raise UserError("sigmas", f"sigmas lists {sigmas.shape[0]} values for {steps} steps; give one per step")
+        raise UserError(
+            "sigmas", f"sigmas lists {sigmas.shape[0]} values for {steps} steps; give one per step"
+        )
     if name == "UniPCMultistepScheduler":
-        grid = below_one(_bend(unipc_grid(steps) if sigmas is None else sigmas.double(), get, get("flow_shift"), mu))
+        grid = below_one(
+            _bend(unipc_grid(steps) if sigmas is None else sigmas.double(), get, get("flow_shift"), mu)
+        )
         return unipc(with_zero(grid).float(), (grid * TRAIN_STEPS).long())
     if sigmas is None:
         # The scheduler's own grid ends at its lowest training sigma, which is already shifted, and is then shifted again.
@@ -284,7 +317,9 @@ def _bend(grid: Tensor, get: Callable[[str], Any], shift: float, mu: float | Non
         grid = dynamic(grid, 0.0 if mu is None else mu)
     else:
         grid = static_shift(grid, shift)
-    if get("shift_terminal") and len(grid) > 1:  # one step begins and ends at 1, and nothing lies between to be stretched
+    if (
+        get("shift_terminal") and len(grid) > 1
+    ):  # one step begins and ends at 1, and nothing lies between to be stretched
         return stretch_to_terminal(grid, get("shift_terminal"))
     return grid
 
@@ -293,7 +328,10 @@ def _check(config: Mapping[str, Any]) -> tuple[str, Callable[[str], Any]]:
     """The scheduler's class name and a reader of its fields, once all of them are known to be reproduced here."""
     name = str(config.get("_class_name", ""))
     if name not in _FIELDS:
-        raise UserError("scheduler", f"scheduler {name!r} is not supported; supported are {', '.join(_FIELDS)}{nearest(name, _FIELDS)}")
+        raise UserError(
+            "scheduler",
+            f"scheduler {name!r} is not supported; supported are {', '.join(_FIELDS)}{nearest(name, _FIELDS)}",
+        )
     fields = _FIELDS[name]
 
     def get(field: str) -> Any:
@@ -303,7 +341,12 @@ def _check(config: Mapping[str, Any]) -> tuple[str, Callable[[str], Any]]:
     check_types(config)
     for field, (_, allowed) in fields.items():
         if allowed is not _ANY and get(field) != allowed:
-            raise UserError(f"scheduler.{field}", f"{field} of {name} is {get(field)!r}; supported is {allowed!r}")
+            raise UserError(
+                f"scheduler.{field}", f"{field} of {name} is {get(field)!r}; supported is {allowed!r}"
+            )
     if (kind := get("time_shift_type")) not in ("exponential", "linear"):
-        raise UserError("scheduler.time_shift_type", f"time_shift_type is {kind!r}; allowed are 'exponential' and 'linear'")
+        raise UserError(
+            "scheduler.time_shift_type",
+            f"time_shift_type is {kind!r}; allowed are 'exponential' and 'linear'",
+        )
     return name, get

@@ -15,7 +15,9 @@ PARTS = (images, videos, info, openapi, site)
 def make_app(service: Service) -> falcon.App:
     """The app of a running server."""
     origins = service.options.cors_origin
-    cors = [falcon.CORSMiddleware("*" if "*" in origins else origins, expose_headers=EXPOSED)] if origins else []
+    cors = (
+        [falcon.CORSMiddleware("*" if "*" in origins else origins, expose_headers=EXPOSED)] if origins else []
+    )
     app = falcon.App(middleware=[*cors, Guard(service)])
     app.req_options.strip_url_path_trailing_slash = True
     app.req_options.auto_parse_qs_csv = False

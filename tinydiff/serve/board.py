@@ -41,14 +41,19 @@ class Boards:
         with self._lock:
             self._boards.setdefault(job.id, Board(job, threading.Condition(self._lock)))
 
-    def post(self, job: Job, done: int | None = None, total: int | None = None, previews: Sequence[Any] = ()) -> None:
+    def post(
+        self, job: Job, done: int | None = None, total: int | None = None, previews: Sequence[Any] = ()
+    ) -> None:
         """Something is new; a job that is done needs its board no more, but for its readers."""
         with self._lock:
             board = self._boards.get(job.id)
             if board is None:
                 return
             board.job = job
-            board.done, board.total = board.done if done is None else done, board.total if total is None else total
+            board.done, board.total = (
+                board.done if done is None else done,
+                board.total if total is None else total,
+            )
             board.previews += previews
             board.version += 1
             if job.status in DONE and not self._readers.get(job.id):
@@ -111,7 +116,11 @@ class Reader:
                     return None
                 board.changed.wait(left)
             if board is not None:
-                previews, self._seen, self._shown = tuple(board.previews[self._shown :]), board.version, len(board.previews)
+                previews, self._seen, self._shown = (
+                    tuple(board.previews[self._shown :]),
+                    board.version,
+                    len(board.previews),
+                )
                 return News(board.job, board.done, board.total, previews)
         while (job := self._get()) is not None and job.status not in DONE:  # another server makes it, or will
             if (left := deadline - time.monotonic()) <= 0:

@@ -42,7 +42,9 @@ def read_body(req: falcon.Request, most: int) -> tuple[dict[str, Any], bool]:
     """
     given = req.content_type or ""
     if len(given) > MOST_CONTENT_TYPE:
-        raise UserError("Content-Type", f"Content-Type: has {len(given)} characters; {MOST_CONTENT_TYPE} are the most")
+        raise UserError(
+            "Content-Type", f"Content-Type: has {len(given)} characters; {MOST_CONTENT_TYPE} are the most"
+        )
     kind, said = _header("Content-Type", given)
     charset = said.get("charset", "utf-8").lower()
     if kind not in ("application/json", "multipart/form-data"):
@@ -174,7 +176,9 @@ def _header(name: str, text: str) -> tuple[str, dict[str, str]]:
             raise UserError(name, f"{name}: {shown(text)} is not a value and parameters, such as a/b; c=d")
         if key:
             word = match[2]
-            found[key] = re.sub(r"\\(.)", r"\1", word[1:-1], flags=re.DOTALL) if word.startswith('"') else word
+            found[key] = (
+                re.sub(r"\\(.)", r"\1", word[1:-1], flags=re.DOTALL) if word.startswith('"') else word
+            )
         at = match.end()
     return kind.strip().lower(), found
 
@@ -187,7 +191,9 @@ def _text(name: str, value: bytes) -> str:
     try:
         return value.decode()
     except UnicodeDecodeError:
-        raise UserError(name[:80], f"{name[:80]}: is not text in UTF-8; a file's part has a filename") from None
+        raise UserError(
+            name[:80], f"{name[:80]}: is not text in UTF-8; a file's part has a filename"
+        ) from None
 
 
 def _path(spelled: str) -> tuple[str, list[str]]:
@@ -214,7 +220,9 @@ def _joined(name: str, parts: list[tuple[list[str], Any]]) -> Any:
         raise UserError(name[:80], f"{name[:80]}: is given in two forms at once; the forms are {allowed}")
     found = {key: _joined(name, inner) for key, inner in below.items()}
     if numbered:
-        if twice := next((key for key, inner in below.items() if sum(not path for path, _ in inner) > 1), None):
+        if twice := next(
+            (key for key, inner in below.items() if sum(not path for path, _ in inner) > 1), None
+        ):
             raise UserError(name[:80], f"{name[:80]}[{twice}]: is given twice")
         return [found[key] for key in sorted(found, key=int)]
     if "" not in found:
@@ -229,7 +237,9 @@ def _rows(name: str, columns: dict[str, Any]) -> list[dict[str, Any]]:
     """{"path": [x, y], "scale": [1, 2]} as [{"path": x, "scale": 1}, {"path": y, "scale": 2}]."""
     lists = {key: value if isinstance(value, list) else [value] for key, value in columns.items()}
     if len({len(values) for values in lists.values()}) > 1:
-        message = "not every entry has the same keys, which a form cannot tell apart; give the list as JSON text"
+        message = (
+            "not every entry has the same keys, which a form cannot tell apart; give the list as JSON text"
+        )
         raise UserError(name[:80], f"{name[:80]}: {message}")
     return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
 
@@ -240,7 +250,9 @@ def _sound(name: str, value: Any, depth: int = 0) -> None:
     if depth > MOST_DEPTH:
         raise UserError(name, f"{name}: is nested deeper than {MOST_DEPTH}")
     if isinstance(value, str) and ("\0" in value or not (value.isascii() or _NO_TEXT.search(value) is None)):
-        raise UserError(name, f"{name}: holds a character that no text has (NUL, or half of a surrogate pair)")
+        raise UserError(
+            name, f"{name}: holds a character that no text has (NUL, or half of a surrogate pair)"
+        )
     if isinstance(value, dict):
         for key, inner in value.items():
             _sound("body", key)

@@ -98,7 +98,12 @@ class Parser(HTTPRequestParser):
             count = super().received(data)
         except OSError as error:
             log.error("a request's body cannot be kept: %s", error)
-            self.error = cast(Any, Refusal(507, "storage_failed", "the server cannot keep the body of the request: its disk is full"))
+            self.error = cast(
+                Any,
+                Refusal(
+                    507, "storage_failed", "the server cannot keep the body of the request: its disk is full"
+                ),
+            )
             count = 0
         if self.error is None and not headers_known and self.headers_finished and self.body_rcv is not None:
             self._let_in()
@@ -130,7 +135,9 @@ class Parser(HTTPRequestParser):
         """Leave the body away where the app does not want it."""
         length = None if self.chunked else self.content_length
         headers: dict[str, str] = cast(Any, self.headers)
-        if not self.channel.server.limits.wants_body(cast(Any, self.command), partial(_header, headers), length):
+        if not self.channel.server.limits.wants_body(
+            cast(Any, self.command), partial(_header, headers), length
+        ):
             self.close()
             self.body_rcv, self.chunked, self.completed, self.without_body = None, False, True, True
             headers["CONNECTION"] = "close"
@@ -139,8 +146,17 @@ class Parser(HTTPRequestParser):
         """Refuse chunks that cost more than they carry, and lines without an end, which are read anew with every byte."""
         found: Any = self.body_rcv
         framing = self.body_bytes_received - len(found)
-        if len(found.control_line) > MOST_LINE or len(found.trailer) > MOST_HEADERS or framing > MOST_FRAMING + len(found):
-            self.error = cast(Any, Refusal(400, "bad_request", "the body comes in chunks that hold next to nothing; send larger ones"))
+        if (
+            len(found.control_line) > MOST_LINE
+            or len(found.trailer) > MOST_HEADERS
+            or framing > MOST_FRAMING + len(found)
+        ):
+            self.error = cast(
+                Any,
+                Refusal(
+                    400, "bad_request", "the body comes in chunks that hold next to nothing; send larger ones"
+                ),
+            )
 
 
 class Refused(ErrorTask):
@@ -152,7 +168,11 @@ class Refused(ErrorTask):
             error = Refusal(error.code, CODES.get(error.code, "bad_request"), f"{error.reason}: {error.body}")
         said = json.dumps(body(error.status, error.code, error.message)).encode()
         self.status = f"{error.status} {error.code.replace('_', ' ')}"
-        headers = {"Content-Type": "application/json", "x-request-id": f"req_{secrets.token_hex(12)}", **error.headers}
+        headers = {
+            "Content-Type": "application/json",
+            "x-request-id": f"req_{secrets.token_hex(12)}",
+            **error.headers,
+        }
         self.response_headers = [*self.response_headers, *headers.items()]
         self.set_close_on_finish()
         self.content_length = len(said)
@@ -238,7 +258,13 @@ class Channel(HTTPChannel):
     def rank(self) -> tuple[bool, bool, float]:
         """The least is the first to make way: one that is owed nothing and sends nothing, for the longest time."""
         request = cast(Any, self.request)
-        since = request.begun if request is not None else self.last_activity if self.answered else self.creation_time
+        since = (
+            request.begun
+            if request is not None
+            else self.last_activity
+            if self.answered
+            else self.creation_time
+        )
         return bool(self.total_outbufs_len), request is not None and request.headers_finished, since
 
 
@@ -264,10 +290,18 @@ class Server(TcpWSGIServer):
             ident=None,
             clear_untrusted_proxy_headers=True,
         )
-        self.waiting, self.reading, self.probing = (_pool(count) for count in (limits.threads, limits.readers, limits.probers))
+        self.waiting, self.reading, self.probing = (
+            _pool(count) for count in (limits.threads, limits.readers, limits.probers)
+        )
         sockinfo = (sock.family, sock.type, sock.proto, sock.getsockname())
         super().__init__(
-            application, map={}, _sock=cast(Any, sock), dispatcher=self.waiting, adj=adj, bind_socket=False, sockinfo=cast(Any, sockinfo)
+            application,
+            map={},
+            _sock=cast(Any, sock),
+            dispatcher=self.waiting,
+            adj=adj,
+            bind_socket=False,
+            sockinfo=cast(Any, sockinfo),
         )
 
     def add_task(self, task: Any) -> None:
@@ -276,7 +310,10 @@ class Server(TcpWSGIServer):
         pool = self._pool(request)
         if pool is not self.probing and len(pool.queue) >= self.limits.connections // 8:
             message = "the server has more requests than it can answer; try again soon"
-            request.error, pool = Refusal(503, "overloaded", message, headers={"retry-after": "5"}), self.probing
+            request.error, pool = (
+                Refusal(503, "overloaded", message, headers={"retry-after": "5"}),
+                self.probing,
+            )
         pool.add_task(task)
 
     def _pool(self, request: Any) -> ThreadedTaskDispatcher:

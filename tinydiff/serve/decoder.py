@@ -34,7 +34,9 @@ class Decoder:
         self.command = command or [sys.executable, "-c", PROGRAM, json.dumps(sys.path)]
         self._idle: list[subprocess.Popen[bytes]] = []
 
-    def pixels(self, data: bytes, field: str, most_pixels: float, opacity: bool = False, mask: bool = False) -> np.ndarray:
+    def pixels(
+        self, data: bytes, field: str, most_pixels: float, opacity: bool = False, mask: bool = False
+    ) -> np.ndarray:
         """As `unpack.pixels`, elsewhere. Raises UserError also for an image that takes too much time or memory."""
         import numpy as np
 
@@ -63,7 +65,9 @@ class Decoder:
         """A process for one image, killed when its time is over."""
         process = self._waiting()
         if process is None:
-            process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
         timer = threading.Timer(self.seconds, process.kill)
         timer.daemon = True
         timer.start()

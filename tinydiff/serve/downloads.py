@@ -35,9 +35,17 @@ class FileContent:
         expires, signature = req.get_param("expires"), req.get_param("signature")
         if expires is not None or signature is not None:
             if not self.service.files.verify(id, expires or "", signature or ""):
-                raise Refusal(403, "bad_signature", "the address has expired, or is not one of this server's; the job has a new one")
+                raise Refusal(
+                    403,
+                    "bad_signature",
+                    "the address has expired, or is not one of this server's; the job has a new one",
+                )
         elif self.service.options.api_key and not req.context.owner:
-            raise Refusal(401, "invalid_api_key", "the address is not signed, so it needs a key, sent as 'Authorization: Bearer KEY'")
+            raise Refusal(
+                401,
+                "invalid_api_key",
+                "the address is not signed, so it needs a key, sent as 'Authorization: Bearer KEY'",
+            )
         elif not self.service.files.belongs(id, req.context.owner):
             raise expired()
         _send(self.service, req, resp, id)
@@ -50,7 +58,9 @@ def send_output(service: Service, req: falcon.Request, resp: falcon.Response, ou
     _send(service, req, resp, output.file, output.url)
 
 
-def _send(service: Service, req: falcon.Request, resp: falcon.Response, id: str, url: str | None = None) -> None:
+def _send(
+    service: Service, req: falcon.Request, resp: falcon.Response, id: str, url: str | None = None
+) -> None:
     path = service.files.path(id)
     if path is not None:
         with suppress(FileNotFoundError):  # removed in this moment
@@ -78,7 +88,9 @@ def send_file(req: falcon.Request, resp: falcon.Response, path: Path, media_type
     tag = f"{about.st_mtime_ns:x}-{about.st_size:x}"
     resp.etag = tag
     resp.last_modified = changed
-    resp.set_headers({"Accept-Ranges": "bytes", "Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff"})
+    resp.set_headers(
+        {"Accept-Ranges": "bytes", "Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff"}
+    )
     if _known(req, tag, changed):
         file.close()
         resp.status = falcon.HTTP_304
@@ -86,7 +98,11 @@ def send_file(req: falcon.Request, resp: falcon.Response, path: Path, media_type
     resp.content_type = media_type
     start, stop = 0, about.st_size
     whole = req.get_header("If-Range") not in (None, f'"{tag}"', falcon.dt_to_http(changed))
-    if req.method == "GET" and not whole and (asked := _range(req.get_header("Range") or "", about.st_size)) is not None:
+    if (
+        req.method == "GET"
+        and not whole
+        and (asked := _range(req.get_header("Range") or "", about.st_size)) is not None
+    ):
         start, stop = asked
         if start >= stop:
             file.close()

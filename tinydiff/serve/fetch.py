@@ -23,7 +23,8 @@ FETCH_S = 20.0
 PIECE = 2**16
 
 HIDDEN = tuple(
-    ipaddress.ip_network(text) for text in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")
+    ipaddress.ip_network(text)
+    for text in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")
 )
 """Networks that Python calls public in some versions, and are for protocols, examples or ways into IPv4 (Teredo, 6to4)."""
 IPV6_PUBLIC = ipaddress.ip_network("2000::/3")
@@ -41,7 +42,9 @@ def resolve(host: str, port: int, seconds: float) -> list[str]:
 
     def look() -> None:  # in a thread, because the system takes its own time
         with suppress(OSError, ValueError):
-            found.extend(str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            found.extend(
+                str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            )
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
@@ -51,7 +54,9 @@ def resolve(host: str, port: int, seconds: float) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def connect(address: str, port: int, name: str | None, seconds: float, context: ssl.SSLContext | None = None) -> socket.socket:
+def connect(
+    address: str, port: int, name: str | None, seconds: float, context: ssl.SSLContext | None = None
+) -> socket.socket:
     """A connection to a numeric address; with `name` under TLS, where the other side proves to be that."""
     end = time.monotonic() + seconds
     raw = socket.create_connection((address, port), seconds)
@@ -84,7 +89,13 @@ def is_public(address: str) -> bool:
 
 
 def fetch(
-    url: str, field: str, most_bytes: int, seconds: float = FETCH_S, *, resolve: Resolve = resolve, connect: Connect = connect
+    url: str,
+    field: str,
+    most_bytes: int,
+    seconds: float = FETCH_S,
+    *,
+    resolve: Resolve = resolve,
+    connect: Connect = connect,
 ) -> bytes:
     """The bytes at a public http(s) address, at most so many, in so many seconds altogether.
 
@@ -106,13 +117,20 @@ def fetch(
         except UserError:
             raise
         except (OSError, http.client.HTTPException, ValueError) as error:
-            why = f"did not come within {seconds:g} seconds" if time.monotonic() >= end else "cannot be fetched"
+            why = (
+                f"did not come within {seconds:g} seconds" if time.monotonic() >= end else "cannot be fetched"
+            )
             raise UserError(field, f"{field}: {_shown(parts)} {why}") from error
-    raise UserError(field, f"{field}: {_shown(parts)} is the last of more than {MOST_REDIRECTS} redirects, the most that are followed")
+    raise UserError(
+        field,
+        f"{field}: {_shown(parts)} is the last of more than {MOST_REDIRECTS} redirects, the most that are followed",
+    )
 
 
 def too_large(field: str, most_bytes: int) -> UserError:
-    return UserError(field, f"{field}: is larger than {most_bytes / 1e6:g} MB, the most that this server takes")
+    return UserError(
+        field, f"{field}: is larger than {most_bytes / 1e6:g} MB, the most that this server takes"
+    )
 
 
 def _parts(url: str, field: str) -> SplitResult:
@@ -123,13 +141,21 @@ def _parts(url: str, field: str) -> SplitResult:
         if parts.scheme in ("http", "https") and host:
             parts = urlsplit(paths.ascii_url(url))
     except ValueError:
-        raise UserError(field, f"{field}: is not an address that can be read; it is http://HOST/... or https://HOST/...") from None
+        raise UserError(
+            field, f"{field}: is not an address that can be read; it is http://HOST/... or https://HOST/..."
+        ) from None
     if parts.scheme not in ("http", "https") or not host:
-        raise UserError(field, f"{field}: leads to {url[:20]!r}; an address is http://HOST/... or https://HOST/...")
+        raise UserError(
+            field, f"{field}: leads to {url[:20]!r}; an address is http://HOST/... or https://HOST/..."
+        )
     if parts.username is not None or parts.password is not None:
-        raise UserError(field, f"{field}: the address holds a name or a password, which are not sent; leave them out")
+        raise UserError(
+            field, f"{field}: the address holds a name or a password, which are not sent; leave them out"
+        )
     if port is not None and port not in PORTS:
-        raise UserError(field, f"{field}: the address names port {port}; it may be {' or '.join(map(str, PORTS))}")
+        raise UserError(
+            field, f"{field}: the address names port {port}; it may be {' or '.join(map(str, PORTS))}"
+        )
     return parts
 
 
@@ -164,12 +190,20 @@ def _first(addresses: list[str], port: int, name: str | None, end: float, connec
     raise failed
 
 
-def _answer(sock: socket.socket, parts: SplitResult, field: str, most: int, end: float) -> tuple[bytes, str | None]:
+def _answer(
+    sock: socket.socket, parts: SplitResult, field: str, most: int, end: float
+) -> tuple[bytes, str | None]:
     """(the bytes, None), or (b"", where a redirect leads), of one request. Raises OSError and HTTPException, TimeoutError after `end`."""
     connection = http.client.HTTPConnection(parts.netloc)
     connection.sock = sock
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    headers = {"Host": parts.netloc, "User-Agent": "tinydiff", "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"}
+    headers = {
+        "Host": parts.netloc,
+        "User-Agent": "tinydiff",
+        "Accept": "image/*",
+        "Accept-Encoding": "identity",
+        "Connection": "close",
+    }
     with _ended_at(sock, end), closing(connection):
         connection.request("GET", target, headers=headers)
         with connection.getresponse() as answer:

@@ -69,7 +69,9 @@ def _text(most: int = 512) -> Reader:
 
 def _whole(least: int, most: int) -> Reader:
     def read(name: str, value: Any, words: bool) -> int:
-        value = int(value) if words and isinstance(value, str) and re.fullmatch("-?[0-9]{1,18}", value) else value
+        value = (
+            int(value) if words and isinstance(value, str) and re.fullmatch("-?[0-9]{1,18}", value) else value
+        )
         if not isinstance(value, int) or isinstance(value, bool):
             raise _wrong(name, value, "an integer")
         if not least <= value <= most:
@@ -80,7 +82,11 @@ def _whole(least: int, most: int) -> Reader:
 
 
 def _truth(name: str, value: Any, words: bool) -> bool:
-    value = {"true": True, "false": False}.get(value[:8].lower(), value) if words and isinstance(value, str) else value
+    value = (
+        {"true": True, "false": False}.get(value[:8].lower(), value)
+        if words and isinstance(value, str)
+        else value
+    )
     if not isinstance(value, bool):
         raise _wrong(name, value, "true or false")
     return value
@@ -98,8 +104,12 @@ def _choice(*choices: str, **same: str) -> Reader:
 
 
 def _size(name: str, value: Any, words: bool) -> str:
-    if not isinstance(value, str) or not (value == "auto" or re.fullmatch("[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", value)):
-        raise UserError(name, f'{name}: {_shown(value)} is neither "auto" nor WIDTHxHEIGHT in pixels, such as "1024x768"')
+    if not isinstance(value, str) or not (
+        value == "auto" or re.fullmatch("[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", value)
+    ):
+        raise UserError(
+            name, f'{name}: {_shown(value)} is neither "auto" nor WIDTHxHEIGHT in pixels, such as "1024x768"'
+        )
     return value
 
 
@@ -136,13 +146,21 @@ OWN: dict[Kind, dict[str, Reader]] = {
 
 PICTURES: dict[Kind, dict[str, str]] = {
     "image": {"image": "image_path", "images": "image_path", "url": "image_path", "mask": "mask_path"},
-    "video": {"input_reference": "image_path", "image": "image_path", "images": "image_path", "reference_url": "image_path"},
+    "video": {
+        "input_reference": "image_path",
+        "image": "image_path",
+        "images": "image_path",
+        "reference_url": "image_path",
+    },
 }
 """Fields that give pictures -> what `generate` calls them; its own names are taken too."""
 
 IDLE: dict[str, tuple[tuple[Any, ...], str]] = {
     "moderation": (("auto", "low"), "nothing is moderated here"),
-    "input_fidelity": (("low",), "no model here has such a setting; for one that starts from the picture it is strength"),
+    "input_fidelity": (
+        ("low",),
+        "no model here has such a setting; for one that starts from the picture it is strength",
+    ),
     "style": ((), "a style is said in the prompt"),
     "complexity": ((), "a diffusion model has no such setting; it is num_inference_steps"),
     "frame_count": ((1,), "an animation is a clip, asked for at /v1/videos"),
@@ -155,7 +173,9 @@ IDLE: dict[str, tuple[tuple[Any, ...], str]] = {
 """What OpenAI or SGLang have and nothing here does: the values that ask for nothing, and why there are no others."""
 
 ENCODING = ("output_quality", "output_compression", "x264_preset")
-SAMPLING = tuple(entry.name for entry in fields_of(SamplingOptions) if entry.name not in ("image_path", "mask_path"))
+SAMPLING = tuple(
+    entry.name for entry in fields_of(SamplingOptions) if entry.name not in ("image_path", "mask_path")
+)
 _HINTS = {**get_type_hints(SamplingOptions), **get_type_hints(OutputOptions)}
 _LIMITS = {entry.name: entry.metadata for entry in (*fields_of(SamplingOptions), *fields_of(OutputOptions))}
 _ELSEWHERE = {*config.NAMES, *flags.SERVER, *flags.MAPS, "prompt_path", "output_file_path", "no_save_output"}
@@ -260,7 +280,9 @@ def _option(name: str, meant: str, value: Any, words: bool) -> Any:
     if len(each) > MOST_LISTED:
         raise UserError(name, f"{name}: has {len(each):,} values; {MOST_LISTED:,} are the most")
     for one in each:
-        if isinstance(one, dict | list | bytes | bool | None) or isinstance(one, str) == (numbers and not words):
+        if isinstance(one, dict | list | bytes | bool | None) or isinstance(one, str) == (
+            numbers and not words
+        ):
             what = ("a number" if "float" in hint else "an integer") if numbers else "a string"
             raise _wrong(name, one, f"{what}{' or a list of them' if several else ''}")
     if words and numbers and not all(_NUMBERS.fullmatch(one) for one in each if isinstance(one, str)):
@@ -279,12 +301,22 @@ def _sources(name: str, value: Any) -> Iterator[str | bytes | FileId]:
             item = {key: inner for key, inner in item.items() if inner is not None}
             [(key, inner)] = item.items() if len(item) == 1 else [("", None)]
             if key not in ("image_url", "file_id") or not isinstance(inner, str):
-                raise UserError(name, f'{name}: an object gives a picture as {{"image_url": "..."}} or {{"file_id": "..."}}')
+                raise UserError(
+                    name,
+                    f'{name}: an object gives a picture as {{"image_url": "..."}} or {{"file_id": "..."}}',
+                )
             item = FileId(inner) if key == "file_id" else inner
         if not isinstance(item, str | bytes | FileId):
-            raise _wrong(name, item, "a picture: a file, a data URI, an address, or an object with image_url or file_id")
+            raise _wrong(
+                name,
+                item,
+                "a picture: a file, a data URI, an address, or an object with image_url or file_id",
+            )
         if isinstance(item, bytes) and len(item) > MOST_PICTURE_BYTES:
-            raise UserError(name, f"{name}: a picture has {len(item) / 2**20:.0f} MiB; {MOST_PICTURE_BYTES // 2**20} are the most")
+            raise UserError(
+                name,
+                f"{name}: a picture has {len(item) / 2**20:.0f} MiB; {MOST_PICTURE_BYTES // 2**20} are the most",
+            )
         yield item
 
 
@@ -306,7 +338,9 @@ def _refuse(name: str, value: Any, kind: Kind) -> None:
     if name in OWN[other] or name in PICTURES[other]:
         where = "/v1/videos" if other == "video" else "/v1/images/generations"
         raise Refusal(400, "unknown_parameter", f"{name}: is a field of {where}, not of this address", name)
-    raise Refusal(400, "unknown_parameter", f"{name[:80]}: no such field{nearest(name, names(kind))}", name[:80])
+    raise Refusal(
+        400, "unknown_parameter", f"{name[:80]}: no such field{nearest(name, names(kind))}", name[:80]
+    )
 
 
 def _agree(answer: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -316,7 +350,9 @@ def _agree(answer: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         if answer.get(name) and not streams:
             raise UserError(name, f"{name}: {_shown(answer[name])} needs stream, which sends them on the way")
     if streams and answer.get("response_format") == "url":
-        raise UserError("response_format", "response_format: a stream carries the pictures themselves, b64_json")
+        raise UserError(
+            "response_format", "response_format: a stream carries the pictures themselves, b64_json"
+        )
     if "mask_path" in given and "image_path" not in given:
         raise UserError("mask", "mask: says where a given picture is painted anew; give the picture as image")
 
@@ -328,4 +364,8 @@ def _wrong(name: str, value: Any, wanted: str) -> UserError:
 def _shown(value: Any) -> str:
     if isinstance(value, bytes):
         return "a file"
-    return {True: "true", False: "false", None: "null"}[value] if isinstance(value, bool | None) else shown(value)
+    return (
+        {True: "true", False: "false", None: "null"}[value]
+        if isinstance(value, bool | None)
+        else shown(value)
+    )

@@ -58,7 +58,8 @@ def secret(state_dir: Path) -> bytes:
         found = path.read_bytes()
     if len(found) != SECRET_BYTES:
         raise UserError(
-            "state_dir", f"state_dir: {str(path)!r} is not a secret that a server made; remove it, and the next start makes one"
+            "state_dir",
+            f"state_dir: {str(path)!r} is not a secret that a server made; remove it, and the next start makes one",
         )
     return found
 
@@ -69,7 +70,10 @@ def claim(folder: Path, secret: bytes) -> Path:
     field, mark = "output_path", hashlib.sha256(secret).hexdigest()
     note = folder / ".tinydiff-server"
     try:
-        if not note.exists() and (made := write_new(note, lambda temporary: temporary.write_text(mark, "utf-8"))) != note:
+        if (
+            not note.exists()
+            and (made := write_new(note, lambda temporary: temporary.write_text(mark, "utf-8"))) != note
+        ):
             made.unlink()  # another server was first
         if note.read_text("utf-8") == mark:
             return folder
@@ -164,7 +168,10 @@ class Files:
 
     def verify(self, id: str, expires: str, signature: str) -> bool:
         """Whether these are parts of an address that `url` made, and it is still good. Takes the same time whatever is wrong."""
-        return hmac.compare_digest(self._signature(id, expires).encode(), signature.encode(errors="replace")) and int(expires) > time.time()
+        return (
+            hmac.compare_digest(self._signature(id, expires).encode(), signature.encode(errors="replace"))
+            and int(expires) > time.time()
+        )
 
     def sweep(self, store: Store, now: float) -> list[str]:
         """Remove what is too old or too much; returns the ids of the jobs that lost files.
@@ -180,7 +187,10 @@ class Files:
             store.delete(job.id)
             lost.append(job.id)
         # Measured anew each time: another server may be removing some too.
-        while sum(about.st_size for _, about in self._entries()) > self.limit_bytes and (job := store.oldest()) is not None:
+        while (
+            sum(about.st_size for _, about in self._entries()) > self.limit_bytes
+            and (job := store.oldest()) is not None
+        ):
             self._delete_all(files_of(job))
             store.update_outputs(job.id, [output for output in job.outputs if output.url is not None])
             lost.append(job.id)
@@ -189,10 +199,14 @@ class Files:
 
     def _sweep_nobodys(self, store: Store, now: float) -> None:
         ages = {path: now - about.st_mtime for path, about in self._entries()}
-        for path in (path for path, age in ages.items() if age > GRACE_S and _HALF_WRITTEN.fullmatch(path.name)):
+        for path in (
+            path for path, age in ages.items() if age > GRACE_S and _HALF_WRITTEN.fullmatch(path.name)
+        ):
             _removed(path)
         # Whose a file is tell only all the jobs together: they are asked when a file is older than those of most jobs become.
-        old = {path.name.removesuffix(NOTE) for path, age in ages.items() if age > max(self.lifetime, GRACE_S)}
+        old = {
+            path.name.removesuffix(NOTE) for path, age in ages.items() if age > max(self.lifetime, GRACE_S)
+        }
         if found := {name for name in old if _ID.fullmatch(name)}:
             self._delete_all(found - {id for job in store.every() for id in files_of(job)})
 

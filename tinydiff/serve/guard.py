@@ -65,11 +65,19 @@ class Guard:
         given = req.get_header("x-request-id") or ""
         context = req.context
         context.request_id = given if _SANE_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
-        context.begun, context.owner, context.admin, context.error_code, context.job_id = time.perf_counter(), "", False, "", ""
+        context.begun, context.owner, context.admin, context.error_code, context.job_id = (
+            time.perf_counter(),
+            "",
+            False,
+            "",
+            "",
+        )
         resp.set_header("x-request-id", context.request_id)
         self._check(req.method, req.get_header, req.content_length)
 
-    def process_resource(self, req: falcon.Request, resp: falcon.Response, resource: Any, params: dict[str, Any]) -> None:
+    def process_resource(
+        self, req: falcon.Request, resp: falcon.Response, resource: Any, params: dict[str, Any]
+    ) -> None:
         if req.method == "OPTIONS":
             return
         key, context = _key(req.get_header), req.context
@@ -81,20 +89,32 @@ class Guard:
             return
         if self.keys and not known:
             raise _unauthorized("a key of this server", key)
-        if not getattr(resource, "admin", False) or is_admin or (keyless and loopback(self.service.options.host)):
+        if (
+            not getattr(resource, "admin", False)
+            or is_admin
+            or (keyless and loopback(self.service.options.host))
+        ):
             return
         if self.admin is None:
             message = "this changes the server, which needs an admin key, and it was started without one (--admin-api-key KEY)"
             raise Refusal(403, "admin_key_missing", message)
         if known:
-            raise Refusal(403, "admin_required", "this changes the server, which needs the admin key; the key given is an ordinary one")
+            raise Refusal(
+                403,
+                "admin_required",
+                "this changes the server, which needs the admin key; the key given is an ordinary one",
+            )
         raise _unauthorized("the admin key", key)
 
-    def process_response(self, req: falcon.Request, resp: falcon.Response, resource: Any, req_succeeded: bool) -> None:
+    def process_response(
+        self, req: falcon.Request, resp: falcon.Response, resource: Any, req_succeeded: bool
+    ) -> None:
         if self.origins and "*" not in self.origins:
             resp.append_header("Vary", "Origin")
         if resp.stream is not None and not hasattr(resp.stream, "read"):
-            resp.stream = self._until_sent(resp.stream, req, resp)  # what is made while it is sent ends when that does
+            resp.stream = self._until_sent(
+                resp.stream, req, resp
+            )  # what is made while it is sent ends when that does
         else:
             self._note(req, resp)
 
@@ -144,11 +164,24 @@ class Guard:
         own page may do everything; another's script may where its origin is allowed. Whoever names no host is no browser."""
         if self.keys or (origin is not None and (origin in self.origins or "*" in self.origins)):
             return
-        if host is not None and loopback(self.service.options.host) and not loopback(_name(host)) and host != self.home:
+        if (
+            host is not None
+            and loopback(self.service.options.host)
+            and not loopback(_name(host))
+            and host != self.home
+        ):
             message = f"the name {_name(host)[:80]!r} is not this server's; name it with --public-url"
             raise Refusal(403, "unknown_host", message)
-        if origin is not None and method not in SAFE_METHODS and _netloc(origin) not in {host, self.home} - {None}:
-            raise Refusal(403, "foreign_origin", f"a page of {origin[:80]!r} may not call this server; allow it with --cors-origin")
+        if (
+            origin is not None
+            and method not in SAFE_METHODS
+            and _netloc(origin) not in {host, self.home} - {None}
+        ):
+            raise Refusal(
+                403,
+                "foreign_origin",
+                f"a page of {origin[:80]!r} may not call this server; allow it with --cors-origin",
+            )
 
     def _is_admin(self, key: bytes) -> bool:
         return self.admin is not None and hmac.compare_digest(key, self.admin)
@@ -177,5 +210,7 @@ def _key(get: Callable[[str], str | None]) -> bytes:
 
 
 def _unauthorized(wanted: str, key: bytes) -> Refusal:
-    message = f"Authorization: {'what was sent is not' if key else 'send'} {wanted}, as 'Authorization: Bearer KEY'"
+    message = (
+        f"Authorization: {'what was sent is not' if key else 'send'} {wanted}, as 'Authorization: Bearer KEY'"
+    )
     return Refusal(401, "invalid_api_key", message, headers={"www-authenticate": "Bearer"})

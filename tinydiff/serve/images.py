@@ -31,7 +31,12 @@ LOOK_S = 0.5
 KEEPALIVE_S = 10.0
 """Seconds of silence in a stream at most."""
 
-USAGE = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "input_tokens_details": {"image_tokens": 0, "text_tokens": 0}}
+USAGE = {
+    "input_tokens": 0,
+    "output_tokens": 0,
+    "total_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+}
 """OpenAI's count of tokens, which the client needs to be there. Nothing is billed by them here: `timings` says what a request took."""
 
 Req = falcon.Request
@@ -44,7 +49,12 @@ def routes(service: Service) -> list[tuple[str, object]]:
     return [
         ("/v1/images/generations", Generations(service, repeats)),
         ("/v1/images/edits", Edits(service, repeats)),
-        ("/v1/images/variations", Absent("variations of an image are not supported; POST /v1/images/edits with the image and a prompt")),
+        (
+            "/v1/images/variations",
+            Absent(
+                "variations of an image are not supported; POST /v1/images/edits with the image and a prompt"
+            ),
+        ),
         ("/v1/images/{id}", Image(service)),
         ("/v1/images/{id}/content", Content(service)),
         ("/v1/images/{id}/cancel", Cancel(service)),
@@ -70,7 +80,12 @@ class Edits:
     def on_post(self, req: Req, resp: Resp) -> None:
         job = read_job(self.service, req, "image")
         if "image_path" not in job.inputs:
-            raise Refusal(400, "missing_required_parameter", "image: is missing; an edit is of one picture or more", "image")
+            raise Refusal(
+                400,
+                "missing_required_parameter",
+                "image: is missing; an edit is of one picture or more",
+                "image",
+            )
         _make(self.service, self.repeats, req, resp, job, "image_edit")
 
 
@@ -132,14 +147,20 @@ class Content:
         given, job = parameters(req, ("variant", "thumbnail")), owned(self.service, req, id)
         if job.status != "completed":
             failed = f"failed: {job.error.message}" if job.error else job.status
-            raise Refusal(404, job.error.code if job.error else "not_ready", f"the picture {id} has no content: it is {failed}")
+            raise Refusal(
+                404,
+                job.error.code if job.error else "not_ready",
+                f"the picture {id} has no content: it is {failed}",
+            )
         output = job.outputs[whole_number(given, "variant", 0, len(job.outputs) - 1, 0)]
         path = self.service.files.path(output.file) if switch(given, "thumbnail") else None
         if path is None:  # also where the image lies in object storage, which has no small one
             send_output(self.service, req, resp, output)
             return
         resp.data, resp.content_type = thumbnail(read_image(path, opacity=True)[None]), "image/webp"
-        resp.set_headers({"Cache-Control": "private, max-age=86400, immutable", "X-Content-Type-Options": "nosniff"})
+        resp.set_headers(
+            {"Cache-Control": "private, max-age=86400, immutable", "X-Content-Type-Options": "nosniff"}
+        )
 
     on_head = on_get
 
@@ -167,7 +188,9 @@ def state(service: Service, job: Job, base: str) -> dict[str, Any]:
         "prompt": job.fields.get("prompt"),
         "queue_position": None if place is None else place.position,
         "eta_s": None if place is None else place.eta_s,
-        "error": None if job.error is None else body(400, job.error.code, job.error.message, job.error.param)["error"],
+        "error": None
+        if job.error is None
+        else body(400, job.error.code, job.error.message, job.error.param)["error"],
         **summary(job),
         "data": [{"url": _url(service, job, output, base), **_about(output)} for output in job.outputs],
     }
@@ -204,7 +227,10 @@ def finished(service: Service, job: Job, base: str) -> dict[str, Any]:
         raise of_failure(job.error)
     as_url = job.answer.get("response_format") == "url"
     data = [
-        {"url": _url(service, job, output, base)} if as_url else {"b64_json": _base64(_bytes(service, output))} for output in job.outputs
+        {"url": _url(service, job, output, base)}
+        if as_url
+        else {"b64_json": _base64(_bytes(service, output))}
+        for output in job.outputs
     ]
     return {
         "created": int(job.created_at),
@@ -237,7 +263,9 @@ def _wait(service: Service, repeats: Repeats, req: Req, job: Job) -> Job:
                 return news.job
             if gone_at is None and _gone(req):
                 gone_at = time.monotonic()
-            if gone_at is not None and (gone_at - begun < patience - 1 or time.monotonic() - gone_at > AGAIN_S):
+            if gone_at is not None and (
+                gone_at - begun < patience - 1 or time.monotonic() - gone_at > AGAIN_S
+            ):
                 break
     raise Refusal(499, "client_gone", "the client went before its pictures were made")
 
@@ -248,7 +276,11 @@ def _events(service: Service, repeats: Repeats, req: Req, job: Job, event: str) 
     Comments keep the line open: they are no events, and clients pass over them.
     """
     answer, sent, shown = job.answer, time.monotonic(), 0
-    same = {name: value for name, value in summary(job).items() if name in ("size", "quality", "background", "output_format")}
+    same = {
+        name: value
+        for name, value in summary(job).items()
+        if name in ("size", "quality", "background", "output_format")
+    }
     same["created_at"] = int(job.created_at)
     try:
         with repeats.waiting(job):
@@ -264,7 +296,10 @@ def _events(service: Service, repeats: Repeats, req: Req, job: Job, event: str) 
                     continue
                 for preview in news.previews[: answer.get("partial_images", 0) - shown]:
                     picture = _base64(_preview(preview, answer.get("output_format", "png")))
-                    yield _event(f"{event}.partial_image", {"b64_json": picture, "partial_image_index": shown, "id": job.id, **same})
+                    yield _event(
+                        f"{event}.partial_image",
+                        {"b64_json": picture, "partial_image_index": shown, "id": job.id, **same},
+                    )
                     shown += 1
                 if news.job.status in DONE:
                     yield from _completed(service, news.job, event, same, base_url(service, req))
@@ -315,7 +350,9 @@ def _gone(req: Req) -> bool:
 def _patience(req: Req) -> float:
     """Seconds that the official clients, Python's or JavaScript's, wait for an answer before they ask again; they say so."""
     with suppress(ValueError):
-        return float(req.get_header("x-stainless-read-timeout") or req.get_header("x-stainless-timeout") or "inf")
+        return float(
+            req.get_header("x-stainless-read-timeout") or req.get_header("x-stainless-timeout") or "inf"
+        )
     return float("inf")
 
 
@@ -351,4 +388,8 @@ def _url(service: Service, job: Job, output: Output, base: str) -> str:
 
 def _about(output: Output) -> dict[str, Any]:
     """What is ours of an output in an answer."""
-    return {"seed": output.seed, "media_type": output.media_type, **({"warning": output.warning} if output.warning else {})}
+    return {
+        "seed": output.seed,
+        "media_type": output.media_type,
+        **({"warning": output.warning} if output.warning else {}),
+    }

@@ -110,7 +110,11 @@ def card(service: Service) -> dict[str, Any]:
         "owned_by": "tinydiff",
         "root": row.name,
         "parent": None,
-        "task_type": made[0] if len(made) == 1 else ("TI2V" if row.clip_frames > 1 else "TI2I") if row.images[1] else made[0],
+        "task_type": made[0]
+        if len(made) == 1
+        else ("TI2V" if row.clip_frames > 1 else "TI2I")
+        if row.images[1]
+        else made[0],
         "task_types": made,
         "num_gpus": int(plan.device.type == "cuda"),
         "device": plan.device.type,
@@ -129,7 +133,11 @@ def card(service: Service) -> dict[str, Any]:
             "max_outputs": service.options.max_outputs,
             "frame_multiple": row.frame_multiple if row.clip_frames > 1 else None,
         },
-        "input_images": {"least": row.images[0], "most": row.images[1], "use": row.image_use if row.images[1] else None},
+        "input_images": {
+            "least": row.images[0],
+            "most": row.images[1],
+            "use": row.image_use if row.images[1] else None,
+        },
     }
 
 
@@ -284,8 +292,13 @@ class Ready:
             self.storage.answer()
             resp.media = {"status": "ok", **state._asdict()}
         except Exception as error:
-            refusal = of_exception(error) or Refusal(503, "store_unreachable", "the store of the jobs does not answer")
-            resp.status, resp.media = falcon.HTTP_503, {"status": "not ready", **state._asdict(), "detail": refusal.message}
+            refusal = of_exception(error) or Refusal(
+                503, "store_unreachable", "the store of the jobs does not answer"
+            )
+            resp.status, resp.media = (
+                falcon.HTTP_503,
+                {"status": "not ready", **state._asdict(), "detail": refusal.message},
+            )
 
     on_head = on_get
 
@@ -325,7 +338,9 @@ class Sleep:
             self.service.scheduler.sleep()
         except Busy as busy:
             message = "jobs run or wait, so the model stays on the device; ask again once they are done"
-            raise Refusal(409, "busy", message, headers={"retry-after": str(max(1, round(busy.seconds)))} | NO_RETRY) from None
+            raise Refusal(
+                409, "busy", message, headers={"retry-after": str(max(1, round(busy.seconds)))} | NO_RETRY
+            ) from None
         resp.media = {"success": True, "message": "the model leaves the device"}
 
 
@@ -340,7 +355,10 @@ class Wake:
     def on_post(self, req: Req, resp: Resp) -> None:
         _takes_nothing(req)
         self.service.scheduler.wake()
-        resp.media = {"success": True, "message": "the model comes back to the device; /ready says when it is there"}
+        resp.media = {
+            "success": True,
+            "message": "the model comes back to the device; /ready says when it is there",
+        }
 
 
 class Lora:
@@ -349,7 +367,11 @@ class Lora:
     admin = True
 
     def on_post(self, req: Req, resp: Resp) -> None:
-        raise Refusal(400, "not_supported", "LoRA adapters do not exist here yet, so none can be set, merged or taken out")
+        raise Refusal(
+            400,
+            "not_supported",
+            "LoRA adapters do not exist here yet, so none can be set, merged or taken out",
+        )
 
 
 class Loras:

@@ -29,7 +29,9 @@ Get = Callable[[str, str, int, float], bytes]
 """(address, field, bytes at most, seconds) -> the bytes there. Raises UserError."""
 
 
-def received(source: str | bytes, field: str, allow_urls: bool, limits: ServeOptions, get: Get = fetch) -> bytes:
+def received(
+    source: str | bytes, field: str, allow_urls: bool, limits: ServeOptions, get: Get = fetch
+) -> bytes:
     """The bytes of a given image: a file's own, a data URI's, or those that `get` has from an address.
 
     They begin as one of the formats that are read does, whatever name or type they came with, and are at most `limits.max_body` MB.
@@ -54,16 +56,23 @@ def _read(source: str, field: str, allow_urls: bool, most: int, get: Get) -> byt
             how = "send the picture as a file or a data URI, or start the server with --allow-url-inputs"
             raise UserError(field, f"{field}: is an address, and this server fetches none; {how}")
         return get(source, field, most, FETCH_S)
-    if source.startswith(BASE64_STARTS) or (len(source) >= 256 and re.fullmatch(r"[A-Za-z0-9+/_\s-]+", source[:256])):
+    if source.startswith(BASE64_STARTS) or (
+        len(source) >= 256 and re.fullmatch(r"[A-Za-z0-9+/_\s-]+", source[:256])
+    ):
         raise UserError(field, f"{field}: is base64 without its head; put data:image/png;base64, before it")
     address = " or an http(s) address" if allow_urls else ""
-    raise UserError(field, f"{field}: {shown(source)} must be a file sent along, a data URI{address}; the server's own files are not read")
+    raise UserError(
+        field,
+        f"{field}: {shown(source)} must be a file sent along, a data URI{address}; the server's own files are not read",
+    )
 
 
 def _data_uri(source: str, field: str, most: int) -> bytes:
     head, comma, body = source.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise UserError(field, f"{field}: is a data URI without ;base64, ; the form is data:image/png;base64,...")
+        raise UserError(
+            field, f"{field}: is a data URI without ;base64, ; the form is data:image/png;base64,..."
+        )
     if len(body) > 6 * most:  # four letters are three bytes, and one written as %2B is three letters
         raise too_large(field, most)
     for code, letter in ESCAPED.items():

@@ -44,7 +44,9 @@ def read_job(service: Service, req: falcon.Request, kind: Kind) -> Job:
     check_model(service, asked.answer.pop("model", ""))
     priority = asked.answer.pop("priority", 0)
     if priority > 0 and not req.context.admin:
-        raise Refusal(403, "admin_required", f"priority: {priority} is above 0, which needs the admin key", "priority")
+        raise Refusal(
+            403, "admin_required", f"priority: {priority} is above 0, which needs the admin key", "priority"
+        )
     job = Job(
         id=new_id(kind), kind=kind, created_at=time.time(), owner=req.context.owner, fields=resolved(service, asked, kind),
         answer={**asked.answer, "fingerprint": fingerprint(body)}, priority=priority, pinned=kind == "image",
@@ -73,7 +75,9 @@ def check_model(service: Service, name: str) -> None:
     row = service.blueprint.row
     if name not in ("", service.name, row.name):
         hint = nearest(name, [service.name, row.name])
-        raise Refusal(404, "model_not_found", f"model: {name!r} is not served here; {service.name!r} is{hint}", "model")
+        raise Refusal(
+            404, "model_not_found", f"model: {name!r} is not served here; {service.name!r} is{hint}", "model"
+        )
 
 
 def checked(service: Service, job: Job) -> Job:
@@ -106,7 +110,9 @@ def admitted(service: Service, job: Job) -> Request:
             raise UserError("prompt", "prompt: is missing; it says what to show")
         if sampling.num_outputs_per_prompt > (most := service.options.max_outputs):
             name, asked = "num_outputs_per_prompt", sampling.num_outputs_per_prompt
-            raise UserError(name, f"{name}: {asked} outputs are more than the {most} that one request may ask for")
+            raise UserError(
+                name, f"{name}: {asked} outputs are more than the {most} that one request may ask for"
+            )
         read, most = partial(_pixels, service.options.max_input_pixels), service.most_pixels(job.kind)
         [request] = admit(service.blueprint, sampling, job.kind == "video", read, most)
         outputs.plan(job, request, Path("."))
@@ -124,7 +130,9 @@ def resolved(service: Service, asked: Asked, kind: Kind) -> dict[str, Any]:
     if "seconds" in asked.answer:
         stride = service.blueprint.nets["vae"].config.scale_factor_temporal
         frames = asked.answer["seconds"] * fields.get("fps", row.fps)
-        fields["num_frames"] = max(1, round((frames - 1) / stride)) * stride + 1  # the nearest that the model makes
+        fields["num_frames"] = (
+            max(1, round((frames - 1) / stride)) * stride + 1
+        )  # the nearest that the model makes
     quality = asked.answer.get("quality")
     if quality in STEPS_OF_QUALITY and STEPS_OF_QUALITY[quality] != 1:
         if row.solver == "dmd":
@@ -143,25 +151,38 @@ def _suits(service: Service, job: Job) -> None:
     row, fields, answer = service.blueprint.row, job.fields, job.answer
     if job.kind == "video":
         if row.clip_frames == 1:
-            raise UserError("model", f"model: {row.name} makes pictures, not clips; they are asked for at /v1/images/generations")
+            raise UserError(
+                "model",
+                f"model: {row.name} makes pictures, not clips; they are asked for at /v1/images/generations",
+            )
         if fields.get("num_frames") == 1:
-            raise UserError("num_frames", "num_frames: 1 makes a picture, which is asked for at /v1/images/generations")
+            raise UserError(
+                "num_frames", "num_frames: 1 makes a picture, which is asked for at /v1/images/generations"
+            )
         return
     if row.image_use == "frames" and row.images[0]:
         raise UserError(
-            "image_path", f"image_path: {row.name} makes clips that begin with a given picture; they are asked for at /v1/videos"
+            "image_path",
+            f"image_path: {row.name} makes clips that begin with a given picture; they are asked for at /v1/videos",
         )
     if not row.layers and fields.get("num_frames", 1) != 1:
-        raise UserError("num_frames", f"num_frames: {fields['num_frames']} make a clip, which is asked for at /v1/videos")
+        raise UserError(
+            "num_frames", f"num_frames: {fields['num_frames']} make a clip, which is asked for at /v1/videos"
+        )
     if "fps" in fields:
         raise UserError("fps", "fps: a picture has no frames a second; clips are asked for at /v1/videos")
     clear, asked = row.layers > 0, answer.get("background", "auto")
     if asked != "auto" and clear != (asked == "transparent"):
         only = "transparent" if clear else "opaque"
-        raise UserError("background", f"background: {asked!r} cannot be had; the pictures of {row.name} are {only}")
+        raise UserError(
+            "background", f"background: {asked!r} cannot be had; the pictures of {row.name} are {only}"
+        )
     for name in ("output_quality", "output_compression"):
         if answer.get("output_format", "png") == "png" and fields.get(name) not in LOSSLESS:
-            raise UserError(name, f"{name}: {fields[name]!r} has no effect on a PNG, which is lossless; ask for output_format webp or jpeg")
+            raise UserError(
+                name,
+                f"{name}: {fields[name]!r} has no effect on a PNG, which is lossless; ask for output_format webp or jpeg",
+            )
 
 
 def _paths(service: Service, job: Job) -> dict[str, Any]:
@@ -198,5 +219,11 @@ def _as_spelled(job: Job) -> Iterator[None]:
     except UserError as error:
         name, said = error.field, str(error).removeprefix(f"{error.field}: ")
         theirs = spelled.get(name, name)
-        inner = f"{name} " if theirs != name and name in ("height", "width", "num_frames", "num_inference_steps") else ""
-        raise UserError(theirs, f"{theirs}: {inner}{said}".replace("--image-path", spelled["image_path"])) from error
+        inner = (
+            f"{name} "
+            if theirs != name and name in ("height", "width", "num_frames", "num_inference_steps")
+            else ""
+        )
+        raise UserError(
+            theirs, f"{theirs}: {inner}{said}".replace("--image-path", spelled["image_path"])
+        ) from error

@@ -33,7 +33,12 @@ def server_name() -> str:
 
 
 def keep(
-    server: str, store: Store, files: Files, options: ServeOptions, cancelled: Callable[[set[str]], None], end: threading.Event
+    server: str,
+    store: Store,
+    files: Files,
+    options: ServeOptions,
+    cancelled: Callable[[set[str]], None],
+    end: threading.Event,
 ) -> None:
     """Until `end`: renew the leases of `server`, take back jobs whose lease ran out, hand on the ids of those that others were asked to
     cancel, remove old files. Errors are logged and it goes on: a database may be away for a while."""
@@ -54,7 +59,9 @@ def keep(
         end.wait(min(1.0, options.lease / 3))
 
 
-def patiently(call: Callable[[], Made], end: threading.Event, away: Callable[[], None] = lambda: None) -> Made | None:
+def patiently(
+    call: Callable[[], Made], end: threading.Event, away: Callable[[], None] = lambda: None
+) -> Made | None:
     """What `call` returns, once the database that it speaks to is there; None where `end` came first. away: called where it is not."""
     while True:
         try:

@@ -13,9 +13,13 @@ REQUESTS = "tinydiff.serve.requests"
 def configure(level: str, form: Literal["text", "json"]) -> None:
     """Write the log to standard error, from `level` on."""
     handler = logging.StreamHandler()
-    handler.setFormatter(Objects() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(
+        Objects() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    )
     logging.basicConfig(level=level.upper(), handlers=[handler])
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # requests that wait for a thread are told in /metrics
+    logging.getLogger("waitress.queue").setLevel(
+        logging.ERROR
+    )  # requests that wait for a thread are told in /metrics
 
 
 class Objects(logging.Formatter):
@@ -24,5 +28,12 @@ class Objects(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         if record.name == REQUESTS:
             return record.getMessage()
-        told = {"time": round(record.created, 3), "level": record.levelname, "logger": record.name, "message": record.getMessage()}
-        return json.dumps(told | ({"trace": self.formatException(record.exc_info)} if record.exc_info else {}))
+        told = {
+            "time": round(record.created, 3),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        return json.dumps(
+            told | ({"trace": self.formatException(record.exc_info)} if record.exc_info else {})
+        )

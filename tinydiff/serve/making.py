@@ -97,9 +97,18 @@ def usage(model: Model, request: Request) -> Mapping[str, Any]:
     net, vae = model.nets["transformer"], model.nets["vae"].config
     picture = token_count(vae, request, net.family.patch(net.config))
     tokenizer = next(iter(model.tokenizers.values()))
-    text, given, made = len(tokenizer.encode(request.prompt).ids), picture * len(request.originals), picture * len(request.seeds)
+    text, given, made = (
+        len(tokenizer.encode(request.prompt).ids),
+        picture * len(request.originals),
+        picture * len(request.seeds),
+    )
     details = {"text_tokens": text, "image_tokens": given}
-    return {"input_tokens": text + given, "input_tokens_details": details, "output_tokens": made, "total_tokens": text + given + made}
+    return {
+        "input_tokens": text + given,
+        "input_tokens_details": details,
+        "output_tokens": made,
+        "total_tokens": text + given + made,
+    }
 
 
 def failure(error: BaseException) -> Failure:
@@ -112,6 +121,9 @@ def failure(error: BaseException) -> Failure:
     if isinstance(error, UserError):
         return Failure("invalid_value", str(error), error.field)
     if short_of_memory(error):
-        return Failure("insufficient_memory", "the request does not fit into memory; ask for a smaller size or fewer frames")
+        return Failure(
+            "insufficient_memory",
+            "the request does not fit into memory; ask for a smaller size or fewer frames",
+        )
     log.error("a job failed", exc_info=error)
     return Failure("server_error", "making this failed; the server's log says why")

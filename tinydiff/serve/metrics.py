@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    generate_latest,
+)
 
 from tinydiff import __version__
 from tinydiff.serve.jobs import Job
@@ -31,19 +39,41 @@ class Metrics:
         self._queued = Gauge("tinydiff_jobs_queued", "Jobs that wait.", registry=own)
         self._running = Gauge("tinydiff_jobs_running", "Jobs that are being made.", registry=own)
         self._finished = Counter("tinydiff_jobs_finished", "Jobs done.", ("kind", "status"), registry=own)
-        self._failures = Counter("tinydiff_job_failures", "Jobs that failed, by code.", ("kind", "code"), registry=own)
-        self._cancelled = Counter("tinydiff_jobs_cancelled", "Jobs that were cancelled.", ("kind",), registry=own)
-        self._wait = Histogram("tinydiff_job_wait_seconds", "From request to start.", ("kind",), buckets=LONG, registry=own)
-        self._whole = Histogram("tinydiff_job_seconds", "From request to result.", ("kind",), buckets=LONG, registry=own)
+        self._failures = Counter(
+            "tinydiff_job_failures", "Jobs that failed, by code.", ("kind", "code"), registry=own
+        )
+        self._cancelled = Counter(
+            "tinydiff_jobs_cancelled", "Jobs that were cancelled.", ("kind",), registry=own
+        )
+        self._wait = Histogram(
+            "tinydiff_job_wait_seconds", "From request to start.", ("kind",), buckets=LONG, registry=own
+        )
+        self._whole = Histogram(
+            "tinydiff_job_seconds", "From request to result.", ("kind",), buckets=LONG, registry=own
+        )
         self._outputs = Counter("tinydiff_outputs", "Pictures and clips made.", ("kind",), registry=own)
-        self._stage = Histogram("tinydiff_stage_seconds", "Of each stage of a job.", ("stage",), buckets=LONG, registry=own)
-        self._step = Histogram("tinydiff_step_seconds", "Of a denoising step of a whole batch.", buckets=SHORT, registry=own)
-        self._steps = Counter("tinydiff_steps", "Denoising steps, those of each picture counted.", registry=own)
-        self._batch = Histogram("tinydiff_batch_size", "Pictures that shared a denoising step.", buckets=SIZES, registry=own)
+        self._stage = Histogram(
+            "tinydiff_stage_seconds", "Of each stage of a job.", ("stage",), buckets=LONG, registry=own
+        )
+        self._step = Histogram(
+            "tinydiff_step_seconds", "Of a denoising step of a whole batch.", buckets=SHORT, registry=own
+        )
+        self._steps = Counter(
+            "tinydiff_steps", "Denoising steps, those of each picture counted.", registry=own
+        )
+        self._batch = Histogram(
+            "tinydiff_batch_size", "Pictures that shared a denoising step.", buckets=SIZES, registry=own
+        )
         self._recompiles = Counter("tinydiff_recompiles", "Graphs compiled.", registry=own)
-        self._peak = Gauge("tinydiff_peak_memory_bytes", "The most memory of the device that was in use.", registry=own)
-        self._requests = Counter("tinydiff_http_requests", "Requests answered.", ("route", "method", "status"), registry=own)
-        self._answer = Histogram("tinydiff_http_request_seconds", "To answer one.", ("route", "method"), buckets=LONG, registry=own)
+        self._peak = Gauge(
+            "tinydiff_peak_memory_bytes", "The most memory of the device that was in use.", registry=own
+        )
+        self._requests = Counter(
+            "tinydiff_http_requests", "Requests answered.", ("route", "method", "status"), registry=own
+        )
+        self._answer = Histogram(
+            "tinydiff_http_request_seconds", "To answer one.", ("route", "method"), buckets=LONG, registry=own
+        )
 
     def jobs(self, queued: int, running: int) -> None:
         """So many jobs there are now."""

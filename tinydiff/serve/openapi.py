@@ -104,7 +104,9 @@ FREE = {200: Answer("all of it", schemas.FREE)}
 
 def gone(kind: str) -> dict[int, Answer]:
     """The answer to a DELETE."""
-    schema = schemas.obj({"id": schemas.text(""), "deleted": schemas.choice("", True), "object": schemas.choice("", kind)})
+    schema = schemas.obj(
+        {"id": schemas.text(""), "deleted": schemas.choice("", True), "object": schemas.choice("", kind)}
+    )
     return {200: Answer("it is gone", schema)}
 
 
@@ -116,11 +118,24 @@ def pictures(name: str) -> Iterator[Operation]:
     job = {200: Answer("the job", ref("Image"))}
     which = {
         "variant": schemas.whole("Which of several pictures, from 0.", 0),
-        "thumbnail": schemas.choice("Whether in small, as WebP with no side over 512 pixels.", "true", "false", default="false"),
+        "thumbnail": schemas.choice(
+            "Whether in small, as WebP with no side over 512 pixels.", "true", "false", default="false"
+        ),
     }
     made = "Make pictures from given ones: start from one, paint a part of it anew with a mask, or work from references."
-    yield Operation("post /v1/images/generations", "createImage", "Make pictures.", images, MADE, {}, {JSON: generation}, EXAMPLE)
-    yield Operation("post /v1/images/edits", "editImage", made, images, MADE, {}, {FORM: edit, JSON: edit_json})
+    yield Operation(
+        "post /v1/images/generations",
+        "createImage",
+        "Make pictures.",
+        images,
+        MADE,
+        {},
+        {JSON: generation},
+        EXAMPLE,
+    )
+    yield Operation(
+        "post /v1/images/edits", "editImage", made, images, MADE, {}, {FORM: edit, JSON: edit_json}
+    )
     yield Operation("get /v1/images/{id}", "image", "How a request for pictures stands.", job, (404,))
     says = "Stop a request that is not done; remove one that is, and its files."
     yield Operation("delete /v1/images/{id}", "deleteImage", says, gone("image.deleted"), (404,))
@@ -133,17 +148,26 @@ def clips(name: str) -> Iterator[Operation]:
     form, body = (schemas.request("video", name, form, ("prompt",)) for form in (True, False))
     job = {200: Answer("the clip's job", ref("Video"))}
     listed = {200: Answer("a page of them", schemas.VIDEO_LIST)}
-    remix = schemas.obj({"prompt": schemas.text("The other prompt."), "seed": schemas.option("seed")}, ("prompt",), closed=True)
+    remix = schemas.obj(
+        {"prompt": schemas.text("The other prompt."), "seed": schemas.option("seed")},
+        ("prompt",),
+        closed=True,
+    )
     page = {
         "after": schemas.text("The last id of the page before."),
         "limit": schemas.whole("How many.", 1, 100, default=20),
         "order": schemas.choice("By time of asking.", "asc", "desc", default="desc"),
     }
     which = {
-        "variant": schemas.choice("The clip, its first frame or its contact sheet.", "video", "thumbnail", "spritesheet"),
+        "variant": schemas.choice(
+            "The clip, its first frame or its contact sheet.", "video", "thumbnail", "spritesheet"
+        ),
         "index": schemas.whole("Which of several clips, from 0.", 0),
     }
-    signed = {"expires": schemas.whole("From the address.", 0), "signature": schemas.text("From the address.")}
+    signed = {
+        "expires": schemas.whole("From the address.", 0),
+        "signature": schemas.text("From the address."),
+    }
     says = "Ask for a clip. Look at it again after as many milliseconds as openai-poll-after-ms says, until it is completed or failed."
     yield Operation("post /v1/videos", "createVideo", says, job, MADE, {}, {FORM: form, JSON: body}, EXAMPLE)
     yield Operation("get /v1/videos", "listVideos", "Your clips.", listed, (400,), page)
@@ -151,11 +175,19 @@ def clips(name: str) -> Iterator[Operation]:
     says = "Remove a clip and its files; one that is not done is cancelled."
     yield Operation("delete /v1/videos/{id}", "deleteVideo", says, gone("video.deleted"), (404,))
     yield Operation("get /v1/videos/{id}/content", "videoContent", "The files.", FILE, NO_FILE, which)
-    yield Operation("post /v1/videos/{id}/cancel", "cancelVideo", "Stop a clip within a step; its code is then cancelled.", job, (404,))
+    yield Operation(
+        "post /v1/videos/{id}/cancel",
+        "cancelVideo",
+        "Stop a clip within a step; its code is then cancelled.",
+        job,
+        (404,),
+    )
     says = "The same clip with another prompt, and another seed if you like."
     yield Operation("post /v1/videos/{id}/remix", "remixVideo", says, job, MADE, {}, {JSON: remix}, EXAMPLE)
     says = "A file, by an address that an answer gave, which needs no key and expires; or by its id."
-    yield Operation("get /v1/files/{id}/content", "fileContent", says, FILE, (*NO_FILE, 401, 403), signed, key="none")
+    yield Operation(
+        "get /v1/files/{id}/content", "fileContent", says, FILE, (*NO_FILE, 401, 403), signed, key="none"
+    )
 
 
 def model(name: str) -> Iterator[Operation]:
@@ -172,14 +204,24 @@ def server(name: str) -> Iterator[Operation]:
     words = {name: {"type": "string"} for name in ("status", "phase")}
     status = schemas.obj(words, optional={"error": schemas.text("Why, where the status is unhealthy.")})
     state = {"phase": {"type": "string"}, "done": {"type": "integer"}, "total": {"type": "integer"}}
-    ready = schemas.obj({"status": {"type": "string"}, **state, "eta_s": schemas.ETA, "detail": {"type": "string"}})
+    ready = schemas.obj(
+        {"status": {"type": "string"}, **state, "eta_s": schemas.ETA, "detail": {"type": "string"}}
+    )
     told = {200: Answer("told", schemas.obj({"success": {"type": "boolean"}, "message": {"type": "string"}}))}
     healthy = {200: Answer("healthy", status), 503: Answer("only a restart helps", status)}
     begun = {200: Answer("ready", ready), 503: Answer("not yet: how far it is", ready)}
     figures = {200: Answer("Prometheus's text", files=("text/plain",))}
     nothing = {JSON: schemas.obj({}, closed=True)}
-    yield Operation("get /liveness", "liveness", "Whether HTTP is answered.", {200: Answer("alive", alive)}, key="none")
-    yield Operation("get /health", "health", "Whether requests are answered, now or after the warm-up.", healthy, key="none")
+    yield Operation(
+        "get /liveness", "liveness", "Whether HTTP is answered.", {200: Answer("alive", alive)}, key="none"
+    )
+    yield Operation(
+        "get /health",
+        "health",
+        "Whether requests are answered, now or after the warm-up.",
+        healthy,
+        key="none",
+    )
     yield Operation("get /ready", "ready", "Whether a request is begun at once.", begun, key="none")
     yield Operation("get /metrics", "metrics", "What the server counts.", figures, (404,), key="none")
     yield Operation("get /server_info", "serverInfo", "Its options and measurements.", FREE)
@@ -227,7 +269,11 @@ def document(service: Service) -> dict[str, Any]:
             "responses": {str(status): _error(says) for status, says in ERRORS.items()},
             "securitySchemes": {
                 "key": {"type": "http", "scheme": "bearer", "description": "One of the server's keys."},
-                "admin": {"type": "http", "scheme": "bearer", "description": "The admin key, for what changes the server."},
+                "admin": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "The admin key, for what changes the server.",
+                },
             },
         },
     }
@@ -242,10 +288,18 @@ def _described(one: Operation) -> dict[str, Any]:
         "tags": [one.tag],
         "summary": one.says.split(". ")[0].split(";")[0].rstrip("."),
         "description": one.says,
-        "parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in inside]
-        + [{"name": name, "in": "query", "required": False, "schema": schema} for name, schema in one.query.items()],
+        "parameters": [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in inside
+        ]
+        + [
+            {"name": name, "in": "query", "required": False, "schema": schema}
+            for name, schema in one.query.items()
+        ],
         "responses": {str(status): _answer(answer) for status, answer in one.answers.items()}
-        | {str(status): {"$ref": f"#/components/responses/{status}"} for status in sorted(errors - one.answers.keys())},
+        | {
+            str(status): {"$ref": f"#/components/responses/{status}"}
+            for status in sorted(errors - one.answers.keys())
+        },
     }
     if one.key != "key":
         found["security"] = [{"admin": []}] if one.key == "admin" else []
@@ -253,13 +307,18 @@ def _described(one: Operation) -> dict[str, Any]:
         example = {} if one.example is None else {"example": one.example}
         found["requestBody"] = {
             "required": any(schema["required"] for schema in one.body.values()),
-            "content": {kind: {"schema": schema, **(example if kind == JSON else {})} for kind, schema in one.body.items()},
+            "content": {
+                kind: {"schema": schema, **(example if kind == JSON else {})}
+                for kind, schema in one.body.items()
+            },
         }
     return found
 
 
 def _answer(answer: Answer) -> dict[str, Any]:
-    content = {kind: {} for kind in answer.files} | ({} if answer.schema is None else {JSON: {"schema": answer.schema}})
+    content = {kind: {} for kind in answer.files} | (
+        {} if answer.schema is None else {JSON: {"schema": answer.schema}}
+    )
     return {"description": answer.says, **({"content": content} if content else {})}
 
 

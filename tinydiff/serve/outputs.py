@@ -29,11 +29,17 @@ def plan(job: Job, request: Request, folder: Path) -> tuple[output.Target, outpu
     ending = job.answer.get("output_format") or ("mp4" if clip else "png")
     target = output.plan_target(folder, f"{job.id}.{ending}", clip=clip, opacity=request.layers > 0)
     output.check_size(target, request.height, request.width)
-    chosen = {name: job.fields[name] for name in ("output_quality", "output_compression", "x264_preset") if name in job.fields}
+    chosen = {
+        name: job.fields[name]
+        for name in ("output_quality", "output_compression", "x264_preset")
+        if name in job.fields
+    }
     return target, output.plan_encoding(target, request.fps, **chosen)
 
 
-def save(job: Job, request: Request, files: Files, frames: numpy.ndarray, seed: int, told: Mapping[str, Any]) -> list[Output]:
+def save(
+    job: Job, request: Request, files: Files, frames: numpy.ndarray, seed: int, told: Mapping[str, Any]
+) -> list[Output]:
     """Encode one output of a job, uint8 [T, H, W, 3 or 4], and put it among the files: a clip also in small, layers one by one."""
     from tinydiff.serve.sheets import spritesheet, thumbnail
 
@@ -44,7 +50,13 @@ def save(job: Job, request: Request, files: Files, frames: numpy.ndarray, seed: 
         made = []
         for index, part in enumerate(parts):
             path = target.path(index, len(parts))
-            output.write(path, target.ending, part, encoding, {**told, "seed": seed, **({"layer": index} if request.layers else {})})
+            output.write(
+                path,
+                target.ending,
+                part,
+                encoding,
+                {**told, "seed": seed, **({"layer": index} if request.layers else {})},
+            )
             size = path.stat().st_size
             made.append(Output(files.put(path, media_type, path.name, job.owner), media_type, size, seed))
     if request.num_frames > 1:

@@ -15,8 +15,14 @@ def parameters(req: falcon.Request, names: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in req.params.items():
         if name not in names:
-            known = f"{nearest(name, names)}; the parameters are {', '.join(names)}" if names else "; there are none"
-            raise Refusal(400, "unknown_parameter", f"{name[:80]}: no such parameter of this address{known}", name[:80])
+            known = (
+                f"{nearest(name, names)}; the parameters are {', '.join(names)}"
+                if names
+                else "; there are none"
+            )
+            raise Refusal(
+                400, "unknown_parameter", f"{name[:80]}: no such parameter of this address{known}", name[:80]
+            )
         if not isinstance(value, str):
             raise UserError(name, f"{name}: is given twice")
         found[name] = value

@@ -44,7 +44,9 @@ class Repeats:
         try:
             queued = self._joined(req, mark) or self._service.scheduler.submit(job, previews)
             if queued.answer.get("fingerprint") != job.answer["fingerprint"]:
-                message = "Idempotency-Key: a running job of another body has this key; every request needs its own"
+                message = (
+                    "Idempotency-Key: a running job of another body has this key; every request needs its own"
+                )
                 raise Refusal(409, "idempotency_key_reused", message, headers=NO_RETRY)
         except Exception:
             with self._lock:
@@ -95,7 +97,9 @@ class Repeats:
         job = None if id is None else self._service.store.get(id)
         if job is None or job.status not in DONE:
             return job
-        return job if job.status == "completed" and time.time() - (job.completed_at or 0.0) < AGAIN_S else None
+        return (
+            job if job.status == "completed" and time.time() - (job.completed_at or 0.0) < AGAIN_S else None
+        )
 
 
 def _remember(found: OrderedDict[str, Any], mark: str, value: Any) -> None:

@@ -52,10 +52,19 @@ class Scheduler:
         admitted: Callable[[Job], Request],
         uploader: Uploader | None = None,
     ) -> None:
-        self.options, self.blueprint, self.store, self.files, self.metrics = options, blueprint, store, files, metrics
+        self.options, self.blueprint, self.store, self.files, self.metrics = (
+            options,
+            blueprint,
+            store,
+            files,
+            metrics,
+        )
         self.admitted, self.uploader = admitted, uploader
         self.name = server_name()
-        self.boards, self.loop = Boards(), Continuous(blueprint.denoiser.family, most=options.batching_max_size)
+        self.boards, self.loop = (
+            Boards(),
+            Continuous(blueprint.denoiser.family, most=options.batching_max_size),
+        )
         self._model: Model | None = None
         self._colours: torch.Tensor | None = None
         self._jobs: dict[str, Making] = {}
@@ -93,7 +102,9 @@ class Scheduler:
         except Exception as error:
             self.boards.drop(job.id)
             if isinstance(error, Busy):
-                raise Busy(self._times.until_done(job.kind, self.options.max_queue) or 5.0, error.why) from None
+                raise Busy(
+                    self._times.until_done(job.kind, self.options.max_queue) or 5.0, error.why
+                ) from None
             raise
         if queued.id != job.id:
             self.boards.drop(job.id)
@@ -235,7 +246,10 @@ class Scheduler:
             self._used = time.monotonic()
             self.boards.open(job)
             try:
-                request, model = self.admitted(job), self._load()  # once more: another server may have taken it in
+                request, model = (
+                    self.admitted(job),
+                    self._load(),
+                )  # once more: another server may have taken it in
                 started = time.perf_counter()
                 conditioning = pipeline.condition(model, request)
             except Exception as error:
@@ -298,7 +312,9 @@ class Scheduler:
             due = at * (making.previews + 1) // making.conditioning.rows.steps
             if not one.seat.done and due > self.boards.previewed(making.job.id) and self._colours is not None:
                 latents = making.conditioning.prepared.unpack(one.shown(clean))
-                pictures.append(preview.picture(self._colours, latents, making.request.height, making.request.width))
+                pictures.append(
+                    preview.picture(self._colours, latents, making.request.height, making.request.width)
+                )
         percent = min(99, 100 * making.steps // making.total)
         if percent >= making.job.progress + 5:
             making.job = replace(making.job, progress=percent)
@@ -311,7 +327,9 @@ class Scheduler:
         started = time.perf_counter()
         try:
             model = self._load()
-            frames, _ = pipeline.finish(model, making.request, making.conditioning, one.shown(one.seat.state.x))
+            frames, _ = pipeline.finish(
+                model, making.request, making.conditioning, one.shown(one.seat.state.x)
+            )
         except Exception as error:
             self._fail(making.job.id, error)
             return
@@ -319,7 +337,9 @@ class Scheduler:
         making.spent("decode", seconds)
         self.metrics.stage("decode", seconds)
         conditioning = making.conditioning
-        told = pipeline.parameters(model, making.request, conditioning.prepared.revised, conditioning.warnings)
+        told = pipeline.parameters(
+            model, making.request, conditioning.prepared.revised, conditioning.warnings
+        )
         self._savers.submit(self._save, making, one.index, frames, told)
 
     def _idle(self) -> None:
@@ -345,7 +365,9 @@ class Scheduler:
         """Encode and store an output; the last one completes the job."""
         started = time.perf_counter()
         try:
-            made = outputs.save(making.job, making.request, self.files, frames, making.request.seeds[index], told)
+            made = outputs.save(
+                making.job, making.request, self.files, frames, making.request.seeds[index], told
+            )
         except Exception as error:
             self._fail(making.job.id, error)
             return
@@ -392,7 +414,9 @@ class Scheduler:
                 self.boards.post(replace(job, status="failed", error=UNKEPT))
 
         finished = patiently(lambda: self.store.finish(job.id, self.name, status, **made), self._kept, unkept)
-        now = patiently(lambda: self.store.get(job.id), self._kept) or replace(job, status="failed", error=CANCELLED)  # deleted meanwhile
+        now = patiently(lambda: self.store.get(job.id), self._kept) or replace(
+            job, status="failed", error=CANCELLED
+        )  # deleted meanwhile
         self.metrics.finished(now)
         self.boards.post(now)
         with self._news:

@@ -32,7 +32,11 @@ OPTIONS: dict[str, type] = {
 
 
 def obj(
-    properties: Schema, required: tuple[str, ...] | None = None, closed: bool = False, optional: Schema | None = None, **more: Any
+    properties: Schema,
+    required: tuple[str, ...] | None = None,
+    closed: bool = False,
+    optional: Schema | None = None,
+    **more: Any,
 ) -> Schema:
     """An object. required: all of `properties` unless told. optional: further properties that may be missing."""
     needed = list(properties if required is None else required)
@@ -46,7 +50,12 @@ def text(says: str, **more: Any) -> Schema:
 
 def whole(says: str, least: int | None = None, most: int | None = None, **more: Any) -> Schema:
     limits = {"minimum": least, "maximum": most}
-    return {"type": "integer", "description": says, **{name: limit for name, limit in limits.items() if limit is not None}, **more}
+    return {
+        "type": "integer",
+        "description": says,
+        **{name: limit for name, limit in limits.items() if limit is not None},
+        **more,
+    }
 
 
 def choice(says: str, *values: Any, **more: Any) -> Schema:
@@ -63,7 +72,11 @@ def nullable(schema: Schema) -> Schema:
         return {**schema, "anyOf": [*schema["anyOf"], {"type": "null"}]}
     if "enum" in schema:
         return {**schema, "enum": [*schema["enum"], None]}
-    return {**schema, "type": [schema["type"], "null"]} if "type" in schema else {"anyOf": [schema, {"type": "null"}]}
+    return (
+        {**schema, "type": [schema["type"], "null"]}
+        if "type" in schema
+        else {"anyOf": [schema, {"type": "null"}]}
+    )
 
 
 @cache
@@ -72,7 +85,11 @@ def docstrings(record: type) -> dict[str, str]:
     [tree] = ast.parse(inspect.getsource(record)).body
     found = {}
     for entry, after in pairwise(tree.body if isinstance(tree, ast.ClassDef) else []):
-        if isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name) and isinstance(after, ast.Expr):
+        if (
+            isinstance(entry, ast.AnnAssign)
+            and isinstance(entry.target, ast.Name)
+            and isinstance(after, ast.Expr)
+        ):
             sentences = re.split(r"(?<=\.) ", " ".join(ast.literal_eval(after.value).split()))
             found[entry.target.id] = " ".join(sentence for sentence in sentences if "--" not in sentence)
     return found
@@ -82,11 +99,17 @@ def option(name: str) -> Schema:
     """The schema of a sampling or encoding option; several values may be one, or a list of them."""
     record = OPTIONS[name]
     kind, limits = get_type_hints(record)[name], record.__dataclass_fields__[name].metadata
-    kind = next((one for one in get_args(kind) if one is not NoneType), kind) if NoneType in get_args(kind) else kind
+    kind = (
+        next((one for one in get_args(kind) if one is not NoneType), kind)
+        if NoneType in get_args(kind)
+        else kind
+    )
     several = get_origin(kind) is tuple
     inner = get_args(kind)[0] if several else kind
     one: Schema = {"enum": list(get_args(inner))} if get_origin(inner) is Literal else {"type": TYPES[inner]}
-    one |= {word: limits[key] for key, word in BOUNDS.items() if abs(limits.get(key, float("inf"))) <= LARGEST}
+    one |= {
+        word: limits[key] for key, word in BOUNDS.items() if abs(limits.get(key, float("inf"))) <= LARGEST
+    }
     says = {"description": docstrings(record)[name]}
     return {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}], **says} if several else one | says
 
@@ -97,7 +120,12 @@ def own(name: str, model: str) -> Schema:
     return {
         "model": choice("The model; left out, the one that is served.", model),
         "size": text("WIDTHxHEIGHT in pixels, or auto; the same as width and height.", pattern=SIZE),
-        "quality": choice(f"So many times the model's own number of steps: {steps}.", "auto", "standard", *fields.STEPS_OF_QUALITY),
+        "quality": choice(
+            f"So many times the model's own number of steps: {steps}.",
+            "auto",
+            "standard",
+            *fields.STEPS_OF_QUALITY,
+        ),
         "n": whole(
             "Outputs to make, of seeds from seed on; the same as num_outputs_per_prompt. /v1/models says how many at most.",
             1,
@@ -106,9 +134,13 @@ def own(name: str, model: str) -> Schema:
         "user": text("Who asks; repeated in the answer.", maxLength=512),
         "safety_identifier": text("The same, by its newer name.", maxLength=512),
         "priority": whole("Higher goes first; above 0 needs the admin key.", -10, 10),
-        "background": choice("Transparent where the model makes layers, opaque elsewhere.", "auto", "opaque", "transparent"),
+        "background": choice(
+            "Transparent where the model makes layers, opaque elsewhere.", "auto", "opaque", "transparent"
+        ),
         "output_format": {"description": "Form of the file.", "type": "string"},
-        "response_format": choice("The picture itself, or an address that serves it for a while.", "b64_json", "url"),
+        "response_format": choice(
+            "The picture itself, or an address that serves it for a while.", "b64_json", "url"
+        ),
         "stream": {"type": "boolean", "description": "Answer with server-sent events."},
         "partial_images": whole("Previews on the way, of a stream.", 0, fields.MOST_PARTIAL),
         "progress": {
@@ -116,25 +148,55 @@ def own(name: str, model: str) -> Schema:
             "description": "In a stream, also send progress events: step, total, queue_position, eta_s.",
         },
         "seconds": {
-            "anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 3600}, {"type": "string", "pattern": "^[1-9][0-9]{0,2}$"}],
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0, "maximum": 3600},
+                {"type": "string", "pattern": "^[1-9][0-9]{0,2}$"},
+            ],
             "description": "Length of the clip; with fps the same as num_frames.",
         },
     }[name]
 
 
-def request(kind: Kind, model: str, form: bool, required: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Schema:
+def request(
+    kind: Kind, model: str, form: bool, required: tuple[str, ...] = (), without: tuple[str, ...] = ()
+) -> Schema:
     """A request's body. form: as multipart, where pictures are files and nothing is null. without: fields it has not."""
     formats = ("png", "webp", "jpeg") if kind == "image" else ("mp4", "webm", "gif")
-    own_fields = {name: own(name, model) for name in fields.OWN[kind]} | {"output_format": choice("Form of the file.", *formats)}
+    own_fields = {name: own(name, model) for name in fields.OWN[kind]} | {
+        "output_format": choice("Form of the file.", *formats)
+    }
     picture = text("A picture.", format="binary") if form else PICTURE
-    given = {name: picture_field(name, picture, form) for name in fields.PICTURES[kind] if name not in ("url", "reference_url")}
-    idle = {name: choice(f"Accepted, and asks for nothing: {why}.", *free) for name, (free, why) in fields.IDLE.items() if free}
-    names = {"prompt": option("prompt"), **given, **own_fields, **{name: option(name) for name in OPTIONS if name != "prompt"}, **idle}
+    given = {
+        name: picture_field(name, picture, form)
+        for name in fields.PICTURES[kind]
+        if name not in ("url", "reference_url")
+    }
+    idle = {
+        name: choice(f"Accepted, and asks for nothing: {why}.", *free)
+        for name, (free, why) in fields.IDLE.items()
+        if free
+    }
+    names = {
+        "prompt": option("prompt"),
+        **given,
+        **own_fields,
+        **{name: option(name) for name in OPTIONS if name != "prompt"},
+        **idle,
+    }
     if not form:
-        names |= {"extra_body": {"type": "object", "description": "More of these fields, as other servers have them nested."}}
+        names |= {
+            "extra_body": {
+                "type": "object",
+                "description": "More of these fields, as other servers have them nested.",
+            }
+        }
     names["prompt"] = text("What to show.", maxLength=fields.MOST_PROMPT)
     names = {name: schema for name, schema in names.items() if name not in without}
-    return obj({name: schema if form or name in required else nullable(schema) for name, schema in names.items()}, required, closed=True)
+    return obj(
+        {name: schema if form or name in required else nullable(schema) for name, schema in names.items()},
+        required,
+        closed=True,
+    )
 
 
 def picture_field(name: str, picture: Schema, form: bool) -> Schema:
@@ -169,7 +231,9 @@ ERROR = obj({
 })  # fmt: skip
 
 PARAMETERS = {**FREE, "description": "Every effective parameter."}
-WARNINGS = listed(text(""), "What of the request had no effect, such as how many tokens of the prompt were cut.")
+WARNINGS = listed(
+    text(""), "What of the request had no effect, such as how many tokens of the prompt were cut."
+)
 TIMINGS = {**FREE, "additionalProperties": NUMBER, "description": "Seconds of each stage."}
 POSITION = nullable(whole("Jobs before it; 0 is next.", 0))
 ETA = nullable({**NUMBER, "description": "Seconds until it is done, as measured before."})

@@ -33,7 +33,9 @@ ANSWERED_S = 5.0
 OWN_DESCRIPTORS = 256
 """Of the process beside its connections: databases, weights, files that are being made."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-ORIGIN = re.compile(r"(?:([A-Za-z][A-Za-z0-9+.-]*)://)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)(?::([0-9]{1,5}))?(?=/|$)")
+ORIGIN = re.compile(
+    r"(?:([A-Za-z][A-Za-z0-9+.-]*)://)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)(?::([0-9]{1,5}))?(?=/|$)"
+)
 """Scheme, host and port at the beginning of an address."""
 PATH = re.compile(r"[A-Za-z0-9/._~%+-]*")
 OWN = tuple(entry.name for entry in fields(ServeOptions))
@@ -46,11 +48,15 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, ServeOptions, str]:
     names = [*config.NAMES, *OWN]
     if argv and not argv[0].startswith("--"):  # as SGLang's server takes it
         if any(word.partition("=")[0] in ("--model-path", "--model_path") for word in argv):
-            raise UserError("model_path", f"model_path: is given twice, as {shown(argv[0])} and with --model-path")
+            raise UserError(
+                "model_path", f"model_path: is given twice, as {shown(argv[0])} and with --model-path"
+            )
         argv = ["--model-path", *argv]
     given = flags.collect(flags.tokens(argv), [*names, "config"], dashes=True, several=SEVERAL)
     path = given.pop("config", None)
-    entries = {} if path is None else flags.collect(config_file.entries_of(flags.one_text("config", path)), names)
+    entries = (
+        {} if path is None else flags.collect(config_file.entries_of(flags.one_text("config", path)), names)
+    )
     entries |= given
     own = {name: entries.pop(name) for name in OWN if name in entries}
     made = config.options(entries)
@@ -60,9 +66,14 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, ServeOptions, str]:
     if made.later:
         raise UserError("options", made.later[0])
     if made.ignored:
-        raise UserError(made.ignored[0], f"{made.ignored[0]}: does not exist here; `tinydiff serve --help` lists what does")
+        raise UserError(
+            made.ignored[0],
+            f"{made.ignored[0]}: does not exist here; `tinydiff serve --help` lists what does",
+        )
     if [entry.name for entry in fields(made.parallel) if getattr(made.parallel, entry.name) != entry.default]:
-        raise UserError("num_gpus", "num_gpus: a server runs on one device so far; start one for each, on one --state-url")
+        raise UserError(
+            "num_gpus", "num_gpus: a server runs on one device so far; start one for each, on one --state-url"
+        )
     return made.model, checked(values.filled(ServeOptions, own)), made.output.log_level
 
 
@@ -75,9 +86,14 @@ def checked(options: ServeOptions) -> ServeOptions:
     for origin in options.cors_origin:
         if origin != "*" and ((meant := _origin(origin)) == "" or origin != meant):
             hint = f"; did you mean {meant!r}?" if meant else ", such as 'https://example.com'"
-            raise UserError("cors_origin", f"cors_origin: {shown(origin)} is neither * nor SCHEME://HOST or SCHEME://HOST:PORT{hint}")
+            raise UserError(
+                "cors_origin",
+                f"cors_origin: {shown(origin)} is neither * nor SCHEME://HOST or SCHEME://HOST:PORT{hint}",
+            )
     if options.public_url is not None and not _is_public(options.public_url):
-        message = f"public_url: {shown(options.public_url)} is not http(s)://HOST, perhaps with a port and a path"
+        message = (
+            f"public_url: {shown(options.public_url)} is not http(s)://HOST, perhaps with a port and a path"
+        )
         raise UserError("public_url", f"{message}, such as 'https://example.com/images'")
     return options
 
@@ -89,17 +105,27 @@ def _origin(text: str) -> str:
     if found is None or port >= 2**16:
         return ""
     scheme = (found[1] or "https").lower()
-    return f"{scheme}://{found[2].lower()}" + (f":{port}" if port and port != {"http": 80, "https": 443}.get(scheme) else "")
+    return f"{scheme}://{found[2].lower()}" + (
+        f":{port}" if port and port != {"http": 80, "https": 443}.get(scheme) else ""
+    )
 
 
 def _is_public(url: str) -> bool:
     found = ORIGIN.match(url)
-    return bool(found and _origin(url) and (found[1] or "").lower() in ("http", "https") and PATH.fullmatch(url, found.end()))
+    return bool(
+        found
+        and _origin(url)
+        and (found[1] or "").lower() in ("http", "https")
+        and PATH.fullmatch(url, found.end())
+    )
 
 
 def with_keys(options: ServeOptions) -> ServeOptions:
     """The options with the keys that the environment and the key file hold."""
-    for name, given in (("api_key", options.api_key), ("admin_api_key", () if options.admin_api_key is None else (options.admin_api_key,))):
+    for name, given in (
+        ("api_key", options.api_key),
+        ("admin_api_key", () if options.admin_api_key is None else (options.admin_api_key,)),
+    ):
         if not all(key.strip() for key in given):
             raise UserError(name, f"{name}: is empty; a key has at least one character")
     keys = [*(key.strip() for key in options.api_key), *config.keys("API_KEY")]
@@ -108,7 +134,11 @@ def with_keys(options: ServeOptions) -> ServeOptions:
         if not (found := [line.strip() for line in lines if line.strip()]):
             raise UserError("api_key_file", f"api_key_file: {options.api_key_file!r} holds no key")
         keys += found
-    admin = options.admin_api_key.strip() if options.admin_api_key else next(iter(config.keys("ADMIN_API_KEY")), None)
+    admin = (
+        options.admin_api_key.strip()
+        if options.admin_api_key
+        else next(iter(config.keys("ADMIN_API_KEY")), None)
+    )
     for name, given in (("api_key", keys), ("admin_api_key", [admin or ""])):
         if not all(key.isprintable() for key in given):
             raise UserError(name, f"{name}: holds a control character, which no client can send in a header")
@@ -128,9 +158,15 @@ def build(model: ModelOptions, options: ServeOptions) -> Service:
     plan = blueprint.read(model)
     folder = paths.path(options.state_dir, "state_dir")
     signing = secret(folder)
-    kept = folder / "files" if options.output_path is None else claim(paths.path(options.output_path, "output_path"), signing)
+    kept = (
+        folder / "files"
+        if options.output_path is None
+        else claim(paths.path(options.output_path, "output_path"), signing)
+    )
     files = Files(kept, signing, options.output_lifetime, int(options.output_limit * 1e9))
-    store = open_store(folder, options.state_url, options.max_queue, options.output_lifetime, options.several_keys)
+    store = open_store(
+        folder, options.state_url, options.max_queue, options.output_lifetime, options.several_keys
+    )
     metrics = Metrics()
     cloud = storage.from_environment()
     uploader = None if cloud is None else storage.Uploader(cloud, files, store)
@@ -156,7 +192,9 @@ def listening(options: ServeOptions) -> socket.socket:
         except (OSError, ValueError) as error:  # ValueError: no name at all
             if getattr(error, "errno", None) != errno.EADDRINUSE:
                 reason = (getattr(error, "strerror", None) or str(error)).lower()
-                raise UserError("host", f"host: {shown(options.host)} cannot be listened at ({reason})") from error
+                raise UserError(
+                    "host", f"host: {shown(options.host)} cannot be listened at ({reason})"
+                ) from error
     raise UserError("port", f"port: {options.port} is taken; choose another, or 0 for any free one")
 
 
@@ -169,7 +207,12 @@ def running(service: Service, sock: socket.socket) -> Iterator[str]:
 
     options, scheduler = service.options, service.scheduler
     connections = _connections(options.http_threads)
-    limits = Limits(min(options.http_threads, connections // 2), int(options.max_body * 1e6), connections, Guard(service).wants_body)
+    limits = Limits(
+        min(options.http_threads, connections // 2),
+        int(options.max_body * 1e6),
+        connections,
+        Guard(service).wants_body,
+    )
     server = Server(make_app(service), sock, limits, options.host)
     thread = threading.Thread(target=server.run, name="http", daemon=True)
     scheduler.start()
@@ -200,7 +243,9 @@ def _connections(threads: int) -> int:
 def _answered(server: Any) -> None:
     """Wait until answers that are on their way are sent, for `ANSWERED_S` at most; clients keep connections open without wanting more."""
     until = time.monotonic() + ANSWERED_S
-    while time.monotonic() < until and any(line.requests or line.total_outbufs_len for line in list(server.active_channels.values())):
+    while time.monotonic() < until and any(
+        line.requests or line.total_outbufs_len for line in list(server.active_channels.values())
+    ):
         time.sleep(0.02)
 
 
@@ -212,11 +257,16 @@ def serve(argv: Sequence[str]) -> int:
     service = build(model, options)
     sock = listening(options)
     if options.host not in LOOPBACK and not options.api_key:
-        print(f"tinydiff: anyone who reaches {options.host} can use this server; --api-key KEY asks for a key", file=sys.stderr)
+        print(
+            f"tinydiff: anyone who reaches {options.host} can use this server; --api-key KEY asks for a key",
+            file=sys.stderr,
+        )
     told = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if told.is_set():  # asked twice: at once, for Python's own end would tear threads down in the middle of a step
+        if (
+            told.is_set()
+        ):  # asked twice: at once, for Python's own end would tear threads down in the middle of a step
             os.write(2, b"tinydiff: stopped at once; running jobs are taken up by the next start\n")
             os._exit(128 + number)
         told.set()
@@ -224,7 +274,10 @@ def serve(argv: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     with running(service, sock) as address:
-        print(f"tinydiff: {service.name} at {address} (page /, API {address}/v1, documentation /docs)", flush=True)
+        print(
+            f"tinydiff: {service.name} at {address} (page /, API {address}/v1, documentation /docs)",
+            flush=True,
+        )
         while not told.wait(0.5):
             if service.scheduler.state().phase == "failed":
                 print(f"tinydiff: error: {service.scheduler.state().detail}", file=sys.stderr)

@@ -110,7 +110,9 @@ def sqlite(path: Path) -> Dialect:
         with closing(connect()) as connection:
             mode = _journal(connection)
     except (OSError, sqlite3.Error) as error:
-        raise UserError("state_dir", f"state_dir: cannot keep jobs in {str(path)!r}: {_plain(error)}") from error
+        raise UserError(
+            "state_dir", f"state_dir: cannot keep jobs in {str(path)!r}: {_plain(error)}"
+        ) from error
     if mode != "wal":
         message = f"state_dir: {str(path.parent)!r} lies on a file system without shared memory; choose a local folder"
         raise UserError("state_dir", message)
@@ -140,7 +142,9 @@ def _journal(connection: sqlite3.Connection) -> str:
     while True:
         try:
             return connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
-        except sqlite3.OperationalError as error:  # unlike all else, this does not wait for others who open the file
+        except (
+            sqlite3.OperationalError
+        ) as error:  # unlike all else, this does not wait for others who open the file
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
                 raise
             time.sleep(0.01)
@@ -161,7 +165,9 @@ def postgres(url: str) -> Dialect:
 
     def connect() -> Any:
         # Poolers that stand between do not keep prepared statements.
-        connection = psycopg.connect(**{**PATIENCE, **conninfo_to_dict(url)}, autocommit=True, prepare_threshold=None)
+        connection = psycopg.connect(
+            **{**PATIENCE, **conninfo_to_dict(url)}, autocommit=True, prepare_threshold=None
+        )
         # The database, too, lets go of a server that went away while it kept rows from others.
         connection.execute("SET idle_in_transaction_session_timeout = '30s'")
         return connection
@@ -221,9 +227,15 @@ def to_row(job: Job) -> dict[str, Any]:
 def to_job(row: Iterable[Any]) -> Job:
     """The job of a row of COLUMNS."""
     values = dict(zip(COLUMNS, row, strict=True))
-    error, outputs, result, rest = (json.loads(values.pop(name)) for name in ("error", "outputs", "result", "rest"))
+    error, outputs, result, rest = (
+        json.loads(values.pop(name)) for name in ("error", "outputs", "result", "rest")
+    )
     rest["inputs"] = {name: tuple(files) for name, files in rest["inputs"].items()}
-    made = {"error": error and Failure(**error), "outputs": tuple(Output(**output) for output in outputs), "result": result}
+    made = {
+        "error": error and Failure(**error),
+        "outputs": tuple(Output(**output) for output in outputs),
+        "result": result,
+    }
     return Job(**values | rest | made | {"pinned": bool(values["pinned"])})
 
 

@@ -61,7 +61,11 @@ class S3:
 
     def url(self, key: str) -> str:
         """The object's address, which is open to whom the bucket is."""
-        root = f"{self.endpoint}/{self.bucket}" if self.endpoint else f"https://{self.bucket}.s3.{self.region}.amazonaws.com"
+        root = (
+            f"{self.endpoint}/{self.bucket}"
+            if self.endpoint
+            else f"https://{self.bucket}.s3.{self.region}.amazonaws.com"
+        )
         return f"{root}/{quote(key)}"
 
 
@@ -76,16 +80,24 @@ def from_environment() -> S3 | None:
     kind = found.pop("CLOUD_STORAGE_TYPE", None)
     if kind is None:
         if found:
-            raise _wrong("CLOUD_STORAGE_TYPE", f"is not set, but {', '.join(found)} are; set it to {TYPES[0]}, or none of them")
+            raise _wrong(
+                "CLOUD_STORAGE_TYPE",
+                f"is not set, but {', '.join(found)} are; set it to {TYPES[0]}, or none of them",
+            )
         return None
     if kind.lower() not in TYPES:
-        raise _wrong("CLOUD_STORAGE_TYPE", f"{kind!r} is not one of {', '.join(TYPES)}{nearest(kind.lower(), TYPES)}")
+        raise _wrong(
+            "CLOUD_STORAGE_TYPE", f"{kind!r} is not one of {', '.join(TYPES)}{nearest(kind.lower(), TYPES)}"
+        )
     for name in NEEDED:
         if name not in found:
             raise _wrong(name, "is not set, and must be where outputs go to S3")
     endpoint = found.get("S3_ENDPOINT_URL", "").rstrip("/") or None
     if endpoint is not None and not _is_endpoint(endpoint):
-        raise _wrong("S3_ENDPOINT_URL", "must be an address such as https://minio.example.com, without a name and password in it")
+        raise _wrong(
+            "S3_ENDPOINT_URL",
+            "must be an address such as https://minio.example.com, without a name and password in it",
+        )
     try:
         import boto3  # noqa: F401
     except ImportError as error:
@@ -123,11 +135,15 @@ class Uploader:
         self._waiting: deque[tuple[str, Output]] = deque()
         self._removing: deque[str] = deque()  # keys of deleted jobs' outputs
         self._known: set[tuple[str, str]] = set()  # job and file of all that wait or are being uploaded
-        self._leaving: deque[tuple[float, str, str]] = deque()  # when a local file goes, its id, where it lies then
+        self._leaving: deque[tuple[float, str, str]] = (
+            deque()
+        )  # when a local file goes, its id, where it lies then
         self._changed = threading.Condition()
         self._noting = threading.Lock()
         self._closing, self._given_up = False, threading.Event()
-        self._threads = [threading.Thread(target=self._run, name=f"uploader-{k}", daemon=True) for k in range(threads)]
+        self._threads = [
+            threading.Thread(target=self._run, name=f"uploader-{k}", daemon=True) for k in range(threads)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -147,7 +163,9 @@ class Uploader:
     def remove(self, job: Job) -> None:
         """Have a deleted job's outputs removed there, too."""
         with self._changed:
-            self._removing += [self._target.key(job.id, output.file) for output in job.outputs if output.url is not None]
+            self._removing += [
+                self._target.key(job.id, output.file) for output in job.outputs if output.url is not None
+            ]
             self._changed.notify()
 
     def resume(self) -> None:
@@ -199,7 +217,9 @@ class Uploader:
                     return partial(self._upload, *self._waiting.popleft())
                 if self._closing:
                     return None
-                self._changed.wait(max(0.0, self._leaving[0][0] - time.monotonic()) if self._leaving else None)
+                self._changed.wait(
+                    max(0.0, self._leaving[0][0] - time.monotonic()) if self._leaving else None
+                )
 
     def _leave(self, file: str, url: str) -> None:
         try:
@@ -219,7 +239,9 @@ class Uploader:
                 return
             self._note(job_id, stored)
         except Exception:
-            log.exception("an output of %s could not be noted as uploaded; the next start does it again", job_id)
+            log.exception(
+                "an output of %s could not be noted as uploaded; the next start does it again", job_id
+            )
         with self._changed:
             self._known.discard((job_id, output.file))
 
@@ -232,7 +254,12 @@ class Uploader:
                 log.warning("an upload of %s failed: %s", job_id, error)
                 if pause is None or not _may_pass(error):
                     here = self._files.path(output.file) is not None
-                    return replace(output, warning=_warning(_reason(error)) if here else f"not here, and not found there: {_reason(error)}")
+                    return replace(
+                        output,
+                        warning=_warning(_reason(error))
+                        if here
+                        else f"not here, and not found there: {_reason(error)}",
+                    )
             if self._given_up.wait(pause):
                 return None
         raise AssertionError("the last attempt returns")
@@ -245,7 +272,12 @@ class Uploader:
             size, checksum, md5 = _measured(path)
             with path.open("rb") as body:
                 self._client.put_object(
-                    Bucket=bucket, Key=key, Body=body, ContentType=output.media_type, ContentMD5=md5, ChecksumSHA256=checksum
+                    Bucket=bucket,
+                    Key=key,
+                    Body=body,
+                    ContentType=output.media_type,
+                    ContentMD5=md5,
+                    ChecksumSHA256=checksum,
                 )
         found = self._client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
         if found["ContentLength"] != size:
@@ -258,7 +290,11 @@ class Uploader:
         """Write into the job what became of its output."""
         with self._noting:  # what other threads note of the same job is not to be lost
             job = self._store.get(job_id)
-            outputs = [] if job is None else [output if other.file == output.file else other for other in job.outputs]
+            outputs = (
+                []
+                if job is None
+                else [output if other.file == output.file else other for other in job.outputs]
+            )
             there = output in outputs and self._store.update_outputs(job_id, outputs)
         if not there and output.url is not None:  # deleted meanwhile, so it shall not stay anywhere
             self._remove(self._target.key(job_id, output.file))
@@ -276,7 +312,10 @@ def client(target: S3, threads: int = 1, answer_s: float = ANSWER_S) -> Any:
     settings = Config(
         connect_timeout=CONNECT_S,
         read_timeout=answer_s,
-        retries={"mode": "standard", "total_max_attempts": 1},  # the uploader has its own, which end when the server stops
+        retries={
+            "mode": "standard",
+            "total_max_attempts": 1,
+        },  # the uploader has its own, which end when the server stops
         max_pool_connections=threads,
         s3={"addressing_style": "path" if target.endpoint else "auto"},
         # Many storages do not know the checksums at a body's end that newer clients send unasked.
@@ -327,7 +366,9 @@ def _may_pass(error: Exception) -> bool:
 def _answer(error: Exception) -> tuple[str, int]:
     """(code, HTTP status) of what the storage answered, ("", 0) where it did not."""
     answer = getattr(error, "response", None) or {}
-    return str(answer.get("Error", {}).get("Code", "")), int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return str(answer.get("Error", {}).get("Code", "")), int(
+        answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -339,7 +380,11 @@ def _reason(error: Exception) -> str:
         return f"the storage answered {code if not code.isdigit() else status}"
     if isinstance(error, Unconfirmed):
         return "the storage does not have it as it is"
-    return "the storage does not answer" if isinstance(error, ConnectionError | HTTPClientError) else "uploading failed"
+    return (
+        "the storage does not answer"
+        if isinstance(error, ConnectionError | HTTPClientError)
+        else "uploading failed"
+    )
 
 
 def _warning(reason: str) -> str:

@@ -32,7 +32,10 @@ MOST_ATTEMPTS = 3
 
 CANCELLED = Failure("cancelled", "the job was cancelled")
 RESTARTED = Failure("server_restarted", "the server stopped before the job was done; ask for it again")
-GIVEN_UP = Failure("server_restarted", f"the server stopped {MOST_ATTEMPTS} times before the job was done; it is not tried again")
+GIVEN_UP = Failure(
+    "server_restarted",
+    f"the server stopped {MOST_ATTEMPTS} times before the job was done; it is not tried again",
+)
 
 Policy = Literal["rerun", "fail"]
 Execute = Callable[..., Any]
@@ -44,7 +47,9 @@ class Unreachable(Exception):
     """The database is away, and did not come back in PATIENCE."""
 
 
-def open_store(state_dir: Path, state_url: str | None, most_queued: int, lifetime: float = 86400.0, shared: bool = False) -> Store:
+def open_store(
+    state_dir: Path, state_url: str | None, most_queued: int, lifetime: float = 86400.0, shared: bool = False
+) -> Store:
     """The store at `state_url`, postgresql://..., or where that is None in `state_dir`.
 
     most_queued: jobs that wait at most. lifetime: seconds that a done job is kept where `finish` does not say. shared: whether owners share
@@ -63,8 +68,15 @@ class Store:
     """
 
     def __init__(self, dialect: sql.Dialect, most_queued: int, lifetime: float, shared: bool = False) -> None:
-        self._dialect, self._most_queued, self._lifetime, self._shared = dialect, most_queued, lifetime, shared
-        self._idle: LifoQueue[Any] = LifoQueue()  # connections that nobody uses; None stands for one that is not open
+        self._dialect, self._most_queued, self._lifetime, self._shared = (
+            dialect,
+            most_queued,
+            lifetime,
+            shared,
+        )
+        self._idle: LifoQueue[Any] = (
+            LifoQueue()
+        )  # connections that nobody uses; None stands for one that is not open
         for _ in range(CONNECTIONS):
             self._idle.put(None)
         # SQLite lets waiting writers sleep and try again, threads of one process can do better.
@@ -93,7 +105,10 @@ class Store:
                 return Busy(0)
             if self._shared and own >= self._most_queued - queued:
                 return Busy(0, "this key has as many jobs waiting as the queue has places left")
-            execute(f"INSERT INTO tinydiff_jobs ({', '.join(row)}) VALUES ({', '.join(f':{name}' for name in row)})", **row)
+            execute(
+                f"INSERT INTO tinydiff_jobs ({', '.join(row)}) VALUES ({', '.join(f':{name}' for name in row)})",
+                **row,
+            )
             return job
 
         # A pinned job ends with its client's connection, which no loss of power spares.
@@ -144,7 +159,9 @@ class Store:
     def progress(self, id: str, server: str, percent: int) -> bool:
         """Note how far a job is. False where it is no longer this server's."""
         statement = "UPDATE tinydiff_jobs SET progress = :percent WHERE id = :id AND server = :server AND status = 'in_progress'"
-        return self._write(lambda execute: execute(statement, id=id, server=server, percent=percent).rowcount == 1)
+        return self._write(
+            lambda execute: execute(statement, id=id, server=server, percent=percent).rowcount == 1
+        )
 
     def finish(
         self,
@@ -161,10 +178,14 @@ class Store:
         done, so what was made of it counts for nothing."""
         assert status in DONE
         outputs, ticket = tuple(outputs), secrets.token_hex(8)
-        where = "id = :id AND (status = 'in_progress' AND server = :server OR status = 'queued' AND :server = '')"
+        where = (
+            "id = :id AND (status = 'in_progress' AND server = :server OR status = 'queued' AND :server = '')"
+        )
 
         def work(execute: Execute) -> bool:
-            if execute("SELECT 1 FROM tinydiff_jobs WHERE id = :id AND ticket = :ticket", id=id, ticket=ticket).fetchone():
+            if execute(
+                "SELECT 1 FROM tinydiff_jobs WHERE id = :id AND ticket = :ticket", id=id, ticket=ticket
+            ).fetchone():
                 return True
             made = status, error, outputs, result or {}, expires_at
             return self._end(execute, where, *made, id=id, server=server, ticket=ticket)
@@ -206,7 +227,9 @@ class Store:
     def get(self, id: str) -> Job | None:
         return self._attempt(lambda execute: self._one(execute, id)) if _possible(id) else None
 
-    def page(self, kind: Kind, owner: str, after: str | None, limit: int, ascending: bool) -> tuple[list[Job], bool]:
+    def page(
+        self, kind: Kind, owner: str, after: str | None, limit: int, ascending: bool
+    ) -> tuple[list[Job], bool]:
         """At most `limit` jobs in the order they came, or the latest first, from behind the job `after`; and whether there are more.
         Raises KeyError where the owner has no such job `after`."""
         start, than, order = "", *((">", "ASC") if ascending else ("<", "DESC"))
@@ -311,8 +334,17 @@ class Store:
             outputs = :outputs, result = :result, bytes = :bytes, lease = 0, cancel_asked = 0, ticket = :ticket{progress} WHERE {where}"""
         now = time.time()
         made = {"error": sql.to_json(error), "outputs": sql.to_json(outputs), "result": sql.to_json(result)}
-        ends = {"status": status, "now": now, "expires_at": now + self._lifetime if expires_at is None else expires_at}
-        return execute(statement, **made, **ends, bytes=sql.bytes_here(outputs), ticket=ticket, **values).rowcount == 1
+        ends = {
+            "status": status,
+            "now": now,
+            "expires_at": now + self._lifetime if expires_at is None else expires_at,
+        }
+        return (
+            execute(
+                statement, **made, **ends, bytes=sql.bytes_here(outputs), ticket=ticket, **values
+            ).rowcount
+            == 1
+        )
 
     def _release(self, where: str, policy: Policy, **values: Any) -> int:
         # In the order of ids, so that two servers that do this at once wait for each other instead of both.
@@ -365,13 +397,17 @@ class Store:
                 with self._connection() as connection:
 
                     def execute(statement: str, **values: Any) -> Any:
-                        return connection.execute(self._dialect.spelled(statement), values | {"clock": time.time()})
+                        return connection.execute(
+                            self._dialect.spelled(statement), values | {"clock": time.time()}
+                        )
 
                     return work(execute)
             except self._dialect.lost as error:
                 self.close()  # the others are as old
                 if time.monotonic() > until:
-                    raise Unreachable(f"the database {self._dialect.shown!r} does not answer: {error}") from error
+                    raise Unreachable(
+                        f"the database {self._dialect.shown!r} does not answer: {error}"
+                    ) from error
                 time.sleep(PAUSE)
 
     @contextmanager

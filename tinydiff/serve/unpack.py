@@ -68,7 +68,9 @@ def unreadable(field: str) -> UserError:
     return UserError(field, f"{field}: is not a whole picture that can be read; it may be {SHOWN_FORMATS}")
 
 
-def pixels(data: bytes, field: str, most_pixels: float, opacity: bool = False, mask: bool = False) -> np.ndarray:
+def pixels(
+    data: bytes, field: str, most_pixels: float, opacity: bool = False, mask: bool = False
+) -> np.ndarray:
     """The pixels of one whole image of `FORMATS`, upright, uint8 sRGB [H, W, 3], or with `opacity` RGBA [H, W, 4].
 
     mask: of a mask in OpenAI's form, which is transparent where the image is inpainted, in ours, white there; any other as it is. Raises
@@ -97,7 +99,9 @@ def pixels(data: bytes, field: str, most_pixels: float, opacity: bool = False, m
         allowed = f"{most_pixels:,.0f} are the most here"
         raise UserError(field, f"{field}: has more pixels than any picture may have; {allowed}") from None
     except MemoryError:
-        raise UserError(field, f"{field}: takes more memory to read than this server gives one picture") from None
+        raise UserError(
+            field, f"{field}: takes more memory to read than this server gives one picture"
+        ) from None
     except decode.Unranged as error:
         raise UserError(field, f"{field}: {error}") from None
     except Exception as error:  # decoders fail in many ways on what somebody made up
@@ -132,7 +136,9 @@ def _count_scans(data: bytes, field: str, pixels: int, most_pixels: float) -> No
     """Raise UserError for a JPEG whose scans go over its pixels too often."""
     scans = _segments(data).count(_SCAN)
     if scans > MOST_SCANS or scans * pixels > MOST_PASSES * most_pixels:
-        raise UserError(field, f"{field}: has {scans} scans, too many for its size; save it as an ordinary JPEG or PNG")
+        raise UserError(
+            field, f"{field}: has {scans} scans, too many for its size; save it as an ordinary JPEG or PNG"
+        )
 
 
 def _mask(opened: ImageFile.ImageFile, field: str) -> np.ndarray:

@@ -39,7 +39,9 @@ Resp = falcon.Response
 def routes(service: Service) -> list[tuple[str, object]]:
     """(address, resource) of each."""
     repeats = Repeats(service)
-    absent = {what: Absent(f"{what} of videos are not supported; POST /v1/videos and remix are") for what in ABSENT}
+    absent = {
+        what: Absent(f"{what} of videos are not supported; POST /v1/videos and remix are") for what in ABSENT
+    }
     return [
         ("/v1/videos", Videos(service, repeats)),
         ("/v1/videos/{id}", Video(service)),
@@ -108,9 +110,13 @@ class Videos:
         if order not in ("asc", "desc"):
             raise UserError("order", f"order: {order[:80]!r} is not one of asc, desc")
         try:
-            jobs, more = self.service.store.page("video", req.context.owner, query.get("after"), limit, order == "asc")
+            jobs, more = self.service.store.page(
+                "video", req.context.owner, query.get("after"), limit, order == "asc"
+            )
         except KeyError:
-            raise UserError("after", f"after: there is no video {query['after'][:80]!r} to go on from") from None
+            raise UserError(
+                "after", f"after: there is no video {query['after'][:80]!r} to go on from"
+            ) from None
         data = [video(self.service, job, base_url(self.service, req)) for job in jobs]
         ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
         resp.media = {"object": "list", "data": data, **ends, "has_more": more}
@@ -159,7 +165,10 @@ class Content:
         query = parameters(req, ("variant", "index"))
         job, variant = owned(self.service, req, id), query.get("variant", "video")
         if variant not in VARIANTS:
-            raise UserError("variant", f"variant: {variant[:80]!r} is not one of {', '.join(VARIANTS)}{nearest(variant, VARIANTS)}")
+            raise UserError(
+                "variant",
+                f"variant: {variant[:80]!r} is not one of {', '.join(VARIANTS)}{nearest(variant, VARIANTS)}",
+            )
         if job.status != "completed":
             raise _not_there(self.service, job)
         found = [output for output in job.outputs if output.variant == VARIANTS[variant]]
@@ -192,7 +201,13 @@ class Remix:
             status="queued", progress=0, started_at=None, completed_at=None, expires_at=None, error=None, outputs=(), result={},
             server="", lease=0.0, attempts=0,
         )  # fmt: skip
-        job = replace(job, inputs={name: tuple(self._copied(file, job.owner) for file in files) for name, files in source.inputs.items()})
+        job = replace(
+            job,
+            inputs={
+                name: tuple(self._copied(file, job.owner) for file in files)
+                for name, files in source.inputs.items()
+            },
+        )
         try:
             job = checked(self.service, job)
         except BaseException:
@@ -205,7 +220,11 @@ class Remix:
         files = self.service.files
         path = files.path(file)
         if path is None:
-            raise Refusal(404, "file_expired", "the picture that this video was made from is no longer kept; give it anew at /v1/videos")
+            raise Refusal(
+                404,
+                "file_expired",
+                "the picture that this video was made from is no longer kept; give it anew at /v1/videos",
+            )
         return files.put(path.read_bytes(), files.media_type(file), path.name, owner)
 
 
@@ -229,9 +248,16 @@ def _stopped(service: Service, job: Job) -> Job:
 def _not_there(service: Service, job: Job) -> Refusal:
     """What is said of the content of a clip that has none."""
     if job.error is not None:
-        return Refusal(404, job.error.code, f"the video {job.id} has no content, as it failed: {job.error.message}")
+        return Refusal(
+            404, job.error.code, f"the video {job.id} has no content, as it failed: {job.error.message}"
+        )
     wait = {"openai-poll-after-ms": str(service.scheduler.poll_after_ms(job))}
-    return Refusal(404, "not_ready", f"the video {job.id} has no content yet: it is {job.status}, {job.progress} % done", headers=wait)
+    return Refusal(
+        404,
+        "not_ready",
+        f"the video {job.id} has no content yet: it is {job.status}, {job.progress} % done",
+        headers=wait,
+    )
 
 
 def _output(service: Service, output: Output, base: str, expires_at: float | None) -> dict[str, Any]:

@@ -29,7 +29,10 @@ def jobs(options: ServeOptions, row: ReleasedModel) -> list[Job]:
         if size:
             width, _, height = size.lower().partition("x")
             if not (width.isdecimal() and height.isdecimal()):
-                raise UserError("warmup_resolutions", f"warmup_resolutions: {size!r} is not WIDTHxHEIGHT, such as 1024x768")
+                raise UserError(
+                    "warmup_resolutions",
+                    f"warmup_resolutions: {size!r} is not WIDTHxHEIGHT, such as 1024x768",
+                )
             fields |= {"width": int(width), "height": int(height)}
         if options.warmup_num_frames is not None:
             fields["num_frames"] = options.warmup_num_frames
@@ -37,7 +40,9 @@ def jobs(options: ServeOptions, row: ReleasedModel) -> list[Job]:
     return made
 
 
-def parts(options: ServeOptions, blueprint: Blueprint, admitted: Callable[[Job], Request]) -> list[tuple[Request, int]]:
+def parts(
+    options: ServeOptions, blueprint: Blueprint, admitted: Callable[[Job], Request]
+) -> list[tuple[Request, int]]:
     """(what is made, how many of it side by side): several too where that is compiled, for which one and more are two graphs."""
     counts = (1, 2) if blueprint.compiled and options.batching_max_size > 1 else (1,)
     return [(admitted(job), count) for job in jobs(options, blueprint.row) for count in counts]
@@ -49,7 +54,9 @@ def make(model: Model, request: Request, loop: Continuous, count: int) -> None:
     from tinydiff.runtime.continuous import sitting
 
     conditioning = pipeline.condition(model, request)
-    made = [sitting(model, replace(request, seeds=(0,) * count), conditioning, "warm-up", i) for i in range(count)]
+    made = [
+        sitting(model, replace(request, seeds=(0,) * count), conditioning, "warm-up", i) for i in range(count)
+    ]
     for each in made:
         loop.add(each)
     while loop.sittings:

@@ -49,7 +49,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.latent_channels % (4 * GROUPS):
-            raise ValueError(f"latent_channels is {self.latent_channels}; it must divide by {4 * GROUPS}, a quarter of it by {GROUPS}")
+            raise ValueError(
+                f"latent_channels is {self.latent_channels}; it must divide by {4 * GROUPS}, a quarter of it by {GROUPS}"
+            )
         _ = self.inner  # refuses what the autoencoder inside refuses
 
     @property
@@ -100,7 +102,9 @@ def encoder_spec(c: Config) -> Iterator[Row]:
 def decoder_spec(c: Config) -> Iterator[Row]:
     """Every weight of the decoder half."""
     half = c.inner.latent_channels
-    yield Row("extra_decoder.weight", (c.latent_channels, half, 4, 4))  # a transposed convolution: channels in come first
+    yield Row(
+        "extra_decoder.weight", (c.latent_channels, half, 4, 4)
+    )  # a transposed convolution: channels in come first
     yield Row("extra_decoder.bias", (half,))
     yield from _residual_rows("residual_decoder", half)
     yield from under("tiny_vae", tiny.decoder_spec(c.inner))
@@ -127,7 +131,13 @@ def _double(z: Tensor, w: Weights, strip: Strip) -> Tensor:
 
 
 def _latents(c: Config, w: Weights, x_BCHW: Tensor, strip: Strip) -> Tensor:
-    z = conv2d(tiny.image_latents(c.inner, w / "tiny_vae", x_BCHW, strip), w / "extra_encoder", stride=2, padding=1, strip=strip)
+    z = conv2d(
+        tiny.image_latents(c.inner, w / "tiny_vae", x_BCHW, strip),
+        w / "extra_encoder",
+        stride=2,
+        padding=1,
+        strip=strip,
+    )
     return _residual(z, w / "residual_encoder", strip)
 
 
@@ -136,7 +146,14 @@ def _pixels(c: Config, w: Weights, z_BZHW: Tensor, strip: Strip) -> Tensor:
     return tiny.image_pixels(c.inner, w / "tiny_vae", z, strip)
 
 
-def encode(c: Config, w: Weights, x_BCFHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
+def encode(
+    c: Config,
+    w: Weights,
+    x_BCFHW: Tensor,
+    chunk: int | None = None,
+    tile: int | None = None,
+    plan: Plan = SINGLE,
+) -> Tensor:
     """Pixels [B, C, F, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'].
 
     chunk: frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one and blended. None: at once.
@@ -149,7 +166,14 @@ def encode(c: Config, w: Weights, x_BCFHW: Tensor, chunk: int | None = None, til
     return tiled(latents, x_BCFHW, tile, 1 / c.scale_factor_spatial, plan)
 
 
-def decode(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
+def decode(
+    c: Config,
+    w: Weights,
+    z_BZFHW: Tensor,
+    chunk: int | None = None,
+    tile: int | None = None,
+    plan: Plan = SINGLE,
+) -> Tensor:
     """Normalised latents [B, Z, F, H', W'] -> pixels [B, C, F, H, W] in [-1, 1]. Options as in `encode`."""
 
     def pixels(z: Tensor, strip: Strip) -> Tensor:

@@ -64,15 +64,26 @@ class Config:
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
-        for name, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        for name, block in (
+            ("down_block_types", "DownEncoderBlock2D"),
+            ("up_block_types", "UpDecoderBlock2D"),
+        ):
             if getattr(self, name) != (block,) * levels:
-                raise ValueError(f"{name} is {list(getattr(self, name))}; it must be {block} once per width of block_out_channels")
+                raise ValueError(
+                    f"{name} is {list(getattr(self, name))}; it must be {block} once per width of block_out_channels"
+                )
         if len(self.decoder_widths) != levels:
-            raise ValueError(f"decoder_block_out_channels has {len(self.decoder_widths)} widths and block_out_channels {levels}")
+            raise ValueError(
+                f"decoder_block_out_channels has {len(self.decoder_widths)} widths and block_out_channels {levels}"
+            )
         if self.act_fn != "silu":
-            raise ValueError(f"act_fn is {self.act_fn!r}; every released autoencoder of this kind uses 'silu'")
+            raise ValueError(
+                f"act_fn is {self.act_fn!r}; every released autoencoder of this kind uses 'silu'"
+            )
         if self.patch_size is not None and (len(self.patch_size) != 2 or len(set(self.patch_size)) != 1):
-            raise ValueError(f"patch_size is {list(self.patch_size)}; it must be height and width of a square")
+            raise ValueError(
+                f"patch_size is {list(self.patch_size)}; it must be height and width of a square"
+            )
 
     @property
     def decoder_widths(self) -> tuple[int, ...]:
@@ -170,7 +181,9 @@ def decoder_spec(c: Config) -> Iterator[Row]:
     first, last = c.decoder_widths[-1], c.decoder_widths[0]
     if c.use_post_quant_conv:
         yield from conv_rows("post_quant_conv", c.latent_channels, c.latent_channels, (1, 1))
-    yield from under("decoder", conv_rows("conv_in", c.latent_channels, first, (3, 3)), _middle_rows(c, first))
+    yield from under(
+        "decoder", conv_rows("conv_in", c.latent_channels, first, (3, 3)), _middle_rows(c, first)
+    )
     for stage in up_stages(c):
         yield from under("decoder", _stage_rows(stage))
     yield from under("decoder", _end_rows(last, c.out_channels))
@@ -211,7 +224,9 @@ def _block(c: Config, x: Tensor, w: Weights, strip: Strip) -> Tensor:
 
 def _attention(c: Config, x_BCHW: Tensor, w: Weights, strip: Strip) -> Tensor:
     """One head of attention over all pixels."""
-    pixels = rearrange(group_norm(x_BCHW, w / "group_norm", c.norm_num_groups, strip=strip), "b c h w -> b (h w) c")
+    pixels = rearrange(
+        group_norm(x_BCHW, w / "group_norm", c.norm_num_groups, strip=strip), "b c h w -> b (h w) c"
+    )
     q, k, v = (linear(pixels, w / name)[:, :, None] for name in ("to_q", "to_k", "to_v"))
     y = linear(attention(SINGLE, q, gather(strip, k, -3), gather(strip, v, -3))[:, :, 0], w / "to_out" / 0)
     return x_BCHW + rearrange(y, "b (h w) c -> b c h w", h=x_BCHW.shape[2])
@@ -248,20 +263,35 @@ def _pixels(c: Config, w: Weights, z_BZHW: Tensor, strip: Strip) -> Tensor:
     for stage in up_stages(c):
         x = _blocks(c, x, d, stage, strip)
         if stage.resample is not None:
-            x = conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), d / stage.resample, padding=1, strip=strip)
+            x = conv2d(
+                F.interpolate(x, scale_factor=2, mode="nearest"), d / stage.resample, padding=1, strip=strip
+            )
     return _half(c, x, d / "conv_norm_out", d / "conv_out", strip)
 
 
 # --- what callers use ---------------------------------------------------------------------------------------------------------------
 
 
-def moments(c: Config, w: Weights, x_BCFHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
+def moments(
+    c: Config,
+    w: Weights,
+    x_BCFHW: Tensor,
+    chunk: int | None = None,
+    tile: int | None = None,
+    plan: Plan = SINGLE,
+) -> Tensor:
     """Pixels [B, C, F, H, W] in [-1, 1] -> mean and log-variance [B, 2Z, F, H', W'] of the raw latents' distribution.
 
     chunk: frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one and blended. None: at once.
     The ranks of the plan's axis `rows` share the work; each gets all of the result.
     """
-    return tiled(lambda x, strip: per_frame(lambda image: _moments(c, w, image, strip), x, chunk), x_BCFHW, tile, 1 / c.stride, plan)
+    return tiled(
+        lambda x, strip: per_frame(lambda image: _moments(c, w, image, strip), x, chunk),
+        x_BCFHW,
+        tile,
+        1 / c.stride,
+        plan,
+    )
 
 
 def normalise(c: Config, w: Weights, z_BZFHW: Tensor) -> Tensor:
@@ -288,23 +318,53 @@ def _statistics(c: Config, w: Weights, like: Tensor) -> tuple[Tensor, Tensor]:
     if c.patch_size is not None:
         mean, std = (w / "bn")["running_mean"], ((w / "bn")["running_var"] + c.batch_norm_eps).sqrt()
     else:
-        mean, std = torch.tensor(c.shift_factor or 0.0, dtype=torch.float64), torch.tensor(1 / c.scaling_factor, dtype=torch.float64)
+        mean, std = (
+            torch.tensor(c.shift_factor or 0.0, dtype=torch.float64),
+            torch.tensor(1 / c.scaling_factor, dtype=torch.float64),
+        )
     mean, std = (values.to(like).view(1, -1, 1, 1, 1) for values in (mean, std))
     return mean, std
 
 
-def encode(c: Config, w: Weights, x_BCFHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
+def encode(
+    c: Config,
+    w: Weights,
+    x_BCFHW: Tensor,
+    chunk: int | None = None,
+    tile: int | None = None,
+    plan: Plan = SINGLE,
+) -> Tensor:
     """Pixels [B, C, F, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'], the distribution's mean. Options as in `moments`."""
     return normalise(c, w, moments(c, w, x_BCFHW, chunk, tile, plan)[:, : c.latent_channels])
 
 
-def raw_pixels(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
+def raw_pixels(
+    c: Config,
+    w: Weights,
+    z_BZFHW: Tensor,
+    chunk: int | None = None,
+    tile: int | None = None,
+    plan: Plan = SINGLE,
+) -> Tensor:
     """Raw latents [B, Z, F, H', W'] -> pixels [B, C, F, H, W], not clipped. Options as in `moments`."""
     side = None if tile is None else tile // c.stride
-    return tiled(lambda z, strip: per_frame(lambda image: _pixels(c, w, image, strip), z, chunk), z_BZFHW, side, c.stride, plan)
+    return tiled(
+        lambda z, strip: per_frame(lambda image: _pixels(c, w, image, strip), z, chunk),
+        z_BZFHW,
+        side,
+        c.stride,
+        plan,
+    )
 
 
-def decode(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
+def decode(
+    c: Config,
+    w: Weights,
+    z_BZFHW: Tensor,
+    chunk: int | None = None,
+    tile: int | None = None,
+    plan: Plan = SINGLE,
+) -> Tensor:
     """Normalised latents [B, Z, F, H', W'] -> pixels [B, C, F, H, W] in [-1, 1]. Options as in `moments`."""
     return raw_pixels(c, w, raw_latents(c, w, z_BZFHW), chunk, tile, plan).clamp(-1, 1)
 

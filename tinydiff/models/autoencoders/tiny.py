@@ -53,16 +53,24 @@ class Config:
         for half in ("encoder", "decoder"):
             widths, counts = getattr(self, f"{half}_block_out_channels"), getattr(self, f"num_{half}_blocks")
             if len(set(widths)) != 1:
-                raise ValueError(f"{half}_block_out_channels is {list(widths)}; all must be one width, which the layers between keep")
+                raise ValueError(
+                    f"{half}_block_out_channels is {list(widths)}; all must be one width, which the layers between keep"
+                )
             if len(widths) != len(counts):
-                raise ValueError(f"{half}_block_out_channels has {len(widths)} stages and num_{half}_blocks {len(counts)}")
+                raise ValueError(
+                    f"{half}_block_out_channels has {len(widths)} stages and num_{half}_blocks {len(counts)}"
+                )
         if len(self.num_encoder_blocks) != len(self.num_decoder_blocks):
-            raise ValueError(f"num_encoder_blocks is {list(self.num_encoder_blocks)} and num_decoder_blocks has another number of stages")
+            raise ValueError(
+                f"num_encoder_blocks is {list(self.num_encoder_blocks)} and num_decoder_blocks has another number of stages"
+            )
         if self.act_fn not in ACTIVATIONS:
             raise ValueError(f"act_fn is {self.act_fn!r}; known are {', '.join(ACTIVATIONS)}")
         for name, only in (("upsample_fn", "nearest"), ("upsampling_scaling_factor", 2)):
             if getattr(self, name) != only:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; every released tiny autoencoder has {only!r}")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; every released tiny autoencoder has {only!r}"
+                )
 
     @property
     def z_dim(self) -> int:
@@ -94,7 +102,11 @@ class Layer(NamedTuple):
 def encoder_layers(c: Config) -> Iterator[Layer]:
     width, place = c.encoder_block_out_channels[0], 0
     for i, count in enumerate(c.num_encoder_blocks):
-        yield Layer(f"layers.{place}", "conv", c.in_channels, width) if i == 0 else Layer(f"layers.{place}", "down", width, width, False)
+        yield (
+            Layer(f"layers.{place}", "conv", c.in_channels, width)
+            if i == 0
+            else Layer(f"layers.{place}", "down", width, width, False)
+        )
         for j in range(count):
             yield Layer(f"layers.{place + 1 + j}", "block", width, width)
         place += 1 + count
@@ -186,7 +198,14 @@ def image_pixels(c: Config, w: Weights, z_BZHW: Tensor, strip: Strip) -> Tensor:
 # --- what callers use ---------------------------------------------------------------------------------------------------------------
 
 
-def encode(c: Config, w: Weights, x_BCFHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
+def encode(
+    c: Config,
+    w: Weights,
+    x_BCFHW: Tensor,
+    chunk: int | None = None,
+    tile: int | None = None,
+    plan: Plan = SINGLE,
+) -> Tensor:
     """Pixels [B, C, F, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'].
 
     chunk: frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one and blended. None: at once.
@@ -200,13 +219,23 @@ def encode(c: Config, w: Weights, x_BCFHW: Tensor, chunk: int | None = None, til
     return (z - c.shift_factor) * c.scaling_factor
 
 
-def decode(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
+def decode(
+    c: Config,
+    w: Weights,
+    z_BZFHW: Tensor,
+    chunk: int | None = None,
+    tile: int | None = None,
+    plan: Plan = SINGLE,
+) -> Tensor:
     """Normalised latents [B, Z, F, H', W'] -> pixels [B, C, F, H, W] in [-1, 1]. Options as in `encode`."""
 
     def pixels(z: Tensor, strip: Strip) -> Tensor:
         return per_frame(lambda image: image_pixels(c, w, image, strip), z, chunk)
 
-    side, z = None if tile is None else tile // c.scale_factor_spatial, z_BZFHW / c.scaling_factor + c.shift_factor
+    side, z = (
+        None if tile is None else tile // c.scale_factor_spatial,
+        z_BZFHW / c.scaling_factor + c.shift_factor,
+    )
     return tiled(pixels, z, side, c.scale_factor_spatial, plan).clamp(-1, 1)
 
 

@@ -68,7 +68,9 @@ class Config:
             for name in ("in_channels", "out_channels"):
                 object.__setattr__(self, name, self.input_channels)
         if self.attn_scales:
-            raise ValueError(f"attn_scales is {self.attn_scales}; no released Wan autoencoder has attention outside its middle block")
+            raise ValueError(
+                f"attn_scales is {self.attn_scales}; no released Wan autoencoder has attention outside its middle block"
+            )
 
 
 # --- structure: which layers there are, read by spec and by the forward functions alike -------------------------------------------
@@ -120,7 +122,9 @@ def up_stages(c: Config) -> Iterator[Stage]:
         names = [f"up_blocks.{i}.resnets.{j}" for j in range(c.num_res_blocks + 1)]
         blocks = tuple((name, inner if j == 0 else outer, outer) for j, name in enumerate(names))
         at = f"up_blocks.{i}.upsampler" if c.is_residual else f"up_blocks.{i}.upsamplers.0"
-        resample = Resample(at, outer, outer if c.is_residual else outer // 2, doubled[i]) if i < last else None
+        resample = (
+            Resample(at, outer, outer if c.is_residual else outer // 2, doubled[i]) if i < last else None
+        )
         yield Stage(blocks, resample, c.is_residual and i < last)
 
 
@@ -157,7 +161,10 @@ def encoder_spec(c: Config) -> Iterator[Row]:
     for stage in down_stages(c):
         yield from under("encoder", _stage_rows(stage, 1))
     yield from under(
-        "encoder", _middle_rows(last), [Row("norm_out.gamma", (last, 1, 1, 1))], conv_rows("conv_out", last, 2 * c.z_dim, (3, 3, 3))
+        "encoder",
+        _middle_rows(last),
+        [Row("norm_out.gamma", (last, 1, 1, 1))],
+        conv_rows("conv_out", last, 2 * c.z_dim, (3, 3, 3)),
     )
     yield from conv_rows("quant_conv", 2 * c.z_dim, 2 * c.z_dim, (1, 1, 1))
 
@@ -170,7 +177,11 @@ def decoder_spec(c: Config) -> Iterator[Row]:
     yield from under("decoder", conv_rows("conv_in", c.z_dim, first, (3, 3, 3)), _middle_rows(first))
     for stage in up_stages(c):
         yield from under("decoder", _stage_rows(stage, 2))
-    yield from under("decoder", [Row("norm_out.gamma", (last, 1, 1, 1))], conv_rows("conv_out", last, c.out_channels, (3, 3, 3)))
+    yield from under(
+        "decoder",
+        [Row("norm_out.gamma", (last, 1, 1, 1))],
+        conv_rows("conv_out", last, c.out_channels, (3, 3, 3)),
+    )
 
 
 def spec(c: Config) -> Iterator[Row]:
@@ -246,7 +257,12 @@ def _upsample(x: Tensor, w: Weights, time: bool, past: Past | None, strip: Strip
             first = torch.cat([first, rearrange(doubled, "b (two c) t h w -> b c (t two) h w", two=2)], 2)
         x = first
     at = w / "resample" / 1
-    return per_frame(lambda frame: conv2d(F.interpolate(frame, scale_factor=2, mode="nearest-exact"), at, padding=1, strip=strip), x)
+    return per_frame(
+        lambda frame: conv2d(
+            F.interpolate(frame, scale_factor=2, mode="nearest-exact"), at, padding=1, strip=strip
+        ),
+        x,
+    )
 
 
 def _average_down(x: Tensor, width: int, ft: int, fs: int) -> Tensor:
@@ -319,7 +335,9 @@ def _moments(c: Config, w: Weights, x: Tensor, chunk: int | None, strip: Strip) 
     else:
         past: Past = {}
         bounds = [0, *range(4 * chunk - 3, x.shape[2], 4 * chunk), x.shape[2]]
-        y = torch.cat([_encode_chunk(c, w / "encoder", x[:, :, a:b], past, strip) for a, b in pairwise(bounds)], 2)
+        y = torch.cat(
+            [_encode_chunk(c, w / "encoder", x[:, :, a:b], past, strip) for a, b in pairwise(bounds)], 2
+        )
     return causal_conv3d(y, w / "quant_conv")
 
 
@@ -327,10 +345,19 @@ def _pixels(c: Config, w: Weights, z: Tensor, chunk: int | None, strip: Strip) -
     z = causal_conv3d(z, w / "post_quant_conv")
     past: Past | None = None if chunk is None else {}
     pieces = z.split(chunk or z.shape[2], 2)
-    return torch.cat([_decode_chunk(c, w / "decoder", piece, past, i == 0, strip) for i, piece in enumerate(pieces)], 2)
+    return torch.cat(
+        [_decode_chunk(c, w / "decoder", piece, past, i == 0, strip) for i, piece in enumerate(pieces)], 2
+    )
 
 
-def moments(c: Config, w: Weights, x_BCTHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
+def moments(
+    c: Config,
+    w: Weights,
+    x_BCTHW: Tensor,
+    chunk: int | None = None,
+    tile: int | None = None,
+    plan: Plan = SINGLE,
+) -> Tensor:
     """Pixels [B, 3, T, H, W] in [-1, 1], T = 4k + 1 -> mean and log-variance [B, 2Z, F, H', W'] of the latent distribution.
 
     chunk: latent frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one and blended. None: at once.
@@ -338,7 +365,13 @@ def moments(c: Config, w: Weights, x_BCTHW: Tensor, chunk: int | None = None, ti
     """
     p = c.patch_size or 1
     side = None if tile is None else tile // p
-    return tiled(lambda x, strip: _moments(c, w, x, chunk, strip), _fold(c, x_BCTHW), side, p / c.scale_factor_spatial, plan)
+    return tiled(
+        lambda x, strip: _moments(c, w, x, chunk, strip),
+        _fold(c, x_BCTHW),
+        side,
+        p / c.scale_factor_spatial,
+        plan,
+    )
 
 
 def normalise(c: Config, z_BZFHW: Tensor) -> Tensor:
@@ -348,23 +381,52 @@ def normalise(c: Config, z_BZFHW: Tensor) -> Tensor:
 
 
 def _statistics(c: Config, like: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(v, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1) for v in (c.latents_mean, c.latents_std))
+    mean, std = (
+        torch.tensor(v, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1)
+        for v in (c.latents_mean, c.latents_std)
+    )
     return mean, std
 
 
-def encode(c: Config, w: Weights, x_BCTHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
+def encode(
+    c: Config,
+    w: Weights,
+    x_BCTHW: Tensor,
+    chunk: int | None = None,
+    tile: int | None = None,
+    plan: Plan = SINGLE,
+) -> Tensor:
     """Pixels [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'], the distribution's mean. Options as in `moments`."""
     return normalise(c, moments(c, w, x_BCTHW, chunk, tile, plan)[:, : c.z_dim])
 
 
-def raw_pixels(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
+def raw_pixels(
+    c: Config,
+    w: Weights,
+    z_BZFHW: Tensor,
+    chunk: int | None = None,
+    tile: int | None = None,
+    plan: Plan = SINGLE,
+) -> Tensor:
     """Raw latents [B, Z, F, H', W'] -> pixels [B, 3, 4F - 3, H, W], not clipped. Options as in `moments`."""
     stride = c.scale_factor_spatial
     side = None if tile is None else tile // stride
-    return _unfold(c, tiled(lambda z, strip: _pixels(c, w, z, chunk, strip), z_BZFHW, side, stride / (c.patch_size or 1), plan))
+    return _unfold(
+        c,
+        tiled(
+            lambda z, strip: _pixels(c, w, z, chunk, strip), z_BZFHW, side, stride / (c.patch_size or 1), plan
+        ),
+    )
 
 
-def decode(c: Config, w: Weights, z_BZFHW: Tensor, chunk: int | None = None, tile: int | None = None, plan: Plan = SINGLE) -> Tensor:
+def decode(
+    c: Config,
+    w: Weights,
+    z_BZFHW: Tensor,
+    chunk: int | None = None,
+    tile: int | None = None,
+    plan: Plan = SINGLE,
+) -> Tensor:
     """Normalised latents [B, Z, F, H', W'] -> pixels [B, 3, 4F - 3, H, W] in [-1, 1]. Options as in `moments`."""
     mean, std = _statistics(c, z_BZFHW)
     return raw_pixels(c, w, z_BZFHW * std + mean, chunk, tile, plan).clamp(-1, 1)

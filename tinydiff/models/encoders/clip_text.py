@@ -51,9 +51,13 @@ class Config:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size is {self.hidden_size}; it must divide by num_attention_heads, {self.num_attention_heads}")
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}; it must divide by num_attention_heads, {self.num_attention_heads}"
+            )
         if len(self.architectures) != 1 or self.architectures[0] not in ("CLIPTextModel", WITH_PROJECTION):
-            raise ValueError(f"architectures is {list(self.architectures)}; known are CLIPTextModel and {WITH_PROJECTION}")
+            raise ValueError(
+                f"architectures is {list(self.architectures)}; known are CLIPTextModel and {WITH_PROJECTION}"
+            )
 
     @property
     def projects(self) -> bool:
@@ -113,7 +117,9 @@ def row_name(c: Config, key: str) -> str | None:
 
     transformers 5 writes an encoder without projection without its prefix.
     """
-    if key.endswith("embeddings.position_ids") or key.startswith(("vision_model.", "visual_projection.", "logit_scale")):
+    if key.endswith("embeddings.position_ids") or key.startswith(
+        ("vision_model.", "visual_projection.", "logit_scale")
+    ):
         return None
     if key.startswith("text_projection."):
         return key if c.projects else None
@@ -133,7 +139,9 @@ def encode(c: Config, plan: Plan, w: Weights, ids_BT: Tensor) -> Encoded:
     for i in range(c.num_hidden_layers):
         layer = text / "encoder" / "layers" / i
         x = x + _attention(c, plan, layer / "self_attn", layer_norm(x, layer / "layer_norm1", eps), later)
-        y = ACTIVATIONS[c.hidden_act](linear(layer_norm(x, layer / "layer_norm2", eps), layer / "mlp" / "fc1"))
+        y = ACTIVATIONS[c.hidden_act](
+            linear(layer_norm(x, layer / "layer_norm2", eps), layer / "mlp" / "fc1")
+        )
         x = x + linear_sum(plan, y, layer / "mlp" / "fc2")
         states.append(x)
     end = x[torch.arange(len(x), device=x.device), end_token(c, ids_BT)]

@@ -107,7 +107,9 @@ def row_name(key: str) -> str | None:
 
     transformers 5 writes the tower without its prefix.
     """
-    if key.endswith("embeddings.position_ids") or key.startswith(("visual_projection.", "text_model.", "text_projection.", "logit_scale")):
+    if key.endswith("embeddings.position_ids") or key.startswith(
+        ("visual_projection.", "text_model.", "text_projection.", "logit_scale")
+    ):
         return None
     return key if key.startswith("vision_model.") else f"vision_model.{key}"
 
@@ -126,7 +128,11 @@ def pixels(c: Config, image_HWC: np.ndarray) -> Tensor:
     resized = np.asarray(Image.fromarray(image_HWC).resize(scaled, Image.Resampling(c.resample)))
     top, left = (resized.shape[0] - side) // 2, (resized.shape[1] - side) // 2
     colours = torch.from_numpy(resized[top : top + side, left : left + side] / 255.0).float()
-    return ((colours - torch.tensor(c.image_mean)) / torch.tensor(c.image_std)).permute(2, 0, 1)[None].contiguous()
+    return (
+        ((colours - torch.tensor(c.image_mean)) / torch.tensor(c.image_std))
+        .permute(2, 0, 1)[None]
+        .contiguous()
+    )
 
 
 def encode(c: Config, plan: Plan, w: Weights, pixels_BCSS: Tensor) -> Tensor:
@@ -140,7 +146,9 @@ def encode(c: Config, plan: Plan, w: Weights, pixels_BCSS: Tensor) -> Tensor:
     for i in range(c.num_hidden_layers - 1):
         layer = w / "encoder" / "layers" / i
         x = x + _attention(c, plan, layer / "self_attn", layer_norm(x, layer / "layer_norm1", eps))
-        y = ACTIVATIONS[c.hidden_act](linear(layer_norm(x, layer / "layer_norm2", eps), layer / "mlp" / "fc1"))
+        y = ACTIVATIONS[c.hidden_act](
+            linear(layer_norm(x, layer / "layer_norm2", eps), layer / "mlp" / "fc1")
+        )
         x = x + linear_sum(plan, y, layer / "mlp" / "fc2")
     return x
 

@@ -47,8 +47,12 @@ class Rope:
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_type is {self.rope_type!r}; known are {', '.join(ROPE_TYPES)}")
-        if (self.rope_type in ("llama3", "yarn") or self.llama_4_scaling_beta) and self.original_max_position_embeddings <= 0:
-            raise ValueError(f"rope_type {self.rope_type!r} needs original_max_position_embeddings, the length trained on")
+        if (
+            self.rope_type in ("llama3", "yarn") or self.llama_4_scaling_beta
+        ) and self.original_max_position_embeddings <= 0:
+            raise ValueError(
+                f"rope_type {self.rope_type!r} needs original_max_position_embeddings, the length trained on"
+            )
 
 
 @dataclass(frozen=True)
@@ -93,14 +97,20 @@ class Config:
             raise ValueError(f"hidden_act is {self.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
         if self.num_attention_heads % self.num_key_value_heads:
             heads = f"num_attention_heads is {self.num_attention_heads}"
-            raise ValueError(f"{heads}; it must be a multiple of num_key_value_heads, {self.num_key_value_heads}")
+            raise ValueError(
+                f"{heads}; it must be a multiple of num_key_value_heads, {self.num_key_value_heads}"
+            )
         if len(self.layer_types) != self.num_hidden_layers or not set(self.layer_types) <= {FULL, SLIDING}:
-            raise ValueError(f"layer_types is {self.layer_types}; it names {FULL} or {SLIDING} for each of {self.num_hidden_layers} layers")
+            raise ValueError(
+                f"layer_types is {self.layer_types}; it names {FULL} or {SLIDING} for each of {self.num_hidden_layers} layers"
+            )
         if SLIDING in self.layer_types and not self.sliding_window:
             raise ValueError(f"sliding_window is {self.sliding_window!r}, but layer_types has {SLIDING}")
         sections = self.rope_parameters.mrope_section
         if sections and (len(sections) != 3 or sum(sections) != self.head_dim // 2):
-            raise ValueError(f"mrope_section is {sections}; it divides the {self.head_dim // 2} channel pairs of a head over three axes")
+            raise ValueError(
+                f"mrope_section is {sections}; it divides the {self.head_dim // 2} channel pairs of a head over three axes"
+            )
         if not 1 <= self.layers <= self.num_hidden_layers:
             raise ValueError(f"layers is {self.layers}; the model has 1 to {self.num_hidden_layers}")
         if self.lm_head and not self.final_norm:
@@ -211,13 +221,17 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
         raise ValueError("use_bidirectional_attention is set; only causal attention is implemented")
     heads, layers = v["num_attention_heads"], v["num_hidden_layers"]
     bias = bool(v.get("attention_bias"))
-    ties = [source["tie_word_embeddings"] for source in (text, entries) if "tie_word_embeddings" in source]  # newer files say it outside
+    ties = [
+        source["tie_word_embeddings"] for source in (text, entries) if "tie_word_embeddings" in source
+    ]  # newer files say it outside
     rope, local_rope = _ropes(v)
     window = v.get("sliding_window") if v.get("use_sliding_window", True) else None
     derived = {
         "head_dim": v.get("head_dim") or v["hidden_size"] // heads,
         "num_key_value_heads": v.get("num_key_value_heads") or heads,
-        "hidden_act": v.get("hidden_activation", KINDS[kind]["hidden_act"]) if "gemma" in kind else v["hidden_act"],
+        "hidden_act": v.get("hidden_activation", KINDS[kind]["hidden_act"])
+        if "gemma" in kind
+        else v["hidden_act"],
         "tie_word_embeddings": any(ties) if ties else KINDS[kind].get("tie_word_embeddings", False),
         "sliding_window": window,
         "layer_types": _layer_types(v) if window else (FULL,) * layers,
@@ -228,7 +242,9 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
         "layers": layers,
         "lm_head": False,
     }
-    return Config(**typed(Config, {name: value for name, value in (v | derived).items() if value is not None}))
+    return Config(
+        **typed(Config, {name: value for name, value in (v | derived).items() if value is not None})
+    )
 
 
 def _layer_types(v: Mapping[str, Any]) -> tuple[str, ...]:
@@ -246,7 +262,9 @@ def _ropes(v: Mapping[str, Any]) -> tuple[Rope, Rope | None]:
     if FULL in given:
         full, sliding = (given.get(kind) for kind in (FULL, SLIDING))
         if not isinstance(full, Mapping) or not isinstance(sliding, Mapping | None):
-            raise ValueError(f"rope_parameters is {dict(given)}; it must have an object for each kind of layer")
+            raise ValueError(
+                f"rope_parameters is {dict(given)}; it must have an object for each kind of layer"
+            )
         return _rope(v, full), None if sliding is None else _rope(v, sliding)
     local = v.get("rope_local_base_freq")
     return _rope(v, given), None if local is None else Rope(local)
@@ -259,7 +277,9 @@ def _rope(v: Mapping[str, Any], given: Mapping[str, Any]) -> Rope:
     if kind in ("llama3", "yarn"):
         entries.setdefault("original_max_position_embeddings", v["max_position_embeddings"])
     if entries.pop("partial_rotary_factor", None) not in (None, 1, 1.0):
-        raise ValueError(f"partial_rotary_factor is {given['partial_rotary_factor']}; only heads rotated whole are implemented")
+        raise ValueError(
+            f"partial_rotary_factor is {given['partial_rotary_factor']}; only heads rotated whole are implemented"
+        )
     known = {field.name for field in fields(Rope)}
     unknown = sorted(set(entries) - known - {"type", "max_position_embeddings"})
     if unknown and kind in ROPE_TYPES:

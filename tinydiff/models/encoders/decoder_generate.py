@@ -37,7 +37,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
-            raise ValueError(f"{self} is out of range: temperature and top_k are 0 or more, top_p in (0, 1], repetition_penalty above 0")
+            raise ValueError(
+                f"{self} is out of range: temperature and top_k are 0 or more, top_p in (0, 1], repetition_penalty above 0"
+            )
 
 
 def generate(
@@ -88,7 +90,9 @@ def generate(
     return rows
 
 
-def _step(c: Config, plan: Plan, w: Weights, x: Tensor, at: Tensor, mask: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+def _step(
+    c: Config, plan: Plan, w: Weights, x: Tensor, at: Tensor, mask: Tensor, cache: Cache | None
+) -> tuple[Tensor, Cache]:
     """Scores of the token after x [B, T, C] -> ([B, V], the keys and values of each layer)."""
     view = views(c, at, mask, x)
     grown = []
@@ -101,7 +105,9 @@ def _step(c: Config, plan: Plan, w: Weights, x: Tensor, at: Tensor, mask: Tensor
     return logits if cap is None else cap * torch.tanh(logits / cap), grown
 
 
-def choose(logits_BV: Tensor, ids_BT: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
+def choose(
+    logits_BV: Tensor, ids_BT: Tensor, sampling: Sampling, generator: torch.Generator | None = None
+) -> Tensor:
     """The next token of each row [B] int64, given the scores [B, V] and the ids so far [B, T]."""
     scores = warped(logits_BV, ids_BT, sampling)
     if sampling.temperature == 0:

@@ -27,7 +27,20 @@ from tinydiff.ops.rope import rotate_half
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat
 
-__all__ = ["CLASSES", "Config", "Rope", "block", "config_from", "embed", "encode", "frequencies", "last_norm", "row_name", "spec", "views"]
+__all__ = [
+    "CLASSES",
+    "Config",
+    "Rope",
+    "block",
+    "config_from",
+    "embed",
+    "encode",
+    "frequencies",
+    "last_norm",
+    "row_name",
+    "spec",
+    "views",
+]
 
 # --- weights ------------------------------------------------------------------------------------------------------------------------
 
@@ -102,7 +115,10 @@ def frequencies(rope: Rope, dim: int) -> tuple[Tensor, float]:
             return torch.where(slow, plain / factor, torch.where(fast, plain, mixed)), 1.0
         case "yarn":
             turns = (rope.beta_fast, rope.beta_slow)
-            low, high = (dim * math.log(trained / (turn * 2 * math.pi)) / (2 * math.log(rope.rope_theta)) for turn in turns)
+            low, high = (
+                dim * math.log(trained / (turn * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+                for turn in turns
+            )
             if rope.truncate:
                 low, high = math.floor(low), math.ceil(high)
             low, high = max(low, 0), min(high, dim - 1)
@@ -118,7 +134,11 @@ def _yarn_factor(rope: Rope) -> float:
 
     if rope.attention_factor is not None:
         return rope.attention_factor
-    return growth(rope.mscale) / growth(rope.mscale_all_dim) if rope.mscale and rope.mscale_all_dim else growth(1.0)
+    return (
+        growth(rope.mscale) / growth(rope.mscale_all_dim)
+        if rope.mscale and rope.mscale_all_dim
+        else growth(1.0)
+    )
 
 
 class View(NamedTuple):
@@ -139,17 +159,24 @@ def views(c: Config, positions: Tensor, mask_BS: Tensor, like: Tensor) -> dict[s
     """The view of each kind of layer, for tokens at `positions` [B or 1, T], or [3, B or 1, T] on three axes: the last T of the S."""
     local = c.local_rope_parameters or c.rope_parameters
     ropes = {kind: local if kind == SLIDING else c.rope_parameters for kind in set(c.layer_types[: c.layers])}
-    return {kind: _view(c, rope, c.sliding_window if kind == SLIDING else None, positions, mask_BS, like) for kind, rope in ropes.items()}
+    return {
+        kind: _view(c, rope, c.sliding_window if kind == SLIDING else None, positions, mask_BS, like)
+        for kind, rope in ropes.items()
+    }
 
 
-def _view(c: Config, rope: Rope, window: int | None, positions: Tensor, mask_BS: Tensor, like: Tensor) -> View:
+def _view(
+    c: Config, rope: Rope, window: int | None, positions: Tensor, mask_BS: Tensor, like: Tensor
+) -> View:
     device = positions.device
     turn, factor = frequencies(rope, c.head_dim)
     at = positions[..., None]
     if positions.ndim == 3:
         if not rope.mrope_section:
             raise ValueError("positions on three axes need a rope with mrope_section")
-        axis = torch.repeat_interleave(torch.arange(3, device=device), torch.tensor(rope.mrope_section, device=device))
+        axis = torch.repeat_interleave(
+            torch.arange(3, device=device), torch.tensor(rope.mrope_section, device=device)
+        )
         at = positions.movedim(0, -1)[..., axis]
     wide = compute_dtype(like)
     angle = at.to(wide) * turn.to(device, wide)
@@ -175,7 +202,9 @@ def _view(c: Config, rope: Rope, window: int | None, positions: Tensor, mask_BS:
 def embed(c: Config, plan: Plan, w: Weights, ids_BT: Tensor) -> Tensor:
     """Token ids [B, T] int64 -> their embeddings [B, T, C], the network's state 0."""
     x = lookup(plan, ids_BT, w / "embed_tokens")
-    return x * torch.tensor(c.hidden_size**0.5).to(x) if c.scale_embeddings else x  # a float32 root in x's type, as the references round
+    return (
+        x * torch.tensor(c.hidden_size**0.5).to(x) if c.scale_embeddings else x
+    )  # a float32 root in x's type, as the references round
 
 
 def last_norm(c: Config, w: Weights, x: Tensor) -> Tensor:
@@ -253,7 +282,11 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: fl
 
 
 def _dense(c: Config, plan: Plan, w: Weights, x: Tensor) -> Tensor:
-    return linear_sum(plan, ACTIVATIONS[c.hidden_act](linear(x, w / "gate_proj")) * linear(x, w / "up_proj"), w / "down_proj")
+    return linear_sum(
+        plan,
+        ACTIVATIONS[c.hidden_act](linear(x, w / "gate_proj")) * linear(x, w / "up_proj"),
+        w / "down_proj",
+    )
 
 
 def _norm(c: Config, x: Tensor, w: Weights) -> Tensor:
@@ -263,4 +296,12 @@ def _norm(c: Config, x: Tensor, w: Weights) -> Tensor:
     return F.rms_norm(wide, x.shape[-1:], 1 + w["weight"].to(wide.dtype), c.rms_norm_eps).to(x.dtype)
 
 
-FAMILY = Encoder("text_encoder", Config, spec, head_width=lambda c: c.head_dim, biased=True, rename=row_name, read=config_from)
+FAMILY = Encoder(
+    "text_encoder",
+    Config,
+    spec,
+    head_width=lambda c: c.head_dim,
+    biased=True,
+    rename=row_name,
+    read=config_from,
+)

@@ -11,7 +11,13 @@ from typing import Any
 
 from tinydiff.entries import value
 
-ALWAYS = {"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
+ALWAYS = {
+    "do_resize": True,
+    "do_center_crop": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+}
 """Steps that are always taken here; null leaves the default, which is the same."""
 
 RGB = tuple[float, float, float]
@@ -24,11 +30,19 @@ def clip(entries: Mapping[str, Any], image_size: int) -> dict[str, Any]:
     if edge is not None:
         found["shortest_edge"] = edge
     crop = entries.get("crop_size")
-    sides = {name: crop.get(name) for name in ("height", "width")} if isinstance(crop, Mapping) else {"height": crop, "width": crop}
+    sides = (
+        {name: crop.get(name) for name in ("height", "width")}
+        if isinstance(crop, Mapping)
+        else {"height": crop, "width": crop}
+    )
     if crop is not None and set(sides.values()) != {image_size}:
-        raise ValueError(f"crop_size is {crop!r}; it must be image_size of the image encoder, {image_size}, both ways")
+        raise ValueError(
+            f"crop_size is {crop!r}; it must be image_size of the image encoder, {image_size}, both ways"
+        )
     if found.get("shortest_edge", image_size) < image_size:
-        raise ValueError(f"size is {entries['size']!r}; its shortest_edge must be at least the {image_size} pixels that are cut out")
+        raise ValueError(
+            f"size is {entries['size']!r}; its shortest_edge must be at least the {image_size} pixels that are cut out"
+        )
     return found
 
 
@@ -44,7 +58,9 @@ def qwen(entries: Mapping[str, Any], shape: Mapping[str, int]) -> dict[str, Any]
         if given is not None:
             edges[bound] = value(bound, int, given)
     if edges["min_pixels"] > edges["max_pixels"]:
-        raise ValueError(f"min_pixels is {edges['min_pixels']}; it must be at most max_pixels, {edges['max_pixels']}")
+        raise ValueError(
+            f"min_pixels is {edges['min_pixels']}; it must be at most max_pixels, {edges['max_pixels']}"
+        )
     return _shared(entries) | edges
 
 
@@ -56,7 +72,11 @@ def _shared(entries: Mapping[str, Any]) -> dict[str, Any]:
     if factor is not None and abs(value("rescale_factor", float, factor) * 255 - 1) > 1e-6:
         raise ValueError(f"rescale_factor is {factor!r}; only 1/255 is supported")
     kinds = {"image_mean": RGB, "image_std": RGB, "resample": int}
-    found = {name: value(name, kind, entries[name]) for name, kind in kinds.items() if entries.get(name) is not None}
+    found = {
+        name: value(name, kind, entries[name])
+        for name, kind in kinds.items()
+        if entries.get(name) is not None
+    }
     return found
 
 

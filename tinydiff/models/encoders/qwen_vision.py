@@ -68,12 +68,18 @@ class Config:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
         if self.window_size % (token := self.patch_size * self.spatial_merge_size):
-            raise ValueError(f"window_size is {self.window_size}; it must be a multiple of a token's {token} pixels")
+            raise ValueError(
+                f"window_size is {self.window_size}; it must be a multiple of a token's {token} pixels"
+            )
 
     @property
     def tiling(self) -> dict[str, int]:
         """What its preprocessor must agree with, under its names."""
-        return {"patch_size": self.patch_size, "temporal_patch_size": self.temporal_patch_size, "merge_size": self.spatial_merge_size}
+        return {
+            "patch_size": self.patch_size,
+            "temporal_patch_size": self.temporal_patch_size,
+            "merge_size": self.spatial_merge_size,
+        }
 
 
 def config_from(entries: Mapping[str, Any]) -> Config:
@@ -102,7 +108,9 @@ def _block_rows(c: Config) -> Iterator[Row]:
 def spec(c: Config) -> Iterator[Row]:
     """Every weight once, without the `visual.` of the released files."""
     d, merged = c.hidden_size, c.hidden_size * c.spatial_merge_size**2
-    yield Row("patch_embed.proj.weight", (d, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size))
+    yield Row(
+        "patch_embed.proj.weight", (d, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size)
+    )
     yield from repeat("blocks", c.depth, _block_rows(c))
     yield from norm_rows("merger.ln_q", d)
     yield from linear_rows("merger.mlp.0", merged, merged, "out")
@@ -123,11 +131,15 @@ def row_name(key: str) -> str | None:
 def fitted(height: int, width: int, multiple: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Height and width near the given ones that are multiples of `multiple` and whose product lies within the bounds."""
     if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"an image of {width} x {height} is too narrow: one side is at most 200 times the other")
+        raise ValueError(
+            f"an image of {width} x {height} is too narrow: one side is at most 200 times the other"
+        )
     tall, wide = (round(side / multiple) * multiple for side in (height, width))
     if tall * wide > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        tall, wide = (max(multiple, math.floor(side / shrink / multiple) * multiple) for side in (height, width))
+        tall, wide = (
+            max(multiple, math.floor(side / shrink / multiple) * multiple) for side in (height, width)
+        )
     elif tall * wide < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
         tall, wide = (math.ceil(side * grow / multiple) * multiple for side in (height, width))
@@ -149,7 +161,9 @@ def pixels(c: Config, image_HWC: np.ndarray) -> tuple[Tensor, Grid]:
     if picture.mode == "RGBA":
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     resized = np.asarray(picture.resize((width, height), Image.Resampling(c.resample)))
-    colours = (torch.from_numpy(resized * (1 / 255)).float() - torch.tensor(c.image_mean)) / torch.tensor(c.image_std)
+    colours = (torch.from_numpy(resized * (1 / 255)).float() - torch.tensor(c.image_mean)) / torch.tensor(
+        c.image_std
+    )
     patches = rearrange(colours, "(h m p) (w n q) c -> (h w m n) c 1 (p q)", m=m, n=m, p=p, q=p)
     return patches.expand(-1, -1, c.temporal_patch_size, -1).flatten(1), (height // p, width // p)
 
@@ -170,7 +184,9 @@ def windows(c: Config, grid: Grid) -> Tensor:
 def _rope(c: Config, grid: Grid, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines [N, D / heads / 2] of the patches: the first half turned by the row, the second by the column."""
     m = c.spatial_merge_size
-    at = rearrange(grid_positions(*grid), "(h m w n) a -> (h w m n) a", h=grid[0] // m, m=m, n=m).to(like.device)
+    at = rearrange(grid_positions(*grid), "(h m w n) a -> (h w m n) a", h=grid[0] // m, m=m, n=m).to(
+        like.device
+    )
     turn, _ = frequencies(Rope(1e4), c.hidden_size // c.num_heads // 2)
     dtype = compute_dtype(like)
     angle = (at[..., None].to(dtype) * turn.to(like.device, dtype)).flatten(1)
@@ -181,7 +197,9 @@ def encode(c: Config, plan: Plan, w: Weights, patches_NP: Tensor, grids: Sequenc
     """Patches of images one after another [N, P], of the given grids, -> tokens for the language model [N / 4, C]."""
     kernel = w["patch_embed.proj.weight"].flatten(1)
     images = patches_NP.to(w.dtype).split([tall * wide for tall, wide in grids])
-    return torch.cat([_image(c, plan, w, F.linear(image, kernel), grid) for image, grid in zip(images, grids, strict=True)])
+    return torch.cat(
+        [_image(c, plan, w, F.linear(image, kernel), grid) for image, grid in zip(images, grids, strict=True)]
+    )
 
 
 def _image(c: Config, plan: Plan, w: Weights, x_ND: Tensor, grid: Grid) -> Tensor:
@@ -195,23 +213,38 @@ def _image(c: Config, plan: Plan, w: Weights, x_ND: Tensor, grid: Grid) -> Tenso
     cos, sin = (table[order] for table in _rope(c, grid, x_ND))
     for i in range(c.depth):
         whole = i in c.fullatt_block_indexes
-        x, rows, columns = (y.reshape(1, -1, y.shape[-1]) if whole else y.view(*index.shape, y.shape[-1]) for y in (x, cos, sin))
+        x, rows, columns = (
+            y.reshape(1, -1, y.shape[-1]) if whole else y.view(*index.shape, y.shape[-1])
+            for y in (x, cos, sin)
+        )
         mask = None if hidden is None else hidden.view(1, 1, 1, -1) if whole else hidden[:, None, None]
         x = _block(c, plan, w / "blocks" / i, x, rows, columns, mask)
     x = x.view(*index.shape, -1)
     back = torch.argsort(index[real]).to(x.device)
     merger = w / "merger"
-    tokens = rms_norm(x[real.to(x.device)][back], merger / "ln_q", EPS).view(-1, merger["mlp.0.weight"].shape[1])
+    tokens = rms_norm(x[real.to(x.device)][back], merger / "ln_q", EPS).view(
+        -1, merger["mlp.0.weight"].shape[1]
+    )
     return linear_sum(plan, F.gelu(linear(tokens, merger / "mlp.0")), merger / "mlp.2")
 
 
-def _block(c: Config, plan: Plan, w: Weights, x_UMD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+def _block(
+    c: Config, plan: Plan, w: Weights, x_UMD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None
+) -> Tensor:
     a, f = w / "attn", w / "mlp"
-    q, k, v = linear(rms_norm(x_UMD, w / "norm1", EPS), a / "qkv").unflatten(-1, (3, -1, c.hidden_size // c.num_heads)).unbind(2)
+    q, k, v = (
+        linear(rms_norm(x_UMD, w / "norm1", EPS), a / "qkv")
+        .unflatten(-1, (3, -1, c.hidden_size // c.num_heads))
+        .unbind(2)
+    )
     y = attention(plan, rotate_half(q, cos, sin), rotate_half(k, cos, sin), v, mask)
     x = x_UMD + linear_sum(plan, y.flatten(2), a / "proj")
     y = rms_norm(x, w / "norm2", EPS)
-    return x + linear_sum(plan, ACTIVATIONS[c.hidden_act](linear(y, f / "gate_proj")) * linear(y, f / "up_proj"), f / "down_proj")
+    return x + linear_sum(
+        plan,
+        ACTIVATIONS[c.hidden_act](linear(y, f / "gate_proj")) * linear(y, f / "up_proj"),
+        f / "down_proj",
+    )
 
 
 # --- among the words ----------------------------------------------------------------------------------------------------------------

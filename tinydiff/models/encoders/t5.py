@@ -63,8 +63,14 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
     proj = entries.get("feed_forward_proj", usual)
     gate, _, act = proj.rpartition("-") if isinstance(proj, str) else ("?", "", "")
     if gate not in ("", "gated"):
-        raise ValueError(f"feed_forward_proj is {proj!r}; it must be an activation such as 'relu', or 'gated-' and one")
-    derived = {"dense_act_fn": "gelu_new" if proj == "gated-gelu" else act, "is_gated_act": bool(gate), "model_type": kind}
+        raise ValueError(
+            f"feed_forward_proj is {proj!r}; it must be an activation such as 'relu', or 'gated-' and one"
+        )
+    derived = {
+        "dense_act_fn": "gelu_new" if proj == "gated-gelu" else act,
+        "is_gated_act": bool(gate),
+        "model_type": kind,
+    }
     return Config(**typed(Config, {**entries, **derived}))
 
 
@@ -74,7 +80,11 @@ def _attention_rows(c: Config, biased: bool) -> Iterator[Row]:
         yield from linear_rows(f"SelfAttention.{name}", c.d_model, inner, "out", bias=False, head=c.d_kv)
     yield from linear_rows("SelfAttention.o", inner, c.d_model, "in", bias=False, head=c.d_kv)
     if biased:
-        yield Row("SelfAttention.relative_attention_bias.weight", (c.relative_attention_num_buckets, c.num_heads), split=1)
+        yield Row(
+            "SelfAttention.relative_attention_bias.weight",
+            (c.relative_attention_num_buckets, c.num_heads),
+            split=1,
+        )
     yield from norm_rows("layer_norm", c.d_model)
 
 
@@ -108,7 +118,9 @@ def buckets(c: Config, length: int, device: torch.device | str | None = None) ->
     half = c.relative_attention_num_buckets // 2
     exact = half // 2
     distance = offset.abs()
-    ratio = torch.log(distance.clamp_min(1).float() / exact) / math.log(c.relative_attention_max_distance / exact)
+    ratio = torch.log(distance.clamp_min(1).float() / exact) / math.log(
+        c.relative_attention_max_distance / exact
+    )
     far = (exact + (ratio * (half - exact)).long()).clamp_max(half - 1)
     return torch.where(offset > 0, half, 0) + torch.where(distance < exact, distance, far)
 
@@ -129,7 +141,9 @@ def encode(c: Config, plan: Plan, w: Weights, ids_BT: Tensor, mask_BT: Tensor | 
         y = rms_norm(x, block / 0 / "layer_norm", c.layer_norm_epsilon)
         q, k, v = (linear(y, a / name).unflatten(-1, (-1, c.d_kv)) for name in ("q", "k", "v"))
         x = x + linear_sum(plan, attention(plan, q, k, v, bias, scale=1.0).flatten(2), a / "o")
-        x = x + _dense(c, plan, block / 1 / "DenseReluDense", rms_norm(x, block / 1 / "layer_norm", c.layer_norm_epsilon))
+        x = x + _dense(
+            c, plan, block / 1 / "DenseReluDense", rms_norm(x, block / 1 / "layer_norm", c.layer_norm_epsilon)
+        )
     return rms_norm(x, w / "encoder" / "final_layer_norm", c.layer_norm_epsilon)
 
 
