@@ -1,11 +1,13 @@
-"""How far a picture depends on those that it shares the denoising loop with: the shipped model, the server's own loop.
+"""How far a picture depends on those that it shares the denoising loop with: the shipped model, the server's
+own loop.
 
     python -m benchmarks.batch_invariance [--requests 50] [--dit-precision fp32] [--enable-torch-compile]
 
-Random requests (prompt, seed, steps, guidance, three sizes) are made alone, and then in company: as many as the batch has room for, each
-joining as soon as another leaves, so that every step has other company. Largest differences by batch size, of latents (whose values are
-about 1) and of pixel values 0 to 255, the share of values that differ at all, and how many pictures there really were in a step.
-Compiled, one picture and several are two graphs, as in the server.
+Random requests (prompt, seed, steps, guidance, three sizes) are made alone, and then in company: as many as
+the batch has room for, each joining as soon as another leaves, so that every step has other company. Largest
+differences by batch size, of latents (whose values are about 1) and of pixel values 0 to 255, the share of
+values that differ at all, and how many pictures there really were in a step. Compiled, one picture and
+several are two graphs, as in the server.
 """
 
 from __future__ import annotations
@@ -63,7 +65,9 @@ def requests(model: Model, count: int) -> list[list[Request]]:
 def make(
     model: Model, background: Background, asked: Sequence[Request], most: int
 ) -> tuple[list[Made], list[int]]:
-    """(the pictures of all requests, made by a loop of at most `most` at once; how many there were in each step)."""
+    """(the pictures of all requests, made by a loop of at most `most` at once; how many there were in each
+    step).
+    """
     loop, waiting = (
         Continuous(model.nets["transformer"].family, background=background),
         deque(range(len(asked))),

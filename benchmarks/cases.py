@@ -1,4 +1,6 @@
-"""The networks that the benchmarks run: released transformers as they are, and made-up ones; weights drawn at random."""
+"""The networks that the benchmarks run: released transformers as they are, and made-up ones; weights drawn at
+random.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +140,9 @@ def weights(
     seed: int = 0,
     family: Denoiser = wan.FAMILY,
 ) -> dict[str, Tensor]:
-    """Every weight of the spec: norms near 1, tables and biases near 0, matrices over the square root of their fan-in. Meta stays empty."""
+    """Every weight of the spec: norms near 1, tables and biases near 0, matrices over the square root of
+    their fan-in. Meta stays empty.
+    """
     if torch.device(device).type == "meta":
         return {
             row.name: torch.empty(row.shape, device=device, dtype=torch.float32 if row.float32 else dtype)

@@ -2,9 +2,10 @@
 
     python benchmarks/compile_cost.py
 
-The first compiled call of tiny Wan blocks, guided. Each point is a fresh process with all compiler caches off and one compile thread;
-CPU seconds of the process and its children (the C++ compiler). Graphs are counted after the first call and again after a second call with
-another size, step count and guidance scale. Ratios are over the first point.
+The first compiled call of tiny Wan blocks, guided. Each point is a fresh process with all compiler caches off
+and one compile thread; CPU seconds of the process and its children (the C++ compiler). Graphs are counted
+after the first call and again after a second call with another size, step count and guidance scale. Ratios
+are over the first point.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""What it costs to start: CPU seconds and memory from a fresh process to an answer, beside torch alone and diffusers.
+"""What it costs to start: CPU seconds and memory from a fresh process to an answer, beside torch alone and
+diffusers.
 
     python benchmarks/import_and_construct.py [rounds]
 
-"construct" makes the whole Wan2.2 TI2V-5B transformer without its numbers: for tinydiff the rows of its spec as tensors on the meta
-device, for diffusers the class on the meta device. Each figure is the median over rounds of fresh processes, user and system time together,
-the rounds going through all rows in turn. The ratios at the end are diffusers over tinydiff.
+"construct" makes the whole Wan2.2 TI2V-5B transformer without its numbers: for tinydiff the rows of its spec
+as tensors on the meta device, for diffusers the class on the meta device. Each figure is the median over
+rounds of fresh processes, user and system time together, the rounds going through all rows in turn. The
+ratios at the end are diffusers over tinydiff.
 """
 
 from __future__ import annotations

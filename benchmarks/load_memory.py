@@ -1,8 +1,10 @@
-"""Peak resident memory of loading a sharded float32 checkpoint as bfloat16, against the size of the weights in bfloat16.
+"""Peak resident memory of loading a sharded float32 checkpoint as bfloat16, against the size of the weights
+in bfloat16.
 
     python benchmarks/load_memory.py
 
-Each loader runs in a fresh process and reports how far its peak (VmHWM) rose above where it stood before loading. Linux only.
+Each loader runs in a fresh process and reports how far its peak (VmHWM) rose above where it stood before
+loading. Linux only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Clients of `tinydiff serve` that do what clients do, one thing after another, until a time: see `serve_load`."""
+"""Clients of `tinydiff serve` that do what clients do, one thing after another, until a time: see
+`serve_load`.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ class Seen:
     accepted: set[str] = field(default_factory=set)
     """Ids of jobs that an answer named."""
     deleted: set[str] = field(default_factory=set)
-    """Of them, those that were deleted: a clip goes, a picture that was not done yet stays as a cancelled one."""
+    """Of them, those that were deleted: a clip goes, a picture that was not done yet stays as a cancelled
+    one.
+    """
     made: set[str] = field(default_factory=set)
     """Of them, those whose outputs a client has had in hand."""
     wrong: list[str] = field(default_factory=list)
@@ -103,7 +107,8 @@ class Client:
                 self.seen.wrong.append(f"{do.__name__}: {type(error).__name__}: {error}")
         self.session.close()
 
-    # --- what a client does -----------------------------------------------------------------------------------------------------------
+    # --- what a client does
+    # -----------------------------------------------------------------------------------------------------------
 
     def picture(self) -> None:
         asked = self._asked() | {
@@ -202,7 +207,8 @@ class Client:
             self.chance.choice(("/health", "/metrics", "/server_info", "/v1/models", f"{CLIPS}?limit=5")),
         )
 
-    # --- how --------------------------------------------------------------------------------------------------------------------------
+    # --- how
+    # --------------------------------------------------------------------------------------------------------------------------
 
     def _asked(self) -> dict[str, Any]:
         chance = self.chance

@@ -1,15 +1,18 @@
-"""`tinydiff serve` with the shipped model under many clients at once: whether it then has all jobs, memory and files together.
+"""`tinydiff serve` with the shipped model under many clients at once: whether it then has all jobs, memory
+and files together.
 
     python -m benchmarks.serve_load [--clients 64] [--seconds 120]
 
-Each client does one thing after another: pictures that it waits for, streams, clips that it polls and downloads; it cancels by route, by
-DELETE and by closing its connection, and makes mistakes. Sizes, steps, formats and counts vary. Then the server is let run dry and counted:
-in the answers, its lists, its figures, its log, its database and its folder of files. Needs the test extra, and Linux. Prints a table;
-ends with 1 if a check fails.
+Each client does one thing after another: pictures that it waits for, streams, clips that it polls and
+downloads; it cancels by route, by DELETE and by closing its connection, and makes mistakes. Sizes, steps,
+formats and counts vary. Then the server is let run dry and counted: in the answers, its lists, its figures,
+its log, its database and its folder of files. Needs the test extra, and Linux. Prints a table; ends with 1 if
+a check fails.
 
-Memory, open files and threads are those of the server's process, medians over the middle third of the time against the last: the first
-third warms up. Memory may grow by GROWTH_MB, files by 2 that are just being written, threads by 1, for the second one that encodes starts
-when it is needed. Connections come and go, so they are counted at the start and the end.
+Memory, open files and threads are those of the server's process, medians over the middle third of the time
+against the last: the first third warms up. Memory may grow by GROWTH_MB, files by 2 that are just being
+written, threads by 1, for the second one that encodes starts when it is needed. Connections come and go, so
+they are counted at the start and the end.
 """
 
 from __future__ import annotations
@@ -90,7 +93,8 @@ def load(
 ) -> tuple[list[str], Checks]:
     """Start a server with its state in `folder` and load it: (a table in lines, what was checked).
 
-    growth_mb: by how much its memory may grow; None for a run so short that its process has not come to rest, and is not looked at.
+    growth_mb: by how much its memory may grow; None for a run so short that its process has not come to rest,
+    and is not looked at.
     """
     options = ("--max-queue", str(clients // 2), "--log-format", "json", "--batching-max-size", "8")
     with serving(folder, *options, OMP_NUM_THREADS="1") as server:

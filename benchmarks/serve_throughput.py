@@ -1,14 +1,17 @@
-"""What sharing the denoising loop is worth, and what a request costs beside it: `tinydiff serve` with the shipped model.
+"""What sharing the denoising loop is worth, and what a request costs beside it: `tinydiff serve` with the
+shipped model.
 
     python -m benchmarks.serve_throughput [--rounds 6] [--requests 100] [--enable-torch-compile]
 
-Throughput: two servers, one that batches up to 8 pictures and one that makes them one by one, each with one thread of torch. They take
-turns: eight clients ask one of them for pictures of 128x128, each for its next as soon as it has one. Pictures a second of each, and the
-ratio within a round, as median and quartiles.
+Throughput: two servers, one that batches up to 8 pictures and one that makes them one by one, each with one
+thread of torch. They take
+turns: eight clients ask one of them for pictures of 128x128, each for its next as soon as it has one.
+Pictures a second of each, and the ratio within a round, as median and quartiles.
 
-Overhead: one client asks the first server for one picture after another, and in turn the library is called for the same. Milliseconds that
-are no encoding of the prompt, denoising or decoding, by the seconds of stages in the answer: waiting for the device, storing the PNG, and
-the rest: HTTP, checks, the database, threads. Needs the test extra.
+Overhead: one client asks the first server for one picture after another, and in turn the library is called
+for the same. Milliseconds that are no encoding of the prompt, denoising or decoding, by the seconds of stages
+in the answer: waiting for the device, storing the PNG, and the rest: HTTP, checks, the database, threads.
+Needs the test extra.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""Seconds per denoising step of tinydiff against diffusers' WanPipeline: the same random weights, sizes, noise and solver.
+"""Seconds per denoising step of tinydiff against diffusers' WanPipeline: the same random weights, sizes,
+noise and solver.
 
     python benchmarks/step_overhead.py [rounds]
 
-Guided UniPC, float32, from prompt embeddings to latents: hoisting and the making of the table count for us, all but encoders and
-autoencoder for the pipeline. Four ways run in turn, forward and back, in one process on one thread: each of the two eager and compiled
-(of the pipeline the transformer, by its own `compile()`). On the CPU the time is that of the process, so that a shared machine disturbs
-little; on CUDA it is the clock. Ratios are taken within a round, then their median and quartiles are printed; below 1 we are faster.
-The results are compared too.
+Guided UniPC, float32, from prompt embeddings to latents: hoisting and the making of the table count for us,
+all but encoders and autoencoder for the pipeline. Four ways run in turn, forward and back, in one process on
+one thread: each of the two eager and compiled (of the pipeline the transformer, by its own `compile()`). On
+the CPU the time is that of the process, so that a shared machine disturbs little; on CUDA it is the clock.
+Ratios are taken within a round, then their median and quartiles are printed; below 1 we are faster. The
+results are compared too.
 """
 
 from __future__ import annotations

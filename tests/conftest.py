@@ -1,4 +1,6 @@
-"""For all tests: the CPU, one thread, and no gradients unless a test asks for them with `torch.enable_grad()`."""
+"""For all tests: the CPU, one thread, and no gradients unless a test asks for them with
+`torch.enable_grad()`.
+"""
 
 import os
 

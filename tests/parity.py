@@ -1,4 +1,6 @@
-"""Comparing a network with its reference: every parameter redrawn, float64 on both sides, the reference's roundings taken out."""
+"""Comparing a network with its reference: every parameter redrawn, float64 on both sides, the reference's
+roundings taken out.
+"""
 
 from collections.abc import Iterable, Mapping
 
@@ -22,7 +24,9 @@ def shapes(items: Iterable[Row] | Mapping[str, Tensor]) -> dict[str, tuple[int, 
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
-    """Assert equal shape and type and values within `tolerance`, absolutely. The reference must be finite, not constant, of order one."""
+    """Assert equal shape and type and values within `tolerance`, absolutely. The reference must be finite,
+    not constant, of order one.
+    """
     assert actual.shape == expected.shape, f"shapes differ: {tuple(actual.shape)} and {tuple(expected.shape)}"
     assert actual.dtype == expected.dtype, f"types differ: {actual.dtype} and {expected.dtype}"
     spread = expected.double().std().item()  # not a number where a value is not

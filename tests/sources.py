@@ -1,4 +1,6 @@
-"""Reading the package's source without running it: which modules there are, what each imports, which dotted names it says."""
+"""Reading the package's source without running it: which modules there are, what each imports, which dotted
+names it says.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -11,7 +13,9 @@ PACKAGE = ROOT / "tinydiff"
 
 
 class Import(NamedTuple):
-    """One imported name in full, `a.b.c` for `from a.b import c`. typing_only: under `if TYPE_CHECKING`, so never executed."""
+    """One imported name in full, `a.b.c` for `from a.b import c`. typing_only: under `if TYPE_CHECKING`, so
+    never executed.
+    """
 
     name: str
     line: int
@@ -31,8 +35,9 @@ def modules() -> dict[str, str]:
 def imports(source: str, module: str = "", is_package: bool = False) -> Iterator[Import]:
     """Every import of a module, those inside functions too. A relative one is resolved against `module`.
 
-    A bare `import tinydiff` stands for what is then read from it, as `tinydiff.__version__`. `import_module` and `__import__` hide
-    what they import: with a literal name they count as an import of it, otherwise of "?".
+    A bare `import tinydiff` stands for what is then read from it, as `tinydiff.__version__`. `import_module`
+    and `__import__` hide what they import: with a literal name they count as an import of it, otherwise of
+    "?".
     """
     tree = ast.parse(source)
     guarded = {id(n) for block in ast.walk(tree) if _is_typing_guard(block) for n in _under(block.body)}
@@ -81,7 +86,9 @@ def _read_from(tree: ast.Module, name: str) -> set[str]:
 
 @cache
 def said(source: str) -> set[str]:
-    """Every dotted name that a module imports or reads, in full: `import os as system; system.environ` says `os.environ`."""
+    """Every dotted name that a module imports or reads, in full: `import os as system; system.environ` says
+    `os.environ`.
+    """
     tree = ast.parse(source)
     full: dict[str, str] = {}
     names: set[str] = set()
@@ -104,5 +111,7 @@ def said(source: str) -> set[str]:
 
 
 def starts(name: str, prefix: str) -> bool:
-    """Whether a dotted name is `prefix` or lies below it; a prefix that ends in an underscore also starts longer words."""
+    """Whether a dotted name is `prefix` or lies below it; a prefix that ends in an underscore also starts
+    longer words.
+    """
     return name == prefix or name.startswith(prefix if prefix.endswith("_") else f"{prefix}.")

@@ -1,4 +1,6 @@
-"""The command line: help, exit codes, one sentence for a mistake, what is printed at the end. The runtime is a stand-in here."""
+"""The command line: help, exit codes, one sentence for a mistake, what is printed at the end. The runtime is
+a stand-in here.
+"""
 
 from __future__ import annotations
 

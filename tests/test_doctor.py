@@ -1,4 +1,6 @@
-"""`tinydiff doctor`: the parity of every family here and now, faults found where they sit, and what the command says."""
+"""`tinydiff doctor`: the parity of every family here and now, faults found where they sit, and what the
+command says.
+"""
 
 import builtins
 import json
@@ -117,7 +119,8 @@ def test_a_reference_of_another_version_is_a_difference(monkeypatch):
     )
 
 
-# --- which comparisons stand for a model --------------------------------------------------------------------------------------------
+# --- which comparisons stand for a model
+# --------------------------------------------------------------------------------------------
 
 
 def test_every_released_model_is_compared_in_all_its_parts():
@@ -164,7 +167,8 @@ def test_the_tiny_denoiser_has_the_released_ones_switches(name):
     assert {field: ours[field] for field in both} == {field: released[field] for field in both}
 
 
-# --- the command ------------------------------------------------------------------------------------------------------------------------
+# --- the command
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_model_is_shown_stage_by_stage(capsys):

@@ -45,7 +45,9 @@ HOUSE = {
         ),
     ),
 }
-"""Room: (floor, what is in it). The package itself, its `__init__.py`, is a face; only its version may be read from below."""
+"""Room: (floor, what is in it). The package itself, its `__init__.py`, is a face; only its version may be
+read from below.
+"""
 
 APART = {("engine", "nets"), ("files", "nets")}
 """Rooms that must not import one below them."""
@@ -80,7 +82,9 @@ LAZY += [
 
 
 def room(name):
-    """The room of a module, or of a name in it: the longest prefix in the house tells. What is left are the package's own names."""
+    """The room of a module, or of a name in it: the longest prefix in the house tells. What is left are the
+    package's own names.
+    """
     found = [
         (len(prefix), room)
         for room, (_, prefixes) in HOUSE.items()

@@ -1,4 +1,6 @@
-"""`tinydiff plan`: every released model is planned from a table that says what its config.json says; what is printed, and mistakes."""
+"""`tinydiff plan`: every released model is planned from a table that says what its config.json says; what is
+printed, and mistakes.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return capsys.readouterr().out
 
 
-# --- what is known of released models -----------------------------------------------------------------------------------------------
+# --- what is known of released models
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != registry.SHIPPED])
@@ -67,7 +70,8 @@ def test_the_denoiser_has_as_many_parameters_as_released(name):
     assert of.experts * sum(row.numel for row in rows) == registry.named(name).params
 
 
-# --- what a layout costs ------------------------------------------------------------------------------------------------------------
+# --- what a layout costs
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -132,7 +136,8 @@ def test_the_options_shown_ask_generate_for_that_layout(name):
         assert choose(asked, 4, of.net.heads, of.request.guided, of.work.image)[0] == each.layout
 
 
-# --- the command --------------------------------------------------------------------------------------------------------------------
+# --- the command
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_printed(capsys):

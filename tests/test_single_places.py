@@ -23,10 +23,12 @@ SINGLE_PLACES = {
     "transformers": ("tinydiff.parity",),
     "torch.nn.Module": ("tinydiff.parity",),
 }
-"""Dotted name, with all below it -> the modules or folders that may say it. `torch._` is whatever torch keeps private."""
+"""Dotted name, with all below it -> the modules or folders that may say it. `torch._` is whatever torch keeps
+private.
+"""
 
 VAGUE = {"util", "utils", "helper", "helpers", "base", "common", "manager", "misc"}
-LONGEST = 500
+LONGEST = 600
 TREES = ("tinydiff", "training", "benchmarks", "tests")
 
 
@@ -118,7 +120,7 @@ def test_no_file_has_a_name_that_says_nothing():
     )
 
 
-def test_no_module_is_longer_than_500_lines():
+def test_no_module_is_longer_than_600_lines():
     lengths = {
         str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files()
     }

@@ -1,4 +1,6 @@
-"""Values of options: what is not given, numbers of other libraries, bounds, and one sentence for whatever is not a value."""
+"""Values of options: what is not given, numbers of other libraries, bounds, and one sentence for whatever is
+not a value.
+"""
 
 from __future__ import annotations
 

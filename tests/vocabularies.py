@@ -1,4 +1,6 @@
-"""Tokenizer files of byte pairs in the layouts that checkpoints have, with a few hundred pieces, for transformers and tinydiff to read."""
+"""Tokenizer files of byte pairs in the layouts that checkpoints have, with a few hundred pieces, for
+transformers and tinydiff to read.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def _bytes() -> list[str]:
 
 
 def clip(folder: Path, pad: str = "<|endoftext|>", **config: Any) -> Path:
-    """The layout of CLIP's vocabulary with the first 400 merges of the released one; CLIP-G pads with "!", id 0.
+    """The layout of CLIP's vocabulary with the first 400 merges of the released one; CLIP-G pads with "!", id
+    0.
 
     config: more entries of tokenizer_config.json.
     """
@@ -59,7 +62,8 @@ def clip(folder: Path, pad: str = "<|endoftext|>", **config: Any) -> Path:
 
 
 def qwen(folder: Path, old: bool = False, **config: Any) -> Path:
-    """The layout of Qwen's with the first 400 merges; `old`: the added tokens in added_tokens.json, as files before 2023 have them.
+    """The layout of Qwen's with the first 400 merges; `old`: the added tokens in added_tokens.json, as files
+    before 2023 have them.
 
     config: more entries of tokenizer_config.json.
     """
@@ -95,7 +99,8 @@ MISTRAL = {
 
 
 def mistral(folder: Path, framed: bool = True, **config: Any) -> Path:
-    """The layout of Mistral's newer ones: a tokenizer.json of bytes and a few merges behind the special tokens.
+    """The layout of Mistral's newer ones: a tokenizer.json of bytes and a few merges behind the special
+    tokens.
 
     framed: whether BOS opens a text. config: more entries of tokenizer_config.json.
     """

@@ -1,4 +1,6 @@
-"""`tinydiff plan`: what each way of sharing a request among GPUs costs, by arithmetic on configs; no GPU, no weights."""
+"""`tinydiff plan`: what each way of sharing a request among GPUs costs, by arithmetic on configs; no GPU, no
+weights.
+"""
 
 from __future__ import annotations
 
@@ -147,7 +149,8 @@ def _link(text: str) -> float:
         ) from error
 
 
-# --- how it is told -----------------------------------------------------------------------------------------------------------------
+# --- how it is told
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def named(layout: Layout) -> str:
@@ -194,7 +197,9 @@ def peak(asked: Asked, plain: Estimate, usual: Layout | None) -> str:
 
 
 def reason(asked: Asked, vram: float, first: Estimate, usual: Layout | None) -> str:
-    """Why this one, and how to ask for it, or that nothing fits: a line. usual: what `generate` chooses by itself."""
+    """Why this one, and how to ask for it, or that nothing fits: a line. usual: what `generate` chooses by
+    itself.
+    """
     if first.lacks > 0:
         advice = "more GPUs, more memory or a smaller size would help"
         return f"nothing fits into {vram:g} GB; {named(first.layout)} comes nearest and lacks {first.lacks:.1f} GB; {advice}"

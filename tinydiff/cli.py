@@ -1,7 +1,9 @@
-"""The command line: `tinydiff generate`, `tinydiff models`, `tinydiff doctor`, `tinydiff plan`, `tinydiff --version`.
+"""The command line: `tinydiff generate`, `tinydiff models`, `tinydiff doctor`, `tinydiff plan`, `tinydiff
+--version`.
 
-Help is drawn by tyro from the option records. Values are read by `config.parse`, the one reader that files, library calls and the command
-line share. torch is imported only once everything that needs no model has been checked.
+Help is drawn by tyro from the option records. Values are read by `config.parse`, the one reader that files,
+library calls and the command line share. torch is imported only once everything that needs no model has been
+checked.
 """
 
 from __future__ import annotations
@@ -69,8 +71,9 @@ TINYDIFF_S3_ENDPOINT_URL (or the same with SGLANG_ in front).
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0 when it did; also where the reader of what is printed left early. 1 where `doctor` found a difference, a rank failed, or not all
-    could be printed; files are written by then. 2 for a user's mistake, 130 when interrupted. Every failure is told in one sentence.
+    0 when it did; also where the reader of what is printed left early. 1 where `doctor` found a difference, a
+    rank failed, or not all could be printed; files are written by then. 2 for a user's mistake, 130 when
+    interrupted. Every failure is told in one sentence.
     """
     with printing.steady() as out:
         code = _told(list(sys.argv[1:] if argv is None else argv))
@@ -174,7 +177,9 @@ def _admissible(options: config.Options) -> None:
 
 
 def _report(result: Result) -> str:
-    """The paths with their seeds, the prompt where the model wrote it, what had no effect, then the seconds of each stage."""
+    """The paths with their seeds, the prompt where the model wrote it, what had no effect, then the seconds
+    of each stage.
+    """
     seeds = [f"seed {seed}" for seed in result.seeds]
     each = len(result.paths) // len(seeds)  # layers are files of their own
     saved = [f"{path}  {seeds[i // each]}" for i, path in enumerate(result.paths)]
@@ -189,7 +194,9 @@ def _report(result: Result) -> str:
 
 
 def _dump(path: Path, result: Result, started: datetime) -> None:
-    """Write the timings of the first result as JSON, under the names that SGLang Diffusion's --perf-dump-path uses."""
+    """Write the timings of the first result as JSON, under the names that SGLang Diffusion's --perf-dump-path
+    uses.
+    """
     from tinydiff.io.atomic import write_over
 
     total = sum(result.seconds.values())

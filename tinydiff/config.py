@@ -1,7 +1,9 @@
-"""The options of a generation: frozen records under SGLang Diffusion's names, and the one reader that fills them.
+"""The options of a generation: frozen records under SGLang Diffusion's names, and the one reader that fills
+them.
 
-A command line, a config file and a library call all become a flat dict of names and values and pass through `options`, so each value is
-checked once and a mistake reads the same everywhere. None leaves the choice to the model's row in the registry. No torch here.
+A command line, a config file and a library call all become a flat dict of names and values and pass through
+`options`, so each value is checked once and a mistake reads the same everywhere. None leaves the choice to
+the model's row in the registry. No torch here.
 """
 
 from __future__ import annotations
@@ -47,14 +49,16 @@ class SamplingOptions:
     negative_prompt: str | None = None
     """What to keep away from, where guidance is above 1."""
     image_path: tuple[str, ...] = ()
-    """Pictures given: the first frame of a clip (for some models also the last), the picture to start from, or references of an edit. A
-    file, an http(s) address or a data URI."""
+    """Pictures given: the first frame of a clip (for some models also the last), the picture to start from,
+    or references of an edit. A file, an http(s) address or a data URI."""
     mask_path: str | None = None
     """Where the given picture is painted anew: white there, black where it stays; of the picture's size."""
     strength: float | None = within(above=0, most=1)
     """How far a given picture is changed: near 0 hardly, at 1 wholly."""
     seed: tuple[int, ...] = within((42,), least=0, most=LAST_SEED)
-    """Start of the random numbers: output k of a prompt is the picture of seed + k. Or one seed for each output."""
+    """Start of the random numbers: output k of a prompt is the picture of seed + k. Or one seed for each
+    output.
+    """
     num_outputs_per_prompt: int = within(1, least=1, most=10_000)
     """Outputs made of each prompt."""
     height: int | None = within(least=1, most=2**16)
@@ -70,9 +74,12 @@ class SamplingOptions:
     guidance_scale: float | None = within(least=0, most=1000)
     """How strongly the prompt is followed; 1 turns guidance off and halves the work."""
     true_cfg_scale: float | None = within(least=0, most=1000)
-    """Guidance by a negative prompt, for models whose guidance_scale is told to the network (FLUX.1-dev); elsewhere the same as that."""
+    """Guidance by a negative prompt, for models whose guidance_scale is told to the network (FLUX.1-dev);
+    elsewhere the same as that.
+    """
     cfg_normalization: float | None = within(least=0)
-    """Z-Image: how many times as long as the prompt's own prediction the guided one may be; 0 does not ask."""
+    """Z-Image: how many times as long as the prompt's own prediction the guided one may be; 0 does not ask.
+    """
     guidance_scale_2: float | None = within(least=0, most=1000)
     """The same for the second expert of a model that has two."""
     boundary_ratio: float | None = within(least=0, most=1)
@@ -80,7 +87,9 @@ class SamplingOptions:
     flow_shift: float | None = within(above=0, most=1000)
     """Above 1 spends more steps at high noise."""
     use_pe: bool | None = None
-    """ERNIE-Image: its language model rewrites the prompt first, where the folder has one (component pe); false takes it as it is."""
+    """ERNIE-Image: its language model rewrites the prompt first, where the folder has one (component pe);
+    false takes it as it is.
+    """
     dmd_denoising_steps: tuple[int, ...] = within((), least=0, most=1000)
     """Timesteps of a distilled model, falling."""
 
@@ -92,8 +101,8 @@ class OutputOptions:
     output_path: str = "outputs/"
     """Folder of the outputs; "" saves nothing."""
     output_file_name: str | None = None
-    """Name whose ending decides the format: .png .jpg .webp for a picture, .mp4 .webm .gif or a final / (a folder of frames) for a clip.
-    Or folder and name at once: --output-file-path PATH."""
+    """Name whose ending decides the format: .png .jpg .webp for a picture, .mp4 .webm .gif or a final / (a
+    folder of frames) for a clip. Or folder and name at once: --output-file-path PATH."""
     output_quality: str = "default"
     """Of lossy formats: maximum, high, medium, low or default."""
     output_compression: int | None = within(least=0, most=100)
@@ -148,7 +157,9 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class ParallelOptions:
-    """On how many devices. Each rank, a process of its own, has one; where there is no GPU, ranks share the CPU."""
+    """On how many devices. Each rank, a process of its own, has one; where there is no GPU, ranks share the
+    CPU.
+    """
 
     num_gpus: int | None = within(least=1, most=2**16)
     """Ranks on all machines. Alone it chooses how they share the work, and says so."""
@@ -169,7 +180,9 @@ class ParallelOptions:
     use_fsdp_inference: bool | None = None
     """Divide weights over ranks that would hold the same, and gather them block by block."""
     encoder_parallel: Literal["auto", "fold", "replicate"] = "auto"
-    """Text encoders: divided as tp_size says (auto), over all ranks of a replica (fold), or whole on each (replicate)."""
+    """Text encoders: divided as tp_size says (auto), over all ranks of a replica (fold), or whole on each
+    (replicate).
+    """
     vae_sp: bool | None = None
     """Divide the autoencoder's rows over the ranks of a replica; so it is done unless false."""
     nnodes: int | None = within(least=1)
@@ -204,7 +217,9 @@ NAMES = tuple(entry.name for group in GROUPS for entry in fields(group))
 
 @dataclass(frozen=True)
 class Place:
-    """Which one this process is of those that torchrun, or `tinydiff generate`, started: its rank of `size`, and that on its machine."""
+    """Which one this process is of those that torchrun, or `tinydiff generate`, started: its rank of `size`,
+    and that on its machine.
+    """
 
     rank: int
     size: int
@@ -213,8 +228,8 @@ class Place:
 
 
 def under_torchrun() -> Place | None:
-    """This process's place as the environment says it, None where no launcher started it. Raises UserError for a variable that no
-    launcher sets so.
+    """This process's place as the environment says it, None where no launcher started it. Raises UserError
+    for a variable that no launcher sets so.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if not {*names, "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
@@ -246,8 +261,9 @@ def keys(name: str) -> tuple[str, ...]:
 
 
 def cloud_storage() -> dict[str, str]:
-    """What the environment says of object storage, by SGLang's names without their first word, such as S3_BUCKET_NAME: the variable
-    TINYDIFF_S3_BUCKET_NAME, else SGLANG_S3_BUCKET_NAME. What is not set, or is empty, is left out."""
+    """What the environment says of object storage, by SGLang's names without their first word, such as
+    S3_BUCKET_NAME: the variable TINYDIFF_S3_BUCKET_NAME, else SGLANG_S3_BUCKET_NAME. What is not set, or is
+    empty, is left out."""
     found = {
         name: os.environ.get(f"TINYDIFF_{name}") or os.environ.get(f"SGLANG_{name}") for name in CLOUD_STORAGE
     }
@@ -255,7 +271,9 @@ def cloud_storage() -> dict[str, str]:
 
 
 def parse(argv: Sequence[str]) -> Options:
-    """The options of a command line, `--config FILE` read first and overruled by what is beside it. Raises UserError."""
+    """The options of a command line, `--config FILE` read first and overruled by what is beside it. Raises
+    UserError.
+    """
     given = flags.collect(flags.tokens(argv), [*NAMES, "config"], dashes=True)
     config = given.pop("config", None)
     entries = (
@@ -269,12 +287,16 @@ def parse(argv: Sequence[str]) -> Options:
 
 
 def options(entries: Mapping[str, Any]) -> Options:
-    """The options under these names, spelled as on the command line or as keys. Raises UserError naming what is wrong."""
+    """The options under these names, spelled as on the command line or as keys. Raises UserError naming what
+    is wrong.
+    """
     return _checked(flags.collect(entries.items(), NAMES))
 
 
 def seeds(sampling: SamplingOptions, prompt: int) -> tuple[int, ...]:
-    """The seeds of the outputs of prompt number `prompt`, in order. Raises UserError where they would go past the last seed."""
+    """The seeds of the outputs of prompt number `prompt`, in order. Raises UserError where they would go past
+    the last seed.
+    """
     count, given = sampling.num_outputs_per_prompt, sampling.seed
     if len(given) == 1:
         if given[0] + count - 1 > LAST_SEED:

@@ -14,9 +14,11 @@ MOST_TEXT = 1_000_000
 
 
 def entries_of(path: str) -> Iterator[tuple[str, Any]]:
-    """The (key, value) pairs of a JSON or YAML file of flat keys; `pipeline_config`, `vae_config` and `dit_config` may be nested.
+    """The (key, value) pairs of a JSON or YAML file of flat keys; `pipeline_config`, `vae_config` and
+    `dit_config` may be nested.
 
-    A null means "not given". Raises UserError for a file that is missing, unreadable or neither format, and for a key that stands twice.
+    A null means "not given". Raises UserError for a file that is missing, unreadable or neither format, and
+    for a key that stands twice.
     """
     text = paths.read_text(path, "config")
     if len(text) > MOST_TEXT:

@@ -1,4 +1,6 @@
-"""`tinydiff doctor`: what is installed and can run here, and whether our networks still equal the references'."""
+"""`tinydiff doctor`: what is installed and can run here, and whether our networks still equal the
+references'.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The entries of a JSON file as the fields of a record: the one place where their types and bounds are checked. No torch here.
+"""The entries of a JSON file as the fields of a record: the one place where their types and bounds are
+checked. No torch here.
 
-A record is a frozen dataclass whose annotations say the types; `BOUNDS` says by name what a number may be. What a file says is so either
-a value that the record's code can work with, or one sentence.
+A record is a frozen dataclass whose annotations say the types; `BOUNDS` says by name what a number may be.
+What a file says is so either a value that the record's code can work with, or one sentence.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ SHOWN = {int: "an integer", float: "a number", str: "a string", bool: "true or f
 
 
 def typed(record: type, entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `entries` that are fields of `record`, lists made tuples. Raises ValueError, one sentence, naming the field."""
+    """Those of `entries` that are fields of `record`, lists made tuples. Raises ValueError, one sentence,
+    naming the field.
+    """
     kinds = _kinds(record)
     return {name: value(name, kinds[name], entries[name]) for name in kinds if name in entries}
 

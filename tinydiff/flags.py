@@ -1,7 +1,9 @@
-"""The spelling of options: SGLang Diffusion's names and forms, from a command line or a file, as one flat dict of tinydiff's names.
+"""The spelling of options: SGLang Diffusion's names and forms, from a command line or a file, as one flat
+dict of tinydiff's names.
 
-Dashes and underscores are alike. An option that tinydiff has keeps its value for `config.py` to read; the long tail that it does not have
-is here as two tables, so that every flag of SGLang is known, and none is taken without effect or a word.
+Dashes and underscores are alike. An option that tinydiff has keeps its value for `config.py` to read; the
+long tail that it does not have is here as two tables, so that every flag of SGLang is known, and none is
+taken without effect or a word.
 """
 
 from __future__ import annotations
@@ -118,7 +120,9 @@ LATER: dict[str, str] = {
     "flux3_alpha= flux3_compile_text_encoder=false flux3_text_encoder_fp8=false flux3_keep_visual_vae_resident=false "
     "flux3_dit_keep_non_layer=false flux3_skip_empty_cache_after_request=false",
 }
-"""What does not exist yet: a feature, its flags, and behind each flag the values that ask for nothing (`a|b`; none: every value asks)."""
+"""What does not exist yet: a feature, its flags, and behind each flag the values that ask for nothing (`a|b`;
+none: every value asks).
+"""
 
 _OFF = {
     name: (feature, values.split("|") if values else [])
@@ -131,7 +135,8 @@ LATER_NAMES = frozenset(_OFF)
 
 
 def tokens(argv: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Split a command line into (name, values): `--name a b` gives [a, b], `--name=a` gives [a], and `--name` alone gives True.
+    """Split a command line into (name, values): `--name a b` gives [a, b], `--name=a` gives [a], and `--name`
+    alone gives True.
 
     A value begins with "--" only after an equals sign. Raises UserError for a word that belongs to no flag.
     """
@@ -153,11 +158,12 @@ def collect(
     dashes: bool = False,
     several: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Bring one source's (name, value) pairs to tinydiff's names: aliases, shorthands and per-component forms are resolved. What
-    is None is not given.
+    """Bring one source's (name, value) pairs to tinydiff's names: aliases, shorthands and per-component forms
+    are resolved. What is None is not given.
 
-    known: the names of the options. dashes: whether to speak of flags or of keys. The last of a repeated name counts, but of the names in
-    `several` all do. Raises UserError for an unknown name, with the nearest one, and for two spellings of one option.
+    known: the names of the options. dashes: whether to speak of flags or of keys. The last of a repeated name
+    counts, but of the names in `several` all do. Raises UserError for an unknown name, with the nearest one,
+    and for two spellings of one option.
     """
     known = [*known, *MAPS]
     found: dict[str, Any] = {}
@@ -240,7 +246,9 @@ _PER_COMPONENT = {
 
 
 def later(name: str, value: Any) -> str | None:
-    """The sentence that refuses `name` = `value` where its feature does not exist yet; None where the value asks for nothing."""
+    """The sentence that refuses `name` = `value` where its feature does not exist yet; None where the value
+    asks for nothing.
+    """
     feature, off = _OFF[name]
     value = of_python(value)
     parts = value.values() if name in LATER_MAPS else [value]

@@ -23,7 +23,8 @@ AS_IT_IS = "%/:=&?~+!$,;'@()*[]"
 def path(given: str | Path, field: str) -> Path:
     """A path that a user gave for the option `field`, with "~" and "~name" expanded to a home directory.
 
-    Where there is no such home directory, a file or directory of exactly that name is meant. Raises UserError where there is none.
+    Where there is no such home directory, a file or directory of exactly that name is meant. Raises UserError
+    where there is none.
     """
     literal = Path(given)
     try:
@@ -37,7 +38,9 @@ def path(given: str | Path, field: str) -> Path:
 
 
 def kind(path: Path) -> Literal["file", "directory", "other", ""]:
-    """What has this path, links followed. "" where nothing has: also where nothing can, because the path is too long or forbidden."""
+    """What has this path, links followed. "" where nothing has: also where nothing can, because the path is
+    too long or forbidden.
+    """
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):
@@ -52,7 +55,8 @@ def scheme(text: str) -> str:
 
 
 def ascii_url(url: str) -> str:
-    """An http(s) URL as it is sent: the host in IDNA, in the path and query what is not ASCII, and spaces, quoted; no fragment.
+    """An http(s) URL as it is sent: the host in IDNA, in the path and query what is not ASCII, and spaces,
+    quoted; no fragment.
 
     What is quoted already stays. Raises ValueError for a URL that cannot be taken apart.
     """
@@ -93,5 +97,7 @@ def read_text(given: str | Path, field: str) -> str:
 
 
 def lines(text: str) -> list[str]:
-    """The lines of a text, ended by LF, CR LF or CR alone; other separators, such as a form feed or U+2028, stand inside a line."""
+    """The lines of a text, ended by LF, CR LF or CR alone; other separators, such as a form feed or U+2028,
+    stand inside a line.
+    """
     return re.split(r"\r\n|\n|\r", text)

@@ -1,4 +1,6 @@
-"""What is printed: all that a stream takes, and never an exception for the rest. Work is not lost because nobody could read of it."""
+"""What is printed: all that a stream takes, and never an exception for the rest. Work is not lost because
+nobody could read of it.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from typing import Any, TextIO, cast
 class Steady:
     """A text stream whose writing never raises.
 
-    Characters that the stream's encoding has not are written as escapes. After the first refusal of the system, a full disk or a reader
-    that has gone, nothing more is written. refused: that refusal.
+    Characters that the stream's encoding has not are written as escapes. After the first refusal of the
+    system, a full disk or a reader that has gone, nothing more is written. refused: that refusal.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -37,7 +39,9 @@ class Steady:
 
     @contextmanager
     def _noted(self) -> Iterator[None]:
-        """Note what the system refuses, and from then on write to the null device, also what Python flushes when it ends."""
+        """Note what the system refuses, and from then on write to the null device, also what Python flushes
+        when it ends.
+        """
         try:
             yield
         except OSError as error:
@@ -70,7 +74,9 @@ def lost(out: Steady) -> str | None:
 
 
 def _hold_numbers() -> None:
-    """Open the null device in place of a standard stream that is closed: else the next file opened is what libraries print into."""
+    """Open the null device in place of a standard stream that is closed: else the next file opened is what
+    libraries print into.
+    """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)

@@ -1,4 +1,6 @@
-"""What a waiting user sees: the stage, and within a stage the steps and the seconds each takes. Nothing where nobody watches."""
+"""What a waiting user sees: the stage, and within a stage the steps and the seconds each takes. Nothing where
+nobody watches.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from tinydiff.printing import Steady
 
 
 class Bar:
-    """Shows stages and steps on a terminal; a `tinydiff.config.Progress`. Every stage leaves one line behind, its seconds at the end."""
+    """Shows stages and steps on a terminal; a `tinydiff.config.Progress`. Every stage leaves one line behind,
+    its seconds at the end.
+    """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         from tqdm import tqdm

@@ -1,4 +1,6 @@
-"""The frozen records that flow from request to result, and the one error a user's mistake raises. No torch here."""
+"""The frozen records that flow from request to result, and the one error a user's mistake raises. No torch
+here.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ MOST_SAID = 2000
 
 
 class UserError(ValueError):
-    """A mistake of the user: one sentence that names the field, the value and what is allowed. `field` is the option's name."""
+    """A mistake of the user: one sentence that names the field, the value and what is allowed. `field` is the
+    option's name.
+    """
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(
@@ -38,14 +42,18 @@ class RankError(RuntimeError):
 
 
 def _one_line(message: str) -> str:
-    """A sentence without line breaks and other control characters; of one that is too long the middle is left out."""
+    """A sentence without line breaks and other control characters; of one that is too long the middle is left
+    out.
+    """
     if len(message) > MOST_SAID:
         message = f"{message[: MOST_SAID - LONGEST]} … {message[-LONGEST:]}"
     return "".join(letter if letter.isprintable() else " " for letter in message)
 
 
 def shown(value: Any) -> str:
-    """A user's value as an error shows it: what Python writes for it, of a long one the beginning and the end."""
+    """A user's value as an error shows it: what Python writes for it, of a long one the beginning and the
+    end.
+    """
     if isinstance(value, int) and abs(value) >= 10**LONGEST:
         return f"an integer of more than {LONGEST} digits"
     try:
@@ -70,16 +78,22 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt with every parameter resolved and checked. Sizes in pixels; one picture or clip is made per seed."""
+    """One prompt with every parameter resolved and checked. Sizes in pixels; one picture or clip is made per
+    seed.
+    """
 
     prompt: str
     negative_prompt: str
     images: tuple[numpy.ndarray, ...]
     """Given frames, or the picture to start from, uint8 [height, width, 3], already at the request's size."""
     originals: tuple[numpy.ndarray, ...]
-    """The given pictures at their own sizes, for networks that have a size of their own; with opacity [H, W, 4] where layers are made."""
+    """The given pictures at their own sizes, for networks that have a size of their own; with opacity [H, W,
+    4] where layers are made.
+    """
     mask: numpy.ndarray | None
-    """Where the given picture is painted anew: uint8 [height, width], 255 there and 0 elsewhere. None: everywhere."""
+    """Where the given picture is painted anew: uint8 [height, width], 255 there and 0 elsewhere. None:
+    everywhere.
+    """
     starts: bool
     """Whether the loop starts from the given picture, made noisy; else the network is told of it."""
     strength: float
@@ -129,7 +143,9 @@ class Result:
     frames: tuple[numpy.ndarray, ...]
     """Per seed: uint8 [frames, height, width, 3], or layers with opacity [layers, height, width, 4]."""
     latents: tuple[torch.Tensor, ...]
-    """Per seed: the denoised latents [C, F, H, W] as the autoencoder takes them (F counts layers where there are), float32 on the CPU."""
+    """Per seed: the denoised latents [C, F, H, W] as the autoencoder takes them (F counts layers where there
+    are), float32 on the CPU.
+    """
     parameters: Mapping[str, Any]
     """Every effective parameter, JSON-able."""
     seeds: tuple[int, ...]

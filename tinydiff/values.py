@@ -1,6 +1,7 @@
 """One value of an option: how it is read, as what type, and in which bounds. No torch here.
 
-A value is a word of a command line, or what a JSON or YAML file or a Python program holds. None means that it is not given.
+A value is a word of a command line, or what a JSON or YAML file or a Python program holds. None means that it
+is not given.
 """
 
 from __future__ import annotations
@@ -102,7 +103,9 @@ def read(name: str, kind: Any, value: Any) -> Any:
 
 
 def of_python(value: Any) -> Any:
-    """A number or a list of numbers of NumPy, and of whatever else has arrays, as Python has it; a range as a list."""
+    """A number or a list of numbers of NumPy, and of whatever else has arrays, as Python has it; a range as a
+    list.
+    """
     if isinstance(value, range):
         return list(value[: MOST_VALUES + 1])
     if type(getattr(value, "ndim", None)) is int and value.ndim <= 1 and hasattr(value, "tolist"):
@@ -111,7 +114,9 @@ def of_python(value: Any) -> Any:
 
 
 def _several(name: str, kind: Any, value: Any) -> tuple[Any, ...]:
-    """The values of an option that takes any number of them; numbers of a text stand between commas or spaces."""
+    """The values of an option that takes any number of them; numbers of a text stand between commas or
+    spaces.
+    """
     words = list(value) if isinstance(value, list | tuple) else [value]
     if kind is not str:
         if len(words) > MOST_VALUES or any(
@@ -158,7 +163,9 @@ _NAMES_FILE = re.compile(r".*_(path|file|file_name|dir)|component_paths\..*")
 
 
 def _encodable(name: str, text: str) -> str:
-    """A text that can be written again: no halves of characters and, but in paths, no bytes that are not UTF-8."""
+    """A text that can be written again: no halves of characters and, but in paths, no bytes that are not
+    UTF-8.
+    """
     try:
         text.encode("utf-8", "surrogateescape" if _NAMES_FILE.fullmatch(name) else "strict")
     except UnicodeEncodeError:

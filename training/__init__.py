@@ -1,1 +1,3 @@
-"""Trains the model shipped with tinydiff: procedural data, the autoencoder, the text encoder with the transformer, and their evaluation."""
+"""Trains the model shipped with tinydiff: procedural data, the autoencoder, the text encoder with the
+transformer, and their evaluation.
+"""

@@ -1,10 +1,12 @@
 """Training of the autoencoder in three stages: on pictures, then on clips too, then of the decoder alone.
 
-For one picture a causal kernel reduces to its last temporal slice, so `pictures` trains 2-D kernels. `clips` puts zero slices before
-them; of the encoder it trains only those and the temporal convolutions, so a picture's latents stay exactly what they were and the
-denoiser can already be trained on them. `polish` leaves the encoder as it is, so that nothing the denoiser learns from moves any more.
+For one picture a causal kernel reduces to its last temporal slice, so `pictures` trains 2-D kernels. `clips`
+puts zero slices before them; of the encoder it trains only those and the temporal convolutions, so a
+picture's latents stay exactly what they were and the denoiser can already be trained on them. `polish` leaves
+the encoder as it is, so that nothing the denoiser learns from moves any more.
 
-Convolutions run in bfloat16 with channels innermost, which is several times faster on CPUs that have it; the weights stay float32.
+Convolutions run in bfloat16 with channels innermost, which is several times faster on CPUs that have it; the
+weights stay float32.
 """
 
 from __future__ import annotations
@@ -32,13 +34,17 @@ FLAT = (
     f"decoder.up_blocks.{len(C.dim_mult) - 1}.",
     "decoder.conv_out.",
 )
-"""Layers at the finest resolution never look at earlier frames: their kernels keep one temporal slice until they are exported."""
+"""Layers at the finest resolution never look at earlier frames: their kernels keep one temporal slice until
+they are exported.
+"""
 STAGES = ("pictures", "clips", "polish")
 Params = dict[str, Tensor]
 
 
 def annealed(step: int, steps: int, warmup: int) -> float:
-    """The share of the full learning rate at a step: up in a line over `warmup` steps, then down a cosine to a fiftieth."""
+    """The share of the full learning rate at a step: up in a line over `warmup` steps, then down a cosine to
+    a fiftieth.
+    """
     return min(1, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
@@ -48,7 +54,9 @@ def keep(path: Path, state: Any) -> None:
 
 
 def initial(seed: int) -> Params:
-    """Random weights; spatial kernels have one temporal slice, the last layer of every residual branch starts at zero."""
+    """Random weights; spatial kernels have one temporal slice, the last layer of every residual branch starts
+    at zero.
+    """
     generator = torch.Generator().manual_seed(seed)
     params = {}
     for row in wan_vae.spec(C):
@@ -67,7 +75,9 @@ def initial(seed: int) -> Params:
 
 
 def with_past(params: Params, flat: tuple[str, ...] = FLAT) -> Params:
-    """Kernels [O, I, 1, 3, 3] -> [O, I, 3, 3, 3], zeros for the two frames before; layers below the prefixes `flat` stay as they are."""
+    """Kernels [O, I, 1, 3, 3] -> [O, I, 3, 3, 3], zeros for the two frames before; layers below the prefixes
+    `flat` stay as they are.
+    """
     grown = {}
     for row in wan_vae.spec(C):
         kernel = params[row.name]
@@ -81,7 +91,9 @@ def with_past(params: Params, flat: tuple[str, ...] = FLAT) -> Params:
 
 
 def fast(params: Params, dtype: torch.dtype = torch.bfloat16) -> Params:
-    """The weights as the convolutions are quickest with: channels innermost, in bfloat16 where the processor computes in it."""
+    """The weights as the convolutions are quickest with: channels innermost, in bfloat16 where the processor
+    computes in it.
+    """
     layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
     return {
         n: t.to(dtype, memory_format=layouts.get(t.ndim, torch.preserve_format)) for n, t in params.items()
@@ -89,7 +101,9 @@ def fast(params: Params, dtype: torch.dtype = torch.bfloat16) -> Params:
 
 
 def losses(params: Params, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(absolute and squared error of pixels and of their differences to the neighbours, divergence of the latents from a unit Gaussian)."""
+    """(absolute and squared error of pixels and of their differences to the neighbours, divergence of the
+    latents from a unit Gaussian).
+    """
     w = Weights(fast(params))
     mean, log_variance = wan_vae.moments(C, w, x.to(torch.bfloat16)).float().chunk(2, 1)
     log_variance = log_variance.clamp(-12, 4)
@@ -151,7 +165,8 @@ def average_gradients(leaves: list[Tensor], ranks: int) -> None:
 def train(
     stage: str, run: Path, steps: int, seed: int = 1, log: Callable[[str], None] = print, device: str = "cpu"
 ) -> None:
-    """Train one of `STAGES` for `steps` in all and write `run/<stage>.pt`; resumes from that file when it is there.
+    """Train one of `STAGES` for `steps` in all and write `run/<stage>.pt`; resumes from that file when it is
+    there.
 
     Where torch.distributed runs, the ranks share each batch and rank 0 writes.
     """

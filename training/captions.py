@@ -1,6 +1,7 @@
 """Scenes in words: sentences of varied wording that leave attributes out.
 
-`describe` gives a sentence and the attributes it names; what it does not name is random in the scene. Every sentence is true of its scene.
+`describe` gives a sentence and the attributes it names; what it does not name is random in the scene. Every
+sentence is true of its scene.
 """
 
 from random import Random
@@ -103,13 +104,16 @@ def full_caption(scene: Scene) -> str:
 
 
 def prompt(scene: Scene, rng: Random) -> tuple[str, dict[str, str]]:
-    """A sentence in random wording that names at least the combination that the held-out rule is about, and what it names."""
+    """A sentence in random wording that names at least the combination that the held-out rule is about, and
+    what it names.
+    """
     extra = {name for name in scene.attributes if rng.random() < NAMED[name]}
     return describe(scene, rng, extra | set(KEYS[scene.kind]))
 
 
 def describe(scene: Scene, rng: Random, naming: set[str] | None = None) -> tuple[str, dict[str, str]]:
-    """A sentence in random wording, and the attributes that it names with their values; `naming` fixes which (None draws them).
+    """A sentence in random wording, and the attributes that it names with their values; `naming` fixes which
+    (None draws them).
 
     A pair always names its relation, without which it would be no pair.
     """

@@ -1,4 +1,6 @@
-"""The model card: what the shipped model is, what it was trained on and how well it does, from the files of the run and the evaluation."""
+"""The model card: what the shipped model is, what it was trained on and how well it does, from the files of
+the run and the evaluation.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Training of the denoiser and its text encoder, together, on the autoencoder's latents: flow matching with velocity prediction.
+"""Training of the denoiser and its text encoder, together, on the autoencoder's latents: flow matching with
+velocity prediction.
 
-Pictures are clips of one latent frame, so one network learns both, and every step takes all kinds of scenes: without clips among them it
-forgets clips within minutes. Some clips are given their first frame, its tokens clean and at timestep 0, as TI2V wants it. One prompt in
-ten is empty, for guidance.
+Pictures are clips of one latent frame, so one network learns both, and every step takes all kinds of scenes:
+without clips among them it forgets clips within minutes. Some clips are given their first frame, its tokens
+clean and at timestep 0, as TI2V wants it. One prompt in ten is empty, for guidance.
 """
 
 from __future__ import annotations
@@ -39,25 +40,31 @@ C = model.TRANSFORMER
 EMPTY = 0.1  # share of prompts left empty
 GIVEN = 0.15  # share of batches of clips whose first frame is given
 RATE, WARMUP, ENDING = 8e-4, 50, 0.2
-"""The learning rate, over how many steps it rises to that, and in what last share of the training it falls along a cosine."""
+"""The learning rate, over how many steps it rises to that, and in what last share of the training it falls
+along a cosine.
+"""
 INERTIA = 0.995  # of the average of the weights, which is what is exported
 PROBE = 0.05
-"""What the losses of the two linear probes count, which are thrown away in the end. A model that is trained on has none."""
+"""What the losses of the two linear probes count, which are thrown away in the end. A model that is trained
+on has none.
+"""
 PLACED, SHAPED = 2, 4
-"""After how many blocks a probe reads each token's place, and after how many the nearest shape: what it is, how far off and how large.
-Rope tells tokens only where they are to each other; absolute places, which prompts name, can be found out at the borders of the picture.
-The shape's outline moves the error of few tokens, and only when all of them agree where its centre is. Without these pushes the network
-finds both out very late."""
+"""After how many blocks a probe reads each token's place, and after how many the nearest shape: what it is,
+how far off and how large. Rope tells tokens only where they are to each other; absolute places, which prompts
+name, can be found out at the borders of the picture. The shape's outline moves the error of few tokens, and
+only when all of them agree where its centre is. Without these pushes the network finds both out very late."""
 SHIFT, SPREAD = 4.0, 1.2
-"""Noise levels are logit-normal with this spread, then shifted: few tokens with flat colours show what they are through much noise, so
-what a scene holds is decided at the highest levels. A clip shows it through still more: its shift grows with the root of its latent
-frames."""
+"""Noise levels are logit-normal with this spread, then shifted: few tokens with flat colours show what they
+are through much noise, so what a scene holds is decided at the highest levels. A clip shows it through still
+more: its shift grows with the root of its latent frames."""
 Params = dict[str, Tensor]
 Log = Callable[[str], None]
 
 
 def initial(seed: int, vocabulary: int) -> tuple[Params, t5.Config]:
-    """Random weights, `text.` and `denoiser.` before their names; every branch ends in zeros, so the network starts as the identity."""
+    """Random weights, `text.` and `denoiser.` before their names; every branch ends in zeros, so the network
+    starts as the identity.
+    """
     generator = torch.Generator().manual_seed(seed)
     text = model.text_encoder(vocabulary)
     params: Params = {}
@@ -104,7 +111,9 @@ def loss(
     latents: Tensor,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """(mean squared error of the predicted velocity, the probes' loss or 0 without probes), over normalised latents [B, Z, F, H, W]."""
+    """(mean squared error of the predicted velocity, the probes' loss or 0 without probes), over normalised
+    latents [B, Z, F, H, W].
+    """
     w = Weights(params)
     hidden = wan.text_input(t5.encode(text, Plan(), w / "text", ids, mask), mask)
     clean = patchify(latents, C.patch_size)
@@ -133,14 +142,18 @@ def loss(
 
 
 def _place_lost(probe: Tensor, hidden_BLD: Tensor, places_L2: Tensor) -> Tensor:
-    """How badly a linear probe [16, D] reads each token's row and column, 8 of each, off what it holds: a cross-entropy."""
+    """How badly a linear probe [16, D] reads each token's row and column, 8 of each, off what it holds: a
+    cross-entropy.
+    """
     rows, columns = _read(probe, hidden_BLD).flatten(0, 1).chunk(2, -1)
     row, column = places_L2.repeat(len(hidden_BLD), 1).unbind(-1)
     return F.cross_entropy(rows, row) + F.cross_entropy(columns, column)
 
 
 def _shape_lost(probe: Tensor, hidden_BLD: Tensor, shape_BL: Tensor, outline_BL3: Tensor) -> Tensor:
-    """How badly a linear probe [5 + 3, D] reads `nearest`: a cross-entropy and an absolute error, smooth at 0."""
+    """How badly a linear probe [5 + 3, D] reads `nearest`: a cross-entropy and an absolute error, smooth at
+    0.
+    """
     shape, outline = _read(probe, hidden_BLD).split((len(SHAPES), 3), -1)
     return F.cross_entropy(shape.flatten(0, 1), shape_BL.flatten()) + F.smooth_l1_loss(
         outline, outline_BL3, beta=0.1
@@ -152,7 +165,9 @@ def _read(probe: Tensor, hidden_BLD: Tensor) -> Tensor:
 
 
 def nearest(made: list[Scene], positions_L3: Tensor) -> tuple[Tensor, Tensor]:
-    """The shape nearest to each token: its index in SHAPES [B, L], and its centre from the token's and its radius, in 16 px, [B, L, 3]."""
+    """The shape nearest to each token: its index in SHAPES [B, L], and its centre from the token's and its
+    radius, in 16 px, [B, L, 3].
+    """
     first = [(scene.start, scene.end) for scene in made]
     second = [(scene.start2 or (1e6, 1e6, 0.0),) * 2 for scene in made]
     start, end = torch.tensor([first, second], device=positions_L3.device).unbind(2)  # [2, B, 3]
@@ -193,15 +208,17 @@ def normalisation(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def pace(step: int, done: float) -> float:
-    """The share of the full learning rate at a step where `done` of the whole training, in [0, 1], is behind it."""
+    """The share of the full learning rate at a step where `done` of the whole training, in [0, 1], is behind
+    it.
+    """
     left = min(1.0, max(0.0, 1 - done) / ENDING)
     return min(1, (step + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 - math.cos(math.pi * left)))
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one kind of scene is to the training: how many scenes a step takes, how many are coded before the first step and at each
-    one, and what their loss counts."""
+    """What one kind of scene is to the training: how many scenes a step takes, how many are coded before the
+    first step and at each one, and what their loss counts."""
 
     batch: int
     first: int
@@ -218,7 +235,9 @@ MIX: dict[Kind, Share] = {
 
 @dataclass(frozen=True)
 class Length:
-    """How long to train: `steps` or `minutes` in all, whichever is given, and for how many minutes of that at most in this call."""
+    """How long to train: `steps` or `minutes` in all, whichever is given, and for how many minutes of that at
+    most in this call.
+    """
 
     steps: int | None = None
     minutes: float | None = None
@@ -231,8 +250,8 @@ class Length:
 
 @dataclass(frozen=True)
 class Start:
-    """What a training begins with: an autoencoder's weights, the denoiser's and text encoder's, and the latents' mean and deviation, which
-    are measured where they are None."""
+    """What a training begins with: an autoencoder's weights, the denoiser's and text encoder's, and the
+    latents' mean and deviation, which are measured where they are None."""
 
     coder: Params
     params: Params
@@ -260,10 +279,12 @@ def train(
     device: str = "cpu",
     every: float = 240,
 ) -> bool:
-    """Train and write `run/denoiser.pt` every so many seconds and in the end; goes on from that file where it is there, else from `start`.
+    """Train and write `run/denoiser.pt` every so many seconds and in the end; goes on from that file where it
+    is there, else from `start`.
     Returns whether the whole is done.
 
-    Each step takes a batch of each kind in `mix`. Where torch.distributed runs, the ranks share each batch and rank 0 writes.
+    Each step takes a batch of each kind in `mix`. Where torch.distributed runs, the ranks share each batch
+    and rank 0 writes.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     words = Tokenizer.from_file(str(tokenizer))

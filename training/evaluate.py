@@ -1,4 +1,6 @@
-"""Makes pictures and clips from held-out prompts and reads off their pixels whether they show what the prompt names."""
+"""Makes pictures and clips from held-out prompts and reads off their pixels whether they show what the prompt
+names.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,9 @@ def evaluate(
 ) -> dict[Kind, dict[str, Any]]:
     """Figures of the model in `folder`, and a contact sheet of the first of each kind as the picture `sheet`.
 
-    An output is right when every attribute that its prompt names is read off its pixels. `fields` go to `tinydiff.generate`. Returns
-    {kind: {count, right, share, wrong: {attribute: times}, seconds, failures}} and writes it to `folder / evaluation.json`.
+    An output is right when every attribute that its prompt names is read off its pixels. `fields` go to
+    `tinydiff.generate`. Returns {kind: {count, right, share, wrong: {attribute: times}, seconds, failures}}
+    and writes it to `folder / evaluation.json`.
     """
     model = tinydiff.load(str(folder), model_id=SHIPPED)
     figures, shown, texts = {}, [], []

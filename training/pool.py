@@ -43,9 +43,11 @@ def drawn(kind: Kind, count: int, seed: int, first: tuple[Scene, ...] = ()) -> t
 
 
 def coder(weights: Params, device: str = "cpu") -> Coder:
-    """Scenes of one kind -> the means of their latents, by the weights of an autoencoder as `autoencoder.train` makes or as exported.
+    """Scenes of one kind -> the means of their latents, by the weights of an autoencoder as
+    `autoencoder.train` makes or as exported.
 
-    Stills need the last temporal slice of the kernels alone, which is what their latents have always been made with.
+    Stills need the last temporal slice of the kernels alone, which is what their latents have always been
+    made with.
     """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     clips = Weights(autoencoder.fast(_to(_flat(weights, autoencoder.FLAT), device), dtype))

@@ -1,6 +1,8 @@
-"""Reads a picture or clip back into words, from its pixels alone: what is where, in which colour, on what background, and how it moves.
+"""Reads a picture or clip back into words, from its pixels alone: what is where, in which colour, on what
+background, and how it moves.
 
-The evaluation compares these readings with the attributes that a prompt named. Nothing here knows what was meant to be drawn.
+The evaluation compares these readings with the attributes that a prompt named. Nothing here knows what was
+meant to be drawn.
 """
 
 from dataclasses import dataclass
@@ -13,7 +15,8 @@ from training.scenes import CANVAS, DIRECTIONS, PALETTE, PLACES, SHAPES, coverag
 Frame = np.ndarray  # uint8 [H, W, 3]; H == W
 
 CONTRAST = 45.0  # how far from the background's colour a pixel of a shape is at least, of 441
-COLOUR_LIMIT = 60.0  # how far from a colour of the palette a pixel has it at most: beyond, the colour is muddy and has no name
+# how far from a colour of the palette a pixel has it at most: beyond, the colour is muddy and has no name
+COLOUR_LIMIT = 60.0
 SPECK = 40  # pixels of a 128 x 128 canvas: fewer are not a shape
 LIKENESS = 0.7  # overlap with the best of the five shapes below which a blob is none of them
 SIZE_LIMIT = 23.0  # half width or height, whichever is larger, of the 128 pixels: small is below
@@ -23,7 +26,9 @@ _COLOURS = np.array(list(PALETTE.values()), dtype=np.float32)
 
 @dataclass(frozen=True)
 class Blob:
-    """One connected area that differs from the background. Lengths in pixels of a 128 x 128 canvas, whatever the picture's size."""
+    """One connected area that differs from the background. Lengths in pixels of a 128 x 128 canvas, whatever
+    the picture's size.
+    """
 
     colour: str | None  # None: none of the palette
     shape: str | None  # None: like none of the five
@@ -42,10 +47,11 @@ class Reading:
 
 
 def judge(named: dict[str, str], frames: torch.Tensor | np.ndarray) -> dict[str, bool]:
-    """Whether each attribute that a prompt named (see `captions.describe`) holds in uint8 frames [T, H, W, 3].
+    """Whether each attribute that a prompt named (see `captions.describe`) holds in uint8 frames [T, H, W,
+    3].
 
-    Colour, shape and background must hold in the first, the middle and the last frame. Where one of these frames has another number of
-    shapes than the prompt names, no attribute is right but the background.
+    Colour, shape and background must hold in the first, the middle and the last frame. Where one of these
+    frames has another number of shapes than the prompt names, no attribute is right but the background.
     """
     frames = np.asarray(frames)
     shown = [read(frames[t]) for t in sorted({0, len(frames) // 2, len(frames) - 1})]
@@ -143,7 +149,9 @@ def colour_name(rgb: np.ndarray) -> str | None:
 def _blob(
     pixels: np.ndarray, ground: np.ndarray, distance: np.ndarray, area: np.ndarray, scale: float
 ) -> Blob:
-    """Measures one connected area: its colour inside, then how much of each pixel it covers, its box, and the shape most like it."""
+    """Measures one connected area: its colour inside, then how much of each pixel it covers, its box, and the
+    shape most like it.
+    """
     inside = area & (distance >= np.percentile(distance[area], 50))  # away from the soft edge
     colour = np.median(pixels[inside], axis=0)
     way = colour - ground
@@ -157,7 +165,9 @@ def _blob(
 
 
 def _most_like(cover: np.ndarray, x: float, y: float, half: float) -> tuple[str | None, float]:
-    """The shape whose ideal drawing in the same box overlaps most, over a few sizes and shifts, and that overlap."""
+    """The shape whose ideal drawing in the same box overlaps most, over a few sizes and shifts, and that
+    overlap.
+    """
     side = min(int(2 * half) + 8, cover.shape[0])  # a window around it is enough, and faster
     left, top = (min(max(int(centre - side / 2), 0), cover.shape[0] - side) for centre in (x, y))
     seen = torch.from_numpy(cover[top : top + side, left : left + side].astype(np.float32))
@@ -185,7 +195,8 @@ def _dilated(mask: np.ndarray) -> np.ndarray:
 
 
 def components(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """Labels the connected areas (corners count) of a boolean mask [H, W] from 1; returns the labels and how many there are.
+    """Labels the connected areas (corners count) of a boolean mask [H, W] from 1; returns the labels and how
+    many there are.
 
     Row by row: each run of pixels joins the runs that it touches in the row above.
     """

@@ -1,13 +1,16 @@
-"""The procedural data set: coloured shapes on a plain background, as pictures of one shape or of a pair and as clips of one moving shape.
+"""The procedural data set: coloured shapes on a plain background, as pictures of one shape or of a pair and
+as clips of one moving shape.
 
-A `Scene` says what is shown (its attributes, words of the tuples below) and exactly where (its continuous parameters, pixels of a
-128 x 128 canvas, y pointing down). `scenes` samples them, `render` draws a batch of them with analytic distance fields.
-`training.captions` puts them into words.
+A `Scene` says what is shown (its attributes, words of the tuples below) and exactly where (its continuous
+parameters, pixels of a 128 x 128 canvas, y pointing down). `scenes` samples them, `render` draws a batch of
+them with analytic distance fields. `training.captions` puts them into words.
 
-Everything lies on a grid that the networks see as whole tokens: centres on corners of the denoiser's tokens of 16 pixels, one radius for
-each size, and moving shapes go one latent pixel in each latent frame. So one shape is one pattern of latents, moved by whole tokens.
+Everything lies on a grid that the networks see as whole tokens: centres on corners of the denoiser's tokens
+of 16 pixels, one radius for each size, and moving shapes go one latent pixel in each latent frame. So one
+shape is one pattern of latents, moved by whole tokens.
 
-One in ten combinations of attributes is held out by a fixed rule (`held_out`): training never sees them, the evaluation sees nothing else.
+One in ten combinations of attributes is held out by a fixed rule (`held_out`): training never sees them, the
+evaluation sees nothing else.
 """
 
 import math
@@ -62,12 +65,15 @@ KEYS: dict[Kind, tuple[str, ...]] = {
     "pair": ("colour", "shape", "relation", "colour2", "shape2"),
     "clip": ("colour", "shape", "motion"),
 }
-SALT = 2  # of the checksum that holds combinations out: with it, every word is in some of them, and every word is trained
+# of the checksum that holds combinations out: with it, every word is in some of them, and every word is
+# trained
+SALT = 2
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture or clip: attributes in words (None where the kind has no such attribute), then the parameters that `render` draws.
+    """One picture or clip: attributes in words (None where the kind has no such attribute), then the
+    parameters that `render` draws.
 
     `size` of a clip is that of its first frame and `place` that of the middle of its path (None: anywhere).
     `start`, `end` and `start2` are (x, y, radius) in pixels; a picture has start == end.
@@ -95,7 +101,9 @@ class Scene:
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether the scene belongs to the one combination in ten that training never sees (by a checksum of the words)."""
+    """Whether the scene belongs to the one combination in ten that training never sees (by a checksum of the
+    words).
+    """
     words = "/".join(str(getattr(scene, name)) for name in KEYS[scene.kind])
     return zlib.crc32(f"{SALT}/{scene.kind}/{words}".encode()) % 10 == 0
 
@@ -156,7 +164,9 @@ def _clip(rng: Random) -> Scene:
 
 
 def render(batch: list[Scene], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Draws scenes of pictures and pairs (T = 1) or of clips (T = 17): [B, 3, T, 128, 128] in [-1, 1], edges one pixel soft."""
+    """Draws scenes of pictures and pairs (T = 1) or of clips (T = 17): [B, 3, T, 128, 128] in [-1, 1], edges
+    one pixel soft.
+    """
     frames = FRAMES if batch[0].kind == "clip" else 1
     if any((scene.kind == "clip") != (frames > 1) for scene in batch):
         raise ValueError("a batch is all pictures or all clips")
@@ -194,7 +204,8 @@ def to_pixels(video: Tensor) -> Tensor:
 
 
 def coverage(shape: str, x: Tensor, y: Tensor, radius: Tensor, side: int = CANVAS) -> Tensor:
-    """How much of each pixel a shape covers: [..., side, side] in [0, 1] for centres and radii [...] in pixels.
+    """How much of each pixel a shape covers: [..., side, side] in [0, 1] for centres and radii [...] in
+    pixels.
 
     The box around each shape is centred on (x, y) and at most 2 * radius wide and high.
     """
@@ -220,7 +231,9 @@ def _distance(shape: str, u: Tensor, v: Tensor, r: Tensor) -> Tensor:
 
 
 def _star(u: Tensor, v: Tensor, r: Tensor) -> Tensor:
-    """Five points of radius r around 0.42 r: the plane is folded onto one half of one point, where the edge is one line."""
+    """Five points of radius r around 0.42 r: the plane is folded onto one half of one point, where the edge
+    is one line.
+    """
     cos, sin = math.cos(math.pi / 5), math.sin(math.pi / 5)
     rise = (1 - cos) / 2 * r  # the box of a star lies (1 - cos 36) / 2 above its centre
     a, b = u.abs(), rise - v  # b points up

@@ -38,7 +38,9 @@ def contact_sheet(
 
 
 def filmstrip(frames: Sequence[Image.Image], count: int = 4) -> Image.Image:
-    """`count` evenly spaced frames of a clip, the first and the last among them, two by two in one square picture."""
+    """`count` evenly spaced frames of a clip, the first and the last among them, two by two in one square
+    picture.
+    """
     chosen = [frames[round(i * (len(frames) - 1) / (count - 1))] for i in range(count)]
     wide, high = (side + GAP for side in chosen[0].size)
     columns = max(1, round(count**0.5))

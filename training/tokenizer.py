@@ -1,11 +1,12 @@
-"""Builds the tokenizer of the shipped model: T5's kind, with a piece for each word of the captions and single characters for other words.
+"""Builds the tokenizer of the shipped model: T5's kind, with a piece for each word of the captions and single
+characters for other words.
 
-The pieces and their scores are counted, not searched: each word of the captions is one piece that scores the logarithm of its share,
-each printable ASCII character one that scores less than any word. So any English text has pieces, and the same captions give the same
-file.
+The pieces and their scores are counted, not searched: each word of the captions is one piece that scores the
+logarithm of its share, each printable ASCII character one that scores less than any word. So any English text
+has pieces, and the same captions give the same file.
 
-Capitals become small by a SentencePiece character map, because that is the one normalizer that T5TokenizerFast takes over from a
-tokenizer.json.
+Capitals become small by a SentencePiece character map, because that is the one normalizer that
+T5TokenizerFast takes over from a tokenizer.json.
 """
 
 import json
@@ -39,7 +40,9 @@ def corpus(seed: int = 0, count: int = 4000) -> Iterable[str]:
 
 
 def pieces(texts: Iterable[str]) -> list[tuple[str, float]]:
-    """The vocabulary: (piece, score) at its id. Special tokens, the bare space, characters, then words from the most common."""
+    """The vocabulary: (piece, score) at its id. Special tokens, the bare space, characters, then words from
+    the most common.
+    """
     counts = Counter(word for text in texts for word in re.findall(r"[a-z]+", text.lower()))
     total = sum(counts.values())
     characters = [c for c in string.printable if c.isprintable() and not c.isspace() and not c.isupper()]
@@ -70,7 +73,9 @@ def build(vocabulary: list[tuple[str, float]]) -> Tokenizer:
 
 
 def save(folder: str | Path) -> Tokenizer:
-    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json, which T5TokenizerFast loads, and returns the tokenizer."""
+    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json, which T5TokenizerFast loads,
+    and returns the tokenizer.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build(pieces(corpus()))
@@ -88,12 +93,14 @@ def save(folder: str | Path) -> Tokenizer:
 
 
 def character_map(sources: str, targets: str) -> bytes:
-    """A SentencePiece character map of ASCII characters: a Darts double array, then the targets, each ended by a zero byte.
+    """A SentencePiece character map of ASCII characters: a Darts double array, then the targets, each ended
+    by a zero byte.
 
-    A walk through the array starts at unit 0, goes from a unit to (its index xor its offset) xor the next byte, and fails unless that
-    unit is labelled with the byte. A unit with a leaf has it at (its index xor its offset). Here: the first bytes at 256 + byte, their
-    leaves at 512 + byte.
-    https://github.com/s-yata/darts-clone, https://github.com/google/sentencepiece/blob/master/src/normalizer.cc
+    A walk through the array starts at unit 0, goes from a unit to (its index xor its offset) xor the next
+    byte, and fails unless that unit is labelled with the byte. A unit with a leaf has it at (its index xor
+    its offset). Here: the first bytes at 256 + byte, their leaves at 512 + byte.
+    https://github.com/s-yata/darts-clone,
+    https://github.com/google/sentencepiece/blob/master/src/normalizer.cc
     """
     units = [0] * 768
     units[0] = 256 << 10

@@ -31,7 +31,9 @@ def read(tmp_path):
 
 
 def png(depth: int, kind: int, rows: list[bytes], **chunks: bytes) -> bytes:
-    """A PNG from its packed rows; kind: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA. chunks: before the pixels."""
+    """A PNG from its packed rows; kind: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA. chunks: before
+    the pixels.
+    """
     channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
     head = struct.pack(">IIBBBBB", 8 * len(rows[0]) // (depth * channels), len(rows), depth, kind, 0, 0, 0)
     parts = [
@@ -58,7 +60,8 @@ def words(*values: int) -> bytes:
     return struct.pack(f">{len(values)}H", *values)
 
 
-# -- depth ---------------------------------------------------------------------------------------------------------------------------
+# -- depth
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def test_float_tiff_from_0_to_1(read):
@@ -125,7 +128,8 @@ def test_rgb_of_16_bits(read):
     assert read(png(16, 6, [alpha]), opacity=True) == [[[200, 60, 50, 255], [10, 20, 30, 0]]]
 
 
-# -- transparency --------------------------------------------------------------------------------------------------------------------
+# -- transparency
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -186,7 +190,8 @@ def test_the_first_of_a_gif_keeps_its_transparency(read):
     assert read(first, "GIF", transparency=0, opacity=True)[0] == [[9, 9, 9, 0], [200, 60, 50, 255]]
 
 
-# -- colour --------------------------------------------------------------------------------------------------------------------------
+# -- colour
+# --------------------------------------------------------------------------------------------------------------------------
 
 P3 = profiles.rgb(profiles.P3)
 
@@ -283,7 +288,8 @@ def test_a_profile_and_an_orientation(read):
     assert read(deep, exif=exif) == [[[0] * 3], [[255] * 3]]
 
 
-# -- what is not read ----------------------------------------------------------------------------------------------------------------
+# -- what is not read
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_programs_are_not_run(read):

@@ -44,7 +44,9 @@ def spiece(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(spiece):
-    """transformers' own T5 tokenizer over the same pieces. (Its reader of spiece.model needs protobuf, so the pieces are handed over.)"""
+    """transformers' own T5 tokenizer over the same pieces. (Its reader of spiece.model needs protobuf, so the
+    pieces are handed over.)
+    """
     transformers = pytest.importorskip("transformers")
     engine = sentencepiece.SentencePieceProcessor(model_file=str(spiece / "spiece.model"))
     pieces = [
@@ -145,7 +147,8 @@ def test_unusable_files(tmp_path):
         load_tokenizer(tmp_path)
 
 
-# --- byte pairs: vocab.json and merges.txt ------------------------------------------------------------------------------------------
+# --- byte pairs: vocab.json and merges.txt
+# ------------------------------------------------------------------------------------------
 
 FRAMED = "<|startoftext|> a <|endoftext|>\n<|im_start|>user\nIt's THEY'LL<|im_end|>\n<|image_pad|> <think>x</think>"
 SAMPLES = (

@@ -68,7 +68,9 @@ def test_webm_is_vp9(tmp_path):
     [((255, 0, 0), 63), ((0, 255, 0), 173), ((0, 0, 255), 32), ((255, 255, 255), 235), ((0, 0, 0), 16)],
 )
 def test_bt709_matrix_in_limited_range(tmp_path, ending, color, luma):
-    """The pixels are converted by the matrix that the tags promise: luma of pure colours from BT.709 itself (BT.601 gives red 82)."""
+    """The pixels are converted by the matrix that the tags promise: luma of pure colours from BT.709 itself
+    (BT.601 gives red 82).
+    """
     write_video(tmp_path / "a", np.full((2, 32, 32, 3), color, np.uint8), ending, 16)
     with av.open(str(tmp_path / "a")) as container:
         plane = next(container.decode(video=0)).to_ndarray()[:32]

@@ -222,7 +222,9 @@ def test_save_is_whole_and_readable_by_safetensors(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from Linux's /proc")
 def test_peak_memory_is_the_weights_and_one_mapping(tmp_path):
-    """64 MiB of float32 in one tensor to 32 MiB of bfloat16: the peak rises by those 32 MiB and the mapping of 8, not by 96."""
+    """64 MiB of float32 in one tensor to 32 MiB of bfloat16: the peak rises by those 32 MiB and the mapping
+    of 8, not by 96.
+    """
     save_file({"embed": torch.ones(4096, 4096)}, tmp_path / "model.safetensors")
     code = """
 import re, sys, torch
@@ -242,7 +244,8 @@ print(status("VmHWM") - before)
     assert 32 <= float(run.stdout) <= 32 + 8 + 4
 
 
-# --- several ranks ------------------------------------------------------------------------------------------------------------------
+# --- several ranks
+# ------------------------------------------------------------------------------------------------------------------
 
 DIVIDED = (
     Row("embed.weight", (48, 6), split=0),
@@ -276,7 +279,9 @@ LAYOUTS = {
 
 
 def _bytes_read(folder, layout, fsdp, dtype):
-    """Bytes that this rank takes from the files, once what it loads is found to be its part of what one rank loads."""
+    """Bytes that this rank takes from the files, once what it loads is found to be its part of what one rank
+    loads.
+    """
     axes = ("shard", "tp") if fsdp else ("tp",)
     groups = grouped(layout, 60).groups
     plan = Plan(groups=tuple((axis, groups[axis]) for axis in axes))
@@ -377,7 +382,9 @@ dist.barrier()
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from Linux's /proc")
 @pytest.mark.parametrize("count", [1, 4])
 def test_peak_memory_of_a_rank_is_what_it_holds_and_the_same_more_for_any_weights(tmp_path, count):
-    """96 and 384 MiB of float32 to 32 and 128 of bfloat16 on each rank. Fresh processes: freed memory would hide what is used."""
+    """96 and 384 MiB of float32 to 32 and 128 of bfloat16 on each rank. Fresh processes: freed memory would
+    hide what is used.
+    """
     names = [f"{name}.{i}" for i in range(count) for name in ("alike", "up", "down")]
     save_file({name: torch.ones(2048, 4096) for name in names}, tmp_path / "model.safetensors")
     commands = [

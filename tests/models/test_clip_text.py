@@ -29,7 +29,9 @@ CASES = {
     "end token of its own": replace(TINY, eos_token_id=7),
 }
 IDS = torch.tensor([[50, 3, 9, 7, 60, 60, 60, 60], [50, 60, 7, 5, 7, 0, 0, 0]])
-"""Ends at 60, the highest; where 7 is the end token, at the first 7. The first is padded with its end token, the second with 0."""
+"""Ends at 60, the highest; where 7 is the end token, at the first 7. The first is padded with its end token,
+the second with 0.
+"""
 
 
 def _case(name):

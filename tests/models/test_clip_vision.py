@@ -1,4 +1,6 @@
-"""CLIP's vision tower against transformers in float64, and its preprocessing against the reference's image processor."""
+"""CLIP's vision tower against transformers in float64, and its preprocessing against the reference's image
+processor.
+"""
 
 from dataclasses import asdict, replace
 

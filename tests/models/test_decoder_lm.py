@@ -1,4 +1,6 @@
-"""The decoder language models against transformers in float64, every parameter redrawn: all states, padding on either side, text."""
+"""The decoder language models against transformers in float64, every parameter redrawn: all states, padding
+on either side, text.
+"""
 
 from dataclasses import replace
 
@@ -101,7 +103,9 @@ def _tokens(side):
 @pytest.mark.parametrize("side", ["none", "right", "left"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_state_equals_the_reference(name, side):
-    """Padding included, since FLUX.2 reads those states too. Gemma 2 runs the reference's eager attention, which leaves noise there."""
+    """Padding included, since FLUX.2 reads those states too. Gemma 2 runs the reference's eager attention,
+    which leaves noise there.
+    """
     c, reference, flat = _case(name)
     ids, mask = _tokens(side)
     with doubles():
@@ -170,7 +174,8 @@ def test_half_types_are_as_near_as_the_reference(name):
     assert (ours[mask.bool()] - exact).norm() <= 1.2 * (theirs - exact).norm()
 
 
-# --- writing ------------------------------------------------------------------------------------------------------------------------
+# --- writing
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(WRITERS))
@@ -238,7 +243,8 @@ def test_what_cannot_be_written_is_refused():
         Sampling(top_p=0.0)
 
 
-# --- released files -----------------------------------------------------------------------------------------------------------------
+# --- released files
+# -----------------------------------------------------------------------------------------------------------------
 
 QWEN25 = {
     "model_type": "qwen2_5_vl", "hidden_act": "silu", "hidden_size": 3584, "intermediate_size": 18944, "max_position_embeddings": 128000,

@@ -44,7 +44,9 @@ def test_hoisted_rows_equal_single_evaluations(name):
 
 @pytest.mark.parametrize("name", DENOISERS)
 def test_a_block_returns_new_memory(name):
-    """No input, no two views of one tensor, and nothing is written into an input: regions of a graph ask for it."""
+    """No input, no two views of one tensor, and nothing is written into an input: regions of a graph ask for
+    it.
+    """
     network, flat, tokens, inputs = case(name)
     known = {x.untyped_storage().data_ptr() for x in flat.values()}
 

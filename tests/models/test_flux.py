@@ -81,7 +81,9 @@ def test_equals_the_reference_and_reads_every_weight(name):
 
 
 def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
-    """At timesteps and a guidance that bfloat16 holds: the distance to float64 is that of the reference, within a fifth."""
+    """At timesteps and a guidance that bfloat16 holds: the distance to float64 is that of the reference,
+    within a fifth.
+    """
     c, flat, _, known, tokens, inputs = _case("dev")
     rounded = {name: tensor.bfloat16() for name, tensor in flat.items()}
     times = torch.tensor([640.0, 38.0])
@@ -100,7 +102,9 @@ def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
 
 
 def test_half_types_round_timestep_and_guidance_as_the_reference():
-    """The pipeline hands the network bfloat16(timestep) / 1000 and the guidance, and the network multiplies both by 1000."""
+    """The pipeline hands the network bfloat16(timestep) / 1000 and the guidance, and the network multiplies
+    both by 1000.
+    """
     c, flat, _, _, _, inputs = _case("dev")
     times, guidance = torch.tensor([987.3, 501.7, 37.1]), torch.tensor([3.3])
     rounded = {name: tensor.bfloat16() for name, tensor in flat.items()}

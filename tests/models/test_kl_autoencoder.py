@@ -1,4 +1,6 @@
-"""The picture autoencoders against diffusers.AutoencoderKL and AutoencoderKLFlux2 in float64, every parameter redrawn."""
+"""The picture autoencoders against diffusers.AutoencoderKL and AutoencoderKLFlux2 in float64, every parameter
+redrawn.
+"""
 
 import functools
 import inspect

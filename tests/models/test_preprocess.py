@@ -1,4 +1,6 @@
-"""What preprocessor files say: pixels are those of transformers' processors with the same entries, or one sentence refuses them."""
+"""What preprocessor files say: pixels are those of transformers' processors with the same entries, or one
+sentence refuses them.
+"""
 
 from dataclasses import replace
 

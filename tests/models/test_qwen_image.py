@@ -1,4 +1,6 @@
-"""The Qwen-Image transformer against diffusers.QwenImageTransformer2DModel in float64, every parameter redrawn."""
+"""The Qwen-Image transformer against diffusers.QwenImageTransformer2DModel in float64, every parameter
+redrawn.
+"""
 
 from dataclasses import asdict
 from unittest.mock import patch
@@ -50,7 +52,9 @@ CASES = {
 
 
 def _reference(c):
-    """The reference's tables come from torch.polar, which rounds float32 cosines otherwise than torch.cos does: one step, 6e-8."""
+    """The reference's tables come from torch.polar, which rounds float32 cosines otherwise than torch.cos
+    does: one step, 6e-8.
+    """
     with patch(
         "torch.polar", lambda length, angle: torch.complex(length * angle.cos(), length * angle.sin())
     ):
@@ -60,7 +64,9 @@ def _reference(c):
 
 
 def _case(name):
-    """Config, weights, the reference, its keyword arguments, and our tokens and inputs. Several sizes: `made` pictures, then references."""
+    """Config, weights, the reference, its keyword arguments, and our tokens and inputs. Several sizes: `made`
+    pictures, then references.
+    """
     c, sizes, made = CASES[name]
     batch = 1 if c.zero_cond_t and c.use_additional_t_cond else 2  # the reference adds [2 B, D] and [B, D]
     reference = _reference(c)
@@ -153,7 +159,9 @@ def test_one_text_serves_several_pictures():
 
 
 def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
-    """Rounded weights, tokens and timesteps on both sides: the distance to float64 is that of the reference, within a fifth."""
+    """Rounded weights, tokens and timesteps on both sides: the distance to float64 is that of the reference,
+    within a fifth.
+    """
     c, flat, reference, known, tokens, inputs = _case("reference images at timestep 0")
     rounded = {name: tensor.bfloat16() for name, tensor in flat.items()}
     weights = {name: tensor.double() for name, tensor in rounded.items()}

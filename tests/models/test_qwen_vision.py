@@ -1,4 +1,6 @@
-"""Qwen2.5-VL with images against transformers in float64, every parameter redrawn: the tower, the places of images among words, writing."""
+"""Qwen2.5-VL with images against transformers in float64, every parameter redrawn: the tower, the places of
+images among words, writing.
+"""
 
 from dataclasses import replace
 
@@ -26,7 +28,9 @@ VISION = {
     "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 12, "fullatt_block_indexes": [1],
 }  # fmt: skip
 GRIDS = [(6, 10), (14, 4), (6, 6)]
-"""Windows hold 3 x 3 tokens of 2 x 2 patches: the first image leaves a column of its windows empty, the second rows too, the third none."""
+"""Windows hold 3 x 3 tokens of 2 x 2 patches: the first image leaves a column of its windows empty, the
+second rows too, the third none.
+"""
 
 
 def _reference():

@@ -1,10 +1,12 @@
-"""Every released model: the spec rows are the released weights, and one evaluation costs what the reference's costs.
+"""Every released model: the spec rows are the released weights, and one evaluation costs what the reference's
+costs.
 
-`tests/data/released` has a file per repository (model_index, scheduler and component configs as released, parameter counts) and a file
-of keys and shapes per kind of component, `{0..39}` and `{0,2}` standing for numbers. The keys are those of the reference classes built
-from the released configs; where released files spell them otherwise, `spellings` says how. FLUX.2-Tiny-AutoEncoder's class is in no
-library: its keys are those of the layers that its repository describes. Wan2.2-S2V is not here: its files have another layout and are
-not supported.
+`tests/data/released` has a file per repository (model_index, scheduler and component configs as released,
+parameter counts) and a file of keys and shapes per kind of component, `{0..39}` and `{0,2}` standing for
+numbers. The keys are those of the reference classes built from the released configs; where released files
+spell them otherwise, `spellings` says how. FLUX.2-Tiny-AutoEncoder's class is in no
+library: its keys are those of the layers that its repository describes. Wan2.2-S2V is not here: its files
+have another layout and are not supported.
 """
 
 import functools
@@ -121,7 +123,9 @@ def test_all_models_are_here():
 
 @pytest.mark.parametrize(("name", "component"), COMPONENTS, ids=lambda value: value.split("/")[-1])
 def test_the_spec_is_the_released_weights(name, component):
-    """Language models are built whole; keys that nothing reads, other towers and output heads, must be known to be such."""
+    """Language models are built whole; keys that nothing reads, other towers and output heads, must be known
+    to be such.
+    """
     released, class_name = MODELS[name]["components"][component], class_of(name, component)
     c, keys = config_of(name, component), released_keys(released["keys"])
     rows = list(RECORDS[class_name].spec(c))
@@ -145,7 +149,9 @@ def test_other_spellings_of_a_key_mean_the_same(name, component):
 
 
 def test_what_is_dropped_of_a_checkpoint():
-    """Only towers and heads that no recipe reads, and the batch norm's counter. A tied head is the embeddings."""
+    """Only towers and heads that no recipe reads, and the batch norm's counter. A tied head is the
+    embeddings.
+    """
     dropped = {}
     for name, component in COMPONENTS:
         class_name, c = class_of(name, component), config_of(name, component)
@@ -224,7 +230,8 @@ def test_the_registry_tells_the_released_model(name):
     assert row.expand_timesteps == model["model_index"].get("expand_timesteps", False)
 
 
-# --- floating point operations ------------------------------------------------------------------------------------------------------
+# --- floating point operations
+# ------------------------------------------------------------------------------------------------------
 
 
 def _wan(c, name):
@@ -327,7 +334,9 @@ REQUESTS = {
     ernie: _ernie,
     sd3: _sd3,
 }
-"""Family -> (the reference's keyword arguments but for the timestep, our tokens, our inputs), at the model's own size."""
+"""Family -> (the reference's keyword arguments but for the timestep, our tokens, our inputs), at the model's
+own size.
+"""
 
 DEPTHS = ((1, 1), (2, 1), (1, 2))
 """Numbers of blocks of the two kinds."""
@@ -350,7 +359,9 @@ def _shallow(c, layers, single):
 
 
 TEXT_PROJECTED = {z_image: "all_final_layer.2-1.linear", ernie: "final_linear"}
-"""Families whose reference takes the text's rows through the last layer too, and drops them there; we drop them before."""
+"""Families whose reference takes the text's rows through the last layer too, and drops them there; we drop
+them before.
+"""
 
 DISTINCT = {
     (model["components"]["transformer"]["keys"], name if "Kontext" in name or "2511" in name else ""): name

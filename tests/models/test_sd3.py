@@ -1,4 +1,6 @@
-"""The transformer of Stable Diffusion 3 and 3.5 against diffusers.SD3Transformer2DModel in float64, every parameter redrawn."""
+"""The transformer of Stable Diffusion 3 and 3.5 against diffusers.SD3Transformer2DModel in float64, every
+parameter redrawn.
+"""
 
 from dataclasses import asdict
 

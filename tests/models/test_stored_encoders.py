@@ -1,6 +1,8 @@
-"""Encoders as folders store them, whole models and halves of them, under old and new names: our states are transformers' in float64.
+"""Encoders as folders store them, whole models and halves of them, under old and new names: our states are
+transformers' in float64.
 
-What transformers loads of a folder is the reference: the class that model_index.json names, by `from_pretrained`.
+What transformers loads of a folder is the reference: the class that model_index.json names, by
+`from_pretrained`.
 """
 
 import json
@@ -141,7 +143,8 @@ def restored(folder, change):
     save_file({key: tensor.contiguous() for key, tensor in change(tensors).items()}, path, {"format": "pt"})
 
 
-# --- T5 -------------------------------------------------------------------------------------------------------------------------------
+# --- T5
+# -------------------------------------------------------------------------------------------------------------------------------
 
 
 def same_t5(folder, class_name):
@@ -197,7 +200,8 @@ def test_an_older_config_names_the_activation_once(tmp_path):
     same_t5(tmp_path, "T5EncoderModel")
 
 
-# --- CLIP -----------------------------------------------------------------------------------------------------------------------------
+# --- CLIP
+# -----------------------------------------------------------------------------------------------------------------------------
 
 
 def same_clip(folder, class_name):
@@ -242,7 +246,8 @@ def test_a_whole_clip_is_its_vision_tower(tmp_path):
     close(clip_vision.encode(c, Plan(), w, x), expected)
 
 
-# --- language models ------------------------------------------------------------------------------------------------------------------
+# --- language models
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def same_lm(folder, class_name, text_of=lambda model: model):
@@ -292,7 +297,9 @@ def test_a_language_model_with_and_without_its_prefix(prefix, class_name, tmp_pa
 
 @pytest.mark.parametrize("layout", ["4", "5"])
 def test_qwen_25_vl_of_either_layout(layout, tmp_path, caplog):
-    """transformers 4 wrote `model.` and `visual.`, 5 has `model.language_model.` and `model.visual.`; the tower is not read for texts."""
+    """transformers 4 wrote `model.` and `visual.`, 5 has `model.language_model.` and `model.visual.`; the
+    tower is not read for texts.
+    """
     text = LM | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=QWEN_SEES, tie_word_embeddings=False)
     saved(Qwen2_5_VLForConditionalGeneration(config), tmp_path)

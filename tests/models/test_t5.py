@@ -1,4 +1,6 @@
-"""The T5 encoders against transformers in float64, every parameter redrawn, with padding and keys beyond the last bucket."""
+"""The T5 encoders against transformers in float64, every parameter redrawn, with padding and keys beyond the
+last bucket.
+"""
 
 from dataclasses import asdict, replace
 

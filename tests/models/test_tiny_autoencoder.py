@@ -1,4 +1,6 @@
-"""The tiny autoencoders in float64, every parameter redrawn: TAESD's shape against diffusers.AutoencoderTiny, fal's against `Wrapped`."""
+"""The tiny autoencoders in float64, every parameter redrawn: TAESD's shape against diffusers.AutoencoderTiny,
+fal's against `Wrapped`.
+"""
 
 import functools
 from dataclasses import replace
@@ -17,9 +19,11 @@ WIDTHS = {"encoder_block_out_channels": (6, 6, 6), "decoder_block_out_channels":
 
 
 class Wrapped(nn.Module):
-    """fal's autoencoder, written here from the description of its layers and the names of its weights: it is in no library.
+    """fal's autoencoder, written here from the description of its layers and the names of its weights: it is
+    in no library.
 
-    So what is proved is that the functions are this module; that this module is the released one, only the released files can say.
+    So what is proved is that the functions are this module; that this module is the released one, only the
+    released files can say.
     """
 
     def __init__(self, c):
@@ -129,10 +133,12 @@ def test_frames_are_pictures(name):
 
 
 def test_tiles_differ_from_the_whole_only_where_they_overlap():
-    """No parity: the reference's tiles overlap by an eighth and have the channels of TAESD written into them. Ours have no seams.
+    """No parity: the reference's tiles overlap by an eighth and have the channels of TAESD written into them.
+    Ours have no seams.
 
-    A pixel depends on fewer latents around it than tiles overlap by, so outside the overlaps each is what it is in the whole picture;
-    inside, the first column of an overlap still is, and the error fades in from there and out again to the last.
+    A pixel depends on fewer latents around it than tiles overlap by, so outside the overlaps each is what it
+    is in the whole picture; inside, the first column of an overlap still is, and the error fades in from
+    there and out again to the last.
     """
     c = replace(CONFIGS["TAESD"], num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1))
     w = Weights(randomised(_taesd(c), 1))

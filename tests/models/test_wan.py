@@ -89,7 +89,9 @@ def test_equals_the_reference_and_reads_every_weight(name):
 
 
 def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
-    """Rounded weights, float32 where the spec says so: the distance to float64 is that of the reference, within a fifth."""
+    """Rounded weights, float32 where the spec says so: the distance to float64 is that of the reference,
+    within a fifth.
+    """
     c, flat, reference, known, tokens, inputs = _case("given first frame")
     types = {row.name: torch.float32 if row.float32 else torch.bfloat16 for row in wan.spec(c)}
     rounded = {name: tensor.to(types[name]) for name, tensor in flat.items()}
@@ -124,7 +126,9 @@ def test_the_spec_keeps_in_float32_what_the_reference_keeps():
 
 
 def test_mask_of_known_frames():
-    """Against diffusers' prepare_latents: ones on the given frames, the first repeated four times, four frames to a latent one."""
+    """Against diffusers' prepare_latents: ones on the given frames, the first repeated four times, four
+    frames to a latent one.
+    """
     frames, height, width = 4, 2, 3
     for last in (False, True):
         mask = torch.ones(1, 1, 4 * frames - 3, height, width)

@@ -1,4 +1,6 @@
-"""The Wan autoencoders against diffusers' AutoencoderKLWan and AutoencoderKLQwenImage in float64, every parameter redrawn."""
+"""The Wan autoencoders against diffusers' AutoencoderKLWan and AutoencoderKLQwenImage in float64, every
+parameter redrawn.
+"""
 
 import functools
 import inspect
@@ -124,7 +126,9 @@ def _tiling_reference(name, side):
 
 @pytest.mark.parametrize("name", NAMES[:2])
 def test_tiles_equal_the_tiles_of_the_reference(name):
-    """The same squares, strides and blends. The reference measures the encoder's squares after folding pixels into channels."""
+    """The same squares, strides and blends. The reference measures the encoder's squares after folding pixels
+    into channels.
+    """
     c, reference, w = _tiling_reference(name, 4 * CONFIGS[name].scale_factor_spatial)
     z = draw(1, c.z_dim, 2, 5, 6)
     with doubles():
@@ -154,7 +158,8 @@ def test_attention_in_other_stages_is_refused():
         autoencoder.Config(attn_scales=(0.5,))
 
 
-# --- Qwen-Image's pictures ----------------------------------------------------------------------------------------------------------
+# --- Qwen-Image's pictures
+# ----------------------------------------------------------------------------------------------------------
 
 QWEN = {"Qwen-Image": 3, "Qwen-Image-Layered": 4}
 

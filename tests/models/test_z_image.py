@@ -49,7 +49,9 @@ CASES = {
 
 
 def _case(name):
-    """Config, weights, the reference, its arguments, and our tokens and inputs; what is not to be read is noise."""
+    """Config, weights, the reference, its arguments, and our tokens and inputs; what is not to be read is
+    noise.
+    """
     c, size, lengths, rows = CASES[name]
     reference = ZImageTransformer2DModel(**asdict(c))
     flat = randomised(reference, 1)

@@ -41,7 +41,9 @@ def test_no_tile_is_larger_than_its_side():
 
 
 def test_neighbours_are_faded_into_each_other_linearly():
-    """Tiles of constant value 0, 1: over the overlap of 2 the value rises from the one before to the one after."""
+    """Tiles of constant value 0, 1: over the overlap of 2 the value rises from the one before to the one
+    after.
+    """
     values = iter((0.0, 1.0))
     y = tiled(lambda x, strip: torch.full_like(x, next(values)), torch.zeros(1, 1, 12), 8, 1)
     assert y[0, 0].tolist() == [0.0] * 6 + [0.0, 0.5] + [1.0] * 4

@@ -21,7 +21,8 @@ TIMEOUT = 300
 def on_ranks(ranks: int, fn: Callable[..., Any], *given: Any) -> list[Any]:
     """What `fn(*given)`, a function of a module, returns on each of `ranks` ranks of a process group.
 
-    The failure of the rank that fails first is raised here; as the others may wait for it for ever, all processes are then new.
+    The failure of the rank that fails first is raised here; as the others may wait for it for ever, all
+    processes are then new.
     """
     pool, deadline = _pool(), time.monotonic() + TIMEOUT
     store = Path(tempfile.mkdtemp()) / "store"
@@ -75,7 +76,8 @@ def _serve(pipe: Connection) -> None:
         answer: tuple[bool, Any]
         try:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-            dist.barrier()  # a rank that is done at once must not part while another is still on its way to it
+            # a rank that is done at once must not part while another is still on its way to it
+            dist.barrier()
             answer = (False, getattr(importlib.import_module(module), name)(*given))
         except Exception:
             answer = (True, traceback.format_exc())

@@ -1,4 +1,6 @@
-"""Every autoencoder on 2 and 4 ranks against itself on one, at heights that do not divide, in chunks and tiles; and the bytes moved."""
+"""Every autoencoder on 2 and 4 ranks against itself on one, at heights that do not divide, in chunks and
+tiles; and the bytes moved.
+"""
 
 from collections import Counter
 from itertools import count
@@ -140,7 +142,8 @@ def _in_tiles(name, tile):
     assert (pixels - module.decode(c, w, z)).abs().max() > 1e-3, "tiles were not used"
 
 
-# --- bytes --------------------------------------------------------------------------------------------------------------------------
+# --- bytes
+# --------------------------------------------------------------------------------------------------------------------------
 
 
 class Moved(TorchDispatchMode):
@@ -165,7 +168,9 @@ def _moved(name, way, rows, columns, frames, chunk):
 
 
 def _wan_decoder(c, frames, columns):
-    """(rows that reach over an edge, channels, frames, columns) of every convolution's input; (channels, pixels a row) of the middle."""
+    """(rows that reach over an edge, channels, frames, columns) of every convolution's input; (channels,
+    pixels a row) of the middle.
+    """
     first = (c.decoder_base_dim or c.base_dim) * c.dim_mult[-1]
     convs, last = [(2, c.z_dim, frames, columns), *[(2, first, frames, columns)] * 4], 0
     for blocks, resample, _ in wan.up_stages(c):
@@ -217,10 +222,12 @@ def _kl_encoder(c, frames, columns):
     ],
 )
 def test_nothing_moves_but_edges_and_what_all_must_see(name, way, layers, frames, chunk, ranks):
-    """Over each edge between two strips, once: the rows that a convolution reads of the other's input, in chunks of a clip no more.
+    """Over each edge between two strips, once: the rows that a convolution reads of the other's input, in
+    chunks of a clip no more.
 
-    Bytes, of all ranks: edges * batch * sum over convolutions of (rows * channels * frames * columns) * bytes of a number.
-    Gathered besides, each rank giving as much as the highest strip has: keys and values, the result, two moments per group of a norm.
+    Bytes, of all ranks: edges * batch * sum over convolutions of (rows * channels * frames * columns) * bytes
+    of a number. Gathered besides, each rank giving as much as the highest strip has: keys and values, the
+    result, two moments per group of a norm.
     """
     batch, rows, columns, size = 2, 5, 3, 8
     _, c = CASES[name]

@@ -1,4 +1,6 @@
-"""The compiled loop over several ranks: equal to eager, one graph on every rank for all that a request may vary."""
+"""The compiled loop over several ranks: equal to eager, one graph on every rank for all that a request may
+vary.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ REQUESTS = [
     ((4, 3), (7, 2), 2, 2.0),
     ((3, 5), (3, 6), 4, 5.0),
 ]
-"""(tokens high and wide, lengths of both texts, steps, scale): equal lengths, lengths that two ranks cannot share evenly, and others."""
+"""(tokens high and wide, lengths of both texts, steps, scale): equal lengths, lengths that two ranks cannot
+share evenly, and others.
+"""
 
 
 def tokens(name, plan, fsdp, denoise, size, lengths, steps, scale):

@@ -1,4 +1,6 @@
-"""Costs by arithmetic: a network small enough for paper, then what torch counts when every family runs on the meta device."""
+"""Costs by arithmetic: a network small enough for paper, then what torch counts when every family runs on the
+meta device.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ from tinydiff.parallel.plan import Group, Plan, Row
 from tinydiff.parallel.shards import local_rows
 from tinydiff.sampling import loop, solvers
 
-# --- on paper -----------------------------------------------------------------------------------------------------------------------
+# --- on paper
+# -----------------------------------------------------------------------------------------------------------------------
 
 BLOCK = (
     Row("b.0.q.weight", (12, 12), split=0),
@@ -52,7 +55,9 @@ TINY = CostModel(
     head_width=4,
     values=4,
 )
-"""One block: queries of three heads of four, which attend to themselves, and a layer back; keys and values are left to the imagination."""
+"""One block: queries of three heads of four, which attend to themselves, and a layer back; keys and values
+are left to the imagination.
+"""
 ASKED = Work(image=10, text=3, steps=5)
 
 
@@ -60,7 +65,8 @@ def test_weights_on_paper():
     values = 48 + 144 + 12 + 144 + 288 + 48
     assert cost.weight_bytes(TINY.rows, 2) == 2 * values + 4 * 12
     assert cost.weight_bytes(TINY.rows, 2, tp=3) == 2 * (48 + 48 + 4 + 48 + 288 + 48) + 4 * 12
-    # two ranks: 6 of 12 rows of each weight, 12 of the modulation's 24; beside them what is in no block, and twice the whole block
+    # two ranks: 6 of 12 rows of each weight, 12 of the modulation's 24; beside them what is in no block, and
+    # twice the whole block
     shares, whole = 2 * (6 * 12 + 6 + 6 * 12 + 12 * 12) + 4 * 6, 2 * (144 + 12 + 144 + 288) + 4 * 12
     assert cost.share_bytes(BLOCK, Layout(ulysses=2, fsdp=True), 2) == shares
     assert cost.denoiser_bytes(TINY, Layout(ulysses=2, fsdp=True), 2) == shares + 2 * (48 + 48) + 2 * whole
@@ -74,7 +80,8 @@ def test_weights_on_paper():
 def test_operations_on_paper():
     linear = 2 * 10 * 48 + 2 * 13 * (144 + 144) + 2 * 10 * 48
     assert cost.step_flops(TINY, Layout(), ASKED) == linear + 4 * 13 * 13 * 12
-    # ulysses over 2: a rank holds 5 of 10 and 2 of 3 tokens, and 2 of the 4 heads that 3 are filled up to, from all of its group
+    # ulysses over 2: a rank holds 5 of 10 and 2 of 3 tokens, and 2 of the 4 heads that 3 are filled up to,
+    # from all of its group
     linear = 2 * 5 * 48 + 2 * 7 * (144 + 144) + 2 * 5 * 48
     assert cost.step_flops(TINY, Layout(ulysses=2), ASKED) == linear + 4 * 7 * 13 * 16
     guided = replace(ASKED, branches=2)
@@ -145,7 +152,8 @@ def test_an_axis_that_outgrows_a_machine_goes_over_the_network():
     ]
 
 
-# --- as torch counts ----------------------------------------------------------------------------------------------------------------
+# --- as torch counts
+# ----------------------------------------------------------------------------------------------------------------
 
 PICTURES = {
     "FLUX.1-dev": 9, "FLUX.1-schnell": 9, "FLUX.2-dev": 9, "Qwen-Image": 9, "Z-Image": 32, "stable-diffusion-3-medium-diffusers": 9,
@@ -315,7 +323,8 @@ def test_the_peak_of_decoding_is_about_that_of_a_run(kind, monkeypatch):
     )
 
 
-# --- what is sent -------------------------------------------------------------------------------------------------------------------
+# --- what is sent
+# -------------------------------------------------------------------------------------------------------------------
 
 
 class Sent(TorchDispatchMode):

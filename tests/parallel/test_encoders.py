@@ -1,4 +1,6 @@
-"""Every encoder over the ranks of `tp` against one rank, weights and inputs drawn anew; heads that do not divide are named."""
+"""Every encoder over the ranks of `tp` against one rank, weights and inputs drawn anew; heads that do not
+divide are named.
+"""
 
 from dataclasses import replace
 
@@ -50,7 +52,9 @@ GRIDS = [(6, 10), (14, 4)]
 
 
 def _weights(rows, dtype, centre=1):
-    """Matrices by their fan-in, vectors near `centre`: 0 where a norm multiplies by 1 + weight, or every one of them would double."""
+    """Matrices by their fan-in, vectors near `centre`: 0 where a norm multiplies by 1 + weight, or every one
+    of them would double.
+    """
     generator = torch.Generator().manual_seed(1)
     flat = {}
     for row in rows:
@@ -164,7 +168,9 @@ def test_equals_one_rank(ranks, name):
 
 
 def _written(layout, name):
-    """What one rank writes and what the ranks write together: the likeliest words, and words drawn with a seed."""
+    """What one rank writes and what the ranks write together: the likeliest words, and words drawn with a
+    seed.
+    """
     c = LMS[name]
     whole, plan, mine = _divided(layout, decoder_lm, c, torch.float64)
     drawn = Sampling(temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.1)

@@ -1,4 +1,6 @@
-"""Layouts: what is chosen and why, what is refused in one sentence, and that the teams of every name share out all ranks."""
+"""Layouts: what is chosen and why, what is refused in one sentence, and that the teams of every name share
+out all ranks.
+"""
 
 from __future__ import annotations
 

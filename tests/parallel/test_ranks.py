@@ -59,7 +59,9 @@ def test_as_many_must_have_met_as_the_layout_has():
 
 
 def work(layout: Layout, count: int):
-    """The numbers that a rank's replica takes. The first number that the first of several replicas takes keeps it until none is left."""
+    """The numbers that a rank's replica takes. The first number that the first of several replicas takes
+    keeps it until none is left.
+    """
     ranks = grouped(layout, 60)
     store = dist.distributed_c10d._get_default_store()
     mine = []

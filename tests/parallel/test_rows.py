@@ -1,4 +1,6 @@
-"""Strips of rows on 2 and 4 ranks: what each operation makes of its strip, put together again, is what it makes of the whole picture."""
+"""Strips of rows on 2 and 4 ranks: what each operation makes of its strip, put together again, is what it
+makes of the whole picture.
+"""
 
 import pytest
 import torch
@@ -142,7 +144,9 @@ def _clips():
 
 
 def _tiles(rows, columns, scale):
-    """How many tiles this rank made. A tile knows its neighbours by nothing but the blend, so that the results differ in no digit."""
+    """How many tiles this rank made. A tile knows its neighbours by nothing but the blend, so that the
+    results differ in no digit.
+    """
     x, made = draw(1, 2, rows, columns), []
 
     def fn(tile, strip):

@@ -1,4 +1,6 @@
-"""Single changes to the JSON files of a folder, and what becomes of the folder with one: an image, or one sentence."""
+"""Single changes to the JSON files of a folder, and what becomes of the folder with one: an image, or one
+sentence.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""The two sides of a pipeline test: diffusers' pipeline without its own roundings, and tinydiff's hops, from one start.
+"""The two sides of a pipeline test: diffusers' pipeline without its own roundings, and tinydiff's hops, from
+one start.
 
-Three roundings of the reference are taken out, so that what is left is exact. It steps with sigmas kept in float32: they are upcast
-unchanged, and tinydiff's tables hold the same digits. It makes constants in torch's default type: that is float64 here. It turns
-pictures into float32 numbers: they are brought to the multiples of 1/255 that they stand for. Timesteps stay float32 on both sides.
+Three roundings of the reference are taken out, so that what is left is exact. It steps with sigmas kept in
+float32: they are upcast unchanged, and tinydiff's tables hold the same digits. It makes constants in torch's
+default type: that is float64 here. It turns pictures into float32 numbers: they are brought to the multiples
+of 1/255 that they stand for. Timesteps stay float32 on both sides.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ def exact(pipe):
 
 
 def recorded(pipe, **given):
-    """(latents [1, C, H, W] after each step, pictures [1, height, width, 3] between 0 and 1) of the reference."""
+    """(latents [1, C, H, W] after each step, pictures [1, height, width, 3] between 0 and 1) of the
+    reference.
+    """
     steps = []
     with exact(pipe):
         made = pipe(
@@ -57,7 +61,9 @@ def recorded(pipe, **given):
 
 
 def starting_from(monkeypatch, module, noise):
-    """Let a pipeline's module draw `noise`, and code pictures as the middle of their distribution, as tinydiff does, not as a sample."""
+    """Let a pipeline's module draw `noise`, and code pictures as the middle of their distribution, as
+    tinydiff does, not as a sample.
+    """
 
     def draw(shape, **_):
         assert tuple(shape) == noise.shape

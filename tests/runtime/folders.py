@@ -1,4 +1,6 @@
-"""Complete models of every Wan variant in diffusers layout, tiny and random: the reference's pipeline and the folder that it saved."""
+"""Complete models of every Wan variant in diffusers layout, tiny and random: the reference's pipeline and the
+folder that it saved.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ VAE_16 = {
 class Variant:
     """What sets a variant of Wan apart.
 
-    stored_as: the pipeline class that model_index.json names; run_by: the reference pipeline that makes its clips.
+    stored_as: the pipeline class that model_index.json names; run_by: the reference pipeline that makes its
+    clips.
     """
 
     stored_as: str = "WanPipeline"
@@ -116,7 +119,9 @@ def build(variant: Variant, folder: Path, flow_shift: float = 3.0) -> DiffusionP
 def saved(
     kind: type[DiffusionPipeline], folder: Path, networks: Mapping[str, Any], **others: Any
 ) -> DiffusionPipeline:
-    """A pipeline of these networks in float64, saved in float32 to `folder`. Every parameter is redrawn, at values that float32 holds."""
+    """A pipeline of these networks in float64, saved in float32 to `folder`. Every parameter is redrawn, at
+    values that float32 holds.
+    """
     for seed, network in enumerate(networks.values()):
         randomised(network, seed)
         network.float()
@@ -146,7 +151,9 @@ def load(folder: Path, **options: Any) -> Model:
 
 
 def released(name: str, folder: Path) -> Path:
-    """The configs of a released model at `folder / name`, without weights: enough to read and to admit requests, not to load."""
+    """The configs of a released model at `folder / name`, without weights: enough to read and to admit
+    requests, not to load.
+    """
     stored = json.loads(
         (ROOT / "tests" / "data" / "released" / f"{name.replace('/', '__')}.json").read_text()
     )

@@ -1,8 +1,10 @@
-"""Tiny random models of Qwen-Image's pipelines in diffusers layout, and the reference's pipelines that saved them.
+"""Tiny random models of Qwen-Image's pipelines in diffusers layout, and the reference's pipelines that saved
+them.
 
-Two things of the reference are put right. Its tables come from torch.polar, which rounds float32 cosines otherwise than torch.cos does.
-And with transformers 5 it does not tell the language model which tokens are pictures, so that rows and columns of their places are lost
-(huggingface/diffusers issue 14194); here it does, as with transformers 4.
+Two things of the reference are put right. Its tables come from torch.polar, which rounds float32 cosines
+otherwise than torch.cos does. And with transformers 5 it does not tell the language model which tokens are
+pictures, so that rows and columns of their places are lost (huggingface/diffusers issue 14194); here it does,
+as with transformers 4.
 """
 
 from __future__ import annotations
@@ -100,7 +102,9 @@ def _language(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def build(kind: type, folder: Path, **transformer):
-    """The reference's pipeline in float64, saved in float32 to `folder`. Every parameter is redrawn, at values that float32 holds."""
+    """The reference's pipeline in float64, saved in float32 to `folder`. Every parameter is redrawn, at
+    values that float32 holds.
+    """
     tokenizer = _tokenizer(folder.parent / "tokenizer")
     layered = "use_layer3d_rope" in transformer
     with patch(

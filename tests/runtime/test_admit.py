@@ -1,4 +1,5 @@
-"""Reading a model's folder and admitting a request: the released models' defaults, and one sentence for whatever does not fit.
+"""Reading a model's folder and admitting a request: the released models' defaults, and one sentence for
+whatever does not fit.
 
 The folders hold the released configs and no weights: all of this happens before a weight is read.
 """
@@ -69,7 +70,8 @@ def refused(field: str, words: str, call, *args, **fields) -> None:
     assert caught.value.field == field and words in sentence and "\n" not in sentence, sentence
 
 
-# --- what a request becomes -----------------------------------------------------------------------------------------------------------
+# --- what a request becomes
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("row", MODELS, ids=lambda row: row.name.split("/")[-1])
@@ -210,7 +212,9 @@ def test_references_keep_their_own_sizes_and_lend_theirs(tmp_path, picture):
     ("given", "size"), [((832, 480), (480, 832)), ((480, 832), (832, 480)), ((600, 600), (624, 624))]
 )
 def test_a_picture_of_the_models_own_size_keeps_it(given, size, tmp_path):
-    """By the rounding of diffusers' own example: round(sqrt(area * aspect)) // multiple * multiple, 479.9999 for the first."""
+    """By the rounding of diffusers' own example: round(sqrt(area * aspect)) // multiple * multiple, 479.9999
+    for the first.
+    """
     Image.new("RGB", given).save(tmp_path / "a.png")
     made = request(released(I2V, tmp_path), image_path=(str(tmp_path / "a.png"),))
     assert (made.height, made.width) == size
@@ -223,7 +227,8 @@ def test_a_side_is_the_integer_nearest_to_the_root():
             assert (2 * nearest - 1) ** 2 * across <= 4 * 480 * 832 * along < (2 * nearest + 1) ** 2 * across
 
 
-# --- requests that cannot be ----------------------------------------------------------------------------------------------------------
+# --- requests that cannot be
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -394,7 +399,8 @@ def test_a_scheduler_that_is_not_known_is_refused_at_once(tmp_path):
     )
 
 
-# --- models that cannot be ------------------------------------------------------------------------------------------------------------
+# --- models that cannot be
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_options_that_name_a_component(tmp_path):

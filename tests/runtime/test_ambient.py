@@ -1,4 +1,6 @@
-"""The image of a seed does not depend on what a program has set in torch, and the program finds its settings as they were."""
+"""The image of a seed does not depend on what a program has set in torch, and the program finds its settings
+as they were.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Bad input at the command line: exit code 2, one sentence on stderr, nothing written. Everything here runs the real runtime."""
+"""Bad input at the command line: exit code 2, one sentence on stderr, nothing written. Everything here runs
+the real runtime.
+"""
 
 from __future__ import annotations
 

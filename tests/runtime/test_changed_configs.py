@@ -1,4 +1,6 @@
-"""A folder with one entry of its JSON files changed makes an image, or is one sentence: never a traceback, and never half a minute."""
+"""A folder with one entry of its JSON files changed makes an image, or is one sentence: never a traceback,
+and never half a minute.
+"""
 
 import random
 

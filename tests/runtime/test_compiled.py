@@ -1,4 +1,6 @@
-"""The real Wan network and the whole shipped model, compiled: equal to eager, one graph for all that a request may vary."""
+"""The real Wan network and the whole shipped model, compiled: equal to eager, one graph for all that a
+request may vary.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def text(length, seed):
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_one_graph_serves_every_request_and_both_experts():
-    """Sizes, step counts, prompt lengths, guidance scales, seeds; in one piece and in chunks; the second expert in the first's graph."""
+    """Sizes, step counts, prompt lengths, guidance scales, seeds; in one piece and in chunks; the second
+    expert in the first's graph.
+    """
     run = {make: make(NETWORK, guidance.classifier_free) for make in (loop.eager_denoise, compiled_denoise)}
     experts = [weights(1), weights(2)]
     before, broken = graph_count(), graph_breaks()

@@ -1,4 +1,6 @@
-"""Every image family's own blocks in the compiled loop: equal to eager, one graph for all that a request may vary."""
+"""Every image family's own blocks in the compiled loop: equal to eager, one graph for all that a request may
+vary.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ _STACK = {
     "joint_attention_dim": 20,
 }
 _SINGLE = {"num_single_layers": 2, "axes_dims_rope": (4, 4, 4)}
-FAMILIES: dict[str, tuple[Denoiser, Any, int, int]] = {  # family, config, values of a token, width of the text
+# family, config, values of a token, width of the text
+FAMILIES: dict[str, tuple[Denoiser, Any, int, int]] = {
     "flux": (flux.FAMILY, flux.Config(**_STACK | _SINGLE, pooled_projection_dim=8, guidance_embeds=True), 16, 20),
     "ovis": (ovis.FAMILY, ovis.Config(**_STACK | _SINGLE, out_channels=16), 16, 20),
     "flux2": (flux2.FAMILY, flux2.Config(**_STACK | _SINGLE | {"axes_dims_rope": (2, 4, 4, 2)}, guidance_embeds=False), 16, 20),
@@ -107,7 +110,8 @@ def test_one_graph_serves_sizes_prompt_lengths_steps_and_scales(name: str, monke
         for make in (loop.eager_denoise, compiled_denoise)
     )
     before, broken = graph_count(), graph_breaks()
-    # In the first request all lengths are equal, in the second both prompts are of one length, then all differ.
+    # In the first request all lengths are equal, in the second both prompts are of one length, then all
+    # differ.
     for request in (((2, 2), (4, 4), 4, 3.0), ((3, 5), (7, 7), 3, 1.5), ((6, 4), (33, 3), 5, 4.0)):
         same(run(name, fast, *request), run(name, eager, *request))
         assert (graph_count(), graph_breaks()) == (before + 1, broken)

@@ -1,4 +1,6 @@
-"""The shipped model's pictures in one loop: what they are beside others, who goes first, and what an error leaves."""
+"""The shipped model's pictures in one loop: what they are beside others, who goes first, and what an error
+leaves.
+"""
 
 import gc
 import time
@@ -15,8 +17,8 @@ from tinydiff.runtime.pace import Pace
 from tinydiff.sampling.compile import graph_count
 
 BOUND = 2e-4
-"""How far a picture's tokens, of deviation about 1, may lie from those of the same picture alone: the kernels of larger matrices add in
-another order."""
+"""How far a picture's tokens, of deviation about 1, may lie from those of the same picture alone: the kernels
+of larger matrices add in another order."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,9 @@ def loop_of(model, pace=Pace):
 
 
 def run(loop, arrivals=()):
-    """Steps until nothing is left; arrivals: (step, sittings) to add on the way. The owners' order of leaving, and batch sizes seen."""
+    """Steps until nothing is left; arrivals: (step, sittings) to add on the way. The owners' order of
+    leaving, and batch sizes seen.
+    """
     left, sizes, waiting = [], [], list(arrivals)
     for step in range(200):
         for one in [s for at, sittings in waiting if at == step for s in sittings]:
@@ -211,7 +215,9 @@ def test_the_loop_halts_where_a_picture_is_looked_at(model):
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_what_is_compiled_beside_serves_all_that_comes_after():
-    """Forms are made eagerly until their graph is ready; then nothing compiles again: sizes, steps, guidance, company."""
+    """Forms are made eagerly until their graph is ready; then nothing compiles again: sizes, steps, guidance,
+    company.
+    """
     model = blueprint.load(blueprint.read(config.ModelOptions(enable_torch_compile=True)))
     loop = loop_of(model, Together)
     for count in (1, 2):

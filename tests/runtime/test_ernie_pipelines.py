@@ -1,7 +1,9 @@
-"""ERNIE-Image against diffusers' own pipeline: the latents after every step and the picture, from the same start, in float64.
+"""ERNIE-Image against diffusers' own pipeline: the latents after every step and the picture, from the same
+start, in float64.
 
-The reference's roundings that test_flux2_pipelines names are taken out. Two stay in, which tinydiff has as well: times are embedded and the
-angles of positions computed in float32, so that both come in as float32 here.
+The reference's roundings that test_flux2_pipelines names are taken out. Two stay in, which tinydiff has as
+well: times are embedded and the angles of positions computed in float32, so that both come in as float32
+here.
 """
 
 from __future__ import annotations
@@ -51,12 +53,14 @@ TEXT = LM | {
         **{"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
     },
 }
-"""With a rope stretched as the released one's is. Queries grow from the 64th token on, in the released one from the 16384th."""
+"""With a rope stretched as the released one's is. Queries grow from the 64th token on, in the released one
+from the 16384th.
+"""
 
 
 def build(folder, shift=3.0, framed=True, enhanced=False):
-    """The reference's pipeline in float64, saved in float32. framed: its tokenizer opens texts with BOS. enhanced: with a language model
-    for longer prompts.
+    """The reference's pipeline in float64, saved in float32. framed: its tokenizer opens texts with BOS.
+    enhanced: with a language model for longer prompts.
     """
     files = folder / "vocabulary"
     files.mkdir(parents=True)
@@ -151,7 +155,9 @@ TOLD = {"do_sample": True, "top_k": 7, "repetition_penalty": 1.3}
     ("told", "as_file"), [({}, True), (TOLD, False)], ids=["as transformers", "as its own file says"]
 )
 def test_the_prompt_is_rewritten_as_by_the_reference(told, as_file, tmp_path):
-    """In float32 on both sides, and the reference's draws from the start of ours; it draws from torch's global one."""
+    """In float32 on both sides, and the reference's draws from the start of ours; it draws from torch's
+    global one.
+    """
     pipe = build(tmp_path / "model", enhanced=True)
     pipe.pe_tokenizer.chat_template, pipe.pe_tokenizer.model_max_length = CHAT, 12
     pipe.pe_tokenizer.save_pretrained(tmp_path / "model" / "pe_tokenizer", save_jinja_files=as_file)

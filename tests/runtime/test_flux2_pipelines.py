@@ -1,9 +1,11 @@
-"""FLUX.2 against diffusers' own pipelines: the latents after every step and the picture, from the same start, in float64.
+"""FLUX.2 against diffusers' own pipelines: the latents after every step and the picture, from the same start,
+in float64.
 
-Five roundings of the reference are taken out, so that what is left is exact. It steps with sigmas kept in float32: they are upcast
-unchanged, and tinydiff's tables hold the same digits. It makes constants in torch's default type: that is float64 here. It turns
-pictures into float32 numbers: they are brought to the multiples of 1/255 that they stand for. It embeds times and guidance in float32,
-as tinydiff does: both are float32 here before they are embedded. It keeps the language models' rope tables in float32, as tinydiff does.
+Five roundings of the reference are taken out, so that what is left is exact. It steps with sigmas kept in
+float32: they are upcast unchanged, and tinydiff's tables hold the same digits. It makes constants in torch's
+default type: that is float64 here. It turns pictures into float32 numbers: they are brought to the multiples
+of 1/255 that they stand for. It embeds times and guidance in float32, as tinydiff does: both are float32 here
+before they are embedded. It keeps the language models' rope tables in float32, as tinydiff does.
 """
 
 from __future__ import annotations
@@ -105,7 +107,8 @@ def klein(folder, distilled, depth=28, channels=16):
 def dev(folder, framed=True):
     files = folder / "vocabulary"
     files.mkdir(parents=True)
-    # The processor of the released model needs torchvision; it hands texts to its tokenizer, which has the same method.
+    # The processor of the released model needs torchvision; it hands texts to its tokenizer, which has the
+    # same method.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(
         vocabularies.mistral(files, framed), chat_template=MISTRAL_TEMPLATE, padding_side="left"
     )
@@ -117,7 +120,9 @@ def dev(folder, framed=True):
 
 
 def saved(folder, run_by, tokenizer, text, guided, channels=16, **options):
-    """The reference's pipeline in float64, saved in float32 to `folder`. Every parameter is redrawn, at values that float32 holds."""
+    """The reference's pipeline in float64, saved in float32 to `folder`. Every parameter is redrawn, at
+    values that float32 holds.
+    """
     transformer = Flux2Transformer2DModel(**TRANSFORMER | {"in_channels": channels}, guidance_embeds=guided)
     networks = {"transformer": transformer, "vae": vae(channels), "text_encoder": text}
     for seed, network in enumerate(networks.values()):
@@ -291,7 +296,8 @@ def test_noise_is_what_the_reference_draws(tmp_path):
     assert torch.equal(made.pack(noise(7, 0, (1, *made.size))[0]), drawn)
 
 
-# --- given pictures -------------------------------------------------------------------------------------------------------------------
+# --- given pictures
+# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (100, 71), (1200, 1024), (1024, 1025), (64, 512), (3000, 2011)])
@@ -335,7 +341,8 @@ def test_a_picture_that_cannot_be_given_is_refused(shape, tmp_path):
         admit(read, SamplingOptions(prompt=("a",), image_path=(str(path),)))
 
 
-# --- what a folder is, and what does not fit ------------------------------------------------------------------------------------------
+# --- what a folder is, and what does not fit
+# ------------------------------------------------------------------------------------------
 
 
 def test_a_folder_of_unknown_name_is_known_by_its_index_and_shape(tmp_path):
@@ -383,7 +390,9 @@ def tiny_autoencoder(folder, channels):
 
 
 def test_the_tiny_autoencoder_takes_the_others_place(tmp_path, pictures):
-    """Its latents are the denoiser's own: the loop is the same, the pictures are coded by its functions alone."""
+    """Its latents are the denoiser's own: the loop is the same, the pictures are coded by its functions
+    alone.
+    """
     klein(tmp_path / "model", True, channels=32)
     usual, model = (
         load(tmp_path / "model"),

@@ -1,7 +1,8 @@
-"""FLUX.1 against diffusers' own pipelines: from text, from pictures to edit, from a picture to start from, and inpainting.
+"""FLUX.1 against diffusers' own pipelines: from text, from pictures to edit, from a picture to start from,
+and inpainting.
 
-Latents after every step and the last pixels, from the same start, in float64. Starting from a picture is the shared floor's, and
-proved here for every family.
+Latents after every step and the last pixels, from the same start, in float64. Starting from a picture is the
+shared floor's, and proved here for every family.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ LONG = {"prompt": "a large red circle on a white background " * 60}
 
 
 def build(folder, kind=FluxPipeline, guided=True):
-    """The reference's pipeline in float64, saved in float32 to `folder`; guided: of dev, which embeds its guidance, else of schnell."""
+    """The reference's pipeline in float64, saved in float32 to `folder`; guided: of dev, which embeds its
+    guidance, else of schnell.
+    """
     folder.mkdir()
     clip = {
         "vocab_size": 914,
@@ -155,7 +158,8 @@ def mask(tmp_path):
     return str(tmp_path / "mask.png")
 
 
-# --- from text ------------------------------------------------------------------------------------------------------------------------
+# --- from text
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -212,7 +216,8 @@ def test_noise_is_what_the_reference_draws(tmp_path):
     )
 
 
-# --- pictures to edit -----------------------------------------------------------------------------------------------------------------
+# --- pictures to edit
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -224,7 +229,9 @@ def small_sizes(monkeypatch):
 
 
 def several(pipe, paths):
-    """Kontext's pipeline takes one picture. More of them, as tinydiff's extension has it: their tokens in order, numbered 1, 2, ..."""
+    """Kontext's pipeline takes one picture. More of them, as tinydiff's extension has it: their tokens in
+    order, numbered 1, 2, ...
+    """
     prepare_latents = pipe.prepare_latents
 
     def prepared(image, *args):
@@ -277,7 +284,8 @@ def test_a_picture_to_edit_is_brought_to_the_size_that_the_reference_prefers():
     assert len({flux.reference_size(*size) for size in sizes}) == len(flux.KONTEXT_SIZES)
 
 
-# --- a picture to start from ----------------------------------------------------------------------------------------------------------
+# --- a picture to start from
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -330,7 +338,9 @@ def test_inpainting_equals_diffusers(strength, fields, tmp_path, pictures, mask,
 
 
 def test_what_the_mask_keeps_stays(tmp_path, pictures):
-    """Of a whole run: the given pixels stay where no white is within twice the seam, the new ones are where it is white."""
+    """Of a whole run: the given pixels stay where no white is within twice the seam, the new ones are where
+    it is white.
+    """
     build(tmp_path / "model")
     model, side = blueprint.load(blueprint.read(ModelOptions(model_path=str(tmp_path / "model")))), 64
     pixels = np.random.default_rng(3).integers(0, 256, (side, side, 3), dtype=np.uint8)

@@ -1,4 +1,6 @@
-"""Random values for every option of a generation: each is admitted, or is one sentence that names a field, within a budget."""
+"""Random values for every option of a generation: each is admitted, or is one sentence that names a field,
+within a budget.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Starting ranks: what fails is told once and by its own name, nothing is left running, and one command makes what one rank makes."""
+"""Starting ranks: what fails is told once and by its own name, nothing is left running, and one command makes
+what one rank makes.
+"""
 
 from __future__ import annotations
 

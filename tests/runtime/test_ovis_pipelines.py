@@ -1,4 +1,6 @@
-"""Ovis-Image against diffusers' own pipeline: the latents after every step and the pixels, from the same start, in float64."""
+"""Ovis-Image against diffusers' own pipeline: the latents after every step and the pixels, from the same
+start, in float64.
+"""
 
 from __future__ import annotations
 
@@ -146,7 +148,9 @@ def test_every_step_and_the_pixels_equal_diffusers(fields, pipe, model, caplog):
 
 
 def test_a_picture_to_start_from(pipe, model, tmp_path):
-    """The reference has no pipeline for it; it is the last two of four steps, from the picture made noisy as far."""
+    """The reference has no pipeline for it; it is the last two of four steps, from the picture made noisy as
+    far.
+    """
     Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 56, 3), dtype=np.uint8)).save(
         tmp_path / "picture.png"
     )

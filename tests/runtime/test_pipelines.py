@@ -1,4 +1,6 @@
-"""Every variant of Wan against diffusers' own pipeline: the latents after every step and the frames, from the same start, in float64."""
+"""Every variant of Wan against diffusers' own pipeline: the latents after every step and the frames, from the
+same start, in float64.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,8 @@ def test_every_step_and_the_frames_equal_diffusers(case, tmp_path, pictures):
     for field, picture in zip(("image", "last_image"), pictures[:count], strict=False):
         given[field] = Image.open(picture)
     with exact(pipe):
-        # The callback hands over the latents before a given frame is put back into them, which the pipeline does once, at the end.
+        # The callback hands over the latents before a given frame is put back into them, which the pipeline
+        # does once, at the end.
         video = pipe(
             **given, callback_on_step_end=lambda pipe, i, t, kept: theirs.append(kept["latents"]) or {}
         ).frames
@@ -103,7 +106,9 @@ def test_every_step_and_the_frames_equal_diffusers(case, tmp_path, pictures):
 
 
 def distilled(pipe, start, times, shift, text, fresh, frame=None):
-    """FastVideo's loop (its DmdDenoisingStage): jump to the clean latents, renoise to the next timestep; sigmas by nearest timestep."""
+    """FastVideo's loop (its DmdDenoisingStage): jump to the clean latents, renoise to the next timestep;
+    sigmas by nearest timestep.
+    """
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     sigma = {t: scheduler.sigmas[(scheduler.timesteps.double() - t).abs().argmin()].double() for t in times}
     x, steps = start, []

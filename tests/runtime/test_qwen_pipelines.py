@@ -1,4 +1,5 @@
-"""Qwen-Image's pipelines against diffusers' own: the tokens after every step and the pictures, from the same noise, in float64.
+"""Qwen-Image's pipelines against diffusers' own: the tokens after every step and the pictures, from the same
+noise, in float64.
 
 Beside the roundings that `compare` names, what `qwen_folders` puts right of the reference is taken out.
 """
@@ -80,7 +81,8 @@ def _opened(path: Path, mode: str = "RGB") -> Image.Image:
     )
 
 
-# --- both sides ---------------------------------------------------------------------------------------------------------------------
+# --- both sides
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _request(model, images=(), **fields):
@@ -272,7 +274,8 @@ def test_noise_is_that_of_a_seeded_generator(tmp_path, small, pictures):
         assert torch.equal(prepared.pack(drawn), made[0] if more else made)
 
 
-# --- admission ----------------------------------------------------------------------------------------------------------------------
+# --- admission
+# ----------------------------------------------------------------------------------------------------------------------
 
 NAMES = [f"Qwen/Qwen-Image{tail}" for tail in ("", "-2512", "-Edit", "-Edit-2509", "-Edit-2511", "-Layered")]
 
@@ -364,7 +367,8 @@ def _refused(field, words, plan, images, **fields):
     assert caught.value.field == field
 
 
-# --- whole runs ---------------------------------------------------------------------------------------------------------------------
+# --- whole runs
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_long_text_is_cut_and_said_so(tmp_path, caplog):

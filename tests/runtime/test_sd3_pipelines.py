@@ -1,6 +1,8 @@
-"""Stable Diffusion 3 against diffusers' own pipelines: the latents after every step and the picture, from the same start, in float64.
+"""Stable Diffusion 3 against diffusers' own pipelines: the latents after every step and the picture, from the
+same start, in float64.
 
-A picture to start from is coded as the middle of its distribution, not as a sample of it; the other roundings are in `compare`.
+A picture to start from is coded as the middle of its distribution, not as a sample of it; the other roundings
+are in `compare`.
 """
 
 from __future__ import annotations
@@ -126,7 +128,9 @@ def build(name, folder, **scheduler):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """Variant -> (the reference's pipeline, the folder that holds it, tinydiff's model of that folder), made once."""
+    """Variant -> (the reference's pipeline, the folder that holds it, tinydiff's model of that folder), made
+    once.
+    """
     made = {}
 
     def get(name="3.5 medium"):
@@ -141,7 +145,9 @@ def both(tmp_path_factory):
 
 @pytest.fixture
 def picture(tmp_path):
-    """A picture of noise of another size than the request's, another of that size, and a mask of it, as files."""
+    """A picture of noise of another size than the request's, another of that size, and a mask of it, as
+    files.
+    """
     random = np.random.default_rng(0)
     mask = np.zeros(SIZE, np.uint8)
     mask[2:7, 5:16] = 255

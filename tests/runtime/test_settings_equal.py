@@ -1,7 +1,9 @@
-"""Every family with other settings of its scheduler and its guidance than the released ones: the reference's latents, or one sentence.
+"""Every family with other settings of its scheduler and its guidance than the released ones: the reference's
+latents, or one sentence.
 
-A row changes the scheduler's file of a tiny folder, or what is asked, runs diffusers' pipeline and tinydiff from one start, and compares
-the latents after every step. A setting that is not reproduced is refused; none is read as something else.
+A row changes the scheduler's file of a tiny folder, or what is asked, runs diffusers' pipeline and tinydiff
+from one start, and compares the latents after every step. A setting that is not reproduced is refused; none
+is read as something else.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ OPTIONS = {entry.name for entry in fields(SamplingOptions)}
 
 @dataclass(frozen=True)
 class Family:
-    """How the reference's pipeline is built, and the latents that it is given: as tokens, as an image's [1, C, H, W], or as a clip's."""
+    """How the reference's pipeline is built, and the latents that it is given: as tokens, as an image's [1,
+    C, H, W], or as a clip's.
+    """
 
     build: Callable[[Path], Any]
     size: tuple[int, int]
@@ -274,7 +278,9 @@ HELD_OUT = [
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_released_settings_give_the_references_images(name, both):
-    """To one level, with the scheduler that each family is released with; texts that are cut, the other way round in height and width."""
+    """To one level, with the scheduler that each family is released with; texts that are cut, the other way
+    round in height and width.
+    """
     here = both(name).scheduled(both(name).own)
     height, width = here.family.size
     for seed, prompt, given in HELD_OUT:

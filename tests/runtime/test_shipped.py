@@ -1,4 +1,5 @@
-"""The model in the package: diffusers loads its folder and makes the same, and `tinydiff generate` needs nothing but a prompt.
+"""The model in the package: diffusers loads its folder and makes the same, and `tinydiff generate` needs
+nothing but a prompt.
 
 Nothing here depends on how good its pictures are.
 """
@@ -54,7 +55,9 @@ def _quiet(pipe):
 
 
 def same(made, pipe, **fields):
-    """A result of seed 3 equals the pipeline's, from the same seed's noise: latents to 1e-4, frames to one level of 256."""
+    """A result of seed 3 equals the pipeline's, from the same seed's noise: latents to 1e-4, frames to one
+    level of 256.
+    """
     asked = fields | {
         "prompt": PROMPT,
         "negative_prompt": "",
@@ -115,7 +118,9 @@ def test_diffusers_makes_the_same_from_a_first_frame(model, picture):
 
 
 def test_a_clip_starts_with_the_given_picture(model, picture):
-    """Its first latent frame is the picture's own, and so its first frame is what the autoencoder makes of the picture."""
+    """Its first latent frame is the picture's own, and so its first frame is what the autoencoder makes of
+    the picture.
+    """
     made = tinydiff.generate(
         model, PROMPT, num_inference_steps=2, image_path=picture, height=96, width=96, num_frames=5
     )

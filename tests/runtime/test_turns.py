@@ -23,7 +23,9 @@ def images(key, job, count=1, **more):
 
 
 def run(waiting, most, arrivals=()):
-    """(job, number of the step that ended it) of each image, in the order in which they end. arrivals: (before which step, images)."""
+    """(job, number of the step that ended it) of each image, in the order in which they end. arrivals:
+    (before which step, images).
+    """
     waiting, arrivals, turns, ended, step = list(waiting), dict(arrivals), {}, [], 0
     while waiting or any(at > step for at in arrivals):
         waiting += arrivals.get(step, [])

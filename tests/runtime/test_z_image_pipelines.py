@@ -1,6 +1,8 @@
-"""Z-Image against diffusers' own pipelines: the latents after every step and the picture, from the same start, in float64.
+"""Z-Image against diffusers' own pipelines: the latents after every step and the picture, from the same
+start, in float64.
 
-A picture to start from is coded as the middle of its distribution, not as a sample of it; the other roundings are in `compare`.
+A picture to start from is coded as the middle of its distribution, not as a sample of it; the other roundings
+are in `compare`.
 """
 
 from __future__ import annotations
@@ -232,7 +234,9 @@ def test_the_noise_of_a_seed_is_the_references(pipe):
 
 @pytest.mark.parametrize("steps", [8, 50])
 def test_the_schedule_is_the_references_to_the_last_digits(steps, model):
-    """The reference spaces its grid in float32, one rounding more; in a timestep it may be two of the last digit."""
+    """The reference spaces its grid in float32, one rounding more; in a timestep it may be two of the last
+    digit.
+    """
     scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
     scheduler.set_timesteps(sigmas=pipeline_z_image.get_default_z_image_sigmas(steps))
     rows = pipeline.table(model.blueprint, request_for(model, num_inference_steps=steps))

@@ -1,4 +1,6 @@
-"""A tiny family: self-attention, cross-attention to a hoisted key and value, modulation by a hoisted row of the step."""
+"""A tiny family: self-attention, cross-attention to a hoisted key and value, modulation by a hoisted row of
+the step.
+"""
 
 from dataclasses import dataclass
 from typing import Any

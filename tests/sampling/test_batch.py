@@ -1,4 +1,6 @@
-"""Pictures that share the loop, each at its own row of its own table, against the same pictures alone, in float64."""
+"""Pictures that share the loop, each at its own row of its own table, against the same pictures alone, in
+float64.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""The compiled loop: equal to eager, one graph for everything a request may vary, cost that does not grow with depth."""
+"""The compiled loop: equal to eager, one graph for everything a request may vary, cost that does not grow
+with depth.
+"""
 
 from dataclasses import replace
 
@@ -58,7 +60,8 @@ def test_one_graph_serves_every_length_of_two_prompts_in_a_family_of_two_streams
         for make in (loop.eager_denoise, compiled_denoise)
     )
     before = graph_count()
-    # Lengths that are equal in the first request, to each other and to those of tokens and steps, are not taken for one.
+    # Lengths that are equal in the first request, to each other and to those of tokens and steps, are not
+    # taken for one.
     for tokens, steps, lengths in ((4, 4, (4, 4)), (9, 4, (4, 7)), (4, 3, (11, 3)), (24, 5, (5, 24))):
         table, x = fake.table(fake.EULER, steps), fake.latents(tokens)
         network = fake.ready(CONFIG, table, tokens, net=fake.joint, lengths=lengths)

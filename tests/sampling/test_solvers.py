@@ -1,7 +1,8 @@
-"""Solver tables against the reference schedulers, stepped in float64 on random predictions (any prediction exercises every coefficient).
+"""Solver tables against the reference schedulers, stepped in float64 on random predictions (any prediction
+exercises every coefficient).
 
-The references store their sigmas in float32 and step in the dtype they are given, so "as stored" upcasts those sigmas unchanged; "exact"
-puts sigmas computed by the same formula in float64 into the reference.
+The references store their sigmas in float32 and step in the dtype they are given, so "as stored" upcasts
+those sigmas unchanged; "exact" puts sigmas computed by the same formula in float64 into the reference.
 """
 
 import numpy as np
@@ -145,7 +146,8 @@ def test_euler_equals_diffusers(shift, handed):
         assert torch.equal(table.sigmas, scheduler.sigmas[:-1].double())
         assert torch.equal(table.timesteps, scheduler.timesteps.double())
         x, predictions = randn(2, 5), randn(steps, 2, 5)
-        # The reference casts the sample to float32 to step, so its rule is written out here: sample + (sigma' - sigma) v.
+        # The reference casts the sample to float32 to step, so its rule is written out here: sample + (sigma'
+        # - sigma) v.
         want, sample = [], x
         for i, v in enumerate(predictions):
             sample = sample + scheduler.sigmas.double().diff()[i] * v
@@ -179,7 +181,9 @@ def test_euler_stochastic_equals_diffusers():
     ("shift", "timesteps"), [(8.0, [1000, 757, 522]), (5.0, [1000, 757, 522]), (5.0, [1000, 960, 889, 727])]
 )
 def test_dmd_equals_fastvideo(shift, timesteps):
-    """FastVideo: sigma of the training schedule at the nearest timestep, x0 = x - sigma v, then (1 - sigma') x0 + sigma' noise."""
+    """FastVideo: sigma of the training schedule at the nearest timestep, x0 = x - sigma v, then (1 - sigma')
+    x0 + sigma' noise.
+    """
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     found = [scheduler.sigmas[(scheduler.timesteps - t).abs().argmin()].double() for t in timesteps]
     table = solvers.dmd(timesteps, shift)

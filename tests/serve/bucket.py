@@ -1,4 +1,6 @@
-"""A server's store and files, their uploader, and an object storage on loopback that does as it is told, for tests of uploads."""
+"""A server's store and files, their uploader, and an object storage on loopback that does as it is told, for
+tests of uploads.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def output_of(here: Here, job: Job) -> Output:
 
 
 class Storage:
-    """A storage that keeps objects, and answers as it is told: `script(method, path, data)` gives (status, code), or None for the truth."""
+    """A storage that keeps objects, and answers as it is told: `script(method, path, data)` gives (status,
+    code), or None for the truth.
+    """
 
     endpoint = ""
 

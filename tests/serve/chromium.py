@@ -53,7 +53,9 @@ def browser():
 
 @pytest.fixture
 def serve(browser, tmp_path):
-    """serve(...) starts a server, opens its page, and returns the service. Afterwards nothing may be in the browser's log."""
+    """serve(...) starts a server, opens its page, and returns the service. Afterwards nothing may be in the
+    browser's log.
+    """
     with ExitStack() as running:
 
         def start(row=None, open=True, **options):

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 
 
 class Cost:
-    """calls: of functions, Python's own and those in C, on this thread. bytes: the most that was allocated at once, beyond the start."""
+    """calls: of functions, Python's own and those in C, on this thread. bytes: the most that was allocated at
+    once, beyond the start.
+    """
 
     calls = 0
     bytes = 0

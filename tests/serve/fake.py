@@ -1,14 +1,16 @@
-"""A running server whose scheduler makes plain-coloured pictures and clips, for tests of everything around the model.
+"""A running server whose scheduler makes plain-coloured pictures and clips, for tests of everything around
+the model.
 
-made = service(tmp_path, api_key=("k",))             # a Service over a real store and real files; options are ServeOptions' fields
-made.scheduler.steps, made.scheduler.step_seconds     # how long a job takes
+made = service(tmp_path, api_key=("k",))             # a Service over a real store and real files; options are
+ServeOptions' fields made.scheduler.steps, made.scheduler.step_seconds     # how long a job takes
 made.scheduler.fail = lambda job: Failure(...)        # or None; asked once per job, before its first step
 made.scheduler.gate.clear() ... .set()                # holds every job before its first step
 made.scheduler.busy = 3.0; .stopping = True           # what `submit` then raises
-made.scheduler.submitted                              # every job that was queued, in order (joined ones are not)
-made.scheduler.watched                                # ids of jobs, once for each client that waited
+made.scheduler.submitted                              # every job that was queued, in order (joined ones are
+not) made.scheduler.watched                                # ids of jobs, once for each client that waited
 made.scheduler.close()                                # ends its thread; the fixture of a test module should
-with listening(made) as address: ...                  # its app in a real server, which closes the scheduler at the end
+with listening(made) as address: ...                  # its app in a real server, which closes the scheduler
+at the end
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ def blueprint():
 
 
 def service(folder: Path, row: dict[str, Any] | None = None, **options: Any) -> Service:
-    """A server of the shipped model whose jobs lie in `folder`. row: fields of its registry row to change, such as image_use."""
+    """A server of the shipped model whose jobs lie in `folder`. row: fields of its registry row to change,
+    such as image_use.
+    """
     chosen = ServeOptions(**{"state_dir": str(folder), **options})
     store = open_store(folder, None, chosen.max_queue, chosen.output_lifetime, chosen.several_keys)
     files = Files(folder / "files", b"secret", chosen.output_lifetime, int(chosen.output_limit * 1e9))
@@ -65,14 +69,17 @@ def service(folder: Path, row: dict[str, Any] | None = None, **options: Any) -> 
         scheduler=EULER if row else blueprint().scheduler,
     )
     name = chosen.served_model_name or plan.row.name
-    made = Service(chosen, plan, name, int(time.time()), store, files, FakeScheduler(store, files), Metrics())  # pyright: ignore
+    # pyright: ignore
+    made = Service(chosen, plan, name, int(time.time()), store, files, FakeScheduler(store, files), Metrics())
     made.scheduler.service = made  # pyright: ignore
     return made
 
 
 @contextmanager
 def listening(made: Service, **limited: Any) -> Iterator[str]:
-    """The service's app in a real server, which ends with the block; its address, http://host:port. limited: other `Limits`."""
+    """The service's app in a real server, which ends with the block; its address, http://host:port. limited:
+    other `Limits`.
+    """
     sock = socket.create_server(("127.0.0.1", 0))
     limits = Limits(
         **{

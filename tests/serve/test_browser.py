@@ -47,7 +47,8 @@ def test_progress_and_previews_are_shown(serve, browser):
     made.scheduler.steps, made.scheduler.step_seconds = 8, 0.25
     put(browser, "prompt", "a star")
     go(browser)
-    width = "return document.querySelector('#viewer .media img.preview')?.naturalWidth"  # in one go: the next preview takes its place
+    # in one go: the next preview takes its place
+    width = "return document.querySelector('#viewer .media img.preview')?.naturalWidth"
     WebDriverWait(browser, 20, 0.03).until(lambda _: browser.execute_script(width) == 128)
     assert 0 < float(browser.find_element(By.ID, "progress").get_property("value")) < 1
     assert "of 8" in browser.find_element(By.ID, "caption").text

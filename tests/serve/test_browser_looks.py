@@ -1,4 +1,6 @@
-"""How the page looks and sounds in a real Chromium: what is in line, what fits, what is loaded when, and what is announced."""
+"""How the page looks and sounds in a real Chromium: what is in line, what fits, what is loaded when, and what
+is announced.
+"""
 
 from itertools import pairwise
 

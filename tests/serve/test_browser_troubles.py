@@ -1,4 +1,6 @@
-"""The page in a real Chromium where something goes wrong: no server, a full one, no memory, two tabs, a removal that was a mistake."""
+"""The page in a real Chromium where something goes wrong: no server, a full one, no memory, two tabs, a
+removal that was a mistake.
+"""
 
 import pytest
 from selenium.webdriver.common.by import By

@@ -1,4 +1,6 @@
-"""The official Python client, and others, against `tinydiff serve` as users start it: a process of its own, with the shipped model."""
+"""The official Python client, and others, against `tinydiff serve` as users start it: a process of its own,
+with the shipped model.
+"""
 
 import asyncio
 import base64

@@ -1,4 +1,6 @@
-"""The official JavaScript client, run by node, against `tinydiff serve` with the shipped model: its main calls."""
+"""The official JavaScript client, run by node, against `tinydiff serve` with the shipped model: its main
+calls.
+"""
 
 import base64
 import io

@@ -1,4 +1,6 @@
-"""The official Python client, sync and async, asks `tinydiff serve` for clips of the shipped model: every call that it has for them."""
+"""The official Python client, sync and async, asks `tinydiff serve` for clips of the shipped model: every
+call that it has for them.
+"""
 
 import asyncio
 import base64

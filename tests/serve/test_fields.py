@@ -112,7 +112,9 @@ STRANGE = [
     "1.",
     "--1",
 ]
-"""What Python's own readers take for an integer or a number, or nearly: 1_0 as ten, every script's digits, blanks around them."""
+"""What Python's own readers take for an integer or a number, or nearly: 1_0 as ten, every script's digits,
+blanks around them.
+"""
 
 
 @pytest.mark.parametrize("text", STRANGE)

@@ -1,4 +1,6 @@
-"""1,000 malformed requests: none is an error of the server, each is refused in the one shape, and the next good request works."""
+"""1,000 malformed requests: none is an error of the server, each is refused in the one shape, and the next
+good request works.
+"""
 
 import io
 import json
@@ -296,7 +298,8 @@ def in_the_one_shape(answer):
 
 
 MOST_CALLS, MOST_BYTES, MOST_COPIES = 200_000, 2**23, 6
-"""What a request may cost: function calls, bytes beside its body, and how many times over its body is held."""
+"""What a request may cost: function calls, bytes beside its body, and how many times over its body is held.
+"""
 
 
 def within_budget(cost, more, told):
@@ -371,7 +374,9 @@ HEADERS = [
 
 
 def any_form(rng, kind):
-    """Fields by any name and in any form, repeated or nested, numbers that no reader should take, files by any name."""
+    """Fields by any name and in any form, repeated or nested, numbers that no reader should take, files by
+    any name.
+    """
     names = [*fields.names(kind), "image_path", "mask"]
     parts = [("prompt", "a")]
     for name in rng.choices(names, k=rng.choice([1, 2, 6])):

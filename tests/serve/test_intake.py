@@ -80,7 +80,9 @@ def test_what_the_model_cannot_do_is_named_as_the_client_spelled_it(made, said, 
 
 
 def test_the_bound_on_pixels_follows_the_model_and_an_explicit_one_wins(tmp_path):
-    """Four times the model's own image, and of a video its own frames too; each of several outputs may have as many."""
+    """Four times the model's own image, and of a video its own frames too; each of several outputs may have
+    as many.
+    """
     for name, most, kind in (
         ("own", 4 * 128 * 128, "image"),
         ("own", 4 * 128 * 128 * 17, "video"),

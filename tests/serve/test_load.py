@@ -1,4 +1,6 @@
-"""The server under several clients at once: every answer fits, every job ends once, no file is lost or left over."""
+"""The server under several clients at once: every answer fits, every job ends once, no file is lost or left
+over.
+"""
 
 import pytest
 

@@ -1,4 +1,6 @@
-"""The official JavaScript client, run by node against a server whose scheduler makes plain pictures: its main calls."""
+"""The official JavaScript client, run by node against a server whose scheduler makes plain pictures: its main
+calls.
+"""
 
 import base64
 import io

@@ -1,4 +1,6 @@
-"""The official Python client, sync and async, against a real server: every call that it has for clips and models."""
+"""The official Python client, sync and async, against a real server: every call that it has for clips and
+models.
+"""
 
 import asyncio
 import io
@@ -252,7 +254,8 @@ def test_the_async_client_does_all_of_it(address):
             return videos, listed, content.content, remix, again, gone
 
     videos, listed, content, remix, again, gone = asyncio.run(everything())
-    assert [(video.status, video.seeds) for video in videos] == [("completed", [seed]) for seed in (1, 2, 3)]  # pyright: ignore
+    # pyright: ignore
+    assert [(video.status, video.seeds) for video in videos] == [("completed", [seed]) for seed in (1, 2, 3)]
     assert sorted(listed) == sorted(video.id for video in videos)
     assert Image.open(io.BytesIO(content)).format == "WEBP"
     assert (remix.remixed_from_video_id, again.id, gone) == (videos[0].id, videos[1].id, [True] * 4)

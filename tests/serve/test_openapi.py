@@ -185,7 +185,9 @@ def test_the_examples_are_good_requests(described, app):
 
 
 def undescribed(document, schema, value, at=""):
-    """Where an answer has keys that its schema has not, or lacks those that it promises. An object without properties may hold any."""
+    """Where an answer has keys that its schema has not, or lacks those that it promises. An object without
+    properties may hold any.
+    """
     if "$ref" in schema:
         found = document
         for name in schema["$ref"].removeprefix("#/").split("/"):

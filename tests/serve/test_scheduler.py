@@ -94,7 +94,9 @@ def test_what_is_cut_of_a_long_prompt_is_in_the_answer_the_job_and_the_file(star
 
 @pytest.mark.parametrize("pinned", [True, False])
 def test_a_client_does_not_wait_for_a_disk_that_is_full(started, monkeypatch, pinned):
-    """It is told at once, in the status that says so; a job that nobody waits for is noted once there is room."""
+    """It is told at once, in the status that says so; a job that nobody waits for is noted once there is
+    room.
+    """
     service = started()
     full, finish, tried = threading.Event(), service.store.finish, []
 
@@ -163,7 +165,9 @@ def until(condition, seconds=20):
 
 @pytest.mark.parametrize("most", [1, 2])
 def test_a_large_job_does_not_keep_another_key_waiting(started, monkeypatch, most):
-    """Ten images of one key, all asked for before: the other's image is done among the first, whatever the seats are."""
+    """Ten images of one key, all asked for before: the other's image is done among the first, whatever the
+    seats are.
+    """
     service = started(batching_max_size=most)
     go, ended, finish = held(monkeypatch), [], pipeline.finish
     monkeypatch.setattr(

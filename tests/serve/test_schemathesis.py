@@ -1,4 +1,6 @@
-"""Requests made up from our own OpenAPI document: no answer is an error of the server, and every one is as described."""
+"""Requests made up from our own OpenAPI document: no answer is an error of the server, and every one is as
+described.
+"""
 
 import time
 from collections import Counter

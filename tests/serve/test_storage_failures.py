@@ -1,4 +1,6 @@
-"""Uploads to an object storage that fails, lies, is slow or is not there, and a server that stops before they are done."""
+"""Uploads to an object storage that fails, lies, is slow or is not there, and a server that stops before they
+are done.
+"""
 
 from __future__ import annotations
 

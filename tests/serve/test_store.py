@@ -1,4 +1,6 @@
-"""The store, the same tests against SQLite and a real PostgreSQL: what becomes of a job, who is next, what is found."""
+"""The store, the same tests against SQLite and a real PostgreSQL: what becomes of a job, who is next, what is
+found.
+"""
 
 import random
 import time
@@ -18,7 +20,8 @@ def store(both):
     return both
 
 
-# --- one job ----------------------------------------------------------------------------------------------------------------------------
+# --- one job
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_job_comes_back_as_it_was(store):
@@ -114,7 +117,8 @@ def test_ids_that_no_database_can_hold_are_no_jobs(store):
             store.page("video", "", id, 1, True)
 
 
-# --- the queue --------------------------------------------------------------------------------------------------------------------------
+# --- the queue
+# --------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_full_queue_refuses(where):
@@ -132,7 +136,9 @@ def test_a_full_queue_refuses(where):
 
 
 def test_a_shared_queue_has_room_for_every_owner(where):
-    """Who fills what may be filled leaves as much again: half, then a quarter, and whoever comes finds a place."""
+    """Who fills what may be filled leaves as much again: half, then a quarter, and whoever comes finds a
+    place.
+    """
     with closing(open_store(*where, 16, shared=True)) as store:
         held = {}
         for owner in "abcd":
@@ -246,7 +252,8 @@ def test_a_pinned_job_runs_at_its_server_only(store):
     assert take(store, "there").id == pinned.id
 
 
-# --- cancelling -------------------------------------------------------------------------------------------------------------------------
+# --- cancelling
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_cancelling_a_queued_job_ends_it(store):
@@ -276,7 +283,8 @@ def test_a_done_job_stays_as_it_is(store):
     assert store.cancel(id) == store.get(id) and store.get(id).status == "completed"
 
 
-# --- servers that go away ---------------------------------------------------------------------------------------------------------------
+# --- servers that go away
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_lease_that_ran_out_gives_the_job_back(store):
@@ -361,7 +369,8 @@ def test_a_job_that_brings_servers_down_is_given_up(store):
     )
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------------------------
+# --- reading
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ascending", [True, False])

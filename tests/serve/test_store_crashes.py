@@ -1,4 +1,6 @@
-"""The store where much happens at once and things go away: no job lost, none run or finished twice, whoever dies when."""
+"""The store where much happens at once and things go away: no job lost, none run or finished twice, whoever
+dies when.
+"""
 
 import signal
 import sqlite3
@@ -26,7 +28,8 @@ def store(both):
     return both
 
 
-# --- many at once -----------------------------------------------------------------------------------------------------------------------
+# --- many at once
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_threads_share_a_queue_without_doing_a_job_twice(where):
@@ -86,7 +89,8 @@ def test_more_threads_than_connections_read_and_write(store):
     )
 
 
-# --- kill -9 ----------------------------------------------------------------------------------------------------------------------------
+# --- kill -9
+# ----------------------------------------------------------------------------------------------------------------------------
 
 STORM = """
 import sys, threading, time
@@ -135,7 +139,8 @@ def at_work(process):
 def test_killed_processes_lose_nothing_and_do_nothing_twice(where):
     said = Counter()
     for round in range(3):
-        # Two at once share a queue; the second says a name that is new each time, so that what it leaves comes back by its lease.
+        # Two at once share a queue; the second says a name that is new each time, so that what it leaves
+        # comes back by its lease.
         running = [storm(where, "same"), storm(where, f"new {round}")]
         heads = [at_work(each) for each in running]
         for n, each in enumerate(running):
@@ -165,7 +170,8 @@ def test_killed_processes_lose_nothing_and_do_nothing_twice(where):
             assert file.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-# --- databases that go away -------------------------------------------------------------------------------------------------------------
+# --- databases that go away
+# -------------------------------------------------------------------------------------------------------------
 
 
 class Lost(Exception):

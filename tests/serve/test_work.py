@@ -1,4 +1,6 @@
-"""What a request costs before any limit of the model is looked at: function calls and bytes, both bounded by what was sent."""
+"""What a request costs before any limit of the model is looked at: function calls and bytes, both bounded by
+what was sent.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,13 @@ JSON = "application/json"
 FORM = "multipart/form-data; boundary=B"
 
 MOST_CALLS = 200_000
-"""Of a request that is refused; the smallest ones need about a thousand. A walk over the names below would be far beyond it."""
+"""Of a request that is refused; the smallest ones need about a thousand. A walk over the names below would be
+far beyond it.
+"""
 MOST_COPIES = 6
-"""How many times a body's bytes may be held at once; what Python makes of many small values is larger than their text."""
+"""How many times a body's bytes may be held at once; what Python makes of many small values is larger than
+their text.
+"""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,6 @@
-"""The reader against pictures whose content is known: the renderer's own, sharp, blurred and noisy, and wrong ones."""
+"""The reader against pictures whose content is known: the renderer's own, sharp, blurred and noisy, and wrong
+ones.
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,6 @@
-"""The tokenizer is deterministic, knows every word of the captions, has pieces for any English, and transformers reads it alike."""
+"""The tokenizer is deterministic, knows every word of the captions, has pieces for any English, and
+transformers reads it alike.
+"""
 
 from itertools import islice
 

@@ -1,4 +1,6 @@
-"""Files that appear whole or not at all: written beside under a hidden name, flushed to disk, then given their own name."""
+"""Files that appear whole or not at all: written beside under a hidden name, flushed to disk, then given
+their own name.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,19 @@ NO_LINKS = frozenset((errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS
 
 
 def write_new(path: Path, write: Callable[[Path], object]) -> Path:
-    """Have `write(temporary)` make a file or a folder and name it `path`, or the next free `name-1.ending`. Returns the name taken.
+    """Have `write(temporary)` make a file or a folder and name it `path`, or the next free `name-1.ending`.
+    Returns the name taken.
 
-    Never replaces anything, also when two processes want one name at once. If anything fails nothing is left behind; a full disk or
-    a refused folder is a UserError naming the file.
+    Never replaces anything, also when two processes want one name at once. If anything fails nothing is left
+    behind; a full disk or a refused folder is a UserError naming the file.
     """
     return _written(path, write, _claim)
 
 
 def write_over(path: Path, write: Callable[[Path], object]) -> Path:
-    """As `write_new`, but takes the place of an existing file in one step: readers see the old file or the new one, whole."""
+    """As `write_new`, but takes the place of an existing file in one step: readers see the old file or the
+    new one, whole.
+    """
     return _written(path, write, _replace)
 
 

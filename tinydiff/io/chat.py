@@ -1,4 +1,6 @@
-"""What a language model's tokenizer folder makes of the turns of a chat: its template, rendered as transformers renders it."""
+"""What a language model's tokenizer folder makes of the turns of a chat: its template, rendered as
+transformers renders it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ Turns = Sequence[Mapping[str, str]]
 def template(folder: Path) -> Callable[[Turns], str] | None:
     """Turns -> text, without the opening of an answer; None where the folder has no template.
 
-    Of `chat_template.jinja`, else of `chat_template` in tokenizer_config.json. The function raises UserError where it cannot be rendered.
+    Of `chat_template.jinja`, else of `chat_template` in tokenizer_config.json. The function raises UserError
+    where it cannot be rendered.
     """
     path, config = folder / "chat_template.jinja", _read(folder / "tokenizer_config.json")
     source = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
@@ -49,7 +52,9 @@ def _is_token(name: str, token: Any) -> bool:
 
 
 def _rendered(source: str, folder: Path, values: Mapping[str, Any]) -> str:
-    """A template comes with the weights and may be anybody's: it runs in Jinja's sandbox, which cannot change what it is given."""
+    """A template comes with the weights and may be anybody's: it runs in Jinja's sandbox, which cannot change
+    what it is given.
+    """
     from jinja2 import TemplateError
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment

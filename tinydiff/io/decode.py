@@ -42,9 +42,11 @@ class Unranged(ValueError):
 
 
 def srgb(opened: ImageFile.ImageFile, opacity: bool, name: str) -> NDArray[np.uint8]:
-    """The pixels of an opened image file, upright, as uint8 sRGB [H, W, 3] on white, or with `opacity` [H, W, 4].
+    """The pixels of an opened image file, upright, as uint8 sRGB [H, W, 3] on white, or with `opacity` [H, W,
+    4].
 
-    An embedded colour profile is converted from. One that is broken, or describes another kind of image, is ignored with a warning.
+    An embedded colour profile is converted from. One that is broken, or describes another kind of image, is
+    ignored with a warning.
     name: what messages call the file. Raises Unranged.
     """
     raw, profile = _raw_mode(opened), opened.info.get("icc_profile")
@@ -76,7 +78,9 @@ def _other_space(info: Mapping[Any, Any]) -> bool:
 
 
 def _raw_mode(opened: ImageFile.ImageFile) -> str:
-    """How Pillow names the samples in the file, which is known until it has read them; "" where there is no name."""
+    """How Pillow names the samples in the file, which is known until it has read them; "" where there is no
+    name.
+    """
     args: Any = opened.tile[0][3] if opened.tile else ""
     first = args[0] if isinstance(args, tuple) and args else args
     return first if isinstance(first, str) else ""

@@ -14,7 +14,9 @@ from tinydiff.io.variants import unchosen
 from tinydiff.records import UserError, nearest
 
 WANTED = ("*.json", "*/*.safetensors", "*/spiece.model", "*/tokenizer.model", "*/merges.txt")
-"""What a diffusers-layout folder is run from. Single-file weights at a repository's root are left out: they would double the download."""
+"""What a diffusers-layout folder is run from. Single-file weights at a repository's root are left out: they
+would double the download.
+"""
 
 UNWANTED = ("*onnx*", "*flax*", "*openvino*", "pe/*")
 """Of that, what is not run. So are weights of variants that are not loaded."""
@@ -33,7 +35,8 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 class Index:
     """A folder's `model_index.json`.
 
-    class_name: the pipeline's class. components: name to (library, class); absent ones (`[null, null]`) are left out.
+    class_name: the pipeline's class. components: name to (library, class); absent ones (`[null, null]`) are
+    left out.
     options: the pipeline's own settings, such as `boundary_ratio` and `expand_timesteps`.
     """
 
@@ -49,10 +52,12 @@ def resolve(
     weights: bool = True,
     variant: str | None = None,
 ) -> Path:
-    """The local folder of a model: `path_or_id` itself if it is a folder, else the hub's snapshot of that id, downloaded if need be.
+    """The local folder of a model: `path_or_id` itself if it is a folder, else the hub's snapshot of that id,
+    downloaded if need be.
 
-    revision: branch, tag or commit of a hub id. field: the option to name in errors. weights: false fetches JSON files alone. variant: of
-    a component's weights these alone are fetched, where it has them. Works offline for what the cache holds.
+    revision: branch, tag or commit of a hub id. field: the option to name in errors. weights: false fetches
+    JSON files alone. variant: of a component's weights these alone are fetched, where it has them. Works
+    offline for what the cache holds.
     Raises UserError if there is no such folder or repository, or no network to fetch it.
     """
     path = paths.path(path_or_id, field)
@@ -109,7 +114,9 @@ def read_index(folder: Path) -> Index:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; the bare `Infinity` and `NaN` that some released configs hold are accepted. Raises UserError otherwise."""
+    """Read a JSON object; the bare `Infinity` and `NaN` that some released configs hold are accepted. Raises
+    UserError otherwise.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -154,7 +161,9 @@ def _snapshot(hub_id: str, revision: str | None, field: str, weights: bool, vari
 
 
 def _listing(hub_id: str, revision: str | None) -> list[str]:
-    """The repository's files; none where the hub does not answer, since the download then says why, or needs nothing of the hub."""
+    """The repository's files; none where the hub does not answer, since the download then says why, or needs
+    nothing of the hub.
+    """
     from huggingface_hub import list_repo_files
 
     try:

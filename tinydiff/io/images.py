@@ -35,11 +35,12 @@ USER_COMMENT, EXIF_IFD, ASCII = 0x9286, 0x8769, b"ASCII\0\0\0"
 
 
 def read_image(source: str | Path, field: str = "image_path", opacity: bool = False) -> np.ndarray:
-    """The image at a path, an http(s) URL or a data URI, upright, as uint8 [H, W, 3] sRGB, or [H, W, 4] RGBA with `opacity`.
+    """The image at a path, an http(s) URL or a data URI, upright, as uint8 [H, W, 3] sRGB, or [H, W, 4] RGBA
+    with `opacity`.
 
-    The EXIF orientation is applied, an embedded colour profile is converted from, transparency is laid on white or kept, deeper samples
-    are brought to 8 bits, of an animation the first frame is taken. The bytes decide what it is, not the name. Raises UserError if it is
-    missing, too large or not an image.
+    The EXIF orientation is applied, an embedded colour profile is converted from, transparency is laid on
+    white or kept, deeper samples are brought to 8 bits, of an animation the first frame is taken. The bytes
+    decide what it is, not the name. Raises UserError if it is missing, too large or not an image.
     """
     from PIL import Image
 
@@ -69,7 +70,9 @@ def _formats() -> list[str]:
 
 
 def resize(image: np.ndarray, height: int, width: int, method: str = "lanczos") -> np.ndarray:
-    """uint8 [H, W, C] to uint8 [height, width, C] by Pillow's "lanczos" (diffusers' default), "bicubic", "bilinear" or "nearest"."""
+    """uint8 [H, W, C] to uint8 [height, width, C] by Pillow's "lanczos" (diffusers' default), "bicubic",
+    "bilinear" or "nearest".
+    """
     import numpy as np
     from PIL import Image
 
@@ -79,11 +82,12 @@ def resize(image: np.ndarray, height: int, width: int, method: str = "lanczos") 
 def encode_image(
     image: np.ndarray, ending: str, quality: int | None = None, parameters: Mapping[str, Any] | None = None
 ) -> bytes:
-    """uint8 [H, W, 3], or with opacity [H, W, 4] (`OPACITY_ENDINGS`), as the bytes of a file of this ending (`IMAGE_ENDINGS`), with
-    `parameters` as JSON in its metadata.
+    """uint8 [H, W, 3], or with opacity [H, W, 4] (`OPACITY_ENDINGS`), as the bytes of a file of this ending
+    (`IMAGE_ENDINGS`), with `parameters` as JSON in its metadata.
 
-    quality: 0 to 100, None for the format's default; PNG is lossless whatever it says, WebP at 100 too. The JSON lies in PNG's text
-    "parameters" or in EXIF's UserComment. A JPEG has room for 60 kB of it: longer texts are cut, with "..." at their end.
+    quality: 0 to 100, None for the format's default; PNG is lossless whatever it says, WebP at 100 too. The
+    JSON lies in PNG's text "parameters" or in EXIF's UserComment. A JPEG has room for 60 kB of it: longer
+    texts are cut, with "..." at their end.
     """
     from PIL import Image, PngImagePlugin
 

@@ -1,4 +1,6 @@
-"""From frames to named files: what a request's output options mean, checked before any work, and the file written whole."""
+"""From frames to named files: what a request's output options mean, checked before any work, and the file
+written whole.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ LONGEST_SIDE = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383, ".gif": 65_535
 
 @dataclass(frozen=True)
 class Target:
-    """Where outputs go: `folder / stem` with `ending`, one of `IMAGE_ENDINGS`, `CLIP_ENDINGS` or `FRAMES`, spelled as the user did."""
+    """Where outputs go: `folder / stem` with `ending`, one of `IMAGE_ENDINGS`, `CLIP_ENDINGS` or `FRAMES`,
+    spelled as the user did.
+    """
 
     folder: Path
     stem: str
@@ -51,7 +55,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How frames are encoded. fps: frames a second. quality: 0 to 100, None for the format's default. preset: of x264."""
+    """How frames are encoded. fps: frames a second. quality: 0 to 100, None for the format's default. preset:
+    of x264.
+    """
 
     fps: float = 16.0
     quality: int | None = None
@@ -73,11 +79,12 @@ def plan_target(
     seed: int = 0,
     now: datetime | None = None,
 ) -> Target:
-    """Where the outputs of one prompt go. The name's ending decides the format; without a name one is made of prompt, seed and time.
+    """Where the outputs of one prompt go. The name's ending decides the format; without a name one is made of
+    prompt, seed and time.
 
-    clip: whether the request makes several frames. A clip whose name ends in "/" or in no ending becomes a folder of PNG frames; a
-    picture without ending is a PNG. opacity: whether the pictures are layers, which not every format holds. Raises UserError for an
-    ending that is unknown or of the other kind.
+    clip: whether the request makes several frames. A clip whose name ends in "/" or in no ending becomes a
+    folder of PNG frames; a picture without ending is a PNG. opacity: whether the pictures are layers, which
+    not every format holds. Raises UserError for an ending that is unknown or of the other kind.
     """
     folder = paths.path(output_path, "output_path")
     if output_file_name is None:
@@ -119,10 +126,11 @@ def plan_encoding(
     output_compression: int | None = None,
     x264_preset: str | None = None,
 ) -> Encoding:
-    """Check and join the encoding options. Quality is a preset's name (`QUALITIES`) or `output_compression`, 0 to 100.
+    """Check and join the encoding options. Quality is a preset's name (`QUALITIES`) or `output_compression`,
+    0 to 100.
 
-    PNG, and so a folder of frames, is lossless and meets every quality. Raises UserError for a value out of range and for an option
-    that the target's format has no use for.
+    PNG, and so a folder of frames, is lossless and meets every quality. Raises UserError for a value out of
+    range and for an option that the target's format has no use for.
     """
     ending = target.ending.lower()
     if output_quality not in QUALITIES:
@@ -187,7 +195,9 @@ def _fits(ending: str, pixels: int) -> bool:
 
 
 def check_writable(folder: Path, name: str = "", field: str = "output_path") -> None:
-    """Prove that a file `name` can be made in `folder`, which need not exist yet, leaving nothing behind. Raises UserError."""
+    """Prove that a file `name` can be made in `folder`, which need not exist yet, leaving nothing behind.
+    Raises UserError.
+    """
     place, missing = folder.absolute(), []
     while not os.path.lexists(place) and place != place.parent:
         missing.insert(0, place.name)
@@ -215,10 +225,11 @@ def save(
     index: int = 0,
     count: int = 1,
 ) -> Path:
-    """Write output `index` of `count`, uint8 frames [T, H, W, 3 or 4] (T = 1 for a picture), and return the path it got.
+    """Write output `index` of `count`, uint8 frames [T, H, W, 3 or 4] (T = 1 for a picture), and return the
+    path it got.
 
-    A name already taken gets the next free number, `name-1.png`; nothing is overwritten and nothing half-written is left. Raises
-    UserError when the disk is full or refuses.
+    A name already taken gets the next free number, `name-1.png`; nothing is overwritten and nothing
+    half-written is left. Raises UserError when the disk is full or refuses.
     """
     return write_new(
         target.path(index, count), lambda path: write(path, target.ending, frames, encoding, parameters)
@@ -232,7 +243,9 @@ def write(
     encoding: Encoding,
     parameters: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write frames as `save` takes them to `path`, which nobody else may see yet: a file of that ending, or a folder of frames."""
+    """Write frames as `save` takes them to `path`, which nobody else may see yet: a file of that ending, or a
+    folder of frames.
+    """
     ending = ending.lower()
     channels = (3, 4) if ending in (*OPACITY_ENDINGS, FRAMES) else (3,)
     if frames.ndim != 4 or frames.shape[3] not in channels or str(frames.dtype) != "uint8":

@@ -42,9 +42,10 @@ def few(frames: Iterable[Frame]) -> NDArray[np.intp] | None:
 def of_many(frames: Iterable[Frame]) -> Frame:
     """At most `COLOURS` colours [N, 3] near to all that the frames hold, [T, H, W, 3].
 
-    Colours are counted in bins. The box of bins with the largest error is cut in two, again and again; then every bin goes to the nearest
-    of the means, and these become the means of what they got. A bin weighs as the root of its count in the frame that has most of it: a
-    colour gets its own place because it is far from the others, not because it is frequent.
+    Colours are counted in bins. The box of bins with the largest error is cut in two, again and again; then
+    every bin goes to the nearest of the means, and these become the means of what they got. A bin weighs as
+    the root of its count in the frame that has most of it: a colour gets its own place because it is far from
+    the others, not because it is frequent.
     """
     bins = 1 << 3 * BITS
     counts, sums, peaks = np.zeros(bins), np.zeros((3, bins)), np.zeros(bins)

@@ -18,7 +18,9 @@ def as_text(parameters: Mapping[str, Any]) -> str:
 
 
 def as_ascii(parameters: Mapping[str, Any], most: int | None = None) -> bytes:
-    """Parameters as ASCII JSON; above `most` bytes every long text is cut, further and further, until they fit."""
+    """Parameters as ASCII JSON; above `most` bytes every long text is cut, further and further, until they
+    fit.
+    """
     data = json.dumps(dict(parameters), default=str).encode("ascii")
     length = 4096
     while most is not None and len(data) > most and length:

@@ -1,7 +1,8 @@
 """Text to token ids, whichever tokenizer files a checkpoint has.
 
-Three kinds of files are read: `tokenizer.json`; `vocab.json` with `merges.txt` (CLIP's and Qwen's byte pairs); `spiece.model` (T5).
-Which tokens open, close and pad a sequence, and where padding goes, is in the small JSON files beside them.
+Three kinds of files are read: `tokenizer.json`; `vocab.json` with `merges.txt` (CLIP's and Qwen's byte
+pairs); `spiece.model` (T5). Which tokens open, close and pad a sequence, and where padding goes, is in the
+small JSON files beside them.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """pieces: ids of a text, special tokens written out in it found, none added. text: the text of ids, without special tokens.
+    """pieces: ids of a text, special tokens written out in it found, none added. text: the text of ids,
+    without special tokens.
 
-    token_id: the id of a token by name, None if there is none. prefix, suffix: what opens and closes a sequence. pad, eos: ids, eos None
-    where the files name none. side: where padding goes, "right" or "left".
+    token_id: the id of a token by name, None if there is none. prefix, suffix: what opens and closes a
+    sequence. pad, eos: ids, eos None where the files name none. side: where padding goes, "right" or "left".
     """
 
     pieces: Callable[[str], list[int]]
@@ -51,10 +53,11 @@ class Tokenizer:
     def encode(
         self, text: str, max_length: int | None = None, side: str | None = None, framed: bool = True
     ) -> Tokens:
-        """Ids of `text` between prefix and suffix, at most `max_length`: of a longer text the end is cut, the suffix stays.
+        """Ids of `text` between prefix and suffix, at most `max_length`: of a longer text the end is cut, the
+        suffix stays.
 
-        side: "left" or "right" pads there up to `max_length`, "none" does not pad, by default where the files say. framed: whether prefix
-        and suffix are added; a chat's text has its own.
+        side: "left" or "right" pads there up to `max_length`, "none" does not pad, by default where the files
+        say. framed: whether prefix and suffix are added; a chat's text has its own.
         """
         ids, (prefix, suffix) = self.pieces(text), (self.prefix, self.suffix) if framed else ((), ())
         room = len(ids) if max_length is None else max(0, max_length - len(prefix) - len(suffix))
@@ -80,7 +83,8 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint's `tokenizer` folder: of `tokenizer.json` if it has one, else of the other files.
+    """The tokenizer of a checkpoint's `tokenizer` folder: of `tokenizer.json` if it has one, else of the
+    other files.
 
     All give the ids of transformers' tokenizers. Raises UserError if the files are missing or cannot be read.
     """
@@ -101,12 +105,14 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     raise UserError("model_path", f"model_path: {str(folder)!r} {missing}")
 
 
-# --- the small files ----------------------------------------------------------------------------------------------------------------
+# --- the small files
+# ----------------------------------------------------------------------------------------------------------------
 
 
 class Settings(NamedTuple):
-    """kind: tokenizer_class without the Fast, "" if unsaid. named: "pad_token" and the like to the token. added: tokens beyond the
-    vocabulary, in order of their ids. side: where padding goes. extra_ids: how many sentinels T5 has behind its pieces.
+    """kind: tokenizer_class without the Fast, "" if unsaid. named: "pad_token" and the like to the token.
+    added: tokens beyond the vocabulary, in order of their ids. side: where padding goes. extra_ids: how many
+    sentinels T5 has behind its pieces.
     """
 
     kind: str
@@ -150,11 +156,13 @@ def _content(token: str | Mapping[str, Any]) -> str:
     return token if isinstance(token, str) else token["content"]
 
 
-# --- the tokenizers library ---------------------------------------------------------------------------------------------------------
+# --- the tokenizers library
+# ---------------------------------------------------------------------------------------------------------
 
 QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-"""Where words part before byte pairs are merged, as transformers' CLIPTokenizer and Qwen2Tokenizer have it."""
+"""Where words part before byte pairs are merged, as transformers' CLIPTokenizer and Qwen2Tokenizer have it.
+"""
 
 
 def _from_json(folder: Path, settings: Settings) -> Tokenizer:
@@ -204,7 +212,8 @@ def _from_merges(folder: Path, settings: Settings) -> Tokenizer:
 def _engine(engine: Any, settings: Settings, framed: bool | None = None) -> Tokenizer:
     """The engine with the tokens that only the small files know.
 
-    framed: whether BOS and EOS stand around a text; by default as the template in tokenizer.json says, for T5 EOS alone.
+    framed: whether BOS and EOS stand around a text; by default as the template in tokenizer.json says, for T5
+    EOS alone.
     """
     from tokenizers import AddedToken
 
@@ -256,7 +265,8 @@ def _frame(engine: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(framed[:start]), tuple(framed[start + len(bare) :])
 
 
-# --- the sentencepiece library ------------------------------------------------------------------------------------------------------
+# --- the sentencepiece library
+# ------------------------------------------------------------------------------------------------------
 
 
 def _from_spiece(folder: Path, settings: Settings) -> Tokenizer:

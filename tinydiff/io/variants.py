@@ -1,8 +1,9 @@
-"""Which of a folder's files hold its weights: whole or in shards with an index, plain or a variant such as fp16.
+"""Which of a folder's files hold its weights: whole or in shards with an index, plain or a variant such as
+fp16.
 
-Names are those that diffusers and transformers write: `model.safetensors`, `model.fp16.safetensors`, shards such as
-`model.fp16-00001-of-00002.safetensors` (of old `model-00001-of-00002.fp16.safetensors`) and their index
-`model.safetensors.index.fp16.json`.
+Names are those that diffusers and transformers write: `model.safetensors`, `model.fp16.safetensors`, shards
+such as `model.fp16-00001-of-00002.safetensors` (of old `model-00001-of-00002.fp16.safetensors`) and their
+index `model.safetensors.index.fp16.json`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import NamedTuple
 from tinydiff.records import nearest
 
 STEMS = ("diffusion_pytorch_model", "model")
-"""The usual names of a component's weights, first those of diffusers, then those of transformers: preferred to others beside them."""
+"""The usual names of a component's weights, first those of diffusers, then those of transformers: preferred
+to others beside them.
+"""
 
 _WEIGHTS = re.compile(r"(.+?)(?:\.([A-Za-z]\w*))?(-\d+-of-\d+)?(?:\.([A-Za-z]\w*))?\.safetensors")
 _INDEX = re.compile(r"(.+?)\.safetensors\.index(?:\.([A-Za-z]\w*))?\.json")
@@ -85,7 +88,9 @@ def has(folder: Path, variant: str) -> bool:
 
 
 def unchosen(paths: Collection[str], variant: str | None = None) -> list[str]:
-    """Those of a repository's files that hold weights of its folders which are not loaded, so that they need not be downloaded."""
+    """Those of a repository's files that hold weights of its folders which are not loaded, so that they need
+    not be downloaded.
+    """
     folders: dict[str, list[str]] = {}
     for path in paths:
         folder, _, name = path.rpartition("/")

@@ -45,7 +45,9 @@ EBML = b"\x1a\x45\xdf\xa3"
 
 @dataclass(frozen=True)
 class Codec:
-    """One video format. coarsest: the CRF at quality 0. finest: the CRF at quality 100. options: of the encoder. muxing: of the file."""
+    """One video format. coarsest: the CRF at quality 0. finest: the CRF at quality 100. options: of the
+    encoder. muxing: of the file.
+    """
 
     encoder: str
     container: str
@@ -77,11 +79,13 @@ def write_video(
     preset: str = "fast",
     parameters: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write uint8 RGB frames [T, H, W, 3] to `path` in the format of `ending` (`CLIP_ENDINGS`), `parameters` as JSON in its comment.
+    """Write uint8 RGB frames [T, H, W, 3] to `path` in the format of `ending` (`CLIP_ENDINGS`), `parameters`
+    as JSON in its comment.
 
-    MP4 is H.264, WebM is VP9, both yuv420p with BT.709 colours; an odd height or width is padded to even by repeating the last row
-    or column. quality: 0 to 100, None for 65. preset: of x264, MP4 only. A GIF has one palette for all frames, exact where they have no
-    more than 256 colours; no quality, and times in hundredths of a second, dealt so that the clip keeps its length.
+    MP4 is H.264, WebM is VP9, both yuv420p with BT.709 colours; an odd height or width is padded to even by
+    repeating the last row or column. quality: 0 to 100, None for 65. preset: of x264, MP4 only. A GIF has one
+    palette for all frames, exact where they have no more than 256 colours; no quality, and times in
+    hundredths of a second, dealt so that the clip keeps its length.
     """
     if ending == ".gif":
         _write_gif(path, frames, fps, parameters)
@@ -122,7 +126,9 @@ def read_video_parameters(path: Path) -> dict[str, Any]:
 
 
 def as_file(path: Path) -> str:
-    """A path as FFmpeg takes it: as a file, whatever its first directory is called ("http:", "pipe:1", "concat:a|b")."""
+    """A path as FFmpeg takes it: as a file, whatever its first directory is called ("http:", "pipe:1",
+    "concat:a|b").
+    """
     return f"file:{path}"
 
 
@@ -182,7 +188,9 @@ def _write_gif(path: Path, frames: np.ndarray, fps: float, parameters: Mapping[s
 
 
 def _paletted(frames: np.ndarray) -> Iterator[Image.Image]:
-    """Frames in one palette of all their colours, or where these are too many, of those near to them, dithered."""
+    """Frames in one palette of all their colours, or where these are too many, of those near to them,
+    dithered.
+    """
     import numpy as np
     from PIL import Image
 

@@ -1,6 +1,8 @@
-"""Safetensors in and out: memory-mapped, checked against the family's rows, cast while streaming to where the weights shall live.
+"""Safetensors in and out: memory-mapped, checked against the family's rows, cast while streaming to where the
+weights shall live.
 
-Of several ranks each reads only what it holds, and what several hold alike they read in shares and pass on to each other.
+Of several ranks each reads only what it holds, and what several hold alike they read in shares and pass on to
+each other.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ BUDGET = 8 * 2**20
 """Bytes cast before the mapping is closed: mapped pages count as resident memory until then."""
 
 PASSED = 2**20
-"""Bytes that ranks pass on at a time: what a collective has allocated stays with the allocator many times over."""
+"""Bytes that ranks pass on at a time: what a collective has allocated stays with the allocator many times
+over.
+"""
 
 Rename = Callable[[str], str | None]
 
@@ -59,18 +63,24 @@ def load_weights(
     blocks: Collection[str] = (),
     variant: str | None = None,
 ) -> dict[str, Tensor]:
-    """What this rank holds of the weights named by `rows`, in `dtype` (rows marked float32 in float32) on `device`.
+    """What this rank holds of the weights named by `rows`, in `dtype` (rows marked float32 in float32) on
+    `device`.
 
-    folder: a component's folder, holding one safetensors file or shards with their index; or one safetensors file.
+    folder: a component's folder, holding one safetensors file or shards with their index; or one safetensors
+    file.
     rename: stored key to row name; None drops a key that is known and not needed, which is said in one line.
-    plan: its axis "tp" divides the weights by the splits of the rows, its axis "shard" those below `blocks`, which come as packs.
-    together: the ranks beside this one, on no axis of the plan, that hold the same. All ranks of these groups load at the same time.
+    plan: its axis "tp" divides the weights by the splits of the rows, its axis "shard" those below `blocks`,
+    which come as packs.
+    together: the ranks beside this one, on no axis of the plan, that hold the same. All ranks of these groups
+    load at the same time.
     variant: the files to load, such as "fp16", where the folder has them; else the plain ones.
-    On the CPU a tensor already in its type is not copied: it stays a private mapping of the file, where one rank alone holds all of it.
-    All others are cast through a mapping of at most 8 MiB, so that peak memory is that of the weights in their final type. What ranks
-    pass on to each other adds an amount that does not depend on the weights.
-    Raises UserError if a file is broken, or naming the first five keys that are missing, unexpected or of another shape: on every rank
-    the same, before anything is passed on. ValueError where the plan does not divide a row.
+    On the CPU a tensor already in its type is not copied: it stays a private mapping of the file, where one
+    rank alone holds all of it. All others are cast through a mapping of at most 8 MiB, so that peak memory is
+    that of the weights in their final type. What ranks pass on to each other adds an amount that does not
+    depend on the weights.
+    Raises UserError if a file is broken, or naming the first five keys that are missing, unexpected or of
+    another shape: on every rank the same, before anything is passed on. ValueError where the plan does not
+    divide a row.
     """
     wanted = {row.name: row for row in rows}
     stored = _stored(folder, wanted, rename or (lambda key: key), variant)
@@ -104,8 +114,8 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The safetensors files of a component: its one file, or the shards that its index names.
 
-    Where there are both, transformers takes the file and diffusers the shards, as each has its own names; an index whose shards are not
-    there is stale and does not count beside a file.
+    Where there are both, transformers takes the file and diffusers the shards, as each has its own names; an
+    index whose shards are not there is stale and does not count beside a file.
     """
     if folder.is_file():
         return [folder]
@@ -151,7 +161,9 @@ def _instead(folder: Path) -> str:
 def _stored(
     folder: Path, wanted: Mapping[str, Row], rename: Rename, variant: str | None
 ) -> dict[str, Stored]:
-    """Row name to the tensor on disk, from the files' headers alone. Of a tied weight's keys its own name is preferred."""
+    """Row name to the tensor on disk, from the files' headers alone. Of a tied weight's keys its own name is
+    preferred.
+    """
     stored: dict[str, Stored] = {}
     unread = []
     for file in weight_files(folder, variant):
@@ -227,7 +239,9 @@ def _as_stored(held: Held, at: Stored, dtype: torch.dtype) -> bool:
 
 
 def _mapped(ready: Mapping[str, Stored]) -> dict[str, Tensor]:
-    """Tensors that are their own mapping of the file. A mapping lives as long as a tensor on it; writes stay private."""
+    """Tensors that are their own mapping of the file. A mapping lives as long as a tensor on it; writes stay
+    private.
+    """
     weights: dict[str, Tensor] = {}
     for file, names in _by_file(ready):
         opened = _opened(file)
@@ -236,7 +250,9 @@ def _mapped(ready: Mapping[str, Stored]) -> dict[str, Tensor]:
 
 
 def _stream(held: Iterable[Held], stored: Mapping[str, Stored], weights: Mapping[str, Tensor]) -> None:
-    """Fill `weights` from disk, casting, in the order of `held`: that of the rows, so that all ranks pass on in the same order."""
+    """Fill `weights` from disk, casting, in the order of `held`: that of the rows, so that all ranks pass on
+    in the same order.
+    """
     read = _reader()
     for each in held:
         at, tensor = stored[each.row.name], each.of(weights)
@@ -252,7 +268,9 @@ def _stream(held: Iterable[Held], stored: Mapping[str, Stored], weights: Mapping
 def _pass_on(
     target: Tensor, at: Stored, piece: Box, read: Callable[[Stored, Box], Tensor], alike: tuple[Group, ...]
 ) -> None:
-    """Fill a piece that the ranks of these groups hold alike: each reads a share, and gets those of the others."""
+    """Fill a piece that the ranks of these groups hold alike: each reads a share, and gets those of the
+    others.
+    """
     size = math.prod(group.size for group in alike)
     rank = 0
     for group in alike:
@@ -267,7 +285,9 @@ def _pass_on(
 
 
 def _reader() -> Callable[[Stored, Box], Tensor]:
-    """Reads boxes of stored tensors. The file is mapped anew after `BUDGET` bytes, which lets go of the pages read so far."""
+    """Reads boxes of stored tensors. The file is mapped anew after `BUDGET` bytes, which lets go of the pages
+    read so far.
+    """
     file, opened, left = None, None, 0
 
     def read(at: Stored, box: Box) -> Tensor:
@@ -287,9 +307,11 @@ def _cut(opened: safe_open, at: Stored, box: Box) -> Tensor:
 
 
 def _pieces(at: Stored, box: Box, size: int, ranks: int = 1) -> Iterator[Box]:
-    """Cut a box so that the stored rows it lies in, all of which its mapping may show, take about `size` bytes at most.
+    """Cut a box so that the stored rows it lies in, all of which its mapping may show, take about `size`
+    bytes at most.
 
-    A piece has as many rows for each of the ranks that share it, and one at least, so that none reads for the others.
+    A piece has as many rows for each of the ranks that share it, and one at least, so that none reads for the
+    others.
     """
     if not at.shape:
         yield box
@@ -300,7 +322,9 @@ def _pieces(at: Stored, box: Box, size: int, ranks: int = 1) -> Iterator[Box]:
 
 
 def _dealt(at: Stored) -> int:
-    """The dimension a stored tensor is cut along: the first of more than one entry, so that pieces are whole in the file."""
+    """The dimension a stored tensor is cut along: the first of more than one entry, so that pieces are whole
+    in the file.
+    """
     return next((dim for dim, size in enumerate(at.shape) if size > 1), 0)
 
 

@@ -1,8 +1,11 @@
-"""ERNIE-Image and ERNIE-Image-Turbo: one transformer stack on image and text tokens, every block modulated alike.
+"""ERNIE-Image and ERNIE-Image-Turbo: one transformer stack on image and text tokens, every block modulated
+alike.
 
-Source: Baidu's ERNIE-Image and the ErnieImageTransformer2DModel checkpoints; the two models differ in their weights only.
+Source: Baidu's ERNIE-Image and the ErnieImageTransformer2DModel checkpoints; the two models differ in their
+weights only.
 
-Shape letters: B batch, T text tokens, L image tokens, P latent values of a token, D width, H heads, E head width, S steps.
+Shape letters: B batch, T text tokens, L image tokens, P latent values of a token, D width, H heads, E head
+width, S steps.
 """
 
 from __future__ import annotations
@@ -80,7 +83,8 @@ class Config:
         return self.hidden_size // self.num_attention_heads
 
 
-# --- weights ------------------------------------------------------------------------------------------------------------------------
+# --- weights
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _block_rows(c: Config) -> Iterator[Row]:
@@ -111,7 +115,8 @@ def spec(c: Config) -> Iterator[Row]:
     yield from linear_rows("final_linear", d, c.out_channels)
 
 
-# --- what is computed once, before the loop ---------------------------------------------------------------------------------------
+# --- what is computed once, before the loop
+# ---------------------------------------------------------------------------------------
 
 CONDS = (
     Cond("cos", "image", dim=1, shared=True),
@@ -125,7 +130,9 @@ CONDS = (
 
 
 def _positions(grid_LA: Tensor, tokens: int, mask_BT: Tensor | None) -> Streams:
-    """Positions (word, row, column) of text [B or 1, T, 3] and image [B or 1, L, 3]: the picture stands where the text ends."""
+    """Positions (word, row, column) of text [B or 1, T, 3] and image [B or 1, L, 3]: the picture stands where
+    the text ends.
+    """
     device = grid_LA.device
     ends = torch.tensor([tokens], device=device) if mask_BT is None else mask_BT.sum(1)
     return grid_positions(tokens, 1, 1, device=device).expand(len(ends), -1, -1), grid_LA + F.pad(
@@ -136,7 +143,8 @@ def _positions(grid_LA: Tensor, tokens: int, mask_BT: Tensor | None) -> Streams:
 def _rope(c: Config, positions_BLA: Tensor) -> Streams:
     """Positions [B, L, 3] -> cosines and sines [B, L, E], each angle twice in a row.
 
-    `_rotate` pairs the halves of a head all the same: the checkpoints were trained so. The reference computes angles in float32.
+    `_rotate` pairs the halves of a head all the same: the checkpoints were trained so. The reference computes
+    angles in float32.
     """
     tables = rope_table(positions_BLA.flatten(0, 1), c.rope_axes_dim, c.rope_theta, torch.float32)
     cos, sin = (table.repeat_interleave(2, -1).unflatten(0, positions_BLA.shape[:2]) for table in tables)
@@ -144,10 +152,11 @@ def _rope(c: Config, positions_BLA: Tensor) -> Streams:
 
 
 def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
-    """All that depends only on the request and the table: (constants of the loop, tensors with one row per step).
+    """All that depends only on the request and the table: (constants of the loop, tensors with one row per
+    step).
 
-    inputs: `text` [B, T, text_in_dim], `positions` [L, 3] of the image tokens and, where texts of a batch differ in length, `mask` [B, T]:
-    ones for a text's tokens, then zeros. timesteps_S: sigma * 1000.
+    inputs: `text` [B, T, text_in_dim], `positions` [L, 3] of the image tokens and, where texts of a batch
+    differ in length, `mask` [B, T]: ones for a text's tokens, then zeros. timesteps_S: sigma * 1000.
     """
     dtype = w.dtype
     text = linear(inputs["text"].to(dtype), w / "text_proj")
@@ -169,7 +178,8 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     return request, {"modulation": modulation.to(compute_dtype(modulation)), "last_modulation": last}
 
 
-# --- the network --------------------------------------------------------------------------------------------------------------------
+# --- the network
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
@@ -179,7 +189,9 @@ def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step
 
 
 def _rotate(x_BLHE: Tensor, cos_BLE: Tensor, sin_BLE: Tensor) -> Tensor:
-    """Turn (x0, x[E/2]), (x1, x[E/2 + 1]), ..., each of the two by its own angle. Computed in the wider type, returned in x's."""
+    """Turn (x0, x[E/2]), (x1, x[E/2 + 1]), ..., each of the two by its own angle. Computed in the wider type,
+    returned in x's.
+    """
     a, b = x_BLHE.chunk(2, -1)
     return (x_BLHE * cos_BLE.unsqueeze(2) + torch.cat([-b, a], -1) * sin_BLE.unsqueeze(2)).to(x_BLHE.dtype)
 
@@ -221,7 +233,8 @@ def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, 
     return linear(modulate(streams[1], shift, scale, c.eps), w / "final_linear")
 
 
-# --- what a pipeline needs of this family -----------------------------------------------------------------------------------------
+# --- what a pipeline needs of this family
+# -----------------------------------------------------------------------------------------
 
 
 def positions(size: tuple[int, int, int], device: torch.device | str | None = None) -> Tensor:
@@ -249,7 +262,9 @@ NEUTRAL = {"num_beams": 1, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.
 
 
 def _drawing(told: Mapping[str, Any]) -> Sampling:
-    """The pipeline's own numbers, and what it leaves to generation_config.json; where that is silent, transformers' defaults."""
+    """The pipeline's own numbers, and what it leaves to generation_config.json; where that is silent,
+    transformers' defaults.
+    """
     told = {name: value for name, value in told.items() if value is not None}
     for name, neutral in NEUTRAL.items():
         if told.get(name, neutral) != neutral:
@@ -263,7 +278,8 @@ def _drawing(told: Mapping[str, Any]) -> Sampling:
 def rewritten(parts: Parts, request: Request) -> str:
     """The prompt as the model's own language model rewrites it for the size of the image.
 
-    The tokens are drawn from one fixed start: a prompt and a size make one text, whatever the seed and on every rank.
+    The tokens are drawn from one fixed start: a prompt and a size make one text, whatever the seed and on
+    every rank.
     """
     net, tokenizer = parts.nets["pe"], parts.tokenizers["pe_tokenizer"]
     if tokenizer.chat is None:

@@ -1,7 +1,9 @@
-"""The contract between a model's files and the rest: one record a network, with every function and fact that anything outside may ask for.
+"""The contract between a model's files and the rest: one record a network, with every function and fact that
+anything outside may ask for.
 
-A family's file ends with its record, and `models.classes` maps the checkpoint's class names to records. Generic code
-reads records; it never reads a field of one family's config and never compares names of families.
+A family's file ends with its record, and `models.classes` maps the checkpoint's class names to records.
+Generic code reads records; it never reads a field of one family's config and never compares names of
+families.
 """
 
 from __future__ import annotations
@@ -83,7 +85,9 @@ class Denoiser:
     needs: Callable[[Config], tuple[str, ...]] = no_components
     """Components needed beside transformer, vae, text_encoder, tokenizer and scheduler."""
     hidden_states: Mapping[str, tuple[int, ...] | Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
-    """Language model -> which of its states are read, from the end where negative; by pipeline class where they differ."""
+    """Language model -> which of its states are read, from the end where negative; by pipeline class where
+    they differ.
+    """
     mu: Callable[[Config, int, int, Mapping[str, Any]], float | None] = no_shift
     """(config, image tokens, steps, scheduler_config.json) -> dynamic shift of the schedule."""
     linear_grid: bool = False
@@ -94,11 +98,12 @@ class Denoiser:
     longest_side: Callable[[Config], int] | None = None
     """Most latent pixels along a side; None where there is no limit."""
     given_size: Callable[[int, int, int], tuple[int, int]] | None = None
-    """(height and width of a given image, what both must divide by) -> height and width of the output, where they follow it.
+    """(height and width of a given image, what both must divide by) -> height and width of the output, where
+    they follow it.
     Raises UserError for an image that cannot be given."""
     given_frames: Callable[[Config, Mapping[str, Any]], tuple[int, ...]] = one_frame
-    """(config, the pipeline's own settings in model_index.json) -> how many frames of a video may be given: the first, or the first and
-    the last."""
+    """(config, the pipeline's own settings in model_index.json) -> how many frames of a video may be given:
+    the first, or the first and the last."""
     settles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Component -> fields of its config that the pipeline sets, whatever its config.json says."""
     pads: Callable[[int], int] = no_pads
@@ -129,15 +134,19 @@ class Encoder:
     longest: Callable[[Config], int] | None = None
     """Tokens of a text that it reads at most, where the network has places for no more."""
     preprocessor: tuple[str, Callable[[Mapping[str, Any], Config], dict[str, Any]]] | None = None
-    """(component whose files say how images are made ready, (what they say, config) -> the config's fields for it)."""
+    """(component whose files say how images are made ready, (what they say, config) -> the config's fields
+    for it).
+    """
 
 
 @dataclass(frozen=True, eq=False)
 class Autoencoder:
     """An autoencoder of images or video.
 
-    encode: (config, weights, pixels [B, C, F, H, W] in [-1, 1], latent frames of a pass, side of a tile in pixels, plan) -> latents.
-    decode: the same from latents to pixels. up_stages: the decoder's stages, where its memory is known. rename: of stored keys.
+    encode: (config, weights, pixels [B, C, F, H, W] in [-1, 1], latent frames of a pass, side of a tile in
+    pixels, plan) -> latents.
+    decode: the same from latents to pixels. up_stages: the decoder's stages, where its memory is known.
+    rename: of stored keys.
     """
 
     config: type[Any]

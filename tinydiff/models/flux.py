@@ -1,8 +1,10 @@
-"""FLUX.1 dev, schnell and Kontext: a double-stream, then single-stream flow transformer, conditioned on T5's tokens and CLIP's vector.
+"""FLUX.1 dev, schnell and Kontext: a double-stream, then single-stream flow transformer, conditioned on T5's
+tokens and CLIP's vector.
 
-Source: FLUX.1's reference code, arXiv 2506.15742 (Kontext) and the FluxTransformer2DModel checkpoints. Variants differ in `Config`
-only: dev and Kontext embed the guidance scale, schnell has none. Kontext is given the tokens of pictures to edit behind those of
-the picture it makes.
+Source: FLUX.1's reference code, arXiv 2506.15742 (Kontext) and the FluxTransformer2DModel checkpoints.
+Variants differ in `Config`
+only: dev and Kontext embed the guidance scale, schnell has none. Kontext is given the tokens of pictures to
+edit behind those of the picture it makes.
 
 Shape letters: B batch, T text tokens, L image tokens, P latent values of a token, D width, S steps.
 """
@@ -46,7 +48,9 @@ Streams = joint.Streams
 
 @dataclass(frozen=True)
 class Config:
-    """Field names are those of the checkpoint's config.json. patch_size is 1: the latents come packed, 2 x 2 to a token."""
+    """Field names are those of the checkpoint's config.json. patch_size is 1: the latents come packed, 2 x 2
+    to a token.
+    """
 
     patch_size: int = 1
     in_channels: int = 64
@@ -77,7 +81,8 @@ PATCH = (1, 2, 2)
 """Latents to tokens and back: `ops.patch.patchify` by this patch."""
 FREQUENCIES = 256
 
-# --- weights ------------------------------------------------------------------------------------------------------------------------
+# --- weights
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def spec(c: Config) -> Iterator[Row]:
@@ -97,7 +102,8 @@ def spec(c: Config) -> Iterator[Row]:
     yield from linear_rows("proj_out", d, c.out_channels or c.in_channels)
 
 
-# --- what is computed once, before the loop ---------------------------------------------------------------------------------------
+# --- what is computed once, before the loop
+# ---------------------------------------------------------------------------------------
 
 CONDS = (
     Cond("cos", "image", shared=True),
@@ -110,15 +116,18 @@ CONDS = (
 
 
 def _embedded(x: Tensor, w: Weights, dtype: torch.dtype) -> Tensor:
-    """Timesteps or guidance scales [N], as thousandths -> [N, D]. Half types round them before the thousandfold, as in training."""
+    """Timesteps or guidance scales [N], as thousandths -> [N, D]. Half types round them before the
+    thousandfold, as in training.
+    """
     return embedder(timestep_embedding(x.to(dtype) * 1000, FREQUENCIES).to(dtype), w)
 
 
 def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
-    """All that depends only on the request and the table: (constants of the loop, tensors with one row per step).
+    """All that depends only on the request and the table: (constants of the loop, tensors with one row per
+    step).
 
-    inputs: `text` [B, T, joint_attention_dim], `pooled` [B, pooled_projection_dim], `positions` [L, 3] of the image tokens, and
-    where the variant embeds it `guidance` [1] or [B]. timesteps_S: sigma * 1000.
+    inputs: `text` [B, T, joint_attention_dim], `pooled` [B, pooled_projection_dim], `positions` [L, 3] of the
+    image tokens, and where the variant embeds it `guidance` [1] or [B]. timesteps_S: sigma * 1000.
     """
     dtype = w.dtype
     text = linear(inputs["text"].to(dtype), w / "context_embedder")
@@ -134,7 +143,8 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     return request, joint.modulations(w, c.num_layers, c.num_single_layers, time)
 
 
-# --- the network --------------------------------------------------------------------------------------------------------------------
+# --- the network
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
@@ -166,7 +176,8 @@ def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, 
     return joint.last(w, streams[1], step["norm_out"])
 
 
-# --- what a pipeline needs of this family -----------------------------------------------------------------------------------------
+# --- what a pipeline needs of this family
+# -----------------------------------------------------------------------------------------
 
 
 def positions(
@@ -174,7 +185,8 @@ def positions(
     references: Sequence[Sequence[int]] = (),
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Positions [L, 3] (picture, row, column) of the tokens of latents of `size` (1, height, width), then of those of `references`.
+    """Positions [L, 3] (picture, row, column) of the tokens of latents of `size` (1, height, width), then of
+    those of `references`.
 
     The picture in the making is number 0, the given ones are 1, 2, ...
     """
@@ -211,7 +223,9 @@ def reference_size(height: int, width: int, multiple: int = 16) -> tuple[int, in
 
 
 def _texts(parts: Parts, request: Request) -> list[Tensors]:
-    """What the network reads of each text: T5's states of its tokens, padding and all, and CLIP's vector of the whole."""
+    """What the network reads of each text: T5's states of its tokens, padding and all, and CLIP's vector of
+    the whole.
+    """
     clip, large = parts.nets["text_encoder"], parts.nets["text_encoder_2"]
     ids, _ = parts.tokens("tokenizer", request.texts, parts.clip_tokens("text_encoder"))
     pooled = clip_text.encode(clip.config, clip.plan, clip.w, ids).pooled

@@ -1,9 +1,12 @@
-"""FLUX.2: double-stream blocks of a text and an image stream, then blocks on both with attention and feed-forward side by side.
+"""FLUX.2: double-stream blocks of a text and an image stream, then blocks on both with attention and
+feed-forward side by side.
 
-Source: Black Forest Labs' FLUX.2 and the Flux2Transformer2DModel checkpoints. No layer has a bias, and all blocks of a kind share one
-modulation. Variants differ in `Config` only: dev is told the guidance scale, klein is not. Reference images are further image tokens.
+Source: Black Forest Labs' FLUX.2 and the Flux2Transformer2DModel checkpoints. No layer has a bias, and all
+blocks of a kind share one modulation. Variants differ in `Config` only: dev is told the guidance scale, klein
+is not. Reference images are further image tokens.
 
-Shape letters: B batch, T text tokens, L image tokens, P latent values of a token, D width, H heads, E head width, S steps.
+Shape letters: B batch, T text tokens, L image tokens, P latent values of a token, D width, H heads, E head
+width, S steps.
 """
 
 from __future__ import annotations
@@ -77,11 +80,14 @@ class Config:
 
     @property
     def fused(self) -> tuple[int, ...]:
-        """Widths of what a single block projects at once: queries, keys, values, and the two halves of the feed-forward."""
+        """Widths of what a single block projects at once: queries, keys, values, and the two halves of the
+        feed-forward.
+        """
         return (*[self.width] * 3, *[self.mlp_width] * 2)
 
 
-# --- weights ------------------------------------------------------------------------------------------------------------------------
+# --- weights
+# ------------------------------------------------------------------------------------------------------------------------
 
 MODULATIONS = {
     "text_modulation": ("double_stream_modulation_txt", 6),
@@ -89,7 +95,9 @@ MODULATIONS = {
     "single_modulation": ("single_stream_modulation", 3),
     "last_modulation": ("norm_out", 2),
 }
-"""Tensors of a step [B, n, D]: (layer that makes them, n). Shift, scale and gate, once or twice; for the last norm scale, then shift."""
+"""Tensors of a step [B, n, D]: (layer that makes them, n). Shift, scale and gate, once or twice; for the last
+norm scale, then shift.
+"""
 
 
 def _double_rows(c: Config) -> Iterator[Row]:
@@ -129,7 +137,8 @@ def spec(c: Config) -> Iterator[Row]:
     yield from linear_rows("proj_out", d, c.out_channels or c.in_channels, bias=False)
 
 
-# --- what is computed once, before the loop ---------------------------------------------------------------------------------------
+# --- what is computed once, before the loop
+# ---------------------------------------------------------------------------------------
 
 CONDS = (
     Cond("cos", "image", shared=True),
@@ -142,15 +151,19 @@ CONDS = (
 
 
 def _embedded(c: Config, x: Tensor, w: Weights) -> Tensor:
-    """Timesteps or guidance scales [N], as thousandths -> [N, D]. Half types round them before the thousandfold, as in the reference."""
+    """Timesteps or guidance scales [N], as thousandths -> [N, D]. Half types round them before the
+    thousandfold, as in the reference.
+    """
     return embedder(timestep_embedding(x * 1000, c.timestep_guidance_channels).to(x.dtype), w)
 
 
 def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
-    """All that depends only on the request and the table: (constants of the loop, tensors with one row per step).
+    """All that depends only on the request and the table: (constants of the loop, tensors with one row per
+    step).
 
-    inputs: `text` [B, T, joint_attention_dim], `positions` [L, 4] of the image tokens and, where the model embeds it, the scale of
-    `guidance` [1] or [B]. timesteps_S: sigma * 1000. The text has no mask: its padding is attended to.
+    inputs: `text` [B, T, joint_attention_dim], `positions` [L, 4] of the image tokens and, where the model
+    embeds it, the scale of `guidance` [1] or [B]. timesteps_S: sigma * 1000. The text has no mask: its
+    padding is attended to.
     """
     dtype, e = w.dtype, w / "time_guidance_embed"
     time = _embedded(c, timesteps_S.to(dtype) / 1000, e / "timestep_embedder")[:, None]
@@ -168,7 +181,8 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     return request, steps
 
 
-# --- the network --------------------------------------------------------------------------------------------------------------------
+# --- the network
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
@@ -254,13 +268,15 @@ def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, 
     return linear(modulate(streams[1], shift, scale, c.eps), w / "proj_out")
 
 
-# --- what a pipeline needs of this family -----------------------------------------------------------------------------------------
+# --- what a pipeline needs of this family
+# -----------------------------------------------------------------------------------------
 
 
 def positions(
     size: Sequence[int], references: Sequence[Sequence[int]] = (), device: torch.device | str | None = None
 ) -> Tensor:
-    """Positions [L, 4] (picture, row, column, word) of the tokens of latents of `size` (1, height, width), then of those of `references`.
+    """Positions [L, 4] (picture, row, column, word) of the tokens of latents of `size` (1, height, width),
+    then of those of `references`.
 
     The picture in the making stands at 0, the given ones at 10, 20, ...
     """
@@ -281,7 +297,8 @@ MISTRAL_CHAT = (
     "relationships, object\nattribution and actions without speculation.[/SYSTEM_PROMPT][INST]{}[/INST]"
 )
 QWEN_CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-"""A prompt as its model reads it, by the chat templates of Mistral Small 3.2 and of Qwen3 without thinking."""
+"""A prompt as its model reads it, by the chat templates of Mistral Small 3.2 and of Qwen3 without thinking.
+"""
 
 
 def _shrunk(height: int, width: int) -> tuple[int, int]:
@@ -290,7 +307,8 @@ def _shrunk(height: int, width: int) -> tuple[int, int]:
 
 
 def reference_size(height: int, width: int, multiple: int) -> tuple[int, int]:
-    """Height and width in pixels of what the model sees of a given picture; the first one's are the output's, where none are asked for.
+    """Height and width in pixels of what the model sees of a given picture; the first one's are the output's,
+    where none are asked for.
 
     Raises UserError for a picture that is too small or too long.
     """
@@ -305,7 +323,9 @@ def reference_size(height: int, width: int, multiple: int) -> tuple[int, int]:
 
 
 def reference(parts: Parts, image: numpy.ndarray) -> Tensor:
-    """A given picture, uint8 [height, width, 3], shrunk to a megapixel if it is larger -> latents [1, C, 1, H, W] of its middle."""
+    """A given picture, uint8 [height, width, 3], shrunk to a megapixel if it is larger -> latents [1, C, 1,
+    H, W] of its middle.
+    """
     height, width = image.shape[:2]
     whole, seen = (
         _shrunk(height, width),
@@ -324,7 +344,9 @@ DEV_STATES, KLEIN_STATES = (10, 20, 30), (9, 18, 27)
 def _prepared(
     c: Config, parts: Parts, request: Request, texts: list[str], side: str | None, take: tuple[int, ...]
 ) -> Prepared:
-    """Three states `take` of the language model side by side for each token, those of padding too, and references behind the picture."""
+    """Three states `take` of the language model side by side for each token, those of padding too, and
+    references behind the picture.
+    """
     encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
     ids, mask = parts.tokens("tokenizer", texts, request.text_tokens, side, framed=False)
     text = torch.cat(decoder_lm.encode(encoder.config, encoder.plan, encoder.w, ids, mask, take=take), -1)
@@ -341,7 +363,9 @@ def _prepared(
 
 
 def prepare_dev(c: Config, parts: Parts, request: Request) -> Prepared:
-    """Texts end where the language model's input ends. A prompt cannot hold the token that stands for pictures."""
+    """Texts end where the language model's input ends. A prompt cannot hold the token that stands for
+    pictures.
+    """
     texts = [MISTRAL_CHAT.format(text.replace("[IMG]", "")) for text in request.texts]
     return _prepared(c, parts, request, texts, "left", DEV_STATES)
 
@@ -353,9 +377,11 @@ def prepare_klein(c: Config, parts: Parts, request: Request) -> Prepared:
 
 
 def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
-    """The dynamic shift of the schedule: a line in `steps` through the values at 10 and 200 of them, each a line in `tokens`.
+    """The dynamic shift of the schedule: a line in `steps` through the values at 10 and 200 of them, each a
+    line in `tokens`.
 
-    Above 4300 image tokens it is that of 200 steps. Source: `compute_empirical_mu` of diffusers' FLUX.2 pipelines.
+    Above 4300 image tokens it is that of 200 steps. Source: `compute_empirical_mu` of diffusers' FLUX.2
+    pipelines.
     """
     few, many = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
     slope = 0 if tokens > 4300 else (many - few) / 190

@@ -1,9 +1,12 @@
-"""Two streams, text and image, that meet in attention: the pieces of a double-stream transformer, and the blocks of FLUX.1 and Ovis-Image.
+"""Two streams, text and image, that meet in attention: the pieces of a double-stream transformer, and the
+blocks of FLUX.1 and Ovis-Image.
 
-Between blocks text [B, T, D] and image [B, L, D] stay apart, so that no tensor of the derived length T + L crosses a block's boundary.
-Inside a block they are joined, text rows first. Source: arXiv 2403.03206; single stream: FLUX.1's reference code.
+Between blocks text [B, T, D] and image [B, L, D] stay apart, so that no tensor of the derived length T + L
+crosses a block's boundary. Inside a block they are joined, text rows first. Source: arXiv 2403.03206; single
+stream: FLUX.1's reference code.
 
-Shape letters: B batch, T text tokens, L image tokens, D width, H heads, E head width, F hidden width of a feed-forward.
+Shape letters: B batch, T text tokens, L image tokens, D width, H heads, E head width, F hidden width of a
+feed-forward.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ IMAGE = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
 TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
 """The checkpoints' names of a stream's projections and norms in joint attention."""
 
-# --- pieces -------------------------------------------------------------------------------------------------------------------------
+# --- pieces
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 def heads(
@@ -43,8 +47,8 @@ def heads(
 ) -> Heads:
     """Queries, keys and values [B, L, H, width] of one stream, by the weights `names` below `w`.
 
-    Queries and keys are normalised per head where `w` has the norms, then rotated in interleaved pairs where `rope`, the cosines
-    and sines [L, width / 2] of this stream, is given.
+    Queries and keys are normalised per head where `w` has the norms, then rotated in interleaved pairs where
+    `rope`, the cosines and sines [L, width / 2] of this stream, is given.
     """
     q, k, v = (linear(x_BLD, w / name).unflatten(-1, (-1, width)) for name in names[:3])
     q, k = (
@@ -59,7 +63,8 @@ def heads(
 def rope_tables(
     text_TA: Tensor, image_LA: Tensor, dims: Sequence[int], dtype: torch.dtype, theta: float = 1e4
 ) -> dict[str, Tensor]:
-    """Tables of both streams from their positions on A axes: `cos`, `sin` [L, E / 2] and `text_cos`, `text_sin` [T, E / 2].
+    """Tables of both streams from their positions on A axes: `cos`, `sin` [L, E / 2] and `text_cos`,
+    `text_sin` [T, E / 2].
 
     Angles are computed in float64 and kept in `dtype`.
     """
@@ -71,10 +76,11 @@ def rope_tables(
 
 
 def joint_attention(plan: Plan, text: Heads, image: Heads, shared: Mapping[str, Tensor]) -> Streams:
-    """Attention of both streams to both -> ([B, T, D], [B, L, D]), heads flattened: the two parts of one tensor, see `split`.
+    """Attention of both streams to both -> ([B, T, D], [B, L, D]), heads flattened: the two parts of one
+    tensor, see `split`.
 
-    text, image: queries, keys and values [B, T or L, H, E]. shared: where it has `mask` [B, T], that is 1 where a text token is real, and
-    the others are not attended to.
+    text, image: queries, keys and values [B, T or L, H, E]. shared: where it has `mask` [B, T], that is 1
+    where a text token is real, and the others are not attended to.
     """
     q, k, v = (torch.cat(pair, 1) for pair in zip(text, image, strict=True))
     mask = joint_mask(shared["mask"], image[0].shape[1]) if "mask" in shared else None
@@ -84,14 +90,17 @@ def joint_attention(plan: Plan, text: Heads, image: Heads, shared: Mapping[str, 
 
 
 def joint_mask(mask_BT: Tensor, tokens: int) -> Tensor:
-    """Which keys of the joint sequence are attended to, [B, 1, 1, T + tokens] bool: the real text tokens and all image tokens."""
+    """Which keys of the joint sequence are attended to, [B, 1, 1, T + tokens] bool: the real text tokens and
+    all image tokens.
+    """
     return F.pad(mask_BT.bool(), (0, tokens), value=True)[:, None, None]
 
 
 def split(x_BSD: Tensor, length: int) -> Streams:
     """A joint sequence -> its text rows, the first `length`, and its image rows.
 
-    Both are views of one tensor, which a block must not return: add them to their streams, or project them, first.
+    Both are views of one tensor, which a block must not return: add them to their streams, or project them,
+    first.
     """
     return x_BSD[:, :length], x_BSD[:, length:]
 
@@ -112,7 +121,8 @@ def swiglu(x: Tensor) -> Tensor:
     return value * F.silu(gate)
 
 
-# --- the blocks of FLUX.1 and Ovis-Image --------------------------------------------------------------------------------------------
+# --- the blocks of FLUX.1 and Ovis-Image
+# --------------------------------------------------------------------------------------------
 
 
 def stack_rows(double: int, single: int, d: int, width: int, hidden: tuple[int, ...]) -> Iterator[Row]:
@@ -152,7 +162,8 @@ def _heads_rows(d: int, width: int, names: tuple[str, ...]) -> Iterator[Row]:
 
 
 def modulations(w: Weights, double: int, single: int, time_SBD: Tensor) -> dict[str, Tensor]:
-    """Every modulation of both stacks, [S, B, n, D] under its norm's name, and of the last norm, `norm_out` (scale before shift).
+    """Every modulation of both stacks, [S, B, n, D] under its norm's name, and of the last norm, `norm_out`
+    (scale before shift).
 
     time_SBD: the embedding of a step's timestep and whatever is added to it.
     """
@@ -175,8 +186,8 @@ def double_block(
 ) -> Streams:
     """Joint attention, then a feed-forward for each stream, all modulated.
 
-    request: `norm1` and `norm1_context` [B, 6, D]: shift, scale, gate of attention, then of the feed-forward. shared: the tables of
-    `rope_tables`.
+    request: `norm1` and `norm1_context` [B, 6, D]: shift, scale, gate of attention, then of the feed-forward.
+    shared: the tables of `rope_tables`.
     """
     text, image = streams
     of_text, of_image = (request[name].unsqueeze(2).unbind(1) for name in ("norm1_context", "norm1"))
@@ -240,6 +251,8 @@ def single_block(
 
 
 def last(w: Weights, image_BLD: Tensor, modulation_BnD: Tensor) -> Tensor:
-    """The last norm, modulated by `norm_out` (scale, shift), and the projection to a token's values [B, L, P]."""
+    """The last norm, modulated by `norm_out` (scale, shift), and the projection to a token's values [B, L,
+    P].
+    """
     scale, shift = modulation_BnD.unsqueeze(2).unbind(1)
     return linear(modulate(image_BLD, shift, scale), w / "proj_out")

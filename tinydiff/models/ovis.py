@@ -1,7 +1,8 @@
 """Ovis-Image: the two stacks of FLUX.1 with gated feed-forwards, conditioned on the tokens of a Qwen3 alone.
 
-Source: github.com/AIDC-AI/Ovis-Image and the OvisImageTransformer2DModel checkpoint. Against FLUX.1: no pooled text and no embedded
-guidance, the text is normalised before it is projected, and text tokens have places of their own, (0, i, i).
+Source: github.com/AIDC-AI/Ovis-Image and the OvisImageTransformer2DModel checkpoint. Against FLUX.1: no
+pooled text and no embedded guidance, the text is normalised before it is projected, and text tokens have
+places of their own, (0, i, i).
 
 Shape letters: B batch, T text tokens, L image tokens, P latent values of a token, D width, S steps.
 """
@@ -35,7 +36,9 @@ Streams = joint.Streams
 
 @dataclass(frozen=True)
 class Config:
-    """Field names are those of the checkpoint's config.json. patch_size is 1: the latents come packed, 2 x 2 to a token."""
+    """Field names are those of the checkpoint's config.json. patch_size is 1: the latents come packed, 2 x 2
+    to a token.
+    """
 
     patch_size: int = 1
     in_channels: int = 64
@@ -66,7 +69,8 @@ PATCH = (1, 2, 2)
 """Latents to tokens and back: `ops.patch.patchify` by this patch."""
 FREQUENCIES = 256
 
-# --- weights ------------------------------------------------------------------------------------------------------------------------
+# --- weights
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def spec(c: Config) -> Iterator[Row]:
@@ -81,7 +85,8 @@ def spec(c: Config) -> Iterator[Row]:
     yield from linear_rows("proj_out", d, c.out_channels or c.in_channels)
 
 
-# --- what is computed once, before the loop ---------------------------------------------------------------------------------------
+# --- what is computed once, before the loop
+# ---------------------------------------------------------------------------------------
 
 CONDS = (
     Cond("cos", "image", shared=True),
@@ -94,9 +99,11 @@ CONDS = (
 
 
 def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
-    """All that depends only on the request and the table: (constants of the loop, tensors with one row per step).
+    """All that depends only on the request and the table: (constants of the loop, tensors with one row per
+    step).
 
-    inputs: `text` [B, T, joint_attention_dim], `positions` [L, 3] of the image tokens. timesteps_S: sigma * 1000.
+    inputs: `text` [B, T, joint_attention_dim], `positions` [L, 3] of the image tokens. timesteps_S: sigma *
+    1000.
     """
     dtype = w.dtype
     text = linear(rms_norm(inputs["text"].to(dtype), w / "context_embedder_norm"), w / "context_embedder")
@@ -111,7 +118,8 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     return request, joint.modulations(w, c.num_layers, c.num_single_layers, time)
 
 
-# --- the network --------------------------------------------------------------------------------------------------------------------
+# --- the network
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
@@ -143,7 +151,8 @@ def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, 
     return joint.last(w, streams[1], step["norm_out"])
 
 
-# --- what a pipeline needs of this family -----------------------------------------------------------------------------------------
+# --- what a pipeline needs of this family
+# -----------------------------------------------------------------------------------------
 
 
 def positions(size: tuple[int, int, int], device: torch.device | str | None = None) -> Tensor:
@@ -157,11 +166,14 @@ TEMPLATE = (
 )
 """What the prompt is put into: a turn of Qwen3's chat and the start of an answer without thinking."""
 DROPPED = 28
-"""Tokens of the template before the prompt whose states are left out. It has 30, but the model is trained so."""
+"""Tokens of the template before the prompt whose states are left out. It has 30, but the model is trained so.
+"""
 
 
 def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
-    """The last states of the prompt in its template, those of padding set to zero; the network attends to all of them."""
+    """The last states of the prompt in its template, those of padding set to zero; the network attends to all
+    of them.
+    """
     encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
     texts = [TEMPLATE.format(text) for text in request.texts]
     ids, mask = parts.tokens("tokenizer", texts, request.text_tokens + DROPPED)

@@ -1,10 +1,13 @@
-"""Qwen-Image, -2512, -Edit, -Edit-2509, -Edit-2511 and -Layered: a flow transformer on a text and an image stream with joint attention.
+"""Qwen-Image, -2512, -Edit, -Edit-2509, -Edit-2511 and -Layered: a flow transformer on a text and an image
+stream with joint attention.
 
-Source: arXiv 2508.02324 and the QwenImageTransformer2DModel checkpoints. Variants differ in three switches of `Config`: Edit-2511 shows
-reference images at timestep 0 (`zero_cond_t`), Layered tells pictures with alpha from others (`use_additional_t_cond`) and sets its
-condition image before the first layer (`use_layer3d_rope`).
+Source: arXiv 2508.02324 and the QwenImageTransformer2DModel checkpoints. Variants differ in three switches of
+`Config`: Edit-2511 shows reference images at timestep 0 (`zero_cond_t`), Layered tells pictures with alpha
+from others (`use_additional_t_cond`) and sets its condition image before the first layer
+(`use_layer3d_rope`).
 
-Shape letters: B batch, T text tokens, L image tokens, P packed latent values of a token, D width, H heads, E head width, S steps.
+Shape letters: B batch, T text tokens, L image tokens, P packed latent values of a token, D width, H heads, E
+head width, S steps.
 """
 
 from __future__ import annotations
@@ -89,7 +92,8 @@ class Config:
         return self.num_attention_heads * self.attention_head_dim
 
 
-# --- weights ------------------------------------------------------------------------------------------------------------------------
+# --- weights
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _block_rows(c: Config) -> Iterator[Row]:
@@ -123,7 +127,8 @@ def spec(c: Config) -> Iterator[Row]:
     yield from linear_rows("proj_out", d, c.in_channels)
 
 
-# --- what is computed once, before the loop ---------------------------------------------------------------------------------------
+# --- what is computed once, before the loop
+# ---------------------------------------------------------------------------------------
 
 CONDS = (
     Cond("cos", "image", shared=True),
@@ -138,7 +143,9 @@ CONDS = (
 
 
 def _sinusoids(t_S: Tensor) -> Tensor:
-    """Timesteps [S] between 0 and 1 -> [S, 256], cosines first. The thousandfold comes last, so half types round t alone."""
+    """Timesteps [S] between 0 and 1 -> [S, 256], cosines first. The thousandfold comes last, so half types
+    round t alone.
+    """
     half = SINUSOIDS // 2
     frequency = torch.exp(-math.log(1e4) * torch.arange(half, dtype=torch.float32, device=t_S.device) / half)
     angle = 1000 * (t_S.to(compute_dtype(t_S))[:, None] * frequency)
@@ -146,17 +153,20 @@ def _sinusoids(t_S: Tensor) -> Tensor:
 
 
 def _time(w: Weights, t_S: Tensor, kind_B: Tensor | None) -> Tensor:
-    """Timesteps [S] between 0 and 1 -> activated time embedding [S, 1, D], or [S, B, D] where pictures have kinds."""
+    """Timesteps [S] between 0 and 1 -> activated time embedding [S, 1, D], or [S, B, D] where pictures have
+    kinds.
+    """
     time = embedder(_sinusoids(t_S).to(t_S.dtype), w / "timestep_embedder")[:, None]
     return F.silu(time if kind_B is None else time + w["addition_t_embedding.weight"][kind_B])
 
 
 def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
-    """All that depends only on the request and the table: (constants of the loop, tensors with one row per step).
+    """All that depends only on the request and the table: (constants of the loop, tensors with one row per
+    step).
 
-    inputs: `text` [B, T, joint_attention_dim], `positions` [L, 3] as the function of this name gives them, and where they apply: `mask`
-    [B, T], 1 where a text token is real; `frozen` [1, L, 1] bool, the tokens of reference images; `kind` [1 or B] int64, Layered's
-    additional condition, 0 in all its pipelines.
+    inputs: `text` [B, T, joint_attention_dim], `positions` [L, 3] as the function of this name gives them,
+    and where they apply: `mask` [B, T], 1 where a text token is real; `frozen` [1, L, 1] bool, the tokens of
+    reference images; `kind` [1 or B] int64, Layered's additional condition, 0 in all its pipelines.
     """
     dtype = w.dtype
     text = linear(rms_norm(inputs["text"].to(dtype), w / "txt_norm"), w / "txt_in")
@@ -184,7 +194,8 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     return request, steps
 
 
-# --- the network --------------------------------------------------------------------------------------------------------------------
+# --- the network
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
@@ -196,7 +207,9 @@ def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step
 def _modulations(
     rows: Tensor, still: Tensor | None = None, frozen: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """[B, 6, D] -> shift, scale and gate of attention, then of the feed-forward: [B, 1, D], or [B, L, D] where tokens are frozen."""
+    """[B, 6, D] -> shift, scale and gate of attention, then of the feed-forward: [B, 1, D], or [B, L, D]
+    where tokens are frozen.
+    """
     moving = rows.unsqueeze(2).unbind(1)
     if still is None or frozen is None:
         return moving
@@ -244,16 +257,18 @@ def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, 
     return linear(modulate(streams[1], shift, scale), w / "proj_out")
 
 
-# --- what a pipeline needs of this family -----------------------------------------------------------------------------------------
+# --- what a pipeline needs of this family
+# -----------------------------------------------------------------------------------------
 
 
 def positions(
     c: Config, sizes: Sequence[tuple[int, int]], device: torch.device | str | None = None
 ) -> Tensor:
-    """Positions [L, 3] (picture, row, column) of the packed tokens of latents of `sizes` (height, width), in the order of the sequence.
+    """Positions [L, 3] (picture, row, column) of the packed tokens of latents of `sizes` (height, width), in
+    the order of the sequence.
 
-    First what is made, a picture or all layers, then the reference images. Rows and columns are counted from the middle of each picture.
-    Layered's last picture, the condition image, is at -1, before all layers.
+    First what is made, a picture or all layers, then the reference images. Rows and columns are counted from
+    the middle of each picture. Layered's last picture, the condition image, is at -1, before all layers.
     """
     pictures = []
     for i, size in enumerate(sizes):
@@ -265,7 +280,9 @@ def positions(
 
 
 def text_positions(c: Config, positions_LA: Tensor, tokens: int) -> Tensor:
-    """Positions [T, 3] of text: on the diagonal, from the first place beyond all rows and columns (Layered: and layers) of the pictures."""
+    """Positions [T, 3] of text: on the diagonal, from the first place beyond all rows and columns (Layered:
+    and layers) of the pictures.
+    """
     axes = positions_LA if c.use_layer3d_rope else positions_LA[:, 1:]
     return (axes.amax() + 1 + torch.arange(tokens, device=axes.device))[:, None].expand(-1, 3)
 
@@ -323,7 +340,8 @@ def prepare_edit_plus(c: Config, parts: Parts, request: Request) -> Prepared:
 def prepare_layered(c: Config, parts: Parts, request: Request) -> Prepared:
     """From a picture with opacity and a text about it, Layered: the picture once more, then its layers.
 
-    Without a prompt the language model says what it sees. Layers are drawn and packed one after another, each [C, H, W].
+    Without a prompt the language model says what it sees. Layers are drawn and packed one after another, each
+    [C, H, W].
     """
     vae = parts.nets["vae"].config
     p, (_, height, width) = c.patch_size, latent_size(vae, request)
@@ -358,7 +376,9 @@ def patch(c: Config) -> Patch:
 
 
 def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
-    """The dynamic shift of the schedule; that of Layered's pipeline grows with a picture's side, whatever the scheduler's file says."""
+    """The dynamic shift of the schedule; that of Layered's pipeline grows with a picture's side, whatever the
+    scheduler's file says.
+    """
     return (tokens / 256) ** 0.5 if c.use_layer3d_rope else shift_by_tokens(tokens, scheduler)
 
 

@@ -1,6 +1,8 @@
-"""How Qwen-Image's pipelines speak with Qwen2.5-VL: the turns of the chat around a prompt, the pictures among the words, what is read.
+"""How Qwen-Image's pipelines speak with Qwen2.5-VL: the turns of the chat around a prompt, the pictures among
+the words, what is read.
 
-Source: diffusers' Qwen-Image pipelines. Shape letters: T tokens of a text, N tokens of the pictures in it, C width of the language model.
+Source: diffusers' Qwen-Image pipelines. Shape letters: T tokens of a text, N tokens of the pictures in it, C
+width of the language model.
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ class Seen(NamedTuple):
 
 
 def see(parts: Parts, images: Sequence[numpy.ndarray]) -> Seen:
-    """Run the vision tower on uint8 pictures [H, W, 3 or 4], each of its own size. Raises UserError for a picture too narrow."""
+    """Run the vision tower on uint8 pictures [H, W, 3 or 4], each of its own size. Raises UserError for a
+    picture too narrow.
+    """
     net = parts.nets["vision"]
     try:
         patches, grids = zip(*(qwen_vision.pixels(net.config, image) for image in images), strict=True)

@@ -1,8 +1,10 @@
-"""What a family and the runtime tell each other: a model's loaded parts one way, a request in the family's own terms the other way.
+"""What a family and the runtime tell each other: a model's loaded parts one way, a request in the family's
+own terms the other way.
 
-A family's record has a table `pipelines`: pipeline class of model_index.json -> prepare(config, parts, request) -> Prepared. So the runtime
-knows no family by name. Shape letters: B batch, C channels, F latent frames, H and W latent size, L tokens of what is made, R tokens of
-references, P latent values of a token, T text tokens.
+A family's record has a table `pipelines`: pipeline class of model_index.json -> prepare(config, parts,
+request) -> Prepared. So the runtime knows no family by name. Shape letters: B batch, C channels, F latent
+frames, H and W latent size, L tokens of what is made, R tokens of references, P latent values of a token, T
+text tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ F = TypeVar("F")
 class Net(Generic[F]):
     """One network of a model in memory.
 
-    family: its record (`models.family`). weights: flat, on their device, as this rank holds them. dtype: what it computes in.
+    family: its record (`models.family`). weights: flat, on their device, as this rank holds them. dtype: what
+    it computes in.
     """
 
     family: F
@@ -67,27 +70,35 @@ class Parts:
 
     nets: Mapping[str, Net[Any]]
     tokens: Callable[..., tuple[Tensor, Tensor]]
-    """(tokenizer's component name, texts, length or None, side, framed) -> ids and mask, int64 [B, T], on the device. side: where each is
-    padded to `length`, "left", "right" or as the tokenizer's files say; "none" pads to the longest of the texts only. framed (true):
-    whether what the files say opens and closes a text is added.
+    """(tokenizer's component name, texts, length or None, side, framed) -> ids and mask, int64 [B, T], on the
+    device. side: where each is padded to `length`, "left", "right" or as the tokenizer's files say; "none"
+    pads to the longest of the texts only. framed (true): whether what the files say opens and closes a text
+    is added.
     """
     tokenizers: Mapping[str, Any]
     """Component name -> its tokenizer (`io.tokenizer.Tokenizer`), for ids by name and text of ids."""
     encode: Callable[[Tensor], Tensor]
-    """Pixels [1, 3 or 4, N, height, width] in [-1, 1] -> the autoencoder's normalised latents [1, C, F, H, W]."""
+    """Pixels [1, 3 or 4, N, height, width] in [-1, 1] -> the autoencoder's normalised latents [1, C, F, H,
+    W].
+    """
     resize: Callable[[numpy.ndarray, int, int], numpy.ndarray]
-    """(uint8 picture [height, width, 3 or 4], height, width) -> the picture at that size, by Lanczos' filter."""
+    """(uint8 picture [height, width, 3 or 4], height, width) -> the picture at that size, by Lanczos' filter.
+    """
     options: Mapping[str, Any]
     """The pipeline's own settings in model_index.json."""
     device: torch.device
 
     def clip_tokens(self, net: str) -> int:
-        """How long a text a CLIP is given: what the first tokenizer's files say, and no more than the network has places for."""
+        """How long a text a CLIP is given: what the first tokenizer's files say, and no more than the network
+        has places for.
+        """
         places = self.nets[net].config.max_position_embeddings
         return min(self.tokenizers["tokenizer"].longest or places, places)
 
     def pixels(self, images: Sequence[numpy.ndarray]) -> Tensor:
-        """uint8 pictures [height, width, C] of one size -> [1, C, N, height, width] in [-1, 1], in the type of the autoencoder."""
+        """uint8 pictures [height, width, C] of one size -> [1, C, N, height, width] in [-1, 1], in the type
+        of the autoencoder.
+        """
         x = torch.from_numpy(numpy.stack(images)).to(self.device, self.nets["vae"].dtype)
         return (x / 127.5 - 1).permute(3, 0, 1, 2)[None]
 
@@ -97,13 +108,19 @@ class Prepared:
     """A request in the family's own terms: all that the loop needs but noise and table."""
 
     branches: tuple[dict[str, Tensor], ...]
-    """The inputs of the family's `hoist`: the prompt's and, where the request is guided, the negative prompt's."""
+    """The inputs of the family's `hoist`: the prompt's and, where the request is guided, the negative
+    prompt's.
+    """
     size: tuple[int, int, int, int]
-    """The latents' (C, F, H, W), in which noise is drawn. Where the reference draws it in another order of axes, that order."""
+    """The latents' (C, F, H, W), in which noise is drawn. Where the reference draws it in another order of
+    axes, that order.
+    """
     pack: Callable[[Tensor], Tensor]
     """Latents in that order of axes, [B, C, F, H, W] -> tokens [B, L, P]."""
     unpack: Callable[[Tensor], Tensor]
-    """Tokens [1, L, P] -> latents [N, C, F, H, W] as the autoencoder takes them: one clip, or N pictures in layers."""
+    """Tokens [1, L, P] -> latents [N, C, F, H, W] as the autoencoder takes them: one clip, or N pictures in
+    layers.
+    """
     known: Known | None = None
     guidance: str | None = None
     """A form of guidance by name, where the pipeline has not its family's."""
@@ -122,7 +139,8 @@ def latent_size(vae: Any, request: Request) -> tuple[int, int, int]:
 
 
 def side(area: int, along: int, across: int) -> int:
-    """The side of a rectangle of about `area` pixels, of the aspect along:across: the integer nearest to sqrt(area * along / across).
+    """The side of a rectangle of about `area` pixels, of the aspect along:across: the integer nearest to
+    sqrt(area * along / across).
 
     It is found among integers, since the floating-point root of 480 * 832 * 480 / 832 is 479.9999.
     """
@@ -130,9 +148,11 @@ def side(area: int, along: int, across: int) -> int:
 
 
 def spread(area: int, height: int, width: int, multiple: int = 32) -> tuple[int, int]:
-    """The (height, width) of about `area` pixels nearest to the aspect of a picture, in multiples of `multiple`.
+    """The (height, width) of about `area` pixels nearest to the aspect of a picture, in multiples of
+    `multiple`.
 
-    Source: `calculate_dimensions` of diffusers' Qwen-Image pipelines. Raises UserError where a side would come out as nothing.
+    Source: `calculate_dimensions` of diffusers' Qwen-Image pipelines. Raises UserError where a side would
+    come out as nothing.
     """
     ratio = width / height
     wide = sqrt(area * ratio)
@@ -179,7 +199,9 @@ def on_grid(
 
 
 def appended(made: int, references: Sequence[Tensor]) -> Known | None:
-    """Clean tokens [1, R, P] of each reference behind the `made` tokens of the picture; None without references."""
+    """Clean tokens [1, R, P] of each reference behind the `made` tokens of the picture; None without
+    references.
+    """
     if not references:
         return None
     given = torch.cat(list(references), 1)
@@ -188,9 +210,11 @@ def appended(made: int, references: Sequence[Tensor]) -> Known | None:
 
 
 def shift_by_tokens(tokens: int, scheduler: Mapping[str, Any], max_shift: float = 1.15) -> float:
-    """mu of a dynamic shift by the size of the picture: the line through two points that the scheduler's config names.
+    """mu of a dynamic shift by the size of the picture: the line through two points that the scheduler's
+    config names.
 
-    Source: `calculate_shift` of diffusers' pipelines, with its defaults. Raises UserError for points that make no line.
+    Source: `calculate_shift` of diffusers' pipelines, with its defaults. Raises UserError for points that
+    make no line.
     """
     lengths, shifts = (
         {"base_image_seq_len": 256, "max_image_seq_len": 4096},

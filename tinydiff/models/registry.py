@@ -1,6 +1,8 @@
-"""What is released: one literal row per model, its name, what tells it apart and the numbers it is used with. No torch here.
+"""What is released: one literal row per model, its name, what tells it apart and the numbers it is used with.
+No torch here.
 
-Defaults come from the model cards (steps, guidance, shift, sizes) and each repository's `model_index.json` (class, boundary).
+Defaults come from the model cards (steps, guidance, shift, sizes) and each repository's `model_index.json`
+(class, boundary).
 """
 
 from __future__ import annotations
@@ -20,24 +22,28 @@ WAN_NEGATIVE = (
 
 
 Kind = tuple[str, int, bool, bool]
-"""What a folder's model_index.json says of a model: its class, how many experts, expand_timesteps, is_distilled."""
+"""What a folder's model_index.json says of a model: its class, how many experts, expand_timesteps,
+is_distilled.
+"""
 
 
 @dataclass(frozen=True)
 class ReleasedModel:
     """A released model: the defaults of a request, and what a folder of unknown name is recognised by.
 
-    height, width: pixels, multiples of `size_multiple`. num_frames: k * `frame_multiple` + 1. clip_frames: the frames of a clip that
-    was asked for without a number, where `num_frames` makes a picture. steps, guidance (at 1 the network runs once a step), guidance_2
-    (of the second expert), boundary_ratio (the share of the schedule below which the second expert runs), flow_shift (None: the
-    folder's scheduler settles it), stored_shift (what the release's own scheduler says): the sampling table. guidance_form: "embedded"
-    is told to a network that learnt it, "offset" counts from 0; with "embedded" and "true", it is true_cfg_scale and a given negative
-    prompt that guide. solver: a name of the engine; dmd_timesteps belong to "dmd". negative_prompt: None where guidance would not read
-    one. text_tokens: how many are read at most. images: the least and the most input pictures. image_use: as frames of the clip, as the
-    picture to start from, or as references beside it. given_multiple: a size that follows the last given picture is rounded to
-    multiples of so many pixels (None: the first one, and down). layers: how many pictures with opacity one is taken apart into, where
-    that is what the model does. captions: its text encoder writes a missing prompt. params: of the transformers together. shape: fields
-    of `transformer/config.json` that tell it apart.
+    height, width: pixels, multiples of `size_multiple`. num_frames: k * `frame_multiple` + 1. clip_frames:
+    the frames of a clip that was asked for without a number, where `num_frames` makes a picture. steps,
+    guidance (at 1 the network runs once a step), guidance_2 (of the second expert), boundary_ratio (the share
+    of the schedule below which the second expert runs), flow_shift (None: the folder's scheduler settles it),
+    stored_shift (what the release's own scheduler says): the sampling table. guidance_form: "embedded" is
+    told to a network that learnt it, "offset" counts from 0; with "embedded" and "true", it is true_cfg_scale
+    and a given negative prompt that guide. solver: a name of the engine; dmd_timesteps belong to "dmd".
+    negative_prompt: None where guidance would not read one. text_tokens: how many are read at most. images:
+    the least and the most input pictures. image_use: as frames of the clip, as the picture to start from, or
+    as references beside it. given_multiple: a size that follows the last given picture is rounded to
+    multiples of so many pixels (None: the first one, and down). layers: how many pictures with opacity one is
+    taken apart into, where that is what the model does. captions: its text encoder writes a missing prompt.
+    params: of the transformers together. shape: fields of `transformer/config.json` that tell it apart.
     """
 
     name: str
@@ -212,7 +218,9 @@ MODELS: tuple[ReleasedModel, ...] = (
 
 
 def find(name: str) -> ReleasedModel | None:
-    """The row named `name`: a hub id, its last part, or a folder whose last part it is; None if there is none."""
+    """The row named `name`: a hub id, its last part, or a folder whose last part it is; None if there is
+    none.
+    """
     tail = name.rstrip("/").rsplit("/", 1)[-1]
     return next((row for row in MODELS if name == row.name or tail == row.name.rsplit("/", 1)[-1]), None)
 
@@ -244,11 +252,12 @@ def in_words(kind: Kind) -> str:
 def match(
     class_name: str, options: Mapping[str, Any], transformer: Mapping[str, Any], name: str
 ) -> ReleasedModel:
-    """The row whose defaults a folder takes: by its name where that is of its kind, else by its kind and the transformer's shape, else
-    the first of its kind.
+    """The row whose defaults a folder takes: by its name where that is of its kind, else by its kind and the
+    transformer's shape, else the first of its kind.
 
-    class_name, options: of `model_index.json`. transformer: `transformer/config.json`. Two released models of one shape (I2V 480P and
-    720P) cannot be told apart without a name; the first is taken, and --model-id chooses. Raises UserError for an unsupported class.
+    class_name, options: of `model_index.json`. transformer: `transformer/config.json`. Two released models of
+    one shape (I2V 480P and 720P) cannot be told apart without a name; the first is taken, and --model-id
+    chooses. Raises UserError for an unsupported class.
     """
     kind = _kind(class_name, options)
     row = find(name)

@@ -1,6 +1,8 @@
-"""What the config.json files of the released models say of the networks' shapes, so that a model is planned without its files. No torch.
+"""What the config.json files of the released models say of the networks' shapes, so that a model is planned
+without its files. No torch.
 
-Only what differs from the defaults of the network's `Config` (a language model's: of its class in transformers) and bears on a shape.
+Only what differs from the defaults of the network's `Config` (a language model's: of its class in
+transformers) and bears on a shape.
 """
 
 from __future__ import annotations

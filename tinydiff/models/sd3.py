@@ -1,10 +1,12 @@
 """Stable Diffusion 3 and 3.5: a flow transformer on a text and an image stream that meet in joint attention.
 
-Source: arXiv 2403.03206 and the SD3Transformer2DModel checkpoints. Variants differ in `Config` only: 3.5 normalises queries and keys
-(`qk_norm`), in the first layers of 3.5-medium the image also attends to itself alone (`dual_attention_layers`). Positions are a stored
-table, of which an image takes a rectangle in the middle. Pooled text is added to the time, so that every image has modulations of its own.
+Source: arXiv 2403.03206 and the SD3Transformer2DModel checkpoints. Variants differ in `Config` only: 3.5
+normalises queries and keys (`qk_norm`), in the first layers of 3.5-medium the image also attends to itself
+alone (`dual_attention_layers`). Positions are a stored table, of which an image takes a rectangle in the
+middle. Pooled text is added to the time, so that every image has modulations of its own.
 
-Shape letters: B batch, T text tokens, L image tokens, P latent values of a token, D width, E head width, S steps.
+Shape letters: B batch, T text tokens, L image tokens, P latent values of a token, D width, E head width, S
+steps.
 """
 
 from __future__ import annotations
@@ -75,7 +77,8 @@ class Config:
         return self.num_attention_heads * self.attention_head_dim
 
 
-# --- weights ------------------------------------------------------------------------------------------------------------------------
+# --- weights
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _heads_rows(c: Config, names: tuple[str, ...]) -> Iterator[Row]:
@@ -121,7 +124,8 @@ def spec(c: Config) -> Iterator[Row]:
     yield from linear_rows("proj_out", d, c.patch_size**2 * c.out_channels)
 
 
-# --- what is computed once, before the loop ---------------------------------------------------------------------------------------
+# --- what is computed once, before the loop
+# ---------------------------------------------------------------------------------------
 
 CONDS = (
     Cond("position", "image", dim=1),
@@ -131,9 +135,11 @@ CONDS = (
 
 
 def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
-    """All that depends only on the request and the table: (constants of the loop, tensors with one row per step).
+    """All that depends only on the request and the table: (constants of the loop, tensors with one row per
+    step).
 
-    inputs: `text` [B, T, joint_attention_dim], `pooled` [B, pooled_projection_dim], `positions` [L] of the image's tokens in the table.
+    inputs: `text` [B, T, joint_attention_dim], `pooled` [B, pooled_projection_dim], `positions` [L] of the
+    image's tokens in the table.
     """
     embed, dtype = w / "time_text_embed", w.dtype
     position = w["pos_embed.pos_embed"][:, inputs["positions"]]
@@ -147,7 +153,8 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     return request, {name: linear(active, w / name / "linear").unflatten(-1, (-1, c.width)) for name in names}
 
 
-# --- the network --------------------------------------------------------------------------------------------------------------------
+# --- the network
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
@@ -166,7 +173,9 @@ def _meet(
     shift: Tensor,
     scale: Tensor,
 ) -> Streams:
-    """Joint attention, the text modulated by shift and scale -> what it gave the text, and the image all the way through the block."""
+    """Joint attention, the text modulated by shift and scale -> what it gave the text, and the image all the
+    way through the block.
+    """
     text, image = streams
     rows = request["norm1"].unsqueeze(2).unbind(1)
     (image_shift, image_scale, gate), (ff_shift, ff_scale, ff_gate), alone = rows[:3], rows[3:6], rows[6:]
@@ -188,10 +197,11 @@ def _meet(
 
 
 def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
-    """Joint attention, where the layer has it also the image's attention to itself, and a feed-forward for each stream, all modulated.
+    """Joint attention, where the layer has it also the image's attention to itself, and a feed-forward for
+    each stream, all modulated.
 
-    request: `norm1` [B, 6, D], shift, scale, gate of attention, then of the feed-forward, and [B, 9, D] with those of the image's
-    attention to itself; `norm1_context` [B, 6, D].
+    request: `norm1` [B, 6, D], shift, scale, gate of attention, then of the feed-forward, and [B, 9, D] with
+    those of the image's attention to itself; `norm1_context` [B, 6, D].
     """
     shift, scale, gate, ff_shift, ff_scale, ff_gate = request["norm1_context"].unsqueeze(2).unbind(1)
     y_text, image = _meet(c, plan, w, streams, request, shared, shift, scale)
@@ -204,7 +214,9 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
 def last_block(
     c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors
 ) -> Tensor:
-    """A block that leaves the text as it is, for nothing reads it any more -> the image. `norm1_context` [B, 2, D]: scale, shift."""
+    """A block that leaves the text as it is, for nothing reads it any more -> the image. `norm1_context` [B,
+    2, D]: scale, shift.
+    """
     scale, shift = request["norm1_context"].unsqueeze(2).unbind(1)
     return _meet(c, plan, w, streams, request, shared, shift, scale)[1]
 
@@ -224,11 +236,13 @@ def post(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, ste
     return rearrange(y, "b l (patch c) -> b l (c patch)", c=c.out_channels)
 
 
-# --- what a pipeline needs of this family -----------------------------------------------------------------------------------------
+# --- what a pipeline needs of this family
+# -----------------------------------------------------------------------------------------
 
 
 def positions(c: Config, size: tuple[int, int, int], device: torch.device | str | None = None) -> Tensor:
-    """Rows [L] of the position table for latents of `size` (1, height, width): a rectangle in the middle of the square.
+    """Rows [L] of the position table for latents of `size` (1, height, width): a rectangle in the middle of
+    the square.
 
     Raises ValueError where the square is too small.
     """
@@ -245,7 +259,9 @@ CLIPS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
 def _clip(parts: Parts, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """What both CLIPs say, side by side: their last states but one [B, T, C] and the texts as a whole [B, pooled_projection_dim]."""
+    """What both CLIPs say, side by side: their last states but one [B, T, C] and the texts as a whole [B,
+    pooled_projection_dim].
+    """
     states, pooled = [], []
     for name, tokenizer in CLIPS.items():
         encoder = parts.nets[name]
@@ -258,7 +274,9 @@ def _clip(parts: Parts, texts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def _t5(c: Config, parts: Parts, texts: list[str], length: int) -> Tensor:
-    """T5's last states [B, length, joint_attention_dim], of the padding too; zeros where the model is stored without T5."""
+    """T5's last states [B, length, joint_attention_dim], of the padding too; zeros where the model is stored
+    without T5.
+    """
     if "text_encoder_3" not in parts.nets:
         return torch.zeros(
             len(texts),
@@ -273,7 +291,9 @@ def _t5(c: Config, parts: Parts, texts: list[str], length: int) -> Tensor:
 
 
 def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
-    """CLIP's rows of a text, filled up with zeros to the width of T5's, and T5's rows behind them. Padding is read like words."""
+    """CLIP's rows of a text, filled up with zeros to the width of T5's, and T5's rows behind them. Padding is
+    read like words.
+    """
     vae = parts.nets["vae"].config
     clip, pooled = _clip(parts, request.texts)
     long = _t5(c, parts, request.texts, request.text_tokens)

@@ -1,10 +1,13 @@
-"""Wan 2.1 and 2.2: a video diffusion transformer with full self-attention and cross-attention to text, and to an image in some.
+"""Wan 2.1 and 2.2: a video diffusion transformer with full self-attention and cross-attention to text, and to
+an image in some.
 
-Source: arXiv 2503.20314 and the WanTransformer3DModel checkpoints. Variants differ in `Config` only: text to video (16 channels in),
-image to video (36: latents, mask and coded image side by side; Wan2.1 adds cross-attention to CLIP's view of the image), and TI2V
-(48 channels, the tokens of a given first frame stay clean and sit at timestep 0).
+Source: arXiv 2503.20314 and the WanTransformer3DModel checkpoints. Variants differ in `Config` only: text to
+video (16 channels in), image to video (36: latents, mask and coded image side by side; Wan2.1 adds
+cross-attention to CLIP's view of the image), and TI2V (48 channels, the tokens of a given first frame stay
+clean and sit at timestep 0).
 
-Shape letters: B batch, L latent tokens, P latent values of a token, D width, H heads, E head width, T text tokens, S steps.
+Shape letters: B batch, L latent tokens, P latent values of a token, D width, H heads, E head width, T text
+tokens, S steps.
 """
 
 from __future__ import annotations
@@ -71,7 +74,8 @@ class Config:
         return self.num_attention_heads * self.attention_head_dim
 
 
-# --- weights ------------------------------------------------------------------------------------------------------------------------
+# --- weights
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _attention_rows(c: Config, name: str, added: int | None = None) -> Iterator[Row]:
@@ -121,7 +125,8 @@ def spec(c: Config) -> Iterator[Row]:
     yield from linear_rows("proj_out", d, c.out_channels * prod(c.patch_size))
 
 
-# --- what is computed once, before the loop ---------------------------------------------------------------------------------------
+# --- what is computed once, before the loop
+# ---------------------------------------------------------------------------------------
 
 CONDS = (
     Cond("cos", "image", shared=True),
@@ -144,7 +149,9 @@ def _time(c: Config, w: Weights, t_S: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _image(c: Config, w: Weights, image: Tensor) -> Tensor:
-    """CLIP's tokens of the given images [B, N, C] -> [B', N', D]; where the model has a position table, two images make one row."""
+    """CLIP's tokens of the given images [B, N, C] -> [B', N', D]; where the model has a position table, two
+    images make one row.
+    """
     if c.pos_embed_seq_len is not None:
         image = image.reshape(-1, c.pos_embed_seq_len, image.shape[-1]) + w["pos_embed"]
     ff = w / "ff" / "net"
@@ -153,11 +160,12 @@ def _image(c: Config, w: Weights, image: Tensor) -> Tensor:
 
 
 def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
-    """All that depends only on the request and the table: (constants of the loop, tensors with one row per step).
+    """All that depends only on the request and the table: (constants of the loop, tensors with one row per
+    step).
 
-    inputs: `text` [B, T, text_dim], `positions` [L, 3] of the tokens on the latent grid, and where the variant has them: `image`
-    [B, N, image_dim] CLIP tokens; `concat` [B, L, P'] what stands beside the latents; `frozen` [1, L, 1] bool which tokens are given and
-    sit at timestep 0.
+    inputs: `text` [B, T, text_dim], `positions` [L, 3] of the tokens on the latent grid, and where the
+    variant has them: `image` [B, N, image_dim] CLIP tokens; `concat` [B, L, P'] what stands beside the
+    latents; `frozen` [1, L, 1] bool which tokens are given and sit at timestep 0.
     """
     embed = w / "condition_embedder"
     text = embed / "text_embedder"
@@ -191,7 +199,8 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     return request, {"time": time[:, None], "modulation": modulation[:, None]}
 
 
-# --- the network --------------------------------------------------------------------------------------------------------------------
+# --- the network
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Tensor:
@@ -204,7 +213,9 @@ def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step
 def _modulations(
     table: Tensor, step: Tensor, still: Tensor | None, frozen: Tensor | None, x: Tensor
 ) -> list[Tensor]:
-    """table [1, n, D] + step [B, n, D] -> n tensors [B, 1, D], or [B, L, D] where frozen tokens sit at timestep 0."""
+    """table [1, n, D] + step [B, n, D] -> n tensors [B, 1, D], or [B, L, D] where frozen tokens sit at
+    timestep 0.
+    """
     dtype = compute_dtype(x)
     moving = (table + step.to(dtype)).unsqueeze(2).unbind(1)
     if still is None or frozen is None:
@@ -267,7 +278,8 @@ def post(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, ste
     return rearrange(y, "b l (patch c) -> b l (c patch)", c=c.out_channels)
 
 
-# --- what a pipeline needs of this family -----------------------------------------------------------------------------------------
+# --- what a pipeline needs of this family
+# -----------------------------------------------------------------------------------------
 
 
 def positions(c: Config, size: tuple[int, int, int], device: torch.device | str | None = None) -> Tensor:
@@ -276,7 +288,9 @@ def positions(c: Config, size: tuple[int, int, int], device: torch.device | str 
 
 
 def text_input(hidden_BTC: Tensor, mask_BT: Tensor) -> Tensor:
-    """The encoder's last hidden states with the rows of padding set to zero; the network attends to all of them."""
+    """The encoder's last hidden states with the rows of padding set to zero; the network attends to all of
+    them.
+    """
     return hidden_BTC * mask_BT[..., None].to(hidden_BTC.dtype)
 
 
@@ -291,7 +305,9 @@ def prompt_clean(text: str) -> str:
 
 
 def known_frames_mask(size: tuple[int, int, int], first: bool = True, last: bool = False) -> Tensor:
-    """Image to video: mask [1, 4, F, H, W] of which of the clip's frames are given, four frames to a latent frame, the first alone."""
+    """Image to video: mask [1, 4, F, H, W] of which of the clip's frames are given, four frames to a latent
+    frame, the first alone.
+    """
     frames, height, width = size
     given = torch.zeros(4 * frames - 3)
     given[:1] = float(first)
@@ -302,7 +318,9 @@ def known_frames_mask(size: tuple[int, int, int], first: bool = True, last: bool
 
 
 def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
-    """Text, and where pictures are given what the variant is told of them: clean tokens in place (TI2V), or latents and a mask beside."""
+    """Text, and where pictures are given what the variant is told of them: clean tokens in place (TI2V), or
+    latents and a mask beside.
+    """
     encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
     size = latent_size(vae, request)
     texts = [prompt_clean(text) for text in request.texts]
@@ -323,7 +341,9 @@ def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
 
 
 def _beside(c: Config, parts: Parts, request: Request, size: tuple[int, int, int]) -> Tensors:
-    """Image to video: what stands beside the noisy latents, and CLIP's view of the pictures where the model has cross-attention to it."""
+    """Image to video: what stands beside the noisy latents, and CLIP's view of the pictures where the model
+    has cross-attention to it.
+    """
     pixels = parts.pixels(request.images)
     gap = pixels.new_zeros(1, 3, request.num_frames - pixels.shape[2], request.height, request.width)
     latents = parts.encode(torch.cat([pixels[:, :, :1], gap, pixels[:, :, 1:]], 2))
@@ -344,7 +364,9 @@ def needs(c: Config) -> tuple[str, ...]:
 
 
 def given_frames(c: Config, options: Mapping[str, Any]) -> tuple[int, ...]:
-    """How many frames may be given. CLIP looks at one, or with a position table at two; a first frame in place stands alone."""
+    """How many frames may be given. CLIP looks at one, or with a position table at two; a first frame in
+    place stands alone.
+    """
     if c.image_dim is not None:
         return (1,) if c.pos_embed_seq_len is None else (2,)
     return (1,) if options.get("expand_timesteps") else (1, 2)
@@ -361,7 +383,9 @@ def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator
 
 
 def rename(key: str) -> str | None:
-    """Released files may carry a norm that nothing reads, and FastWan's the gates of sparse attention, which full attention has not."""
+    """Released files may carry a norm that nothing reads, and FastWan's the gates of sparse attention, which
+    full attention has not.
+    """
     return (
         None
         if key.endswith(("norm_added_q.weight", "to_gate_compress.weight", "to_gate_compress.bias"))

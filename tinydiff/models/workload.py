@@ -1,7 +1,8 @@
 """What a step asks of each family's weights, so that layouts are weighed without running anything.
 
-The checkpoints of all families name alike what does alike, so two tables serve them all. That the tables are right is held by a test:
-the operations they add up to are those that torch counts in one evaluation of every family.
+The checkpoints of all families name alike what does alike, so two tables serve them all. That the tables are
+right is held by a test: the operations they add up to are those that torch counts in one evaluation of every
+family.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ READS: dict[str, str] = {
     "proj_out": "image",
     "x_embedder*": "image",
 }
-"""Pattern of a layer's name -> what passes through it, as `cost.CostModel.reads` says; the first that fits counts, "" is nothing."""
+"""Pattern of a layer's name -> what passes through it, as `cost.CostModel.reads` says; the first that fits
+counts, "" is nothing.
+"""
 
 ATTENDS: dict[str, tuple[str, str]] = {
     "blocks.*.attn1.to_out.0": ("image", "image"),
@@ -101,13 +104,15 @@ def _first(table: Mapping[str, Any], layer: str) -> Any:
 def decode_bytes(
     vae: Autoencoder, c: Any, frames: int, height: int, width: int, passes: int, ranks: int, b: int
 ) -> int | None:
-    """Bytes at the peak of decoding a clip or picture of that many pixels, its rows divided over ranks; None for a kind not known here.
+    """Bytes at the peak of decoding a clip or picture of that many pixels, its rows divided over ranks; None
+    for a kind not known here.
 
-    passes: latent frames at once. The largest stage holds about three tensors of the width that enters a residual block and one of that
-    which leaves it, or what enters and leaves the doubling of its resolution, each (width) (frames of the pass) (places) b. Where
-    convolutions look back on frames, there are two more of the width that enters, each two frames longer where passes follow each other,
-    and beside them the last two frames that every convolution has read. Then the pixels made so far; in the end three copies of all, on
-    every rank.
+    passes: latent frames at once. The largest stage holds about three tensors of the width that enters a
+    residual block and one of that which leaves it, or what enters and leaves the doubling of its resolution,
+    each (width) (frames of the pass) (places) b. Where convolutions look back on frames, there are two more
+    of the width that enters, each two frames longer where passes follow each other, and beside them the last
+    two frames that every convolution has read. Then the pixels made so far; in the end three copies of all,
+    on every rank.
     """
     if vae.up_stages is None:
         return None

@@ -1,7 +1,8 @@
 """Attention behind one function. A backend is a name in `BACKENDS`; all take and return [B, L, H, E].
 
-Over several ranks each holds a share of the tokens. Along `ulysses` they trade tokens for heads: every rank then attends with its heads
-from all tokens to all tokens. Along `ring` keys and values go from rank to rank, and what each part gives is merged by its log-sum-exp.
+Over several ranks each holds a share of the tokens. Along `ulysses` they trade tokens for heads: every rank
+then attends with its heads from all tokens to all tokens. Along `ring` keys and values go from rank to rank,
+and what each part gives is merged by its log-sum-exp.
 Sources: arXiv 2309.14509, 2310.01889.
 """
 
@@ -52,11 +53,12 @@ def attention(
     scale: float | None = None,
     keys: Sequence[Tensor] = (),
 ) -> Tensor:
-    """softmax(q k^T * scale + mask) v -> [B, L, H, E]; scale defaults to 1/sqrt(E), mask is added and broadcasts to [B, H, L, M].
+    """softmax(q k^T * scale + mask) v -> [B, L, H, E]; scale defaults to 1/sqrt(E), mask is added and
+    broadcasts to [B, H, L, M].
 
-    The plan's backend computes it; a backend that cannot serve these inputs raises torch's RuntimeError. Where the plan deals the sequence
-    to ranks, L and M are this rank's shares, the mask is one of keys alone, [B or 1, 1, 1, M], and `keys` (see `parallel.sequence.keys`)
-    tells real tokens from padding.
+    The plan's backend computes it; a backend that cannot serve these inputs raises torch's RuntimeError.
+    Where the plan deals the sequence to ranks, L and M are this rank's shares, the mask is one of keys alone,
+    [B or 1, 1, 1, M], and `keys` (see `parallel.sequence.keys`) tells real tokens from padding.
     """
     attend = BACKENDS[plan.attention]
     if ranks(plan)[0] == 1:
@@ -91,7 +93,9 @@ def _around(
     scale: float | None,
     keys: Sequence[Tensor],
 ) -> Tensor:
-    """Attention to the keys of every rank of the ring in turn; the next part is on its way while this one is worked at."""
+    """Attention to the keys of every rank of the ring in turn; the next part is on its way while this one is
+    worked at.
+    """
     ring, kv = plan.group("ring"), torch.stack([k, v])
     y = log = None
     for turn, real in enumerate(keys):
@@ -113,7 +117,9 @@ def _around(
 def attend_with_log(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """(attention [B, L, H, E], the logarithm of its denominator [B, L, H, 1]), both at least float32. mask: [B or 1, 1, 1, M] bool."""
+    """(attention [B, L, H, E], the logarithm of its denominator [B, L, H, 1]), both at least float32. mask:
+    [B or 1, 1, 1, M] bool.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         if mask is None:
@@ -151,7 +157,9 @@ def _plain(
 
 
 def serves(backend: str, width: int, biased: bool, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the backend's kernel runs there for heads of this width and type, with a bias if `biased`. Torch alone knows: it is tried."""
+    """Whether the backend's kernel runs there for heads of this width and type, with a bias if `biased`.
+    Torch alone knows: it is tried.
+    """
     x = torch.zeros(1, 16, 1, width, dtype=dtype, device=device)
     bias = torch.zeros(1, 1, 16, 16, dtype=dtype, device=device) if biased else None
     with warnings.catch_warnings():

@@ -1,6 +1,7 @@
 """Convolutions on images and clips. Shape letters: B batch, C channels, T frames, H height, W width.
 
-Each runs on a whole picture or on a strip of its rows (`parallel.rows`), where neighbours' rows stand for the padding between strips.
+Each runs on a whole picture or on a strip of its rows (`parallel.rows`), where neighbours' rows stand for the
+padding between strips.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from tinydiff.parallel.rows import WHOLE, Strip, halo
 
 
 def conv2d(x_BCHW: Tensor, w: Weights, stride: int = 1, padding: int = 0, strip: Strip = WHOLE) -> Tensor:
-    """2-D convolution with `w.weight` [O, C, kh, kw] and `w.bias`. The height of a strip must be a multiple of `stride`."""
+    """2-D convolution with `w.weight` [O, C, kh, kw] and `w.bias`. The height of a strip must be a multiple
+    of `stride`.
+    """
     if not strip.divided:
         return F.conv2d(x_BCHW, w["weight"], w.get("bias"), stride, padding)
     x_BCHW = halo(strip, x_BCHW, padding, w["weight"].shape[2] - stride - padding)
@@ -29,7 +32,9 @@ def halve(x_BCHW: Tensor, w: Weights, strip: Strip = WHOLE) -> Tensor:
 
 
 def per_frame(fn: Callable[[Tensor], Tensor], x_BCTHW: Tensor, chunk: int | None = None) -> Tensor:
-    """Apply an image function [N, C, H, W] -> [N, C', H', W'] to every frame of a clip, to at most `chunk` frames at once."""
+    """Apply an image function [N, C, H, W] -> [N, C', H', W'] to every frame of a clip, to at most `chunk`
+    frames at once.
+    """
     batch, _, frames = x_BCTHW.shape[:3]
     if chunk is not None and frames > chunk:
         return torch.cat([per_frame(fn, part) for part in x_BCTHW.split(chunk, 2)], 2)
@@ -42,8 +47,8 @@ def per_frame(fn: Callable[[Tensor], Tensor], x_BCTHW: Tensor, chunk: int | None
 def causal_conv3d(x_BCTHW: Tensor, w: Weights, past: Tensor | None = None, strip: Strip = WHOLE) -> Tensor:
     """3-D convolution that never looks at later frames; height and width keep their size.
 
-    The kernel's reach into the past is filled with `past` [B, C, <= kt-1, H, W], the frames before x, and with zeros before that.
-    In a strip both come with the rows of their `halo`, which then need no padding.
+    The kernel's reach into the past is filled with `past` [B, C, <= kt-1, H, W], the frames before x, and
+    with zeros before that. In a strip both come with the rows of their `halo`, which then need no padding.
     """
     weight = w["weight"]
     reach, pad_h, pad_w = (

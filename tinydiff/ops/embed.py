@@ -28,7 +28,9 @@ def timestep_embedding(
 
 
 def embedder(x: Tensor, w: Weights) -> Tensor:
-    """The checkpoints' embedder of a sinusoid or a vector, x [..., I] -> [..., D]: `linear_1`, SiLU, `linear_2`."""
+    """The checkpoints' embedder of a sinusoid or a vector, x [..., I] -> [..., D]: `linear_1`, SiLU,
+    `linear_2`.
+    """
     return linear(F.silu(linear(x, w / "linear_1")), w / "linear_2")
 
 
@@ -45,7 +47,9 @@ def lookup(plan: Plan, ids: Tensor, w: Weights) -> Tensor:
 
 
 def scores(plan: Plan, x: Tensor, w: Weights) -> Tensor:
-    """x [..., D] against the same table, or one like it -> [..., V], the scores of the whole vocabulary on every rank."""
+    """x [..., D] against the same table, or one like it -> [..., V], the scores of the whole vocabulary on
+    every rank.
+    """
     tp, mine = plan.group("tp"), matmul(x, w["weight"])
     size = mine.shape[-1]
     return move(plan, "sum", F.pad(mine, (tp.rank * size, (tp.size - 1 - tp.rank) * size)))

@@ -12,7 +12,8 @@ from tinydiff.parallel.plan import Plan
 
 
 def matmul(x: Tensor, leaf: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., I] times a weight leaf [O, I], plus bias [O] -> [..., O]. A new storage format is a new leaf type and a new case here.
+    """x [..., I] times a weight leaf [O, I], plus bias [O] -> [..., O]. A new storage format is a new leaf
+    type and a new case here.
 
     A leaf [O, C, ...] is the kernel of a patch embedding, and I all values of a patch, channels outermost.
     """

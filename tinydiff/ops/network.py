@@ -1,8 +1,8 @@
 """A denoiser as the loop sees it, and the one walk through it.
 
-A network is a family's functions with a config and a place on the machine; its weights are data that travels beside it. Everything that
-evaluates a network (the loop, the parity check, FLOP counts, training, tests) goes through `walk`.
-Shape letters: S steps, B images, L tokens, P latent values of a token, D width.
+A network is a family's functions with a config and a place on the machine; its weights are data that travels
+beside it. Everything that evaluates a network (the loop, the parity check, FLOP counts, training, tests) goes
+through `walk`. Shape letters: S steps, B images, L tokens, P latent values of a token, D width.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from tinydiff.parallel.plan import SINGLE, Cond, Plan, Row
 
 Tensors = dict[str, Tensor]
 Tree = Mapping[str, Mapping[str, Tensor]]
-"""A flat dict of tensors, divided by block: block prefix -> its entries without the prefix; "" -> what belongs to no block."""
+"""A flat dict of tensors, divided by block: block prefix -> its entries without the prefix; "" -> what
+belongs to no block.
+"""
 Streams = Tensor | tuple[Tensor, ...]
 """What the blocks carry, say [B, L, D] or (text [B, T, D], image [B, L, D])."""
 
 
 class Block(Protocol):
-    """(config, plan, the block's weights, streams, the block's own tensors of request and step, those that every block reads) -> streams.
+    """(config, plan, the block's weights, streams, the block's own tensors of request and step, those that
+    every block reads) -> streams.
 
     It returns new memory: no input, and no two views of one tensor.
     """
@@ -56,7 +59,9 @@ class Family(Protocol):
 
     @property
     def hoist(self) -> Callable[[Any, Plan, Weights, Tensors, Tensor], tuple[Tensors, Tensors]]:
-        """(config, plan, weights, inputs, timesteps [S]) -> (tensors of the request, tensors of the steps [S, 1 or B, ...])."""
+        """(config, plan, weights, inputs, timesteps [S]) -> (tensors of the request, tensors of the steps [S,
+        1 or B, ...]).
+        """
         ...
 
     @property
@@ -115,8 +120,9 @@ Walk = Callable[[list[Streams]], list[Streams]]
 class Hooks(NamedTuple):
     """What may take part in a walk.
 
-    fetch: brings the weights of each block. stack: is called as stack(run, streams) in place of run(streams), which walks all blocks; a
-    step cache may leave it out. after: sees (prefix, streams of each branch) behind every block.
+    fetch: brings the weights of each block. stack: is called as stack(run, streams) in place of run(streams),
+    which walks all blocks; a step cache may leave it out. after: sees (prefix, streams of each branch) behind
+    every block.
     """
 
     fetch: Fetch = RESIDENT
@@ -125,7 +131,9 @@ class Hooks(NamedTuple):
 
 
 def plain(network: Network, block: Block) -> Callable[..., Streams]:
-    """The block as a function of plain tensors in dicts and tuples, which may cross the boundary of a compiled region."""
+    """The block as a function of plain tensors in dicts and tuples, which may cross the boundary of a
+    compiled region.
+    """
     config, plan, dtype = network.config, network.plan, network.dtype
 
     def call(
@@ -150,7 +158,8 @@ def walk(
 ) -> list[Tensor]:
     """One evaluation for each branch -> velocities [B, L, P].
 
-    The branches walk through the blocks side by side, so that a block's weights are fetched once. calls: of each branch.
+    The branches walk through the blocks side by side, so that a block's weights are fetched once. calls: of
+    each branch.
     """
     family, config, plan, dtype = network.family, network.config, network.plan, network.dtype
     top, stack = Weights(w[""], dtype=dtype), family.blocks(config)
@@ -200,7 +209,9 @@ def is_shared(conds: Iterable[Cond], name: str) -> bool:
 
 
 def has_images(conds: Iterable[Cond], prefix: str, name: str) -> bool:
-    """Whether a request's tensor has an axis for images, its first. Those that begin with tokens, or pick keys, have none."""
+    """Whether a request's tensor has an axis for images, its first. Those that begin with tokens, or pick
+    keys, have none.
+    """
     if prefix:
         return True
     return not name.startswith(sequence.KEYS) and sequence.token_dims(conds).get(name) != 0

@@ -18,7 +18,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def layer_norm(x: Tensor, w: Weights | None = None, eps: float = 1e-6) -> Tensor:
-    """LayerNorm over the last dimension, at least in float32, back in x's type. With `w` also its weight and bias."""
+    """LayerNorm over the last dimension, at least in float32, back in x's type. With `w` also its weight and
+    bias.
+    """
     dtype = compute_dtype(x)
     weight, bias = (None, None) if w is None else (w["weight"].to(dtype), w["bias"].to(dtype))
     return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
@@ -40,13 +42,16 @@ def rms_norm_across(plan: Plan, x: Tensor, w: Weights, eps: float = 1e-6) -> Ten
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """Non-affine LayerNorm, then `y * (1 + scale) + shift`, computed in the modulation's type, returned in x's. x [B, L, D]."""
+    """Non-affine LayerNorm, then `y * (1 + scale) + shift`, computed in the modulation's type, returned in
+    x's. x [B, L, D].
+    """
     y = F.layer_norm(x.to(shift.dtype), x.shape[-1:], eps=eps)
     return (y * (1 + scale) + shift).to(x.dtype)
 
 
 def group_norm(x: Tensor, w: Weights, groups: int, eps: float = 1e-6, strip: Strip = WHOLE) -> Tensor:
-    """GroupNorm over groups of channels and all places, x [B, C, ...], with `w`'s weight and bias; half types are summed in float32.
+    """GroupNorm over groups of channels and all places, x [B, C, ...], with `w`'s weight and bias; half types
+    are summed in float32.
 
     The places are those of the whole picture, of which x is a strip.
     """

@@ -35,7 +35,8 @@ def grid_positions(*sizes: int, device: torch.device | str | None = None) -> Ten
 
 
 def rotate_interleaved(x_BLHD: Tensor, cos_LD: Tensor, sin_LD: Tensor) -> Tensor:
-    """Rotate the pairs (x0, x1), (x2, x3), ... of each head; tables [L, D / 2], or [B, L, D / 2] where images differ in them.
+    """Rotate the pairs (x0, x1), (x2, x3), ... of each head; tables [L, D / 2], or [B, L, D / 2] where images
+    differ in them.
 
     Computed in the wider type, returned in x's.
     """
@@ -45,7 +46,9 @@ def rotate_interleaved(x_BLHD: Tensor, cos_LD: Tensor, sin_LD: Tensor) -> Tensor
 
 
 def rotate_half(x_BLHD: Tensor, cos_LD: Tensor, sin_LD: Tensor) -> Tensor:
-    """Rotate the pairs (x0, x[D/2]), (x1, x[D/2+1]), ... of each head; tables [L, D / 2], or [B, L, D / 2] where rows differ."""
+    """Rotate the pairs (x0, x[D/2]), (x1, x[D/2+1]), ... of each head; tables [L, D / 2], or [B, L, D / 2]
+    where rows differ.
+    """
     a, b = x_BLHD.chunk(2, -1)
     cos, sin = cos_LD.unsqueeze(-2), sin_LD.unsqueeze(-2)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_BLHD.dtype)

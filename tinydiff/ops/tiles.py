@@ -1,4 +1,6 @@
-"""Running an image function on overlapping squares and blending them, so that memory does not grow with the picture."""
+"""Running an image function on overlapping squares and blending them, so that memory does not grow with the
+picture.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,12 @@ Pictured = Callable[[Tensor, Strip], Tensor]
 
 
 def tiled(fn: Pictured, x: Tensor, side: int | None, scale: float, plan: Plan = SINGLE) -> Tensor:
-    """fn over [..., H, W], whole when `side` is None or covers it, else on squares of `side` that overlap by a quarter.
+    """fn over [..., H, W], whole when `side` is None or covers it, else on squares of `side` that overlap by
+    a quarter.
 
-    scale: size of fn's output over that of its input. Neighbours are blended linearly over their overlap, along rows, then columns.
-    The ranks of the plan's axis `rows` share the work, and each gets all of the result: the whole is divided into strips, tiles are dealt.
+    scale: size of fn's output over that of its input. Neighbours are blended linearly over their overlap,
+    along rows, then columns. The ranks of the plan's axis `rows` share the work, and each gets all of the
+    result: the whole is divided into strips, tiles are dealt.
     """
     height, width = x.shape[-2:]
     if side is None or (height <= side and width <= side):
@@ -47,7 +51,9 @@ def tiled(fn: Pictured, x: Tensor, side: int | None, scale: float, plan: Plan = 
 
 
 def _dealt(fn: Pictured, squares: list[Tensor], scale: float, group: Group) -> list[Tensor]:
-    """fn of every square. In each round every rank makes the next one for all; those left over at the end make the last again."""
+    """fn of every square. In each round every rank makes the next one for all; those left over at the end
+    make the last again.
+    """
     if group.size == 1:
         return [fn(square, WHOLE) for square in squares]
     sizes = [[round(n * scale) for n in square.shape[-2:]] for square in squares]

@@ -9,9 +9,11 @@ from torch import Tensor
 
 
 class Weights:
-    """View of a flat weight dict below a prefix: `(w / "attn1" / "to_q")["weight"]` is `flat["attn1.to_q.weight"]`.
+    """View of a flat weight dict below a prefix: `(w / "attn1" / "to_q")["weight"]` is
+    `flat["attn1.to_q.weight"]`.
 
-    `w.dtype` is the type that the network computes in. It is the network's own, for a stored weight may have another.
+    `w.dtype` is the type that the network computes in. It is the network's own, for a stored weight may have
+    another.
     """
 
     __slots__ = ("_dtype", "at", "flat")
@@ -41,6 +43,8 @@ class Weights:
 
 
 def leaves(flat: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries below `prefix`, renamed without it: plain tensors, fit to cross the boundary of a compiled region."""
+    """The entries below `prefix`, renamed without it: plain tensors, fit to cross the boundary of a compiled
+    region.
+    """
     dotted = f"{prefix}."
     return {name[len(dotted) :]: tensor for name, tensor in flat.items() if name.startswith(dotted)}

@@ -1,8 +1,9 @@
-"""What a layout costs one of its ranks, by arithmetic alone: bytes of weights and activations, operations, bytes to send, seconds a step.
+"""What a layout costs one of its ranks, by arithmetic alone: bytes of weights and activations, operations,
+bytes to send, seconds a step.
 
-Names: B images, E head width, b bytes of a value, U ranks of ulysses, R of ring; n tokens of a stream that a rank holds: text and image
-tokens are each divided over R U ranks, rounded up. D is the width of all heads that a rank has after tp, their number filled up to a
-multiple of U. Words only, no torch.
+Names: B images, E head width, b bytes of a value, U ranks of ulysses, R of ring; n tokens of a stream that a
+rank holds: text and image tokens are each divided over R U ranks, rounded up. D is the width of all heads
+that a rank has after tp, their number filled up to a multiple of U. Words only, no torch.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ STREAMS = ("image", "text", "joint")
 class CostModel:
     """A denoiser as far as its costs go.
 
-    rows: every weight. blocks: those of each block. reads: name of a weight -> what passes through it: at every step a stream ("image",
-    "text", "joint"), or, before the loop, "table" (one row a step), "kept" (the text) or "seen" (the view of a given picture), whose
-    results stay. norms: the streams of norms over all heads, which tp adds up. attends: the streams of queries and of keys of each
-    attention; keys "words" and "views" are the whole text and view, which every rank holds. values: of a token's velocity. pooled: whether
-    text enters the tables, so that each branch has its own.
+    rows: every weight. blocks: those of each block. reads: name of a weight -> what passes through it: at
+    every step a stream ("image", "text", "joint"), or, before the loop, "table" (one row a step), "kept" (the
+    text) or "seen" (the view of a given picture), whose results stay. norms: the streams of norms over all
+    heads, which tp adds up. attends: the streams of queries and of keys of each attention; keys "words" and
+    "views" are the whole text and view, which every rank holds. values: of a token's velocity. pooled:
+    whether text enters the tables, so that each branch has its own.
     """
 
     rows: tuple[Row, ...]
@@ -55,8 +57,9 @@ class CostModel:
 
 @dataclass(frozen=True)
 class Work:
-    """What is made at once. image: tokens, those of references among them. text, views: tokens of a prompt, of a picture seen by an
-    encoder of its own. images: of a batch. branches: of guidance. steps: of the whole request.
+    """What is made at once. image: tokens, those of references among them. text, views: tokens of a prompt,
+    of a picture seen by an encoder of its own. images: of a batch. branches: of guidance. steps: of the whole
+    request.
     """
 
     image: int
@@ -88,8 +91,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a layout runs on. tflops: 10^12 operations a second that a rank reaches. link, net: 10^9 bytes a second that it sends to ranks
-    of its own machine, and to others'. ranks: of one machine.
+    """What a layout runs on. tflops: 10^12 operations a second that a rank reaches. link, net: 10^9 bytes a
+    second that it sends to ranks of its own machine, and to others'. ranks: of one machine.
     """
 
     tflops: float = 400.0
@@ -98,7 +101,8 @@ class Machine:
     ranks: int = 8
 
 
-# --- weights ------------------------------------------------------------------------------------------------------------------------
+# --- weights
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def numel(row: Row, tp: int = 1) -> int:
@@ -121,7 +125,9 @@ def shards(layout: Layout) -> int:
 
 
 def share_bytes(rows: Iterable[Row], layout: Layout, b: int) -> int:
-    """Bytes of a block's weights that one rank keeps: each weight is divided along its first dimension, rounded up."""
+    """Bytes of a block's weights that one rank keeps: each weight is divided along its first dimension,
+    rounded up.
+    """
     total = 0
     for row in rows:
         first = row.shape[0] // layout.tp if row.split == 0 else row.shape[0]
@@ -130,8 +136,8 @@ def share_bytes(rows: Iterable[Row], layout: Layout, b: int) -> int:
 
 
 def denoiser_bytes(net: CostModel, layout: Layout, b: int, experts: int = 1) -> int:
-    """Bytes of weights on one rank, of one network or two alike. Under full sharding its shares, and two whole blocks: the one at work and
-    the one on its way.
+    """Bytes of weights on one rank, of one network or two alike. Under full sharding its shares, and two
+    whole blocks: the one at work and the one on its way.
     """
     if shards(layout) == 1:
         return experts * weight_bytes(net.rows, b, layout.tp)
@@ -141,15 +147,16 @@ def denoiser_bytes(net: CostModel, layout: Layout, b: int, experts: int = 1) -> 
     return experts * kept + 2 * max(weight_bytes(rows, b, layout.tp) for rows in net.blocks)
 
 
-# --- activations --------------------------------------------------------------------------------------------------------------------
+# --- activations
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def activation_bytes(net: CostModel, layout: Layout, work: Work, b: int) -> int:
     """Bytes that a step needs beside weights and hoisted tensors, about:
 
-    the streams of all branches that walk side by side, n (heads E) b each; in one block of one of them, six more such (a norm and its
-    modulation, computed in float32) and all that its divided layers give, n out / tp b; and of the latents, the two clean ones before and
-    the velocities, 4 bytes a value.
+    the streams of all branches that walk side by side, n (heads E) b each; in one block of one of them, six
+    more such (a norm and its modulation, computed in float32) and all that its divided layers give, n out /
+    tp b; and of the latents, the two clean ones before and the velocities, 4 bytes a value.
     """
     streamed = dict(net.streamed)
     one = work.held(net.carried, layout) * net.width * b
@@ -166,8 +173,9 @@ def activation_bytes(net: CostModel, layout: Layout, work: Work, b: int) -> int:
 
 
 def hoisted_bytes(net: CostModel, layout: Layout, work: Work, b: int) -> int:
-    """Bytes of what is computed once before the loop: a row for each step from each "table" layer, once for all branches unless text
-    enters them; the text's results of "kept" layers for each branch; the rope tables, 4 bytes a value.
+    """Bytes of what is computed once before the loop: a row for each step from each "table" layer, once for
+    all branches unless text enters them; the text's results of "kept" layers for each branch; the rope
+    tables, 4 bytes a value.
     """
     each = work.evaluations(layout)
     rows = {row.name: row for row in net.rows}
@@ -185,7 +193,8 @@ def given_values(row: Row, tp: int) -> int:
     return row.shape[0] // tp if row.split == 0 else row.shape[0]
 
 
-# --- work and exchange of a step ----------------------------------------------------------------------------------------------------
+# --- work and exchange of a step
+# ----------------------------------------------------------------------------------------------------
 
 
 def step_flops(net: CostModel, layout: Layout, work: Work) -> int:
@@ -209,18 +218,24 @@ def attention_flops(net: CostModel, layout: Layout, work: Work) -> int:
 
 
 def dealt_width(net: CostModel, layout: Layout, keys: str = "image") -> int:
-    """D: what a token's heads on one rank take. Attention to what every rank holds whole trades no heads, and fills none up."""
+    """D: what a token's heads on one rank take. Attention to what every rank holds whole trades no heads, and
+    fills none up.
+    """
     heads = ceil(net.heads / layout.tp)
     fill = 1 if keys in ("words", "views") else layout.ulysses
     return ceil(heads / fill) * fill * net.head_width
 
 
 def step_bytes(net: CostModel, layout: Layout, work: Work, b: int = 2) -> dict[str, int]:
-    """Bytes that one rank hands to collectives in one step, by axis, axes that exchange nothing left out. For each branch that it walks:
+    """Bytes that one rank hands to collectives in one step, by axis, axes that exchange nothing left out. For
+    each branch that it walks:
 
-    ulysses: for each attention of streams to streams one all-to-all of queries, keys and values, 3 B n D b, and one of the result, B n D b.
-    ring: for each of these attentions R - 1 rotations of the keys and values that ulysses left it, 2 B (n U) (D / U) b.
-    tp: for each row-split linear one sum of its result, B n out b; for each norm over all heads one sum of squares, 4 B n.
+    ulysses: for each attention of streams to streams one all-to-all of queries, keys and values, 3 B n D b,
+    and one of the result, B n D b.
+    ring: for each of these attentions R - 1 rotations of the keys and values that ulysses left it, 2 B (n U)
+    (D / U) b.
+    tp: for each row-split linear one sum of its result, B n out b; for each norm over all heads one sum of
+    squares, 4 B n.
 
     And for all branches together:
 
@@ -250,7 +265,8 @@ def step_bytes(net: CostModel, layout: Layout, work: Work, b: int = 2) -> dict[s
     return {axis: size for axis, size in found.items() if size}
 
 
-# --- time ---------------------------------------------------------------------------------------------------------------------------
+# --- time
+# ---------------------------------------------------------------------------------------------------------------------------
 
 SENT: dict[str, Callable[[int], float]] = {
     "cfg": lambda n: n - 1,
@@ -259,21 +275,27 @@ SENT: dict[str, Callable[[int], float]] = {
     "tp": lambda n: 2 * (n - 1) / n,
     "fsdp": lambda n: n - 1,
 }
-"""How many of the bytes that a rank hands in leave it, as rings of n ranks gather and sum; an all-to-all keeps its own part."""
+"""How many of the bytes that a rank hands in leave it, as rings of n ranks gather and sum; an all-to-all
+keeps its own part.
+"""
 
 
 def across(layout: Layout, axis: str, machine: Machine) -> bool:
-    """Whether the ranks of an axis stand in more than one machine. Ranks are counted with tp innermost, then ulysses, ring, cfg."""
+    """Whether the ranks of an axis stand in more than one machine. Ranks are counted with tp innermost, then
+    ulysses, ring, cfg.
+    """
     sizes = {"tp": layout.tp, "ulysses": layout.ulysses, "ring": layout.ring, "cfg": layout.cfg}
     inner = list(sizes)[: list(sizes).index("cfg" if axis == "fsdp" else axis) + 1]
     return prod(sizes[name] for name in inner) > machine.ranks
 
 
 def step_seconds(net: CostModel, layout: Layout, work: Work, machine: Machine, b: int = 2) -> float:
-    """Seconds of a step: the operations at the machine's rate, then the exchanges one after another at its bandwidths.
+    """Seconds of a step: the operations at the machine's rate, then the exchanges one after another at its
+    bandwidths.
 
-    Only the gathering of a block's weights is hidden, behind the blocks before. Rings are not trusted to hide theirs, though each part is
-    on its way while attention works at another. Launches, waiting for the slowest and reading of memory are not counted.
+    Only the gathering of a block's weights is hidden, behind the blocks before. Rings are not trusted to hide
+    theirs, though each part is on its way while attention works at another. Launches, waiting for the slowest
+    and reading of memory are not counted.
     """
     ranks = {
         "cfg": layout.cfg,

@@ -11,7 +11,8 @@ from tinydiff.config import ParallelOptions
 from tinydiff.records import UserError
 
 AXES = ("dp", "cfg", "ring", "ulysses", "tp")
-"""The mesh, outermost first: neighbours in rank, usually the best connected, share the axis that talks most."""
+"""The mesh, outermost first: neighbours in rank, usually the best connected, share the axis that talks most.
+"""
 
 OPTIONS = {
     "dp": "data_parallel_size", "cfg": "cfg_parallel_size", "ring": "ring_degree", "ulysses": "ulysses_degree", "tp": "tp_size",
@@ -25,8 +26,10 @@ PORT = 30005
 class Layout:
     """Ranks along each axis, and what else is divided.
 
-    dp: replicas, each at requests of its own. cfg: branches of guidance. ring, ulysses: the sequence. tp: the weights.
-    fsdp: each block's weights lie divided over the ranks of a replica that would hold the same, and are gathered as it is entered.
+    dp: replicas, each at requests of its own. cfg: branches of guidance. ring, ulysses: the sequence. tp: the
+    weights.
+    fsdp: each block's weights lie divided over the ranks of a replica that would hold the same, and are
+    gathered as it is entered.
     encoders: text encoders are divided over the ranks of a replica too. vae: the autoencoder's rows are.
     """
 
@@ -60,11 +63,15 @@ UNITED: dict[str, tuple[str, ...]] = {
     "peers": ("dp", "cfg", "ring", "ulysses"),
     "world": AXES,
 }
-"""Groups over several axes at once: the ranks of a replica, those of them that would hold the same weights, all that would, and all."""
+"""Groups over several axes at once: the ranks of a replica, those of them that would hold the same weights,
+all that would, and all.
+"""
 
 
 def teams(layout: Layout, name: str) -> list[list[int]]:
-    """All groups of an axis, or of a name in `UNITED`: lists of ranks in the order of the mesh, together every rank once."""
+    """All groups of an axis, or of a name in `UNITED`: lists of ranks in the order of the mesh, together
+    every rank once.
+    """
     along = UNITED.get(name, (name,))
     found: dict[tuple[int, ...], list[int]] = {}
     for rank, place in enumerate(product(*map(range, layout.sizes))):
@@ -76,8 +83,8 @@ def teams(layout: Layout, name: str) -> list[list[int]]:
 def count(asked: ParallelOptions, running: int | None = None) -> int:
     """Ranks asked for: `num_gpus`, else the product of the degrees given; 1 where nothing is asked.
 
-    running: how many ranks torchrun has started, of which this process is one; None outside of it. Raises UserError where the options
-    contradict each other or what runs.
+    running: how many ranks torchrun has started, of which this process is one; None outside of it. Raises
+    UserError where the options contradict each other or what runs.
     """
     given, machines = degrees(asked), asked.nnodes or 1
     if running is None:
@@ -159,7 +166,9 @@ def address(asked: ParallelOptions) -> tuple[str, int]:
 
 
 def degrees(asked: ParallelOptions) -> dict[str, int]:
-    """Axis -> ranks along it, of the axes that the options set. Raises UserError where two options of one axis disagree."""
+    """Axis -> ranks along it, of the axes that the options set. Raises UserError where two options of one
+    axis disagree.
+    """
     cfg = asked.cfg_parallel_size
     if asked.enable_cfg_parallel is not None:
         if cfg is not None and asked.enable_cfg_parallel != (cfg > 1):
@@ -201,9 +210,10 @@ def choose(
 ) -> tuple[Layout, str]:
     """(how `ranks` ranks share the work, why, in a line).
 
-    Degrees given stand. What they leave is dealt to axes that are not: to the two branches of guidance first, as they meet but once a
-    step; then to ulysses, as many as divide the heads; then to the weights. Replicas and the ring are never chosen. heads: of the
-    denoiser. guided: whether a negative prompt takes part. tokens: of the smallest picture, outputs: how many; None where not known.
+    Degrees given stand. What they leave is dealt to axes that are not: to the two branches of guidance first,
+    as they meet but once a step; then to ulysses, as many as divide the heads; then to the weights. Replicas
+    and the ring are never chosen. heads: of the denoiser. guided: whether a negative prompt takes part.
+    tokens: of the smallest picture, outputs: how many; None where not known.
     Raises UserError, see `check`.
     """
     given = degrees(asked)
@@ -246,7 +256,9 @@ def choose(
 def _shares(
     left: int, sizes: Mapping[str, int], given: Collection[str], heads: int, tokens: int | None
 ) -> Iterator[tuple[bool, int, int]]:
-    """The ways to deal `left` ranks to ulysses and tp, where they are not given: (whether ulysses divides the heads, ulysses, tp)."""
+    """The ways to deal `left` ranks to ulysses and tp, where they are not given: (whether ulysses divides the
+    heads, ulysses, tp).
+    """
     for ulysses in range(1, left + 1):
         tp = left // ulysses
         free = (ulysses == 1 or "ulysses" not in given) and (tp == 1 or "tp" not in given)
@@ -259,7 +271,9 @@ def _shares(
 def check(
     layout: Layout, heads: int, guided: bool, tokens: int | None = None, outputs: int | None = None
 ) -> None:
-    """Refuse a layout that this model and request cannot have. Arguments as of `choose`. Raises UserError naming the option."""
+    """Refuse a layout that this model and request cannot have. Arguments as of `choose`. Raises UserError
+    naming the option.
+    """
     if heads % layout.tp:
         fit = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise UserError(

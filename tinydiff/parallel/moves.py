@@ -1,7 +1,8 @@
 """Carrying out the plan's moves on activations: local tensors in and out, functional collectives between.
 
-Inside the compiled loop no tensor is a DTensor (it cannot be traced there); DTensor's eager `redistribute` is the oracle of every move.
-The operators are those that torch's own functional collectives emit: they take part in graphs, and start before they are waited for.
+Inside the compiled loop no tensor is a DTensor (it cannot be traced there); DTensor's eager `redistribute` is
+the oracle of every move. The operators are those that torch's own functional collectives emit: they take part
+in graphs, and start before they are waited for.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ _ops = torch.ops._c10d_functional
 
 
 def move(plan: Plan, name: str, x: Tensor) -> Tensor:
-    """Perform the move `name` of `plan.MOVES` on x; the identity where this rank has the move's axis to itself."""
+    """Perform the move `name` of `plan.MOVES` on x; the identity where this rank has the move's axis to
+    itself.
+    """
     step = MOVES[name]
     group = plan.group(step.axis)
     return x if group.size == 1 else reshard(x, step.source, step.target, group)
 
 
 def reshard(x: Tensor, source: Placement, target: Placement, group: Group) -> Tensor:
-    """This rank's part of placement `source` -> its part of placement `target`. A dimension that is divided must be so evenly."""
+    """This rank's part of placement `source` -> its part of placement `target`. A dimension that is divided
+    must be so evenly.
+    """
     match source, target:
         case Partial(), Replicate():
             return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "sum", group.name))
@@ -45,7 +50,9 @@ def reshard(x: Tensor, source: Placement, target: Placement, group: Group) -> Te
 
 
 def rotate(x: Tensor, group: Group) -> Tensor:
-    """x [...] of the next rank of the group, whose own goes to the one before; started, and to be waited for with `wait`."""
+    """x [...] of the next rank of the group, whose own goes to the one before; started, and to be waited for
+    with `wait`.
+    """
     flat, ranks = x.contiguous().view(-1), range(group.size)
     there, here = (group.rank - 1) % group.size, (group.rank + 1) % group.size
     sent = [flat.shape[0] if rank == there else 0 for rank in ranks]
@@ -54,7 +61,9 @@ def rotate(x: Tensor, group: Group) -> Tensor:
 
 
 def start_gather(x: Tensor, group: Group) -> Tensor:
-    """x [N, ...] of every rank, one behind the other along the first dimension; started, and to be waited for with `wait`."""
+    """x [N, ...] of every rank, one behind the other along the first dimension; started, and to be waited for
+    with `wait`.
+    """
     return _ops.all_gather_into_tensor(x, group.size, group.name)
 
 

@@ -1,8 +1,9 @@
 """The words of the parallel plan: weight rows, placements, moves, and the static place of one process.
 
-A family lists every weight once as a `Row`. The loader's check, random initialisation, sharding, memory planning and FLOP counts
-all read these rows. Activations are resharded by named `Move`s, each a pair of placements on one mesh axis. This module holds
-words only and imports no torch: `parallel/moves.py` carries a move out.
+A family lists every weight once as a `Row`. The loader's check, random initialisation, sharding, memory
+planning and FLOP counts all read these rows. Activations are resharded by named `Move`s, each a pair of
+placements on one mesh axis. This module holds words only and imports no torch: `parallel/moves.py` carries a
+move out.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from math import prod
 class Row:
     """One weight of a checkpoint.
 
-    name: the checkpoint's own key. shape: its full shape. split: the dimension divided over the `tp` axis, None when replicated.
-    parts: widths of the blocks concatenated along `split`, each divided on its own. float32: stays float32 whatever the
-    network's type is. tied: a checkpoint may hold it under a second key too, or instead. head: width of the heads that lie along
-    `split`, which are never cut.
+    name: the checkpoint's own key. shape: its full shape. split: the dimension divided over the `tp` axis,
+    None when replicated.
+    parts: widths of the blocks concatenated along `split`, each divided on its own. float32: stays float32
+    whatever the network's type is. tied: a checkpoint may hold it under a second key too, or instead. head:
+    width of the heads that lie along `split`, which are never cut.
     """
 
     name: str
@@ -39,7 +41,8 @@ class Row:
 class Cond:
     """One tensor of a request, as a family's `hoist` returns it beside those that belong to a block.
 
-    name: its key. stream: the tokens along its dimension `dim`, "image" or "text"; None where no dimension runs over tokens.
+    name: its key. stream: the tokens along its dimension `dim`, "image" or "text"; None where no dimension
+    runs over tokens.
     shared: every block reads it.
     """
 
@@ -85,7 +88,9 @@ MOVES: dict[str, Move] = {
     "sum": Move("tp", Partial(), Replicate()),
     "branches": Move("cfg", Shard(0), Replicate()),
 }
-"""The moves inside a transformer, on heads [..., L, H, E] (tokens L, heads H), masks [..., L] and branches of guidance [N, ...]."""
+"""The moves inside a transformer, on heads [..., L, H, E] (tokens L, heads H), masks [..., L] and branches of
+guidance [N, ...].
+"""
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,11 @@ ALONE = Group("", 1, 0)
 
 @dataclass(frozen=True)
 class Plan:
-    """What is static about how this process runs a network. The default is one device, every move the identity.
+    """What is static about how this process runs a network. The default is one device, every move the
+    identity.
 
-    attention: the backend's name, a key of `ops.attention.BACKENDS`. groups: the axes that more than one rank shares.
+    attention: the backend's name, a key of `ops.attention.BACKENDS`. groups: the axes that more than one rank
+    shares.
     """
 
     attention: str = "sdpa"
@@ -134,7 +141,9 @@ def linear_rows(
     float32: bool = False,
     head: int = 1,
 ) -> Iterator[Row]:
-    """Rows of a linear layer, weight [fan_out, fan_in]. `split`: "out" divides the outputs (column parallel), "in" the inputs (row)."""
+    """Rows of a linear layer, weight [fan_out, fan_in]. `split`: "out" divides the outputs (column parallel),
+    "in" the inputs (row).
+    """
     yield Row(
         f"{name}.weight", (fan_out, fan_in), {"out": 0, "in": 1, None: None}[split], parts, float32, head=head
     )

@@ -1,7 +1,8 @@
-"""The processes of a job: started, joined into groups, and what they tell each other beside the networks' own traffic.
+"""The processes of a job: started, joined into groups, and what they tell each other beside the networks' own
+traffic.
 
-Everything is torch.distributed's: its elastic launcher starts the ranks of a machine and ends all where one fails, its store and process
-groups carry the words. Every rank makes the same groups in the same order.
+Everything is torch.distributed's: its elastic launcher starts the ranks of a machine and ends all where one
+fails, its store and process groups carry the words. Every rank makes the same groups in the same order.
 """
 
 from __future__ import annotations
@@ -38,14 +39,17 @@ _c10d: Any = dist.distributed_c10d  # the store, and a group by its name, have n
 MONITOR = 0.1
 """Seconds between two looks of the parent at its ranks."""
 GRACE = 10 * MONITOR
-"""Seconds that a rank lingers after its failure is written down, so that one which died without a word is seen to have been first."""
+"""Seconds that a rank lingers after its failure is written down, so that one which died without a word is
+seen to have been first.
+"""
 
 
 @dataclass(frozen=True)
 class Ranks:
     """This process among those of a job.
 
-    rank: in the order of the mesh. groups: this rank's place along each of `AXES` and in each of `UNITED`, ALONE where no other rank is.
+    rank: in the order of the mesh. groups: this rank's place along each of `AXES` and in each of `UNITED`,
+    ALONE where no other rank is.
     """
 
     layout: Layout
@@ -61,7 +65,8 @@ class Ranks:
 def join(layout: Layout, timeout: float, device: str) -> Ranks:
     """Meet the other ranks at the place that the environment names. Returns once all are there.
 
-    timeout: seconds that any collective waits for a rank before it fails. device: "cpu" or "cuda", of which this rank takes its own.
+    timeout: seconds that any collective waits for a rank before it fails. device: "cpu" or "cuda", of which
+    this rank takes its own.
     """
     place, limit = config.under_torchrun(), timedelta(seconds=timeout)
     assert place is not None, "a rank is started by torchrun or by start"
@@ -77,7 +82,9 @@ def join(layout: Layout, timeout: float, device: str) -> Ranks:
 
 
 def grouped(layout: Layout, timeout: float) -> Ranks:
-    """The groups of a layout, in a job whose processes have met. One process group serves all names with the same teams."""
+    """The groups of a layout, in a job whose processes have met. One process group serves all names with the
+    same teams.
+    """
     rank, world, limit = dist.get_rank(), tuple(range(layout.size)), timedelta(seconds=timeout)
     if dist.get_world_size() != layout.size:
         raise ValueError(f"the layout is of {layout.size} ranks, and {dist.get_world_size()} have met")
@@ -130,13 +137,17 @@ def together(group: Group) -> None:
 
 
 def take(ranks: Ranks, queue: str = "work") -> int:
-    """The next number, from 0, of a counter that all replicas share: each number goes to one of them. Every rank of it calls this."""
+    """The next number, from 0, of a counter that all replicas share: each number goes to one of them. Every
+    rank of it calls this.
+    """
     number = _c10d._get_default_store().add(f"tinydiff/{queue}", 1) - 1 if ranks.leads else 0
     return from_lead(ranks.groups["replica"], number)
 
 
 def turns(ranks: Ranks, count: int) -> Iterator[int]:
-    """The numbers below `count` that this replica is to do: all where there is one, else those it takes before the others do."""
+    """The numbers below `count` that this replica is to do: all where there is one, else those it takes
+    before the others do.
+    """
     if ranks.layout.dp == 1:
         yield from range(count)
         return
@@ -163,13 +174,15 @@ def start(
     fn: Callable[..., T], args: tuple, here: int, *, nodes: int = 1, node: int = 0, address: tuple[str, int] = ("localhost", 0),
     timeout: float = 3600,
 ) -> dict[int, T]:  # fmt: skip
-    """Run `fn(*args)`, a function of a module, in `here` processes on this machine: global rank -> what it returned.
+    """Run `fn(*args)`, a function of a module, in `here` processes on this machine: global rank -> what it
+    returned.
 
-    nodes: machines in all, each of which calls this with its number `node`. address: host and port where they meet; port 0 is a free one,
-    of one machine only. timeout: seconds to wait for the other machines.
+    nodes: machines in all, each of which calls this with its number `node`. address: host and port where they
+    meet; port 0 is a free one, of one machine only. timeout: seconds to wait for the other machines.
 
-    Where a rank fails the others are ended. Raises its UserError, or RankError for any other failure; KeyboardInterrupt and, with the
-    status of a process that the signal ended, SystemExit where this process is told to end. No process is left in any case.
+    Where a rank fails the others are ended. Raises its UserError, or RankError for any other failure;
+    KeyboardInterrupt and, with the status of a process that the signal ended, SystemExit where this process
+    is told to end. No process is left in any case.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -229,7 +242,9 @@ def _work(folder: str, fn: Callable[..., T], args: tuple) -> T:
 
 
 def _first_failure(folder: Path, rank: int, failure: Any) -> UserError | RankError | KeyboardInterrupt:
-    """What to raise for the rank that failed first: a signal tells of itself, the others have written down what it was."""
+    """What to raise for the rank that failed first: a signal tells of itself, the others have written down
+    what it was.
+    """
     if (
         failure.exitcode == -signal.SIGINT
     ):  # Ctrl-C went to all, and a rank was quicker to end than this process to hear of it
@@ -261,8 +276,9 @@ def _check_free(port: int) -> None:
 
 @contextmanager
 def _nothing_left() -> Iterator[None]:
-    """While the launcher works: its log, which repeats every failure with tracebacks of its own, is off, and Ctrl-C is this process's
-    alone. Afterwards no process that it started is left, and signals mean what they did.
+    """While the launcher works: its log, which repeats every failure with tracebacks of its own, is off, and
+    Ctrl-C is this process's alone. Afterwards no process that it started is left, and signals mean what they
+    did.
     """
     before, silent = set(multiprocessing.active_children()), logging.root.manager.disable
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}

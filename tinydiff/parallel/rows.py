@@ -1,7 +1,9 @@
-"""A picture's rows divided over ranks, for networks that look at near pixels: every rank runs the same network on its strip of rows.
+"""A picture's rows divided over ranks, for networks that look at near pixels: every rank runs the same
+network on its strip of rows.
 
-Strips exchange the rows at their edges where a convolution reaches over them, merge their statistics where a norm is over all places, and
-show each other their keys and values where all pixels attend to all. So the result is one rank's, whatever the heights of the strips.
+Strips exchange the rows at their edges where a convolution reaches over them, merge their statistics where a
+norm is over all places, and show each other their keys and values where all pixels attend to all. So the
+result is one rank's, whatever the heights of the strips.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from tinydiff.parallel.plan import ALONE, Group, Plan, Replicate, Shard
 class Strip:
     """This rank's strip of a picture. heights: of all ranks' strips, from the top.
 
-    They are in a unit of the picture's division, and hold at every resolution: a strip's tensor has so many rows, or pixels row by row, for
-    each unit of its height, and every other strip as many.
+    They are in a unit of the picture's division, and hold at every resolution: a strip's tensor has so many
+    rows, or pixels row by row, for each unit of its height, and every other strip as many.
     """
 
     group: Group
@@ -38,10 +40,11 @@ WHOLE = Strip(ALONE, (1,))
 
 
 def by_rows(plan: Plan, fn: Callable[[Tensor, Strip], Tensor], x: Tensor, unit: int) -> Tensor:
-    """`fn(x, WHOLE)` over [..., H, W], made in strips by the ranks of the plan's axis `rows`; each of them gets all of it.
+    """`fn(x, WHOLE)` over [..., H, W], made in strips by the ranks of the plan's axis `rows`; each of them
+    gets all of it.
 
-    unit: rows that stay together, the stride of an encoder. A picture of fewer units than ranks, or of a part of one, is not divided: every
-    rank then makes all of it.
+    unit: rows that stay together, the stride of an encoder. A picture of fewer units than ranks, or of a part
+    of one, is not divided: every rank then makes all of it.
     """
     group, (units, rest) = plan.group("rows"), divmod(x.shape[-2], unit)
     if group.size == 1 or units < group.size or rest:
@@ -54,7 +57,8 @@ def by_rows(plan: Plan, fn: Callable[[Tensor, Strip], Tensor], x: Tensor, unit: 
 
 
 def halo(strip: Strip, x: Tensor, above: int, below: int) -> Tensor:
-    """x [..., H, W] of a strip -> [..., above + H + below, W], with rows of the strips next to it, or zeros beyond the picture.
+    """x [..., H, W] of a strip -> [..., above + H + below, W], with rows of the strips next to it, or zeros
+    beyond the picture.
 
     What is whole comes back as it is. No strip may be lower than `above` or `below`.
     """
@@ -75,7 +79,9 @@ def halo(strip: Strip, x: Tensor, above: int, below: int) -> Tensor:
 
 
 def gather(strip: Strip, x: Tensor, dim: int) -> Tensor:
-    """A strip's x -> the whole picture's, on every rank. dim: the dimension, counted from the last, of rows or of pixels row by row."""
+    """A strip's x -> the whole picture's, on every rank. dim: the dimension, counted from the last, of rows
+    or of pixels row by row.
+    """
     if not strip.divided:
         return x
     each = x.shape[dim] // strip.heights[strip.group.rank]
@@ -87,7 +93,9 @@ def gather(strip: Strip, x: Tensor, dim: int) -> Tensor:
 
 
 def statistics(strip: Strip, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance over a strip -> over the picture. They are merged: a sum of squares would lose what a large mean hides."""
+    """Mean and variance over a strip -> over the picture. They are merged: a sum of squares would lose what a
+    large mean hides.
+    """
     if not strip.divided:
         return mean, variance
     shares = [height / sum(strip.heights) for height in strip.heights]

@@ -1,9 +1,10 @@
 """A sequence dealt to ranks: equal shares of its tokens, and which of the gathered ones are real.
 
-Image and text tokens are dealt apart, so that every rank holds a share of both and a block's code stays what it is on one rank. The
-shares differ by one token at most; all are padded to the longest. What stands in for the mesh of a sequence are the axes `ring` (outer)
-and `ulysses` (inner). Padding enters no sum over tokens: attention picks the real keys by index (`keys`), everything else works token
-by token. Shape letters: L image tokens, T text tokens.
+Image and text tokens are dealt apart, so that every rank holds a share of both and a block's code stays what
+it is on one rank. The shares differ by one token at most; all are padded to the longest. What stands in for
+the mesh of a sequence are the axes `ring` (outer) and `ulysses` (inner). Padding enters no sum over tokens:
+attention picks the real keys by index (`keys`), everything else works token by token. Shape letters: L image
+tokens, T text tokens.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def counts(tokens: int, shares: int) -> list[int]:
 
 
 def width(held: list[int]) -> int:
-    """Of the padded shares: that of the longest, and at least 2, as a graph is compiled anew for a length of 1."""
+    """Of the padded shares: that of the longest, and at least 2, as a graph is compiled anew for a length of
+    1.
+    """
     return max(2, *held)
 
 
@@ -92,7 +95,9 @@ def token_dims(conds: Iterable[Cond]) -> dict[str, int]:
 
 
 def dealt(plan: Plan, conds: Sequence[Cond], request: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A request's tensors as this rank holds them, and the index tensors of `keys` beside them. conds: the family's."""
+    """A request's tensors as this rank holds them, and the index tensors of `keys` beside them. conds: the
+    family's.
+    """
     if ranks(plan)[0] == 1:
         return dict(request)
     image, text = (_length(request, conds, stream) for stream in ("image", "text"))
@@ -106,9 +111,11 @@ def dealt(plan: Plan, conds: Sequence[Cond], request: Mapping[str, Tensor]) -> d
 
 
 def keys(plan: Plan, known: Known, stream: str) -> tuple[Tensor, ...]:
-    """For `ops.attention`: which keys are real, of each part of the ring in the order in which this rank meets them, int64 [real].
+    """For `ops.attention`: which keys are real, of each part of the ring in the order in which this rank
+    meets them, int64 [real].
 
-    known: the request's tensors that belong to no block. stream: one of `STREAMS`. Empty where the sequence is not dealt.
+    known: the request's tensors that belong to no block. stream: one of `STREAMS`. Empty where the sequence
+    is not dealt.
     """
     return (
         tuple(known[f"{KEYS}{stream}.{turn}"] for turn in range(plan.group("ring").size))
@@ -118,7 +125,9 @@ def keys(plan: Plan, known: Known, stream: str) -> tuple[Tensor, ...]:
 
 
 def _real(plan: Plan, text: int, image: int) -> dict[str, list[int]]:
-    """Name -> places of the real tokens among those that `ulysses` gathers, for each stream and turn of the ring."""
+    """Name -> places of the real tokens among those that `ulysses` gathers, for each stream and turn of the
+    ring.
+    """
     ring, ulysses = plan.group("ring"), plan.group("ulysses")
     shares = ring.size * ulysses.size
     held = {"text": counts(text, shares), "image": counts(image, shares)}

@@ -1,8 +1,10 @@
-"""What a rank holds of a network's weights: slices over "tp" by the rows' splits, and shares over "shard" of what a block needs.
+"""What a rank holds of a network's weights: slices over "tp" by the rows' splits, and shares over "shard" of
+what a block needs.
 
-Full sharding packs a block's weights: each is divided along its first dimension into equal shares, the last ones padded with zeros,
-and a rank's shares lie one behind the other in one flat tensor, `{block}.pack`, or `{block}.pack32` where rows stay float32. To enter
-the block one collective gathers them. All of this follows from the rows, so a rank knows without asking what any other holds.
+Full sharding packs a block's weights: each is divided along its first dimension into equal shares, the last
+ones padded with zeros, and a rank's shares lie one behind the other in one flat tensor, `{block}.pack`, or
+`{block}.pack32` where rows stay float32. To enter the block one collective gathers them. All of this follows
+from the rows, so a rank knows without asking what any other holds.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ from torch import Tensor
 from tinydiff.parallel.moves import start_gather, wait
 from tinydiff.parallel.plan import ALONE, Group, Plan, Row
 
-# --- slices over tp -----------------------------------------------------------------------------------------------------------------
+# --- slices over tp
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def undivided(rows: Iterable[Row], ranks: int) -> str | None:
-    """Why these weights cannot be divided over so many ranks, naming the first that stands against it; None if they can."""
+    """Why these weights cannot be divided over so many ranks, naming the first that stands against it; None
+    if they can.
+    """
     for row in rows:
         for width in _widths(row):
             if width % (ranks * row.head):
@@ -32,7 +37,9 @@ def undivided(rows: Iterable[Row], ranks: int) -> str | None:
 
 
 def local_rows(rows: Iterable[Row], plan: Plan, blocks: Collection[str] = ()) -> Iterator[Row]:
-    """The rows of the tensors that this rank holds, packs in place of the weights below `blocks`. ValueError where tp does not divide."""
+    """The rows of the tensors that this rank holds, packs in place of the weights below `blocks`. ValueError
+    where tp does not divide.
+    """
     rows = list(rows)
     packs = packing(rows, plan, blocks)
     homes = {_home(row, blocks) or row.name: None for row in rows}
@@ -56,7 +63,9 @@ def _widths(row: Row) -> tuple[int, ...]:
 
 
 class Box(NamedTuple):
-    """A part of a weight: where it begins along each dimension, in the whole weight and in the tensor of this rank, and its shape."""
+    """A part of a weight: where it begins along each dimension, in the whole weight and in the tensor of this
+    rank, and its shape.
+    """
 
     there: tuple[int, ...]
     here: tuple[int, ...]
@@ -99,17 +108,22 @@ def _boxes(row: Row, tp: Group) -> list[Box]:
 
 
 def share(size: int, ranks: int, rank: int = 0) -> tuple[int, int, int]:
-    """A dimension in equal shares, the last ones padded: (width of a share, where this rank's starts, how much of it is real)."""
+    """A dimension in equal shares, the last ones padded: (width of a share, where this rank's starts, how
+    much of it is real).
+    """
     width = -(-size // ranks)
     start = min(rank * width, size)
     return width, start, min(width, size - start)
 
 
-# --- packs over shard ---------------------------------------------------------------------------------------------------------------
+# --- packs over shard
+# ---------------------------------------------------------------------------------------------------------------
 
 
 class Part(NamedTuple):
-    """A weight in a pack. name: below its block. shape: gathered. width: rows of a share. at: first element of each rank's share."""
+    """A weight in a pack. name: below its block. shape: gathered. width: rows of a share. at: first element
+    of each rank's share.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -124,7 +138,9 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Pack:
-    """How a block's weights lie in a flat tensor of `numel` elements per rank. Blocks of one shape have equal packs."""
+    """How a block's weights lie in a flat tensor of `numel` elements per rank. Blocks of one shape have equal
+    packs.
+    """
 
     parts: tuple[Part, ...]
 
@@ -135,7 +151,9 @@ class Pack:
 
 
 def packing(rows: Iterable[Row], plan: Plan, blocks: Collection[str]) -> dict[str, Pack]:
-    """The packs of the blocks with these prefixes, by the name of their tensor. ValueError for a row that cannot be in one."""
+    """The packs of the blocks with these prefixes, by the name of their tensor. ValueError for a row that
+    cannot be in one.
+    """
     tp, ranks = plan.group("tp"), plan.group("shard").size
     found: dict[str, list[Part]] = {}
     for row in rows:
@@ -168,7 +186,9 @@ def _home(row: Row, blocks: Collection[str]) -> str | None:
 
 
 def start(shares: Tensor, group: Group) -> Tensor:
-    """Begin to gather x [N, ...] of every rank along the first dimension; it may be read only after `finish` or `wait`."""
+    """Begin to gather x [N, ...] of every rank along the first dimension; it may be read only after `finish`
+    or `wait`.
+    """
     return shares if group.size == 1 else start_gather(shares, group)
 
 
@@ -186,14 +206,18 @@ def unpack(shares: Tensor, pack: Pack) -> dict[str, Tensor]:
 
 
 def gathered(x: Tensor, *groups: Group) -> Tensor:
-    """x [N, ...] of all ranks along these axes, outermost first, one behind the other along the first dimension."""
+    """x [N, ...] of all ranks along these axes, outermost first, one behind the other along the first
+    dimension.
+    """
     for group in reversed(groups):
         x = x if group.size == 1 else wait(start(x, group))
     return x
 
 
 class Unpacked(Mapping[str, Tensor]):
-    """All weights by their own names, those in packs gathered when they are read: every rank must read the same ones in the same order."""
+    """All weights by their own names, those in packs gathered when they are read: every rank must read the
+    same ones in the same order.
+    """
 
     def __init__(self, weights: Mapping[str, Tensor], packs: Mapping[str, Pack], plan: Plan) -> None:
         self.weights = weights
@@ -219,13 +243,15 @@ class Unpacked(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
 
-# --- both together ------------------------------------------------------------------------------------------------------------------
+# --- both together
+# ------------------------------------------------------------------------------------------------------------------
 
 
 class Held(NamedTuple):
     """What this rank holds of a weight.
 
-    row: the whole weight's. boxes: what of it. home, at, shape: the tensor of this rank that it lies in, from which element, in what shape.
+    row: the whole weight's. boxes: what of it. home, at, shape: the tensor of this rank that it lies in, from
+    which element, in what shape.
     alike: the axes, outermost first, along which ranks hold the very same.
     """
 
@@ -246,8 +272,8 @@ def holdings(
 ) -> Iterator[Held]:
     """What this rank holds of each weight, in the order of the rows, which is the same on all ranks.
 
-    blocks: prefixes of the blocks whose weights are packed over "shard". together: the ranks beside this one, on no axis of the plan,
-    that hold the same as it in everything. ValueError where tp does not divide.
+    blocks: prefixes of the blocks whose weights are packed over "shard". together: the ranks beside this one,
+    on no axis of the plan, that hold the same as it in everything. ValueError where tp does not divide.
     """
     rows, tp, ranks = list(rows), plan.group("tp"), plan.group("shard")
     parts = _parts(packing(rows, plan, blocks))
@@ -277,7 +303,9 @@ def _shared(boxes: Iterable[Box], size: int, group: Group) -> Iterator[Box]:
 def held(
     weights: Mapping[str, Tensor], rows: Iterable[Row], plan: Plan, blocks: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """What this rank holds, as new tensors, of whole weights that are in memory already. Weights that are not there are left out."""
+    """What this rank holds, as new tensors, of whole weights that are in memory already. Weights that are not
+    there are left out.
+    """
     rows = [row for row in rows if row.name in weights]
     like = {home.home: weights[home.row.name] for home in holdings(rows, plan, blocks)}
     mine = {row.name: like[row.name].new_zeros(row.shape) for row in local_rows(rows, plan, blocks)}

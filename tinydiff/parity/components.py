@@ -21,7 +21,8 @@ from tinydiff.parity.reference import Case, built, draw, library
 
 PLAN = Plan()
 
-# --- encoders -----------------------------------------------------------------------------------------------------------------------
+# --- encoders
+# -----------------------------------------------------------------------------------------------------------------------
 
 _IDS = torch.tensor([[50, 3, 9, 7, 60, 60, 60, 60], [50, 9, 7, 5, 7, 11, 2, 60]])
 _MASK = torch.tensor([[1] * 5 + [0] * 3, [1] * 8])
@@ -182,7 +183,8 @@ ENCODERS: dict[str, tuple[str, Callable[[], Case]]] = {
 }
 """What is compared -> (class of transformers, case)."""
 
-# --- autoencoders -------------------------------------------------------------------------------------------------------------------
+# --- autoencoders
+# -------------------------------------------------------------------------------------------------------------------
 
 _STATISTICS: dict[str, Any] = {"latents_mean": (0.1, 0.2, -0.3, 0.4), "latents_std": (1.0, 2.0, 0.5, 0.7)}
 _WAN = wan_vae.Config(base_dim=6, z_dim=4, num_res_blocks=2, **_STATISTICS)
@@ -218,7 +220,9 @@ _TINY = tiny.Config(
 
 
 def _autoencoder(module: ModuleType, reference: str, c: Any, frames: int = 1, channels: int = 3) -> Case:
-    """Pictures or a clip to normalised latents, and other latents to pixels; the reference's own latents are the raw ones."""
+    """Pictures or a clip to normalised latents, and other latents to pixels; the reference's own latents are
+    the raw ones.
+    """
     side, latent_frames = c.scale_factor_spatial, (frames - 1) // c.scale_factor_temporal + 1
     x = draw(2, channels, frames, 3 * side, 5 * side, seed=7).clamp(-1, 1)
     z = draw(2, c.z_dim, latent_frames, 3, 5)

@@ -1,4 +1,6 @@
-"""The tiny denoisers, what each is asked, and under which names its reference shows what it computes on the way."""
+"""The tiny denoisers, what each is asked, and under which names its reference shows what it computes on the
+way.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,11 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A tiny denoiser, and names of the reference's layers: what is hoisted of the time and of the text, and how tokens enter.
+    """A tiny denoiser, and names of the reference's layers: what is hoisted of the time and of the text, and
+    how tokens enter.
 
-    time, text: (layer, the name under which `hoist` returns its output). Blocks need no names, for theirs are ours.
+    time, text: (layer, the name under which `hoist` returns its output). Blocks need no names, for theirs are
+    ours.
     """
 
     family: family.Denoiser
@@ -128,12 +132,16 @@ def _joined(output: Any, sequence_first: bool) -> Tensor:
 
 
 def _time(output: Tensor, pictures: int) -> Tensor:
-    """[B, values] of the time that moves: that of timestep 0 follows in further rows, or stands at the first tokens."""
+    """[B, values] of the time that moves: that of timestep 0 follows in further rows, or stands at the first
+    tokens.
+    """
     return (output if output.ndim == 2 else output[:, -1])[:pictures]
 
 
 def _polar(length: Tensor, angle: Tensor) -> Tensor:
-    """torch.polar rounds float32 cosines otherwise than torch.cos does, by one step, 6e-8; Qwen-Image's tables are made with it."""
+    """torch.polar rounds float32 cosines otherwise than torch.cos does, by one step, 6e-8; Qwen-Image's
+    tables are made with it.
+    """
     return torch.complex(length * angle.cos(), length * angle.sin())
 
 
@@ -142,11 +150,14 @@ def _as_float32(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, .
     return (torch.tensor(args[0].tolist(), dtype=torch.float32), *args[1:])
 
 
-# --- what each is asked -------------------------------------------------------------------------------------------------------------
+# --- what each is asked
+# -------------------------------------------------------------------------------------------------------------
 
 
 def _wan(frozen: bool = False, length: int = WORDS) -> Callable[[wan.Config], Asked]:
-    """frozen: the first frame is given, and sits at timestep 0. length: where CLIP's tokens come too, the reference expects 512 words."""
+    """frozen: the first frame is given, and sits at timestep 0. length: where CLIP's tokens come too, the
+    reference expects 512 words.
+    """
 
     def ask(c: wan.Config) -> Asked:
         size, channels = (3, 6, 10), c.out_channels
@@ -188,7 +199,9 @@ def _z_image(c: z_image.Config) -> Asked:
 
 
 def _qwen(*sizes: tuple[int, int], made: int = 1) -> Callable[[qwen_image.Config], Asked]:
-    """Pictures of latents of these sizes, `made` of them made and the others given; two texts of different lengths."""
+    """Pictures of latents of these sizes, `made` of them made and the others given; two texts of different
+    lengths.
+    """
 
     def ask(c: qwen_image.Config) -> Asked:
         pictures = [
@@ -269,7 +282,8 @@ def _sd3(c: sd3.Config) -> Asked:
     )
 
 
-# --- the denoisers ------------------------------------------------------------------------------------------------------------------
+# --- the denoisers
+# ------------------------------------------------------------------------------------------------------------------
 
 _NARROW: dict[str, Any] = {
     "num_layers": 2,

@@ -81,7 +81,9 @@ GROUPS = (
 
 
 def chosen(model: str | None) -> tuple[Group, ...]:
-    """The groups of a model (hub id or its last part), of a family, or all. Raises UserError with the nearest name."""
+    """The groups of a model (hub id or its last part), of a family, or all. Raises UserError with the nearest
+    name.
+    """
     if model is None:
         return GROUPS
     row = registry.find(model)
@@ -119,7 +121,8 @@ def compare(groups: Iterable[Group]) -> Iterator[tuple[Group, list[Compared]]]:
         )
 
 
-# --- the outcome --------------------------------------------------------------------------------------------------------------------
+# --- the outcome
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def as_text(group: Group, results: Iterable[Compared], every: bool) -> str:

@@ -1,7 +1,8 @@
-"""Running a reference so that it can be compared with: every parameter redrawn, its own roundings taken out, its layers overheard.
+"""Running a reference so that it can be compared with: every parameter redrawn, its own roundings taken out,
+its layers overheard.
 
-Only the modules of this folder import diffusers and transformers: they come with the extra of that name, and nothing that makes a picture
-needs them.
+Only the modules of this folder import diffusers and transformers: they come with the extra of that name, and
+nothing that makes a picture needs them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class Case(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """What a comparison found at one stage. error: the largest difference over the largest value of the reference; inf where it failed."""
+    """What a comparison found at one stage. error: the largest difference over the largest value of the
+    reference; inf where it failed.
+    """
 
     name: str
     error: float
@@ -53,9 +56,10 @@ class Stage(NamedTuple):
 class doubles(TorchFunctionMode):
     """A context, `with doubles():`, in which a float64 tensor stays float64 where code asks for float32.
 
-    The references compute some steps in float32 whatever the network's type, to spare half types the rounding: diffusers'
-    FP32LayerNorm, `temb.float()` and `hidden_states.float()` of Wan's blocks, WanUpsample, and `to(torch.float32)` of T5's norm.
-    In float64 that is a rounding of the reference's own; without it the two sides agree to 1e-10. Only the reference runs in here.
+    The references compute some steps in float32 whatever the network's type, to spare half types the
+    rounding: diffusers' FP32LayerNorm, `temb.float()` and `hidden_states.float()` of Wan's blocks,
+    WanUpsample, and `to(torch.float32)` of T5's norm. In float64 that is a rounding of the reference's own;
+    without it the two sides agree to 1e-10. Only the reference runs in here.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -71,10 +75,12 @@ class doubles(TorchFunctionMode):
 
 
 def randomised(module: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    """Redraw every entry of the module's state in float64, scales near 1 and all else near 0, and return the state dict.
+    """Redraw every entry of the module's state in float64, scales near 1 and all else near 0, and return the
+    state dict.
 
-    Fresh modules hold zeros and ones in biases, norms and tables, which would hide a weight that is never read. Matrices and
-    kernels are divided by the square root of their fan-in, so that deep stacks neither vanish nor explode.
+    Fresh modules hold zeros and ones in biases, norms and tables, which would hide a weight that is never
+    read. Matrices and kernels are divided by the square root of their fan-in, so that deep stacks neither
+    vanish nor explode.
     """
     generator = torch.Generator().manual_seed(seed)
     state = module.double().eval().state_dict()
@@ -167,7 +173,9 @@ def prepared(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def compared(case: Case, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterator[Stage]:
-    """Each stage of our network with these weights against the reference's values; first of all the weights' names and shapes."""
+    """Each stage of our network with these weights against the reference's values; first of all the weights'
+    names and shapes.
+    """
     rows = {row.name: row.shape for row in case.spec()}
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     odd = sorted(name for name in rows.keys() | given.keys() if rows.get(name) != given.get(name))

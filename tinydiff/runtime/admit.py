@@ -1,4 +1,6 @@
-"""Admission: a request's fields are filled from the model's defaults and checked against what the model can do, before anything is made."""
+"""Admission: a request's fields are filled from the model's defaults and checked against what the model can
+do, before anything is made.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 class Read(Protocol):
-    """What a given image is read by: its path, URL or data URI, the field that names it, and whether its alpha is kept."""
+    """What a given image is read by: its path, URL or data URI, the field that names it, and whether its
+    alpha is kept.
+    """
 
     def __call__(self, source: str, field: str, opacity: bool = False, /) -> numpy.ndarray: ...
 
@@ -38,8 +42,9 @@ def admit(
 ) -> list[Request]:
     """One request per prompt.
 
-    clip: a video is wanted where the model makes images by default (an output file named like one). most_pixels: of one output, all its
-    frames together; they are counted before anything is brought to that size.
+    clip: a video is wanted where the model makes images by default (an output file named like one).
+    most_pixels: of one output, all its frames together; they are counted before anything is brought to that
+    size.
     Raises UserError naming the field, its value and what is allowed.
     """
     row = blueprint.row
@@ -103,7 +108,9 @@ def _normalization(blueprint: Blueprint, sampling: SamplingOptions) -> float:
 def _starts(
     blueprint: Blueprint, sampling: SamplingOptions, originals: Sequence[numpy.ndarray], frames: int
 ) -> bool:
-    """Whether the loop starts from the given picture: of models that continue a picture as a clip, where one picture is asked for."""
+    """Whether the loop starts from the given picture: of models that continue a picture as a clip, where one
+    picture is asked for.
+    """
     row = blueprint.row
     if row.image_use == "start" or not originals:
         return row.image_use == "start" and bool(originals)
@@ -160,7 +167,8 @@ def _mask(
 ) -> numpy.ndarray | None:
     """The mask at the request's size, 0 or 255 [height, width]; None without one.
 
-    As in diffusers' inpainting pipelines it is resized as the picture is; then what is at least half as bright as white is white.
+    As in diffusers' inpainting pipelines it is resized as the picture is; then what is at least half as
+    bright as white is white.
     """
     if sampling.mask_path is None:
         return None

@@ -1,7 +1,7 @@
 """The state that torch keeps beside tensors: default type and device, autocast, modes and numeric switches.
 
-A program sets it for its own sake, and it would change the image of a seed. So what computes runs in `plain`, where torch is as in a
-fresh process; afterwards the program finds its state as it was.
+A program sets it for its own sake, and it would change the image of a seed. So what computes runs in `plain`,
+where torch is as in a fresh process; afterwards the program finds its state as it was.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import torch
 
 @dataclass(frozen=True)
 class Setting:
-    """One state of the whole process. fresh: what it may be in a process that never set it; `write` gets the first of these."""
+    """One state of the whole process. fresh: what it may be in a process that never set it; `write` gets the
+    first of these.
+    """
 
     read: Callable[[], Any]
     write: Callable[[Any], None]
@@ -42,8 +44,8 @@ def _deterministic() -> tuple[bool, bool]:
 
 
 def _matmul() -> tuple[str, str, str]:
-    """(the common precision of float32, that of CUDA, that of the CPU). The common one is "" where the others contradict it, of which
-    torch makes an error.
+    """(the common precision of float32, that of CUDA, that of the CPU). The common one is "" where the others
+    contradict it, of which torch makes an error.
     """
     single = _backends.cuda.matmul.fp32_precision, _backends.mkldnn.matmul.fp32_precision
     try:
@@ -83,11 +85,15 @@ SETTINGS = (
     _attribute(_backends.mkldnn, "enabled", True),
     *map(_kernel, ("flash", "mem_efficient", "math", "cudnn")),
 )
-"""What can change a value. Determinism is among it: where it is asked for, torch refuses operations, and nothing here needs it."""
+"""What can change a value. Determinism is among it: where it is asked for, torch refuses operations, and
+nothing here needs it.
+"""
 
 
 class _Shared:
-    """The settings of the process, for all threads that are in `plain` at a time: the first makes them fresh, the last brings them back."""
+    """The settings of the process, for all threads that are in `plain` at a time: the first makes them fresh,
+    the last brings them back.
+    """
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
@@ -118,7 +124,9 @@ _KINDS = ("cpu", "cuda", "xpu", "mps")
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """torch as it is in a fresh process, without gradients. What belongs to a thread is set for this one, the rest for the process."""
+    """torch as it is in a fresh process, without gradients. What belongs to a thread is set for this one, the
+    rest for the process.
+    """
     with ExitStack() as stack:
         stack.enter_context(_shared)
         for kind in _KINDS:

@@ -1,7 +1,8 @@
-"""Compiling while serving: a form of the loop runs eagerly until its graph is made, in a thread beside it, and from then on compiled.
+"""Compiling while serving: a form of the loop runs eagerly until its graph is made, in a thread beside it,
+and from then on compiled.
 
-Everything the loop takes is a value that nobody changes, so the thread simply makes the same step again with the compiled function, and
-throws the result away.
+Everything the loop takes is a value that nobody changes, so the thread simply makes the same step again with
+the compiled function, and throws the result away.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Background:
         )  # a graph is made for so many, and each thread has its own setting
 
     def best(self, compiled: Denoise, seat: Seat) -> Denoise:
-        """The function for the seat's next steps: `compiled` where that is ready, else the seat's own, and `compiled` is made ready."""
+        """The function for the seat's next steps: `compiled` where that is ready, else the seat's own, and
+        `compiled` is made ready.
+        """
         key = compiled, _structure(seat)
         if key in self._ready:
             return compiled
@@ -62,7 +65,9 @@ class Background:
 
 
 def _structure(seat: Seat) -> Hashable:
-    """What a graph is made for: one image or several, kept tokens, fresh noise, what is hoisted, and all types; lengths may vary."""
+    """What a graph is made for: one image or several, kept tokens, fresh noise, what is hoisted, and all
+    types; lengths may vary.
+    """
     trees = [tree for branch in seat.network.branches for tree in branch]
     told = tuple(
         (at, name, x.ndim, x.dtype)

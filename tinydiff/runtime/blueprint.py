@@ -1,6 +1,8 @@
-"""From a folder to a model in memory: what the folder holds is read and checked first, then its weights are streamed in.
+"""From a folder to a model in memory: what the folder holds is read and checked first, then its weights are
+streamed in.
 
-A `Blueprint` costs only the reading of a few JSON files, so that a request is refused before gigabytes are moved.
+A `Blueprint` costs only the reading of a few JSON files, so that a request is refused before gigabytes are
+moved.
 """
 
 from __future__ import annotations
@@ -183,7 +185,8 @@ def read(options: ModelOptions) -> Blueprint:
 
 
 def load(blueprint: Blueprint, ranks: Ranks | None = None) -> Model:
-    """Stream the weights of every network to the device and type that the blueprint says. Raises UserError for broken files.
+    """Stream the weights of every network to the device and type that the blueprint says. Raises UserError
+    for broken files.
 
     ranks: this process among several that all load the model; it gets what it is to hold of it.
     """
@@ -223,7 +226,9 @@ def _generation(net: NetPlan[Any]) -> Mapping[str, Any]:
 
 
 def _placed(net: NetPlan[Any], ranks: Ranks) -> tuple[Plan, Group]:
-    """(a network's plan on this rank, the ranks beside this one, on no axis that divides weights, that hold the same)."""
+    """(a network's plan on this rank, the ranks beside this one, on no axis that divides weights, that hold
+    the same).
+    """
     groups, layout = ranks.groups, ranks.layout
     if net.family.role == "dit":
         axes = {
@@ -256,7 +261,9 @@ def _row(index: hub.Index, places: Mapping[str, Path], options: ModelOptions) ->
 
 
 def _own_class(name: str, place: Path, listed: tuple[str, str]) -> tuple[str, str]:
-    """(library, class) of a component that stands in for the `listed` one: a class that its own config.json names, where that is known."""
+    """(library, class) of a component that stands in for the `listed` one: a class that its own config.json
+    names, where that is known.
+    """
     path = place / "config.json"
     entries = hub.read_json(path) if path.is_file() else {}
     own = next(
@@ -275,7 +282,9 @@ def _own_class(name: str, place: Path, listed: tuple[str, str]) -> tuple[str, st
 
 
 def _needed_layers(name: str, config: Any, takes: tuple[int, ...], index: hub.Index) -> Any:
-    """A language model of only as many layers as its highest wanted state needs. takes: the states, from the end where negative."""
+    """A language model of only as many layers as its highest wanted state needs. takes: the states, from the
+    end where negative.
+    """
     total = config.num_hidden_layers
     most = max(take if take >= 0 else total + 1 + take for take in takes)
     if not 0 <= most <= total:
@@ -285,7 +294,9 @@ def _needed_layers(name: str, config: Any, takes: tuple[int, ...], index: hub.In
 
 
 def _records(index: hub.Index, row: ReleasedModel, options: ModelOptions) -> dict[str, Record]:
-    """How each component with weights is run, once every option that speaks of a component is known to find it."""
+    """How each component with weights is run, once every option that speaks of a component is known to find
+    it.
+    """
     records = {}
     for name, (_, class_name) in index.components.items():
         if name not in FILES and (name != WRITER or "pe_tokenizer" in index.components):
@@ -320,7 +331,9 @@ def _known(field: str, name: str, names: Collection[str]) -> None:
 
 
 def _dtype(name: str, family: Record, options: ModelOptions, device: torch.device) -> torch.dtype:
-    """A component's type: the option for it, else that for its role, else float32 on the CPU and for autoencoders, bfloat16 elsewhere."""
+    """A component's type: the option for it, else that for its role, else float32 on the CPU and for
+    autoencoders, bfloat16 elsewhere.
+    """
     encoders = options.text_encoder_precisions
     place = int(name.rpartition("_")[2]) - 1 if name.rpartition("_")[2].isdigit() else 0
     by_role = {
@@ -340,7 +353,9 @@ def _dtype(name: str, family: Record, options: ModelOptions, device: torch.devic
 def _plan(
     name: str, family: Record, config: Any, dtype: torch.dtype, options: ModelOptions, device: torch.device
 ) -> Plan:
-    """A component's plan. `attention_backend` is the denoiser's; encoders, whose attention is masked, let torch choose unless named."""
+    """A component's plan. `attention_backend` is the denoiser's; encoders, whose attention is masked, let
+    torch choose unless named.
+    """
     named, general = (
         options.component_attention_backends,
         options.attention_backend if family.role == "dit" else "sdpa",

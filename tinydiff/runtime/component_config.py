@@ -14,7 +14,9 @@ from tinydiff.records import UserError, nearest
 
 
 def read_config(family: Record, path: Path, class_name: str) -> Any:
-    """The network's `Config` from its config.json. Raises UserError for a field whose meaning is unknown, or a value out of range."""
+    """The network's `Config` from its config.json. Raises UserError for a field whose meaning is unknown, or
+    a value out of range.
+    """
     stored = hub.read_json(path)
     try:
         config = (
@@ -44,7 +46,9 @@ def _config(family: Record, stored: Mapping[str, Any], class_name: str) -> Any:
 
 
 def preprocessed(family: Encoder, config: Any, folder: Path) -> Any:
-    """An encoder's Config with what the preprocessor's files say; transformers 5 may keep that in processor_config.json."""
+    """An encoder's Config with what the preprocessor's files say; transformers 5 may keep that in
+    processor_config.json.
+    """
     assert family.preprocessor is not None
     files = {name: folder / f"{name}_config.json" for name in ("processor", "preprocessor")}
     found = {name: hub.read_json(path) for name, path in files.items() if path.is_file()}

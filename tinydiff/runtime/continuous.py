@@ -1,9 +1,10 @@
 """Pictures of many requests in one denoising loop: who goes on together, and for how long.
 
-Images of one form (`sampling.batch`) share the loop and join and leave it between two steps; how many pays is measured (`pace`), and where
-there are more, keys and jobs take turns (`turns`). Several forms, say a video and small images, share the device's time, the highest
-priority first; a key that asks for many forms has no more of it than one that asks for one. All state lies in values, so an image may
-pause, and a step that fails leaves every image as it was: a batch that does not fit into memory is made smaller, an image that fails alone
+Images of one form (`sampling.batch`) share the loop and join and leave it between two steps; how many pays is
+measured (`pace`), and where there are more, keys and jobs take turns (`turns`). Several forms, say a video
+and small images, share the device's time, the highest priority first; a key that asks for many forms has no
+more of it than one that asks for one. All state lies in values, so an image may pause, and a step that fails
+leaves every image as it was: a batch that does not fit into memory is made smaller, an image that fails alone
 is handed back.
 """
 
@@ -69,7 +70,8 @@ def sitting(
     looks: int = 0,
     key: str = "",
 ) -> Sitting:
-    """Output number `index` of a request as it enters the loop: eager, and once that is ready compiled where the model is to be.
+    """Output number `index` of a request as it enters the loop: eager, and once that is ready compiled where
+    the model is to be.
 
     looks: how often it is looked at on its way, at even distances.
     """
@@ -130,7 +132,9 @@ class Continuous:
         return on.state.h1[place : place + 1], on.at if len(sittings) == 1 else sitting.seat.at + on.at
 
     def step(self, count: int | None = None) -> Stepped:
-        """One step, or the few that fit into a moment, of those whose turn it is: `count` of them, or as many as are worth while."""
+        """One step, or the few that fit into a moment, of those whose turn it is: `count` of them, or as many
+        as are worth while.
+        """
         chosen = self._chosen(count)
         if self._joined is None or self._joined[0] != chosen:
             self._part()
@@ -162,7 +166,9 @@ class Continuous:
         self._served.setdefault(sitting.form, min(self._served.values(), default=0.0))
 
     def _chosen(self, count: int | None) -> list[Sitting]:
-        """Those of the highest priority, of the form that had least of its share of the device; keys and jobs in turn."""
+        """Those of the highest priority, of the form that had least of its share of the device; keys and jobs
+        in turn.
+        """
         first = max(sitting.priority for sitting in self.sittings)
         form = min((s.form for s in self.sittings if s.priority == first), key=self._served.__getitem__)
         alike = line([s for s in self.sittings if s.form == form], self._turns)
@@ -171,7 +177,9 @@ class Continuous:
         ]
 
     def _share(self, form: Hashable) -> float:
-        """What a form may have of the device, a key's part being 1: each key divides its own among the forms that it asked for."""
+        """What a form may have of the device, a key's part being 1: each key divides its own among the forms
+        that it asked for.
+        """
         forms: dict[str, set[Hashable]] = {}
         for sitting in self.sittings:
             forms.setdefault(sitting.key, set()).add(sitting.form)

@@ -49,7 +49,8 @@ class Subject:
     others: Mapping[str, tuple[tuple[Row, ...], int]]
     """The networks beside the denoiser: name -> (weights, bytes of a value)."""
     decoding: tuple[int | None, int | None]
-    """Bytes at the peak of decoding on one rank and, its rows divided, on each; None where it is not known."""
+    """Bytes at the peak of decoding on one rank and, its rows divided, on each; None where it is not known.
+    """
     references: int
     """Reference pictures among the image tokens."""
     work: Work
@@ -59,7 +60,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A layout's costs for each GPU in bytes, and seconds of a step. activations: hoisted tensors among them. sent: axis -> of a step."""
+    """A layout's costs for each GPU in bytes, and seconds of a step. activations: hoisted tensors among them.
+    sent: axis -> of a step.
+    """
 
     layout: Layout
     weights: int
@@ -81,9 +84,11 @@ class Estimate:
 
 
 def subject(model: str, sampling: SamplingOptions, ranks: int, b: int) -> Subject:
-    """Read a model and admit a request as a generation would be, but for pictures to be given, which have no bearing here.
+    """Read a model and admit a request as a generation would be, but for pictures to be given, which have no
+    bearing here.
 
-    model: a name in the registry, a folder or a hub id. b: bytes of a value of the denoiser. Raises UserError.
+    model: a name in the registry, a folder or a hub id. b: bytes of a value of the denoiser. Raises
+    UserError.
     """
     with _folder(model) as (folder, name):
         plan = blueprint.read(ModelOptions(model_path=str(folder), model_id=name))
@@ -219,10 +224,11 @@ def usual(subject: Subject, ranks: int) -> Layout | None:
 
 
 def estimates(subject: Subject, ranks: int, vram: float, machine: Machine) -> list[Estimate]:
-    """Those that fit into `vram` GB, the fastest first, then the others; before all, where it is hardly slower, what `generate` chooses.
+    """Those that fit into `vram` GB, the fastest first, then the others; before all, where it is hardly
+    slower, what `generate` chooses.
 
-    With what does not fit stands the first way to make it fit, else the smallest: text encoders divided over all ranks too, full sharding,
-    both.
+    With what does not fit stands the first way to make it fit, else the smallest: text encoders divided over
+    all ranks too, full sharding, both.
     """
     found = []
     for layout in layouts(subject, ranks):
@@ -239,7 +245,9 @@ def estimates(subject: Subject, ranks: int, vram: float, machine: Machine) -> li
 
 
 def _helped(subject: Subject, layout: Layout, vram: float, machine: Machine) -> Estimate:
-    """The first way to make a layout fit, else the smallest: text encoders divided over all ranks, full sharding, both."""
+    """The first way to make a layout fit, else the smallest: text encoders divided over all ranks, full
+    sharding, both.
+    """
     smaller = [
         replace(layout, encoders=encoders, fsdp=fsdp)
         for encoders, fsdp in ((True, False), (False, True), (True, True))
@@ -249,7 +257,8 @@ def _helped(subject: Subject, layout: Layout, vram: float, machine: Machine) -> 
 
 
 def over_cards(subject: Subject, ranks: int, machine: Machine) -> list[tuple[Estimate, Estimate | None]]:
-    """For each of CARDS: the usual layout, the fastest where `generate` has none, and what helps where it does not fit.
+    """For each of CARDS: the usual layout, the fastest where `generate` has none, and what helps where it
+    does not fit.
 
     None where it fits, and where no layer is held twice, so that nothing is left to divide.
     """
@@ -263,7 +272,9 @@ def over_cards(subject: Subject, ranks: int, machine: Machine) -> list[tuple[Est
 
 
 def estimate(subject: Subject, layout: Layout, vram: float, machine: Machine) -> Estimate:
-    """What a layout costs. Text encoders are divided over tp, or over all ranks, where that divides their heads."""
+    """What a layout costs. Text encoders are divided over tp, or over all ranks, where that divides their
+    heads.
+    """
     net, work, b = subject.net, subject.work, subject.b
     weights = cost.denoiser_bytes(net, layout, b, subject.experts)
     for name, (rows, each) in subject.others.items():

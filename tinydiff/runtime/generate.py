@@ -1,4 +1,6 @@
-"""From options to files: what `tinydiff generate` runs, and what the library's `load` and `generate` are made of."""
+"""From options to files: what `tinydiff generate` runs, and what the library's `load` and `generate` are made
+of.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ Destination = tuple[output.Target, output.Encoding]
 
 @dataclass(frozen=True)
 class Job:
-    """What a replica makes at once: a prompt's outputs from number `first` on, as a request of their own. of: all outputs of the prompt."""
+    """What a replica makes at once: a prompt's outputs from number `first` on, as a request of their own. of:
+    all outputs of the prompt.
+    """
 
     prompt: int
     first: int
@@ -30,7 +34,9 @@ class Job:
 
 
 def admitted(options: Options) -> tuple[Blueprint, list[Request], list[Destination]]:
-    """The model, what it shall make and where that goes, read and checked without loading it. Raises UserError."""
+    """The model, what it shall make and where that goes, read and checked without loading it. Raises
+    UserError.
+    """
     plan = blueprint.read(options.model)
     if options.sampling.use_pe is False:
         plan = replace(plan, nets={name: net for name, net in plan.nets.items() if name != blueprint.WRITER})
@@ -40,10 +46,11 @@ def admitted(options: Options) -> tuple[Blueprint, list[Request], list[Destinati
 
 @plain()
 def generate(options: Options, progress: Progress, ranks: Ranks | None = None) -> list[Result]:
-    """Load the model, make everything asked for and write it. One result per prompt. Raises UserError before anything is made.
+    """Load the model, make everything asked for and write it. One result per prompt. Raises UserError before
+    anything is made.
 
-    ranks: this process among several that all call this. Replicas then share the outputs, the first rank of each writes its files, and
-    rank 0 returns the results, the others none.
+    ranks: this process among several that all call this. Replicas then share the outputs, the first rank of
+    each writes its files, and rank 0 returns the results, the others none.
     """
     started = time.perf_counter()
     plan, requests, destinations = admitted(options)
@@ -110,7 +117,9 @@ def _make(
 
 
 def _joined(parts: Sequence[Result]) -> Result:
-    """The result of a prompt from those of its jobs, in order; the seconds are those of all replicas together."""
+    """The result of a prompt from those of its jobs, in order; the seconds are those of all replicas
+    together.
+    """
     if len(parts) == 1:
         return parts[0]
     names = ("frames", "latents", "seeds", "step_seconds", "paths")

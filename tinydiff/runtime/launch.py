@@ -1,4 +1,5 @@
-"""From a command line to the ranks that run it: one process as ever, ranks of its own, or one of those that torchrun started.
+"""From a command line to the ranks that run it: one process as ever, ranks of its own, or one of those that
+torchrun started.
 
 Everything that can be refused is refused here, before a process is started or a rank waits for another.
 """
@@ -42,7 +43,8 @@ Watch = Callable[[str], Display]
 
 
 def generate(options: Options, watch: Watch) -> list[Result]:
-    """Make everything asked for, on as many ranks as are asked for. One result per prompt; none where rank 0 is another process's.
+    """Make everything asked for, on as many ranks as are asked for. One result per prompt; none where rank 0
+    is another process's.
 
     Raises UserError as `runtime.generate.generate`, RankError where a rank fails otherwise.
     """
@@ -68,8 +70,8 @@ def generate(options: Options, watch: Watch) -> list[Result]:
 
 
 def let_first_speak() -> None:
-    """Called before a failure is told: of ranks that torchrun started, which may all fail alike, those that are not the first linger. By
-    then torchrun has ended them, unless it was theirs alone.
+    """Called before a failure is told: of ranks that torchrun started, which may all fail alike, those that
+    are not the first linger. By then torchrun has ended them, unless it was theirs alone.
     """
     place = config.under_torchrun()
     if place is None or place.size == 1:
@@ -81,7 +83,9 @@ def let_first_speak() -> None:
 
 
 def chosen_layout(options: Options, ranks: int, place: Place | None) -> Layout:
-    """How the ranks share what is asked for, told in a line. Reads the model's configs, no weights. Raises UserError."""
+    """How the ranks share what is asked for, told in a line. Reads the model's configs, no weights. Raises
+    UserError.
+    """
     from tinydiff.runtime.generate import admitted
 
     plan, requests, _ = admitted(options)

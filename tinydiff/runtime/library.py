@@ -38,7 +38,9 @@ def load(model_path: str | None, options: Mapping[str, Any]) -> Model:
 
 
 def _ranks(asked: config.ParallelOptions, plan: blueprint.Blueprint) -> Ranks | None:
-    """This process among those that torchrun started, where `asked` has them share the model. Raises UserError outside of torchrun."""
+    """This process among those that torchrun started, where `asked` has them share the model. Raises
+    UserError outside of torchrun.
+    """
     given = [each.name for each in fields_of(asked) if getattr(asked, each.name) != each.default]
     place = config.under_torchrun()
     if not given or (count := layout.count(asked, place and place.size)) == 1:

@@ -1,4 +1,6 @@
-"""Measured step times: how many pictures are worth making together, and when something will be done. No torch here."""
+"""Measured step times: how many pictures are worth making together, and when something will be done. No torch
+here.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ WORTH = 0.97
 TRIES = 3
 """Measurements before a batch size is given up; a first step is often slow."""
 AGAIN = 256
-"""Measurements of a form after which sizes larger than the one in use are forgotten, and so tried again: a machine gets less to do, a graph
-is compiled."""
+"""Measurements of a form after which sizes larger than the one in use are forgotten, and so tried again: a
+machine gets less to do, a graph is compiled."""
 FORMS = 256
 """Forms remembered; those not seen longest are forgotten, for clients choose sizes."""
 
@@ -55,7 +57,9 @@ class Pace:
         return min(known[min(known, key=lambda size: abs(size - count))])
 
     def size(self, form: Hashable, waiting: int) -> int:
-        """How many of `waiting` pictures to make together: 1, 2, 4, ... as long as each doubling was measured to pay, or not yet tried."""
+        """How many of `waiting` pictures to make together: 1, 2, 4, ... as long as each doubling was measured
+        to pay, or not yet tried.
+        """
         most, known = min(waiting, self._most.get(form, waiting)), self._seconds.get(form, {})
         chosen = 1
         while chosen < most:

@@ -1,6 +1,8 @@
-"""The hops from an admitted request to frames. Each is a function of the one before; nothing is kept between requests.
+"""The hops from an admitted request to frames. Each is a function of the one before; nothing is kept between
+requests.
 
-Shape letters: B batch, T text tokens, L latent tokens, P latent values of a token, C channels, F latent frames, H and W latent size.
+Shape letters: B batch, T text tokens, L latent tokens, P latent values of a token, C channels, F latent
+frames, H and W latent size.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from tinydiff.sampling.solvers import Table
 log = logging.getLogger(__name__)
 
 PIXELS_PER_PASS = 8_000_000
-"""Pixels of frames that the autoencoder handles at once; longer clips go through it in chunks of latent frames, with the same result."""
+"""Pixels of frames that the autoencoder handles at once; longer clips go through it in chunks of latent
+frames, with the same result.
+"""
 TILE = 256
 """Side in pixels of the squares of a tiled autoencoder."""
 FEATHER = 8
@@ -87,7 +91,9 @@ def vae_passes(model: Model, request: Request) -> tuple[int, int | None]:
 
 
 def parts(model: Model, request: Request, warn: Callable[[str], None] = log.warning) -> Parts:
-    """What the family's recipe may use of the model. warn: told of each text that was too long, in a sentence."""
+    """What the family's recipe may use of the model. warn: told of each text that was too long, in a
+    sentence.
+    """
     vae, device = model.autoencoder, model.blueprint.device
     chunk, tile = vae_passes(model, request)
 
@@ -113,7 +119,9 @@ def parts(model: Model, request: Request, warn: Callable[[str], None] = log.warn
 
 
 def _is_negative(request: Request, texts: Sequence[str], index: int) -> bool:
-    """Whether a text that a tokenizer gets is the negative prompt's. It comes second, or alone within words of the model's own."""
+    """Whether a text that a tokenizer gets is the negative prompt's. It comes second, or alone within words
+    of the model's own.
+    """
     if len(texts) > 1:
         return request.guided and index > 0
     return request.guided and request.prompt not in texts[0] and request.negative_prompt in texts[0]
@@ -200,9 +208,11 @@ def begin(
     latents: Tensor | None = None,
     compiled: bool = False,
 ) -> tuple[loop.Seat, Callable[[Tensor], Tensor]]:
-    """(noise of `seed`, or `latents` [1, C, F, H, W], at the first step, what makes tokens [1, L, P] of the picture of the seat's).
+    """(noise of `seed`, or `latents` [1, C, F, H, W], at the first step, what makes tokens [1, L, P] of the
+    picture of the seat's).
 
-    Every rank draws the same noise for the whole picture and keeps its share: the picture does not depend on the layout.
+    Every rank draws the same noise for the whole picture and keeps its share: the picture does not depend on
+    the layout.
     """
     plan, device, prepared = model.denoiser.plan, model.blueprint.device, conditioning.prepared
     rows = conditioning.rows
@@ -222,7 +232,9 @@ def begin(
 def denoise(
     model: Model, request: Request, conditioning: Conditioning, seed: int, latents: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Noise of `seed` (or `latents` [1, C, F, H, W]) -> tokens [1, L, P] of the picture, float32, after each step."""
+    """Noise of `seed` (or `latents` [1, C, F, H, W]) -> tokens [1, L, P] of the picture, float32, after each
+    step.
+    """
     seat, shown = begin(model, request, conditioning, seed, latents, model.blueprint.compiled)
     while not seat.done:
         seat = loop.advance(seat, 1)
@@ -269,7 +281,9 @@ def denoiser(model: Model, request: Request, conditioning: Conditioning, compile
 
 @torch.no_grad()
 def decode(model: Model, request: Request, latents: Tensor) -> numpy.ndarray:
-    """Latents [N, C, F, H, W] -> frames uint8 [frames, height, width, 3 or 4], those of the N clips one after another."""
+    """Latents [N, C, F, H, W] -> frames uint8 [frames, height, width, 3 or 4], those of the N clips one after
+    another.
+    """
     vae = model.autoencoder
     chunk, tile = vae_passes(model, request)
     clips = latents.to(vae.dtype).split(1)  # one by one, for less memory
@@ -278,9 +292,11 @@ def decode(model: Model, request: Request, latents: Tensor) -> numpy.ndarray:
 
 
 def _over_given(frames: numpy.ndarray, request: Request) -> numpy.ndarray:
-    """Inpainting: the given picture's own pixels stay but in the mask and around it, where the two blend over twice `FEATHER` pixels.
+    """Inpainting: the given picture's own pixels stay but in the mask and around it, where the two blend over
+    twice `FEATHER` pixels.
 
-    The share of what is made is 1 in the mask; outside, the mean over a square of `FEATHER` pixels to each side of what has mask so near.
+    The share of what is made is 1 in the mask; outside, the mean over a square of `FEATHER` pixels to each
+    side of what has mask so near.
     """
     if request.mask is None:
         return frames
@@ -299,7 +315,9 @@ def _over_given(frames: numpy.ndarray, request: Request) -> numpy.ndarray:
 def finish(
     model: Model, request: Request, conditioning: Conditioning, tokens: Tensor
 ) -> tuple[numpy.ndarray, Tensor]:
-    """The last step's tokens [1, L, P] -> (frames uint8 [frames, height, width, 3 or 4], latents [N, C, F, H, W])."""
+    """The last step's tokens [1, L, P] -> (frames uint8 [frames, height, width, 3 or 4], latents [N, C, F, H,
+    W]).
+    """
     latents = conditioning.prepared.unpack(tokens)
     if not latents.isfinite().all():
         name, narrow = model.blueprint.row.name, PRECISIONS.get(model.denoiser.dtype)
@@ -311,8 +329,8 @@ def finish(
 def parameters(
     model: Model, request: Request, revised: str | None = None, warnings: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Every effective parameter of a request but the seed, and what of it had no effect. JSON-able. revised: the prompt as a language model
-    wrote it."""
+    """Every effective parameter of a request but the seed, and what of it had no effect. JSON-able. revised:
+    the prompt as a language model wrote it."""
     names = (
         "prompt",
         "negative_prompt",

@@ -1,4 +1,5 @@
-"""What a picture looks like on its way: latents to colours through a linear map, fitted once per model to its own autoencoder.
+"""What a picture looks like on its way: latents to colours through a linear map, fitted once per model to its
+own autoencoder.
 
 Shape letters: N clips, C latent channels, F latent frames, H and W latent size.
 """
@@ -14,14 +15,17 @@ from tinydiff.io.images import resize
 from tinydiff.runtime.blueprint import Model
 
 SIDE, PATCHES, PICTURES = 16, 4, 8
-"""Latent size and colour patches along each side of the pictures that the map is fitted to, and their number."""
+"""Latent size and colour patches along each side of the pictures that the map is fitted to, and their number.
+"""
 LONGEST = 512
 """Pixels of a preview's longer side at most."""
 
 
 @torch.no_grad()
 def fit(model: Model) -> Tensor:
-    """The map [C + 1, 3] from latents, and a constant 1, to red, green and blue in [-1, 1]: least squares over soft patches of colour."""
+    """The map [C + 1, 3] from latents, and a constant 1, to red, green and blue in [-1, 1]: least squares
+    over soft patches of colour.
+    """
     vae = model.nets["vae"]
     stride, opacity = vae.config.scale_factor_spatial, getattr(vae.config, "in_channels", 3) == 4
     patches = torch.rand(PICTURES, 3, PATCHES, PATCHES, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -44,7 +48,9 @@ def fit(model: Model) -> Tensor:
 
 @torch.no_grad()
 def picture(to_colours: Tensor, latents: Tensor, height: int, width: int) -> numpy.ndarray:
-    """The middle frame of the first of latents [N, C, F, H, W] as uint8 [height, width, 3], made smaller to `LONGEST` pixels."""
+    """The middle frame of the first of latents [N, C, F, H, W] as uint8 [height, width, 3], made smaller to
+    `LONGEST` pixels.
+    """
     middle = latents[0, :, latents.shape[2] // 2].float().cpu()
     colours = torch.einsum("chw,cr->hwr", middle, to_colours[:-1]) + to_colours[-1]
     small = ((colours.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()

@@ -1,7 +1,8 @@
-"""Guidance, experts and shift of a request: of what was asked, what the folder says and what the release recommends, which one holds.
+"""Guidance, experts and shift of a request: of what was asked, what the folder says and what the release
+recommends, which one holds.
 
-What is asked holds. Else the folder's own files hold. A release's recommendation holds only where the folder is that release, by name,
-and its file is as released. docs/differences.md has the rules as a table.
+What is asked holds. Else the folder's own files hold. A release's recommendation holds only where the folder
+is that release, by name, and its file is as released. docs/differences.md has the rules as a table.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ log = logging.getLogger(__name__)
 
 
 class Settings(NamedTuple):
-    """The fields of a `Request` by their names, and `notes`: field -> where its value came from, or why it is without effect."""
+    """The fields of a `Request` by their names, and `notes`: field -> where its value came from, or why it is
+    without effect.
+    """
 
     guidance_scale: float
     embedded_guidance: float | None
@@ -56,7 +59,9 @@ def settle(blueprint: Blueprint, sampling: SamplingOptions) -> Settings:
 def guidance_of(
     blueprint: Blueprint, sampling: SamplingOptions, notes: dict[str, str] | None = None
 ) -> tuple[float, float | None]:
-    """(scale of prompt against negative prompt, 1 is off; what the network is told of guidance, None where it takes none)."""
+    """(scale of prompt against negative prompt, 1 is off; what the network is told of guidance, None where it
+    takes none).
+    """
     row, asked, true = blueprint.row, sampling.guidance_scale, sampling.true_cfg_scale
     if row.guidance_form in ("embedded", "true"):
         embedded = row.guidance_form == "embedded"
@@ -103,7 +108,8 @@ def _experts(
 ) -> tuple[float | None, float | None]:
     """(guidance of the second expert, boundary) of a model with two, else (None, None).
 
-    As in diffusers the first expert's scale says for both whether there is guidance; where there is, the second's is any number.
+    As in diffusers the first expert's scale says for both whether there is guidance; where there is, the
+    second's is any number.
     """
     row = blueprint.row
     try:

@@ -1,9 +1,10 @@
 """Several pictures in one loop, each at its own row of its own table: step-level continuous batching.
 
-Pictures share the loop where all that the network sees of them has one form (`form`). What they are told is stacked: the rows of their
-tables from where each stands, their hoisted tensors, their latents. So solver, step count, guidance scale, seed and prompt may differ, and
-a picture joins and leaves between two steps. Stacking costs a copy when the company changes, not at every step.
-Shape letters: S steps, B images, L tokens, P packed channels.
+Pictures share the loop where all that the network sees of them has one form (`form`). What they are told is
+stacked: the rows of their tables from where each stands, their hoisted tensors, their latents. So solver,
+step count, guidance scale, seed and prompt may differ, and a picture joins and leaves between two steps.
+Stacking costs a copy when the company changes, not at every step. Shape letters: S steps, B images, L tokens,
+P packed channels.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Batch(NamedTuple):
 
 
 def form(family: Family, seat: Seat) -> Hashable:
-    """What two seats must have in common to share the loop: the network, and all shapes and types that it is shown.
+    """What two seats must have in common to share the loop: the network, and all shapes and types that it is
+    shown.
 
     What has no axis for images, such as rope tables, must be the same to the bit.
     """
@@ -56,7 +58,9 @@ def form(family: Family, seat: Seat) -> Hashable:
 
 
 def together(family: Family, seats: Sequence[Seat]) -> Batch:
-    """Seats of one `form`, joined from where each stands to where the first of them ends or changes its expert."""
+    """Seats of one `form`, joined from where each stands to where the first of them ends or changes its
+    expert.
+    """
     if len(seats) == 1:
         return Batch(tuple(seats), seats[0])
     first, span = seats[0], min(seat.stop - seat.at for seat in seats)
@@ -105,7 +109,9 @@ def together(family: Family, seats: Sequence[Seat]) -> Batch:
 
 @torch.no_grad()
 def advance(batch: Batch, steps: int, denoise: Denoise | None = None) -> Batch:
-    """The batch after `steps` more steps, or as many as are left to it. denoise: a function that does the same as the seats' own."""
+    """The batch after `steps` more steps, or as many as are left to it. denoise: a function that does the
+    same as the seats' own.
+    """
     on = batch.whole
     stop = min(on.at + steps, on.stop)
     state = (denoise or on.denoise)(on.network, on.state, on.rows, on.noise, on.kept, on.at, stop)

@@ -1,8 +1,10 @@
-"""The only place that says torch.compile, and the only one that uses private names of torch (present in 2.11 to 2.13).
+"""The only place that says torch.compile, and the only one that uses private names of torch (present in 2.11
+to 2.13).
 
-The whole loop is one graph: torch's loop operator over steps, each kind of block a nested region compiled once, so the cost grows neither
-with depth nor with steps. Tokens and table rows are dynamic, everything else that varies is a tensor: no size, step count, solver without
-fresh noise, guidance scale or chunk compiles again. A new dtype or device does, and several images after one.
+The whole loop is one graph: torch's loop operator over steps, each kind of block a nested region compiled
+once, so the cost grows neither with depth nor with steps. Tokens and table rows are dynamic, everything else
+that varies is a tensor: no size, step count, solver without fresh noise, guidance scale or chunk compiles
+again. A new dtype or device does, and several images after one.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ _compiled: dict[tuple[Network, Guidance, bool], Denoise] = {}
 
 
 def has_compiler() -> bool:
-    """Whether this machine has the C++ compiler that compiled graphs need, on the CPU for kernels, on GPUs for their launchers."""
+    """Whether this machine has the C++ compiler that compiled graphs need, on the CPU for kernels, on GPUs
+    for their launchers.
+    """
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
@@ -51,11 +55,13 @@ def region(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     It takes plain tensors in dicts and tuples, and returns neither an input nor two views of one tensor.
     """
-    # Torch looks a region up by its code, and asks whether it fits by comparing lengths: two regions of one code would be compared, and
-    # the outcome, two prompts of equal length or not, guarded. So each has a code of its own.
+    # Torch looks a region up by its code, and asks whether it fits by comparing lengths: two regions of one
+    # code would be compared, and the outcome, two prompts of equal length or not, guarded. So each has a code
+    # of its own.
     code = fn.__code__.replace(co_name=f"{fn.__name__}_{next(_regions)}")
     fn = FunctionType(code, fn.__globals__, code.co_name, fn.__defaults__, fn.__closure__)
-    # Inside the loop operator a region needs the decompositions spelled out, else Inductor stops with "both a fallback and a decomp".
+    # Inside the loop operator a region needs the decompositions spelled out, else Inductor stops with "both a
+    # fallback and a decomp".
     dynamo_config.enable_invoke_subgraph_regional_compile = True
     options = NestedCompileRegionOptions(decompositions=select_decomp_table())
     return cast(Callable[..., Any], torch.compiler.nested_compile_region(fn, options=options))
@@ -65,7 +71,8 @@ def compiled_denoise(network: Network, guidance: Guidance, *, exact: bool = Fals
     """`denoise` for this network as one compiled graph; built once for each (network, guidance, exact).
 
     The family's `conds` say which dimension of a request's tensor runs over image and text tokens.
-    exact: round to the tensors' dtype where eager code would, instead of keeping fused intermediates in float32.
+    exact: round to the tensors' dtype where eager code would, instead of keeping fused intermediates in
+    float32.
     """
     key = (network, guidance, exact)
     if key not in _compiled:
@@ -118,7 +125,9 @@ def _build(network: Network, guidance: Guidance, exact: bool) -> Denoise:
 
 @contextmanager
 def _no_modes() -> Iterator[None]:
-    """Without the modes that see every function of torch, such as a default device. The graph would be compiled again for each of them."""
+    """Without the modes that see every function of torch, such as a default device. The graph would be
+    compiled again for each of them.
+    """
     modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
     device, default_device.CURRENT_DEVICE = default_device.CURRENT_DEVICE, None
     try:

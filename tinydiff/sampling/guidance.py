@@ -1,7 +1,7 @@
 """Guidance: functions that make one velocity of the velocities of several branches (see `loop.Predict`).
 
-The first branch is the prompt's, the second, where there is one, the negative prompt's. A rank sees its share of the tokens.
-Shape letters: B images, L tokens, P packed channels.
+The first branch is the prompt's, the second, where there is one, the negative prompt's. A rank sees its share
+of the tokens. Shape letters: B images, L tokens, P packed channels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def none(predict: Predict, plan: Plan) -> Guided:
 
 
 def _of_two(combine: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Guidance:
-    """combine: (prediction of the prompt, of the negative prompt, both [B, L, P], scale [1 or B, 1, 1]) -> [B, L, P]."""
+    """combine: (prediction of the prompt, of the negative prompt, both [B, L, P], scale [1 or B, 1, 1]) ->
+    [B, L, P].
+    """
 
     def guidance(predict: Predict, plan: Plan) -> Guided:
         def guided(
@@ -60,13 +62,17 @@ classifier_free = _of_two(_plain)
 """u + g (c - u) with the step's scale g. Source: arXiv 2207.12598."""
 
 token_normed = _of_two(_normed)
-"""The same, each token scaled back to the length that the prompt's own prediction has. Source: Qwen-Image's pipelines."""
+"""The same, each token scaled back to the length that the prompt's own prediction has. Source: Qwen-Image's
+pipelines.
+"""
 
 
 def clamped(predict: Predict, plan: Plan) -> Guided:
-    """As `classifier_free`, an image whose velocity is longer than `limit` times that of the prompt scaled back to that length.
+    """As `classifier_free`, an image whose velocity is longer than `limit` times that of the prompt scaled
+    back to that length.
 
-    The request holds `limit` [1 or B, 1, 1] and `real` [1 or B, L, 1] bool, the tokens that count. Source: Z-Image's pipelines.
+    The request holds `limit` [1 or B, 1, 1] and `real` [1 or B, L, 1] bool, the tokens that count. Source:
+    Z-Image's pipelines.
     """
 
     def guided(

@@ -1,11 +1,13 @@
-"""The denoising loop: one function that runs eagerly or is compiled whole, and the driver that calls it in chunks.
+"""The denoising loop: one function that runs eagerly or is compiled whole, and the driver that calls it in
+chunks.
 
-The engine knows a family only as `ops.network.Family`; any record with these functions will do. Everything that
-depends only on the request and the table is hoisted out; the loop gathers its rows.
-Guidance evaluates the network on several branches (the prompt, the negative prompt). They walk through the blocks side by side, so a
-block's weights are fetched once a step however many branches there are, and each branch has its own length of text.
-Over several ranks the same code runs on each, on its share of the tokens (`parallel.sequence`), of the weights, or on its own branch.
-Shape letters: S steps, B images, L tokens, P packed channels, D width.
+The engine knows a family only as `ops.network.Family`; any record with these functions will do. Everything
+that depends only on the request and the table is hoisted out; the loop gathers its rows.
+Guidance evaluates the network on several branches (the prompt, the negative prompt). They walk through the
+blocks side by side, so a block's weights are fetched once a step however many branches there are, and each
+branch has its own length of text. Over several ranks the same code runs on each, on its share of the tokens
+(`parallel.sequence`), of the weights, or on its own branch. Shape letters: S steps, B images, L tokens, P
+packed channels, D width.
 """
 
 from __future__ import annotations
@@ -55,8 +57,9 @@ class Hoisted(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Tokens that the loop does not make: where `mask` is 0 they follow the straight path from `noise` to `clean`, where it is 1 they are
-    the network's. A token that stays as it is given has its own value as its noise.
+    """Tokens that the loop does not make: where `mask` is 0 they follow the straight path from `noise` to
+    `clean`, where it is 1 they are the network's. A token that stays as it is given has its own value as its
+    noise.
     """
 
     mask: Tensor
@@ -80,13 +83,17 @@ class Progress(NamedTuple):
 
 
 Predict = Callable[[Tree, Tensor, Step, tuple[Branch, ...], Memory], tuple[tuple[Tensor, ...], Memory]]
-"""(weights, x [B, L, P], step, branches at this step, memory) -> (a velocity [B, L, P] of each branch, memory)."""
+"""(weights, x [B, L, P], step, branches at this step, memory) -> (a velocity [B, L, P] of each branch,
+memory).
+"""
 Guided = Callable[[Tree, Tensor, Step, tuple[Branch, ...], Memory], tuple[Tensor, Memory]]
 """The same, the branches' velocities made into one."""
 Guidance = Callable[[Predict, Plan], Guided]
 Wrap = Callable[[Callable[..., Streams]], Callable[..., Streams]]
 Denoise = Callable[[Hoisted, State, Tensor, Tensor | None, Kept | None, int, int], State]
-"""(network, state, coefficients [S, 8, 1 or B, 1, 1], fresh noise [S, B, L, P], kept tokens, start, stop) -> state after [start, stop)."""
+"""(network, state, coefficients [S, 8, 1 or B, 1, 1], fresh noise [S, B, L, P], kept tokens, start, stop) ->
+state after [start, stop).
+"""
 
 
 class Seat(NamedTuple):
@@ -118,8 +125,9 @@ def hoist(
 ) -> Hoisted:
     """Make a network ready for one request: what the loop need not repeat is computed here, once.
 
-    weights: flat, on their device, as this rank holds them. branches: the inputs of the family's `hoist` for each branch of guidance,
-    of which this rank keeps its own where `cfg` divides them. Tensors of the steps that no prompt enters are kept once for all branches.
+    weights: flat, on their device, as this rank holds them. branches: the inputs of the family's `hoist` for
+    each branch of guidance, of which this rank keeps its own where `cfg` divides them. Tensors of the steps
+    that no prompt enters are kept once for all branches.
     """
     family, plan = network.family, network.plan
     device = next(iter(weights.values())).device
@@ -149,12 +157,14 @@ def as_is(fn: Callable[..., Streams]) -> Callable[..., Streams]:
 
 
 def predictor(network: Network, wrap: Wrap = as_is, hooks: Hooks = Hooks()) -> Predict:  # noqa: B008
-    """The network as a predict. `wrap` is applied once to each kind of block, a function of plain tensors in dicts and tuples.
+    """The network as a predict. `wrap` is applied once to each kind of block, a function of plain tensors in
+    dicts and tuples.
 
     hooks: take part in every walk; over ranks that divide the weights of blocks their `fetch` is replaced.
     """
     kinds = dict.fromkeys(block for block, _ in network.family.blocks(network.config))
-    # Texts of their own length make branches of their own shape, and a region serves one shape: each branch gets its own.
+    # Texts of their own length make branches of their own shape, and a region serves one shape: each branch
+    # gets its own.
     first, second = ({block: wrap(plain(network, block)) for block in kinds} for _ in range(2))
     has_texts = any(cond.stream == "text" for cond in network.family.conds)
     calls, cfg = (first, second if has_texts else first), network.plan.group("cfg")
@@ -209,7 +219,9 @@ def denoise(
     start: Tensor,
     stop: Tensor,
 ) -> State:
-    """Steps [start, stop), 0-d int64 tensors: what varies is a tensor, so that one graph serves every table and every chunk of it."""
+    """Steps [start, stop), 0-d int64 tensors: what varies is a tensor, so that one graph serves every table
+    and every chunk of it.
+    """
 
     def running(i: Tensor, *_: Any) -> Tensor:
         return i < stop
@@ -259,7 +271,9 @@ def eager_denoise(network: Network, guidance: Guidance) -> Denoise:
 
 
 def coefficients(table: Table, x: Tensor) -> Tensor:
-    """The columns sigma, sigma after the step, a, c, b1, b2, n, guidance as [S, 8, 1, 1, 1] in x's dtype and on its device."""
+    """The columns sigma, sigma after the step, a, c, b1, b2, n, guidance as [S, 8, 1, 1, 1] in x's dtype and
+    on its device.
+    """
     after = torch.cat([table.sigmas[1:], table.sigmas.new_zeros(1)])
     columns = (table.sigmas, after, table.a, table.c, table.b1, table.b2, table.n, table.guidance)
     return torch.stack(columns, 1).to(x.device, x.dtype)[..., None, None, None]
@@ -275,7 +289,8 @@ def start(
 ) -> Seat:
     """x_BLP at the first row of the table.
 
-    experts: index -> the network made ready, asked for once per segment, so that one expert may leave the device before the next arrives.
+    experts: index -> the network made ready, asked for once per segment, so that one expert may leave the
+    device before the next arrives.
     noise: fresh noise [S, B, L, P], exactly where the table renoises.
     """
     if table.renoises != (noise is not None):
@@ -324,7 +339,8 @@ def run(
     kept: Kept | None = None,
     chunk: int | None = None,
 ) -> Iterator[Progress]:
-    """Denoise x_BLP over the whole table (see `start`), yielding after every `chunk` steps (None: as rarely as possible).
+    """Denoise x_BLP over the whole table (see `start`), yielding after every `chunk` steps (None: as rarely
+    as possible).
 
     Stop iterating to cancel. The result does not depend on `chunk`.
     """

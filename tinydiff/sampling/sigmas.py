@@ -1,8 +1,10 @@
-"""Noise levels of flow matching: grids of sigma from 1 (noise) towards 0 (clean), and the shifts that bend them.
+"""Noise levels of flow matching: grids of sigma from 1 (noise) towards 0 (clean), and the shifts that bend
+them.
 
-Every function keeps its argument's dtype: float64 gives the exact grid, float32 the digits that diffusers stores.
-Sources: arXiv 2403.03206 (shift), diffusers 0.42.1 `FlowMatchEulerDiscreteScheduler` and `UniPCMultistepScheduler` (grids, order of steps).
-Shape letters: S steps.
+Every function keeps its argument's dtype: float64 gives the exact grid, float32 the digits that diffusers
+stores.
+Sources: arXiv 2403.03206 (shift), diffusers 0.42.1 `FlowMatchEulerDiscreteScheduler` and
+`UniPCMultistepScheduler` (grids, order of steps). Shape letters: S steps.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ TRAIN_STEPS = 1000
 def spaced(first: float, last: float, count: int) -> Tensor:
     """`count` evenly spaced values, float64 [count], both ends included.
 
-    Rounded as numpy's linspace rounds: a timestep truncated to an integer hangs on the last bit, and torch.linspace differs there.
+    Rounded as numpy's linspace rounds: a timestep truncated to an integer hangs on the last bit, and
+    torch.linspace differs there.
     """
     grid = torch.arange(count, dtype=torch.float64) * ((last - first) / max(count - 1, 1)) + first
     if count > 1:
@@ -33,7 +36,9 @@ def linear_grid(steps: int) -> Tensor:
 
 
 def unipc_grid(steps: int, train_steps: int = TRAIN_STEPS) -> Tensor:
-    """The unshifted grid [S] of UniPC and DPM-Solver on flows: S + 1 values from 1 to 1 / train_steps without the last."""
+    """The unshifted grid [S] of UniPC and DPM-Solver on flows: S + 1 values from 1 to 1 / train_steps without
+    the last.
+    """
     return spaced(1.0, 1 / train_steps, steps + 1)[:-1]
 
 
@@ -66,7 +71,9 @@ def linear_shift(sigmas_S: Tensor, mu: float) -> Tensor:
 
 
 def stretch_to_terminal(sigmas_S: Tensor, terminal: float) -> Tensor:
-    """Stretch 1 - sigma so that the last sigma is `terminal`. A grid whose last sigma is 1 cannot be stretched and yields NaN."""
+    """Stretch 1 - sigma so that the last sigma is `terminal`. A grid whose last sigma is 1 cannot be
+    stretched and yields NaN.
+    """
     clean = 1 - sigmas_S
     return 1 - clean / (clean[-1] / (1 - terminal))
 

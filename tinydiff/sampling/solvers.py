@@ -1,11 +1,13 @@
-"""Solvers as tables of coefficients: every solver here is linear in the latents, the predictions and fresh noise.
+"""Solvers as tables of coefficients: every solver here is linear in the latents, the predictions and fresh
+noise.
 
-Step i of any solver, v_i the guided velocity predicted at x_i, x0_i = x_i - sigma_i v_i the clean latents it implies:
+Step i of any solver, v_i the guided velocity predicted at x_i, x0_i = x_i - sigma_i v_i the clean latents it
+implies:
 
     x_{i+1} = a_i x_i + c_i v_i + b1_i x0_{i-1} + b2_i x0_{i-2} + n_i noise_i
 
-A table is computed once on the CPU in float64; the loop gathers rows and adds. Sources: diffusers 0.42.1 (Euler, UniPC; arXiv 2302.04867),
-FastVideo (DMD; arXiv 2405.14867). Shape letters: S steps.
+A table is computed once on the CPU in float64; the loop gathers rows and adds. Sources: diffusers 0.42.1
+(Euler, UniPC; arXiv 2302.04867), FastVideo (DMD; arXiv 2405.14867). Shape letters: S steps.
 """
 
 from __future__ import annotations
@@ -71,21 +73,26 @@ def _table(timesteps: Tensor, sigmas: Tensor, a: Tensor, c: Tensor, **columns: T
 
 
 def flow_euler(sigmas: Tensor, timesteps: Tensor | None = None) -> Table:
-    """Euler on the flow: x + (sigma' - sigma) v. sigmas [S + 1] with the end included; timesteps default to sigma * 1000."""
+    """Euler on the flow: x + (sigma' - sigma) v. sigmas [S + 1] with the end included; timesteps default to
+    sigma * 1000.
+    """
     timesteps = sigmas[:-1] * TRAIN_STEPS if timesteps is None else timesteps
     s = sigmas.double()
     return _table(timesteps, s[:-1], torch.ones_like(s[1:]), s[1:] - s[:-1])
 
 
 def renoise(sigmas: Tensor, timesteps: Tensor | None = None) -> Table:
-    """Jump to the clean latents, then back to the next level with fresh noise: (1 - sigma') x0 + sigma' noise. sigmas [S + 1]."""
+    """Jump to the clean latents, then back to the next level with fresh noise: (1 - sigma') x0 + sigma'
+    noise. sigmas [S + 1].
+    """
     timesteps = sigmas[:-1] * TRAIN_STEPS if timesteps is None else timesteps
     s = sigmas.double()
     return _table(timesteps, s[:-1], 1 - s[1:], -(1 - s[1:]) * s[:-1], n=s[1:])
 
 
 def dmd(timesteps: Sequence[float] = (1000, 757, 522), shift: float = 8.0) -> Table:
-    """Distribution matching distillation: renoise at the given timesteps, each at the sigma whose training timestep is nearest.
+    """Distribution matching distillation: renoise at the given timesteps, each at the sigma whose training
+    timestep is nearest.
 
     Raises UserError where a timestep lies outside 0 to 1000 or the list does not fall.
     """
@@ -102,13 +109,14 @@ def dmd(timesteps: Sequence[float] = (1000, 757, 522), shift: float = 8.0) -> Ta
 
 
 def unipc(sigmas: Tensor, timesteps: Tensor | None = None) -> Table:
-    """UniPC of order 2, B(h) = e^h - 1, on clean latents, corrected at every step but the first, the last step of order 1.
+    """UniPC of order 2, B(h) = e^h - 1, on clean latents, corrected at every step but the first, the last
+    step of order 1.
 
     sigmas [S + 1] in (0, 1), falling, the last 0; timesteps default to sigma * 1000 truncated to integers.
 
-    The corrector replaces x_i by y_i, which shares all but its second-order terms with the predictor that made x_i. So
-    y_i = x_i + (a combination of x0_i, x0_{i-1}, x0_{i-2}), and the next predictor is linear in y_i, x0_i and x0_{i-1}: the corrected
-    latents need not be kept.
+    The corrector replaces x_i by y_i, which shares all but its second-order terms with the predictor that
+    made x_i. So y_i = x_i + (a combination of x0_i, x0_{i-1}, x0_{i-2}), and the next predictor is linear in
+    y_i, x0_i and x0_{i-1}: the corrected latents need not be kept.
     """
     timesteps = (sigmas[:-1] * TRAIN_STEPS).long() if timesteps is None else timesteps
     s = sigmas.double()
@@ -134,10 +142,12 @@ def unipc(sigmas: Tensor, timesteps: Tensor | None = None) -> Table:
 
 
 def _correction(h: Tensor, ratio: Tensor, second: bool, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Corrected minus predicted latents after a step of length h, as coefficients of (x0_i, x0_{i-1}, x0_{i-2}) at the new i.
+    """Corrected minus predicted latents after a step of length h, as coefficients of (x0_i, x0_{i-1},
+    x0_{i-2}) at the new i.
 
-    With d1 = (x0_{i-2} - x0_{i-1}) / ratio and d = x0_i - x0_{i-1} the predictor holds -scale d1 / 2 (second order only) and the
-    corrector -scale (rho1 d1 + rho2 d), the rho solving rho1 + rho2 = g1, ratio rho1 + rho2 = g2.
+    With d1 = (x0_{i-2} - x0_{i-1}) / ratio and d = x0_i - x0_{i-1} the predictor holds -scale d1 / 2 (second
+    order only) and the corrector -scale (rho1 d1 + rho2 d), the rho solving rho1 + rho2 = g1, ratio rho1 +
+    rho2 = g2.
     """
     if not second:
         return -scale / 2, scale / 2, torch.zeros_like(scale)
@@ -162,7 +172,9 @@ def with_guidance(table: Table, scale: float | Sequence[float]) -> Table:
 
 
 def with_experts(table: Table, boundary_ratio: float, guidance_2: float | None = None) -> Table:
-    """Expert 0 while the timestep is at least boundary_ratio * 1000, expert 1 below; guidance_2 is the scale of expert 1's steps."""
+    """Expert 0 while the timestep is at least boundary_ratio * 1000, expert 1 below; guidance_2 is the scale
+    of expert 1's steps.
+    """
     if not 0 <= boundary_ratio <= 1:
         raise UserError("boundary_ratio", f"boundary_ratio is {boundary_ratio}; it must lie between 0 and 1")
     expert = (table.timesteps < boundary_ratio * TRAIN_STEPS).long()
@@ -171,8 +183,8 @@ def with_experts(table: Table, boundary_ratio: float, guidance_2: float | None =
 
 
 def since(table: Table, step: int) -> Table:
-    """The table from row `step` on, as a picture made noisy to that row's sigma starts. UniPC, which looks back at earlier steps, begins
-    anew there, at first with its lower order, as the reference's does."""
+    """The table from row `step` on, as a picture made noisy to that row's sigma starts. UniPC, which looks
+    back at earlier steps, begins anew there, at first with its lower order, as the reference's does."""
     rest = Table(*(column[step:] for column in table))
     if not step or not (table.b1.any() or table.b2.any()):
         return rest
@@ -235,7 +247,9 @@ _FIELDS: dict[str, dict[str, tuple[Any, Any]]] = {
         **dict.fromkeys(("dynamic_thresholding_ratio", "sample_max_value"), (None, _ANY)),
     },
 }
-"""Fields of each scheduler class we read: name -> (diffusers' default, the only value that gives these numerics or any)."""
+"""Fields of each scheduler class we read: name -> (diffusers' default, the only value that gives these
+numerics or any).
+"""
 
 _KINDS = {
     **{"shift": float, "flow_shift": float, "shift_terminal": float | None, "time_shift_type": str},
@@ -245,7 +259,9 @@ _KINDS = {
 
 
 def check_types(config: Mapping[str, Any]) -> None:
-    """Raises UserError, one sentence, for a `scheduler_config.json` with a value of a wrong type or out of range."""
+    """Raises UserError, one sentence, for a `scheduler_config.json` with a value of a wrong type or out of
+    range.
+    """
     name = config.get("_class_name")
     if not isinstance(name, str):
         raise UserError(
@@ -273,10 +289,13 @@ def unread(config: Mapping[str, Any]) -> list[str]:
 def from_scheduler_config(
     config: Mapping[str, Any], steps: int, *, sigmas: Tensor | None = None, mu: float | None = None
 ) -> Table:
-    """The table of a diffusers `scheduler_config.json` for `steps` steps, with the sigmas rounded to float32 as diffusers stores them.
+    """The table of a diffusers `scheduler_config.json` for `steps` steps, with the sigmas rounded to float32
+    as diffusers stores them.
 
-    sigmas: the unshifted grid [S] where the pipeline hands one to its scheduler (`sigmas.linear_grid`); None is the scheduler's own.
-    mu: the dynamic shift, needed where the config says use_dynamic_shifting. Guidance is 1 and expert 0 on every row.
+    sigmas: the unshifted grid [S] where the pipeline hands one to its scheduler (`sigmas.linear_grid`); None
+    is the scheduler's own.
+    mu: the dynamic shift, needed where the config says use_dynamic_shifting. Guidance is 1 and expert 0 on
+    every row.
 
     Raises UserError for a class, field or value outside what is reproduced here.
     """
@@ -303,7 +322,8 @@ def from_scheduler_config(
         )
         return unipc(with_zero(grid).float(), (grid * TRAIN_STEPS).long())
     if sigmas is None:
-        # The scheduler's own grid ends at its lowest training sigma, which is already shifted, and is then shifted again.
+        # The scheduler's own grid ends at its lowest training sigma, which is already shifted, and is then
+        # shifted again.
         lowest = train_grid(1.0 if get("use_dynamic_shifting") else get("shift"))[-1].item()
         grid = _bend(scheduler_grid(steps, lowest), get, get("shift"), mu)
     else:
@@ -325,7 +345,9 @@ def _bend(grid: Tensor, get: Callable[[str], Any], shift: float, mu: float | Non
 
 
 def _check(config: Mapping[str, Any]) -> tuple[str, Callable[[str], Any]]:
-    """The scheduler's class name and a reader of its fields, once all of them are known to be reproduced here."""
+    """The scheduler's class name and a reader of its fields, once all of them are known to be reproduced
+    here.
+    """
     name = str(config.get("_class_name", ""))
     if name not in _FIELDS:
         raise UserError(

@@ -21,7 +21,9 @@ class Board:
 
     job: Job
     changed: threading.Condition
-    """Of the boards' one lock; each has its own, so that a step wakes those who wait for its pictures and nobody else."""
+    """Of the boards' one lock; each has its own, so that a step wakes those who wait for its pictures and
+    nobody else.
+    """
     done: int = 0
     total: int = 0
     previews: list[Any] = field(default_factory=list)

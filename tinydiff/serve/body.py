@@ -1,8 +1,8 @@
 """A request's body, JSON or a form, as one dict of names and values; parts that are files are bytes in it.
 
-What the official client sends as a form is undone: repeated names, `name[]` and `name[0]` become lists, `name[key]` becomes a dict, and a
-list of dicts, which it sends column by column, becomes that again. Every length is checked before anything walks over it, and every
-walk is linear.
+What the official client sends as a form is undone: repeated names, `name[]` and `name[0]` become lists,
+`name[key]` becomes a dict, and a list of dicts, which it sends column by column, becomes that again. Every
+length is checked before anything walks over it, and every walk is linear.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ MOST_PARTS = 512
 MOST_DEPTH = 32
 """Nested lists and dicts."""
 MOST_VALUES = 20_000
-"""Values of a JSON text. Its commas and brackets are counted for it, those inside strings too; a long prompt has fewer."""
+"""Values of a JSON text. Its commas and brackets are counted for it, those inside strings too; a long prompt
+has fewer.
+"""
 MOST_CONTENT_TYPE = 1024
 """Characters of the header Content-Type."""
 MOST_PART_HEADERS = 4096
@@ -38,7 +40,8 @@ _PLAIN_ENCODINGS = (b"binary", b"8bit", b"7bit")
 def read_body(req: falcon.Request, most: int) -> tuple[dict[str, Any], bool]:
     """(names and values, whether they came as a form, where every value is a string). most: bytes.
 
-    Raises Refusal for another kind of body (415) or one above `most` (413), and UserError for what cannot be read.
+    Raises Refusal for another kind of body (415) or one above `most` (413), and UserError for what cannot be
+    read.
     """
     given = req.content_type or ""
     if len(given) > MOST_CONTENT_TYPE:

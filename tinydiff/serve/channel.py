@@ -1,14 +1,16 @@
 """HTTP connections: what waitress does, and what it leaves to its users.
 
-One thread (waitress's loop) reads requests and sends answers; pools of threads make the answers. Three rules keep the server reachable:
+One thread (waitress's loop) reads requests and sends answers; pools of threads make the answers. Three rules
+keep the server reachable:
 
-- No thread waits for a client. What a client does not read yet lies in a buffer, a file is sent by the loop alone, and the loop gives each
+- No thread waits for a client. What a client does not read yet lies in a buffer, a file is sent by the loop
+alone, and the loop gives each
   connection its turn.
-- What never waits has threads of its own: the probes of a monitor, refusals, and requests that only look.
-- A connection that does nothing is closed in time, and where there are too many the oldest idle one makes way.
+- What never waits has threads of its own: the probes of a monitor, refusals, and requests that only look. - A
+connection that does nothing is closed in time, and where there are too many the oldest idle one makes way.
 
-A body is read only where the headers let the request through (`Limits.wants_body`). Else the request reaches the app without it, the app
-refuses it as it refuses any other, and the connection ends with the answer.
+A body is read only where the headers let the request through (`Limits.wants_body`). Else the request reaches
+the app without it, the app refuses it as it refuses any other, and the connection ends with the answer.
 """
 
 from __future__ import annotations
@@ -46,9 +48,13 @@ MOST_FRAMING = 2**16
 MOST_LINE = 1024
 """Bytes of a line that says how long a chunk is."""
 MOST_UNREAD = 2**26
-"""Bytes of an answer in parts, a stream of events, that wait for their client; then the thread that makes them waits too."""
+"""Bytes of an answer in parts, a stream of events, that wait for their client; then the thread that makes
+them waits too.
+"""
 MOST_THROWN_AWAY = 2**27
-"""Bytes of a refused body that are read and thrown away; a connection that ends earlier may take the answer with it."""
+"""Bytes of a refused body that are read and thrown away; a connection that ends earlier may take the answer
+with it.
+"""
 TURN = 2**20
 """Bytes that one connection is sent before others have their turn."""
 
@@ -73,7 +79,8 @@ class Limits:
     body: int
     """Bytes of a body."""
     connections: int
-    """Open at once. About half of them are answered at most, so that there is always an idle one to make way."""
+    """Open at once. About half of them are answered at most, so that there is always an idle one to make way.
+    """
     wants_body: Callable[[str, Callable[[str], str | None], int | None], bool]
     """(method, header by name, announced length) -> whether the body of such a request is to be read."""
     readers: int = 16
@@ -92,7 +99,9 @@ class Parser(HTTPRequestParser):
         """Whether there was one, and the app does not want it."""
 
     def received(self, data: bytes) -> int:
-        """How many of the bytes belong to this request: all that will ever come, where it is the last of its connection."""
+        """How many of the bytes belong to this request: all that will ever come, where it is the last of its
+        connection.
+        """
         headers_known = self.headers_finished
         try:
             count = super().received(data)
@@ -143,7 +152,9 @@ class Parser(HTTPRequestParser):
             headers["CONNECTION"] = "close"
 
     def _check_chunks(self) -> None:
-        """Refuse chunks that cost more than they carry, and lines without an end, which are read anew with every byte."""
+        """Refuse chunks that cost more than they carry, and lines without an end, which are read anew with
+        every byte.
+        """
         found: Any = self.body_rcv
         framing = self.body_bytes_received - len(found)
         if (
@@ -196,7 +207,9 @@ class Channel(HTTPChannel):
 
     @property
     def close_when_flushed(self) -> bool:
-        """Whether to close once all is sent. Who still sends a refused body would lose the answer with that, so `deaf` connections part."""
+        """Whether to close once all is sent. Who still sends a refused body would lose the answer with that,
+        so `deaf` connections part.
+        """
         return self._close_when_flushed
 
     @close_when_flushed.setter
@@ -256,7 +269,9 @@ class Channel(HTTPChannel):
         return now - self.last_activity > KEPT_S if self.answered else now - self.creation_time > HEADERS_S
 
     def rank(self) -> tuple[bool, bool, float]:
-        """The least is the first to make way: one that is owed nothing and sends nothing, for the longest time."""
+        """The least is the first to make way: one that is owed nothing and sends nothing, for the longest
+        time.
+        """
         request = cast(Any, self.request)
         since = (
             request.begun
@@ -305,7 +320,9 @@ class Server(TcpWSGIServer):
         )
 
     def add_task(self, task: Any) -> None:
-        """Have a connection's next request answered; at once with 503 where an eighth of all connections wait for the same threads."""
+        """Have a connection's next request answered; at once with 503 where an eighth of all connections wait
+        for the same threads.
+        """
         request = task.requests[0]
         pool = self._pool(request)
         if pool is not self.probing and len(pool.queue) >= self.limits.connections // 8:
@@ -324,7 +341,9 @@ class Server(TcpWSGIServer):
         return self.probing if request.without_body else self.waiting  # without its body the app refuses it
 
     def run(self) -> None:
-        """The loop. Connections are closed between two polls alone: within one, a closed number may already be a new connection's."""
+        """The loop. Connections are closed between two polls alone: within one, a closed number may already
+        be a new connection's.
+        """
         checked = 0.0
         while self._map:
             poll2(self.adj.asyncore_loop_timeout, self._map)

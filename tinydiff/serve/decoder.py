@@ -1,4 +1,6 @@
-"""Where given images are decoded: in processes of their own, few at a time, each with an end. See `unpack`. No torch here."""
+"""Where given images are decoded: in processes of their own, few at a time, each with an end. See `unpack`.
+No torch here.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class Decoder:
     def pixels(
         self, data: bytes, field: str, most_pixels: float, opacity: bool = False, mask: bool = False
     ) -> np.ndarray:
-        """As `unpack.pixels`, elsewhere. Raises UserError also for an image that takes too much time or memory."""
+        """As `unpack.pixels`, elsewhere. Raises UserError also for an image that takes too much time or
+        memory.
+        """
         import numpy as np
 
         ask = {"field": field, "most_pixels": most_pixels, "opacity": opacity, "mask": mask}
@@ -108,7 +112,9 @@ _slots = threading.BoundedSemaphore(AT_ONCE)
 
 @contextmanager
 def slot() -> Iterator[None]:
-    """While a request's images are decoded and brought to size. What that took is given back to the system at the end."""
+    """While a request's images are decoded and brought to size. What that took is given back to the system at
+    the end.
+    """
     with _slots:
         try:
             yield

@@ -54,7 +54,9 @@ class FileContent:
 
 
 def send_output(service: Service, req: falcon.Request, resp: falcon.Response, output: Output) -> None:
-    """Answer with a job's output, or with where it lies in object storage. Raises Refusal where it is no longer kept."""
+    """Answer with a job's output, or with where it lies in object storage. Raises Refusal where it is no
+    longer kept.
+    """
     _send(service, req, resp, output.file, output.url)
 
 
@@ -79,8 +81,8 @@ def expired() -> Refusal:
 def send_file(req: falcon.Request, resp: falcon.Response, path: Path, media_type: str) -> None:
     """Answer with the file at `path`, or what of it the request's conditions and range ask for (RFC 9110).
 
-    One range of bytes is answered with it; several, and what is no range, with the whole file. Raises FileNotFoundError, and
-    falcon.HTTPRangeNotSatisfiable for a range behind the end.
+    One range of bytes is answered with it; several, and what is no range, with the whole file. Raises
+    FileNotFoundError, and falcon.HTTPRangeNotSatisfiable for a range behind the end.
     """
     file = path.open("rb")
     about = os.fstat(file.fileno())
@@ -128,7 +130,9 @@ def _known(req: falcon.Request, tag: str, changed: datetime) -> bool:
 
 
 def _range(text: str, size: int) -> tuple[int, int] | None:
-    """The bytes [start, stop) that a Range header asks for, nothing of them where it asks for what is behind the end; None for no range."""
+    """The bytes [start, stop) that a Range header asks for, nothing of them where it asks for what is behind
+    the end; None for no range.
+    """
     match = RANGE.fullmatch(text.strip())
     if match is None or match.groups() == ("", ""):
         return None
@@ -141,7 +145,9 @@ def _range(text: str, size: int) -> tuple[int, int] | None:
 
 
 class Part:
-    """A file that ends at `stop`. It can be sought in, so the server's loop sends it as the client reads, and no thread waits for that."""
+    """A file that ends at `stop`. It can be sought in, so the server's loop sends it as the client reads, and
+    no thread waits for that.
+    """
 
     def __init__(self, file: BinaryIO, stop: int) -> None:
         self.file, self.stop = file, stop

@@ -1,7 +1,8 @@
-"""What a client is told where something is wrong: always {"error": {"message", "type", "param", "code"}}, as OpenAI's servers say it.
+"""What a client is told where something is wrong: always {"error": {"message", "type", "param", "code"}}, as
+OpenAI's servers say it.
 
-The official client repeats a request twice after 408, 409, 429 and any status from 500 on, unless the header `x-should-retry` says no. So
-what would fail again the same way says no, and a full queue says when.
+The official client repeats a request twice after 408, 409, 429 and any status from 500 on, unless the header
+`x-should-retry` says no. So what would fail again the same way says no, and a full queue says when.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ FAILURES = {
     "invalid_value": 400,
     "storage_failed": 507,
 }
-"""Why a job failed -> status of the answer to whom waited for it, else 500. All but a restart would fail again."""
+"""Why a job failed -> status of the answer to whom waited for it, else 500. All but a restart would fail
+again.
+"""
 
 
 class Refusal(Exception):

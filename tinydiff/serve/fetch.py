@@ -16,7 +16,9 @@ from tinydiff import paths
 from tinydiff.records import UserError
 
 PORTS = (80, 443)
-"""What an address may name. Other services of a public address may be open to its neighbours alone, of whom this server may be one."""
+"""What an address may name. Other services of a public address may be open to its neighbours alone, of whom
+this server may be one.
+"""
 MOST_REDIRECTS = 3
 FETCH_S = 20.0
 """Seconds that all of a fetch may take, with the names looked up and every redirect."""
@@ -26,14 +28,18 @@ HIDDEN = tuple(
     ipaddress.ip_network(text)
     for text in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")
 )
-"""Networks that Python calls public in some versions, and are for protocols, examples or ways into IPv4 (Teredo, 6to4)."""
+"""Networks that Python calls public in some versions, and are for protocols, examples or ways into IPv4
+(Teredo, 6to4).
+"""
 IPV6_PUBLIC = ipaddress.ip_network("2000::/3")
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 Resolve = Callable[[str, int, float], list[str]]
 """(host, port, seconds) -> numeric addresses. Raises OSError."""
 Connect = Callable[[str, int, "str | None", float], socket.socket]
-"""(numeric address, port, name of the certificate or None for no TLS, seconds) -> a connection. Raises OSError."""
+"""(numeric address, port, name of the certificate or None for no TLS, seconds) -> a connection. Raises
+OSError.
+"""
 
 
 def resolve(host: str, port: int, seconds: float) -> list[str]:
@@ -71,9 +77,10 @@ def connect(
 
 
 def is_public(address: str) -> bool:
-    """Whether a numeric address is on the public internet: not private, loopback, link-local, multicast, reserved or unspecified, and
-    none of those in IPv6's clothes. An IPv4 address that a network has mapped into IPv6 (::ffff:0:0/96, NAT64's 64:ff9b::/96) counts as
-    what it is; other ways from IPv6 into IPv4 are closed."""
+    """Whether a numeric address is on the public internet: not private, loopback, link-local, multicast,
+    reserved or unspecified, and none of those in IPv6's clothes. An IPv4 address that a network has mapped
+    into IPv6 (::ffff:0:0/96, NAT64's 64:ff9b::/96) counts as what it is; other ways from IPv6 into IPv4 are
+    closed."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -99,8 +106,9 @@ def fetch(
 ) -> bytes:
     """The bytes at a public http(s) address, at most so many, in so many seconds altogether.
 
-    Each name, that of a redirect too, is looked up once, all its addresses must be public (`is_public`), and the connection goes to one
-    of those addresses, so that a name which leads elsewhere a moment later leads nobody there. Proxies of the environment are not asked.
+    Each name, that of a redirect too, is looked up once, all its addresses must be public (`is_public`), and
+    the connection goes to one of those addresses, so that a name which leads elsewhere a moment later leads
+    nobody there. Proxies of the environment are not asked.
     Raises UserError naming `field`.
     """
     end = time.monotonic() + seconds
@@ -166,8 +174,8 @@ def _shown(parts: SplitResult) -> str:
 
 
 def _addresses(parts: SplitResult, port: int, field: str, end: float, resolve: Resolve) -> list[str]:
-    """The numeric addresses of a host, all public. A name that is not found gets the answer of a private one: which of them there are is
-    not for everybody."""
+    """The numeric addresses of a host, all public. A name that is not found gets the answer of a private one:
+    which of them there are is not for everybody."""
     try:
         found = resolve(parts.hostname or "", port, end - time.monotonic())
     except OSError:
@@ -193,7 +201,9 @@ def _first(addresses: list[str], port: int, name: str | None, end: float, connec
 def _answer(
     sock: socket.socket, parts: SplitResult, field: str, most: int, end: float
 ) -> tuple[bytes, str | None]:
-    """(the bytes, None), or (b"", where a redirect leads), of one request. Raises OSError and HTTPException, TimeoutError after `end`."""
+    """(the bytes, None), or (b"", where a redirect leads), of one request. Raises OSError and HTTPException,
+    TimeoutError after `end`.
+    """
     connection = http.client.HTTPConnection(parts.netloc)
     connection.sock = sock
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -225,7 +235,9 @@ def _answer(
 
 @contextmanager
 def _ended_at(sock: socket.socket, end: float) -> Iterator[None]:
-    """Shut a connection down when its time is over, whatever it is in: the time-outs of a socket begin anew with every byte that drips."""
+    """Shut a connection down when its time is over, whatever it is in: the time-outs of a socket begin anew
+    with every byte that drips.
+    """
 
     def shut() -> None:
         with suppress(OSError):

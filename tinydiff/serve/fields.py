@@ -1,7 +1,9 @@
-"""The fields of a request, OpenAI's and tinydiff's own, as what to make, what the answer repeats, and the pictures given.
+"""The fields of a request, OpenAI's and tinydiff's own, as what to make, what the answer repeats, and the
+pictures given.
 
-Every field has an effect or is an error. What OpenAI has and a diffusion model has no use for is accepted at the values that ask for
-nothing. Every sampling option of `tinydiff generate` is a field under its name there, at top level or inside `extra_body`.
+Every field has an effect or is an error. What OpenAI has and a diffusion model has no use for is accepted at
+the values that ask for nothing. Every sampling option of `tinydiff generate` is a field under its name there,
+at top level or inside `extra_body`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ MOST_LISTED = 10_000
 """Values of a list."""
 
 STEPS_OF_QUALITY = {"low": 0.5, "medium": 0.75, "high": 1.0, "hd": 1.0, "xhigh": 1.5, "max": 2.0}
-"""What `quality` means here: so many times the model's own number of steps. "auto" and "standard" leave it."""
+"""What `quality` means here: so many times the model's own number of steps. "auto" and "standard" leave it.
+"""
 
 
 class FileId(NamedTuple):
@@ -46,8 +49,8 @@ class Asked(NamedTuple):
     fields: dict[str, Any]
     """Sampling options and those of encoding, by the names of `tinydiff generate`."""
     answer: dict[str, Any]
-    """What else was said: `model`, `size`, `quality`, `seconds`, `output_format`, `response_format`, `stream`, `user`, ...; and `spelled`,
-    the client's names of fields where they differ."""
+    """What else was said: `model`, `size`, `quality`, `seconds`, `output_format`, `response_format`,
+    `stream`, `user`, ...; and `spelled`, the client's names of fields where they differ."""
     given: dict[str, tuple[str | bytes | FileId, ...]]
     """"image_path" or "mask_path" -> pictures: bytes, a data URI or an address, or a file of the server's."""
 
@@ -170,7 +173,9 @@ IDLE: dict[str, tuple[tuple[Any, ...], str]] = {
     "loras": (([], "", "[]"), "LoRA does not exist yet"),
     "enhance_prompt": ((False, "false"), "rewriting prompts does not exist yet"),
 }
-"""What OpenAI or SGLang have and nothing here does: the values that ask for nothing, and why there are no others."""
+"""What OpenAI or SGLang have and nothing here does: the values that ask for nothing, and why there are no
+others.
+"""
 
 ENCODING = ("output_quality", "output_compression", "x264_preset")
 SAMPLING = tuple(
@@ -181,14 +186,17 @@ _LIMITS = {entry.name: entry.metadata for entry in (*fields_of(SamplingOptions),
 _ELSEWHERE = {*config.NAMES, *flags.SERVER, *flags.MAPS, "prompt_path", "output_file_path", "no_save_output"}
 """Names of `generate` and `serve` that a request cannot settle, but for the above."""
 _NUMBERS = re.compile("-?[.0-9][-+.0-9eE]*(?:[, ]+-?[.0-9][-+.0-9eE]*)*")
-"""What numbers in a form begin with and hold. `values` reads more, as words of a command line: blanks, a plus, infinity."""
+"""What numbers in a form begin with and hold. `values` reads more, as words of a command line: blanks, a
+plus, infinity.
+"""
 _EXTRA = ("extra_body", "extra_params", "extra_json")
 
 
 def read_fields(body: Mapping[str, Any], kind: Kind, form: bool = False) -> Asked:
     """The fields of a body. form: whether it was a form, whose numbers are texts. null means "not given".
 
-    Without a seed there is a random one. Raises UserError and, for a name that is unknown or missing, Refusal.
+    Without a seed there is a random one. Raises UserError and, for a name that is unknown or missing,
+    Refusal.
     """
     fields: dict[str, Any] = {}
     answer: dict[str, Any] = {}
@@ -265,7 +273,9 @@ def _entries(body: Mapping[str, Any], form: bool) -> Iterator[tuple[str, Any, bo
 
 
 def _option(name: str, meant: str, value: Any, words: bool) -> Any:
-    """A sampling or encoding option. In JSON a number must be a number and a string a string; of strings there is one."""
+    """A sampling or encoding option. In JSON a number must be a number and a string a string; of strings
+    there is one.
+    """
     if isinstance(value, str) and len(value) > MOST_PROMPT:
         raise UserError(name, f"{name}: has {len(value):,} characters; {MOST_PROMPT:,} are the most")
     if meant in ("prompt", "negative_prompt"):
@@ -291,7 +301,9 @@ def _option(name: str, meant: str, value: Any, words: bool) -> Any:
 
 
 def _sources(name: str, value: Any) -> Iterator[str | bytes | FileId]:
-    """Pictures as a field gives them: one or several of bytes, a text, {"image_url": ...} and {"file_id": ...}."""
+    """Pictures as a field gives them: one or several of bytes, a text, {"image_url": ...} and {"file_id":
+    ...}.
+    """
     items = value if isinstance(value, list) else [value]
     if len(items) > (1 if name.startswith("mask") else MOST_PICTURES):
         most = "one mask" if name.startswith("mask") else f"{MOST_PICTURES} pictures at most"

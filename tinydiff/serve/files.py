@@ -1,8 +1,10 @@
-"""The server's own files: what jobs made and the images they were given, in one directory that several servers may share.
+"""The server's own files: what jobs made and the images they were given, in one directory that several
+servers may share.
 
-A file's id is its name: 32 random hexadecimal digits, 16 that say whose it is, and an extension that says the media type. So an id cannot
-be guessed, cannot lead out of the directory, opens nothing to another key, and there is no list of files to keep in step. Each file
-appears whole or not at all, also where the server is killed or the disk is full. No torch here.
+A file's id is its name: 32 random hexadecimal digits, 16 that say whose it is, and an extension that says the
+media type. So an id cannot be guessed, cannot lead out of the directory, opens nothing to another key, and
+there is no list of files to keep in step. Each file appears whole or not at all, also where the server is
+killed or the disk is full. No torch here.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ _HALF_WRITTEN = re.compile(r"\.[0-9a-f]{16}\.tmp")
 
 
 def secret(state_dir: Path) -> bytes:
-    """What the servers of a folder sign addresses with: made by the first of them, and only its user can read it. Raises UserError."""
+    """What the servers of a folder sign addresses with: made by the first of them, and only its user can read
+    it. Raises UserError.
+    """
     path = state_dir / "secret"
     with _plain_errors():
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -65,8 +69,9 @@ def secret(state_dir: Path) -> bytes:
 
 
 def claim(folder: Path, secret: bytes) -> Path:
-    """The folder, made where there is none, as one for the files of the servers that have this secret: others would remove what no job of
-    theirs names. Raises UserError for one that cannot be written to, or is another's."""
+    """The folder, made where there is none, as one for the files of the servers that have this secret: others
+    would remove what no job of theirs names. Raises UserError for one that cannot be written to, or is
+    another's."""
     field, mark = "output_path", hashlib.sha256(secret).hexdigest()
     note = folder / ".tinydiff-server"
     try:
@@ -101,8 +106,9 @@ class Files:
         """Keep bytes, or a finished file, which is moved here; returns the id.
 
         owner: fingerprint of the key that it belongs to, "" on a server without keys.
-        name_hint: a name whose ending is taken where the media type has it (.jpeg rather than .jpg). Raises UserError where the disk is
-        full or refuses, and then nothing is left behind; ValueError for a media type that is none of `MEDIA_TYPES`.
+        name_hint: a name whose ending is taken where the media type has it (.jpeg rather than .jpg). Raises
+        UserError where the disk is full or refuses, and then nothing is left behind; ValueError for a media
+        type that is none of `MEDIA_TYPES`.
         """
         endings = [ending for ending, known in MEDIA_TYPES.items() if known == media_type]
         if not endings:
@@ -126,8 +132,9 @@ class Files:
         return path if path is not None and path.is_file() else None
 
     def belongs(self, id: str, owner: str) -> bool:
-        """Whether `id` was made for this owner, whether or not the file still lies here. The id says so itself, so every server of the
-        directory knows. A file of an earlier version belongs to a server without keys."""
+        """Whether `id` was made for this owner, whether or not the file still lies here. The id says so
+        itself, so every server of the directory knows. A file of an earlier version belongs to a server
+        without keys."""
         found = _ID.fullmatch(id)
         if found is None:
             return False
@@ -142,13 +149,17 @@ class Files:
         return MEDIA_TYPES[found[3]]
 
     def delete(self, id: str) -> bool:
-        """Remove a file, and the note of one that moved; whether there was any. Whoever is reading it reads on to its end."""
+        """Remove a file, and the note of one that moved; whether there was any. Whoever is reading it reads
+        on to its end.
+        """
         if not _ID.fullmatch(id):
             return False
         return any([_removed(self.folder / id), _removed(self._note(id))])
 
     def moved(self, id: str, url: str) -> None:
-        """The file lies at `url` now: remove it here, and note where it is for those who hold its old address."""
+        """The file lies at `url` now: remove it here, and note where it is for those who hold its old
+        address.
+        """
         if not _ID.fullmatch(id):
             raise KeyError(id)
         with _plain_errors():
@@ -162,12 +173,16 @@ class Files:
         return None
 
     def url(self, id: str, base: str, seconds: float | None = None) -> str:
-        """An address at the server `base` (http://host:port) that lets anyone read the file for so many seconds, `lifetime` by default."""
+        """An address at the server `base` (http://host:port) that lets anyone read the file for so many
+        seconds, `lifetime` by default.
+        """
         expires = str(int(time.time() + (self.lifetime if seconds is None else seconds)))
         return f"{base.rstrip('/')}/v1/files/{id}/content?expires={expires}&signature={self._signature(id, expires)}"
 
     def verify(self, id: str, expires: str, signature: str) -> bool:
-        """Whether these are parts of an address that `url` made, and it is still good. Takes the same time whatever is wrong."""
+        """Whether these are parts of an address that `url` made, and it is still good. Takes the same time
+        whatever is wrong.
+        """
         return (
             hmac.compare_digest(self._signature(id, expires).encode(), signature.encode(errors="replace"))
             and int(expires) > time.time()
@@ -176,10 +191,11 @@ class Files:
     def sweep(self, store: Store, now: float) -> list[str]:
         """Remove what is too old or too much; returns the ids of the jobs that lost files.
 
-        When a job's `expires_at` has come it goes with its files. While all files together are more than `limit_bytes`, the job that
-        was done first loses its files and stays, without those outputs. Last go files that no job names, once older than
-        `lifetime`, and half-written ones.
-        Files go before rows, so what a killed sweep left is found by the next one, and two at once do no harm.
+        When a job's `expires_at` has come it goes with its files. While all files together are more than
+        `limit_bytes`, the job that was done first loses its files and stays, without those outputs. Last go
+        files that no job names, once older than `lifetime`, and half-written ones.
+        Files go before rows, so what a killed sweep left is found by the next one, and two at once do no
+        harm.
         """
         lost = []
         for job in store.expired(now):
@@ -203,7 +219,8 @@ class Files:
             path for path, age in ages.items() if age > GRACE_S and _HALF_WRITTEN.fullmatch(path.name)
         ):
             _removed(path)
-        # Whose a file is tell only all the jobs together: they are asked when a file is older than those of most jobs become.
+        # Whose a file is tell only all the jobs together: they are asked when a file is older than those of
+        # most jobs become.
         old = {
             path.name.removesuffix(NOTE) for path, age in ages.items() if age > max(self.lifetime, GRACE_S)
         }
@@ -215,7 +232,9 @@ class Files:
             self.delete(id)
 
     def _entries(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """All of the server's own that lies in the folder, which a user may have chosen; other servers may remove some meanwhile."""
+        """All of the server's own that lies in the folder, which a user may have chosen; other servers may
+        remove some meanwhile.
+        """
         with suppress(FileNotFoundError), os.scandir(self.folder) as entries:
             for entry in entries:
                 if _ID.fullmatch(entry.name.removesuffix(NOTE)) or _HALF_WRITTEN.fullmatch(entry.name):

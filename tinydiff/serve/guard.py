@@ -1,7 +1,9 @@
-"""What stands before every resource: the request's id, keys, other pages' scripts, the size of bodies; and one line in the log for each.
+"""What stands before every resource: the request's id, keys, other pages' scripts, the size of bodies; and
+one line in the log for each.
 
-A resource with `public = True` answers without a key, one with `admin = True` needs the admin key. Resources find on `req.context`:
-`request_id`, `owner` (the fingerprint of the key, "" without keys), `admin`, and may leave `job_id` there for the log.
+A resource with `public = True` answers without a key, one with `admin = True` needs the admin key. Resources
+find on `req.context`: `request_id`, `owner` (the fingerprint of the key, "" without keys), `admin`, and may
+leave `job_id` there for the log.
 """
 
 from __future__ import annotations
@@ -140,7 +142,9 @@ class Guard:
             log.info("%s %s %d %.4f s%s", req.method, route, status, seconds, more)
 
     def wants_body(self, method: str, get: Callable[[str], str | None], length: int | None) -> bool:
-        """Whether a request with these headers is one whose body is read. get: a header by its name. length: as announced, in bytes."""
+        """Whether a request with these headers is one whose body is read. get: a header by its name. length:
+        as announced, in bytes.
+        """
         if method in SAFE_METHODS:  # such a body means nothing
             return False
         try:
@@ -159,9 +163,10 @@ class Guard:
             raise too_large(self.most)
 
     def _check_page(self, method: str, host: str | None, origin: str | None) -> None:
-        """A server without keys trusts whoever reaches it, and on loopback every page in a browser of this machine does. A name that merely
-        leads here, as in DNS rebinding, is not this server's own, whatever else is sent: a page of that name reads without an Origin. Its
-        own page may do everything; another's script may where its origin is allowed. Whoever names no host is no browser."""
+        """A server without keys trusts whoever reaches it, and on loopback every page in a browser of this
+        machine does. A name that merely leads here, as in DNS rebinding, is not this server's own, whatever
+        else is sent: a page of that name reads without an Origin. Its own page may do everything; another's
+        script may where its origin is allowed. Whoever names no host is no browser."""
         if self.keys or (origin is not None and (origin in self.origins or "*" in self.origins)):
             return
         if (

@@ -1,4 +1,6 @@
-"""Requests on their way from the HTTP thread that checked them to the device, so that nothing is decoded and resized twice."""
+"""Requests on their way from the HTTP thread that checked them to the device, so that nothing is decoded and
+resized twice.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Pictures, as OpenAI's Images API has them: made from text, or from given ones, at once or as a stream of events; and their jobs.
+"""Pictures, as OpenAI's Images API has them: made from text, or from given ones, at once or as a stream of
+events; and their jobs.
 
-Every request is a job. Its client waits for it here, so the job is this server's alone, and is cancelled when the client goes.
+Every request is a job. Its client waits for it here, so the job is this server's alone, and is cancelled when
+the client goes.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ USAGE = {
     "total_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
 }
-"""OpenAI's count of tokens, which the client needs to be there. Nothing is billed by them here: `timings` says what a request took."""
+"""OpenAI's count of tokens, which the client needs to be there. Nothing is billed by them here: `timings`
+says what a request took.
+"""
 
 Req = falcon.Request
 Resp = falcon.Response
@@ -222,7 +226,9 @@ def said(job: Job) -> dict[str, str]:
 
 
 def finished(service: Service, job: Job, base: str) -> dict[str, Any]:
-    """The answer to whom waited: OpenAI's ImagesResponse, and beside it what `summary` says. Raises Refusal for a job that failed."""
+    """The answer to whom waited: OpenAI's ImagesResponse, and beside it what `summary` says. Raises Refusal
+    for a job that failed.
+    """
     if job.error is not None:
         raise of_failure(job.error)
     as_url = job.answer.get("response_format") == "url"
@@ -255,7 +261,9 @@ def _make(service: Service, repeats: Repeats, req: Req, resp: Resp, job: Job, ev
 
 
 def _wait(service: Service, repeats: Repeats, req: Req, job: Job) -> Job:
-    """The job when it is done. A client that has gone takes the job with it, unless its patience ended: then it asks again."""
+    """The job when it is done. A client that has gone takes the job with it, unless its patience ended: then
+    it asks again.
+    """
     patience, begun, gone_at = _patience(req), time.monotonic(), None
     with repeats.waiting(job):
         for news in _news(service, job):
@@ -271,7 +279,8 @@ def _wait(service: Service, repeats: Repeats, req: Req, job: Job) -> Job:
 
 
 def _events(service: Service, repeats: Repeats, req: Req, job: Job, event: str) -> Iterator[bytes]:
-    """The stream of a job: partial images, progress where it was asked for, then one completed event for each picture; or an error.
+    """The stream of a job: partial images, progress where it was asked for, then one completed event for each
+    picture; or an error.
 
     Comments keep the line open: they are no events, and clients pass over them.
     """
@@ -348,7 +357,9 @@ def _gone(req: Req) -> bool:
 
 
 def _patience(req: Req) -> float:
-    """Seconds that the official clients, Python's or JavaScript's, wait for an answer before they ask again; they say so."""
+    """Seconds that the official clients, Python's or JavaScript's, wait for an answer before they ask again;
+    they say so.
+    """
     with suppress(ValueError):
         return float(
             req.get_header("x-stainless-read-timeout") or req.get_header("x-stainless-timeout") or "inf"

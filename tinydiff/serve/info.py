@@ -1,4 +1,6 @@
-"""What the server says of itself, its model, health and figures, and what an administrator may tell it; in OpenAI's and SGLang's words."""
+"""What the server says of itself, its model, health and figures, and what an administrator may tell it; in
+OpenAI's and SGLang's words.
+"""
 
 from __future__ import annotations
 
@@ -219,7 +221,9 @@ class ServerInfo:
 
 
 class Asked:
-    """A question that may take long, as the store's answers may: put by one thread of its own, once at a time for all who ask."""
+    """A question that may take long, as the store's answers may: put by one thread of its own, once at a time
+    for all who ask.
+    """
 
     def __init__(self, question: Callable[[], Any]) -> None:
         self.question, self.pool, self.lock = question, ThreadPoolExecutor(1, "probe"), threading.Lock()
@@ -254,7 +258,9 @@ class Liveness:
 
 
 class Health:
-    """Whether requests can be answered, now or after the warm-up; 503 once the scheduler has failed, when only a restart helps."""
+    """Whether requests can be answered, now or after the warm-up; 503 once the scheduler has failed, when
+    only a restart helps.
+    """
 
     public = True
 
@@ -273,7 +279,9 @@ class Health:
 
 
 class Ready:
-    """Whether a request that comes now is begun at once; until then, how far the server is, and whether its jobs can be kept."""
+    """Whether a request that comes now is begun at once; until then, how far the server is, and whether its
+    jobs can be kept.
+    """
 
     public = True
 

@@ -1,6 +1,7 @@
 """Images that requests give: as bytes, as data URIs, or as URLs on the public internet. No torch here.
 
-Nothing about them is trusted: not where a name leads, nor what a header, a media type or an extension says of the bytes.
+Nothing about them is trusted: not where a name leads, nor what a header, a media type or an extension says of
+the bytes.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def received(
 ) -> bytes:
     """The bytes of a given image: a file's own, a data URI's, or those that `get` has from an address.
 
-    They begin as one of the formats that are read does, whatever name or type they came with, and are at most `limits.max_body` MB.
-    Nothing is unpacked yet. Raises UserError naming `field`.
+    They begin as one of the formats that are read does, whatever name or type they came with, and are at most
+    `limits.max_body` MB. Nothing is unpacked yet. Raises UserError naming `field`.
     """
     most = int(limits.max_body * 1e6)
     data = source if isinstance(source, bytes) else _read(source, field, allow_urls, most, get)

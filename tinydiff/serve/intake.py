@@ -1,4 +1,6 @@
-"""From a request's body to a job: its fields read, its pictures fetched and kept, all of it checked before it is queued."""
+"""From a request's body to a job: its fields read, its pictures fetched and kept, all of it checked before it
+is queued.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,11 @@ LOSSLESS = ("default", "maximum", None, 100)
 
 
 def read_job(service: Service, req: falcon.Request, kind: Kind) -> Job:
-    """The job that a request asks for, checked, its given pictures among the server's files. It is not queued yet.
+    """The job that a request asks for, checked, its given pictures among the server's files. It is not queued
+    yet.
 
-    Its `answer` has the effective `size`, of a clip also `seconds`, and `fingerprint`, the same for bodies that say the same. Raises
-    UserError and Refusal; then nothing is left behind.
+    Its `answer` has the effective `size`, of a clip also `seconds`, and `fingerprint`, the same for bodies
+    that say the same. Raises UserError and Refusal; then nothing is left behind.
     """
     body, form = read_body(req, int(service.options.max_body * 1e6))
     asked = read_fields(body, kind, form)
@@ -81,8 +84,8 @@ def check_model(service: Service, name: str) -> None:
 
 
 def checked(service: Service, job: Job) -> Job:
-    """The job with what its answer says of its request: the effective size, and of a video its seconds. The request goes to the device with
-    its images as they are now. Raises UserError."""
+    """The job with what its answer says of its request: the effective size, and of a video its seconds. The
+    request goes to the device with its images as they are now. Raises UserError."""
     request = admitted(service, job)
     service.handover.put(job.id, request)
     more: dict[str, Any] = {"size": f"{request.width}x{request.height}"}
@@ -99,8 +102,8 @@ def discard(service: Service, job: Job) -> None:
 
 
 def admitted(service: Service, job: Job) -> Request:
-    """The job's request, every field checked against the model and the server's limits. Raises UserError naming the field as the client
-    spelled it."""
+    """The job's request, every field checked against the model and the server's limits. Raises UserError
+    naming the field as the client spelled it."""
     from tinydiff.runtime.admit import admit  # reads models, so it loads torch
 
     with _as_spelled(job), decoder.slot() if job.inputs else nullcontext():
@@ -197,8 +200,9 @@ def _paths(service: Service, job: Job) -> dict[str, Any]:
 
 
 def _keep(service: Service, owner: str, source: str | bytes | FileId, field: str) -> str:
-    """Put a given image among the server's files, as this owner's. Returns its id. One of the owner's own files is copied, so that each job
-    has its own; another owner's file is answered like one that does not exist."""
+    """Put a given image among the server's files, as this owner's. Returns its id. One of the owner's own
+    files is copied, so that each job has its own; another owner's file is answered like one that does not
+    exist."""
     limits = service.options
     if isinstance(source, FileId):
         path = service.files.path(source.id) if service.files.belongs(source.id, owner) else None
@@ -211,7 +215,9 @@ def _keep(service: Service, owner: str, source: str | bytes | FileId, field: str
 
 @contextmanager
 def _as_spelled(job: Job) -> Iterator[None]:
-    """Name the fields in mistakes as the client did: `size` where height and width came of it, `image` for image_path."""
+    """Name the fields in mistakes as the client did: `size` where height and width came of it, `image` for
+    image_path.
+    """
     first = "image" if job.kind == "image" else "input_reference"
     spelled = {"image_path": first, "mask_path": "mask", **job.answer.get("spelled", {})}
     try:

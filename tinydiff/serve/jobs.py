@@ -15,8 +15,8 @@ PREFIXES: dict[Kind, str] = {"image": "img_", "video": "video_"}
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a job failed. code: "cancelled", "insufficient_memory", "server_restarted", "storage_failed", "server_error" or an option's
-    mistake, "invalid_value"."""
+    """Why a job failed. code: "cancelled", "insufficient_memory", "server_restarted", "storage_failed",
+    "server_error" or an option's mistake, "invalid_value"."""
 
     code: str
     message: str
@@ -55,7 +55,9 @@ class Job:
     inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Given pictures: "image_path" or "mask_path" -> ids of the server's files."""
     answer: Mapping[str, Any] = field(default_factory=dict)
-    """What only the answer repeats or needs: `model`, `size`, `seconds`, `output_format`, `response_format`, `user`, ..."""
+    """What only the answer repeats or needs: `model`, `size`, `seconds`, `output_format`, `response_format`,
+    `user`, ...
+    """
     status: Status = "queued"
     priority: int = 0
     """Higher goes first; among equals keys take turns."""
@@ -78,7 +80,9 @@ class Job:
     """Until when that server has it to itself, unless it says so again."""
     attempts: int = 0
     idempotency: str = ""
-    """What makes a repeated request the same one: unique among an owner's jobs that are not done; "" for none."""
+    """What makes a repeated request the same one: unique among an owner's jobs that are not done; "" for
+    none.
+    """
 
 
 def new_id(kind: Kind) -> str:

@@ -1,4 +1,6 @@
-"""What a server does for its jobs beside making them: leases, cancelled ones, files that are too old. In a thread of its own."""
+"""What a server does for its jobs beside making them: leases, cancelled ones, files that are too old. In a
+thread of its own.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,9 @@ def keep(
     cancelled: Callable[[set[str]], None],
     end: threading.Event,
 ) -> None:
-    """Until `end`: renew the leases of `server`, take back jobs whose lease ran out, hand on the ids of those that others were asked to
-    cancel, remove old files. Errors are logged and it goes on: a database may be away for a while."""
+    """Until `end`: renew the leases of `server`, take back jobs whose lease ran out, hand on the ids of those
+    that others were asked to cancel, remove old files. Errors are logged and it goes on: a database may be
+    away for a while."""
     swept = 0.0
     while not end.is_set():
         now = time.time()
@@ -62,7 +65,9 @@ def keep(
 def patiently(
     call: Callable[[], Made], end: threading.Event, away: Callable[[], None] = lambda: None
 ) -> Made | None:
-    """What `call` returns, once the database that it speaks to is there; None where `end` came first. away: called where it is not."""
+    """What `call` returns, once the database that it speaks to is there; None where `end` came first. away:
+    called where it is not.
+    """
     while True:
         try:
             return call()

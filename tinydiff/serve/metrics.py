@@ -1,4 +1,6 @@
-"""What a running server counts, for Prometheus. Every name begins with `tinydiff_`; labels hold few different values."""
+"""What a running server counts, for Prometheus. Every name begins with `tinydiff_`; labels hold few different
+values.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """The figures of one server, in a registry of its own. One method for each event; all may be called from any thread."""
+    """The figures of one server, in a registry of its own. One method for each event; all may be called from
+    any thread.
+    """
 
     def __init__(self) -> None:
         own = self._registry = CollectorRegistry()

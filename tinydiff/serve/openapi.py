@@ -87,7 +87,9 @@ def routes(service: Service) -> list[tuple[str, object]]:
 
 
 ALWAYS = (400, 403, 413, 503)
-"""What may come of any request: a Host header that is none, a foreign page, a body too large, a server that is overloaded."""
+"""What may come of any request: a Host header that is none, a foreign page, a body too large, a server that
+is overloaded.
+"""
 MADE = (400, 404, 409, 429, 500, 503, 507)
 """What may come of asking for something to be made."""
 CLIPS = ("video/mp4", "video/webm", "image/gif", "image/webp", "image/png", "image/jpeg")

@@ -21,7 +21,9 @@ class ServeOptions:
     served_model_name: str | None = None
     """What clients call the model."""
     api_key: tuple[str, ...] = ()
-    """Keys that clients show as `Authorization: Bearer KEY`. Also the variable TINYDIFF_API_KEY, several with commas between."""
+    """Keys that clients show as `Authorization: Bearer KEY`. Also the variable TINYDIFF_API_KEY, several with
+    commas between.
+    """
     api_key_file: str | None = None
     """A file of such keys, one a line."""
     admin_api_key: str | None = None
@@ -35,7 +37,9 @@ class ServeOptions:
     output_path: str | None = None
     """Directory of the files that jobs were given and made. Default: `files` in state_dir."""
     state_url: str | None = None
-    """postgresql://... keeps the jobs in a database that several servers share; their state_dir is then one shared folder."""
+    """postgresql://... keeps the jobs in a database that several servers share; their state_dir is then one
+    shared folder.
+    """
     unfinished: Literal["rerun", "fail"] = "rerun"
     """What becomes of jobs that a server left unfinished."""
     lease: float = within(30.0, above=0, most=3600)
@@ -45,8 +49,8 @@ class ServeOptions:
     output_limit: float = within(10.0, above=0, most=1e9)
     """GB of outputs kept; the oldest go first."""
     max_queue: int = within(64, least=1, most=100_000)
-    """Jobs waiting at most; more are told to come back. A server of several keys also tells a key that has as many waiting as places are
-    left."""
+    """Jobs waiting at most; more are told to come back. A server of several keys also tells a key that has as
+    many waiting as places are left."""
     max_outputs: int = within(10, least=1, most=10_000)
     """Outputs of one request at most."""
     max_body: float = within(64.0, above=0, most=4096)
@@ -54,7 +58,9 @@ class ServeOptions:
     max_input_pixels: float = within(40e6, least=1)
     """Pixels of a given picture at most."""
     max_pixels: float | None = within(None, least=1)
-    """Pixels of one output at most, frames times height times width. Default: 4 times those of the model's own default output."""
+    """Pixels of one output at most, frames times height times width. Default: 4 times those of the model's
+    own default output.
+    """
     allow_url_inputs: bool = False
     """Fetch pictures from public addresses that requests name."""
     batching_max_size: int = within(8, least=1, most=1024)

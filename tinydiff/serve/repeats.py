@@ -1,4 +1,6 @@
-"""A request that is sent again joins the job that it already began, and a job whose clients have all gone is cancelled."""
+"""A request that is sent again joins the job that it already began, and a job whose clients have all gone is
+cancelled.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +21,19 @@ from tinydiff.serve.service import Service
 REMEMBERED = 4096
 """Bodies that are remembered at most; older ones are forgotten."""
 AGAIN_S = 15.0
-"""Within how many seconds a client that gave up waiting has asked again; the official ones wait for 8 at most."""
+"""Within how many seconds a client that gave up waiting has asked again; the official ones wait for 8 at
+most.
+"""
 MOST_WAITING = 4
-"""Clients that may wait for one job at once, each with a thread of the server. An official client asks three times at most, and has gone
-from where it asked before."""
+"""Clients that may wait for one job at once, each with a thread of the server. An official client asks three
+times at most, and has gone from where it asked before."""
 
 
 class Repeats:
-    """What the requests to one address were. A repeated one is told by `Idempotency-Key`, which any client may send, or by the official
-    client's count of retries: then it joins a running job of the same key and body, unless what it repeats was answered with an error. By
-    its count a client also finds what was completed after it gave up, else one of little patience would never get a picture."""
+    """What the requests to one address were. A repeated one is told by `Idempotency-Key`, which any client
+    may send, or by the official client's count of retries: then it joins a running job of the same key and
+    body, unless what it repeats was answered with an error. By its count a client also finds what was
+    completed after it gave up, else one of little patience would never get a picture."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -38,8 +43,8 @@ class Repeats:
         self._waiting: Counter[str] = Counter()
 
     def submit(self, req: falcon.Request, job: Job, previews: int = 0) -> Job:
-        """Queue the job, or return the one that it repeats. Raises Busy and Stopping, and Refusal for a key that was used for another
-        and where too many wait for the same."""
+        """Queue the job, or return the one that it repeats. Raises Busy and Stopping, and Refusal for a key
+        that was used for another and where too many wait for the same."""
         mark = job.owner + job.answer["fingerprint"] + job.idempotency
         try:
             queued = self._joined(req, mark) or self._service.scheduler.submit(job, previews)
@@ -63,8 +68,8 @@ class Repeats:
 
     @contextmanager
     def waiting(self, job: Job) -> Iterator[None]:
-        """While a client waits for a job. When the last of them leaves before it is done, it is cancelled. Raises Refusal where as many
-        wait as may."""
+        """While a client waits for a job. When the last of them leaves before it is done, it is cancelled.
+        Raises Refusal where as many wait as may."""
         with self._lock:
             self._check_company(job)
             self._waiting[job.id] += 1

@@ -1,6 +1,8 @@
-"""The one thread that owns the device: it runs the jobs of the store side by side (`runtime.continuous`) and has their frames saved.
+"""The one thread that owns the device: it runs the jobs of the store side by side (`runtime.continuous`) and
+has their frames saved.
 
-A second thread keeps the jobs' leases and hears of cancelled ones while a step runs; others encode and store what is made.
+A second thread keeps the jobs' leases and hears of cancelled ones while a step runs; others encode and store
+what is made.
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ class Scheduler:
             threading.Thread(target=keep, args=told, name="keeper", daemon=True),
         ]
 
-    # --- from any thread --------------------------------------------------------------------------------------------------------------
+    # --- from any thread
+    # --------------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Load the model and begin to take jobs, in the background."""
@@ -163,7 +166,9 @@ class Scheduler:
         }
 
     def stop(self, timeout: float) -> None:
-        """Take no more jobs, let the running ones go on for `timeout` seconds at most, queue again what is left, and end."""
+        """Take no more jobs, let the running ones go on for `timeout` seconds at most, queue again what is
+        left, and end.
+        """
         self._say("stopping")
         until = time.monotonic() + timeout
         with self._news:
@@ -182,7 +187,8 @@ class Scheduler:
     def ended(self) -> bool:
         return not any(thread.is_alive() for thread in self._threads)
 
-    # --- the device's thread ----------------------------------------------------------------------------------------------------------
+    # --- the device's thread
+    # ----------------------------------------------------------------------------------------------------------
 
     @ambient.plain()
     def _own_device(self) -> None:
@@ -343,7 +349,9 @@ class Scheduler:
         self._savers.submit(self._save, making, one.index, frames, told)
 
     def _idle(self) -> None:
-        """Wait for work. The weights leave the device when asked to, or when nothing came for long, and come back with the next job."""
+        """Wait for work. The weights leave the device when asked to, or when nothing came for long, and come
+        back with the next job.
+        """
         unused = self.options.idle_unload and time.monotonic() - self._used > self.options.idle_unload
         if self._model is not None and not self._jobs and (self._asleep or unused):
             self._model = self._colours = None
@@ -359,7 +367,8 @@ class Scheduler:
         self._knock.wait(POLL)
         self._knock.clear()  # before the queue is looked at, so that what comes then knocks again
 
-    # --- the threads that store -------------------------------------------------------------------------------------------------------
+    # --- the threads that store
+    # -------------------------------------------------------------------------------------------------------
 
     def _save(self, making: Making, index: int, frames: Any, told: Mapping[str, Any]) -> None:
         """Encode and store an output; the last one completes the job."""

@@ -1,4 +1,6 @@
-"""JSON schemas of bodies and answers. Those of options come from the records that check them: their types, ranges and docstrings."""
+"""JSON schemas of bodies and answers. Those of options come from the records that check them: their types,
+ranges and docstrings.
+"""
 
 from __future__ import annotations
 
@@ -160,7 +162,9 @@ def own(name: str, model: str) -> Schema:
 def request(
     kind: Kind, model: str, form: bool, required: tuple[str, ...] = (), without: tuple[str, ...] = ()
 ) -> Schema:
-    """A request's body. form: as multipart, where pictures are files and nothing is null. without: fields it has not."""
+    """A request's body. form: as multipart, where pictures are files and nothing is null. without: fields it
+    has not.
+    """
     formats = ("png", "webp", "jpeg") if kind == "image" else ("mp4", "webm", "gif")
     own_fields = {name: own(name, model) for name in fields.OWN[kind]} | {
         "output_format": choice("Form of the file.", *formats)

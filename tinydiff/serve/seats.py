@@ -12,16 +12,17 @@ if TYPE_CHECKING:
 
 
 def room(jobs: Iterable[Making], sittings: Collection[Sitting], most: int) -> bool:
-    """Whether another job may come onto the device: there are at most as many with images to make as seats, and one more while these
-    have more images than there are seats, so that no large job keeps others out."""
+    """Whether another job may come onto the device: there are at most as many with images to make as seats,
+    and one more while these have more images than there are seats, so that no large job keeps others out."""
     waiting = {making.job.id: len(making.waiting) for making in list(jobs) if making.waiting}
     images = sum(waiting.values()) + len(sittings)
     return len(waiting.keys() | {one.owner for one in sittings}) < most + (images > most)
 
 
 def next_in(jobs: Iterable[Making], sittings: Collection[Sitting], most: int) -> Making | None:
-    """The job whose next image gets a seat. Of the highest priority it is the job of the key with the fewest seats, then the job with the
-    fewest. Where all seats are taken, only a job that has none gets one: the loop lets another image pause for it."""
+    """The job whose next image gets a seat. Of the highest priority it is the job of the key with the fewest
+    seats, then the job with the fewest. Where all seats are taken, only a job that has none gets one: the
+    loop lets another image pause for it."""
     by_key, by_job = Counter(one.key for one in sittings), Counter(one.owner for one in sittings)
     full = len(sittings) >= most
     able = [making for making in list(jobs) if making.waiting and not (full and by_job[making.job.id])]

@@ -44,7 +44,9 @@ SEVERAL = tuple(entry.name for entry in fields(ServeOptions) if str(entry.type).
 
 
 def parse(argv: Sequence[str]) -> tuple[ModelOptions, ServeOptions, str]:
-    """(the model's options, the server's, the log level) of a command line, with --config FILE read first. Raises UserError."""
+    """(the model's options, the server's, the log level) of a command line, with --config FILE read first.
+    Raises UserError.
+    """
     names = [*config.NAMES, *OWN]
     if argv and not argv[0].startswith("--"):  # as SGLang's server takes it
         if any(word.partition("=")[0] in ("--model-path", "--model_path") for word in argv):
@@ -183,7 +185,9 @@ def build(model: ModelOptions, options: ServeOptions) -> Service:
 
 
 def listening(options: ServeOptions) -> socket.socket:
-    """A socket at the asked address; the next free port where it is taken, unless ports are strict. Raises UserError."""
+    """A socket at the asked address; the next free port where it is taken, unless ports are strict. Raises
+    UserError.
+    """
     last = options.port if options.strict_ports or not options.port else min(options.port + 99, 2**16 - 1)
     for port in range(options.port, last + 1):
         try:
@@ -200,7 +204,9 @@ def listening(options: ServeOptions) -> socket.socket:
 
 @contextlib.contextmanager
 def running(service: Service, sock: socket.socket) -> Iterator[str]:
-    """The server at work in threads of its own; its address. Ends gracefully: no new jobs, the running ones get their time."""
+    """The server at work in threads of its own; its address. Ends gracefully: no new jobs, the running ones
+    get their time.
+    """
     from tinydiff.serve.app import make_app
     from tinydiff.serve.channel import Limits, Server
     from tinydiff.serve.guard import Guard
@@ -230,7 +236,9 @@ def running(service: Service, sock: socket.socket) -> Iterator[str]:
 
 
 def _connections(threads: int) -> int:
-    """How many connections there may be, each with a file behind it; the process is allowed as many descriptors where it may be."""
+    """How many connections there may be, each with a file behind it; the process is allowed as many
+    descriptors where it may be.
+    """
     wanted = max(1000, 4 * threads)
     soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * wanted + OWN_DESCRIPTORS
@@ -241,7 +249,9 @@ def _connections(threads: int) -> int:
 
 
 def _answered(server: Any) -> None:
-    """Wait until answers that are on their way are sent, for `ANSWERED_S` at most; clients keep connections open without wanting more."""
+    """Wait until answers that are on their way are sent, for `ANSWERED_S` at most; clients keep connections
+    open without wanting more.
+    """
     until = time.monotonic() + ANSWERED_S
     while time.monotonic() < until and any(
         line.requests or line.total_outbufs_len for line in list(server.active_channels.values())
@@ -284,7 +294,8 @@ def serve(argv: Sequence[str]) -> int:
                 return 1
         print("tinydiff: stopping; running jobs may end, the rest is kept", flush=True)
     if not service.scheduler.ended():
-        # A step that takes longer than the time given cannot be broken off, and the interpreter would tear it down under its thread.
+        # A step that takes longer than the time given cannot be broken off, and the interpreter would tear it
+        # down under its thread.
         sys.stderr.flush()
         os._exit(0)
     return 0

@@ -46,7 +46,9 @@ class News(NamedTuple):
     """Steps made of `total`, over all its outputs."""
     total: int
     previews: tuple[numpy.ndarray, ...]
-    """Pictures uint8 [H, W, 3] of where the first output stood, oldest first, made only where `wants_previews` asked."""
+    """Pictures uint8 [H, W, 3] of where the first output stood, oldest first, made only where
+    `wants_previews` asked.
+    """
 
 
 class Watch(Protocol):
@@ -91,7 +93,9 @@ class Scheduler(Protocol):
         ...
 
     def stop(self, timeout: float) -> None:
-        """Take no more jobs, let the running ones go on for `timeout` seconds at most, queue again what is left, and end."""
+        """Take no more jobs, let the running ones go on for `timeout` seconds at most, queue again what is
+        left, and end.
+        """
         ...
 
     def ended(self) -> bool:
@@ -99,8 +103,8 @@ class Scheduler(Protocol):
         ...
 
     def submit(self, job: Job, previews: int = 0) -> Job:
-        """Queue a job, or join the running one of the same `idempotency` and owner, which is returned then. previews: how many pictures
-        of the first output on its way are wanted. Raises Busy and Stopping."""
+        """Queue a job, or join the running one of the same `idempotency` and owner, which is returned then.
+        previews: how many pictures of the first output on its way are wanted. Raises Busy and Stopping."""
         ...
 
     def watch(self, id: str) -> Watch:
@@ -108,7 +112,9 @@ class Scheduler(Protocol):
         ...
 
     def cancel(self, id: str) -> Job | None:
-        """Have a job fail with the code "cancelled", a running one after its step at the latest. None if there is none of that id."""
+        """Have a job fail with the code "cancelled", a running one after its step at the latest. None if
+        there is none of that id.
+        """
         ...
 
     def place(self, job: Job) -> Place: ...
@@ -128,12 +134,16 @@ class Scheduler(Protocol):
         ...
 
     def figures(self) -> Mapping[str, Any]:
-        """Numbers for /server_info: jobs queued and running, batch sizes, step seconds by tokens and batch size, memory."""
+        """Numbers for /server_info: jobs queued and running, batch sizes, step seconds by tokens and batch
+        size, memory.
+        """
         ...
 
 
 OWN_SIZES = 4
-"""So many times the pixels of the model's own default output may be asked for, where --max-pixels does not say."""
+"""So many times the pixels of the model's own default output may be asked for, where --max-pixels does not
+say.
+"""
 
 
 @dataclass(frozen=True)
@@ -156,7 +166,9 @@ class Service:
     """Requests that were checked here and wait for the device."""
 
     def forget(self, job: Job) -> bool:
-        """Remove a job that is done, with all its files, here and in object storage. False where there is none any more."""
+        """Remove a job that is done, with all its files, here and in object storage. False where there is
+        none any more.
+        """
         if not self.store.delete(job.id):
             return False
         for id in files_of(job):
@@ -172,7 +184,8 @@ class Service:
         return int(self.options.max_pixels or OWN_SIZES * frames * row.height * row.width)
 
     def admitted(self, job: Job) -> Request:
-        """The job's request, every field checked against the model and the server's limits. Raises UserError naming the field.
+        """The job's request, every field checked against the model and the server's limits. Raises UserError
+        naming the field.
 
         One that was checked here is taken as it was made then; another server's is made from its files.
         """

@@ -24,7 +24,9 @@ def thumbnail(frames: numpy.ndarray) -> bytes:
 
 
 def spritesheet(frames: numpy.ndarray) -> bytes:
-    """Up to `TILES` frames of the clip, uint8 [T, H, W, 3], evenly spread from the first to the last, row by row, as WebP."""
+    """Up to `TILES` frames of the clip, uint8 [T, H, W, 3], evenly spread from the first to the last, row by
+    row, as WebP.
+    """
     import numpy as np
 
     from tinydiff.io.images import encode_image

@@ -40,8 +40,9 @@ def routes(service: Service) -> list[tuple[str, object]]:
 
 
 def policy() -> str:
-    """The Content-Security-Policy: whatever a prompt or an answer holds, the page runs its own scripts alone, talks to this server alone,
-    and shows pictures and clips of it and of the object storage that they are uploaded to."""
+    """The Content-Security-Policy: whatever a prompt or an answer holds, the page runs its own scripts alone,
+    talks to this server alone, and shows pictures and clips of it and of the object storage that they are
+    uploaded to."""
     cloud = storage.from_environment()
     elsewhere = "" if cloud is None else " {0.scheme}://{0.netloc}".format(urlsplit(cloud.url("")))
     return (

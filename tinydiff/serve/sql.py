@@ -1,4 +1,6 @@
-"""What the store says to a database: its tables, how a job lies in a row, and in what SQLite and PostgreSQL differ. No torch here."""
+"""What the store says to a database: its tables, how a job lies in a row, and in what SQLite and PostgreSQL
+differ. No torch here.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ COLUMNS = (
     "id", "kind", "owner", "status", "priority", "progress", "created_at", "started_at", "completed_at", "expires_at",
     "pinned", "server", "lease", "attempts", "idempotency", "error", "outputs", "result", "rest",
 )  # fmt: skip
-"""A job's columns: what is asked for or changes. `error`, `outputs`, `result` and the `rest` of its fields are JSON."""
+"""A job's columns: what is asked for or changes. `error`, `outputs`, `result` and the `rest` of its fields
+are JSON.
+"""
 
 STEPS: tuple[tuple[str, ...], ...] = (
     (
@@ -42,13 +46,17 @@ STEPS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE tinydiff_turns (owner TEXT PRIMARY KEY, last_start DOUBLE PRECISION NOT NULL)",
     ),
 )
-"""How the tables came to be what they are: the statements that lead from version n to n + 1. A released step is never changed."""
+"""How the tables came to be what they are: the statements that lead from version n to n + 1. A released step
+is never changed.
+"""
 
 BUSY = 5.0
 """Seconds that SQLite waits for another process to end its transaction."""
 
 PATIENCE = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
-"""Seconds after which a database whose machine went away without a word is given up, unless its address says otherwise."""
+"""Seconds after which a database whose machine went away without a word is given up, unless its address says
+otherwise.
+"""
 
 LINE = """FROM tinydiff_jobs AS queued
     LEFT JOIN tinydiff_turns AS turns ON turns.owner = queued.owner
@@ -64,10 +72,14 @@ HELD = f"{OPEN} AND server <> ''"
 
 @dataclass(frozen=True, eq=False)
 class Dialect:
-    """A database, and its words for what the two say differently. Statements are written with `:name` for values and `{word}` for these."""
+    """A database, and its words for what the two say differently. Statements are written with `:name` for
+    values and `{word}` for these.
+    """
 
     connect: Callable[[], Any]
-    """Open a connection that has `execute(statement, values)` and `close()`; each statement stands alone until one begins a transaction."""
+    """Open a connection that has `execute(statement, values)` and `close()`; each statement stands alone
+    until one begins a transaction.
+    """
     option: str
     """The option that chose it, and how it is called in messages."""
     shown: str
@@ -75,7 +87,9 @@ class Dialect:
     """A value in a statement, as a pattern of its name."""
     begin: str
     durable: str
-    """Said before a transaction that shall outlive a loss of power, and `quick` before others; "" where all do."""
+    """Said before a transaction that shall outlive a loss of power, and `quick` before others; "" where all
+    do.
+    """
     quick: str
     alone: str
     """Said in a transaction: wait until no other one that says so is under way."""
@@ -122,8 +136,9 @@ def sqlite(path: Path) -> Dialect:
         shown=str(path),
         value=r":\1",
         begin="BEGIN IMMEDIATE",
-        # What a killed process wrote is safe with the system. Only the machine's own end can lose it, and waiting for the disk against
-        # that takes milliseconds: right before a job is promised to a client who may go away, too long at each step of progress.
+        # What a killed process wrote is safe with the system. Only the machine's own end can lose it, and
+        # waiting for the disk against that takes milliseconds: right before a job is promised to a client who
+        # may go away, too long at each step of progress.
         durable="PRAGMA synchronous=FULL",
         quick="PRAGMA synchronous=NORMAL",
         alone="SELECT 1",  # as every transaction is
@@ -151,7 +166,9 @@ def _journal(connection: sqlite3.Connection) -> str:
 
 
 def postgres(url: str) -> Dialect:
-    """The database at `postgresql://...`. Raises UserError where that is no address, or psycopg is not installed."""
+    """The database at `postgresql://...`. Raises UserError where that is no address, or psycopg is not
+    installed.
+    """
     shown = re.sub(r"//.*@", "//", url).partition("?")[0]  # a log should not show the password
     if not url.startswith(("postgresql://", "postgres://")):
         message = f"state_url: {shown!r} is not an address of a database, postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
@@ -177,7 +194,8 @@ def postgres(url: str) -> Dialect:
         option="state_url",
         shown=shown,
         value=r"%(\1)s",
-        begin="BEGIN ISOLATION LEVEL READ COMMITTED",  # each statement sees what others have committed by then
+        # each statement sees what others have committed by then
+        begin="BEGIN ISOLATION LEVEL READ COMMITTED",
         durable="",
         quick="",
         alone="SELECT pg_advisory_xact_lock(7810041)",
@@ -191,7 +209,9 @@ def postgres(url: str) -> Dialect:
 
 
 def prepare(dialect: Dialect) -> None:
-    """Bring the tables to the version of this code. Raises UserError where they are newer, or the database cannot be used."""
+    """Bring the tables to the version of this code. Raises UserError where they are newer, or the database
+    cannot be used.
+    """
     option, shown = dialect.option, dialect.shown
     try:
         with closing(dialect.connect()) as connection:

@@ -39,7 +39,9 @@ LINGER_S = 60.0
 
 PASSING_CODES = ("404", "RequestTimeout", "BadDigest", "XAmzContentSHA256Mismatch")
 PASSING_STATUS = (408, 409, 425, 429)
-"""What the storage answers where another attempt may succeed, beside all from 500 on. "404" has no name: a file that is not seen yet."""
+"""What the storage answers where another attempt may succeed, beside all from 500 on. "404" has no name: a
+file that is not seen yet.
+"""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ class Unconfirmed(Exception):
 
 
 def from_environment() -> S3 | None:
-    """The bucket that the environment names (`config.cloud_storage`), None if none. Raises UserError for a variable that is unknown or
-    missing, and where boto3 is not installed."""
+    """The bucket that the environment names (`config.cloud_storage`), None if none. Raises UserError for a
+    variable that is unknown or missing, and where boto3 is not installed."""
     found = config.cloud_storage()
     kind = found.pop("CLOUD_STORAGE_TYPE", None)
     if kind is None:
@@ -109,12 +111,13 @@ def from_environment() -> S3 | None:
 class Uploader:
     """Brings outputs to a bucket, in threads of its own.
 
-    An output's file is uploaded, then looked up there: only where size and checksum are right, the job's output gets its `url`, and after
-    `linger` seconds the local file goes, leaving a note (`Files.moved`). After the last attempt, or at once where another one could not
-    help, the output gets a `warning`, and its file stays here.
+    An output's file is uploaded, then looked up there: only where size and checksum are right, the job's
+    output gets its `url`, and after `linger` seconds the local file goes, leaving a note (`Files.moved`).
+    After the last attempt, or at once where another one could not help, the output gets a `warning`, and its
+    file stays here.
 
-    Nothing but the jobs themselves says what is to be done. So what a server left, killed or stopped, are the outputs without `url`: give
-    every done job to `pending` at the start.
+    Nothing but the jobs themselves says what is to be done. So what a server left, killed or stopped, are the
+    outputs without `url`: give every done job to `pending` at the start.
     """
 
     def __init__(
@@ -148,7 +151,9 @@ class Uploader:
             thread.start()
 
     def add(self, job_id: str, output: Output) -> None:
-        """Have an output of a done job uploaded. Returns at once; where too many wait already the output gets its warning."""
+        """Have an output of a done job uploaded. Returns at once; where too many wait already the output gets
+        its warning.
+        """
         with self._changed:
             if self._closing or (job_id, output.file) in self._known:
                 return
@@ -175,8 +180,8 @@ class Uploader:
                 self.pending(job)
 
     def pending(self, job: Job) -> int:
-        """Take up what a server left of a done job: outputs without `url`, uploaded or not, failed ones too, and local files of those
-        that have one. Returns how many uploads that makes."""
+        """Take up what a server left of a done job: outputs without `url`, uploaded or not, failed ones too,
+        and local files of those that have one. Returns how many uploads that makes."""
         left = [output for output in job.outputs if output.url is None]
         for output in left:
             self.add(job.id, output)
@@ -205,7 +210,9 @@ class Uploader:
             task()
 
     def _next(self) -> Callable[[], None] | None:
-        """What is to be done next, as soon as there is something: a local file's time has come, or an upload waits. None after `close`."""
+        """What is to be done next, as soon as there is something: a local file's time has come, or an upload
+        waits. None after `close`.
+        """
         with self._changed:
             while True:
                 if self._leaving and self._leaving[0][0] <= time.monotonic():

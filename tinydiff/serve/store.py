@@ -1,7 +1,8 @@
-"""Every job of the server, in a database: SQLite in a folder, or PostgreSQL, where several servers share one queue.
+"""Every job of the server, in a database: SQLite in a folder, or PostgreSQL, where several servers share one
+queue.
 
-What a method changed is changed for good when it returns, and each is one transaction, so a server that is killed leaves every job queued,
-with a server until its lease runs out, or done. No torch here.
+What a method changed is changed for good when it returns, and each is one transaction, so a server that is
+killed leaves every job queued, with a server until its lease runs out, or done. No torch here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from tinydiff.serve.jobs import DONE, Failure, Job, Kind, Output, Status
 from tinydiff.serve.service import Busy
 
 CONNECTIONS = 8
-"""Connections at most; who finds none free waits for one. A statement takes less than a millisecond, so more would not be faster."""
+"""Connections at most; who finds none free waits for one. A statement takes less than a millisecond, so more
+would not be faster.
+"""
 
 PATIENCE = 10.0
 """Seconds that a call waits for a database that went away; PAUSE between its attempts."""
@@ -52,8 +55,9 @@ def open_store(
 ) -> Store:
     """The store at `state_url`, postgresql://..., or where that is None in `state_dir`.
 
-    most_queued: jobs that wait at most. lifetime: seconds that a done job is kept where `finish` does not say. shared: whether owners share
-    the queue, see `add`. Raises UserError naming the option where the database cannot be used, or a newer version wrote it.
+    most_queued: jobs that wait at most. lifetime: seconds that a done job is kept where `finish` does not
+    say. shared: whether owners share the queue, see `add`. Raises UserError naming the option where the
+    database cannot be used, or a newer version wrote it.
     """
     dialect = sql.sqlite(Path(state_dir) / "jobs.sqlite3") if state_url is None else sql.postgres(state_url)
     sql.prepare(dialect)
@@ -61,10 +65,11 @@ def open_store(
 
 
 class Store:
-    """Jobs by id. Every method may be called from any thread; with PostgreSQL it raises Unreachable where the database stays away.
+    """Jobs by id. Every method may be called from any thread; with PostgreSQL it raises Unreachable where the
+    database stays away.
 
-    Times are seconds since 1970 of the calling machine. Leases lie in the database's own clock: each machine adds how far it is from
-    that, so that servers whose clocks differ do not take each other's jobs.
+    Times are seconds since 1970 of the calling machine. Leases lie in the database's own clock: each machine
+    adds how far it is from that, so that servers whose clocks differ do not take each other's jobs.
     """
 
     def __init__(self, dialect: sql.Dialect, most_queued: int, lifetime: float, shared: bool = False) -> None:
@@ -83,13 +88,15 @@ class Store:
         self._writing = Lock() if dialect.one_writer else Semaphore(2**20)
         self._unsure: list[str] = []  # tickets of calls of `take` that may have succeeded unheard
 
-    # --- the way of a job -------------------------------------------------------------------------------------------------------------
+    # --- the way of a job
+    # -------------------------------------------------------------------------------------------------------------
 
     def add(self, job: Job) -> Job:
-        """Queue a job. Returns it, or the one of the same owner and `idempotency` that is not done, even where the queue is full.
+        """Queue a job. Returns it, or the one of the same owner and `idempotency` that is not done, even
+        where the queue is full.
 
-        Raises Busy(0) where it is full, or where owners share it and this one has as many jobs waiting as places are left: so nobody
-        fills it, and whoever comes finds room.
+        Raises Busy(0) where it is full, or where owners share it and this one has as many jobs waiting as
+        places are left: so nobody fills it, and whoever comes finds room.
         """
         row = sql.to_row(job)
         waiting = """SELECT count(*), COALESCE(sum(CASE WHEN owner = :owner THEN 1 ELSE 0 END), 0)
@@ -117,10 +124,11 @@ class Store:
         return queued
 
     def take(self, server: str, lease_until: float) -> Job | None:
-        """The next queued job that `server` may run, now in progress there until `lease_until`; None if there is none.
+        """The next queued job that `server` may run, now in progress there until `lease_until`; None if there
+        is none.
 
-        The highest priority comes first; then the owner of whom the fewest run, and of those the one whose turn is longest ago; then
-        the oldest job.
+        The highest priority comes first; then the owner of whom the fewest run, and of those the one whose
+        turn is longest ago; then the oldest job.
         """
         if not self._unsure and not self._rows("SELECT 1 FROM tinydiff_jobs WHERE status = 'queued' LIMIT 1"):
             return None  # to look takes no turn of writing
@@ -174,8 +182,8 @@ class Store:
         result: Mapping[str, Any] | None = None,
         expires_at: float | None = None,
     ) -> bool:
-        """End a job that is in progress at `server`, or queued where that is "". False where it is not: somebody else has it, or it is
-        done, so what was made of it counts for nothing."""
+        """End a job that is in progress at `server`, or queued where that is "". False where it is not:
+        somebody else has it, or it is done, so what was made of it counts for nothing."""
         assert status in DONE
         outputs, ticket = tuple(outputs), secrets.token_hex(8)
         where = (
@@ -193,8 +201,8 @@ class Store:
         return self._write(work)
 
     def cancel(self, id: str) -> Job | None:
-        """A queued job fails at once, one in progress as soon as its server sees it in `cancelled`; a done one stays as it is. Returns the
-        job as it is then, None if there is none."""
+        """A queued job fails at once, one in progress as soon as its server sees it in `cancelled`; a done
+        one stays as it is. Returns the job as it is then, None if there is none."""
 
         def work(execute: Execute) -> Job | None:
             job = self._one(execute, id, "{lock}")
@@ -214,15 +222,19 @@ class Store:
         return [id for (id,) in self._rows(statement, server=server)]
 
     def requeue(self, server: str, policy: Policy) -> int:
-        """Let go of what `server` left: queue it again or fail it, by `policy`; pinned jobs, whose clients are gone, always fail, and
-        cancelled ones too. For the server itself, when it starts or stops. Returns how many."""
+        """Let go of what `server` left: queue it again or fail it, by `policy`; pinned jobs, whose clients
+        are gone, always fail, and cancelled ones too. For the server itself, when it starts or stops. Returns
+        how many."""
         return self._release("server = :server", policy, server=server)
 
     def reclaim(self, now: float, policy: Policy) -> int:
-        """The same for jobs whose lease ran out before `now`, those of servers that are gone. A server renews its own before."""
+        """The same for jobs whose lease ran out before `now`, those of servers that are gone. A server renews
+        its own before.
+        """
         return self._release("lease > 0 AND lease < :now + {skew}", policy, now=now)
 
-    # --- reading ----------------------------------------------------------------------------------------------------------------------
+    # --- reading
+    # ----------------------------------------------------------------------------------------------------------------------
 
     def get(self, id: str) -> Job | None:
         return self._attempt(lambda execute: self._one(execute, id)) if _possible(id) else None
@@ -230,7 +242,8 @@ class Store:
     def page(
         self, kind: Kind, owner: str, after: str | None, limit: int, ascending: bool
     ) -> tuple[list[Job], bool]:
-        """At most `limit` jobs in the order they came, or the latest first, from behind the job `after`; and whether there are more.
+        """At most `limit` jobs in the order they came, or the latest first, from behind the job `after`; and
+        whether there are more.
         Raises KeyError where the owner has no such job `after`."""
         start, than, order = "", *((">", "ASC") if ascending else ("<", "DESC"))
         values = {"kind": kind, "owner": owner}
@@ -246,9 +259,11 @@ class Store:
         return jobs[:limit], len(jobs) > limit
 
     def position(self, job: Job) -> int:
-        """How many queued jobs `take` would give out before this one, were none added or finished; 0 for one that is not queued."""
-        # Who has the fewest running goes first, so an owner's jobs come in rounds, the next one when as many run of all; whoever had more
-        # running at the start joins a round later, and is first in it.
+        """How many queued jobs `take` would give out before this one, were none added or finished; 0 for one
+        that is not queued.
+        """
+        # Who has the fewest running goes first, so an owner's jobs come in rounds, the next one when as many
+        # run of all; whoever had more running at the start joins a round later, and is first in it.
         statement = """WITH line AS (
                 SELECT queued.id, -queued.priority AS rank, COALESCE(running.jobs, 0) + row_number() OVER (
                     PARTITION BY queued.owner ORDER BY queued.priority DESC, queued.created_at, queued.id) AS round,
@@ -267,7 +282,8 @@ class Store:
         found = self._rows("SELECT status, count(*) FROM tinydiff_jobs GROUP BY status")
         return dict.fromkeys(get_args(Status), 0) | dict(found)
 
-    # --- done jobs and their files ----------------------------------------------------------------------------------------------------
+    # --- done jobs and their files
+    # ----------------------------------------------------------------------------------------------------
 
     def expired(self, now: float) -> list[Job]:
         """Done jobs whose time is over, the first first: every done job has one, failed ones too."""
@@ -296,7 +312,9 @@ class Store:
         return [sql.to_job(row) for row in self._rows("SELECT {columns} FROM tinydiff_jobs")]
 
     def delete(self, id: str) -> bool:
-        """Forget a job. Whoever runs it learns so from `progress` and `finish`; cancel it before. False if there was none."""
+        """Forget a job. Whoever runs it learns so from `progress` and `finish`; cancel it before. False if
+        there was none.
+        """
         statement = "DELETE FROM tinydiff_jobs WHERE id = :id"
         return _possible(id) and self._write(lambda execute: execute(statement, id=id).rowcount == 1)
 
@@ -310,7 +328,8 @@ class Store:
             for connection in held:
                 self._let_go(connection)
 
-    # --- inside a transaction ---------------------------------------------------------------------------------------------------------
+    # --- inside a transaction
+    # ---------------------------------------------------------------------------------------------------------
 
     def _one(self, execute: Execute, id: str, lock: str = "") -> Job | None:
         found = _jobs(execute(f"SELECT {{columns}} FROM tinydiff_jobs WHERE id = :id {lock}", id=id))
@@ -365,13 +384,16 @@ class Store:
 
         return self._write(work)
 
-    # --- connections ------------------------------------------------------------------------------------------------------------------
+    # --- connections
+    # ------------------------------------------------------------------------------------------------------------------
 
     def _rows(self, statement: str, **values: Any) -> list[tuple[Any, ...]]:
         return self._attempt(lambda execute: execute(statement, **values).fetchall())
 
     def _write(self, work: Callable[[Execute], Made], durable: bool = False) -> Made:
-        """`work(execute)` in a transaction. `work` may be done again though it was committed, where the answer to that was lost."""
+        """`work(execute)` in a transaction. `work` may be done again though it was committed, where the
+        answer to that was lost.
+        """
         dialect = self._dialect
 
         def transaction(execute: Execute) -> Made:
@@ -390,7 +412,9 @@ class Store:
             self._writing.release()
 
     def _attempt(self, work: Callable[[Execute], Made]) -> Made:
-        """`work(execute)` on a connection, and from its start on another one where the database went away under it."""
+        """`work(execute)` on a connection, and from its start on another one where the database went away
+        under it.
+        """
         until = time.monotonic() + PATIENCE
         while True:
             try:
@@ -432,5 +456,7 @@ def _jobs(cursor: Any) -> list[Job]:
 
 
 def _possible(id: str) -> bool:
-    """Whether a job can have this id, which comes from an address and may be anything; a database refuses some texts."""
+    """Whether a job can have this id, which comes from an address and may be anything; a database refuses
+    some texts.
+    """
     return id.isascii() and id.isprintable()

@@ -1,8 +1,10 @@
-"""Given images, from the bytes of a file to pixels, with bounds on the work; and a process that does only that.
+"""Given images, from the bytes of a file to pixels, with bounds on the work; and a process that does only
+that.
 
-An image file is a small program for its decoder: a few bytes may ask for any number of pixels, scans or entries. What can be counted is
-counted first. The rest is bounded by the process: `decoder` gives it some seconds, it gives itself some memory, and it ends after a large
-image, so that the allocator keeps nothing. No torch here.
+An image file is a small program for its decoder: a few bytes may ask for any number of pixels, scans or
+entries. What can be counted is counted first. The rest is bounded by the process: `decoder` gives it some
+seconds, it gives itself some memory, and it ends after a large image, so that the allocator keeps nothing. No
+torch here.
 """
 
 from __future__ import annotations
@@ -71,10 +73,12 @@ def unreadable(field: str) -> UserError:
 def pixels(
     data: bytes, field: str, most_pixels: float, opacity: bool = False, mask: bool = False
 ) -> np.ndarray:
-    """The pixels of one whole image of `FORMATS`, upright, uint8 sRGB [H, W, 3], or with `opacity` RGBA [H, W, 4].
+    """The pixels of one whole image of `FORMATS`, upright, uint8 sRGB [H, W, 3], or with `opacity` RGBA [H,
+    W, 4].
 
-    mask: of a mask in OpenAI's form, which is transparent where the image is inpainted, in ours, white there; any other as it is. Raises
-    UserError naming `field` for an animation, and for what has too many pixels or scans, counted before anything is unpacked.
+    mask: of a mask in OpenAI's form, which is transparent where the image is inpainted, in ours, white there;
+    any other as it is. Raises UserError naming `field` for an animation, and for what has too many pixels or
+    scans, counted before anything is unpacked.
     """
     from PIL import Image
 
@@ -109,7 +113,9 @@ def pixels(
 
 
 def _opened(data: bytes, kind: str) -> ImageFile.ImageFile:
-    """The image of these bytes, only its header read. The segments of a JPEG are counted before Pillow walks over them."""
+    """The image of these bytes, only its header read. The segments of a JPEG are counted before Pillow walks
+    over them.
+    """
     from PIL import Image
 
     if kind == "image/jpeg" and sum(1 for _ in _segments(data)) > MOST_MARKERS:
@@ -119,7 +125,9 @@ def _opened(data: bytes, kind: str) -> ImageFile.ImageFile:
 
 
 def _segments(data: bytes) -> list[int]:
-    """The markers of a JPEG, up to one more than are allowed. What lies inside a segment, such as a thumbnail, is passed over."""
+    """The markers of a JPEG, up to one more than are allowed. What lies inside a segment, such as a
+    thumbnail, is passed over.
+    """
     found: list[int] = []
     at = 2
     while len(found) <= MOST_MARKERS and (match := _MARKER.search(data, at)) is not None:

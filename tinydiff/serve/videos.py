@@ -1,4 +1,6 @@
-"""Clips: jobs that are asked for, watched, listed, taken away, made again with another prompt, as OpenAI's Videos API has it."""
+"""Clips: jobs that are asked for, watched, listed, taken away, made again with another prompt, as OpenAI's
+Videos API has it.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def routes(service: Service) -> list[tuple[str, object]]:
 
 
 def video(service: Service, job: Job, base: str) -> dict[str, Any]:
-    """A job as clients see it: all keys of OpenAI's Video, then ours. base: the address that clients reach this server at."""
+    """A job as clients see it: all keys of OpenAI's Video, then ours. base: the address that clients reach
+    this server at.
+    """
     place = None if job.status in DONE else service.scheduler.place(job)
     clips = [output for output in job.outputs if output.variant == "content"]
     return {

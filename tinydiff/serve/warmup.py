@@ -1,4 +1,6 @@
-"""What a server makes before it is ready: an output of each declared size, through the functions that requests go through."""
+"""What a server makes before it is ready: an output of each declared size, through the functions that
+requests go through.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def jobs(options: ServeOptions, row: ReleasedModel) -> list[Job]:
 def parts(
     options: ServeOptions, blueprint: Blueprint, admitted: Callable[[Job], Request]
 ) -> list[tuple[Request, int]]:
-    """(what is made, how many of it side by side): several too where that is compiled, for which one and more are two graphs."""
+    """(what is made, how many of it side by side): several too where that is compiled, for which one and more
+    are two graphs.
+    """
     counts = (1, 2) if blueprint.compiled and options.batching_max_size > 1 else (1,)
     return [(admitted(job), count) for job in jobs(options, blueprint.row) for count in counts]
 

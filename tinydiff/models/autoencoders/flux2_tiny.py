@@ -1,9 +1,11 @@
-"""fal's tiny autoencoder for FLUX.2: a TAESD-like one with 32 latent channels, and one more halving to FLUX.2's 128 at stride 16.
+"""fal's tiny autoencoder for FLUX.2: a TAESD-like one with 32 latent channels, and one more halving to
+FLUX.2's 128 at stride 16.
 
-Source: the Flux2TinyAutoEncoder class and checkpoint of fal/FLUX.2-Tiny-AutoEncoder. Its latents are the denoiser's own: neither the
-batch norm's statistics nor patches of FLUX.2's large autoencoder come in between.
+Source: the Flux2TinyAutoEncoder class and checkpoint of fal/FLUX.2-Tiny-AutoEncoder. Its latents are the
+denoiser's own: neither the batch norm's statistics nor patches of FLUX.2's large autoencoder come in between.
 
-Shape letters: B batch, C channels, F frames (each coded by itself; pictures have one), H height, W width, Z latent channels.
+Shape letters: B batch, C channels, F frames (each coded by itself; pictures have one), H height, W width, Z
+latent channels.
 """
 
 from __future__ import annotations
@@ -83,7 +85,8 @@ class Config:
         return 1
 
 
-# --- weights ------------------------------------------------------------------------------------------------------------------------
+# --- weights
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _residual_rows(name: str, width: int) -> Iterator[Row]:
@@ -116,7 +119,8 @@ def spec(c: Config) -> Iterator[Row]:
     yield from decoder_spec(c)
 
 
-# --- what callers use ---------------------------------------------------------------------------------------------------------------
+# --- what callers use
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def _residual(x: Tensor, w: Weights, strip: Strip) -> Tensor:
@@ -125,7 +129,9 @@ def _residual(x: Tensor, w: Weights, strip: Strip) -> Tensor:
 
 
 def _double(z: Tensor, w: Weights, strip: Strip) -> Tensor:
-    """A transposed convolution to twice the height and width, an input of which reaches one output beyond its own two."""
+    """A transposed convolution to twice the height and width, an input of which reaches one output beyond its
+    own two.
+    """
     beyond = 2 if strip.divided else 0  # output rows of a neighbour's input row
     return F.conv_transpose2d(halo(strip, z, 1, 1), w["weight"], w["bias"], stride=2, padding=(1 + beyond, 1))
 
@@ -156,8 +162,8 @@ def encode(
 ) -> Tensor:
     """Pixels [B, C, F, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'].
 
-    chunk: frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one and blended. None: at once.
-    The ranks of the plan's axis `rows` share the work; each gets all of the result.
+    chunk: frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one and
+    blended. None: at once. The ranks of the plan's axis `rows` share the work; each gets all of the result.
     """
 
     def latents(x: Tensor, strip: Strip) -> Tensor:

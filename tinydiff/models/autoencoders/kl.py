@@ -1,10 +1,12 @@
-"""The picture autoencoders of AutoencoderKL's shape: FLUX.1, Z-Image, Ovis, SD3, GLM-Image, and FLUX.2's with its 2x2 patches.
+"""The picture autoencoders of AutoencoderKL's shape: FLUX.1, Z-Image, Ovis, SD3, GLM-Image, and FLUX.2's with
+its 2x2 patches.
 
-Source: arXiv 2112.10752 and the AutoencoderKL and AutoencoderKLFlux2 checkpoints (z 16, stride 8; FLUX.2: z 32 at stride 8, seen by
-the denoiser as 128 at stride 16). Latents are normalised by a shift and a scale or, of FLUX.2, by the running statistics of a batch
-norm over patches.
+Source: arXiv 2112.10752 and the AutoencoderKL and AutoencoderKLFlux2 checkpoints (z 16, stride 8; FLUX.2: z
+32 at stride 8, seen by the denoiser as 128 at stride 16). Latents are normalised by a shift and a scale or,
+of FLUX.2, by the running statistics of a batch norm over patches.
 
-Shape letters: B batch, C channels, F frames (each coded by itself; pictures have one), H height, W width, Z latent channels.
+Shape letters: B batch, C channels, F frames (each coded by itself; pictures have one), H height, W width, Z
+latent channels.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ class Config:
     scaling_factor: float = 0.18215
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
-    """Not read, nor is the next: no pipeline of the reference with this autoencoder and a denoiser that runs here does."""
+    """Not read, nor is the next: no pipeline of the reference with this autoencoder and a denoiser that runs
+    here does.
+    """
     latents_std: tuple[float, ...] | None = None
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
@@ -109,11 +113,14 @@ class Config:
         return 1
 
 
-# --- structure: which layers there are, read by spec and by the forward functions alike -------------------------------------------
+# --- structure: which layers there are, read by spec and by the forward functions alike
+# -------------------------------------------
 
 
 class Stage(NamedTuple):
-    """Residual blocks (prefix, width in, width out), then the convolution that changes the resolution, None in the last stage."""
+    """Residual blocks (prefix, width in, width out), then the convolution that changes the resolution, None
+    in the last stage.
+    """
 
     blocks: tuple[tuple[str, int, int], ...]
     resample: str | None
@@ -208,7 +215,8 @@ def row_name(key: str) -> str | None:
     return None if key == "bn.num_batches_tracked" else key
 
 
-# --- layers -----------------------------------------------------------------------------------------------------------------------
+# --- layers
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 def _half(c: Config, x: Tensor, norm: Weights, conv: Weights, strip: Strip) -> Tensor:
@@ -269,7 +277,8 @@ def _pixels(c: Config, w: Weights, z_BZHW: Tensor, strip: Strip) -> Tensor:
     return _half(c, x, d / "conv_norm_out", d / "conv_out", strip)
 
 
-# --- what callers use ---------------------------------------------------------------------------------------------------------------
+# --- what callers use
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def moments(
@@ -280,10 +289,11 @@ def moments(
     tile: int | None = None,
     plan: Plan = SINGLE,
 ) -> Tensor:
-    """Pixels [B, C, F, H, W] in [-1, 1] -> mean and log-variance [B, 2Z, F, H', W'] of the raw latents' distribution.
+    """Pixels [B, C, F, H, W] in [-1, 1] -> mean and log-variance [B, 2Z, F, H', W'] of the raw latents'
+    distribution.
 
-    chunk: frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one and blended. None: at once.
-    The ranks of the plan's axis `rows` share the work; each gets all of the result.
+    chunk: frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one and
+    blended. None: at once. The ranks of the plan's axis `rows` share the work; each gets all of the result.
     """
     return tiled(
         lambda x, strip: per_frame(lambda image: _moments(c, w, image, strip), x, chunk),
@@ -295,7 +305,9 @@ def moments(
 
 
 def normalise(c: Config, w: Weights, z_BZFHW: Tensor) -> Tensor:
-    """Raw latents -> latents of about zero mean and unit variance, as the denoiser sees them; FLUX.2's are folded into patches first."""
+    """Raw latents -> latents of about zero mean and unit variance, as the denoiser sees them; FLUX.2's are
+    folded into patches first.
+    """
     mean, std = _statistics(c, w, z_BZFHW)
     if c.patch_size is not None:
         ph, pw = c.patch_size
@@ -334,7 +346,9 @@ def encode(
     tile: int | None = None,
     plan: Plan = SINGLE,
 ) -> Tensor:
-    """Pixels [B, C, F, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'], the distribution's mean. Options as in `moments`."""
+    """Pixels [B, C, F, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'], the distribution's mean.
+    Options as in `moments`.
+    """
     return normalise(c, w, moments(c, w, x_BCFHW, chunk, tile, plan)[:, : c.latent_channels])
 
 

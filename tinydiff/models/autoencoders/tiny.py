@@ -1,9 +1,11 @@
-"""The tiny autoencoders (TAESD and its kin): a few plain convolutions that come close to a large autoencoder's latents and pixels.
+"""The tiny autoencoders (TAESD and its kin): a few plain convolutions that come close to a large
+autoencoder's latents and pixels.
 
-Source: the AutoencoderTiny checkpoints (stride 8). There is no norm and no attention, so that a pixel depends on its surroundings
-alone. Their latents are the denoiser's own, normalised ones.
+Source: the AutoencoderTiny checkpoints (stride 8). There is no norm and no attention, so that a pixel depends
+on its surroundings alone. Their latents are the denoiser's own, normalised ones.
 
-Shape letters: B batch, C channels, F frames (each coded by itself; pictures have one), H height, W width, Z latent channels.
+Shape letters: B batch, C channels, F frames (each coded by itself; pictures have one), H height, W width, Z
+latent channels.
 """
 
 from __future__ import annotations
@@ -86,11 +88,14 @@ class Config:
         return 1
 
 
-# --- structure: which layers there are, read by spec and by the forward functions alike -------------------------------------------
+# --- structure: which layers there are, read by spec and by the forward functions alike
+# -------------------------------------------
 
 
 class Layer(NamedTuple):
-    """One entry of the flat list of layers. kind: "conv", "block", or what a convolution does besides: "down", "up"."""
+    """One entry of the flat list of layers. kind: "conv", "block", or what a convolution does besides:
+    "down", "up".
+    """
 
     at: str
     kind: str
@@ -114,7 +119,9 @@ def encoder_layers(c: Config) -> Iterator[Layer]:
 
 
 def decoder_layers(c: Config) -> Iterator[Layer]:
-    """Without the activation after the first, which takes a place in the list, as does each doubling before its convolution."""
+    """Without the activation after the first, which takes a place in the list, as does each doubling before
+    its convolution.
+    """
     width, place, last = c.decoder_block_out_channels[0], 2, len(c.num_decoder_blocks) - 1
     yield Layer("layers.0", "conv", c.latent_channels, width)
     for i, count in enumerate(c.num_decoder_blocks):
@@ -155,7 +162,8 @@ def spec(c: Config) -> Iterator[Row]:
     yield from decoder_spec(c)
 
 
-# --- layers -----------------------------------------------------------------------------------------------------------------------
+# --- layers
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 def _block(c: Config, x: Tensor, w: Weights, strip: Strip) -> Tensor:
@@ -179,7 +187,9 @@ def _layer(c: Config, x: Tensor, w: Weights, layer: Layer, strip: Strip) -> Tens
 
 
 def image_latents(c: Config, w: Weights, x_BCHW: Tensor, strip: Strip) -> Tensor:
-    """One pass of the encoder: pixels [B, C, H, W] in [-1, 1] -> raw latents [B, Z, H', W'], of a strip of them or the whole."""
+    """One pass of the encoder: pixels [B, C, H, W] in [-1, 1] -> raw latents [B, Z, H', W'], of a strip of
+    them or the whole.
+    """
     x = (x_BCHW + 1) / 2  # the network was trained on pixels in [0, 1]
     for layer in encoder_layers(c):
         x = _layer(c, x, w / "encoder", layer, strip)
@@ -187,7 +197,9 @@ def image_latents(c: Config, w: Weights, x_BCHW: Tensor, strip: Strip) -> Tensor
 
 
 def image_pixels(c: Config, w: Weights, z_BZHW: Tensor, strip: Strip) -> Tensor:
-    """One pass of the decoder: raw latents [B, Z, H', W'] -> pixels [B, C, H, W], not clipped. Latents beyond 3 are softly limited."""
+    """One pass of the decoder: raw latents [B, Z, H', W'] -> pixels [B, C, H, W], not clipped. Latents beyond
+    3 are softly limited.
+    """
     first, *others = decoder_layers(c)
     x = ACTIVATIONS[c.act_fn](_layer(c, torch.tanh(z_BZHW / 3) * 3, w / "decoder", first, strip))
     for layer in others:
@@ -195,7 +207,8 @@ def image_pixels(c: Config, w: Weights, z_BZHW: Tensor, strip: Strip) -> Tensor:
     return x * 2 - 1
 
 
-# --- what callers use ---------------------------------------------------------------------------------------------------------------
+# --- what callers use
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def encode(
@@ -208,8 +221,8 @@ def encode(
 ) -> Tensor:
     """Pixels [B, C, F, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'].
 
-    chunk: frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one and blended. None: at once.
-    The ranks of the plan's axis `rows` share the work; each gets all of the result.
+    chunk: frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one and
+    blended. None: at once. The ranks of the plan's axis `rows` share the work; each gets all of the result.
     """
 
     def latents(x: Tensor, strip: Strip) -> Tensor:

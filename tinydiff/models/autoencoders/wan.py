@@ -1,10 +1,12 @@
 """The Wan video autoencoders: causal in time, 4x fewer frames, 8x or 16x smaller frames.
 
-Source: arXiv 2503.20314 and the AutoencoderKLWan checkpoints (Wan2.1: z 16, stride 8; Wan2.2 TI2V: z 48, stride 16, residual).
-Qwen-Image's AutoencoderKLQwenImage is Wan2.1's network run on single frames, in Qwen-Image-Layered with a fourth channel for opacity.
-A clip has 4k + 1 frames; the first is coded alone, every later group of four becomes one latent frame. Because every operation is
-causal, a clip may be run in one pass or in chunks of latent frames with the same result: `past` then carries, by layer name, the
-frames that the next chunk looks back on. One pass needs none and touches no state. A frame may be a strip of rows (`parallel.rows`).
+Source: arXiv 2503.20314 and the AutoencoderKLWan checkpoints (Wan2.1: z 16, stride 8; Wan2.2 TI2V: z 48,
+stride 16, residual). Qwen-Image's AutoencoderKLQwenImage is Wan2.1's network run on single frames, in
+Qwen-Image-Layered with a fourth channel for opacity. A clip has 4k + 1 frames; the first is coded alone,
+every later group of four becomes one latent frame. Because every operation is causal, a clip may be run in
+one pass or in chunks of latent frames with the same result: `past` then carries, by layer name, the frames
+that the next chunk looks back on. One pass needs none and touches no state. A frame may be a strip of rows
+(`parallel.rows`).
 
 Shape letters: B batch, C channels, T frames, F latent frames, H height, W width, Z latent channels.
 """
@@ -73,7 +75,8 @@ class Config:
             )
 
 
-# --- structure: which layers there are, read by spec and by the forward functions alike -------------------------------------------
+# --- structure: which layers there are, read by spec and by the forward functions alike
+# -------------------------------------------
 
 
 class Resample(NamedTuple):
@@ -86,7 +89,9 @@ class Resample(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """Residual blocks (prefix, width in, width out), then a change of resolution; `skip` adds the parameter-free shortcut."""
+    """Residual blocks (prefix, width in, width out), then a change of resolution; `skip` adds the
+    parameter-free shortcut.
+    """
 
     blocks: tuple[tuple[str, int, int], ...]
     resample: Resample | None
@@ -190,7 +195,8 @@ def spec(c: Config) -> Iterator[Row]:
     yield from decoder_spec(c)
 
 
-# --- layers -----------------------------------------------------------------------------------------------------------------------
+# --- layers
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 def _rms(x: Tensor, w: Weights) -> Tensor:
@@ -201,7 +207,9 @@ def _rms(x: Tensor, w: Weights) -> Tensor:
 
 
 def _recall(past: Past | None, key: str, x: Tensor, reach: int) -> Tensor | None:
-    """The frames before x that layer `key` looks back on, None at the start of a clip; remembers the last `reach` for the next chunk."""
+    """The frames before x that layer `key` looks back on, None at the start of a clip; remembers the last
+    `reach` for the next chunk.
+    """
     if past is None:
         return None
     before = past.get(key)
@@ -266,14 +274,18 @@ def _upsample(x: Tensor, w: Weights, time: bool, past: Past | None, strip: Strip
 
 
 def _average_down(x: Tensor, width: int, ft: int, fs: int) -> Tensor:
-    """Shortcut: space and time folded into channels, groups of channels averaged down to `width`; zero frames in front fill up time."""
+    """Shortcut: space and time folded into channels, groups of channels averaged down to `width`; zero frames
+    in front fill up time.
+    """
     x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % ft, 0))
     folded = rearrange(x, "b c (t ft) (h fh) (w fw) -> b (c ft fh fw) t h w", ft=ft, fh=fs, fw=fs)
     return rearrange(folded, "b (o g) t h w -> b o g t h w", o=width).mean(2)
 
 
 def _duplicate_up(x: Tensor, width: int, ft: int, first: bool) -> Tensor:
-    """Shortcut: channels repeated and unfolded into space and time; at the start of a clip the first ft - 1 frames fall away."""
+    """Shortcut: channels repeated and unfolded into space and time; at the start of a clip the first ft - 1
+    frames fall away.
+    """
     x = x.repeat_interleave(width * ft * 4 // x.shape[1], 1)
     y = rearrange(x, "b (o ft fh fw) t h w -> b o (t ft) (h fh) (w fw)", o=width, ft=ft, fh=2, fw=2)
     return y[:, :, ft - 1 :] if first else y
@@ -316,7 +328,8 @@ def _decode_chunk(c: Config, w: Weights, z: Tensor, past: Past | None, first: bo
     return _conv(F.silu(_rms(x, w / "norm_out")), w / "conv_out", past, strip)
 
 
-# --- what callers use ---------------------------------------------------------------------------------------------------------------
+# --- what callers use
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def _fold(c: Config, x_BCTHW: Tensor) -> Tensor:
@@ -358,10 +371,12 @@ def moments(
     tile: int | None = None,
     plan: Plan = SINGLE,
 ) -> Tensor:
-    """Pixels [B, 3, T, H, W] in [-1, 1], T = 4k + 1 -> mean and log-variance [B, 2Z, F, H', W'] of the latent distribution.
+    """Pixels [B, 3, T, H, W] in [-1, 1], T = 4k + 1 -> mean and log-variance [B, 2Z, F, H', W'] of the latent
+    distribution.
 
-    chunk: latent frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one and blended. None: at once.
-    The ranks of the plan's axis `rows` share the work; each gets all of the result.
+    chunk: latent frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one
+    and blended. None: at once. The ranks of the plan's axis `rows` share the work; each gets all of the
+    result.
     """
     p = c.patch_size or 1
     side = None if tile is None else tile // p
@@ -396,7 +411,9 @@ def encode(
     tile: int | None = None,
     plan: Plan = SINGLE,
 ) -> Tensor:
-    """Pixels [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'], the distribution's mean. Options as in `moments`."""
+    """Pixels [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'], the distribution's mean.
+    Options as in `moments`.
+    """
     return normalise(c, moments(c, w, x_BCTHW, chunk, tile, plan)[:, : c.z_dim])
 
 
@@ -427,7 +444,9 @@ def decode(
     tile: int | None = None,
     plan: Plan = SINGLE,
 ) -> Tensor:
-    """Normalised latents [B, Z, F, H', W'] -> pixels [B, 3, 4F - 3, H, W] in [-1, 1]. Options as in `moments`."""
+    """Normalised latents [B, Z, F, H', W'] -> pixels [B, 3, 4F - 3, H, W] in [-1, 1]. Options as in
+    `moments`.
+    """
     mean, std = _statistics(c, z_BZFHW)
     return raw_pixels(c, w, z_BZFHW * std + mean, chunk, tile, plan).clamp(-1, 1)
 

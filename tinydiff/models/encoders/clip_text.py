@@ -1,7 +1,7 @@
 """CLIP's text encoder: CLIP-L (FLUX.1, SD3, HunyuanVideo) and CLIP-G (SD3).
 
-Source: arXiv 2103.00020 and the CLIPTextModel checkpoints. A causal transformer with learned positions; what stands for the whole
-text is the state of its end token, which has seen everything before it.
+Source: arXiv 2103.00020 and the CLIPTextModel checkpoints. A causal transformer with learned positions; what
+stands for the whole text is the state of its end token, which has seen everything before it.
 Shape letters: B batch, T tokens, D width, P width of CLIP's joint space.
 """
 
@@ -66,7 +66,9 @@ class Config:
 
 
 def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
-    """The Config of a config.json, of a text encoder or of a whole CLIP; the class says whether there is a map into the joint space."""
+    """The Config of a config.json, of a text encoder or of a whole CLIP; the class says whether there is a
+    map into the joint space.
+    """
     text = entries.get("text_config", entries)
     if not isinstance(text, Mapping):
         raise ValueError(f"text_config is {text!r}; it must be an object")
@@ -84,7 +86,8 @@ class Encoded(NamedTuple):
     """`pooled` in CLIP's joint space [B, P]; None where the checkpoint has no such map."""
 
 
-# --- weights ------------------------------------------------------------------------------------------------------------------------
+# --- weights
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _layer_rows(c: Config) -> Iterator[Row]:
@@ -113,7 +116,8 @@ def spec(c: Config) -> Iterator[Row]:
 
 
 def row_name(c: Config, key: str) -> str | None:
-    """The spec's name of a stored key, None where nothing reads it: a list of positions in old files, the rest of a whole CLIP.
+    """The spec's name of a stored key, None where nothing reads it: a list of positions in old files, the
+    rest of a whole CLIP.
 
     transformers 5 writes an encoder without projection without its prefix.
     """
@@ -126,11 +130,14 @@ def row_name(c: Config, key: str) -> str | None:
     return key if key.startswith("text_model.") else f"text_model.{key}"
 
 
-# --- from tokens to states ------------------------------------------------------------------------------------------------------------
+# --- from tokens to states
+# ------------------------------------------------------------------------------------------------------------
 
 
 def encode(c: Config, plan: Plan, w: Weights, ids_BT: Tensor) -> Encoded:
-    """Token ids [B, T] int64, T at most `max_position_embeddings` -> `Encoded`. Padding after the end token changes nothing before it."""
+    """Token ids [B, T] int64, T at most `max_position_embeddings` -> `Encoded`. Padding after the end token
+    changes nothing before it.
+    """
     text, eps, length = w / "text_model", c.layer_norm_eps, ids_BT.shape[1]
     e = text / "embeddings"
     x = F.embedding(ids_BT, e["token_embedding.weight"]) + e["position_embedding.weight"][:length]
@@ -152,8 +159,8 @@ def encode(c: Config, plan: Plan, w: Weights, ids_BT: Tensor) -> Encoded:
 def end_token(c: Config, ids_BT: Tensor) -> Tensor:
     """Place of each text's first end token [B].
 
-    Configs of old say that the end token is 2, which no tokenizer agrees with. There it is the highest id of the text, as it is in
-    the vocabulary.
+    Configs of old say that the end token is 2, which no tokenizer agrees with. There it is the highest id of
+    the text, as it is in the vocabulary.
     """
     return (ids_BT if c.eos_token_id == 2 else (ids_BT == c.eos_token_id).int()).argmax(1)
 

@@ -1,7 +1,8 @@
-"""CLIP's vision tower (ViT-H/14 in Wan2.1 image to video): a picture to one token for itself and one per patch.
+"""CLIP's vision tower (ViT-H/14 in Wan2.1 image to video): a picture to one token for itself and one per
+patch.
 
-Source: arXiv 2103.00020 and the CLIPVisionModel checkpoints. Wan reads the hidden states before the last layer, so that layer and
-the norm after it are stored but never run.
+Source: arXiv 2103.00020 and the CLIPVisionModel checkpoints. Wan reads the hidden states before the last
+layer, so that layer and the norm after it are stored but never run.
 Shape letters: B batch, C colours, S side in pixels, N tokens (1 + patches), D width.
 """
 
@@ -73,7 +74,8 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
     return Config(**typed(Config, vision))
 
 
-# --- weights ------------------------------------------------------------------------------------------------------------------------
+# --- weights
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _layer_rows(c: Config) -> Iterator[Row]:
@@ -103,7 +105,8 @@ def spec(c: Config) -> Iterator[Row]:
 
 
 def row_name(key: str) -> str | None:
-    """The spec's name of a stored key, None where nothing reads it: a list of positions in old files, the rest of a whole CLIP.
+    """The spec's name of a stored key, None where nothing reads it: a list of positions in old files, the
+    rest of a whole CLIP.
 
     transformers 5 writes the tower without its prefix.
     """
@@ -114,11 +117,14 @@ def row_name(key: str) -> str | None:
     return key if key.startswith("vision_model.") else f"vision_model.{key}"
 
 
-# --- from picture to tokens ---------------------------------------------------------------------------------------------------------
+# --- from picture to tokens
+# ---------------------------------------------------------------------------------------------------------
 
 
 def pixels(c: Config, image_HWC: np.ndarray) -> Tensor:
-    """uint8 [H, W, 3] RGB -> float32 [1, 3, S, S]: the short side resized, the centre cut out, mean and deviation taken off."""
+    """uint8 [H, W, 3] RGB -> float32 [1, 3, S, S]: the short side resized, the centre cut out, mean and
+    deviation taken off.
+    """
     import numpy as np
     from PIL import Image
 
@@ -136,7 +142,9 @@ def pixels(c: Config, image_HWC: np.ndarray) -> Tensor:
 
 
 def encode(c: Config, plan: Plan, w: Weights, pixels_BCSS: Tensor) -> Tensor:
-    """Pixels from `pixels` [B, 3, S, S] -> tokens [B, N, D] after all layers but the last (`hidden_states[-2]` of the reference)."""
+    """Pixels from `pixels` [B, 3, S, S] -> tokens [B, N, D] after all layers but the last
+    (`hidden_states[-2]` of the reference).
+    """
     w, eps = w / "vision_model", c.layer_norm_eps
     e = w / "embeddings"
     kernel = e / "patch_embedding"

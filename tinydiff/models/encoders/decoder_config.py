@@ -1,7 +1,9 @@
-"""What tells decoder language models apart: the Config that `decoder_lm` runs, and how a released config.json is read into it.
+"""What tells decoder language models apart: the Config that `decoder_lm` runs, and how a released config.json
+is read into it.
 
-transformers writes two layouts (4: `rope_theta` with `rope_scaling`; 5: `rope_parameters`, one or one per kind of layer), nests the text
-model of a multimodal one in `text_config`, and leaves out what equals its class' defaults, so those defaults are listed here.
+transformers writes two layouts (4: `rope_theta` with `rope_scaling`; 5: `rope_parameters`, one or one per
+kind of layer), nests the text model of a multimodal one in `text_config`, and leaves out what equals its
+class' defaults, so those defaults are listed here.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 class Rope:
     """Rotary embedding of one kind of layer, under the names of `rope_parameters`.
 
-    mrope_section: channel pairs turned by the temporal, the vertical and the horizontal position; empty where a position is one number.
+    mrope_section: channel pairs turned by the temporal, the vertical and the horizontal position; empty where
+    a position is one number.
     llama_4_scaling_beta: queries grow by 1 + beta log(1 + position // original_max_position_embeddings).
     """
 
@@ -57,12 +60,15 @@ class Rope:
 
 @dataclass(frozen=True)
 class Config:
-    """Field names are those of the text part of the checkpoint's config.json. The defaults are those of the text part of Qwen2.5-VL 7B.
+    """Field names are those of the text part of the checkpoint's config.json. The defaults are those of the
+    text part of Qwen2.5-VL 7B.
 
-    qkv_bias, o_bias, mlp_bias: which linears have a bias. qk_norm: queries and keys are normalised per head. norm_plus_one: norms
-    multiply by 1 + weight. sandwich_norms: what a branch adds is normalised too. scale_embeddings: embeddings grow by the root of the
-    width. layer_types: the kind of each layer. local_rope_parameters: the rope of sliding layers where it is not that of the others.
-    layers: how many layers are built and run, counted from the first. lm_head: whether the output head is built, to generate text.
+    qkv_bias, o_bias, mlp_bias: which linears have a bias. qk_norm: queries and keys are normalised per head.
+    norm_plus_one: norms multiply by 1 + weight. sandwich_norms: what a branch adds is normalised too.
+    scale_embeddings: embeddings grow by the root of the width. layer_types: the kind of each layer.
+    local_rope_parameters: the rope of sliding layers where it is not that of the others.
+    layers: how many layers are built and run, counted from the first. lm_head: whether the output head is
+    built, to generate text.
     """
 
     vocab_size: int = 152064
@@ -202,9 +208,11 @@ _WHOLE = {"qwen2_5_vl": "qwen2_5_vl_text", "gemma3": "gemma3_text"}
 
 
 def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
-    """The Config of a released config.json, all layers built and no output head; `dataclasses.replace` sets `layers` and `lm_head`.
+    """The Config of a released config.json, all layers built and no output head; `dataclasses.replace` sets
+    `layers` and `lm_head`.
 
-    class_name: the class that model_index.json names. Raises ValueError, one sentence, for what is not implemented.
+    class_name: the class that model_index.json names. Raises ValueError, one sentence, for what is not
+    implemented.
     """
     if class_name not in CLASSES:
         raise ValueError(f"{class_name!r} is no known language model; known are {', '.join(CLASSES)}")

@@ -26,8 +26,10 @@ Cache = list[tuple[Tensor, Tensor]]
 class Sampling:
     """How the next token is drawn, under the names of generation_config.json.
 
-    temperature 0 takes the likeliest token. top_k: only from so many, 0 for all. top_p: only from the likeliest that together reach it.
-    repetition_penalty: the scores of tokens that stand in the text already are divided by it (multiplied where negative).
+    temperature 0 takes the likeliest token. top_k: only from so many, 0 for all. top_p: only from the
+    likeliest that together reach it.
+    repetition_penalty: the scores of tokens that stand in the text already are divided by it (multiplied
+    where negative).
     """
 
     temperature: float = 0.0
@@ -56,10 +58,12 @@ def generate(
     positions: Tensor | None = None,
     embeds: Tensor | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt until a token of `stop` or `limit` tokens -> the new ids of each row, the stop left out.
+    """Continue each prompt until a token of `stop` or `limit` tokens -> the new ids of each row, the stop
+    left out.
 
-    Prompts of different lengths are padded on the left (mask 0). positions, embeds: as in `decoder_lm.encode`; by default words count
-    from 0 at a row's first token. generator: for a temperature above 0; one of the CPU draws the same on every device.
+    Prompts of different lengths are padded on the left (mask 0). positions, embeds: as in
+    `decoder_lm.encode`; by default words count from 0 at a row's first token. generator: for a temperature
+    above 0; one of the CPU draws the same on every device.
     """
     if not c.lm_head:
         raise ValueError("generating needs the output head: a Config with lm_head")
@@ -118,7 +122,9 @@ def choose(
 
 
 def warped(logits_BV: Tensor, ids_BT: Tensor, sampling: Sampling) -> Tensor:
-    """Scores [B, V] after penalty, temperature, top_k and top_p, in this order; -inf for tokens that must not be drawn."""
+    """Scores [B, V] after penalty, temperature, top_k and top_p, in this order; -inf for tokens that must not
+    be drawn.
+    """
     scores = logits_BV.to(compute_dtype(logits_BV))
     if sampling.repetition_penalty != 1:
         said = scores.gather(1, ids_BT)

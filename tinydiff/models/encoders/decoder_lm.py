@@ -1,9 +1,12 @@
-"""Decoder language models, read as text encoders: Llama, Mistral, Ministral 3, Qwen 2.5 (VL), Qwen 3, Gemma 2 and Gemma 3 are one stack.
+"""Decoder language models, read as text encoders: Llama, Mistral, Ministral 3, Qwen 2.5 (VL), Qwen 3, Gemma 2
+and Gemma 3 are one stack.
 
-Source: arXiv 2302.13971 (Llama), 2310.06825, 2502.13923, 2505.09388, 2408.00118, 2503.19786. `decoder_config` says what tells them
-apart; `decoder_generate` makes them write. Only the layers up to the last state wanted are built.
+Source: arXiv 2302.13971 (Llama), 2310.06825, 2502.13923, 2505.09388, 2408.00118, 2503.19786. `decoder_config`
+says what tells them apart; `decoder_generate` makes them write. Only the layers up to the last state wanted
+are built.
 
-Shape letters: B batch, T tokens computed, S tokens they may see, C width, H heads, D head width, A axes of a position.
+Shape letters: B batch, T tokens computed, S tokens they may see, C width, H heads, D head width, A axes of a
+position.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ __all__ = [
     "views",
 ]
 
-# --- weights ------------------------------------------------------------------------------------------------------------------------
+# --- weights
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _layer_rows(c: Config) -> Iterator[Row]:
@@ -64,7 +68,9 @@ def _layer_rows(c: Config) -> Iterator[Row]:
 
 
 def spec(c: Config) -> Iterator[Row]:
-    """Every weight that is read, once, under the names of the bare text model; `row_name` maps the released names to them."""
+    """Every weight that is read, once, under the names of the bare text model; `row_name` maps the released
+    names to them.
+    """
     yield Row("embed_tokens.weight", (c.vocab_size, c.hidden_size), split=0, tied=c.tie_word_embeddings)
     yield from repeat("layers", c.layers, _layer_rows(c))
     if c.final_norm:
@@ -78,10 +84,11 @@ TOWERS = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.",
 
 
 def row_name(c: Config, key: str) -> str | None:
-    """The spec's name of a stored key; None for what is known and not read: other towers, the output head, layers beyond `c.layers`.
+    """The spec's name of a stored key; None for what is known and not read: other towers, the output head,
+    layers beyond `c.layers`.
 
-    A tied output head is the embeddings' second name. Released files prefix the text model with `model.`, `language_model.model.`,
-    `model.language_model.`, `language_model.` or nothing.
+    A tied output head is the embeddings' second name. Released files prefix the text model with `model.`,
+    `language_model.model.`, `model.language_model.`, `language_model.` or nothing.
     """
     name = re.sub(r"^(model\.language_model\.|language_model\.model\.|language_model\.|model\.)", "", key)
     if name.startswith(TOWERS) or name.endswith("rotary_emb.inv_freq"):
@@ -94,11 +101,13 @@ def row_name(c: Config, key: str) -> str | None:
     return None if layer and c.layers <= int(layer[1]) < c.num_hidden_layers else name
 
 
-# --- positions and masks ------------------------------------------------------------------------------------------------------------
+# --- positions and masks
+# ------------------------------------------------------------------------------------------------------------
 
 
 def frequencies(rope: Rope, dim: int) -> tuple[Tensor, float]:
-    """Radians a position of each channel pair [dim / 2], float32 as the references keep them, and the factor of cosines and sines.
+    """Radians a position of each channel pair [dim / 2], float32 as the references keep them, and the factor
+    of cosines and sines.
 
     Source of the scalings: arXiv 2306.15595 (linear), Llama 3.1's code (llama3), arXiv 2309.00071 (yarn).
     """
@@ -144,8 +153,9 @@ def _yarn_factor(rope: Rope) -> float:
 class View(NamedTuple):
     """What the layers of a kind are told of the tokens.
 
-    cos, sin: [B or 1, T, D / 2]. mask: [B or 1, 1, T, S], 0 where a token sees another, else -inf. blind: [B or 1, T, 1, 1] bool, tokens
-    that see nothing (padding on the left). stretch: [B or 1, T, 1, 1] factor of the queries, or None.
+    cos, sin: [B or 1, T, D / 2]. mask: [B or 1, 1, T, S], 0 where a token sees another, else -inf. blind: [B
+    or 1, T, 1, 1] bool, tokens that see nothing (padding on the left). stretch: [B or 1, T, 1, 1] factor of
+    the queries, or None.
     """
 
     cos: Tensor
@@ -156,7 +166,9 @@ class View(NamedTuple):
 
 
 def views(c: Config, positions: Tensor, mask_BS: Tensor, like: Tensor) -> dict[str, View]:
-    """The view of each kind of layer, for tokens at `positions` [B or 1, T], or [3, B or 1, T] on three axes: the last T of the S."""
+    """The view of each kind of layer, for tokens at `positions` [B or 1, T], or [3, B or 1, T] on three axes:
+    the last T of the S.
+    """
     local = c.local_rope_parameters or c.rope_parameters
     ropes = {kind: local if kind == SLIDING else c.rope_parameters for kind in set(c.layer_types[: c.layers])}
     return {
@@ -196,7 +208,8 @@ def _view(
     return View(cos, sin, mask, blind.transpose(1, 2), stretch)
 
 
-# --- the network --------------------------------------------------------------------------------------------------------------------
+# --- the network
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def embed(c: Config, plan: Plan, w: Weights, ids_BT: Tensor) -> Tensor:
@@ -223,10 +236,12 @@ def encode(
     positions: Tensor | None = None,
     embeds: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Token ids [B, T] int64, mask [B, T] of 1 for tokens and 0 for padding on either side -> the states [B, T, C] named by `take`.
+    """Token ids [B, T] int64, mask [B, T] of 1 for tokens and 0 for padding on either side -> the states [B,
+    T, C] named by `take`.
 
-    take: 0 for the embeddings, i for what layer i puts out; that of the model's last layer is normalised. This is the numbering of
-    transformers' hidden_states. positions: [B, T], or [3, B, T] on three axes; by default 0, 1, 2, ... with padding counted.
+    take: 0 for the embeddings, i for what layer i puts out; that of the model's last layer is normalised.
+    This is the numbering of transformers' hidden_states. positions: [B, T], or [3, B, T] on three axes; by
+    default 0, 1, 2, ... with padding counted.
     embeds: [B, T, C] instead of the embeddings of the ids, where images stand among the words.
     """
     if beyond := [state for state in take if not 0 <= state <= c.layers]:
@@ -245,7 +260,9 @@ def encode(
 def block(
     c: Config, plan: Plan, w: Weights, x_BTC: Tensor, view: View, past: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """One layer: (x [B, T, C], the keys and values [B, S, H, D] of all tokens so far). `past`: those of the tokens before these."""
+    """One layer: (x [B, T, C], the keys and values [B, S, H, D] of all tokens so far). `past`: those of the
+    tokens before these.
+    """
     y, cache = _attention(c, plan, w / "self_attn", _norm(c, x_BTC, w / "input_layernorm"), view, past)
     if c.sandwich_norms:
         x = x_BTC + _norm(c, y, w / "post_attention_layernorm")

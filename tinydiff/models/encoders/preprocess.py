@@ -1,7 +1,8 @@
-"""What a folder's preprocessor files say of how an encoder's images are made ready, as fields of the encoder's Config.
+"""What a folder's preprocessor files say of how an encoder's images are made ready, as fields of the
+encoder's Config.
 
-Source: transformers' CLIPImageProcessorPil and Qwen2VLImageProcessorPil, whose defaults these are. What can be had is read; any other
-value is refused.
+Source: transformers' CLIPImageProcessorPil and Qwen2VLImageProcessorPil, whose defaults these are. What can
+be had is read; any other value is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ RGB = tuple[float, float, float]
 
 
 def clip(entries: Mapping[str, Any], image_size: int) -> dict[str, Any]:
-    """Fields of `clip_vision.Config`. image_size: the side that the tower sees. Raises ValueError, one sentence."""
+    """Fields of `clip_vision.Config`. image_size: the side that the tower sees. Raises ValueError, one
+    sentence.
+    """
     found = _shared(entries)
     edge = _edges(entries, ("shortest_edge",)).get("shortest_edge")
     if edge is not None:
@@ -47,7 +50,9 @@ def clip(entries: Mapping[str, Any], image_size: int) -> dict[str, Any]:
 
 
 def qwen(entries: Mapping[str, Any], shape: Mapping[str, int]) -> dict[str, Any]:
-    """Fields of `qwen_vision.Config`. shape: the tower's patch_size, temporal_patch_size and merge_size. Raises ValueError."""
+    """Fields of `qwen_vision.Config`. shape: the tower's patch_size, temporal_patch_size and merge_size.
+    Raises ValueError.
+    """
     for name, wanted in shape.items():
         if entries.get(name, wanted) != wanted:
             raise ValueError(f"{name} is {entries[name]!r}, and that of the vision tower is {wanted}")

@@ -1,9 +1,12 @@
-"""The vision tower of Qwen2.5-VL, the pixels it takes, and how its tokens stand among the words of the language model.
+"""The vision tower of Qwen2.5-VL, the pixels it takes, and how its tokens stand among the words of the
+language model.
 
-Source: arXiv 2502.13923. Patches attend within windows of 8 x 8, in four of the 32 blocks to their whole image; then each 2 x 2 patches
-become one token of the language model. Patches are listed so that those four are neighbours.
+Source: arXiv 2502.13923. Patches attend within windows of 8 x 8, in four of the 32 blocks to their whole
+image; then each 2 x 2 patches become one token of the language model. Patches are listed so that those four
+are neighbours.
 
-Shape letters: N patches, P values of a patch, D width, U windows, M patches of a window, C width of the language model, B batch, T tokens.
+Shape letters: N patches, P values of a patch, D width, U windows, M patches of a window, C width of the
+language model, B batch, T tokens.
 """
 
 from __future__ import annotations
@@ -91,7 +94,8 @@ def config_from(entries: Mapping[str, Any]) -> Config:
     return Config(**typed(Config, older | dict(vision)))
 
 
-# --- weights ------------------------------------------------------------------------------------------------------------------------
+# --- weights
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _block_rows(c: Config) -> Iterator[Row]:
@@ -125,11 +129,14 @@ def row_name(key: str) -> str | None:
     return None if key.startswith(("model.", "lm_head.")) else key
 
 
-# --- from picture to patches --------------------------------------------------------------------------------------------------------
+# --- from picture to patches
+# --------------------------------------------------------------------------------------------------------
 
 
 def fitted(height: int, width: int, multiple: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width near the given ones that are multiples of `multiple` and whose product lies within the bounds."""
+    """Height and width near the given ones that are multiples of `multiple` and whose product lies within the
+    bounds.
+    """
     if max(height, width) > 200 * min(height, width):
         raise ValueError(
             f"an image of {width} x {height} is too narrow: one side is at most 200 times the other"
@@ -147,8 +154,8 @@ def fitted(height: int, width: int, multiple: int, min_pixels: int, max_pixels: 
 
 
 def pixels(c: Config, image_HWC: np.ndarray) -> tuple[Tensor, Grid]:
-    """uint8 [H, W, 3] RGB -> (patches float32 [N, P], their grid). Resized, mean and deviation taken off, each frame twice.
-    Opacity, of RGBA [H, W, 4], is seen before white.
+    """uint8 [H, W, 3] RGB -> (patches float32 [N, P], their grid). Resized, mean and deviation taken off,
+    each frame twice. Opacity, of RGBA [H, W, 4], is seen before white.
 
     Values are those of transformers' Qwen2VLImageProcessorPil.
     """
@@ -168,7 +175,8 @@ def pixels(c: Config, image_HWC: np.ndarray) -> tuple[Tensor, Grid]:
     return patches.expand(-1, -1, c.temporal_patch_size, -1).flatten(1), (height // p, width // p)
 
 
-# --- the network --------------------------------------------------------------------------------------------------------------------
+# --- the network
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def windows(c: Config, grid: Grid) -> Tensor:
@@ -182,7 +190,9 @@ def windows(c: Config, grid: Grid) -> Tensor:
 
 
 def _rope(c: Config, grid: Grid, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [N, D / heads / 2] of the patches: the first half turned by the row, the second by the column."""
+    """Cosines and sines [N, D / heads / 2] of the patches: the first half turned by the row, the second by
+    the column.
+    """
     m = c.spatial_merge_size
     at = rearrange(grid_positions(*grid), "(h m w n) a -> (h w m n) a", h=grid[0] // m, m=m, n=m).to(
         like.device
@@ -194,7 +204,9 @@ def _rope(c: Config, grid: Grid, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode(c: Config, plan: Plan, w: Weights, patches_NP: Tensor, grids: Sequence[Grid]) -> Tensor:
-    """Patches of images one after another [N, P], of the given grids, -> tokens for the language model [N / 4, C]."""
+    """Patches of images one after another [N, P], of the given grids, -> tokens for the language model [N /
+    4, C].
+    """
     kernel = w["patch_embed.proj.weight"].flatten(1)
     images = patches_NP.to(w.dtype).split([tall * wide for tall, wide in grids])
     return torch.cat(
@@ -203,7 +215,9 @@ def encode(c: Config, plan: Plan, w: Weights, patches_NP: Tensor, grids: Sequenc
 
 
 def _image(c: Config, plan: Plan, w: Weights, x_ND: Tensor, grid: Grid) -> Tensor:
-    """One image, kept as windows [U, M, D] of equal size through all blocks; what a window holds beyond the image is never seen."""
+    """One image, kept as windows [U, M, D] of equal size through all blocks; what a window holds beyond the
+    image is never seen.
+    """
     index = windows(c, grid)
     real, order = index >= 0, index.clamp_min(0).to(x_ND.device)
     hidden = None
@@ -247,7 +261,8 @@ def _block(
     )
 
 
-# --- among the words ----------------------------------------------------------------------------------------------------------------
+# --- among the words
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def token_counts(c: Config, grids: Sequence[Grid]) -> list[int]:
@@ -256,7 +271,9 @@ def token_counts(c: Config, grids: Sequence[Grid]) -> list[int]:
 
 
 def expand(ids: Sequence[int], image_id: int, counts: Sequence[int]) -> list[int]:
-    """A prompt's ids with its i-th image token repeated counts[i] times. ValueError unless there is one such token per image."""
+    """A prompt's ids with its i-th image token repeated counts[i] times. ValueError unless there is one such
+    token per image.
+    """
     places = list(ids).count(image_id)
     if places != len(counts):
         raise ValueError(f"the prompt has {places} places for images and {len(counts)} images are given")
@@ -270,10 +287,11 @@ def place(embeds_BTC: Tensor, ids_BT: Tensor, image_id: int, tokens_NC: Tensor) 
 
 
 def positions(c: Config, ids_BT: Tensor, mask_BT: Tensor, image_id: int, grids: Sequence[Grid]) -> Tensor:
-    """Positions [3, B, T] (time, row, column) of words and images; 0 on padding. `grids`: of all images, row after row of the batch.
+    """Positions [3, B, T] (time, row, column) of words and images; 0 on padding. `grids`: of all images, row
+    after row of the batch.
 
-    Words count on along all three axes. The tokens of an image share one time and take the rows and columns of its grid, from where the
-    words before it end; after it the count goes on behind the longer side.
+    Words count on along all three axes. The tokens of an image share one time and take the rows and columns
+    of its grid, from where the words before it end; after it the count goes on behind the longer side.
     """
     m, left = c.spatial_merge_size, iter(grids)
     at = torch.zeros(3, *ids_BT.shape, dtype=torch.int64)

@@ -1,7 +1,7 @@
 """The encoder half of T5 v1.1 and its kin: UMT5 (a position table in every block) and ByT5.
 
-Source: arXiv 1910.10683, 2304.09151. Attention is not scaled; positions enter as a learned bias per head, bucketed by distance.
-Shape letters: B batch, T tokens, C width, H heads.
+Source: arXiv 1910.10683, 2304.09151. Attention is not scaled; positions enter as a learned bias per head,
+bucketed by distance. Shape letters: B batch, T tokens, C width, H heads.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Config:
 
 
 def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
-    """The Config of a config.json, of an encoder or of a whole T5; the class says which of the two kinds it is, as in transformers.
+    """The Config of a config.json, of an encoder or of a whole T5; the class says which of the two kinds it
+    is, as in transformers.
 
     Raises ValueError, one sentence, for what is not implemented.
     """
@@ -105,14 +106,18 @@ def spec(c: Config) -> Iterator[Row]:
 
 
 def row_name(key: str) -> str | None:
-    """The spec's name of a stored key, None for those of a whole T5's other half. `encoder.embed_tokens` is `shared`'s second name."""
+    """The spec's name of a stored key, None for those of a whole T5's other half. `encoder.embed_tokens` is
+    `shared`'s second name.
+    """
     if key.startswith(("decoder.", "lm_head.")):
         return None
     return "shared.weight" if key == "encoder.embed_tokens.weight" else key
 
 
 def buckets(c: Config, length: int, device: torch.device | str | None = None) -> Tensor:
-    """Bucket [T, T] of each (query, key) pair: half the buckets for keys behind; exact for near keys, logarithmic for far ones."""
+    """Bucket [T, T] of each (query, key) pair: half the buckets for keys behind; exact for near keys,
+    logarithmic for far ones.
+    """
     at = torch.arange(length, device=device)
     offset = at[None, :] - at[:, None]
     half = c.relative_attention_num_buckets // 2
@@ -126,7 +131,9 @@ def buckets(c: Config, length: int, device: torch.device | str | None = None) ->
 
 
 def encode(c: Config, plan: Plan, w: Weights, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-    """Token ids [B, T] int64, mask [B, T] of 1 for tokens and 0 for padding -> last hidden states [B, T, C]. Padding is not attended to."""
+    """Token ids [B, T] int64, mask [B, T] of 1 for tokens and 0 for padding -> last hidden states [B, T, C].
+    Padding is not attended to.
+    """
     x = lookup(plan, ids_BT, w / "shared")
     bucket = buckets(c, ids_BT.shape[1], ids_BT.device)
     hidden = None if mask_BT is None else (mask_BT[:, None, None] == 0)
