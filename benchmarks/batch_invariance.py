@@ -1,4 +1,4 @@
-"""How far a picture depends on those that it shares the denoising loop with: the shipped model, the server's
+"""How far an image depends on those that it shares the denoising loop with: the shipped model, the server's
 own loop.
 
     python -m benchmarks.batch_invariance [--requests 50] [--dit-precision fp32] [--enable-torch-compile]
@@ -6,7 +6,7 @@ own loop.
 Random requests (prompt, seed, steps, guidance, three sizes) are made alone, and then in company: as many as
 the batch has room for, each joining as soon as another leaves, so that every step has other company. Largest
 differences by batch size, of latents (whose values are about 1) and of pixel values 0 to 255, the share of
-values that differ at all, and how many pictures there really were in a step. Compiled, one picture and
+values that differ at all, and how many images there really were in a step. Compiled, one image and
 several are two graphs, as in the server.
 """
 
@@ -30,7 +30,7 @@ from tinydiff.runtime import blueprint, pipeline
 from tinydiff.runtime.admit import admit
 from tinydiff.runtime.background import Background
 from tinydiff.runtime.blueprint import Model
-from tinydiff.runtime.continuous import Continuous, Sitting, sitting
+from tinydiff.runtime.continuous import BatchSlot, Continuous, sitting
 
 COLOURS, SHAPES = (
     ("red", "yellow", "blue", "green", "white", "black"),
@@ -41,7 +41,7 @@ BATCHES = range(2, 9)
 
 
 class Made(NamedTuple):
-    """A picture."""
+    """An image."""
 
     latents: Tensor
     """[1, C, F, H, W]."""
@@ -50,7 +50,7 @@ class Made(NamedTuple):
 
 
 def requests(model: Model, count: int) -> list[list[Request]]:
-    """Those of each size, for only pictures of one form share the loop."""
+    """Those of each size, for only images of one form share the loop."""
     chance, found = random.Random(0), [[] for _ in SIZES]
     for k in range(count):
         (width, height), words = SIZES[k % len(SIZES)], (chance.choice(COLOURS), chance.choice(SHAPES))
@@ -65,7 +65,7 @@ def requests(model: Model, count: int) -> list[list[Request]]:
 def make(
     model: Model, background: Background, asked: Sequence[Request], most: int
 ) -> tuple[list[Made], list[int]]:
-    """(the pictures of all requests, made by a loop of at most `most` at once; how many there were in each
+    """(the images of all requests, made by a loop of at most `most` at once; how many there were in each
     step).
     """
     loop, waiting = (
@@ -76,7 +76,7 @@ def make(
     made: dict[int, Made] = {}
     sizes: list[int] = []
 
-    def finish(one: Sitting) -> Made:
+    def finish(one: BatchSlot) -> Made:
         number = int(one.owner)
         frames, latents = pipeline.finish(model, asked[number], told[number], one.shown(one.seat.state.x))
         return Made(latents, frames)
@@ -94,7 +94,7 @@ def make(
 
 
 def compiled(model: Model, asked: Sequence[Request]) -> Background:
-    """What has the graphs of one picture and of several, where the model is to be compiled."""
+    """What has the graphs of one image and of several, where the model is to be compiled."""
     background = Background()
     for most in (1, 2):
         make(model, background, asked[:most], most)
@@ -130,7 +130,7 @@ def main() -> None:
     scale = torch.cat([one.latents.flatten() for one in alone]).std().item()
     how = f"{given.dit_precision}, {model.blueprint.device.type}{', compiled' if given.enable_torch_compile else ''}"
     print(f"{len(alone)} requests, {how}; latents have a standard deviation of {scale:.2f}")
-    print("| batch | pictures in a step, mean | latents | pixel values | differing |\n|---|---|---|---|---|")
+    print("| batch | images in a step, mean | latents | pixel values | differing |\n|---|---|---|---|---|")
     for most in BATCHES:
         made = [make(model, background, same, most) for same in asked]
         together, sizes = (

@@ -6,7 +6,7 @@ and the timesteps.
 Counted, not timed: on the meta device, one branch of guidance.
 FLOPs of one step with nothing kept, and in the loop; gigabytes of weights that a step reads, in bfloat16
 where the spec allows, before and after; and the gigabytes of hoisted tensors that it reads instead. Ratios
-are before over after; "run" counts all steps and the hoisting itself. Clips are shown at the model's default
+are before over after; "run" counts all steps and the hoisting itself. Videos are shown at the model's default
 and at one frame of that size, image models at their default size and a short prompt.
 """
 

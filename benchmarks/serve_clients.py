@@ -47,7 +47,7 @@ MISTAKES: tuple[tuple[str, str, dict[str, Any], int], ...] = (
     (
         "POST",
         EDITS,
-        {"data": {"prompt": "a red circle"}, "files": {"image": ("a.png", b"no picture", "image/png")}},
+        {"data": {"prompt": "a red circle"}, "files": {"image": ("a.png", b"no image", "image/png")}},
         400,
     ),
     ("POST", CLIPS, {"json": {"prompt": "a red circle", "num_frames": 7}}, 400),
@@ -78,7 +78,7 @@ class Seen:
     accepted: set[str] = field(default_factory=set)
     """Ids of jobs that an answer named."""
     deleted: set[str] = field(default_factory=set)
-    """Of them, those that were deleted: a clip goes, a picture that was not done yet stays as a cancelled
+    """Of them, those that were deleted: a video goes, an image that was not done yet stays as a cancelled
     one.
     """
     made: set[str] = field(default_factory=set)
@@ -139,7 +139,7 @@ class Client:
                 self._check_size(asked, base64.b64decode(event["b64_json"]))
 
     def stopped_stream(self) -> None:
-        """Deletes a picture while it is made; the stream then ends with the word, unless it was done before."""
+        """Deletes an image while it is made; the stream then ends with the word, unless it was done before."""
         ended = ""
         for event in self._events(
             "stream, then DELETE",
@@ -147,23 +147,23 @@ class Client:
         ):
             if event.get("type", "").endswith(".progress") and not ended:
                 ended = "asked"
-                self._send("DELETE picture", "DELETE", f"/v1/images/{event['id']}")
+                self._send("DELETE image", "DELETE", f"/v1/images/{event['id']}")
                 self.seen.deleted.add(event["id"])
             elif event.get("type", "").endswith(".completed"):
                 ended = "completed"
             elif "error" in event:
                 ended = event["error"]["code"]
         if ended not in ("", "completed", "cancelled", "not_found", "file_expired"):
-            self.seen.wrong.append(f"a deleted picture's stream ended with {ended!r}")
+            self.seen.wrong.append(f"a deleted image's stream ended with {ended!r}")
 
     def closed(self) -> None:
-        """Asks for a picture and goes."""
+        """Asks for an image and goes."""
         begun, body = time.monotonic(), json.dumps(self._asked() | {"num_inference_steps": 30})
         line = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=LONGEST)
         line.request("POST", PICTURES, body, {"content-type": "application/json"})
         time.sleep(self.chance.uniform(0, 1))
         line.close()
-        self.seen.answers.append(Answered("picture, closed", 0, time.monotonic() - begun, True))
+        self.seen.answers.append(Answered("image, closed", 0, time.monotonic() - begun, True))
 
     def clip(self) -> None:
         told = self._ask(
@@ -175,14 +175,14 @@ class Client:
             time.sleep(self.chance.uniform(0.1, 0.5))
             told = self._send("poll", "GET", f"{CLIPS}/{told['id']}").json()
         if told["status"] == "failed":
-            self.seen.wrong.append(f"the clip {told['id']} failed: {told['error']}")
+            self.seen.wrong.append(f"the video {told['id']} failed: {told['error']}")
             return
         for variant in ("video", "thumbnail", "spritesheet"):
             if not self._send("download", "GET", f"{CLIPS}/{told['id']}/content?variant={variant}").content:
                 self.seen.wrong.append(f"{told['id']} has an empty {variant}")
         self.seen.made.add(told["id"])
         if self.chance.random() < 0.3:
-            self._send("DELETE clip", "DELETE", f"{CLIPS}/{told['id']}")
+            self._send("DELETE video", "DELETE", f"{CLIPS}/{told['id']}")
             self.seen.deleted.add(told["id"])
 
     def cancelled_clip(self) -> None:
@@ -191,9 +191,9 @@ class Client:
             return
         time.sleep(self.chance.uniform(0, 1.5))
         if self.chance.random() < 0.5:
-            self._send("cancel clip", "POST", f"{CLIPS}/{told['id']}/cancel")
+            self._send("cancel video", "POST", f"{CLIPS}/{told['id']}/cancel")
         else:
-            self._send("DELETE clip", "DELETE", f"{CLIPS}/{told['id']}")
+            self._send("DELETE video", "DELETE", f"{CLIPS}/{told['id']}")
             self.seen.deleted.add(told["id"])
 
     def mistake(self) -> None:
@@ -264,4 +264,4 @@ class Client:
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()
             if "x".join(map(str, picture.size)) != asked["size"]:
-                self.seen.wrong.append(f"a picture of {asked['size']} came as {picture.size}")
+                self.seen.wrong.append(f"an image of {asked['size']} came as {picture.size}")

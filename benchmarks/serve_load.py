@@ -3,11 +3,11 @@ and files together.
 
     python -m benchmarks.serve_load [--clients 64] [--seconds 120]
 
-Each client does one thing after another: pictures that it waits for, streams, clips that it polls and
+Each client does one thing after another: images that it waits for, streams, videos that it polls and
 downloads; it cancels by route, by DELETE and by closing its connection, and makes mistakes. Sizes, steps,
 formats and counts vary. Then the server is let run dry and counted: in the answers, its lists, its figures,
-its log, its database and its folder of files. Needs the test extra, and Linux. Prints a table; ends with 1 if
-a check fails.
+its log, its database and its directory of files. Needs the test extra, and Linux. Prints a table; ends with 1
+if a check fails.
 
 Memory, open files and threads are those of the server's process, medians over the middle third of the time
 against the last: the first third warms up. Memory may grow by GROWTH_MB, files by 2 that are just being
@@ -52,7 +52,7 @@ class Sample(NamedTuple):
 
 
 def sample(process: Path) -> Sample:
-    """process: its folder in /proc."""
+    """process: its directory in /proc."""
     told = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
     opened = []
     for link in (process / "fd").iterdir():
@@ -64,7 +64,7 @@ def sample(process: Path) -> Sample:
 
 
 def listed(server: Server) -> list[str]:
-    """Ids of all clips on the server's list, page by page."""
+    """Ids of all videos on the server's list, page by page."""
     found, after = [], {}
     while True:
         page = server.get(CLIPS, params={"limit": 100, **after}).json()
@@ -91,7 +91,7 @@ Checks = list[tuple[str, bool, str]]
 def load(
     folder: Path, clients: int, seconds: float, growth_mb: float | None = GROWTH_MB
 ) -> tuple[list[str], Checks]:
-    """Start a server with its state in `folder` and load it: (a table in lines, what was checked).
+    """Start a server with its state in `directory` and load it: (a table in lines, what was checked).
 
     growth_mb: by how much its memory may grow; None for a run so short that its process has not come to rest,
     and is not looked at.
@@ -158,7 +158,7 @@ def _jobs(
     known: list[tuple[str, requests.Response]],
     told: dict[str, float],
 ) -> Checks:
-    closed = sum(answer.what == "picture, closed" for answer in seen.answers)
+    closed = sum(answer.what == "image, closed" for answer in seen.answers)
     open_ones = [job.id for job in jobs.values() if job.status not in DONE]
     failed = Counter(job.error.code for job in jobs.values() if job.error is not None)
     gone = seen.deleted - jobs.keys()
@@ -189,14 +189,14 @@ def _jobs(
             ended == expected,
             f"{ended} ends of {expected} jobs, {len(gone)} of them deleted",
         ),
-        ("deleted clips are gone", not left, f"{len(seen.deleted)} deleted, {len(left)} clips still there"),
+        ("deleted videos are gone", not left, f"{len(seen.deleted)} deleted, {len(left)} videos still there"),
         ("what a client holds is completed", not undone, f"{len(seen.made)} held, {len(undone)} are not"),
         (
-            "the list of clips is that of the database",
+            "the list of videos is that of the database",
             sorted(clips) == in_rows,
             f"{len(clips)} listed, {len(in_rows)} there",
         ),
-        ("pictures stand as in the database", not apart, f"{len(known)} asked, {len(apart)} apart"),
+        ("images stand as in the database", not apart, f"{len(known)} asked, {len(apart)} apart"),
     ]
 
 
@@ -271,7 +271,7 @@ def _table(seen: Seen, jobs: dict[str, Job], told: dict[str, float], lasted: flo
     completed = sum(job.status == "completed" for job in jobs.values())
     steps, batches = told["tinydiff_steps_total"], told["tinydiff_batch_size_count"]
     gone = len(seen.deleted - jobs.keys())
-    made = f"{steps:.0f} steps of pictures in {batches:.0f} of the loop"
+    made = f"{steps:.0f} steps of images in {batches:.0f} of the loop"
     return [
         *lines,
         f"{len(jobs) + gone} jobs in {lasted:.0f} s: {completed} completed, {len(jobs) - completed} cancelled, {gone} deleted; {made}",

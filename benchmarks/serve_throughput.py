@@ -3,12 +3,12 @@ shipped model.
 
     python -m benchmarks.serve_throughput [--rounds 6] [--requests 100] [--enable-torch-compile]
 
-Throughput: two servers, one that batches up to 8 pictures and one that makes them one by one, each with one
+Throughput: two servers, one that batches up to 8 images and one that makes them one by one, each with one
 thread of torch. They take
-turns: eight clients ask one of them for pictures of 128x128, each for its next as soon as it has one.
-Pictures a second of each, and the ratio within a round, as median and quartiles.
+turns: eight clients ask one of them for images of 128x128, each for its next as soon as it has one.
+Images a second of each, and the ratio within a round, as median and quartiles.
 
-Overhead: one client asks the first server for one picture after another, and in turn the library is called
+Overhead: one client asks the first server for one image after another, and in turn the library is called
 for the same. Milliseconds that are no encoding of the prompt, denoising or decoding, by the seconds of stages
 in the answer: waiting for the device, storing the PNG, and the rest: HTTP, checks, the database, threads.
 Needs the test extra.
@@ -32,11 +32,11 @@ import tinydiff
 from tests.serve.processes import Server, serving
 
 CLIENTS, EACH = 8, 2
-"""Clients at once, and how many pictures each asks for in its turn."""
+"""Clients at once, and how many images each asks for in its turn."""
 STEPS, FEW_STEPS = 8, 4
-"""Of a picture where throughput is measured, and overhead."""
+"""Of an image where throughput is measured, and overhead."""
 MADE = ("encode", "denoise", "decode")
-"""Stages that make the picture; all else is overhead."""
+"""Stages that make the image; all else is overhead."""
 UNTIL_READY = 600
 """Seconds that a server may take to start, compiling included."""
 
@@ -82,11 +82,9 @@ def throughput(together: Server, alone: Server, rounds: int) -> None:
         order = (together, alone) if i % 2 == 0 else (alone, together)
         made = {id(server): pictures_per_second(server) for server in order}
         found.append((made[id(together)], made[id(alone)]))
-    print(f"throughput: {CLIENTS} clients, {STEPS} steps, {rounds} rounds of {CLIENTS * EACH} pictures")
+    print(f"throughput: {CLIENTS} clients, {STEPS} steps, {rounds} rounds of {CLIENTS * EACH} images")
     for name, rates in zip(("up to 8 together", "one by one"), zip(*found, strict=True), strict=True):
-        print(
-            f"  {name:20s} {statistics.median(rates):6.2f} pictures/s ({min(rates):.2f} to {max(rates):.2f})"
-        )
+        print(f"  {name:20s} {statistics.median(rates):6.2f} images/s ({min(rates):.2f} to {max(rates):.2f})")
     low, middle, high = statistics.quantiles([a / b for a, b in found], n=4)
     print(f"  together / one by one: ratio {middle:.2f} (quartiles {low:.2f} to {high:.2f})", flush=True)
 

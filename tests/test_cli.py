@@ -20,7 +20,7 @@ from tinydiff.records import RankError, UserError
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list:
-    """The options that reach the runtime; it answers with one picture per seed."""
+    """The options that reach the runtime; it answers with one image per seed."""
     calls: list = []
 
     def generate(options, shown):
@@ -182,7 +182,7 @@ def test_places_that_cannot_be_written(asked, tmp_path, capsys):
     )
     common = ["generate", "--prompt", "a", "--output-path", str(tmp_path), "--perf-dump-path"]
     assert refused(capsys, *common, str(taken / "perf.json")).startswith("perf_dump_path:")
-    assert "is a folder" in refused(capsys, *common, str(tmp_path))
+    assert "is a directory" in refused(capsys, *common, str(tmp_path))
     assert "is a device or a pipe" in refused(capsys, *common, "/dev/null")
     assert refused(capsys, *common, "~no-such-user/a").startswith(
         "perf_dump_path: '~no-such-user/a' does not exist: no home directory"

@@ -312,7 +312,7 @@ def test_a_hub_ids_json_files_are_fetched_and_no_weights(monkeypatch):
         ),
         (
             ["FLUX.1-dev", "--num-gpus", "2", "--vram", "80", "--num-frames", "5"],
-            "num_frames: 5 would be a clip",
+            "num_frames: 5 would be a video",
         ),
         (
             ["FLUX.1-dev", "--num-gpus", "2", "--vram", "80", "--bandwidth", "fast"],

@@ -23,8 +23,8 @@ SINGLE_PLACES = {
     "transformers": ("tinydiff.parity",),
     "torch.nn.Module": ("tinydiff.parity",),
 }
-"""Dotted name, with all below it -> the modules or folders that may say it. `torch._` is whatever torch keeps
-private.
+"""Dotted name, with all below it -> the modules or directories that may say it. `torch._` is whatever torch
+keeps private.
 """
 
 VAGUE = {"util", "utils", "helper", "helpers", "base", "common", "manager", "misc"}

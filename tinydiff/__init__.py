@@ -1,6 +1,6 @@
 """tinydiff: images and video from diffusion models, as pure functions over safetensors weights.
 
-`load` brings a model into memory, `generate` makes pictures and clips with it. Importing this package imports
+`load` brings a model into memory, `generate` makes images and videos with it. Importing this package imports
 no torch.
 """
 
@@ -18,8 +18,8 @@ __all__ = ["generate", "load"]
 
 
 def load(model_path: str | None = None, **options: Any) -> Model:
-    """Load a model: a folder in diffusers layout, a hub id, or by default the small one that comes with the
-    package.
+    """Load a model: a directory in diffusers layout, a hub id, or by default the small one that comes with
+    the package.
 
     options: the command line's model options by their names, such as `dit_precision="bf16"`,
     `attention_backend="flash"` or `enable_torch_compile=True`; under torchrun also those of ranks, such as
@@ -31,7 +31,7 @@ def load(model_path: str | None = None, **options: Any) -> Model:
 
 
 def generate(model: Model, prompt: str, *, progress: Progress | None = None, **fields: Any) -> Result:
-    """Make pictures or a clip from a prompt.
+    """Make images or a video from a prompt.
 
     progress: told of each stage and step, an object with `on_stage(name)` and `on_step(done, total)`. fields:
     the command line's sampling options by their names, such as `height=480`, `num_frames=17`, `seed=3`,

@@ -23,11 +23,11 @@ usage: tinydiff plan MODEL [--num-gpus N] [--vram GB] [options]
 
 What each way of sharing a request among N GPUs costs: memory, bytes sent, estimated seconds a step. By arithmetic; nothing is run.
 
-  MODEL                     a model's name (`tinydiff models`), a folder in diffusers layout or a hub id; JSON files are enough
+  MODEL                     a model's name (`tinydiff models`), a directory in diffusers layout or a hub id; JSON files are enough
   --num-gpus N              GPUs in all: 1 (default)
   --vram GB                 memory of each; left out, the usual layout is held against GPUs of 12 to 192 GB
   --size WIDTHxHEIGHT       pixels, such as 1280x720; left out, the model's own, as are
-  --num-frames N            frames of a clip
+  --num-frames N            frames of a video
   --num-inference-steps N   denoising steps
   --guidance-scale X, --true-cfg-scale X   guidance, which runs the network twice a step
   --dit-precision TYPE      of the denoiser's weights: bf16 (default), fp16 or fp32
@@ -290,7 +290,7 @@ def assumptions(asked: Asked, subject: Subject, reserved: float, reference: int)
     if subject.decoding[0] is None:
         yield "decoding: not known of this autoencoder, and left out"
     if subject.references:
-        yield f"image tokens: with {subject.references} reference picture of {reference}x{reference}"
+        yield f"image tokens: with {subject.references} reference image of {reference}x{reference}"
     if asked.ranks > 1:
         yield "replicas (--data-parallel-size) are left out: they make no request faster"
 

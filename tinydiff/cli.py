@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 SUMMARY = """\
 usage: tinydiff COMMAND ...
 
-Pictures and clips from diffusion models.
+Images and videos from diffusion models.
 
   tinydiff generate --prompt "a large red circle on a white background"
   tinydiff generate --prompt "a green star moving right" --num-frames 17
   tinydiff generate --model-path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a fox in the snow"
 
 commands:
-  generate    make pictures or clips and write them to files
+  generate    make images or videos and write them to files
   models      list the supported models with their defaults (--json)
   doctor      show what runs here; --parity compares the networks with diffusers'
   plan        what each way of sharing a request among several GPUs costs
@@ -169,7 +169,7 @@ def _admissible(options: config.Options) -> None:
     if options.output.perf_dump_path is not None:
         path = paths.path(options.output.perf_dump_path, "perf_dump_path")
         if (kind := paths.kind(path)) not in ("file", ""):
-            what = "a folder" if kind == "directory" else "a device or a pipe"
+            what = "a directory" if kind == "directory" else "a device or a pipe"
             raise UserError(
                 "perf_dump_path", f"perf_dump_path: {str(path)!r} is {what}; it must be a file's name"
             )
@@ -264,7 +264,7 @@ def _table() -> list[str]:
 
 def _help_of_generate() -> None:
     boxes: dict[str, type] = dict(zip(("picture", "file", "model", "ranks"), config.GROUPS, strict=True))
-    _help("generate", "Make pictures or clips and write them to files.", boxes, EPILOGUE)
+    _help("generate", "Make images or videos and write them to files.", boxes, EPILOGUE)
 
 
 def _help_of_serve() -> None:

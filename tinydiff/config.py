@@ -49,14 +49,14 @@ class SamplingOptions:
     negative_prompt: str | None = None
     """What to keep away from, where guidance is above 1."""
     image_path: tuple[str, ...] = ()
-    """Pictures given: the first frame of a clip (for some models also the last), the picture to start from,
+    """Images given: the first frame of a video (for some models also the last), the image to start from,
     or references of an edit. A file, an http(s) address or a data URI."""
     mask_path: str | None = None
-    """Where the given picture is painted anew: white there, black where it stays; of the picture's size."""
+    """Where the given image is inpainted: white there, black where it stays; of the image's size."""
     strength: float | None = within(above=0, most=1)
-    """How far a given picture is changed: near 0 hardly, at 1 wholly."""
+    """How far a given image is changed: near 0 hardly, at 1 wholly."""
     seed: tuple[int, ...] = within((42,), least=0, most=LAST_SEED)
-    """Start of the random numbers: output k of a prompt is the picture of seed + k. Or one seed for each
+    """Start of the random numbers: output k of a prompt is the image of seed + k. Or one seed for each
     output.
     """
     num_outputs_per_prompt: int = within(1, least=1, most=10_000)
@@ -66,7 +66,7 @@ class SamplingOptions:
     width: int | None = within(least=1, most=2**16)
     """Pixels."""
     num_frames: int | None = within(least=1, most=100_000)
-    """Frames; 1 makes a picture. Qwen-Image-Layered: layers."""
+    """Frames; 1 makes an image. Qwen-Image-Layered: layers."""
     fps: int | None = within(least=1, most=1000)
     """Frames a second of a clip."""
     num_inference_steps: int | None = within(least=1, most=1000)
@@ -87,7 +87,7 @@ class SamplingOptions:
     flow_shift: float | None = within(above=0, most=1000)
     """Above 1 spends more steps at high noise."""
     use_pe: bool | None = None
-    """ERNIE-Image: its language model rewrites the prompt first, where the folder has one (component pe);
+    """ERNIE-Image: its language model rewrites the prompt first, where the directory has one (component pe);
     false takes it as it is.
     """
     dmd_denoising_steps: tuple[int, ...] = within((), least=0, most=1000)
@@ -99,10 +99,10 @@ class OutputOptions:
     """Where it goes."""
 
     output_path: str = "outputs/"
-    """Folder of the outputs; "" saves nothing."""
+    """Directory of the outputs; "" saves nothing."""
     output_file_name: str | None = None
-    """Name whose ending decides the format: .png .jpg .webp for a picture, .mp4 .webm .gif or a final / (a
-    folder of frames) for a clip. Or folder and name at once: --output-file-path PATH."""
+    """Name whose ending decides the format: .png .jpg .webp for an image, .mp4 .webm .gif or a final / (a
+    directory of frames) for a clip. Or directory and name at once: --output-file-path PATH."""
     output_quality: str = "default"
     """Of lossy formats: maximum, high, medium, low or default."""
     output_compression: int | None = within(least=0, most=100)
@@ -124,9 +124,9 @@ class ModelOptions:
     """What makes it."""
 
     model_path: str = "tinydiff/shapes"
-    """A folder in diffusers layout or a hub id. `tinydiff models` lists what is supported."""
+    """A directory in diffusers layout or a hub id. `tinydiff models` lists what is supported."""
     model_id: str | None = None
-    """Take the defaults of this model, whatever the folder is called."""
+    """Take the defaults of this model, whatever the directory is called."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     variant: str | None = None
@@ -166,7 +166,7 @@ class ParallelOptions:
     tp_size: int | None = within(least=1)
     """Ranks that share the weights of each layer."""
     sp_degree: int | None = within(least=1)
-    """Ranks that share the tokens of a picture: ulysses_degree times ring_degree, or alone the former."""
+    """Ranks that share the tokens of an image: ulysses_degree times ring_degree, or alone the former."""
     ulysses_degree: int | None = within(least=1)
     """Of them, those that trade tokens for heads in attention."""
     ring_degree: int | None = within(least=1)

@@ -95,7 +95,7 @@ LATER: dict[str, str] = {
     "choosing another pipeline or scheduler": "pipeline_class_name= pipeline_config_path= model_subfolder= model_variant= "
     "scheduler_class_override= task_type= data_type= no_override_protected_fields=false text_encoder_configs=",
     "this form of guidance": "guidance_rescale=0 enable_cfg_renorm=false cfg_renorm_min= embedded_cfg_scale=6",
-    "drawing noise on a device (it is drawn on the CPU, so that a seed means one picture everywhere)": "generator_device=cpu",
+    "drawing noise on a device (it is drawn on the CPU, so that a seed means one image everywhere)": "generator_device=cpu",
     "changing the number of frames by itself": "adjust_frames=true|false num_frames_round_down=false",
     "returning the steps between": "return_trajectory_latents=false return_trajectory_decoded=false return_file_paths_only=true|false",
     "starting at a low resolution": "progressive_mode=fullres progressive_levels=1 progressive_delta=0.01",

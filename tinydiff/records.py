@@ -78,31 +78,31 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt with every parameter resolved and checked. Sizes in pixels; one picture or clip is made per
+    """One prompt with every parameter resolved and checked. Sizes in pixels; one image or video is made per
     seed.
     """
 
     prompt: str
     negative_prompt: str
     images: tuple[numpy.ndarray, ...]
-    """Given frames, or the picture to start from, uint8 [height, width, 3], already at the request's size."""
+    """Given frames, or the image to start from, uint8 [height, width, 3], already at the request's size."""
     originals: tuple[numpy.ndarray, ...]
-    """The given pictures at their own sizes, for networks that have a size of their own; with opacity [H, W,
+    """The given images at their own sizes, for networks that have a size of their own; with alpha [H, W,
     4] where layers are made.
     """
     mask: numpy.ndarray | None
-    """Where the given picture is painted anew: uint8 [height, width], 255 there and 0 elsewhere. None:
+    """Where the given image is inpainted: uint8 [height, width], 255 there and 0 elsewhere. None:
     everywhere.
     """
     starts: bool
-    """Whether the loop starts from the given picture, made noisy; else the network is told of it."""
+    """Whether the loop starts from the given image, made noisy; else the network is told of it."""
     strength: float
-    """How much noise a picture to start from gets, above 0 (it stays) to 1 (nothing of it is left)."""
+    """How much noise an image to start from gets, above 0 (it stays) to 1 (nothing of it is left)."""
     height: int
     width: int
     num_frames: int
     layers: int
-    """Pictures with opacity that a picture is taken apart into; 0 where it is made whole."""
+    """Images with alpha that an image is taken apart into; 0 where it is made whole."""
     fps: int
     num_inference_steps: int
     guidance_scale: float
@@ -141,7 +141,7 @@ class Result:
     """What one request made."""
 
     frames: tuple[numpy.ndarray, ...]
-    """Per seed: uint8 [frames, height, width, 3], or layers with opacity [layers, height, width, 4]."""
+    """Per seed: uint8 [frames, height, width, 3], or layers with alpha [layers, height, width, 4]."""
     latents: tuple[torch.Tensor, ...]
     """Per seed: the denoised latents [C, F, H, W] as the autoencoder takes them (F counts layers where there
     are), float32 on the CPU.

@@ -295,7 +295,7 @@ def test_a_profile_and_an_orientation(read):
 def test_programs_are_not_run(read):
     out = io.BytesIO()
     Image.new("RGB", (4, 4)).save(out, "EPS")
-    with pytest.raises(UserError, match="is not a picture that can be read"):
+    with pytest.raises(UserError, match="is not an image that can be read"):
         read(out.getvalue())
 
 

@@ -67,7 +67,7 @@ def test_local_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "models").mkdir()
     assert resolve("~/models") == tmp_path / "models"
-    with pytest.raises(UserError, match="is a local folder") as caught:
+    with pytest.raises(UserError, match="is a local directory") as caught:
         resolve(tmp_path, revision="main")
     assert caught.value.field == "revision"
 
@@ -76,7 +76,7 @@ def test_mistyped_folder_names_the_nearest(tmp_path):
     (tmp_path / "Wan2.2-TI2V").mkdir()
     with pytest.raises(UserError, match=r"did you mean 'Wan2\.2-TI2V'"):
         resolve(tmp_path / "Wan2.2-TI2W")
-    with pytest.raises(UserError, match="neither a folder here nor a hub id"):
+    with pytest.raises(UserError, match="neither a directory here nor a hub id"):
         resolve("no-such-folder")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file") as caught:
@@ -147,7 +147,7 @@ OLD = ["t/model.safetensors.index.fp16.json", *(f"t/model{shard.replace('.', '.f
         (PLAIN + HALF, "fp16", HALF),
         (PLAIN + OLD, "fp16", OLD),
         (PLAIN + OLD, None, PLAIN),
-        (HALF, None, HALF),  # alone in its folder
+        (HALF, None, HALF),  # alone in its directory
         (PLAIN, "fp16", PLAIN),  # a component that has no variant
         ([*PLAIN, "t/model.safetensors", "t/model.bf16.safetensors"], "bf16", ["t/model.bf16.safetensors"]),
         (["v/wan2.1_vae.safetensors"], "fp16", ["v/wan2.1_vae.safetensors"]),

@@ -173,7 +173,7 @@ def test_refused_sources(tmp_path, monkeypatch):
     files = {"text": b"hello", "empty": b"", "cut": good[: len(good) // 2]}
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(UserError, match="is not a picture") as caught:
+        with pytest.raises(UserError, match="is not an image") as caught:
             read_image(tmp_path / name)
         assert (
             caught.value.field == "image_path" and name in str(caught.value) and "\n" not in str(caught.value)
@@ -202,7 +202,7 @@ def test_refused_sources(tmp_path, monkeypatch):
 def test_picture_bomb(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(png(Image.fromarray(picture())))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    with pytest.raises(UserError, match="too large a picture"):
+    with pytest.raises(UserError, match="too large an image"):
         read_image(tmp_path / "a.png")
 
 

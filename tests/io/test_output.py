@@ -40,7 +40,7 @@ def listing(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "file_name, clip, expected",
+    "file_name, video, expected",
     [
         ("a.png", False, "a|.png"),
         ("a.JPG", False, "a|.JPG"),
@@ -68,15 +68,15 @@ def test_default_names():
 
 
 @pytest.mark.parametrize(
-    "file_name, clip, reason",
+    "file_name, video, reason",
     [
-        ("a.mp4", False, "this request makes a picture"),
-        ("a.png", True, "this request makes a clip"),
+        ("a.mp4", False, "this request makes an image"),
+        ("a.png", True, "this request makes a video"),
         ("a.pngg", False, r"'\.pngg' is not a known ending.*did you mean '\.png'"),
         (
             "a.avi",
             True,
-            r"'\.avi' is not a known ending; a clip may be \.mp4, \.webm, \.gif or a name ending in /",
+            r"'\.avi' is not a known ending; a video may be \.mp4, \.webm, \.gif or a name ending in /",
         ),
         ("sub/a.png", False, "without '/'"),
         ("../a.png", False, "without '/'"),
@@ -242,7 +242,7 @@ def test_writable_folders_are_proven_without_a_trace(tmp_path):
 def test_folders_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match="cannot be a folder") as caught:
+        with pytest.raises(UserError, match="cannot be a directory") as caught:
             check_writable(folder)
         assert caught.value.field == "output_path" and str(folder) in str(caught.value)
     if Path("/proc/version").exists():
@@ -298,7 +298,7 @@ def test_formats_without_opacity_take_no_layers(tmp_path):
         and name("a/", opacity=True) == "a|/"
     )
     with pytest.raises(
-        UserError, match=r"'a\.JPG': layers have opacity, so they may be \.png, \.webp or a name ending in /"
+        UserError, match=r"'a\.JPG': layers have alpha, so they may be \.png, \.webp or a name ending in /"
     ) as caught:
         name("a.JPG", opacity=True)
     assert caught.value.field == "output_file_name" and listing(tmp_path) == []
@@ -346,7 +346,7 @@ def test_names_are_checked_where_they_will_be(tmp_path):
             check_writable(folder, name)
         assert caught.value.field == "output_path" and "\n" not in str(caught.value)
     (tmp_path / "loop").symlink_to(tmp_path / "nowhere" / "deeper")
-    with pytest.raises(UserError, match="cannot be a folder") as caught:
+    with pytest.raises(UserError, match="cannot be a directory") as caught:
         check_writable(tmp_path / "loop" / "a", field="perf_dump_path")
     assert caught.value.field == "perf_dump_path"
     check_writable(tmp_path / "new" / ".." / "other", "a.png")

@@ -29,7 +29,7 @@ TEXTS = (
 
 @pytest.fixture(scope="module")
 def spiece(tmp_path_factory):
-    """A T5-style unigram model of some 60 pieces in a folder of its own."""
+    """A T5-style unigram model of some 60 pieces in a directory of its own."""
     draw, words = random.Random(0), VOCABULARY.split()
     lines = (" ".join(draw.choices(words, k=draw.randint(3, 12))) for _ in range(400))
     model = io.BytesIO()

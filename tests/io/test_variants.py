@@ -1,4 +1,4 @@
-"""Which files of a folder are loaded: whole, in shards, plain or a variant."""
+"""Which files of a directory are loaded: whole, in shards, plain or a variant."""
 
 import torch
 from safetensors.torch import save_file

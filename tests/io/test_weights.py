@@ -364,8 +364,8 @@ import torch.distributed as dist
 from pathlib import Path
 from tinydiff.io.weights import load_weights
 from tinydiff.parallel.plan import Group, Plan, Row
-folder, count, rank = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+directory, count, rank = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
 plan = Plan(groups=(("tp", Group(dist.group.WORLD.group_name, 2, rank)),))
 rows = [Row(f"{name}.{i}", (2048, 4096), split) for i in range(count) for name, split in (("alike", None), ("up", 0), ("down", 1))]
 status = lambda name: int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
@@ -373,7 +373,7 @@ torch.ones(9).to(torch.bfloat16)
 dist.barrier()
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
-weights = load_weights(folder, rows, torch.bfloat16, plan=plan)
+weights = load_weights(directory, rows, torch.bfloat16, plan=plan)
 print(status("VmHWM") - before, sum(tensor.nbytes for tensor in weights.values()) / 2**20)
 dist.barrier()
 """

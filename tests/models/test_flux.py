@@ -132,7 +132,7 @@ def test_tokens_and_positions_are_those_of_the_pipeline():
         FluxPipeline._prepare_latent_image_ids(1, h // 2, w // 2, None, torch.int64)
         for _, h, w in (SIZE, *REFERENCES)
     )
-    given[:, 0] = 1  # as the pipeline of Kontext numbers its picture
+    given[:, 0] = 1  # as the pipeline of Kontext numbers its image
     assert torch.equal(flux.positions(SIZE, REFERENCES), torch.cat([made, given]))
     assert flux.positions(SIZE, REFERENCES * 3)[:, 0].unique().tolist() == [0, 1, 2, 3]
 

@@ -1,4 +1,4 @@
-"""The picture autoencoders against diffusers.AutoencoderKL and AutoencoderKLFlux2 in float64, every parameter
+"""The image autoencoders against diffusers.AutoencoderKL and AutoencoderKLFlux2 in float64, every parameter
 redrawn.
 """
 
@@ -149,7 +149,7 @@ def test_frames_are_pictures(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tiles_equal_the_tiles_of_the_reference(name):
-    """The same squares, strides and blends, where a quarter of a square is a whole number of latents."""
+    """The same squares, strides and blends, where a quarter of a square is an integer of latents."""
     c, _, flat = _pair(name)
     reference = _build(c).double().eval()
     absent = reference.load_state_dict(flat, strict=False)

@@ -65,7 +65,7 @@ def _reference(c):
 
 def _case(name):
     """Config, weights, the reference, its keyword arguments, and our tokens and inputs. Several sizes: `made`
-    pictures, then references.
+    images, then references.
     """
     c, sizes, made = CASES[name]
     batch = 1 if c.zero_cond_t and c.use_additional_t_cond else 2  # the reference adds [2 B, D] and [B, D]
@@ -201,7 +201,7 @@ def test_float16_residuals_stay_finite():
 
 
 def test_positions():
-    """Worked by hand: rows and columns from the middle, text beyond them all, Layered's last picture at -1."""
+    """Worked by hand: rows and columns from the middle, text beyond them all, Layered's last image at -1."""
     at = qwen_image.positions(TINY, [(6, 4), (2, 10)])
     assert at[:6].tolist() == [[0, -2, -1], [0, -2, 0], [0, -1, -1], [0, -1, 0], [0, 0, -1], [0, 0, 0]]
     assert at[6:].tolist() == [[1, -1, column] for column in (-3, -2, -1, 0, 1)]

@@ -1,4 +1,4 @@
-"""The registry: rows agree with what was published, names and folders find their row."""
+"""The registry: rows agree with what was published, names and directories find their row."""
 
 from __future__ import annotations
 

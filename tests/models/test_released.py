@@ -281,7 +281,7 @@ def _qwen(c, name):
 
 
 def _flux(c, name):
-    """Also FLUX.2 and Ovis-Image. Kontext is given a picture of the same size."""
+    """Also FLUX.2 and Ovis-Image. Kontext is given an image of the same size."""
     row = {flux.Config: flux, flux2.Config: flux2, ovis.Config: ovis}[type(c)]
     size = (1, 64, 64) if row is flux2 else (1, 128, 128)
     positions = row.positions(size, (size,)) if "Kontext" in name else row.positions(size)

@@ -1,7 +1,7 @@
-"""Encoders as folders store them, whole models and halves of them, under old and new names: our states are
-transformers' in float64.
+"""Encoders as directories store them, whole models and halves of them, under old and new names: our states
+are transformers' in float64.
 
-What transformers loads of a folder is the reference: the class that model_index.json names, by
+What transformers loads of a directory is the reference: the class that model_index.json names, by
 `from_pretrained`.
 """
 
@@ -113,7 +113,7 @@ SIGLIP = {
 
 
 def loaded(folder, class_name):
-    """Our config and weights of a component's folder, as the runtime loads it."""
+    """Our config and weights of a component's directory, as the runtime loads it."""
     family = RECORDS[class_name]
     c = read_config(family, folder / "config.json", class_name)
     rename = family.rename or (lambda c, key: key)
@@ -137,7 +137,7 @@ def saved(model, folder, tied=False):
 
 
 def restored(folder, change):
-    """The folder with other keys: change(tensors) -> tensors."""
+    """The directory with other keys: change(tensors) -> tensors."""
     path = folder / "model.safetensors"
     tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
     save_file({key: tensor.contiguous() for key, tensor in change(tensors).items()}, path, {"format": "pt"})

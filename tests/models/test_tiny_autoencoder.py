@@ -61,7 +61,7 @@ def _taesd(c):
 
 @functools.cache
 def _case(name):
-    """Module, config, reference's encode and decode of pictures [B, C, H, W], weights."""
+    """Module, config, reference's encode and decode of images [B, C, H, W], weights."""
     c = CONFIGS[name]
     if name == "fal":
         reference = Wrapped(c)
@@ -137,7 +137,7 @@ def test_tiles_differ_from_the_whole_only_where_they_overlap():
     Ours have no seams.
 
     A pixel depends on fewer latents around it than tiles overlap by, so outside the overlaps each is what it
-    is in the whole picture; inside, the first column of an overlap still is, and the error fades in from
+    is in the whole image; inside, the first column of an overlap still is, and the error fades in from
     there and out again to the last.
     """
     c = replace(CONFIGS["TAESD"], num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1))

@@ -158,7 +158,7 @@ def test_attention_in_other_stages_is_refused():
         autoencoder.Config(attn_scales=(0.5,))
 
 
-# --- Qwen-Image's pictures
+# --- Qwen-Image's images
 # ----------------------------------------------------------------------------------------------------------
 
 QWEN = {"Qwen-Image": 3, "Qwen-Image-Layered": 4}
@@ -206,6 +206,6 @@ def test_tiles_of_qwen_image_equal_those_of_its_reference():
     z, x = draw(1, c.z_dim, 1, 5, 6), draw(1, 4, 1, 48, 40, seed=7).clamp(-1, 1)
     with doubles():
         pixels, mean = reference.decode(_raw(c, z)).sample, reference.encode(x).latent_dist.mode()
-    # the reference clips a whole picture and leaves a tiled one to its pipeline
+    # the reference videos a whole image and leaves a tiled one to its pipeline
     close(autoencoder.decode(c, Weights(flat), z, tile=side), pixels.clamp(-1, 1))
     close(_raw(c, autoencoder.encode(c, Weights(flat), x, tile=side)), mean)

@@ -223,7 +223,7 @@ def _kl_encoder(c, frames, columns):
 )
 def test_nothing_moves_but_edges_and_what_all_must_see(name, way, layers, frames, chunk, ranks):
     """Over each edge between two strips, once: the rows that a convolution reads of the other's input, in
-    chunks of a clip no more.
+    chunks of a video no more.
 
     Bytes, of all ranks: edges * batch * sum over convolutions of (rows * channels * frames * columns) * bytes
     of a number. Gathered besides, each rank giving as much as the highest strip has: keys and values, the

@@ -291,7 +291,7 @@ def test_activations_and_hoisted_tensors_are_about_those_of_a_run(name, monkeypa
 AUTOENCODERS = {
     "kl": (kl, {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 2}, 1, 1),
     "Wan2.1": (wan_vae, {}, 9, 1),
-    "Wan2.1, a picture": (wan_vae, {}, 1, 1),
+    "Wan2.1, an image": (wan_vae, {}, 1, 1),
     "Wan2.1, in one pass": (wan_vae, {}, 9, 3),
     "Wan2.2": (wan_vae, {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12,
                          "patch_size": 2, "scale_factor_spatial": 16}, 17, 2),

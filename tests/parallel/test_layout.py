@@ -192,7 +192,7 @@ def test_options_that_contradict_each_other(options: str, field: str, words: str
             "cfg_parallel_size",
             "2 ranks need guidance, and this request runs without",
         ),
-        ("ring_degree=128", "sp_degree", "128 ranks cannot share a picture of 64 tokens; give at most 64"),
+        ("ring_degree=128", "sp_degree", "128 ranks cannot share an image of 64 tokens; give at most 64"),
         (
             "tp_size=2 use_fsdp_inference=true",
             "use_fsdp_inference",

@@ -1,4 +1,4 @@
-"""A whole model on every layout: the same noise, and the same picture, as on one rank."""
+"""A whole model on every layout: the same noise, and the same image, as on one rank."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Strips of rows on 2 and 4 ranks: what each operation makes of its strip, put together again, is what it
-makes of the whole picture.
+makes of the whole image.
 """
 
 import pytest
@@ -96,7 +96,7 @@ def _norms():
         draw(2, 6, sum(strip.heights), 5) + 3,
         Weights({"weight": draw(6, seed=1) + 1, "bias": draw(6, seed=2)}),
     )
-    for shape in (x, x[:, :, None]):  # a picture, a clip
+    for shape in (x, x[:, :, None]):  # an image, a video
         close(
             gather(strip, group_norm(_mine(strip, shape), w, 2, 1e-3, strip), -2),
             group_norm(shape, w, 2, 1e-3),

@@ -1,5 +1,5 @@
-"""Single changes to the JSON files of a folder, and what becomes of the folder with one: an image, or one
-sentence.
+"""Single changes to the JSON files of a directory, and what becomes of the directory with one: an image, or
+one sentence.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ UNKNOWN = "an_unknown_field"
 
 @dataclass(frozen=True)
 class Change:
-    """file: below the folder. path: keys and places from the file's object down to the entry."""
+    """file: below the directory. path: keys and places from the file's object down to the entry."""
 
     file: str
     path: tuple[str | int, ...]
@@ -105,7 +105,7 @@ def _entries(stored: Any, before: tuple[str | int, ...] = ()) -> Iterator[tuple[
 
 @dataclass(frozen=True)
 class Subject:
-    """A folder to change, what is asked of it, and what it is unchanged."""
+    """A directory to change, what is asked of it, and what it is unchanged."""
 
     folder: Path
     asked: SamplingOptions

@@ -3,7 +3,7 @@ one start.
 
 Three roundings of the reference are taken out, so that what is left is exact. It steps with sigmas kept in
 float32: they are upcast unchanged, and tinydiff's tables hold the same digits. It makes constants in torch's
-default type: that is float64 here. It turns pictures into float32 numbers: they are brought to the multiples
+default type: that is float64 here. It turns images into float32 numbers: they are brought to the multiples
 of 1/255 that they stand for. Timesteps stay float32 on both sides.
 """
 
@@ -47,7 +47,7 @@ def exact(pipe):
 
 
 def recorded(pipe, **given):
-    """(latents [1, C, H, W] after each step, pictures [1, height, width, 3] between 0 and 1) of the
+    """(latents [1, C, H, W] after each step, images [1, height, width, 3] between 0 and 1) of the
     reference.
     """
     steps = []
@@ -61,7 +61,7 @@ def recorded(pipe, **given):
 
 
 def starting_from(monkeypatch, module, noise):
-    """Let a pipeline's module draw `noise`, and code pictures as the middle of their distribution, as
+    """Let a pipeline's module draw `noise`, and code images as the middle of their distribution, as
     tinydiff does, not as a sample.
     """
 

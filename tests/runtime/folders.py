@@ -1,5 +1,5 @@
 """Complete models of every Wan variant in diffusers layout, tiny and random: the reference's pipeline and the
-folder that it saved.
+directory that it saved.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Variant:
     """What sets a variant of Wan apart.
 
     stored_as: the pipeline class that model_index.json names; run_by: the reference pipeline that makes its
-    clips.
+    videos.
     """
 
     stored_as: str = "WanPipeline"
@@ -63,7 +63,7 @@ class Variant:
 
     @property
     def clip(self) -> bool:
-        """Whether CLIP looks at the given pictures."""
+        """Whether CLIP looks at the given images."""
         return "image_dim" in self.transformer
 
 
@@ -85,7 +85,7 @@ VARIANTS = {
 
 
 def build(variant: Variant, folder: Path, flow_shift: float = 3.0) -> DiffusionPipeline:
-    """The reference's pipeline of a variant, and the folder that holds it."""
+    """The reference's pipeline of a variant, and the directory that holds it."""
     text = UMT5Config(
         vocab_size=142, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
     )
@@ -119,8 +119,8 @@ def build(variant: Variant, folder: Path, flow_shift: float = 3.0) -> DiffusionP
 def saved(
     kind: type[DiffusionPipeline], folder: Path, networks: Mapping[str, Any], **others: Any
 ) -> DiffusionPipeline:
-    """A pipeline of these networks in float64, saved in float32 to `folder`. Every parameter is redrawn, at
-    values that float32 holds.
+    """A pipeline of these networks in float64, saved in float32 to `directory`. Every parameter is redrawn,
+    at values that float32 holds.
     """
     for seed, network in enumerate(networks.values()):
         randomised(network, seed)
@@ -139,7 +139,7 @@ def edit(path: Path, **entries: Any) -> None:
 
 
 def load(folder: Path, **options: Any) -> Model:
-    """tinydiff's model in that folder, its weights brought to float64."""
+    """tinydiff's model in that directory, its weights brought to float64."""
     model = blueprint.load(blueprint.read(ModelOptions(model_path=str(folder), **options)))
     nets = {
         name: replace(
@@ -151,7 +151,7 @@ def load(folder: Path, **options: Any) -> Model:
 
 
 def released(name: str, folder: Path) -> Path:
-    """The configs of a released model at `folder / name`, without weights: enough to read and to admit
+    """The configs of a released model at `directory / name`, without weights: enough to read and to admit
     requests, not to load.
     """
     stored = json.loads(

@@ -3,7 +3,7 @@ them.
 
 Two things of the reference are put right. Its tables come from torch.polar, which rounds float32 cosines
 otherwise than torch.cos does. And with transformers 5 it does not tell the language model which tokens are
-pictures, so that rows and columns of their places are lost (huggingface/diffusers issue 14194); here it does,
+images, so that rows and columns of their places are lost (huggingface/diffusers issue 14194); here it does,
 as with transformers 4.
 """
 
@@ -102,7 +102,7 @@ def _language(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def build(kind: type, folder: Path, **transformer):
-    """The reference's pipeline in float64, saved in float32 to `folder`. Every parameter is redrawn, at
+    """The reference's pipeline in float64, saved in float32 to `directory`. Every parameter is redrawn, at
     values that float32 holds.
     """
     tokenizer = _tokenizer(folder.parent / "tokenizer")
@@ -136,7 +136,7 @@ def build(kind: type, folder: Path, **transformer):
         images = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056, patch_size=4)
         with patch.object(
             Qwen2VLProcessor, "check_argument_for_proper_class"
-        ):  # of clips, which need torchvision
+        ):  # of videos, which need torchvision
             files["processor"] = Qwen2VLProcessor(images, tokenizer)
     pipe = kind(**networks, **files)
     pipe.set_progress_bar_config(disable=True)
@@ -153,7 +153,7 @@ def build(kind: type, folder: Path, **transformer):
 
 
 def _told_of_pictures(encoder: Qwen2_5_VLForConditionalGeneration) -> None:
-    """Let it be told which tokens are pictures wherever it is shown any."""
+    """Let it be told which tokens are images wherever it is shown any."""
     forward = encoder.forward
 
     @wraps(forward)

@@ -1,7 +1,7 @@
-"""Reading a model's folder and admitting a request: the released models' defaults, and one sentence for
+"""Reading a model's directory and admitting a request: the released models' defaults, and one sentence for
 whatever does not fit.
 
-The folders hold the released configs and no weights: all of this happens before a weight is read.
+The directories hold the released configs and no weights: all of this happens before a weight is read.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def picture(tmp_path: Path) -> str:
 
 @pytest.fixture
 def mask(tmp_path: Path) -> str:
-    """A mask of the picture's size, its right half white."""
+    """A mask of the image's size, its right half white."""
     path = tmp_path / "mask.png"
     Image.fromarray(np.repeat(np.arange(160)[None] >= 80, 90, 0)).save(path)
     return str(path)
@@ -110,7 +110,7 @@ def test_defaults_are_the_registrys(row, tmp_path, picture):
 
 @pytest.mark.parametrize(("name", "shift"), [(EXPERTS, 3.0), (TI2V, 5.0), (FAST, 8.0)])
 def test_a_folder_of_another_name_is_known_by_its_shape_and_keeps_its_own_scheduler(name, shift, tmp_path):
-    """But a distilled model does not run by the scheduler that lies in its folder."""
+    """But a distilled model does not run by the scheduler that lies in its directory."""
     path = released(name, tmp_path).rename(tmp_path / "renamed")
     made, row = request(path), next(row for row in MODELS if row.name == name)
     assert (made.flow_shift, made.num_inference_steps, made.boundary_ratio) == (
@@ -165,7 +165,7 @@ def test_guidance_at_one_and_below_is_off(tmp_path):
 def test_first_and_last_frame(tmp_path, picture):
     assert len(request(released(I2V_EXPERTS, tmp_path), image_path=(picture, picture)).images) == 2
     path = released(I2V, tmp_path)
-    refused("image_path", "2 pictures are given", request, path, image_path=(picture, picture))
+    refused("image_path", "2 images are given", request, path, image_path=(picture, picture))
     edit(path / "transformer" / "config.json", pos_embed_seq_len=514)
     assert len(request(path, image_path=(picture, picture)).images) == 2
     refused("image_path", "from a first to a last frame", request, path, image_path=(picture,))
@@ -253,29 +253,29 @@ def test_a_side_is_the_integer_nearest_to_the_root():
         (T2V, {"dmd_denoising_steps": (1000, 500)}, "dmd_denoising_steps", "is not distilled"),
         (FAST, {"num_inference_steps": 4}, "num_inference_steps", "4 does not fit"),
         (FAST, {"dmd_denoising_steps": (500, 800)}, "dmd_denoising_steps", "must fall"),
-        (I2V, {}, "image_path", "starts from a picture"),
+        (I2V, {}, "image_path", "starts from an image"),
         (
             KONTEXT,
             {},
             "image_path",
-            "black-forest-labs/FLUX.1-Kontext-dev edits a picture; give one with --image-path",
+            "black-forest-labs/FLUX.1-Kontext-dev edits an image; give one with --image-path",
         ),
         (
             DEV,
             {"num_frames": 5},
             "num_frames",
-            "5 would be a clip, and black-forest-labs/FLUX.1-dev makes pictures",
+            "5 would be a video, and black-forest-labs/FLUX.1-dev makes images",
         ),
-        (DEV, {"flow_shift": 3.0}, "flow_shift", "bends its schedule by the size of the picture"),
+        (DEV, {"flow_shift": 3.0}, "flow_shift", "bends its schedule by the size of the image"),
         (DEV, {"negative_prompt": "blurry"}, "negative_prompt", "reads one only with true_cfg_scale above 1"),
         (T2V, {"guidance_scale": 3.0, "true_cfg_scale": 3.0}, "true_cfg_scale", "has one guidance"),
         (
             DEV,
             {"strength": 0.5},
             "strength",
-            "says how far a given picture is changed; give one with --image-path",
+            "says how far a given image is changed; give one with --image-path",
         ),
-        (T2V, {"strength": 0.5}, "strength", "does not start from a picture's noise"),
+        (T2V, {"strength": 0.5}, "strength", "does not start from an image's noise"),
         (
             DEV,
             {"width": 1000},
@@ -289,7 +289,7 @@ def test_requests_that_the_model_cannot_serve(name, fields, field, words, tmp_pa
 
 
 def test_pictures_that_the_model_cannot_take(tmp_path, picture):
-    refused("image_path", "takes no picture", request, released(T2V, tmp_path), image_path=(picture,))
+    refused("image_path", "takes no image", request, released(T2V, tmp_path), image_path=(picture,))
     refused("image_path", "takes one, the first frame", request, SHIPPED, image_path=(picture, picture))
     refused(
         "num_frames",
@@ -301,7 +301,7 @@ def test_pictures_that_the_model_cannot_take(tmp_path, picture):
     )
     refused(
         "strength",
-        "ask for one picture, with num_frames 1",
+        "ask for one image, with num_frames 1",
         request,
         SHIPPED,
         image_path=(picture,),
@@ -351,14 +351,14 @@ def test_a_model_that_continues_a_picture_starts_from_it_where_one_picture_is_as
 
 def test_masks_that_cannot_be(tmp_path, picture, mask):
     path, given = released(DEV, tmp_path), {"image_path": (picture,), "mask_path": mask}
-    refused("mask_path", "give the picture with --image-path", request, path, mask_path=mask)
+    refused("mask_path", "give the image with --image-path", request, path, mask_path=mask)
     refused(
         "mask_path", "'nowhere.png' does not exist", request, path, **given | {"mask_path": "nowhere.png"}
     )
     for name in (KONTEXT, TI2V):
         refused(
             "mask_path",
-            "paints no part of a given picture anew; it takes no mask",
+            "paints no part of a given image anew; it takes no mask",
             request,
             released(name, tmp_path),
             **given,
@@ -366,16 +366,16 @@ def test_masks_that_cannot_be(tmp_path, picture, mask):
     Image.new("L", (160, 90)).save(mask)
     refused("mask_path", "nothing of the mask is white", request, path, **given)
     Image.new("L", (161, 90), 255).save(mask)
-    words = "the mask is 161 x 90 and the picture 160 x 90 pixels; they must be of one size"
+    words = "the mask is 161 x 90 and the image 160 x 90 pixels; they must be of one size"
     refused("mask_path", words, request, path, **given)
-    Path(mask).write_text("no picture")
-    refused("mask_path", "is not a picture that can be read", request, path, **given)
+    Path(mask).write_text("no image")
+    refused("mask_path", "is not an image that can be read", request, path, **given)
 
 
 def test_more_pictures_than_the_model_takes(tmp_path, picture):
     for name, most in ((DEV, 1), (KONTEXT, 4)):
         path = released(name, tmp_path)
-        words = f"{most + 1} pictures are given; {name} takes at most {most}"
+        words = f"{most + 1} images are given; {name} takes at most {most}"
         refused("image_path", words, request, path, image_path=(picture,) * (most + 1))
 
 
@@ -433,11 +433,11 @@ def test_options_that_name_a_component(tmp_path):
         path,
         component_paths={"image_encoder": str(tmp_path)},
     )
-    refused("vae_path", "is neither a folder here", read, path, component_paths={"vae": "nowhere"})
+    refused("vae_path", "is neither a directory here", read, path, component_paths={"vae": "nowhere"})
     refused("text_encoder_precisions", "2 are given", read, path, text_encoder_precisions=("fp32", "bf16"))
     refused("image_encoder_precision", "has no image encoder", read, path, image_encoder_precision="fp32")
-    refused("revision", "is a local folder", read, path, revision="main")
-    refused("revision", "is a local folder", read, SHIPPED, revision="main")
+    refused("revision", "is a local directory", read, path, revision="main")
+    refused("revision", "is a local directory", read, SHIPPED, revision="main")
 
 
 def test_components_from_elsewhere(tmp_path):

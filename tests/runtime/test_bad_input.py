@@ -25,7 +25,7 @@ FAST = ("--num-inference-steps", "2", "--height", "32", "--width", "32")
 
 @pytest.fixture
 def refused(tmp_path, capsys) -> Callable[..., str]:
-    """Run `generate` with these words into an empty folder; the sentence that it ends with."""
+    """Run `generate` with these words into an empty directory; the sentence that it ends with."""
 
     def run(*words: object, prompt: bool = True) -> str:
         out = tmp_path / "out"
@@ -62,9 +62,9 @@ def model(tmp_path) -> Path:
         (["--image-path", "nowhere.png"], "image_path: 'nowhere.png' is not a file"),
         (["--attention-backend", "flsh"], "'flsh' is not one of sdpa, flash, cudnn, efficient, math; did you mean 'flash'?"),
         (["--output-file-name", "a.pgn"], "output_file_name: 'a.pgn': '.pgn' is not a known ending"),
-        (["--output-file-name", "a.png", "--num-frames", "5"], "output_file_name: 'a.png': this request makes a clip"),
+        (["--output-file-name", "a.png", "--num-frames", "5"], "output_file_name: 'a.png': this request makes a video"),
         (["--model-path", "tinydiff/shape"], "model_path:"),
-        (["--model-path", "/nowhere/at/all"], "model_path: '/nowhere/at/all' is neither a folder here nor a hub id"),
+        (["--model-path", "/nowhere/at/all"], "model_path: '/nowhere/at/all' is neither a directory here nor a hub id"),
     ],
 )  # fmt: skip
 def test_mistakes_in_the_words(words, sentence, refused, monkeypatch):
@@ -111,13 +111,13 @@ def test_config_files(text, sentence, refused, tmp_path, capsys):
 
 def test_a_first_frame_that_is_no_picture(refused, tmp_path):
     for name, data in (
-        ("text.png", b"not a picture"),
+        ("text.png", b"not an image"),
         ("cut.png", (b"\x89PNG\r\n\x1a\n" + b"\0" * 20)),
         ("empty.jpg", b""),
     ):
         (tmp_path / name).write_bytes(data)
         sentence = refused("--image-path", tmp_path / name)
-        assert sentence.startswith(f"image_path: '{tmp_path / name}' is not a picture that can be read")
+        assert sentence.startswith(f"image_path: '{tmp_path / name}' is not an image that can be read")
     assert "is not a file" in refused("--image-path", tmp_path)
 
 
@@ -127,7 +127,7 @@ def test_folders_that_are_no_model(refused, model, tmp_path):
         "has no model_index.json, so it is not a model in diffusers layout"
     )
     (tmp_path / "file").write_text("x")
-    assert "is a file; it must be a folder" in refused("--model-path", tmp_path / "file")
+    assert "is a file; it must be a directory" in refused("--model-path", tmp_path / "file")
     edit(model / "model_index.json", _class_name="StableDiffusionPipeline")
     assert "is a StableDiffusionPipeline; supported classes are " in refused("--model-path", model)
     (model / "model_index.json").write_text("{")

@@ -1,4 +1,4 @@
-"""A folder with one entry of its JSON files changed makes an image, or is one sentence: never a traceback,
+"""A directory with one entry of its JSON files changed makes an image, or is one sentence: never a traceback,
 and never half a minute.
 """
 
@@ -58,7 +58,7 @@ SUBJECTS = {
     ),
     "ERNIE": lambda folder: subject(folder / "model", test_ernie_pipelines.build, SMALL),
 }
-"""Families -> how to make a tiny model of each in a folder, and what is asked of it."""
+"""Families -> how to make a tiny model of each in a directory, and what is asked of it."""
 
 SAMPLE = 40
 """Changes of each family that are tried; all of them are several thousand."""

@@ -52,7 +52,7 @@ def weights(family: Denoiser, config: Any) -> dict[str, torch.Tensor]:
 
 
 def inputs(name: str, config: Any, height: int, width: int, text: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the family's hoist takes for a picture of height x width tokens."""
+    """What the family's hoist takes for an image of height x width tokens."""
     latents = (1, 2 * height, 2 * width)
     given = {"text": text}
     if name == "qwen_image":

@@ -1,4 +1,4 @@
-"""The shipped model's pictures in one loop: what they are beside others, who goes first, and what an error
+"""The shipped model's images in one loop: what they are beside others, who goes first, and what an error
 leaves.
 """
 
@@ -17,7 +17,7 @@ from tinydiff.runtime.pace import Pace
 from tinydiff.sampling.compile import graph_count
 
 BOUND = 2e-4
-"""How far a picture's tokens, of deviation about 1, may lie from those of the same picture alone: the kernels
+"""How far an image's tokens, of deviation about 1, may lie from those of the same image alone: the kernels
 of larger matrices add in another order."""
 
 
@@ -155,7 +155,7 @@ def test_who_is_taken_out_is_not_finished(model):
 
 
 def broken_above(loop, most, error):
-    """Steps of more than `most` pictures fail."""
+    """Steps of more than `most` images fail."""
     whole = loop.sittings[0].seat.denoise
 
     def denoise(network, state, *rest):

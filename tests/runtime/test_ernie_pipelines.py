@@ -1,4 +1,4 @@
-"""ERNIE-Image against diffusers' own pipeline: the latents after every step and the picture, from the same
+"""ERNIE-Image against diffusers' own pipeline: the latents after every step and the image, from the same
 start, in float64.
 
 The reference's roundings that test_flux2_pipelines names are taken out. Two stay in, which tinydiff has as

@@ -1,9 +1,9 @@
-"""FLUX.2 against diffusers' own pipelines: the latents after every step and the picture, from the same start,
+"""FLUX.2 against diffusers' own pipelines: the latents after every step and the image, from the same start,
 in float64.
 
 Five roundings of the reference are taken out, so that what is left is exact. It steps with sigmas kept in
 float32: they are upcast unchanged, and tinydiff's tables hold the same digits. It makes constants in torch's
-default type: that is float64 here. It turns pictures into float32 numbers: they are brought to the multiples
+default type: that is float64 here. It turns images into float32 numbers: they are brought to the multiples
 of 1/255 that they stand for. It embeds times and guidance in float32, as tinydiff does: both are float32 here
 before they are embedded. It keeps the language models' rope tables in float32, as tinydiff does.
 """
@@ -55,7 +55,7 @@ from tinydiff.sampling.noise import noise
 PROMPT, NEGATIVE, STEPS = "A red fox {on} the [IMG]ice, 4 pm", "blurry", 3
 SIZE = (4, 6)
 SHAPES = ((80, 130), (100, 64))
-"""Heights and widths of two given pictures, no multiples of 16."""
+"""Heights and widths of two given images, no multiples of 16."""
 
 LM = {
     **{"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 31},
@@ -120,7 +120,7 @@ def dev(folder, framed=True):
 
 
 def saved(folder, run_by, tokenizer, text, guided, channels=16, **options):
-    """The reference's pipeline in float64, saved in float32 to `folder`. Every parameter is redrawn, at
+    """The reference's pipeline in float64, saved in float32 to `directory`. Every parameter is redrawn, at
     values that float32 holds.
     """
     transformer = Flux2Transformer2DModel(**TRANSFORMER | {"in_channels": channels}, guidance_embeds=guided)
@@ -188,7 +188,7 @@ def request_for(model, pictures=(), **fields):
 
 
 def theirs(pipe, request, start, **given):
-    """(tokens after each step, picture) of the reference."""
+    """(tokens after each step, image) of the reference."""
     tokens = []
     given |= {
         "prompt": PROMPT,
@@ -208,7 +208,7 @@ def theirs(pipe, request, start, **given):
 
 
 def ours(model, request, start):
-    """(tokens after each step, picture)."""
+    """(tokens after each step, image)."""
     conditioning = pipeline.condition(model, request)
     assert conditioning.prepared.size == (start.shape[1], 1, *start.shape[2:])
     tokens = list(pipeline.denoise(model, request, conditioning, 0, start[:, :, None]))
@@ -238,7 +238,7 @@ KLEIN = {
 def test_klein_equals_diffusers(case, tmp_path, pictures):
     distilled, count, fields = KLEIN[case]
     pipe = klein(tmp_path / "model", distilled)
-    # Found by shape alone, the folder takes the defaults of the first klein, which is distilled.
+    # Found by shape alone, the directory takes the defaults of the first klein, which is distilled.
     model = load(
         tmp_path / "model", model_id=f"black-forest-labs/FLUX.2-klein-{'' if distilled else 'base-'}4B"
     )
@@ -296,7 +296,7 @@ def test_noise_is_what_the_reference_draws(tmp_path):
     assert torch.equal(made.pack(noise(7, 0, (1, *made.size))[0]), drawn)
 
 
-# --- given pictures
+# --- given images
 # -------------------------------------------------------------------------------------------------------------------
 
 
@@ -336,12 +336,12 @@ def test_a_picture_that_cannot_be_given_is_refused(shape, tmp_path):
     read = blueprint.read(ModelOptions(model_path=str(released("black-forest-labs/FLUX.2-dev", tmp_path))))
     with pytest.raises(
         UserError,
-        match=rf"image_path: a picture is {shape[1]} x {shape[0]} pixels; FLUX.2 takes sides of at least 64",
+        match=rf"image_path: an image is {shape[1]} x {shape[0]} pixels; FLUX.2 takes sides of at least 64",
     ):
         admit(read, SamplingOptions(prompt=("a",), image_path=(str(path),)))
 
 
-# --- what a folder is, and what does not fit
+# --- what a directory is, and what does not fit
 # ------------------------------------------------------------------------------------------
 
 
@@ -373,7 +373,7 @@ TINY_AE = {
 
 
 def tiny_autoencoder(folder, channels):
-    """A folder as fal/FLUX.2-Tiny-AutoEncoder is one."""
+    """A directory as fal/FLUX.2-Tiny-AutoEncoder is one."""
     c = flux2_tiny.Config(**TINY_AE, latent_channels=channels)
     weights = {
         row.name: (draw(*row.shape, seed=i) / max(1, row.numel / row.shape[0]) ** 0.5)
@@ -390,7 +390,7 @@ def tiny_autoencoder(folder, channels):
 
 
 def test_the_tiny_autoencoder_takes_the_others_place(tmp_path, pictures):
-    """Its latents are the denoiser's own: the loop is the same, the pictures are coded by its functions
+    """Its latents are the denoiser's own: the loop is the same, the images are coded by its functions
     alone.
     """
     klein(tmp_path / "model", True, channels=32)

@@ -1,7 +1,7 @@
-"""FLUX.1 against diffusers' own pipelines: from text, from pictures to edit, from a picture to start from,
+"""FLUX.1 against diffusers' own pipelines: from text, from images to edit, from an image to start from,
 and inpainting.
 
-Latents after every step and the last pixels, from the same start, in float64. Starting from a picture is the
+Latents after every step and the last pixels, from the same start, in float64. Starting from an image is the
 shared floor's, and proved here for every family.
 """
 
@@ -78,7 +78,7 @@ LONG = {"prompt": "a large red circle on a white background " * 60}
 
 
 def build(folder, kind=FluxPipeline, guided=True):
-    """The reference's pipeline in float64, saved in float32 to `folder`; guided: of dev, which embeds its
+    """The reference's pipeline in float64, saved in float32 to `directory`; guided: of dev, which embeds its
     guidance, else of schnell.
     """
     folder.mkdir()
@@ -141,7 +141,7 @@ def same(model, request, start, theirs, images):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Two pictures of noise, of different sizes that are none of the model's, as files."""
+    """Two images of noise, of different sizes that are none of the model's, as files."""
     paths = [tmp_path / f"{name}.png" for name in ("first", "second")]
     for seed, (path, size) in enumerate(zip(paths, [(40, 56, 3), (57, 30, 3)], strict=True)):
         Image.fromarray(np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)).save(path)
@@ -150,7 +150,7 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def mask(tmp_path):
-    """A grey ramp with a hole, of the first picture's size, as a file."""
+    """A grey ramp with a hole, of the first image's size, as a file."""
     y, x = np.mgrid[:40, :56]
     Image.fromarray(np.where((x - 20) ** 2 + (y - 12) ** 2 < 60, 0, x * 4).astype(np.uint8)).save(
         tmp_path / "mask.png"
@@ -216,7 +216,7 @@ def test_noise_is_what_the_reference_draws(tmp_path):
     )
 
 
-# --- pictures to edit
+# --- images to edit
 # -----------------------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +229,7 @@ def small_sizes(monkeypatch):
 
 
 def several(pipe, paths):
-    """Kontext's pipeline takes one picture. More of them, as tinydiff's extension has it: their tokens in
+    """Kontext's pipeline takes one image. More of them, as tinydiff's extension has it: their tokens in
     order, numbered 1, 2, ...
     """
     prepare_latents = pipe.prepare_latents
@@ -284,7 +284,7 @@ def test_a_picture_to_edit_is_brought_to_the_size_that_the_reference_prefers():
     assert len({flux.reference_size(*size) for size in sizes}) == len(flux.KONTEXT_SIZES)
 
 
-# --- a picture to start from
+# --- an image to start from
 # ----------------------------------------------------------------------------------------------------------
 
 

@@ -35,7 +35,7 @@ WITHIN = 180
 
 
 def here(folder: str) -> int:
-    """Leave this rank's process id in the folder, and return its rank once all have."""
+    """Leave this rank's process id in the directory, and return its rank once all have."""
     ranks = join(Layout(dp=2), 60, "cpu")
     (Path(folder) / f"{ranks.rank}.pid").write_text(str(os.getpid()))
     dist.barrier()
@@ -71,7 +71,7 @@ def fails(folder: str, how: str) -> None:
 
 
 def gone(folder: Path) -> bool:
-    """Whether no process that left its id in the folder runs any more."""
+    """Whether no process that left its id in the directory runs any more."""
     for path in folder.glob("*.pid"):
         try:
             os.kill(int(path.read_text()), 0)
@@ -109,7 +109,7 @@ def parent(folder: str, fn: str, given: str = "", **more) -> int:
 
 
 def parents(*calls: str) -> list[subprocess.Popen]:
-    """Processes that call `parent` each with these arguments, in a folder of its own."""
+    """Processes that call `parent` each with these arguments, in a directory of its own."""
     code = "import sys; from tests.runtime import test_launch as t; sys.exit(t.parent({}))"
     return [
         subprocess.Popen(

@@ -154,7 +154,7 @@ def test_mistakes(model, tmp_path):
     refused("prompt", "takes one text, not a list", tinydiff.generate, model, ["a", "b"])
     refused(
         "strength",
-        "ask for one picture",
+        "ask for one image",
         tinydiff.generate,
         model,
         "a",

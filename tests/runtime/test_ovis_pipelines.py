@@ -78,7 +78,7 @@ def folder(tmp_path_factory):
 
 
 def build(folder):
-    """The reference's pipeline, saved to `folder`."""
+    """The reference's pipeline, saved to `directory`."""
     folder.mkdir()
     tokenizer = Qwen2Tokenizer.from_pretrained(vocabularies.qwen(folder, chat_template=CHAT))
     networks = {
@@ -148,7 +148,7 @@ def test_every_step_and_the_pixels_equal_diffusers(fields, pipe, model, caplog):
 
 
 def test_a_picture_to_start_from(pipe, model, tmp_path):
-    """The reference has no pipeline for it; it is the last two of four steps, from the picture made noisy as
+    """The reference has no pipeline for it; it is the last two of four steps, from the image made noisy as
     far.
     """
     Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 56, 3), dtype=np.uint8)).save(

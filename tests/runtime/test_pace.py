@@ -1,4 +1,4 @@
-"""How many pictures are made together, by measured step times."""
+"""How many images are made together, by measured step times."""
 
 from tinydiff.runtime.pace import AGAIN, FORMS, TRIES, Pace
 

@@ -21,7 +21,7 @@ PROMPT, NEGATIVE, STEPS, FRAMES = "A red  circle &amp; a star", "blurry, left of
 GUIDED = {"guidance_scale": 4.0}
 CASES = {
     "T2V": ("T2V", 0, GUIDED),
-    "T2V, a picture": ("T2V", 0, GUIDED | {"num_frames": 1}),
+    "T2V, an image": ("T2V", 0, GUIDED | {"num_frames": 1}),
     "T2V without guidance": ("T2V", 0, {"guidance_scale": 1.0}),
     "T2V with two experts": ("T2V with two experts", 0, GUIDED | {"guidance_scale_2": 2.5}),
     "the second expert below one": ("T2V with two experts", 0, GUIDED | {"guidance_scale_2": 0.4}),
@@ -37,7 +37,7 @@ CASES = {
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Two pictures of noise, of a size that is none of the model's, as files."""
+    """Two images of noise, of a size that is none of the model's, as files."""
     paths = [tmp_path / f"{name}.png" for name in ("first", "last")]
     for seed, path in enumerate(paths):
         Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 56, 3), dtype=np.uint8)).save(path)

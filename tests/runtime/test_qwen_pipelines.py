@@ -1,4 +1,4 @@
-"""Qwen-Image's pipelines against diffusers' own: the tokens after every step and the pictures, from the same
+"""Qwen-Image's pipelines against diffusers' own: the tokens after every step and the images, from the same
 noise, in float64.
 
 Beside the roundings that `compare` names, what `qwen_folders` puts right of the reference is taken out.
@@ -41,7 +41,7 @@ from tinydiff.sampling.sigmas import linear_grid
 STEPS, HEIGHT, WIDTH = 4, 64, 96
 PROMPT, NEGATIVE = "A red  circle & a Größe 円", "blurry, the left of"
 CANVAS, GLANCE = 12288, 6144
-"""Stand for 1024 x 1024 and 384 x 384 pixels: large enough that pictures of two aspects get two sizes."""
+"""Stand for 1024 x 1024 and 384 x 384 pixels: large enough that images of two aspects get two sizes."""
 
 
 def _scaled(sizes):
@@ -51,7 +51,7 @@ def _scaled(sizes):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Pictures to edit are seen at small sizes, by both sides."""
+    """Images to edit are seen at small sizes, by both sides."""
     plus = pipeline_qwenimage_edit_plus
     monkeypatch.setattr(plus, "CONDITION_IMAGE_SIZE", GLANCE)
     monkeypatch.setattr(plus, "VAE_IMAGE_SIZE", CANVAS)
@@ -63,7 +63,7 @@ def small(monkeypatch):
 
 @pytest.fixture
 def pictures(tmp_path) -> list[Path]:
-    """Three of noise, wide, tall and square, with opacity."""
+    """Three of noise, wide, tall and square, with alpha."""
     paths = []
     for i, size in enumerate([(40, 56), (80, 40), (32, 32)]):
         paths.append(tmp_path / f"given{i}.png")
@@ -72,7 +72,7 @@ def pictures(tmp_path) -> list[Path]:
 
 
 def _opened(path: Path, mode: str = "RGB") -> Image.Image:
-    """As the reference is given it: what has opacity stands before white."""
+    """As the reference is given it: what has alpha stands before white."""
     picture = Image.open(path)
     return (
         picture
@@ -97,7 +97,7 @@ def _request(model, images=(), **fields):
 
 
 def _theirs(pipe, **given):
-    """(tokens [1, L, P] after each step, pictures between 0 and 1)."""
+    """(tokens [1, L, P] after each step, images between 0 and 1)."""
     steps = []
     fields = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "num_inference_steps": STEPS} | given
     with exact(pipe):
@@ -185,7 +185,7 @@ def test_edit(size, small, tmp_path, pictures):
     ("count", "still", "scale"), [(1, False, 4.0), (2, False, 4.0), (2, True, 4.0), (3, True, 1.0)]
 )  # fmt: skip
 def test_edit_of_several(count, still, scale, small, tmp_path, pictures):
-    """-2509, and with `zero_cond_t` -2511. Pictures of different sizes, none square."""
+    """-2509, and with `zero_cond_t` -2511. Images of different sizes, none square."""
     pipe = build(diffusers.QwenImageEditPlusPipeline, tmp_path / "model", zero_cond_t=still)
     model = load(tmp_path / "model")
     start = draw(1, Z, 1, HEIGHT // 8, WIDTH // 8, seed=9)
@@ -253,7 +253,7 @@ def test_the_grid_of_layers_is_that_of_all():
 
 
 def test_noise_is_that_of_a_seeded_generator(tmp_path, small, pictures):
-    """Layers' too, which the reference draws picture after picture."""
+    """Layers' too, which the reference draws image after image."""
     for kind, module, options, more in (
         (diffusers.QwenImagePipeline, pipeline_qwenimage, {}, {}),
         (diffusers.QwenImageLayeredPipeline, pipeline_qwenimage_layered, LAYERED, {"num_frames": 3}),
@@ -315,13 +315,13 @@ def test_what_an_edit_is_given_and_makes(tmp_path, pictures):
     assert [image.shape for image in made.originals] == [(40, 56, 3), (80, 40, 3)] and made.images == ()
     _refused(
         "image_path",
-        "4 pictures are given; Qwen/Qwen-Image-Edit-2511 takes at most 3",
+        "4 images are given; Qwen/Qwen-Image-Edit-2511 takes at most 3",
         plan,
         [*pictures, pictures[0]],
     )
-    _refused("image_path", "edits a picture; give one", plan, [])
-    _refused("image_path", "2 pictures are given", _read("Qwen/Qwen-Image-Edit", tmp_path), pictures[:2])
-    _refused("num_frames", "5 would be a clip", _read("Qwen/Qwen-Image", tmp_path), [], num_frames=5)
+    _refused("image_path", "edits an image; give one", plan, [])
+    _refused("image_path", "2 images are given", _read("Qwen/Qwen-Image-Edit", tmp_path), pictures[:2])
+    _refused("num_frames", "5 would be a video", _read("Qwen/Qwen-Image", tmp_path), [], num_frames=5)
 
 
 def test_what_layers_are_made_of(tmp_path, pictures):
@@ -398,7 +398,7 @@ def test_a_picture_token_in_a_prompt_is_refused(small, tmp_path, pictures):
     ("name", "files"), [("a.png", ["a_0.png", "a_1.png", "a_2.png", "a_3.png"]), ("a/", ["a_0", "a_1"])]
 )
 def test_layers_as_files(name, files, tmp_path, pictures, capsys):
-    """One file each, numbered on through the outputs; or a folder for each output."""
+    """One file each, numbered on through the outputs; or a directory for each output."""
     build(diffusers.QwenImageLayeredPipeline, tmp_path / "model", **LAYERED)
     out = tmp_path / "out"
     words = [
@@ -425,7 +425,7 @@ def test_layers_as_files(name, files, tmp_path, pictures, capsys):
     ]
     assert cli.main(["generate", *map(str, words), "--output-file-name", "a.jpg"]) == 2
     assert (
-        "'a.jpg': layers have opacity, so they may be .png, .webp or a name ending in /"
+        "'a.jpg': layers have alpha, so they may be .png, .webp or a name ending in /"
         in capsys.readouterr().err
     )
     assert cli.main(["generate", *map(str, words), "--output-file-name", name]) == 0

@@ -1,7 +1,7 @@
-"""Stable Diffusion 3 against diffusers' own pipelines: the latents after every step and the picture, from the
+"""Stable Diffusion 3 against diffusers' own pipelines: the latents after every step and the image, from the
 same start, in float64.
 
-A picture to start from is coded as the middle of its distribution, not as a sample of it; the other roundings
+An image to start from is coded as the middle of its distribution, not as a sample of it; the other roundings
 are in `compare`.
 """
 
@@ -56,7 +56,7 @@ VARIANTS = {
 
 
 def build(name, folder, **scheduler):
-    """The reference's pipeline, saved to `folder`."""
+    """The reference's pipeline, saved to `directory`."""
     words = [folder / "words-l", folder / "words-g"]
     for path, pad in zip(words, ("<|endoftext|>", "!"), strict=True):
         path.mkdir(parents=True)
@@ -128,8 +128,8 @@ def build(name, folder, **scheduler):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """Variant -> (the reference's pipeline, the folder that holds it, tinydiff's model of that folder), made
-    once.
+    """Variant -> (the reference's pipeline, the directory that holds it, tinydiff's model of that directory),
+    made once.
     """
     made = {}
 
@@ -145,7 +145,7 @@ def both(tmp_path_factory):
 
 @pytest.fixture
 def picture(tmp_path):
-    """A picture of noise of another size than the request's, another of that size, and a mask of it, as
+    """An image of noise of another size than the request's, another of that size, and a mask of it, as
     files.
     """
     random = np.random.default_rng(0)
@@ -247,7 +247,7 @@ def test_image_to_image_equals_diffusers(guidance, both, picture, monkeypatch):
 
 @pytest.mark.parametrize(("strength", "guidance"), [(1.0, 5.0), (0.5, 5.0), (0.5, 1.0)])
 def test_inpainting_equals_diffusers(strength, guidance, both, picture, monkeypatch):
-    """But for the picture at the end, where the reference forgets the autoencoder's shift."""
+    """But for the image at the end, where the reference forgets the autoencoder's shift."""
     pipe, _, model = both()
     paths = {"image": picture / "picture.png", "mask_image": picture / "mask.png"}
     request = request_for(

@@ -1,9 +1,9 @@
 """Every family with other settings of its scheduler and its guidance than the released ones: the reference's
 latents, or one sentence.
 
-A row changes the scheduler's file of a tiny folder, or what is asked, runs diffusers' pipeline and tinydiff
-from one start, and compares the latents after every step. A setting that is not reproduced is refused; none
-is read as something else.
+A row changes the scheduler's file of a tiny directory, or what is asked, runs diffusers' pipeline and
+tinydiff from one start, and compares the latents after every step. A setting that is not reproduced is
+refused; none is read as something else.
 """
 
 from __future__ import annotations
@@ -85,14 +85,14 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Both:
-    """A family's two sides, made once; the folder's scheduler is changed for each row."""
+    """A family's two sides, made once; the directory's scheduler is changed for each row."""
 
     family: Family
     folder: Path
     pipe: Any
     model: Any
     own: Mapping[str, Any]
-    """The scheduler that the folder was saved with."""
+    """The scheduler that the directory was saved with."""
 
     def scheduled(self, config: Mapping[str, Any], reference: bool = True) -> Both:
         """Both sides with this scheduler, or tinydiff's alone."""

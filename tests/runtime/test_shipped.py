@@ -1,7 +1,7 @@
-"""The model in the package: diffusers loads its folder and makes the same, and `tinydiff generate` needs
+"""The model in the package: diffusers loads its directory and makes the same, and `tinydiff generate` needs
 nothing but a prompt.
 
-Nothing here depends on how good its pictures are.
+Nothing here depends on how good its images are.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def test_diffusers_makes_the_same(fields, model, reference):
 
 
 def test_one_picture_starts_from_the_given_one(model, picture):
-    """The less strength, the fewer steps and the nearer to the given picture."""
+    """The less strength, the fewer steps and the nearer to the given image."""
     given, far, steps = read_image(picture).astype(int), [], []
     for strength in (0.05, 0.5, 1.0):
         fields = {"strength": strength, "num_inference_steps": 20, "height": 96, "width": 96}
@@ -118,8 +118,8 @@ def test_diffusers_makes_the_same_from_a_first_frame(model, picture):
 
 
 def test_a_clip_starts_with_the_given_picture(model, picture):
-    """Its first latent frame is the picture's own, and so its first frame is what the autoencoder makes of
-    the picture.
+    """Its first latent frame is the image's own, and so its first frame is what the autoencoder makes of
+    the image.
     """
     made = tinydiff.generate(
         model, PROMPT, num_inference_steps=2, image_path=picture, height=96, width=96, num_frames=5
@@ -148,7 +148,7 @@ def test_outputs_of_a_seed_are_the_pictures_of_the_seeds_that_follow(model):
 
 
 def test_a_prompt_is_enough(tmp_path):
-    """From a fresh process in an empty folder: one PNG, its parameters inside, its name and seed printed."""
+    """From a fresh process in an empty directory: one PNG, its parameters inside, its name and seed printed."""
     command = [sys.executable, "-m", "tinydiff.cli", "generate", "--prompt", "a red circle"]
     done = subprocess.run(
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True

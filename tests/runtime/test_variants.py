@@ -1,4 +1,4 @@
-"""Folders that diffusers itself saved as variants and in shards: the same weights as of the plain folder."""
+"""Folders that diffusers itself saved as variants and in shards: the same weights as of the plain directory."""
 
 import json
 

@@ -1,7 +1,7 @@
-"""Z-Image against diffusers' own pipelines: the latents after every step and the picture, from the same
+"""Z-Image against diffusers' own pipelines: the latents after every step and the image, from the same
 start, in float64.
 
-A picture to start from is coded as the middle of its distribution, not as a sample of it; the other roundings
+An image to start from is coded as the middle of its distribution, not as a sample of it; the other roundings
 are in `compare`.
 """
 
@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
 
 
 def build(folder, **scheduler):
-    """The reference's pipeline, saved to `folder`."""
+    """The reference's pipeline, saved to `directory`."""
     (folder / "words").mkdir(parents=True)
     tokenizer = Qwen2Tokenizer.from_pretrained(vocabularies.qwen(folder / "words", chat_template=CHAT))
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -99,7 +99,7 @@ def model(pipe, folder):
 
 @pytest.fixture
 def picture(tmp_path):
-    """A picture of noise, of the request's size, and a mask of it, as files."""
+    """An image of noise, of the request's size, and a mask of it, as files."""
     random = np.random.default_rng(0)
     mask = np.zeros(SIZE, np.uint8)
     mask[2:7, 5:16] = 255
@@ -245,7 +245,7 @@ def test_the_schedule_is_the_references_to_the_last_digits(steps, model):
 
 
 def test_what_the_pads_hold_is_never_read(model):
-    """The latents of a picture are the same whatever stands behind its tokens."""
+    """The latents of an image are the same whatever stands behind its tokens."""
     request = request_for(model, guidance_scale=4.0)
     conditioning = pipeline.condition(model, request)
     prepared = conditioning.prepared

@@ -1,4 +1,4 @@
-"""Pictures that share the loop, each at its own row of its own table, against the same pictures alone, in
+"""Images that share the loop, each at its own row of its own table, against the same images alone, in
 float64.
 """
 
@@ -23,7 +23,7 @@ DENOISE = {
 
 
 def seat(table, seed, tokens=6, net="family", lengths=(5, 5), **more):
-    """A picture of its own prompt and noise; all share the weights."""
+    """An image of its own prompt and noise; all share the weights."""
     generator = torch.Generator().manual_seed(seed)
     texts = [
         torch.randn(1, length, fake.WIDTH, generator=generator, dtype=torch.float64) for length in lengths
@@ -82,7 +82,7 @@ def test_kept_tokens_and_fresh_noise_stay_a_pictures_own():
         )
         mask[:, seed] = 0
         fresh = torch.stack([fake.latents(6, seed=seed + 10 * k, dtype=torch.float64) for k in range(3)])
-        return seat(table, seed, noise=fresh, kept=loop.Kept(mask, clean, clean))
+        return seat(table, seed, noise=fresh, kept=loop.FixedTokens(mask, clean, clean))
 
     pair = batch.apart(batch.advance(batch.together(fake.family, [renoised(0), renoised(1)]), 3))
     for seed, one in enumerate(pair):
@@ -113,7 +113,7 @@ def test_form_is_what_pictures_must_have_in_common():
         seat(TABLES["unipc"], 0, lengths=(4, 5)),
         one._replace(denoise=loop.eager_denoise(Network(fake.family, CONFIG), guidance.none)),
         one._replace(network=fake.ready(CONFIG, TABLES["unipc"], 6, dtype=torch.float64)),
-        one._replace(kept=loop.Kept(torch.ones(1, 6, 1), one.state.x, one.state.x)),
+        one._replace(kept=loop.FixedTokens(torch.ones(1, 6, 1), one.state.x, one.state.x)),
     ]
     assert all(batch.form(fake.family, other) != batch.form(fake.family, one) for other in others)
 

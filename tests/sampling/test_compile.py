@@ -78,7 +78,7 @@ def test_kept_tokens_are_one_more_graph():
     for tokens, steps in ((6, 4), (9, 3)):
         table, x = fake.table(fake.EULER, steps), fake.latents(tokens)
         network = fake.ready(CONFIG, table, tokens, branches=1)
-        kept = loop.Kept(
+        kept = loop.FixedTokens(
             (torch.arange(tokens) > 2).float()[None, :, None],
             fake.latents(tokens, seed=5),
             fake.latents(tokens, seed=6),

@@ -140,7 +140,7 @@ def test_kept_tokens_follow_their_path_and_given_ones_stay():
     clean, noise = fake.latents(6, seed=5, dtype=torch.float64), fake.latents(6, seed=6, dtype=torch.float64)
     noise[:, 0] = clean[:, 0]
     mask = torch.tensor([0, 0, 0.25, 1, 1, 1], dtype=torch.float64)[None, :, None]
-    kept = loop.Kept(mask, clean, noise)
+    kept = loop.FixedTokens(mask, clean, noise)
     reports = [progress.x for progress in loop.run(EAGER, table, x, lambda _: network, kept=kept, chunk=1)]
     for y, sigma in zip(reports, [*table.sigmas[1:].tolist(), 0.0], strict=True):
         assert torch.equal(y[:, 0], clean[:, 0])

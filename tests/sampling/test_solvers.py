@@ -247,7 +247,7 @@ def test_one_expert_is_one_segment():
 
 @pytest.mark.parametrize("first", [0, 1, 5, 7])
 def test_a_later_start_is_the_references(first):
-    """Image to image: the scheduler begins at `first` with the picture made noisy to that sigma."""
+    """Image to image: the scheduler begins at `first` with the image made noisy to that sigma."""
     scheduler = build(EULER)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 8, 8))
     scheduler.sigmas = scheduler.sigmas.double()

@@ -50,7 +50,7 @@ def done(here: Here, count: int = 1, data: bytes = DATA) -> Job:
 @contextmanager
 def uploading(here: Here, endpoint: str, **more):
     settings = {"pauses": (0.01, 0.01, 0.01), "answer_s": 5.0, "linger": 0.0, **more}
-    made = Uploader(S3("pictures", "key", "hush", endpoint), here.files, here.store, **settings)
+    made = Uploader(S3("images", "key", "hush", endpoint), here.files, here.store, **settings)
     try:
         yield made
     finally:

@@ -147,7 +147,7 @@ def go(browser):
 
 
 def made_picture(browser):
-    """The pixels of the picture that is looked at, uint8 [H, W, 4]."""
+    """The pixels of the image that is looked at, uint8 [H, W, 4]."""
     image = until(browser, "#viewer[data-status=completed] .media img:not(.preview)")
     width, height, *flat = browser.execute_async_script(
         """
@@ -168,4 +168,4 @@ def give_picture(browser, tmp_path, **more):
     path = tmp_path / f"given-{len(list(tmp_path.iterdir()))}.png"  # the browser reads it when it is sent
     path.write_bytes(picture(**more))
     browser.find_element(By.ID, "image").send_keys(str(path))
-    until(browser, "#pictures img, #canvas")
+    until(browser, "#images img, #canvas")

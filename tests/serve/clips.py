@@ -1,4 +1,4 @@
-"""Asking for clips in tests, over HTTP, of a server whose scheduler is made up."""
+"""Asking for videos in tests, over HTTP, of a server whose scheduler is made up."""
 
 import base64
 import time
@@ -12,14 +12,14 @@ PARTS = [("prompt", "x", None), ("size", "64x48", None), ("seconds", "1", None)]
 
 
 def create(client, **fields):
-    """A clip that was just asked for, as the client sees it."""
+    """A video that was just asked for, as the client sees it."""
     answer = client.simulate_post("/v1/videos", json={**SMALL, **fields})
     assert answer.status_code == 200, answer.text
     return answer.json
 
 
 def until(client, id, *status):
-    """The clip once its status is one of these."""
+    """The video once its status is one of these."""
     for _ in range(1000):
         now = client.simulate_get(f"/v1/videos/{id}").json
         if now["status"] in status:
@@ -29,7 +29,7 @@ def until(client, id, *status):
 
 
 def finished(client, **fields):
-    """A clip that was made."""
+    """A video that was made."""
     return until(client, create(client, **fields)["id"], "completed")
 
 

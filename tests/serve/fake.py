@@ -1,4 +1,4 @@
-"""A running server whose scheduler makes plain-coloured pictures and clips, for tests of everything around
+"""A running server whose scheduler makes plain-coloured images and videos, for tests of everything around
 the model.
 
 made = service(tmp_path, api_key=("k",))             # a Service over a real store and real files; options are
@@ -46,7 +46,7 @@ from tinydiff.serve.store import open_store
 SERVER = "fake"
 
 EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 4.0}
-"""A scheduler that can start in between, as models that start from a picture have."""
+"""A scheduler that can start in between, as models that start from an image have."""
 
 
 @cache
@@ -57,7 +57,7 @@ def blueprint():
 
 
 def service(folder: Path, row: dict[str, Any] | None = None, **options: Any) -> Service:
-    """A server of the shipped model whose jobs lie in `folder`. row: fields of its registry row to change,
+    """A server of the shipped model whose jobs lie in `directory`. row: fields of its registry row to change,
     such as image_use.
     """
     chosen = ServeOptions(**{"state_dir": str(folder), **options})
@@ -299,7 +299,7 @@ def picture(
     format: str = "PNG",
     mode: str = "RGB",
 ) -> bytes:
-    """The bytes of a plain picture."""
+    """The bytes of a plain image."""
     out = io.BytesIO()
     Image.new(mode, (width, height), colour).save(out, format)
     return out.getvalue()

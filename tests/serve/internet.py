@@ -76,7 +76,7 @@ def serving(answer, context: ssl.SSLContext | None = None):
     try:
         web = Web(server.server_address[1], requests)
         # The rest are numbers and localhost, which no name server is asked for.
-        web.names |= {"pictures.example": [[PUBLIC]], "localhost.": [["127.0.0.1"]], "a b": [[]]}
+        web.names |= {"images.example": [[PUBLIC]], "localhost.": [["127.0.0.1"]], "a b": [[]]}
         yield web
     finally:
         server.shutdown()
@@ -92,7 +92,7 @@ def send(handler: BaseHTTPRequestHandler, data: bytes, status: int = 200, **head
 
 
 def redirects(locations: dict[str, str]):
-    """Path -> where it leads; what leads nowhere is a picture."""
+    """Path -> where it leads; what leads nowhere is an image."""
 
     def answer(handler) -> None:
         location = locations.get(handler.path)

@@ -1,6 +1,6 @@
 """The official JavaScript client for tests, run by node.
 
-The package is installed once into a folder of the machine's temporary files. Without node, npm or the
+The package is installed once into a directory of the machine's temporary files. Without node, npm or the
 registry such tests are skipped.
 """
 
@@ -26,7 +26,7 @@ process.stdout.write(JSON.stringify(told));
 
 @pytest.fixture(scope="session")
 def package():
-    """A folder with the installed package."""
+    """A directory with the installed package."""
     for program in ("node", "npm"):
         if shutil.which(program) is None:
             pytest.skip(f"no {program} here, which runs the JavaScript client")

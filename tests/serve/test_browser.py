@@ -1,4 +1,4 @@
-"""The page in a real Chromium, over a real server whose scheduler makes plain-coloured pictures."""
+"""The page in a real Chromium, over a real server whose scheduler makes plain-coloured images."""
 
 import pytest
 
@@ -211,7 +211,7 @@ def test_a_mistake_is_shown_at_its_field(serve, browser):
 def test_a_failed_job_says_why(serve, browser):
     made = serve()
     made.scheduler.fail = lambda job: Failure(
-        "insufficient_memory", "the picture does not fit into memory; 512 x 512 would"
+        "insufficient_memory", "the image does not fit into memory; 512 x 512 would"
     )
     put(browser, "prompt", "too large")
     go(browser)

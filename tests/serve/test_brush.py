@@ -1,4 +1,4 @@
-"""Given pictures, and the brush that paints a mask over them, in a real Chromium."""
+"""Given images, and the brush that paints a mask over them, in a real Chromium."""
 
 import io
 
@@ -104,11 +104,11 @@ def test_references_are_shown_and_sent_in_order(serve, browser, tmp_path):
     made = serve({"images": (1, 3), "image_use": "references", "clips_by_name": None})
     for width in (32, 48):
         give_picture(browser, tmp_path, width=width)
-    settled(lambda: len(browser.find_elements(By.CSS_SELECTOR, "#pictures img")) == 2)
+    settled(lambda: len(browser.find_elements(By.CSS_SELECTOR, "#images img")) == 2)
     assert not browser.find_element(By.ID, "canvas").is_displayed()
-    browser.find_element(By.CSS_SELECTOR, "#pictures button").click()
+    browser.find_element(By.CSS_SELECTOR, "#images button").click()
     give_picture(browser, tmp_path, width=64)
-    settled(lambda: len(browser.find_elements(By.CSS_SELECTOR, "#pictures img")) == 2)
+    settled(lambda: len(browser.find_elements(By.CSS_SELECTOR, "#images img")) == 2)
     put(browser, "prompt", "both")
     go(browser)
     made_picture(browser)

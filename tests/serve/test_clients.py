@@ -93,7 +93,7 @@ def near(colour, other, levels=40):
     return np.abs(np.asarray(colour) - np.asarray(other)).max() <= levels
 
 
-# --- pictures ---
+# --- images ---
 
 
 @pytest.mark.parametrize(("prompt", "colour"), [("a large red circle", RED), ("a small blue square", BLUE)])
@@ -225,12 +225,12 @@ def test_many_at_once_from_the_async_client(server):
 
 @pytest.fixture(scope="module")
 def given(client):
-    """A picture of the model's own: a large red circle."""
+    """An image of the model's own: a large red circle."""
     return base64.b64decode(client.images.generate(**CIRCLE, extra_body={"seed": 1}).data[0].b64_json)
 
 
 def mask_of(width, height, rows, form="L"):
-    """A mask whose given rows are painted anew: white there, or as OpenAI has it, transparent."""
+    """A mask whose given rows are inpainted: white there, or as OpenAI has it, transparent."""
     painted = np.zeros((height, width), np.uint8)
     painted[rows] = 255
     out = io.BytesIO()
@@ -275,7 +275,7 @@ def test_several_pictures_are_more_than_the_model_takes(client, given):
         client.images.edit(image=[given, given], prompt="both")
     assert (
         caught.value.param == "image"
-        and "2 pictures are given" in str(caught.value)
+        and "2 images are given" in str(caught.value)
         and "takes" in str(caught.value)
     )
 

@@ -20,7 +20,7 @@ import OpenAI, { toFile } from "openai";
 const [baseURL, apiKey] = process.argv.slice(2);
 const client = new OpenAI({ baseURL, apiKey, maxRetries: 0, timeout: 60000 });
 const circle = { prompt: "a large red circle", model: "tinydiff/shapes", seed: 1 };
-const clip = { ...circle, num_frames: 5, num_inference_steps: 2 };
+const video = { ...circle, num_frames: 5, num_inference_steps: 2 };
 const base64 = async (response) => Buffer.from(await response.arrayBuffer()).toString("base64");
 const failure = async (call) => {
   try { return { none: await call() }; }
@@ -50,7 +50,7 @@ const parts = {
   },
   async edit() {
     const { data } = await client.images.generate(circle);
-    const file = await toFile(Buffer.from(data[0].b64_json, "base64"), "picture.png", { type: "image/png" });
+    const file = await toFile(Buffer.from(data[0].b64_json, "base64"), "image.png", { type: "image/png" });
     const edited = await client.images.edit({ image: file, prompt: "a large blue circle", seed: 0, strength: 1 });
     return { edited, several: await failure(() => client.images.edit({ image: [file, file], prompt: "both" })) };
   },
@@ -64,7 +64,7 @@ const parts = {
     return call;
   },
   async video() {
-    const finished = await done((await client.videos.create(clip)).id);
+    const finished = await done((await client.videos.create(video)).id);
     const content = {};
     for (const variant of ["video", "thumbnail", "spritesheet"])
       content[variant] = await base64(await client.videos.downloadContent(finished.id, { variant }));

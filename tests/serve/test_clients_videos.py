@@ -1,4 +1,4 @@
-"""The official Python client, sync and async, asks `tinydiff serve` for clips of the shipped model: every
+"""The official Python client, sync and async, asks `tinydiff serve` for videos of the shipped model: every
 call that it has for them.
 """
 
@@ -34,7 +34,7 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def clip(client):
-    """A clip that was made."""
+    """A video that was made."""
     return client.videos.create_and_poll(**CLIP, extra_body={"seed": 5, **SHORT})
 
 
@@ -185,7 +185,7 @@ def test_a_cancelled_clip_says_so_and_has_no_content(client, server):
         ({"extra_body": {"num_frams": 5}}, openai.BadRequestError, "unknown_parameter", "num_frams"),
         ({"extra_body": {"num_frames": 1}}, openai.BadRequestError, "invalid_value", "num_frames"),
         (
-            {"extra_body": {"strength": 0.5}, "input_reference": b"no picture"},
+            {"extra_body": {"strength": 0.5}, "input_reference": b"no image"},
             openai.BadRequestError,
             "invalid_value",
             "input_reference",

@@ -53,10 +53,10 @@ def web():
 
 
 def test_a_picture_is_fetched_from_the_address_that_was_checked(web):
-    assert web.fetch("http://pictures.example/a%20b/ä.png?x=1&y=ü#part") == PICTURE
-    assert web.looked == [("pictures.example", 80)] and web.connected == [(PUBLIC, 80)]
+    assert web.fetch("http://images.example/a%20b/ä.png?x=1&y=ü#part") == PICTURE
+    assert web.looked == [("images.example", 80)] and web.connected == [(PUBLIC, 80)]
     [(path, headers)] = web.requests
-    assert path == "/a%20b/%C3%A4.png?x=1&y=%C3%BC" and headers["Host"] == "pictures.example"
+    assert path == "/a%20b/%C3%A4.png?x=1&y=%C3%BC" and headers["Host"] == "images.example"
 
 
 @pytest.mark.parametrize(
@@ -113,10 +113,10 @@ def test_dns_that_changes_at_a_redirect_leads_nobody_inside():
         ("//localhost/", "is not a public address"),
         ("https://[::1]/", "is not a public address"),
         ("http://2130706433/", "is not a public address"),
-        ("http://pictures.example:22/", "names port 22"),
-        ("http://me:secret@pictures.example/", "a name or a password"),
+        ("http://images.example:22/", "names port 22"),
+        ("http://me:secret@images.example/", "a name or a password"),
         ("file:///etc/passwd", "leads to 'file:///etc/passwd'"),
-        ("gopher://pictures.example/_GET", "leads to 'gopher://"),
+        ("gopher://images.example/_GET", "leads to 'gopher://"),
         ("data:image/png;base64,AAAA", "leads to 'data:"),
         ("http://[::1", "cannot be fetched"),
     ],
@@ -124,36 +124,36 @@ def test_dns_that_changes_at_a_redirect_leads_nobody_inside():
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_is_checked_anew(location, said, status):
     with serving(lambda handler: send(handler, b"", status, Location=location)) as web:
-        message = web.refused("http://pictures.example/")
+        message = web.refused("http://images.example/")
         assert said in message and "secret" not in message
         assert len(web.connected) == 1
 
 
 def test_redirects_are_followed_up_to_three():
-    with serving(redirects({"/0": "/1", "/1": "http://pictures.example/2", "/2": "3?x=1"})) as web:
-        assert web.fetch("http://pictures.example/0") == PICTURE
+    with serving(redirects({"/0": "/1", "/1": "http://images.example/2", "/2": "3?x=1"})) as web:
+        assert web.fetch("http://images.example/0") == PICTURE
         assert [path for path, _ in web.requests] == ["/0", "/1", "/2", "/3?x=1"]
 
 
 def test_a_fourth_redirect_is_one_too_many():
     with serving(redirects({f"/{k}": f"/{k + 1}" for k in range(9)})) as web:
-        assert "more than 3 redirects" in web.refused("http://pictures.example/0")
+        assert "more than 3 redirects" in web.refused("http://images.example/0")
         assert len(web.connected) == 4
 
 
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("http://pictures.example:8080/", "names port 8080; it may be 80 or 443"),
-        ("http://pictures.example:0/", "names port 0"),
-        ("http://pictures.example:99999/", "not an address that can be read"),
-        ("http://pictures.example:x/", "not an address that can be read"),
-        ("http://user@pictures.example/", "a name or a password"),
-        ("http://user:key@pictures.example/", "a name or a password"),
-        ("http://pictures.example\\@127.0.0.1/", "a name or a password"),
+        ("http://images.example:8080/", "names port 8080; it may be 80 or 443"),
+        ("http://images.example:0/", "names port 0"),
+        ("http://images.example:99999/", "not an address that can be read"),
+        ("http://images.example:x/", "not an address that can be read"),
+        ("http://user@images.example/", "a name or a password"),
+        ("http://user:key@images.example/", "a name or a password"),
+        ("http://images.example\\@127.0.0.1/", "a name or a password"),
         ("http:///a.png", "leads to"),
         ("file:///etc/passwd", "leads to"),
-        ("gopher://pictures.example/", "leads to"),
+        ("gopher://images.example/", "leads to"),
         ("http://" + "ä" * 300 + "/", "not an address that can be read"),
         ("http://[fe80::1%25eth0]/", "is not a public address"),
         ("http://a\0b/", "is not a public address"),
@@ -165,12 +165,12 @@ def test_addresses_that_are_refused_as_they_stand(web, url, said):
 
 
 def test_the_other_port_may_be_named(web):
-    assert web.fetch("http://pictures.example:443/") == PICTURE
-    assert web.connected == [(PUBLIC, 443)] and web.requests[0][1]["Host"] == "pictures.example:443"
+    assert web.fetch("http://images.example:443/") == PICTURE
+    assert web.connected == [(PUBLIC, 443)] and web.requests[0][1]["Host"] == "images.example:443"
 
 
 def test_the_next_address_is_tried_where_one_does_not_answer(web):
-    web.names["pictures.example"] = [["2606:4700::1111", PUBLIC]]
+    web.names["images.example"] = [["2606:4700::1111", PUBLIC]]
 
     def connect(address, port, name, seconds):
         if ":" in address:
@@ -178,15 +178,14 @@ def test_the_next_address_is_tried_where_one_does_not_answer(web):
         return web.connect(address, port, name, seconds)
 
     assert (
-        fetch("http://pictures.example/", "image", 10_000, 5.0, resolve=web.resolve, connect=connect)
-        == PICTURE
+        fetch("http://images.example/", "image", 10_000, 5.0, resolve=web.resolve, connect=connect) == PICTURE
     )
 
 
 def test_keys_in_an_address_are_not_repeated(web):
     with serving(lambda handler: send(handler, b"", 403)) as made:
-        message = made.refused("http://pictures.example/a.png?signature=secret")
-    assert message == "image: 'http://pictures.example/a.png' was answered with status 403"
+        message = made.refused("http://images.example/a.png?signature=secret")
+    assert message == "image: 'http://images.example/a.png' was answered with status 403"
 
 
 def test_what_does_not_answer_says_nothing_of_why(web):
@@ -194,8 +193,8 @@ def test_what_does_not_answer_says_nothing_of_why(web):
         raise ConnectionRefusedError("[Errno 111] Connection refused by 10.0.0.7")
 
     with pytest.raises(UserError) as caught:
-        fetch("http://pictures.example/", "image", 10, 5.0, resolve=web.resolve, connect=connect)
-    assert str(caught.value) == "image: 'http://pictures.example/' cannot be fetched"
+        fetch("http://images.example/", "image", 10, 5.0, resolve=web.resolve, connect=connect)
+    assert str(caught.value) == "image: 'http://images.example/' cannot be fetched"
 
 
 def test_too_large_by_its_own_word_is_not_read():
@@ -205,7 +204,7 @@ def test_too_large_by_its_own_word_is_not_read():
         handler.end_headers()
 
     with serving(answer) as web:
-        assert "larger than 0.01 MB" in web.refused("http://pictures.example/")
+        assert "larger than 0.01 MB" in web.refused("http://images.example/")
 
 
 def test_too_large_without_a_word_ends_while_streaming():
@@ -219,7 +218,7 @@ def test_too_large_without_a_word_ends_while_streaming():
             sent.append(1)
 
     with serving(answer) as web:
-        assert "larger than 0.01 MB" in web.refused("http://pictures.example/")
+        assert "larger than 0.01 MB" in web.refused("http://images.example/")
     assert len(sent) < 10_000
 
 
@@ -231,7 +230,7 @@ def test_a_body_that_ends_early_is_not_taken():
         handler.wfile.write(b"half")
 
     with serving(answer) as web:
-        assert "cannot be fetched" in web.refused("http://pictures.example/")
+        assert "cannot be fetched" in web.refused("http://images.example/")
 
 
 @pytest.mark.parametrize("what", ["silence", "headers", "body", "endless"])
@@ -260,7 +259,7 @@ def test_the_time_limit_is_over_all_however_it_drips(what):
     with serving(answer) as web:
         begun = time.monotonic()
         try:
-            message = web.refused("http://pictures.example/", seconds=0.4)
+            message = web.refused("http://images.example/", seconds=0.4)
         finally:
             over.set()
     assert "did not come within 0.4 seconds" in message and 0.35 < time.monotonic() - begun < 3
@@ -272,7 +271,7 @@ def test_the_time_limit_holds_over_redirects():
         send(handler, b"", 302, Location="/")
 
     with serving(answer) as web:
-        assert "did not come within 0.3 seconds" in web.refused("http://pictures.example/", seconds=0.3)
+        assert "did not come within 0.3 seconds" in web.refused("http://images.example/", seconds=0.3)
 
 
 def test_a_name_server_that_does_not_answer_is_not_waited_for(monkeypatch):
@@ -281,7 +280,7 @@ def test_a_name_server_that_does_not_answer_is_not_waited_for(monkeypatch):
     begun = time.monotonic()
     try:
         with pytest.raises(OSError, match="not found"):
-            resolve("pictures.example", 80, 0.1)
+            resolve("images.example", 80, 0.1)
     finally:
         over.set()
     assert time.monotonic() - begun < 3
@@ -297,7 +296,7 @@ def test_no_connection_and_no_thread_is_left():
             return made[-1]
 
         with pytest.raises(UserError):
-            fetch("http://pictures.example/", "image", 10, 5.0, resolve=web.resolve, connect=connect)
+            fetch("http://images.example/", "image", 10, 5.0, resolve=web.resolve, connect=connect)
     assert [sock.fileno() for sock in made] == [-1]
     end = time.monotonic() + 5
     while threading.active_count() > before and time.monotonic() < end:
@@ -310,14 +309,14 @@ def test_no_connection_and_no_thread_is_left():
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory) -> Path:
-    """A certificate of pictures.example, signed by itself, with its key."""
+    """A certificate of images.example, signed by itself, with its key."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.x509.oid import NameOID
 
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "pictures.example")])
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "images.example")])
     made = (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -326,7 +325,7 @@ def certificate(tmp_path_factory) -> Path:
         .serial_number(1)
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("pictures.example")]), False)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("images.example")]), False)
         .add_extension(x509.BasicConstraints(True, None), True)
         .sign(key, hashes.SHA256())
     )
@@ -352,9 +351,9 @@ def secure(certificate):
 
 
 def test_tls_asks_for_the_name_at_the_checked_address(secure):
-    assert secure.fetch("https://pictures.example/a.png") == PICTURE
-    assert secure.connected == [(PUBLIC, 443)] and secure.server_names == ["pictures.example"]
-    assert secure.requests[0][1]["Host"] == "pictures.example"
+    assert secure.fetch("https://images.example/a.png") == PICTURE
+    assert secure.connected == [(PUBLIC, 443)] and secure.server_names == ["images.example"]
+    assert secure.requests[0][1]["Host"] == "images.example"
 
 
 def test_a_handshake_that_drips_is_not_waited_for():
@@ -371,9 +370,9 @@ def test_a_handshake_that_drips_is_not_waited_for():
     with socket.create_server(("127.0.0.1", 0)) as listening:
         threading.Thread(target=drip, args=[listening], daemon=True).start()
         web, begun = Web(listening.getsockname()[1], []), time.monotonic()
-        web.names["pictures.example"] = [[PUBLIC]]
+        web.names["images.example"] = [[PUBLIC]]
         try:
-            assert "did not come within 0.4 seconds" in web.refused("https://pictures.example/", seconds=0.4)
+            assert "did not come within 0.4 seconds" in web.refused("https://images.example/", seconds=0.4)
         finally:
             over.set()
     assert time.monotonic() - begun < 3
@@ -387,5 +386,5 @@ def test_tls_of_another_name_is_refused(secure):
 
 def test_an_unknown_certificate_is_refused(secure):
     secure.context = None
-    assert "cannot be fetched" in secure.refused("https://pictures.example/")
+    assert "cannot be fetched" in secure.refused("https://images.example/")
     assert secure.requests == []

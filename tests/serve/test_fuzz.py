@@ -120,7 +120,7 @@ def bad_form(rng):
     mark = b"xyzzy"
     files = [
         b"",
-        b"no picture",
+        b"no image",
         header(60_000, 60_000),
         header(0, 0),
         picture()[:60],

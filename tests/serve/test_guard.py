@@ -218,9 +218,9 @@ def test_nobody_holds_an_empty_key(client):
 
 
 def test_an_allowed_origin_and_a_public_name_may(client):
-    found = client(cors_origin=("https://mine.example",), public_url="https://pictures.example")
+    found = client(cors_origin=("https://mine.example",), public_url="https://images.example")
     assert found.simulate_post("/it", headers={"Origin": "https://mine.example"}).status_code == 200
-    headers = {"Origin": "https://pictures.example", "Host": "pictures.example"}
+    headers = {"Origin": "https://images.example", "Host": "images.example"}
     assert found.simulate_post("/it", headers=headers).status_code == 200
 
 

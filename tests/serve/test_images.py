@@ -108,8 +108,8 @@ def test_an_address_serves_the_picture(both):
 
 
 def test_addresses_begin_with_the_public_one(build):
-    said = generate(build(public_url="https://pictures.example/api/")[1], response_format="url").json
-    assert said["data"][0]["url"].startswith("https://pictures.example/api/v1/files/")
+    said = generate(build(public_url="https://images.example/api/")[1], response_format="url").json
+    assert said["data"][0]["url"].startswith("https://images.example/api/v1/files/")
 
 
 @pytest.mark.parametrize("name", ["tinydiff/shapes", "mine", "", None])
@@ -238,7 +238,7 @@ def test_an_edit_starts_from_the_picture(build):
     made, client = build(START)
     answer = edit(client, ("image", picture(64, 48)), ("strength", "0.5"), ("seed", "1"))
     assert answer.status_code == 200
-    assert answer.json["size"] != "128x128"  # it has the picture's aspect
+    assert answer.json["size"] != "128x128"  # it has the image's aspect
     [job] = made.scheduler.submitted
     assert made.admitted(job).strength == 0.5
 
@@ -268,7 +268,7 @@ def test_the_file_of_another_job_is_copied(build):
 
 
 def half_clear():
-    """A picture whose left half has no opacity."""
+    """An image whose left half has no alpha."""
     found = numpy.full((128, 128, 4), 255, numpy.uint8)
     found[:, :64, 3] = 0
     out = io.BytesIO()
@@ -296,8 +296,8 @@ def test_a_mask_is_painted_where_it_is_clear_or_white(build, mask):
     ("row", "parts", "param", "part"),
     [
         (START, [], "image", "is missing"),
-        (REFERENCES, [], "image", "edits a picture; give one with image"),
-        (START, [("image", b"no picture")], "image", "image: "),
+        (REFERENCES, [], "image", "edits an image; give one with image"),
+        (START, [("image", b"no image")], "image", "image: "),
         (START, [("image[]", picture()), ("image[]", picture())], "image", "takes at most 1"),
         (START, [("image", picture()), ("mask", picture(64, 64))], "mask", "they must be of one size"),
         (REFERENCES, [("image", picture()), ("mask", picture())], "mask", "takes no mask"),

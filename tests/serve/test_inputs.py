@@ -1,4 +1,4 @@
-"""Given pictures: what is taken, and what is said of the rest."""
+"""Given images: what is taken, and what is said of the rest."""
 
 from __future__ import annotations
 
@@ -98,19 +98,19 @@ def test_a_data_uri_is_its_bytes(source):
         ("data:image/png;base64", "without ;base64"),
         ("data:image/png;base64,", "is empty"),
         (b"", "is empty"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a whole picture"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "not a whole picture"),
-        (picture()[:-30], "not a whole picture"),
-        (picture("JPEG", (90, 90))[:-200], "not a whole picture"),
-        (picture()[:20], "not a whole picture"),
-        (picture("TIFF"), "not a whole picture"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a whole image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "not a whole image"),
+        (picture()[:-30], "not a whole image"),
+        (picture("JPEG", (90, 90))[:-200], "not a whole image"),
+        (picture()[:20], "not a whole image"),
+        (picture("TIFF"), "not a whole image"),
         (base64.b64encode(picture()).decode(), "put data:image/png;base64, before it"),
         (base64.b64encode(picture("JPEG")).decode(), "put data:image/png;base64, before it"),
         (base64.b64encode(bytes(300)).decode(), "put data:image/png;base64, before it"),
         ("/etc/passwd", "the server's own files are not read"),
         ("picture.png", "the server's own files are not read"),
-        ("~/picture.png", "the server's own files are not read"),
-        ("C:\\picture.png", "the server's own files are not read"),
+        ("~/image.png", "the server's own files are not read"),
+        ("C:\\image.png", "the server's own files are not read"),
         ("file:///etc/passwd", "the server's own files are not read"),
         ("FILE:/etc/passwd", "the server's own files are not read"),
         ("gopher://93.184.215.14/", "the server's own files are not read"),
@@ -145,7 +145,7 @@ def test_pixels_are_counted_before_they_are_unpacked(monkeypatch):
 
 def test_pillows_own_limit_is_a_sentence_too(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    assert "more pixels than any picture may have" in refused(picture())
+    assert "more pixels than any image may have" in refused(picture())
 
 
 def test_the_most_pixels_are_taken():
@@ -175,16 +175,16 @@ def test_addresses_are_fetched_only_where_that_is_allowed():
         asked.append((url, field, most))
         return picture()
 
-    assert "--allow-url-inputs" in refused("http://pictures.example/a.png", False, get=get) and asked == []
-    assert read("HTTP://pictures.example/a.png", True, get=get) == picture()
-    assert asked == [("HTTP://pictures.example/a.png", "image", 1_000_000)]
+    assert "--allow-url-inputs" in refused("http://images.example/a.png", False, get=get) and asked == []
+    assert read("HTTP://images.example/a.png", True, get=get) == picture()
+    assert asked == [("HTTP://images.example/a.png", "image", 1_000_000)]
 
 
 @pytest.mark.parametrize(
-    ("data", "said"), [(b"<html>", "not a whole picture"), (animation("GIF"), "is an animation")]
+    ("data", "said"), [(b"<html>", "not a whole image"), (animation("GIF"), "is an animation")]
 )
 def test_what_is_fetched_is_checked_as_any_picture(data, said):
-    assert said in refused("http://pictures.example/a.png", True, get=lambda *_: data)
+    assert said in refused("http://images.example/a.png", True, get=lambda *_: data)
 
 
 def test_private_addresses_are_not_fetched_for_real():

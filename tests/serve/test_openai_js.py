@@ -1,4 +1,4 @@
-"""The official JavaScript client, run by node against a server whose scheduler makes plain pictures: its main
+"""The official JavaScript client, run by node against a server whose scheduler makes plain images: its main
 calls.
 """
 
@@ -16,10 +16,10 @@ from tinydiff.serve.app import make_app
 
 SCRIPT = r"""
 import OpenAI, { toFile } from "openai";
-const [baseURL, apiKey, picture] = process.argv.slice(2);
+const [baseURL, apiKey, image] = process.argv.slice(2);
 const client = new OpenAI({ baseURL, apiKey, maxRetries: 0, timeout: 30000 });
 const small = { prompt: "a red circle", model: "tinydiff/shapes", size: "64x48" };
-const file = () => toFile(Buffer.from(picture, "base64"), "picture.png", { type: "image/png" });
+const file = () => toFile(Buffer.from(image, "base64"), "image.png", { type: "image/png" });
 const base64 = async (response) => Buffer.from(await response.arrayBuffer()).toString("base64");
 const failure = async (call) => {
   try { return { none: await call() }; }
@@ -81,7 +81,7 @@ const parts = {
 
 @pytest.fixture(scope="module")
 def told(package, tmp_path_factory):
-    """What each part of the script found, by its name. The model is one that edits pictures too."""
+    """What each part of the script found, by its name. The model is one that edits images too."""
     made = fake.service(
         tmp_path_factory.mktemp("state"), row={"image_use": "start"}, api_key=("open-sesame",)
     )

@@ -1,4 +1,4 @@
-"""The official Python client, sync and async, against a real server: every call that it has for clips and
+"""The official Python client, sync and async, against a real server: every call that it has for videos and
 models.
 """
 

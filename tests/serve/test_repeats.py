@@ -79,7 +79,7 @@ def test_a_new_request_or_another_body_does_not(both, headers, more):
 
 
 def test_a_retry_of_what_was_turned_away_is_a_request_of_its_own(both):
-    """Two clients say the same; the second is told to come back, and then wants its own picture."""
+    """Two clients say the same; the second is told to come back, and then wants its own image."""
     thread, _, _ = started(both)
     both[0].scheduler.busy = 1.0
     assert generate(both[1]).status_code == 429

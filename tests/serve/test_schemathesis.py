@@ -92,7 +92,7 @@ def test_answers_are_as_described(made, described, method, path, mode):
 def test_enough_was_asked_and_answered():
     assert sum(answered.values()) > 1000
     refused = {one.call for one in operations("")} - {call for call, status in answered if status == 200}
-    assert refused <= {"post /v1/images/edits"}, "made-up bytes are no picture"
+    assert refused <= {"post /v1/images/edits"}, "made-up bytes are no image"
 
 
 def test_an_answer_that_is_not_as_described_is_found(made):

@@ -20,7 +20,7 @@ STEPS = 40
 
 
 def videos(one):
-    """All clips of a server, from its list."""
+    """All videos of a server, from its list."""
     found, after = [], None
     while True:
         page = one.get("/v1/videos", params={"limit": 100, **({"after": after} if after else {})}).json()
@@ -113,7 +113,7 @@ def test_outputs_go_to_object_storage_and_leave_with_their_job(tmp_path):
             wait(lambda: all_done(one, [id]))
             wait(
                 lambda: len(client.list_objects_v2(Bucket="of-a-server").get("Contents", ())) == 3
-            )  # the clip, its first frame, its sheet
+            )  # the video, its first frame, its sheet
             wait(lambda: all(output["url"].startswith(endpoint) for output in videos(one)[id]["outputs"]))
             assert one.get(f"/v1/videos/{id}/content").content[4:8] == b"ftyp"
             assert one.session.delete(f"{one.url}/v1/videos/{id}").json()["deleted"]

@@ -1,4 +1,4 @@
-"""The small pictures of a clip: their sizes, and which frames they show."""
+"""The small images of a video: their sizes, and which frames they show."""
 
 import io
 

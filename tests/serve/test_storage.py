@@ -132,7 +132,7 @@ def storage():
 
 @pytest.fixture(scope="module")
 def moto():
-    """The endpoint of moto's S3, with the bucket "pictures"."""
+    """The endpoint of moto's S3, with the bucket "images"."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -146,7 +146,7 @@ def moto():
         aws_secret_access_key="hush",
         region_name="us-east-1",
     )
-    client.create_bucket(Bucket="pictures")
+    client.create_bucket(Bucket="images")
     yield SimpleNamespace(endpoint=endpoint, client=client)
     server.stop()
 
@@ -159,8 +159,8 @@ def test_an_output_lies_in_s3_and_its_job_says_where(here, moto):
         found = until(lambda: (new := output_of(here, job)).url and new)
         until(lambda: here.files.path(output.file) is None)
     key = f"tinydiff/{job.id}/{output.file}"
-    assert found.url == f"{moto.endpoint}/pictures/{key}" and found.warning is None
-    there = moto.client.get_object(Bucket="pictures", Key=key)
+    assert found.url == f"{moto.endpoint}/images/{key}" and found.warning is None
+    there = moto.client.get_object(Bucket="images", Key=key)
     assert there["Body"].read() == DATA and there["ContentType"] == "image/png"
     assert here.files.elsewhere(output.file) == found.url
 
@@ -171,7 +171,7 @@ def test_a_large_clip_arrives_whole(here, moto):
     with uploading(here, moto.endpoint) as uploader:
         uploader.add(job.id, job.outputs[0])
         until(lambda: output_of(here, job).url)
-    there = moto.client.get_object(Bucket="pictures", Key=f"tinydiff/{job.id}/{job.outputs[0].file}")
+    there = moto.client.get_object(Bucket="images", Key=f"tinydiff/{job.id}/{job.outputs[0].file}")
     assert hashlib.sha256(there["Body"].read()).digest() == hashlib.sha256(data).digest()
 
 
@@ -183,7 +183,7 @@ def test_a_deleted_job_leaves_nothing_there(here, moto):
         uploader.remove(here.store.get(job.id))
         until(
             lambda: (
-                "Contents" not in moto.client.list_objects_v2(Bucket="pictures", Prefix=f"tinydiff/{job.id}/")
+                "Contents" not in moto.client.list_objects_v2(Bucket="images", Prefix=f"tinydiff/{job.id}/")
             )
         )
 
@@ -210,7 +210,7 @@ def test_the_upload_carries_type_and_checksums(here, storage):
     with uploading(here, storage.endpoint) as uploader:
         uploader.add(job.id, job.outputs[0])
         until(lambda: output_of(here, job).url)
-    data, headers = storage.objects[f"/pictures/tinydiff/{job.id}/{job.outputs[0].file}"]
+    data, headers = storage.objects[f"/images/tinydiff/{job.id}/{job.outputs[0].file}"]
     assert data == DATA and headers["Content-Type"] == "image/png"
     assert base64.b64decode(headers["x-amz-checksum-sha256"]) == hashlib.sha256(DATA).digest()
     assert base64.b64decode(headers["Content-MD5"]) == hashlib.md5(DATA).digest()
@@ -219,7 +219,7 @@ def test_the_upload_carries_type_and_checksums(here, storage):
 def test_the_bucket_at_amazon_is_at_amazon(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     assert (
-        client(S3("pictures", "key", "hush", None, "eu-west-1"), 1, 1.0).meta.endpoint_url
+        client(S3("images", "key", "hush", None, "eu-west-1"), 1, 1.0).meta.endpoint_url
         == "https://s3.eu-west-1.amazonaws.com"
     )
 

@@ -242,7 +242,7 @@ def test_a_file_that_went_before_its_upload_was_noted_is_found_there(here, stora
     job = done(here)
     [output] = job.outputs
     here.files.delete(output.file)
-    storage.objects[f"/pictures/tinydiff/{job.id}/{output.file}"] = DATA, {"x-amz-checksum-sha256": "x"}
+    storage.objects[f"/images/tinydiff/{job.id}/{output.file}"] = DATA, {"x-amz-checksum-sha256": "x"}
     with uploading(here, storage.endpoint) as uploader:
         uploader.pending(job)
         until(lambda: output_of(here, job).url)

@@ -98,8 +98,8 @@ from pathlib import Path
 from tinydiff.serve.jobs import Job, Output, new_id
 from tinydiff.serve.store import open_store
 
-folder, url, server = sys.argv[1:]
-store = open_store(Path(folder), url or None, 10**6)
+directory, url, server = sys.argv[1:]
+store = open_store(Path(directory), url or None, 10**6)
 store.requeue(server, "rerun")
 def say(*words):
     sys.stdout.write(" ".join(words) + chr(10))

@@ -88,7 +88,7 @@ def test_a_jpeg_of_many_segments_is_not_walked(unread):
     whole = jpeg()
     data = whole[:2] + COMMENT * 4_000_000 + whole[2:]
     with counting() as cost:
-        assert "not a whole picture" in refused(data)
+        assert "not a whole image" in refused(data)
     assert cost.calls < 8 * unpack.MOST_MARKERS and cost.bytes < 2**20
 
 

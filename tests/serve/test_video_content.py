@@ -1,4 +1,4 @@
-"""What can be downloaded of a clip, and where."""
+"""What can be downloaded of a video, and where."""
 
 import io
 from dataclasses import replace
@@ -196,9 +196,9 @@ def test_an_output_s_address_works_without_a_key(tmp_path):
 
 
 def test_addresses_are_those_that_clients_reach(tmp_path):
-    made = fake.service(tmp_path, public_url="https://pictures.example/")
+    made = fake.service(tmp_path, public_url="https://images.example/")
     try:
         [output] = finished(falcon.testing.TestClient(make_app(made), {"Host": "localhost"}))["outputs"]
-        assert output["url"].startswith("https://pictures.example/v1/files/")
+        assert output["url"].startswith("https://images.example/v1/files/")
     finally:
         made.scheduler.close()

@@ -1,4 +1,4 @@
-"""Clips over HTTP: the life of a job, what a client sees of it, what is refused."""
+"""Videos over HTTP: the life of a job, what a client sees of it, what is refused."""
 
 import json
 import time
@@ -150,7 +150,7 @@ def test_a_repeated_key_is_the_same_clip(client, held):
     assert first == second
 
 
-# --- given pictures ---
+# --- given images ---
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_form_without_a_file_is_enough(client):
 
 
 def test_what_is_no_picture_is_refused_and_not_kept(made, client):
-    answer = client.simulate_post("/v1/videos", **form(*PARTS, ("input_reference", b"no picture", "a.png")))
+    answer = client.simulate_post("/v1/videos", **form(*PARTS, ("input_reference", b"no image", "a.png")))
     assert (answer.status_code, answer.json["error"]["param"]) == (400, "input_reference")
     assert made.scheduler.submitted == [] and kept(made) == []
 
@@ -306,7 +306,7 @@ def test_cancel_of_a_finished_clip_leaves_it(client):
 def test_delete_takes_the_clip_and_its_files_and_once(made, client):
     id = client.simulate_post("/v1/videos", **form(*PARTS, ("input_reference", PICTURE, "upload"))).json["id"]
     until(client, id, "completed")
-    assert len(kept(made)) == 4, "the given picture, the clip and its two small pictures"
+    assert len(kept(made)) == 4, "the given image, the video and its two small images"
     assert client.simulate_delete(f"/v1/videos/{id}").json == {
         "id": id,
         "deleted": True,

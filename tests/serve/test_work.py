@@ -72,7 +72,7 @@ REFUSED = {
     "a model of 20 MB": (IMAGES, JSON, prompt(model="m" * 20_000_000), "model", "characters"),
     "a data URI of escapes": (VIDEOS, JSON, prompt(input_reference=URI + "%41" * 7_000_000), "input_reference", "is broken"),
     "a data URI of blanks": (VIDEOS, JSON, prompt(input_reference=URI + "A " * 10_000_000), "input_reference", "not a whole"),
-    "a picture that is none": (VIDEOS, FORM, form(("input_reference", b"\xff" * 20_000_000)), "input_reference", "not a whole"),
+    "an image that is none": (VIDEOS, FORM, form(("input_reference", b"\xff" * 20_000_000)), "input_reference", "not a whole"),
     "a form of 10 million boundaries": (IMAGES, FORM, b"--B\r\n" * 4_000_000, "body", "not a form"),
     "a form of one million parts": (IMAGES, FORM, form(("a", ""))[:-7] * 100_000, "body", "more than 512 parts"),
     "a form whose headers do not end": (IMAGES, FORM, b"--B\r\n" + b"a: b\r\n" * 3_000_000 + b"--B--", "body", "not a form"),

@@ -1,4 +1,4 @@
-"""The reader against pictures whose content is known: the renderer's own, sharp, blurred and noisy, and wrong
+"""The reader against images whose content is known: the renderer's own, sharp, blurred and noisy, and wrong
 ones.
 """
 

@@ -137,7 +137,7 @@ def test_one_scene_draws_alike_in_any_batch():
 
 
 def test_render_refuses_a_mixed_batch():
-    with pytest.raises(ValueError, match="all pictures or all clips"):
+    with pytest.raises(ValueError, match="all images or all videos"):
         render(scenes(0, "picture", 1) + scenes(0, "clip", 1))
 
 

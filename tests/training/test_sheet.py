@@ -1,4 +1,4 @@
-"""Contact sheets have the pictures where they belong and a caption beneath each."""
+"""Contact sheets have the images where they belong and a caption beneath each."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ def test_contact_sheet_places_pictures_and_captions():
     images = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
     sheet = np.asarray(
         contact_sheet(
-            images, ["one", "two", "a caption that is far too long for one line under one picture"], columns=2
+            images, ["one", "two", "a caption that is far too long for one line under one image"], columns=2
         )
     )
     height, width = sheet.shape[0] // 2, sheet.shape[1] // 2
@@ -23,7 +23,7 @@ def test_contact_sheet_places_pictures_and_captions():
 
 
 def test_contact_sheet_wants_a_caption_for_each():
-    with pytest.raises(ValueError, match="1 pictures but 2 captions"):
+    with pytest.raises(ValueError, match="1 images but 2 captions"):
         contact_sheet([Image.new("RGB", (8, 8))], ["a", "b"], columns=1)
 
 

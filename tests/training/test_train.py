@@ -1,4 +1,4 @@
-"""The stages of the training, a step or two of each, from nothing to a folder that makes a picture."""
+"""The stages of the training, a step or two of each, from nothing to a directory that makes an image."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ SHAPES = Path(tinydiff.__file__).parent / "shapes"
 
 
 def moments(run, stage):
-    """What a stage's autoencoder codes a picture as."""
+    """What a stage's autoencoder codes an image as."""
     params = torch.load(run / f"{stage}.pt")["average"]
     return wan_vae.moments(autoencoder.C, Weights(params), render(scenes(3, "picture", 1)))
 
@@ -79,7 +79,7 @@ def train(run, length, lines, **more):
 
 
 def test_a_finished_model_is_trained_on(tmp_path):
-    """Two steps in one call, and in two calls: the same weights, from those of the folder."""
+    """Two steps in one call, and in two calls: the same weights, from those of the directory."""
     begun, lines = denoiser.finished(SHAPES), []
     assert train(tmp_path / "whole", Length(2), lines)
     train(tmp_path / "parts", Length(1), lines)

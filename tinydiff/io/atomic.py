@@ -23,11 +23,12 @@ NO_LINKS = frozenset((errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS
 
 
 def write_new(path: Path, write: Callable[[Path], object]) -> Path:
-    """Have `write(temporary)` make a file or a folder and name it `path`, or the next free `name-1.ending`.
+    """Have `write(temporary)` make a file or a directory and name it `path`, or the next free
+    `name-1.ending`.
     Returns the name taken.
 
     Never replaces anything, also when two processes want one name at once. If anything fails nothing is left
-    behind; a full disk or a refused folder is a UserError naming the file.
+    behind; a full disk or a refused directory is a UserError naming the file.
     """
     return _written(path, write, _claim)
 
@@ -89,7 +90,7 @@ def _claim(temporary: Path, path: Path) -> Path:
 def _take(temporary: Path, name: Path) -> None:
     """Give `temporary` a name that nothing has yet, else FileExistsError."""
     if temporary.is_dir():
-        name.mkdir()  # the empty folder is ours alone: the rename may replace it
+        name.mkdir()  # the empty directory is ours alone: the rename may replace it
         os.replace(temporary, name)
         return
     try:

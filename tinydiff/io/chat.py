@@ -1,4 +1,4 @@
-"""What a language model's tokenizer folder makes of the turns of a chat: its template, rendered as
+"""What a language model's tokenizer directory makes of the turns of a chat: its template, rendered as
 transformers renders it.
 """
 
@@ -17,7 +17,7 @@ Turns = Sequence[Mapping[str, str]]
 
 
 def template(folder: Path) -> Callable[[Turns], str] | None:
-    """Turns -> text, without the opening of an answer; None where the folder has no template.
+    """Turns -> text, without the opening of an answer; None where the directory has no template.
 
     Of `chat_template.jinja`, else of `chat_template` in tokenizer_config.json. The function raises UserError
     where it cannot be rendered.

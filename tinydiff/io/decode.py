@@ -42,7 +42,7 @@ class Unranged(ValueError):
 
 
 def srgb(opened: ImageFile.ImageFile, opacity: bool, name: str) -> NDArray[np.uint8]:
-    """The pixels of an opened image file, upright, as uint8 sRGB [H, W, 3] on white, or with `opacity` [H, W,
+    """The pixels of an opened image file, upright, as uint8 sRGB [H, W, 3] on white, or with `alpha` [H, W,
     4].
 
     An embedded colour profile is converted from. One that is broken, or describes another kind of image, is

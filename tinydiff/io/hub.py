@@ -1,4 +1,6 @@
-"""Where a model lies: a local folder or a hub id brought to the cache, and the JSON files that describe it."""
+"""Where a model lies: a local directory or a hub id brought to the cache, and the JSON files that describe
+it.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from tinydiff.io.variants import unchosen
 from tinydiff.records import UserError, nearest
 
 WANTED = ("*.json", "*/*.safetensors", "*/spiece.model", "*/tokenizer.model", "*/merges.txt")
-"""What a diffusers-layout folder is run from. Single-file weights at a repository's root are left out: they
-would double the download.
+"""What a diffusers-layout directory is run from. Single-file weights at a repository's root are left out:
+they would double the download.
 """
 
 UNWANTED = ("*onnx*", "*flax*", "*openvino*", "pe/*")
@@ -33,7 +35,7 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 @dataclass(frozen=True)
 class Index:
-    """A folder's `model_index.json`.
+    """A directory's `model_index.json`.
 
     class_name: the pipeline's class. components: name to (library, class); absent ones (`[null, null]`) are
     left out.
@@ -52,13 +54,13 @@ def resolve(
     weights: bool = True,
     variant: str | None = None,
 ) -> Path:
-    """The local folder of a model: `path_or_id` itself if it is a folder, else the hub's snapshot of that id,
-    downloaded if need be.
+    """The local directory of a model: `path_or_id` itself if it is a directory, else the hub's snapshot of
+    that id, downloaded if need be.
 
     revision: branch, tag or commit of a hub id. field: the option to name in errors. weights: false fetches
     JSON files alone. variant: of a component's weights these alone are fetched, where it has them. Works
     offline for what the cache holds.
-    Raises UserError if there is no such folder or repository, or no network to fetch it.
+    Raises UserError if there is no such directory or repository, or no network to fetch it.
     """
     path = paths.path(path_or_id, field)
     kind = paths.kind(path)
@@ -66,12 +68,12 @@ def resolve(
         if revision is not None:
             raise UserError(
                 "revision",
-                f"revision: {revision!r} is given, but {field} {str(path_or_id)!r} is a local folder, not a hub id",
+                f"revision: {revision!r} is given, but {field} {str(path_or_id)!r} is a local directory, not a hub id",
             )
         return path
     if kind == "file":
         raise UserError(
-            field, f"{field}: {str(path)!r} is a file; it must be a folder in diffusers layout or a hub id"
+            field, f"{field}: {str(path)!r} is a file; it must be a directory in diffusers layout or a hub id"
         )
     text = str(path_or_id)
     if not HUB_ID.fullmatch(text):
@@ -83,7 +85,7 @@ def resolve(
         hint = nearest(path.name, siblings)
         raise UserError(
             field,
-            f"{field}: {text!r} is neither a folder here nor a hub id such as 'Wan-AI/Wan2.2-TI2V-5B-Diffusers'{hint}",
+            f"{field}: {text!r} is neither a directory here nor a hub id such as 'Wan-AI/Wan2.2-TI2V-5B-Diffusers'{hint}",
         )
     return _snapshot(text, revision, field, weights, variant)
 
@@ -152,7 +154,7 @@ def _snapshot(hub_id: str, revision: str | None, field: str, weights: bool, vari
     except errors.RepositoryNotFoundError:
         reason = "the hub has no such model, or it is private and you are not logged in"
     except errors.LocalEntryNotFoundError:
-        reason = "it is not a folder here, not in the download cache, and the hub cannot be reached"
+        reason = "it is not a directory here, not in the download cache, and the hub cannot be reached"
     except errors.HFValidationError as error:
         reason = f"it is not a valid hub id ({error})"
     except (OSError, ConnectionError) as error:

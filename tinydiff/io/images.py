@@ -1,4 +1,4 @@
-"""Pictures in and out: any source to RGB pixels; PNG, JPEG and WebP with the generation parameters inside."""
+"""Images in and out: any source to RGB pixels; PNG, JPEG and WebP with the generation parameters inside."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 OPACITY_ENDINGS = (".png", ".webp")
-"""Those of formats that hold opacity."""
+"""Those of formats that hold alpha."""
 
 DEFAULT_QUALITY = {".jpg": 95, ".jpeg": 95, ".webp": 90}
 
@@ -25,7 +25,7 @@ PROGRAMS = ("EPS",)
 """Formats that are programs, which Pillow has Ghostscript run: they are not read."""
 
 MOST_BYTES = 64 * 2**20
-"""The largest input picture read from an address."""
+"""The largest input image read from an address."""
 
 JPEG_COMMENT = 60_000
 """Bytes of parameters a JPEG takes (its segments end at 65,535)."""
@@ -36,7 +36,7 @@ USER_COMMENT, EXIF_IFD, ASCII = 0x9286, 0x8769, b"ASCII\0\0\0"
 
 def read_image(source: str | Path, field: str = "image_path", opacity: bool = False) -> np.ndarray:
     """The image at a path, an http(s) URL or a data URI, upright, as uint8 [H, W, 3] sRGB, or [H, W, 4] RGBA
-    with `opacity`.
+    with `alpha`.
 
     The EXIF orientation is applied, an embedded colour profile is converted from, transparency is laid on
     white or kept, deeper samples are brought to 8 bits, of an animation the first frame is taken. The bytes
@@ -54,10 +54,10 @@ def read_image(source: str | Path, field: str = "image_path", opacity: bool = Fa
     except decode.Unranged as error:
         raise UserError(field, f"{field}: {shown} {error}") from error
     except Image.DecompressionBombError as error:
-        raise UserError(field, f"{field}: {shown} is too large a picture ({error})") from error
+        raise UserError(field, f"{field}: {shown} is too large an image ({error})") from error
     except Exception as error:  # decoders fail in many ways on what somebody made up
         raise UserError(
-            field, f"{field}: {shown} is not a picture that can be read (PNG, JPEG, WebP, GIF, ... are)"
+            field, f"{field}: {shown} is not an image that can be read (PNG, JPEG, WebP, GIF, ... are)"
         ) from error
 
 
@@ -82,7 +82,7 @@ def resize(image: np.ndarray, height: int, width: int, method: str = "lanczos") 
 def encode_image(
     image: np.ndarray, ending: str, quality: int | None = None, parameters: Mapping[str, Any] | None = None
 ) -> bytes:
-    """uint8 [H, W, 3], or with opacity [H, W, 4] (`OPACITY_ENDINGS`), as the bytes of a file of this ending
+    """uint8 [H, W, 3], or with alpha [H, W, 4] (`OPACITY_ENDINGS`), as the bytes of a file of this ending
     (`IMAGE_ENDINGS`), with `parameters` as JSON in its metadata.
 
     quality: 0 to 100, None for the format's default; PNG is lossless whatever it says, WebP at 100 too. The
@@ -112,7 +112,7 @@ def encode_image(
 
 
 def read_image_parameters(path: Path) -> dict[str, Any]:
-    """The parameters stored in a picture by `encode_image` (or in a GIF's comment), {} if it has none."""
+    """The parameters stored in an image by `encode_image` (or in a GIF's comment), {} if it has none."""
     from PIL import Image
 
     with Image.open(path) as opened:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 FRAMES = "/"
-"""The ending of a folder of PNG frames."""
+"""The ending of a directory of PNG frames."""
 
 QUALITIES = {"maximum": 100, "high": 90, "medium": 55, "low": 35, "default": None}
 
@@ -39,7 +39,7 @@ LONGEST_SIDE = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383, ".gif": 65_535
 
 @dataclass(frozen=True)
 class Target:
-    """Where outputs go: `folder / stem` with `ending`, one of `IMAGE_ENDINGS`, `CLIP_ENDINGS` or `FRAMES`,
+    """Where outputs go: `directory / stem` with `ending`, one of `IMAGE_ENDINGS`, `CLIP_ENDINGS` or `FRAMES`,
     spelled as the user did.
     """
 
@@ -65,7 +65,7 @@ class Encoding:
 
 
 def names_a_clip(name: str | None) -> bool:
-    """Whether a file name has an ending that only clips have."""
+    """Whether a file name has an ending that only videos have."""
     return name is not None and (name.endswith("/") or _ending(name).lower() in CLIP_ENDINGS)
 
 
@@ -82,8 +82,8 @@ def plan_target(
     """Where the outputs of one prompt go. The name's ending decides the format; without a name one is made of
     prompt, seed and time.
 
-    clip: whether the request makes several frames. A clip whose name ends in "/" or in no ending becomes a
-    folder of PNG frames; a picture without ending is a PNG. opacity: whether the pictures are layers, which
+    video: whether the request makes several frames. A video whose name ends in "/" or in no ending becomes a
+    directory of PNG frames; an image without ending is a PNG. alpha: whether the images are layers, which
     not every format holds. Raises UserError for an ending that is unknown or of the other kind.
     """
     folder = paths.path(output_path, "output_path")
@@ -91,7 +91,7 @@ def plan_target(
         return Target(folder, _default_stem(prompt, seed, now or datetime.now()), ".mp4" if clip else ".png")
     name = output_file_name.removesuffix("/")
     if not name or name in (".", "..") or "/" in name or "\0" in name or not 0 < _bytes(name) <= LONGEST_NAME:
-        rule = f"a file name of 1 to {LONGEST_NAME} bytes without '/' (the folder is output_path)"
+        rule = f"a file name of 1 to {LONGEST_NAME} bytes without '/' (the directory is output_path)"
         raise UserError("output_file_name", f"output_file_name: {output_file_name!r} must be {rule}")
     if name != output_file_name:
         return Target(folder, name, FRAMES)
@@ -100,7 +100,7 @@ def plan_target(
     if not ending:
         return Target(folder, name, FRAMES if clip else ".png")
     if ending.lower() not in allowed:
-        kind = "a clip" if clip else "a picture"
+        kind = "a video" if clip else "an image"
         choices = f"{', '.join(allowed)}{' or a name ending in / for a folder of frames' if clip else ''}"
         wrong = (
             f"this request makes {kind}" if ending.lower() in other else f"{ending!r} is not a known ending"
@@ -111,10 +111,10 @@ def plan_target(
             f"output_file_name: {output_file_name!r}: {wrong}; {kind} may be {choices}{hint}",
         )
     if opacity and ending.lower() not in OPACITY_ENDINGS:
-        choices = f"{', '.join(OPACITY_ENDINGS)} or a name ending in / for a folder of them"
+        choices = f"{', '.join(OPACITY_ENDINGS)} or a name ending in / for a directory of them"
         raise UserError(
             "output_file_name",
-            f"output_file_name: {output_file_name!r}: layers have opacity, so they may be {choices}",
+            f"output_file_name: {output_file_name!r}: layers have alpha, so they may be {choices}",
         )
     return Target(folder, name.removesuffix(ending), ending)
 
@@ -129,8 +129,8 @@ def plan_encoding(
     """Check and join the encoding options. Quality is a preset's name (`QUALITIES`) or `output_compression`,
     0 to 100.
 
-    PNG, and so a folder of frames, is lossless and meets every quality. Raises UserError for a value out of
-    range and for an option that the target's format has no use for.
+    PNG, and so a directory of frames, is lossless and meets every quality. Raises UserError for a value out
+    of range and for an option that the target's format has no use for.
     """
     ending = target.ending.lower()
     if output_quality not in QUALITIES:
@@ -195,7 +195,7 @@ def _fits(ending: str, pixels: int) -> bool:
 
 
 def check_writable(folder: Path, name: str = "", field: str = "output_path") -> None:
-    """Prove that a file `name` can be made in `folder`, which need not exist yet, leaving nothing behind.
+    """Prove that a file `name` can be made in `directory`, which need not exist yet, leaving nothing behind.
     Raises UserError.
     """
     place, missing = folder.absolute(), []
@@ -203,7 +203,7 @@ def check_writable(folder: Path, name: str = "", field: str = "output_path") -> 
         missing.insert(0, place.name)
         place = place.parent
     if paths.kind(place) != "directory":
-        raise UserError(field, f"{field}: {str(folder)!r} cannot be a folder: {str(place)!r} is a file")
+        raise UserError(field, f"{field}: {str(folder)!r} cannot be a directory: {str(place)!r} is a file")
     try:
         with tempfile.TemporaryDirectory(
             prefix=".", dir=place
@@ -225,7 +225,7 @@ def save(
     index: int = 0,
     count: int = 1,
 ) -> Path:
-    """Write output `index` of `count`, uint8 frames [T, H, W, 3 or 4] (T = 1 for a picture), and return the
+    """Write output `index` of `count`, uint8 frames [T, H, W, 3 or 4] (T = 1 for an image), and return the
     path it got.
 
     A name already taken gets the next free number, `name-1.png`; nothing is overwritten and nothing
@@ -244,7 +244,7 @@ def write(
     parameters: Mapping[str, Any] | None = None,
 ) -> None:
     """Write frames as `save` takes them to `path`, which nobody else may see yet: a file of that ending, or a
-    folder of frames.
+    directory of frames.
     """
     ending = ending.lower()
     channels = (3, 4) if ending in (*OPACITY_ENDINGS, FRAMES) else (3,)
@@ -265,7 +265,7 @@ def write(
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
-    """The generation parameters stored in a file (or a folder of frames) by `save`; {} if it holds none."""
+    """The generation parameters stored in a file (or a directory of frames) by `save`; {} if it holds none."""
     if path.is_dir():
         return read_parameters(path / "00000.png")
     return (read_video_parameters if path.suffix.lower() in (".mp4", ".webm") else read_image_parameters)(

@@ -83,7 +83,7 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint's `tokenizer` folder: of `tokenizer.json` if it has one, else of the
+    """The tokenizer of a checkpoint's `tokenizer` directory: of `tokenizer.json` if it has one, else of the
     other files.
 
     All give the ids of transformers' tokenizers. Raises UserError if the files are missing or cannot be read.

@@ -1,4 +1,4 @@
-"""Which of a folder's files hold its weights: whole or in shards with an index, plain or a variant such as
+"""Which of a directory's files hold its weights: whole or in shards with an index, plain or a variant such as
 fp16.
 
 Names are those that diffusers and transformers write: `model.safetensors`, `model.fp16.safetensors`, shards
@@ -55,7 +55,7 @@ def belongs(name: str) -> Set | None:
 
 
 def choose(names: Iterable[str], variant: str | None = None) -> Set | None:
-    """The set to load of a folder with these files, None where there is none.
+    """The set to load of a directory with these files, None where there is none.
 
     The asked variant; else the plain set; else the only one. Raises ValueError where nothing tells which.
     """
@@ -81,15 +81,15 @@ def choose(names: Iterable[str], variant: str | None = None) -> Set | None:
 
 
 def has(folder: Path, variant: str) -> bool:
-    """Whether a component's folder holds weights of a variant."""
+    """Whether a component's directory holds weights of a variant."""
     return folder.is_dir() and any(
         (found := belongs(path.name)) and found.variant == variant for path in folder.iterdir()
     )
 
 
 def unchosen(paths: Collection[str], variant: str | None = None) -> list[str]:
-    """Those of a repository's files that hold weights of its folders which are not loaded, so that they need
-    not be downloaded.
+    """Those of a repository's files that hold weights of its directories which are not loaded, so that they
+    need not be downloaded.
     """
     folders: dict[str, list[str]] = {}
     for path in paths:

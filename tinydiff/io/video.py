@@ -1,4 +1,4 @@
-"""Clips out: MP4, WebM and GIF that play everywhere, with the generation parameters inside."""
+"""Videos out: MP4, WebM and GIF that play everywhere, with the generation parameters inside."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def write_video(
     MP4 is H.264, WebM is VP9, both yuv420p with BT.709 colours; an odd height or width is padded to even by
     repeating the last row or column. quality: 0 to 100, None for 65. preset: of x264, MP4 only. A GIF has one
     palette for all frames, exact where they have no more than 256 colours; no quality, and times in
-    hundredths of a second, dealt so that the clip keeps its length.
+    hundredths of a second, dealt so that the video keeps its length.
     """
     if ending == ".gif":
         _write_gif(path, frames, fps, parameters)

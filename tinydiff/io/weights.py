@@ -66,18 +66,18 @@ def load_weights(
     """What this rank holds of the weights named by `rows`, in `dtype` (rows marked float32 in float32) on
     `device`.
 
-    folder: a component's folder, holding one safetensors file or shards with their index; or one safetensors
-    file.
+    directory: a component's directory, holding one safetensors file or shards with their index; or one
+    safetensors file.
     rename: stored key to row name; None drops a key that is known and not needed, which is said in one line.
     plan: its axis "tp" divides the weights by the splits of the rows, its axis "shard" those below `blocks`,
     which come as packs.
     together: the ranks beside this one, on no axis of the plan, that hold the same. All ranks of these groups
     load at the same time.
-    variant: the files to load, such as "fp16", where the folder has them; else the plain ones.
-    On the CPU a tensor already in its type is not copied: it stays a private mapping of the file, where one
-    rank alone holds all of it. All others are cast through a mapping of at most 8 MiB, so that peak memory is
-    that of the weights in their final type. What ranks pass on to each other adds an amount that does not
-    depend on the weights.
+    variant: the files to load, such as "fp16", where the directory has them; else the plain ones. On the CPU
+    a tensor already in its type is not copied: it stays a private mapping of the file, where one rank alone
+    holds all of it. All others are cast through a mapping of at most 8 MiB, so that peak memory is that of
+    the weights in their final type. What ranks pass on to each other adds an amount that does not depend on
+    the weights.
     Raises UserError if a file is broken, or naming the first five keys that are missing, unexpected or of
     another shape: on every rank the same, before anything is passed on. ValueError where the plan does not
     divide a row.
@@ -144,7 +144,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _instead(folder: Path) -> str:
-    """What a folder without weights to load has."""
+    """What a directory without weights to load has."""
     if shards := sorted(folder.glob("*.safetensors")):
         return f"{shards[0].name!r} and no index of its shards (*.safetensors.index.json)"
     other = next(

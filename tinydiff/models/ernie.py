@@ -24,7 +24,7 @@ from tinydiff.models.encoders import decoder_lm
 from tinydiff.models.encoders.decoder_generate import Sampling, generate
 from tinydiff.models.family import Denoiser
 from tinydiff.models.joint import Streams, joint_mask, split
-from tinydiff.models.recipe import Parts, Prepared, latent_size, on_grid
+from tinydiff.models.recipe import Context, LoopInputs, latent_size, on_grid
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import embedder, timestep_embedding
@@ -130,7 +130,7 @@ CONDS = (
 
 
 def _positions(grid_LA: Tensor, tokens: int, mask_BT: Tensor | None) -> Streams:
-    """Positions (word, row, column) of text [B or 1, T, 3] and image [B or 1, L, 3]: the picture stands where
+    """Positions (word, row, column) of text [B or 1, T, 3] and image [B or 1, L, 3]: the image stands where
     the text ends.
     """
     device = grid_LA.device
@@ -246,7 +246,7 @@ PIXEL = (1, 1, 1)
 """The patch of a token: the autoencoder folds 2x2 places into channels itself."""
 
 
-def _text(parts: Parts, text: str, length: int) -> Tensor:
+def _text(parts: Context, text: str, length: int) -> Tensor:
     """The language model's last state but one [1, T, text_in_dim]; each text has its own length."""
     encoder = parts.nets["text_encoder"]
     ids, _ = parts.tokens("tokenizer", [text], length, "none")
@@ -275,7 +275,7 @@ def _drawing(told: Mapping[str, Any]) -> Sampling:
     return Sampling(0.6, told.get("top_k", 50), 0.95, told.get("repetition_penalty", 1.0))
 
 
-def rewritten(parts: Parts, request: Request) -> str:
+def rewritten(parts: Context, request: Request) -> str:
     """The prompt as the model's own language model rewrites it for the size of the image.
 
     The tokens are drawn from one fixed start: a prompt and a size make one text, whatever the seed and on
@@ -313,7 +313,7 @@ def rewritten(parts: Parts, request: Request) -> str:
     return text
 
 
-def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
+def prepare(c: Config, parts: Context, request: Request) -> LoopInputs:
     """The texts as they are, but for a prompt that the model's language model rewrites."""
     vae = parts.nets["vae"].config
     where = positions(latent_size(vae, request), parts.device)

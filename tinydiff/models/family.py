@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from tinydiff.models.recipe import Parts, Patch, Prepared
+from tinydiff.models.recipe import Context, LoopInputs, Patch
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.network import Block, Streams, Tensors
 from tinydiff.ops.weights import Weights
@@ -23,7 +23,7 @@ from tinydiff.records import Request
 
 Config = Any
 """A family's own frozen dataclass. Its fields are the names in the checkpoint's config.json."""
-Recipe = Callable[[Config, Parts, Request], Prepared]
+Recipe = Callable[[Config, Context, Request], LoopInputs]
 """(config, the model's loaded parts, request) -> the request in the family's own terms."""
 Rename = Callable[[Config, str], str | None]
 """(config, stored key) -> the spec's name of that weight; None for what is known and not read."""

@@ -3,8 +3,8 @@ tokens and CLIP's vector.
 
 Source: FLUX.1's reference code, arXiv 2506.15742 (Kontext) and the FluxTransformer2DModel checkpoints.
 Variants differ in `Config`
-only: dev and Kontext embed the guidance scale, schnell has none. Kontext is given the tokens of pictures to
-edit behind those of the picture it makes.
+only: dev and Kontext embed the guidance scale, schnell has none. Kontext is given the tokens of images to
+edit behind those of the image it makes.
 
 Shape letters: B batch, T text tokens, L image tokens, P latent values of a token, D width, S steps.
 """
@@ -24,8 +24,8 @@ from tinydiff.models import joint
 from tinydiff.models.encoders import clip_text, t5
 from tinydiff.models.family import Denoiser
 from tinydiff.models.recipe import (
-    Parts,
-    Prepared,
+    Context,
+    LoopInputs,
     appended,
     latent_size,
     on_grid,
@@ -185,10 +185,10 @@ def positions(
     references: Sequence[Sequence[int]] = (),
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Positions [L, 3] (picture, row, column) of the tokens of latents of `size` (1, height, width), then of
+    """Positions [L, 3] (image, row, column) of the tokens of latents of `size` (1, height, width), then of
     those of `references`.
 
-    The picture in the making is number 0, the given ones are 1, 2, ...
+    The image in the making is number 0, the given ones are 1, 2, ...
     """
     grids = [
         grid_positions(*(n // p for n, p in zip(each, PATCH, strict=True)), device=device)
@@ -209,11 +209,11 @@ _WIDE = (
     (1104, 944),
 )
 KONTEXT_SIZES = (*((h, w) for w, h in _WIDE), (1024, 1024), *_WIDE)
-"""Widths and heights of pictures that Kontext learnt to edit."""
+"""Widths and heights of images that Kontext learnt to edit."""
 
 
 def reference_size(height: int, width: int, multiple: int = 16) -> tuple[int, int]:
-    """The (height, width) that a picture to edit is brought to: of `KONTEXT_SIZES` the nearest in aspect.
+    """The (height, width) that an image to edit is brought to: of `KONTEXT_SIZES` the nearest in aspect.
 
     As in the reference the aspect is that of whole tokens of `multiple` pixels.
     """
@@ -222,7 +222,7 @@ def reference_size(height: int, width: int, multiple: int = 16) -> tuple[int, in
     return high, wide
 
 
-def _texts(parts: Parts, request: Request) -> list[Tensors]:
+def _texts(parts: Context, request: Request) -> list[Tensors]:
     """What the network reads of each text: T5's states of its tokens, padding and all, and CLIP's vector of
     the whole.
     """
@@ -234,8 +234,8 @@ def _texts(parts: Parts, request: Request) -> list[Tensors]:
     return [{"text": each[None], "pooled": whole[None]} for each, whole in zip(text, pooled, strict=True)]
 
 
-def _prepare(c: Config, parts: Parts, request: Request, references: Sequence[Tensor]) -> Prepared:
-    """references: latents [1, C, 1, H, W] of the pictures to edit."""
+def _prepare(c: Config, parts: Context, request: Request, references: Sequence[Tensor]) -> LoopInputs:
+    """references: latents [1, C, 1, H, W] of the images to edit."""
     vae = parts.nets["vae"].config
     size = latent_size(vae, request)
     shared = {"positions": positions(size, [latents.shape[2:] for latents in references], parts.device)}
@@ -245,13 +245,13 @@ def _prepare(c: Config, parts: Parts, request: Request, references: Sequence[Ten
     return on_grid([text | shared for text in _texts(parts, request)], vae, request, PATCH, known)
 
 
-def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
+def prepare(c: Config, parts: Context, request: Request) -> LoopInputs:
     """From text, dev and schnell."""
     return _prepare(c, parts, request, ())
 
 
-def prepare_edit(c: Config, parts: Parts, request: Request) -> Prepared:
-    """From text and pictures, Kontext. It learnt to edit one; several are numbered in order."""
+def prepare_edit(c: Config, parts: Context, request: Request) -> LoopInputs:
+    """From text and images, Kontext. It learnt to edit one; several are numbered in order."""
     multiple = parts.nets["vae"].config.scale_factor_spatial * PATCH[-1]
 
     def latents(image: numpy.ndarray) -> Tensor:

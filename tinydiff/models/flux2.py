@@ -24,7 +24,7 @@ from torch import Tensor
 from tinydiff.models.encoders import decoder_lm
 from tinydiff.models.family import Denoiser
 from tinydiff.models.joint import IMAGE, TEXT, Streams, heads, joint_attention, rope_tables, split
-from tinydiff.models.recipe import Parts, Prepared, appended, latent_size, on_grid, token_count
+from tinydiff.models.recipe import Context, LoopInputs, appended, latent_size, on_grid, token_count
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import embedder, timestep_embedding
@@ -275,10 +275,10 @@ def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, 
 def positions(
     size: Sequence[int], references: Sequence[Sequence[int]] = (), device: torch.device | str | None = None
 ) -> Tensor:
-    """Positions [L, 4] (picture, row, column, word) of the tokens of latents of `size` (1, height, width),
+    """Positions [L, 4] (image, row, column, word) of the tokens of latents of `size` (1, height, width),
     then of those of `references`.
 
-    The picture in the making stands at 0, the given ones at 10, 20, ...
+    The image in the making stands at 0, the given ones at 10, 20, ...
     """
     grids = [grid_positions(*each, 1, device=device) for each in (size, *references)]
     place = torch.tensor([10, 0, 0, 0], device=device)
@@ -288,9 +288,9 @@ def positions(
 PIXEL = (1, 1, 1)
 """The patch of a token: the autoencoder folds 2x2 places into channels itself."""
 MOST_PIXELS = 1024 * 1024
-"""Of a given picture; a larger one is shrunk."""
+"""Of a given image; a larger one is shrunk."""
 LEAST_SIDE, MOST_ASPECT = 64, 8
-"""Pixels of a given picture's shorter side; how many times as long the other may be."""
+"""Pixels of a given image's shorter side; how many times as long the other may be."""
 
 MISTRAL_CHAT = (
     "<s>[SYSTEM_PROMPT]You are an AI that reasons about image descriptions. You give structured responses focusing on object "
@@ -307,23 +307,23 @@ def _shrunk(height: int, width: int) -> tuple[int, int]:
 
 
 def reference_size(height: int, width: int, multiple: int) -> tuple[int, int]:
-    """Height and width in pixels of what the model sees of a given picture; the first one's are the output's,
+    """Height and width in pixels of what the model sees of a given image; the first one's are the output's,
     where none are asked for.
 
-    Raises UserError for a picture that is too small or too long.
+    Raises UserError for an image that is too small or too long.
     """
     short, long = sorted((height, width))
     if short < LEAST_SIDE or long > MOST_ASPECT * short:
         allowed = f"sides of at least {LEAST_SIDE} pixels, one at most {MOST_ASPECT} times the other"
         raise UserError(
-            "image_path", f"image_path: a picture is {width} x {height} pixels; FLUX.2 takes {allowed}"
+            "image_path", f"image_path: an image is {width} x {height} pixels; FLUX.2 takes {allowed}"
         )
     height, width = _shrunk(height, width)
     return height // multiple * multiple, width // multiple * multiple
 
 
-def reference(parts: Parts, image: numpy.ndarray) -> Tensor:
-    """A given picture, uint8 [height, width, 3], shrunk to a megapixel if it is larger -> latents [1, C, 1,
+def reference(parts: Context, image: numpy.ndarray) -> Tensor:
+    """A given image, uint8 [height, width, 3], shrunk to a megapixel if it is larger -> latents [1, C, 1,
     H, W] of its middle.
     """
     height, width = image.shape[:2]
@@ -342,10 +342,10 @@ DEV_STATES, KLEIN_STATES = (10, 20, 30), (9, 18, 27)
 
 
 def _prepared(
-    c: Config, parts: Parts, request: Request, texts: list[str], side: str | None, take: tuple[int, ...]
-) -> Prepared:
+    c: Config, parts: Context, request: Request, texts: list[str], side: str | None, take: tuple[int, ...]
+) -> LoopInputs:
     """Three states `take` of the language model side by side for each token, those of padding too, and
-    references behind the picture.
+    references behind the image.
     """
     encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
     ids, mask = parts.tokens("tokenizer", texts, request.text_tokens, side, framed=False)
@@ -362,15 +362,15 @@ def _prepared(
     return on_grid([{"text": each[None]} | shared for each in text], vae, request, PIXEL, known)
 
 
-def prepare_dev(c: Config, parts: Parts, request: Request) -> Prepared:
+def prepare_dev(c: Config, parts: Context, request: Request) -> LoopInputs:
     """Texts end where the language model's input ends. A prompt cannot hold the token that stands for
-    pictures.
+    images.
     """
     texts = [MISTRAL_CHAT.format(text.replace("[IMG]", "")) for text in request.texts]
     return _prepared(c, parts, request, texts, "left", DEV_STATES)
 
 
-def prepare_klein(c: Config, parts: Parts, request: Request) -> Prepared:
+def prepare_klein(c: Config, parts: Context, request: Request) -> LoopInputs:
     """Texts begin where the language model's input begins, unless the tokenizer's files say otherwise."""
     texts = [QWEN_CHAT.format(text) for text in request.texts]
     return _prepared(c, parts, request, texts, None, KLEIN_STATES)

@@ -20,7 +20,7 @@ from torch import Tensor
 from tinydiff.models import joint
 from tinydiff.models.encoders import decoder_lm
 from tinydiff.models.family import Denoiser
-from tinydiff.models.recipe import Parts, Prepared, latent_size, on_grid, shift_by_tokens
+from tinydiff.models.recipe import Context, LoopInputs, latent_size, on_grid, shift_by_tokens
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.embed import embedder, timestep_embedding
 from tinydiff.ops.linear import linear
@@ -170,7 +170,7 @@ DROPPED = 28
 """
 
 
-def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
+def prepare(c: Config, parts: Context, request: Request) -> LoopInputs:
     """The last states of the prompt in its template, those of padding set to zero; the network attends to all
     of them.
     """

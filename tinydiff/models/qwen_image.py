@@ -2,7 +2,7 @@
 stream with joint attention.
 
 Source: arXiv 2508.02324 and the QwenImageTransformer2DModel checkpoints. Variants differ in three switches of
-`Config`: Edit-2511 shows reference images at timestep 0 (`zero_cond_t`), Layered tells pictures with alpha
+`Config`: Edit-2511 shows reference images at timestep 0 (`zero_cond_t`), Layered tells images with alpha
 from others (`use_additional_t_cond`) and sets its condition image before the first layer
 (`use_layer3d_rope`).
 
@@ -28,9 +28,9 @@ from tinydiff.models.family import Denoiser
 from tinydiff.models.joint import IMAGE, TEXT, Streams, feed_forward, gelu_tanh, heads, joint_attention
 from tinydiff.models.qwen_prompts import EDIT, MAKE, PICTURE, Seen, caption, see, states
 from tinydiff.models.recipe import (
-    Parts,
+    Context,
+    LoopInputs,
     Patch,
-    Prepared,
     appended,
     latent_size,
     on_grid,
@@ -153,7 +153,7 @@ def _sinusoids(t_S: Tensor) -> Tensor:
 
 
 def _time(w: Weights, t_S: Tensor, kind_B: Tensor | None) -> Tensor:
-    """Timesteps [S] between 0 and 1 -> activated time embedding [S, 1, D], or [S, B, D] where pictures have
+    """Timesteps [S] between 0 and 1 -> activated time embedding [S, 1, D], or [S, B, D] where images have
     kinds.
     """
     time = embedder(_sinusoids(t_S).to(t_S.dtype), w / "timestep_embedder")[:, None]
@@ -264,11 +264,11 @@ def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, 
 def positions(
     c: Config, sizes: Sequence[tuple[int, int]], device: torch.device | str | None = None
 ) -> Tensor:
-    """Positions [L, 3] (picture, row, column) of the packed tokens of latents of `sizes` (height, width), in
+    """Positions [L, 3] (image, row, column) of the packed tokens of latents of `sizes` (height, width), in
     the order of the sequence.
 
-    First what is made, a picture or all layers, then the reference images. Rows and columns are counted from
-    the middle of each picture. Layered's last picture, the condition image, is at -1, before all layers.
+    First what is made, an image or all layers, then the reference images. Rows and columns are counted from
+    the middle of each image. Layered's last image, the condition image, is at -1, before all layers.
     """
     pictures = []
     for i, size in enumerate(sizes):
@@ -281,24 +281,24 @@ def positions(
 
 def text_positions(c: Config, positions_LA: Tensor, tokens: int) -> Tensor:
     """Positions [T, 3] of text: on the diagonal, from the first place beyond all rows and columns (Layered:
-    and layers) of the pictures.
+    and layers) of the images.
     """
     axes = positions_LA if c.use_layer3d_rope else positions_LA[:, 1:]
     return (axes.amax() + 1 + torch.arange(tokens, device=axes.device))[:, None].expand(-1, 3)
 
 
 CANVAS = 1024 * 1024
-"""Pixels of a picture to edit as the network sees it."""
+"""Pixels of an image to edit as the network sees it."""
 GLANCE = 384 * 384
-"""Pixels of a picture to edit as the language model sees it, from Edit-2509 on."""
+"""Pixels of an image to edit as the language model sees it, from Edit-2509 on."""
 
 
-def _resized(parts: Parts, images: Sequence[numpy.ndarray], area: int) -> list[numpy.ndarray]:
-    """Each picture at `area` pixels, its own aspect kept."""
+def _resized(parts: Context, images: Sequence[numpy.ndarray], area: int) -> list[numpy.ndarray]:
+    """Each image at `area` pixels, its own aspect kept."""
     return [parts.resize(image, *spread(area, *image.shape[:2])) for image in images]
 
 
-def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
+def prepare(c: Config, parts: Context, request: Request) -> LoopInputs:
     """From text: Qwen-Image, -2512."""
     vae = parts.nets["vae"].config
     shared = {"positions": positions(c, [latent_size(vae, request)[1:]], parts.device)}
@@ -307,9 +307,9 @@ def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
 
 
 def _edit(
-    c: Config, parts: Parts, request: Request, before: str, seen: Seen, references: Sequence[Tensor]
-) -> Prepared:
-    """before: what stands before the texts. references: latents [1, C, 1, H, W] of the pictures to edit."""
+    c: Config, parts: Context, request: Request, before: str, seen: Seen, references: Sequence[Tensor]
+) -> LoopInputs:
+    """before: what stands before the texts. references: latents [1, C, 1, H, W] of the images to edit."""
     vae = parts.nets["vae"].config
     known = appended(
         token_count(vae, request, patch(c)), [patchify(latents, patch(c)) for latents in references]
@@ -321,15 +321,15 @@ def _edit(
     return on_grid(branches, vae, request, patch(c), known)
 
 
-def prepare_edit(c: Config, parts: Parts, request: Request) -> Prepared:
-    """From text and a picture, Edit: language model and network see the same."""
+def prepare_edit(c: Config, parts: Context, request: Request) -> LoopInputs:
+    """From text and an image, Edit: language model and network see the same."""
     pictures = _resized(parts, request.originals, CANVAS)
     return _edit(c, parts, request, PICTURE, see(parts, pictures), [parts.encode(parts.pixels(pictures))])
 
 
-def prepare_edit_plus(c: Config, parts: Parts, request: Request) -> Prepared:
-    """From text and numbered pictures, Edit-2509 and -2511: the language model sees them smaller."""
-    before = "".join(f"Picture {i}: {PICTURE}" for i in range(1, len(request.originals) + 1))
+def prepare_edit_plus(c: Config, parts: Context, request: Request) -> LoopInputs:
+    """From text and numbered images, Edit-2509 and -2511: the language model sees them smaller."""
+    before = "".join(f"Image {i}: {PICTURE}" for i in range(1, len(request.originals) + 1))
     seen = see(parts, _resized(parts, request.originals, GLANCE))
     references = [
         parts.encode(parts.pixels([picture])) for picture in _resized(parts, request.originals, CANVAS)
@@ -337,8 +337,8 @@ def prepare_edit_plus(c: Config, parts: Parts, request: Request) -> Prepared:
     return _edit(c, parts, request, before, seen, references)
 
 
-def prepare_layered(c: Config, parts: Parts, request: Request) -> Prepared:
-    """From a picture with opacity and a text about it, Layered: the picture once more, then its layers.
+def prepare_layered(c: Config, parts: Context, request: Request) -> LoopInputs:
+    """From an image with alpha and a text about it, Layered: the image once more, then its layers.
 
     Without a prompt the language model says what it sees. Layers are drawn and packed one after another, each
     [C, H, W].
@@ -359,7 +359,7 @@ def prepare_layered(c: Config, parts: Parts, request: Request) -> Prepared:
         grid = {"f": pictures, "h": height // p, "w": width // p, "p": p, "q": p}
         return rearrange(x[0], "(f h w) (c p q) -> f c 1 (h p) (w q)", **grid)[1:]
 
-    return Prepared(
+    return LoopInputs(
         branches=tuple({"text": states(parts, MAKE, text, request.text_tokens)} | shared for text in texts),
         size=(pictures, vae.z_dim, height, width),
         pack=lambda x: rearrange(x, "b f c (h p) (w q) -> b (f h w) (c p q)", p=p, q=p),
@@ -376,7 +376,7 @@ def patch(c: Config) -> Patch:
 
 
 def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
-    """The dynamic shift of the schedule; that of Layered's pipeline grows with a picture's side, whatever the
+    """The dynamic shift of the schedule; that of Layered's pipeline grows with an image's side, whatever the
     scheduler's file says.
     """
     return (tokens / 256) ** 0.5 if c.use_layer3d_rope else shift_by_tokens(tokens, scheduler)

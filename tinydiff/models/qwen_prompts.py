@@ -1,7 +1,7 @@
-"""How Qwen-Image's pipelines speak with Qwen2.5-VL: the turns of the chat around a prompt, the pictures among
+"""How Qwen-Image's pipelines speak with Qwen2.5-VL: the turns of the chat around a prompt, the images among
 the words, what is read.
 
-Source: diffusers' Qwen-Image pipelines. Shape letters: T tokens of a text, N tokens of the pictures in it, C
+Source: diffusers' Qwen-Image pipelines. Shape letters: T tokens of a text, N tokens of the images in it, C
 width of the language model.
 """
 
@@ -18,13 +18,13 @@ from torch import Tensor
 from tinydiff.models.encoders import decoder_lm, qwen_vision
 from tinydiff.models.encoders.decoder_generate import Sampling, generate
 from tinydiff.models.encoders.qwen_vision import Grid
-from tinydiff.models.recipe import Parts
+from tinydiff.models.recipe import Context
 from tinydiff.records import UserError
 
 log = logging.getLogger(__name__)
 
 PAD = "<|image_pad|>"
-"""The token that stands for all those of a picture."""
+"""The token that stands for all those of an image."""
 PICTURE = f"<|vision_start|>{PAD}<|vision_end|>"
 
 
@@ -63,16 +63,16 @@ CAPTION_SAMPLING = Sampling(repetition_penalty=1.05)
 
 
 class Seen(NamedTuple):
-    """Pictures as the language model sees them."""
+    """Images as the language model sees them."""
 
     tokens: Tensor
-    """[N, C], one picture after another."""
+    """[N, C], one image after another."""
     grids: list[Grid]
 
 
-def see(parts: Parts, images: Sequence[numpy.ndarray]) -> Seen:
-    """Run the vision tower on uint8 pictures [H, W, 3 or 4], each of its own size. Raises UserError for a
-    picture too narrow.
+def see(parts: Context, images: Sequence[numpy.ndarray]) -> Seen:
+    """Run the vision tower on uint8 images [H, W, 3 or 4], each of its own size. Raises UserError for a
+    image too narrow.
     """
     net = parts.nets["vision"]
     try:
@@ -85,15 +85,15 @@ def see(parts: Parts, images: Sequence[numpy.ndarray]) -> Seen:
     )
 
 
-def _among_words(parts: Parts, ids_1T: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Any]]:
-    """(ids [1, T + N - pictures], what else the language model needs to know of them)."""
+def _among_words(parts: Context, ids_1T: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Any]]:
+    """(ids [1, T + N - images], what else the language model needs to know of them)."""
     language, vision = parts.nets["text_encoder"], parts.nets["vision"].config
     pad = parts.tokenizers["tokenizer"].token_id(PAD)
     try:
         row = qwen_vision.expand(ids_1T[0].tolist(), pad, qwen_vision.token_counts(vision, seen.grids))
     except ValueError as error:
         raise UserError(
-            "prompt", f"prompt: {PAD} stands for a given picture and cannot be in a text ({error})"
+            "prompt", f"prompt: {PAD} stands for a given image and cannot be in a text ({error})"
         ) from error
     ids = torch.tensor([row], device=parts.device)
     embeds = qwen_vision.place(
@@ -105,7 +105,9 @@ def _among_words(parts: Parts, ids_1T: Tensor, seen: Seen) -> tuple[Tensor, dict
     }
 
 
-def states(parts: Parts, chat: Chat, text: str, limit: int | None = None, seen: Seen | None = None) -> Tensor:
+def states(
+    parts: Context, chat: Chat, text: str, limit: int | None = None, seen: Seen | None = None
+) -> Tensor:
     """The language model's last states [1, T, C] from the prompt on, at most `limit`; None reads all."""
     net = parts.nets["text_encoder"]
     ids, _ = parts.tokens(
@@ -118,8 +120,8 @@ def states(parts: Parts, chat: Chat, text: str, limit: int | None = None, seen: 
     return hidden[:, chat.unread :]
 
 
-def caption(parts: Parts, image: numpy.ndarray) -> str:
-    """What the language model says of a picture, in Chinese, the language of the model's own captions."""
+def caption(parts: Context, image: numpy.ndarray) -> str:
+    """What the language model says of an image, in Chinese, the language of the model's own captions."""
     net, tokenizer = parts.nets["text_encoder"], parts.tokenizers["tokenizer"]
     ids, _ = parts.tokens("tokenizer", [CAPTION], None, "none")
     ids, more = _among_words(parts, ids, see(parts, [image]))

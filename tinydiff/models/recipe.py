@@ -2,7 +2,7 @@
 own terms the other way.
 
 A family's record has a table `pipelines`: pipeline class of model_index.json -> prepare(config, parts,
-request) -> Prepared. So the runtime knows no family by name. Shape letters: B batch, C channels, F latent
+request) -> LoopInputs. So the runtime knows no family by name. Shape letters: B batch, C channels, F latent
 frames, H and W latent size, L tokens of what is made, R tokens of references, P latent values of a token, T
 text tokens.
 """
@@ -55,8 +55,8 @@ class Net(Generic[F]):
         return Network(cast(Family, self.family), self.config, self.plan, self.dtype)
 
 
-class Known(NamedTuple):
-    """Tokens given beforehand, of the picture itself (a first frame) or appended to it (reference pictures)."""
+class GivenTokens(NamedTuple):
+    """Tokens given beforehand, of the image itself (a first frame) or appended to it (reference images)."""
 
     tokens: Tensor
     """[1, L or L + R, P], anything where they are not given."""
@@ -65,7 +65,7 @@ class Known(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Parts:
+class Context:
     """What a recipe may use of a loaded model, for one request."""
 
     nets: Mapping[str, Net[Any]]
@@ -82,7 +82,7 @@ class Parts:
     W].
     """
     resize: Callable[[numpy.ndarray, int, int], numpy.ndarray]
-    """(uint8 picture [height, width, 3 or 4], height, width) -> the picture at that size, by Lanczos' filter.
+    """(uint8 image [height, width, 3 or 4], height, width) -> the image at that size, by Lanczos' filter.
     """
     options: Mapping[str, Any]
     """The pipeline's own settings in model_index.json."""
@@ -96,7 +96,7 @@ class Parts:
         return min(self.tokenizers["tokenizer"].longest or places, places)
 
     def pixels(self, images: Sequence[numpy.ndarray]) -> Tensor:
-        """uint8 pictures [height, width, C] of one size -> [1, C, N, height, width] in [-1, 1], in the type
+        """uint8 images [height, width, C] of one size -> [1, C, N, height, width] in [-1, 1], in the type
         of the autoencoder.
         """
         x = torch.from_numpy(numpy.stack(images)).to(self.device, self.nets["vae"].dtype)
@@ -104,7 +104,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class LoopInputs:
     """A request in the family's own terms: all that the loop needs but noise and table."""
 
     branches: tuple[dict[str, Tensor], ...]
@@ -118,10 +118,10 @@ class Prepared:
     pack: Callable[[Tensor], Tensor]
     """Latents in that order of axes, [B, C, F, H, W] -> tokens [B, L, P]."""
     unpack: Callable[[Tensor], Tensor]
-    """Tokens [1, L, P] -> latents [N, C, F, H, W] as the autoencoder takes them: one clip, or N pictures in
+    """Tokens [1, L, P] -> latents [N, C, F, H, W] as the autoencoder takes them: one video, or N images in
     layers.
     """
-    known: Known | None = None
+    known: GivenTokens | None = None
     guidance: str | None = None
     """A form of guidance by name, where the pipeline has not its family's."""
     revised: str | None = None
@@ -129,7 +129,7 @@ class Prepared:
 
 
 def latent_size(vae: Any, request: Request) -> tuple[int, int, int]:
-    """The (F, H, W) of the latents of a request's picture or clip; vae: the autoencoder's config."""
+    """The (F, H, W) of the latents of a request's image or video; vae: the autoencoder's config."""
     stride = vae.scale_factor_spatial
     return (
         (request.num_frames - 1) // vae.scale_factor_temporal + 1,
@@ -148,7 +148,7 @@ def side(area: int, along: int, across: int) -> int:
 
 
 def spread(area: int, height: int, width: int, multiple: int = 32) -> tuple[int, int]:
-    """The (height, width) of about `area` pixels nearest to the aspect of a picture, in multiples of
+    """The (height, width) of about `area` pixels nearest to the aspect of an image, in multiples of
     `multiple`.
 
     Source: `calculate_dimensions` of diffusers' Qwen-Image pipelines. Raises UserError where a side would
@@ -176,7 +176,7 @@ Patch = tuple[int, int, int]
 
 
 def token_count(vae: Any, request: Request, patch: Patch) -> int:
-    """How many tokens the latents of a request's picture or clip have."""
+    """How many tokens the latents of a request's image or video have."""
     return prod(n // p for n, p in zip(latent_size(vae, request), patch, strict=True))
 
 
@@ -185,11 +185,11 @@ def on_grid(
     vae: Any,
     request: Request,
     patch: Patch,
-    known: Known | None = None,
-) -> Prepared:
+    known: GivenTokens | None = None,
+) -> LoopInputs:
     """A request whose tokens are the patches of its latents, packed as `ops.patch` packs."""
     size = latent_size(vae, request)
-    return Prepared(
+    return LoopInputs(
         branches=tuple(branches),
         size=(vae.z_dim, *size),
         pack=lambda x: patchify(x, patch),
@@ -198,19 +198,19 @@ def on_grid(
     )
 
 
-def appended(made: int, references: Sequence[Tensor]) -> Known | None:
-    """Clean tokens [1, R, P] of each reference behind the `made` tokens of the picture; None without
+def appended(made: int, references: Sequence[Tensor]) -> GivenTokens | None:
+    """Clean tokens [1, R, P] of each reference behind the `made` tokens of the image; None without
     references.
     """
     if not references:
         return None
     given = torch.cat(list(references), 1)
     tokens = torch.cat([given.new_zeros(1, made, given.shape[2]), given], 1)
-    return Known(tokens, (torch.arange(tokens.shape[1], device=tokens.device) < made)[None, :, None])
+    return GivenTokens(tokens, (torch.arange(tokens.shape[1], device=tokens.device) < made)[None, :, None])
 
 
 def shift_by_tokens(tokens: int, scheduler: Mapping[str, Any], max_shift: float = 1.15) -> float:
-    """mu of a dynamic shift by the size of the picture: the line through two points that the scheduler's
+    """mu of a dynamic shift by the size of the image: the line through two points that the scheduler's
     config names.
 
     Source: `calculate_shift` of diffusers' pipelines, with its defaults. Raises UserError for points that

@@ -22,27 +22,28 @@ WAN_NEGATIVE = (
 
 
 Kind = tuple[str, int, bool, bool]
-"""What a folder's model_index.json says of a model: its class, how many experts, expand_timesteps,
+"""What a directory's model_index.json says of a model: its class, how many experts, expand_timesteps,
 is_distilled.
 """
 
 
 @dataclass(frozen=True)
 class ReleasedModel:
-    """A released model: the defaults of a request, and what a folder of unknown name is recognised by.
+    """A released model: the defaults of a request, and what a directory of unknown name is recognised by.
 
     height, width: pixels, multiples of `size_multiple`. num_frames: k * `frame_multiple` + 1. clip_frames:
-    the frames of a clip that was asked for without a number, where `num_frames` makes a picture. steps,
+    the frames of a video that was asked for without a number, where `num_frames` makes an image. steps,
     guidance (at 1 the network runs once a step), guidance_2 (of the second expert), boundary_ratio (the share
-    of the schedule below which the second expert runs), flow_shift (None: the folder's scheduler settles it),
-    stored_shift (what the release's own scheduler says): the sampling table. guidance_form: "embedded" is
-    told to a network that learnt it, "offset" counts from 0; with "embedded" and "true", it is true_cfg_scale
-    and a given negative prompt that guide. solver: a name of the engine; dmd_timesteps belong to "dmd".
+    of the schedule below which the second expert runs), flow_shift (None: the directory's scheduler settles
+    it), stored_shift (what the release's own scheduler says): the sampling table. guidance_form: "embedded"
+    is told to a network that learnt it, "offset" counts from 0; with "embedded" and "true", it is
+    true_cfg_scale and a given negative prompt that guide. solver: a name of the engine; dmd_timesteps belong
+    to "dmd".
     negative_prompt: None where guidance would not read one. text_tokens: how many are read at most. images:
-    the least and the most input pictures. image_use: as frames of the clip, as the picture to start from, or
-    as references beside it. given_multiple: a size that follows the last given picture is rounded to
-    multiples of so many pixels (None: the first one, and down). layers: how many pictures with opacity one is
-    taken apart into, where that is what the model does. captions: its text encoder writes a missing prompt.
+    the least and the most input images. image_use: as frames of the video, as the image to start from, or as
+    references beside it. given_multiple: a size that follows the last given image is rounded to multiples of
+    so many pixels (None: the first one, and down). layers: how many images with alpha one is taken apart
+    into, where that is what the model does. captions: its text encoder writes a missing prompt.
     params: of the transformers together. shape: fields of `transformer/config.json` that tell it apart.
     """
 
@@ -129,7 +130,7 @@ _TI2V: dict[str, Any] = {"size_multiple": 32, "images": (0, 1), "expand_timestep
 _DISTILLED: dict[str, Any] = {"solver": "dmd", "dmd_timesteps": DMD, "negative_prompt": None}
 
 _START: dict[str, Any] = {"images": (0, 1), "image_use": "start"}
-"""Of a model that makes pictures from text: it can start from one."""
+"""Of a model that makes images from text: it can start from one."""
 
 QWEN_2512_NEGATIVE = "低分辨率，低画质，肢体畸形，手指畸形，画面过饱和，蜡像感，人脸无细节，过度光滑，画面具有AI感。构图混乱。文字模糊，扭曲。"
 """The negative prompt on Qwen-Image-2512's card."""
@@ -218,7 +219,7 @@ MODELS: tuple[ReleasedModel, ...] = (
 
 
 def find(name: str) -> ReleasedModel | None:
-    """The row named `name`: a hub id, its last part, or a folder whose last part it is; None if there is
+    """The row named `name`: a hub id, its last part, or a directory whose last part it is; None if there is
     none.
     """
     tail = name.rstrip("/").rsplit("/", 1)[-1]
@@ -252,8 +253,8 @@ def in_words(kind: Kind) -> str:
 def match(
     class_name: str, options: Mapping[str, Any], transformer: Mapping[str, Any], name: str
 ) -> ReleasedModel:
-    """The row whose defaults a folder takes: by its name where that is of its kind, else by its kind and the
-    transformer's shape, else the first of its kind.
+    """The row whose defaults a directory takes: by its name where that is of its kind, else by its kind and
+    the transformer's shape, else the first of its kind.
 
     class_name, options: of `model_index.json`. transformer: `transformer/config.json`. Two released models of
     one shape (I2V 480P and 720P) cannot be told apart without a name; the first is taken, and --model-id

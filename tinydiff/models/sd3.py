@@ -23,7 +23,7 @@ from torch import Tensor
 from tinydiff.models.encoders import clip_text, t5
 from tinydiff.models.family import Denoiser
 from tinydiff.models.joint import IMAGE, TEXT, Streams, feed_forward, gelu_tanh, heads, joint_attention
-from tinydiff.models.recipe import Parts, Patch, Prepared, latent_size, on_grid, shift_by_tokens
+from tinydiff.models.recipe import Context, LoopInputs, Patch, latent_size, on_grid, shift_by_tokens
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import embedder, timestep_embedding
@@ -258,7 +258,7 @@ CLIPS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 """The two CLIPs and what reads their texts."""
 
 
-def _clip(parts: Parts, texts: list[str]) -> tuple[Tensor, Tensor]:
+def _clip(parts: Context, texts: list[str]) -> tuple[Tensor, Tensor]:
     """What both CLIPs say, side by side: their last states but one [B, T, C] and the texts as a whole [B,
     pooled_projection_dim].
     """
@@ -273,7 +273,7 @@ def _clip(parts: Parts, texts: list[str]) -> tuple[Tensor, Tensor]:
     return torch.cat(states, -1), torch.cat(pooled, -1)
 
 
-def _t5(c: Config, parts: Parts, texts: list[str], length: int) -> Tensor:
+def _t5(c: Config, parts: Context, texts: list[str], length: int) -> Tensor:
     """T5's last states [B, length, joint_attention_dim], of the padding too; zeros where the model is stored
     without T5.
     """
@@ -290,7 +290,7 @@ def _t5(c: Config, parts: Parts, texts: list[str], length: int) -> Tensor:
     return t5.encode(encoder.config, encoder.plan, encoder.w, ids)
 
 
-def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
+def prepare(c: Config, parts: Context, request: Request) -> LoopInputs:
     """CLIP's rows of a text, filled up with zeros to the width of T5's, and T5's rows behind them. Padding is
     read like words.
     """

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tinydiff.models.encoders import clip_vision, t5
 from tinydiff.models.family import Denoiser
-from tinydiff.models.recipe import Known, Parts, Prepared, latent_size, on_grid
+from tinydiff.models.recipe import Context, GivenTokens, LoopInputs, latent_size, on_grid
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import timestep_embedding
@@ -317,8 +317,8 @@ def known_frames_mask(size: tuple[int, int, int], first: bool = True, last: bool
     return grouped[None, :, :, None, None].expand(1, 4, frames, height, width)
 
 
-def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
-    """Text, and where pictures are given what the variant is told of them: clean tokens in place (TI2V), or
+def prepare(c: Config, parts: Context, request: Request) -> LoopInputs:
+    """Text, and where images are given what the variant is told of them: clean tokens in place (TI2V), or
     latents and a mask beside.
     """
     encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
@@ -334,14 +334,14 @@ def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
         first = parts.encode(parts.pixels(given))
         frame = torch.cat([first, first.new_zeros(*first.shape[:2], size[0] - 1, *size[1:])], 2)
         frozen = (shared["positions"][:, 0] == 0)[None, :, None]
-        known, shared["frozen"] = Known(patchify(frame, c.patch_size), ~frozen), frozen
+        known, shared["frozen"] = GivenTokens(patchify(frame, c.patch_size), ~frozen), frozen
     elif given:
         shared |= _beside(c, parts, request, size)
     return on_grid([{"text": text[None]} | shared for text in hidden], vae, request, c.patch_size, known)
 
 
-def _beside(c: Config, parts: Parts, request: Request, size: tuple[int, int, int]) -> Tensors:
-    """Image to video: what stands beside the noisy latents, and CLIP's view of the pictures where the model
+def _beside(c: Config, parts: Context, request: Request, size: tuple[int, int, int]) -> Tensors:
+    """Image to video: what stands beside the noisy latents, and CLIP's view of the images where the model
     has cross-attention to it.
     """
     pixels = parts.pixels(request.images)

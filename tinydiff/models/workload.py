@@ -104,7 +104,7 @@ def _first(table: Mapping[str, Any], layer: str) -> Any:
 def decode_bytes(
     vae: Autoencoder, c: Any, frames: int, height: int, width: int, passes: int, ranks: int, b: int
 ) -> int | None:
-    """Bytes at the peak of decoding a clip or picture of that many pixels, its rows divided over ranks; None
+    """Bytes at the peak of decoding a video or image of that many pixels, its rows divided over ranks; None
     for a kind not known here.
 
     passes: latent frames at once. The largest stage holds about three tensors of the width that enters a

@@ -23,7 +23,7 @@ from torch import Tensor
 from tinydiff.models.encoders import decoder_lm
 from tinydiff.models.family import Denoiser
 from tinydiff.models.joint import Streams, heads, joint_mask, split
-from tinydiff.models.recipe import Parts, Prepared, latent_size, shift_by_tokens, token_count
+from tinydiff.models.recipe import Context, LoopInputs, latent_size, shift_by_tokens, token_count
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import timestep_embedding
@@ -340,7 +340,7 @@ def real(c: Config, size: tuple[int, int, int], device: torch.device | str | Non
     return torch.arange(tokens + pad_tokens(tokens), device=device).view(1, -1, 1) < tokens
 
 
-def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
+def prepare(c: Config, parts: Context, request: Request) -> LoopInputs:
     """Each text as the language model's last state but one, without padding; the latents as tokens and the
     pads behind them.
     """
@@ -359,7 +359,7 @@ def prepare(c: Config, parts: Parts, request: Request) -> Prepared:
         )
         return {"text": hidden} | shared
 
-    return Prepared(
+    return LoopInputs(
         branches=tuple(branch(text) for text in request.texts),
         size=(vae.z_dim, *size),
         pack=lambda x: F.pad(patchify(x, c.patch_size), (0, 0, 0, pad_tokens(tokens))),

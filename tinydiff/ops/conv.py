@@ -1,6 +1,6 @@
-"""Convolutions on images and clips. Shape letters: B batch, C channels, T frames, H height, W width.
+"""Convolutions on images and videos. Shape letters: B batch, C channels, T frames, H height, W width.
 
-Each runs on a whole picture or on a strip of its rows (`parallel.rows`), where neighbours' rows stand for the
+Each runs on a whole image or on a strip of its rows (`parallel.rows`), where neighbours' rows stand for the
 padding between strips.
 """
 
@@ -32,7 +32,7 @@ def halve(x_BCHW: Tensor, w: Weights, strip: Strip = WHOLE) -> Tensor:
 
 
 def per_frame(fn: Callable[[Tensor], Tensor], x_BCTHW: Tensor, chunk: int | None = None) -> Tensor:
-    """Apply an image function [N, C, H, W] -> [N, C', H', W'] to every frame of a clip, to at most `chunk`
+    """Apply an image function [N, C, H, W] -> [N, C', H', W'] to every frame of a video, to at most `chunk`
     frames at once.
     """
     batch, _, frames = x_BCTHW.shape[:3]

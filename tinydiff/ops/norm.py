@@ -53,7 +53,7 @@ def group_norm(x: Tensor, w: Weights, groups: int, eps: float = 1e-6, strip: Str
     """GroupNorm over groups of channels and all places, x [B, C, ...], with `w`'s weight and bias; half types
     are summed in float32.
 
-    The places are those of the whole picture, of which x is a strip.
+    The places are those of the whole image, of which x is a strip.
     """
     if not strip.divided:
         return F.group_norm(x, groups, w["weight"].to(x.dtype), w["bias"].to(x.dtype), eps)

@@ -1,5 +1,5 @@
 """Running an image function on overlapping squares and blending them, so that memory does not grow with the
-picture.
+image.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tinydiff.parallel.plan import SINGLE, Group, Plan
 from tinydiff.parallel.rows import WHOLE, Strip, by_rows, of_all
 
 Pictured = Callable[[Tensor, Strip], Tensor]
-"""A function of a picture, or of a strip of one."""
+"""A function of an image, or of a strip of one."""
 
 
 def tiled(fn: Pictured, x: Tensor, side: int | None, scale: float, plan: Plan = SINGLE) -> Tensor:

@@ -24,7 +24,7 @@ class CostModel:
 
     rows: every weight. blocks: those of each block. reads: name of a weight -> what passes through it: at
     every step a stream ("image", "text", "joint"), or, before the loop, "table" (one row a step), "kept" (the
-    text) or "seen" (the view of a given picture), whose results stay. norms: the streams of norms over all
+    text) or "seen" (the view of a given image), whose results stay. norms: the streams of norms over all
     heads, which tp adds up. attends: the streams of queries and of keys of each attention; keys "words" and
     "views" are the whole text and view, which every rank holds. values: of a token's velocity. pooled:
     whether text enters the tables, so that each branch has its own.
@@ -58,7 +58,7 @@ class CostModel:
 @dataclass(frozen=True)
 class Work:
     """What is made at once. image: tokens, those of references among them. text, views: tokens of a prompt,
-    of a picture seen by an encoder of its own. images: of a batch. branches: of guidance. steps: of the whole
+    of an image seen by an encoder of its own. images: of a batch. branches: of guidance. steps: of the whole
     request.
     """
 

@@ -213,7 +213,7 @@ def choose(
     Degrees given stand. What they leave is dealt to axes that are not: to the two branches of guidance first,
     as they meet but once a step; then to ulysses, as many as divide the heads; then to the weights. Replicas
     and the ring are never chosen. heads: of the denoiser. guided: whether a negative prompt takes part.
-    tokens: of the smallest picture, outputs: how many; None where not known.
+    tokens: of the smallest image, outputs: how many; None where not known.
     Raises UserError, see `check`.
     """
     given = degrees(asked)
@@ -290,7 +290,7 @@ def check(
     if tokens is not None and layout.sequence > tokens:
         raise UserError(
             "sp_degree",
-            f"sp_degree: {layout.sequence} ranks cannot share a picture of {tokens} tokens; give at most {tokens}",
+            f"sp_degree: {layout.sequence} ranks cannot share an image of {tokens} tokens; give at most {tokens}",
         )
     if layout.fsdp and len(teams(layout, "shard")[0]) == 1:
         message = "there are no ranks that would hold the same weights; give cfg_parallel_size, ulysses_degree or ring_degree too"

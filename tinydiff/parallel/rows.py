@@ -1,4 +1,4 @@
-"""A picture's rows divided over ranks, for networks that look at near pixels: every rank runs the same
+"""An image's rows divided over ranks, for networks that look at near pixels: every rank runs the same
 network on its strip of rows.
 
 Strips exchange the rows at their edges where a convolution reaches over them, merge their statistics where a
@@ -21,9 +21,9 @@ from tinydiff.parallel.plan import ALONE, Group, Plan, Replicate, Shard
 
 @dataclass(frozen=True)
 class Strip:
-    """This rank's strip of a picture. heights: of all ranks' strips, from the top.
+    """This rank's strip of an image. heights: of all ranks' strips, from the top.
 
-    They are in a unit of the picture's division, and hold at every resolution: a strip's tensor has so many
+    They are in a unit of the image's division, and hold at every resolution: a strip's tensor has so many
     rows, or pixels row by row, for each unit of its height, and every other strip as many.
     """
 
@@ -43,7 +43,7 @@ def by_rows(plan: Plan, fn: Callable[[Tensor, Strip], Tensor], x: Tensor, unit: 
     """`fn(x, WHOLE)` over [..., H, W], made in strips by the ranks of the plan's axis `rows`; each of them
     gets all of it.
 
-    unit: rows that stay together, the stride of an encoder. A picture of fewer units than ranks, or of a part
+    unit: rows that stay together, the stride of an encoder. An image of fewer units than ranks, or of a part
     of one, is not divided: every rank then makes all of it.
     """
     group, (units, rest) = plan.group("rows"), divmod(x.shape[-2], unit)
@@ -58,7 +58,7 @@ def by_rows(plan: Plan, fn: Callable[[Tensor, Strip], Tensor], x: Tensor, unit: 
 
 def halo(strip: Strip, x: Tensor, above: int, below: int) -> Tensor:
     """x [..., H, W] of a strip -> [..., above + H + below, W], with rows of the strips next to it, or zeros
-    beyond the picture.
+    beyond the image.
 
     What is whole comes back as it is. No strip may be lower than `above` or `below`.
     """
@@ -79,7 +79,7 @@ def halo(strip: Strip, x: Tensor, above: int, below: int) -> Tensor:
 
 
 def gather(strip: Strip, x: Tensor, dim: int) -> Tensor:
-    """A strip's x -> the whole picture's, on every rank. dim: the dimension, counted from the last, of rows
+    """A strip's x -> the whole image's, on every rank. dim: the dimension, counted from the last, of rows
     or of pixels row by row.
     """
     if not strip.divided:
@@ -93,7 +93,7 @@ def gather(strip: Strip, x: Tensor, dim: int) -> Tensor:
 
 
 def statistics(strip: Strip, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance over a strip -> over the picture. They are merged: a sum of squares would lose what a
+    """Mean and variance over a strip -> over the image. They are merged: a sum of squares would lose what a
     large mean hides.
     """
     if not strip.divided:

@@ -120,7 +120,7 @@ def _language(family: str, known: str, **changes: Any) -> Case:
 
 
 def _qwen_vision() -> Case:
-    """Two pictures, whose windows are not all full."""
+    """Two images, whose windows are not all full."""
     vision = {
         "depth": 3, "hidden_size": 32, "intermediate_size": 20, "num_heads": 2, "in_channels": 3, "out_hidden_size": 32, "patch_size": 2,
         "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 12, "fullatt_block_indexes": [1],
@@ -220,7 +220,7 @@ _TINY = tiny.Config(
 
 
 def _autoencoder(module: ModuleType, reference: str, c: Any, frames: int = 1, channels: int = 3) -> Case:
-    """Pictures or a clip to normalised latents, and other latents to pixels; the reference's own latents are
+    """Images or a video to normalised latents, and other latents to pixels; the reference's own latents are
     the raw ones.
     """
     side, latent_frames = c.scale_factor_spatial, (frames - 1) // c.scale_factor_temporal + 1

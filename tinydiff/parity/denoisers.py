@@ -182,7 +182,7 @@ def _wan(frozen: bool = False, length: int = WORDS) -> Callable[[wan.Config], As
 
 
 def _z_image(c: z_image.Config) -> Asked:
-    """Caption and picture both short of a multiple of 32 tokens."""
+    """Caption and image both short of a multiple of 32 tokens."""
     size = (1, 14, 10)
     x, text = draw(2, c.in_channels, *size, seed=2), draw(2, WORDS, c.cap_feat_dim, seed=3)
     tokens = patchify(x, c.patch_size)
@@ -199,7 +199,7 @@ def _z_image(c: z_image.Config) -> Asked:
 
 
 def _qwen(*sizes: tuple[int, int], made: int = 1) -> Callable[[qwen_image.Config], Asked]:
-    """Pictures of latents of these sizes, `made` of them made and the others given; two texts of different
+    """Images of latents of these sizes, `made` of them made and the others given; two texts of different
     lengths.
     """
 
@@ -227,7 +227,7 @@ def _qwen(*sizes: tuple[int, int], made: int = 1) -> Callable[[qwen_image.Config
 
 
 def _flux(module: ModuleType, *sizes: tuple[int, int, int]) -> Callable[[Any], Asked]:
-    """FLUX.1, FLUX.2 and Ovis-Image; sizes of the picture's latents and of references."""
+    """FLUX.1, FLUX.2 and Ovis-Image; sizes of the image's latents and of references."""
 
     def ask(c: Any) -> Asked:
         ids = module.positions(sizes[0], sizes[1:]) if sizes[1:] else module.positions(sizes[0])
@@ -337,7 +337,7 @@ _SD3 = sd3.Config(
 
 _FIRST = "transformer_blocks.0"
 _PICTURE, _GIVEN, _SMALL = (6, 10), (4, 14), (8, 2)
-"""Latents of a picture and of two others, none square."""
+"""Latents of an image and of two others, none square."""
 
 
 def _of_wan(config: wan.Config, **more: Any) -> Denoiser:

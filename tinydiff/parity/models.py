@@ -198,7 +198,7 @@ Each component is built tiny, with the released model's switches, on both sides;
 on the CPU. An error is the largest difference over the largest value of the reference; equal means at most {bound}. Roundings of the
 references' own (steps that they compute in float32 whatever the type) are taken out, and the code that does it says which they are. A
 denoiser is compared stage by stage: names and shapes of the weights, the modulations made of the time, the projected text, the tokens as
-they enter, each block, the velocity. Pictures are not square, texts of a batch differ in length where the model masks them, references
+they enter, each block, the velocity. Images are not square, texts of a batch differ in length where the model masks them, references
 differ in size.
 
 `tinydiff doctor --parity MODEL` runs this on your machine with the libraries that are installed there (`pip install 'tinydiff[diffusers]'`)

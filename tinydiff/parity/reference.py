@@ -1,8 +1,8 @@
 """Running a reference so that it can be compared with: every parameter redrawn, its own roundings taken out,
 its layers overheard.
 
-Only the modules of this folder import diffusers and transformers: they come with the extra of that name, and
-nothing that makes a picture needs them.
+Only the modules of this directory import diffusers and transformers: they come with the extra of that name,
+and nothing that makes an image needs them.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from tinydiff.runtime.pipeline import table
 from tinydiff.runtime.settings import settle
 
 STRENGTH = 0.6
-"""Of a picture to start from, where none is named."""
+"""Of an image to start from, where none is named."""
 LUMA = (0.299, 0.587, 0.114)
 """Shares of red, green and blue in brightness, ITU-R BT.601."""
 
@@ -42,7 +42,7 @@ def admit(
 ) -> list[Request]:
     """One request per prompt.
 
-    clip: a video is wanted where the model makes images by default (an output file named like one).
+    video: a video is wanted where the model makes images by default (an output file named like one).
     most_pixels: of one output, all its frames together; they are counted before anything is brought to that
     size.
     Raises UserError naming the field, its value and what is allowed.
@@ -108,8 +108,8 @@ def _normalization(blueprint: Blueprint, sampling: SamplingOptions) -> float:
 def _starts(
     blueprint: Blueprint, sampling: SamplingOptions, originals: Sequence[numpy.ndarray], frames: int
 ) -> bool:
-    """Whether the loop starts from the given picture: of models that continue a picture as a clip, where one
-    picture is asked for.
+    """Whether the loop starts from the given image: of models that continue an image as a video, where one
+    image is asked for.
     """
     row = blueprint.row
     if row.image_use == "start" or not originals:
@@ -132,11 +132,11 @@ def _strength(blueprint: Blueprint, sampling: SamplingOptions, starts: bool, ste
     if not starts and (row.image_use != "start" or sampling.image_path):
         raise UserError(
             "strength",
-            f"strength: {row.name} does not start from a picture's noise, so it cannot be set{_instead(row)}",
+            f"strength: {row.name} does not start from an image's noise, so it cannot be set{_instead(row)}",
         )
     if not sampling.image_path:
         raise UserError(
-            "strength", "strength: says how far a given picture is changed; give one with --image-path"
+            "strength", "strength: says how far a given image is changed; give one with --image-path"
         )
     if not 0 < strength <= 1:
         raise UserError("strength", f"strength: {strength} is not above 0 and at most 1")
@@ -148,11 +148,9 @@ def _strength(blueprint: Blueprint, sampling: SamplingOptions, starts: bool, ste
 
 
 def _instead(row: ReleasedModel) -> str:
-    """What to ask for where a model that makes clips could start from a picture."""
+    """What to ask for where a model that makes videos could start from an image."""
     return (
-        "; ask for one picture, with num_frames 1"
-        if row.image_use == "frames" and row.images == (0, 1)
-        else ""
+        "; ask for one image, with num_frames 1" if row.image_use == "frames" and row.images == (0, 1) else ""
     )
 
 
@@ -167,7 +165,7 @@ def _mask(
 ) -> numpy.ndarray | None:
     """The mask at the request's size, 0 or 255 [height, width]; None without one.
 
-    As in diffusers' inpainting pipelines it is resized as the picture is; then what is at least half as
+    As in diffusers' inpainting pipelines it is resized as the image is; then what is at least half as
     bright as white is white.
     """
     if sampling.mask_path is None:
@@ -176,19 +174,19 @@ def _mask(
     if not starts and (row.image_use != "start" or originals):
         raise UserError(
             "mask_path",
-            f"mask_path: {row.name} paints no part of a given picture anew; it takes no mask{_instead(row)}",
+            f"mask_path: {row.name} paints no part of a given image anew; it takes no mask{_instead(row)}",
         )
     if not originals:
         raise UserError(
             "mask_path",
-            "mask_path: a mask says where a picture is painted anew; give the picture with --image-path",
+            "mask_path: a mask says where an image is inpainted; give the image with --image-path",
         )
     given = read(sampling.mask_path, "mask_path")
     if given.shape != originals[0].shape:
         sizes = [f"{shape[1]} x {shape[0]}" for shape in (given.shape, originals[0].shape)]
         raise UserError(
             "mask_path",
-            f"mask_path: the mask is {sizes[0]} and the picture {sizes[1]} pixels; they must be of one size",
+            f"mask_path: the mask is {sizes[0]} and the image {sizes[1]} pixels; they must be of one size",
         )
     white = resize(given, height, width) @ LUMA >= 127.5
     if not white.any():
@@ -210,24 +208,24 @@ def _images(blueprint: Blueprint, paths: Sequence[str], read: Read) -> tuple[num
     least, most = row.images
     if len(paths) < least:
         verb = "edits" if row.image_use == "references" else "starts from"
-        raise UserError("image_path", f"image_path: {row.name} {verb} a picture; give one with --image-path")
+        raise UserError("image_path", f"image_path: {row.name} {verb} an image; give one with --image-path")
     if paths and not most:
-        raise UserError("image_path", f"image_path: {row.name} works from text alone; it takes no picture")
+        raise UserError("image_path", f"image_path: {row.name} works from text alone; it takes no image")
     if row.image_use != "frames":
         if len(paths) > most:
             raise UserError(
-                "image_path", f"image_path: {len(paths)} pictures are given; {row.name} takes at most {most}"
+                "image_path", f"image_path: {len(paths)} images are given; {row.name} takes at most {most}"
             )
         return tuple(read(path, "image_path", row.layers > 0) for path in paths)
     frames = net.family.given_frames(net.config, blueprint.options)
     if paths and 1 not in frames and len(paths) != 2:
         raise UserError(
-            "image_path", f"image_path: {row.name} goes from a first to a last frame; give two pictures"
+            "image_path", f"image_path: {row.name} goes from a first to a last frame; give two images"
         )
     if len(paths) > max(frames):
         allowed = "the first and the last frame" if 2 in frames else "one, the first frame"
         raise UserError(
-            "image_path", f"image_path: {len(paths)} pictures are given; {row.name} takes {allowed}"
+            "image_path", f"image_path: {len(paths)} images are given; {row.name} takes {allowed}"
         )
     return tuple(read(path, "image_path") for path in paths)
 
@@ -235,7 +233,7 @@ def _images(blueprint: Blueprint, paths: Sequence[str], read: Read) -> tuple[num
 def _size(
     blueprint: Blueprint, sampling: SamplingOptions, images: Sequence[numpy.ndarray]
 ) -> tuple[int, int]:
-    """The asked size; else the model's, its area spread to the aspect of the given picture."""
+    """The asked size; else the model's, its area spread to the aspect of the given image."""
     row, multiple, longest = blueprint.row, _multiple(blueprint), _longest_side(blueprint)
     height, width = sampling.height or row.height, sampling.width or row.width
     given_size = blueprint.denoiser.family.given_size
@@ -285,7 +283,7 @@ def _frames(blueprint: Blueprint, sampling: SamplingOptions, clip: bool) -> int:
     frames = sampling.num_frames or (row.clip_frames if clip else row.num_frames)
     if frames > 1 and row.clip_frames == 1:
         raise UserError(
-            "num_frames", f"num_frames: {frames} would be a clip, and {row.name} makes pictures; leave it out"
+            "num_frames", f"num_frames: {frames} would be a video, and {row.name} makes images; leave it out"
         )
     if (frames - 1) % stride:
         below = (frames - 1) // stride * stride + 1

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 import torch
 
 from tinydiff.runtime.ambient import plain
-from tinydiff.sampling.loop import Denoise, Seat
+from tinydiff.sampling.loop import Denoise, Denoising
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +27,12 @@ class Background:
         self._asked: set[Hashable] = set()
         self._ready: set[Hashable] = set()
         self._failed: set[Hashable] = set()
-        self._wanted: SimpleQueue[tuple[Hashable, Denoise, Seat]] = SimpleQueue()
+        self._wanted: SimpleQueue[tuple[Hashable, Denoise, Denoising]] = SimpleQueue()
         self._threads = (
             torch.get_num_threads()
         )  # a graph is made for so many, and each thread has its own setting
 
-    def best(self, compiled: Denoise, seat: Seat) -> Denoise:
+    def best(self, compiled: Denoise, seat: Denoising) -> Denoise:
         """The function for the seat's next steps: `compiled` where that is ready, else the seat's own, and
         `compiled` is made ready.
         """
@@ -64,7 +64,7 @@ class Background:
             del key, compiled, seat  # while it waits for the next it holds no weights
 
 
-def _structure(seat: Seat) -> Hashable:
+def _structure(seat: Denoising) -> Hashable:
     """What a graph is made for: one image or several, kept tokens, fresh noise, what is hoisted, and all
     types; lengths may vary.
     """

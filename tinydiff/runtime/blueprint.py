@@ -1,5 +1,5 @@
-"""From a folder to a model in memory: what the folder holds is read and checked first, then its weights are
-streamed in.
+"""From a directory to a model in memory: what the directory holds is read and checked first, then its weights
+are streamed in.
 
 A `Blueprint` costs only the reading of a few JSON files, so that a request is refused before gigabytes are
 moved.
@@ -73,7 +73,7 @@ class Blueprint:
 
     row: ReleasedModel
     named: bool
-    """Whether the row was found by name; if only by shape, the folder's own scheduler settings hold."""
+    """Whether the row was found by name; if only by shape, the directory's own scheduler settings hold."""
     nets: Mapping[str, NetPlan[Any]]
     """Component -> its network."""
     tokenizers: Mapping[str, Path]

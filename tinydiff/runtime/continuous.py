@@ -1,4 +1,4 @@
-"""Pictures of many requests in one denoising loop: who goes on together, and for how long.
+"""Images of many requests in one denoising loop: who goes on together, and for how long.
 
 Images of one form (`sampling.batch`) share the loop and join and leave it between two steps; how many pays is
 measured (`pace`), and where there are more, keys and jobs take turns (`turns`). Several forms, say a video
@@ -26,24 +26,24 @@ from tinydiff.runtime.pace import Pace
 from tinydiff.runtime.pipeline import Conditioning
 from tinydiff.runtime.turns import Path, line
 from tinydiff.sampling import batch
-from tinydiff.sampling.loop import Denoise, Seat
+from tinydiff.sampling.loop import Denoise, Denoising
 
 MOMENT = 0.1
 """Seconds that the loop runs at most before it hears of anything new, where several steps fit into that."""
 
 
 @dataclass(eq=False)
-class Sitting:
-    """One picture in the loop."""
+class BatchSlot:
+    """One image in the loop."""
 
     owner: str
     """Whose it is: the id of its job."""
     index: int
-    """Which of the owner's pictures."""
+    """Which of the owner's images."""
     priority: int
-    seat: Seat
+    seat: Denoising
     shown: Callable[[Tensor], Tensor]
-    """The seat's tokens -> those of the picture."""
+    """The seat's tokens -> those of the image."""
     compiled: Denoise | None = None
     """What takes the place of the seat's own function once it is compiled."""
     looks: tuple[int, ...] = ()
@@ -69,7 +69,7 @@ def sitting(
     priority: int = 0,
     looks: int = 0,
     key: str = "",
-) -> Sitting:
+) -> BatchSlot:
     """Output number `index` of a request as it enters the loop: eager, and once that is ready compiled where
     the model is to be.
 
@@ -79,32 +79,32 @@ def sitting(
     compiled = pipeline.denoiser(model, request, conditioning, True) if model.blueprint.compiled else None
     steps = conditioning.rows.steps
     at = tuple(-(-i * steps // (looks + 1)) for i in range(1, looks + 1))
-    return Sitting(owner, index, priority, seat, shown, compiled, at, key=key)
+    return BatchSlot(owner, index, priority, seat, shown, compiled, at, key=key)
 
 
 class Stepped(NamedTuple):
     """What a few steps of one batch came to."""
 
-    sittings: tuple[Sitting, ...]
+    sittings: tuple[BatchSlot, ...]
     made: int
     """Steps; 0 where they failed."""
     seconds: float
-    done: tuple[Sitting, ...] = ()
+    done: tuple[BatchSlot, ...] = ()
     """Those whose last step it was; they have left the loop."""
     error: Exception | None = None
-    """Why the pictures of `sittings` cannot go on; they have left the loop."""
+    """Why the images of `sittings` cannot go on; they have left the loop."""
 
 
 @dataclass
 class Continuous:
-    """The pictures of a model's denoiser that are in the loop. For one thread."""
+    """The images of a model's denoiser that are in the loop. For one thread."""
 
     family: Any
     pace: Pace = field(default_factory=Pace)
     background: Background = field(default_factory=Background)
-    sittings: list[Sitting] = field(default_factory=list)
+    sittings: list[BatchSlot] = field(default_factory=list)
     """In the order in which they came."""
-    _joined: tuple[list[Sitting], batch.Batch] | None = None
+    _joined: tuple[list[BatchSlot], batch.Batch] | None = None
     most: int | None = None
     """Images that go on together at most; the others pause."""
     _served: dict[Hashable, float] = field(default_factory=dict)
@@ -112,18 +112,18 @@ class Continuous:
     _turns: dict[Path, int] = field(default_factory=dict)
     """The number of the turn at which each key and each job last began an image."""
 
-    def add(self, sitting: Sitting) -> None:
-        """Let a picture in; it begins with the next step of its form."""
+    def add(self, sitting: BatchSlot) -> None:
+        """Let an image in; it begins with the next step of its form."""
         self._placed(sitting)
         self.sittings.append(sitting)
 
     def leave(self, owner: str) -> None:
-        """Take the pictures of `owner` out."""
+        """Take the images of `owner` out."""
         self.sittings = [sitting for sitting in self.sittings if sitting.owner != owner]
         if not self.sittings:
             self._joined = None  # with it the weights
 
-    def clean(self, sitting: Sitting) -> tuple[Tensor, int]:
+    def clean(self, sitting: BatchSlot) -> tuple[Tensor, int]:
         """(the clean tokens [1, L, P] that the last step implied, how many steps are made)."""
         if self._joined is None or sitting not in self._joined[0]:
             return sitting.seat.state.h1, sitting.seat.at
@@ -158,14 +158,14 @@ class Continuous:
         done = () if batch.left(going) else self._part()
         return Stepped(tuple(chosen), made, seconds, done)
 
-    def _placed(self, sitting: Sitting) -> None:
-        """Note the picture's form; a new one begins level with the one that had least of the device."""
+    def _placed(self, sitting: BatchSlot) -> None:
+        """Note the image's form; a new one begins level with the one that had least of the device."""
         sitting.form = batch.form(self.family, sitting.seat)
         present = {other.form for other in self.sittings}
         self._served = {form: seconds for form, seconds in self._served.items() if form in present}
         self._served.setdefault(sitting.form, min(self._served.values(), default=0.0))
 
-    def _chosen(self, count: int | None) -> list[Sitting]:
+    def _chosen(self, count: int | None) -> list[BatchSlot]:
         """Those of the highest priority, of the form that had least of its share of the device; keys and jobs
         in turn.
         """
@@ -185,7 +185,7 @@ class Continuous:
             forms.setdefault(sitting.key, set()).add(sitting.form)
         return sum(1 / len(asked) for asked in forms.values() if form in asked)
 
-    def _begin(self, chosen: list[Sitting]) -> None:
+    def _begin(self, chosen: list[BatchSlot]) -> None:
         """Note whose turn it was."""
         present = {path for sitting in self.sittings for path in (sitting.path, sitting.path[:1])}
         self._turns = {path: turn for path, turn in self._turns.items() if path in present}
@@ -196,13 +196,13 @@ class Continuous:
                     max(self._turns.values(), default=0) + 1
                 )
 
-    def _unseen(self, chosen: list[Sitting], left: int) -> int:
+    def _unseen(self, chosen: list[BatchSlot], left: int) -> int:
         """Steps until one of them is looked at, `left` at most."""
         stands = [(sitting, self.clean(sitting)[1]) for sitting in chosen]
         return min([left, *(look - at for sitting, at in stands for look in sitting.looks if look > at)])
 
-    def _part(self) -> tuple[Sitting, ...]:
-        """Deal the batch's state back to its pictures; those that are done leave and are returned."""
+    def _part(self) -> tuple[BatchSlot, ...]:
+        """Deal the batch's state back to its images; those that are done leave and are returned."""
         if self._joined is None:
             return ()
         (sittings, joined), self._joined = self._joined, None
@@ -214,7 +214,7 @@ class Continuous:
         self.sittings = [sitting for sitting in self.sittings if sitting not in done]
         return done
 
-    def _stumbled(self, chosen: list[Sitting], key: Hashable, error: Exception) -> Stepped:
+    def _stumbled(self, chosen: list[BatchSlot], key: Hashable, error: Exception) -> Stepped:
         self._part()  # as they were before this step
         if len(chosen) > 1:
             # Which of them it was, and whether less company helps, shows when each goes on with less.
@@ -223,7 +223,7 @@ class Continuous:
             return Stepped(tuple(chosen), 0, 0.0)
         self.leave(chosen[0].owner)
         if not short_of_memory(error):
-            self.pace.enough(key)  # it was this picture, not the company
+            self.pace.enough(key)  # it was this image, not the company
         return Stepped(tuple(chosen), 0, 0.0, error=error)
 
 
@@ -241,6 +241,6 @@ def give_memory_back() -> None:
         torch.cuda.empty_cache()
 
 
-def _size(seat: Seat) -> tuple[int, int]:
+def _size(seat: Denoising) -> tuple[int, int]:
     """What the time of a step depends on: tokens and branches of guidance."""
     return seat.state.x.shape[1], len(seat.network.branches)

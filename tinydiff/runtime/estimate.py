@@ -35,7 +35,7 @@ NEAR = 1.02
 CARDS = (12, 16, 24, 32, 48, 80, 96, 141, 192)
 """GB of the usual GPUs."""
 REFERENCE = 1024
-"""Pixels along the sides of a reference picture."""
+"""Pixels along the sides of a reference image."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Subject:
     """Bytes at the peak of decoding on one rank and, its rows divided, on each; None where it is not known.
     """
     references: int
-    """Reference pictures among the image tokens."""
+    """Reference images among the image tokens."""
     work: Work
     b: int
     """Bytes of a value of the denoiser."""
@@ -84,10 +84,10 @@ class Estimate:
 
 
 def subject(model: str, sampling: SamplingOptions, ranks: int, b: int) -> Subject:
-    """Read a model and admit a request as a generation would be, but for pictures to be given, which have no
+    """Read a model and admit a request as a generation would be, but for images to be given, which have no
     bearing here.
 
-    model: a name in the registry, a folder or a hub id. b: bytes of a value of the denoiser. Raises
+    model: a name in the registry, a directory or a hub id. b: bytes of a value of the denoiser. Raises
     UserError.
     """
     with _folder(model) as (folder, name):
@@ -143,7 +143,7 @@ def _tokens(plan: blueprint.Blueprint, request: Request, references: int) -> tup
 
 @contextmanager
 def _folder(model: str) -> Iterator[tuple[Path, str | None]]:
-    """A folder with the model's JSON files, and its name in the registry where the files do not tell."""
+    """A directory with the model's JSON files, and its name in the registry where the files do not tell."""
     row = registry.find(model)
     if paths.kind(paths.path(model, "model_path")) == "directory" or row is None:
         try:

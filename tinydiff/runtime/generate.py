@@ -148,7 +148,7 @@ def _destination(options: OutputOptions, request: Request) -> Destination:
 
 
 def _save(target: output.Target, encoding: output.Encoding, job: Job, result: Result) -> tuple[Path, ...]:
-    """One file an output; layers are a file each, numbered on through all outputs, or a folder."""
+    """One file an output; layers are a file each, numbered on through all outputs, or a directory."""
     files = []
     for frames, seed in zip(result.frames, result.seeds, strict=True):
         told = {**result.parameters, "seed": seed}

@@ -48,7 +48,7 @@ def _ranks(asked: config.ParallelOptions, plan: blueprint.Blueprint) -> Ranks | 
     if place is None:
         raise UserError(
             given[0],
-            f"{given[0]}: a program is one rank; start it with torchrun, or make pictures from the command line",
+            f"{given[0]}: a program is one rank; start it with torchrun, or make images from the command line",
         )
     if asked.data_parallel_size not in (None, 1):
         message = f"{asked.data_parallel_size} replicas share outputs on the command line only; a program gives each its own prompts"

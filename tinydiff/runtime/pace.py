@@ -1,4 +1,4 @@
-"""Measured step times: how many pictures are worth making together, and when something will be done. No torch
+"""Measured step times: how many images are worth making together, and when something will be done. No torch
 here.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping
 LAST = 8
 """Measurements that count; the least of them is the time, for what disturbs only ever makes a step slower."""
 WORTH = 0.97
-"""What share of the time per picture a larger batch may take at most to be chosen."""
+"""What share of the time per image a larger batch may take at most to be chosen."""
 TRIES = 3
 """Measurements before a batch size is given up; a first step is often slow."""
 AGAIN = 256
@@ -21,7 +21,7 @@ FORMS = 256
 
 
 class Pace:
-    """Seconds of a step by form of picture and batch size."""
+    """Seconds of a step by form of image and batch size."""
 
     def __init__(self) -> None:
         self._seconds: OrderedDict[Hashable, dict[int, deque[float]]] = OrderedDict()
@@ -29,7 +29,7 @@ class Pace:
         self._count: Counter[Hashable] = Counter()
 
     def measured(self, form: Hashable, count: int, seconds: float) -> None:
-        """A step of `count` pictures took so long."""
+        """A step of `count` images took so long."""
         known = self._seconds.setdefault(form, {})
         self._seconds.move_to_end(form)
         known.setdefault(count, deque(maxlen=LAST)).append(seconds)
@@ -42,7 +42,7 @@ class Pace:
             del self._count[forgotten]
 
     def too_many(self, form: Hashable, count: int) -> None:
-        """So many pictures did not fit into memory."""
+        """So many images did not fit into memory."""
         self._most[form] = min(self._most.get(form, count), max(1, count - 1))
 
     def enough(self, form: Hashable) -> None:
@@ -50,14 +50,14 @@ class Pace:
         self._most.pop(form, None)
 
     def step(self, form: Hashable, count: int) -> float | None:
-        """Seconds of a step of `count` pictures; of the nearest size measured where that was not."""
+        """Seconds of a step of `count` images; of the nearest size measured where that was not."""
         known = self._seconds.get(form)
         if not known:
             return None
         return min(known[min(known, key=lambda size: abs(size - count))])
 
     def size(self, form: Hashable, waiting: int) -> int:
-        """How many of `waiting` pictures to make together: 1, 2, 4, ... as long as each doubling was measured
+        """How many of `waiting` images to make together: 1, 2, 4, ... as long as each doubling was measured
         to pay, or not yet tried.
         """
         most, known = min(waiting, self._most.get(form, waiting)), self._seconds.get(form, {})

@@ -23,7 +23,7 @@ from torch import Tensor
 import tinydiff
 from tinydiff.config import Progress
 from tinydiff.io.images import resize
-from tinydiff.models.recipe import Parts, Prepared, token_count
+from tinydiff.models.recipe import Context, LoopInputs, token_count
 from tinydiff.ops.norm import compute_dtype
 from tinydiff.parallel import sequence
 from tinydiff.records import Request, Result, UserError
@@ -34,7 +34,7 @@ from tinydiff.sampling.solvers import Table
 log = logging.getLogger(__name__)
 
 PIXELS_PER_PASS = 8_000_000
-"""Pixels of frames that the autoencoder handles at once; longer clips go through it in chunks of latent
+"""Pixels of frames that the autoencoder handles at once; longer videos go through it in chunks of latent
 frames, with the same result.
 """
 TILE = 256
@@ -46,14 +46,14 @@ FEATHER = 8
 class Conditioning(NamedTuple):
     """What the loop is told, but for noise."""
 
-    prepared: Prepared
+    prepared: LoopInputs
     rows: Table
     experts: Callable[[int], loop.Hoisted]
     """Index -> the network made ready, once for all outputs."""
     start: Tensor | None = None
-    """Tokens [1, L, P] of the picture to start from."""
+    """Tokens [1, L, P] of the image to start from."""
     mask: Tensor | None = None
-    """[1, L, P], 1 where that picture is painted anew, 0 where it stays."""
+    """[1, L, P], 1 where that image is inpainted, 0 where it stays."""
     warnings: tuple[str, ...] = ()
     """What of the request had no effect: tokens of a text that were cut."""
 
@@ -90,7 +90,7 @@ def vae_passes(model: Model, request: Request) -> tuple[int, int | None]:
     return chunk, TILE if model.blueprint.tiling else None
 
 
-def parts(model: Model, request: Request, warn: Callable[[str], None] = log.warning) -> Parts:
+def parts(model: Model, request: Request, warn: Callable[[str], None] = log.warning) -> Context:
     """What the family's recipe may use of the model. warn: told of each text that was too long, in a
     sentence.
     """
@@ -115,7 +115,7 @@ def parts(model: Model, request: Request, warn: Callable[[str], None] = log.warn
     def encode(pixels: Tensor) -> Tensor:
         return vae.family.encode(vae.config, vae.w, pixels, chunk, tile, vae.plan).to(compute_dtype(pixels))
 
-    return Parts(model.nets, tokens, model.tokenizers, encode, resize, model.blueprint.options, device)
+    return Context(model.nets, tokens, model.tokenizers, encode, resize, model.blueprint.options, device)
 
 
 def _is_negative(request: Request, texts: Sequence[str], index: int) -> bool:
@@ -137,7 +137,7 @@ def condition(model: Model, request: Request) -> Conditioning:
 
 
 @torch.no_grad()
-def _conditioned(model: Model, request: Request, have: Parts) -> Conditioning:
+def _conditioned(model: Model, request: Request, have: Context) -> Conditioning:
     net, row = model.denoiser, model.blueprint.row
     if net.plan.group("cfg").size > 1 and not request.guided:
         message = f"{request.guidance_scale:g} needs the prompt's branch alone, and cfg_parallel_size 2 gives half of the ranks another"
@@ -158,7 +158,7 @@ def _conditioned(model: Model, request: Request, have: Parts) -> Conditioning:
     return told._replace(start=start, mask=prepared.pack(mask[:, :, None].expand(1, *prepared.size)))
 
 
-def _experts(model: Model, prepared: Prepared, rows: Table) -> Callable[[int], loop.Hoisted]:
+def _experts(model: Model, prepared: LoopInputs, rows: Table) -> Callable[[int], loop.Hoisted]:
     @cache
     def expert(index: int) -> loop.Hoisted:
         net = model.nets[("transformer", "transformer_2")[index]]
@@ -207,11 +207,11 @@ def begin(
     seed: int,
     latents: Tensor | None = None,
     compiled: bool = False,
-) -> tuple[loop.Seat, Callable[[Tensor], Tensor]]:
+) -> tuple[loop.Denoising, Callable[[Tensor], Tensor]]:
     """(noise of `seed`, or `latents` [1, C, F, H, W], at the first step, what makes tokens [1, L, P] of the
-    picture of the seat's).
+    image of the seat's).
 
-    Every rank draws the same noise for the whole picture and keeps its share: the picture does not depend on
+    Every rank draws the same noise for the whole image and keeps its share: the image does not depend on
     the layout.
     """
     plan, device, prepared = model.denoiser.plan, model.blueprint.device, conditioning.prepared
@@ -224,7 +224,7 @@ def begin(
     x, kept = _beside_known(x, prepared) if conditioning.start is None else _from_picture(x, conditioning)
     whole = x.shape[1]
     tokens = None if tokens is None else sequence.share(plan, tokens, 2)
-    kept = None if kept is None else loop.Kept(*(sequence.share(plan, each, 1) for each in kept))
+    kept = None if kept is None else loop.FixedTokens(*(sequence.share(plan, each, 1) for each in kept))
     seat = loop.start(run, rows, sequence.share(plan, x, 1), conditioning.experts, tokens, kept)
     return seat, lambda x_BLP: sequence.gathered(plan, x_BLP, 1, whole)[:, :made]
 
@@ -232,7 +232,7 @@ def begin(
 def denoise(
     model: Model, request: Request, conditioning: Conditioning, seed: int, latents: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Noise of `seed` (or `latents` [1, C, F, H, W]) -> tokens [1, L, P] of the picture, float32, after each
+    """Noise of `seed` (or `latents` [1, C, F, H, W]) -> tokens [1, L, P] of the image, float32, after each
     step.
     """
     seat, shown = begin(model, request, conditioning, seed, latents, model.blueprint.compiled)
@@ -241,27 +241,27 @@ def denoise(
         yield shown(seat.state.x)
 
 
-def _from_picture(noise_BLP: Tensor, conditioning: Conditioning) -> tuple[Tensor, loop.Kept | None]:
-    """(the picture's tokens at the noise level where the table begins, what of them is kept)."""
+def _from_picture(noise_BLP: Tensor, conditioning: Conditioning) -> tuple[Tensor, loop.FixedTokens | None]:
+    """(the image's tokens at the noise level where the table begins, what of them is kept)."""
     assert conditioning.start is not None
     clean = conditioning.start.to(noise_BLP.dtype)
     x = torch.lerp(clean, noise_BLP, conditioning.rows.sigmas[0].item())
-    return x, None if conditioning.mask is None else loop.Kept(
+    return x, None if conditioning.mask is None else loop.FixedTokens(
         conditioning.mask.to(x.dtype), clean, noise_BLP
     )
 
 
-def _beside_known(x_BLP: Tensor, prepared: Prepared) -> tuple[Tensor, loop.Kept | None]:
+def _beside_known(x_BLP: Tensor, prepared: LoopInputs) -> tuple[Tensor, loop.FixedTokens | None]:
     """(the noise and after it the references' tokens, the given ones as what is kept)."""
     if prepared.known is None:
         return x_BLP, None
     given = prepared.known.tokens.to(x_BLP.dtype)
     x = torch.cat([x_BLP, given[:, x_BLP.shape[1] :]], 1)
-    return x, loop.Kept(prepared.known.free.to(x.dtype), given, given)
+    return x, loop.FixedTokens(prepared.known.free.to(x.dtype), given, given)
 
 
 _eager = cache(loop.eager_denoise)
-"""One function for each network and form of guidance: pictures share a loop that has the same one."""
+"""One function for each network and form of guidance: images share a loop that has the same one."""
 
 
 def denoiser(model: Model, request: Request, conditioning: Conditioning, compiled: bool) -> loop.Denoise:
@@ -281,8 +281,8 @@ def denoiser(model: Model, request: Request, conditioning: Conditioning, compile
 
 @torch.no_grad()
 def decode(model: Model, request: Request, latents: Tensor) -> numpy.ndarray:
-    """Latents [N, C, F, H, W] -> frames uint8 [frames, height, width, 3 or 4], those of the N clips one after
-    another.
+    """Latents [N, C, F, H, W] -> frames uint8 [frames, height, width, 3 or 4], those of the N videos one
+    after another.
     """
     vae = model.autoencoder
     chunk, tile = vae_passes(model, request)
@@ -292,7 +292,7 @@ def decode(model: Model, request: Request, latents: Tensor) -> numpy.ndarray:
 
 
 def _over_given(frames: numpy.ndarray, request: Request) -> numpy.ndarray:
-    """Inpainting: the given picture's own pixels stay but in the mask and around it, where the two blend over
+    """Inpainting: the given image's own pixels stay but in the mask and around it, where the two blend over
     twice `FEATHER` pixels.
 
     The share of what is made is 1 in the mask; outside, the mean over a square of `FEATHER` pixels to each

@@ -1,7 +1,7 @@
-"""What a picture looks like on its way: latents to colours through a linear map, fitted once per model to its
+"""What an image looks like on its way: latents to colours through a linear map, fitted once per model to its
 own autoencoder.
 
-Shape letters: N clips, C latent channels, F latent frames, H and W latent size.
+Shape letters: N videos, C latent channels, F latent frames, H and W latent size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tinydiff.io.images import resize
 from tinydiff.runtime.blueprint import Model
 
 SIDE, PATCHES, PICTURES = 16, 4, 8
-"""Latent size and colour patches along each side of the pictures that the map is fitted to, and their number.
+"""Latent size and colour patches along each side of the images that the map is fitted to, and their number.
 """
 LONGEST = 512
 """Pixels of a preview's longer side at most."""

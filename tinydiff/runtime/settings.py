@@ -1,8 +1,8 @@
-"""Guidance, experts and shift of a request: of what was asked, what the folder says and what the release
+"""Guidance, experts and shift of a request: of what was asked, what the directory says and what the release
 recommends, which one holds.
 
-What is asked holds. Else the folder's own files hold. A release's recommendation holds only where the folder
-is that release, by name, and its file is as released. docs/differences.md has the rules as a table.
+What is asked holds. Else the directory's own files hold. A release's recommendation holds only where the
+directory is that release, by name, and its file is as released. docs/differences.md has the rules as a table.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _shift(blueprint: Blueprint, sampling: SamplingOptions, notes: dict[str, str
         if scheduler.get("use_dynamic_shifting"):
             raise UserError(
                 "flow_shift",
-                f"flow_shift: {row.name} bends its schedule by the size of the picture; leave it out",
+                f"flow_shift: {row.name} bends its schedule by the size of the image; leave it out",
             )
         return sampling.flow_shift
     if row.flow_shift is None:

@@ -1,8 +1,8 @@
-"""Several pictures in one loop, each at its own row of its own table: step-level continuous batching.
+"""Several images in one loop, each at its own row of its own table: step-level continuous batching.
 
-Pictures share the loop where all that the network sees of them has one form (`form`). What they are told is
+Images share the loop where all that the network sees of them has one form (`form`). What they are told is
 stacked: the rows of their tables from where each stands, their hoisted tensors, their latents. So solver,
-step count, guidance scale, seed and prompt may differ, and a picture joins and leaves between two steps.
+step count, guidance scale, seed and prompt may differ, and an image joins and leaves between two steps.
 Stacking costs a copy when the company changes, not at every step. Shape letters: S steps, B images, L tokens,
 P packed channels.
 """
@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from tinydiff.ops.network import Branch, Family, Tree, has_images
-from tinydiff.sampling.loop import Denoise, Hoisted, Kept, Seat, State, moved
+from tinydiff.sampling.loop import Denoise, Denoising, FixedTokens, Hoisted, State, moved
 
 
 class Batch(NamedTuple):
     """Seats that go on together, as one. Its own `at` and `stop` count from where it was joined."""
 
-    seats: tuple[Seat, ...]
-    whole: Seat
+    seats: tuple[Denoising, ...]
+    whole: Denoising
 
 
-def form(family: Family, seat: Seat) -> Hashable:
+def form(family: Family, seat: Denoising) -> Hashable:
     """What two seats must have in common to share the loop: the network, and all shapes and types that it is
     shown.
 
@@ -57,7 +57,7 @@ def form(family: Family, seat: Seat) -> Hashable:
     return seat.denoise, weights, len(told), requests, steps, kept, fresh, x.shape, x.dtype
 
 
-def together(family: Family, seats: Sequence[Seat]) -> Batch:
+def together(family: Family, seats: Sequence[Denoising]) -> Batch:
     """Seats of one `form`, joined from where each stands to where the first of them ends or changes its
     expert.
     """
@@ -98,7 +98,9 @@ def together(family: Family, seats: Sequence[Seat]) -> Batch:
         else ahead([seat.noise for seat in seats if seat.noise is not None], 1),
         kept=None
         if first.kept is None
-        else Kept(*map(torch.cat, zip(*(seat.kept for seat in seats if seat.kept is not None), strict=True))),
+        else FixedTokens(
+            *map(torch.cat, zip(*(seat.kept for seat in seats if seat.kept is not None), strict=True))
+        ),
         network=Hoisted(first.network.weights, branches),
         state=State(x, h1, h2, memory),
         at=0,
@@ -123,7 +125,7 @@ def left(batch: Batch) -> int:
     return batch.whole.stop - batch.whole.at
 
 
-def apart(batch: Batch) -> list[Seat]:
+def apart(batch: Batch) -> list[Denoising]:
     """The batch's seats, each where it stands now."""
     state, at = batch.whole.state, batch.whole.at
     if len(batch.seats) == 1:

@@ -32,7 +32,7 @@ from torch.utils import _device as default_device
 from tinydiff.ops.network import Branch, Network, has_images
 from tinydiff.parallel.plan import Cond
 from tinydiff.parallel.sequence import KEYS, token_dims
-from tinydiff.sampling.loop import Denoise, Guidance, Hoisted, Kept, State, denoise, predictor
+from tinydiff.sampling.loop import Denoise, FixedTokens, Guidance, Hoisted, State, denoise, predictor
 
 _RECOMPILE_LIMIT = 64
 _regions = itertools.count()
@@ -90,7 +90,7 @@ def _build(network: Network, guidance: Guidance, exact: bool) -> Denoise:
         state: State,
         coefficients: Tensor,
         noise: Tensor | None,
-        kept: Kept | None,
+        kept: FixedTokens | None,
         start: Tensor,
         stop: Tensor,
     ) -> State:
@@ -103,7 +103,7 @@ def _build(network: Network, guidance: Guidance, exact: bool) -> Denoise:
         state: State,
         coefficients: Tensor,
         noise: Tensor | None,
-        kept: Kept | None,
+        kept: FixedTokens | None,
         start: int,
         stop: int,
     ) -> State:
@@ -149,7 +149,7 @@ def _mark_rows(coefficients: Tensor, noise: Tensor | None, branches: tuple[Branc
         torch._dynamo.mark_dynamic(rows, 0)
 
 
-def _mark_tokens(state: State, noise: Tensor | None, kept: Kept | None) -> None:
+def _mark_tokens(state: State, noise: Tensor | None, kept: FixedTokens | None) -> None:
     for tensor in (state.x, state.h1, state.h2, *(kept or ())):
         torch._dynamo.mark_dynamic(tensor, 1)
     if noise is not None:
@@ -162,7 +162,7 @@ def _mark_images(
     state: State,
     coefficients: Tensor,
     noise: Tensor | None,
-    kept: Kept | None,
+    kept: FixedTokens | None,
 ) -> None:
     """Where there are several images, their number is dynamic; what they share has an axis of 1."""
     requests = [(at, below) for request, _ in hoisted.branches for at, below in request.items()]

@@ -56,7 +56,7 @@ class Hoisted(NamedTuple):
     branches: tuple[Branch, ...]
 
 
-class Kept(NamedTuple):
+class FixedTokens(NamedTuple):
     """Tokens that the loop does not make: where `mask` is 0 they follow the straight path from `noise` to
     `clean`, where it is 1 they are the network's. A token that stays as it is given has its own value as its
     noise.
@@ -90,14 +90,14 @@ Guided = Callable[[Tree, Tensor, Step, tuple[Branch, ...], Memory], tuple[Tensor
 """The same, the branches' velocities made into one."""
 Guidance = Callable[[Predict, Plan], Guided]
 Wrap = Callable[[Callable[..., Streams]], Callable[..., Streams]]
-Denoise = Callable[[Hoisted, State, Tensor, Tensor | None, Kept | None, int, int], State]
+Denoise = Callable[[Hoisted, State, Tensor, Tensor | None, FixedTokens | None, int, int], State]
 """(network, state, coefficients [S, 8, 1 or B, 1, 1], fresh noise [S, B, L, P], kept tokens, start, stop) ->
 state after [start, stop).
 """
 
 
-class Seat(NamedTuple):
-    """One batch of pictures on its way: where it is in its table, and all that the loop needs to go on."""
+class Denoising(NamedTuple):
+    """One batch of images on its way: where it is in its table, and all that the loop needs to go on."""
 
     denoise: Denoise
     table: Table
@@ -106,7 +106,7 @@ class Seat(NamedTuple):
     """Coefficients [S, 8, 1, 1, 1]."""
     noise: Tensor | None
     """Fresh noise [S, B, L, P]."""
-    kept: Kept | None
+    kept: FixedTokens | None
     network: Hoisted
     """The expert that makes the steps up to `stop`."""
     state: State
@@ -215,7 +215,7 @@ def denoise(
     state: State,
     coefficients: Tensor,
     noise: Tensor | None,
-    kept: Kept | None,
+    kept: FixedTokens | None,
     start: Tensor,
     stop: Tensor,
 ) -> State:
@@ -260,7 +260,7 @@ def eager_denoise(network: Network, guidance: Guidance) -> Denoise:
         state: State,
         coefficients: Tensor,
         noise: Tensor | None,
-        kept: Kept | None,
+        kept: FixedTokens | None,
         start: int,
         stop: int,
     ) -> State:
@@ -285,8 +285,8 @@ def start(
     x_BLP: Tensor,
     experts: Callable[[int], Hoisted],
     noise: Tensor | None = None,
-    kept: Kept | None = None,
-) -> Seat:
+    kept: FixedTokens | None = None,
+) -> Denoising:
     """x_BLP at the first row of the table.
 
     experts: index -> the network made ready, asked for once per segment, so that one expert may leave the
@@ -298,7 +298,7 @@ def start(
     rows = coefficients(table, x_BLP)
     x = x_BLP.clone(memory_format=torch.contiguous_format) if kept is None else kept.at(x_BLP, rows[0, 0])
     (expert, _, stop), *_ = segments(table)
-    return Seat(
+    return Denoising(
         denoise,
         table,
         experts,
@@ -312,7 +312,7 @@ def start(
     )
 
 
-def moved(seat: Seat, state: State, at: int) -> Seat:
+def moved(seat: Denoising, state: State, at: int) -> Denoising:
     """The seat with `at` steps made, and the expert for those to come."""
     seat = seat._replace(state=state, at=at)
     if at < seat.stop or seat.done:
@@ -322,7 +322,7 @@ def moved(seat: Seat, state: State, at: int) -> Seat:
 
 
 @torch.no_grad()
-def advance(seat: Seat, steps: int) -> Seat:
+def advance(seat: Denoising, steps: int) -> Denoising:
     """The seat after `steps` more steps, or as many as its expert makes."""
     stop = min(seat.at + steps, seat.stop)
     state = seat.denoise(seat.network, seat.state, seat.rows, seat.noise, seat.kept, seat.at, stop)
@@ -336,7 +336,7 @@ def run(
     x_BLP: Tensor,
     experts: Callable[[int], Hoisted],
     noise: Tensor | None = None,
-    kept: Kept | None = None,
+    kept: FixedTokens | None = None,
     chunk: int | None = None,
 ) -> Iterator[Progress]:
     """Denoise x_BLP over the whole table (see `start`), yielding after every `chunk` steps (None: as rarely

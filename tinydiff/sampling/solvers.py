@@ -183,7 +183,7 @@ def with_experts(table: Table, boundary_ratio: float, guidance_2: float | None =
 
 
 def since(table: Table, step: int) -> Table:
-    """The table from row `step` on, as a picture made noisy to that row's sigma starts. UniPC, which looks
+    """The table from row `step` on, as an image made noisy to that row's sigma starts. UniPC, which looks
     back at earlier steps, begins anew there, at first with its lower order, as the reference's does."""
     rest = Table(*(column[step:] for column in table))
     if not step or not (table.b1.any() or table.b2.any()):

@@ -21,7 +21,7 @@ class Board:
 
     job: Job
     changed: threading.Condition
-    """Of the boards' one lock; each has its own, so that a step wakes those who wait for its pictures and
+    """Of the boards' one lock; each has its own, so that a step wakes those who wait for its images and
     nobody else.
     """
     done: int = 0

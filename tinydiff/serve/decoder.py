@@ -51,7 +51,7 @@ class Decoder:
                 unpack.send(process.stdin, ask, data)
                 answer, values = unpack.receive(process.stdout)
             except (EOFError, OSError):
-                message = "takes more time or memory to read than this server gives one picture; save it as an ordinary PNG or JPEG"
+                message = "takes more time or memory to read than this server gives one image; save it as an ordinary PNG or JPEG"
                 raise UserError(field, f"{field}: {message}") from None
             if answer.get("last"):
                 process.wait()  # it ends by itself, and all that it held is the system's again

@@ -1,4 +1,4 @@
-"""Pictures at addresses on the public internet, and nothing else that an address may lead to. No torch here."""
+"""Images at addresses on the public internet, and nothing else that an address may lead to. No torch here."""
 
 from __future__ import annotations
 

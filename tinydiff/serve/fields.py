@@ -1,5 +1,5 @@
 """The fields of a request, OpenAI's and tinydiff's own, as what to make, what the answer repeats, and the
-pictures given.
+images given.
 
 Every field has an effect or is an error. What OpenAI has and a diffusion model has no use for is accepted at
 the values that ask for nothing. Every sampling option of `tinydiff generate` is a field under its name there,
@@ -38,7 +38,7 @@ STEPS_OF_QUALITY = {"low": 0.5, "medium": 0.75, "high": 1.0, "hd": 1.0, "xhigh":
 
 
 class FileId(NamedTuple):
-    """A picture that is among the server's files already."""
+    """An image that is among the server's files already."""
 
     id: str
 
@@ -52,7 +52,7 @@ class Asked(NamedTuple):
     """What else was said: `model`, `size`, `quality`, `seconds`, `output_format`, `response_format`,
     `stream`, `user`, ...; and `spelled`, the client's names of fields where they differ."""
     given: dict[str, tuple[str | bytes | FileId, ...]]
-    """"image_path" or "mask_path" -> pictures: bytes, a data URI or an address, or a file of the server's."""
+    """"image_path" or "mask_path" -> images: bytes, a data URI or an address, or a file of the server's."""
 
 
 Reader = Callable[[str, Any, bool], Any]
@@ -132,7 +132,7 @@ BOTH: dict[str, Reader] = {
     "safety_identifier": _text(),
     "priority": _whole(-10, 10),
 }
-"""Fields of pictures and of clips that are no options of `generate`."""
+"""Fields of images and of videos that are no options of `generate`."""
 
 OWN: dict[Kind, dict[str, Reader]] = {
     "image": {
@@ -156,20 +156,20 @@ PICTURES: dict[Kind, dict[str, str]] = {
         "reference_url": "image_path",
     },
 }
-"""Fields that give pictures -> what `generate` calls them; its own names are taken too."""
+"""Fields that give images -> what `generate` calls them; its own names are taken too."""
 
 IDLE: dict[str, tuple[tuple[Any, ...], str]] = {
     "moderation": (("auto", "low"), "nothing is moderated here"),
     "input_fidelity": (
         ("low",),
-        "no model here has such a setting; for one that starts from the picture it is strength",
+        "no model here has such a setting; for one that starts from the image it is strength",
     ),
     "style": ((), "a style is said in the prompt"),
     "complexity": ((), "a diffusion model has no such setting; it is num_inference_steps"),
-    "frame_count": ((1,), "an animation is a clip, asked for at /v1/videos"),
-    "frame_duration_ms": ((), "an animation is a clip, asked for at /v1/videos with fps"),
-    "svg": ((), "pictures are made of pixels"),
-    "markup": ((), "no model here reads marks on a picture; a mask says where it is painted anew"),
+    "frame_count": ((1,), "an animation is a video, asked for at /v1/videos"),
+    "frame_duration_ms": ((), "an animation is a video, asked for at /v1/videos with fps"),
+    "svg": ((), "images are made of pixels"),
+    "markup": ((), "no model here reads marks on an image; a mask says where it is inpainted"),
     "loras": (([], "", "[]"), "LoRA does not exist yet"),
     "enhance_prompt": ((False, "false"), "rewriting prompts does not exist yet"),
 }
@@ -301,12 +301,12 @@ def _option(name: str, meant: str, value: Any, words: bool) -> Any:
 
 
 def _sources(name: str, value: Any) -> Iterator[str | bytes | FileId]:
-    """Pictures as a field gives them: one or several of bytes, a text, {"image_url": ...} and {"file_id":
+    """Images as a field gives them: one or several of bytes, a text, {"image_url": ...} and {"file_id":
     ...}.
     """
     items = value if isinstance(value, list) else [value]
     if len(items) > (1 if name.startswith("mask") else MOST_PICTURES):
-        most = "one mask" if name.startswith("mask") else f"{MOST_PICTURES} pictures at most"
+        most = "one mask" if name.startswith("mask") else f"{MOST_PICTURES} images at most"
         raise UserError(name, f"{name}: {len(items)} are given; there may be {most}")
     for item in items:
         if isinstance(item, dict):
@@ -315,19 +315,19 @@ def _sources(name: str, value: Any) -> Iterator[str | bytes | FileId]:
             if key not in ("image_url", "file_id") or not isinstance(inner, str):
                 raise UserError(
                     name,
-                    f'{name}: an object gives a picture as {{"image_url": "..."}} or {{"file_id": "..."}}',
+                    f'{name}: an object gives an image as {{"image_url": "..."}} or {{"file_id": "..."}}',
                 )
             item = FileId(inner) if key == "file_id" else inner
         if not isinstance(item, str | bytes | FileId):
             raise _wrong(
                 name,
                 item,
-                "a picture: a file, a data URI, an address, or an object with image_url or file_id",
+                "an image: a file, a data URI, an address, or an object with image_url or file_id",
             )
         if isinstance(item, bytes) and len(item) > MOST_PICTURE_BYTES:
             raise UserError(
                 name,
-                f"{name}: a picture has {len(item) / 2**20:.0f} MiB; {MOST_PICTURE_BYTES // 2**20} are the most",
+                f"{name}: an image has {len(item) / 2**20:.0f} MiB; {MOST_PICTURE_BYTES // 2**20} are the most",
             )
         yield item
 
@@ -363,10 +363,10 @@ def _agree(answer: Mapping[str, Any], given: Mapping[str, Any]) -> None:
             raise UserError(name, f"{name}: {_shown(answer[name])} needs stream, which sends them on the way")
     if streams and answer.get("response_format") == "url":
         raise UserError(
-            "response_format", "response_format: a stream carries the pictures themselves, b64_json"
+            "response_format", "response_format: a stream carries the images themselves, b64_json"
         )
     if "mask_path" in given and "image_path" not in given:
-        raise UserError("mask", "mask: says where a given picture is painted anew; give the picture as image")
+        raise UserError("mask", "mask: says where a given image is inpainted; give the image as image")
 
 
 def _wrong(name: str, value: Any, wanted: str) -> UserError:

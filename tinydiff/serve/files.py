@@ -49,8 +49,8 @@ _HALF_WRITTEN = re.compile(r"\.[0-9a-f]{16}\.tmp")
 
 
 def secret(state_dir: Path) -> bytes:
-    """What the servers of a folder sign addresses with: made by the first of them, and only its user can read
-    it. Raises UserError.
+    """What the servers of a directory sign addresses with: made by the first of them, and only its user can
+    read it. Raises UserError.
     """
     path = state_dir / "secret"
     with _plain_errors():
@@ -69,8 +69,8 @@ def secret(state_dir: Path) -> bytes:
 
 
 def claim(folder: Path, secret: bytes) -> Path:
-    """The folder, made where there is none, as one for the files of the servers that have this secret: others
-    would remove what no job of theirs names. Raises UserError for one that cannot be written to, or is
+    """The directory, made where there is none, as one for the files of the servers that have this secret:
+    others would remove what no job of theirs names. Raises UserError for one that cannot be written to, or is
     another's."""
     field, mark = "output_path", hashlib.sha256(secret).hexdigest()
     note = folder / ".tinydiff-server"
@@ -92,7 +92,7 @@ def claim(folder: Path, secret: bytes) -> Path:
 
 @dataclass(frozen=True)
 class Files:
-    """Files by id. Every method may be called from any thread of any server of the folder."""
+    """Files by id. Every method may be called from any thread of any server of the directory."""
 
     folder: Path
     secret: bytes = field(repr=False)
@@ -232,7 +232,7 @@ class Files:
             self.delete(id)
 
     def _entries(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """All of the server's own that lies in the folder, which a user may have chosen; other servers may
+        """All of the server's own that lies in the directory, which a user may have chosen; other servers may
         remove some meanwhile.
         """
         with suppress(FileNotFoundError), os.scandir(self.folder) as entries:
@@ -271,7 +271,9 @@ def _removed(path: Path) -> bool:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Say what the system refuses in one sentence, without the folder's name, which is no client's business."""
+    """Say what the system refuses in one sentence, without the directory's name, which is no client's
+    business.
+    """
     try:
         yield
     except (OSError, UserError) as error:

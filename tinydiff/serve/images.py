@@ -1,4 +1,4 @@
-"""Pictures, as OpenAI's Images API has them: made from text, or from given ones, at once or as a stream of
+"""Images, as OpenAI's Images API has them: made from text, or from given ones, at once or as a stream of
 events; and their jobs.
 
 Every request is a job. Its client waits for it here, so the job is this server's alone, and is cancelled when
@@ -66,7 +66,7 @@ def routes(service: Service) -> list[tuple[str, object]]:
 
 
 class Generations:
-    """Pictures of a text."""
+    """Images of a text."""
 
     def __init__(self, service: Service, repeats: Repeats) -> None:
         self.service, self.repeats = service, repeats
@@ -76,7 +76,7 @@ class Generations:
 
 
 class Edits:
-    """Pictures of a text and given pictures."""
+    """Images of a text and given images."""
 
     def __init__(self, service: Service, repeats: Repeats) -> None:
         self.service, self.repeats = service, repeats
@@ -87,7 +87,7 @@ class Edits:
             raise Refusal(
                 400,
                 "missing_required_parameter",
-                "image: is missing; an edit is of one picture or more",
+                "image: is missing; an edit is of one image or more",
                 "image",
             )
         _make(self.service, self.repeats, req, resp, job, "image_edit")
@@ -106,7 +106,7 @@ class Absent:
 
 
 class Image:
-    """How a request for pictures stands; and an end to it."""
+    """How a request for images stands; and an end to it."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -126,7 +126,7 @@ class Image:
 
 
 class Cancel:
-    """Stop making pictures, within a step; what is done stays as it is."""
+    """Stop making images, within a step; what is done stays as it is."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -139,7 +139,7 @@ class Cancel:
 
 
 class Content:
-    """A picture itself; of several the one of `variant`, from 0; with `thumbnail` a small one of it."""
+    """An image itself; of several the one of `variant`, from 0; with `thumbnail` a small one of it."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -154,7 +154,7 @@ class Content:
             raise Refusal(
                 404,
                 job.error.code if job.error else "not_ready",
-                f"the picture {id} has no content: it is {failed}",
+                f"the image {id} has no content: it is {failed}",
             )
         output = job.outputs[whole_number(given, "variant", 0, len(job.outputs) - 1, 0)]
         path = self.service.files.path(output.file) if switch(given, "thumbnail") else None
@@ -249,7 +249,7 @@ def finished(service: Service, job: Job, base: str) -> dict[str, Any]:
 
 
 def _make(service: Service, repeats: Repeats, req: Req, resp: Resp, job: Job, event: str) -> None:
-    """Queue the job and answer with its pictures, or with events on the way to them."""
+    """Queue the job and answer with its images, or with events on the way to them."""
     streams = job.answer.get("stream", False)
     job = repeats.submit(req, job, job.answer.get("partial_images", 0))
     if not streams:
@@ -275,12 +275,12 @@ def _wait(service: Service, repeats: Repeats, req: Req, job: Job) -> Job:
                 gone_at - begun < patience - 1 or time.monotonic() - gone_at > AGAIN_S
             ):
                 break
-    raise Refusal(499, "client_gone", "the client went before its pictures were made")
+    raise Refusal(499, "client_gone", "the client went before its images were made")
 
 
 def _events(service: Service, repeats: Repeats, req: Req, job: Job, event: str) -> Iterator[bytes]:
     """The stream of a job: partial images, progress where it was asked for, then one completed event for each
-    picture; or an error.
+    image; or an error.
 
     Comments keep the line open: they are no events, and clients pass over them.
     """
@@ -384,7 +384,7 @@ def _preview(picture: numpy.ndarray, format: str) -> bytes:
 def _bytes(service: Service, output: Output) -> bytes:
     path = service.files.path(output.file)
     if path is None:
-        raise Refusal(404, "file_expired", "the picture is no longer kept here")
+        raise Refusal(404, "file_expired", "the image is no longer kept here")
     return path.read_bytes()
 
 

@@ -23,7 +23,7 @@ from tinydiff.serve.metrics import CONTENT_TYPE
 from tinydiff.serve.service import Busy, Service
 
 ABLE = ("ready", "asleep")
-"""Phases in which a request is answered with a picture: one wakes a server that is asleep."""
+"""Phases in which a request is answered with an image: one wakes a server that is asleep."""
 
 UNTOLD = ("api_key", "api_key_file", "admin_api_key", "state_dir", "output_path", "state_url")
 """Options that clients are not told, as they are secrets or places on this machine."""

@@ -24,7 +24,7 @@ ESCAPED = {"%2B": "+", "%2F": "/", "%3D": "=", "%0A": "", "%0D": "", "%20": ""}
 _ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
-"""How pictures begin in base64."""
+"""How images begin in base64."""
 
 Get = Callable[[str, str, int, float], bytes]
 """(address, field, bytes at most, seconds) -> the bytes there. Raises UserError."""
@@ -54,7 +54,7 @@ def _read(source: str, field: str, allow_urls: bool, most: int, get: Get) -> byt
         return _data_uri(source, field, most)
     if scheme in ("http", "https"):
         if not allow_urls:
-            how = "send the picture as a file or a data URI, or start the server with --allow-url-inputs"
+            how = "send the image as a file or a data URI, or start the server with --allow-url-inputs"
             raise UserError(field, f"{field}: is an address, and this server fetches none; {how}")
         return get(source, field, most, FETCH_S)
     if source.startswith(BASE64_STARTS) or (

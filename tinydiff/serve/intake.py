@@ -1,4 +1,4 @@
-"""From a request's body to a job: its fields read, its pictures fetched and kept, all of it checked before it
+"""From a request's body to a job: its fields read, its images fetched and kept, all of it checked before it
 is queued.
 """
 
@@ -36,10 +36,10 @@ LOSSLESS = ("default", "maximum", None, 100)
 
 
 def read_job(service: Service, req: falcon.Request, kind: Kind) -> Job:
-    """The job that a request asks for, checked, its given pictures among the server's files. It is not queued
+    """The job that a request asks for, checked, its given images among the server's files. It is not queued
     yet.
 
-    Its `answer` has the effective `size`, of a clip also `seconds`, and `fingerprint`, the same for bodies
+    Its `answer` has the effective `size`, of a video also `seconds`, and `fingerprint`, the same for bodies
     that say the same. Raises UserError and Refusal; then nothing is left behind.
     """
     body, form = read_body(req, int(service.options.max_body * 1e6))
@@ -156,29 +156,29 @@ def _suits(service: Service, job: Job) -> None:
         if row.clip_frames == 1:
             raise UserError(
                 "model",
-                f"model: {row.name} makes pictures, not clips; they are asked for at /v1/images/generations",
+                f"model: {row.name} makes images, not videos; they are asked for at /v1/images/generations",
             )
         if fields.get("num_frames") == 1:
             raise UserError(
-                "num_frames", "num_frames: 1 makes a picture, which is asked for at /v1/images/generations"
+                "num_frames", "num_frames: 1 makes an image, which is asked for at /v1/images/generations"
             )
         return
     if row.image_use == "frames" and row.images[0]:
         raise UserError(
             "image_path",
-            f"image_path: {row.name} makes clips that begin with a given picture; they are asked for at /v1/videos",
+            f"image_path: {row.name} makes videos that begin with a given image; they are asked for at /v1/videos",
         )
     if not row.layers and fields.get("num_frames", 1) != 1:
         raise UserError(
-            "num_frames", f"num_frames: {fields['num_frames']} make a clip, which is asked for at /v1/videos"
+            "num_frames", f"num_frames: {fields['num_frames']} make a video, which is asked for at /v1/videos"
         )
     if "fps" in fields:
-        raise UserError("fps", "fps: a picture has no frames a second; clips are asked for at /v1/videos")
+        raise UserError("fps", "fps: an image has no frames a second; videos are asked for at /v1/videos")
     clear, asked = row.layers > 0, answer.get("background", "auto")
     if asked != "auto" and clear != (asked == "transparent"):
         only = "transparent" if clear else "opaque"
         raise UserError(
-            "background", f"background: {asked!r} cannot be had; the pictures of {row.name} are {only}"
+            "background", f"background: {asked!r} cannot be had; the images of {row.name} are {only}"
         )
     for name in ("output_quality", "output_compression"):
         if answer.get("output_format", "png") == "png" and fields.get(name) not in LOSSLESS:
@@ -189,12 +189,12 @@ def _suits(service: Service, job: Job) -> None:
 
 
 def _paths(service: Service, job: Job) -> dict[str, Any]:
-    """The given pictures as paths of this machine."""
+    """The given images as paths of this machine."""
     found: dict[str, Any] = {}
     for name, ids in job.inputs.items():
         paths = [service.files.path(id) for id in ids]
         if None in paths:
-            raise UserError(name, f"{name}: a given picture is no longer kept; send it again")
+            raise UserError(name, f"{name}: a given image is no longer kept; send it again")
         found[name] = [str(path) for path in paths] if name == "image_path" else str(paths[0])
     return found
 

@@ -34,7 +34,7 @@ class Output:
     """Bytes."""
     seed: int
     variant: str = "content"
-    """"content", or of a clip also "thumbnail" and "spritesheet"."""
+    """"content", or of a video also "thumbnail" and "spritesheet"."""
     url: str | None = None
     """Where it lies in object storage; None where this server serves it."""
     warning: str | None = None
@@ -53,7 +53,7 @@ class Job:
     fields: Mapping[str, Any] = field(default_factory=dict)
     """What to make: sampling options and those of encoding, by the names of `tinydiff generate`."""
     inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Given pictures: "image_path" or "mask_path" -> ids of the server's files."""
+    """Given images: "image_path" or "mask_path" -> ids of the server's files."""
     answer: Mapping[str, Any] = field(default_factory=dict)
     """What only the answer repeats or needs: `model`, `size`, `seconds`, `output_format`, `response_format`,
     `user`, ...

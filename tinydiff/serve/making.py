@@ -31,9 +31,9 @@ class Making:
     request: Request
     conditioning: Conditioning
     usage: Mapping[str, Any]
-    """Tokens in OpenAI's words: of the text, of given pictures, and of what is made."""
+    """Tokens in OpenAI's words: of the text, of given images, and of what is made."""
     previews: int
-    """How many pictures of the first output on its way are wanted."""
+    """How many images of the first output on its way are wanted."""
     waiting: deque[int] = field(init=False)
     """Numbers of the outputs that have not begun."""
     taken: float = field(default_factory=time.monotonic)

@@ -55,18 +55,16 @@ class Metrics:
         self._whole = Histogram(
             "tinydiff_job_seconds", "From request to result.", ("kind",), buckets=LONG, registry=own
         )
-        self._outputs = Counter("tinydiff_outputs", "Pictures and clips made.", ("kind",), registry=own)
+        self._outputs = Counter("tinydiff_outputs", "Images and videos made.", ("kind",), registry=own)
         self._stage = Histogram(
             "tinydiff_stage_seconds", "Of each stage of a job.", ("stage",), buckets=LONG, registry=own
         )
         self._step = Histogram(
             "tinydiff_step_seconds", "Of a denoising step of a whole batch.", buckets=SHORT, registry=own
         )
-        self._steps = Counter(
-            "tinydiff_steps", "Denoising steps, those of each picture counted.", registry=own
-        )
+        self._steps = Counter("tinydiff_steps", "Denoising steps, those of each image counted.", registry=own)
         self._batch = Histogram(
-            "tinydiff_batch_size", "Pictures that shared a denoising step.", buckets=SIZES, registry=own
+            "tinydiff_batch_size", "Images that shared a denoising step.", buckets=SIZES, registry=own
         )
         self._recompiles = Counter("tinydiff_recompiles", "Graphs compiled.", registry=own)
         self._peak = Gauge(
@@ -102,7 +100,7 @@ class Metrics:
         self._stage.labels(name).observe(seconds)
 
     def steps(self, count: int, batch: int, seconds: float) -> None:
-        """`count` steps were made by `batch` pictures together. seconds: of one of them."""
+        """`count` steps were made by `batch` images together. seconds: of one of them."""
         for _ in range(count):
             self._step.observe(seconds)
             self._batch.observe(batch)

@@ -13,7 +13,7 @@ from tinydiff.serve.service import Service
 from tinydiff.serve.site import Document, File, policy
 
 ABOUT = """\
-Pictures and clips from one model, under OpenAI's addresses: its official clients work against base_url http://HOST:PORT/v1.
+Images and videos from one model, under OpenAI's addresses: its official clients work against base_url http://HOST:PORT/v1.
 
 Every sampling option of `tinydiff generate` is a field of a request, at top level or inside `extra_body`. What is left out, or null, is \
 the model's own choice; answers repeat what was used. An unknown field is an error that names it and the nearest one: nothing is ignored.
@@ -25,7 +25,7 @@ ERRORS = {
     401: "there is no key, or one that is not this server's",
     403: "this needs another key, or a valid address",
     404: "there is none of that name or id",
-    409: "it is not in a state for this; of a picture, it was cancelled",
+    409: "it is not in a state for this; of an image, it was cancelled",
     413: "the body is too large",
     415: "the body is of a kind that is not read",
     416: "the range lies behind the end",
@@ -116,19 +116,19 @@ def pictures(name: str) -> Iterator[Operation]:
     generation = schemas.request("image", name, False, ("prompt",), without=("image", "images", "mask"))
     edit = schemas.request("image", name, True, ("prompt", "image"))
     edit_json = schemas.request("image", name, False, ("prompt", "images"), without=("image",))
-    images = {200: Answer("the pictures; with stream, server-sent events", ref("Images"), (EVENTS,))}
+    images = {200: Answer("the images; with stream, server-sent events", ref("Images"), (EVENTS,))}
     job = {200: Answer("the job", ref("Image"))}
     which = {
-        "variant": schemas.whole("Which of several pictures, from 0.", 0),
+        "variant": schemas.whole("Which of several images, from 0.", 0),
         "thumbnail": schemas.choice(
             "Whether in small, as WebP with no side over 512 pixels.", "true", "false", default="false"
         ),
     }
-    made = "Make pictures from given ones: start from one, paint a part of it anew with a mask, or work from references."
+    made = "Make images from given ones: start from one, paint a part of it anew with a mask, or work from references."
     yield Operation(
         "post /v1/images/generations",
         "createImage",
-        "Make pictures.",
+        "Make images.",
         images,
         MADE,
         {},
@@ -138,12 +138,12 @@ def pictures(name: str) -> Iterator[Operation]:
     yield Operation(
         "post /v1/images/edits", "editImage", made, images, MADE, {}, {FORM: edit, JSON: edit_json}
     )
-    yield Operation("get /v1/images/{id}", "image", "How a request for pictures stands.", job, (404,))
+    yield Operation("get /v1/images/{id}", "image", "How a request for images stands.", job, (404,))
     says = "Stop a request that is not done; remove one that is, and its files."
     yield Operation("delete /v1/images/{id}", "deleteImage", says, gone("image.deleted"), (404,))
     says = "Stop a request within a step; who waits for it gets the code cancelled."
     yield Operation("post /v1/images/{id}/cancel", "cancelImage", says, job, (404,))
-    yield Operation("get /v1/images/{id}/content", "imageContent", "A picture itself.", FILE, NO_FILE, which)
+    yield Operation("get /v1/images/{id}/content", "imageContent", "An image itself.", FILE, NO_FILE, which)
 
 
 def clips(name: str) -> Iterator[Operation]:
@@ -162,9 +162,9 @@ def clips(name: str) -> Iterator[Operation]:
     }
     which = {
         "variant": schemas.choice(
-            "The clip, its first frame or its contact sheet.", "video", "thumbnail", "spritesheet"
+            "The video, its first frame or its contact sheet.", "video", "thumbnail", "spritesheet"
         ),
-        "index": schemas.whole("Which of several clips, from 0.", 0),
+        "index": schemas.whole("Which of several videos, from 0.", 0),
     }
     signed = {
         "expires": schemas.whole("From the address.", 0),
@@ -172,19 +172,19 @@ def clips(name: str) -> Iterator[Operation]:
     }
     says = "Ask for a clip. Look at it again after as many milliseconds as openai-poll-after-ms says, until it is completed or failed."
     yield Operation("post /v1/videos", "createVideo", says, job, MADE, {}, {FORM: form, JSON: body}, EXAMPLE)
-    yield Operation("get /v1/videos", "listVideos", "Your clips.", listed, (400,), page)
-    yield Operation("get /v1/videos/{id}", "video", "How a clip stands.", job, (400, 404))
-    says = "Remove a clip and its files; one that is not done is cancelled."
+    yield Operation("get /v1/videos", "listVideos", "Your videos.", listed, (400,), page)
+    yield Operation("get /v1/videos/{id}", "video", "How a video stands.", job, (400, 404))
+    says = "Remove a video and its files; one that is not done is cancelled."
     yield Operation("delete /v1/videos/{id}", "deleteVideo", says, gone("video.deleted"), (404,))
     yield Operation("get /v1/videos/{id}/content", "videoContent", "The files.", FILE, NO_FILE, which)
     yield Operation(
         "post /v1/videos/{id}/cancel",
         "cancelVideo",
-        "Stop a clip within a step; its code is then cancelled.",
+        "Stop a video within a step; its code is then cancelled.",
         job,
         (404,),
     )
-    says = "The same clip with another prompt, and another seed if you like."
+    says = "The same video with another prompt, and another seed if you like."
     yield Operation("post /v1/videos/{id}/remix", "remixVideo", says, job, MADE, {}, {JSON: remix}, EXAMPLE)
     says = "A file, by an address that an answer gave, which needs no key and expires; or by its id."
     yield Operation(

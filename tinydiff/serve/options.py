@@ -38,7 +38,7 @@ class ServeOptions:
     """Directory of the files that jobs were given and made. Default: `files` in state_dir."""
     state_url: str | None = None
     """postgresql://... keeps the jobs in a database that several servers share; their state_dir is then one
-    shared folder.
+    shared directory.
     """
     unfinished: Literal["rerun", "fail"] = "rerun"
     """What becomes of jobs that a server left unfinished."""
@@ -56,15 +56,15 @@ class ServeOptions:
     max_body: float = within(64.0, above=0, most=4096)
     """MB of a request at most."""
     max_input_pixels: float = within(40e6, least=1)
-    """Pixels of a given picture at most."""
+    """Pixels of a given image at most."""
     max_pixels: float | None = within(None, least=1)
     """Pixels of one output at most, frames times height times width. Default: 4 times those of the model's
     own default output.
     """
     allow_url_inputs: bool = False
-    """Fetch pictures from public addresses that requests name."""
+    """Fetch images from public addresses that requests name."""
     batching_max_size: int = within(8, least=1, most=1024)
-    """Pictures that share the denoising loop at most; fewer where that is measured to be faster."""
+    """Images that share the denoising loop at most; fewer where that is measured to be faster."""
     batching_delay_ms: float = within(0.0, least=0, most=60_000)
     """How long an idle server waits for more requests before it begins."""
     warmup_resolutions: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class ServeOptions:
     idle_unload: float | None = within(None, above=0)
     """Seconds without a request after which the model leaves the device, to come back with the next."""
     http_threads: int = within(128, least=2, most=4096)
-    """Requests answered at once; those that wait for a picture count."""
+    """Requests answered at once; those that wait for an image count."""
     http_graceful_shutdown_timeout: float = within(30.0, least=0)
     """Seconds that running jobs get when the server is told to stop; what is left is queued again."""
     enable_metrics: bool = True

@@ -40,7 +40,7 @@ def plan(job: Job, request: Request, folder: Path) -> tuple[output.Target, outpu
 def save(
     job: Job, request: Request, files: Files, frames: numpy.ndarray, seed: int, told: Mapping[str, Any]
 ) -> list[Output]:
-    """Encode one output of a job, uint8 [T, H, W, 3 or 4], and put it among the files: a clip also in small,
+    """Encode one output of a job, uint8 [T, H, W, 3 or 4], and put it among the files: a video also in small,
     layers one by one.
     """
     from tinydiff.serve.sheets import spritesheet, thumbnail

@@ -33,7 +33,7 @@ class Repeats:
     """What the requests to one address were. A repeated one is told by `Idempotency-Key`, which any client
     may send, or by the official client's count of retries: then it joins a running job of the same key and
     body, unless what it repeats was answered with an error. By its count a client also finds what was
-    completed after it gave up, else one of little patience would never get a picture."""
+    completed after it gave up, else one of little patience would never get an image."""
 
     def __init__(self, service: Service) -> None:
         self._service = service

@@ -22,7 +22,7 @@ from tinydiff.records import Request
 from tinydiff.runtime import ambient, pipeline, preview
 from tinydiff.runtime import blueprint as blueprints
 from tinydiff.runtime.blueprint import Blueprint, Model
-from tinydiff.runtime.continuous import Continuous, Sitting, give_memory_back, short_of_memory, sitting
+from tinydiff.runtime.continuous import BatchSlot, Continuous, give_memory_back, short_of_memory, sitting
 from tinydiff.serve import outputs, seats, warmup
 from tinydiff.serve.board import Boards
 from tinydiff.serve.files import Files
@@ -286,7 +286,7 @@ class Scheduler:
                 self._fail(job.id, error)
 
     def _drop(self) -> None:
-        """End what was cancelled, and take pictures of jobs that ended out of the loop."""
+        """End what was cancelled, and take images of jobs that ended out of the loop."""
         while self._cancelled:
             self._end(self._cancelled.pop(), CANCELLED)
         for owner in {one.owner for one in self.loop.sittings} - self._jobs.keys():
@@ -310,8 +310,8 @@ class Scheduler:
             if (making := self._jobs.get(one.owner)) is not None:
                 self._finish(making, one)
 
-    def _tell(self, making: Making, one: Sitting) -> None:
-        """Say how far a job is, and show its first picture at even distances where that was wanted."""
+    def _tell(self, making: Making, one: BatchSlot) -> None:
+        """Say how far a job is, and show its first image at even distances where that was wanted."""
         pictures = []
         if making.previews and one.index == 0:
             clean, at = self.loop.clean(one)
@@ -328,8 +328,8 @@ class Scheduler:
                 self.store.progress(making.job.id, self.name, percent)
         self.boards.post(making.job, making.steps, making.total, pictures)
 
-    def _finish(self, making: Making, one: Sitting) -> None:
-        """Decode a picture and hand it on to be stored."""
+    def _finish(self, making: Making, one: BatchSlot) -> None:
+        """Decode an image and hand it on to be stored."""
         started = time.perf_counter()
         try:
             model = self._load()

@@ -141,7 +141,7 @@ def own(name: str, model: str) -> Schema:
         ),
         "output_format": {"description": "Form of the file.", "type": "string"},
         "response_format": choice(
-            "The picture itself, or an address that serves it for a while.", "b64_json", "url"
+            "The image itself, or an address that serves it for a while.", "b64_json", "url"
         ),
         "stream": {"type": "boolean", "description": "Answer with server-sent events."},
         "partial_images": whole("Previews on the way, of a stream.", 0, fields.MOST_PARTIAL),
@@ -154,7 +154,7 @@ def own(name: str, model: str) -> Schema:
                 {"type": "number", "exclusiveMinimum": 0, "maximum": 3600},
                 {"type": "string", "pattern": "^[1-9][0-9]{0,2}$"},
             ],
-            "description": "Length of the clip; with fps the same as num_frames.",
+            "description": "Length of the video; with fps the same as num_frames.",
         },
     }[name]
 
@@ -162,14 +162,14 @@ def own(name: str, model: str) -> Schema:
 def request(
     kind: Kind, model: str, form: bool, required: tuple[str, ...] = (), without: tuple[str, ...] = ()
 ) -> Schema:
-    """A request's body. form: as multipart, where pictures are files and nothing is null. without: fields it
+    """A request's body. form: as multipart, where images are files and nothing is null. without: fields it
     has not.
     """
     formats = ("png", "webp", "jpeg") if kind == "image" else ("mp4", "webm", "gif")
     own_fields = {name: own(name, model) for name in fields.OWN[kind]} | {
         "output_format": choice("Form of the file.", *formats)
     }
-    picture = text("A picture.", format="binary") if form else PICTURE
+    picture = text("An image.", format="binary") if form else PICTURE
     given = {
         name: picture_field(name, picture, form)
         for name in fields.PICTURES[kind]
@@ -205,9 +205,9 @@ def request(
 
 def picture_field(name: str, picture: Schema, form: bool) -> Schema:
     says = {
-        "mask": "Where the picture is painted anew: white, or transparent, there. Of the picture's size.",
+        "mask": "Where the image is inpainted: white, or transparent, there. Of the image's size.",
         "input_reference": "The first frame; for some models also the last, or references.",
-    }.get(name, "The picture to start from, or references. image[] and repeated parts give several.")
+    }.get(name, "The image to start from, or references. image[] and repeated parts give several.")
     several = {"anyOf": [picture, {"type": "array", "items": picture, "maxItems": fields.MOST_PICTURES}]}
     return {**(picture if form or name == "mask" else several), "description": says}
 
@@ -255,13 +255,13 @@ SUMMARY = {
     "background": text(""),
     "output_format": text(""),
     "seed": nullable(whole("The seed of the first.")),
-    "seeds": listed({"type": "integer"}, "The seed of each picture."),
+    "seeds": listed({"type": "integer"}, "The seed of each image."),
     "parameters": PARAMETERS,
     "warnings": WARNINGS,
     "timings": TIMINGS,
     **STEPS,
 }
-"""What every answer says of the pictures made."""
+"""What every answer says of the images made."""
 
 ADDRESS = text("An address that serves it for a while.")
 OUTPUT = {
@@ -314,7 +314,7 @@ VIDEO = obj(optional=SAID, properties={
     "prompt": nullable(text("")),
     "size": nullable(text("WIDTHxHEIGHT.")),
     "seconds": nullable(text("Length of the clip.")),
-    "remixed_from_video_id": nullable(text("The clip that it is a remix of.")),
+    "remixed_from_video_id": nullable(text("The video that it is a remix of.")),
     "error": nullable(obj({"code": text("Why it failed; cancelled among others."), "message": text("")})),
     "parameters": PARAMETERS,
     "warnings": WARNINGS,
@@ -356,8 +356,8 @@ MODEL = obj({
     "pipeline_name": text("The model's family."),
     "pipeline_class": text("The pipeline's class in diffusers."),
     "parameters": {"description": "How many the denoiser has."},
-    "task_types": listed(text(""), "T2I, I2I, T2V, I2V: from text or pictures, to pictures or clips."),
+    "task_types": listed(text(""), "T2I, I2I, T2V, I2V: from text or images, to images or videos."),
     "defaults": {**FREE, "description": "What a request gets that leaves it out."},
     "sizes": {**FREE, "description": "What sizes must be multiples of, and how large they may be."},
-    "input_images": {**FREE, "description": "How many pictures may be given, and as what."},
+    "input_images": {**FREE, "description": "How many images may be given, and as what."},
 })  # fmt: skip

@@ -46,7 +46,7 @@ class News(NamedTuple):
     """Steps made of `total`, over all its outputs."""
     total: int
     previews: tuple[numpy.ndarray, ...]
-    """Pictures uint8 [H, W, 3] of where the first output stood, oldest first, made only where
+    """Images uint8 [H, W, 3] of where the first output stood, oldest first, made only where
     `wants_previews` asked.
     """
 
@@ -104,7 +104,7 @@ class Scheduler(Protocol):
 
     def submit(self, job: Job, previews: int = 0) -> Job:
         """Queue a job, or join the running one of the same `idempotency` and owner, which is returned then.
-        previews: how many pictures of the first output on its way are wanted. Raises Busy and Stopping."""
+        previews: how many images of the first output on its way are wanted. Raises Busy and Stopping."""
         ...
 
     def watch(self, id: str) -> Watch:

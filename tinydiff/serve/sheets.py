@@ -1,4 +1,4 @@
-"""Small pictures of a clip: its first frame, and a contact sheet."""
+"""Small images of a video: its first frame, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def thumbnail(frames: numpy.ndarray) -> bytes:
 
 
 def spritesheet(frames: numpy.ndarray) -> bytes:
-    """Up to `TILES` frames of the clip, uint8 [T, H, W, 3], evenly spread from the first to the last, row by
+    """Up to `TILES` frames of the video, uint8 [T, H, W, 3], evenly spread from the first to the last, row by
     row, as WebP.
     """
     import numpy as np

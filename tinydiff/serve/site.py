@@ -41,7 +41,7 @@ def routes(service: Service) -> list[tuple[str, object]]:
 
 def policy() -> str:
     """The Content-Security-Policy: whatever a prompt or an answer holds, the page runs its own scripts alone,
-    talks to this server alone, and shows pictures and clips of it and of the object storage that they are
+    talks to this server alone, and shows images and videos of it and of the object storage that they are
     uploaded to."""
     cloud = storage.from_environment()
     elsewhere = "" if cloud is None else " {0.scheme}://{0.netloc}".format(urlsplit(cloud.url("")))
@@ -53,7 +53,7 @@ def policy() -> str:
 
 
 def read() -> dict[str, File]:
-    """Name -> file of everything in the folder of the page."""
+    """Name -> file of everything in the directory of the page."""
     found = {}
     for path in sorted(FOLDER.iterdir()):
         if path.suffix in TYPES:

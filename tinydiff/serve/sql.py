@@ -128,7 +128,7 @@ def sqlite(path: Path) -> Dialect:
             "state_dir", f"state_dir: cannot keep jobs in {str(path)!r}: {_plain(error)}"
         ) from error
     if mode != "wal":
-        message = f"state_dir: {str(path.parent)!r} lies on a file system without shared memory; choose a local folder"
+        message = f"state_dir: {str(path.parent)!r} lies on a file system without shared memory; choose a local directory"
         raise UserError("state_dir", message)
     return Dialect(
         connect=connect,

@@ -1,5 +1,5 @@
-"""Every job of the server, in a database: SQLite in a folder, or PostgreSQL, where several servers share one
-queue.
+"""Every job of the server, in a database: SQLite in a directory, or PostgreSQL, where several servers share
+one queue.
 
 What a method changed is changed for good when it returns, and each is one transaction, so a server that is
 killed leaves every job queued, with a server until its lease runs out, or done. No torch here.

@@ -67,13 +67,13 @@ def media_type(data: bytes, field: str) -> str:
 
 
 def unreadable(field: str) -> UserError:
-    return UserError(field, f"{field}: is not a whole picture that can be read; it may be {SHOWN_FORMATS}")
+    return UserError(field, f"{field}: is not a whole image that can be read; it may be {SHOWN_FORMATS}")
 
 
 def pixels(
     data: bytes, field: str, most_pixels: float, opacity: bool = False, mask: bool = False
 ) -> np.ndarray:
-    """The pixels of one whole image of `FORMATS`, upright, uint8 sRGB [H, W, 3], or with `opacity` RGBA [H,
+    """The pixels of one whole image of `FORMATS`, upright, uint8 sRGB [H, W, 3], or with `alpha` RGBA [H,
     W, 4].
 
     mask: of a mask in OpenAI's form, which is transparent where the image is inpainted, in ours, white there;
@@ -94,17 +94,17 @@ def pixels(
             if kind == "image/jpeg":
                 _count_scans(data, field, width * height, most_pixels)
             elif getattr(opened, "is_animated", False):
-                raise UserError(field, f"{field}: is an animation; give one picture")
+                raise UserError(field, f"{field}: is an animation; give one image")
             opened.load()
             return _mask(opened, field) if mask else decode.srgb(opened, opacity, field)
     except UserError:
         raise
     except Image.DecompressionBombError:
         allowed = f"{most_pixels:,.0f} are the most here"
-        raise UserError(field, f"{field}: has more pixels than any picture may have; {allowed}") from None
+        raise UserError(field, f"{field}: has more pixels than any image may have; {allowed}") from None
     except MemoryError:
         raise UserError(
-            field, f"{field}: takes more memory to read than this server gives one picture"
+            field, f"{field}: takes more memory to read than this server gives one image"
         ) from None
     except decode.Unranged as error:
         raise UserError(field, f"{field}: {error}") from None

@@ -1,4 +1,4 @@
-"""Clips: jobs that are asked for, watched, listed, taken away, made again with another prompt, as OpenAI's
+"""Videos: jobs that are asked for, watched, listed, taken away, made again with another prompt, as OpenAI's
 Videos API has it.
 """
 
@@ -92,7 +92,7 @@ def video(service: Service, job: Job, base: str) -> dict[str, Any]:
 
 
 def owned(service: Service, req: Req, id: str) -> Job:
-    """The caller's clip of this id. Raises Refusal where there is none, or another's."""
+    """The caller's video of this id. Raises Refusal where there is none, or another's."""
     job = service.store.get(id)
     if job is None or job.kind != "video" or job.owner != req.context.owner:
         raise unknown("video", id)
@@ -100,7 +100,7 @@ def owned(service: Service, req: Req, id: str) -> Job:
 
 
 class Videos:
-    """Ask for a clip, and list those that were asked for."""
+    """Ask for a video, and list those that were asked for."""
 
     def __init__(self, service: Service, repeats: Repeats) -> None:
         self.service, self.repeats = service, repeats
@@ -127,7 +127,7 @@ class Videos:
 
 
 class Video:
-    """How a clip stands; and away with it."""
+    """How a video stands; and away with it."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -137,7 +137,7 @@ class Video:
         _tell(self.service, req, resp, owned(self.service, req, id))
 
     def on_delete(self, req: Req, resp: Resp, id: str) -> None:
-        """A clip that is not done is cancelled first."""
+        """A video that is not done is cancelled first."""
         job = owned(self.service, req, id)
         if job.status not in DONE:
             job = _stopped(self.service, job)
@@ -147,7 +147,7 @@ class Video:
 
 
 class Cancel:
-    """Stop a clip, within a step; one that is done stays as it is."""
+    """Stop a video, within a step; one that is done stays as it is."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -160,7 +160,7 @@ class Cancel:
 
 
 class Content:
-    """The clip itself, its first frame or its contact sheet; of several clips the one of `index`."""
+    """The video itself, its first frame or its contact sheet; of several videos the one of `index`."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -184,7 +184,7 @@ class Content:
 
 
 class Remix:
-    """The same clip with another prompt, and another seed where one is given."""
+    """The same video with another prompt, and another seed where one is given."""
 
     def __init__(self, service: Service, repeats: Repeats) -> None:
         self.service, self.repeats = service, repeats
@@ -193,10 +193,10 @@ class Remix:
         source = owned(self.service, req, id)
         body, form = read_body(req, int(self.service.options.max_body * 1e6))
         if other := next((name for name in body if name not in ("prompt", "seed")), None):
-            message = f"{other[:80]}: a remix takes prompt and seed, and keeps the rest; another clip is asked for at /v1/videos"
+            message = f"{other[:80]}: a remix takes prompt and seed, and keeps the rest; another video is asked for at /v1/videos"
             raise Refusal(400, "unknown_parameter", message, other[:80])
         if body.get("prompt") is None:
-            raise UserError("prompt", "prompt: is missing; a remix is the clip with another one")
+            raise UserError("prompt", "prompt: is missing; a remix is the video with another one")
         said = read_fields(body, "video", form).fields
         changed = {name: said[name] for name in ("prompt", "seed") if body.get(name) is not None}
         job = replace(
@@ -220,14 +220,14 @@ class Remix:
         _tell(self.service, req, resp, self.repeats.submit(req, job))
 
     def _copied(self, file: str, owner: str) -> str:
-        """A given picture once more, for it goes with the job that it was given for."""
+        """A given image once more, for it goes with the job that it was given for."""
         files = self.service.files
         path = files.path(file)
         if path is None:
             raise Refusal(
                 404,
                 "file_expired",
-                "the picture that this video was made from is no longer kept; give it anew at /v1/videos",
+                "the image that this video was made from is no longer kept; give it anew at /v1/videos",
             )
         return files.put(path.read_bytes(), files.media_type(file), path.name, owner)
 
@@ -250,7 +250,7 @@ def _stopped(service: Service, job: Job) -> Job:
 
 
 def _not_there(service: Service, job: Job) -> Refusal:
-    """What is said of the content of a clip that has none."""
+    """What is said of the content of a video that has none."""
     if job.error is not None:
         return Refusal(
             404, job.error.code, f"the video {job.id} has no content, as it failed: {job.error.message}"
@@ -265,7 +265,7 @@ def _not_there(service: Service, job: Job) -> Refusal:
 
 
 def _output(service: Service, output: Output, base: str, expires_at: float | None) -> dict[str, Any]:
-    """A clip of a job as its answer shows it."""
+    """A video of a job as its answer shows it."""
     lifetime = None if expires_at is None else max(0.0, expires_at - time.time())
     return {
         "seed": output.seed,

@@ -4,7 +4,7 @@ FLUX.2's 128 at stride 16.
 Source: the Flux2TinyAutoEncoder class and checkpoint of fal/FLUX.2-Tiny-AutoEncoder. Its latents are the
 denoiser's own: neither the batch norm's statistics nor patches of FLUX.2's large autoencoder come in between.
 
-Shape letters: B batch, C channels, F frames (each coded by itself; pictures have one), H height, W width, Z
+Shape letters: B batch, C channels, F frames (each coded by itself; images have one), H height, W width, Z
 latent channels.
 """
 

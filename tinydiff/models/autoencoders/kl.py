@@ -1,11 +1,11 @@
-"""The picture autoencoders of AutoencoderKL's shape: FLUX.1, Z-Image, Ovis, SD3, GLM-Image, and FLUX.2's with
+"""The image autoencoders of AutoencoderKL's shape: FLUX.1, Z-Image, Ovis, SD3, GLM-Image, and FLUX.2's with
 its 2x2 patches.
 
 Source: arXiv 2112.10752 and the AutoencoderKL and AutoencoderKLFlux2 checkpoints (z 16, stride 8; FLUX.2: z
 32 at stride 8, seen by the denoiser as 128 at stride 16). Latents are normalised by a shift and a scale or,
 of FLUX.2, by the running statistics of a batch norm over patches.
 
-Shape letters: B batch, C channels, F frames (each coded by itself; pictures have one), H height, W width, Z
+Shape letters: B batch, C channels, F frames (each coded by itself; images have one), H height, W width, Z
 latent channels.
 """
 

@@ -4,7 +4,7 @@ autoencoder's latents and pixels.
 Source: the AutoencoderTiny checkpoints (stride 8). There is no norm and no attention, so that a pixel depends
 on its surroundings alone. Their latents are the denoiser's own, normalised ones.
 
-Shape letters: B batch, C channels, F frames (each coded by itself; pictures have one), H height, W width, Z
+Shape letters: B batch, C channels, F frames (each coded by itself; images have one), H height, W width, Z
 latent channels.
 """
 

@@ -2,8 +2,8 @@
 
 Source: arXiv 2503.20314 and the AutoencoderKLWan checkpoints (Wan2.1: z 16, stride 8; Wan2.2 TI2V: z 48,
 stride 16, residual). Qwen-Image's AutoencoderKLQwenImage is Wan2.1's network run on single frames, in
-Qwen-Image-Layered with a fourth channel for opacity. A clip has 4k + 1 frames; the first is coded alone,
-every later group of four becomes one latent frame. Because every operation is causal, a clip may be run in
+Qwen-Image-Layered with a fourth channel for alpha. A video has 4k + 1 frames; the first is coded alone,
+every later group of four becomes one latent frame. Because every operation is causal, a video may be run in
 one pass or in chunks of latent frames with the same result: `past` then carries, by layer name, the frames
 that the next chunk looks back on. One pass needs none and touches no state. A frame may be a strip of rows
 (`parallel.rows`).
@@ -61,7 +61,7 @@ class Config:
     scale_factor_temporal: int = 4
     scale_factor_spatial: int = 8
     clip_output: bool = True
-    """Recorded by some checkpoints; the reference clips whatever it says, and so does `decode`."""
+    """Recorded by some checkpoints; the reference videos whatever it says, and so does `decode`."""
     input_channels: int | None = None
     """AutoencoderKLQwenImage's name for both `in_channels` and `out_channels`, which it then sets."""
 
@@ -207,7 +207,7 @@ def _rms(x: Tensor, w: Weights) -> Tensor:
 
 
 def _recall(past: Past | None, key: str, x: Tensor, reach: int) -> Tensor | None:
-    """The frames before x that layer `key` looks back on, None at the start of a clip; remembers the last
+    """The frames before x that layer `key` looks back on, None at the start of a video; remembers the last
     `reach` for the next chunk.
     """
     if past is None:
@@ -283,7 +283,7 @@ def _average_down(x: Tensor, width: int, ft: int, fs: int) -> Tensor:
 
 
 def _duplicate_up(x: Tensor, width: int, ft: int, first: bool) -> Tensor:
-    """Shortcut: channels repeated and unfolded into space and time; at the start of a clip the first ft - 1
+    """Shortcut: channels repeated and unfolded into space and time; at the start of a video the first ft - 1
     frames fall away.
     """
     x = x.repeat_interleave(width * ft * 4 // x.shape[1], 1)

@@ -1,4 +1,4 @@
-"""CLIP's vision tower (ViT-H/14 in Wan2.1 image to video): a picture to one token for itself and one per
+"""CLIP's vision tower (ViT-H/14 in Wan2.1 image to video): an image to one token for itself and one per
 patch.
 
 Source: arXiv 2103.00020 and the CLIPVisionModel checkpoints. Wan reads the hidden states before the last
@@ -33,7 +33,7 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 *
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""Red, green and blue of the training pictures, in [0, 1]."""
+"""Red, green and blue of the training images, in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def row_name(key: str) -> str | None:
     return key if key.startswith("vision_model.") else f"vision_model.{key}"
 
 
-# --- from picture to tokens
+# --- from image to tokens
 # ---------------------------------------------------------------------------------------------------------
 
 

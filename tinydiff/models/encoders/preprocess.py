@@ -1,4 +1,4 @@
-"""What a folder's preprocessor files say of how an encoder's images are made ready, as fields of the
+"""What a directory's preprocessor files say of how an encoder's images are made ready, as fields of the
 encoder's Config.
 
 Source: transformers' CLIPImageProcessorPil and Qwen2VLImageProcessorPil, whose defaults these are. What can

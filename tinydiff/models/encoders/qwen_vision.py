@@ -129,7 +129,7 @@ def row_name(key: str) -> str | None:
     return None if key.startswith(("model.", "lm_head.")) else key
 
 
-# --- from picture to patches
+# --- from image to patches
 # --------------------------------------------------------------------------------------------------------
 
 

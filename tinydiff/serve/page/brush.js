@@ -7,7 +7,7 @@ const TINT = "#e0567a";
 export function makeBrush(canvas, onChange) {
   const context = canvas.getContext("2d");
   const layer = document.createElement("canvas");
-  let picture = null, strokes = [], drawing = false, pointer = null, erase = false, size = 0.14;
+  let image = null, strokes = [], drawing = false, pointer = null, erase = false, size = 0.14;
 
   function draw(target, scale, colour) {
     target.lineCap = target.lineJoin = "round";
@@ -24,9 +24,9 @@ export function makeBrush(canvas, onChange) {
   }
 
   function show() {
-    if (!picture) return;
+    if (!image) return;
     const { width, height } = canvas;
-    context.drawImage(picture, 0, 0, width, height);
+    context.drawImage(image, 0, 0, width, height);
     layer.width = width; layer.height = height; // empties it too
     draw(layer.getContext("2d"), width, TINT);
     context.globalAlpha = 0.6;
@@ -85,8 +85,8 @@ export function makeBrush(canvas, onChange) {
 
   const self = {
     /** Begin with an image (anything that can be drawn), or with null. */
-    open(image) {
-      [picture, strokes, pointer, drawing] = [image, [], null, false];
+    open(given) {
+      [image, strokes, pointer, drawing] = [given, [], null, false];
       if (image) {
         const scale = Math.min(1, SHOWN / Math.max(image.width, image.height));
         canvas.width = Math.round(image.width * scale);
@@ -101,10 +101,10 @@ export function makeBrush(canvas, onChange) {
     get strokes() { return strokes.length; },
     /** The mask as a PNG, white where painted and black elsewhere; null where nothing is. */
     async mask() {
-      if (!picture || !strokes.some((stroke) => !stroke.erase)) return null;
-      const white = new OffscreenCanvas(picture.width, picture.height);
-      draw(white.getContext("2d"), picture.width, "#fff");
-      const whole = new OffscreenCanvas(picture.width, picture.height);
+      if (!image || !strokes.some((stroke) => !stroke.erase)) return null;
+      const white = new OffscreenCanvas(image.width, image.height);
+      draw(white.getContext("2d"), image.width, "#fff");
+      const whole = new OffscreenCanvas(image.width, image.height);
       const target = whole.getContext("2d");
       target.fillRect(0, 0, whole.width, whole.height);
       target.drawImage(white, 0, 0);

@@ -107,7 +107,7 @@ export function accept() {
 }
 
 /** The given images of a request, and its mask where one was painted. */
-export async function pictures() {
+export async function images() {
   const takes = model.images[kind()];
   return takes ? { files: given.map((one) => one.file), mask: takes.mask ? await brush.mask() : null } : { files: [], mask: null };
 }
@@ -146,7 +146,7 @@ export async function give(files) {
 
 function showGiven() {
   const takes = model.images[kind()];
-  const list = byId("pictures");
+  const list = byId("images");
   byId("brush").hidden = !(takes?.mask && given.length);
   byId("strength-field").hidden = !(takes?.use === "start" && given.length);
   byId("drop").classList.toggle("small", given.length > 0);

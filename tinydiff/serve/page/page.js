@@ -175,7 +175,7 @@ byId("form").addEventListener("submit", async (event) => {
       byId("prompt").focus();
       return;
     }
-    const given = await form.pictures();
+    const given = await form.images();
     const item = { id: null, kind: wish.kind, wish, status: "queued", done: 0, total: 0, created: Date.now() };
     shelf.add(item);
     shelf.follow(item);
