@@ -41,8 +41,12 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "shift": (1e-6, 1e6),
     "flow_shift": (1e-6, 1e6),
     "shift_terminal": (0.0, 0.999),
-    "*theta": (1e-6, 1e12),
-    "*base_freq": (1e-6, 1e12),
+    "*theta": (1.001, 1e12),
+    "*base_freq": (1.001, 1e12),
+    "shift_factor": (-1e6, 1e6),
+    "*factor": (1e-6, 1e6),
+    "beta_*": (1e-6, 1e6),
+    "mscale*": (0.0, 1e6),
     "resample": (0, 5),
     "extra_ids": (0, 100_000),
     "*std": (1e-12, 1e12),
@@ -128,8 +132,7 @@ def _listed(inner: tuple[Any, ...], given: Any, least: float, most: float) -> tu
 
 
 def _number(kind: type, given: Any, least: float, most: float) -> Any:
-    if kind is int:
-        least, most = (1 if least == -math.inf else least), (MOST if most == math.inf else most)
+    least, most = _limits(kind, least, most)
     number = isinstance(given, int | float) and not isinstance(given, bool) and -math.inf < given < math.inf
     if (
         not number
@@ -141,9 +144,15 @@ def _number(kind: type, given: Any, least: float, most: float) -> Any:
     return kind(given)
 
 
+def _limits(kind: Any, least: float, most: float) -> tuple[float, float]:
+    """Integers are counts and sizes where no bounds say more."""
+    return (1, MOST) if kind is int and (least, most) == (-math.inf, math.inf) else (least, most)
+
+
 def _allowed(kind: Any, least: float, most: float) -> str:
+    least, most = _limits(kind, least, most)
     bounds = [
-        f"{word} {limit:g}"
+        f"{word} {limit:.12g}"
         for word, limit in (("at least", least), ("at most", most))
         if math.isfinite(limit)
     ]

@@ -73,3 +73,119 @@ def test_each_change_makes_an_image_or_is_one_sentence(family, tmp_path):
     sentences = [sentence for sentence in said.values() if sentence is not None]
     assert all("\n" not in sentence and len(sentence) < 1000 for sentence in sentences)
     assert 0 < len(sentences) < SAMPLE
+
+
+SEES, TURBO = "Wan that sees", "Z-Image"
+FOUND = [
+    (
+        SEES,
+        "model_index.json",
+        "transformer",
+        [None, None],
+        "names no transformer, which a WanImageToVideoPipeline needs",
+    ),
+    (
+        SEES,
+        "model_index.json",
+        "expand_timesteps",
+        "yes",
+        "expand_timesteps is 'yes'; it must be true or false or null",
+    ),
+    (
+        SEES,
+        "vae/config.json",
+        "latents_mean",
+        [1, 2],
+        "latents_mean has 2 values; it must have one for each of 4 channels",
+    ),
+    (
+        SEES,
+        "vae/config.json",
+        "scale_factor_spatial",
+        4,
+        "scale_factor_spatial is 4, and what the autoencoder's levels make is 8",
+    ),
+    (
+        SEES,
+        "transformer/config.json",
+        "num_layers",
+        10**9,
+        "it must be an integer at least 1 and at most 1000",
+    ),
+    (
+        SEES,
+        "image_encoder/config.json",
+        "num_attention_heads",
+        3,
+        "hidden_size is 10; it must divide by num_attention_heads, 3",
+    ),
+    (
+        SEES,
+        "image_processor/preprocessor_config.json",
+        "do_normalize",
+        False,
+        "do_normalize is False; only True is supported",
+    ),
+    (
+        SEES,
+        "text_encoder/config.json",
+        "relative_attention_max_distance",
+        3,
+        "relative_attention_num_buckets is 32",
+    ),
+    (
+        SEES,
+        "tokenizer/tokenizer_config.json",
+        "eos_token",
+        "new",
+        "the vocabulary of text_encoder has 142; the two are not of one",
+    ),
+    (
+        TURBO,
+        "vae/config.json",
+        "scaling_factor",
+        0,
+        "scaling_factor is 0; it must be a number at least 1e-06",
+    ),
+    (
+        TURBO,
+        "vae/config.json",
+        "norm_num_groups",
+        3,
+        "norm_num_groups is 3, which a width of 8 does not divide by",
+    ),
+    (TURBO, "scheduler/scheduler_config.json", "_class_name", {}, "_class_name is {}; it must be a string"),
+]
+
+
+@pytest.mark.parametrize(("family", "file", "field", "value", "sentence"), FOUND, ids=lambda x: str(x)[:30])
+def test_what_once_was_a_traceback(family, file, field, value, sentence, unchanged):
+    said = unchanged(family).outcome(changes.Change(file, (field,), value))
+    assert said is not None and sentence in said
+
+
+@pytest.mark.parametrize(
+    ("family", "file", "field", "value"),
+    [
+        (TURBO, "model_index.json", "feature_extractor", ["transformers", "CLIPImageProcessor"]),
+        (TURBO, "transformer/config.json", "an_unknown_field", None),
+        (TURBO, "scheduler/scheduler_config.json", "an_unknown_field", 3),
+        (TURBO, "scheduler/scheduler_config.json", "use_dynamic_shifting", True),
+        (SEES, "image_processor/preprocessor_config.json", "image_mean", [0.5, 0.5, 0.5]),
+    ],
+)
+def test_what_the_reference_runs_is_run(family, file, field, value, unchanged):
+    assert unchanged(family).outcome(changes.Change(file, (field,), value)) is None
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
+    """Family -> its folder, made once."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            made[family] = SUBJECTS[family](tmp_path_factory.mktemp("changed"))
+        return made[family]
+
+    return get

@@ -147,6 +147,7 @@ class Autoencoder:
     pixels, plan) -> latents.
     decode: the same from latents to pixels. up_stages: the decoder's stages, where its memory is known.
     rename: of stored keys.
+    runs: raises ValueError for a config that is enough to plan with and not to run.
     """
 
     config: type[Any]
@@ -155,6 +156,7 @@ class Autoencoder:
     decode: Callable[..., Tensor]
     rename: Rename | None = None
     up_stages: Callable[[Config], Iterable[Any]] | None = None
+    runs: Callable[[Config], None] = lambda c: None
 
     role: ClassVar[Role] = "vae"
     biased: ClassVar[bool] = False

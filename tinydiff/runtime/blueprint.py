@@ -195,6 +195,11 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None) -> Model:
         raise UserError(
             "variant", f"variant: no component of {blueprint.row.name} has weights of the variant {variant!r}"
         )
+    vae = blueprint.autoencoder
+    try:
+        vae.family.runs(vae.config)
+    except ValueError as error:
+        raise UserError("model_path", f"{vae.folder / 'config.json'}: {error}") from error
     tokenizers = {name: load_tokenizer(folder) for name, folder in blueprint.tokenizers.items()}
     nets = {}
     for name, net in blueprint.nets.items():

@@ -108,6 +108,7 @@ def parts(model: Model, request: Request, warn: Callable[[str], None] = log.warn
                 warn(f"{name}: the last {each.truncated} of its tokens were cut, the model reads {length}")
         longest = max(len(each.ids) for each in encoded)
         encoded = [tokenizer.padded(each, longest) for each in encoded]
+        _check_known(model, component, [token for each in encoded for token in each.ids])
         return torch.tensor([each.ids for each in encoded], device=device), torch.tensor(
             [each.mask for each in encoded], device=device
         )
@@ -116,6 +117,15 @@ def parts(model: Model, request: Request, warn: Callable[[str], None] = log.warn
         return vae.family.encode(vae.config, vae.w, pixels, chunk, tile, vae.plan).to(compute_dtype(pixels))
 
     return Context(model.nets, tokens, model.tokenizers, encode, resize, model.blueprint.options, device)
+
+
+def _check_known(model: Model, component: str, ids: Sequence[int]) -> None:
+    """Raises UserError for a token beyond the vocabulary of the encoder that reads what this tokenizer writes."""
+    encoder = "pe" if component == "pe_tokenizer" else component.replace("tokenizer", "text_encoder")
+    size = model.nets[encoder].config.vocab_size
+    if ids and max(ids) >= size:
+        message = f"{component} makes the token {max(ids)}, and the vocabulary of {encoder} has {size}; the two are not of one model"
+        raise UserError("model_path", f"model_path: {message}")
 
 
 def _is_negative(request: Request, texts: Sequence[str], index: int) -> bool:

@@ -80,6 +80,14 @@ class Config:
             raise ValueError(
                 f"decoder_block_out_channels has {len(self.decoder_widths)} widths and block_out_channels {levels}"
             )
+        if odd := [
+            width
+            for width in (*self.block_out_channels, *self.decoder_widths)
+            if width % self.norm_num_groups
+        ]:
+            raise ValueError(
+                f"norm_num_groups is {self.norm_num_groups}, which a width of {odd[0]} does not divide by"
+            )
         if self.act_fn != "silu":
             raise ValueError(
                 f"act_fn is {self.act_fn!r}; every released autoencoder of this kind uses 'silu'"

@@ -73,6 +73,22 @@ class Config:
             raise ValueError(
                 f"attn_scales is {self.attn_scales}; no released Wan autoencoder has attention outside its middle block"
             )
+        strides = {"scale_factor_spatial": 2 ** (len(self.dim_mult) - 1) * (self.patch_size or 1)}
+        strides |= {"scale_factor_temporal": 2 ** sum(self.temperal_downsample)}
+        for name, stride in strides.items():
+            if getattr(self, name) != stride:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, and what the autoencoder's levels make is {stride}"
+                )
+
+
+def check_statistics(c: Config) -> None:
+    """Raises ValueError for a Config that can be planned but not run: its statistics are not those of its channels."""
+    for name in ("latents_mean", "latents_std"):
+        if (count := len(getattr(c, name))) != c.z_dim:
+            raise ValueError(
+                f"{name} has {count} values; it must have one for each of {c.z_dim} channels (z_dim)"
+            )
 
 
 # --- structure: which layers there are, read by spec and by the forward functions alike
@@ -451,4 +467,4 @@ def decode(
     return raw_pixels(c, w, z_BZFHW * std + mean, chunk, tile, plan).clamp(-1, 1)
 
 
-FAMILY = Autoencoder(Config, spec, encode, decode, up_stages=up_stages)
+FAMILY = Autoencoder(Config, spec, encode, decode, up_stages=up_stages, runs=check_statistics)

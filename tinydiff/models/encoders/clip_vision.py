@@ -60,6 +60,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}; it must divide by num_attention_heads, {self.num_attention_heads}"
+            )
 
     @property
     def tokens(self) -> int:

@@ -56,6 +56,10 @@ class Rope:
             raise ValueError(
                 f"rope_type {self.rope_type!r} needs original_max_position_embeddings, the length trained on"
             )
+        if self.low_freq_factor == self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor and high_freq_factor are both {self.low_freq_factor:g}; they must differ"
+            )
 
 
 @dataclass(frozen=True)

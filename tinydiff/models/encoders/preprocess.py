@@ -33,12 +33,8 @@ def clip(entries: Mapping[str, Any], image_size: int) -> dict[str, Any]:
     if edge is not None:
         found["shortest_edge"] = edge
     crop = entries.get("crop_size")
-    sides = (
-        {name: crop.get(name) for name in ("height", "width")}
-        if isinstance(crop, Mapping)
-        else {"height": crop, "width": crop}
-    )
-    if crop is not None and set(sides.values()) != {image_size}:
+    sides = [crop.get(name) for name in ("height", "width")] if isinstance(crop, Mapping) else [crop, crop]
+    if crop is not None and sides != [image_size, image_size]:
         raise ValueError(
             f"crop_size is {crop!r}; it must be image_size of the image encoder, {image_size}, both ways"
         )

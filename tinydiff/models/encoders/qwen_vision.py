@@ -70,6 +70,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}; it must divide by num_heads, {self.num_heads}"
+            )
         if self.window_size % (token := self.patch_size * self.spatial_merge_size):
             raise ValueError(
                 f"window_size is {self.window_size}; it must be a multiple of a token's {token} pixels"

@@ -47,6 +47,11 @@ class Config:
     def __post_init__(self) -> None:
         if self.dense_act_fn not in ACTIVATIONS:
             raise ValueError(f"dense_act_fn is {self.dense_act_fn!r}; known are {', '.join(ACTIVATIONS)}")
+        exact = self.relative_attention_num_buckets // 4
+        if not 1 <= exact < self.relative_attention_max_distance:
+            buckets = f"relative_attention_num_buckets is {self.relative_attention_num_buckets}"
+            more = f"a quarter of it less than relative_attention_max_distance, {self.relative_attention_max_distance}"
+            raise ValueError(f"{buckets}; it must be at least 4, and {more}")
 
     @property
     def biased_blocks(self) -> range:
