@@ -329,7 +329,8 @@ def prepare_edit(c: Config, parts: Context, request: Request) -> LoopInputs:
 
 def prepare_edit_plus(c: Config, parts: Context, request: Request) -> LoopInputs:
     """From text and numbered images, Edit-2509 and -2511: the language model sees them smaller."""
-    before = "".join(f"Image {i}: {PICTURE}" for i in range(1, len(request.originals) + 1))
+    # The model learnt these words, whatever others are used for images elsewhere.
+    before = "".join(f"Picture {i}: {PICTURE}" for i in range(1, len(request.originals) + 1))
     seen = see(parts, _resized(parts, request.originals, GLANCE))
     references = [
         parts.encode(parts.pixels([picture])) for picture in _resized(parts, request.originals, CANVAS)
