@@ -142,7 +142,7 @@ def test_perf_dump(asked, tmp_path):
         (["generate", "--promt", "a"], "did you mean '--prompt'?"),
         (
             ["generate", "--prompt", "a", "--kv-gather-degree", "2"],
-            "this way of running on several GPUs does not exist yet",
+            "not supported yet: HSDP",
         ),
         (
             ["generate", "--prompt", "a", "--num-gpus", "4", "--tp-size", "3"],

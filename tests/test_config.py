@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tinydiff import config, flags
+from tinydiff import config, flags, unsupported
 from tinydiff.records import UserError
 
 DATA = Path(__file__).parent / "data"
@@ -166,7 +166,7 @@ def test_the_example_of_the_cli_page_parses(tmp_path: Path):
         sampling.fps,
     ) == (45, 720, 1280, 6, 24)
     assert sampling.seed == (1024,) and made.output.output_path == "outputs/"
-    assert made.ignored == made.later == ()
+    assert made.ignored == made.refusals == ()
     assert made.parallel == config.ParallelOptions(num_gpus=2, sp_degree=2, tp_size=1, vae_sp=True)
 
 
@@ -277,7 +277,7 @@ def test_files_that_cannot_be_read(tmp_path: Path):
         (
             ["--attention-backend", "sage_attn"],
             "attention_backend",
-            "'sage_attn' does not exist yet; choose one of sdpa",
+            "'sage_attn' is not supported yet; choose one of sdpa",
         ),
         (["--component-attention-backends", "vae"], "component_attention_backends", "must be pairs"),
         (
@@ -287,11 +287,11 @@ def test_files_that_cannot_be_read(tmp_path: Path):
         ),
         (["--component-attention-backends", "{"], "component_attention_backends", "is not a JSON object"),
         (["--vae-precision", "fp8"], "vae_precision", "'fp8' is not one of fp32, fp16, bf16"),
-        (["--backend", "diffusers"], "backend", "'diffusers' does not exist yet"),
+        (["--backend", "diffusers"], "backend", "'diffusers' is not supported yet"),
         (
             ["--encoder-parallel", "dp"],
             "encoder_parallel",
-            "'dp' does not exist yet; choose one of auto, fold, replicate",
+            "'dp' is not supported yet; choose one of auto, fold, replicate",
         ),
         (["--num-gpus", "0"], "num_gpus", "0 must be at least 1"),
         (["--cfg-parallel-size", "4"], "cfg_parallel_size", "4 must be at least 1 and at most 2"),
@@ -348,32 +348,32 @@ def test_a_missing_feature_may_be_turned_off(argv: list[str]):
     [
         (
             ["--kv-gather-degree", "4"],
-            "kv_gather_degree: '4' cannot be given: this way of running on several GPUs does not exist yet",
+            "kv_gather_degree: '4' cannot be used; not supported yet: HSDP, KV gathering",
         ),
         (["--hsdp-shard-dim", "2"], "several GPUs"),
         (["--enable-nccl-nvls"], "several GPUs"),
-        (["--lora-path", "a/b"], "LoRA does not exist yet"),
+        (["--lora-path", "a/b"], "not supported yet: LoRA"),
         (["--quantization", "fp8"], "quantisation"),
-        (["--transformer-weights-path", "a"], "component_weights_paths: 'transformer=a' cannot be given"),
+        (["--transformer-weights-path", "a"], "component_weights_paths: 'transformer=a' cannot be used"),
         (["--vae-quantization", "fp8"], "component_quantizations"),
         (
             ["--component-quantizations.vae", "fp8", "--component-quantizations", "transformer=int8"],
             "'vae=fp8,transformer=int8'",
         ),
         (["--component-direct-gpu-weight-loading.vae"], "'vae=True'"),
-        (["--text-encoder-cpu-offload"], "offload does not exist yet"),
-        (["--enable-teacache"], "caching between steps"),
+        (["--text-encoder-cpu-offload"], "not supported yet: CPU offload"),
+        (["--enable-teacache"], "step caches"),
         (["--enable-upscaling"], "upscaling"),
         (["--enable-frame-interpolation", "true"], "frame interpolation"),
         (["--profile"], "profiling"),
-        (["--performance-mode", "speed"], "a performance preset"),
-        (["--guidance-rescale", "0.7"], "this form of guidance"),
+        (["--performance-mode", "speed"], "performance presets"),
+        (["--guidance-rescale", "0.7"], "guidance rescale"),
         (["--diffusers-kwargs", "{}"], "the diffusers backend"),
     ],
 )
 def test_a_missing_feature_is_refused_in_one_sentence(argv: list[str], words: str):
-    [line] = config.parse(argv).later
-    assert words in line and line.endswith("does not exist yet")
+    [line] = config.parse(argv).refusals
+    assert words in line and "; not supported yet: " in line
 
 
 def test_server_flags_are_noted():
@@ -383,10 +383,16 @@ def test_server_flags_are_noted():
 
 
 def test_no_name_has_two_meanings():
-    kinds = [list(config.NAMES), list(flags.SERVER), list(flags._OFF), list(flags.ALIASES), list(flags.SIZES)]
+    kinds = [
+        list(config.NAMES),
+        list(flags.SERVER),
+        list(unsupported.OPTIONS),
+        list(flags.ALIASES),
+        list(flags.SIZES),
+    ]
     names = [name for kind in kinds for name in kind]
     assert len(names) == len(set(names))
-    assert set(flags.ALIASES.values()) <= {*config.NAMES, *flags._OFF, "prompt_path"}
+    assert set(flags.ALIASES.values()) <= {*config.NAMES, *unsupported.OPTIONS, "prompt_path"}
 
 
 def test_library_values_are_read_as_they_are():
@@ -436,7 +442,7 @@ def test_options_of_ranks():
         dist_init_addr="a:1",
     )
     assert (
-        config.parse(["--num-gpus", "1"]).later == ()
+        config.parse(["--num-gpus", "1"]).refusals == ()
         and config.parse([]).parallel == config.ParallelOptions()
     )
 

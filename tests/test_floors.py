@@ -14,6 +14,7 @@ WORDS = (
     "paths",
     "values",
     "flags",
+    "unsupported",
     "config_file",
     "config",
     "parallel.plan",

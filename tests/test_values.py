@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 
-from tinydiff import config, flags
+from tinydiff import config, flags, unsupported
 from tinydiff.records import UserError, shown
 
 NONE = {
@@ -20,7 +20,7 @@ NONE = {
         *config.NAMES,
         *flags.SPELLINGS,
         *flags.MAPS,
-        *flags.LATER_NAMES,
+        *unsupported.OPTIONS,
         "vae_path",
         "precision",
         "720p",
@@ -78,7 +78,7 @@ def test_other_numbers_and_truths_of_numpy():
     )
     assert config.options({"seed": numpy.arange(3), "num_outputs": 3}).sampling.seed == (0, 1, 2)
     assert config.options({"seed": range(3), "num_outputs": 3}).sampling.seed == (0, 1, 2)
-    assert config.options({"enable_teacache": numpy.bool_(False)}).later == ()
+    assert config.options({"enable_teacache": numpy.bool_(False)}).refusals == ()
 
 
 @pytest.mark.parametrize(

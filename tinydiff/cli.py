@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields, make_dataclass
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from tinydiff import __version__, config, paths, printing
+from tinydiff import __version__, config, paths, printing, unsupported
 from tinydiff.models import registry
 from tinydiff.records import RankError, UserError, nearest
 from tinydiff.runtime import launch
@@ -45,26 +46,23 @@ commands:
   --version   show the version
 """
 
-EPILOGUE = """\
-Dashes and underscores are alike; a switch is --flag, --flag true or --flag false.
---config FILE reads any of these from JSON or YAML, and the command line wins.
-What is left out is the model's own choice: `tinydiff models` shows it.
-
-Every other flag of SGLang Diffusion is known too. Flags of a server (--host,
---port, --webui, ...) are ignored with a note. Flags whose feature does not exist
-here yet (LoRA, quantisation, offload, step caches, upscaling, frame
-interpolation, profiles, the diffusers backend, ...) are accepted at the value that
-turns them off, and otherwise refused with one sentence.
+SPELLING = """\
+Flags may be written with dashes or underscores. A switch is --flag, --flag true or --flag false.
+--config FILE reads options from a JSON or YAML file; the command line overrides it.
 """
 
+EPILOGUE = f"""\
+{SPELLING}An option that is left out gets the model's own default; `tinydiff models` lists them.
 
-SERVING = """\
-Dashes and underscores are alike; a switch is --flag, --flag true or --flag false.
---config FILE reads any of these from JSON or YAML, and the command line wins.
+Every other flag of SGLang Diffusion is recognised. Server flags (--host, --port, ...) are ignored with a
+note. A flag of an unsupported feature is accepted only with the value that turns the feature off.
+"""
 
-Object storage is told by variables: TINYDIFF_CLOUD_STORAGE_TYPE=s3,
-TINYDIFF_S3_BUCKET_NAME, TINYDIFF_S3_ACCESS_KEY_ID, TINYDIFF_S3_SECRET_ACCESS_KEY,
-TINYDIFF_S3_ENDPOINT_URL (or the same with SGLANG_ in front).
+SERVING = f"""\
+{SPELLING}
+Object storage is configured by environment variables: TINYDIFF_CLOUD_STORAGE_TYPE=s3,
+TINYDIFF_S3_BUCKET_NAME, TINYDIFF_S3_ACCESS_KEY_ID, TINYDIFF_S3_SECRET_ACCESS_KEY and
+TINYDIFF_S3_ENDPOINT_URL. The prefix SGLANG_ works too.
 """
 
 
@@ -155,8 +153,8 @@ def _generate(argv: list[str]) -> None:
 
 def _admissible(options: config.Options) -> None:
     """Refuse what can be refused before torch is imported."""
-    if options.later:
-        raise UserError("options", options.later[0])
+    if options.refusals:
+        raise UserError("options", options.refusals[0])
     row = registry.find(options.model.model_id or options.model.model_path)
     if not options.sampling.prompt and not (row and row.captions):
         raise UserError("prompt", "prompt: none is given; say what to make with --prompt 'a red circle'")
@@ -264,7 +262,8 @@ def _table() -> list[str]:
 
 def _help_of_generate() -> None:
     boxes: dict[str, type] = dict(zip(("picture", "file", "model", "ranks"), config.GROUPS, strict=True))
-    _help("generate", "Make images or videos and write them to files.", boxes, EPILOGUE)
+    missing = textwrap.fill('Not supported yet: ' + ', '.join(unsupported.FEATURES) + '.', 105)
+    _help("generate", "Make images or videos and write them to files.", boxes, f"{EPILOGUE}{missing}\n")
 
 
 def _help_of_serve() -> None:

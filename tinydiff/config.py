@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
-from tinydiff import config_file, flags, paths
+from tinydiff import config_file, flags, paths, unsupported
 from tinydiff.records import UserError, shown
 from tinydiff.values import Attention, Precision, filled, within
 
@@ -205,8 +205,8 @@ class Options:
     output: OutputOptions = field(default_factory=OutputOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
-    later: tuple[str, ...] = ()
-    """One sentence for each option given whose feature does not exist yet."""
+    refusals: tuple[str, ...] = ()
+    """One sentence for each option whose feature is not supported yet."""
     ignored: tuple[str, ...] = ()
     """Server options given, which a single generation has no use for."""
 
@@ -282,7 +282,7 @@ def parse(argv: Sequence[str]) -> Options:
         else flags.collect(config_file.entries_of(flags.one_text("config", config)), NAMES)
     )
     for name, value in given.items():
-        entries[name] = entries.get(name, {}) | value if name in (*flags.MAPS, *flags.LATER_MAPS) else value
+        entries[name] = entries.get(name, {}) | value if name in (*flags.MAPS, *unsupported.MAPS) else value
     return _checked(entries)
 
 
@@ -311,9 +311,12 @@ def seeds(sampling: SamplingOptions, prompt: int) -> tuple[int, ...]:
 def _checked(entries: Mapping[str, Any]) -> Options:
     records = [filled(group, entries) for group in GROUPS]
     rest = {name: value for name, value in entries.items() if name not in NAMES}
-    refused = [flags.later(name, value) for name, value in rest.items() if name not in flags.SERVER]
-    later = tuple(sentence for sentence in refused if sentence)
-    made = Options(*records, later=later, ignored=tuple(name for name in rest if name in flags.SERVER))
+    refused = [flags.refusal(name, value) for name, value in rest.items() if name not in flags.SERVER]
+    made = Options(
+        *records,
+        refusals=tuple(filter(None, refused)),
+        ignored=tuple(name for name in rest if name in flags.SERVER),
+    )
     if made.output.output_path == "":
         made = replace(made, output=replace(made.output, save_output=False))
     _agree(made)

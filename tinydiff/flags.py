@@ -14,7 +14,7 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any
 
-from tinydiff import paths
+from tinydiff import paths, unsupported
 from tinydiff.records import LONGEST, UserError, nearest, shown
 from tinydiff.values import of_python, read
 
@@ -42,10 +42,6 @@ COMPONENTS = (
 MAPS = ("component_paths", "component_attention_backends", "component_precisions")
 """Options that hold a value per component: `a=x,b=y`, a JSON object, or `--name.a x`."""
 
-LATER_MAPS = (
-    "component_quantizations", "component_quantization_ignored_layers", "component_weights_paths", "component_direct_gpu_weight_loading",
-)  # fmt: skip
-
 SERVER = _words("""
     host port http_graceful_shutdown_timeout enable_metrics strict_ports webui webui_port input_save_path served_model_name
     uvicorn_access_log_exclude_prefixes log_requests log_requests_level log_requests_format log_requests_target enable_cache_report
@@ -60,78 +56,6 @@ SERVER = _words("""
     max_body max_input_pixels max_pixels max_outputs allow_url_inputs idle_unload http_threads log_format
 """)
 """Flags of a server: `generate` ignores them and says so."""
-
-LATER: dict[str, str] = {
-    "this way of running on several GPUs": "kv_gather_degree=1 hsdp_replicate_dim=1 hsdp_shard_dim=1 enable_nccl_nvls=false "
-    "enable_sequence_shard=false vae_config.use_parallel_tiling=true|false vae_config.use_parallel_decode=true|false "
-    "vae_config.parallel_decode_mode=auto diffusion_decoder_parallel_tiling=true|false",
-    "choosing a GPU by number": "base_gpu_id=0 gpu_ids=0 numa_node=0",
-    "LoRA": "lora_path= lora_nickname=default lora_scale=1 lora_alpha= lora_merge_mode=auto lora_weight_name=",
-    "quantisation": "quantization= quantization_ignored_layers= component_quantizations= component_quantization_ignored_layers= "
-    "enable_svdquant=false quantization_precision= quantization_rank= quantization_act_unsigned=false dit_config.quant_config= "
-    "kv_cache_quant=off kv_cache_quant_centroids= kv_cache_quant_block_size= kv_cache_quant_stages= kv_cache_quant_iters= "
-    "kv_cache_quant_asymmetric=false kv_cache_quant_keep_recent= kv_cache_quant_sink= kv_cache_quant_sink_keep=",
-    "loading a component's weights from elsewhere": "component_weights_paths= direct_gpu_weight_loading=false "
-    "component_direct_gpu_weight_loading=false dit_config.prefix= vae_config.load_encoder=true vae_config.load_decoder=true",
-    "offload": "component_residency= dit_cpu_offload=false cpu_offload_components=none dit_layerwise_offload=false "
-    "layerwise_offload_components= dit_offload_prefetch_size=0 dit_layerwise_resident_layers=0 layerwise_prefetch_size= "
-    "layerwise_resident_layers= layerwise_residency_policy= layerwise_residency_lifetime= dit_layerwise_residency_policy=leading "
-    "dit_layerwise_residency_lifetime=forward text_encoder_cpu_offload=false image_encoder_cpu_offload=false vae_cpu_offload=false "
-    "pin_cpu_memory=true|false offload_during_compile=true|false ltx2_two_stage_device_mode=",
-    "a performance preset": "performance_mode=auto|manual",
-    "caching between steps": "enable_teacache=false enable_cache_dit=false cache_dit_params= cache_dit_config= cfg_gate_step=1 "
-    "enable_spectrum=false w= taylor_order= history_size= spectrum_window_size= spectrum_flex_window= spectrum_warmup_steps= spectrum_m= "
-    "spectrum_lam= spectrum_tau_num_steps=",
-    "settings of a sparse attention": "attention_backend_config= mask_strategy_file_path= moba_config_path=",
-    "switching attention for one request": "attention_backend_override=",
-    "this way of compiling": "regional_compile=false enable_breakable_cuda_graph=false bcg_text_buckets= dit_config.torch_compile_mode=",
-    "this numeric switch": "allow_cudnn_tf32=true allow_bf16_reduced_precision_reduction=true disable_autocast=true quality=lossless "
-    "vae_decode_precision=",
-    "this setting of tiles": "vae_slicing=false vae_config.tile_sample_min_height=256 vae_config.tile_sample_min_width=256 "
-    "vae_config.tile_sample_min_num_frames=16 vae_config.tile_sample_stride_height=192 vae_config.tile_sample_stride_width=192 "
-    "vae_config.tile_sample_stride_num_frames=12 vae_config.blend_num_frames= vae_config.use_temporal_tiling=false "
-    "diffusion_decoder_tiling=true|false",
-    "the diffusers backend": "trust_remote_code=false diffusers_kwargs= diffusers_attention_backend=",
-    "choosing another pipeline or scheduler": "pipeline_class_name= pipeline_config_path= model_subfolder= model_variant= "
-    "scheduler_class_override= task_type= data_type= no_override_protected_fields=false text_encoder_configs=",
-    "this form of guidance": "guidance_rescale=0 enable_cfg_renorm=false cfg_renorm_min= embedded_cfg_scale=6",
-    "drawing noise on a device (it is drawn on the CPU, so that a seed means one image everywhere)": "generator_device=cpu",
-    "changing the number of frames by itself": "adjust_frames=true|false num_frames_round_down=false",
-    "returning the steps between": "return_trajectory_latents=false return_trajectory_decoded=false return_file_paths_only=true|false",
-    "starting at a low resolution": "progressive_mode=fullres progressive_levels=1 progressive_delta=0.01",
-    "frame interpolation": "enable_frame_interpolation=false frame_interpolation_exp=1 frame_interpolation_scale=1 "
-    "frame_interpolation_model_path=",
-    "upscaling": "enable_upscaling=false upscaling_model_path= upscaling_scale=4",
-    "profiling": "profile=false num_profiled_timesteps=5 profile_all_stages=false enable_layerwise_nvtx_marker=false debug=false "
-    "enable_trace=false otlp_traces_endpoint= otlp_service_name=",
-    "warming up before a request": "warmup_mode=off|server",
-    "rewriting prompts": "pe_server_url= prompt_enhancer_config= enable_prompt_rewrite=false srt_encoder_url= "
-    "srt_encoder_connection_timeout=3.05 srt_encoder_timeout=100",
-    "video input": "video_path=",
-    "sound": "sound_duration=0",
-    "reinforcement learning": "rollout=false rollout_sde_type=sde rollout_noise_level=0.7 rollout_log_prob_no_const=false "
-    "rollout_debug_mode=false",
-    "the model family that this belongs to": "minimax_h3_adaln_online=false minimax_h3_adaln_plan_width=4 minimax_h3_adaln_host_cache_gb=8 "
-    "minimax_h3_adaln_cache_path= load_diffusion_decoder=false use_diffusion_decoder=false auto_duration=false "
-    "auto_duration_min_seconds= auto_duration_max_seconds= resolution= streaming=false refiner_chunked=false num_frame_per_block= "
-    "realtime_causal_sink_size= realtime_causal_kv_cache_num_frames= action= translation_speed= rotation_speed_deg= pitch_limit_deg= "
-    "sr_resolution_scale= sr_num_steps= sr_tiles_batch_size= sr_tile_min_overlap= sr_target_resolution= sr_target_resize_mode= "
-    "action_mode= domain_id= domain_name= raw_action_dim= action_fps= bot_task= system_prompt= max_sequence_length= distilled_lora_path= "
-    "flux3_alpha= flux3_compile_text_encoder=false flux3_text_encoder_fp8=false flux3_keep_visual_vae_resident=false "
-    "flux3_dit_keep_non_layer=false flux3_skip_empty_cache_after_request=false",
-}
-"""What does not exist yet: a feature, its flags, and behind each flag the values that ask for nothing (`a|b`;
-none: every value asks).
-"""
-
-_OFF = {
-    name: (feature, values.split("|") if values else [])
-    for feature, rows in LATER.items()
-    for name, _, values in (row.partition("=") for row in rows.split())
-}
-
-LATER_NAMES = frozenset(_OFF)
-"""The names in `LATER`."""
 
 
 def tokens(argv: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -175,7 +99,13 @@ def collect(
     for spelling, value in pairs:
         given = spelling[:LONGEST].replace("-", "_")
         if not _exists(given, known):
-            names = [*known, *SPELLINGS, *(f"{component}_path" for component in COMPONENTS), *SERVER, *_OFF]
+            names = [
+                *known,
+                *SPELLINGS,
+                *(f"{component}_path" for component in COMPONENTS),
+                *SERVER,
+                *unsupported.OPTIONS,
+            ]
             hint = nearest(show(given), [show(n) for n in names])
             raise UserError(given, f"{show(given)}: no such {'flag' if dashes else 'key'}{hint}")
         for name, part, meant in () if value is None else _meanings(given, value, known):
@@ -194,14 +124,14 @@ def collect(
 def _exists(given: str, known: Collection[str]) -> bool:
     """Whether `given` is a spelling of some option."""
     return (
-        any(given in names for names in (known, SPELLINGS, SERVER, _OFF))
+        any(given in names for names in (known, SPELLINGS, SERVER, unsupported.OPTIONS))
         or _is_map(given)
         or _component(given) is not None
     )
 
 
 def _is_map(given: str) -> bool:
-    return given.partition(".")[0] in (*MAPS, *LATER_MAPS)
+    return given.partition(".")[0] in (*MAPS, *unsupported.MAPS)
 
 
 def _component(given: str) -> str | None:
@@ -245,16 +175,14 @@ _PER_COMPONENT = {
 }  # fmt: skip
 
 
-def later(name: str, value: Any) -> str | None:
-    """The sentence that refuses `name` = `value` where its feature does not exist yet; None where the value
-    asks for nothing.
-    """
-    feature, off = _OFF[name]
+def refusal(name: str, value: Any) -> str | None:
+    """The sentence that refuses an unsupported option; None where `value` turns its feature off."""
+    feature, off = unsupported.OPTIONS[name]
     value = of_python(value)
-    parts = value.values() if name in LATER_MAPS else [value]
+    parts = value.values() if name in unsupported.MAPS else [value]
     if all(_plain(_said(part)) in (*off, "") for part in parts):
         return None
-    return f"{name}: {shown(_said(value))} cannot be given: {feature} does not exist yet"
+    return f"{name}: {shown(_said(value))} cannot be used; {unsupported.said(feature)}"
 
 
 def _plain(text: str) -> str:

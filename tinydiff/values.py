@@ -15,6 +15,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from tinydiff import unsupported
 from tinydiff.records import UserError, nearest, shown
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -28,16 +29,6 @@ SAME_ATTENTION = {
     "torch_cudnn_sdpa": "cudnn",
 }
 """SGLang's names of the kernels that torch has."""
-
-LATER_ATTENTION = (
-    "fa3", "fa4", "dynamic_cudnn_sdpa", "sage_attn", "sage_attn_3", "fp8_fa_sm120", "sliding_tile_attn", "video_sparse_attn",
-    "video_sparse_attn_h3", "hybrid_window_attn_h3", "sparse_video_gen_2_attn", "vmoba_attn", "sparge_attn", "sla_attn", "sage_sla_attn",
-    "sol_attn", "subblock_sparse_attn", "cube_sparse_attn", "aiter", "aiter_sage", "laser_attn", "block_sparse_attn", "rain_fusion_attn",
-    "no_attention", "xpu", "mps",
-)  # fmt: skip
-
-LATER_CHOICES = {"backend": ("diffusers",), "encoder_parallel": ("dp",)}
-"""SGLang's values that do not exist here yet."""
 
 SHOWN_AS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
@@ -199,13 +190,9 @@ def _wrong(name: str, kind: type, value: Any) -> UserError:
 def _choice(name: str, choices: Sequence[str], value: Any) -> str:
     if not isinstance(value, str):
         raise UserError(name, f"{name}: {shown(value)} is not one of {', '.join(choices)}")
-    text = value
-    if tuple(choices) == get_args(Attention):
-        text = SAME_ATTENTION.get(text, text)
-        if text in LATER_ATTENTION:
-            raise UserError(name, f"{name}: {text!r} does not exist yet; choose one of {', '.join(choices)}")
-    if text in LATER_CHOICES.get(name, ()):
-        raise UserError(name, f"{name}: {text!r} does not exist yet; choose one of {', '.join(choices)}")
+    text = SAME_ATTENTION.get(value, value) if tuple(choices) == get_args(Attention) else value
+    if text in unsupported.CHOICES.get(name.partition(".")[0], ()):
+        raise UserError(name, f"{name}: {text!r} is not supported yet; choose one of {', '.join(choices)}")
     if text not in choices:
         raise UserError(
             name, f"{name}: {shown(text)} is not one of {', '.join(choices)}{nearest(text, choices)}"

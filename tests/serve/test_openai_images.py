@@ -133,7 +133,7 @@ def test_what_does_not_exist_yet_is_told_in_every_form_that_the_client_sends(cli
             lambda **more: client.images.generate(**SMALL, **more),
             lambda **more: client.images.edit(image=file(), prompt="p", **more),
         ):
-            with pytest.raises(openai.BadRequestError, match="LoRA does not exist yet") as caught:
+            with pytest.raises(openai.BadRequestError, match="not supported yet: LoRA") as caught:
                 call(extra_body={"loras": loras})
             assert caught.value.param == "loras"
 

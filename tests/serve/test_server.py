@@ -234,7 +234,7 @@ def test_a_body_that_is_never_read_is_refused_in_the_same_form(tmp_path):
         (["--admin-api-key", ""], "admin_api_key: is empty"),
         (["--host", "nowhere.invalid"], "host: 'nowhere.invalid' cannot be listened at"),
         (["--model-path", "/nowhere"], "model_path: '/nowhere'"),
-        (["--enable-sequence-shard", "true"], "does not exist yet"),
+        (["--enable-sequence-shard", "true"], "not supported yet"),
         (["--warmup-resolutions", "128"], "warmup_resolutions: '128' is not WIDTHxHEIGHT"),
         (["--warmup-resolutions", "100x100"], "height: 100 is not a multiple"),
         (["--webui"], "webui: does not exist here"),

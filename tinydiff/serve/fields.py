@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields as fields_of
 from typing import Any, NamedTuple, get_type_hints
 
-from tinydiff import config, flags, values
+from tinydiff import config, flags, unsupported, values
 from tinydiff.config import OutputOptions, SamplingOptions
 from tinydiff.records import UserError, nearest, shown
 from tinydiff.serve.body import parse_json
@@ -170,8 +170,8 @@ IDLE: dict[str, tuple[tuple[Any, ...], str]] = {
     "frame_duration_ms": ((), "an animation is a video, asked for at /v1/videos with fps"),
     "svg": ((), "images are made of pixels"),
     "markup": ((), "no model here reads marks on an image; a mask says where it is inpainted"),
-    "loras": (([], "", "[]"), "LoRA does not exist yet"),
-    "enhance_prompt": ((False, "false"), "rewriting prompts does not exist yet"),
+    "loras": (([], "", "[]"), unsupported.said("LoRA")),
+    "enhance_prompt": ((False, "false"), unsupported.said("prompt rewriting by another model")),
 }
 """What OpenAI or SGLang have and nothing here does: the values that ask for nothing, and why there are no
 others.
@@ -251,7 +251,7 @@ def names(kind: Kind) -> list[str]:
 
 
 def _known(name: str, kind: Kind) -> bool:
-    return name in names(kind) or name in flags.ALIASES or name in flags.SIZES or name in flags.LATER_NAMES
+    return name in names(kind) or name in flags.ALIASES or name in flags.SIZES or name in unsupported.OPTIONS
 
 
 def _entries(body: Mapping[str, Any], form: bool) -> Iterator[tuple[str, Any, bool]]:
@@ -340,8 +340,8 @@ def _refuse(name: str, value: Any, kind: Kind) -> None:
             return
         only = f"; it may be {' or '.join(map(_shown, free))}" if free and name != "loras" else ""
         raise UserError(name, f"{name}: {_shown(value)} cannot be had: {why}{only}")
-    if name in flags.LATER_NAMES:
-        if sentence := flags.later(name, value):
+    if name in unsupported.OPTIONS:
+        if sentence := flags.refusal(name, value):
             raise UserError(name, sentence)
         return
     if name in _ELSEWHERE or flags.ALIASES.get(name) in _ELSEWHERE:

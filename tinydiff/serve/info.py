@@ -15,7 +15,7 @@ from typing import Any
 
 import falcon
 
-from tinydiff import __version__
+from tinydiff import __version__, unsupported
 from tinydiff.records import UserError, nearest
 from tinydiff.serve.body import parse_json, read_bytes
 from tinydiff.serve.errors import NO_RETRY, Refusal, of_exception
@@ -370,7 +370,7 @@ class Wake:
 
 
 class Lora:
-    """SGLang's addresses for adapters, which do not exist yet."""
+    """SGLang's routes for LoRA adapters, which are not supported yet."""
 
     admin = True
 
@@ -378,7 +378,7 @@ class Lora:
         raise Refusal(
             400,
             "not_supported",
-            "LoRA adapters do not exist here yet, so none can be set, merged or taken out",
+            unsupported.said("LoRA"),
         )
 
 

@@ -65,8 +65,8 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, ServeOptions, str]:
     for entry in (*fields(made.sampling), *fields(made.output)):
         if entry.name in entries and entry.name != "log_level":
             raise UserError(entry.name, f"{entry.name}: belongs to a request, not to a server")
-    if made.later:
-        raise UserError("options", made.later[0])
+    if made.refusals:
+        raise UserError("options", made.refusals[0])
     if made.ignored:
         raise UserError(
             made.ignored[0],
