@@ -20,7 +20,7 @@ def test_preset(path: Path):
     row = find(made.model.model_path)
     assert row is not None
     sampling = made.sampling
-    assert made.later == ()
+    assert made.refusals == ()
     if path.stem == "several-gpus":
         assert made.parallel == config.ParallelOptions(num_gpus=2, sp_degree=2, tp_size=1, vae_sp=True)
         return

@@ -262,7 +262,7 @@ def _table() -> list[str]:
 
 def _help_of_generate() -> None:
     boxes: dict[str, type] = dict(zip(("picture", "file", "model", "ranks"), config.GROUPS, strict=True))
-    missing = textwrap.fill('Not supported yet: ' + ', '.join(unsupported.FEATURES) + '.', 105)
+    missing = textwrap.fill("Not supported yet: " + ", ".join(unsupported.FEATURES) + ".", 105)
     _help("generate", "Make images or videos and write them to files.", boxes, f"{EPILOGUE}{missing}\n")
 
 
