@@ -11,7 +11,7 @@ import torch
 from tests.parallel.pool import on_ranks
 from tests.parity import close
 from tinydiff.models import sd3, z_image
-from tinydiff.ops.network import Network
+from tinydiff.models.recipe import Net
 from tinydiff.parallel import sequence
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.plan import Plan
@@ -62,8 +62,11 @@ def branches(family, inputs, dtype):
     return [inputs, inputs | other]
 
 
-def denoised(name, plan, fsdp=False, dtype=torch.float64, run=loop.eager_denoise):
-    """The tokens that a plan's ranks make together, after two steps with guidance."""
+def denoised(name, plan, fsdp=False, dtype=torch.float64, run=loop.eager_denoise, adapt=None):
+    """The tokens that a plan's ranks make together, after two steps with guidance.
+
+    adapt: the network in memory -> the same with adapters.
+    """
     d = DENOISERS[name]
     if d.family is sd3.FAMILY:
         d = replace(
@@ -75,8 +78,11 @@ def denoised(name, plan, fsdp=False, dtype=torch.float64, run=loop.eager_denoise
         )  # the feed-forward's width follows, and divides
     asked, blocks = d.ask(d.config), {prefix for _, prefix in d.family.blocks(d.config)} if fsdp else ()
     mine = held(weights(d.family, d.config, dtype), d.family.spec(d.config), plan, blocks)
-    network = Network(d.family, d.config, plan, dtype)
-    hoisted = loop.hoist(network, mine, branches(d.family, asked.inputs, dtype), TABLE)
+    net = Net(d.family, d.config, plan, mine, dtype)
+    net = net if adapt is None else adapt(net)
+    network = net.network
+    inputs = branches(d.family, asked.inputs, dtype)
+    hoisted = loop.hoist(network, net.weights, inputs, TABLE, net.lora_scale)
     x = sequence.share(plan, asked.tokens.to(dtype), 1)
     *_, last = loop.run(run(network, guidance.KINDS[d.family.guidance]), TABLE, x, lambda _: hoisted)
     return sequence.gathered(plan, last.x, 1, asked.tokens.shape[1])

@@ -44,10 +44,14 @@ class Net(Generic[F]):
     dtype: torch.dtype
     generation: Mapping[str, Any] = field(default_factory=dict)
     """`generation_config.json`, of a language model that writes."""
+    adapters: tuple[tuple[str, int], ...] = ()
+    """(name, rank) of the adapters beside the weights, in their order along the low-rank leaves."""
+    lora_scale: Tensor | None = None
+    """[1, R]: one request's strength of each direction of those leaves."""
 
     @property
     def w(self) -> Weights:
-        return Weights(self.weights, dtype=self.dtype)
+        return Weights(self.weights, dtype=self.dtype, lora_scale=self.lora_scale)
 
     @property
     def network(self) -> Network:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinydiff.ops.linear import linear, matmul
+from tinydiff.ops.linear import linear, product
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.moves import move
 from tinydiff.parallel.plan import Plan
@@ -50,6 +50,6 @@ def scores(plan: Plan, x: Tensor, w: Weights) -> Tensor:
     """x [..., D] against the same table, or one like it -> [..., V], the scores of the whole vocabulary on
     every rank.
     """
-    tp, mine = plan.group("tp"), matmul(x, w["weight"])
+    tp, mine = plan.group("tp"), product(x, w)
     size = mine.shape[-1]
     return move(plan, "sum", F.pad(mine, (tp.rank * size, (tp.size - 1 - tp.rank) * size)))

@@ -1,35 +1,46 @@
-"""Matrix products with weight leaves. The only place that looks at the kind of a leaf."""
+"""Matrix products with weights. The only place that reads what stands beside a weight under its prefix.
+
+A layer's entries are plain tensors whose names say what they are:
+weight [O, I], or [O, C, ...] for the kernel of a patch embedding, where I counts all values of a patch.
+bias [O].
+lora_a [R, I] and lora_b [O, R]: low-rank differences of any number of adapters, one behind the other along R.
+Each image has its own strength for each of the R directions (`Weights.lora_scale`), so images with different
+adapters share a batch, and another strength or adapter of the same R needs no new graph.
+"""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.moves import move
-from tinydiff.parallel.plan import Plan
-
-
-def matmul(x: Tensor, leaf: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., I] times a weight leaf [O, I], plus bias [O] -> [..., O]. A new storage format is a new leaf
-    type and a new case here.
-
-    A leaf [O, C, ...] is the kernel of a patch embedding, and I all values of a patch, channels outermost.
-    """
-    match leaf:
-        case torch.Tensor():
-            return F.linear(x, leaf.flatten(1), bias)
-    raise TypeError(f"no product is defined for a weight leaf of type {type(leaf).__name__}")
+from tinydiff.parallel.plan import LORA_A, LORA_B, LORA_SCALE, Plan
 
 
 def linear(x: Tensor, w: Weights) -> Tensor:
     """x [..., I] -> [..., O]: `x @ w.weight.T + w.bias`, the bias optional."""
-    return matmul(x, w["weight"], w.get("bias"))
+    return product(x, w, w.get("bias"))
 
 
 def linear_sum(plan: Plan, x: Tensor, w: Weights) -> Tensor:
     """The row-split linear: partial products are summed over `tp` before the bias is added, once."""
-    y = move(plan, "sum", matmul(x, w["weight"]))
+    y = move(plan, "sum", product(x, w))
     bias = w.get("bias")
     return y if bias is None else y + bias
+
+
+def product(x: Tensor, w: Weights, bias: Tensor | None = None) -> Tensor:
+    """x [B, ..., I] times the layer's weight and its low-rank differences -> [B, ..., O]."""
+    y = F.linear(x, w["weight"].flatten(1), bias)
+    down = w.get(LORA_A)
+    return y if down is None else y + F.linear(_scaled(F.linear(x, down), w.lora_scale), w[LORA_B])
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    """x [B, ..., R] times scale [1 or B, R], in the type of the scale and rounded once."""
+    if scale is None:
+        raise ValueError(f"weights with {LORA_A} were evaluated without {LORA_SCALE}")
+    while scale.ndim < x.ndim:
+        scale = scale.unsqueeze(1)
+    return (x * scale).to(x.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel import sequence
-from tinydiff.parallel.plan import SINGLE, Cond, Plan, Row
+from tinydiff.parallel.plan import LORA_SCALE, SINGLE, Cond, Plan, Row
 
 Tensors = dict[str, Tensor]
 Tree = Mapping[str, Mapping[str, Tensor]]
@@ -139,7 +139,8 @@ def plain(network: Network, block: Block) -> Callable[..., Streams]:
     def call(
         w: Mapping[str, Tensor], x: Streams, request: Mapping[str, Tensor], shared: Mapping[str, Tensor]
     ) -> Streams:
-        return block(config, plan, Weights(w, dtype=dtype), x, Weights(request, dtype=dtype), shared)
+        weights = Weights(w, dtype=dtype, lora_scale=shared.get(LORA_SCALE))
+        return block(config, plan, weights, x, Weights(request, dtype=dtype), shared)
 
     return call
 
@@ -162,7 +163,8 @@ def walk(
     each branch.
     """
     family, config, plan, dtype = network.family, network.config, network.plan, network.dtype
-    top, stack = Weights(w[""], dtype=dtype), family.blocks(config)
+    stack = family.blocks(config)
+    tops = [Weights(w[""], dtype=dtype, lora_scale=request[""].get(LORA_SCALE)) for request, _ in branches]
     ends = [(Weights(request[""], dtype=dtype), dict(step[""])) for request, step in branches]
     shared = [
         step | {name: x for name, x in request.flat.items() if is_shared(family.conds, name)}
@@ -186,10 +188,12 @@ def walk(
 
     # No name may hold on to what enters the stack: it is as large as all that the blocks carry.
     if hooks.stack is None:
-        left = run([family.pre(config, plan, top, x_BLP, *end) for end in ends])
+        left = run([family.pre(config, plan, top, x_BLP, *end) for top, end in zip(tops, ends, strict=True)])
     else:
-        left = hooks.stack(run, [family.pre(config, plan, top, x_BLP, *end) for end in ends])
-    return [family.post(config, plan, top, x, *end) for x, end in zip(left, ends, strict=True)]
+        left = hooks.stack(
+            run, [family.pre(config, plan, top, x_BLP, *end) for top, end in zip(tops, ends, strict=True)]
+        )
+    return [family.post(config, plan, top, x, *end) for top, x, end in zip(tops, left, ends, strict=True)]
 
 
 def divide(network: Network, flat: Mapping[str, Tensor]) -> Tree:
@@ -205,7 +209,8 @@ def divide(network: Network, flat: Mapping[str, Tensor]) -> Tree:
 
 def is_shared(conds: Iterable[Cond], name: str) -> bool:
     """Whether every block reads the request's tensor of this name."""
-    return name.startswith(sequence.KEYS) or any(cond.shared and cond.name == name for cond in conds)
+    everywhere = name == LORA_SCALE or name.startswith(sequence.KEYS)
+    return everywhere or any(cond.shared and cond.name == name for cond in conds)
 
 
 def has_images(conds: Iterable[Cond], prefix: str, name: str) -> bool:

@@ -14,14 +14,23 @@ class Weights:
 
     `w.dtype` is the type that the network computes in. It is the network's own, for a stored weight may have
     another.
+    `w.lora_scale` is the strength of each low-rank direction for each image, float [1 or B, R]. It belongs to
+    the leaves `lora_a` and `lora_b` that may stand beside a weight (see `ops.linear`).
     """
 
-    __slots__ = ("_dtype", "at", "flat")
+    __slots__ = ("_dtype", "at", "flat", "lora_scale")
 
-    def __init__(self, flat: Mapping[str, Tensor], at: str = "", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        flat: Mapping[str, Tensor],
+        at: str = "",
+        dtype: torch.dtype | None = None,
+        lora_scale: Tensor | None = None,
+    ) -> None:
         self.flat = flat
         self.at = at
         self._dtype = dtype
+        self.lora_scale = lora_scale
 
     @property
     def dtype(self) -> torch.dtype:
@@ -30,7 +39,7 @@ class Weights:
         return self._dtype
 
     def __truediv__(self, name: str | int) -> Weights:
-        return Weights(self.flat, f"{self.at}{name}.", self._dtype)
+        return Weights(self.flat, f"{self.at}{name}.", self._dtype, self.lora_scale)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.flat[self.at + name]

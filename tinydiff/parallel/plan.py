@@ -154,6 +154,22 @@ def linear_rows(
         )
 
 
+LORA_A, LORA_B, LORA_SCALE = "lora_a", "lora_b", "lora_scale"
+"""The low-rank leaves beside a weight, and the strengths of their directions among a request's tensors."""
+
+
+def low_rank_rows(row: Row, rank: int) -> Iterator[Row]:
+    """Rows of the leaves beside a weight [O, ...]: lora_a [rank, I] and lora_b [O, rank].
+
+    They are divided over `tp` as the weight is: lora_b by its outputs, or lora_a by its inputs.
+    """
+    stem, outputs, inputs = row.name.removesuffix("weight"), row.split == 0, row.split == 1
+    columns = {"split": 1, "parts": row.parts, "head": row.head} if inputs else {}
+    rows = {"split": 0, "parts": row.parts, "head": row.head} if outputs else {}
+    yield Row(f"{stem}{LORA_A}", (rank, prod(row.shape[1:])), float32=row.float32, **columns)
+    yield Row(f"{stem}{LORA_B}", (row.shape[0], rank), float32=row.float32, **rows)
+
+
 def conv_rows(name: str, channels_in: int, channels_out: int, kernel: tuple[int, ...]) -> Iterator[Row]:
     """Rows of a convolution, weight [channels_out, channels_in, *kernel] and its bias."""
     yield Row(f"{name}.weight", (channels_out, channels_in, *kernel))

@@ -22,7 +22,7 @@ from tinydiff.ops.network import Branch, Fetch, Hooks, Network, Streams, Tree, d
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel import sequence, shards
 from tinydiff.parallel.moves import move
-from tinydiff.parallel.plan import Plan
+from tinydiff.parallel.plan import LORA_SCALE, Plan
 from tinydiff.sampling.solvers import Table, segments
 
 Memory = dict[str, Tensor]
@@ -121,13 +121,18 @@ class Denoising(NamedTuple):
 
 @torch.no_grad()
 def hoist(
-    network: Network, weights: Mapping[str, Tensor], branches: Sequence[dict[str, Tensor]], table: Table
+    network: Network,
+    weights: Mapping[str, Tensor],
+    branches: Sequence[dict[str, Tensor]],
+    table: Table,
+    lora_scale: Tensor | None = None,
 ) -> Hoisted:
     """Make a network ready for one request: what the loop need not repeat is computed here, once.
 
     weights: flat, on their device, as this rank holds them. branches: the inputs of the family's `hoist` for
     each branch of guidance, of which this rank keeps its own where `cfg` divides them. Tensors of the steps
     that no prompt enters are kept once for all branches.
+    lora_scale: the strengths [1, R] of the low-rank leaves among the weights, where there are any.
     """
     family, plan = network.family, network.plan
     device = next(iter(weights.values())).device
@@ -139,8 +144,11 @@ def hoist(
         timesteps = timesteps.expand(
             2
         )  # the second row is never read; torch would compile tables of one row on their own
-    flat = Weights(shards.Unpacked(weights, _packs(network), plan), dtype=network.dtype)
+    unpacked = shards.Unpacked(weights, _packs(network), plan)
+    flat = Weights(unpacked, dtype=network.dtype, lora_scale=lora_scale)
     hoisted = [family.hoist(network.config, everywhere, flat, inputs, timesteps) for inputs in branches]
+    if lora_scale is not None:
+        hoisted = [(request | {LORA_SCALE: lora_scale}, steps) for request, steps in hoisted]
     if not family.pooled:
         hoisted = [(request, hoisted[0][1]) for request, _ in hoisted]
     return Hoisted(
@@ -195,10 +203,17 @@ def _gathered(packs: Mapping[str, shards.Pack], plan: Plan) -> Fetch:
     shard = plan.group("shard")
 
     def take(prefix: str, coming: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        parts = (shards.finish(flat, packs[f"{prefix}.{pack}"]) for pack, flat in coming.items())
-        return {name: x for part in parts for name, x in part.items()}
+        whole = {name: x for name, x in coming.items() if f"{prefix}.{name}" not in packs}
+        parts = (
+            shards.finish(x, packs[f"{prefix}.{name}"]) for name, x in coming.items() if name not in whole
+        )
+        return whole | {name: x for part in parts for name, x in part.items()}
 
-    return Fetch(lambda prefix, held: {name: shards.start(x, shard) for name, x in held.items()}, take)
+    def begin(prefix: str, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        is_pack = {name: f"{prefix}.{name}" in packs for name in held}
+        return {name: shards.start(x, shard) if is_pack[name] else x for name, x in held.items()}
+
+    return Fetch(begin, take)
 
 
 def python_loop(condition: Callable[..., Tensor], body: Callable[..., tuple], carry: tuple) -> tuple:
