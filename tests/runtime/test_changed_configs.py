@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from diffusers import FluxPipeline, QwenImagePipeline
+from diffusers import FluxPipeline, QwenImageEditPlusPipeline, QwenImagePipeline
 from PIL import Image
 
 from tests.runtime import (
@@ -16,10 +16,13 @@ from tests.runtime import (
     test_ernie_pipelines,
     test_flux2_pipelines,
     test_flux_pipelines,
+    test_ovis_pipelines,
     test_sd3_pipelines,
     test_z_image_pipelines,
 )
 from tests.runtime.changes import Subject, subject
+from tinydiff.config import ModelOptions, SamplingOptions
+from tinydiff.records import UserError
 
 SMALL = {"prompt": ("a red </s> circle",), "num_inference_steps": 1, "height": 32, "width": 32}
 
@@ -56,6 +59,12 @@ SUBJECTS = {
     "Qwen-Image": lambda folder: subject(
         folder / "model", lambda at: qwen_folders.build(QwenImagePipeline, at), SMALL
     ),
+    "Qwen-Image that edits": lambda folder: subject(
+        folder / "model",
+        lambda at: qwen_folders.build(QwenImageEditPlusPipeline, at),
+        SMALL | {"image_path": (picture(folder),)},
+    ),
+    "Ovis": lambda folder: subject(folder / "model", test_ovis_pipelines.build, SMALL),
     "ERNIE": lambda folder: subject(folder / "model", test_ernie_pipelines.build, SMALL),
 }
 """Families -> how to make a tiny model of each in a directory, and what is asked of it."""
@@ -103,7 +112,7 @@ FOUND = [
         "vae/config.json",
         "scale_factor_spatial",
         4,
-        "scale_factor_spatial is 4, and what the autoencoder's levels make is 8",
+        "scale_factor_spatial is 4, and its levels make another size of latents; with it no image can be given",
     ),
     (
         SEES,
@@ -176,6 +185,44 @@ def test_what_once_was_a_traceback(family, file, field, value, sentence, unchang
 )
 def test_what_the_reference_runs_is_run(family, file, field, value, unchanged):
     assert unchanged(family).outcome(changes.Change(file, (field,), value)) is None
+
+
+@pytest.mark.parametrize(
+    ("variant", "field", "value", "shape"),
+    [
+        ("T2V", "scale_factor_spatial", 4, (9, 64, 64, 3)),
+        ("T2V", "scale_factor_spatial", 16, (9, 16, 16, 3)),
+        ("T2V", "scale_factor_temporal", 2, (17, 32, 32, 3)),
+        ("TI2V from an image", "scale_factor_temporal", 8, (5, 32, 32, 3)),
+        ("TI2V from an image", "scale_factor_spatial", 8, None),
+        ("I2V with two experts", "scale_factor_spatial", 16, None),
+        ("I2V with two experts", "scale_factor_temporal", 2, None),
+    ],
+)
+def test_strides_that_contradict_the_levels_are_refused_only_where_the_reference_fails(
+    variant, field, value, shape, tmp_path
+):
+    """shape: of the video, None where both fail. Latents are as many as the field says."""
+    pipe = folders.build(folders.VARIANTS[variant], tmp_path / "model")
+    folders.edit(tmp_path / "model" / "vae" / "config.json", **{field: value})
+    given = None if variant == "T2V" else picture(tmp_path)
+    size = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 1}
+    theirs = type(pipe).from_pretrained(tmp_path / "model")
+    image = {} if given is None else {"image": Image.open(given)}
+    asked = size | ({} if given is None else {"image_path": (given,)})
+    ours = Subject(
+        tmp_path / "model",
+        SamplingOptions(prompt=("a red circle",), **asked),
+        ModelOptions(model_path=str(tmp_path / "model")),
+    )
+    if shape is None:
+        with pytest.raises(RuntimeError, match="size"):
+            theirs(prompt="a red circle", **image, **size)
+        with pytest.raises(UserError, match=f"{field} is {value}, and its levels make another size"):
+            changes.made(ours)
+    else:
+        made = theirs(prompt="a red circle", output_type="np", **image, **size).frames[0]
+        assert made.shape == changes.made(ours).frames[0].shape == shape
 
 
 @pytest.fixture(scope="module")

@@ -114,9 +114,27 @@ def parts(model: Model, request: Request, warn: Callable[[str], None] = log.warn
         )
 
     def encode(pixels: Tensor) -> Tensor:
-        return vae.family.encode(vae.config, vae.w, pixels, chunk, tile, vae.plan).to(compute_dtype(pixels))
+        latents = vae.family.encode(vae.config, vae.w, pixels, chunk, tile, vae.plan)
+        _check_strides(vae.config, pixels, latents)
+        return latents.to(compute_dtype(pixels))
 
     return Context(model.nets, tokens, model.tokenizers, encode, resize, model.blueprint.options, device)
+
+
+def _check_strides(vae: Any, pixels: Tensor, latents: Tensor) -> None:
+    """Raises UserError where a given image's latents are not of the size that the autoencoder's config says,
+    and so not of that of the latents made. Without a given image the config's word holds, as in diffusers.
+    """
+    frames, height, width = pixels.shape[2:]
+    for name, made, said in (
+        ("temporal", latents.shape[2], (frames - 1) // vae.scale_factor_temporal + 1),
+        ("spatial", latents.shape[3], height // vae.scale_factor_spatial),
+        ("spatial", latents.shape[4], width // vae.scale_factor_spatial),
+    ):
+        if made != said:
+            field = f"scale_factor_{name}"
+            message = f"the autoencoder's {field} is {getattr(vae, field)}, and its levels make another size of latents"
+            raise UserError("model_path", f"model_path: {message}; with it no image can be given")
 
 
 def _check_known(model: Model, component: str, ids: Sequence[int]) -> None:

@@ -73,17 +73,19 @@ class Config:
             raise ValueError(
                 f"attn_scales is {self.attn_scales}; no released Wan autoencoder has attention outside its middle block"
             )
-        strides = {"scale_factor_spatial": 2 ** (len(self.dim_mult) - 1) * (self.patch_size or 1)}
-        strides |= {"scale_factor_temporal": 2 ** sum(self.temperal_downsample)}
-        for name, stride in strides.items():
-            if getattr(self, name) != stride:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}, and what the autoencoder's levels make is {stride}"
-                )
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent, along height and width, as its levels make them. Pipelines size their latents by
+        `scale_factor_spatial`, which may say otherwise: the output then has another size than was asked for.
+        """
+        return 2 ** (len(self.dim_mult) - 1) * (self.patch_size or 1)
 
 
 def check_statistics(c: Config) -> None:
-    """Raises ValueError for a Config that can be planned but not run: its statistics are not those of its channels."""
+    """Raises ValueError for a Config that can be planned but not run: its statistics are not those of its
+    channels.
+    """
     for name in ("latents_mean", "latents_std"):
         if (count := len(getattr(c, name))) != c.z_dim:
             raise ValueError(
@@ -400,7 +402,7 @@ def moments(
         lambda x, strip: _moments(c, w, x, chunk, strip),
         _fold(c, x_BCTHW),
         side,
-        p / c.scale_factor_spatial,
+        p / c.stride,
         plan,
     )
 
@@ -442,12 +444,15 @@ def raw_pixels(
     plan: Plan = SINGLE,
 ) -> Tensor:
     """Raw latents [B, Z, F, H', W'] -> pixels [B, 3, 4F - 3, H, W], not clipped. Options as in `moments`."""
-    stride = c.scale_factor_spatial
-    side = None if tile is None else tile // stride
+    side = None if tile is None else tile // c.stride
     return _unfold(
         c,
         tiled(
-            lambda z, strip: _pixels(c, w, z, chunk, strip), z_BZFHW, side, stride / (c.patch_size or 1), plan
+            lambda z, strip: _pixels(c, w, z, chunk, strip),
+            z_BZFHW,
+            side,
+            c.stride / (c.patch_size or 1),
+            plan,
         ),
     )
 
