@@ -106,7 +106,7 @@ def test_generate_prints_paths_seeds_and_seconds(asked, tmp_path, monkeypatch, c
 
 def test_server_flags_are_ignored_in_one_line_each(asked, tmp_path, capsys):
     assert cli.main(["generate", "--prompt", "a", "--port", "30010", "--output-path", str(tmp_path)]) == 0
-    assert capsys.readouterr().err == "tinydiff: --port belongs to a server and is ignored here\n"
+    assert capsys.readouterr().err == "tinydiff: --port is a server option and is ignored here\n"
 
 
 def test_not_saving_says_so(asked, tmp_path, monkeypatch, capsys):
@@ -138,7 +138,7 @@ def test_perf_dump(asked, tmp_path):
         (["serve", "--num-gpus", "2"], "num_gpus: a server runs on one device so far"),
         (["serve", "--api-key-file", "/nowhere"], "api_key_file: '/nowhere' cannot be read"),
         (["models", "--jsn"], "takes --json or nothing"),
-        (["generate"], "prompt: none is given"),
+        (["generate"], "prompt: is missing"),
         (["generate", "--promt", "a"], "did you mean '--prompt'?"),
         (
             ["generate", "--prompt", "a", "--kv-gather-degree", "2"],

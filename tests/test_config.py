@@ -142,7 +142,7 @@ def test_prompts_from_a_file(tmp_path: Path):
     assert "prompt_path" in str(sentence(["--prompt-path", str(tmp_path / "none.txt")]))
     assert "either --prompt or --prompt-path" in str(sentence(["--prompt", "a", "--prompt-path", str(path)]))
     (tmp_path / "empty.txt").write_text("\n")
-    assert "holds no prompt" in str(sentence(["--prompt-path", str(tmp_path / "empty.txt")]))
+    assert "contains no prompt" in str(sentence(["--prompt-path", str(tmp_path / "empty.txt")]))
 
 
 def test_the_example_of_the_cli_page_parses(tmp_path: Path):
@@ -233,7 +233,7 @@ def test_files_that_cannot_be_read(tmp_path: Path):
     assert "cannot be read" in str(sentence(["--config", str(tmp_path)]))
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     assert "is not text" in str(sentence(["--config", str(tmp_path / "bytes")]))
-    assert "takes one text" in str(sentence(["--config"]))
+    assert "takes one string" in str(sentence(["--config"]))
 
 
 @pytest.mark.parametrize(
@@ -455,7 +455,7 @@ def test_the_place_that_a_launcher_gave_is_read(monkeypatch):
     for name, value in zip(names, ("5", "8", "1", "4", "node0", "29500"), strict=True):
         assert config.under_torchrun() is None  # all of them, or it was another program's
         monkeypatch.setenv(name, value)
-    assert config.under_torchrun() == config.Place(rank=5, size=8, local_rank=1, local_size=4)
+    assert config.under_torchrun() == config.LaunchedRank(rank=5, size=8, local_rank=1, local_size=4)
 
 
 LAUNCHED = {

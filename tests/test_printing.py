@@ -24,7 +24,7 @@ COMMANDS = [
     ["doctor", "--help"],
 ]
 COMMAND = [sys.executable, "-m", "tinydiff.cli"]
-FULL = "tinydiff: error: not all could be printed (no space left on device); the work itself is done\n"
+FULL = "tinydiff: error: not everything could be printed (no space left on device); the work itself is done\n"
 ONE_IMAGE = ["generate", "--prompt", "a 円", "--num-inference-steps", "1", "--output-file-name"]
 
 
@@ -80,7 +80,7 @@ def test_an_image_is_saved_whatever_becomes_of_its_report(tmp_path, gone):
 def test_texts_that_are_not_utf8_are_one_sentence(argv, capsys):
     assert cli.main(["generate", *argv]) == 2
     said = capsys.readouterr().err
-    assert "holds bytes that are not UTF-8, or half a character" in said and said.count("\n") == 1
+    assert "contains bytes that are not UTF-8, or half a character" in said and said.count("\n") == 1
     assert said.startswith(f"tinydiff: error: {argv[-2][2:].replace('-', '_')}: ")
 
 
@@ -100,30 +100,30 @@ def test_a_refusal_is_remembered_and_nothing_raises():
         (OSError(errno.EIO, "Input/output error"), "input/output error"),
         (BrokenPipeError(errno.EPIPE, "gone"), None),
     ):
-        steady = printing.Steady(Refusing(error))
-        assert steady.write("a") == 1
-        steady.write("b")
-        steady.flush()
-        assert steady.refused is error and printing.lost(steady) == reason
+        safe = printing.SafeStream(Refusing(error))
+        assert safe.write("a") == 1
+        safe.write("b")
+        safe.flush()
+        assert safe.error is error and printing.failure(safe) == reason
     closed = io.StringIO()
     closed.close()
     for stream in (closed, None):
-        steady = printing.Steady(stream)
-        print("a", file=steady, flush=True)  # type: ignore[arg-type]
-        assert steady.refused is None and printing.lost(steady) is None
+        safe = printing.SafeStream(stream)
+        print("a", file=safe, flush=True)  # type: ignore[arg-type]
+        assert safe.error is None and printing.failure(safe) is None
 
 
 def test_what_an_encoding_has_not_is_escaped():
     data = io.BytesIO()
-    steady = printing.Steady(io.TextIOWrapper(data, encoding="latin-1"))
-    steady.write("ü 円 \udcff\n")
-    steady.flush()
-    assert data.getvalue() == b"\xfc \\u5186 \\udcff\n" and steady.encoding == "latin-1"
+    safe = printing.SafeStream(io.TextIOWrapper(data, encoding="latin-1"))
+    safe.write("ü 円 \udcff\n")
+    safe.flush()
+    assert data.getvalue() == b"\xfc \\u5186 \\udcff\n" and safe.encoding == "latin-1"
 
 
 def test_the_streams_are_given_back(capsys):
     before = sys.stdout, sys.stderr
-    with printing.steady() as out:
+    with printing.safe_streams() as out:
         assert sys.stdout is out
         print("a")
         with pytest.raises(UserError):

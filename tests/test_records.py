@@ -12,7 +12,7 @@ import pytest
 
 from tests.sources import modules
 from tinydiff import config
-from tinydiff.records import LONGEST, MOST_SAID, UserError, nearest, shown
+from tinydiff.records import LONGEST, LONGEST_MESSAGE, UserError, nearest, shown
 
 
 def errors():
@@ -103,5 +103,5 @@ def test_the_nearest_name_to_a_long_one_compares_its_beginning_only(monkeypatch)
 
 def test_an_error_is_one_sentence_of_bounded_length():
     error = UserError("a" * 10_000, "height: \x1b[31m is\nnot " + "z" * 10_000 + " allowed")
-    assert len(error.field) == LONGEST and len(str(error)) <= MOST_SAID + 3
+    assert len(error.field) == LONGEST and len(str(error)) <= LONGEST_MESSAGE + 3
     assert str(error).startswith("height:  [31m is not zz") and str(error).endswith("zz allowed")

@@ -1,9 +1,7 @@
-"""The command line: `tinydiff generate`, `tinydiff models`, `tinydiff doctor`, `tinydiff plan`, `tinydiff
---version`.
+"""The command line: `tinydiff generate`, `serve`, `models`, `plan` and `doctor`.
 
-Help is drawn by tyro from the option records. Values are read by `config.parse`, the one reader that files,
-library calls and the command line share. torch is imported only once everything that needs no model has been
-checked.
+tyro renders the help from the option records. `config.parse` reads the values, as it does those of config
+files and library calls. torch is imported only after everything that needs no model has been checked.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from tinydiff import __version__, config, paths, printing, unsupported
 from tinydiff.models import registry
 from tinydiff.records import RankError, UserError, nearest
 from tinydiff.runtime import launch
+from tinydiff.values import descriptions
 
 if TYPE_CHECKING:
     from tinydiff.records import Result
@@ -37,12 +36,12 @@ Images and videos from diffusion models.
 
 commands:
   generate    make images or videos and write them to files
-  models      list the supported models with their defaults (--json)
-  doctor      show what runs here; --parity compares the networks with diffusers'
-  plan        what each way of sharing a request among several GPUs costs
-  serve       the same over HTTP: OpenAI's images and videos, a page, metrics
+  serve       serve a model over HTTP: OpenAI's image and video API, a web page, metrics
+  models      list the supported models and their defaults
+  plan        estimate memory and time of a model on one or several GPUs
+  doctor      show what this machine can run; --parity compares the networks with diffusers
 
-  -h, --help  show this, or after a command its options
+  -h, --help  show this help; after a command, its options
   --version   show the version
 """
 
@@ -67,25 +66,22 @@ TINYDIFF_S3_ENDPOINT_URL. The prefix SGLANG_ works too.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code.
+    """Run one command and return its exit code. Every failure prints one sentence.
 
-    0 when it did; also where the reader of what is printed left early. 1 where `doctor` found a difference, a
-    rank failed, or not all could be printed; files are written by then. 2 for a user's mistake, 130 when
-    interrupted. Every failure is told in one sentence.
+    0: success, also if the reader of the output closed it early. 1: `doctor` found a difference, a rank
+    failed, or the output could not be printed in full (files are written by then). 2: a user's mistake. 130:
+    interrupted.
     """
-    with printing.steady() as out:
-        code = _told(list(sys.argv[1:] if argv is None else argv))
-        if (reason := printing.lost(out)) and not code:
-            print(
-                f"tinydiff: error: not all could be printed ({reason}); the work itself is done",
-                file=sys.stderr,
-            )
+    with printing.safe_streams() as out:
+        code = _run_or_explain(list(sys.argv[1:] if argv is None else argv))
+        if (reason := printing.failure(out)) and not code:
+            sentence = f"not everything could be printed ({reason}); the work itself is done"
+            print(f"tinydiff: error: {sentence}", file=sys.stderr)
             return 1
     return code
 
 
-def _told(argv: list[str]) -> int:
-    """Run one command, and tell its failure."""
+def _run_or_explain(argv: list[str]) -> int:
     try:
         return _run(argv)
     except (UserError, RankError) as error:
@@ -123,9 +119,8 @@ def _run(argv: list[str]) -> int:
 
                 return server.serve(rest)
         case [word, *_]:
-            raise UserError(
-                "command", f"{word}: no such command{nearest(word, COMMANDS)}; `tinydiff --help` lists them"
-            )
+            hint = nearest(word, COMMANDS)
+            raise UserError("command", f"{word}: no such command{hint}; `tinydiff --help` lists them")
     return 0
 
 
@@ -134,12 +129,11 @@ COMMANDS = ("generate", "models", "doctor", "plan", "serve", "--help", "--versio
 
 def _generate(argv: list[str]) -> None:
     options = config.parse(argv)
-    _admissible(options)
+    _check_without_torch(options)
     launch.say(options.output.log_level)
     for name in options.ignored:
-        print(
-            f"tinydiff: --{name.replace('_', '-')} belongs to a server and is ignored here", file=sys.stderr
-        )
+        flag = name.replace("_", "-")
+        print(f"tinydiff: --{flag} is a server option and is ignored here", file=sys.stderr)
 
     from tinydiff import progress
 
@@ -151,13 +145,13 @@ def _generate(argv: list[str]) -> None:
         _dump(paths.path(options.output.perf_dump_path, "perf_dump_path"), results[0], started)
 
 
-def _admissible(options: config.Options) -> None:
+def _check_without_torch(options: config.Options) -> None:
     """Refuse what can be refused before torch is imported."""
     if options.refusals:
         raise UserError("options", options.refusals[0])
     row = registry.find(options.model.model_id or options.model.model_path)
     if not options.sampling.prompt and not (row and row.captions):
-        raise UserError("prompt", "prompt: none is given; say what to make with --prompt 'a red circle'")
+        raise UserError("prompt", "prompt: is missing; describe the output with --prompt 'a red circle'")
     if options.model.model_id is not None:
         registry.named(options.model.model_id)
     from tinydiff.io.output import check_writable
@@ -168,45 +162,32 @@ def _admissible(options: config.Options) -> None:
         path = paths.path(options.output.perf_dump_path, "perf_dump_path")
         if (kind := paths.kind(path)) not in ("file", ""):
             what = "a directory" if kind == "directory" else "a device or a pipe"
-            raise UserError(
-                "perf_dump_path", f"perf_dump_path: {str(path)!r} is {what}; it must be a file's name"
-            )
+            raise UserError("perf_dump_path", f"perf_dump_path: {str(path)!r} is {what}; give a file name")
         check_writable(path.parent, path.name, "perf_dump_path")
 
 
 def _report(result: Result) -> str:
-    """The paths with their seeds, the prompt where the model wrote it, what had no effect, then the seconds
-    of each stage.
-    """
+    """The files and their seeds, a rewritten prompt, warnings, and the seconds of each stage."""
     seeds = [f"seed {seed}" for seed in result.seeds]
-    each = len(result.paths) // len(seeds)  # layers are files of their own
-    saved = [f"{path}  {seeds[i // each]}" for i, path in enumerate(result.paths)]
-    stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items())
-    revised = (
-        [f"prompt as rewritten: {result.parameters['revised_prompt']}"]
-        if "revised_prompt" in result.parameters
-        else []
-    )
-    warnings = [f"warning: {said}" for said in result.warnings]
-    return "\n".join([*(saved or [f"not saved: {', '.join(seeds)}"]), *revised, *warnings, stages])
+    files_per_seed = len(result.paths) // len(seeds)  # a layered image is several files
+    lines = [f"{path}  {seeds[i // files_per_seed]}" for i, path in enumerate(result.paths)]
+    lines = lines or [f"not saved: {', '.join(seeds)}"]
+    if "revised_prompt" in result.parameters:
+        lines.append(f"prompt as rewritten: {result.parameters['revised_prompt']}")
+    lines += [f"warning: {warning}" for warning in result.warnings]
+    return "\n".join([*lines, ", ".join(f"{stage} {s:.2f} s" for stage, s in result.seconds.items())])
 
 
 def _dump(path: Path, result: Result, started: datetime) -> None:
-    """Write the timings of the first result as JSON, under the names that SGLang Diffusion's --perf-dump-path
-    uses.
-    """
+    """Write the timings of a result as JSON, under the names of SGLang Diffusion's --perf-dump-path."""
     from tinydiff.io.atomic import write_over
 
-    total = sum(result.seconds.values())
+    stages, steps = result.seconds.items(), enumerate(result.step_seconds)
     record = {
         "timestamp": started.isoformat(),
-        "total_duration_ms": 1000 * total,
-        "steps": [
-            {"name": stage, "duration_ms": 1000 * seconds} for stage, seconds in result.seconds.items()
-        ],
-        "denoise_steps_ms": [
-            {"step": step, "duration_ms": 1000 * seconds} for step, seconds in enumerate(result.step_seconds)
-        ],
+        "total_duration_ms": 1000 * sum(result.seconds.values()),
+        "steps": [{"name": stage, "duration_ms": 1000 * seconds} for stage, seconds in stages],
+        "denoise_steps_ms": [{"step": step, "duration_ms": 1000 * seconds} for step, seconds in steps],
         "meta": {"version": __version__, "parameters": dict(result.parameters)},
     }
     text = json.dumps(record, indent=2, default=str) + "\n"
@@ -224,44 +205,36 @@ def _models(argv: list[str]) -> None:
         print("\n".join(_table()))
 
 
+COLUMNS = ["model", "size", "frames", "fps", "steps", "guidance", "shift", "solver", "images", "parameters"]
+
+
 def _table() -> list[str]:
-    rows = [
-        ("model", "size", "frames", "fps", "steps", "guidance", "shift", "solver", "pictures", "parameters")
-    ]
-    for row in registry.MODELS:
-        frames = (
-            f"{row.num_frames}"
-            if row.clip_frames == row.num_frames
-            else f"{row.num_frames} or {row.clip_frames}"
-        )
-        guidance = f"{row.guidance:g}" if row.guidance_2 is None else f"{row.guidance:g}, {row.guidance_2:g}"
-        params = f"{row.params / 1e9:.1f} B" if row.params >= 1e8 else f"{row.params / 1e6:.1f} M"
-        size = f"{row.width}x{row.height}"
-        shift = "its own" if row.flow_shift is None else f"{row.flow_shift:g}"
-        least, most = row.images
-        pictures = f"{least} to {most}" if least < most else f"{most}"
-        rows.append(
-            (
-                row.name,
-                size,
-                frames,
-                str(row.fps),
-                str(row.steps),
-                guidance,
-                shift,
-                row.solver,
-                pictures,
-                params,
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rows = [COLUMNS, *map(_cells, registry.MODELS)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def _cells(row: registry.ReleasedModel) -> list[str]:
+    several = row.clip_frames != row.num_frames
+    fewest, most = row.images
     return [
-        "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        row.name,
+        f"{row.width}x{row.height}",
+        f"{row.num_frames} or {row.clip_frames}" if several else f"{row.num_frames}",
+        str(row.fps),
+        str(row.steps),
+        f"{row.guidance:g}" if row.guidance_2 is None else f"{row.guidance:g}, {row.guidance_2:g}",
+        "from scheduler" if row.flow_shift is None else f"{row.flow_shift:g}",
+        row.solver,
+        f"{fewest} to {most}" if fewest < most else f"{most}",
+        f"{row.params / 1e9:.1f} B" if row.params >= 1e8 else f"{row.params / 1e6:.1f} M",
     ]
 
 
 def _help_of_generate() -> None:
-    boxes: dict[str, type] = dict(zip(("picture", "file", "model", "ranks"), config.GROUPS, strict=True))
+    boxes: dict[str, type] = dict(
+        zip(("sampling", "output", "model", "parallel"), config.GROUPS, strict=True)
+    )
     missing = textwrap.fill("Not supported yet: " + ", ".join(unsupported.FEATURES) + ".", 105)
     _help("generate", "Make images or videos and write them to files.", boxes, f"{EPILOGUE}{missing}\n")
 
@@ -270,45 +243,46 @@ def _help_of_serve() -> None:
     from tinydiff.serve.options import ServeOptions
 
     boxes = {"server": ServeOptions, "model": config.ModelOptions}
-    _help("serve", "Keep a model loaded behind an OpenAI-compatible HTTP API, and a page.", boxes, SERVING)
+    _help("serve", "Serve a model over an OpenAI-compatible HTTP API, with a web page.", boxes, SERVING)
 
 
 def _help(command: str, description: str, groups: Mapping[str, type], epilogue: str) -> None:
-    """Draw a command's options: one box per record."""
+    """Print a command's options: one box per record."""
     import tyro
 
-    def hint(default: str) -> str:
-        return (
-            ""
-            if default in ("", "None")
-            else f"(default: {default.lower() if default in ('True', 'False') else default})"
-        )
-
-    def drawn(group: type) -> type:
-        rows = [
-            (
-                entry.name,
-                Annotated[kind, tyro.conf.arg(metavar=_metavar(kind), help_behavior_hint=hint)],
-                entry,
-            )
-            for entry, kind in zip(fields(group), get_type_hints(group).values(), strict=True)
-        ]
-        return make_dataclass(group.__name__, rows, bases=(group,), frozen=True)
-
     boxes = [
-        (name, group, field(default_factory=group))
-        for name, group in ((name, drawn(group)) for name, group in groups.items())
+        (name, group := _annotated(record), field(default_factory=group)) for name, record in groups.items()
     ]
     markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
-    shown = make_dataclass("Options", boxes, frozen=True)
+    options = make_dataclass("Options", boxes, frozen=True)
+    program = f"tinydiff {command}"
     try:
-        tyro.cli(shown, prog=f"tinydiff {command}", description=description, args=["--help"], config=markers)
+        tyro.cli(options, prog=program, description=description, args=["--help"], config=markers)
     except SystemExit:
         print(epilogue, end="")
 
 
+def _annotated(record: type) -> type:
+    """A subclass of an option record whose annotations tell tyro how to render each field."""
+    from tyro.conf import arg
+
+    texts, hints = descriptions(record), get_type_hints(record)
+    rows = []
+    for entry in fields(record):
+        kind, text = hints[entry.name], texts[entry.name]
+        shape = arg(metavar=_metavar(kind), help=text, help_behavior_hint=_default_hint)
+        rows.append((entry.name, Annotated[kind, shape], entry))
+    return make_dataclass(record.__name__, rows, bases=(record,), frozen=True)
+
+
+def _default_hint(default: str) -> str:
+    if default in ("", "None"):
+        return ""
+    return f"(default: {default.lower() if default in ('True', 'False') else default})"
+
+
 def _metavar(kind: Any) -> str:
-    """How help writes the values of an annotated type."""
+    """The placeholder of an option's value in --help."""
     origin, inner = get_origin(kind), [k for k in get_args(kind) if k is not NoneType]
     if origin is Literal:
         return "|".join(get_args(kind))

@@ -1,9 +1,8 @@
-"""The options of a generation: frozen records under SGLang Diffusion's names, and the one reader that fills
-them.
+"""The options of a generation: frozen records under SGLang Diffusion's names, and the reader that fills them.
 
-A command line, a config file and a library call all become a flat dict of names and values and pass through
-`options`, so each value is checked once and a mistake reads the same everywhere. None leaves the choice to
-the model's row in the registry. No torch here.
+A command line, a config file and a library call all become one dict of names and values and pass through
+`options`. So each value is checked once, and a mistake gets the same message everywhere. None means that the
+model's own default holds. No torch here.
 """
 
 from __future__ import annotations
@@ -18,19 +17,24 @@ from tinydiff.records import UserError, shown
 from tinydiff.values import Attention, Precision, filled, within
 
 CLOUD_STORAGE = (
-    "CLOUD_STORAGE_TYPE", "S3_BUCKET_NAME", "S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY", "S3_ENDPOINT_URL", "S3_REGION_NAME",
-)  # fmt: skip
-"""Variables about object storage, each behind TINYDIFF_ or SGLANG_."""
+    "CLOUD_STORAGE_TYPE",
+    "S3_BUCKET_NAME",
+    "S3_ACCESS_KEY_ID",
+    "S3_SECRET_ACCESS_KEY",
+    "S3_ENDPOINT_URL",
+    "S3_REGION_NAME",
+)
+"""Environment variables of object storage, each with the prefix TINYDIFF_ or SGLANG_."""
 
 
 class Progress(Protocol):
-    """Whoever watches a generation."""
+    """Receives the progress of a generation."""
 
     def on_stage(self, name: str) -> None:
-        """A stage begins; the one before has ended."""
+        """A stage begins. The previous one has ended."""
 
     def on_step(self, done: int, total: int) -> None:
-        """`done` of the stage's `total` steps are made."""
+        """`done` of the stage's `total` steps are finished."""
 
 
 LAST_SEED = 2**63 - 1
@@ -42,164 +46,167 @@ def _empty() -> Any:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What to make."""
+    """What to generate."""
 
     prompt: tuple[str, ...] = ()
-    """What to show; several prompts make several outputs. Or --prompt-path FILE.txt, one prompt a line."""
+    """Text that describes the output. Several prompts give several outputs.
+    --prompt-path FILE.txt reads one prompt per line."""
     negative_prompt: str | None = None
-    """What to keep away from, where guidance is above 1."""
+    """Text that describes what to avoid. It has an effect only where classifier-free guidance is on."""
     image_path: tuple[str, ...] = ()
-    """Images given: the first frame of a video (for some models also the last), the image to start from,
-    or references of an edit. A file, an http(s) address or a data URI."""
+    """Input images: the first (for some models also the last) frame of a video, the image to start from, or
+    the references of an edit. Each is a file, an http(s) URL or a data URI.
+    """
     mask_path: str | None = None
-    """Where the given image is inpainted: white there, black where it stays; of the image's size."""
+    """Mask for inpainting, of the input image's size. White is inpainted, black is kept."""
     strength: float | None = within(above=0, most=1)
-    """How far a given image is changed: near 0 hardly, at 1 wholly."""
+    """How much the input image is changed: near 0 hardly, 1 completely."""
     seed: tuple[int, ...] = within((42,), least=0, most=LAST_SEED)
-    """Start of the random numbers: output k of a prompt is the image of seed + k. Or one seed for each
-    output.
-    """
+    """Random seed. Output k of a prompt uses seed + k. A list gives one seed for each output."""
     num_outputs_per_prompt: int = within(1, least=1, most=10_000)
-    """Outputs made of each prompt."""
+    """Number of outputs for each prompt."""
     height: int | None = within(least=1, most=2**16)
-    """Pixels. Sizes at once: --720p --1080p --2k --4k."""
+    """Height in pixels. --720p --1080p --2k --4k set height and width at once."""
     width: int | None = within(least=1, most=2**16)
-    """Pixels."""
+    """Width in pixels."""
     num_frames: int | None = within(least=1, most=100_000)
-    """Frames; 1 makes an image. Qwen-Image-Layered: layers."""
+    """Number of frames; 1 makes an image. For Qwen-Image-Layered, the number of layers."""
     fps: int | None = within(least=1, most=1000)
-    """Frames a second of a clip."""
+    """Frames per second of a video."""
     num_inference_steps: int | None = within(least=1, most=1000)
-    """Denoising steps."""
+    """Number of denoising steps."""
     guidance_scale: float | None = within(least=0, most=1000)
-    """How strongly the prompt is followed; 1 turns guidance off and halves the work."""
+    """How closely to follow the prompt. At 1 classifier-free guidance is off, which halves the work."""
     true_cfg_scale: float | None = within(least=0, most=1000)
-    """Guidance by a negative prompt, for models whose guidance_scale is told to the network (FLUX.1-dev);
-    elsewhere the same as that.
-    """
+    """Classifier-free guidance scale of models whose guidance_scale is an input of the network (FLUX.1-dev).
+    For other models it is the same as guidance_scale."""
     cfg_normalization: float | None = within(least=0)
-    """Z-Image: how many times as long as the prompt's own prediction the guided one may be; 0 does not ask.
+    """Z-Image: upper bound on the norm of the guided prediction, relative to the prompt's own; 0 is no bound.
     """
     guidance_scale_2: float | None = within(least=0, most=1000)
-    """The same for the second expert of a model that has two."""
+    """Guidance scale of the second expert, for models that have two (Wan2.2 A14B)."""
     boundary_ratio: float | None = within(least=0, most=1)
-    """Share of the noise schedule below which the second expert takes over."""
+    """Fraction of the noise schedule below which the second expert runs, for models that have two."""
     flow_shift: float | None = within(above=0, most=1000)
-    """Above 1 spends more steps at high noise."""
+    """Shift of the noise schedule. Above 1, more of the steps are at high noise."""
     use_pe: bool | None = None
-    """ERNIE-Image: its language model rewrites the prompt first, where the directory has one (component pe);
-    false takes it as it is.
-    """
+    """ERNIE-Image: rewrite the prompt with the checkpoint's language model (component pe) before encoding it.
+    On by default where the checkpoint has one."""
     dmd_denoising_steps: tuple[int, ...] = within((), least=0, most=1000)
-    """Timesteps of a distilled model, falling."""
+    """Timesteps of a distilled (DMD) model, in descending order."""
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Where it goes."""
+    """Where the outputs go."""
 
     output_path: str = "outputs/"
-    """Directory of the outputs; "" saves nothing."""
+    """Directory of the outputs. An empty string saves nothing."""
     output_file_name: str | None = None
-    """Name whose ending decides the format: .png .jpg .webp for an image, .mp4 .webm .gif or a final / (a
-    directory of frames) for a clip. Or directory and name at once: --output-file-path PATH."""
+    """File name, whose extension selects the format: .png .jpg .webp for an image; .mp4 .webm .gif, or a
+    final / (a directory of PNG frames) for a video. --output-file-path PATH sets directory and name at once.
+    """
     output_quality: str = "default"
-    """Of lossy formats: maximum, high, medium, low or default."""
+    """Quality of lossy formats: maximum, high, medium, low or default."""
     output_compression: int | None = within(least=0, most=100)
-    """The same as a number, 0 to 100."""
+    """Quality of lossy formats as a number, 0 to 100; an alternative to output_quality."""
     x264_preset: str | None = None
-    """Effort of the MP4 encoder, ultrafast to placebo."""
+    """Speed preset of the MP4 encoder, ultrafast to placebo."""
     save_output: bool = True
-    """Write files. --no-save-output does not."""
+    """Write the outputs to files. --no-save-output is --save-output false."""
     return_frames: bool = False
-    """Keep the raw frames in the result, for callers from Python."""
+    """Keep the frames in the results when files are written; for callers from Python."""
     perf_dump_path: str | None = None
-    """Write the timings as JSON into this file."""
+    """Write the timings of the run as JSON to this file."""
     log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
-    """How much is said; from warning on there is no progress bar."""
+    """Least severe messages that are shown. From warning on there is no progress bar."""
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What makes it."""
+    """Which model, and how it runs."""
 
     model_path: str = "tinydiff/shapes"
-    """A directory in diffusers layout or a hub id. `tinydiff models` lists what is supported."""
+    """A directory in diffusers layout, or a Hugging Face hub id. `tinydiff models` lists the supported ones.
+    """
     model_id: str | None = None
-    """Take the defaults of this model, whatever the directory is called."""
+    """Name of the supported model whose defaults hold, whatever the directory is called."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id."""
+    """Branch, tag or commit of the hub repository."""
     variant: str | None = None
-    """Load the weights saved under this variant, such as fp16, where a component has them."""
+    """Variant of the weight files, such as fp16. A component that has no such files uses its usual ones."""
     component_paths: Mapping[str, str] = _empty()
-    """Take components from elsewhere: --vae-path X, --text-encoder-path X, and so on."""
+    """Directories or hub ids of single components: --vae-path X, --text-encoder-path X, and so on."""
     dit_precision: Precision | None = None
-    """Type of the denoiser's weights."""
+    """Data type of the denoiser."""
     vae_precision: Precision | None = None
-    """Type of the autoencoder's weights."""
+    """Data type of the autoencoder."""
     text_encoder_precisions: tuple[Precision, ...] = ()
-    """Types of the text encoders' weights, in order."""
+    """Data types of text_encoder, text_encoder_2, and so on, in this order."""
     image_encoder_precision: Precision | None = None
-    """Type of the image encoder's weights."""
+    """Data type of the image encoder."""
     component_precisions: Mapping[str, Precision] = _empty()
-    """The same by component: transformer=bf16,vae=fp32."""
+    """Data types by component: transformer=bf16,vae=fp32."""
     vae_tiling: bool | None = None
-    """Decode in tiles, for less memory."""
+    """Decode in overlapping tiles, which takes less memory."""
     attention_backend: Attention = "sdpa"
-    """Attention kernel of the denoiser; sdpa lets torch choose."""
+    """Attention kernel of the denoiser. With sdpa, torch chooses one."""
     component_attention_backends: Mapping[str, Attention] = _empty()
-    """The same by component: transformer=flash,text_encoder=math."""
+    """Attention kernels by component: transformer=flash,text_encoder=math."""
     enable_torch_compile: bool = False
-    """Compile the denoiser: slow once, then faster."""
+    """Compile the denoiser with torch.compile: the first run is slow, later ones are faster."""
     backend: Literal["auto", "tinydiff", "sglang"] = "auto"
-    """All three are tinydiff's own code."""
+    """Accepted for compatibility. Every value runs tinydiff's own code."""
 
 
 @dataclass(frozen=True)
 class ParallelOptions:
-    """On how many devices. Each rank, a process of its own, has one; where there is no GPU, ranks share the
-    CPU.
+    """How many devices, and how they share the work.
+
+    Each rank is a process with a device of its own; on a machine without GPUs all ranks use the CPU.
     """
 
     num_gpus: int | None = within(least=1, most=2**16)
-    """Ranks on all machines. Alone it chooses how they share the work, and says so."""
+    """Number of ranks on all machines. Without further options it also selects the layout and prints it."""
     tp_size: int | None = within(least=1)
-    """Ranks that share the weights of each layer."""
+    """Tensor parallel degree: ranks that shard the weights of each layer."""
     sp_degree: int | None = within(least=1)
-    """Ranks that share the tokens of an image: ulysses_degree times ring_degree, or alone the former."""
+    """Sequence parallel degree: ranks that shard the tokens, ulysses_degree times ring_degree. Alone it is
+    ulysses_degree."""
     ulysses_degree: int | None = within(least=1)
-    """Of them, those that trade tokens for heads in attention."""
-    ring_degree: int | None = within(least=1)
-    """Of them, those that pass keys and values around."""
-    enable_cfg_parallel: bool | None = None
-    """Prompt and negative prompt on ranks of their own."""
-    cfg_parallel_size: int | None = within(least=1, most=2)
-    """The same as a number: 2, or 1 for off."""
-    data_parallel_size: int | None = within(least=1)
-    """Replicas of the model, which share the outputs."""
-    use_fsdp_inference: bool | None = None
-    """Divide weights over ranks that would hold the same, and gather them block by block."""
-    encoder_parallel: Literal["auto", "fold", "replicate"] = "auto"
-    """Text encoders: divided as tp_size says (auto), over all ranks of a replica (fold), or whole on each
-    (replicate).
+    """Ulysses degree: ranks that exchange shards of tokens for shards of heads around attention (all-to-all).
     """
+    ring_degree: int | None = within(least=1)
+    """Ring attention degree: ranks that pass keys and values around."""
+    enable_cfg_parallel: bool | None = None
+    """Run the prompt and the negative prompt on separate ranks."""
+    cfg_parallel_size: int | None = within(least=1, most=2)
+    """Guidance parallel degree: 2 runs the prompt and the negative prompt on separate ranks, 1 does not."""
+    data_parallel_size: int | None = within(least=1)
+    """Number of replicas of the model, among which the outputs are divided."""
+    use_fsdp_inference: bool | None = None
+    """Shard the weights over ranks that would hold the same ones, and gather them block by block (FSDP)."""
+    encoder_parallel: Literal["auto", "fold", "replicate"] = "auto"
+    """Text encoders: sharded by tp_size (auto), sharded over all ranks of a replica (fold), or whole on every
+    rank (replicate)."""
     vae_sp: bool | None = None
-    """Divide the autoencoder's rows over the ranks of a replica; so it is done unless false."""
+    """Shard the image height in the autoencoder over the ranks of a replica. On by default."""
     nnodes: int | None = within(least=1)
-    """Machines; each runs the same command, but for node_rank."""
+    """Number of machines. Each runs the same command with its own node_rank."""
     node_rank: int | None = within(least=0)
-    """Which of them this is, from 0."""
+    """Index of this machine, from 0."""
     dist_init_addr: str | None = None
-    """The first machine's host:port, for all to meet at."""
+    """host:port of the first machine, where all ranks connect."""
     master_port: int | None = within(least=1, most=2**16 - 1)
-    """The port, where dist_init_addr names none; on one machine any free one."""
+    """Port where the ranks connect, if dist_init_addr names none. On one machine, by default any free port.
+    """
     dist_timeout: int | None = within(least=1)
-    """Seconds that a rank waits for another before the job ends with an error, 3600 unless told."""
+    """Seconds that a rank waits for another before the run fails. By default 3600."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Everything that a generation was asked for."""
+    """All options of one generation."""
 
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
@@ -208,7 +215,7 @@ class Options:
     refusals: tuple[str, ...] = ()
     """One sentence for each option whose feature is not supported yet."""
     ignored: tuple[str, ...] = ()
-    """Server options given, which a single generation has no use for."""
+    """Names of server options, which have no effect on a single generation."""
 
 
 GROUPS: tuple[type, ...] = (SamplingOptions, OutputOptions, ModelOptions, ParallelOptions)
@@ -216,10 +223,8 @@ NAMES = tuple(entry.name for group in GROUPS for entry in fields(group))
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which one this process is of those that torchrun, or `tinydiff generate`, started: its rank of `size`,
-    and that on its machine.
-    """
+class LaunchedRank:
+    """The rank of this process, and its rank on this machine, as torchrun or `tinydiff generate` set them."""
 
     rank: int
     size: int
@@ -227,112 +232,113 @@ class Place:
     local_size: int
 
 
-def under_torchrun() -> Place | None:
-    """This process's place as the environment says it, None where no launcher started it. Raises UserError
-    for a variable that no launcher sets so.
+def under_torchrun() -> LaunchedRank | None:
+    """This process's rank as the environment says it, None if no launcher started it.
+
+    Raises UserError for a variable with a value that no launcher sets.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if not {*names, "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return None
-    rank, size, local_rank, local_size = (_launched(name) for name in names)
+    rank, size, local_rank, local_size = (_environment_integer(name) for name in names)
     for name, value, total in (("RANK", rank, size), ("LOCAL_RANK", local_rank, local_size)):
         if not value < total:
-            raise UserError(
-                name,
-                f"the environment variable {name} is {value}; of {total} processes the last is {total - 1}",
+            message = (
+                f"the environment variable {name} is {value}; of {total} processes the last is {total - 1}"
             )
-    if not 0 < _launched("MASTER_PORT") < 2**16:
+            raise UserError(name, message)
+    if not 0 < _environment_integer("MASTER_PORT") < 2**16:
         raise UserError("MASTER_PORT", "the environment variable MASTER_PORT must be between 1 and 65535")
-    return Place(rank, size, local_rank, local_size)
+    return LaunchedRank(rank, size, local_rank, local_size)
 
 
-def _launched(name: str) -> int:
-    """A number that a launcher put into the environment."""
+def _environment_integer(name: str) -> int:
     text = os.environ[name]
     if not (text.isascii() and text.isdigit() and len(text) < 10):
-        message = f"the environment variable {name} is {shown(text)}; a launcher such as torchrun sets it to an integer of at least 0"
-        raise UserError(name, f"{message}; unset it where there is none")
+        message = (
+            f"the environment variable {name} is {shown(text)}; a launcher such as torchrun sets it to an"
+        )
+        raise UserError(name, f"{message} integer of at least 0; unset it if there is no launcher")
     return int(text)
 
 
 def keys(name: str) -> tuple[str, ...]:
-    """The keys in the variable TINYDIFF_<name>, several with commas between."""
+    """The keys in the environment variable TINYDIFF_<name>, separated by commas."""
     return tuple(word.strip() for word in os.environ.get(f"TINYDIFF_{name}", "").split(",") if word.strip())
 
 
 def cloud_storage() -> dict[str, str]:
-    """What the environment says of object storage, by SGLang's names without their first word, such as
-    S3_BUCKET_NAME: the variable TINYDIFF_S3_BUCKET_NAME, else SGLANG_S3_BUCKET_NAME. What is not set, or is
-    empty, is left out."""
-    found = {
+    """The settings of object storage from the environment, without their prefixes; unset ones are left out.
+
+    TINYDIFF_S3_BUCKET_NAME, else SGLANG_S3_BUCKET_NAME, is S3_BUCKET_NAME.
+    """
+    values = {
         name: os.environ.get(f"TINYDIFF_{name}") or os.environ.get(f"SGLANG_{name}") for name in CLOUD_STORAGE
     }
-    return {name: value for name, value in found.items() if value}
+    return {name: value for name, value in values.items() if value}
 
 
 def parse(argv: Sequence[str]) -> Options:
-    """The options of a command line, `--config FILE` read first and overruled by what is beside it. Raises
-    UserError.
-    """
-    given = flags.collect(flags.tokens(argv), [*NAMES, "config"], dashes=True)
-    config = given.pop("config", None)
-    entries = (
-        {}
-        if config is None
-        else flags.collect(config_file.entries_of(flags.one_text("config", config)), NAMES)
-    )
-    for name, value in given.items():
-        entries[name] = entries.get(name, {}) | value if name in (*flags.MAPS, *unsupported.MAPS) else value
+    """The options of a command line, which override those of its `--config FILE`. Raises UserError."""
+    typed = flags.collect(flags.tokens(argv), [*NAMES, "config"], dashes=True)
+    path = typed.pop("config", None)
+    entries = {}
+    if path is not None:
+        entries = flags.collect(config_file.entries_of(flags.one_text("config", path)), NAMES)
+    for name, value in typed.items():
+        is_map = name in (*flags.MAPS, *unsupported.MAPS)
+        entries[name] = entries.get(name, {}) | value if is_map else value
     return _checked(entries)
 
 
 def options(entries: Mapping[str, Any]) -> Options:
-    """The options under these names, spelled as on the command line or as keys. Raises UserError naming what
-    is wrong.
-    """
+    """The options of a library call: names with dashes or underscores, and their values. Raises UserError."""
     return _checked(flags.collect(entries.items(), NAMES))
 
 
 def seeds(sampling: SamplingOptions, prompt: int) -> tuple[int, ...]:
-    """The seeds of the outputs of prompt number `prompt`, in order. Raises UserError where they would go past
-    the last seed.
+    """The seeds of the outputs of prompt number `prompt`, in order.
+
+    Raises UserError if they go past the last seed.
     """
-    count, given = sampling.num_outputs_per_prompt, sampling.seed
-    if len(given) == 1:
-        if given[0] + count - 1 > LAST_SEED:
-            raise UserError(
-                "seed",
-                f"seed: {given[0]} and {count} outputs go past the last seed; give at most {LAST_SEED - count + 1}",
-            )
-        return tuple(given[0] + k for k in range(count))
-    return given if len(given) == count else given[prompt * count : (prompt + 1) * count]
+    count, listed = sampling.num_outputs_per_prompt, sampling.seed
+    if len(listed) == 1:
+        most = LAST_SEED - count + 1
+        if listed[0] > most:
+            message = f"seed: {listed[0]} and {count} outputs go past the last seed; give at most {most}"
+            raise UserError("seed", message)
+        return tuple(listed[0] + k for k in range(count))
+    return listed if len(listed) == count else listed[prompt * count : (prompt + 1) * count]
 
 
 def _checked(entries: Mapping[str, Any]) -> Options:
     records = [filled(group, entries) for group in GROUPS]
-    rest = {name: value for name, value in entries.items() if name not in NAMES}
-    refused = [flags.refusal(name, value) for name, value in rest.items() if name not in flags.SERVER]
-    made = Options(
-        *records,
-        refusals=tuple(filter(None, refused)),
-        ignored=tuple(name for name in rest if name in flags.SERVER),
+    others = {name: value for name, value in entries.items() if name not in NAMES}
+    sentences = [flags.refusal(name, value) for name, value in others.items() if name not in flags.SERVER]
+    refusals = tuple(sentence for sentence in sentences if sentence)
+    parsed = Options(
+        *records, refusals=refusals, ignored=tuple(name for name in others if name in flags.SERVER)
     )
-    if made.output.output_path == "":
-        made = replace(made, output=replace(made.output, save_output=False))
-    _agree(made)
-    return made
+    if parsed.output.output_path == "":
+        parsed = replace(parsed, output=replace(parsed.output, save_output=False))
+    _check_combinations(parsed)
+    return parsed
 
 
-def _agree(made: Options) -> None:
-    """What no single option can tell."""
-    sampling, output = made.sampling, made.output
-    prompts, count, given = len(sampling.prompt), sampling.num_outputs_per_prompt, len(sampling.seed)
-    if given not in (1, count, count * max(prompts, 1)):
-        wanted = " or ".join(str(number) for number in sorted({1, count, count * max(prompts, 1)}))
-        raise UserError("seed", f"seed: {given} are given for {count} outputs of each prompt; give {wanted}")
+def _check_combinations(parsed: Options) -> None:
+    """What no single option shows."""
+    sampling, output = parsed.sampling, parsed.output
+    prompts, count, listed = len(sampling.prompt), sampling.num_outputs_per_prompt, len(sampling.seed)
+    allowed = sorted({1, count, count * max(prompts, 1)})
+    if listed not in allowed:
+        wanted = " or ".join(map(str, allowed))
+        raise UserError("seed", f"seed: {listed} are given for {count} outputs of each prompt; give {wanted}")
     seeds(sampling, 0)
     if prompts > 1 and output.output_file_name is not None:
-        message = f"output_file_name: {shown(output.output_file_name)} names the output of one prompt and {prompts} are given; leave it out"
+        name = shown(output.output_file_name)
+        message = (
+            f"output_file_name: {name} names the output of one prompt and {prompts} are given; leave it out"
+        )
         raise UserError("output_file_name", message)
     for path in sampling.image_path:
         if not paths.scheme(path) and paths.kind(paths.path(path, "image_path")) != "file":

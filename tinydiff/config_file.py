@@ -1,4 +1,4 @@
-"""Config files: JSON or YAML, whose keys are the options' names. No torch here."""
+"""Config files: JSON or YAML with the names of options as keys. No torch here."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from tinydiff import paths
 from tinydiff.records import UserError, shown
 
 MOST_TEXT = 1_000_000
-"""Characters of a config file."""
+"""Most characters of a config file."""
 
 
 def entries_of(path: str) -> Iterator[tuple[str, Any]]:
-    """The (key, value) pairs of a JSON or YAML file of flat keys; `pipeline_config`, `vae_config` and
-    `dit_config` may be nested.
+    """The (key, value) pairs of a JSON or YAML file.
 
-    A null means "not given". Raises UserError for a file that is missing, unreadable or neither format, and
-    for a key that stands twice.
+    Keys are flat, except in `pipeline_config`, `vae_config` and `dit_config`. null means that the option is
+    not given. Raises UserError for a file that is missing, unreadable or in neither format, and for a
+    repeated key.
     """
     text = paths.read_text(path, "config")
     if len(text) > MOST_TEXT:
@@ -26,10 +26,8 @@ def entries_of(path: str) -> Iterator[tuple[str, Any]]:
     entries = _parsed(path, text)
     if not isinstance(entries, dict):
         kind = "nothing" if entries is None else f"a {type(entries).__name__}"
-        raise UserError(
-            "config",
-            f"config: {shown(path)} holds {kind}; it must hold keys and values, such as `num_frames: 17`",
-        )
+        message = f"{shown(path)} holds {kind}; it must hold keys and values, such as `num_frames: 17`"
+        raise UserError("config", f"config: {message}")
     for name, value in entries.items():
         if name in ("pipeline_config", "vae_config", "dit_config") and isinstance(value, dict):
             prefix = "" if name == "pipeline_config" else f"{name}."
@@ -39,7 +37,7 @@ def entries_of(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parsed(path: str, text: str) -> Any:
-    """What a JSON or YAML text holds. Raises UserError."""
+    """The value of a JSON or YAML text. Raises UserError."""
     import yaml
 
     try:
@@ -47,19 +45,18 @@ def _parsed(path: str, text: str) -> Any:
     except RecursionError as error:
         raise UserError("config", f"config: {shown(path)} is nested too deeply") from error
     except KeyError as error:
-        raise UserError(
-            "config", f"config: {shown(path)} has the key {shown(error.args[0])} twice"
-        ) from error
-    except (yaml.YAMLError, ValueError) as error:  # also a date or a number that cannot be
-        place = getattr(error, "problem_mark", None)
-        where = f" (YAML stops at line {place.line + 1})" if place else ""
+        key = shown(error.args[0])
+        raise UserError("config", f"config: {shown(path)} has the key {key} twice") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date or number
+        mark = getattr(error, "problem_mark", None)
+        where = f" (YAML error in line {mark.line + 1})" if mark else ""
         raise UserError("config", f"config: {shown(path)} is neither JSON nor YAML{where}") from error
 
 
 def _of_json(text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_once)
-    except ValueError:  # YAML begins like this too
+        return json.loads(text, object_pairs_hook=_unique)
+    except ValueError:  # YAML may begin in the same way
         return _of_yaml(text)
 
 
@@ -68,7 +65,7 @@ def _of_yaml(text: str) -> Any:
 
     def check(node: Any) -> None:
         if isinstance(node, yaml.MappingNode):
-            _once([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+            _unique([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
             for _, inner in node.value:
                 check(inner)
 
@@ -78,11 +75,11 @@ def _of_yaml(text: str) -> Any:
     return None if node is None else loader.construct_document(node)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A mapping of these pairs. Raises KeyError for a key that stands twice."""
-    made = {}
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs as a dict. Raises KeyError for a repeated key."""
+    mapping = {}
     for key, value in pairs:
-        if key in made:
+        if key in mapping:
             raise KeyError(key)
-        made[key] = value
-    return made
+        mapping[key] = value
+    return mapping

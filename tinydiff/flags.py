@@ -1,9 +1,8 @@
-"""The spelling of options: SGLang Diffusion's names and forms, from a command line or a file, as one flat
-dict of tinydiff's names.
+"""The spelling of options: SGLang Diffusion's names and forms become one dict of tinydiff's names.
 
-Dashes and underscores are alike. An option that tinydiff has keeps its value for `config.py` to read; the
-long tail that it does not have is here as two tables, so that every flag of SGLang is known, and none is
-taken without effect or a word.
+Dashes and underscores are the same. `config` reads the values. Every flag of SGLang is known: what has no
+meaning for `generate` is in `SERVER`, and what is not supported yet is in `unsupported`, so that none is
+silently ignored.
 """
 
 from __future__ import annotations
@@ -18,57 +17,67 @@ from tinydiff import paths, unsupported
 from tinydiff.records import LONGEST, UserError, nearest, shown
 from tinydiff.values import of_python, read
 
-_words = str.split
-
 ALIASES = {
-    "precision": "dit_precision", "num_outputs": "num_outputs_per_prompt", "image_paths": "image_path", "sp_size": "sp_degree",
-    "mode": "performance_mode", "prompt_file_path": "prompt_path", "pipeline": "pipeline_class_name", "dp_size": "data_parallel_size",
-    "dp": "data_parallel_size", "layerwise_offload_modules": "layerwise_offload_components", "window_size": "spectrum_window_size",
-    "flex_window": "spectrum_flex_window", "vae_config.use_tiling": "vae_tiling",
-}  # fmt: skip
+    "precision": "dit_precision",
+    "num_outputs": "num_outputs_per_prompt",
+    "image_paths": "image_path",
+    "sp_size": "sp_degree",
+    "mode": "performance_mode",
+    "prompt_file_path": "prompt_path",
+    "pipeline": "pipeline_class_name",
+    "dp_size": "data_parallel_size",
+    "dp": "data_parallel_size",
+    "layerwise_offload_modules": "layerwise_offload_components",
+    "window_size": "spectrum_window_size",
+    "flex_window": "spectrum_flex_window",
+    "vae_config.use_tiling": "vae_tiling",
+}
+"""Other names of an option."""
 
 SIZES = {"720p": (720, 1280), "1080p": (1080, 1920), "2k": (1440, 2560), "4k": (2160, 3840)}
-"""Size shorthands: (height, width)."""
+"""Flag that sets a size -> (height, width)."""
 
 SPELLINGS = (*ALIASES, *SIZES, "prompt_path", "output_file_path", "no_save_output")
-"""Names that stand for others."""
+"""Names that stand for other options."""
 
-COMPONENTS = (
-    "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder", "vae", "tokenizer", "tokenizer_2",
-    "tokenizer_3", "image_processor", "scheduler", "audio_vae", "vocoder", "connectors", "spatial_upsampler", "condition_image_encoder",
-)  # fmt: skip
-"""What `--<component>-path` may name; which of them a model has, its model_index.json says."""
+COMPONENTS = """
+    transformer transformer_2 text_encoder text_encoder_2 text_encoder_3 image_encoder vae tokenizer
+    tokenizer_2 tokenizer_3 image_processor scheduler audio_vae vocoder connectors spatial_upsampler
+    condition_image_encoder
+""".split()
+"""What `--<component>-path` may name. A model's model_index.json says which of them it has."""
 
 MAPS = ("component_paths", "component_attention_backends", "component_precisions")
-"""Options that hold a value per component: `a=x,b=y`, a JSON object, or `--name.a x`."""
+"""Options that hold one value for each component: `a=x,b=y`, a JSON object, or `--name.a x`."""
 
-SERVER = _words("""
-    host port http_graceful_shutdown_timeout enable_metrics strict_ports webui webui_port input_save_path served_model_name
-    uvicorn_access_log_exclude_prefixes log_requests log_requests_level log_requests_format log_requests_target enable_cache_report
-    warmup_resolutions warmup_num_frames warmup_steps warmup_sampling_params batching_mode batching_max_size batching_delay_ms
-    batching_config enable_batching_metrics sleep_on_idle async_output_save scheduler_port scheduler_rpc_timeout
-    disable_conditioning_cache conditioning_cache_max_size_mb disagg_role disagg_timeout disagg_downstream_wait_timeout
-    disagg_dispatch_policy disagg_instance_id disagg_max_slots_per_instance disagg_transfer_redundancy disagg_role_device
-    disagg_transfer_backend disagg_transfer_pool_size disagg_transfer_pin_memory disagg_p2p_hostname disagg_ib_device disagg_server_addr
-    encoder_urls prompt_encoder_urls image_encoder_urls denoiser_urls decoder_urls encoder_tp denoiser_tp denoiser_sp denoiser_ulysses
-    denoiser_ring decoder_sp
-    api_key api_key_file admin_api_key cors_origin public_url state_dir state_url unfinished lease output_lifetime output_limit max_queue
-    max_body max_input_pixels max_pixels max_outputs allow_url_inputs idle_unload http_threads log_format
-""")
-"""Flags of a server: `generate` ignores them and says so."""
+SERVER = """
+    host port http_graceful_shutdown_timeout enable_metrics strict_ports webui webui_port input_save_path
+    served_model_name uvicorn_access_log_exclude_prefixes log_requests log_requests_level
+    log_requests_format log_requests_target enable_cache_report warmup_resolutions warmup_num_frames
+    warmup_steps warmup_sampling_params batching_mode batching_max_size batching_delay_ms batching_config
+    enable_batching_metrics sleep_on_idle async_output_save scheduler_port scheduler_rpc_timeout
+    disable_conditioning_cache conditioning_cache_max_size_mb disagg_role disagg_timeout
+    disagg_downstream_wait_timeout disagg_dispatch_policy disagg_instance_id disagg_max_slots_per_instance
+    disagg_transfer_redundancy disagg_role_device disagg_transfer_backend disagg_transfer_pool_size
+    disagg_transfer_pin_memory disagg_p2p_hostname disagg_ib_device disagg_server_addr encoder_urls
+    prompt_encoder_urls image_encoder_urls denoiser_urls decoder_urls encoder_tp denoiser_tp denoiser_sp
+    denoiser_ulysses denoiser_ring decoder_sp api_key api_key_file admin_api_key cors_origin public_url
+    state_dir state_url unfinished lease output_lifetime output_limit max_queue max_body max_input_pixels
+    max_pixels max_outputs allow_url_inputs idle_unload http_threads log_format
+""".split()
+"""Server options. `generate` ignores them and says so."""
 
 
 def tokens(argv: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Split a command line into (name, values): `--name a b` gives [a, b], `--name=a` gives [a], and `--name`
-    alone gives True.
+    """Split a command line into (name, values).
 
-    A value begins with "--" only after an equals sign. Raises UserError for a word that belongs to no flag.
+    `--name a b` gives [a, b], `--name=a` gives [a], and `--name` alone gives True. A value may begin with
+    "--" only after an equals sign. Raises UserError for a word that follows no flag.
     """
     if argv and not argv[0].startswith("--"):
         word = shown(argv[0])
-        raise UserError(
-            "prompt", f"prompt: unexpected {word}; every value follows its flag, as in --prompt {word}"
-        )
+        message = f"unexpected {word}; every value follows its flag, as in --prompt {word}"
+        raise UserError("prompt", f"prompt: {message}")
     starts = [i for i, word in enumerate(argv) if word.startswith("--")]
     for start, stop in zip(starts, [*starts[1:], len(argv)], strict=False):
         name, equals, value = argv[start][2:].partition("=")
@@ -78,128 +87,120 @@ def tokens(argv: Sequence[str]) -> Iterator[tuple[str, Any]]:
 
 def collect(
     pairs: Iterable[tuple[str, Any]],
-    known: Iterable[str],
+    names: Iterable[str],
     dashes: bool = False,
-    several: Collection[str] = (),
+    repeatable: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Bring one source's (name, value) pairs to tinydiff's names: aliases, shorthands and per-component forms
-    are resolved. What is None is not given.
+    """Rename one source's (name, value) pairs to tinydiff's options; None means that an option is not given.
 
-    known: the names of the options. dashes: whether to speak of flags or of keys. The last of a repeated name
-    counts, but of the names in `several` all do. Raises UserError for an unknown name, with the nearest one,
-    and for two spellings of one option.
+    Aliases, shorthands and forms per component are resolved. names: the options. dashes: whether messages
+    write --flags or keys. Of a repeated name the last value counts, but of `repeatable` names all do. Raises
+    UserError for an unknown name, with the nearest one, and for two spellings of one option.
     """
-    known = [*known, *MAPS]
-    found: dict[str, Any] = {}
+    names = [*names, *MAPS]
+    options: dict[str, Any] = {}
     spelled: dict[str, str] = {}
 
-    def show(name: str) -> str:
+    def display(name: str) -> str:
         return f"--{name.replace('_', '-')}" if dashes else name
 
     for spelling, value in pairs:
-        given = spelling[:LONGEST].replace("-", "_")
-        if not _exists(given, known):
-            names = [
-                *known,
-                *SPELLINGS,
-                *(f"{component}_path" for component in COMPONENTS),
-                *SERVER,
-                *unsupported.OPTIONS,
-            ]
-            hint = nearest(show(given), [show(n) for n in names])
-            raise UserError(given, f"{show(given)}: no such {'flag' if dashes else 'key'}{hint}")
-        for name, part, meant in () if value is None else _meanings(given, value, known):
-            key = name if part is None else f"{name}.{part}"
-            if spelled.setdefault(key, given) != given:
-                raise UserError(name, f"{name}: give either {show(spelled[key])} or {show(given)}, not both")
-            if part is not None:  # "" is a component's name too, of none that exists
-                found.setdefault(name, {})[part] = meant
-            elif name in several and name in found:
-                found[name] = [*_listed(found[name]), *_listed(meant)]
+        name = spelling[:LONGEST].replace("-", "_")
+        if not _exists(name, names):
+            paths = (f"{component}_path" for component in COMPONENTS)
+            others = [*names, *SPELLINGS, *paths, *SERVER, *unsupported.OPTIONS]
+            hint = nearest(display(name), map(display, others))
+            raise UserError(name, f"{display(name)}: no such {'flag' if dashes else 'key'}{hint}")
+        for option, part, meaning in () if value is None else _meanings(name, value, names):
+            key = option if part is None else f"{option}.{part}"
+            if spelled.setdefault(key, name) != name:
+                either = f"give either {display(spelled[key])} or {display(name)}, not both"
+                raise UserError(option, f"{option}: {either}")
+            if part is not None:  # "" is a component's name too, of one that does not exist
+                options.setdefault(option, {})[part] = meaning
+            elif option in repeatable and option in options:
+                options[option] = [*_as_list(options[option]), *_as_list(meaning)]
             else:
-                found[name] = meant
-    return found
+                options[option] = meaning
+    return options
 
 
-def _exists(given: str, known: Collection[str]) -> bool:
-    """Whether `given` is a spelling of some option."""
-    return (
-        any(given in names for names in (known, SPELLINGS, SERVER, unsupported.OPTIONS))
-        or _is_map(given)
-        or _component(given) is not None
-    )
+def _exists(name: str, names: Collection[str]) -> bool:
+    """Whether `name` is a spelling of some option."""
+    known = (names, SPELLINGS, SERVER, unsupported.OPTIONS)
+    return any(name in each for each in known) or _is_map(name) or _component(name) is not None
 
 
-def _is_map(given: str) -> bool:
-    return given.partition(".")[0] in (*MAPS, *unsupported.MAPS)
+def _is_map(name: str) -> bool:
+    return name.partition(".")[0] in (*MAPS, *unsupported.MAPS)
 
 
-def _component(given: str) -> str | None:
-    """The component of `vae_path` and its like."""
-    return next(
-        (
-            c
-            for c in COMPONENTS
-            if given.startswith(c + "_") and given.removeprefix(c + "_") in _PER_COMPONENT
-        ),
-        None,
-    )
+def _component(name: str) -> str | None:
+    """The component in a name such as `vae_path`."""
+    for component in COMPONENTS:
+        if name.startswith(f"{component}_") and name.removeprefix(f"{component}_") in _PER_COMPONENT:
+            return component
+    return None
 
 
-def _meanings(given: str, value: Any, known: Collection[str]) -> Iterator[tuple[str, str | None, Any]]:
-    """What one flag says, as (option, component, value)."""
-    if given in ALIASES:
-        yield from _meanings(ALIASES[given], value, known)
-    elif given in SIZES:
-        if read(given, bool, value):
-            yield from (("height", None, SIZES[given][0]), ("width", None, SIZES[given][1]))
-    elif given == "no_save_output":
-        yield "save_output", None, not read(given, bool, value)
-    elif given == "output_file_path":
-        folder, slash, file = one_text(given, value).rstrip("/").rpartition("/")
-        frames = "/" if one_text(given, value).endswith("/") else ""
-        yield from (("output_path", None, folder or slash or "."), ("output_file_name", None, file + frames))
-    elif given == "prompt_path":
-        yield "prompt", None, _lines(one_text(given, value))
-    elif _is_map(given):
-        name, _, part = given.partition(".")
-        yield from [(name, part, value)] if part else ((name, *pair) for pair in _pairs(name, value))
-    elif given not in known and (component := _component(given)):
-        yield _PER_COMPONENT[given.removeprefix(component + "_")], component, value
+def _meanings(name: str, value: Any, names: Collection[str]) -> Iterator[tuple[str, str | None, Any]]:
+    """What one flag means, as (option, component, value)."""
+    if name in ALIASES:
+        yield from _meanings(ALIASES[name], value, names)
+    elif name in SIZES:
+        if read(name, bool, value):
+            height, width = SIZES[name]
+            yield from (("height", None, height), ("width", None, width))
+    elif name == "no_save_output":
+        yield "save_output", None, not read(name, bool, value)
+    elif name == "output_file_path":
+        path = one_text(name, value)
+        directory, slash, file = path.rstrip("/").rpartition("/")
+        yield "output_path", None, directory or slash or "."
+        yield "output_file_name", None, file + "/" * path.endswith("/")  # a final / is a directory of frames
+    elif name == "prompt_path":
+        yield "prompt", None, _prompts(one_text(name, value))
+    elif _is_map(name):
+        option, _, part = name.partition(".")
+        yield from [(option, part, value)] if part else ((option, *pair) for pair in _pairs(option, value))
+    elif name not in names and (component := _component(name)):
+        yield _PER_COMPONENT[name.removeprefix(f"{component}_")], component, value
     else:
-        yield given, None, value
+        yield name, None, value
 
 
 _PER_COMPONENT = {
-    "path": "component_paths", "weights_path": "component_weights_paths", "quantization": "component_quantizations",
-}  # fmt: skip
+    "path": "component_paths",
+    "weights_path": "component_weights_paths",
+    "quantization": "component_quantizations",
+}
 
 
 def refusal(name: str, value: Any) -> str | None:
     """The sentence that refuses an unsupported option; None where `value` turns its feature off."""
-    feature, off = unsupported.OPTIONS[name]
+    feature, inert = unsupported.OPTIONS[name]
     value = of_python(value)
     parts = value.values() if name in unsupported.MAPS else [value]
-    if all(_plain(_said(part)) in (*off, "") for part in parts):
+    if all(_normal(_spelled(part)) in (*inert, "") for part in parts):
         return None
-    return f"{name}: {shown(_said(value))} cannot be used; {unsupported.said(feature)}"
+    return f"{name}: {shown(_spelled(value))} cannot be used; {unsupported.said(feature)}"
 
 
-def _plain(text: str) -> str:
+def _normal(text: str) -> str:
     """Lower case, and one spelling for each number."""
     with suppress(ValueError):
         return f"{float(text):g}"
     return text.lower()
 
 
-def _said(value: Any) -> str:
-    """A value as the user wrote it, the beginning of a long one."""
+def _spelled(value: Any) -> str:
+    """A value as the user wrote it, a long one cut."""
     if isinstance(value, Mapping):
-        return ",".join(f"{part}={_words_of(inner)}" for part, inner in islice(value.items(), LONGEST))
-    return _words_of(value)
+        return ",".join(f"{part}={_words(inner)}" for part, inner in islice(value.items(), LONGEST))
+    return _words(value)
 
 
-def _words_of(value: Any) -> str:
+def _words(value: Any) -> str:
     return " ".join(map(_word, value[:LONGEST])) if isinstance(value, list | tuple) else _word(value)
 
 
@@ -207,28 +208,27 @@ def _word(value: Any) -> str:
     return value[: LONGEST + 1] if isinstance(value, str) else shown(value)
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
 def one_text(name: str, value: Any) -> str:
-    """The text of an option that takes one. Raises UserError for none and for several."""
-    words = _listed(value)
+    """The string of an option that takes exactly one. Raises UserError."""
+    words = _as_list(value)
     if len(words) != 1 or not isinstance(words[0], str):
-        raise UserError(
-            name, f"{name}: takes one text and was given {'none' if value is True else shown(words)}"
-        )
+        got = "none" if value is True else shown(words)
+        raise UserError(name, f"{name}: takes one string and was given {got}")
     return words[0]
 
 
-def _lines(path: str) -> list[str]:
-    """The prompts of a text file, one a line."""
+def _prompts(path: str) -> list[str]:
+    """The prompts of a text file, one per line."""
     if not path.lower().endswith(".txt"):
-        raise UserError("prompt_path", f"prompt_path: {path!r} must be a .txt file with one prompt a line")
+        raise UserError("prompt_path", f"prompt_path: {path!r} must be a .txt file with one prompt per line")
     lines = paths.lines(paths.read_text(path, "prompt_path"))
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise UserError("prompt_path", f"prompt_path: {path!r} holds no prompt")
+        raise UserError("prompt_path", f"prompt_path: {path!r} contains no prompt")
     return prompts
 
 
@@ -237,7 +237,7 @@ def _pairs(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         yield from ((_word(key), inner) for key, inner in value.items())
         return
-    text = ",".join(word if isinstance(word, str) else shown(word) for word in _listed(value))
+    text = ",".join(word if isinstance(word, str) else shown(word) for word in _as_list(value))
     if text.lstrip().startswith("{"):
         try:
             yield from json.loads(text).items()
@@ -247,7 +247,6 @@ def _pairs(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     for pair in text.split(","):
         key, equals, inner = (part.strip() for part in pair.partition("="))
         if not (key and equals and inner):
-            raise UserError(
-                name, f"{name}: {shown(text)} must be pairs such as transformer=sdpa,text_encoder=math"
-            )
+            example = "transformer=sdpa,text_encoder=math"
+            raise UserError(name, f"{name}: {shown(text)} must be pairs such as {example}")
         yield key, inner

@@ -1,6 +1,4 @@
-"""What is printed: all that a stream takes, and never an exception for the rest. Work is not lost because
-nobody could read of it.
-"""
+"""Standard streams whose writing never raises: a full disk or closed terminal must not lose finished work."""
 
 from __future__ import annotations
 
@@ -12,20 +10,20 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from typing import Any, TextIO, cast
 
 
-class Steady:
+class SafeStream:
     """A text stream whose writing never raises.
 
-    Characters that the stream's encoding has not are written as escapes. After the first refusal of the
-    system, a full disk or a reader that has gone, nothing more is written. refused: that refusal.
+    Characters that the stream's encoding lacks are written as escapes. After the first write that the system
+    refuses (a full disk, a closed pipe) nothing more is written. error: that refusal.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
-        self.refused: OSError | None = None
+        self.error: OSError | None = None
 
     def write(self, text: str) -> int:
-        """Print what can be printed of a text."""
-        with self._noted():
+        """Write what can be written of a text."""
+        with self._guarded():
             try:
                 self._stream.write(text)
             except UnicodeEncodeError as error:
@@ -33,49 +31,52 @@ class Steady:
         return len(text)
 
     def flush(self) -> None:
-        """Hand on what is still held back."""
-        with self._noted():
+        """Flush the stream."""
+        with self._guarded():
             self._stream.flush()
 
     @contextmanager
-    def _noted(self) -> Iterator[None]:
-        """Note what the system refuses, and from then on write to the null device, also what Python flushes
-        when it ends.
+    def _guarded(self) -> Iterator[None]:
+        """Keep the first error, and from then on write to the null device, as Python's flush at exit does
+        too.
         """
         try:
             yield
         except OSError as error:
-            self.refused = self.refused or error
-            with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), self._stream.fileno())
+            self.error = self.error or error
+            with suppress(OSError, ValueError), open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), self._stream.fileno())
         except ValueError:  # the stream is closed
             pass
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else a stream has, such as its encoding."""
+        """Other attributes of the stream, such as its encoding."""
         return getattr(self._stream, name)
 
 
 @contextmanager
-def steady() -> Iterator[Steady]:
-    """Within it, all that this process prints goes through `Steady` streams. Yields the one of stdout."""
-    _hold_numbers()
-    out = Steady(sys.stdout)
-    with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, Steady(sys.stderr))):
+def safe_streams() -> Iterator[SafeStream]:
+    """Replace stdout and stderr of this process by `SafeStream`s. Yields that of stdout."""
+    _open_missing_streams()
+    out = SafeStream(sys.stdout)
+    with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, SafeStream(sys.stderr))):
         yield out
 
 
-def lost(out: Steady) -> str | None:
-    """Why not all was printed; None where it was, and where its reader left early, as `head` does."""
+def failure(out: SafeStream) -> str | None:
+    """Why not everything was written. None on success, and if the reader closed the pipe early, as `head`
+    does.
+    """
     out.flush()
-    if out.refused is None or out.refused.errno == errno.EPIPE:
+    if out.error is None or out.error.errno == errno.EPIPE:
         return None
-    return (out.refused.strerror or str(out.refused)).lower()
+    return (out.error.strerror or str(out.error)).lower()
 
 
-def _hold_numbers() -> None:
-    """Open the null device in place of a standard stream that is closed: else the next file opened is what
-    libraries print into.
+def _open_missing_streams() -> None:
+    """Open the null device for each standard stream that is closed.
+
+    Otherwise the next file opened takes its number, and libraries print into that file.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass

@@ -1,32 +1,41 @@
-"""What a waiting user sees: the stage, and within a stage the steps and the seconds each takes. Nothing where
-nobody watches.
-"""
+"""The progress display of a terminal: the stage, its steps, and the seconds of each."""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
-from tinydiff.printing import Steady
+from tinydiff.printing import SafeStream
+
+BAR: dict[str, Any] = {
+    "unit": "step",
+    "leave": False,
+    "smoothing": 0,
+    "bar_format": "{desc} {bar:24} {n_fmt}/{total_fmt} steps, {rate_inv_fmt}, {remaining} left",
+}
+"""Options of tqdm."""
 
 
 class Bar:
-    """Shows stages and steps on a terminal; a `tinydiff.config.Progress`. Every stage leaves one line behind,
-    its seconds at the end.
+    """Shows stages and steps on a terminal; a `tinydiff.config.Progress`.
+
+    Every finished stage leaves one line with its seconds.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         from tqdm import tqdm
 
-        self._stream = cast(TextIO, Steady(stream or sys.stderr))  # a terminal that is gone costs no work
+        self._stream = cast(
+            TextIO, SafeStream(stream or sys.stderr)
+        )  # a closed terminal must not end the run
         self._tqdm = tqdm
         self._bar: tqdm | None = None
         self._stage = ""
         self._began = 0.0
 
     def on_stage(self, name: str) -> None:
-        """End the stage before and begin `name`."""
+        """End the previous stage and begin `name`."""
         self.close()
         self._stage, self._began = name, time.perf_counter()
         self._stream.write(f"{name:>8} ...\r")
@@ -35,17 +44,8 @@ class Bar:
     def on_step(self, done: int, total: int) -> None:
         """Show `done` of the stage's `total` steps."""
         if self._bar is None:
-            row = "{desc} {bar:24} {n_fmt}/{total_fmt} steps, {rate_inv_fmt}, {remaining} left"
-            self._bar = self._tqdm(
-                total=total,
-                desc=f"{self._stage:>8}",
-                unit="step",
-                file=self._stream,
-                leave=False,
-                smoothing=0,
-                bar_format=row,
-            )
-            self._bar.start_t -= time.perf_counter() - self._began  # the first step is already made
+            self._bar = self._tqdm(total=total, desc=f"{self._stage:>8}", file=self._stream, **BAR)
+            self._bar.start_t -= time.perf_counter() - self._began  # the first step is already finished
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
@@ -77,5 +77,5 @@ class Quiet:
 
 
 def watch(log_level: str) -> Bar | Quiet:
-    """A bar where stderr is a terminal and `log_level` is info or below, else silence."""
+    """A `Bar` if stderr is a terminal and `log_level` is info or below, else `Quiet`."""
     return Bar() if log_level in ("debug", "info") and sys.stderr.isatty() else Quiet()

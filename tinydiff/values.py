@@ -1,16 +1,19 @@
-"""One value of an option: how it is read, as what type, and in which bounds. No torch here.
+"""The values of options: their types and bounds, and how they are read. No torch here.
 
-A value is a word of a command line, or what a JSON or YAML file or a Python program holds. None means that it
-is not given.
+A value is a word of a command line, or a value of a JSON or YAML file or of a Python program. None means that
+the option is not given.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field, fields
 from functools import cache
+from itertools import chain, pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -28,14 +31,14 @@ SAME_ATTENTION = {
     "fa2": "flash",
     "torch_cudnn_sdpa": "cudnn",
 }
-"""SGLang's names of the kernels that torch has."""
+"""SGLang's names for attention kernels of torch."""
 
-SHOWN_AS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
 MOST_VALUES = 100_000
-"""Numbers that one option takes."""
+"""Most numbers of one option."""
 MOST_DIGITS = 400
-"""Characters of a number; the largest float has 309 digits."""
+"""Most characters of a number. The largest float has 309 digits."""
 
 Record = TypeVar("Record")
 
@@ -43,32 +46,45 @@ Record = TypeVar("Record")
 def within(
     default: Any = None, least: float = -math.inf, most: float = math.inf, above: float = -math.inf
 ) -> Any:
-    """A field whose numbers lie in [least, most] and above `above`."""
+    """A dataclass field whose numbers must be in [least, most] and greater than `above`."""
     return field(default=default, metadata={"least": least, "most": most, "above": above})
 
 
 _hints = cache(get_type_hints)
 
 
+@cache
+def descriptions(record: type) -> Mapping[str, str]:
+    """Field -> the text of the docstring below it, on one line, for --help and OpenAPI."""
+    [tree] = ast.parse(inspect.getsource(record)).body
+    body = tree.body if isinstance(tree, ast.ClassDef) else []
+    texts = {}
+    for entry, text in pairwise(body):
+        if isinstance(entry, ast.AnnAssign) and isinstance(text, ast.Expr):
+            texts[ast.unparse(entry.target)] = " ".join(ast.literal_eval(text.value).split())
+    return texts
+
+
 def filled(group: type[Record], entries: Mapping[str, Any]) -> Record:
-    """A record of options with those of `entries` that are its own, read and in range. Raises UserError.
+    """An option record with those of `entries` that are its fields. Raises UserError.
 
     None, and an empty list where the default is one, mean that an option is not given.
     """
-    found, hints = {}, _hints(group)
+    values, hints = {}, _hints(group)
     for entry in fields(cast(Any, group)):
-        given = of_python(entries.get(entry.name))
-        if given is not None and not (entry.default == () and isinstance(given, list | tuple) and not given):
-            found[entry.name] = within_limits(entry.name, hints[entry.name], given, entry.metadata)
-    return group(**found)
+        value = of_python(entries.get(entry.name))
+        empty = entry.default == () and isinstance(value, list | tuple) and not value
+        if value is not None and not empty:
+            values[entry.name] = within_limits(entry.name, hints[entry.name], value, entry.metadata)
+    return group(**values)
 
 
 def within_limits(name: str, kind: Any, value: Any, limits: Mapping[str, float]) -> Any:
-    """`value` as the annotated type `kind`, its numbers in the bounds that `within` names. Raises UserError."""
-    made = read(name, kind, value)
-    for number in made if isinstance(made, tuple) else (made,):
-        _in_range(name, number, limits)
-    return made
+    """`value` as the annotated type `kind`, its numbers in the bounds set by `within`. Raises UserError."""
+    typed = read(name, kind, value)
+    for number in typed if isinstance(typed, tuple) else (typed,):
+        _check_range(name, number, limits)
+    return typed
 
 
 def read(name: str, kind: Any, value: Any) -> Any:
@@ -84,19 +100,16 @@ def read(name: str, kind: Any, value: Any) -> Any:
     if isinstance(value, list | tuple):
         if len(value) != 1:
             words = " ".join(map(shown, value[:20])) or "none"
-            raise UserError(
-                name, f"{name}: takes one value and was given {words}; a text with spaces needs quotes"
-            )
+            message = f"takes one value and was given {words}; a string with spaces needs quotes"
+            raise UserError(name, f"{name}: {message}")
         value = of_python(value[0])
     if value is True and kind is not bool:
         raise UserError(name, f"{name}: takes {_allowed(kind)} and was given no value")
-    return _choice(name, inner, value) if origin is Literal else _plain(name, kind, value)
+    return _choice(name, inner, value) if origin is Literal else _scalar(name, kind, value)
 
 
 def of_python(value: Any) -> Any:
-    """A number or a list of numbers of NumPy, and of whatever else has arrays, as Python has it; a range as a
-    list.
-    """
+    """Scalars and 1-D arrays of NumPy, torch and the like as Python numbers and lists; a range as a list."""
     if isinstance(value, range):
         return list(value[: MOST_VALUES + 1])
     if type(getattr(value, "ndim", None)) is int and value.ndim <= 1 and hasattr(value, "tolist"):
@@ -105,26 +118,20 @@ def of_python(value: Any) -> Any:
 
 
 def _several(name: str, kind: Any, value: Any) -> tuple[Any, ...]:
-    """The values of an option that takes any number of them; numbers of a text stand between commas or
-    spaces.
-    """
+    """The values of an option that takes any number. In a string, commas or spaces separate numbers."""
     words = list(value) if isinstance(value, list | tuple) else [value]
     if kind is not str:
-        if len(words) > MOST_VALUES or any(
-            isinstance(word, str) and len(word) > MOST_VALUES * 20 for word in words
-        ):
+        longest = max((len(word) for word in words if isinstance(word, str)), default=0)
+        if len(words) > MOST_VALUES or longest > MOST_VALUES * 20:
             raise UserError(name, f"{name}: takes at most {MOST_VALUES} values and was given more")
-        words = [
-            part
-            for word in words
-            for part in (word.replace(",", " ").split() if isinstance(word, str) else [word])
-        ]
+        split = (word.replace(",", " ").split() if isinstance(word, str) else [word] for word in words)
+        words = list(chain.from_iterable(split))
     if not words or words[0] is True:
         raise UserError(name, f"{name}: takes one value or more and was given none")
     return tuple(read(name, kind, word) for word in words)
 
 
-def _plain(name: str, kind: type, value: Any) -> Any:
+def _scalar(name: str, kind: type, value: Any) -> Any:
     """One bool, int, float or str."""
     if kind is bool:
         truth = {"true": True, "false": False}.get(value[:6].lower()) if isinstance(value, str) else value
@@ -132,37 +139,38 @@ def _plain(name: str, kind: type, value: Any) -> Any:
             raise _wrong(name, kind, value)
         return truth
     if kind is str:
-        if isinstance(value, bool) or not isinstance(value, str | int | float | Path):
-            raise _wrong(name, kind, value)
-        try:
-            text = str(value)
-        except ValueError:  # an integer of more digits than Python writes
-            raise _wrong(name, kind, value) from None
-        return _encodable(name, text)
+        return _string(name, value)
     if isinstance(value, str):
         return _number(name, kind, value)
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
         raise _wrong(name, kind, value)
     try:
         return kind(value)
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer larger than every float
         return math.inf if value > 0 else -math.inf
 
 
-_NAMES_FILE = re.compile(r".*_(path|file|file_name|dir)|component_paths\..*")
-"""Options whose text is a path: it may hold bytes that are not UTF-8, as file names do."""
+def _string(name: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Path):
+        raise _wrong(name, str, value)
+    try:
+        text = str(value)
+    except ValueError:  # Python does not print integers of more than 4,300 digits
+        raise _wrong(name, str, value) from None
+    return _encodable(name, text)
+
+
+_PATHS = re.compile(r".*_(path|file|file_name|dir)|component_paths\..*")
+"""Options that are paths. They may contain bytes that are not UTF-8, as file names do."""
 
 
 def _encodable(name: str, text: str) -> str:
-    """A text that can be written again: no halves of characters and, but in paths, no bytes that are not
-    UTF-8.
-    """
+    """The text, if it can be encoded; only a path may contain bytes that are not UTF-8."""
     try:
-        text.encode("utf-8", "surrogateescape" if _NAMES_FILE.fullmatch(name) else "strict")
+        text.encode("utf-8", "surrogateescape" if _PATHS.fullmatch(name) else "strict")
     except UnicodeEncodeError:
-        raise UserError(
-            name, f"{name}: {shown(text)} holds bytes that are not UTF-8, or half a character"
-        ) from None
+        message = f"{shown(text)} contains bytes that are not UTF-8, or half a character"
+        raise UserError(name, f"{name}: {message}") from None
     return text
 
 
@@ -172,7 +180,7 @@ _FORMS = {
         r"\s*[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|inf|infinity|nan)\s*", re.IGNORECASE
     ),
 }
-"""How numbers are written. Python would also read 1_0 as ten, and the digits of every script."""
+"""How numbers are written. int() and float() would also take 1_0, and the digits of every script."""
 
 
 def _number(name: str, kind: type, text: str) -> Any:
@@ -194,28 +202,24 @@ def _choice(name: str, choices: Sequence[str], value: Any) -> str:
     if text in unsupported.CHOICES.get(name.partition(".")[0], ()):
         raise UserError(name, f"{name}: {text!r} is not supported yet; choose one of {', '.join(choices)}")
     if text not in choices:
-        raise UserError(
-            name, f"{name}: {shown(text)} is not one of {', '.join(choices)}{nearest(text, choices)}"
-        )
+        hint = nearest(text, choices)
+        raise UserError(name, f"{name}: {shown(text)} is not one of {', '.join(choices)}{hint}")
     return text
 
 
 def _allowed(kind: Any) -> str:
-    return f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else SHOWN_AS[kind]
+    return f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else TYPE_NAMES[kind]
 
 
-def _in_range(name: str, value: Any, limits: Mapping[str, float]) -> None:
+def _check_range(name: str, value: Any, limits: Mapping[str, float]) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(name, f"{name}: {value} is not a finite number")
-    least, most, above = (
-        limits.get(key, bound)
-        for key, bound in (("least", -math.inf), ("most", math.inf), ("above", -math.inf))
-    )
+    least, above = limits.get("least", -math.inf), limits.get("above", -math.inf)
+    most = limits.get("most", math.inf)
     if least <= value <= most and value > above:
         return
     low = f"at least {least}" if least > -math.inf else f"above {above}"
-    raise UserError(
-        name, f"{name}: {shown(value)} must be {low}{f' and at most {most}' if most < math.inf else ''}"
-    )
+    high = f" and at most {most}" if most < math.inf else ""
+    raise UserError(name, f"{name}: {shown(value)} must be {low}{high}")

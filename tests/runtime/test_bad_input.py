@@ -86,7 +86,7 @@ def test_an_attention_backend_that_this_machine_cannot_run(backend, refused):
     ("text", "sentence"),
     [
         ('{"num_frames": 5,', "is neither JSON nor YAML"),
-        ("a: [1, 2", "is neither JSON nor YAML (YAML stops at line 1)"),
+        ("a: [1, 2", "is neither JSON nor YAML (YAML error in line 1)"),
         ("only words", "must hold keys and values"),
         ("guidance_scal: 3", "guidance_scal: no such key; did you mean 'guidance_scale'?"),
         ('{"height": 100}', "height: 100 is not a multiple of 16"),

@@ -14,7 +14,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Protocol
 
 from tinydiff import config
-from tinydiff.config import Options, Place
+from tinydiff.config import LaunchedRank, Options
 from tinydiff.parallel import layout
 from tinydiff.parallel.layout import Layout
 from tinydiff.records import RankError, Request, Result, UserError
@@ -82,7 +82,7 @@ def let_first_speak() -> None:
         time.sleep(LINGER)
 
 
-def chosen_layout(options: Options, ranks: int, place: Place | None) -> Layout:
+def chosen_layout(options: Options, ranks: int, place: LaunchedRank | None) -> Layout:
     """How the ranks share what is asked for, told in a line. Reads the model's configs, no weights. Raises
     UserError.
     """

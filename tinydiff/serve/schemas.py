@@ -4,17 +4,15 @@ ranges and docstrings.
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
 from functools import cache
-from itertools import pairwise
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tinydiff.config import OutputOptions, SamplingOptions
 from tinydiff.serve import fields
 from tinydiff.serve.jobs import Kind
+from tinydiff.values import descriptions
 
 Schema = dict[str, Any]
 
@@ -83,18 +81,11 @@ def nullable(schema: Schema) -> Schema:
 
 @cache
 def docstrings(record: type) -> dict[str, str]:
-    """Field -> its docstring, without the sentences that are about the command line."""
-    [tree] = ast.parse(inspect.getsource(record)).body
-    found = {}
-    for entry, after in pairwise(tree.body if isinstance(tree, ast.ClassDef) else []):
-        if (
-            isinstance(entry, ast.AnnAssign)
-            and isinstance(entry.target, ast.Name)
-            and isinstance(after, ast.Expr)
-        ):
-            sentences = re.split(r"(?<=\.) ", " ".join(ast.literal_eval(after.value).split()))
-            found[entry.target.id] = " ".join(sentence for sentence in sentences if "--" not in sentence)
-    return found
+    """Field -> its description, without the sentences about the command line."""
+    return {
+        name: " ".join(each for each in re.split(r"(?<=\.) ", text) if "--" not in each)
+        for name, text in descriptions(record).items()
+    }
 
 
 def option(name: str) -> Schema:

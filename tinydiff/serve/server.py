@@ -54,7 +54,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, ServeOptions, str]:
                 "model_path", f"model_path: is given twice, as {shown(argv[0])} and with --model-path"
             )
         argv = ["--model-path", *argv]
-    given = flags.collect(flags.tokens(argv), [*names, "config"], dashes=True, several=SEVERAL)
+    given = flags.collect(flags.tokens(argv), [*names, "config"], dashes=True, repeatable=SEVERAL)
     path = given.pop("config", None)
     entries = (
         {} if path is None else flags.collect(config_file.entries_of(flags.one_text("config", path)), names)
