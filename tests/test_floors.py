@@ -17,6 +17,7 @@ WORDS = (
     "unsupported",
     "config_file",
     "config",
+    "keymap",
     "parallel.plan",
     "parallel.layout",
     "__version__",

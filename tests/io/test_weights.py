@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.parallel.pool import on_ranks
 from tinydiff.io import weights as module
-from tinydiff.io.weights import load_weights, save_weights, weight_files
+from tinydiff.io.weights import exported, load_weights, save_weights, weight_files
+from tinydiff.keymap import AS_IS, KeyMap, also, fused, joined, moved, swapped, under, unread
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.plan import Group, Plan, Row, linear_rows, norm_rows, repeat
 from tinydiff.parallel.ranks import grouped
@@ -138,27 +139,25 @@ def test_first_five_missing(tmp_path):
 @pytest.mark.parametrize("keys", [("shared",), ("a.embed",), ("a.embed", "shared"), ("shared", "z.embed")])
 def test_a_tied_weight_may_be_stored_under_either_key_or_both(tmp_path, keys):
     """Under both, its own counts."""
-    rename, values = (lambda key: "shared"), {key: torch.full((3, 2), float(i)) for i, key in enumerate(keys)}
+    known = KeyMap((also("a.embed", "shared"), also("z.embed", "shared")))
+    values = {key: torch.full((3, 2), float(i)) for i, key in enumerate(keys)}
     save_file(values, tmp_path / "model.safetensors")
-    loaded = load_weights(tmp_path, (Row("shared", (3, 2), tied=True),), torch.float32, rename=rename)
+    loaded = load_weights(tmp_path, (Row("shared", (3, 2), tied=True),), torch.float32, keys=known)
     assert list(loaded) == ["shared"] and torch.equal(
         loaded["shared"], values["shared" if "shared" in keys else keys[0]]
     )
     if len(keys) == 2:
-        assert "'shared' is stored twice" in refused(tmp_path, (Row("shared", (3, 2)),), rename=rename)
+        assert "'shared' is stored twice" in refused(tmp_path, (Row("shared", (3, 2)),), keys=known)
 
 
-def test_rename_maps_and_drops_keys(tmp_path):
+def test_a_key_map_moves_and_drops_keys(tmp_path):
     save_file(
         {"model.a": torch.ones(2), "model.position_ids": torch.arange(3)}, tmp_path / "model.safetensors"
     )
-
-    def rename(key: str) -> str | None:
-        return None if key.endswith("position_ids") else key.removeprefix("model.")
-
-    assert list(load_weights(tmp_path, [Row("a", (2,))], torch.float32, rename=rename)) == ["a"]
-    message = refused(tmp_path, [Row("a", (2,))], rename=lambda key: "a")
-    assert "'a' is stored twice" in message
+    known = KeyMap((moved("model.a", "a"), *unread("model.position_ids")))
+    assert list(load_weights(tmp_path, [Row("a", (2,))], torch.float32, keys=known)) == ["a"]
+    twice = KeyMap((moved("model.a", "a"), also("model.position_ids", "a")))
+    assert "'a' is stored twice" in refused(tmp_path, [Row("a", (2,))], keys=twice)
 
 
 @pytest.mark.parametrize("dtype, name", [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")])
@@ -278,7 +277,19 @@ LAYOUTS = {
 }
 
 
-def _bytes_read(folder, layout, fsdp, dtype):
+FUSED = KeyMap(
+    (
+        fused("both", "embed", "again"),
+        swapped("blocks.*.modulation", "blocks.*.mod"),
+        joined(("blocks.*.q", "blocks.*.k", "blocks.*.v"), "blocks.*.qkv"),
+        *under("blocks.*", "blocks.*", moved("final", "norm", ones=2)),
+    ),
+    prefix="model.",
+)
+"""A layout with every kind of line but the transposed one."""
+
+
+def _bytes_read(folder, layout, fsdp, dtype, keys):
     """Bytes that this rank takes from the files, once what it loads is found to be its part of what one rank
     loads.
     """
@@ -286,7 +297,7 @@ def _bytes_read(folder, layout, fsdp, dtype):
     groups = grouped(layout, 60).groups
     plan = Plan(groups=tuple((axis, groups[axis]) for axis in axes))
     together, blocks = groups["dp" if fsdp else "peers"], BLOCKS if fsdp else ()
-    whole = load_weights(folder, DIVIDED, dtype)
+    whole = load_weights(folder / "split", DIVIDED, dtype)
     taken, cut, budget, passed = [], module._cut, module.BUDGET, module.PASSED
 
     def counted(*given):
@@ -295,7 +306,8 @@ def _bytes_read(folder, layout, fsdp, dtype):
 
     module._cut, module.BUDGET, module.PASSED = counted, 200, 100
     try:
-        loaded = load_weights(folder, DIVIDED, dtype, plan=plan, together=together, blocks=blocks)
+        at = folder / ("fused" if keys.lines else "split")
+        loaded = load_weights(at, DIVIDED, dtype, keys=keys, plan=plan, together=together, blocks=blocks)
     finally:
         module._cut, module.BUDGET, module.PASSED = cut, budget, passed
     expected = held(whole, DIVIDED, plan, blocks)
@@ -307,11 +319,15 @@ def _bytes_read(folder, layout, fsdp, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_ranks_read_the_checkpoint_once_together(tmp_path, name, dtype):
+@pytest.mark.parametrize("keys", [AS_IS, FUSED], ids=["split", "fused"])
+def test_ranks_read_the_checkpoint_once_together(tmp_path, name, dtype, keys):
+    """The shards of a rank are the same from a file in which weights are fused, swapped and cut."""
     layout, fsdp = LAYOUTS[name]
     tensors = draw(DIVIDED)
-    write_shards(tmp_path, tensors)
-    read = on_ranks(layout.size, _bytes_read, tmp_path, layout, fsdp, dtype)
+    for path, stored in {"split": tensors, "fused": exported(tensors, DIVIDED, FUSED)}.items():
+        (tmp_path / path).mkdir()
+        write_shards(tmp_path / path, stored)
+    read = on_ranks(layout.size, _bytes_read, tmp_path, layout, fsdp, dtype, keys)
     size = sum(tensor.nbytes for tensor in tensors.values())
     assert size <= sum(read) <= 1.05 * size
     assert (

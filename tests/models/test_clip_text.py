@@ -42,7 +42,7 @@ def _case(name):
     ]
     reference = model(CLIPTextConfig(**fields))
     flat = randomised(reference, 1)
-    return c, reference, {clip_text.row_name(c, key): tensor for key, tensor in flat.items()}
+    return c, reference, {clip_text.key_map(c).row(key): tensor for key, tensor in flat.items()}
 
 
 @pytest.mark.parametrize("length", [8, 2])
@@ -99,13 +99,14 @@ def test_projections_in_are_split_by_rows_and_projections_out_by_columns():
 
 def test_names_of_both_generations_of_files():
     bare, whole = CASES["CLIP-L"], CASES["CLIP-G"]
-    assert clip_text.row_name(bare, "final_layer_norm.weight") == "text_model.final_layer_norm.weight"
+    assert clip_text.key_map(bare).row("final_layer_norm.weight") == "text_model.final_layer_norm.weight"
     assert (
-        clip_text.row_name(bare, "text_model.final_layer_norm.weight") == "text_model.final_layer_norm.weight"
+        clip_text.key_map(bare).row("text_model.final_layer_norm.weight")
+        == "text_model.final_layer_norm.weight"
     )
-    assert clip_text.row_name(whole, "text_projection.weight") == "text_projection.weight"
-    assert clip_text.row_name(bare, "text_projection.weight") is None
-    assert clip_text.row_name(bare, "text_model.embeddings.position_ids") is None
+    assert clip_text.key_map(whole).row("text_projection.weight") == "text_projection.weight"
+    assert clip_text.key_map(bare).row("text_projection.weight") is None
+    assert clip_text.key_map(bare).row("text_model.embeddings.position_ids") is None
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,11 @@ def _case(name, head=False):
     return (
         c,
         reference,
-        {name: tensor for key, tensor in flat.items() if (name := decoder_lm.row_name(c, key)) is not None},
+        {
+            name: tensor
+            for key, tensor in flat.items()
+            if (name := decoder_lm.key_map(c).row(key)) is not None
+        },
     )
 
 
@@ -376,9 +380,9 @@ PREFIXES = ("", "model.", "language_model.model.", "model.language_model.", "lan
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_released_names_are_found_and_the_rest_is_dropped(prefix):
     c = Config(layers=26)
-    assert decoder_lm.row_name(c, f"{prefix}embed_tokens.weight") == "embed_tokens.weight"
+    assert decoder_lm.key_map(c).row(f"{prefix}embed_tokens.weight") == "embed_tokens.weight"
     assert (
-        decoder_lm.row_name(c, f"{prefix}layers.25.self_attn.q_proj.bias")
+        decoder_lm.key_map(c).row(f"{prefix}layers.25.self_attn.q_proj.bias")
         == "layers.25.self_attn.q_proj.bias"
     )
     dropped = (
@@ -386,14 +390,15 @@ def test_released_names_are_found_and_the_rest_is_dropped(prefix):
         "visual.merger.mlp.0.bias", "model.visual.blocks.3.norm1.weight", "vision_tower.ln_pre.weight", "model.vision_tower.ln_pre.weight",
         "multi_modal_projector.linear_1.weight", f"{prefix}layers.3.self_attn.rotary_emb.inv_freq", "language_model.lm_head.weight",
     )  # fmt: skip
-    assert {decoder_lm.row_name(c, key) for key in dropped} == {None}
-    for key in ("layers.28.input_layernorm.weight", "score.weight", "layers.3.adapter.weight"):
-        assert decoder_lm.row_name(c, f"{prefix}{key}") == key
+    assert {decoder_lm.key_map(c).row(key) for key in dropped} == {None}
+    assert decoder_lm.key_map(c).row(f"{prefix}score.weight") == f"{prefix}score.weight"
+    for key in ("layers.28.input_layernorm.weight", "layers.3.adapter.weight"):
+        assert decoder_lm.key_map(c).row(f"{prefix}{key}") == key
     whole = Config(lm_head=True)
-    assert decoder_lm.row_name(whole, f"{prefix}norm.weight") == "norm.weight"
-    assert decoder_lm.row_name(whole, "lm_head.weight") == "lm_head.weight"
+    assert decoder_lm.key_map(whole).row(f"{prefix}norm.weight") == "norm.weight"
+    assert decoder_lm.key_map(whole).row("lm_head.weight") == "lm_head.weight"
     assert (
-        decoder_lm.row_name(replace(whole, tie_word_embeddings=True), "lm_head.weight")
+        decoder_lm.key_map(replace(whole, tie_word_embeddings=True)).row("lm_head.weight")
         == "embed_tokens.weight"
     )
 
@@ -406,9 +411,7 @@ def test_a_released_file_loads_and_a_foreign_key_fails(tmp_path):
     save_weights(tmp_path / "model.safetensors", stored)
 
     def load():
-        return load_weights(
-            tmp_path, decoder_lm.spec(c), torch.float64, rename=lambda key: decoder_lm.row_name(c, key)
-        )
+        return load_weights(tmp_path, decoder_lm.spec(c), torch.float64, keys=decoder_lm.key_map(c))
 
     ids, mask = _tokens("left")
     (state,) = decoder_lm.encode(c, PLAN, Weights(load()), ids, mask, take=(2,))

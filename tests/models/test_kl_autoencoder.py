@@ -202,8 +202,8 @@ def test_what_the_denoiser_sees_of_the_released_shapes():
 
 
 def test_the_counter_of_training_is_no_weight():
-    assert kl.row_name("bn.num_batches_tracked") is None
-    assert kl.row_name("bn.running_var") == "bn.running_var"
+    assert kl.key_map(kl.Config()).row("bn.num_batches_tracked") is None
+    assert kl.key_map(kl.Config()).row("bn.running_var") == "bn.running_var"
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def _inputs(ids, mask, patches):
 
 def test_the_tower_equals_the_reference_and_reads_every_weight():
     _, v, reference, flat = _reference()
-    ours = _named(flat, qwen_vision.row_name)
+    ours = _named(flat, qwen_vision.key_map(qwen_vision.Config()).row)
     assert shapes(qwen_vision.spec(v)) == shapes(ours) == shapes(reference.model.visual.state_dict())
     patches = _patches(GRIDS)
     with doubles():
@@ -113,7 +113,7 @@ def test_states_of_words_and_images_equal_the_reference(side):
     inputs = _inputs(ids, mask, _patches(GRIDS))
     with doubles():
         expected = reference(**inputs, output_hidden_states=True).hidden_states
-    w = Weights(_named(flat, lambda key: decoder_lm.row_name(c, key)))
+    w = Weights(_named(flat, lambda key: decoder_lm.key_map(c).row(key)))
     at = qwen_vision.positions(v, ids, mask, IMAGE, GRIDS)
     places, _ = reference.model.get_rope_index(
         ids, inputs["mm_token_type_ids"], inputs["image_grid_thw"], attention_mask=mask
@@ -123,7 +123,7 @@ def test_states_of_words_and_images_equal_the_reference(side):
     tokens = qwen_vision.encode(
         v,
         PLAN,
-        Weights(_named(flat, qwen_vision.row_name), dtype=torch.float64),
+        Weights(_named(flat, qwen_vision.key_map(qwen_vision.Config()).row), dtype=torch.float64),
         inputs["pixel_values"],
         GRIDS,
     )
@@ -140,11 +140,11 @@ def test_text_about_images_is_that_of_the_reference():
     with doubles(), torch.no_grad():
         written = reference.generate(**inputs, max_new_tokens=8, do_sample=False)[:, ids.shape[1] :].tolist()
     assert len({*written[0], *written[1]}) > 4
-    w = Weights(_named(flat, lambda key: decoder_lm.row_name(c, key)))
+    w = Weights(_named(flat, lambda key: decoder_lm.key_map(c).row(key)))
     tokens = qwen_vision.encode(
         v,
         PLAN,
-        Weights(_named(flat, qwen_vision.row_name), dtype=torch.float64),
+        Weights(_named(flat, qwen_vision.key_map(qwen_vision.Config()).row), dtype=torch.float64),
         inputs["pixel_values"],
         GRIDS,
     )
@@ -202,7 +202,7 @@ def test_released_config_and_names():
         "lm_head.weight",
         "odd",
     )
-    assert [qwen_vision.row_name(key) for key in names] == [
+    assert [qwen_vision.key_map(qwen_vision.Config()).row(key) for key in names] == [
         "merger.ln_q.weight",
         "merger.ln_q.weight",
         None,

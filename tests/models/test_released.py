@@ -98,8 +98,7 @@ def config_of(name, component):
 
 def rename(class_name, c, key):
     """The spec's name of a stored key, as the loader finds it."""
-    found = RECORDS[class_name].rename
-    return key if found is None else found(c, key)
+    return RECORDS[class_name].keys(c).row(key)
 
 
 def spellings(class_name, key):
@@ -175,7 +174,10 @@ def test_the_vision_tower_is_the_rest_of_the_language_model():
     for model in MODELS.values():
         part = model["components"].get("text_encoder", {})
         if part.get("keys") == "qwen25_vl_7b":
-            keys = {qwen_vision.row_name(key): shape for key, shape in released_keys(part["keys"]).items()}
+            keys = {
+                qwen_vision.key_map(qwen_vision.Config()).row(key): shape
+                for key, shape in released_keys(part["keys"]).items()
+            }
             assert shapes(qwen_vision.spec(qwen_vision.config_from(part["config"]))) == {
                 key: keys[key] for key in keys if key is not None
             }

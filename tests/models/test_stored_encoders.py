@@ -116,8 +116,7 @@ def loaded(folder, class_name):
     """Our config and weights of a component's directory, as the runtime loads it."""
     family = RECORDS[class_name]
     c = read_config(family, folder / "config.json", class_name)
-    rename = family.rename or (lambda c, key: key)
-    flat = load_weights(folder, family.spec(c), torch.float64, rename=lambda key: rename(c, key))
+    flat = load_weights(folder, family.spec(c), torch.float64, keys=family.keys(c))
     return c, Weights(flat, dtype=torch.float64)
 
 

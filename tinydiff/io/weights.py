@@ -1,5 +1,5 @@
-"""Safetensors in and out: memory-mapped, checked against the family's rows, cast while streaming to where the
-weights shall live.
+"""Weights in and out: files are memory-mapped, checked against the family's rows, and cast while streaming to
+where the weights shall live. A key map says where in the files each row stands.
 
 Of several ranks each reads only what it holds, and what several hold alike they read in shares and pass on to
 each other.
@@ -14,20 +14,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tinydiff.io import variants
+from tinydiff.io.archive import FLOATS, Archive, opened
 from tinydiff.io.atomic import write_over
 from tinydiff.io.hub import read_json
+from tinydiff.keymap import AS_IS, KeyMap, Match, Run, Shape, runs, stored_shapes
 from tinydiff.parallel.plan import ALONE, SINGLE, Group, Plan, Row
 from tinydiff.parallel.shards import Box, Held, gathered, holdings, local_rows, share
 from tinydiff.records import UserError
 
 log = logging.getLogger(__name__)
-
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Types read as they are. Anything else (float8, integers) needs scales that a cast would silently drop."""
 
 BUFFERS = ("position_ids", "rotary_emb.inv_freq", "num_batches_tracked")
 """Ends of keys that some files store and that are no weights."""
@@ -40,16 +38,23 @@ PASSED = 2**20
 over.
 """
 
-Rename = Callable[[str], str | None]
-
 
 class Stored(NamedTuple):
-    """A tensor on disk: its file, the key there, its safetensors type name and its shape."""
+    """A tensor on disk: its file, the key there, its safetensors type name and its shape. transposed: the
+    shape is that of a matrix stored the other way round.
+    """
 
     file: Path
     key: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: Shape
+    transposed: bool = False
+
+
+class Source(NamedTuple):
+    """Where a row stands: what it is made of, each run with the tensor that it lies in."""
+
+    runs: tuple[tuple[Run, Stored], ...]
 
 
 def load_weights(
@@ -57,7 +62,7 @@ def load_weights(
     rows: Iterable[Row],
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    rename: Rename | None = None,
+    keys: KeyMap = AS_IS,
     plan: Plan = SINGLE,
     together: Group = ALONE,
     blocks: Collection[str] = (),
@@ -66,9 +71,8 @@ def load_weights(
     """What this rank holds of the weights named by `rows`, in `dtype` (rows marked float32 in float32) on
     `device`.
 
-    directory: a component's directory, holding one safetensors file or shards with their index; or one
-    safetensors file.
-    rename: stored key to row name; None drops a key that is known and not needed, which is said in one line.
+    folder: a component's directory, holding one safetensors file or shards with their index; or one file.
+    keys: where each row stands. What it knows and does not read is said in one line.
     plan: its axis "tp" divides the weights by the splits of the rows, its axis "shard" those below `blocks`,
     which come as packs.
     together: the ranks beside this one, on no axis of the plan, that hold the same. All ranks of these groups
@@ -83,19 +87,18 @@ def load_weights(
     divide a row.
     """
     wanted = {row.name: row for row in rows}
-    stored = _stored(folder, wanted, rename or (lambda key: key), variant)
-    _check(folder, wanted, stored)
+    sources = _sources(folder, wanted, keys, variant)
     held = list(holdings(wanted.values(), plan, blocks, together))
     on_cpu = torch.device(device).type == "cpu"
-    mapped = [each for each in held if on_cpu and _as_stored(each, stored[each.row.name], dtype)]
-    ready = _mapped({each.row.name: stored[each.row.name] for each in mapped})
+    mapped = [each for each in held if on_cpu and _as_stored(each, sources[each.row.name], dtype)]
+    ready = _mapped({each.row.name: sources[each.row.name] for each in mapped}, wanted)
     weights: dict[str, Tensor] = {}
     for row in local_rows(wanted.values(), plan, blocks):
-        new = torch.empty if row.name in stored else torch.zeros  # a pack's padding is zero
+        new = torch.empty if row.name in sources else torch.zeros  # a pack's padding is zero
         weights[row.name] = (
             ready[row.name] if row.name in ready else new(row.shape, dtype=_type(row, dtype), device=device)
         )
-    _stream([each for each in held if each.row.name not in ready], stored, weights)
+    _stream([each for each in held if each.row.name not in ready], sources, weights)
     return weights
 
 
@@ -109,6 +112,30 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
             {name: tensor.contiguous() for name, tensor in weights.items()}, file, {"format": "pt"}
         ),
     )
+
+
+def exported(weights: Mapping[str, Tensor], rows: Iterable[Row], keys: KeyMap) -> dict[str, Tensor]:
+    """The whole weights of these rows as a file of the layout holds them: what `load_weights` reads with `keys`."""
+    wanted = {row.name: row for row in rows}
+    stored: dict[str, Tensor] = {}
+    for name in wanted:
+        match = keys.of_row(name)
+        if match.keys[0] in stored:
+            continue
+        shapes = stored_shapes(match, wanted)
+        made = {
+            key: weights[name].new_empty(shape[: len(shape) - match.line.ones])
+            for key, shape in shapes.items()
+        }
+        for row, parts in runs(match, wanted).items():
+            for run in parts:
+                target = made[run.key].T if match.line.transposed else made[run.key]
+                if target.shape:
+                    target[run.at : run.at + run.size] = weights[row][run.into : run.into + run.size]
+                else:
+                    target.copy_(weights[row])
+        stored |= {key: made[key].view(shape) for key, shape in shapes.items()}
+    return stored
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -158,64 +185,113 @@ def _instead(folder: Path) -> str:
     return f"only {other!r}: weights are read from safetensors alone" if other else "no *.safetensors file"
 
 
-def _stored(
-    folder: Path, wanted: Mapping[str, Row], rename: Rename, variant: str | None
-) -> dict[str, Stored]:
-    """Row name to the tensor on disk, from the files' headers alone. Of a tied weight's keys its own name is
-    preferred.
-    """
+def _sources(folder: Path, wanted: Mapping[str, Row], keys: KeyMap, variant: str | None) -> dict[str, Source]:
+    """Where each row stands, from the files' headers alone. UserError where the files do not fit the rows."""
+    stored = _stored(folder, keys, variant)
+    found, unexpected = _found(stored, wanted, keys)
+    made = {name: runs(match, wanted)[name] for name, match in found.items()}
+    missing = {
+        key: None
+        for name in wanted.keys() - found.keys()
+        for key in keys.of_row(name).keys
+        if key not in stored
+    }
+    _check(
+        folder,
+        [key for name in wanted if name not in found for key in keys.of_row(name).keys if key in missing],
+        unexpected,
+        found,
+        wanted,
+        stored,
+    )
+    return {
+        name: Source(tuple((run, _fitted(stored[run.key], found[name])) for run in made[name]))
+        for name in wanted
+    }
+
+
+def _stored(folder: Path, keys: KeyMap, variant: str | None) -> dict[str, Stored]:
+    """The component's tensors by their keys."""
     stored: dict[str, Stored] = {}
-    unread = []
     for file in weight_files(folder, variant):
-        with _opened(file) as opened:
-            for key in opened.keys():  # noqa: SIM118 (a handle, not a dict)
-                name = rename(key)
-                if name is None:
-                    unread.append(key)
+        archive = opened(file)
+        for key in archive.keys():  # noqa: SIM118 (a handle, not a dict)
+            if not key.startswith(keys.prefix):
+                continue
+            if key in stored:
+                raise _twice(key, stored[key].file, file)
+            piece = archive.get_slice(key)
+            stored[key] = Stored(file, key, piece.get_dtype(), tuple(piece.get_shape()))
+    return stored
+
+
+def _twice(name: str, *files: Path) -> UserError:
+    where = " and ".join(map(repr, map(str, files)))
+    return UserError("model_path", f"model_path: {name!r} is stored twice, in {where}")
+
+
+def _found(
+    stored: Mapping[str, Stored], wanted: Mapping[str, Row], keys: KeyMap
+) -> tuple[dict[str, Match], list[str]]:
+    """(row -> what it is read from, keys that are of no row). Of a tied weight's keys its own name is preferred."""
+    found: dict[str, Match] = {}
+    unread, unexpected = [], []
+    for key, at in stored.items():
+        match = keys.of_key(key)
+        assert match is not None  # the prefix is there
+        if not match.rows:
+            unread.append(key)
+        elif not all(name in wanted for name in match.rows):
+            if not key.endswith(BUFFERS):
+                unexpected.append(key)
+        elif all(each in stored for each in match.keys):
+            for name in match.rows:
+                other = found.setdefault(name, match)
+                if other.keys == match.keys:
                     continue
-                piece = opened.get_slice(key)
-                at = Stored(file, key, piece.get_dtype(), tuple(piece.get_shape()))
-                if name in stored and not (name in wanted and wanted[name].tied):
-                    raise UserError(
-                        "model_path",
-                        f"model_path: {name!r} is stored twice, in {str(stored[name].file)!r} and {str(file)!r}",
-                    )
-                if name not in stored or key.endswith(name):
-                    stored[name] = at
+                if not wanted[name].tied:
+                    raise _twice(name, stored[other.keys[0]].file, at.file)
+                if key.endswith(name):
+                    found[name] = match
     if unread := sorted(key for key in unread if not key.endswith(BUFFERS)):
         more = ", ..." if len(unread) > 3 else ""
+        where = stored[unread[0]].file.parent
         log.info(
             "%s: %d stored weights are not needed and not read (%s%s)",
-            folder,
+            where,
             len(unread),
             ", ".join(unread[:3]),
             more,
         )
-    return stored
+    return found, unexpected
 
 
-def _check(folder: Path, wanted: Mapping[str, Row], stored: Mapping[str, Stored]) -> None:
-    missing = [name for name in wanted if name not in stored]
-    unexpected = [at.key for name, at in stored.items() if name not in wanted]
-    shared = [name for name in wanted if name in stored]
-    shapes = [(name, stored[name].shape, wanted[name].shape) for name in shared]
+def _check(
+    folder: Path,
+    missing: list[str],
+    unexpected: list[str],
+    found: Mapping[str, Match],
+    wanted: Mapping[str, Row],
+    stored: Mapping[str, Stored],
+) -> None:
+    needs = {key: shape for match in found.values() for key, shape in stored_shapes(match, wanted).items()}
     misshapen = [
-        f"{name} is {list(has)} and should be {list(needs)}" for name, has, needs in shapes if has != needs
+        f"{key} is {list(stored[key].shape)} and should be {list(shape)}"
+        for key, shape in needs.items()
+        if stored[key].shape != shape
     ]
     kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-    found = [
+    said = [
         f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
         for kind, names in kinds
         if names
     ]
-    if found:
+    if said:
         raise UserError(
             "model_path",
-            f"model_path: the weights in {str(folder)!r} do not fit the model's config: {'; '.join(found)}",
+            f"model_path: the weights in {str(folder)!r} do not fit the model's config: {'; '.join(said)}",
         )
-    foreign = [
-        f"{stored[name].key} is {stored[name].dtype}" for name in shared if stored[name].dtype not in FLOATS
-    ]
+    foreign = [f"{key} is {stored[key].dtype}" for key in needs if stored[key].dtype not in FLOATS]
     if foreign:
         more = f" and {len(foreign) - 1} more like it" if len(foreign) > 1 else ""
         raise UserError(
@@ -224,45 +300,71 @@ def _check(folder: Path, wanted: Mapping[str, Row], stored: Mapping[str, Stored]
         )
 
 
+def _fitted(at: Stored, match: Match) -> Stored:
+    """A stored tensor in the dimensions of its rows."""
+    shape = at.shape[: len(at.shape) - match.line.ones]
+    if match.line.transposed:
+        return at._replace(shape=shape[::-1], transposed=True)
+    return at._replace(shape=shape)
+
+
 def _type(row: Row, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if row.float32 else dtype
 
 
-def _as_stored(held: Held, at: Stored, dtype: torch.dtype) -> bool:
-    """Whether a weight is held as it is in its file, whole and by one rank alone."""
+def _as_stored(held: Held, source: Source, dtype: torch.dtype) -> bool:
+    """Whether a weight is held as it is in its file, whole, in one piece and by one rank alone."""
     return (
         held.home == held.row.name
-        and held.shape == at.shape
+        and held.shape == held.row.shape
         and not held.alike
-        and FLOATS[at.dtype] == _type(held.row, dtype)
+        and len(source.runs) == 1
+        and not source.runs[0][1].transposed
+        and FLOATS[source.runs[0][1].dtype] == _type(held.row, dtype)
     )
 
 
-def _mapped(ready: Mapping[str, Stored]) -> dict[str, Tensor]:
+def _mapped(ready: Mapping[str, Source], rows: Mapping[str, Row]) -> dict[str, Tensor]:
     """Tensors that are their own mapping of the file. A mapping lives as long as a tensor on it; writes stay
     private.
     """
+    archives: dict[Path, Archive] = {}
     weights: dict[str, Tensor] = {}
-    for file, names in _by_file(ready):
-        opened = _opened(file)
-        weights |= {name: opened.get_tensor(ready[name].key) for name in names}
+    for name, source in ready.items():
+        run, at = source.runs[0]
+        archive = archives.get(at.file) or archives.setdefault(at.file, opened(at.file))
+        whole = Box((run.at, *(0,) * (len(at.shape) - 1)), (0,) * len(at.shape), rows[name].shape)
+        weights[name] = _cut(archive, at, whole)
     return weights
 
 
-def _stream(held: Iterable[Held], stored: Mapping[str, Stored], weights: Mapping[str, Tensor]) -> None:
+def _stream(held: Iterable[Held], sources: Mapping[str, Source], weights: Mapping[str, Tensor]) -> None:
     """Fill `weights` from disk, casting, in the order of `held`: that of the rows, so that all ranks pass on
     in the same order.
     """
     read = _reader()
     for each in held:
-        at, tensor = stored[each.row.name], each.of(weights)
+        tensor = each.of(weights)
         ranks = math.prod(group.size for group in each.alike)
-        for box in each.boxes:
+        for at, box in _boxes(each, sources[each.row.name]):
             for piece in _pieces(at, box, BUDGET if ranks == 1 else PASSED, ranks):
                 if each.alike and at.shape:
                     _pass_on(tensor[piece.target], at, piece, read, each.alike)
                 else:
                     tensor[piece.target].copy_(read(at, piece))
+
+
+def _boxes(held: Held, source: Source) -> Iterator[tuple[Stored, Box]]:
+    """What this rank reads for a weight: the boxes it holds, counted in the tensors on disk that they lie in."""
+    for box in held.boxes:
+        for run, at in source.runs:
+            if not box.shape:
+                yield at, box
+                continue
+            low, high = max(box.there[0], run.into), min(box.there[0] + box.shape[0], run.into + run.size)
+            if low < high:
+                part = box.narrow(0, low - box.there[0], high - low)
+                yield at, part._replace(there=(low - run.into + run.at, *part.there[1:]))
 
 
 def _pass_on(
@@ -288,22 +390,26 @@ def _reader() -> Callable[[Stored, Box], Tensor]:
     """Reads boxes of stored tensors. The file is mapped anew after `BUDGET` bytes, which lets go of the pages
     read so far.
     """
-    file, opened, left = None, None, 0
+    file, archive, left = None, None, 0
 
     def read(at: Stored, box: Box) -> Tensor:
-        nonlocal file, opened, left
+        nonlocal file, archive, left
         size = (box.shape[_dealt(at)] if box.shape else 1) * _row_bytes(at)
-        if opened is None or at.file != file or size > left:
-            file, opened, left = at.file, _opened(at.file), BUDGET
+        if archive is None or at.file != file or size > left:
+            file, archive, left = at.file, opened(at.file), BUDGET
         left -= size
-        return _cut(opened, at, box)
+        return _cut(archive, at, box)
 
     return read
 
 
-def _cut(opened: safe_open, at: Stored, box: Box) -> Tensor:
+def _cut(archive: Archive, at: Stored, box: Box) -> Tensor:
     """A box of a stored tensor, a view of the mapped file: what is not copied from it is not read."""
-    return opened.get_tensor(at.key) if box.shape == at.shape else opened.get_slice(at.key)[box.source]
+    if at.transposed:
+        return archive.get_tensor(at.key).T[box.source]
+    if box.shape == at.shape:
+        return archive.get_tensor(at.key).view(box.shape)
+    return archive.get_slice(at.key)[box.source].view(box.shape)
 
 
 def _pieces(at: Stored, box: Box, size: int, ranks: int = 1) -> Iterator[Box]:
@@ -331,25 +437,3 @@ def _dealt(at: Stored) -> int:
 def _row_bytes(at: Stored) -> int:
     """Bytes of a stored tensor per entry of that dimension."""
     return math.prod(at.shape[_dealt(at) + 1 :]) * FLOATS[at.dtype].itemsize
-
-
-def _by_file(stored: Mapping[str, Stored]) -> Iterator[tuple[Path, list[str]]]:
-    files: dict[Path, list[str]] = {}
-    for name, at in stored.items():
-        files.setdefault(at.file, []).append(name)
-    yield from files.items()
-
-
-def _opened(file: Path) -> safe_open:
-    """The mapped file; its header is checked against its length, so that a truncated file is found here."""
-    try:
-        return safe_open(file, framework="pt")
-    except FileNotFoundError:
-        raise UserError(
-            "model_path", f"model_path: {str(file)!r} does not exist, though the index beside it names it"
-        ) from None
-    except (SafetensorError, OSError) as error:
-        reason = str(error).removeprefix("Error while deserializing header: ")
-        raise UserError(
-            "model_path", f"model_path: {str(file)!r} is truncated or not a safetensors file ({reason})"
-        ) from error

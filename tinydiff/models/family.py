@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from tinydiff.keymap import AS_IS, KeyMap
 from tinydiff.models.recipe import Context, LoopInputs, Patch
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.network import Block, Streams, Tensors
@@ -25,12 +26,17 @@ Config = Any
 """A family's own frozen dataclass. Its fields are the names in the checkpoint's config.json."""
 Recipe = Callable[[Config, Context, Request], LoopInputs]
 """(config, the model's loaded parts, request) -> the request in the family's own terms."""
-Rename = Callable[[Config, str], str | None]
-"""(config, stored key) -> the spec's name of that weight; None for what is known and not read."""
+Keys = Callable[[Config], KeyMap]
+"""config -> where the rows stand in the files of a component's directory."""
 Read = Callable[[Mapping[str, Any], str], Config]
 """(entries of config.json, class name) -> config."""
 HeadWidth = Callable[[Config], int]
 Role = Literal["dit", "text_encoder", "image_encoder", "vae"]
+
+
+def as_is(c: Config) -> KeyMap:
+    """A network whose files have the names of its rows."""
+    return AS_IS
 
 
 def no_components(c: Config) -> tuple[str, ...]:
@@ -94,7 +100,7 @@ class Denoiser:
     """Whether the pipeline hands its scheduler the sigmas 1, 1 - 1/S, ..., 1/S."""
     own_grid: tuple[str, ...] = ()
     """Pipeline classes that, from text, leave a scheduler with flow sigmas (UniPC) its own grid."""
-    rename: Rename | None = None
+    keys: Keys = as_is
     longest_side: Callable[[Config], int] | None = None
     """Most latent pixels along a side; None where there is no limit."""
     given_size: Callable[[int, int, int], tuple[int, int]] | None = None
@@ -121,7 +127,7 @@ class Encoder:
     """A network that reads a prompt or looks at an image; the recipes call its own functions.
 
     role: "text_encoder" or "image_encoder". config: what `read` makes of the entries of config.json.
-    head_width: of attention. biased: whether its attention adds a bias or mask. rename: of stored keys.
+    head_width: of attention. biased: whether its attention adds a bias or mask. keys: the spellings of released files.
     """
 
     role: Role
@@ -129,7 +135,7 @@ class Encoder:
     spec: Callable[[Config], Iterator[Row]]
     head_width: HeadWidth
     biased: bool
-    rename: Rename | None = None
+    keys: Keys = as_is
     read: Read | None = None
     longest: Callable[[Config], int] | None = None
     """Tokens of a text that it reads at most, where the network has places for no more."""
@@ -146,7 +152,7 @@ class Autoencoder:
     encode: (config, weights, pixels [B, C, F, H, W] in [-1, 1], latent frames of a pass, side of a tile in
     pixels, plan) -> latents.
     decode: the same from latents to pixels. up_stages: the decoder's stages, where its memory is known.
-    rename: of stored keys.
+    keys: the spellings of released files.
     runs: raises ValueError for a config that is enough to plan with and not to run.
     """
 
@@ -154,7 +160,7 @@ class Autoencoder:
     spec: Callable[[Config], Iterator[Row]]
     encode: Callable[..., Tensor]
     decode: Callable[..., Tensor]
-    rename: Rename | None = None
+    keys: Keys = as_is
     up_stages: Callable[[Config], Iterable[Any]] | None = None
     runs: Callable[[Config], None] = lambda c: None
 

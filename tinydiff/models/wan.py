@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from tinydiff.keymap import KeyMap, unread
 from tinydiff.models.encoders import clip_vision, t5
 from tinydiff.models.family import Denoiser
 from tinydiff.models.recipe import Context, GivenTokens, LoopInputs, latent_size, on_grid
@@ -36,7 +37,7 @@ from tinydiff.ops.patch import patchify
 from tinydiff.ops.rope import grid_positions, rope_table, rotate_interleaved
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows, norm_rows, repeat
-from tinydiff.parallel.sequence import keys, whole
+from tinydiff.parallel.sequence import whole
 from tinydiff.records import Request
 
 Tensors = dict[str, Tensor]
@@ -247,7 +248,7 @@ def block(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, sh
         for to, norm in (("to_q", "norm_q"), ("to_k", "norm_k"))
     )
     y = attention(
-        plan, q, k, linear(y, a / "to_v").unflatten(-1, heads), keys=keys(plan, shared, "image")
+        plan, q, k, linear(y, a / "to_v").unflatten(-1, heads), keys=key_map(plan, shared, "image")
     ).flatten(2)
     x_BLD = (x_BLD + linear_sum(plan, y, a / "to_out" / 0) * gate).to(x_BLD.dtype)
 
@@ -382,14 +383,12 @@ def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator
         yield "image_dim", nets["image_encoder"].hidden_size, "the image encoder gives"
 
 
-def rename(key: str) -> str | None:
+def key_map(c: Config) -> KeyMap:
     """Released files may carry a norm that nothing reads, and FastWan's the gates of sparse attention, which
     full attention has not.
     """
-    return (
-        None
-        if key.endswith(("norm_added_q.weight", "to_gate_compress.weight", "to_gate_compress.bias"))
-        else key
+    return KeyMap(
+        unread("blocks.*.attn2.norm_added_q", "blocks.*.attn1.to_gate_compress", "blocks.*.to_gate_compress")
     )
 
 
@@ -408,5 +407,5 @@ FAMILY = Denoiser(
     must_fit=must_fit,
     given_frames=given_frames,
     needs=needs,
-    rename=lambda c, key: rename(key),
+    keys=key_map,
 )

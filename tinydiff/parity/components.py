@@ -54,7 +54,7 @@ def _t5(kind: str, prefix: str) -> Case:
     def ours(w: Weights) -> Iterator[tuple[str, Tensor]]:
         yield "last", t5.encode(c, PLAN, w, _IDS, _MASK)[read]
 
-    return Case(reference, lambda: t5.spec(c), t5.row_name, theirs, ours)
+    return Case(reference, lambda: t5.spec(c), t5.key_map(c).row, theirs, ours)
 
 
 def _clip(projects: bool, act: str) -> Case:
@@ -75,7 +75,7 @@ def _clip(projects: bool, act: str) -> Case:
         yield "pooled", out.pooled if out.projected is None else out.projected
 
     build = partial(_transformers, model, "CLIPTextConfig", **fields, bos_token_id=50)
-    return Case(build, lambda: clip_text.spec(c), lambda key: clip_text.row_name(c, key), theirs, ours)
+    return Case(build, lambda: clip_text.spec(c), clip_text.key_map(c).row, theirs, ours)
 
 
 def _states(states: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -115,7 +115,11 @@ def _language(family: str, known: str, **changes: Any) -> Case:
 
     build = partial(_transformers, f"{family}Model", f"{family}Config", **fields)
     return Case(
-        build, lambda: decoder_lm.spec(config()), lambda key: decoder_lm.row_name(config(), key), theirs, ours
+        build,
+        lambda: decoder_lm.spec(config()),
+        lambda key: decoder_lm.key_map(config()).row(key),
+        theirs,
+        ours,
     )
 
 
@@ -139,7 +143,7 @@ def _qwen_vision() -> Case:
     def ours(w: Weights) -> Iterator[tuple[str, Tensor]]:
         yield "last", qwen_vision.encode(c, PLAN, w, patches, grids)
 
-    return Case(reference, lambda: qwen_vision.spec(c), qwen_vision.row_name, theirs, ours)
+    return Case(reference, lambda: qwen_vision.spec(c), qwen_vision.key_map(c).row, theirs, ours)
 
 
 def _clip_vision() -> Case:
@@ -156,7 +160,7 @@ def _clip_vision() -> Case:
         yield "last", clip_vision.encode(c, PLAN, w, x)
 
     build = partial(_transformers, "CLIPVisionModel", "CLIPVisionConfig", **fields, hidden_act=c.hidden_act)
-    return Case(build, lambda: clip_vision.spec(c), clip_vision.row_name, theirs, ours)
+    return Case(build, lambda: clip_vision.spec(c), clip_vision.key_map(c).row, theirs, ours)
 
 
 ENCODERS: dict[str, tuple[str, Callable[[], Case]]] = {
@@ -243,8 +247,7 @@ def _autoencoder(module: ModuleType, reference: str, c: Any, frames: int = 1, ch
     def build() -> nn.Module:
         return built(getattr(library("diffusers"), reference), c)
 
-    rename: Callable[[str], str | None] = getattr(module, "row_name", lambda key: key)
-    return Case(build, lambda: module.spec(c), rename, theirs, ours)
+    return Case(build, lambda: module.spec(c), module.FAMILY.keys(c).row, theirs, ours)
 
 
 def _statistics(c: Any, net: Any, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -206,14 +205,13 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None) -> Model:
         log.debug("loading %s as %s", name, net.dtype)
         plan, together = (net.plan, ALONE) if ranks is None else _placed(net, ranks)
         rows = net.family.spec(net.config)
-        rename = None if net.family.rename is None else partial(net.family.rename, net.config)
         blocks = {at for _, at in net.family.blocks(net.config)} if plan.group("shard").size > 1 else ()
         weights = load_weights(
             net.folder,
             rows,
             net.dtype,
             blueprint.device,
-            rename,
+            net.family.keys(net.config),
             plan.along("tp", "shard"),
             together,
             blocks,

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from tinydiff.keymap import KeyMap, unread
 from tinydiff.models.family import Autoencoder
 from tinydiff.ops.attention import attention
 from tinydiff.ops.conv import conv2d, halve, per_frame
@@ -218,9 +219,9 @@ def spec(c: Config) -> Iterator[Row]:
     yield from statistics_spec(c)
 
 
-def row_name(key: str) -> str | None:
-    """The spec's name of a stored key, None for the batch norm's counter, which only training reads."""
-    return None if key == "bn.num_batches_tracked" else key
+def key_map(c: Config) -> KeyMap:
+    """The batch norm's counter is read by training alone."""
+    return KeyMap(unread("bn.num_batches_tracked"))
 
 
 # --- layers
@@ -391,4 +392,4 @@ def decode(
     return raw_pixels(c, w, raw_latents(c, w, z_BZFHW), chunk, tile, plan).clamp(-1, 1)
 
 
-FAMILY = Autoencoder(Config, spec, encode, decode, rename=lambda c, key: row_name(key), up_stages=up_stages)
+FAMILY = Autoencoder(Config, spec, encode, decode, keys=key_map, up_stages=up_stages)

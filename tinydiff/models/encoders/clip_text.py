@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinydiff.entries import typed
+from tinydiff.keymap import KeyMap, also, unread
 from tinydiff.models.family import Encoder
 from tinydiff.ops.attention import attention
 from tinydiff.ops.linear import linear, linear_sum
@@ -115,19 +116,18 @@ def spec(c: Config) -> Iterator[Row]:
         yield from linear_rows("text_projection", c.hidden_size, c.projection_dim, bias=False)
 
 
-def row_name(c: Config, key: str) -> str | None:
-    """The spec's name of a stored key, None where nothing reads it: a list of positions in old files, the
-    rest of a whole CLIP.
-
-    transformers 5 writes an encoder without projection without its prefix.
+def key_map(c: Config) -> KeyMap:
+    """Not read: a list of positions in old files, the rest of a whole CLIP. transformers 5 writes an encoder
+    without projection without its prefix.
     """
-    if key.endswith("embeddings.position_ids") or key.startswith(
-        ("vision_model.", "visual_projection.", "logit_scale")
-    ):
-        return None
-    if key.startswith("text_projection."):
-        return key if c.projects else None
-    return key if key.startswith("text_model.") else f"text_model.{key}"
+    rest = ("vision_model", "visual_projection", "logit_scale", "embeddings.position_ids")
+    return KeyMap(
+        (
+            *unread(*rest, "text_model.embeddings.position_ids"),
+            *(() if c.projects else unread("text_projection")),
+            *(also(name, f"text_model.{name}") for name in ("embeddings", "encoder", "final_layer_norm")),
+        )
+    )
 
 
 # --- from tokens to states
@@ -177,7 +177,7 @@ FAMILY = Encoder(
     spec,
     head_width=lambda c: c.hidden_size // c.num_attention_heads,
     biased=True,
-    rename=row_name,
+    keys=key_map,
     read=config_from,
     longest=lambda c: c.max_position_embeddings,
 )

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinydiff.entries import typed
+from tinydiff.keymap import KeyMap, also, unread
 from tinydiff.models.encoders import preprocess
 from tinydiff.models.family import Encoder
 from tinydiff.ops.attention import attention
@@ -108,17 +109,18 @@ def spec(c: Config) -> Iterator[Row]:
     yield from under("vision_model", _rows(c))
 
 
-def row_name(key: str) -> str | None:
-    """The spec's name of a stored key, None where nothing reads it: a list of positions in old files, the
-    rest of a whole CLIP.
-
-    transformers 5 writes the tower without its prefix.
+def key_map(c: Config) -> KeyMap:
+    """Not read: a list of positions in old files, the rest of a whole CLIP. transformers 5 writes the tower
+    without its prefix.
     """
-    if key.endswith("embeddings.position_ids") or key.startswith(
-        ("visual_projection.", "text_model.", "text_projection.", "logit_scale")
-    ):
-        return None
-    return key if key.startswith("vision_model.") else f"vision_model.{key}"
+    rest = ("visual_projection", "text_model", "text_projection", "logit_scale", "embeddings.position_ids")
+    tower = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
+    return KeyMap(
+        (
+            *unread(*rest, "vision_model.embeddings.position_ids"),
+            *(also(name, f"vision_model.{name}") for name in tower),
+        )
+    )
 
 
 # --- from image to tokens
@@ -177,7 +179,7 @@ FAMILY = Encoder(
     spec,
     head_width=lambda c: c.hidden_size // c.num_attention_heads,
     biased=False,
-    rename=lambda c, key: row_name(key),
+    keys=key_map,
     read=config_from,
     preprocessor=("image_processor", lambda entries, c: preprocess.clip(entries, c.image_size)),
 )

@@ -12,7 +12,6 @@ position.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinydiff.keymap import KeyMap, also, unread
 from tinydiff.models.encoders.decoder_config import ACTIVATIONS, CLASSES, SLIDING, Config, Rope, config_from
 from tinydiff.models.family import Encoder
 from tinydiff.ops.attention import attention
@@ -39,8 +39,8 @@ __all__ = [
     "embed",
     "encode",
     "frequencies",
+    "key_map",
     "last_norm",
-    "row_name",
     "spec",
     "views",
 ]
@@ -68,7 +68,7 @@ def _layer_rows(c: Config) -> Iterator[Row]:
 
 
 def spec(c: Config) -> Iterator[Row]:
-    """Every weight that is read, once, under the names of the bare text model; `row_name` maps the released
+    """Every weight that is read, once, under the names of the bare text model; `key_map` maps the released
     names to them.
     """
     yield Row("embed_tokens.weight", (c.vocab_size, c.hidden_size), split=0, tied=c.tie_word_embeddings)
@@ -79,26 +79,36 @@ def spec(c: Config) -> Iterator[Row]:
         yield Row("lm_head.weight", (c.vocab_size, c.hidden_size), split=0)
 
 
-TOWERS = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "audio_tower.")
+TOWERS = ("visual", "vision_tower", "vision_model", "multi_modal_projector", "audio_tower")
 """Beginnings of keys of what sees or hears beside a language model."""
 
 
-def row_name(c: Config, key: str) -> str | None:
-    """The spec's name of a stored key; None for what is known and not read: other towers, the output head,
-    layers beyond `c.layers`.
+PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
+"""What released files write before the names of the text model."""
 
-    A tied output head is the embeddings' second name. Released files prefix the text model with `model.`,
-    `language_model.model.`, `model.language_model.`, `language_model.` or nothing.
+
+def key_map(c: Config) -> KeyMap:
+    """Not read: other towers, the output head, layers beyond `c.layers`. A tied output head is the embeddings'
+    second name.
     """
-    name = re.sub(r"^(model\.language_model\.|language_model\.model\.|language_model\.|model\.)", "", key)
-    if name.startswith(TOWERS) or name.endswith("rotary_emb.inv_freq"):
-        return None
-    if name == "lm_head.weight" and c.tie_word_embeddings:
-        return "embed_tokens.weight"
-    if (name == "norm.weight" and not c.final_norm) or (name == "lm_head.weight" and not c.lm_head):
-        return None
-    layer = re.match(r"layers\.(\d+)\.", name)
-    return None if layer and c.layers <= int(layer[1]) < c.num_hidden_layers else name
+    beyond = tuple(f"layers.{i}" for i in range(c.layers, c.num_hidden_layers))
+    left = (*TOWERS, *beyond, "rotary_emb", "layers.*.self_attn.rotary_emb")
+    if not c.final_norm:
+        left = (*left, "norm")
+    if not c.lm_head and not c.tie_word_embeddings:
+        left = (*left, "lm_head")
+    head = "embed_tokens" if c.tie_word_embeddings else "lm_head"
+    named = {"embed_tokens": "embed_tokens", "layers": "layers", "norm": "norm", "lm_head": head}
+    return KeyMap(
+        tuple(
+            line
+            for prefix in PREFIXES
+            for line in (
+                *unread(*(prefix + name for name in left)),
+                *(also(prefix + name, row) for name, row in named.items() if prefix + name != row),
+            )
+        )
+    )
 
 
 # --- positions and masks
@@ -319,6 +329,6 @@ FAMILY = Encoder(
     spec,
     head_width=lambda c: c.head_dim,
     biased=True,
-    rename=row_name,
+    keys=key_map,
     read=config_from,
 )

@@ -22,6 +22,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tinydiff.entries import typed
+from tinydiff.keymap import KeyMap, also, moved, unread
 from tinydiff.models.encoders import preprocess
 from tinydiff.models.encoders.clip_vision import MEAN, STD
 from tinydiff.models.encoders.decoder_config import ACTIVATIONS, Rope
@@ -125,12 +126,16 @@ def spec(c: Config) -> Iterator[Row]:
     yield from linear_rows("merger.mlp.2", merged, c.out_hidden_size, "in")
 
 
-def row_name(key: str) -> str | None:
-    """The spec's name of a stored key, None for those of the language model beside it."""
-    for prefix in ("model.visual.", "visual."):
-        if key.startswith(prefix):
-            return key.removeprefix(prefix)
-    return None if key.startswith(("model.", "lm_head.")) else key
+def key_map(c: Config) -> KeyMap:
+    """The language model beside the tower is read by its own."""
+    tower = ("patch_embed", "blocks", "merger")
+    return KeyMap(
+        (
+            *(moved(f"visual.{name}", name) for name in tower),
+            *(also(f"model.visual.{name}", name) for name in tower),
+            *unread("model", "lm_head"),
+        )
+    )
 
 
 # --- from image to patches
@@ -320,7 +325,7 @@ FAMILY = Encoder(
     spec,
     head_width=lambda c: c.hidden_size // c.num_heads,
     biased=True,
-    rename=lambda c, key: row_name(key),
+    keys=key_map,
     read=lambda entries, _: config_from(entries),
     preprocessor=("processor", lambda entries, c: preprocess.qwen(entries, c.tiling)),
 )

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinydiff.entries import typed
+from tinydiff.keymap import KeyMap, also, unread
 from tinydiff.models.family import Encoder
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import lookup
@@ -110,13 +111,9 @@ def spec(c: Config) -> Iterator[Row]:
     yield from norm_rows("encoder.final_layer_norm", c.d_model)
 
 
-def row_name(key: str) -> str | None:
-    """The spec's name of a stored key, None for those of a whole T5's other half. `encoder.embed_tokens` is
-    `shared`'s second name.
-    """
-    if key.startswith(("decoder.", "lm_head.")):
-        return None
-    return "shared.weight" if key == "encoder.embed_tokens.weight" else key
+def key_map(c: Config) -> KeyMap:
+    """A whole T5 has another half; `encoder.embed_tokens` is `shared`'s second name."""
+    return KeyMap((*unread("decoder", "lm_head"), also("encoder.embed_tokens", "shared")))
 
 
 def buckets(c: Config, length: int, device: torch.device | str | None = None) -> Tensor:
@@ -171,6 +168,6 @@ FAMILY = Encoder(
     spec,
     head_width=lambda c: c.d_kv,
     biased=True,
-    rename=lambda c, key: row_name(key),
+    keys=key_map,
     read=config_from,
 )

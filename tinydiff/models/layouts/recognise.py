@@ -1,0 +1,175 @@
+"""What a file of weights is, from its keys, shapes and metadata alone.
+
+    shapes, metadata = io.archive.header(path)
+    (found,) = recognise(shapes, metadata)      # several where one file holds several components
+    record = RECORDS[found.class_name]
+    config = config_from(found.class_name, found.entries)
+    load_weights(path, record.spec(config), dtype, keys=found.keys(config))
+
+A config that stands beside the file, or that of the released model, may take the place of `entries`: shapes do
+not tell everything (the scale of latents, the base of a rotary embedding). `found.models` are the released models
+with a component of these very shapes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tinydiff.entries import typed
+from tinydiff.keymap import KeyMap, Shape
+from tinydiff.models import released
+from tinydiff.models.classes import RECORDS
+from tinydiff.models.family import Role
+from tinydiff.models.layouts import flux, wan
+from tinydiff.models.layouts.table import Entries, Layout, Sizes
+from tinydiff.records import UserError
+
+LAYOUTS: tuple[Layout, ...] = (*flux.LAYOUTS, *wan.LAYOUTS)
+
+PREFIXES = (
+    *("model.diffusion_model.", "diffusion_model.", "net.", "first_stage_model.", "vae."),
+    r"text_encoders\.[^.]+\.transformer\.",
+    r"conditioner\.embedders\.\d+\.(?:transformer|model)\.",
+    r"cond_stage_model\.(?:transformer|model)\.",
+)
+"""What may stand before all keys of a component, as regular expressions."""
+
+REFUSED = {
+    "Chroma": "distilled_guidance_layer",
+    "HunyuanVideo": "txt_in.individual_token_refiner",
+    "LTX-2": "audio_adaln_single",
+    "LTX-Video": "adaln_single.emb.timestep_embedder",
+    "Wan-VACE": "vace_patch_embedding",
+    "Wan2.2-S2V": "casual_audio_encoder",
+    "Wan2.2-Animate": "face_adapter",
+    "Wan-Fun camera control": "control_adapter",
+    "Wan-Fun control": "ref_conv",
+    "Qwen-Image 2.1": "txt_in.text_norm",
+    "Stable Diffusion 1, 2 or XL": "input_blocks.0.0",
+}
+"""Architectures that look like ours or are often met, and are not run here -> a name that tells them."""
+
+LORA = re.compile(
+    r"[._](lora_(?:[AB]|down|up|mid|linear_layer)|lora[12]?\.(?:down|up)|lokr_w[12]|hada_w[12]|oft_(?:blocks|R)"
+    r"|boft_R|diff(?:_[bm])?$|dora_scale|set_weight)"
+)
+"""Parts of keys that only adapters have."""
+
+QUANTISED = re.compile(
+    r"(?:^|\.)(scaled_fp8|scale_weight|comfy_quant|weight_scale(?:_2)?|weight_global_scale|qweight|wscales|SCB"
+    r"|absmax|_weight_qdata|weight\._data|sign_mantissa)$"
+)
+"""Keys that stand beside quantised weights."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A component in a file.
+
+    role: what it is to a model. class_name: in `models.classes.RECORDS`; another class of the same record may
+    stand in its place. layout: the layout's name. prefix: what stands before its keys. entries: config.json as
+    far as the shapes tell. models: the released models that have a component of these shapes.
+    """
+
+    role: Role
+    class_name: str
+    layout: Layout
+    prefix: str
+    entries: Mapping[str, Any]
+    models: tuple[str, ...]
+
+    def keys(self, config: Any) -> KeyMap:
+        """Where the rows of a network with this config stand in the file."""
+        return KeyMap(self.layout.lines(config), self.prefix)
+
+
+def recognise(
+    shapes: Mapping[str, Shape], metadata: Mapping[str, str] | None = None, name: str = "the file"
+) -> tuple[Found, ...]:
+    """The components of a file, the denoiser first. name: the file's, for messages. UserError where the file is
+    no weights, of no known layout, or of several.
+    """
+    _check_weights(shapes, metadata or {}, name)
+    found = []
+    for prefix, part in _components(shapes):
+        fits = list(_fits(Sizes(part), prefix))
+        if len({each.class_name for each in fits}) > 1:
+            names = " or ".join(f"a {each.class_name} ({each.layout.name} layout)" for each in fits)
+            raise _refused(name, f"could be {names}; a directory with its config.json tells")
+        found += fits[:1]
+    if not found:
+        known = ", ".join(dict.fromkeys(layout.class_name for layout in LAYOUTS))
+        some = ", ".join(list(shapes)[:5])
+        raise _refused(
+            name, f"has a layout that is not known ({len(shapes)} keys: {some}, ...); known are {known}"
+        )
+    return tuple(found)
+
+
+def config_from(class_name: str, entries: Mapping[str, Any]) -> Any:
+    """The network's Config of entries of a config.json. ValueError where they make none."""
+    record = RECORDS[class_name]
+    if record.read is not None:
+        return record.read(entries, class_name)
+    return record.config(**typed(record.config, dict(entries)))
+
+
+def _refused(name: str, why: str) -> UserError:
+    return UserError("model_path", f"model_path: {name!r} {why}")
+
+
+def _check_weights(shapes: Mapping[str, Shape], metadata: Mapping[str, str], name: str) -> None:
+    if not shapes:
+        raise _refused(name, "holds no tensors")
+    adapters = [key for key in shapes if LORA.search(key)]
+    if adapters or "ss_network_module" in metadata:
+        layers = len({LORA.split(key)[0] for key in adapters})
+        raise _refused(name, f"is a LoRA of {layers} layers, not weights; --lora-path takes it")
+    if beside := [key for key in shapes if QUANTISED.search(key)]:
+        raise _refused(name, f"is quantised ({beside[0]}), which is not read; take the file in bf16 or fp16")
+    for other, sign in REFUSED.items():
+        if any(f".{sign}." in f".{key}." for key in shapes):
+            raise _refused(name, f"is a {other}, which is not supported")
+
+
+def _components(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, dict[str, Shape]]]:
+    """(prefix, the tensors below it) of each component, and of what has no prefix."""
+    pattern = re.compile("|".join(f"(?:{each})" for each in PREFIXES))
+    parts: dict[str, dict[str, Shape]] = {}
+    for key, shape in shapes.items():
+        found = pattern.match(key)
+        prefix = found[0] if found else ""
+        parts.setdefault(prefix, {})[key.removeprefix(prefix)] = shape
+    yield from parts.items()
+
+
+def _fits(part: Sizes, prefix: str) -> Iterator[Found]:
+    for layout in LAYOUTS:
+        if all(map(part.has, layout.signs)) and not any(map(part.has, layout.lacks)):
+            try:
+                entries = layout.entries(part)
+                config = config_from(layout.class_name, entries)
+            except (LookupError, ValueError, TypeError, ArithmeticError):
+                continue
+            models = tuple(_released(layout.class_name, entries, config))
+            yield Found(RECORDS[layout.class_name].role, layout.class_name, layout, prefix, entries, models)
+
+
+def _released(class_name: str, entries: Entries, config: Any) -> Iterator[str]:
+    """The released models with a component of these shapes."""
+    record = RECORDS[class_name]
+    rows = {row.name: row.shape for row in record.spec(config)}
+    known: dict[tuple[str, str], bool] = {}
+    for model, components in released.COMPONENTS.items():
+        for other, fields in components.values():
+            if RECORDS[other] is record:
+                at = (other, repr(fields))
+                if at not in known:
+                    spec = record.spec(config_from(other, fields))
+                    known[at] = rows == {row.name: row.shape for row in spec}
+                if known[at]:
+                    yield model
+                    break
