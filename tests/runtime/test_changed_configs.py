@@ -84,7 +84,7 @@ def test_each_change_makes_an_image_or_is_one_sentence(family, tmp_path):
     assert 0 < len(sentences) < SAMPLE
 
 
-SEES, TURBO = "Wan that sees", "Z-Image"
+SEES, TURBO, EDITS = "Wan that sees", "Z-Image", "Qwen-Image that edits"
 FOUND = [
     (
         SEES,
@@ -164,12 +164,19 @@ FOUND = [
         "norm_num_groups is 3, which a width of 8 does not divide by",
     ),
     (TURBO, "scheduler/scheduler_config.json", "_class_name", {}, "_class_name is {}; it must be a string"),
+    (
+        EDITS,
+        "text_encoder/config.json",
+        "text_config.rope_parameters.mrope_section",
+        None,
+        "mrope_section is not given; Qwen2.5-VL needs it",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("family", "file", "field", "value", "sentence"), FOUND, ids=lambda x: str(x)[:30])
 def test_what_once_was_a_traceback(family, file, field, value, sentence, unchanged):
-    said = unchanged(family).outcome(changes.Change(file, (field,), value))
+    said = unchanged(family).outcome(changes.Change(file, tuple(field.split(".")), value))
     assert said is not None and sentence in said
 
 

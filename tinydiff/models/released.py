@@ -67,7 +67,7 @@ _QWEN_VAE: Component = ("AutoencoderKLQwenImage", {})
 _QWEN_VL: Component = (
     "Qwen2_5_VLForConditionalGeneration",
     {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-     "vision_config": {}},
+     "rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}, "vision_config": {}},
 )  # fmt: skip
 _MINISTRAL = _lm("Mistral3Model", 3072, 9216, 26, model_type="ministral3", tie_word_embeddings=True)
 

@@ -237,6 +237,8 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
         source["tie_word_embeddings"] for source in (text, entries) if "tie_word_embeddings" in source
     ]  # newer files say it outside
     rope, local_rope = _ropes(v)
+    if kind == "qwen2_5_vl_text" and not all(each.mrope_section for each in (rope, local_rope or rope)):
+        raise ValueError("mrope_section is not given; Qwen2.5-VL needs it among its rope parameters")
     window = v.get("sliding_window") if v.get("use_sliding_window", True) else None
     derived = {
         "head_dim": v.get("head_dim") or v["hidden_size"] // heads,
