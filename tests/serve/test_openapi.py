@@ -113,7 +113,7 @@ def test_an_option_of_several_values_is_one_or_a_list():
 
 def test_docstrings_leave_out_the_command_line():
     told = schemas.docstrings(SamplingOptions)
-    assert told["strength"] == "How far a given image is changed: near 0 hardly, at 1 wholly."
+    assert told["strength"] == "How much the input image is changed: near 0 hardly, 1 completely."
     assert set(told) == set(SamplingOptions.__dataclass_fields__) and not any(
         "--" in text for text in told.values()
     )
