@@ -34,7 +34,7 @@ TAKERS = {
     "image_path": lambda name: config.parse(["--prompt", "a", "--image-path", name]),
     "config": lambda name: config.parse(["--config", name]),
     "prompt_path": lambda name: config.parse(["--prompt-path", f"{name}.txt"]),
-    "output_path": lambda name: output.plan_target(name, "a.png", clip=False),
+    "output_path": lambda name: output.plan_target(name, "a.png", video=False),
     "model_path": hub.resolve,
     "api_key_file": lambda name: server.with_keys(ServeOptions(api_key_file=name)),
 }

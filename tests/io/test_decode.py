@@ -20,12 +20,12 @@ from tinydiff.records import UserError
 def read(tmp_path):
     """A function: a file's bytes, or a Pillow image and how it is saved -> its pixels."""
 
-    def reader(image: bytes | Image.Image, form: str = "PNG", opacity: bool = False, **options) -> list:
+    def reader(image: bytes | Image.Image, form: str = "PNG", with_alpha: bool = False, **options) -> list:
         if isinstance(image, bytes):
             (tmp_path / "a").write_bytes(image)
         else:
             image.save(tmp_path / "a", form, **options)
-        return read_image(tmp_path / "a", opacity=opacity).tolist()
+        return read_image(tmp_path / "a", with_alpha=with_alpha).tolist()
 
     return reader
 
@@ -67,7 +67,7 @@ def words(*values: int) -> bytes:
 def test_float_tiff_from_0_to_1(read):
     levels = np.array([[0, 0.2, 0.5, 1]], dtype=np.float32)
     assert read(Image.fromarray(levels), "TIFF") == grey(0, 51, 128, 255)
-    assert read(Image.fromarray(levels), "TIFF", opacity=True)[0][1] == [51, 51, 51, 255]
+    assert read(Image.fromarray(levels), "TIFF", with_alpha=True)[0][1] == [51, 51, 51, 255]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_rgb_of_16_bits(read):
     assert read(png(16, 2, [red + clear], tRNS=clear)) == [[[200, 60, 50], [255, 255, 255]]]
     alpha = red + words(65535) + clear + words(0)
     assert read(png(16, 6, [alpha])) == [[[200, 60, 50], [255, 255, 255]]]
-    assert read(png(16, 6, [alpha]), opacity=True) == [[[200, 60, 50, 255], [10, 20, 30, 0]]]
+    assert read(png(16, 6, [alpha]), with_alpha=True) == [[[200, 60, 50, 255], [10, 20, 30, 0]]]
 
 
 # -- transparency
@@ -151,12 +151,14 @@ def test_rgb_of_16_bits(read):
 )
 def test_the_transparent_level_of_a_grey_png(read, depth, row, clear, levels):
     data = png(depth, 0, [row], tRNS=clear)
-    assert read(data, opacity=True) == [[[level, level, level, alpha] for level, alpha in levels]]
+    assert read(data, with_alpha=True) == [[[level, level, level, alpha] for level, alpha in levels]]
     assert read(data) == grey(*(level if alpha else 255 for level, alpha in levels))
 
 
 def test_grey_with_alpha(read):
-    assert read(png(8, 4, [bytes((51, 255, 51, 0))]), opacity=True) == [[[51, 51, 51, 255], [51, 51, 51, 0]]]
+    assert read(png(8, 4, [bytes((51, 255, 51, 0))]), with_alpha=True) == [
+        [[51, 51, 51, 255], [51, 51, 51, 0]]
+    ]
     assert read(png(16, 4, [words(51 * 257, 65535, 51 * 257, 0)])) == grey(51, 255)
     palette = Image.new("PA", (1, 1), (0, 128))
     palette.putpalette([200, 0, 0])
@@ -167,11 +169,11 @@ def test_palettes(read):
     colours, rows = bytes((200, 60, 50, 10, 20, 30, 1, 2, 3)), [bytes((0, 1, 2))]
     assert read(png(8, 3, rows, PLTE=colours)) == [[[200, 60, 50], [10, 20, 30], [1, 2, 3]]]
     several = png(8, 3, rows, PLTE=colours, tRNS=bytes((255, 0, 51)))
-    assert read(several, opacity=True) == [[[200, 60, 50, 255], [10, 20, 30, 0], [1, 2, 3, 51]]]
+    assert read(several, with_alpha=True) == [[[200, 60, 50, 255], [10, 20, 30, 0], [1, 2, 3, 51]]]
     assert read(several)[0][:2] == [[200, 60, 50], [255, 255, 255]]
     one = png(8, 3, rows, PLTE=colours, tRNS=bytes((255, 0)))
-    assert read(one, opacity=True) == [[[200, 60, 50, 255], [10, 20, 30, 0], [1, 2, 3, 255]]]
-    assert read(png(1, 3, [b"\x40"], PLTE=colours, tRNS=bytes((0,))), opacity=True)[0][:2] == [
+    assert read(one, with_alpha=True) == [[[200, 60, 50, 255], [10, 20, 30, 0], [1, 2, 3, 255]]]
+    assert read(png(1, 3, [b"\x40"], PLTE=colours, tRNS=bytes((0,))), with_alpha=True)[0][:2] == [
         [200, 60, 50, 0],
         [10, 20, 30, 255],
     ]
@@ -187,7 +189,7 @@ def test_the_first_of_a_gif_keeps_its_transparency(read):
     first = Image.new("P", (2, 1), 1)
     first.putpalette([9, 9, 9, 200, 60, 50])
     first.putpixel((0, 0), 0)
-    assert read(first, "GIF", transparency=0, opacity=True)[0] == [[9, 9, 9, 0], [200, 60, 50, 255]]
+    assert read(first, "GIF", transparency=0, with_alpha=True)[0] == [[9, 9, 9, 0], [200, 60, 50, 255]]
 
 
 # -- colour
@@ -218,7 +220,7 @@ def test_display_p3_is_converted(read):
 
 def test_a_profile_leaves_opacity_alone(read):
     layer = Image.new("RGBA", (1, 1), (185, 71, 58, 51))
-    assert read(layer, icc_profile=P3, opacity=True)[0][0] == [200, 60, 50, 51]
+    assert read(layer, icc_profile=P3, with_alpha=True)[0][0] == [200, 60, 50, 51]
     assert read(layer, icc_profile=P3)[0][0] == [244, 216, 214]
 
 
@@ -232,7 +234,7 @@ def test_srgbs_own_profile_moves_nothing(read):
 def test_grey_cmyk_and_lab(read):
     assert read(Image.new("L", (1, 1), 100), icc_profile=profiles.grey(1.0)) == grey(168)
     assert read(Image.new("L", (1, 1), 100), icc_profile=P3) == grey(100)  # grey is a colour of any RGB space
-    assert read(Image.new("LA", (1, 1), (100, 51)), icc_profile=profiles.grey(1.0), opacity=True) == [
+    assert read(Image.new("LA", (1, 1), (100, 51)), icc_profile=profiles.grey(1.0), with_alpha=True) == [
         [[168, 168, 168, 51]]
     ]
     inks = {(0, 0, 0, 0): 255, (255, 0, 0, 0): 119, (0, 255, 255, 0): 255, (0, 0, 0, 255): 0}
@@ -321,4 +323,4 @@ def test_files_changed_at_random_are_read_or_are_one_sentence(read):
 
 def test_what_is_written_is_read_back(read):
     pixels = np.random.default_rng(6).integers(0, 256, (5, 7, 4), dtype=np.uint8)
-    assert read(encode_image(pixels, ".png"), opacity=True) == pixels.tolist()
+    assert read(encode_image(pixels, ".png"), with_alpha=True) == pixels.tolist()

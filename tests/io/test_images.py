@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tinydiff.io import images as module
-from tinydiff.io.images import IMAGE_ENDINGS, encode_image, read_image, read_image_parameters, resize
+from tinydiff.io.images import IMAGE_EXTENSIONS, encode_image, read_image, read_image_parameters, resize
 from tinydiff.records import UserError
 
 PARAMETERS = {
@@ -36,21 +36,21 @@ def png(pixels: Image.Image, format="PNG", **options) -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("ending", IMAGE_ENDINGS)
+@pytest.mark.parametrize("extension", IMAGE_EXTENSIONS)
 @pytest.mark.parametrize("quality", [None, 100])
-def test_round_trip_of_pixels_and_parameters(tmp_path, ending, quality):
-    path = tmp_path / f"a{ending}"
+def test_round_trip_of_pixels_and_parameters(tmp_path, extension, quality):
+    path = tmp_path / f"a{extension}"
     pixels = smooth()
-    path.write_bytes(encode_image(pixels, ending, quality, PARAMETERS))
+    path.write_bytes(encode_image(pixels, extension, quality, PARAMETERS))
     error = np.abs(read_image(path).astype(int) - pixels).max()
-    assert error <= (0 if ending == ".png" or (ending == ".webp" and quality == 100) else 12)
+    assert error <= (0 if extension == ".png" or (extension == ".webp" and quality == 100) else 12)
     assert read_image_parameters(path) == PARAMETERS
-    assert Image.open(path).format == {".png": "PNG", ".webp": "WEBP"}.get(ending, "JPEG")
+    assert Image.open(path).format == {".png": "PNG", ".webp": "WEBP"}.get(extension, "JPEG")
 
 
-@pytest.mark.parametrize("ending", [".jpg", ".webp"])
-def test_quality_orders_sizes(ending):
-    sizes = [len(encode_image(picture(64, 64), ending, quality)) for quality in (10, 50, 90)]
+@pytest.mark.parametrize("extension", [".jpg", ".webp"])
+def test_quality_orders_sizes(extension):
+    sizes = [len(encode_image(picture(64, 64), extension, quality)) for quality in (10, 50, 90)]
     assert sizes == sorted(set(sizes))
 
 
@@ -60,23 +60,23 @@ def test_png_text_is_the_json_other_programs_read(tmp_path):
 
 
 def test_no_parameters(tmp_path):
-    for ending in IMAGE_ENDINGS:
-        path = tmp_path / f"a{ending}"
-        path.write_bytes(encode_image(picture(), ending))
+    for extension in IMAGE_EXTENSIONS:
+        path = tmp_path / f"a{extension}"
+        path.write_bytes(encode_image(picture(), extension))
         assert read_image_parameters(path) == {}
     foreign = png(Image.new("RGB", (2, 2)), "JPEG", comment=b"made by another program")
     (tmp_path / "foreign.jpg").write_bytes(foreign)
     assert read_image_parameters(tmp_path / "foreign.jpg") == {}
 
 
-@pytest.mark.parametrize("ending", IMAGE_ENDINGS)
-def test_very_long_prompts_never_cost_the_picture(tmp_path, ending):
+@pytest.mark.parametrize("extension", IMAGE_EXTENSIONS)
+def test_very_long_prompts_never_cost_the_picture(tmp_path, extension):
     parameters = {**PARAMETERS, "prompt": "円" * 100_000}
-    path = tmp_path / f"a{ending}"
-    path.write_bytes(encode_image(picture(), ending, None, parameters))
+    path = tmp_path / f"a{extension}"
+    path.write_bytes(encode_image(picture(), extension, None, parameters))
     read = read_image_parameters(path)
     assert read["seed"] == 7
-    if ending in (".png", ".webp"):
+    if extension in (".png", ".webp"):
         assert read == parameters
     else:
         assert read["prompt"] == "円" * 4096 + "..."
@@ -110,14 +110,14 @@ def test_half_transparent_red_is_pink(tmp_path):
 def test_opacity_is_kept_where_it_is_wanted(tmp_path):
     pixels = np.random.default_rng(4).integers(0, 256, (6, 8, 4), dtype=np.uint8)
     (tmp_path / "a.png").write_bytes(png(Image.fromarray(pixels)))
-    assert np.array_equal(read_image(tmp_path / "a.png", opacity=True), pixels)
+    assert np.array_equal(read_image(tmp_path / "a.png", with_alpha=True), pixels)
     (tmp_path / "b.png").write_bytes(png(Image.fromarray(pixels[..., :3])))
     assert (
-        read_image(tmp_path / "b.png", opacity=True) == np.dstack([pixels[..., :3], np.full((6, 8), 255)])
+        read_image(tmp_path / "b.png", with_alpha=True) == np.dstack([pixels[..., :3], np.full((6, 8), 255)])
     ).all()
     deep = Image.fromarray(pixels[..., 0].astype(np.uint16) << 8)
     (tmp_path / "c.png").write_bytes(png(deep))
-    assert np.array_equal(read_image(tmp_path / "c.png", opacity=True)[..., 2], pixels[..., 0])
+    assert np.array_equal(read_image(tmp_path / "c.png", with_alpha=True)[..., 2], pixels[..., 0])
     assert resize(pixels, 3, 5).shape == (3, 5, 4)
 
 

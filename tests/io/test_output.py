@@ -30,13 +30,13 @@ def frames(count=1, height=32, width=48) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
-def name(file_name, clip=False, **options) -> str:
-    target = plan_target("out", file_name, clip=clip, now=NOON, **options)
-    return f"{target.stem}|{target.ending}"
+def name(file_name, video=False, **options) -> str:
+    target = plan_target("out", file_name, video=video, now=NOON, **options)
+    return f"{target.stem}|{target.extension}"
 
 
-def listing(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+def listing(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
 
 
 @pytest.mark.parametrize(
@@ -55,15 +55,15 @@ def listing(folder: Path) -> list[str]:
         ("single/", False, "single|/"),
     ],
 )
-def test_the_ending_decides(file_name, clip, expected):
-    assert name(file_name, clip) == expected
+def test_the_extension_decides(file_name, video, expected):
+    assert name(file_name, video) == expected
 
 
 def test_default_names():
     assert name(None, prompt="A large, RED circle!", seed=42) == "a-large-red-circle-42-20260102-123005|.png"
     assert name(None, True, prompt="../../etc/passwd\0") == "etc-passwd-0-20260102-123005|.mp4"
     assert name(None, prompt="  ") == "untitled-0-20260102-123005|.png"
-    stem = plan_target("out", None, clip=False, prompt="円" * 300, now=NOON).stem
+    stem = plan_target("out", None, video=False, prompt="円" * 300, now=NOON).stem
     assert stem.startswith("円" * 26 + "-0-") and len(stem.encode()) < 120
 
 
@@ -72,11 +72,11 @@ def test_default_names():
     [
         ("a.mp4", False, "this request makes an image"),
         ("a.png", True, "this request makes a video"),
-        ("a.pngg", False, r"'\.pngg' is not a known ending.*did you mean '\.png'"),
+        ("a.pngg", False, r"'\.pngg' is not a known extension.*did you mean '\.png'"),
         (
             "a.avi",
             True,
-            r"'\.avi' is not a known ending; a video may be \.mp4, \.webm, \.gif or a name ending in /",
+            r"'\.avi' is not a known extension; a video may be \.mp4, \.webm, \.gif or a name ending in /",
         ),
         ("sub/a.png", False, "without '/'"),
         ("../a.png", False, "without '/'"),
@@ -87,9 +87,9 @@ def test_default_names():
         ("円" * 70 + ".png", False, "1 to 200 bytes"),
     ],
 )
-def test_names_refused(file_name, clip, reason):
+def test_names_refused(file_name, video, reason):
     with pytest.raises(UserError, match=reason) as caught:
-        name(file_name, clip)
+        name(file_name, video)
     assert caught.value.field == "output_file_name"
 
 
@@ -100,8 +100,8 @@ def test_several_outputs_are_numbered():
     assert Target(Path("out"), "a", FRAMES).path(1, 2) == Path("out/a_1")
 
 
-def plan(ending, **options) -> Encoding:
-    return plan_encoding(Target(Path("out"), "a", ending), **options)
+def plan(extension, **options) -> Encoding:
+    return plan_encoding(Target(Path("out"), "a", extension), **options)
 
 
 def test_encoding_options():
@@ -114,7 +114,7 @@ def test_encoding_options():
 
 
 @pytest.mark.parametrize(
-    "ending, options, field, reason",
+    "extension, options, field, reason",
     [
         (".mp4", {"output_quality": "hihg"}, "output_quality", "did you mean 'high'"),
         (".mp4", {"output_compression": 101}, "output_compression", "from 0 to 100"),
@@ -129,39 +129,39 @@ def test_encoding_options():
         (".gif", {"fps": 60}, "fps", "at most 50 in a GIF"),
     ],
 )
-def test_encoding_refused(ending, options, field, reason):
+def test_encoding_refused(extension, options, field, reason):
     with pytest.raises(UserError, match=reason) as caught:
-        plan(ending, **options)
+        plan(extension, **options)
     assert caught.value.field == field
 
 
 @pytest.mark.parametrize(
-    "ending", [".png", ".jpg", ".jpeg", ".webp", ".PNG", ".mp4", ".webm", ".gif", FRAMES]
+    "extension", [".png", ".jpg", ".jpeg", ".webp", ".PNG", ".mp4", ".webm", ".gif", FRAMES]
 )
-def test_every_format_is_saved_whole_with_its_parameters(tmp_path, ending):
-    folder = tmp_path / "made" / "on the way"
-    count = 1 if ending.lower() in output.IMAGE_ENDINGS else 3
-    path = save(Target(folder, "a", ending), frames(count), Encoding(), PARAMETERS)
-    assert path == folder / ("a" if ending == FRAMES else f"a{ending}")
+def test_every_format_is_saved_whole_with_its_parameters(tmp_path, extension):
+    directory = tmp_path / "made" / "on the way"
+    count = 1 if extension.lower() in output.IMAGE_EXTENSIONS else 3
+    path = save(Target(directory, "a", extension), frames(count), Encoding(), PARAMETERS)
+    assert path == directory / ("a" if extension == FRAMES else f"a{extension}")
     assert read_parameters(path) == PARAMETERS
-    if ending == FRAMES:
-        assert listing(folder) == ["a", "a/00000.png", "a/00001.png", "a/00002.png"]
+    if extension == FRAMES:
+        assert listing(directory) == ["a", "a/00000.png", "a/00001.png", "a/00002.png"]
         decoded = np.stack([np.asarray(Image.open(file)) for file in sorted(path.iterdir())])
         assert np.array_equal(decoded, frames(3))
     else:
-        assert listing(folder) == [path.name]
+        assert listing(directory) == [path.name]
 
 
-@pytest.mark.parametrize("ending", [".png", FRAMES])
-def test_nothing_is_overwritten(tmp_path, ending):
-    target = Target(tmp_path, "a", ending)
+@pytest.mark.parametrize("extension", [".png", FRAMES])
+def test_nothing_is_overwritten(tmp_path, extension):
+    target = Target(tmp_path, "a", extension)
     paths = [save(target, frames(), Encoding(), {"seed": seed}) for seed in range(3)]
-    suffix = "" if ending == FRAMES else ending
+    suffix = "" if extension == FRAMES else extension
     assert [path.name for path in paths] == [f"a{suffix}", f"a-1{suffix}", f"a-2{suffix}"]
     assert [read_parameters(path)["seed"] for path in paths] == [0, 1, 2]
 
 
-def test_a_dotted_folder_keeps_its_name_when_numbered(tmp_path):
+def test_a_dotted_directory_keeps_its_name_when_numbered(tmp_path):
     target = Target(tmp_path, "v1.5", FRAMES)
     assert [save(target, frames(), Encoding()).name for _ in range(2)] == ["v1.5", "v1.5-1"]
 
@@ -202,8 +202,8 @@ def test_disk_full_while_flushing(tmp_path, monkeypatch, code):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
-@pytest.mark.parametrize("ending", [".png", ".jpg", ".webp", ".mp4", ".webm", ".gif", FRAMES])
-def test_no_room_for_the_file(tmp_path, ending):
+@pytest.mark.parametrize("extension", [".png", ".jpg", ".webp", ".mp4", ".webm", ".gif", FRAMES])
+def test_no_room_for_the_file(tmp_path, extension):
     """A real refusal of the system while bytes are written: no file of this process may exceed 20 kB."""
     code = (
         "import sys, resource, numpy; from pathlib import Path; from tinydiff.io.output import *\n"
@@ -213,9 +213,9 @@ def test_no_room_for_the_file(tmp_path, ending):
         "try: save(Target(Path(sys.argv[1]), 'a', sys.argv[2]), frames, Encoding())\n"
         "except UserError as error: print(error); sys.exit(2)"
     )
-    count = "1" if ending in output.IMAGE_ENDINGS else "4"
+    count = "1" if extension in output.IMAGE_EXTENSIONS else "4"
     run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), ending, count], capture_output=True, text=True
+        [sys.executable, "-c", code, str(tmp_path), extension, count], capture_output=True, text=True
     )
     assert run.returncode == 2, run.stdout + run.stderr
     assert "the disk is full" in run.stdout and run.stdout.count("\n") == 1
@@ -241,10 +241,10 @@ def test_writable_folders_are_proven_without_a_trace(tmp_path):
 
 def test_folders_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+    for directory in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match="cannot be a directory") as caught:
-            check_writable(folder)
-        assert caught.value.field == "output_path" and str(folder) in str(caught.value)
+            check_writable(directory)
+        assert caught.value.field == "output_path" and str(directory) in str(caught.value)
     if Path("/proc/version").exists():
         with pytest.raises(UserError, match="cannot be written"):
             check_writable(Path("/proc/nowhere"))
@@ -270,10 +270,10 @@ def test_import_is_light():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("ending", [".png", ".webp"])
-def test_layers_keep_their_opacity(tmp_path, ending):
+@pytest.mark.parametrize("extension", [".png", ".webp"])
+def test_layers_keep_their_opacity(tmp_path, extension):
     layer = np.random.default_rng(2).integers(0, 256, (1, 32, 48, 4), dtype=np.uint8)
-    path = save(Target(tmp_path, "a", ending), layer, Encoding(quality=100), PARAMETERS)
+    path = save(Target(tmp_path, "a", extension), layer, Encoding(quality=100), PARAMETERS)
     with Image.open(path) as opened:
         assert opened.mode == "RGBA" and np.array_equal(
             np.asarray(opened), layer[0]
@@ -289,18 +289,18 @@ def test_layers_as_a_folder(tmp_path):
 
 
 def test_formats_without_opacity_take_no_layers(tmp_path):
-    for ending in (".jpg", ".mp4", ".gif"):
+    for extension in (".jpg", ".mp4", ".gif"):
         with pytest.raises(ValueError, match=r"frames are uint8 \[T, H, W, 3\]"):
-            save(Target(tmp_path, "a", ending), np.zeros((1, 32, 48, 4), dtype=np.uint8), Encoding())
+            save(Target(tmp_path, "a", extension), np.zeros((1, 32, 48, 4), dtype=np.uint8), Encoding())
     assert (
-        name("a.webp", opacity=True) == "a|.webp"
-        and name("a", opacity=True) == "a|.png"
-        and name("a/", opacity=True) == "a|/"
+        name("a.webp", with_alpha=True) == "a|.webp"
+        and name("a", with_alpha=True) == "a|.png"
+        and name("a/", with_alpha=True) == "a|/"
     )
     with pytest.raises(
         UserError, match=r"'a\.JPG': layers have alpha, so they may be \.png, \.webp or a name ending in /"
     ) as caught:
-        name("a.JPG", opacity=True)
+        name("a.JPG", with_alpha=True)
     assert caught.value.field == "output_file_name" and listing(tmp_path) == []
 
 
@@ -320,21 +320,21 @@ ODD_NAMES = [
 ]
 
 
-@pytest.mark.parametrize("ending", [".mp4", ".webm", ".gif", ".png", ".jpg", ".webp", FRAMES])
-def test_a_folder_and_a_file_may_have_any_name(tmp_path, monkeypatch, ending):
+@pytest.mark.parametrize("extension", [".mp4", ".webm", ".gif", ".png", ".jpg", ".webp", FRAMES])
+def test_a_directory_and_a_file_may_have_any_name(tmp_path, monkeypatch, extension):
     """Also relative ones, which FFmpeg would take for protocols, and its patterns."""
     monkeypatch.chdir(tmp_path)
-    count = 1 if ending in output.IMAGE_ENDINGS else 2
+    count = 1 if extension in output.IMAGE_EXTENSIONS else 2
     for odd in ODD_NAMES:
-        target = Target(Path(odd), odd, ending)
-        check_writable(target.folder, target.path(0, 1).name)
+        target = Target(Path(odd), odd, extension)
+        check_writable(target.directory, target.path(0, 1).name)
         path = save(target, frames(count), Encoding(), {"seed": 7})
         assert path.exists() and read_parameters(path) == {"seed": 7}
     assert len(list(tmp_path.iterdir())) == len(ODD_NAMES)
 
 
 def test_names_are_checked_where_they_will_be(tmp_path):
-    for folder, name, reason in (
+    for directory, name, reason in (
         (tmp_path / ("a" * 300), "a.png", "file name too long"),
         (tmp_path / "new" / ("a" * 300) / "b", "a.png", "file name too long"),
         (tmp_path, "a" * 300, "file name too long"),
@@ -343,7 +343,7 @@ def test_names_are_checked_where_they_will_be(tmp_path):
         (tmp_path, "\ud800.png", "surrogates not allowed"),
     ):
         with pytest.raises(UserError, match=reason) as caught:
-            check_writable(folder, name)
+            check_writable(directory, name)
         assert caught.value.field == "output_path" and "\n" not in str(caught.value)
     (tmp_path / "loop").symlink_to(tmp_path / "nowhere" / "deeper")
     with pytest.raises(UserError, match="cannot be a directory") as caught:
@@ -368,14 +368,14 @@ def test_a_default_name_is_one_that_the_system_can_spell(monkeypatch):
     assert name(None, prompt="円") == "untitled-0-20260102-123005|.png"
 
 
-@pytest.mark.parametrize("ending, most", [*output.LONGEST_SIDE.items(), (".MP4", 16_384)])
-def test_sizes_that_a_format_cannot_hold_are_refused_before_any_step(tmp_path, ending, most):
-    target = Target(tmp_path, "a", ending)
+@pytest.mark.parametrize("extension, most", [*output.LONGEST_SIDE.items(), (".MP4", 16_384)])
+def test_sizes_that_a_format_cannot_hold_are_refused_before_any_step(tmp_path, extension, most):
+    target = Target(tmp_path, "a", extension)
     output.check_size(target, most, most)
     for field, size in (("height", (most + 1, 16)), ("width", (16, most + 1))):
         with pytest.raises(
             UserError,
-            match=rf"{most + 1} is more than the {most} pixels that {ending.lower()} can hold; choose \.",
+            match=rf"{most + 1} is more than the {most} pixels that {extension.lower()} can hold; choose \.",
         ) as caught:
             output.check_size(target, *size)
         assert caught.value.field == field
@@ -384,15 +384,15 @@ def test_sizes_that_a_format_cannot_hold_are_refused_before_any_step(tmp_path, e
 
 
 def test_formats_without_a_limit():
-    for ending in (".png", ".webm", FRAMES):
-        output.check_size(Target(Path("out"), "a", ending), 65_536, 65_536)
+    for extension in (".png", ".webm", FRAMES):
+        output.check_size(Target(Path("out"), "a", extension), 65_536, 65_536)
 
 
-@pytest.mark.parametrize("ending", [".png", ".jpg", ".webp", ".mp4", ".webm", ".gif", FRAMES])
-def test_parameters_with_half_a_character_are_saved(tmp_path, ending):
+@pytest.mark.parametrize("extension", [".png", ".jpg", ".webp", ".mp4", ".webm", ".gif", FRAMES])
+def test_parameters_with_half_a_character_are_saved(tmp_path, extension):
     told = {"prompt": "円 \ud800 \udcff", "seed": 7}
-    count = 1 if ending in output.IMAGE_ENDINGS else 2
-    assert read_parameters(save(Target(tmp_path, "a", ending), frames(count), Encoding(), told)) == told
+    count = 1 if extension in output.IMAGE_EXTENSIONS else 2
+    assert read_parameters(save(Target(tmp_path, "a", extension), frames(count), Encoding(), told)) == told
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,9 @@ def spiece(tmp_path_factory):
         sentence_iterator=lines, model_writer=model, vocab_size=60, hard_vocab_limit=False, model_type="unigram",
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>", eos_piece="</s>", unk_piece="<unk>", minloglevel=2, num_threads=1,
     )  # fmt: skip
-    folder = tmp_path_factory.mktemp("spiece")
-    (folder / "spiece.model").write_bytes(model.getvalue())
-    return folder
+    directory = tmp_path_factory.mktemp("spiece")
+    (directory / "spiece.model").write_bytes(model.getvalue())
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def reference(spiece):
 
 @pytest.fixture(scope="module")
 def json_folder(reference, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("json")
-    reference.save_pretrained(folder)
-    return folder
+    directory = tmp_path_factory.mktemp("json")
+    reference.save_pretrained(directory)
+    return directory
 
 
 @pytest.mark.parametrize("kind", ["spiece", "json_folder"])
@@ -165,14 +165,14 @@ SAMPLES = (
 def pairs(request, tmp_path_factory):
     """(our tokenizer, transformers' of the same files)"""
     transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp(request.param)
+    directory = tmp_path_factory.mktemp(request.param)
     make = {
         "CLIP-L": vocabularies.clip,
-        "CLIP-G": lambda folder: vocabularies.clip(folder, "!"),
+        "CLIP-G": lambda directory: vocabularies.clip(directory, "!"),
         "Qwen": vocabularies.qwen,
     }[request.param]
     kind = transformers.Qwen2Tokenizer if request.param == "Qwen" else transformers.CLIPTokenizer
-    return load_tokenizer(make(folder)), kind.from_pretrained(folder)
+    return load_tokenizer(make(directory)), kind.from_pretrained(directory)
 
 
 def test_special_tokens_anywhere_among_byte_pairs_are_those_of_transformers(pairs):

@@ -62,38 +62,38 @@ def test_webm_is_vp9(tmp_path):
     assert read_video_parameters(path) == PARAMETERS
 
 
-@pytest.mark.parametrize("ending", [".mp4", ".webm"])
+@pytest.mark.parametrize("extension", [".mp4", ".webm"])
 @pytest.mark.parametrize(
     "color, luma",
     [((255, 0, 0), 63), ((0, 255, 0), 173), ((0, 0, 255), 32), ((255, 255, 255), 235), ((0, 0, 0), 16)],
 )
-def test_bt709_matrix_in_limited_range(tmp_path, ending, color, luma):
+def test_bt709_matrix_in_limited_range(tmp_path, extension, color, luma):
     """The pixels are converted by the matrix that the tags promise: luma of pure colours from BT.709 itself
     (BT.601 gives red 82).
     """
-    write_video(tmp_path / "a", np.full((2, 32, 32, 3), color, np.uint8), ending, 16)
+    write_video(tmp_path / "a", np.full((2, 32, 32, 3), color, np.uint8), extension, 16)
     with av.open(str(tmp_path / "a")) as container:
         plane = next(container.decode(video=0)).to_ndarray()[:32]
     assert np.abs(plane.astype(int) - luma).max() <= 2
 
 
-@pytest.mark.parametrize("ending", [".mp4", ".webm"])
+@pytest.mark.parametrize("extension", [".mp4", ".webm"])
 @pytest.mark.parametrize("height, width", [(47, 63), (48, 63), (47, 64)])
-def test_odd_sizes_are_padded_by_repeating_the_edge(tmp_path, ending, height, width):
+def test_odd_sizes_are_padded_by_repeating_the_edge(tmp_path, extension, height, width):
     frames = clip(3, height, width)
-    write_video(tmp_path / "a", frames, ending, 16, quality=95)
+    write_video(tmp_path / "a", frames, extension, 16, quality=95)
     _, _, decoded = decode(tmp_path / "a")
     assert decoded.shape == (3, 48, 64, 3)
     padded = np.pad(frames, ((0, 0), (0, 48 - height), (0, 64 - width), (0, 0)), mode="edge")
     assert np.abs(decoded.astype(int) - padded).mean() < 4
 
 
-@pytest.mark.parametrize("ending", [".mp4", ".webm"])
-def test_quality_orders_sizes_and_best_still_plays(tmp_path, ending):
+@pytest.mark.parametrize("extension", [".mp4", ".webm"])
+def test_quality_orders_sizes_and_best_still_plays(tmp_path, extension):
     noise = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
     sizes = []
     for quality in (0, 35, 90, 100):
-        write_video(tmp_path / "a", noise, ending, 16, quality)
+        write_video(tmp_path / "a", noise, extension, 16, quality)
         sizes.append((tmp_path / "a").stat().st_size)
     assert sizes == sorted(set(sizes))
     _, context, _ = decode(tmp_path / "a")
@@ -138,14 +138,14 @@ def test_gif_keeps_frames_colours_and_length(tmp_path, fps):
 
 
 def test_single_frame_clips(tmp_path):
-    for ending in (".mp4", ".webm", ".gif"):
-        write_video(tmp_path / "a", clip(1), ending, 16)
+    for extension in (".mp4", ".webm", ".gif"):
+        write_video(tmp_path / "a", clip(1), extension, 16)
         assert decode(tmp_path / "a")[2].shape == (1, 48, 64, 3)
 
 
 def test_missing_encoder_is_named_before_any_work(monkeypatch):
-    for ending in (".mp4", ".webm", ".gif", ".png"):
-        check_encoder(ending)
+    for extension in (".mp4", ".webm", ".gif", ".png"):
+        check_encoder(extension)
     monkeypatch.setattr(av, "codecs_available", {"libvpx-vp9"})
     with pytest.raises(UserError, match="no libx264"):
         check_encoder(".mp4")

@@ -61,7 +61,7 @@ def model(tmp_path) -> Path:
         (["--guidance-scale-2", "3"], "guidance_scale_2: tinydiff/shapes has one expert, so it cannot be set"),
         (["--image-path", "nowhere.png"], "image_path: 'nowhere.png' is not a file"),
         (["--attention-backend", "flsh"], "'flsh' is not one of sdpa, flash, cudnn, efficient, math; did you mean 'flash'?"),
-        (["--output-file-name", "a.pgn"], "output_file_name: 'a.pgn': '.pgn' is not a known ending"),
+        (["--output-file-name", "a.pgn"], "output_file_name: 'a.pgn': '.pgn' is not a known extension"),
         (["--output-file-name", "a.png", "--num-frames", "5"], "output_file_name: 'a.png': this request makes a video"),
         (["--model-path", "tinydiff/shape"], "model_path:"),
         (["--model-path", "/nowhere/at/all"], "model_path: '/nowhere/at/all' is neither a directory here nor a hub id"),

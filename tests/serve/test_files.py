@@ -72,7 +72,7 @@ def test_a_finished_file_is_moved(files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("media_type", "hint", "ending"),
+    ("media_type", "hint", "extension"),
     [
         ("image/jpeg", "a.jpeg", ".jpeg"),
         ("image/jpeg", "a.JPG", ".jpg"),
@@ -81,11 +81,11 @@ def test_a_finished_file_is_moved(files, tmp_path):
         ("image/webp", "a.exe", ".webp"),
     ],
 )
-def test_the_ending_says_the_media_type(files, media_type, hint, ending):
+def test_the_extension_says_the_media_type(files, media_type, hint, extension):
     id = files.put(PNG, media_type, hint)
     assert (
         re.fullmatch(r"[0-9a-f]{48}\.[a-z0-9]+", id)
-        and id.endswith(ending)
+        and id.endswith(extension)
         and files.media_type(id) == media_type
     )
 

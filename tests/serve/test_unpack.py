@@ -111,7 +111,7 @@ def test_a_mask_of_openais_form_is_white_where_it_is_clear(alpha, white):
 
 def test_opacity_is_kept_where_it_is_asked_for():
     data = png(colour=(10, 20, 30, 100), mode="RGBA")
-    assert unpack.pixels(data, "image", MOST, opacity=True)[0, 0].tolist() == [10, 20, 30, 100]
+    assert unpack.pixels(data, "image", MOST, with_alpha=True)[0, 0].tolist() == [10, 20, 30, 100]
     assert unpack.pixels(data, "image", MOST).shape == (6, 8, 3)
 
 
@@ -121,4 +121,4 @@ def test_opacity_is_kept_where_it_is_asked_for():
 )
 @pytest.mark.parametrize("rest", [b"", b"\0" * 5000, b"\xff" * 5000])
 def test_what_only_begins_as_an_image_is_a_sentence(begins, rest):
-    assert "picture" in refused(begins + rest)
+    assert "is not a whole image" in refused(begins + rest)

@@ -24,7 +24,7 @@ NO_LINKS = frozenset((errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS
 
 def write_new(path: Path, write: Callable[[Path], object]) -> Path:
     """Have `write(temporary)` make a file or a directory and name it `path`, or the next free
-    `name-1.ending`.
+    `name-1.extension`.
     Returns the name taken.
 
     Never replaces anything, also when two processes want one name at once. If anything fails nothing is left
@@ -77,8 +77,8 @@ def _replace(temporary: Path, path: Path) -> Path:
 
 
 def _claim(temporary: Path, path: Path) -> Path:
-    stem, ending = (path.name, "") if temporary.is_dir() else (path.stem, path.suffix)
-    for name in chain([path], (path.with_name(f"{stem}-{number}{ending}") for number in count(1))):
+    stem, extension = (path.name, "") if temporary.is_dir() else (path.stem, path.suffix)
+    for name in chain([path], (path.with_name(f"{stem}-{number}{extension}") for number in count(1))):
         try:
             _take(temporary, name)
             return name

@@ -16,19 +16,19 @@ Turns = Sequence[Mapping[str, str]]
 """Each with `role` and `content`."""
 
 
-def template(folder: Path) -> Callable[[Turns], str] | None:
+def template(directory: Path) -> Callable[[Turns], str] | None:
     """Turns -> text, without the opening of an answer; None where the directory has no template.
 
     Of `chat_template.jinja`, else of `chat_template` in tokenizer_config.json. The function raises UserError
     where it cannot be rendered.
     """
-    path, config = folder / "chat_template.jinja", _read(folder / "tokenizer_config.json")
+    path, config = directory / "chat_template.jinja", _read(directory / "tokenizer_config.json")
     source = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
     if isinstance(source, list):  # several by name
         source = next((each["template"] for each in source if each.get("name") == "default"), None)
     if source is None:
         return None
-    tokens = {**_read(folder / "special_tokens_map.json"), **config}
+    tokens = {**_read(directory / "special_tokens_map.json"), **config}
     named = {
         name: token if isinstance(token, str) else token["content"]
         for name, token in tokens.items()
@@ -36,7 +36,9 @@ def template(folder: Path) -> Callable[[Turns], str] | None:
     }
 
     def render(turns: Turns) -> str:
-        return _rendered(source, folder, {**named, "messages": list(turns), "add_generation_prompt": False})
+        return _rendered(
+            source, directory, {**named, "messages": list(turns), "add_generation_prompt": False}
+        )
 
     return render
 
@@ -51,7 +53,7 @@ def _is_token(name: str, token: Any) -> bool:
     )
 
 
-def _rendered(source: str, folder: Path, values: Mapping[str, Any]) -> str:
+def _rendered(source: str, directory: Path, values: Mapping[str, Any]) -> str:
     """A template comes with the weights and may be anybody's: it runs in Jinja's sandbox, which cannot change
     what it is given.
     """
@@ -69,5 +71,5 @@ def _rendered(source: str, folder: Path, values: Mapping[str, Any]) -> str:
         return engine.from_string(source).render(**values)
     except (TemplateError, TypeError, ValueError) as error:
         raise UserError(
-            "model_path", f"model_path: the chat template in {str(folder)!r} cannot be rendered ({error})"
+            "model_path", f"model_path: the chat template in {str(directory)!r} cannot be rendered ({error})"
         ) from error

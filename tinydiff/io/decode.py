@@ -37,17 +37,17 @@ PROFILED = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "Lab": "LAB"}
 """The colour space of a profile -> Pillow's mode of the images it describes."""
 
 
-class Unranged(ValueError):
+class NoWhiteLevel(ValueError):
     """An image whose numbers do not tell what is white: the end of a sentence about it."""
 
 
-def srgb(opened: ImageFile.ImageFile, opacity: bool, name: str) -> NDArray[np.uint8]:
+def srgb(opened: ImageFile.ImageFile, with_alpha: bool, name: str) -> NDArray[np.uint8]:
     """The pixels of an opened image file, upright, as uint8 sRGB [H, W, 3] on white, or with `alpha` [H, W,
     4].
 
     An embedded colour profile is converted from. One that is broken, or describes another kind of image, is
     ignored with a warning.
-    name: what messages call the file. Raises Unranged.
+    name: what messages call the file. Raises NoWhiteLevel.
     """
     raw, profile = _raw_mode(opened), opened.info.get("icc_profile")
     if not profile and _other_space(opened.info):
@@ -62,9 +62,9 @@ def srgb(opened: ImageFile.ImageFile, opacity: bool, name: str) -> NDArray[np.ui
     colour = image.convert(image.mode.removesuffix("A")) if alpha else image
     colour = _from_profile(colour, profile, name) if profile else _unprofiled(colour)
     if alpha is None:
-        return np.asarray(colour.convert("RGBA") if opacity else colour)
+        return np.asarray(colour.convert("RGBA") if with_alpha else colour)
     colour.putalpha(alpha)
-    if opacity:
+    if with_alpha:
         return np.asarray(colour)
     return np.asarray(Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour).convert("RGB"))
 
@@ -119,7 +119,7 @@ def _from_unit(samples: NDArray[Any], inverted: bool) -> Image.Image:
     """Floating-point grey from 0 to 1 as 8 bits."""
     least, most = samples.min(), samples.max()
     if not (least >= 0 and most <= 1):  # nor where there is a NaN
-        raise Unranged(
+        raise NoWhiteLevel(
             f"holds values from {least:g} to {most:g}; an image of floating-point numbers holds 0 (black) to 1 (white)"
         )
     return Image.fromarray(np.rint((1 - samples if inverted else samples) * 255).astype(np.uint8))
@@ -128,7 +128,7 @@ def _from_unit(samples: NDArray[Any], inverted: bool) -> Image.Image:
 def _from_integers(samples: NDArray[Any], mode: str, raw: str, form: str, inverted: bool) -> Image.Image:
     """Grey of 16 bits, or of 12 in a TIFF, as its upper 8 bits. Wider integers have no agreed white."""
     if mode == "I" and form not in INTEGERS:
-        raise Unranged(
+        raise NoWhiteLevel(
             "holds signed or 32-bit integers, of which none is agreed to be white; save it with 8 or 16 bits"
         )
     upper = (samples >> (4 if raw == "I;12" else 8)).astype(np.uint8)

@@ -14,9 +14,9 @@ from tinydiff.records import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 
-OPACITY_ENDINGS = (".png", ".webp")
+ALPHA_EXTENSIONS = (".png", ".webp")
 """Those of formats that hold alpha."""
 
 DEFAULT_QUALITY = {".jpg": 95, ".jpeg": 95, ".webp": 90}
@@ -34,7 +34,7 @@ USER_COMMENT, EXIF_IFD, ASCII = 0x9286, 0x8769, b"ASCII\0\0\0"
 """EXIF: the tag of the comment, the directory that holds it, and the mark of its character set."""
 
 
-def read_image(source: str | Path, field: str = "image_path", opacity: bool = False) -> np.ndarray:
+def read_image(source: str | Path, field: str = "image_path", with_alpha: bool = False) -> np.ndarray:
     """The image at a path, an http(s) URL or a data URI, upright, as uint8 [H, W, 3] sRGB, or [H, W, 4] RGBA
     with `alpha`.
 
@@ -50,8 +50,8 @@ def read_image(source: str | Path, field: str = "image_path", opacity: bool = Fa
     data = _fetch(source, field, shown)
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as opened:
-            return decode.srgb(opened, opacity, f"{field}: {shown}")
-    except decode.Unranged as error:
+            return decode.srgb(opened, with_alpha, f"{field}: {shown}")
+    except decode.NoWhiteLevel as error:
         raise UserError(field, f"{field}: {shown} {error}") from error
     except Image.DecompressionBombError as error:
         raise UserError(field, f"{field}: {shown} is too large an image ({error})") from error
@@ -80,10 +80,10 @@ def resize(image: np.ndarray, height: int, width: int, method: str = "lanczos") 
 
 
 def encode_image(
-    image: np.ndarray, ending: str, quality: int | None = None, parameters: Mapping[str, Any] | None = None
+    image: np.ndarray, extension: str, quality: int | None = None, parameters: Mapping[str, Any] | None = None
 ) -> bytes:
-    """uint8 [H, W, 3], or with alpha [H, W, 4] (`OPACITY_ENDINGS`), as the bytes of a file of this ending
-    (`IMAGE_ENDINGS`), with `parameters` as JSON in its metadata.
+    """uint8 [H, W, 3], or with alpha [H, W, 4] (`ALPHA_EXTENSIONS`), as the bytes of a file with this extension
+    (`IMAGE_EXTENSIONS`), with `parameters` as JSON in its metadata.
 
     quality: 0 to 100, None for the format's default; PNG is lossless whatever it says, WebP at 100 too. The
     JSON lies in PNG's text "parameters" or in EXIF's UserComment. A JPEG has room for 60 kB of it: longer
@@ -92,19 +92,19 @@ def encode_image(
     from PIL import Image, PngImagePlugin
 
     picture, out = Image.fromarray(image), io.BytesIO()
-    if ending == ".png":
+    if extension == ".png":
         text = PngImagePlugin.PngInfo()
         if parameters is not None:
             text.add_text("parameters", as_text(parameters))
         picture.save(out, "PNG", pnginfo=text)
         return out.getvalue()
-    quality = DEFAULT_QUALITY[ending] if quality is None else quality
+    quality = DEFAULT_QUALITY[extension] if quality is None else quality
     exif = Image.Exif()
     if parameters is not None:
         exif.get_ifd(EXIF_IFD)[USER_COMMENT] = ASCII + as_ascii(
-            parameters, None if ending == ".webp" else JPEG_COMMENT
+            parameters, None if extension == ".webp" else JPEG_COMMENT
         )
-    if ending == ".webp":
+    if extension == ".webp":
         picture.save(out, "WEBP", quality=quality, lossless=quality == 100, exact=quality == 100, exif=exif)
     else:
         picture.save(out, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2, exif=exif)

@@ -17,15 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 from tinydiff import paths
 from tinydiff.io.atomic import write_new
-from tinydiff.io.images import IMAGE_ENDINGS, OPACITY_ENDINGS, encode_image, read_image_parameters
-from tinydiff.io.video import CLIP_ENDINGS, X264_PRESETS, check_encoder, read_video_parameters, write_video
+from tinydiff.io.images import ALPHA_EXTENSIONS, IMAGE_EXTENSIONS, encode_image, read_image_parameters
+from tinydiff.io.video import (
+    VIDEO_EXTENSIONS,
+    X264_PRESETS,
+    check_encoder,
+    read_video_parameters,
+    write_video,
+)
 from tinydiff.records import UserError, nearest
 
 if TYPE_CHECKING:
     import numpy as np
 
 FRAMES = "/"
-"""The ending of a directory of PNG frames."""
+"""The extension of a directory of PNG frames."""
 
 QUALITIES = {"maximum": 100, "high": 90, "medium": 55, "low": 35, "default": None}
 
@@ -39,18 +45,18 @@ LONGEST_SIDE = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383, ".gif": 65_535
 
 @dataclass(frozen=True)
 class Target:
-    """Where outputs go: `directory / stem` with `ending`, one of `IMAGE_ENDINGS`, `CLIP_ENDINGS` or `FRAMES`,
+    """Where outputs go: `directory / stem` with `extension`, one of `IMAGE_EXTENSIONS`, `VIDEO_EXTENSIONS` or `FRAMES`,
     spelled as the user did.
     """
 
-    folder: Path
+    directory: Path
     stem: str
-    ending: str
+    extension: str
 
     def path(self, index: int, count: int) -> Path:
         """The name of output `index` of `count`: several are numbered `_0`, `_1`, ..."""
         number = f"_{index}" if count > 1 else ""
-        return self.folder / f"{self.stem}{number}{'' if self.ending == FRAMES else self.ending}"
+        return self.directory / f"{self.stem}{number}{'' if self.extension == FRAMES else self.extension}"
 
 
 @dataclass(frozen=True)
@@ -64,59 +70,63 @@ class Encoding:
     preset: str = "fast"
 
 
-def names_a_clip(name: str | None) -> bool:
-    """Whether a file name has an ending that only videos have."""
-    return name is not None and (name.endswith("/") or _ending(name).lower() in CLIP_ENDINGS)
+def names_video(name: str | None) -> bool:
+    """Whether a file name has an extension that only videos have."""
+    return name is not None and (name.endswith("/") or _extension(name).lower() in VIDEO_EXTENSIONS)
 
 
 def plan_target(
     output_path: str | Path,
     output_file_name: str | None,
     *,
-    clip: bool,
-    opacity: bool = False,
+    video: bool,
+    with_alpha: bool = False,
     prompt: str = "",
     seed: int = 0,
     now: datetime | None = None,
 ) -> Target:
-    """Where the outputs of one prompt go. The name's ending decides the format; without a name one is made of
+    """Where the outputs of one prompt go. The name's extension decides the format; without a name one is made of
     prompt, seed and time.
 
-    video: whether the request makes several frames. A video whose name ends in "/" or in no ending becomes a
-    directory of PNG frames; an image without ending is a PNG. alpha: whether the images are layers, which
-    not every format holds. Raises UserError for an ending that is unknown or of the other kind.
+    video: whether the request makes several frames. A video whose name ends in "/" or in no extension becomes a
+    directory of PNG frames; an image without extension is a PNG. alpha: whether the images are layers, which
+    not every format holds. Raises UserError for an extension that is unknown or of the other kind.
     """
-    folder = paths.path(output_path, "output_path")
+    directory = paths.path(output_path, "output_path")
     if output_file_name is None:
-        return Target(folder, _default_stem(prompt, seed, now or datetime.now()), ".mp4" if clip else ".png")
+        return Target(
+            directory, _default_stem(prompt, seed, now or datetime.now()), ".mp4" if video else ".png"
+        )
     name = output_file_name.removesuffix("/")
     if not name or name in (".", "..") or "/" in name or "\0" in name or not 0 < _bytes(name) <= LONGEST_NAME:
         rule = f"a file name of 1 to {LONGEST_NAME} bytes without '/' (the directory is output_path)"
         raise UserError("output_file_name", f"output_file_name: {output_file_name!r} must be {rule}")
     if name != output_file_name:
-        return Target(folder, name, FRAMES)
-    ending = _ending(name)
-    allowed, other = (CLIP_ENDINGS, IMAGE_ENDINGS) if clip else (IMAGE_ENDINGS, CLIP_ENDINGS)
-    if not ending:
-        return Target(folder, name, FRAMES if clip else ".png")
-    if ending.lower() not in allowed:
-        kind = "a video" if clip else "an image"
-        choices = f"{', '.join(allowed)}{' or a name ending in / for a folder of frames' if clip else ''}"
+        return Target(directory, name, FRAMES)
+    extension = _extension(name)
+    allowed, other = (VIDEO_EXTENSIONS, IMAGE_EXTENSIONS) if video else (IMAGE_EXTENSIONS, VIDEO_EXTENSIONS)
+    if not extension:
+        return Target(directory, name, FRAMES if video else ".png")
+    if extension.lower() not in allowed:
+        kind = "a video" if video else "an image"
+        choices = f"{', '.join(allowed)}{' or a name ending in / for a directory of frames' if video else ''}"
         wrong = (
-            f"this request makes {kind}" if ending.lower() in other else f"{ending!r} is not a known ending"
+            f"this request makes {kind}"
+            if extension.lower() in other
+            else f"{extension!r} is not a known extension"
         )
-        hint = "" if ending.lower() in other else nearest(ending.lower(), allowed)
+        hint = "" if extension.lower() in other else nearest(extension.lower(), allowed)
         raise UserError(
             "output_file_name",
             f"output_file_name: {output_file_name!r}: {wrong}; {kind} may be {choices}{hint}",
         )
-    if opacity and ending.lower() not in OPACITY_ENDINGS:
-        choices = f"{', '.join(OPACITY_ENDINGS)} or a name ending in / for a directory of them"
+    if with_alpha and extension.lower() not in ALPHA_EXTENSIONS:
+        choices = f"{', '.join(ALPHA_EXTENSIONS)} or a name ending in / for a directory of them"
         raise UserError(
             "output_file_name",
             f"output_file_name: {output_file_name!r}: layers have alpha, so they may be {choices}",
         )
-    return Target(folder, name.removesuffix(ending), ending)
+    return Target(directory, name.removesuffix(extension), extension)
 
 
 def plan_encoding(
@@ -132,7 +142,7 @@ def plan_encoding(
     PNG, and so a directory of frames, is lossless and meets every quality. Raises UserError for a value out
     of range and for an option that the target's format has no use for.
     """
-    ending = target.ending.lower()
+    extension = target.extension.lower()
     if output_quality not in QUALITIES:
         choices = ", ".join(QUALITIES)
         raise UserError(
@@ -149,61 +159,61 @@ def plan_encoding(
             "output_compression", f"output_compression: {output_compression} must be from 0 to 100"
         )
     quality = QUALITIES[output_quality] if output_compression is None else output_compression
-    if quality is not None and ending == ".gif":
+    if quality is not None and extension == ".gif":
         field = "output_quality" if output_compression is None else "output_compression"
         raise UserError(
             field, f"{field}: a GIF has no quality to choose; leave it out or choose .mp4 or .webm"
         )
-    if x264_preset is not None and ending != ".mp4":
+    if x264_preset is not None and extension != ".mp4":
         raise UserError(
             "x264_preset",
-            f"x264_preset: {x264_preset!r} applies to .mp4 only, and the output is {target.ending!r}",
+            f"x264_preset: {x264_preset!r} applies to .mp4 only, and the output is {target.extension!r}",
         )
     if x264_preset is not None and x264_preset not in X264_PRESETS:
         hint = nearest(x264_preset, X264_PRESETS)
         raise UserError(
             "x264_preset", f"x264_preset: {x264_preset!r} is not one of {', '.join(X264_PRESETS)}{hint}"
         )
-    most = 50 if ending == ".gif" else 1000
+    most = 50 if extension == ".gif" else 1000
     if not (math.isfinite(fps) and 0 < fps <= most):
         raise UserError(
             "fps", f"fps: {fps} must be above 0 and at most {most}{' in a GIF' if most == 50 else ''}"
         )
-    check_encoder(ending)
+    check_encoder(extension)
     return Encoding(float(fps), quality, x264_preset or "fast")
 
 
 def check_size(target: Target, height: int, width: int) -> None:
     """Raise UserError for a size that the target's format cannot hold."""
-    ending = target.ending.lower()
-    most = LONGEST_SIDE.get(ending, math.inf)
+    extension = target.extension.lower()
+    most = LONGEST_SIDE.get(extension, math.inf)
     for field, pixels in (("height", height), ("width", width)):
         if pixels > most:
             others = ", ".join(
                 other
-                for other in (IMAGE_ENDINGS if ending in IMAGE_ENDINGS else CLIP_ENDINGS)
+                for other in (IMAGE_EXTENSIONS if extension in IMAGE_EXTENSIONS else VIDEO_EXTENSIONS)
                 if _fits(other, pixels)
             )
             raise UserError(
                 field,
-                f"{field}: {pixels} is more than the {most} pixels that {ending} can hold; choose {others}",
+                f"{field}: {pixels} is more than the {most} pixels that {extension} can hold; choose {others}",
             )
 
 
-def _fits(ending: str, pixels: int) -> bool:
-    return pixels <= LONGEST_SIDE.get(ending, math.inf)
+def _fits(extension: str, pixels: int) -> bool:
+    return pixels <= LONGEST_SIDE.get(extension, math.inf)
 
 
-def check_writable(folder: Path, name: str = "", field: str = "output_path") -> None:
+def check_writable(directory: Path, name: str = "", field: str = "output_path") -> None:
     """Prove that a file `name` can be made in `directory`, which need not exist yet, leaving nothing behind.
     Raises UserError.
     """
-    place, missing = folder.absolute(), []
+    place, missing = directory.absolute(), []
     while not os.path.lexists(place) and place != place.parent:
         missing.insert(0, place.name)
         place = place.parent
     if paths.kind(place) != "directory":
-        raise UserError(field, f"{field}: {str(folder)!r} cannot be a directory: {str(place)!r} is a file")
+        raise UserError(field, f"{field}: {str(directory)!r} cannot be a directory: {str(place)!r} is a file")
     try:
         with tempfile.TemporaryDirectory(
             prefix=".", dir=place
@@ -214,7 +224,7 @@ def check_writable(folder: Path, name: str = "", field: str = "output_path") -> 
                 (inside / name).touch(exist_ok=False)
     except (OSError, ValueError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).lower()
-        raise UserError(field, f"{field}: {str(folder / name)!r} cannot be written ({reason})") from error
+        raise UserError(field, f"{field}: {str(directory / name)!r} cannot be written ({reason})") from error
 
 
 def save(
@@ -232,36 +242,36 @@ def save(
     half-written is left. Raises UserError when the disk is full or refuses.
     """
     return write_new(
-        target.path(index, count), lambda path: write(path, target.ending, frames, encoding, parameters)
+        target.path(index, count), lambda path: write(path, target.extension, frames, encoding, parameters)
     )
 
 
 def write(
     path: Path,
-    ending: str,
+    extension: str,
     frames: np.ndarray,
     encoding: Encoding,
     parameters: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write frames as `save` takes them to `path`, which nobody else may see yet: a file of that ending, or a
+    """Write frames as `save` takes them to `path`, which nobody else may see yet: a file with that extension, or a
     directory of frames.
     """
-    ending = ending.lower()
-    channels = (3, 4) if ending in (*OPACITY_ENDINGS, FRAMES) else (3,)
+    extension = extension.lower()
+    channels = (3, 4) if extension in (*ALPHA_EXTENSIONS, FRAMES) else (3,)
     if frames.ndim != 4 or frames.shape[3] not in channels or str(frames.dtype) != "uint8":
         raise ValueError(
             f"frames are uint8 [T, H, W, {' or '.join(map(str, channels))}], not {frames.dtype} {list(frames.shape)}"
         )
-    if ending == FRAMES:
+    if extension == FRAMES:
         path.mkdir()
         for number, frame in enumerate(frames):
             (path / f"{number:05d}.png").write_bytes(encode_image(frame, ".png", None, parameters))
-    elif ending in IMAGE_ENDINGS:
+    elif extension in IMAGE_EXTENSIONS:
         if len(frames) != 1:
-            raise ValueError(f"{ending} holds one frame, not {len(frames)}")
-        path.write_bytes(encode_image(frames[0], ending, encoding.quality, parameters))
+            raise ValueError(f"{extension} holds one frame, not {len(frames)}")
+        path.write_bytes(encode_image(frames[0], extension, encoding.quality, parameters))
     else:
-        write_video(path, frames, ending, encoding.fps, encoding.quality, encoding.preset, parameters)
+        write_video(path, frames, extension, encoding.fps, encoding.quality, encoding.preset, parameters)
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
@@ -273,8 +283,8 @@ def read_parameters(path: Path) -> dict[str, Any]:
     )
 
 
-def _ending(name: str) -> str:
-    """What looks like a file ending, case kept: `.png` of "a.png", nothing of "v1.5" or "take"."""
+def _extension(name: str) -> str:
+    """What looks like a file extension, case kept: `.png` of "a.png", nothing of "v1.5" or "take"."""
     found = re.search(r"(?<=.)\.[A-Za-z][A-Za-z0-9]{1,4}$", name)
     return found.group() if found else ""
 

@@ -82,27 +82,29 @@ class Tokenizer:
         return Tokens(ids + [self.pad] * extra, mask + [0] * extra, truncated)
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of a checkpoint's `tokenizer` directory: of `tokenizer.json` if it has one, else of the
     other files.
 
     All give the ids of transformers' tokenizers. Raises UserError if the files are missing or cannot be read.
     """
     for names, read in _READERS.items():
-        if all((folder / name).is_file() for name in names):
+        if all((directory / name).is_file() for name in names):
             try:
                 return replace(
-                    read(folder, _settings(folder)), longest=_longest(folder), chat=chat.template(folder)
+                    read(directory, _settings(directory)),
+                    longest=_longest(directory),
+                    chat=chat.template(directory),
                 )
             except UserError:
                 raise
             except Exception as error:  # the tokenizers library raises bare Exception
                 raise UserError(
                     "model_path",
-                    f"model_path: {str(folder / names[0])!r} is not a usable tokenizer ({error})",
+                    f"model_path: {str(directory / names[0])!r} is not a usable tokenizer ({error})",
                 ) from error
     missing = "has no vocab.json with merges.txt and has neither tokenizer.json nor spiece.model"
-    raise UserError("model_path", f"model_path: {str(folder)!r} {missing}")
+    raise UserError("model_path", f"model_path: {str(directory)!r} {missing}")
 
 
 # --- the small files
@@ -122,9 +124,9 @@ class Settings(NamedTuple):
     extra_ids: int
 
 
-def _settings(folder: Path) -> Settings:
+def _settings(directory: Path) -> Settings:
     config, special, old = (
-        read_json(path) if (path := folder / name).is_file() else {}
+        read_json(path) if (path := directory / name).is_file() else {}
         for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     )
     entries = special | {name: value for name, value in config.items() if value is not None}
@@ -146,8 +148,8 @@ NO_LIMIT = 10**9
 """Transformers writes a much larger number where a tokenizer has no limit."""
 
 
-def _longest(folder: Path) -> int | None:
-    path = folder / "tokenizer_config.json"
+def _longest(directory: Path) -> int | None:
+    path = directory / "tokenizer_config.json"
     length = read_json(path).get("model_max_length") if path.is_file() else None
     return int(length) if isinstance(length, int | float) and 0 < length < NO_LIMIT else None
 
@@ -165,20 +167,20 @@ CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]
 """
 
 
-def _from_json(folder: Path, settings: Settings) -> Tokenizer:
+def _from_json(directory: Path, settings: Settings) -> Tokenizer:
     from tokenizers import Tokenizer as Engine
 
-    engine = Engine.from_file(str(folder / "tokenizer.json"))
+    engine = Engine.from_file(str(directory / "tokenizer.json"))
     engine.no_truncation()
     engine.no_padding()
     return _engine(engine, settings)
 
 
-def _from_merges(folder: Path, settings: Settings) -> Tokenizer:
+def _from_merges(directory: Path, settings: Settings) -> Tokenizer:
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Engine
 
-    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    vocabulary = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
     kind = settings.kind or (
         "CLIPTokenizer" if any(piece.endswith("</w>") for piece in vocabulary) else "Qwen2Tokenizer"
     )
@@ -188,7 +190,7 @@ def _from_merges(folder: Path, settings: Settings) -> Tokenizer:
         )
     clip = kind == "CLIPTokenizer"
     end, unknown = ("</w>", settings.named.get("unk_token", "<|endoftext|>")) if clip else ("", None)
-    files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
+    files = (str(directory / "vocab.json"), str(directory / "merges.txt"))
     engine = Engine(
         models.BPE.from_file(*files, unk_token=unknown, continuing_subword_prefix="", end_of_word_suffix=end)
     )
@@ -269,10 +271,10 @@ def _frame(engine: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 # ------------------------------------------------------------------------------------------------------
 
 
-def _from_spiece(folder: Path, settings: Settings) -> Tokenizer:
+def _from_spiece(directory: Path, settings: Settings) -> Tokenizer:
     from sentencepiece import SentencePieceProcessor
 
-    engine = SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+    engine = SentencePieceProcessor(model_file=str(directory / "spiece.model"))
     eos, pad = engine.eos_id(), engine.pad_id()
     if eos < 0 or pad < 0:
         raise ValueError("it has no end or no padding token")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-CLIP_ENDINGS = (".mp4", ".webm", ".gif")
+VIDEO_EXTENSIONS = (".mp4", ".webm", ".gif")
 
 X264_PRESETS = (
     "ultrafast",
@@ -73,13 +73,13 @@ CODECS = {
 def write_video(
     path: Path,
     frames: np.ndarray,
-    ending: str,
+    extension: str,
     fps: float,
     quality: int | None = None,
     preset: str = "fast",
     parameters: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write uint8 RGB frames [T, H, W, 3] to `path` in the format of `ending` (`CLIP_ENDINGS`), `parameters`
+    """Write uint8 RGB frames [T, H, W, 3] to `path` in the format of `extension` (`VIDEO_EXTENSIONS`), `parameters`
     as JSON in its comment.
 
     MP4 is H.264, WebM is VP9, both yuv420p with BT.709 colours; an odd height or width is padded to even by
@@ -87,13 +87,13 @@ def write_video(
     palette for all frames, exact where they have no more than 256 colours; no quality, and times in
     hundredths of a second, dealt so that the video keeps its length.
     """
-    if ending == ".gif":
+    if extension == ".gif":
         _write_gif(path, frames, fps, parameters)
     else:
         _write_coded(
             path,
             frames,
-            CODECS[ending],
+            CODECS[extension],
             fps,
             DEFAULT_QUALITY if quality is None else quality,
             preset,
@@ -101,15 +101,15 @@ def write_video(
         )
 
 
-def check_encoder(ending: str) -> None:
-    """Raise UserError if the installed PyAV cannot write this ending: builds without libx264 exist."""
+def check_encoder(extension: str) -> None:
+    """Raise UserError if the installed PyAV cannot write this extension: builds without libx264 exist."""
     import av
 
-    if ending in CODECS and CODECS[ending].encoder not in av.codecs_available:
-        others = ", ".join(other for other in CLIP_ENDINGS if other != ending)
+    if extension in CODECS and CODECS[extension].encoder not in av.codecs_available:
+        others = ", ".join(other for other in VIDEO_EXTENSIONS if other != extension)
         raise UserError(
             "output_file_name",
-            f"output_file_name: the installed PyAV has no {CODECS[ending].encoder} to write {ending}; {others} remain",
+            f"output_file_name: the installed PyAV has no {CODECS[extension].encoder} to write {extension}; {others} remain",
         )
 
 
@@ -118,9 +118,9 @@ def read_video_parameters(path: Path) -> dict[str, Any]:
     import av
 
     with open(path, "rb") as file:
-        ending = ".webm" if file.read(len(EBML)) == EBML else ".mp4"
+        extension = ".webm" if file.read(len(EBML)) == EBML else ".mp4"
     # the format is named, because FFmpeg would take some texts for lists of other files
-    with av.open(as_file(path), format=CODECS[ending].container, metadata_errors="replace") as container:
+    with av.open(as_file(path), format=CODECS[extension].container, metadata_errors="replace") as container:
         tags = {name.lower(): text for name, text in container.metadata.items()}
     return read(tags.get("comment"))
 

@@ -30,7 +30,7 @@ class Read(Protocol):
     alpha is kept.
     """
 
-    def __call__(self, source: str, field: str, opacity: bool = False, /) -> numpy.ndarray: ...
+    def __call__(self, source: str, field: str, with_alpha: bool = False, /) -> numpy.ndarray: ...
 
 
 def admit(

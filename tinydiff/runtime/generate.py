@@ -40,7 +40,7 @@ def admitted(options: Options) -> tuple[Blueprint, list[Request], list[Destinati
     plan = blueprint.read(options.model)
     if options.sampling.use_pe is False:
         plan = replace(plan, nets={name: net for name, net in plan.nets.items() if name != blueprint.WRITER})
-    requests = admit(plan, options.sampling, clip=output.names_a_clip(options.output.output_file_name))
+    requests = admit(plan, options.sampling, clip=output.names_video(options.output.output_file_name))
     return plan, requests, [_destination(options.output, request) for request in requests]
 
 
@@ -133,8 +133,8 @@ def _destination(options: OutputOptions, request: Request) -> Destination:
     target = output.plan_target(
         options.output_path,
         options.output_file_name,
-        clip=request.num_frames > 1,
-        opacity=request.layers > 0,
+        video=request.num_frames > 1,
+        with_alpha=request.layers > 0,
         prompt=request.prompt,
         seed=request.seeds[0],
     )
@@ -143,7 +143,7 @@ def _destination(options: OutputOptions, request: Request) -> Destination:
     )
     if options.save_output:
         output.check_size(target, request.height, request.width)
-        output.check_writable(target.folder, target.path(len(request.seeds) - 1, len(request.seeds)).name)
+        output.check_writable(target.directory, target.path(len(request.seeds) - 1, len(request.seeds)).name)
     return target, encoding
 
 
@@ -152,7 +152,7 @@ def _save(target: output.Target, encoding: output.Encoding, job: Job, result: Re
     files = []
     for frames, seed in zip(result.frames, result.seeds, strict=True):
         told = {**result.parameters, "seed": seed}
-        if job.request.layers and target.ending != output.FRAMES:
+        if job.request.layers and target.extension != output.FRAMES:
             files += [(layer[None], {**told, "layer": i}) for i, layer in enumerate(frames)]
         else:
             files.append((frames, told))

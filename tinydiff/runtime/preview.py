@@ -27,11 +27,11 @@ def fit(model: Model) -> Tensor:
     over soft patches of colour.
     """
     vae = model.nets["vae"]
-    stride, opacity = vae.config.scale_factor_spatial, getattr(vae.config, "in_channels", 3) == 4
+    stride, with_alpha = vae.config.scale_factor_spatial, getattr(vae.config, "in_channels", 3) == 4
     patches = torch.rand(PICTURES, 3, PATCHES, PATCHES, generator=torch.Generator().manual_seed(0)) * 2 - 1
     pixels = F.interpolate(patches, size=(SIDE * stride, SIDE * stride), mode="bilinear")
     colours = F.avg_pool2d(pixels, stride)
-    given = F.pad(pixels, (0, 0, 0, 0, 0, 1), value=1.0) if opacity else pixels
+    given = F.pad(pixels, (0, 0, 0, 0, 0, 1), value=1.0) if with_alpha else pixels
     given = given.to(model.blueprint.device, vae.dtype)[:, :, None].split(1)
     latents = (
         torch.cat([vae.family.encode(vae.config, vae.w, x, plan=vae.plan)[:, :, 0] for x in given])

@@ -37,14 +37,14 @@ class Decoder:
         self._idle: list[subprocess.Popen[bytes]] = []
 
     def pixels(
-        self, data: bytes, field: str, most_pixels: float, opacity: bool = False, mask: bool = False
+        self, data: bytes, field: str, most_pixels: float, with_alpha: bool = False, mask: bool = False
     ) -> np.ndarray:
         """As `unpack.pixels`, elsewhere. Raises UserError also for an image that takes too much time or
         memory.
         """
         import numpy as np
 
-        ask = {"field": field, "most_pixels": most_pixels, "opacity": opacity, "mask": mask}
+        ask = {"field": field, "most_pixels": most_pixels, "with_alpha": with_alpha, "mask": mask}
         with self._process() as process:
             assert process.stdin is not None and process.stdout is not None
             try:

@@ -106,16 +106,16 @@ class Files:
         """Keep bytes, or a finished file, which is moved here; returns the id.
 
         owner: fingerprint of the key that it belongs to, "" on a server without keys.
-        name_hint: a name whose ending is taken where the media type has it (.jpeg rather than .jpg). Raises
+        name_hint: a name whose extension is taken where the media type has it (.jpeg rather than .jpg). Raises
         UserError where the disk is full or refuses, and then nothing is left behind; ValueError for a media
         type that is none of `MEDIA_TYPES`.
         """
-        endings = [ending for ending, known in MEDIA_TYPES.items() if known == media_type]
-        if not endings:
+        extensions = [extension for extension, known in MEDIA_TYPES.items() if known == media_type]
+        if not extensions:
             raise ValueError(f"{media_type!r} is not one of {', '.join(sorted(set(MEDIA_TYPES.values())))}")
         hinted = Path(name_hint).suffix.lower()
         drawn = secrets.token_hex(16)
-        name = drawn + self._mark(drawn, owner) + (hinted if hinted in endings else endings[0])
+        name = drawn + self._mark(drawn, owner) + (hinted if hinted in extensions else extensions[0])
 
         def write(temporary: Path) -> None:
             if isinstance(data, Path):

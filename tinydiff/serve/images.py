@@ -161,7 +161,7 @@ class Content:
         if path is None:  # also where the image lies in object storage, which has no small one
             send_output(self.service, req, resp, output)
             return
-        resp.data, resp.content_type = thumbnail(read_image(path, opacity=True)[None]), "image/webp"
+        resp.data, resp.content_type = thumbnail(read_image(path, with_alpha=True)[None]), "image/webp"
         resp.set_headers(
             {"Cache-Control": "private, max-age=86400, immutable", "X-Content-Type-Options": "nosniff"}
         )

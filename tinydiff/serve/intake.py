@@ -122,9 +122,11 @@ def admitted(service: Service, job: Job) -> Request:
     return request
 
 
-def _pixels(most_pixels: float, path: str, field: str, opacity: bool = False) -> numpy.ndarray:
+def _pixels(most_pixels: float, path: str, field: str, with_alpha: bool = False) -> numpy.ndarray:
     """A given image, decoded elsewhere."""
-    return decoder.DECODER.pixels(Path(path).read_bytes(), field, most_pixels, opacity, field == "mask_path")
+    return decoder.DECODER.pixels(
+        Path(path).read_bytes(), field, most_pixels, with_alpha, field == "mask_path"
+    )
 
 
 def resolved(service: Service, asked: Asked, kind: Kind) -> dict[str, Any]:

@@ -26,8 +26,8 @@ MEDIA_TYPES = {
 def plan(job: Job, request: Request, folder: Path) -> tuple[output.Target, output.Encoding]:
     """How each output of the job is written. Raises UserError for a format or a quality that cannot be."""
     clip = request.num_frames > 1
-    ending = job.answer.get("output_format") or ("mp4" if clip else "png")
-    target = output.plan_target(folder, f"{job.id}.{ending}", clip=clip, opacity=request.layers > 0)
+    extension = job.answer.get("output_format") or ("mp4" if clip else "png")
+    target = output.plan_target(folder, f"{job.id}.{extension}", video=clip, with_alpha=request.layers > 0)
     output.check_size(target, request.height, request.width)
     chosen = {
         name: job.fields[name]
@@ -47,14 +47,14 @@ def save(
 
     with tempfile.TemporaryDirectory() as folder:
         target, encoding = plan(job, request, Path(folder))
-        media_type = MEDIA_TYPES[target.ending.lower()]
+        media_type = MEDIA_TYPES[target.extension.lower()]
         parts = [layer[None] for layer in frames] if request.layers else [frames]
         made = []
         for index, part in enumerate(parts):
             path = target.path(index, len(parts))
             output.write(
                 path,
-                target.ending,
+                target.extension,
                 part,
                 encoding,
                 {**told, "seed": seed, **({"layer": index} if request.layers else {})},

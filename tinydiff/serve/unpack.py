@@ -71,7 +71,7 @@ def unreadable(field: str) -> UserError:
 
 
 def pixels(
-    data: bytes, field: str, most_pixels: float, opacity: bool = False, mask: bool = False
+    data: bytes, field: str, most_pixels: float, with_alpha: bool = False, mask: bool = False
 ) -> np.ndarray:
     """The pixels of one whole image of `FORMATS`, upright, uint8 sRGB [H, W, 3], or with `alpha` RGBA [H,
     W, 4].
@@ -96,7 +96,7 @@ def pixels(
             elif getattr(opened, "is_animated", False):
                 raise UserError(field, f"{field}: is an animation; give one image")
             opened.load()
-            return _mask(opened, field) if mask else decode.srgb(opened, opacity, field)
+            return _mask(opened, field) if mask else decode.srgb(opened, with_alpha, field)
     except UserError:
         raise
     except Image.DecompressionBombError:
@@ -106,7 +106,7 @@ def pixels(
         raise UserError(
             field, f"{field}: takes more memory to read than this server gives one image"
         ) from None
-    except decode.Unranged as error:
+    except decode.NoWhiteLevel as error:
         raise UserError(field, f"{field}: {error}") from None
     except Exception as error:  # decoders fail in many ways on what somebody made up
         raise unreadable(field) from error
