@@ -40,14 +40,15 @@ Shape = tuple[int, ...]
 class Line(NamedTuple):
     """These stored tensors are these rows. No rows: what is stored there is known and not read.
 
-    swapped: what is stored is the second half of the row, then the first. ones: dimensions of length one that
-    the stored tensor has more at its end. transposed: its two dimensions are the other way round. alias:
+    swapped: what is stored is the second half of the row, then the first. lead, ones: dimensions of length one
+    that the stored tensor has more at its beginning and at its end. transposed: its two dimensions are the other way round. alias:
     another spelling, which is read and never written.
     """
 
     stored: tuple[str, ...]
     rows: tuple[str, ...]
     swapped: bool = False
+    lead: int = 0
     ones: int = 0
     transposed: bool = False
     alias: bool = False
@@ -74,9 +75,9 @@ SAME = Line((), ())
 """The line of a name that no line has."""
 
 
-def moved(stored: str, row: str, ones: int = 0) -> Line:
+def moved(stored: str, row: str, *, lead: int = 0, ones: int = 0) -> Line:
     """One tensor under another name."""
-    return Line((stored,), (row,), ones=ones)
+    return Line((stored,), (row,), lead=lead, ones=ones)
 
 
 def also(stored: str, row: str) -> Line:
@@ -171,6 +172,11 @@ AS_IS = KeyMap()
 """Every row under its own name."""
 
 
+def trimmed(shape: Shape, line: Line) -> Shape:
+    """A stored shape in the dimensions of its rows."""
+    return shape[line.lead : len(shape) - line.ones]
+
+
 def stored_shapes(match: Match, rows: Mapping[str, Row]) -> dict[str, Shape]:
     """The shape that each stored tensor of a match must have."""
     shapes = [rows[name].shape for name in match.rows]
@@ -179,7 +185,7 @@ def stored_shapes(match: Match, rows: Mapping[str, Row]) -> dict[str, Shape]:
         shape = (sum(each[0] for each in shapes) // len(match.keys), *shape[1:])
     if match.line.transposed:
         shape = shape[::-1]
-    return dict.fromkeys(match.keys, shape + (1,) * match.line.ones)
+    return dict.fromkeys(match.keys, (1,) * match.line.lead + shape + (1,) * match.line.ones)
 
 
 def runs(match: Match, rows: Mapping[str, Row]) -> dict[str, tuple[Run, ...]]:

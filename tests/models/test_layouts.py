@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tests.models.test_released import COMPONENTS, class_of, config_of
 from tinydiff.io.weights import exported, load_weights
 from tinydiff.keymap import KeyMap, stored_rows
-from tinydiff.models import flux, wan
+from tinydiff.models import ernie, flux, flux2, sd3, wan, z_image
 from tinydiff.models.classes import RECORDS
 from tinydiff.models.layouts.recognise import LAYOUTS, config_from, recognise
 
@@ -43,11 +43,37 @@ def same(found, expected):
 
 
 FLUX = flux.Config(num_layers=2, num_single_layers=2)
+SD3 = sd3.Config(num_layers=3, num_attention_heads=2, caption_projection_dim=128, pos_embed_max_size=4)
 WAN = wan.Config(num_attention_heads=1, ffn_dim=24, num_layers=2, text_dim=20)
 CONVERTED = {
     "FLUX.1-schnell": (flux, "original", FLUX, theirs.convert_flux_transformer_checkpoint_to_diffusers),
     "FLUX.1-dev": (
         flux, "original", replace(FLUX, guidance_embeds=True), theirs.convert_flux_transformer_checkpoint_to_diffusers
+    ),
+    "FLUX.1 Fill": (
+        flux, "original", replace(FLUX, guidance_embeds=True, in_channels=384, out_channels=64),
+        theirs.convert_flux_transformer_checkpoint_to_diffusers,
+    ),
+    "FLUX.2 klein": (
+        flux2, "original", flux2.Config(num_layers=2, num_single_layers=2, num_attention_heads=1, guidance_embeds=False),
+        theirs.convert_flux2_transformer_checkpoint_to_diffusers,
+    ),
+    "FLUX.2 dev": (
+        flux2, "original", flux2.Config(num_layers=2, num_single_layers=2, num_attention_heads=1),
+        theirs.convert_flux2_transformer_checkpoint_to_diffusers,
+    ),
+    "SD3 medium": (sd3, "original", SD3, theirs.convert_sd3_transformer_checkpoint_to_diffusers),
+    "SD3.5 medium": (
+        sd3, "original", replace(SD3, qk_norm="rms_norm", dual_attention_layers=(0, 1)),
+        theirs.convert_sd3_transformer_checkpoint_to_diffusers,
+    ),
+    "Z-Image": (
+        z_image, "comfyui", z_image.Config(dim=128, n_layers=2, n_refiner_layers=1, n_heads=1, n_kv_heads=1),
+        theirs.convert_z_image_transformer_checkpoint_to_diffusers,
+    ),
+    "ERNIE-Image": (
+        ernie, "diffusers", ernie.Config(hidden_size=128, num_attention_heads=1, num_layers=2, ffn_hidden_size=24),
+        theirs.convert_ernie_image_transformer_checkpoint_to_diffusers,
     ),
     "Wan T2V": (wan, "original", WAN, theirs.convert_wan_transformer_to_diffusers),
     "Wan I2V": (

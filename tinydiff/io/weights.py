@@ -20,7 +20,7 @@ from tinydiff.io import variants
 from tinydiff.io.archive import FLOATS, Archive, opened
 from tinydiff.io.atomic import write_over
 from tinydiff.io.hub import read_json
-from tinydiff.keymap import AS_IS, KeyMap, Match, Run, Shape, runs, stored_shapes
+from tinydiff.keymap import AS_IS, KeyMap, Match, Run, Shape, runs, stored_shapes, trimmed
 from tinydiff.parallel.plan import ALONE, SINGLE, Group, Plan, Row
 from tinydiff.parallel.shards import Box, Held, gathered, holdings, local_rows, share
 from tinydiff.records import UserError
@@ -40,14 +40,15 @@ over.
 
 
 class Stored(NamedTuple):
-    """A tensor on disk: its file, the key there, its safetensors type name and its shape. transposed: the
-    shape is that of a matrix stored the other way round.
+    """A tensor on disk: its file, the key there, its safetensors type name and its shape. lead: dimensions
+    of length one before those of the shape. transposed: the shape is that of a matrix stored the other way round.
     """
 
     file: Path
     key: str
     dtype: str
     shape: Shape
+    lead: int = 0
     transposed: bool = False
 
 
@@ -123,10 +124,7 @@ def exported(weights: Mapping[str, Tensor], rows: Iterable[Row], keys: KeyMap) -
         if match.keys[0] in stored:
             continue
         shapes = stored_shapes(match, wanted)
-        made = {
-            key: weights[name].new_empty(shape[: len(shape) - match.line.ones])
-            for key, shape in shapes.items()
-        }
+        made = {key: weights[name].new_empty(trimmed(shape, match.line)) for key, shape in shapes.items()}
         for row, parts in runs(match, wanted).items():
             for run in parts:
                 target = made[run.key].T if match.line.transposed else made[run.key]
@@ -302,10 +300,10 @@ def _check(
 
 def _fitted(at: Stored, match: Match) -> Stored:
     """A stored tensor in the dimensions of its rows."""
-    shape = at.shape[: len(at.shape) - match.line.ones]
+    shape = trimmed(at.shape, match.line)
     if match.line.transposed:
         return at._replace(shape=shape[::-1], transposed=True)
-    return at._replace(shape=shape)
+    return at._replace(shape=shape, lead=match.line.lead)
 
 
 def _type(row: Row, dtype: torch.dtype) -> torch.dtype:
@@ -409,7 +407,7 @@ def _cut(archive: Archive, at: Stored, box: Box) -> Tensor:
         return archive.get_tensor(at.key).T[box.source]
     if box.shape == at.shape:
         return archive.get_tensor(at.key).view(box.shape)
-    return archive.get_slice(at.key)[box.source].view(box.shape)
+    return archive.get_slice(at.key)[(slice(None),) * at.lead + box.source].view(box.shape)
 
 
 def _pieces(at: Stored, box: Box, size: int, ranks: int = 1) -> Iterator[Box]:

@@ -23,11 +23,19 @@ from tinydiff.keymap import KeyMap, Shape
 from tinydiff.models import released
 from tinydiff.models.classes import RECORDS
 from tinydiff.models.family import Role
-from tinydiff.models.layouts import flux, wan
+from tinydiff.models.layouts import flux, flux2, ovis, same, sd3, wan, z_image
 from tinydiff.models.layouts.table import Entries, Layout, Sizes
 from tinydiff.records import UserError
 
-LAYOUTS: tuple[Layout, ...] = (*flux.LAYOUTS, *wan.LAYOUTS)
+LAYOUTS: tuple[Layout, ...] = (
+    *flux.LAYOUTS,
+    *flux2.LAYOUTS,
+    *ovis.LAYOUTS,
+    *sd3.LAYOUTS,
+    *z_image.LAYOUTS,
+    *same.LAYOUTS,
+    *wan.LAYOUTS,
+)
 
 PREFIXES = (
     *("model.diffusion_model.", "diffusion_model.", "net.", "first_stage_model.", "vae."),
