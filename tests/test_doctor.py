@@ -252,7 +252,7 @@ def test_help_needs_no_torch(capsys):
             "'FLUX.1-shnell' is neither a model nor a family that is compared; did you mean 'FLUX.1-schnell'?",
         ),
         (["--markdown"], "doctor: --markdown needs --parity"),
-        (["--json", "--markdown", "--parity"], "doctor: --json and --markdown cannot both be given"),
+        (["--json", "--markdown", "--parity"], "doctor: give either --json or --markdown, not both"),
         (["--jsn"], "doctor: unrecognized arguments: --jsn"),
     ],
 )

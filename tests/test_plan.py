@@ -149,7 +149,7 @@ def test_what_is_printed(capsys):
     )
     assert (
         why.startswith("ulysses 2 is the fastest that fits")
-        and "`tinydiff generate --num-gpus 2` chooses it" in why
+        and "`tinydiff generate --num-gpus 2` selects it" in why
     )
     assert head.split() == [
         "layout",

@@ -1,6 +1,4 @@
-"""`tinydiff plan`: what each way of sharing a request among GPUs costs, by arithmetic on configs; no GPU, no
-weights.
-"""
+"""`tinydiff plan`: memory and time of a request on each layout of GPUs, estimated from configs alone."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tinydiff import config, values
 from tinydiff.parallel.cost import Machine
@@ -21,20 +19,28 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: tinydiff plan MODEL [--num-gpus N] [--vram GB] [options]
 
-What each way of sharing a request among N GPUs costs: memory, bytes sent, estimated seconds a step. By arithmetic; nothing is run.
+Estimate memory, bytes sent and seconds per step of each layout on N GPUs, from
+the model's configs. Needs no GPU and no weights.
 
-  MODEL                     a model's name (`tinydiff models`), a directory in diffusers layout or a hub id; JSON files are enough
-  --num-gpus N              GPUs in all: 1 (default)
-  --vram GB                 memory of each; left out, the usual layout is held against GPUs of 12 to 192 GB
-  --size WIDTHxHEIGHT       pixels, such as 1280x720; left out, the model's own, as are
-  --num-frames N            frames of a video
-  --num-inference-steps N   denoising steps
-  --guidance-scale X, --true-cfg-scale X   guidance, which runs the network twice a step
-  --dit-precision TYPE      of the denoiser's weights: bf16 (default), fp16 or fp32
-  --tflops X                10^12 operations a second that a GPU reaches: 400 (default; the peak of an H100 is 989)
-  --bandwidth X             GB a second that a GPU sends to others of its machine: nvlink (300, default), pcie (25) or a number
-  --net-bandwidth X         the same between machines: 25 (default)
-  --gpus-per-node N         GPUs of a machine: 8 (default)
+  MODEL                     a model's name (`tinydiff models`), a directory in
+                            diffusers layout or a hub id
+  --num-gpus N              number of GPUs: 1 (default)
+  --vram GB                 memory of each GPU; if left out, the usual layout is
+                            compared with GPUs of 12 to 192 GB
+  --size WIDTHxHEIGHT       size in pixels, such as 1280x720 (default: the model's)
+  --num-frames N            frames of a video (default: the model's)
+  --num-inference-steps N   denoising steps (default: the model's)
+  --guidance-scale X        guidance, which runs the network twice per step
+                            (default: the model's)
+  --true-cfg-scale X        the same for models whose guidance_scale is an input
+                            of the network
+  --dit-precision TYPE      data type of the denoiser: bf16 (default), fp16 or fp32
+  --tflops X                10^12 operations per second that a GPU reaches: 400
+                            (default; an H100 peaks at 989)
+  --bandwidth X             GB per second from one GPU to others of its machine:
+                            nvlink (300, default), pcie (25) or a number
+  --net-bandwidth X         GB per second between machines: 25 (default)
+  --gpus-per-node N         GPUs of one machine: 8 (default)
   --json                    print JSON
 """
 
@@ -43,8 +49,8 @@ ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The command line. vram: GB, None where it is left out."""
+class Question:
+    """The parsed command line. vram: GB, None if left out."""
 
     model: str
     ranks: int
@@ -57,42 +63,42 @@ class Asked:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command. Raises UserError."""
-    asked = _parsed(argv)
-    if asked is None:
+    question = _parsed(argv)
+    if question is None:
         print(USAGE, end="")
         return 0
     from tinydiff.runtime import estimate  # torch, for those who get here
 
-    subject = estimate.subject(asked.model, asked.sampling, asked.ranks, ITEM_BYTES[asked.precision])
-    rests = list(assumptions(asked, subject, estimate.RESERVED, estimate.REFERENCE))
-    usual = estimate.usual(subject, asked.ranks)
-    if asked.vram is None:
-        cards = estimate.over_cards(subject, asked.ranks, asked.machine)
-        why, told = peak(asked, cards[0][0], usual), _cards_json(subject, cards)
+    subject = estimate.subject(
+        question.model, question.sampling, question.ranks, ITEM_BYTES[question.precision]
+    )
+    notes = list(assumptions(question, subject, estimate.RESERVED, estimate.REFERENCE))
+    usual = estimate.usual(subject, question.ranks)
+    if question.vram is None:
+        cards = estimate.over_cards(subject, question.ranks, question.machine)
+        why, report = peak(question, cards[0][0], usual), _cards_json(subject, cards)
         columns = len(CARD_HEAD) if any(helped for _, helped in cards) else CARD_HEAD.index("help")
         rows = [row[:columns] for row in (CARD_HEAD, *(_card(*each) for each in cards))]
     else:
-        found = estimate.estimates(subject, asked.ranks, asked.vram, asked.machine)
-        why, told = reason(asked, asked.vram, best(found), usual), _layouts_json(subject, found)
-        rows = [HEAD, *(_cells(each, subject.decoding[0] is None) for each in found)]
-    if asked.as_json:
-        print(
-            json.dumps(
-                _asked_json(asked, subject) | {"reason": why} | told | {"assumptions": rests}, indent=2
-            )
-        )
+        estimates = estimate.estimates(subject, question.ranks, question.vram, question.machine)
+        why = reason(question, question.vram, best(estimates), usual)
+        report = _layouts_json(subject, estimates)
+        rows = [HEAD, *(_cells(each, subject.decoding[0] is None) for each in estimates)]
+    if question.as_json:
+        report = _question_json(question, subject) | {"reason": why} | report | {"assumptions": notes}
+        print(json.dumps(report, indent=2))
     else:
-        print("\n".join([_asked_for(asked, subject), why, "", *_table(rows), "", *rests]))
+        print("\n".join([_headline(question, subject), why, "", *_table(rows), "", *notes]))
     return 0
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError("plan", f"plan: {message}; `tinydiff plan --help` shows what it takes")
+    def error(self, message: str) -> NoReturn:
+        raise UserError("plan", f"plan: {message}; see `tinydiff plan --help`")
 
 
-def _parsed(argv: Sequence[str]) -> Asked | None:
-    """None where help is asked for."""
+def _parsed(argv: Sequence[str]) -> Question | None:
+    """The question, None for --help."""
     if {"-h", "--help"} & set(argv):
         return None
     parser = _Parser(add_help=False, allow_abbrev=False)
@@ -102,24 +108,24 @@ def _parsed(argv: Sequence[str]) -> Asked | None:
     numbers = {"vram": None, "tflops": 400.0, "net_bandwidth": 25.0}
     for name in ("num_gpus", "size", "dit_precision", "bandwidth", "gpus_per_node", *sampling, *numbers):
         parser.add_argument(f"--{name.replace('_', '-')}")
-    given = {name: value for name, value in vars(parser.parse_args(list(argv))).items() if value is not None}
-    made = config.options(
-        {name: given[name] for name in ("num_gpus", "dit_precision", *sampling) if name in given}
-        | _size(given.get("size"))
-    )
-    found = {
-        name: _positive(name, float, given[name]) if name in given else default
+    words = {name: value for name, value in vars(parser.parse_args(list(argv))).items() if value is not None}
+    shared = {name: words[name] for name in ("num_gpus", "dit_precision", *sampling) if name in words}
+    options = config.options(shared | _size(words.get("size")))
+    speeds = {
+        name: _positive(name, float, words[name]) if name in words else default
         for name, default in numbers.items()
     }
-    link = given.get("bandwidth", "nvlink")
+    link = words.get("bandwidth", "nvlink")
     machine = Machine(
-        tflops=found["tflops"],
+        tflops=speeds["tflops"],
         link=LINKS.get(link) or _link(link),
-        net=found["net_bandwidth"],
-        ranks=_positive("gpus_per_node", int, given.get("gpus_per_node", "8")),
+        net=speeds["net_bandwidth"],
+        ranks=_positive("gpus_per_node", int, words.get("gpus_per_node", "8")),
     )
-    ranks, precision = made.parallel.num_gpus or 1, made.model.dit_precision or "bf16"
-    return Asked(given["model"], ranks, found["vram"], made.sampling, precision, machine, given["json"])
+    ranks, precision = options.parallel.num_gpus or 1, options.model.dit_precision or "bf16"
+    return Question(
+        words["model"], ranks, speeds["vram"], options.sampling, precision, machine, words["json"]
+    )
 
 
 def _size(text: str | None) -> dict[str, int]:
@@ -144,87 +150,71 @@ def _link(text: str) -> float:
     except UserError as error:
         if text.replace(".", "").lstrip("-").isdigit():
             raise
-        raise UserError(
-            "bandwidth", f"bandwidth: {text!r} is not {', '.join(LINKS)} or a number{nearest(text, LINKS)}"
-        ) from error
+        allowed = f"{', '.join(LINKS)} or a number{nearest(text, LINKS)}"
+        raise UserError("bandwidth", f"bandwidth: {text!r} is not {allowed}") from error
 
 
-# --- how it is told
-# -----------------------------------------------------------------------------------------------------------------
+# --- what is printed
 
 
 def named(layout: Layout) -> str:
-    """A layout in words."""
+    """A layout's name, such as "cfg 2 x ulysses 4"."""
     axes = " x ".join(f"{axis} {n}" for axis, n in zip(AXES, layout.sizes, strict=True) if n > 1) or "one GPU"
     return axes + " + encoders" * layout.encoders + " + fsdp" * layout.fsdp
 
 
 def flags(layout: Layout) -> str:
-    """The options of `generate` that ask for a layout."""
-    axes = [
-        f"--{OPTIONS[axis].replace('_', '-')} {n}"
-        for axis, n in zip(AXES, layout.sizes, strict=True)
-        if n > 1
-    ]
-    return " ".join(
-        [*axes, *["--encoder-parallel fold"] * layout.encoders, *["--use-fsdp-inference"] * layout.fsdp]
-    )
+    """The options of `generate` that select a layout."""
+    sizes = zip(AXES, layout.sizes, strict=True)
+    axes = [f"--{OPTIONS[axis].replace('_', '-')} {n}" for axis, n in sizes if n > 1]
+    switches = ["--encoder-parallel fold"] * layout.encoders + ["--use-fsdp-inference"] * layout.fsdp
+    return " ".join([*axes, *switches])
 
 
 WHY = {
-    "cfg": "the two branches of guidance meet once a step",
-    "ulysses": "attention trades tokens for heads twice",
-    "ring": "keys and values go round, and no head is cut",
-    "tp": "it divides the weights, at a sum after every second layer",
-    "fsdp": "weights lie divided and are gathered block by block",
-    "encoders": "text encoders are divided over all ranks",
+    "cfg": "the two branches of guidance exchange data once per step",
+    "ulysses": "attention swaps sequence shards for head shards twice",
+    "ring": "keys and values are passed around, and heads stay whole",
+    "tp": "weights are sharded, with an all-reduce after every second layer",
+    "fsdp": "weights are sharded and gathered block by block",
+    "encoders": "text encoders are sharded over all ranks",
 }
 
 
-def best(found: Sequence[Estimate]) -> Estimate:
-    """The fastest that fits, else what comes nearest to fitting."""
-    return found[0] if found[0].lacks <= 0 else min(found, key=lambda each: each.lacks)
+def best(estimates: Sequence[Estimate]) -> Estimate:
+    """The fastest that fits, else the one that lacks least."""
+    return estimates[0] if estimates[0].lacks <= 0 else min(estimates, key=lambda each: each.lacks)
 
 
-def peak(asked: Asked, plain: Estimate, usual: Layout | None) -> str:
-    """What a layout needs, whatever the GPU: a line. usual: what `generate` chooses by itself."""
-    how = (
-        f", which `tinydiff generate --num-gpus {asked.ranks}` chooses,"
-        if plain.layout == usual and asked.ranks > 1
-        else ""
-    )
-    return f"{named(plain.layout)}{how} needs {plain.total / 1e9:.1f} GB at its peak and takes {plain.seconds:.3g} s/step"
+def peak(question: Question, plain: Estimate, usual: Layout | None) -> str:
+    """One line: what the layout needs on any GPU. usual: the layout that `generate` selects by itself."""
+    chosen = plain.layout == usual and question.ranks > 1
+    how = f", which `tinydiff generate --num-gpus {question.ranks}` selects," if chosen else ""
+    needs = f"needs {plain.total / 1e9:.1f} GB at its peak and takes {plain.seconds:.3g} s/step"
+    return f"{named(plain.layout)}{how} {needs}"
 
 
-def reason(asked: Asked, vram: float, first: Estimate, usual: Layout | None) -> str:
-    """Why this one, and how to ask for it, or that nothing fits: a line. usual: what `generate` chooses by
-    itself.
-    """
+def reason(question: Question, vram: float, first: Estimate, usual: Layout | None) -> str:
+    """One line: why this layout, and how to select it, or that nothing fits."""
+    layout = first.layout
     if first.lacks > 0:
-        advice = "more GPUs, more memory or a smaller size would help"
-        return f"nothing fits into {vram:g} GB; {named(first.layout)} comes nearest and lacks {first.lacks:.1f} GB; {advice}"
-    if first.layout.size == 1:
+        closest = f"{named(layout)} comes nearest and lacks {first.lacks:.1f} GB"
+        return f"nothing fits into {vram:g} GB; {closest}; use more GPUs, larger ones or a smaller size"
+    if layout.size == 1:
         return "one GPU has room"
-    why = "; ".join(
-        WHY[name] for name in (*AXES, "encoders", "fsdp") if int(getattr(first.layout, name)) > (name in AXES)
-    )
-    how = f"tinydiff generate --num-gpus {asked.ranks}"
-    how = f"`{how}` chooses it" if first.layout == usual else f"`{how} {flags(first.layout)}`"
-    return f"{named(first.layout)} is the fastest that fits: {why}. {how}"
+    parts = (name for name in (*AXES, "encoders", "fsdp") if int(getattr(layout, name)) > (name in AXES))
+    command = f"tinydiff generate --num-gpus {question.ranks}"
+    how = f"`{command}` selects it" if layout == usual else f"`{command} {flags(layout)}`"
+    return f"{named(layout)} is the fastest that fits: {'; '.join(WHY[name] for name in parts)}. {how}"
 
 
-def _asked_for(asked: Asked, subject: Subject) -> str:
+def _headline(question: Question, subject: Subject) -> str:
     request, work = subject.request, subject.work
-    frames = (
-        f", {request.num_frames} frames"
-        if request.num_frames > 1
-        else f", {request.layers} layers"
-        if request.layers
-        else ""
-    )
+    frames = f", {request.num_frames} frames" if request.num_frames > 1 else ""
+    frames = frames or (f", {request.layers} layers" if request.layers else "")
     runs = "two branches of guidance" if work.branches > 1 else "no guidance"
-    gpus = "one GPU" if asked.ranks == 1 else f"{asked.ranks} GPUs"
-    on = gpus if asked.vram is None else f"{asked.ranks} x {asked.vram:g} GB"
+    gpus = "one GPU" if question.ranks == 1 else f"{question.ranks} GPUs"
+    on = gpus if question.vram is None else f"{question.ranks} x {question.vram:g} GB"
     what = f"{subject.name}, {request.width}x{request.height}{frames}, {work.steps} steps, {runs}"
     return f"{what}: {work.image} image tokens and {work.text} of text, on {on}"
 
@@ -238,25 +228,15 @@ CARD_HEAD = ("GPU", "peak", "fits", "help", "peak with it", "fits with it", "s/s
 def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, *cells in rows:
-        yield "  ".join(
-            [
-                name.ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)),
-            ]
-        )
+        right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        yield "  ".join([name.ljust(widths[0]), *right])
 
 
 def _cells(each: Estimate, unknown: bool) -> tuple[str, ...]:
     sizes = [f"{size / 1e9:.1f} GB" for size in (each.weights, each.activations, each.decoding, each.total)]
     sizes[2] = "not known" if unknown else sizes[2]
-    return (
-        named(each.layout),
-        *sizes,
-        _fits(each),
-        _sent(sum(each.sent.values())),
-        f"{each.seconds:.3g}",
-        f"{each.speedup:.2f}",
-    )
+    times = f"{each.seconds:.3g}", f"{each.speedup:.2f}"
+    return named(each.layout), *sizes, _fits(each), _sent(sum(each.sent.values())), *times
 
 
 def _card(plain: Estimate, helped: Estimate | None) -> tuple[str, ...]:
@@ -275,27 +255,29 @@ def _sent(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def assumptions(asked: Asked, subject: Subject, reserved: float, reference: int) -> Iterator[str]:
-    """What the numbers take for granted."""
-    m = asked.machine
-    yield "Estimated, not measured. Every number is of one GPU; GB are 10^9 bytes."
-    yield f"weights: all networks stay there; denoiser in {asked.precision}, text encoders in bf16, image encoder and autoencoder in fp32"
-    yield "activations: what a step needs beside weights, run operation by operation, and what is computed once before the steps"
-    yield f"total: weights and the larger of activations and decoding; {reserved:g} GB more must be free, for driver and libraries"
-    if asked.vram is not None:
-        yield "sent/step: what a rank hands to collectives"
-    speeds = f"{m.link:g} GB/s in a machine of {m.ranks} GPUs, {m.net:g} GB/s beyond"
-    yield f"s/step: operations at {m.tflops:g} TFLOP/s, then sending, {speeds};"
-    yield "  only the gathering of weights hides behind other work; launches and waiting are not counted"
+def assumptions(question: Question, subject: Subject, reserved: float, reference: int) -> Iterator[str]:
+    """What the numbers assume, one line each."""
+    m = question.machine
+    yield "Estimated, not measured. Every number is for one GPU; 1 GB is 10^9 bytes."
+    yield f"weights: all networks stay loaded; denoiser in {question.precision}, text encoders in bf16,"
+    yield "  image encoder and autoencoder in fp32"
+    yield "activations: what a step needs beside weights, without torch.compile, and what is computed before"
+    yield "total: weights, and the larger of activations and decoding;"
+    yield f"  {reserved:g} GB more must be free for the driver and libraries"
+    if question.vram is not None:
+        yield "sent/step: bytes that a rank passes to collectives"
+    speeds = f"{m.link:g} GB/s in a machine of {m.ranks} GPUs, {m.net:g} GB/s between machines"
+    yield f"s/step: operations at {m.tflops:g} TFLOP/s, then communication at {speeds};"
+    yield "  only gathering weights overlaps with computing; launches and waiting are not counted"
     if subject.decoding[0] is None:
-        yield "decoding: not known of this autoencoder, and left out"
+        yield "decoding: not known for this autoencoder, and left out"
     if subject.references:
         yield f"image tokens: with {subject.references} reference image of {reference}x{reference}"
-    if asked.ranks > 1:
-        yield "replicas (--data-parallel-size) are left out: they make no request faster"
+    if question.ranks > 1:
+        yield "replicas (--data-parallel-size) are left out: they make no single request faster"
 
 
-def _asked_json(asked: Asked, subject: Subject) -> dict[str, Any]:
+def _question_json(question: Question, subject: Subject) -> dict[str, Any]:
     request = subject.request
     return {
         "model": subject.name,
@@ -305,29 +287,24 @@ def _asked_json(asked: Asked, subject: Subject) -> dict[str, Any]:
             "num_frames": request.num_frames,
             **asdict(subject.work),
         },
-        "gpus": asked.ranks,
-        "vram_gb": asked.vram,
-        "machine": asdict(asked.machine),
+        "gpus": question.ranks,
+        "vram_gb": question.vram,
+        "machine": asdict(question.machine),
     }
 
 
-def _layouts_json(subject: Subject, found: Sequence[Estimate]) -> dict[str, Any]:
-    first = best(found)
+def _layouts_json(subject: Subject, estimates: Sequence[Estimate]) -> dict[str, Any]:
+    first = best(estimates)
     recommended = named(first.layout) if first.lacks <= 0 else None
-    return {"recommended": recommended, "layouts": [_estimate_json(subject, each) for each in found]}
+    return {"recommended": recommended, "layouts": [_estimate_json(subject, each) for each in estimates]}
 
 
 def _cards_json(subject: Subject, cards: Sequence[tuple[Estimate, Estimate | None]]) -> dict[str, Any]:
-    return {
-        "cards": [
-            {
-                "vram_gb": plain.vram,
-                **_estimate_json(subject, plain),
-                "help": None if helped is None else _estimate_json(subject, helped),
-            }
-            for plain, helped in cards
-        ]
-    }
+    rows = []
+    for plain, helped in cards:
+        extra = None if helped is None else _estimate_json(subject, helped)
+        rows.append({"vram_gb": plain.vram, **_estimate_json(subject, plain), "help": extra})
+    return {"cards": rows}
 
 
 def _estimate_json(subject: Subject, each: Estimate) -> dict[str, Any]:
