@@ -39,6 +39,7 @@ HOUSE = {
                 "printing",
                 "doctor",
                 "advise",
+                "describe",
                 "parity",
                 "serve",
                 "bench",
@@ -72,6 +73,7 @@ LAZY = [
 ]
 LAZY += [
     "tinydiff.advise",
+    "tinydiff.describe",
     "tinydiff.parallel.cost",
     "tinydiff.parallel.plan",
     "tinydiff.parallel.layout",

@@ -39,6 +39,7 @@ commands:
   serve       serve a model over HTTP: OpenAI's image and video API, a web page, metrics
   models      list the supported models and their defaults
   plan        estimate memory and time of a model on one or several GPUs
+  inspect     say what a file or directory is and which command runs it
   doctor      show what this machine can run; --parity compares the networks with diffusers
 
   -h, --help  show this help; after a command, its options
@@ -111,6 +112,10 @@ def _run(argv: list[str]) -> int:
             from tinydiff import advise
 
             return advise.main(rest)
+        case ["inspect", *rest]:
+            from tinydiff import describe
+
+            return describe.main(rest)
         case ["serve", *rest]:
             if {"-h", "--help"} & set(rest):
                 _help_of_serve()
@@ -124,7 +129,7 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = ("generate", "models", "doctor", "plan", "serve", "--help", "--version")
+COMMANDS = ("generate", "models", "doctor", "plan", "inspect", "serve", "--help", "--version")
 
 
 def _generate(argv: list[str]) -> None:

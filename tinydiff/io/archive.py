@@ -105,7 +105,8 @@ def _pickle(file: Path) -> Pickle:
         raise UserError("model_path", f"model_path: {str(file)!r} does not exist") from None
     except pickle.UnpicklingError as error:
         asked = re.search(
-            r"(?:Unsupported global: GLOBAL|Unsupported class|Blocked by[^:]*:) ([\w.]+)", str(error)
+            r"(?:Unsupported global: GLOBAL|Unsupported class|Blocked by[^:]*:|unsupported GLOBAL) ([\w.]+)",
+            str(error),
         )
         what = f"asks to run {asked[1]!r}" if asked else "holds more than tensors"
         raise UserError(

@@ -103,6 +103,13 @@ def load_weights(
     return weights
 
 
+def check_weights(
+    folder: Path, rows: Iterable[Row], keys: KeyMap = AS_IS, variant: str | None = None
+) -> None:
+    """Raises what `load_weights` would of these files, from their headers alone."""
+    _sources(folder, {row.name: row for row in rows}, keys, variant)
+
+
 def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Write one safetensors file that diffusers and transformers also read, replacing `path` whole."""
     from safetensors.torch import save_file

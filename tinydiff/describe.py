@@ -1,0 +1,126 @@
+"""`tinydiff inspect`: what a file or directory is, what of it is missing, and which command runs it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from tinydiff.records import UserError, nearest
+
+if TYPE_CHECKING:
+    from tinydiff.runtime.contents import Contents
+
+USAGE = """\
+usage: tinydiff inspect PATH [--json]
+
+What a file or directory is: family, layout, format, precision, ranks, what is missing and which command runs it.
+Only headers and JSON files are read. Nothing is downloaded, and nothing of a pickle is run.
+
+  PATH      a model directory, a component, a file (safetensors, GGUF, a torch pickle), a directory of such files,
+            or a hub id that is in the download cache
+  --json    print JSON
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command. Raises UserError."""
+    if {"-h", "--help"} & set(argv):
+        print(USAGE, end="")
+        return 0
+    flags = [word for word in argv if word.startswith("-") and len(word) > 1]
+    given = [word for word in argv if word not in flags]
+    if unknown := [flag for flag in flags if flag != "--json"]:
+        hint = nearest(unknown[0], ["--json", "--help"])
+        raise UserError("inspect", f"inspect: unknown option {unknown[0]!r}; it takes PATH and --json{hint}")
+    if len(given) != 1:
+        what = "no path is given" if not given else f"{len(given)} paths are given"
+        raise UserError("inspect", f"inspect: {what}; it takes one, a file, a directory or a hub id")
+    from tinydiff.runtime.contents import contents  # torch, for those who get here
+
+    found = contents(given[0])
+    if "--json" in flags:
+        print(json.dumps(as_json(found), indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(told(found)))
+    return 0
+
+
+def as_json(found: Contents) -> dict[str, Any]:
+    """Every fact that is known."""
+    return {name: _known(value) for name, value in asdict(found).items() if value not in (None, (), {}, 0)}
+
+
+def _known(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [
+            {name: _known(each) for name, each in item.items() if each not in (None, (), {}, 0)}
+            if isinstance(item, dict)
+            else item
+            for item in value
+        ]
+    return value
+
+
+def told(found: Contents) -> Iterator[str]:
+    """The facts as lines, the parts as a table."""
+    yield f"{found.path}: {found.kind}"
+    facts = {
+        "class": found.model_class,
+        "role": found.role,
+        "family": found.family,
+        "looks like": ", ".join(found.models),
+        "layout": found.layout,
+        "format": found.format,
+        "precision": precision(found.precision),
+        "ranks": ", ".join(map(str, found.ranks)),
+        "size": f"{size(found.bytes)} in {found.tensors} tensors, {count(found.files)}"
+        if found.tensors
+        else "",
+    }
+    yield from (f"  {name:<12}{value}" for name, value in facts.items() if value)
+    if found.parts:
+        yield "  holds"
+        yield from (f"    {line}" for line in _table([_cells(part) for part in found.parts]))
+    for part in found.parts:
+        yield from (f"  problem     {part.path} {said}" for said in part.problems)
+    for name, value in found.metadata.items():
+        yield f"  metadata    {name}: {value}"
+    yield from (f"  missing     {what}" for what in found.missing)
+    yield from (f"  problem     {what}" for what in found.problems)
+    if found.command:
+        yield f"  run it      {found.command}"
+
+
+def _cells(part: Contents) -> tuple[str, ...]:
+    what = part.model_class or part.kind
+    sizes = size(part.bytes) if part.bytes else "-"
+    return part.path, what, sizes, precision(part.precision) or "-", count(part.files) if part.files else "-"
+
+
+def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        yield "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()
+
+
+def precision(shares: Mapping[str, int]) -> str:
+    """The types of the tensors, the one with most bytes first, with shares where there are several."""
+    total = sum(shares.values())
+    if len(shares) < 2 or not total:
+        return "".join(shares)
+    return ", ".join(f"{name} {100 * share / total:.1f} %" for name, share in shares.items())
+
+
+def size(bytes_: int) -> str:
+    """Bytes in the largest unit that keeps a number above 1."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if bytes_ >= scale:
+            return f"{bytes_ / scale:.1f} {unit}"
+    return f"{bytes_} B"
+
+
+def count(files: int) -> str:
+    """Files in words."""
+    return "1 file" if files == 1 else f"{files} files"

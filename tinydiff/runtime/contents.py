@@ -1,0 +1,326 @@
+"""What a file or directory holds, from headers and JSON files alone: no weight is read, nothing is downloaded,
+nothing is run.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tinydiff import paths
+from tinydiff.config import ModelOptions
+from tinydiff.io import archive, headers, hub
+from tinydiff.io.headers import Header
+from tinydiff.io.weights import check_weights, weight_files
+from tinydiff.models import registry
+from tinydiff.models.classes import RECORDS
+from tinydiff.models.layouts.recognise import LORA, QUANTISED, Found, recognise
+from tinydiff.records import UserError, nearest
+from tinydiff.runtime import blueprint
+
+MOST = 200
+"""Files of a directory that are looked at."""
+NAMES = {"gguf": "GGUF", "pickle": "torch pickle", "safetensors": "safetensors"}
+KINDS = {"gguf": "GGUF file", "pickle": "torch pickle", "safetensors": "safetensors file"}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a path holds. Facts that are not known or do not apply are None or empty.
+
+    kind: in words, such as "model directory". format: of the weight files. layout: how their keys are named.
+    model_class: of model_index.json or of the component. role: of a component. models: released models that
+    have it or that it looks like. precision: type -> bytes. parts: the components of a model, or the files of
+    a directory. missing: what is needed and not there. problems: why it does not run, one sentence each.
+    command: runs or uses it.
+    """
+
+    path: str
+    kind: str
+    format: str | None = None
+    layout: str | None = None
+    family: str | None = None
+    model_class: str | None = None
+    role: str | None = None
+    models: tuple[str, ...] = ()
+    files: int = 0
+    tensors: int = 0
+    bytes: int = 0
+    precision: Mapping[str, int] = field(default_factory=dict)
+    ranks: tuple[int, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    parts: tuple[Contents, ...] = ()
+    missing: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    command: str | None = None
+
+
+def contents(path_or_id: str) -> Contents:
+    """What a file, a directory or a hub id in the download cache holds. Raises UserError where there is none."""
+    if path_or_id == registry.SHIPPED:
+        return _directory(blueprint.SHIPPED, path_or_id)
+    path = paths.path(path_or_id, "path")
+    kind = paths.kind(path)
+    if kind == "file":
+        return _file(path, path_or_id)
+    if kind == "directory":
+        return _directory(path, path_or_id)
+    if kind:
+        raise UserError(
+            "path", f"path: {path_or_id!r} is a device or a pipe; it must be a file or a directory"
+        )
+    return _directory(_cached(path_or_id, path), path_or_id)
+
+
+def _cached(hub_id: str, path: Path) -> Path:
+    """The snapshot of a hub id in the download cache."""
+    if not hub.HUB_ID.fullmatch(hub_id):
+        siblings = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = nearest(path.name, siblings)
+        raise UserError("path", f"path: {hub_id!r} is neither a file or directory here nor a hub id{hint}")
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, local_files_only=True))
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+        known = registry.find(hub_id)
+        row = "" if known is None else f"; it is {known.name}, which `tinydiff generate` downloads"
+        message = f"{hub_id!r} is neither here nor in the download cache, and nothing is downloaded{row}"
+        raise UserError("path", f"path: {message}") from None
+
+
+# --- files
+
+
+def _file(path: Path, shown: str) -> Contents:
+    """One file of weights. Raises UserError where it is none."""
+    try:
+        header = headers.read(path)
+    except UserError as error:  # a pickle that is no weights is told of, since it was asked about
+        message = str(error).removeprefix("model_path: ")
+        return Contents(shown, KINDS["pickle"], NAMES["pickle"], files=1, problems=(message,))
+    except ValueError as error:
+        raise UserError("path", f"path: {shown!r} {error}") from error
+    return _named(_counted(shown, header), header)
+
+
+def _counted(shown: str, header: Header) -> Contents:
+    """The facts that every file has."""
+    precision = Counter[str]()
+    for tensor in header.tensors.values():
+        precision[tensor.dtype] += tensor.bytes
+    return Contents(
+        shown,
+        KINDS[header.format],
+        NAMES[header.format],
+        files=1,
+        tensors=len(header.tensors),
+        bytes=sum(precision.values()),
+        precision=dict(precision.most_common()),
+        metadata=_texts(header.metadata),
+        missing=(f"the file's last {header.lacks} bytes: it is truncated",) if header.lacks else (),
+    )
+
+
+def _texts(metadata: Mapping[str, object]) -> dict[str, str]:
+    """What a header says beside the tensors, each at most a line."""
+    texts = {str(name): " ".join(str(value).split()) for name, value in metadata.items()}
+    return {name: text if len(text) <= 200 else f"{text[:197]}..." for name, text in texts.items()}
+
+
+def _named(counted: Contents, header: Header) -> Contents:
+    """With what the keys and shapes tell: an adapter, or components and the models that have them."""
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    if any(LORA.search(key) for key in shapes):
+        return replace(counted, kind="LoRA")
+    beside = next((key for key in shapes if QUANTISED.search(key)), None)
+    whole = {key: shape for key, shape in shapes.items() if not QUANTISED.search(key)}
+    why = tuple(_unread(header, beside))
+    try:
+        found = recognise(whole, _texts(header.metadata), counted.path)
+    except UserError as error:
+        return replace(counted, problems=(*why, str(error).removeprefix("model_path: ")))
+    first, *others = found
+    if not others:
+        return replace(_component(counted, first), problems=why)
+    parts = tuple(_component(Contents(each.prefix, "component"), each) for each in found)
+    kind = f"{counted.kind} of several components"
+    return replace(
+        counted, kind=kind, family=_family(first.models), models=first.models, parts=parts, problems=why
+    )
+
+
+def _unread(header: Header, beside: str | None) -> Iterator[str]:
+    """Why a file's weights are not read. beside: a key that only quantised weights have."""
+    types = {
+        tensor.dtype for tensor in header.tensors.values() if len(tensor.shape) > 1
+    } - archive.FLOATS.keys()
+    if header.format == "gguf":
+        yield "GGUF is not read; take the model as safetensors in bf16 or fp16"
+    elif beside is not None:
+        yield f"its weights are quantised ({beside}), which is not read; take them in bf16 or fp16"
+    elif types:
+        yield f"its weights are {', '.join(sorted(types))}; the types read are {', '.join(archive.FLOATS)}"
+
+
+def _component(counted: Contents, found: Found) -> Contents:
+    return replace(
+        counted,
+        layout=found.layout.name,
+        model_class=found.class_name,
+        role=found.role,
+        family=_family(found.models),
+        models=found.models,
+    )
+
+
+def _family(models: tuple[str, ...]) -> str | None:
+    families = {row.family for row in registry.MODELS if row.name in models}
+    return " or ".join(sorted(families)) or None
+
+
+# --- directories
+
+
+def _directory(folder: Path, shown: str) -> Contents:
+    if (folder / "model_index.json").is_file():
+        return _model(folder, shown)
+    if (folder / "config.json").is_file():
+        return _part(folder, shown, _own_class(folder), "component directory")
+    return _loose(folder, shown)
+
+
+def _model(folder: Path, shown: str) -> Contents:
+    """A model in diffusers layout. What keeps it from running is told as `generate` would."""
+    index = hub.read_index(folder)
+    parts = tuple(_part(folder / name, name, kind) for name, (_, kind) in index.components.items())
+    problems: list[str] = []
+    missing = [f"{part.path}: {what}" for part in parts for what in part.missing]
+    row = None
+    try:
+        read = blueprint.read(ModelOptions(model_path=str(folder)))
+        row = read.row
+        for name, net in read.nets.items():
+            if not any(part.path == net.folder.name and part.missing for part in parts):
+                problems += _unfit(name, net)
+    except UserError as error:
+        problems.append(str(error))
+    precision = Counter[str]()
+    for part in parts:
+        precision.update(part.precision)
+    command = None if row is None or missing or problems else _command(row, shown)
+    return Contents(
+        shown,
+        "model directory",
+        next((part.format for part in parts if part.format), None),
+        "diffusers",
+        None if row is None else row.family,
+        index.class_name,
+        models=() if row is None else (row.name,),
+        files=sum(part.files for part in parts),
+        tensors=sum(part.tensors for part in parts),
+        bytes=sum(part.bytes for part in parts),
+        precision=dict(precision.most_common()),
+        parts=parts,
+        missing=tuple(missing),
+        problems=tuple(problems),
+        command=command,
+    )
+
+
+def _unfit(name: str, net: blueprint.NetPlan[Any]) -> Iterator[str]:
+    """Why a component's weights would not load."""
+    try:
+        check_weights(net.folder, net.family.spec(net.config), net.family.keys(net.config))
+    except UserError as error:
+        yield f"{name}: {str(error).removeprefix('model_path: ')}"
+
+
+def _command(row: registry.ReleasedModel, shown: str) -> str:
+    """The command that runs a model as it is."""
+    image = " --image-path IMAGE" if row.images[0] else ""
+    prompt = "" if row.captions else ' --prompt "..."'
+    return f"tinydiff generate --model-path {shlex.quote(shown)}{image}{prompt}"
+
+
+def _own_class(folder: Path) -> str | None:
+    """The class that a component's config.json names."""
+    entries = hub.read_json(folder / "config.json")
+    listed = entries.get("architectures")
+    named = [entries.get("_class_name"), *(listed if isinstance(listed, list) else ())]
+    return next((name for name in named if isinstance(name, str)), None)
+
+
+def _part(folder: Path, shown: str, class_name: str | None, kind: str = "component") -> Contents:
+    """A component: its class, and its weights where it has any."""
+    record = RECORDS.get(class_name or "")
+    role = None if record is None else record.role
+    known = Contents(shown, kind, model_class=class_name, role=role)
+    if not folder.is_dir():
+        return replace(known, missing=(f"its directory; --{shown.replace('_', '-')}-path takes another",))
+    try:
+        files = weight_files(folder)
+    except UserError as error:
+        why = str(error).removeprefix(f"model_path: {str(folder)!r} ")
+        return known if record is None else replace(known, missing=(f"weights: it {why}",))
+    precision, tensors = Counter[str](), 0
+    missing: list[str] = []
+    if record is not None and not (folder / "config.json").is_file():
+        missing.append("config.json")
+    formats = set()
+    for file in files:
+        if not file.is_file():
+            missing.append(file.name)
+            continue
+        try:
+            one = _counted(file.name, headers.read(file))
+        except (ValueError, UserError) as error:
+            missing.append(f"{file.name}: {error}")
+            continue
+        precision.update(one.precision)
+        tensors += one.tensors
+        formats.add(one.format)
+        missing += [f"{file.name}: {what}" for what in one.missing]
+    return replace(
+        known,
+        format=" and ".join(sorted(filter(None, formats))) or None,
+        files=len(files),
+        tensors=tensors,
+        bytes=sum(precision.values()),
+        precision=dict(precision.most_common()),
+        missing=tuple(missing),
+    )
+
+
+WEIGHTS = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
+
+
+def _loose(folder: Path, shown: str) -> Contents:
+    """A directory of files without an index: each weight file by itself."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in WEIGHTS and path.is_file())
+    if not files:
+        raise UserError(
+            "path", f"path: {shown!r} has neither model_index.json nor config.json nor a file of weights"
+        )
+    parts = tuple(_each(path, str(path.relative_to(folder))) for path in files[:MOST])
+    more = (f"{len(files) - MOST} more files, which are not looked at",) if len(files) > MOST else ()
+    return Contents(
+        shown,
+        "directory of weight files",
+        files=len(files),
+        tensors=sum(part.tensors for part in parts),
+        bytes=sum(part.bytes for part in parts),
+        parts=parts,
+        problems=more,
+    )
+
+
+def _each(path: Path, shown: str) -> Contents:
+    try:
+        return _file(path, shown)
+    except UserError as error:
+        return Contents(shown, "file", problems=(str(error).removeprefix(f"path: {shown!r} "),))
