@@ -92,6 +92,10 @@ class SamplingOptions:
     use_pe: bool | None = None
     """ERNIE-Image: rewrite the prompt with the checkpoint's language model (component pe) before encoding it.
     On by default where the checkpoint has one."""
+    loras: Mapping[str, float] = _empty()
+    """Strengths of the loaded LoRA adapters for this request, as in style=0.8,ink=0.3. Adapters that are not
+    named are left out. Without this option each has the strength of --lora-scale.
+    """
     dmd_denoising_steps: tuple[int, ...] = within((), least=0, most=1000)
     """Timesteps of a distilled (DMD) model, in descending order."""
 
@@ -137,6 +141,24 @@ class ModelOptions:
     """Variant of the weight files, such as fp16. A component that has no such files uses its usual ones."""
     component_paths: Mapping[str, str] = _empty()
     """Directories or hub ids of single components: --vae-path X, --text-encoder-path X, and so on."""
+    lora_path: tuple[str, ...] = ()
+    """LoRA adapters: each a .safetensors file, a directory or a hub id."""
+    lora_nickname: tuple[str, ...] = ()
+    """Names of the LoRA adapters, in the order of --lora-path. The first is called default unless named."""
+    lora_scale: tuple[float, ...] = within((1.0,), least=-100, most=100)
+    """Strength of the LoRA adapters: one for all, or one for each in order."""
+    lora_weight_name: tuple[str, ...] = ()
+    """File names of the LoRA adapters, for directories and hub ids that hold several files."""
+    lora_target: tuple[str, ...] = ()
+    """Component that each LoRA adapter changes, such as transformer_2; all takes every one that it fits."""
+    lora_alpha: float | None = within(above=0)
+    """Alpha of LoRA files that record none. The strength of a layer is alpha over its rank."""
+    lora_merge_mode: Literal["auto", "merge", "dynamic"] = "auto"
+    """merge adds LoRA adapters to the weights. dynamic keeps them beside the weights, so that each request
+    may choose its strengths. auto merges for `generate` and is dynamic for `serve`, as far as either can be.
+    """
+    lora_lenient: bool = False
+    """Use a LoRA file although some of its layers do not fit the model; they are listed."""
     dit_precision: Precision | None = None
     """Data type of the denoiser."""
     vae_precision: Precision | None = None

@@ -47,8 +47,8 @@ COMPONENTS = """
 """.split()
 """What `--<component>-path` may name. A model's model_index.json says which of them it has."""
 
-MAPS = ("component_paths", "component_attention_backends", "component_precisions")
-"""Options that hold one value for each component: `a=x,b=y`, a JSON object, or `--name.a x`."""
+MAPS = ("component_paths", "component_attention_backends", "component_precisions", "loras")
+"""Options that hold one value for each component or adapter: `a=x,b=y`, a JSON object, or `--name.a x`."""
 
 SERVER = """
     host port http_graceful_shutdown_timeout enable_metrics strict_ports webui webui_port input_save_path
@@ -232,6 +232,10 @@ def _prompts(path: str) -> list[str]:
     return prompts
 
 
+_PAIRS = {"loras": "style=0.8,ink=0.3", "": "transformer=sdpa,text_encoder=math"}
+"""An example of each map."""
+
+
 def _pairs(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """The (component, value) pairs of a map: a mapping, a JSON object, or `a=x,b=y`."""
     if isinstance(value, Mapping):
@@ -247,6 +251,6 @@ def _pairs(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     for pair in text.split(","):
         key, equals, inner = (part.strip() for part in pair.partition("="))
         if not (key and equals and inner):
-            example = "transformer=sdpa,text_encoder=math"
+            example = _PAIRS.get(name, _PAIRS[""])
             raise UserError(name, f"{name}: {shown(text)} must be pairs such as {example}")
         yield key, inner

@@ -107,6 +107,8 @@ class Request:
     seeds: tuple[int, ...]
     use_pe: bool = False
     """Whether the model's own language model rewrites the prompt."""
+    loras: Mapping[str, float] = field(default_factory=dict)
+    """Adapter -> its strength for this request; empty where each has the strength it was loaded with."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """Field -> where its value came from, or why it has no effect, where that may surprise."""
 

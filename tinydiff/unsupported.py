@@ -13,8 +13,6 @@ HSDP, KV gathering and tiles shared by several GPUs
     diffusion_decoder_parallel_tiling=true|false
 choosing GPUs or a NUMA node by number
     base_gpu_id=0 gpu_ids=0 numa_node=0
-LoRA
-    lora_path= lora_nickname=default lora_scale=1 lora_alpha= lora_merge_mode=auto lora_weight_name=
 quantisation
     quantization= quantization_ignored_layers= component_quantizations=
     component_quantization_ignored_layers= enable_svdquant=false quantization_precision=

@@ -1,0 +1,218 @@
+"""LoRA adapters of a model: from the options that name them to differences in its networks.
+
+An adapter is merged into the weights, or stays beside them (`runtime.adapters`), where each request may give
+it another strength.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tinydiff import paths
+from tinydiff.config import ModelOptions
+from tinydiff.io import hub
+from tinydiff.io.lora import Adapter, read_adapter
+from tinydiff.models.recipe import Net
+from tinydiff.records import UserError, nearest
+from tinydiff.runtime import adapters
+
+log = logging.getLogger(__name__)
+
+Mode = Literal["auto", "merge", "dynamic"]
+
+USUAL_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""Names that diffusers and peft give to the one file of an adapter."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An adapter as the options name it."""
+
+    name: str
+    source: str
+    """The path or hub id that was given."""
+    file: Path
+    strength: float
+    target: str
+    """The component that it changes; "all" takes every one that it fits."""
+    alpha: float | None = None
+    lenient: bool = False
+
+
+@dataclass(frozen=True)
+class Attached:
+    """An adapter in a loaded model."""
+
+    chosen: Chosen
+    layout: str
+    """How its file names the layers, in words."""
+    layers: Mapping[str, int]
+    """Component -> how many of its weights are changed."""
+    merged: bool
+    """Whether it is in the weights; else each request may choose its strength."""
+
+
+def chosen(options: ModelOptions) -> tuple[Chosen, ...]:
+    """The adapters that the options name, their files found. Raises UserError."""
+    count = len(options.lora_path)
+    for field, most in (("lora_nickname", count), ("lora_weight_name", count), ("lora_target", count)):
+        if len(values := getattr(options, field)) > most:
+            raise UserError(field, f"{field}: {len(values)} are given for {count} adapters (lora_path)")
+    if len(options.lora_scale) not in {1, count}:
+        message = f"{len(options.lora_scale)} are given for {count} adapters (lora_path); give one, or one for each"
+        raise UserError("lora_scale", f"lora_scale: {message}")
+    names = [*options.lora_nickname, *_defaults(len(options.lora_nickname), count)]
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise UserError("lora_nickname", f"lora_nickname: {twice!r} names two adapters; give each its own name")
+    return tuple(
+        Chosen(
+            name=names[i],
+            source=source,
+            file=adapter_file(source, _nth(options.lora_weight_name, i)),
+            strength=options.lora_scale[i if len(options.lora_scale) > 1 else 0],
+            target=_nth(options.lora_target, i) or "all",
+            alpha=options.lora_alpha,
+            lenient=options.lora_lenient,
+        )
+        for i, source in enumerate(options.lora_path)
+    )
+
+
+def _defaults(first: int, count: int) -> Iterator[str]:
+    for number in range(first, count):
+        yield "default" if number == 0 else f"default_{number + 1}"
+
+
+def _nth(values: Sequence[str], index: int) -> str | None:
+    return values[index] if index < len(values) else None
+
+
+def adapter_file(source: str, weight_name: str | None = None) -> Path:
+    """The safetensors file of an adapter that is given as a file, a directory or a hub id. Raises UserError."""
+    path = paths.path(source, "lora_path")
+    if paths.kind(path) == "file":
+        if weight_name is not None and weight_name != path.name:
+            message = f"{weight_name!r} is given, but lora_path {source!r} is one file"
+            raise UserError("lora_weight_name", f"lora_weight_name: {message}")
+        return path
+    directory = hub.resolve(source, field="lora_path")
+    files = {str(file.relative_to(directory)): file for file in sorted(directory.rglob("*.safetensors"))}
+    if weight_name is not None:
+        if weight_name not in files:
+            hint = nearest(weight_name, files)
+            raise UserError("lora_weight_name", f"lora_weight_name: {source!r} has no {weight_name!r}{hint}")
+        return files[weight_name]
+    if not files:
+        raise UserError("lora_path", f"lora_path: {source!r} has no *.safetensors file")
+    usual = [files[name] for name in USUAL_FILES if name in files]
+    if len(files) > 1 and len(usual) != 1:
+        names = ", ".join([*files][:5]) + (", ..." if len(files) > 5 else "")
+        message = f"{source!r} has {len(files)} files; choose one with lora_weight_name: {names}"
+        raise UserError("lora_path", f"lora_path: {message}")
+    return usual[0] if usual else next(iter(files.values()))
+
+
+def attach(
+    nets: Mapping[str, Net[Any]], chosen: Sequence[Chosen], mode: Mode = "auto", prefer_merged: bool = False
+) -> tuple[dict[str, Net[Any]], dict[str, Attached]]:
+    """Networks with adapters, in place of those that were beside their weights.
+
+    mode: as the option lora_merge_mode. prefer_merged: what auto does where both can be done.
+    Raises UserError for an adapter that does not fit, or cannot be attached in that mode.
+    """
+    changed, attached = dict(nets), {}
+    beside: dict[str, dict[str, adapters.Differences]] = {name: {} for name in nets}
+    for each in chosen:
+        adapter = _read(each, nets)
+        merge = _merges(each, adapter, changed, mode, prefer_merged)
+        for component, differences in adapter.targets.items():
+            if merge:
+                changed[component] = adapters.merged(changed[component], differences, each.strength)
+            else:
+                beside[component][each.name] = differences
+        layers = {component: len(differences) for component, differences in adapter.targets.items()}
+        attached[each.name] = Attached(each, adapter.layout, layers, merge)
+        where = ", ".join(f"{count} weights of {component}" for component, count in layers.items())
+        how = "merged" if merge else "dynamic"
+        log.info("LoRA %s (%s): %s, strength %g, %s", each.name, adapter.layout, where, each.strength, how)
+    for component, named in beside.items():
+        if named or changed[component].adapters:
+            changed[component] = adapters.beside(changed[component], named)
+    return changed, attached
+
+
+def _read(each: Chosen, nets: Mapping[str, Net[Any]]) -> Adapter:
+    can = {name: net for name, net in nets.items() if net.family.role in ("dit", "text_encoder")}
+    if each.target not in ("all", *can):
+        names = ("all", *can)
+        message = f"{each.target!r} is not one of {', '.join(names)}{nearest(each.target, names)}"
+        raise UserError("lora_target", f"lora_target: {message}")
+    targets = {
+        name: (net.family, net.config) for name, net in can.items() if each.target in ("all", name)
+    }
+    return read_adapter(each.file, targets, alpha=each.alpha, lenient=each.lenient)
+
+
+def _merges(
+    each: Chosen, adapter: Adapter, nets: Mapping[str, Net[Any]], mode: Mode, prefer_merged: bool
+) -> bool:
+    """Whether an adapter goes into the weights."""
+    divided = next((name for name in adapter.targets if _is_divided(nets[name])), None)
+    whole = next((name for part in adapter.targets.values() for name in part if not _stays(part, name)), None)
+    if mode == "merge" and divided is not None:
+        message = f"{divided}'s weights are divided over ranks, so {each.name!r} cannot be merged into them"
+        raise UserError("lora_merge_mode", f"lora_merge_mode: {message}; use dynamic")
+    if whole is not None and (mode == "dynamic" or divided is not None):
+        why = "" if divided is None else f", and the weights of {divided} are divided over ranks"
+        message = f"{each.name!r} changes {whole} by more than a low-rank product, which only merging can do{why}"
+        raise UserError("lora_merge_mode", f"lora_merge_mode: {message}")
+    if mode != "auto":
+        return mode == "merge"
+    if divided is not None or whole is not None:
+        return divided is None
+    return prefer_merged and not _rounds_away(each, adapter, nets)
+
+
+def _is_divided(net: Net[Any]) -> bool:
+    return any(net.plan.group(axis).size > 1 for axis in ("tp", "shard"))
+
+
+def _stays(differences: adapters.Differences, name: str) -> bool:
+    return name.endswith("weight") and differences[name].low_rank() is not None
+
+
+def _rounds_away(each: Chosen, adapter: Adapter, nets: Mapping[str, Net[Any]]) -> bool:
+    for component, differences in adapter.targets.items():
+        lost = adapters.rounded_away(nets[component], differences, each.strength)
+        if lost > adapters.ROUNDED_AWAY:
+            log.info("LoRA %s: merging would round %d %% of it away", each.name, 100 * lost)
+            return True
+    return False
+
+
+def for_request(
+    nets: Mapping[str, Net[Any]], attached: Mapping[str, Attached], loras: Mapping[str, float]
+) -> Mapping[str, Net[Any]]:
+    """The networks as one request sees them.
+
+    loras: the strengths that it asks for; without any, each adapter has its own.
+    Raises UserError for an adapter that is not loaded, or that is in the weights.
+    """
+    for name in loras:
+        if name not in attached:
+            raise UserError("loras", f"loras: {unknown(name, attached)}")
+        if attached[name].merged:
+            message = f"{name!r} is merged into the weights, so its strength is fixed"
+            raise UserError("loras", f"loras: {message}; load the model with --lora-merge-mode dynamic")
+    own = {name: each.chosen.strength for name, each in attached.items() if not each.merged}
+    return {name: adapters.with_strengths(net, loras or own) for name, net in nets.items()}
+
+
+def unknown(name: str, names: Mapping[str, Any] | Sequence[str]) -> str:
+    """The sentence for an adapter that is not loaded."""
+    loaded = f"loaded are {', '.join(names)}" if names else "none is loaded; see --lora-path"
+    return f"{name!r} is no adapter of this model; {loaded}{nearest(name, names)}"
