@@ -75,6 +75,10 @@ class SamplingOptions:
     """Frames per second of a video."""
     num_inference_steps: int | None = within(least=1, most=1000)
     """Number of denoising steps."""
+    sigmas: tuple[float, ...] = within((), above=0, most=1)
+    """Noise level of each denoising step, falling from at most 1, as a distilled model's card lists them. The
+    shift of the schedule still applies; --flow-shift 1 takes them as they are.
+    """
     guidance_scale: float | None = within(least=0, most=1000)
     """How closely to follow the prompt. At 1 classifier-free guidance is off, which halves the work."""
     true_cfg_scale: float | None = within(least=0, most=1000)

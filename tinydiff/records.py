@@ -105,6 +105,8 @@ class Request:
     text_tokens: int
     """Most tokens of text that the model reads."""
     seeds: tuple[int, ...]
+    sigmas: tuple[float, ...] = ()
+    """Noise level of each step before the shift; empty where the model's own grid is used."""
     use_pe: bool = False
     """Whether the model's own language model rewrites the prompt."""
     loras: Mapping[str, float] = field(default_factory=dict)

@@ -256,6 +256,15 @@ def test_dev_equals_diffusers(count, scale, framed, tmp_path, pictures):
     same(pipe, model, request, guidance_scale=scale)
 
 
+def test_sigmas_are_those_of_diffusers(tmp_path):
+    """Listed noise levels take the place of the grid; the shift by the size of the image still applies."""
+    pipe, model = dev(tmp_path / "model"), load(tmp_path / "model")
+    sigmas = (1.0, 0.6509, 0.1108)[:STEPS]
+    request = request_for(model, num_inference_steps=None, sigmas=sigmas, guidance_scale=2.5)
+    assert request.num_inference_steps == len(sigmas)
+    same(pipe, model, request, guidance_scale=2.5, sigmas=np.array(sigmas))
+
+
 def test_a_prompt_that_is_too_long_is_cut_as_by_the_reference(tmp_path, caplog):
     pipe, model = klein(tmp_path / "model", True), load(tmp_path / "model")
     long = PROMPT * 40

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tinydiff.io.lora import Difference
 from tinydiff.models.recipe import Net
 from tinydiff.parallel.plan import low_rank_rows
 from tinydiff.parallel.shards import held
@@ -25,18 +26,6 @@ RANKS = 64
 
 ROUNDED_AWAY = 0.5
 """The share of a difference that rounding may lose when it is merged; above it an adapter stays beside."""
-
-
-class Difference(Protocol):
-    """What an adapter does to one weight. `io.lora` reads them from files."""
-
-    def apply(self, weight: Tensor, strength: float) -> Tensor:
-        """The weight with the difference, computed in at least float32, in the weight's type."""
-        ...
-
-    def low_rank(self) -> tuple[Tensor, Tensor] | None:
-        """(a [R, I], b [O, R]) whose product b @ a is the difference at strength 1; None where it has none."""
-        ...
 
 
 Differences = Mapping[str, Difference]

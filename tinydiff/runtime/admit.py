@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import numpy
@@ -15,6 +16,7 @@ from tinydiff.io.images import read_image, resize
 from tinydiff.models.recipe import side, spread, too_long
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.records import Request, UserError
+from tinydiff.runtime import loras
 from tinydiff.runtime.blueprint import Blueprint
 from tinydiff.runtime.pipeline import table
 from tinydiff.runtime.settings import settle
@@ -51,6 +53,9 @@ def admit(
     originals = _images(blueprint, sampling.image_path, read)
     height, width = _size(blueprint, sampling, originals)
     frames = _frames(blueprint, sampling, clip or (bool(originals) and row.image_use == "frames"))
+    for name in sampling.loras:
+        if name not in (names := [each.name for each in blueprint.adapters]):
+            raise UserError("loras", f"loras: {loras.unknown(name, names)}")
     layers = (sampling.num_frames or row.layers) if row.layers else 0
     starts = _starts(blueprint, sampling, originals, frames)
     if (pixels := frames * max(1, layers) * height * width) > most_pixels:
@@ -86,6 +91,8 @@ def admit(
             negative_prompt=settled.negative_prompt,
             flow_shift=settled.flow_shift,
             use_pe=settled.use_pe,
+            sigmas=sampling.sigmas,
+            loras=sampling.loras,
             notes=settled.notes,
         )
         for index, prompt in enumerate(sampling.prompt or ("",) * row.captions)
@@ -297,17 +304,33 @@ def _frames(blueprint: Blueprint, sampling: SamplingOptions, clip: bool) -> int:
 
 def _steps(blueprint: Blueprint, sampling: SamplingOptions) -> tuple[int, tuple[int, ...]]:
     """(steps, the timesteps of a distilled model or nothing)."""
-    row = blueprint.row
+    row, asked = blueprint.row, sampling.num_inference_steps
+    if sampling.sigmas:
+        _check_sigmas(row, sampling)
+        return len(sampling.sigmas), ()
     if row.solver != "dmd":
         if sampling.dmd_denoising_steps:
             raise UserError(
                 "dmd_denoising_steps",
                 f"dmd_denoising_steps: {row.name} is not distilled; give num_inference_steps instead",
             )
-        return sampling.num_inference_steps or row.steps, ()
+        return asked or row.steps, ()
     timesteps = sampling.dmd_denoising_steps or row.dmd_timesteps
-    asked = sampling.num_inference_steps
     if asked is not None and asked != len(timesteps):
         message = f"{asked} does not fit {row.name}, distilled for {len(timesteps)}; other timesteps go into dmd_denoising_steps"
         raise UserError("num_inference_steps", f"num_inference_steps: {message}")
     return len(timesteps), tuple(timesteps)
+
+
+def _check_sigmas(row: ReleasedModel, sampling: SamplingOptions) -> None:
+    sigmas, steps = sampling.sigmas, sampling.num_inference_steps
+    if row.solver == "dmd":
+        raise UserError("sigmas", f"sigmas: {row.name} is distilled for timesteps; give dmd_denoising_steps")
+    if steps is not None and steps != len(sigmas):
+        message = f"{steps} does not fit the {len(sigmas)} sigmas given; leave it out"
+        raise UserError("num_inference_steps", f"num_inference_steps: {message}")
+    for before, after in pairwise(sigmas):
+        if after >= before:
+            raise UserError(
+                "sigmas", f"sigmas: {after:g} follows {before:g}; each must be below the one before"
+            )

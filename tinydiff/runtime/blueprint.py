@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -30,6 +30,7 @@ from tinydiff.parallel.plan import ALONE, Group, Plan
 from tinydiff.parallel.ranks import Ranks
 from tinydiff.parallel.shards import undivided
 from tinydiff.records import UserError, nearest
+from tinydiff.runtime import loras
 from tinydiff.runtime.component_config import preprocessed, read_config
 from tinydiff.sampling import solvers
 
@@ -85,6 +86,8 @@ class Blueprint:
     tiling: bool
     variant: str | None = None
     """Of the weights, where they are saved in several."""
+    adapters: tuple[loras.Chosen, ...] = ()
+    lora_mode: loras.Mode = "auto"
 
     @property
     def denoiser(self) -> NetPlan[Denoiser]:
@@ -103,6 +106,7 @@ class Model:
     blueprint: Blueprint
     nets: Mapping[str, Net[Any]]
     tokenizers: Mapping[str, Tokenizer]
+    adapters: Mapping[str, loras.Attached] = field(default_factory=dict)
 
     @property
     def denoiser(self) -> Net[Denoiser]:
@@ -179,15 +183,27 @@ def read(options: ModelOptions) -> Blueprint:
         name: place for name, place in places.items() if name.startswith(("tokenizer", "pe_tokenizer"))
     }
     return Blueprint(
-        row, named, nets, tokenizers, scheduler, index.options, device, compiled, tiling, options.variant
+        row,
+        named,
+        nets,
+        tokenizers,
+        scheduler,
+        index.options,
+        device,
+        compiled,
+        tiling,
+        options.variant,
+        loras.chosen(options),
+        options.lora_merge_mode,
     )
 
 
-def load(blueprint: Blueprint, ranks: Ranks | None = None) -> Model:
+def load(blueprint: Blueprint, ranks: Ranks | None = None, merge_adapters: bool = False) -> Model:
     """Stream the weights of every network to the device and type that the blueprint says. Raises UserError
     for broken files.
 
     ranks: this process among several that all load the model; it gets what it is to hold of it.
+    merge_adapters: whether LoRA adapters rather go into the weights, where the options leave it open.
     """
     variant = blueprint.variant
     if variant is not None and not any(has(net.folder, variant) for net in blueprint.nets.values()):
@@ -220,7 +236,8 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None) -> Model:
         nets[name] = Net(
             net.family, net.config, plan, weights, net.dtype, _generation(net) if name == WRITER else {}
         )
-    return Model(blueprint, nets, tokenizers)
+    nets, attached = loras.attach(nets, blueprint.adapters, blueprint.lora_mode, merge_adapters)
+    return Model(blueprint, nets, tokenizers, attached)
 
 
 def _generation(net: NetPlan[Any]) -> Mapping[str, Any]:
@@ -400,11 +417,13 @@ def _check_fit(row: ReleasedModel, index: hub.Index, nets: Mapping[str, NetPlan[
             f"model_path: model_index.json names no {absent[0]}, which this {index.class_name} needs",
         )
     net = nets["transformer"].config
-    for field, value, why in nets["transformer"].family.must_fit(
+    for name, value, why in nets["transformer"].family.must_fit(
         net, {name: plan.config for name, plan in nets.items()}, row
     ):
-        if getattr(net, field) != value:
-            message = f"the components do not fit each other: the transformer's {field} is {getattr(net, field)}, and {why} {value}"
+        if (own := getattr(net, name)) != value:
+            message = (
+                f"the components do not fit each other: the transformer's {name} is {own}, and {why} {value}"
+            )
             raise UserError("model_path", f"model_path: {message}")
     if "transformer_2" in nets:  # both experts run in one loop
         first, second = nets["transformer"], nets["transformer_2"]

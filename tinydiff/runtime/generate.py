@@ -55,7 +55,7 @@ def generate(options: Options, progress: Progress, ranks: Ranks | None = None) -
     started = time.perf_counter()
     plan, requests, destinations = admitted(options)
     progress.on_stage("load")
-    model = blueprint.load(plan, ranks)
+    model = blueprint.load(plan, ranks, merge_adapters=not options.sampling.loras)
     loaded = {"load": time.perf_counter() - started}
     jobs, numbers, writes = (
         _jobs(requests, 1 if ranks is None else ranks.layout.dp),

@@ -63,11 +63,15 @@ def chosen(options: ModelOptions) -> tuple[Chosen, ...]:
         if len(values := getattr(options, field)) > most:
             raise UserError(field, f"{field}: {len(values)} are given for {count} adapters (lora_path)")
     if len(options.lora_scale) not in {1, count}:
-        message = f"{len(options.lora_scale)} are given for {count} adapters (lora_path); give one, or one for each"
+        message = (
+            f"{len(options.lora_scale)} are given for {count} adapters (lora_path); give one, or one for each"
+        )
         raise UserError("lora_scale", f"lora_scale: {message}")
     names = [*options.lora_nickname, *_defaults(len(options.lora_nickname), count)]
     if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
-        raise UserError("lora_nickname", f"lora_nickname: {twice!r} names two adapters; give each its own name")
+        raise UserError(
+            "lora_nickname", f"lora_nickname: {twice!r} names two adapters; give each its own name"
+        )
     return tuple(
         Chosen(
             name=names[i],
@@ -151,9 +155,7 @@ def _read(each: Chosen, nets: Mapping[str, Net[Any]]) -> Adapter:
         names = ("all", *can)
         message = f"{each.target!r} is not one of {', '.join(names)}{nearest(each.target, names)}"
         raise UserError("lora_target", f"lora_target: {message}")
-    targets = {
-        name: (net.family, net.config) for name, net in can.items() if each.target in ("all", name)
-    }
+    targets = {name: (net.family, net.config) for name, net in can.items() if each.target in ("all", name)}
     return read_adapter(each.file, targets, alpha=each.alpha, lenient=each.lenient)
 
 
@@ -168,7 +170,9 @@ def _merges(
         raise UserError("lora_merge_mode", f"lora_merge_mode: {message}; use dynamic")
     if whole is not None and (mode == "dynamic" or divided is not None):
         why = "" if divided is None else f", and the weights of {divided} are divided over ranks"
-        message = f"{each.name!r} changes {whole} by more than a low-rank product, which only merging can do{why}"
+        message = (
+            f"{each.name!r} changes {whole} by more than a low-rank product, which only merging can do{why}"
+        )
         raise UserError("lora_merge_mode", f"lora_merge_mode: {message}")
     if mode != "auto":
         return mode == "merge"
@@ -208,8 +212,15 @@ def for_request(
         if attached[name].merged:
             message = f"{name!r} is merged into the weights, so its strength is fixed"
             raise UserError("loras", f"loras: {message}; load the model with --lora-merge-mode dynamic")
+    asked = strengths(attached, loras)
+    return {name: adapters.with_strengths(net, asked) for name, net in nets.items()}
+
+
+def strengths(attached: Mapping[str, Attached], loras: Mapping[str, float]) -> dict[str, float]:
+    """The strength of each adapter for a request that asks for `loras`."""
+    merged = {name: each.chosen.strength for name, each in attached.items() if each.merged}
     own = {name: each.chosen.strength for name, each in attached.items() if not each.merged}
-    return {name: adapters.with_strengths(net, loras or own) for name, net in nets.items()}
+    return merged | (dict(loras) or own)
 
 
 def unknown(name: str, names: Mapping[str, Any] | Sequence[str]) -> str:

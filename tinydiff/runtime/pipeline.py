@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from tinydiff.models.recipe import Context, LoopInputs, token_count
 from tinydiff.ops.norm import compute_dtype
 from tinydiff.parallel import sequence
 from tinydiff.records import Request, Result, UserError
+from tinydiff.runtime import loras
 from tinydiff.runtime.blueprint import PRECISIONS, WRITER, Blueprint, Model
 from tinydiff.sampling import guidance, loop, noise, sigmas, solvers
 from tinydiff.sampling.solvers import Table
@@ -157,6 +158,7 @@ def _is_negative(request: Request, texts: Sequence[str], index: int) -> bool:
 
 def condition(model: Model, request: Request) -> Conditioning:
     """Run the encoders, and make the table."""
+    model = replace(model, nets=loras.for_request(model.nets, model.adapters, request.loras))
     warnings: dict[str, None] = {}  # in order, each once: tokenizers of one length cut alike
     told = _conditioned(model, request, parts(model, request, lambda said: warnings.update({said: None})))
     for said in warnings:
@@ -190,7 +192,7 @@ def _experts(model: Model, prepared: LoopInputs, rows: Table) -> Callable[[int],
     @cache
     def expert(index: int) -> loop.Hoisted:
         net = model.nets[("transformer", "transformer_2")[index]]
-        return loop.hoist(net.network, net.weights, prepared.branches, rows)
+        return loop.hoist(net.network, net.weights, prepared.branches, rows, net.lora_scale)
 
     return expert
 
@@ -223,6 +225,7 @@ def _scheduled(blueprint: Blueprint, request: Request) -> Table:
         scheduler.get("use_flow_sigmas") and blueprint.row.pipeline in family.own_grid and not request.starts
     )
     grid = sigmas.linear_grid(steps) if family.linear_grid and not own else None
+    grid = torch.tensor(request.sigmas, dtype=torch.float64) if request.sigmas else grid
     tokens = token_count(blueprint.autoencoder.config, request, family.patch(net.config))
     mu = family.mu(net.config, tokens, steps, scheduler) if scheduler.get("use_dynamic_shifting") else None
     return solvers.from_scheduler_config(scheduler, steps, sigmas=grid, mu=mu)
@@ -385,6 +388,8 @@ def parameters(
         entries |= {"guidance_scale": request.embedded_guidance, "true_cfg_scale": request.guidance_scale}
     if request.boundary_ratio is not None:
         entries |= {"guidance_scale_2": request.guidance_scale_2, "boundary_ratio": request.boundary_ratio}
+    if request.sigmas:
+        entries["sigmas"] = list(request.sigmas)
     if request.dmd_timesteps:
         entries["dmd_denoising_steps"] = list(request.dmd_timesteps)
     if request.flow_shift is not None:
@@ -394,6 +399,8 @@ def parameters(
     entries["given_images"] = len(request.originals)
     if request.starts:
         entries |= {"strength": request.strength, "masked": request.mask is not None}
+    if model.adapters:
+        entries["loras"] = loras.strengths(model.adapters, request.loras)
     if request.notes:
         entries["notes"] = dict(request.notes)
     if warnings:

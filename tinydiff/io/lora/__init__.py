@@ -1,0 +1,6 @@
+"""LoRA files: read into differences of a model's weights, whatever trainer wrote them."""
+
+from tinydiff.io.lora.differences import Difference, LowRank
+from tinydiff.io.lora.reader import Adapter, read_adapter
+
+__all__ = ["Adapter", "Difference", "LowRank", "read_adapter"]
