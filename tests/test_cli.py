@@ -69,7 +69,7 @@ def test_help(capsys: pytest.CaptureFixture[str]):
         "--num-gpus N",
     ):
         assert word in shown
-    assert "None" not in shown and "--lora-path" not in shown
+    assert "None" not in shown and "--lora-path TEXT ..." in shown
 
 
 def test_version(capsys: pytest.CaptureFixture[str]):

@@ -352,7 +352,6 @@ def test_a_missing_feature_may_be_turned_off(argv: list[str]):
         ),
         (["--hsdp-shard-dim", "2"], "several GPUs"),
         (["--enable-nccl-nvls"], "several GPUs"),
-        (["--lora-path", "a/b"], "not supported yet: LoRA"),
         (["--quantization", "fp8"], "quantisation"),
         (["--transformer-weights-path", "a"], "component_weights_paths: 'transformer=a' cannot be used"),
         (["--vae-quantization", "fp8"], "component_quantizations"),

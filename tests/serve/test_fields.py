@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from tinydiff.records import UserError
@@ -37,7 +39,7 @@ def test_every_sampling_option_is_a_field_at_top_level_and_in_extra_body():
         "prompt": "p", "negative_prompt": "n", "strength": 0.5, "seed": 7, "num_outputs_per_prompt": 2, "height": 64, "width": 96,
         "num_frames": 5, "fps": 8, "num_inference_steps": 4, "guidance_scale": 2.0, "true_cfg_scale": 2.0, "cfg_normalization": 1.0,
         "guidance_scale_2": 3.0, "boundary_ratio": 0.5, "flow_shift": 2.0, "dmd_denoising_steps": [1000, 500],
-        "use_pe": False,
+        "use_pe": False, "loras": {"style": 0.5}, "sigmas": [1.0, 0.5],
     }  # fmt: skip
     assert values.keys() == set(fields.SAMPLING)
     top = read_fields(values, "video").fields
@@ -47,7 +49,7 @@ def test_every_sampling_option_is_a_field_at_top_level_and_in_extra_body():
             {"prompt": "p", "extra_body": {k: v for k, v in values.items() if k != "prompt"}}, "video"
         ).fields
     )
-    assert top == {**values, "seed": (7,), "dmd_denoising_steps": (1000, 500)}
+    assert top == {**values, "seed": (7,), "dmd_denoising_steps": (1000, 500), "sigmas": (1.0, 0.5)}
 
 
 @pytest.mark.parametrize("name", ["extra_body", "extra_params", "extra_json"])
@@ -225,8 +227,11 @@ def test_moderation_asks_for_nothing(value):
         ({"input_fidelity": "high"}, "input_fidelity", "it may be 'low'"),
         ({"frame_count": 4}, "frame_count", "/v1/videos"),
         ({"markup": b"PNG"}, "markup", "a file cannot be had"),
-        ({"loras": [{"path": "x"}]}, "loras", "not supported yet: LoRA"),
-        ({"lora_path": "x"}, "lora_path", "not supported yet: LoRA"),
+        ({"loras": [{"path": "x"}]}, "loras", "is not an adapter, such as"),
+        ({"loras": ["x", "x"]}, "loras", "'x' is given twice"),
+        ({"loras": {"x": "1"}}, "loras.x", "is not a number from -100 to 100"),
+        ({"loras": 5}, "loras", "5 is not an object of adapters and strengths"),
+        ({"lora_path": "x"}, "lora_path", "where the server is started"),
         ({"enable_teacache": True}, "enable_teacache", "not supported yet: step caches"),
         ({"model_path": "x"}, "model_path", "where the server is started"),
         ({"save_output": False}, "save_output", "where the server is started"),
@@ -255,12 +260,27 @@ def test_what_asks_for_nothing_is_taken():
     said = {
         "seed": 1,
         "enable_teacache": False,
-        "loras": [],
         "frame_count": 1,
         "input_fidelity": "low",
-        "lora_scale": 1,
     }
     assert read_fields(said, "image").fields == {"seed": (1,)}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"style": 0.5, "ink": 1},
+        [{"name": "style", "scale": 0.5}, {"name": "ink"}],
+        [["style", 0.5], "ink"],
+    ],
+)
+def test_adapters_come_as_an_object_and_as_a_list(said):
+    for body, form in (({"loras": said}, False), ({"loras": json.dumps(said)}, True)):
+        assert read_fields({"prompt": "p", **body}, "image", form).fields["loras"] == {
+            "style": 0.5,
+            "ink": 1.0,
+        }
+    assert read_fields({"prompt": "p", "loras": []}, "image").fields["loras"] == {}
 
 
 def test_a_picture_has_a_most_of_bytes():

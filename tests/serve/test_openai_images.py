@@ -127,13 +127,13 @@ def test_stream_of_an_edit(client):
     assert [event.type for event in found] == ["image_edit.partial_image", "image_edit.completed"]
 
 
-def test_what_does_not_exist_yet_is_told_in_every_form_that_the_client_sends(client):
-    for loras in ([{"path": "x", "scale": 0.5}], '[{"path": "x"}]', {"path": "x"}):
+def test_an_unknown_adapter_is_told_in_every_form_that_the_client_sends(client):
+    for loras in ([{"name": "x", "scale": 0.5}], {"x": 1}):
         for call in (
             lambda **more: client.images.generate(**SMALL, **more),
             lambda **more: client.images.edit(image=file(), prompt="p", **more),
         ):
-            with pytest.raises(openai.BadRequestError, match="not supported yet: LoRA") as caught:
+            with pytest.raises(openai.BadRequestError, match="'x' is no adapter of this model") as caught:
                 call(extra_body={"loras": loras})
             assert caught.value.param == "loras"
 

@@ -67,7 +67,7 @@ REFUSED = {
     "a number of 4,300 digits": (IMAGES, JSON, b'{"prompt":"a","n":' + b"1" * 4300 + b"}", "n", "must be from"),
     "a name of 20 MB": (IMAGES, JSON, prompt(**{"p" * 20_000_000: 1}), "p" * 80, "no such field"),
     "a name of 20 MB in extra_body": (IMAGES, JSON, prompt(extra_body={"p" * 20_000_000: 1}), "p" * 80, "no such field"),
-    "a later option of 20 MB": (IMAGES, JSON, prompt(lora_scale="1" * 20_000_000), "lora_scale", "not supported yet"),
+    "a later option of 20 MB": (IMAGES, JSON, prompt(w="1" * 20_000_000), "w", "not supported yet"),
     "a prompt of 20 MB": (IMAGES, JSON, prompt(prompt="é" * 10_000_000), "prompt", "characters"),
     "a model of 20 MB": (IMAGES, JSON, prompt(model="m" * 20_000_000), "model", "characters"),
     "a data URI of escapes": (VIDEOS, JSON, prompt(input_reference=URI + "%41" * 7_000_000), "input_reference", "is broken"),

@@ -170,7 +170,6 @@ IDLE: dict[str, tuple[tuple[Any, ...], str]] = {
     "frame_duration_ms": ((), "an animation is a video, asked for at /v1/videos with fps"),
     "svg": ((), "images are made of pixels"),
     "markup": ((), "no model here reads marks on an image; a mask says where it is inpainted"),
-    "loras": (([], "", "[]"), unsupported.said("LoRA")),
     "enhance_prompt": ((False, "false"), unsupported.said("prompt rewriting by another model")),
 }
 """What OpenAI or SGLang have and nothing here does: the values that ask for nothing, and why there are no
@@ -280,6 +279,9 @@ def _option(name: str, meant: str, value: Any, words: bool) -> Any:
         raise UserError(name, f"{name}: has {len(value):,} characters; {MOST_PROMPT:,} are the most")
     if meant in ("prompt", "negative_prompt"):
         return _text(MOST_PROMPT)(name, value, words)
+    if meant == "loras":
+        is_json = isinstance(value, str) and words and value
+        return dict(_loras(name, parse_json(value, name) if is_json else value, words))
     hint = str(_HINTS[meant])
     if "bool" in hint:
         return _truth(name, value, words)
@@ -298,6 +300,32 @@ def _option(name: str, meant: str, value: Any, words: bool) -> Any:
     if words and numbers and not all(_NUMBERS.fullmatch(one) for one in each if isinstance(one, str)):
         raise _wrong(name, value, "a number" if "float" in hint else "an integer")
     return values.within_limits(name, _HINTS[meant], value, _LIMITS[meant])
+
+
+def _loras(name: str, value: Any, words: bool) -> Iterator[tuple[str, float]]:
+    """(adapter, strength) of {"style": 0.8}, of ["style"] and of [{"name": "style", "scale": 0.8}]."""
+    pairs = list(value.items()) if isinstance(value, dict) else value or []
+    if not isinstance(pairs, list) or len(pairs) > MOST_LISTED:
+        raise _wrong(name, value, f"an object of adapters and strengths, or a list of at most {MOST_LISTED}")
+    seen: set[str] = set()
+    for item in pairs:
+        match item:
+            case str() as adapter:
+                strength: Any = 1.0
+            case (str() as adapter, strength):
+                pass
+            case {"name": str() as adapter, **rest} if rest.keys() <= {"scale"}:
+                strength = rest.get("scale", 1.0)
+            case _:
+                raise _wrong(name, item, 'an adapter, such as {"name": "style", "scale": 0.8}')
+        if words and isinstance(strength, str) and _NUMBERS.fullmatch(strength):
+            strength = values.within_limits(f"{name}.{adapter}"[:80], float, strength, {})
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not abs(strength) <= 100:
+            raise _wrong(f"{name}.{adapter}"[:80], strength, "a number from -100 to 100")
+        if adapter in seen:
+            raise UserError(name, f"{name}: {adapter[:80]!r} is given twice")
+        seen.add(adapter)
+        yield adapter, float(strength)
 
 
 def _sources(name: str, value: Any) -> Iterator[str | bytes | FileId]:
@@ -338,7 +366,7 @@ def _refuse(name: str, value: Any, kind: Kind) -> None:
         free, why = IDLE[name]
         if any(type(value) is type(each) and value == each for each in free):
             return
-        only = f"; it may be {' or '.join(map(_shown, free))}" if free and name != "loras" else ""
+        only = f"; it may be {' or '.join(map(_shown, free))}" if free else ""
         raise UserError(name, f"{name}: {_shown(value)} cannot be had: {why}{only}")
     if name in unsupported.OPTIONS:
         if sentence := flags.refusal(name, value):

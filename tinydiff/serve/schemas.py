@@ -79,6 +79,27 @@ def nullable(schema: Schema) -> Schema:
     )
 
 
+LORAS = {
+    "anyOf": [
+        {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
+        listed(
+            {
+                "anyOf": [
+                    {"type": "string"},
+                    obj(
+                        {"name": {"type": "string"}},
+                        closed=True,
+                        optional={"scale": {"type": "number", "minimum": -100, "maximum": 100}},
+                    ),
+                ]
+            },
+            "Adapters by name, or each with its strength.",
+        ),
+    ]
+}
+"""Adapters and their strengths."""
+
+
 @cache
 def docstrings(record: type) -> dict[str, str]:
     """Field -> its description, without the sentences about the command line."""
@@ -91,6 +112,8 @@ def docstrings(record: type) -> dict[str, str]:
 def option(name: str) -> Schema:
     """The schema of a sampling or encoding option; several values may be one, or a list of them."""
     record = OPTIONS[name]
+    if name == "loras":
+        return LORAS | {"description": docstrings(record)[name]}
     kind, limits = get_type_hints(record)[name], record.__dataclass_fields__[name].metadata
     kind = (
         next((one for one in get_args(kind) if one is not NoneType), kind)
