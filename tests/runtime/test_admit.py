@@ -252,16 +252,6 @@ def test_a_side_is_the_integer_nearest_to_the_root():
         (T2V, {"boundary_ratio": 0.5}, "boundary_ratio", "has one expert"),
         (T2V, {"dmd_denoising_steps": (1000, 500)}, "dmd_denoising_steps", "is not distilled"),
         (FAST, {"num_inference_steps": 4}, "num_inference_steps", "4 does not fit"),
-        (FAST, {"sigmas": (1.0, 0.5)}, "sigmas", "is distilled for timesteps; give dmd_denoising_steps"),
-        (T2V, {"sigmas": (0.5, 0.5)}, "sigmas", "0.5 follows 0.5; each must be below the one before"),
-        (
-            T2V,
-            {"sigmas": (1.0, 0.5), "num_inference_steps": 3},
-            "num_inference_steps",
-            "3 does not fit the 2 sigmas given; leave it out",
-        ),
-        (T2V, {"loras": {"style": 1.0}}, "loras", "'style' is no adapter of this model; none is loaded"),
-        (FAST, {"dmd_denoising_steps": (500, 800)}, "dmd_denoising_steps", "must fall"),
         (I2V, {}, "image_path", "starts from an image"),
         (
             KONTEXT,

@@ -37,7 +37,7 @@ from tinydiff.ops.patch import patchify
 from tinydiff.ops.rope import grid_positions, rope_table, rotate_interleaved
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows, norm_rows, repeat
-from tinydiff.parallel.sequence import whole
+from tinydiff.parallel.sequence import keys, whole
 from tinydiff.records import Request
 
 Tensors = dict[str, Tensor]
@@ -248,7 +248,7 @@ def block(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, sh
         for to, norm in (("to_q", "norm_q"), ("to_k", "norm_k"))
     )
     y = attention(
-        plan, q, k, linear(y, a / "to_v").unflatten(-1, heads), keys=key_map(plan, shared, "image")
+        plan, q, k, linear(y, a / "to_v").unflatten(-1, heads), keys=keys(plan, shared, "image")
     ).flatten(2)
     x_BLD = (x_BLD + linear_sum(plan, y, a / "to_out" / 0) * gate).to(x_BLD.dtype)
 
