@@ -3,14 +3,17 @@
 import json
 import os
 import random
+import re
 import shutil
 import struct
+from dataclasses import fields
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
 from tests.runtime import folders
+from tests.sources import ROOT
 from tinydiff import cli
 from tinydiff.describe import as_json, told
 from tinydiff.keymap import KeyMap, stored_rows
@@ -19,7 +22,7 @@ from tinydiff.models.layouts.recognise import LAYOUTS, config_from
 from tinydiff.models.released import COMPONENTS
 from tinydiff.records import UserError
 from tinydiff.runtime.blueprint import SHIPPED
-from tinydiff.runtime.contents import contents
+from tinydiff.runtime.contents import Contents, contents
 
 BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
 
@@ -339,3 +342,10 @@ def test_the_command(capsys, model):
     )
     assert cli.main(["inspect", str(model)]) == 0
     assert capsys.readouterr().out.splitlines() == list(told(contents(str(model))))
+
+
+def test_what_the_page_shows_is_printed():
+    page = (ROOT / "docs" / "inspect.md").read_text(encoding="utf-8")
+    shown = page.split("$ tinydiff inspect tinydiff/shapes\n")[1].split("\n```")[0]
+    assert shown.splitlines() == list(told(contents("tinydiff/shapes")))
+    assert set(re.findall(r"`(\w+)`", page.split("`--json`")[1])) <= {each.name for each in fields(Contents)}
