@@ -5,26 +5,28 @@ and converted by the reference's code: what comes must be the weights, bit for b
 because the reference's converters know the widths of the released models by heart.
 """
 
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers.loaders import single_file_utils as theirs
 from safetensors.torch import save_file
 
-from tests.models.test_released import COMPONENTS, class_of, config_of
+from tests.models.test_released import ALONE, COMPONENTS, class_of, config_of
+from tinydiff.io import weights as weights_module
 from tinydiff.io.weights import exported, load_weights
 from tinydiff.keymap import KeyMap, stored_rows
-from tinydiff.models import ernie, flux, flux2, sd3, wan, z_image
+from tinydiff.models import ernie, flux, flux2, ovis, qwen_image, sd3, wan, z_image
+from tinydiff.models.autoencoders import kl
+from tinydiff.models.autoencoders import wan as wan_vae
 from tinydiff.models.classes import RECORDS
+from tinydiff.models.encoders import clip_text, clip_vision, t5
 from tinydiff.models.layouts.recognise import LAYOUTS, config_from, recognise
+from tinydiff.models.layouts.table import Sizes
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
-
-
-def layout_of(class_name, name):
-    (found,) = [each for each in LAYOUTS if (each.class_name, each.name) == (class_name, name)]
-    return found
 
 
 def narrow(rows):
@@ -42,91 +44,311 @@ def same(found, expected):
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
+def renamed(stored, *rules):
+    """The tensors under names to which the rules, (pattern, what it becomes), were applied in turn."""
+    out = {}
+    for key, tensor in stored.items():
+        for pattern, new in rules:
+            key = re.sub(pattern, new, key)
+        assert key not in out, key
+        out[key] = tensor
+    return out
+
+
+def thirds(stored, pattern, *names):
+    """Each fused tensor as its thirds, under the names with which they end in place of the pattern."""
+    out = {}
+    for key, tensor in stored.items():
+        if re.search(pattern, key):
+            out |= {
+                re.sub(pattern, f".{name}.", key): part
+                for name, part in zip(names, tensor.chunk(3), strict=True)
+            }
+        else:
+            out[key] = tensor
+    return out
+
+
+def by_hand_ovis(stored, c):
+    """As the model's conversion script in diffusers does."""
+    out = {}
+    for key, tensor in stored.items():
+        if ".gate_proj." in key:
+            continue
+        if ".up_proj." in key:
+            out[key.replace(".up_proj.", ".net.0.proj.")] = torch.cat(
+                [tensor, stored[key.replace(".up_", ".gate_")]]
+            )
+        elif ".linear1." in key:
+            d = c.num_attention_heads * c.attention_head_dim
+            parts = tensor.split([d, d, d, len(tensor) - 3 * d])
+            for name, part in zip(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), parts, strict=True):
+                out[key.replace("linear1", name)] = part
+        elif key.startswith("final_layer.adaLN"):
+            out[key.replace("final_layer.adaLN_modulation.1", "norm_out.linear")] = torch.cat(
+                tensor.chunk(2)[::-1]
+            )
+        else:
+            out[key] = tensor
+    out = thirds(out, r"\.img_attn\.qkv\.", "attn.to_q", "attn.to_k", "attn.to_v")
+    out = thirds(out, r"\.txt_attn\.qkv\.", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+    return renamed(
+        out,
+        ("^time_in.in_layer", "timestep_embedder.linear_1"), ("^time_in.out_layer", "timestep_embedder.linear_2"),
+        ("^semantic_txt_norm", "context_embedder_norm"), ("^semantic_txt_in", "context_embedder"),
+        ("^img_in", "x_embedder"), ("^final_layer.linear", "proj_out"),
+        ("img_mod.lin", "norm1.linear"), ("txt_mod.lin", "norm1_context.linear"),
+        ("img_attn.norm.query_norm.weight", "attn.norm_q.weight"), ("img_attn.norm.key_norm.weight", "attn.norm_k.weight"),
+        ("txt_attn.norm.query_norm.weight", "attn.norm_added_q.weight"),
+        ("txt_attn.norm.key_norm.weight", "attn.norm_added_k.weight"),
+        ("img_attn.proj", "attn.to_out.0"), ("txt_attn.proj", "attn.to_add_out"),
+        ("img_mlp.net", "ff.net"), ("txt_mlp.net", "ff_context.net"),
+        ("img_mlp.down_proj", "ff.net.2"), ("txt_mlp.down_proj", "ff_context.net.2"),
+        ("modulation.lin", "norm.linear"), ("linear2", "proj_out"),
+        (r"^(single_blocks\.\d+)\.norm.query_norm.weight", r"\1.attn.norm_q.weight"),
+        (r"^(single_blocks\.\d+)\.norm.key_norm.weight", r"\1.attn.norm_k.weight"),
+        ("^double_blocks", "transformer_blocks"), ("^single_blocks", "single_transformer_blocks"),
+    )  # fmt: skip
+
+
+RESIDUAL = (("residual.0.gamma", "norm1.gamma"), (r"residual\.2\.", "conv1."), ("residual.3.gamma", "norm2.gamma"),
+            (r"residual\.6\.", "conv2."), (r"\.shortcut\.", ".conv_shortcut."))  # fmt: skip
+
+
+def by_hand_wan22_vae(stored, c):
+    """As `convert_vae_22` of the conversion script in diffusers does, whose table has every name."""
+    return renamed(
+        stored,
+        *RESIDUAL,
+        (r"^(encoder|decoder)\.conv1\.", r"\1.conv_in."), (r"^conv1\.", "quant_conv."), (r"^conv2\.", "post_quant_conv."),
+        (r"middle\.0\.", "mid_block.resnets.0."), (r"middle\.1\.", "mid_block.attentions.0."),
+        (r"middle\.2\.", "mid_block.resnets.1."), ("head.0.gamma", "norm_out.gamma"), (r"head\.2\.", "conv_out."),
+        (r"^encoder\.downsamples\.(\d)\.downsamples\.2\.", r"encoder.down_blocks.\1.downsampler."),
+        (r"^encoder\.downsamples\.(\d)\.downsamples\.(\d)\.", r"encoder.down_blocks.\1.resnets.\2."),
+        (r"^decoder\.upsamples\.(\d)\.upsamples\.3\.", r"decoder.up_blocks.\1.upsampler."),
+        (r"^decoder\.upsamples\.(\d)\.upsamples\.(\d)\.", r"decoder.up_blocks.\1.resnets.\2."),
+    )  # fmt: skip
+
+
+def with_quant_convs(stored, c):
+    """FLUX.2's are inside the halves, and the batch norm is kept."""
+    out = theirs.convert_ldm_vae_checkpoint(
+        dict(stored), {"down_block_types": c.down_block_types, "up_block_types": c.up_block_types}
+    )
+    moved = {
+        "encoder.quant_conv.": "quant_conv.",
+        "decoder.post_quant_conv.": "post_quant_conv.",
+        "bn.": "bn.",
+    }
+    for old, new in moved.items():
+        out |= {new + key.removeprefix(old): tensor for key, tensor in stored.items() if key.startswith(old)}
+    return out
+
+
+def by_hand_umt5(stored, c):
+    """The names of Wan's encoder, one by one."""
+    return renamed(
+        stored,
+        (r"^token_embedding\.", "shared."), (r"^norm\.", "encoder.final_layer_norm."), (r"^blocks\.", "encoder.block."),
+        (r"\.norm1\.", ".layer.0.layer_norm."), (r"\.norm2\.", ".layer.1.layer_norm."),
+        (r"\.attn\.([qkvo])\.", r".layer.0.SelfAttention.\1."),
+        (r"\.pos_embedding\.embedding\.", ".layer.0.SelfAttention.relative_attention_bias."),
+        (r"\.ffn\.gate\.0\.", ".layer.1.DenseReluDense.wi_0."), (r"\.ffn\.fc1\.", ".layer.1.DenseReluDense.wi_1."),
+        (r"\.ffn\.fc2\.", ".layer.1.DenseReluDense.wo."),
+    )  # fmt: skip
+
+
+def by_hand_vision(stored, c):
+    """The names of Wan's image encoder, one by one; its embeddings have dimensions of one before theirs."""
+    out = thirds(stored, r"\.attn\.to_qkv\.", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    out["visual.cls_embedding"] = out["visual.cls_embedding"][0, 0]
+    out["visual.pos_embedding"] = out["visual.pos_embedding"][0]
+    return renamed(
+        out,
+        ("^visual.cls_embedding", "vision_model.embeddings.class_embedding"),
+        ("^visual.pos_embedding", "vision_model.embeddings.position_embedding.weight"),
+        ("^visual.patch_embedding", "vision_model.embeddings.patch_embedding"),
+        ("^visual.pre_norm", "vision_model.pre_layrnorm"), ("^visual.post_norm", "vision_model.post_layernorm"),
+        ("^visual.transformer", "vision_model.encoder.layers"), (r"\.attn\.proj\.", ".self_attn.out_proj."),
+        (r"\.norm([12])\.", r".layer_norm\1."), (r"\.mlp\.0\.", ".mlp.fc1."), (r"\.mlp\.2\.", ".mlp.fc2."),
+    )  # fmt: skip
+
+
+def open_clip(stored, c):
+    like = SimpleNamespace(config=SimpleNamespace(hidden_size=c.hidden_size))
+    return theirs.convert_open_clip_checkpoint(like, dict(stored), prefix="")
+
+
+def diffusers(name):
+    """A converter of a denoiser or of Wan's autoencoder by its name."""
+    return lambda stored, c: getattr(theirs, f"convert_{name}")(dict(stored))
+
+
 FLUX = flux.Config(num_layers=2, num_single_layers=2)
+FLUX2 = flux2.Config(num_layers=2, num_single_layers=2, num_attention_heads=1)
 SD3 = sd3.Config(num_layers=3, num_attention_heads=2, caption_projection_dim=128, pos_embed_max_size=4)
 WAN = wan.Config(num_attention_heads=1, ffn_dim=24, num_layers=2, text_dim=20)
+KL = kl.Config(
+    down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(32, 64, 96),
+    layers_per_block=2, latent_channels=4, use_quant_conv=False, use_post_quant_conv=False,
+)  # fmt: skip
+CLIP = clip_text.Config(
+    vocab_size=60,
+    hidden_size=64,
+    intermediate_size=96,
+    projection_dim=64,
+    num_hidden_layers=2,
+    num_attention_heads=1,
+)
+PROJECTS = replace(CLIP, architectures=("CLIPTextModelWithProjection",))
+VISION = clip_vision.Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, image_size=28)
+UMT5 = t5.Config(vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4)
 CONVERTED = {
-    "FLUX.1-schnell": (flux, "original", FLUX, theirs.convert_flux_transformer_checkpoint_to_diffusers),
+    "FLUX.1-schnell": ("FluxTransformer2DModel", "original", FLUX, diffusers("flux_transformer_checkpoint_to_diffusers")),
     "FLUX.1-dev": (
-        flux, "original", replace(FLUX, guidance_embeds=True), theirs.convert_flux_transformer_checkpoint_to_diffusers
+        "FluxTransformer2DModel", "original", replace(FLUX, guidance_embeds=True),
+        diffusers("flux_transformer_checkpoint_to_diffusers"),
     ),
     "FLUX.1 Fill": (
-        flux, "original", replace(FLUX, guidance_embeds=True, in_channels=384, out_channels=64),
-        theirs.convert_flux_transformer_checkpoint_to_diffusers,
+        "FluxTransformer2DModel", "original", replace(FLUX, guidance_embeds=True, in_channels=384, out_channels=64),
+        diffusers("flux_transformer_checkpoint_to_diffusers"),
     ),
     "FLUX.2 klein": (
-        flux2, "original", flux2.Config(num_layers=2, num_single_layers=2, num_attention_heads=1, guidance_embeds=False),
-        theirs.convert_flux2_transformer_checkpoint_to_diffusers,
+        "Flux2Transformer2DModel", "original", replace(FLUX2, guidance_embeds=False),
+        diffusers("flux2_transformer_checkpoint_to_diffusers"),
     ),
-    "FLUX.2 dev": (
-        flux2, "original", flux2.Config(num_layers=2, num_single_layers=2, num_attention_heads=1),
-        theirs.convert_flux2_transformer_checkpoint_to_diffusers,
+    "FLUX.2 dev": ("Flux2Transformer2DModel", "original", FLUX2, diffusers("flux2_transformer_checkpoint_to_diffusers")),
+    "Ovis": (
+        "OvisImageTransformer2DModel", "original", ovis.Config(num_layers=2, num_single_layers=2, num_attention_heads=1),
+        by_hand_ovis,
     ),
-    "SD3 medium": (sd3, "original", SD3, theirs.convert_sd3_transformer_checkpoint_to_diffusers),
+    "SD3 medium": ("SD3Transformer2DModel", "original", SD3, diffusers("sd3_transformer_checkpoint_to_diffusers")),
     "SD3.5 medium": (
-        sd3, "original", replace(SD3, qk_norm="rms_norm", dual_attention_layers=(0, 1)),
-        theirs.convert_sd3_transformer_checkpoint_to_diffusers,
+        "SD3Transformer2DModel", "original", replace(SD3, qk_norm="rms_norm", dual_attention_layers=(0, 1)),
+        diffusers("sd3_transformer_checkpoint_to_diffusers"),
     ),
     "Z-Image": (
-        z_image, "comfyui", z_image.Config(dim=128, n_layers=2, n_refiner_layers=1, n_heads=1, n_kv_heads=1),
-        theirs.convert_z_image_transformer_checkpoint_to_diffusers,
+        "ZImageTransformer2DModel", "comfyui", z_image.Config(dim=128, n_layers=2, n_refiner_layers=1, n_heads=1, n_kv_heads=1),
+        diffusers("z_image_transformer_checkpoint_to_diffusers"),
     ),
     "ERNIE-Image": (
-        ernie, "diffusers", ernie.Config(hidden_size=128, num_attention_heads=1, num_layers=2, ffn_hidden_size=24),
-        theirs.convert_ernie_image_transformer_checkpoint_to_diffusers,
+        "ErnieImageTransformer2DModel", "diffusers",
+        ernie.Config(hidden_size=128, num_attention_heads=1, num_layers=2, ffn_hidden_size=24),
+        diffusers("ernie_image_transformer_checkpoint_to_diffusers"),
     ),
-    "Wan T2V": (wan, "original", WAN, theirs.convert_wan_transformer_to_diffusers),
+    "Qwen-Image": (
+        "QwenImageTransformer2DModel", "diffusers", qwen_image.Config(num_layers=2, num_attention_heads=1),
+        lambda stored, c: stored,
+    ),
+    "Wan T2V": ("WanTransformer3DModel", "original", WAN, diffusers("wan_transformer_to_diffusers")),
     "Wan I2V": (
-        wan, "original", replace(WAN, in_channels=36, image_dim=12, added_kv_proj_dim=128),
-        theirs.convert_wan_transformer_to_diffusers,
+        "WanTransformer3DModel", "original", replace(WAN, in_channels=36, image_dim=12, added_kv_proj_dim=128),
+        diffusers("wan_transformer_to_diffusers"),
     ),
+    "Wan 5B": (
+        "WanTransformer3DModel", "original", replace(WAN, in_channels=48, out_channels=48),
+        diffusers("wan_transformer_to_diffusers"),
+    ),
+    "KL": ("AutoencoderKL", "original", KL, with_quant_convs),
+    "KL FLUX.2": (
+        "AutoencoderKLFlux2", "original", replace(KL, patch_size=(2, 2), use_quant_conv=True, use_post_quant_conv=True),
+        with_quant_convs,
+    ),
+    "Wan 2.1 VAE": ("AutoencoderKLWan", "original", wan_vae.Config(base_dim=8), diffusers("wan_vae_to_diffusers")),
+    "Qwen-Image-Layered VAE": (
+        "AutoencoderKLQwenImage", "original", wan_vae.Config(base_dim=8, input_channels=4), diffusers("wan_vae_to_diffusers"),
+    ),
+    "Wan 2.2 VAE": (
+        "AutoencoderKLWan", "original",
+        wan_vae.Config(base_dim=8, decoder_base_dim=12, z_dim=6, is_residual=True, in_channels=12, out_channels=12, patch_size=2),
+        by_hand_wan22_vae,
+    ),
+    "CLIP": ("CLIPTextModel", "open_clip", CLIP, open_clip),
+    "CLIP with projection": ("CLIPTextModelWithProjection", "open_clip", PROJECTS, open_clip),
+    "CLIP vision": ("CLIPVisionModel", "original", VISION, by_hand_vision),
+    "UMT5": ("UMT5EncoderModel", "original", UMT5, by_hand_umt5),
 }  # fmt: skip
-"""Name -> (family, layout, config, the reference's converter)."""
+"""Name -> (class, layout, config, what makes diffusers' names of stored ones)."""
 
 
-def class_name_of(family):
-    return next(name for name, record in RECORDS.items() if record is family.FAMILY)
+def written(layout, c, rows):
+    """Whether the files that the layout's table writes have its signs; some tables are of another kind of network."""
+    return all(map(Sizes(stored_rows(KeyMap(layout.lines(c)), rows)).has, layout.signs))
+
+
+def drawn(name):
+    """(a layout that fits, config, rows, weights): those of the denoisers cut narrow."""
+    class_name, layout, c, _ = CONVERTED[name]
+    record = RECORDS[class_name]
+    rows = list(record.spec(c))
+    if record.role == "dit":
+        rows = narrow(rows)
+    for each in LAYOUTS:
+        if RECORDS[each.class_name] is record and each.name == layout and written(each, c, rows):
+            return each, c, rows, draw(rows)
+    raise AssertionError(f"no layout {layout} of {class_name}")
 
 
 @pytest.mark.parametrize("name", CONVERTED)
 def test_a_file_gives_what_the_reference_makes_of_it(tmp_path, name):
-    family, layout, c, convert = CONVERTED[name]
-    rows = narrow(family.spec(c))
-    weights = draw(rows)
-    lines = layout_of(class_name_of(family), layout).lines(c)
-    stored = exported(weights, rows, KeyMap(lines))
-    same(convert(dict(stored)), weights)
-    for prefix in PREFIXES:
-        keys = KeyMap(lines, prefix)
+    layout, c, rows, weights = drawn(name)
+    stored = exported(weights, rows, KeyMap(layout.lines(c)))
+    same(CONVERTED[name][3](dict(stored), c), weights)
+    for prefix in PREFIXES if RECORDS[layout.class_name].role == "dit" else ("", "first_stage_model."):
+        keys = KeyMap(layout.lines(c), prefix)
         save_file(exported(weights, rows, keys), tmp_path / "one.safetensors")
         same(load_weights(tmp_path / "one.safetensors", rows, torch.float32, keys=keys), weights)
+        torch.save(exported(weights, rows, keys), tmp_path / "one.pth")
+        same(load_weights(tmp_path / "one.pth", rows, torch.float32, keys=keys), weights)
 
 
-RELEASED = [
-    (name, part)
-    for name, part in COMPONENTS
-    if any(each.class_name == class_of(name, part) for each in LAYOUTS)
-]
+@pytest.mark.parametrize("name", CONVERTED)
+def test_weights_of_another_type_are_cast_on_their_way(tmp_path, monkeypatch, name):
+    """In pieces that are smaller than a tensor."""
+    monkeypatch.setattr(weights_module, "BUDGET", 1000)
+    layout, c, rows, weights = drawn(name)
+    keys = KeyMap(layout.lines(c))
+    save_file(exported(weights, rows, keys), tmp_path / "one.safetensors")
+    loaded = load_weights(tmp_path / "one.safetensors", rows, torch.bfloat16, keys=keys)
+    types = {row.name: torch.float32 if row.float32 else torch.bfloat16 for row in rows}
+    same(loaded, {key: tensor.to(types[key]) for key, tensor in weights.items()})
 
 
-@pytest.mark.parametrize(("name", "part"), RELEASED, ids=lambda value: value.split("/")[-1])
+NAMES = {
+    "transformer": {"original", "diffusers"},
+    "ZImageTransformer2DModel": {"comfyui", "diffusers"},
+    "QwenImageTransformer2DModel": {"diffusers"},
+    "ErnieImageTransformer2DModel": {"diffusers"},
+    "vae": {"original", "diffusers"},
+    "Flux2TinyAutoEncoder": {"its own"},
+    "T5EncoderModel": {"transformers"},
+    "UMT5EncoderModel": {"transformers", "original"},
+    "CLIPTextModel": {"transformers", "open_clip"},
+    "CLIPTextModelWithProjection": {"transformers", "open_clip"},
+    "CLIPVisionModel": {"transformers", "original"},
+    "language": {"transformers"},
+}
+"""Class, or kind of component, of the released models -> the layouts in which its files are read."""
+
+
+@pytest.mark.parametrize(("name", "part"), COMPONENTS, ids=lambda value: value.split("/")[-1])
 def test_every_released_model_is_recognised_in_every_layout(name, part):
     """From keys and shapes alone, and its config has the shapes of the released one."""
     class_name, c = class_of(name, part), config_of(name, part)
     record = RECORDS[class_name]
     rows = list(record.spec(c))
+    seen = set()
     for layout in LAYOUTS:
-        if RECORDS[layout.class_name] is record and layout.class_name == class_name:
-            for prefix in PREFIXES if record.role == "dit" else ("",):
-                shapes = stored_rows(KeyMap(layout.lines(c), prefix), rows)
-                (found,) = recognise(shapes)
-                assert (found.class_name, found.layout.name, found.prefix) == (
-                    class_name,
-                    layout.name,
-                    prefix,
-                )
-                assert name in found.models
-                mine = config_from(class_name, found.entries)
-                assert {row.name: row.shape for row in record.spec(mine)} == {
-                    row.name: row.shape for row in rows
-                }
+        for prefix in PREFIXES if record.role == "dit" else ("",):
+            if RECORDS[layout.class_name] is not record or not written(layout, c, rows):
+                continue
+            keys = KeyMap(layout.lines(c), prefix)
+            (found,) = recognise(stored_rows(keys, rows))
+            assert RECORDS[found.class_name] is record and found.prefix == prefix
+            assert name in found.models or name == ALONE
+            mine = config_from(found.class_name, found.entries)
+            assert {row.name: row.shape for row in record.spec(mine)} == {row.name: row.shape for row in rows}
+            assert stored_rows(found.keys(mine), rows) == stored_rows(keys, rows)
+            seen.add(found.layout.name)
+    kind = "vae" if record.role == "vae" else "transformer" if record.role == "dit" else "language"
+    assert seen == NAMES.get(class_name, NAMES[kind])

@@ -23,7 +23,7 @@ from tinydiff.keymap import KeyMap, Shape
 from tinydiff.models import released
 from tinydiff.models.classes import RECORDS
 from tinydiff.models.family import Role
-from tinydiff.models.layouts import flux, flux2, ovis, same, sd3, wan, z_image
+from tinydiff.models.layouts import autoencoders, encoders, flux, flux2, ovis, same, sd3, wan, z_image
 from tinydiff.models.layouts.table import Entries, Layout, Sizes
 from tinydiff.records import UserError
 
@@ -35,6 +35,8 @@ LAYOUTS: tuple[Layout, ...] = (
     *z_image.LAYOUTS,
     *same.LAYOUTS,
     *wan.LAYOUTS,
+    *autoencoders.LAYOUTS,
+    *encoders.LAYOUTS,
 )
 
 PREFIXES = (
