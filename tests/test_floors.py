@@ -20,7 +20,7 @@ WORDS = (
     "keymap",
     "parallel.plan",
     "parallel.layout",
-    "__version__",
+    "version",
 )
 HOUSE = {
     "words": (0, tuple(f"tinydiff.{name}" for name in WORDS)),
@@ -48,9 +48,7 @@ HOUSE = {
         ),
     ),
 }
-"""Room: (floor, what is in it). The package itself, its `__init__.py`, is a face; only its version may be
-read from below.
-"""
+"""Room: (floor, what is in it). The package itself, its `__init__.py`, is a face."""
 
 APART = {("engine", "nets"), ("files", "nets")}
 """Rooms that must not import one below them."""
@@ -80,7 +78,7 @@ LAZY += [
     "tinydiff.runtime.launch",
 ]
 LAZY += [
-    f"tinydiff.serve.{name}" for name in ("server", "app", "store", "files", "storage", "board", "warmup")
+    f"tinydiff.serve.{name}" for name in ("server", "app", "store", "files", "storage", "events", "warmup")
 ]
 """Modules that run without torch."""
 
@@ -109,6 +107,40 @@ def broken(module, source):
         there = room(name)
         if (here, there) in APART or (there != here and HOUSE[there][0] >= HOUSE[here][0]):
             yield f"{module}:{line} ({here}) imports {name} ({there})"
+
+
+def circles(sources):
+    """Groups of modules that import each other, directly or through others, as sorted lists.
+
+    An import for types alone counts too: whoever reads one of the modules has to read the other.
+    """
+    targets = {
+        module: {_module_of(name, sources) for name, _, _ in imports(source, module)} - {module, None}
+        for module, source in sources.items()
+    }
+    reached = {module: _reached(module, targets) for module in targets}
+    groups = {
+        tuple(sorted({module, *(other for other in reached[module] if module in reached[other])}))
+        for module in targets
+    }
+    return sorted(list(group) for group in groups if len(group) > 1)
+
+
+def _module_of(name, sources):
+    """The module that an imported name is, or lies in."""
+    parts = name.split(".")
+    prefixes = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    return next((prefix for prefix in prefixes if prefix in sources), None)
+
+
+def _reached(module, targets):
+    """Modules that `module` imports, directly or through others."""
+    found, waiting = set(), [module]
+    while waiting:
+        new = targets[waiting.pop()] - found
+        found |= new
+        waiting += new
+    return found
 
 
 def torch_at_run_time(source):
@@ -154,6 +186,7 @@ def test_a_floor_imports_only_from_floors_below():
         ("tinydiff.runtime.pipeline", "import tinydiff\nmodel = tinydiff.load()"),
         ("tinydiff.runtime.pipeline", "from tinydiff import generate"),
         ("tinydiff.runtime.pipeline", "import tinydiff"),
+        ("tinydiff.runtime.pipeline", "import tinydiff\nprint(tinydiff.__version__)"),
         ("tinydiff.runtime.pipeline", "import importlib\nimportlib.import_module('tinydiff.cli')"),
         ("tinydiff.runtime.pipeline", "from importlib import import_module\nimport_module(name)"),
         ("tinydiff.records", "from tinydiff.ops.weights import Weights"),
@@ -168,7 +201,7 @@ def test_the_check_finds_a_broken_floor(module, source):
     [
         (
             "tinydiff.runtime.pipeline",
-            "import tinydiff\nfrom tinydiff import config\nprint(tinydiff.__version__)",
+            "from tinydiff import config\nfrom tinydiff.version import __version__",
         ),
         (
             "tinydiff.sampling.loop",
@@ -180,6 +213,21 @@ def test_the_check_finds_a_broken_floor(module, source):
 )
 def test_the_check_lets_good_imports_pass(module, source):
     assert list(broken(module, source)) == []
+
+
+def test_no_modules_import_each_other():
+    assert circles(modules()) == []
+
+
+def test_the_check_for_circles_can_fail():
+    sources = {
+        "p.a": "def f():\n    from p.b import x",
+        "p.b": "import p.c",
+        "p.c": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.a import f",
+        "p.d": "from p import a",
+    }
+    assert circles(sources) == [["p.a", "p.b", "p.c"]]
+    assert circles({**sources, "p.c": ""}) == []
 
 
 def test_the_words_import_no_torch():

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tinydiff.version import __version__
+
 if TYPE_CHECKING:
     from tinydiff.config import Progress
     from tinydiff.records import Result
     from tinydiff.runtime.blueprint import Model
 
-__version__ = "0.1.0"
-__all__ = ["generate", "load"]
+__all__ = ["__version__", "generate", "load"]
 
 
 def load(model_path: str | None = None, **options: Any) -> Model:

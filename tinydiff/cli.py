@@ -16,11 +16,12 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from tinydiff import __version__, config, paths, printing, unsupported
+from tinydiff import config, paths, printing, unsupported
 from tinydiff.models import registry
 from tinydiff.records import RankError, UserError, nearest
 from tinydiff.runtime import launch
 from tinydiff.values import descriptions
+from tinydiff.version import __version__
 
 if TYPE_CHECKING:
     from tinydiff.records import Result

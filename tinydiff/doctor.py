@@ -9,8 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from tinydiff import __version__
 from tinydiff.records import UserError
+from tinydiff.version import __version__
 
 USAGE = """\
 usage: tinydiff doctor [--json]

@@ -33,14 +33,15 @@ from PIL import Image
 from tinydiff.config import ModelOptions
 from tinydiff.io.images import encode_image
 from tinydiff.io.video import write_video
+from tinydiff.serve.admission import admitted
 from tinydiff.serve.app import make_app
-from tinydiff.serve.channel import Limits, Server
+from tinydiff.serve.connections import Limits, Server
 from tinydiff.serve.files import Files
 from tinydiff.serve.guard import Guard
-from tinydiff.serve.jobs import Failure, Job, Output
+from tinydiff.serve.jobs import Busy, Failure, Job, Output, Stopping
 from tinydiff.serve.metrics import Metrics
 from tinydiff.serve.options import ServeOptions
-from tinydiff.serve.service import Busy, News, Place, Service, State, Stopping
+from tinydiff.serve.service import News, Place, Service, State
 from tinydiff.serve.store import open_store
 
 SERVER = "fake"
@@ -203,7 +204,7 @@ class FakeScheduler:
         if (failure := self.fail(job)) is not None:
             self.store.finish(job.id, SERVER, "failed", error=failure)
             return
-        request = self.service.admitted(job)
+        request = self.service.requests.take(job.id) or admit(self.service, job)
         begun = time.perf_counter()
         wanted = self.wanted.get(job.id, 0)
         for step in range(self.steps):
@@ -290,6 +291,11 @@ class FakeWatch:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+
+def admit(made: Service, job: Job) -> Any:
+    """The request of a job, admitted again from its fields and files."""
+    return admitted(made.blueprint, made.files, made.options, job)
 
 
 def picture(

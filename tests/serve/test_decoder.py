@@ -14,10 +14,10 @@ from tests.serve.counting import counting
 from tests.serve.fake import form, picture, service
 from tinydiff.records import UserError
 from tinydiff.runtime import admit
-from tinydiff.serve import decoder, handover, intake
+from tinydiff.serve import admission, decoder
 from tinydiff.serve.app import make_app
 from tinydiff.serve.decoder import Decoder
-from tinydiff.serve.handover import Handover
+from tinydiff.serve.service import AdmittedRequests, image_bytes
 
 EDITS, VIDEOS = "/v1/images/edits", "/v1/videos"
 FORM = {"Content-Type": "multipart/form-data; boundary=B"}
@@ -158,19 +158,19 @@ def test_a_request_that_is_refused_holds_nothing(made):
     assert (
         client(made).simulate_post(EDITS, body=form(("prompt", "a"), ("image", picture()))).status_code == 429
     )
-    assert made.handover._requests == {} and made.handover._held == 0
+    assert made.requests._requests == {} and made.requests._bytes == 0
 
 
 def test_what_is_handed_over_is_bounded(made):
     requests = [
-        admit.admit(made.blueprint, intake.options({"prompt": "a", "image_path": str(path)}).sampling)
+        admit.admit(made.blueprint, admission.options({"prompt": "a", "image_path": str(path)}).sampling)
         for path in files(made)
     ]
-    held = Handover(handover._bytes(requests[0][0]) * 3 // 2)
+    held = AdmittedRequests(image_bytes(requests[0][0]) * 3 // 2)
     for number, [request] in enumerate(requests):
         held.put(str(number), request)
     assert held.take("0") is None and held.take("1") is None
-    assert held.take("2") is requests[2][0] and held.take("2") is None and held._held == 0
+    assert held.take("2") is requests[2][0] and held.take("2") is None and held._bytes == 0
 
 
 def files(made):

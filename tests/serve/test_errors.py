@@ -5,9 +5,7 @@ from falcon import testing
 from tinydiff.records import UserError
 from tinydiff.serve import errors
 from tinydiff.serve.errors import Refusal
-from tinydiff.serve.jobs import Failure
-from tinydiff.serve.service import Busy, Stopping
-from tinydiff.serve.store import Unreachable
+from tinydiff.serve.jobs import Busy, Failure, Stopping, Unreachable
 
 
 class Raises:

@@ -216,7 +216,7 @@ def wrong_place(rng):
     up = rng.choice(["../", "..%2f", "%2e%2e/", "..%5c", "....//", "%00", "%ff", "~/", "//"]) * rng.randrange(
         1, 6
     )
-    tail = rng.choice(["etc/passwd", "tinydiff/serve/site.py", "", "content", "state.db"])
+    tail = rng.choice(["etc/passwd", "tinydiff/serve/pages.py", "", "content", "state.db"])
     root = rng.choice(["/page/", "/v1/files/", "/v1/images/", "/v1/videos/", "/v1/models/", "/v1/", "/"])
     return rng.choice(["GET", "POST"]), f"{root}{up}x{tail}{rng.choice(['', '/content'])}", {}
 

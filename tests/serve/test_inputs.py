@@ -12,7 +12,7 @@ from PIL import Image, ImageFile
 
 from tinydiff.records import UserError
 from tinydiff.serve import unpack
-from tinydiff.serve.inputs import received
+from tinydiff.serve.admission import received
 from tinydiff.serve.options import ServeOptions
 
 LIMITS = ServeOptions(max_body=1.0, max_input_pixels=10_000)

@@ -10,8 +10,8 @@ import waitress.receiver
 
 from tests.serve.fake import listening, service
 from tests.serve.wire import KEY, PROMPT, WELL, Client, get, post, probes
-from tinydiff.serve import channel
-from tinydiff.serve.channel import MOST_HEADERS, PROBES
+from tinydiff.serve import connections
+from tinydiff.serve.connections import MOST_HEADERS, PROBES
 
 
 @pytest.fixture
@@ -140,10 +140,10 @@ def test_a_chunked_body(made):
 @pytest.mark.parametrize(
     ("body", "status", "read"),
     [
-        (b"1" * 10**6, 400, 2 * channel.MOST_LINE + 2**14),  # a length without an end
-        (b"1\r\nx\r\n" * 200_000, 400, 3 * channel.MOST_FRAMING),  # six bytes for one
+        (b"1" * 10**6, 400, 2 * connections.MOST_LINE + 2**14),  # a length without an end
+        (b"1\r\nx\r\n" * 200_000, 400, 3 * connections.MOST_FRAMING),  # six bytes for one
         (b"0\r\n" + b"a: b\r\n" * 200_000, 400, 2 * MOST_HEADERS + 2**14),  # headers behind it without an end
-        (b"\r\n" * 200_000, 400, 3 * channel.MOST_FRAMING),  # no chunk at all
+        (b"\r\n" * 200_000, 400, 3 * connections.MOST_FRAMING),  # no chunk at all
         (b"g\r\n", 400, 100),
         (b"5\r\nabcdefgh", 400, 100),
         (b"f" * 15 + b"\r\n" + b"x" * 70_000_000, 413, 66_000_000),

@@ -12,9 +12,8 @@ from tinydiff.config import ModelOptions
 from tinydiff.runtime import pipeline
 from tinydiff.serve import images, outputs, scheduler, server, videos
 from tinydiff.serve.errors import of_failure
-from tinydiff.serve.jobs import DONE, Job, new_id
+from tinydiff.serve.jobs import DONE, Busy, Job, Stopping, new_id
 from tinydiff.serve.options import ServeOptions
-from tinydiff.serve.service import Busy, Stopping
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ from dataclasses import fields, replace
 import pytest
 
 from tests.serve.stored import LEASE, file, job, take
-from tinydiff.serve.jobs import Failure, Job
-from tinydiff.serve.service import Busy
+from tinydiff.serve.jobs import Busy, Failure, Job
 from tinydiff.serve.store import MOST_ATTEMPTS, open_store
 
 

@@ -19,8 +19,8 @@ from tests.serve.stored import LEASE, at_once, file, job, take
 from tinydiff.records import UserError
 from tinydiff.serve import sql
 from tinydiff.serve import store as stores
-from tinydiff.serve.service import Busy
-from tinydiff.serve.store import Store, Unreachable, open_store
+from tinydiff.serve.jobs import Busy, Unreachable
+from tinydiff.serve.store import Store, open_store
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tinydiff.serve.channel import PROBES
+from tinydiff.serve.connections import PROBES
 
 KEY = b"Authorization: Bearer k\r\n"
 PROMPT = json.dumps({"prompt": "a red circle", "num_inference_steps": 2}).encode()

@@ -20,7 +20,6 @@ import numpy
 import torch
 from torch import Tensor
 
-import tinydiff
 from tinydiff.config import Progress
 from tinydiff.io.images import resize
 from tinydiff.models.recipe import Context, LoopInputs, token_count
@@ -31,6 +30,7 @@ from tinydiff.runtime import loras
 from tinydiff.runtime.blueprint import PRECISIONS, WRITER, Blueprint, Model
 from tinydiff.sampling import guidance, loop, noise, sigmas, solvers
 from tinydiff.sampling.solvers import Table
+from tinydiff.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -406,7 +406,7 @@ def parameters(
     if warnings:
         entries["warnings"] = list(warnings)
     entries["precision"] = {name: PRECISIONS[net.dtype] for name, net in model.nets.items()}
-    return entries | {"tinydiff": tinydiff.__version__, "torch": torch.__version__}
+    return entries | {"tinydiff": __version__, "torch": torch.__version__}
 
 
 def run(model: Model, request: Request, progress: Progress) -> Result:

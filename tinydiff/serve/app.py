@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import falcon
 
-from tinydiff.serve import errors, images, info, openapi, site, videos
+from tinydiff.serve import errors, images, info, openapi, pages, videos
 from tinydiff.serve.guard import EXPOSED, Guard
 from tinydiff.serve.service import Service
 
-PARTS = (images, videos, info, openapi, site)
+PARTS = (images, videos, info, openapi, pages)
 """Modules whose `routes` make the server."""
 
 

@@ -17,9 +17,7 @@ from typing import Any
 import falcon
 
 from tinydiff.records import UserError
-from tinydiff.serve.jobs import Failure
-from tinydiff.serve.service import Busy, Stopping
-from tinydiff.serve.store import Unreachable
+from tinydiff.serve.jobs import Busy, Failure, Stopping, Unreachable
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The fields of a request, OpenAI's and tinydiff's own, as what to make, what the answer repeats, and the
+"""The fields of a request, OpenAI's and tinydiff's own, as what to make, what the answer retries, and the
 images given.
 
 Every field has an effect or is an error. What OpenAI has and a diffusion model has no use for is accepted at

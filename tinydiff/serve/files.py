@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING
 
 from tinydiff.io.atomic import FULL, write_new, write_over
 from tinydiff.records import UserError, shown
+from tinydiff.serve.jobs import files_of
 
 if TYPE_CHECKING:
-    from tinydiff.serve.jobs import Job
     from tinydiff.serve.store import Store
 
 MEDIA_TYPES = {
@@ -249,11 +249,6 @@ class Files:
 
     def _signature(self, id: str, expires: str) -> str:
         return hmac.new(self.secret, f"{id}\n{expires}".encode(errors="replace"), hashlib.sha256).hexdigest()
-
-
-def files_of(job: Job) -> list[str]:
-    """Ids of what a job was given and made."""
-    return [*(id for ids in job.inputs.values() for id in ids), *(output.file for output in job.outputs)]
 
 
 def _write_secret(path: Path) -> None:

@@ -17,17 +17,18 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import falcon
 
 from tinydiff.serve.body import too_large
-from tinydiff.serve.channel import SAFE_METHODS
+from tinydiff.serve.connections import SAFE_METHODS
 from tinydiff.serve.errors import Refusal
-from tinydiff.serve.logs import REQUESTS
 from tinydiff.serve.service import Service
 
+REQUESTS = "tinydiff.serve.requests"
+"""The logger that has one line for each request."""
 log = logging.getLogger(REQUESTS)
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -219,3 +220,32 @@ def _unauthorized(wanted: str, key: bytes) -> Refusal:
         f"Authorization: {'what was sent is not' if key else 'send'} {wanted}, as 'Authorization: Bearer KEY'"
     )
     return Refusal(401, "invalid_api_key", message, headers={"www-authenticate": "Bearer"})
+
+
+def configure_logging(level: str, form: Literal["text", "json"]) -> None:
+    """Write the log to standard error, from `level` on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        JsonFormatter() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    )
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    logging.getLogger("waitress.queue").setLevel(
+        logging.ERROR
+    )  # requests that wait for a thread are told in /metrics
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line. Those of requests are such already."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        if record.name == REQUESTS:
+            return record.getMessage()
+        told = {
+            "time": round(record.created, 3),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        return json.dumps(
+            told | ({"trace": self.formatException(record.exc_info)} if record.exc_info else {})
+        )

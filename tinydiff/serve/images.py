@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import falcon
 
+from tinydiff.serve.admission import read_job
+from tinydiff.serve.body import integer, parameters, switch
 from tinydiff.serve.downloads import base_url, send_output
 from tinydiff.serve.errors import NO_RETRY, Refusal, body, of_failure, told, unknown
-from tinydiff.serve.intake import read_job
 from tinydiff.serve.jobs import DONE, Job, Output
-from tinydiff.serve.query import parameters, switch, whole_number
-from tinydiff.serve.repeats import AGAIN_S, Repeats
+from tinydiff.serve.retries import AGAIN_S, Retries
 from tinydiff.serve.service import News, Service
 
 if TYPE_CHECKING:
@@ -49,10 +49,10 @@ Resp = falcon.Response
 
 def routes(service: Service) -> list[tuple[str, object]]:
     """(address, resource) of each."""
-    repeats = Repeats(service)
+    retries = Retries(service)
     return [
-        ("/v1/images/generations", Generations(service, repeats)),
-        ("/v1/images/edits", Edits(service, repeats)),
+        ("/v1/images/generations", Generations(service, retries)),
+        ("/v1/images/edits", Edits(service, retries)),
         (
             "/v1/images/variations",
             Absent(
@@ -68,18 +68,18 @@ def routes(service: Service) -> list[tuple[str, object]]:
 class Generations:
     """Images of a text."""
 
-    def __init__(self, service: Service, repeats: Repeats) -> None:
-        self.service, self.repeats = service, repeats
+    def __init__(self, service: Service, retries: Retries) -> None:
+        self.service, self.retries = service, retries
 
     def on_post(self, req: Req, resp: Resp) -> None:
-        _make(self.service, self.repeats, req, resp, read_job(self.service, req, "image"), "image_generation")
+        _make(self.service, self.retries, req, resp, read_job(self.service, req, "image"), "image_generation")
 
 
 class Edits:
     """Images of a text and given images."""
 
-    def __init__(self, service: Service, repeats: Repeats) -> None:
-        self.service, self.repeats = service, repeats
+    def __init__(self, service: Service, retries: Retries) -> None:
+        self.service, self.retries = service, retries
 
     def on_post(self, req: Req, resp: Resp) -> None:
         job = read_job(self.service, req, "image")
@@ -90,7 +90,7 @@ class Edits:
                 "image: is missing; an edit is of one image or more",
                 "image",
             )
-        _make(self.service, self.repeats, req, resp, job, "image_edit")
+        _make(self.service, self.retries, req, resp, job, "image_edit")
 
 
 class Absent:
@@ -146,7 +146,7 @@ class Content:
 
     def on_get(self, req: Req, resp: Resp, id: str) -> None:
         from tinydiff.io.images import read_image
-        from tinydiff.serve.sheets import thumbnail
+        from tinydiff.serve.outputs import thumbnail
 
         given, job = parameters(req, ("variant", "thumbnail")), owned(self.service, req, id)
         if job.status != "completed":
@@ -156,7 +156,7 @@ class Content:
                 job.error.code if job.error else "not_ready",
                 f"the image {id} has no content: it is {failed}",
             )
-        output = job.outputs[whole_number(given, "variant", 0, len(job.outputs) - 1, 0)]
+        output = job.outputs[integer(given, "variant", 0, len(job.outputs) - 1, 0)]
         path = self.service.files.path(output.file) if switch(given, "thumbnail") else None
         if path is None:  # also where the image lies in object storage, which has no small one
             send_output(self.service, req, resp, output)
@@ -248,24 +248,24 @@ def finished(service: Service, job: Job, base: str) -> dict[str, Any]:
     }
 
 
-def _make(service: Service, repeats: Repeats, req: Req, resp: Resp, job: Job, event: str) -> None:
+def _make(service: Service, retries: Retries, req: Req, resp: Resp, job: Job, event: str) -> None:
     """Queue the job and answer with its images, or with events on the way to them."""
     streams = job.answer.get("stream", False)
-    job = repeats.submit(req, job, job.answer.get("partial_images", 0))
+    job = retries.submit(req, job, job.answer.get("partial_images", 0))
     if not streams:
-        resp.media = finished(service, _wait(service, repeats, req, job), base_url(service, req))
+        resp.media = finished(service, _wait(service, retries, req, job), base_url(service, req))
         return
     resp.content_type = "text/event-stream; charset=utf-8"
     resp.set_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-    resp.stream = _events(service, repeats, req, job, event)
+    resp.stream = _events(service, retries, req, job, event)
 
 
-def _wait(service: Service, repeats: Repeats, req: Req, job: Job) -> Job:
+def _wait(service: Service, retries: Retries, req: Req, job: Job) -> Job:
     """The job when it is done. A client that has gone takes the job with it, unless its patience ended: then
     it asks again.
     """
     patience, begun, gone_at = _patience(req), time.monotonic(), None
-    with repeats.waiting(job):
+    with retries.waiting(job):
         for news in _news(service, job):
             if news is not None and news.job.status in DONE:
                 return news.job
@@ -278,7 +278,7 @@ def _wait(service: Service, repeats: Repeats, req: Req, job: Job) -> Job:
     raise Refusal(499, "client_gone", "the client went before its images were made")
 
 
-def _events(service: Service, repeats: Repeats, req: Req, job: Job, event: str) -> Iterator[bytes]:
+def _events(service: Service, retries: Retries, req: Req, job: Job, event: str) -> Iterator[bytes]:
     """The stream of a job: partial images, progress where it was asked for, then one completed event for each
     image; or an error.
 
@@ -292,7 +292,7 @@ def _events(service: Service, repeats: Repeats, req: Req, job: Job, event: str) 
     }
     same["created_at"] = int(job.created_at)
     try:
-        with repeats.waiting(job):
+        with retries.waiting(job):
             yield b": begun\n\n"  # the headers go with it
             for news in _news(service, job):
                 if _gone(req):

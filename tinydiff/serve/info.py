@@ -15,12 +15,14 @@ from typing import Any
 
 import falcon
 
-from tinydiff import __version__, unsupported
+from tinydiff import unsupported
 from tinydiff.records import UserError, nearest
 from tinydiff.serve.body import parse_json, read_bytes
 from tinydiff.serve.errors import NO_RETRY, Refusal, of_exception
+from tinydiff.serve.jobs import Busy
 from tinydiff.serve.metrics import CONTENT_TYPE
-from tinydiff.serve.service import Busy, Service
+from tinydiff.serve.service import Service
+from tinydiff.version import __version__
 
 ABLE = ("ready", "asleep")
 """Phases in which a request is answered with an image: one wakes a server that is asleep."""
@@ -130,8 +132,8 @@ def card(service: Service) -> dict[str, Any]:
         "sizes": {
             "default": f"{row.width}x{row.height}",
             "multiple": row.size_multiple,
-            "max_pixels": service.most_pixels("image"),
-            "max_video_pixels": service.most_pixels("video") if row.clip_frames > 1 else None,
+            "max_pixels": service.options.pixel_limit(row, "image"),
+            "max_video_pixels": service.options.pixel_limit(row, "video") if row.clip_frames > 1 else None,
             "max_outputs": service.options.max_outputs,
             "frame_multiple": row.frame_multiple if row.clip_frames > 1 else None,
         },

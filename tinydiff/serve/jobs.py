@@ -87,3 +87,27 @@ class Job:
 
 def new_id(kind: Kind) -> str:
     return PREFIXES[kind] + secrets.token_hex(16)
+
+
+def files_of(job: Job) -> list[str]:
+    """Ids of all files of a job: the images it was given and the outputs it made."""
+    return [*(id for ids in job.inputs.values() for id in ids), *(output.file for output in job.outputs)]
+
+
+class Busy(Exception):
+    """The queue is full. seconds: when to try again. why: the reason that the client is shown."""
+
+    def __init__(self, seconds: float, why: str = "the queue is full") -> None:
+        super().__init__(seconds, why)
+        self.seconds, self.why = seconds, why
+
+    def __str__(self) -> str:
+        return f"{self.why}; try again in {self.seconds:.0f} s"
+
+
+class Stopping(Exception):
+    """The server is shutting down and takes no more jobs."""
+
+
+class Unreachable(Exception):
+    """The job database did not answer within `store.PATIENCE` seconds."""

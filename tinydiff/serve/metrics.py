@@ -14,8 +14,8 @@ from prometheus_client import (
     generate_latest,
 )
 
-from tinydiff import __version__
 from tinydiff.serve.jobs import Job
+from tinydiff.version import __version__
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Of `Metrics.text`."""

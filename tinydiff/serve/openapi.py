@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-from tinydiff import __version__
 from tinydiff.serve import schemas
+from tinydiff.serve.pages import Document, File, policy
 from tinydiff.serve.service import Service
-from tinydiff.serve.site import Document, File, policy
+from tinydiff.version import __version__
 
 ABOUT = """\
 Images and videos from one model, under OpenAI's addresses: its official clients work against base_url http://HOST:PORT/v1.

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tinydiff.values import within
+
+if TYPE_CHECKING:
+    from tinydiff.models.registry import ReleasedModel
+    from tinydiff.serve.jobs import Kind
+
+DEFAULT_SIZES = 4
+"""Without --max-pixels an output may have this many times the pixels of the model's default output."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,11 @@ class ServeOptions:
     """Answer /metrics."""
     log_format: Literal["text", "json"] = "text"
     """Form of the log, one line a request."""
+
+    def pixel_limit(self, row: ReleasedModel, kind: Kind) -> int:
+        """Pixels that one output may have, all its frames or layers together."""
+        frames = row.clip_frames if kind == "video" else max(1, row.layers)
+        return int(self.max_pixels or DEFAULT_SIZES * frames * row.height * row.width)
 
     @property
     def several_keys(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,14 @@ MEDIA_TYPES = {
     ".mp4": "video/mp4", ".webm": "video/webm", ".gif": "image/gif",
 }  # fmt: skip
 """Ending -> media type."""
+
+
+THUMBNAIL = 512
+"""Pixels of the longest side of a thumbnail; a smaller frame keeps its size."""
+TILE = 256
+"""Pixels of the longest side of a frame on a sheet."""
+TILES = 16
+"""Frames on a sheet at most."""
 
 
 def plan(job: Job, request: Request, folder: Path) -> tuple[output.Target, output.Encoding]:
@@ -43,8 +52,6 @@ def save(
     """Encode one output of a job, uint8 [T, H, W, 3 or 4], and put it among the files: a video also in small,
     layers one by one.
     """
-    from tinydiff.serve.sheets import spritesheet, thumbnail
-
     with tempfile.TemporaryDirectory() as folder:
         target, encoding = plan(job, request, Path(folder))
         media_type = MEDIA_TYPES[target.extension.lower()]
@@ -73,3 +80,35 @@ def remove(made: Iterable[Output], files: Files) -> None:
     """Delete outputs that became nobody's."""
     for each in made:
         files.delete(each.file)
+
+
+def thumbnail(frames: numpy.ndarray) -> bytes:
+    """The first of the frames, uint8 [T, H, W, 3], as WebP."""
+    from tinydiff.io.images import encode_image
+
+    return encode_image(_fitted(frames[0], THUMBNAIL), ".webp")
+
+
+def spritesheet(frames: numpy.ndarray) -> bytes:
+    """Up to `TILES` frames of the video, uint8 [T, H, W, 3], evenly spread from the first to the last, row by
+    row, as WebP.
+    """
+    import numpy as np
+
+    from tinydiff.io.images import encode_image
+
+    count = min(TILES, len(frames))
+    tiles = [_fitted(frames[round(place)], TILE) for place in np.linspace(0, len(frames) - 1, count)]
+    columns = math.ceil(math.sqrt(count))
+    tiles += [np.zeros_like(tiles[0])] * (-count % columns)
+    rows = [np.concatenate(tiles[start : start + columns], axis=1) for start in range(0, len(tiles), columns)]
+    return encode_image(np.concatenate(rows), ".webp")
+
+
+def _fitted(frame: numpy.ndarray, longest: int) -> numpy.ndarray:
+    """The frame with no side longer than `longest`, its shape kept."""
+    from tinydiff.io.images import resize
+
+    height, width = frame.shape[:2]
+    scale = min(1.0, longest / max(height, width))
+    return frame if scale == 1 else resize(frame, max(1, round(height * scale)), max(1, round(width * scale)))

@@ -23,15 +23,15 @@ from tinydiff.runtime import ambient, pipeline, preview
 from tinydiff.runtime import blueprint as blueprints
 from tinydiff.runtime.blueprint import Blueprint, Model
 from tinydiff.runtime.continuous import BatchSlot, Continuous, give_memory_back, short_of_memory, sitting
-from tinydiff.serve import outputs, seats, warmup
-from tinydiff.serve.board import Boards
+from tinydiff.serve import outputs, warmup
+from tinydiff.serve.events import Boards
 from tinydiff.serve.files import Files
-from tinydiff.serve.jobs import DONE, Failure, Job, Status
-from tinydiff.serve.keeper import AWAY, keep, patiently, server_name
-from tinydiff.serve.making import UNKEPT, Making, Times, failure, usage
+from tinydiff.serve.housekeeping import AWAY, keep, patiently, server_name
+from tinydiff.serve.jobs import DONE, Busy, Failure, Job, Status, Stopping
 from tinydiff.serve.metrics import Metrics
 from tinydiff.serve.options import ServeOptions
-from tinydiff.serve.service import Busy, Place, State, Stopping, Watch
+from tinydiff.serve.running import UNKEPT, Making, Times, failure, has_room, next_to_start, usage
+from tinydiff.serve.service import Place, State, Watch
 from tinydiff.serve.storage import Uploader
 from tinydiff.serve.store import CANCELLED, Store
 
@@ -270,12 +270,12 @@ class Scheduler:
             self.boards.post(job, 0, making.total)
 
     def _room(self) -> bool:
-        return seats.room(self._jobs.values(), self.loop.sittings, self.options.batching_max_size)
+        return has_room(self._jobs.values(), self.loop.sittings, self.options.batching_max_size)
 
     def _let_in(self) -> None:
         """Begin images while there are seats."""
         most = self.options.batching_max_size
-        while (making := seats.next_in(self._jobs.values(), self.loop.sittings, most)) is not None:
+        while (making := next_to_start(self._jobs.values(), self.loop.sittings, most)) is not None:
             index, job, started = making.waiting.popleft(), making.job, time.perf_counter()
             looks = 0 if index else making.previews
             try:

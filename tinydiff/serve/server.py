@@ -15,16 +15,18 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from tinydiff import config, config_file, flags, paths, values
 from tinydiff.config import ModelOptions
 from tinydiff.records import UserError, shown
-from tinydiff.serve import logs
 from tinydiff.serve.options import ServeOptions
 
 if TYPE_CHECKING:
+    from tinydiff.records import Request
+    from tinydiff.serve.jobs import Job
     from tinydiff.serve.service import Service
 
 log = logging.getLogger(__name__)
@@ -150,11 +152,11 @@ def with_keys(options: ServeOptions) -> ServeOptions:
 def build(model: ModelOptions, options: ServeOptions) -> Service:
     """The parts of a server, nothing running yet but the store. Raises UserError for what cannot be."""
     from tinydiff.runtime import blueprint
-    from tinydiff.serve import storage, warmup
+    from tinydiff.serve import admission, storage, warmup
     from tinydiff.serve.files import Files, claim, secret
     from tinydiff.serve.metrics import Metrics
     from tinydiff.serve.scheduler import Scheduler
-    from tinydiff.serve.service import Service
+    from tinydiff.serve.service import AdmittedRequests, Service
     from tinydiff.serve.store import open_store
 
     plan = blueprint.read(model)
@@ -173,15 +175,17 @@ def build(model: ModelOptions, options: ServeOptions) -> Service:
     cloud = storage.from_environment()
     uploader = None if cloud is None else storage.Uploader(cloud, files, store)
 
-    def admitted(job: Any) -> Any:
-        return service.admitted(job)
+    admit, requests = partial(admission.admitted, plan, files, options), AdmittedRequests()
 
-    scheduler = Scheduler(options, plan, store, files, metrics, admitted, uploader)
+    def request_of(job: Job) -> Request:
+        return requests.take(job.id) or admit(job)
+
+    scheduler = Scheduler(options, plan, store, files, metrics, request_of, uploader)
     name = options.served_model_name or model.model_path
-    service = Service(options, plan, name, int(time.time()), store, files, scheduler, metrics, uploader)
     for job in warmup.jobs(options, plan.row):
-        service.admitted(job)  # refuses a size that cannot be
-    return service
+        admit(job)  # refuses a size that the model cannot make
+    started = int(time.time())
+    return Service(options, plan, name, started, store, files, scheduler, metrics, uploader, requests)
 
 
 def listening(options: ServeOptions) -> socket.socket:
@@ -208,7 +212,7 @@ def running(service: Service, sock: socket.socket) -> Iterator[str]:
     get their time.
     """
     from tinydiff.serve.app import make_app
-    from tinydiff.serve.channel import Limits, Server
+    from tinydiff.serve.connections import Limits, Server
     from tinydiff.serve.guard import Guard
 
     options, scheduler = service.options, service.scheduler
@@ -261,9 +265,11 @@ def _answered(server: Any) -> None:
 
 def serve(argv: Sequence[str]) -> int:
     """Run a server until it is told to stop by SIGTERM or SIGINT. 0, or 1 where it could not go on."""
+    from tinydiff.serve.guard import configure_logging
+
     model, options, level = parse(argv)
     options = with_keys(options)
-    logs.configure(level, options.log_format)
+    configure_logging(level, options.log_format)
     service = build(model, options)
     sock = listening(options)
     if options.host not in LOOPBACK and not options.api_key:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from tinydiff.serve.files import files_of
-from tinydiff.serve.handover import Handover
-from tinydiff.serve.jobs import Job, Kind
+from tinydiff.serve.jobs import Job, files_of
 from tinydiff.serve.options import ServeOptions
 
 if TYPE_CHECKING:
@@ -20,21 +20,6 @@ if TYPE_CHECKING:
     from tinydiff.serve.metrics import Metrics
     from tinydiff.serve.storage import Uploader
     from tinydiff.serve.store import Store
-
-
-class Busy(Exception):
-    """The queue has no room; `seconds` from now it will. why: for whom it has none."""
-
-    def __init__(self, seconds: float, why: str = "the queue is full") -> None:
-        super().__init__(seconds, why)
-        self.seconds, self.why = seconds, why
-
-    def __str__(self) -> str:
-        return f"{self.why}; try again in {self.seconds:.0f} s"
-
-
-class Stopping(Exception):
-    """The server is going down and takes no more."""
 
 
 class News(NamedTuple):
@@ -140,10 +125,43 @@ class Scheduler(Protocol):
         ...
 
 
-OWN_SIZES = 4
-"""So many times the pixels of the model's own default output may be asked for, where --max-pixels does not
-say.
-"""
+MOST_REQUEST_BYTES = 2**29
+"""Bytes of images that admitted requests keep in memory; beyond it the oldest are read from their files again."""
+
+
+class AdmittedRequests:
+    """Requests from admission to the device, so that no image is decoded and resized twice.
+
+    Each is stored under its job's id and taken once.
+    """
+
+    def __init__(self, most_bytes: int = MOST_REQUEST_BYTES) -> None:
+        self._most, self._bytes = most_bytes, 0
+        self._requests: OrderedDict[str, Request] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def put(self, id: str, request: Request) -> None:
+        """Keep a request that has images; one without is cheap to make again."""
+        if not (size := image_bytes(request)):
+            return
+        with self._lock:
+            self._requests[id] = request
+            self._bytes += size
+            while self._bytes > self._most:
+                self._bytes -= image_bytes(self._requests.popitem(last=False)[1])
+
+    def take(self, id: str) -> Request | None:
+        """Remove and return the request of a job; None where it is not kept."""
+        with self._lock:
+            request = self._requests.pop(id, None)
+            self._bytes -= 0 if request is None else image_bytes(request)
+        return request
+
+
+def image_bytes(request: Request) -> int:
+    """Bytes of all images in a request."""
+    arrays = (*request.images, *request.originals, *(() if request.mask is None else (request.mask,)))
+    return sum(array.nbytes for array in arrays)
 
 
 @dataclass(frozen=True)
@@ -162,8 +180,8 @@ class Service:
     metrics: Metrics
     uploader: Uploader | None = None
     """Where outputs are brought to object storage."""
-    handover: Handover = field(default_factory=Handover)
-    """Requests that were checked here and wait for the device."""
+    requests: AdmittedRequests = field(default_factory=AdmittedRequests)
+    """Admitted requests whose jobs wait for the device."""
 
     def forget(self, job: Job) -> bool:
         """Remove a job that is done, with all its files, here and in object storage. False where there is
@@ -176,19 +194,3 @@ class Service:
         if self.uploader is not None:
             self.uploader.remove(job)
         return True
-
-    def most_pixels(self, kind: Kind) -> int:
-        """How many pixels one output may have, over all its frames or layers."""
-        row = self.blueprint.row
-        frames = row.clip_frames if kind == "video" else max(1, row.layers)
-        return int(self.options.max_pixels or OWN_SIZES * frames * row.height * row.width)
-
-    def admitted(self, job: Job) -> Request:
-        """The job's request, every field checked against the model and the server's limits. Raises UserError
-        naming the field.
-
-        One that was checked here is taken as it was made then; another server's is made from its files.
-        """
-        from tinydiff.serve.intake import admitted
-
-        return self.handover.take(job.id) or admitted(self, job)

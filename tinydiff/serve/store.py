@@ -18,8 +18,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args
 
 from tinydiff.serve import sql
-from tinydiff.serve.jobs import DONE, Failure, Job, Kind, Output, Status
-from tinydiff.serve.service import Busy
+from tinydiff.serve.jobs import DONE, Busy, Failure, Job, Kind, Output, Status, Unreachable
 
 CONNECTIONS = 8
 """Connections at most; who finds none free waits for one. A statement takes less than a millisecond, so more
@@ -44,10 +43,6 @@ Policy = Literal["rerun", "fail"]
 Execute = Callable[..., Any]
 """(statement, **values) -> cursor."""
 Made = TypeVar("Made")
-
-
-class Unreachable(Exception):
-    """The database is away, and did not come back in PATIENCE."""
 
 
 def open_store(

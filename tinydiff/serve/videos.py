@@ -11,15 +11,14 @@ from typing import Any
 import falcon
 
 from tinydiff.records import UserError, nearest
-from tinydiff.serve.body import fingerprint, read_body
+from tinydiff.serve.admission import checked, discard, idempotency, read_job
+from tinydiff.serve.body import fingerprint, integer, parameters, read_body
 from tinydiff.serve.downloads import FileContent, base_url, expired, send_output
 from tinydiff.serve.errors import Refusal, unknown
 from tinydiff.serve.fields import read_fields
 from tinydiff.serve.images import Absent, said
-from tinydiff.serve.intake import checked, discard, idempotency, read_job
 from tinydiff.serve.jobs import DONE, Job, Output, new_id
-from tinydiff.serve.query import parameters, whole_number
-from tinydiff.serve.repeats import Repeats
+from tinydiff.serve.retries import Retries
 from tinydiff.serve.service import Service
 
 VARIANTS = {"video": "content", "thumbnail": "thumbnail", "spritesheet": "spritesheet"}
@@ -40,16 +39,16 @@ Resp = falcon.Response
 
 def routes(service: Service) -> list[tuple[str, object]]:
     """(address, resource) of each."""
-    repeats = Repeats(service)
+    retries = Retries(service)
     absent = {
         what: Absent(f"{what} of videos are not supported; POST /v1/videos and remix are") for what in ABSENT
     }
     return [
-        ("/v1/videos", Videos(service, repeats)),
+        ("/v1/videos", Videos(service, retries)),
         ("/v1/videos/{id}", Video(service)),
         ("/v1/videos/{id}/content", Content(service)),
         ("/v1/videos/{id}/cancel", Cancel(service)),
-        ("/v1/videos/{id}/remix", Remix(service, repeats)),
+        ("/v1/videos/{id}/remix", Remix(service, retries)),
         ("/v1/videos/edits", absent["edits"]),
         ("/v1/videos/extensions", absent["extensions"]),
         ("/v1/videos/characters", absent["characters"]),
@@ -102,15 +101,15 @@ def owned(service: Service, req: Req, id: str) -> Job:
 class Videos:
     """Ask for a video, and list those that were asked for."""
 
-    def __init__(self, service: Service, repeats: Repeats) -> None:
-        self.service, self.repeats = service, repeats
+    def __init__(self, service: Service, retries: Retries) -> None:
+        self.service, self.retries = service, retries
 
     def on_post(self, req: Req, resp: Resp) -> None:
-        _tell(self.service, req, resp, self.repeats.submit(req, read_job(self.service, req, "video")))
+        _tell(self.service, req, resp, self.retries.submit(req, read_job(self.service, req, "video")))
 
     def on_get(self, req: Req, resp: Resp) -> None:
         query = parameters(req, ("after", "limit", "order"))
-        limit, order = whole_number(query, "limit", 1, MOST_LISTED, LISTED), query.get("order", "desc")
+        limit, order = integer(query, "limit", 1, MOST_LISTED, LISTED), query.get("order", "desc")
         if order not in ("asc", "desc"):
             raise UserError("order", f"order: {order[:80]!r} is not one of asc, desc")
         try:
@@ -178,7 +177,7 @@ class Content:
         found = [output for output in job.outputs if output.variant == VARIANTS[variant]]
         if not found:
             raise expired()
-        send_output(self.service, req, resp, found[whole_number(query, "index", 0, len(found) - 1, 0)])
+        send_output(self.service, req, resp, found[integer(query, "index", 0, len(found) - 1, 0)])
 
     on_head = on_get
 
@@ -186,8 +185,8 @@ class Content:
 class Remix:
     """The same video with another prompt, and another seed where one is given."""
 
-    def __init__(self, service: Service, repeats: Repeats) -> None:
-        self.service, self.repeats = service, repeats
+    def __init__(self, service: Service, retries: Retries) -> None:
+        self.service, self.retries = service, retries
 
     def on_post(self, req: Req, resp: Resp, id: str) -> None:
         source = owned(self.service, req, id)
@@ -217,7 +216,7 @@ class Remix:
         except BaseException:
             discard(self.service, job)
             raise
-        _tell(self.service, req, resp, self.repeats.submit(req, job))
+        _tell(self.service, req, resp, self.retries.submit(req, job))
 
     def _copied(self, file: str, owner: str) -> str:
         """A given image once more, for it goes with the job that it was given for."""

@@ -6,7 +6,7 @@ import numpy
 import pytest
 from PIL import Image
 
-from tinydiff.serve.sheets import spritesheet, thumbnail
+from tinydiff.serve.outputs import spritesheet, thumbnail
 
 
 def clip(count, height, width):

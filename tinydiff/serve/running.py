@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from tinydiff.serve.jobs import Failure, Job, Output
 
 if TYPE_CHECKING:
     from tinydiff.runtime.blueprint import Model
+    from tinydiff.runtime.continuous import BatchSlot
     from tinydiff.runtime.pipeline import Conditioning
 
 log = logging.getLogger(__name__)
@@ -127,3 +128,26 @@ def failure(error: BaseException) -> Failure:
         )
     log.error("a job failed", exc_info=error)
     return Failure("server_error", "making this failed; the server's log says why")
+
+
+def has_room(jobs: Iterable[Making], sittings: Collection[BatchSlot], most: int) -> bool:
+    """Whether another job may come onto the device: there are at most as many with images to make as seats,
+    and one more while these have more images than there are seats, so that no large job keeps others out."""
+    waiting = {making.job.id: len(making.waiting) for making in list(jobs) if making.waiting}
+    images = sum(waiting.values()) + len(sittings)
+    return len(waiting.keys() | {one.owner for one in sittings}) < most + (images > most)
+
+
+def next_to_start(jobs: Iterable[Making], sittings: Collection[BatchSlot], most: int) -> Making | None:
+    """The job whose next image gets a seat. Of the highest priority it is the job of the key with the fewest
+    seats, then the job with the fewest. Where all seats are taken, only a job that has none gets one: the
+    loop lets another image pause for it."""
+    by_key, by_job = Counter(one.key for one in sittings), Counter(one.owner for one in sittings)
+    full = len(sittings) >= most
+    able = [making for making in list(jobs) if making.waiting and not (full and by_job[making.job.id])]
+
+    def order(making: Making) -> tuple[float, ...]:
+        job = making.job
+        return -job.priority, by_key[job.owner], by_job[job.id], making.taken
+
+    return min(able, key=order, default=None)

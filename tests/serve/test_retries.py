@@ -4,7 +4,7 @@ import pytest
 from falcon import testing
 
 from tests.serve.fake import eventually, service
-from tinydiff.serve import images, repeats
+from tinydiff.serve import images, retries
 from tinydiff.serve.app import make_app
 from tinydiff.serve.jobs import Failure
 
@@ -55,7 +55,7 @@ def test_a_retry_joins_the_running_request(both):
 def test_a_retry_finds_what_was_completed_after_the_client_gave_up(both, key, monkeypatch):
     first, again = generate(both[1], key), generate(both[1], {**AGAIN, **key})
     assert again.json["id"] == first.json["id"] and again.json["data"] == first.json["data"]
-    monkeypatch.setattr(repeats, "AGAIN_S", 0.0)
+    monkeypatch.setattr(retries, "AGAIN_S", 0.0)
     assert generate(both[1], {**AGAIN, **key}).json["id"] != first.json["id"]
 
 
@@ -114,10 +114,10 @@ def test_few_wait_for_one_request_however_many_ask(both, stream):
     made.scheduler.gate.clear()
     key, answers = {"Idempotency-Key": "once"}, []
     ask = lambda: answers.append(generate(client, key, stream=stream))  # noqa: E731
-    threads = [threading.Thread(target=ask) for _ in range(repeats.MOST_WAITING)]
+    threads = [threading.Thread(target=ask) for _ in range(retries.MOST_WAITING)]
     for thread in threads:
         thread.start()
-    eventually(lambda: len(made.scheduler.watched) == repeats.MOST_WAITING)
+    eventually(lambda: len(made.scheduler.watched) == retries.MOST_WAITING)
     for _ in range(3):
         refused = generate(client, key, stream=stream)
         assert (refused.status_code, refused.json["error"]["code"]) == (429, "too_many_waiting")
@@ -125,7 +125,7 @@ def test_few_wait_for_one_request_however_many_ask(both, stream):
     made.scheduler.gate.set()
     for thread in threads:
         thread.join(10)
-    assert [answer.status_code for answer in answers] == [200] * repeats.MOST_WAITING and len(
+    assert [answer.status_code for answer in answers] == [200] * retries.MOST_WAITING and len(
         made.scheduler.submitted
     ) == 1
     assert generate(client, key, stream=stream).status_code == 200

@@ -4,10 +4,13 @@ is queued.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import json
+import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -17,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 import falcon
 
 from tinydiff.config import options
-from tinydiff.records import UserError, nearest
-from tinydiff.serve import decoder, inputs, outputs
+from tinydiff.records import UserError, nearest, shown
+from tinydiff.serve import decoder, outputs
 from tinydiff.serve.body import fingerprint, read_body
 from tinydiff.serve.errors import Refusal
+from tinydiff.serve.fetch import FETCH_S, fetch, too_large
 from tinydiff.serve.fields import STEPS_OF_QUALITY, Asked, FileId, read_fields
 from tinydiff.serve.jobs import Job, Kind, new_id
 from tinydiff.serve.unpack import media_type
@@ -28,11 +32,26 @@ from tinydiff.serve.unpack import media_type
 if TYPE_CHECKING:
     import numpy
 
+    from tinydiff.models.registry import ReleasedModel
     from tinydiff.records import Request
+    from tinydiff.runtime.blueprint import Blueprint
+    from tinydiff.serve.files import Files
+    from tinydiff.serve.options import ServeOptions
     from tinydiff.serve.service import Service
 
 LOSSLESS = ("default", "maximum", None, 100)
 """What may be asked of the quality of a format that has no other."""
+
+
+ESCAPED = {"%2B": "+", "%2F": "/", "%3D": "=", "%0A": "", "%0D": "", "%20": ""}
+"""What a URI's escapes may stand for in base64."""
+_ALPHABET = bytes.maketrans(b"-_", b"+/")
+
+BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
+"""How images begin in base64."""
+
+Get = Callable[[str, str, int, float], bytes]
+"""(address, field, bytes at most, seconds) -> the bytes there. Raises UserError."""
 
 
 def read_job(service: Service, req: falcon.Request, kind: Kind) -> Job:
@@ -86,8 +105,8 @@ def check_model(service: Service, name: str) -> None:
 def checked(service: Service, job: Job) -> Job:
     """The job with what its answer says of its request: the effective size, and of a video its seconds. The
     request goes to the device with its images as they are now. Raises UserError."""
-    request = admitted(service, job)
-    service.handover.put(job.id, request)
+    request = admitted(service.blueprint, service.files, service.options, job)
+    service.requests.put(job.id, request)
     more: dict[str, Any] = {"size": f"{request.width}x{request.height}"}
     if job.kind == "video":
         more["seconds"] = f"{request.num_frames / request.fps:g}"
@@ -96,28 +115,28 @@ def checked(service: Service, job: Job) -> Job:
 
 def discard(service: Service, job: Job) -> None:
     """Remove the given images of a job that never was."""
-    service.handover.take(job.id)
+    service.requests.take(job.id)
     for id in (id for ids in job.inputs.values() for id in ids):
         service.files.delete(id)
 
 
-def admitted(service: Service, job: Job) -> Request:
+def admitted(blueprint: Blueprint, files: Files, limits: ServeOptions, job: Job) -> Request:
     """The job's request, every field checked against the model and the server's limits. Raises UserError
     naming the field as the client spelled it."""
     from tinydiff.runtime.admit import admit  # reads models, so it loads torch
 
     with _as_spelled(job), decoder.slot() if job.inputs else nullcontext():
-        _suits(service, job)
-        sampling = options({**_frames(service, job), **job.fields, **_paths(service, job)}).sampling
-        if not sampling.prompt and not service.blueprint.row.captions:
+        _suits(blueprint.row, job)
+        sampling = options({**_frames(blueprint.row, job), **job.fields, **_paths(files, job)}).sampling
+        if not sampling.prompt and not blueprint.row.captions:
             raise UserError("prompt", "prompt: is missing; it says what to show")
-        if sampling.num_outputs_per_prompt > (most := service.options.max_outputs):
+        if sampling.num_outputs_per_prompt > (most := limits.max_outputs):
             name, asked = "num_outputs_per_prompt", sampling.num_outputs_per_prompt
             raise UserError(
                 name, f"{name}: {asked} outputs are more than the {most} that one request may ask for"
             )
-        read, most = partial(_pixels, service.options.max_input_pixels), service.most_pixels(job.kind)
-        [request] = admit(service.blueprint, sampling, job.kind == "video", read, most)
+        read, most = partial(_pixels, limits.max_input_pixels), limits.pixel_limit(blueprint.row, job.kind)
+        [request] = admit(blueprint, sampling, job.kind == "video", read, most)
         outputs.plan(job, request, Path("."))
     return request
 
@@ -147,13 +166,13 @@ def resolved(service: Service, asked: Asked, kind: Kind) -> dict[str, Any]:
     return json.loads(json.dumps(fields))
 
 
-def _frames(service: Service, job: Job) -> Mapping[str, Any]:
-    return {"num_frames": 1} if job.kind == "image" and not service.blueprint.row.layers else {}
+def _frames(row: ReleasedModel, job: Job) -> Mapping[str, Any]:
+    return {"num_frames": 1} if job.kind == "image" and not row.layers else {}
 
 
-def _suits(service: Service, job: Job) -> None:
+def _suits(row: ReleasedModel, job: Job) -> None:
     """What the address asked at, and the format of the answer, leave of the fields."""
-    row, fields, answer = service.blueprint.row, job.fields, job.answer
+    fields, answer = job.fields, job.answer
     if job.kind == "video":
         if row.clip_frames == 1:
             raise UserError(
@@ -190,11 +209,11 @@ def _suits(service: Service, job: Job) -> None:
             )
 
 
-def _paths(service: Service, job: Job) -> dict[str, Any]:
+def _paths(files: Files, job: Job) -> dict[str, Any]:
     """The given images as paths of this machine."""
     found: dict[str, Any] = {}
     for name, ids in job.inputs.items():
-        paths = [service.files.path(id) for id in ids]
+        paths = [files.path(id) for id in ids]
         if None in paths:
             raise UserError(name, f"{name}: a given image is no longer kept; send it again")
         found[name] = [str(path) for path in paths] if name == "image_path" else str(paths[0])
@@ -211,7 +230,7 @@ def _keep(service: Service, owner: str, source: str | bytes | FileId, field: str
         if path is None:
             raise Refusal(404, "not_found", f"{field}: no file has the id {source.id[:80]!r}", field)
         source = path.read_bytes()
-    data = inputs.received(source, field, limits.allow_url_inputs, limits)
+    data = received(source, field, limits.allow_url_inputs, limits)
     return service.files.put(data, media_type(data, field), "given", owner)
 
 
@@ -235,3 +254,58 @@ def _as_spelled(job: Job) -> Iterator[None]:
         raise UserError(
             theirs, f"{theirs}: {inner}{said}".replace("--image-path", spelled["image_path"])
         ) from error
+
+
+def received(
+    source: str | bytes, field: str, allow_urls: bool, limits: ServeOptions, get: Get = fetch
+) -> bytes:
+    """The bytes of a given image: a file's own, a data URI's, or those that `get` has from an address.
+
+    They begin as one of the formats that are read does, whatever name or type they came with, and are at most
+    `limits.max_body` MB. Nothing is unpacked yet. Raises UserError naming `field`.
+    """
+    most = int(limits.max_body * 1e6)
+    data = source if isinstance(source, bytes) else _read(source, field, allow_urls, most, get)
+    if len(data) > most:
+        raise too_large(field, most)
+    media_type(data, field)
+    return data
+
+
+def _read(source: str, field: str, allow_urls: bool, most: int, get: Get) -> bytes:
+    """The bytes that a text stands for."""
+    source = source.strip()
+    scheme = source[: source.find(":")].lower() if ":" in source[:20] else ""
+    if scheme == "data":
+        return _data_uri(source, field, most)
+    if scheme in ("http", "https"):
+        if not allow_urls:
+            how = "send the image as a file or a data URI, or start the server with --allow-url-inputs"
+            raise UserError(field, f"{field}: is an address, and this server fetches none; {how}")
+        return get(source, field, most, FETCH_S)
+    if source.startswith(BASE64_STARTS) or (
+        len(source) >= 256 and re.fullmatch(r"[A-Za-z0-9+/_\s-]+", source[:256])
+    ):
+        raise UserError(field, f"{field}: is base64 without its head; put data:image/png;base64, before it")
+    address = " or an http(s) address" if allow_urls else ""
+    raise UserError(
+        field,
+        f"{field}: {shown(source)} must be a file sent along, a data URI{address}; the server's own files are not read",
+    )
+
+
+def _data_uri(source: str, field: str, most: int) -> bytes:
+    head, comma, body = source.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise UserError(
+            field, f"{field}: is a data URI without ;base64, ; the form is data:image/png;base64,..."
+        )
+    if len(body) > 6 * most:  # four letters are three bytes, and one written as %2B is three letters
+        raise too_large(field, most)
+    for code, letter in ESCAPED.items():
+        body = body.replace(code, letter).replace(code.lower(), letter)
+    try:
+        text = body.encode("ascii").translate(_ALPHABET, delete=b" \t\r\n").rstrip(b"=")
+        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise UserError(field, f"{field}: is a data URI whose base64 is broken") from None

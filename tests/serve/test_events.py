@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tinydiff.serve.board import Boards
+from tinydiff.serve.events import Boards
 from tinydiff.serve.jobs import Job
 
 JOB, OTHER = (Job(f"img_{letter}", "image", 0.0) for letter in "ab")

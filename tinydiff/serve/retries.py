@@ -13,8 +13,8 @@ from typing import Any
 
 import falcon
 
+from tinydiff.serve.admission import discard
 from tinydiff.serve.errors import NO_RETRY, Refusal
-from tinydiff.serve.intake import discard
 from tinydiff.serve.jobs import DONE, Job
 from tinydiff.serve.service import Service
 
@@ -29,7 +29,7 @@ MOST_WAITING = 4
 times at most, and has gone from where it asked before."""
 
 
-class Repeats:
+class Retries:
     """What the requests to one address were. A repeated one is told by `Idempotency-Key`, which any client
     may send, or by the official client's count of retries: then it joins a running job of the same key and
     body, unless what it repeats was answered with an error. By its count a client also finds what was

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from tinydiff.serve.files import Files
+from tinydiff.serve.jobs import Unreachable
 from tinydiff.serve.options import ServeOptions
-from tinydiff.serve.store import Store, Unreachable
+from tinydiff.serve.store import Store
 
 log = logging.getLogger(__name__)
 Made = TypeVar("Made")

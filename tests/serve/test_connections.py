@@ -12,8 +12,8 @@ import waitress.buffers
 
 from tests.serve.fake import eventually, listening, service
 from tests.serve.wire import KEY, PROMPT, WELL, Client, get, post, probes
-from tinydiff.serve import channel
-from tinydiff.serve.channel import TURN, Channel
+from tinydiff.serve import connections
+from tinydiff.serve.connections import TURN, Channel
 
 
 @pytest.fixture
@@ -155,15 +155,15 @@ def coming(headers, count=0):
 @pytest.mark.parametrize(
     ("one", "seconds"),
     [
-        (state(), channel.HEADERS_S),
-        (state(request=coming(False)), channel.HEADERS_S),
-        (state(answered=True), channel.KEPT_S),
-        (state(answered=True, request=coming(False)), channel.HEADERS_S),
-        (state(request=coming(True)), channel.HEADERS_S + channel.BODY_S),
-        (state(request=coming(True, 10_000)), channel.HEADERS_S + channel.BODY_S + 20),
-        (state(total_outbufs_len=1), channel.STALLED_S),
-        (state(total_outbufs_len=1, requests=[1]), channel.STALLED_S),
-        (state(parted_at=1000), channel.LINGER_S),
+        (state(), connections.HEADERS_S),
+        (state(request=coming(False)), connections.HEADERS_S),
+        (state(answered=True), connections.KEPT_S),
+        (state(answered=True, request=coming(False)), connections.HEADERS_S),
+        (state(request=coming(True)), connections.HEADERS_S + connections.BODY_S),
+        (state(request=coming(True, 10_000)), connections.HEADERS_S + connections.BODY_S + 20),
+        (state(total_outbufs_len=1), connections.STALLED_S),
+        (state(total_outbufs_len=1, requests=[1]), connections.STALLED_S),
+        (state(parted_at=1000), connections.LINGER_S),
     ],
 )
 def test_how_long_a_client_has_for_what_it_does(one, seconds):
@@ -176,7 +176,7 @@ def test_a_request_that_is_answered_has_all_the_time():
 
 
 def test_what_is_overdue_is_closed(made, monkeypatch):
-    monkeypatch.setattr(channel, "HEADERS_S", -1)
+    monkeypatch.setattr(connections, "HEADERS_S", -1)
     with listening(made) as address:
         assert Client(address).rest() == b""
         assert Client(address).send(b"GET / HTTP/1.1\r\nHost: ").rest() == b""

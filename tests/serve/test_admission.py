@@ -5,8 +5,8 @@ import pytest
 
 from tests.serve.fake import service
 from tinydiff.records import UserError
+from tinydiff.serve.admission import admitted, resolved
 from tinydiff.serve.fields import read_fields
-from tinydiff.serve.intake import admitted, resolved
 from tinydiff.serve.jobs import Job
 
 
@@ -21,7 +21,10 @@ def read(made, said, kind="image"):
     """The request that a body makes, through all of intake but HTTP."""
     asked = read_fields(said, kind)
     return admitted(
-        made, Job("j_0", kind, time.time(), fields=resolved(made, asked, kind), answer=asked.answer)
+        made.blueprint,
+        made.files,
+        made.options,
+        Job("j_0", kind, time.time(), fields=resolved(made, asked, kind), answer=asked.answer),
     )
 
 
@@ -89,7 +92,7 @@ def test_the_bound_on_pixels_follows_the_model_and_an_explicit_one_wins(tmp_path
         ("told", 10**6, "image"),
     ):
         found = service(tmp_path / name, **({"max_pixels": 1e6} if name == "told" else {}))
-        assert found.most_pixels(kind) == most
+        assert found.options.pixel_limit(found.blueprint.row, kind) == most
         found.scheduler.close()
     found = service(tmp_path / "several", max_outputs=12)
     assert len(read(found, {"prompt": "p", "size": "256x256", "n": 12}).seeds) == 12

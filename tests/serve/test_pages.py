@@ -7,9 +7,9 @@ import falcon
 import pytest
 from falcon import testing
 
-from tinydiff.serve import errors, site
+from tinydiff.serve import errors, pages
 
-FILES = {path.name: path.read_text(encoding="utf-8") for path in sorted(site.FOLDER.iterdir())}
+FILES = {path.name: path.read_text(encoding="utf-8") for path in sorted(pages.FOLDER.iterdir())}
 PAGES = [name for name in FILES if name.endswith(".html")]
 VOID = {"meta", "link", "input", "img", "br"}
 
@@ -38,7 +38,7 @@ TAGS = {name: Tags(FILES[name]).found for name in PAGES}
 def client():
     app = falcon.App()
     errors.install(app)
-    for template, resource in site.routes(None):  # the files depend on no server
+    for template, resource in pages.routes(None):  # the files depend on no server
         app.add_route(template, resource)
     return testing.TestClient(app)
 
@@ -59,7 +59,7 @@ def test_a_page_comes_with_its_policy(client, address):
 def test_a_file_comes_with_its_type(client, name):
     answer = client.simulate_get(f"/page/{name}")
     assert answer.status_code == 200 and answer.text == FILES[name]
-    assert answer.headers["content-type"] == site.TYPES[name[name.rindex(".") :]]
+    assert answer.headers["content-type"] == pages.TYPES[name[name.rindex(".") :]]
 
 
 def test_a_browser_that_has_a_file_is_told_so(client):
@@ -79,7 +79,7 @@ def test_head_has_no_body(client):
 
 
 @pytest.mark.parametrize(
-    "name", ["none.js", "index.html", "..%2fsite.py", "%2e%2e%2fsite.py", "%00", "page.js%00", "a" * 5000]
+    "name", ["none.js", "index.html", "..%2fpages.py", "%2e%2e%2fpages.py", "%00", "page.js%00", "a" * 5000]
 )
 def test_nothing_else_is_sent(client, name):
     answer = client.simulate_get(f"/page/{name}")
@@ -87,7 +87,7 @@ def test_nothing_else_is_sent(client, name):
 
 
 def test_every_resource_is_public():
-    assert all(resource.public for _, resource in site.routes(None))
+    assert all(resource.public for _, resource in pages.routes(None))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -163,15 +163,15 @@ def test_what_labels_and_descriptions_point_at_is_there():
 
 
 def test_pictures_of_the_storage_may_be_shown(monkeypatch):
-    assert "http" not in site.policy()
+    assert "http" not in pages.policy()
     for name in ("S3_BUCKET_NAME", "S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(f"TINYDIFF_{name}", "x")
     monkeypatch.setenv("TINYDIFF_CLOUD_STORAGE_TYPE", "s3")
     monkeypatch.setenv("TINYDIFF_S3_ENDPOINT_URL", "https://minio.example.com/")
-    parts = dict(part.strip().split(" ", 1) for part in site.policy().split(";"))
+    parts = dict(part.strip().split(" ", 1) for part in pages.policy().split(";"))
     assert [name for name, value in parts.items() if "https://minio.example.com" in value.split()] == [
         "img-src",
         "media-src",
     ]
     monkeypatch.delenv("TINYDIFF_S3_ENDPOINT_URL")
-    assert " https://x.s3.us-east-1.amazonaws.com;" in site.policy()
+    assert " https://x.s3.us-east-1.amazonaws.com;" in pages.policy()
