@@ -24,6 +24,10 @@ Only headers and JSON files are read. Nothing is downloaded, and nothing of a pi
 """
 
 
+NOTHING = (None, "", (), {}, 0)
+"""Facts that are not known or do not apply."""
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command. Raises UserError."""
     if {"-h", "--help"} & set(argv):
@@ -49,13 +53,13 @@ def main(argv: Sequence[str]) -> int:
 
 def as_json(found: Contents) -> dict[str, Any]:
     """Every fact that is known."""
-    return {name: _known(value) for name, value in asdict(found).items() if value not in (None, (), {}, 0)}
+    return {name: _known(value) for name, value in asdict(found).items() if value not in NOTHING}
 
 
 def _known(value: Any) -> Any:
     if isinstance(value, tuple):
         return [
-            {name: _known(each) for name, each in item.items() if each not in (None, (), {}, 0)}
+            {name: _known(each) for name, each in item.items() if each not in NOTHING}
             if isinstance(item, dict)
             else item
             for item in value
@@ -72,10 +76,11 @@ def told(found: Contents) -> Iterator[str]:
         "family": found.family,
         "looks like": ", ".join(found.models),
         "layout": found.layout,
+        "prefix": found.prefix,
         "format": found.format,
         "precision": precision(found.precision),
         "ranks": ", ".join(map(str, found.ranks)),
-        "size": f"{size(found.bytes)} in {found.tensors} tensors, {count(found.files)}"
+        "size": f"{size(found.bytes)} in {count(found.tensors, 'tensor')}, {count(found.files, 'file')}"
         if found.tensors
         else "",
     }
@@ -84,7 +89,7 @@ def told(found: Contents) -> Iterator[str]:
         yield "  holds"
         yield from (f"    {line}" for line in _table([_cells(part) for part in found.parts]))
     for part in found.parts:
-        yield from (f"  problem     {part.path} {said}" for said in part.problems)
+        yield from (f"  problem     {part.path}: {said}" for said in part.problems)
     for name, value in found.metadata.items():
         yield f"  metadata    {name}: {value}"
     yield from (f"  missing     {what}" for what in found.missing)
@@ -96,7 +101,13 @@ def told(found: Contents) -> Iterator[str]:
 def _cells(part: Contents) -> tuple[str, ...]:
     what = part.model_class or part.kind
     sizes = size(part.bytes) if part.bytes else "-"
-    return part.path, what, sizes, precision(part.precision) or "-", count(part.files) if part.files else "-"
+    return (
+        part.path,
+        what,
+        sizes,
+        precision(part.precision) or "-",
+        count(part.files, "file") if part.files else "-",
+    )
 
 
 def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
@@ -121,6 +132,6 @@ def size(bytes_: int) -> str:
     return f"{bytes_} B"
 
 
-def count(files: int) -> str:
-    """Files in words."""
-    return "1 file" if files == 1 else f"{files} files"
+def count(number: int, what: str) -> str:
+    """So many of what, in words."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

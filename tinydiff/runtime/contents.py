@@ -32,8 +32,8 @@ KINDS = {"gguf": "GGUF file", "pickle": "torch pickle", "safetensors": "safetens
 class Contents:
     """What a path holds. Facts that are not known or do not apply are None or empty.
 
-    kind: in words, such as "model directory". format: of the weight files. layout: how their keys are named.
-    model_class: of model_index.json or of the component. role: of a component. models: released models that
+    kind: in words, such as "model directory". format: of the weight files. layout: how their keys are named,
+    after `prefix`. model_class: of model_index.json or of the component. role: of a component. models: released models that
     have it or that it looks like. precision: type -> bytes. parts: the components of a model, or the files of
     a directory. missing: what is needed and not there. problems: why it does not run, one sentence each.
     command: runs or uses it.
@@ -43,6 +43,7 @@ class Contents:
     kind: str
     format: str | None = None
     layout: str | None = None
+    prefix: str = ""
     family: str | None = None
     model_class: str | None = None
     role: str | None = None
@@ -101,11 +102,17 @@ def _file(path: Path, shown: str) -> Contents:
     try:
         header = headers.read(path)
     except UserError as error:  # a pickle that is no weights is told of, since it was asked about
-        message = str(error).removeprefix("model_path: ")
-        return Contents(shown, KINDS["pickle"], NAMES["pickle"], files=1, problems=(message,))
+        return Contents(
+            shown, KINDS["pickle"], NAMES["pickle"], files=1, problems=(_clause(error, str(path)),)
+        )
     except ValueError as error:
         raise UserError("path", f"path: {shown!r} {error}") from error
     return _named(_counted(shown, header), header)
+
+
+def _clause(error: UserError, path: str) -> str:
+    """What an error says of a file, without its name, since it stands beside."""
+    return str(error).removeprefix(f"{error.field}: ").removeprefix(f"{path!r} ")
 
 
 def _counted(shown: str, header: Header) -> Contents:
@@ -143,11 +150,11 @@ def _named(counted: Contents, header: Header) -> Contents:
     try:
         found = recognise(whole, _texts(header.metadata), counted.path)
     except UserError as error:
-        return replace(counted, problems=(*why, str(error).removeprefix("model_path: ")))
+        return replace(counted, problems=(*why, _clause(error, counted.path)))
     first, *others = found
     if not others:
         return replace(_component(counted, first), problems=why)
-    parts = tuple(_component(Contents(each.prefix, "component"), each) for each in found)
+    parts = tuple(_component(Contents(each.prefix or "the rest", "component"), each) for each in found)
     kind = f"{counted.kind} of several components"
     return replace(
         counted, kind=kind, family=_family(first.models), models=first.models, parts=parts, problems=why
@@ -171,6 +178,7 @@ def _component(counted: Contents, found: Found) -> Contents:
     return replace(
         counted,
         layout=found.layout.name,
+        prefix=found.prefix,
         model_class=found.class_name,
         role=found.role,
         family=_family(found.models),
@@ -216,10 +224,10 @@ def _model(folder: Path, shown: str) -> Contents:
     return Contents(
         shown,
         "model directory",
-        next((part.format for part in parts if part.format), None),
-        "diffusers",
-        None if row is None else row.family,
-        index.class_name,
+        format=next((part.format for part in parts if part.format), None),
+        layout="diffusers",
+        family=None if row is None else row.family,
+        model_class=index.class_name,
         models=() if row is None else (row.name,),
         files=sum(part.files for part in parts),
         tensors=sum(part.tensors for part in parts),
@@ -237,7 +245,7 @@ def _unfit(name: str, net: blueprint.NetPlan[Any]) -> Iterator[str]:
     try:
         check_weights(net.folder, net.family.spec(net.config), net.family.keys(net.config))
     except UserError as error:
-        yield f"{name}: {str(error).removeprefix('model_path: ')}"
+        yield f"{name}: {_clause(error, '')}"
 
 
 def _command(row: registry.ReleasedModel, shown: str) -> str:
@@ -265,8 +273,8 @@ def _part(folder: Path, shown: str, class_name: str | None, kind: str = "compone
     try:
         files = weight_files(folder)
     except UserError as error:
-        why = str(error).removeprefix(f"model_path: {str(folder)!r} ")
-        return known if record is None else replace(known, missing=(f"weights: it {why}",))
+        why = f"weights: it {_clause(error, str(folder))}"
+        return known if record is None else replace(known, missing=(why,))
     precision, tensors = Counter[str](), 0
     missing: list[str] = []
     if record is not None and not (folder / "config.json").is_file():
@@ -323,4 +331,4 @@ def _each(path: Path, shown: str) -> Contents:
     try:
         return _file(path, shown)
     except UserError as error:
-        return Contents(shown, "file", problems=(str(error).removeprefix(f"path: {shown!r} "),))
+        return Contents(shown, "file", problems=(_clause(error, shown),))
