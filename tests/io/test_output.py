@@ -375,7 +375,7 @@ def test_sizes_that_a_format_cannot_hold_are_refused_before_any_step(tmp_path, e
     for field, size in (("height", (most + 1, 16)), ("width", (16, most + 1))):
         with pytest.raises(
             UserError,
-            match=rf"{most + 1} is more than the {most} pixels that {extension.lower()} can hold; choose \.",
+            match=rf"{most + 1} is more than the {most} pixels that {extension.lower()} allows; choose \.",
         ) as caught:
             output.check_size(target, *size)
         assert caught.value.field == field

@@ -1,6 +1,4 @@
-"""Files that appear whole or not at all: written beside under a hidden name, flushed to disk, then given
-their own name.
-"""
+"""Files that appear whole or not at all: written under a hidden name, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -16,27 +14,24 @@ from pathlib import Path
 from tinydiff.records import UserError
 
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-"""What the system answers when a disk, a quota or a file size limit is full."""
+"""Error numbers of a full disk, quota or file size limit."""
 
 NO_LINKS = frozenset((errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK))
-"""What a file system without hard links answers to `os.link`."""
+"""Error numbers of `os.link` on a file system without hard links."""
 
 
 def write_new(path: Path, write: Callable[[Path], object]) -> Path:
-    """Have `write(temporary)` make a file or a directory and name it `path`, or the next free
+    """Have `write(temporary)` make a file or directory, and name it `path`, or the next free
     `name-1.extension`.
-    Returns the name taken.
 
-    Never replaces anything, also when two processes want one name at once. If anything fails nothing is left
-    behind; a full disk or a refused directory is a UserError naming the file.
+    Returns the name. Nothing is ever replaced, even if two processes want one name at once. After a failure
+    nothing is left behind. A full disk or a refused directory is a UserError that names the file.
     """
     return _written(path, write, _claim)
 
 
 def write_over(path: Path, write: Callable[[Path], object]) -> Path:
-    """As `write_new`, but takes the place of an existing file in one step: readers see the old file or the
-    new one, whole.
-    """
+    """As `write_new`, but replaces an existing file atomically: readers see the old file or the new one."""
     return _written(path, write, _replace)
 
 
@@ -57,7 +52,7 @@ def _written(path: Path, write: Callable[[Path], object], name: Callable[[Path, 
 
 @contextmanager
 def plain_errors(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write `path` into one sentence."""
+    """Turn an OSError while writing `path` into a UserError."""
     try:
         yield
     except OSError as error:
@@ -84,13 +79,13 @@ def _claim(temporary: Path, path: Path) -> Path:
             return name
         except FileExistsError:
             continue
-    raise AssertionError("the numbers never end")
+    raise AssertionError("count() never ends")
 
 
 def _take(temporary: Path, name: Path) -> None:
-    """Give `temporary` a name that nothing has yet, else FileExistsError."""
+    """Rename `temporary` to a name that does not exist yet. Raises FileExistsError."""
     if temporary.is_dir():
-        name.mkdir()  # the empty directory is ours alone: the rename may replace it
+        name.mkdir()  # the new empty directory is ours: the rename may replace it
         os.replace(temporary, name)
         return
     try:

@@ -1,6 +1,4 @@
-"""What a language model's tokenizer directory makes of the turns of a chat: its template, rendered as
-transformers renders it.
-"""
+"""Chat templates of a tokenizer directory, rendered as transformers renders them."""
 
 from __future__ import annotations
 
@@ -13,14 +11,14 @@ from tinydiff.io.hub import read_json
 from tinydiff.records import UserError
 
 Turns = Sequence[Mapping[str, str]]
-"""Each with `role` and `content`."""
+"""The turns of a chat, each with `role` and `content`."""
 
 
 def template(directory: Path) -> Callable[[Turns], str] | None:
-    """Turns -> text, without the opening of an answer; None where the directory has no template.
+    """A function from turns to text, without the prompt for an answer; None if there is no template.
 
-    Of `chat_template.jinja`, else of `chat_template` in tokenizer_config.json. The function raises UserError
-    where it cannot be rendered.
+    The template is `chat_template.jinja`, else `chat_template` in tokenizer_config.json. The function raises
+    UserError if it cannot be rendered.
     """
     path, config = directory / "chat_template.jinja", _read(directory / "tokenizer_config.json")
     source = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
@@ -54,9 +52,7 @@ def _is_token(name: str, token: Any) -> bool:
 
 
 def _rendered(source: str, directory: Path, values: Mapping[str, Any]) -> str:
-    """A template comes with the weights and may be anybody's: it runs in Jinja's sandbox, which cannot change
-    what it is given.
-    """
+    """The template rendered in Jinja's sandbox: it comes with the weights and may be malicious."""
     from jinja2 import TemplateError
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -70,6 +66,5 @@ def _rendered(source: str, directory: Path, values: Mapping[str, Any]) -> str:
     try:
         return engine.from_string(source).render(**values)
     except (TemplateError, TypeError, ValueError) as error:
-        raise UserError(
-            "model_path", f"model_path: the chat template in {str(directory)!r} cannot be rendered ({error})"
-        ) from error
+        message = f"the chat template in {str(directory)!r} cannot be rendered ({error})"
+        raise UserError("model_path", f"model_path: {message}") from error

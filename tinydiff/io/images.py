@@ -1,4 +1,4 @@
-"""Images in and out: any source to RGB pixels; PNG, JPEG and WebP with the generation parameters inside."""
+"""Reading images from any source; writing PNG, JPEG and WebP with the generation parameters inside."""
 
 from __future__ import annotations
 
@@ -17,52 +17,50 @@ if TYPE_CHECKING:
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 
 ALPHA_EXTENSIONS = (".png", ".webp")
-"""Those of formats that hold alpha."""
+"""Extensions of the formats that support alpha."""
 
 DEFAULT_QUALITY = {".jpg": 95, ".jpeg": 95, ".webp": 90}
 
 PROGRAMS = ("EPS",)
-"""Formats that are programs, which Pillow has Ghostscript run: they are not read."""
+"""Formats that are programs, which Pillow would run in Ghostscript: they are not read."""
 
 MOST_BYTES = 64 * 2**20
-"""The largest input image read from an address."""
+"""Most bytes of an image downloaded from a URL."""
 
 JPEG_COMMENT = 60_000
-"""Bytes of parameters a JPEG takes (its segments end at 65,535)."""
+"""Most bytes of parameters in a JPEG, whose segments end at 65,535."""
 
 USER_COMMENT, EXIF_IFD, ASCII = 0x9286, 0x8769, b"ASCII\0\0\0"
-"""EXIF: the tag of the comment, the directory that holds it, and the mark of its character set."""
+"""EXIF: the tag of the comment, its directory, and the prefix that names its character set."""
 
 
 def read_image(source: str | Path, field: str = "image_path", with_alpha: bool = False) -> np.ndarray:
-    """The image at a path, an http(s) URL or a data URI, upright, as uint8 [H, W, 3] sRGB, or [H, W, 4] RGBA
-    with `alpha`.
+    """The image at a path, http(s) URL or data URI as uint8 sRGB [H, W, 3], or [H, W, 4] with alpha.
 
-    The EXIF orientation is applied, an embedded colour profile is converted from, transparency is laid on
-    white or kept, deeper samples are brought to 8 bits, of an animation the first frame is taken. The bytes
-    decide what it is, not the name. Raises UserError if it is missing, too large or not an image.
+    The EXIF orientation and an embedded colour profile are applied, transparency is composited on white or
+    kept, deeper samples become 8 bits, and of an animation the first frame counts. The content decides the
+    format, not the name. Raises UserError if it is missing, too large or not an image.
     """
     from PIL import Image
 
     from tinydiff.io import decode
 
-    shown = repr(str(source) if len(str(source)) < 120 else f"{str(source)[:80]}...")
-    data = _fetch(source, field, shown)
+    source_name = repr(str(source) if len(str(source)) < 120 else f"{str(source)[:80]}...")
+    data = _fetch(source, field, source_name)
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as opened:
-            return decode.srgb(opened, with_alpha, f"{field}: {shown}")
+            return decode.srgb(opened, with_alpha, f"{field}: {source_name}")
     except decode.NoWhiteLevel as error:
-        raise UserError(field, f"{field}: {shown} {error}") from error
+        raise UserError(field, f"{field}: {source_name} {error}") from error
     except Image.DecompressionBombError as error:
-        raise UserError(field, f"{field}: {shown} is too large an image ({error})") from error
-    except Exception as error:  # decoders fail in many ways on what somebody made up
-        raise UserError(
-            field, f"{field}: {shown} is not an image that can be read (PNG, JPEG, WebP, GIF, ... are)"
-        ) from error
+        raise UserError(field, f"{field}: {source_name} is too large an image ({error})") from error
+    except Exception as error:  # decoders fail in many ways on malformed files
+        message = f"{source_name} is not an image that can be read (PNG, JPEG, WebP, GIF, ... are)"
+        raise UserError(field, f"{field}: {message}") from error
 
 
 def _formats() -> list[str]:
-    """The formats that Pillow reads by itself."""
+    """The formats that Pillow reads without another program."""
     from PIL import Image
 
     Image.init()
@@ -70,9 +68,7 @@ def _formats() -> list[str]:
 
 
 def resize(image: np.ndarray, height: int, width: int, method: str = "lanczos") -> np.ndarray:
-    """uint8 [H, W, C] to uint8 [height, width, C] by Pillow's "lanczos" (diffusers' default), "bicubic",
-    "bilinear" or "nearest".
-    """
+    """uint8 [H, W, C] resized by Pillow: "lanczos" (diffusers' default), "bicubic", "bilinear", "nearest"."""
     import numpy as np
     from PIL import Image
 
@@ -82,37 +78,35 @@ def resize(image: np.ndarray, height: int, width: int, method: str = "lanczos") 
 def encode_image(
     image: np.ndarray, extension: str, quality: int | None = None, parameters: Mapping[str, Any] | None = None
 ) -> bytes:
-    """uint8 [H, W, 3], or with alpha [H, W, 4] (`ALPHA_EXTENSIONS`), as the bytes of a file with this extension
-    (`IMAGE_EXTENSIONS`), with `parameters` as JSON in its metadata.
+    """The bytes of an image file, with `parameters` as JSON in its metadata.
 
-    quality: 0 to 100, None for the format's default; PNG is lossless whatever it says, WebP at 100 too. The
-    JSON lies in PNG's text "parameters" or in EXIF's UserComment. A JPEG has room for 60 kB of it: longer
-    texts are cut, with "..." at their end.
+    image: uint8 [H, W, 3], or [H, W, 4] with alpha for `ALPHA_EXTENSIONS`. quality: 0 to 100, None for the
+    format's default; PNG is always lossless, WebP at 100. The JSON is PNG's text "parameters" or EXIF's
+    UserComment. A JPEG has room for 60 kB: longer strings are cut and end with "...".
     """
     from PIL import Image, PngImagePlugin
 
-    picture, out = Image.fromarray(image), io.BytesIO()
+    encoder, out = Image.fromarray(image), io.BytesIO()
     if extension == ".png":
         text = PngImagePlugin.PngInfo()
         if parameters is not None:
             text.add_text("parameters", as_text(parameters))
-        picture.save(out, "PNG", pnginfo=text)
+        encoder.save(out, "PNG", pnginfo=text)
         return out.getvalue()
     quality = DEFAULT_QUALITY[extension] if quality is None else quality
     exif = Image.Exif()
     if parameters is not None:
-        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = ASCII + as_ascii(
-            parameters, None if extension == ".webp" else JPEG_COMMENT
-        )
+        most = None if extension == ".webp" else JPEG_COMMENT
+        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = ASCII + as_ascii(parameters, most)
     if extension == ".webp":
-        picture.save(out, "WEBP", quality=quality, lossless=quality == 100, exact=quality == 100, exif=exif)
+        encoder.save(out, "WEBP", quality=quality, lossless=quality == 100, exact=quality == 100, exif=exif)
     else:
-        picture.save(out, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2, exif=exif)
+        encoder.save(out, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2, exif=exif)
     return out.getvalue()
 
 
 def read_image_parameters(path: Path) -> dict[str, Any]:
-    """The parameters stored in an image by `encode_image` (or in a GIF's comment), {} if it has none."""
+    """The parameters that `encode_image` stored in an image (or a GIF's comment), {} if there are none."""
     from PIL import Image
 
     with Image.open(path) as opened:
@@ -123,7 +117,7 @@ def read_image_parameters(path: Path) -> dict[str, Any]:
     return read(text)
 
 
-def _fetch(source: str | Path, field: str, shown: str) -> bytes:
+def _fetch(source: str | Path, field: str, source_name: str) -> bytes:
     from http.client import HTTPException
     from urllib.request import Request, urlopen
 
@@ -136,10 +130,10 @@ def _fetch(source: str | Path, field: str, shown: str) -> bytes:
         with urlopen(Request(url, headers={"User-Agent": "tinydiff"}), timeout=30) as answer:
             data = answer.read(MOST_BYTES + 1)
     except FileNotFoundError:
-        raise UserError(field, f"{field}: {shown} does not exist") from None
+        raise UserError(field, f"{field}: {source_name} does not exist") from None
     except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
-        raise UserError(field, f"{field}: {shown} cannot be read ({reason})") from error
+        raise UserError(field, f"{field}: {source_name} cannot be read ({reason})") from error
     if len(data) > MOST_BYTES:
-        raise UserError(field, f"{field}: {shown} is larger than {MOST_BYTES // 2**20} MiB")
+        raise UserError(field, f"{field}: {source_name} is larger than {MOST_BYTES // 2**20} MiB")
     return data

@@ -1,4 +1,4 @@
-"""The 256 colours of a GIF, chosen of all its frames with 16 MiB and the memory of one.
+"""The 256 colours of a GIF, chosen from all its frames with 16 MiB and the memory of one frame.
 
 Shapes: N colours, B bins.
 """
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 COLOURS = 256
 BITS = 5
-"""Bits of red, of green and of blue that two colours of one bin share."""
+"""Bits of red, green and blue that the colours of one bin share."""
 ROUNDS = 4
-"""How often the means are moved."""
+"""Iterations of k-means."""
 
 
 def packed(frame: Frame, bits: int = 8) -> NDArray[np.int32]:
-    """The upper `bits` of red, green and blue side by side in one number: uint8 [H, W, 3] -> [H, W]."""
+    """The upper `bits` of red, green and blue in one integer: uint8 [H, W, 3] -> [H, W]."""
     red, green, blue = (frame[..., channel].astype(np.int32) >> (8 - bits) for channel in range(3))
     return (red << 2 * bits) | (green << bits) | blue
 
 
 def few(frames: Iterable[Frame]) -> NDArray[np.intp] | None:
-    """The colours of all frames, packed and sorted [N]; None where they are too many for a GIF."""
+    """The colours of all frames, packed and sorted [N]; None if they are too many for a GIF."""
     seen = np.zeros(1 << 24, dtype=np.bool_)
     for frame in frames:
         seen[packed(frame)] = True
@@ -40,12 +40,11 @@ def few(frames: Iterable[Frame]) -> NDArray[np.intp] | None:
 
 
 def of_many(frames: Iterable[Frame]) -> Frame:
-    """At most `COLOURS` colours [N, 3] near to all that the frames hold, [T, H, W, 3].
+    """At most `COLOURS` colours [N, 3] close to all colours of the frames [T, H, W, 3].
 
-    Colours are counted in bins. The box of bins with the largest error is cut in two, again and again; then
-    every bin goes to the nearest of the means, and these become the means of what they got. A bin weighs as
-    the root of its count in the frame that has most of it: a colour gets its own place because it is far from
-    the others, not because it is frequent.
+    Colours are counted in bins. Boxes of bins are split, the one with the largest error first; then k-means
+    moves the means of the boxes. A bin's weight is the square root of its largest count in any frame, so that
+    a colour gets an entry because it is far from the others, not because it is frequent.
     """
     bins = 1 << 3 * BITS
     counts, sums, peaks = np.zeros(bins), np.zeros((3, bins)), np.zeros(bins)
@@ -68,18 +67,18 @@ def of_many(frames: Iterable[Frame]) -> Frame:
 def _means(
     colours: NDArray[np.float64], weights: NDArray[np.float64], places: NDArray[np.intp]
 ) -> NDArray[np.float64]:
-    """The mean [N, 3] of the colours [B, 3] in each place; empty places are left out."""
+    """The mean [N, 3] of the colours [B, 3] in each cluster; empty clusters are left out."""
     total = np.bincount(places, weights)
     sums = np.stack([np.bincount(places, weights * channel) for channel in colours.T], 1)
     return sums[total > 0] / total[total > 0, None]
 
 
 def _boxes(colours: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.intp]:
-    """For each of the colours [B, 3] the number of its box, of at most `COLOURS`."""
+    """The index of the box of each colour [B, 3]; at most `COLOURS` boxes."""
     boxes, errors = [np.arange(len(colours))], [_error(colours, weights)]
     while len(boxes) < COLOURS:
         worst = int(np.argmax([error.sum() for error in errors]))
-        if errors[worst].sum() < 1e-6:  # each colour has its place
+        if errors[worst].sum() < 1e-6:  # every colour has its own box
             break
         box, error = boxes.pop(worst), errors.pop(worst)
         axis = int(np.argmax(error))
@@ -94,5 +93,5 @@ def _boxes(colours: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArra
 
 
 def _error(colours: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Weighted squares of the distances to the mean, in red, green and blue."""
+    """Weighted squared distances to the mean, in red, green and blue."""
     return weights @ (colours - np.average(colours, axis=0, weights=weights)) ** 2

@@ -1,4 +1,4 @@
-"""Generation parameters as the text that files hold, and back."""
+"""Generation parameters as JSON in files, and back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def as_text(parameters: Mapping[str, Any]) -> str:
-    """Parameters as JSON that UTF-8 can hold: readable, but where a text has half a character, all in ASCII."""
+    """Parameters as JSON that can be encoded: readable UTF-8, or ASCII if a string has a lone surrogate."""
     text = json.dumps(dict(parameters), ensure_ascii=False, default=str)
     try:
         text.encode()
@@ -18,26 +18,21 @@ def as_text(parameters: Mapping[str, Any]) -> str:
 
 
 def as_ascii(parameters: Mapping[str, Any], most: int | None = None) -> bytes:
-    """Parameters as ASCII JSON; above `most` bytes every long text is cut, further and further, until they
-    fit.
-    """
-    data = json.dumps(dict(parameters), default=str).encode("ascii")
-    length = 4096
-    while most is not None and len(data) > most and length:
-        data = json.dumps(
-            {name: _cut(value, length) for name, value in parameters.items()}, default=str
-        ).encode("ascii")
-        length //= 2
-    return data
+    """Parameters as ASCII JSON of at most `most` bytes: long strings are cut until it fits."""
+    text, length = json.dumps(dict(parameters), default=str), 4096
+    while most is not None and len(text) > most and length:
+        cut = {name: _cut(value, length) for name, value in parameters.items()}
+        text, length = json.dumps(cut, default=str), length // 2
+    return text.encode("ascii")
 
 
 def read(text: str | bytes | None) -> dict[str, Any]:
-    """The parameters in a text; {} where it is another program's."""
+    """The parameters in a text; {} if another program wrote it."""
     try:
-        found = json.loads(text or "{}")
+        parameters = json.loads(text or "{}")
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return parameters if isinstance(parameters, dict) else {}
 
 
 def _cut(value: Any, length: int) -> Any:

@@ -1,8 +1,7 @@
 """Text to token ids, whichever tokenizer files a checkpoint has.
 
-Three kinds of files are read: `tokenizer.json`; `vocab.json` with `merges.txt` (CLIP's and Qwen's byte
-pairs); `spiece.model` (T5). Which tokens open, close and pad a sequence, and where padding goes, is in the
-small JSON files beside them.
+Three formats are read: `tokenizer.json`; `vocab.json` with `merges.txt` (byte pairs of CLIP and Qwen);
+`spiece.model` (T5). The small JSON files beside them name the special tokens and the side of padding.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from tinydiff.records import UserError
 
 
 class Tokens(NamedTuple):
-    """One encoded text. mask is 1 on tokens, 0 on padding; `truncated` tokens of the text were cut."""
+    """One encoded text. mask: 1 for tokens, 0 for padding. truncated: how many tokens were cut."""
 
     ids: list[int]
     mask: list[int]
@@ -30,11 +29,11 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """pieces: ids of a text, special tokens written out in it found, none added. text: the text of ids,
-    without special tokens.
+    """A tokenizer as plain functions and ids.
 
-    token_id: the id of a token by name, None if there is none. prefix, suffix: what opens and closes a
-    sequence. pad, eos: ids, eos None where the files name none. side: where padding goes, "right" or "left".
+    pieces: ids of a text, whose written special tokens count as such; none are added. text: the text of ids,
+    without special tokens. token_id: the id of a token, None if there is none. prefix, suffix: ids around a
+    sequence. pad, eos: ids; eos is None if the files name none. side: where padding goes, "right" or "left".
     """
 
     pieces: Callable[[str], list[int]]
@@ -46,18 +45,17 @@ class Tokenizer:
     eos: int | None
     side: str = "right"
     longest: int | None = None
-    """`model_max_length` of the files, None where they name no limit."""
+    """`model_max_length` of the files, None for no limit."""
     chat: Callable[[chat.Turns], str] | None = None
-    """The turns of a chat -> their text, None where the files have no template."""
+    """From the turns of a chat to their text; None if the files have no template."""
 
     def encode(
         self, text: str, max_length: int | None = None, side: str | None = None, framed: bool = True
     ) -> Tokens:
-        """Ids of `text` between prefix and suffix, at most `max_length`: of a longer text the end is cut, the
-        suffix stays.
+        """Ids of `text` between prefix and suffix, cut to `max_length` before the suffix.
 
-        side: "left" or "right" pads there up to `max_length`, "none" does not pad, by default where the files
-        say. framed: whether prefix and suffix are added; a chat's text has its own.
+        side: "left" or "right" pads to `max_length`, "none" does not pad; by default the side of the files.
+        framed: whether prefix and suffix are added; a chat template has its own.
         """
         ids, (prefix, suffix) = self.pieces(text), (self.prefix, self.suffix) if framed else ((), ())
         room = len(ids) if max_length is None else max(0, max_length - len(prefix) - len(suffix))
@@ -68,13 +66,13 @@ class Tokenizer:
     def batch(
         self, texts: Sequence[str], max_length: int | None = None, side: str | None = None
     ) -> list[Tokens]:
-        """Each text as by `encode`, padded only to the longest of them."""
+        """Each text as by `encode`, padded to the longest of them."""
         rows = [self.encode(text, max_length, "none") for text in texts]
         longest = max(len(row.ids) for row in rows)
         return [self.padded(row, longest, side) for row in rows]
 
     def padded(self, tokens: Tokens, length: int, side: str | None = None) -> Tokens:
-        """`tokens` filled up to `length`."""
+        """`tokens` padded to `length`."""
         ids, mask, truncated = tokens
         extra = length - len(ids)
         if (side or self.side) == "left":
@@ -83,10 +81,9 @@ class Tokenizer:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint's `tokenizer` directory: of `tokenizer.json` if it has one, else of the
-    other files.
+    """The tokenizer of a checkpoint's `tokenizer` directory, which gives the ids of transformers' tokenizers.
 
-    All give the ids of transformers' tokenizers. Raises UserError if the files are missing or cannot be read.
+    `tokenizer.json` is preferred to the other files. Raises UserError if files are missing or cannot be read.
     """
     for names, read in _READERS.items():
         if all((directory / name).is_file() for name in names):
@@ -99,22 +96,20 @@ def load_tokenizer(directory: Path) -> Tokenizer:
             except UserError:
                 raise
             except Exception as error:  # the tokenizers library raises bare Exception
-                raise UserError(
-                    "model_path",
-                    f"model_path: {str(directory / names[0])!r} is not a usable tokenizer ({error})",
-                ) from error
+                message = f"{str(directory / names[0])!r} is not a usable tokenizer ({error})"
+                raise UserError("model_path", f"model_path: {message}") from error
     missing = "has no vocab.json with merges.txt and has neither tokenizer.json nor spiece.model"
     raise UserError("model_path", f"model_path: {str(directory)!r} {missing}")
 
 
-# --- the small files
-# ----------------------------------------------------------------------------------------------------------------
+# --- the small JSON files
 
 
 class Settings(NamedTuple):
-    """kind: tokenizer_class without the Fast, "" if unsaid. named: "pad_token" and the like to the token.
-    added: tokens beyond the vocabulary, in order of their ids. side: where padding goes. extra_ids: how many
-    sentinels T5 has behind its pieces.
+    """What the small JSON files say.
+
+    kind: tokenizer_class without "Fast", "" if missing. named: "pad_token" and the like -> the token. added:
+    tokens beyond the vocabulary, by id. side: where padding goes. extra_ids: number of T5's sentinel tokens.
     """
 
     kind: str
@@ -145,7 +140,7 @@ def _settings(directory: Path) -> Settings:
 
 
 NO_LIMIT = 10**9
-"""Transformers writes a much larger number where a tokenizer has no limit."""
+"""transformers writes a much larger number for no limit."""
 
 
 def _longest(directory: Path) -> int | None:
@@ -159,12 +154,13 @@ def _content(token: str | Mapping[str, Any]) -> str:
 
 
 # --- the tokenizers library
-# ---------------------------------------------------------------------------------------------------------
 
-QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-"""Where words part before byte pairs are merged, as transformers' CLIPTokenizer and Qwen2Tokenizer have it.
-"""
+"""How transformers' Qwen2Tokenizer and CLIPTokenizer split a text into words before merging byte pairs."""
 
 
 def _from_json(directory: Path, settings: Settings) -> Tokenizer:
@@ -185,9 +181,8 @@ def _from_merges(directory: Path, settings: Settings) -> Tokenizer:
         "CLIPTokenizer" if any(piece.endswith("</w>") for piece in vocabulary) else "Qwen2Tokenizer"
     )
     if kind not in ("CLIPTokenizer", "Qwen2Tokenizer"):
-        raise ValueError(
-            f"vocab.json is read as CLIPTokenizer or Qwen2Tokenizer; tokenizer_class is {kind!r}"
-        )
+        readable = "vocab.json is read as CLIPTokenizer or Qwen2Tokenizer"
+        raise ValueError(f"{readable}; tokenizer_class is {kind!r}")
     clip = kind == "CLIPTokenizer"
     end, unknown = ("</w>", settings.named.get("unk_token", "<|endoftext|>")) if clip else ("", None)
     files = (str(directory / "vocab.json"), str(directory / "merges.txt"))
@@ -211,28 +206,26 @@ def _from_merges(directory: Path, settings: Settings) -> Tokenizer:
     return _engine(engine, settings, framed=False)
 
 
-def _engine(engine: Any, settings: Settings, framed: bool | None = None) -> Tokenizer:
-    """The engine with the tokens that only the small files know.
+FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
+"""Options of an added token."""
 
-    framed: whether BOS and EOS stand around a text; by default as the template in tokenizer.json says, for T5
-    EOS alone.
+
+def _engine(engine: Any, settings: Settings, framed: bool | None = None) -> Tokenizer:
+    """The engine, with the tokens that only the small files name.
+
+    framed: whether BOS and EOS are put around a text; by default as tokenizer.json says, for T5 EOS alone.
     """
     from tokenizers import AddedToken
 
     known = {token.content for token in engine.get_added_tokens_decoder().values()}
     for index, token in settings.added.items():
-        if token["content"] not in known:
-            flags = {
-                name: token[name]
-                for name in ("lstrip", "rstrip", "normalized", "single_word", "special")
-                if name in token
-            }
-            engine.add_tokens([AddedToken(token["content"], **flags)])
-            if engine.token_to_id(token["content"]) != index:
-                raise ValueError(
-                    f"token {token['content']!r} should have id {index} and gets {engine.token_to_id(token['content'])}"
-                )
-            known.add(token["content"])
+        content = token["content"]
+        if content in known:
+            continue
+        engine.add_tokens([AddedToken(content, **{name: token[name] for name in FLAGS if name in token})])
+        if (got := engine.token_to_id(content)) != index:
+            raise ValueError(f"token {content!r} should have id {index} and gets {got}")
+        known.add(content)
     engine.add_special_tokens([token for token in settings.named.values() if token not in known])
 
     def ids_of(name: str, usual: str) -> int | None:
@@ -260,7 +253,7 @@ def _engine(engine: Any, settings: Settings, framed: bool | None = None) -> Toke
 
 
 def _frame(engine: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the engine's own template puts before and after a text."""
+    """The ids that the engine's own template puts before and after a text."""
     bare, framed = (engine.encode("a", add_special_tokens=add).ids for add in (False, True))
     extra = len(framed) - len(bare)
     start = next((i for i in range(extra + 1) if framed[i : i + len(bare)] == bare), 0)
@@ -268,7 +261,6 @@ def _frame(engine: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 # --- the sentencepiece library
-# ------------------------------------------------------------------------------------------------------
 
 
 def _from_spiece(directory: Path, settings: Settings) -> Tokenizer:
@@ -284,13 +276,12 @@ def _from_spiece(directory: Path, settings: Settings) -> Tokenizer:
         special |= {f"<extra_id_{i}>": size + count - 1 - i for i in range(count)}
     for index, token in settings.added.items():
         if special.setdefault(token["content"], index) != index:
-            raise ValueError(
-                f"token {token['content']!r} should have id {index} and has {special[token['content']]}"
-            )
+            got = special[token["content"]]
+            raise ValueError(f"token {token['content']!r} should have id {index} and has {got}")
     split = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
 
     def pieces(text: str) -> list[int]:
-        """A special token written out in a text is that token, as in tokenizer.json."""
+        """Ids of a text; a written special token is that token, as in tokenizer.json."""
         parts = split.split(text)
         return [i for part in parts for i in ([special[part]] if part in special else engine.encode(part))]
 
@@ -311,4 +302,4 @@ _READERS: dict[tuple[str, ...], Callable[[Path, Settings], Tokenizer]] = {
     ("vocab.json", "merges.txt"): _from_merges,
     ("spiece.model",): _from_spiece,
 }
-"""Files that make a tokenizer and what reads them, the first that are there."""
+"""Files of a tokenizer -> the function that reads them; the first whose files exist is used."""

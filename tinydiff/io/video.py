@@ -1,4 +1,4 @@
-"""Videos out: MP4, WebM and GIF that play everywhere, with the generation parameters inside."""
+"""Writing MP4, WebM and GIF that play everywhere, with the generation parameters inside."""
 
 from __future__ import annotations
 
@@ -19,35 +19,22 @@ if TYPE_CHECKING:
 
 VIDEO_EXTENSIONS = (".mp4", ".webm", ".gif")
 
-X264_PRESETS = (
-    "ultrafast",
-    "superfast",
-    "veryfast",
-    "faster",
-    "fast",
-    "medium",
-    "slow",
-    "slower",
-    "veryslow",
-    "placebo",
-)
+X264_PRESETS = tuple("ultrafast superfast veryfast faster fast medium slow slower veryslow placebo".split())
 
 DEFAULT_QUALITY = 65
-"""CRF 18 for H.264: no visible loss."""
+"""For H.264 this is CRF 18: no visible loss."""
 
 BT709 = 1
-"""The number of BT.709 as matrix, primaries and transfer in FFmpeg; limited range happens to be 1 too."""
+"""FFmpeg's number of BT.709 as matrix, primaries and transfer. Limited range is 1 as well."""
 
 
 EBML = b"\x1a\x45\xdf\xa3"
-"""How a WebM begins."""
+"""The first bytes of a WebM."""
 
 
 @dataclass(frozen=True)
 class Codec:
-    """One video format. coarsest: the CRF at quality 0. finest: the CRF at quality 100. options: of the
-    encoder. muxing: of the file.
-    """
+    """A video format. coarsest, finest: the CRF at quality 0 and 100. muxing: options of the container."""
 
     encoder: str
     container: str
@@ -57,7 +44,7 @@ class Codec:
     muxing: tuple[tuple[str, str], ...] = ()
 
     def crf(self, quality: int) -> int:
-        """The constant rate factor of a quality from 0 to 100."""
+        """The constant rate factor (CRF) of a quality from 0 to 100."""
         return max(self.finest, round((1 - quality / 100) * self.coarsest))
 
 
@@ -79,56 +66,44 @@ def write_video(
     preset: str = "fast",
     parameters: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write uint8 RGB frames [T, H, W, 3] to `path` in the format of `extension` (`VIDEO_EXTENSIONS`), `parameters`
-    as JSON in its comment.
+    """Write uint8 RGB frames [T, H, W, 3] as a video, with `parameters` as JSON in its comment.
 
-    MP4 is H.264, WebM is VP9, both yuv420p with BT.709 colours; an odd height or width is padded to even by
-    repeating the last row or column. quality: 0 to 100, None for 65. preset: of x264, MP4 only. A GIF has one
-    palette for all frames, exact where they have no more than 256 colours; no quality, and times in
-    hundredths of a second, dealt so that the video keeps its length.
+    MP4 is H.264, WebM is VP9, both yuv420p with BT.709 colours; an odd height or width is padded by repeating
+    the last row or column. quality: 0 to 100, None for 65. preset: of x264, MP4 only. A GIF has one palette
+    for all frames, exact for up to 256 colours, and no quality. Its durations are in 1/100 s, rounded so that
+    the video keeps its length.
     """
     if extension == ".gif":
         _write_gif(path, frames, fps, parameters)
     else:
-        _write_coded(
-            path,
-            frames,
-            CODECS[extension],
-            fps,
-            DEFAULT_QUALITY if quality is None else quality,
-            preset,
-            parameters,
-        )
+        quality = DEFAULT_QUALITY if quality is None else quality
+        _write_coded(path, frames, CODECS[extension], fps, quality, preset, parameters)
 
 
 def check_encoder(extension: str) -> None:
-    """Raise UserError if the installed PyAV cannot write this extension: builds without libx264 exist."""
+    """Raise UserError if the installed PyAV cannot write this format: some builds lack libx264."""
     import av
 
     if extension in CODECS and CODECS[extension].encoder not in av.codecs_available:
         others = ", ".join(other for other in VIDEO_EXTENSIONS if other != extension)
-        raise UserError(
-            "output_file_name",
-            f"output_file_name: the installed PyAV has no {CODECS[extension].encoder} to write {extension}; {others} remain",
-        )
+        missing = f"the installed PyAV has no {CODECS[extension].encoder} to write {extension}"
+        raise UserError("output_file_name", f"output_file_name: {missing}; choose {others}")
 
 
 def read_video_parameters(path: Path) -> dict[str, Any]:
-    """The parameters stored in an MP4 or a WebM by `write_video`, {} if it has none."""
+    """The parameters that `write_video` stored in an MP4 or WebM, {} if there are none."""
     import av
 
     with open(path, "rb") as file:
         extension = ".webm" if file.read(len(EBML)) == EBML else ".mp4"
-    # the format is named, because FFmpeg would take some texts for lists of other files
+    # name the format, because FFmpeg would take some text files for lists of other files
     with av.open(as_file(path), format=CODECS[extension].container, metadata_errors="replace") as container:
         tags = {name.lower(): text for name, text in container.metadata.items()}
     return read(tags.get("comment"))
 
 
 def as_file(path: Path) -> str:
-    """A path as FFmpeg takes it: as a file, whatever its first directory is called ("http:", "pipe:1",
-    "concat:a|b").
-    """
+    """A path for FFmpeg, which would read names such as "http:", "pipe:1" and "concat:a|b" as URLs."""
     return f"file:{path}"
 
 
@@ -147,11 +122,9 @@ def _write_coded(
 
     even = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     rate = Fraction(fps).limit_denominator(1001)
-    options = {
-        "crf": str(codec.crf(quality)),
-        **dict(codec.options),
-        **({"preset": preset} if codec.encoder == "libx264" else {}),
-    }
+    options = {"crf": str(codec.crf(quality)), **dict(codec.options)}
+    if codec.encoder == "libx264":
+        options["preset"] = preset
     with av.open(as_file(path), "w", format=codec.container, options=dict(codec.muxing)) as container:
         if parameters is not None:
             container.metadata["comment"] = as_text(parameters)
@@ -171,26 +144,16 @@ def _write_coded(
 
 
 def _write_gif(path: Path, frames: np.ndarray, fps: float, parameters: Mapping[str, Any] | None) -> None:
-    pictures = list(_paletted(frames))
+    first, *rest = _paletted(frames)
     ends = [round(100 * index / fps) for index in range(len(frames) + 1)]
     comment = b"" if parameters is None else as_ascii(parameters)
     durations = [10 * (end - start) for start, end in pairwise(ends)]
-    pictures[0].save(
-        path,
-        "GIF",
-        save_all=True,
-        append_images=pictures[1:],
-        duration=durations,
-        loop=0,
-        disposal=1,
-        comment=comment,
-    )
+    timing = {"duration": durations, "loop": 0, "disposal": 1}
+    first.save(path, "GIF", save_all=True, append_images=rest, comment=comment, **timing)
 
 
 def _paletted(frames: np.ndarray) -> Iterator[Image.Image]:
-    """Frames in one palette of all their colours, or where these are too many, of those near to them,
-    dithered.
-    """
+    """Frames with one palette: of all their colours, or if these are too many, of similar ones, dithered."""
     import numpy as np
     from PIL import Image
 
@@ -201,13 +164,11 @@ def _paletted(frames: np.ndarray) -> Iterator[Image.Image]:
         chosen = palette.of_many(frames)
         holder = Image.new("P", (1, 1))
         holder.putpalette(chosen.tobytes())
-        yield from (
-            Image.fromarray(pixels).quantize(palette=holder, dither=Image.Dither.FLOYDSTEINBERG)
-            for pixels in frames
-        )
+        for pixels in frames:
+            yield Image.fromarray(pixels).quantize(palette=holder, dither=Image.Dither.FLOYDSTEINBERG)
         return
     colours = np.stack([exact >> 16, exact >> 8 & 255, exact & 255], 1).astype(np.uint8)
     for pixels in frames:
-        picture = Image.fromarray(np.searchsorted(exact, palette.packed(pixels)).astype(np.uint8))
-        picture.putpalette(colours.tobytes())
-        yield picture
+        image = Image.fromarray(np.searchsorted(exact, palette.packed(pixels)).astype(np.uint8))
+        image.putpalette(colours.tobytes())
+        yield image
