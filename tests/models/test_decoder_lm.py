@@ -179,7 +179,6 @@ def test_half_types_are_as_near_as_the_reference(name):
 
 
 # --- writing
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(WRITERS))
@@ -248,7 +247,6 @@ def test_what_cannot_be_written_is_refused():
 
 
 # --- released files
-# -----------------------------------------------------------------------------------------------------------------
 
 QWEN25 = {
     "model_type": "qwen2_5_vl", "hidden_act": "silu", "hidden_size": 3584, "intermediate_size": 18944, "max_position_embeddings": 128000,

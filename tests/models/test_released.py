@@ -233,7 +233,6 @@ def test_the_registry_tells_the_released_model(name):
 
 
 # --- floating point operations
-# ------------------------------------------------------------------------------------------------------
 
 
 def _wan(c, name):

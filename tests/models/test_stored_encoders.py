@@ -143,7 +143,6 @@ def restored(folder, change):
 
 
 # --- T5
-# -------------------------------------------------------------------------------------------------------------------------------
 
 
 def same_t5(folder, class_name):
@@ -200,7 +199,6 @@ def test_an_older_config_names_the_activation_once(tmp_path):
 
 
 # --- CLIP
-# -----------------------------------------------------------------------------------------------------------------------------
 
 
 def same_clip(folder, class_name):
@@ -246,7 +244,6 @@ def test_a_whole_clip_is_its_vision_tower(tmp_path):
 
 
 # --- language models
-# ------------------------------------------------------------------------------------------------------------------
 
 
 def same_lm(folder, class_name, text_of=lambda model: model):

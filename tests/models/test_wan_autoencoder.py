@@ -159,7 +159,6 @@ def test_attention_in_other_stages_is_refused():
 
 
 # --- Qwen-Image's images
-# ----------------------------------------------------------------------------------------------------------
 
 QWEN = {"Qwen-Image": 3, "Qwen-Image-Layered": 4}
 

@@ -1,5 +1,4 @@
-"""ERNIE-Image and ERNIE-Image-Turbo: one transformer stack on image and text tokens, every block modulated
-alike.
+"""ERNIE-Image and ERNIE-Image-Turbo: one stack on image and text tokens, with one modulation for all blocks.
 
 Source: Baidu's ERNIE-Image and the ErnieImageTransformer2DModel checkpoints; the two models differ in their
 weights only.
@@ -84,7 +83,6 @@ class Config:
 
 
 # --- weights
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _block_rows(c: Config) -> Iterator[Row]:
@@ -116,7 +114,6 @@ def spec(c: Config) -> Iterator[Row]:
 
 
 # --- what is computed once, before the loop
-# ---------------------------------------------------------------------------------------
 
 CONDS = (
     Cond("cos", "image", dim=1, shared=True),
@@ -130,8 +127,9 @@ CONDS = (
 
 
 def _positions(grid_LA: Tensor, tokens: int, mask_BT: Tensor | None) -> Streams:
-    """Positions (word, row, column) of text [B or 1, T, 3] and image [B or 1, L, 3]: the image stands where
-    the text ends.
+    """Positions (word, row, column) of text [B or 1, T, 3] and image [B or 1, L, 3].
+
+    The image's first axis continues where the text ends.
     """
     device = grid_LA.device
     ends = torch.tensor([tokens], device=device) if mask_BT is None else mask_BT.sum(1)
@@ -152,8 +150,7 @@ def _rope(c: Config, positions_BLA: Tensor) -> Streams:
 
 
 def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
-    """All that depends only on the request and the table: (constants of the loop, tensors with one row per
-    step).
+    """Everything that depends only on the request and the table -> (request's tensors, steps' tensors).
 
     inputs: `text` [B, T, text_in_dim], `positions` [L, 3] of the image tokens and, where texts of a batch
     differ in length, `mask` [B, T]: ones for a text's tokens, then zeros. timesteps_S: sigma * 1000.
@@ -179,7 +176,6 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
 
 # --- the network
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
@@ -189,8 +185,9 @@ def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step
 
 
 def _rotate(x_BLHE: Tensor, cos_BLE: Tensor, sin_BLE: Tensor) -> Tensor:
-    """Turn (x0, x[E/2]), (x1, x[E/2 + 1]), ..., each of the two by its own angle. Computed in the wider type,
-    returned in x's.
+    """Rotate the pairs (x0, x[E/2]), (x1, x[E/2 + 1]), ..., each half by its own angle.
+
+    Computed in the wider type, returned in x's.
     """
     a, b = x_BLHE.chunk(2, -1)
     return (x_BLHE * cos_BLE.unsqueeze(2) + torch.cat([-b, a], -1) * sin_BLE.unsqueeze(2)).to(x_BLHE.dtype)
@@ -234,7 +231,6 @@ def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, 
 
 
 # --- what a pipeline needs of this family
-# -----------------------------------------------------------------------------------------
 
 
 def positions(size: tuple[int, int, int], device: torch.device | str | None = None) -> Tensor:
@@ -262,8 +258,9 @@ NEUTRAL = {"num_beams": 1, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.
 
 
 def _drawing(told: Mapping[str, Any]) -> Sampling:
-    """The pipeline's own numbers, and what it leaves to generation_config.json; where that is silent,
-    transformers' defaults.
+    """The pipeline's own sampling, completed by generation_config.json and transformers' defaults.
+
+    Raises UserError for an entry that is not supported.
     """
     told = {name: value for name, value in told.items() if value is not None}
     for name, neutral in NEUTRAL.items():

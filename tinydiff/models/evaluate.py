@@ -1,6 +1,4 @@
-"""One whole evaluation of a network, nothing kept between calls: what the loop does in parts, for tests,
-training and readers.
-"""
+"""One whole evaluation of a network that keeps nothing between calls, for tests, training and readers."""
 
 from __future__ import annotations
 
@@ -28,8 +26,9 @@ class Evaluation(NamedTuple):
 
 
 def predict(network: Network, weights: Tensors, x_BLP: Tensor, t_B: Tensor, inputs: Tensors) -> Tensor:
-    """Tokens [B, L, P] at timesteps [B], or [1] for all, -> velocity [B, L, P]. `inputs` as the family's
-    `hoist` takes them.
+    """Tokens [B, L, P] at timesteps [B], or [1] for all, -> velocity [B, L, P].
+
+    inputs: those of the family's `hoist`.
     """
     return evaluate(network, weights, x_BLP, t_B, inputs).velocity
 

@@ -1,9 +1,8 @@
-"""The contract between a model's files and the rest: one record a network, with every function and fact that
-anything outside may ask for.
+"""The contract between a model's files and the rest: one record per network.
 
-A family's file ends with its record, and `models.classes` maps the checkpoint's class names to records.
-Generic code reads records; it never reads a field of one family's config and never compares names of
-families.
+A record has every function and fact that anything outside the family's file may ask for. A family's file ends
+with its record, and `models.classes` maps a checkpoint's class names to records. Generic code reads records;
+it never reads a field of one family's config and never compares names of families.
 """
 
 from __future__ import annotations
@@ -91,8 +90,9 @@ class Denoiser:
     needs: Callable[[Config], tuple[str, ...]] = no_components
     """Components needed beside transformer, vae, text_encoder, tokenizer and scheduler."""
     hidden_states: Mapping[str, tuple[int, ...] | Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
-    """Language model -> which of its states are read, from the end where negative; by pipeline class where
-    they differ.
+    """Language model -> the numbers of its hidden states that are read; negative numbers count from the end.
+
+    By pipeline class where the pipelines differ.
     """
     mu: Callable[[Config, int, int, Mapping[str, Any]], float | None] = no_shift
     """(config, image tokens, steps, scheduler_config.json) -> dynamic shift of the schedule."""
@@ -104,12 +104,15 @@ class Denoiser:
     longest_side: Callable[[Config], int] | None = None
     """Most latent pixels along a side; None where there is no limit."""
     given_size: Callable[[int, int, int], tuple[int, int]] | None = None
-    """(height and width of a given image, what both must divide by) -> height and width of the output, where
-    they follow it.
-    Raises UserError for an image that cannot be given."""
+    """(height and width of the input image, multiple of pixels) -> height and width of the output.
+
+    None where the output's size does not follow an input image. Raises UserError for an unusable image.
+    """
     given_frames: Callable[[Config, Mapping[str, Any]], tuple[int, ...]] = one_frame
-    """(config, the pipeline's own settings in model_index.json) -> how many frames of a video may be given:
-    the first, or the first and the last."""
+    """(config, settings in model_index.json) -> the numbers of input frames a video may have.
+
+    One is the first frame; two are the first and the last.
+    """
     settles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Component -> fields of its config that the pipeline sets, whatever its config.json says."""
     pads: Callable[[int], int] = no_pads
@@ -140,9 +143,7 @@ class Encoder:
     longest: Callable[[Config], int] | None = None
     """Tokens of a text that it reads at most, where the network has places for no more."""
     preprocessor: tuple[str, Callable[[Mapping[str, Any], Config], dict[str, Any]]] | None = None
-    """(component whose files say how images are made ready, (what they say, config) -> the config's fields
-    for it).
-    """
+    """(component of the preprocessor's files, (their entries, config) -> fields of the config)."""
 
 
 @dataclass(frozen=True, eq=False)

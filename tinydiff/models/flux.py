@@ -1,10 +1,8 @@
-"""FLUX.1 dev, schnell and Kontext: a double-stream, then single-stream flow transformer, conditioned on T5's
-tokens and CLIP's vector.
+"""FLUX.1 dev, schnell and Kontext: double-stream, then single-stream blocks, conditioned on T5 and CLIP.
 
 Source: FLUX.1's reference code, arXiv 2506.15742 (Kontext) and the FluxTransformer2DModel checkpoints.
-Variants differ in `Config`
-only: dev and Kontext embed the guidance scale, schnell has none. Kontext is given the tokens of images to
-edit behind those of the image it makes.
+Variants differ in `Config` only: dev and Kontext embed the guidance scale, schnell does not. In Kontext the
+tokens of the images to edit follow those of the output image.
 
 Shape letters: B batch, T text tokens, L image tokens, P latent values of a token, D width, S steps.
 """
@@ -48,8 +46,9 @@ Streams = joint.Streams
 
 @dataclass(frozen=True)
 class Config:
-    """Field names are those of the checkpoint's config.json. patch_size is 1: the latents come packed, 2 x 2
-    to a token.
+    """Field names are those of the checkpoint's config.json.
+
+    patch_size is 1: the latents come packed, 2 x 2 to a token.
     """
 
     patch_size: int = 1
@@ -82,7 +81,6 @@ PATCH = (1, 2, 2)
 FREQUENCIES = 256
 
 # --- weights
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def spec(c: Config) -> Iterator[Row]:
@@ -103,7 +101,6 @@ def spec(c: Config) -> Iterator[Row]:
 
 
 # --- what is computed once, before the loop
-# ---------------------------------------------------------------------------------------
 
 CONDS = (
     Cond("cos", "image", shared=True),
@@ -116,18 +113,18 @@ CONDS = (
 
 
 def _embedded(x: Tensor, w: Weights, dtype: torch.dtype) -> Tensor:
-    """Timesteps or guidance scales [N], as thousandths -> [N, D]. Half types round them before the
-    thousandfold, as in training.
+    """Timesteps or guidance scales [N], in thousandths -> [N, D].
+
+    Half types round them before they are multiplied by 1000, as in training.
     """
     return embedder(timestep_embedding(x.to(dtype) * 1000, FREQUENCIES).to(dtype), w)
 
 
 def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
-    """All that depends only on the request and the table: (constants of the loop, tensors with one row per
-    step).
+    """Everything that depends only on the request and the table -> (request's tensors, steps' tensors).
 
-    inputs: `text` [B, T, joint_attention_dim], `pooled` [B, pooled_projection_dim], `positions` [L, 3] of the
-    image tokens, and where the variant embeds it `guidance` [1] or [B]. timesteps_S: sigma * 1000.
+    inputs: `text` [B, T, joint_attention_dim], `pooled` [B, pooled_projection_dim], `positions` [L, 3] of
+    the image tokens and, where the variant embeds it, `guidance` [1] or [B]. timesteps_S: sigma * 1000.
     """
     dtype = w.dtype
     text = linear(inputs["text"].to(dtype), w / "context_embedder")
@@ -144,7 +141,6 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
 
 # --- the network
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
@@ -177,7 +173,6 @@ def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, 
 
 
 # --- what a pipeline needs of this family
-# -----------------------------------------------------------------------------------------
 
 
 def positions(
@@ -185,10 +180,9 @@ def positions(
     references: Sequence[Sequence[int]] = (),
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Positions [L, 3] (image, row, column) of the tokens of latents of `size` (1, height, width), then of
-    those of `references`.
+    """Positions [L, 3] (image, row, column) of the tokens of latents of `size`, then of the references'.
 
-    The image in the making is number 0, the given ones are 1, 2, ...
+    size: (1, height, width). The output image is number 0, the references are 1, 2, ...
     """
     grids = [
         grid_positions(*(n // p for n, p in zip(each, PATCH, strict=True)), device=device)
@@ -223,9 +217,7 @@ def reference_size(height: int, width: int, multiple: int = 16) -> tuple[int, in
 
 
 def _texts(parts: Context, request: Request) -> list[Tensors]:
-    """What the network reads of each text: T5's states of its tokens, padding and all, and CLIP's vector of
-    the whole.
-    """
+    """The text inputs of each branch: T5's states of all tokens, padding included, and CLIP's pooled vector."""
     clip, large = parts.nets["text_encoder"], parts.nets["text_encoder_2"]
     ids, _ = parts.tokens("tokenizer", request.texts, parts.clip_tokens("text_encoder"))
     pooled = clip_text.encode(clip.config, clip.plan, clip.w, ids).pooled

@@ -1,9 +1,8 @@
-"""FLUX.2: double-stream blocks of a text and an image stream, then blocks on both with attention and
-feed-forward side by side.
+"""FLUX.2: double-stream blocks, then single-stream blocks with attention and MLP side by side.
 
 Source: Black Forest Labs' FLUX.2 and the Flux2Transformer2DModel checkpoints. No layer has a bias, and all
-blocks of a kind share one modulation. Variants differ in `Config` only: dev is told the guidance scale, klein
-is not. Reference images are further image tokens.
+blocks of a kind share one modulation. Variants differ in `Config` only: dev embeds the guidance scale, klein
+does not. Reference images are further image tokens.
 
 Shape letters: B batch, T text tokens, L image tokens, P latent values of a token, D width, H heads, E head
 width, S steps.
@@ -80,14 +79,11 @@ class Config:
 
     @property
     def fused(self) -> tuple[int, ...]:
-        """Widths of what a single block projects at once: queries, keys, values, and the two halves of the
-        feed-forward.
-        """
+        """Widths of a single block's fused projection: queries, keys, values, and the MLP's two halves."""
         return (*[self.width] * 3, *[self.mlp_width] * 2)
 
 
 # --- weights
-# ------------------------------------------------------------------------------------------------------------------------
 
 MODULATIONS = {
     "text_modulation": ("double_stream_modulation_txt", 6),
@@ -95,8 +91,9 @@ MODULATIONS = {
     "single_modulation": ("single_stream_modulation", 3),
     "last_modulation": ("norm_out", 2),
 }
-"""Tensors of a step [B, n, D]: (layer that makes them, n). Shift, scale and gate, once or twice; for the last
-norm scale, then shift.
+"""Tensors of a step [B, n, D] -> (the layer that computes them, n).
+
+The n are shift, scale and gate, once or twice; for the last norm scale, then shift.
 """
 
 
@@ -138,7 +135,6 @@ def spec(c: Config) -> Iterator[Row]:
 
 
 # --- what is computed once, before the loop
-# ---------------------------------------------------------------------------------------
 
 CONDS = (
     Cond("cos", "image", shared=True),
@@ -151,18 +147,18 @@ CONDS = (
 
 
 def _embedded(c: Config, x: Tensor, w: Weights) -> Tensor:
-    """Timesteps or guidance scales [N], as thousandths -> [N, D]. Half types round them before the
-    thousandfold, as in the reference.
+    """Timesteps or guidance scales [N], in thousandths -> [N, D].
+
+    Half types round them before they are multiplied by 1000, as in the reference.
     """
     return embedder(timestep_embedding(x * 1000, c.timestep_guidance_channels).to(x.dtype), w)
 
 
 def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
-    """All that depends only on the request and the table: (constants of the loop, tensors with one row per
-    step).
+    """Everything that depends only on the request and the table -> (request's tensors, steps' tensors).
 
-    inputs: `text` [B, T, joint_attention_dim], `positions` [L, 4] of the image tokens and, where the model
-    embeds it, the scale of `guidance` [1] or [B]. timesteps_S: sigma * 1000. The text has no mask: its
+    inputs: `text` [B, T, joint_attention_dim], `positions` [L, 4] of the image tokens and, where the
+    model embeds it, the `guidance` scale [1] or [B]. timesteps_S: sigma * 1000. The text has no mask: its
     padding is attended to.
     """
     dtype, e = w.dtype, w / "time_guidance_embed"
@@ -182,7 +178,6 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
 
 # --- the network
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
@@ -269,16 +264,14 @@ def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, 
 
 
 # --- what a pipeline needs of this family
-# -----------------------------------------------------------------------------------------
 
 
 def positions(
     size: Sequence[int], references: Sequence[Sequence[int]] = (), device: torch.device | str | None = None
 ) -> Tensor:
-    """Positions [L, 4] (image, row, column, word) of the tokens of latents of `size` (1, height, width),
-    then of those of `references`.
+    """Positions [L, 4] (image, row, column, word) of the tokens of latents of `size`, then the references'.
 
-    The image in the making stands at 0, the given ones at 10, 20, ...
+    size: (1, height, width). The output image is at 0, the references are at 10, 20, ...
     """
     grids = [grid_positions(*each, 1, device=device) for each in (size, *references)]
     place = torch.tensor([10, 0, 0, 0], device=device)
@@ -307,10 +300,10 @@ def _shrunk(height: int, width: int) -> tuple[int, int]:
 
 
 def reference_size(height: int, width: int, multiple: int) -> tuple[int, int]:
-    """Height and width in pixels of what the model sees of a given image; the first one's are the output's,
-    where none are asked for.
+    """Height and width in pixels of the part of an input image that the model sees.
 
-    Raises UserError for an image that is too small or too long.
+    The output has the first one's size where no size is asked for. Raises UserError for an image that is
+    too small or too long.
     """
     short, long = sorted((height, width))
     if short < LEAST_SIDE or long > MOST_ASPECT * short:
@@ -323,8 +316,9 @@ def reference_size(height: int, width: int, multiple: int) -> tuple[int, int]:
 
 
 def reference(parts: Context, image: numpy.ndarray) -> Tensor:
-    """A given image, uint8 [height, width, 3], shrunk to a megapixel if it is larger -> latents [1, C, 1,
-    H, W] of its middle.
+    """An input image, uint8 [height, width, 3] -> latents [1, C, 1, H, W] of its middle.
+
+    An image larger than a megapixel is scaled down to that first.
     """
     height, width = image.shape[:2]
     whole, seen = (
@@ -344,8 +338,10 @@ DEV_STATES, KLEIN_STATES = (10, 20, 30), (9, 18, 27)
 def _prepared(
     c: Config, parts: Context, request: Request, texts: list[str], side: str | None, take: tuple[int, ...]
 ) -> LoopInputs:
-    """Three states `take` of the language model side by side for each token, those of padding too, and
-    references behind the image.
+    """Loop inputs of both pipelines: text states, and references behind the image's own tokens.
+
+    layers: the hidden states of the language model that are concatenated for each token, padding
+    included.
     """
     encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
     ids, mask = parts.tokens("tokenizer", texts, request.text_tokens, side, framed=False)
@@ -363,25 +359,22 @@ def _prepared(
 
 
 def prepare_dev(c: Config, parts: Context, request: Request) -> LoopInputs:
-    """Texts end where the language model's input ends. A prompt cannot hold the token that stands for
-    images.
-    """
+    """dev: texts are padded on the left. A prompt cannot contain the token that stands for images."""
     texts = [MISTRAL_CHAT.format(text.replace("[IMG]", "")) for text in request.texts]
     return _prepared(c, parts, request, texts, "left", DEV_STATES)
 
 
 def prepare_klein(c: Config, parts: Context, request: Request) -> LoopInputs:
-    """Texts begin where the language model's input begins, unless the tokenizer's files say otherwise."""
+    """klein: texts are padded on the right unless the tokenizer's files say otherwise."""
     texts = [QWEN_CHAT.format(text) for text in request.texts]
     return _prepared(c, parts, request, texts, None, KLEIN_STATES)
 
 
 def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
-    """The dynamic shift of the schedule: a line in `steps` through the values at 10 and 200 of them, each a
-    line in `tokens`.
+    """The dynamic shift of the schedule, linear in `steps` between its values at 10 and 200 steps.
 
-    Above 4300 image tokens it is that of 200 steps. Source: `compute_empirical_mu` of diffusers' FLUX.2
-    pipelines.
+    Each of the two values is linear in `tokens`. Above 4300 image tokens the shift is that of 200 steps.
+    Source: `compute_empirical_mu` of diffusers' FLUX.2 pipelines.
     """
     few, many = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
     slope = 0 if tokens > 4300 else (many - few) / 190

@@ -1,9 +1,8 @@
-"""Two streams, text and image, that meet in attention: the pieces of a double-stream transformer, and the
-blocks of FLUX.1 and Ovis-Image.
+"""Text and image streams that meet in attention: parts of double-stream blocks, and FLUX.1's two blocks.
 
 Between blocks text [B, T, D] and image [B, L, D] stay apart, so that no tensor of the derived length T + L
-crosses a block's boundary. Inside a block they are joined, text rows first. Source: arXiv 2403.03206; single
-stream: FLUX.1's reference code.
+crosses a block's boundary. Inside a block they are joined, text rows first. Ovis-Image has FLUX.1's blocks
+too. Source: arXiv 2403.03206; single stream: FLUX.1's reference code.
 
 Shape letters: B batch, T text tokens, L image tokens, D width, H heads, E head width, F hidden width of a
 feed-forward.
@@ -34,7 +33,6 @@ TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"
 """The checkpoints' names of a stream's projections and norms in joint attention."""
 
 # --- pieces
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 def heads(
@@ -63,10 +61,9 @@ def heads(
 def rope_tables(
     text_TA: Tensor, image_LA: Tensor, dims: Sequence[int], dtype: torch.dtype, theta: float = 1e4
 ) -> dict[str, Tensor]:
-    """Tables of both streams from their positions on A axes: `cos`, `sin` [L, E / 2] and `text_cos`,
-    `text_sin` [T, E / 2].
+    """Rope tables of both streams: `cos`, `sin` [L, E / 2] and `text_cos`, `text_sin` [T, E / 2].
 
-    Angles are computed in float64 and kept in `dtype`.
+    text_TA, image_LA: positions on A axes. Angles are computed in float64 and stored in `dtype`.
     """
     tables = {}
     for prefix, positions in (("", image_LA), ("text_", text_TA)):
@@ -76,11 +73,11 @@ def rope_tables(
 
 
 def joint_attention(plan: Plan, text: Heads, image: Heads, shared: Mapping[str, Tensor]) -> Streams:
-    """Attention of both streams to both -> ([B, T, D], [B, L, D]), heads flattened: the two parts of one
-    tensor, see `split`.
+    """Attention of both streams to both -> ([B, T, D], [B, L, D]), heads flattened.
 
-    text, image: queries, keys and values [B, T or L, H, E]. shared: where it has `mask` [B, T], that is 1
-    where a text token is real, and the others are not attended to.
+    text, image: queries, keys and values [B, T or L, H, E]. shared: its `mask` [B, T], if present, is 1
+    where a text token is real; the others are not attended to. The results are views of one tensor, see
+    `split`.
     """
     q, k, v = (torch.cat(pair, 1) for pair in zip(text, image, strict=True))
     mask = joint_mask(shared["mask"], image[0].shape[1]) if "mask" in shared else None
@@ -90,8 +87,9 @@ def joint_attention(plan: Plan, text: Heads, image: Heads, shared: Mapping[str, 
 
 
 def joint_mask(mask_BT: Tensor, tokens: int) -> Tensor:
-    """Which keys of the joint sequence are attended to, [B, 1, 1, T + tokens] bool: the real text tokens and
-    all image tokens.
+    """Which keys of the joint sequence are attended to: bool [B, 1, 1, T + tokens].
+
+    These are the real text tokens and all image tokens.
     """
     return F.pad(mask_BT.bool(), (0, tokens), value=True)[:, None, None]
 
@@ -122,7 +120,6 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 # --- the blocks of FLUX.1 and Ovis-Image
-# --------------------------------------------------------------------------------------------
 
 
 def stack_rows(double: int, single: int, d: int, width: int, hidden: tuple[int, ...]) -> Iterator[Row]:
@@ -162,10 +159,10 @@ def _heads_rows(d: int, width: int, names: tuple[str, ...]) -> Iterator[Row]:
 
 
 def modulations(w: Weights, double: int, single: int, time_SBD: Tensor) -> dict[str, Tensor]:
-    """Every modulation of both stacks, [S, B, n, D] under its norm's name, and of the last norm, `norm_out`
-    (scale before shift).
+    """The modulations of both stacks and of the last norm: [S, B, n, D] under their norms' names.
 
-    time_SBD: the embedding of a step's timestep and whatever is added to it.
+    time_SBD: the embedding of a step's timestep and whatever is added to it. `norm_out` has scale before
+    shift.
     """
     parts = {
         f"transformer_blocks.{i}.{name}": 6 for i in range(double) for name in ("norm1", "norm1_context")
@@ -251,8 +248,6 @@ def single_block(
 
 
 def last(w: Weights, image_BLD: Tensor, modulation_BnD: Tensor) -> Tensor:
-    """The last norm, modulated by `norm_out` (scale, shift), and the projection to a token's values [B, L,
-    P].
-    """
+    """The last norm, modulated by `norm_out` (scale, shift), and the projection -> [B, L, P]."""
     scale, shift = modulation_BnD.unsqueeze(2).unbind(1)
     return linear(modulate(image_BLD, shift, scale), w / "proj_out")

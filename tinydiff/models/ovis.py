@@ -36,8 +36,9 @@ Streams = joint.Streams
 
 @dataclass(frozen=True)
 class Config:
-    """Field names are those of the checkpoint's config.json. patch_size is 1: the latents come packed, 2 x 2
-    to a token.
+    """Field names are those of the checkpoint's config.json.
+
+    patch_size is 1: the latents come packed, 2 x 2 to a token.
     """
 
     patch_size: int = 1
@@ -70,7 +71,6 @@ PATCH = (1, 2, 2)
 FREQUENCIES = 256
 
 # --- weights
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def spec(c: Config) -> Iterator[Row]:
@@ -86,7 +86,6 @@ def spec(c: Config) -> Iterator[Row]:
 
 
 # --- what is computed once, before the loop
-# ---------------------------------------------------------------------------------------
 
 CONDS = (
     Cond("cos", "image", shared=True),
@@ -99,11 +98,10 @@ CONDS = (
 
 
 def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
-    """All that depends only on the request and the table: (constants of the loop, tensors with one row per
-    step).
+    """Everything that depends only on the request and the table -> (request's tensors, steps' tensors).
 
-    inputs: `text` [B, T, joint_attention_dim], `positions` [L, 3] of the image tokens. timesteps_S: sigma *
-    1000.
+    inputs: `text` [B, T, joint_attention_dim], `positions` [L, 3] of the image tokens. timesteps_S: sigma
+    * 1000.
     """
     dtype = w.dtype
     text = linear(rms_norm(inputs["text"].to(dtype), w / "context_embedder_norm"), w / "context_embedder")
@@ -119,7 +117,6 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
 
 # --- the network
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
@@ -152,7 +149,6 @@ def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, 
 
 
 # --- what a pipeline needs of this family
-# -----------------------------------------------------------------------------------------
 
 
 def positions(size: tuple[int, int, int], device: torch.device | str | None = None) -> Tensor:
@@ -171,8 +167,9 @@ DROPPED = 28
 
 
 def prepare(c: Config, parts: Context, request: Request) -> LoopInputs:
-    """The last states of the prompt in its template, those of padding set to zero; the network attends to all
-    of them.
+    """Loop inputs: the last hidden states of the prompt in its template.
+
+    The states of padding are set to zero; the network attends to all of them.
     """
     encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
     texts = [TEMPLATE.format(text) for text in request.texts]

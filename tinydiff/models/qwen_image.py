@@ -1,10 +1,8 @@
-"""Qwen-Image, -2512, -Edit, -Edit-2509, -Edit-2511 and -Layered: a flow transformer on a text and an image
-stream with joint attention.
+"""Qwen-Image, -2512, -Edit, -Edit-2509, -Edit-2511 and -Layered: text and image streams in joint attention.
 
 Source: arXiv 2508.02324 and the QwenImageTransformer2DModel checkpoints. Variants differ in three switches of
-`Config`: Edit-2511 shows reference images at timestep 0 (`zero_cond_t`), Layered tells images with alpha
-from others (`use_additional_t_cond`) and sets its condition image before the first layer
-(`use_layer3d_rope`).
+`Config`: Edit-2511 puts reference images at timestep 0 (`zero_cond_t`), Layered embeds whether an image has
+alpha (`use_additional_t_cond`) and counts its condition image before the first layer (`use_layer3d_rope`).
 
 Shape letters: B batch, T text tokens, L image tokens, P packed latent values of a token, D width, H heads, E
 head width, S steps.
@@ -93,7 +91,6 @@ class Config:
 
 
 # --- weights
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _block_rows(c: Config) -> Iterator[Row]:
@@ -128,7 +125,6 @@ def spec(c: Config) -> Iterator[Row]:
 
 
 # --- what is computed once, before the loop
-# ---------------------------------------------------------------------------------------
 
 CONDS = (
     Cond("cos", "image", shared=True),
@@ -143,8 +139,9 @@ CONDS = (
 
 
 def _sinusoids(t_S: Tensor) -> Tensor:
-    """Timesteps [S] between 0 and 1 -> [S, 256], cosines first. The thousandfold comes last, so half types
-    round t alone.
+    """Timesteps [S] between 0 and 1 -> [S, 256], cosines first.
+
+    The factor 1000 comes last, so that half types round t only.
     """
     half = SINUSOIDS // 2
     frequency = torch.exp(-math.log(1e4) * torch.arange(half, dtype=torch.float32, device=t_S.device) / half)
@@ -153,19 +150,19 @@ def _sinusoids(t_S: Tensor) -> Tensor:
 
 
 def _time(w: Weights, t_S: Tensor, kind_B: Tensor | None) -> Tensor:
-    """Timesteps [S] between 0 and 1 -> activated time embedding [S, 1, D], or [S, B, D] where images have
-    kinds.
+    """Timesteps [S] between 0 and 1 -> activated time embedding [S, 1, D], or [S, B, D] with kinds.
+
+    kind_B: int64, the row of Layered's additional embedding for each image.
     """
     time = embedder(_sinusoids(t_S).to(t_S.dtype), w / "timestep_embedder")[:, None]
     return F.silu(time if kind_B is None else time + w["addition_t_embedding.weight"][kind_B])
 
 
 def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
-    """All that depends only on the request and the table: (constants of the loop, tensors with one row per
-    step).
+    """Everything that depends only on the request and the table -> (request's tensors, steps' tensors).
 
-    inputs: `text` [B, T, joint_attention_dim], `positions` [L, 3] as the function of this name gives them,
-    and where they apply: `mask` [B, T], 1 where a text token is real; `frozen` [1, L, 1] bool, the tokens of
+    inputs: `text` [B, T, joint_attention_dim], `positions` [L, 3] from the function of this name, and
+    optionally: `mask` [B, T], 1 where a text token is real; `frozen` [1, L, 1] bool, the tokens of
     reference images; `kind` [1 or B] int64, Layered's additional condition, 0 in all its pipelines.
     """
     dtype = w.dtype
@@ -195,7 +192,6 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
 
 # --- the network
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
@@ -207,8 +203,9 @@ def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step
 def _modulations(
     rows: Tensor, still: Tensor | None = None, frozen: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """[B, 6, D] -> shift, scale and gate of attention, then of the feed-forward: [B, 1, D], or [B, L, D]
-    where tokens are frozen.
+    """[B, 6, D] -> shift, scale and gate of attention, then of the feed-forward: [B, 1, D] each.
+
+    [B, L, D] each where some tokens are frozen.
     """
     moving = rows.unsqueeze(2).unbind(1)
     if still is None or frozen is None:
@@ -258,17 +255,16 @@ def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, 
 
 
 # --- what a pipeline needs of this family
-# -----------------------------------------------------------------------------------------
 
 
 def positions(
     c: Config, sizes: Sequence[tuple[int, int]], device: torch.device | str | None = None
 ) -> Tensor:
-    """Positions [L, 3] (image, row, column) of the packed tokens of latents of `sizes` (height, width), in
-    the order of the sequence.
+    """Positions [L, 3] (image, row, column) of the packed tokens of latents of `sizes` (height, width).
 
-    First what is made, an image or all layers, then the reference images. Rows and columns are counted from
-    the middle of each image. Layered's last image, the condition image, is at -1, before all layers.
+    The output comes first, an image or all layers, then the reference images. Rows and columns are
+    counted from the middle of each image. Layered's last image, the condition image, is at -1, before all
+    layers.
     """
     pictures = []
     for i, size in enumerate(sizes):
@@ -280,8 +276,9 @@ def positions(
 
 
 def text_positions(c: Config, positions_LA: Tensor, tokens: int) -> Tensor:
-    """Positions [T, 3] of text: on the diagonal, from the first place beyond all rows and columns (Layered:
-    and layers) of the images.
+    """Positions [T, 3] of text: on the diagonal, starting beyond all rows and columns of the images.
+
+    In Layered they also start beyond all layers.
     """
     axes = positions_LA if c.use_layer3d_rope else positions_LA[:, 1:]
     return (axes.amax() + 1 + torch.arange(tokens, device=axes.device))[:, None].expand(-1, 3)
@@ -377,8 +374,10 @@ def patch(c: Config) -> Patch:
 
 
 def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
-    """The dynamic shift of the schedule; that of Layered's pipeline grows with an image's side, whatever the
-    scheduler's file says.
+    """The dynamic shift of the schedule.
+
+    Layered's pipeline has a shift of its own, which grows with an image's side, whatever the scheduler's
+    file says.
     """
     return (tokens / 256) ** 0.5 if c.use_layer3d_rope else shift_by_tokens(tokens, scheduler)
 

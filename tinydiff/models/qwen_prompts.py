@@ -1,5 +1,4 @@
-"""How Qwen-Image's pipelines speak with Qwen2.5-VL: the turns of the chat around a prompt, the images among
-the words, what is read.
+"""The chats with Qwen2.5-VL in Qwen-Image's pipelines: templates, images among the words, states read.
 
 Source: diffusers' Qwen-Image pipelines. Shape letters: T tokens of a text, N tokens of the images in it, C
 width of the language model.
@@ -71,8 +70,9 @@ class Seen(NamedTuple):
 
 
 def see(parts: Context, images: Sequence[numpy.ndarray]) -> Seen:
-    """Run the vision tower on uint8 images [H, W, 3 or 4], each of its own size. Raises UserError for a
-    image too narrow.
+    """Run the vision tower on uint8 images [H, W, 3 or 4], each of its own size.
+
+    Raises UserError for an image that is too narrow.
     """
     net = parts.nets["vision"]
     try:

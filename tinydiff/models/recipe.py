@@ -1,9 +1,8 @@
-"""What a family and the runtime tell each other: a model's loaded parts one way, a request in the family's
-own terms the other way.
+"""The contract between a model family and the pipeline: `Context` in, `LoopInputs` out.
 
-A family's record has a table `pipelines`: pipeline class of model_index.json -> prepare(config, parts,
+A family's record has a table `pipelines`: pipeline class of model_index.json -> prepare(config, context,
 request) -> LoopInputs. So the runtime knows no family by name. Shape letters: B batch, C channels, F latent
-frames, H and W latent size, L tokens of what is made, R tokens of references, P latent values of a token, T
+frames, H and W latent size, L tokens of the output, R tokens of references, P latent values of a token, T
 text tokens.
 """
 
@@ -74,17 +73,16 @@ class Context:
 
     nets: Mapping[str, Net[Any]]
     tokens: Callable[..., tuple[Tensor, Tensor]]
-    """(tokenizer's component name, texts, length or None, side, framed) -> ids and mask, int64 [B, T], on the
-    device. side: where each is padded to `length`, "left", "right" or as the tokenizer's files say; "none"
-    pads to the longest of the texts only. framed (true): whether what the files say opens and closes a text
-    is added.
+    """(tokenizer's component name, texts, length or None, side, framed) -> ids and mask, int64 [B, T].
+
+    side: where texts are padded to `length`, "left", "right" or None for what the tokenizer's files say;
+    "none" pads to the longest text only. framed (default true): whether the tokens that open and close a
+    text are added. The result is on the device.
     """
     tokenizers: Mapping[str, Any]
     """Component name -> its tokenizer (`io.tokenizer.Tokenizer`), for ids by name and text of ids."""
     encode: Callable[[Tensor], Tensor]
-    """Pixels [1, 3 or 4, N, height, width] in [-1, 1] -> the autoencoder's normalised latents [1, C, F, H,
-    W].
-    """
+    """Pixels [1, 3 or 4, N, height, width] in [-1, 1] -> the VAE's normalised latents [1, C, F, H, W]."""
     resize: Callable[[numpy.ndarray, int, int], numpy.ndarray]
     """(uint8 image [height, width, 3 or 4], height, width) -> the image at that size, by Lanczos' filter.
     """
@@ -93,15 +91,14 @@ class Context:
     device: torch.device
 
     def clip_tokens(self, net: str) -> int:
-        """How long a text a CLIP is given: what the first tokenizer's files say, and no more than the network
-        has places for.
-        """
+        """How many tokens of a text a CLIP reads: the first tokenizer's limit, at most the network's."""
         places = self.nets[net].config.max_position_embeddings
         return min(self.tokenizers["tokenizer"].longest or places, places)
 
     def pixels(self, images: Sequence[numpy.ndarray]) -> Tensor:
-        """uint8 images [height, width, C] of one size -> [1, C, N, height, width] in [-1, 1], in the type
-        of the autoencoder.
+        """uint8 images [height, width, C] of one size -> [1, C, N, height, width] in [-1, 1].
+
+        The result has the autoencoder's type.
         """
         x = torch.from_numpy(numpy.stack(images)).to(self.device, self.nets["vae"].dtype)
         return (x / 127.5 - 1).permute(3, 0, 1, 2)[None]
@@ -112,19 +109,14 @@ class LoopInputs:
     """A request in the family's own terms: all that the loop needs but noise and table."""
 
     branches: tuple[dict[str, Tensor], ...]
-    """The inputs of the family's `hoist`: the prompt's and, where the request is guided, the negative
-    prompt's.
-    """
+    """Inputs of the family's `hoist`: for the prompt and, in a guided request, for the negative prompt."""
     size: tuple[int, int, int, int]
-    """The latents' (C, F, H, W), in which noise is drawn. Where the reference draws it in another order of
-    axes, that order.
+    """The latents' (C, F, H, W), in which noise is drawn; another order of axes where the reference has one.
     """
     pack: Callable[[Tensor], Tensor]
     """Latents in that order of axes, [B, C, F, H, W] -> tokens [B, L, P]."""
     unpack: Callable[[Tensor], Tensor]
-    """Tokens [1, L, P] -> latents [N, C, F, H, W] as the autoencoder takes them: one video, or N images in
-    layers.
-    """
+    """Tokens [1, L, P] -> latents [N, C, F, H, W] for the autoencoder: one video, or N images in layers."""
     known: GivenTokens | None = None
     guidance: str | None = None
     """A form of guidance by name, where the pipeline has not its family's."""
@@ -143,20 +135,19 @@ def latent_size(vae: Any, request: Request) -> tuple[int, int, int]:
 
 
 def side(area: int, along: int, across: int) -> int:
-    """The side of a rectangle of about `area` pixels, of the aspect along:across: the integer nearest to
-    sqrt(area * along / across).
+    """One side of a rectangle of about `area` pixels and aspect along:across, in pixels.
 
-    It is found among integers, since the floating-point root of 480 * 832 * 480 / 832 is 479.9999.
+    This is the integer nearest to sqrt(area * along / across), found among integers, since the
+    floating-point root of 480 * 832 * 480 / 832 is 479.9999.
     """
     return (isqrt(4 * area * along // across) + 1) // 2
 
 
 def spread(area: int, height: int, width: int, multiple: int = 32) -> tuple[int, int]:
-    """The (height, width) of about `area` pixels nearest to the aspect of an image, in multiples of
-    `multiple`.
+    """The (height, width) of about `area` pixels nearest to an image's aspect, as multiples of `multiple`.
 
     Source: `calculate_dimensions` of diffusers' Qwen-Image pipelines. Raises UserError where a side would
-    come out as nothing.
+    round to zero.
     """
     ratio = width / height
     wide = sqrt(area * ratio)
@@ -203,8 +194,9 @@ def on_grid(
 
 
 def appended(made: int, references: Sequence[Tensor]) -> GivenTokens | None:
-    """Clean tokens [1, R, P] of each reference behind the `made` tokens of the image; None without
-    references.
+    """The reference images' tokens [1, R, P] behind the output's; None without references.
+
+    output_tokens: how many tokens the output has.
     """
     if not references:
         return None
@@ -214,11 +206,10 @@ def appended(made: int, references: Sequence[Tensor]) -> GivenTokens | None:
 
 
 def shift_by_tokens(tokens: int, scheduler: Mapping[str, Any], max_shift: float = 1.15) -> float:
-    """mu of a dynamic shift by the size of the image: the line through two points that the scheduler's
-    config names.
+    """mu of a dynamic shift by the number of image tokens: a line through two points of the config.
 
-    Source: `calculate_shift` of diffusers' pipelines, with its defaults. Raises UserError for points that
-    make no line.
+    scheduler: entries of scheduler_config.json. Source: `calculate_shift` of diffusers' pipelines, with
+    its defaults. Raises UserError for points that make no line.
     """
     lengths, shifts = (
         {"base_image_seq_len": 256, "max_image_seq_len": 4096},

@@ -1,5 +1,4 @@
-"""What is released: one literal row per model, its name, what tells it apart and the numbers it is used with.
-No torch here.
+"""The released models: one row each, with its name, how it is recognised and its defaults. No torch.
 
 Defaults come from the model cards (steps, guidance, shift, sizes) and each repository's `model_index.json`
 (class, boundary).
@@ -22,9 +21,7 @@ WAN_NEGATIVE = (
 
 
 Kind = tuple[str, int, bool, bool]
-"""What a directory's model_index.json says of a model: its class, how many experts, expand_timesteps,
-is_distilled.
-"""
+"""A model_index.json's class, number of experts, expand_timesteps and is_distilled."""
 
 
 @dataclass(frozen=True)
@@ -219,9 +216,7 @@ MODELS: tuple[ReleasedModel, ...] = (
 
 
 def find(name: str) -> ReleasedModel | None:
-    """The row named `name`: a hub id, its last part, or a directory whose last part it is; None if there is
-    none.
-    """
+    """The row of a hub id, of its last part, or of a directory named by its last part; None if there is none."""
     tail = name.rstrip("/").rsplit("/", 1)[-1]
     return next((row for row in MODELS if name == row.name or tail == row.name.rsplit("/", 1)[-1]), None)
 
@@ -253,12 +248,13 @@ def in_words(kind: Kind) -> str:
 def match(
     class_name: str, options: Mapping[str, Any], transformer: Mapping[str, Any], name: str
 ) -> ReleasedModel:
-    """The row whose defaults a directory takes: by its name where that is of its kind, else by its kind and
-    the transformer's shape, else the first of its kind.
+    """The row whose defaults a model directory uses.
 
-    class_name, options: of `model_index.json`. transformer: `transformer/config.json`. Two released models of
-    one shape (I2V 480P and 720P) cannot be told apart without a name; the first is taken, and --model-id
-    chooses. Raises UserError for an unsupported class.
+    It is the row of the directory's name if that has the same kind, else the first row of the kind with
+    the transformer's shape, else the first row of the kind. class_name, options: of `model_index.json`.
+    transformer: `transformer/config.json`. Two released models of one shape (I2V 480P and 720P) cannot be
+    told apart without a name; the first is used, and --model-id chooses. Raises UserError for an
+    unsupported class.
     """
     kind = _kind(class_name, options)
     row = find(name)

@@ -1,8 +1,7 @@
-"""What the config.json files of the released models say of the networks' shapes, so that a model is planned
-without its files. No torch.
+"""The network shapes of the released models, so that a model is planned without its files. No torch.
 
-Only what differs from the defaults of the network's `Config` (a language model's: of its class in
-transformers) and bears on a shape.
+Entries are those of config.json that bear on a shape and differ from the defaults of the network's `Config`
+(of a language model: of its class in transformers).
 """
 
 from __future__ import annotations

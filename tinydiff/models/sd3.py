@@ -1,9 +1,9 @@
-"""Stable Diffusion 3 and 3.5: a flow transformer on a text and an image stream that meet in joint attention.
+"""Stable Diffusion 3 and 3.5: text and image streams that meet in joint attention.
 
 Source: arXiv 2403.03206 and the SD3Transformer2DModel checkpoints. Variants differ in `Config` only: 3.5
-normalises queries and keys (`qk_norm`), in the first layers of 3.5-medium the image also attends to itself
-alone (`dual_attention_layers`). Positions are a stored table, of which an image takes a rectangle in the
-middle. Pooled text is added to the time, so that every image has modulations of its own.
+normalises queries and keys (`qk_norm`); in the first layers of 3.5-medium the image also attends to itself
+alone (`dual_attention_layers`). Positions are a stored table; an image uses a rectangle in its middle. Pooled
+text is added to the time, so every image has modulations of its own.
 
 Shape letters: B batch, T text tokens, L image tokens, P latent values of a token, D width, E head width, S
 steps.
@@ -78,7 +78,6 @@ class Config:
 
 
 # --- weights
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _heads_rows(c: Config, names: tuple[str, ...]) -> Iterator[Row]:
@@ -125,7 +124,6 @@ def spec(c: Config) -> Iterator[Row]:
 
 
 # --- what is computed once, before the loop
-# ---------------------------------------------------------------------------------------
 
 CONDS = (
     Cond("position", "image", dim=1),
@@ -135,11 +133,10 @@ CONDS = (
 
 
 def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
-    """All that depends only on the request and the table: (constants of the loop, tensors with one row per
-    step).
+    """Everything that depends only on the request and the table -> (request's tensors, steps' tensors).
 
-    inputs: `text` [B, T, joint_attention_dim], `pooled` [B, pooled_projection_dim], `positions` [L] of the
-    image's tokens in the table.
+    inputs: `text` [B, T, joint_attention_dim], `pooled` [B, pooled_projection_dim], `positions` [L] of
+    the image's tokens in the position table. timesteps_S: sigma * 1000.
     """
     embed, dtype = w / "time_text_embed", w.dtype
     position = w["pos_embed.pos_embed"][:, inputs["positions"]]
@@ -154,7 +151,6 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
 
 # --- the network
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
@@ -173,8 +169,9 @@ def _meet(
     shift: Tensor,
     scale: Tensor,
 ) -> Streams:
-    """Joint attention, the text modulated by shift and scale -> what it gave the text, and the image all the
-    way through the block.
+    """Joint attention and the image's half of the block -> (attention's result for the text, image).
+
+    shift, scale: the text's modulation before attention.
     """
     text, image = streams
     rows = request["norm1"].unsqueeze(2).unbind(1)
@@ -197,11 +194,11 @@ def _meet(
 
 
 def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
-    """Joint attention, where the layer has it also the image's attention to itself, and a feed-forward for
-    each stream, all modulated.
+    """Joint attention, then a feed-forward for each stream, all modulated.
 
-    request: `norm1` [B, 6, D], shift, scale, gate of attention, then of the feed-forward, and [B, 9, D] with
-    those of the image's attention to itself; `norm1_context` [B, 6, D].
+    In dual-attention layers the image also attends to itself. request: `norm1` [B, 6, D], shift, scale
+    and gate of attention, then of the feed-forward; [B, 9, D] in dual-attention layers, with those of the
+    second attention; `norm1_context` [B, 6, D].
     """
     shift, scale, gate, ff_shift, ff_scale, ff_gate = request["norm1_context"].unsqueeze(2).unbind(1)
     y_text, image = _meet(c, plan, w, streams, request, shared, shift, scale)
@@ -214,8 +211,9 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
 def last_block(
     c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors
 ) -> Tensor:
-    """A block that leaves the text as it is, for nothing reads it any more -> the image. `norm1_context` [B,
-    2, D]: scale, shift.
+    """The last block: it returns the image only, since nothing reads the text after it.
+
+    request: `norm1` as in `block`; `norm1_context` [B, 2, D]: scale, shift.
     """
     scale, shift = request["norm1_context"].unsqueeze(2).unbind(1)
     return _meet(c, plan, w, streams, request, shared, shift, scale)[1]
@@ -237,14 +235,13 @@ def post(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, ste
 
 
 # --- what a pipeline needs of this family
-# -----------------------------------------------------------------------------------------
 
 
 def positions(c: Config, size: tuple[int, int, int], device: torch.device | str | None = None) -> Tensor:
-    """Rows [L] of the position table for latents of `size` (1, height, width): a rectangle in the middle of
-    the square.
+    """Rows [L] of the position table for latents of `size` (1, height, width).
 
-    Raises ValueError where the square is too small.
+    They are a rectangle in the middle of the square table. Raises ValueError where the table is too
+    small.
     """
     side = c.pos_embed_max_size
     height, width = (n // c.patch_size for n in size[1:])
@@ -259,8 +256,9 @@ CLIPS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
 def _clip(parts: Context, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """What both CLIPs say, side by side: their last states but one [B, T, C] and the texts as a whole [B,
-    pooled_projection_dim].
+    """Both CLIPs side by side: their last states but one [B, T, C] and their pooled texts [B, P].
+
+    P is pooled_projection_dim.
     """
     states, pooled = [], []
     for name, tokenizer in CLIPS.items():
@@ -274,9 +272,7 @@ def _clip(parts: Context, texts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def _t5(c: Config, parts: Context, texts: list[str], length: int) -> Tensor:
-    """T5's last states [B, length, joint_attention_dim], of the padding too; zeros where the model is stored
-    without T5.
-    """
+    """T5's last states [B, length, joint_attention_dim], padding included; zeros for a model without T5."""
     if "text_encoder_3" not in parts.nets:
         return torch.zeros(
             len(texts),
@@ -291,8 +287,9 @@ def _t5(c: Config, parts: Context, texts: list[str], length: int) -> Tensor:
 
 
 def prepare(c: Config, parts: Context, request: Request) -> LoopInputs:
-    """CLIP's rows of a text, filled up with zeros to the width of T5's, and T5's rows behind them. Padding is
-    read like words.
+    """Loop inputs: CLIP's states, filled up with zeros to T5's width, then T5's states.
+
+    Padding is attended to like words.
     """
     vae = parts.nets["vae"].config
     clip, pooled = _clip(parts, request.texts)

@@ -1,10 +1,9 @@
-"""Wan 2.1 and 2.2: a video diffusion transformer with full self-attention and cross-attention to text, and to
-an image in some.
+"""Wan 2.1 and 2.2: video transformers with self-attention over the video and cross-attention to the text.
 
 Source: arXiv 2503.20314 and the WanTransformer3DModel checkpoints. Variants differ in `Config` only: text to
-video (16 channels in), image to video (36: latents, mask and coded image side by side; Wan2.1 adds
-cross-attention to CLIP's view of the image), and TI2V (48 channels, the tokens of a given first frame stay
-clean and sit at timestep 0).
+video (16 channels in); image to video (36 channels: latents, mask and encoded image side by side; Wan2.1 adds
+cross-attention to CLIP's tokens of the image); TI2V (48 channels, the tokens of an input first frame stay
+clean, at timestep 0).
 
 Shape letters: B batch, L latent tokens, P latent values of a token, D width, H heads, E head width, T text
 tokens, S steps.
@@ -76,7 +75,6 @@ class Config:
 
 
 # --- weights
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _attention_rows(c: Config, name: str, added: int | None = None) -> Iterator[Row]:
@@ -127,7 +125,6 @@ def spec(c: Config) -> Iterator[Row]:
 
 
 # --- what is computed once, before the loop
-# ---------------------------------------------------------------------------------------
 
 CONDS = (
     Cond("cos", "image", shared=True),
@@ -150,8 +147,9 @@ def _time(c: Config, w: Weights, t_S: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _image(c: Config, w: Weights, image: Tensor) -> Tensor:
-    """CLIP's tokens of the given images [B, N, C] -> [B', N', D]; where the model has a position table, two
-    images make one row.
+    """CLIP's tokens of the input images [B, N, C] -> [B', N', D].
+
+    With a position table the tokens of two images make one row.
     """
     if c.pos_embed_seq_len is not None:
         image = image.reshape(-1, c.pos_embed_seq_len, image.shape[-1]) + w["pos_embed"]
@@ -161,12 +159,12 @@ def _image(c: Config, w: Weights, image: Tensor) -> Tensor:
 
 
 def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
-    """All that depends only on the request and the table: (constants of the loop, tensors with one row per
-    step).
+    """Everything that depends only on the request and the table -> (request's tensors, steps' tensors).
 
-    inputs: `text` [B, T, text_dim], `positions` [L, 3] of the tokens on the latent grid, and where the
-    variant has them: `image` [B, N, image_dim] CLIP tokens; `concat` [B, L, P'] what stands beside the
-    latents; `frozen` [1, L, 1] bool which tokens are given and sit at timestep 0.
+    inputs: `text` [B, T, text_dim], `positions` [L, 3] of the tokens on the latent grid and, where the
+    variant has them: `image` [B, N, image_dim], CLIP's tokens; `concat` [B, L, P'], channels beside the
+    latents; `frozen` [1, L, 1] bool, the tokens of input frames, at timestep 0. timesteps_S: sigma *
+    1000.
     """
     embed = w / "condition_embedder"
     text = embed / "text_embedder"
@@ -201,7 +199,6 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
 
 # --- the network
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Tensor:
@@ -214,8 +211,9 @@ def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step
 def _modulations(
     table: Tensor, step: Tensor, still: Tensor | None, frozen: Tensor | None, x: Tensor
 ) -> list[Tensor]:
-    """table [1, n, D] + step [B, n, D] -> n tensors [B, 1, D], or [B, L, D] where frozen tokens sit at
-    timestep 0.
+    """table [1, n, D] + step [B, n, D] -> n tensors [B, 1, D], or [B, L, D] with frozen tokens.
+
+    Frozen tokens have the modulation of timestep 0, `still`.
     """
     dtype = compute_dtype(x)
     moving = (table + step.to(dtype)).unsqueeze(2).unbind(1)
@@ -280,7 +278,6 @@ def post(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, ste
 
 
 # --- what a pipeline needs of this family
-# -----------------------------------------------------------------------------------------
 
 
 def positions(c: Config, size: tuple[int, int, int], device: torch.device | str | None = None) -> Tensor:
@@ -289,8 +286,9 @@ def positions(c: Config, size: tuple[int, int, int], device: torch.device | str 
 
 
 def text_input(hidden_BTC: Tensor, mask_BT: Tensor) -> Tensor:
-    """The encoder's last hidden states with the rows of padding set to zero; the network attends to all of
-    them.
+    """The encoder's last hidden states with those of padding set to zero.
+
+    The network attends to all of them.
     """
     return hidden_BTC * mask_BT[..., None].to(hidden_BTC.dtype)
 
@@ -306,8 +304,9 @@ def prompt_clean(text: str) -> str:
 
 
 def known_frames_mask(size: tuple[int, int, int], first: bool = True, last: bool = False) -> Tensor:
-    """Image to video: mask [1, 4, F, H, W] of which of the clip's frames are given, four frames to a latent
-    frame, the first alone.
+    """Image to video: which frames are input frames, as a mask [1, 4, F, H, W].
+
+    Four frames share a latent frame; the first frame has one of its own.
     """
     frames, height, width = size
     given = torch.zeros(4 * frames - 3)
@@ -319,8 +318,9 @@ def known_frames_mask(size: tuple[int, int, int], first: bool = True, last: bool
 
 
 def prepare(c: Config, parts: Context, request: Request) -> LoopInputs:
-    """Text, and where images are given what the variant is told of them: clean tokens in place (TI2V), or
-    latents and a mask beside.
+    """Loop inputs: text states, and the input frames in the form that the variant reads.
+
+    TI2V keeps clean tokens in place; image to video puts latents and a mask beside the noise.
     """
     encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
     size = latent_size(vae, request)
@@ -342,9 +342,7 @@ def prepare(c: Config, parts: Context, request: Request) -> LoopInputs:
 
 
 def _beside(c: Config, parts: Context, request: Request, size: tuple[int, int, int]) -> Tensors:
-    """Image to video: what stands beside the noisy latents, and CLIP's view of the images where the model
-    has cross-attention to it.
-    """
+    """Image to video: the channels beside the noisy latents and, for Wan2.1, CLIP's tokens of the images."""
     pixels = parts.pixels(request.images)
     gap = pixels.new_zeros(1, 3, request.num_frames - pixels.shape[2], request.height, request.width)
     latents = parts.encode(torch.cat([pixels[:, :, :1], gap, pixels[:, :, 1:]], 2))
@@ -365,8 +363,9 @@ def needs(c: Config) -> tuple[str, ...]:
 
 
 def given_frames(c: Config, options: Mapping[str, Any]) -> tuple[int, ...]:
-    """How many frames may be given. CLIP looks at one, or with a position table at two; a first frame in
-    place stands alone.
+    """How many input frames a video may have: the first, or the first and the last.
+
+    CLIP reads one image, or two where the model has a position table. TI2V takes a first frame only.
     """
     if c.image_dim is not None:
         return (1,) if c.pos_embed_seq_len is None else (2,)
@@ -384,9 +383,7 @@ def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator
 
 
 def key_map(c: Config) -> KeyMap:
-    """Released files may carry a norm that nothing reads, and FastWan's the gates of sparse attention, which
-    full attention has not.
-    """
+    """Unread entries of released files: a norm that nothing reads, and FastWan's gates of sparse attention."""
     return KeyMap(
         unread("blocks.*.attn2.norm_added_q", "blocks.*.attn1.to_gate_compress", "blocks.*.to_gate_compress")
     )

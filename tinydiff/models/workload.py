@@ -104,15 +104,15 @@ def _first(table: Mapping[str, Any], layer: str) -> Any:
 def decode_bytes(
     vae: Autoencoder, c: Any, frames: int, height: int, width: int, passes: int, ranks: int, b: int
 ) -> int | None:
-    """Bytes at the peak of decoding a video or image of that many pixels, its rows divided over ranks; None
-    for a kind not known here.
+    """Bytes at the peak of decoding an image or video whose rows are divided over ranks.
 
-    passes: latent frames at once. The largest stage holds about three tensors of the width that enters a
-    residual block and one of that which leaves it, or what enters and leaves the doubling of its resolution,
-    each (width) (frames of the pass) (places) b. Where convolutions look back on frames, there are two more
-    of the width that enters, each two frames longer where passes follow each other, and beside them the last
-    two frames that every convolution has read. Then the pixels made so far; in the end three copies of all,
-    on every rank.
+    None for an autoencoder whose stages are unknown. frames, height, width: of the output, in pixels.
+    passes: latent frames at once. b: bytes of a value.
+    The largest stage holds about three tensors of the width that enters a residual block and one of that
+    which leaves it, or what enters and leaves a doubling of the resolution, each (width) (frames of the
+    pass) (pixels) b. Where convolutions look back on frames, there are two more of the width that enters,
+    each two frames longer where passes follow each other, and beside them the last two frames that every
+    convolution has read. Then the pixels decoded so far; in the end three copies of all, on every rank.
     """
     if vae.up_stages is None:
         return None

@@ -1,9 +1,8 @@
-"""Z-Image: a single-stream image diffusion transformer. Caption and image, each refined alone, then pass
-through the same blocks as one.
+"""Z-Image: a single-stream transformer; caption and image are refined alone, then run as one sequence.
 
 Source: arXiv 2511.22699 and the ZImageTransformer2DModel checkpoints (Z-Image, Z-Image-Turbo). Caption and
 image are each filled up to a multiple of 32 tokens with learned pad tokens, which are attended to. The
-network's own output points from noise to image; `post` turns it round.
+network's own output points from noise to image; `post` changes its sign.
 
 Shape letters: B batch, L image tokens, P latent values of a token, D width, H heads, T text tokens, S steps.
 """
@@ -103,7 +102,6 @@ class Config:
 
 
 # --- weights
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _layer_rows(c: Config, modulated: bool) -> Iterator[Row]:
@@ -140,7 +138,6 @@ def spec(c: Config) -> Iterator[Row]:
 
 
 # --- what is computed once, before the loop
-# ---------------------------------------------------------------------------------------
 
 CONDS = (
     Cond("cos", "image", dim=1, shared=True),
@@ -156,8 +153,9 @@ CONDS = (
 
 
 def _modulation(time_SE: Tensor, w: Weights) -> Tensor:
-    """Time embedding of S steps -> rows [S, 1, 4, 1, D] of a block: scale and gate of its attention, then of
-    its feed-forward.
+    """Time embedding of S steps [S, E] -> a block's modulation [S, 1, 4, 1, D].
+
+    The four are scale and gate of attention, then of the feed-forward.
     """
     raw = linear(time_SE, w / "adaLN_modulation" / 0)
     scale, gate, ff_scale, ff_gate = raw.to(compute_dtype(raw)).chunk(4, -1)
@@ -165,8 +163,9 @@ def _modulation(time_SE: Tensor, w: Weights) -> Tensor:
 
 
 def _steps(c: Config, w: Weights, timesteps_S: Tensor) -> Tensors:
-    """The network's time runs from 0 at noise to 1 at the image; its embedding sets the scales and gates of
-    every block.
+    """Tensors of the steps: every block's modulation, and the last norm's scale.
+
+    The network's time runs from 0 at noise to 1 at the image.
     """
     mlp = w / "t_embedder" / "mlp"
     time = (1000 - timesteps_S.float()) / 1000 * c.t_scale
@@ -178,11 +177,10 @@ def _steps(c: Config, w: Weights, timesteps_S: Tensor) -> Tensors:
 
 
 def _tables(c: Config, plan: Plan, inputs: Tensors, filled: list[int]) -> Tensors:
-    """Rope tables [1 or B, T or L, head_dim / 2], float32 as the reference keeps them. filled: lengths of the
-    captions with their pads.
+    """Rope tables [1 or B, T or L, head_dim / 2], float32 as the reference keeps them.
 
-    The image stands behind its caption, so that captions of different lengths give tables of their own; its
-    pads all sit at 0.
+    lengths: of the captions with their pads. The image's positions begin behind its caption, so captions
+    of different lengths have tables of their own. The image's pads are all at 0.
     """
     device = inputs["positions"].device
     start = torch.tensor([[[length + 1, 0, 0]] for length in filled], device=device)
@@ -198,12 +196,12 @@ def _tables(c: Config, plan: Plan, inputs: Tensors, filled: list[int]) -> Tensor
 
 
 def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
-    """All that depends only on the request and the table: (constants of the loop, tensors with one row per
-    step).
+    """Everything that depends only on the request and the table -> (request's tensors, steps' tensors).
 
-    inputs: `text` [B, T, cap_feat_dim]; `positions` [L, 3] and `real` [1, L, 1] bool of the image's tokens,
-    as the functions of these names give them; where captions differ in length, `mask` [B, T], 1 on a
-    caption's tokens, which come first, and 0 behind them; where guidance is clamped, its `limit` [1, 1, 1].
+    inputs: `text` [B, T, cap_feat_dim]; `positions` [L, 3] and `real` [1, L, 1] bool of the image's
+    tokens, from the functions of these names; where captions differ in length, `mask` [B, T], 1 on a
+    caption's tokens, which come first, and 0 behind them; where guidance is clamped, its `limit` [1, 1,
+    1]. timesteps_S: sigma * 1000.
     """
     embed, pad = w / "cap_embedder", w["cap_pad_token"]
     batch, given, _ = inputs["text"].shape
@@ -234,7 +232,6 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
 
 # --- the network
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def _layer(
@@ -247,8 +244,9 @@ def _layer(
     mask: Tensor | None = None,
     keys: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Self-attention and a gated feed-forward, each between two norms; scaled and gated where there is a
-    modulation [B, 4, 1, D].
+    """Self-attention and a gated feed-forward, each between two norms.
+
+    modulation [B, 4, 1, D]: scales and gates; None for a layer without them.
     """
     scale, gate, ff_scale, ff_gate = (1, 1, 1, 1) if modulation is None else modulation.unbind(1)
     a = w / "attention"
@@ -304,9 +302,7 @@ def blocks(c: Config) -> list:
 
 
 def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, step: Tensors) -> Tensor:
-    """The image [B, L, D] -> predicted velocity of each token [B, L, P]; the network's own output is minus
-    that.
-    """
+    """The image [B, L, D] -> predicted velocity of each token [B, L, P], minus the network's own output."""
     x = streams[1]
     y = (layer_norm(x) * step["scale"]).to(x.dtype)
     y = linear(y, w / "all_final_layer" / c.patch_name / "linear")
@@ -314,7 +310,6 @@ def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, 
 
 
 # --- what a pipeline needs of this family
-# -----------------------------------------------------------------------------------------
 
 
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -327,8 +322,9 @@ def pad_tokens(tokens: int) -> int:
 
 
 def positions(c: Config, size: tuple[int, int, int], device: torch.device | str | None = None) -> Tensor:
-    """Positions [L, 3] on the patch grid of latents of `size` (frames, height, width), those of the pads
-    behind them 0.
+    """Positions [L, 3] on the patch grid of latents of `size` (frames, height, width).
+
+    The pads behind the grid are at 0.
     """
     grid = grid_positions(*(n // p for n, p in zip(size, c.patch_size, strict=True)), device=device)
     return F.pad(grid, (0, 0, 0, pad_tokens(len(grid))))
@@ -341,9 +337,7 @@ def real(c: Config, size: tuple[int, int, int], device: torch.device | str | Non
 
 
 def prepare(c: Config, parts: Context, request: Request) -> LoopInputs:
-    """Each text as the language model's last state but one, without padding; the latents as tokens and the
-    pads behind them.
-    """
+    """Loop inputs: each text's last hidden states but one, without padding; latent tokens with their pads."""
     encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
     size, tokens = latent_size(vae, request), token_count(vae, request, c.patch_size)
     shared = {"positions": positions(c, size, parts.device), "real": real(c, size, parts.device)}

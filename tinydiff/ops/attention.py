@@ -1,9 +1,9 @@
 """Attention behind one function. A backend is a name in `BACKENDS`; all take and return [B, L, H, E].
 
-Over several ranks each holds a share of the tokens. Along `ulysses` they trade tokens for heads: every rank
-then attends with its heads from all tokens to all tokens. Along `ring` keys and values go from rank to rank,
-and what each part gives is merged by its log-sum-exp.
-Sources: arXiv 2309.14509, 2310.01889.
+With several ranks each holds a shard of the tokens. Along `ulysses` ranks swap token shards for head shards,
+so that each attends with its own heads from all tokens to all tokens. Along `ring` keys and values pass from
+rank to rank, and the partial results are merged by their log-sum-exp.
+Sources: arXiv 2309.14509 (Ulysses), 2310.01889 (ring attention).
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def attention(
     scale: float | None = None,
     keys: Sequence[Tensor] = (),
 ) -> Tensor:
-    """softmax(q k^T * scale + mask) v -> [B, L, H, E]; scale defaults to 1/sqrt(E), mask is added and
-    broadcasts to [B, H, L, M].
+    """softmax(q k^T * scale + mask) v -> [B, L, H, E]; scale defaults to 1 / sqrt(E).
 
-    The plan's backend computes it; a backend that cannot serve these inputs raises torch's RuntimeError.
-    Where the plan deals the sequence to ranks, L and M are this rank's shares, the mask is one of keys alone,
-    [B or 1, 1, 1, M], and `keys` (see `parallel.sequence.keys`) tells real tokens from padding.
+    mask is added to the scores and broadcasts to [B, H, L, M]. The plan's backend computes the result; a
+    backend that cannot serve these inputs raises torch's RuntimeError.
+    Where the plan shards the sequence, L and M are this rank's tokens, the mask may depend on the key
+    only, [B or 1, 1, 1, M], and `keys` (see `parallel.sequence.keys`) tells real tokens from padding.
     """
     attend = BACKENDS[plan.attention]
     if ranks(plan)[0] == 1:
@@ -93,9 +93,7 @@ def _around(
     scale: float | None,
     keys: Sequence[Tensor],
 ) -> Tensor:
-    """Attention to the keys of every rank of the ring in turn; the next part is on its way while this one is
-    worked at.
-    """
+    """Ring attention: attend to the keys of every rank in turn while the next shard is on its way."""
     ring, kv = plan.group("ring"), torch.stack([k, v])
     y = log = None
     for turn, real in enumerate(keys):
@@ -117,8 +115,9 @@ def _around(
 def attend_with_log(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """(attention [B, L, H, E], the logarithm of its denominator [B, L, H, 1]), both at least float32. mask:
-    [B or 1, 1, 1, M] bool.
+    """(attention [B, L, H, E], log of its denominator [B, L, H, 1]), both at least float32.
+
+    mask: bool [B or 1, 1, 1, M], true where a key is attended to.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
@@ -157,8 +156,9 @@ def _plain(
 
 
 def serves(backend: str, width: int, biased: bool, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the backend's kernel runs there for heads of this width and type, with a bias if `biased`.
-    Torch alone knows: it is tried.
+    """Whether the backend's kernel runs for heads of this width and type, with a bias if `biased`.
+
+    Only torch knows, so the kernel is run once on zeros.
     """
     x = torch.zeros(1, 16, 1, width, dtype=dtype, device=device)
     bias = torch.zeros(1, 1, 16, 16, dtype=dtype, device=device) if biased else None

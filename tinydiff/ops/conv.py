@@ -1,7 +1,7 @@
 """Convolutions on images and videos. Shape letters: B batch, C channels, T frames, H height, W width.
 
-Each runs on a whole image or on a strip of its rows (`parallel.rows`), where neighbours' rows stand for the
-padding between strips.
+Each runs on a whole image or on a strip of its rows (`parallel.rows`). In a strip the rows of the
+neighbouring ranks take the place of padding at the inner borders.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from tinydiff.parallel.rows import WHOLE, Strip, halo
 
 
 def conv2d(x_BCHW: Tensor, w: Weights, stride: int = 1, padding: int = 0, strip: Strip = WHOLE) -> Tensor:
-    """2-D convolution with `w.weight` [O, C, kh, kw] and `w.bias`. The height of a strip must be a multiple
-    of `stride`.
+    """2-D convolution with `w.weight` [O, C, kh, kw] and `w.bias`.
+
+    The height of a strip must be a multiple of `stride`.
     """
     if not strip.divided:
         return F.conv2d(x_BCHW, w["weight"], w.get("bias"), stride, padding)
@@ -27,13 +28,14 @@ def conv2d(x_BCHW: Tensor, w: Weights, stride: int = 1, padding: int = 0, strip:
 
 
 def halve(x_BCHW: Tensor, w: Weights, strip: Strip = WHOLE) -> Tensor:
-    """A 3x3 convolution to half the height and width, padded to the right and below only."""
+    """A 3x3 convolution with stride 2, padded on the right and at the bottom only."""
     return conv2d(F.pad(halo(strip, x_BCHW, 0, 1), (0, 1, 0, 0 if strip.divided else 1)), w, stride=2)
 
 
 def per_frame(fn: Callable[[Tensor], Tensor], x_BCTHW: Tensor, chunk: int | None = None) -> Tensor:
-    """Apply an image function [N, C, H, W] -> [N, C', H', W'] to every frame of a video, to at most `chunk`
-    frames at once.
+    """Apply an image function [N, C, H, W] -> [N, C', H', W'] to every frame of a video.
+
+    chunk: the most frames per call of fn; None: all at once.
     """
     batch, _, frames = x_BCTHW.shape[:3]
     if chunk is not None and frames > chunk:
@@ -47,8 +49,8 @@ def per_frame(fn: Callable[[Tensor], Tensor], x_BCTHW: Tensor, chunk: int | None
 def causal_conv3d(x_BCTHW: Tensor, w: Weights, past: Tensor | None = None, strip: Strip = WHOLE) -> Tensor:
     """3-D convolution that never looks at later frames; height and width keep their size.
 
-    The kernel's reach into the past is filled with `past` [B, C, <= kt-1, H, W], the frames before x, and
-    with zeros before that. In a strip both come with the rows of their `halo`, which then need no padding.
+    past [B, C, <= kt-1, H, W]: the frames before x. Zeros stand for frames before those. In a strip both
+    x and past come with the rows of their `halo`, so height needs no padding.
     """
     weight = w["weight"]
     reach, pad_h, pad_w = (

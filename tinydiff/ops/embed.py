@@ -1,4 +1,4 @@
-"""Embeddings: of tokens by a table, of timesteps by sinusoids and the layers behind them.
+"""Embeddings: a table lookup for tokens, sinusoids and two layers for timesteps.
 
 Source of the sinusoids: arXiv 2006.11239, in the [cos, sin] order of the released checkpoints.
 """
@@ -28,14 +28,12 @@ def timestep_embedding(
 
 
 def embedder(x: Tensor, w: Weights) -> Tensor:
-    """The checkpoints' embedder of a sinusoid or a vector, x [..., I] -> [..., D]: `linear_1`, SiLU,
-    `linear_2`.
-    """
+    """linear_1, SiLU, linear_2, as checkpoints embed a sinusoid or a vector: x [..., I] -> [..., D]."""
     return linear(F.silu(linear(x, w / "linear_1")), w / "linear_2")
 
 
 def lookup(plan: Plan, ids: Tensor, w: Weights) -> Tensor:
-    """Rows of a table w.weight [V, D], whose vocabulary is divided over `tp`, by ids [...] int64 -> [..., D]."""
+    """Rows of a table w.weight [V, D] by ids [...] int64 -> [..., D]; `tp` divides the vocabulary."""
     table, tp = w["weight"], plan.group("tp")
     if tp.size == 1:
         return F.embedding(ids, table)
@@ -47,9 +45,7 @@ def lookup(plan: Plan, ids: Tensor, w: Weights) -> Tensor:
 
 
 def scores(plan: Plan, x: Tensor, w: Weights) -> Tensor:
-    """x [..., D] against the same table, or one like it -> [..., V], the scores of the whole vocabulary on
-    every rank.
-    """
+    """Scores of the whole vocabulary on every rank: x [..., D] times a table w.weight [V, D] -> [..., V]."""
     tp, mine = plan.group("tp"), product(x, w)
     size = mine.shape[-1]
     return move(plan, "sum", F.pad(mine, (tp.rank * size, (tp.size - 1 - tp.rank) * size)))

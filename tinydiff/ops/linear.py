@@ -1,11 +1,11 @@
-"""Matrix products with weights. The only place that reads what stands beside a weight under its prefix.
+"""Matrix products with weights. The only module that reads what stands beside a weight under its prefix.
 
 A layer's entries are plain tensors whose names say what they are:
 weight [O, I], or [O, C, ...] for the kernel of a patch embedding, where I counts all values of a patch.
 bias [O].
-lora_a [R, I] and lora_b [O, R]: low-rank differences of any number of adapters, one behind the other along R.
+lora_a [R, I] and lora_b [O, R]: the low-rank matrices of any number of adapters, concatenated along R.
 Each image has its own strength for each of the R directions (`Weights.lora_scale`), so images with different
-adapters share a batch, and another strength or adapter of the same R needs no new graph.
+adapters share a batch, and another strength or another adapter of the same R needs no new graph.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A denoiser as the loop sees it, and the one walk through it.
 
-A network is a family's functions with a config and a place on the machine; its weights are data that travels
-beside it. Everything that evaluates a network (the loop, the parity check, FLOP counts, training, tests) goes
-through `walk`. Shape letters: S steps, B images, L tokens, P latent values of a token, D width.
+A network is a family's functions, a config and a parallel plan; its weights are data that travels beside it.
+Everything that evaluates a network (the loop, the parity check, FLOP counts, training, tests) goes through
+`walk`. Shape letters: S steps, B images, L tokens, P latent values of a token, D width.
 """
 
 from __future__ import annotations
@@ -20,18 +20,16 @@ from tinydiff.parallel.plan import LORA_SCALE, SINGLE, Cond, Plan, Row
 
 Tensors = dict[str, Tensor]
 Tree = Mapping[str, Mapping[str, Tensor]]
-"""A flat dict of tensors, divided by block: block prefix -> its entries without the prefix; "" -> what
-belongs to no block.
-"""
+"""Block prefix -> the block's entries of a flat dict, without the prefix; "" -> what belongs to no block."""
 Streams = Tensor | tuple[Tensor, ...]
-"""What the blocks carry, say [B, L, D] or (text [B, T, D], image [B, L, D])."""
+"""What the blocks carry, for example [B, L, D] or (text [B, T, D], image [B, L, D])."""
 
 
 class Block(Protocol):
-    """(config, plan, the block's weights, streams, the block's own tensors of request and step, those that
-    every block reads) -> streams.
+    """One block: streams in, streams out.
 
-    It returns new memory: no input, and no two views of one tensor.
+    Arguments: config, plan, the block's weights, streams, the request's and step's tensors of this block,
+    and those that every block reads. The result is new memory: no input, and no two views of one tensor.
     """
 
     def __call__(
@@ -59,9 +57,7 @@ class Family(Protocol):
 
     @property
     def hoist(self) -> Callable[[Any, Plan, Weights, Tensors, Tensor], tuple[Tensors, Tensors]]:
-        """(config, plan, weights, inputs, timesteps [S]) -> (tensors of the request, tensors of the steps [S,
-        1 or B, ...]).
-        """
+        """(config, plan, weights, inputs, timesteps [S]) -> (request's tensors, steps' [S, 1 or B, ...])."""
         ...
 
     @property
@@ -84,7 +80,7 @@ class Family(Protocol):
 class Network:
     """A denoiser without its weights. Two networks that are equal share compiled graphs.
 
-    dtype: what it computes in. Weights may be stored in another type.
+    dtype: the type of its computations. Weights may be stored in another type.
     """
 
     family: Family
@@ -131,9 +127,7 @@ class Hooks(NamedTuple):
 
 
 def plain(network: Network, block: Block) -> Callable[..., Streams]:
-    """The block as a function of plain tensors in dicts and tuples, which may cross the boundary of a
-    compiled region.
-    """
+    """The block as a function of plain tensors, which may cross the boundary of a compiled region."""
     config, plan, dtype = network.config, network.plan, network.dtype
 
     def call(
@@ -214,8 +208,9 @@ def is_shared(conds: Iterable[Cond], name: str) -> bool:
 
 
 def has_images(conds: Iterable[Cond], prefix: str, name: str) -> bool:
-    """Whether a request's tensor has an axis for images, its first. Those that begin with tokens, or pick
-    keys, have none.
+    """Whether the first dimension of a request's tensor runs over images.
+
+    It does not where the first dimension runs over tokens, nor for the index tensors of keys.
     """
     if prefix:
         return True

@@ -13,13 +13,14 @@ from tinydiff.parallel.rows import WHOLE, Strip, statistics
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type norms and modulations compute in: float32 for half types, the input's own otherwise."""
+    """The type in which norms and modulations compute: float32 for half types, else the input's own."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def layer_norm(x: Tensor, w: Weights | None = None, eps: float = 1e-6) -> Tensor:
-    """LayerNorm over the last dimension, at least in float32, back in x's type. With `w` also its weight and
-    bias.
+    """LayerNorm over the last dimension, computed at least in float32 and returned in x's type.
+
+    w: its weight and bias; None for a norm without them.
     """
     dtype = compute_dtype(x)
     weight, bias = (None, None) if w is None else (w["weight"].to(dtype), w["bias"].to(dtype))
@@ -32,7 +33,7 @@ def rms_norm(x: Tensor, w: Weights, eps: float = 1e-6) -> Tensor:
 
 
 def rms_norm_across(plan: Plan, x: Tensor, w: Weights, eps: float = 1e-6) -> Tensor:
-    """RMSNorm over a last dimension that `tp` divides: the mean of the squares is that of all ranks."""
+    """RMSNorm over a last dimension that `tp` divides; the mean square is taken over all ranks."""
     ranks = plan.group("tp").size
     if ranks == 1:
         return rms_norm(x, w, eps)
@@ -42,18 +43,18 @@ def rms_norm_across(plan: Plan, x: Tensor, w: Weights, eps: float = 1e-6) -> Ten
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """Non-affine LayerNorm, then `y * (1 + scale) + shift`, computed in the modulation's type, returned in
-    x's. x [B, L, D].
+    """LayerNorm without weights, then `y * (1 + scale) + shift`. x [B, L, D].
+
+    Computed in the modulation's type and returned in x's type.
     """
     y = F.layer_norm(x.to(shift.dtype), x.shape[-1:], eps=eps)
     return (y * (1 + scale) + shift).to(x.dtype)
 
 
 def group_norm(x: Tensor, w: Weights, groups: int, eps: float = 1e-6, strip: Strip = WHOLE) -> Tensor:
-    """GroupNorm over groups of channels and all places, x [B, C, ...], with `w`'s weight and bias; half types
-    are summed in float32.
+    """GroupNorm of x [B, C, ...] over groups of channels and all pixels, with `w`'s weight and bias.
 
-    The places are those of the whole image, of which x is a strip.
+    Half types are summed in float32. Where x is a strip, the statistics are those of the whole image.
     """
     if not strip.divided:
         return F.group_norm(x, groups, w["weight"].to(x.dtype), w["bias"].to(x.dtype), eps)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 
 def patchify(x_BCFHW: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    """[B, C, F, H, W] -> tokens [B, L, C * pf * ph * pw] in row-major order of the patch grid, channel
-    outermost within a token.
+    """[B, C, F, H, W] -> tokens [B, L, C * pf * ph * pw], in row-major order of the patch grid.
+
+    Within a token the channel is the outermost dimension.
     """
     pf, ph, pw = patch
     return rearrange(x_BCFHW, "b c (f pf) (h ph) (w pw) -> b (f h w) (c pf ph pw)", pf=pf, ph=ph, pw=pw)

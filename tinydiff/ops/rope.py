@@ -35,10 +35,10 @@ def grid_positions(*sizes: int, device: torch.device | str | None = None) -> Ten
 
 
 def rotate_interleaved(x_BLHD: Tensor, cos_LD: Tensor, sin_LD: Tensor) -> Tensor:
-    """Rotate the pairs (x0, x1), (x2, x3), ... of each head; tables [L, D / 2], or [B, L, D / 2] where images
-    differ in them.
+    """Rotate the pairs (x0, x1), (x2, x3), ... of each head.
 
-    Computed in the wider type, returned in x's.
+    Tables: [L, D / 2], or [B, L, D / 2] where images have different ones. Computed in the wider type,
+    returned in x's.
     """
     a, b = x_BLHD.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos_LD.unsqueeze(-2), sin_LD.unsqueeze(-2)
@@ -46,8 +46,10 @@ def rotate_interleaved(x_BLHD: Tensor, cos_LD: Tensor, sin_LD: Tensor) -> Tensor
 
 
 def rotate_half(x_BLHD: Tensor, cos_LD: Tensor, sin_LD: Tensor) -> Tensor:
-    """Rotate the pairs (x0, x[D/2]), (x1, x[D/2+1]), ... of each head; tables [L, D / 2], or [B, L, D / 2]
-    where rows differ.
+    """Rotate the pairs (x0, x[D/2]), (x1, x[D/2+1]), ... of each head.
+
+    Tables: [L, D / 2], or [B, L, D / 2] where images have different ones. Computed in the wider type,
+    returned in x's.
     """
     a, b = x_BLHD.chunk(2, -1)
     cos, sin = cos_LD.unsqueeze(-2), sin_LD.unsqueeze(-2)

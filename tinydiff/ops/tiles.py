@@ -1,6 +1,4 @@
-"""Running an image function on overlapping squares and blending them, so that memory does not grow with the
-image.
-"""
+"""Running an image function on overlapping tiles that are blended, so that memory does not grow with size."""
 
 from __future__ import annotations
 
@@ -14,16 +12,16 @@ from tinydiff.parallel.plan import SINGLE, Group, Plan
 from tinydiff.parallel.rows import WHOLE, Strip, by_rows, of_all
 
 Pictured = Callable[[Tensor, Strip], Tensor]
-"""A function of an image, or of a strip of one."""
+"""A function of an image or of a strip of one."""
 
 
 def tiled(fn: Pictured, x: Tensor, side: int | None, scale: float, plan: Plan = SINGLE) -> Tensor:
-    """fn over [..., H, W], whole when `side` is None or covers it, else on squares of `side` that overlap by
-    a quarter.
+    """fn over x [..., H, W]: whole, or on square tiles of `side` pixels that overlap by a quarter.
 
-    scale: size of fn's output over that of its input. Neighbours are blended linearly over their overlap,
-    along rows, then columns. The ranks of the plan's axis `rows` share the work, and each gets all of the
-    result: the whole is divided into strips, tiles are dealt.
+    side: None, or a side that covers x, runs fn once on the whole image. scale: size of fn's output over
+    that of its input. Neighbouring tiles are blended linearly over their overlap, along rows, then
+    columns. The ranks of the plan's axis `rows` share the work, and each gets the whole result: a whole
+    image is divided into strips, tiles are computed by turns.
     """
     height, width = x.shape[-2:]
     if side is None or (height <= side and width <= side):
@@ -51,9 +49,7 @@ def tiled(fn: Pictured, x: Tensor, side: int | None, scale: float, plan: Plan = 
 
 
 def _dealt(fn: Pictured, squares: list[Tensor], scale: float, group: Group) -> list[Tensor]:
-    """fn of every square. In each round every rank makes the next one for all; those left over at the end
-    make the last again.
-    """
+    """fn of every tile, one tile per rank and round; ranks without a tile left repeat the last one."""
     if group.size == 1:
         return [fn(square, WHOLE) for square in squares]
     sizes = [[round(n * scale) for n in square.shape[-2:]] for square in squares]

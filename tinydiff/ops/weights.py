@@ -9,13 +9,12 @@ from torch import Tensor
 
 
 class Weights:
-    """View of a flat weight dict below a prefix: `(w / "attn1" / "to_q")["weight"]` is
-    `flat["attn1.to_q.weight"]`.
+    """View of a flat dict below a prefix: `(w / "a" / "b")["weight"]` is `flat["a.b.weight"]`.
 
-    `w.dtype` is the type that the network computes in. It is the network's own, for a stored weight may have
-    another.
-    `w.lora_scale` is the strength of each low-rank direction for each image, float [1 or B, R]. It belongs to
-    the leaves `lora_a` and `lora_b` that may stand beside a weight (see `ops.linear`).
+    `w.dtype` is the type in which the network computes. It belongs to the network, since a weight may be
+    stored in another type.
+    `w.lora_scale` is the strength of each low-rank direction for each image, float [1 or B, R]. It
+    belongs to the entries `lora_a` and `lora_b` that may stand beside a weight (see `ops.linear`).
     """
 
     __slots__ = ("_dtype", "at", "flat", "lora_scale")
@@ -52,8 +51,6 @@ class Weights:
 
 
 def leaves(flat: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries below `prefix`, renamed without it: plain tensors, fit to cross the boundary of a compiled
-    region.
-    """
+    """The entries below `prefix`, named without it, as a plain dict for a compiled region."""
     dotted = f"{prefix}."
     return {name[len(dotted) :]: tensor for name, tensor in flat.items() if name.startswith(dotted)}

@@ -1,10 +1,10 @@
-"""fal's tiny autoencoder for FLUX.2: a TAESD-like one with 32 latent channels, and one more halving to
-FLUX.2's 128 at stride 16.
+"""fal's tiny autoencoder for FLUX.2: one like TAESD inside, and one more halving to stride 16.
 
-Source: the Flux2TinyAutoEncoder class and checkpoint of fal/FLUX.2-Tiny-AutoEncoder. Its latents are the
-denoiser's own: neither the batch norm's statistics nor patches of FLUX.2's large autoencoder come in between.
+Source: the Flux2TinyAutoEncoder class and checkpoint of fal/FLUX.2-Tiny-AutoEncoder. The inner autoencoder
+has 32 latent channels at stride 8, the whole 128 at stride 16. Its latents are the denoiser's own: neither
+the batch norm's statistics nor the patches of FLUX.2's large autoencoder come in between.
 
-Shape letters: B batch, C channels, F frames (each coded by itself; images have one), H height, W width, Z
+Shape letters: B batch, C channels, F frames (each coded on its own; images have one), H height, W width, Z
 latent channels.
 """
 
@@ -86,7 +86,6 @@ class Config:
 
 
 # --- weights
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _residual_rows(name: str, width: int) -> Iterator[Row]:
@@ -120,7 +119,6 @@ def spec(c: Config) -> Iterator[Row]:
 
 
 # --- what callers use
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def _residual(x: Tensor, w: Weights, strip: Strip) -> Tensor:
@@ -129,8 +127,9 @@ def _residual(x: Tensor, w: Weights, strip: Strip) -> Tensor:
 
 
 def _double(z: Tensor, w: Weights, strip: Strip) -> Tensor:
-    """A transposed convolution to twice the height and width, an input of which reaches one output beyond its
-    own two.
+    """A transposed convolution with stride 2.
+
+    Each input row also reaches one output row beyond its own two, so a strip needs its neighbours' rows.
     """
     beyond = 2 if strip.divided else 0  # output rows of a neighbour's input row
     return F.conv_transpose2d(halo(strip, z, 1, 1), w["weight"], w["bias"], stride=2, padding=(1 + beyond, 1))

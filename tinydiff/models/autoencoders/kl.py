@@ -1,11 +1,11 @@
-"""The image autoencoders of AutoencoderKL's shape: FLUX.1, Z-Image, Ovis, SD3, GLM-Image, and FLUX.2's with
-its 2x2 patches.
+"""Image autoencoders of the class AutoencoderKL, and FLUX.2's with its 2x2 patches.
 
-Source: arXiv 2112.10752 and the AutoencoderKL and AutoencoderKLFlux2 checkpoints (z 16, stride 8; FLUX.2: z
-32 at stride 8, seen by the denoiser as 128 at stride 16). Latents are normalised by a shift and a scale or,
-of FLUX.2, by the running statistics of a batch norm over patches.
+Source: arXiv 2112.10752 and the AutoencoderKL and AutoencoderKLFlux2 checkpoints. FLUX.1, Z-Image, Ovis-Image
+and SD3 have z 16 at stride 8; FLUX.2 has z 32 at stride 8, which the denoiser sees as 128 channels at stride
+16. Latents are normalised by a shift and a scale or, in FLUX.2, by the running statistics of a batch norm
+over patches.
 
-Shape letters: B batch, C channels, F frames (each coded by itself; images have one), H height, W width, Z
+Shape letters: B batch, C channels, F frames (each coded on its own; images have one), H height, W width, Z
 latent channels.
 """
 
@@ -51,9 +51,7 @@ class Config:
     scaling_factor: float = 0.18215
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
-    """Not read, nor is the next: no pipeline of the reference with this autoencoder and a denoiser that runs
-    here does.
-    """
+    """Not read, like `latents_std`: no pipeline of diffusers for a denoiser supported here reads them."""
     latents_std: tuple[float, ...] | None = None
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
@@ -123,12 +121,12 @@ class Config:
 
 
 # --- structure: which layers there are, read by spec and by the forward functions alike
-# -------------------------------------------
 
 
 class Stage(NamedTuple):
-    """Residual blocks (prefix, width in, width out), then the convolution that changes the resolution, None
-    in the last stage.
+    """Residual blocks (prefix, width in, width out), then the convolution that changes the resolution.
+
+    resample: the convolution's prefix; None in the last stage.
     """
 
     blocks: tuple[tuple[str, int, int], ...]
@@ -225,7 +223,6 @@ def key_map(c: Config) -> KeyMap:
 
 
 # --- layers
-# -----------------------------------------------------------------------------------------------------------------------
 
 
 def _half(c: Config, x: Tensor, norm: Weights, conv: Weights, strip: Strip) -> Tensor:
@@ -287,7 +284,6 @@ def _pixels(c: Config, w: Weights, z_BZHW: Tensor, strip: Strip) -> Tensor:
 
 
 # --- what callers use
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def moments(
@@ -298,11 +294,11 @@ def moments(
     tile: int | None = None,
     plan: Plan = SINGLE,
 ) -> Tensor:
-    """Pixels [B, C, F, H, W] in [-1, 1] -> mean and log-variance [B, 2Z, F, H', W'] of the raw latents'
-    distribution.
+    """Pixels [B, C, F, H, W] in [-1, 1] -> mean and log-variance [B, 2Z, F, H', W'] of the raw latents.
 
-    chunk: frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one and
-    blended. None: at once. The ranks of the plan's axis `rows` share the work; each gets all of the result.
+    chunk: frames per pass, at least 1; None: all at once. tile: side in pixels of overlapping tiles that
+    are coded one by one and blended; None: the whole image. The ranks of the plan's axis `rows` share the
+    work; each gets the whole result.
     """
     return tiled(
         lambda x, strip: per_frame(lambda image: _moments(c, w, image, strip), x, chunk),
@@ -314,8 +310,9 @@ def moments(
 
 
 def normalise(c: Config, w: Weights, z_BZFHW: Tensor) -> Tensor:
-    """Raw latents -> latents of about zero mean and unit variance, as the denoiser sees them; FLUX.2's are
-    folded into patches first.
+    """Raw latents -> latents of about zero mean and unit variance, as the denoiser sees them.
+
+    FLUX.2's latents are folded into patches first.
     """
     mean, std = _statistics(c, w, z_BZFHW)
     if c.patch_size is not None:
@@ -355,7 +352,8 @@ def encode(
     tile: int | None = None,
     plan: Plan = SINGLE,
 ) -> Tensor:
-    """Pixels [B, C, F, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'], the distribution's mean.
+    """Pixels [B, C, F, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'], the mean.
+
     Options as in `moments`.
     """
     return normalise(c, w, moments(c, w, x_BCFHW, chunk, tile, plan)[:, : c.latent_channels])

@@ -1,10 +1,9 @@
-"""The tiny autoencoders (TAESD and its kin): a few plain convolutions that come close to a large
-autoencoder's latents and pixels.
+"""Tiny autoencoders (TAESD and relatives): a few convolutions that approximate a large autoencoder.
 
-Source: the AutoencoderTiny checkpoints (stride 8). There is no norm and no attention, so that a pixel depends
-on its surroundings alone. Their latents are the denoiser's own, normalised ones.
+Source: the AutoencoderTiny checkpoints (stride 8). There is no norm and no attention, so a pixel depends on
+its surroundings only. The latents are the denoiser's own, normalised ones.
 
-Shape letters: B batch, C channels, F frames (each coded by itself; images have one), H height, W width, Z
+Shape letters: B batch, C channels, F frames (each coded on its own; images have one), H height, W width, Z
 latent channels.
 """
 
@@ -89,12 +88,13 @@ class Config:
 
 
 # --- structure: which layers there are, read by spec and by the forward functions alike
-# -------------------------------------------
 
 
 class Layer(NamedTuple):
-    """One entry of the flat list of layers. kind: "conv", "block", or what a convolution does besides:
-    "down", "up".
+    """One entry of the flat list of layers.
+
+    kind: "conv", "block" (residual), "down" (convolution with stride 2) or "up" (doubling, then a
+    convolution).
     """
 
     at: str
@@ -119,8 +119,9 @@ def encoder_layers(c: Config) -> Iterator[Layer]:
 
 
 def decoder_layers(c: Config) -> Iterator[Layer]:
-    """Without the activation after the first, which takes a place in the list, as does each doubling before
-    its convolution.
+    """The decoder's layers that have weights.
+
+    The activation after the first layer and each doubling take a number in the list but have no weights.
     """
     width, place, last = c.decoder_block_out_channels[0], 2, len(c.num_decoder_blocks) - 1
     yield Layer("layers.0", "conv", c.latent_channels, width)
@@ -163,7 +164,6 @@ def spec(c: Config) -> Iterator[Row]:
 
 
 # --- layers
-# -----------------------------------------------------------------------------------------------------------------------
 
 
 def _block(c: Config, x: Tensor, w: Weights, strip: Strip) -> Tensor:
@@ -187,8 +187,9 @@ def _layer(c: Config, x: Tensor, w: Weights, layer: Layer, strip: Strip) -> Tens
 
 
 def image_latents(c: Config, w: Weights, x_BCHW: Tensor, strip: Strip) -> Tensor:
-    """One pass of the encoder: pixels [B, C, H, W] in [-1, 1] -> raw latents [B, Z, H', W'], of a strip of
-    them or the whole.
+    """One pass of the encoder: pixels [B, C, H, W] in [-1, 1] -> raw latents [B, Z, H', W'].
+
+    x: an image, or a strip of its rows.
     """
     x = (x_BCHW + 1) / 2  # the network was trained on pixels in [0, 1]
     for layer in encoder_layers(c):
@@ -197,8 +198,9 @@ def image_latents(c: Config, w: Weights, x_BCHW: Tensor, strip: Strip) -> Tensor
 
 
 def image_pixels(c: Config, w: Weights, z_BZHW: Tensor, strip: Strip) -> Tensor:
-    """One pass of the decoder: raw latents [B, Z, H', W'] -> pixels [B, C, H, W], not clipped. Latents beyond
-    3 are softly limited.
+    """One pass of the decoder: raw latents [B, Z, H', W'] -> pixels [B, C, H, W], not clipped.
+
+    Latents beyond 3 are softly limited.
     """
     first, *others = decoder_layers(c)
     x = ACTIVATIONS[c.act_fn](_layer(c, torch.tanh(z_BZHW / 3) * 3, w / "decoder", first, strip))
@@ -208,7 +210,6 @@ def image_pixels(c: Config, w: Weights, z_BZHW: Tensor, strip: Strip) -> Tensor:
 
 
 # --- what callers use
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def encode(

@@ -2,11 +2,10 @@
 
 Source: arXiv 2503.20314 and the AutoencoderKLWan checkpoints (Wan2.1: z 16, stride 8; Wan2.2 TI2V: z 48,
 stride 16, residual). Qwen-Image's AutoencoderKLQwenImage is Wan2.1's network run on single frames, in
-Qwen-Image-Layered with a fourth channel for alpha. A video has 4k + 1 frames; the first is coded alone,
-every later group of four becomes one latent frame. Because every operation is causal, a video may be run in
-one pass or in chunks of latent frames with the same result: `past` then carries, by layer name, the frames
-that the next chunk looks back on. One pass needs none and touches no state. A frame may be a strip of rows
-(`parallel.rows`).
+Qwen-Image-Layered with a fourth channel for alpha. A video has 4k + 1 frames; the first is coded alone, every
+later group of four becomes one latent frame. Because every operation is causal, a video may be run in one
+pass or in chunks of latent frames with the same result: `past` then carries, by layer name, the frames that
+the next chunk looks back on. A single pass has no past. A frame may be a strip of rows (`parallel.rows`).
 
 Shape letters: B batch, C channels, T frames, F latent frames, H height, W width, Z latent channels.
 """
@@ -76,15 +75,18 @@ class Config:
 
     @property
     def stride(self) -> int:
-        """Pixels per latent, along height and width, as its levels make them. Pipelines size their latents by
-        `scale_factor_spatial`, which may say otherwise: the output then has another size than was asked for.
+        """Pixels per latent, along height and width, as the levels make them.
+
+        Pipelines size latents by `scale_factor_spatial`. Where a config says another number there,
+        the output has another size than was asked for.
         """
         return 2 ** (len(self.dim_mult) - 1) * (self.patch_size or 1)
 
 
 def check_statistics(c: Config) -> None:
-    """Raises ValueError for a Config that can be planned but not run: its statistics are not those of its
-    channels.
+    """Raises ValueError for a Config that is enough to plan with but not to run.
+
+    Its statistics must have one value per latent channel.
     """
     for name in ("latents_mean", "latents_std"):
         if (count := len(getattr(c, name))) != c.z_dim:
@@ -94,7 +96,6 @@ def check_statistics(c: Config) -> None:
 
 
 # --- structure: which layers there are, read by spec and by the forward functions alike
-# -------------------------------------------
 
 
 class Resample(NamedTuple):
@@ -107,8 +108,9 @@ class Resample(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """Residual blocks (prefix, width in, width out), then a change of resolution; `skip` adds the
-    parameter-free shortcut.
+    """Residual blocks (prefix, width in, width out), then a change of resolution.
+
+    skip: whether the parameter-free shortcut is added.
     """
 
     blocks: tuple[tuple[str, int, int], ...]
@@ -214,7 +216,6 @@ def spec(c: Config) -> Iterator[Row]:
 
 
 # --- layers
-# -----------------------------------------------------------------------------------------------------------------------
 
 
 def _rms(x: Tensor, w: Weights) -> Tensor:
@@ -225,8 +226,9 @@ def _rms(x: Tensor, w: Weights) -> Tensor:
 
 
 def _recall(past: Past | None, key: str, x: Tensor, reach: int) -> Tensor | None:
-    """The frames before x that layer `key` looks back on, None at the start of a video; remembers the last
-    `reach` for the next chunk.
+    """The frames before x that layer `key` looks back on, None at the start of a video.
+
+    Stores the last `reach` frames in `past` for the next chunk.
     """
     if past is None:
         return None
@@ -292,8 +294,9 @@ def _upsample(x: Tensor, w: Weights, time: bool, past: Past | None, strip: Strip
 
 
 def _average_down(x: Tensor, width: int, ft: int, fs: int) -> Tensor:
-    """Shortcut: space and time folded into channels, groups of channels averaged down to `width`; zero frames
-    in front fill up time.
+    """Shortcut: fold space and time into channels, then average groups of channels down to `width`.
+
+    Zero frames in front fill the number of frames up to a multiple of ft.
     """
     x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % ft, 0))
     folded = rearrange(x, "b c (t ft) (h fh) (w fw) -> b (c ft fh fw) t h w", ft=ft, fh=fs, fw=fs)
@@ -301,8 +304,9 @@ def _average_down(x: Tensor, width: int, ft: int, fs: int) -> Tensor:
 
 
 def _duplicate_up(x: Tensor, width: int, ft: int, first: bool) -> Tensor:
-    """Shortcut: channels repeated and unfolded into space and time; at the start of a video the first ft - 1
-    frames fall away.
+    """Shortcut: repeat channels, then unfold them into space and time.
+
+    At the start of a video (`first`) the first ft - 1 frames are dropped.
     """
     x = x.repeat_interleave(width * ft * 4 // x.shape[1], 1)
     y = rearrange(x, "b (o ft fh fw) t h w -> b o (t ft) (h fh) (w fw)", o=width, ft=ft, fh=2, fw=2)
@@ -347,7 +351,6 @@ def _decode_chunk(c: Config, w: Weights, z: Tensor, past: Past | None, first: bo
 
 
 # --- what callers use
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def _fold(c: Config, x_BCTHW: Tensor) -> Tensor:
@@ -389,12 +392,11 @@ def moments(
     tile: int | None = None,
     plan: Plan = SINGLE,
 ) -> Tensor:
-    """Pixels [B, 3, T, H, W] in [-1, 1], T = 4k + 1 -> mean and log-variance [B, 2Z, F, H', W'] of the latent
-    distribution.
+    """Pixels [B, 3, T, H, W] in [-1, 1] -> mean and log-variance [B, 2Z, F, H', W'] of the latents.
 
-    chunk: latent frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one
-    and blended. None: at once. The ranks of the plan's axis `rows` share the work; each gets all of the
-    result.
+    T is 4k + 1. chunk: latent frames per pass, at least 1; None: all at once. tile: side in pixels of
+    overlapping tiles that are coded one by one and blended; None: the whole image. The ranks of the
+    plan's axis `rows` share the work; each gets the whole result.
     """
     p = c.patch_size or 1
     side = None if tile is None else tile // p
@@ -429,7 +431,8 @@ def encode(
     tile: int | None = None,
     plan: Plan = SINGLE,
 ) -> Tensor:
-    """Pixels [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'], the distribution's mean.
+    """Pixels [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'], the mean.
+
     Options as in `moments`.
     """
     return normalise(c, moments(c, w, x_BCTHW, chunk, tile, plan)[:, : c.z_dim])
@@ -465,8 +468,9 @@ def decode(
     tile: int | None = None,
     plan: Plan = SINGLE,
 ) -> Tensor:
-    """Normalised latents [B, Z, F, H', W'] -> pixels [B, 3, 4F - 3, H, W] in [-1, 1]. Options as in
-    `moments`.
+    """Normalised latents [B, Z, F, H', W'] -> pixels [B, 3, 4F - 3, H, W] in [-1, 1].
+
+    Options as in `moments`.
     """
     mean, std = _statistics(c, z_BZFHW)
     return raw_pixels(c, w, z_BZFHW * std + mean, chunk, tile, plan).clamp(-1, 1)

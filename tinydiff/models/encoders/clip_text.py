@@ -1,7 +1,7 @@
-"""CLIP's text encoder: CLIP-L (FLUX.1, SD3, HunyuanVideo) and CLIP-G (SD3).
+"""CLIP's text encoder: CLIP-L (FLUX.1, SD3) and CLIP-G (SD3).
 
-Source: arXiv 2103.00020 and the CLIPTextModel checkpoints. A causal transformer with learned positions; what
-stands for the whole text is the state of its end token, which has seen everything before it.
+Source: arXiv 2103.00020 and the CLIPTextModel checkpoints. A causal transformer with learned positions. The
+state of the end token, which has seen everything before it, represents the whole text.
 Shape letters: B batch, T tokens, D width, P width of CLIP's joint space.
 """
 
@@ -67,8 +67,9 @@ class Config:
 
 
 def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
-    """The Config of a config.json, of a text encoder or of a whole CLIP; the class says whether there is a
-    map into the joint space.
+    """The Config of a config.json, of a text encoder or of a whole CLIP.
+
+    class_name: CLIPTextModelWithProjection has a projection into the joint space, CLIPTextModel has none.
     """
     text = entries.get("text_config", entries)
     if not isinstance(text, Mapping):
@@ -88,7 +89,6 @@ class Encoded(NamedTuple):
 
 
 # --- weights
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _layer_rows(c: Config) -> Iterator[Row]:
@@ -117,8 +117,9 @@ def spec(c: Config) -> Iterator[Row]:
 
 
 def key_map(c: Config) -> KeyMap:
-    """Not read: a list of positions in old files, the rest of a whole CLIP. transformers 5 writes an encoder
-    without projection without its prefix.
+    """Old files also hold a list of positions, and files of a whole CLIP its vision half: unread.
+
+    transformers 5 writes an encoder without projection without its prefix.
     """
     rest = ("vision_model", "visual_projection", "logit_scale", "embeddings.position_ids")
     return KeyMap(
@@ -131,12 +132,12 @@ def key_map(c: Config) -> KeyMap:
 
 
 # --- from tokens to states
-# ------------------------------------------------------------------------------------------------------------
 
 
 def encode(c: Config, plan: Plan, w: Weights, ids_BT: Tensor) -> Encoded:
-    """Token ids [B, T] int64, T at most `max_position_embeddings` -> `Encoded`. Padding after the end token
-    changes nothing before it.
+    """Token ids [B, T] int64 -> `Encoded`. T is at most `max_position_embeddings`.
+
+    Padding after the end token changes nothing before it.
     """
     text, eps, length = w / "text_model", c.layer_norm_eps, ids_BT.shape[1]
     e = text / "embeddings"

@@ -1,5 +1,4 @@
-"""CLIP's vision tower (ViT-H/14 in Wan2.1 image to video): an image to one token for itself and one per
-patch.
+"""CLIP's vision tower (ViT-H/14 in Wan2.1 image to video): one class token and one token per patch.
 
 Source: arXiv 2103.00020 and the CLIPVisionModel checkpoints. Wan reads the hidden states before the last
 layer, so that layer and the norm after it are stored but never run.
@@ -80,7 +79,6 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
 
 
 # --- weights
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _layer_rows(c: Config) -> Iterator[Row]:
@@ -110,8 +108,9 @@ def spec(c: Config) -> Iterator[Row]:
 
 
 def key_map(c: Config) -> KeyMap:
-    """Not read: a list of positions in old files, the rest of a whole CLIP. transformers 5 writes the tower
-    without its prefix.
+    """Old files also hold a list of positions, and files of a whole CLIP its text half: unread.
+
+    transformers 5 writes the tower without its prefix.
     """
     rest = ("visual_projection", "text_model", "text_projection", "logit_scale", "embeddings.position_ids")
     tower = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
@@ -124,13 +123,10 @@ def key_map(c: Config) -> KeyMap:
 
 
 # --- from image to tokens
-# ---------------------------------------------------------------------------------------------------------
 
 
 def pixels(c: Config, image_HWC: np.ndarray) -> Tensor:
-    """uint8 [H, W, 3] RGB -> float32 [1, 3, S, S]: the short side resized, the centre cut out, mean and
-    deviation taken off.
-    """
+    """uint8 RGB image [H, W, 3] -> float32 [1, 3, S, S], resized, centre-cropped and normalised."""
     import numpy as np
     from PIL import Image
 
@@ -148,8 +144,9 @@ def pixels(c: Config, image_HWC: np.ndarray) -> Tensor:
 
 
 def encode(c: Config, plan: Plan, w: Weights, pixels_BCSS: Tensor) -> Tensor:
-    """Pixels from `pixels` [B, 3, S, S] -> tokens [B, N, D] after all layers but the last
-    (`hidden_states[-2]` of the reference).
+    """Pixels [B, 3, S, S] from `pixels` -> tokens [B, N, D] after all layers but the last.
+
+    These are `hidden_states[-2]` of transformers.
     """
     w, eps = w / "vision_model", c.layer_norm_eps
     e = w / "embeddings"

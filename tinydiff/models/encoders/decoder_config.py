@@ -1,9 +1,8 @@
-"""What tells decoder language models apart: the Config that `decoder_lm` runs, and how a released config.json
-is read into it.
+"""The Config that `decoder_lm` runs, and how a released config.json is read into it.
 
 transformers writes two layouts (4: `rope_theta` with `rope_scaling`; 5: `rope_parameters`, one or one per
-kind of layer), nests the text model of a multimodal one in `text_config`, and leaves out what equals its
-class' defaults, so those defaults are listed here.
+kind of layer), nests the text model of a multimodal model in `text_config`, and leaves out what equals its
+class's defaults, so those defaults are listed here.
 """
 
 from __future__ import annotations
@@ -64,15 +63,14 @@ class Rope:
 
 @dataclass(frozen=True)
 class Config:
-    """Field names are those of the text part of the checkpoint's config.json. The defaults are those of the
-    text part of Qwen2.5-VL 7B.
+    """Field names are those of the text part of config.json; defaults are Qwen2.5-VL 7B's.
 
-    qkv_bias, o_bias, mlp_bias: which linears have a bias. qk_norm: queries and keys are normalised per head.
-    norm_plus_one: norms multiply by 1 + weight. sandwich_norms: what a branch adds is normalised too.
-    scale_embeddings: embeddings grow by the root of the width. layer_types: the kind of each layer.
-    local_rope_parameters: the rope of sliding layers where it is not that of the others.
-    layers: how many layers are built and run, counted from the first. lm_head: whether the output head is
-    built, to generate text.
+    qkv_bias, o_bias, mlp_bias: which linear layers have a bias. qk_norm: queries and keys are normalised
+    per head. norm_plus_one: norms multiply by 1 + weight. sandwich_norms: the output of attention and of
+    the MLP is normalised too. scale_embeddings: embeddings are multiplied by the root of the width.
+    layer_types: the kind of each layer. local_rope_parameters: the rope of sliding layers where it
+    differs from that of the others. layers: how many layers are built and run, counted from the first.
+    lm_head: whether the output head is built, to generate text.
     """
 
     vocab_size: int = 152064
@@ -212,11 +210,10 @@ _WHOLE = {"qwen2_5_vl": "qwen2_5_vl_text", "gemma3": "gemma3_text"}
 
 
 def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
-    """The Config of a released config.json, all layers built and no output head; `dataclasses.replace` sets
-    `layers` and `lm_head`.
+    """The Config of a released config.json, with all layers and no output head.
 
-    class_name: the class that model_index.json names. Raises ValueError, one sentence, for what is not
-    implemented.
+    `dataclasses.replace` sets `layers` and `lm_head`. class_name: the class in model_index.json. Raises
+    ValueError, one sentence, for what is not implemented.
     """
     if class_name not in CLASSES:
         raise ValueError(f"{class_name!r} is no known language model; known are {', '.join(CLASSES)}")

@@ -1,4 +1,4 @@
-"""Writing with a decoder language model: one token after another, the keys and values of earlier ones kept.
+"""Text generation with a decoder language model, with a cache of keys and values.
 
 Shape letters: B batch, T tokens of the prompt, V vocabulary.
 """
@@ -58,12 +58,12 @@ def generate(
     positions: Tensor | None = None,
     embeds: Tensor | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt until a token of `stop` or `limit` tokens -> the new ids of each row, the stop
-    left out.
+    """Continue each prompt until a token of `stop` or `limit` tokens -> the new ids of each row.
 
-    Prompts of different lengths are padded on the left (mask 0). positions, embeds: as in
-    `decoder_lm.encode`; by default words count from 0 at a row's first token. generator: for a temperature
-    above 0; one of the CPU draws the same on every device.
+    The stop token is left out. Prompts of different lengths are padded on the left (mask 0). positions,
+    embeds: as in `decoder_lm.encode`; by default positions count from 0 at a row's first token.
+    generator: used where the temperature is above 0; a CPU generator draws the same tokens on every
+    device.
     """
     if not c.lm_head:
         raise ValueError("generating needs the output head: a Config with lm_head")
@@ -122,8 +122,9 @@ def choose(
 
 
 def warped(logits_BV: Tensor, ids_BT: Tensor, sampling: Sampling) -> Tensor:
-    """Scores [B, V] after penalty, temperature, top_k and top_p, in this order; -inf for tokens that must not
-    be drawn.
+    """Scores [B, V] after repetition penalty, temperature, top_k and top_p, in this order.
+
+    -inf marks the tokens that must not be drawn.
     """
     scores = logits_BV.to(compute_dtype(logits_BV))
     if sampling.repetition_penalty != 1:

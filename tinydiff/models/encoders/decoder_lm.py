@@ -1,9 +1,8 @@
-"""Decoder language models, read as text encoders: Llama, Mistral, Ministral 3, Qwen 2.5 (VL), Qwen 3, Gemma 2
-and Gemma 3 are one stack.
+"""Decoder language models as text encoders: Llama, Mistral, Ministral 3, Qwen 2.5 (VL), Qwen 3, Gemma 2, 3.
 
-Source: arXiv 2302.13971 (Llama), 2310.06825, 2502.13923, 2505.09388, 2408.00118, 2503.19786. `decoder_config`
-says what tells them apart; `decoder_generate` makes them write. Only the layers up to the last state wanted
-are built.
+All are one stack. Source: arXiv 2302.13971 (Llama), 2310.06825, 2502.13923, 2505.09388, 2408.00118,
+2503.19786. `decoder_config` holds their differences; `decoder_generate` generates text with them. Only the
+layers up to the last state wanted are built.
 
 Shape letters: B batch, T tokens computed, S tokens they may see, C width, H heads, D head width, A axes of a
 position.
@@ -46,7 +45,6 @@ __all__ = [
 ]
 
 # --- weights
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _layer_rows(c: Config) -> Iterator[Row]:
@@ -68,8 +66,9 @@ def _layer_rows(c: Config) -> Iterator[Row]:
 
 
 def spec(c: Config) -> Iterator[Row]:
-    """Every weight that is read, once, under the names of the bare text model; `key_map` maps the released
-    names to them.
+    """Every weight that is read, once, under the names of the text model alone.
+
+    `key_map` maps the released names to them.
     """
     yield Row("embed_tokens.weight", (c.vocab_size, c.hidden_size), split=0, tied=c.tie_word_embeddings)
     yield from repeat("layers", c.layers, _layer_rows(c))
@@ -88,8 +87,9 @@ PREFIXES = ("model.language_model.", "language_model.model.", "language_model.",
 
 
 def key_map(c: Config) -> KeyMap:
-    """Not read: other towers, the output head, layers beyond `c.layers`. A tied output head is the embeddings'
-    second name.
+    """Other towers, the output head and layers beyond `c.layers` are unread.
+
+    A tied output head is the embeddings' second name.
     """
     beyond = tuple(f"layers.{i}" for i in range(c.layers, c.num_hidden_layers))
     left = (*TOWERS, *beyond, "rotary_emb", "layers.*.self_attn.rotary_emb")
@@ -112,14 +112,13 @@ def key_map(c: Config) -> KeyMap:
 
 
 # --- positions and masks
-# ------------------------------------------------------------------------------------------------------------
 
 
 def frequencies(rope: Rope, dim: int) -> tuple[Tensor, float]:
-    """Radians a position of each channel pair [dim / 2], float32 as the references keep them, and the factor
-    of cosines and sines.
+    """(radians per position of each channel pair [dim / 2], factor of cosines and sines).
 
-    Source of the scalings: arXiv 2306.15595 (linear), Llama 3.1's code (llama3), arXiv 2309.00071 (yarn).
+    Float32, as the references keep them. Source of the scalings: arXiv 2306.15595 (linear), Llama 3.1's
+    code (llama3), arXiv 2309.00071 (yarn).
     """
     wavelength = rope.rope_theta ** (torch.arange(0, dim, 2).float() / dim)
     plain, factor, trained = 1.0 / wavelength, rope.factor, rope.original_max_position_embeddings
@@ -161,11 +160,11 @@ def _yarn_factor(rope: Rope) -> float:
 
 
 class View(NamedTuple):
-    """What the layers of a kind are told of the tokens.
+    """Positions and masks of the tokens, as the layers of one kind read them.
 
-    cos, sin: [B or 1, T, D / 2]. mask: [B or 1, 1, T, S], 0 where a token sees another, else -inf. blind: [B
-    or 1, T, 1, 1] bool, tokens that see nothing (padding on the left). stretch: [B or 1, T, 1, 1] factor of
-    the queries, or None.
+    cos, sin: [B or 1, T, D / 2]. mask: [B or 1, 1, T, S], 0 where a token sees another, else -inf. blind:
+    bool [B or 1, T, 1, 1], tokens that see nothing (padding on the left). stretch: [B or 1, T, 1, 1],
+    factor of the queries, or None.
     """
 
     cos: Tensor
@@ -176,8 +175,9 @@ class View(NamedTuple):
 
 
 def views(c: Config, positions: Tensor, mask_BS: Tensor, like: Tensor) -> dict[str, View]:
-    """The view of each kind of layer, for tokens at `positions` [B or 1, T], or [3, B or 1, T] on three axes:
-    the last T of the S.
+    """Kind of layer -> its View, for tokens at `positions` [B or 1, T], or [3, B or 1, T] on three axes.
+
+    The T tokens are the last of the S that mask_BS counts.
     """
     local = c.local_rope_parameters or c.rope_parameters
     ropes = {kind: local if kind == SLIDING else c.rope_parameters for kind in set(c.layer_types[: c.layers])}
@@ -219,7 +219,6 @@ def _view(
 
 
 # --- the network
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def embed(c: Config, plan: Plan, w: Weights, ids_BT: Tensor) -> Tensor:
@@ -246,13 +245,12 @@ def encode(
     positions: Tensor | None = None,
     embeds: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Token ids [B, T] int64, mask [B, T] of 1 for tokens and 0 for padding on either side -> the states [B,
-    T, C] named by `take`.
+    """Token ids [B, T] int64 and mask [B, T] -> the hidden states [B, T, C] named by `take`.
 
-    take: 0 for the embeddings, i for what layer i puts out; that of the model's last layer is normalised.
-    This is the numbering of transformers' hidden_states. positions: [B, T], or [3, B, T] on three axes; by
-    default 0, 1, 2, ... with padding counted.
-    embeds: [B, T, C] instead of the embeddings of the ids, where images stand among the words.
+    mask: 1 for tokens, 0 for padding on either side. take: 0 for the embeddings, i for the output of
+    layer i; that of the model's last layer is normalised. This is the numbering of transformers'
+    hidden_states. positions: [B, T], or [3, B, T] on three axes; by default 0, 1, 2, ... with padding
+    counted. embeds: [B, T, C] in place of the embeddings of the ids, where images stand among the words.
     """
     if beyond := [state for state in take if not 0 <= state <= c.layers]:
         raise ValueError(f"state {beyond[0]} is asked for; a stack of {c.layers} layers has 0 to {c.layers}")
@@ -270,8 +268,9 @@ def encode(
 def block(
     c: Config, plan: Plan, w: Weights, x_BTC: Tensor, view: View, past: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """One layer: (x [B, T, C], the keys and values [B, S, H, D] of all tokens so far). `past`: those of the
-    tokens before these.
+    """One layer -> (x [B, T, C], keys and values [B, S, H, D] of all tokens so far).
+
+    past: keys and values of the tokens before these.
     """
     y, cache = _attention(c, plan, w / "self_attn", _norm(c, x_BTC, w / "input_layernorm"), view, past)
     if c.sandwich_norms:

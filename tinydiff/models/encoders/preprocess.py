@@ -1,8 +1,7 @@
-"""What a directory's preprocessor files say of how an encoder's images are made ready, as fields of the
-encoder's Config.
+"""An encoder's image preprocessing, from a directory's preprocessor files to fields of its Config.
 
-Source: transformers' CLIPImageProcessorPil and Qwen2VLImageProcessorPil, whose defaults these are. What can
-be had is read; any other value is refused.
+Source: transformers' CLIPImageProcessorPil and Qwen2VLImageProcessorPil, whose defaults these are. A value
+that is not supported is an error.
 """
 
 from __future__ import annotations
@@ -19,14 +18,15 @@ ALWAYS = {
     "do_normalize": True,
     "do_convert_rgb": True,
 }
-"""Steps that are always taken here; null leaves the default, which is the same."""
+"""Steps that always run. null in a file means the default, which is the same."""
 
 RGB = tuple[float, float, float]
 
 
 def clip(entries: Mapping[str, Any], image_size: int) -> dict[str, Any]:
-    """Fields of `clip_vision.Config`. image_size: the side that the tower sees. Raises ValueError, one
-    sentence.
+    """Fields of `clip_vision.Config`. image_size: the tower's input side in pixels.
+
+    Raises ValueError, one sentence.
     """
     found = _shared(entries)
     edge = _edges(entries, ("shortest_edge",)).get("shortest_edge")
@@ -46,8 +46,9 @@ def clip(entries: Mapping[str, Any], image_size: int) -> dict[str, Any]:
 
 
 def qwen(entries: Mapping[str, Any], shape: Mapping[str, int]) -> dict[str, Any]:
-    """Fields of `qwen_vision.Config`. shape: the tower's patch_size, temporal_patch_size and merge_size.
-    Raises ValueError.
+    """Fields of `qwen_vision.Config`. Raises ValueError, one sentence.
+
+    shape: the tower's patch_size, temporal_patch_size and merge_size.
     """
     for name, wanted in shape.items():
         if entries.get(name, wanted) != wanted:

@@ -1,8 +1,7 @@
-"""The vision tower of Qwen2.5-VL, the pixels it takes, and how its tokens stand among the words of the
-language model.
+"""The vision tower of Qwen2.5-VL, its image preprocessing, and its tokens among those of the text.
 
-Source: arXiv 2502.13923. Patches attend within windows of 8 x 8, in four of the 32 blocks to their whole
-image; then each 2 x 2 patches become one token of the language model. Patches are listed so that those four
+Source: arXiv 2502.13923. Patches attend within windows of 8 x 8, and in four of the 32 blocks to their whole
+image; then each 2 x 2 patches become one token of the language model. Patches are ordered so that those four
 are neighbours.
 
 Shape letters: N patches, P values of a patch, D width, U windows, M patches of a window, C width of the
@@ -100,7 +99,6 @@ def config_from(entries: Mapping[str, Any]) -> Config:
 
 
 # --- weights
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _block_rows(c: Config) -> Iterator[Row]:
@@ -139,12 +137,12 @@ def key_map(c: Config) -> KeyMap:
 
 
 # --- from image to patches
-# --------------------------------------------------------------------------------------------------------
 
 
 def fitted(height: int, width: int, multiple: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width near the given ones that are multiples of `multiple` and whose product lies within the
-    bounds.
+    """Height and width near the given ones: multiples of `multiple`, with an area within the bounds.
+
+    Raises ValueError where one side is over 200 times the other.
     """
     if max(height, width) > 200 * min(height, width):
         raise ValueError(
@@ -163,10 +161,10 @@ def fitted(height: int, width: int, multiple: int, min_pixels: int, max_pixels: 
 
 
 def pixels(c: Config, image_HWC: np.ndarray) -> tuple[Tensor, Grid]:
-    """uint8 [H, W, 3] RGB -> (patches float32 [N, P], their grid). Resized, mean and deviation taken off,
-    each frame twice. Opacity, of RGBA [H, W, 4], is seen before white.
+    """uint8 image [H, W, 3 or 4] -> (patches float32 [N, P], their grid).
 
-    Values are those of transformers' Qwen2VLImageProcessorPil.
+    The image is resized and normalised, and each frame is repeated. An RGBA image is composited over
+    white. Values are those of transformers' Qwen2VLImageProcessorPil.
     """
     import numpy as np
     from PIL import Image
@@ -185,7 +183,6 @@ def pixels(c: Config, image_HWC: np.ndarray) -> tuple[Tensor, Grid]:
 
 
 # --- the network
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def windows(c: Config, grid: Grid) -> Tensor:
@@ -199,9 +196,7 @@ def windows(c: Config, grid: Grid) -> Tensor:
 
 
 def _rope(c: Config, grid: Grid, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [N, D / heads / 2] of the patches: the first half turned by the row, the second by
-    the column.
-    """
+    """Cosines and sines [N, D / heads / 2] of the patches: the first half by row, the second by column."""
     m = c.spatial_merge_size
     at = rearrange(grid_positions(*grid), "(h m w n) a -> (h w m n) a", h=grid[0] // m, m=m, n=m).to(
         like.device
@@ -213,8 +208,9 @@ def _rope(c: Config, grid: Grid, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode(c: Config, plan: Plan, w: Weights, patches_NP: Tensor, grids: Sequence[Grid]) -> Tensor:
-    """Patches of images one after another [N, P], of the given grids, -> tokens for the language model [N /
-    4, C].
+    """Patches [N, P] of images one after another -> tokens [N / 4, C] for the language model.
+
+    grids: rows and columns of each image's patches.
     """
     kernel = w["patch_embed.proj.weight"].flatten(1)
     images = patches_NP.to(w.dtype).split([tall * wide for tall, wide in grids])
@@ -224,8 +220,9 @@ def encode(c: Config, plan: Plan, w: Weights, patches_NP: Tensor, grids: Sequenc
 
 
 def _image(c: Config, plan: Plan, w: Weights, x_ND: Tensor, grid: Grid) -> Tensor:
-    """One image, kept as windows [U, M, D] of equal size through all blocks; what a window holds beyond the
-    image is never seen.
+    """One image through all blocks, as windows [U, M, D] of equal size.
+
+    Places of a window beyond the image are masked.
     """
     index = windows(c, grid)
     real, order = index >= 0, index.clamp_min(0).to(x_ND.device)
@@ -271,7 +268,6 @@ def _block(
 
 
 # --- among the words
-# ----------------------------------------------------------------------------------------------------------------
 
 
 def token_counts(c: Config, grids: Sequence[Grid]) -> list[int]:
@@ -280,8 +276,9 @@ def token_counts(c: Config, grids: Sequence[Grid]) -> list[int]:
 
 
 def expand(ids: Sequence[int], image_id: int, counts: Sequence[int]) -> list[int]:
-    """A prompt's ids with its i-th image token repeated counts[i] times. ValueError unless there is one such
-    token per image.
+    """A prompt's ids with its i-th image token repeated counts[i] times.
+
+    Raises ValueError unless the prompt has one such token per image.
     """
     places = list(ids).count(image_id)
     if places != len(counts):
@@ -296,11 +293,11 @@ def place(embeds_BTC: Tensor, ids_BT: Tensor, image_id: int, tokens_NC: Tensor) 
 
 
 def positions(c: Config, ids_BT: Tensor, mask_BT: Tensor, image_id: int, grids: Sequence[Grid]) -> Tensor:
-    """Positions [3, B, T] (time, row, column) of words and images; 0 on padding. `grids`: of all images, row
-    after row of the batch.
+    """Positions [3, B, T] (time, row, column) of words and images; 0 on padding.
 
-    Words count on along all three axes. The tokens of an image share one time and take the rows and columns
-    of its grid, from where the words before it end; after it the count goes on behind the longer side.
+    grids: those of all images, in the order of the batch's rows. Words count up along all three axes. The
+    tokens of an image share one time and take the rows and columns of its grid, starting where the words
+    before it end; the words after it count on from the longer side.
     """
     m, left = c.spatial_merge_size, iter(grids)
     at = torch.zeros(3, *ids_BT.shape, dtype=torch.int64)

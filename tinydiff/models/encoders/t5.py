@@ -1,4 +1,4 @@
-"""The encoder half of T5 v1.1 and its kin: UMT5 (a position table in every block) and ByT5.
+"""The encoder half of T5 v1.1 and its relatives: UMT5 (a position table in every block) and ByT5.
 
 Source: arXiv 1910.10683, 2304.09151. Attention is not scaled; positions enter as a learned bias per head,
 bucketed by distance. Shape letters: B batch, T tokens, C width, H heads.
@@ -61,10 +61,10 @@ class Config:
 
 
 def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
-    """The Config of a config.json, of an encoder or of a whole T5; the class says which of the two kinds it
-    is, as in transformers.
+    """The Config of a config.json, of an encoder or of a whole T5.
 
-    Raises ValueError, one sentence, for what is not implemented.
+    class_name: UMT5EncoderModel or T5EncoderModel, as in transformers. Raises ValueError, one sentence,
+    for what is not implemented.
     """
     kind, usual = ("umt5", "gated-gelu") if class_name.startswith("UMT5") else ("t5", "relu")
     proj = entries.get("feed_forward_proj", usual)
@@ -117,8 +117,10 @@ def key_map(c: Config) -> KeyMap:
 
 
 def buckets(c: Config, length: int, device: torch.device | str | None = None) -> Tensor:
-    """Bucket [T, T] of each (query, key) pair: half the buckets for keys behind; exact for near keys,
-    logarithmic for far ones.
+    """Bucket [T, T] of each (query, key) pair by their distance.
+
+    Half of the buckets are for keys behind the query. Near keys have exact buckets, far keys logarithmic
+    ones.
     """
     at = torch.arange(length, device=device)
     offset = at[None, :] - at[:, None]
@@ -133,8 +135,9 @@ def buckets(c: Config, length: int, device: torch.device | str | None = None) ->
 
 
 def encode(c: Config, plan: Plan, w: Weights, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-    """Token ids [B, T] int64, mask [B, T] of 1 for tokens and 0 for padding -> last hidden states [B, T, C].
-    Padding is not attended to.
+    """Token ids [B, T] int64 and mask [B, T] -> last hidden states [B, T, C].
+
+    mask: 1 for tokens, 0 for padding, which is not attended to.
     """
     x = lookup(plan, ids_BT, w / "shared")
     bucket = buckets(c, ids_BT.shape[1], ids_BT.device)

@@ -99,8 +99,9 @@ class Found:
 def recognise(
     shapes: Mapping[str, Shape], metadata: Mapping[str, str] | None = None, name: str = "the file"
 ) -> tuple[Found, ...]:
-    """The components of a file, the denoiser first. name: the file's, for messages. UserError where the file is
-    no weights, of no known layout, or of several.
+    """The components of a file, the denoiser first. name: the file's, for messages.
+
+    Raises UserError for a file that has no weights, no known layout, or several possible ones.
     """
     _check_weights(shapes, metadata or {}, name)
     found = []
