@@ -26,8 +26,17 @@ from tinydiff.records import UserError
 
 PLAN = Plan()
 SMALL = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "pad_token_id": 0, "eos_token_id": None,
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "pad_token_id": 0,
+    "eos_token_id": None,
 }  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3",
@@ -50,20 +59,38 @@ GEMMA3_ROPE = {
 }
 
 CASES = {
-    "Llama": ("Llama", "", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "hidden_act": "gelu"}),
+    "Llama": (
+        "Llama", "",
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "hidden_act": "gelu"},
+    ),
     "Llama 3.1": ("Llama", "", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32}}),
-    "Llama, linear": ("Llama", "", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
-    "Mistral": ("Mistral", "", {"head_dim": 12, "sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e9}}),
+    "Llama, linear": (
+        "Llama", "", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    ),
+    "Mistral": (
+        "Mistral", "",
+        {
+            "head_dim": 12, "sliding_window": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e9},
+        },
+    ),
     "Mistral, sliding": ("Mistral", "", {"sliding_window": 5}),
     "Ministral 3": ("Ministral3", "", {"rope_parameters": YARN | MINISTRAL}),
     "Ministral 3, plain yarn": (
-        "Ministral3", "", {"sliding_window": 6, "rope_parameters": YARN | MINISTRAL | {"mscale": None, "truncate": False}},
+        "Ministral3", "",
+        {"sliding_window": 6, "rope_parameters": YARN | MINISTRAL | {"mscale": None, "truncate": False}},
     ),
-    "Qwen2.5": ("Qwen2_5_VL", "Text", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}}),
-    "Qwen2.5, sliding": ("Qwen2_5_VL", "Text", {
-        "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
-    }),
+    "Qwen2.5": (
+        "Qwen2_5_VL", "Text",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}},
+    ),
+    "Qwen2.5, sliding": (
+        "Qwen2_5_VL", "Text",
+        {
+            "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        },
+    ),
     "Qwen3": ("Qwen3", "", {"head_dim": 16, "tie_word_embeddings": True}),
     "Qwen3, biased": ("Qwen3", "", {"attention_bias": True}),
     "Gemma2": ("Gemma2", "", GEMMA | {"attn_logit_softcapping": 0.4, "final_logit_softcapping": 0.5}),
@@ -249,30 +276,68 @@ def test_what_cannot_be_written_is_refused():
 # --- released files
 
 QWEN25 = {
-    "model_type": "qwen2_5_vl", "hidden_act": "silu", "hidden_size": 3584, "intermediate_size": 18944, "max_position_embeddings": 128000,
-    "max_window_layers": 28, "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
-    "rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}, "rope_theta": 1000000.0,
-    "sliding_window": 32768, "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 152064,
+    "model_type": "qwen2_5_vl",
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 128000,
+    "max_window_layers": 28,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"},
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
 }  # fmt: skip
 QWEN3_4B = {
-    "attention_bias": False, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2560, "intermediate_size": 9728, "max_window_layers": 36,
-    "model_type": "qwen3", "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
-    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True, "use_sliding_window": False,
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "max_window_layers": 36,
+    "model_type": "qwen3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
     "vocab_size": 151936,
 }  # fmt: skip
 MINISTRAL_3B = {
-    "head_dim": 128, "hidden_act": "silu", "hidden_size": 3072, "intermediate_size": 9216, "max_position_embeddings": 262144,
-    "model_type": "ministral3", "num_attention_heads": 32, "num_hidden_layers": 26, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
-    "rope_parameters": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "llama_4_scaling_beta": 0.1, "mscale": 1.0,
-                        "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384, "rope_theta": 1000000.0, "rope_type": "yarn",
-                        "type": "yarn"},
-    "sliding_window": None, "tie_word_embeddings": True, "vocab_size": 131072,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "intermediate_size": 9216,
+    "max_position_embeddings": 262144,
+    "model_type": "ministral3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_parameters": {
+        "beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "llama_4_scaling_beta": 0.1, "mscale": 1.0,
+        "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384, "rope_theta": 1000000.0,
+        "rope_type": "yarn", "type": "yarn",
+    },
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "vocab_size": 131072,
 }  # fmt: skip
 GEMMA3_12B = {
     "model_type": "gemma3",
     "text_config": {
-        "hidden_size": 3840, "intermediate_size": 15360, "model_type": "gemma3_text", "num_attention_heads": 16, "num_hidden_layers": 48,
-        "num_key_value_heads": 8, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+        "hidden_size": 3840, "intermediate_size": 15360, "model_type": "gemma3_text",
+        "num_attention_heads": 16, "num_hidden_layers": 48, "num_key_value_heads": 8,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
     },
 }  # fmt: skip
 

@@ -19,13 +19,30 @@ from tinydiff.parallel.plan import Plan
 PLAN = Plan()
 IMAGE, START, END = 57, 55, 56
 TEXT = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
 }  # fmt: skip
 VISION = {
-    "depth": 3, "hidden_size": 32, "intermediate_size": 20, "num_heads": 2, "in_channels": 3, "out_hidden_size": 32, "patch_size": 2,
-    "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 12, "fullatt_block_indexes": [1],
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 20,
+    "num_heads": 2,
+    "in_channels": 3,
+    "out_hidden_size": 32,
+    "patch_size": 2,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "window_size": 12,
+    "fullatt_block_indexes": [1],
 }  # fmt: skip
 GRIDS = [(6, 10), (14, 4), (6, 6)]
 """Windows hold 3 x 3 tokens of 2 x 2 patches: the first image leaves a column of its windows empty, the

@@ -17,8 +17,16 @@ from tinydiff.parallel.plan import Plan
 
 PLAN = Plan()
 TINY = sd3.Config(
-    sample_size=8, in_channels=3, num_layers=3, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=20,
-    caption_projection_dim=32, pooled_projection_dim=12, out_channels=5, pos_embed_max_size=9,
+    sample_size=8,
+    in_channels=3,
+    num_layers=3,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    joint_attention_dim=20,
+    caption_projection_dim=32,
+    pooled_projection_dim=12,
+    out_channels=5,
+    pos_embed_max_size=9,
 )  # fmt: skip
 SIZE = (1, 6, 10)  # latents: a patch grid of 3 x 5
 TIMES = torch.tensor([988.5, 37.25])

@@ -1,4 +1,4 @@
-"""Which record runs a component: the class that a checkpoint names for it -> its record."""
+"""Class name of a component in a checkpoint -> the record that runs it."""
 
 from __future__ import annotations
 
@@ -36,4 +36,4 @@ RECORDS: dict[str, Record] = {
 LANGUAGE_AND_VISION = "Qwen2_5_VLForConditionalGeneration"
 """A language model with a vision tower in one component."""
 VISION = qwen_vision.FAMILY
-"""The tower of such a component, loaded as a network "vision" of its own where the model looks at images."""
+"""The tower of that component, loaded as the network "vision" by models that read images."""

@@ -66,7 +66,8 @@ class Config:
             raise ValueError("qk_layernorm is false; ERNIE-Image normalises queries and keys")
         if self.text_in_dim == self.hidden_size:
             raise ValueError(
-                f"text_in_dim is hidden_size ({self.hidden_size}); such a model has no text_proj, and none was released"
+                f"text_in_dim is hidden_size ({self.hidden_size}); such a model has no text_proj, and none "
+                "was released"
             )
         if (
             len(self.rope_axes_dim) != 3
@@ -74,7 +75,8 @@ class Config:
             or sum(self.rope_axes_dim) != self.head_width
         ):
             raise ValueError(
-                f"rope_axes_dim is {self.rope_axes_dim}; it must be three even parts of a head's width {self.head_width}"
+                f"rope_axes_dim is {self.rope_axes_dim}; it must be three even parts of a head's width "
+                f"{self.head_width}"
             )
 
     @property
@@ -252,8 +254,10 @@ def _text(parts: Context, text: str, length: int) -> Tensor:
     return state
 
 
-NEUTRAL = {"num_beams": 1, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "no_repeat_ngram_size": 0,
-           "min_length": 0, "min_new_tokens": None}  # fmt: skip
+NEUTRAL = {
+    "num_beams": 1, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+    "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None,
+}  # fmt: skip
 """What else a generation_config.json may say of how tokens are drawn, at the values that change nothing."""
 
 
@@ -267,7 +271,8 @@ def _drawing(told: Mapping[str, Any]) -> Sampling:
         if told.get(name, neutral) != neutral:
             raise UserError(
                 "model_path",
-                f"model_path: {name} in pe/generation_config.json is {told[name]!r}; supported is {neutral!r}",
+                f"model_path: {name} in pe/generation_config.json is {told[name]!r}; supported is "
+                f"{neutral!r}",
             )
     return Sampling(0.6, told.get("top_k", 50), 0.95, told.get("repetition_penalty", 1.0))
 

@@ -12,15 +12,15 @@ from tinydiff.ops.weights import Weights
 
 
 class Evaluation(NamedTuple):
-    """What one evaluation made, in the order in which it was made."""
+    """The results of one evaluation, in the order of their computation."""
 
     request: Tensors
     step: Tensors
-    """What `hoist` gave, the tensors of the step [1 or B, ...]."""
+    """The results of `hoist`: the request's tensors and the step's [1 or B, ...]."""
     entered: Streams
-    """What entered the first block."""
+    """The streams that entered the first block."""
     blocks: dict[str, Streams]
-    """Prefix of each block -> what it returned."""
+    """Prefix of each block -> the streams that it returned."""
     velocity: Tensor
     """[B, L, P]."""
 
@@ -34,7 +34,7 @@ def predict(network: Network, weights: Tensors, x_BLP: Tensor, t_B: Tensor, inpu
 
 
 def evaluate(network: Network, weights: Tensors, x_BLP: Tensor, t_B: Tensor, inputs: Tensors) -> Evaluation:
-    """The same, with what each part made. weights: flat, all of the network's."""
+    """One evaluation as in `predict`, with the result of every part. weights: flat, all of the network's."""
     family = network.family
     w = Weights(weights, dtype=network.dtype)
     request, steps = family.hoist(network.config, network.plan, w, inputs, t_B)
@@ -54,9 +54,7 @@ def evaluate(network: Network, weights: Tensors, x_BLP: Tensor, t_B: Tensor, inp
 
 
 def _per_image(table: Tensor, images: int) -> Tensor:
-    """Rows [S, 1 or B, ...] made for one timestep per image -> [S, ...], image b at row b."""
-    return (
-        table[0]
-        if images == 1
-        else torch.stack([rows[min(b, len(rows) - 1)] for b, rows in enumerate(table)])
-    )
+    """Rows [S, 1 or B, ...], one timestep per image -> [B, ...], image b at row b."""
+    if images == 1:
+        return table[0]
+    return torch.stack([rows[min(b, len(rows) - 1)] for b, rows in enumerate(table)])

@@ -68,7 +68,8 @@ class Config:
             raise ValueError(f"patch_size is {self.patch_size}; FLUX.1 takes packed latents, patch_size 1")
         if len(self.axes_dims_rope) != 3 or sum(self.axes_dims_rope) != self.attention_head_dim:
             raise ValueError(
-                f"axes_dims_rope is {self.axes_dims_rope}; three axes must share the head width {self.attention_head_dim}"
+                f"axes_dims_rope is {self.axes_dims_rope}; three axes must share the head width "
+                f"{self.attention_head_dim}"
             )
 
     @property

@@ -286,7 +286,8 @@ LEAST_SIDE, MOST_ASPECT = 64, 8
 """Pixels of a given image's shorter side; how many times as long the other may be."""
 
 MISTRAL_CHAT = (
-    "<s>[SYSTEM_PROMPT]You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "<s>[SYSTEM_PROMPT]You are an AI that reasons about image descriptions. You give structured responses "
+    "focusing on object "
     "relationships, object\nattribution and actions without speculation.[/SYSTEM_PROMPT][INST]{}[/INST]"
 )
 QWEN_CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"

@@ -58,7 +58,8 @@ class Config:
             )
         if len(self.axes_dims_rope) != 3 or sum(self.axes_dims_rope) != self.attention_head_dim:
             raise ValueError(
-                f"axes_dims_rope is {self.axes_dims_rope}; three axes must share the head width {self.attention_head_dim}"
+                f"axes_dims_rope is {self.axes_dims_rope}; three axes must share the head width "
+                f"{self.attention_head_dim}"
             )
 
     @property
@@ -157,7 +158,8 @@ def positions(size: tuple[int, int, int], device: torch.device | str | None = No
 
 
 TEMPLATE = (
-    "<|im_start|>user\nDescribe the image by detailing the color, quantity, text, shape, size, texture, spatial relationships of the "
+    "<|im_start|>user\nDescribe the image by detailing the color, quantity, text, shape, size, texture, "
+    "spatial relationships of the "
     "objects and background: {}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 )
 """What the prompt is put into: a turn of Qwen3's chat and the start of an answer without thinking."""

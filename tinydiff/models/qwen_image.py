@@ -82,7 +82,8 @@ class Config:
             )
         if sum(self.axes_dims_rope) != self.attention_head_dim or any(dim % 2 for dim in self.axes_dims_rope):
             raise ValueError(
-                f"axes_dims_rope is {self.axes_dims_rope}; they must be even and sum to {self.attention_head_dim}"
+                f"axes_dims_rope is {self.axes_dims_rope}; they must be even and sum to "
+                f"{self.attention_head_dim}"
             )
 
     @property

@@ -36,23 +36,30 @@ class Chat(NamedTuple):
 
 _TURNS = "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 MAKE = Chat(
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the "
     f"objects and background:{_TURNS}",
     34,
 )
 EDIT = Chat(
-    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, background), then explain "
-    "how the user's text instruction should alter or modify the image. Generate a new image that meets the user's requirements while "
+    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, "
+    "objects, background), then explain "
+    "how the user's text instruction should alter or modify the image. Generate a new image that meets the "
+    "user's requirements while "
     f"maintaining consistency with the original input where appropriate.{_TURNS}",
     64,
 )
 CAPTION = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n# 图像标注器\n你是一个专业的图像标注器。请基于输入图像，"
-    "撰写图注:\n1.\n使用自然、描述性的语言撰写图注，不要使用结构化形式或富文本形式。\n2. 通过加入以下内容，丰富图注细节：\n"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n# 图像标注器\n"
+    "你是一个专业的图像标注器。请基于输入图像，"
+    "撰写图注:\n1.\n使用自然、描述性的语言撰写图注，不要使用结构化形式或富文本形式。\n2. 通过加入以下内容，"
+    "丰富图注细节：\n"
     " - 对象的属性：如数量、颜色、形状、大小、位置、材质、状态、动作等\n -\n"
     "对象间的视觉关系：如空间关系、功能关系、动作关系、从属关系、比较关系、因果关系等\n"
-    " - 环境细节：例如天气、光照、颜色、纹理、气氛等\n - 文字内容：识别图像中清晰可见的文字，不做翻译和解释，用引号在图注中强调\n3.\n"
-    "保持真实性与准确性：\n - 不要使用笼统的描述\n -\n描述图像中所有可见的信息，但不要加入没有在图像中出现的内容\n"
+    " - 环境细节：例如天气、光照、颜色、纹理、气氛等\n - 文字内容：识别图像中清晰可见的文字，"
+    "不做翻译和解释，用引号在图注中强调\n3.\n"
+    "保持真实性与准确性：\n - 不要使用笼统的描述\n -\n描述图像中所有可见的信息，"
+    "但不要加入没有在图像中出现的内容\n"
     f"{PICTURE}<|im_end|>\n<|im_start|>assistant\n"
 )
 CAPTION_TOKENS = 512

@@ -95,7 +95,8 @@ DMD = (1000, 757, 522)
 T2V, I2V, DMD_PIPELINE = "WanPipeline", "WanImageToVideoPipeline", "WanDMDPipeline"
 
 
-def _wan(name: str, pipeline: str, size: tuple[int, int], frames: int, fps: int, steps: int, guidance: float, shift: float, params: int,
+def _wan(name: str, pipeline: str, size: tuple[int, int], frames: int, fps: int, steps: int, guidance: float,
+    shift: float, params: int,
          shape: tuple[int, int, int], **more: Any) -> ReleasedModel:  # fmt: skip
     """A Wan model; shape: its layers, heads and channels in."""
     named: dict[str, Any] = dict(
@@ -144,7 +145,8 @@ def _klein(name: str, distilled: bool, params: int, shape: tuple[int, int, int])
         "is_distilled": distilled
     }
     steps, guidance, negative = (4, 1.0, None) if distilled else (50, 4.0, "")
-    return ReleasedModel(f"black-forest-labs/FLUX.2-klein-{name}", "flux2", "Flux2KleinPipeline", 1024, 1024, steps, guidance, params, told,
+    return ReleasedModel(f"black-forest-labs/FLUX.2-klein-{name}", "flux2", "Flux2KleinPipeline", 1024, 1024,
+        steps, guidance, params, told,
                          negative_prompt=negative, **_FLUX2)  # fmt: skip
 
 
@@ -156,62 +158,119 @@ _ERNIE: dict[str, Any] = {
 }
 
 MODELS: tuple[ReleasedModel, ...] = (
-    _wan(SHIPPED, T2V, (128, 128), 1, 8, 30, 2.5, 4.0, 2_457_184, (6, 5, 16),
-         negative_prompt=None, text_tokens=32, clips_by_name=17, **_TI2V | {"size_multiple": 16}),
+    _wan(
+        SHIPPED, T2V, (128, 128), 1, 8, 30, 2.5, 4.0, 2_457_184, (6, 5, 16), negative_prompt=None,
+        text_tokens=32, clips_by_name=17, **_TI2V | {"size_multiple": 16},
+    ),
     _wan("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", T2V, _480P, 81, 16, 50, 3.0, 3.0, 1_418_996_800, (30, 12, 16)),
-    _wan("Wan-AI/Wan2.1-T2V-14B-Diffusers", T2V, _720P, 81, 16, 50, 5.0, 5.0, 14_288_491_584, (40, 40, 16), stored_shift=3.0),
-    _wan("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", I2V, _480P, 81, 16, 50, 5.0, 3.0, 16_394_878_784, (40, 40, 36), images=(1, 2)),
-    _wan("Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", I2V, _720P, 81, 16, 50, 5.0, 5.0, 16_394_878_784, (40, 40, 36), images=(1, 2)),
-    _wan("Wan-AI/Wan2.2-T2V-A14B-Diffusers", T2V, _720P, 81, 16, 40, 4.0, 12.0, 28_576_983_168, (40, 40, 16),
-         stored_shift=3.0, guidance_2=3.0, boundary_ratio=0.875),
-    _wan("Wan-AI/Wan2.2-I2V-A14B-Diffusers", I2V, _720P, 81, 16, 40, 3.5, 5.0, 28_577_802_368, (40, 40, 36),
-         stored_shift=3.0, guidance_2=3.5, boundary_ratio=0.9, images=(1, 2)),
-    _wan("Wan-AI/Wan2.2-TI2V-5B-Diffusers", T2V, _704P, 121, 24, 50, 5.0, 5.0, 4_999_787_712, (30, 24, 48), **_TI2V),
-    _wan("FastVideo/FastWan2.1-T2V-1.3B-Diffusers", DMD_PIPELINE, _480P, 61, 16, 3, 1.0, 8.0, 1_418_996_800, (30, 12, 16), **_DISTILLED),
-    _wan("FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers", DMD_PIPELINE, _704P, 121, 24, 3, 1.0, 5.0, 4_999_787_712, (30, 24, 48),
-         **_DISTILLED, **_TI2V),
-
-    ReleasedModel("black-forest-labs/FLUX.1-dev", "flux", "FluxPipeline", 1024, 1024, 50, 3.5, 11_901_408_320, {"guidance_embeds": True},
-                  guidance_form="embedded", **_START),
-    ReleasedModel("black-forest-labs/FLUX.1-schnell", "flux", "FluxPipeline", 1024, 1024, 4, 1.0, 11_891_178_560,
-                  {"guidance_embeds": False}, guidance_form="true", negative_prompt=None, text_tokens=256, **_START),
-    ReleasedModel("black-forest-labs/FLUX.1-Kontext-dev", "flux", "FluxKontextPipeline", 1024, 1024, 28, 2.5, 11_901_408_320,
-                  {"guidance_embeds": True}, guidance_form="embedded", images=(1, 4), image_use="references"),
-    ReleasedModel("AIDC-AI/Ovis-Image-7B", "ovis", "OvisImagePipeline", 1024, 1024, 50, 5.0, 7_370_449_728,
-                  {"num_layers": 6, "num_single_layers": 27}, text_tokens=256, **_START),
-
-    ReleasedModel("Tongyi-MAI/Z-Image-Turbo", "z_image", "ZImagePipeline", 1024, 1024, 8, 0.0, 6_154_908_736,
-                  {"dim": 3840, "n_layers": 30}, guidance_form="offset", negative_prompt=None, **_START),
-    ReleasedModel("Tongyi-MAI/Z-Image", "z_image", "ZImagePipeline", 1024, 1024, 50, 5.0, 6_154_908_736,
-                  {"dim": 3840, "n_layers": 30}, guidance_form="offset", **_START),
-    ReleasedModel("stabilityai/stable-diffusion-3-medium-diffusers", "sd3", "StableDiffusion3Pipeline", 1024, 1024, 28, 7.0,
-                  2_028_328_000, {"num_layers": 24, "pos_embed_max_size": 192}, text_tokens=256, **_START),
-    ReleasedModel("stabilityai/stable-diffusion-3.5-medium", "sd3", "StableDiffusion3Pipeline", 1024, 1024, 40, 4.5,
-                  2_243_171_520, {"num_layers": 24, "pos_embed_max_size": 384}, text_tokens=256, **_START),
-    ReleasedModel("stabilityai/stable-diffusion-3.5-large", "sd3", "StableDiffusion3Pipeline", 1024, 1024, 28, 3.5,
-                  8_056_627_520, {"num_layers": 38}, text_tokens=256, **_START),
-
-    ReleasedModel("Qwen/Qwen-Image", "qwen_image", "QwenImagePipeline", 1024, 1024, 50, 4.0, shape={"num_layers": 60}, **_QWEN, **_START),
-    ReleasedModel("Qwen/Qwen-Image-2512", "qwen_image", "QwenImagePipeline", 1024, 1024, 50, 4.0, shape={"num_layers": 60},
-                  **_QWEN_2512, **_START),
-    ReleasedModel("Qwen/Qwen-Image-Edit", "qwen_image", "QwenImageEditPipeline", 1024, 1024, 50, 4.0, shape={"num_layers": 60},
-                  **_QWEN_EDIT),
-    ReleasedModel("Qwen/Qwen-Image-Edit-2511", "qwen_image", "QwenImageEditPlusPipeline", 1024, 1024, 40, 4.0,
-                  shape={"num_layers": 60, "zero_cond_t": True}, **_QWEN_EDIT_PLUS),
-    ReleasedModel("Qwen/Qwen-Image-Edit-2509", "qwen_image", "QwenImageEditPlusPipeline", 1024, 1024, 40, 4.0,
-                  shape={"num_layers": 60}, **_QWEN_EDIT_PLUS),
-    ReleasedModel("Qwen/Qwen-Image-Layered", "qwen_image", "QwenImageLayeredPipeline", 640, 640, 50, 4.0,
-                  shape={"num_layers": 60, "use_layer3d_rope": True}, layers=4, captions=True,
-                  **_QWEN_LAYERED),
-
-    ReleasedModel("black-forest-labs/FLUX.2-dev", "flux2", "Flux2Pipeline", 1024, 1024, 50, 4.0, 32_223_281_152,
-                  {"num_layers": 8, "num_single_layers": 48}, guidance_form="embedded", **_FLUX2),
+    _wan(
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers", T2V, _720P, 81, 16, 50, 5.0, 5.0, 14_288_491_584, (40, 40, 16),
+        stored_shift=3.0,
+    ),
+    _wan(
+        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", I2V, _480P, 81, 16, 50, 5.0, 3.0, 16_394_878_784,
+        (40, 40, 36), images=(1, 2),
+    ),
+    _wan(
+        "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", I2V, _720P, 81, 16, 50, 5.0, 5.0, 16_394_878_784,
+        (40, 40, 36), images=(1, 2),
+    ),
+    _wan(
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers", T2V, _720P, 81, 16, 40, 4.0, 12.0, 28_576_983_168, (40, 40, 16),
+        stored_shift=3.0, guidance_2=3.0, boundary_ratio=0.875,
+    ),
+    _wan(
+        "Wan-AI/Wan2.2-I2V-A14B-Diffusers", I2V, _720P, 81, 16, 40, 3.5, 5.0, 28_577_802_368, (40, 40, 36),
+        stored_shift=3.0, guidance_2=3.5, boundary_ratio=0.9, images=(1, 2),
+    ),
+    _wan(
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers", T2V, _704P, 121, 24, 50, 5.0, 5.0, 4_999_787_712, (30, 24, 48),
+        **_TI2V,
+    ),
+    _wan(
+        "FastVideo/FastWan2.1-T2V-1.3B-Diffusers", DMD_PIPELINE, _480P, 61, 16, 3, 1.0, 8.0, 1_418_996_800,
+        (30, 12, 16), **_DISTILLED,
+    ),
+    _wan(
+        "FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers", DMD_PIPELINE, _704P, 121, 24, 3, 1.0, 5.0,
+        4_999_787_712, (30, 24, 48), **_DISTILLED, **_TI2V,
+    ),
+    ReleasedModel(
+        "black-forest-labs/FLUX.1-dev", "flux", "FluxPipeline", 1024, 1024, 50, 3.5, 11_901_408_320,
+        {"guidance_embeds": True}, guidance_form="embedded", **_START,
+    ),
+    ReleasedModel(
+        "black-forest-labs/FLUX.1-schnell", "flux", "FluxPipeline", 1024, 1024, 4, 1.0, 11_891_178_560,
+        {"guidance_embeds": False}, guidance_form="true", negative_prompt=None, text_tokens=256, **_START,
+    ),
+    ReleasedModel(
+        "black-forest-labs/FLUX.1-Kontext-dev", "flux", "FluxKontextPipeline", 1024, 1024, 28, 2.5,
+        11_901_408_320, {"guidance_embeds": True}, guidance_form="embedded", images=(1, 4),
+        image_use="references",
+    ),
+    ReleasedModel(
+        "AIDC-AI/Ovis-Image-7B", "ovis", "OvisImagePipeline", 1024, 1024, 50, 5.0, 7_370_449_728,
+        {"num_layers": 6, "num_single_layers": 27}, text_tokens=256, **_START,
+    ),
+    ReleasedModel(
+        "Tongyi-MAI/Z-Image-Turbo", "z_image", "ZImagePipeline", 1024, 1024, 8, 0.0, 6_154_908_736,
+        {"dim": 3840, "n_layers": 30}, guidance_form="offset", negative_prompt=None, **_START,
+    ),
+    ReleasedModel(
+        "Tongyi-MAI/Z-Image", "z_image", "ZImagePipeline", 1024, 1024, 50, 5.0, 6_154_908_736,
+        {"dim": 3840, "n_layers": 30}, guidance_form="offset", **_START,
+    ),
+    ReleasedModel(
+        "stabilityai/stable-diffusion-3-medium-diffusers", "sd3", "StableDiffusion3Pipeline", 1024, 1024, 28,
+        7.0, 2_028_328_000, {"num_layers": 24, "pos_embed_max_size": 192}, text_tokens=256, **_START,
+    ),
+    ReleasedModel(
+        "stabilityai/stable-diffusion-3.5-medium", "sd3", "StableDiffusion3Pipeline", 1024, 1024, 40, 4.5,
+        2_243_171_520, {"num_layers": 24, "pos_embed_max_size": 384}, text_tokens=256, **_START,
+    ),
+    ReleasedModel(
+        "stabilityai/stable-diffusion-3.5-large", "sd3", "StableDiffusion3Pipeline", 1024, 1024, 28, 3.5,
+        8_056_627_520, {"num_layers": 38}, text_tokens=256, **_START,
+    ),
+    ReleasedModel(
+        "Qwen/Qwen-Image", "qwen_image", "QwenImagePipeline", 1024, 1024, 50, 4.0, shape={"num_layers": 60},
+        **_QWEN, **_START,
+    ),
+    ReleasedModel(
+        "Qwen/Qwen-Image-2512", "qwen_image", "QwenImagePipeline", 1024, 1024, 50, 4.0,
+        shape={"num_layers": 60}, **_QWEN_2512, **_START,
+    ),
+    ReleasedModel(
+        "Qwen/Qwen-Image-Edit", "qwen_image", "QwenImageEditPipeline", 1024, 1024, 50, 4.0,
+        shape={"num_layers": 60}, **_QWEN_EDIT,
+    ),
+    ReleasedModel(
+        "Qwen/Qwen-Image-Edit-2511", "qwen_image", "QwenImageEditPlusPipeline", 1024, 1024, 40, 4.0,
+        shape={"num_layers": 60, "zero_cond_t": True}, **_QWEN_EDIT_PLUS,
+    ),
+    ReleasedModel(
+        "Qwen/Qwen-Image-Edit-2509", "qwen_image", "QwenImageEditPlusPipeline", 1024, 1024, 40, 4.0,
+        shape={"num_layers": 60}, **_QWEN_EDIT_PLUS,
+    ),
+    ReleasedModel(
+        "Qwen/Qwen-Image-Layered", "qwen_image", "QwenImageLayeredPipeline", 640, 640, 50, 4.0,
+        shape={"num_layers": 60, "use_layer3d_rope": True}, layers=4, captions=True, **_QWEN_LAYERED,
+    ),
+    ReleasedModel(
+        "black-forest-labs/FLUX.2-dev", "flux2", "Flux2Pipeline", 1024, 1024, 50, 4.0, 32_223_281_152,
+        {"num_layers": 8, "num_single_layers": 48}, guidance_form="embedded", **_FLUX2,
+    ),
     _klein("4B", True, 3_875_544_576, (5, 20, 24)),
     _klein("base-4B", False, 3_875_544_576, (5, 20, 24)),
     _klein("9B", True, 9_078_581_248, (8, 24, 32)),
     _klein("base-9B", False, 9_078_581_248, (8, 24, 32)),
-    ReleasedModel("baidu/ERNIE-Image", "ernie", "ErnieImagePipeline", 1024, 1024, 50, 4.0, **_ERNIE, **_START),
-    ReleasedModel("baidu/ERNIE-Image-Turbo", "ernie", "ErnieImagePipeline", 1024, 1024, 8, 1.0, negative_prompt=None, **_ERNIE, **_START),
+    ReleasedModel(
+        "baidu/ERNIE-Image", "ernie", "ErnieImagePipeline", 1024, 1024, 50, 4.0, **_ERNIE, **_START,
+    ),
+    ReleasedModel(
+        "baidu/ERNIE-Image-Turbo", "ernie", "ErnieImagePipeline", 1024, 1024, 8, 1.0, negative_prompt=None,
+        **_ERNIE, **_START,
+    ),
 )  # fmt: skip
 
 

@@ -36,8 +36,10 @@ _T5: Component = ("T5EncoderModel", {"vocab_size": 32128, "feed_forward_proj": "
 _WAN_VAE: Component = ("AutoencoderKLWan", {})
 _WAN_5B_VAE: Component = (
     "AutoencoderKLWan",
-    {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2,
-     "scale_factor_spatial": 16},
+    {
+        "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12,
+        "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
+    },
 )  # fmt: skip
 _CLIP_SHAPE = {
     "hidden_size": 768,
@@ -52,11 +54,15 @@ _CLIP_L: Component = (
 )
 _CLIP_G: Component = (
     "CLIPTextModelWithProjection",
-    {"hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1280, "num_hidden_layers": 32, "num_attention_heads": 20,
-     "hidden_act": "gelu", "architectures": ["CLIPTextModelWithProjection"]},
+    {
+        "hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1280, "num_hidden_layers": 32,
+        "num_attention_heads": 20, "hidden_act": "gelu", "architectures": ["CLIPTextModelWithProjection"],
+    },
 )  # fmt: skip
-_LEVELS = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-           "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}  # fmt: skip
+_LEVELS = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+}  # fmt: skip
 _KL: Component = (
     "AutoencoderKL",
     _LEVELS | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False},
@@ -65,8 +71,11 @@ _FLUX2_VAE: Component = ("AutoencoderKLFlux2", _LEVELS | {"latent_channels": 32,
 _QWEN_VAE: Component = ("AutoencoderKLQwenImage", {})
 _QWEN_VL: Component = (
     "Qwen2_5_VLForConditionalGeneration",
-    {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-     "rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}, "vision_config": {}},
+    {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]},
+        "vision_config": {},
+    },
 )  # fmt: skip
 _MINISTRAL = _lm("Mistral3Model", 3072, 9216, 26, model_type="ministral3", tie_word_embeddings=True)
 

@@ -61,15 +61,18 @@ class Config:
     def __post_init__(self) -> None:
         if self.qk_norm not in (None, "rms_norm"):
             raise ValueError(
-                f"qk_norm is {self.qk_norm!r}; queries and keys are normalised by 'rms_norm' or not at all (None)"
+                f"qk_norm is {self.qk_norm!r}; queries and keys are normalised by 'rms_norm' or not at all "
+                "(None)"
             )
         if self.caption_projection_dim != self.width:
             raise ValueError(
-                f"caption_projection_dim is {self.caption_projection_dim}; it must be the width of the network, {self.width}"
+                f"caption_projection_dim is {self.caption_projection_dim}; it must be the width of the "
+                f"network, {self.width}"
             )
         if not set(self.dual_attention_layers) <= set(range(self.num_layers)):
             raise ValueError(
-                f"dual_attention_layers is {self.dual_attention_layers}; the network has layers 0 to {self.num_layers - 1}"
+                f"dual_attention_layers is {self.dual_attention_layers}; the network has layers 0 to "
+                f"{self.num_layers - 1}"
             )
 
     @property

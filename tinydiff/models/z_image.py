@@ -75,7 +75,8 @@ class Config:
             raise ValueError("qk_norm is False; Z-Image normalises queries and keys")
         if self.siglip_feat_dim is not None:
             raise ValueError(
-                f"siglip_feat_dim is {self.siglip_feat_dim}; only networks without image features (None) are supported"
+                f"siglip_feat_dim is {self.siglip_feat_dim}; only networks without image features (None) "
+                "are supported"
             )
         if sum(self.axes_dims) != self.head_dim:
             raise ValueError(

@@ -64,19 +64,22 @@ def attention(
     if ranks(plan)[0] == 1:
         return attend(q_BLHE, k_BMHE, v_BMHE, mask, scale)
     if len(keys) != plan.group("ring").size:
-        raise ValueError(f"the sequence is dealt to ranks, and {len(keys)} index tensors of keys are given")
+        message = f"it needs one index tensor of keys per rank of the ring, and has {len(keys)}"
+        raise ValueError(f"attention is sharded over ranks; {message}")
     heads, mask = q_BLHE.shape[2], None if mask is None else move(plan, "mask", mask)
-    idle = -heads % plan.group("ulysses").size  # heads that are none, for equal shares
-    q, k, v = move(plan, "heads", F.pad(torch.stack([q_BLHE, k_BMHE, v_BMHE]), (0, 0, 0, idle)))
-    y = (
-        attend(q, *_real(k, v, mask, keys[0]), scale)
-        if len(keys) == 1
-        else _around(plan, q, k, v, mask, scale, keys)
-    )
+    padding = -heads % plan.group("ulysses").size  # zero heads, so that every rank has as many
+    q, k, v = move(plan, "heads", F.pad(torch.stack([q_BLHE, k_BMHE, v_BMHE]), (0, 0, 0, padding)))
+    if len(keys) == 1:
+        y = attend(q, *_select_keys(k, v, mask, keys[0]), scale)
+    else:
+        y = _ring_attention(plan, q, k, v, mask, scale, keys)
     return move(plan, "tokens", y)[:, :, :heads]
 
 
-def _real(k: Tensor, v: Tensor, mask: Tensor | None, keys: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _select_keys(
+    k: Tensor, v: Tensor, mask: Tensor | None, keys: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The keys, values and mask at the indices `keys` int64 of the key dimension."""
     return (
         k.index_select(1, keys),
         v.index_select(1, keys),
@@ -84,7 +87,7 @@ def _real(k: Tensor, v: Tensor, mask: Tensor | None, keys: Tensor) -> tuple[Tens
     )
 
 
-def _around(
+def _ring_attention(
     plan: Plan,
     q: Tensor,
     k: Tensor,
@@ -98,16 +101,16 @@ def _around(
     y = log = None
     for turn, real in enumerate(keys):
         last = turn + 1 == ring.size
-        coming = None if last else rotate(kv, ring)
-        coming_mask = None if last or mask is None else rotate(mask, ring)
-        part, part_log = attend_with_log(q, *_real(kv[0], kv[1], mask, real), scale)
+        incoming = None if last else rotate(kv, ring)
+        incoming_mask = None if last or mask is None else rotate(mask, ring)
+        part, part_log = attend_with_log(q, *_select_keys(kv[0], kv[1], mask, real), scale)
         if y is None or log is None:
             y, log = part, part_log
         else:
             sum_log = torch.logaddexp(log, part_log)
             y, log = y * (log - sum_log).exp() + part * (part_log - sum_log).exp(), sum_log
-        kv = kv if coming is None else wait(coming).view(kv.shape)
-        mask = mask if coming_mask is None or mask is None else wait(coming_mask).view(mask.shape)
+        kv = kv if incoming is None else wait(incoming).view(kv.shape)
+        mask = mask if incoming_mask is None or mask is None else wait(incoming_mask).view(mask.shape)
     assert y is not None
     return y.to(q.dtype)
 
@@ -124,29 +127,30 @@ def attend_with_log(
         if mask is None:
             y, log, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
         else:
-            bias = (
-                torch.zeros_like(mask, dtype=q.dtype)
-                .masked_fill(~mask, -torch.inf)
-                .expand(*q.shape[:-1], k.shape[2])
-            )
+            bias = _as_bias(mask, q.dtype).expand(*q.shape[:-1], k.shape[2])
             y, log, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
                 q, k, v, bias, True, scale=scale
             )
     elif q.is_cuda:
-        y, log = _plain(q, k, v, mask, scale)
+        y, log = _unfused(q, k, v, mask, scale)
     else:
-        bias = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+        bias = None if mask is None else _as_bias(mask, q.dtype)
         y, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, attn_mask=bias, scale=scale
         )
     if mask is not None:  # where all keys are masked a kernel may return anything
-        nothing = ~mask.any(-1)
-        y, log = y.masked_fill(nothing[..., None], 0), log.masked_fill(nothing, -torch.inf)
+        unattended = ~mask.any(-1)
+        y, log = y.masked_fill(unattended[..., None], 0), log.masked_fill(unattended, -torch.inf)
     wide = torch.promote_types(q.dtype, torch.float32)
     return y.transpose(1, 2).to(wide), log[:, :, : q.shape[2]].transpose(1, 2)[..., None].to(wide)
 
 
-def _plain(
+def _as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where the mask is true, else -inf."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+
+
+def _unfused(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     scores = q @ k.transpose(2, 3) * (scale or q.shape[-1] ** -0.5)

@@ -53,11 +53,8 @@ def causal_conv3d(x_BCTHW: Tensor, w: Weights, past: Tensor | None = None, strip
     x and past come with the rows of their `halo`, so height needs no padding.
     """
     weight = w["weight"]
-    reach, pad_h, pad_w = (
-        weight.shape[2] - 1,
-        0 if strip.divided else weight.shape[3] // 2,
-        weight.shape[4] // 2,
-    )
+    reach = weight.shape[2] - 1  # frames of the past that the kernel sees
+    pad_h, pad_w = 0 if strip.divided else weight.shape[3] // 2, weight.shape[4] // 2
     if past is not None:
         x_BCTHW = torch.cat([past, x_BCTHW], 2)
         reach -= past.shape[2]

@@ -37,15 +37,14 @@ def lookup(plan: Plan, ids: Tensor, w: Weights) -> Tensor:
     table, tp = w["weight"], plan.group("tp")
     if tp.size == 1:
         return F.embedding(ids, table)
-    at = ids - tp.rank * len(table)
-    elsewhere = (at < 0) | (at >= len(table))
-    return move(
-        plan, "sum", F.embedding(at.masked_fill(elsewhere, 0), table).masked_fill(elsewhere[..., None], 0)
-    )
+    local = ids - tp.rank * len(table)
+    elsewhere = (local < 0) | (local >= len(table))
+    rows = F.embedding(local.masked_fill(elsewhere, 0), table)
+    return move(plan, "sum", rows.masked_fill(elsewhere[..., None], 0))
 
 
 def scores(plan: Plan, x: Tensor, w: Weights) -> Tensor:
     """Scores of the whole vocabulary on every rank: x [..., D] times a table w.weight [V, D] -> [..., V]."""
-    tp, mine = plan.group("tp"), product(x, w)
-    size = mine.shape[-1]
-    return move(plan, "sum", F.pad(mine, (tp.rank * size, (tp.size - 1 - tp.rank) * size)))
+    tp, local = plan.group("tp"), product(x, w)
+    size = local.shape[-1]
+    return move(plan, "sum", F.pad(local, (tp.rank * size, (tp.size - 1 - tp.rank) * size)))

@@ -90,7 +90,7 @@ class Network:
 
 
 class Branch(NamedTuple):
-    """What the network is told for one branch of guidance."""
+    """The tensors of one branch of guidance, divided by block."""
 
     request: Tree
     steps: Tree
@@ -98,27 +98,27 @@ class Branch(NamedTuple):
 
 
 class Fetch(NamedTuple):
-    """How a block's weights come: asked for while the block before computes, taken when its turn is there."""
+    """How a block's weights are fetched: started while the block before computes, taken before its own."""
 
     start: Callable[[str, Mapping[str, Tensor]], Mapping[str, Tensor]]
-    """(prefix, what this rank holds of the block) -> what is on its way."""
+    """(prefix, this rank's part of the block's weights) -> the pending fetch."""
     take: Callable[[str, Mapping[str, Tensor]], Mapping[str, Tensor]]
-    """(prefix, what was on its way) -> the block's weights."""
+    """(prefix, the pending fetch) -> the block's weights."""
 
 
-RESIDENT = Fetch(lambda prefix, held: held, lambda prefix, coming: coming)
-"""The weights are where they are used."""
+RESIDENT = Fetch(lambda prefix, local: local, lambda prefix, pending: pending)
+"""The weights are on the device already."""
 
 Walk = Callable[[list[Streams]], list[Streams]]
-"""The streams of each branch through some blocks."""
+"""Runs some blocks on the streams of each branch."""
 
 
 class Hooks(NamedTuple):
-    """What may take part in a walk.
+    """Functions that take part in a walk.
 
-    fetch: brings the weights of each block. stack: is called as stack(run, streams) in place of run(streams),
-    which walks all blocks; a step cache may leave it out. after: sees (prefix, streams of each branch) behind
-    every block.
+    fetch: fetches the weights of each block. stack: called as stack(run, streams) in place of run(streams),
+    which walks all blocks; a step cache may skip that call. after: called with (prefix, streams of each
+    branch) after every block.
     """
 
     fetch: Fetch = RESIDENT
@@ -140,7 +140,7 @@ def plain(network: Network, block: Block) -> Callable[..., Streams]:
 
 
 Calls = Mapping[Block, Callable[..., Streams]]
-"""Each kind of block as it is called (see `plain`)."""
+"""Block function -> the function of plain tensors that runs it (see `plain`)."""
 
 
 def walk(
@@ -153,8 +153,8 @@ def walk(
 ) -> list[Tensor]:
     """One evaluation for each branch -> velocities [B, L, P].
 
-    The branches walk through the blocks side by side, so that a block's weights are fetched once. calls: of
-    each branch.
+    The branches go through each block together, so that a block's weights are fetched once. calls: one
+    mapping per branch.
     """
     family, config, plan, dtype = network.family, network.config, network.plan, network.dtype
     stack = family.blocks(config)
@@ -166,28 +166,28 @@ def walk(
     ]
 
     def run(streams: list[Streams]) -> list[Streams]:
-        coming = hooks.fetch.start(stack[0][1], w[stack[0][1]]) if stack else {}
-        for at, (block, prefix) in enumerate(stack):
-            here = hooks.fetch.take(prefix, coming)
-            if at + 1 < len(stack):  # the next block's weights travel while this one computes
-                following = stack[at + 1][1]
-                coming = hooks.fetch.start(following, w[following])
+        pending = hooks.fetch.start(stack[0][1], w[stack[0][1]]) if stack else {}
+        for index, (block, prefix) in enumerate(stack):
+            weights = hooks.fetch.take(prefix, pending)
+            if index + 1 < len(stack):  # prefetch the next block's weights while this one computes
+                following = stack[index + 1][1]
+                pending = hooks.fetch.start(following, w[following])
             own = [{**request[prefix], **step[prefix]} for request, step in branches]
             streams = [
-                call[block](here, *each) for call, *each in zip(calls, streams, own, shared, strict=True)
+                call[block](weights, *each) for call, *each in zip(calls, streams, own, shared, strict=True)
             ]
             if hooks.after is not None:
                 hooks.after(prefix, streams)
         return streams
 
-    # No name may hold on to what enters the stack: it is as large as all that the blocks carry.
+    # No variable may keep the streams that enter the stack alive: they are as large as those in it.
     if hooks.stack is None:
-        left = run([family.pre(config, plan, top, x_BLP, *end) for top, end in zip(tops, ends, strict=True)])
+        last = run([family.pre(config, plan, top, x_BLP, *end) for top, end in zip(tops, ends, strict=True)])
     else:
-        left = hooks.stack(
+        last = hooks.stack(
             run, [family.pre(config, plan, top, x_BLP, *end) for top, end in zip(tops, ends, strict=True)]
         )
-    return [family.post(config, plan, top, x, *end) for top, x, end in zip(tops, left, ends, strict=True)]
+    return [family.post(config, plan, top, x, *end) for top, x, end in zip(tops, last, ends, strict=True)]
 
 
 def divide(network: Network, flat: Mapping[str, Tensor]) -> Tree:

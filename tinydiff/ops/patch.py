@@ -18,13 +18,5 @@ def patchify(x_BCFHW: Tensor, patch: tuple[int, int, int]) -> Tensor:
 def unpatchify(x_BLP: Tensor, patch: tuple[int, int, int], size: tuple[int, int, int]) -> Tensor:
     """Inverse of `patchify`; `size` is the latent size (F, H, W)."""
     (pf, ph, pw), (f, h, w) = patch, size
-    return rearrange(
-        x_BLP,
-        "b (f h w) (c pf ph pw) -> b c (f pf) (h ph) (w pw)",
-        f=f // pf,
-        h=h // ph,
-        w=w // pw,
-        pf=pf,
-        ph=ph,
-        pw=pw,
-    )
+    sizes = {"f": f // pf, "h": h // ph, "w": w // pw, "pf": pf, "ph": ph, "pw": pw}
+    return rearrange(x_BLP, "b (f h w) (c pf ph pw) -> b c (f pf) (h ph) (w pw)", **sizes)

@@ -21,9 +21,8 @@ def rope_table(
     angles = []
     for axis, dim in enumerate(dims):
         exponent = torch.arange(0, dim, 2, dtype=dtype, device=positions_LA.device) / dim
-        angles.append(
-            positions_LA[:, axis, None].to(dtype) * (1 / theta**exponent)
-        )  # rounded as all references round
+        frequency = 1 / theta**exponent  # in this order, since all references round so
+        angles.append(positions_LA[:, axis, None].to(dtype) * frequency)
     angle = torch.cat(angles, -1)
     return angle.cos(), angle.sin()
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from tinydiff.parallel.plan import SINGLE, Group, Plan
 from tinydiff.parallel.rows import WHOLE, Strip, by_rows, of_all
 
-Pictured = Callable[[Tensor, Strip], Tensor]
+ImageFunction = Callable[[Tensor, Strip], Tensor]
 """A function of an image or of a strip of one."""
 
 
-def tiled(fn: Pictured, x: Tensor, side: int | None, scale: float, plan: Plan = SINGLE) -> Tensor:
+def tiled(fn: ImageFunction, x: Tensor, side: int | None, scale: float, plan: Plan = SINGLE) -> Tensor:
     """fn over x [..., H, W]: whole, or on square tiles of `side` pixels that overlap by a quarter.
 
     side: None, or a side that covers x, runs fn once on the whole image. scale: size of fn's output over
@@ -29,12 +29,8 @@ def tiled(fn: Pictured, x: Tensor, side: int | None, scale: float, plan: Plan = 
     stride = side * 3 // 4
     keep, overlap = round(stride * scale), round(side * scale) - round(stride * scale)
     columns = range(0, width, stride)
-    tiles = _dealt(
-        fn,
-        [x[..., i : i + side, j : j + side] for i in range(0, height, stride) for j in columns],
-        scale,
-        plan.group("rows"),
-    )
+    squares = [x[..., i : i + side, j : j + side] for i in range(0, height, stride) for j in columns]
+    tiles = _by_turns(fn, squares, scale, plan.group("rows"))
     rows = [tiles[start : start + len(columns)] for start in range(0, len(tiles), len(columns))]
     strips = []
     for i, row in enumerate(rows):
@@ -48,19 +44,18 @@ def tiled(fn: Pictured, x: Tensor, side: int | None, scale: float, plan: Plan = 
     return torch.cat(strips, -2)[..., : round(height * scale), : round(width * scale)]
 
 
-def _dealt(fn: Pictured, squares: list[Tensor], scale: float, group: Group) -> list[Tensor]:
+def _by_turns(fn: ImageFunction, squares: list[Tensor], scale: float, group: Group) -> list[Tensor]:
     """fn of every tile, one tile per rank and round; ranks without a tile left repeat the last one."""
     if group.size == 1:
         return [fn(square, WHOLE) for square in squares]
     sizes = [[round(n * scale) for n in square.shape[-2:]] for square in squares]
-    made: list[Tensor] = []
+    tiles: list[Tensor] = []
     for start in range(0, len(squares), group.size):
-        at = min(start + group.rank, len(squares) - 1)
-        bottom, right = (
-            most - own for most, own in zip(sizes[0], sizes[at], strict=True)
-        )  # none is larger than the first
-        made += of_all(group, F.pad(fn(squares[at], WHOLE), (0, right, 0, bottom))).unbind(0)
-    return [tile[..., :height, :width] for tile, (height, width) in zip(made, sizes, strict=False)]
+        index = min(start + group.rank, len(squares) - 1)
+        # The first tile is the largest; every rank pads its own to that size.
+        bottom, right = (most - own for most, own in zip(sizes[0], sizes[index], strict=True))
+        tiles += of_all(group, F.pad(fn(squares[index], WHOLE), (0, right, 0, bottom))).unbind(0)
+    return [tile[..., :height, :width] for tile, (height, width) in zip(tiles, sizes, strict=False)]
 
 
 def _blend(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:

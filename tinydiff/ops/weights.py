@@ -1,4 +1,4 @@
-"""A flat dict of tensors seen through a dotted prefix. The dict stays flat; a view is a name and a reference."""
+"""A flat dict of tensors seen through a dotted prefix. A view is a prefix and a reference to the dict."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Weights:
     @property
     def dtype(self) -> torch.dtype:
         if self._dtype is None:
-            raise ValueError("this view was made without the type that the network computes in")
+            raise ValueError("these Weights have no dtype, the type in which the network computes")
         return self._dtype
 
     def __truediv__(self, name: str | int) -> Weights:

@@ -52,7 +52,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.latent_channels % (4 * GROUPS):
             raise ValueError(
-                f"latent_channels is {self.latent_channels}; it must divide by {4 * GROUPS}, a quarter of it by {GROUPS}"
+                f"latent_channels is {self.latent_channels}; it must divide by {4 * GROUPS}, a quarter of "
+                f"it by {GROUPS}"
             )
         _ = self.inner  # refuses what the autoencoder inside refuses
 

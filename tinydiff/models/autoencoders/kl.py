@@ -73,11 +73,13 @@ class Config:
         ):
             if getattr(self, name) != (block,) * levels:
                 raise ValueError(
-                    f"{name} is {list(getattr(self, name))}; it must be {block} once per width of block_out_channels"
+                    f"{name} is {list(getattr(self, name))}; it must be {block} once per width of "
+                    "block_out_channels"
                 )
         if len(self.decoder_widths) != levels:
             raise ValueError(
-                f"decoder_block_out_channels has {len(self.decoder_widths)} widths and block_out_channels {levels}"
+                f"decoder_block_out_channels has {len(self.decoder_widths)} widths and block_out_channels "
+                f"{levels}"
             )
         if odd := [
             width

@@ -55,7 +55,8 @@ class Config:
             widths, counts = getattr(self, f"{half}_block_out_channels"), getattr(self, f"num_{half}_blocks")
             if len(set(widths)) != 1:
                 raise ValueError(
-                    f"{half}_block_out_channels is {list(widths)}; all must be one width, which the layers between keep"
+                    f"{half}_block_out_channels is {list(widths)}; all must be one width, which the layers "
+                    "between keep"
                 )
             if len(widths) != len(counts):
                 raise ValueError(
@@ -63,7 +64,8 @@ class Config:
                 )
         if len(self.num_encoder_blocks) != len(self.num_decoder_blocks):
             raise ValueError(
-                f"num_encoder_blocks is {list(self.num_encoder_blocks)} and num_decoder_blocks has another number of stages"
+                f"num_encoder_blocks is {list(self.num_encoder_blocks)} and num_decoder_blocks has another "
+                "number of stages"
             )
         if self.act_fn not in ACTIVATIONS:
             raise ValueError(f"act_fn is {self.act_fn!r}; known are {', '.join(ACTIVATIONS)}")

@@ -70,7 +70,8 @@ class Config:
                 object.__setattr__(self, name, self.input_channels)
         if self.attn_scales:
             raise ValueError(
-                f"attn_scales is {self.attn_scales}; no released Wan autoencoder has attention outside its middle block"
+                f"attn_scales is {self.attn_scales}; no released Wan autoencoder has attention outside its "
+                "middle block"
             )
 
     @property

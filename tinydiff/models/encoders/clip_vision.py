@@ -62,7 +62,8 @@ class Config:
             raise ValueError(f"hidden_act is {self.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size is {self.hidden_size}; it must divide by num_attention_heads, {self.num_attention_heads}"
+                f"hidden_size is {self.hidden_size}; it must divide by num_attention_heads, "
+                f"{self.num_attention_heads}"
             )
 
     @property

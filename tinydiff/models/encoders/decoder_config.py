@@ -110,14 +110,16 @@ class Config:
             )
         if len(self.layer_types) != self.num_hidden_layers or not set(self.layer_types) <= {FULL, SLIDING}:
             raise ValueError(
-                f"layer_types is {self.layer_types}; it names {FULL} or {SLIDING} for each of {self.num_hidden_layers} layers"
+                f"layer_types is {self.layer_types}; it names {FULL} or {SLIDING} for each of "
+                f"{self.num_hidden_layers} layers"
             )
         if SLIDING in self.layer_types and not self.sliding_window:
             raise ValueError(f"sliding_window is {self.sliding_window!r}, but layer_types has {SLIDING}")
         sections = self.rope_parameters.mrope_section
         if sections and (len(sections) != 3 or sum(sections) != self.head_dim // 2):
             raise ValueError(
-                f"mrope_section is {sections}; it divides the {self.head_dim // 2} channel pairs of a head over three axes"
+                f"mrope_section is {sections}; it divides the {self.head_dim // 2} channel pairs of a head "
+                "over three axes"
             )
         if not 1 <= self.layers <= self.num_hidden_layers:
             raise ValueError(f"layers is {self.layers}; the model has 1 to {self.num_hidden_layers}")
@@ -130,33 +132,47 @@ class Config:
         return self.layers == self.num_hidden_layers
 
 
-_GEMMA = {"vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
-          "num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
-          "rope_theta": 1e4, "sliding_window": 4096, "tie_word_embeddings": True,
-          "norm_plus_one": True, "sandwich_norms": True, "scale_embeddings": True}  # fmt: skip
-_LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-          "rms_norm_eps": 1e-6, "hidden_act": "silu", "max_position_embeddings": 2048, "rope_theta": 1e4}  # fmt: skip
+_GEMMA = {
+    "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6,
+    "hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "rope_theta": 1e4,
+    "sliding_window": 4096, "tie_word_embeddings": True, "norm_plus_one": True, "sandwich_norms": True,
+    "scale_embeddings": True,
+}  # fmt: skip
+_LLAMA = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "rms_norm_eps": 1e-6, "hidden_act": "silu", "max_position_embeddings": 2048,
+    "rope_theta": 1e4,
+}  # fmt: skip
 
 KINDS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
-    "mistral": _LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "mistral": _LLAMA | {
+        "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
     "ministral3": _LLAMA | {
-        "vocab_size": 131072, "intermediate_size": 14336, "num_hidden_layers": 34, "num_key_value_heads": 8, "head_dim": 128,
-        "rms_norm_eps": 1e-5, "max_position_embeddings": 262144, "rope_theta": 1e6,
-        "rope_parameters": {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16384, "mscale": 1.0,
-                            "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+        "vocab_size": 131072, "intermediate_size": 14336, "num_hidden_layers": 34, "num_key_value_heads": 8,
+        "head_dim": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 262144, "rope_theta": 1e6,
+        "rope_parameters": {
+            "rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16384, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+        },
     },
     "qwen2_5_vl_text": _LLAMA | {
-        "vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64,
-        "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 32768, "rope_theta": 1e6, "max_window_layers": 80,
-        "sliding_window": 4096, "use_sliding_window": False, "qkv_bias": True,
+        "vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 32768, "rope_theta": 1e6, "max_window_layers": 80, "sliding_window": 4096,
+        "use_sliding_window": False, "qkv_bias": True,
     },
     "qwen3": _LLAMA | {
-        "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768,
-        "max_window_layers": 28, "sliding_window": 4096, "use_sliding_window": False, "qk_norm": True,
+        "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128,
+        "max_position_embeddings": 32768, "max_window_layers": 28, "sliding_window": 4096,
+        "use_sliding_window": False, "qk_norm": True,
     },
     "gemma2": _GEMMA | {
-        "max_position_embeddings": 8192, "sliding_window_pattern": 2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+        "max_position_embeddings": 8192, "sliding_window_pattern": 2, "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
     },
     "gemma3_text": _GEMMA | {
         "vocab_size": 262208, "max_position_embeddings": 131072, "sliding_window_pattern": 6, "qk_norm": True,
@@ -289,7 +305,8 @@ def _rope(v: Mapping[str, Any], given: Mapping[str, Any]) -> Rope:
         entries.setdefault("original_max_position_embeddings", v["max_position_embeddings"])
     if entries.pop("partial_rotary_factor", None) not in (None, 1, 1.0):
         raise ValueError(
-            f"partial_rotary_factor is {given['partial_rotary_factor']}; only heads rotated whole are implemented"
+            f"partial_rotary_factor is {given['partial_rotary_factor']}; only heads rotated whole are "
+            "implemented"
         )
     known = {field.name for field in fields(Rope)}
     unknown = sorted(set(entries) - known - {"type", "max_position_embeddings"})

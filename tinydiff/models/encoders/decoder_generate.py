@@ -40,7 +40,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
             raise ValueError(
-                f"{self} is out of range: temperature and top_k are 0 or more, top_p in (0, 1], repetition_penalty above 0"
+                f"{self} is out of range: temperature and top_k are 0 or more, top_p in (0, 1], "
+                "repetition_penalty above 0"
             )
 
 

@@ -40,7 +40,8 @@ def clip(entries: Mapping[str, Any], image_size: int) -> dict[str, Any]:
         )
     if found.get("shortest_edge", image_size) < image_size:
         raise ValueError(
-            f"size is {entries['size']!r}; its shortest_edge must be at least the {image_size} pixels that are cut out"
+            f"size is {entries['size']!r}; its shortest_edge must be at least the {image_size} pixels that "
+            "are cut out"
         )
     return found
 
