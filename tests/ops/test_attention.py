@@ -71,5 +71,5 @@ def test_the_parts_of_the_keys_merge_by_their_logarithms(masked, dtype):
 
 def test_a_sequence_on_several_ranks_needs_to_know_its_padding():
     plan = replace(PLAN, groups=(("ulysses", Group("", 2, 0)),))
-    with pytest.raises(ValueError, match="0 index tensors of keys are given"):
+    with pytest.raises(ValueError, match="needs one index tensor of keys per rank of the ring, and has 0"):
         attention(plan, *_inputs())
