@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,10 @@ Archive = Any
 
 def opened(file: Path) -> Archive:
     """The mapped file. Raises UserError for one that is cut short, or holds code."""
+    if file.suffix == ".gguf":
+        raise _refused(
+            file, "is a GGUF file, which is not read; take the model as safetensors in bf16 or fp16"
+        )
     return _pickle(file) if file.suffix in PICKLES else _safetensors(file)
 
 
@@ -99,32 +104,51 @@ def _safetensors(file: Path) -> Archive:
 
 
 def _pickle(file: Path) -> Pickle:
+    if not file.is_file():
+        raise _refused(file, "does not exist")
+    if not zipfile.is_zipfile(file):
+        why = "is truncated, or a pickle of before torch 1.6, which cannot be mapped; save it anew with torch.save"
+        raise _refused(file, why)
     try:
         held = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise UserError("model_path", f"model_path: {str(file)!r} does not exist") from None
     except pickle.UnpicklingError as error:
-        asked = re.search(
-            r"(?:Unsupported global: GLOBAL|Unsupported class|Blocked by[^:]*:|unsupported GLOBAL) ([\w.]+)",
-            str(error),
-        )
+        asked = re.search(r"GLOBAL ([\w.]+\w)", str(error))
         what = f"asks to run {asked[1]!r}" if asked else "holds more than tensors"
-        raise UserError(
-            "model_path",
-            f"model_path: {str(file)!r} {what}, and nothing in a pickle is ever run; take a safetensors file",
+        raise _refused(
+            file, f"{what}, and nothing in a pickle is ever run; take a safetensors file"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            "model_path", f"model_path: {str(file)!r} is truncated or not a file of torch ({reason})"
+    except Exception as error:  # whatever its unpickler meets in a broken file
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+        raise _refused(
+            file, f"is truncated or not a file of torch ({reason or type(error).__name__})"
         ) from error
-    while isinstance(held, dict) and (
-        inner := next((held[k] for k in _WRAPPERS if isinstance(held.get(k), dict)), None)
-    ):
+    return Pickle(_weights(file, held))
+
+
+def _weights(file: Path, held: object) -> dict[str, Tensor]:
+    """The tensors of what a pickle holds: a dict of them, or one under a usual key beside other things."""
+    while isinstance(held, dict) and (inner := _inner(held)) is not None:
         held = inner
-    tensors = {} if not isinstance(held, dict) else {str(key): value for key, value in held.items()}
-    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
-        other = next((key for key, value in tensors.items() if not isinstance(value, Tensor)), None)
-        what = f"under {other!r} no tensor" if other is not None else "no named tensors"
-        raise UserError("model_path", f"model_path: {str(file)!r} holds {what}, so it is no file of weights")
-    return Pickle(tensors)
+    if not isinstance(held, dict) or not held:
+        raise _refused(file, "holds no named tensors, so it is no file of weights")
+    if other := next((key for key, value in held.items() if not _plain(value)), None):
+        raise _refused(file, f"holds no plain tensor under {str(other)!r}, so it is no file of weights")
+    return {str(key): value.detach() for key, value in held.items()}
+
+
+def _inner(held: dict[object, object]) -> dict[object, object] | None:
+    found = (held.get(name) for name in _WRAPPERS)
+    return next((each for each in found if isinstance(each, dict)), None)
+
+
+def _plain(value: object) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+    )
+
+
+def _refused(file: Path, why: str) -> UserError:
+    return UserError("model_path", f"model_path: {str(file)!r} {why}")

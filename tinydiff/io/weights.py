@@ -187,7 +187,11 @@ def _instead(folder: Path) -> str:
         ),
         None,
     )
-    return f"only {other!r}: weights are read from safetensors alone" if other else "no *.safetensors file"
+    return (
+        f"only {other!r}: of a directory safetensors are read; name the file itself"
+        if other
+        else "no *.safetensors file"
+    )
 
 
 def _sources(folder: Path, wanted: Mapping[str, Row], keys: KeyMap, variant: str | None) -> dict[str, Source]:
@@ -413,8 +417,8 @@ def _cut(archive: Archive, at: Stored, box: Box) -> Tensor:
     if at.transposed:
         return archive.get_tensor(at.key).T[box.source]
     if box.shape == at.shape:
-        return archive.get_tensor(at.key).view(box.shape)
-    return archive.get_slice(at.key)[(slice(None),) * at.lead + box.source].view(box.shape)
+        return archive.get_tensor(at.key).reshape(box.shape)
+    return archive.get_slice(at.key)[(slice(None),) * at.lead + box.source].reshape(box.shape)
 
 
 def _pieces(at: Stored, box: Box, size: int, ranks: int = 1) -> Iterator[Box]:

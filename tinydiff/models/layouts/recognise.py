@@ -13,6 +13,7 @@ with a component of these very shapes.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ LAYOUTS: tuple[Layout, ...] = (
     *autoencoders.LAYOUTS,
     *encoders.LAYOUTS,
 )
+
+log = logging.getLogger(__name__)
+ROLES: tuple[Role, ...] = ("dit", "text_encoder", "image_encoder", "vae")
+"""In the order in which components are told."""
 
 PREFIXES = (
     *("model.diffusion_model.", "diffusion_model.", "net.", "first_stage_model.", "vae."),
@@ -104,20 +109,26 @@ def recognise(
     Raises UserError for a file that has no weights, no known layout, or several possible ones.
     """
     _check_weights(shapes, metadata or {}, name)
-    found = []
+    found, left = [], []
     for prefix, part in _components(shapes):
         fits = list(_fits(Sizes(part), prefix))
         if len({each.class_name for each in fits}) > 1:
             names = " or ".join(f"a {each.class_name} ({each.layout.name} layout)" for each in fits)
             raise _refused(name, f"could be {names}; a directory with its config.json tells")
         found += fits[:1]
+        if not fits:
+            left += [prefix + key for key in part]
     if not found:
         known = ", ".join(dict.fromkeys(layout.class_name for layout in LAYOUTS))
         some = ", ".join(list(shapes)[:5])
         raise _refused(
             name, f"has a layout that is not known ({len(shapes)} keys: {some}, ...); known are {known}"
         )
-    return tuple(found)
+    if left:
+        log.info(
+            "%s: %d weights of no component that is known are not read (%s, ...)", name, len(left), left[0]
+        )
+    return tuple(sorted(found, key=lambda each: ROLES.index(each.role)))
 
 
 def config_from(class_name: str, entries: Mapping[str, Any]) -> Any:
