@@ -171,6 +171,37 @@ FOUND = [
         None,
         "mrope_section is not given; Qwen2.5-VL needs it",
     ),
+    (
+        "Wan with two experts",
+        "vae/config.json",
+        "patch_size",
+        3,
+        "in_channels is 3 and patch_size 3; there must be 3 or 4 channels for each pixel",
+    ),
+    (SEES, "tokenizer/tokenizer_config.json", "eos_token", 3, "eos_token has 3; a token is a string"),
+    (SEES, "tokenizer/tokenizer_config.json", "unk_token", {"a": 1}, "unk_token has {'a': 1}; a token is"),
+    (SEES, "tokenizer/tokenizer_config.json", "tokenizer_class", 1.5, "tokenizer_class is 1.5; it must be a"),
+    (
+        SEES,
+        "tokenizer/tokenizer_config.json",
+        "padding_side",
+        "up",
+        "padding_side is 'up'; it must be 'left' or",
+    ),
+    (
+        "Wan with two experts",
+        "transformer_2/config.json",
+        "freq_dim",
+        12,
+        "freq_dim is 8 and 12 in transformer and transformer_2, which must have one config",
+    ),
+    (
+        "FLUX.1",
+        "scheduler/scheduler_config.json",
+        "max_shift",
+        10**12,
+        "base_shift and max_shift make it -5e+10 here, no shift of a schedule",
+    ),
 ]
 
 
@@ -188,6 +219,7 @@ def test_what_once_was_a_traceback(family, file, field, value, sentence, unchang
         (TURBO, "scheduler/scheduler_config.json", "an_unknown_field", 3),
         (TURBO, "scheduler/scheduler_config.json", "use_dynamic_shifting", True),
         (SEES, "image_processor/preprocessor_config.json", "image_mean", [0.5, 0.5, 0.5]),
+        (SEES, "tokenizer/tokenizer_config.json", "tokenizer_class", None),
     ],
 )
 def test_what_the_reference_runs_is_run(family, file, field, value, unchanged):

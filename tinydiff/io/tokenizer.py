@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tinydiff.entries import value
 from tinydiff.io import chat
@@ -87,9 +87,10 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """
     for names, read in _READERS.items():
         if all((directory / name).is_file() for name in names):
+            settings = _checked_settings(directory)
             try:
                 return replace(
-                    read(directory, _settings(directory)),
+                    read(directory, settings),
                     longest=_longest(directory),
                     chat=chat.template(directory),
                 )
@@ -119,6 +120,17 @@ class Settings(NamedTuple):
     extra_ids: int
 
 
+def _checked_settings(directory: Path) -> Settings:
+    try:
+        return _settings(directory)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            "model_path", f"model_path: the small files of {str(directory)!r}: {error}"
+        ) from error
+
+
 def _settings(directory: Path) -> Settings:
     config, special, old = (
         read_json(path) if (path := directory / name).is_file() else {}
@@ -126,17 +138,55 @@ def _settings(directory: Path) -> Settings:
     )
     entries = special | {name: value for name, value in config.items() if value is not None}
     named = {
-        name: _content(entries[name])
+        name: _content(name, entries[name])
         for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         if entries.get(name)
     }
-    more = [_content(token) for token in entries.get("additional_special_tokens") or []]
-    added = {int(index): token for index, token in config.get("added_tokens_decoder", {}).items()}
+    listed = _of_type(entries, "additional_special_tokens", list)
+    more = [_content("additional_special_tokens", token) for token in listed]
+    added = {
+        _index("added_tokens_decoder", index): {
+            **(token if isinstance(token, Mapping) else {}),
+            "content": _content("added_tokens_decoder", token),
+        }
+        for index, token in _of_type(config, "added_tokens_decoder", dict).items()
+    }
     for token, index in old.items():
-        added.setdefault(index, {"content": token, "special": token in more or token in named.values()})
-    kind = config.get("tokenizer_class", "").removesuffix("Fast")
+        flags = {"content": token, "special": token in more or token in named.values()}
+        added.setdefault(_index("added_tokens.json", index), flags)
+    side = _of_type(config, "padding_side", str) or "right"
+    if side not in ("left", "right"):
+        raise ValueError(f"padding_side is {side!r}; it must be 'left' or 'right'")
+    kind = _of_type(config, "tokenizer_class", str).removesuffix("Fast")
     extra_ids = value("extra_ids", int, config.get("extra_ids", 100))
-    return Settings(kind, named, dict(sorted(added.items())), config.get("padding_side", "right"), extra_ids)
+    return Settings(kind, named, dict(sorted(added.items())), side, extra_ids)
+
+
+T = TypeVar("T")
+WORDS = {str: "a string", list: "a list", dict: "an object"}
+
+
+def _of_type(entries: Mapping[str, Any], name: str, kind: type[T]) -> T:
+    """An entry, empty where it is left out or null. Raises ValueError for one of another type."""
+    given = entries.get(name)
+    if given is not None and not isinstance(given, kind):
+        raise ValueError(f"{name} is {given!r}; it must be {WORDS[kind]}")
+    return kind() if given is None else given
+
+
+def _content(name: str, token: Any) -> str:
+    """The text of a token, given alone or in an object."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(text, str):
+        raise ValueError(f"{name} has {token!r}; a token is a string, or an object with content")
+    return text
+
+
+def _index(name: str, index: Any) -> int:
+    try:
+        return int(index)
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"{name} has {index!r}; a token's id is an integer") from None
 
 
 NO_LIMIT = 10**9
@@ -147,10 +197,6 @@ def _longest(directory: Path) -> int | None:
     path = directory / "tokenizer_config.json"
     length = read_json(path).get("model_max_length") if path.is_file() else None
     return int(length) if isinstance(length, int | float) and 0 < length < NO_LIMIT else None
-
-
-def _content(token: str | Mapping[str, Any]) -> str:
-    return token if isinstance(token, str) else token["content"]
 
 
 # --- the tokenizers library

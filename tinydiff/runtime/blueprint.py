@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -428,10 +428,14 @@ def _check_fit(row: ReleasedModel, index: hub.Index, nets: Mapping[str, NetPlan[
     if "transformer_2" in nets:  # both experts run in one loop
         first, second = nets["transformer"], nets["transformer_2"]
         if first.config != second.config:
-            raise UserError(
-                "model_path",
-                "model_path: transformer and transformer_2 must have one config, but for the weights",
+            name = next(
+                each.name
+                for each in fields(first.config)
+                if getattr(first.config, each.name) != getattr(second.config, each.name)
             )
+            values = f"{getattr(first.config, name)!r} and {getattr(second.config, name)!r}"
+            message = f"{name} is {values} in transformer and transformer_2, which must have one config"
+            raise UserError("model_path", f"model_path: {message}")
         if first.plan != second.plan:
             field = "component_attention_backends"
             raise UserError(

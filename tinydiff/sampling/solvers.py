@@ -306,7 +306,7 @@ def from_scheduler_config(
         wrong = (
             "this model's pipeline gives none"
             if mu is None
-            else f"that is {mu:g} here, no shift of a schedule"
+            else f"base_shift and max_shift make it {mu:g} here, no shift of a schedule"
         )
         raise UserError(
             "scheduler.use_dynamic_shifting",

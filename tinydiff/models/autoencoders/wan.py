@@ -74,6 +74,14 @@ class Config:
                 "middle block"
             )
 
+        area = (self.patch_size or 1) ** 2
+        for name in ("in_channels", "out_channels"):
+            if getattr(self, name) not in (3 * area, 4 * area):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)} and patch_size {self.patch_size}; there must be 3 or 4 channels"
+                    " for each pixel of a patch"
+                )
+
     @property
     def stride(self) -> int:
         """Pixels per latent, along height and width, as the levels make them.
