@@ -17,6 +17,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from tinydiff.entries import typed
@@ -181,17 +182,23 @@ def _fits(part: Sizes, prefix: str) -> Iterator[Found]:
 
 
 def _released(class_name: str, entries: Entries, config: Any) -> Iterator[str]:
-    """The released models with a component of these shapes."""
+    """The released models with a component of these shapes, and of what else the file says it has."""
     record = RECORDS[class_name]
-    rows = {row.name: row.shape for row in record.spec(config)}
-    known: dict[tuple[str, str], bool] = {}
-    for model, components in released.COMPONENTS.items():
-        for other, fields in components.values():
-            if RECORDS[other] is record:
-                at = (other, repr(fields))
-                if at not in known:
-                    spec = record.spec(config_from(other, fields))
-                    known[at] = rows == {row.name: row.shape for row in spec}
-                if known[at]:
-                    yield model
-                    break
+    said = [name for name, value in entries.items() if value is True and hasattr(config, name)]
+    wanted = _shapes(class_name, config)
+
+    @cache
+    def fits(component: tuple[str, str]) -> bool:
+        other = config_from(component[0], fields[component])
+        return all(getattr(other, name) for name in said) and _shapes(component[0], other) == wanted
+
+    fields = {
+        (kind, repr(each)): each for parts in released.COMPONENTS.values() for kind, each in parts.values()
+    }
+    for model, parts in released.COMPONENTS.items():
+        if any(RECORDS[kind] is record and fits((kind, repr(each))) for kind, each in parts.values()):
+            yield model
+
+
+def _shapes(class_name: str, config: Any) -> dict[str, Shape]:
+    return {row.name: row.shape for row in RECORDS[class_name].spec(config)}
