@@ -1,42 +1,51 @@
-"""The presets in configs/: each is short, parses, and says what the registry says."""
+"""The presets in configs/: each is short, parses, and says more than the model's own defaults."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 
 import pytest
 
-from tinydiff import config
-from tinydiff.models.registry import MODELS, find
+from tests.sources import ROOT
+from tinydiff import cli, config
+from tinydiff.models.registry import find
 
-PRESETS = sorted((Path(__file__).parents[1] / "configs").glob("*"))
+PRESETS = {path.stem: path for path in sorted((ROOT / "configs").glob("*"))}
 
 
-@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-def test_preset(path: Path):
-    assert len(path.read_text().splitlines()) < 20
-    made = config.parse(["--config", str(path)])
-    assert len(made.sampling.prompt) == 1 and made.ignored == ()
-    row = find(made.model.model_path)
-    assert row is not None
-    sampling = made.sampling
-    assert made.refusals == ()
-    if path.stem == "several-gpus":
-        assert made.parallel == config.ParallelOptions(num_gpus=2, sp_degree=2, tp_size=1, vae_sp=True)
-        return
-    assert made.parallel == config.ParallelOptions()
-    assert (sampling.height, sampling.width) == (row.height, row.width)
-    if row.clip_frames > 1:
-        assert (sampling.num_frames, sampling.fps) == (row.num_frames, row.fps)
-    assert (sampling.num_inference_steps, sampling.guidance_scale, sampling.flow_shift) == (
-        row.steps,
-        row.guidance,
-        row.flow_shift,
+def options(name: str) -> config.Options:
+    return config.parse(["--config", str(PRESETS[name])])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_short_and_says_something(name):
+    assert len(PRESETS[name].read_text().splitlines()) <= 20
+    preset = options(name)
+    assert len(preset.sampling.prompt) == 1 and preset.refusals == preset.ignored == ()
+    assert find(preset.model.model_path) is not None
+    plain = config.options({"model_path": preset.model.model_path, "prompt": preset.sampling.prompt})
+    assert (preset.model, preset.parallel) != (plain.model, plain.parallel)
+
+
+def test_several_gpus_is_the_documented_example():
+    assert options("several-gpus").parallel == config.ParallelOptions(
+        num_gpus=2, sp_degree=2, tp_size=1, vae_sp=True
     )
-    assert (sampling.guidance_scale_2, sampling.boundary_ratio) == (row.guidance_2, row.boundary_ratio)
-    assert sampling.dmd_denoising_steps == row.dmd_timesteps
 
 
-def test_every_model_has_a_preset():
-    named = [config.parse(["--config", str(path)]).model.model_path for path in PRESETS]
-    assert {row.name for row in MODELS} == set(named)
+def test_few_steps_are_those_of_the_distilled_model():
+    preset = options("few-steps")
+    row = find(preset.model.model_path)
+    assert row is not None and row.steps == preset.sampling.num_inference_steps == 3
+    assert row.dmd_timesteps == preset.sampling.dmd_denoising_steps == (1000, 757, 522)
+    assert preset.model.enable_torch_compile
+
+
+def test_low_memory_is_what_plan_recommends(capsys):
+    preset = options("low-memory")
+    command = [preset.model.model_path, "--num-gpus", "2", "--vram", "24", "--json"]
+    assert cli.main(["plan", *command]) == 0
+    report = json.loads(capsys.readouterr().out)
+    first = report["layouts"][0]
+    assert report["recommended"] == first["layout"] and first["fits"]
+    assert config.parse(["--num-gpus", "2", *first["options"].split()]).parallel == preset.parallel
