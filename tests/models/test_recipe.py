@@ -5,7 +5,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from tests.parity import draw
-from tinydiff.models.recipe import appended, shift_by_tokens
+from tinydiff.models.recipe import reference_tokens, shift_by_tokens
 
 
 @pytest.mark.parametrize("tokens", [16, 256, 2176, 4096, 8160])
@@ -25,13 +25,16 @@ def test_the_shift_by_tokens_is_the_pipelines(tokens):
     )
 
 
-def test_references_stand_clean_behind_the_picture():
+def test_references_stand_clean_behind_the_image():
     first, second = draw(1, 3, 4), draw(1, 2, 4, seed=1)
-    known = appended(6, [first, second])
+    given_tokens = reference_tokens(6, [first, second])
     assert (
-        known is not None
-        and known.tokens.shape == (1, 11, 4)
-        and torch.equal(known.tokens[:, 6:], torch.cat([first, second], 1))
+        given_tokens is not None
+        and given_tokens.tokens.shape == (1, 11, 4)
+        and torch.equal(given_tokens.tokens[:, 6:], torch.cat([first, second], 1))
     )
-    assert known.free.shape == (1, 11, 1) and known.free[0, :, 0].tolist() == [True] * 6 + [False] * 5
-    assert appended(6, []) is None
+    assert (
+        given_tokens.denoised.shape == (1, 11, 1)
+        and given_tokens.denoised[0, :, 0].tolist() == [True] * 6 + [False] * 5
+    )
+    assert reference_tokens(6, []) is None

@@ -138,7 +138,7 @@ def test_mask_of_known_frames():
             .view(1, -1, 4, height, width)
             .transpose(1, 2)
         )
-        assert torch.equal(wan.known_frames_mask((frames, height, width), last=last), mask)
+        assert torch.equal(wan.input_frames_mask((frames, height, width), last=last), mask)
 
 
 def test_rows_of_padding_become_zero():

@@ -16,7 +16,7 @@ from PIL import Image
 from tests.runtime.folders import edit, released
 from tinydiff import config
 from tinydiff.config import ModelOptions, SamplingOptions
-from tinydiff.models.recipe import side
+from tinydiff.models.recipe import rectangle_side
 from tinydiff.models.registry import MODELS, SHIPPED
 from tinydiff.records import UserError
 from tinydiff.runtime import blueprint
@@ -223,7 +223,7 @@ def test_a_picture_of_the_models_own_size_keeps_it(given, size, tmp_path):
 def test_a_side_is_the_integer_nearest_to_the_root():
     for along in range(1, 400, 7):
         for across in range(1, 400, 11):
-            nearest = side(480 * 832, along, across)
+            nearest = rectangle_side(480 * 832, along, across)
             assert (2 * nearest - 1) ** 2 * across <= 4 * 480 * 832 * along < (2 * nearest + 1) ** 2 * across
 
 

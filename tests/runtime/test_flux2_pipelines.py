@@ -409,7 +409,7 @@ def test_the_tiny_autoencoder_takes_the_others_place(tmp_path, pictures):
     )
     net, request = model.nets["vae"], request_for(model, pictures[:1])
     given = torch.tensor(request.originals[0][:, 1:129]).double().permute(2, 0, 1)[None, :, None] / 127.5 - 1
-    known = pipeline.condition(model, request).prepared.known
+    known = pipeline.condition(model, request).prepared.given_tokens
     close(known.tokens[:, 24:], patchify(net.family.encode(net.config, net.w, given), (1, 1, 1)))
 
     request, start = request_for(model), draw(1, 32, *SIZE, seed=9)

@@ -31,7 +31,7 @@ from tinydiff import cli, config
 from tinydiff.config import ModelOptions, SamplingOptions
 from tinydiff.io.output import read_parameters
 from tinydiff.models import qwen_image, qwen_prompts
-from tinydiff.models.recipe import spread
+from tinydiff.models.recipe import fit_area
 from tinydiff.records import UserError
 from tinydiff.runtime import blueprint, pipeline
 from tinydiff.runtime.admit import admit
@@ -40,12 +40,12 @@ from tinydiff.sampling.sigmas import linear_grid
 
 STEPS, HEIGHT, WIDTH = 4, 64, 96
 PROMPT, NEGATIVE = "A red  circle & a Größe 円", "blurry, the left of"
-CANVAS, GLANCE = 12288, 6144
+EDIT_PIXELS, LANGUAGE_MODEL_PIXELS = 12288, 6144
 """Stand for 1024 x 1024 and 384 x 384 pixels: large enough that images of two aspects get two sizes."""
 
 
 def _scaled(sizes):
-    scaled = {1024 * 1024: CANVAS, 640 * 640: CANVAS}
+    scaled = {1024 * 1024: EDIT_PIXELS, 640 * 640: CANVAS}
     return lambda area, ratio: sizes(scaled.get(area, area), ratio)
 
 
@@ -53,12 +53,12 @@ def _scaled(sizes):
 def small(monkeypatch):
     """Images to edit are seen at small sizes, by both sides."""
     plus = pipeline_qwenimage_edit_plus
-    monkeypatch.setattr(plus, "CONDITION_IMAGE_SIZE", GLANCE)
-    monkeypatch.setattr(plus, "VAE_IMAGE_SIZE", CANVAS)
+    monkeypatch.setattr(plus, "CONDITION_IMAGE_SIZE", LANGUAGE_MODEL_PIXELS)
+    monkeypatch.setattr(plus, "VAE_IMAGE_SIZE", EDIT_PIXELS)
     for module in (pipeline_qwenimage_edit, plus, pipeline_qwenimage_layered):
         monkeypatch.setattr(module, "calculate_dimensions", _scaled(module.calculate_dimensions))
-    monkeypatch.setattr(qwen_image, "CANVAS", CANVAS)
-    monkeypatch.setattr(qwen_image, "GLANCE", GLANCE)
+    monkeypatch.setattr(qwen_image, "EDIT_PIXELS", CANVAS)
+    monkeypatch.setattr(qwen_image, "LANGUAGE_MODEL_PIXELS", GLANCE)
 
 
 @pytest.fixture
@@ -301,17 +301,17 @@ def test_sizes_are_those_of_the_reference():
     for area in (1024 * 1024, 640 * 640, 384 * 384):
         for height, width in [(1024, 1024), (1080, 1920), (333, 1000), (2000, 300), (7, 9), (4032, 3024)]:
             wide, tall = pipeline_qwenimage_edit_plus.calculate_dimensions(area, width / height)
-            assert spread(area, height, width) == (tall, wide)
+            assert fit_area(area, height, width) == (tall, wide)
     with pytest.raises(UserError, match="20000x1 pixels, too long"):
-        spread(384 * 384, 1, 20000)  # a side that the reference rounds to nothing
+        fit_area(384 * 384, 1, 20000)  # a side that the reference rounds to nothing
 
 
 def test_what_an_edit_is_given_and_makes(tmp_path, pictures):
     plan = _read("Qwen/Qwen-Image-Edit-2511", tmp_path)
     made = _request_of(plan, pictures)
-    assert (made.height, made.width) == spread(1024 * 1024, 32, 32)  # the last one's aspect
+    assert (made.height, made.width) == fit_area(1024 * 1024, 32, 32)  # the last one's aspect
     made = _request_of(plan, pictures[:2], width=512)
-    assert (made.height, made.width) == (spread(1024 * 1024, 80, 40)[0], 512)
+    assert (made.height, made.width) == (fit_area(1024 * 1024, 80, 40)[0], 512)
     assert [image.shape for image in made.originals] == [(40, 56, 3), (80, 40, 3)] and made.images == ()
     _refused(
         "image_path",
@@ -328,7 +328,7 @@ def test_what_layers_are_made_of(tmp_path, pictures):
     plan = _read("Qwen/Qwen-Image-Layered", tmp_path)
     made = _request_of(plan, pictures[:1], prompt=())
     assert (made.layers, made.num_frames, made.prompt, made.negative_prompt) == (4, 1, "", " ")
-    assert (made.height, made.width) == spread(640 * 640, 40, 56)
+    assert (made.height, made.width) == fit_area(640 * 640, 40, 56)
     assert np.array_equal(made.originals[0], np.asarray(Image.open(pictures[0])))
     assert _request_of(plan, pictures[:1], num_frames=7).layers == 7
     with pytest.raises(UserError, match="prompt: none is given"):

@@ -69,11 +69,8 @@ class Config:
                 f"text_in_dim is hidden_size ({self.hidden_size}); such a model has no text_proj, and none "
                 "was released"
             )
-        if (
-            len(self.rope_axes_dim) != 3
-            or any(dim % 2 for dim in self.rope_axes_dim)
-            or sum(self.rope_axes_dim) != self.head_width
-        ):
+        dims = self.rope_axes_dim
+        if len(dims) != 3 or any(dim % 2 for dim in dims) or sum(dims) != self.head_width:
             raise ValueError(
                 f"rope_axes_dim is {self.rope_axes_dim}; it must be three even parts of a head's width "
                 f"{self.head_width}"
@@ -135,9 +132,8 @@ def _positions(grid_LA: Tensor, tokens: int, mask_BT: Tensor | None) -> Streams:
     """
     device = grid_LA.device
     ends = torch.tensor([tokens], device=device) if mask_BT is None else mask_BT.sum(1)
-    return grid_positions(tokens, 1, 1, device=device).expand(len(ends), -1, -1), grid_LA + F.pad(
-        ends[:, None, None], (0, 2)
-    )
+    text = grid_positions(tokens, 1, 1, device=device).expand(len(ends), -1, -1)
+    return text, grid_LA + F.pad(ends[:, None, None], (0, 2))
 
 
 def _rope(c: Config, positions_BLA: Tensor) -> Streams:
@@ -162,15 +158,13 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     request = {"text": text}
     if "mask" in inputs:
         request["mask"] = inputs["mask"].bool()
-    for stream, at in zip(
-        ("text_", ""), _positions(inputs["positions"], text.shape[1], request.get("mask")), strict=True
-    ):
-        cos, sin = _rope(c, at)
+    text_at, image_at = _positions(inputs["positions"], text.shape[1], request.get("mask"))
+    for stream, places in (("text_", text_at), ("", image_at)):
+        cos, sin = _rope(c, places)
         request |= {f"{stream}cos": cos, f"{stream}sin": sin}
 
-    cosines, sines = timestep_embedding(timesteps_S.to(dtype), c.hidden_size).chunk(
-        2, -1
-    )  # half types round it, as in the reference
+    # Half types round the timestep, as in the reference.
+    cosines, sines = timestep_embedding(timesteps_S.to(dtype), c.hidden_size).chunk(2, -1)
     time = embedder(torch.cat([sines, cosines], -1).to(dtype), w / "time_embedding")[:, None]
     modulation = linear(F.silu(time), w / "adaLN_modulation" / 1).unflatten(-1, (6, -1))
     last = linear(time, w / "final_norm" / "linear").unflatten(-1, (2, -1))
@@ -241,89 +235,84 @@ def positions(size: tuple[int, int, int], device: torch.device | str | None = No
 
 
 PIXEL = (1, 1, 1)
-"""The patch of a token: the autoencoder folds 2x2 places into channels itself."""
+"""Latents per token along frames, height and width: the autoencoder folds 2x2 latents itself."""
 
 
-def _text(parts: Context, text: str, length: int) -> Tensor:
-    """The language model's last state but one [1, T, text_in_dim]; each text has its own length."""
-    encoder = parts.nets["text_encoder"]
-    ids, _ = parts.tokens("tokenizer", [text], length, "none")
+def _text_states(context: Context, text: str, length: int) -> Tensor:
+    """The language model's last hidden states but one [1, T, text_in_dim], without padding."""
+    encoder = context.nets["text_encoder"]
+    ids, _ = context.tokens("tokenizer", [text], length, "none")
     if ids.shape[1] == 0:  # an empty text, and a tokenizer that opens none
-        ids, _ = parts.tokens("tokenizer", ["<s>"], length, "none")
+        ids, _ = context.tokens("tokenizer", ["<s>"], length, "none")
     (state,) = decoder_lm.encode(encoder.config, encoder.plan, encoder.w, ids, take=(encoder.config.layers,))
     return state
 
 
-NEUTRAL = {
+NEUTRAL_SAMPLING = {
     "num_beams": 1, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
     "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None,
 }  # fmt: skip
-"""What else a generation_config.json may say of how tokens are drawn, at the values that change nothing."""
+"""Other sampling entries of generation_config.json, at the values that change nothing."""
 
 
-def _drawing(told: Mapping[str, Any]) -> Sampling:
+def _sampling(entries: Mapping[str, Any]) -> Sampling:
     """The pipeline's own sampling, completed by generation_config.json and transformers' defaults.
 
     Raises UserError for an entry that is not supported.
     """
-    told = {name: value for name, value in told.items() if value is not None}
-    for name, neutral in NEUTRAL.items():
-        if told.get(name, neutral) != neutral:
+    entries = {name: value for name, value in entries.items() if value is not None}
+    for name, neutral in NEUTRAL_SAMPLING.items():
+        if entries.get(name, neutral) != neutral:
             raise UserError(
                 "model_path",
-                f"model_path: {name} in pe/generation_config.json is {told[name]!r}; supported is "
+                f"model_path: {name} in pe/generation_config.json is {entries[name]!r}; supported is "
                 f"{neutral!r}",
             )
-    return Sampling(0.6, told.get("top_k", 50), 0.95, told.get("repetition_penalty", 1.0))
+    return Sampling(0.6, entries.get("top_k", 50), 0.95, entries.get("repetition_penalty", 1.0))
 
 
-def rewritten(parts: Context, request: Request) -> str:
-    """The prompt as the model's own language model rewrites it for the size of the image.
+def rewrite_prompt(context: Context, request: Request) -> str:
+    """The prompt, rewritten by the model's own language model for the size of the image.
 
-    The tokens are drawn from one fixed start: a prompt and a size make one text, whatever the seed and on
-    every rank.
+    Sampling starts from one fixed seed, so a prompt and a size give the same text for every seed and rank.
     """
-    net, tokenizer = parts.nets["pe"], parts.tokenizers["pe_tokenizer"]
+    net, tokenizer = context.nets["pe"], context.tokenizers["pe_tokenizer"]
     if tokenizer.chat is None:
         raise UserError(
             "model_path",
             "model_path: pe_tokenizer has no chat template; --use-pe false does without the component pe",
         )
-    asked = json.dumps(
+    message = json.dumps(
         {"prompt": request.prompt, "width": request.width, "height": request.height}, ensure_ascii=False
     )
-    ids, _ = parts.tokens(
-        "pe_tokenizer", [tokenizer.chat([{"role": "user", "content": asked}])], None, "none"
+    ids, _ = context.tokens(
+        "pe_tokenizer", [tokenizer.chat([{"role": "user", "content": message}])], None, "none"
     )
-    limit, stop, drawn = (
-        tokenizer.longest or request.text_tokens,
-        {tokenizer.eos} - {None},
-        torch.Generator().manual_seed(0),
-    )
-    [said] = generate(
+    limit, stop = tokenizer.longest or request.text_tokens, {tokenizer.eos} - {None}
+    [answer] = generate(
         net.config,
         net.plan,
         net.w,
         ids,
         limit=limit,
         stop=stop,
-        sampling=_drawing(net.generation),
-        generator=drawn,
+        sampling=_sampling(net.generation),
+        generator=torch.Generator().manual_seed(0),
     )
-    text = tokenizer.text(said).strip()
+    text = tokenizer.text(answer).strip()
     log.info("the prompt as rewritten: %s", text)
     return text
 
 
-def prepare(c: Config, parts: Context, request: Request) -> LoopInputs:
-    """The texts as they are, but for a prompt that the model's language model rewrites."""
-    vae = parts.nets["vae"].config
-    where = positions(latent_size(vae, request), parts.device)
+def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
+    """Loop inputs: the prompt, rewritten if `use_pe`, and the negative prompt as it is."""
+    vae = context.nets["vae"].config
+    where = positions(latent_size(vae, request), context.device)
     prompt, *negative = request.texts
-    revised = rewritten(parts, request) if request.use_pe else None
+    revised = rewrite_prompt(context, request) if request.use_pe else None
     texts = [prompt if revised is None else revised, *negative]
-    limit = parts.tokenizers["tokenizer"].longest or request.text_tokens
-    branches = [{"text": _text(parts, text, limit), "positions": where} for text in texts]
+    limit = context.tokenizers["tokenizer"].longest or request.text_tokens
+    branches = [{"text": _text_states(context, text, limit), "positions": where} for text in texts]
     return replace(on_grid(branches, vae, request, PIXEL), revised=revised)
 
 

@@ -24,7 +24,7 @@ from tinydiff.models.family import Denoiser
 from tinydiff.models.recipe import (
     Context,
     LoopInputs,
-    appended,
+    reference_tokens,
     latent_size,
     on_grid,
     shift_by_tokens,
@@ -78,7 +78,7 @@ class Config:
 
 
 PATCH = (1, 2, 2)
-"""Latents to tokens and back: `ops.patch.patchify` by this patch."""
+"""Latents per token along frames, height and width, see `ops.patch.patchify`."""
 FREQUENCIES = 256
 
 # --- weights
@@ -87,12 +87,11 @@ FREQUENCIES = 256
 def spec(c: Config) -> Iterator[Row]:
     """Every weight once: name, shape and tensor-parallel split."""
     d = c.width
-    guidance = {"guidance_embedder": FREQUENCIES} if c.guidance_embeds else {}
-    for name, fan_in in {
-        "timestep_embedder": FREQUENCIES,
-        **guidance,
-        "text_embedder": c.pooled_projection_dim,
-    }.items():
+    embedders = {"timestep_embedder": FREQUENCIES}
+    if c.guidance_embeds:
+        embedders["guidance_embedder"] = FREQUENCIES
+    embedders["text_embedder"] = c.pooled_projection_dim
+    for name, fan_in in embedders.items():
         yield from linear_rows(f"time_text_embed.{name}.linear_1", fan_in, d)
         yield from linear_rows(f"time_text_embed.{name}.linear_2", d, d)
     yield from linear_rows("context_embedder", c.joint_attention_dim, d)
@@ -113,7 +112,7 @@ CONDS = (
 """The tensors of a request that belong to no block."""
 
 
-def _embedded(x: Tensor, w: Weights, dtype: torch.dtype) -> Tensor:
+def _embed_scalar(x: Tensor, w: Weights, dtype: torch.dtype) -> Tensor:
     """Timesteps or guidance scales [N], in thousandths -> [N, D].
 
     Half types round them before they are multiplied by 1000, as in training.
@@ -129,14 +128,14 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     """
     dtype = w.dtype
     text = linear(inputs["text"].to(dtype), w / "context_embedder")
-    nowhere = inputs["positions"].new_zeros(text.shape[1], 3)
+    text_positions = inputs["positions"].new_zeros(text.shape[1], 3)
     request = {"text": text}
-    request |= joint.rope_tables(nowhere, inputs["positions"], c.axes_dims_rope, compute_dtype(text))
+    request |= joint.rope_tables(text_positions, inputs["positions"], c.axes_dims_rope, compute_dtype(text))
 
     e = w / "time_text_embed"
-    time = _embedded(timesteps_S.to(dtype) / 1000, e / "timestep_embedder", dtype)[:, None]
+    time = _embed_scalar(timesteps_S.to(dtype) / 1000, e / "timestep_embedder", dtype)[:, None]
     if c.guidance_embeds:
-        time = time + _embedded(inputs["guidance"], e / "guidance_embedder", dtype)
+        time = time + _embed_scalar(inputs["guidance"], e / "guidance_embedder", dtype)
     time = time + embedder(inputs["pooled"].to(dtype), e / "text_embedder")
     return request, joint.modulations(w, c.num_layers, c.num_single_layers, time)
 
@@ -163,9 +162,8 @@ def single(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights
 
 def blocks(c: Config) -> list:
     """The stack as rows (function, prefix)."""
-    return [(double, f"transformer_blocks.{i}") for i in range(c.num_layers)] + [
-        (single, f"single_transformer_blocks.{i}") for i in range(c.num_single_layers)
-    ]
+    rows = [(double, f"transformer_blocks.{i}") for i in range(c.num_layers)]
+    return rows + [(single, f"single_transformer_blocks.{i}") for i in range(c.num_single_layers)]
 
 
 def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, step: Tensors) -> Tensor:
@@ -204,54 +202,56 @@ _WIDE = (
     (1104, 944),
 )
 KONTEXT_SIZES = (*((h, w) for w, h in _WIDE), (1024, 1024), *_WIDE)
-"""Widths and heights of images that Kontext learnt to edit."""
+"""(width, height) in pixels of the images that Kontext was trained to edit."""
 
 
 def reference_size(height: int, width: int, multiple: int = 16) -> tuple[int, int]:
-    """The (height, width) that an image to edit is brought to: of `KONTEXT_SIZES` the nearest in aspect.
+    """The (height, width) of `KONTEXT_SIZES` nearest to an image's aspect, to which it is resized.
 
-    As in the reference the aspect is that of whole tokens of `multiple` pixels.
+    As in the reference, the aspect is that of the image in whole tokens of `multiple` pixels.
     """
     aspect = max(1, width // multiple) / max(1, height // multiple)
     _, wide, high = min((abs(aspect - w / h), w, h) for w, h in KONTEXT_SIZES)
     return high, wide
 
 
-def _texts(parts: Context, request: Request) -> list[Tensors]:
-    """The text inputs of each branch: T5's states of all tokens, padding included, and CLIP's pooled vector."""
-    clip, large = parts.nets["text_encoder"], parts.nets["text_encoder_2"]
-    ids, _ = parts.tokens("tokenizer", request.texts, parts.clip_tokens("text_encoder"))
+def _texts(context: Context, request: Request) -> list[Tensors]:
+    """The text inputs of each branch: T5's states, padding included, and CLIP's pooled vector."""
+    clip, large = context.nets["text_encoder"], context.nets["text_encoder_2"]
+    ids, _ = context.tokens("tokenizer", request.texts, context.clip_tokens("text_encoder"))
     pooled = clip_text.encode(clip.config, clip.plan, clip.w, ids).pooled
-    ids, _ = parts.tokens("tokenizer_2", request.texts, request.text_tokens)
+    ids, _ = context.tokens("tokenizer_2", request.texts, request.text_tokens)
     text = t5.encode(large.config, large.plan, large.w, ids)
-    return [{"text": each[None], "pooled": whole[None]} for each, whole in zip(text, pooled, strict=True)]
+    return [{"text": states[None], "pooled": one[None]} for states, one in zip(text, pooled, strict=True)]
 
 
-def _prepare(c: Config, parts: Context, request: Request, references: Sequence[Tensor]) -> LoopInputs:
-    """references: latents [1, C, 1, H, W] of the images to edit."""
-    vae = parts.nets["vae"].config
+def _prepare(c: Config, context: Context, request: Request, references: Sequence[Tensor]) -> LoopInputs:
+    """Loop inputs of all pipelines. references: latents [1, C, 1, H, W] of the images to edit."""
+    vae = context.nets["vae"].config
     size = latent_size(vae, request)
-    shared = {"positions": positions(size, [latents.shape[2:] for latents in references], parts.device)}
+    shared = {"positions": positions(size, [latents.shape[2:] for latents in references], context.device)}
     if c.guidance_embeds:
-        shared["guidance"] = torch.tensor([request.embedded_guidance], device=parts.device)
-    known = appended(token_count(vae, request, PATCH), [patchify(latents, PATCH) for latents in references])
-    return on_grid([text | shared for text in _texts(parts, request)], vae, request, PATCH, known)
+        shared["guidance"] = torch.tensor([request.embedded_guidance], device=context.device)
+    given_tokens = reference_tokens(
+        token_count(vae, request, PATCH), [patchify(latents, PATCH) for latents in references]
+    )
+    return on_grid([text | shared for text in _texts(context, request)], vae, request, PATCH, given_tokens)
 
 
-def prepare(c: Config, parts: Context, request: Request) -> LoopInputs:
-    """From text, dev and schnell."""
-    return _prepare(c, parts, request, ())
+def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
+    """Loop inputs of text to image: dev and schnell."""
+    return _prepare(c, context, request, ())
 
 
-def prepare_edit(c: Config, parts: Context, request: Request) -> LoopInputs:
-    """From text and images, Kontext. It learnt to edit one; several are numbered in order."""
-    multiple = parts.nets["vae"].config.scale_factor_spatial * PATCH[-1]
+def prepare_edit(c: Config, context: Context, request: Request) -> LoopInputs:
+    """Loop inputs of editing: Kontext. It was trained with one image; several are numbered in order."""
+    multiple = context.nets["vae"].config.scale_factor_spatial * PATCH[-1]
 
     def latents(image: numpy.ndarray) -> Tensor:
         height, width = reference_size(image.shape[0], image.shape[1], multiple)
-        return parts.encode(parts.pixels([parts.resize(image, height, width)]))
+        return context.encode(context.pixels([context.resize(image, height, width)]))
 
-    return _prepare(c, parts, request, [latents(image) for image in request.originals])
+    return _prepare(c, context, request, [latents(image) for image in request.originals])
 
 
 def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from tinydiff.models.encoders import decoder_lm
 from tinydiff.models.family import Denoiser
 from tinydiff.models.joint import IMAGE, TEXT, Streams, heads, joint_attention, rope_tables, split
-from tinydiff.models.recipe import Context, LoopInputs, appended, latent_size, on_grid, token_count
+from tinydiff.models.recipe import Context, LoopInputs, latent_size, on_grid, reference_tokens, token_count
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import embedder, timestep_embedding
@@ -125,8 +125,8 @@ def spec(c: Config) -> Iterator[Row]:
             f"time_guidance_embed.{name}_embedder.linear_1", c.timestep_guidance_channels, d, bias=False
         )
         yield from linear_rows(f"time_guidance_embed.{name}_embedder.linear_2", d, d, bias=False)
-    for at, n in MODULATIONS.values():
-        yield from linear_rows(f"{at}.linear", d, n * d, bias=False)
+    for layer, n in MODULATIONS.values():
+        yield from linear_rows(f"{layer}.linear", d, n * d, bias=False)
     yield from linear_rows("x_embedder", c.in_channels, d, bias=False)
     yield from linear_rows("context_embedder", c.joint_attention_dim, d, bias=False)
     yield from repeat("transformer_blocks", c.num_layers, _double_rows(c))
@@ -146,7 +146,7 @@ CONDS = (
 """The tensors of a request that belong to no block."""
 
 
-def _embedded(c: Config, x: Tensor, w: Weights) -> Tensor:
+def _embed_scalar(c: Config, x: Tensor, w: Weights) -> Tensor:
     """Timesteps or guidance scales [N], in thousandths -> [N, D].
 
     Half types round them before they are multiplied by 1000, as in the reference.
@@ -162,18 +162,20 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     padding is attended to.
     """
     dtype, e = w.dtype, w / "time_guidance_embed"
-    time = _embedded(c, timesteps_S.to(dtype) / 1000, e / "timestep_embedder")[:, None]
+    time = _embed_scalar(c, timesteps_S.to(dtype) / 1000, e / "timestep_embedder")[:, None]
     if c.guidance_embeds:
-        time = time + _embedded(c, inputs["guidance"].to(dtype), e / "guidance_embedder")
+        time = time + _embed_scalar(c, inputs["guidance"].to(dtype), e / "guidance_embedder")
     steps = {
-        name: linear(F.silu(time), w / at / "linear").unflatten(-1, (n, -1))
-        for name, (at, n) in MODULATIONS.items()
+        name: linear(F.silu(time), w / layer / "linear").unflatten(-1, (n, -1))
+        for name, (layer, n) in MODULATIONS.items()
     }
 
     text = linear(inputs["text"].to(dtype), w / "context_embedder")
-    words = F.pad(torch.arange(text.shape[1], device=text.device)[:, None], (3, 0))
+    text_positions = F.pad(torch.arange(text.shape[1], device=text.device)[:, None], (3, 0))
     request = {"text": text}
-    request |= rope_tables(words, inputs["positions"], c.axes_dims_rope, compute_dtype(text), c.rope_theta)
+    request |= rope_tables(
+        text_positions, inputs["positions"], c.axes_dims_rope, compute_dtype(text), c.rope_theta
+    )
     return request, steps
 
 
@@ -191,14 +193,14 @@ def _gated(gate: Tensor, value: Tensor) -> Tensor:
 
 
 def _finite(x: Tensor) -> Tensor:
-    """float16 has no larger numbers, and the residuals are large."""
+    """x within the range of float16, whose largest number the residuals can exceed."""
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
 def _finish(
     c: Config, plan: Plan, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...], ff: Weights
 ) -> Tensor:
-    """The gated sum with what attention gave, then the modulated feed-forward."""
+    """The gated residual of attention, then the modulated feed-forward."""
     _, _, gate, ff_shift, ff_scale, ff_gate = modulation
     x = x + gate * attended
     hidden = _gated(*linear(modulate(x, ff_shift, ff_scale, c.eps), ff / "linear_in").chunk(2, -1))
@@ -208,22 +210,15 @@ def _finish(
 def double(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
     """Joint attention, then a feed-forward, each stream with its own weights."""
     a, (text, image), width = w / "attn", streams, c.attention_head_dim
-    of_text, of_image = (
-        shared[name].unsqueeze(2).unbind(1) for name in ("text_modulation", "image_modulation")
+    of_text, of_image = (shared[f"{name}_modulation"].unsqueeze(2).unbind(1) for name in ("text", "image"))
+    y_text, y_image = (
+        modulate(text, of_text[0], of_text[1], eps=c.eps),
+        modulate(image, of_image[0], of_image[1], eps=c.eps),
     )
     y_text, y_image = joint_attention(
         plan,
-        heads(
-            a,
-            modulate(text, *of_text[:2], eps=c.eps),
-            width,
-            (shared["text_cos"], shared["text_sin"]),
-            TEXT,
-            c.eps,
-        ),
-        heads(
-            a, modulate(image, *of_image[:2], eps=c.eps), width, (shared["cos"], shared["sin"]), IMAGE, c.eps
-        ),
+        heads(a, y_text, width, (shared["text_cos"], shared["text_sin"]), TEXT, c.eps),
+        heads(a, y_image, width, (shared["cos"], shared["sin"]), IMAGE, c.eps),
         shared,
     )
     return (
@@ -238,9 +233,8 @@ def single(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights
     shift, scale, gate = shared["single_modulation"].unsqueeze(2).unbind(1)
     cos, sin = (torch.cat([shared[f"text_{name}"], shared[name]]) for name in ("cos", "sin"))
     y = linear(modulate(torch.cat(streams, 1), shift, scale, c.eps), a / "to_qkv_mlp_proj")
-    q, k, v, *ff = y.split(
-        [part * y.shape[-1] // sum(c.fused) for part in c.fused], -1
-    )  # a rank holds its share of each part
+    widths = [part * y.shape[-1] // sum(c.fused) for part in c.fused]  # this rank's shard of each part
+    q, k, v, *ff = y.split(widths, -1)
     q, k, v = (x.unflatten(-1, (-1, c.attention_head_dim)) for x in (q, k, v))
     q, k = (
         rotate_interleaved(rms_norm(x, a / norm, c.eps), cos, sin)
@@ -279,11 +273,11 @@ def positions(
 
 
 PIXEL = (1, 1, 1)
-"""The patch of a token: the autoencoder folds 2x2 places into channels itself."""
-MOST_PIXELS = 1024 * 1024
-"""Of a given image; a larger one is shrunk."""
-LEAST_SIDE, MOST_ASPECT = 64, 8
-"""Pixels of a given image's shorter side; how many times as long the other may be."""
+"""Latents per token along frames, height and width: the autoencoder folds 2x2 latents itself."""
+MAX_PIXELS = 1024 * 1024
+"""Most pixels of an input image; a larger one is scaled down."""
+MIN_SIDE, MAX_ASPECT = 64, 8
+"""Limits of an input image: pixels of its shorter side, and the longer side over the shorter one."""
 
 MISTRAL_CHAT = (
     "<s>[SYSTEM_PROMPT]You are an AI that reasons about image descriptions. You give structured responses "
@@ -291,12 +285,11 @@ MISTRAL_CHAT = (
     "relationships, object\nattribution and actions without speculation.[/SYSTEM_PROMPT][INST]{}[/INST]"
 )
 QWEN_CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-"""A prompt as its model reads it, by the chat templates of Mistral Small 3.2 and of Qwen3 without thinking.
-"""
+"""A prompt in the chat template of Mistral Small 3.2, and of Qwen3 without thinking."""
 
 
-def _shrunk(height: int, width: int) -> tuple[int, int]:
-    scale = math.sqrt(MOST_PIXELS / (height * width))
+def _scaled_down(height: int, width: int) -> tuple[int, int]:
+    scale = math.sqrt(MAX_PIXELS / (height * width))
     return (height, width) if scale >= 1 else (int(height * scale), int(width * scale))
 
 
@@ -307,68 +300,67 @@ def reference_size(height: int, width: int, multiple: int) -> tuple[int, int]:
     too small or too long.
     """
     short, long = sorted((height, width))
-    if short < LEAST_SIDE or long > MOST_ASPECT * short:
-        allowed = f"sides of at least {LEAST_SIDE} pixels, one at most {MOST_ASPECT} times the other"
+    if short < MIN_SIDE or long > MAX_ASPECT * short:
+        allowed = f"sides of at least {MIN_SIDE} pixels, one at most {MAX_ASPECT} times the other"
         raise UserError(
             "image_path", f"image_path: an image is {width} x {height} pixels; FLUX.2 takes {allowed}"
         )
-    height, width = _shrunk(height, width)
+    height, width = _scaled_down(height, width)
     return height // multiple * multiple, width // multiple * multiple
 
 
-def reference(parts: Context, image: numpy.ndarray) -> Tensor:
+def reference(context: Context, image: numpy.ndarray) -> Tensor:
     """An input image, uint8 [height, width, 3] -> latents [1, C, 1, H, W] of its middle.
 
     An image larger than a megapixel is scaled down to that first.
     """
     height, width = image.shape[:2]
-    whole, seen = (
-        _shrunk(height, width),
-        reference_size(height, width, parts.nets["vae"].config.scale_factor_spatial),
-    )
-    top, left = ((n - kept) // 2 for n, kept in zip(whole, seen, strict=True))
-    return parts.encode(
-        parts.pixels([parts.resize(image, *whole)[top : top + seen[0], left : left + seen[1]]])
-    )
+    multiple = context.nets["vae"].config.scale_factor_spatial
+    whole, cropped = _scaled_down(height, width), reference_size(height, width, multiple)
+    top, left = ((n - kept) // 2 for n, kept in zip(whole, cropped, strict=True))
+    resized = context.resize(image, *whole)
+    return context.encode(context.pixels([resized[top : top + cropped[0], left : left + cropped[1]]]))
 
 
-DEV_STATES, KLEIN_STATES = (10, 20, 30), (9, 18, 27)
-"""Which hidden states of the language model are read, whatever its depth."""
+DEV_LAYERS, KLEIN_LAYERS = (10, 20, 30), (9, 18, 27)
+"""Numbers of the language model's hidden states that are read, whatever its depth."""
 
 
-def _prepared(
-    c: Config, parts: Context, request: Request, texts: list[str], side: str | None, take: tuple[int, ...]
+def _prepare(
+    c: Config, context: Context, request: Request, texts: list[str], side: str | None, layers: tuple[int, ...]
 ) -> LoopInputs:
     """Loop inputs of both pipelines: text states, and references behind the image's own tokens.
 
     layers: the hidden states of the language model that are concatenated for each token, padding
     included.
     """
-    encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
-    ids, mask = parts.tokens("tokenizer", texts, request.text_tokens, side, framed=False)
-    text = torch.cat(decoder_lm.encode(encoder.config, encoder.plan, encoder.w, ids, mask, take=take), -1)
-    references = [reference(parts, image) for image in request.originals]
+    encoder, vae = context.nets["text_encoder"], context.nets["vae"].config
+    ids, mask = context.tokens("tokenizer", texts, request.text_tokens, side, framed=False)
+    text = torch.cat(decoder_lm.encode(encoder.config, encoder.plan, encoder.w, ids, mask, take=layers), -1)
+    references = [reference(context, image) for image in request.originals]
     shared = {
         "positions": positions(
-            latent_size(vae, request), [latents.shape[2:] for latents in references], parts.device
+            latent_size(vae, request), [latents.shape[2:] for latents in references], context.device
         )
     }
     if c.guidance_embeds:
-        shared["guidance"] = torch.tensor([request.embedded_guidance], device=parts.device)
-    known = appended(token_count(vae, request, PIXEL), [patchify(latents, PIXEL) for latents in references])
-    return on_grid([{"text": each[None]} | shared for each in text], vae, request, PIXEL, known)
+        shared["guidance"] = torch.tensor([request.embedded_guidance], device=context.device)
+    given_tokens = reference_tokens(
+        token_count(vae, request, PIXEL), [patchify(latents, PIXEL) for latents in references]
+    )
+    return on_grid([{"text": each[None]} | shared for each in text], vae, request, PIXEL, given_tokens)
 
 
-def prepare_dev(c: Config, parts: Context, request: Request) -> LoopInputs:
+def prepare_dev(c: Config, context: Context, request: Request) -> LoopInputs:
     """dev: texts are padded on the left. A prompt cannot contain the token that stands for images."""
     texts = [MISTRAL_CHAT.format(text.replace("[IMG]", "")) for text in request.texts]
-    return _prepared(c, parts, request, texts, "left", DEV_STATES)
+    return _prepare(c, context, request, texts, "left", DEV_LAYERS)
 
 
-def prepare_klein(c: Config, parts: Context, request: Request) -> LoopInputs:
+def prepare_klein(c: Config, context: Context, request: Request) -> LoopInputs:
     """klein: texts are padded on the right unless the tokenizer's files say otherwise."""
     texts = [QWEN_CHAT.format(text) for text in request.texts]
-    return _prepared(c, parts, request, texts, None, KLEIN_STATES)
+    return _prepare(c, context, request, texts, None, KLEIN_LAYERS)
 
 
 def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
@@ -406,7 +398,7 @@ FAMILY = Denoiser(
     must_fit=must_fit,
     mu=mu,
     linear_grid=True,
-    hidden_states={"text_encoder": {"Flux2Pipeline": DEV_STATES, "Flux2KleinPipeline": KLEIN_STATES}},
+    hidden_states={"text_encoder": {"Flux2Pipeline": DEV_LAYERS, "Flux2KleinPipeline": KLEIN_LAYERS}},
     own_grid=("Flux2Pipeline", "Flux2KleinPipeline"),
     given_size=reference_size,
 )

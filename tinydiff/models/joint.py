@@ -81,9 +81,8 @@ def joint_attention(plan: Plan, text: Heads, image: Heads, shared: Mapping[str, 
     """
     q, k, v = (torch.cat(pair, 1) for pair in zip(text, image, strict=True))
     mask = joint_mask(shared["mask"], image[0].shape[1]) if "mask" in shared else None
-    return split(
-        attention(plan, q, k, v, mask, keys=keys(plan, shared, "joint")).flatten(2), text[0].shape[1]
-    )
+    y = attention(plan, q, k, v, mask, keys=keys(plan, shared, "joint")).flatten(2)
+    return split(y, text[0].shape[1])
 
 
 def joint_mask(mask_BT: Tensor, tokens: int) -> Tensor:
@@ -164,12 +163,11 @@ def modulations(w: Weights, double: int, single: int, time_SBD: Tensor) -> dict[
     time_SBD: the embedding of a step's timestep and whatever is added to it. `norm_out` has scale before
     shift.
     """
-    parts = {
-        f"transformer_blocks.{i}.{name}": 6 for i in range(double) for name in ("norm1", "norm1_context")
-    }
-    parts |= {f"single_transformer_blocks.{i}.norm": 3 for i in range(single)} | {"norm_out": 2}
+    norms = ("norm1", "norm1_context")
+    sizes = {f"transformer_blocks.{i}.{name}": 6 for i in range(double) for name in norms}
+    sizes |= {f"single_transformer_blocks.{i}.norm": 3 for i in range(single)} | {"norm_out": 2}
     active = F.silu(time_SBD)
-    return {name: linear(active, w / name / "linear").unflatten(-1, (n, -1)) for name, n in parts.items()}
+    return {name: linear(active, w / name / "linear").unflatten(-1, (n, -1)) for name, n in sizes.items()}
 
 
 def double_block(
@@ -189,19 +187,17 @@ def double_block(
     text, image = streams
     of_text, of_image = (request[name].unsqueeze(2).unbind(1) for name in ("norm1_context", "norm1"))
     a = w / "attn"
+    y_text, y_image = modulate(text, of_text[0], of_text[1]), modulate(image, of_image[0], of_image[1])
     y_text, y_image = joint_attention(
         plan,
-        heads(
-            a, modulate(text, of_text[0], of_text[1]), width, (shared["text_cos"], shared["text_sin"]), TEXT
-        ),
-        heads(a, modulate(image, of_image[0], of_image[1]), width, (shared["cos"], shared["sin"])),
+        heads(a, y_text, width, (shared["text_cos"], shared["text_sin"]), TEXT),
+        heads(a, y_image, width, (shared["cos"], shared["sin"])),
         shared,
     )
+    y_text, y_image = linear_sum(plan, y_text, a / "to_add_out"), linear_sum(plan, y_image, a / "to_out" / 0)
     return (
-        _finish(
-            plan, text, linear_sum(plan, y_text, a / "to_add_out"), of_text, w / "ff_context", activation
-        ),
-        _finish(plan, image, linear_sum(plan, y_image, a / "to_out" / 0), of_image, w / "ff", activation),
+        _finish(plan, text, y_text, of_text, w / "ff_context", activation),
+        _finish(plan, image, y_image, of_image, w / "ff", activation),
     )
 
 
@@ -213,7 +209,7 @@ def _finish(
     ff: Weights,
     activation: Activation,
 ) -> Tensor:
-    """The gated sum with what attention gave, and the modulated feed-forward."""
+    """The gated residual of attention, then the modulated feed-forward."""
     _, _, gate, ff_shift, ff_scale, ff_gate = modulation
     x = x + attended * gate
     return x + feed_forward(plan, ff, modulate(x, ff_shift, ff_scale), activation) * ff_gate
@@ -236,13 +232,10 @@ def single_block(
     shift, scale, gate = request["norm"].unsqueeze(2).unbind(1)
     x = modulate(torch.cat(streams, 1), shift, scale)
     rope = torch.cat([shared["text_cos"], shared["cos"]]), torch.cat([shared["text_sin"], shared["sin"]])
-    attended = attention(plan, *heads(w / "attn", x, width, rope), keys=keys(plan, shared, "joint")).flatten(
-        2
-    )
-    y = (
-        linear_sum(plan, torch.cat([attended, activation(linear(x, w / "proj_mlp"))], -1), w / "proj_out")
-        * gate
-    )
+    q, k, v = heads(w / "attn", x, width, rope)
+    attended = attention(plan, q, k, v, keys=keys(plan, shared, "joint")).flatten(2)
+    y = torch.cat([attended, activation(linear(x, w / "proj_mlp"))], -1)
+    y = linear_sum(plan, y, w / "proj_out") * gate
     y_text, y_image = split(y, text.shape[1])
     return text + y_text, image + y_image
 

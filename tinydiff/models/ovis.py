@@ -68,7 +68,7 @@ class Config:
 
 
 PATCH = (1, 2, 2)
-"""Latents to tokens and back: `ops.patch.patchify` by this patch."""
+"""Latents per token along frames, height and width, see `ops.patch.patchify`."""
 FREQUENCIES = 256
 
 # --- weights
@@ -106,9 +106,8 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     """
     dtype = w.dtype
     text = linear(rms_norm(inputs["text"].to(dtype), w / "context_embedder_norm"), w / "context_embedder")
-    diagonal = torch.arange(text.shape[1], device=text.device)[:, None] * torch.tensor(
-        [0, 1, 1], device=text.device
-    )
+    places = torch.arange(text.shape[1], device=text.device)[:, None]
+    diagonal = places * torch.tensor([0, 1, 1], device=text.device)
     request = {"text": text}
     request |= joint.rope_tables(diagonal, inputs["positions"], c.axes_dims_rope, compute_dtype(text))
 
@@ -139,9 +138,8 @@ def single(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights
 
 def blocks(c: Config) -> list:
     """The stack as rows (function, prefix)."""
-    return [(double, f"transformer_blocks.{i}") for i in range(c.num_layers)] + [
-        (single, f"single_transformer_blocks.{i}") for i in range(c.num_single_layers)
-    ]
+    rows = [(double, f"transformer_blocks.{i}") for i in range(c.num_layers)]
+    return rows + [(single, f"single_transformer_blocks.{i}") for i in range(c.num_single_layers)]
 
 
 def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, step: Tensors) -> Tensor:
@@ -162,24 +160,23 @@ TEMPLATE = (
     "spatial relationships of the "
     "objects and background: {}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 )
-"""What the prompt is put into: a turn of Qwen3's chat and the start of an answer without thinking."""
-DROPPED = 28
-"""Tokens of the template before the prompt whose states are left out. It has 30, but the model is trained so.
-"""
+"""The template of a prompt: a turn of Qwen3's chat and the start of an answer without thinking."""
+SKIPPED = 28
+"""Template tokens before the prompt whose states are left out. There are 30; the model was trained with 28."""
 
 
-def prepare(c: Config, parts: Context, request: Request) -> LoopInputs:
+def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
     """Loop inputs: the last hidden states of the prompt in its template.
 
     The states of padding are set to zero; the network attends to all of them.
     """
-    encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
+    encoder, vae = context.nets["text_encoder"], context.nets["vae"].config
     texts = [TEMPLATE.format(text) for text in request.texts]
-    ids, mask = parts.tokens("tokenizer", texts, request.text_tokens + DROPPED)
-    take = (encoder.config.num_hidden_layers,)
-    (hidden,) = decoder_lm.encode(encoder.config, encoder.plan, encoder.w, ids, mask, take=take)
-    hidden = (hidden * mask[..., None].to(hidden.dtype))[:, DROPPED:]
-    shared = {"positions": positions(latent_size(vae, request), parts.device)}
+    ids, mask = context.tokens("tokenizer", texts, request.text_tokens + SKIPPED)
+    last = (encoder.config.num_hidden_layers,)
+    (hidden,) = decoder_lm.encode(encoder.config, encoder.plan, encoder.w, ids, mask, take=last)
+    hidden = (hidden * mask[..., None].to(hidden.dtype))[:, SKIPPED:]
+    shared = {"positions": positions(latent_size(vae, request), context.device)}
     return on_grid([{"text": text[None]} | shared for text in hidden], vae, request, PATCH)
 
 

@@ -24,16 +24,17 @@ from torch import Tensor
 
 from tinydiff.models.family import Denoiser
 from tinydiff.models.joint import IMAGE, TEXT, Streams, feed_forward, gelu_tanh, heads, joint_attention
-from tinydiff.models.qwen_prompts import EDIT, MAKE, PICTURE, Seen, caption, see, states
+from tinydiff.models import qwen_prompts
+from tinydiff.models.qwen_prompts import EDIT, TEXT_TO_IMAGE, ImageTokens, caption, encode_images, text_states
 from tinydiff.models.recipe import (
     Context,
     LoopInputs,
     Patch,
-    appended,
+    reference_tokens,
     latent_size,
     on_grid,
     shift_by_tokens,
-    spread,
+    fit_area,
     token_count,
 )
 from tinydiff.models.registry import ReleasedModel
@@ -96,10 +97,8 @@ class Config:
 
 def _block_rows(c: Config) -> Iterator[Row]:
     d = c.width
-    for stream, (*projections, norm_q, norm_k), out in (
-        ("img", IMAGE, "to_out.0"),
-        ("txt", TEXT, "to_add_out"),
-    ):
+    streams = ("img", IMAGE, "to_out.0"), ("txt", TEXT, "to_add_out")
+    for stream, (*projections, norm_q, norm_k), out in streams:
         yield from linear_rows(f"{stream}_mod.1", d, 6 * d)
         for name in projections:
             yield from linear_rows(f"attn.{name}", d, d, "out")
@@ -169,11 +168,9 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     dtype = w.dtype
     text = linear(rms_norm(inputs["text"].to(dtype), w / "txt_norm"), w / "txt_in")
     request = {"text": text}
-    for prefix, at in (
-        ("", inputs["positions"]),
-        ("text_", text_positions(c, inputs["positions"], text.shape[1])),
-    ):
-        cos, sin = rope_table(at, c.axes_dims_rope, dtype=torch.float32)
+    image_at, text_at = inputs["positions"], text_positions(c, inputs["positions"], text.shape[1])
+    for prefix, places in (("", image_at), ("text_", text_at)):
+        cos, sin = rope_table(places, c.axes_dims_rope, dtype=torch.float32)
         request |= {f"{prefix}cos": cos, f"{prefix}sin": sin}
     if "mask" in inputs:
         request["mask"] = inputs["mask"].bool()
@@ -186,9 +183,9 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
             steps[f"{at}.{name}"] = linear(time, w / at / name / 1).unflatten(-1, (6, -1))
     if c.zero_cond_t and "frozen" in inputs:
         request["frozen"] = inputs["frozen"]
-        still = _time(embed, torch.zeros_like(timesteps_S[:1], dtype=dtype), kind)[0]
+        frozen_time = _time(embed, torch.zeros_like(timesteps_S[:1], dtype=dtype), kind)[0]
         for _, at in blocks(c):
-            request[f"{at}.still_mod"] = linear(still, w / at / "img_mod" / 1).unflatten(-1, (6, -1))
+            request[f"{at}.frozen_mod"] = linear(frozen_time, w / at / "img_mod" / 1).unflatten(-1, (6, -1))
     return request, steps
 
 
@@ -202,40 +199,39 @@ def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step
 
 
 def _modulations(
-    rows: Tensor, still: Tensor | None = None, frozen: Tensor | None = None
+    rows: Tensor, frozen_rows: Tensor | None = None, frozen: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """[B, 6, D] -> shift, scale and gate of attention, then of the feed-forward: [B, 1, D] each.
 
-    [B, L, D] each where some tokens are frozen.
+    [B, L, D] each where some tokens are frozen: those have the modulation `frozen_rows`, of timestep 0.
     """
     moving = rows.unsqueeze(2).unbind(1)
-    if still is None or frozen is None:
+    if frozen_rows is None or frozen is None:
         return moving
-    return tuple(torch.where(frozen, a, b) for a, b in zip(still.unsqueeze(2).unbind(1), moving, strict=True))
+    fixed = frozen_rows.unsqueeze(2).unbind(1)
+    return tuple(torch.where(frozen, a, b) for a, b in zip(fixed, moving, strict=True))
 
 
 def _finish(plan: Plan, x: Tensor, attended: Tensor, modulations: tuple[Tensor, ...], ff: Weights) -> Tensor:
-    """The gated sum with what attention gave, and the modulated feed-forward."""
+    """The gated residual of attention, then the modulated feed-forward."""
     _, _, gate, ff_shift, ff_scale, ff_gate = modulations
     x = x + gate * attended
     x = x + ff_gate * feed_forward(plan, ff, modulate(x, ff_shift, ff_scale), gelu_tanh)
-    return (
-        x.clip(-65504, 65504) if x.dtype == torch.float16 else x
-    )  # float16 has no larger numbers, and the residuals are large
+    # The residuals can exceed the largest number of float16.
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
 def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
     """Joint attention, then a feed-forward for each stream, all modulated by the time."""
     text, image = streams
     of_text = _modulations(request["txt_mod"])
-    of_image = _modulations(request["img_mod"], request.get("still_mod"), shared.get("frozen"))
+    of_image = _modulations(request["img_mod"], request.get("frozen_mod"), shared.get("frozen"))
     a, width = w / "attn", c.attention_head_dim
+    y_text, y_image = modulate(text, of_text[0], of_text[1]), modulate(image, of_image[0], of_image[1])
     y_text, y_image = joint_attention(
         plan,
-        heads(
-            a, modulate(text, of_text[0], of_text[1]), width, (shared["text_cos"], shared["text_sin"]), TEXT
-        ),
-        heads(a, modulate(image, of_image[0], of_image[1]), width, (shared["cos"], shared["sin"]), IMAGE),
+        heads(a, y_text, width, (shared["text_cos"], shared["text_sin"]), TEXT),
+        heads(a, y_image, width, (shared["cos"], shared["sin"]), IMAGE),
         shared,
     )
     return (
@@ -267,13 +263,13 @@ def positions(
     counted from the middle of each image. Layered's last image, the condition image, is at -1, before all
     layers.
     """
-    pictures = []
+    grids = []
     for i, size in enumerate(sizes):
         height, width = (n // c.patch_size for n in size)
         index = -1 if c.use_layer3d_rope and i == len(sizes) - 1 else i
         first = torch.tensor([index, height // 2 - height, width // 2 - width], device=device)
-        pictures.append(grid_positions(1, height, width, device=device) + first)
-    return torch.cat(pictures)
+        grids.append(grid_positions(1, height, width, device=device) + first)
+    return torch.cat(grids)
 
 
 def text_positions(c: Config, positions_LA: Tensor, tokens: int) -> Tensor:
@@ -285,85 +281,109 @@ def text_positions(c: Config, positions_LA: Tensor, tokens: int) -> Tensor:
     return (axes.amax() + 1 + torch.arange(tokens, device=axes.device))[:, None].expand(-1, 3)
 
 
-CANVAS = 1024 * 1024
+EDIT_PIXELS = 1024 * 1024
 """Pixels of an image to edit as the network sees it."""
-GLANCE = 384 * 384
+LANGUAGE_MODEL_PIXELS = 384 * 384
 """Pixels of an image to edit as the language model sees it, from Edit-2509 on."""
 
 
-def _resized(parts: Context, images: Sequence[numpy.ndarray], area: int) -> list[numpy.ndarray]:
-    """Each image at `area` pixels, its own aspect kept."""
-    return [parts.resize(image, *spread(area, *image.shape[:2])) for image in images]
+def _resized(context: Context, images: Sequence[numpy.ndarray], area: int) -> list[numpy.ndarray]:
+    """Each image resized to about `area` pixels, with its own aspect."""
+    return [context.resize(image, *fit_area(area, *image.shape[:2])) for image in images]
 
 
-def prepare(c: Config, parts: Context, request: Request) -> LoopInputs:
-    """From text: Qwen-Image, -2512."""
-    vae = parts.nets["vae"].config
-    shared = {"positions": positions(c, [latent_size(vae, request)[1:]], parts.device)}
-    branches = [{"text": states(parts, MAKE, text, request.text_tokens)} | shared for text in request.texts]
+def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
+    """Loop inputs of text to image: Qwen-Image and -2512."""
+    vae = context.nets["vae"].config
+    shared = {"positions": positions(c, [latent_size(vae, request)[1:]], context.device)}
+    branches = [
+        {"text": text_states(context, TEXT_TO_IMAGE, text, request.text_tokens)} | shared
+        for text in request.texts
+    ]
     return on_grid(branches, vae, request, patch(c))
 
 
 def _edit(
-    c: Config, parts: Context, request: Request, before: str, seen: Seen, references: Sequence[Tensor]
+    c: Config,
+    context: Context,
+    request: Request,
+    before: str,
+    image_tokens: ImageTokens,
+    references: Sequence[Tensor],
 ) -> LoopInputs:
-    """before: what stands before the texts. references: latents [1, C, 1, H, W] of the images to edit."""
-    vae = parts.nets["vae"].config
-    known = appended(
+    """Loop inputs of editing.
+
+    before: text before each prompt. references: latents [1, C, 1, H, W] of the images to edit.
+    """
+    vae = context.nets["vae"].config
+    known = reference_tokens(
         token_count(vae, request, patch(c)), [patchify(latents, patch(c)) for latents in references]
     )
     assert known is not None
     sizes = [latent_size(vae, request)[1:], *(latents.shape[3:] for latents in references)]
-    shared = {"positions": positions(c, sizes, parts.device), "frozen": ~known.free}
-    branches = [{"text": states(parts, EDIT, before + text, seen=seen)} | shared for text in request.texts]
+    shared = {"positions": positions(c, sizes, context.device), "frozen": ~known.denoised}
+    branches = [
+        {"text": text_states(context, EDIT, before + text, image_tokens=image_tokens)} | shared
+        for text in request.texts
+    ]
     return on_grid(branches, vae, request, patch(c), known)
 
 
-def prepare_edit(c: Config, parts: Context, request: Request) -> LoopInputs:
-    """From text and an image, Edit: language model and network see the same."""
-    pictures = _resized(parts, request.originals, CANVAS)
-    return _edit(c, parts, request, PICTURE, see(parts, pictures), [parts.encode(parts.pixels(pictures))])
+def prepare_edit(c: Config, context: Context, request: Request) -> LoopInputs:
+    """Loop inputs of Edit: language model and denoiser see one image at one size."""
+    images = _resized(context, request.originals, EDIT_PIXELS)
+    return _edit(
+        c,
+        context,
+        request,
+        qwen_prompts.IMAGE,
+        encode_images(context, images),
+        [context.encode(context.pixels(images))],
+    )
 
 
-def prepare_edit_plus(c: Config, parts: Context, request: Request) -> LoopInputs:
-    """From text and numbered images, Edit-2509 and -2511: the language model sees them smaller."""
-    # The model learnt these words, whatever others are used for images elsewhere.
-    before = "".join(f"Picture {i}: {PICTURE}" for i in range(1, len(request.originals) + 1))
-    seen = see(parts, _resized(parts, request.originals, GLANCE))
+def prepare_edit_plus(c: Config, context: Context, request: Request) -> LoopInputs:
+    """Loop inputs of Edit-2509 and -2511: numbered images, which the language model sees smaller."""
+    # The model was trained with the word Picture.
+    before = "".join(f"Picture {i}: {qwen_prompts.IMAGE}" for i in range(1, len(request.originals) + 1))
+    image_tokens = encode_images(context, _resized(context, request.originals, LANGUAGE_MODEL_PIXELS))
     references = [
-        parts.encode(parts.pixels([picture])) for picture in _resized(parts, request.originals, CANVAS)
+        context.encode(context.pixels([image])) for image in _resized(context, request.originals, EDIT_PIXELS)
     ]
-    return _edit(c, parts, request, before, seen, references)
+    return _edit(c, context, request, before, image_tokens, references)
 
 
-def prepare_layered(c: Config, parts: Context, request: Request) -> LoopInputs:
-    """From an image with alpha and a text about it, Layered: the image once more, then its layers.
+def prepare_layered(c: Config, context: Context, request: Request) -> LoopInputs:
+    """Loop inputs of Layered, which decomposes an image with alpha: the whole image again, then its layers.
 
-    Without a prompt the language model says what it sees. Layers are drawn and packed one after another, each
+    Without a prompt the language model captions the image. Noise is drawn for one layer after another, each
     [C, H, W].
     """
-    vae = parts.nets["vae"].config
+    vae = context.nets["vae"].config
     p, (_, height, width) = c.patch_size, latent_size(vae, request)
-    whole = parts.resize(request.originals[0], request.height, request.width)
+    whole = context.resize(request.originals[0], request.height, request.width)
     prompt, *negative = request.texts
-    texts = [prompt if prompt.strip() else caption(parts, whole), *negative]
-    reference = patchify(parts.encode(parts.pixels([whole])), patch(c))
-    pictures = request.layers + 1
+    texts = [prompt if prompt.strip() else caption(context, whole), *negative]
+    reference = patchify(context.encode(context.pixels([whole])), patch(c))
+    images = request.layers + 1
     shared = {
-        "positions": positions(c, [(height, width)] * (pictures + 1), parts.device),
-        "kind": torch.zeros(1, dtype=torch.int64, device=parts.device),
+        "positions": positions(c, [(height, width)] * (images + 1), context.device),
+        "kind": torch.zeros(1, dtype=torch.int64, device=context.device),
     }
 
     def unpack(x: Tensor) -> Tensor:
-        grid = {"f": pictures, "h": height // p, "w": width // p, "p": p, "q": p}
+        grid = {"f": images, "h": height // p, "w": width // p, "p": p, "q": p}
         return rearrange(x[0], "(f h w) (c p q) -> f c 1 (h p) (w q)", **grid)[1:]
 
     return LoopInputs(
-        branches=tuple({"text": states(parts, MAKE, text, request.text_tokens)} | shared for text in texts),
-        size=(pictures, vae.z_dim, height, width),
+        branches=tuple(
+            {"text": text_states(context, TEXT_TO_IMAGE, text, request.text_tokens)} | shared
+            for text in texts
+        ),
+        size=(images, vae.z_dim, height, width),
         pack=lambda x: rearrange(x, "b f c (h p) (w q) -> b (f h w) (c p q)", p=p, q=p),
         unpack=unpack,
-        known=appended(pictures * reference.shape[1], [reference]),
+        given_tokens=reference_tokens(images * reference.shape[1], [reference]),
         guidance="classifier_free",
         revised=None if prompt.strip() else texts[0],
     )

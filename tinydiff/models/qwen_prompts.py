@@ -1,4 +1,4 @@
-"""The chats with Qwen2.5-VL in Qwen-Image's pipelines: templates, images among the words, states read.
+"""The chats with Qwen2.5-VL in Qwen-Image's pipelines: templates, images among the words, hidden states.
 
 Source: diffusers' Qwen-Image pipelines. Shape letters: T tokens of a text, N tokens of the images in it, C
 width of the language model.
@@ -23,19 +23,19 @@ from tinydiff.records import UserError
 log = logging.getLogger(__name__)
 
 PAD = "<|image_pad|>"
-"""The token that stands for all those of an image."""
-PICTURE = f"<|vision_start|>{PAD}<|vision_end|>"
+"""The token of a text that stands for all tokens of an image."""
+IMAGE = f"<|vision_start|>{PAD}<|vision_end|>"
 
 
 class Chat(NamedTuple):
-    """A chat about a prompt, and how many of its first tokens, the same for every prompt, are not read."""
+    """The template of a chat, and how many of its first tokens are not read."""
 
     text: str
-    unread: int
+    skipped: int
 
 
 _TURNS = "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-MAKE = Chat(
+TEXT_TO_IMAGE = Chat(
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
     "spatial relationships of the "
     f"objects and background:{_TURNS}",
@@ -60,82 +60,86 @@ CAPTION = (
     "不做翻译和解释，用引号在图注中强调\n3.\n"
     "保持真实性与准确性：\n - 不要使用笼统的描述\n -\n描述图像中所有可见的信息，"
     "但不要加入没有在图像中出现的内容\n"
-    f"{PICTURE}<|im_end|>\n<|im_start|>assistant\n"
+    f"{IMAGE}<|im_end|>\n<|im_start|>assistant\n"
 )
 CAPTION_TOKENS = 512
 CAPTION_ENDS = ("<|im_end|>", "<|endoftext|>")
 CAPTION_SAMPLING = Sampling(repetition_penalty=1.05)
-"""As Qwen2.5-VL's generation_config.json; its temperature of 1e-6 is the likeliest token."""
+"""Qwen2.5-VL's generation_config.json; its temperature of 1e-6 means the likeliest token."""
 
 
-class Seen(NamedTuple):
-    """Images as the language model sees them."""
+class ImageTokens(NamedTuple):
+    """The language model's tokens of images."""
 
     tokens: Tensor
     """[N, C], one image after another."""
     grids: list[Grid]
 
 
-def see(parts: Context, images: Sequence[numpy.ndarray]) -> Seen:
+def encode_images(context: Context, images: Sequence[numpy.ndarray]) -> ImageTokens:
     """Run the vision tower on uint8 images [H, W, 3 or 4], each of its own size.
 
     Raises UserError for an image that is too narrow.
     """
-    net = parts.nets["vision"]
+    net = context.nets["vision"]
     try:
         patches, grids = zip(*(qwen_vision.pixels(net.config, image) for image in images), strict=True)
     except ValueError as error:
         raise UserError("image_path", f"image_path: {error}") from error
-    return Seen(
-        qwen_vision.encode(net.config, net.plan, net.w, torch.cat(patches).to(parts.device), grids),
+    return ImageTokens(
+        qwen_vision.encode(net.config, net.plan, net.w, torch.cat(patches).to(context.device), grids),
         list(grids),
     )
 
 
-def _among_words(parts: Context, ids_1T: Tensor, seen: Seen) -> tuple[Tensor, dict[str, Any]]:
-    """(ids [1, T + N - images], what else the language model needs to know of them)."""
-    language, vision = parts.nets["text_encoder"], parts.nets["vision"].config
-    pad = parts.tokenizers["tokenizer"].token_id(PAD)
+def _with_images(
+    context: Context, ids_1T: Tensor, image_tokens: ImageTokens
+) -> tuple[Tensor, dict[str, Any]]:
+    """(ids with a place for each image token [1, T + N - images], their positions and embeddings)."""
+    language, vision = context.nets["text_encoder"], context.nets["vision"].config
+    pad = context.tokenizers["tokenizer"].token_id(PAD)
     try:
-        row = qwen_vision.expand(ids_1T[0].tolist(), pad, qwen_vision.token_counts(vision, seen.grids))
+        counts = qwen_vision.token_counts(vision, image_tokens.grids)
+        row = qwen_vision.expand(ids_1T[0].tolist(), pad, counts)
     except ValueError as error:
         raise UserError(
-            "prompt", f"prompt: {PAD} stands for a given image and cannot be in a text ({error})"
+            "prompt", f"prompt: {PAD} stands for an input image and cannot be in a text ({error})"
         ) from error
-    ids = torch.tensor([row], device=parts.device)
-    embeds = qwen_vision.place(
-        decoder_lm.embed(language.config, language.plan, language.w, ids), ids, pad, seen.tokens
-    )
+    ids = torch.tensor([row], device=context.device)
+    words = decoder_lm.embed(language.config, language.plan, language.w, ids)
+    embeds = qwen_vision.place(words, ids, pad, image_tokens.tokens)
     return ids, {
-        "positions": qwen_vision.positions(vision, ids, torch.ones_like(ids), pad, seen.grids),
+        "positions": qwen_vision.positions(vision, ids, torch.ones_like(ids), pad, image_tokens.grids),
         "embeds": embeds,
     }
 
 
-def states(
-    parts: Context, chat: Chat, text: str, limit: int | None = None, seen: Seen | None = None
+def text_states(
+    context: Context, chat: Chat, text: str, limit: int | None = None, image_tokens: ImageTokens | None = None
 ) -> Tensor:
-    """The language model's last states [1, T, C] from the prompt on, at most `limit`; None reads all."""
-    net = parts.nets["text_encoder"]
-    ids, _ = parts.tokens(
-        "tokenizer", [chat.text.format(text)], None if limit is None else chat.unread + limit, "none"
-    )
-    ids, more = (ids, {}) if seen is None else _among_words(parts, ids, seen)
+    """The language model's last hidden states [1, T, C], starting with the prompt's.
+
+    limit: most tokens of the prompt; None reads all. image_tokens: of the images that the chat mentions.
+    """
+    net = context.nets["text_encoder"]
+    length = None if limit is None else chat.skipped + limit
+    ids, _ = context.tokens("tokenizer", [chat.text.format(text)], length, "none")
+    ids, more = (ids, {}) if image_tokens is None else _with_images(context, ids, image_tokens)
     [hidden] = decoder_lm.encode(
         net.config, net.plan, net.w, ids, take=(net.config.num_hidden_layers,), **more
     )
-    return hidden[:, chat.unread :]
+    return hidden[:, chat.skipped :]
 
 
-def caption(parts: Context, image: numpy.ndarray) -> str:
-    """What the language model says of an image, in Chinese, the language of the model's own captions."""
-    net, tokenizer = parts.nets["text_encoder"], parts.tokenizers["tokenizer"]
-    ids, _ = parts.tokens("tokenizer", [CAPTION], None, "none")
-    ids, more = _among_words(parts, ids, see(parts, [image]))
+def caption(context: Context, image: numpy.ndarray) -> str:
+    """The language model's caption of an image, in Chinese, the language of the captions in training."""
+    net, tokenizer = context.nets["text_encoder"], context.tokenizers["tokenizer"]
+    ids, _ = context.tokens("tokenizer", [CAPTION], None, "none")
+    ids, more = _with_images(context, ids, encode_images(context, [image]))
     stop = [tokenizer.token_id(name) for name in CAPTION_ENDS]
-    [said] = generate(
+    [answer] = generate(
         net.config, net.plan, net.w, ids, limit=CAPTION_TOKENS, stop=stop, sampling=CAPTION_SAMPLING, **more
     )
-    text = tokenizer.text(said)
+    text = tokenizer.text(answer)
     log.info("caption: %s", text)
     return text

@@ -59,17 +59,17 @@ class Net(Generic[F]):
 
 
 class GivenTokens(NamedTuple):
-    """Tokens given beforehand, of the image itself (a first frame) or appended to it (reference images)."""
+    """Tokens with a known value: of the output (a first frame) or behind it (reference images)."""
 
     tokens: Tensor
-    """[1, L or L + R, P], anything where they are not given."""
-    free: Tensor
-    """bool [1, L or L + R, 1], true where the loop makes them."""
+    """[1, L or L + R, P]: the known values; arbitrary where a token is denoised."""
+    denoised: Tensor
+    """bool [1, L or L + R, 1], true for the tokens that the loop denoises."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a recipe may use of a loaded model, for one request."""
+    """The parts of a loaded model that a recipe uses, for one request."""
 
     nets: Mapping[str, Net[Any]]
     tokens: Callable[..., tuple[Tensor, Tensor]]
@@ -84,16 +84,15 @@ class Context:
     encode: Callable[[Tensor], Tensor]
     """Pixels [1, 3 or 4, N, height, width] in [-1, 1] -> the VAE's normalised latents [1, C, F, H, W]."""
     resize: Callable[[numpy.ndarray, int, int], numpy.ndarray]
-    """(uint8 image [height, width, 3 or 4], height, width) -> the image at that size, by Lanczos' filter.
-    """
+    """(uint8 image [height, width, 3 or 4], height, width) -> the image resized by Lanczos' filter."""
     options: Mapping[str, Any]
     """The pipeline's own settings in model_index.json."""
     device: torch.device
 
     def clip_tokens(self, net: str) -> int:
         """How many tokens of a text a CLIP reads: the first tokenizer's limit, at most the network's."""
-        places = self.nets[net].config.max_position_embeddings
-        return min(self.tokenizers["tokenizer"].longest or places, places)
+        limit = self.nets[net].config.max_position_embeddings
+        return min(self.tokenizers["tokenizer"].longest or limit, limit)
 
     def pixels(self, images: Sequence[numpy.ndarray]) -> Tensor:
         """uint8 images [height, width, C] of one size -> [1, C, N, height, width] in [-1, 1].
@@ -106,7 +105,7 @@ class Context:
 
 @dataclass(frozen=True)
 class LoopInputs:
-    """A request in the family's own terms: all that the loop needs but noise and table."""
+    """The inputs of the loop, except noise and the sampling table."""
 
     branches: tuple[dict[str, Tensor], ...]
     """Inputs of the family's `hoist`: for the prompt and, in a guided request, for the negative prompt."""
@@ -117,15 +116,15 @@ class LoopInputs:
     """Latents in that order of axes, [B, C, F, H, W] -> tokens [B, L, P]."""
     unpack: Callable[[Tensor], Tensor]
     """Tokens [1, L, P] -> latents [N, C, F, H, W] for the autoencoder: one video, or N images in layers."""
-    known: GivenTokens | None = None
+    given_tokens: GivenTokens | None = None
     guidance: str | None = None
-    """A form of guidance by name, where the pipeline has not its family's."""
+    """A guidance rule by name, where the pipeline does not use its family's."""
     revised: str | None = None
-    """The prompt as a language model wrote it, where one did."""
+    """The prompt as a language model rewrote or wrote it; None where none did."""
 
 
 def latent_size(vae: Any, request: Request) -> tuple[int, int, int]:
-    """The (F, H, W) of the latents of a request's image or video; vae: the autoencoder's config."""
+    """The (F, H, W) of the latents of a request's output. vae: the autoencoder's config."""
     stride = vae.scale_factor_spatial
     return (
         (request.num_frames - 1) // vae.scale_factor_temporal + 1,
@@ -134,7 +133,7 @@ def latent_size(vae: Any, request: Request) -> tuple[int, int, int]:
     )
 
 
-def side(area: int, along: int, across: int) -> int:
+def rectangle_side(area: int, along: int, across: int) -> int:
     """One side of a rectangle of about `area` pixels and aspect along:across, in pixels.
 
     This is the integer nearest to sqrt(area * along / across), found among integers, since the
@@ -143,7 +142,7 @@ def side(area: int, along: int, across: int) -> int:
     return (isqrt(4 * area * along // across) + 1) // 2
 
 
-def spread(area: int, height: int, width: int, multiple: int = 32) -> tuple[int, int]:
+def fit_area(area: int, height: int, width: int, multiple: int = 32) -> tuple[int, int]:
     """The (height, width) of about `area` pixels nearest to an image's aspect, as multiples of `multiple`.
 
     Source: `calculate_dimensions` of diffusers' Qwen-Image pipelines. Raises UserError where a side would
@@ -153,25 +152,25 @@ def spread(area: int, height: int, width: int, multiple: int = 32) -> tuple[int,
     wide = sqrt(area * ratio)
     sides = wide / ratio, wide
     if min(sides) < multiple / 2:
-        raise too_long(height, width)
+        raise too_elongated(height, width)
     tall, wide = (max(1, round(side / multiple)) * multiple for side in sides)
     return tall, wide
 
 
-def too_long(height: int, width: int) -> UserError:
-    """The mistake of a given image whose aspect no output of the model has."""
-    message = (
-        f"the given image is {width}x{height} pixels, too long for this model to keep its aspect; crop it"
+def too_elongated(height: int, width: int) -> UserError:
+    """The error of an input image whose aspect no output of the model can have."""
+    image = f"the input image is {width}x{height} pixels"
+    return UserError(
+        "image_path", f"image_path: {image}, too long for this model to keep its aspect; crop it"
     )
-    return UserError("image_path", f"image_path: {message}")
 
 
 Patch = tuple[int, int, int]
-"""Latents to a token along frames, height and width."""
+"""Latents per token along frames, height and width."""
 
 
 def token_count(vae: Any, request: Request, patch: Patch) -> int:
-    """How many tokens the latents of a request's image or video have."""
+    """How many tokens the latents of a request's output have."""
     return prod(n // p for n, p in zip(latent_size(vae, request), patch, strict=True))
 
 
@@ -180,29 +179,30 @@ def on_grid(
     vae: Any,
     request: Request,
     patch: Patch,
-    known: GivenTokens | None = None,
+    given_tokens: GivenTokens | None = None,
 ) -> LoopInputs:
-    """A request whose tokens are the patches of its latents, packed as `ops.patch` packs."""
+    """The inputs of a request whose tokens are the patches of its latents, packed by `ops.patch`."""
     size = latent_size(vae, request)
     return LoopInputs(
         branches=tuple(branches),
         size=(vae.z_dim, *size),
         pack=lambda x: patchify(x, patch),
         unpack=lambda x: unpatchify(x, patch, size),
-        known=known,
+        given_tokens=given_tokens,
     )
 
 
-def appended(made: int, references: Sequence[Tensor]) -> GivenTokens | None:
+def reference_tokens(output_tokens: int, references: Sequence[Tensor]) -> GivenTokens | None:
     """The reference images' tokens [1, R, P] behind the output's; None without references.
 
     output_tokens: how many tokens the output has.
     """
     if not references:
         return None
-    given = torch.cat(list(references), 1)
-    tokens = torch.cat([given.new_zeros(1, made, given.shape[2]), given], 1)
-    return GivenTokens(tokens, (torch.arange(tokens.shape[1], device=tokens.device) < made)[None, :, None])
+    behind = torch.cat(list(references), 1)
+    tokens = torch.cat([behind.new_zeros(1, output_tokens, behind.shape[2]), behind], 1)
+    denoised = torch.arange(tokens.shape[1], device=tokens.device) < output_tokens
+    return GivenTokens(tokens, denoised[None, :, None])
 
 
 def shift_by_tokens(tokens: int, scheduler: Mapping[str, Any], max_shift: float = 1.15) -> float:
@@ -211,17 +211,11 @@ def shift_by_tokens(tokens: int, scheduler: Mapping[str, Any], max_shift: float 
     scheduler: entries of scheduler_config.json. Source: `calculate_shift` of diffusers' pipelines, with
     its defaults. Raises UserError for points that make no line.
     """
-    lengths, shifts = (
-        {"base_image_seq_len": 256, "max_image_seq_len": 4096},
-        {"base_shift": 0.5, "max_shift": max_shift},
-    )
+    lengths = {"base_image_seq_len": 256, "max_image_seq_len": 4096}
+    shifts = {"base_shift": 0.5, "max_shift": max_shift}
     try:
-        fewest, most = (
-            entries.value(name, int, scheduler.get(name, default)) for name, default in lengths.items()
-        )
-        low, high = (
-            entries.value(name, float, scheduler.get(name, default)) for name, default in shifts.items()
-        )
+        fewest, most = (entries.value(name, int, scheduler.get(name, n)) for name, n in lengths.items())
+        low, high = (entries.value(name, float, scheduler.get(name, value)) for name, value in shifts.items())
         if fewest == most:
             raise ValueError(f"base_image_seq_len and max_image_seq_len are both {most}; they must differ")
     except ValueError as error:

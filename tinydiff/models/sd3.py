@@ -119,9 +119,8 @@ def spec(c: Config) -> Iterator[Row]:
         yield from linear_rows(f"{embed}.{name}.linear_2", d, d)
     yield from linear_rows("context_embedder", c.joint_attention_dim, d)
     for i in range(c.num_layers):
-        yield from under(
-            f"transformer_blocks.{i}", _block_rows(c, i in c.dual_attention_layers, i == c.num_layers - 1)
-        )
+        rows = _block_rows(c, dual=i in c.dual_attention_layers, last=i == c.num_layers - 1)
+        yield from under(f"transformer_blocks.{i}", rows)
     yield from linear_rows("norm_out.linear", d, 2 * d)
     yield from linear_rows("proj_out", d, c.patch_size**2 * c.out_channels)
 
@@ -157,12 +156,12 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
-    """Latent tokens [B, L, P] -> the text and the image, placed."""
+    """Latent tokens [B, L, P] -> text [B, T, D] and image [B, L, D] with its positions added."""
     image = linear(x_BLP.to(w.dtype), w / "pos_embed" / "proj") + request["position"]
     return request["text"].expand(len(image), -1, -1), image
 
 
-def _meet(
+def _joint(
     c: Config,
     plan: Plan,
     w: Weights,
@@ -178,7 +177,7 @@ def _meet(
     """
     text, image = streams
     rows = request["norm1"].unsqueeze(2).unbind(1)
-    (image_shift, image_scale, gate), (ff_shift, ff_scale, ff_gate), alone = rows[:3], rows[3:6], rows[6:]
+    (image_shift, image_scale, gate), (ff_shift, ff_scale, ff_gate), own_rows = rows[:3], rows[3:6], rows[6:]
     a = w / "attn"
     y_text, y_image = joint_attention(
         plan,
@@ -187,12 +186,12 @@ def _meet(
         shared,
     )
     x = image + linear_sum(plan, y_image, a / "to_out" / 0) * gate
-    if alone:
-        alone_shift, alone_scale, alone_gate = alone
+    if own_rows:
+        own_shift, own_scale, own_gate = own_rows
         a = w / "attn2"
-        own = heads(a, modulate(image, alone_shift, alone_scale), c.attention_head_dim)
-        y = attention(plan, *own, keys=keys(plan, shared, "image")).flatten(2)
-        x = x + linear_sum(plan, y, a / "to_out" / 0) * alone_gate
+        q, k, v = heads(a, modulate(image, own_shift, own_scale), c.attention_head_dim)
+        y = attention(plan, q, k, v, keys=keys(plan, shared, "image")).flatten(2)
+        x = x + linear_sum(plan, y, a / "to_out" / 0) * own_gate
     return y_text, x + feed_forward(plan, w / "ff", modulate(x, ff_shift, ff_scale), gelu_tanh) * ff_gate
 
 
@@ -204,11 +203,10 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
     second attention; `norm1_context` [B, 6, D].
     """
     shift, scale, gate, ff_shift, ff_scale, ff_gate = request["norm1_context"].unsqueeze(2).unbind(1)
-    y_text, image = _meet(c, plan, w, streams, request, shared, shift, scale)
+    y_text, image = _joint(c, plan, w, streams, request, shared, shift, scale)
     text = streams[0] + linear_sum(plan, y_text, w / "attn" / "to_add_out") * gate
-    return text + feed_forward(
-        plan, w / "ff_context", modulate(text, ff_shift, ff_scale), gelu_tanh
-    ) * ff_gate, image
+    y = feed_forward(plan, w / "ff_context", modulate(text, ff_shift, ff_scale), gelu_tanh)
+    return text + y * ff_gate, image
 
 
 def last_block(
@@ -219,15 +217,13 @@ def last_block(
     request: `norm1` as in `block`; `norm1_context` [B, 2, D]: scale, shift.
     """
     scale, shift = request["norm1_context"].unsqueeze(2).unbind(1)
-    return _meet(c, plan, w, streams, request, shared, shift, scale)[1]
+    return _joint(c, plan, w, streams, request, shared, shift, scale)[1]
 
 
 def blocks(c: Config) -> list:
     """The stack as rows (function, prefix)."""
-    return [
-        (last_block if i == c.num_layers - 1 else block, f"transformer_blocks.{i}")
-        for i in range(c.num_layers)
-    ]
+    last = c.num_layers - 1
+    return [(block if i < last else last_block, f"transformer_blocks.{i}") for i in range(c.num_layers)]
 
 
 def post(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, step: Tensors) -> Tensor:
@@ -255,65 +251,59 @@ def positions(c: Config, size: tuple[int, int, int], device: torch.device | str 
 
 
 CLIPS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-"""The two CLIPs and what reads their texts."""
+"""Component of each CLIP -> that of its tokenizer."""
 
 
-def _clip(parts: Context, texts: list[str]) -> tuple[Tensor, Tensor]:
+def _clip(context: Context, texts: list[str]) -> tuple[Tensor, Tensor]:
     """Both CLIPs side by side: their last states but one [B, T, C] and their pooled texts [B, P].
 
     P is pooled_projection_dim.
     """
     states, pooled = [], []
     for name, tokenizer in CLIPS.items():
-        encoder = parts.nets[name]
-        ids, _ = parts.tokens(tokenizer, texts, parts.clip_tokens(name))
+        encoder = context.nets[name]
+        ids, _ = context.tokens(tokenizer, texts, context.clip_tokens(name))
         encoded = clip_text.encode(encoder.config, encoder.plan, encoder.w, ids)
-        assert encoded.projected is not None  # `meets` sees to it
+        assert encoded.projected is not None  # checked by `must_fit`
         states.append(encoded.hidden_states[-2])
         pooled.append(encoded.projected)
     return torch.cat(states, -1), torch.cat(pooled, -1)
 
 
-def _t5(c: Config, parts: Context, texts: list[str], length: int) -> Tensor:
+def _t5(c: Config, context: Context, texts: list[str], length: int) -> Tensor:
     """T5's last states [B, length, joint_attention_dim], padding included; zeros for a model without T5."""
-    if "text_encoder_3" not in parts.nets:
-        return torch.zeros(
-            len(texts),
-            length,
-            c.joint_attention_dim,
-            dtype=parts.nets["text_encoder"].dtype,
-            device=parts.device,
-        )
-    encoder = parts.nets["text_encoder_3"]
-    ids, _ = parts.tokens("tokenizer_3", texts, length)
+    if "text_encoder_3" not in context.nets:
+        shape, dtype = (len(texts), length, c.joint_attention_dim), context.nets["text_encoder"].dtype
+        return torch.zeros(shape, dtype=dtype, device=context.device)
+    encoder = context.nets["text_encoder_3"]
+    ids, _ = context.tokens("tokenizer_3", texts, length)
     return t5.encode(encoder.config, encoder.plan, encoder.w, ids)
 
 
-def prepare(c: Config, parts: Context, request: Request) -> LoopInputs:
+def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
     """Loop inputs: CLIP's states, filled up with zeros to T5's width, then T5's states.
 
     Padding is attended to like words.
     """
-    vae = parts.nets["vae"].config
-    clip, pooled = _clip(parts, request.texts)
-    long = _t5(c, parts, request.texts, request.text_tokens)
+    vae = context.nets["vae"].config
+    clip, pooled = _clip(context, request.texts)
+    long = _t5(c, context, request.texts, request.text_tokens)
     text = torch.cat([F.pad(clip, (0, c.joint_attention_dim - clip.shape[-1])), long], 1)
-    shared = {"positions": positions(c, latent_size(vae, request), parts.device)}
-    branches = [
-        {"text": rows[None], "pooled": whole[None]} | shared for rows, whole in zip(text, pooled, strict=True)
-    ]
+    shared = {"positions": positions(c, latent_size(vae, request), context.device)}
+    pairs = zip(text, pooled, strict=True)
+    branches = [{"text": states[None], "pooled": one[None]} | shared for states, one in pairs]
     return on_grid(branches, vae, request, patch(c))
 
 
 def patch(c: Config) -> Patch:
-    """Latents to a token along frames, height and width."""
+    """Latents per token along frames, height and width."""
     return 1, c.patch_size, c.patch_size
 
 
 def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
-    """The dynamic shift of the schedule; the released schedulers do not ask for it.
+    """The dynamic shift of the schedule, which no released scheduler uses.
 
-    The pipeline's own default of the upper point counts only where the scheduler's class has none.
+    The pipeline's own default of max_shift counts only where the scheduler's class has none.
     """
     euler = scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler"
     return shift_by_tokens(tokens, scheduler, 1.15 if euler else 1.16)
@@ -324,11 +314,8 @@ def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator
     for field in ("in_channels", "out_channels"):
         yield field, nets["vae"].z_dim, "the vae's latents need"
     clips = [nets[name] for name in CLIPS]
-    yield (
-        "pooled_projection_dim",
-        sum(clip.projection_dim for clip in clips if clip.projects),
-        "the two CLIPs give",
-    )
+    pooled = sum(clip.projection_dim for clip in clips if clip.projects)
+    yield "pooled_projection_dim", pooled, "the two CLIPs give"
     if "text_encoder_3" in nets:
         yield "joint_attention_dim", nets["text_encoder_3"].d_model, "text_encoder_3 gives"
 

@@ -130,9 +130,9 @@ CONDS = (
     Cond("cos", "image", shared=True),
     Cond("sin", "image", shared=True),
     Cond("frozen", "image", dim=1, shared=True),
-    Cond("still_modulation", shared=True),
+    Cond("frozen_modulation", shared=True),
     Cond("concat", "image", dim=1),
-    Cond("still_time"),
+    Cond("frozen_time"),
 )
 """The tensors of a request that belong to no block."""
 
@@ -168,7 +168,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     """
     embed = w / "condition_embedder"
     text = embed / "text_embedder"
-    context = linear(
+    text_states = linear(
         F.gelu(linear(inputs["text"].to(w.dtype), text / "linear_1"), approximate="tanh"), text / "linear_2"
     )
     image = _image(c, embed / "image_embedder", inputs["image"].to(w.dtype)) if "image" in inputs else None
@@ -183,10 +183,9 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     heads = (-1, c.attention_head_dim)
     for _, at in blocks(c):
         a = w / at / "attn2"
-        request[f"{at}.attn2.k"] = rms_norm_across(
-            plan, linear(context, a / "to_k"), a / "norm_k", c.eps
-        ).unflatten(-1, heads)
-        request[f"{at}.attn2.v"] = linear(context, a / "to_v").unflatten(-1, heads)
+        key = rms_norm_across(plan, linear(text_states, a / "to_k"), a / "norm_k", c.eps)
+        request[f"{at}.attn2.k"] = key.unflatten(-1, heads)
+        request[f"{at}.attn2.v"] = linear(text_states, a / "to_v").unflatten(-1, heads)
         if image is not None:
             key = rms_norm_across(plan, linear(image, a / "add_k_proj"), a / "norm_added_k", c.eps)
             request[f"{at}.attn2.image_k"] = key.unflatten(-1, heads)
@@ -194,7 +193,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
     time, modulation = _time(c, w, timesteps_S)
     if "frozen" in inputs:
-        request["still_time"], request["still_modulation"] = _time(c, w, torch.zeros_like(timesteps_S[:1]))
+        request["frozen_time"], request["frozen_modulation"] = _time(c, w, torch.zeros_like(timesteps_S[:1]))
     return request, {"time": time[:, None], "modulation": modulation[:, None]}
 
 
@@ -209,20 +208,18 @@ def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step
 
 
 def _modulations(
-    table: Tensor, step: Tensor, still: Tensor | None, frozen: Tensor | None, x: Tensor
+    table: Tensor, step: Tensor, frozen_step: Tensor | None, frozen: Tensor | None, x: Tensor
 ) -> list[Tensor]:
     """table [1, n, D] + step [B, n, D] -> n tensors [B, 1, D], or [B, L, D] with frozen tokens.
 
-    Frozen tokens have the modulation of timestep 0, `still`.
+    Frozen tokens have the modulation of timestep 0, `frozen_step` [1, n, D].
     """
     dtype = compute_dtype(x)
     moving = (table + step.to(dtype)).unsqueeze(2).unbind(1)
-    if still is None or frozen is None:
+    if frozen_step is None or frozen is None:
         return list(moving)
-    return [
-        torch.where(frozen, a, b)
-        for a, b in zip((table + still.to(dtype)).unsqueeze(2).unbind(1), moving, strict=True)
-    ]
+    fixed = (table + frozen_step.to(dtype)).unsqueeze(2).unbind(1)
+    return [torch.where(frozen, a, b) for a, b in zip(fixed, moving, strict=True)]
 
 
 def block(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, shared: Tensors) -> Tensor:
@@ -231,7 +228,7 @@ def block(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, sh
     shift, scale, gate, ff_shift, ff_scale, ff_gate = _modulations(
         w["scale_shift_table"],
         shared["modulation"],
-        shared.get("still_modulation"),
+        shared.get("frozen_modulation"),
         shared.get("frozen"),
         x_BLD,
     )
@@ -250,12 +247,12 @@ def block(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, sh
     ).flatten(2)
     x_BLD = (x_BLD + linear_sum(plan, y, a / "to_out" / 0) * gate).to(x_BLD.dtype)
 
-    a, known = w / "attn2", request / "attn2"
+    a, text = w / "attn2", request / "attn2"
     y = layer_norm(x_BLD, w / "norm2", c.eps) if c.cross_attn_norm else x_BLD
     q = rms_norm_across(plan, linear(y, a / "to_q"), a / "norm_q", c.eps).unflatten(-1, heads)
-    y = attention(all_tokens, q, known["k"], known["v"])  # every rank holds all keys of the text
-    if "image_k" in known:
-        y = y + attention(all_tokens, q, known["image_k"], known["image_v"])
+    y = attention(all_tokens, q, text["k"], text["v"])  # every rank holds all keys of the text
+    if "image_k" in text:
+        y = y + attention(all_tokens, q, text["image_k"], text["image_v"])
     x_BLD = x_BLD + linear_sum(plan, y.flatten(2), a / "to_out" / 0)
 
     f = w / "ffn" / "net"
@@ -271,8 +268,8 @@ def blocks(c: Config) -> list:
 def post(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, step: Tensors) -> Tensor:
     """[B, L, D] -> predicted velocity of each token [B, L, P]."""
     twice = step["time"][:, None].expand(-1, 2, -1)
-    still = request["still_time"][:, None].expand(-1, 2, -1) if "frozen" in request else None
-    shift, scale = _modulations(w["scale_shift_table"], twice, still, request.get("frozen"), x_BLD)
+    frozen = request["frozen_time"][:, None].expand(-1, 2, -1) if "frozen" in request else None
+    shift, scale = _modulations(w["scale_shift_table"], twice, frozen, request.get("frozen"), x_BLD)
     y = linear(modulate(x_BLD, shift, scale, c.eps), w / "proj_out")
     return rearrange(y, "b l (patch c) -> b l (c patch)", c=c.out_channels)
 
@@ -303,55 +300,57 @@ def prompt_clean(text: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
 
-def known_frames_mask(size: tuple[int, int, int], first: bool = True, last: bool = False) -> Tensor:
+def input_frames_mask(size: tuple[int, int, int], first: bool = True, last: bool = False) -> Tensor:
     """Image to video: which frames are input frames, as a mask [1, 4, F, H, W].
 
     Four frames share a latent frame; the first frame has one of its own.
     """
     frames, height, width = size
-    given = torch.zeros(4 * frames - 3)
-    given[:1] = float(first)
+    mask = torch.zeros(4 * frames - 3)
+    mask[:1] = float(first)
     if last:
-        given[-1] = 1
-    grouped = torch.cat([given[:1].repeat(4), given[1:]]).view(frames, 4).T
+        mask[-1] = 1
+    grouped = torch.cat([mask[:1].repeat(4), mask[1:]]).view(frames, 4).T
     return grouped[None, :, :, None, None].expand(1, 4, frames, height, width)
 
 
-def prepare(c: Config, parts: Context, request: Request) -> LoopInputs:
+def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
     """Loop inputs: text states, and the input frames in the form that the variant reads.
 
     TI2V keeps clean tokens in place; image to video puts latents and a mask beside the noise.
     """
-    encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
+    encoder, vae = context.nets["text_encoder"], context.nets["vae"].config
     size = latent_size(vae, request)
     texts = [prompt_clean(text) for text in request.texts]
-    ids, mask = parts.tokens("tokenizer", texts, request.text_tokens)
+    ids, mask = context.tokens("tokenizer", texts, request.text_tokens)
     hidden = text_input(t5.encode(encoder.config, encoder.plan, encoder.w, ids, mask), mask).to(
-        parts.nets["transformer"].dtype
+        context.nets["transformer"].dtype
     )
-    known, shared = None, {"positions": positions(c, size, parts.device)}
-    given = () if request.starts else request.images
-    if given and parts.options.get("expand_timesteps"):
-        first = parts.encode(parts.pixels(given))
+    given_tokens, shared = None, {"positions": positions(c, size, context.device)}
+    images = () if request.starts else request.images
+    if images and context.options.get("expand_timesteps"):
+        first = context.encode(context.pixels(images))
         frame = torch.cat([first, first.new_zeros(*first.shape[:2], size[0] - 1, *size[1:])], 2)
         frozen = (shared["positions"][:, 0] == 0)[None, :, None]
-        known, shared["frozen"] = GivenTokens(patchify(frame, c.patch_size), ~frozen), frozen
-    elif given:
-        shared |= _beside(c, parts, request, size)
-    return on_grid([{"text": text[None]} | shared for text in hidden], vae, request, c.patch_size, known)
+        given_tokens, shared["frozen"] = GivenTokens(patchify(frame, c.patch_size), ~frozen), frozen
+    elif images:
+        shared |= _image_conditions(c, context, request, size)
+    return on_grid(
+        [{"text": text[None]} | shared for text in hidden], vae, request, c.patch_size, given_tokens
+    )
 
 
-def _beside(c: Config, parts: Context, request: Request, size: tuple[int, int, int]) -> Tensors:
+def _image_conditions(c: Config, context: Context, request: Request, size: tuple[int, int, int]) -> Tensors:
     """Image to video: the channels beside the noisy latents and, for Wan2.1, CLIP's tokens of the images."""
-    pixels = parts.pixels(request.images)
+    pixels = context.pixels(request.images)
     gap = pixels.new_zeros(1, 3, request.num_frames - pixels.shape[2], request.height, request.width)
-    latents = parts.encode(torch.cat([pixels[:, :, :1], gap, pixels[:, :, 1:]], 2))
-    mask = known_frames_mask(size, last=len(request.images) > 1).to(latents)
+    latents = context.encode(torch.cat([pixels[:, :, :1], gap, pixels[:, :, 1:]], 2))
+    mask = input_frames_mask(size, last=len(request.images) > 1).to(latents)
     beside = {"concat": patchify(torch.cat([mask, latents], 1), c.patch_size)}
     if c.image_dim is not None:
-        encoder = parts.nets["image_encoder"]
+        encoder = context.nets["image_encoder"]
         views = torch.cat([clip_vision.pixels(encoder.config, image) for image in request.originals]).to(
-            parts.device
+            context.device
         )
         beside["image"] = clip_vision.encode(encoder.config, encoder.plan, encoder.w, views)
     return beside
@@ -383,7 +382,7 @@ def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator
 
 
 def key_map(c: Config) -> KeyMap:
-    """Unread entries of released files: a norm that nothing reads, and FastWan's gates of sparse attention."""
+    """Unread keys of released files: a norm that nothing reads, FastWan's gates of sparse attention."""
     return KeyMap(
         unread("blocks.*.attn2.norm_added_q", "blocks.*.attn1.to_gate_compress", "blocks.*.to_gate_compress")
     )

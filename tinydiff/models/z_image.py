@@ -38,7 +38,7 @@ from tinydiff.records import Request
 Tensors = dict[str, Tensor]
 
 MULTIPLE = 32
-"""Caption and image are filled up to a multiple of so many tokens."""
+"""Caption and image are each filled up to a multiple of this many tokens."""
 TIME_FREQUENCIES, TIME_HIDDEN, TIME_WIDTH = 256, 1024, 256
 """Widths of the timestep's embedding, written into the reference's code."""
 QK_EPS = 1e-5
@@ -89,12 +89,12 @@ class Config:
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
-        """Of frames, height and width."""
+        """Latents per token along frames, height and width."""
         return (self.all_f_patch_size[0], self.all_patch_size[0], self.all_patch_size[0])
 
     @property
     def patch_name(self) -> str:
-        """Under which the weights of the ends are kept."""
+        """The patch in the names of the first and the last layer."""
         return f"{self.all_patch_size[0]}-{self.all_f_patch_size[0]}"
 
     @property
@@ -177,21 +177,22 @@ def _steps(c: Config, w: Weights, timesteps_S: Tensor) -> Tensors:
     return rows | {"scale": (1 + final.to(compute_dtype(final)))[:, None, None]}
 
 
-def _tables(c: Config, plan: Plan, inputs: Tensors, filled: list[int]) -> Tensors:
+def _tables(c: Config, plan: Plan, inputs: Tensors, lengths: list[int]) -> Tensors:
     """Rope tables [1 or B, T or L, head_dim / 2], float32 as the reference keeps them.
 
     lengths: of the captions with their pads. The image's positions begin behind its caption, so captions
     of different lengths have tables of their own. The image's pads are all at 0.
     """
     device = inputs["positions"].device
-    start = torch.tensor([[[length + 1, 0, 0]] for length in filled], device=device)
+    start = torch.tensor([[[length + 1, 0, 0]] for length in lengths], device=device)
     image = inputs["positions"] + torch.where(inputs["real"], start, 0)
-    text = F.pad(torch.arange(1, max(filled) + 1, device=device)[:, None], (0, 2)).expand(len(filled), -1, -1)
+    text = F.pad(torch.arange(1, max(lengths) + 1, device=device)[:, None], (0, 2)).expand(
+        len(lengths), -1, -1
+    )
     tables = {}
     for stream, places in (("text_", text), ("", image)):
-        for name, table in zip(
-            ("cos", "sin"), rope_table(places.flatten(0, 1), c.axes_dims, c.rope_theta), strict=True
-        ):
+        rope = rope_table(places.flatten(0, 1), c.axes_dims, c.rope_theta)
+        for name, table in zip(("cos", "sin"), rope, strict=True):
             tables[stream + name] = table.float().unflatten(0, places.shape[:2])
     return tables
 
@@ -205,28 +206,20 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     1]. timesteps_S: sigma * 1000.
     """
     embed, pad = w / "cap_embedder", w["cap_pad_token"]
-    batch, given, _ = inputs["text"].shape
-    lengths = inputs["mask"].sum(1).tolist() if "mask" in inputs else [given] * batch
-    filled = [length + pad_tokens(length) for length in lengths]
-    place, one_length = torch.arange(max(filled), device=pad.device), len(set(filled)) == 1
+    batch, tokens, _ = inputs["text"].shape
+    captions = inputs["mask"].sum(1).tolist() if "mask" in inputs else [tokens] * batch
+    lengths = [length + pad_tokens(length) for length in captions]
+    place, one_length = torch.arange(max(lengths), device=pad.device), len(set(lengths)) == 1
 
     text = linear(rms_norm(inputs["text"].to(w.dtype), embed / 0, c.norm_eps), embed / 1)
-    text = F.pad(text, (0, 0, 0, max(filled) - given))
-    text = torch.where(place[:, None] < torch.tensor(lengths, device=pad.device)[:, None, None], text, pad)
-    mask = None if one_length else place < torch.tensor(filled, device=pad.device)[:, None]
-    tables = _tables(c, plan, inputs, filled[:1] if one_length else filled)
+    text = F.pad(text, (0, 0, 0, max(lengths) - tokens))
+    text = torch.where(place[:, None] < torch.tensor(captions, device=pad.device)[:, None, None], text, pad)
+    mask = None if one_length else place < torch.tensor(lengths, device=pad.device)[:, None]
+    tables = _tables(c, plan, inputs, lengths[:1] if one_length else lengths)
 
+    rope, key_mask = (tables["text_cos"], tables["text_sin"]), None if mask is None else mask[:, None, None]
     for i in range(c.n_refiner_layers):
-        rope = tables["text_cos"], tables["text_sin"]
-        text = _layer(
-            c,
-            plan,
-            w / "context_refiner" / i,
-            text,
-            rope,
-            None,
-            None if mask is None else mask[:, None, None],
-        )
+        text = _layer(c, plan, w / "context_refiner" / i, text, rope, None, key_mask)
     request = tables | {"text": text} | {name: inputs[name] for name in ("real", "limit") if name in inputs}
     request |= {} if mask is None else {"mask": mask}
     return request, _steps(c, w, timesteps_S)
@@ -263,7 +256,7 @@ def _layer(
 
 
 def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step: Tensors) -> Streams:
-    """Latent tokens [B, L, P], the pads among them, -> the refined caption [B, T, D] and the image [B, L, D]."""
+    """Latent tokens with their pads [B, L, P] -> the refined caption [B, T, D] and the image [B, L, D]."""
     embed = w / "all_x_embedder" / c.patch_name
     x = rearrange(x_BLP, "b l (c patch) -> b l (patch c)", c=c.in_channels).to(w.dtype)
     x = torch.where(request["real"], linear(x, embed), w["x_pad_token"])
@@ -282,16 +275,8 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
     text, image = streams
     cos, sin = (torch.cat([shared[f"text_{name}"], shared[name]], 1) for name in ("cos", "sin"))
     mask = joint_mask(shared["mask"], image.shape[1]) if "mask" in shared else None
-    x = _layer(
-        c,
-        plan,
-        w,
-        torch.cat(streams, 1),
-        (cos, sin),
-        request["modulation"],
-        mask,
-        sequence.keys(plan, shared, "joint"),
-    )
+    keys = sequence.keys(plan, shared, "joint")
+    x = _layer(c, plan, w, torch.cat(streams, 1), (cos, sin), request["modulation"], mask, keys)
     text, image = (part.clone(memory_format=torch.contiguous_format) for part in split(x, text.shape[1]))
     return text, image
 
@@ -314,11 +299,11 @@ def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, 
 
 
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-"""A prompt as the language model was trained to see one: a turn of a chat, with the answer about to begin."""
+"""The language model's chat template: the user's turn, then the start of the answer."""
 
 
 def pad_tokens(tokens: int) -> int:
-    """How many pad tokens follow so many tokens of a caption or an image."""
+    """How many pad tokens follow `tokens` tokens of a caption or an image."""
     return -tokens % MULTIPLE
 
 
@@ -332,26 +317,24 @@ def positions(c: Config, size: tuple[int, int, int], device: torch.device | str 
 
 
 def real(c: Config, size: tuple[int, int, int], device: torch.device | str | None = None) -> Tensor:
-    """Which of the tokens [1, L, 1] of latents of `size` are pads, bool. Their latent values are never read."""
+    """bool [1, L, 1], true for the tokens of latents of `size` and false for the pads behind them."""
     tokens = prod(n // p for n, p in zip(size, c.patch_size, strict=True))
     return torch.arange(tokens + pad_tokens(tokens), device=device).view(1, -1, 1) < tokens
 
 
-def prepare(c: Config, parts: Context, request: Request) -> LoopInputs:
+def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
     """Loop inputs: each text's last hidden states but one, without padding; latent tokens with their pads."""
-    encoder, vae = parts.nets["text_encoder"], parts.nets["vae"].config
+    encoder, vae = context.nets["text_encoder"], context.nets["vae"].config
     size, tokens = latent_size(vae, request), token_count(vae, request, c.patch_size)
-    shared = {"positions": positions(c, size, parts.device), "real": real(c, size, parts.device)}
+    shared = {"positions": positions(c, size, context.device), "real": real(c, size, context.device)}
     limit = request.cfg_normalization
-    shared |= (
-        {"limit": torch.full((1, 1, 1), limit, dtype=torch.float64, device=parts.device)} if limit else {}
-    )
+    if limit:
+        shared["limit"] = torch.full((1, 1, 1), limit, dtype=torch.float64, device=context.device)
 
     def branch(text: str) -> Tensors:
-        ids, _ = parts.tokens("tokenizer", [TEMPLATE.format(text)], request.text_tokens, "none")
-        [hidden] = decoder_lm.encode(
-            encoder.config, encoder.plan, encoder.w, ids, take=(encoder.config.layers,)
-        )
+        ids, _ = context.tokens("tokenizer", [TEMPLATE.format(text)], request.text_tokens, "none")
+        last = (encoder.config.layers,)
+        [hidden] = decoder_lm.encode(encoder.config, encoder.plan, encoder.w, ids, take=last)
         return {"text": hidden} | shared
 
     return LoopInputs(

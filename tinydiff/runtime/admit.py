@@ -13,7 +13,7 @@ import numpy
 
 from tinydiff.config import SamplingOptions, seeds
 from tinydiff.io.images import read_image, resize
-from tinydiff.models.recipe import side, spread, too_long
+from tinydiff.models.recipe import fit_area, rectangle_side, too_elongated
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.records import Request, UserError
 from tinydiff.runtime import loras
@@ -250,15 +250,16 @@ def _size(
         ]  # each may be refused
         height, width = sampling.height or tall, sampling.width or wide
     elif images and row.given_multiple is not None:
-        tall, wide = spread(
+        tall, wide = fit_area(
             row.height * row.width, images[-1].shape[0], images[-1].shape[1], row.given_multiple
         )
         height, width = sampling.height or tall, sampling.width or wide
     elif images and row.image_use != "references" and sampling.height is None and sampling.width is None:
         tall, wide = images[0].shape[:2]
-        sides = side(row.height * row.width, tall, wide), side(row.height * row.width, wide, tall)
+        area = row.height * row.width
+        sides = rectangle_side(area, tall, wide), rectangle_side(area, wide, tall)
         if min(sides) < multiple / 2:
-            raise too_long(tall, wide)
+            raise too_elongated(tall, wide)
         height, width = (max(multiple, each // multiple * multiple) for each in sides)
     for name, value in (("height", height), ("width", width)):
         if value < multiple or value % multiple:

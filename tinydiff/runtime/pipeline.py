@@ -284,11 +284,11 @@ def _from_picture(noise_BLP: Tensor, conditioning: Conditioning) -> tuple[Tensor
 
 def _beside_known(x_BLP: Tensor, prepared: LoopInputs) -> tuple[Tensor, loop.FixedTokens | None]:
     """(the noise and after it the references' tokens, the given ones as what is kept)."""
-    if prepared.known is None:
+    if prepared.given_tokens is None:
         return x_BLP, None
-    given = prepared.known.tokens.to(x_BLP.dtype)
+    given = prepared.given_tokens.tokens.to(x_BLP.dtype)
     x = torch.cat([x_BLP, given[:, x_BLP.shape[1] :]], 1)
-    return x, loop.FixedTokens(prepared.known.free.to(x.dtype), given, given)
+    return x, loop.FixedTokens(prepared.given_tokens.denoised.to(x.dtype), given, given)
 
 
 _eager = cache(loop.eager_denoise)
