@@ -45,7 +45,7 @@ EDIT_PIXELS, LANGUAGE_MODEL_PIXELS = 12288, 6144
 
 
 def _scaled(sizes):
-    scaled = {1024 * 1024: EDIT_PIXELS, 640 * 640: CANVAS}
+    scaled = {1024 * 1024: EDIT_PIXELS, 640 * 640: EDIT_PIXELS}
     return lambda area, ratio: sizes(scaled.get(area, area), ratio)
 
 
@@ -57,8 +57,8 @@ def small(monkeypatch):
     monkeypatch.setattr(plus, "VAE_IMAGE_SIZE", EDIT_PIXELS)
     for module in (pipeline_qwenimage_edit, plus, pipeline_qwenimage_layered):
         monkeypatch.setattr(module, "calculate_dimensions", _scaled(module.calculate_dimensions))
-    monkeypatch.setattr(qwen_image, "EDIT_PIXELS", CANVAS)
-    monkeypatch.setattr(qwen_image, "LANGUAGE_MODEL_PIXELS", GLANCE)
+    monkeypatch.setattr(qwen_image, "EDIT_PIXELS", EDIT_PIXELS)
+    monkeypatch.setattr(qwen_image, "LANGUAGE_MODEL_PIXELS", LANGUAGE_MODEL_PIXELS)
 
 
 @pytest.fixture

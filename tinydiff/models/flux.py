@@ -24,9 +24,9 @@ from tinydiff.models.family import Denoiser
 from tinydiff.models.recipe import (
     Context,
     LoopInputs,
-    reference_tokens,
     latent_size,
     on_grid,
+    reference_tokens,
     shift_by_tokens,
     token_count,
 )

@@ -22,19 +22,19 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from tinydiff.models import qwen_prompts
 from tinydiff.models.family import Denoiser
 from tinydiff.models.joint import IMAGE, TEXT, Streams, feed_forward, gelu_tanh, heads, joint_attention
-from tinydiff.models import qwen_prompts
 from tinydiff.models.qwen_prompts import EDIT, TEXT_TO_IMAGE, ImageTokens, caption, encode_images, text_states
 from tinydiff.models.recipe import (
     Context,
     LoopInputs,
     Patch,
-    reference_tokens,
+    fit_area,
     latent_size,
     on_grid,
+    reference_tokens,
     shift_by_tokens,
-    fit_area,
     token_count,
 )
 from tinydiff.models.registry import ReleasedModel
