@@ -133,7 +133,7 @@ def _weights(file: Path, held: object) -> dict[str, Tensor]:
         raise _refused(file, "holds no named tensors, so it is no file of weights")
     if other := next((key for key, value in held.items() if not _plain(value)), None):
         raise _refused(file, f"holds no plain tensor under {str(other)!r}, so it is no file of weights")
-    return {str(key): value.detach() for key, value in held.items()}
+    return {str(key): value.detach() for key, value in held.items() if isinstance(value, Tensor)}
 
 
 def _inner(held: dict[object, object]) -> dict[object, object] | None:

@@ -182,9 +182,11 @@ def _fits(part: Sizes, prefix: str) -> Iterator[Found]:
 
 
 def _released(class_name: str, entries: Entries, config: Any) -> Iterator[str]:
-    """The released models with a component of these shapes, and of what else the file says it has."""
+    """The released models with a component of these shapes, and of what else the file says it has. An output head
+    that it has not may be tied or left out.
+    """
     record = RECORDS[class_name]
-    said = [name for name, value in entries.items() if value is True and hasattr(config, name)]
+    said = [name for name, value in entries.items() if value is True and name != "tie_word_embeddings"]
     wanted = _shapes(class_name, config)
 
     @cache
