@@ -15,6 +15,7 @@ from diffusers.loaders import single_file_utils as theirs
 from safetensors.torch import save_file
 
 from tests.models.test_released import ALONE, COMPONENTS, class_of, config_of
+from tests.parallel.pool import on_ranks
 from tinydiff.io import weights as weights_module
 from tinydiff.io.weights import exported, load_weights
 from tinydiff.keymap import KeyMap, stored_rows
@@ -23,8 +24,12 @@ from tinydiff.models.autoencoders import kl
 from tinydiff.models.autoencoders import wan as wan_vae
 from tinydiff.models.classes import RECORDS
 from tinydiff.models.encoders import clip_text, clip_vision, t5
+from tinydiff.models.layouts import flux as flux_layout
 from tinydiff.models.layouts.recognise import LAYOUTS, config_from, recognise
 from tinydiff.models.layouts.table import Sizes
+from tinydiff.parallel.layout import Layout
+from tinydiff.parallel.plan import Plan
+from tinydiff.parallel.ranks import grouped
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 
@@ -312,6 +317,42 @@ def test_weights_of_another_type_are_cast_on_their_way(tmp_path, monkeypatch, na
     loaded = load_weights(tmp_path / "one.safetensors", rows, torch.bfloat16, keys=keys)
     types = {row.name: torch.float32 if row.float32 else torch.bfloat16 for row in rows}
     same(loaded, {key: tensor.to(types[key]) for key, tensor in weights.items()})
+
+
+SMALL = flux.Config(
+    num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=4, joint_attention_dim=12,
+    pooled_projection_dim=10, axes_dims_rope=(2, 2, 4), guidance_embeds=True,
+)  # fmt: skip
+RANKS = {"tp": Layout(tp=2), "fsdp": Layout(ulysses=2, fsdp=True), "both": Layout(ring=2, tp=2, fsdp=True)}
+
+
+def _of_a_rank(folder, layout):
+    """What this rank loads from a file of the original layout and from one of diffusers' layout."""
+    groups = grouped(layout, 60).groups
+    plan = Plan(groups=tuple((axis, groups[axis]) for axis in (("shard", "tp") if layout.fsdp else ("tp",))))
+    blocks = {at for _, at in flux.FAMILY.blocks(SMALL)} if layout.fsdp else ()
+    given = {"plan": plan, "together": groups["dp" if layout.fsdp else "peers"], "blocks": blocks}
+    rows, maps = (
+        list(flux.spec(SMALL)),
+        {"original": KeyMap(flux_layout.LINES, "model.diffusion_model."), "split": KeyMap()},
+    )
+    paths = {name: folder / f"{name}.safetensors" for name in maps}
+    fused, split = (
+        load_weights(paths[name], rows, torch.bfloat16, keys=keys, **given) for name, keys in maps.items()
+    )
+    same(fused, split)
+    return sum(tensor.numel() for tensor in fused.values())
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_ranks_hold_the_same_shards_from_a_fused_file(tmp_path, name):
+    rows = list(flux.spec(SMALL))
+    weights = draw(rows)
+    save_file(weights, tmp_path / "split.safetensors")
+    keys = KeyMap(flux_layout.LINES, "model.diffusion_model.")
+    save_file(exported(weights, rows, keys), tmp_path / "original.safetensors")
+    held = on_ranks(RANKS[name].size, _of_a_rank, tmp_path, RANKS[name])
+    assert max(held) < 0.8 * sum(tensor.numel() for tensor in weights.values())
 
 
 NAMES = {

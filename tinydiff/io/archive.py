@@ -3,7 +3,7 @@
 A pickle is read by torch's weights-only reader, which knows tensors and plain containers: nothing in the file is
 run. Either is asked alike: `keys`, `get_tensor`, `get_slice`, `metadata`.
 
-    shapes, metadata = archive.header(path)  # what `models.layouts.recognise` takes
+    shapes, metadata = archive.header(path)  # what `models.layouts.recognise` takes; or *weight_files(directory)
 """
 
 from __future__ import annotations
@@ -81,11 +81,15 @@ def opened(file: Path) -> Archive:
     return _pickle(file) if file.suffix in PICKLES else _safetensors(file)
 
 
-def header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """(key -> shape, metadata) of a file, from its header alone."""
-    archive = opened(file)
-    shapes = {key: tuple(archive.get_slice(key).get_shape()) for key in archive.keys()}  # noqa: SIM118
-    return shapes, archive.metadata() or {}
+def header(*files: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """(key -> shape, metadata) of a file, or of the shards of one, from the headers alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        archive = opened(file)
+        shapes |= {key: tuple(archive.get_slice(key).get_shape()) for key in archive.keys()}  # noqa: SIM118
+        metadata |= archive.metadata() or {}
+    return shapes, metadata
 
 
 def _safetensors(file: Path) -> Archive:
