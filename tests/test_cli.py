@@ -50,7 +50,8 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 @pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"], ["models"]])
 def test_answers_without_torch(argv: list[str]):
-    code = f"import sys\nfrom tinydiff.cli import main\nmain({argv!r})\nassert not {{'torch', 'numpy', 'PIL', 'av'}} & set(sys.modules)"
+    heavy = "{'torch', 'numpy', 'PIL', 'av'}"
+    code = f"import sys\nfrom tinydiff.cli import main\nmain({argv!r})\nassert not {heavy} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -191,7 +191,8 @@ def test_json_and_nested_sections(tmp_path: Path):
 def test_the_command_line_wins(tmp_path: Path):
     path = tmp_path / "config.yaml"
     path.write_text(
-        "720p: true\nseed: 5\nsave_output: false\ncomponent_paths: {vae: a, transformer: b}\nprompt: from the file\n"
+        "720p: true\nseed: 5\nsave_output: false\n"
+        "component_paths: {vae: a, transformer: b}\nprompt: from the file\n"
     )
     made = config.parse(
         ["--height", "64", "--config", str(path), "--no-save-output", "false", "--vae-path", "c"]
@@ -333,9 +334,11 @@ def test_every_flag_of_sglang_is_known():
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--kv-gather-degree", "1"], ["--hsdp-shard-dim", "1"], ["--vae-config.use-parallel-decode"], ["--lora-merge-mode", "auto"],
-        ["--lora-scale", "1.0"], ["--performance-mode", "auto"], ["--mode", "manual"], ["--pin-cpu-memory"], ["--enable-teacache", "false"],
-        ["--guidance-rescale", "0.0"], ["--warmup-mode", "off"], ["--adjust-frames", "true"], ["--quality", "lossless"],
+        ["--kv-gather-degree", "1"], ["--hsdp-shard-dim", "1"], ["--vae-config.use-parallel-decode"],
+        ["--lora-merge-mode", "auto"], ["--lora-scale", "1.0"], ["--performance-mode", "auto"],
+        ["--mode", "manual"], ["--pin-cpu-memory"], ["--enable-teacache", "false"],
+        ["--guidance-rescale", "0.0"], ["--warmup-mode", "off"], ["--adjust-frames", "true"],
+        ["--quality", "lossless"],
         ["--component-direct-gpu-weight-loading.vae", "false"], ["--embedded-cfg-scale", "6.0"],
     ],
 )  # fmt: skip
@@ -376,7 +379,8 @@ def test_a_missing_feature_is_refused_in_one_sentence(argv: list[str], words: st
 
 
 def test_server_flags_are_noted():
-    assert config.parse(["--host", "::", "--port", "30010", "--webui", "--disagg-role", "server"]).ignored == (
+    argv = ["--host", "::", "--port", "30010", "--webui", "--disagg-role", "server"]
+    assert config.parse(argv).ignored == (
         "host", "port", "webui", "disagg_role",
     )  # fmt: skip
 

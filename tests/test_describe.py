@@ -1,4 +1,4 @@
-"""What `tinydiff inspect` says of files and directories; files of full size are headers with a hole behind."""
+"""What `tinydiff inspect` says of files and directories. Large files are headers with a hole behind them."""
 
 import json
 import os

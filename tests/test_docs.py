@@ -24,7 +24,7 @@ def blocks(text: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> dict[str, tuple[Path, str]]:
-    """Page -> (the directory that it ran in, what it printed). The blocks of a page run one after the other."""
+    """Page -> (the directory it ran in, what it printed). The blocks of a page run in order."""
     done = {}
     for name, text in PAGES.items():
         folder, printed, names = tmp_path_factory.mktemp(name), StringIO(), {}

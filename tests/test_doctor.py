@@ -120,7 +120,6 @@ def test_a_reference_of_another_version_is_a_difference(monkeypatch):
 
 
 # --- which comparisons stand for a model
-# --------------------------------------------------------------------------------------------
 
 
 def test_every_released_model_is_compared_in_all_its_parts():
@@ -130,7 +129,8 @@ def test_every_released_model_is_compared_in_all_its_parts():
     for row in registry.MODELS:
         (group,) = models.chosen(row.name)
         assert group.family == row.family
-    encoders = {"Qwen3Model": "Qwen3", "Qwen3ForCausalLM": "Qwen3", "Mistral3ForConditionalGeneration": "Mistral",
+    encoders = {"Qwen3Model": "Qwen3", "Qwen3ForCausalLM": "Qwen3",
+                "Mistral3ForConditionalGeneration": "Mistral",
                 "Mistral3Model": "Ministral 3", "Qwen2_5_VLForConditionalGeneration": "Qwen2.5"}  # fmt: skip
     for name in MODELS:
         (group,) = models.chosen(name)
@@ -168,7 +168,6 @@ def test_the_tiny_denoiser_has_the_released_ones_switches(name):
 
 
 # --- the command
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_model_is_shown_stage_by_stage(capsys):
@@ -181,7 +180,7 @@ def test_a_model_is_shown_stage_by_stage(capsys):
 
 
 def test_a_difference_is_named_and_the_command_fails(capsys, monkeypatch):
-    """A family that drifted: the tanh approximation of GELU replaced by GELU itself, in single blocks only."""
+    """A family that drifted: GELU itself for its tanh approximation, in single blocks only."""
     from tinydiff.models import flux, joint
 
     def drifted(c, plan, w, streams, request, shared):
@@ -202,7 +201,7 @@ def test_a_difference_is_named_and_the_command_fails(capsys, monkeypatch):
 
 
 def test_the_page_is_what_the_command_prints(values, capsys, monkeypatch):
-    """But for versions and the digits of rounding. The references' values are those made for the tests above."""
+    """Without versions and digits of rounding. The references' values are those of the tests above."""
     monkeypatch.setattr(models, "_stages", lambda what: stages(values, what))
 
     def stable(page):
@@ -240,8 +239,9 @@ def test_doctor_alone_says_what_is_here(capsys):
 def test_help_needs_no_torch(capsys):
     assert cli.main(["doctor", "--help"]) == 0
     assert capsys.readouterr().out == doctor.USAGE
-    assert not loaded("from tinydiff import cli\nimport os, sys\nsys.stdout = open(os.devnull, 'w')\ncli.main(['doctor', '-h'])\n"
-                      "sys.stdout = sys.__stdout__", "torch")  # fmt: skip
+    code = "from tinydiff import cli\nimport os, sys\nsys.stdout = open(os.devnull, 'w')\n"
+    code += "cli.main(['doctor', '-h'])\nsys.stdout = sys.__stdout__"
+    assert not loaded(code, "torch")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,8 @@ def test_help_needs_no_torch(capsys):
     [
         (
             ["--parity", "FLUX.1-shnell"],
-            "'FLUX.1-shnell' is neither a model nor a family that is compared; did you mean 'FLUX.1-schnell'?",
+            "'FLUX.1-shnell' is neither a model nor a family that is compared; "
+            "did you mean 'FLUX.1-schnell'?",
         ),
         (["--markdown"], "doctor: --markdown needs --parity"),
         (["--json", "--markdown", "--parity"], "doctor: give either --json or --markdown, not both"),
@@ -272,5 +273,6 @@ def test_without_the_libraries_it_says_how_to_get_them(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     monkeypatch.setattr(builtins, "__import__", absent)
     assert cli.main(["doctor", "--parity", "flux"]) == 2
-    said = "tinydiff: error: parity: diffusers is not installed, which is compared with; pip install 'tinydiff[diffusers]'\n"
+    said = "tinydiff: error: parity: diffusers is not installed, which is compared with; "
+    said += "pip install 'tinydiff[diffusers]'\n"
     assert capsys.readouterr().err == said

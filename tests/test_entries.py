@@ -1,4 +1,6 @@
-"""Entries of JSON files as fields of a record: values, or one sentence that names field, value and what is allowed."""
+"""Entries of JSON files as fields of a record: values, or one sentence that names field, value and what is
+allowed.
+"""
 
 import math
 from collections.abc import Mapping

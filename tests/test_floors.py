@@ -1,4 +1,4 @@
-"""The house of ARCHITECTURE.md: a floor imports only from the floors below it, and the words load no torch."""
+"""The floors of ARCHITECTURE.md: a module imports only from floors below, and the words load no torch."""
 
 import re
 import subprocess

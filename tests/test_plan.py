@@ -45,7 +45,6 @@ def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 # --- what is known of released models
-# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != registry.SHIPPED])
@@ -71,7 +70,6 @@ def test_the_denoiser_has_as_many_parameters_as_released(name):
 
 
 # --- what a layout costs
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -137,7 +135,6 @@ def test_the_options_shown_ask_generate_for_that_layout(name):
 
 
 # --- the command
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_printed(capsys):

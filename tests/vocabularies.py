@@ -40,8 +40,8 @@ def _bytes() -> list[str]:
 
 
 def clip(folder: Path, pad: str = "<|endoftext|>", **config: Any) -> Path:
-    """The layout of CLIP's vocabulary with the first 400 merges of the released one; CLIP-G pads with "!", id
-    0.
+    """The layout of CLIP's vocabulary with the first 400 merges of the released one; Video-G pads with "!",
+    id 0.
 
     config: more entries of tokenizer_config.json.
     """

@@ -1,6 +1,6 @@
-"""Training of the autoencoder in three stages: on pictures, then on clips too, then of the decoder alone.
+"""Training of the autoencoder in three stages: on images, then on videos too, then of the decoder alone.
 
-For one picture a causal kernel reduces to its last temporal slice, so `pictures` trains 2-D kernels. `clips`
+For one image a causal kernel reduces to its last temporal slice, so `pictures` trains 2-D kernels. `clips`
 puts zero slices before them; of the encoder it trains only those and the temporal convolutions, so a
 picture's latents stay exactly what they were and the denoiser can already be trained on them. `polish` leaves
 the encoder as it is, so that nothing the denoiser learns from moves any more.
@@ -115,7 +115,7 @@ def losses(params: Params, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def around_edges(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """A square of every clip [B, 3, T, H, W] that holds a contour: flat ground teaches little."""
+    """A square of every video [B, 3, T, H, W] that holds a contour: flat ground teaches little."""
     edges = x.diff(dim=-1).abs().sum((1, 2))[:, : x.shape[-2]].flatten(1) + 1e-3
     pick = torch.multinomial(edges, 1, generator=generator)[:, 0]
     limit = x.shape[-1] - side
@@ -131,7 +131,7 @@ def around_edges(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
 
 
 def _batches(seed: int, stage: str, whole: bool, ranks: int) -> list[Tensor]:
-    """One rank's share of the batches of a step: squares around contours, or whole pictures."""
+    """One rank's share of the batches of a step: squares around contours, or whole images."""
     generator = torch.Generator().manual_seed(seed)
     count = (8 if whole else 16) // ranks
     x = render(scenes(seed, "picture", count // 2) + scenes(seed, "pair", count - count // 2))
@@ -221,7 +221,8 @@ def train(
             recent = torch.tensor(history[-50:]).mean(0)
             pace = (step + 1 - state["step"]) / (shown - started)
             log(
-                f"{stage} step {step + 1}/{steps} error {recent[0]:.4f} divergence {recent[1]:.2f} {pace:.2f} steps/s"
+                f"{stage} step {step + 1}/{steps} error {recent[0]:.4f} divergence {recent[1]:.2f}"
+                f" {pace:.2f} steps/s"
             )
         if rank == 0 and ((step + 1) % 200 == 0 or step + 1 == steps):
             saved = {"step": step + 1, "average": average, "optimiser": optimiser.state_dict()}

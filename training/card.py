@@ -1,10 +1,9 @@
-"""The model card: what the shipped model is, what it was trained on and how well it does, from the files of
-the run and the evaluation.
-"""
+"""The model card of the shipped model, from the files of its training run and its evaluation."""
 
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 
 import torch
@@ -17,12 +16,12 @@ TABLE = "| stage | steps | |\n|---|---|---|\n"
 
 
 def stages(card: str) -> list[str]:
-    """The rows of an earlier card's table of stages: what a model that is trained on has behind it."""
+    """The rows of a card's table of stages: how the model that training continues was made."""
     return card.partition(TABLE)[2].partition("\n\n")[0].splitlines()
 
 
 def card(run: Path, folder: Path, before: list[str] | None = None) -> str:
-    """The card's text. before: rows of the stages that are not in `run`."""
+    """The text of the card. before: rows of earlier stages, which are not in `run`."""
     figures = json.loads((folder / "evaluation.json").read_text())
     rows = "\n".join(
         f"| {KINDS[kind]} | {found['count']} | {found['right']} | {found['share']:.1%} | "
@@ -44,45 +43,60 @@ def card(run: Path, folder: Path, before: list[str] | None = None) -> str:
     sizes = {path.parent.name: path.stat().st_size for path in sorted(folder.glob("*/*.safetensors"))}
     parts = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items())
     whole = f"{sum(sizes.values()) / 1e6:.2f} MB"
-    return f"""# tinydiff/shapes
+    text = f"""# tinydiff/shapes
 
-The model that comes with tinydiff: images and videos of coloured shapes, 128 by 128 pixels, from a sentence, or from a
-sentence and a first frame. It is Wan's TI2V architecture in small, in the diffusers layout, float16 on disk:
-{parts},
-together {whole}. It knows nothing but these shapes; it is there so that everything can be tried, and tested, without a
-download.
+The model in the package of tinydiff: images and videos of coloured shapes, 128 by 128 pixels, from a
+sentence, or from a sentence and a first frame. It is a small model of Wan's TI2V architecture in diffusers
+layout, float16 on disk: {parts}, together {whole}. It knows only these shapes. With it, everything can be
+tried and tested without a download.
 
 ## What it can draw
 
-{", ".join(SHAPES)}; {" or ".join(SIZES)}; {", ".join(COLOURS)},
-on a background of any other of these colours; {", ".join(PLACES)}; two shapes, one {" or ".join(RELATIONS)} the other;
-in videos of 17 frames one shape that does one of {", ".join(MOTIONS)}. Wording is free within that. Attributes may
-be left out, and are then random; an image whose prompt names no place is less often clean. Prompts are read up to
-{model.TEXT_TOKENS} tokens.
+- shapes: {", ".join(SHAPES)}
+- sizes: {", ".join(SIZES)}
+- colours: {", ".join(COLOURS)}, on a background of another of these
+- places: {", ".join(PLACES)}
+- two shapes: one {" or ".join(RELATIONS)} the other
+- videos of 17 frames: one shape that does one of: {", ".join(MOTIONS)}
+
+The wording is free. Attributes that are left out are random; an image whose prompt names no place is less
+often clean. Prompts are read up to {model.TEXT_TOKENS} tokens.
 
 ## How well it does
 
-Held-out combinations of attributes, never trained on, each named by its prompt; an output is right when every attribute
-that its prompt names is read off its pixels. Made with the model's defaults (`tinydiff models`).
+Every prompt names a combination of attributes that training never saw. An output is right if every
+attribute of its prompt is recognised in its pixels. The outputs use the model's defaults (`tinydiff
+models`).
 
 | | made | right | share | attributes missed |
 |---|---|---|---|---|
 {rows}
 
-`evaluation.json` lists every failure with its prompt and seed. A contact sheet of the first dozen of each is in docs/media/sheet.png.
+`evaluation.json` lists every failure with its prompt and seed. docs/media/sheet.png shows the first dozen
+of each kind.
 
 ## How it was made
 
-`python -m training.train RUN FOLDER`, from nothing but that script's own procedural scenes (`training/scenes.py`), seed 1,
-on two CPU cores.
+`python -m training.train RUN FOLDER`, from that script's own procedural scenes alone
+(`training/scenes.py`), seed 1, on two CPU cores.
 
 {TABLE}{steps}
 
-Noise levels are logit-normal, shifted by {denoiser.SHIFT:g}, of videos by the root of their latent frames more.
-Held out are a tenth of the combinations, by a fixed hash: of colour, shape, size and place of a single shape; of
-colours, shapes and relation of two; of colour, shape and motion in videos. Captions are drawn anew each time.
+Noise levels are logit-normal, shifted by {denoiser.SHIFT:g}; for videos the shift grows with the square
+root of the number of latent frames. A fixed hash holds out a tenth of the combinations: of colour, shape,
+size and place of a single shape; of the colours, shapes and relation of two; of colour, shape and motion in
+videos. Captions are drawn anew each time.
 
 ## Limits
 
-Videos often lose the shape of what moves; unusual words are spelt out letter by letter and mean nothing to it. Apache-2.0.
+Videos often lose the shape of what moves. Unusual words are split into letters and mean nothing to the
+model. Apache-2.0.
 """
+    return "\n\n".join(map(_wrapped, text.split("\n\n")))
+
+
+def _wrapped(block: str) -> str:
+    """A paragraph at 110 columns; headings, lists and tables as they are."""
+    if block.startswith(("#", "-", "|")):
+        return block
+    return textwrap.fill(block, 110, break_on_hyphens=False) + "\n" * block.endswith("\n")

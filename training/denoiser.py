@@ -1,9 +1,9 @@
 """Training of the denoiser and its text encoder, together, on the autoencoder's latents: flow matching with
 velocity prediction.
 
-Pictures are clips of one latent frame, so one network learns both, and every step takes all kinds of scenes:
-without clips among them it forgets clips within minutes. Some clips are given their first frame, its tokens
-clean and at timestep 0, as TI2V wants it. One prompt in ten is empty, for guidance.
+Images are videos of one latent frame, so one network learns both, and every step takes all kinds of scenes:
+without videos among them it forgets videos within minutes. Some videos are given their first frame, its
+tokens clean and at timestep 0, as TI2V wants it. One prompt in ten is empty, for guidance.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from training.scenes import FRAMES, SHAPES, Kind, Scene
 
 C = model.TRANSFORMER
 EMPTY = 0.1  # share of prompts left empty
-GIVEN = 0.15  # share of batches of clips whose first frame is given
+GIVEN = 0.15  # share of batches of videos whose first frame is given
 RATE, WARMUP, ENDING = 8e-4, 50, 0.2
 """The learning rate, over how many steps it rises to that, and in what last share of the training it falls
 along a cosine.
@@ -51,11 +51,11 @@ on has none.
 PLACED, SHAPED = 2, 4
 """After how many blocks a probe reads each token's place, and after how many the nearest shape: what it is,
 how far off and how large. Rope tells tokens only where they are to each other; absolute places, which prompts
-name, can be found out at the borders of the picture. The shape's outline moves the error of few tokens, and
+name, can be found out at the borders of the image. The shape's outline moves the error of few tokens, and
 only when all of them agree where its centre is. Without these pushes the network finds both out very late."""
 SHIFT, SPREAD = 4.0, 1.2
 """Noise levels are logit-normal with this spread, then shifted: few tokens with flat colours show what they
-are through much noise, so what a scene holds is decided at the highest levels. A clip shows it through still
+are through much noise, so what a scene holds is decided at the highest levels. A video shows it through still
 more: its shift grows with the root of its latent frames."""
 Params = dict[str, Tensor]
 Log = Callable[[str], None]
@@ -174,7 +174,7 @@ def nearest(made: list[Scene], positions_L3: Tensor) -> tuple[Tensor, Tensor]:
     frame, row, column = positions_L3.unbind(-1)
     time = (4 * frame - 1.5).clamp(min=0) / (
         FRAMES - 1
-    )  # a latent frame is four of the clip, the first is one
+    )  # a latent frame is four of the video, the first is one
     at = torch.where(
         time[:, None] > 0, torch.lerp(start[:, :, None], end[:, :, None], time[:, None]), start[:, :, None]
     )
@@ -188,7 +188,7 @@ def nearest(made: list[Scene], positions_L3: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def finished(folder: Path) -> Params:
-    """The weights of a model folder, named as `initial` names them, without probes."""
+    """The weights of a model directory, named as `initial` names them, without probes."""
     config = json.loads((folder / "text_encoder" / "config.json").read_text())
     parts = {
         "text": load_weights(
@@ -202,7 +202,7 @@ def finished(folder: Path) -> Params:
 
 
 def normalisation(folder: Path) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [Z] of the latents, as the autoencoder's config in a model folder has them."""
+    """Mean and deviation [Z] of the latents, as the autoencoder's config in a model directory has them."""
     config = json.loads((folder / "vae" / "config.json").read_text())
     return torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
 
@@ -264,7 +264,9 @@ def scratch(run: Path, words: Tokenizer, seed: int) -> Start:
 
 
 def resumed(folder: Path, weights: Path | None = None) -> Start:
-    """From a model folder; `weights` is another folder whose transformer and text encoder are taken instead."""
+    """From a model directory; `weights` is another directory whose transformer and text encoder are taken
+    instead.
+    """
     return Start(exported(folder), finished(weights or folder), normalisation(folder))
 
 

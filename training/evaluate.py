@@ -1,4 +1,4 @@
-"""Makes pictures and clips from held-out prompts and reads off their pixels whether they show what the prompt
+"""Makes images and videos from held-out prompts and reads off their pixels whether they show what the prompt
 names.
 """
 
@@ -32,7 +32,7 @@ def evaluate(
     log: Callable[[str], None] = print,
     **fields: Any,
 ) -> dict[Kind, dict[str, Any]]:
-    """Figures of the model in `folder`, and a contact sheet of the first of each kind as the picture `sheet`.
+    """Figures of the model in `folder`, and a contact sheet of the first of each kind as the image `sheet`.
 
     An output is right when every attribute that its prompt names is read off its pixels. `fields` go to
     `tinydiff.generate`. Returns {kind: {count, right, share, wrong: {attribute: times}, seconds, failures}}
@@ -67,7 +67,8 @@ def evaluate(
         }
         figures[kind] |= {"seconds": seconds, "failures": failures}
         log(
-            f"{kind}: {count - len(failures)} of {count} right ({share:.1%}), wrong {dict(wrong)}, {seconds} s each"
+            f"{kind}: {count - len(failures)} of {count} right ({share:.1%}), wrong {dict(wrong)},"
+            f" {seconds} s each"
         )
     (folder / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
     sheet.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Writes trained weights as a model folder in diffusers layout, in float16."""
+"""Writes trained weights as a model directory in diffusers layout, in float16."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _autoencoder(mean: Tensor, std: Tensor) -> dict[str, Any]:
 def export(run: Path, folder: Path, origin: Path | None = None) -> int:
     """Write the model of `run` into `folder`; returns the bytes of all safetensors together.
 
-    origin: the model folder that was trained on, whose autoencoder and tokenizer are taken as they are.
+    origin: the model directory that was trained on, whose autoencoder and tokenizer are taken as they are.
     """
     trained = torch.load(run / "denoiser.pt", "cpu")
     average = trained["average"]

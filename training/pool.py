@@ -64,7 +64,7 @@ def coder(weights: Params, device: str = "cpu") -> Coder:
 
 
 def exported(folder: Path) -> Params:
-    """The float32 weights of the autoencoder of a model folder."""
+    """The float32 weights of the autoencoder of a model directory."""
     return load_weights(folder / "vae", wan_vae.spec(autoencoder.C), torch.float32)
 
 

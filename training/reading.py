@@ -1,4 +1,4 @@
-"""Reads a picture or clip back into words, from its pixels alone: what is where, in which colour, on what
+"""Reads a image or video back into words, from its pixels alone: what is where, in which colour, on what
 background, and how it moves.
 
 The evaluation compares these readings with the attributes that a prompt named. Nothing here knows what was
@@ -132,7 +132,7 @@ def read(frame: Frame) -> Reading:
 
 
 def _background(pixels: np.ndarray) -> tuple[str | None, np.ndarray]:
-    """The colour most common along the border: its name, and the median of the border pixels nearest to it."""
+    """The most common colour of the border: its name, and the median of the border pixels nearest to it."""
     sides = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
     rim = np.concatenate([side.reshape(-1, 3) for side in sides])
     nearest = np.linalg.norm(rim[:, None] - _COLOURS, axis=-1).argmin(axis=1)

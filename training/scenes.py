@@ -1,5 +1,5 @@
-"""The procedural data set: coloured shapes on a plain background, as pictures of one shape or of a pair and
-as clips of one moving shape.
+"""The procedural data set: coloured shapes on a plain background, as images of one shape or of a pair and
+as videos of one moving shape.
 
 A `Scene` says what is shown (its attributes, words of the tuples below) and exactly where (its continuous
 parameters, pixels of a 128 x 128 canvas, y pointing down). `scenes` samples them, `render` draws a batch of
@@ -25,7 +25,7 @@ from torch import Tensor
 Kind = Literal["picture", "pair", "clip"]
 
 CANVAS = 128  # pixels, both ways
-FRAMES = 17  # of a clip
+FRAMES = 17  # of a video
 
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (215, 25, 35),
@@ -56,8 +56,8 @@ RELATIONS = {
 }  # where the first and the second shape go
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MOTIONS = (*DIRECTIONS, "grow", "shrink")
-EXTENT = 32.0  # how far a moving shape goes over a clip, pixels: 2 from frame to frame
-PLACED = 0.6  # share of clips with a place; the others lie anywhere on the grid where the whole path fits
+EXTENT = 32.0  # how far a moving shape goes over a video, pixels: 2 from frame to frame
+PLACED = 0.6  # share of videos with a place; the others lie anywhere on the grid where the whole path fits
 
 # What a held-out combination is a combination of, for each kind of scene.
 KEYS: dict[Kind, tuple[str, ...]] = {
@@ -72,11 +72,11 @@ SALT = 2
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture or clip: attributes in words (None where the kind has no such attribute), then the
+    """One image or video: attributes in words (None where the kind has no such attribute), then the
     parameters that `render` draws.
 
-    `size` of a clip is that of its first frame and `place` that of the middle of its path (None: anywhere).
-    `start`, `end` and `start2` are (x, y, radius) in pixels; a picture has start == end.
+    `size` of a video is that of its first frame and `place` that of the middle of its path (None: anywhere).
+    `start`, `end` and `start2` are (x, y, radius) in pixels; a image has start == end.
     """
 
     kind: Kind
@@ -164,7 +164,7 @@ def _clip(rng: Random) -> Scene:
 
 
 def render(batch: list[Scene], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Draws scenes of pictures and pairs (T = 1) or of clips (T = 17): [B, 3, T, 128, 128] in [-1, 1], edges
+    """Draws scenes of images and pairs (T = 1) or of videos (T = 17): [B, 3, T, 128, 128] in [-1, 1], edges
     one pixel soft.
     """
     frames = FRAMES if batch[0].kind == "clip" else 1
@@ -215,7 +215,7 @@ def coverage(shape: str, x: Tensor, y: Tensor, radius: Tensor, side: int = CANVA
 
 
 def _distance(shape: str, u: Tensor, v: Tensor, r: Tensor) -> Tensor:
-    """Signed distance in pixels to the edge, negative inside, exact near the edges; u points right, v down."""
+    """Signed distance in pixels to the edge, negative inside, exact near edges; u points right, v down."""
     if shape == "circle":
         return (u * u + v * v).sqrt_() - r
     if shape == "ring":

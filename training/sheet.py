@@ -1,12 +1,12 @@
-"""Contact sheets: pictures in rows with their prompts beneath, for a reader to look at."""
+"""Contact sheets: images in rows with their prompts beneath, for a reader to look at."""
 
 import textwrap
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-MARGIN = 8  # pixels around each picture
-GAP = 4  # pixels between the frames of a clip
+MARGIN = 8  # pixels around each image
+GAP = 4  # pixels between the frames of a video
 FONT = 13  # pixels
 LINES = 4  # of a caption; the rest is cut with an ellipsis
 
@@ -16,7 +16,7 @@ def contact_sheet(
 ) -> Image.Image:
     """Pictures, scaled to `size` pixels square, in rows of `columns` on white with their captions beneath.
 
-    ValueError unless each picture has one caption.
+    ValueError unless each image has one caption.
     """
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} pictures but {len(captions)} captions")
@@ -38,8 +38,8 @@ def contact_sheet(
 
 
 def filmstrip(frames: Sequence[Image.Image], count: int = 4) -> Image.Image:
-    """`count` evenly spaced frames of a clip, the first and the last among them, two by two in one square
-    picture.
+    """`count` evenly spaced frames of a video, the first and the last among them, two by two in one square
+    image.
     """
     chosen = [frames[round(i * (len(frames) - 1) / (count - 1))] for i in range(count)]
     wide, high = (side + GAP for side in chosen[0].size)

@@ -1,8 +1,8 @@
 """Makes the shipped model from nothing, `python -m training.train RUN FOLDER`, or trains it on, `... RUN
-FOLDER --from MODEL --minutes 90`.
+Directory --from MODEL --minutes 90`.
 
-Stages, each resumed from its file in RUN when interrupted: the autoencoder on pictures, its memory on clips,
-its decoder alone, the denoiser with its text encoder on all kinds of scenes; then FOLDER is written and
+Stages, each resumed from its file in RUN when interrupted: the autoencoder on images, its memory on videos,
+its decoder alone, the denoiser with its text encoder on all kinds of scenes; then Directory is written and
 evaluated. With --from only the last one runs. Hours on two cores; on a GPU that is lent for minutes at a
 time, --piece ends a call with its state in RUN, and the next call goes on.
 """

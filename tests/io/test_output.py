@@ -170,7 +170,8 @@ def test_processes_racing_for_one_name_all_keep_their_file(tmp_path):
     code = (
         "import sys, numpy; from pathlib import Path; from tinydiff.io.output import *\n"
         "frames = numpy.zeros((1, 8, 8, 3), 'uint8')\n"
-        "for _ in range(10): save(Target(Path(sys.argv[1]), 'a', '.png'), frames, Encoding(), {'who': sys.argv[2]})"
+        "target = Target(Path(sys.argv[1]), 'a', '.png')\n"
+        "for _ in range(10): save(target, frames, Encoding(), {'who': sys.argv[2]})"
     )
     runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(who)]) for who in range(3)]
     assert [run.wait() for run in runs] == [0, 0, 0]
@@ -208,7 +209,8 @@ def test_no_room_for_the_file(tmp_path, extension):
     code = (
         "import sys, resource, numpy; from pathlib import Path; from tinydiff.io.output import *\n"
         "from tinydiff.records import UserError\n"
-        "frames = numpy.random.default_rng(0).integers(0, 256, (int(sys.argv[3]), 192, 192, 3), dtype='uint8')\n"
+        "shape = (int(sys.argv[3]), 192, 192, 3)\n"
+        "frames = numpy.random.default_rng(0).integers(0, 256, shape, dtype='uint8')\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "try: save(Target(Path(sys.argv[1]), 'a', sys.argv[2]), frames, Encoding())\n"
         "except UserError as error: print(error); sys.exit(2)"
@@ -266,7 +268,8 @@ def test_frames_of_another_kind_are_a_programming_error(tmp_path, wrong):
 
 
 def test_import_is_light():
-    code = "import sys, tinydiff.io.output; print([name for name in ('torch', 'numpy', 'PIL', 'av') if name in sys.modules])"
+    heavy = "('torch', 'numpy', 'PIL', 'av')"
+    code = f"import sys, tinydiff.io.output; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

@@ -10,7 +10,8 @@ from tinydiff.records import UserError
 
 sentencepiece = pytest.importorskip("sentencepiece")
 
-VOCABULARY = """red orange yellow green blue purple black white circle square triangle star ring small large left right top bottom
+VOCABULARY = """red orange yellow green blue purple black white circle square triangle star ring small large
+left right top bottom
 centre a on the background moving of above"""
 
 TEXTS = (
@@ -34,8 +35,9 @@ def spiece(tmp_path_factory):
     lines = (" ".join(draw.choices(words, k=draw.randint(3, 12))) for _ in range(400))
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=model, vocab_size=60, hard_vocab_limit=False, model_type="unigram",
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>", eos_piece="</s>", unk_piece="<unk>", minloglevel=2, num_threads=1,
+        sentence_iterator=lines, model_writer=model, model_type="unigram", minloglevel=2, num_threads=1,
+        vocab_size=60, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        pad_piece="<pad>", eos_piece="</s>", unk_piece="<unk>",
     )  # fmt: skip
     directory = tmp_path_factory.mktemp("spiece")
     (directory / "spiece.model").write_bytes(model.getvalue())
@@ -148,9 +150,11 @@ def test_unusable_files(tmp_path):
 
 
 # --- byte pairs: vocab.json and merges.txt
-# ------------------------------------------------------------------------------------------
 
-FRAMED = "<|startoftext|> a <|endoftext|>\n<|im_start|>user\nIt's THEY'LL<|im_end|>\n<|image_pad|> <think>x</think>"
+FRAMED = (
+    "<|startoftext|> a <|endoftext|>\n<|im_start|>user\nIt's THEY'LL<|im_end|>\n"
+    "<|image_pad|> <think>x</think>"
+)
 SAMPLES = (
     *TEXTS,
     FRAMED,
@@ -270,7 +274,7 @@ def test_the_old_layout_and_an_unsaid_class_give_the_same(tmp_path):
 
 @pytest.mark.parametrize("template", ["<s> $A", "$A </s>", "$A", "<s> $A </s>"])
 def test_tokenizer_json_adds_what_its_template_says(tmp_path, template):
-    """As FLUX.2 (which pads on the left) and ERNIE have it: byte pairs in tokenizer.json, <s> before a text."""
+    """FLUX.2 (padded on the left) and ERNIE: byte pairs in tokenizer.json, <s> before a text."""
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
     (tmp_path / "pairs").mkdir()
     pairs = vocabularies.qwen(tmp_path / "pairs")

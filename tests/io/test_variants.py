@@ -33,8 +33,8 @@ def test_variants(tmp_path, caplog):
         path.touch()
     assert weight_files(tmp_path, "bf16") == [brain]
     assert (
-        "holds the variants bf16 and fp16, and nothing says which to load; --variant chooses; did you mean 'fp16'?"
-        in refused(tmp_path, variant="f16")
+        "holds the variants bf16 and fp16, and nothing says which to load; --variant chooses; "
+        "did you mean 'fp16'?" in refused(tmp_path, variant="f16")
     )
     brain.unlink()
     assert weight_files(tmp_path) == weight_files(tmp_path, "fp16") == [half] and not caplog.text

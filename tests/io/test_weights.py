@@ -244,7 +244,6 @@ print(status("VmHWM") - before)
 
 
 # --- several ranks
-# ------------------------------------------------------------------------------------------------------------------
 
 DIVIDED = (
     Row("embed.weight", (48, 6), split=0),
@@ -383,7 +382,8 @@ from tinydiff.parallel.plan import Group, Plan, Row
 directory, count, rank = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
 plan = Plan(groups=(("tp", Group(dist.group.WORLD.group_name, 2, rank)),))
-rows = [Row(f"{name}.{i}", (2048, 4096), split) for i in range(count) for name, split in (("alike", None), ("up", 0), ("down", 1))]
+splits = {"alike": None, "up": 0, "down": 1}
+rows = [Row(f"{name}.{i}", (2048, 4096), split) for i in range(count) for name, split in splits.items()]
 status = lambda name: int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 torch.ones(9).to(torch.bfloat16)
 dist.barrier()

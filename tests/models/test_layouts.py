@@ -1,8 +1,8 @@
 """Files in other layouts give the very weights that diffusers' converters make of them.
 
-Random weights of a network with few blocks and narrow columns are written in a layout by our table read backwards,
-and converted by the reference's code: what comes must be the weights, bit for bit. Columns are cut to two,
-because the reference's converters know the widths of the released models by heart.
+Random weights of a network with few blocks and narrow columns are written in a layout by our table read
+backwards, and converted by the reference's code: what comes must be the weights, bit for bit. Columns are cut
+to two, because the reference's converters know the widths of the released models by heart.
 """
 
 import re
@@ -277,7 +277,9 @@ CONVERTED = {
 
 
 def written(layout, c, rows):
-    """Whether the files that the layout's table writes have its signs; some tables are of another kind of network."""
+    """Whether the files that the layout's table writes have its signs; some tables are of another kind of
+    network.
+    """
     return all(map(Sizes(stored_rows(KeyMap(layout.lines(c)), rows)).has, layout.signs))
 
 

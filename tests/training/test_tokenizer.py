@@ -9,7 +9,8 @@ import pytest
 from training.tokenizer import build, corpus, pieces, save
 
 ENGLISH = [
-    "", "A Large RED Circle, on a White background!", "the quick brown fox jumps over the lazy dog", "  two   spaces\nnewline\ttab",
+    "", "A Large RED Circle, on a White background!", "the quick brown fox jumps over the lazy dog",
+    "  two   spaces\nnewline\ttab",
     "CIRCLES and squares; it's 100% #1 (x_y) [z] {~}`^|\\ <>?/", "a cat", "</s> within",
 ]  # fmt: skip
 
