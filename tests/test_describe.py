@@ -176,6 +176,97 @@ LORA = {
 }
 
 
+FLUX, WAN = "black-forest-labs/FLUX.1-dev", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+FLUXES = (FLUX, "black-forest-labs/FLUX.1-schnell", "black-forest-labs/FLUX.1-Kontext-dev")
+WANS = (WAN, "FastVideo/FastWan2.1-T2V-1.3B-Diffusers")
+ADAPTERS = {
+    "diffusers": (
+        FLUX, "diffusers", "transformer.{}.lora_A.weight transformer.{}.lora_B.weight", ("LoRA", FLUXES),
+    ),
+    "peft": (
+        FLUX, "diffusers", "base_model.model.{}.lora_A.default.weight base_model.model.{}.lora_B.default.weight",
+        ("LoRA", FLUXES),
+    ),
+    "kohya": (
+        FLUX, "original", "lora_unet_{_}.lora_down.weight lora_unet_{_}.lora_up.weight lora_unet_{_}.alpha",
+        ("LoRA", FLUXES),
+    ),
+    "ComfyUI": (
+        WAN, "original", "diffusion_model.{}.lora_A.weight diffusion_model.{}.lora_B.weight", ("LoRA", WANS),
+    ),
+    "DoRA": (
+        WAN, "original", "diffusion_model.{}.lora_down.weight diffusion_model.{}.lora_up.weight diffusion_model.{}.dora_scale",
+        ("LoRA and DoRA", WANS),
+    ),
+}  # fmt: skip
+"""Trainer -> (model, layout whose names it writes, keys of a layer, what is said)."""
+
+
+def adapter(model, layout, keys, rank=8):
+    """Keys and shapes of an adapter on every matrix of the blocks."""
+    shapes = {}
+    for name, shape in stored(model, "transformer", layout).items():
+        if name.endswith(".weight") and "blocks." in name and len(shape) == 2:
+            module = name.removesuffix(".weight")
+            for key in keys.split():
+                size = (
+                    (rank, shape[1])
+                    if key.endswith(("lora_A.weight", "down.weight", "A.default.weight"))
+                    else (shape[0], rank)
+                )
+                size = () if key.endswith("alpha") else (shape[0],) if key.endswith("scale") else size
+                shapes[key.replace("{_}", module.replace(".", "_")).replace("{}", module)] = size
+    return shapes
+
+
+@pytest.mark.parametrize("trainer", ADAPTERS)
+def test_an_adapter_is_recognised(trainer, tmp_path):
+    model, layout, keys, (kind, models) = ADAPTERS[trainer]
+    shapes = adapter(model, layout, keys)
+    if trainer == "kohya":  # text encoders may be trained too
+        shapes["lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"] = (4, 768)
+    found = contents(str(header_only(tmp_path / "a.safetensors", shapes)))
+    assert (found.kind, found.layout, found.models) == (kind, layout, models) and found.problems == ()
+    assert found.layers == len(shapes) // len(keys.split()) + (trainer == "kohya")
+    assert found.ranks == ((4, 8) if trainer == "kohya" else (8,))
+    lora = f"--lora-path {tmp_path / 'a.safetensors'}"
+    assert found.command == f'tinydiff generate --model-path {model} {lora} --prompt "..."'
+    assert found.family == ("flux" if model == FLUX else "wan")
+
+
+def test_layers_that_no_model_has_are_said(tmp_path):
+    shapes = adapter(*ADAPTERS["ComfyUI"][:3])
+    odd = {
+        "diffusion_model.mid.attn.lora_A.weight": (8, 10),
+        "diffusion_model.mid.attn.lora_B.weight": (10, 8),
+    }
+    found = contents(str(header_only(tmp_path / "a.safetensors", shapes | odd)))
+    assert found.models == WANS and found.problems == (
+        f"1 of its {found.layers} layers are not those of the released models that it looks like: diffusion_model.mid.attn",
+    )  # fmt: skip
+    found = contents(str(header_only(tmp_path / "b.safetensors", odd)))
+    assert (
+        found.models == () and found.command is None and "not those of a released model" in found.problems[0]
+    )
+
+
+def test_other_kinds_of_adapters(tmp_path):
+    at = "lycoris_blocks_0_attn1_to_q"
+    lokr = {
+        f"{at}.lokr_w1": (8, 8),
+        f"{at}.lokr_w2_a": (192, 4),
+        f"{at}.lokr_w2_b": (4, 192),
+        f"{at}.alpha": (),
+    }
+    found = contents(str(header_only(tmp_path / "a.safetensors", lokr)))
+    assert (found.kind, found.layers, found.ranks) == ("LoKr", 1, (4,)) and WAN in found.models
+    loha = {
+        f"{at}.hada_w{i}_{half}": (1536, 6) if half == "a" else (6, 1536) for i in (1, 2) for half in "ab"
+    }
+    found = contents(str(header_only(tmp_path / "a.safetensors", loha)))
+    assert (found.kind, found.layers, found.ranks) == ("LoHa", 1, (6,)) and WAN in found.models
+
+
 @pytest.mark.parametrize(("layout", "prefix"), [("diffusers", ""), ("original", "model.diffusion_model.")])
 @pytest.mark.parametrize(
     ("model", "family", "also"),

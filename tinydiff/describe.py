@@ -79,6 +79,7 @@ def told(found: Contents) -> Iterator[str]:
         "prefix": found.prefix,
         "format": found.format,
         "precision": precision(found.precision),
+        "layers": str(found.layers) if found.layers else "",
         "ranks": ", ".join(map(str, found.ranks)),
         "size": f"{size(found.bytes)} in {count(found.tensors, 'tensor')}, {count(found.files, 'file')}"
         if found.tensors

@@ -18,6 +18,7 @@ from tinydiff.io.headers import Header
 from tinydiff.io.weights import check_weights, weight_files
 from tinydiff.models import registry
 from tinydiff.models.classes import RECORDS
+from tinydiff.models.layouts.adapters import adapter_facts
 from tinydiff.models.layouts.recognise import LORA, QUANTISED, Found, recognise
 from tinydiff.records import UserError, nearest
 from tinydiff.runtime import blueprint
@@ -34,7 +35,7 @@ class Contents:
 
     kind: in words, such as "model directory". format: of the weight files. layout: how their keys are named,
     after `prefix`. model_class: of model_index.json or of the component. role: of a component. models: released models that
-    have it or that it looks like. precision: type -> bytes. parts: the components of a model, or the files of
+    have it or that it looks like. precision: type -> bytes. layers, ranks: of an adapter. parts: the components of a model, or the files of
     a directory. missing: what is needed and not there. problems: why it does not run, one sentence each.
     command: runs or uses it.
     """
@@ -52,6 +53,7 @@ class Contents:
     tensors: int = 0
     bytes: int = 0
     precision: Mapping[str, int] = field(default_factory=dict)
+    layers: int = 0
     ranks: tuple[int, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[Contents, ...] = ()
@@ -143,7 +145,7 @@ def _named(counted: Contents, header: Header) -> Contents:
     """With what the keys and shapes tell: an adapter, or components and the models that have them."""
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
     if any(LORA.search(key) for key in shapes):
-        return replace(counted, kind="LoRA")
+        return _adapter(counted, shapes)
     beside = next((key for key in shapes if QUANTISED.search(key)), None)
     whole = {key: shape for key, shape in shapes.items() if not QUANTISED.search(key)}
     why = tuple(_unread(header, beside))
@@ -159,6 +161,33 @@ def _named(counted: Contents, header: Header) -> Contents:
     return replace(
         counted, kind=kind, family=_family(first.models), models=first.models, parts=parts, problems=why
     )
+
+
+def _adapter(counted: Contents, shapes: Mapping[str, tuple[int, ...]]) -> Contents:
+    """A LoRA or another adapter, and the models whose layers it changes."""
+    facts = adapter_facts(shapes)
+    problems = ()
+    if facts.strangers:
+        some = ", ".join(facts.strangers[:5]) + (", ..." if len(facts.strangers) > 5 else "")
+        whose = "the released models that it looks like" if facts.models else "a released model"
+        problems = (f"{len(facts.strangers)} of its {facts.layers} layers are not those of {whose}: {some}",)
+    return replace(
+        counted,
+        kind=" and ".join(facts.kinds) or "adapter",
+        layout=facts.naming,
+        family=_family(facts.models),
+        models=facts.models,
+        layers=facts.layers,
+        ranks=facts.ranks,
+        problems=problems,
+        command=_command(_row(facts.models[0]), facts.models[0], f" --lora-path {shlex.quote(counted.path)}")
+        if facts.models
+        else None,
+    )
+
+
+def _row(name: str) -> registry.ReleasedModel:
+    return next(row for row in registry.MODELS if row.name == name)
 
 
 def _unread(header: Header, beside: str | None) -> Iterator[str]:
@@ -248,11 +277,11 @@ def _unfit(name: str, net: blueprint.NetPlan[Any]) -> Iterator[str]:
         yield f"{name}: {_clause(error, '')}"
 
 
-def _command(row: registry.ReleasedModel, shown: str) -> str:
-    """The command that runs a model as it is."""
+def _command(row: registry.ReleasedModel, shown: str, more: str = "") -> str:
+    """The command that runs a model, with options that bring more to it."""
     image = " --image-path IMAGE" if row.images[0] else ""
     prompt = "" if row.captions else ' --prompt "..."'
-    return f"tinydiff generate --model-path {shlex.quote(shown)}{image}{prompt}"
+    return f"tinydiff generate --model-path {shlex.quote(shown)}{more}{image}{prompt}"
 
 
 def _own_class(folder: Path) -> str | None:
