@@ -1,11 +1,12 @@
-"""Where the weights of a network stand in a file of another layout: a table, read in both directions. No torch.
+"""Where the weights of a network stand in a file of another layout: a table, read in both directions. No
+torch.
 
 A layout is a tuple of `Line`s. A line says: these stored tensors, one behind the other along their first
-dimension, are these rows of the family's `spec`, one behind the other. So a fused projection is one name on the
-stored side and three on the other, two halves of a gate are two and one, and a swap is a line of its own kind.
-Names are those of a module or of a tensor: a line holds for the tensor of that name and for all below it, and
-`*` stands for a number, the same on both sides. The first line that fits counts. A name that no line has is the
-same on both sides.
+dimension, are these rows of the family's `spec`, one behind the other. So a fused projection is one name on
+the stored side and three on the other, two halves of a gate are two and one, and a swap is a line of its own
+kind. Names are those of a module or of a tensor: a line holds for the tensor of that name and for all below
+it, and `*` stands for a number, the same on both sides. The first line that fits counts. A name that no line
+has is the same on both sides.
 
     LINES = (
         moved("img_in", "x_embedder"),
@@ -20,8 +21,8 @@ same on both sides.
     keys.of_row("transformer_blocks.3.attn.to_k.weight").keys                      # the one stored key
     runs(match, rows)["transformer_blocks.3.attn.to_k.weight"]                     # rows h:2h of it
 
-`io.weights.load_weights(..., keys=keys)` reads a file by it and `io.weights.exported` writes one. The tables are in
-`models/layouts`; `models.layouts.recognise` finds the one that a file has.
+`io.weights.load_weights(..., keys=keys)` reads a file by it and `io.weights.exported` writes one. The tables
+are in `models/layouts`; `models.layouts.recognise` finds the one that a file has.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ Shape = tuple[int, ...]
 class Line(NamedTuple):
     """These stored tensors are these rows. No rows: what is stored there is known and not read.
 
-    swapped: what is stored is the second half of the row, then the first. lead, ones: dimensions of length one
-    that the stored tensor has more at its beginning and at its end. transposed: its two dimensions are the other way round. alias:
-    another spelling, which is read and never written.
+    swapped: what is stored is the second half of the row, then the first. lead, ones: dimensions of length
+    one that the stored tensor has more at its beginning and at its end. transposed: its two dimensions are
+    the other way round. alias: another spelling, which is read and never written.
     """
 
     stored: tuple[str, ...]
@@ -63,7 +64,8 @@ class Match(NamedTuple):
 
 
 class Run(NamedTuple):
-    """`size` entries along the first dimension: from `at` on in the stored tensor, from `into` on in the row."""
+    """`size` entries along the first dimension: from `at` on in the stored tensor, from `into` on in the
+    row."""
 
     key: str
     at: int

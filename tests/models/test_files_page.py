@@ -1,4 +1,5 @@
-"""docs/files.md: every cell of its table is a file that is written, recognised and loaded, or one that nobody has."""
+"""docs/files.md: every cell of its table is a file that is written, recognised and loaded, or one that nobody
+has."""
 
 import re
 from dataclasses import replace
@@ -18,7 +19,8 @@ from tinydiff.models.classes import RECORDS
 from tinydiff.models.encoders.decoder_config import Config as DecoderConfig
 from tinydiff.models.layouts.recognise import LAYOUTS, recognise
 
-LM = DecoderConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+LM = DecoderConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+num_attention_heads=2,
                    num_key_value_heads=1, layers=2, layer_types=("full_attention",) * 2)  # fmt: skip
 MODEL = "model.diffusion_model."
 
@@ -109,8 +111,8 @@ def spelt(name, column, stored):
 
 @pytest.mark.parametrize(("name", "column"), PAGE, ids=lambda value: value)
 def test_every_cell_of_the_page(tmp_path, name, column):
-    """`yes` and `same`: a file is written so, recognised and loaded, and gives the very weights. A dash: no such
-    layout is known.
+    """`yes` and `same`: a file is written so, recognised and loaded, and gives the very weights. A dash: no
+    such layout is known.
     """
     cell, (class_name, c, prefix) = PAGE[name, column], FILES[name]
     layout = layout_of(name, column)

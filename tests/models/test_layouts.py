@@ -99,11 +99,13 @@ def by_hand_ovis(stored, c):
     out = thirds(out, r"\.txt_attn\.qkv\.", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
     return renamed(
         out,
-        ("^time_in.in_layer", "timestep_embedder.linear_1"), ("^time_in.out_layer", "timestep_embedder.linear_2"),
+        ("^time_in.in_layer", "timestep_embedder.linear_1"), ("^time_in.out_layer",
+        "timestep_embedder.linear_2"),
         ("^semantic_txt_norm", "context_embedder_norm"), ("^semantic_txt_in", "context_embedder"),
         ("^img_in", "x_embedder"), ("^final_layer.linear", "proj_out"),
         ("img_mod.lin", "norm1.linear"), ("txt_mod.lin", "norm1_context.linear"),
-        ("img_attn.norm.query_norm.weight", "attn.norm_q.weight"), ("img_attn.norm.key_norm.weight", "attn.norm_k.weight"),
+        ("img_attn.norm.query_norm.weight", "attn.norm_q.weight"), ("img_attn.norm.key_norm.weight",
+        "attn.norm_k.weight"),
         ("txt_attn.norm.query_norm.weight", "attn.norm_added_q.weight"),
         ("txt_attn.norm.key_norm.weight", "attn.norm_added_k.weight"),
         ("img_attn.proj", "attn.to_out.0"), ("txt_attn.proj", "attn.to_add_out"),
@@ -116,7 +118,8 @@ def by_hand_ovis(stored, c):
     )  # fmt: skip
 
 
-RESIDUAL = (("residual.0.gamma", "norm1.gamma"), (r"residual\.2\.", "conv1."), ("residual.3.gamma", "norm2.gamma"),
+RESIDUAL = (("residual.0.gamma", "norm1.gamma"), (r"residual\.2\.", "conv1."), ("residual.3.gamma",
+"norm2.gamma"),
             (r"residual\.6\.", "conv2."), (r"\.shortcut\.", ".conv_shortcut."))  # fmt: skip
 
 
@@ -125,9 +128,11 @@ def by_hand_wan22_vae(stored, c):
     return renamed(
         stored,
         *RESIDUAL,
-        (r"^(encoder|decoder)\.conv1\.", r"\1.conv_in."), (r"^conv1\.", "quant_conv."), (r"^conv2\.", "post_quant_conv."),
+        (r"^(encoder|decoder)\.conv1\.", r"\1.conv_in."), (r"^conv1\.", "quant_conv."), (r"^conv2\.",
+        "post_quant_conv."),
         (r"middle\.0\.", "mid_block.resnets.0."), (r"middle\.1\.", "mid_block.attentions.0."),
-        (r"middle\.2\.", "mid_block.resnets.1."), ("head.0.gamma", "norm_out.gamma"), (r"head\.2\.", "conv_out."),
+        (r"middle\.2\.", "mid_block.resnets.1."), ("head.0.gamma", "norm_out.gamma"), (r"head\.2\.",
+        "conv_out."),
         (r"^encoder\.downsamples\.(\d)\.downsamples\.2\.", r"encoder.down_blocks.\1.downsampler."),
         (r"^encoder\.downsamples\.(\d)\.downsamples\.(\d)\.", r"encoder.down_blocks.\1.resnets.\2."),
         (r"^decoder\.upsamples\.(\d)\.upsamples\.3\.", r"decoder.up_blocks.\1.upsampler."),
@@ -154,11 +159,13 @@ def by_hand_umt5(stored, c):
     """The names of Wan's encoder, one by one."""
     return renamed(
         stored,
-        (r"^token_embedding\.", "shared."), (r"^norm\.", "encoder.final_layer_norm."), (r"^blocks\.", "encoder.block."),
+        (r"^token_embedding\.", "shared."), (r"^norm\.", "encoder.final_layer_norm."), (r"^blocks\.",
+        "encoder.block."),
         (r"\.norm1\.", ".layer.0.layer_norm."), (r"\.norm2\.", ".layer.1.layer_norm."),
         (r"\.attn\.([qkvo])\.", r".layer.0.SelfAttention.\1."),
         (r"\.pos_embedding\.embedding\.", ".layer.0.SelfAttention.relative_attention_bias."),
-        (r"\.ffn\.gate\.0\.", ".layer.1.DenseReluDense.wi_0."), (r"\.ffn\.fc1\.", ".layer.1.DenseReluDense.wi_1."),
+        (r"\.ffn\.gate\.0\.", ".layer.1.DenseReluDense.wi_0."), (r"\.ffn\.fc1\.",
+        ".layer.1.DenseReluDense.wi_1."),
         (r"\.ffn\.fc2\.", ".layer.1.DenseReluDense.wo."),
     )  # fmt: skip
 
@@ -173,7 +180,8 @@ def by_hand_vision(stored, c):
         ("^visual.cls_embedding", "vision_model.embeddings.class_embedding"),
         ("^visual.pos_embedding", "vision_model.embeddings.position_embedding.weight"),
         ("^visual.patch_embedding", "vision_model.embeddings.patch_embedding"),
-        ("^visual.pre_norm", "vision_model.pre_layrnorm"), ("^visual.post_norm", "vision_model.post_layernorm"),
+        ("^visual.pre_norm", "vision_model.pre_layrnorm"), ("^visual.post_norm",
+        "vision_model.post_layernorm"),
         ("^visual.transformer", "vision_model.encoder.layers"), (r"\.attn\.proj\.", ".self_attn.out_proj."),
         (r"\.norm([12])\.", r".layer_norm\1."), (r"\.mlp\.0\.", ".mlp.fc1."), (r"\.mlp\.2\.", ".mlp.fc2."),
     )  # fmt: skip
@@ -194,7 +202,8 @@ FLUX2 = flux2.Config(num_layers=2, num_single_layers=2, num_attention_heads=1)
 SD3 = sd3.Config(num_layers=3, num_attention_heads=2, caption_projection_dim=128, pos_embed_max_size=4)
 WAN = wan.Config(num_attention_heads=1, ffn_dim=24, num_layers=2, text_dim=20)
 KL = kl.Config(
-    down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(32, 64, 96),
+    down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+    block_out_channels=(32, 64, 96),
     layers_per_block=2, latent_channels=4, use_quant_conv=False, use_post_quant_conv=False,
 )  # fmt: skip
 CLIP = clip_text.Config(
@@ -209,31 +218,37 @@ PROJECTS = replace(CLIP, architectures=("CLIPTextModelWithProjection",))
 VISION = clip_vision.Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, image_size=28)
 UMT5 = t5.Config(vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4)
 CONVERTED = {
-    "FLUX.1-schnell": ("FluxTransformer2DModel", "original", FLUX, diffusers("flux_transformer_checkpoint_to_diffusers")),
+    "FLUX.1-schnell": ("FluxTransformer2DModel", "original", FLUX,
+    diffusers("flux_transformer_checkpoint_to_diffusers")),
     "FLUX.1-dev": (
         "FluxTransformer2DModel", "original", replace(FLUX, guidance_embeds=True),
         diffusers("flux_transformer_checkpoint_to_diffusers"),
     ),
     "FLUX.1 Fill": (
-        "FluxTransformer2DModel", "original", replace(FLUX, guidance_embeds=True, in_channels=384, out_channels=64),
+        "FluxTransformer2DModel", "original", replace(FLUX, guidance_embeds=True, in_channels=384,
+        out_channels=64),
         diffusers("flux_transformer_checkpoint_to_diffusers"),
     ),
     "FLUX.2 klein": (
         "Flux2Transformer2DModel", "original", replace(FLUX2, guidance_embeds=False),
         diffusers("flux2_transformer_checkpoint_to_diffusers"),
     ),
-    "FLUX.2 dev": ("Flux2Transformer2DModel", "original", FLUX2, diffusers("flux2_transformer_checkpoint_to_diffusers")),
+    "FLUX.2 dev": ("Flux2Transformer2DModel", "original", FLUX2,
+    diffusers("flux2_transformer_checkpoint_to_diffusers")),
     "Ovis": (
-        "OvisImageTransformer2DModel", "original", ovis.Config(num_layers=2, num_single_layers=2, num_attention_heads=1),
+        "OvisImageTransformer2DModel", "original", ovis.Config(num_layers=2, num_single_layers=2,
+        num_attention_heads=1),
         by_hand_ovis,
     ),
-    "SD3 medium": ("SD3Transformer2DModel", "original", SD3, diffusers("sd3_transformer_checkpoint_to_diffusers")),
+    "SD3 medium": ("SD3Transformer2DModel", "original", SD3,
+    diffusers("sd3_transformer_checkpoint_to_diffusers")),
     "SD3.5 medium": (
         "SD3Transformer2DModel", "original", replace(SD3, qk_norm="rms_norm", dual_attention_layers=(0, 1)),
         diffusers("sd3_transformer_checkpoint_to_diffusers"),
     ),
     "Z-Image": (
-        "ZImageTransformer2DModel", "comfyui", z_image.Config(dim=128, n_layers=2, n_refiner_layers=1, n_heads=1, n_kv_heads=1),
+        "ZImageTransformer2DModel", "comfyui", z_image.Config(dim=128, n_layers=2, n_refiner_layers=1,
+        n_heads=1, n_kv_heads=1),
         diffusers("z_image_transformer_checkpoint_to_diffusers"),
     ),
     "ERNIE-Image": (
@@ -247,7 +262,8 @@ CONVERTED = {
     ),
     "Wan T2V": ("WanTransformer3DModel", "original", WAN, diffusers("wan_transformer_to_diffusers")),
     "Wan I2V": (
-        "WanTransformer3DModel", "original", replace(WAN, in_channels=36, image_dim=12, added_kv_proj_dim=128),
+        "WanTransformer3DModel", "original", replace(WAN, in_channels=36, image_dim=12,
+        added_kv_proj_dim=128),
         diffusers("wan_transformer_to_diffusers"),
     ),
     "Wan 5B": (
@@ -256,16 +272,20 @@ CONVERTED = {
     ),
     "KL": ("AutoencoderKL", "original", KL, with_quant_convs),
     "KL FLUX.2": (
-        "AutoencoderKLFlux2", "original", replace(KL, patch_size=(2, 2), use_quant_conv=True, use_post_quant_conv=True),
+        "AutoencoderKLFlux2", "original", replace(KL, patch_size=(2, 2), use_quant_conv=True,
+        use_post_quant_conv=True),
         with_quant_convs,
     ),
-    "Wan 2.1 VAE": ("AutoencoderKLWan", "original", wan_vae.Config(base_dim=8), diffusers("wan_vae_to_diffusers")),
+    "Wan 2.1 VAE": ("AutoencoderKLWan", "original", wan_vae.Config(base_dim=8),
+    diffusers("wan_vae_to_diffusers")),
     "Qwen-Image-Layered VAE": (
-        "AutoencoderKLQwenImage", "original", wan_vae.Config(base_dim=8, input_channels=4), diffusers("wan_vae_to_diffusers"),
+        "AutoencoderKLQwenImage", "original", wan_vae.Config(base_dim=8, input_channels=4),
+        diffusers("wan_vae_to_diffusers"),
     ),
     "Wan 2.2 VAE": (
         "AutoencoderKLWan", "original",
-        wan_vae.Config(base_dim=8, decoder_base_dim=12, z_dim=6, is_residual=True, in_channels=12, out_channels=12, patch_size=2),
+        wan_vae.Config(base_dim=8, decoder_base_dim=12, z_dim=6, is_residual=True, in_channels=12,
+        out_channels=12, patch_size=2),
         by_hand_wan22_vae,
     ),
     "CLIP": ("CLIPTextModel", "open_clip", CLIP, open_clip),

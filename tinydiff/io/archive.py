@@ -1,9 +1,10 @@
 """Files of tensors, opened by mapping them: safetensors, and torch's own .pth, .pt, .bin and .ckpt.
 
-A pickle is read by torch's weights-only reader, which knows tensors and plain containers: nothing in the file is
-run. Either is asked alike: `keys`, `get_tensor`, `get_slice`, `metadata`.
+A pickle is read by torch's weights-only reader, which knows tensors and plain containers: nothing in the file
+is run. Either is asked alike: `keys`, `get_tensor`, `get_slice`, `metadata`.
 
-    shapes, metadata = archive.header(path)  # what `models.layouts.recognise` takes; or *weight_files(directory)
+    shapes, metadata = archive.header(path)  # what `models.layouts.recognise` takes
+    shapes, metadata = archive.header(*weight_files(directory))
 """
 
 from __future__ import annotations
@@ -111,8 +112,8 @@ def _pickle(file: Path) -> Pickle:
     if not file.is_file():
         raise _refused(file, "does not exist")
     if not zipfile.is_zipfile(file):
-        why = "is truncated, or a pickle of before torch 1.6, which cannot be mapped; save it anew with torch.save"
-        raise _refused(file, why)
+        old = "a pickle of before torch 1.6, which cannot be mapped; save it anew with torch.save"
+        raise _refused(file, f"is truncated, or {old}")
     try:
         held = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:

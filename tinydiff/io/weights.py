@@ -41,7 +41,8 @@ over.
 
 class Stored(NamedTuple):
     """A tensor on disk: its file, the key there, its safetensors type name and its shape. lead: dimensions
-    of length one before those of the shape. transposed: the shape is that of a matrix stored the other way round.
+    of length one before those of the shape. transposed: the shape is that of a matrix stored the other way
+    round.
     """
 
     file: Path
@@ -123,7 +124,8 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def exported(weights: Mapping[str, Tensor], rows: Iterable[Row], keys: KeyMap) -> dict[str, Tensor]:
-    """The whole weights of these rows as a file of the layout holds them: what `load_weights` reads with `keys`."""
+    """The whole weights of these rows as a file of the layout holds them: what `load_weights` reads with
+    `keys`."""
     wanted = {row.name: row for row in rows}
     stored: dict[str, Tensor] = {}
     for name in wanted:
@@ -242,7 +244,8 @@ def _twice(name: str, *files: Path) -> UserError:
 def _found(
     stored: Mapping[str, Stored], wanted: Mapping[str, Row], keys: KeyMap
 ) -> tuple[dict[str, Match], list[str]]:
-    """(row -> what it is read from, keys that are of no row). Of a tied weight's keys its own name is preferred."""
+    """(row -> what it is read from, keys that are of no row). Of a tied weight's keys its own name is
+    preferred."""
     found: dict[str, Match] = {}
     unread, unexpected = [], []
     for key, at in stored.items():
@@ -364,7 +367,8 @@ def _stream(held: Iterable[Held], sources: Mapping[str, Source], weights: Mappin
 
 
 def _boxes(held: Held, source: Source) -> Iterator[tuple[Stored, Box]]:
-    """What this rank reads for a weight: the boxes it holds, counted in the tensors on disk that they lie in."""
+    """What this rank reads for a weight: the boxes it holds, counted in the tensors on disk that they lie
+    in."""
     for box in held.boxes:
         for run, at in source.runs:
             if not box.shape:

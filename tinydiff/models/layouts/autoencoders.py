@@ -1,7 +1,8 @@
-"""Files of autoencoders: the original layouts of FLUX, SD3, FLUX.2, Wan 2.1 and 2.2 and Qwen-Image, and diffusers'.
+"""Files of autoencoders: the original layouts of FLUX, SD3, FLUX.2, Wan 2.1 and 2.2 and Qwen-Image, and
+diffusers'.
 
-Source: the names of the reference codes. FLUX's decoder counts its stages from the last, and its attention is a
-convolution of one pixel. Wan 2.1 has all layers of a half in one list, Wan 2.2 a list in a list.
+Source: the names of the reference codes. FLUX's decoder counts its stages from the last, and its attention is
+a convolution of one pixel. Wan 2.1 has all layers of a half in one list, Wan 2.2 a list in a list.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from tinydiff.models.autoencoders import wan as wan_vae
 from tinydiff.models.layouts.table import Entries, Layout, Sizes, by_rows
 
 # --- AutoencoderKL
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def _projection(stored: str, row: str) -> tuple[Line, ...]:
@@ -113,7 +114,7 @@ def _of_kl(class_name: str, signs: tuple[str, ...], lacks: tuple[str, ...]) -> t
 
 
 # --- Wan's
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 _RESIDUAL = (
     moved("residual.0", "norm1"),
@@ -201,7 +202,7 @@ _WAN = "AutoencoderKLWan"
 _NESTED = wan_vae.Config(is_residual=True)
 
 # --- tiny ones
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def _counts(s: Sizes, half: str) -> list[int]:

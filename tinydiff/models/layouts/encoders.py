@@ -1,7 +1,7 @@
 """Files of text and image encoders: transformers' names, which ComfyUI keeps, open_clip's, and Wan's pickles.
 
-What no shape tells is that of the one released model of the architecture: widths of heads, activations, the base of a
-rotary embedding.
+What no shape tells is that of the one released model of the architecture: widths of heads, activations, the
+base of a rotary embedding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TOKENIZERS = unread("spiece_model", "tekken_model", "logit_scale")
 """What ComfyUI's files hold beside the weights: the bytes of a tokenizer, and CLIP's temperature."""
 
 # --- CLIP
-# -----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 _CLIP_LAYER = "text_model.encoder.layers.*"
 _PARTS = ("q_proj", "k_proj", "v_proj")
@@ -156,7 +156,7 @@ VISION = (
 )
 
 # --- T5
-# -------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 WAN_T5 = (
     moved("token_embedding", "shared"),
@@ -216,24 +216,16 @@ T5 = (
 )
 
 # --- language models
-# ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def _decoder_entries(more: Callable[[int], Entries]) -> Callable[[Sizes], Entries]:
-    """more: width -> what no shape tells. A file without the last norm is cut short: it has as many layers as are
-    read, and the model has as many as the released one of its widths.
+    """more: width -> what no shape tells. A file without the last norm is cut short: it has as many layers as
+    are read, and the model has as many as the released one of its widths.
     """
 
     def ask(stored: Sizes) -> Entries:
-        keys = KeyMap(
-            (
-                *_lines(
-                    DecoderConfig(
-                        lm_head=True, layers=1, num_hidden_layers=1, layer_types=("full_attention",)
-                    )
-                ),
-            )
-        )
+        keys = KeyMap(_lines(DecoderConfig(lm_head=True)))
         named = {keys.row(key): shape for key, shape in stored.shapes.items()}
         s = Sizes({name: shape for name, shape in named.items() if name is not None})
         vocabulary, width = s.shapes["embed_tokens.weight"]
@@ -280,7 +272,8 @@ _GEMMA = "layers.0.pre_feedforward_layernorm"
 _KINDS: tuple[tuple[str, tuple[str, ...], tuple[str, ...], Callable[[int], Entries]], ...] = (
     ("Qwen2_5_VLForConditionalGeneration", ("k_proj.bias",), ("q_norm",),
      lambda width: {"rms_norm_eps": 1e-6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}),
-    ("Qwen3ForCausalLM", ("q_norm",), ("k_proj.bias",), lambda width: {"rope_theta": 1e6, "rms_norm_eps": 1e-6}),
+    ("Qwen3ForCausalLM", ("q_norm",), ("k_proj.bias",),
+     lambda width: {"rope_theta": 1e6, "rms_norm_eps": 1e-6}),
     ("Mistral3ForConditionalGeneration", (), ("q_norm", "k_proj.bias"), _mistral),
 )  # fmt: skip
 """Class, what its attention has, what it lacks, what no shape tells."""

@@ -1,7 +1,7 @@
 """FLUX.1's original layout, which ComfyUI keeps; dev, schnell, Kontext, Fill and the control models alike.
 
-Source: the names of black-forest-labs' reference code. Rows of `linear1` are those of queries, keys, values and
-the MLP; the last modulation is shift, then scale.
+Source: the names of black-forest-labs' reference code. Rows of `linear1` are those of queries, keys, values
+and the MLP; the last modulation is shift, then scale.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@
     config = config_from(found.class_name, found.entries)
     load_weights(path, record.spec(config), dtype, keys=found.keys(config))
 
-A config that stands beside the file, or that of the released model, may take the place of `entries`: shapes do
-not tell everything (the scale of latents, the base of a rotary embedding). `found.models` are the released models
-with a component of these very shapes.
+A config that stands beside the file, or that of the released model, may take the place of `entries`: shapes
+do not tell everything (the scale of latents, the base of a rotary embedding). `found.models` are the released
+models with a component of these very shapes.
 """
 
 from __future__ import annotations
@@ -69,13 +69,15 @@ REFUSED = {
 """Architectures that look like ours or are often met, and are not run here -> a name that tells them."""
 
 LORA = re.compile(
-    r"[._](lora_(?:[AB]|down|up|mid|linear_layer)|lora[12]?\.(?:down|up)|lokr_w[12]|hada_w[12]|oft_(?:blocks|R)"
+    r"[._](lora_(?:[AB]|down|up|mid|linear_layer)|lora[12]?\.(?:down|up)|lokr_w[12]|hada_w[12]"
+    r"|oft_(?:blocks|R)"
     r"|boft_R|diff(?:_[bm])?$|dora_scale|set_weight)"
 )
 """Parts of keys that only adapters have."""
 
 QUANTISED = re.compile(
-    r"(?:^|\.)(scaled_fp8|scale_weight|comfy_quant|weight_scale(?:_2)?|weight_global_scale|qweight|wscales|SCB"
+    r"(?:^|\.)(scaled_fp8|scale_weight|comfy_quant|weight_scale(?:_2)?|weight_global_scale|qweight"
+    r"|wscales|SCB"
     r"|absmax|_weight_qdata|weight\._data|sign_mantissa)$"
 )
 """Keys that stand beside quantised weights."""
@@ -86,8 +88,8 @@ class Found:
     """A component in a file.
 
     role: what it is to a model. class_name: in `models.classes.RECORDS`; another class of the same record may
-    stand in its place. layout: the layout's name. prefix: what stands before its keys. entries: config.json as
-    far as the shapes tell. models: the released models that have a component of these shapes.
+    stand in its place. layout: the layout's name. prefix: what stands before its keys. entries: config.json
+    as far as the shapes tell. models: the released models that have a component of these shapes.
     """
 
     role: Role
@@ -182,8 +184,8 @@ def _fits(part: Sizes, prefix: str) -> Iterator[Found]:
 
 
 def _released(class_name: str, entries: Entries, config: Any) -> Iterator[str]:
-    """The released models with a component of these shapes, and of what else the file says it has. An output head
-    that it has not may be tied or left out.
+    """The released models with a component of these shapes, and of what else the file says it has. An output
+    head that it has not may be tied or left out.
     """
     record = RECORDS[class_name]
     said = [name for name, value in entries.items() if value is True and name != "tie_word_embeddings"]

@@ -1,7 +1,7 @@
 """Stable Diffusion 3's original layout, which ComfyUI keeps: 3 medium, 3.5 medium and 3.5 large.
 
-Source: the names of Stability AI's reference code. The last block's text stream ends in its attention, and its
-modulation has two parts, shift and scale.
+Source: the names of Stability AI's reference code. The last block's text stream ends in its attention, and
+its modulation has two parts, shift and scale.
 """
 
 from __future__ import annotations

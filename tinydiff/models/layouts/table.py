@@ -1,4 +1,5 @@
-"""What a layout of files says: which keys tell it, where the rows stand, and what the shapes say of the config."""
+"""What a layout of files says: which keys tell it, where the rows stand, and what the shapes say of the
+config."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ class Sizes:
     shapes: Mapping[str, Shape]
 
     def __call__(self, name: str, dim: int = 0) -> int:
-        """The size of a tensor along a dimension. LookupError where it is not there or has no such dimension."""
+        """The size of a tensor along a dimension. LookupError where it is not there or has no such
+        dimension."""
         return self.shapes[name][dim]
 
     def has(self, name: str) -> bool:
@@ -36,9 +38,10 @@ class Sizes:
 class Layout:
     """One way in which files hold a component.
 
-    name: the layout's, for messages. class_name: of the component, in `models.classes`. signs: names that every
-    such file has, of tensors or of what they stand below. lacks: names that none has. lines: config -> the key
-    map's lines. entries: the stored shapes, without the prefix -> the entries of config.json that they tell.
+    name: the layout's, for messages. class_name: of the component, in `models.classes`. signs: names that
+    every such file has, of tensors or of what they stand below. lacks: names that none has. lines: config ->
+    the key map's lines. entries: the stored shapes, without the prefix -> the entries of config.json that
+    they tell.
     """
 
     name: str

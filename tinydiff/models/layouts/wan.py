@@ -1,6 +1,7 @@
 """Wan's original layout, which ComfyUI keeps: 2.1 and 2.2, from text, from images, and the 5B model.
 
-Source: the names of Wan-Video's reference code. Nothing is fused, and the affine norm of a block is its third.
+Source: the names of Wan-Video's reference code. Nothing is fused, and the affine norm of a block is its
+third.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ HEAD = 128
 
 
 def _attention(stored: str, row: str) -> tuple[Line, ...]:
-    names = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "k_img": "add_k_proj", "v_img": "add_v_proj",
-             "norm_k_img": "norm_added_k", "norm_q": "norm_q", "norm_k": "norm_k"}  # fmt: skip
+    names = {
+        **{"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"},
+        **{"k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k"},
+    }
     return under(stored, row, *(moved(old, new) for old, new in names.items()))
 
 
