@@ -331,9 +331,9 @@ def test_what_layers_are_made_of(tmp_path, pictures):
     assert (made.height, made.width) == fit_area(640 * 640, 40, 56)
     assert np.array_equal(made.originals[0], np.asarray(Image.open(pictures[0])))
     assert _request_of(plan, pictures[:1], num_frames=7).layers == 7
-    with pytest.raises(UserError, match="prompt: none is given"):
-        cli._admissible(config.parse(["--model-path", "Qwen/Qwen-Image-Edit", "--no-save-output"]))
-    cli._admissible(config.parse(["--model-path", "Qwen/Qwen-Image-Layered", "--no-save-output"]))
+    with pytest.raises(UserError, match="prompt: is missing"):
+        cli._check_without_torch(config.parse(["--model-path", "Qwen/Qwen-Image-Edit", "--no-save-output"]))
+    cli._check_without_torch(config.parse(["--model-path", "Qwen/Qwen-Image-Layered", "--no-save-output"]))
 
 
 def test_one_step_is_not_stretched(tmp_path):
