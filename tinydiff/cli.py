@@ -221,12 +221,12 @@ def _table() -> list[str]:
 
 
 def _cells(row: registry.ReleasedModel) -> list[str]:
-    several = row.clip_frames != row.num_frames
+    several = row.video_frames != row.num_frames
     fewest, most = row.images
     return [
         row.name,
         f"{row.width}x{row.height}",
-        f"{row.num_frames} or {row.clip_frames}" if several else f"{row.num_frames}",
+        f"{row.num_frames} or {row.video_frames}" if several else f"{row.num_frames}",
         str(row.fps),
         str(row.steps),
         f"{row.guidance:g}" if row.guidance_2 is None else f"{row.guidance:g}, {row.guidance_2:g}",

@@ -39,7 +39,7 @@ def test_the_form_begins_with_what_the_model_does(serve, browser):
     assert said == {"width": str(row.width), "height": str(row.height), "num_inference_steps": str(row.steps)}
     assert browser.find_element(By.ID, "model").text == made.name
     choose(browser, "video")
-    assert browser.find_element(By.NAME, "num_frames").get_property("value") == str(row.clip_frames)
+    assert browser.find_element(By.NAME, "num_frames").get_property("value") == str(row.video_frames)
 
 
 def test_progress_and_previews_are_shown(serve, browser):

@@ -101,7 +101,7 @@ def test_a_model_without_pictures_takes_none(serve, browser):
 
 
 def test_references_are_shown_and_sent_in_order(serve, browser, tmp_path):
-    made = serve({"images": (1, 3), "image_use": "references", "clips_by_name": None})
+    made = serve({"images": (1, 3), "image_use": "references", "default_video_frames": None})
     for width in (32, 48):
         give_picture(browser, tmp_path, width=width)
     settled(lambda: len(browser.find_elements(By.CSS_SELECTOR, "#images img")) == 2)

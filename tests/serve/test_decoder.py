@@ -210,7 +210,7 @@ def test_pixels_are_counted_before_an_image_is_brought_to_size(made, parts, para
 
 
 def test_references_of_an_aspect_that_no_canvas_has_are_refused(tmp_path):
-    made = service(tmp_path, row={"images": (1, 4), "image_use": "references", "given_multiple": 32})
+    made = service(tmp_path, row={"images": (1, 4), "image_use": "references", "reference_multiple": 32})
     answer = client(made).simulate_post(EDITS, body=form(("prompt", "a"), ("image", picture(100_000, 1))))
     assert answer.status_code == 400 and "too long" in answer.json["error"]["message"]
     made.scheduler.close()

@@ -79,11 +79,11 @@ def test_the_card_says_what_the_model_does_and_takes(serve):
 @pytest.mark.parametrize(
     ("row", "kind", "kinds"),
     [
-        ({"clips_by_name": None, "images": (0, 0)}, "T2I", ["T2I"]),
-        ({"clips_by_name": None, "images": (0, 1), "image_use": "start"}, "TI2I", ["T2I", "I2I"]),
-        ({"clips_by_name": None, "images": (1, 3), "image_use": "references"}, "I2I", ["I2I"]),
-        ({"num_frames": 81, "clips_by_name": None, "images": (0, 0)}, "TI2V", ["T2V", "T2I"]),
-        ({"num_frames": 81, "clips_by_name": None, "images": (1, 2)}, "I2V", ["I2V"]),
+        ({"default_video_frames": None, "images": (0, 0)}, "T2I", ["T2I"]),
+        ({"default_video_frames": None, "images": (0, 1), "image_use": "start"}, "TI2I", ["T2I", "I2I"]),
+        ({"default_video_frames": None, "images": (1, 3), "image_use": "references"}, "I2I", ["I2I"]),
+        ({"num_frames": 81, "default_video_frames": None, "images": (0, 0)}, "TI2V", ["T2V", "T2I"]),
+        ({"num_frames": 81, "default_video_frames": None, "images": (1, 2)}, "I2V", ["I2V"]),
     ],
 )
 def test_the_tasks_of_other_models(serve, row, kind, kinds):

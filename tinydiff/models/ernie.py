@@ -338,5 +338,5 @@ FAMILY = Denoiser(
     must_fit=must_fit,
     linear_grid=True,
     hidden_states={"text_encoder": (-2,)},
-    settles={"vae": {"batch_norm_eps": 1e-5}},
+    config_overrides={"vae": {"batch_norm_eps": 1e-5}},
 )

@@ -24,9 +24,9 @@ from tinydiff.records import Request
 Config = Any
 """A family's own frozen dataclass. Its fields are the names in the checkpoint's config.json."""
 Recipe = Callable[[Config, Context, Request], LoopInputs]
-"""(config, the model's loaded parts, request) -> the request in the family's own terms."""
+"""(config, context of the loaded model, request) -> the loop's inputs."""
 Keys = Callable[[Config], KeyMap]
-"""config -> where the rows stand in the files of a component's directory."""
+"""config -> the map between rows and keys in a component's files."""
 Read = Callable[[Mapping[str, Any], str], Config]
 """(entries of config.json, class name) -> config."""
 HeadWidth = Callable[[Config], int]
@@ -34,33 +34,33 @@ Role = Literal["dit", "text_encoder", "image_encoder", "vae"]
 
 
 def as_is(c: Config) -> KeyMap:
-    """A network whose files have the names of its rows."""
+    """The map of files whose keys are the names of the rows."""
     return AS_IS
 
 
 def no_components(c: Config) -> tuple[str, ...]:
-    """A family that needs no component beside the usual ones."""
+    """No extra components."""
     return ()
 
 
 def no_shift(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
-    """A family whose schedule does not move with the size of the image."""
+    """No dynamic shift of the schedule."""
     return None
 
 
 def one_frame(c: Config, options: Mapping[str, Any]) -> tuple[int, ...]:
-    """A family whose videos start from one given frame."""
+    """A video may start from one input frame."""
     return (1,)
 
 
-def no_pads(tokens: int) -> int:
-    """A family whose sequences may have any length."""
+def no_padding(tokens: int) -> int:
+    """No pad tokens, whatever the number of tokens."""
     return 0
 
 
 @dataclass(frozen=True, eq=False)
 class Denoiser:
-    """A family of denoisers: an `ops.network.Family`, and what a pipeline needs of it."""
+    """A family of denoisers: an `ops.network.Family` and everything that a pipeline asks for."""
 
     config: type[Any]
     """Reads config.json. An unknown field is an error at load."""
@@ -76,7 +76,7 @@ class Denoiser:
     pipelines: Mapping[str, Recipe]
     """Pipeline class of model_index.json -> recipe."""
     patch: Callable[[Config], Patch]
-    """Latents to a token along frames, height and width."""
+    """Latents per token along frames, height and width."""
     heads: Callable[[Config], int]
     """Heads of attention, for keys as for queries."""
     head_width: HeadWidth
@@ -86,9 +86,9 @@ class Denoiser:
     pooled: bool = False
     """Whether the prompt enters the tensors of a step."""
     guidance: str = "classifier_free"
-    """How the velocities of two branches become one, a name in `sampling.guidance`."""
-    needs: Callable[[Config], tuple[str, ...]] = no_components
-    """Components needed beside transformer, vae, text_encoder, tokenizer and scheduler."""
+    """The rule that combines the velocities of two branches, a name in `sampling.guidance`."""
+    extra_components: Callable[[Config], tuple[str, ...]] = no_components
+    """Components that it needs beside transformer, vae, text_encoder, tokenizer and scheduler."""
     hidden_states: Mapping[str, tuple[int, ...] | Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     """Language model -> the numbers of its hidden states that are read; negative numbers count from the end.
 
@@ -97,28 +97,28 @@ class Denoiser:
     mu: Callable[[Config, int, int, Mapping[str, Any]], float | None] = no_shift
     """(config, image tokens, steps, scheduler_config.json) -> dynamic shift of the schedule."""
     linear_grid: bool = False
-    """Whether the pipeline hands its scheduler the sigmas 1, 1 - 1/S, ..., 1/S."""
+    """Whether the pipeline gives its scheduler the sigmas 1, 1 - 1/S, ..., 1/S."""
     own_grid: tuple[str, ...] = ()
-    """Pipeline classes that, from text, leave a scheduler with flow sigmas (UniPC) its own grid."""
+    """Pipeline classes that use the scheduler's own sigmas for text to image, if it has flow sigmas (UniPC)."""
     keys: Keys = as_is
     longest_side: Callable[[Config], int] | None = None
-    """Most latent pixels along a side; None where there is no limit."""
-    given_size: Callable[[int, int, int], tuple[int, int]] | None = None
+    """Most latents along height or width; None without a limit."""
+    size_from_image: Callable[[int, int, int], tuple[int, int]] | None = None
     """(height and width of the input image, multiple of pixels) -> height and width of the output.
 
     None where the output's size does not follow an input image. Raises UserError for an unusable image.
     """
-    given_frames: Callable[[Config, Mapping[str, Any]], tuple[int, ...]] = one_frame
+    input_frames: Callable[[Config, Mapping[str, Any]], tuple[int, ...]] = one_frame
     """(config, settings in model_index.json) -> the numbers of input frames a video may have.
 
     One is the first frame; two are the first and the last.
     """
-    settles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Component -> fields of its config that the pipeline sets, whatever its config.json says."""
-    pads: Callable[[int], int] = no_pads
-    """Tokens of an image or text -> tokens that are added to fill the sequence."""
-    texts_before: tuple[str, ...] = ()
-    """Text encoders whose tokens stand before those that `text_tokens` counts."""
+    config_overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Component -> fields of its config that the pipeline sets, in place of those in config.json."""
+    pad_tokens: Callable[[int], int] = no_padding
+    """Tokens of an image or text -> pad tokens behind them."""
+    leading_text_encoders: tuple[str, ...] = ()
+    """Text encoders whose tokens come before those that `text_tokens` counts."""
 
     role: ClassVar[Role] = "dit"
     biased: ClassVar[bool] = False
@@ -127,10 +127,10 @@ class Denoiser:
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """A network that reads a prompt or looks at an image; the recipes call its own functions.
+    """A text or image encoder. Recipes call the functions of its module.
 
-    role: "text_encoder" or "image_encoder". config: what `read` makes of the entries of config.json.
-    head_width: of attention. biased: whether its attention adds a bias or mask. keys: the spellings of released files.
+    config: the type that `read` returns. head_width: of attention. biased: whether attention adds a bias or a
+    mask. keys: where the rows stand in released files.
     """
 
     role: Role
@@ -140,8 +140,8 @@ class Encoder:
     biased: bool
     keys: Keys = as_is
     read: Read | None = None
-    longest: Callable[[Config], int] | None = None
-    """Tokens of a text that it reads at most, where the network has places for no more."""
+    max_tokens: Callable[[Config], int] | None = None
+    """Most tokens of a text, where the network has positions for no more."""
     preprocessor: tuple[str, Callable[[Mapping[str, Any], Config], dict[str, Any]]] | None = None
     """(component of the preprocessor's files, (their entries, config) -> fields of the config)."""
 
@@ -150,11 +150,10 @@ class Encoder:
 class Autoencoder:
     """An autoencoder of images or video.
 
-    encode: (config, weights, pixels [B, C, F, H, W] in [-1, 1], latent frames of a pass, side of a tile in
-    pixels, plan) -> latents.
-    decode: the same from latents to pixels. up_stages: the decoder's stages, where its memory is known.
-    keys: the spellings of released files.
-    runs: raises ValueError for a config that is enough to plan with and not to run.
+    encode: (config, weights, pixels [B, C, F, H, W] in [-1, 1], latent frames per pass, side of a tile in
+    pixels, plan) -> latents. decode: the same from latents to pixels. up_stages: the decoder's stages, for
+    estimates of its memory. keys: where the rows stand in released files. check_runnable: raises ValueError
+    for a config that is enough to plan with but not to run.
     """
 
     config: type[Any]
@@ -163,7 +162,7 @@ class Autoencoder:
     decode: Callable[..., Tensor]
     keys: Keys = as_is
     up_stages: Callable[[Config], Iterable[Any]] | None = None
-    runs: Callable[[Config], None] = lambda c: None
+    check_runnable: Callable[[Config], None] = lambda c: None
 
     role: ClassVar[Role] = "vae"
     biased: ClassVar[bool] = False

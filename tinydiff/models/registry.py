@@ -17,7 +17,7 @@ WAN_NEGATIVE = (
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
     "背景人很多，倒着走"
 )
-"""The negative prompt that Wan was tuned with, in the language that it was tuned in."""
+"""The negative prompt of Wan's model cards."""
 
 
 Kind = tuple[str, int, bool, bool]
@@ -26,22 +26,23 @@ Kind = tuple[str, int, bool, bool]
 
 @dataclass(frozen=True)
 class ReleasedModel:
-    """A released model: the defaults of a request, and what a directory of unknown name is recognised by.
+    """A released model: the defaults of a request, and how a model directory is recognised.
 
-    height, width: pixels, multiples of `size_multiple`. num_frames: k * `frame_multiple` + 1. clip_frames:
-    the frames of a video that was asked for without a number, where `num_frames` makes an image. steps,
-    guidance (at 1 the network runs once a step), guidance_2 (of the second expert), boundary_ratio (the share
-    of the schedule below which the second expert runs), flow_shift (None: the directory's scheduler settles
-    it), stored_shift (what the release's own scheduler says): the sampling table. guidance_form: "embedded"
-    is told to a network that learnt it, "offset" counts from 0; with "embedded" and "true", it is
-    true_cfg_scale and a given negative prompt that guide. solver: a name of the engine; dmd_timesteps belong
-    to "dmd".
-    negative_prompt: None where guidance would not read one. text_tokens: how many are read at most. images:
-    the least and the most input images. image_use: as frames of the video, as the image to start from, or as
-    references beside it. given_multiple: a size that follows the last given image is rounded to multiples of
-    so many pixels (None: the first one, and down). layers: how many images with alpha one is taken apart
-    into, where that is what the model does. captions: its text encoder writes a missing prompt.
-    params: of the transformers together. shape: fields of `transformer/config.json` that tell it apart.
+    height, width: pixels, multiples of `size_multiple`. num_frames: k * `frame_multiple` + 1. video_frames:
+    the frames of a video where num_frames, the default, gives an image.
+    steps, guidance, guidance_2 (of the second expert), boundary_ratio (the part of the schedule in which the
+    second expert runs), flow_shift (None: that of the directory's scheduler), stored_shift (that of the
+    released scheduler): the sampling table. With guidance 1 the network runs once a step.
+    guidance_form: "scale" is a CFG scale; "offset" is the model card's scale, to which 1 is added for CFG;
+    "embedded" is an input of the network (guidance-distilled). With "embedded" and "true", CFG has a scale of
+    its own, true_cfg_scale, and runs where a negative prompt is given.
+    solver: a name of the engine; dmd_timesteps belong to "dmd". negative_prompt: None where guidance reads
+    none. text_tokens: most tokens of a prompt.
+    images: least and most input images. image_use: as frames of the video, as the image to start from, or as
+    references. reference_multiple: the output's size follows the last input image, rounded to multiples of
+    this many pixels; None: it follows the first one, rounded down. layers: the number of images with alpha
+    that an input image is decomposed into. captions: whether the text encoder writes a missing prompt.
+    params: of all transformers. shape: entries of `transformer/config.json` that tell the model apart.
     """
 
     name: str
@@ -70,9 +71,9 @@ class ReleasedModel:
     captions: bool = False
     images: tuple[int, int] = (0, 0)
     image_use: Literal["frames", "start", "references"] = "frames"
-    given_multiple: int | None = None
+    reference_multiple: int | None = None
     expand_timesteps: bool = False
-    clips_by_name: int | None = None
+    default_video_frames: int | None = None
 
     @property
     def experts(self) -> int:
@@ -83,8 +84,8 @@ class ReleasedModel:
         return self.pipeline, self.experts, self.expand_timesteps, self.shape.get("is_distilled", False)
 
     @property
-    def clip_frames(self) -> int:
-        return self.clips_by_name or self.num_frames
+    def video_frames(self) -> int:
+        return self.default_video_frames or self.num_frames
 
 
 SHIPPED = "tinydiff/shapes"
@@ -95,32 +96,25 @@ DMD = (1000, 757, 522)
 T2V, I2V, DMD_PIPELINE = "WanPipeline", "WanImageToVideoPipeline", "WanDMDPipeline"
 
 
-def _wan(name: str, pipeline: str, size: tuple[int, int], frames: int, fps: int, steps: int, guidance: float,
-    shift: float, params: int,
-         shape: tuple[int, int, int], **more: Any) -> ReleasedModel:  # fmt: skip
-    """A Wan model; shape: its layers, heads and channels in."""
-    named: dict[str, Any] = dict(
-        zip(("num_layers", "num_attention_heads", "in_channels"), shape, strict=True)
-    )
-    defaults: dict[str, Any] = {
-        "negative_prompt": WAN_NEGATIVE,
-        "solver": "unipc",
-        "flow_shift": shift,
-        "stored_shift": shift,
-    }
-    return ReleasedModel(
-        name,
-        "wan",
-        pipeline,
-        *size,
-        steps,
-        guidance,
-        params,
-        named,
-        num_frames=frames,
-        fps=fps,
-        **defaults | more,
-    )
+def _wan(
+    name: str,
+    pipeline: str,
+    size: tuple[int, int],
+    frames: int,
+    fps: int,
+    steps: int,
+    guidance: float,
+    shift: float,
+    params: int,
+    shape: tuple[int, int, int],
+    **more: Any,
+) -> ReleasedModel:
+    """A Wan model. shape: its layers, heads and input channels."""
+    names = ("num_layers", "num_attention_heads", "in_channels")
+    entries = {**dict(zip(names, shape, strict=True))}
+    fields: dict[str, Any] = {"num_frames": frames, "fps": fps, "flow_shift": shift, "stored_shift": shift}
+    fields |= {"solver": "unipc", "negative_prompt": WAN_NEGATIVE} | more
+    return ReleasedModel(name, "wan", pipeline, *size, steps, guidance, params, entries, **fields)
 
 
 _480P, _720P, _704P = (480, 832), (720, 1280), (704, 1280)
@@ -128,26 +122,28 @@ _TI2V: dict[str, Any] = {"size_multiple": 32, "images": (0, 1), "expand_timestep
 _DISTILLED: dict[str, Any] = {"solver": "dmd", "dmd_timesteps": DMD, "negative_prompt": None}
 
 _START: dict[str, Any] = {"images": (0, 1), "image_use": "start"}
-"""Of a model that makes images from text: it can start from one."""
+"""A text-to-image model can also start from an input image."""
 
-QWEN_2512_NEGATIVE = "低分辨率，低画质，肢体畸形，手指畸形，画面过饱和，蜡像感，人脸无细节，过度光滑，画面具有AI感。构图混乱。文字模糊，扭曲。"
+QWEN_2512_NEGATIVE = (
+    "低分辨率，低画质，肢体畸形，手指畸形，画面过饱和，蜡像感，人脸无细节，过度光滑，画面具有AI感。"
+    "构图混乱。文字模糊，扭曲。"
+)
 """The negative prompt on Qwen-Image-2512's card."""
 _QWEN: dict[str, Any] = {"params": 20_430_401_088, "negative_prompt": " "}
 _QWEN_2512: dict[str, Any] = {**_QWEN, "negative_prompt": QWEN_2512_NEGATIVE}
-_QWEN_EDIT: dict[str, Any] = {**_QWEN, "images": (1, 1), "image_use": "references", "given_multiple": 32}
+_QWEN_EDIT: dict[str, Any] = {**_QWEN, "images": (1, 1), "image_use": "references", "reference_multiple": 32}
 _QWEN_EDIT_PLUS: dict[str, Any] = {**_QWEN_EDIT, "images": (1, 3)}
 _QWEN_LAYERED: dict[str, Any] = {**_QWEN_EDIT, "params": 20_430_407_232}
 
 
 def _klein(name: str, distilled: bool, params: int, shape: tuple[int, int, int]) -> ReleasedModel:
-    """A FLUX.2 klein; shape: its double blocks, single blocks and heads."""
-    told = dict(zip(("num_layers", "num_single_layers", "num_attention_heads"), shape, strict=True)) | {
-        "is_distilled": distilled
-    }
+    """A FLUX.2 klein. shape: its double blocks, single blocks and heads."""
+    names = ("num_layers", "num_single_layers", "num_attention_heads")
+    entries = {**dict(zip(names, shape, strict=True)), "is_distilled": distilled}
     steps, guidance, negative = (4, 1.0, None) if distilled else (50, 4.0, "")
-    return ReleasedModel(f"black-forest-labs/FLUX.2-klein-{name}", "flux2", "Flux2KleinPipeline", 1024, 1024,
-        steps, guidance, params, told,
-                         negative_prompt=negative, **_FLUX2)  # fmt: skip
+    fields: dict[str, Any] = {"negative_prompt": negative, **_FLUX2}
+    pipeline, name = "Flux2KleinPipeline", f"black-forest-labs/FLUX.2-klein-{name}"
+    return ReleasedModel(name, "flux2", pipeline, 1024, 1024, steps, guidance, params, entries, **fields)
 
 
 _FLUX2: dict[str, Any] = {"images": (0, 10), "image_use": "references"}
@@ -160,7 +156,7 @@ _ERNIE: dict[str, Any] = {
 MODELS: tuple[ReleasedModel, ...] = (
     _wan(
         SHIPPED, T2V, (128, 128), 1, 8, 30, 2.5, 4.0, 2_457_184, (6, 5, 16), negative_prompt=None,
-        text_tokens=32, clips_by_name=17, **_TI2V | {"size_multiple": 16},
+        text_tokens=32, default_video_frames=17, **_TI2V | {"size_multiple": 16},
     ),
     _wan("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", T2V, _480P, 81, 16, 50, 3.0, 3.0, 1_418_996_800, (30, 12, 16)),
     _wan(
@@ -275,7 +271,7 @@ MODELS: tuple[ReleasedModel, ...] = (
 
 
 def find(name: str) -> ReleasedModel | None:
-    """The row of a hub id, of its last part, or of a directory named by its last part; None if there is none."""
+    """The row of a hub id, of its last part, or of a directory named by that part; None without one."""
     tail = name.rstrip("/").rsplit("/", 1)[-1]
     return next((row for row in MODELS if name == row.name or tail == row.name.rsplit("/", 1)[-1]), None)
 
@@ -296,11 +292,11 @@ def _kind(class_name: str, options: Mapping[str, Any]) -> Kind:
     return class_name, experts, bool(options.get("expand_timesteps")), bool(options.get("is_distilled"))
 
 
-def in_words(kind: Kind) -> str:
-    """A kind in words, by the names of model_index.json."""
+def describe(kind: Kind) -> str:
+    """A kind as a phrase with the names of model_index.json."""
     class_name, experts, expand, distilled = kind
     settings = {"boundary_ratio": experts == 2, "expand_timesteps": expand, "is_distilled": distilled}
-    words = [name for name, said in settings.items() if said]
+    words = [name for name, is_set in settings.items() if is_set]
     return f"{class_name} with {' and '.join(words)}" if words else class_name
 
 
@@ -328,10 +324,9 @@ def match(
         )
     rows = [row for row in MODELS if row.kind == kind]
     if not rows:
-        message = f"{name!r} is a {in_words(kind)}, a combination that no supported model has"
+        message = f"{name!r} is a {describe(kind)}, a combination that no supported model has"
         raise UserError("model_path", f"model_path: {message}")
-    known = {**options, **transformer}
-    alike = [row for row in rows if all(known.get(key) == value for key, value in row.shape.items())]
-    return next(
-        row for row in (*alike, *rows) if row.name != SHIPPED or row in alike
-    )  # the shipped model stands for no other
+    entries = {**options, **transformer}
+    same = [row for row in rows if all(entries.get(key) == value for key, value in row.shape.items())]
+    # The shipped model's defaults are used for no other model.
+    return next(row for row in (*same, *rows) if row.name != SHIPPED or row in same)

@@ -335,7 +335,7 @@ FAMILY = Denoiser(
     head_width=lambda c: c.attention_head_dim,
     must_fit=must_fit,
     mu=mu,
-    needs=lambda c: ("text_encoder_2", "tokenizer_2"),
+    extra_components=lambda c: ("text_encoder_2", "tokenizer_2"),
     longest_side=lambda c: c.pos_embed_max_size * c.patch_size,
-    texts_before=("text_encoder",),
+    leading_text_encoders=("text_encoder",),
 )

@@ -356,12 +356,12 @@ def _image_conditions(c: Config, context: Context, request: Request, size: tuple
     return beside
 
 
-def needs(c: Config) -> tuple[str, ...]:
+def extra_components(c: Config) -> tuple[str, ...]:
     """Components needed beside transformer, vae, text_encoder, tokenizer and scheduler."""
     return () if c.image_dim is None else ("image_encoder",)
 
 
-def given_frames(c: Config, options: Mapping[str, Any]) -> tuple[int, ...]:
+def input_frames(c: Config, options: Mapping[str, Any]) -> tuple[int, ...]:
     """How many input frames a video may have: the first, or the first and the last.
 
     CLIP reads one image, or two where the model has a position table. TI2V takes a first frame only.
@@ -401,7 +401,7 @@ FAMILY = Denoiser(
     heads=lambda c: c.num_attention_heads,
     head_width=lambda c: c.attention_head_dim,
     must_fit=must_fit,
-    given_frames=given_frames,
-    needs=needs,
+    input_frames=input_frames,
+    extra_components=extra_components,
     keys=key_map,
 )

@@ -369,5 +369,5 @@ FAMILY = Denoiser(
     linear_grid=True,
     hidden_states={"text_encoder": (-2,)},
     longest_side=lambda c: min(c.axes_lens[1:]) * c.patch_size[-1],
-    pads=pad_tokens,
+    pad_tokens=pad_tokens,
 )

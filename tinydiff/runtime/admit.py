@@ -224,7 +224,7 @@ def _images(blueprint: Blueprint, paths: Sequence[str], read: Read) -> tuple[num
                 "image_path", f"image_path: {len(paths)} images are given; {row.name} takes at most {most}"
             )
         return tuple(read(path, "image_path", row.layers > 0) for path in paths)
-    frames = net.family.given_frames(net.config, blueprint.options)
+    frames = net.family.input_frames(net.config, blueprint.options)
     if paths and 1 not in frames and len(paths) != 2:
         raise UserError(
             "image_path", f"image_path: {row.name} goes from a first to a last frame; give two images"
@@ -243,15 +243,15 @@ def _size(
     """The asked size; else the model's, its area spread to the aspect of the given image."""
     row, multiple, longest = blueprint.row, _multiple(blueprint), _longest_side(blueprint)
     height, width = sampling.height or row.height, sampling.width or row.width
-    given_size = blueprint.denoiser.family.given_size
-    if images and given_size is not None:
+    size_from_image = blueprint.denoiser.family.size_from_image
+    if images and size_from_image is not None:
         (tall, wide), *_ = [
-            given_size(image.shape[0], image.shape[1], multiple) for image in images
+            size_from_image(image.shape[0], image.shape[1], multiple) for image in images
         ]  # each may be refused
         height, width = sampling.height or tall, sampling.width or wide
-    elif images and row.given_multiple is not None:
+    elif images and row.reference_multiple is not None:
         tall, wide = fit_area(
-            row.height * row.width, images[-1].shape[0], images[-1].shape[1], row.given_multiple
+            row.height * row.width, images[-1].shape[0], images[-1].shape[1], row.reference_multiple
         )
         height, width = sampling.height or tall, sampling.width or wide
     elif images and row.image_use != "references" and sampling.height is None and sampling.width is None:
@@ -288,8 +288,8 @@ def _frames(blueprint: Blueprint, sampling: SamplingOptions, clip: bool) -> int:
     row, stride = blueprint.row, blueprint.autoencoder.config.scale_factor_temporal
     if row.layers:
         return 1
-    frames = sampling.num_frames or (row.clip_frames if clip else row.num_frames)
-    if frames > 1 and row.clip_frames == 1:
+    frames = sampling.num_frames or (row.video_frames if clip else row.num_frames)
+    if frames > 1 and row.video_frames == 1:
         raise UserError(
             "num_frames", f"num_frames: {frames} would be a video, and {row.name} makes images; leave it out"
         )

@@ -161,7 +161,7 @@ def read(options: ModelOptions) -> Blueprint:
             )
             if name == WRITER or (row.captions and name == "text_encoder"):
                 config = replace(config, lm_head=True)
-        settled = denoiser.settles.get(name, {})
+        settled = denoiser.config_overrides.get(name, {})
         config = replace(config, **{key: value for key, value in settled.items() if hasattr(config, key)})
         dtype = _dtype(name, family, options, device)
         nets[name] = NetPlan(
@@ -212,7 +212,7 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None, merge_adapters: bool 
         )
     vae = blueprint.autoencoder
     try:
-        vae.family.runs(vae.config)
+        vae.family.check_runnable(vae.config)
     except ValueError as error:
         raise UserError("model_path", f"{vae.folder / 'config.json'}: {error}") from error
     tokenizers = {name: load_tokenizer(folder) for name, folder in blueprint.tokenizers.items()}
@@ -275,7 +275,7 @@ def _row(index: hub.Index, places: Mapping[str, Path], options: ModelOptions) ->
     name = options.model_id or options.model_path
     row = registry.match(index.class_name, index.options, entries, name)
     if options.model_id is not None and (wanted := registry.named(options.model_id)) is not row:
-        message = f"model_id: {wanted.name} is a {registry.in_words(wanted.kind)}, and {options.model_path!r} is a {registry.in_words(row.kind)}"
+        message = f"model_id: {wanted.name} is a {registry.describe(wanted.kind)}, and {options.model_path!r} is a {registry.describe(row.kind)}"
         raise UserError("model_id", message)
     return row, row is registry.find(name)
 
@@ -408,7 +408,7 @@ def _check_fit(row: ReleasedModel, index: hub.Index, nets: Mapping[str, NetPlan[
     """The components that a request needs are there, and agree where they meet."""
     encoders = [name for name, plan in nets.items() if plan.family.role == "text_encoder"]
     needed = (
-        *nets["transformer"].family.needs(nets["transformer"].config),
+        *nets["transformer"].family.extra_components(nets["transformer"].config),
         *(name.replace("text_encoder", "tokenizer") for name in encoders),
     )
     if absent := [name for name in needed if name not in index.components]:

@@ -136,9 +136,9 @@ def _tokens(plan: blueprint.Blueprint, request: Request, references: int) -> tup
     image = token_count(vae, request, patch) * (request.layers + 2 if request.layers else 1)
     image += references * token_count(vae, replace(request, height=REFERENCE, width=REFERENCE), patch)
     text = request.text_tokens
-    before = (plan.nets[name] for name in net.family.texts_before)
-    text += sum(encoder.family.longest(encoder.config) for encoder in before)
-    return image + net.family.pads(image), text + net.family.pads(text)
+    before = (plan.nets[name] for name in net.family.leading_text_encoders)
+    text += sum(encoder.family.max_tokens(encoder.config) for encoder in before)
+    return image + net.family.pad_tokens(image), text + net.family.pad_tokens(text)
 
 
 @contextmanager

@@ -174,7 +174,7 @@ def _suits(row: ReleasedModel, job: Job) -> None:
     """What the address asked at, and the format of the answer, leave of the fields."""
     fields, answer = job.fields, job.answer
     if job.kind == "video":
-        if row.clip_frames == 1:
+        if row.video_frames == 1:
             raise UserError(
                 "model",
                 f"model: {row.name} makes images, not videos; they are asked for at /v1/images/generations",

@@ -74,7 +74,7 @@ def tasks(service: Service) -> list[str]:
     """What the model makes of what, by SGLang's names: T2I, I2I, T2V, I2V."""
     row = service.blueprint.row
     least, most = row.images
-    clips = row.clip_frames > 1
+    clips = row.video_frames > 1
     from_text = (["T2V", "T2I"] if clips else ["T2I"]) if least == 0 else []
     return from_text + ([("I2V" if clips else "I2I")] if most else [])
 
@@ -92,7 +92,7 @@ def defaults(service: Service) -> dict[str, Any]:
     return {
         "width": row.width,
         "height": row.height,
-        "num_frames": {"image": row.layers or 1, "video": row.clip_frames if row.clip_frames > 1 else None},
+        "num_frames": {"image": row.layers or 1, "video": row.video_frames if row.video_frames > 1 else None},
         "fps": row.fps,
         "num_inference_steps": row.steps,
         "guidance_scale": row.guidance,
@@ -116,7 +116,7 @@ def card(service: Service) -> dict[str, Any]:
         "parent": None,
         "task_type": made[0]
         if len(made) == 1
-        else ("TI2V" if row.clip_frames > 1 else "TI2I")
+        else ("TI2V" if row.video_frames > 1 else "TI2I")
         if row.images[1]
         else made[0],
         "task_types": made,
@@ -133,9 +133,9 @@ def card(service: Service) -> dict[str, Any]:
             "default": f"{row.width}x{row.height}",
             "multiple": row.size_multiple,
             "max_pixels": service.options.pixel_limit(row, "image"),
-            "max_video_pixels": service.options.pixel_limit(row, "video") if row.clip_frames > 1 else None,
+            "max_video_pixels": service.options.pixel_limit(row, "video") if row.video_frames > 1 else None,
             "max_outputs": service.options.max_outputs,
-            "frame_multiple": row.frame_multiple if row.clip_frames > 1 else None,
+            "frame_multiple": row.frame_multiple if row.video_frames > 1 else None,
         },
         "input_images": {
             "least": row.images[0],

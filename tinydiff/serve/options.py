@@ -93,7 +93,7 @@ class ServeOptions:
 
     def pixel_limit(self, row: ReleasedModel, kind: Kind) -> int:
         """Pixels that one output may have, all its frames or layers together."""
-        frames = row.clip_frames if kind == "video" else max(1, row.layers)
+        frames = row.video_frames if kind == "video" else max(1, row.layers)
         return int(self.max_pixels or DEFAULT_SIZES * frames * row.height * row.width)
 
     @property

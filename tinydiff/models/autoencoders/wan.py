@@ -485,4 +485,4 @@ def decode(
     return raw_pixels(c, w, z_BZFHW * std + mean, chunk, tile, plan).clamp(-1, 1)
 
 
-FAMILY = Autoencoder(Config, spec, encode, decode, up_stages=up_stages, runs=check_statistics)
+FAMILY = Autoencoder(Config, spec, encode, decode, up_stages=up_stages, check_runnable=check_statistics)

@@ -181,5 +181,5 @@ FAMILY = Encoder(
     biased=True,
     keys=key_map,
     read=config_from,
-    longest=lambda c: c.max_position_embeddings,
+    max_tokens=lambda c: c.max_position_embeddings,
 )
