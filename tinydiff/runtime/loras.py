@@ -15,7 +15,8 @@ from typing import Any, Literal
 from tinydiff import paths
 from tinydiff.config import ModelOptions
 from tinydiff.io import hub
-from tinydiff.io.lora import Adapter, read_adapter
+from tinydiff.io.lora import Adapter, Component, read_adapter
+from tinydiff.models.layouts.recognise import key_maps
 from tinydiff.models.recipe import Net
 from tinydiff.records import UserError, nearest
 from tinydiff.runtime import adapters
@@ -140,9 +141,8 @@ def attach(
                 beside[component][each.name] = differences
         layers = {component: len(differences) for component, differences in adapter.targets.items()}
         attached[each.name] = Attached(each, adapter.layout, layers, merge)
-        where = ", ".join(f"{count} weights of {component}" for component, count in layers.items())
         how = "merged" if merge else "dynamic"
-        log.info("LoRA %s (%s): %s, strength %g, %s", each.name, adapter.layout, where, each.strength, how)
+        log.info("LoRA %s, %s; strength %g, %s", each.name, adapter.summary(), each.strength, how)
     for component, named in beside.items():
         if named or changed[component].adapters:
             changed[component] = adapters.beside(changed[component], named)
@@ -155,8 +155,18 @@ def _read(each: Chosen, nets: Mapping[str, Net[Any]]) -> Adapter:
         names = ("all", *can)
         message = f"{each.target!r} is not one of {', '.join(names)}{nearest(each.target, names)}"
         raise UserError("lora_target", f"lora_target: {message}")
-    targets = {name: (net.family, net.config) for name, net in can.items() if each.target in ("all", name)}
-    return read_adapter(each.file, targets, alpha=each.alpha, lenient=each.lenient)
+    components = {name: _component(net) for name, net in can.items()}
+    targets = None if each.target == "all" else [each.target]
+    adapter = read_adapter(each.file, components, alpha=each.alpha, lenient=each.lenient, targets=targets)
+    if adapter.unmatched:
+        count, keys = len(adapter.unmatched), ", ".join(adapter.unmatched)
+        log.warning("LoRA %s: %d keys match no weight and are left out: %s", each.name, count, keys)
+    return adapter
+
+
+def _component(net: Net[Any]) -> Component:
+    rows = {row.name: row for row in net.family.spec(net.config)}
+    return Component(net.family.role, rows, key_maps(net.family, net.config))
 
 
 def _merges(

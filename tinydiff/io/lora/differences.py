@@ -1,8 +1,14 @@
-"""What an adapter does to one weight, by kind."""
+"""What an adapter does to one weight, by kind.
+
+All kinds give the weight itself at strength 0 and the adapter's full effect at strength 1. Rows are those of the
+weight flattened to [rows, columns]: `cut` takes some of them, which is how a layer that is fused in the file
+becomes several weights of the model.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -20,6 +26,10 @@ class Difference(Protocol):
         """(a [R, I], b [O, R]) whose product b @ a is the difference at strength 1; None where it has none."""
         ...
 
+    def cut(self, at: int, size: int) -> Difference:
+        """What is done to `size` rows from `at` on. ValueError where these rows depend on others."""
+        ...
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -29,6 +39,10 @@ class LowRank:
     b: Tensor
     scale: float
 
+    def delta(self) -> Tensor:
+        """What is added at strength 1, [O, I]."""
+        return self.scale * (self.b @ self.a)
+
     def apply(self, weight: Tensor, strength: float) -> Tensor:
         wide = torch.promote_types(weight.dtype, torch.float32)
         a, b = self.a.to(weight.device, wide), self.b.to(weight.device, wide)
@@ -36,3 +50,164 @@ class LowRank:
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         return self.a, self.b * self.scale
+
+    def cut(self, at: int, size: int) -> LowRank:
+        return replace(self, b=self.b[at : at + size])
+
+
+@dataclass(frozen=True)
+class Dense:
+    """W + strength * make(): a difference as large as the weight, made when it is needed."""
+
+    make: Callable[[], Tensor]
+    """The difference of the stored tensor, of which `rows` are this weight's."""
+    rows: tuple[int, int] | None = None
+    """First row and count; None takes all."""
+
+    def delta(self) -> Tensor:
+        """What is added at strength 1."""
+        made = self.make()
+        return made if self.rows is None else made[self.rows[0] : sum(self.rows)]
+
+    def apply(self, weight: Tensor, strength: float) -> Tensor:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        delta = self.delta().to(weight.device, wide).reshape(weight.shape)
+        return (weight.to(wide) + strength * delta).to(weight.dtype)
+
+    def low_rank(self) -> None:
+        return None
+
+    def cut(self, at: int, size: int) -> Dense:
+        first = 0 if self.rows is None else self.rows[0]
+        return replace(self, rows=(first + at, size))
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """The weight of the file in place of the model's; between them at other strengths than 1."""
+
+    new: Tensor
+
+    def apply(self, weight: Tensor, strength: float) -> Tensor:
+        return _towards(weight, strength, lambda old: self.new.to(old).reshape(old.shape))
+
+    def low_rank(self) -> None:
+        return None
+
+    def cut(self, at: int, size: int) -> Replaced:
+        return Replaced(self.new[at : at + size])
+
+
+@dataclass(frozen=True)
+class Dora:
+    """A changed weight whose rows, or columns, get the lengths that the file has (DoRA).
+
+    magnitude: [O], or [I] with by_column.
+    """
+
+    change: LowRank | Dense
+    magnitude: Tensor
+    by_column: bool = False
+
+    def apply(self, weight: Tensor, strength: float) -> Tensor:
+        return _towards(weight, strength, self._scaled)
+
+    def _scaled(self, weight: Tensor) -> Tensor:
+        changed = self.change.apply(weight, 1.0)
+        kept = 1 if self.by_column else 0
+        others = [dim for dim in range(weight.ndim) if dim != kept]
+        length = changed.square().sum(dim=others, keepdim=True).sqrt()
+        return changed * (self.magnitude.to(weight).view(length.shape) / length)
+
+    def low_rank(self) -> None:
+        return None
+
+    def cut(self, at: int, size: int) -> Dora:
+        if self.by_column:
+            raise ValueError("the lengths of its columns (DoRA) are those of the whole fused layer")
+        return Dora(self.change.cut(at, size), self.magnitude[at : at + size])
+
+
+@dataclass(frozen=True)
+class Oft:
+    """Blocks of rows, each turned by a matrix, then each row multiplied (OFT).
+
+    turns: [blocks, B, B], applied from the left. rescale: [O].
+    """
+
+    turns: Tensor
+    rescale: Tensor | None = None
+
+    def apply(self, weight: Tensor, strength: float) -> Tensor:
+        return _towards(weight, strength, self._turned)
+
+    def _turned(self, weight: Tensor) -> Tensor:
+        blocks, side, _ = self.turns.shape
+        turned = self.turns.to(weight) @ weight.reshape(blocks, side, -1)
+        flat = turned.reshape(blocks * side, -1)
+        if self.rescale is not None:
+            flat = self.rescale.to(weight)[:, None] * flat
+        return flat.view(weight.shape)
+
+    def low_rank(self) -> None:
+        return None
+
+    def cut(self, at: int, size: int) -> Oft:
+        side = self.turns.shape[1]
+        if at % side or size % side:
+            raise ValueError(f"its blocks of {side} rows (OFT) reach over the parts of the fused layer")
+        rescale = None if self.rescale is None else self.rescale[at : at + size]
+        return Oft(self.turns[at // side : (at + size) // side], rescale)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Another difference for each range of rows: (first row, count, difference). The others stay."""
+
+    parts: tuple[tuple[int, int, Difference], ...]
+
+    def apply(self, weight: Tensor, strength: float) -> Tensor:
+        changed = weight.clone()
+        for at, size, part in self.parts:
+            changed[at : at + size] = part.apply(weight[at : at + size], strength)
+        return changed
+
+    def low_rank(self) -> None:
+        return None
+
+    def cut(self, at: int, size: int) -> Rows:
+        kept = []
+        for start, count, part in self.parts:
+            low, high = max(at, start), min(at + size, start + count)
+            if low < high:
+                kept.append((low - at, high - low, part.cut(low - start, high - low)))
+        return Rows(tuple(kept))
+
+
+def joined(parts: list[tuple[int, int, Difference]], rows: int) -> Difference:
+    """One difference of a weight with so many rows, from those of ranges of its rows."""
+    parts = sorted(parts, key=lambda part: part[0])
+    if len(parts) == 1 and parts[0][:2] == (0, rows):
+        return parts[0][2]
+    pairs = [(at, size, part) for at, size, part in parts if isinstance(part, LowRank)]
+    return _stacked(pairs, rows) if len(pairs) == len(parts) else Rows(tuple(parts))
+
+
+def _stacked(parts: list[tuple[int, int, LowRank]], rows: int) -> LowRank:
+    """The factors a one below the other, each once, and b where its rows and its a are."""
+    factors: list[Tensor] = []
+    for _, _, part in parts:
+        if not any(part.a is a for a in factors):
+            factors.append(part.a)
+    starts = [sum(map(len, factors[:i])) for i in range(len(factors))]
+    b = parts[0][2].b.new_zeros(rows, sum(map(len, factors)))
+    for at, size, part in parts:
+        start = next(starts[i] for i, a in enumerate(factors) if a is part.a)
+        b[at : at + size, start : start + len(part.a)] = part.scale * part.b
+    return LowRank(torch.cat(factors), b, 1.0)
+
+
+def _towards(weight: Tensor, strength: float, target: Callable[[Tensor], Tensor]) -> Tensor:
+    """From the weight towards what it becomes at strength 1."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return (wide + strength * (target(wide) - wide)).to(weight.dtype)

@@ -1,99 +1,240 @@
-"""From a LoRA file to the differences of a model's weights.
-
-So far: the layout of diffusers and peft, `transformer.MODULE.lora_A.weight`, with the modules named as the
-model's own weights are.
-"""
+"""From a LoRA file to the differences of a model's weights."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, NoReturn
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tinydiff.io.lora.differences import Difference, LowRank
-from tinydiff.parallel.plan import Row
+from tinydiff.io.lora import archive, kinds, scales
+from tinydiff.io.lora.differences import Difference, joined
+from tinydiff.io.lora.keys import Key, look, parse
+from tinydiff.io.lora.names import Component, Site
 from tinydiff.records import UserError
 
-Component = tuple[Any, Any]
-"""(record of the family, its config)."""
-
-_HALF = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.\w+)?\.weight")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA file, read for one model."""
+    """A LoRA file, read for one model.
+
+    layout: how the file names the layers, in words. targets: component -> name of a weight -> what is done to it.
+    kinds: of its layers. ranks, scales: those that its layers have, from the least. unmatched: keys of the file
+    that fit nothing of the model; only in lenient reading there are any. others: keys of components that were not
+    asked for.
+    """
 
     layout: str
-    """How the file names the layers, in words."""
     targets: Mapping[str, Mapping[str, Difference]]
-    """Component -> name of a weight -> what is done to it."""
+    kinds: tuple[str, ...] = ()
+    ranks: tuple[int, ...] = ()
+    scales: tuple[float, ...] = ()
     unmatched: tuple[str, ...] = ()
-    """Keys of the file that fit nothing of the model; only in lenient reading there are any."""
+    others: tuple[str, ...] = ()
+
+    def summary(self) -> str:
+        """What matched, in words."""
+        where = ", ".join(f"{len(each)} weights of {name}" for name, each in self.targets.items())
+        ranks = f", rank {_span(self.ranks)}" if self.ranks else ""
+        return f"{' and '.join(self.kinds)} ({self.layout}): {where}{ranks}, scale {_span(self.scales)}"
+
+
+def _span(values: Sequence[float]) -> str:
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+
+
+class Layer(NamedTuple):
+    """A layer of the file in a component: its name, how each of its keys is written, and its tensors by part."""
+
+    stem: str
+    layouts: list[str]
+    parts: dict[str, Tensor]
+
+
+class Piece(NamedTuple):
+    """What a layer of the file does to some rows of a weight."""
+
+    layer: str
+    at: int
+    size: int
+    difference: Difference
+    own: bool
 
 
 def read_adapter(
-    file: Path, components: Mapping[str, Component], alpha: float | None = None, lenient: bool = False
+    file: Path,
+    components: Mapping[str, Component],
+    alpha: float | None = None,
+    lenient: bool = False,
+    targets: Collection[str] | None = None,
 ) -> Adapter:
     """Read a LoRA file for a model's components, by name.
 
-    alpha: of files that record none. lenient: keys that fit nothing are returned and not refused.
-    Raises UserError for a file that is broken or does not fit.
+    alpha: of files that record none. lenient: keys that fit nothing are returned and not refused. targets: the
+    components to change; None takes all that the file has. Raises UserError for a file that is broken or does not
+    fit.
     """
-    tensors = _tensors(file)
-    rows = {name: {row.name: row for row in record.spec(c)} for name, (record, c) in components.items()}
-    pairs: dict[str, dict[str, dict[str, Tensor]]] = {name: {} for name in components}
-    unmatched = []
-    for key, tensor in tensors.items():
-        if key.endswith(".alpha"):
-            continue
-        matched = [name for name in components if _place(name, key, rows[name]) is not None]
-        for name in matched:
-            module, half = _place(name, key, rows[name]) or ("", "")
-            pairs[name].setdefault(module, {})[half] = tensor
-        if not matched:
-            unmatched.append(key)
-    if unmatched and not lenient:
-        names = ", ".join(unmatched[:5]) + (", ..." if len(unmatched) > 5 else "")
-        message = f"{str(file)!r} does not fit the model: {len(unmatched)} keys match no weight ({names})"
-        raise UserError("lora_path", f"lora_path: {message}")
-    targets = {
-        name: {f"{module}.weight": _low_rank(file, module, halves, alpha) for module, halves in found.items()}
-        for name, found in pairs.items()
-        if found
-    }
-    return Adapter("diffusers", targets, tuple(unmatched))
-
-
-def _place(component: str, key: str, rows: Mapping[str, Row]) -> tuple[str, str] | None:
-    """(module, A or B) of a key in a component; None where it has no such weight."""
-    match = _HALF.fullmatch(key)
-    if match is None:
-        return None
-    module = match["module"].removeprefix(f"{component.removesuffix('_2')}.")
-    return (module, match["half"]) if f"{module}.weight" in rows else None
-
-
-def _low_rank(file: Path, module: str, halves: Mapping[str, Tensor], alpha: float | None) -> LowRank:
-    if halves.keys() != {"A", "B"}:
-        raise UserError("lora_path", f"lora_path: {str(file)!r} has half a pair only for {module}")
-    a, b = halves["A"].flatten(1), halves["B"].flatten(1)
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise UserError("lora_path", f"lora_path: {str(file)!r} has values that are not numbers in {module}")
-    return LowRank(a, b, 1.0 if alpha is None else alpha / len(a))
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
+    refuse = _refusal(file)
     try:
-        with safe_open(file, framework="pt") as opened:
-            keys = list(opened.keys())
-            return {key: opened.get_tensor(key).to(torch.float32) for key in keys}
-    except (SafetensorError, OSError) as error:
-        message = f"{str(file)!r} is truncated or not a safetensors file ({error})"
-        raise UserError("lora_path", f"lora_path: {message}") from error
+        tensors, metadata = archive.read(file)
+        recorded = scales.read(file, metadata, alpha)
+    except ValueError as error:
+        refuse(str(error))
+    if bad := next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None):
+        what = "a scale that is not a number" if bad.endswith(".alpha") else "values that are not numbers"
+        refuse(f"has {what} in {bad}")
+    layers, unmatched, others = _layers(tensors, components, targets)
+    if unmatched and not (lenient and layers):
+        refuse(_misfit(unmatched, len(tensors)))
+    if others and not layers:
+        refuse(f"changes nothing of {' and '.join(targets or components)}")
+    try:
+        built = {
+            place: _build(place[0], layer, components[place[0]], recorded) for place, layer in layers.items()
+        }
+        found = {
+            name: _placed(components[name], {stem: x for (part, stem), x in built.items() if part == name})
+            for name in components
+            if any(part == name for part, _ in built)
+        }
+    except ValueError as error:
+        refuse(str(error))
+    names = [name for layer in layers.values() for name in layer.layouts]
+    ranks = tuple(sorted({each.rank for each, _ in built.values() if each.rank is not None}))
+    if recorded.own and len(ranks) > 1:
+        refuse(f"has one alpha in its metadata for layers of ranks {', '.join(map(str, ranks))}")
+    return Adapter(
+        layout=max(dict.fromkeys(names), key=names.count),
+        targets=found,
+        kinds=tuple(dict.fromkeys(each.kind for each, _ in built.values())),
+        ranks=ranks,
+        scales=tuple(sorted({each.scale for each, _ in built.values()})),
+        unmatched=tuple(unmatched),
+        others=tuple(others),
+    )
+
+
+def _refusal(file: Path) -> Callable[[str], NoReturn]:
+    def refuse(why: str) -> NoReturn:
+        raise UserError("lora_path", f"lora_path: {str(file)!r} {why}")
+
+    return refuse
+
+
+def _misfit(keys: list[str], total: int) -> str:
+    names = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
+    words = look(keys)
+    looks = f"; they look like a LoRA for {words}" if words else ""
+    return f"does not fit the model: {len(keys)} of {total} keys match no weight ({names}){looks}"
+
+
+Place = tuple[str, str]
+"""(component, layer in underscores)."""
+
+
+def _layers(
+    tensors: Mapping[str, Tensor], components: Mapping[str, Component], targets: Collection[str] | None
+) -> tuple[dict[Place, Layer], list[str], list[str]]:
+    """(the layers of the file, keys that match nothing, keys of components that are no target)."""
+    parsed = {name: parse(name) for name in tensors}
+    second = any(key is not None and key.second for key in parsed.values())
+    layers: dict[Place, Layer] = {}
+    unmatched, others = [], []
+    for name, key in parsed.items():
+        owners = list(_owners(key, components, second)) if key else []
+        wanted = [owner for owner in owners if targets is None or owner in targets]
+        if key is None or not wanted:
+            (others if owners else unmatched).append(name)
+            continue
+        for owner in wanted:
+            place = (owner, key.stem.replace(".", "_"))
+            layer = layers.setdefault(place, Layer(key.stem, [], {}))
+            layer.parts[key.part] = tensors[name]
+            layer.layouts.append(key.layout)
+    return layers, unmatched, others
+
+
+def _owners(key: Key, components: Mapping[str, Component], second: bool) -> Iterator[str]:
+    """The components that a key is for.
+
+    second: whether the file has keys of the second denoiser; without them, the keys are for both.
+    """
+    if key.encoder is None:
+        for name, component in components.items():
+            mine = not second or (name == "transformer_2") == key.second
+            if component.role == "dit" and mine and component.find(key.stem):
+                yield name
+        return
+    encoders = [name for name, component in components.items() if component.role == "text_encoder"]
+    named = "text_encoder" if key.encoder == 1 else f"text_encoder_{key.encoder}"
+    for name in sorted(encoders, key=lambda name: name != named):
+        if components[name].find(key.stem):
+            yield name
+            return
+
+
+def _build(
+    name: str, layer: Layer, component: Component, recorded: scales.Scales
+) -> tuple[kinds.Built, dict[str, Site]]:
+    """What a layer does, and to what. ValueError naming the layer."""
+    sites, stem = component.find(layer.stem), layer.stem
+    own = scales.of_tensor(layer.parts["alpha"], stem) if "alpha" in layer.parts else None
+    prefix = name.removesuffix("_2") if component.role == "dit" else name
+
+    def scale(rank: int) -> float:
+        if own is not None:
+            return own / rank
+        found = recorded.configured(prefix, stem, rank)
+        return 1.0 if found is None else found
+
+    try:
+        shapes = {leaf: site.shape for leaf, site in sites.items()}
+        lokr_rank = None if own is not None else recorded.rank(prefix, stem)
+        built = kinds.build(layer.parts, shapes, scale, lokr_rank)
+        if missing := next((leaf for leaf in built.changes if leaf not in sites), None):
+            raise ValueError(f"changes a {missing}, which the model's layer does not have")
+    except ValueError as error:
+        raise ValueError(f"does not fit the model: {stem} {error}") from error
+    return built, sites
+
+
+def _placed(
+    component: Component, built: Mapping[str, tuple[kinds.Built, dict[str, Site]]]
+) -> dict[str, Difference]:
+    """Name of a weight -> what the layers of the file do to it."""
+    pieces: dict[str, list[Piece]] = {}
+    for stem, (each, sites) in built.items():
+        for leaf, difference in each.changes.items():
+            for row, cuts in sites[leaf].runs.items():
+                for run in cuts:
+                    whole = len(sites[leaf].runs) == len(cuts) == 1 and run.at == 0
+                    whole = whole and run.size == (sites[leaf].shape or (1,))[0]
+                    try:
+                        cut = difference if whole else difference.cut(run.at, run.size)
+                    except ValueError as error:
+                        raise ValueError(f"cannot be split: {stem} changes {row}, and {error}") from error
+                    pieces.setdefault(row, []).append(Piece(stem, run.into, run.size, cut, sites[leaf].own))
+    return {row: _joined(row, each, component) for row, each in pieces.items()}
+
+
+def _joined(row: str, pieces: list[Piece], component: Component) -> Difference:
+    """One difference of the pieces of a weight.
+
+    Some files of Z-Image hold a layer twice, fused and split: then the split one counts.
+    """
+    if any(piece.own for piece in pieces) and not all(piece.own for piece in pieces):
+        left = dict.fromkeys(piece.layer for piece in pieces if not piece.own)
+        log.info("LoRA: %s says what %s says again, which is not read", row, " and ".join(left))
+        pieces = [piece for piece in pieces if piece.own]
+    ends = sorted((piece.at, piece.at + piece.size, piece.layer) for piece in pieces)
+    for (_, end, one), (start, _, other) in pairwise(ends):
+        if start < end:
+            raise ValueError(f"changes {row} twice, in {one} and in {other}")
+    shape = component.rows[row].shape
+    return joined([(piece.at, piece.size, piece.difference) for piece in pieces], shape[0] if shape else 1)

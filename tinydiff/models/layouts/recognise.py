@@ -24,7 +24,7 @@ from tinydiff.entries import typed
 from tinydiff.keymap import KeyMap, Shape
 from tinydiff.models import released
 from tinydiff.models.classes import RECORDS
-from tinydiff.models.family import Role
+from tinydiff.models.family import Record, Role
 from tinydiff.models.layouts import autoencoders, encoders, flux, flux2, ovis, same, sd3, wan, z_image
 from tinydiff.models.layouts.table import Entries, Layout, Sizes
 from tinydiff.records import UserError
@@ -132,6 +132,12 @@ def recognise(
             "%s: %d weights of no component that is known are not read (%s, ...)", name, len(left), left[0]
         )
     return tuple(sorted(found, key=lambda each: ROLES.index(each.role)))
+
+
+def key_maps(record: Record, config: Any) -> tuple[KeyMap, ...]:
+    """Where the rows of a network stand in files of each layout that holds it."""
+    mine = (layout for layout in LAYOUTS if RECORDS[layout.class_name] is record)
+    return tuple(dict.fromkeys(KeyMap(tuple(layout.lines(config))) for layout in mine))
 
 
 def config_from(class_name: str, entries: Mapping[str, Any]) -> Any:

@@ -1,0 +1,40 @@
+"""Reading a LoRA file: the tensors and the metadata of a safetensors file, and nothing that could run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+PICKLE = (b"PK\x03\x04", b"\x80")
+"""How files of torch.save begin, new and old."""
+
+
+def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors in at least float32, metadata). ValueError in words that follow the name of the file."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = dict(opened.metadata() or {})
+            tensors = {key: _wide(opened.get_tensor(key)) for key in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        if _start(file).startswith(PICKLE):
+            words = "is a pickle, which can run code and is never read; convert it to safetensors"
+            raise ValueError(words) from error
+        raise ValueError(f"is truncated or not a safetensors file ({error})") from error
+    if not tensors:
+        raise ValueError("holds no tensors")
+    return tensors, metadata
+
+
+def _start(file: Path) -> bytes:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(4)
+    except OSError:
+        return b""
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
