@@ -1,4 +1,4 @@
-"""What holds of every denoiser, on each tiny one of the parity table: a new family is tested here by its row."""
+"""Properties of every denoiser, tested on the tiny ones of the parity table."""
 
 from __future__ import annotations
 
@@ -109,3 +109,16 @@ def test_an_evaluation_tells_what_each_block_returned(name):
     made = evaluate(network, flat, tokens, TIMES[:1], inputs)
     assert list(made.blocks) == [prefix for _, prefix in network.family.blocks(network.config)]
     assert made.velocity.shape[:2] == tokens.shape[:2]
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_the_rows_of_blocks_say_what_passes_through(name):
+    """`tinydiff plan` counts the operations and bytes of what rows say: a weight that says nothing costs none."""
+    d = DENOISERS[name]
+    rows = list(d.family.spec(d.config))
+    for _, prefix in d.family.blocks(d.config):
+        block = [row for row in rows if row.name.startswith(f"{prefix}.")]
+        matrices = [row for row in block if row.name.endswith(".weight") and len(row.shape) > 1]
+        assert matrices and [row.name for row in matrices if row.input is None] == []
+        attentions = [row.attends for row in block if row.attends is not None]
+        assert attentions and all(queries == "image" or queries == keys for queries, keys in attentions)

@@ -33,24 +33,15 @@ from tinydiff.sampling import loop, solvers
 # -----------------------------------------------------------------------------------------------------------------------
 
 BLOCK = (
-    Row("b.0.q.weight", (12, 12), split=0),
-    Row("b.0.norm.weight", (12,), split=0),
-    Row("b.0.o.weight", (12, 12), split=1),
+    Row("b.0.q.weight", (12, 12), split=0, input="joint"),
+    Row("b.0.norm.weight", (12,), split=0, input="joint"),
+    Row("b.0.o.weight", (12, 12), split=1, input="joint", attends=("joint", "joint")),
     Row("b.0.o.bias", (12,), float32=True),
-    Row("b.0.mod.weight", (24, 12)),
+    Row("b.0.mod.weight", (24, 12), input="steps"),
 )
 TINY = CostModel(
-    rows=(Row("in.weight", (12, 4)), *BLOCK, Row("out.weight", (4, 12))),
+    rows=(Row("in.weight", (12, 4), input="image"), *BLOCK, Row("out.weight", (4, 12), input="image")),
     blocks=(BLOCK,),
-    reads={
-        "in.weight": "image",
-        "b.0.q.weight": "joint",
-        "b.0.o.weight": "joint",
-        "b.0.mod.weight": "table",
-        "out.weight": "image",
-    },
-    norms=("joint",),
-    attends=(("joint", "joint"),),
     heads=3,
     head_width=4,
     values=4,
@@ -192,7 +183,7 @@ def asked(name: str) -> tuple[cases.Picture, CostModel, Work]:
     else:
         made = cases.picture(name, PICTURES[name])
         made = made._replace(config=shallow(made.config))
-    net = workload.network(made.family, made.config)
+    net = workload.cost_model(made.family, made.config)
     return made, net, Work(made.x.shape[1], made.inputs["text"].shape[1], steps=STEPS)
 
 

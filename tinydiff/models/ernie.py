@@ -31,7 +31,7 @@ from tinydiff.ops.linear import linear, linear_sum
 from tinydiff.ops.norm import compute_dtype, modulate, rms_norm
 from tinydiff.ops.rope import grid_positions, rope_table
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows, norm_rows, repeat, through
 from tinydiff.parallel.sequence import keys
 from tinydiff.records import Request, UserError
 
@@ -92,7 +92,7 @@ def _block_rows(c: Config) -> Iterator[Row]:
         yield from linear_rows(f"{a}.{name}", d, d, "out", bias=False)
     for name in ("norm_q", "norm_k"):
         yield from norm_rows(f"{a}.{name}", c.head_width)
-    yield from linear_rows(f"{a}.to_out.0", d, d, "in", bias=False)
+    yield from linear_rows(f"{a}.to_out.0", d, d, "in", bias=False, attends=("joint", "joint"))
     for name in ("gate_proj", "up_proj"):
         yield from linear_rows(f"mlp.{name}", d, c.ffn_hidden_size, "out", bias=False)
     yield from linear_rows("mlp.linear_fc2", c.ffn_hidden_size, d, "in", bias=False)
@@ -101,15 +101,15 @@ def _block_rows(c: Config) -> Iterator[Row]:
 def spec(c: Config) -> Iterator[Row]:
     """Every weight once: name, shape, tensor-parallel split."""
     d = c.hidden_size
-    yield Row("x_embedder.proj.weight", (d, c.in_channels, 1, 1))
+    yield Row("x_embedder.proj.weight", (d, c.in_channels, 1, 1), input="image")
     yield Row("x_embedder.proj.bias", (d,))
-    yield from linear_rows("text_proj", c.text_in_dim, d, bias=False)
+    yield from through("prompt", linear_rows("text_proj", c.text_in_dim, d, bias=False))
     for name in ("time_embedding.linear_1", "time_embedding.linear_2"):
         yield from linear_rows(name, d, d)
-    yield from linear_rows("adaLN_modulation.1", d, 6 * d)
-    yield from repeat("layers", c.num_layers, _block_rows(c))
-    yield from linear_rows("final_norm.linear", d, 2 * d)
-    yield from linear_rows("final_linear", d, c.out_channels)
+    yield from through("steps", linear_rows("adaLN_modulation.1", d, 6 * d))
+    yield from repeat("layers", c.num_layers, through("joint", _block_rows(c)))
+    yield from through("steps", linear_rows("final_norm.linear", d, 2 * d))
+    yield from through("image", linear_rows("final_linear", d, c.out_channels))
 
 
 # --- what is computed once, before the loop

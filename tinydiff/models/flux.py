@@ -37,7 +37,7 @@ from tinydiff.ops.norm import compute_dtype
 from tinydiff.ops.patch import patchify
 from tinydiff.ops.rope import grid_positions
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows
+from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows, through
 from tinydiff.records import Request
 
 Tensors = dict[str, Tensor]
@@ -94,10 +94,10 @@ def spec(c: Config) -> Iterator[Row]:
     for name, fan_in in embedders.items():
         yield from linear_rows(f"time_text_embed.{name}.linear_1", fan_in, d)
         yield from linear_rows(f"time_text_embed.{name}.linear_2", d, d)
-    yield from linear_rows("context_embedder", c.joint_attention_dim, d)
-    yield from linear_rows("x_embedder", c.in_channels, d)
+    yield from through("prompt", linear_rows("context_embedder", c.joint_attention_dim, d))
+    yield from through("image", linear_rows("x_embedder", c.in_channels, d))
     yield from joint.stack_rows(c.num_layers, c.num_single_layers, d, c.attention_head_dim, (4 * d,))
-    yield from linear_rows("proj_out", d, c.out_channels or c.in_channels)
+    yield from through("image", linear_rows("proj_out", d, c.out_channels or c.in_channels))
 
 
 # --- what is computed once, before the loop

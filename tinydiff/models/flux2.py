@@ -32,7 +32,7 @@ from tinydiff.ops.norm import compute_dtype, modulate, rms_norm
 from tinydiff.ops.patch import patchify
 from tinydiff.ops.rope import grid_positions, rotate_interleaved
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel.plan import Cond, Input, Plan, Row, linear_rows, norm_rows, repeat, through
 from tinydiff.parallel.sequence import keys
 from tinydiff.records import Request, UserError
 
@@ -98,15 +98,22 @@ The n are shift, scale and gate, once or twice; for the last norm scale, then sh
 
 
 def _double_rows(c: Config) -> Iterator[Row]:
+    d = c.width
+    out = linear_rows("attn.to_out.0", d, d, "in", bias=False, attends=("joint", "joint"))
+    yield from through("image", _stream_rows(c, IMAGE, out, "ff"))
+    out = linear_rows("attn.to_add_out", d, d, "in", bias=False)
+    yield from through("text", _stream_rows(c, TEXT, out, "ff_context"))
+
+
+def _stream_rows(c: Config, names: tuple[str, ...], out: Iterator[Row], ff: str) -> Iterator[Row]:
     d, m = c.width, c.mlp_width
-    for names, out, ff in ((IMAGE, "to_out.0", "ff"), (TEXT, "to_add_out", "ff_context")):
-        for name in names[:3]:
-            yield from linear_rows(f"attn.{name}", d, d, "out", bias=False)
-        for name in names[3:]:
-            yield from norm_rows(f"attn.{name}", c.attention_head_dim)
-        yield from linear_rows(f"attn.{out}", d, d, "in", bias=False)
-        yield from linear_rows(f"{ff}.linear_in", d, 2 * m, "out", bias=False, parts=(m, m))
-        yield from linear_rows(f"{ff}.linear_out", m, d, "in", bias=False)
+    for name in names[:3]:
+        yield from linear_rows(f"attn.{name}", d, d, "out", bias=False)
+    for name in names[3:]:
+        yield from norm_rows(f"attn.{name}", c.attention_head_dim)
+    yield from out
+    yield from linear_rows(f"{ff}.linear_in", d, 2 * m, "out", bias=False, parts=(m, m))
+    yield from linear_rows(f"{ff}.linear_out", m, d, "in", bias=False)
 
 
 def _single_rows(c: Config) -> Iterator[Row]:
@@ -114,7 +121,8 @@ def _single_rows(c: Config) -> Iterator[Row]:
     yield from linear_rows("attn.to_qkv_mlp_proj", d, sum(c.fused), "out", bias=False, parts=c.fused)
     for name in ("norm_q", "norm_k"):
         yield from norm_rows(f"attn.{name}", c.attention_head_dim)
-    yield from linear_rows("attn.to_out", d + m, d, "in", bias=False, parts=(d, m))
+    attends: tuple[Input, Input] = ("joint", "joint")
+    yield from linear_rows("attn.to_out", d + m, d, "in", bias=False, parts=(d, m), attends=attends)
 
 
 def spec(c: Config) -> Iterator[Row]:
@@ -126,12 +134,12 @@ def spec(c: Config) -> Iterator[Row]:
         )
         yield from linear_rows(f"time_guidance_embed.{name}_embedder.linear_2", d, d, bias=False)
     for layer, n in MODULATIONS.values():
-        yield from linear_rows(f"{layer}.linear", d, n * d, bias=False)
-    yield from linear_rows("x_embedder", c.in_channels, d, bias=False)
-    yield from linear_rows("context_embedder", c.joint_attention_dim, d, bias=False)
+        yield from through("steps", linear_rows(f"{layer}.linear", d, n * d, bias=False))
+    yield from through("image", linear_rows("x_embedder", c.in_channels, d, bias=False))
+    yield from through("prompt", linear_rows("context_embedder", c.joint_attention_dim, d, bias=False))
     yield from repeat("transformer_blocks", c.num_layers, _double_rows(c))
-    yield from repeat("single_transformer_blocks", c.num_single_layers, _single_rows(c))
-    yield from linear_rows("proj_out", d, c.out_channels or c.in_channels, bias=False)
+    yield from repeat("single_transformer_blocks", c.num_single_layers, through("joint", _single_rows(c)))
+    yield from through("image", linear_rows("proj_out", d, c.out_channels or c.in_channels, bias=False))
 
 
 # --- what is computed once, before the loop

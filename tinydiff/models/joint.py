@@ -21,7 +21,7 @@ from tinydiff.ops.linear import linear, linear_sum
 from tinydiff.ops.norm import modulate, rms_norm
 from tinydiff.ops.rope import rope_table, rotate_interleaved
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat, through
 from tinydiff.parallel.sequence import keys
 
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -128,26 +128,31 @@ def stack_rows(double: int, single: int, d: int, width: int, hidden: tuple[int, 
     """
     yield from repeat("transformer_blocks", double, _double_rows(d, width, hidden))
     yield from repeat("single_transformer_blocks", single, _single_rows(d, width, hidden))
-    yield from linear_rows("norm_out.linear", d, 2 * d)
+    yield from through("steps", linear_rows("norm_out.linear", d, 2 * d))
 
 
 def _double_rows(d: int, width: int, hidden: tuple[int, ...]) -> Iterator[Row]:
     for name in ("norm1", "norm1_context"):
-        yield from linear_rows(f"{name}.linear", d, 6 * d)
-    for names in (IMAGE, TEXT):
-        yield from _heads_rows(d, width, names)
-    for name in ("to_out.0", "to_add_out"):
-        yield from linear_rows(f"attn.{name}", d, d, "in")
-    for name in ("ff", "ff_context"):
-        yield from linear_rows(f"{name}.net.0.proj", d, sum(hidden), "out", parts=hidden[1:] and hidden)
-        yield from linear_rows(f"{name}.net.2", hidden[0], d, "in")
+        yield from through("steps", linear_rows(f"{name}.linear", d, 6 * d))
+    yield from through("image", _heads_rows(d, width, IMAGE))
+    yield from through("text", _heads_rows(d, width, TEXT))
+    yield from through("image", linear_rows("attn.to_out.0", d, d, "in", attends=("joint", "joint")))
+    yield from through("text", linear_rows("attn.to_add_out", d, d, "in"))
+    yield from through("image", _feed_forward_rows("ff", d, hidden))
+    yield from through("text", _feed_forward_rows("ff_context", d, hidden))
+
+
+def _feed_forward_rows(name: str, d: int, hidden: tuple[int, ...]) -> Iterator[Row]:
+    yield from linear_rows(f"{name}.net.0.proj", d, sum(hidden), "out", parts=hidden[1:] and hidden)
+    yield from linear_rows(f"{name}.net.2", hidden[0], d, "in")
 
 
 def _single_rows(d: int, width: int, hidden: tuple[int, ...]) -> Iterator[Row]:
-    yield from linear_rows("norm.linear", d, 3 * d)
-    yield from _heads_rows(d, width, IMAGE)
-    yield from linear_rows("proj_mlp", d, sum(hidden), "out", parts=hidden[1:] and hidden)
-    yield from linear_rows("proj_out", d + hidden[0], d, "in", parts=(d, hidden[0]))
+    yield from through("steps", linear_rows("norm.linear", d, 3 * d))
+    mlp = linear_rows("proj_mlp", d, sum(hidden), "out", parts=hidden[1:] and hidden)
+    fan_in, parts = d + hidden[0], (d, hidden[0])
+    out = linear_rows("proj_out", fan_in, d, "in", parts=parts, attends=("joint", "joint"))
+    yield from through("joint", _heads_rows(d, width, IMAGE), mlp, out)
 
 
 def _heads_rows(d: int, width: int, names: tuple[str, ...]) -> Iterator[Row]:

@@ -27,7 +27,7 @@ from tinydiff.ops.linear import linear
 from tinydiff.ops.norm import compute_dtype, rms_norm
 from tinydiff.ops.rope import grid_positions
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows, norm_rows
+from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows, norm_rows, through
 from tinydiff.records import Request
 
 Tensors = dict[str, Tensor]
@@ -80,10 +80,10 @@ def spec(c: Config) -> Iterator[Row]:
     yield from linear_rows("timestep_embedder.linear_1", FREQUENCIES, d)
     yield from linear_rows("timestep_embedder.linear_2", d, d)
     yield from norm_rows("context_embedder_norm", c.joint_attention_dim)
-    yield from linear_rows("context_embedder", c.joint_attention_dim, d)
-    yield from linear_rows("x_embedder", c.in_channels, d)
+    yield from through("prompt", linear_rows("context_embedder", c.joint_attention_dim, d))
+    yield from through("image", linear_rows("x_embedder", c.in_channels, d))
     yield from joint.stack_rows(c.num_layers, c.num_single_layers, d, c.attention_head_dim, (4 * d, 4 * d))
-    yield from linear_rows("proj_out", d, c.out_channels or c.in_channels)
+    yield from through("image", linear_rows("proj_out", d, c.out_channels or c.in_channels))
 
 
 # --- what is computed once, before the loop

@@ -44,7 +44,7 @@ from tinydiff.ops.norm import compute_dtype, modulate, rms_norm
 from tinydiff.ops.patch import patchify
 from tinydiff.ops.rope import grid_positions, rope_table
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows, norm_rows, repeat, through
 from tinydiff.records import Request
 
 Tensors = dict[str, Tensor]
@@ -97,16 +97,24 @@ class Config:
 
 def _block_rows(c: Config) -> Iterator[Row]:
     d = c.width
-    streams = ("img", IMAGE, "to_out.0"), ("txt", TEXT, "to_add_out")
-    for stream, (*projections, norm_q, norm_k), out in streams:
-        yield from linear_rows(f"{stream}_mod.1", d, 6 * d)
-        for name in projections:
-            yield from linear_rows(f"attn.{name}", d, d, "out")
-        for name in (norm_q, norm_k):
-            yield from norm_rows(f"attn.{name}", c.attention_head_dim)
-        yield from linear_rows(f"attn.{out}", d, d, "in")
-        yield from linear_rows(f"{stream}_mlp.net.0.proj", d, 4 * d, "out")
-        yield from linear_rows(f"{stream}_mlp.net.2", 4 * d, d, "in")
+    yield from through("steps", linear_rows("img_mod.1", d, 6 * d))
+    out = linear_rows("attn.to_out.0", d, d, "in", attends=("joint", "joint"))
+    yield from through("image", _heads_rows(c, IMAGE), out, _feed_forward_rows(c, "img_mlp"))
+    yield from through("steps", linear_rows("txt_mod.1", d, 6 * d))
+    out = linear_rows("attn.to_add_out", d, d, "in")
+    yield from through("text", _heads_rows(c, TEXT), out, _feed_forward_rows(c, "txt_mlp"))
+
+
+def _heads_rows(c: Config, names: tuple[str, ...]) -> Iterator[Row]:
+    for name in names[:3]:
+        yield from linear_rows(f"attn.{name}", c.width, c.width, "out")
+    for name in names[3:]:
+        yield from norm_rows(f"attn.{name}", c.attention_head_dim)
+
+
+def _feed_forward_rows(c: Config, name: str) -> Iterator[Row]:
+    yield from linear_rows(f"{name}.net.0.proj", c.width, 4 * c.width, "out")
+    yield from linear_rows(f"{name}.net.2", 4 * c.width, c.width, "in")
 
 
 def spec(c: Config) -> Iterator[Row]:
@@ -117,11 +125,11 @@ def spec(c: Config) -> Iterator[Row]:
     if c.use_additional_t_cond:
         yield Row(f"{embed}.addition_t_embedding.weight", (2, d))
     yield from norm_rows("txt_norm", c.joint_attention_dim)
-    yield from linear_rows("txt_in", c.joint_attention_dim, d)
-    yield from linear_rows("img_in", c.in_channels, d)
+    yield from through("prompt", linear_rows("txt_in", c.joint_attention_dim, d))
+    yield from through("image", linear_rows("img_in", c.in_channels, d))
     yield from repeat("transformer_blocks", c.num_layers, _block_rows(c))
-    yield from linear_rows("norm_out.linear", d, 2 * d)
-    yield from linear_rows("proj_out", d, c.in_channels)
+    yield from through("steps", linear_rows("norm_out.linear", d, 2 * d))
+    yield from through("image", linear_rows("proj_out", d, c.in_channels))
 
 
 # --- what is computed once, before the loop

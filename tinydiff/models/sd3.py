@@ -31,7 +31,7 @@ from tinydiff.ops.linear import linear, linear_sum
 from tinydiff.ops.norm import modulate
 from tinydiff.ops.rope import grid_positions
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Cond, Plan, Row, conv_rows, linear_rows, norm_rows, under
+from tinydiff.parallel.plan import Cond, Plan, Row, conv_rows, linear_rows, norm_rows, through, under
 from tinydiff.parallel.sequence import keys
 from tinydiff.records import Request
 
@@ -98,31 +98,35 @@ def _feed_forward_rows(c: Config, name: str) -> Iterator[Row]:
 
 def _block_rows(c: Config, dual: bool, last: bool) -> Iterator[Row]:
     d = c.width
-    yield from linear_rows("norm1.linear", d, (9 if dual else 6) * d)
-    yield from linear_rows("norm1_context.linear", d, (2 if last else 6) * d)
-    yield from under("attn", _heads_rows(c, IMAGE), _heads_rows(c, TEXT), linear_rows("to_out.0", d, d, "in"))
-    yield from _feed_forward_rows(c, "ff")
+    yield from through("steps", linear_rows("norm1.linear", d, (9 if dual else 6) * d))
+    yield from through("steps", linear_rows("norm1_context.linear", d, (2 if last else 6) * d))
+    yield from through("image", under("attn", _heads_rows(c, IMAGE)))
+    yield from through("text", under("attn", _heads_rows(c, TEXT)))
+    out = linear_rows("attn.to_out.0", d, d, "in", attends=("joint", "joint"))
+    yield from through("image", out, _feed_forward_rows(c, "ff"))
     if dual:
-        yield from under("attn2", _heads_rows(c, IMAGE), linear_rows("to_out.0", d, d, "in"))
+        out = linear_rows("to_out.0", d, d, "in", attends=("image", "image"))
+        yield from through("image", under("attn2", _heads_rows(c, IMAGE), out))
     if not last:
-        yield from linear_rows("attn.to_add_out", d, d, "in")
-        yield from _feed_forward_rows(c, "ff_context")
+        out = linear_rows("attn.to_add_out", d, d, "in")
+        yield from through("text", out, _feed_forward_rows(c, "ff_context"))
 
 
 def spec(c: Config) -> Iterator[Row]:
     """Every weight once: name, shape, tensor-parallel split."""
     d, embed = c.width, "time_text_embed"
     yield Row("pos_embed.pos_embed", (1, c.pos_embed_max_size**2, d))
-    yield from conv_rows("pos_embed.proj", c.in_channels, d, (c.patch_size, c.patch_size))
+    patches = conv_rows("pos_embed.proj", c.in_channels, d, (c.patch_size, c.patch_size))
+    yield from through("image", patches)
     for name, fan_in in (("timestep_embedder", SINUSOIDS), ("text_embedder", c.pooled_projection_dim)):
         yield from linear_rows(f"{embed}.{name}.linear_1", fan_in, d)
         yield from linear_rows(f"{embed}.{name}.linear_2", d, d)
-    yield from linear_rows("context_embedder", c.joint_attention_dim, d)
+    yield from through("prompt", linear_rows("context_embedder", c.joint_attention_dim, d))
     for i in range(c.num_layers):
         rows = _block_rows(c, dual=i in c.dual_attention_layers, last=i == c.num_layers - 1)
         yield from under(f"transformer_blocks.{i}", rows)
-    yield from linear_rows("norm_out.linear", d, 2 * d)
-    yield from linear_rows("proj_out", d, c.patch_size**2 * c.out_channels)
+    yield from through("steps", linear_rows("norm_out.linear", d, 2 * d))
+    yield from through("image", linear_rows("proj_out", d, c.patch_size**2 * c.out_channels))
 
 
 # --- what is computed once, before the loop

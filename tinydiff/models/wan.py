@@ -35,7 +35,7 @@ from tinydiff.ops.norm import compute_dtype, layer_norm, modulate, rms_norm_acro
 from tinydiff.ops.patch import patchify
 from tinydiff.ops.rope import grid_positions, rope_table, rotate_interleaved
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows, norm_rows, repeat, through
 from tinydiff.parallel.sequence import keys, whole
 from tinydiff.records import Request
 
@@ -77,39 +77,49 @@ class Config:
 # --- weights
 
 
-def _attention_rows(c: Config, name: str, added: int | None = None) -> Iterator[Row]:
+def _self_attention_rows(c: Config) -> Iterator[Row]:
     d = c.width
     for key in ("to_q", "to_k", "to_v"):
-        yield from linear_rows(f"{name}.{key}", d, d, "out")
-    yield from linear_rows(f"{name}.to_out.0", d, d, "in")
+        yield from linear_rows(f"attn1.{key}", d, d, "out")
+    yield from linear_rows("attn1.to_out.0", d, d, "in", attends=("image", "image"))
     for key in ("norm_q", "norm_k"):
-        yield from norm_rows(f"{name}.{key}", d, split=0)
+        yield from norm_rows(f"attn1.{key}", d, split=0)
+
+
+def _cross_attention_rows(c: Config) -> Iterator[Row]:
+    d, added = c.width, c.added_kv_proj_dim
+    yield from through("image", linear_rows("attn2.to_q", d, d, "out"))
+    for key in ("to_k", "to_v"):
+        yield from through("prompt", linear_rows(f"attn2.{key}", d, d, "out"))
+    yield from through("image", linear_rows("attn2.to_out.0", d, d, "in", attends=("image", "prompt")))
+    yield from through("image", norm_rows("attn2.norm_q", d, split=0))
+    yield from norm_rows("attn2.norm_k", d, split=0)
     if added is not None:
-        for key in ("add_k_proj", "add_v_proj"):
-            yield from linear_rows(f"{name}.{key}", added, d, "out")
-        yield from norm_rows(f"{name}.norm_added_k", d, split=0)
+        key = linear_rows("attn2.add_k_proj", added, d, "out", attends=("image", "views"))
+        yield from through("views", key, linear_rows("attn2.add_v_proj", added, d, "out"))
+        yield from norm_rows("attn2.norm_added_k", d, split=0)
 
 
 def _block_rows(c: Config) -> Iterator[Row]:
     d = c.width
     yield Row("scale_shift_table", (1, 6, d), float32=True)
-    yield from _attention_rows(c, "attn1")
-    yield from _attention_rows(c, "attn2", c.added_kv_proj_dim)
+    yield from through("image", _self_attention_rows(c))
+    yield from _cross_attention_rows(c)
     if c.cross_attn_norm:
         yield from norm_rows("norm2", d, bias=True, float32=True)
-    yield from linear_rows("ffn.net.0.proj", d, c.ffn_dim, "out")
-    yield from linear_rows("ffn.net.2", c.ffn_dim, d, "in")
+    yield from through("image", linear_rows("ffn.net.0.proj", d, c.ffn_dim, "out"))
+    yield from through("image", linear_rows("ffn.net.2", c.ffn_dim, d, "in"))
 
 
 def spec(c: Config) -> Iterator[Row]:
     """Every weight once: name, shape, tensor-parallel split, and whether it stays float32."""
     d, embed = c.width, "condition_embedder"
     yield Row("scale_shift_table", (1, 2, d), float32=True)
-    yield Row("patch_embedding.weight", (d, c.in_channels, *c.patch_size))
+    yield Row("patch_embedding.weight", (d, c.in_channels, *c.patch_size), input="image")
     yield Row("patch_embedding.bias", (d,))
     yield from linear_rows(f"{embed}.time_embedder.linear_1", c.freq_dim, d, float32=True)
     yield from linear_rows(f"{embed}.time_embedder.linear_2", d, d, float32=True)
-    yield from linear_rows(f"{embed}.time_proj", d, 6 * d)
+    yield from through("steps", linear_rows(f"{embed}.time_proj", d, 6 * d))
     yield from linear_rows(f"{embed}.text_embedder.linear_1", c.text_dim, d)
     yield from linear_rows(f"{embed}.text_embedder.linear_2", d, d)
     if c.image_dim is not None:
@@ -121,7 +131,7 @@ def spec(c: Config) -> Iterator[Row]:
         if c.pos_embed_seq_len is not None:
             yield Row(f"{image}.pos_embed", (1, c.pos_embed_seq_len, c.image_dim))
     yield from repeat("blocks", c.num_layers, _block_rows(c))
-    yield from linear_rows("proj_out", d, c.out_channels * prod(c.patch_size))
+    yield from through("image", linear_rows("proj_out", d, c.out_channels * prod(c.patch_size)))
 
 
 # --- what is computed once, before the loop

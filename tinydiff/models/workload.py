@@ -1,104 +1,30 @@
-"""What a step asks of each family's weights, so that layouts are weighed without running anything.
+"""What a network costs, read from its rows, so that layouts are compared without running anything.
 
-The checkpoints of all families name alike what does alike, so two tables serve them all. That the tables are
-right is held by a test: the operations they add up to are those that torch counts in one evaluation of every
-family.
+A test holds the rows of every family to the operations that torch counts in one evaluation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 from tinydiff.models.family import Autoencoder, Denoiser
 from tinydiff.parallel.cost import CostModel
 
-READS: dict[str, str] = {
-    "blocks.*.attn2.to_[kv]": "kept",  # Wan's cross-attention
-    "blocks.*.attn2.norm_k": "",
-    "blocks.*.attn2.add_[kv]_proj": "seen",
-    "*.norm_added_k": "",
-    "*.time_proj": "table",
-    "*adaLN_modulation.[01]": "table",
-    "*_modulation*.linear": "table",
-    "*_mod.1": "table",
-    "*norm*.linear": "table",
-    "context_embedder": "kept",
-    "txt_in": "kept",
-    "text_proj": "kept",
-    "cap_embedder.1": "kept",
-    "*.add_?_proj": "text",
-    "*.to_add_out": "text",
-    "*.ff_context.*": "text",
-    "*.txt_mlp.*": "text",
-    "single_transformer_blocks.*": "joint",
-    "layers.*": "joint",
-    "blocks.*": "image",
-    "transformer_blocks.*": "image",
-    "noise_refiner.*": "image",
-    "all_final_layer.*.linear": "image",
-    "all_x_embedder.*": "image",
-    "final_linear": "image",
-    "img_in": "image",
-    "patch_embedding": "image",
-    "pos_embed.proj": "image",
-    "proj_out": "image",
-    "x_embedder*": "image",
-}
-"""Pattern of a layer's name -> what passes through it, as `cost.CostModel.reads` says; the first that fits
-counts, "" is nothing.
-"""
 
-ATTENDS: dict[str, tuple[str, str]] = {
-    "blocks.*.attn1.to_out.0": ("image", "image"),
-    "blocks.*.attn2.to_out.0": ("image", "words"),
-    "blocks.*.attn2.add_k_proj": ("image", "views"),
-    "transformer_blocks.*.attn2.to_out.0": ("image", "image"),
-    "transformer_blocks.*.attn.to_out.0": ("joint", "joint"),
-    "single_transformer_blocks.*.proj_out": ("joint", "joint"),
-    "single_transformer_blocks.*.attn.to_out": ("joint", "joint"),
-    "noise_refiner.*.attention.to_out.0": ("image", "image"),
-    "layers.*attention.to_out.0": ("joint", "joint"),
-}
-"""Pattern of a layer that an attention has once -> the streams of its queries and of its keys."""
-
-
-LAST = ("proj_out", "final_linear", "all_final_layer.*.linear")
-"""What the layer that gives a token's velocity is called."""
-
-
-def network(family: Denoiser, config: Any) -> CostModel:
+def cost_model(family: Denoiser, config: Any) -> CostModel:
     """A family's network as its costs see it."""
     rows = tuple(family.spec(config))
-    layers = {row.name.removesuffix(".weight"): row for row in rows if row.name.endswith(".weight")}
-    streams = {layer: stream for layer in layers if (stream := _first(READS, layer))}
-    heads = family.heads(config)
-    [last] = [layers[layer] for layer in layers if any(fnmatchcase(layer, pattern) for pattern in LAST)]
+    blocks = [[row for row in rows if row.name.startswith(f"{at}.")] for _, at in family.blocks(config)]
+    inside = {row.name for block in blocks for row in block}
+    last = [row for row in rows if row.input == "image" and row.name not in inside][-1]
     return CostModel(
         rows=rows,
-        blocks=tuple(
-            tuple(row for row in rows if row.name.startswith(f"{prefix}."))
-            for _, prefix in family.blocks(config)
-        ),
-        reads={
-            layers[layer].name: stream for layer, stream in streams.items() if len(layers[layer].shape) > 1
-        },
-        norms=tuple(
-            stream
-            for layer, stream in streams.items()
-            if len(layers[layer].shape) == 1 and layers[layer].split == 0
-        ),
-        attends=tuple(pair for layer in layers if (pair := _first(ATTENDS, layer))),
-        heads=heads,
-        head_width=last.shape[1] // heads,
+        blocks=tuple(tuple(block) for block in blocks),
+        heads=family.heads(config),
+        head_width=family.head_width(config),
         values=last.shape[0],
         pooled=family.pooled,
     )
-
-
-def _first(table: Mapping[str, Any], layer: str) -> Any:
-    return next((found for pattern, found in table.items() if fnmatchcase(layer, pattern)), None)
 
 
 def decode_bytes(

@@ -32,7 +32,7 @@ from tinydiff.ops.patch import patchify, unpatchify
 from tinydiff.ops.rope import grid_positions, rope_table
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel import sequence
-from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel.plan import Cond, Input, Plan, Row, linear_rows, norm_rows, repeat, through
 from tinydiff.records import Request
 
 Tensors = dict[str, Tensor]
@@ -105,11 +105,12 @@ class Config:
 # --- weights
 
 
-def _layer_rows(c: Config, modulated: bool) -> Iterator[Row]:
+def _layer_rows(c: Config, attends: tuple[Input, Input] | None = None) -> Iterator[Row]:
+    """A layer that runs once per request (None) has no modulation."""
     d, hidden = c.dim, int(c.dim / 3 * 8)
     for key in ("to_q", "to_k", "to_v"):
         yield from linear_rows(f"attention.{key}", d, d, "out", bias=False)
-    yield from linear_rows("attention.to_out.0", d, d, "in", bias=False)
+    yield from linear_rows("attention.to_out.0", d, d, "in", bias=False, attends=attends)
     for key in ("norm_q", "norm_k"):
         yield from norm_rows(f"attention.{key}", c.head_dim)
     for key in ("w1", "w3"):
@@ -117,8 +118,8 @@ def _layer_rows(c: Config, modulated: bool) -> Iterator[Row]:
     yield from linear_rows("feed_forward.w2", hidden, d, "in", bias=False)
     for key in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
         yield from norm_rows(key, d)
-    if modulated:
-        yield from linear_rows("adaLN_modulation.0", c.time_width, 4 * d)
+    if attends is not None:
+        yield from through("steps", linear_rows("adaLN_modulation.0", c.time_width, 4 * d))
 
 
 def spec(c: Config) -> Iterator[Row]:
@@ -126,16 +127,17 @@ def spec(c: Config) -> Iterator[Row]:
     d, patch, final = c.dim, c.in_channels * prod(c.patch_size), f"all_final_layer.{c.patch_name}"
     yield Row("x_pad_token", (1, d))
     yield Row("cap_pad_token", (1, d))
-    yield from linear_rows(f"all_x_embedder.{c.patch_name}", patch, d)
+    yield from through("image", linear_rows(f"all_x_embedder.{c.patch_name}", patch, d))
     yield from linear_rows("t_embedder.mlp.0", TIME_FREQUENCIES, TIME_HIDDEN)
     yield from linear_rows("t_embedder.mlp.2", TIME_HIDDEN, c.time_width)
     yield from norm_rows("cap_embedder.0", c.cap_feat_dim)
-    yield from linear_rows("cap_embedder.1", c.cap_feat_dim, d)
-    yield from repeat("noise_refiner", c.n_refiner_layers, _layer_rows(c, modulated=True))
-    yield from repeat("context_refiner", c.n_refiner_layers, _layer_rows(c, modulated=False))
-    yield from repeat("layers", c.n_layers, _layer_rows(c, modulated=True))
-    yield from linear_rows(f"{final}.adaLN_modulation.1", c.time_width, d)
-    yield from linear_rows(f"{final}.linear", d, patch)
+    yield from through("prompt", linear_rows("cap_embedder.1", c.cap_feat_dim, d))
+    image, joint = _layer_rows(c, ("image", "image")), _layer_rows(c, ("joint", "joint"))
+    yield from repeat("noise_refiner", c.n_refiner_layers, through("image", image))
+    yield from repeat("context_refiner", c.n_refiner_layers, _layer_rows(c))
+    yield from repeat("layers", c.n_layers, through("joint", joint))
+    yield from through("steps", linear_rows(f"{final}.adaLN_modulation.1", c.time_width, d))
+    yield from through("image", linear_rows(f"{final}.linear", d, patch))
 
 
 # --- what is computed once, before the loop

@@ -8,37 +8,44 @@ that a rank has after tp, their number filled up to a multiple of U. Words only,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import ceil, prod
 
 from tinydiff.parallel.layout import Layout
-from tinydiff.parallel.plan import Row
-
-STREAMS = ("image", "text", "joint")
+from tinydiff.parallel.plan import STREAMS, Input, Row
 
 
 @dataclass(frozen=True)
 class CostModel:
     """A denoiser as far as its costs go.
 
-    rows: every weight. blocks: those of each block. reads: name of a weight -> what passes through it: at
-    every step a stream ("image", "text", "joint"), or, before the loop, "table" (one row a step), "kept" (the
-    text) or "seen" (the view of a given image), whose results stay. norms: the streams of norms over all
-    heads, which tp adds up. attends: the streams of queries and of keys of each attention; keys "words" and
-    "views" are the whole text and view, which every rank holds. values: of a token's velocity. pooled:
-    whether text enters the tables, so that each branch has its own.
+    rows: every weight; `Row.input` says what passes through it. blocks: those of each block. values: of a
+    token's velocity. pooled: whether text enters the tensors of the steps, so that each branch has its own.
     """
 
     rows: tuple[Row, ...]
     blocks: tuple[tuple[Row, ...], ...]
-    reads: Mapping[str, str]
-    norms: tuple[str, ...]
-    attends: tuple[tuple[str, str], ...]
     heads: int
     head_width: int
     values: int
     pooled: bool = False
+
+    @property
+    def inputs(self) -> dict[str, Input]:
+        """Name of each weight that multiplies its input -> that input."""
+        return {row.name: row.input for row in self.rows if row.input is not None and len(row.shape) > 1}
+
+    @property
+    def norms(self) -> list[Input]:
+        """The inputs of norms over all heads, whose squares tp sums."""
+        rows = (row for row in self.rows if len(row.shape) == 1 and row.split == 0)
+        return [row.input for row in rows if row.input is not None]
+
+    @property
+    def attends(self) -> list[tuple[Input, Input]]:
+        """The queries and the keys of each attention. Every rank holds all of "prompt" and "views"."""
+        return [row.attends for row in self.rows if row.attends is not None]
 
     @property
     def width(self) -> int:
@@ -46,8 +53,8 @@ class CostModel:
 
     @property
     def streamed(self) -> list[tuple[str, str]]:
-        """Weights and their streams, of those that are read at every step."""
-        return [(name, stream) for name, stream in self.reads.items() if stream in STREAMS]
+        """The weights that every step reads, with their streams."""
+        return [(name, stream) for name, stream in self.inputs.items() if stream in STREAMS]
 
     @property
     def carried(self) -> str:
@@ -80,7 +87,7 @@ class Work:
         return {
             "image": self.image,
             "joint": self.image + self.text,
-            "words": self.text,
+            "prompt": self.text,
             "views": self.views,
         }[stream]
 
@@ -173,18 +180,18 @@ def activation_bytes(net: CostModel, layout: Layout, work: Work, b: int) -> int:
 
 
 def hoisted_bytes(net: CostModel, layout: Layout, work: Work, b: int) -> int:
-    """Bytes of what is computed once before the loop: a row for each step from each "table" layer, once for
-    all branches unless text enters them; the text's results of "kept" layers for each branch; the rope
+    """Bytes of what is computed once before the loop: a row for each step from each "steps" layer, once
+    for all branches unless text enters them; the results of "prompt" and "views" layers for each branch; the rope
     tables, 4 bytes a value.
     """
     each = work.evaluations(layout)
     rows = {row.name: row for row in net.rows}
-    made = dict.fromkeys(("table", "kept", "seen"), 0)
-    for name, kind in net.reads.items():
+    made = dict.fromkeys(("steps", "prompt", "views"), 0)
+    for name, kind in net.inputs.items():
         if kind in made:
             made[kind] += given_values(rows[name], layout.tp)
-    tables = work.steps * made["table"] * (each if net.pooled else 1)
-    kept = each * (work.text * made["kept"] + work.views * made["seen"])
+    tables = work.steps * made["steps"] * (each if net.pooled else 1)
+    kept = each * (work.text * made["prompt"] + work.views * made["views"])
     return (tables + kept) * b + each * work.held(net.carried, layout) * net.head_width * 4
 
 
@@ -222,7 +229,7 @@ def dealt_width(net: CostModel, layout: Layout, keys: str = "image") -> int:
     fills none up.
     """
     heads = ceil(net.heads / layout.tp)
-    fill = 1 if keys in ("words", "views") else layout.ulysses
+    fill = 1 if keys in ("prompt", "views") else layout.ulysses
     return ceil(heads / fill) * fill * net.head_width
 
 

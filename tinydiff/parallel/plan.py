@@ -11,6 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Literal
+
+Input = Literal["image", "text", "joint", "steps", "prompt", "views"]
+"""What passes through a weight of a denoiser.
+
+At every step the tokens of a stream: "image", "text", or "joint" for both. Once per request: "steps", one row
+per step; "prompt", the prompt's tokens; "views", an image encoder's tokens of the input images.
+"""
+STREAMS = ("image", "text", "joint")
+"""The inputs of weights that every step reads."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,8 @@ class Row:
     parts: widths of the blocks concatenated along `split`, each divided on its own. float32: stays float32
     whatever the network's type is. tied: a checkpoint may hold it under a second key too, or instead. head:
     width of the heads that lie along `split`, which are never cut.
+    input: what passes through a denoiser's weight; None where costs neglect it. attends: of an attention's
+    output projection, the tokens of its queries and of its keys.
     """
 
     name: str
@@ -31,6 +43,8 @@ class Row:
     float32: bool = False
     tied: bool = False
     head: int = 1
+    input: Input | None = None
+    attends: tuple[Input, Input] | None = None
 
     @property
     def numel(self) -> int:
@@ -140,13 +154,15 @@ def linear_rows(
     parts: tuple[int, ...] = (),
     float32: bool = False,
     head: int = 1,
+    attends: tuple[Input, Input] | None = None,
 ) -> Iterator[Row]:
-    """Rows of a linear layer, weight [fan_out, fan_in]. `split`: "out" divides the outputs (column parallel),
-    "in" the inputs (row).
+    """Rows of a linear layer, weight [fan_out, fan_in] and bias [fan_out].
+
+    split: "out" divides the outputs over `tp` (column parallel), "in" the inputs (row parallel).
     """
-    yield Row(
-        f"{name}.weight", (fan_out, fan_in), {"out": 0, "in": 1, None: None}[split], parts, float32, head=head
-    )
+    dim = {"out": 0, "in": 1, None: None}[split]
+    shape = (fan_out, fan_in)
+    yield Row(f"{name}.weight", shape, dim, parts, float32, head=head, attends=attends)
     if bias:
         columns = split == "out"
         yield Row(
@@ -183,6 +199,14 @@ def norm_rows(
     yield Row(f"{name}.weight", (width,), split, float32=float32)
     if bias:
         yield Row(f"{name}.bias", (width,), split, float32=float32)
+
+
+def through(tokens: Input, *groups: Iterable[Row]) -> Iterator[Row]:
+    """The rows of all groups; `tokens` pass through each weight that does not say its input itself."""
+    for rows in groups:
+        for row in rows:
+            unsaid = row.input is None and row.name.endswith("weight")
+            yield replace(row, input=tokens) if unsaid else row
 
 
 def under(prefix: str, *groups: Iterable[Row]) -> Iterator[Row]:

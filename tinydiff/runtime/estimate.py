@@ -113,7 +113,7 @@ def subject(model: str, sampling: SamplingOptions, ranks: int, b: int) -> Subjec
     return Subject(
         name=model if name is None and model != registry.SHIPPED else row.name,
         request=request,
-        net=workload.network(net.family, net.config),
+        net=workload.cost_model(net.family, net.config),
         experts=len(plan.nets) - len(others),
         others=others,
         decoding=(whole, shared),
