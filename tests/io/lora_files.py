@@ -49,6 +49,29 @@ def factors(shapes, rank=RANK):
     return pairs
 
 
+def kohya(pairs, prefix="lora_unet_"):
+    """The keys of kohya's trainers, each layer with its own alpha."""
+    tensors = {}
+    for i, (module, (a, b)) in enumerate(pairs.items()):
+        stem = prefix + module.replace(".", "_")
+        tensors |= {
+            f"{stem}.lora_down.weight": a,
+            f"{stem}.lora_up.weight": b,
+            f"{stem}.alpha": torch.tensor(1.0 + i % 3),
+        }
+    return tensors
+
+
+def dotted(pairs, prefix="diffusion_model.", ends=("lora_A", "lora_B"), alpha=True):
+    """The keys of trainers that keep the dots of a layer's name."""
+    tensors = {}
+    for i, (module, (a, b)) in enumerate(pairs.items()):
+        tensors |= {f"{prefix}{module}.{ends[0]}.weight": a, f"{prefix}{module}.{ends[1]}.weight": b}
+        if alpha:
+            tensors[f"{prefix}{module}.alpha"] = torch.tensor(1.0 + i % 3)
+    return tensors
+
+
 def product(a, b, shape):
     return (b.flatten(1) @ a.flatten(1)).reshape(shape)
 

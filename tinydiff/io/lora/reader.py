@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,7 +26,7 @@ class Adapter:
     """A LoRA file, read for one model.
 
     layout: how the file names the layers, in words. targets: component -> name of a weight -> what is done to it.
-    kinds: of its layers. ranks, scales: those that its layers have, from the least. unmatched: keys of the file
+    kinds: of its layers, the commonest first. ranks, scales: those that its layers have, from the least. unmatched: keys of the file
     that fit nothing of the model; only in lenient reading there are any. others: keys of components that were not
     asked for.
     """
@@ -50,10 +51,11 @@ def _span(values: Sequence[float]) -> str:
 
 
 class Layer(NamedTuple):
-    """A layer of the file in a component: its name, how each of its keys is written, and its tensors by part."""
+    """A layer of the file in a component: its name, its keys and its tensors by part, and how its keys are written."""
 
     stem: str
     layouts: list[str]
+    keys: dict[str, str]
     parts: dict[str, Tensor]
 
 
@@ -89,7 +91,10 @@ def read_adapter(
     if bad := next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None):
         what = "a scale that is not a number" if bad.endswith(".alpha") else "values that are not numbers"
         refuse(f"has {what} in {bad}")
-    layers, unmatched, others = _layers(tensors, components, targets)
+    try:
+        layers, unmatched, others = _layers(tensors, components, targets)
+    except ValueError as error:
+        refuse(str(error))
     if unmatched and not (lenient and layers):
         refuse(_misfit(unmatched, len(tensors)))
     if others and not layers:
@@ -110,9 +115,9 @@ def read_adapter(
     if recorded.own and len(ranks) > 1:
         refuse(f"has one alpha in its metadata for layers of ranks {', '.join(map(str, ranks))}")
     return Adapter(
-        layout=max(dict.fromkeys(names), key=names.count),
+        layout=Counter(names).most_common(1)[0][0],
         targets=found,
-        kinds=tuple(dict.fromkeys(each.kind for each, _ in built.values())),
+        kinds=tuple(kind for kind, _ in Counter(each.kind for each, _ in built.values()).most_common()),
         ranks=ranks,
         scales=tuple(sorted({each.scale for each, _ in built.values()})),
         unmatched=tuple(unmatched),
@@ -154,7 +159,10 @@ def _layers(
             continue
         for owner in wanted:
             place = (owner, key.stem.replace(".", "_"))
-            layer = layers.setdefault(place, Layer(key.stem, [], {}))
+            layer = layers.setdefault(place, Layer(key.stem, [], {}, {}))
+            if key.part in layer.keys:
+                raise ValueError(f"says the same twice: {layer.keys[key.part]} and {name}")
+            layer.keys[key.part] = name
             layer.parts[key.part] = tensors[name]
             layer.layouts.append(key.layout)
     return layers, unmatched, others
