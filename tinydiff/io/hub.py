@@ -99,7 +99,7 @@ def read_index(folder: Path) -> Index:
             f"model_path: {str(folder)!r} has no model_index.json, so it is not a model in diffusers layout",
         )
     entries = read_json(path)
-    if not isinstance(entries.get("_class_name"), str):
+    if not entries.get("_class_name") or not isinstance(entries["_class_name"], str):
         raise UserError("model_path", f"model_path: {str(path)!r} names no pipeline class (_class_name)")
     pairs = {name: value for name, value in entries.items() if isinstance(value, list) and len(value) == 2}
     components = {name: (str(pair[0]), str(pair[1])) for name, pair in pairs.items() if pair[1] is not None}

@@ -245,6 +245,10 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
     if v.get("use_bidirectional_attention"):
         raise ValueError("use_bidirectional_attention is set; only causal attention is implemented")
     heads, layers = v["num_attention_heads"], v["num_hidden_layers"]
+    if not v.get("head_dim") and v["hidden_size"] < heads:
+        raise ValueError(
+            f"num_attention_heads is {heads}; it must be at most hidden_size, {v['hidden_size']}"
+        )
     bias = bool(v.get("attention_bias"))
     ties = [
         source["tie_word_embeddings"] for source in (text, entries) if "tie_word_embeddings" in source

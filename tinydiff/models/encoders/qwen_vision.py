@@ -70,10 +70,9 @@ class Config:
     def __post_init__(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size is {self.hidden_size}; it must divide by num_heads, {self.num_heads}"
-            )
+        if self.hidden_size % (4 * self.num_heads):  # a head's width is turned by rows and columns, in pairs
+            heads = f"num_heads is {self.num_heads} and hidden_size {self.hidden_size}"
+            raise ValueError(f"{heads}; the width of a head must be a multiple of 4")
         if self.window_size % (token := self.patch_size * self.spatial_merge_size):
             raise ValueError(
                 f"window_size is {self.window_size}; it must be a multiple of a token's {token} pixels"
