@@ -73,7 +73,7 @@ def test_each_text_of_a_batch_is_as_if_alone():
 
 
 def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
-    """Rounded weights, texts and latents: the distance to float64 is that of the reference, within a fifth."""
+    """Rounded weights, texts and latents: the error against float64 is the reference's, within a fifth."""
     c, flat, reference, known, tokens, inputs = _case("two lengths")
     rounded = {name: tensor.bfloat16() for name, tensor in flat.items()}
     exact = predict(

@@ -113,7 +113,7 @@ def test_an_evaluation_tells_what_each_block_returned(name):
 
 @pytest.mark.parametrize("name", DENOISERS)
 def test_the_rows_of_blocks_say_what_passes_through(name):
-    """`tinydiff plan` counts the operations and bytes of what rows say: a weight that says nothing costs none."""
+    """`tinydiff plan` counts operations and bytes from rows: a weight without an input would cost nothing."""
     d = DENOISERS[name]
     rows = list(d.family.spec(d.config))
     for _, prefix in d.family.blocks(d.config):

@@ -195,7 +195,7 @@ def test_pixels_are_those_of_the_reference(size, bounds):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="too narrow"):
         qwen_vision.pixels(qwen_vision.Config(), np.zeros((4, 1000, 3), dtype=np.uint8))
-    with pytest.raises(ValueError, match="2 places for images and 1 images"):
+    with pytest.raises(ValueError, match="2 image tokens and there are 1 images"):
         qwen_vision.expand([IMAGE, 1, IMAGE], IMAGE, [4])
     with pytest.raises(ValueError, match=r"hidden_act is 'relu'"):
         qwen_vision.Config(hidden_act="relu")
@@ -206,9 +206,10 @@ def test_what_does_not_fit_is_refused():
 def test_released_config_and_names():
     entries = {
         "vision_config": {
-            "depth": 32, "fullatt_block_indexes": [7, 15, 23, 31], "hidden_act": "silu", "hidden_size": 1280, "in_chans": 3,
-            "num_heads": 16, "intermediate_size": 3420, "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2,
-            "spatial_patch_size": 14, "temporal_patch_size": 2, "tokens_per_second": 2, "window_size": 112,
+            "depth": 32, "fullatt_block_indexes": [7, 15, 23, 31], "hidden_act": "silu", "hidden_size": 1280,
+            "in_chans": 3, "num_heads": 16, "intermediate_size": 3420, "out_hidden_size": 3584,
+            "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2,
+            "tokens_per_second": 2, "window_size": 112,
         }
     }  # fmt: skip
     assert qwen_vision.config_from(entries) == qwen_vision.Config()

@@ -91,7 +91,7 @@ def test_names():
     assert find("Wan2.1-T2V-14B") is None
     with pytest.raises(
         UserError,
-        match=r"model_id: 'Wan-AI/Wan2.1-T2V-14B' is not a known model .*did you mean 'Wan-AI/Wan2.1-T2V-14B-Diff",
+        match=r"'Wan-AI/Wan2.1-T2V-14B' is not a known model .*did you mean 'Wan-AI/Wan2.1-T2V-14B-Diff",
     ):
         named("Wan-AI/Wan2.1-T2V-14B")
 

@@ -42,20 +42,26 @@ ALONE = "fal/FLUX.2-Tiny-AutoEncoder"
 
 SCHEDULERS = {"UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"}
 WITHOUT_WEIGHTS = {
-    "T5TokenizerFast", "T5Tokenizer", "CLIPTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast", "TokenizersBackend", "PixtralProcessor",
-    "CLIPImageProcessor", "Qwen2VLProcessor",
+    "T5TokenizerFast", "T5Tokenizer", "CLIPTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast",
+    "TokenizersBackend", "PixtralProcessor", "CLIPImageProcessor", "Qwen2VLProcessor",
 }  # fmt: skip
 
 PREFIXES = {
     "CLIPVisionModel": [("", "vision_model.")],
     "CLIPTextModel": [("", "text_model.")],
-    "Qwen3Model": [("model.", ""), *((name, f"model.{name}") for name in ("embed_tokens.", "layers.", "norm."))],
+    "Qwen3Model": [
+        ("model.", ""),
+        *((name, f"model.{name}") for name in ("embed_tokens.", "layers.", "norm.")),
+    ],
     "Qwen2_5_VLForConditionalGeneration": [("model.visual.", "visual."), ("model.language_model.", "model.")],
     "Mistral3ForConditionalGeneration": [
         ("model.language_model.", "language_model.model."), ("model.vision_tower.", "vision_tower."),
         ("model.multi_modal_projector.", "multi_modal_projector."), ("lm_head.", "language_model.lm_head."),
     ],
-    "Mistral3Model": [("language_model.", "language_model.model."), ("language_model.", "model.language_model.")],
+    "Mistral3Model": [
+        ("language_model.", "language_model.model."),
+        ("language_model.", "model.language_model."),
+    ],
 }  # fmt: skip
 """Class -> (how transformers 5 begins a key, how files written before or beside it do)."""
 
@@ -265,7 +271,7 @@ def _z_image(c, name):
 
 
 def _qwen(c, name):
-    """With a reference image of the same size for Edit-2511, four layers and the condition image for Layered."""
+    """Edit-2511 with a reference image of the same size, Layered with four layers and its condition image."""
     sizes = [(80, 80)] * 6 if c.use_layer3d_rope else [(128, 128)] * (2 if c.zero_cond_t else 1)
     positions, text = qwen_image.positions(c, sizes), torch.empty(1, 512, c.joint_attention_dim)
     inputs, tokens = {"text": text, "positions": positions}, torch.empty(1, len(positions), c.in_channels)

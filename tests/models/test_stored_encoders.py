@@ -305,8 +305,12 @@ def test_qwen_25_vl_of_either_layout(layout, tmp_path, caplog):
         written, wanted = (old, new) if any(key.startswith("visual.") for key in tensors) else (new, old)
         if (wanted is old) != (layout == "4"):
             return tensors
-        return {next((w + key.removeprefix(h) for h, w in zip(written, wanted, strict=True) if key.startswith(h)), key): tensor
-                for key, tensor in tensors.items()}  # fmt: skip
+
+        def renamed(key):
+            pairs = zip(written, wanted, strict=True)
+            return next((to + key.removeprefix(start) for start, to in pairs if key.startswith(start)), key)
+
+        return {renamed(key): tensor for key, tensor in tensors.items()}
 
     restored(tmp_path, under)
     assert any(

@@ -99,7 +99,7 @@ class Denoiser:
     linear_grid: bool = False
     """Whether the pipeline gives its scheduler the sigmas 1, 1 - 1/S, ..., 1/S."""
     own_grid: tuple[str, ...] = ()
-    """Pipeline classes that use the scheduler's own sigmas for text to image, if it has flow sigmas (UniPC)."""
+    """Pipeline classes whose text to image uses the own sigmas of a scheduler with flow sigmas (UniPC)."""
     keys: Keys = as_is
     longest_side: Callable[[Config], int] | None = None
     """Most latents along height or width; None without a limit."""

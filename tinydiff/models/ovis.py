@@ -162,7 +162,7 @@ TEMPLATE = (
 )
 """The template of a prompt: a turn of Qwen3's chat and the start of an answer without thinking."""
 SKIPPED = 28
-"""Template tokens before the prompt whose states are left out. There are 30; the model was trained with 28."""
+"""Template tokens before the prompt whose states are left out: 28 of 30, as in training."""
 
 
 def prepare(c: Config, context: Context, request: Request) -> LoopInputs:

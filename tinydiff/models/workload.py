@@ -44,10 +44,7 @@ def decode_bytes(
         return None
     latents = (frames - 1) // c.scale_factor_temporal + 1
     now, folded = min(passes, latents), c.patch_size if isinstance(c.patch_size, int) else 1
-    looks_back, first = (
-        c.scale_factor_temporal > 1,
-        latents <= passes,
-    )  # a clip's first frame is not doubled in time
+    looks_back, first = c.scale_factor_temporal > 1, latents <= passes  # the first frame is not doubled
     stages = list(vae.up_stages(c))
     places = height * width // folded**2 // 4 ** sum(stage.resample is not None for stage in stages)
     most = past = 0

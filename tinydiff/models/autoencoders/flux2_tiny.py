@@ -42,12 +42,12 @@ class Config:
     num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
     num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
     latent_magnitude: float = 3.0
-    """This and the next three stand in the file, and the reference reads none of them."""
+    """Not read by the reference, like the next three."""
     latent_shift: float = 0.5
     force_upcast: bool = False
     scaling_factor: float = 0.13025
     auto_map: Mapping[str, str] | None = None
-    """Where transformers-like loaders find the class."""
+    """Where transformers' remote-code loader finds the class; not read."""
 
     def __post_init__(self) -> None:
         if self.latent_channels % (4 * GROUPS):
@@ -55,7 +55,7 @@ class Config:
                 f"latent_channels is {self.latent_channels}; it must divide by {4 * GROUPS}, a quarter of "
                 f"it by {GROUPS}"
             )
-        _ = self.inner  # refuses what the autoencoder inside refuses
+        _ = self.inner  # raises the errors of the inner Config
 
     @property
     def inner(self) -> tiny.Config:
@@ -105,9 +105,8 @@ def encoder_spec(c: Config) -> Iterator[Row]:
 def decoder_spec(c: Config) -> Iterator[Row]:
     """Every weight of the decoder half."""
     half = c.inner.latent_channels
-    yield Row(
-        "extra_decoder.weight", (c.latent_channels, half, 4, 4)
-    )  # a transposed convolution: channels in come first
+    # The weight of a transposed convolution has its input channels first.
+    yield Row("extra_decoder.weight", (c.latent_channels, half, 4, 4))
     yield Row("extra_decoder.bias", (half,))
     yield from _residual_rows("residual_decoder", half)
     yield from under("tiny_vae", tiny.decoder_spec(c.inner))
@@ -137,13 +136,8 @@ def _double(z: Tensor, w: Weights, strip: Strip) -> Tensor:
 
 
 def _latents(c: Config, w: Weights, x_BCHW: Tensor, strip: Strip) -> Tensor:
-    z = conv2d(
-        tiny.image_latents(c.inner, w / "tiny_vae", x_BCHW, strip),
-        w / "extra_encoder",
-        stride=2,
-        padding=1,
-        strip=strip,
-    )
+    z = tiny.image_latents(c.inner, w / "tiny_vae", x_BCHW, strip)
+    z = conv2d(z, w / "extra_encoder", stride=2, padding=1, strip=strip)
     return _residual(z, w / "residual_encoder", strip)
 
 

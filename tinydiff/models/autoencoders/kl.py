@@ -36,7 +36,7 @@ from tinydiff.parallel.rows import Strip, gather
 
 @dataclass(frozen=True)
 class Config:
-    """Field names are those of the checkpoint's config.json, of either class; defaults are AutoencoderKL's."""
+    """Field names are those of config.json of both classes; defaults are AutoencoderKL's."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -57,20 +57,18 @@ class Config:
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
     patch_size: tuple[int, int] | None = None
-    """FLUX.2: places folded into channels before the batch norm. None: neither."""
+    """FLUX.2: latents folded into channels before the batch norm. None: no folding and no batch norm."""
     batch_norm_eps: float = 1e-4
-    """ERNIE-Image's config says 1e-4 too, yet its pipeline reads its statistics with 1e-5."""
+    """ERNIE-Image's config says 1e-4 too, but its pipeline uses 1e-5 (see `config_overrides`)."""
     batch_norm_momentum: float = 0.1
-    """Of training alone; as are the next two, which the reference keeps for its own pipelines."""
+    """Not read, like the next two: they matter for training or for diffusers' own pipelines."""
     sample_size: int | tuple[int, ...] = 32
     force_upcast: bool = True
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
-        for name, block in (
-            ("down_block_types", "DownEncoderBlock2D"),
-            ("up_block_types", "UpDecoderBlock2D"),
-        ):
+        kinds = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+        for name, block in kinds.items():
             if getattr(self, name) != (block,) * levels:
                 raise ValueError(
                     f"{name} is {list(getattr(self, name))}; it must be {block} once per width of "
@@ -81,11 +79,8 @@ class Config:
                 f"decoder_block_out_channels has {len(self.decoder_widths)} widths and block_out_channels "
                 f"{levels}"
             )
-        if odd := [
-            width
-            for width in (*self.block_out_channels, *self.decoder_widths)
-            if width % self.norm_num_groups
-        ]:
+        widths = (*self.block_out_channels, *self.decoder_widths)
+        if odd := [width for width in widths if width % self.norm_num_groups]:
             raise ValueError(
                 f"norm_num_groups is {self.norm_num_groups}, which a width of {odd[0]} does not divide by"
             )
@@ -240,9 +235,8 @@ def _block(c: Config, x: Tensor, w: Weights, strip: Strip) -> Tensor:
 
 def _attention(c: Config, x_BCHW: Tensor, w: Weights, strip: Strip) -> Tensor:
     """One head of attention over all pixels."""
-    pixels = rearrange(
-        group_norm(x_BCHW, w / "group_norm", c.norm_num_groups, strip=strip), "b c h w -> b (h w) c"
-    )
+    normed = group_norm(x_BCHW, w / "group_norm", c.norm_num_groups, strip=strip)
+    pixels = rearrange(normed, "b c h w -> b (h w) c")
     q, k, v = (linear(pixels, w / name)[:, :, None] for name in ("to_q", "to_k", "to_v"))
     y = linear(attention(SINGLE, q, gather(strip, k, -3), gather(strip, v, -3))[:, :, 0], w / "to_out" / 0)
     return x_BCHW + rearrange(y, "b (h w) c -> b c h w", h=x_BCHW.shape[2])
@@ -279,9 +273,8 @@ def _pixels(c: Config, w: Weights, z_BZHW: Tensor, strip: Strip) -> Tensor:
     for stage in up_stages(c):
         x = _blocks(c, x, d, stage, strip)
         if stage.resample is not None:
-            x = conv2d(
-                F.interpolate(x, scale_factor=2, mode="nearest"), d / stage.resample, padding=1, strip=strip
-            )
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+            x = conv2d(x, d / stage.resample, padding=1, strip=strip)
     return _half(c, x, d / "conv_norm_out", d / "conv_out", strip)
 
 
@@ -338,10 +331,8 @@ def _statistics(c: Config, w: Weights, like: Tensor) -> tuple[Tensor, Tensor]:
     if c.patch_size is not None:
         mean, std = (w / "bn")["running_mean"], ((w / "bn")["running_var"] + c.batch_norm_eps).sqrt()
     else:
-        mean, std = (
-            torch.tensor(c.shift_factor or 0.0, dtype=torch.float64),
-            torch.tensor(1 / c.scaling_factor, dtype=torch.float64),
-        )
+        mean = torch.tensor(c.shift_factor or 0.0, dtype=torch.float64)
+        std = torch.tensor(1 / c.scaling_factor, dtype=torch.float64)
     mean, std = (values.to(like).view(1, -1, 1, 1, 1) for values in (mean, std))
     return mean, std
 

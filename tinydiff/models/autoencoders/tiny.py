@@ -44,7 +44,7 @@ class Config:
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
     latent_magnitude: float = 3.0
-    """Of latents stored as bytes, which is no business of encoding and decoding; so is the next."""
+    """Not read, like the next: for latents stored as bytes."""
     latent_shift: float = 0.5
     force_upcast: bool = False
     block_out_channels: tuple[int, ...] | None = None
@@ -109,11 +109,10 @@ class Layer(NamedTuple):
 def encoder_layers(c: Config) -> Iterator[Layer]:
     width, place = c.encoder_block_out_channels[0], 0
     for i, count in enumerate(c.num_encoder_blocks):
-        yield (
-            Layer(f"layers.{place}", "conv", c.in_channels, width)
-            if i == 0
-            else Layer(f"layers.{place}", "down", width, width, False)
-        )
+        if i == 0:
+            yield Layer(f"layers.{place}", "conv", c.in_channels, width)
+        else:
+            yield Layer(f"layers.{place}", "down", width, width, bias=False)
         for j in range(count):
             yield Layer(f"layers.{place + 1 + j}", "block", width, width)
         place += 1 + count
@@ -248,10 +247,8 @@ def decode(
     def pixels(z: Tensor, strip: Strip) -> Tensor:
         return per_frame(lambda image: image_pixels(c, w, image, strip), z, chunk)
 
-    side, z = (
-        None if tile is None else tile // c.scale_factor_spatial,
-        z_BZFHW / c.scaling_factor + c.shift_factor,
-    )
+    side = None if tile is None else tile // c.scale_factor_spatial
+    z = z_BZFHW / c.scaling_factor + c.shift_factor
     return tiled(pixels, z, side, c.scale_factor_spatial, plan).clamp(-1, 1)
 
 

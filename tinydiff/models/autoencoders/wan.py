@@ -60,7 +60,7 @@ class Config:
     scale_factor_temporal: int = 4
     scale_factor_spatial: int = 8
     clip_output: bool = True
-    """Recorded by some checkpoints; the reference videos whatever it says, and so does `decode`."""
+    """Not read: the reference clips its pixels whatever this says, and so does `decode`."""
     input_channels: int | None = None
     """AutoencoderKLQwenImage's name for both `in_channels` and `out_channels`, which it then sets."""
 
@@ -78,7 +78,8 @@ class Config:
         for name in ("in_channels", "out_channels"):
             if getattr(self, name) not in (3 * area, 4 * area):
                 raise ValueError(
-                    f"{name} is {getattr(self, name)} and patch_size {self.patch_size}; there must be 3 or 4 channels"
+                    f"{name} is {getattr(self, name)} and patch_size {self.patch_size}; there must be 3 or "
+                    "4 channels"
                     " for each pixel of a patch"
                 )
 
@@ -294,12 +295,11 @@ def _upsample(x: Tensor, w: Weights, time: bool, past: Past | None, strip: Strip
             first = torch.cat([first, rearrange(doubled, "b (two c) t h w -> b c (t two) h w", two=2)], 2)
         x = first
     at = w / "resample" / 1
-    return per_frame(
-        lambda frame: conv2d(
-            F.interpolate(frame, scale_factor=2, mode="nearest-exact"), at, padding=1, strip=strip
-        ),
-        x,
-    )
+
+    def double(frame: Tensor) -> Tensor:
+        return conv2d(F.interpolate(frame, scale_factor=2, mode="nearest-exact"), at, padding=1, strip=strip)
+
+    return per_frame(double, x)
 
 
 def _average_down(x: Tensor, width: int, ft: int, fs: int) -> Tensor:
@@ -378,19 +378,16 @@ def _moments(c: Config, w: Weights, x: Tensor, chunk: int | None, strip: Strip) 
     else:
         past: Past = {}
         bounds = [0, *range(4 * chunk - 3, x.shape[2], 4 * chunk), x.shape[2]]
-        y = torch.cat(
-            [_encode_chunk(c, w / "encoder", x[:, :, a:b], past, strip) for a, b in pairwise(bounds)], 2
-        )
+        chunks = (x[:, :, start:stop] for start, stop in pairwise(bounds))
+        y = torch.cat([_encode_chunk(c, w / "encoder", part, past, strip) for part in chunks], 2)
     return causal_conv3d(y, w / "quant_conv")
 
 
 def _pixels(c: Config, w: Weights, z: Tensor, chunk: int | None, strip: Strip) -> Tensor:
     z = causal_conv3d(z, w / "post_quant_conv")
     past: Past | None = None if chunk is None else {}
-    pieces = z.split(chunk or z.shape[2], 2)
-    return torch.cat(
-        [_decode_chunk(c, w / "decoder", piece, past, i == 0, strip) for i, piece in enumerate(pieces)], 2
-    )
+    d, pieces = w / "decoder", enumerate(z.split(chunk or z.shape[2], 2))
+    return torch.cat([_decode_chunk(c, d, piece, past, i == 0, strip) for i, piece in pieces], 2)
 
 
 def moments(

@@ -31,7 +31,7 @@ WITH_PROJECTION = "CLIPTextModelWithProjection"
 
 @dataclass(frozen=True)
 class Config:
-    """Field names are those of the checkpoint's config.json; only those that bear on the encoder's numbers.
+    """Field names are those of the checkpoint's config.json. Fields that change no number are left out.
 
     architectures: the class that runs it.
     """
@@ -79,7 +79,7 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
 
 
 class Encoded(NamedTuple):
-    """What CLIP says of a text."""
+    """CLIP's hidden states and pooled vectors of texts."""
 
     hidden_states: tuple[Tensor, ...]
     """The embeddings [B, T, D], then the states after each layer; the last is not normalised yet."""
@@ -148,9 +148,8 @@ def encode(c: Config, plan: Plan, w: Weights, ids_BT: Tensor) -> Encoded:
     for i in range(c.num_hidden_layers):
         layer = text / "encoder" / "layers" / i
         x = x + _attention(c, plan, layer / "self_attn", layer_norm(x, layer / "layer_norm1", eps), later)
-        y = ACTIVATIONS[c.hidden_act](
-            linear(layer_norm(x, layer / "layer_norm2", eps), layer / "mlp" / "fc1")
-        )
+        y = linear(layer_norm(x, layer / "layer_norm2", eps), layer / "mlp" / "fc1")
+        y = ACTIVATIONS[c.hidden_act](y)
         x = x + linear_sum(plan, y, layer / "mlp" / "fc2")
         states.append(x)
     end = x[torch.arange(len(x), device=x.device), end_token(c, ids_BT)]
@@ -159,10 +158,10 @@ def encode(c: Config, plan: Plan, w: Weights, ids_BT: Tensor) -> Encoded:
 
 
 def end_token(c: Config, ids_BT: Tensor) -> Tensor:
-    """Place of each text's first end token [B].
+    """Index of each text's first end token [B].
 
-    Configs of old say that the end token is 2, which no tokenizer agrees with. There it is the highest id of
-    the text, as it is in the vocabulary.
+    Old configs say that the end token is 2, which is wrong for every tokenizer. With them the end token is
+    the largest id of the text, as it is in the vocabulary.
     """
     return (ids_BT if c.eos_token_id == 2 else (ids_BT == c.eos_token_id).int()).argmax(1)
 

@@ -38,7 +38,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class Config:
-    """Field names are those of the checkpoint's config.json; only those that bear on the tower's numbers."""
+    """Field names are those of the checkpoint's config.json. Fields that change no number are left out."""
 
     hidden_size: int = 1280
     intermediate_size: int = 5120
@@ -50,7 +50,7 @@ class Config:
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-5
     image_mean: tuple[float, float, float] = MEAN
-    """This and the next three are of the preprocessor's file."""
+    """Entries of the preprocessor's file, like the next three."""
     image_std: tuple[float, float, float] = STD
     resample: int = 3
     """Pillow's number of a filter: bicubic."""
@@ -137,11 +137,8 @@ def pixels(c: Config, image_HWC: np.ndarray) -> Tensor:
     resized = np.asarray(Image.fromarray(image_HWC).resize(scaled, Image.Resampling(c.resample)))
     top, left = (resized.shape[0] - side) // 2, (resized.shape[1] - side) // 2
     colours = torch.from_numpy(resized[top : top + side, left : left + side] / 255.0).float()
-    return (
-        ((colours - torch.tensor(c.image_mean)) / torch.tensor(c.image_std))
-        .permute(2, 0, 1)[None]
-        .contiguous()
-    )
+    colours = (colours - torch.tensor(c.image_mean)) / torch.tensor(c.image_std)
+    return colours.permute(2, 0, 1)[None].contiguous()
 
 
 def encode(c: Config, plan: Plan, w: Weights, pixels_BCSS: Tensor) -> Tensor:
@@ -158,9 +155,8 @@ def encode(c: Config, plan: Plan, w: Weights, pixels_BCSS: Tensor) -> Tensor:
     for i in range(c.num_hidden_layers - 1):
         layer = w / "encoder" / "layers" / i
         x = x + _attention(c, plan, layer / "self_attn", layer_norm(x, layer / "layer_norm1", eps))
-        y = ACTIVATIONS[c.hidden_act](
-            linear(layer_norm(x, layer / "layer_norm2", eps), layer / "mlp" / "fc1")
-        )
+        y = linear(layer_norm(x, layer / "layer_norm2", eps), layer / "mlp" / "fc1")
+        y = ACTIVATIONS[c.hidden_act](y)
         x = x + linear_sum(plan, y, layer / "mlp" / "fc2")
     return x
 

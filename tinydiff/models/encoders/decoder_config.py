@@ -49,9 +49,8 @@ class Rope:
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_type is {self.rope_type!r}; known are {', '.join(ROPE_TYPES)}")
-        if (
-            self.rope_type in ("llama3", "yarn") or self.llama_4_scaling_beta
-        ) and self.original_max_position_embeddings <= 0:
+        needs_length = self.rope_type in ("llama3", "yarn") or self.llama_4_scaling_beta
+        if needs_length and self.original_max_position_embeddings <= 0:
             raise ValueError(
                 f"rope_type {self.rope_type!r} needs original_max_position_embeddings, the length trained on"
             )
@@ -110,7 +109,7 @@ class Config:
             )
         if len(self.layer_types) != self.num_hidden_layers or not set(self.layer_types) <= {FULL, SLIDING}:
             raise ValueError(
-                f"layer_types is {self.layer_types}; it names {FULL} or {SLIDING} for each of "
+                f"layer_types is {self.layer_types}; it must name {FULL} or {SLIDING} for each of "
                 f"{self.num_hidden_layers} layers"
             )
         if SLIDING in self.layer_types and not self.sliding_window:
@@ -179,7 +178,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "rope_theta": 1e6, "rope_local_base_freq": 1e4,
     },
 }  # fmt: skip
-"""model_type of the text part: what its config.json may leave out, and the flags of Config that set."""
+"""model_type of the text part -> entries that its config.json may omit, and the flags of Config."""
 
 
 @dataclass(frozen=True)
@@ -250,19 +249,19 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
             f"num_attention_heads is {heads}; it must be at most hidden_size, {v['hidden_size']}"
         )
     bias = bool(v.get("attention_bias"))
-    ties = [
-        source["tie_word_embeddings"] for source in (text, entries) if "tie_word_embeddings" in source
-    ]  # newer files say it outside
+    # Newer files have this entry outside the text part.
+    ties = [part["tie_word_embeddings"] for part in (text, entries) if "tie_word_embeddings" in part]
     rope, local_rope = _ropes(v)
     if kind == "qwen2_5_vl_text" and not all(each.mrope_section for each in (rope, local_rope or rope)):
-        raise ValueError("mrope_section is not given; Qwen2.5-VL needs it among its rope parameters")
+        raise ValueError("mrope_section is missing; Qwen2.5-VL needs it among its rope parameters")
     window = v.get("sliding_window") if v.get("use_sliding_window", True) else None
+    activation = v["hidden_act"]
+    if "gemma" in kind:
+        activation = v.get("hidden_activation", KINDS[kind]["hidden_act"])
     derived = {
         "head_dim": v.get("head_dim") or v["hidden_size"] // heads,
         "num_key_value_heads": v.get("num_key_value_heads") or heads,
-        "hidden_act": v.get("hidden_activation", KINDS[kind]["hidden_act"])
-        if "gemma" in kind
-        else v["hidden_act"],
+        "hidden_act": activation,
         "tie_word_embeddings": any(ties) if ties else KINDS[kind].get("tie_word_embeddings", False),
         "sliding_window": window,
         "layer_types": _layer_types(v) if window else (FULL,) * layers,
@@ -273,9 +272,8 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
         "layers": layers,
         "lm_head": False,
     }
-    return Config(
-        **typed(Config, {name: value for name, value in (v | derived).items() if value is not None})
-    )
+    present = {name: value for name, value in (v | derived).items() if value is not None}
+    return Config(**typed(Config, present))
 
 
 def _layer_types(v: Mapping[str, Any]) -> tuple[str, ...]:
@@ -289,32 +287,33 @@ def _layer_types(v: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _ropes(v: Mapping[str, Any]) -> tuple[Rope, Rope | None]:
     """The rope of full layers and that of sliding ones, None where it is the same."""
-    given = v.get("rope_scaling") or v.get("rope_parameters") or {}
-    if FULL in given:
-        full, sliding = (given.get(kind) for kind in (FULL, SLIDING))
+    parameters = v.get("rope_scaling") or v.get("rope_parameters") or {}
+    if FULL in parameters:
+        full, sliding = (parameters.get(kind) for kind in (FULL, SLIDING))
         if not isinstance(full, Mapping) or not isinstance(sliding, Mapping | None):
             raise ValueError(
-                f"rope_parameters is {dict(given)}; it must have an object for each kind of layer"
+                f"rope_parameters is {dict(parameters)}; it must have an object for each kind of layer"
             )
         return _rope(v, full), None if sliding is None else _rope(v, sliding)
     local = v.get("rope_local_base_freq")
-    return _rope(v, given), None if local is None else Rope(local)
+    return _rope(v, parameters), None if local is None else Rope(local)
 
 
-def _rope(v: Mapping[str, Any], given: Mapping[str, Any]) -> Rope:
-    kind = given.get("rope_type") or given.get("type", "default")
+def _rope(v: Mapping[str, Any], parameters: Mapping[str, Any]) -> Rope:
+    """v: entries of the text model. parameters: those of one kind of layer's rope."""
+    kind = parameters.get("rope_type") or parameters.get("type", "default")
     kind = "default" if kind == "mrope" else kind
-    entries: dict[str, Any] = {"rope_theta": v["rope_theta"]} | dict(given) | {"rope_type": kind}
+    entries: dict[str, Any] = {"rope_theta": v["rope_theta"]} | dict(parameters) | {"rope_type": kind}
     if kind in ("llama3", "yarn"):
         entries.setdefault("original_max_position_embeddings", v["max_position_embeddings"])
     if entries.pop("partial_rotary_factor", None) not in (None, 1, 1.0):
         raise ValueError(
-            f"partial_rotary_factor is {given['partial_rotary_factor']}; only heads rotated whole are "
+            f"partial_rotary_factor is {parameters['partial_rotary_factor']}; only heads rotated whole are "
             "implemented"
         )
-    known = {field.name for field in fields(Rope)}
-    unknown = sorted(set(entries) - known - {"type", "max_position_embeddings"})
+    names = {field.name for field in fields(Rope)}
+    unknown = sorted(set(entries) - names - {"type", "max_position_embeddings"})
     if unknown and kind in ROPE_TYPES:
-        raise ValueError(f"rope parameter {unknown[0]!r} is not known; known are {', '.join(sorted(known))}")
-    entries["mrope_section"] = given.get("mrope_section") or ()
+        raise ValueError(f"rope parameter {unknown[0]!r} is not known; known are {', '.join(sorted(names))}")
+    entries["mrope_section"] = parameters.get("mrope_section") or ()
     return Rope(**typed(Rope, {name: value for name, value in entries.items() if value is not None}))

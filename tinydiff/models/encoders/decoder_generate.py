@@ -24,12 +24,11 @@ Cache = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn, under the names of generation_config.json.
+    """How the next token is sampled, under the names of generation_config.json.
 
-    temperature 0 takes the likeliest token. top_k: only from so many, 0 for all. top_p: only from the
-    likeliest that together reach it.
-    repetition_penalty: the scores of tokens that stand in the text already are divided by it (multiplied
-    where negative).
+    temperature: 0 means the likeliest token. top_k: sample from so many likeliest tokens, 0 from all. top_p:
+    sample from the likeliest tokens whose probabilities add up to it. repetition_penalty: the scores of
+    tokens that the text has already are divided by it (negative scores are multiplied).
     """
 
     temperature: float = 0.0
@@ -67,14 +66,14 @@ def generate(
     device.
     """
     if not c.lm_head:
-        raise ValueError("generating needs the output head: a Config with lm_head")
+        raise ValueError("generate needs a Config with lm_head, the output head")
     mask = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
     if not bool(mask[:, -1].all()):
-        raise ValueError("prompts to continue are padded on the left; a row here ends in padding")
+        raise ValueError("generate needs prompts padded on the left; a row ends in padding")
     at = (mask.cumsum(-1) - 1).clamp_min(0) if positions is None else positions
     x = embed(c, plan, w, ids_BT) if embeds is None else embeds
     following = at.amax(-1, keepdim=True)
-    if at.ndim == 3:  # after an image words go on from the farthest of its three axes
+    if at.ndim == 3:  # words after an image count on from the largest of its three axes
         following = following.amax(0, keepdim=True).expand_as(following)
     ids, cache = ids_BT, None
     rows: list[list[int]] = [[] for _ in range(len(ids))]
@@ -117,9 +116,9 @@ def choose(
     scores = warped(logits_BV, ids_BT, sampling)
     if sampling.temperature == 0:
         return scores.argmax(-1)
-    shares = scores.softmax(-1)
-    at = shares.device if generator is None else generator.device
-    return torch.multinomial(shares.to(at), 1, generator=generator)[:, 0].to(shares.device)
+    probabilities = scores.softmax(-1)
+    device = scores.device if generator is None else generator.device
+    return torch.multinomial(probabilities.to(device), 1, generator=generator)[:, 0].to(scores.device)
 
 
 def warped(logits_BV: Tensor, ids_BT: Tensor, sampling: Sampling) -> Tensor:
@@ -129,9 +128,9 @@ def warped(logits_BV: Tensor, ids_BT: Tensor, sampling: Sampling) -> Tensor:
     """
     scores = logits_BV.to(compute_dtype(logits_BV))
     if sampling.repetition_penalty != 1:
-        said = scores.gather(1, ids_BT)
-        by = sampling.repetition_penalty
-        scores = scores.scatter(1, ids_BT, torch.where(said < 0, said * by, said / by))
+        seen = scores.gather(1, ids_BT)
+        penalty = sampling.repetition_penalty
+        scores = scores.scatter(1, ids_BT, torch.where(seen < 0, seen * penalty, seen / penalty))
     if sampling.temperature == 0:
         return scores
     scores = scores / sampling.temperature

@@ -79,11 +79,11 @@ def spec(c: Config) -> Iterator[Row]:
 
 
 TOWERS = ("visual", "vision_tower", "vision_model", "multi_modal_projector", "audio_tower")
-"""Beginnings of keys of what sees or hears beside a language model."""
+"""The first parts of keys of vision and audio towers beside a language model."""
 
 
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
-"""What released files write before the names of the text model."""
+"""Prefixes of the text model's names in released files."""
 
 
 def key_map(c: Config) -> KeyMap:
@@ -152,11 +152,9 @@ def _yarn_factor(rope: Rope) -> float:
 
     if rope.attention_factor is not None:
         return rope.attention_factor
-    return (
-        growth(rope.mscale) / growth(rope.mscale_all_dim)
-        if rope.mscale and rope.mscale_all_dim
-        else growth(1.0)
-    )
+    if rope.mscale and rope.mscale_all_dim:
+        return growth(rope.mscale) / growth(rope.mscale_all_dim)
+    return growth(1.0)
 
 
 class View(NamedTuple):
@@ -224,9 +222,8 @@ def _view(
 def embed(c: Config, plan: Plan, w: Weights, ids_BT: Tensor) -> Tensor:
     """Token ids [B, T] int64 -> their embeddings [B, T, C], the network's state 0."""
     x = lookup(plan, ids_BT, w / "embed_tokens")
-    return (
-        x * torch.tensor(c.hidden_size**0.5).to(x) if c.scale_embeddings else x
-    )  # a float32 root in x's type, as the references round
+    # The references round the root to float32, then to x's type.
+    return x * torch.tensor(c.hidden_size**0.5).to(x) if c.scale_embeddings else x
 
 
 def last_norm(c: Config, w: Weights, x: Tensor) -> Tensor:
@@ -253,7 +250,9 @@ def encode(
     counted. embeds: [B, T, C] in place of the embeddings of the ids, where images stand among the words.
     """
     if beyond := [state for state in take if not 0 <= state <= c.layers]:
-        raise ValueError(f"state {beyond[0]} is asked for; a stack of {c.layers} layers has 0 to {c.layers}")
+        raise ValueError(
+            f"take has state {beyond[0]}; a stack of {c.layers} layers has states 0 to {c.layers}"
+        )
     x = embed(c, plan, w, ids_BT) if embeds is None else embeds
     at = torch.arange(x.shape[1], device=x.device)[None] if positions is None else positions
     view = views(c, at, x.new_ones(1, x.shape[1]) if mask_BT is None else mask_BT, x)
@@ -308,11 +307,8 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: fl
 
 
 def _dense(c: Config, plan: Plan, w: Weights, x: Tensor) -> Tensor:
-    return linear_sum(
-        plan,
-        ACTIVATIONS[c.hidden_act](linear(x, w / "gate_proj")) * linear(x, w / "up_proj"),
-        w / "down_proj",
-    )
+    y = ACTIVATIONS[c.hidden_act](linear(x, w / "gate_proj")) * linear(x, w / "up_proj")
+    return linear_sum(plan, y, w / "down_proj")
 
 
 def _norm(c: Config, x: Tensor, w: Weights) -> Tensor:

@@ -28,22 +28,22 @@ def clip(entries: Mapping[str, Any], image_size: int) -> dict[str, Any]:
 
     Raises ValueError, one sentence.
     """
-    found = _shared(entries)
+    fields = _shared(entries)
     edge = _edges(entries, ("shortest_edge",)).get("shortest_edge")
     if edge is not None:
-        found["shortest_edge"] = edge
+        fields["shortest_edge"] = edge
     crop = entries.get("crop_size")
     sides = [crop.get(name) for name in ("height", "width")] if isinstance(crop, Mapping) else [crop, crop]
     if crop is not None and sides != [image_size, image_size]:
         raise ValueError(
             f"crop_size is {crop!r}; it must be image_size of the image encoder, {image_size}, both ways"
         )
-    if found.get("shortest_edge", image_size) < image_size:
+    if fields.get("shortest_edge", image_size) < image_size:
         raise ValueError(
             f"size is {entries['size']!r}; its shortest_edge must be at least the {image_size} pixels that "
             "are cut out"
         )
-    return found
+    return fields
 
 
 def qwen(entries: Mapping[str, Any], shape: Mapping[str, int]) -> dict[str, Any]:
@@ -57,9 +57,9 @@ def qwen(entries: Mapping[str, Any], shape: Mapping[str, int]) -> dict[str, Any]
     edges = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
     stored = _edges(entries, ("shortest_edge", "longest_edge"))
     for bound, edge in zip(edges, ("shortest_edge", "longest_edge"), strict=True):
-        given = entries.get(bound) if entries.get(bound) is not None else stored.get(edge)
-        if given is not None:
-            edges[bound] = value(bound, int, given)
+        pixels = entries.get(bound) if entries.get(bound) is not None else stored.get(edge)
+        if pixels is not None:
+            edges[bound] = value(bound, int, pixels)
     if edges["min_pixels"] > edges["max_pixels"]:
         raise ValueError(
             f"min_pixels is {edges['min_pixels']}; it must be at most max_pixels, {edges['max_pixels']}"
@@ -68,6 +68,7 @@ def qwen(entries: Mapping[str, Any], shape: Mapping[str, int]) -> dict[str, Any]
 
 
 def _shared(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that both encoders have."""
     for name, always in ALWAYS.items():
         if entries.get(name) not in (None, always):
             raise ValueError(f"{name} is {entries[name]!r}; only {always} is supported")
@@ -75,12 +76,8 @@ def _shared(entries: Mapping[str, Any]) -> dict[str, Any]:
     if factor is not None and abs(value("rescale_factor", float, factor) * 255 - 1) > 1e-6:
         raise ValueError(f"rescale_factor is {factor!r}; only 1/255 is supported")
     kinds = {"image_mean": RGB, "image_std": RGB, "resample": int}
-    found = {
-        name: value(name, kind, entries[name])
-        for name, kind in kinds.items()
-        if entries.get(name) is not None
-    }
-    return found
+    stored = {name: kind for name, kind in kinds.items() if entries.get(name) is not None}
+    return {name: value(name, kind, entries[name]) for name, kind in stored.items()}
 
 
 def _edges(entries: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, int]:

@@ -60,7 +60,7 @@ class Config:
     window_size: int = 112
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
     image_mean: tuple[float, float, float] = MEAN
-    """This and the next four are of the preprocessor's file."""
+    """Entries of the preprocessor's file, like the next four."""
     image_std: tuple[float, float, float] = STD
     resample: int = 3
     """Pillow's number of a filter: bicubic."""
@@ -170,13 +170,12 @@ def pixels(c: Config, image_HWC: np.ndarray) -> tuple[Tensor, Grid]:
 
     p, m = c.patch_size, c.spatial_merge_size
     height, width = fitted(image_HWC.shape[0], image_HWC.shape[1], p * m, c.min_pixels, c.max_pixels)
-    picture = Image.fromarray(image_HWC)
-    if picture.mode == "RGBA":
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    resized = np.asarray(picture.resize((width, height), Image.Resampling(c.resample)))
-    colours = (torch.from_numpy(resized * (1 / 255)).float() - torch.tensor(c.image_mean)) / torch.tensor(
-        c.image_std
-    )
+    image = Image.fromarray(image_HWC)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    resized = np.asarray(image.resize((width, height), Image.Resampling(c.resample)))
+    colours = torch.from_numpy(resized * (1 / 255)).float()
+    colours = (colours - torch.tensor(c.image_mean)) / torch.tensor(c.image_std)
     patches = rearrange(colours, "(h m p) (w n q) c -> (h w m n) c 1 (p q)", m=m, n=m, p=p, q=p)
     return patches.expand(-1, -1, c.temporal_patch_size, -1).flatten(1), (height // p, width // p)
 
@@ -213,9 +212,8 @@ def encode(c: Config, plan: Plan, w: Weights, patches_NP: Tensor, grids: Sequenc
     """
     kernel = w["patch_embed.proj.weight"].flatten(1)
     images = patches_NP.to(w.dtype).split([tall * wide for tall, wide in grids])
-    return torch.cat(
-        [_image(c, plan, w, F.linear(image, kernel), grid) for image, grid in zip(images, grids, strict=True)]
-    )
+    pairs = zip(images, grids, strict=True)
+    return torch.cat([_image(c, plan, w, F.linear(image, kernel), grid) for image, grid in pairs])
 
 
 def _image(c: Config, plan: Plan, w: Weights, x_ND: Tensor, grid: Grid) -> Tensor:
@@ -241,9 +239,8 @@ def _image(c: Config, plan: Plan, w: Weights, x_ND: Tensor, grid: Grid) -> Tenso
     x = x.view(*index.shape, -1)
     back = torch.argsort(index[real]).to(x.device)
     merger = w / "merger"
-    tokens = rms_norm(x[real.to(x.device)][back], merger / "ln_q", EPS).view(
-        -1, merger["mlp.0.weight"].shape[1]
-    )
+    patches = rms_norm(x[real.to(x.device)][back], merger / "ln_q", EPS)
+    tokens = patches.view(-1, merger["mlp.0.weight"].shape[1])
     return linear_sum(plan, F.gelu(linear(tokens, merger / "mlp.0")), merger / "mlp.2")
 
 
@@ -251,19 +248,13 @@ def _block(
     c: Config, plan: Plan, w: Weights, x_UMD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None
 ) -> Tensor:
     a, f = w / "attn", w / "mlp"
-    q, k, v = (
-        linear(rms_norm(x_UMD, w / "norm1", EPS), a / "qkv")
-        .unflatten(-1, (3, -1, c.hidden_size // c.num_heads))
-        .unbind(2)
-    )
+    qkv = linear(rms_norm(x_UMD, w / "norm1", EPS), a / "qkv")
+    q, k, v = qkv.unflatten(-1, (3, -1, c.hidden_size // c.num_heads)).unbind(2)
     y = attention(plan, rotate_half(q, cos, sin), rotate_half(k, cos, sin), v, mask)
     x = x_UMD + linear_sum(plan, y.flatten(2), a / "proj")
     y = rms_norm(x, w / "norm2", EPS)
-    return x + linear_sum(
-        plan,
-        ACTIVATIONS[c.hidden_act](linear(y, f / "gate_proj")) * linear(y, f / "up_proj"),
-        f / "down_proj",
-    )
+    y = ACTIVATIONS[c.hidden_act](linear(y, f / "gate_proj")) * linear(y, f / "up_proj")
+    return x + linear_sum(plan, y, f / "down_proj")
 
 
 # --- among the words
@@ -281,7 +272,7 @@ def expand(ids: Sequence[int], image_id: int, counts: Sequence[int]) -> list[int
     """
     places = list(ids).count(image_id)
     if places != len(counts):
-        raise ValueError(f"the prompt has {places} places for images and {len(counts)} images are given")
+        raise ValueError(f"the prompt has {places} image tokens and there are {len(counts)} images")
     left = iter(counts)
     return [each for token in ids for each in ([token] * next(left) if token == image_id else [token])]
 

@@ -30,7 +30,7 @@ ACTIVATIONS = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.ge
 
 @dataclass(frozen=True)
 class Config:
-    """Field names are those of the checkpoint's config.json; only those that bear on the encoder's numbers."""
+    """Field names are those of the checkpoint's config.json. Fields that change no number are left out."""
 
     vocab_size: int = 256384
     d_model: int = 4096
@@ -51,8 +51,8 @@ class Config:
         exact = self.relative_attention_num_buckets // 4
         if not 1 <= exact < self.relative_attention_max_distance:
             buckets = f"relative_attention_num_buckets is {self.relative_attention_num_buckets}"
-            more = f"a quarter of it less than relative_attention_max_distance, {self.relative_attention_max_distance}"
-            raise ValueError(f"{buckets}; it must be at least 4, and {more}")
+            more = f"relative_attention_max_distance, {self.relative_attention_max_distance}"
+            raise ValueError(f"{buckets}; it must be at least 4, and a quarter of it less than {more}")
 
     @property
     def biased_blocks(self) -> range:
@@ -127,9 +127,8 @@ def buckets(c: Config, length: int, device: torch.device | str | None = None) ->
     half = c.relative_attention_num_buckets // 2
     exact = half // 2
     distance = offset.abs()
-    ratio = torch.log(distance.clamp_min(1).float() / exact) / math.log(
-        c.relative_attention_max_distance / exact
-    )
+    span = math.log(c.relative_attention_max_distance / exact)
+    ratio = torch.log(distance.clamp_min(1).float() / exact) / span
     far = (exact + (ratio * (half - exact)).long()).clamp_max(half - 1)
     return torch.where(offset > 0, half, 0) + torch.where(distance < exact, distance, far)
 
@@ -153,9 +152,8 @@ def encode(c: Config, plan: Plan, w: Weights, ids_BT: Tensor, mask_BT: Tensor | 
         y = rms_norm(x, block / 0 / "layer_norm", c.layer_norm_epsilon)
         q, k, v = (linear(y, a / name).unflatten(-1, (-1, c.d_kv)) for name in ("q", "k", "v"))
         x = x + linear_sum(plan, attention(plan, q, k, v, bias, scale=1.0).flatten(2), a / "o")
-        x = x + _dense(
-            c, plan, block / 1 / "DenseReluDense", rms_norm(x, block / 1 / "layer_norm", c.layer_norm_epsilon)
-        )
+        y = rms_norm(x, block / 1 / "layer_norm", c.layer_norm_epsilon)
+        x = x + _dense(c, plan, block / 1 / "DenseReluDense", y)
     return rms_norm(x, w / "encoder" / "final_layer_norm", c.layer_norm_epsilon)
 
 
