@@ -41,7 +41,7 @@ from tinydiff.serve.guard import Guard
 from tinydiff.serve.jobs import Busy, Failure, Job, Output, Stopping
 from tinydiff.serve.metrics import Metrics
 from tinydiff.serve.options import ServeOptions
-from tinydiff.serve.service import News, Place, Service, State
+from tinydiff.serve.service import JobUpdate, QueuePlace, Service, State
 from tinydiff.serve.store import open_store
 
 SERVER = "fake"
@@ -149,8 +149,8 @@ class FakeScheduler:
             self.changed.notify_all()
         return job
 
-    def place(self, job: Job) -> Place:
-        return Place(self.store.position(job), 1.5)
+    def place(self, job: Job) -> QueuePlace:
+        return QueuePlace(self.store.position(job), 1.5)
 
     def poll_after_ms(self, job: Job) -> int:
         return 200
@@ -272,7 +272,7 @@ class FakeWatch:
         self.seen: tuple[Any, ...] = ()
         self.shown = 0
 
-    def next(self, timeout: float) -> News | None:
+    def next(self, timeout: float) -> JobUpdate | None:
         end = time.monotonic() + timeout
         while True:
             job = self.scheduler.store.get(self.id)
@@ -281,7 +281,7 @@ class FakeWatch:
                 previews = tuple(self.scheduler.previews.get(self.id, ())[self.shown :])
                 if (now := (job.status, done)) != self.seen or previews:
                     self.seen, self.shown = now, self.shown + len(previews)
-                    return News(job, done, self.scheduler.steps, previews)
+                    return JobUpdate(job, done, self.scheduler.steps, previews)
                 if (left := end - time.monotonic()) <= 0:
                     return None
                 self.scheduler.changed.wait(min(left, 0.02))

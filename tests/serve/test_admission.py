@@ -6,8 +6,8 @@ import pytest
 from tests.serve.fake import service
 from tinydiff.records import UserError
 from tinydiff.serve.admission import admitted, resolved
-from tinydiff.serve.fields import read_fields
 from tinydiff.serve.jobs import Job
+from tinydiff.serve.read_fields import read_fields
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_seconds_are_frames_that_the_model_can_make(made, seconds, fps, frames):
         ({"x264_preset": "fast"}, "image", "x264_preset", "applies to .mp4 only"),
         ({"size": "272x256"}, "image", "size", "an output has 69,632 pixels; 65,536 are the most"),
         ({"size": "256x256", "num_frames": 21}, "video", "size", "1,376,256 pixels; 1,114,112 are the most"),
-        ({"n": 11}, "image", "n", "11 outputs are more than the 10 that one request may ask for"),
+        ({"n": 11}, "image", "n", "11 outputs are more than the 10 allowed per request"),
         (
             {"num_outputs_per_prompt": 11},
             "video",

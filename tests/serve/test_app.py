@@ -2,7 +2,7 @@ import pytest
 from falcon import testing
 
 from tests.serve.fake import service
-from tinydiff.serve.app import PARTS, make_app
+from tinydiff.serve.app import RESOURCES, make_app
 from tinydiff.serve.guard import EXPOSED
 
 MINE = {"Origin": "https://mine.example"}
@@ -41,7 +41,7 @@ def test_what_openai_has_beyond_this_is_a_404(build):
 
 def test_with_keys_only_what_is_public_answers_without_one(build):
     made, client = build(api_key=("k",))
-    for part in PARTS:
+    for part in RESOURCES:
         for path, resource in part.routes(made):
             if not getattr(resource, "public", False):
                 method = "GET" if hasattr(resource, "on_get") else "POST"

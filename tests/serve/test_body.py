@@ -57,22 +57,22 @@ def test_a_form_that_could_mean_two_things_is_refused(parts):
     "data", [b"--B\r\n", b"", b"--B\r\nContent-Disposition: form-data; name=a\r\n\r\nx", b"--C--"]
 )
 def test_a_broken_form_is_a_mistake_of_the_client(data):
-    with pytest.raises(UserError, match="is not a form"):
+    with pytest.raises(UserError, match="is a malformed form"):
         body._form(data, "B")
 
 
 @pytest.mark.parametrize(
     ("head", "said"),
     [
-        (b'form-data; name="\xff"', "the name of a field of the form is not text in UTF-8"),
-        (b'form-data; name="a"; name="b"', "is not a value and parameters"),
-        (b'form-data; name="a', "is not a value and parameters"),
+        (b'form-data; name="\xff"', "the name of a form field is not valid UTF-8"),
+        (b'form-data; name="a"; name="b"', "is not a value with parameters"),
+        (b'form-data; name="a', "is not a value with parameters"),
         (b'attachment; name="a"', "no Content-Disposition: form-data"),
         (
             b'form-data; name="a"\r\nContent-Transfer-Encoding: base64',
             "Content-Transfer-Encoding is not supported",
         ),
-        (b'form-data; name="' + b"a" * 5000 + b'"', "do not end within 4096 bytes"),
+        (b'form-data; name="' + b"a" * 5000 + b'"', "are longer than 4096 bytes"),
     ],
 )
 def test_the_headers_of_a_part_are_checked(head, said):
@@ -111,7 +111,7 @@ def test_the_name_of_a_part_is_read(name, wanted):
 
 
 def test_text_of_a_form_is_utf8():
-    with pytest.raises(UserError, match="is not text"):
+    with pytest.raises(UserError, match="is not valid UTF-8"):
         body._form(form(("prompt", "x")).replace(b"\r\nx", b"\r\n\xff"), "B")
 
 
@@ -139,8 +139,8 @@ def test_a_body_is_one_json_object(data):
 
 @pytest.mark.parametrize("value", ["a\0b", "\ud800", {"a": ["\udfff"]}, {"\0": 1}])
 def test_no_text_holds_what_no_text_can(value):
-    with pytest.raises(UserError, match="holds a character"):
-        body._sound("body", {"prompt": value})
+    with pytest.raises(UserError, match="contains a NUL character"):
+        body._check_values("body", {"prompt": value})
 
 
 def test_a_fingerprint_is_of_what_a_body_says():

@@ -1,4 +1,4 @@
-"""Who waits hears of its own job, at once, until it is done."""
+"""A reader gets the events of its own job at once, until the job is done."""
 
 import threading
 import time
@@ -6,34 +6,34 @@ from dataclasses import replace
 
 import pytest
 
-from tinydiff.serve.events import Boards
+from tinydiff.serve.events import Events
 from tinydiff.serve.jobs import Job
 
 JOB, OTHER = (Job(f"img_{letter}", "image", 0.0) for letter in "ab")
 
 
 @pytest.fixture
-def boards():
-    boards = Boards()
-    boards.open(JOB)
-    boards.open(OTHER)
-    return boards
+def events():
+    events = Events()
+    events.open(JOB)
+    events.open(OTHER)
+    return events
 
 
-def watched(boards, job):
-    return boards.watch(job.id, lambda: None)
+def watched(events, job):
+    return events.watch(job.id, lambda: None)
 
 
-def test_news_wake_who_waits(boards):
-    with watched(boards, JOB) as watch:
-        threading.Timer(0.05, boards.post, (JOB, 3, 8)).start()
+def test_an_event_wakes_its_reader(events):
+    with watched(events, JOB) as watch:
+        threading.Timer(0.05, events.publish, (JOB, 3, 8)).start()
         assert watch.next(10)[:3] == (JOB, 3, 8)
 
 
-def test_news_of_other_jobs_wake_nobody_else(boards, monkeypatch):
+def test_events_of_other_jobs_wake_no_reader(events, monkeypatch):
     woken, wait = [], threading.Condition.wait
-    with watched(boards, JOB) as watch:
-        threading.Timer(0.05, lambda: [boards.post(OTHER, step, 8) for step in range(8)]).start()
+    with watched(events, JOB) as watch:
+        threading.Timer(0.05, lambda: [events.publish(OTHER, step, 8) for step in range(8)]).start()
         monkeypatch.setattr(
             threading.Condition, "wait", lambda *args: (wait(*args), woken.append(threading.get_ident()))
         )
@@ -41,25 +41,25 @@ def test_news_of_other_jobs_wake_nobody_else(boards, monkeypatch):
     assert woken.count(threading.get_ident()) == 1  # when its time was over
 
 
-def test_what_was_posted_before_is_told_once(boards):
-    with watched(boards, JOB) as watch:
-        boards.post(JOB, 1, 8, ["first"])
-        boards.post(JOB, 2, 8, ["second"])
+def test_events_published_before_are_read_once(events):
+    with watched(events, JOB) as watch:
+        events.publish(JOB, 1, 8, ["first"])
+        events.publish(JOB, 2, 8, ["second"])
         assert watch.next(1)[1:] == (2, 8, ("first", "second"))
         assert watch.next(0) is None
 
 
-def test_a_done_jobs_board_stays_for_its_readers_only(boards):
+def test_the_events_of_a_done_job_stay_for_its_readers(events):
     done = replace(JOB, status="completed")
-    with watched(boards, JOB) as watch:
-        boards.post(done)
-        assert boards.known(JOB.id) and watch.next(1).job is done
-    assert not boards.known(JOB.id)
+    with watched(events, JOB) as watch:
+        events.publish(done)
+        assert events.has(JOB.id) and watch.next(1).job is done
+    assert not events.has(JOB.id)
 
 
-def test_a_job_without_a_board_is_asked_for_in_the_store():
+def test_a_job_without_events_is_read_from_the_store():
     states = iter([JOB, JOB, replace(JOB, status="completed")])
-    with Boards().watch(JOB.id, lambda: next(states)) as watch:
+    with Events().watch(JOB.id, lambda: next(states)) as watch:
         begun = time.monotonic()
         assert watch.next(10).job.status == "completed"
         assert time.monotonic() - begun < 5

@@ -5,7 +5,7 @@ import pytest
 from tinydiff.records import UserError
 from tinydiff.serve import fields
 from tinydiff.serve.errors import Refusal
-from tinydiff.serve.fields import FileId, read_fields
+from tinydiff.serve.read_fields import FileId, read_fields
 
 
 def refused(*args, **more):
@@ -30,7 +30,7 @@ def test_openais_fields_become_options_of_generate():
         "height": 128,
         "output_compression": 80,
     }
-    assert {name: value for name, value in asked.fields.items() if name != "seed"} == wanted
+    assert {name: value for name, value in asked.options.items() if name != "seed"} == wanted
     assert asked.answer["output_format"] == "jpeg"
 
 
@@ -42,24 +42,24 @@ def test_every_sampling_option_is_a_field_at_top_level_and_in_extra_body():
         "use_pe": False, "loras": {"style": 0.5}, "sigmas": [1.0, 0.5],
     }  # fmt: skip
     assert values.keys() == set(fields.SAMPLING)
-    top = read_fields(values, "video").fields
+    top = read_fields(values, "video").options
     assert (
         top
         == read_fields(
             {"prompt": "p", "extra_body": {k: v for k, v in values.items() if k != "prompt"}}, "video"
-        ).fields
+        ).options
     )
     assert top == {**values, "seed": (7,), "dmd_denoising_steps": (1000, 500), "sigmas": (1.0, 0.5)}
 
 
 @pytest.mark.parametrize("name", ["extra_body", "extra_params", "extra_json"])
 def test_extra_fields_may_be_the_text_of_an_object(name):
-    assert read_fields({"prompt": "p", name: '{"height": 64}'}, "image", form=True).fields["height"] == 64
+    assert read_fields({"prompt": "p", name: '{"height": 64}'}, "image", form=True).options["height"] == 64
 
 
 def test_aliases_and_sizes_of_the_command_line_are_known():
     asked = read_fields({"prompt": "p", "num_outputs": 3, "720p": True}, "image")
-    assert (asked.fields["num_outputs_per_prompt"], asked.fields["height"], asked.fields["width"]) == (
+    assert (asked.options["num_outputs_per_prompt"], asked.options["height"], asked.options["width"]) == (
         3,
         720,
         1280,
@@ -67,12 +67,12 @@ def test_aliases_and_sizes_of_the_command_line_are_known():
 
 
 def test_without_a_seed_each_request_has_its_own():
-    seeds = {read_fields({"prompt": "p"}, "image").fields["seed"][0] for _ in range(8)}
+    seeds = {read_fields({"prompt": "p"}, "image").options["seed"][0] for _ in range(8)}
     assert len(seeds) == 8
 
 
 def test_seeds_may_be_several():
-    assert read_fields({"prompt": "p", "seed": [3, 1], "n": 2}, "image").fields["seed"] == (3, 1)
+    assert read_fields({"prompt": "p", "seed": [3, 1], "n": 2}, "image").options["seed"] == (3, 1)
 
 
 def test_numbers_of_a_form_are_texts():
@@ -86,7 +86,7 @@ def test_numbers_of_a_form_are_texts():
         "height": "64",
     }
     asked = read_fields(said, "image", form=True)
-    assert asked.fields == {
+    assert asked.options == {
         "prompt": "12",
         "num_outputs_per_prompt": 2,
         "seed": (1, 5),
@@ -140,7 +140,7 @@ def test_the_text_of_a_number_is_digits_a_point_and_an_exponent(name, text):
 )
 def test_numbers_of_a_form_are_read(text, number):
     assert (
-        read_fields({"prompt": "p", "guidance_scale": text}, "image", form=True).fields["guidance_scale"]
+        read_fields({"prompt": "p", "guidance_scale": text}, "image", form=True).options["guidance_scale"]
         == number
     )
     assert read_fields({"prompt": "p", "seconds": text}, "video", form=True).answer["seconds"] == number
@@ -167,25 +167,25 @@ def test_no_number_overflows(kind, form):
 
 def test_null_is_not_given():
     assert set(
-        read_fields({"prompt": "p", "seed": 1, "size": None, "height": None, "loras": None}, "image").fields
+        read_fields({"prompt": "p", "seed": 1, "size": None, "height": None, "loras": None}, "image").options
     ) == {"prompt", "seed"}
 
 
 def test_pictures_come_as_bytes_addresses_objects_and_lists():
-    given = read_fields({"image": b"PNG", "mask": {"file_id": "f"}}, "image").given
-    assert given == {"image_path": (b"PNG",), "mask_path": (FileId("f"),)}
-    given = read_fields(
+    images = read_fields({"image": b"PNG", "mask": {"file_id": "f"}}, "image").images
+    assert images == {"image_path": (b"PNG",), "mask_path": (FileId("f"),)}
+    images = read_fields(
         {"images": [{"image_url": "https://x/y"}, "data:,a", {"file_id": "f", "image_url": None}]}, "image"
-    ).given
-    assert given == {"image_path": ("https://x/y", "data:,a", FileId("f"))}
-    assert read_fields({"input_reference": {"image_url": "https://x"}}, "video").given == {
+    ).images
+    assert images == {"image_path": ("https://x/y", "data:,a", FileId("f"))}
+    assert read_fields({"input_reference": {"image_url": "https://x"}}, "video").images == {
         "image_path": ("https://x",)
     }
 
 
 @pytest.mark.parametrize("value", ["auto", "low"])
 def test_moderation_asks_for_nothing(value):
-    assert set(read_fields({"seed": 1, "moderation": value}, "image").fields) == {"seed"}
+    assert set(read_fields({"seed": 1, "moderation": value}, "image").options) == {"seed"}
 
 
 # --- mistakes ---
@@ -209,7 +209,7 @@ def test_moderation_asks_for_nothing(value):
         ({"guidance_scale": False}, "guidance_scale", "false is not a number"),
         ({"prompt": 5}, "prompt", "5 is not a string"),
         ({"prompt": ["a", "b"]}, "prompt", "is not a string"),
-        ({"prompt": "x" * 40_000}, "prompt", "32,000 are the most"),
+        ({"prompt": "x" * 40_000}, "prompt", "at most 32,000 are allowed"),
         ({"seed": "x"}, "seed", "is not an integer or a list of them"),
         ({"seed": [1, None]}, "seed", "null is not an integer"),
         ({"quality": "best"}, "quality", "is not one of auto, standard"),
@@ -218,24 +218,24 @@ def test_moderation_asks_for_nothing(value):
         ({"output_format": "gif"}, "output_format", "is not one of png, webp, jpeg"),
         ({"output_format": "svg"}, "output_format", "is not one of"),
         ({"response_format": "b64json"}, "response_format", "did you mean 'b64_json'"),
-        ({"response_format": "url", "stream": True}, "response_format", "a stream carries"),
+        ({"response_format": "url", "stream": True}, "response_format", "not available with stream=true"),
         ({"partial_images": 1}, "partial_images", "needs stream"),
         ({"partial_images": 4, "stream": True}, "partial_images", "from 0 to 3"),
         ({"progress": True}, "progress", "needs stream"),
         ({"stream": 1}, "stream", "1 is not true or false"),
-        ({"style": "vivid"}, "style", "said in the prompt"),
+        ({"style": "vivid"}, "style", "describe the style in the prompt"),
         ({"input_fidelity": "high"}, "input_fidelity", "it may be 'low'"),
         ({"frame_count": 4}, "frame_count", "/v1/videos"),
-        ({"markup": b"PNG"}, "markup", "a file cannot be had"),
+        ({"markup": b"PNG"}, "markup", "a file is not supported"),
         ({"loras": [{"path": "x"}]}, "loras", "is not an adapter, such as"),
         ({"loras": ["x", "x"]}, "loras", "'x' is given twice"),
         ({"loras": {"x": "1"}}, "loras.x", "is not a number from -100 to 100"),
         ({"loras": 5}, "loras", "5 is not an object of adapters and strengths"),
-        ({"lora_path": "x"}, "lora_path", "where the server is started"),
+        ({"lora_path": "x"}, "lora_path", "when the server is started"),
         ({"enable_teacache": True}, "enable_teacache", "not supported yet: step caches"),
-        ({"model_path": "x"}, "model_path", "where the server is started"),
-        ({"save_output": False}, "save_output", "where the server is started"),
-        ({"port": 5}, "port", "where the server is started"),
+        ({"model_path": "x"}, "model_path", "when the server is started"),
+        ({"save_output": False}, "save_output", "when the server is started"),
+        ({"port": 5}, "port", "when the server is started"),
         ({"seconds": "4"}, "seconds", "/v1/videos"),
         ({"extra_body": {"prompt": "q"}, "prompt": "p"}, "prompt", "given twice"),
         ({"extra_body": "{"}, "extra_body", "is not JSON"),
@@ -243,8 +243,8 @@ def test_moderation_asks_for_nothing(value):
         ({"image": 5}, "image", "5 is not an image"),
         ({"image": {"url": "x"}}, "image", "image_url"),
         ({"image": b"a", "images": [b"b"]}, "images", "give either image or images"),
-        ({"image": [b"a"] * 17}, "image", "16 images at most"),
-        ({"mask": b"a"}, "mask", "give the image as image"),
+        ({"image": [b"a"] * 17}, "image", "at most 16 images"),
+        ({"mask": b"a"}, "mask", "needs an image to inpaint"),
         ({"mask": [b"a", b"b"], "image": b"a"}, "mask", "one mask"),
         ({"user": 5}, "user", "5 is not a string"),
         ({"priority": 11}, "priority", "from -10 to 10"),
@@ -263,7 +263,7 @@ def test_what_asks_for_nothing_is_taken():
         "frame_count": 1,
         "input_fidelity": "low",
     }
-    assert read_fields(said, "image").fields == {"seed": (1,)}
+    assert read_fields(said, "image").options == {"seed": (1,)}
 
 
 @pytest.mark.parametrize(
@@ -276,15 +276,15 @@ def test_what_asks_for_nothing_is_taken():
 )
 def test_adapters_come_as_an_object_and_as_a_list(said):
     for body, form in (({"loras": said}, False), ({"loras": json.dumps(said)}, True)):
-        assert read_fields({"prompt": "p", **body}, "image", form).fields["loras"] == {
+        assert read_fields({"prompt": "p", **body}, "image", form).options["loras"] == {
             "style": 0.5,
             "ink": 1.0,
         }
-    assert read_fields({"prompt": "p", "loras": []}, "image").fields["loras"] == {}
+    assert read_fields({"prompt": "p", "loras": []}, "image").options["loras"] == {}
 
 
 def test_a_picture_has_a_most_of_bytes():
-    assert "50 are the most" in refused({"image": b"x" * (50 * 2**20 + 1)}, "image")[1]
+    assert "at most 50 MiB" in refused({"image": b"x" * (50 * 2**20 + 1)}, "image")[1]
 
 
 @pytest.mark.parametrize("value", [0, "x", True, 1e9, "nan", []])

@@ -217,7 +217,7 @@ def test_a_mistake_in_a_stream_is_an_ordinary_400(both):
 
 
 def test_silence_is_filled_with_comments(both, monkeypatch):
-    monkeypatch.setattr(images, "LOOK_S", 0.01)
+    monkeypatch.setattr(images, "CHECK_S", 0.01)
     monkeypatch.setattr(images, "KEEPALIVE_S", 0.02)
     both[0].scheduler.gate.clear()
     threading.Timer(0.2, both[0].scheduler.gate.set).start()
@@ -409,7 +409,8 @@ def test_content_comes_in_small(both):
     )
     answer = both[1].simulate_get(f"/v1/images/{id}/content", params={"thumbnail": "1"})
     assert (
-        answer.status_code == 400 and answer.json["error"]["message"] == "thumbnail: '1' is not true or false"
+        answer.status_code == 400
+        and answer.json["error"]["message"] == "thumbnail: '1' must be true or false"
     )
 
 

@@ -303,7 +303,7 @@ def test_a_locked_database_is_a_503(locked):
     client = client_of(locked)
     answer = client.simulate_get("/ready")
     assert (answer.status_code, answer.json["status"]) == (503, "not ready")
-    assert answer.json["detail"] == "the database of the jobs does not answer; try again soon"
+    assert answer.json["detail"] == "the job database does not answer; try again soon"
     assert [client.simulate_get(path).status_code for path in ("/liveness", "/health", "/metrics")] == [
         200
     ] * 3

@@ -21,7 +21,7 @@ SMALL = {"prompt": "a circle", "model": "tinydiff/shapes", "size": "64x48"}
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "LOOK_S", 0.05)
+    monkeypatch.setattr(images, "CHECK_S", 0.05)
     return fake.service(tmp_path, ROW, api_key=(KEY,))
 
 

@@ -78,8 +78,8 @@ def test_every_field_of_a_request_is_described(described):
         "mask_path",
         "url",
         "reference_url",
-        *fields._EXTRA,
-        *(name for name, (free, _) in fields.IDLE.items() if not free),
+        *fields.NESTED,
+        *(name for name, (free, _) in fields.INERT.items() if not free),
     }
     for kind, paths in (
         ("image", ("/v1/images/generations", "/v1/images/edits")),
@@ -101,14 +101,14 @@ def test_every_field_of_a_request_is_described(described):
     ],
 )
 def test_an_option_has_the_type_and_range_that_check_it(name, schema):
-    made = schemas.option(name)
-    assert made.pop("description") == schemas.docstrings(schemas.OPTIONS[name])[name]
+    made = fields.option(name)
+    assert made.pop("description") == schemas.docstrings(fields.OPTIONS[name])[name]
     assert made == schema
 
 
 def test_an_option_of_several_values_is_one_or_a_list():
     one = {"type": "integer", "minimum": 0}
-    assert schemas.option("seed")["anyOf"] == [one, {"type": "array", "items": one, "minItems": 1}]
+    assert fields.option("seed")["anyOf"] == [one, {"type": "array", "items": one, "minItems": 1}]
 
 
 def test_docstrings_leave_out_the_command_line():
@@ -121,21 +121,21 @@ def test_docstrings_leave_out_the_command_line():
 
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_fields_that_are_no_options_are_described_as_they_are_checked(kind):
-    for name, read in fields.OWN[kind].items():
-        schema = schemas.request(kind, "shapes", form=True)["properties"][name]
+    for name, field in fields.OWN[kind].items():
+        schema = fields.request_schema(kind, "shapes", form=True)["properties"][name]
         good = [
             *schema.get("enum", []),
             *(schema[bound] for bound in ("minimum", "maximum") if bound in schema),
         ]
         for value in good:
-            assert read(name, value, False) is not None
+            assert field.read(name, value, False) is not None
         beyond = [
             schema[bound] + step for bound, step in (("minimum", -1), ("maximum", 1)) if bound in schema
         ]
         bad = [*beyond, [], *(["no such value"] if "enum" in schema and name != "model" else [])]
         for value in bad:
             with pytest.raises(UserError) as refused:
-                read(name, value, False)
+                field.read(name, value, False)
             assert refused.value.field == name
 
 
@@ -324,7 +324,7 @@ def test_variations_are_refused_in_a_sentence(app):
     )
     assert (
         error["message"]
-        == "variations of an image are not supported; POST /v1/images/edits with the image and a prompt"
+        == "variations of an image are not supported; use POST /v1/images/edits with the image and a prompt"
     )
 
 

@@ -55,7 +55,7 @@ def test_a_retry_joins_the_running_request(both):
 def test_a_retry_finds_what_was_completed_after_the_client_gave_up(both, key, monkeypatch):
     first, again = generate(both[1], key), generate(both[1], {**AGAIN, **key})
     assert again.json["id"] == first.json["id"] and again.json["data"] == first.json["data"]
-    monkeypatch.setattr(retries, "AGAIN_S", 0.0)
+    monkeypatch.setattr(retries, "RETRY_S", 0.0)
     assert generate(both[1], {**AGAIN, **key}).json["id"] != first.json["id"]
 
 
@@ -98,7 +98,7 @@ def test_an_idempotency_key_joins_and_is_of_one_body(both):
     threads = [threading.Thread(target=lambda: answers.append(generate(client, key))) for _ in range(3)]
     for thread in threads:
         thread.start()
-    eventually(lambda: made.scheduler.submitted)
+    eventually(lambda: len(made.scheduler.watched) == 3)
     answer = generate(client, key, n=2)
     assert (answer.status_code, answer.json["error"]["code"]) == (409, "idempotency_key_reused")
     made.scheduler.gate.set()
@@ -147,7 +147,7 @@ class Patient:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_job_whose_client_went_is_cancelled(both, monkeypatch, stream):
-    monkeypatch.setattr(images, "LOOK_S", 0.02)
+    monkeypatch.setattr(images, "CHECK_S", 0.02)
     made, client = both
     made.scheduler.gate.clear()
     line = Patient()
@@ -162,7 +162,7 @@ def test_a_job_whose_client_went_is_cancelled(both, monkeypatch, stream):
 
 
 def test_a_client_out_of_patience_finds_its_job_again(both, monkeypatch):
-    monkeypatch.setattr(images, "LOOK_S", 0.02)
+    monkeypatch.setattr(images, "CHECK_S", 0.02)
     made, client = both
     made.scheduler.gate.clear()
     line, answers = Patient(), []
@@ -184,7 +184,7 @@ def test_a_client_out_of_patience_finds_its_job_again(both, monkeypatch):
 
 
 def test_a_job_goes_on_while_one_of_its_clients_waits(both, monkeypatch):
-    monkeypatch.setattr(images, "LOOK_S", 0.02)
+    monkeypatch.setattr(images, "CHECK_S", 0.02)
     thread, answers, job = started(both)
     line = Patient()
     extras = {"waitress.client_disconnected": line}

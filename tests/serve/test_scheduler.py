@@ -10,7 +10,7 @@ from PIL import Image
 
 from tinydiff.config import ModelOptions
 from tinydiff.runtime import pipeline
-from tinydiff.serve import images, outputs, scheduler, server, videos
+from tinydiff.serve import answers, outputs, scheduler, server
 from tinydiff.serve.errors import of_failure
 from tinydiff.serve.jobs import DONE, Busy, Job, Stopping, new_id
 from tinydiff.serve.options import ServeOptions
@@ -77,18 +77,14 @@ def test_what_is_cut_of_a_long_prompt_is_in_the_answer_the_job_and_the_file(star
     more = {"num_frames": 5} if kind == "video" else {}
     job, _ = wait(service, service.scheduler.submit(asked(kind, prompt="a red circle " * 20, **more)))
     cut = ["prompt: the last 29 of its tokens were cut, the model reads 32"]
-    shown = (
-        images.state(service, job, "http://here")
-        if kind == "image"
-        else videos.video(service, job, "http://here")
-    )
+    shown = answers.describe(service, job, "http://here")
     assert shown["warnings"] == shown["parameters"]["warnings"] == cut
     if kind == "image":
-        assert images.finished(service, job, "http://here")["warnings"] == cut
+        assert answers.finished_images(service, job, "http://here")["warnings"] == cut
         with Image.open(service.files.path(job.outputs[0].file)) as opened:
             assert cut[0] in opened.info["parameters"]
     short, _ = wait(service, service.scheduler.submit(asked()))
-    assert images.state(service, short, "http://here")["warnings"] == []
+    assert answers.describe(service, short, "http://here")["warnings"] == []
 
 
 @pytest.mark.parametrize("pinned", [True, False])
@@ -267,8 +263,8 @@ def test_a_job_cancelled_as_it_completes_keeps_its_files(started, monkeypatch):
         return finish(id, server, status, **made)
 
     monkeypatch.setattr(service.store, "finish", slow)
-    ended, end = threading.Event(), service.scheduler._end
-    monkeypatch.setattr(service.scheduler, "_end", lambda *args: (end(*args), ended.set()))
+    ended, end = threading.Event(), service.scheduler._end_job
+    monkeypatch.setattr(service.scheduler, "_end_job", lambda *args: (end(*args), ended.set()))
     job = service.scheduler.submit(asked())
     assert at.wait(30)
     service.scheduler.cancel(job.id)
@@ -279,7 +275,7 @@ def test_a_job_cancelled_as_it_completes_keeps_its_files(started, monkeypatch):
 
 
 def test_a_job_that_comes_as_the_queue_was_found_empty_is_not_left_waiting(started, monkeypatch):
-    monkeypatch.setattr(scheduler, "POLL", 60.0)
+    monkeypatch.setattr(scheduler, "POLL_S", 60.0)
     service, come = started(), threading.Event()
     take, job = service.store.take, asked()
 

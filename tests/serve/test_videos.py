@@ -11,7 +11,7 @@ from tests.serve import fake
 from tests.serve.clips import PARTS, PICTURE, SMALL, URI, create, error, finished, form, kept, until
 from tinydiff.serve.app import make_app
 from tinydiff.serve.jobs import Failure, Job, new_id
-from tinydiff.serve.service import Place
+from tinydiff.serve.service import QueuePlace
 
 OPENAI = {
     "id", "object", "model", "status", "progress", "created_at", "completed_at", "expires_at", "prompt", "size", "seconds",
@@ -91,7 +91,7 @@ def test_a_completed_clip_says_what_was_made(client):
 
 
 def test_a_waiting_clip_says_where_it_stands_and_when_to_ask(made, client, held):
-    made.scheduler.place = lambda job: Place(4, 12.5)
+    made.scheduler.place = lambda job: QueuePlace(4, 12.5)
     made.scheduler.poll_after_ms = lambda job: 3456
     answer = client.simulate_post("/v1/videos", json=SMALL)
     assert (answer.json["queue_position"], answer.json["eta_s"], answer.headers["openai-poll-after-ms"]) == (

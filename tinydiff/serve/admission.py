@@ -1,5 +1,7 @@
-"""From a request's body to a job: its fields read, its images fetched and kept, all of it checked before it
-is queued.
+"""Admission: from a request's body to a checked job, its input images fetched and kept among the files.
+
+Nothing about an input image is trusted: not where a URL leads, nor what a header, a media type or an
+extension says of its bytes.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from tinydiff.serve import decoder, outputs
 from tinydiff.serve.body import fingerprint, read_body
 from tinydiff.serve.errors import Refusal
 from tinydiff.serve.fetch import FETCH_S, fetch, too_large
-from tinydiff.serve.fields import STEPS_OF_QUALITY, Asked, FileId, read_fields
+from tinydiff.serve.fields import STEPS_OF_QUALITY
 from tinydiff.serve.jobs import Job, Kind, new_id
+from tinydiff.serve.read_fields import FileId, ImageSource, RequestFields, read_fields
 from tinydiff.serve.unpack import media_type
 
 if TYPE_CHECKING:
@@ -40,190 +43,188 @@ if TYPE_CHECKING:
     from tinydiff.serve.service import Service
 
 LOSSLESS = ("default", "maximum", None, 100)
-"""What may be asked of the quality of a format that has no other."""
-
+"""Values of the quality options that a lossless format accepts."""
 
 ESCAPED = {"%2B": "+", "%2F": "/", "%3D": "=", "%0A": "", "%0D": "", "%20": ""}
-"""What a URI's escapes may stand for in base64."""
+"""Escapes of a URI that may stand in base64 -> what they mean."""
 _ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
 """How images begin in base64."""
 
 Get = Callable[[str, str, int, float], bytes]
-"""(address, field, bytes at most, seconds) -> the bytes there. Raises UserError."""
+"""(URL, field, most bytes, seconds) -> the bytes at the URL. Raises UserError."""
 
 
 def read_job(service: Service, req: falcon.Request, kind: Kind) -> Job:
-    """The job that a request asks for, checked, its given images among the server's files. It is not queued
-    yet.
+    """The job that a request asks for, admitted but not queued; its input images are among the files.
 
-    Its `answer` has the effective `size`, of a video also `seconds`, and `fingerprint`, the same for bodies
-    that say the same. Raises UserError and Refusal; then nothing is left behind.
+    The job's `answer` has the effective `size`, the `seconds` of a video, and `fingerprint`, which is equal
+    for equal bodies. Raises UserError and Refusal; then no file is left behind.
     """
     body, form = read_body(req, int(service.options.max_body * 1e6))
-    asked = read_fields(body, kind, form)
-    check_model(service, asked.answer.pop("model", ""))
-    priority = asked.answer.pop("priority", 0)
+    request = read_fields(body, kind, form)
+    check_model(service, request.answer.pop("model", ""))
+    priority = request.answer.pop("priority", 0)
     if priority > 0 and not req.context.admin:
-        raise Refusal(
-            403, "admin_required", f"priority: {priority} is above 0, which needs the admin key", "priority"
-        )
+        message = f"priority: {priority} is above 0, which needs the admin key"
+        raise Refusal(403, "admin_required", message, "priority")
     job = Job(
-        id=new_id(kind), kind=kind, created_at=time.time(), owner=req.context.owner, fields=resolved(service, asked, kind),
-        answer={**asked.answer, "fingerprint": fingerprint(body)}, priority=priority, pinned=kind == "image",
+        id=new_id(kind),
+        kind=kind,
+        created_at=time.time(),
+        owner=req.context.owner,
+        fields=resolved(service, request, kind),
+        answer={**request.answer, "fingerprint": fingerprint(body)},
+        priority=priority,
+        pinned=kind == "image",
         idempotency=idempotency(req),
-    )  # fmt: skip
-    kept: dict[str, tuple[str, ...]] = {}
+    )
+    files: dict[str, tuple[str, ...]] = {}
     try:
-        for name, sources in asked.given.items():
-            kept[name] = ()
+        for name, sources in request.images.items():
+            files[name] = ()
             for source in sources:
-                kept[name] += (_keep(service, job.owner, source, asked.answer["spelled"].get(name, name)),)
-        return checked(service, replace(job, inputs=kept))
+                field = request.answer["spelled"].get(name, name)
+                files[name] += (_stored(service, job.owner, source, field),)
+        return admitted_job(service, replace(job, inputs=files))
     except BaseException:
-        discard(service, replace(job, inputs=kept))
+        discard(service, replace(job, inputs=files))
         raise
 
 
 def idempotency(req: falcon.Request) -> str:
-    """What tells a repeated request, of its header Idempotency-Key; "" without one."""
+    """A hash of the Idempotency-Key header; "" without one."""
     key = req.get_header("Idempotency-Key") or ""
     return hashlib.sha256(key.encode()).hexdigest()[:32] if key else ""
 
 
 def check_model(service: Service, name: str) -> None:
-    """Raises Refusal unless this server's model has the name: the one it serves, its path or hub id, or none."""
+    """Raise Refusal unless `name` is empty, the served name, or the model's released name."""
     row = service.blueprint.row
     if name not in ("", service.name, row.name):
         hint = nearest(name, [service.name, row.name])
-        raise Refusal(
-            404, "model_not_found", f"model: {name!r} is not served here; {service.name!r} is{hint}", "model"
-        )
+        message = f"model: this server does not serve {name!r}; it serves {service.name!r}{hint}"
+        raise Refusal(404, "model_not_found", message, "model")
 
 
-def checked(service: Service, job: Job) -> Job:
-    """The job with what its answer says of its request: the effective size, and of a video its seconds. The
-    request goes to the device with its images as they are now. Raises UserError."""
+def admitted_job(service: Service, job: Job) -> Job:
+    """Admit a job's request and keep it for the device; the job with its effective size and length.
+
+    Raises UserError.
+    """
     request = admitted(service.blueprint, service.files, service.options, job)
     service.requests.put(job.id, request)
-    more: dict[str, Any] = {"size": f"{request.width}x{request.height}"}
+    effective: dict[str, Any] = {"size": f"{request.width}x{request.height}"}
     if job.kind == "video":
-        more["seconds"] = f"{request.num_frames / request.fps:g}"
-    return replace(job, answer={**job.answer, **more})
+        effective["seconds"] = f"{request.num_frames / request.fps:g}"
+    return replace(job, answer={**job.answer, **effective})
 
 
 def discard(service: Service, job: Job) -> None:
-    """Remove the given images of a job that never was."""
+    """Remove the request and the input images of a job that was not queued."""
     service.requests.take(job.id)
     for id in (id for ids in job.inputs.values() for id in ids):
         service.files.delete(id)
 
 
 def admitted(blueprint: Blueprint, files: Files, limits: ServeOptions, job: Job) -> Request:
-    """The job's request, every field checked against the model and the server's limits. Raises UserError
-    naming the field as the client spelled it."""
+    """The job's request, every field checked against the model and the server's limits.
+
+    Raises UserError with the field's name as the client spelled it.
+    """
     from tinydiff.runtime.admit import admit  # reads models, so it loads torch
 
-    with _as_spelled(job), decoder.slot() if job.inputs else nullcontext():
-        _suits(blueprint.row, job)
-        sampling = options({**_frames(blueprint.row, job), **job.fields, **_paths(files, job)}).sampling
-        if not sampling.prompt and not blueprint.row.captions:
-            raise UserError("prompt", "prompt: is missing; it says what to show")
-        if sampling.num_outputs_per_prompt > (most := limits.max_outputs):
-            name, asked = "num_outputs_per_prompt", sampling.num_outputs_per_prompt
-            raise UserError(
-                name, f"{name}: {asked} outputs are more than the {most} that one request may ask for"
-            )
-        read, most = partial(_pixels, limits.max_input_pixels), limits.pixel_limit(blueprint.row, job.kind)
-        [request] = admit(blueprint, sampling, job.kind == "video", read, most)
+    row = blueprint.row
+    with _client_spelling(job), decoder.slot() if job.inputs else nullcontext():
+        _check_route(row, job)
+        frames = {"num_frames": 1} if job.kind == "image" and not row.layers else {}
+        sampling = options({**frames, **job.fields, **_paths(files, job)}).sampling
+        if not sampling.prompt and not row.captions:
+            raise UserError("prompt", "prompt: is missing")
+        count = sampling.num_outputs_per_prompt
+        if count > limits.max_outputs:
+            name = "num_outputs_per_prompt"
+            message = f"{name}: {count} outputs are more than the {limits.max_outputs} allowed per request"
+            raise UserError(name, message)
+        read = partial(_decoded, limits.max_input_pixels)
+        most_pixels = limits.pixel_limit(row, job.kind)
+        [request] = admit(blueprint, sampling, job.kind == "video", read, most_pixels)
         outputs.plan(job, request, Path("."))
     return request
 
 
-def _pixels(most_pixels: float, path: str, field: str, with_alpha: bool = False) -> numpy.ndarray:
-    """A given image, decoded elsewhere."""
-    return decoder.DECODER.pixels(
-        Path(path).read_bytes(), field, most_pixels, with_alpha, field == "mask_path"
-    )
+def _decoded(most_pixels: float, path: str, field: str, with_alpha: bool = False) -> numpy.ndarray:
+    """The pixels of an input image, decoded in another process."""
+    data, mask = Path(path).read_bytes(), field == "mask_path"
+    return decoder.DECODER.pixels(data, field, most_pixels, with_alpha, mask)
 
 
-def resolved(service: Service, asked: Asked, kind: Kind) -> dict[str, Any]:
-    """The fields, with what OpenAI's `seconds` and `quality` mean for this model in them. JSON-able."""
-    row, fields = service.blueprint.row, dict(asked.fields)
-    if "seconds" in asked.answer:
+def resolved(service: Service, request: RequestFields, kind: Kind) -> dict[str, Any]:
+    """The options of a request, with OpenAI's `seconds` and `quality` translated for this model."""
+    row, fields = service.blueprint.row, dict(request.options)
+    if "seconds" in request.answer:
         stride = service.blueprint.nets["vae"].config.scale_factor_temporal
-        frames = asked.answer["seconds"] * fields.get("fps", row.fps)
-        fields["num_frames"] = (
-            max(1, round((frames - 1) / stride)) * stride + 1
-        )  # the nearest that the model makes
-    quality = asked.answer.get("quality")
+        frames = request.answer["seconds"] * fields.get("fps", row.fps)
+        # The nearest number of frames that the model can make.
+        fields["num_frames"] = max(1, round((frames - 1) / stride)) * stride + 1
+    quality = request.answer.get("quality")
     if quality in STEPS_OF_QUALITY and STEPS_OF_QUALITY[quality] != 1:
         if row.solver == "dmd":
-            message = f"quality: {quality!r} would be another number of steps, and {row.name} is distilled for its own; it may be auto"
+            message = (
+                f"quality: {quality!r} changes the number of steps, but {row.name} is distilled for "
+                "a fixed number; it may be 'auto'"
+            )
             raise UserError("quality", message)
         fields["num_inference_steps"] = max(1, round(row.steps * STEPS_OF_QUALITY[quality]))
     return json.loads(json.dumps(fields))
 
 
-def _frames(row: ReleasedModel, job: Job) -> Mapping[str, Any]:
-    return {"num_frames": 1} if job.kind == "image" and not row.layers else {}
-
-
-def _suits(row: ReleasedModel, job: Job) -> None:
-    """What the address asked at, and the format of the answer, leave of the fields."""
+def _check_route(row: ReleasedModel, job: Job) -> None:
+    """Raise UserError for fields that do not fit the job's route or the format of its outputs."""
     fields, answer = job.fields, job.answer
     if job.kind == "video":
         if row.video_frames == 1:
-            raise UserError(
-                "model",
-                f"model: {row.name} makes images, not videos; they are asked for at /v1/images/generations",
-            )
+            message = f"model: {row.name} makes images, not videos; use /v1/images/generations"
+            raise UserError("model", message)
         if fields.get("num_frames") == 1:
-            raise UserError(
-                "num_frames", "num_frames: 1 makes an image, which is asked for at /v1/images/generations"
-            )
+            raise UserError("num_frames", "num_frames: 1 makes an image; use /v1/images/generations")
         return
     if row.image_use == "frames" and row.images[0]:
-        raise UserError(
-            "image_path",
-            f"image_path: {row.name} makes videos that begin with a given image; they are asked for at /v1/videos",
-        )
+        message = f"image_path: {row.name} makes videos that start with an input image; use /v1/videos"
+        raise UserError("image_path", message)
     if not row.layers and fields.get("num_frames", 1) != 1:
-        raise UserError(
-            "num_frames", f"num_frames: {fields['num_frames']} make a video, which is asked for at /v1/videos"
-        )
+        raise UserError("num_frames", f"num_frames: {fields['num_frames']} makes a video; use /v1/videos")
     if "fps" in fields:
-        raise UserError("fps", "fps: an image has no frames a second; videos are asked for at /v1/videos")
-    clear, asked = row.layers > 0, answer.get("background", "auto")
-    if asked != "auto" and clear != (asked == "transparent"):
-        only = "transparent" if clear else "opaque"
-        raise UserError(
-            "background", f"background: {asked!r} cannot be had; the images of {row.name} are {only}"
-        )
+        raise UserError("fps", "fps: an image has no frame rate; use /v1/videos for a video")
+    has_alpha, background = row.layers > 0, answer.get("background", "auto")
+    if background != "auto" and has_alpha != (background == "transparent"):
+        only = "transparent" if has_alpha else "opaque"
+        message = f"background: {background!r} is not supported; the images of {row.name} are {only}"
+        raise UserError("background", message)
     for name in ("output_quality", "output_compression"):
         if answer.get("output_format", "png") == "png" and fields.get(name) not in LOSSLESS:
-            raise UserError(
-                name,
-                f"{name}: {fields[name]!r} has no effect on a PNG, which is lossless; ask for output_format webp or jpeg",
-            )
+            message = f"{name}: {fields[name]!r} has no effect on a PNG, which is lossless"
+            raise UserError(name, f"{message}; use it with output_format webp or jpeg")
 
 
 def _paths(files: Files, job: Job) -> dict[str, Any]:
-    """The given images as paths of this machine."""
+    """The job's input images as paths on this machine."""
     found: dict[str, Any] = {}
     for name, ids in job.inputs.items():
         paths = [files.path(id) for id in ids]
         if None in paths:
-            raise UserError(name, f"{name}: a given image is no longer kept; send it again")
+            raise UserError(name, f"{name}: an input image is no longer kept; send it again")
         found[name] = [str(path) for path in paths] if name == "image_path" else str(paths[0])
     return found
 
 
-def _keep(service: Service, owner: str, source: str | bytes | FileId, field: str) -> str:
-    """Put a given image among the server's files, as this owner's. Returns its id. One of the owner's own
-    files is copied, so that each job has its own; another owner's file is answered like one that does not
-    exist."""
+def _stored(service: Service, owner: str, source: ImageSource, field: str) -> str:
+    """Store an input image as this owner's; the id of its file.
+
+    A file of the owner is copied, so that each job has its own. A file of another owner is answered like one
+    that does not exist.
+    """
     limits = service.options
     if isinstance(source, FileId):
         path = service.files.path(source.id) if service.files.belongs(source.id, owner) else None
@@ -235,34 +236,31 @@ def _keep(service: Service, owner: str, source: str | bytes | FileId, field: str
 
 
 @contextmanager
-def _as_spelled(job: Job) -> Iterator[None]:
-    """Name the fields in mistakes as the client did: `size` where height and width came of it, `image` for
-    image_path.
-    """
+def _client_spelling(job: Job) -> Iterator[None]:
+    """Raise UserError with the client's name of a field: `size` for a height that came from it."""
     first = "image" if job.kind == "image" else "input_reference"
-    spelled = {"image_path": first, "mask_path": "mask", **job.answer.get("spelled", {})}
+    spelled: Mapping[str, str] = {"image_path": first, "mask_path": "mask", **job.answer.get("spelled", {})}
+    derived = ("height", "width", "num_frames", "num_inference_steps")
     try:
         yield
     except UserError as error:
-        name, said = error.field, str(error).removeprefix(f"{error.field}: ")
-        theirs = spelled.get(name, name)
-        inner = (
-            f"{name} "
-            if theirs != name and name in ("height", "width", "num_frames", "num_inference_steps")
-            else ""
-        )
-        raise UserError(
-            theirs, f"{theirs}: {inner}{said}".replace("--image-path", spelled["image_path"])
-        ) from error
+        name, message = error.field, str(error).removeprefix(f"{error.field}: ")
+        client_name = spelled.get(name, name)
+        inner = f"{name} " if client_name != name and name in derived else ""
+        message = f"{client_name}: {inner}{message}".replace("--image-path", spelled["image_path"])
+        raise UserError(client_name, message) from error
+
+
+# --- the bytes of an input image ---
 
 
 def received(
     source: str | bytes, field: str, allow_urls: bool, limits: ServeOptions, get: Get = fetch
 ) -> bytes:
-    """The bytes of a given image: a file's own, a data URI's, or those that `get` has from an address.
+    """The bytes of an input image: a file's own, a data URI's, or those that `get` fetches from a URL.
 
-    They begin as one of the formats that are read does, whatever name or type they came with, and are at most
-    `limits.max_body` MB. Nothing is unpacked yet. Raises UserError naming `field`.
+    They begin like one of the image formats that are read, whatever their name or type says, and are at most
+    `limits.max_body` MB. They are not decoded. Raises UserError naming `field`.
     """
     most = int(limits.max_body * 1e6)
     data = source if isinstance(source, bytes) else _read(source, field, allow_urls, most, get)
@@ -273,7 +271,7 @@ def received(
 
 
 def _read(source: str, field: str, allow_urls: bool, most: int, get: Get) -> bytes:
-    """The bytes that a text stands for."""
+    """The bytes that a string stands for."""
     source = source.strip()
     scheme = source[: source.find(":")].lower() if ":" in source[:20] else ""
     if scheme == "data":
@@ -281,26 +279,23 @@ def _read(source: str, field: str, allow_urls: bool, most: int, get: Get) -> byt
     if scheme in ("http", "https"):
         if not allow_urls:
             how = "send the image as a file or a data URI, or start the server with --allow-url-inputs"
-            raise UserError(field, f"{field}: is an address, and this server fetches none; {how}")
+            raise UserError(field, f"{field}: is a URL, and this server does not fetch URLs; {how}")
         return get(source, field, most, FETCH_S)
-    if source.startswith(BASE64_STARTS) or (
-        len(source) >= 256 and re.fullmatch(r"[A-Za-z0-9+/_\s-]+", source[:256])
-    ):
-        raise UserError(field, f"{field}: is base64 without its head; put data:image/png;base64, before it")
-    address = " or an http(s) address" if allow_urls else ""
-    raise UserError(
-        field,
-        f"{field}: {shown(source)} must be a file sent along, a data URI{address}; the server's own files are not read",
-    )
+    is_long_base64 = len(source) >= 256 and re.fullmatch(r"[A-Za-z0-9+/_\s-]+", source[:256])
+    if source.startswith(BASE64_STARTS) or is_long_base64:
+        message = "is base64 without the head of a data URI; put data:image/png;base64, before it"
+        raise UserError(field, f"{field}: {message}")
+    allowed = "a file, a data URI or an http(s) URL" if allow_urls else "a file or a data URI"
+    message = f"{shown(source)} must be {allowed}; files on the server's disk are not read"
+    raise UserError(field, f"{field}: {message}")
 
 
 def _data_uri(source: str, field: str, most: int) -> bytes:
     head, comma, body = source.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise UserError(
-            field, f"{field}: is a data URI without ;base64, ; the form is data:image/png;base64,..."
-        )
-    if len(body) > 6 * most:  # four letters are three bytes, and one written as %2B is three letters
+        message = "is a data URI that is not in base64; the form is data:image/png;base64,..."
+        raise UserError(field, f"{field}: {message}")
+    if len(body) > 6 * most:  # base64 needs 4 characters for 3 bytes, and an escape is 3 characters
         raise too_large(field, most)
     for code, letter in ESCAPED.items():
         body = body.replace(code, letter).replace(code.lower(), letter)
@@ -308,4 +303,4 @@ def _data_uri(source: str, field: str, most: int) -> bytes:
         text = body.encode("ascii").translate(_ALPHABET, delete=b" \t\r\n").rstrip(b"=")
         return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError):
-        raise UserError(field, f"{field}: is a data URI whose base64 is broken") from None
+        raise UserError(field, f"{field}: is a data URI with invalid base64") from None

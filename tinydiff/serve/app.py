@@ -1,4 +1,4 @@
-"""The WSGI app: every address of the server, behind the guard."""
+"""The WSGI app: all routes of the server, behind the guard."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ from tinydiff.serve import errors, images, info, openapi, pages, videos
 from tinydiff.serve.guard import EXPOSED, Guard
 from tinydiff.serve.service import Service
 
-PARTS = (images, videos, info, openapi, pages)
-"""Modules whose `routes` make the server."""
+RESOURCES = (images, videos, info, openapi, pages)
+"""Modules with a function `routes`."""
 
 
 def make_app(service: Service) -> falcon.App:
-    """The app of a running server."""
+    """The WSGI app of a running server."""
     origins = service.options.cors_origin
-    cors = (
-        [falcon.CORSMiddleware("*" if "*" in origins else origins, expose_headers=EXPOSED)] if origins else []
-    )
+    allowed = "*" if "*" in origins else origins
+    cors = [falcon.CORSMiddleware(allowed, expose_headers=EXPOSED)] if origins else []
     app = falcon.App(middleware=[*cors, Guard(service)])
     app.req_options.strip_url_path_trailing_slash = True
     app.req_options.auto_parse_qs_csv = False
     errors.install(app)
-    for part in PARTS:
-        for address, resource in part.routes(service):
+    for module in RESOURCES:
+        for route, resource in module.routes(service):
             if hasattr(resource, "on_get") and not hasattr(resource, "on_head"):
-                resource.on_head = resource.on_get  # falcon leaves the body out
-            app.add_route(address, resource)
+                resource.on_head = resource.on_get  # falcon omits the body
+            app.add_route(route, resource)
     return app

@@ -1,4 +1,4 @@
-"""Where waiting HTTP threads hear of jobs: what is new of each, until it is done. No torch here."""
+"""Events of jobs: how threads that wait learn of progress, previews and the end of a job. No torch here."""
 
 from __future__ import annotations
 
@@ -6,128 +6,133 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tinydiff.serve.jobs import DONE, Job
-from tinydiff.serve.service import News
+from tinydiff.serve.service import JobUpdate
+
+if TYPE_CHECKING:
+    import numpy
 
 POLL_S = 0.1
-"""Seconds between looks at a job that has no board here."""
+"""Seconds between reads of the store for a job that another server runs."""
 
 
 @dataclass
-class Board:
-    """What is known of one job. `version` counts what was posted."""
+class JobEvents:
+    """What was published of one job. `version` counts the publications."""
 
     job: Job
     changed: threading.Condition
-    """Of the boards' one lock; each has its own, so that a step wakes those who wait for its images and
-    nobody else.
-    """
+    """Each job has a condition on the one lock of `Events`, so a step wakes only the readers of its job."""
     done: int = 0
     total: int = 0
-    previews: list[Any] = field(default_factory=list)
+    previews: list[numpy.ndarray] = field(default_factory=list)
     version: int = 0
 
 
-class Boards:
-    """The boards of all jobs of this server that are not done, or that someone still reads."""
+class Events:
+    """Events of every job of this server that is not done, or that a client still reads."""
 
     def __init__(self) -> None:
-        self._boards: dict[str, Board] = {}
+        self._jobs: dict[str, JobEvents] = {}
         self._readers: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def open(self, job: Job) -> None:
-        """A board for a job that has none."""
+        """Begin to collect events of a job; does nothing where that has begun."""
         with self._lock:
-            self._boards.setdefault(job.id, Board(job, threading.Condition(self._lock)))
+            self._jobs.setdefault(job.id, JobEvents(job, threading.Condition(self._lock)))
 
-    def post(
-        self, job: Job, done: int | None = None, total: int | None = None, previews: Sequence[Any] = ()
+    def publish(
+        self,
+        job: Job,
+        done: int | None = None,
+        total: int | None = None,
+        previews: Sequence[numpy.ndarray] = (),
     ) -> None:
-        """Something is new; a job that is done needs its board no more, but for its readers."""
+        """Publish a job's new state, and wake its readers.
+
+        done, total: steps; None leaves the last values. A job that is done and has no readers is dropped.
+        """
         with self._lock:
-            board = self._boards.get(job.id)
-            if board is None:
+            events = self._jobs.get(job.id)
+            if events is None:
                 return
-            board.job = job
-            board.done, board.total = (
-                board.done if done is None else done,
-                board.total if total is None else total,
-            )
-            board.previews += previews
-            board.version += 1
+            events.job = job
+            events.done = events.done if done is None else done
+            events.total = events.total if total is None else total
+            events.previews += previews
+            events.version += 1
             if job.status in DONE and not self._readers.get(job.id):
-                del self._boards[job.id]
-            board.changed.notify_all()
+                del self._jobs[job.id]
+            events.changed.notify_all()
 
-    def previewed(self, id: str) -> int:
-        """How many previews were posted."""
+    def preview_count(self, id: str) -> int:
+        """How many previews of a job were published."""
         with self._lock:
-            board = self._boards.get(id)
-            return len(board.previews) if board else 0
+            events = self._jobs.get(id)
+            return len(events.previews) if events else 0
 
-    def known(self, id: str) -> bool:
-        """Whether there is a board for a job."""
-        return id in self._boards
+    def has(self, id: str) -> bool:
+        """Whether events of a job are collected."""
+        return id in self._jobs
 
     def drop(self, id: str) -> None:
+        """Stop collecting events of a job."""
         with self._lock:
-            self._boards.pop(id, None)
+            self._jobs.pop(id, None)
 
     def close(self, get: Callable[[str], Job | None]) -> None:
-        """Tell all readers how their jobs stand, at the server's end."""
-        for id in list(self._boards):
+        """Publish the last state of every job. get: reads a job from the store."""
+        for id in list(self._jobs):
             job = get(id)
             if job is not None:
-                self.post(job)
+                self.publish(job)
 
-    def watch(self, id: str, get: Callable[[], Job | None]) -> Reader:
-        """get: the job as the store has it, for one that is done and has no board any more."""
-        return Reader(self, id, get)
+    def watch(self, id: str, get: Callable[[], Job | None]) -> Subscription:
+        """Watch a job. get: reads it from the store, for a job whose events are not collected here."""
+        return Subscription(self, id, get)
 
 
-class Reader:
-    """See `service.Watch`."""
+class Subscription:
+    """One client's view of a job; see `service.Watch`."""
 
-    def __init__(self, boards: Boards, id: str, get: Callable[[], Job | None]) -> None:
-        self._boards, self._id, self._get = boards, id, get
-        self._seen, self._shown = 0, 0
+    def __init__(self, events: Events, id: str, get: Callable[[], Job | None]) -> None:
+        self._events, self._id, self._get = events, id, get
+        self._version, self._previews_read = 0, 0
 
-    def __enter__(self) -> Reader:
-        with self._boards._lock:
-            self._boards._readers[self._id] = self._boards._readers.get(self._id, 0) + 1
+    def __enter__(self) -> Subscription:
+        with self._events._lock:
+            self._events._readers[self._id] = self._events._readers.get(self._id, 0) + 1
         return self
 
     def __exit__(self, *_: object) -> None:
-        boards = self._boards
-        with boards._lock:
-            boards._readers[self._id] -= 1
-            if not boards._readers[self._id]:
-                del boards._readers[self._id]
-                board = boards._boards.get(self._id)
-                if board is not None and board.job.status in DONE:
-                    del boards._boards[self._id]
+        jobs, readers = self._events._jobs, self._events._readers
+        with self._events._lock:
+            readers[self._id] -= 1
+            if not readers[self._id]:
+                del readers[self._id]
+                events = jobs.get(self._id)
+                if events is not None and events.job.status in DONE:
+                    del jobs[self._id]
 
-    def next(self, timeout: float) -> News | None:
-        boards, deadline = self._boards, time.monotonic() + timeout
-        with boards._lock:
-            while (board := boards._boards.get(self._id)) is not None and board.version == self._seen:
+    def next(self, timeout: float) -> JobUpdate | None:
+        jobs, deadline = self._events._jobs, time.monotonic() + timeout
+        with self._events._lock:
+            while (events := jobs.get(self._id)) is not None and events.version == self._version:
                 if (left := deadline - time.monotonic()) <= 0:
                     return None
-                board.changed.wait(left)
-            if board is not None:
-                previews, self._seen, self._shown = (
-                    tuple(board.previews[self._shown :]),
-                    board.version,
-                    len(board.previews),
-                )
-                return News(board.job, board.done, board.total, previews)
-        while (job := self._get()) is not None and job.status not in DONE:  # another server makes it, or will
+                events.changed.wait(left)
+            if events is not None:
+                previews = tuple(events.previews[self._previews_read :])
+                self._version, self._previews_read = events.version, len(events.previews)
+                return JobUpdate(events.job, events.done, events.total, previews)
+        # Another server runs the job, or will.
+        while (job := self._get()) is not None and job.status not in DONE:
             if (left := deadline - time.monotonic()) <= 0:
                 return None
             time.sleep(min(POLL_S, left))
-            if self._boards.known(self._id):
+            if self._events.has(self._id):
                 return self.next(max(0.0, deadline - time.monotonic()))
-        return None if job is None else News(job, 0, 0, ())
+        return None if job is None else JobUpdate(job, 0, 0, ())

@@ -1,153 +1,197 @@
-"""The fields of a request, OpenAI's and tinydiff's own, as what to make, what the answer retries, and the
-images given.
+"""The fields of a request: for each its range, how it is read, and its description in OpenAPI.
 
-Every field has an effect or is an error. What OpenAI has and a diffusion model has no use for is accepted at
-the values that ask for nothing. Every sampling option of `tinydiff generate` is a field under its name there,
+Every field has an effect or is an error. OpenAI's fields that mean nothing to a diffusion model are accepted
+at the values that ask for nothing. Every sampling option of `tinydiff generate` is a field of the same name,
 at top level or inside `extra_body`.
 """
 
 from __future__ import annotations
 
 import re
-import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import fields as fields_of
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 from tinydiff import config, flags, unsupported, values
 from tinydiff.config import OutputOptions, SamplingOptions
 from tinydiff.records import UserError, nearest, shown
-from tinydiff.serve.body import parse_json
-from tinydiff.serve.errors import Refusal
+from tinydiff.serve import schemas
 from tinydiff.serve.jobs import Kind
+from tinydiff.serve.schemas import Schema
 
-MOST_PICTURES = 16
-MOST_PICTURE_BYTES = 50 * 2**20
+MOST_IMAGES = 16
+MOST_IMAGE_BYTES = 50 * 2**20
 MOST_PROMPT = 32_000
-"""Characters of a text."""
+"""Characters of a prompt."""
+MOST_WORD = 512
+"""Characters of any other string."""
 MOST_OUTPUTS = 10_000
-"""Outputs that a server may allow one request (--max-outputs)."""
-MOST_PARTIAL = 3
+"""Outputs that --max-outputs may allow one request."""
 MOST_SECONDS = 3600
 MOST_LISTED = 10_000
 """Values of a list."""
 
 STEPS_OF_QUALITY = {"low": 0.5, "medium": 0.75, "high": 1.0, "hd": 1.0, "xhigh": 1.5, "max": 2.0}
-"""What `quality` means here: so many times the model's own number of steps. "auto" and "standard" leave it.
+"""`quality` -> factor on the model's own number of steps. "auto" and "standard" keep that number."""
+
+Reader = Callable[[str, Any, bool], Any]
+"""(field, value, whether the value is of a form, where numbers are strings) -> the checked value.
+
+Raises UserError.
 """
 
 
-class FileId(NamedTuple):
-    """An image that is among the server's files already."""
+class Field(NamedTuple):
+    """A field that is no option of `generate`: how its value is checked, and the schema of the same rule."""
 
-    id: str
-
-
-class Asked(NamedTuple):
-    """A request's fields, read."""
-
-    fields: dict[str, Any]
-    """Sampling options and those of encoding, by the names of `tinydiff generate`."""
-    answer: dict[str, Any]
-    """What else was said: `model`, `size`, `quality`, `seconds`, `output_format`, `response_format`,
-    `stream`, `user`, ...; and `spelled`, the client's names of fields where they differ."""
-    given: dict[str, tuple[str | bytes | FileId, ...]]
-    """"image_path" or "mask_path" -> images: bytes, a data URI or an address, or a file of the server's."""
+    read: Reader
+    schema: Schema
 
 
-Reader = Callable[[str, Any, bool], Any]
-"""(field, value, whether numbers may be texts, as in a form) -> the value, checked. Raises UserError."""
+def mistake(name: str, value: Any, wanted: str) -> UserError:
+    """The error of a value that is not what is wanted."""
+    return UserError(name, f"{name}: {show(value)} is not {wanted}")
 
 
-def _text(most: int = 512) -> Reader:
-    def read(name: str, value: Any, words: bool) -> str:
-        if not isinstance(value, str):
-            raise _wrong(name, value, "a string")
-        if len(value) > most:
-            raise UserError(name, f"{name}: has {len(value):,} characters; {most:,} are the most")
-        return value
-
-    return read
+def show(value: Any) -> str:
+    """A value as messages show it."""
+    if isinstance(value, bytes):
+        return "a file"
+    if isinstance(value, bool | None):
+        return {True: "true", False: "false", None: "null"}[value]
+    return shown(value)
 
 
-def _whole(least: int, most: int) -> Reader:
-    def read(name: str, value: Any, words: bool) -> int:
-        value = (
-            int(value) if words and isinstance(value, str) and re.fullmatch("-?[0-9]{1,18}", value) else value
-        )
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise _wrong(name, value, "an integer")
-        if not least <= value <= most:
-            raise UserError(name, f"{name}: {_shown(value)} must be from {least} to {most}")
-        return value
-
-    return read
+def read_string(name: str, value: Any, most: int = MOST_WORD) -> str:
+    """A string of at most `most` characters. Raises UserError."""
+    if not isinstance(value, str):
+        raise mistake(name, value, "a string")
+    if len(value) > most:
+        raise UserError(name, f"{name}: has {len(value):,} characters; at most {most:,} are allowed")
+    return value
 
 
-def _truth(name: str, value: Any, words: bool) -> bool:
-    value = (
-        {"true": True, "false": False}.get(value[:8].lower(), value)
-        if words and isinstance(value, str)
-        else value
-    )
+def read_boolean(name: str, value: Any, in_form: bool) -> bool:
+    """A boolean, or in a form the word for one. Raises UserError."""
+    if in_form and isinstance(value, str):
+        value = {"true": True, "false": False}.get(value[:8].lower(), value)
     if not isinstance(value, bool):
-        raise _wrong(name, value, "true or false")
+        raise mistake(name, value, "true or false")
     return value
 
 
-def _choice(*choices: str, **same: str) -> Reader:
-    def read(name: str, value: Any, words: bool) -> str:
-        text = same.get(value, value) if isinstance(value, str) else value
-        if text not in choices:
+def _string(description: str) -> Field:
+    def read(name: str, value: Any, in_form: bool) -> str:
+        return read_string(name, value)
+
+    return Field(read, schemas.string(description, maxLength=MOST_WORD))
+
+
+def _integer(description: str, least: int, most: int) -> Field:
+    def read(name: str, value: Any, in_form: bool) -> int:
+        if in_form and isinstance(value, str) and re.fullmatch("-?[0-9]{1,18}", value):
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise mistake(name, value, "an integer")
+        if not least <= value <= most:
+            raise UserError(name, f"{name}: {show(value)} must be from {least} to {most}")
+        return value
+
+    return Field(read, schemas.integer(description, least, most))
+
+
+def _boolean(description: str) -> Field:
+    return Field(read_boolean, schemas.boolean(description))
+
+
+def _choice(description: str, *choices: str, **aliases: str) -> Field:
+    def read(name: str, value: Any, in_form: bool) -> str:
+        word = aliases.get(value, value) if isinstance(value, str) else value
+        if word not in choices:
             hint = nearest(value, choices) if isinstance(value, str) else ""
-            raise UserError(name, f"{name}: {_shown(value)} is not one of {', '.join(choices)}{hint}")
-        return text
+            raise UserError(name, f"{name}: {show(value)} is not one of {', '.join(choices)}{hint}")
+        return word
 
-    return read
+    return Field(read, schemas.choice(description, *choices))
 
 
-def _size(name: str, value: Any, words: bool) -> str:
-    if not isinstance(value, str) or not (
-        value == "auto" or re.fullmatch("[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", value)
-    ):
-        raise UserError(
-            name, f'{name}: {_shown(value)} is neither "auto" nor WIDTHxHEIGHT in pixels, such as "1024x768"'
-        )
+_SIZE = "auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4}"
+
+
+def _read_size(name: str, value: Any, in_form: bool) -> str:
+    if not isinstance(value, str) or not re.fullmatch(_SIZE, value):
+        message = f'{name}: {show(value)} must be "auto" or WIDTHxHEIGHT in pixels, such as "1024x768"'
+        raise UserError(name, message)
     return value
 
 
-def _seconds(name: str, value: Any, words: bool) -> float:
-    """OpenAI has them as a text, "4"; a number is taken too."""
-    if isinstance(value, str) and not _NUMBERS.fullmatch(value):
-        raise _wrong(name, value, 'a number of seconds, such as "4"')
+def _read_seconds(name: str, value: Any, in_form: bool) -> float:
+    """A number, or a string with one, as OpenAI has it."""
+    if isinstance(value, str) and not NUMBERS.fullmatch(value):
+        raise mistake(name, value, 'a number of seconds, such as "4"')
     return values.within_limits(name, float, value, {"above": 0, "most": MOST_SECONDS})
 
 
-BOTH: dict[str, Reader] = {
-    "model": _text(),
-    "size": _size,
-    "quality": _choice("auto", "standard", *STEPS_OF_QUALITY),
-    "n": _whole(1, MOST_OUTPUTS),
-    "user": _text(),
-    "safety_identifier": _text(),
-    "priority": _whole(-10, 10),
+_SECONDS: Schema = {
+    "anyOf": [
+        {"type": "number", "exclusiveMinimum": 0, "maximum": MOST_SECONDS},
+        {"type": "string", "pattern": "^[1-9][0-9]{0,2}$"},
+    ],
+    "description": "Length of the video in seconds, rounded to a number of frames that the model can make.",
 }
-"""Fields of images and of videos that are no options of `generate`."""
+_FACTORS = ", ".join(f"{name} {factor:g}" for name, factor in STEPS_OF_QUALITY.items())
+_SIZE_HELP = "Width and height in pixels as WIDTHxHEIGHT, or auto; the same as the fields width and height."
 
-OWN: dict[Kind, dict[str, Reader]] = {
+SHARED: dict[str, Field] = {
+    "model": _string("The model; without it, the model that this server serves."),
+    "size": Field(_read_size, schemas.string(_SIZE_HELP, pattern=f"^({_SIZE})$")),
+    "quality": _choice(
+        f"Number of denoising steps, as a factor on the model's own: {_FACTORS}; auto and standard keep it.",
+        "auto",
+        "standard",
+        *STEPS_OF_QUALITY,
+    ),
+    "n": _integer(
+        "Number of outputs; the same as num_outputs_per_prompt. /v1/models has the server's limit.",
+        1,
+        MOST_OUTPUTS,
+    ),
+    "user": _string("An identifier of the end user, repeated in the answer."),
+    "safety_identifier": _string(
+        "An identifier of the end user, repeated in the answer; OpenAI's newer name."
+    ),
+    "priority": _integer("Jobs of higher priority run first. Above 0 needs the admin key.", -10, 10),
+}
+"""Fields of both images and videos."""
+
+OWN: dict[Kind, dict[str, Field]] = {
     "image": {
-        **BOTH,
-        "background": _choice("auto", "opaque", "transparent"),
-        "output_format": _choice("png", "webp", "jpeg", jpg="jpeg"),
-        "response_format": _choice("b64_json", "url"),
-        "stream": _truth,
-        "partial_images": _whole(0, MOST_PARTIAL),
-        "progress": _truth,
+        **SHARED,
+        "background": _choice(
+            "Background of the images: transparent only with a model that makes layers, else opaque.",
+            "auto",
+            "opaque",
+            "transparent",
+        ),
+        "output_format": _choice("Format of the image files.", "png", "webp", "jpeg", jpg="jpeg"),
+        "response_format": _choice(
+            "How the answer carries an image: in base64, or as a URL that is valid for a limited time.",
+            "b64_json",
+            "url",
+        ),
+        "stream": _boolean("Answer with server-sent events."),
+        "partial_images": _integer("Number of previews that a stream sends while the image is made.", 0, 3),
+        "progress": _boolean("Send progress events in a stream: step, total, queue_position, eta_s."),
     },
-    "video": {**BOTH, "seconds": _seconds, "output_format": _choice("mp4", "webm", "gif")},
+    "video": {
+        **SHARED,
+        "seconds": Field(_read_seconds, _SECONDS),
+        "output_format": _choice("Format of the video files.", "mp4", "webm", "gif"),
+    },
 }
+"""Fields that are no options of `generate`."""
 
-PICTURES: dict[Kind, dict[str, str]] = {
+INPUT_IMAGES: dict[Kind, dict[str, str]] = {
     "image": {"image": "image_path", "images": "image_path", "url": "image_path", "mask": "mask_path"},
     "video": {
         "input_reference": "image_path",
@@ -156,256 +200,106 @@ PICTURES: dict[Kind, dict[str, str]] = {
         "reference_url": "image_path",
     },
 }
-"""Fields that give images -> what `generate` calls them; its own names are taken too."""
+"""Fields with input images -> the option of `generate`, which is a field too."""
 
-IDLE: dict[str, tuple[tuple[Any, ...], str]] = {
-    "moderation": (("auto", "low"), "nothing is moderated here"),
-    "input_fidelity": (
-        ("low",),
-        "no model here has such a setting; for one that starts from the image it is strength",
-    ),
-    "style": ((), "a style is said in the prompt"),
-    "complexity": ((), "a diffusion model has no such setting; it is num_inference_steps"),
-    "frame_count": ((1,), "an animation is a video, asked for at /v1/videos"),
-    "frame_duration_ms": ((), "an animation is a video, asked for at /v1/videos with fps"),
+INERT: dict[str, tuple[tuple[Any, ...], str]] = {
+    "moderation": (("auto", "low"), "this server does not moderate"),
+    "input_fidelity": (("low",), "use strength with a model that starts from the input image"),
+    "style": ((), "describe the style in the prompt"),
+    "complexity": ((), "use num_inference_steps"),
+    "frame_count": ((1,), "request an animation as a video at /v1/videos"),
+    "frame_duration_ms": ((), "request an animation as a video at /v1/videos, with fps"),
     "svg": ((), "images are made of pixels"),
-    "markup": ((), "no model here reads marks on an image; a mask says where it is inpainted"),
+    "markup": ((), "use mask to mark the area to inpaint"),
     "enhance_prompt": ((False, "false"), unsupported.said("prompt rewriting by another model")),
 }
-"""What OpenAI or SGLang have and nothing here does: the values that ask for nothing, and why there are no
-others.
-"""
+"""OpenAI's and SGLang's fields that do nothing here: the values that are accepted, and why no others are."""
 
 ENCODING = ("output_quality", "output_compression", "x264_preset")
-SAMPLING = tuple(
-    entry.name for entry in fields_of(SamplingOptions) if entry.name not in ("image_path", "mask_path")
-)
-_HINTS = {**get_type_hints(SamplingOptions), **get_type_hints(OutputOptions)}
-_LIMITS = {entry.name: entry.metadata for entry in (*fields_of(SamplingOptions), *fields_of(OutputOptions))}
-_ELSEWHERE = {*config.NAMES, *flags.SERVER, *flags.MAPS, "prompt_path", "output_file_path", "no_save_output"}
-"""Names of `generate` and `serve` that a request cannot settle, but for the above."""
-_NUMBERS = re.compile("-?[.0-9][-+.0-9eE]*(?:[, ]+-?[.0-9][-+.0-9eE]*)*")
-"""What numbers in a form begin with and hold. `values` reads more, as words of a command line: blanks, a
-plus, infinity.
-"""
-_EXTRA = ("extra_body", "extra_params", "extra_json")
+_PATHS = ("image_path", "mask_path")
+SAMPLING = tuple(entry.name for entry in fields_of(SamplingOptions) if entry.name not in _PATHS)
+OPTIONS: dict[str, type] = {
+    **dict.fromkeys(SAMPLING, SamplingOptions),
+    **dict.fromkeys(ENCODING, OutputOptions),
+}
+"""Fields that are options of `generate` -> the record that has them."""
 
-
-def read_fields(body: Mapping[str, Any], kind: Kind, form: bool = False) -> Asked:
-    """The fields of a body. form: whether it was a form, whose numbers are texts. null means "not given".
-
-    Without a seed there is a random one. Raises UserError and, for a name that is unknown or missing,
-    Refusal.
-    """
-    fields: dict[str, Any] = {}
-    answer: dict[str, Any] = {}
-    given: dict[str, tuple[str | bytes | FileId, ...]] = {}
-    spelled: dict[str, str] = {}
-
-    def claim(name: str, meant: str) -> None:
-        if spelled.setdefault(meant, name) != name:
-            raise UserError(name, f"{name}: give either {spelled[meant]} or {name}, not both")
-
-    for name, value, words in _entries(body, form):
-        meant = flags.ALIASES.get(name, name)
-        if value is None and _known(name, kind):
-            continue
-        if name in OWN[kind]:
-            answer[name] = OWN[kind][name](name, value, words)
-        elif (what := PICTURES[kind].get(name, meant)) in ("image_path", "mask_path"):
-            claim(name, what)
-            given[what] = tuple(_sources(name, value))
-        elif name in flags.SIZES:
-            if _truth(name, value, words):
-                claim(name, "height")
-                claim(name, "width")
-                fields["height"], fields["width"] = flags.SIZES[name]
-        elif meant in SAMPLING + ENCODING:
-            claim(name, meant)
-            fields[meant] = _option(name, meant, value, words)
-        else:
-            _refuse(name, value, kind)
-
-    if answer.get("size", "auto") != "auto":
-        for name, number in zip(("width", "height"), answer["size"].split("x"), strict=True):
-            claim("size", name)
-            fields[name] = int(number)
-    if "n" in answer:
-        claim("n", "num_outputs_per_prompt")
-        fields["num_outputs_per_prompt"] = answer["n"]
-    if "seconds" in answer:
-        claim("seconds", "num_frames")
-    if answer.get("quality") in STEPS_OF_QUALITY:
-        claim("quality", "num_inference_steps")
-    fields.setdefault("seed", [secrets.randbelow(2**32)])
-    answer["spelled"] = {meant: name for meant, name in spelled.items() if meant != name}
-    _agree(answer, given)
-    return Asked(fields, answer, given)
+NOT_OF_REQUESTS = {
+    *config.NAMES,
+    *flags.SERVER,
+    *flags.MAPS,
+    "prompt_path",
+    "output_file_path",
+    "no_save_output",
+}
+"""Options of `generate` and `serve` that a request cannot set, apart from the fields above."""
+NUMBERS = re.compile("-?[.0-9][-+.0-9eE]*(?:[, ]+-?[.0-9][-+.0-9eE]*)*")
+"""Numbers in a form. `values` accepts more, as words of a command line: spaces, a plus, infinity."""
+NESTED = ("extra_body", "extra_params", "extra_json")
+"""Fields whose value is an object of further fields."""
 
 
 def names(kind: Kind) -> list[str]:
     """Every field that a request of this kind may have."""
-    pictures = [*PICTURES[kind], "image_path", *(("mask_path",) if kind == "image" else ())]
-    return [*OWN[kind], *SAMPLING, *ENCODING, *pictures, *IDLE, *_EXTRA]
+    images = [*INPUT_IMAGES[kind], "image_path", *(("mask_path",) if kind == "image" else ())]
+    return [*OWN[kind], *SAMPLING, *ENCODING, *images, *INERT, *NESTED]
 
 
-def _known(name: str, kind: Kind) -> bool:
-    return name in names(kind) or name in flags.ALIASES or name in flags.SIZES or name in unsupported.OPTIONS
+def option(name: str) -> Schema:
+    """The schema of an option of `generate`."""
+    return schemas.option(OPTIONS[name], name)
 
 
-def _entries(body: Mapping[str, Any], form: bool) -> Iterator[tuple[str, Any, bool]]:
-    """(name, value, whether it is a form's) of the body and of what extra_body holds, each name once."""
-    seen: set[str] = set()
-    for name, value in body.items():
-        inner = [(name, value, form)]
-        if name in _EXTRA:
-            words = form and not isinstance(value, str)
-            value = parse_json(value, name) if isinstance(value, str) else value
-            if not isinstance(value, dict | None):
-                raise _wrong(name, value, "an object of names and values, or the JSON text of one")
-            inner = [(key, each, words) for key, each in (value or {}).items()]
-        for key, each, words in inner:
-            if key in seen:
-                raise UserError(key, f"{key}: is given twice, at top level and inside {name}")
-            seen.add(key)
-            yield key, each, words
+# --- the schema of a body ---
 
 
-def _option(name: str, meant: str, value: Any, words: bool) -> Any:
-    """A sampling or encoding option. In JSON a number must be a number and a string a string; of strings
-    there is one.
+def request_schema(
+    kind: Kind, model: str, form: bool, required: tuple[str, ...] = (), without: tuple[str, ...] = ()
+) -> Schema:
+    """The schema of a request's body.
+
+    form: as multipart, where images are files and nothing is null. without: fields that it does not have.
     """
-    if isinstance(value, str) and len(value) > MOST_PROMPT:
-        raise UserError(name, f"{name}: has {len(value):,} characters; {MOST_PROMPT:,} are the most")
-    if meant in ("prompt", "negative_prompt"):
-        return _text(MOST_PROMPT)(name, value, words)
-    if meant == "loras":
-        is_json = isinstance(value, str) and words and value
-        return dict(_loras(name, parse_json(value, name) if is_json else value, words))
-    hint = str(_HINTS[meant])
-    if "bool" in hint:
-        return _truth(name, value, words)
-    several, numbers = hint.startswith("tuple"), "int" in hint or "float" in hint
-    if words and several and isinstance(value, str) and value.startswith("["):
-        value, words = parse_json(value, name), False
-    each = value if isinstance(value, list) and several else [value]
-    if len(each) > MOST_LISTED:
-        raise UserError(name, f"{name}: has {len(each):,} values; {MOST_LISTED:,} are the most")
-    for one in each:
-        if isinstance(one, dict | list | bytes | bool | None) or isinstance(one, str) == (
-            numbers and not words
-        ):
-            what = ("a number" if "float" in hint else "an integer") if numbers else "a string"
-            raise _wrong(name, one, f"{what}{' or a list of them' if several else ''}")
-    if words and numbers and not all(_NUMBERS.fullmatch(one) for one in each if isinstance(one, str)):
-        raise _wrong(name, value, "a number" if "float" in hint else "an integer")
-    return values.within_limits(name, _HINTS[meant], value, _LIMITS[meant])
+    images = [name for name in INPUT_IMAGES[kind] if name not in ("url", "reference_url")]
+    own = {name: field.schema for name, field in OWN[kind].items()}
+    own["model"] = schemas.choice(own["model"]["description"], model)
+    inert = {
+        name: schemas.choice(f"Has no effect: {why}.", *accepted)
+        for name, (accepted, why) in INERT.items()
+        if accepted
+    }
+    properties = {
+        "prompt": schemas.string("What the image or video shows.", maxLength=MOST_PROMPT),
+        **{name: _input_image(name, form) for name in images},
+        **own,
+        **{name: option(name) for name in OPTIONS if name != "prompt"},
+        **inert,
+    }
+    if not form:
+        nested = "More fields of this request; the official Python client sends extra fields at top level."
+        properties["extra_body"] = {"type": "object", "description": nested}
+    properties = {
+        name: schema if form or name in required else schemas.nullable(schema)
+        for name, schema in properties.items()
+        if name not in without
+    }
+    return schemas.obj(properties, required, closed=True)
 
 
-def _loras(name: str, value: Any, words: bool) -> Iterator[tuple[str, float]]:
-    """(adapter, strength) of {"style": 0.8}, of ["style"] and of [{"name": "style", "scale": 0.8}]."""
-    pairs = list(value.items()) if isinstance(value, dict) else value or []
-    if not isinstance(pairs, list) or len(pairs) > MOST_LISTED:
-        raise _wrong(name, value, f"an object of adapters and strengths, or a list of at most {MOST_LISTED}")
-    seen: set[str] = set()
-    for item in pairs:
-        match item:
-            case str() as adapter:
-                strength: Any = 1.0
-            case (str() as adapter, strength):
-                pass
-            case {"name": str() as adapter, **rest} if rest.keys() <= {"scale"}:
-                strength = rest.get("scale", 1.0)
-            case _:
-                raise _wrong(name, item, 'an adapter, such as {"name": "style", "scale": 0.8}')
-        if words and isinstance(strength, str) and _NUMBERS.fullmatch(strength):
-            strength = values.within_limits(f"{name}.{adapter}"[:80], float, strength, {})
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or not abs(strength) <= 100:
-            raise _wrong(f"{name}.{adapter}"[:80], strength, "a number from -100 to 100")
-        if adapter in seen:
-            raise UserError(name, f"{name}: {adapter[:80]!r} is given twice")
-        seen.add(adapter)
-        yield adapter, float(strength)
+_IMAGE_SOURCE: Schema = {
+    "anyOf": [
+        schemas.string("A data URI, or a URL if the server was started with --allow-url-inputs."),
+        schemas.obj({"image_url": schemas.string("A data URI or a URL.")}, closed=True),
+        schemas.obj({"file_id": schemas.string("Id of a file that this server made.")}, closed=True),
+    ]
+}
 
 
-def _sources(name: str, value: Any) -> Iterator[str | bytes | FileId]:
-    """Images as a field gives them: one or several of bytes, a text, {"image_url": ...} and {"file_id":
-    ...}.
-    """
-    items = value if isinstance(value, list) else [value]
-    if len(items) > (1 if name.startswith("mask") else MOST_PICTURES):
-        most = "one mask" if name.startswith("mask") else f"{MOST_PICTURES} images at most"
-        raise UserError(name, f"{name}: {len(items)} are given; there may be {most}")
-    for item in items:
-        if isinstance(item, dict):
-            item = {key: inner for key, inner in item.items() if inner is not None}
-            [(key, inner)] = item.items() if len(item) == 1 else [("", None)]
-            if key not in ("image_url", "file_id") or not isinstance(inner, str):
-                raise UserError(
-                    name,
-                    f'{name}: an object gives an image as {{"image_url": "..."}} or {{"file_id": "..."}}',
-                )
-            item = FileId(inner) if key == "file_id" else inner
-        if not isinstance(item, str | bytes | FileId):
-            raise _wrong(
-                name,
-                item,
-                "an image: a file, a data URI, an address, or an object with image_url or file_id",
-            )
-        if isinstance(item, bytes) and len(item) > MOST_PICTURE_BYTES:
-            raise UserError(
-                name,
-                f"{name}: an image has {len(item) / 2**20:.0f} MiB; {MOST_PICTURE_BYTES // 2**20} are the most",
-            )
-        yield item
-
-
-def _refuse(name: str, value: Any, kind: Kind) -> None:
-    """Raise for a field that has no effect, unless the value asks for nothing."""
-    if name in IDLE:
-        free, why = IDLE[name]
-        if any(type(value) is type(each) and value == each for each in free):
-            return
-        only = f"; it may be {' or '.join(map(_shown, free))}" if free else ""
-        raise UserError(name, f"{name}: {_shown(value)} cannot be had: {why}{only}")
-    if name in unsupported.OPTIONS:
-        if sentence := flags.refusal(name, value):
-            raise UserError(name, sentence)
-        return
-    if name in _ELSEWHERE or flags.ALIASES.get(name) in _ELSEWHERE:
-        raise UserError(name, f"{name}: is settled where the server is started, not by a request")
-    other: Kind = "video" if kind == "image" else "image"
-    if name in OWN[other] or name in PICTURES[other]:
-        where = "/v1/videos" if other == "video" else "/v1/images/generations"
-        raise Refusal(400, "unknown_parameter", f"{name}: is a field of {where}, not of this address", name)
-    raise Refusal(
-        400, "unknown_parameter", f"{name[:80]}: no such field{nearest(name, names(kind))}", name[:80]
-    )
-
-
-def _agree(answer: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """What no single field can tell."""
-    streams = answer.get("stream", False)
-    for name in ("partial_images", "progress"):
-        if answer.get(name) and not streams:
-            raise UserError(name, f"{name}: {_shown(answer[name])} needs stream, which sends them on the way")
-    if streams and answer.get("response_format") == "url":
-        raise UserError(
-            "response_format", "response_format: a stream carries the images themselves, b64_json"
-        )
-    if "mask_path" in given and "image_path" not in given:
-        raise UserError("mask", "mask: says where a given image is inpainted; give the image as image")
-
-
-def _wrong(name: str, value: Any, wanted: str) -> UserError:
-    return UserError(name, f"{name}: {_shown(value)} is not {wanted}")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bytes):
-        return "a file"
-    return (
-        {True: "true", False: "false", None: "null"}[value]
-        if isinstance(value, bool | None)
-        else shown(value)
-    )
+def _input_image(name: str, form: bool) -> Schema:
+    description = {
+        "mask": "The area to inpaint, of the image's size: white or transparent pixels are inpainted.",
+        "input_reference": "The first frame; for some models also the last frame, or reference images.",
+    }.get(name, "The image to start from, or reference images. A form sends several as image[].")
+    one = schemas.string("An image.", format="binary") if form else _IMAGE_SOURCE
+    several = {"anyOf": [one, {"type": "array", "items": one, "maxItems": MOST_IMAGES}]}
+    return {**(one if form or name == "mask" else several), "description": description}

@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document of a running server, at "/openapi.json"; "/docs" draws it."""
+"""The OpenAPI 3.1 document of a running server, at /openapi.json. The page /docs shows it."""
 
 from __future__ import annotations
 
@@ -7,60 +7,65 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-from tinydiff.serve import schemas
+from tinydiff.serve import answers
+from tinydiff.serve.fields import option, request_schema
 from tinydiff.serve.pages import Document, File, policy
+from tinydiff.serve.schemas import Schema, array, choice, free, integer, nullable, number, obj, string
 from tinydiff.serve.service import Service
 from tinydiff.version import __version__
 
 ABOUT = """\
-Images and videos from one model, under OpenAI's addresses: its official clients work against base_url http://HOST:PORT/v1.
+Images and videos from one model, under the routes of OpenAI's API. OpenAI's official clients work with \
+base_url http://HOST:PORT/v1.
 
-Every sampling option of `tinydiff generate` is a field of a request, at top level or inside `extra_body`. What is left out, or null, is \
-the model's own choice; answers repeat what was used. An unknown field is an error that names it and the nearest one: nothing is ignored.
+Every sampling option of `tinydiff generate` is a field of a request, at top level or inside `extra_body`. \
+A field that is missing or null has the model's own value; answers repeat every value that was used. \
+An unknown field is an error that names it and the nearest known field.
 
-Errors are `{"error": {"message", "type", "param", "code"}}`. Where the server was started with keys, send `Authorization: Bearer KEY`."""
+Errors have the form `{"error": {"message", "type", "param", "code"}}`. On a server with API keys, send the \
+header `Authorization: Bearer KEY`."""
 
 ERRORS = {
-    400: "a field is wrong; param names it",
-    401: "there is no key, or one that is not this server's",
-    403: "this needs another key, or a valid address",
-    404: "there is none of that name or id",
-    409: "it is not in a state for this; of an image, it was cancelled",
-    413: "the body is too large",
-    415: "the body is of a kind that is not read",
-    416: "the range lies behind the end",
-    429: "the queue is full; Retry-After says when to come back",
-    500: "the server failed",
-    503: "the server is going down or has just restarted; come back soon",
-    507: "it does not fit into the device's memory; it would fail again",
+    400: "A field is wrong; param names it.",
+    401: "The request has no API key, or an unknown one.",
+    403: "The request needs another API key, or its signed URL is invalid or has expired.",
+    404: "Nothing has this name or id.",
+    409: "The state of the job or the server does not allow this; code names the reason, such as cancelled.",
+    413: "The body is too large.",
+    415: "The media type of the body is not supported.",
+    416: "The range begins after the end of the file.",
+    429: "The queue is full; Retry-After has the seconds to wait.",
+    500: "The server failed.",
+    503: "The server is shutting down, overloaded or has just restarted; try again soon.",
+    507: "The request needs more memory than the device has, or the disk is full; it would fail again.",
 }
-"""Status -> why."""
+"""HTTP status -> its description."""
 
 JSON, FORM, EVENTS = "application/json", "multipart/form-data", "text/event-stream"
 
 
 class Answer(NamedTuple):
-    """What comes back with a status."""
+    """An answer with one status."""
 
-    says: str
-    schema: Mapping[str, Any] | None = None
-    """Of JSON; None where there is none."""
+    description: str
+    schema: Schema | None = None
+    """The schema of the JSON body; None without one."""
     files: tuple[str, ...] = ()
-    """Other media types."""
+    """Other media types of the body."""
 
 
 class Operation(NamedTuple):
-    """One way to call the server."""
+    """An operation: a method of a route."""
 
     call: str
-    """Method and address."""
+    """The method and the route."""
     name: str
-    says: str
+    description: str
     answers: Mapping[int, Answer]
     errors: tuple[int, ...] = ()
-    """Statuses that can come, beside those that always can."""
-    query: Mapping[str, Mapping[str, Any]] = {}
-    body: Mapping[str, Mapping[str, Any]] = {}
+    """Statuses of errors, beside those of ANY_REQUEST."""
+    query: Mapping[str, Schema] = {}
+    body: Mapping[str, Schema] = {}
     """Media type -> schema."""
     example: Mapping[str, Any] | None = None
     key: Literal["key", "admin", "none"] = "key"
@@ -80,249 +85,293 @@ def ref(name: str) -> dict[str, str]:
 
 
 def routes(service: Service) -> list[tuple[str, object]]:
-    """(address, resource) of the document."""
+    """(route, resource) of the document."""
     data = json.dumps(document(service), ensure_ascii=False).encode()
     file = File(data, "application/json", hashlib.sha256(data).hexdigest()[:16])
     return [("/openapi.json", Document(file, policy()))]
 
 
-ALWAYS = (400, 403, 413, 503)
-"""What may come of any request: a Host header that is none, a foreign page, a body too large, a server that
-is overloaded.
-"""
-MADE = (400, 404, 409, 429, 500, 503, 507)
-"""What may come of asking for something to be made."""
-CLIPS = ("video/mp4", "video/webm", "image/gif", "image/webp", "image/png", "image/jpeg")
+ANY_REQUEST = (400, 403, 413, 503)
+"""Errors of any request: an invalid Host, a foreign page, a body too large, an overloaded server."""
+NEW_JOB = (400, 404, 409, 429, 500, 503, 507)
+"""Errors of a request that creates a job."""
+FILE_TYPES = ("video/mp4", "video/webm", "image/gif", "image/webp", "image/png", "image/jpeg")
 FILE = {
-    200: Answer("the file", files=CLIPS),
-    206: Answer("the part of it that Range asks for", files=CLIPS),
-    302: Answer("where it lies"),
-    304: Answer("as it was"),
+    200: Answer("The file.", files=FILE_TYPES),
+    206: Answer("The part of the file that the Range header asks for.", files=FILE_TYPES),
+    302: Answer("The file is in object storage; Location has its URL."),
+    304: Answer("The file has not changed."),
 }
 NO_FILE = (400, 404, 416)
 EXAMPLE = {"prompt": "a small yellow star in the centre on a purple background", "seed": 7}
-FREE = {200: Answer("all of it", schemas.FREE)}
 
 
-def gone(kind: str) -> dict[int, Answer]:
+def removed(kind: str) -> dict[int, Answer]:
     """The answer to a DELETE."""
-    schema = schemas.obj(
-        {"id": schemas.text(""), "deleted": schemas.choice("", True), "object": schemas.choice("", kind)}
-    )
-    return {200: Answer("it is gone", schema)}
+    members = {
+        "id": string("The id of the removed job."),
+        "deleted": choice("Always true.", True),
+        "object": choice("The kind of this object.", kind),
+    }
+    return {200: Answer("The job was cancelled or removed.", obj(members))}
 
 
-def pictures(name: str) -> Iterator[Operation]:
-    generation = schemas.request("image", name, False, ("prompt",), without=("image", "images", "mask"))
-    edit = schemas.request("image", name, True, ("prompt", "image"))
-    edit_json = schemas.request("image", name, False, ("prompt", "images"), without=("image",))
-    images = {200: Answer("the images; with stream, server-sent events", ref("Images"), (EVENTS,))}
-    job = {200: Answer("the job", ref("Image"))}
-    which = {
-        "variant": schemas.whole("Which of several images, from 0.", 0),
-        "thumbnail": schemas.choice(
-            "Whether in small, as WebP with no side over 512 pixels.", "true", "false", default="false"
+def image_operations(name: str) -> Iterator[Operation]:
+    generation = request_schema("image", name, False, ("prompt",), without=("image", "images", "mask"))
+    edit = request_schema("image", name, True, ("prompt", "image"))
+    edit_json = request_schema("image", name, False, ("prompt", "images"), without=("image",))
+    images = {200: Answer("The images; with stream=true, server-sent events.", ref("Images"), (EVENTS,))}
+    job = {200: Answer("The state of the job.", ref("Image"))}
+    content = {
+        "variant": integer("Index of the image among the job's images, from 0.", 0),
+        "thumbnail": choice(
+            "Send a small WebP instead, with no side over 512 pixels.", "true", "false", default="false"
         ),
     }
-    made = "Make images from given ones: start from one, paint a part of it anew with a mask, or work from references."
+    editing = "Make images from input images: start from one, inpaint a part of it, or use reference images."
     yield Operation(
         "post /v1/images/generations",
         "createImage",
-        "Make images.",
+        "Make images from a prompt.",
         images,
-        MADE,
-        {},
-        {JSON: generation},
-        EXAMPLE,
+        NEW_JOB,
+        body={JSON: generation},
+        example=EXAMPLE,
     )
-    yield Operation(
-        "post /v1/images/edits", "editImage", made, images, MADE, {}, {FORM: edit, JSON: edit_json}
-    )
-    yield Operation("get /v1/images/{id}", "image", "How a request for images stands.", job, (404,))
-    says = "Stop a request that is not done; remove one that is, and its files."
-    yield Operation("delete /v1/images/{id}", "deleteImage", says, gone("image.deleted"), (404,))
-    says = "Stop a request within a step; who waits for it gets the code cancelled."
-    yield Operation("post /v1/images/{id}/cancel", "cancelImage", says, job, (404,))
-    yield Operation("get /v1/images/{id}/content", "imageContent", "An image itself.", FILE, NO_FILE, which)
+    bodies = {FORM: edit, JSON: edit_json}
+    yield Operation("post /v1/images/edits", "editImage", editing, images, NEW_JOB, body=bodies)
+    yield Operation("get /v1/images/{id}", "image", "The state of a job that makes images.", job, (404,))
+    description = "Cancel a job that is not done; remove a job that is done, with its files."
+    yield Operation("delete /v1/images/{id}", "deleteImage", description, removed("image.deleted"), (404,))
+    description = "Cancel a job within one step. Its client gets an error with the code cancelled."
+    yield Operation("post /v1/images/{id}/cancel", "cancelImage", description, job, (404,))
+    description = "Download an image."
+    yield Operation("get /v1/images/{id}/content", "imageContent", description, FILE, NO_FILE, content)
 
 
-def clips(name: str) -> Iterator[Operation]:
-    form, body = (schemas.request("video", name, form, ("prompt",)) for form in (True, False))
-    job = {200: Answer("the clip's job", ref("Video"))}
-    listed = {200: Answer("a page of them", schemas.VIDEO_LIST)}
-    remix = schemas.obj(
-        {"prompt": schemas.text("The other prompt."), "seed": schemas.option("seed")},
-        ("prompt",),
-        closed=True,
-    )
+def video_operations(name: str) -> Iterator[Operation]:
+    form, body = (request_schema("video", name, form, ("prompt",)) for form in (True, False))
+    job = {200: Answer("The state of the job.", ref("Video"))}
+    listed = {200: Answer("One page of videos.", answers.VIDEO_LIST)}
+    remix = obj({"prompt": string("The new prompt."), "seed": option("seed")}, ("prompt",), closed=True)
     page = {
-        "after": schemas.text("The last id of the page before."),
-        "limit": schemas.whole("How many.", 1, 100, default=20),
-        "order": schemas.choice("By time of asking.", "asc", "desc", default="desc"),
+        "after": string("The id of the last video on the page before."),
+        "limit": integer("Number of videos on the page.", 1, 100, default=20),
+        "order": choice("Sort by the time of creation.", "asc", "desc", default="desc"),
     }
-    which = {
-        "variant": schemas.choice(
-            "The video, its first frame or its contact sheet.", "video", "thumbnail", "spritesheet"
+    content = {
+        "variant": choice(
+            "Which file: the video, its first frame or its contact sheet.",
+            "video",
+            "thumbnail",
+            "spritesheet",
         ),
-        "index": schemas.whole("Which of several videos, from 0.", 0),
+        "index": integer("Index of the video among the job's videos, from 0.", 0),
     }
     signed = {
-        "expires": schemas.whole("From the address.", 0),
-        "signature": schemas.text("From the address."),
+        "expires": integer("When the signed URL expires, in seconds since 1970.", 0),
+        "signature": string("The signature of the signed URL."),
     }
-    says = "Ask for a clip. Look at it again after as many milliseconds as openai-poll-after-ms says, until it is completed or failed."
-    yield Operation("post /v1/videos", "createVideo", says, job, MADE, {}, {FORM: form, JSON: body}, EXAMPLE)
-    yield Operation("get /v1/videos", "listVideos", "Your videos.", listed, (400,), page)
-    yield Operation("get /v1/videos/{id}", "video", "How a video stands.", job, (400, 404))
-    says = "Remove a video and its files; one that is not done is cancelled."
-    yield Operation("delete /v1/videos/{id}", "deleteVideo", says, gone("video.deleted"), (404,))
-    yield Operation("get /v1/videos/{id}/content", "videoContent", "The files.", FILE, NO_FILE, which)
+    description = (
+        "Create a job that makes videos. Poll the job until it is completed or failed; the header "
+        "openai-poll-after-ms has the milliseconds to wait."
+    )
     yield Operation(
-        "post /v1/videos/{id}/cancel",
-        "cancelVideo",
-        "Stop a video within a step; its code is then cancelled.",
+        "post /v1/videos",
+        "createVideo",
+        description,
         job,
-        (404,),
+        NEW_JOB,
+        body={FORM: form, JSON: body},
+        example=EXAMPLE,
     )
-    says = "The same video with another prompt, and another seed if you like."
-    yield Operation("post /v1/videos/{id}/remix", "remixVideo", says, job, MADE, {}, {JSON: remix}, EXAMPLE)
-    says = "A file, by an address that an answer gave, which needs no key and expires; or by its id."
+    yield Operation("get /v1/videos", "listVideos", "List your videos.", listed, (400,), page)
+    yield Operation("get /v1/videos/{id}", "video", "The state of a job that makes videos.", job, (400, 404))
+    description = "Remove a video and its files. A job that is not done is cancelled first."
+    yield Operation("delete /v1/videos/{id}", "deleteVideo", description, removed("video.deleted"), (404,))
+    description = "Download a file of a video."
+    yield Operation("get /v1/videos/{id}/content", "videoContent", description, FILE, NO_FILE, content)
+    description = "Cancel a job within one step. It then fails with the code cancelled."
+    yield Operation("post /v1/videos/{id}/cancel", "cancelVideo", description, job, (404,))
     yield Operation(
-        "get /v1/files/{id}/content", "fileContent", says, FILE, (*NO_FILE, 401, 403), signed, key="none"
+        "post /v1/videos/{id}/remix",
+        "remixVideo",
+        "Make a video again with another prompt, and with another seed if one is given.",
+        job,
+        NEW_JOB,
+        body={JSON: remix},
+        example=EXAMPLE,
     )
-
-
-def model(name: str) -> Iterator[Operation]:
-    models = schemas.obj({"object": schemas.choice("", "list"), "data": schemas.listed(ref("Model"))})
-    listed, one = {200: Answer("a list of one", models)}, {200: Answer("the model", ref("Model"))}
-    yield Operation("get /v1/models", "listModels", "The model, its defaults and limits.", listed)
-    yield Operation("get /v1/models/{id}", "model", "The same by its name.", one, (404,))
-    yield Operation("get /v1/model_info", "modelInfo", "What SGLang's gateway asks.", FREE)
-    yield Operation("get /v1/list_loras", "listLoras", "Adapters that are loaded; there are none yet.", FREE)
-
-
-def server(name: str) -> Iterator[Operation]:
-    alive = schemas.obj({"status": {"type": "string"}})
-    words = {name: {"type": "string"} for name in ("status", "phase")}
-    status = schemas.obj(words, optional={"error": schemas.text("Why, where the status is unhealthy.")})
-    state = {"phase": {"type": "string"}, "done": {"type": "integer"}, "total": {"type": "integer"}}
-    ready = schemas.obj(
-        {"status": {"type": "string"}, **state, "eta_s": schemas.ETA, "detail": {"type": "string"}}
+    description = (
+        "Download a file by its signed URL, which needs no API key and expires, or by its id with the key "
+        "that owns it."
     )
-    told = {200: Answer("told", schemas.obj({"success": {"type": "boolean"}, "message": {"type": "string"}}))}
-    healthy = {200: Answer("healthy", status), 503: Answer("only a restart helps", status)}
-    begun = {200: Answer("ready", ready), 503: Answer("not yet: how far it is", ready)}
-    figures = {200: Answer("Prometheus's text", files=("text/plain",))}
-    nothing = {JSON: schemas.obj({}, closed=True)}
+    errors = (*NO_FILE, 401, 403)
     yield Operation(
-        "get /liveness", "liveness", "Whether HTTP is answered.", {200: Answer("alive", alive)}, key="none"
+        "get /v1/files/{id}/content", "fileContent", description, FILE, errors, signed, key="none"
     )
+
+
+def model_operations(name: str) -> Iterator[Operation]:
+    models = obj({
+        "object": choice("The kind of this object.", "list"),
+        "data": array(ref("Model"), "The one model of this server."),
+    })  # fmt: skip
+    listed, one = {200: Answer("A list with one model.", models)}, {200: Answer("The model.", ref("Model"))}
+    info = {200: Answer("The abilities of the model.", free("What the model makes from what."))}
+    loras = {200: Answer("The adapters.", free("Loaded and active LoRA adapters."))}
+    yield Operation("get /v1/models", "listModels", "The model, its defaults and its limits.", listed)
+    yield Operation("get /v1/models/{id}", "model", "The model with this name.", one, (404,))
+    description = "The model's abilities, in the form that SGLang's gateway reads."
+    yield Operation("get /v1/model_info", "modelInfo", description, info)
+    yield Operation("get /v1/list_loras", "listLoras", "The loaded LoRA adapters.", loras)
+
+
+def server_operations(name: str) -> Iterator[Operation]:
+    phase = string("loading, warming, compiling, ready, asleep, stopping or failed.")
+    alive = obj({"status": string("Always ok.")})
+    status = obj(
+        {"status": string("ok or unhealthy."), "phase": phase},
+        optional={"error": string("Why the server is unhealthy.")},
+    )
+    ready = obj({
+        "status": string("ok or not ready."),
+        "phase": phase,
+        "done": integer("Parts of the phase that are done."),
+        "total": integer("Parts of the phase."),
+        "eta_s": nullable(number("Seconds until the server is ready.")),
+        "detail": string("Why the server failed or cannot store jobs; else empty."),
+    })  # fmt: skip
+    success = obj({
+        "success": {"type": "boolean", "description": "Always true."},
+        "message": string("What the server does now."),
+    })  # fmt: skip
+    accepted = {200: Answer("The server does so in the background.", success)}
+    healthy = {
+        200: Answer("The server is healthy.", status),
+        503: Answer("The server failed and needs a restart.", status),
+    }
+    started = {
+        200: Answer("The server is ready.", ready),
+        503: Answer("The server is not ready; the body has its progress.", ready),
+    }
+    metrics = {200: Answer("Metrics in Prometheus's text format.", files=("text/plain",))}
+    information = {200: Answer("Options and measurements.", free("Options and measurements."))}
+    nothing = {JSON: obj({}, closed=True)}
     yield Operation(
-        "get /health",
-        "health",
-        "Whether requests are answered, now or after the warm-up.",
-        healthy,
-        key="none",
+        "get /liveness", "liveness", "Whether HTTP is answered.", {200: Answer("Yes.", alive)}, key="none"
     )
-    yield Operation("get /ready", "ready", "Whether a request is begun at once.", begun, key="none")
-    yield Operation("get /metrics", "metrics", "What the server counts.", figures, (404,), key="none")
-    yield Operation("get /server_info", "serverInfo", "Its options and measurements.", FREE)
-    says = "Let the model leave the device; the next job brings it back. SGLang's /release_memory_occupation is the same."
-    yield Operation("post /v1/sleep", "sleep", says, told, (400, 409), body=nothing, key="admin")
-    says = "Bring it back ahead of the next job. SGLang's /resume_memory_occupation is the same."
-    yield Operation("post /v1/wake", "wake", says, told, (400, 409), body=nothing, key="admin")
+    description = "Whether the server answers requests, now or after its warm-up."
+    yield Operation("get /health", "health", description, healthy, key="none")
+    description = "Whether a new request would start at once."
+    yield Operation("get /ready", "ready", description, started, key="none")
+    yield Operation("get /metrics", "metrics", "Metrics for Prometheus.", metrics, (404,), key="none")
+    yield Operation("get /server_info", "serverInfo", "Options and measurements of the server.", information)
+    description = (
+        "Unload the model from the device; the next job loads it again. The route of SGLang, "
+        "/release_memory_occupation, does the same."
+    )
+    yield Operation("post /v1/sleep", "sleep", description, accepted, (400, 409), body=nothing, key="admin")
+    description = (
+        "Load the model onto the device before the next job needs it. The route of SGLang, "
+        "/resume_memory_occupation, does the same."
+    )
+    yield Operation("post /v1/wake", "wake", description, accepted, (400, 409), body=nothing, key="admin")
 
 
 GROUPS = {
-    "Pictures": ("Made while the client waits; a client that goes away cancels.", pictures),
-    "Clips": ("Jobs: asked for, then looked at until they are completed.", clips),
-    "Model": ("What is served.", model),
-    "Server": ("How it is.", server),
+    "Images": (
+        "The client waits for its images; when it disconnects, the job is cancelled.",
+        image_operations,
+    ),
+    "Videos": ("The client creates a job and polls it until it is completed or failed.", video_operations),
+    "Model": ("The model of this server.", model_operations),
+    "Server": ("The state of this server.", server_operations),
 }
-"""Tag -> what it is, and its operations for a model of some name."""
+"""Tag -> its description, and its operations for a model's name."""
 
 
 def operations(name: str) -> Iterator[Operation]:
-    """All of them, in the order in which they are shown. name: the model's."""
+    """All operations, in the order in which /docs shows them. name: the model's."""
     for tag, (_, group) in GROUPS.items():
-        yield from (one._replace(tag=tag) for one in group(name))
+        yield from (operation._replace(tag=tag) for operation in group(name))
 
 
 def document(service: Service) -> dict[str, Any]:
-    """All of it, JSON-able."""
+    """The whole document, JSON-able."""
     paths: dict[str, Any] = {}
-    for one in operations(service.name):
-        paths.setdefault(one.path, {})[one.method] = _described(one)
+    for operation in operations(service.name):
+        paths.setdefault(operation.path, {})[operation.method] = _operation(operation)
+    schemas = {
+        "Images": answers.schema(answers.IMAGES),
+        "Image": answers.schema(answers.IMAGE),
+        "Video": answers.schema(answers.VIDEO),
+        "Model": answers.MODEL,
+        "Error": answers.ERROR,
+    }
+    bearer = {"type": "http", "scheme": "bearer"}
     return {
         "openapi": "3.1.0",
         "info": {"title": "tinydiff", "version": __version__, "description": ABOUT},
         "servers": [{"url": "/" if service.options.public_url is None else service.options.public_url}],
-        "tags": [{"name": tag, "description": says} for tag, (says, _) in GROUPS.items()],
+        "tags": [{"name": tag, "description": description} for tag, (description, _) in GROUPS.items()],
         "security": [{"key": []}, {}],
         "paths": paths,
         "components": {
-            "schemas": {
-                "Images": schemas.IMAGES,
-                "Image": schemas.IMAGE,
-                "Video": schemas.VIDEO,
-                "Model": schemas.MODEL,
-                "Error": schemas.ERROR,
-            },
-            "responses": {str(status): _error(says) for status, says in ERRORS.items()},
+            "schemas": schemas,
+            "responses": {str(status): _error(description) for status, description in ERRORS.items()},
             "securitySchemes": {
-                "key": {"type": "http", "scheme": "bearer", "description": "One of the server's keys."},
-                "admin": {
-                    "type": "http",
-                    "scheme": "bearer",
-                    "description": "The admin key, for what changes the server.",
-                },
+                "key": {**bearer, "description": "An API key of the server."},
+                "admin": {**bearer, "description": "The admin key, for operations that change the server."},
             },
         },
     }
 
 
-def _described(one: Operation) -> dict[str, Any]:
-    """An operation in OpenAPI's words."""
-    errors = {*one.errors, *ALWAYS, *(() if one.key == "none" else (401,)), *((415,) if one.body else ())}
-    inside = [part[1:-1] for part in one.path.split("/") if part.startswith("{")]
+def _operation(operation: Operation) -> dict[str, Any]:
+    """An operation in OpenAPI's form."""
+    errors = {*operation.errors, *ANY_REQUEST}
+    errors |= set() if operation.key == "none" else {401}
+    errors |= {415} if operation.body else set()
+    in_path = [part[1:-1] for part in operation.path.split("/") if part.startswith("{")]
     found: dict[str, Any] = {
-        "operationId": one.name,
-        "tags": [one.tag],
-        "summary": one.says.split(". ")[0].split(";")[0].rstrip("."),
-        "description": one.says,
+        "operationId": operation.name,
+        "tags": [operation.tag],
+        "summary": operation.description.split(". ")[0].split(";")[0].rstrip("."),
+        "description": operation.description,
         "parameters": [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in inside
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in in_path
         ]
         + [
             {"name": name, "in": "query", "required": False, "schema": schema}
-            for name, schema in one.query.items()
+            for name, schema in operation.query.items()
         ],
-        "responses": {str(status): _answer(answer) for status, answer in one.answers.items()}
+        "responses": {str(status): _answer(answer) for status, answer in operation.answers.items()}
         | {
             str(status): {"$ref": f"#/components/responses/{status}"}
-            for status in sorted(errors - one.answers.keys())
+            for status in sorted(errors - operation.answers.keys())
         },
     }
-    if one.key != "key":
-        found["security"] = [{"admin": []}] if one.key == "admin" else []
-    if one.body:
-        example = {} if one.example is None else {"example": one.example}
+    if operation.key != "key":
+        found["security"] = [{"admin": []}] if operation.key == "admin" else []
+    if operation.body:
+        example = {} if operation.example is None else {"example": operation.example}
         found["requestBody"] = {
-            "required": any(schema["required"] for schema in one.body.values()),
+            "required": any(schema["required"] for schema in operation.body.values()),
             "content": {
                 kind: {"schema": schema, **(example if kind == JSON else {})}
-                for kind, schema in one.body.items()
+                for kind, schema in operation.body.items()
             },
         }
     return found
 
 
 def _answer(answer: Answer) -> dict[str, Any]:
-    content = {kind: {} for kind in answer.files} | (
-        {} if answer.schema is None else {JSON: {"schema": answer.schema}}
-    )
-    return {"description": answer.says, **({"content": content} if content else {})}
+    content: dict[str, Any] = {kind: {} for kind in answer.files}
+    if answer.schema is not None:
+        content[JSON] = {"schema": answer.schema}
+    return {"description": answer.description, **({"content": content} if content else {})}
 
 
-def _error(says: str) -> dict[str, Any]:
-    return {"description": says, "content": {JSON: {"schema": ref("Error")}}}
+def _error(description: str) -> dict[str, Any]:
+    return {"description": description, "content": {JSON: {"schema": ref("Error")}}}

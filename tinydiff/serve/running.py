@@ -1,4 +1,4 @@
-"""A job while it is on the device, and what clients are told of it in the end."""
+"""Jobs on the device: what each has done, which starts next, and what clients are told at the end."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-UNKEPT = Failure("storage_failed", "the server could not keep what was made")
+NOT_STORED = Failure("storage_failed", "the server could not store the outputs")
 
 
 @dataclass(eq=False)
-class Making:
+class RunningJob:
     """A job on the device."""
 
     job: Job
     request: Request
     conditioning: Conditioning
     usage: Mapping[str, Any]
-    """Tokens in OpenAI's words: of the text, of given images, and of what is made."""
+    """OpenAI's token counts: of the prompt, of input images and of outputs."""
     previews: int
-    """How many images of the first output on its way are wanted."""
+    """How many previews of the first output the client wants."""
     waiting: deque[int] = field(init=False)
-    """Numbers of the outputs that have not begun."""
+    """Indices of the outputs that have not started."""
     taken: float = field(default_factory=time.monotonic)
     seconds: dict[str, float] = field(default_factory=dict)
+    """Stage -> seconds spent in it."""
     steps: int = 0
-    """Made of all its outputs."""
+    """Denoising steps done, over all outputs."""
     saved: dict[int, list[Output]] = field(default_factory=dict)
-    """Number -> the files of outputs that are stored."""
+    """Index of an output -> its stored files."""
 
     def __post_init__(self) -> None:
         self.waiting = deque(range(len(self.request.seeds)))
@@ -50,104 +51,110 @@ class Making:
 
     @property
     def total(self) -> int:
+        """Denoising steps of all outputs."""
         return self.conditioning.rows.steps * len(self.request.seeds)
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds that the steps left will take, by those made."""
+        """Seconds that the remaining steps will take at the mean speed so far; None before the first step."""
         return self.seconds["denoise"] / self.steps * (self.total - self.steps) if self.steps else None
 
     @property
     def files(self) -> tuple[Output, ...]:
-        """Of all outputs stored so far, in order."""
+        """Files stored so far, in the order of the outputs."""
         return tuple(output for index in sorted(self.saved) for output in self.saved[index])
 
     def spent(self, stage: str, seconds: float) -> None:
+        """Add to the seconds of a stage."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
-    def result(self, told: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What the job's row keeps of what was made. told: the effective parameters."""
+    def result(self, parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What `Job.result` stores. parameters: the effective ones."""
         return {
-            "parameters": dict(told),
+            "parameters": dict(parameters),
             "seeds": list(self.request.seeds),
             "seconds": {name: round(seconds, 4) for name, seconds in self.seconds.items()},
             "computed_steps": self.steps,
             "skipped_steps": self.total - self.steps,
             "usage": self.usage,
-            "warnings": list(told.get("warnings", ())),
+            "warnings": list(parameters.get("warnings", ())),
         }
 
 
-class Times:
-    """How long jobs took on the device, by kind."""
+class JobTimes:
+    """Mean seconds that a job takes on the device, for each kind of job. Recent jobs count most."""
 
-    def __init__(self, side_by_side: int) -> None:
-        self.side_by_side = side_by_side
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
         self.seconds: dict[str, float] = {}
 
-    def took(self, kind: str, seconds: float) -> None:
+    def add(self, kind: str, seconds: float) -> None:
+        """Add the time of a finished job."""
         self.seconds[kind] = 0.7 * self.seconds.get(kind, seconds) + 0.3 * seconds
 
     def until_done(self, kind: str, jobs: int) -> float | None:
-        """Seconds until so many jobs are done, made side by side; None before any was."""
+        """Seconds until this many jobs are done, run in batches; None before the first job is done."""
         seconds = self.seconds.get(kind)
-        return None if seconds is None else seconds * -(-jobs // self.side_by_side)
+        return None if seconds is None else seconds * -(-jobs // self.batch_size)
 
 
 def usage(model: Model, request: Request) -> Mapping[str, Any]:
+    """OpenAI's token counts for a request; an image counts as its tokens in the denoiser."""
     net, vae = model.nets["transformer"], model.nets["vae"].config
-    picture = token_count(vae, request, net.family.patch(net.config))
+    tokens = token_count(vae, request, net.family.patch(net.config))
     tokenizer = next(iter(model.tokenizers.values()))
-    text, given, made = (
-        len(tokenizer.encode(request.prompt).ids),
-        picture * len(request.originals),
-        picture * len(request.seeds),
-    )
-    details = {"text_tokens": text, "image_tokens": given}
+    text, images = len(tokenizer.encode(request.prompt).ids), tokens * len(request.originals)
+    outputs = tokens * len(request.seeds)
     return {
-        "input_tokens": text + given,
-        "input_tokens_details": details,
-        "output_tokens": made,
-        "total_tokens": text + given + made,
+        "input_tokens": text + images,
+        "input_tokens_details": {"text_tokens": text, "image_tokens": images},
+        "output_tokens": outputs,
+        "total_tokens": text + images + outputs,
     }
 
 
 def failure(error: BaseException) -> Failure:
-    """What a client is told of an error; the log has what the client has no use for."""
+    """The failure that a client sees for an exception. Details that only an operator needs are logged."""
     if isinstance(error, UserError) and error.field == "state_dir":
-        log.error("a job's output could not be kept: %s", error)
+        log.error("the output of a job could not be stored: %s", error)
         return Failure("storage_failed", str(error))
-    if isinstance(error, UserError) and error.field == "model_path":  # which no client chose
+    if isinstance(error, UserError) and error.field == "model_path":  # no client chose the model
         return Failure("server_error", str(error))
     if isinstance(error, UserError):
         return Failure("invalid_value", str(error), error.field)
     if short_of_memory(error):
-        return Failure(
-            "insufficient_memory",
-            "the request does not fit into memory; ask for a smaller size or fewer frames",
-        )
+        message = "the request does not fit into memory; ask for a smaller size or fewer frames"
+        return Failure("insufficient_memory", message)
     log.error("a job failed", exc_info=error)
-    return Failure("server_error", "making this failed; the server's log says why")
+    return Failure(
+        "server_error", "the job failed because of an error in the server; its log has the details"
+    )
 
 
-def has_room(jobs: Iterable[Making], sittings: Collection[BatchSlot], most: int) -> bool:
-    """Whether another job may come onto the device: there are at most as many with images to make as seats,
-    and one more while these have more images than there are seats, so that no large job keeps others out."""
-    waiting = {making.job.id: len(making.waiting) for making in list(jobs) if making.waiting}
-    images = sum(waiting.values()) + len(sittings)
-    return len(waiting.keys() | {one.owner for one in sittings}) < most + (images > most)
+def has_room(jobs: Iterable[RunningJob], slots: Collection[BatchSlot], most: int) -> bool:
+    """Whether the device may take another job.
+
+    There are at most `most` jobs with images to denoise. One more may come while these have more images than
+    the loop has slots, so that no large job keeps the others out.
+    """
+    waiting = {running.job.id: len(running.waiting) for running in list(jobs) if running.waiting}
+    images = sum(waiting.values()) + len(slots)
+    return len(waiting.keys() | {slot.owner for slot in slots}) < most + (images > most)
 
 
-def next_to_start(jobs: Iterable[Making], sittings: Collection[BatchSlot], most: int) -> Making | None:
-    """The job whose next image gets a seat. Of the highest priority it is the job of the key with the fewest
-    seats, then the job with the fewest. Where all seats are taken, only a job that has none gets one: the
-    loop lets another image pause for it."""
-    by_key, by_job = Counter(one.key for one in sittings), Counter(one.owner for one in sittings)
-    full = len(sittings) >= most
-    able = [making for making in list(jobs) if making.waiting and not (full and by_job[making.job.id])]
+def next_to_start(jobs: Iterable[RunningJob], slots: Collection[BatchSlot], most: int) -> RunningJob | None:
+    """The job whose next image enters the loop; None where no image may.
 
-    def order(making: Making) -> tuple[float, ...]:
-        job = making.job
-        return -job.priority, by_key[job.owner], by_job[job.id], making.taken
+    Order: the highest priority, then the API key with the fewest slots, then the job with the fewest slots,
+    then the oldest. When all slots are taken, only a job without a slot may enter: the loop pauses another
+    image for it.
+    """
+    by_key, by_job = Counter(slot.key for slot in slots), Counter(slot.owner for slot in slots)
+    full = len(slots) >= most
+    able = [running for running in list(jobs) if running.waiting and not (full and by_job[running.job.id])]
+
+    def order(running: RunningJob) -> tuple[float, ...]:
+        job = running.job
+        return -job.priority, by_key[job.owner], by_job[job.id], running.taken
 
     return min(able, key=order, default=None)

@@ -1,8 +1,6 @@
-"""The one thread that owns the device: it runs the jobs of the store side by side (`runtime.continuous`) and
-has their frames saved.
+"""The scheduler: one thread that owns the device and runs the jobs of the store, batched step by step.
 
-A second thread keeps the jobs' leases and hears of cancelled ones while a step runs; others encode and store
-what is made.
+A second thread does the housekeeping of jobs while a step runs; a pool of threads encodes and stores outputs.
 """
 
 from __future__ import annotations
@@ -23,26 +21,34 @@ from tinydiff.runtime import ambient, pipeline, preview
 from tinydiff.runtime import blueprint as blueprints
 from tinydiff.runtime.blueprint import Blueprint, Model
 from tinydiff.runtime.continuous import BatchSlot, Continuous, give_memory_back, short_of_memory, sitting
-from tinydiff.serve import outputs, warmup
-from tinydiff.serve.events import Boards
+from tinydiff.serve import housekeeping, outputs, warmup
+from tinydiff.serve.events import Events
 from tinydiff.serve.files import Files
-from tinydiff.serve.housekeeping import AWAY, keep, patiently, server_name
+from tinydiff.serve.housekeeping import STORE_ERRORS, retried, server_name
 from tinydiff.serve.jobs import DONE, Busy, Failure, Job, Status, Stopping
 from tinydiff.serve.metrics import Metrics
 from tinydiff.serve.options import ServeOptions
-from tinydiff.serve.running import UNKEPT, Making, Times, failure, has_room, next_to_start, usage
-from tinydiff.serve.service import Place, State, Watch
+from tinydiff.serve.running import (
+    NOT_STORED,
+    JobTimes,
+    RunningJob,
+    failure,
+    has_room,
+    next_to_start,
+    usage,
+)
+from tinydiff.serve.service import QueuePlace, State, Watch
 from tinydiff.serve.storage import Uploader
 from tinydiff.serve.store import CANCELLED, Store
 
 log = logging.getLogger(__name__)
 
-POLL = 0.25
-"""Seconds between looks into the queue, which other servers may fill too."""
+POLL_S = 0.25
+"""Seconds between reads of the queue, which other servers may fill too."""
 
 
-class Scheduler:
-    """See `service.Scheduler`. `start` begins it, `stop` ends it."""
+class DeviceScheduler:
+    """The scheduler of a server with one device. `service.Scheduler` describes its methods."""
 
     def __init__(
         self,
@@ -51,43 +57,36 @@ class Scheduler:
         store: Store,
         files: Files,
         metrics: Metrics,
-        admitted: Callable[[Job], Request],
+        request_of: Callable[[Job], Request],
         uploader: Uploader | None = None,
     ) -> None:
-        self.options, self.blueprint, self.store, self.files, self.metrics = (
-            options,
-            blueprint,
-            store,
-            files,
-            metrics,
-        )
-        self.admitted, self.uploader = admitted, uploader
+        """request_of: a job's admitted request; raises UserError. uploader: gets finished outputs."""
+        self.options, self.blueprint, self.metrics = options, blueprint, metrics
+        self.store, self.files, self.uploader = store, files, uploader
+        self.request_of = request_of
         self.name = server_name()
-        self.boards, self.loop = (
-            Boards(),
-            Continuous(blueprint.denoiser.family, most=options.batching_max_size),
-        )
+        self.events = Events()
+        self.loop = Continuous(blueprint.denoiser.family, most=options.batching_max_size)
         self._model: Model | None = None
-        self._colours: torch.Tensor | None = None
-        self._jobs: dict[str, Making] = {}
-        self._times = Times(options.batching_max_size)
+        self._preview_fit: torch.Tensor | None = None
+        self._jobs: dict[str, RunningJob] = {}
+        self._times = JobTimes(options.batching_max_size)
         self._cancelled: set[str] = set()
         self._state = State("loading", 0, 0, None, "")
         self._asleep = self._ending = False
-        self._used, self._compiled = time.monotonic(), 0
+        self._last_used, self._compiled = time.monotonic(), 0
         self._savers = ThreadPoolExecutor(2, "saver")
-        self._news, self._knock, self._kept = threading.Condition(), threading.Event(), threading.Event()
-        told = (self.name, store, files, options, self._cancelled.update, self._kept)
+        self._job_ended = threading.Condition()
+        self._wake_up, self._closing = threading.Event(), threading.Event()
+        duties = (self.name, store, files, options, self._cancelled.update, self._closing)
         self._threads = [
-            threading.Thread(target=self._own_device, name="device", daemon=True),
-            threading.Thread(target=keep, args=told, name="keeper", daemon=True),
+            threading.Thread(target=self._device_loop, name="device", daemon=True),
+            threading.Thread(target=housekeeping.run, args=duties, name="housekeeping", daemon=True),
         ]
 
-    # --- from any thread
-    # --------------------------------------------------------------------------------------------------------------
+    # --- any thread ---
 
     def start(self) -> None:
-        """Load the model and begin to take jobs, in the background."""
         if self.uploader is not None:
             self.uploader.resume()
         for thread in self._threads:
@@ -97,45 +96,46 @@ class Scheduler:
         if self._state.phase in ("stopping", "failed"):
             raise Stopping(self._state.detail or "the server is stopping")
         job = replace(job, answer={**job.answer, "previews": previews}) if previews else job
-        if job.pinned:  # others may be made by another server, so nobody waits for them here
+        if job.pinned:  # no client waits here for another job, which another server may run
             job = replace(job, server=self.name, lease=time.time() + self.options.lease)
-            self.boards.open(job)
+            self.events.open(job)
         try:
             queued = self.store.add(job)
         except Exception as error:
-            self.boards.drop(job.id)
+            self.events.drop(job.id)
             if isinstance(error, Busy):
-                raise Busy(
-                    self._times.until_done(job.kind, self.options.max_queue) or 5.0, error.why
-                ) from None
+                seconds = self._times.until_done(job.kind, self.options.max_queue) or 5.0
+                raise Busy(seconds, error.why) from None
             raise
         if queued.id != job.id:
-            self.boards.drop(job.id)
-        self._knock.set()
+            self.events.drop(job.id)
+        self._wake_up.set()
         return queued
 
     def watch(self, id: str) -> Watch:
-        return self.boards.watch(id, lambda: self.store.get(id))
+        return self.events.watch(id, lambda: self.store.get(id))
 
     def cancel(self, id: str) -> Job | None:
         before, job = self.store.get(id), self.store.cancel(id)
         if job is None or before is None:
             return None
         if job.status in DONE:
-            if before.status not in DONE and job.started_at is None:  # else whoever made it has said so
+            never_ran = before.status not in DONE and job.started_at is None
+            if never_ran:  # else the server that ran it has counted it
                 self.metrics.finished(job)
-            self.boards.post(job)
+            self.events.publish(job)
         else:
             self._cancelled.add(id)
-            self._knock.set()
+            self._wake_up.set()
         return job
 
-    def place(self, job: Job) -> Place:
+    def place(self, job: Job) -> QueuePlace:
         if job.status in DONE:
-            return Place(0, 0.0)
-        making = self._jobs.get(job.id)
-        position = self.store.position(job) if making is None else 0
-        return Place(position, (making and making.eta_s) or self._times.until_done(job.kind, position + 1))
+            return QueuePlace(0, 0.0)
+        running = self._jobs.get(job.id)
+        position = self.store.position(job) if running is None else 0
+        eta_s = running and running.eta_s
+        return QueuePlace(position, eta_s or self._times.until_done(job.kind, position + 1))
 
     def poll_after_ms(self, job: Job) -> int:
         eta = self.place(job).eta_s
@@ -148,11 +148,11 @@ class Scheduler:
         if self._jobs or self.store.counts().get("queued", 0):
             raise Busy(self._times.until_done("image", 1) or 5.0)
         self._asleep = True
-        self._knock.set()
+        self._wake_up.set()
 
     def wake(self) -> None:
-        self._asleep, self._used = False, time.monotonic()
-        self._knock.set()
+        self._asleep, self._last_used = False, time.monotonic()
+        self._wake_up.set()
 
     def figures(self) -> Mapping[str, Any]:
         return {
@@ -166,268 +166,270 @@ class Scheduler:
         }
 
     def stop(self, timeout: float) -> None:
-        """Take no more jobs, let the running ones go on for `timeout` seconds at most, queue again what is
-        left, and end.
-        """
-        self._say("stopping")
+        self._set_phase("stopping")
         until = time.monotonic() + timeout
-        with self._news:
-            self._news.wait_for(lambda: not self._jobs, timeout)
+        with self._job_ended:
+            self._job_ended.wait_for(lambda: not self._jobs, timeout)
         self._ending = True
-        self._knock.set()
-        self._kept.set()
+        self._wake_up.set()
+        self._closing.set()
         for thread in self._threads:
             thread.join(max(2.0, until - time.monotonic()))
         self._savers.shutdown(wait=True)
         if self.uploader is not None:
             self.uploader.close(timeout)
         self.store.requeue(self.name, self.options.unfinished)
-        self.boards.close(self.store.get)
+        self.events.close(self.store.get)
 
     def ended(self) -> bool:
         return not any(thread.is_alive() for thread in self._threads)
 
-    # --- the device's thread
-    # ----------------------------------------------------------------------------------------------------------
+    # --- the thread of the device ---
 
     @ambient.plain()
-    def _own_device(self) -> None:
+    def _device_loop(self) -> None:
         try:
             self._load()
-            self._warm()
-            self._say("compiling")
+            self._warm_up()
+            self._set_phase("compiling")
             while not self._ending:
-                self._see_compiling()
-                self._drop()
-                self._take()
-                self._let_in()
+                self._check_compiling()
+                self._remove_ended()
+                self._take_jobs()
+                self._start_images()
                 if self.loop.sittings:
                     self._step()
                 else:
                     self._idle()
         except BaseException as error:
-            log.exception("the device's thread ended")
-            self._say("failed", detail=f"{type(error).__name__}: {error}")
+            log.exception("the thread of the device ended")
+            self._set_phase("failed", detail=f"{type(error).__name__}: {error}")
             for id in list(self._jobs):
                 self._fail(id, error)
 
-    def _say(self, phase: str, done: int = 0, total: int = 0, detail: str = "") -> None:
+    def _set_phase(self, phase: str, done: int = 0, total: int = 0, detail: str = "") -> None:
         if phase == "failed" or self._state.phase not in ("stopping", "failed"):
             self._state = State(phase, done, total, None, detail)
 
     def _load(self) -> Model:
-        """The model, brought to the device where it is not there."""
+        """The model, loaded onto the device unless it is there."""
         if self._model is None:
             started = time.perf_counter()
             self._model = blueprints.load(self.blueprint)
-            self._colours = preview.fit(self._model)
+            self._preview_fit = preview.fit(self._model)
             seconds = time.perf_counter() - started
             self.metrics.stage("load", seconds)
             log.info("%s loaded in %.1f s", self.blueprint.row.name, seconds)
         return self._model
 
-    def _warm(self) -> None:
-        """Make what is declared, as requests are made."""
-        parts = warmup.parts(self.options, self.blueprint, self.admitted)
+    def _warm_up(self) -> None:
+        """Run the declared warm-up requests."""
+        parts = warmup.parts(self.options, self.blueprint, self.request_of)
         for i, (request, count) in enumerate(parts):
-            self._say("warming", i, len(parts))
+            self._set_phase("warming", i, len(parts))
             warmup.make(self._load(), request, self.loop, count)
 
-    def _see_compiling(self) -> None:
-        """Until what was made to warm up is compiled the server is not ready, though it answers."""
+    def _check_compiling(self) -> None:
+        """Count finished compilations. The server is ready once those of the warm-up are done."""
         done, total = self.loop.background.progress()
         self.metrics.recompiled(done - self._compiled)
         self._compiled = done
         if self._state.phase == "compiling":
-            self._say("ready" if done == total else "compiling", done, total)
+            self._set_phase("ready" if done == total else "compiling", done, total)
 
-    def _take(self) -> None:
-        """Take jobs as long as there is room for them on the device."""
+    def _take_jobs(self) -> None:
+        """Take jobs from the queue while the device has room."""
         while self._state.phase in ("compiling", "ready") and not self._asleep and self._room():
-            job = patiently(lambda: self.store.take(self.name, time.time() + self.options.lease), self._kept)
+            job = retried(self._next_job, self._closing)
             if job is None:
                 return
             if not self._jobs and self.options.batching_delay_ms:
-                self._kept.wait(self.options.batching_delay_ms / 1000)  # for others that come with it
-            self._used = time.monotonic()
-            self.boards.open(job)
+                # Wait for requests that come together.
+                self._closing.wait(self.options.batching_delay_ms / 1000)
+            self._last_used = time.monotonic()
+            self.events.open(job)
             try:
-                request, model = (
-                    self.admitted(job),
-                    self._load(),
-                )  # once more: another server may have taken it in
+                request, model = self.request_of(job), self._load()
                 started = time.perf_counter()
                 conditioning = pipeline.condition(model, request)
             except Exception as error:
-                self._note(job, "failed", error=failure(error))
+                self._record(job, "failed", error=failure(error))
                 if short_of_memory(error):
                     give_memory_back()
                 continue
-            making = Making(job, request, conditioning, usage(model, request), job.answer.get("previews", 0))
-            making.spent("encode", time.perf_counter() - started)
-            self.metrics.stage("encode", making.seconds["encode"])
-            self._jobs[job.id] = making
-            self.boards.post(job, 0, making.total)
+            tokens, previews = usage(model, request), job.answer.get("previews", 0)
+            running = RunningJob(job, request, conditioning, tokens, previews)
+            running.spent("encode", time.perf_counter() - started)
+            self.metrics.stage("encode", running.seconds["encode"])
+            self._jobs[job.id] = running
+            self.events.publish(job, 0, running.total)
+
+    def _next_job(self) -> Job | None:
+        return self.store.take(self.name, time.time() + self.options.lease)
 
     def _room(self) -> bool:
         return has_room(self._jobs.values(), self.loop.sittings, self.options.batching_max_size)
 
-    def _let_in(self) -> None:
-        """Begin images while there are seats."""
+    def _start_images(self) -> None:
+        """Start images while the loop has slots."""
         most = self.options.batching_max_size
-        while (making := next_to_start(self._jobs.values(), self.loop.sittings, most)) is not None:
-            index, job, started = making.waiting.popleft(), making.job, time.perf_counter()
-            looks = 0 if index else making.previews
+        while (running := next_to_start(self._jobs.values(), self.loop.sittings, most)) is not None:
+            index, job, started = running.waiting.popleft(), running.job, time.perf_counter()
+            previews = 0 if index else running.previews
             try:
-                asked = self._load(), making.request, making.conditioning
-                self.loop.add(sitting(*asked, job.id, index, job.priority, looks, job.owner))
-                making.spent("denoise", time.perf_counter() - started)
+                asked = self._load(), running.request, running.conditioning
+                self.loop.add(sitting(*asked, job.id, index, job.priority, previews, job.owner))
+                running.spent("denoise", time.perf_counter() - started)
             except Exception as error:
                 self._fail(job.id, error)
 
-    def _drop(self) -> None:
-        """End what was cancelled, and take images of jobs that ended out of the loop."""
+    def _remove_ended(self) -> None:
+        """End cancelled jobs, and remove the images of ended jobs from the loop."""
         while self._cancelled:
-            self._end(self._cancelled.pop(), CANCELLED)
-        for owner in {one.owner for one in self.loop.sittings} - self._jobs.keys():
+            self._end_job(self._cancelled.pop(), CANCELLED)
+        for owner in {slot.owner for slot in self.loop.sittings} - self._jobs.keys():
             self.loop.leave(owner)
 
     def _step(self) -> None:
         stepped = self.loop.step()
-        self._used = time.monotonic()
+        self._last_used = time.monotonic()
         if stepped.error is not None:
             self._fail(stepped.sittings[0].owner, stepped.error)
             return
         count = len(stepped.sittings)
         if stepped.made:
             self.metrics.steps(stepped.made, count, stepped.seconds / stepped.made)
-        for one in stepped.sittings:
-            if (making := self._jobs.get(one.owner)) is not None:
-                making.spent("denoise", stepped.seconds / count)
-                making.steps += stepped.made
-                self._tell(making, one)
-        for one in stepped.done:
-            if (making := self._jobs.get(one.owner)) is not None:
-                self._finish(making, one)
+        for slot in stepped.sittings:
+            if (running := self._jobs.get(slot.owner)) is not None:
+                running.spent("denoise", stepped.seconds / count)
+                running.steps += stepped.made
+                self._publish_progress(running, slot)
+        for slot in stepped.done:
+            if (running := self._jobs.get(slot.owner)) is not None:
+                self._finish(running, slot)
 
-    def _tell(self, making: Making, one: BatchSlot) -> None:
-        """Say how far a job is, and show its first image at even distances where that was wanted."""
-        pictures = []
-        if making.previews and one.index == 0:
-            clean, at = self.loop.clean(one)
-            due = at * (making.previews + 1) // making.conditioning.rows.steps
-            if not one.seat.done and due > self.boards.previewed(making.job.id) and self._colours is not None:
-                latents = making.conditioning.prepared.unpack(one.shown(clean))
-                pictures.append(
-                    preview.picture(self._colours, latents, making.request.height, making.request.width)
-                )
-        percent = min(99, 100 * making.steps // making.total)
-        if percent >= making.job.progress + 5:
-            making.job = replace(making.job, progress=percent)
-            with suppress(*AWAY):
-                self.store.progress(making.job.id, self.name, percent)
-        self.boards.post(making.job, making.steps, making.total, pictures)
+    def _publish_progress(self, running: RunningJob, slot: BatchSlot) -> None:
+        """Publish a job's progress, and previews of its first image at even distances where it wants them."""
+        previews = []
+        if running.previews and slot.index == 0:
+            clean, at = self.loop.clean(slot)
+            due = at * (running.previews + 1) // running.conditioning.rows.steps
+            is_new = not slot.seat.done and due > self.events.preview_count(running.job.id)
+            if is_new and self._preview_fit is not None:
+                latents = running.conditioning.prepared.unpack(slot.shown(clean))
+                height, width = running.request.height, running.request.width
+                previews.append(preview.picture(self._preview_fit, latents, height, width))
+        percent = min(99, 100 * running.steps // running.total)
+        if percent >= running.job.progress + 5:
+            running.job = replace(running.job, progress=percent)
+            with suppress(*STORE_ERRORS):
+                self.store.progress(running.job.id, self.name, percent)
+        self.events.publish(running.job, running.steps, running.total, previews)
 
-    def _finish(self, making: Making, one: BatchSlot) -> None:
-        """Decode an image and hand it on to be stored."""
+    def _finish(self, running: RunningJob, slot: BatchSlot) -> None:
+        """Decode an image and let a saver thread store it."""
         started = time.perf_counter()
         try:
             model = self._load()
-            frames, _ = pipeline.finish(
-                model, making.request, making.conditioning, one.shown(one.seat.state.x)
-            )
+            latents = slot.shown(slot.seat.state.x)
+            frames, _ = pipeline.finish(model, running.request, running.conditioning, latents)
         except Exception as error:
-            self._fail(making.job.id, error)
+            self._fail(running.job.id, error)
             return
         seconds = time.perf_counter() - started
-        making.spent("decode", seconds)
+        running.spent("decode", seconds)
         self.metrics.stage("decode", seconds)
-        conditioning = making.conditioning
-        told = pipeline.parameters(
-            model, making.request, conditioning.prepared.revised, conditioning.warnings
+        conditioning = running.conditioning
+        parameters = pipeline.parameters(
+            model, running.request, conditioning.prepared.revised, conditioning.warnings
         )
-        self._savers.submit(self._save, making, one.index, frames, told)
+        self._savers.submit(self._save, running, slot.index, frames, parameters)
 
     def _idle(self) -> None:
-        """Wait for work. The weights leave the device when asked to, or when nothing came for long, and come
-        back with the next job.
+        """Wait for jobs.
+
+        The weights are unloaded on request, or after `idle_unload` seconds without a job. The next job loads
+        them again.
         """
-        unused = self.options.idle_unload and time.monotonic() - self._used > self.options.idle_unload
+        unused = self.options.idle_unload and time.monotonic() - self._last_used > self.options.idle_unload
         if self._model is not None and not self._jobs and (self._asleep or unused):
-            self._model = self._colours = None
+            self._model = self._preview_fit = None
             give_memory_back()
-            log.info("the model left the device")
+            log.info("the weights were unloaded from the device")
         if self._asleep:
-            self._say("asleep")
-            self._asleep = not (patiently(self.store.counts, self._kept) or {}).get("queued", 0)
+            self._set_phase("asleep")
+            self._asleep = not (retried(self.store.counts, self._closing) or {}).get("queued", 0)
         if not self._asleep and self._state.phase == "asleep":
-            self._say("loading")
+            self._set_phase("loading")
             self._load()
-            self._say("compiling")
-        self._knock.wait(POLL)
-        self._knock.clear()  # before the queue is looked at, so that what comes then knocks again
+            self._set_phase("compiling")
+        self._wake_up.wait(POLL_S)
+        self._wake_up.clear()  # before the queue is read, so that a job which comes then wakes this thread
 
-    # --- the threads that store
-    # -------------------------------------------------------------------------------------------------------
+    # --- the threads that store outputs ---
 
-    def _save(self, making: Making, index: int, frames: Any, told: Mapping[str, Any]) -> None:
-        """Encode and store an output; the last one completes the job."""
+    def _save(self, running: RunningJob, index: int, frames: Any, parameters: Mapping[str, Any]) -> None:
+        """Encode and store an output; the last output completes the job."""
         started = time.perf_counter()
         try:
-            made = outputs.save(
-                making.job, making.request, self.files, frames, making.request.seeds[index], told
-            )
+            seed = running.request.seeds[index]
+            stored = outputs.save(running.job, running.request, self.files, frames, seed, parameters)
         except Exception as error:
-            self._fail(making.job.id, error)
+            self._fail(running.job.id, error)
             return
-        with self._news:
-            making.spent("save", time.perf_counter() - started)
-            making.saved[index] = made
-            going, complete = making.job.id in self._jobs, len(making.saved) == len(making.request.seeds)
+        with self._job_ended:
+            running.spent("save", time.perf_counter() - started)
+            running.saved[index] = stored
+            going = running.job.id in self._jobs
+            complete = len(running.saved) == len(running.request.seeds)
             if going and complete:
-                del self._jobs[making.job.id]
+                del self._jobs[running.job.id]
         if not going:
-            outputs.remove(made, self.files)
+            outputs.remove(stored, self.files)
         elif complete:
-            self._complete(making, told)
+            self._complete(running, parameters)
 
-    def _complete(self, making: Making, told: Mapping[str, Any]) -> None:
-        job, files = making.job, making.files
-        self._times.took(job.kind, time.monotonic() - making.taken)
-        self.metrics.stage("save", making.seconds["save"])
+    def _complete(self, running: RunningJob, parameters: Mapping[str, Any]) -> None:
+        job, files = running.job, running.files
+        self._times.add(job.kind, time.monotonic() - running.taken)
+        self.metrics.stage("save", running.seconds["save"])
         until = time.time() + self.options.output_lifetime
-        if not self._note(job, "completed", outputs=files, result=making.result(told), expires_at=until):
+        result = running.result(parameters)
+        if not self._record(job, "completed", outputs=files, result=result, expires_at=until):
             outputs.remove(files, self.files)
         elif self.uploader is not None:
             for output in files:
                 self.uploader.add(job.id, output)
 
     def _fail(self, id: str, error: BaseException) -> None:
-        self._end(id, failure(error))
+        self._end_job(id, failure(error))
         if short_of_memory(error):
             give_memory_back()
 
-    def _end(self, id: str, why: Failure) -> None:
-        """A job fails, unless it ended before: who takes it out of `_jobs` ends it, and nobody else."""
-        with self._news:
-            making = self._jobs.pop(id, None)
-        if making is not None:
-            self._note(making.job, "failed", error=why)
-            outputs.remove(making.files, self.files)
+    def _end_job(self, id: str, why: Failure) -> None:
+        """Let a job fail unless it has ended. Only the thread that removes it from `_jobs` ends it."""
+        with self._job_ended:
+            running = self._jobs.pop(id, None)
+        if running is not None:
+            self._record(running.job, "failed", error=why)
+            outputs.remove(running.files, self.files)
 
-    def _note(self, job: Job, status: Status, **made: Any) -> bool:
-        """Write down how a job ended, and tell whoever waits; whether it was still to be ended."""
+    def _record(self, job: Job, status: Status, **result: Any) -> bool:
+        """Store and publish how a job ended. False where it had ended before, or another server has it."""
 
-        def unkept() -> None:
-            if job.pinned:  # its client waits for an answer, not for a disk
-                self.boards.post(replace(job, status="failed", error=UNKEPT))
+        def publish_failure() -> None:
+            if job.pinned:  # its client gets an answer even while the store is unreachable
+                self.events.publish(replace(job, status="failed", error=NOT_STORED))
 
-        finished = patiently(lambda: self.store.finish(job.id, self.name, status, **made), self._kept, unkept)
-        now = patiently(lambda: self.store.get(job.id), self._kept) or replace(
-            job, status="failed", error=CANCELLED
-        )  # deleted meanwhile
+        def finish() -> bool:
+            return self.store.finish(job.id, self.name, status, **result)
+
+        finished = retried(finish, self._closing, publish_failure)
+        now = retried(lambda: self.store.get(job.id), self._closing)
+        if now is None:  # the job was deleted meanwhile
+            now = replace(job, status="failed", error=CANCELLED)
         self.metrics.finished(now)
-        self.boards.post(now)
-        with self._news:
-            self._news.notify_all()
+        self.events.publish(now)
+        with self._job_ended:
+            self._job_ended.notify_all()
         return bool(finished)

@@ -155,7 +155,7 @@ def build(model: ModelOptions, options: ServeOptions) -> Service:
     from tinydiff.serve import admission, storage, warmup
     from tinydiff.serve.files import Files, claim, secret
     from tinydiff.serve.metrics import Metrics
-    from tinydiff.serve.scheduler import Scheduler
+    from tinydiff.serve.scheduler import DeviceScheduler
     from tinydiff.serve.service import AdmittedRequests, Service
     from tinydiff.serve.store import open_store
 
@@ -180,7 +180,7 @@ def build(model: ModelOptions, options: ServeOptions) -> Service:
     def request_of(job: Job) -> Request:
         return requests.take(job.id) or admit(job)
 
-    scheduler = Scheduler(options, plan, store, files, metrics, request_of, uploader)
+    scheduler = DeviceScheduler(options, plan, store, files, metrics, request_of, uploader)
     name = options.served_model_name or model.model_path
     for job in warmup.jobs(options, plan.row):
         admit(job)  # refuses a size that the model cannot make

@@ -1,4 +1,4 @@
-"""What the HTTP resources are given: the parts of a running server, and what they may ask of its scheduler."""
+"""The parts of a running server that HTTP resources use, and the interface of its scheduler."""
 
 from __future__ import annotations
 
@@ -22,25 +22,24 @@ if TYPE_CHECKING:
     from tinydiff.serve.store import Store
 
 
-class News(NamedTuple):
-    """What became known of a job since one asked last."""
+class JobUpdate(NamedTuple):
+    """What changed in a job since the last update."""
 
     job: Job
-    """As it is now; `job.status in DONE` ends it."""
+    """The job as it is now; an update with `job.status in DONE` is the last."""
     done: int
-    """Steps made of `total`, over all its outputs."""
+    """Denoising steps done, over all outputs."""
     total: int
+    """Denoising steps of all outputs."""
     previews: tuple[numpy.ndarray, ...]
-    """Images uint8 [H, W, 3] of where the first output stood, oldest first, made only where
-    `wants_previews` asked.
-    """
+    """New previews of the first output, uint8 [H, W, 3], oldest first; made only where `submit` asked."""
 
 
 class Watch(Protocol):
-    """Someone who waits for a job. Use as a context manager."""
+    """A client's view of a job. Use it as a context manager."""
 
-    def next(self, timeout: float) -> News | None:
-        """What is new, as soon as there is something; None after `timeout` seconds without."""
+    def next(self, timeout: float) -> JobUpdate | None:
+        """The next update, as soon as there is one; None after `timeout` seconds without."""
         ...
 
     def __enter__(self) -> Watch: ...
@@ -48,85 +47,93 @@ class Watch(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-class Place(NamedTuple):
-    """Where a queued job stands."""
+class QueuePlace(NamedTuple):
+    """The place of a job in the queue."""
 
     position: int
-    """Jobs before it; 0 is next, or running."""
+    """Jobs before it; 0 for the next job and for a running one."""
     eta_s: float | None
-    """Seconds until it is done, from measured times; None before any were measured."""
+    """Seconds until the job is done, from measured times; None before anything was measured."""
 
 
 class State(NamedTuple):
-    """What the scheduler does."""
+    """The state of the scheduler."""
 
     phase: str
-    """loading, warming, compiling (it answers, not yet at full speed), ready, asleep, stopping or failed."""
+    """loading, warming, compiling, ready, asleep, stopping or failed.
+
+    While compiling the server answers requests, but not yet at full speed.
+    """
     done: int
+    """Parts of the phase that are done; 0 for a phase without parts."""
     total: int
-    """Of a phase that has parts."""
+    """Parts of the phase; 0 for a phase without parts."""
     eta_s: float | None
+    """Seconds until the server is ready; None where that is unknown."""
     detail: str
-    """Why it failed; else ""."""
+    """Why the scheduler failed; else empty."""
 
 
 class Scheduler(Protocol):
-    """Owns the device. Every method may be called from any thread and, but for `stop`, returns at once."""
+    """Owns the device. Any thread may call any method; every method but `stop` returns at once."""
 
     def start(self) -> None:
         """Load the model and begin to take jobs, in the background."""
         ...
 
     def stop(self, timeout: float) -> None:
-        """Take no more jobs, let the running ones go on for `timeout` seconds at most, queue again what is
-        left, and end.
-        """
+        """Take no new jobs, wait up to `timeout` seconds for running ones, queue the rest again, end."""
         ...
 
     def ended(self) -> bool:
-        """Whether its threads have ended; after `stop` one may still be within a long step."""
+        """Whether all threads have ended. After `stop` one may still be in a long step."""
         ...
 
     def submit(self, job: Job, previews: int = 0) -> Job:
-        """Queue a job, or join the running one of the same `idempotency` and owner, which is returned then.
-        previews: how many images of the first output on its way are wanted. Raises Busy and Stopping."""
+        """Queue a job and return it, or return the unfinished job with its owner and `idempotency`.
+
+        previews: how many previews of the first output are wanted. Raises Busy and Stopping.
+        """
         ...
 
     def watch(self, id: str) -> Watch:
-        """Watch a job of this server from now on."""
+        """Watch a job from now on."""
         ...
 
     def cancel(self, id: str) -> Job | None:
-        """Have a job fail with the code "cancelled", a running one after its step at the latest. None if
-        there is none of that id.
+        """Let a job fail with the code "cancelled"; a running job ends after its current step.
+
+        Returns the job, None where there is none with this id.
         """
         ...
 
-    def place(self, job: Job) -> Place: ...
-
-    def poll_after_ms(self, job: Job) -> int:
-        """After how many milliseconds asking again is worth while, from measured step times: 200 to 10,000."""
+    def place(self, job: Job) -> QueuePlace:
+        """The place of a job in the queue."""
         ...
 
-    def state(self) -> State: ...
+    def poll_after_ms(self, job: Job) -> int:
+        """Milliseconds that a client should wait before it asks again, from 200 to 10,000."""
+        ...
+
+    def state(self) -> State:
+        """The phase of the scheduler and its progress."""
+        ...
 
     def sleep(self) -> None:
-        """Let the weights leave the device once nothing runs; raises Busy while jobs run or wait."""
+        """Unload the weights from the device. Raises Busy while jobs run or wait."""
         ...
 
     def wake(self) -> None:
-        """Bring them back, in the background; the next job does so too."""
+        """Load the weights again, in the background; the next job does so too."""
         ...
 
     def figures(self) -> Mapping[str, Any]:
-        """Numbers for /server_info: jobs queued and running, batch sizes, step seconds by tokens and batch
-        size, memory.
-        """
+        """Measurements for /server_info: jobs queued and running, step seconds by batch size, memory."""
         ...
 
 
 MOST_REQUEST_BYTES = 2**29
-"""Bytes of images that admitted requests keep in memory; beyond it the oldest are read from their files again."""
+"""Bytes of images in admitted requests; beyond it the oldest requests are read from their files again."""
 
 
 class AdmittedRequests:
@@ -171,22 +178,20 @@ class Service:
     options: ServeOptions
     blueprint: Blueprint
     name: str
-    """What clients call the model."""
+    """The model's name for clients."""
     created: int
-    """When the server started, seconds since 1970."""
+    """When the server started, in seconds since 1970."""
     store: Store
     files: Files
     scheduler: Scheduler
     metrics: Metrics
     uploader: Uploader | None = None
-    """Where outputs are brought to object storage."""
+    """Uploads outputs to object storage; None where none is configured."""
     requests: AdmittedRequests = field(default_factory=AdmittedRequests)
     """Admitted requests whose jobs wait for the device."""
 
     def forget(self, job: Job) -> bool:
-        """Remove a job that is done, with all its files, here and in object storage. False where there is
-        none any more.
-        """
+        """Remove a finished job and all its files, here and in object storage. False where it is gone."""
         if not self.store.delete(job.id):
             return False
         for id in files_of(job):
