@@ -13,7 +13,7 @@ from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeGuard, Union, get_args, get_origin, get_type_hints
 
 MOST = 2**24
 """No width, size or count of a network is larger."""
@@ -79,6 +79,18 @@ def value(name: str, kind: Any, given: Any) -> Any:
         return _read(kind, given, *_bounds(name))
     except ValueError as error:
         raise ValueError(f"{name} is {_shown(given)}; it must be {error}") from None
+
+
+def mapping(name: str, given: object) -> Mapping[str, Any]:
+    """An entry that must be an object. Raises ValueError, one sentence, naming the field."""
+    if not is_object(given):
+        raise ValueError(f"{name} is {given!r}; it must be an object")
+    return given
+
+
+def is_object(given: object) -> TypeGuard[Mapping[str, Any]]:
+    """Whether a value of a JSON file is an object."""
+    return isinstance(given, Mapping)
 
 
 def _bounds(name: str) -> tuple[float, float]:

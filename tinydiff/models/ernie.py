@@ -28,6 +28,7 @@ from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import embedder, timestep_embedding
 from tinydiff.ops.linear import linear, linear_sum
+from tinydiff.ops.network import Stack
 from tinydiff.ops.norm import compute_dtype, modulate, rms_norm
 from tinydiff.ops.rope import grid_positions, rope_table
 from tinydiff.ops.weights import Weights
@@ -143,7 +144,9 @@ def _rope(c: Config, positions_BLA: Tensor) -> Streams:
     angles in float32.
     """
     tables = rope_table(positions_BLA.flatten(0, 1), c.rope_axes_dim, c.rope_theta, torch.float32)
-    cos, sin = (table.repeat_interleave(2, -1).unflatten(0, positions_BLA.shape[:2]) for table in tables)
+    cos, sin = (
+        torch.unflatten(table.repeat_interleave(2, -1), 0, positions_BLA.shape[:2]) for table in tables
+    )
     return cos, sin
 
 
@@ -166,8 +169,8 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     # Half types round the timestep, as in the reference.
     cosines, sines = timestep_embedding(timesteps_S.to(dtype), c.hidden_size).chunk(2, -1)
     time = embedder(torch.cat([sines, cosines], -1).to(dtype), w / "time_embedding")[:, None]
-    modulation = linear(F.silu(time), w / "adaLN_modulation" / 1).unflatten(-1, (6, -1))
-    last = linear(time, w / "final_norm" / "linear").unflatten(-1, (2, -1))
+    modulation = torch.unflatten(linear(F.silu(time), w / "adaLN_modulation" / 1), -1, (6, -1))
+    last = torch.unflatten(linear(time, w / "final_norm" / "linear"), -1, (2, -1))
     return request, {"modulation": modulation.to(compute_dtype(modulation)), "last_modulation": last}
 
 
@@ -203,7 +206,9 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
 
     a = w / "self_attention"
     y = _scaled(x, w / "adaLN_sa_ln", shift, scale, c.eps)
-    q, k, v = (linear(y, a / name).unflatten(-1, (-1, c.head_width)) for name in ("to_q", "to_k", "to_v"))
+    q, k, v = (
+        torch.unflatten(linear(y, a / name), -1, (-1, c.head_width)) for name in ("to_q", "to_k", "to_v")
+    )
     q, k = (_rotate(rms_norm(z, a / norm, c.eps), cos, sin) for z, norm in ((q, "norm_q"), (k, "norm_k")))
     y = attention(plan, q, k, v, mask, keys=keys(plan, shared, "joint")).flatten(2)
     x = x + (gate * linear_sum(plan, y, a / "to_out" / 0)).to(x.dtype)
@@ -215,7 +220,7 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
     return text + y_text, image + y_image
 
 
-def blocks(c: Config) -> list:
+def blocks(c: Config) -> Stack:
     """The stack as rows (function, prefix)."""
     return [(block, f"layers.{i}") for i in range(c.num_layers)]
 

@@ -46,7 +46,10 @@ def evaluate(network: Network, weights: Tensors, x_BLP: Tensor, t_B: Tensor, inp
         entered.extend(streams)
         return run(streams)
 
-    hooks = Hooks(stack=note, after=lambda prefix, streams: blocks.update({prefix: streams[0]}))
+    def note_block(prefix: str, streams: list[Streams]) -> None:
+        blocks[prefix] = streams[0]
+
+    hooks = Hooks(stack=note, after=note_block)
     calls = {block: plain(network, block) for block, _ in family.blocks(network.config)}
     branch = Branch(divide(network, request), divide(network, step))
     (velocity,) = walk(network, [calls], divide(network, weights), x_BLP, [branch], hooks)

@@ -29,6 +29,8 @@ Keys = Callable[[Config], KeyMap]
 """config -> the map between rows and keys in a component's files."""
 Read = Callable[[Mapping[str, Any], str], Config]
 """(entries of config.json, class name) -> config."""
+States = tuple[int, ...] | Mapping[str, tuple[int, ...]]
+"""Numbers of hidden states, or pipeline class -> those."""
 HeadWidth = Callable[[Config], int]
 Role = Literal["dit", "text_encoder", "image_encoder", "vae"]
 
@@ -89,7 +91,7 @@ class Denoiser:
     """The rule that combines the velocities of two branches, a name in `sampling.guidance`."""
     extra_components: Callable[[Config], tuple[str, ...]] = no_components
     """Components that it needs beside transformer, vae, text_encoder, tokenizer and scheduler."""
-    hidden_states: Mapping[str, tuple[int, ...] | Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    hidden_states: Mapping[str, States] = field(default_factory=dict[str, States])
     """Language model -> the numbers of its hidden states that are read; negative numbers count from the end.
 
     By pipeline class where the pipelines differ.
@@ -113,7 +115,7 @@ class Denoiser:
 
     One is the first frame; two are the first and the last.
     """
-    config_overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    config_overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     """Component -> fields of its config that the pipeline sets, in place of those in config.json."""
     pad_tokens: Callable[[int], int] = no_padding
     """Tokens of an image or text -> pad tokens behind them."""

@@ -31,8 +31,10 @@ from tinydiff.models.recipe import (
     token_count,
 )
 from tinydiff.models.registry import ReleasedModel
+from tinydiff.ops.activations import gelu_tanh
 from tinydiff.ops.embed import embedder, timestep_embedding
 from tinydiff.ops.linear import linear
+from tinydiff.ops.network import Stack
 from tinydiff.ops.norm import compute_dtype
 from tinydiff.ops.patch import patchify
 from tinydiff.ops.rope import grid_positions
@@ -152,17 +154,17 @@ def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step
 
 def double(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
     """Joint attention of two streams with separate weights."""
-    return joint.double_block(plan, w, streams, request, shared, c.attention_head_dim, joint.gelu_tanh)
+    return joint.double_block(plan, w, streams, request, shared, c.attention_head_dim, gelu_tanh)
 
 
 def single(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
     """Both streams through the same weights, attention and feed-forward side by side."""
-    return joint.single_block(plan, w, streams, request, shared, c.attention_head_dim, joint.gelu_tanh)
+    return joint.single_block(plan, w, streams, request, shared, c.attention_head_dim, gelu_tanh)
 
 
-def blocks(c: Config) -> list:
+def blocks(c: Config) -> Stack:
     """The stack as rows (function, prefix)."""
-    rows = [(double, f"transformer_blocks.{i}") for i in range(c.num_layers)]
+    rows: Stack = [(double, f"transformer_blocks.{i}") for i in range(c.num_layers)]
     return rows + [(single, f"single_transformer_blocks.{i}") for i in range(c.num_single_layers)]
 
 

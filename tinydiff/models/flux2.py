@@ -28,6 +28,7 @@ from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import embedder, timestep_embedding
 from tinydiff.ops.linear import linear, linear_sum
+from tinydiff.ops.network import Stack
 from tinydiff.ops.norm import compute_dtype, modulate, rms_norm
 from tinydiff.ops.patch import patchify
 from tinydiff.ops.rope import grid_positions, rotate_interleaved
@@ -174,7 +175,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     if c.guidance_embeds:
         time = time + _embed_scalar(c, inputs["guidance"].to(dtype), e / "guidance_embedder")
     steps = {
-        name: linear(F.silu(time), w / layer / "linear").unflatten(-1, (n, -1))
+        name: torch.unflatten(linear(F.silu(time), w / layer / "linear"), -1, (n, -1))
         for name, (layer, n) in MODULATIONS.items()
     }
 
@@ -242,8 +243,8 @@ def single(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights
     cos, sin = (torch.cat([shared[f"text_{name}"], shared[name]]) for name in ("cos", "sin"))
     y = linear(modulate(torch.cat(streams, 1), shift, scale, c.eps), a / "to_qkv_mlp_proj")
     widths = [part * y.shape[-1] // sum(c.fused) for part in c.fused]  # this rank's shard of each part
-    q, k, v, *ff = y.split(widths, -1)
-    q, k, v = (x.unflatten(-1, (-1, c.attention_head_dim)) for x in (q, k, v))
+    q, k, v, *ff = torch.split(y, widths, -1)
+    q, k, v = (torch.unflatten(x, -1, (-1, c.attention_head_dim)) for x in (q, k, v))
     q, k = (
         rotate_interleaved(rms_norm(x, a / norm, c.eps), cos, sin)
         for x, norm in ((q, "norm_q"), (k, "norm_k"))
@@ -253,9 +254,9 @@ def single(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights
     return _finite(text + y_text), _finite(image + y_image)
 
 
-def blocks(c: Config) -> list:
+def blocks(c: Config) -> Stack:
     """The stack as rows (function, prefix)."""
-    rows = [(double, f"transformer_blocks.{i}") for i in range(c.num_layers)]
+    rows: Stack = [(double, f"transformer_blocks.{i}") for i in range(c.num_layers)]
     return rows + [(single, f"single_transformer_blocks.{i}") for i in range(c.num_single_layers)]
 
 

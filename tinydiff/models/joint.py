@@ -10,12 +10,13 @@ feed-forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinydiff.ops.activations import Activation
 from tinydiff.ops.attention import attention
 from tinydiff.ops.linear import linear, linear_sum
 from tinydiff.ops.norm import modulate, rms_norm
@@ -26,7 +27,6 @@ from tinydiff.parallel.sequence import keys
 
 Heads = tuple[Tensor, Tensor, Tensor]
 Streams = tuple[Tensor, Tensor]
-Activation = Callable[[Tensor], Tensor]
 
 IMAGE = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
 TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
@@ -48,7 +48,7 @@ def heads(
     Queries and keys are normalised per head where `w` has the norms, then rotated in interleaved pairs where
     `rope`, the cosines and sines [L, width / 2] of this stream, is given.
     """
-    q, k, v = (linear(x_BLD, w / name).unflatten(-1, (-1, width)) for name in names[:3])
+    q, k, v = (torch.unflatten(linear(x_BLD, w / name), -1, (-1, width)) for name in names[:3])
     q, k = (
         rms_norm(x, w / name, eps) if f"{name}.weight" in w else x
         for x, name in zip((q, k), names[3:], strict=True)
@@ -65,7 +65,7 @@ def rope_tables(
 
     text_TA, image_LA: positions on A axes. Angles are computed in float64 and stored in `dtype`.
     """
-    tables = {}
+    tables: dict[str, Tensor] = {}
     for prefix, positions in (("", image_LA), ("text_", text_TA)):
         for name, table in zip(("cos", "sin"), rope_table(positions, dims, theta), strict=True):
             tables[prefix + name] = table.to(dtype)
@@ -105,17 +105,6 @@ def split(x_BSD: Tensor, length: int) -> Streams:
 def feed_forward(plan: Plan, w: Weights, x_BLD: Tensor, activation: Activation) -> Tensor:
     """Linear `net.0.proj`, activation, row-split linear `net.2`."""
     return linear_sum(plan, activation(linear(x_BLD, w / "net" / "0.proj")), w / "net" / 2)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """The tanh approximation of GELU."""
-    return F.gelu(x, approximate="tanh")
-
-
-def swiglu(x: Tensor) -> Tensor:
-    """[..., 2 F] -> [..., F]: the first half times SiLU of the second."""
-    value, gate = x.chunk(2, -1)
-    return value * F.silu(gate)
 
 
 # --- the blocks of FLUX.1 and Ovis-Image
@@ -172,7 +161,9 @@ def modulations(w: Weights, double: int, single: int, time_SBD: Tensor) -> dict[
     sizes = {f"transformer_blocks.{i}.{name}": 6 for i in range(double) for name in norms}
     sizes |= {f"single_transformer_blocks.{i}.norm": 3 for i in range(single)} | {"norm_out": 2}
     active = F.silu(time_SBD)
-    return {name: linear(active, w / name / "linear").unflatten(-1, (n, -1)) for name, n in sizes.items()}
+    return {
+        name: torch.unflatten(linear(active, w / name / "linear"), -1, (n, -1)) for name, n in sizes.items()
+    }
 
 
 def double_block(

@@ -22,8 +22,10 @@ from tinydiff.models.encoders import decoder_lm
 from tinydiff.models.family import Denoiser
 from tinydiff.models.recipe import Context, LoopInputs, latent_size, on_grid, shift_by_tokens
 from tinydiff.models.registry import ReleasedModel
+from tinydiff.ops.activations import swiglu
 from tinydiff.ops.embed import embedder, timestep_embedding
 from tinydiff.ops.linear import linear
+from tinydiff.ops.network import Stack
 from tinydiff.ops.norm import compute_dtype, rms_norm
 from tinydiff.ops.rope import grid_positions
 from tinydiff.ops.weights import Weights
@@ -128,17 +130,17 @@ def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step
 
 def double(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
     """Joint attention of two streams with separate weights."""
-    return joint.double_block(plan, w, streams, request, shared, c.attention_head_dim, joint.swiglu)
+    return joint.double_block(plan, w, streams, request, shared, c.attention_head_dim, swiglu)
 
 
 def single(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors) -> Streams:
     """Both streams through the same weights, attention and feed-forward side by side."""
-    return joint.single_block(plan, w, streams, request, shared, c.attention_head_dim, joint.swiglu)
+    return joint.single_block(plan, w, streams, request, shared, c.attention_head_dim, swiglu)
 
 
-def blocks(c: Config) -> list:
+def blocks(c: Config) -> Stack:
     """The stack as rows (function, prefix)."""
-    rows = [(double, f"transformer_blocks.{i}") for i in range(c.num_layers)]
+    rows: Stack = [(double, f"transformer_blocks.{i}") for i in range(c.num_layers)]
     return rows + [(single, f"single_transformer_blocks.{i}") for i in range(c.num_single_layers)]
 
 

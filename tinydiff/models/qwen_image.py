@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tinydiff.models import qwen_prompts
 from tinydiff.models.family import Denoiser
-from tinydiff.models.joint import IMAGE, TEXT, Streams, feed_forward, gelu_tanh, heads, joint_attention
+from tinydiff.models.joint import IMAGE, TEXT, Streams, feed_forward, heads, joint_attention
 from tinydiff.models.qwen_prompts import EDIT, TEXT_TO_IMAGE, ImageTokens, caption, encode_images, text_states
 from tinydiff.models.recipe import (
     Context,
@@ -38,8 +38,10 @@ from tinydiff.models.recipe import (
     token_count,
 )
 from tinydiff.models.registry import ReleasedModel
+from tinydiff.ops.activations import gelu_tanh
 from tinydiff.ops.embed import embedder
 from tinydiff.ops.linear import linear, linear_sum
+from tinydiff.ops.network import Stack
 from tinydiff.ops.norm import compute_dtype, modulate, rms_norm
 from tinydiff.ops.patch import patchify
 from tinydiff.ops.rope import grid_positions, rope_table
@@ -188,12 +190,14 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     steps = {"norm_out": linear(time, w / "norm_out" / "linear")}
     for _, at in blocks(c):
         for name in ("txt_mod", "img_mod"):
-            steps[f"{at}.{name}"] = linear(time, w / at / name / 1).unflatten(-1, (6, -1))
+            steps[f"{at}.{name}"] = torch.unflatten(linear(time, w / at / name / 1), -1, (6, -1))
     if c.zero_cond_t and "frozen" in inputs:
         request["frozen"] = inputs["frozen"]
         frozen_time = _time(embed, torch.zeros_like(timesteps_S[:1], dtype=dtype), kind)[0]
         for _, at in blocks(c):
-            request[f"{at}.frozen_mod"] = linear(frozen_time, w / at / "img_mod" / 1).unflatten(-1, (6, -1))
+            request[f"{at}.frozen_mod"] = torch.unflatten(
+                linear(frozen_time, w / at / "img_mod" / 1), -1, (6, -1)
+            )
     return request, steps
 
 
@@ -248,7 +252,7 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
     )
 
 
-def blocks(c: Config) -> list:
+def blocks(c: Config) -> Stack:
     """The stack as rows (function, prefix)."""
     return [(block, f"transformer_blocks.{i}") for i in range(c.num_layers)]
 
@@ -262,16 +266,14 @@ def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, 
 # --- what a pipeline needs of this family
 
 
-def positions(
-    c: Config, sizes: Sequence[tuple[int, int]], device: torch.device | str | None = None
-) -> Tensor:
+def positions(c: Config, sizes: Sequence[Sequence[int]], device: torch.device | str | None = None) -> Tensor:
     """Positions [L, 3] (image, row, column) of the packed tokens of latents of `sizes` (height, width).
 
     The output comes first, an image or all layers, then the reference images. Rows and columns are
     counted from the middle of each image. Layered's last image, the condition image, is at -1, before all
     layers.
     """
-    grids = []
+    grids: list[Tensor] = []
     for i, size in enumerate(sizes):
         height, width = (n // c.patch_size for n in size)
         index = -1 if c.use_layer3d_rope and i == len(sizes) - 1 else i

@@ -18,6 +18,7 @@ from tinydiff.models.encoders import decoder_lm, qwen_vision
 from tinydiff.models.encoders.decoder_generate import Sampling, generate
 from tinydiff.models.encoders.qwen_vision import Grid
 from tinydiff.models.recipe import Context
+from tinydiff.ops.host import integers
 from tinydiff.records import UserError
 
 log = logging.getLogger(__name__)
@@ -100,14 +101,14 @@ def _with_images(
     pad = context.tokenizers["tokenizer"].token_id(PAD)
     try:
         counts = qwen_vision.token_counts(vision, image_tokens.grids)
-        row = qwen_vision.expand(ids_1T[0].tolist(), pad, counts)
+        row = qwen_vision.expand(integers(ids_1T[0]), pad, counts)
     except ValueError as error:
         raise UserError(
             "prompt", f"prompt: {PAD} stands for an input image and cannot be in a text ({error})"
         ) from error
     ids = torch.tensor([row], device=context.device)
-    words = decoder_lm.embed(language.config, language.plan, language.w, ids)
-    embeds = qwen_vision.place(words, ids, pad, image_tokens.tokens)
+    embedded = decoder_lm.embed(language.config, language.plan, language.w, ids)
+    embeds = qwen_vision.place(embedded, ids, pad, image_tokens.tokens)
     return ids, {
         "positions": qwen_vision.positions(vision, ids, torch.ones_like(ids), pad, image_tokens.grids),
         "embeds": embeds,

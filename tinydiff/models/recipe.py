@@ -41,7 +41,7 @@ class Net(Generic[F]):
     plan: Plan
     weights: dict[str, Tensor]
     dtype: torch.dtype
-    generation: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """`generation_config.json`, of a language model that writes."""
     adapters: tuple[tuple[str, int], ...] = ()
     """(name, rank) of the adapters beside the weights, in their order along the low-rank leaves."""
@@ -99,7 +99,7 @@ class Context:
 
         The result has the autoencoder's type.
         """
-        x = torch.from_numpy(numpy.stack(images)).to(self.device, self.nets["vae"].dtype)
+        x = torch.as_tensor(numpy.stack(images)).to(self.device, self.nets["vae"].dtype)
         return (x / 127.5 - 1).permute(3, 0, 1, 2)[None]
 
 

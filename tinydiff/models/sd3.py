@@ -22,12 +22,14 @@ from torch import Tensor
 
 from tinydiff.models.encoders import clip_text, t5
 from tinydiff.models.family import Denoiser
-from tinydiff.models.joint import IMAGE, TEXT, Streams, feed_forward, gelu_tanh, heads, joint_attention
+from tinydiff.models.joint import IMAGE, TEXT, Streams, feed_forward, heads, joint_attention
 from tinydiff.models.recipe import Context, LoopInputs, Patch, latent_size, on_grid, shift_by_tokens
 from tinydiff.models.registry import ReleasedModel
+from tinydiff.ops.activations import gelu_tanh
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import embedder, timestep_embedding
 from tinydiff.ops.linear import linear, linear_sum
+from tinydiff.ops.network import Stack
 from tinydiff.ops.norm import modulate
 from tinydiff.ops.rope import grid_positions
 from tinydiff.ops.weights import Weights
@@ -153,7 +155,9 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     time_S1D = embedder(sinusoid, embed / "timestep_embedder")[:, None]
     active = F.silu(time_S1D + embedder(inputs["pooled"].to(dtype), embed / "text_embedder"))
     names = [f"{at}.{norm}" for _, at in blocks(c) for norm in ("norm1", "norm1_context")] + ["norm_out"]
-    return request, {name: linear(active, w / name / "linear").unflatten(-1, (-1, c.width)) for name in names}
+    return request, {
+        name: torch.unflatten(linear(active, w / name / "linear"), -1, (-1, c.width)) for name in names
+    }
 
 
 # --- the network
@@ -224,7 +228,7 @@ def last_block(
     return _joint(c, plan, w, streams, request, shared, shift, scale)[1]
 
 
-def blocks(c: Config) -> list:
+def blocks(c: Config) -> Stack:
     """The stack as rows (function, prefix)."""
     last = c.num_layers - 1
     return [(block if i < last else last_block, f"transformer_blocks.{i}") for i in range(c.num_layers)]
@@ -263,7 +267,8 @@ def _clip(context: Context, texts: list[str]) -> tuple[Tensor, Tensor]:
 
     P is pooled_projection_dim.
     """
-    states, pooled = [], []
+    states: list[Tensor] = []
+    pooled: list[Tensor] = []
     for name, tokenizer in CLIPS.items():
         encoder = context.nets[name]
         ids, _ = context.tokens(tokenizer, texts, context.clip_tokens(name))

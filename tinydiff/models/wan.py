@@ -31,6 +31,7 @@ from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import timestep_embedding
 from tinydiff.ops.linear import linear, linear_sum
+from tinydiff.ops.network import Stack
 from tinydiff.ops.norm import compute_dtype, layer_norm, modulate, rms_norm_across
 from tinydiff.ops.patch import patchify
 from tinydiff.ops.rope import grid_positions, rope_table, rotate_interleaved
@@ -153,7 +154,7 @@ def _time(c: Config, w: Weights, t_S: Tensor) -> tuple[Tensor, Tensor]:
     e = w / "time_embedder"
     sinusoid = timestep_embedding(t_S, c.freq_dim).to(torch.promote_types(w.dtype, torch.float32))
     time = linear(F.silu(linear(sinusoid, e / "linear_1")), e / "linear_2").to(w.dtype)
-    return time, linear(F.silu(time), w / "time_proj").unflatten(-1, (6, -1))
+    return time, torch.unflatten(linear(F.silu(time), w / "time_proj"), -1, (6, -1))
 
 
 def _image(c: Config, w: Weights, image: Tensor) -> Tensor:
@@ -194,12 +195,12 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     for _, at in blocks(c):
         a = w / at / "attn2"
         key = rms_norm_across(plan, linear(text_states, a / "to_k"), a / "norm_k", c.eps)
-        request[f"{at}.attn2.k"] = key.unflatten(-1, heads)
-        request[f"{at}.attn2.v"] = linear(text_states, a / "to_v").unflatten(-1, heads)
+        request[f"{at}.attn2.k"] = torch.unflatten(key, -1, heads)
+        request[f"{at}.attn2.v"] = torch.unflatten(linear(text_states, a / "to_v"), -1, heads)
         if image is not None:
             key = rms_norm_across(plan, linear(image, a / "add_k_proj"), a / "norm_added_k", c.eps)
-            request[f"{at}.attn2.image_k"] = key.unflatten(-1, heads)
-            request[f"{at}.attn2.image_v"] = linear(image, a / "add_v_proj").unflatten(-1, heads)
+            request[f"{at}.attn2.image_k"] = torch.unflatten(key, -1, heads)
+            request[f"{at}.attn2.image_v"] = torch.unflatten(linear(image, a / "add_v_proj"), -1, heads)
 
     time, modulation = _time(c, w, timesteps_S)
     if "frozen" in inputs:
@@ -246,20 +247,20 @@ def block(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, sh
     y = modulate(x_BLD, shift, scale, c.eps)
     q, k = (
         rotate_interleaved(
-            rms_norm_across(plan, linear(y, a / to), a / norm, c.eps).unflatten(-1, heads),
+            torch.unflatten(rms_norm_across(plan, linear(y, a / to), a / norm, c.eps), -1, heads),
             shared["cos"],
             shared["sin"],
         )
         for to, norm in (("to_q", "norm_q"), ("to_k", "norm_k"))
     )
     y = attention(
-        plan, q, k, linear(y, a / "to_v").unflatten(-1, heads), keys=keys(plan, shared, "image")
+        plan, q, k, torch.unflatten(linear(y, a / "to_v"), -1, heads), keys=keys(plan, shared, "image")
     ).flatten(2)
     x_BLD = (x_BLD + linear_sum(plan, y, a / "to_out" / 0) * gate).to(x_BLD.dtype)
 
     a, text = w / "attn2", request / "attn2"
     y = layer_norm(x_BLD, w / "norm2", c.eps) if c.cross_attn_norm else x_BLD
-    q = rms_norm_across(plan, linear(y, a / "to_q"), a / "norm_q", c.eps).unflatten(-1, heads)
+    q = torch.unflatten(rms_norm_across(plan, linear(y, a / "to_q"), a / "norm_q", c.eps), -1, heads)
     y = attention(all_tokens, q, text["k"], text["v"])  # every rank holds all keys of the text
     if "image_k" in text:
         y = y + attention(all_tokens, q, text["image_k"], text["image_v"])
@@ -270,7 +271,7 @@ def block(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, sh
     return (x_BLD + linear_sum(plan, y, f / 2) * ff_gate).to(x_BLD.dtype)
 
 
-def blocks(c: Config) -> list:
+def blocks(c: Config) -> Stack:
     """The stack as rows (function, prefix)."""
     return [(block, f"blocks.{i}") for i in range(c.num_layers)]
 

@@ -26,7 +26,9 @@ from tinydiff.models.recipe import Context, LoopInputs, latent_size, shift_by_to
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import timestep_embedding
+from tinydiff.ops.host import integers
 from tinydiff.ops.linear import linear, linear_sum
+from tinydiff.ops.network import Stack
 from tinydiff.ops.norm import compute_dtype, layer_norm, rms_norm
 from tinydiff.ops.patch import patchify, unpatchify
 from tinydiff.ops.rope import grid_positions, rope_table
@@ -191,11 +193,11 @@ def _tables(c: Config, plan: Plan, inputs: Tensors, lengths: list[int]) -> Tenso
     text = F.pad(torch.arange(1, max(lengths) + 1, device=device)[:, None], (0, 2)).expand(
         len(lengths), -1, -1
     )
-    tables = {}
+    tables: Tensors = {}
     for stream, places in (("text_", text), ("", image)):
         rope = rope_table(places.flatten(0, 1), c.axes_dims, c.rope_theta)
         for name, table in zip(("cos", "sin"), rope, strict=True):
-            tables[stream + name] = table.float().unflatten(0, places.shape[:2])
+            tables[stream + name] = torch.unflatten(table.float(), 0, places.shape[:2])
     return tables
 
 
@@ -209,7 +211,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     """
     embed, pad = w / "cap_embedder", w["cap_pad_token"]
     batch, tokens, _ = inputs["text"].shape
-    captions = inputs["mask"].sum(1).tolist() if "mask" in inputs else [tokens] * batch
+    captions = integers(inputs["mask"].sum(1)) if "mask" in inputs else [tokens] * batch
     lengths = [length + pad_tokens(length) for length in captions]
     place, one_length = torch.arange(max(lengths), device=pad.device), len(set(lengths)) == 1
 
@@ -283,9 +285,9 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
     return text, image
 
 
-def blocks(c: Config) -> list:
+def blocks(c: Config) -> Stack:
     """The stack as rows (function, prefix)."""
-    refiners = [(refine, f"noise_refiner.{i}") for i in range(c.n_refiner_layers)]
+    refiners: Stack = [(refine, f"noise_refiner.{i}") for i in range(c.n_refiner_layers)]
     return refiners + [(block, f"layers.{i}") for i in range(c.n_layers)]
 
 

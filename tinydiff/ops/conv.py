@@ -39,11 +39,11 @@ def per_frame(fn: Callable[[Tensor], Tensor], x_BCTHW: Tensor, chunk: int | None
     """
     batch, _, frames = x_BCTHW.shape[:3]
     if chunk is not None and frames > chunk:
-        return torch.cat([per_frame(fn, part) for part in x_BCTHW.split(chunk, 2)], 2)
+        return torch.cat([per_frame(fn, part) for part in torch.split(x_BCTHW, chunk, 2)], 2)
     if frames == 1:
         return fn(x_BCTHW[:, :, 0])[:, :, None]
     y = fn(x_BCTHW.transpose(1, 2).flatten(0, 1))
-    return y.unflatten(0, (batch, frames)).transpose(1, 2)
+    return torch.unflatten(y, 0, (batch, frames)).transpose(1, 2)
 
 
 def causal_conv3d(x_BCTHW: Tensor, w: Weights, past: Tensor | None = None, strip: Strip = WHOLE) -> Tensor:

@@ -33,8 +33,12 @@ class Block(Protocol):
     """
 
     def __call__(
-        self, c: Any, plan: Plan, w: Weights, x: Any, request: Weights, shared: Mapping[str, Tensor], /
+        self, c: Any, plan: Plan, w: Weights, x: Any, request: Weights, shared: Tensors, /
     ) -> Streams: ...
+
+
+Stack = list[tuple[Block, str]]
+"""The blocks in order: (function, prefix of its weights)."""
 
 
 class Family(Protocol):
@@ -106,7 +110,11 @@ class Fetch(NamedTuple):
     """(prefix, the pending fetch) -> the block's weights."""
 
 
-RESIDENT = Fetch(lambda prefix, local: local, lambda prefix, pending: pending)
+def _as_it_is(prefix: str, local: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return local
+
+
+RESIDENT = Fetch(_as_it_is, _as_it_is)
 """The weights are on the device already."""
 
 Walk = Callable[[list[Streams]], list[Streams]]
@@ -130,9 +138,7 @@ def plain(network: Network, block: Block) -> Callable[..., Streams]:
     """The block as a function of plain tensors, which may cross the boundary of a compiled region."""
     config, plan, dtype = network.config, network.plan, network.dtype
 
-    def call(
-        w: Mapping[str, Tensor], x: Streams, request: Mapping[str, Tensor], shared: Mapping[str, Tensor]
-    ) -> Streams:
+    def call(w: Mapping[str, Tensor], x: Streams, request: Mapping[str, Tensor], shared: Tensors) -> Streams:
         weights = Weights(w, dtype=dtype, lora_scale=shared.get(LORA_SCALE))
         return block(config, plan, weights, x, Weights(request, dtype=dtype), shared)
 
@@ -166,7 +172,7 @@ def walk(
     ]
 
     def run(streams: list[Streams]) -> list[Streams]:
-        pending = hooks.fetch.start(stack[0][1], w[stack[0][1]]) if stack else {}
+        pending: Mapping[str, Tensor] = hooks.fetch.start(stack[0][1], w[stack[0][1]]) if stack else {}
         for index, (block, prefix) in enumerate(stack):
             weights = hooks.fetch.take(prefix, pending)
             if index + 1 < len(stack):  # prefetch the next block's weights while this one computes

@@ -58,7 +58,7 @@ def group_norm(x: Tensor, w: Weights, groups: int, eps: float = 1e-6, strip: Str
     """
     if not strip.divided:
         return F.group_norm(x, groups, w["weight"].to(x.dtype), w["bias"].to(x.dtype), eps)
-    y = x.to(compute_dtype(x)).unflatten(1, (groups, -1)).flatten(3)
+    y = torch.unflatten(x.to(compute_dtype(x)), 1, (groups, -1)).flatten(3)
     variance, mean = torch.var_mean(y, (2, 3), correction=0, keepdim=True)
     mean, variance = statistics(strip, mean, variance)
     weight, bias = (w[name].to(y).view(groups, -1, 1) for name in ("weight", "bias"))

@@ -18,7 +18,7 @@ def rope_table(
 
     `dtype` is the type the angles are computed in: float64 where the reference does so, float32 elsewhere.
     """
-    angles = []
+    angles: list[Tensor] = []
     for axis, dim in enumerate(dims):
         exponent = torch.arange(0, dim, 2, dtype=dtype, device=positions_LA.device) / dim
         frequency = 1 / theta**exponent  # in this order, since all references round so
@@ -39,7 +39,7 @@ def rotate_interleaved(x_BLHD: Tensor, cos_LD: Tensor, sin_LD: Tensor) -> Tensor
     Tables: [L, D / 2], or [B, L, D / 2] where images have different ones. Computed in the wider type,
     returned in x's.
     """
-    a, b = x_BLHD.unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = torch.unflatten(x_BLHD, -1, (-1, 2)).unbind(-1)
     cos, sin = cos_LD.unsqueeze(-2), sin_LD.unsqueeze(-2)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x_BLHD.dtype)
 

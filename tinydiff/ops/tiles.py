@@ -32,7 +32,7 @@ def tiled(fn: ImageFunction, x: Tensor, side: int | None, scale: float, plan: Pl
     squares = [x[..., i : i + side, j : j + side] for i in range(0, height, stride) for j in columns]
     tiles = _by_turns(fn, squares, scale, plan.group("rows"))
     rows = [tiles[start : start + len(columns)] for start in range(0, len(tiles), len(columns))]
-    strips = []
+    strips: list[Tensor] = []
     for i, row in enumerate(rows):
         for j, tile in enumerate(row):
             if i:

@@ -34,7 +34,7 @@ def reshard(x: Tensor, source: Placement, target: Placement, group: Group) -> Te
         case Shard(dim), Replicate():
             gathered = wait(start_gather(x.contiguous(), group))
             return (
-                gathered.unflatten(0, (group.size, -1))
+                torch.unflatten(gathered, 0, (group.size, -1))
                 .movedim(0, dim % x.ndim)
                 .flatten(dim % x.ndim, dim % x.ndim + 1)
             )
@@ -42,7 +42,7 @@ def reshard(x: Tensor, source: Placement, target: Placement, group: Group) -> Te
             return x.chunk(group.size, dim)[group.rank]
         case Shard(before), Shard(after):
             before, after = before % x.ndim, after % x.ndim
-            parts = x.unflatten(after, (group.size, -1)).movedim(after, 0).contiguous()
+            parts = torch.unflatten(x, after, (group.size, -1)).movedim(after, 0).contiguous()
             sizes: list[int] = [parts.shape[0] // group.size] * group.size
             got = _ops.wait_tensor(_ops.all_to_all_single(parts, sizes, sizes, group.name))
             return got.movedim(0, before).flatten(before, before + 1)

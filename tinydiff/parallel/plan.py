@@ -179,11 +179,11 @@ def low_rank_rows(row: Row, rank: int) -> Iterator[Row]:
 
     They are divided over `tp` as the weight is: lora_b by its outputs, or lora_a by its inputs.
     """
-    stem, outputs, inputs = row.name.removesuffix("weight"), row.split == 0, row.split == 1
-    columns = {"split": 1, "parts": row.parts, "head": row.head} if inputs else {}
-    rows = {"split": 0, "parts": row.parts, "head": row.head} if outputs else {}
-    yield Row(f"{stem}{LORA_A}", (rank, prod(row.shape[1:])), float32=row.float32, **columns)
-    yield Row(f"{stem}{LORA_B}", (row.shape[0], rank), float32=row.float32, **rows)
+    stem, split = row.name.removesuffix("weight"), row.split
+    down = Row(f"{stem}{LORA_A}", (rank, prod(row.shape[1:])), float32=row.float32)
+    up = Row(f"{stem}{LORA_B}", (row.shape[0], rank), float32=row.float32)
+    yield replace(down, split=1, parts=row.parts, head=row.head) if split == 1 else down
+    yield replace(up, split=0, parts=row.parts, head=row.head) if split == 0 else up
 
 
 def conv_rows(name: str, channels_in: int, channels_out: int, kernel: tuple[int, ...]) -> Iterator[Row]:

@@ -386,7 +386,7 @@ def _moments(c: Config, w: Weights, x: Tensor, chunk: int | None, strip: Strip) 
 def _pixels(c: Config, w: Weights, z: Tensor, chunk: int | None, strip: Strip) -> Tensor:
     z = causal_conv3d(z, w / "post_quant_conv")
     past: Past | None = None if chunk is None else {}
-    d, pieces = w / "decoder", enumerate(z.split(chunk or z.shape[2], 2))
+    d, pieces = w / "decoder", enumerate(torch.split(z, chunk or z.shape[2], 2))
     return torch.cat([_decode_chunk(c, d, piece, past, i == 0, strip) for i, piece in pieces], 2)
 
 

@@ -15,16 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinydiff.entries import typed
+from tinydiff.entries import mapping, typed
 from tinydiff.keymap import KeyMap, also, unread
 from tinydiff.models.family import Encoder
+from tinydiff.ops.activations import Activation, quick_gelu
 from tinydiff.ops.attention import attention
 from tinydiff.ops.linear import linear, linear_sum
 from tinydiff.ops.norm import layer_norm
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat, under
 
-ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 WITH_PROJECTION = "CLIPTextModelWithProjection"
 
@@ -72,9 +73,7 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
 
     class_name: CLIPTextModelWithProjection has a projection into the joint space, CLIPTextModel has none.
     """
-    text = entries.get("text_config", entries)
-    if not isinstance(text, Mapping):
-        raise ValueError(f"text_config is {text!r}; it must be an object")
+    text = mapping("text_config", entries.get("text_config", entries))
     return Config(**typed(Config, {**text, "architectures": [class_name]}))
 
 
@@ -168,7 +167,7 @@ def end_token(c: Config, ids_BT: Tensor) -> Tensor:
 
 def _attention(c: Config, plan: Plan, w: Weights, x: Tensor, later: Tensor) -> Tensor:
     heads = (-1, c.hidden_size // c.num_attention_heads)
-    q, k, v = (linear(x, w / name).unflatten(-1, heads) for name in ("q_proj", "k_proj", "v_proj"))
+    q, k, v = (torch.unflatten(linear(x, w / name), -1, heads) for name in ("q_proj", "k_proj", "v_proj"))
     return linear_sum(plan, attention(plan, q, k, v, later).flatten(2), w / "out_proj")
 
 

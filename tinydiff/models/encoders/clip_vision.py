@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinydiff.entries import typed
+from tinydiff.entries import mapping, typed
 from tinydiff.keymap import KeyMap, also, unread
 from tinydiff.models.encoders import preprocess
 from tinydiff.models.family import Encoder
+from tinydiff.ops.activations import Activation, quick_gelu
 from tinydiff.ops.attention import attention
 from tinydiff.ops.conv import conv2d
 from tinydiff.ops.linear import linear, linear_sum
@@ -29,7 +30,7 @@ from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat, un
 if TYPE_CHECKING:
     import numpy as np
 
-ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -73,9 +74,7 @@ class Config:
 
 def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
     """The Config of a config.json, of a vision tower or of a whole CLIP."""
-    vision = entries.get("vision_config", entries)
-    if not isinstance(vision, Mapping):
-        raise ValueError(f"vision_config is {vision!r}; it must be an object")
+    vision = mapping("vision_config", entries.get("vision_config", entries))
     return Config(**typed(Config, vision))
 
 
@@ -136,7 +135,7 @@ def pixels(c: Config, image_HWC: np.ndarray) -> Tensor:
     scaled = (edge * width // short, edge * height // short)
     resized = np.asarray(Image.fromarray(image_HWC).resize(scaled, Image.Resampling(c.resample)))
     top, left = (resized.shape[0] - side) // 2, (resized.shape[1] - side) // 2
-    colours = torch.from_numpy(resized[top : top + side, left : left + side] / 255.0).float()
+    colours = torch.as_tensor(resized[top : top + side, left : left + side] / 255.0).float()
     colours = (colours - torch.tensor(c.image_mean)) / torch.tensor(c.image_std)
     return colours.permute(2, 0, 1)[None].contiguous()
 
@@ -163,7 +162,7 @@ def encode(c: Config, plan: Plan, w: Weights, pixels_BCSS: Tensor) -> Tensor:
 
 def _attention(c: Config, plan: Plan, w: Weights, x: Tensor) -> Tensor:
     heads = (-1, c.hidden_size // c.num_attention_heads)
-    q, k, v = (linear(x, w / name).unflatten(-1, heads) for name in ("q_proj", "k_proj", "v_proj"))
+    q, k, v = (torch.unflatten(linear(x, w / name), -1, heads) for name in ("q_proj", "k_proj", "v_proj"))
     return linear_sum(plan, attention(plan, q, k, v).flatten(2), w / "out_proj")
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from tinydiff.entries import typed
+from tinydiff.entries import is_object, mapping, typed
+from tinydiff.ops.activations import Activation, gelu_tanh
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
+ACTIVATIONS: dict[str, Activation] = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": gelu_tanh}
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -232,9 +233,7 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
     """
     if class_name not in CLASSES:
         raise ValueError(f"{class_name!r} is no known language model; known are {', '.join(CLASSES)}")
-    text = entries.get("text_config") or entries
-    if not isinstance(text, Mapping):
-        raise ValueError(f"text_config is {text!r}; it must be an object")
+    text = mapping("text_config", entries.get("text_config") or entries)
     kind = str(text.get("model_type", CLASSES[class_name][0]))
     kind = _WHOLE.get(kind, kind)
     if kind not in CLASSES[class_name]:
@@ -250,7 +249,9 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
         )
     bias = bool(v.get("attention_bias"))
     # Newer files have this entry outside the text part.
-    ties = [part["tie_word_embeddings"] for part in (text, entries) if "tie_word_embeddings" in part]
+    ties: list[bool] = [
+        part["tie_word_embeddings"] for part in (text, entries) if "tie_word_embeddings" in part
+    ]
     rope, local_rope = _ropes(v)
     if kind == "qwen2_5_vl_text" and not all(each.mrope_section for each in (rope, local_rope or rope)):
         raise ValueError("mrope_section is missing; Qwen2.5-VL needs it among its rope parameters")
@@ -287,14 +288,16 @@ def _layer_types(v: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _ropes(v: Mapping[str, Any]) -> tuple[Rope, Rope | None]:
     """The rope of full layers and that of sliding ones, None where it is the same."""
-    parameters = v.get("rope_scaling") or v.get("rope_parameters") or {}
+    parameters: Mapping[str, Any] = v.get("rope_scaling") or v.get("rope_parameters") or {}
     if FULL in parameters:
-        full, sliding = (parameters.get(kind) for kind in (FULL, SLIDING))
-        if not isinstance(full, Mapping) or not isinstance(sliding, Mapping | None):
+        full: object = parameters[FULL]
+        sliding: object = parameters.get(SLIDING)
+        if not is_object(full) or not (sliding is None or is_object(sliding)):
             raise ValueError(
                 f"rope_parameters is {dict(parameters)}; it must have an object for each kind of layer"
             )
-        return _rope(v, full), None if sliding is None else _rope(v, sliding)
+        local = None if sliding is None else _rope(v, sliding)
+        return _rope(v, full), local
     local = v.get("rope_local_base_freq")
     return _rope(v, parameters), None if local is None else Rope(local)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tinydiff.models.encoders.decoder_lm import Config, block, embed, last_norm, views
 from tinydiff.ops.embed import scores
+from tinydiff.ops.host import integers
 from tinydiff.ops.norm import compute_dtype
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
@@ -81,7 +82,7 @@ def generate(
     for _ in range(limit):
         logits, cache = _step(c, plan, w, x, at, mask, cache)
         token = choose(logits, ids, sampling, generator)
-        for row, value in enumerate(token.tolist()):
+        for row, value in enumerate(integers(token)):
             if value in stop:
                 running.discard(row)
             elif row in running:
@@ -99,7 +100,7 @@ def _step(
 ) -> tuple[Tensor, Cache]:
     """Scores of the token after x [B, T, C] -> ([B, V], the keys and values of each layer)."""
     view = views(c, at, mask, x)
-    grown = []
+    grown: Cache = []
     for i in range(c.layers):
         x, kept = block(c, plan, w / "layers" / i, x, view[c.layer_types[i]], cache[i] if cache else None)
         grown.append(kept)

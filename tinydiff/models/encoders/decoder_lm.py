@@ -143,7 +143,8 @@ def frequencies(rope: Rope, dim: int) -> tuple[Tensor, float]:
             ramp = (torch.arange(dim // 2).float() - low) / (high - low if high > low else 1e-3)
             kept = 1 - ramp.clamp(0, 1)
             return 1.0 / (factor * wavelength) * (1 - kept) + plain * kept, _yarn_factor(rope)
-    return plain, 1.0
+        case _:  # "default"
+            return plain, 1.0
 
 
 def _yarn_factor(rope: Rope) -> float:
@@ -283,7 +284,9 @@ def block(
 def _attention(
     c: Config, plan: Plan, w: Weights, x: Tensor, view: View, past: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    q, k, v = (linear(x, w / name).unflatten(-1, (-1, c.head_dim)) for name in ("q_proj", "k_proj", "v_proj"))
+    q, k, v = (
+        torch.unflatten(linear(x, w / name), -1, (-1, c.head_dim)) for name in ("q_proj", "k_proj", "v_proj")
+    )
     if c.qk_norm:
         q, k = _norm(c, q, w / "q_norm"), _norm(c, k, w / "k_norm")
     q, k = rotate_half(q, view.cos, view.sin), rotate_half(k, view.cos, view.sin)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tinydiff.entries import value
+from tinydiff.entries import is_object, value
 
 ALWAYS = {
     "do_resize": True,
@@ -33,7 +33,9 @@ def clip(entries: Mapping[str, Any], image_size: int) -> dict[str, Any]:
     if edge is not None:
         fields["shortest_edge"] = edge
     crop = entries.get("crop_size")
-    sides = [crop.get(name) for name in ("height", "width")] if isinstance(crop, Mapping) else [crop, crop]
+    sides: list[object] = [crop, crop]
+    if is_object(crop):
+        sides = [crop.get(name) for name in ("height", "width")]
     if crop is not None and sides != [image_size, image_size]:
         raise ValueError(
             f"crop_size is {crop!r}; it must be image_size of the image encoder, {image_size}, both ways"

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from tinydiff.entries import typed
+from tinydiff.entries import mapping, typed
 from tinydiff.keymap import KeyMap, also, moved, unread
 from tinydiff.models.encoders import preprocess
 from tinydiff.models.encoders.clip_vision import MEAN, STD
@@ -28,6 +28,7 @@ from tinydiff.models.encoders.decoder_config import ACTIVATIONS, Rope
 from tinydiff.models.encoders.decoder_lm import frequencies
 from tinydiff.models.family import Encoder
 from tinydiff.ops.attention import attention
+from tinydiff.ops.host import integers
 from tinydiff.ops.linear import linear, linear_sum
 from tinydiff.ops.norm import compute_dtype, rms_norm
 from tinydiff.ops.rope import grid_positions, rotate_half
@@ -90,9 +91,7 @@ class Config:
 
 def config_from(entries: Mapping[str, Any]) -> Config:
     """The Config of a released Qwen2.5-VL config.json. Older files call `in_channels` `in_chans`."""
-    vision = entries.get("vision_config")
-    if not isinstance(vision, Mapping):
-        raise ValueError(f"vision_config is {vision!r}; it must be an object, the shape of the vision tower")
+    vision = mapping("vision_config", entries.get("vision_config"))
     older = {"in_channels": vision["in_chans"]} if "in_chans" in vision else {}
     return Config(**typed(Config, older | dict(vision)))
 
@@ -174,7 +173,7 @@ def pixels(c: Config, image_HWC: np.ndarray) -> tuple[Tensor, Grid]:
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     resized = np.asarray(image.resize((width, height), Image.Resampling(c.resample)))
-    colours = torch.from_numpy(resized * (1 / 255)).float()
+    colours = torch.as_tensor(resized * (1 / 255)).float()
     colours = (colours - torch.tensor(c.image_mean)) / torch.tensor(c.image_std)
     patches = rearrange(colours, "(h m p) (w n q) c -> (h w m n) c 1 (p q)", m=m, n=m, p=p, q=p)
     return patches.expand(-1, -1, c.temporal_patch_size, -1).flatten(1), (height // p, width // p)
@@ -211,7 +210,7 @@ def encode(c: Config, plan: Plan, w: Weights, patches_NP: Tensor, grids: Sequenc
     grids: rows and columns of each image's patches.
     """
     kernel = w["patch_embed.proj.weight"].flatten(1)
-    images = patches_NP.to(w.dtype).split([tall * wide for tall, wide in grids])
+    images = torch.split(patches_NP.to(w.dtype), [tall * wide for tall, wide in grids])
     pairs = zip(images, grids, strict=True)
     return torch.cat([_image(c, plan, w, F.linear(image, kernel), grid) for image, grid in pairs])
 
@@ -249,7 +248,7 @@ def _block(
 ) -> Tensor:
     a, f = w / "attn", w / "mlp"
     qkv = linear(rms_norm(x_UMD, w / "norm1", EPS), a / "qkv")
-    q, k, v = qkv.unflatten(-1, (3, -1, c.hidden_size // c.num_heads)).unbind(2)
+    q, k, v = torch.unflatten(qkv, -1, (3, -1, c.hidden_size // c.num_heads)).unbind(2)
     y = attention(plan, rotate_half(q, cos, sin), rotate_half(k, cos, sin), v, mask)
     x = x_UMD + linear_sum(plan, y.flatten(2), a / "proj")
     y = rms_norm(x, w / "norm2", EPS)
@@ -291,7 +290,8 @@ def positions(c: Config, ids_BT: Tensor, mask_BT: Tensor, image_id: int, grids: 
     """
     m, left = c.spatial_merge_size, iter(grids)
     at = torch.zeros(3, *ids_BT.shape, dtype=torch.int64)
-    for row, (ids, mask) in enumerate(zip(ids_BT.tolist(), mask_BT.tolist(), strict=True)):
+    for row, (ids_T, mask_T) in enumerate(zip(ids_BT.cpu(), mask_BT.cpu(), strict=True)):
+        ids, mask = integers(ids_T), integers(mask_T)
         real = [i for i, seen in enumerate(mask) if seen]
         start = done = 0
         while done < len(real):

@@ -18,6 +18,7 @@ from torch import Tensor
 from tinydiff.entries import typed
 from tinydiff.keymap import KeyMap, also, unread
 from tinydiff.models.family import Encoder
+from tinydiff.ops.activations import Activation, gelu_tanh
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import lookup
 from tinydiff.ops.linear import linear, linear_sum
@@ -25,7 +26,7 @@ from tinydiff.ops.norm import rms_norm
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, under
 
-ACTIVATIONS = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[str, Activation] = {"gelu_new": gelu_tanh, "gelu": F.gelu, "relu": F.relu}
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def encode(c: Config, plan: Plan, w: Weights, ids_BT: Tensor, mask_BT: Tensor | 
             if hidden is not None:
                 bias = bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
         y = rms_norm(x, block / 0 / "layer_norm", c.layer_norm_epsilon)
-        q, k, v = (linear(y, a / name).unflatten(-1, (-1, c.d_kv)) for name in ("q", "k", "v"))
+        q, k, v = (torch.unflatten(linear(y, a / name), -1, (-1, c.d_kv)) for name in ("q", "k", "v"))
         x = x + linear_sum(plan, attention(plan, q, k, v, bias, scale=1.0).flatten(2), a / "o")
         y = rms_norm(x, block / 1 / "layer_norm", c.layer_norm_epsilon)
         x = x + _dense(c, plan, block / 1 / "DenseReluDense", y)

@@ -128,7 +128,7 @@ def _known() -> tuple[tuple[str, tuple[str, ...], Mapping[str, Shape]], ...]:
 
 def _tables() -> Iterator[tuple[str, tuple[str, ...], Mapping[str, Shape]]]:
     alike: dict[tuple[str, str], list[str]] = defaultdict(list)
-    entries = {}
+    entries: dict[tuple[str, str], Mapping[str, object]] = {}
     for model, components in released.COMPONENTS.items():
         class_name, fields = components["transformer"]
         alike[class_name, repr(fields)].append(model)

@@ -207,7 +207,8 @@ _NESTED = wan_vae.Config(is_residual=True)
 
 def _counts(s: Sizes, half: str) -> list[int]:
     """Blocks of each stage: what lies between the convolutions that change the resolution."""
-    counts, blocks = [], 0
+    counts: list[int] = []
+    blocks = 0
     for i in range(s.count(half)):
         if s.has(f"{half}.{i}.conv"):
             blocks += 1

@@ -112,7 +112,8 @@ def recognise(
     Raises UserError for a file that has no weights, no known layout, or several possible ones.
     """
     _check_weights(shapes, metadata or {}, name)
-    found, left = [], []
+    found: list[Found] = []
+    left: list[str] = []
     for prefix, part in _components(shapes):
         fits = list(_fits(Sizes(part), prefix))
         if len({each.class_name for each in fits}) > 1:

@@ -57,7 +57,7 @@ def by_rows(lines: tuple[Line, ...], entries: Callable[[Sizes], Entries]) -> Cal
     keys = KeyMap(lines)
 
     def ask(stored: Sizes) -> Entries:
-        shapes = {}
+        shapes: dict[str, Shape] = {}
         for key, shape in stored.shapes.items():
             match = keys.of_key(key)
             if match is not None:
