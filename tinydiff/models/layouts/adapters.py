@@ -1,7 +1,7 @@
-"""Which released models the layers of an adapter are of, told by names and shapes alone.
+"""The released models that an adapter fits, found by the names and shapes of its layers alone.
 
-Trainers name a layer after the model's own name or the original one, with dots or underscores, behind a prefix.
-Underscored names cannot be split, so both spellings of every known layer are looked up.
+Trainers name a layer by the model's own name or by the original one, with dots or underscores, after a
+prefix. Underscored names cannot be split, so both spellings of every known layer are looked up.
 """
 
 from __future__ import annotations
@@ -42,9 +42,12 @@ KINDS = {
     "DoRA": "dora_scale",
     "difference": "diff",
 }
-"""Kind -> how the parts begin that only it has."""
+"""Kind -> the first letters of parts that only it has."""
 
-LOW = ("lora_A", "lora_down", "lora.down", "lora1.down", "lora2.down", "lora_linear_layer.down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")  # fmt: skip
+LOW = (
+    *("lora_A", "lora_down", "lora.down", "lora1.down", "lora2.down", "lora_linear_layer.down"),
+    *("hada_w1_b", "lokr_w1_b", "lokr_w2_b"),
+)
 """Parts whose first dimension is the rank."""
 
 
