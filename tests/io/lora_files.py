@@ -14,7 +14,7 @@ FAMILIES = [name for name in CONVERTED if RECORDS[CONVERTED[name][0]].role == "d
 
 
 def network(name):
-    """(component, key map of the original layout, what makes the spec's names of the layout's) of a narrow network."""
+    """A narrow network: (component, key map of the original layout, what makes the spec's names of them)."""
     layout, c, rows, _ = drawn(name)
     record = RECORDS[layout.class_name]
     component = Component("dit", {row.name: row for row in rows}, key_maps(record, c))
@@ -77,7 +77,7 @@ def product(a, b, shape):
 
 
 def deltas(component, keys, to_rows, pairs, scale=1.0):
-    """Row -> what pairs of stored names must add, by the reference's converter of weights, which is linear."""
+    """Row -> what pairs of stored names must add, by the reference's converter of weights; it is linear."""
     shapes = stored(component, keys)
     whole = {key: torch.zeros(shape, dtype=torch.float64) for key, shape in shapes.items()}
     for module, (a, b) in pairs.items():

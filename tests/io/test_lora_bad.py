@@ -1,6 +1,7 @@
-"""LoRA files that are broken, of another kind or of another model: one sentence each, and nothing is executed."""
+"""LoRA files that are broken, of another kind or of another model: one sentence each, nothing executed."""
 
 import pickle
+import random
 import re
 
 import pytest
@@ -17,6 +18,7 @@ NETWORK = Component(
 )
 A, B = "transformer.layer.lora_A.weight", "transformer.layer.lora_B.weight"
 GOOD = {A: randn(4, 8), B: randn(12, 4)}
+EMPTY = {A: randn(0, 8), B: randn(12, 0)}
 
 
 def refused(words, *args, **options):
@@ -31,26 +33,71 @@ BAD = {
     "no A": ({B: GOOD[B]}, "layer has half a pair only: lora_B .lora_up. without lora_A .lora_down."),
     "no B": ({A: GOOD[A]}, "layer has half a pair only: lora_A .lora_down. without lora_B .lora_up."),
     "no second factor": (
-        {"transformer.layer.lokr_w1": randn(2, 2)}, "layer has half a pair only: .*without lokr_w2_a",
+        {"transformer.layer.lokr_w1": randn(2, 2)},
+        "layer has half a pair only: .*without lokr_w2_a",
     ),
     "NaN": ({A: GOOD[A] * NAN, B: GOOD[B]}, f"has values that are not numbers in {A}"),
     "infinite": ({A: GOOD[A] / 0, B: GOOD[B]}, f"has values that are not numbers in {A}"),
-    "alpha of NaN": (GOOD | {"transformer.layer.alpha": NAN}, "has a scale that is not a number in transformer.layer.alpha"),
+    "alpha of NaN": (
+        GOOD | {"transformer.layer.alpha": NAN},
+        "has a scale that is not a number in transformer.layer.alpha",
+    ),
     "alpha of two": (GOOD | {"transformer.layer.alpha": randn(2)}, r"alpha of layer has the shape \(2,\)"),
-    "alpha alone": ({"transformer.layer.alpha": torch.tensor(1.0)}, "layer has only alpha, which change nothing"),
+    "alpha alone": (
+        {"transformer.layer.alpha": torch.tensor(1.0)},
+        "layer has only alpha, which change nothing",
+    ),
+    "no directions": (EMPTY, f"has no values in {A}"),
+    "shapes": (
+        {
+            "transformer.layer.hada_w1_a": randn(12, 2),
+            "transformer.layer.hada_w1_b": randn(2, 8),
+            "transformer.layer.hada_w2_a": randn(12, 3),
+            "transformer.layer.hada_w2_b": randn(2, 8),
+        },
+        r"layer has factors whose shapes do not fit each other: .*hada_w2_a \(12, 3\)",
+    ),
+    "parts of two kinds": (
+        GOOD | {"transformer.layer.rescale": randn(12)},
+        "layer has rescale, which does not belong to a layer of the kind LoRA",
+    ),
     "two ranks": ({A: GOOD[A], B: randn(12, 3)}, "layer has factors of two ranks, 4 and 3"),
-    "narrower": ({A: randn(4, 7), B: GOOD[B]}, r"lora_A \(lora_down\) of shape \(4, 7\), which does not fit the model's \(12, 8\)"),
+    "narrower": (
+        {A: randn(4, 7), B: GOOD[B]},
+        r"lora_A \(lora_down\) of shape \(4, 7\), which does not fit the model's \(12, 8\)",
+    ),
     "shorter": ({A: GOOD[A], B: randn(9, 4)}, r"lora_B \(lora_up\) of shape \(9, 4\), which does not fit"),
-    "GLoRA": ({f"lycoris_layer.{name}.weight": randn(4, 4) for name in ("a1", "a2", "b1", "b2")}, "of the kind GLoRA, which is not supported"),
+    "GLoRA": (
+        {f"lycoris_layer.{name}.weight": randn(4, 4) for name in ("a1", "a2", "b1", "b2")},
+        "of the kind GLoRA, which is not supported",
+    ),
     "BOFT": ({"lycoris_layer.oft_blocks": randn(2, 3, 4, 4)}, "of the kind BOFT, which is not supported"),
-    "OFT of peft": ({"transformer.layer.oft_R.weight": randn(2, 6)}, "of the kind PEFT's OFT, which is not supported"),
-    "a bias that is not there": (GOOD | {"transformer.layer.diff_b": randn(12)}, "changes a bias, which the model's layer does not have"),
-    "DoRA alone": ({"transformer.layer.dora_scale": randn(12)}, "has lengths of rows .DoRA. without a change"),
-    "DoRA of another width": (GOOD | {"transformer.layer.dora_scale": randn(5, 1)}, "has DoRA's lengths of shape"),
-    "wider": (GOOD | {"transformer.layer.reshape_weight": torch.tensor([12, 16])}, r"widens a weight to \(12, 16\), and the model's is \(12, 8\)"),
+    "OFT of peft": (
+        {"transformer.layer.oft_R.weight": randn(2, 6)},
+        "of the kind PEFT's OFT, which is not supported",
+    ),
+    "a bias that is not there": (
+        GOOD | {"transformer.layer.diff_b": randn(12)},
+        "changes a bias, which the model's layer does not have",
+    ),
+    "DoRA alone": (
+        {"transformer.layer.dora_scale": randn(12)},
+        "has lengths of rows .DoRA. without a change",
+    ),
+    "DoRA of another width": (
+        GOOD | {"transformer.layer.dora_scale": randn(5, 1)},
+        "has DoRA's lengths of shape",
+    ),
+    "wider": (
+        GOOD | {"transformer.layer.reshape_weight": torch.tensor([12, 16])},
+        r"widens a weight to \(12, 16\), and the model's is \(12, 8\)",
+    ),
     "another size": ({"transformer.layer.diff": randn(5, 5)}, "has a full difference of shape"),
-    "weights": ({"transformer.layer.weight": randn(12, 8)}, "1 of 1 keys match no weight .transformer.layer.weight.$"),
-}  # fmt: skip
+    "weights": (
+        {"transformer.layer.weight": randn(12, 8)},
+        "1 of 1 keys match no weight .transformer.layer.weight.$",
+    ),
+}
 """Name -> (tensors, the sentence)."""
 
 
@@ -60,13 +107,85 @@ def test_tensors_that_make_no_adapter(tmp_path, name):
     refused(words, tmp_path, tensors, NETWORK)
 
 
+PARTS = (
+    "lora_A.weight",
+    "lora_B.weight",
+    "lora_mid.weight",
+    "lora_B.bias",
+    "alpha",
+    "dora_scale",
+    "diff",
+    "diff_b",
+    "lora_magnitude_vector",
+    "hada_w1_a",
+    "hada_w1_b",
+    "hada_w2_a",
+    "hada_w2_b",
+    "hada_t1",
+    "hada_t2",
+    "lokr_w1",
+    "lokr_w1_a",
+    "lokr_w1_b",
+    "lokr_w2",
+    "lokr_w2_a",
+    "lokr_w2_b",
+    "lokr_t2",
+    "oft_blocks",
+    "rescale",
+    "w_norm",
+    "set_weight",
+    "reshape_weight",
+)
+RIGHT = {
+    "alpha": (),
+    "dora_scale": (12, 1),
+    "lora_magnitude_vector": (12,),
+    "diff": (12, 8),
+    "set_weight": (12, 8),
+}
+SHAPES = ((), (1,), (12,), (4, 8), (12, 4), (12, 8), (2, 2), (4, 4, 4), (2, 4, 2, 2), (0, 8), (4, 0))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_parts_of_any_shape_are_one_sentence_or_an_adapter(tmp_path, seed):
+    """Whatever is taken can be applied."""
+    draw, made = random.Random(seed), 0
+    for _ in range(200):
+        parts = draw.sample(PARTS, draw.randint(1, 3))
+        for group in (PARTS[:2], PARTS[9:13], ("lokr_w1", "lokr_w2"), ("lokr_w1_a", "lokr_w1_b", "lokr_w2")):
+            if draw.random() < 0.25:
+                parts = [*group, *parts[:1]]
+        tensors = GOOD if draw.random() < 0.4 else {}
+        shapes = [
+            RIGHT[part] if part in RIGHT and draw.random() < 0.6 else draw.choice(SHAPES) for part in parts
+        ]
+        tensors = tensors | {
+            f"transformer.layer.{part}": randn(*shape) for part, shape in zip(parts, shapes, strict=True)
+        }
+        try:
+            differences = read(tmp_path, tensors, NETWORK).targets["transformer"]
+        except UserError as error:
+            assert error.field == "lora_path" and "\n" not in str(error)
+            continue
+        for name, each in differences.items():
+            made += 1
+            assert each.apply(randn(*NETWORK.rows[name].shape), 0.5).shape == NETWORK.rows[name].shape
+    assert made > 0
+
+
 METADATA = {
-    "no number": ({"lora_adapter_metadata": '{"transformer.lora_alpha": "big"}'}, "lora_alpha of layer is 'big', not a number"),
+    "no number": (
+        {"lora_adapter_metadata": '{"transformer.lora_alpha": "big"}'},
+        "lora_alpha of layer is 'big', not a number",
+    ),
     "no JSON": ({"lora_adapter_metadata": "{"}, "lora_adapter_metadata is not JSON"),
     "no object": ({"lora_adapter_metadata": "[1]"}, "lora_adapter_metadata is not a JSON object"),
     "alpha of all": ({"network_alpha": "x"}, "network_alpha of its metadata is 'x', not a number"),
-    "a pattern": ({"lora_adapter_metadata": '{"transformer.alpha_pattern": {"(": 1}}'}, "alpha_pattern '\\(' is no regular expression"),
-}  # fmt: skip
+    "a pattern": (
+        {"lora_adapter_metadata": '{"transformer.alpha_pattern": {"(": 1}}'},
+        "alpha_pattern '\\(' is no regular expression",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", METADATA)

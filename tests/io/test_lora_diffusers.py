@@ -53,7 +53,7 @@ def layers(family, keep):
 
 @functools.cache
 def whole_flux():
-    """FLUX.1 with all its blocks, which some converters take for granted: (component, key map of its layout)."""
+    """FLUX.1 with all its blocks, which some converters take for granted: (component, key map)."""
     c = flux.Config(guidance_embeds=True)
     component = Component("dit", {row.name: row for row in narrow(flux.spec(c))}, key_maps(flux.FAMILY, c))
     return component, KeyMap(LINES)

@@ -45,28 +45,64 @@ LYCORIS = {
     "LoRA": (LoConModule, {"lora_dim": 4, "alpha": 2.0}, "LoRA", 4, 0.5),
     "LoRA, rank-stabilised": (LoConModule, {"lora_dim": 4, "alpha": 2.0, "rs_lora": True}, "LoRA", 4, 1.0),
     "LoRA with a core": (LoConModule, {"lora_dim": 4, "alpha": 2.0, "use_tucker": True}, "LoRA", 4, 0.5),
-    "DoRA of rows": (LoConModule, {"lora_dim": 4, "alpha": 2.0, "weight_decompose": True, "wd_on_out": True}, "DoRA", 4, 0.5),
-    "DoRA of columns": (LoConModule, {"lora_dim": 4, "alpha": 2.0, "weight_decompose": True, "wd_on_out": False}, "DoRA", 4, 0.5),
+    "DoRA of rows": (
+        LoConModule,
+        {"lora_dim": 4, "alpha": 2.0, "weight_decompose": True, "wd_on_out": True},
+        "DoRA",
+        4,
+        0.5,
+    ),
+    "DoRA of columns": (
+        LoConModule,
+        {"lora_dim": 4, "alpha": 2.0, "weight_decompose": True, "wd_on_out": False},
+        "DoRA",
+        4,
+        0.5,
+    ),
     "LoHa": (LohaModule, {"lora_dim": 4, "alpha": 2.0}, "LoHa", 4, 0.5),
     "LoHa with a core": (LohaModule, {"lora_dim": 4, "alpha": 2.0, "use_tucker": True}, "LoHa", 4, 0.5),
-    "LoHa, DoRA": (LohaModule, {"lora_dim": 4, "alpha": 2.0, "weight_decompose": True}, "DoRA of LoHa", 4, 0.5),
+    "LoHa, DoRA": (
+        LohaModule,
+        {"lora_dim": 4, "alpha": 2.0, "weight_decompose": True},
+        "DoRA of LoHa",
+        4,
+        0.5,
+    ),
     "LoKr, full": (LokrModule, {"lora_dim": 100, "alpha": 2.0, "factor": 2}, "LoKr", None, 1.0),
     "LoKr, one product": (LokrModule, {"lora_dim": 1, "alpha": 0.5, "factor": 2}, "LoKr", 1, 0.5),
-    "LoKr, two products": (LokrModule, {"lora_dim": 1, "alpha": 0.5, "factor": -1, "decompose_both": True}, "LoKr", 1, 0.5),
-    "LoKr with a core": (LokrModule, {"lora_dim": 1, "alpha": 0.5, "factor": 2, "use_tucker": True}, "LoKr", 1, 0.5),
-    "LoKr, DoRA": (LokrModule, {"lora_dim": 1, "alpha": 0.5, "factor": 2, "weight_decompose": True}, "DoRA of LoKr", 1, 0.5),
+    "LoKr, two products": (
+        LokrModule,
+        {"lora_dim": 1, "alpha": 0.5, "factor": -1, "decompose_both": True},
+        "LoKr",
+        1,
+        0.5,
+    ),
+    "LoKr with a core": (
+        LokrModule,
+        {"lora_dim": 1, "alpha": 0.5, "factor": 2, "use_tucker": True},
+        "LoKr",
+        1,
+        0.5,
+    ),
+    "LoKr, DoRA": (
+        LokrModule,
+        {"lora_dim": 1, "alpha": 0.5, "factor": 2, "weight_decompose": True},
+        "DoRA of LoKr",
+        1,
+        0.5,
+    ),
     "OFT": (DiagOFTModule, {"lora_dim": 4}, "OFT", None, 1.0),
     "OFT, limited": (DiagOFTModule, {"lora_dim": 4, "constraint": 0.05}, "OFT", None, 1.0),
     "OFT, rescaled": (DiagOFTModule, {"lora_dim": 4, "rescaled": True}, "OFT", None, 1.0),
-}  # fmt: skip
+}
 """Name -> (LyCORIS' module, its options, our word for the kind, rank, scale)."""
 
 
 def trained(make, name, base, options):
     """(LyCORIS' module on a layer with random parameters, the weight that it merges).
 
-    Its merging of LoHa and LoKr multiplies by the scale twice, its forward pass once: the latter counts. Its OFT
-    knows float32 alone.
+    Its merging of LoHa and LoKr multiplies by the scale twice, its forward pass once: the latter counts. Its
+    OFT knows float32 alone.
     """
     theirs = make(name, base, 1.0, **options)
     alpha = theirs.state_dict().get("alpha")
@@ -131,23 +167,35 @@ class Net(nn.Module):
 
 PEFT = {
     "LoRA": (peft.LoraConfig(r=4, lora_alpha=2, target_modules=["layer"]), "LoRA"),
-    "rank-stabilised": (peft.LoraConfig(r=4, lora_alpha=2, use_rslora=True, target_modules=["layer"]), "LoRA"),
+    "rank-stabilised": (
+        peft.LoraConfig(r=4, lora_alpha=2, use_rslora=True, target_modules=["layer"]),
+        "LoRA",
+    ),
     "patterns": (
-        peft.LoraConfig(r=4, lora_alpha=2, rank_pattern={"lay.r": 3}, alpha_pattern={"la.*": 6}, target_modules=["layer"]),
+        peft.LoraConfig(
+            r=4, lora_alpha=2, rank_pattern={"lay.r": 3}, alpha_pattern={"la.*": 6}, target_modules=["layer"]
+        ),
         "LoRA",
     ),
     "DoRA": (peft.LoraConfig(r=4, lora_alpha=2, use_dora=True, target_modules=["layer"]), "DoRA"),
-    "bias of the factor": (peft.LoraConfig(r=4, lora_alpha=2, lora_bias=True, target_modules=["layer"]), "LoRA"),
+    "bias of the factor": (
+        peft.LoraConfig(r=4, lora_alpha=2, lora_bias=True, target_modules=["layer"]),
+        "LoRA",
+    ),
     "LoHa": (peft.LoHaConfig(r=4, alpha=2, target_modules=["layer"]), "LoHa"),
     "LoHa with a core": (
-        peft.LoHaConfig(r=4, alpha=2, use_effective_conv2d=True, target_modules=["layer"]), "LoHa",
+        peft.LoHaConfig(r=4, alpha=2, use_effective_conv2d=True, target_modules=["layer"]),
+        "LoHa",
     ),
     "LoKr": (peft.LoKrConfig(r=1, alpha=3, target_modules=["layer"]), "LoKr"),
     "LoKr, full": (peft.LoKrConfig(r=40, alpha=20, target_modules=["layer"]), "LoKr"),
     "LoKr with a core": (
-        peft.LoKrConfig(r=1, alpha=3, use_effective_conv2d=True, decompose_both=True, target_modules=["layer"]), "LoKr",
+        peft.LoKrConfig(
+            r=1, alpha=3, use_effective_conv2d=True, decompose_both=True, target_modules=["layer"]
+        ),
+        "LoKr",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("shape", [LINEAR, CONV], ids=["linear", "convolution"])
@@ -219,9 +267,10 @@ def test_biases_norms_and_whole_weights(tmp_path):
     network = Component("dit", rows)
     diff, bias, norm, modulation = randn(12, 8), randn(12), randn(8), randn(1, 6, 4)
     tensors = {
-        "diffusion_model.layer.diff_b": bias, "diffusion_model.norm.diff": norm,
+        "diffusion_model.layer.diff_b": bias,
+        "diffusion_model.norm.diff": norm,
         "diffusion_model.blocks.0.diff_m": modulation,
-    }  # fmt: skip
+    }
     adapter = read(tmp_path, tensors | {"diffusion_model.layer.diff": diff}, network)
     assert (adapter.kinds, adapter.ranks) == (("full difference",), ())
     found = {

@@ -1,4 +1,4 @@
-"""The layouts of LoRA files: each changes each family's weights as the reference's converter of whole weights says.
+"""The layouts of LoRA files: each changes each family's weights as the reference's converter of weights says.
 
 A product of the file's factors is a weight of the layout in which the file names its layers, so diffusers'
 converter of single files says of which weights of the model it is a part.
@@ -15,9 +15,19 @@ DOWN_UP = (".lora_down.weight", ".lora_up.weight")
 A_B = (".lora_A.weight", ".lora_B.weight")
 LAYOUTS = {
     "diffusers": ("own", "transformer.{}", A_B, "diffusers"),
-    "diffusers, with a name": ("own", "transformer.{}", (".lora_A.my_style.weight", ".lora_B.my_style.weight"), "diffusers"),
+    "diffusers, with a name": (
+        "own",
+        "transformer.{}",
+        (".lora_A.my_style.weight", ".lora_B.my_style.weight"),
+        "diffusers",
+    ),
     "diffusers, old": ("own", "transformer.{}", ("_lora.down.weight", "_lora.up.weight"), "diffusers"),
-    "diffusers, older": ("own", "unet.{}", (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"), "diffusers"),
+    "diffusers, older": (
+        "own",
+        "unet.{}",
+        (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+        "diffusers",
+    ),
     "PEFT": ("own", "base_model.model.{}", A_B, "PEFT"),
     "PEFT, a transformer": ("own", "base_model.model.transformer.{}", A_B, "diffusers"),
     "PEFT, original": ("stored", "base_model.model.{}", A_B, "PEFT"),
@@ -33,8 +43,8 @@ LAYOUTS = {
     "Lightning": ("own", "{}", DOWN_UP, "without a prefix"),
     "DiffSynth": ("own", "{}", (".lora_A.default.weight", ".lora_B.default.weight"), "DiffSynth"),
     "Anime-Z": ("own", "lora_unet_{_}", (".lora.down.weight", ".lora.up.weight"), "kohya"),
-}  # fmt: skip
-"""Name -> (whose names of the layers, what stands before, how the keys of the factors end, what it is called)."""
+}
+"""Name -> (whose names of the layers, what stands before, how the factors' keys end, what it is called)."""
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

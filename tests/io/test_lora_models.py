@@ -24,9 +24,19 @@ def component_of(record, c, cut=narrow):
     return Component(record.role, {row.name: row for row in cut(record.spec(c))}, key_maps(record, c))
 
 
-@pytest.mark.parametrize("name", ["Wan, a frame beside the noise and CLIP", "Z-Image", "Qwen-Image", "FLUX.1, guidance",
-                                  "FLUX.2, guidance and references", "Ovis-Image", "ERNIE-Image",
-                                  "SD3, norms and dual attention"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Wan, a frame beside the noise and CLIP",
+        "Z-Image",
+        "Qwen-Image",
+        "FLUX.1, guidance",
+        "FLUX.2, guidance and references",
+        "Ovis-Image",
+        "ERNIE-Image",
+        "SD3, norms and dual attention",
+    ],
+)
 def test_diffusers_merges_the_same_weights(tmp_path, name):
     """load_lora_adapter and fuse_lora, with ranks that differ from layer to layer."""
     given = DENOISERS[name]
@@ -69,11 +79,18 @@ QKV = tuple(f"{DOUBLE}.attn.{name}.weight" for name in ("to_q", "to_k", "to_v"))
 KEYS = (
     (FLUX, "transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight", f"{SINGLE}.attn.to_k.weight"),
     (FLUX, "transformer.single_transformer_blocks.0.proj_mlp.lora_A.weight", f"{SINGLE}.proj_mlp.weight"),
-    (FLUX, "base_model.model.single_transformer_blocks.10.proj_mlp.lora_B.weight", "single_transformer_blocks.10.proj_mlp.weight"),
+    (
+        FLUX,
+        "base_model.model.single_transformer_blocks.10.proj_mlp.lora_B.weight",
+        "single_transformer_blocks.10.proj_mlp.weight",
+    ),
     (FLUX, "lora_unet_double_blocks_0_img_attn_proj.alpha", f"{DOUBLE}.attn.to_out.0.weight"),
     (FLUX, "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", QKV),
-    (FLUX, "lora_unet_single_blocks_0_linear1.lora_up.weight",
-     (*(f"{SINGLE}.attn.{name}.weight" for name in ("to_q", "to_k", "to_v")), f"{SINGLE}.proj_mlp.weight")),
+    (
+        FLUX,
+        "lora_unet_single_blocks_0_linear1.lora_up.weight",
+        (*(f"{SINGLE}.attn.{name}.weight" for name in ("to_q", "to_k", "to_v")), f"{SINGLE}.proj_mlp.weight"),
+    ),
     (FLUX, "lora_unet_double_blocks_0_txt_mod_lin.lora_up.weight", f"{DOUBLE}.norm1_context.linear.weight"),
     (FLUX, "diffusion_model.double_blocks.0.img_attn.proj.lokr_w1", f"{DOUBLE}.attn.to_out.0.weight"),
     (FLUX, "lora_transformer_single_transformer_blocks_0_attn_to_k.dora_scale", f"{SINGLE}.attn.to_k.weight"),
@@ -81,30 +98,50 @@ KEYS = (
     (FLUX, "transformer.single_blocks.0.linear1.3.lora_down.weight", f"{SINGLE}.proj_mlp.weight"),
     (FLUX, "double_blocks.0.processor.qkv_lora1.down.weight", QKV),
     (FLUX, "double_blocks.0.processor.proj_lora2.up.weight", f"{DOUBLE}.attn.to_add_out.weight"),
-    (FLUX, "single_blocks.0.processor.qkv_lora.down.weight", tuple(f"{SINGLE}.attn.{x}.weight" for x in ("to_q", "to_k", "to_v"))),
+    (
+        FLUX,
+        "single_blocks.0.processor.qkv_lora.down.weight",
+        tuple(f"{SINGLE}.attn.{x}.weight" for x in ("to_q", "to_k", "to_v")),
+    ),
     (FLUX, "single_blocks.0.processor.proj_lora.up.weight", f"{SINGLE}.proj_out.weight"),
     (FLUX, "double_blocks.0.txt_mlp.2.lora_B.bias", f"{DOUBLE}.ff_context.net.2.weight"),
     (FLUX, "double_blocks.0.img_attn.norm.key_norm.scale", f"{DOUBLE}.attn.norm_k.weight"),
     (FLUX, "final_layer.adaLN_modulation.1.lora_A.weight", "norm_out.linear.weight"),
     (FLUX, "base_model.model.double_blocks.0.img_mod.lin.lora_A.weight", f"{DOUBLE}.norm1.linear.weight"),
-    (FLUX2, "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj.lora_A.weight", f"{SINGLE}.attn.to_qkv_mlp_proj.weight"),
+    (
+        FLUX2,
+        "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj.lora_A.weight",
+        f"{SINGLE}.attn.to_qkv_mlp_proj.weight",
+    ),
     (FLUX2, "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight", QKV),
     (FLUX2, "diffusion_model.single_blocks.0.linear1.lokr_w1", f"{SINGLE}.attn.to_qkv_mlp_proj.weight"),
     (FLUX2, "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", QKV),
     (FLUX2, "lycoris_transformer_blocks_0_attn_to_q.lokr_w1", f"{DOUBLE}.attn.to_q.weight"),
     (QWEN, "transformer_blocks.0.attn.to_k.lora_down.weight", f"{DOUBLE}.attn.to_k.weight"),
     (QWEN, "lora_unet_transformer_blocks_0_attn_to_k.lokr_w1", f"{DOUBLE}.attn.to_k.weight"),
-    (QWEN, "lora_unet_transformer_blocks_0_img_mlp_net_0_proj.lora_down.weight", f"{DOUBLE}.img_mlp.net.0.proj.weight"),
+    (
+        QWEN,
+        "lora_unet_transformer_blocks_0_img_mlp_net_0_proj.lora_down.weight",
+        f"{DOUBLE}.img_mlp.net.0.proj.weight",
+    ),
     (QWEN, "transformer_blocks.0.attn.to_k.lora_A.default.weight", f"{DOUBLE}.attn.to_k.weight"),
     (Z, "diffusion_model.layers.0.attention.to_q.lora_A.weight", "layers.0.attention.to_q.weight"),
     (Z, "lora_unet_layers_0_attention_to_q.lora_down.weight", "layers.0.attention.to_q.weight"),
-    (Z, "lora_unet_layers_0_attention_qkv.lora_up.weight", tuple(f"layers.0.attention.to_{x}.weight" for x in "qkv")),
+    (
+        Z,
+        "lora_unet_layers_0_attention_qkv.lora_up.weight",
+        tuple(f"layers.0.attention.to_{x}.weight" for x in "qkv"),
+    ),
     (Z, "lora_unet_layers_0_attention_out.lora_up.weight", "layers.0.attention.to_out.0.weight"),
     (Z, "lora_unet__layers_0_attention_to_k.alpha", "layers.0.attention.to_k.weight"),
     (Z, "diffusion_model.layers.0.attention.to.q.lora.down.weight", "layers.0.attention.to_q.weight"),
     (SD3, "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight", QKV),
     (SD3, "lora_unet_joint_blocks_0_context_block_mlp_fc1.alpha", f"{DOUBLE}.ff_context.net.0.proj.weight"),
-    (ERNIE, "transformer.layers.29.self_attention.to_out.0.lora_down.weight", "layers.29.self_attention.to_out.0.weight"),
+    (
+        ERNIE,
+        "transformer.layers.29.self_attention.to_out.0.lora_down.weight",
+        "layers.29.self_attention.to_out.0.weight",
+    ),
     (ERNIE, "transformer.layers.3.mlp.gate_proj.lora_up.weight", "layers.3.mlp.gate_proj.weight"),
     (WAN, "diffusion_model.blocks.0.self_attn.q.lora_A.weight", "blocks.0.attn1.to_q.weight"),
     (WAN, "diffusion_model.blocks.0.cross_attn.v_img.lora_B.weight", "blocks.0.attn2.add_v_proj.weight"),
@@ -114,10 +151,18 @@ KEYS = (
     (WAN, "diffusion_model.blocks.0.norm3.diff", "blocks.0.norm2.weight"),
     (WAN, "diffusion_model.head.head.diff", "proj_out.weight"),
     (WAN, "diffusion_model.time_projection.1.diff_b", "condition_embedder.time_proj.weight"),
-    (WAN, "diffusion_model.img_emb.proj.1.lora_down.weight", "condition_embedder.image_embedder.ff.net.0.proj.weight"),
-    (WAN, "diffusion_model.text_embedding.0.lora_down.weight", "condition_embedder.text_embedder.linear_1.weight"),
+    (
+        WAN,
+        "diffusion_model.img_emb.proj.1.lora_down.weight",
+        "condition_embedder.image_embedder.ff.net.0.proj.weight",
+    ),
+    (
+        WAN,
+        "diffusion_model.text_embedding.0.lora_down.weight",
+        "condition_embedder.text_embedder.linear_1.weight",
+    ),
     (WAN, "diffusion_model.patch_embedding.diff", "patch_embedding.weight"),
-)  # fmt: skip
+)
 """Keys that released files have -> the weights that they are for."""
 
 
@@ -141,13 +186,26 @@ def test_the_modulation_of_wan():
 # --- text encoders
 
 CLIP_G = clip_text.Config(
-    vocab_size=60, hidden_size=64, intermediate_size=128, projection_dim=64, num_hidden_layers=3, num_attention_heads=1,
+    vocab_size=60,
+    hidden_size=64,
+    intermediate_size=128,
+    projection_dim=64,
+    num_hidden_layers=3,
+    num_attention_heads=1,
     architectures=("CLIPTextModelWithProjection",),
-)  # fmt: skip
+)
 LANGUAGE = DecoderConfig(
-    vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=8, rope_parameters=Rope(1e6), layers=2, layer_types=("full_attention",) * 2,
-)  # fmt: skip
+    vocab_size=50,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    rope_parameters=Rope(1e6),
+    layers=2,
+    layer_types=("full_attention",) * 2,
+)
 
 
 def encoder(record, c):
@@ -165,22 +223,38 @@ def projections(component):
 MODELS = {
     "FLUX.1": {"text_encoder": (clip_text.FAMILY, CLIP), "text_encoder_2": (t5.FAMILY, UMT5)},
     "SD3": {
-        "text_encoder": (clip_text.FAMILY, PROJECTS), "text_encoder_2": (clip_text.FAMILY, CLIP_G),
+        "text_encoder": (clip_text.FAMILY, PROJECTS),
+        "text_encoder_2": (clip_text.FAMILY, CLIP_G),
         "text_encoder_3": (t5.FAMILY, UMT5),
     },
     "Qwen-Image": {"text_encoder": (decoder_lm.FAMILY, LANGUAGE)},
-}  # fmt: skip
+}
 PREFIXES = {
-    ("FLUX.1", "text_encoder"): ("text_encoder.", "lora_te1_", "lora_te_", "text_encoders.clip_l.transformer."),
-    ("FLUX.1", "text_encoder_2"): ("text_encoder_2.", "lora_te2_", "lora_te3_", "text_encoders.t5xxl.transformer."),
+    ("FLUX.1", "text_encoder"): (
+        "text_encoder.",
+        "lora_te1_",
+        "lora_te_",
+        "text_encoders.clip_l.transformer.",
+    ),
+    ("FLUX.1", "text_encoder_2"): (
+        "text_encoder_2.",
+        "lora_te2_",
+        "lora_te3_",
+        "text_encoders.t5xxl.transformer.",
+    ),
     ("SD3", "text_encoder"): ("text_encoder.", "lora_te1_", "text_encoders.clip_l.transformer."),
     ("SD3", "text_encoder_2"): ("text_encoder_2.", "lora_te2_", "text_encoders.clip_g.transformer."),
     ("SD3", "text_encoder_3"): ("text_encoder_3.", "lora_te3_", "text_encoders.t5xxl.transformer."),
     ("Qwen-Image", "text_encoder"): (
-        "text_encoder.", "lora_te_", "lora_te1_", "text_encoders.qwen25_7b.transformer.model.", "text_encoder.model.",
-        "text_encoder.model.language_model.", "lora_te_model_",
+        "text_encoder.",
+        "lora_te_",
+        "lora_te1_",
+        "text_encoders.qwen25_7b.transformer.model.",
+        "text_encoder.model.",
+        "text_encoder.model.language_model.",
+        "lora_te_model_",
     ),
-}  # fmt: skip
+}
 """(model, component) -> what stands before its names."""
 
 

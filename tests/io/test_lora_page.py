@@ -10,8 +10,16 @@ from tests.io.test_lora_layouts import LAYOUTS
 from tests.sources import ROOT
 
 TEXT = (ROOT / "docs" / "lora.md").read_text(encoding="utf-8")
-COLUMNS = {"FLUX.1": "FLUX.1-dev", "FLUX.2": "FLUX.2 dev", "Ovis": "Ovis", "SD3": "SD3.5 medium", "Z-Image": "Z-Image",
-           "Qwen-Image": "Qwen-Image", "ERNIE": "ERNIE-Image", "Wan": "Wan I2V"}  # fmt: skip
+COLUMNS = {
+    "FLUX.1": "FLUX.1-dev",
+    "FLUX.2": "FLUX.2 dev",
+    "Ovis": "Ovis",
+    "SD3": "SD3.5 medium",
+    "Z-Image": "Z-Image",
+    "Qwen-Image": "Qwen-Image",
+    "ERNIE": "ERNIE-Image",
+    "Wan": "Wan I2V",
+}
 """Column -> one of its families in the tests."""
 ROWS = {
     "diffusers, SimpleTuner": "diffusers",
@@ -66,7 +74,7 @@ ONE = {
     },
     "LoKr, with a core": {"lokr_w1": (3, 2), "lokr_w2": (4, 4)},
     "OFT of LyCORIS and kohya": {"oft_blocks": (3, 4, 4)},
-    "full difference of a weight, bias, norm or modulation": {"diff": (12, 8)},
+    "full difference of a weight, bias, norm or table": {"diff": (12, 8)},
     "a weight in place of the model's": {"set_weight": (12, 8)},
 }
 """Row of the table of kinds -> the parts of a small file."""

@@ -1,8 +1,8 @@
 """What an adapter does to one weight, by kind.
 
-All kinds give the weight itself at strength 0 and the adapter's full effect at strength 1. Rows are those of the
-weight flattened to [rows, columns]: `cut` takes some of them, which is how a layer that is fused in the file
-becomes several weights of the model.
+All kinds give the weight itself at strength 0 and the adapter's full effect at strength 1. Rows are those of
+the weight flattened to [rows, columns]: `cut` takes some of them, which is how a layer that is fused in the
+file becomes several weights of the model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Difference(Protocol):
         ...
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
-        """(a [R, I], b [O, R]) whose product b @ a is the difference at strength 1; None where it has none."""
+        """(a [R, I], b [O, R]) whose product b @ a is the difference at strength 1, or None."""
         ...
 
     def cut(self, at: int, size: int) -> Difference:

@@ -32,14 +32,15 @@ _DENOISER = re.compile(
     r"|lora_transformer_|lycoris_|oft_unet_)?"
 )
 _TEXT = re.compile(
-    r"(?:base_model\.model\.)?(?:text_encoder(?:_(?P<number>\d))?\.|text_encoders\.(?P<name>\w+)\.transformer\."
-    r"|lora_te(?P<te>\d?)_)(?:(?:language_)?model[._])*"
+    r"(?:base_model\.model\.)?(?:text_encoder(?:_(?P<number>\d))?\."
+    r"|text_encoders\.(?P<name>\w+)\.transformer\.|lora_te(?P<te>\d?)_)(?:(?:language_)?model[._])*"
 )
 _NAMED_ENCODERS = {"clip_l": 1, "clip_g": 2}
 
 _TRAINERS = {
     "transformer.": "diffusers", "transformer_2.": "diffusers", "unet.": "diffusers", "lora_unet_": "kohya",
-    "lora_unet__": "VideoX-Fun", "lora_transformer_": "OneTrainer", "lycoris_": "LyCORIS", "oft_unet_": "kohya",
+    "lora_unet__": "VideoX-Fun", "lora_transformer_": "OneTrainer", "lycoris_": "LyCORIS",
+    "oft_unet_": "kohya",
     "diffusion_model.": "ComfyUI", "model.diffusion_model.": "ComfyUI",
 }  # fmt: skip
 

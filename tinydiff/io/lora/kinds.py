@@ -35,7 +35,8 @@ class Built:
 
 
 REFUSED = {
-    "a1": "GLoRA", "a2": "GLoRA", "b1": "GLoRA", "b2": "GLoRA", "oft_R": "PEFT's OFT", "boft_R": "PEFT's BOFT",
+    "a1": "GLoRA", "a2": "GLoRA", "b1": "GLoRA", "b2": "GLoRA", "oft_R": "PEFT's OFT",
+    "boft_R": "PEFT's BOFT",
     "boft_s": "PEFT's BOFT", "oft_diag": "PEFT's OFT", "lokr_t1": "LoKr with lokr_t1",
 }  # fmt: skip
 """Parts of kinds that are not supported -> the kind."""
@@ -43,7 +44,11 @@ REFUSED = {
 _LORA = {"down", "up", "mid", "up_bias"}
 _LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"}
 _LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}
+_OF = {"LoRA": _LORA, "LoHa": _LOHA, "LoKr": _LOKR, "OFT": {"oft_blocks", "rescale"}}
+"""Kind -> its parts."""
 _FULL = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation", "w_norm": "weight", "b_norm": "bias"}
+_EVERYWHERE = {"alpha", "dora_scale", "magnitude", "set_weight", "reshape_weight", *_FULL}
+"""Parts that a layer of any kind may have."""
 
 
 def build(parts: Parts, shapes: Mapping[str, Shape], scale: Scale, lokr_rank: int | None = None) -> Built:
@@ -60,13 +65,15 @@ def build(parts: Parts, shapes: Mapping[str, Shape], scale: Scale, lokr_rank: in
     if not weight and any(part not in ("alpha", *_FULL) for part in parts):
         raise ValueError("changes a weight, which the model's layer does not have")
     if _LORA & parts.keys():
-        built = _lora(parts, weight, scale)
+        built = _fitting(lambda given: _lora(given, shapes, scale), parts, _LORA)
     elif _LOHA & parts.keys():
-        built = _loha(parts, weight, scale)
+        built = _fitting(lambda given: _loha(given, weight, scale), parts, _LOHA)
     elif _LOKR & parts.keys():
-        built = _lokr(parts, weight, scale, lokr_rank)
+        built = _fitting(lambda given: _lokr(given, weight, scale, lokr_rank), parts, _LOKR)
     elif "oft_blocks" in parts:
         built = _oft(parts, weight)
+    if left := sorted(parts.keys() - _EVERYWHERE - _OF.get(built.kind, set())):
+        raise ValueError(f"has {left[0]}, which does not belong to a layer of the kind {built.kind}")
     changes = dict(built.changes)
     for part, leaf in _FULL.items():
         if part in parts:
@@ -85,6 +92,19 @@ def build(parts: Parts, shapes: Mapping[str, Shape], scale: Scale, lokr_rank: in
     if not changes:
         raise ValueError(f"has only {' and '.join(sorted(parts))}, which change nothing")
     return Built(built.kind, built.rank, built.scale, changes)
+
+
+def _fitting(make: Callable[[Parts], Built], parts: Parts, names: set[str]) -> Built:
+    """The layer, after its difference has been made of shapes alone. ValueError where they do not fit."""
+    factors = {name: x for name, x in parts.items() if name in names}
+    try:
+        change = make({name: x.to("meta") for name, x in factors.items()}).changes["weight"]
+        assert isinstance(change, LowRank | Dense), "these kinds are added"
+        change.delta()
+    except (RuntimeError, IndexError, TypeError) as error:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in factors.items())
+        raise ValueError(f"has factors whose shapes do not fit each other: {shapes}") from error
+    return make(factors)
 
 
 def _rows(weight: Shape) -> int:
@@ -121,8 +141,9 @@ def _full(tensor: Tensor, shapes: Mapping[str, Shape], leaf: str) -> Dense:
     return Dense(lambda: tensor.reshape(shapes[leaf]))
 
 
-def _lora(parts: Parts, weight: Shape, scale: Scale) -> Built:
+def _lora(parts: Parts, shapes: Mapping[str, Shape], scale: Scale) -> Built:
     down, up = _need(parts, "down", "up")
+    weight = shapes.get("weight", ())
     rank, factor = len(down), scale(len(down))
     if "mid" in parts:
         mid = parts["mid"]
@@ -134,8 +155,7 @@ def _lora(parts: Parts, weight: Shape, scale: Scale) -> Built:
         raise ValueError(f"has factors of two ranks, {len(a)} and {b.shape[1]}")
     changes: dict[str, Difference] = {"weight": LowRank(a, b, factor)}
     if "up_bias" in parts:
-        bias = factor * parts["up_bias"]
-        changes["bias"] = Dense(lambda: bias)
+        changes["bias"] = _full(factor * parts["up_bias"], shapes, "bias")
     return Built("LoRA", rank, factor, changes)
 
 
@@ -227,8 +247,8 @@ def _oft(parts: Parts, weight: Shape) -> Built:
 
 
 def _dora(change: Difference | None, magnitude: Tensor | None, by_name: Tensor | None, weight: Shape) -> Dora:
-    """PEFT's lengths are those of rows. LyCORIS' are of rows or columns, as their shape tells; a square weight's
-    lie along the dimension that is not one.
+    """PEFT's lengths are those of rows. LyCORIS' are of rows or columns, as their shape tells; a
+    square weight's lie along the dimension that is not one.
     """
     if not isinstance(change, LowRank | Dense):
         raise ValueError("has lengths of rows (DoRA) without a change")

@@ -1,7 +1,7 @@
 """The layers of a component under every name that a LoRA file may give them.
 
-Underscored names cannot be taken apart (`attn_to_out_0`), so every name of the component is underscored and looked
-up: its own, and those of each layout in which files hold its weights.
+Underscored names cannot be taken apart (`attn_to_out_0`), so every name of the component is underscored and
+looked up: its own, and those of each layout in which files hold its weights.
 """
 
 from __future__ import annotations

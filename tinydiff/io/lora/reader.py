@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 class Adapter:
     """A LoRA file, read for one model.
 
-    layout: how the file names the layers, in words. targets: component -> name of a weight -> what is done to it.
-    kinds: of its layers, the commonest first. ranks, scales: those that its layers have, from the least. unmatched: keys of the file
-    that fit nothing of the model; only in lenient reading there are any. others: keys of components that were not
-    asked for.
+    layout: how the file names the layers, in words. targets: component -> name of a weight -> what is done to
+    it. kinds: of its layers, the commonest first. ranks, scales: those that its layers have, from the least.
+    unmatched: keys of the file that fit nothing of the model; only in lenient reading there are any. others:
+    keys of components that were not asked for.
     """
 
     layout: str
@@ -50,8 +50,15 @@ def _span(values: Sequence[float]) -> str:
     return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
 
 
+Place = tuple[str, str]
+"""(component, layer in underscores)."""
+
+
 class Layer(NamedTuple):
-    """A layer of the file in a component: its name, its keys and its tensors by part, and how its keys are written."""
+    """A layer of the file in a component: its name, and by part its keys and tensors.
+
+    layouts: how its keys are written.
+    """
 
     stem: str
     layouts: list[str]
@@ -78,58 +85,60 @@ def read_adapter(
 ) -> Adapter:
     """Read a LoRA file for a model's components, by name.
 
-    alpha: of files that record none. lenient: keys that fit nothing are returned and not refused. targets: the
-    components to change; None takes all that the file has. Raises UserError for a file that is broken or does not
-    fit.
+    alpha: of files that record none. lenient: keys that fit nothing are returned and not refused. targets:
+    the components to change; None takes all that the file has. Raises UserError for a file that is broken or
+    does not fit.
     """
-    refuse = _refusal(file)
     try:
         tensors, metadata = archive.read(file)
         recorded = scales.read(file, metadata, alpha)
-    except ValueError as error:
-        refuse(str(error))
-    if bad := next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None):
-        what = "a scale that is not a number" if bad.endswith(".alpha") else "values that are not numbers"
-        refuse(f"has {what} in {bad}")
-    try:
+        _check_numbers(tensors)
         layers, unmatched, others = _layers(tensors, components, targets)
+        if unmatched and not (lenient and layers):
+            raise ValueError(_misfit(unmatched, len(tensors)))
+        if not layers:
+            raise ValueError(f"changes nothing of {' and '.join(targets or components)}")
+        return _adapter(layers, components, recorded, tuple(unmatched), tuple(others))
     except ValueError as error:
-        refuse(str(error))
-    if unmatched and not (lenient and layers):
-        refuse(_misfit(unmatched, len(tensors)))
-    if others and not layers:
-        refuse(f"changes nothing of {' and '.join(targets or components)}")
-    try:
-        built = {
-            place: _build(place[0], layer, components[place[0]], recorded) for place, layer in layers.items()
-        }
-        found = {
-            name: _placed(components[name], {stem: x for (part, stem), x in built.items() if part == name})
-            for name in components
-            if any(part == name for part, _ in built)
-        }
-    except ValueError as error:
-        refuse(str(error))
-    names = [name for layer in layers.values() for name in layer.layouts]
-    ranks = tuple(sorted({each.rank for each, _ in built.values() if each.rank is not None}))
+        raise UserError("lora_path", f"lora_path: {str(file)!r} {error}") from error
+
+
+def _check_numbers(tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            what = "a scale that is not a number" if key.endswith(".alpha") else "values that are not numbers"
+            raise ValueError(f"has {what} in {key}")
+        if not tensor.numel():
+            raise ValueError(f"has no values in {key}")
+
+
+def _adapter(
+    layers: Mapping[Place, Layer],
+    components: Mapping[str, Component],
+    recorded: scales.Scales,
+    unmatched: tuple[str, ...],
+    others: tuple[str, ...],
+) -> Adapter:
+    found = {
+        place: _build(place[0], layer, components[place[0]], recorded) for place, layer in layers.items()
+    }
+    built = [each for each, _ in found.values()]
+    ranks = tuple(sorted({each.rank for each in built if each.rank is not None}))
     if recorded.own and len(ranks) > 1:
-        refuse(f"has one alpha in its metadata for layers of ranks {', '.join(map(str, ranks))}")
+        raise ValueError(f"has one alpha in its metadata for layers of ranks {', '.join(map(str, ranks))}")
+    targets = {
+        name: _placed(component, {stem: each for (owner, stem), each in found.items() if owner == name})
+        for name, component in components.items()
+    }
     return Adapter(
-        layout=Counter(names).most_common(1)[0][0],
-        targets=found,
-        kinds=tuple(kind for kind, _ in Counter(each.kind for each, _ in built.values()).most_common()),
+        layout=Counter(name for layer in layers.values() for name in layer.layouts).most_common(1)[0][0],
+        targets={name: each for name, each in targets.items() if each},
+        kinds=tuple(kind for kind, _ in Counter(each.kind for each in built).most_common()),
         ranks=ranks,
-        scales=tuple(sorted({each.scale for each, _ in built.values()})),
-        unmatched=tuple(unmatched),
-        others=tuple(others),
+        scales=tuple(sorted({each.scale for each in built})),
+        unmatched=unmatched,
+        others=others,
     )
-
-
-def _refusal(file: Path) -> Callable[[str], NoReturn]:
-    def refuse(why: str) -> NoReturn:
-        raise UserError("lora_path", f"lora_path: {str(file)!r} {why}")
-
-    return refuse
 
 
 def _misfit(keys: list[str], total: int) -> str:
@@ -137,10 +146,6 @@ def _misfit(keys: list[str], total: int) -> str:
     words = look(keys)
     looks = f"; they look like a LoRA for {words}" if words else ""
     return f"does not fit the model: {len(keys)} of {total} keys match no weight ({names}){looks}"
-
-
-Place = tuple[str, str]
-"""(component, layer in underscores)."""
 
 
 def _layers(
@@ -238,7 +243,7 @@ def _joined(row: str, pieces: list[Piece], component: Component) -> Difference:
     """
     if any(piece.own for piece in pieces) and not all(piece.own for piece in pieces):
         left = dict.fromkeys(piece.layer for piece in pieces if not piece.own)
-        log.info("LoRA: %s says what %s says again, which is not read", row, " and ".join(left))
+        log.warning("LoRA: %s says what %s says again, which is not read", row, " and ".join(left))
         pieces = [piece for piece in pieces if piece.own]
     ends = sorted((piece.at, piece.at + piece.size, piece.layer) for piece in pieces)
     for (_, end, one), (start, _, other) in pairwise(ends):

@@ -23,7 +23,8 @@ GLOBAL = ("lora_alpha", "network_alpha", "alpha")
 class Scales:
     """How strong a file's layers are, as far as it is not in the tensors.
 
-    configs: PEFT's, by component; "" is that of all. alpha: of all layers. own: whether `alpha` stands in the file.
+    configs: PEFT's, by component; "" is that of all. alpha: of all layers. own: whether `alpha` stands in the
+    file.
     """
 
     configs: Mapping[str, Config]
