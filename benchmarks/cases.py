@@ -4,9 +4,7 @@ random.
 
 from __future__ import annotations
 
-import json
 from math import prod
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,8 +15,8 @@ from tinydiff.models import ernie, flux, flux2, ovis, qwen_image, sd3, wan, z_im
 from tinydiff.models.autoencoders import wan as autoencoder
 from tinydiff.models.family import Denoiser
 from tinydiff.models.registry import ReleasedModel, named
+from tinydiff.models.released import REPOSITORIES
 
-RELEASED = Path(__file__).parents[1] / "tests" / "data" / "released"
 SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler",
     "prediction_type": "flow_prediction",
@@ -48,7 +46,7 @@ def _config(module, entries: dict):
 def released(name: str, frames: int | None = None) -> Case:
     """A released model at its default size, or at another number of frames."""
     row: ReleasedModel = named(name)
-    components = json.loads((RELEASED / f"{row.name.replace('/', '__')}.json").read_text())["components"]
+    components = REPOSITORIES[row.name]["components"]
     vae = _config(autoencoder, components["vae"]["config"])
     frames = frames or row.num_frames
     size = (
@@ -98,9 +96,7 @@ class Picture(NamedTuple):
 def picture(name: str, text_tokens: int, device: str = "meta") -> Picture:
     """A released image model, asked with a prompt of `text_tokens` tokens."""
     row = named(name)
-    entries = json.loads((RELEASED / f"{row.name.replace('/', '__')}.json").read_text())["components"][
-        "transformer"
-    ]["config"]
+    entries = REPOSITORIES[row.name]["components"]["transformer"]["config"]
     family = IMAGE_FAMILIES[row.family]
     c = _config(family, entries)
     size, tokens = (1, row.height // 8, row.width // 8), (row.height // 16) * (row.width // 16)

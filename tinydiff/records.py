@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import Repr
@@ -65,6 +65,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """The hint "; did you mean 'x'?" with the closest of `names`; "" if none is close."""
     matches = difflib.get_close_matches(name[:LONGEST], list(names), 1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def check_known(field: str, name: str, names: Collection[str]) -> None:
+    """Raises UserError, with the nearest of `names`, where `name` is none of them."""
+    if name not in names:
+        raise UserError(field, f"{field}: {name!r} is not one of {', '.join(names)}{nearest(name, names)}")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Every released model: the spec rows are the released weights, and one evaluation costs what the reference's
 costs.
 
-`tests/data/released` has a file per repository (model_index, scheduler and component configs as released,
-parameter counts) and a file of keys and shapes per kind of component, `{0..39}` and `{0,2}` standing for
+`models/released` has a file per repository (model_index, scheduler and component configs as released,
+parameter counts), `tests/data/released` a file of keys and shapes per kind of component, `{0..39}` and `{0,2}` standing for
 numbers. The keys are those of the reference classes built from the released configs; where released files
 spell them otherwise, `spellings` says how. FLUX.2-Tiny-AutoEncoder's class is in no
 library: its keys are those of the layers that its repository describes. Wan2.2-S2V is not here: its files
@@ -17,7 +17,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import diffusers
 import pytest
@@ -25,17 +24,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.parity import shapes
+from tinydiff.io.sources import Component
 from tinydiff.models import ernie, flux, flux2, ovis, qwen_image, registry, sd3, wan, z_image
 from tinydiff.models.classes import RECORDS
 from tinydiff.models.encoders import clip_vision, qwen_vision
 from tinydiff.models.evaluate import predict
+from tinydiff.models.released import REPOSITORIES
 from tinydiff.ops.network import Network
 from tinydiff.runtime.component_config import read_config
 
 RELEASED = Path(__file__).parents[1] / "data" / "released"
-MODELS = {
-    path.stem.replace("__", "/"): json.loads(path.read_text()) for path in sorted(RELEASED.glob("*__*.json"))
-}
+MODELS = REPOSITORIES
 COMPONENTS = [(name, component) for name, model in MODELS.items() for component in model["components"]]
 ALONE = "fal/FLUX.2-Tiny-AutoEncoder"
 """An autoencoder without a model around it."""
@@ -94,12 +93,10 @@ def class_of(name, component):
 
 @functools.cache
 def config_of(name, component):
-    """The family's Config of a released config.json, as the runtime reads it from a file."""
+    """The family's Config of a released config.json, as the runtime reads it."""
     class_name = class_of(name, component)
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        path.write_text(json.dumps(MODELS[name]["components"][component]["config"]))
-        return read_config(RECORDS[class_name], path, class_name)
+    entries = {"config.json": MODELS[name]["components"][component]["config"]}
+    return read_config(RECORDS[class_name], Component(component, "", class_name, entries))
 
 
 def rename(class_name, c, key):

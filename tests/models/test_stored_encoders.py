@@ -31,12 +31,13 @@ from transformers import (
 )
 
 from tests.parity import close, doubles, randomised
+from tinydiff.io.sources import component
 from tinydiff.io.weights import load_weights
 from tinydiff.models.classes import RECORDS
 from tinydiff.models.encoders import clip_text, clip_vision, decoder_lm, t5
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
-from tinydiff.runtime.blueprint import read_config
+from tinydiff.runtime.component_config import read_config
 
 IDS = torch.tensor([[5, 9, 33, 2, 47, 60], [8, 60, 1, 3, 4, 4]])
 T5 = {
@@ -115,7 +116,7 @@ SIGLIP = {
 def loaded(folder, class_name):
     """Our config and weights of a component's directory, as the runtime loads it."""
     family = RECORDS[class_name]
-    c = read_config(family, folder / "config.json", class_name)
+    c = read_config(family, component("text_encoder", folder, "transformers", class_name))
     flat = load_weights(folder, family.spec(c), torch.float64, keys=family.keys(c))
     return c, Weights(flat, dtype=torch.float64)
 

@@ -23,8 +23,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, T5TokenizerFast, UMT
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests.parity import randomised
-from tests.sources import PACKAGE, ROOT
+from tests.sources import PACKAGE
 from tinydiff.config import ModelOptions
+from tinydiff.models.released import REPOSITORIES
 from tinydiff.runtime import blueprint
 from tinydiff.runtime.blueprint import Model
 
@@ -154,9 +155,7 @@ def released(name: str, folder: Path) -> Path:
     """The configs of a released model at `directory / name`, without weights: enough to read and to admit
     requests, not to load.
     """
-    stored = json.loads(
-        (ROOT / "tests" / "data" / "released" / f"{name.replace('/', '__')}.json").read_text()
-    )
+    stored = REPOSITORIES[name]
     files = {
         "model_index.json": stored["model_index"],
         "scheduler/scheduler_config.json": stored["scheduler"],

@@ -449,10 +449,10 @@ def test_components_from_elsewhere(tmp_path):
         "tokenizer": str(path / "tokenizer")
     }
     made = read(path, component_paths=elsewhere)
-    assert made.scheduler["flow_shift"] == 7.0 and made.nets["vae"].folder == tmp_path / "my-vae"
+    assert made.scheduler["flow_shift"] == 7.0 and made.nets["vae"].component.place == tmp_path / "my-vae"
     assert (
         made.tokenizers["tokenizer"] == path / "tokenizer"
-        and made.nets["transformer"].folder == path / "transformer"
+        and made.nets["transformer"].component.place == path / "transformer"
     )
 
 
@@ -481,8 +481,7 @@ def test_attention_that_this_machine_cannot_run(options, monkeypatch):
     refused(
         field,
         "'cudnn' cannot run the transformer in fp32 on this machine (cpu); what can: sdpa",
-        read,
-        SHIPPED,
+        lambda **options: blueprint.load(read(SHIPPED, **options)),
         **options,
     )
 

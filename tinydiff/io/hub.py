@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,13 @@ def read_index(folder: Path) -> Index:
             "model_path",
             f"model_path: {str(folder)!r} has no model_index.json, so it is not a model in diffusers layout",
         )
-    entries = read_json(path)
+    return index_of(read_json(path), str(path))
+
+
+def index_of(entries: Mapping[str, Any], where: str) -> Index:
+    """What the entries of a model_index.json say. where: its path, for messages. Raises UserError."""
     if not entries.get("_class_name") or not isinstance(entries["_class_name"], str):
-        raise UserError("model_path", f"model_path: {str(path)!r} names no pipeline class (_class_name)")
+        raise UserError("model_path", f"model_path: {where!r} names no pipeline class (_class_name)")
     pairs = {name: value for name, value in entries.items() if isinstance(value, list) and len(value) == 2}
     components = {name: (str(pair[0]), str(pair[1])) for name, pair in pairs.items() if pair[1] is not None}
     options = {
@@ -111,7 +116,7 @@ def read_index(folder: Path) -> Index:
             name: typed_value(name, kind, options[name]) for name, kind in SETTINGS.items() if name in options
         }
     except ValueError as error:
-        raise UserError("model_path", f"{path}: {error}") from error
+        raise UserError("model_path", f"{where}: {error}") from error
     return Index(entries["_class_name"], components, options)
 
 

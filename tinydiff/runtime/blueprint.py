@@ -1,25 +1,25 @@
-"""From a directory to a model in memory: what the directory holds is read and checked first, then its weights
+"""From a model's components to a model in memory: what their JSON files say is checked first, then the weights
 are streamed in.
 
-A `Blueprint` costs only the reading of a few JSON files, so that a request is refused before gigabytes are
-moved.
+A `Blueprint` is made of a few JSON files and touches no device, so that a request is refused before gigabytes
+are moved.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from tinydiff.config import ModelOptions
-from tinydiff.io import hub
+from tinydiff.io.sources import Checkpoint, Component
 from tinydiff.io.tokenizer import Tokenizer, load_tokenizer
 from tinydiff.io.variants import has
 from tinydiff.io.weights import load_weights
+from tinydiff.keymap import KeyMap
 from tinydiff.models import registry
 from tinydiff.models.classes import LANGUAGE_AND_VISION, RECORDS, VISION
 from tinydiff.models.family import Autoencoder, Denoiser, Encoder, Record
@@ -29,15 +29,15 @@ from tinydiff.ops.attention import BACKENDS, serves
 from tinydiff.parallel.plan import ALONE, Group, Plan
 from tinydiff.parallel.ranks import Ranks
 from tinydiff.parallel.shards import undivided
-from tinydiff.records import UserError, nearest
-from tinydiff.runtime import loras
+from tinydiff.records import UserError, check_known
+from tinydiff.runtime import components, loras
 from tinydiff.runtime.component_config import preprocessed, read_config
+from tinydiff.runtime.components import SHIPPED as SHIPPED
 from tinydiff.sampling import solvers
 
 log = logging.getLogger(__name__)
 R = TypeVar("R", bound=Record)
 
-SHIPPED = Path(__file__).parent.parent / "shapes"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -61,10 +61,17 @@ class NetPlan(Generic[R]):
 
     name: str
     family: R
-    folder: Path
+    component: Component
     config: Any
     dtype: torch.dtype
     plan: Plan
+    attention_option: str = "attention_backend"
+    """The option that says its attention backend."""
+
+    @property
+    def keys(self) -> KeyMap:
+        """Where its rows stand in its files."""
+        return (self.component.keys or self.family.keys)(self.config)
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class Blueprint:
     """Whether the row was found by name; if only by shape, the directory's own scheduler settings hold."""
     nets: Mapping[str, NetPlan[Any]]
     """Component -> its network."""
-    tokenizers: Mapping[str, Path]
+    tokenizers: Mapping[str, Component]
     scheduler: Mapping[str, Any]
     """`scheduler_config.json`."""
     options: Mapping[str, Any]
@@ -120,55 +127,48 @@ class Model:
 
 def read(options: ModelOptions) -> Blueprint:
     """Read and check what `options` name, everything but the weights. Raises UserError."""
-    asked = SHIPPED if options.model_path == registry.SHIPPED else options.model_path
-    folder = hub.resolve(asked, options.revision, variant=options.variant)
-    index = hub.read_index(folder)
-    places = {name: folder / name for name in index.components}
-    for name in options.component_paths:
-        _known("component_paths", name, [name for name in places if name != "image_processor"])
-        places[name] = hub.resolve(
-            options.component_paths[name], field=f"{name}_path", variant=options.variant
-        )
-        own = _own_class(name, places[name], index.components[name])
-        index = replace(index, components={**index.components, name: own})
-    if absent := [name for name in NEEDED if name not in index.components]:
+    return from_components(components.chosen(options), options)
+
+
+def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
+    """The blueprint of a model of these components. Raises UserError where they make none."""
+    parts = checkpoint.components
+    if absent := [name for name in NEEDED if name not in parts]:
         raise UserError(
             "model_path",
-            f"model_path: model_index.json names no {absent[0]}, which a {index.class_name} needs",
+            f"model_path: model_index.json names no {absent[0]}, which a {checkpoint.class_name} needs",
         )
-    row, named = _row(index, places, options)
-    records = _records(index, row, options)
+    row, named = _row(checkpoint, options)
+    records = _records(checkpoint, row, options)
 
     denoiser = records["transformer"]
     if not isinstance(denoiser, Denoiser):
-        message = f"the component transformer is a {index.components['transformer'][1]}, which is no denoiser"
+        message = f"the component transformer is a {parts['transformer'].class_name}, which is no denoiser"
         raise UserError("model_path", f"model_path: {message}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     nets = {}
     for name, family in records.items():
-        owner = "text_encoder" if family is VISION else name
-        config = read_config(family, places[owner] / "config.json", index.components[owner][1])
+        own = parts["text_encoder" if family is VISION else name]
+        config = read_config(family, own)
         if (
             isinstance(family, Encoder)
             and family.preprocessor is not None
-            and family.preprocessor[0] in places
+            and family.preprocessor[0] in parts
         ):
-            config = preprocessed(family, config, places[family.preprocessor[0]])
+            config = preprocessed(family, config, parts[family.preprocessor[0]])
         if family is RECORDS[LANGUAGE_AND_VISION]:
             states = denoiser.hidden_states.get(name, (-1,))
             config = _needed_layers(
-                name, config, states if isinstance(states, tuple) else states[row.pipeline], index
+                name, config, states if isinstance(states, tuple) else states[row.pipeline], checkpoint
             )
             if name == WRITER or (row.captions and name == "text_encoder"):
                 config = replace(config, lm_head=True)
         settled = denoiser.config_overrides.get(name, {})
         config = replace(config, **{key: value for key, value in settled.items() if hasattr(config, key)})
         dtype = _dtype(name, family, options, device)
-        nets[name] = NetPlan(
-            name, family, places[owner], config, dtype, _plan(name, family, config, dtype, options, device)
-        )
-    _check_fit(row, index, nets)
-    scheduler = hub.read_json(places["scheduler"] / "scheduler_config.json")
+        nets[name] = NetPlan(name, family, own, config, dtype, *_plan(name, family, options))
+    _check_fit(row, checkpoint, nets)
+    scheduler = parts["scheduler"].entries("scheduler_config.json")
     solvers.check_types(scheduler)
     if ignored := solvers.unread(scheduler):
         log.warning(
@@ -180,7 +180,7 @@ def read(options: ModelOptions) -> Blueprint:
     if compiled:
         _check_compiler()
     tokenizers = {
-        name: place for name, place in places.items() if name.startswith(("tokenizer", "pe_tokenizer"))
+        name: each for name, each in parts.items() if name.startswith(("tokenizer", "pe_tokenizer"))
     }
     return Blueprint(
         row,
@@ -188,7 +188,7 @@ def read(options: ModelOptions) -> Blueprint:
         nets,
         tokenizers,
         scheduler,
-        index.options,
+        checkpoint.options,
         device,
         compiled,
         tiling,
@@ -205,8 +205,9 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None, merge_adapters: bool 
     ranks: this process among several that all load the model; it gets what it is to hold of it.
     merge_adapters: whether LoRA adapters rather go into the weights, where the options leave it open.
     """
+    _check_attention(blueprint)
     variant = blueprint.variant
-    if variant is not None and not any(has(net.folder, variant) for net in blueprint.nets.values()):
+    if variant is not None and not any(has(net.component.place, variant) for net in blueprint.nets.values()):
         raise UserError(
             "variant", f"variant: no component of {blueprint.row.name} has weights of the variant {variant!r}"
         )
@@ -214,8 +215,8 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None, merge_adapters: bool 
     try:
         vae.family.check_runnable(vae.config)
     except ValueError as error:
-        raise UserError("model_path", f"{vae.folder / 'config.json'}: {error}") from error
-    tokenizers = {name: load_tokenizer(folder) for name, folder in blueprint.tokenizers.items()}
+        raise UserError("model_path", f"{vae.component.where()}: {error}") from error
+    tokenizers = {name: load_tokenizer(each.place) for name, each in blueprint.tokenizers.items()}
     nets = {}
     for name, net in blueprint.nets.items():
         log.debug("loading %s as %s", name, net.dtype)
@@ -223,26 +224,26 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None, merge_adapters: bool 
         rows = net.family.spec(net.config)
         blocks = {at for _, at in net.family.blocks(net.config)} if plan.group("shard").size > 1 else ()
         weights = load_weights(
-            net.folder,
+            net.component.place,
             rows,
             net.dtype,
             blueprint.device,
-            net.family.keys(net.config),
+            net.keys,
             plan.along("tp", "shard"),
             together,
             blocks,
             variant,
         )
         nets[name] = Net(
-            net.family, net.config, plan, weights, net.dtype, _generation(net) if name == WRITER else {}
+            net.family,
+            net.config,
+            plan,
+            weights,
+            net.dtype,
+            net.component.json.get("generation_config.json", {}) if name == WRITER else {},
         )
     nets, attached = loras.attach(nets, blueprint.adapters, blueprint.lora_mode, merge_adapters)
     return Model(blueprint, nets, tokenizers, attached)
-
-
-def _generation(net: NetPlan[Any]) -> Mapping[str, Any]:
-    path = net.folder / "generation_config.json"
-    return hub.read_json(path) if path.is_file() else {}
 
 
 def _placed(net: NetPlan[Any], ranks: Ranks) -> tuple[Plan, Group]:
@@ -269,57 +270,36 @@ def _with(plan: Plan, axes: Mapping[str, Group]) -> Plan:
     return replace(plan, groups=tuple((axis, group) for axis, group in axes.items() if group.size > 1))
 
 
-def _row(index: hub.Index, places: Mapping[str, Path], options: ModelOptions) -> tuple[ReleasedModel, bool]:
+def _row(checkpoint: Checkpoint, options: ModelOptions) -> tuple[ReleasedModel, bool]:
     """(the released model whose defaults hold, whether it was found by name)."""
-    entries = hub.read_json(places["transformer"] / "config.json")
-    name = options.model_id or options.model_path
-    row = registry.match(index.class_name, index.options, entries, name)
+    entries = checkpoint.components["transformer"].entries()
+    name = options.model_id or checkpoint.name
+    row = registry.match(checkpoint.class_name, checkpoint.options, entries, name)
     if options.model_id is not None and (wanted := registry.named(options.model_id)) is not row:
         message = f"model_id: {wanted.name} is a {registry.describe(wanted.kind)}, and {options.model_path!r} is a {registry.describe(row.kind)}"
         raise UserError("model_id", message)
     return row, row is registry.find(name)
 
 
-def _own_class(name: str, place: Path, listed: tuple[str, str]) -> tuple[str, str]:
-    """(library, class) of a component that stands in for the `listed` one: a class that its own config.json
-    names, where that is known.
-    """
-    path = place / "config.json"
-    entries = hub.read_json(path) if path.is_file() else {}
-    own = next(
-        (
-            kind
-            for kind in (entries.get("_class_name"), *(entries.get("architectures") or ()))
-            if kind in RECORDS
-        ),
-        listed[1],
-    )
-    if own != listed[1] and listed[1] in RECORDS and RECORDS[own].role != RECORDS[listed[1]].role:
-        raise UserError(
-            f"{name}_path", f"{name}_path: {str(place)!r} is a {own}, which cannot stand in for a {listed[1]}"
-        )
-    return listed[0], own
-
-
-def _needed_layers(name: str, config: Any, takes: tuple[int, ...], index: hub.Index) -> Any:
+def _needed_layers(name: str, config: Any, takes: tuple[int, ...], checkpoint: Checkpoint) -> Any:
     """A language model of only as many layers as its highest wanted state needs. takes: the states, from the
     end where negative.
     """
     total = config.num_hidden_layers
     most = max(take if take >= 0 else total + 1 + take for take in takes)
     if not 0 <= most <= total:
-        message = f"{name} has {total} layers, and {index.class_name} reads its hidden states {', '.join(map(str, takes))}"
+        message = f"{name} has {total} layers, and {checkpoint.class_name} reads its hidden states {', '.join(map(str, takes))}"
         raise UserError("model_path", f"model_path: {message}")
     return replace(config, layers=max(1, most))
 
 
-def _records(index: hub.Index, row: ReleasedModel, options: ModelOptions) -> dict[str, Record]:
+def _records(checkpoint: Checkpoint, row: ReleasedModel, options: ModelOptions) -> dict[str, Record]:
     """How each component with weights is run, once every option that speaks of a component is known to find
     it.
     """
-    records = {}
-    for name, (_, class_name) in index.components.items():
-        if name not in FILES and (name != WRITER or "pe_tokenizer" in index.components):
+    records, parts = {}, checkpoint.components
+    for name, class_name in ((name, part.class_name) for name, part in parts.items()):
+        if name not in FILES and (name != WRITER or "pe_tokenizer" in parts):
             if class_name not in RECORDS:
                 message = f"component {name!r} has the class {class_name}, which is not supported; known are {', '.join(RECORDS)}"
                 raise UserError("model_path", f"model_path: {message}")
@@ -327,9 +307,9 @@ def _records(index: hub.Index, row: ReleasedModel, options: ModelOptions) -> dic
             if class_name == LANGUAGE_AND_VISION and row.image_use == "references":
                 records["vision"] = VISION
     for name in options.component_precisions:
-        _known("component_precisions", name, records)
+        check_known("component_precisions", name, records)
     for name in options.component_attention_backends:
-        _known(
+        check_known(
             "component_attention_backends",
             name,
             [name for name, family in records.items() if family.head_width is not None],
@@ -343,11 +323,6 @@ def _records(index: hub.Index, row: ReleasedModel, options: ModelOptions) -> dic
     if options.image_encoder_precision is not None and "image_encoder" not in records:
         raise UserError("image_encoder_precision", "image_encoder_precision: the model has no image encoder")
     return records
-
-
-def _known(field: str, name: str, names: Collection[str]) -> None:
-    if name not in names:
-        raise UserError(field, f"{field}: {name!r} is not one of {', '.join(names)}{nearest(name, names)}")
 
 
 def _dtype(name: str, family: Record, options: ModelOptions, device: torch.device) -> torch.dtype:
@@ -370,11 +345,9 @@ def _dtype(name: str, family: Record, options: ModelOptions, device: torch.devic
     )
 
 
-def _plan(
-    name: str, family: Record, config: Any, dtype: torch.dtype, options: ModelOptions, device: torch.device
-) -> Plan:
-    """A component's plan. `attention_backend` is the denoiser's; encoders, whose attention is masked, let
-    torch choose unless named.
+def _plan(name: str, family: Record, options: ModelOptions) -> tuple[Plan, str]:
+    """(a component's plan, the option that says its attention). `attention_backend` is the denoiser's; encoders,
+    whose attention is masked, let torch choose unless named.
     """
     named, general = (
         options.component_attention_backends,
@@ -383,15 +356,22 @@ def _plan(
     backend = named.get(
         name, named.get(name.removesuffix("_2"), general)
     )  # a second component follows the first, as in SGLang
-    if family.head_width is None:
-        return Plan(attention=backend)
-    width, biased = family.head_width(config), family.biased
-    if not serves(backend, width, biased, dtype, device):
-        can = ", ".join(other for other in BACKENDS if serves(other, width, biased, dtype, device))
-        field = "component_attention_backends" if name in named else "attention_backend"
-        where = f"the {name} in {PRECISIONS.get(dtype, dtype)} on this machine ({device.type})"
-        raise UserError(field, f"{field}: {backend!r} cannot run {where}; what can: {can}")
-    return Plan(attention=backend)
+    return Plan(attention=backend), "component_attention_backends" if name in named else "attention_backend"
+
+
+def _check_attention(blueprint: Blueprint) -> None:
+    """Every attention backend runs here: a small product on the device tells."""
+    for name, net in blueprint.nets.items():
+        if net.family.head_width is None:
+            continue
+        width, backend = net.family.head_width(net.config), net.plan.attention
+        facts = width, net.family.biased, net.dtype, blueprint.device
+        if not serves(backend, *facts):
+            can = ", ".join(other for other in BACKENDS if serves(other, *facts))
+            precision = PRECISIONS.get(net.dtype, net.dtype)
+            where = f"the {name} in {precision} on this machine ({blueprint.device.type})"
+            field = net.attention_option
+            raise UserError(field, f"{field}: {backend!r} cannot run {where}; what can: {can}")
 
 
 def _check_compiler() -> None:
@@ -404,17 +384,17 @@ def _check_compiler() -> None:
         raise UserError("enable_torch_compile", f"enable_torch_compile: {message}")
 
 
-def _check_fit(row: ReleasedModel, index: hub.Index, nets: Mapping[str, NetPlan[Any]]) -> None:
+def _check_fit(row: ReleasedModel, checkpoint: Checkpoint, nets: Mapping[str, NetPlan[Any]]) -> None:
     """The components that a request needs are there, and agree where they meet."""
     encoders = [name for name, plan in nets.items() if plan.family.role == "text_encoder"]
     needed = (
         *nets["transformer"].family.extra_components(nets["transformer"].config),
         *(name.replace("text_encoder", "tokenizer") for name in encoders),
     )
-    if absent := [name for name in needed if name not in index.components]:
+    if absent := [name for name in needed if name not in checkpoint.components]:
         raise UserError(
             "model_path",
-            f"model_path: model_index.json names no {absent[0]}, which this {index.class_name} needs",
+            f"model_path: model_index.json names no {absent[0]}, which this {checkpoint.class_name} needs",
         )
     net = nets["transformer"].config
     for name, value, why in nets["transformer"].family.must_fit(

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 from tinydiff.entries import typed
-from tinydiff.io import hub
+from tinydiff.io.sources import Component
 from tinydiff.models.family import Encoder, Record
 from tinydiff.records import UserError, nearest
 
 
-def read_config(family: Record, path: Path, class_name: str) -> Any:
+def read_config(family: Record, component: Component) -> Any:
     """The network's `Config` from its config.json. Raises UserError for a field whose meaning is unknown, or
     a value out of range.
     """
-    stored = hub.read_json(path)
+    stored, class_name, path = component.entries(), component.class_name, component.where()
     try:
         config = (
             family.read(stored, class_name)
@@ -28,10 +27,10 @@ def read_config(family: Record, path: Path, class_name: str) -> Any:
             if 0 in row.shape:
                 raise ValueError(f"{row.name} would have the shape {list(row.shape)}")
     except (ValueError, TypeError) as error:
-        raise UserError("model_path", f"{path}: {error}") from error
+        raise UserError(component.option, f"{path}: {error}") from error
     except (ArithmeticError, LookupError) as error:
         raise UserError(
-            "model_path", f"{path}: its numbers describe no network ({type(error).__name__}: {error})"
+            component.option, f"{path}: its numbers describe no network ({type(error).__name__}: {error})"
         ) from error
     return config
 
@@ -45,19 +44,17 @@ def _config(family: Record, stored: Mapping[str, Any], class_name: str) -> Any:
     return family.config(**typed(family.config, entries))
 
 
-def preprocessed(family: Encoder, config: Any, folder: Path) -> Any:
+def preprocessed(family: Encoder, config: Any, component: Component) -> Any:
     """An encoder's Config with what the preprocessor's files say; transformers 5 may keep that in
     processor_config.json.
     """
     assert family.preprocessor is not None
-    files = {name: folder / f"{name}_config.json" for name in ("processor", "preprocessor")}
-    found = {name: hub.read_json(path) for name, path in files.items() if path.is_file()}
-    if not found:
+    whole, own = (component.json.get(f"{name}_config.json", {}) for name in ("processor", "preprocessor"))
+    inner = whole.get("image_processor")
+    file = "processor_config.json" if isinstance(inner, dict) else "preprocessor_config.json"
+    if not {"processor_config.json", "preprocessor_config.json"} & component.json.keys():
         return config
-    inner = found.get("processor", {}).get("image_processor")
-    name = "processor" if isinstance(inner, dict) else "preprocessor"
-    entries = inner if isinstance(inner, dict) else found.get(name, {})
     try:
-        return replace(config, **family.preprocessor[1](entries, config))
+        return replace(config, **family.preprocessor[1](inner if isinstance(inner, dict) else own, config))
     except ValueError as error:
-        raise UserError("model_path", f"{files[name]}: {error}") from error
+        raise UserError(component.option, f"{component.where(file)}: {error}") from error

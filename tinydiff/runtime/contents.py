@@ -242,7 +242,7 @@ def _model(folder: Path, shown: str) -> Contents:
         read = blueprint.read(ModelOptions(model_path=str(folder)))
         row = read.row
         for name, net in read.nets.items():
-            if not any(part.path == net.folder.name and part.missing for part in parts):
+            if not any(part.path == net.component.name and part.missing for part in parts):
                 problems += _unfit(name, net)
     except UserError as error:
         problems.append(str(error))
@@ -272,7 +272,7 @@ def _model(folder: Path, shown: str) -> Contents:
 def _unfit(name: str, net: blueprint.NetPlan[Any]) -> Iterator[str]:
     """Why a component's weights would not load."""
     try:
-        check_weights(net.folder, net.family.spec(net.config), net.family.keys(net.config))
+        check_weights(net.component.place, net.family.spec(net.config), net.keys)
     except UserError as error:
         yield f"{name}: {_clause(error, '')}"
 

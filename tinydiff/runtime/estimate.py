@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 from tinydiff import paths
 from tinydiff.config import ModelOptions, ParallelOptions, SamplingOptions
-from tinydiff.io import hub
-from tinydiff.models import registry, workload
+from tinydiff.io import hub, sources
+from tinydiff.io.sources import Checkpoint
+from tinydiff.models import registry, released, workload
 from tinydiff.models.recipe import latent_size, token_count
-from tinydiff.models.released import COMPONENTS
 from tinydiff.parallel import cost
 from tinydiff.parallel.cost import CostModel, Machine, Work
 from tinydiff.parallel.layout import Layout, check, choose
 from tinydiff.parallel.plan import Row
 from tinydiff.parallel.shards import undivided
 from tinydiff.records import Request, UserError, nearest
-from tinydiff.runtime import blueprint
+from tinydiff.runtime import blueprint, components
 from tinydiff.runtime.admit import admit
 from tinydiff.runtime.pipeline import PIXELS_PER_PASS
 
@@ -90,8 +85,7 @@ def subject(model: str, sampling: SamplingOptions, ranks: int, b: int) -> Subjec
     model: a name in the registry, a directory or a hub id. b: bytes of a value of the denoiser. Raises
     UserError.
     """
-    with _folder(model) as (folder, name):
-        plan = blueprint.read(ModelOptions(model_path=str(folder), model_id=name))
+    plan = blueprint.from_components(_checkpoint(model), ModelOptions(model_path=model))
     row = plan.row
     [request] = admit(
         replace(plan, row=replace(row, images=(0, row.images[1]))), replace(sampling, prompt=("",))
@@ -111,7 +105,7 @@ def subject(model: str, sampling: SamplingOptions, ranks: int, b: int) -> Subjec
         workload.decode_bytes(vae.family, vae.config, *size, passes, n, ROLE_BYTES["vae"]) for n in (1, rows)
     )
     return Subject(
-        name=model if name is None and model != registry.SHIPPED else row.name,
+        name=row.name if _is_released(model) else model,
         request=request,
         net=workload.cost_model(net.family, net.config),
         experts=len(plan.nets) - len(others),
@@ -141,51 +135,26 @@ def _tokens(plan: blueprint.Blueprint, request: Request, references: int) -> tup
     return image + net.family.pad_tokens(image), text + net.family.pad_tokens(text)
 
 
-@contextmanager
-def _folder(model: str) -> Iterator[tuple[Path, str | None]]:
-    """A directory with the model's JSON files, and its name in the registry where the files do not tell."""
+def _checkpoint(model: str) -> Checkpoint:
+    """The components of a directory or of a hub id; those of a released model are known."""
     row = registry.find(model)
-    if paths.kind(paths.path(model, "model_path")) == "directory" or row is None:
+    if row is None or not _is_released(model):
         try:
-            yield hub.resolve(model, weights=False), None
+            return sources.from_directory(hub.resolve(model, weights=False), model)
         except UserError as error:
             names = [entry.name for entry in registry.MODELS]
             hint = nearest(model, [*names, *(name.rpartition("/")[2] for name in names)])
             raise UserError(
                 error.field, f"{error}{hint if '; did you mean' not in str(error) else ''}"
             ) from error
-    elif row.name == registry.SHIPPED:
-        yield blueprint.SHIPPED, row.name
-    else:
-        with TemporaryDirectory() as folder:
-            _write(Path(folder), row)
-            yield Path(folder), row.name
+    if row.name == registry.SHIPPED:
+        return sources.from_directory(components.SHIPPED, row.name)
+    return sources.from_released(row.name, released.REPOSITORIES[row.name])
 
 
-def _write(folder: Path, row: registry.ReleasedModel) -> None:
-    """The JSON files of a released model, as far as they bear on shapes."""
-    parts = COMPONENTS[row.name]
-    index: dict[str, Any] = {"_class_name": row.pipeline, "expand_timesteps": row.expand_timesteps}
-    index |= {} if row.boundary_ratio is None else {"boundary_ratio": row.boundary_ratio}
-    index |= {"is_distilled": row.shape["is_distilled"]} if "is_distilled" in row.shape else {}
-    index |= {part: ["", class_name] for part, (class_name, _) in parts.items()}
-    index |= {
-        part.replace("text_encoder", "tokenizer"): ["", ""]
-        for part in parts
-        if part.startswith("text_encoder")
-    }
-    index |= {f"{blueprint.WRITER}_tokenizer": ["", ""]} if blueprint.WRITER in parts else {}
-    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
-    files = {
-        "model_index": index | {"scheduler": ["", scheduler["_class_name"]]},
-        "scheduler/scheduler_config": scheduler,
-    }
-    for file, entries in (
-        files | {f"{part}/config": entries for part, (_, entries) in parts.items()}
-    ).items():
-        path = folder / f"{file}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(entries), encoding="utf-8")
+def _is_released(model: str) -> bool:
+    """Whether this names a released model, and no directory."""
+    return registry.find(model) is not None and paths.kind(paths.path(model, "model_path")) != "directory"
 
 
 def layouts(subject: Subject, ranks: int) -> Iterator[Layout]:

@@ -251,7 +251,11 @@ MINISTRAL = 3072
 
 
 def _depth(width: int, hidden: int) -> int:
-    shapes = (entries for parts in released.COMPONENTS.values() for _, entries in parts.values())
+    shapes = (
+        entries.get("text_config", entries)
+        for parts in released.COMPONENTS.values()
+        for _, entries in parts.values()
+    )
     of = (
         each for each in shapes if (each.get("hidden_size"), each.get("intermediate_size")) == (width, hidden)
     )
