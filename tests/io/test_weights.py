@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.parallel.pool import on_ranks
 from tinydiff.io import weights as module
 from tinydiff.io.weights import exported, load_weights, save_weights, weight_files
-from tinydiff.keymap import AS_IS, KeyMap, also, fused, joined, moved, swapped, under, unread
+from tinydiff.keymap import AS_IS, KeyMap, also, fused, joined, moved, swapped, transposed, under, unread
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.plan import Group, Plan, Row, linear_rows, norm_rows, repeat
 from tinydiff.parallel.ranks import grouped
@@ -281,11 +281,12 @@ FUSED = KeyMap(
         fused("both", "embed", "again"),
         swapped("blocks.*.modulation", "blocks.*.mod"),
         joined(("blocks.*.q", "blocks.*.k", "blocks.*.v"), "blocks.*.qkv"),
-        *under("blocks.*", "blocks.*", moved("final", "norm", ones=2)),
+        *under("blocks.*", "blocks.*", moved("final", "norm", ones=2), transposed("up", "out.weight")),
+        moved("positions", "places", lead=2),
     ),
     prefix="model.",
 )
-"""A layout with every kind of line but the transposed one."""
+"""A layout with every kind of line."""
 
 
 def _bytes_read(folder, layout, fsdp, dtype, keys):

@@ -261,5 +261,17 @@ def test_unknown_files_and_files_of_two_families():
     )
 
 
+def test_shapes_that_make_no_network_are_told():
+    shapes = original(FLUX)
+    said = refused({key: shape for key, shape in shapes.items() if key != "txt_in.weight"})
+    assert "looks like a FluxTransformer2DModel, but lacks 'context_embedder.weight'" in said
+    key = "double_blocks.0.img_attn.norm.query_norm.scale"
+    assert "its shapes make no such network: axes_dims_rope is (16, 56, 56)" in refused(shapes | {key: (96,)})
+    assert "its shapes make no such network" in refused(shapes | {key: (0,)})
+    assert "its shapes make no such network" in refused(shapes | {"img_in.weight": (3072,)})
+    huge = refused(shapes | {"single_blocks.99999999999.linear1.weight": (2, 2)})
+    assert "single_transformer_blocks.99999999999 is there, and there are fewer weights than that" in huge
+
+
 def test_metadata_may_tell_a_lora():
     assert "is a LoRA" in refused({"x.weight": (1,)}, {"ss_network_module": "networks.lora_flux"})

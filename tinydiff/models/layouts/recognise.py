@@ -115,7 +115,10 @@ def recognise(
     found: list[Found] = []
     left: list[str] = []
     for prefix, part in _components(shapes):
-        fits = list(_fits(Sizes(part), prefix))
+        why: list[str] = []
+        fits = list(_fits(Sizes(part), prefix, why))
+        if why and not fits:
+            raise _refused(name, f"looks like {why[0]}")
         if len({each.class_name for each in fits}) > 1:
             names = " or ".join(f"a {each.class_name} ({each.layout.name} layout)" for each in fits)
             raise _refused(name, f"could be {names}; a directory with its config.json tells")
@@ -178,13 +181,18 @@ def _components(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, dict[str, Sh
     yield from parts.items()
 
 
-def _fits(part: Sizes, prefix: str) -> Iterator[Found]:
+def _fits(part: Sizes, prefix: str, why: list[str]) -> Iterator[Found]:
+    """why: gets a sentence for each layout whose keys are there, and whose shapes make no network."""
     for layout in LAYOUTS:
         if all(map(part.has, layout.signs)) and not any(map(part.has, layout.lacks)):
             try:
                 entries = layout.entries(part)
                 config = config_from(layout.class_name, entries)
-            except (LookupError, ValueError, TypeError, ArithmeticError):
+            except KeyError as error:
+                why.append(f"a {layout.class_name}, but lacks {error}")
+                continue
+            except (LookupError, ValueError, TypeError, ArithmeticError) as error:
+                why.append(f"a {layout.class_name}, but its shapes make no such network: {error}")
                 continue
             models = tuple(_released(layout.class_name, entries, config))
             yield Found(RECORDS[layout.class_name].role, layout.class_name, layout, prefix, entries, models)

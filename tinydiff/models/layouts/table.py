@@ -29,9 +29,18 @@ class Sizes:
         return any(key == name or key.startswith(f"{name}.") for key in self.shapes)
 
     def count(self, name: str) -> int:
-        """How many numbered parts stand below a name: the highest number and one."""
-        starts = [key.removeprefix(f"{name}.") for key in self.shapes if key.startswith(f"{name}.")]
-        return 1 + max((int(rest.partition(".")[0]) for rest in starts if rest[0].isdigit()), default=-1)
+        """How many numbered parts stand below a name: the highest number and one. ValueError for more than there
+        are tensors: such a number is not believed.
+        """
+        below = (
+            key.removeprefix(f"{name}.").partition(".")[0]
+            for key in self.shapes
+            if key.startswith(f"{name}.")
+        )
+        count = 1 + max((int(number) for number in below if number.isdecimal()), default=-1)
+        if count > len(self.shapes):
+            raise ValueError(f"{name}.{count - 1} is there, and there are fewer weights than that")
+        return count
 
 
 @dataclass(frozen=True)
