@@ -9,7 +9,7 @@ from falcon import testing
 
 from tinydiff.serve import errors, pages
 
-FILES = {path.name: path.read_text(encoding="utf-8") for path in sorted(pages.FOLDER.iterdir())}
+FILES = {path.name: path.read_text(encoding="utf-8") for path in sorted(pages.DIRECTORY.iterdir())}
 PAGES = [name for name in FILES if name.endswith(".html")]
 VOID = {"meta", "link", "input", "img", "br"}
 

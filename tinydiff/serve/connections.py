@@ -1,16 +1,16 @@
-"""HTTP connections: what waitress does, and what it leaves to its users.
+"""HTTP connections on top of waitress, with limits that waitress lacks.
 
 One thread (waitress's loop) reads requests and sends answers; pools of threads make the answers. Three rules
 keep the server reachable:
 
-- No thread waits for a client. What a client does not read yet lies in a buffer, a file is sent by the loop
-alone, and the loop gives each
-  connection its turn.
-- What never waits has threads of its own: the probes of a monitor, refusals, and requests that only look. - A
-connection that does nothing is closed in time, and where there are too many the oldest idle one makes way.
+- No thread waits for a client. Unread answers wait in a buffer, the loop itself sends files, and it serves
+  all connections in turn.
+- Requests that never wait have threads of their own: health probes, refusals and reads.
+- An inactive connection is closed after a time limit. When there are too many connections, the one that is
+  idle for longest is closed.
 
-A body is read only where the headers let the request through (`Limits.wants_body`). Else the request reaches
-the app without it, the app refuses it as it refuses any other, and the connection ends with the answer.
+A body is read only if the headers allow the request (`Limits.wants_body`). Otherwise the app gets the request
+without its body and refuses it, and the connection ends with the answer.
 """
 
 from __future__ import annotations
@@ -72,19 +72,18 @@ LINGER_S = 5.0
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server grants its clients."""
+    """Limits of a server for its clients."""
 
     threads: int
-    """For requests that may wait, such as those for images."""
+    """Threads for requests that may wait, such as image generations."""
     body: int
-    """Bytes of a body."""
+    """Largest body in bytes."""
     connections: int
-    """Open at once. About half of them are answered at most, so that there is always an idle one to make way.
-    """
+    """Open connections. At most about half are answered at once, so an idle one can always be closed."""
     wants_body: Callable[[str, Callable[[str], str | None], int | None], bool]
     """(method, header by name, announced length) -> whether the body of such a request is to be read."""
     readers: int = 16
-    """Threads for requests that only look, which never wait for the device."""
+    """Threads for GET, HEAD and OPTIONS, which never wait for the device."""
     probers: int = 4
     """Threads for the probes and refusals."""
 
@@ -96,12 +95,10 @@ class Parser(HTTPRequestParser):
         super().__init__(adj)
         self.channel, self.begun = channel, time.time()
         self.without_body = False
-        """Whether there was one, and the app does not want it."""
+        """Whether the body was skipped because the app refuses the request."""
 
     def received(self, data: bytes) -> int:
-        """How many of the bytes belong to this request: all that will ever come, where it is the last of its
-        connection.
-        """
+        """The number of bytes that belong to this request; all of them for the last one of a connection."""
         headers_known = self.headers_finished
         try:
             count = super().received(data)
@@ -109,9 +106,7 @@ class Parser(HTTPRequestParser):
             log.error("a request's body cannot be kept: %s", error)
             self.error = cast(
                 Any,
-                Refusal(
-                    507, "storage_failed", "the server cannot keep the body of the request: its disk is full"
-                ),
+                Refusal(507, "storage_failed", "the server cannot store the body: its disk is full"),
             )
             count = 0
         if self.error is None and not headers_known and self.headers_finished and self.body_rcv is not None:
@@ -128,7 +123,7 @@ class Parser(HTTPRequestParser):
         return count
 
     def parse_header(self, header_plus: bytes) -> None:
-        """Raises ParsingError also for what two servers may read in two ways."""
+        """Raises ParsingError also for headers that two servers may understand differently."""
         try:
             super().parse_header(header_plus)
         except ValueError as error:  # an address or a length that is none
@@ -141,7 +136,7 @@ class Parser(HTTPRequestParser):
             raise ParsingError("a body has either Content-Length or Transfer-Encoding, not both")
 
     def _let_in(self) -> None:
-        """Leave the body away where the app does not want it."""
+        """Skip the body if the app would refuse the request."""
         length = None if self.chunked else self.content_length
         headers: dict[str, str] = cast(Any, self.headers)
         if not self.channel.server.limits.wants_body(
@@ -152,9 +147,7 @@ class Parser(HTTPRequestParser):
             headers["CONNECTION"] = "close"
 
     def _check_chunks(self) -> None:
-        """Refuse chunks that cost more than they carry, and lines without an end, which are read anew with
-        every byte.
-        """
+        """Refuse chunks with more framing than content, and endless lines, which are scanned at every byte."""
         found: Any = self.body_rcv
         framing = self.body_bytes_received - len(found)
         if (
@@ -164,14 +157,12 @@ class Parser(HTTPRequestParser):
         ):
             self.error = cast(
                 Any,
-                Refusal(
-                    400, "bad_request", "the body comes in chunks that hold next to nothing; send larger ones"
-                ),
+                Refusal(400, "bad_request", "the chunks of the body are too small; send larger ones"),
             )
 
 
 class Refused(ErrorTask):
-    """The answer to a request that never reached the app, in the same form as the app's own."""
+    """The error answer to a request that does not reach the app, in the app's form."""
 
     def execute(self) -> None:
         error: Any = cast(Any, self.request).error
@@ -199,7 +190,7 @@ class Channel(HTTPChannel):
     def __init__(self, *args: Any, **options: Any) -> None:
         self.answered = False
         self.deaf = False
-        """Whether no request can follow: what still comes is thrown away."""
+        """Whether further bytes of the client are discarded."""
         self.parting, self.parted_at, self.thrown_away = False, 0.0, 0
         self.turn = TURN
         super().__init__(*args, **options)
@@ -207,8 +198,10 @@ class Channel(HTTPChannel):
 
     @property
     def close_when_flushed(self) -> bool:
-        """Whether to close once all is sent. Who still sends a refused body would lose the answer with that,
-        so `deaf` connections part.
+        """Whether to close once all is sent.
+
+        A client that still sends a refused body would lose the answer. So a `deaf` connection only stops
+        sending, and is closed later.
         """
         return self._close_when_flushed
 
@@ -251,10 +244,10 @@ class Channel(HTTPChannel):
         return sent
 
     def handle_expt(self) -> None:
-        self.handle_close()  # HTTP has no urgent data, and it would be announced for ever
+        self.handle_close()  # HTTP has no urgent data; it would be reported again and again
 
     def overdue(self, now: float) -> bool:
-        """Whether the client let the time pass that it had for what it does."""
+        """Whether the client exceeded its time limit."""
         if self.parted_at:
             return now - self.parted_at > LINGER_S
         if self.total_outbufs_len:
@@ -269,9 +262,7 @@ class Channel(HTTPChannel):
         return now - self.last_activity > KEPT_S if self.answered else now - self.creation_time > HEADERS_S
 
     def rank(self) -> tuple[bool, bool, float]:
-        """The least is the first to make way: one that is owed nothing and sends nothing, for the longest
-        time.
-        """
+        """The connection with the least rank is closed first: idle, with nothing left to send, for longest."""
         request = cast(Any, self.request)
         since = (
             request.begun
@@ -284,7 +275,7 @@ class Channel(HTTPChannel):
 
 
 class Server(TcpWSGIServer):
-    """Accepts connections, and hands each request to the threads for its kind."""
+    """Accepts connections, and gives each request to the pool for its kind."""
 
     channel_class = Channel
     active_channels: Any
@@ -292,11 +283,11 @@ class Server(TcpWSGIServer):
     _map: Any
 
     def __init__(self, application: Any, sock: socket.socket, limits: Limits, name: str) -> None:
-        """name: what stands for the host where a request names none."""
+        """name: the host name of requests without a Host header."""
         self.limits = limits
         adj = Adjustments(
             sockets=[sock],
-            channel_request_lookahead=1,  # tells of clients that are gone
+            channel_request_lookahead=1,  # notices clients that disconnect
             max_request_header_size=MOST_HEADERS + 1,
             max_request_body_size=limits.body + 2**20,  # chunks have ends too; the app counts exactly
             outbuf_high_watermark=MOST_UNREAD,
@@ -320,13 +311,11 @@ class Server(TcpWSGIServer):
         )
 
     def add_task(self, task: Any) -> None:
-        """Have a connection's next request answered; at once with 503 where an eighth of all connections wait
-        for the same threads.
-        """
+        """Queue a connection's next request; answer 503 if an eighth of all connections wait for its pool."""
         request = task.requests[0]
         pool = self._pool(request)
         if pool is not self.probing and len(pool.queue) >= self.limits.connections // 8:
-            message = "the server has more requests than it can answer; try again soon"
+            message = "the server is overloaded; try again soon"
             request.error, pool = (
                 Refusal(503, "overloaded", message, headers={"retry-after": "5"}),
                 self.probing,
@@ -338,12 +327,10 @@ class Server(TcpWSGIServer):
             return self.probing
         if request.command in SAFE_METHODS:
             return self.reading
-        return self.probing if request.without_body else self.waiting  # without its body the app refuses it
+        return self.probing if request.without_body else self.waiting  # the app refuses it
 
     def run(self) -> None:
-        """The loop. Connections are closed between two polls alone: within one, a closed number may already
-        be a new connection's.
-        """
+        """The loop. It closes connections only between polls: a closed descriptor may be reused at once."""
         checked = 0.0
         while self._map:
             poll2(self.adj.asyncore_loop_timeout, self._map)
@@ -354,10 +341,10 @@ class Server(TcpWSGIServer):
                     channel.handle_close()
 
     def maintenance(self, now: float) -> None:
-        """Nothing: `run` does it."""
+        """Does nothing, because `run` does the maintenance."""
 
     def end(self) -> None:
-        """Stop all threads. For the end, once the loop has."""
+        """Stop all threads, after the loop has ended."""
         for pool in (self.waiting, self.reading, self.probing):
             pool.shutdown(timeout=2)
 

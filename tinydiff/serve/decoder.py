@@ -1,6 +1,4 @@
-"""Where given images are decoded: in processes of their own, few at a time, each with an end. See `unpack`.
-No torch here.
-"""
+"""Decodes input images in other processes, few at a time, with a time limit; see `unpack`. No torch here."""
 
 from __future__ import annotations
 
@@ -21,15 +19,15 @@ if TYPE_CHECKING:
     import numpy as np
 
 AT_ONCE = 2
-"""Requests whose images are decoded and resized at once; others wait."""
+"""Requests whose images are decoded and resized at the same time; others wait."""
 SECONDS = 30.0
-"""How long one image may take."""
+"""Time limit for one image."""
 
 PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from tinydiff.serve import unpack; unpack.main()"
 
 
 class Decoder:
-    """Processes that decode, begun when they are needed."""
+    """Processes that decode images, started when needed."""
 
     def __init__(self, seconds: float = SECONDS, command: Sequence[str] | None = None) -> None:
         self.seconds = seconds
@@ -51,22 +49,25 @@ class Decoder:
                 unpack.send(process.stdin, ask, data)
                 answer, values = unpack.receive(process.stdout)
             except (EOFError, OSError):
-                message = "takes more time or memory to read than this server gives one image; save it as an ordinary PNG or JPEG"
+                message = (
+                    "needs more time or memory to decode than this server allows for one image; "
+                    "save it as a plain PNG or JPEG"
+                )
                 raise UserError(field, f"{field}: {message}") from None
             if answer.get("last"):
-                process.wait()  # it ends by itself, and all that it held is the system's again
+                process.wait()  # it exits, which returns its memory to the system
         if "error" in answer:
             raise UserError(field, str(answer["error"]))
         return np.frombuffer(values, np.uint8).reshape(answer["shape"])
 
     def close(self) -> None:
-        """End the processes that wait for work."""
+        """End the idle processes."""
         while self._idle:
             _end(self._idle.pop())
 
     @contextmanager
     def _process(self) -> Iterator[subprocess.Popen[bytes]]:
-        """A process for one image, killed when its time is over."""
+        """A process for one image, killed at its time limit."""
         process = self._waiting()
         if process is None:
             process = subprocess.Popen(
@@ -87,7 +88,7 @@ class Decoder:
                 _end(process)
 
     def _waiting(self) -> subprocess.Popen[bytes] | None:
-        """A process that waits for work, None where there is none."""
+        """An idle process; None where there is none."""
         while self._idle:
             with suppress(IndexError):  # another thread took the last one
                 process = self._idle.pop()
@@ -104,7 +105,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 DECODER = Decoder()
-"""This process's own."""
+"""The decoder of this process."""
 atexit.register(DECODER.close)
 
 _slots = threading.BoundedSemaphore(AT_ONCE)
@@ -112,9 +113,7 @@ _slots = threading.BoundedSemaphore(AT_ONCE)
 
 @contextmanager
 def slot() -> Iterator[None]:
-    """While a request's images are decoded and brought to size. What that took is given back to the system at
-    the end.
-    """
+    """Hold one of AT_ONCE slots for decoding and resizing; returns free memory to the system at the end."""
     with _slots:
         try:
             yield
@@ -123,6 +122,6 @@ def slot() -> Iterator[None]:
 
 
 def _trim() -> None:
-    """Have the C library return what is free; left alone, it keeps gigabytes of images that are gone."""
+    """Let the C library return free memory to the system; else it keeps gigabytes."""
     with suppress(AttributeError, OSError):  # only glibc can
         ctypes.CDLL(None).malloc_trim(0)

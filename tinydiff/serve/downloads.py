@@ -1,4 +1,4 @@
-"""Files on their way out: whole or in part, from this machine or from where they were uploaded to."""
+"""Downloads of files, whole or in part, from this machine or by a redirect to object storage."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
 def base_url(service: Service, req: falcon.Request) -> str:
-    """The address that the client reaches this server at, without a final slash."""
+    """The URL under which the client reaches this server, without a final slash."""
     return (service.options.public_url or req.prefix).rstrip("/")
 
 
 class FileContent:
-    """A file, for whoever has its signed address, or its id and the key that it was made for."""
+    """A file, for a client with its signed URL, or with its id and the key that owns it."""
 
     public = True
 
@@ -38,13 +38,13 @@ class FileContent:
                 raise Refusal(
                     403,
                     "bad_signature",
-                    "the address has expired, or is not one of this server's; the job has a new one",
+                    "the signed URL has expired or is invalid; the job's answer has a new one",
                 )
         elif self.service.options.api_key and not req.context.owner:
             raise Refusal(
                 401,
                 "invalid_api_key",
-                "the address is not signed, so it needs a key, sent as 'Authorization: Bearer KEY'",
+                "the URL is not signed, so the request needs an API key: 'Authorization: Bearer KEY'",
             )
         elif not self.service.files.belongs(id, req.context.owner):
             raise expired()
@@ -54,9 +54,7 @@ class FileContent:
 
 
 def send_output(service: Service, req: falcon.Request, resp: falcon.Response, output: Output) -> None:
-    """Answer with a job's output, or with where it lies in object storage. Raises Refusal where it is no
-    longer kept.
-    """
+    """Answer with a job's output or a redirect to object storage. Raises Refusal for an expired file."""
     _send(service, req, resp, output.file, output.url)
 
 
@@ -65,7 +63,7 @@ def _send(
 ) -> None:
     path = service.files.path(id)
     if path is not None:
-        with suppress(FileNotFoundError):  # removed in this moment
+        with suppress(FileNotFoundError):  # removed a moment ago
             send_file(req, resp, path, service.files.media_type(id))
             return
     if (url := url or service.files.elsewhere(id)) is None:
@@ -74,15 +72,15 @@ def _send(
 
 
 def expired() -> Refusal:
-    """404 for a file that is gone."""
-    return Refusal(404, "file_expired", "the file is no longer kept, or never was")
+    """404 for a file that does not exist."""
+    return Refusal(404, "file_expired", "the file has expired or never existed")
 
 
 def send_file(req: falcon.Request, resp: falcon.Response, path: Path, media_type: str) -> None:
-    """Answer with the file at `path`, or what of it the request's conditions and range ask for (RFC 9110).
+    """Answer with a file, following the request's conditions and range (RFC 9110).
 
-    One range of bytes is answered with it; several, and what is no range, with the whole file. Raises
-    FileNotFoundError, and falcon.HTTPRangeNotSatisfiable for a range behind the end.
+    A single range of bytes is answered with that range, several ranges with the whole file. Raises
+    FileNotFoundError, and falcon.HTTPRangeNotSatisfiable for a range after the end.
     """
     file = path.open("rb")
     about = os.fstat(file.fileno())
@@ -93,7 +91,7 @@ def send_file(req: falcon.Request, resp: falcon.Response, path: Path, media_type
     resp.set_headers(
         {"Accept-Ranges": "bytes", "Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff"}
     )
-    if _known(req, tag, changed):
+    if _is_current(req, tag, changed):
         file.close()
         resp.status = falcon.HTTP_304
         return
@@ -119,20 +117,18 @@ def send_file(req: falcon.Request, resp: falcon.Response, path: Path, media_type
     resp.stream = Part(file, stop)
 
 
-def _known(req: falcon.Request, tag: str, changed: datetime) -> bool:
-    """Whether the client has the file as it is."""
+def _is_current(req: falcon.Request, tag: str, changed: datetime) -> bool:
+    """Whether the client has the current version of the file."""
     if req.get_header("If-None-Match") is not None:
         return any(known in ("*", tag) for known in req.if_none_match or ())
-    with suppress(falcon.HTTPInvalidHeader):  # a date that is none asks for nothing
+    with suppress(falcon.HTTPInvalidHeader):  # an invalid date is ignored
         since = req.if_modified_since
         return since is not None and changed <= since
     return False
 
 
 def _range(text: str, size: int) -> tuple[int, int] | None:
-    """The bytes [start, stop) that a Range header asks for, nothing of them where it asks for what is behind
-    the end; None for no range.
-    """
+    """The bytes [start, stop) of a Range header; empty for a range after the end, None without a range."""
     match = RANGE.fullmatch(text.strip())
     if match is None or match.groups() == ("", ""):
         return None
@@ -145,9 +141,7 @@ def _range(text: str, size: int) -> tuple[int, int] | None:
 
 
 class Part:
-    """A file that ends at `stop`. It can be sought in, so the server's loop sends it as the client reads, and
-    no thread waits for that.
-    """
+    """A file up to `stop`. It supports seek, so the connection loop sends it and no thread waits."""
 
     def __init__(self, file: BinaryIO, stop: int) -> None:
         self.file, self.stop = file, stop

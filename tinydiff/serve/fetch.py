@@ -1,4 +1,4 @@
-"""Images at addresses on the public internet, and nothing else that an address may lead to. No torch here."""
+"""Fetches images from URLs on the public internet, and from nowhere else. No torch here."""
 
 from __future__ import annotations
 
@@ -16,37 +16,34 @@ from tinydiff import paths
 from tinydiff.records import UserError
 
 PORTS = (80, 443)
-"""What an address may name. Other services of a public address may be open to its neighbours alone, of whom
-this server may be one.
-"""
+"""Ports that a URL may name. Other services on a public host may trust its neighbours, such as this server."""
 MOST_REDIRECTS = 3
 FETCH_S = 20.0
-"""Seconds that all of a fetch may take, with the names looked up and every redirect."""
+"""Time limit of a fetch, name lookups and redirects included."""
 PIECE = 2**16
 
 HIDDEN = tuple(
     ipaddress.ip_network(text)
     for text in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")
 )
-"""Networks that Python calls public in some versions, and are for protocols, examples or ways into IPv4
-(Teredo, 6to4).
-"""
+"""Networks for protocols, examples and tunnels (Teredo, 6to4) that some versions of Python call public."""
 IPV6_PUBLIC = ipaddress.ip_network("2000::/3")
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 Resolve = Callable[[str, int, float], list[str]]
-"""(host, port, seconds) -> numeric addresses. Raises OSError."""
+"""(host, port, seconds) -> IP addresses. Raises OSError."""
 Connect = Callable[[str, int, "str | None", float], socket.socket]
-"""(numeric address, port, name of the certificate or None for no TLS, seconds) -> a connection. Raises
-OSError.
+"""(IP address, port, name on the certificate or None without TLS, seconds) -> a connection.
+
+Raises OSError.
 """
 
 
 def resolve(host: str, port: int, seconds: float) -> list[str]:
-    """The host's numeric addresses. Raises OSError where it has none, or they are not found in time."""
+    """The host's IP addresses. Raises OSError where none is found in time."""
     found: list[str] = []
 
-    def look() -> None:  # in a thread, because the system takes its own time
+    def look() -> None:  # in a thread, because getaddrinfo has no timeout
         with suppress(OSError, ValueError):
             found.extend(
                 str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -63,7 +60,7 @@ def resolve(host: str, port: int, seconds: float) -> list[str]:
 def connect(
     address: str, port: int, name: str | None, seconds: float, context: ssl.SSLContext | None = None
 ) -> socket.socket:
-    """A connection to a numeric address; with `name` under TLS, where the other side proves to be that."""
+    """A connection to an IP address; with `name` over TLS, with a certificate for that name."""
     end = time.monotonic() + seconds
     raw = socket.create_connection((address, port), seconds)
     if name is None:
@@ -77,10 +74,11 @@ def connect(
 
 
 def is_public(address: str) -> bool:
-    """Whether a numeric address is on the public internet: not private, loopback, link-local, multicast,
-    reserved or unspecified, and none of those in IPv6's clothes. An IPv4 address that a network has mapped
-    into IPv6 (::ffff:0:0/96, NAT64's 64:ff9b::/96) counts as what it is; other ways from IPv6 into IPv4 are
-    closed."""
+    """Whether an IP address is on the public internet.
+
+    Private, loopback, link-local, multicast, reserved and unspecified addresses are not. An IPv4 address that
+    is mapped into IPv6 (::ffff:0:0/96, NAT64's 64:ff9b::/96) is judged as IPv4; other tunnels are refused.
+    """
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -104,12 +102,11 @@ def fetch(
     resolve: Resolve = resolve,
     connect: Connect = connect,
 ) -> bytes:
-    """The bytes at a public http(s) address, at most so many, in so many seconds altogether.
+    """The bytes at a public http(s) URL, at most `most_bytes`, in `seconds` altogether.
 
-    Each name, that of a redirect too, is looked up once, all its addresses must be public (`is_public`), and
-    the connection goes to one of those addresses, so that a name which leads elsewhere a moment later leads
-    nobody there. Proxies of the environment are not asked.
-    Raises UserError naming `field`.
+    Each host name, of redirects too, is looked up once. All its addresses must be public (`is_public`), and
+    the connection goes to one of them, so a later change of the name has no effect. Proxies of the
+    environment are ignored. Raises UserError naming `field`.
     """
     end = time.monotonic() + seconds
     for _ in range(MOST_REDIRECTS + 1):
@@ -126,23 +123,23 @@ def fetch(
             raise
         except (OSError, http.client.HTTPException, ValueError) as error:
             why = (
-                f"did not come within {seconds:g} seconds" if time.monotonic() >= end else "cannot be fetched"
+                f"was not received within {seconds:g} seconds"
+                if time.monotonic() >= end
+                else "cannot be fetched"
             )
             raise UserError(field, f"{field}: {_shown(parts)} {why}") from error
     raise UserError(
         field,
-        f"{field}: {_shown(parts)} is the last of more than {MOST_REDIRECTS} redirects, the most that are followed",
+        f"{field}: {_shown(parts)} redirects more than {MOST_REDIRECTS} times, the limit",
     )
 
 
 def too_large(field: str, most_bytes: int) -> UserError:
-    return UserError(
-        field, f"{field}: is larger than {most_bytes / 1e6:g} MB, the most that this server takes"
-    )
+    return UserError(field, f"{field}: is larger than {most_bytes / 1e6:g} MB, the limit of this server")
 
 
 def _parts(url: str, field: str) -> SplitResult:
-    """An address taken apart, its host in ASCII. Raises UserError for what is not fetched, wherever it leads."""
+    """The parts of a URL, its host in ASCII. Raises UserError for a URL that is never fetched."""
     try:
         parts = urlsplit(url)
         port, host = parts.port, parts.hostname or ""
@@ -150,43 +147,42 @@ def _parts(url: str, field: str) -> SplitResult:
             parts = urlsplit(paths.ascii_url(url))
     except ValueError:
         raise UserError(
-            field, f"{field}: is not an address that can be read; it is http://HOST/... or https://HOST/..."
+            field, f"{field}: is not a valid URL; the form is http://HOST/... or https://HOST/..."
         ) from None
     if parts.scheme not in ("http", "https") or not host:
         raise UserError(
-            field, f"{field}: leads to {url[:20]!r}; an address is http://HOST/... or https://HOST/..."
+            field,
+            f"{field}: {url[:20]!r} is not an http(s) URL; the form is http://HOST/... or https://HOST/...",
         )
     if parts.username is not None or parts.password is not None:
-        raise UserError(
-            field, f"{field}: the address holds a name or a password, which are not sent; leave them out"
-        )
+        raise UserError(field, f"{field}: the URL contains a user name or a password; remove them")
     if port is not None and port not in PORTS:
-        raise UserError(
-            field, f"{field}: the address names port {port}; it may be {' or '.join(map(str, PORTS))}"
-        )
+        raise UserError(field, f"{field}: the URL has port {port}; it may be {' or '.join(map(str, PORTS))}")
     return parts
 
 
 def _shown(parts: SplitResult) -> str:
-    """An address as messages say it, without its query, which may hold a key."""
+    """A URL for messages, without its query, which may contain a key."""
     text = f"{parts.scheme}://{parts.netloc}{parts.path}"
     return repr(text if len(text) <= 120 else f"{text[:120]}...")
 
 
 def _addresses(parts: SplitResult, port: int, field: str, end: float, resolve: Resolve) -> list[str]:
-    """The numeric addresses of a host, all public. A name that is not found gets the answer of a private one:
-    which of them there are is not for everybody."""
+    """The IP addresses of a host, all public. Raises UserError.
+
+    A name that is not found gives the error of a private one, so private names cannot be probed.
+    """
     try:
         found = resolve(parts.hostname or "", port, end - time.monotonic())
     except OSError:
         found = []
     if not found or not all(map(is_public, found)):
-        raise UserError(field, f"{field}: {_shown(parts)} is not a public address")
+        raise UserError(field, f"{field}: {_shown(parts)} is not on the public internet")
     return found
 
 
 def _first(addresses: list[str], port: int, name: str | None, end: float, connect: Connect) -> socket.socket:
-    """A connection to the first of the addresses that takes one. Raises OSError."""
+    """A connection to the first address that accepts one. Raises OSError."""
     failed: OSError = TimeoutError()
     for address in addresses:
         if (left := end - time.monotonic()) <= 0:
@@ -201,8 +197,9 @@ def _first(addresses: list[str], port: int, name: str | None, end: float, connec
 def _answer(
     sock: socket.socket, parts: SplitResult, field: str, most: int, end: float
 ) -> tuple[bytes, str | None]:
-    """(the bytes, None), or (b"", where a redirect leads), of one request. Raises OSError and HTTPException,
-    TimeoutError after `end`.
+    """(bytes, None), or (b"", the URL of a redirect), of one request.
+
+    Raises OSError and HTTPException, TimeoutError after `end`.
     """
     connection = http.client.HTTPConnection(parts.netloc)
     connection.sock = sock
@@ -228,20 +225,20 @@ def _answer(
                 raise too_large(field, most)
             if answer.length:
                 raise http.client.IncompleteRead(b"", answer.length)
-    if time.monotonic() >= end:  # it was shut, which reads like its end
+    if time.monotonic() >= end:  # the connection was shut down, which looks like the end of the data
         raise TimeoutError
     return bytes(data), None
 
 
 @contextmanager
 def _ended_at(sock: socket.socket, end: float) -> Iterator[None]:
-    """Shut a connection down when its time is over, whatever it is in: the time-outs of a socket begin anew
-    with every byte that drips.
-    """
+    """Shut a connection down at `end`; a socket's own timeout starts again with every byte."""
 
     def shut() -> None:
         with suppress(OSError):
-            socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not TLS's own, which another thread is in
+            socket.socket.shutdown(
+                sock, socket.SHUT_RDWR
+            )  # not the TLS shutdown, because another thread uses TLS
 
     timer = threading.Timer(max(0.0, end - time.monotonic()), shut)
     timer.daemon = True

@@ -1,10 +1,9 @@
-"""The server's own files: what jobs made and the images they were given, in one directory that several
-servers may share.
+"""Files of the server: outputs and input images of jobs, in one directory that servers may share.
 
-A file's id is its name: 32 random hexadecimal digits, 16 that say whose it is, and an extension that says the
-media type. So an id cannot be guessed, cannot lead out of the directory, opens nothing to another key, and
-there is no list of files to keep in step. Each file appears whole or not at all, also where the server is
-killed or the disk is full. No torch here.
+A file's id is its name: 32 random hexadecimal digits, 16 digits that name its owner, and the extension of its
+media type. So an id cannot be guessed, cannot lead out of the directory and is useless to another key, and no
+list of files is needed. A file is complete or absent, even if the server is killed or the disk is full. No
+torch here.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ MEDIA_TYPES = {
     ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".gif": "image/gif", ".bmp": "image/bmp",
     ".avif": "image/avif", ".mp4": "video/mp4", ".webm": "video/webm", ".zip": "application/zip", ".bin": "application/octet-stream",
 }  # fmt: skip
-"""Ending -> media type."""
+"""Extension -> media type."""
 
 NOTE = ".url"
-"""Behind the name of a file: a note where the file lies now."""
+"""Extension of a note with the URL to which a file moved."""
 
 GRACE_S = 3600.0
-"""Age in seconds below which a file may still be on its way to a job; beyond, a killed server left it."""
+"""A younger file may belong to a job that is not stored yet; an older one was left by a killed server."""
 
 SECRET_BYTES = 32
 
@@ -49,8 +48,9 @@ _HALF_WRITTEN = re.compile(r"\.[0-9a-f]{16}\.tmp")
 
 
 def secret(state_dir: Path) -> bytes:
-    """What the servers of a directory sign addresses with: made by the first of them, and only its user can
-    read it. Raises UserError.
+    """The key that signs URLs, shared by the servers of a state directory. The first one creates it.
+
+    Only the user of the server can read its file. Raises UserError.
     """
     path = state_dir / "secret"
     with _plain_errors():
@@ -63,15 +63,17 @@ def secret(state_dir: Path) -> bytes:
     if len(found) != SECRET_BYTES:
         raise UserError(
             "state_dir",
-            f"state_dir: {str(path)!r} is not a secret that a server made; remove it, and the next start makes one",
+            f"state_dir: {str(path)!r} is not a valid secret; remove it, and the next start creates a new one",
         )
     return found
 
 
 def claim(folder: Path, secret: bytes) -> Path:
-    """The directory, made where there is none, as one for the files of the servers that have this secret:
-    others would remove what no job of theirs names. Raises UserError for one that cannot be written to, or is
-    another's."""
+    """Create the directory, or check that it belongs to servers with this secret.
+
+    Servers with another secret would remove files that none of their jobs names. Raises UserError where the
+    directory cannot be written to or belongs to other servers.
+    """
     field, mark = "output_path", hashlib.sha256(secret).hexdigest()
     note = folder / ".tinydiff-server"
     try:
@@ -86,21 +88,24 @@ def claim(folder: Path, secret: bytes) -> Path:
         cause = error if isinstance(error, OSError) else error.__cause__
         reason = (getattr(cause, "strerror", None) or str(error)).lower()
         raise UserError(field, f"{field}: cannot write to {shown(str(folder))} ({reason})") from error
-    message = f"{shown(str(folder))} holds the files of a server with another state_dir; choose another directory, or that state_dir"
+    message = (
+        f"{shown(str(folder))} has the files of a server with another state_dir; "
+        "use another directory, or that state_dir"
+    )
     raise UserError(field, f"{field}: {message}")
 
 
 @dataclass(frozen=True)
 class Files:
-    """Files by id. Every method may be called from any thread of any server of the directory."""
+    """Files by id. Any thread of any server of the directory may call any method."""
 
     folder: Path
     secret: bytes = field(repr=False)
-    """What signs addresses."""
+    """The key that signs URLs."""
     lifetime: float
-    """Seconds for which an address is good unless it says otherwise."""
+    """Seconds for which a signed URL is valid by default."""
     limit_bytes: int
-    """Of all files together; `sweep` removes the oldest beyond it."""
+    """Limit for all files together; `sweep` removes the oldest beyond it."""
 
     def put(self, data: bytes | Path, media_type: str, name_hint: str = "", owner: str = "") -> str:
         """Keep bytes, or a finished file, which is moved here; returns the id.
@@ -127,14 +132,15 @@ class Files:
             return write_new(self.folder / name, write).name
 
     def path(self, id: str) -> Path | None:
-        """Where a file lies; None if it is not here, whatever `id` is."""
+        """The path of a file; None if it is not here, for any string."""
         path = self.folder / id if _ID.fullmatch(id) else None
         return path if path is not None and path.is_file() else None
 
     def belongs(self, id: str, owner: str) -> bool:
-        """Whether `id` was made for this owner, whether or not the file still lies here. The id says so
-        itself, so every server of the directory knows. A file of an earlier version belongs to a server
-        without keys."""
+        """Whether the file belongs to this owner, which its id tells even when the file is gone.
+
+        A file of an earlier version belongs to a server without keys.
+        """
         found = _ID.fullmatch(id)
         if found is None:
             return False
@@ -142,24 +148,20 @@ class Files:
         return not owner if mark is None else hmac.compare_digest(mark, self._mark(drawn, owner))
 
     def media_type(self, id: str) -> str:
-        """What a file is, whether or not it still lies here. Raises KeyError for what is no id."""
+        """The media type of a file, even of one that is gone. Raises KeyError for an invalid id."""
         found = _ID.fullmatch(id)
         if found is None:
             raise KeyError(id)
         return MEDIA_TYPES[found[3]]
 
     def delete(self, id: str) -> bool:
-        """Remove a file, and the note of one that moved; whether there was any. Whoever is reading it reads
-        on to its end.
-        """
+        """Remove a file or its note; whether there was one. A client that reads the file gets all of it."""
         if not _ID.fullmatch(id):
             return False
         return any([_removed(self.folder / id), _removed(self._note(id))])
 
     def moved(self, id: str, url: str) -> None:
-        """The file lies at `url` now: remove it here, and note where it is for those who hold its old
-        address.
-        """
+        """Remove a file that is now at `url`, and keep a note for clients that have its old URL."""
         if not _ID.fullmatch(id):
             raise KeyError(id)
         with _plain_errors():
@@ -167,22 +169,18 @@ class Files:
         _removed(self.folder / id)
 
     def elsewhere(self, id: str) -> str | None:
-        """The address that a file moved to; None if it did not."""
+        """The URL to which a file moved; None if it did not."""
         with suppress(FileNotFoundError):
             return self._note(id).read_text("utf-8") if _ID.fullmatch(id) else None
         return None
 
     def url(self, id: str, base: str, seconds: float | None = None) -> str:
-        """An address at the server `base` (http://host:port) that lets anyone read the file for so many
-        seconds, `lifetime` by default.
-        """
+        """A signed URL below `base` (http://host:port), valid for `seconds`, by default `lifetime`."""
         expires = str(int(time.time() + (self.lifetime if seconds is None else seconds)))
         return f"{base.rstrip('/')}/v1/files/{id}/content?expires={expires}&signature={self._signature(id, expires)}"
 
     def verify(self, id: str, expires: str, signature: str) -> bool:
-        """Whether these are parts of an address that `url` made, and it is still good. Takes the same time
-        whatever is wrong.
-        """
+        """Whether these parts of a signed URL are valid. Takes the same time for every mistake."""
         return (
             hmac.compare_digest(self._signature(id, expires).encode(), signature.encode(errors="replace"))
             and int(expires) > time.time()
@@ -266,9 +264,7 @@ def _removed(path: Path) -> bool:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Say what the system refuses in one sentence, without the directory's name, which is no client's
-    business.
-    """
+    """Raise an error of the system as one sentence, without the path, which clients should not see."""
     try:
         yield
     except (OSError, UserError) as error:
@@ -276,4 +272,4 @@ def _plain_errors() -> Iterator[None]:
         if not isinstance(cause, OSError):
             raise
         reason = "the disk is full" if cause.errno in FULL else (cause.strerror or str(cause)).lower()
-        raise UserError("state_dir", f"state_dir: the server cannot keep files: {reason}") from error
+        raise UserError("state_dir", f"state_dir: the server cannot store files: {reason}") from error

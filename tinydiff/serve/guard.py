@@ -1,9 +1,8 @@
-"""What stands before every resource: the request's id, keys, other pages' scripts, the size of bodies; and
-one line in the log for each.
+"""Middleware of every resource: request ids, API keys, requests of foreign pages, body sizes and the log.
 
-A resource with `public = True` answers without a key, one with `admin = True` needs the admin key. Resources
-find on `req.context`: `request_id`, `owner` (the fingerprint of the key, "" without keys), `admin`, and may
-leave `job_id` there for the log.
+A resource with `public = True` needs no key, one with `admin = True` needs the admin key. `req.context` has
+`request_id`, `owner` (the fingerprint of the API key, "" without keys) and `admin`; resources may set
+`job_id` for the log.
 """
 
 from __future__ import annotations
@@ -33,19 +32,19 @@ log = logging.getLogger(REQUESTS)
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._~-]{1,255})(:[0-9]{0,5})?")
-"""A Host header: a name or an address, and perhaps a port."""
+"""A Host header: a name or an IP address, and optionally a port."""
 
 EXPOSED = ("x-request-id", "openai-poll-after-ms", "retry-after", "retry-after-ms", "x-should-retry")
-"""Headers that another page's scripts may read."""
+"""Headers that scripts of allowed origins may read."""
 
 
 def owner(key: bytes) -> str:
-    """The fingerprint of a key, under which its jobs lie; the key itself is kept nowhere."""
+    """The fingerprint of an API key, which its jobs have as owner. The key itself is not stored."""
     return hashlib.sha256(key).hexdigest()[:16]
 
 
 def loopback(host: str) -> bool:
-    """Whether a name or address is this machine's own."""
+    """Whether a host name or IP address is loopback."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -53,7 +52,7 @@ def loopback(host: str) -> bool:
 
 
 class Guard:
-    """Middleware. Its state is the service alone."""
+    """The middleware."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -88,10 +87,10 @@ class Guard:
         keyless = not self.keys and self.admin is None
         context.admin = is_admin or keyless
         context.owner = owner(key) if known and self.keys else ""
-        if getattr(resource, "public", False):  # whoever shows a key is known there too
+        if getattr(resource, "public", False):  # its owner is set above if the request has a key
             return
         if self.keys and not known:
-            raise _unauthorized("a key of this server", key)
+            raise _unauthorized("an API key of this server", key)
         if (
             not getattr(resource, "admin", False)
             or is_admin
@@ -99,13 +98,15 @@ class Guard:
         ):
             return
         if self.admin is None:
-            message = "this changes the server, which needs an admin key, and it was started without one (--admin-api-key KEY)"
+            message = (
+                "this route needs an admin key, but the server was started without one (--admin-api-key)"
+            )
             raise Refusal(403, "admin_key_missing", message)
         if known:
             raise Refusal(
                 403,
                 "admin_required",
-                "this changes the server, which needs the admin key; the key given is an ordinary one",
+                "this route needs the admin key; the request has an ordinary API key",
             )
         raise _unauthorized("the admin key", key)
 
@@ -115,9 +116,7 @@ class Guard:
         if self.origins and "*" not in self.origins:
             resp.append_header("Vary", "Origin")
         if resp.stream is not None and not hasattr(resp.stream, "read"):
-            resp.stream = self._until_sent(
-                resp.stream, req, resp
-            )  # what is made while it is sent ends when that does
+            resp.stream = self._until_sent(resp.stream, req, resp)  # logged when the stream ends
         else:
             self._note(req, resp)
 
@@ -131,22 +130,20 @@ class Guard:
         context, seconds = req.context, time.perf_counter() - req.context.begun
         status, route = resp.status_code, req.uri_template or "none"
         self.service.metrics.request(route, req.method, status, seconds)
-        told = {
+        entry = {
             "method": req.method, "route": route, "status": status, "seconds": round(seconds, 4), "request": context.request_id,
             "job": context.job_id, "owner": context.owner, "error": context.error_code,
         }  # fmt: skip
-        told = {name: value for name, value in told.items() if value != ""}
+        entry = {name: value for name, value in entry.items() if value != ""}
         if self.service.options.log_format == "json":
-            log.info(json.dumps({"time": round(time.time(), 3), **told}))
+            log.info(json.dumps({"time": round(time.time(), 3), **entry}))
         else:
-            more = "".join(f" {name}={value}" for name, value in list(told.items())[4:])
+            more = "".join(f" {name}={value}" for name, value in list(entry.items())[4:])
             log.info("%s %s %d %.4f s%s", req.method, route, status, seconds, more)
 
     def wants_body(self, method: str, get: Callable[[str], str | None], length: int | None) -> bool:
-        """Whether a request with these headers is one whose body is read. get: a header by its name. length:
-        as announced, in bytes.
-        """
-        if method in SAFE_METHODS:  # such a body means nothing
+        """Whether to read the body of a request. get: a header by name. length: of Content-Length."""
+        if method in SAFE_METHODS:  # their body has no meaning
             return False
         try:
             self._check(method, get, length)
@@ -155,7 +152,7 @@ class Guard:
         return not self.keys or self._known(_key(get))
 
     def _check(self, method: str, get: Callable[[str], str | None], length: int | None) -> None:
-        """Raise Refusal for what the headers alone tell, whatever is asked for."""
+        """Raise Refusal for errors that the headers alone show."""
         host = get("Host") or None
         if host is not None and HOST.fullmatch(host) is None:
             raise Refusal(400, "invalid_host", f"Host: {host[:80]!r} is not NAME or NAME:PORT")
@@ -164,10 +161,13 @@ class Guard:
             raise too_large(self.most)
 
     def _check_page(self, method: str, host: str | None, origin: str | None) -> None:
-        """A server without keys trusts whoever reaches it, and on loopback every page in a browser of this
-        machine does. A name that merely leads here, as in DNS rebinding, is not this server's own, whatever
-        else is sent: a page of that name reads without an Origin. Its own page may do everything; another's
-        script may where its origin is allowed. Whoever names no host is no browser."""
+        """Raise Refusal for a request of a foreign page to a server without API keys.
+
+        Such a server trusts every client, and on loopback every page in a browser of this machine is one. A
+        foreign host name that resolves to this machine (DNS rebinding) is refused, because a page of that
+        name sends no Origin. The server's own page may do everything, other pages only if their origin is
+        allowed. A request without a Host is not from a browser.
+        """
         if self.keys or (origin is not None and (origin in self.origins or "*" in self.origins)):
             return
         if (
@@ -176,7 +176,7 @@ class Guard:
             and not loopback(_name(host))
             and host != self.home
         ):
-            message = f"the name {_name(host)[:80]!r} is not this server's; name it with --public-url"
+            message = f"Host: {_name(host)[:80]!r} is not a name of this server; set --public-url"
             raise Refusal(403, "unknown_host", message)
         if (
             origin is not None
@@ -186,7 +186,7 @@ class Guard:
             raise Refusal(
                 403,
                 "foreign_origin",
-                f"a page of {origin[:80]!r} may not call this server; allow it with --cors-origin",
+                f"Origin: {origin[:80]!r} is not allowed; start the server with --cors-origin",
             )
 
     def _is_admin(self, key: bytes) -> bool:
@@ -201,7 +201,7 @@ class Guard:
 def _netloc(origin: str) -> str:
     try:
         return urlsplit(origin).netloc
-    except ValueError:  # no address at all
+    except ValueError:  # not a URL
         return ""
 
 
@@ -223,7 +223,7 @@ def _unauthorized(wanted: str, key: bytes) -> Refusal:
 
 
 def configure_logging(level: str, form: Literal["text", "json"]) -> None:
-    """Write the log to standard error, from `level` on."""
+    """Write log records of at least `level` to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(
         JsonFormatter() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
@@ -231,21 +231,21 @@ def configure_logging(level: str, form: Literal["text", "json"]) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.getLogger("waitress.queue").setLevel(
         logging.ERROR
-    )  # requests that wait for a thread are told in /metrics
+    )  # requests that wait for a thread are entry in /metrics
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line. Those of requests are such already."""
+    """Formats each record as one line of JSON; records of requests are JSON already."""
 
     def format(self, record: logging.LogRecord) -> str:
         if record.name == REQUESTS:
             return record.getMessage()
-        told = {
+        entry = {
             "time": round(record.created, 3),
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
         }
         return json.dumps(
-            told | ({"trace": self.formatException(record.exc_info)} if record.exc_info else {})
+            entry | ({"trace": self.formatException(record.exc_info)} if record.exc_info else {})
         )

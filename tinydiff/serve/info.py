@@ -1,6 +1,4 @@
-"""What the server says of itself, its model, health and figures, and what an administrator may tell it; in
-OpenAI's and SGLang's words.
-"""
+"""Routes about the server: its model, health and metrics, and sleep and wake, by OpenAI's and SGLang's names."""
 
 from __future__ import annotations
 
@@ -25,18 +23,18 @@ from tinydiff.serve.service import Service
 from tinydiff.version import __version__
 
 ABLE = ("ready", "asleep")
-"""Phases in which a request is answered with an image: one wakes a server that is asleep."""
+"""Phases in which a request can start; it wakes a server that is asleep."""
 
-UNTOLD = ("api_key", "api_key_file", "admin_api_key", "state_dir", "output_path", "state_url")
-"""Options that clients are not told, as they are secrets or places on this machine."""
+SECRET = ("api_key", "api_key_file", "admin_api_key", "state_dir", "output_path", "state_url")
+"""Options that are not shown to clients: secrets and paths."""
 
 CHECK_S = 2.0
-"""Seconds that a probe waits for the store; one that is slower is as good as away."""
+"""Seconds that a probe waits for the store."""
 
 LEAST_FREE = 2**24
-"""Bytes free on the disk, below which no job can be kept."""
+"""Free bytes on the disk that a new job needs."""
 
-MOST_ORDERS = 2**16
+MOST_ADMIN_BODY = 2**16
 """Bytes of the body of an administrator's request."""
 
 Req = falcon.Request
@@ -44,9 +42,9 @@ Resp = falcon.Response
 
 
 def routes(service: Service) -> list[tuple[str, object]]:
-    """(address, resource) of each."""
+    """(route, resource) of each."""
     sleep, wake, lora = Sleep(service), Wake(service), Lora()
-    storage, figures = Asked(partial(_storage, service)), Asked(lambda: service.scheduler.figures())
+    storage, figures = Probe(partial(_storage, service)), Probe(lambda: service.scheduler.figures())
     return [
         ("/v1/models", Models(service)),
         ("/v1/models/{id:path}", Model(service)),
@@ -71,7 +69,7 @@ def routes(service: Service) -> list[tuple[str, object]]:
 
 
 def tasks(service: Service) -> list[str]:
-    """What the model makes of what, by SGLang's names: T2I, I2I, T2V, I2V."""
+    """The tasks of the model by SGLang's names: T2I, I2I, T2V, I2V."""
     row = service.blueprint.row
     least, most = row.images
     clips = row.video_frames > 1
@@ -87,7 +85,7 @@ def precisions(service: Service) -> dict[str, str]:
 
 
 def defaults(service: Service) -> dict[str, Any]:
-    """What a request gets that leaves it out, by the names of its fields."""
+    """The values of fields that a request leaves out."""
     row = service.blueprint.row
     return {
         "width": row.width,
@@ -104,7 +102,7 @@ def defaults(service: Service) -> dict[str, Any]:
 
 
 def card(service: Service) -> dict[str, Any]:
-    """The model as /v1/models has it: OpenAI's fields, SGLang's and ours."""
+    """The model as an entry of /v1/models: OpenAI's members, SGLang's and ours."""
     plan, row = service.blueprint, service.blueprint.row
     made, types = tasks(service), precisions(service)
     return {
@@ -146,7 +144,7 @@ def card(service: Service) -> dict[str, Any]:
 
 
 class Models:
-    """OpenAI's list of models: one."""
+    """OpenAI's list of models, which has one entry."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -156,20 +154,22 @@ class Models:
 
 
 class Model:
-    """One of them by its name, which may have slashes in it."""
+    """The model by its name, which may contain slashes."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
 
     def on_get(self, req: Req, resp: Resp, id: str) -> None:
         if id != self.service.name:
-            hint = nearest(id, [self.service.name]) or f"; this server has {self.service.name!r}"
-            raise Refusal(404, "model_not_found", f"model: there is no {id[:80]!r} here{hint}", "model")
+            hint = nearest(id, [self.service.name]) or f"; this server serves {self.service.name!r}"
+            raise Refusal(
+                404, "model_not_found", f"model: this server does not serve {id[:80]!r}{hint}", "model"
+            )
         resp.media = card(self.service)
 
 
 class ModelInfo:
-    """What SGLang's gateway reads to learn what a server can do."""
+    """The abilities of the model, for SGLang's gateway."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -190,7 +190,7 @@ class ModelInfo:
 
 
 class FlatModel:
-    """SGLang's older address: the model without a list around it."""
+    """SGLang's older route: the model without a list around it."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -202,7 +202,7 @@ class FlatModel:
 
 
 class ServerInfo:
-    """The server's options, but for secrets, and what it measured."""
+    """The server's options without secrets, and its measurements."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -217,35 +217,33 @@ class ServerInfo:
             "dp_size": 1,
             "phase": state.phase,
             "uptime_s": max(0, int(time.time()) - service.created),
-            "options": {name: value for name, value in asdict(service.options).items() if name not in UNTOLD},
+            "options": {name: value for name, value in asdict(service.options).items() if name not in SECRET},
             "figures": service.scheduler.figures(),
         }
 
 
-class Asked:
-    """A question that may take long, as the store's answers may: put by one thread of its own, once at a time
-    for all who ask.
-    """
+class Probe:
+    """A call that may block, such as one to the store. One thread makes it, one call for all clients at once."""
 
-    def __init__(self, question: Callable[[], Any]) -> None:
-        self.question, self.pool, self.lock = question, ThreadPoolExecutor(1, "probe"), threading.Lock()
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.call, self.pool, self.lock = call, ThreadPoolExecutor(1, "probe"), threading.Lock()
         self.pending: Future[Any] | None = None
 
     def answer(self) -> Any:
-        """The answer, or what the question raises; TimeoutError after CHECK_S."""
+        """The result or exception of the call; TimeoutError after CHECK_S."""
         with self.lock:
             if self.pending is None or self.pending.done():
-                self.pending = self.pool.submit(self.question)
+                self.pending = self.pool.submit(self.call)
             pending = self.pending
         return pending.result(CHECK_S)
 
 
 def _storage(service: Service) -> None:
-    """Raise Refusal, or what a job would meet, where none can be kept."""
+    """Raise the error that a new job would get from the store or the disk."""
     service.store.check()
     for folder in (service.files.folder, service.files.folder.parent):
         if folder.exists() and shutil.disk_usage(folder).free < LEAST_FREE:
-            raise Refusal(507, "storage_failed", "the disk of the server's files is full")
+            raise Refusal(507, "storage_failed", "the disk of the server is full")
 
 
 class Liveness:
@@ -260,9 +258,7 @@ class Liveness:
 
 
 class Health:
-    """Whether requests can be answered, now or after the warm-up; 503 once the scheduler has failed, when
-    only a restart helps.
-    """
+    """Whether requests are answered, now or after the warm-up; 503 once the scheduler has failed."""
 
     public = True
 
@@ -281,13 +277,11 @@ class Health:
 
 
 class Ready:
-    """Whether a request that comes now is begun at once; until then, how far the server is, and whether its
-    jobs can be kept.
-    """
+    """Whether a new request would start at once; else the progress of the start, or the error of the store."""
 
     public = True
 
-    def __init__(self, service: Service, storage: Asked) -> None:
+    def __init__(self, service: Service, storage: Probe) -> None:
         self.service, self.storage = service, storage
 
     def on_get(self, req: Req, resp: Resp) -> None:
@@ -303,7 +297,7 @@ class Ready:
             resp.media = {"status": "ok", **state._asdict()}
         except Exception as error:
             refusal = of_exception(error) or Refusal(
-                503, "store_unreachable", "the store of the jobs does not answer"
+                503, "store_unreachable", "the job database does not answer"
             )
             resp.status, resp.media = (
                 falcon.HTTP_503,
@@ -314,11 +308,11 @@ class Ready:
 
 
 class Scrape:
-    """The figures in Prometheus's form."""
+    """Metrics in Prometheus's text format."""
 
     public = True
 
-    def __init__(self, service: Service, figures: Asked) -> None:
+    def __init__(self, service: Service, figures: Probe) -> None:
         self.service, self.figures = service, figures
 
     def on_get(self, req: Req, resp: Resp) -> None:
@@ -327,7 +321,7 @@ class Scrape:
         try:
             figures = self.figures.answer()
             self.service.metrics.jobs(figures.get("queued", 0), figures.get("running", 0))
-        except Exception:  # a store that is away does not take the other figures with it
+        except Exception:  # the other metrics do not need the store
             figures = {}
         if (peak := figures.get("peak_memory_bytes")) is not None:
             self.service.metrics.peak_memory(peak)
@@ -335,7 +329,7 @@ class Scrape:
 
 
 class Sleep:
-    """Has the weights leave the device; the next job brings them back."""
+    """Unloads the weights from the device; the next job loads them again."""
 
     admin = True
 
@@ -347,15 +341,15 @@ class Sleep:
         try:
             self.service.scheduler.sleep()
         except Busy as busy:
-            message = "jobs run or wait, so the model stays on the device; ask again once they are done"
+            message = "the model stays loaded because jobs run or wait; try again when they are done"
             raise Refusal(
                 409, "busy", message, headers={"retry-after": str(max(1, round(busy.seconds)))} | NO_RETRY
             ) from None
-        resp.media = {"success": True, "message": "the model leaves the device"}
+        resp.media = {"success": True, "message": "the model is being unloaded from the device"}
 
 
 class Wake:
-    """Brings them back ahead of the next job."""
+    """Loads the weights onto the device before the next job needs them."""
 
     admin = True
 
@@ -367,7 +361,7 @@ class Wake:
         self.service.scheduler.wake()
         resp.media = {
             "success": True,
-            "message": "the model comes back to the device; /ready says when it is there",
+            "message": "the model is being loaded onto the device; /ready reports when it is done",
         }
 
 
@@ -392,11 +386,11 @@ class Loras:
 
 
 def _takes_nothing(req: Req) -> None:
-    """An order without options: no body, or an empty object. Raises UserError naming what is in it."""
-    data = read_bytes(req, MOST_ORDERS)
+    """Check that the body is empty or an empty object. Raises UserError."""
+    data = read_bytes(req, MOST_ADMIN_BODY)
     said = parse_json(data, "body") if data.strip() else {}
     if said and isinstance(said, dict):
         name = next(iter(said))
-        raise UserError(name, f"{name}: {req.path} takes no fields; the whole model leaves and comes back")
+        raise UserError(name, f"{name}: {req.path} has no fields")
     if said != {}:
-        raise UserError("body", f"body: {req.path} takes none, or an empty JSON object")
+        raise UserError("body", f"body: must be empty or an empty JSON object for {req.path}")

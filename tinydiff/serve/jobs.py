@@ -1,4 +1,4 @@
-"""The frozen records of the server: a job, what it made, and why it failed. No torch here."""
+"""The records of the server: jobs, their outputs and failures. No torch here."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ PREFIXES: dict[Kind, str] = {"image": "img_", "video": "video_"}
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a job failed. code: "cancelled", "insufficient_memory", "server_restarted", "storage_failed",
-    "server_error" or an option's mistake, "invalid_value"."""
+    """Why a job failed.
+
+    code: "cancelled", "insufficient_memory", "server_restarted", "storage_failed", "server_error", or
+    "invalid_value" for a mistake in an option.
+    """
 
     code: str
     message: str
@@ -25,10 +28,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class Output:
-    """A file that a job made."""
+    """An output file of a job."""
 
     file: str
-    """Its id among the server's files."""
+    """The id of the file."""
     media_type: str
     size: int
     """Bytes."""
@@ -36,53 +39,49 @@ class Output:
     variant: str = "content"
     """"content", or of a video also "thumbnail" and "spritesheet"."""
     url: str | None = None
-    """Where it lies in object storage; None where this server serves it."""
+    """Its URL in object storage; None for a file on this server."""
     warning: str | None = None
-    """What went wrong in storing it elsewhere, the file being kept here."""
+    """Why the upload to object storage failed; the file is then kept here."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One request on its way from the queue to files. Times are seconds since 1970. All of it is JSON-able."""
+    """One request from the queue to its files. Times are seconds since 1970. All values are JSON-able."""
 
     id: str
     kind: Kind
     created_at: float
     owner: str = ""
-    """Fingerprint of the key that asked; "" where the server has no keys. Others do not see the job."""
+    """Fingerprint of the client's API key; "" on a server without keys. Other keys cannot see the job."""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """What to make: sampling options and those of encoding, by the names of `tinydiff generate`."""
+    """Sampling and encoding options, by the names of `tinydiff generate`."""
     inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Given images: "image_path" or "mask_path" -> ids of the server's files."""
+    """Input images: "image_path" or "mask_path" -> ids of files."""
     answer: Mapping[str, Any] = field(default_factory=dict)
-    """What only the answer repeats or needs: `model`, `size`, `seconds`, `output_format`, `response_format`,
-    `user`, ...
-    """
+    """Fields that matter to the answer: `size`, `seconds`, `output_format`, `response_format`, `user`, ..."""
     status: Status = "queued"
     priority: int = 0
-    """Higher goes first; among equals keys take turns."""
+    """Jobs of higher priority run first; at equal priority API keys take turns."""
     progress: int = 0
     """Percent."""
     started_at: float | None = None
     completed_at: float | None = None
     expires_at: float | None = None
-    """When its files are removed."""
+    """When the files are removed."""
     error: Failure | None = None
     outputs: tuple[Output, ...] = ()
     result: Mapping[str, Any] = field(default_factory=dict)
-    """What was made: `parameters`, `seeds`, `seconds` of each stage, `computed_steps`, `skipped_steps`."""
+    """`parameters`, `seeds`, `seconds` of each stage, `computed_steps`, `skipped_steps` of a finished job."""
     remixed_from: str | None = None
     pinned: bool = False
-    """Whether only the server that took the request may run it, because its client waits there."""
+    """Whether only the server that got the request may run it, because the client waits there."""
     server: str = ""
-    """Who runs it, or for a pinned job who shall."""
+    """The server that runs it; for a waiting pinned job the server that will run it."""
     lease: float = 0.0
-    """Until when that server has it to itself, unless it says so again."""
+    """When other servers may take the job, unless its server renews the lease."""
     attempts: int = 0
     idempotency: str = ""
-    """What makes a repeated request the same one: unique among an owner's jobs that are not done; "" for
-    none.
-    """
+    """Hash of the Idempotency-Key, unique among an owner's unfinished jobs; "" without one."""
 
 
 def new_id(kind: Kind) -> str:

@@ -1,6 +1,4 @@
-"""What a running server counts, for Prometheus. Every name begins with `tinydiff_`; labels hold few different
-values.
-"""
+"""Metrics of a running server for Prometheus. Every name begins with `tinydiff_`; labels have few values."""
 
 from __future__ import annotations
 
@@ -18,31 +16,29 @@ from tinydiff.serve.jobs import Job
 from tinydiff.version import __version__
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-"""Of `Metrics.text`."""
+"""Content-Type of `Metrics.text`."""
 
 METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
-"""HTTP's methods that are told apart; a client can make up any other."""
+"""HTTP methods with a label of their own; a client can invent any other."""
 
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-"""Bounds of what takes a moment, in seconds: an answer, a step."""
+"""Histogram buckets in seconds for a step."""
 LONG = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
-"""Bounds of what can take long, in seconds: a stage, a job."""
+"""Histogram buckets in seconds for stages, jobs and requests."""
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Bounds of batches."""
+"""Histogram buckets for batch sizes."""
 
 
 class Metrics:
-    """The figures of one server, in a registry of its own. One method for each event; all may be called from
-    any thread.
-    """
+    """The metrics of one server, in their own registry. Any thread may call any method."""
 
     def __init__(self) -> None:
         own = self._registry = CollectorRegistry()
-        Info("tinydiff", "What runs.", registry=own).info({"version": __version__})
+        Info("tinydiff", "The version of tinydiff.", registry=own).info({"version": __version__})
         ProcessCollector(namespace="tinydiff", registry=own)
-        self._queued = Gauge("tinydiff_jobs_queued", "Jobs that wait.", registry=own)
-        self._running = Gauge("tinydiff_jobs_running", "Jobs that are being made.", registry=own)
-        self._finished = Counter("tinydiff_jobs_finished", "Jobs done.", ("kind", "status"), registry=own)
+        self._queued = Gauge("tinydiff_jobs_queued", "Jobs waiting in the queue.", registry=own)
+        self._running = Gauge("tinydiff_jobs_running", "Jobs running now.", registry=own)
+        self._finished = Counter("tinydiff_jobs_finished", "Finished jobs.", ("kind", "status"), registry=own)
         self._failures = Counter(
             "tinydiff_job_failures", "Jobs that failed, by code.", ("kind", "code"), registry=own
         )
@@ -50,40 +46,53 @@ class Metrics:
             "tinydiff_jobs_cancelled", "Jobs that were cancelled.", ("kind",), registry=own
         )
         self._wait = Histogram(
-            "tinydiff_job_wait_seconds", "From request to start.", ("kind",), buckets=LONG, registry=own
+            "tinydiff_job_wait_seconds",
+            "Seconds from request to start.",
+            ("kind",),
+            buckets=LONG,
+            registry=own,
         )
         self._whole = Histogram(
-            "tinydiff_job_seconds", "From request to result.", ("kind",), buckets=LONG, registry=own
+            "tinydiff_job_seconds", "Seconds from request to result.", ("kind",), buckets=LONG, registry=own
         )
         self._outputs = Counter("tinydiff_outputs", "Images and videos made.", ("kind",), registry=own)
         self._stage = Histogram(
-            "tinydiff_stage_seconds", "Of each stage of a job.", ("stage",), buckets=LONG, registry=own
+            "tinydiff_stage_seconds",
+            "Seconds of each stage of a job.",
+            ("stage",),
+            buckets=LONG,
+            registry=own,
         )
         self._step = Histogram(
-            "tinydiff_step_seconds", "Of a denoising step of a whole batch.", buckets=SHORT, registry=own
+            "tinydiff_step_seconds",
+            "Seconds of a denoising step of a whole batch.",
+            buckets=SHORT,
+            registry=own,
         )
-        self._steps = Counter("tinydiff_steps", "Denoising steps, those of each image counted.", registry=own)
+        self._steps = Counter("tinydiff_steps", "Denoising steps, counted for each image.", registry=own)
         self._batch = Histogram(
             "tinydiff_batch_size", "Images that shared a denoising step.", buckets=SIZES, registry=own
         )
-        self._recompiles = Counter("tinydiff_recompiles", "Graphs compiled.", registry=own)
-        self._peak = Gauge(
-            "tinydiff_peak_memory_bytes", "The most memory of the device that was in use.", registry=own
-        )
+        self._recompiles = Counter("tinydiff_recompiles", "Compiled graphs.", registry=own)
+        self._peak = Gauge("tinydiff_peak_memory_bytes", "Peak memory of the device in bytes.", registry=own)
         self._requests = Counter(
             "tinydiff_http_requests", "Requests answered.", ("route", "method", "status"), registry=own
         )
         self._answer = Histogram(
-            "tinydiff_http_request_seconds", "To answer one.", ("route", "method"), buckets=LONG, registry=own
+            "tinydiff_http_request_seconds",
+            "Seconds to answer a request.",
+            ("route", "method"),
+            buckets=LONG,
+            registry=own,
         )
 
     def jobs(self, queued: int, running: int) -> None:
-        """So many jobs there are now."""
+        """Set the number of jobs now."""
         self._queued.set(queued)
         self._running.set(running)
 
     def finished(self, job: Job) -> None:
-        """A job is done: its status, its times, what it made."""
+        """Count a finished job."""
         self._finished.labels(job.kind, job.status).inc()
         if job.error is not None:
             self._failures.labels(job.kind, job.error.code).inc()
@@ -96,30 +105,30 @@ class Metrics:
         self._outputs.labels(job.kind).inc(sum(output.variant == "content" for output in job.outputs))
 
     def stage(self, name: str, seconds: float) -> None:
-        """A stage of a job has ended."""
+        """Count a finished stage of a job."""
         self._stage.labels(name).observe(seconds)
 
     def steps(self, count: int, batch: int, seconds: float) -> None:
-        """`count` steps were made by `batch` images together. seconds: of one of them."""
+        """Count `count` steps of a batch of `batch` images. seconds: of one step."""
         for _ in range(count):
             self._step.observe(seconds)
             self._batch.observe(batch)
         self._steps.inc(count * batch)
 
     def recompiled(self, count: int = 1) -> None:
-        """So many graphs were compiled."""
+        """Count compiled graphs."""
         self._recompiles.inc(count)
 
     def peak_memory(self, count: int) -> None:
-        """The most bytes of the device's memory that were in use."""
+        """Set the peak memory of the device in bytes."""
         self._peak.set(count)
 
     def request(self, route: str | None, method: str, status: int, seconds: float) -> None:
-        """A request was answered. route: the pattern of its address, not the address; None where none fits."""
+        """Count an answered request. route: its template, not its URL; None for an unknown route."""
         where, how = route or "none", method if method in METHODS else "other"
         self._requests.labels(where, how, str(status)).inc()
         self._answer.labels(where, how).observe(seconds)
 
     def text(self) -> bytes:
-        """All of it in Prometheus's text form."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""From frames to the server's files: how a job's outputs are encoded, checked before they are made."""
+"""Encodes a job's frames as files, with thumbnails and contact sheets of videos."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEDIA_TYPES = {
     ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp",
     ".mp4": "video/mp4", ".webm": "video/webm", ".gif": "image/gif",
 }  # fmt: skip
-"""Ending -> media type."""
+"""Extension -> media type."""
 
 
 THUMBNAIL = 512
@@ -33,7 +33,7 @@ TILES = 16
 
 
 def plan(job: Job, request: Request, folder: Path) -> tuple[output.Target, output.Encoding]:
-    """How each output of the job is written. Raises UserError for a format or a quality that cannot be."""
+    """How each output of a job is written. Raises UserError for an impossible format or quality."""
     clip = request.num_frames > 1
     extension = job.answer.get("output_format") or ("mp4" if clip else "png")
     target = output.plan_target(folder, f"{job.id}.{extension}", video=clip, with_alpha=request.layers > 0)
@@ -49,8 +49,9 @@ def plan(job: Job, request: Request, folder: Path) -> tuple[output.Target, outpu
 def save(
     job: Job, request: Request, files: Files, frames: numpy.ndarray, seed: int, told: Mapping[str, Any]
 ) -> list[Output]:
-    """Encode one output of a job, uint8 [T, H, W, 3 or 4], and put it among the files: a video also in small,
-    layers one by one.
+    """Encode one output of a job, uint8 [T, H, W, 3 or 4], and store its files.
+
+    A video also gets a thumbnail and a contact sheet. Layers are stored one by one.
     """
     with tempfile.TemporaryDirectory() as folder:
         target, encoding = plan(job, request, Path(folder))
@@ -77,7 +78,7 @@ def save(
 
 
 def remove(made: Iterable[Output], files: Files) -> None:
-    """Delete outputs that became nobody's."""
+    """Delete the files of outputs that belong to no job."""
     for each in made:
         files.delete(each.file)
 
@@ -90,9 +91,7 @@ def thumbnail(frames: numpy.ndarray) -> bytes:
 
 
 def spritesheet(frames: numpy.ndarray) -> bytes:
-    """Up to `TILES` frames of the video, uint8 [T, H, W, 3], evenly spread from the first to the last, row by
-    row, as WebP.
-    """
+    """A contact sheet as WebP: up to `TILES` frames, uint8 [T, H, W, 3], at even distances, row by row."""
     import numpy as np
 
     from tinydiff.io.images import encode_image
@@ -106,7 +105,7 @@ def spritesheet(frames: numpy.ndarray) -> bytes:
 
 
 def _fitted(frame: numpy.ndarray, longest: int) -> numpy.ndarray:
-    """The frame with no side longer than `longest`, its shape kept."""
+    """The frame, scaled down so that no side is longer than `longest`."""
     from tinydiff.io.images import resize
 
     height, width = frame.shape[:2]

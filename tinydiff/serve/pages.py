@@ -1,4 +1,4 @@
-"""The page at "/" and the readable interface at "/docs": static files that load nothing from elsewhere."""
+"""The web page at / and the API documentation at /docs: static files without external resources."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import falcon
 from tinydiff.serve import storage
 from tinydiff.serve.service import Service
 
-FOLDER = Path(__file__).parent / "page"
+DIRECTORY = Path(__file__).parent / "page"
 TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -22,7 +22,7 @@ TYPES = {
 
 
 class File(NamedTuple):
-    """A file as it is sent."""
+    """A static file."""
 
     data: bytes
     media_type: str
@@ -30,19 +30,21 @@ class File(NamedTuple):
 
 
 def routes(service: Service) -> list[tuple[str, object]]:
-    """(address, resource) of each."""
+    """(route, resource) of each."""
     files, rules = read(), policy()
     return [
         ("/", Document(files["index.html"], rules)),
         ("/docs", Document(files["docs.html"], rules)),
-        ("/page/{file}", Part(files, rules)),
+        ("/page/{file}", Asset(files, rules)),
     ]
 
 
 def policy() -> str:
-    """The Content-Security-Policy: whatever a prompt or an answer holds, the page runs its own scripts alone,
-    talks to this server alone, and shows images and videos of it and of the object storage that they are
-    uploaded to."""
+    """The Content-Security-Policy of the pages.
+
+    A page runs only its own scripts, calls only this server, and shows images and videos only of this server
+    and its object storage, whatever a prompt or an answer contains.
+    """
     cloud = storage.from_environment()
     elsewhere = "" if cloud is None else " {0.scheme}://{0.netloc}".format(urlsplit(cloud.url("")))
     return (
@@ -53,9 +55,9 @@ def policy() -> str:
 
 
 def read() -> dict[str, File]:
-    """Name -> file of everything in the directory of the page."""
+    """Name -> file, of all files in the directory of the pages."""
     found = {}
-    for path in sorted(FOLDER.iterdir()):
+    for path in sorted(DIRECTORY.iterdir()):
         if path.suffix in TYPES:
             data = path.read_bytes()
             found[path.name] = File(data, TYPES[path.suffix], hashlib.sha256(data).hexdigest()[:16])
@@ -63,7 +65,7 @@ def read() -> dict[str, File]:
 
 
 class Document:
-    """One page."""
+    """A page."""
 
     public = True
 
@@ -76,8 +78,8 @@ class Document:
     on_head = on_get
 
 
-class Part:
-    """What the pages load."""
+class Asset:
+    """The scripts, styles and icons of the pages."""
 
     public = True
 
@@ -94,7 +96,7 @@ class Part:
 
 
 def send(req: falcon.Request, resp: falcon.Response, file: File, policy: str) -> None:
-    """Answer with a file, or with 304 where the browser has it as it is."""
+    """Answer with a file, or with 304 where the browser has the current version."""
     resp.etag = file.tag
     resp.set_headers({
         "Cache-Control": "no-cache",

@@ -1,4 +1,4 @@
-"""`tinydiff serve`: options to a running server, and its graceful end."""
+"""`tinydiff serve`: from options to a running server, and its graceful shutdown."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ log = logging.getLogger(__name__)
 
 ANSWERED_S = 5.0
 OWN_DESCRIPTORS = 256
-"""Of the process beside its connections: databases, weights, files that are being made."""
+"""File descriptors for databases, weights and outputs, beside those of connections."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ORIGIN = re.compile(
     r"(?:([A-Za-z][A-Za-z0-9+.-]*)://)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)(?::([0-9]{1,5}))?(?=/|$)"
 )
-"""Scheme, host and port at the beginning of an address."""
+"""Scheme, host and port at the start of a URL."""
 PATH = re.compile(r"[A-Za-z0-9/._~%+-]*")
 OWN = tuple(entry.name for entry in fields(ServeOptions))
 SEVERAL = tuple(entry.name for entry in fields(ServeOptions) if str(entry.type).startswith("tuple"))
@@ -66,13 +66,13 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, ServeOptions, str]:
     made = config.options(entries)
     for entry in (*fields(made.sampling), *fields(made.output)):
         if entry.name in entries and entry.name != "log_level":
-            raise UserError(entry.name, f"{entry.name}: belongs to a request, not to a server")
+            raise UserError(entry.name, f"{entry.name}: is an option of a request, not of the server")
     if made.refusals:
         raise UserError("options", made.refusals[0])
     if made.ignored:
         raise UserError(
             made.ignored[0],
-            f"{made.ignored[0]}: does not exist here; `tinydiff serve --help` lists what does",
+            f"{made.ignored[0]}: is not an option of the server; `tinydiff serve --help` lists them",
         )
     if [entry.name for entry in fields(made.parallel) if getattr(made.parallel, entry.name) != entry.default]:
         raise UserError(
@@ -82,11 +82,11 @@ def parse(argv: Sequence[str]) -> tuple[ModelOptions, ServeOptions, str]:
 
 
 def checked(options: ServeOptions) -> ServeOptions:
-    """The options, if their addresses and names can be what they are for. Raises UserError."""
+    """The options, with valid names and URLs. Raises UserError."""
     for name in ("host", "state_dir", "output_path", "served_model_name"):
         value = getattr(options, name)
         if value is not None and (not value.strip() or not value.isprintable()):
-            raise UserError(name, f"{name}: {shown(value)} is empty, or holds what cannot be printed")
+            raise UserError(name, f"{name}: {shown(value)} is empty or has unprintable characters")
     for origin in options.cors_origin:
         if origin != "*" and ((meant := _origin(origin)) == "" or origin != meant):
             hint = f"; did you mean {meant!r}?" if meant else ", such as 'https://example.com'"
@@ -96,14 +96,14 @@ def checked(options: ServeOptions) -> ServeOptions:
             )
     if options.public_url is not None and not _is_public(options.public_url):
         message = (
-            f"public_url: {shown(options.public_url)} is not http(s)://HOST, perhaps with a port and a path"
+            f"public_url: {shown(options.public_url)} is not http(s)://HOST with an optional port and path"
         )
         raise UserError("public_url", f"{message}, such as 'https://example.com/images'")
     return options
 
 
 def _origin(text: str) -> str:
-    """The origin that a browser would send for an address or a bare host; "" where it is neither."""
+    """The origin that a browser sends for a URL or a host name; "" for anything else."""
     found = ORIGIN.match(text)
     port = int(found[3] or 0) if found else 2**16
     if found is None or port >= 2**16:
@@ -125,7 +125,7 @@ def _is_public(url: str) -> bool:
 
 
 def with_keys(options: ServeOptions) -> ServeOptions:
-    """The options with the keys that the environment and the key file hold."""
+    """The options with the API keys of the environment and the key file."""
     for name, given in (
         ("api_key", options.api_key),
         ("admin_api_key", () if options.admin_api_key is None else (options.admin_api_key,)),
@@ -150,7 +150,7 @@ def with_keys(options: ServeOptions) -> ServeOptions:
 
 
 def build(model: ModelOptions, options: ServeOptions) -> Service:
-    """The parts of a server, nothing running yet but the store. Raises UserError for what cannot be."""
+    """Build the parts of a server, with only the store open. Raises UserError."""
     from tinydiff.runtime import blueprint
     from tinydiff.serve import admission, storage, warmup
     from tinydiff.serve.files import Files, claim, secret
@@ -189,28 +189,22 @@ def build(model: ModelOptions, options: ServeOptions) -> Service:
 
 
 def listening(options: ServeOptions) -> socket.socket:
-    """A socket at the asked address; the next free port where it is taken, unless ports are strict. Raises
-    UserError.
-    """
+    """A listening socket; on the next free port if the port is taken, unless strict. Raises UserError."""
     last = options.port if options.strict_ports or not options.port else min(options.port + 99, 2**16 - 1)
     for port in range(options.port, last + 1):
         try:
             family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
             return socket.create_server((options.host, port), family=family, backlog=1024)
-        except (OSError, ValueError) as error:  # ValueError: no name at all
+        except (OSError, ValueError) as error:  # ValueError: an invalid name
             if getattr(error, "errno", None) != errno.EADDRINUSE:
                 reason = (getattr(error, "strerror", None) or str(error)).lower()
-                raise UserError(
-                    "host", f"host: {shown(options.host)} cannot be listened at ({reason})"
-                ) from error
+                raise UserError("host", f"host: {shown(options.host)} cannot be used ({reason})") from error
     raise UserError("port", f"port: {options.port} is taken; choose another, or 0 for any free one")
 
 
 @contextlib.contextmanager
 def running(service: Service, sock: socket.socket) -> Iterator[str]:
-    """The server at work in threads of its own; its address. Ends gracefully: no new jobs, the running ones
-    get their time.
-    """
+    """Run the server in threads of its own; its URL. The end is graceful: running jobs get time to finish."""
     from tinydiff.serve.app import make_app
     from tinydiff.serve.connections import Limits, Server
     from tinydiff.serve.guard import Guard
@@ -240,9 +234,7 @@ def running(service: Service, sock: socket.socket) -> Iterator[str]:
 
 
 def _connections(threads: int) -> int:
-    """How many connections there may be, each with a file behind it; the process is allowed as many
-    descriptors where it may be.
-    """
+    """The number of connections, each with a file. Raises the process's descriptor limit for them if allowed."""
     wanted = max(1000, 4 * threads)
     soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * wanted + OWN_DESCRIPTORS
@@ -253,9 +245,7 @@ def _connections(threads: int) -> int:
 
 
 def _answered(server: Any) -> None:
-    """Wait until answers that are on their way are sent, for `ANSWERED_S` at most; clients keep connections
-    open without wanting more.
-    """
+    """Wait up to `ANSWERED_S` seconds until all answers are sent. Idle connections may stay open."""
     until = time.monotonic() + ANSWERED_S
     while time.monotonic() < until and any(
         line.requests or line.total_outbufs_len for line in list(server.active_channels.values())
@@ -264,7 +254,7 @@ def _answered(server: Any) -> None:
 
 
 def serve(argv: Sequence[str]) -> int:
-    """Run a server until it is told to stop by SIGTERM or SIGINT. 0, or 1 where it could not go on."""
+    """Run a server until SIGTERM or SIGINT. Returns 0, or 1 if the scheduler failed."""
     from tinydiff.serve.guard import configure_logging
 
     model, options, level = parse(argv)
@@ -274,7 +264,7 @@ def serve(argv: Sequence[str]) -> int:
     sock = listening(options)
     if options.host not in LOOPBACK and not options.api_key:
         print(
-            f"tinydiff: anyone who reaches {options.host} can use this server; --api-key KEY asks for a key",
+            f"tinydiff: anyone who reaches {options.host} can use this server; --api-key KEY requires a key",
             file=sys.stderr,
         )
     told = threading.Event()
@@ -283,7 +273,7 @@ def serve(argv: Sequence[str]) -> int:
         if (
             told.is_set()
         ):  # asked twice: at once, for Python's own end would tear threads down in the middle of a step
-            os.write(2, b"tinydiff: stopped at once; running jobs are taken up by the next start\n")
+            os.write(2, b"tinydiff: stopped at once; the next start runs unfinished jobs again\n")
             os._exit(128 + number)
         told.set()
 
@@ -298,7 +288,7 @@ def serve(argv: Sequence[str]) -> int:
             if service.scheduler.state().phase == "failed":
                 print(f"tinydiff: error: {service.scheduler.state().detail}", file=sys.stderr)
                 return 1
-        print("tinydiff: stopping; running jobs may end, the rest is kept", flush=True)
+        print("tinydiff: stopping; running jobs may finish, the others stay in the queue", flush=True)
     if not service.scheduler.ended():
         # A step that takes longer than the time given cannot be broken off, and the interpreter would tear it
         # down under its thread.

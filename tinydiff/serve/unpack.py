@@ -1,10 +1,8 @@
-"""Given images, from the bytes of a file to pixels, with bounds on the work; and a process that does only
-that.
+"""Decodes input images with bounds on the work, in a process that does nothing else. No torch here.
 
-An image file is a small program for its decoder: a few bytes may ask for any number of pixels, scans or
-entries. What can be counted is counted first. The rest is bounded by the process: `decoder` gives it some
-seconds, it gives itself some memory, and it ends after a large image, so that the allocator keeps nothing. No
-torch here.
+A few bytes of an image file may ask for any number of pixels, scans or entries. What can be counted is
+counted before decoding. The process bounds the rest: `decoder` limits its time, it limits its own memory, and
+it exits after a large image so that the memory is returned to the system.
 """
 
 from __future__ import annotations
@@ -32,34 +30,34 @@ MAGIC = {
     "image/bmp": re.compile(rb"BM"),
     "image/avif": re.compile(rb"....ftyp(?:avif|avis|mif1|msf1|miaf)", re.DOTALL),
 }
-"""Media type -> how such a file begins."""
+"""Media type -> the first bytes of such a file."""
 
 FORMATS = {
     "image/png": ["PNG"], "image/jpeg": ["JPEG", "MPO"], "image/webp": ["WEBP"], "image/gif": ["GIF"], "image/bmp": ["BMP", "DIB"],
     "image/avif": ["AVIF"],
 }  # fmt: skip
-"""Media type -> Pillow's formats. MPO is what phones make of a JPEG by putting more images behind it."""
+"""Media type -> Pillow's formats. MPO is a JPEG with more images behind it, as phones write it."""
 
-SHOWN_FORMATS = "PNG, JPEG, WebP, GIF, BMP or AVIF"
+SHOWN_FORMATS = "PNG, JPEG, WebP, GIF, BMP, AVIF"
 
 MOST_MARKERS = 5000
-"""Segments of a JPEG; a large colour profile and its metadata are some hundreds."""
+"""Segments of a JPEG; a large colour profile and metadata need some hundreds."""
 MOST_SCANS = 64
 """Scans of a progressive JPEG; encoders make about ten."""
 MOST_PASSES = 16
-"""How many times over the most pixels that are taken a JPEG's scans may go in all."""
+"""All scans of a JPEG together may decode this many times the allowed number of pixels."""
 
 BYTES_A_PIXEL, BYTES = 32, 2**28
-"""Memory that decoding may take: so much for each of the most pixels, and so much beside."""
+"""Memory for decoding: bytes for each allowed pixel, and a constant."""
 LARGE = 2**22
-"""Pixels of an image after which the process ends."""
+"""The process exits after an image with more pixels than this."""
 
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
 _SCAN, _END, _ALONE = 0xDA, 0xD9, (0x01, 0xD8)
 
 
 def media_type(data: bytes, field: str) -> str:
-    """What a file is, by how it begins. Raises UserError for what is no image, naming `field`."""
+    """The media type of an image, from its first bytes. Raises UserError naming `field`."""
     for name, begins in MAGIC.items():
         if begins.match(data):
             return name
@@ -67,7 +65,7 @@ def media_type(data: bytes, field: str) -> str:
 
 
 def unreadable(field: str) -> UserError:
-    return UserError(field, f"{field}: is not a whole image that can be read; it may be {SHOWN_FORMATS}")
+    return UserError(field, f"{field}: is not a complete image in a supported format ({SHOWN_FORMATS})")
 
 
 def pixels(
@@ -89,33 +87,31 @@ def pixels(
         with _opened(data, kind) as opened:
             width, height = opened.size
             if width * height > most_pixels:
-                allowed = f"{most_pixels:,.0f} are the most that this server takes"
+                allowed = f"at most {most_pixels:,.0f} are allowed"
                 raise UserError(field, f"{field}: has {width}x{height} pixels; {allowed}")
             if kind == "image/jpeg":
                 _count_scans(data, field, width * height, most_pixels)
             elif getattr(opened, "is_animated", False):
-                raise UserError(field, f"{field}: is an animation; give one image")
+                raise UserError(field, f"{field}: is an animation; send a single image")
             opened.load()
             return _mask(opened, field) if mask else decode.srgb(opened, with_alpha, field)
     except UserError:
         raise
     except Image.DecompressionBombError:
-        allowed = f"{most_pixels:,.0f} are the most here"
-        raise UserError(field, f"{field}: has more pixels than any image may have; {allowed}") from None
+        allowed = f"at most {most_pixels:,.0f} are allowed"
+        raise UserError(field, f"{field}: has too many pixels; {allowed}") from None
     except MemoryError:
         raise UserError(
-            field, f"{field}: takes more memory to read than this server gives one image"
+            field, f"{field}: needs more memory to decode than this server allows for one image"
         ) from None
     except decode.NoWhiteLevel as error:
         raise UserError(field, f"{field}: {error}") from None
-    except Exception as error:  # decoders fail in many ways on what somebody made up
+    except Exception as error:  # decoders raise many kinds of errors for crafted files
         raise unreadable(field) from error
 
 
 def _opened(data: bytes, kind: str) -> ImageFile.ImageFile:
-    """The image of these bytes, only its header read. The segments of a JPEG are counted before Pillow walks
-    over them.
-    """
+    """The image of these bytes with only its header read. A JPEG's segments are counted before that."""
     from PIL import Image
 
     if kind == "image/jpeg" and sum(1 for _ in _segments(data)) > MOST_MARKERS:
@@ -125,9 +121,7 @@ def _opened(data: bytes, kind: str) -> ImageFile.ImageFile:
 
 
 def _segments(data: bytes) -> list[int]:
-    """The markers of a JPEG, up to one more than are allowed. What lies inside a segment, such as a
-    thumbnail, is passed over.
-    """
+    """The markers of a JPEG, up to one more than are allowed. Segments, such as a thumbnail, are skipped."""
     found: list[int] = []
     at = 2
     while len(found) <= MOST_MARKERS and (match := _MARKER.search(data, at)) is not None:
@@ -141,11 +135,11 @@ def _segments(data: bytes) -> list[int]:
 
 
 def _count_scans(data: bytes, field: str, pixels: int, most_pixels: float) -> None:
-    """Raise UserError for a JPEG whose scans go over its pixels too often."""
+    """Raise UserError for a JPEG with too many scans for its size."""
     scans = _segments(data).count(_SCAN)
     if scans > MOST_SCANS or scans * pixels > MOST_PASSES * most_pixels:
         raise UserError(
-            field, f"{field}: has {scans} scans, too many for its size; save it as an ordinary JPEG or PNG"
+            field, f"{field}: has {scans} scans, too many for its size; save it as a baseline JPEG or a PNG"
         )
 
 
@@ -161,7 +155,7 @@ def _mask(opened: ImageFile.ImageFile, field: str) -> np.ndarray:
 
 
 def send(stream: IO[bytes], head: dict[str, Any], data: bytes | memoryview) -> None:
-    """Write a message: a few words, and bytes."""
+    """Write a message: JSON and bytes."""
     words = json.dumps(head).encode()
     stream.write(struct.pack(">II", len(words), len(data)) + words)
     stream.write(data)
@@ -169,7 +163,7 @@ def send(stream: IO[bytes], head: dict[str, Any], data: bytes | memoryview) -> N
 
 
 def receive(stream: IO[bytes]) -> tuple[dict[str, Any], bytearray]:
-    """Read a message. Raises EOFError where the other side is gone."""
+    """Read a message. Raises EOFError where the other process has ended."""
     words, size = struct.unpack(">II", _exactly(stream, 8))
     return json.loads(_exactly(stream, words)), _exactly(stream, size)
 
@@ -186,10 +180,10 @@ def _exactly(stream: IO[bytes], size: int) -> bytearray:
 
 
 def main() -> None:
-    """Answer one message after another, until there are no more or an image was large."""
+    """Answer messages until the input ends or an image was large."""
     import numpy as np
 
-    from tinydiff.io import decode  # noqa: F401  before the memory is bounded
+    from tinydiff.io import decode  # noqa: F401  imported before the memory is limited
 
     source, sink, bounded = sys.stdin.buffer, sys.stdout.buffer, False
     with suppress(EOFError):
@@ -210,7 +204,7 @@ def main() -> None:
 
 
 def _bound_memory(more: int) -> None:
-    """Let this process have so many bytes more than it has, where the system can count them."""
+    """Limit this process to `more` bytes beyond what it has, where the system supports that."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 

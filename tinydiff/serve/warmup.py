@@ -1,6 +1,4 @@
-"""What a server makes before it is ready: an output of each declared size, through the functions that
-requests go through.
-"""
+"""The warm-up: before it is ready, a server makes an output of each declared size."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def jobs(options: ServeOptions, row: ReleasedModel) -> list[Job]:
-    """A job for each declared size, or one of the model's own. Raises UserError for what is no size."""
+    """A job for each declared size, by default the model's own. Raises UserError for an invalid size."""
     clip = (options.warmup_num_frames or row.num_frames) > 1
     if not options.warmup_steps:
         return []
@@ -45,15 +43,13 @@ def jobs(options: ServeOptions, row: ReleasedModel) -> list[Job]:
 def parts(
     options: ServeOptions, blueprint: Blueprint, admitted: Callable[[Job], Request]
 ) -> list[tuple[Request, int]]:
-    """(what is made, how many of it side by side): several too where that is compiled, for which one and more
-    are two graphs.
-    """
+    """(request, batch size) of each warm-up. A compiled model has two graphs: for one image and for more."""
     counts = (1, 2) if blueprint.compiled and options.batching_max_size > 1 else (1,)
     return [(admitted(job), count) for job in jobs(options, blueprint.row) for count in counts]
 
 
 def make(model: Model, request: Request, loop: Continuous, count: int) -> None:
-    """Make `count` of it side by side, and throw them away. Raises what a request would fail with."""
+    """Run a batch of `count` and discard the outputs. Raises the error that a request would get."""
     from tinydiff.runtime import pipeline
     from tinydiff.runtime.continuous import sitting
 
