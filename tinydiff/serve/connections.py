@@ -147,7 +147,7 @@ class Parser(HTTPRequestParser):
             headers["CONNECTION"] = "close"
 
     def _check_chunks(self) -> None:
-        """Refuse chunks with more framing than content, and endless lines, which are scanned at every byte."""
+        """Refuse chunks with more framing than content, and endless lines, which cost time per byte."""
         found: Any = self.body_rcv
         framing = self.body_bytes_received - len(found)
         if (
@@ -262,7 +262,7 @@ class Channel(HTTPChannel):
         return now - self.last_activity > KEPT_S if self.answered else now - self.creation_time > HEADERS_S
 
     def rank(self) -> tuple[bool, bool, float]:
-        """The connection with the least rank is closed first: idle, with nothing left to send, for longest."""
+        """The connection with the lowest rank is closed first: idle for longest, with nothing to send."""
         request = cast(Any, self.request)
         since = (
             request.begun

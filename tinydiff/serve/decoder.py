@@ -23,7 +23,10 @@ AT_ONCE = 2
 SECONDS = 30.0
 """Time limit for one image."""
 
-PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from tinydiff.serve import unpack; unpack.main()"
+PROGRAM = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from tinydiff.serve import unpack; unpack.main()"
+)
 
 
 class Decoder:

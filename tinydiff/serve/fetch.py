@@ -16,7 +16,7 @@ from tinydiff import paths
 from tinydiff.records import UserError
 
 PORTS = (80, 443)
-"""Ports that a URL may name. Other services on a public host may trust its neighbours, such as this server."""
+"""Ports that a URL may have. Other services of a public host may trust this server as a neighbour."""
 MOST_REDIRECTS = 3
 FETCH_S = 20.0
 """Time limit of a fetch, name lookups and redirects included."""

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from tinydiff.serve.store import Store
 
 MEDIA_TYPES = {
-    ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".gif": "image/gif", ".bmp": "image/bmp",
-    ".avif": "image/avif", ".mp4": "video/mp4", ".webm": "video/webm", ".zip": "application/zip", ".bin": "application/octet-stream",
+    ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp",
+    ".gif": "image/gif", ".bmp": "image/bmp", ".avif": "image/avif", ".mp4": "video/mp4",
+    ".webm": "video/webm", ".zip": "application/zip", ".bin": "application/octet-stream",
 }  # fmt: skip
 """Extension -> media type."""
 
@@ -63,7 +64,7 @@ def secret(state_dir: Path) -> bytes:
     if len(found) != SECRET_BYTES:
         raise UserError(
             "state_dir",
-            f"state_dir: {str(path)!r} is not a valid secret; remove it, and the next start creates a new one",
+            f"state_dir: {str(path)!r} is not a valid secret; remove it to get a new one",
         )
     return found
 
@@ -111,9 +112,9 @@ class Files:
         """Keep bytes, or a finished file, which is moved here; returns the id.
 
         owner: fingerprint of the key that it belongs to, "" on a server without keys.
-        name_hint: a name whose extension is taken where the media type has it (.jpeg rather than .jpg). Raises
-        UserError where the disk is full or refuses, and then nothing is left behind; ValueError for a media
-        type that is none of `MEDIA_TYPES`.
+        name_hint: a name whose extension is used if the media type has it (.jpeg rather than .jpg).
+        Raises UserError where the disk is full or cannot be written to, and then leaves no file behind;
+        ValueError for a media type that is not in `MEDIA_TYPES`.
         """
         extensions = [extension for extension, known in MEDIA_TYPES.items() if known == media_type]
         if not extensions:
@@ -177,7 +178,8 @@ class Files:
     def url(self, id: str, base: str, seconds: float | None = None) -> str:
         """A signed URL below `base` (http://host:port), valid for `seconds`, by default `lifetime`."""
         expires = str(int(time.time() + (self.lifetime if seconds is None else seconds)))
-        return f"{base.rstrip('/')}/v1/files/{id}/content?expires={expires}&signature={self._signature(id, expires)}"
+        query = f"expires={expires}&signature={self._signature(id, expires)}"
+        return f"{base.rstrip('/')}/v1/files/{id}/content?{query}"
 
     def verify(self, id: str, expires: str, signature: str) -> bool:
         """Whether these parts of a signed URL are valid. Takes the same time for every mistake."""

@@ -131,7 +131,8 @@ class Guard:
         status, route = resp.status_code, req.uri_template or "none"
         self.service.metrics.request(route, req.method, status, seconds)
         entry = {
-            "method": req.method, "route": route, "status": status, "seconds": round(seconds, 4), "request": context.request_id,
+            "method": req.method, "route": route, "status": status, "seconds": round(seconds, 4),
+            "request": context.request_id,
             "job": context.job_id, "owner": context.owner, "error": context.error_code,
         }  # fmt: skip
         entry = {name: value for name, value in entry.items() if value != ""}

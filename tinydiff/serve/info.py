@@ -1,4 +1,4 @@
-"""Routes about the server: its model, health and metrics, and sleep and wake, by OpenAI's and SGLang's names."""
+"""Routes about the server: its model, health, metrics, sleep and wake, by OpenAI's and SGLang's names."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ class ServerInfo:
 
 
 class Probe:
-    """A call that may block, such as one to the store. One thread makes it, one call for all clients at once."""
+    """A call that may block, such as one to the store, made by one thread for all clients at once."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self.call, self.pool, self.lock = call, ThreadPoolExecutor(1, "probe"), threading.Lock()
@@ -277,7 +277,7 @@ class Health:
 
 
 class Ready:
-    """Whether a new request would start at once; else the progress of the start, or the error of the store."""
+    """Whether a new request would start at once; if not, the progress or the error of the store."""
 
     public = True
 

@@ -234,7 +234,7 @@ def running(service: Service, sock: socket.socket) -> Iterator[str]:
 
 
 def _connections(threads: int) -> int:
-    """The number of connections, each with a file. Raises the process's descriptor limit for them if allowed."""
+    """The number of connections, each with a file. Raises the process's descriptor limit if allowed."""
     wanted = max(1000, 4 * threads)
     soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * wanted + OWN_DESCRIPTORS

@@ -1,6 +1,4 @@
-"""What the store says to a database: its tables, how a job lies in a row, and in what SQLite and PostgreSQL
-differ. No torch here.
-"""
+"""The database of the store: tables, rows, and the differences of SQLite and PostgreSQL. No torch here."""
 
 from __future__ import annotations
 
@@ -19,12 +17,10 @@ from tinydiff.records import UserError
 from tinydiff.serve.jobs import Failure, Job, Output
 
 COLUMNS = (
-    "id", "kind", "owner", "status", "priority", "progress", "created_at", "started_at", "completed_at", "expires_at",
-    "pinned", "server", "lease", "attempts", "idempotency", "error", "outputs", "result", "rest",
+    "id", "kind", "owner", "status", "priority", "progress",
+    "created_at", "started_at", "completed_at", "expires_at", "pinned", "server", "lease", "attempts", "idempotency", "error", "outputs", "result", "rest",
 )  # fmt: skip
-"""A job's columns: what is asked for or changes. `error`, `outputs`, `result` and the `rest` of its fields
-are JSON.
-"""
+"""Columns of a job. `error`, `outputs`, `result` and `rest`, its other fields, are JSON."""
 
 STEPS: tuple[tuple[str, ...], ...] = (
     (
@@ -35,77 +31,69 @@ STEPS: tuple[tuple[str, ...], ...] = (
             pinned INTEGER NOT NULL, server TEXT NOT NULL, lease DOUBLE PRECISION NOT NULL,
             attempts INTEGER NOT NULL, idempotency TEXT NOT NULL,
             error TEXT NOT NULL, outputs TEXT NOT NULL, result TEXT NOT NULL, rest TEXT NOT NULL,
-            bytes BIGINT NOT NULL, cancel_asked INTEGER DEFAULT 0 NOT NULL, ticket TEXT DEFAULT '' NOT NULL)""",
+            bytes BIGINT NOT NULL, cancel_asked INTEGER DEFAULT 0 NOT NULL,
+            ticket TEXT DEFAULT '' NOT NULL)""",
         "CREATE INDEX tinydiff_by_status ON tinydiff_jobs (status, owner)",
         "CREATE INDEX tinydiff_by_page ON tinydiff_jobs (owner, kind, created_at, id)",
         "CREATE INDEX tinydiff_by_expiry ON tinydiff_jobs (expires_at)",
         "CREATE INDEX tinydiff_by_bytes ON tinydiff_jobs (completed_at, bytes) WHERE bytes > 0",
-        "CREATE INDEX tinydiff_by_server ON tinydiff_jobs (server) WHERE status IN ('queued', 'in_progress') AND server <> ''",
+        """CREATE INDEX tinydiff_by_server ON tinydiff_jobs (server)
+            WHERE status IN ('queued', 'in_progress') AND server <> ''""",
         """CREATE UNIQUE INDEX tinydiff_once ON tinydiff_jobs (owner, idempotency)
             WHERE idempotency <> '' AND status IN ('queued', 'in_progress')""",
         "CREATE TABLE tinydiff_turns (owner TEXT PRIMARY KEY, last_start DOUBLE PRECISION NOT NULL)",
     ),
 )
-"""How the tables came to be what they are: the statements that lead from version n to n + 1. A released step
-is never changed.
-"""
+"""Migrations: the statements that lead from version n to n + 1. A released one never changes."""
 
 BUSY = 5.0
-"""Seconds that SQLite waits for another process to end its transaction."""
+"""Seconds that SQLite waits for a transaction of another process."""
 
 PATIENCE = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
-"""Seconds after which a database whose machine went away without a word is given up, unless its address says
-otherwise.
-"""
+"""Defaults of a connection: seconds after which an unresponsive database counts as lost."""
 
 LINE = """FROM tinydiff_jobs AS queued
     LEFT JOIN tinydiff_turns AS turns ON turns.owner = queued.owner
-    LEFT JOIN (SELECT owner, count(*) AS jobs FROM tinydiff_jobs WHERE status = 'in_progress' GROUP BY owner) AS running
-        ON running.owner = queued.owner
+    LEFT JOIN (SELECT owner, count(*) AS jobs FROM tinydiff_jobs WHERE status = 'in_progress' GROUP BY owner)
+        AS running ON running.owner = queued.owner
     WHERE queued.status = 'queued'"""
-"""Queued jobs, each beside how many jobs of its owner run and when the last of them began."""
+"""Queued jobs, with the number of running jobs of their owner and the start of the last one."""
 
 OPEN = "status IN ('queued', 'in_progress')"
 HELD = f"{OPEN} AND server <> ''"
-"""Jobs that are some server's: in progress there, or pinned to it and waiting."""
+"""Jobs that belong to a server: in progress there, or pinned to it and waiting."""
 
 
 @dataclass(frozen=True, eq=False)
 class Dialect:
-    """A database, and its words for what the two say differently. Statements are written with `:name` for
-    values and `{word}` for these.
-    """
+    """A database and its dialect. Statements have `:name` for values and `{word}` for members of this."""
 
     connect: Callable[[], Any]
-    """Open a connection that has `execute(statement, values)` and `close()`; each statement stands alone
-    until one begins a transaction.
-    """
+    """Opens a connection with `execute(statement, values)` and `close()`, in autocommit mode."""
     option: str
-    """The option that chose it, and how it is called in messages."""
+    """The option that chose the database."""
     shown: str
     value: str
-    """A value in a statement, as a pattern of its name."""
+    """The replacement of `:name` in a statement."""
     begin: str
     durable: str
-    """Said before a transaction that shall outlive a loss of power, and `quick` before others; "" where all
-    do.
-    """
+    """Runs before a transaction that must survive a loss of power; `quick` runs before others."""
     quick: str
     alone: str
-    """Said in a transaction: wait until no other one that says so is under way."""
+    """Runs in a transaction: waits until no other transaction that ran it is open."""
     lock: str
-    """Ends a SELECT: keep the rows from others until the end of the transaction."""
+    """Ends a SELECT: locks its rows until the end of the transaction."""
     skip: str
-    """The same, passing over those that others keep."""
+    """Ends a SELECT: locks its rows, and skips rows that are locked."""
     skew: str
-    """Seconds to add to a time of this machine to have the database's."""
+    """Seconds to add to a time of this machine to get the database's time."""
     errors: tuple[type[Exception], ...]
-    """What it raises, and of that `lost`: it went away, or asks for a transaction to be made again."""
+    """Exceptions of the database. `lost` are those after which a transaction should be repeated."""
     lost: tuple[type[Exception], ...]
     one_writer: bool
-    """Whether transactions go one at a time."""
+    """Whether only one transaction can write at a time."""
 
-    @cache  # noqa: B019  there is one of these for each store
+    @cache  # noqa: B019  each store has one dialect
     def spelled(self, statement: str) -> str:
         words = {"columns": ", ".join(COLUMNS), "line": LINE, "open": OPEN, "held": HELD}
         words |= {"alone": self.alone, "lock": self.lock, "skip": self.skip, "skew": self.skew}
@@ -113,10 +101,10 @@ class Dialect:
 
 
 def sqlite(path: Path) -> Dialect:
-    """The database in the file `path`, made where there is none. Raises UserError."""
+    """The database in the file `path`, created if missing. Raises UserError."""
 
     def connect() -> sqlite3.Connection:
-        # A pool hands a connection to one thread at a time, but not always to the same.
+        # The pool gives a connection to one thread at a time, but not always to the same one.
         return sqlite3.connect(path, timeout=BUSY, isolation_level=None, check_same_thread=False)
 
     try:
@@ -125,23 +113,23 @@ def sqlite(path: Path) -> Dialect:
             mode = _journal(connection)
     except (OSError, sqlite3.Error) as error:
         raise UserError(
-            "state_dir", f"state_dir: cannot keep jobs in {str(path)!r}: {_plain(error)}"
+            "state_dir", f"state_dir: cannot store jobs in {str(path)!r}: {_plain(error)}"
         ) from error
     if mode != "wal":
-        message = f"state_dir: {str(path.parent)!r} lies on a file system without shared memory; choose a local directory"
-        raise UserError("state_dir", message)
+        message = f"state_dir: {str(path.parent)!r} is on a file system without shared memory"
+        raise UserError("state_dir", f"{message}; use a local directory")
     return Dialect(
         connect=connect,
         option="state_dir",
         shown=str(path),
         value=r":\1",
         begin="BEGIN IMMEDIATE",
-        # What a killed process wrote is safe with the system. Only the machine's own end can lose it, and
-        # waiting for the disk against that takes milliseconds: right before a job is promised to a client who
-        # may go away, too long at each step of progress.
+        # Data of a killed process is safe in the page cache; only a loss of power can lose it. Waiting for
+        # the disk takes milliseconds: worth it before a job is confirmed to a client, too slow for each
+        # progress.
         durable="PRAGMA synchronous=FULL",
         quick="PRAGMA synchronous=NORMAL",
-        alone="SELECT 1",  # as every transaction is
+        alone="SELECT 1",  # every transaction is
         lock="",
         skip="",
         skew="0",
@@ -152,40 +140,39 @@ def sqlite(path: Path) -> Dialect:
 
 
 def _journal(connection: sqlite3.Connection) -> str:
-    """Ask for a write-ahead log, which the file remembers; what it got."""
+    """Switch to a write-ahead log, which the file remembers; returns the mode that it got."""
     until = time.monotonic() + BUSY
     while True:
         try:
             return connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
-        except (
-            sqlite3.OperationalError
-        ) as error:  # unlike all else, this does not wait for others who open the file
+        except sqlite3.OperationalError as error:  # this statement does not wait for other processes
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
                 raise
             time.sleep(0.01)
 
 
 def postgres(url: str) -> Dialect:
-    """The database at `postgresql://...`. Raises UserError where that is no address, or psycopg is not
-    installed.
-    """
-    shown = re.sub(r"//.*@", "//", url).partition("?")[0]  # a log should not show the password
+    """The database at `postgresql://...`. Raises UserError for another URL, or without psycopg."""
+    shown = re.sub(r"//.*@", "//", url).partition("?")[0]  # messages must not show the password
     if not url.startswith(("postgresql://", "postgres://")):
-        message = f"state_url: {shown!r} is not an address of a database, postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
+        message = f"state_url: {shown!r} must have the form postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
         raise UserError("state_url", message)
     try:
         import psycopg
         from psycopg.conninfo import conninfo_to_dict
     except ImportError as error:
-        message = f"state_url: {shown!r} needs psycopg, which cannot be loaded ({_plain(error)}); run pip install 'psycopg[binary]'"
+        message = (
+            f"state_url: {shown!r} needs psycopg, which cannot be loaded ({_plain(error)}); "
+            "run pip install 'psycopg[binary]'"
+        )
         raise UserError("state_url", message) from error
 
     def connect() -> Any:
-        # Poolers that stand between do not keep prepared statements.
+        # Connection poolers do not support prepared statements.
         connection = psycopg.connect(
             **{**PATIENCE, **conninfo_to_dict(url)}, autocommit=True, prepare_threshold=None
         )
-        # The database, too, lets go of a server that went away while it kept rows from others.
+        # The database releases the row locks of a server that disappeared.
         connection.execute("SET idle_in_transaction_session_timeout = '30s'")
         return connection
 
@@ -209,9 +196,7 @@ def postgres(url: str) -> Dialect:
 
 
 def prepare(dialect: Dialect) -> None:
-    """Bring the tables to the version of this code. Raises UserError where they are newer, or the database
-    cannot be used.
-    """
+    """Migrate the tables to this version. Raises UserError for newer tables or an unusable database."""
     option, shown = dialect.option, dialect.shown
     try:
         with closing(dialect.connect()) as connection:
@@ -227,8 +212,8 @@ def prepare(dialect: Dialect) -> None:
     except dialect.errors as error:
         raise UserError(option, f"{option}: cannot use the database {shown!r}: {_plain(error)}") from error
     if version > len(STEPS):
-        message = f"{option}: the jobs in {shown!r} are those of a newer tinydiff (version {version}, this one knows {len(STEPS)})"
-        raise UserError(option, f"{message}; upgrade tinydiff or choose another {option}")
+        message = f"{option}: {shown!r} was written by a newer tinydiff (version {version}, not {len(STEPS)})"
+        raise UserError(option, f"{message}; upgrade tinydiff or use another {option}")
 
 
 def to_json(value: Any) -> str:
@@ -245,7 +230,7 @@ def to_row(job: Job) -> dict[str, Any]:
 
 
 def to_job(row: Iterable[Any]) -> Job:
-    """The job of a row of COLUMNS."""
+    """The job of a row with COLUMNS."""
     values = dict(zip(COLUMNS, row, strict=True))
     error, outputs, result, rest = (
         json.loads(values.pop(name)) for name in ("error", "outputs", "result", "rest")
@@ -260,10 +245,10 @@ def to_job(row: Iterable[Any]) -> Job:
 
 
 def bytes_here(outputs: Iterable[Output]) -> int:
-    """Bytes of the files that this server keeps, not counting those in object storage."""
+    """Bytes of the outputs that are not in object storage."""
     return sum(output.size for output in outputs if output.url is None)
 
 
 def _plain(error: Exception) -> str:
-    """An error's text in one line."""
+    """The message of an error in one line."""
     return " ".join(str(error).split())

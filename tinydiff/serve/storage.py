@@ -1,4 +1,4 @@
-"""Outputs in object storage, S3 and what speaks like it, filled in the background. No torch here."""
+"""Uploads outputs to object storage with the S3 API, in the background. No torch here."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ TYPES = ("s3",)
 NEEDED = ("S3_BUCKET_NAME", "S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY")
 
 PAUSES_S = (1.0, 4.0, 15.0, 60.0)
-"""Seconds between the attempts at an upload, which are one more."""
+"""Seconds between the attempts at an upload; there is one more attempt than pauses."""
 CONNECT_S, ANSWER_S = 10.0, 60.0
-"""Seconds that the storage has to take a connection, and to say or take anything."""
+"""Time limits of the storage in seconds, for a connection and for each read or write."""
 MOST_WAITING = 10_000
-"""Outputs that wait for their upload."""
+"""Most outputs that wait for their upload."""
 LINGER_S = 60.0
-"""Seconds that an uploaded file stays here too, for answers that are being made of it."""
+"""Seconds that an uploaded file stays here, for answers that still use it."""
 
 PASSING_CODES = ("404", "RequestTimeout", "BadDigest", "XAmzContentSHA256Mismatch")
 PASSING_STATUS = (408, 409, 425, 429)
-"""What the storage answers where another attempt may succeed, beside all from 500 on. "404" has no name: a
-file that is not seen yet.
+"""Answers of the storage after which another attempt may succeed, beside all from 500 on.
+
+"404" is the code of a file that is not visible yet.
 """
 
 
@@ -52,17 +53,17 @@ class S3:
     access_key: str = field(repr=False)
     secret_key: str = field(repr=False)
     endpoint: str | None = None
-    """http(s)://host of a storage that is not Amazon's."""
+    """http(s)://host of a storage other than Amazon's."""
     region: str = "us-east-1"
     prefix: str = "tinydiff"
-    """What the names of all objects begin with."""
+    """Prefix of all object names."""
 
     def key(self, job_id: str, name: str) -> str:
-        """The object's name for a job's file."""
+        """The object name of a job's file."""
         return f"{self.prefix}/{job_id}/{name}"
 
     def url(self, key: str) -> str:
-        """The object's address, which is open to whom the bucket is."""
+        """The object's URL; public if the bucket is."""
         root = (
             f"{self.endpoint}/{self.bucket}"
             if self.endpoint
@@ -72,12 +73,14 @@ class S3:
 
 
 class Unconfirmed(Exception):
-    """The storage took the upload, but does not have the file as it is."""
+    """The uploaded object differs from the file."""
 
 
 def from_environment() -> S3 | None:
-    """The bucket that the environment names (`config.cloud_storage`), None if none. Raises UserError for a
-    variable that is unknown or missing, and where boto3 is not installed."""
+    """The bucket of the environment (`config.cloud_storage`); None without one.
+
+    Raises UserError for an unknown or missing variable, and where boto3 is not installed.
+    """
     found = config.cloud_storage()
     kind = found.pop("CLOUD_STORAGE_TYPE", None)
     if kind is None:
@@ -93,12 +96,12 @@ def from_environment() -> S3 | None:
         )
     for name in NEEDED:
         if name not in found:
-            raise _wrong(name, "is not set, and must be where outputs go to S3")
+            raise _wrong(name, "is not set, but is required for S3")
     endpoint = found.get("S3_ENDPOINT_URL", "").rstrip("/") or None
     if endpoint is not None and not _is_endpoint(endpoint):
         raise _wrong(
             "S3_ENDPOINT_URL",
-            "must be an address such as https://minio.example.com, without a name and password in it",
+            "must be a URL such as https://minio.example.com, without a user name and password",
         )
     try:
         import boto3  # noqa: F401
@@ -109,15 +112,14 @@ def from_environment() -> S3 | None:
 
 
 class Uploader:
-    """Brings outputs to a bucket, in threads of its own.
+    """Uploads outputs to a bucket, in threads of its own.
 
-    An output's file is uploaded, then looked up there: only where size and checksum are right, the job's
-    output gets its `url`, and after `linger` seconds the local file goes, leaving a note (`Files.moved`).
-    After the last attempt, or at once where another one could not help, the output gets a `warning`, and its
-    file stays here.
+    After an upload the size and checksum of the object are checked. If they are right, the job's output gets
+    its `url`, and after `linger` seconds the local file is replaced by a note (`Files.moved`). After the last
+    attempt, or an error that would come again, the output gets a `warning` and its file stays here.
 
-    Nothing but the jobs themselves says what is to be done. So what a server left, killed or stopped, are the
-    outputs without `url`: give every done job to `pending` at the start.
+    The jobs are the only record of what is left to do: outputs without `url`. So at the start every done job
+    is given to `pending`.
     """
 
     def __init__(
@@ -151,9 +153,7 @@ class Uploader:
             thread.start()
 
     def add(self, job_id: str, output: Output) -> None:
-        """Have an output of a done job uploaded. Returns at once; where too many wait already the output gets
-        its warning.
-        """
+        """Upload an output of a done job, in the background. If too many wait, the output gets a warning."""
         with self._changed:
             if self._closing or (job_id, output.file) in self._known:
                 return
@@ -166,7 +166,7 @@ class Uploader:
             self._note(job_id, replace(output, warning=_warning("too many wait")))
 
     def remove(self, job: Job) -> None:
-        """Have a deleted job's outputs removed there, too."""
+        """Remove the outputs of a deleted job from the storage, in the background."""
         with self._changed:
             self._removing += [
                 self._target.key(job.id, output.file) for output in job.outputs if output.url is not None
@@ -174,14 +174,16 @@ class Uploader:
             self._changed.notify()
 
     def resume(self) -> None:
-        """Take up what earlier servers left."""
+        """Upload what earlier servers left."""
         for job in self._store.every():
             if job.status in DONE:
                 self.pending(job)
 
     def pending(self, job: Job) -> int:
-        """Take up what a server left of a done job: outputs without `url`, uploaded or not, failed ones too,
-        and local files of those that have one. Returns how many uploads that makes."""
+        """Upload the outputs of a done job that have no `url`, and remove the local files of those that have.
+
+        Returns the number of uploads.
+        """
         left = [output for output in job.outputs if output.url is None]
         for output in left:
             self.add(job.id, output)
@@ -193,7 +195,7 @@ class Uploader:
         return len(left)
 
     def close(self, seconds: float) -> int:
-        """Finish what waits, or give up after so many seconds; returns how much is left for the next start."""
+        """Finish waiting uploads within `seconds`; returns how many are left for the next start."""
         end = time.monotonic() + seconds
         with self._changed:
             self._closing = True
@@ -210,9 +212,7 @@ class Uploader:
             task()
 
     def _next(self) -> Callable[[], None] | None:
-        """What is to be done next, as soon as there is something: a local file's time has come, or an upload
-        waits. None after `close`.
-        """
+        """Wait for the next task: remove a local file or an object, or upload. None after `close`."""
         with self._changed:
             while True:
                 if self._leaving and self._leaving[0][0] <= time.monotonic():
@@ -247,13 +247,13 @@ class Uploader:
             self._note(job_id, stored)
         except Exception:
             log.exception(
-                "an output of %s could not be noted as uploaded; the next start does it again", job_id
+                "the upload of an output of %s could not be stored; the next start uploads it again", job_id
             )
         with self._changed:
             self._known.discard((job_id, output.file))
 
     def _attempts(self, job_id: str, output: Output) -> Output | None:
-        """The output with its `url` or its `warning`; None if `close` came between two attempts."""
+        """The output with its `url` or `warning`; None if `close` came between two attempts."""
         for pause in (*self._pauses, None):
             try:
                 return replace(output, url=self._uploaded(job_id, output), warning=None)
@@ -265,17 +265,17 @@ class Uploader:
                         output,
                         warning=_warning(_reason(error))
                         if here
-                        else f"not here, and not found there: {_reason(error)}",
+                        else f"the file is neither here nor in the storage: {_reason(error)}",
                     )
             if self._given_up.wait(pause):
                 return None
         raise AssertionError("the last attempt returns")
 
     def _uploaded(self, job_id: str, output: Output) -> str:
-        """Upload a file and make sure of it; its address."""
+        """Upload a file and check the object; its URL."""
         bucket, key = self._target.bucket, self._target.key(job_id, output.file)
         path, size, checksum = self._files.path(output.file), output.size, None
-        if path is not None:  # else it went after an upload that was not noted, and must be there
+        if path is not None:  # else an earlier upload removed it, so the object must exist
             size, checksum, md5 = _measured(path)
             with path.open("rb") as body:
                 self._client.put_object(
@@ -294,8 +294,8 @@ class Uploader:
         return self._target.url(key)
 
     def _note(self, job_id: str, output: Output) -> None:
-        """Write into the job what became of its output."""
-        with self._noting:  # what other threads note of the same job is not to be lost
+        """Store the new state of an output in its job."""
+        with self._noting:  # other threads may update outputs of the same job
             job = self._store.get(job_id)
             outputs = (
                 []
@@ -303,7 +303,7 @@ class Uploader:
                 else [output if other.file == output.file else other for other in job.outputs]
             )
             there = output in outputs and self._store.update_outputs(job_id, outputs)
-        if not there and output.url is not None:  # deleted meanwhile, so it shall not stay anywhere
+        if not there and output.url is not None:  # the job was deleted meanwhile
             self._remove(self._target.key(job_id, output.file))
         elif output.url is not None:
             with self._changed:
@@ -312,7 +312,7 @@ class Uploader:
 
 
 def client(target: S3, threads: int = 1, answer_s: float = ANSWER_S) -> Any:
-    """boto3's client of a bucket for so many threads, which makes one attempt at whatever it is asked."""
+    """boto3's client of a bucket for `threads` threads, without retries."""
     from boto3.session import Session
     from botocore.config import Config
 
@@ -321,11 +321,11 @@ def client(target: S3, threads: int = 1, answer_s: float = ANSWER_S) -> Any:
         read_timeout=answer_s,
         retries={
             "mode": "standard",
-            "total_max_attempts": 1,
-        },  # the uploader has its own, which end when the server stops
+            "total_max_attempts": 1,  # the uploader repeats attempts itself, until the server stops
+        },
         max_pool_connections=threads,
         s3={"addressing_style": "path" if target.endpoint else "auto"},
-        # Many storages do not know the checksums at a body's end that newer clients send unasked.
+        # Many storages do not support the trailing checksums that newer clients send by default.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         ignore_configured_endpoint_urls=True,
@@ -371,7 +371,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _answer(error: Exception) -> tuple[str, int]:
-    """(code, HTTP status) of what the storage answered, ("", 0) where it did not."""
+    """(code, HTTP status) of the storage's answer; ("", 0) without one."""
     answer = getattr(error, "response", None) or {}
     return str(answer.get("Error", {}).get("Code", "")), int(
         answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
@@ -379,14 +379,14 @@ def _answer(error: Exception) -> tuple[str, int]:
 
 
 def _reason(error: Exception) -> str:
-    """Why an upload failed, for clients: without names of buckets and hosts, which the log has."""
+    """Why an upload failed, for clients: without the names of buckets and hosts, which are in the log."""
     from botocore.exceptions import ConnectionError, HTTPClientError
 
     code, status = _answer(error)
     if status:
         return f"the storage answered {code if not code.isdigit() else status}"
     if isinstance(error, Unconfirmed):
-        return "the storage does not have it as it is"
+        return "the object differs from the file"
     return (
         "the storage does not answer"
         if isinstance(error, ConnectionError | HTTPClientError)
@@ -395,4 +395,4 @@ def _reason(error: Exception) -> str:
 
 
 def _warning(reason: str) -> str:
-    return f"not uploaded, so this server keeps it: {reason}"
+    return f"the upload failed and this server keeps the file: {reason}"

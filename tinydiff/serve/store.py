@@ -1,8 +1,7 @@
-"""Every job of the server, in a database: SQLite in a directory, or PostgreSQL, where several servers share
-one queue.
+"""All jobs, in a database: SQLite in a directory, or PostgreSQL, where several servers share one queue.
 
-What a method changed is changed for good when it returns, and each is one transaction, so a server that is
-killed leaves every job queued, with a server until its lease runs out, or done. No torch here.
+Every method is one transaction, committed when it returns. So after a crash every job is queued, leased to a
+server, or done. No torch here.
 """
 
 from __future__ import annotations
@@ -21,22 +20,20 @@ from tinydiff.serve import sql
 from tinydiff.serve.jobs import DONE, Busy, Failure, Job, Kind, Output, Status, Unreachable
 
 CONNECTIONS = 8
-"""Connections at most; who finds none free waits for one. A statement takes less than a millisecond, so more
-would not be faster.
-"""
+"""Most connections; a call waits for a free one. A statement takes under 1 ms, so more are not faster."""
 
 PATIENCE = 10.0
-"""Seconds that a call waits for a database that went away; PAUSE between its attempts."""
+"""Seconds that a call tries to reach the database, with PAUSE seconds between attempts."""
 PAUSE = 0.1
 
 MOST_ATTEMPTS = 3
-"""How often a job begins at most: one that brings its server down would go on to do so."""
+"""How often a job may start; a job that crashes its server would crash it again and again."""
 
 CANCELLED = Failure("cancelled", "the job was cancelled")
-RESTARTED = Failure("server_restarted", "the server stopped before the job was done; ask for it again")
+RESTARTED = Failure("server_restarted", "the server stopped before the job was done; send the request again")
 GIVEN_UP = Failure(
     "server_restarted",
-    f"the server stopped {MOST_ATTEMPTS} times before the job was done; it is not tried again",
+    f"the server stopped {MOST_ATTEMPTS} times before the job was done; it will not run again",
 )
 
 Policy = Literal["rerun", "fail"]
@@ -48,11 +45,11 @@ Made = TypeVar("Made")
 def open_store(
     state_dir: Path, state_url: str | None, most_queued: int, lifetime: float = 86400.0, shared: bool = False
 ) -> Store:
-    """The store at `state_url`, postgresql://..., or where that is None in `state_dir`.
+    """The store at `state_url`, postgresql://..., or in `state_dir` where that is None.
 
-    most_queued: jobs that wait at most. lifetime: seconds that a done job is kept where `finish` does not
-    say. shared: whether owners share the queue, see `add`. Raises UserError naming the option where the
-    database cannot be used, or a newer version wrote it.
+    most_queued: limit for waiting jobs. lifetime: seconds for which a done job is kept by default. shared:
+    whether owners share the queue, see `add`. Raises UserError naming the option where the database cannot be
+    used, or was written by a newer version.
     """
     dialect = sql.sqlite(Path(state_dir) / "jobs.sqlite3") if state_url is None else sql.postgres(state_url)
     sql.prepare(dialect)
@@ -60,38 +57,29 @@ def open_store(
 
 
 class Store:
-    """Jobs by id. Every method may be called from any thread; with PostgreSQL it raises Unreachable where the
-    database stays away.
+    """Jobs by id. Any thread may call any method; with PostgreSQL each may raise Unreachable.
 
-    Times are seconds since 1970 of the calling machine. Leases lie in the database's own clock: each machine
-    adds how far it is from that, so that servers whose clocks differ do not take each other's jobs.
+    Times are seconds since 1970 by the caller's clock. Leases use the database's clock, so that servers whose
+    clocks differ do not take each other's jobs.
     """
 
     def __init__(self, dialect: sql.Dialect, most_queued: int, lifetime: float, shared: bool = False) -> None:
-        self._dialect, self._most_queued, self._lifetime, self._shared = (
-            dialect,
-            most_queued,
-            lifetime,
-            shared,
-        )
-        self._idle: LifoQueue[Any] = (
-            LifoQueue()
-        )  # connections that nobody uses; None stands for one that is not open
+        self._dialect, self._most_queued = dialect, most_queued
+        self._lifetime, self._shared = lifetime, shared
+        self._idle: LifoQueue[Any] = LifoQueue()  # free connections; None for one that is not open
         for _ in range(CONNECTIONS):
             self._idle.put(None)
-        # SQLite lets waiting writers sleep and try again, threads of one process can do better.
+        # SQLite writers poll for the lock; a lock between threads is faster.
         self._writing = Lock() if dialect.one_writer else Semaphore(2**20)
-        self._unsure: list[str] = []  # tickets of calls of `take` that may have succeeded unheard
+        self._uncertain: list[str] = []  # tickets of calls of `take` whose success is unknown
 
-    # --- the way of a job
-    # -------------------------------------------------------------------------------------------------------------
+    # --- the life of a job ---
 
     def add(self, job: Job) -> Job:
-        """Queue a job. Returns it, or the one of the same owner and `idempotency` that is not done, even
-        where the queue is full.
+        """Queue a job. Returns it, or the unfinished job with its owner and `idempotency`.
 
-        Raises Busy(0) where it is full, or where owners share it and this one has as many jobs waiting as
-        places are left: so nobody fills it, and whoever comes finds room.
+        Raises Busy(0) where the queue is full, or where owners share it and this one has as many waiting jobs
+        as there are free places. So no owner can fill the queue.
         """
         row = sql.to_row(job)
         waiting = """SELECT count(*), COALESCE(sum(CASE WHEN owner = :owner THEN 1 ELSE 0 END), 0)
@@ -106,34 +94,35 @@ class Store:
             if queued >= self._most_queued:
                 return Busy(0)
             if self._shared and own >= self._most_queued - queued:
-                return Busy(0, "this key has as many jobs waiting as the queue has places left")
-            execute(
-                f"INSERT INTO tinydiff_jobs ({', '.join(row)}) VALUES ({', '.join(f':{name}' for name in row)})",
-                **row,
-            )
+                return Busy(0, "this API key has as many waiting jobs as the queue has free places")
+            names, values = ", ".join(row), ", ".join(f":{name}" for name in row)
+            execute(f"INSERT INTO tinydiff_jobs ({names}) VALUES ({values})", **row)
             return job
 
-        # A pinned job ends with its client's connection, which no loss of power spares.
+        # A pinned job ends with its client's connection, so it need not survive a loss of power.
         if isinstance(queued := self._write(work, durable=not job.pinned), Busy):
             raise queued
         return queued
 
     def take(self, server: str, lease_until: float) -> Job | None:
-        """The next queued job that `server` may run, now in progress there until `lease_until`; None if there
-        is none.
+        """The next queued job for `server`, now in progress with a lease until `lease_until`; None if none.
 
-        The highest priority comes first; then the owner of whom the fewest run, and of those the one whose
-        turn is longest ago; then the oldest job.
+        Order: the highest priority, then the owner with the fewest running jobs, then the owner served least
+        recently, then the oldest job.
         """
-        if not self._unsure and not self._rows("SELECT 1 FROM tinydiff_jobs WHERE status = 'queued' LIMIT 1"):
-            return None  # to look takes no turn of writing
-        ticket = self._unsure.pop() if self._unsure else secrets.token_hex(8)
+        if not self._uncertain and not self._rows(
+            "SELECT 1 FROM tinydiff_jobs WHERE status = 'queued' LIMIT 1"
+        ):
+            return None  # a read does not wait for writers
+        ticket = self._uncertain.pop() if self._uncertain else secrets.token_hex(8)
         mine = "SELECT {columns} FROM tinydiff_jobs WHERE {held} AND server = :server AND ticket = :ticket"
-        next_in_line = """SELECT queued.id, queued.owner {line} AND (queued.pinned = 0 OR queued.server = :server)
-            ORDER BY queued.priority DESC, COALESCE(running.jobs, 0), COALESCE(turns.last_start, 0), queued.created_at, queued.id
+        next_in_line = """SELECT queued.id, queued.owner {line}
+            AND (queued.pinned = 0 OR queued.server = :server)
+            ORDER BY queued.priority DESC, COALESCE(running.jobs, 0), COALESCE(turns.last_start, 0),
+            queued.created_at, queued.id
             LIMIT 1 {skip}"""
-        take = """UPDATE tinydiff_jobs SET status = 'in_progress', server = :server, lease = :until + {skew}, started_at = :now,
-            progress = 0, attempts = attempts + 1, ticket = :ticket WHERE id = :id"""
+        take = """UPDATE tinydiff_jobs SET status = 'in_progress', server = :server,
+            lease = :until + {skew}, started_at = :now, progress = 0, attempts = attempts + 1, ticket = :ticket WHERE id = :id"""
         turn = """INSERT INTO tinydiff_turns (owner, last_start) VALUES (:owner, :now)
             ON CONFLICT (owner) DO UPDATE SET last_start = excluded.last_start"""
 
@@ -151,17 +140,18 @@ class Store:
         try:
             return self._write(work)
         except Unreachable:
-            self._unsure.append(ticket)
+            self._uncertain.append(ticket)
             raise
 
     def renew(self, server: str, until: float) -> None:
-        """The server lives: its jobs, in progress or pinned and waiting, are its own until then."""
+        """Renew the leases of a server's jobs, in progress or pinned, until `until`."""
         statement = "UPDATE tinydiff_jobs SET lease = :until + {skew} WHERE {held} AND server = :server"
         self._write(lambda execute: execute(statement, server=server, until=until))
 
     def progress(self, id: str, server: str, percent: int) -> bool:
-        """Note how far a job is. False where it is no longer this server's."""
-        statement = "UPDATE tinydiff_jobs SET progress = :percent WHERE id = :id AND server = :server AND status = 'in_progress'"
+        """Store the progress of a job. False where the server no longer has it."""
+        statement = """UPDATE tinydiff_jobs SET progress = :percent
+            WHERE id = :id AND server = :server AND status = 'in_progress'"""
         return self._write(
             lambda execute: execute(statement, id=id, server=server, percent=percent).rowcount == 1
         )
@@ -177,8 +167,10 @@ class Store:
         result: Mapping[str, Any] | None = None,
         expires_at: float | None = None,
     ) -> bool:
-        """End a job that is in progress at `server`, or queued where that is "". False where it is not:
-        somebody else has it, or it is done, so what was made of it counts for nothing."""
+        """End a job that is in progress at `server`, or queued where that is "".
+
+        False where another server has the job, or it is done; then its outputs are not used.
+        """
         assert status in DONE
         outputs, ticket = tuple(outputs), secrets.token_hex(8)
         where = (
@@ -196,8 +188,10 @@ class Store:
         return self._write(work)
 
     def cancel(self, id: str) -> Job | None:
-        """A queued job fails at once, one in progress as soon as its server sees it in `cancelled`; a done
-        one stays as it is. Returns the job as it is then, None if there is none."""
+        """Cancel a job: a queued one fails at once, a running one when its server reads `cancelled`.
+
+        Returns the job after that, None if there is none.
+        """
 
         def work(execute: Execute) -> Job | None:
             job = self._one(execute, id, "{lock}")
@@ -212,24 +206,22 @@ class Store:
         return self._write(work) if _possible(id) else None
 
     def cancelled(self, server: str) -> list[str]:
-        """Ids of the jobs in progress at `server` that shall end."""
+        """Ids of running jobs of `server` that were cancelled."""
         statement = "SELECT id FROM tinydiff_jobs WHERE {held} AND server = :server AND cancel_asked = 1"
         return [id for (id,) in self._rows(statement, server=server)]
 
     def requeue(self, server: str, policy: Policy) -> int:
-        """Let go of what `server` left: queue it again or fail it, by `policy`; pinned jobs, whose clients
-        are gone, always fail, and cancelled ones too. For the server itself, when it starts or stops. Returns
-        how many."""
+        """Queue the jobs of `server` again, or fail them, by `policy`; returns how many.
+
+        Pinned jobs, whose clients are gone, and cancelled ones always fail. A server calls this for itself.
+        """
         return self._release("server = :server", policy, server=server)
 
     def reclaim(self, now: float, policy: Policy) -> int:
-        """The same for jobs whose lease ran out before `now`, those of servers that are gone. A server renews
-        its own before.
-        """
+        """Do what `requeue` does for all jobs whose lease ended before `now`."""
         return self._release("lease > 0 AND lease < :now + {skew}", policy, now=now)
 
-    # --- reading
-    # ----------------------------------------------------------------------------------------------------------------------
+    # --- reading ---
 
     def get(self, id: str) -> Job | None:
         return self._attempt(lambda execute: self._one(execute, id)) if _possible(id) else None
@@ -237,9 +229,10 @@ class Store:
     def page(
         self, kind: Kind, owner: str, after: str | None, limit: int, ascending: bool
     ) -> tuple[list[Job], bool]:
-        """At most `limit` jobs in the order they came, or the latest first, from behind the job `after`; and
-        whether there are more.
-        Raises KeyError where the owner has no such job `after`."""
+        """(at most `limit` jobs after the job `after`, whether there are more), sorted by creation.
+
+        Raises KeyError where the owner has no job `after`.
+        """
         start, than, order = "", *((">", "ASC") if ascending else ("<", "DESC"))
         values = {"kind": kind, "owner": owner}
         if after is not None:
@@ -254,14 +247,14 @@ class Store:
         return jobs[:limit], len(jobs) > limit
 
     def position(self, job: Job) -> int:
-        """How many queued jobs `take` would give out before this one, were none added or finished; 0 for one
-        that is not queued.
-        """
-        # Who has the fewest running goes first, so an owner's jobs come in rounds, the next one when as many
-        # run of all; whoever had more running at the start joins a round later, and is first in it.
+        """How many jobs `take` would return before this one if none were added or finished."""
+        # Fair share: by priority, then by the owner's running jobs plus this job's place among the owner's
+        # queued ones. Of equals the owner with more running jobs comes first, then the one served least
+        # recently.
         statement = """WITH line AS (
                 SELECT queued.id, -queued.priority AS rank, COALESCE(running.jobs, 0) + row_number() OVER (
-                    PARTITION BY queued.owner ORDER BY queued.priority DESC, queued.created_at, queued.id) AS round,
+                    PARTITION BY queued.owner
+                    ORDER BY queued.priority DESC, queued.created_at, queued.id) AS round,
                     -COALESCE(running.jobs, 0) AS joined, COALESCE(turns.last_start, 0) AS last_start,
                     min(queued.created_at) OVER (PARTITION BY queued.owner) AS since {line})
             SELECT count(*) FROM line WHERE (rank, round, joined, last_start, since, id)
@@ -269,62 +262,57 @@ class Store:
         return self._rows(statement, id=job.id)[0][0]
 
     def check(self) -> None:
-        """Raise what a job would meet that is queued now: the database's own error, or Unreachable."""
+        """Raise the error that `add` would meet now: the database's own, or Unreachable."""
         self._write(lambda execute: None)
 
     def counts(self) -> dict[Status, int]:
-        """How many jobs there are of each status."""
+        """Number of jobs of each status."""
         found = self._rows("SELECT status, count(*) FROM tinydiff_jobs GROUP BY status")
         return dict.fromkeys(get_args(Status), 0) | dict(found)
 
-    # --- done jobs and their files
-    # ----------------------------------------------------------------------------------------------------
+    # --- done jobs and their files ---
 
     def expired(self, now: float) -> list[Job]:
-        """Done jobs whose time is over, the first first: every done job has one, failed ones too."""
-        statement = "SELECT {columns} FROM tinydiff_jobs WHERE expires_at <= :now AND completed_at > 0 ORDER BY expires_at, id"
+        """Done jobs, failed ones too, whose lifetime has ended, in that order."""
+        statement = """SELECT {columns} FROM tinydiff_jobs
+            WHERE expires_at <= :now AND completed_at > 0 ORDER BY expires_at, id"""
         return [sql.to_job(row) for row in self._rows(statement, now=now)]
 
     def oldest(self) -> Job | None:
-        """Of the done jobs with files here the one that was done first."""
-        statement = "SELECT {columns} FROM tinydiff_jobs WHERE bytes > 0 AND completed_at > 0 ORDER BY completed_at LIMIT 1"
+        """The job that was done first, of the done jobs with files here."""
+        statement = """SELECT {columns} FROM tinydiff_jobs
+            WHERE bytes > 0 AND completed_at > 0 ORDER BY completed_at LIMIT 1"""
         found = self._rows(statement)
         return sql.to_job(found[0]) if found else None
 
-    def total_bytes(self) -> int:
-        """Bytes of all outputs that lie here, not in object storage."""
-        return int(self._rows("SELECT COALESCE(sum(bytes), 0) FROM tinydiff_jobs WHERE bytes > 0")[0][0])
-
     def update_outputs(self, id: str, outputs: Iterable[Output]) -> bool:
-        """Replace what is noted of a done job's files. False where there is none of that id."""
+        """Replace the outputs of a done job. False where there is none with this id."""
         outputs = tuple(outputs)
-        statement = "UPDATE tinydiff_jobs SET outputs = :outputs, bytes = :bytes WHERE id = :id AND status IN ('completed', 'failed')"
+        statement = """UPDATE tinydiff_jobs SET outputs = :outputs, bytes = :bytes
+            WHERE id = :id AND status IN ('completed', 'failed')"""
         values = {"id": id, "outputs": sql.to_json(outputs), "bytes": sql.bytes_here(outputs)}
         return self._write(lambda execute: execute(statement, **values).rowcount == 1)
 
     def every(self) -> list[Job]:
-        """All jobs there are, for what seldom has to look through them."""
+        """All jobs; slow, for rare use."""
         return [sql.to_job(row) for row in self._rows("SELECT {columns} FROM tinydiff_jobs")]
 
     def delete(self, id: str) -> bool:
-        """Forget a job. Whoever runs it learns so from `progress` and `finish`; cancel it before. False if
-        there was none.
-        """
+        """Delete a job; a running one should be cancelled before. False if there was none."""
         statement = "DELETE FROM tinydiff_jobs WHERE id = :id"
         return _possible(id) and self._write(lambda execute: execute(statement, id=id).rowcount == 1)
 
     def close(self) -> None:
-        """Let go of the connections; a later call opens its own."""
+        """Close the connections; a later call opens new ones."""
         held = []
         try:
             while True:
                 held.append(self._idle.get_nowait())
         except Empty:
             for connection in held:
-                self._let_go(connection)
+                self._discard(connection)
 
-    # --- inside a transaction
-    # ---------------------------------------------------------------------------------------------------------
+    # --- inside a transaction ---
 
     def _one(self, execute: Execute, id: str, lock: str = "") -> Job | None:
         found = _jobs(execute(f"SELECT {{columns}} FROM tinydiff_jobs WHERE id = :id {lock}", id=id))
@@ -342,10 +330,11 @@ class Store:
         ticket: str = "",
         **values: str,
     ) -> bool:
-        """Make the job `where` a done one; whether there was one."""
+        """End the job that matches `where`; whether there was one."""
         progress = ", progress = 100" if status == "completed" else ""
-        statement = f"""UPDATE tinydiff_jobs SET status = :status, completed_at = :now, expires_at = :expires_at, error = :error,
-            outputs = :outputs, result = :result, bytes = :bytes, lease = 0, cancel_asked = 0, ticket = :ticket{progress} WHERE {where}"""
+        statement = f"""UPDATE tinydiff_jobs SET status = :status, completed_at = :now,
+            expires_at = :expires_at, error = :error, outputs = :outputs, result = :result, bytes = :bytes,
+            lease = 0, cancel_asked = 0, ticket = :ticket{progress} WHERE {where}"""
         now = time.time()
         made = {"error": sql.to_json(error), "outputs": sql.to_json(outputs), "result": sql.to_json(result)}
         ends = {
@@ -361,10 +350,11 @@ class Store:
         )
 
     def _release(self, where: str, policy: Policy, **values: Any) -> int:
-        # In the order of ids, so that two servers that do this at once wait for each other instead of both.
-        leftover = f"SELECT id, pinned, attempts, cancel_asked FROM tinydiff_jobs WHERE {{held}} AND {where} ORDER BY id {{lock}}"
-        queue = """UPDATE tinydiff_jobs SET status = 'queued', server = '', lease = 0, progress = 0, started_at = NULL, ticket = ''
-            WHERE id = :id"""
+        # Ordered by id, so that two servers which do this at once cannot deadlock.
+        leftover = f"""SELECT id, pinned, attempts, cancel_asked FROM tinydiff_jobs
+            WHERE {{held}} AND {where} ORDER BY id {{lock}}"""
+        queue = """UPDATE tinydiff_jobs SET status = 'queued', server = '', lease = 0, progress = 0,
+            started_at = NULL, ticket = '' WHERE id = :id"""
 
         def work(execute: Execute) -> int:
             found = execute(leftover, **values).fetchall()
@@ -379,16 +369,13 @@ class Store:
 
         return self._write(work)
 
-    # --- connections
-    # ------------------------------------------------------------------------------------------------------------------
+    # --- connections ---
 
     def _rows(self, statement: str, **values: Any) -> list[tuple[Any, ...]]:
         return self._attempt(lambda execute: execute(statement, **values).fetchall())
 
     def _write(self, work: Callable[[Execute], Made], durable: bool = False) -> Made:
-        """`work(execute)` in a transaction. `work` may be done again though it was committed, where the
-        answer to that was lost.
-        """
+        """`work(execute)` in a transaction. It may run again after a commit whose confirmation was lost."""
         dialect = self._dialect
 
         def transaction(execute: Execute) -> Made:
@@ -400,16 +387,14 @@ class Store:
             return made
 
         if not self._writing.acquire(timeout=sql.BUSY):
-            raise Unreachable(f"the database {self._dialect.shown!r} takes no more: others hold it")
+            raise Unreachable(f"the database {self._dialect.shown!r} is locked by other writers")
         try:
             return self._attempt(transaction)
         finally:
             self._writing.release()
 
     def _attempt(self, work: Callable[[Execute], Made]) -> Made:
-        """`work(execute)` on a connection, and from its start on another one where the database went away
-        under it.
-        """
+        """`work(execute)` on a connection; repeated on a new one after the database was unreachable."""
         until = time.monotonic() + PATIENCE
         while True:
             try:
@@ -422,7 +407,7 @@ class Store:
 
                     return work(execute)
             except self._dialect.lost as error:
-                self.close()  # the others are as old
+                self.close()  # the other connections are broken too
                 if time.monotonic() > until:
                     raise Unreachable(
                         f"the database {self._dialect.shown!r} does not answer: {error}"
@@ -436,11 +421,11 @@ class Store:
             connection = self._dialect.connect() if connection is None else connection
             yield connection
         except BaseException:
-            self._let_go(connection)  # which takes back what was not committed
+            self._discard(connection)  # this rolls back
             raise
         self._idle.put(connection)
 
-    def _let_go(self, connection: Any) -> None:
+    def _discard(self, connection: Any) -> None:
         self._idle.put(None)
         if connection is not None:
             connection.close()
@@ -451,7 +436,5 @@ def _jobs(cursor: Any) -> list[Job]:
 
 
 def _possible(id: str) -> bool:
-    """Whether a job can have this id, which comes from an address and may be anything; a database refuses
-    some texts.
-    """
+    """Whether a job can have this id, which comes from a URL; databases refuse some strings."""
     return id.isascii() and id.isprintable()

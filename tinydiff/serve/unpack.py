@@ -33,8 +33,8 @@ MAGIC = {
 """Media type -> the first bytes of such a file."""
 
 FORMATS = {
-    "image/png": ["PNG"], "image/jpeg": ["JPEG", "MPO"], "image/webp": ["WEBP"], "image/gif": ["GIF"], "image/bmp": ["BMP", "DIB"],
-    "image/avif": ["AVIF"],
+    "image/png": ["PNG"], "image/jpeg": ["JPEG", "MPO"], "image/webp": ["WEBP"],
+    "image/gif": ["GIF"], "image/bmp": ["BMP", "DIB"], "image/avif": ["AVIF"],
 }  # fmt: skip
 """Media type -> Pillow's formats. MPO is a JPEG with more images behind it, as phones write it."""
 
