@@ -295,7 +295,7 @@ def test_models(client):
 @pytest.mark.parametrize(
     ("more", "error", "code", "param", "said"),
     [
-        ({"model": "gpt-image-1"}, openai.NotFoundError, "model_not_found", "model", "'tinydiff/shapes' is"),
+        ({"model": "gpt-image-1"}, openai.NotFoundError, "model_not_found", "model", "serves 'tinydiff/shapes'"),
         ({"extra_body": {"guidance_scal": 3}}, openai.BadRequestError, "unknown_parameter", "guidance_scal", "guidance_scale"),
         ({"extra_body": {"seed": "one"}}, openai.BadRequestError, "invalid_value", "seed", "an integer"),
         ({"extra_body": {"guidance_scale": -1}}, openai.BadRequestError, "invalid_value", "guidance_scale", "-1"),

@@ -40,7 +40,9 @@ def test_a_process_reads_one_image_after_another(own):
 
 
 def test_a_mistake_is_told_and_the_process_stays(own):
-    with pytest.raises(UserError, match=r"^mask: has 2000x1000 pixels; 1,000,000 are the most") as caught:
+    with pytest.raises(
+        UserError, match=r"^mask: has 2000x1000 pixels; at most 1,000,000 are allowed"
+    ) as caught:
         own.pixels(picture(2000, 1000), "mask", MOST)
     assert caught.value.field == "mask" and len(own._idle) == 1
 
@@ -52,7 +54,7 @@ def test_a_process_ends_after_a_large_image(own):
 
 def test_a_process_that_does_not_answer_is_killed():
     stuck = Decoder(0.05, [sys.executable, "-c", "import threading; threading.Event().wait()"])
-    with pytest.raises(UserError, match="takes more time or memory to read than this server gives"):
+    with pytest.raises(UserError, match="needs more time or memory to decode than this server allows"):
         stuck.pixels(picture(), "image", MOST)
     assert stuck._idle == []
 
@@ -69,7 +71,7 @@ def test_a_process_that_wants_too_much_memory_does_not_get_it():
         "unpack.main()", "unpack.pixels = lambda *_, **more: bytearray(2**33); unpack.main()"
     )
     hungry = Decoder(command=[sys.executable, "-c", greedy, json.dumps(sys.path)])
-    with pytest.raises(UserError, match="takes more time or memory to read than this server gives"):
+    with pytest.raises(UserError, match="needs more time or memory to decode than this server allows"):
         hungry.pixels(picture(), "image", MOST)
     assert hungry._idle == []
 

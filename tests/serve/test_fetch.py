@@ -70,7 +70,7 @@ def test_a_picture_is_fetched_from_the_address_that_was_checked(web):
 )  # fmt: skip
 @pytest.mark.parametrize("form", ["http://{}/", "https://{}/a.png", "http://{}:80/"])
 def test_private_addresses_are_never_connected_to(web, host, form):
-    assert "is not a public address" in web.refused(form.format(host))
+    assert "is not on the public internet" in web.refused(form.format(host))
     assert web.connected == [] and web.requests == []
 
 
@@ -79,7 +79,7 @@ def test_a_name_may_not_lead_to_a_private_address(web, address):
     for answer in ([address], [PUBLIC, address], [address, PUBLIC]):
         web.names["evil.example"] = [answer]
         message = web.refused("http://evil.example/")
-        assert message == "image: 'http://evil.example/' is not a public address"
+        assert message == "image: 'http://evil.example/' is not on the public internet"
     assert web.connected == []
 
 
@@ -89,7 +89,7 @@ def test_an_unknown_name_is_answered_as_a_private_one(web):
 
     with pytest.raises(UserError) as caught:
         fetch("http://intranet/", "image", 10, 1.0, resolve=unknown, connect=web.connect)
-    assert str(caught.value) == "image: 'http://intranet/' is not a public address"
+    assert str(caught.value) == "image: 'http://intranet/' is not on the public internet"
 
 
 def test_dns_that_changes_leads_nobody_inside(web):
@@ -101,20 +101,20 @@ def test_dns_that_changes_leads_nobody_inside(web):
 def test_dns_that_changes_at_a_redirect_leads_nobody_inside():
     with serving(redirects({"/": "/again"})) as web:
         web.names["evil.example"] = [[PUBLIC], ["10.0.0.1"]]
-        assert "is not a public address" in web.refused("http://evil.example/")
+        assert "is not on the public internet" in web.refused("http://evil.example/")
         assert web.connected == [(PUBLIC, 80)] and [path for path, _ in web.requests] == ["/"]
 
 
 @pytest.mark.parametrize(
     ("location", "said"),
     [
-        ("http://127.0.0.1/", "is not a public address"),
-        ("http://169.254.169.254/latest/meta-data/", "is not a public address"),
-        ("//localhost/", "is not a public address"),
-        ("https://[::1]/", "is not a public address"),
-        ("http://2130706433/", "is not a public address"),
+        ("http://127.0.0.1/", "is not on the public internet"),
+        ("http://169.254.169.254/latest/meta-data/", "is not on the public internet"),
+        ("//localhost/", "is not on the public internet"),
+        ("https://[::1]/", "is not on the public internet"),
+        ("http://2130706433/", "is not on the public internet"),
         ("http://images.example:22/", "names port 22"),
-        ("http://me:secret@images.example/", "a name or a password"),
+        ("http://me:secret@images.example/", "a user name or a password"),
         ("file:///etc/passwd", "leads to 'file:///etc/passwd'"),
         ("gopher://images.example/_GET", "leads to 'gopher://"),
         ("data:image/png;base64,AAAA", "leads to 'data:"),
@@ -148,16 +148,16 @@ def test_a_fourth_redirect_is_one_too_many():
         ("http://images.example:0/", "names port 0"),
         ("http://images.example:99999/", "not an address that can be read"),
         ("http://images.example:x/", "not an address that can be read"),
-        ("http://user@images.example/", "a name or a password"),
-        ("http://user:key@images.example/", "a name or a password"),
-        ("http://images.example\\@127.0.0.1/", "a name or a password"),
+        ("http://user@images.example/", "a user name or a password"),
+        ("http://user:key@images.example/", "a user name or a password"),
+        ("http://images.example\\@127.0.0.1/", "a user name or a password"),
         ("http:///a.png", "leads to"),
         ("file:///etc/passwd", "leads to"),
         ("gopher://images.example/", "leads to"),
         ("http://" + "ä" * 300 + "/", "not an address that can be read"),
-        ("http://[fe80::1%25eth0]/", "is not a public address"),
-        ("http://a\0b/", "is not a public address"),
-        ("http://a b/", "is not a public address"),
+        ("http://[fe80::1%25eth0]/", "is not on the public internet"),
+        ("http://a\0b/", "is not on the public internet"),
+        ("http://a b/", "is not on the public internet"),
     ],
 )
 def test_addresses_that_are_refused_as_they_stand(web, url, said):
@@ -262,7 +262,7 @@ def test_the_time_limit_is_over_all_however_it_drips(what):
             message = web.refused("http://images.example/", seconds=0.4)
         finally:
             over.set()
-    assert "did not come within 0.4 seconds" in message and 0.35 < time.monotonic() - begun < 3
+    assert "was not received within 0.4 seconds" in message and 0.35 < time.monotonic() - begun < 3
 
 
 def test_the_time_limit_holds_over_redirects():
@@ -271,7 +271,7 @@ def test_the_time_limit_holds_over_redirects():
         send(handler, b"", 302, Location="/")
 
     with serving(answer) as web:
-        assert "did not come within 0.3 seconds" in web.refused("http://images.example/", seconds=0.3)
+        assert "was not received within 0.3 seconds" in web.refused("http://images.example/", seconds=0.3)
 
 
 def test_a_name_server_that_does_not_answer_is_not_waited_for(monkeypatch):
@@ -372,7 +372,9 @@ def test_a_handshake_that_drips_is_not_waited_for():
         web, begun = Web(listening.getsockname()[1], []), time.monotonic()
         web.names["images.example"] = [[PUBLIC]]
         try:
-            assert "did not come within 0.4 seconds" in web.refused("https://images.example/", seconds=0.4)
+            assert "was not received within 0.4 seconds" in web.refused(
+                "https://images.example/", seconds=0.4
+            )
         finally:
             over.set()
     assert time.monotonic() - begun < 3

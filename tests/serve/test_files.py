@@ -253,7 +253,7 @@ def test_servers_that_start_at_once_have_one_secret(tmp_path):
 
 def test_a_broken_secret_is_said(tmp_path):
     (tmp_path / "secret").write_bytes(b"short")
-    with pytest.raises(UserError, match="is not a secret") as caught:
+    with pytest.raises(UserError, match="is not a valid secret") as caught:
         secret(tmp_path)
     assert caught.value.field == "state_dir"
 

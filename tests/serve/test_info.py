@@ -331,7 +331,7 @@ def test_a_store_that_does_not_answer_holds_no_probe(serve, monkeypatch):
 def test_a_full_disk_is_not_ready(serve, monkeypatch, free):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
     answer = client_of(serve()).simulate_get("/ready")
-    assert (answer.status_code, answer.json["detail"]) == (503, "the disk of the server's files is full")
+    assert (answer.status_code, answer.json["detail"]) == (503, "the disk of the server is full")
 
 
 @pytest.mark.parametrize(

@@ -98,12 +98,12 @@ def test_a_data_uri_is_its_bytes(source):
         ("data:image/png;base64", "is not in base64"),
         ("data:image/png;base64,", "is empty"),
         (b"", "is empty"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a whole image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "not a whole image"),
-        (picture()[:-30], "not a whole image"),
-        (picture("JPEG", (90, 90))[:-200], "not a whole image"),
-        (picture()[:20], "not a whole image"),
-        (picture("TIFF"), "not a whole image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a complete image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "not a complete image"),
+        (picture()[:-30], "not a complete image"),
+        (picture("JPEG", (90, 90))[:-200], "not a complete image"),
+        (picture()[:20], "not a complete image"),
+        (picture("TIFF"), "not a complete image"),
         (base64.b64encode(picture()).decode(), "put data:image/png;base64, before it"),
         (base64.b64encode(picture("JPEG")).decode(), "put data:image/png;base64, before it"),
         (base64.b64encode(bytes(300)).decode(), "put data:image/png;base64, before it"),
@@ -140,7 +140,7 @@ def test_pixels_are_counted_before_they_are_unpacked(monkeypatch):
     bomb = bytearray(picture())
     bomb[16:24] = struct.pack(">II", 9000, 9000)  # the size in a PNG's header, and then the checksum of that
     bomb[29:33] = struct.pack(">I", zlib.crc32(bytes(bomb[12:29])))
-    assert "has 9000x9000 pixels; 10,000 are the most" in refused(bytes(bomb))
+    assert "has 9000x9000 pixels; at most 10,000 are allowed" in refused(bytes(bomb))
 
 
 def test_pillows_own_limit_is_a_sentence_too(monkeypatch):
@@ -181,7 +181,7 @@ def test_addresses_are_fetched_only_where_that_is_allowed():
 
 
 @pytest.mark.parametrize(
-    ("data", "said"), [(b"<html>", "not a whole image"), (animation("GIF"), "is an animation")]
+    ("data", "said"), [(b"<html>", "not a complete image"), (animation("GIF"), "is an animation")]
 )
 def test_what_is_fetched_is_checked_as_any_picture(data, said):
     assert said in refused("http://images.example/a.png", True, get=lambda *_: data)
@@ -189,5 +189,6 @@ def test_what_is_fetched_is_checked_as_any_picture(data, said):
 
 def test_private_addresses_are_not_fetched_for_real():
     assert (
-        refused("http://127.0.0.1/a.png", True) == "image: 'http://127.0.0.1/a.png' is not a public address"
+        refused("http://127.0.0.1/a.png", True)
+        == "image: 'http://127.0.0.1/a.png' is not on the public internet"
     )

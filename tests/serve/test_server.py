@@ -205,9 +205,7 @@ def test_files_go_where_sglang_has_them_go(tmp_path):
         assert requests.get(answer["data"][0]["url"], timeout=60).content[:4] == b"\x89PNG"
         assert [path.suffix for path in (tmp_path / "out").glob("*.png")] == [".png"]
         assert str(tmp_path) not in one.get("/server_info").text
-    with pytest.raises(
-        UserError, match=r"output_path: .* holds the files of a server with another state_dir"
-    ):
+    with pytest.raises(UserError, match=r"output_path: .* has the files of a server with another state_dir"):
         server.serve(
             ["--port", "0", "--state-dir", str(tmp_path / "other"), "--output-path", str(tmp_path / "out")]
         )
@@ -232,7 +230,7 @@ def test_a_body_that_is_never_read_is_refused_in_the_same_form(tmp_path):
     [
         (["--api-key", ""], "api_key: is empty"),
         (["--admin-api-key", ""], "admin_api_key: is empty"),
-        (["--host", "nowhere.invalid"], "host: 'nowhere.invalid' cannot be listened at"),
+        (["--host", "nowhere.invalid"], "host: 'nowhere.invalid' cannot be used"),
         (["--model-path", "/nowhere"], "model_path: '/nowhere'"),
         (["--enable-sequence-shard", "true"], "not supported yet"),
         (["--warmup-resolutions", "128"], "warmup_resolutions: '128' is not WIDTHxHEIGHT"),

@@ -27,7 +27,7 @@ def test_the_tables_of_a_newer_version_are_refused(where, monkeypatch):
         patched.setattr(sql, "STEPS", (*sql.STEPS, ("CREATE TABLE tinydiff_more (id TEXT)",)))
         open_store(*where, 5).close()
     with pytest.raises(
-        UserError, match=rf"{field}: .* newer tinydiff \(version 2, this one knows 1\); upgrade tinydiff"
+        UserError, match=rf"{field}: .* newer tinydiff \(version 2, not 1\); upgrade tinydiff"
     ) as caught:
         open_store(*where, 5)
     assert caught.value.field == field
@@ -55,7 +55,7 @@ def test_a_folder_that_cannot_hold_jobs_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "jobs.sqlite3").write_text("not a database, but as long as one would be " * 100)
     for folder in (tmp_path, tmp_path / "file"):
-        with pytest.raises(UserError, match="state_dir: cannot keep jobs in ") as caught:
+        with pytest.raises(UserError, match="state_dir: cannot store jobs in ") as caught:
             open_store(folder, None, 5)
         assert caught.value.field == "state_dir" and str(folder) in str(caught.value)
 
@@ -63,7 +63,7 @@ def test_a_folder_that_cannot_hold_jobs_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("mysql://me:secret@host/db", "'mysql://host/db' is not an address of a database, postgresql://USER"),
+        ("mysql://me:secret@host/db", "'mysql://host/db' must have the form postgresql://USER"),
         ("", "'' is not an address"),
         (
             "postgresql://me:secret@127.0.0.1:1/db?connect_timeout=1",

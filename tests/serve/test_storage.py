@@ -95,7 +95,7 @@ def test_an_unknown_type_is_said(environment, kind, hint):
 )
 def test_an_endpoint_that_is_no_address_is_said(environment, endpoint):
     environment("TINYDIFF", **SET, S3_ENDPOINT_URL=endpoint)
-    with pytest.raises(UserError, match="must be an address") as caught:
+    with pytest.raises(UserError, match="must be a URL") as caught:
         from_environment()
     assert caught.value.field == "S3_ENDPOINT_URL" and "hush" not in str(caught.value)
 

@@ -40,7 +40,7 @@ def test_wrong_keys_are_not_tried_again(here, storage, status, code):
     with uploading(here, storage.endpoint, pauses=(60.0,)) as uploader:
         uploader.add(job.id, job.outputs[0])
         warning = until(lambda: output_of(here, job).warning)
-    assert warning == f"not uploaded, so this server keeps it: the storage answered {code}"
+    assert warning == f"the upload failed and this server keeps the file: the storage answered {code}"
     assert storage.asked == ["PUT"] and output_of(here, job).url is None
     assert here.files.path(job.outputs[0].file).read_bytes() == DATA
 
@@ -120,7 +120,7 @@ def test_an_upload_that_is_not_confirmed_is_none(here, storage, wrong):
     job = done(here)
     with uploading(here, storage.endpoint) as uploader:
         uploader.add(job.id, job.outputs[0])
-        assert until(lambda: output_of(here, job).warning).endswith("the storage does not have it as it is")
+        assert until(lambda: output_of(here, job).warning).endswith("the object differs from the file")
     assert storage.asked == ["PUT", "HEAD"] * 4 and here.files.path(job.outputs[0].file).read_bytes() == DATA
 
 
@@ -256,7 +256,7 @@ def test_a_file_that_is_nowhere_is_reported(here, storage):
         uploader.pending(job)
         assert (
             until(lambda: output_of(here, job).warning)
-            == "not here, and not found there: the storage answered 404"
+            == "the file is neither here nor in the storage: the storage answered 404"
         )
 
 

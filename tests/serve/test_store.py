@@ -142,7 +142,9 @@ def test_a_shared_queue_has_room_for_every_owner(where):
     with closing(open_store(*where, 16, shared=True)) as store:
         held = {}
         for owner in "abcd":
-            with pytest.raises(Busy, match="this key has as many jobs waiting as the queue has places left"):
+            with pytest.raises(
+                Busy, match="this API key has as many waiting jobs as the queue has free places"
+            ):
                 while True:
                     store.add(job(owner))
                     held[owner] = held.get(owner, 0) + 1

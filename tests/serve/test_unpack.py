@@ -88,7 +88,7 @@ def test_a_jpeg_of_many_segments_is_not_walked(unread):
     whole = jpeg()
     data = whole[:2] + COMMENT * 4_000_000 + whole[2:]
     with counting() as cost:
-        assert "not a whole image" in refused(data)
+        assert "not a complete image" in refused(data)
     assert cost.calls < 8 * unpack.MOST_MARKERS and cost.bytes < 2**20
 
 
@@ -121,4 +121,4 @@ def test_opacity_is_kept_where_it_is_asked_for():
 )
 @pytest.mark.parametrize("rest", [b"", b"\0" * 5000, b"\xff" * 5000])
 def test_what_only_begins_as_an_image_is_a_sentence(begins, rest):
-    assert "is not a whole image" in refused(begins + rest)
+    assert "is not a complete image" in refused(begins + rest)

@@ -18,7 +18,8 @@ from tinydiff.serve.jobs import Failure, Job, Output
 
 COLUMNS = (
     "id", "kind", "owner", "status", "priority", "progress",
-    "created_at", "started_at", "completed_at", "expires_at", "pinned", "server", "lease", "attempts", "idempotency", "error", "outputs", "result", "rest",
+    "created_at", "started_at", "completed_at", "expires_at", "pinned", "server",
+    "lease", "attempts", "idempotency", "error", "outputs", "result", "rest",
 )  # fmt: skip
 """Columns of a job. `error`, `outputs`, `result` and `rest`, its other fields, are JSON."""
 

@@ -122,7 +122,8 @@ class Store:
             queued.created_at, queued.id
             LIMIT 1 {skip}"""
         take = """UPDATE tinydiff_jobs SET status = 'in_progress', server = :server,
-            lease = :until + {skew}, started_at = :now, progress = 0, attempts = attempts + 1, ticket = :ticket WHERE id = :id"""
+            lease = :until + {skew}, started_at = :now, progress = 0, attempts = attempts + 1,
+            ticket = :ticket WHERE id = :id"""
         turn = """INSERT INTO tinydiff_turns (owner, last_start) VALUES (:owner, :now)
             ON CONFLICT (owner) DO UPDATE SET last_start = excluded.last_start"""
 
