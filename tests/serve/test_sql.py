@@ -64,7 +64,7 @@ def test_a_folder_that_cannot_hold_jobs_is_told(tmp_path):
     ("url", "said"),
     [
         ("mysql://me:secret@host/db", "'mysql://host/db' must have the form postgresql://USER"),
-        ("", "'' is not an address"),
+        ("", "'' must have the form"),
         (
             "postgresql://me:secret@127.0.0.1:1/db?connect_timeout=1",
             "cannot use the database 'postgresql://127.0.0.1:1/db': .*refused",
