@@ -169,7 +169,7 @@ FOUND = [
         "text_encoder/config.json",
         "text_config.rope_parameters.mrope_section",
         None,
-        "mrope_section is not given; Qwen2.5-VL needs it",
+        "mrope_section is missing; Qwen2.5-VL needs it",
     ),
     (
         "Wan with two experts",
