@@ -33,6 +33,7 @@ from PIL import Image
 from tinydiff.config import ModelOptions
 from tinydiff.io.images import encode_image
 from tinydiff.io.video import write_video
+from tinydiff.serve.adapters import Adapters
 from tinydiff.serve.admission import admitted
 from tinydiff.serve.app import make_app
 from tinydiff.serve.connections import Limits, Server
@@ -70,8 +71,9 @@ def service(folder: Path, row: dict[str, Any] | None = None, **options: Any) -> 
         scheduler=EULER if row else blueprint().scheduler,
     )
     name = chosen.served_model_name or plan.row.name
-    # pyright: ignore
-    made = Service(chosen, plan, name, int(time.time()), store, files, FakeScheduler(store, files), Metrics())
+    scheduler: Any = FakeScheduler(store, files)
+    adapters = Adapters(plan, chosen.lora_dir)
+    made = Service(chosen, plan, name, int(time.time()), store, files, scheduler, Metrics(), adapters)
     made.scheduler.service = made  # pyright: ignore
     return made
 
@@ -295,7 +297,7 @@ class FakeWatch:
 
 def admit(made: Service, job: Job) -> Any:
     """The request of a job, admitted again from its fields and files."""
-    return admitted(made.blueprint, made.files, made.options, job)
+    return admitted(made.adapters, made.files, made.options, job)
 
 
 def picture(

@@ -21,7 +21,7 @@ def read(made, said, kind="image"):
     """The request that a body makes, through all of intake but HTTP."""
     asked = read_fields(said, kind)
     return admitted(
-        made.blueprint,
+        made.adapters,
         made.files,
         made.options,
         Job("j_0", kind, time.time(), fields=resolved(made, asked, kind), answer=asked.answer),

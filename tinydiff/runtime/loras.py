@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from tinydiff import paths
 from tinydiff.config import ModelOptions
@@ -18,6 +18,7 @@ from tinydiff.io import hub
 from tinydiff.io.lora import Adapter, Component, read_adapter
 from tinydiff.models.layouts.recognise import key_maps
 from tinydiff.models.recipe import Net
+from tinydiff.parallel.plan import Plan
 from tinydiff.records import UserError, nearest
 from tinydiff.runtime import adapters
 
@@ -42,6 +43,14 @@ class Chosen:
     """The component that it changes; "all" takes every one that it fits."""
     alpha: float | None = None
     lenient: bool = False
+
+
+@dataclass(frozen=True)
+class Read:
+    """An adapter that was read for a model's components."""
+
+    chosen: Chosen
+    adapter: Adapter
 
 
 @dataclass(frozen=True)
@@ -121,8 +130,21 @@ def adapter_file(source: str, weight_name: str | None = None) -> Path:
     return usual[0] if usual else next(iter(files.values()))
 
 
+class Network(Protocol):
+    """A network before or after its weights are there."""
+
+    @property
+    def family(self) -> Any: ...
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def plan(self) -> Plan: ...
+
+
 def attach(
-    nets: Mapping[str, Net[Any]], chosen: Sequence[Chosen], mode: Mode = "auto", prefer_merged: bool = False
+    nets: Mapping[str, Net[Any]], read: Sequence[Read], mode: Mode = "auto", prefer_merged: bool = False
 ) -> tuple[dict[str, Net[Any]], dict[str, Attached]]:
     """Networks with adapters, in place of those that were beside their weights.
 
@@ -131,9 +153,12 @@ def attach(
     """
     changed, attached = dict(nets), {}
     beside: dict[str, dict[str, adapters.Differences]] = {name: {} for name in nets}
-    for each in chosen:
-        adapter = _read(each, nets)
-        merge = _merges(each, adapter, changed, mode, prefer_merged)
+    for each, adapter in ((one.chosen, one.adapter) for one in read):
+        merge = only_merges(each, adapter, changed, mode)
+        if merge is None:
+            merge = mode == "merge" or (
+                mode == "auto" and prefer_merged and not _rounds_away(each, adapter, changed)
+            )
         for component, differences in adapter.targets.items():
             if merge:
                 changed[component] = adapters.merged(changed[component], differences, each.strength)
@@ -149,7 +174,8 @@ def attach(
     return changed, attached
 
 
-def _read(each: Chosen, nets: Mapping[str, Net[Any]]) -> Adapter:
+def read(each: Chosen, nets: Mapping[str, Network]) -> Read:
+    """Read an adapter's file for the components that it may change. Raises UserError."""
     can = {name: net for name, net in nets.items() if net.family.role in ("dit", "text_encoder")}
     if each.target not in ("all", *can):
         names = ("all", *can)
@@ -161,18 +187,21 @@ def _read(each: Chosen, nets: Mapping[str, Net[Any]]) -> Adapter:
     if adapter.unmatched:
         count, keys = len(adapter.unmatched), ", ".join(adapter.unmatched)
         log.warning("LoRA %s: %d keys match no weight and are left out: %s", each.name, count, keys)
-    return adapter
+    return Read(each, adapter)
 
 
-def _component(net: Net[Any]) -> Component:
+def _component(net: Network) -> Component:
     rows = {row.name: row for row in net.family.spec(net.config)}
     return Component(net.family.role, rows, key_maps(net.family, net.config))
 
 
-def _merges(
-    each: Chosen, adapter: Adapter, nets: Mapping[str, Net[Any]], mode: Mode, prefer_merged: bool
-) -> bool:
-    """Whether an adapter goes into the weights."""
+def only_merges(
+    each: Chosen, adapter: Adapter, nets: Mapping[str, Network], mode: Mode = "dynamic"
+) -> bool | None:
+    """Whether an adapter can only be merged, or (False) only stay beside the weights; None where both can be.
+
+    Raises UserError where it can be neither, or not what `mode` asks for.
+    """
     divided = next((name for name in adapter.targets if _is_divided(nets[name])), None)
     whole = next((name for part in adapter.targets.values() for name in part if not _stays(part, name)), None)
     if mode == "merge" and divided is not None:
@@ -184,14 +213,12 @@ def _merges(
             f"{each.name!r} changes {whole} by more than a low-rank product, which only merging can do{why}"
         )
         raise UserError("lora_merge_mode", f"lora_merge_mode: {message}")
-    if mode != "auto":
-        return mode == "merge"
-    if divided is not None or whole is not None:
-        return divided is None
-    return prefer_merged and not _rounds_away(each, adapter, nets)
+    if whole is not None:
+        return True
+    return None if divided is None else False
 
 
-def _is_divided(net: Net[Any]) -> bool:
+def _is_divided(net: Network) -> bool:
     return any(net.plan.group(axis).size > 1 for axis in ("tp", "shard"))
 
 
@@ -230,7 +257,7 @@ def strengths(attached: Mapping[str, Attached], loras: Mapping[str, float]) -> d
     """The strength of each adapter for a request that asks for `loras`."""
     merged = {name: each.chosen.strength for name, each in attached.items() if each.merged}
     own = {name: each.chosen.strength for name, each in attached.items() if not each.merged}
-    return merged | (dict(loras) or own)
+    return {name: strength for name, strength in (merged | (dict(loras) or own)).items() if strength}
 
 
 def unknown(name: str, names: Mapping[str, Any] | Sequence[str]) -> str:

@@ -399,8 +399,8 @@ def parameters(
     entries["given_images"] = len(request.originals)
     if request.starts:
         entries |= {"strength": request.strength, "masked": request.mask is not None}
-    if model.adapters:
-        entries["loras"] = loras.strengths(model.adapters, request.loras)
+    if strengths := loras.strengths(model.adapters, request.loras):
+        entries["loras"] = strengths
     if request.notes:
         entries["notes"] = dict(request.notes)
     if warnings:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from tinydiff.models.registry import ReleasedModel
     from tinydiff.records import Request
-    from tinydiff.runtime.blueprint import Blueprint
+    from tinydiff.serve.adapters import Adapters
     from tinydiff.serve.files import Files
     from tinydiff.serve.options import ServeOptions
     from tinydiff.serve.service import Service
@@ -113,7 +113,7 @@ def admitted_job(service: Service, job: Job) -> Job:
 
     Raises UserError.
     """
-    request = admitted(service.blueprint, service.files, service.options, job)
+    request = admitted(service.adapters, service.files, service.options, job)
     service.requests.put(job.id, request)
     effective: dict[str, Any] = {"size": f"{request.width}x{request.height}"}
     if job.kind == "video":
@@ -128,14 +128,14 @@ def discard(service: Service, job: Job) -> None:
         service.files.delete(id)
 
 
-def admitted(blueprint: Blueprint, files: Files, limits: ServeOptions, job: Job) -> Request:
+def admitted(adapters: Adapters, files: Files, limits: ServeOptions, job: Job) -> Request:
     """The job's request, every field checked against the model and the server's limits.
 
     Raises UserError with the field's name as the client spelled it.
     """
     from tinydiff.runtime.admit import admit  # reads models, so it loads torch
 
-    row = blueprint.row
+    row = adapters.known().row
     with _client_spelling(job), decoder.slot() if job.inputs else nullcontext():
         _check_route(row, job)
         frames = {"num_frames": 1} if job.kind == "image" and not row.layers else {}
@@ -149,7 +149,8 @@ def admitted(blueprint: Blueprint, files: Files, limits: ServeOptions, job: Job)
             raise UserError(name, message)
         read = partial(_decoded, limits.max_input_pixels)
         most_pixels = limits.pixel_limit(row, job.kind)
-        [request] = admit(blueprint, sampling, job.kind == "video", read, most_pixels)
+        sampling = replace(sampling, loras=adapters.strengths(sampling.loras))
+        [request] = admit(adapters.known(), sampling, job.kind == "video", read, most_pixels)
         outputs.plan(job, request, Path("."))
     return request
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import falcon
 
-from tinydiff.serve import errors, images, info, openapi, pages, videos
+from tinydiff.serve import errors, images, info, lora_routes, openapi, pages, videos
 from tinydiff.serve.guard import EXPOSED, Guard
 from tinydiff.serve.service import Service
 
-RESOURCES = (images, videos, info, openapi, pages)
+RESOURCES = (images, videos, info, lora_routes, openapi, pages)
 """Modules with a function `routes`."""
 
 

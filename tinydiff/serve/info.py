@@ -13,7 +13,6 @@ from typing import Any
 
 import falcon
 
-from tinydiff import unsupported
 from tinydiff.records import UserError, nearest
 from tinydiff.serve.body import parse_json, read_bytes
 from tinydiff.serve.errors import NO_RETRY, Refusal, of_exception
@@ -43,7 +42,7 @@ Resp = falcon.Response
 
 def routes(service: Service) -> list[tuple[str, object]]:
     """(route, resource) of each."""
-    sleep, wake, lora = Sleep(service), Wake(service), Lora()
+    sleep, wake = Sleep(service), Wake(service)
     storage, figures = Probe(partial(_storage, service)), Probe(lambda: service.scheduler.figures())
     return [
         ("/v1/models", Models(service)),
@@ -61,10 +60,6 @@ def routes(service: Service) -> list[tuple[str, object]]:
         ("/v1/sleep", sleep),
         ("/resume_memory_occupation", wake),
         ("/v1/wake", wake),
-        ("/v1/set_lora", lora),
-        ("/v1/merge_lora_weights", lora),
-        ("/v1/unmerge_lora_weights", lora),
-        ("/v1/list_loras", Loras()),
     ]
 
 
@@ -363,26 +358,6 @@ class Wake:
             "success": True,
             "message": "the model is being loaded onto the device; /ready reports when it is done",
         }
-
-
-class Lora:
-    """SGLang's routes for LoRA adapters, which are not supported yet."""
-
-    admin = True
-
-    def on_post(self, req: Req, resp: Resp) -> None:
-        raise Refusal(
-            400,
-            "not_supported",
-            unsupported.said("LoRA"),
-        )
-
-
-class Loras:
-    """The adapters that are loaded: none."""
-
-    def on_get(self, req: Req, resp: Resp) -> None:
-        resp.media = {"loaded_adapters": [], "active": {}}
 
 
 def _takes_nothing(req: Req) -> None:

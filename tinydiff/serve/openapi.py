@@ -219,12 +219,42 @@ def model_operations(name: str) -> Iterator[Operation]:
     })  # fmt: skip
     listed, one = {200: Answer("A list with one model.", models)}, {200: Answer("The model.", ref("Model"))}
     info = {200: Answer("The abilities of the model.", free("What the model makes from what."))}
-    loras = {200: Answer("The adapters.", free("Loaded and active LoRA adapters."))}
     yield Operation("get /v1/models", "listModels", "The model, its defaults and its limits.", listed)
     yield Operation("get /v1/models/{id}", "model", "The model with this name.", one, (404,))
     description = "The model's abilities, in the form that SGLang's gateway reads."
     yield Operation("get /v1/model_info", "modelInfo", description, info)
-    yield Operation("get /v1/list_loras", "listLoras", "The loaded LoRA adapters.", loras)
+    yield from lora_operations()
+
+
+def lora_operations() -> Iterator[Operation]:
+    state = {200: Answer("The adapters.", free("Loaded, active and available LoRA adapters."))}
+    description = (
+        "LoRA adapters: loaded ones, those that requests get unless they name others, and all names."
+    )
+    yield Operation("get /v1/list_loras", "listLoras", description, state)
+    name, scale = {"type": "string"}, {"type": "number", "minimum": -100, "maximum": 100}
+    adapter = {
+        field: {"anyOf": [kind, {"type": "array", "items": kind}], "description": text}
+        for field, kind, text in (
+            ("lora_nickname", name, "Name of the adapter, or a list of names."),
+            ("lora_path", name, "File, directory or hub id; left out for an adapter that is loaded already."),
+            ("target", name, "Component that the adapter changes, or all."),
+            ("strength", scale, "Strength for requests that name no adapter; 1 unless given."),
+            ("lora_alpha", scale, "Alpha of a file that records none."),
+        )
+    } | {"merge_mode": choice("A running server keeps adapters dynamic.", "auto", "dynamic")}
+    strength = {"strength": scale | {"description": "Strength of all adapters; each its own unless given."}}
+    target = {"target": choice("All components.", "all")}
+    load = "Load LoRA adapters and give them to requests that name none."
+    merge = "Give requests the adapters that were active last."
+    unmerge = "Give requests the base model. The adapters stay loaded."
+    for route, call, text, required, fields in (
+        ("set_lora", "setLora", load, ("lora_nickname",), adapter),
+        ("merge_lora_weights", "mergeLoraWeights", merge, (), target | strength),
+        ("unmerge_lora_weights", "unmergeLoraWeights", unmerge, (), target),
+    ):
+        body = {JSON: obj(fields, required, closed=True)}
+        yield Operation(f"post /v1/{route}", call, text, state, (401,), {}, body, key="admin")
 
 
 def server_operations(name: str) -> Iterator[Operation]:

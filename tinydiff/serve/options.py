@@ -68,6 +68,8 @@ class ServeOptions:
     """Pixels of one output at most, frames times height times width. Default: 4 times those of the model's
     own default output.
     """
+    lora_dir: str | None = None
+    """Directory of LoRA adapters that requests may name: FILE.safetensors is the adapter FILE."""
     allow_url_inputs: bool = False
     """Fetch images from public addresses that requests name."""
     batching_max_size: int = within(8, least=1, most=1024)

@@ -21,7 +21,9 @@ from tinydiff.runtime import ambient, pipeline, preview
 from tinydiff.runtime import blueprint as blueprints
 from tinydiff.runtime.blueprint import Blueprint, Model
 from tinydiff.runtime.continuous import BatchSlot, Continuous, give_memory_back, short_of_memory, sitting
+from tinydiff.runtime.loras import Read
 from tinydiff.serve import housekeeping, outputs, warmup
+from tinydiff.serve.adapters import Adapters
 from tinydiff.serve.events import Events
 from tinydiff.serve.files import Files
 from tinydiff.serve.housekeeping import STORE_ERRORS, retried, server_name
@@ -58,12 +60,16 @@ class DeviceScheduler:
         files: Files,
         metrics: Metrics,
         request_of: Callable[[Job], Request],
+        adapters: Adapters,
         uploader: Uploader | None = None,
     ) -> None:
-        """request_of: a job's admitted request; raises UserError. uploader: gets finished outputs."""
+        """request_of: a job's admitted request; raises UserError. adapters: what LoRA adapters are loaded.
+        uploader: gets finished outputs.
+        """
         self.options, self.blueprint, self.metrics = options, blueprint, metrics
         self.store, self.files, self.uploader = store, files, uploader
-        self.request_of = request_of
+        self.request_of, self.adapters = request_of, adapters
+        self._attached: tuple[Read, ...] | None = None
         self.name = server_name()
         self.events = Events()
         self.loop = Continuous(blueprint.denoiser.family, most=options.batching_max_size)
@@ -215,11 +221,14 @@ class DeviceScheduler:
         """The model, loaded onto the device unless it is there."""
         if self._model is None:
             started = time.perf_counter()
-            self._model = blueprints.load(self.blueprint)
+            self._model, self._attached = blueprints.load(replace(self.blueprint, adapters=())), ()
             self._preview_fit = preview.fit(self._model)
             seconds = time.perf_counter() - started
             self.metrics.stage("load", seconds)
             log.info("%s loaded in %.1f s", self.blueprint.row.name, seconds)
+        if (adapters := self.adapters.now()) is not self._attached:
+            self._model = blueprints.with_adapters(self._model, adapters)
+            self._attached = adapters
         return self._model
 
     def _warm_up(self) -> None:

@@ -153,6 +153,7 @@ def build(model: ModelOptions, options: ServeOptions) -> Service:
     """Build the parts of a server, with only the store open. Raises UserError."""
     from tinydiff.runtime import blueprint
     from tinydiff.serve import admission, storage, warmup
+    from tinydiff.serve.adapters import Adapters
     from tinydiff.serve.files import Files, claim, secret
     from tinydiff.serve.metrics import Metrics
     from tinydiff.serve.scheduler import DeviceScheduler
@@ -175,17 +176,20 @@ def build(model: ModelOptions, options: ServeOptions) -> Service:
     cloud = storage.from_environment()
     uploader = None if cloud is None else storage.Uploader(cloud, files, store)
 
-    admit, requests = partial(admission.admitted, plan, files, options), AdmittedRequests()
+    adapters = Adapters(plan, options.lora_dir)
+    admit, requests = partial(admission.admitted, adapters, files, options), AdmittedRequests()
 
     def request_of(job: Job) -> Request:
         return requests.take(job.id) or admit(job)
 
-    scheduler = DeviceScheduler(options, plan, store, files, metrics, request_of, uploader)
+    scheduler = DeviceScheduler(options, plan, store, files, metrics, request_of, adapters, uploader)
     name = options.served_model_name or model.model_path
     for job in warmup.jobs(options, plan.row):
         admit(job)  # refuses a size that the model cannot make
     started = int(time.time())
-    return Service(options, plan, name, started, store, files, scheduler, metrics, uploader, requests)
+    return Service(
+        options, plan, name, started, store, files, scheduler, metrics, adapters, uploader, requests
+    )
 
 
 def listening(options: ServeOptions) -> socket.socket:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from tinydiff.records import Request
     from tinydiff.runtime.blueprint import Blueprint
+    from tinydiff.serve.adapters import Adapters
     from tinydiff.serve.files import Files
     from tinydiff.serve.metrics import Metrics
     from tinydiff.serve.storage import Uploader
@@ -185,6 +186,7 @@ class Service:
     files: Files
     scheduler: Scheduler
     metrics: Metrics
+    adapters: Adapters
     uploader: Uploader | None = None
     """Uploads outputs to object storage; None where none is configured."""
     requests: AdmittedRequests = field(default_factory=AdmittedRequests)
