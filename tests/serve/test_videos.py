@@ -268,7 +268,7 @@ def test_a_key_that_has_its_share_of_the_queue_leaves_room_for_another(tmp_path)
         answers = [mine.simulate_post("/v1/videos", json=SMALL) for _ in range(3)]
         assert [answer.status_code for answer in answers] == [200, 200, 429]
         assert (
-            "this key has as many jobs waiting" in answers[2].json["error"]["message"]
+            "this API key has as many waiting jobs" in answers[2].json["error"]["message"]
             and "retry-after" in answers[2].headers
         )
         assert theirs.simulate_post("/v1/videos", json=SMALL).status_code == 200
