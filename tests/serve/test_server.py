@@ -235,7 +235,7 @@ def test_a_body_that_is_never_read_is_refused_in_the_same_form(tmp_path):
         (["--enable-sequence-shard", "true"], "not supported yet"),
         (["--warmup-resolutions", "128"], "warmup_resolutions: '128' is not WIDTHxHEIGHT"),
         (["--warmup-resolutions", "100x100"], "height: 100 is not a multiple"),
-        (["--webui"], "webui: does not exist here"),
+        (["--webui"], "webui: is not an option of the server"),
         (
             ["--cors-origin", "evil.com"],
             "cors_origin: 'evil.com' is neither * nor SCHEME://HOST or SCHEME://HOST:PORT; did you mean 'https://evil.com'?",
@@ -260,7 +260,7 @@ def test_a_body_that_is_never_read_is_refused_in_the_same_form(tmp_path):
         (["--output-path", "/dev/null/x"], "output_path: cannot write to '/dev/null/x' (not a directory)"),
         (["--output-limit", "1e300"], "output_limit: 1e+300 must be"),
         (["somewhere", "--model-path", "elsewhere"], "model_path: is given twice"),
-        (["--state-url", "mysql://x"], "state_url: 'mysql://x' is not an address"),
+        (["--state-url", "mysql://x"], "state_url: 'mysql://x' must have the form"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_loaded(argv, message, tmp_path):
