@@ -144,7 +144,10 @@ class ModelOptions:
     variant: str | None = None
     """Variant of the weight files, such as fp16. A component that has no such files uses its usual ones."""
     component_paths: Mapping[str, str] = _empty()
-    """Directories or hub ids of single components: --vae-path X, --text-encoder-path X, and so on."""
+    """Directories, hub ids or weight files of single components: --vae-path X, --text-encoder-path X, and so on."""
+    component_weights_paths: Mapping[str, str] = _empty()
+    """Weights of single components, with the model's own configs: --transformer-weights-path X and so on. Each is
+    a file, a directory or a hub id."""
     lora_path: tuple[str, ...] = ()
     """LoRA adapters: each a .safetensors file, a directory or a hub id."""
     lora_nickname: tuple[str, ...] = ()

@@ -47,7 +47,13 @@ COMPONENTS = """
 """.split()
 """What `--<component>-path` may name. A model's model_index.json says which of them it has."""
 
-MAPS = ("component_paths", "component_attention_backends", "component_precisions", "loras")
+MAPS = (
+    "component_paths",
+    "component_attention_backends",
+    "component_precisions",
+    "component_weights_paths",
+    "loras",
+)
 """Options that hold one value for each component or adapter: `a=x,b=y`, a JSON object, or `--name.a x`."""
 
 SERVER = """

@@ -21,7 +21,7 @@ quantisation
     kv_cache_quant_asymmetric=false kv_cache_quant_keep_recent= kv_cache_quant_sink=
     kv_cache_quant_sink_keep=
 component weights in files of their own
-    component_weights_paths= direct_gpu_weight_loading=false component_direct_gpu_weight_loading=false
+    direct_gpu_weight_loading=false component_direct_gpu_weight_loading=false
     dit_config.prefix= vae_config.load_encoder=true vae_config.load_decoder=true
 CPU offload
     component_residency= dit_cpu_offload=false cpu_offload_components=none dit_layerwise_offload=false
@@ -106,7 +106,6 @@ accepts no value.
 MAPS = (
     "component_quantizations",
     "component_quantization_ignored_layers",
-    "component_weights_paths",
     "component_direct_gpu_weight_loading",
 )
 """Options of `FLAGS` that hold one value for each component."""

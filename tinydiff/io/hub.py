@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,14 @@ def resolve(
     field: str = "model_path",
     weights: bool = True,
     variant: str | None = None,
+    only: Collection[str] = (),
 ) -> Path:
     """The local directory of a model: `path_or_id` itself if it is a directory, else the hub's snapshot of
     that id, downloaded if need be.
 
     revision: branch, tag or commit of a hub id. field: the option to name in errors. weights: false fetches
-    JSON files alone. variant: of a component's weights these alone are fetched, where it has them. Works
-    offline for what the cache holds.
+    JSON files alone. variant: of a component's weights these alone are fetched, where it has them. only: the
+    components to fetch, where not all. Works offline for what the cache holds.
     Raises UserError if there is no such directory or repository, or no network to fetch it.
     """
     path = paths.path(path_or_id, field)
@@ -88,7 +89,7 @@ def resolve(
             field,
             f"{field}: {text!r} is neither a directory here nor a hub id such as 'Wan-AI/Wan2.2-TI2V-5B-Diffusers'{hint}",
         )
-    return _snapshot(text, revision, field, weights, variant)
+    return _snapshot(text, revision, field, weights, variant, only)
 
 
 def read_index(folder: Path) -> Index:
@@ -138,13 +139,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _snapshot(hub_id: str, revision: str | None, field: str, weights: bool, variant: str | None) -> Path:
+def _snapshot(
+    hub_id: str,
+    revision: str | None,
+    field: str,
+    weights: bool,
+    variant: str | None,
+    only: Collection[str] = (),
+) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     wanted = (
         [*WANTED] if field == "model_path" else [*WANTED, "*.safetensors"]
     )  # a component by itself lies at the root
     wanted = wanted if weights else ["*.json"]
+    wanted = ["model_index.json", *(f"{name}/*" for name in only)] if only else wanted
     try:
         unwanted = [*UNWANTED, *(unchosen(_listing(hub_id, revision), variant) if weights else ())]
         return Path(

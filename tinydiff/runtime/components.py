@@ -1,39 +1,82 @@
-"""The components of the model that the options name, each from where the options say."""
+"""The components of the model that the options name, each from where the options say.
+
+A weight file, in whatever layout, stands in for one component, or for the model: then the other components are
+those of the released model whose weights it has.
+"""
 
 from __future__ import annotations
 
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from tinydiff import paths
 from tinydiff.config import ModelOptions
-from tinydiff.io import hub, sources
+from tinydiff.io import archive, hub, sources
 from tinydiff.io.sources import Checkpoint, Component
-from tinydiff.models import registry
+from tinydiff.io.weights import check_weights
+from tinydiff.keymap import KeyMap, Shape
+from tinydiff.models import registry, released
 from tinydiff.models.classes import RECORDS
+from tinydiff.models.layouts.recognise import LAYOUTS, Found, config_from, prefixes, recognise
+from tinydiff.models.layouts.table import Layout
 from tinydiff.records import UserError, check_known
+
+log = logging.getLogger(__name__)
+
+Keys = Callable[[Any], KeyMap]
+"""Config -> where the rows of such a network stand in a file."""
 
 SHIPPED = Path(__file__).parent.parent / "shapes"
 """The model in the package."""
 
 
 def chosen(options: ModelOptions) -> Checkpoint:
-    """The model that `options` name, its single components in the place of its own. Raises UserError."""
-    asked = SHIPPED if options.model_path == registry.SHIPPED else options.model_path
-    directory = hub.resolve(asked, options.revision, variant=options.variant)
-    checkpoint = sources.from_directory(directory, options.model_path)
+    """The model that `options` name, single components and weights in the place of its own. Raises UserError."""
+    file = _file(options.model_path, "model_path")
+    if file is not None:
+        checkpoint = _around(file, options)
+    else:
+        asked = SHIPPED if options.model_path == registry.SHIPPED else options.model_path
+        directory = hub.resolve(asked, options.revision, variant=options.variant)
+        checkpoint = sources.from_directory(directory, options.model_path)
     parts = dict(checkpoint.components)
     for name, path in options.component_paths.items():
         check_known("component_paths", name, [name for name in parts if name != "image_processor"])
-        place = hub.resolve(path, field=f"{name}_path", variant=options.variant)
-        parts[name] = _in_place_of(parts[name], place)
+        parts[name] = _in_place_of(parts[name], path, f"{name}_path", options.variant)
+    for name, path in options.component_weights_paths.items():
+        check_known(
+            "component_weights_paths", name, [name for name in parts if parts[name].class_name in RECORDS]
+        )
+        parts[name] = _with_weights(parts[name], path, f"{name}_weights_path", options.variant)
+    missing = [part for part in parts.values() if part.files is None and part.name != "scheduler"]
+    if missing:
+        flags = ", ".join(part.flag for part in missing)
+        message = (
+            f"{options.model_path!r} is one component of {checkpoint.name}; name the others with {flags}"
+        )
+        raise UserError("model_path", f"model_path: {message}")
     return replace(checkpoint, components=parts)
 
 
-def _in_place_of(listed: Component, place: Path) -> Component:
-    """The component in a directory that stands in for the `listed` one: of the class that its own config.json
-    names, where that is known.
+def _file(path: str, field: str) -> Path | None:
+    """The file of this path; None where it is a directory or a hub id."""
+    place = paths.path(path, field)
+    return place if paths.kind(place) == "file" else None
+
+
+def _in_place_of(listed: Component, path: str, option: str, variant: str | None) -> Component:
+    """The component at `path` that stands in for the `listed` one: a file, or a directory of the class that its
+    own config.json names, where that is known.
     """
-    option = f"{listed.name}_path"
+    if (file := _file(path, option)) is not None:
+        return _from_file(listed, file, option)
+    place = hub.resolve(path, field=option, variant=variant)
     found = sources.component(listed.name, place, listed.library, listed.class_name, option)
     entries = found.json.get("config.json", {})
     names = (entries.get("_class_name"), *(entries.get("architectures") or ()))
@@ -43,3 +86,136 @@ def _in_place_of(listed: Component, place: Path) -> Component:
         message = f"{str(place)!r} is a {own}, which cannot stand in for a {listed.class_name}"
         raise UserError(option, f"{option}: {message}")
     return replace(found, class_name=own)
+
+
+def _with_weights(listed: Component, path: str, option: str, variant: str | None) -> Component:
+    """The listed component with its own config and the weights of a file, a directory or a hub id."""
+    if (file := _file(path, option)) is not None:
+        return _from_file(listed, file, option, config_stays=True)
+    return replace(listed, files=hub.resolve(path, field=option, variant=variant), keys=None, option=option)
+
+
+def _from_file(listed: Component, file: Path, option: str, config_stays: bool = False) -> Component:
+    """The component that a weight file holds, in the place of the listed one.
+
+    Shapes do not tell everything, so the listed component's config counts where it fits the file; else that
+    of a released model whose weights have these shapes; else what the shapes tell. config_stays: none but the
+    listed config is taken.
+    """
+    if listed.class_name not in RECORDS:
+        raise UserError(
+            option, f"{option}: a {listed.class_name} is a directory, and {str(file)!r} is a file"
+        )
+    record = RECORDS[listed.class_name]
+    with _about(option):
+        shapes, metadata = archive.header(file)
+        keys = _keys_of(file, shapes, listed)
+        if keys is not None:
+            return replace(listed, files=file, keys=keys, option=option)
+        contents = recognise(shapes, metadata, str(file))
+        found = next((each for each in contents if RECORDS[each.class_name].role == record.role), None)
+        if found is None:
+            held = ", ".join(each.class_name for each in contents)
+            message = f"{str(file)!r} holds a {held}, which cannot stand in for a {listed.class_name}"
+            raise UserError(option, f"{option}: {message}")
+        if config_stays:
+            config = config_from(listed.class_name, listed.entries())
+            check_weights(file, record.spec(config), found.keys(config))
+        class_name, entries = _described(found)
+        json = {"config.json": entries}
+        return Component(listed.name, listed.library, class_name, json, file, found.keys, option)
+
+
+def _keys_of(file: Path, shapes: Mapping[str, Shape], listed: Component) -> Keys | None:
+    """Where the weights of a network with the component's own config stand in a file; None where they do not."""
+    record = RECORDS[listed.class_name]
+    config = config_from(listed.class_name, listed.entries())
+    layouts = [layout for layout in LAYOUTS if RECORDS[layout.class_name] is record]
+    for prefix in prefixes(shapes):
+        own = record.keys(config) if record.keys is not None else KeyMap()
+        tried = [lambda c, own=own: own, *(partial(_lines, layout, prefix) for layout in layouts)]
+        for keys in tried:
+            try:
+                check_weights(file, record.spec(config), keys(config))
+                return keys
+            except (UserError, ValueError):
+                continue
+    return None
+
+
+def _lines(layout: Layout, prefix: str, config: Any) -> KeyMap:
+    return KeyMap(layout.lines(config), prefix)
+
+
+@contextmanager
+def _about(option: str) -> Iterator[None]:
+    """Mistakes in a file name the option that gave it."""
+    try:
+        yield
+    except UserError as error:
+        if error.field != "model_path" or option == "model_path":
+            raise
+        raise UserError(option, f"{option}{str(error).removeprefix('model_path')}") from error
+
+
+def _described(found: Found) -> tuple[str, Mapping[str, Any]]:
+    """(class, entries of config.json) of a network that a file holds."""
+    for model in found.models:
+        for class_name, entries in released.COMPONENTS[model].values():
+            if RECORDS.get(class_name) is RECORDS[found.class_name]:
+                return class_name, entries
+    return found.class_name, found.entries
+
+
+def _nearest_first(models: tuple[str, ...], file: Path) -> list[str]:
+    """Released models, first those whose names share most words with the file's."""
+    words = set(re.findall(r"[a-z]+|[0-9.]+", file.stem.lower()))
+
+    def shared(model: str) -> int:
+        return len(words & set(re.findall(r"[a-z]+|[0-9.]+", model.rpartition("/")[2].lower())))
+
+    return sorted(models, key=shared, reverse=True)
+
+
+def _around(file: Path, options: ModelOptions) -> Checkpoint:
+    """The released model whose denoiser, and perhaps more, a file holds; the rest as the hub has it."""
+    contents = recognise(*archive.header(file), str(file))
+    denoiser = contents[0]
+    if denoiser.role != "dit":
+        flag = {"vae": "--vae-path", "image_encoder": "--image-encoder-path"}.get(
+            denoiser.role, "--text-encoder-path"
+        )
+        message = f"{str(file)!r} holds a {denoiser.class_name}, not a model; {flag} takes it"
+        raise UserError("model_path", f"model_path: {message}")
+    names = [name for name in _nearest_first(denoiser.models, file) if name in released.REPOSITORIES]
+    name = options.model_id or next(iter(names), None)
+    if name is None or name not in released.REPOSITORIES:
+        message = f"{str(file)!r} holds a {denoiser.class_name} of no released model's size"
+        raise UserError(
+            "model_path", f"model_path: {message}; give it as --transformer-path beside the model's directory"
+        )
+    if len(names) > 1 and options.model_id is None:
+        log.info("%s is taken for %s; --model-id names another of %s", file, name, ", ".join(names[1:]))
+    checkpoint = sources.from_released(name, released.REPOSITORIES[name])
+    shapes, _ = archive.header(file)
+    parts = dict(checkpoint.components)
+    for part in (part for part in checkpoint.components.values() if part.class_name in RECORDS):
+        if (keys := _keys_of(file, shapes, part)) is not None:
+            parts[part.name] = replace(part, files=file, keys=keys)
+    if parts["transformer"].files is None:  # another model was named, which the file does not fit
+        parts["transformer"] = _from_file(parts["transformer"], file, "model_path", config_stays=True)
+    given = {*options.component_paths, *(part.name for part in parts.values() if part.files is not None)}
+    if missing := [part for part in parts if part not in given and part != "scheduler"]:
+        parts |= _from_hub(name, missing, options)
+    return replace(checkpoint, components=parts)
+
+
+def _from_hub(name: str, missing: list[str], options: ModelOptions) -> dict[str, Component]:
+    """The components of a released model that its hub repository has; none where the hub cannot be reached."""
+    try:
+        directory = hub.resolve(name, options.revision, variant=options.variant, only=missing)
+    except UserError as error:
+        log.warning("%s", error)
+        return {}
+    whole = sources.from_directory(directory, name).components
+    return {part: whole[part] for part in missing if part in whole}

@@ -170,6 +170,11 @@ def _check_weights(shapes: Mapping[str, Shape], metadata: Mapping[str, str], nam
             raise _refused(name, f"is a {other}, which is not supported")
 
 
+def prefixes(shapes: Mapping[str, Shape]) -> list[str]:
+    """What stands before the keys of each component in a file."""
+    return [prefix for prefix, _ in _components(shapes)]
+
+
 def _components(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, dict[str, Shape]]]:
     """(prefix, the tensors below it) of each component, and of what has no prefix."""
     pattern = re.compile("|".join(f"(?:{each})" for each in PREFIXES))

@@ -1,0 +1,181 @@
+"""Weight files in the authors' own layouts, in the place of components and of a model: the same latents to the
+bit, and one sentence for what does not fit.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import tinydiff
+from tests.runtime.folders import VARIANTS, build
+from tinydiff.config import ModelOptions
+from tinydiff.io.weights import exported
+from tinydiff.keymap import KeyMap
+from tinydiff.models import released
+from tinydiff.models.layouts.recognise import LAYOUTS
+from tinydiff.records import UserError
+from tinydiff.runtime import blueprint, components
+
+SMALL = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2, "seed": 3}
+WIDE = {"num_attention_heads": 1, "attention_head_dim": 128}
+"""Heads of the released width, which no shape of a file tells."""
+CLASSES = {
+    "transformer": "WanTransformer3DModel",
+    "vae": "AutoencoderKLWan",
+    "text_encoder": "UMT5EncoderModel",
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(a tiny Wan's directory, each of its components as one file in the original layout)."""
+    folder = tmp_path_factory.mktemp("wan")
+    build(replace(VARIANTS["T2V"], transformer=WIDE), folder / "model")
+    model = tinydiff.load(str(folder / "model"))
+    files = {}
+    for name, class_name in CLASSES.items():
+        net = model.nets[name]
+        layout = next(each for each in LAYOUTS if each.class_name == class_name and "original" in each.name)
+        weights = exported(net.weights, net.family.spec(net.config), KeyMap(layout.lines(net.config)))
+        files[name] = folder / f"{name}.safetensors"
+        save_file({key: x.contiguous() for key, x in weights.items()}, files[name])
+    files["pickle"] = folder / "transformer.pth"
+    weights = exported(
+        model.denoiser.weights,
+        model.denoiser.family.spec(model.denoiser.config),
+        KeyMap(
+            next(x for x in LAYOUTS if x.class_name == CLASSES["transformer"]).lines(model.denoiser.config)
+        ),
+    )
+    torch.save(weights, files["pickle"])
+    return folder / "model", files
+
+
+def latents(path, **options):
+    return tinydiff.generate(tinydiff.load(str(path), **options), "a fox", **SMALL).latents[0]
+
+
+@pytest.fixture(scope="module")
+def base(saved):
+    return latents(saved[0])
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_file_stands_in_for_a_component(saved, base, name):
+    folder, files = saved
+    assert torch.equal(latents(folder, component_paths={name: str(files[name])}), base)
+    assert torch.equal(latents(folder, component_weights_paths={name: str(files[name])}), base)
+
+
+def test_all_at_once_and_a_pickle(saved, base):
+    folder, files = saved
+    files_of = {name: str(files[name]) for name in CLASSES} | {"transformer": str(files["pickle"])}
+    assert torch.equal(latents(folder, component_paths=files_of), base)
+
+
+def test_weights_of_a_directory_take_the_models_own_config(saved, base):
+    folder, _ = saved
+    assert torch.equal(
+        latents(folder, component_weights_paths={"transformer": str(folder / "transformer")}), base
+    )
+
+
+@pytest.fixture
+def as_released(saved, monkeypatch):
+    """The tiny model as if it were a released one."""
+    checkpoint = components.chosen(ModelOptions(model_path=str(saved[0])))
+    index = {"_class_name": checkpoint.class_name}
+    index |= {name: [part.library, part.class_name] for name, part in checkpoint.components.items()}
+    entries = {name: dict(checkpoint.components[name].entries()) for name in CLASSES}
+    scheduler = checkpoint.components["scheduler"].entries("scheduler_config.json")
+    name = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    repository = {
+        "model_index": index,
+        "scheduler": dict(scheduler),
+        "components": {part: {"config": config} for part, config in entries.items()},
+    }
+    parts = {part: (CLASSES[part], config) for part, config in entries.items()}
+    monkeypatch.setattr(released, "REPOSITORIES", {name: repository})
+    monkeypatch.setattr(released, "COMPONENTS", {name: parts})
+    monkeypatch.setattr(components.hub, "resolve", offline(components.hub.resolve))
+    return saved
+
+
+def offline(resolve):
+    def no_hub(path, *args, **more):
+        if str(path).startswith("Wan-AI/"):
+            raise UserError("model_path", f"model_path: cannot load {str(path)!r}: the hub cannot be reached")
+        return resolve(path, *args, **more)
+
+    return no_hub
+
+
+def test_a_file_stands_in_for_a_model(as_released, base):
+    folder, files = as_released
+    options = ModelOptions(
+        model_path=str(files["transformer"]),
+        component_paths={
+            "vae": str(files["vae"]),
+            "text_encoder": str(files["text_encoder"]),
+            "tokenizer": str(folder / "tokenizer"),
+        },
+    )
+    model = blueprint.load(blueprint.read(options))
+    assert model.blueprint.row.name == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    model = replace(model, blueprint=replace(model.blueprint, named=False))
+    assert torch.equal(tinydiff.generate(model, "a fox", **SMALL).latents[0], base)
+
+
+def refused(field, words, **options):
+    with pytest.raises(UserError, match=words) as caught:
+        components.chosen(ModelOptions(**options))
+    assert caught.value.field == field
+
+
+def test_what_is_missing_is_told_with_its_flag(as_released):
+    _, files = as_released
+    words = (
+        r"is one component of Wan-AI/Wan2.1-T2V-1.3B-Diffusers; name the others with .*--text-encoder-path"
+    )
+    refused("model_path", words, model_path=str(files["transformer"]))
+
+
+def test_a_model_that_the_file_is_not(as_released, monkeypatch):
+    _, files = as_released
+    [repository] = released.REPOSITORIES.values()
+    deeper = dict(repository["components"]["transformer"]["config"]) | {"num_layers": 3}
+    parts = repository["components"] | {"transformer": {"config": deeper}}
+    monkeypatch.setitem(released.REPOSITORIES, "Wan-AI/Deeper", repository | {"components": parts})
+    options = {"model_path": str(files["transformer"]), "model_id": "Wan-AI/Deeper"}
+    refused("model_path", r"missing \(blocks.2", **options)
+
+
+def test_files_that_do_not_fit(saved, tmp_path):
+    folder, files = saved
+    refused("model_path", "not a model; --vae-path takes it", model_path=str(files["vae"]))
+    paths = {"component_paths": {"vae": str(files["transformer"])}}
+    refused(
+        "vae_path",
+        "holds a WanTransformer3DModel, which cannot stand in for",
+        model_path=str(folder),
+        **paths,
+    )
+    paths = {"component_paths": {"tokenizer": str(files["vae"])}}
+    refused("tokenizer_path", "is a directory, and .* is a file", model_path=str(folder), **paths)
+    other = tmp_path / "other.safetensors"
+    save_file({"a": torch.zeros(2)}, other)
+    paths = {"component_paths": {"transformer": str(other)}}
+    refused("transformer_path", "has a layout that is not known", model_path=str(folder), **paths)
+    (tmp_path / "cut.safetensors").write_bytes(files["transformer"].read_bytes()[:-9])
+    paths = {"component_weights_paths": {"transformer": str(tmp_path / "cut.safetensors")}}
+    refused("transformer_weights_path", "is truncated", model_path=str(folder), **paths)
+
+
+def test_weights_of_another_size_are_refused_before_anything_is_loaded(saved, tmp_path):
+    folder, _ = saved
+    build(replace(VARIANTS["T2V"], transformer=WIDE | {"num_layers": 3}), tmp_path / "deeper")
+    place = next((tmp_path / "deeper" / "transformer").glob("*.safetensors"))
+    paths = {"component_weights_paths": {"transformer": str(place)}}
+    refused("transformer_weights_path", "unexpected .*blocks.2", model_path=str(folder), **paths)
