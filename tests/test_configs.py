@@ -49,3 +49,11 @@ def test_low_memory_is_what_plan_recommends(capsys):
     first = report["layouts"][0]
     assert report["recommended"] == first["layout"] and first["fits"]
     assert config.parse(["--num-gpus", "2", *first["options"].split()]).parallel == preset.parallel
+
+
+def test_presets_with_a_lora_name_a_file_and_what_it_changes():
+    turbo, lightning = options("flux2-turbo"), options("wan2.2-lightning")
+    assert len(turbo.sampling.sigmas) == 8 and len(turbo.model.lora_path) == 1
+    assert lightning.model.lora_target == ("transformer", "transformer_2")
+    for preset in (turbo, lightning):
+        assert len(preset.model.lora_path) == len(preset.model.lora_weight_name)

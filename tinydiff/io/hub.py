@@ -61,7 +61,7 @@ def resolve(
 
     revision: branch, tag or commit of a hub id. field: the option to name in errors. weights: false fetches
     JSON files alone. variant: of a component's weights these alone are fetched, where it has them. only: the
-    components to fetch, where not all. Works offline for what the cache holds.
+    components or files to fetch, where not all. Works offline for what the cache holds.
     Raises UserError if there is no such directory or repository, or no network to fetch it.
     """
     path = paths.path(path_or_id, field)
@@ -153,7 +153,8 @@ def _snapshot(
         [*WANTED] if field == "model_path" else [*WANTED, "*.safetensors"]
     )  # a component by itself lies at the root
     wanted = wanted if weights else ["*.json"]
-    wanted = ["model_index.json", *(f"{name}/*" for name in only)] if only else wanted
+    if only:
+        wanted = ["model_index.json", *(name if Path(name).suffix else f"{name}/*" for name in only)]
     try:
         unwanted = [*UNWANTED, *(unchosen(_listing(hub_id, revision), variant) if weights else ())]
         return Path(

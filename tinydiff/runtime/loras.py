@@ -113,7 +113,8 @@ def adapter_file(source: str, weight_name: str | None = None) -> Path:
             message = f"{weight_name!r} is given, but lora_path {source!r} is one file"
             raise UserError("lora_weight_name", f"lora_weight_name: {message}")
         return path
-    directory = hub.resolve(source, field="lora_path")
+    only = () if weight_name is None else (weight_name, "adapter_config.json")
+    directory = hub.resolve(source, field="lora_path", only=only)
     files = {str(file.relative_to(directory)): file for file in sorted(directory.rglob("*.safetensors"))}
     if weight_name is not None:
         if weight_name not in files:
