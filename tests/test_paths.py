@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tinydiff import config, paths
+from tinydiff.config import SamplingOptions
 from tinydiff.io import hub, output
 from tinydiff.records import UserError
 from tinydiff.runtime import estimate
@@ -49,11 +50,8 @@ def test_a_home_that_does_not_exist_is_one_sentence(field, homeless):
 
 
 def test_a_home_that_does_not_exist_for_plan(homeless):
-    with (
-        pytest.raises(UserError, match="no home directory is known for '~no-such-user-here'"),
-        estimate._folder(NOBODY),
-    ):
-        raise AssertionError("a directory was found")
+    with pytest.raises(UserError, match="no home directory is known for '~no-such-user-here'"):
+        estimate.subject(NOBODY, SamplingOptions(), 1, 2)
 
 
 def test_the_users_that_this_machine_has():

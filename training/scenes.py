@@ -169,7 +169,7 @@ def render(batch: list[Scene], dtype: torch.dtype = torch.float32) -> Tensor:
     """
     frames = FRAMES if batch[0].kind == "clip" else 1
     if any((scene.kind == "clip") != (frames > 1) for scene in batch):
-        raise ValueError("a batch is all pictures or all clips")
+        raise ValueError("a batch is all images or all videos")
     palette = torch.tensor(list(PALETTE.values()), dtype=dtype) / 127.5 - 1
     index = {colour: i for i, colour in enumerate(COLOURS)}
     background = palette[[index[scene.background] for scene in batch]]

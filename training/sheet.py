@@ -19,7 +19,7 @@ def contact_sheet(
     ValueError unless each image has one caption.
     """
     if len(images) != len(captions):
-        raise ValueError(f"{len(images)} pictures but {len(captions)} captions")
+        raise ValueError(f"{len(images)} images but {len(captions)} captions")
     font = ImageFont.load_default(FONT)
     characters = int(size / font.getlength("abcdefghij ") * 11)
     line = FONT + 3

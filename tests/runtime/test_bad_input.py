@@ -127,7 +127,7 @@ def test_folders_that_are_no_model(refused, model, tmp_path):
         "has no model_index.json, so it is not a model in diffusers layout"
     )
     (tmp_path / "file").write_text("x")
-    assert "is a file; it must be a directory" in refused("--model-path", tmp_path / "file")
+    assert "is truncated or not a safetensors file" in refused("--model-path", tmp_path / "file")
     edit(model / "model_index.json", _class_name="StableDiffusionPipeline")
     assert "is a StableDiffusionPipeline; supported classes are " in refused("--model-path", model)
     (model / "model_index.json").write_text("{")

@@ -190,7 +190,7 @@ def test_noise_is_what_the_reference_draws(pipe):
 def test_the_template_is_the_references(pipe):
     assert [ovis.TEMPLATE.format("{a}")] == pipe._get_messages(
         "{a}"
-    ) and pipe.user_prompt_begin_id == ovis.DROPPED
+    ) and pipe.user_prompt_begin_id == ovis.SKIPPED
 
 
 @pytest.mark.parametrize(

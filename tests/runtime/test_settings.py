@@ -201,7 +201,7 @@ def test_what_is_without_effect_is_said(name, asked, field, tmp_path, caplog):
         made = request(path, **asked)
     assert made.notes[field].startswith("without effect: ")
     assert caplog.messages == [f"{field} is {made.notes[field]}"]
-    model = SimpleNamespace(blueprint=read(path), nets={})
+    model = SimpleNamespace(blueprint=read(path), nets={}, adapters={})
     assert pipeline.parameters(model, made)["notes"][field] == made.notes[field]
 
 

@@ -74,14 +74,14 @@ const parts = {
     return { finished, content, remix, listed };
   },
   async deleted() {
-    const { id } = await client.videos.create({ ...clip, num_inference_steps: 1000 });
+    const { id } = await client.videos.create({ ...video, num_inference_steps: 1000 });
     const gone = await client.videos.delete(id);
     return { id, gone, after: await failure(() => client.videos.retrieve(id)) };
   },
   async models() { const ids = []; for await (const model of client.models.list()) ids.push(model.id); return ids; },
   async mistakes() {
     return {
-      size: await failure(() => client.videos.create({ ...clip, size: "64x50" })),
+      size: await failure(() => client.videos.create({ ...video, size: "64x50" })),
       field: await failure(() => client.images.generate({ ...circle, num_infrence_steps: 3 })),
       model: await failure(() => client.images.generate({ ...circle, model: "dall-e-3" })),
       key: await failure(() => new OpenAI({ baseURL, apiKey: "wrong", maxRetries: 0 }).videos.list()),

@@ -189,7 +189,7 @@ def test_asked_twice_it_stops_at_once(tmp_path, first, second, code):
         one.process.send_signal(getattr(signal, second))
         assert one.process.wait(60) == code
         assert (
-            one.said().endswith("stopped at once; running jobs are taken up by the next start\n")
+            one.said().endswith("stopped at once; the next start runs unfinished jobs again\n")
             and "Traceback" not in one.said()
         )
 
