@@ -159,7 +159,7 @@ def test_adapters_that_the_device_cannot_take_fail_a_request_and_no_more(client,
     service, web = client
     base, _ = pixels(service)
 
-    def full(model, read, prefer_merged=False):
+    def full(model, read, mode):
         raise torch.OutOfMemoryError("allocate memory")
 
     with monkeypatch.context() as patch:
@@ -169,6 +169,32 @@ def test_adapters_that_the_device_cannot_take_fail_a_request_and_no_more(client,
         body = {"prompt": "a", "size": "32x32", "num_inference_steps": 2, "loras": {"ink": 1}}
         assert web.simulate_post("/v1/images/generations", json=body).status_code == 507
     assert pixels(service, loras={"style": 0})[0] == base
+
+
+def test_adapters_merged_at_the_start_stay_and_others_come_beside(started, folder, tmp_path):  # noqa: F811
+    """Merging adds in another order than a product beside the weights, so pixels may differ by a rounding."""
+    model = ModelOptions(
+        lora_path=(str(folder / "style.safetensors"),), lora_nickname=("base",), lora_merge_mode="merge"
+    )
+    plain, merged = (
+        started(),
+        server.build(model, ServeOptions(state_dir=str(tmp_path / "merged"), warmup_steps=0)),
+    )
+    merged.scheduler.start()
+    try:
+        web = testing.TestClient(make_app(merged), {"Host": "localhost"})
+        first, said = pixels(merged)
+        assert said == {"base": 1.0} and first != pixels(plain)[0]
+        path = str(folder / "ink.safetensors")
+        active = post(web, "set_lora", lora_nickname="ink", lora_path=path).json["active"]["transformer"]
+        assert [(each["nickname"], each["merged"]) for each in active] == [("base", True), ("ink", False)]
+        assert pixels(merged)[1] == {"base": 1.0, "ink": 1.0}
+        post(web, "unmerge_lora_weights")
+        assert pixels(merged) == (first, {"base": 1.0})
+        with pytest.raises(UserError, match="'base' is merged into the weights"):
+            merged.adapters.strengths({"base": 0.5})
+    finally:
+        merged.scheduler.stop(0.0)
 
 
 def test_of_more_than_the_most_the_one_used_least_recently_leaves(plan, folder, monkeypatch):

@@ -243,17 +243,18 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None, merge_adapters: bool 
             net.component.json.get("generation_config.json", {}) if name == WRITER else {},
         )
     read = [loras.read(each, nets) for each in blueprint.adapters]
-    return with_adapters(Model(blueprint, nets, tokenizers), read, merge_adapters)
+    return with_adapters(Model(blueprint, nets, tokenizers), read, blueprint.lora_mode, merge_adapters)
 
 
-def with_adapters(model: Model, read: Sequence[loras.Read], prefer_merged: bool = False) -> Model:
+def with_adapters(
+    model: Model, read: Sequence[loras.Read], mode: loras.Mode, prefer_merged: bool = False
+) -> Model:
     """The model with these LoRA adapters beside its weights, in place of those that were there.
 
     Adapters that are in the weights already stay as they are. Raises UserError for one that does not fit.
     """
     merged = {name: each for name, each in model.adapters.items() if each.merged}
-    new = [each for each in read if each.chosen.name not in merged]
-    nets, attached = loras.attach(model.nets, new, model.blueprint.lora_mode, prefer_merged)
+    nets, attached = loras.attach(model.nets, read, mode, prefer_merged)
     return replace(model, nets=nets, adapters=merged | attached)
 
 

@@ -244,7 +244,7 @@ def for_request(
     loras: the strengths that it asks for; without any, each adapter has its own.
     Raises UserError for an adapter that is not loaded, or that is in the weights.
     """
-    for name in loras:
+    for name in (name for name, strength in loras.items() if strength):
         if name not in attached:
             raise UserError("loras", f"loras: {unknown(name, attached)}")
         if attached[name].merged:

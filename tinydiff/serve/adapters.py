@@ -31,8 +31,13 @@ class Adapters:
     def __init__(self, blueprint: Blueprint, directory: str | None = None) -> None:
         self._blueprint, self._directory = blueprint, None if directory is None else Path(directory)
         self._lock = threading.RLock()
-        self._loaded = {each.name: loras.read(each, blueprint.nets) for each in blueprint.adapters}
-        self._active = {each.name: each.strength for each in blueprint.adapters}
+        read = {each.name: loras.read(each, blueprint.nets) for each in blueprint.adapters}
+        self._merged = {name: each for name, each in read.items() if self._is_merged(each)}
+        chosen = tuple(each.chosen for each in self._merged.values())
+        self.base = replace(blueprint, adapters=chosen, lora_mode="merge")
+        """The model with the adapters that are in its weights for good."""
+        self._loaded = {name: each for name, each in read.items() if name not in self._merged}
+        self._active = {name: each.chosen.strength for name, each in self._loaded.items()}
         self._last = dict(self._active)
         self._now = tuple(self._loaded.values())
         if self._directory is not None and not self._directory.is_dir():
@@ -49,7 +54,7 @@ class Adapters:
 
     def known(self) -> Blueprint:
         """The model with the adapters that are loaded now."""
-        return replace(self._blueprint, adapters=tuple(each.chosen for each in self._now))
+        return replace(self.base, adapters=(*self.base.adapters, *(each.chosen for each in self._now)))
 
     def strengths(self, asked: Mapping[str, float]) -> dict[str, float]:
         """How strong each loaded adapter is for a request that asks for `asked`; adapters of the directory
@@ -57,6 +62,9 @@ class Adapters:
         """
         with self._lock:
             for name in asked:
+                if name in self._merged:
+                    message = f"{name!r} is merged into the weights, so its strength is fixed"
+                    raise UserError("loras", f"loras: {message}")
                 if name not in self._loaded:
                     self._from_directory(name)
                 self._loaded[name] = self._loaded.pop(name)  # used last
@@ -70,10 +78,18 @@ class Adapters:
         file = loras.adapter_file(path)
         self._add(loras.Chosen(name, path, file, 1.0, target or "all", alpha))
 
+    def _is_merged(self, read: loras.Read) -> bool:
+        """Whether an adapter of the start goes into the weights: it shall, or it can do nothing else."""
+        mode = self._blueprint.lora_mode
+        only = loras.only_merges(read.chosen, read.adapter, self._blueprint.nets, mode)
+        return mode == "merge" if only is None else only
+
     def _add(self, chosen: loras.Chosen) -> None:
         if NAME.fullmatch(chosen.name) is None:
             message = f"{chosen.name[:80]!r} may have letters, digits, '.', '_' and '-', 100 at most"
             raise UserError("lora_nickname", f"lora_nickname: {message}")
+        if chosen.name in self._merged:
+            raise UserError("lora_nickname", f"lora_nickname: {chosen.name!r} is merged into the weights")
         read = loras.read(chosen, self._blueprint.nets)
         loras.only_merges(chosen, read.adapter, self._blueprint.nets)
         with self._lock:
@@ -101,12 +117,14 @@ class Adapters:
         """Loaded and active adapters, in SGLang's words, and what a request may name."""
         with self._lock:
             active: dict[str, list[dict[str, Any]]] = {}
-            for name, strength in self._active.items():
-                each = self._loaded[name]
-                entry = {"nickname": name, "path": each.chosen.source, "merged": False, "strength": strength}
+            fixed = {name: each.chosen.strength for name, each in self._merged.items()}
+            known = self._merged | self._loaded
+            for name, strength in (fixed | self._active).items():
+                each, merged = known[name], name in self._merged
+                entry = {"nickname": name, "path": each.chosen.source, "merged": merged, "strength": strength}
                 for component in each.adapter.targets:
                     active.setdefault(component, []).append(entry)
-            loaded = [(name, each.chosen.source) for name, each in self._loaded.items()]
+            loaded = [(name, each.chosen.source) for name, each in known.items()]
             return {
                 "loaded_adapters": [{"lora_nickname": name, "lora_path": source} for name, source in loaded],
                 "active": active,

@@ -221,13 +221,13 @@ class DeviceScheduler:
         """The model, loaded onto the device unless it is there."""
         if self._model is None:
             started = time.perf_counter()
-            self._model, self._attached = blueprints.load(replace(self.blueprint, adapters=())), ()
+            self._model, self._attached = blueprints.load(self.adapters.base), ()
             self._preview_fit = preview.fit(self._model)
             seconds = time.perf_counter() - started
             self.metrics.stage("load", seconds)
             log.info("%s loaded in %.1f s", self.blueprint.row.name, seconds)
         if (adapters := self.adapters.now()) is not self._attached:
-            self._model = blueprints.with_adapters(self._model, adapters)
+            self._model = blueprints.with_adapters(self._model, adapters, "dynamic")
             self._attached = adapters
         return self._model
 
