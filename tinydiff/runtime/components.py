@@ -23,8 +23,7 @@ from tinydiff.io.weights import check_weights
 from tinydiff.keymap import KeyMap, Shape
 from tinydiff.models import registry, released
 from tinydiff.models.classes import RECORDS
-from tinydiff.models.layouts.recognise import LAYOUTS, Found, config_from, prefixes, recognise
-from tinydiff.models.layouts.table import Layout
+from tinydiff.models.layouts.recognise import Found, config_from, layouts_of, prefixes, recognise
 from tinydiff.records import UserError, check_known
 
 log = logging.getLogger(__name__)
@@ -130,21 +129,15 @@ def _keys_of(file: Path, shapes: Mapping[str, Shape], listed: Component) -> Keys
     """Where the weights of a network with the component's own config stand in a file; None where they do not."""
     record = RECORDS[listed.class_name]
     config = config_from(listed.class_name, listed.entries())
-    layouts = [layout for layout in LAYOUTS if RECORDS[layout.class_name] is record]
+    rows = list(record.spec(config))
     for prefix in prefixes(shapes):
-        own = record.keys(config) if record.keys is not None else KeyMap()
-        tried = [lambda c, own=own: own, *(partial(_lines, layout, prefix) for layout in layouts)]
-        for keys in tried:
+        for keys in (record.keys, *(partial(each.keys, prefix=prefix) for each in layouts_of(record))):
             try:
-                check_weights(file, record.spec(config), keys(config))
+                check_weights(file, rows, keys(config))
                 return keys
             except (UserError, ValueError):
                 continue
     return None
-
-
-def _lines(layout: Layout, prefix: str, config: Any) -> KeyMap:
-    return KeyMap(layout.lines(config), prefix)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import prod
 
-from tinydiff.keymap import KeyMap, Shape, stored_rows
+from tinydiff.keymap import Shape, stored_rows
 from tinydiff.models import released
 from tinydiff.models.classes import RECORDS
 from tinydiff.models.layouts.recognise import LAYOUTS, config_from
@@ -141,7 +141,7 @@ def _tables() -> Iterator[tuple[str, tuple[str, ...], Mapping[str, Shape]]]:
         rows = list(RECORDS[class_name].spec(config))
         for layout in LAYOUTS:
             if layout.class_name == class_name:
-                stored = stored_rows(KeyMap(layout.lines(config)), rows)
+                stored = stored_rows(layout.keys(config), rows)
                 names = {
                     key.removesuffix(".weight").replace(".", "_"): shape
                     for key, shape in stored.items()

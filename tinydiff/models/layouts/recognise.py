@@ -101,7 +101,7 @@ class Found:
 
     def keys(self, config: Any) -> KeyMap:
         """Where the rows of a network with this config stand in the file."""
-        return KeyMap(self.layout.lines(config), self.prefix)
+        return self.layout.keys(config, self.prefix)
 
 
 def recognise(
@@ -140,8 +140,12 @@ def recognise(
 
 def key_maps(record: Record, config: Any) -> tuple[KeyMap, ...]:
     """Where the rows of a network stand in files of each layout that holds it."""
-    mine = (layout for layout in LAYOUTS if RECORDS[layout.class_name] is record)
-    return tuple(dict.fromkeys(KeyMap(tuple(layout.lines(config))) for layout in mine))
+    return tuple(dict.fromkeys(layout.keys(config) for layout in layouts_of(record)))
+
+
+def layouts_of(record: Record) -> list[Layout]:
+    """The layouts that hold such a network."""
+    return [layout for layout in LAYOUTS if RECORDS[layout.class_name] is record]
 
 
 def config_from(class_name: str, entries: Mapping[str, Any]) -> Any:

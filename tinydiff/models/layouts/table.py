@@ -60,6 +60,10 @@ class Layout:
     entries: Callable[[Sizes], Entries]
     lacks: tuple[str, ...] = ()
 
+    def keys(self, config: Any, prefix: str = "") -> KeyMap:
+        """Where the rows of a network with this config stand in a file, below a prefix of its keys."""
+        return KeyMap(self.lines(config), prefix)
+
 
 def by_rows(lines: tuple[Line, ...], entries: Callable[[Sizes], Entries]) -> Callable[[Sizes], Entries]:
     """The same question to stored names: the tensors that are one row each are asked under the row's name."""
