@@ -3,12 +3,13 @@ import json
 import random
 
 import pytest
+import sentencepiece
+import tokenizers
+import transformers
 
 from tests import vocabularies
 from tinydiff.io.tokenizer import load_tokenizer
 from tinydiff.records import UserError
-
-sentencepiece = pytest.importorskip("sentencepiece")
 
 VOCABULARY = """red orange yellow green blue purple black white circle square triangle star ring small large
 left right top bottom
@@ -49,7 +50,6 @@ def reference(spiece):
     """transformers' own T5 tokenizer over the same pieces. (Its reader of spiece.model needs protobuf, so the
     pieces are handed over.)
     """
-    transformers = pytest.importorskip("transformers")
     engine = sentencepiece.SentencePieceProcessor(model_file=str(spiece / "spiece.model"))
     pieces = [
         (engine.id_to_piece(index), engine.get_score(index)) for index in range(engine.get_piece_size())
@@ -127,7 +127,6 @@ def test_truncation_is_counted_and_keeps_the_end(kind, request):
 
 
 def test_json_is_preferred_and_its_own_padding_ignored(json_folder, spiece, tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
     engine = tokenizers.Tokenizer.from_file(str(json_folder / "tokenizer.json"))
     engine.enable_truncation(3)
     engine.enable_padding(length=40)
@@ -168,7 +167,6 @@ SAMPLES = (
 @pytest.fixture(scope="module", params=["CLIP-L", "CLIP-G", "Qwen"])
 def pairs(request, tmp_path_factory):
     """(our tokenizer, transformers' of the same files)"""
-    transformers = pytest.importorskip("transformers")
     directory = tmp_path_factory.mktemp(request.param)
     make = {
         "CLIP-L": vocabularies.clip,
@@ -187,7 +185,6 @@ def test_special_tokens_anywhere_among_byte_pairs_are_those_of_transformers(pair
 
 def test_special_tokens_of_older_files(tmp_path):
     """added_tokens.json and special_tokens_map.json in place of added_tokens_decoder."""
-    transformers = pytest.importorskip("transformers")
     tokenizer = load_tokenizer(vocabularies.qwen(tmp_path, old=True))
     reference = transformers.Qwen2Tokenizer.from_pretrained(tmp_path)
     for text in scrambled([*reference.all_special_tokens, "<think>", "</think>"], 3):
@@ -275,7 +272,6 @@ def test_the_old_layout_and_an_unsaid_class_give_the_same(tmp_path):
 @pytest.mark.parametrize("template", ["<s> $A", "$A </s>", "$A", "<s> $A </s>"])
 def test_tokenizer_json_adds_what_its_template_says(tmp_path, template):
     """FLUX.2 (padded on the left) and ERNIE: byte pairs in tokenizer.json, <s> before a text."""
-    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
     (tmp_path / "pairs").mkdir()
     pairs = vocabularies.qwen(tmp_path / "pairs")
     engine = tokenizers.Tokenizer(

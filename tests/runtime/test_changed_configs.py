@@ -22,6 +22,7 @@ from tests.runtime import (
 )
 from tests.runtime.changes import Subject, subject
 from tinydiff.config import ModelOptions, SamplingOptions
+from tinydiff.models import qwen_image
 from tinydiff.records import UserError
 
 SMALL = {"prompt": ("a red </s> circle",), "num_inference_steps": 1, "height": 32, "width": 32}
@@ -71,6 +72,13 @@ SUBJECTS = {
 
 SAMPLE = 40
 """Changes of each family that are tried; all of them are several thousand."""
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """Images to edit are seen at a hundredth of their pixels: encoding them was nearly all of the time."""
+    monkeypatch.setattr(qwen_image, "EDIT_PIXELS", 12288)
+    monkeypatch.setattr(qwen_image, "LANGUAGE_MODEL_PIXELS", 6144)
 
 
 @pytest.mark.parametrize("family", SUBJECTS)

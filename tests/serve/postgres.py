@@ -139,7 +139,6 @@ def shared(folder: Path) -> Postgres:
 
 @pytest.fixture(scope="session")
 def postgres():
-    pytest.importorskip("psycopg", reason="no psycopg here, which speaks to PostgreSQL")
     folder = (
         Path(tempfile.gettempdir()) / f"tinydiff-postgres-{os.getpid()}"
     )  # a socket's path must be short, and reachable for nobody

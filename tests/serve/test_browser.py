@@ -1,18 +1,15 @@
 """The page in a real Chromium, over a real server whose scheduler makes plain-coloured images."""
 
 import pytest
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.serve.chromium import choose, give_picture, go, made_picture, put, screen, settled, until
 from tests.serve.fake import picture
 from tests.serve.internet import send, serving
 from tinydiff.serve.jobs import Failure
-
-pytest.importorskip("selenium", reason="selenium is not installed")
-
-from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
 
 
 def test_types_a_prompt_and_sees_the_picture(serve, browser):

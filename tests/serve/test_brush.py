@@ -5,14 +5,11 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-
-from tests.serve.chromium import choose, give_picture, go, made_picture, put, settled, until
-
-pytest.importorskip("selenium", reason="selenium is not installed")
-
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+
+from tests.serve.chromium import choose, give_picture, go, made_picture, put, settled, until
 
 
 def mask_of(made):

@@ -63,7 +63,6 @@ def test_curl(run, tmp_path, block):
 
 
 def test_python(run, tmp_path):
-    pytest.importorskip("openai")
     printed = run(sys.executable, "\n".join(blocks("py")))
     assert printed.startswith("[7, 8] {") and "done " in printed
     assert read_image(tmp_path / "star-1.png").shape == (128, 128, 3)

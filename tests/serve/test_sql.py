@@ -76,7 +76,6 @@ def test_a_folder_that_cannot_hold_jobs_is_told(tmp_path):
     ],
 )
 def test_an_address_that_is_none_is_told_without_its_password(tmp_path, url, said):
-    pytest.importorskip("psycopg")
     with pytest.raises(UserError, match=f"^state_url: {said}") as caught:
         open_store(tmp_path, url, 5)
     assert (
