@@ -7,9 +7,11 @@ model's own default holds. No torch here.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tinydiff import config_file, flags, paths, unsupported
@@ -141,6 +143,8 @@ class ModelOptions:
     """Name of the supported model whose defaults hold, whatever the directory is called."""
     revision: str | None = None
     """Branch, tag or commit of the hub repository."""
+    trust_remote_code: bool = False
+    """Run the code that an overlay of the model brings to put its files together."""
     variant: str | None = None
     """Variant of the weight files, such as fp16. A component that has no such files uses its usual ones."""
     component_paths: Mapping[str, str] = _empty()
@@ -289,6 +293,40 @@ def _environment_integer(name: str) -> int:
         )
         raise UserError(name, f"{message} integer of at least 0; unset it if there is no launcher")
     return int(text)
+
+
+def overlay_registry() -> dict[str, Any]:
+    """Source repository -> its overlay, as the environment says it. Raises UserError.
+
+    TINYDIFF_MODEL_OVERLAY_REGISTRY and SGLANG_DIFFUSION_MODEL_OVERLAY_REGISTRY each hold a JSON object or the
+    path of a JSON file. The first wins.
+    """
+    entries: dict[str, Any] = {}
+    for name in ("SGLANG_DIFFUSION_MODEL_OVERLAY_REGISTRY", "TINYDIFF_MODEL_OVERLAY_REGISTRY"):
+        text = os.environ.get(name, "").strip()
+        if not text:
+            continue
+        try:
+            held = json.loads(text if text.startswith("{") else paths.read_text(text, name))
+        except json.JSONDecodeError as error:
+            raise UserError(name, f"the environment variable {name} holds no JSON ({error})") from error
+        if not isinstance(held, dict):
+            message = (
+                f"the environment variable {name} holds a JSON {type(held).__name__}; it must be an object"
+            )
+            raise UserError(name, message)
+        entries |= held
+    return entries
+
+
+def cache_root() -> Path:
+    """The directory of what is made once and used again: TINYDIFF_CACHE_ROOT, else SGLANG_DIFFUSION_CACHE_ROOT,
+    else `tinydiff` in XDG_CACHE_HOME or ~/.cache.
+    """
+    for name in ("TINYDIFF_CACHE_ROOT", "SGLANG_DIFFUSION_CACHE_ROOT"):
+        if text := os.environ.get(name):
+            return paths.path(text, name)
+    return paths.path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "tinydiff"
 
 
 def keys(name: str) -> tuple[str, ...]:

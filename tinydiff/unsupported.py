@@ -53,7 +53,7 @@ tile sizes
     vae_config.tile_sample_stride_width=192 vae_config.tile_sample_stride_num_frames=12
     vae_config.blend_num_frames= vae_config.use_temporal_tiling=false diffusion_decoder_tiling=true|false
 the diffusers backend
-    trust_remote_code=false diffusers_kwargs= diffusers_attention_backend=
+    diffusers_kwargs= diffusers_attention_backend=
 another pipeline or scheduler than the checkpoint's
     pipeline_class_name= pipeline_config_path= model_subfolder= model_variant= scheduler_class_override=
     task_type= data_type= no_override_protected_fields=false text_encoder_configs=

@@ -55,13 +55,14 @@ def resolve(
     weights: bool = True,
     variant: str | None = None,
     only: Collection[str] = (),
+    also: Collection[str] = (),
 ) -> Path:
     """The local directory of a model: `path_or_id` itself if it is a directory, else the hub's snapshot of
     that id, downloaded if need be.
 
     revision: branch, tag or commit of a hub id. field: the option to name in errors. weights: false fetches
     JSON files alone. variant: of a component's weights these alone are fetched, where it has them. only: the
-    components or files to fetch, where not all. Works offline for what the cache holds.
+    components or files to fetch, where not all. also: patterns of files to fetch beside them. Works offline for what the cache holds.
     Raises UserError if there is no such directory or repository, or no network to fetch it.
     """
     path = paths.path(path_or_id, field)
@@ -89,7 +90,49 @@ def resolve(
             field,
             f"{field}: {text!r} is neither a directory here nor a hub id such as 'Wan-AI/Wan2.2-TI2V-5B-Diffusers'{hint}",
         )
-    return _snapshot(text, revision, field, weights, variant, only)
+    wanted = (
+        [*WANTED] if field == "model_path" else [*WANTED, "*.safetensors"]
+    )  # a component lies at the root
+    wanted = wanted if weights else ["*.json"]
+    if only:
+        wanted = ["model_index.json", *(name if Path(name).suffix else f"{name}/*" for name in only)]
+    unwanted = [*UNWANTED, *(unchosen(_listing(text, revision), variant) if weights else ())]
+    return fetched(text, [*wanted, *also], revision, field, unwanted)
+
+
+def fetched(
+    hub_id: str,
+    wanted: Collection[str],
+    revision: str | None = None,
+    field: str = "model_path",
+    unwanted: Collection[str] = (),
+) -> Path:
+    """The directory in the download cache with the files of a repository that the patterns `wanted` match and
+    `unwanted` do not. Raises UserError.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                hub_id, revision=revision, allow_patterns=[*wanted], ignore_patterns=[*unwanted]
+            )
+        )
+    except errors.GatedRepoError:
+        reason = "the hub asks for its licence to be accepted; accept it on its page and log in with `hf auth login`"
+    except errors.RevisionNotFoundError:
+        raise UserError(
+            "revision", f"revision: {hub_id!r} has no branch, tag or commit {revision!r}"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        reason = "the hub has no such model, or it is private and you are not logged in"
+    except errors.LocalEntryNotFoundError:
+        reason = "it is not a directory here, not in the download cache, and the hub cannot be reached"
+    except errors.HFValidationError as error:
+        reason = f"it is not a valid hub id ({error})"
+    except (OSError, ConnectionError) as error:
+        reason = f"the download failed ({error})".replace("\n", " ")
+    raise UserError(field, f"{field}: cannot load {hub_id!r}: {reason}")
 
 
 def read_index(folder: Path) -> Index:
@@ -137,44 +180,6 @@ def read_json(path: Path) -> dict[str, Any]:
             f"model_path: {str(path)!r} holds a JSON {type(value).__name__} and should hold an object",
         )
     return value
-
-
-def _snapshot(
-    hub_id: str,
-    revision: str | None,
-    field: str,
-    weights: bool,
-    variant: str | None,
-    only: Collection[str] = (),
-) -> Path:
-    from huggingface_hub import errors, snapshot_download
-
-    wanted = (
-        [*WANTED] if field == "model_path" else [*WANTED, "*.safetensors"]
-    )  # a component by itself lies at the root
-    wanted = wanted if weights else ["*.json"]
-    if only:
-        wanted = ["model_index.json", *(name if Path(name).suffix else f"{name}/*" for name in only)]
-    try:
-        unwanted = [*UNWANTED, *(unchosen(_listing(hub_id, revision), variant) if weights else ())]
-        return Path(
-            snapshot_download(hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
-        )
-    except errors.GatedRepoError:
-        reason = "the hub asks for its licence to be accepted; accept it on its page and log in with `hf auth login`"
-    except errors.RevisionNotFoundError:
-        raise UserError(
-            "revision", f"revision: {hub_id!r} has no branch, tag or commit {revision!r}"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        reason = "the hub has no such model, or it is private and you are not logged in"
-    except errors.LocalEntryNotFoundError:
-        reason = "it is not a directory here, not in the download cache, and the hub cannot be reached"
-    except errors.HFValidationError as error:
-        reason = f"it is not a valid hub id ({error})"
-    except (OSError, ConnectionError) as error:
-        reason = f"the download failed ({error})".replace("\n", " ")
-    raise UserError(field, f"{field}: cannot load {hub_id!r}: {reason}")
 
 
 def _listing(hub_id: str, revision: str | None) -> list[str]:

@@ -17,9 +17,9 @@ from typing import Any
 
 from tinydiff import paths
 from tinydiff.config import ModelOptions
-from tinydiff.io import archive, hub, sources
+from tinydiff.io import archive, hub, overlay, sources
 from tinydiff.io.sources import Checkpoint, Component
-from tinydiff.io.weights import check_weights
+from tinydiff.io.weights import check_weights, weight_files
 from tinydiff.keymap import KeyMap, Shape
 from tinydiff.models import registry, released
 from tinydiff.models.classes import RECORDS
@@ -38,12 +38,7 @@ SHIPPED = Path(__file__).parent.parent / "shapes"
 def chosen(options: ModelOptions) -> Checkpoint:
     """The model that `options` name, single components and weights in the place of its own. Raises UserError."""
     file = _file(options.model_path, "model_path")
-    if file is not None:
-        checkpoint = _around(file, options)
-    else:
-        asked = SHIPPED if options.model_path == registry.SHIPPED else options.model_path
-        directory = hub.resolve(asked, options.revision, variant=options.variant)
-        checkpoint = sources.from_directory(directory, options.model_path)
+    checkpoint = _from_directory(options) if file is None else _around(file, options)
     parts = dict(checkpoint.components)
     for name, path in options.component_paths.items():
         check_known("component_paths", name, [name for name in parts if name != "image_processor"])
@@ -61,6 +56,42 @@ def chosen(options: ModelOptions) -> Checkpoint:
         )
         raise UserError("model_path", f"model_path: {message}")
     return replace(checkpoint, components=parts)
+
+
+def _from_directory(options: ModelOptions) -> Checkpoint:
+    """The model in a directory or at a hub id, or the one that an overlay makes of it."""
+    if options.model_path == registry.SHIPPED:
+        return sources.from_directory(SHIPPED, options.model_path)
+    found = overlay.named(options.model_path, options.revision)
+    directory = Path()
+    if found is None:
+        directory = hub.resolve(options.model_path, options.revision, variant=options.variant)
+        found = overlay.of_directory(directory, options.model_path)
+    if found is None:
+        return sources.from_directory(directory, options.model_path)
+    _check_runnable(found)
+    whole = sources.from_directory(overlay.materialised(found, options.trust_remote_code), options.model_path)
+    return replace(whole, components={name: _laid_out(part) for name, part in whole.components.items()})
+
+
+def _check_runnable(found: overlay.Overlay) -> None:
+    """Before anything is fetched: the model's network is one that runs here."""
+    _, class_name = hub.read_index(found.directory).components.get("transformer", ("", ""))
+    if class_name not in RECORDS:
+        known = ", ".join(name for name, record in RECORDS.items() if record.role == "dit")
+        message = f"{found.name!r} has a {class_name or 'network'} that is not supported; known are {known}"
+        raise UserError("model_path", f"model_path: {message}")
+
+
+def _laid_out(part: Component) -> Component:
+    """A component whose weights are in whatever layout, or a pickle, with the map of its keys."""
+    if part.class_name not in RECORDS or part.files is None or not part.files.is_dir():
+        return part
+    held = {file.suffix: file for file in part.files.iterdir()}
+    pickled = [held[kind] for kind in archive.PICKLES if kind in held and ".safetensors" not in held]
+    files = pickled[0] if pickled else part.files
+    shapes, _ = archive.header(*weight_files(files))
+    return replace(part, files=files, keys=_keys_of(files, shapes, part))
 
 
 def _file(path: str, field: str) -> Path | None:
