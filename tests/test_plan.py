@@ -123,7 +123,7 @@ def test_the_options_shown_ask_generate_for_that_layout(name):
     of = subject(name)
     for each in estimate.estimates(of, 4, 20, MACHINE):
         asked = config.parse([*shlex.split(advise.flags(each.layout)), "--num-gpus", "4"]).parallel
-        assert choose(asked, 4, of.net.heads, of.request.guided, of.work.image)[0] == each.layout
+        assert choose(asked, 4, of.net.heads, of.request.guidance.on, of.work.image)[0] == each.layout
 
 
 # --- the command

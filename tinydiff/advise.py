@@ -210,12 +210,14 @@ def reason(question: Question, vram: float, first: Estimate, usual: Layout | Non
 
 def _headline(question: Question, subject: Subject) -> str:
     request, work = subject.request, subject.work
-    frames = f", {request.num_frames} frames" if request.num_frames > 1 else ""
-    frames = frames or (f", {request.layers} layers" if request.layers else "")
+    frames = f", {request.output.num_frames} frames" if request.output.num_frames > 1 else ""
+    frames = frames or (f", {request.output.layers} layers" if request.output.layers else "")
     runs = "two branches of guidance" if work.branches > 1 else "no guidance"
     gpus = "one GPU" if question.ranks == 1 else f"{question.ranks} GPUs"
     on = gpus if question.vram is None else f"{question.ranks} x {question.vram:g} GB"
-    what = f"{subject.name}, {request.width}x{request.height}{frames}, {work.steps} steps, {runs}"
+    what = (
+        f"{subject.name}, {request.output.width}x{request.output.height}{frames}, {work.steps} steps, {runs}"
+    )
     return f"{what}: {work.image} image tokens and {work.text} of text, on {on}"
 
 
@@ -282,9 +284,9 @@ def _question_json(question: Question, subject: Subject) -> dict[str, Any]:
     return {
         "model": subject.name,
         "request": {
-            "width": request.width,
-            "height": request.height,
-            "num_frames": request.num_frames,
+            "width": request.output.width,
+            "height": request.output.height,
+            "num_frames": request.output.num_frames,
             **asdict(subject.work),
         },
         "gpus": question.ranks,

@@ -74,61 +74,103 @@ def check_known(field: str, name: str, names: Collection[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Request:
-    """One prompt with every parameter resolved and checked. Each seed gives one image or video."""
+class Text:
+    """What the model reads."""
 
     prompt: str
     negative_prompt: str
-    images: tuple[numpy.ndarray, ...]
-    """Input frames, or the image to start from, uint8 [height, width, 3] at the request's size."""
-    originals: tuple[numpy.ndarray, ...]
-    """The input images at their own sizes, for networks that resize them; [H, W, 4] with alpha for layers."""
-    mask: numpy.ndarray | None
-    """Inpainting mask, uint8 [height, width]: 255 is inpainted, 0 is kept. None: no inpainting."""
-    starts: bool
-    """Whether the loop starts from the noised input image; otherwise the image conditions the network."""
-    strength: float
-    """How much noise the image to start from gets: near 0 it hardly changes, at 1 nothing of it is left."""
-    height: int
-    width: int
-    num_frames: int
-    layers: int
-    """Number of layers with alpha that the image is split into; 0 for an ordinary image."""
-    fps: int
-    num_inference_steps: int
-    guidance_scale: float
-    """Classifier-free guidance scale; 1 is no guidance."""
-    embedded_guidance: float | None
-    """Guidance scale that is an input of the network (guidance-distilled models)."""
-    cfg_normalization: float
-    """Upper bound on the norm ratio guided / conditional; 0 is no bound."""
-    guidance_scale_2: float | None
-    """Guidance scale of the second expert; read only if `guidance_scale` is above 1."""
-    boundary_ratio: float | None
-    flow_shift: float | None
-    """None: that of the scheduler."""
-    dmd_timesteps: tuple[int, ...]
-    text_tokens: int
+    max_tokens: int
     """Most tokens of text that the model reads."""
-    seeds: tuple[int, ...]
-    sigmas: tuple[float, ...] = ()
-    """Noise level of each step before the shift; empty where the model's own grid is used."""
-    use_pe: bool = False
+    rewrite: bool = False
     """Whether the model's own language model rewrites the prompt."""
-    loras: Mapping[str, float] = field(default_factory=dict)
-    """Adapter -> its strength for this request; empty where each has the strength it was loaded with."""
-    notes: Mapping[str, str] = field(default_factory=dict)
-    """Field -> where its value came from, or why it has no effect, where that may surprise."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly the prompt steers."""
+
+    scale: float = 1.0
+    """Classifier-free guidance scale; 1 is no guidance."""
+    scale_2: float | None = None
+    """Guidance scale of the second expert; read only if `scale` is above 1."""
+    embedded: float | None = None
+    """Guidance scale that is an input of the network (guidance-distilled models)."""
+    normalization: float = 0.0
+    """Upper bound on the norm ratio guided / conditional; 0 is no bound."""
 
     @property
-    def guided(self) -> bool:
-        """Whether classifier-free guidance is on."""
-        return self.guidance_scale > 1
+    def on(self) -> bool:
+        """Whether classifier-free guidance is on: the negative prompt is a second branch."""
+        return self.scale > 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a denoising loop."""
+
+    steps: int
+    sigmas: tuple[float, ...] = ()
+    """Noise level of each step before the shift; empty where the model's own grid is used."""
+    dmd_timesteps: tuple[int, ...] = ()
+    """Timesteps of a distilled model; empty for the scheduler's."""
+    flow_shift: float | None = None
+    """None: that of the scheduler."""
+    boundary_ratio: float | None = None
+    """Where the second expert takes over, as a part of the training timesteps; None: never."""
+    strength: float = 1.0
+    """The part of the schedule that is run, from its end: near 0 what the loop starts from hardly changes."""
+
+    @property
+    def skipped(self) -> int:
+        """How many steps at the beginning are left out."""
+        return int(self.steps - self.steps * self.strength)
+
+
+@dataclass(frozen=True)
+class InputImages:
+    """The images of a request."""
+
+    resized: tuple[numpy.ndarray, ...] = ()
+    """Input frames, or the image to start from, uint8 [height, width, 3] at the output's size."""
+    originals: tuple[numpy.ndarray, ...] = ()
+    """The same at their own sizes, for networks that resize them; [H, W, 4] with alpha for layers."""
+    mask: numpy.ndarray | None = None
+    """Inpainting mask, uint8 [height, width]: 255 is inpainted, 0 is kept. None: no inpainting."""
+    start: bool = False
+    """Whether the loop starts from the noised image; otherwise the images condition the network."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one seed gives: an image, a video or layers."""
+
+    height: int
+    width: int
+    num_frames: int = 1
+    layers: int = 0
+    """Number of layers with alpha that the image is split into; 0 for an ordinary image."""
+    fps: int = 16
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt with every parameter resolved and checked. Each seed gives one output."""
+
+    text: Text
+    guidance: Guidance
+    schedule: Schedule
+    images: InputImages
+    output: Output
+    seeds: tuple[int, ...]
+    loras: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Adapter -> its strength for this request; empty where each has the strength it was loaded with."""
+    notes: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Option -> where its value came from, or why it has no effect, where that may surprise."""
 
     @property
     def texts(self) -> list[str]:
         """The prompt and, with guidance, the negative prompt."""
-        return [self.prompt, self.negative_prompt] if self.guided else [self.prompt]
+        return [self.text.prompt, *([self.text.negative_prompt] if self.guidance.on else [])]
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def ours(model, request, start):
     latents = [
         conditioning.prepared.unpack(x) for x in pipeline.denoise(model, request, conditioning, 0, start)
     ]
-    return latents, pipeline.decode(model, request, latents[-1])
+    return latents, pipeline.decode(model, request.output, latents[-1])
 
 
 def same_frames(frames, video):

@@ -79,13 +79,13 @@ def test_defaults_are_the_registrys(row, tmp_path, picture):
     path = row.name if row.name == SHIPPED else released(row.name, tmp_path)
     image = (picture,) * row.images[0]
     made = request(path, image_path=image, **({"height": row.height, "width": row.width} if image else {}))
-    assert (made.height, made.width, made.num_frames, made.fps) == (
+    assert (made.output.height, made.output.width, made.output.num_frames, made.output.fps) == (
         row.height,
         row.width,
         row.num_frames,
         row.fps,
     )
-    assert (made.num_inference_steps, made.dmd_timesteps) == (row.steps, row.dmd_timesteps)
+    assert (made.schedule.steps, made.schedule.dmd_timesteps) == (row.steps, row.dmd_timesteps)
     forms = {
         "scale": (row.guidance, None),
         "offset": (row.guidance + 1, None),
@@ -93,19 +93,19 @@ def test_defaults_are_the_registrys(row, tmp_path, picture):
         "true": (1.0, None),
     }
     scale, told = forms[row.guidance_form]
-    assert (made.guidance_scale, made.embedded_guidance) == (max(1.0, scale), told) and made.guided == (
+    assert (made.guidance.scale, made.guidance.embedded) == (max(1.0, scale), told) and made.guidance.on == (
         scale > 1
     )
-    assert (made.guidance_scale_2, made.boundary_ratio) == (row.guidance_2, row.boundary_ratio)
-    assert (made.flow_shift, made.negative_prompt, made.seeds) == (
+    assert (made.guidance.scale_2, made.schedule.boundary_ratio) == (row.guidance_2, row.boundary_ratio)
+    assert (made.schedule.flow_shift, made.text.negative_prompt, made.seeds) == (
         row.flow_shift,
         row.negative_prompt or "",
         (42,),
     )
-    assert len(made.originals) == len(image) and len(made.images) == (
+    assert len(made.images.originals) == len(image) and len(made.images.resized) == (
         0 if row.image_use == "references" else len(image)
     )
-    assert (made.mask, made.strength) == (None, 1.0)
+    assert (made.images.mask, made.schedule.strength) == (None, 1.0)
 
 
 @pytest.mark.parametrize(("name", "shift"), [(EXPERTS, 3.0), (TI2V, 5.0), (FAST, 8.0)])
@@ -113,19 +113,19 @@ def test_a_folder_of_another_name_is_known_by_its_shape_and_keeps_its_own_schedu
     """But a distilled model does not run by the scheduler that lies in its directory."""
     path = released(name, tmp_path).rename(tmp_path / "renamed")
     made, row = request(path), next(row for row in MODELS if row.name == name)
-    assert (made.flow_shift, made.num_inference_steps, made.boundary_ratio) == (
+    assert (made.schedule.flow_shift, made.schedule.steps, made.schedule.boundary_ratio) == (
         shift,
         row.steps,
         row.boundary_ratio,
     )
-    assert request(path, options={"model_id": name}).flow_shift == row.flow_shift
+    assert request(path, options={"model_id": name}).schedule.flow_shift == row.flow_shift
 
 
 def test_several_prompts_and_seeds(tmp_path):
     made = admit(
         read(SHIPPED), SamplingOptions(prompt=("a", "b"), seed=(5, 6, 7, 8), num_outputs_per_prompt=2)
     )
-    assert [(one.prompt, one.seeds) for one in made] == [("a", (5, 6)), ("b", (7, 8))]
+    assert [(one.text.prompt, one.seeds) for one in made] == [("a", (5, 6)), ("b", (7, 8))]
     assert admit(read(SHIPPED), SamplingOptions(prompt=("a",), seed=(5,), num_outputs_per_prompt=3))[
         0
     ].seeds == (5, 6, 7)
@@ -133,62 +133,66 @@ def test_several_prompts_and_seeds(tmp_path):
 
 def test_a_clip_is_made_where_its_file_or_its_first_frame_asks_for_one(picture):
     assert [
-        request(SHIPPED).num_frames,
-        request(SHIPPED, clip=True).num_frames,
-        request(SHIPPED, image_path=(picture,)).num_frames,
+        request(SHIPPED).output.num_frames,
+        request(SHIPPED, clip=True).output.num_frames,
+        request(SHIPPED, image_path=(picture,)).output.num_frames,
     ] == [
         1,
         17,
         17,
     ]
-    assert request(SHIPPED, clip=True, num_frames=5).num_frames == 5
+    assert request(SHIPPED, clip=True, num_frames=5).output.num_frames == 5
 
 
 @pytest.mark.parametrize(("name", "multiple"), [(I2V, 16), (TI2V, 32), (DEV, 16)])
 def test_the_size_takes_the_pictures_shape_and_the_models_area(name, multiple, tmp_path, picture):
     row = next(row for row in MODELS if row.name == name)
     made = request(released(name, tmp_path), image_path=(picture,))
-    assert made.height % multiple == made.width % multiple == 0
-    assert made.width / made.height == pytest.approx(160 / 90, rel=0.05)
-    assert made.height * made.width == pytest.approx(row.height * row.width, rel=0.06)
-    assert made.images[0].shape == (made.height, made.width, 3) and made.originals[0].shape == (90, 160, 3)
+    height, width = made.output.height, made.output.width
+    assert height % multiple == width % multiple == 0
+    assert width / height == pytest.approx(160 / 90, rel=0.05)
+    assert height * width == pytest.approx(row.height * row.width, rel=0.06)
+    assert made.images.resized[0].shape == (height, width, 3)
+    assert made.images.originals[0].shape == (90, 160, 3)
 
 
 def test_guidance_at_one_and_below_is_off(tmp_path):
     made = request(released(EXPERTS, tmp_path), guidance_scale=0.0)
-    assert (made.guidance_scale, made.guidance_scale_2, made.guided) == (1.0, 1.0, False)
+    assert (made.guidance.scale, made.guidance.scale_2, made.guidance.on) == (1.0, 1.0, False)
     made = request(tmp_path / EXPERTS, guidance_scale=0.5, guidance_scale_2=2.0)
-    assert (made.guidance_scale, made.guidance_scale_2, made.guided) == (1.0, 1.0, False)
-    assert request(tmp_path / EXPERTS, guidance_scale=6.0).guidance_scale_2 == 6.0
+    assert (made.guidance.scale, made.guidance.scale_2, made.guidance.on) == (1.0, 1.0, False)
+    assert request(tmp_path / EXPERTS, guidance_scale=6.0).guidance.scale_2 == 6.0
 
 
 def test_first_and_last_frame(tmp_path, picture):
-    assert len(request(released(I2V_EXPERTS, tmp_path), image_path=(picture, picture)).images) == 2
+    assert len(request(released(I2V_EXPERTS, tmp_path), image_path=(picture, picture)).images.resized) == 2
     path = released(I2V, tmp_path)
     refused("image_path", "2 images are given", request, path, image_path=(picture, picture))
     edit(path / "transformer" / "config.json", pos_embed_seq_len=514)
-    assert len(request(path, image_path=(picture, picture)).images) == 2
+    assert len(request(path, image_path=(picture, picture)).images.resized) == 2
     refused("image_path", "from a first to a last frame", request, path, image_path=(picture,))
 
 
 def test_guidance_that_a_network_is_told_and_guidance_by_a_negative_prompt(tmp_path):
     path = released(DEV, tmp_path)
     made = request(path, guidance_scale=0.0)
-    assert (made.embedded_guidance, made.guidance_scale, made.texts) == (0.0, 1.0, ["a fox"])
+    assert (made.guidance.embedded, made.guidance.scale, made.texts) == (0.0, 1.0, ["a fox"])
     made = request(path, true_cfg_scale=4.0, negative_prompt="blurry")
-    assert (made.embedded_guidance, made.guidance_scale, made.texts) == (3.5, 4.0, ["a fox", "blurry"])
+    assert (made.guidance.embedded, made.guidance.scale, made.texts) == (3.5, 4.0, ["a fox", "blurry"])
     made = request(released(SCHNELL, tmp_path), true_cfg_scale=4.0, negative_prompt="")
-    assert (made.embedded_guidance, made.guidance_scale, made.texts) == (None, 4.0, ["a fox", ""])
+    assert (made.guidance.embedded, made.guidance.scale, made.texts) == (None, 4.0, ["a fox", ""])
 
 
 def test_a_picture_to_start_from(tmp_path, picture, mask):
     path = released(DEV, tmp_path)
     made = request(path, image_path=(picture,))
-    assert made.strength == 0.6 and made.mask is None and made.images[0].shape == (made.height, made.width, 3)
+    assert (made.schedule.strength, made.images.mask) == (0.6, None)
+    assert made.images.resized[0].shape == (made.output.height, made.output.width, 3)
     made = request(path, image_path=(picture,), mask_path=mask, height=32, width=64)
-    assert made.strength == 1.0 and made.mask.shape == (32, 64) and made.mask.dtype == np.uint8
-    assert (made.mask[:, :30] == 0).all() and (made.mask[:, 34:] == 255).all()
-    assert request(path, image_path=(picture,), mask_path=mask, strength=0.25).strength == 0.25
+    mask_made = made.images.mask
+    assert (made.schedule.strength, mask_made.shape, mask_made.dtype) == (1.0, (32, 64), np.uint8)
+    assert (mask_made[:, :30] == 0).all() and (mask_made[:, 34:] == 255).all()
+    assert request(path, image_path=(picture,), mask_path=mask, strength=0.25).schedule.strength == 0.25
 
 
 @pytest.mark.parametrize(
@@ -204,8 +208,9 @@ def test_strength_leaves_so_many_steps(strength, left, tmp_path, picture):
 
 def test_references_keep_their_own_sizes_and_lend_theirs(tmp_path, picture):
     made = request(released(KONTEXT, tmp_path), image_path=(picture,) * 3)
-    assert made.images == () and [image.shape for image in made.originals] == [(90, 160, 3)] * 3
-    assert (made.height, made.width) == (1024, 1024)  # as the reference, whatever is given
+    assert made.images.resized == ()
+    assert [image.shape for image in made.images.originals] == [(90, 160, 3)] * 3
+    assert (made.output.height, made.output.width) == (1024, 1024)  # as the reference, whatever is given
 
 
 @pytest.mark.parametrize(
@@ -217,7 +222,7 @@ def test_a_picture_of_the_models_own_size_keeps_it(given, size, tmp_path):
     """
     Image.new("RGB", given).save(tmp_path / "a.png")
     made = request(released(I2V, tmp_path), image_path=(str(tmp_path / "a.png"),))
-    assert (made.height, made.width) == size
+    assert (made.output.height, made.output.width) == size
 
 
 def test_a_side_is_the_integer_nearest_to_the_root():
@@ -339,13 +344,13 @@ def test_a_solver_with_a_history_starts_in_between_too(tmp_path, picture):
         "use_flow_sigmas": True,
     }
     (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(solver))
-    assert request(path, image_path=(picture,)).strength == 0.6
+    assert request(path, image_path=(picture,)).schedule.strength == 0.6
 
 
 def test_a_model_that_continues_a_picture_starts_from_it_where_one_picture_is_asked_for(picture):
-    assert request(SHIPPED, image_path=(picture,), num_frames=1).starts
-    assert not request(SHIPPED, image_path=(picture,), num_frames=5).starts
-    assert not request(SHIPPED, num_frames=1).starts
+    assert request(SHIPPED, image_path=(picture,), num_frames=1).images.start
+    assert not request(SHIPPED, image_path=(picture,), num_frames=5).images.start
+    assert not request(SHIPPED, num_frames=1).images.start
 
 
 def test_masks_that_cannot_be(tmp_path, picture, mask):
@@ -382,7 +387,7 @@ def test_two_experts_need_a_boundary(tmp_path):
     path = released(EXPERTS, tmp_path).rename(tmp_path / "renamed")
     edit(path / "model_index.json", boundary_ratio=None)
     refused("boundary_ratio", "names no boundary", request, path)
-    assert request(path, boundary_ratio=0.6).boundary_ratio == 0.6
+    assert request(path, boundary_ratio=0.6).schedule.boundary_ratio == 0.6
 
 
 def test_a_scheduler_that_is_not_known_is_refused_at_once(tmp_path):
@@ -560,7 +565,7 @@ def test_pipelines_and_components_that_are_not_supported(tmp_path):
 
 def test_only_z_image_limits_its_guidance(tmp_path):
     made = request(released("Tongyi-MAI/Z-Image", tmp_path), cfg_normalization=1.0)
-    assert made.cfg_normalization == 1.0 and made.guidance_scale == 6.0
+    assert made.guidance.normalization == 1.0 and made.guidance.scale == 6.0
     refused(
         "cfg_normalization",
         "only Z-Image has",

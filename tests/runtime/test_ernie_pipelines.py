@@ -122,7 +122,7 @@ def test_every_step_and_the_picture_equal_diffusers(case, tmp_path):
     expected = []
     with exact(pipe):
         picture = pipe(
-            PROMPT, request.negative_prompt, request.height, request.width, STEPS, request.guidance_scale, latents=start,
+            PROMPT, request.text.negative_prompt, request.output.height, request.output.width, STEPS, request.guidance.scale, latents=start,
             callback_on_step_end=lambda pipe, i, t, kept: expected.append(kept["latents"]) or {}, output_type="np",
         ).images  # fmt: skip
     conditioning = pipeline.condition(model, request)
@@ -136,7 +136,7 @@ def test_every_step_and_the_picture_equal_diffusers(case, tmp_path):
     assert len(got) == len(expected) == STEPS
     for x, y in zip(got, expected, strict=True):
         close(x[:, :, 0], y)
-    same_frames(pipeline.decode(model, request, got[-1]), [picture])
+    same_frames(pipeline.decode(model, request.output, got[-1]), [picture])
 
 
 def test_the_statistics_are_read_as_the_pipeline_reads_them(tmp_path):
@@ -168,15 +168,21 @@ def test_the_prompt_is_rewritten_as_by_the_reference(told, as_file, tmp_path):
     model = blueprint.load(blueprint.read(ModelOptions(model_path=str(tmp_path / "model"))))
     request = request_for(model, prompt=('a "red" fox, 雪',))
     torch.manual_seed(0)
-    expected = pipe._enhance_prompt_with_pe(request.prompt, "cpu", width=request.width, height=request.height)
+    expected = pipe._enhance_prompt_with_pe(
+        request.text.prompt, "cpu", width=request.output.width, height=request.output.height
+    )
     made = pipeline.condition(model, request).prepared
     assert made.revised == expected and len(expected) > 8
     shown = pipeline.parameters(model, request, made.revised)
-    assert (shown["prompt"], shown["use_pe"], shown["revised_prompt"]) == (request.prompt, True, expected)
+    assert (shown["prompt"], shown["use_pe"], shown["revised_prompt"]) == (
+        request.text.prompt,
+        True,
+        expected,
+    )
     # What is read is the rewritten prompt; the negative one stays.
     same, plain = (
         pipeline.condition(model, request_for(model, prompt=(text,), use_pe=False)).prepared
-        for text in (expected, request.prompt)
+        for text in (expected, request.text.prompt)
     )
     assert plain.revised is None and len(made.branches) == 2
     assert all(torch.equal(a["text"], b["text"]) for a, b in zip(made.branches, same.branches, strict=True))
@@ -213,7 +219,7 @@ def test_rewriting_that_cannot_be(tmp_path):
         UserError, match=r"use_pe: .* has no language model here that rewrites prompts \(component pe\)"
     ):
         request_for(load(tmp_path / "plain"), use_pe=True)
-    assert not request_for(load(tmp_path / "plain"), use_pe=False).use_pe
+    assert not request_for(load(tmp_path / "plain"), use_pe=False).text.rewrite
 
 
 def test_the_model_that_rewrites_is_not_loaded_where_it_is_not_asked(tmp_path):
@@ -224,9 +230,11 @@ def test_the_model_that_rewrites_is_not_loaded_where_it_is_not_asked(tmp_path):
     )
     for use, nets in ((None, {"pe"}), (False, set())):
         plan, [request], _ = admitted(replace(asked, sampling=SamplingOptions(prompt=("a",), use_pe=use)))
-        assert plan.nets.keys() - {"transformer", "vae", "text_encoder"} == nets and request.use_pe == bool(
-            nets
-        )
+        assert plan.nets.keys() - {
+            "transformer",
+            "vae",
+            "text_encoder",
+        } == nets and request.text.rewrite == bool(nets)
 
 
 @pytest.mark.parametrize("name", ["ERNIE-Image", "ERNIE-Image-Turbo"])

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import wraps
 from types import SimpleNamespace
 
@@ -192,16 +191,16 @@ def theirs(pipe, request, start, **given):
     tokens = []
     given |= {
         "prompt": PROMPT,
-        "height": request.height,
-        "width": request.width,
+        "height": request.output.height,
+        "width": request.output.width,
         "num_inference_steps": STEPS,
         "latents": start,
     }
-    if request.originals:
-        given["image"] = [Image.fromarray(image) for image in request.originals]
+    if request.images.originals:
+        given["image"] = [Image.fromarray(image) for image in request.images.originals]
     with exact(pipe):
-        if request.guided:
-            given["negative_prompt_embeds"], _ = pipe.encode_prompt(request.negative_prompt)
+        if request.guidance.on:
+            given["negative_prompt_embeds"], _ = pipe.encode_prompt(request.text.negative_prompt)
         keep = {"callback_on_step_end": lambda pipe, i, t, kept: tokens.append(kept["latents"]) or {}}
         made = pipe(**given, **keep, output_type="np").images
     return tokens, made
@@ -212,7 +211,7 @@ def ours(model, request, start):
     conditioning = pipeline.condition(model, request)
     assert conditioning.prepared.size == (start.shape[1], 1, *start.shape[2:])
     tokens = list(pipeline.denoise(model, request, conditioning, 0, start[:, :, None]))
-    return tokens, pipeline.decode(model, request, conditioning.prepared.unpack(tokens[-1]))
+    return tokens, pipeline.decode(model, request.output, conditioning.prepared.unpack(tokens[-1]))
 
 
 def same(pipe, model, request, **given):
@@ -243,8 +242,8 @@ def test_klein_equals_diffusers(case, tmp_path, pictures):
         tmp_path / "model", model_id=f"black-forest-labs/FLUX.2-klein-{'' if distilled else 'base-'}4B"
     )
     request = request_for(model, pictures[:count], **fields)
-    assert request.guided == (case in ("base", "base with a reference"))
-    same(pipe, model, request, guidance_scale=request.guidance_scale)
+    assert request.guidance.on == (case in ("base", "base with a reference"))
+    same(pipe, model, request, guidance_scale=request.guidance.scale)
 
 
 @pytest.mark.parametrize(("count", "scale", "framed"), [(0, 4.0, True), (2, 2.5, False)])
@@ -252,7 +251,7 @@ def test_dev_equals_diffusers(count, scale, framed, tmp_path, pictures):
     """The chat opens with BOS once, whether the tokenizer adds one to other texts or not."""
     pipe, model = dev(tmp_path / "model", framed), load(tmp_path / "model")
     request = request_for(model, pictures[:count], guidance_scale=scale)
-    assert not request.guided and request.embedded_guidance == scale
+    assert not request.guidance.on and request.guidance.embedded == scale
     same(pipe, model, request, guidance_scale=scale)
 
 
@@ -261,14 +260,14 @@ def test_sigmas_are_those_of_diffusers(tmp_path):
     pipe, model = dev(tmp_path / "model"), load(tmp_path / "model")
     sigmas = (1.0, 0.6509, 0.1108)[:STEPS]
     request = request_for(model, num_inference_steps=None, sigmas=sigmas, guidance_scale=2.5)
-    assert request.num_inference_steps == len(sigmas)
+    assert request.schedule.steps == len(sigmas)
     same(pipe, model, request, guidance_scale=2.5, sigmas=np.array(sigmas))
 
 
 def test_a_prompt_that_is_too_long_is_cut_as_by_the_reference(tmp_path, caplog):
     pipe, model = klein(tmp_path / "model", True), load(tmp_path / "model")
     long = PROMPT * 40
-    request = replace(request_for(model), prompt=long)
+    request = request_for(model, prompt=(long,))
     text = pipeline.condition(model, request).prepared.branches[0]["text"]
     with doubles():
         expected, _ = pipe.encode_prompt(long)
@@ -333,9 +332,9 @@ def test_a_given_picture_is_seen_as_by_the_reference(shape, tmp_path):
 def test_the_output_has_the_first_pictures_size(name, tmp_path, pictures):
     read = blueprint.read(ModelOptions(model_path=str(released(f"black-forest-labs/{name}", tmp_path))))
     [request] = admit(read, SamplingOptions(prompt=("a",), image_path=tuple(pictures)))
-    assert (request.height, request.width) == (80, 128)
+    assert (request.output.height, request.output.width) == (80, 128)
     [request] = admit(read, SamplingOptions(prompt=("a",), image_path=tuple(pictures), height=512))
-    assert (request.height, request.width) == (512, 128)
+    assert (request.output.height, request.output.width) == (512, 128)
 
 
 @pytest.mark.parametrize("shape", [(63, 100), (64, 520)])
@@ -367,7 +366,7 @@ def test_a_distilled_model_takes_no_guidance(tmp_path):
     read = blueprint.read(
         ModelOptions(model_path=str(released("black-forest-labs/FLUX.2-klein-4B", tmp_path)))
     )
-    assert not admit(read, SamplingOptions(prompt=("a",), guidance_scale=1.0))[0].guided
+    assert not admit(read, SamplingOptions(prompt=("a",), guidance_scale=1.0))[0].guidance.on
     with pytest.raises(
         UserError,
         match=r"guidance_scale: 4.0 cannot be had; .*klein-4B is distilled and does without guidance \(1\)",
@@ -408,7 +407,10 @@ def test_the_tiny_autoencoder_takes_the_others_place(tmp_path, pictures):
         load(tmp_path / "model", **tiny_autoencoder(tmp_path / "tiny", 32)),
     )
     net, request = model.nets["vae"], request_for(model, pictures[:1])
-    given = torch.tensor(request.originals[0][:, 1:129]).double().permute(2, 0, 1)[None, :, None] / 127.5 - 1
+    given = (
+        torch.tensor(request.images.originals[0][:, 1:129]).double().permute(2, 0, 1)[None, :, None] / 127.5
+        - 1
+    )
     known = pipeline.condition(model, request).prepared.given_tokens
     close(known.tokens[:, 24:], patchify(net.family.encode(net.config, net.w, given), (1, 1, 1)))
 

@@ -184,8 +184,8 @@ def test_every_step_and_the_pixels_equal_diffusers(guided, fields, tmp_path):
     model = load(tmp_path / "model")
     assert model.blueprint.row.name.endswith("dev" if guided else "schnell")
     request = request_for(model, **fields)
-    assert request.embedded_guidance == (fields.get("guidance_scale", 3.5) if guided else None)
-    assert request.guided == ({"true_cfg_scale", "negative_prompt"} <= fields.keys())
+    assert request.guidance.embedded == (fields.get("guidance_scale", 3.5) if guided else None)
+    assert request.guidance.on == ({"true_cfg_scale", "negative_prompt"} <= fields.keys())
     start = draw(1, 4, 1, 6, 10, seed=9)
     given = {"prompt": PROMPT, "height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, **fields}
     length = {"max_sequence_length": 512 if guided else 256}
@@ -258,7 +258,7 @@ def test_editing_equals_diffusers(count, fields, tmp_path, pictures, small_sizes
     pipe = build(tmp_path / "model", FluxKontextPipeline)
     model = load(tmp_path / "model")
     request = request_for(model, image_path=tuple(pictures[:count]), **fields)
-    assert len(request.originals) == count and not request.images
+    assert len(request.images.originals) == count and not request.images.resized
     several(pipe, pictures[:count])
     start = draw(1, 4, 1, 6, 10, seed=9)
     given = {
@@ -320,7 +320,7 @@ def test_inpainting_equals_diffusers(strength, fields, tmp_path, pictures, mask,
     model = load(tmp_path / "model")
     asked = fields | ({} if strength == 1 else {"strength": strength})
     request = request_for(model, image_path=(pictures[0],), mask_path=mask, **asked)
-    assert set(np.unique(request.mask)) == {0, 255} and request.mask.shape == (HEIGHT, WIDTH)
+    assert set(np.unique(request.images.mask)) == {0, 255} and request.images.mask.shape == (HEIGHT, WIDTH)
     start = draw(1, 4, 1, 6, 10, seed=9)
     starting_from(monkeypatch, inpaint, start[:, :, 0])
     given = {
@@ -355,7 +355,7 @@ def test_what_the_mask_keeps_stays(tmp_path, pictures):
     steps = list(
         pipeline.denoise(model, request, (told := pipeline.condition(model, request)), request.seeds[0])
     )
-    made = pipeline.decode(model, request, told.prepared.unpack(steps[-1]))[0]
+    made = pipeline.decode(model, request.output, told.prepared.unpack(steps[-1]))[0]
     [[shown]] = pipeline.run(model, request, Silent()).frames
     y, x = np.nonzero(white)
     far = np.maximum(abs(np.arange(side)[:, None, None] - y), abs(np.arange(side)[None, :, None] - x)).min(-1)
@@ -364,11 +364,11 @@ def test_what_the_mask_keeps_stays(tmp_path, pictures):
     assert np.array_equal(shown[kept], given[kept]) and kept.mean() > 0.2
     assert (given[kept] != pixels[kept]).mean() > 0.5  # converted from the profile that the file holds
     seam = (far > 0) & ~kept
-    low, high = np.minimum(made, request.images[0]), np.maximum(made, request.images[0])
+    low, high = np.minimum(made, request.images.resized[0]), np.maximum(made, request.images.resized[0])
     assert (
         ((shown >= low) & (shown <= high))[seam].all()
         and (shown != made)[seam].any()
-        and (shown != request.images[0])[seam].any()
+        and (shown != request.images.resized[0])[seam].any()
     )
 
 

@@ -131,14 +131,14 @@ def test_every_step_and_the_pixels_equal_diffusers(fields, pipe, model, caplog):
     given = {"prompt": PROMPT, "height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, **fields}
     theirs, images = recorded(pipe, **given, latents=patchify(start, ovis.PATCH))
     request = request_for(model, **fields)
-    assert request.guidance_scale == fields.get("guidance_scale", 5.0)
+    assert request.guidance.scale == fields.get("guidance_scale", 5.0)
     with caplog.at_level(logging.WARNING, "tinydiff"):
         latents, frames = ours(model, request, start)
     assert len(latents) == len(theirs)
     for got, expected in zip(latents, theirs, strict=True):
         close(patchify(got, ovis.PATCH), expected)
     same_frames(frames, images[None])
-    length = len(model.tokenizers["tokenizer"].encode(ovis.TEMPLATE.format(request.prompt)).ids)
+    length = len(model.tokenizers["tokenizer"].encode(ovis.TEMPLATE.format(request.text.prompt)).ids)
     said = (
         [f"prompt: the last {length - 284} of its tokens were cut, the model reads 284"]
         if length > 284

@@ -66,7 +66,7 @@ def test_every_step_and_the_frames_equal_diffusers(case, tmp_path, pictures):
     pipe = build(variant, tmp_path / "model")
     model = load(tmp_path / "model")
     request = request_for(model, pictures[:count], fields | {"num_inference_steps": STEPS})
-    size = ((request.num_frames - 1) // 4 + 1, 4, 6)
+    size = ((request.output.num_frames - 1) // 4 + 1, 4, 6)
     start = draw(1, 4, *size, seed=9)
 
     theirs = []
@@ -78,9 +78,9 @@ def test_every_step_and_the_frames_equal_diffusers(case, tmp_path, pictures):
             "latents": start,
         },
         **{
-            "height": request.height,
-            "width": request.width,
-            "num_frames": request.num_frames,
+            "height": request.output.height,
+            "width": request.output.width,
+            "num_frames": request.output.num_frames,
             "num_inference_steps": STEPS,
         },
     }
@@ -132,7 +132,7 @@ def test_a_distilled_model_follows_fastvideo(name, tmp_path, pictures):
     model = load(tmp_path / "model")
     first = pictures[: int(name == "DMD TI2V")]
     request = request_for(model, first, {"flow_shift": 8.0, "dmd_denoising_steps": (1000, 757, 522)})
-    assert not request.guided
+    assert not request.guidance.on
     start = draw(1, 4, 3, 4, 6, seed=9)
     fresh = noise(0, 0, (1, 4, 3, 4, 6), 3)[1:].double()
     with exact(pipe):
@@ -140,13 +140,20 @@ def test_a_distilled_model_follows_fastvideo(name, tmp_path, pictures):
         frame = None
         if first:
             picture = pipe.video_processor.preprocess(
-                Image.open(first[0]), height=request.height, width=request.width
+                Image.open(first[0]), height=request.output.height, width=request.output.width
             )
             _, frame, _ = pipe.prepare_latents(
-                picture, 1, 4, request.height, request.width, FRAMES, torch.float32, latents=start
+                picture,
+                1,
+                4,
+                request.output.height,
+                request.output.width,
+                FRAMES,
+                torch.float32,
+                latents=start,
             )
         theirs = distilled(pipe, start, (1000, 757, 522), 8.0, text, fresh, frame)
     latents, frames = ours(model, request, start)
     for got, expected in zip(latents, theirs, strict=True):
         close(got, expected)
-    assert frames.shape == (FRAMES, request.height, request.width, 3)
+    assert frames.shape == (FRAMES, request.output.height, request.output.width, 3)

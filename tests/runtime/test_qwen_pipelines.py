@@ -114,7 +114,7 @@ def _ours(model, request, start):
     conditioning = pipeline.condition(model, request)
     assert conditioning.prepared.size == tuple(start.shape[1:])
     steps = list(pipeline.denoise(model, request, conditioning, 0, start))
-    return steps, pipeline.decode(model, request, conditioning.prepared.unpack(steps[-1]))
+    return steps, pipeline.decode(model, request.output, conditioning.prepared.unpack(steps[-1]))
 
 
 def _packed(start):
@@ -137,7 +137,7 @@ def test_from_text(scale, tmp_path):
     start = draw(1, Z, 1, HEIGHT // 8, WIDTH // 8, seed=9)
     theirs = _theirs(pipe, height=HEIGHT, width=WIDTH, true_cfg_scale=scale, latents=_packed(start))
     request = _request(model, height=HEIGHT, width=WIDTH, guidance_scale=scale)
-    assert request.guided == (scale > 1)
+    assert request.guidance.on == (scale > 1)
     _same(_ours(model, request, start), theirs, True)
 
 
@@ -239,7 +239,7 @@ def test_layers(prompt, scale, scheduler, small, tmp_path, pictures, monkeypatch
         height=height,
         width=width,
     )
-    assert (request.layers, request.num_frames) == (2, 1)
+    assert (request.output.layers, request.output.num_frames) == (2, 1)
     ours = _ours(model, request, start)
     _same(ours, theirs, False)
     assert ours[1].shape == (layers, height, width, 4)
@@ -309,10 +309,13 @@ def test_sizes_are_those_of_the_reference():
 def test_what_an_edit_is_given_and_makes(tmp_path, pictures):
     plan = _read("Qwen/Qwen-Image-Edit-2511", tmp_path)
     made = _request_of(plan, pictures)
-    assert (made.height, made.width) == fit_area(1024 * 1024, 32, 32)  # the last one's aspect
+    assert (made.output.height, made.output.width) == fit_area(1024 * 1024, 32, 32)  # the last one's aspect
     made = _request_of(plan, pictures[:2], width=512)
-    assert (made.height, made.width) == (fit_area(1024 * 1024, 80, 40)[0], 512)
-    assert [image.shape for image in made.originals] == [(40, 56, 3), (80, 40, 3)] and made.images == ()
+    assert (made.output.height, made.output.width) == (fit_area(1024 * 1024, 80, 40)[0], 512)
+    assert [image.shape for image in made.images.originals] == [
+        (40, 56, 3),
+        (80, 40, 3),
+    ] and made.images.resized == ()
     _refused(
         "image_path",
         "4 images are given; Qwen/Qwen-Image-Edit-2511 takes at most 3",
@@ -327,10 +330,15 @@ def test_what_an_edit_is_given_and_makes(tmp_path, pictures):
 def test_what_layers_are_made_of(tmp_path, pictures):
     plan = _read("Qwen/Qwen-Image-Layered", tmp_path)
     made = _request_of(plan, pictures[:1], prompt=())
-    assert (made.layers, made.num_frames, made.prompt, made.negative_prompt) == (4, 1, "", " ")
-    assert (made.height, made.width) == fit_area(640 * 640, 40, 56)
-    assert np.array_equal(made.originals[0], np.asarray(Image.open(pictures[0])))
-    assert _request_of(plan, pictures[:1], num_frames=7).layers == 7
+    assert (made.output.layers, made.output.num_frames, made.text.prompt, made.text.negative_prompt) == (
+        4,
+        1,
+        "",
+        " ",
+    )
+    assert (made.output.height, made.output.width) == fit_area(640 * 640, 40, 56)
+    assert np.array_equal(made.images.originals[0], np.asarray(Image.open(pictures[0])))
+    assert _request_of(plan, pictures[:1], num_frames=7).output.layers == 7
     with pytest.raises(UserError, match="prompt: is missing"):
         cli._check_without_torch(config.parse(["--model-path", "Qwen/Qwen-Image-Edit", "--no-save-output"]))
     cli._check_without_torch(config.parse(["--model-path", "Qwen/Qwen-Image-Layered", "--no-save-output"]))

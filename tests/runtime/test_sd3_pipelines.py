@@ -174,8 +174,14 @@ def request_for(model, **fields):
 
 def given(request):
     """The reference's arguments for a request."""
-    names = ("prompt", "negative_prompt", "guidance_scale", "height", "width", "num_inference_steps")
-    return {name: getattr(request, name) for name in names}
+    return {
+        "prompt": request.text.prompt,
+        "negative_prompt": request.text.negative_prompt,
+        "guidance_scale": request.guidance.scale,
+        "height": request.output.height,
+        "width": request.output.width,
+        "num_inference_steps": request.schedule.steps,
+    }
 
 
 START = draw(1, Z, 1, SIZE[0] // STRIDE, SIZE[1] // STRIDE, seed=9)
@@ -209,7 +215,7 @@ def test_text_to_image_equals_diffusers(name, fields, both, caplog):
         latents, frames = ours(model, request, START)
     same_latents(latents, theirs)
     same_frames(frames, [images])
-    assert len(theirs) == STEPS and request.guided == (fields["guidance_scale"] > 1)
+    assert len(theirs) == STEPS and request.guidance.on == (fields["guidance_scale"] > 1)
     for length in (TOKENS, 256):
         assert (f"tokens were cut, the model reads {length}" in caplog.text) == ("prompt" in fields)
 
@@ -304,15 +310,15 @@ def test_the_released_models_defaults(name, steps, guidance, longest, tmp_path):
     plan = blueprint.read(ModelOptions(model_path=str(path)))
     [request] = admit(plan, SamplingOptions(prompt=("a fox",)))
     assert plan.row is named(f"stabilityai/{name}")
-    assert (request.num_inference_steps, request.guidance_scale, request.text_tokens) == (
+    assert (request.schedule.steps, request.guidance.scale, request.text.max_tokens) == (
         steps,
         guidance,
         256,
     )
-    assert (request.height, request.width, request.negative_prompt) == (1024, 1024, "")
+    assert (request.output.height, request.output.width, request.text.negative_prompt) == (1024, 1024, "")
     path.rename(tmp_path / "renamed")
     assert blueprint.read(ModelOptions(model_path=str(tmp_path / "renamed"))).row is plan.row
-    assert admit(plan, SamplingOptions(prompt=("a fox",), height=longest))[0].height == longest
+    assert admit(plan, SamplingOptions(prompt=("a fox",), height=longest))[0].output.height == longest
     with pytest.raises(UserError) as caught:
         admit(plan, SamplingOptions(prompt=("a fox",), height=longest + 16))
     sentence = f"height: {longest + 16} is more than {longest} pixels, the longest side that stabilityai/{name} has positions for"

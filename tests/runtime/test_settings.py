@@ -45,13 +45,13 @@ def stored(path, **entries):
 
 def test_the_folders_boundary_wins_and_what_is_asked_wins_over_it(tmp_path):
     path = released(EXPERTS, tmp_path)
-    assert (request(path).boundary_ratio, "boundary_ratio" in request(path).notes) == (0.875, False)
+    assert (request(path).schedule.boundary_ratio, "boundary_ratio" in request(path).notes) == (0.875, False)
     edit(path / "model_index.json", boundary_ratio=0.7)
     made = request(path)
-    assert (made.boundary_ratio, made.notes["boundary_ratio"]) == (
+    assert (made.schedule.boundary_ratio, made.notes["boundary_ratio"]) == (
         *(0.7, "from model_index.json; Wan-AI/Wan2.2-T2V-A14B-Diffusers is released with 0.875"),
     )
-    assert request(path, boundary_ratio=0.6).boundary_ratio == 0.6
+    assert request(path, boundary_ratio=0.6).schedule.boundary_ratio == 0.6
 
 
 def test_without_a_boundary_the_second_expert_is_not_guessed(tmp_path):
@@ -79,7 +79,7 @@ def test_a_boundary_without_a_second_expert(tmp_path):
 )
 def test_the_first_experts_scale_says_whether_there_is_guidance(asked, scales, tmp_path):
     made = request(released(EXPERTS, tmp_path), **asked)
-    assert (made.guidance_scale, made.guidance_scale_2, made.guided) == (*scales, scales[0] > 1)
+    assert (made.guidance.scale, made.guidance.scale_2, made.guidance.on) == (*scales, scales[0] > 1)
     assert ("guidance_scale_2" in made.notes) == (scales[0] == 1 and "guidance_scale_2" in asked)
 
 
@@ -122,7 +122,7 @@ def test_entries_of_another_type_are_one_sentence(tmp_path):
 
 def test_a_distilled_schedule_is_not_in_the_file(tmp_path):
     made = request(stored(released(FAST, tmp_path), flow_shift=4.2))
-    assert made.flow_shift == 8.0 and made.notes["flow_shift"].endswith(
+    assert made.schedule.flow_shift == 8.0 and made.notes["flow_shift"].endswith(
         "the scheduler's file, which says 4.2, is not read"
     )
 
@@ -181,7 +181,7 @@ def test_whether_a_request_is_guided_and_against_what(asked, wanted, tmp_path):
         released(name, tmp_path), guidance_scale=guidance, true_cfg_scale=true, negative_prompt=negative
     )
     assert made.texts == (["a fox"] if wanted is None else ["a fox", wanted[1]])
-    assert made.guidance_scale == (1.0 if wanted is None else wanted[0])
+    assert made.guidance.scale == (1.0 if wanted is None else wanted[0])
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ class Both:
 
     def run(self, given: Mapping[str, Any], prompt: str = PROMPT, seed: int = 9) -> Made:
         """Both sides, with these arguments and one start."""
-        request = replace(self.request(given), prompt=prompt)
+        request = self.request(given | {"prompt": (prompt,)})
         told = pipeline.condition(self.model, request)
         start = draw(1, *told.prepared.size, seed=seed)
         latents = {
@@ -128,12 +128,12 @@ class Both:
                 callback_on_step_end=lambda pipe, i, t, kept: theirs.append(kept["latents"]) or {},
             )  # fmt: skip
         tokens = list(pipeline.denoise(self.model, request, told, 0, start))
-        assert len(tokens) == len(theirs) == request.num_inference_steps
+        assert len(tokens) == len(theirs) == request.schedule.steps
         ours = [
             x if y.ndim == 3 else told.prepared.unpack(x).reshape(y.shape)
             for x, y in zip(tokens, theirs, strict=True)
         ]
-        frames = pipeline.decode(self.model, request, told.prepared.unpack(tokens[-1]))
+        frames = pipeline.decode(self.model, request.output, told.prepared.unpack(tokens[-1]))
         return Made(ours, theirs, frames, made.frames[0] if self.family.form == "clip" else made.images)
 
     def compare(self, given: Mapping[str, Any], prompt: str = PROMPT) -> None:

@@ -121,7 +121,7 @@ def request_for(model, **fields):
 
 
 def start_for(request):
-    return draw(1, Z, 1, request.height // STRIDE, request.width // STRIDE, seed=9)
+    return draw(1, Z, 1, request.output.height // STRIDE, request.output.width // STRIDE, seed=9)
 
 
 def same(made, expected):
@@ -158,14 +158,14 @@ def test_text_to_image_equals_diffusers(fields, pipe, model, monkeypatch, caplog
     start = start_for(request)
     widened(monkeypatch, pipeline_z_image)
     theirs = recorded(
-        pipe, prompt=request.prompt, negative_prompt=request.negative_prompt, guidance_scale=fields["guidance_scale"],
-        height=request.height, width=request.width, num_inference_steps=STEPS, latents=start[:, :, 0],
+        pipe, prompt=request.text.prompt, negative_prompt=request.text.negative_prompt, guidance_scale=fields["guidance_scale"],
+        height=request.output.height, width=request.output.width, num_inference_steps=STEPS, latents=start[:, :, 0],
         cfg_normalization=fields.get("cfg_normalization", False),
     )  # fmt: skip
     with caplog.at_level(logging.WARNING, "tinydiff"):
         made = ours(model, request, start)
     same(made, theirs)
-    assert len(theirs[0]) == STEPS and request.guided == (fields["guidance_scale"] > 0)
+    assert len(theirs[0]) == STEPS and request.guidance.on == (fields["guidance_scale"] > 0)
     assert ("tokens were cut, the model reads 512" in caplog.text) == ("prompt" in fields)
 
 
@@ -179,8 +179,8 @@ def test_a_scheduler_that_asks_for_a_dynamic_shift_gets_the_pipelines(stored, tm
     start = start_for(request)
     widened(monkeypatch, pipeline_z_image)
     theirs = recorded(
-        pipe, prompt=request.prompt, negative_prompt=request.negative_prompt, guidance_scale=4.0, height=request.height,
-        width=request.width, num_inference_steps=STEPS, latents=start[:, :, 0],
+        pipe, prompt=request.text.prompt, negative_prompt=request.text.negative_prompt, guidance_scale=4.0, height=request.output.height,
+        width=request.output.width, num_inference_steps=STEPS, latents=start[:, :, 0],
     )  # fmt: skip
     same(ours(model, request, start), theirs)
 
@@ -192,7 +192,7 @@ def test_points_of_a_dynamic_shift_that_are_null_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match="scheduler: base_shift is None; it must be a number"):
         request_for(load(tmp_path / "model"))
     edit(tmp_path / "model" / "scheduler" / "scheduler_config.json", use_dynamic_shifting=False)
-    assert request_for(load(tmp_path / "model")).num_inference_steps == STEPS
+    assert request_for(load(tmp_path / "model")).schedule.steps == STEPS
 
 
 @pytest.mark.parametrize("guidance", [4.0, 0.0])
@@ -263,7 +263,7 @@ def test_what_the_pads_hold_is_never_read(model):
 def test_the_record_says_the_scale_that_was_asked_for(pipe, folder):
     model = blueprint.load(blueprint.read(ModelOptions(model_path=str(folder))))
     asked = request_for(model, guidance_scale=4.0)
-    assert asked.guidance_scale == 5.0 and pipeline.parameters(model, asked)["guidance_scale"] == 4.0
+    assert asked.guidance.scale == 5.0 and pipeline.parameters(model, asked)["guidance_scale"] == 4.0
     off = pipeline.parameters(model, request_for(model, guidance_scale=0.0))
     assert off["guidance_scale"] == 0.0 and "negative_prompt" not in off
 
@@ -277,7 +277,11 @@ def test_the_released_models_defaults(name, steps, guided, shift, tmp_path):
     [request] = admit(plan, SamplingOptions(prompt=("a fox",)))
     rows = pipeline.table(plan, request)
     assert plan.row is named(f"Tongyi-MAI/{name}") and plan.nets["text_encoder"].config.layers == 35
-    assert (rows.steps, request.guided, (request.height, request.width)) == (steps, guided, (1024, 1024))
+    assert (rows.steps, request.guidance.on, (request.output.height, request.output.width)) == (
+        steps,
+        guided,
+        (1024, 1024),
+    )
     x = 1 - 1 / steps
     assert rows.sigmas[:2].tolist() == pytest.approx([1.0, shift * x / (1 + (shift - 1) * x)], abs=1e-7)
     with pytest.raises(

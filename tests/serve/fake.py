@@ -220,15 +220,17 @@ class FakeScheduler:
             with self.changed:
                 self.done[job.id] = step + 1
                 if step < wanted:
-                    shade = numpy.full((request.height, request.width, 3), 40 * step, numpy.uint8)
+                    shade = numpy.full(
+                        (request.output.height, request.output.width, 3), 40 * step, numpy.uint8
+                    )
                     self.previews.setdefault(job.id, []).append(shade)
                 self.changed.notify_all()
         outputs = [output for seed in request.seeds for output in self._outputs(job, request, seed)]
         result = {
             "parameters": {
-                "prompt": request.prompt,
-                "height": request.height,
-                "width": request.width,
+                "prompt": request.text.prompt,
+                "height": request.output.height,
+                "width": request.output.width,
                 "num_inference_steps": self.steps,
             },
             "seeds": list(request.seeds),
@@ -246,12 +248,14 @@ class FakeScheduler:
 
     def _outputs(self, job: Job, request: Any, seed: int) -> list[Output]:
         colour = numpy.array([seed * 37 % 256, seed * 91 % 256, 120], numpy.uint8)
-        frames = numpy.broadcast_to(colour, (request.num_frames, request.height, request.width, 3)).copy()
+        frames = numpy.broadcast_to(
+            colour, (request.output.num_frames, request.output.height, request.output.width, 3)
+        ).copy()
         if job.kind == "image":
             format = job.answer.get("output_format", "png")
             return [self._kept(job, encode_image(frames[0], f".{format}"), f"image/{format}", seed)]
         with tempfile.TemporaryDirectory() as folder:
-            write_video(Path(folder) / "clip.mp4", frames, ".mp4", request.fps, None, "ultrafast", {})
+            write_video(Path(folder) / "clip.mp4", frames, ".mp4", request.output.fps, None, "ultrafast", {})
             clip = (Path(folder) / "clip.mp4").read_bytes()
         small = encode_image(frames[0], ".webp")
         return [

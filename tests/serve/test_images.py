@@ -241,7 +241,7 @@ def test_an_edit_starts_from_the_picture(build):
     assert answer.status_code == 200
     assert answer.json["size"] != "128x128"  # it has the image's aspect
     [job] = made.scheduler.submitted
-    assert fake.admit(made, job).strength == 0.5
+    assert fake.admit(made, job).schedule.strength == 0.5
 
 
 @pytest.mark.parametrize("name", ["image", "image[]"])
@@ -249,7 +249,7 @@ def test_several_pictures_are_references(build, name):
     made, client = build(REFERENCES)
     assert edit(client, (name, picture(colour="red")), (name, picture(64, 64, "blue"))).status_code == 200
     [job] = made.scheduler.submitted
-    assert [image.shape[:2] for image in fake.admit(made, job).originals] == [(128, 128), (64, 64)]
+    assert [image.shape[:2] for image in fake.admit(made, job).images.originals] == [(128, 128), (64, 64)]
 
 
 def test_a_json_edit_names_pictures_by_data_and_by_file(build):
@@ -289,7 +289,7 @@ def half_white():
 def test_a_mask_is_painted_where_it_is_clear_or_white(build, mask):
     made, client = build(START)
     assert edit(client, ("image", picture()), ("mask", mask())).status_code == 200
-    found = fake.admit(made, made.scheduler.submitted[0]).mask
+    found = fake.admit(made, made.scheduler.submitted[0]).images.mask
     assert (found[:, :64] == 255).all() and (found[:, 64:] == 0).all()
 
 

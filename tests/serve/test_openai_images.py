@@ -119,7 +119,7 @@ def test_edit_of_several_pictures(made, client):
 
 def test_edit_with_a_mask(made, client):
     client.images.edit(image=file(), mask=file("white"), prompt="p", size="64x48")
-    assert fake.admit(made, made.scheduler.submitted[0]).mask.all()
+    assert fake.admit(made, made.scheduler.submitted[0]).images.mask.all()
 
 
 def test_stream_of_an_edit(client):

@@ -288,12 +288,13 @@ def rewrite_prompt(context: Context, request: Request) -> str:
             "model_path: pe_tokenizer has no chat template; --use-pe false does without the component pe",
         )
     message = json.dumps(
-        {"prompt": request.prompt, "width": request.width, "height": request.height}, ensure_ascii=False
+        {"prompt": request.text.prompt, "width": request.output.width, "height": request.output.height},
+        ensure_ascii=False,
     )
     ids, _ = context.tokens(
         "pe_tokenizer", [tokenizer.chat([{"role": "user", "content": message}])], None, "none"
     )
-    limit, stop = tokenizer.longest or request.text_tokens, {tokenizer.eos} - {None}
+    limit, stop = tokenizer.longest or request.text.max_tokens, {tokenizer.eos} - {None}
     [answer] = generate(
         net.config,
         net.plan,
@@ -312,13 +313,13 @@ def rewrite_prompt(context: Context, request: Request) -> str:
 def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
     """Loop inputs: the prompt, rewritten if `use_pe`, and the negative prompt as it is."""
     vae = context.nets["vae"].config
-    where = positions(latent_size(vae, request), context.device)
+    where = positions(latent_size(vae, request.output), context.device)
     prompt, *negative = request.texts
-    revised = rewrite_prompt(context, request) if request.use_pe else None
+    revised = rewrite_prompt(context, request) if request.text.rewrite else None
     texts = [prompt if revised is None else revised, *negative]
-    limit = context.tokenizers["tokenizer"].longest or request.text_tokens
+    limit = context.tokenizers["tokenizer"].longest or request.text.max_tokens
     branches = [{"text": _text_states(context, text, limit), "positions": where} for text in texts]
-    return replace(on_grid(branches, vae, request, PIXEL), revised=revised)
+    return replace(on_grid(branches, vae, request.output, PIXEL), revised=revised)
 
 
 def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:

@@ -222,7 +222,7 @@ def _texts(context: Context, request: Request) -> list[Tensors]:
     clip, large = context.nets["text_encoder"], context.nets["text_encoder_2"]
     ids, _ = context.tokens("tokenizer", request.texts, context.clip_tokens("text_encoder"))
     pooled = clip_text.encode(clip.config, clip.plan, clip.w, ids).pooled
-    ids, _ = context.tokens("tokenizer_2", request.texts, request.text_tokens)
+    ids, _ = context.tokens("tokenizer_2", request.texts, request.text.max_tokens)
     text = t5.encode(large.config, large.plan, large.w, ids)
     return [{"text": states[None], "pooled": one[None]} for states, one in zip(text, pooled, strict=True)]
 
@@ -230,14 +230,16 @@ def _texts(context: Context, request: Request) -> list[Tensors]:
 def _prepare(c: Config, context: Context, request: Request, references: Sequence[Tensor]) -> LoopInputs:
     """Loop inputs of all pipelines. references: latents [1, C, 1, H, W] of the images to edit."""
     vae = context.nets["vae"].config
-    size = latent_size(vae, request)
+    size = latent_size(vae, request.output)
     shared = {"positions": positions(size, [latents.shape[2:] for latents in references], context.device)}
     if c.guidance_embeds:
-        shared["guidance"] = torch.tensor([request.embedded_guidance], device=context.device)
+        shared["guidance"] = torch.tensor([request.guidance.embedded], device=context.device)
     given_tokens = reference_tokens(
-        token_count(vae, request, PATCH), [patchify(latents, PATCH) for latents in references]
+        token_count(vae, request.output, PATCH), [patchify(latents, PATCH) for latents in references]
     )
-    return on_grid([text | shared for text in _texts(context, request)], vae, request, PATCH, given_tokens)
+    return on_grid(
+        [text | shared for text in _texts(context, request)], vae, request.output, PATCH, given_tokens
+    )
 
 
 def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
@@ -253,7 +255,7 @@ def prepare_edit(c: Config, context: Context, request: Request) -> LoopInputs:
         height, width = reference_size(image.shape[0], image.shape[1], multiple)
         return context.encode(context.pixels([context.resize(image, height, width)]))
 
-    return _prepare(c, context, request, [latents(image) for image in request.originals])
+    return _prepare(c, context, request, [latents(image) for image in request.images.originals])
 
 
 def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:

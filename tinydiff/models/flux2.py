@@ -344,20 +344,20 @@ def _prepare(
     included.
     """
     encoder, vae = context.nets["text_encoder"], context.nets["vae"].config
-    ids, mask = context.tokens("tokenizer", texts, request.text_tokens, side, framed=False)
+    ids, mask = context.tokens("tokenizer", texts, request.text.max_tokens, side, framed=False)
     text = torch.cat(decoder_lm.encode(encoder.config, encoder.plan, encoder.w, ids, mask, take=layers), -1)
-    references = [reference(context, image) for image in request.originals]
+    references = [reference(context, image) for image in request.images.originals]
     shared = {
         "positions": positions(
-            latent_size(vae, request), [latents.shape[2:] for latents in references], context.device
+            latent_size(vae, request.output), [latents.shape[2:] for latents in references], context.device
         )
     }
     if c.guidance_embeds:
-        shared["guidance"] = torch.tensor([request.embedded_guidance], device=context.device)
+        shared["guidance"] = torch.tensor([request.guidance.embedded], device=context.device)
     given_tokens = reference_tokens(
-        token_count(vae, request, PIXEL), [patchify(latents, PIXEL) for latents in references]
+        token_count(vae, request.output, PIXEL), [patchify(latents, PIXEL) for latents in references]
     )
-    return on_grid([{"text": each[None]} | shared for each in text], vae, request, PIXEL, given_tokens)
+    return on_grid([{"text": each[None]} | shared for each in text], vae, request.output, PIXEL, given_tokens)
 
 
 def prepare_dev(c: Config, context: Context, request: Request) -> LoopInputs:

@@ -174,12 +174,12 @@ def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
     """
     encoder, vae = context.nets["text_encoder"], context.nets["vae"].config
     texts = [TEMPLATE.format(text) for text in request.texts]
-    ids, mask = context.tokens("tokenizer", texts, request.text_tokens + SKIPPED)
+    ids, mask = context.tokens("tokenizer", texts, request.text.max_tokens + SKIPPED)
     last = (encoder.config.num_hidden_layers,)
     (hidden,) = decoder_lm.encode(encoder.config, encoder.plan, encoder.w, ids, mask, take=last)
     hidden = (hidden * mask[..., None].to(hidden.dtype))[:, SKIPPED:]
-    shared = {"positions": positions(latent_size(vae, request), context.device)}
-    return on_grid([{"text": text[None]} | shared for text in hidden], vae, request, PATCH)
+    shared = {"positions": positions(latent_size(vae, request.output), context.device)}
+    return on_grid([{"text": text[None]} | shared for text in hidden], vae, request.output, PATCH)
 
 
 def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:

@@ -305,12 +305,12 @@ def _resized(context: Context, images: Sequence[numpy.ndarray], area: int) -> li
 def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
     """Loop inputs of text to image: Qwen-Image and -2512."""
     vae = context.nets["vae"].config
-    shared = {"positions": positions(c, [latent_size(vae, request)[1:]], context.device)}
+    shared = {"positions": positions(c, [latent_size(vae, request.output)[1:]], context.device)}
     branches = [
-        {"text": text_states(context, TEXT_TO_IMAGE, text, request.text_tokens)} | shared
+        {"text": text_states(context, TEXT_TO_IMAGE, text, request.text.max_tokens)} | shared
         for text in request.texts
     ]
-    return on_grid(branches, vae, request, patch(c))
+    return on_grid(branches, vae, request.output, patch(c))
 
 
 def _edit(
@@ -327,21 +327,21 @@ def _edit(
     """
     vae = context.nets["vae"].config
     known = reference_tokens(
-        token_count(vae, request, patch(c)), [patchify(latents, patch(c)) for latents in references]
+        token_count(vae, request.output, patch(c)), [patchify(latents, patch(c)) for latents in references]
     )
     assert known is not None
-    sizes = [latent_size(vae, request)[1:], *(latents.shape[3:] for latents in references)]
+    sizes = [latent_size(vae, request.output)[1:], *(latents.shape[3:] for latents in references)]
     shared = {"positions": positions(c, sizes, context.device), "frozen": ~known.denoised}
     branches = [
         {"text": text_states(context, EDIT, before + text, image_tokens=image_tokens)} | shared
         for text in request.texts
     ]
-    return on_grid(branches, vae, request, patch(c), known)
+    return on_grid(branches, vae, request.output, patch(c), known)
 
 
 def prepare_edit(c: Config, context: Context, request: Request) -> LoopInputs:
     """Loop inputs of Edit: language model and denoiser see one image at one size."""
-    images = _resized(context, request.originals, EDIT_PIXELS)
+    images = _resized(context, request.images.originals, EDIT_PIXELS)
     return _edit(
         c,
         context,
@@ -355,10 +355,13 @@ def prepare_edit(c: Config, context: Context, request: Request) -> LoopInputs:
 def prepare_edit_plus(c: Config, context: Context, request: Request) -> LoopInputs:
     """Loop inputs of Edit-2509 and -2511: numbered images, which the language model sees smaller."""
     # The model was trained with the word Picture.
-    before = "".join(f"Picture {i}: {qwen_prompts.IMAGE}" for i in range(1, len(request.originals) + 1))
-    image_tokens = encode_images(context, _resized(context, request.originals, LANGUAGE_MODEL_PIXELS))
+    before = "".join(
+        f"Picture {i}: {qwen_prompts.IMAGE}" for i in range(1, len(request.images.originals) + 1)
+    )
+    image_tokens = encode_images(context, _resized(context, request.images.originals, LANGUAGE_MODEL_PIXELS))
     references = [
-        context.encode(context.pixels([image])) for image in _resized(context, request.originals, EDIT_PIXELS)
+        context.encode(context.pixels([image]))
+        for image in _resized(context, request.images.originals, EDIT_PIXELS)
     ]
     return _edit(c, context, request, before, image_tokens, references)
 
@@ -370,12 +373,12 @@ def prepare_layered(c: Config, context: Context, request: Request) -> LoopInputs
     [C, H, W].
     """
     vae = context.nets["vae"].config
-    p, (_, height, width) = c.patch_size, latent_size(vae, request)
-    whole = context.resize(request.originals[0], request.height, request.width)
+    p, (_, height, width) = c.patch_size, latent_size(vae, request.output)
+    whole = context.resize(request.images.originals[0], request.output.height, request.output.width)
     prompt, *negative = request.texts
     texts = [prompt if prompt.strip() else caption(context, whole), *negative]
     reference = patchify(context.encode(context.pixels([whole])), patch(c))
-    images = request.layers + 1
+    images = request.output.layers + 1
     shared = {
         "positions": positions(c, [(height, width)] * (images + 1), context.device),
         "kind": torch.zeros(1, dtype=torch.int64, device=context.device),
@@ -387,7 +390,7 @@ def prepare_layered(c: Config, context: Context, request: Request) -> LoopInputs
 
     return LoopInputs(
         branches=tuple(
-            {"text": text_states(context, TEXT_TO_IMAGE, text, request.text_tokens)} | shared
+            {"text": text_states(context, TEXT_TO_IMAGE, text, request.text.max_tokens)} | shared
             for text in texts
         ),
         size=(images, vae.z_dim, height, width),

@@ -22,7 +22,7 @@ from tinydiff.ops.network import Family, Network
 from tinydiff.ops.patch import patchify, unpatchify
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
-from tinydiff.records import Request, UserError
+from tinydiff.records import Output, UserError
 
 F = TypeVar("F")
 """A record of `models.family`."""
@@ -123,13 +123,13 @@ class LoopInputs:
     """The prompt as a language model rewrote or wrote it; None where none did."""
 
 
-def latent_size(vae: Any, request: Request) -> tuple[int, int, int]:
-    """The (F, H, W) of the latents of a request's output. vae: the autoencoder's config."""
+def latent_size(vae: Any, output: Output) -> tuple[int, int, int]:
+    """The (F, H, W) of an output's latents. vae: the autoencoder's config."""
     stride = vae.scale_factor_spatial
     return (
-        (request.num_frames - 1) // vae.scale_factor_temporal + 1,
-        request.height // stride,
-        request.width // stride,
+        (output.num_frames - 1) // vae.scale_factor_temporal + 1,
+        output.height // stride,
+        output.width // stride,
     )
 
 
@@ -169,20 +169,20 @@ Patch = tuple[int, int, int]
 """Latents per token along frames, height and width."""
 
 
-def token_count(vae: Any, request: Request, patch: Patch) -> int:
-    """How many tokens the latents of a request's output have."""
-    return prod(n // p for n, p in zip(latent_size(vae, request), patch, strict=True))
+def token_count(vae: Any, output: Output, patch: Patch) -> int:
+    """How many tokens an output's latents have."""
+    return prod(n // p for n, p in zip(latent_size(vae, output), patch, strict=True))
 
 
 def on_grid(
     branches: Sequence[dict[str, Tensor]],
     vae: Any,
-    request: Request,
+    output: Output,
     patch: Patch,
     given_tokens: GivenTokens | None = None,
 ) -> LoopInputs:
-    """The inputs of a request whose tokens are the patches of its latents, packed by `ops.patch`."""
-    size = latent_size(vae, request)
+    """The inputs of a request whose tokens are the patches of its output's latents, packed by `ops.patch`."""
+    size = latent_size(vae, output)
     return LoopInputs(
         branches=tuple(branches),
         size=(vae.z_dim, *size),

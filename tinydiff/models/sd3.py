@@ -296,12 +296,12 @@ def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
     """
     vae = context.nets["vae"].config
     clip, pooled = _clip(context, request.texts)
-    long = _t5(c, context, request.texts, request.text_tokens)
+    long = _t5(c, context, request.texts, request.text.max_tokens)
     text = torch.cat([F.pad(clip, (0, c.joint_attention_dim - clip.shape[-1])), long], 1)
-    shared = {"positions": positions(c, latent_size(vae, request), context.device)}
+    shared = {"positions": positions(c, latent_size(vae, request.output), context.device)}
     pairs = zip(text, pooled, strict=True)
     branches = [{"text": states[None], "pooled": one[None]} | shared for states, one in pairs]
-    return on_grid(branches, vae, request, patch(c))
+    return on_grid(branches, vae, request.output, patch(c))
 
 
 def patch(c: Config) -> Patch:

@@ -331,14 +331,14 @@ def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
     TI2V keeps clean tokens in place; image to video puts latents and a mask beside the noise.
     """
     encoder, vae = context.nets["text_encoder"], context.nets["vae"].config
-    size = latent_size(vae, request)
+    size = latent_size(vae, request.output)
     texts = [prompt_clean(text) for text in request.texts]
-    ids, mask = context.tokens("tokenizer", texts, request.text_tokens)
+    ids, mask = context.tokens("tokenizer", texts, request.text.max_tokens)
     hidden = text_input(t5.encode(encoder.config, encoder.plan, encoder.w, ids, mask), mask).to(
         context.nets["transformer"].dtype
     )
     given_tokens, shared = None, {"positions": positions(c, size, context.device)}
-    images = () if request.starts else request.images
+    images = () if request.images.start else request.images.resized
     if images and context.options.get("expand_timesteps"):
         first = context.encode(context.pixels(images))
         frame = torch.cat([first, first.new_zeros(*first.shape[:2], size[0] - 1, *size[1:])], 2)
@@ -347,22 +347,24 @@ def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
     elif images:
         shared |= _image_conditions(c, context, request, size)
     return on_grid(
-        [{"text": text[None]} | shared for text in hidden], vae, request, c.patch_size, given_tokens
+        [{"text": text[None]} | shared for text in hidden], vae, request.output, c.patch_size, given_tokens
     )
 
 
 def _image_conditions(c: Config, context: Context, request: Request, size: tuple[int, int, int]) -> Tensors:
     """Image to video: the channels beside the noisy latents and, for Wan2.1, CLIP's tokens of the images."""
-    pixels = context.pixels(request.images)
-    gap = pixels.new_zeros(1, 3, request.num_frames - pixels.shape[2], request.height, request.width)
+    pixels = context.pixels(request.images.resized)
+    gap = pixels.new_zeros(
+        1, 3, request.output.num_frames - pixels.shape[2], request.output.height, request.output.width
+    )
     latents = context.encode(torch.cat([pixels[:, :, :1], gap, pixels[:, :, 1:]], 2))
-    mask = input_frames_mask(size, last=len(request.images) > 1).to(latents)
+    mask = input_frames_mask(size, last=len(request.images.resized) > 1).to(latents)
     beside = {"concat": patchify(torch.cat([mask, latents], 1), c.patch_size)}
     if c.image_dim is not None:
         encoder = context.nets["image_encoder"]
-        views = torch.cat([clip_vision.pixels(encoder.config, image) for image in request.originals]).to(
-            context.device
-        )
+        views = torch.cat(
+            [clip_vision.pixels(encoder.config, image) for image in request.images.originals]
+        ).to(context.device)
         beside["image"] = clip_vision.encode(encoder.config, encoder.plan, encoder.w, views)
     return beside
 

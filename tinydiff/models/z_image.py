@@ -329,14 +329,14 @@ def real(c: Config, size: tuple[int, int, int], device: torch.device | str | Non
 def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
     """Loop inputs: each text's last hidden states but one, without padding; latent tokens with their pads."""
     encoder, vae = context.nets["text_encoder"], context.nets["vae"].config
-    size, tokens = latent_size(vae, request), token_count(vae, request, c.patch_size)
+    size, tokens = latent_size(vae, request.output), token_count(vae, request.output, c.patch_size)
     shared = {"positions": positions(c, size, context.device), "real": real(c, size, context.device)}
-    limit = request.cfg_normalization
+    limit = request.guidance.normalization
     if limit:
         shared["limit"] = torch.full((1, 1, 1), limit, dtype=torch.float64, device=context.device)
 
     def branch(text: str) -> Tensors:
-        ids, _ = context.tokens("tokenizer", [TEMPLATE.format(text)], request.text_tokens, "none")
+        ids, _ = context.tokens("tokenizer", [TEMPLATE.format(text)], request.text.max_tokens, "none")
         last = (encoder.config.layers,)
         [hidden] = decoder_lm.encode(encoder.config, encoder.plan, encoder.w, ids, take=last)
         return {"text": hidden} | shared

@@ -15,7 +15,7 @@ from tinydiff.config import SamplingOptions, seeds
 from tinydiff.io.images import read_image, resize
 from tinydiff.models.recipe import fit_area, rectangle_side, too_elongated
 from tinydiff.models.registry import ReleasedModel
-from tinydiff.records import Request, UserError
+from tinydiff.records import Guidance, InputImages, Output, Request, Schedule, Text, UserError
 from tinydiff.runtime import loras
 from tinydiff.runtime.blueprint import Blueprint
 from tinydiff.runtime.pipeline import table
@@ -60,38 +60,35 @@ def admit(
     starts = _starts(blueprint, sampling, originals, frames)
     if (pixels := frames * max(1, layers) * height * width) > most_pixels:
         raise UserError("size", f"size: an output has {pixels:,} pixels; {most_pixels:,.0f} are the most")
-    images = (
+    resized = (
         () if row.image_use == "references" else tuple(resize(image, height, width) for image in originals)
     )
     mask = _mask(blueprint, sampling, originals, starts, height, width, read)
     steps, timesteps = _steps(blueprint, sampling)
     settled = settle(blueprint, sampling)
+    guidance = Guidance(
+        scale=settled.guidance_scale,
+        scale_2=settled.guidance_scale_2,
+        embedded=settled.embedded_guidance,
+        normalization=_normalization(blueprint, sampling),
+    )
+    schedule = Schedule(
+        steps=steps,
+        sigmas=sampling.sigmas,
+        dmd_timesteps=timesteps,
+        flow_shift=settled.flow_shift,
+        boundary_ratio=settled.boundary_ratio,
+        strength=_strength(blueprint, sampling, starts, steps),
+    )
+    output = Output(height, width, frames, layers, row.fps if sampling.fps is None else sampling.fps)
     requests = [
         Request(
-            prompt=prompt,
-            images=images,
-            originals=originals,
-            mask=mask,
-            starts=starts,
-            strength=_strength(blueprint, sampling, starts, steps),
-            height=height,
-            width=width,
-            num_frames=frames,
-            layers=layers,
-            fps=row.fps if sampling.fps is None else sampling.fps,
-            num_inference_steps=steps,
-            cfg_normalization=_normalization(blueprint, sampling),
-            dmd_timesteps=timesteps,
-            text_tokens=row.text_tokens,
+            text=Text(prompt, settled.negative_prompt, row.text_tokens, settled.use_pe),
+            guidance=guidance,
+            schedule=schedule,
+            images=InputImages(resized, originals, mask, starts),
+            output=output,
             seeds=seeds(sampling, index),
-            guidance_scale=settled.guidance_scale,
-            embedded_guidance=settled.embedded_guidance,
-            guidance_scale_2=settled.guidance_scale_2,
-            boundary_ratio=settled.boundary_ratio,
-            negative_prompt=settled.negative_prompt,
-            flow_shift=settled.flow_shift,
-            use_pe=settled.use_pe,
-            sigmas=sampling.sigmas,
             loras=sampling.loras,
             notes=settled.notes,
         )

@@ -98,9 +98,9 @@ def subject(model: str, sampling: SamplingOptions, ranks: int, b: int) -> Subjec
         for name, each in plan.nets.items()
         if each.family.role != "dit"
     }
-    passes = max(1, PIXELS_PER_PASS // (4 * request.height * request.width))
-    rows = min(ranks, latent_size(vae.config, request)[1])
-    size = request.num_frames, request.height, request.width
+    passes = max(1, PIXELS_PER_PASS // (4 * request.output.height * request.output.width))
+    rows = min(ranks, latent_size(vae.config, request.output)[1])
+    size = request.output.num_frames, request.output.height, request.output.width
     whole, shared = (
         workload.decode_bytes(vae.family, vae.config, *size, passes, n, ROLE_BYTES["vae"]) for n in (1, rows)
     )
@@ -116,8 +116,8 @@ def subject(model: str, sampling: SamplingOptions, ranks: int, b: int) -> Subjec
             image=tokens,
             text=text,
             views=plan.nets["image_encoder"].config.tokens if "image_encoder" in plan.nets else 0,
-            branches=2 if request.guided else 1,
-            steps=request.num_inference_steps,
+            branches=2 if request.guidance.on else 1,
+            steps=request.schedule.steps,
         ),
         b=b,
     )
@@ -127,9 +127,11 @@ def _tokens(plan: blueprint.Blueprint, request: Request, references: int) -> tup
     """(image tokens, those of references among them; tokens of the longest text)."""
     net, vae = plan.denoiser, plan.autoencoder.config
     patch = net.family.patch(net.config)
-    image = token_count(vae, request, patch) * (request.layers + 2 if request.layers else 1)
-    image += references * token_count(vae, replace(request, height=REFERENCE, width=REFERENCE), patch)
-    text = request.text_tokens
+    image = token_count(vae, request.output, patch) * (
+        request.output.layers + 2 if request.output.layers else 1
+    )
+    image += references * token_count(vae, replace(request.output, height=REFERENCE, width=REFERENCE), patch)
+    text = request.text.max_tokens
     before = (plan.nets[name] for name in net.family.leading_text_encoders)
     text += sum(encoder.family.max_tokens(encoder.config) for encoder in before)
     return image + net.family.pad_tokens(image), text + net.family.pad_tokens(text)
@@ -172,7 +174,7 @@ def layouts(subject: Subject, ranks: int) -> Iterator[Layout]:
 
 def _possible(subject: Subject, layout: Layout) -> bool:
     try:
-        check(layout, subject.net.heads, subject.request.guided, subject.work.image)
+        check(layout, subject.net.heads, subject.request.guidance.on, subject.work.image)
     except UserError:
         return False
     return True
@@ -185,7 +187,7 @@ def usual(subject: Subject, ranks: int) -> Layout | None:
             ParallelOptions(num_gpus=ranks),
             ranks,
             subject.net.heads,
-            subject.request.guided,
+            subject.request.guidance.on,
             subject.work.image,
         )[0]
     except UserError:

@@ -133,16 +133,16 @@ def _destination(options: OutputOptions, request: Request) -> Destination:
     target = output.plan_target(
         options.output_path,
         options.output_file_name,
-        video=request.num_frames > 1,
-        with_alpha=request.layers > 0,
-        prompt=request.prompt,
+        video=request.output.num_frames > 1,
+        with_alpha=request.output.layers > 0,
+        prompt=request.text.prompt,
         seed=request.seeds[0],
     )
     encoding = output.plan_encoding(
-        target, request.fps, options.output_quality, options.output_compression, options.x264_preset
+        target, request.output.fps, options.output_quality, options.output_compression, options.x264_preset
     )
     if options.save_output:
-        output.check_size(target, request.height, request.width)
+        output.check_size(target, request.output.height, request.output.width)
         output.check_writable(target.directory, target.path(len(request.seeds) - 1, len(request.seeds)).name)
     return target, encoding
 
@@ -152,7 +152,7 @@ def _save(target: output.Target, encoding: output.Encoding, job: Job, result: Re
     files = []
     for frames, seed in zip(result.frames, result.seeds, strict=True):
         told = {**result.parameters, "seed": seed}
-        if job.request.layers and target.extension != output.FRAMES:
+        if job.request.output.layers and target.extension != output.FRAMES:
             files += [(layer[None], {**told, "layer": i}) for i, layer in enumerate(frames)]
         else:
             files.append((frames, told))

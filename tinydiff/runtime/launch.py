@@ -91,7 +91,7 @@ def chosen_layout(options: Options, ranks: int, place: LaunchedRank | None) -> L
     plan, requests, _ = admitted(options)
     here = ranks // (options.parallel.nnodes or 1) if place is None else place.local_size
     check_devices(plan, here)
-    heads, guided = denoiser_heads(plan), requests[0].guided
+    heads, guided = denoiser_heads(plan), requests[0].guidance.on
     outputs = sum(len(request.seeds) for request in requests)
     chosen, why = layout.choose(
         options.parallel, ranks, heads, guided, min(_tokens(plan, request) for request in requests), outputs
@@ -132,7 +132,7 @@ def _tokens(plan: Blueprint, request: Request) -> int:
     from tinydiff.models.recipe import token_count
 
     net = plan.denoiser
-    return token_count(plan.autoencoder.config, request, net.family.patch(net.config))
+    return token_count(plan.autoencoder.config, request.output, net.family.patch(net.config))
 
 
 def _started(options: Options, chosen: Layout, watch: Watch) -> list[Result]:

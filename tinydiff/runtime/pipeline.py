@@ -25,7 +25,7 @@ from tinydiff.io.images import resize
 from tinydiff.models.recipe import Context, LoopInputs, token_count
 from tinydiff.ops.norm import compute_dtype
 from tinydiff.parallel import sequence
-from tinydiff.records import Request, Result, UserError
+from tinydiff.records import InputImages, Output, Request, Result, UserError
 from tinydiff.runtime import loras
 from tinydiff.runtime.blueprint import PRECISIONS, WRITER, Blueprint, Model
 from tinydiff.sampling import guidance, loop, noise, sigmas, solvers
@@ -85,9 +85,9 @@ class Clock:
             yield latents
 
 
-def vae_passes(model: Model, request: Request) -> tuple[int, int | None]:
-    """(latent frames per pass, side of the tiles or None) for the request's frames."""
-    chunk = max(1, PIXELS_PER_PASS // (4 * request.height * request.width))
+def vae_passes(model: Model, output: Output) -> tuple[int, int | None]:
+    """(latent frames per pass, side of the tiles or None) for an output's frames."""
+    chunk = max(1, PIXELS_PER_PASS // (4 * output.height * output.width))
     return chunk, TILE if model.blueprint.tiling else None
 
 
@@ -96,7 +96,7 @@ def parts(model: Model, request: Request, warn: Callable[[str], None] = log.warn
     sentence.
     """
     vae, device = model.autoencoder, model.blueprint.device
-    chunk, tile = vae_passes(model, request)
+    chunk, tile = vae_passes(model, request.output)
 
     def tokens(
         component: str, texts: list[str], length: int | None, side: str | None = None, framed: bool = True
@@ -151,9 +151,9 @@ def _is_negative(request: Request, texts: Sequence[str], index: int) -> bool:
     """Whether a text that a tokenizer gets is the negative prompt's. It comes second, or alone within words
     of the model's own.
     """
-    if len(texts) > 1:
-        return request.guided and index > 0
-    return request.guided and request.prompt not in texts[0] and request.negative_prompt in texts[0]
+    if not request.guidance.on or len(texts) > 1:
+        return request.guidance.on and index > 0
+    return request.text.prompt not in texts[0] and request.text.negative_prompt in texts[0]
 
 
 def condition(model: Model, request: Request) -> Conditioning:
@@ -169,8 +169,8 @@ def condition(model: Model, request: Request) -> Conditioning:
 @torch.no_grad()
 def _conditioned(model: Model, request: Request, have: Context) -> Conditioning:
     net, row = model.denoiser, model.blueprint.row
-    if net.plan.group("cfg").size > 1 and not request.guided:
-        message = f"{request.guidance_scale:g} needs the prompt's branch alone, and cfg_parallel_size 2 gives half of the ranks another"
+    if net.plan.group("cfg").size > 1 and not request.guidance.on:
+        message = f"{request.guidance.scale:g} needs the prompt's branch alone, and cfg_parallel_size 2 gives half of the ranks another"
         raise UserError(
             "guidance_scale",
             f"guidance_scale: {message}; ask for more than 1, or load with cfg_parallel_size 1",
@@ -178,12 +178,13 @@ def _conditioned(model: Model, request: Request, have: Context) -> Conditioning:
     rows = table(model.blueprint, request)
     prepared = net.family.pipelines[row.pipeline](net.config, have, request)
     told = Conditioning(prepared, rows, _experts(model, prepared, rows))
-    if not request.starts:
+    images = request.images
+    if not images.start:
         return told
-    start = prepared.pack(have.encode(have.pixels(request.images)))
-    if request.mask is None:
+    start = prepared.pack(have.encode(have.pixels(images.resized)))
+    if images.mask is None:
         return told._replace(start=start)
-    mask = torch.from_numpy(request.mask).to(start)[None, None] / 255
+    mask = torch.from_numpy(images.mask).to(start)[None, None] / 255
     mask = torch.nn.functional.interpolate(mask, size=prepared.size[2:])
     return told._replace(start=start, mask=prepared.pack(mask[:, :, None].expand(1, *prepared.size)))
 
@@ -199,34 +200,29 @@ def _experts(model: Model, prepared: LoopInputs, rows: Table) -> Callable[[int],
 
 def table(blueprint: Blueprint, request: Request) -> Table:
     """The request's solver as a table. Raises UserError for a scheduler or timesteps that cannot be."""
-    times = request.dmd_timesteps
-    rows = solvers.dmd(times, request.flow_shift or 1.0) if times else _scheduled(blueprint, request)
+    schedule, guidance, times = request.schedule, request.guidance, request.schedule.dmd_timesteps
+    rows = solvers.dmd(times, schedule.flow_shift or 1.0) if times else _scheduled(blueprint, request)
     if not all(column.isfinite().all() for column in (rows.a, rows.c, rows.b1, rows.b2, rows.n)):
-        field = "num_inference_steps" if request.flow_shift is None else "flow_shift"
-        shift = "the schedule" if request.flow_shift is None else f"a flow_shift of {request.flow_shift:g}"
-        message = (
-            f"{request.num_inference_steps} steps of {shift} lie closer together than float32 tells apart"
-        )
+        shifted = schedule.flow_shift is not None
+        field = "flow_shift" if shifted else "num_inference_steps"
+        shift = f"a flow_shift of {schedule.flow_shift:g}" if shifted else "the schedule"
+        message = f"{schedule.steps} steps of {shift} lie closer together than float32 tells apart"
         raise UserError(field, f"{field}: {message}; take fewer steps or a shift nearer to 1")
-    rows = solvers.with_guidance(rows, request.guidance_scale)
-    if request.boundary_ratio is not None:
-        rows = solvers.with_experts(rows, request.boundary_ratio, request.guidance_scale_2)
-    if request.starts:
-        rows = solvers.since(rows, int(rows.steps - rows.steps * request.strength))
-    return rows
+    rows = solvers.with_guidance(rows, guidance.scale)
+    if schedule.boundary_ratio is not None:
+        rows = solvers.with_experts(rows, schedule.boundary_ratio, guidance.scale_2)
+    return solvers.since(rows, schedule.skipped)
 
 
 def _scheduled(blueprint: Blueprint, request: Request) -> Table:
-    scheduler, net = dict(blueprint.scheduler), blueprint.denoiser
-    if request.flow_shift is not None:
-        scheduler[solvers.SHIFT_NAMES.get(str(scheduler.get("_class_name")), "shift")] = request.flow_shift
-    family, steps = net.family, request.num_inference_steps
-    own = (
-        scheduler.get("use_flow_sigmas") and blueprint.row.pipeline in family.own_grid and not request.starts
-    )
+    scheduler, net, schedule = dict(blueprint.scheduler), blueprint.denoiser, request.schedule
+    if schedule.flow_shift is not None:
+        scheduler[solvers.SHIFT_NAMES.get(str(scheduler.get("_class_name")), "shift")] = schedule.flow_shift
+    family, steps, from_text = net.family, schedule.steps, not request.images.start
+    own = scheduler.get("use_flow_sigmas") and blueprint.row.pipeline in family.own_grid and from_text
     grid = sigmas.linear_grid(steps) if family.linear_grid and not own else None
-    grid = torch.tensor(request.sigmas, dtype=torch.float64) if request.sigmas else grid
-    tokens = token_count(blueprint.autoencoder.config, request, family.patch(net.config))
+    grid = torch.tensor(schedule.sigmas, dtype=torch.float64) if schedule.sigmas else grid
+    tokens = token_count(blueprint.autoencoder.config, request.output, family.patch(net.config))
     mu = family.mu(net.config, tokens, steps, scheduler) if scheduler.get("use_dynamic_shifting") else None
     return solvers.from_scheduler_config(scheduler, steps, sigmas=grid, mu=mu)
 
@@ -299,7 +295,7 @@ def denoiser(model: Model, request: Request, conditioning: Conditioning, compile
     """The loop with the request's form of guidance; the same function for all requests of that form."""
     net = model.denoiser
     form = guidance.KINDS[
-        (conditioning.prepared.guidance or net.family.guidance) if request.guided else "none"
+        (conditioning.prepared.guidance or net.family.guidance) if request.guidance.on else "none"
     ]
     if not compiled:
         return _eager(net.network, form)
@@ -311,35 +307,35 @@ def denoiser(model: Model, request: Request, conditioning: Conditioning, compile
 
 
 @torch.no_grad()
-def decode(model: Model, request: Request, latents: Tensor) -> numpy.ndarray:
+def decode(model: Model, output: Output, latents: Tensor) -> numpy.ndarray:
     """Latents [N, C, F, H, W] -> frames uint8 [frames, height, width, 3 or 4], those of the N videos one
     after another.
     """
     vae = model.autoencoder
-    chunk, tile = vae_passes(model, request)
+    chunk, tile = vae_passes(model, output)
     clips = latents.to(vae.dtype).split(1)  # one by one, for less memory
     x = torch.cat([vae.family.decode(vae.config, vae.w, clip, chunk, tile, vae.plan)[0] for clip in clips], 1)
     return ((x.float() / 2 + 0.5) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
-def _over_given(frames: numpy.ndarray, request: Request) -> numpy.ndarray:
+def _over_given(frames: numpy.ndarray, images: InputImages) -> numpy.ndarray:
     """Inpainting: the given image's own pixels stay but in the mask and around it, where the two blend over
     twice `FEATHER` pixels.
 
     The share of what is made is 1 in the mask; outside, the mean over a square of `FEATHER` pixels to each
     side of what has mask so near.
     """
-    if request.mask is None:
+    if images.mask is None:
         return frames
     from PIL import Image, ImageFilter
 
     near = (
-        Image.fromarray(request.mask)
+        Image.fromarray(images.mask)
         .filter(ImageFilter.BoxBlur(FEATHER))
         .point(lambda level: 255 if level else 0)
     )
     share = numpy.asarray(near.filter(ImageFilter.BoxBlur(FEATHER)))[..., None] / 255
-    return (frames * share + request.images[0] * (1 - share)).round().astype(numpy.uint8)
+    return (frames * share + images.resized[0] * (1 - share)).round().astype(numpy.uint8)
 
 
 @torch.no_grad()
@@ -354,7 +350,7 @@ def finish(
         name, narrow = model.blueprint.row.name, PRECISIONS.get(model.denoiser.dtype)
         message = f"{name} gave values that are not numbers; its weights are broken, or {narrow} is too narrow for it"
         raise UserError("model_path", f"model_path: {message} (see dit_precision)")
-    return _over_given(decode(model, request, latents), request), latents
+    return _over_given(decode(model, request.output, latents), request.images), latents
 
 
 def parameters(
@@ -362,43 +358,39 @@ def parameters(
 ) -> dict[str, Any]:
     """Every effective parameter of a request but the seed, and what of it had no effect. JSON-able. revised:
     the prompt as a language model wrote it."""
-    names = (
-        "prompt",
-        "negative_prompt",
-        "height",
-        "width",
-        "num_frames",
-        "fps",
-        "num_inference_steps",
-        "guidance_scale",
-    )
-    entries: dict[str, Any] = {"model": model.blueprint.row.name} | {
-        name: getattr(request, name) for name in names
+    text, guidance, schedule, output = request.text, request.guidance, request.schedule, request.output
+    entries: dict[str, Any] = {
+        "model": model.blueprint.row.name,
+        "prompt": text.prompt,
+        **({"negative_prompt": text.negative_prompt} if guidance.on else {}),
+        "height": output.height,
+        "width": output.width,
+        "num_frames": output.num_frames,
+        "fps": output.fps,
+        "num_inference_steps": schedule.steps,
+        "guidance_scale": guidance.scale,
     }
-    if not request.guided:
-        del entries["negative_prompt"]
     if WRITER in model.nets:
-        entries["use_pe"] = request.use_pe
+        entries["use_pe"] = text.rewrite
     if revised is not None:
         entries["revised_prompt"] = revised
     if model.blueprint.row.guidance_form == "offset":
-        entries["guidance_scale"] -= 1
-        entries["cfg_normalization"] = request.cfg_normalization
-    if request.embedded_guidance is not None:
-        entries |= {"guidance_scale": request.embedded_guidance, "true_cfg_scale": request.guidance_scale}
-    if request.boundary_ratio is not None:
-        entries |= {"guidance_scale_2": request.guidance_scale_2, "boundary_ratio": request.boundary_ratio}
-    if request.sigmas:
-        entries["sigmas"] = list(request.sigmas)
-    if request.dmd_timesteps:
-        entries["dmd_denoising_steps"] = list(request.dmd_timesteps)
-    if request.flow_shift is not None:
-        entries["flow_shift"] = request.flow_shift
-    if request.layers:
-        entries["layers"] = request.layers
-    entries["given_images"] = len(request.originals)
-    if request.starts:
-        entries |= {"strength": request.strength, "masked": request.mask is not None}
+        entries |= {"guidance_scale": guidance.scale - 1, "cfg_normalization": guidance.normalization}
+    if guidance.embedded is not None:
+        entries |= {"guidance_scale": guidance.embedded, "true_cfg_scale": guidance.scale}
+    if schedule.boundary_ratio is not None:
+        entries |= {"guidance_scale_2": guidance.scale_2, "boundary_ratio": schedule.boundary_ratio}
+    if schedule.sigmas:
+        entries["sigmas"] = list(schedule.sigmas)
+    if schedule.dmd_timesteps:
+        entries["dmd_denoising_steps"] = list(schedule.dmd_timesteps)
+    if schedule.flow_shift is not None:
+        entries["flow_shift"] = schedule.flow_shift
+    if output.layers:
+        entries["layers"] = output.layers
+    entries["given_images"] = len(request.images.originals)
+    if request.images.start:
+        entries |= {"strength": schedule.strength, "masked": request.images.mask is not None}
     if strengths := loras.strengths(model.adapters, request.loras):
         entries["loras"] = strengths
     if request.notes:

@@ -20,8 +20,9 @@ log = logging.getLogger(__name__)
 
 
 class Settings(NamedTuple):
-    """The fields of a `Request` by their names, and `notes`: field -> where its value came from, or why it is
-    without effect.
+    """What was settled, by the names of the options.
+
+    notes: option -> where its value came from, or why it is without effect.
     """
 
     guidance_scale: float

@@ -115,9 +115,9 @@ def admitted_job(service: Service, job: Job) -> Job:
     """
     request = admitted(service.adapters, service.files, service.options, job)
     service.requests.put(job.id, request)
-    effective: dict[str, Any] = {"size": f"{request.width}x{request.height}"}
+    effective: dict[str, Any] = {"size": f"{request.output.width}x{request.output.height}"}
     if job.kind == "video":
-        effective["seconds"] = f"{request.num_frames / request.fps:g}"
+        effective["seconds"] = f"{request.output.num_frames / request.output.fps:g}"
     return replace(job, answer={**job.answer, **effective})
 
 

@@ -34,16 +34,18 @@ TILES = 16
 
 def plan(job: Job, request: Request, folder: Path) -> tuple[output.Target, output.Encoding]:
     """How each output of a job is written. Raises UserError for an impossible format or quality."""
-    clip = request.num_frames > 1
+    clip = request.output.num_frames > 1
     extension = job.answer.get("output_format") or ("mp4" if clip else "png")
-    target = output.plan_target(folder, f"{job.id}.{extension}", video=clip, with_alpha=request.layers > 0)
-    output.check_size(target, request.height, request.width)
+    target = output.plan_target(
+        folder, f"{job.id}.{extension}", video=clip, with_alpha=request.output.layers > 0
+    )
+    output.check_size(target, request.output.height, request.output.width)
     chosen = {
         name: job.fields[name]
         for name in ("output_quality", "output_compression", "x264_preset")
         if name in job.fields
     }
-    return target, output.plan_encoding(target, request.fps, **chosen)
+    return target, output.plan_encoding(target, request.output.fps, **chosen)
 
 
 def save(
@@ -56,7 +58,7 @@ def save(
     with tempfile.TemporaryDirectory() as folder:
         target, encoding = plan(job, request, Path(folder))
         media_type = MEDIA_TYPES[target.extension.lower()]
-        parts = [layer[None] for layer in frames] if request.layers else [frames]
+        parts = [layer[None] for layer in frames] if request.output.layers else [frames]
         made = []
         for index, part in enumerate(parts):
             path = target.path(index, len(parts))
@@ -65,11 +67,11 @@ def save(
                 target.extension,
                 part,
                 encoding,
-                {**told, "seed": seed, **({"layer": index} if request.layers else {})},
+                {**told, "seed": seed, **({"layer": index} if request.output.layers else {})},
             )
             size = path.stat().st_size
             made.append(Output(files.put(path, media_type, path.name, job.owner), media_type, size, seed))
-    if request.num_frames > 1:
+    if request.output.num_frames > 1:
         for variant, draw in (("thumbnail", thumbnail), ("spritesheet", spritesheet)):
             data = draw(frames)
             id = files.put(data, "image/webp", f"{job.id}-{variant}.webp", job.owner)

@@ -101,9 +101,9 @@ class JobTimes:
 def usage(model: Model, request: Request) -> Mapping[str, Any]:
     """OpenAI's token counts for a request; an image counts as its tokens in the denoiser."""
     net, vae = model.nets["transformer"], model.nets["vae"].config
-    tokens = token_count(vae, request, net.family.patch(net.config))
+    tokens = token_count(vae, request.output, net.family.patch(net.config))
     tokenizer = next(iter(model.tokenizers.values()))
-    text, images = len(tokenizer.encode(request.prompt).ids), tokens * len(request.originals)
+    text, images = len(tokenizer.encode(request.text.prompt).ids), tokens * len(request.images.originals)
     outputs = tokens * len(request.seeds)
     return {
         "input_tokens": text + images,

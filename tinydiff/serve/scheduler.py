@@ -326,7 +326,7 @@ class DeviceScheduler:
             is_new = not slot.seat.done and due > self.events.preview_count(running.job.id)
             if is_new and self._preview_fit is not None:
                 latents = running.conditioning.prepared.unpack(slot.shown(clean))
-                height, width = running.request.height, running.request.width
+                height, width = running.request.output.height, running.request.output.width
                 previews.append(preview.picture(self._preview_fit, latents, height, width))
         percent = min(99, 100 * running.steps // running.total)
         if percent >= running.job.progress + 5:

@@ -168,7 +168,11 @@ class AdmittedRequests:
 
 def image_bytes(request: Request) -> int:
     """Bytes of all images in a request."""
-    arrays = (*request.images, *request.originals, *(() if request.mask is None else (request.mask,)))
+    arrays = (
+        *request.images.resized,
+        *request.images.originals,
+        *(() if request.images.mask is None else (request.images.mask,)),
+    )
     return sum(array.nbytes for array in arrays)
 
 
