@@ -13,6 +13,8 @@ from tinydiff.ops.weights import Weights
 from tinydiff.parity.denoisers import DENOISERS
 
 TIMES = torch.tensor([999.0, 640.0, 1.0])
+PROMPT = ("text", "audio_text", "pooled", "mask", "image", "kind")
+"""The inputs that a prompt gives."""
 
 
 def case(name):
@@ -86,9 +88,9 @@ def test_conds_name_every_tensor_of_a_request_and_the_dimension_that_runs_over_t
             for cond in conds.values()
             if cond.stream == stream and cond.name in own
         }
-        for stream in ("image", "text")
+        for stream in ("image", "text", "audio")
     }
-    assert lengths["image"] == {tokens.shape[1]}
+    assert sum(map(sum, (lengths["image"], lengths["audio"]))) == tokens.shape[1]
     if lengths["text"]:
         assert lengths["text"] == {own["text"].shape[1]}
 
@@ -97,7 +99,7 @@ def test_conds_name_every_tensor_of_a_request_and_the_dimension_that_runs_over_t
 def test_one_text_serves_all_images(name):
     """What an input holds once for a batch stands for each of its images."""
     network, flat, tokens, inputs = case(name)
-    prompt = {key: x for key, x in inputs.items() if key in ("text", "pooled", "mask", "image", "kind")}
+    prompt = {key: x for key, x in inputs.items() if key in PROMPT}
     once = inputs | {key: x[: len(x) // 2] for key, x in prompt.items()}
     twice = inputs | {key: x[: len(x) // 2].repeat(2, *[1] * (x.ndim - 1)) for key, x in prompt.items()}
     close(*(predict(network, flat, tokens, TIMES[:1], each) for each in (once, twice)), 1e-12)
@@ -121,4 +123,6 @@ def test_the_rows_of_blocks_say_what_passes_through(name):
         matrices = [row for row in block if row.name.endswith(".weight") and len(row.shape) > 1]
         assert matrices and [row.name for row in matrices if row.input is None] == []
         attentions = [row.attends for row in block if row.attends is not None]
-        assert attentions and all(queries == "image" or queries == keys for queries, keys in attentions)
+        assert attentions
+        for queries, keys in attentions:
+            assert queries in ("image", "audio") or queries == keys

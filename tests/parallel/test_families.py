@@ -83,9 +83,9 @@ def denoised(name, plan, fsdp=False, dtype=torch.float64, run=loop.eager_denoise
     network = net.network
     inputs = branches(d.family, asked.inputs, dtype)
     hoisted = loop.hoist(network, net.weights, inputs, TABLE, net.lora_scale)
-    x = sequence.share(plan, asked.tokens.to(dtype), 1)
+    x = sequence.share(plan, asked.tokens.to(dtype), 1, asked.kinds)
     *_, last = loop.run(run(network, guidance.KINDS[d.family.guidance]), TABLE, x, lambda _: hoisted)
-    return sequence.gathered(plan, last.x, 1, asked.tokens.shape[1])
+    return sequence.gathered(plan, last.x, 1, asked.tokens.shape[1], asked.kinds)
 
 
 def plan_of(layout):

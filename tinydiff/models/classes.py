@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tinydiff.models import ernie, flux, flux2, ovis, qwen_image, sd3, wan, z_image
+from tinydiff.models import ernie, flux, flux2, ltx2, ovis, qwen_image, sd3, wan, z_image
 from tinydiff.models.autoencoders import flux2_tiny, kl, tiny
 from tinydiff.models.autoencoders import wan as wan_vae
 from tinydiff.models.encoders import clip_text, clip_vision, decoder_lm, qwen_vision, t5
@@ -18,6 +18,7 @@ RECORDS: dict[str, Record] = {
     "QwenImageTransformer2DModel": qwen_image.FAMILY,
     "ZImageTransformer2DModel": z_image.FAMILY,
     "SD3Transformer2DModel": sd3.FAMILY,
+    "LTX2VideoTransformer3DModel": ltx2.FAMILY,
     "AutoencoderKLWan": wan_vae.FAMILY,
     "AutoencoderKLQwenImage": wan_vae.FAMILY,
     "AutoencoderKL": kl.FAMILY,

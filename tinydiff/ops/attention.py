@@ -68,12 +68,19 @@ def attention(
         raise ValueError(f"attention is sharded over ranks; {message}")
     heads, mask = q_BLHE.shape[2], None if mask is None else move(plan, "mask", mask)
     padding = -heads % plan.group("ulysses").size  # zero heads, so that every rank has as many
-    q, k, v = move(plan, "heads", F.pad(torch.stack([q_BLHE, k_BMHE, v_BMHE]), (0, 0, 0, padding)))
+    q, k, v = _by_heads(plan, *(F.pad(x, (0, 0, 0, padding)) for x in (q_BLHE, k_BMHE, v_BMHE)))
     if len(keys) == 1:
         y = attend(q, *_select_keys(k, v, mask, keys[0]), scale)
     else:
         y = _ring_attention(plan, q, k, v, mask, scale, keys)
     return move(plan, "tokens", y)[:, :, :heads]
+
+
+def _by_heads(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Shards of tokens -> shards of heads; in one exchange where queries and keys are equally many."""
+    if q.shape == k.shape:
+        return move(plan, "heads", torch.stack([q, k, v])).unbind(0)
+    return move(plan, "heads", q), *move(plan, "heads", torch.stack([k, v])).unbind(0)
 
 
 def _select_keys(

@@ -43,9 +43,11 @@ class CostModel:
         return [row.input for row in rows if row.input is not None]
 
     @property
-    def attends(self) -> list[tuple[Input, Input]]:
-        """The queries and the keys of each attention. Every rank holds all of "prompt" and "views"."""
-        return [row.attends for row in self.rows if row.attends is not None]
+    def attends(self) -> list[tuple[Input, Input, int]]:
+        """The queries and the keys of each attention, and the width of all its heads. Every rank holds all
+        of "prompt" and "views".
+        """
+        return [(*row.attends, _attended_width(row)) for row in self.rows if row.attends is not None]
 
     @property
     def width(self) -> int:
@@ -59,13 +61,13 @@ class CostModel:
     @property
     def carried(self) -> str:
         """What goes from block to block."""
-        return "image" if {stream for _, stream in self.streamed} == {"image"} else "joint"
+        return "joint" if {"joint", "text"} & {stream for _, stream in self.streamed} else "image"
 
 
 @dataclass(frozen=True)
 class Work:
     """What is made at once. image: tokens, those of references among them. text, views: tokens of a prompt,
-    of an image seen by an encoder of its own. images: of a batch. branches: of guidance. steps: of the whole
+    of an image seen by an encoder of its own. audio: tokens of sound beside a video. images: of a batch. branches: of guidance. steps: of the whole
     request.
     """
 
@@ -75,11 +77,14 @@ class Work:
     images: int = 1
     branches: int = 1
     steps: int = 1
+    audio: int = 0
 
     def held(self, stream: str, layout: Layout) -> int:
         """Tokens of a stream on one rank."""
         if stream == "joint":
             return self.held("text", layout) + self.held("image", layout)
+        if stream == "context":
+            return self.text
         return ceil(getattr(self, stream) / layout.sequence)
 
     def keys(self, stream: str) -> int:
@@ -87,6 +92,7 @@ class Work:
         return {
             "image": self.image,
             "joint": self.image + self.text,
+            "audio": self.audio,
             "prompt": self.text,
             "views": self.views,
         }[stream]
@@ -219,26 +225,35 @@ def step_flops(net: CostModel, layout: Layout, work: Work) -> int:
 def attention_flops(net: CostModel, layout: Layout, work: Work) -> int:
     """The attentions' share of `step_flops`, for one branch of one image."""
     return sum(
-        4 * work.held(queries, layout) * work.keys(keys) * dealt_width(net, layout, keys)
-        for queries, keys in net.attends
+        4 * work.held(queries, layout) * work.keys(keys) * dealt_width(net, layout, width, keys)
+        for queries, keys, width in net.attends
     )
 
 
-def dealt_width(net: CostModel, layout: Layout, keys: str = "image") -> int:
-    """D: what a token's heads on one rank take. Attention to what every rank holds whole trades no heads, and
-    fills none up.
+def dealt_width(net: CostModel, layout: Layout, width: int, keys: str = "image") -> int:
+    """D: what a token's heads on one rank take, of an attention whose heads are `width` together. Attention
+    to what every rank holds whole trades no heads, and fills none up.
     """
     heads = ceil(net.heads / layout.tp)
     fill = 1 if keys in ("prompt", "views") else layout.ulysses
-    return ceil(heads / fill) * fill * net.head_width
+    return ceil(heads / fill) * fill * (width // net.heads)
+
+
+def _attended_width(row: Row) -> int:
+    """Of all heads of the attention that a row stands for: what its output projection reads, or what its keys
+    are.
+    """
+    if row.split != 1:
+        return row.shape[0]
+    return row.parts[0] if row.parts else row.shape[1]
 
 
 def step_bytes(net: CostModel, layout: Layout, work: Work, b: int = 2) -> dict[str, int]:
     """Bytes that one rank hands to collectives in one step, by axis, axes that exchange nothing left out. For
     each branch that it walks:
 
-    ulysses: for each attention of streams to streams one all-to-all of queries, keys and values, 3 B n D b,
-    and one of the result, B n D b.
+    ulysses: for each attention of streams to streams all-to-alls of queries and result, 2 B n D b, and of
+    keys and values, 2 B n D b, n those of the stream that is attended to.
     ring: for each of these attentions R - 1 rotations of the keys and values that ulysses left it, 2 B (n U)
     (D / U) b.
     tp: for each row-split linear one sum of its result, B n out b; for each norm over all heads one sum of
@@ -250,11 +265,9 @@ def step_bytes(net: CostModel, layout: Layout, work: Work, b: int = 2) -> dict[s
     fsdp: one gather of every block's weights, of which the rank holds a share (`share_bytes`).
     """
     rows = {row.name: row for row in net.rows}
-    exchanged = sum(
-        work.held(queries, layout) * dealt_width(net, layout)
-        for queries, keys in net.attends
-        if keys in ("image", "joint")
-    )
+    streams = [each for each in net.attends if each[1] in ("image", "joint", "audio")]
+    asked = sum(work.held(queries, layout) * dealt_width(net, layout, width) for queries, _, width in streams)
+    attended = sum(work.held(keys, layout) * dealt_width(net, layout, width) for _, keys, width in streams)
     summed = sum(work.held(stream, layout) * 4 for stream in net.norms)
     summed += sum(
         work.held(stream, layout) * rows[name].shape[0] * b
@@ -264,8 +277,8 @@ def step_bytes(net: CostModel, layout: Layout, work: Work, b: int = 2) -> dict[s
     each = work.evaluations(layout) * work.images
     found = {
         "cfg": (layout.cfg > 1) * work.images * work.held("image", layout) * net.values * b,
-        "ring": (layout.ring - 1) * each * 2 * exchanged * b,
-        "ulysses": (layout.ulysses > 1) * each * 4 * exchanged * b,
+        "ring": (layout.ring - 1) * each * 2 * attended * b,
+        "ulysses": (layout.ulysses > 1) * each * 2 * (asked + attended) * b,
         "tp": (layout.tp > 1) * each * summed,
         "fsdp": (shards(layout) > 1) * sum(share_bytes(rows, layout, b) for rows in net.blocks),
     }

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-Input = Literal["image", "text", "joint", "steps", "prompt", "views"]
+Input = Literal["image", "text", "joint", "audio", "context", "steps", "prompt", "views"]
 """What passes through a weight of a denoiser.
 
-At every step the tokens of a stream: "image", "text", or "joint" for both. Once per request: "steps", one row
+At every step the tokens of a stream: "image" (or video), "text", "joint" for both, "audio" for sound beside a
+video; or "context", the prompt's tokens, all of them on every rank. Once per request: "steps", one row
 per step; "prompt", the prompt's tokens; "views", an image encoder's tokens of the input images.
 """
-STREAMS = ("image", "text", "joint")
+STREAMS = ("image", "text", "joint", "audio", "context")
 """The inputs of weights that every step reads."""
 
 

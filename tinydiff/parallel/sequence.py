@@ -18,8 +18,10 @@ from torch import Tensor
 from tinydiff.parallel.moves import reshard
 from tinydiff.parallel.plan import Cond, Partial, Placement, Plan, Replicate, Shard
 
-STREAMS = {"image": ("image",), "joint": ("text", "image")}
-"""What attention in the loop runs over: the image alone, or both streams, text first on each rank."""
+STREAMS = {"image": ("image",), "audio": ("audio",), "joint": ("text", "image")}
+"""What attention in the loop runs over: the image or the sound alone, or text and image, text first on each
+rank.
+"""
 KEYS = "keys."
 """How the names of the index tensors begin."""
 
@@ -53,22 +55,31 @@ def width(held: list[int]) -> int:
     return max(2, *held)
 
 
-def share(plan: Plan, x: Tensor, dim: int) -> Tensor:
-    """This rank's share of the tokens along `dim`, padded with zeros; x itself where nothing is dealt."""
+def share(plan: Plan, x: Tensor, dim: int, kinds: Sequence[int] = ()) -> Tensor:
+    """This rank's share of the tokens along `dim`, padded with zeros; x itself where nothing is dealt.
+
+    kinds: how many tokens of each kind follow each other there, where there are several, such as video and
+    sound. Each kind is dealt on its own.
+    """
     shares, index = ranks(plan)
     if shares == 1:
         return x
+    if len(kinds) > 1:
+        return torch.cat([share(plan, part, dim) for part in x.split(list(kinds), dim)], dim)
     held = counts(x.shape[dim], shares)
     padded = x.new_zeros(*x.shape[:dim], width(held), *x.shape[dim + 1 :])
     padded.narrow(dim, 0, held[index]).copy_(x.narrow(dim, sum(held[:index]), held[index]))
     return padded
 
 
-def gathered(plan: Plan, x: Tensor, dim: int, tokens: int) -> Tensor:
+def gathered(plan: Plan, x: Tensor, dim: int, tokens: int, kinds: Sequence[int] = ()) -> Tensor:
     """The shares of all ranks along `dim` -> all tokens, without padding. The opposite of `share`."""
     shares, _ = ranks(plan)
     if shares == 1:
         return x
+    if len(kinds) > 1:
+        parts = x.split([width(counts(n, shares)) for n in kinds], dim)
+        return torch.cat([gathered(plan, part, dim, n) for part, n in zip(parts, kinds, strict=True)], dim)
     x = _everywhere(plan, x, Shard(dim))
     if x.shape[dim] == tokens:
         return x
@@ -100,13 +111,13 @@ def dealt(plan: Plan, conds: Sequence[Cond], request: Mapping[str, Tensor]) -> d
     """
     if ranks(plan)[0] == 1:
         return dict(request)
-    image, text = (_length(request, conds, stream) for stream in ("image", "text"))
+    lengths = {stream: _length(request, conds, stream) for stream in ("image", "text", "audio")}
     dims = token_dims(conds)
     device = next(iter(request.values())).device
     shares = {name: share(plan, x, dims[name]) if name in dims else x for name, x in request.items()}
     return shares | {
         name: torch.tensor(index, dtype=torch.int64, device=device)
-        for name, index in _real(plan, text, image).items()
+        for name, index in _real(plan, lengths).items()
     }
 
 
@@ -124,15 +135,17 @@ def keys(plan: Plan, known: Known, stream: str) -> tuple[Tensor, ...]:
     )
 
 
-def _real(plan: Plan, text: int, image: int) -> dict[str, list[int]]:
+def _real(plan: Plan, lengths: Mapping[str, int]) -> dict[str, list[int]]:
     """Name -> places of the real tokens among those that `ulysses` gathers, for each stream and turn of the
-    ring.
+    ring. lengths: how many tokens each stream has.
     """
     ring, ulysses = plan.group("ring"), plan.group("ulysses")
     shares = ring.size * ulysses.size
-    held = {"text": counts(text, shares), "image": counts(image, shares)}
+    held = {stream: counts(tokens, shares) for stream, tokens in lengths.items()}
     found = {}
     for stream, parts in STREAMS.items():
+        if stream == "audio" and not lengths[stream]:
+            continue
         for turn in range(ring.size):
             first = (ring.rank + turn) % ring.size * ulysses.size
             places, start = [], 0

@@ -4,7 +4,7 @@ way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from tinydiff.models import ernie, family, flux, flux2, ovis, qwen_image, sd3, wan, z_image
+from tinydiff.models import ernie, family, flux, flux2, ltx2, ovis, qwen_image, sd3, wan, z_image
 from tinydiff.models.evaluate import evaluate
 from tinydiff.ops.network import Network
 from tinydiff.ops.patch import patchify
@@ -37,6 +37,8 @@ class Asked(NamedTuple):
     """What the reference returns -> the velocity of each token."""
     answered: int | None = None
     """Tokens that it answers; pads follow among ours."""
+    kinds: tuple[int, ...] = ()
+    """How many tokens of each kind, where there are several."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Denoiser:
     config: Any
     ask: Callable[[Any], Asked]
     time: tuple[str, str]
-    text: tuple[str, str]
+    text: tuple[str, str] | None
+    """None where the text enters the blocks as it is given."""
     image: str | None
     """The layer that embeds the image's tokens; None where its output is not in their order."""
     sinusoid: str = ""
@@ -64,13 +67,16 @@ class Denoiser:
     """How the reference's blocks order a joint sequence."""
     sequence_first: bool = False
     """Whether its dimensions are (sequence, batch, width)."""
+    prepare: Callable[[nn.Module], None] = lambda module: None
+    """Done to the reference before its roundings are taken out."""
 
 
 def case(d: Denoiser) -> Case:
     """Stages: time, text, image, each block under its name, and the last layer."""
     places = [at for _, at in d.family.blocks(d.config)]
     asked = d.ask(d.config)
-    layers = {"time": d.time[0], "text": d.text[0]} | ({} if d.image is None else {"image": d.image})
+    layers = {"time": d.time[0]} | ({} if d.text is None else {"text": d.text[0]})
+    layers |= {} if d.image is None else {"image": d.image}
     layers |= {at: at for at in places}
 
     def reference() -> nn.Module:
@@ -78,6 +84,7 @@ def case(d: Denoiser) -> Case:
             module = built(getattr(library("diffusers"), d.reference), d.config)
         if d.sinusoid:
             module.get_submodule(d.sinusoid).register_forward_pre_hook(_as_float32)
+        d.prepare(module)
         return module
 
     def theirs(module: nn.Module) -> dict[str, Tensor]:
@@ -105,30 +112,38 @@ def _stages(d: Denoiser, asked: Asked, weights: Mapping[str, Tensor]) -> Iterato
     request, step, entered, blocks, velocity = evaluate(
         network, dict(weights), asked.tokens, TIME, asked.inputs
     )
-    time, text = step[d.time[1]].flatten(1), request[d.text[1]]
+    time = step[d.time[1]].flatten(1)
     yield (
         "time",
         (time - 1 if d.family is z_image.FAMILY else time).expand(images, -1),
     )  # Z-Image hoists 1 + scale
-    yield "text", text.flatten(2).expand(images, -1, -1)
+    if d.text is not None:
+        yield "text", request[d.text[1]].flatten(2).expand(images, -1, -1)
     if d.image is not None:
         yield "image", entered if isinstance(entered, Tensor) else entered[1]
     for at, streams in blocks.items():
         parts = (streams,) if isinstance(streams, Tensor) else streams
         if d.image_alone and at.startswith(d.image_alone):
             parts = parts[1:]
-        yield at, torch.cat(parts[::-1] if d.image_first else parts, 1)
+        yield at, _concatenated(parts[::-1] if d.image_first else parts)
     yield "last", velocity[:, : asked.answered]
 
 
 def _joined(output: Any, sequence_first: bool) -> Tensor:
     """What a layer of the reference returns -> [B, tokens, D], both streams one after the other."""
-    joined = torch.cat(
-        [part for part in (output if isinstance(output, tuple) else (output,)) if part is not None], 1
+    joined = _concatenated(
+        [part for part in (output if isinstance(output, tuple) else (output,)) if part is not None]
     )
     if joined.ndim > 3:
         return joined.flatten(2).transpose(1, 2)
     return joined.transpose(0, 1) if sequence_first else joined
+
+
+def _concatenated(streams: Sequence[Tensor]) -> Tensor:
+    """Streams one after the other; those of different widths as [B, all their values, 1]."""
+    if len({stream.shape[2:] for stream in streams}) > 1:
+        streams = [stream.flatten(1)[..., None] for stream in streams]
+    return torch.cat(list(streams), 1)
 
 
 def _time(output: Tensor, pictures: int) -> Tensor:
@@ -282,6 +297,60 @@ def _sd3(c: sd3.Config) -> Asked:
     )
 
 
+def _ltx2(frozen: bool = False) -> Callable[[ltx2.Config], Asked]:
+    """frozen: the first frame is given, and its tokens stand at timestep 0."""
+
+    def ask(c: ltx2.Config) -> Asked:
+        tokens = draw(2, _LTX2_VIDEO + _LTX2_SOUND, c.in_channels, seed=2)
+        texts = {}
+        for kind, seed in ((c.video, 3), (c.audio, 4)):
+            width = c.caption_channels if c.use_prompt_embeddings else kind.text
+            texts[f"{kind.prefix}text"] = draw(2, WORDS, width, seed=seed)
+        inputs = {
+            "positions": ltx2.positions(c, _LTX2_SIZE, 25.0),
+            "audio_positions": ltx2.audio_positions(c, _LTX2_SOUND),
+        }
+        time = TIME.expand(2)
+        known = {
+            "hidden_states": tokens[:, :_LTX2_VIDEO],
+            "audio_hidden_states": tokens[:, _LTX2_VIDEO:],
+            "encoder_hidden_states": texts["text"],
+            "audio_encoder_hidden_states": texts["audio_text"],
+            "timestep": time,
+            "audio_timestep": time,
+            "sigma": time,
+            "use_cross_timestep": c.cross_attn_mod,
+        } | dict(zip(("num_frames", "height", "width"), _LTX2_SIZE, strict=True))
+        known |= {"fps": 25.0, "audio_num_frames": _LTX2_SOUND}
+        if frozen:
+            given = torch.arange(_LTX2_VIDEO) < _LTX2_VIDEO // _LTX2_SIZE[0]
+            inputs["frozen"] = given[None, :, None]
+            known["timestep"] = torch.where(given, 0, TIME).expand(2, -1)
+        kinds = (_LTX2_VIDEO, _LTX2_SOUND)
+        return Asked(tokens, texts | inputs, known, _both_kinds, kinds=kinds)
+
+    return ask
+
+
+def _both_kinds(output: Any) -> Tensor:
+    """The velocities of video and sound as one sequence."""
+    return torch.cat([output.sample, output.audio_sample], 1)
+
+
+def _ltx2_tables(module: Any) -> None:
+    """LTX-2 makes its rope tables in float32, and was trained with them; they are made here once."""
+    video = module.rope.prepare_video_coords(2, *_LTX2_SIZE, "cpu", fps=25.0)
+    sound = module.audio_rope.prepare_audio_coords(2, _LTX2_SOUND, "cpu")
+    for rope, coords in (
+        (module.rope, video),
+        (module.audio_rope, sound),
+        (module.cross_attn_rope, video[:, :1]),
+        (module.cross_attn_audio_rope, sound[:, :1]),
+    ):
+        tables = rope(coords)
+        rope.register_forward_hook(lambda _module, _args, _output, tables=tables: tables)
+
+
 # --- the denoisers
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -335,6 +404,33 @@ _SD3 = sd3.Config(
     **_NARROW,
 )
 
+_LTX2_SIZE, _LTX2_VIDEO, _LTX2_SOUND = (3, 2, 5), 30, 11
+"""Of the video's latents, and how many tokens each kind has."""
+_LTX2 = ltx2.Config(
+    in_channels=6,
+    out_channels=6,
+    audio_in_channels=6,
+    audio_out_channels=6,
+    num_attention_heads=2,
+    attention_head_dim=20,
+    cross_attention_dim=40,
+    audio_num_attention_heads=2,
+    audio_attention_head_dim=14,
+    audio_cross_attention_dim=28,
+    caption_channels=24,
+    num_layers=2,
+    rope_type="split",
+)
+_LTX23 = replace(
+    _LTX2,
+    gated_attn=True,
+    audio_gated_attn=True,
+    cross_attn_mod=True,
+    audio_cross_attn_mod=True,
+    use_prompt_embeddings=False,
+    perturbed_attn=True,
+)
+
 _FIRST = "transformer_blocks.0"
 _PICTURE, _GIVEN, _SMALL = (6, 10), (4, 14), (8, 2)
 """Latents of an image and of two others, none square."""
@@ -386,6 +482,20 @@ def _of_sd3(**changes: Any) -> Denoiser:
     )
 
 
+def _of_ltx2(config: ltx2.Config, frozen: bool = False) -> Denoiser:
+    text = (f"{_FIRST}.attn2.to_v", f"{_FIRST}.attn2.v")
+    return Denoiser(
+        ltx2.FAMILY,
+        "LTX2VideoTransformer3DModel",
+        config,
+        _ltx2(frozen),
+        ("audio_time_embed.linear", "audio_modulation"),
+        None if config.cross_attn_mod else text,
+        "audio_proj_in",
+        prepare=_ltx2_tables,
+    )
+
+
 DENOISERS = {
     "Wan, text": _of_wan(_WAN),
     "Wan, a frame beside the noise": _of_wan(replace(_WAN, in_channels=12)),
@@ -415,5 +525,9 @@ DENOISERS = {
     "SD3": _of_sd3(),
     "SD3, norms": _of_sd3(qk_norm="rms_norm"),
     "SD3, norms and dual attention": _of_sd3(qk_norm="rms_norm", dual_attention_layers=(0, 1)),
+    "LTX-2": _of_ltx2(_LTX2),
+    "LTX-2, a given first frame": _of_ltx2(replace(_LTX2, rope_type="interleaved"), frozen=True),
+    "LTX-2.3": _of_ltx2(_LTX23),
+    "LTX-2.3, a given first frame": _of_ltx2(_LTX23, frozen=True),
 }  # fmt: skip
 """What is compared -> how."""
