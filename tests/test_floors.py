@@ -20,6 +20,7 @@ WORDS = (
     "keymap",
     "parallel.plan",
     "parallel.layout",
+    "parallel.placements",
     "version",
 )
 HOUSE = {
@@ -75,6 +76,7 @@ LAZY += [
     "tinydiff.parallel.cost",
     "tinydiff.parallel.plan",
     "tinydiff.parallel.layout",
+    "tinydiff.parallel.placements",
     "tinydiff.runtime.launch",
 ]
 LAZY += [

@@ -8,8 +8,8 @@ text tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import isqrt, prod, sqrt
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -21,7 +21,8 @@ from tinydiff import entries
 from tinydiff.ops.network import Family, Network
 from tinydiff.ops.patch import patchify, unpatchify
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Plan
+from tinydiff.parallel.dtensors import DTensor, Sharding, as_dtensors, full, replaced
+from tinydiff.parallel.plan import Plan, Row
 from tinydiff.records import Output, UserError
 
 F = TypeVar("F")
@@ -47,6 +48,36 @@ class Net(Generic[F]):
     """(name, rank) of the adapters beside the weights, in their order along the low-rank leaves."""
     lora_scale: Tensor | None = None
     """[1, R]: one request's strength of each direction of those leaves."""
+    sharding: Sharding | None = None
+    """How the weights lie on several ranks; None where this process is alone."""
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Every weight of the checkpoint."""
+        return tuple(cast(Any, self.family).spec(self.config))
+
+    @property
+    def dtensors(self) -> dict[str, DTensor]:
+        """On several ranks: each weight by its own name, over the memory of `weights`."""
+        if self.sharding is None:
+            raise ValueError("the weights of one process alone are whole, not DTensors")
+        return as_dtensors(self.weights, self.rows, self.plan, self.sharding)
+
+    def whole(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Weights as a checkpoint has them, one at a time; all if none are named. All ranks run through this."""
+        rows = [row for row in self.rows if names is None or row.name in names]
+        if self.sharding is None:
+            yield from ((row.name, self.weights[row.name]) for row in rows)
+            return
+        placed = self.dtensors
+        for row in rows:
+            yield row.name, full(placed[row.name], row, self.sharding)
+
+    def with_weights(self, changed: Iterable[tuple[str, Tensor]]) -> Net[F]:
+        """The network with other whole weights in place of some; what is not touched is shared."""
+        if self.sharding is None:
+            return replace(self, weights=self.weights | dict(changed))
+        return replace(self, weights=replaced(self.weights, self.rows, self.plan, self.sharding, changed))
 
     @property
     def w(self) -> Weights:

@@ -21,12 +21,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from math import prod
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from tinydiff import config
 from tinydiff.parallel.layout import AXES, UNITED, Layout, teams
@@ -48,13 +50,14 @@ seen to have been first.
 class Ranks:
     """This process among those of a job.
 
-    rank: in the order of the mesh. groups: this rank's place along each of `AXES` and in each of `UNITED`,
-    ALONE where no other rank is.
+    mesh: torch's, with the dimensions `AXES`. rank: in the order of the mesh. groups: this rank's place along
+    each of `AXES` and in each of `UNITED`, ALONE where no other rank is.
     """
 
     layout: Layout
     rank: int
     groups: Mapping[str, Group]
+    mesh: DeviceMesh
 
     @property
     def leads(self) -> bool:
@@ -78,33 +81,49 @@ def join(layout: Layout, timeout: float, device: str) -> Ranks:
         )
     else:
         dist.init_process_group("gloo", timeout=limit)
-    return grouped(layout, timeout)
+    return grouped(layout, timeout, device)
 
 
-def grouped(layout: Layout, timeout: float) -> Ranks:
-    """The groups of a layout, in a job whose processes have met. One process group serves all names with the
+def grouped(layout: Layout, timeout: float, device: str = "cpu") -> Ranks:
+    """The mesh of a layout, in a job whose processes have met. One process group serves all names with the
     same teams.
     """
-    rank, world, limit = dist.get_rank(), tuple(range(layout.size)), timedelta(seconds=timeout)
+    rank, limit = dist.get_rank(), timedelta(seconds=timeout)
     if dist.get_world_size() != layout.size:
         raise ValueError(f"the layout is of {layout.size} ranks, and {dist.get_world_size()} have met")
-    made: dict[tuple[tuple[int, ...], ...], Group] = {tuple((r,) for r in world): ALONE}
-    if layout.size > 1:
-        made[(world,)] = _seen_by(rank, world, dist.group.WORLD)
-    groups = {}
+    made: dict[tuple[tuple[int, ...], ...], Any] = {(tuple(range(layout.size)),): dist.group.WORLD}
     for name in (*AXES, *UNITED):
         parts = tuple(map(tuple, teams(layout, name)))
-        if parts not in made:
-            for team in parts:
-                group = dist.new_group(list(team), timeout=limit)
-                if rank in team:
-                    made[parts] = _seen_by(rank, team, group)
-        groups[name] = made[parts]
-    return Ranks(layout, rank, groups)
+        if parts not in made:  # by hand, as init_device_mesh takes no timeout
+            both = [(team, dist.new_group(list(team), timeout=limit)) for team in parts]
+            made[parts] = next(group for team, group in both if rank in team)
+    found = {name: made[tuple(map(tuple, teams(layout, name)))] for name in (*AXES, *UNITED)}
+    ranks = torch.arange(layout.size).view(layout.sizes)
+    mesh = DeviceMesh.from_group([found[axis] for axis in AXES], device, ranks, mesh_dim_names=AXES)
+    groups = {axis: mesh.get_group(axis) for axis in AXES} | {name: found[name] for name in UNITED}
+    return Ranks(layout, rank, {name: _seen(group) for name, group in groups.items()}, mesh)
 
 
-def _seen_by(rank: int, team: tuple[int, ...], group: Any) -> Group:
-    return Group(group.group_name, len(team), team.index(rank))
+def weights_mesh(ranks: Ranks, axes: tuple[str, ...]) -> DeviceMesh:
+    """The same ranks as a mesh of other dimensions, each an axis or a group of `UNITED`, which together have
+    every axis once.
+    """
+    if axes == AXES:
+        return ranks.mesh
+    united = [UNITED.get(axis, (axis,)) for axis in axes]
+    groups = [
+        _process_group(ranks.groups[axis]) if ranks.groups[axis].size > 1 else ranks.mesh.get_group(first)
+        for axis, (first, *_) in zip(axes, united, strict=True)
+    ]
+    order = [AXES.index(axis) for each in united for axis in each]
+    sizes = [prod(ranks.mesh.size(AXES.index(axis)) for axis in each) for each in united]
+    return DeviceMesh.from_group(
+        groups, ranks.mesh.device_type, ranks.mesh.mesh.permute(order).reshape(sizes), mesh_dim_names=axes
+    )
+
+
+def _seen(group: dist.ProcessGroup) -> Group:
+    return Group(group.group_name, group.size(), group.rank()) if group.size() > 1 else ALONE
 
 
 def close() -> None:

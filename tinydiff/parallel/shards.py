@@ -18,6 +18,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from tinydiff.parallel.moves import start_gather, wait
+from tinydiff.parallel.placements import block_of
 from tinydiff.parallel.plan import ALONE, Group, Plan, Row
 
 # --- slices over tp
@@ -180,8 +181,7 @@ def _parts(packs: Mapping[str, Pack]) -> dict[str, tuple[str, Part]]:
 
 def _home(row: Row, blocks: Collection[str]) -> str | None:
     """The pack that a weight lies in, None if it lies in none."""
-    cuts = (i for i, letter in enumerate(row.name) if letter == ".")
-    prefix = next((row.name[:cut] for cut in cuts if row.name[:cut] in blocks), None)
+    prefix = block_of(row, blocks)
     return None if prefix is None else f"{prefix}.pack32" if row.float32 else f"{prefix}.pack"
 
 

@@ -33,17 +33,20 @@ Differences = Mapping[str, Difference]
 
 
 def merged(net: Net[Any], differences: Differences, strength: float) -> Net[Any]:
-    """The network with an adapter in its weights. What is not touched is shared with `net`."""
-    changed = {name: each.apply(net.weights[name], strength) for name, each in differences.items()}
-    return replace(net, weights=net.weights | changed)
+    """The network with an adapter in its weights. What is not touched is shared with `net`.
+
+    Weights that several ranks hold parts of are made whole one at a time, and each rank keeps its part.
+    """
+    changed = ((name, differences[name].apply(x, strength)) for name, x in net.whole(differences))
+    return net.with_weights(changed)
 
 
 def rounded_away(net: Net[Any], differences: Differences, strength: float) -> float:
     """The share of an adapter's differences that the type of the weights would lose, between 0 and about 1."""
     lost = total = 0.0
-    for name, each in differences.items():
-        weight = net.weights[name]
-        exact = each.apply(weight.to(torch.promote_types(weight.dtype, torch.float32)), strength)
+    for name, weight in net.whole(differences):
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        exact = differences[name].apply(wide, strength)
         lost += (exact.to(weight.dtype) - exact).square().sum().item()
         total += (exact - weight).square().sum().item()
     return (lost / total) ** 0.5 if total else 0.0

@@ -26,13 +26,14 @@ from tinydiff.models.family import Autoencoder, Denoiser, Encoder, Record
 from tinydiff.models.recipe import Net
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import BACKENDS, serves
+from tinydiff.parallel.dtensors import Sharding
 from tinydiff.parallel.plan import ALONE, Group, Plan
-from tinydiff.parallel.ranks import Ranks
-from tinydiff.parallel.shards import undivided
+from tinydiff.parallel.ranks import Ranks, weights_mesh
 from tinydiff.records import UserError, check_known
 from tinydiff.runtime import components, loras
 from tinydiff.runtime.component_config import preprocessed, read_config
 from tinydiff.runtime.components import SHIPPED as SHIPPED
+from tinydiff.runtime.weight_plans import network_placements
 from tinydiff.sampling import solvers
 
 log = logging.getLogger(__name__)
@@ -220,18 +221,17 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None, merge_adapters: bool 
     nets = {}
     for name, net in blueprint.nets.items():
         log.debug("loading %s as %s", name, net.dtype)
-        plan, together = (net.plan, ALONE) if ranks is None else _placed(net, ranks)
-        rows = net.family.spec(net.config)
-        blocks = {at for _, at in net.family.blocks(net.config)} if plan.group("shard").size > 1 else ()
+        plan, sharding = (net.plan, None) if ranks is None else _sharded(net, ranks)
+        together = ALONE if ranks is None or sharding is None else ranks.groups[sharding.where.same]
         weights = load_weights(
             net.component.place,
-            rows,
+            net.family.spec(net.config),
             net.dtype,
             blueprint.device,
             net.keys,
             plan.along("tp", "shard"),
             together,
-            blocks,
+            () if sharding is None else sharding.blocks,
             variant,
         )
         nets[name] = Net(
@@ -241,6 +241,7 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None, merge_adapters: bool 
             weights,
             net.dtype,
             net.component.json.get("generation_config.json", {}) if name == WRITER else {},
+            sharding=sharding,
         )
     read = [loras.read(each, nets) for each in blueprint.adapters]
     return with_adapters(Model(blueprint, nets, tokenizers), read, blueprint.lora_mode, merge_adapters)
@@ -258,24 +259,18 @@ def with_adapters(
     return replace(model, nets=nets, adapters=merged | attached)
 
 
-def _placed(net: NetPlan[Any], ranks: Ranks) -> tuple[Plan, Group]:
-    """(a network's plan on this rank, the ranks beside this one, on no axis that divides weights, that hold
-    the same).
-    """
-    groups, layout = ranks.groups, ranks.layout
+def _sharded(net: NetPlan[Any], ranks: Ranks) -> tuple[Plan, Sharding]:
+    """A network's plan on this rank, and how its weights lie on all of them."""
+    placed, groups = network_placements(net, ranks.layout), ranks.groups
+    if placed.whole is not None:
+        log.info("%s stays whole on every rank: %s", net.name, placed.whole)
+    where, axes = placed.mesh, dict[str, Group]()
     if net.family.role == "dit":
-        axes = {
-            axis: groups[axis]
-            for axis in ("cfg", "ring", "ulysses", "tp", *(("shard",) if layout.fsdp else ()))
-        }
-        return _with(net.plan, axes), groups["dp" if layout.fsdp else "peers"]
-    if net.family.role == "vae":
-        return _with(net.plan, {"rows": groups["replica"]} if layout.vae else {}), groups["world"]
-    tp, together = (groups["replica"], groups["dp"]) if layout.encoders else (groups["tp"], groups["peers"])
-    if tp.size > 1 and (why := undivided(net.family.spec(net.config), tp.size)):
-        log.info("%s stays whole on every rank: %s", net.name, why)
-        return net.plan, groups["world"]
-    return _with(net.plan, {"tp": tp}), together
+        axes = {axis: groups[axis] for axis in ("cfg", "ring", "ulysses")}
+    elif net.family.role == "vae" and ranks.layout.vae:
+        axes = {"rows": groups["replica"]}
+    axes |= {name: groups[axis] for name, axis in (("tp", where.split), ("shard", where.blocks)) if axis}
+    return _with(net.plan, axes), Sharding(weights_mesh(ranks, where.axes), where, placed.blocks)
 
 
 def _with(plan: Plan, axes: Mapping[str, Group]) -> Plan:

@@ -18,7 +18,6 @@ from tinydiff.io import hub
 from tinydiff.io.lora import Adapter, Component, read_adapter
 from tinydiff.models.layouts.recognise import key_maps
 from tinydiff.models.recipe import Net
-from tinydiff.parallel.plan import Plan
 from tinydiff.records import UserError, nearest
 from tinydiff.runtime import adapters
 
@@ -140,9 +139,6 @@ class Network(Protocol):
     @property
     def config(self) -> Any: ...
 
-    @property
-    def plan(self) -> Plan: ...
-
 
 def attach(
     nets: Mapping[str, Net[Any]], read: Sequence[Read], mode: Mode = "auto", prefer_merged: bool = False
@@ -155,11 +151,9 @@ def attach(
     changed, attached = dict(nets), {}
     beside: dict[str, dict[str, adapters.Differences]] = {name: {} for name in nets}
     for each, adapter in ((one.chosen, one.adapter) for one in read):
-        merge = only_merges(each, adapter, changed, mode)
-        if merge is None:
-            merge = mode == "merge" or (
-                mode == "auto" and prefer_merged and not _rounds_away(each, adapter, changed)
-            )
+        merge = only_merges(each, adapter, mode) or mode == "merge"
+        if mode == "auto" and prefer_merged and not merge:
+            merge = not _rounds_away(each, adapter, changed)
         for component, differences in adapter.targets.items():
             if merge:
                 changed[component] = adapters.merged(changed[component], differences, each.strength)
@@ -196,31 +190,16 @@ def _component(net: Network) -> Component:
     return Component(net.family.role, rows, key_maps(net.family, net.config))
 
 
-def only_merges(
-    each: Chosen, adapter: Adapter, nets: Mapping[str, Network], mode: Mode = "dynamic"
-) -> bool | None:
-    """Whether an adapter can only be merged, or (False) only stay beside the weights; None where both can be.
+def only_merges(each: Chosen, adapter: Adapter, mode: Mode = "dynamic") -> bool:
+    """Whether an adapter can only be merged, not stay beside the weights.
 
-    Raises UserError where it can be neither, or not what `mode` asks for.
+    Raises UserError where `mode` asks for what it cannot be.
     """
-    divided = next((name for name in adapter.targets if _is_divided(nets[name])), None)
     whole = next((name for part in adapter.targets.values() for name in part if not _stays(part, name)), None)
-    if mode == "merge" and divided is not None:
-        message = f"{divided}'s weights are divided over ranks, so {each.name!r} cannot be merged into them"
-        raise UserError("lora_merge_mode", f"lora_merge_mode: {message}; use dynamic")
-    if whole is not None and (mode == "dynamic" or divided is not None):
-        why = "" if divided is None else f", and the weights of {divided} are divided over ranks"
-        message = (
-            f"{each.name!r} changes {whole} by more than a low-rank product, which only merging can do{why}"
-        )
+    if whole is not None and mode == "dynamic":
+        message = f"{each.name!r} changes {whole} by more than a low-rank product, which only merging can do"
         raise UserError("lora_merge_mode", f"lora_merge_mode: {message}")
-    if whole is not None:
-        return True
-    return None if divided is None else False
-
-
-def _is_divided(net: Network) -> bool:
-    return any(net.plan.group(axis).size > 1 for axis in ("tp", "shard"))
+    return whole is not None
 
 
 def _stays(differences: adapters.Differences, name: str) -> bool:

@@ -81,8 +81,7 @@ class Adapters:
     def _is_merged(self, read: loras.Read) -> bool:
         """Whether an adapter of the start goes into the weights: it shall, or it can do nothing else."""
         mode = self._blueprint.lora_mode
-        only = loras.only_merges(read.chosen, read.adapter, self._blueprint.nets, mode)
-        return mode == "merge" if only is None else only
+        return loras.only_merges(read.chosen, read.adapter, mode) or mode == "merge"
 
     def _add(self, chosen: loras.Chosen) -> None:
         if NAME.fullmatch(chosen.name) is None:
@@ -91,7 +90,7 @@ class Adapters:
         if chosen.name in self._merged:
             raise UserError("lora_nickname", f"lora_nickname: {chosen.name!r} is merged into the weights")
         read = loras.read(chosen, self._blueprint.nets)
-        loras.only_merges(chosen, read.adapter, self._blueprint.nets)
+        loras.only_merges(chosen, read.adapter)
         with self._lock:
             self._loaded.pop(chosen.name, None)
             self._loaded[chosen.name] = read
