@@ -138,7 +138,7 @@ def test_perf_dump(asked, tmp_path):
         (["serve", "--prompt", "x"], "prompt: is an option of a request, not of the server"),
         (["serve", "--num-gpus", "2"], "num_gpus: a server runs on one device so far"),
         (["serve", "--api-key-file", "/nowhere"], "api_key_file: '/nowhere' cannot be read"),
-        (["models", "--jsn"], "takes --json or nothing"),
+        (["models", "--jsn"], "--jsn: no such flag; did you mean '--json'?"),
         (["generate"], "prompt: is missing"),
         (["generate", "--promt", "a"], "did you mean '--prompt'?"),
         (

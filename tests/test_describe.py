@@ -410,9 +410,9 @@ def test_any_broken_header_is_one_sentence(kind, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        ([], "no path is given; it takes one"),
-        (["a", "b"], "2 paths are given"),
-        (["a", "--jsn"], "unknown option '--jsn'; it takes PATH and --json; did you mean '--json'"),
+        ([], "path: is missing; give a file, a directory or a hub id"),
+        (["a", "b"], "path: takes one value and was given 'a' 'b'"),
+        (["a", "--jsn"], "--jsn: no such flag; did you mean '--json'?"),
         (["./nowhere.safetensors"], "is neither a file or directory here nor a hub id"),
     ],
 )
@@ -423,7 +423,7 @@ def test_mistakes_on_the_command_line(argv, sentence, capsys):
 
 def test_the_command(capsys, model):
     assert cli.main(["inspect", "--help"]) == 0
-    assert "usage: tinydiff inspect PATH [--json]" in capsys.readouterr().out
+    assert "usage: tinydiff inspect [-h] PATH [--json [true|false]]" in capsys.readouterr().out
     assert cli.main(["inspect", str(model), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(json.dumps(as_json(contents(str(model)))))

@@ -2,89 +2,89 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
 
-from tinydiff import config, values
+from tinydiff.config import SamplingOptions
 from tinydiff.parallel.cost import Machine
 from tinydiff.parallel.layout import AXES, OPTIONS, Layout
 from tinydiff.records import UserError, nearest
+from tinydiff.values import Precision, positional, same, within, within_limits
 
 if TYPE_CHECKING:
     from tinydiff.runtime.estimate import Estimate, Subject
-
-USAGE = """\
-usage: tinydiff plan MODEL [--num-gpus N] [--vram GB] [options]
-
-Estimate memory, bytes sent and seconds per step of each layout on N GPUs, from
-the model's configs. Needs no GPU and no weights.
-
-  MODEL                     a model's name (`tinydiff models`), a directory in
-                            diffusers layout or a hub id
-  --num-gpus N              number of GPUs: 1 (default)
-  --vram GB                 memory of each GPU; if left out, the usual layout is
-                            compared with GPUs of 12 to 192 GB
-  --size WIDTHxHEIGHT       size in pixels, such as 1280x720 (default: the model's)
-  --num-frames N            frames of a video (default: the model's)
-  --num-inference-steps N   denoising steps (default: the model's)
-  --guidance-scale X        guidance, which runs the network twice per step
-                            (default: the model's)
-  --true-cfg-scale X        the same for models whose guidance_scale is an input
-                            of the network
-  --dit-precision TYPE      data type of the denoiser: bf16 (default), fp16 or fp32
-  --tflops X                10^12 operations per second that a GPU reaches: 400
-                            (default; an H100 peaks at 989)
-  --bandwidth X             GB per second from one GPU to others of its machine:
-                            nvlink (300, default), pcie (25) or a number
-  --net-bandwidth X         GB per second between machines: 25 (default)
-  --gpus-per-node N         GPUs of one machine: 8 (default)
-  --json                    print JSON
-"""
 
 LINKS = {"nvlink": 300.0, "pcie": 25.0}
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
-class Question:
-    """The parsed command line. vram: GB, None if left out."""
+class PlanOptions:
+    """What is planned for, and how it is printed."""
 
-    model: str
-    ranks: int
-    vram: float | None
-    sampling: config.SamplingOptions
-    precision: str
-    machine: Machine
-    as_json: bool
+    model: str = positional()
+    """A model's name (`tinydiff models`), a directory in diffusers layout or a hub id."""
+    num_gpus: int = within(1, least=1, most=2**16)
+    """Number of GPUs."""
+    vram: float | None = within(above=0)
+    """GB of memory of each GPU. If left out, the usual layout is compared with GPUs of 12 to 192 GB."""
+    height: int | None = same(SamplingOptions, "height")
+    width: int | None = same(SamplingOptions, "width")
+    num_frames: int | None = same(SamplingOptions, "num_frames")
+    num_inference_steps: int | None = same(SamplingOptions, "num_inference_steps")
+    guidance_scale: float | None = same(SamplingOptions, "guidance_scale")
+    true_cfg_scale: float | None = same(SamplingOptions, "true_cfg_scale")
+    dit_precision: Precision = "bf16"
+    """Data type of the denoiser."""
+    tflops: float = within(400.0, above=0)
+    """10^12 operations per second that a GPU reaches. An H100 peaks at 989."""
+    bandwidth: str = "nvlink"
+    """GB per second from one GPU to others of its machine: nvlink (300), pcie (25) or a number."""
+    net_bandwidth: float = within(25.0, above=0)
+    """GB per second between machines."""
+    gpus_per_node: int = within(8, least=1)
+    """Number of GPUs of one machine."""
+    json: bool = False
+    """Print JSON."""
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        """The request."""
+        shared = (entry.name for entry in fields(self) if "same" in entry.metadata)
+        return SamplingOptions(**{name: getattr(self, name) for name in shared})
+
+    @property
+    def machine(self) -> Machine:
+        """What the layouts run on. Raises UserError."""
+        link = LINKS.get(self.bandwidth) or _link(self.bandwidth)
+        return Machine(self.tflops, link, self.net_bandwidth, self.gpus_per_node)
 
 
-def main(argv: Sequence[str]) -> int:
+def run(question: PlanOptions) -> int:
     """Run the command. Raises UserError."""
-    question = _parsed(argv)
-    if question is None:
-        print(USAGE, end="")
-        return 0
+    if not question.model:
+        raise UserError("model", "model: is missing; `tinydiff models` lists the names")
+    machine = question.machine
     from tinydiff.runtime import estimate  # torch, for those who get here
 
     subject = estimate.subject(
-        question.model, question.sampling, question.ranks, ITEM_BYTES[question.precision]
+        question.model, question.sampling, question.num_gpus, ITEM_BYTES[question.dit_precision]
     )
     notes = list(assumptions(question, subject, estimate.RESERVED, estimate.REFERENCE))
-    usual = estimate.usual(subject, question.ranks)
+    usual = estimate.usual(subject, question.num_gpus)
     if question.vram is None:
-        cards = estimate.over_cards(subject, question.ranks, question.machine)
+        cards = estimate.over_cards(subject, question.num_gpus, machine)
         why, report = peak(question, cards[0][0], usual), _cards_json(subject, cards)
         columns = len(CARD_HEAD) if any(helped for _, helped in cards) else CARD_HEAD.index("help")
         rows = [row[:columns] for row in (CARD_HEAD, *(_card(*each) for each in cards))]
     else:
-        estimates = estimate.estimates(subject, question.ranks, question.vram, question.machine)
+        estimates = estimate.estimates(subject, question.num_gpus, question.vram, machine)
         why = reason(question, question.vram, best(estimates), usual)
         report = _layouts_json(subject, estimates)
         rows = [HEAD, *(_cells(each, subject.decoding[0] is None) for each in estimates)]
-    if question.as_json:
+    if question.json:
         report = _question_json(question, subject) | {"reason": why} | report | {"assumptions": notes}
         print(json.dumps(report, indent=2))
     else:
@@ -92,61 +92,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError("plan", f"plan: {message}; see `tinydiff plan --help`")
-
-
-def _parsed(argv: Sequence[str]) -> Question | None:
-    """The question, None for --help."""
-    if {"-h", "--help"} & set(argv):
-        return None
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("model")
-    parser.add_argument("--json", action="store_true")
-    sampling = ("num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale")
-    numbers = {"vram": None, "tflops": 400.0, "net_bandwidth": 25.0}
-    for name in ("num_gpus", "size", "dit_precision", "bandwidth", "gpus_per_node", *sampling, *numbers):
-        parser.add_argument(f"--{name.replace('_', '-')}")
-    words = {name: value for name, value in vars(parser.parse_args(list(argv))).items() if value is not None}
-    shared = {name: words[name] for name in ("num_gpus", "dit_precision", *sampling) if name in words}
-    options = config.options(shared | _size(words.get("size")))
-    speeds = {
-        name: _positive(name, float, words[name]) if name in words else default
-        for name, default in numbers.items()
-    }
-    link = words.get("bandwidth", "nvlink")
-    machine = Machine(
-        tflops=speeds["tflops"],
-        link=LINKS.get(link) or _link(link),
-        net=speeds["net_bandwidth"],
-        ranks=_positive("gpus_per_node", int, words.get("gpus_per_node", "8")),
-    )
-    ranks, precision = options.parallel.num_gpus or 1, options.model.dit_precision or "bf16"
-    return Question(
-        words["model"], ranks, speeds["vram"], options.sampling, precision, machine, words["json"]
-    )
-
-
-def _size(text: str | None) -> dict[str, int]:
-    if text is None:
-        return {}
-    width, cross, height = text.lower().partition("x")
-    if not (cross and width.isdigit() and height.isdigit()):
-        raise UserError("size", f"size: {text!r} is not WIDTHxHEIGHT, such as 1280x720")
-    return {"width": int(width), "height": int(height)}
-
-
-def _positive(name: str, kind: type, text: str) -> Any:
-    value = values.read(name, kind, text)
-    if not 0 < value < float("inf"):
-        raise UserError(name, f"{name}: {text} must be above 0 and finite")
-    return value
-
-
 def _link(text: str) -> float:
     try:
-        return _positive("bandwidth", float, text)
+        return within_limits("bandwidth", float, text, {"above": 0})
     except UserError as error:
         if text.replace(".", "").lstrip("-").isdigit():
             raise
@@ -186,15 +134,15 @@ def best(estimates: Sequence[Estimate]) -> Estimate:
     return estimates[0] if estimates[0].lacks <= 0 else min(estimates, key=lambda each: each.lacks)
 
 
-def peak(question: Question, plain: Estimate, usual: Layout | None) -> str:
+def peak(question: PlanOptions, plain: Estimate, usual: Layout | None) -> str:
     """One line: what the layout needs on any GPU. usual: the layout that `generate` selects by itself."""
-    chosen = plain.layout == usual and question.ranks > 1
-    how = f", which `tinydiff generate --num-gpus {question.ranks}` selects," if chosen else ""
+    chosen = plain.layout == usual and question.num_gpus > 1
+    how = f", which `tinydiff generate --num-gpus {question.num_gpus}` selects," if chosen else ""
     needs = f"needs {plain.total / 1e9:.1f} GB at its peak and takes {plain.seconds:.3g} s/step"
     return f"{named(plain.layout)}{how} {needs}"
 
 
-def reason(question: Question, vram: float, first: Estimate, usual: Layout | None) -> str:
+def reason(question: PlanOptions, vram: float, first: Estimate, usual: Layout | None) -> str:
     """One line: why this layout, and how to select it, or that nothing fits."""
     layout = first.layout
     if first.lacks > 0:
@@ -203,18 +151,18 @@ def reason(question: Question, vram: float, first: Estimate, usual: Layout | Non
     if layout.size == 1:
         return "one GPU has room"
     parts = (name for name in (*AXES, "encoders", "fsdp") if int(getattr(layout, name)) > (name in AXES))
-    command = f"tinydiff generate --num-gpus {question.ranks}"
+    command = f"tinydiff generate --num-gpus {question.num_gpus}"
     how = f"`{command}` selects it" if layout == usual else f"`{command} {flags(layout)}`"
     return f"{named(layout)} is the fastest that fits: {'; '.join(WHY[name] for name in parts)}. {how}"
 
 
-def _headline(question: Question, subject: Subject) -> str:
+def _headline(question: PlanOptions, subject: Subject) -> str:
     request, work = subject.request, subject.work
     frames = f", {request.output.num_frames} frames" if request.output.num_frames > 1 else ""
     frames = frames or (f", {request.output.layers} layers" if request.output.layers else "")
     runs = "two branches of guidance" if work.branches > 1 else "no guidance"
-    gpus = "one GPU" if question.ranks == 1 else f"{question.ranks} GPUs"
-    on = gpus if question.vram is None else f"{question.ranks} x {question.vram:g} GB"
+    gpus = "one GPU" if question.num_gpus == 1 else f"{question.num_gpus} GPUs"
+    on = gpus if question.vram is None else f"{question.num_gpus} x {question.vram:g} GB"
     what = (
         f"{subject.name}, {request.output.width}x{request.output.height}{frames}, {work.steps} steps, {runs}"
     )
@@ -257,11 +205,11 @@ def _sent(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def assumptions(question: Question, subject: Subject, reserved: float, reference: int) -> Iterator[str]:
+def assumptions(question: PlanOptions, subject: Subject, reserved: float, reference: int) -> Iterator[str]:
     """What the numbers assume, one line each."""
     m = question.machine
     yield "Estimated, not measured. Every number is for one GPU; 1 GB is 10^9 bytes."
-    yield f"weights: all networks stay loaded; denoiser in {question.precision}, text encoders in bf16,"
+    yield f"weights: all networks stay loaded; denoiser in {question.dit_precision}, text encoders in bf16,"
     yield "  image encoder and autoencoder in fp32"
     yield "activations: what a step needs beside weights, without torch.compile, and what is computed before"
     yield "total: weights, and the larger of activations and decoding;"
@@ -275,11 +223,11 @@ def assumptions(question: Question, subject: Subject, reserved: float, reference
         yield "decoding: not known for this autoencoder, and left out"
     if subject.references:
         yield f"image tokens: with {subject.references} reference image of {reference}x{reference}"
-    if question.ranks > 1:
+    if question.num_gpus > 1:
         yield "replicas (--data-parallel-size) are left out: they make no single request faster"
 
 
-def _question_json(question: Question, subject: Subject) -> dict[str, Any]:
+def _question_json(question: PlanOptions, subject: Subject) -> dict[str, Any]:
     request = subject.request
     return {
         "model": subject.name,
@@ -289,7 +237,7 @@ def _question_json(question: Question, subject: Subject) -> dict[str, Any]:
             "num_frames": request.output.num_frames,
             **asdict(subject.work),
         },
-        "gpus": question.ranks,
+        "gpus": question.num_gpus,
         "vram_gb": question.vram,
         "machine": asdict(question.machine),
     }

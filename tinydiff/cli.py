@@ -1,7 +1,6 @@
-"""The command line: `tinydiff generate`, `serve`, `models`, `plan` and `doctor`.
+"""The command line: `tinydiff generate`, `serve`, `models`, `plan` and so on, a record of options each.
 
-tyro renders the help from the option records. `config.parse` reads the values, as it does those of config
-files and library calls. torch is imported only after everything that needs no model has been checked.
+torch is imported only after everything that needs no model has been checked.
 """
 
 from __future__ import annotations
@@ -9,42 +8,33 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, field, fields, make_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
-from tinydiff import config, paths, printing, unsupported
+from tinydiff import advise, command_line, config, describe, doctor, flags, paths, printing, unsupported
+from tinydiff.command_line import Command
 from tinydiff.models import registry
 from tinydiff.records import RankError, UserError, nearest
 from tinydiff.runtime import launch
-from tinydiff.values import descriptions
+from tinydiff.serve import server
+from tinydiff.serve.options import Serve
+from tinydiff.values import positional
 from tinydiff.version import __version__
 
 if TYPE_CHECKING:
     from tinydiff.records import Result
 
-SUMMARY = """\
-usage: tinydiff COMMAND ...
-
+ABOUT = """\
 Images and videos from diffusion models.
 
   tinydiff generate --prompt "a large red circle on a white background"
   tinydiff generate --prompt "a green star moving right" --num-frames 17
   tinydiff generate --model-path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a fox in the snow"
 
-commands:
-  generate    make images or videos and write them to files
-  serve       serve a model over HTTP: OpenAI's image and video API, a web page, metrics
-  models      list the supported models and their defaults
-  plan        estimate memory and time of a model on one or several GPUs
-  inspect     say what a file or directory is and which command runs it
-  doctor      show what this machine can run; --parity compares the networks with diffusers
-
-  -h, --help  show this help; after a command, its options
-  --version   show the version
+`tinydiff COMMAND --help` lists the options of a command, `tinydiff --version` says the version.
 """
 
 SPELLING = """\
@@ -98,43 +88,24 @@ def _run_or_explain(argv: list[str]) -> int:
 def _run(argv: list[str]) -> int:
     match argv:
         case [] | ["-h" | "--help", *_]:
-            print(SUMMARY, end="")
+            command_line.show(COMMANDS, ABOUT, ["--help"])
+            return 0
         case ["--version" | "version"]:
             print(f"tinydiff {__version__}")
-        case ["generate", *rest]:
-            _help_of_generate() if {"-h", "--help"} & set(rest) else _generate(rest)
-        case ["models", *rest]:
-            _models(rest)
-        case ["doctor", *rest]:
-            from tinydiff import doctor
-
-            return doctor.main(rest)
-        case ["plan", *rest]:
-            from tinydiff import advise
-
-            return advise.main(rest)
-        case ["inspect", *rest]:
-            from tinydiff import describe
-
-            return describe.main(rest)
-        case ["serve", *rest]:
-            if {"-h", "--help"} & set(rest):
-                _help_of_serve()
-            else:
-                from tinydiff.serve import server
-
-                return server.serve(rest)
-        case [word, *_]:
-            hint = nearest(word, COMMANDS)
+            return 0
+        case [word, *_] if word not in COMMANDS:
+            hint = nearest(word, [*COMMANDS, "--help", "--version"])
             raise UserError("command", f"{word}: no such command{hint}; `tinydiff --help` lists them")
-    return 0
+    command = COMMANDS[argv[0]]
+    if {"-h", "--help"} & set(argv):
+        command_line.show(COMMANDS, ABOUT, [argv[0], "--help"])
+        print(command.epilogue, end="")
+        return 0
+    return command.run(command_line.chosen(COMMANDS, argv))
 
 
-COMMANDS = ("generate", "models", "doctor", "plan", "inspect", "serve", "--help", "--version")
-
-
-def _generate(argv: list[str]) -> None:
-    options = config.parse(argv)
+def _generate(asked: config.Options) -> int:
+    options = config.checked(asked)
     _check_without_torch(options)
     launch.say(options.output.log_level)
     for name in options.ignored:
@@ -149,6 +120,7 @@ def _generate(argv: list[str]) -> None:
         print(_report(result))
     if options.output.perf_dump_path is not None and results:
         _dump(paths.path(options.output.perf_dump_path, "perf_dump_path"), results[0], started)
+    return 0
 
 
 def _check_without_torch(options: config.Options) -> None:
@@ -200,15 +172,20 @@ def _dump(path: Path, result: Result, started: datetime) -> None:
     write_over(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _models(argv: list[str]) -> None:
-    if argv in (["-h"], ["--help"]):
-        print("usage: tinydiff models [--json]\n\nList the supported models with their defaults.")
-    elif argv == ["--json"]:
+@dataclass(frozen=True)
+class ModelsOptions:
+    """How the list is printed."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+def _models(options: ModelsOptions) -> int:
+    if options.json:
         print(json.dumps([asdict(row) for row in registry.MODELS], indent=2, ensure_ascii=False))
-    elif argv:
-        raise UserError("models", f"models: unexpected {argv[0]!r}; it takes --json or nothing")
     else:
         print("\n".join(_table()))
+    return 0
 
 
 COLUMNS = ["model", "size", "frames", "fps", "steps", "guidance", "shift", "solver", "images", "parameters"]
@@ -237,66 +214,61 @@ def _cells(row: registry.ReleasedModel) -> list[str]:
     ]
 
 
-def _help_of_generate() -> None:
-    boxes: dict[str, type] = dict(
-        zip(("sampling", "output", "model", "parallel"), config.GROUPS, strict=True)
-    )
-    missing = textwrap.fill("Not supported yet: " + ", ".join(unsupported.FEATURES) + ".", 105)
-    _help("generate", "Make images or videos and write them to files.", boxes, f"{EPILOGUE}{missing}\n")
+@dataclass(frozen=True)
+class CompletionOptions:
+    """For which shell the script is."""
+
+    shell: Literal["bash", "zsh", "fish", "tcsh"] = positional("bash")
+    """The shell. `tinydiff completion bash > FILE`, and read FILE in ~/.bashrc."""
 
 
-def _help_of_serve() -> None:
-    from tinydiff.serve.options import ServeOptions
-
-    boxes = {"server": ServeOptions, "model": config.ModelOptions}
-    _help("serve", "Serve a model over an OpenAI-compatible HTTP API, with a web page.", boxes, SERVING)
+def _completion(options: CompletionOptions) -> int:
+    command_line.show(COMMANDS, ABOUT, ["--tyro-print-completion", options.shell])
+    return 0
 
 
-def _help(command: str, description: str, groups: Mapping[str, type], epilogue: str) -> None:
-    """Print a command's options: one box per record."""
-    import tyro
+def _tool(record: type, description: str, run: Callable[[Any], int]) -> Command:
+    """A command that runs no model."""
 
-    boxes = [
-        (name, group := _annotated(record), field(default_factory=group)) for name, record in groups.items()
-    ]
-    markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
-    options = make_dataclass("Options", boxes, frozen=True)
-    program = f"tinydiff {command}"
-    try:
-        tyro.cli(options, prog=program, description=description, args=["--help"], config=markers)
-    except SystemExit:
-        print(epilogue, end="")
+    def normalise(argv: Sequence[str]) -> tuple[Any, list[str]]:
+        return record(), command_line.words(record, flags.of_tool(argv, record))
+
+    return Command(record, description, normalise, run)
 
 
-def _annotated(record: type) -> type:
-    """A subclass of an option record whose annotations tell tyro how to render each field."""
-    from tyro.conf import arg
-
-    texts, hints = descriptions(record), get_type_hints(record)
-    rows = []
-    for entry in fields(record):
-        kind, text = hints[entry.name], texts[entry.name]
-        shape = arg(metavar=_metavar(kind), help=text, help_behavior_hint=_default_hint)
-        rows.append((entry.name, Annotated[kind, shape], entry))
-    return make_dataclass(record.__name__, rows, bases=(record,), frozen=True)
-
-
-def _default_hint(default: str) -> str:
-    if default in ("", "None"):
-        return ""
-    return f"(default: {default.lower() if default in ('True', 'False') else default})"
-
-
-def _metavar(kind: Any) -> str:
-    """The placeholder of an option's value in --help."""
-    origin, inner = get_origin(kind), [k for k in get_args(kind) if k is not NoneType]
-    if origin is Literal:
-        return "|".join(get_args(kind))
-    if origin is tuple:
-        return f"{_metavar(inner[0])} ..."
-    if origin in (Union, UnionType):
-        return _metavar(inner[0])
-    return "COMPONENT=..." if origin else {bool: "[true|false]", str: "TEXT", int: "N", float: "X"}[kind]
+COMMANDS = {
+    "generate": Command(
+        config.Options,
+        "Make images or videos and write them to files.",
+        config.normalise,
+        _generate,
+        EPILOGUE + textwrap.fill(f"Not supported yet: {', '.join(unsupported.FEATURES)}.", 105) + "\n",
+    ),
+    "serve": Command(
+        Serve,
+        "Serve a model over HTTP: OpenAI's image and video API, a web page, metrics.",
+        server.normalise,
+        server.serve,
+        SERVING,
+    ),
+    "models": _tool(ModelsOptions, "List the supported models and their defaults.", _models),
+    "plan": _tool(
+        advise.PlanOptions,
+        "Estimate memory and time of a model on one or several GPUs, from its configs alone.",
+        advise.run,
+    ),
+    "inspect": _tool(
+        describe.InspectOptions,
+        "Say what a file or directory is, what is missing and which command runs it.",
+        describe.run,
+    ),
+    "doctor": _tool(
+        doctor.DoctorOptions,
+        "Show what this machine can run; --parity compares the networks with diffusers.",
+        doctor.run,
+    ),
+    "completion": _tool(CompletionOptions, "Print the completions of a shell.", _completion),
+}
 
 
 if __name__ == "__main__":

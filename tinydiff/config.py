@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from tinydiff import config_file, flags, paths, unsupported
+from tinydiff import command_line, flags, paths
 from tinydiff.records import UserError, shown
-from tinydiff.values import Attention, Precision, filled, within
+from tinydiff.values import Attention, Precision, filled, outcome, within
 
 CLOUD_STORAGE = (
     "CLOUD_STORAGE_TYPE",
@@ -68,7 +68,7 @@ class SamplingOptions:
     num_outputs_per_prompt: int = within(1, least=1, most=10_000)
     """Number of outputs for each prompt."""
     height: int | None = within(least=1, most=2**16)
-    """Height in pixels. --720p --1080p --2k --4k set height and width at once."""
+    """Height in pixels. --size WIDTHxHEIGHT, --720p, --1080p, --2k or --4k sets height and width at once."""
     width: int | None = within(least=1, most=2**16)
     """Width in pixels."""
     num_frames: int | None = within(least=1, most=100_000)
@@ -245,9 +245,9 @@ class Options:
     output: OutputOptions = field(default_factory=OutputOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
-    refusals: tuple[str, ...] = ()
+    refusals: tuple[str, ...] = outcome()
     """One sentence for each option whose feature is not supported yet."""
-    ignored: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = outcome()
     """Names of server options, which have no effect on a single generation."""
 
 
@@ -346,21 +346,41 @@ def cloud_storage() -> dict[str, str]:
 
 
 def parse(argv: Sequence[str]) -> Options:
-    """The options of a command line, which override those of its `--config FILE`. Raises UserError."""
-    typed = flags.collect(flags.tokens(argv), [*NAMES, "config"], dashes=True)
-    path = typed.pop("config", None)
-    entries = {}
-    if path is not None:
-        entries = flags.collect(config_file.entries_of(flags.one_text("config", path)), NAMES)
-    for name, value in typed.items():
-        is_map = name in (*flags.MAPS, *unsupported.MAPS)
-        entries[name] = entries.get(name, {}) | value if is_map else value
-    return _checked(entries)
+    """The options of `tinydiff generate` with these words. Raises UserError."""
+    return checked(command_line.read(Options, *normalise(argv)))
+
+
+def normalise(argv: Sequence[str]) -> tuple[Options, list[str]]:
+    """(The options of the `--config FILE` of a command line, else the defaults; its words in one spelling).
+
+    Raises UserError.
+    """
+    file, typed = flags.given(argv, NAMES)
+    others = {name: value for name, value in flags.merged(file, typed).items() if name not in NAMES}
+    own = {name: value for name, value in typed.items() if name in NAMES}
+    return _with_others(filled(Options, file), others), command_line.words(Options, own)
 
 
 def options(entries: Mapping[str, Any]) -> Options:
     """The options of a library call: names with dashes or underscores, and their values. Raises UserError."""
-    return _checked(flags.collect(entries.items(), NAMES))
+    given = flags.collect(entries.items(), NAMES)
+    others = {name: value for name, value in given.items() if name not in NAMES}
+    return checked(_with_others(filled(Options, given), others))
+
+
+def _with_others(made: Options, others: Mapping[str, Any]) -> Options:
+    """The options, with what SGLang's other flags ask for refused or ignored."""
+    sentences = [flags.refusal(name, value) for name, value in others.items() if name not in flags.SERVER]
+    refusals = tuple(sentence for sentence in sentences if sentence)
+    return replace(made, refusals=refusals, ignored=tuple(name for name in others if name in flags.SERVER))
+
+
+def checked(made: Options) -> Options:
+    """The options, if they fit together. Raises UserError for what no single option shows."""
+    if made.output.output_path == "":
+        made = replace(made, output=replace(made.output, save_output=False))
+    _check_combinations(made)
+    return made
 
 
 def seeds(sampling: SamplingOptions, prompt: int) -> tuple[int, ...]:
@@ -378,22 +398,7 @@ def seeds(sampling: SamplingOptions, prompt: int) -> tuple[int, ...]:
     return listed if len(listed) == count else listed[prompt * count : (prompt + 1) * count]
 
 
-def _checked(entries: Mapping[str, Any]) -> Options:
-    records = [filled(group, entries) for group in GROUPS]
-    others = {name: value for name, value in entries.items() if name not in NAMES}
-    sentences = [flags.refusal(name, value) for name, value in others.items() if name not in flags.SERVER]
-    refusals = tuple(sentence for sentence in sentences if sentence)
-    parsed = Options(
-        *records, refusals=refusals, ignored=tuple(name for name in others if name in flags.SERVER)
-    )
-    if parsed.output.output_path == "":
-        parsed = replace(parsed, output=replace(parsed.output, save_output=False))
-    _check_combinations(parsed)
-    return parsed
-
-
 def _check_combinations(parsed: Options) -> None:
-    """What no single option shows."""
     sampling, output = parsed.sampling, parsed.output
     prompts, count, listed = len(sampling.prompt), sampling.num_outputs_per_prompt, len(sampling.seed)
     allowed = sorted({1, count, count * max(prompts, 1)})

@@ -3,48 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tinydiff.records import UserError, nearest
+from tinydiff.records import UserError
+from tinydiff.values import positional
 
 if TYPE_CHECKING:
     from tinydiff.runtime.contents import Contents
-
-USAGE = """\
-usage: tinydiff inspect PATH [--json]
-
-What a file or directory is: family, layout, format, precision, ranks, what is missing and which command runs it.
-Only headers and JSON files are read. Nothing is downloaded, and nothing of a pickle is run.
-
-  PATH      a model directory, a component, a file (safetensors, GGUF, a torch pickle), a directory of such files,
-            or a hub id that is in the download cache
-  --json    print JSON
-"""
-
 
 NOTHING = (None, "", (), {}, 0)
 """Facts that are not known or do not apply."""
 
 
-def main(argv: Sequence[str]) -> int:
+@dataclass(frozen=True)
+class InspectOptions:
+    """What is inspected, and how it is printed."""
+
+    path: str = positional()
+    """A model directory, a component, a file (safetensors, GGUF, a torch pickle), a directory of such files,
+    or a hub id that is in the download cache."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(options: InspectOptions) -> int:
     """Run the command. Raises UserError."""
-    if {"-h", "--help"} & set(argv):
-        print(USAGE, end="")
-        return 0
-    flags = [word for word in argv if word.startswith("-") and len(word) > 1]
-    given = [word for word in argv if word not in flags]
-    if unknown := [flag for flag in flags if flag != "--json"]:
-        hint = nearest(unknown[0], ["--json", "--help"])
-        raise UserError("inspect", f"inspect: unknown option {unknown[0]!r}; it takes PATH and --json{hint}")
-    if len(given) != 1:
-        what = "no path is given" if not given else f"{len(given)} paths are given"
-        raise UserError("inspect", f"inspect: {what}; it takes one, a file, a directory or a hub id")
+    if not options.path:
+        raise UserError("path", "path: is missing; give a file, a directory or a hub id")
     from tinydiff.runtime.contents import contents  # torch, for those who get here
 
-    found = contents(given[0])
-    if "--json" in flags:
+    found = contents(options.path)
+    if options.json:
         print(json.dumps(as_json(found), indent=2, ensure_ascii=False))
     else:
         print("\n".join(told(found)))

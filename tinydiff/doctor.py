@@ -2,72 +2,52 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
-import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from tinydiff.records import UserError
+from tinydiff.values import positional
 from tinydiff.version import __version__
-
-USAGE = """\
-usage: tinydiff doctor [--json]
-       tinydiff doctor --parity [MODEL] [--json | --markdown]
-
-Show versions, devices, the attention kernels that run here and whether a
-compiler for torch.compile is installed.
-
-  --parity [MODEL]  compare the networks of MODEL, a model or a family
-                    (`tinydiff models`), or all networks, with the installed
-                    diffusers and transformers: tiny random weights, float64,
-                    stage by stage; exits with 1 if one differs
-  --json            print JSON
-  --markdown        with --parity: print docs/parity.md
-"""
 
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "tokenizers", "triton")
 
 
-def main(argv: Sequence[str]) -> int:
+@dataclass(frozen=True)
+class DoctorOptions:
+    """What is examined, and how it is printed."""
+
+    model: str | None = positional(None)
+    """With --parity: a model or a family (`tinydiff models`). Default: all networks."""
+    parity: bool = False
+    """Compare the networks with those of the installed diffusers and transformers: tiny random weights,
+    float64, stage by stage. The exit code is 1 if one differs."""
+    json: bool = False
+    """Print JSON."""
+    markdown: bool = False
+    """With --parity: print docs/parity.md."""
+
+
+def run(options: DoctorOptions) -> int:
     """Run the command. Returns 1 if a comparison failed, else 0. Raises UserError."""
-    options = _parsed(argv)
-    if options is None:
-        print(USAGE, end="")
-        return 0
-    if options.parity is None:
-        report = machine()
-        print(json.dumps(report, indent=2) if options.json else _text(report))
-        return 0
-    return _parity(options)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError("doctor", f"doctor: {message}; see `tinydiff doctor --help`")
-
-
-def _parsed(argv: Sequence[str]) -> argparse.Namespace | None:
-    """The options, None for --help. parity: "" if no model is named, None without --parity."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--parity", nargs="?", const="")
-    for flag in ("-h", "--help"):
-        parser.add_argument(flag, dest="help", action="store_true")
-    for flag in ("--json", "--markdown"):
-        parser.add_argument(flag, action="store_true")
-    options = parser.parse_args(list(argv))
     if options.json and options.markdown:
         raise UserError("doctor", "doctor: give either --json or --markdown, not both")
-    if options.markdown and options.parity is None:
-        raise UserError("doctor", "doctor: --markdown needs --parity")
-    return None if options.help else options
+    for name, given in (("--markdown", options.markdown), ("MODEL", options.model is not None)):
+        if given and not options.parity:
+            raise UserError("doctor", f"doctor: {name} needs --parity")
+    if options.parity:
+        return _parity(options)
+    report = machine()
+    print(json.dumps(report, indent=2) if options.json else _text(report))
+    return 0
 
 
-def _parity(options: argparse.Namespace) -> int:
+def _parity(options: DoctorOptions) -> int:
     from tinydiff.parity import models
 
-    groups = models.chosen(options.parity or None)
+    groups = models.chosen(options.model)
     outcome, as_text = [], not (options.json or options.markdown)
     if as_text:
         print(
@@ -76,7 +56,7 @@ def _parity(options: argparse.Namespace) -> int:
     for group, results in models.compare(groups):
         outcome.append((group, results))
         if as_text:
-            print(models.as_text(group, results, every=bool(options.parity)), flush=True)
+            print(models.as_text(group, results, every=options.model is not None), flush=True)
     if options.json:
         rows = [models.as_json(*each) for each in outcome]
         print(json.dumps({"machine": machine(), "bound": models.BOUND, "groups": rows}, indent=2))
@@ -150,7 +130,3 @@ def _text(report: dict[str, Any]) -> str:
         "not found; --enable-torch-compile needs one (install g++)",
     )
     return "\n".join([*lines, f"C++ compiler: {works if report['compiler'] else missing}"])
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

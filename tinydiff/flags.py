@@ -13,9 +13,9 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any
 
-from tinydiff import paths, unsupported
+from tinydiff import config_file, paths, unsupported
 from tinydiff.records import LONGEST, UserError, nearest, shown
-from tinydiff.values import of_python, read
+from tinydiff.values import is_positional, of_python, options_of, read
 
 ALIASES = {
     "precision": "dit_precision",
@@ -37,7 +37,10 @@ ALIASES = {
 SIZES = {"720p": (720, 1280), "1080p": (1080, 1920), "2k": (1440, 2560), "4k": (2160, 3840)}
 """Flag that sets a size -> (height, width)."""
 
-SPELLINGS = (*ALIASES, *SIZES, "prompt_path", "output_file_path", "no_save_output")
+SHAPES = ("size", *SIZES)
+"""Names that stand for height and width."""
+
+SPELLINGS = (*ALIASES, *SHAPES, "prompt_path", "output_file_path", "no_save_output")
 """Names that stand for other options."""
 
 COMPONENTS = """
@@ -91,19 +94,62 @@ def tokens(argv: Sequence[str]) -> Iterator[tuple[str, Any]]:
         yield name, values or True
 
 
+def of_tool(argv: Sequence[str], record: type) -> dict[str, Any]:
+    """The options of a command whose record has one field without a flag, or none, as `collect`.
+
+    A flag takes one value there, a switch `true`, `false` or none. Further words are of the field without a
+    flag.
+    """
+    kinds = {entry.name: kind for entry, kind in options_of(record)}
+    loose = next((entry.name for entry, _ in options_of(record) if is_positional(entry)), "")
+    words, pairs = [], []
+    for name, values in tokens([f"--{loose}", *argv]):
+        given = [] if values is True else values
+        takes = kinds.get(name.replace("-", "_")) is not bool or given[:1] in (["true"], ["false"])
+        own = int(takes and name != loose)
+        words += given[own:]
+        if name != loose:
+            pairs.append((name, given[:own] or True))
+    if words and not loose:
+        raise UserError("command", f"unexpected {shown(words[0])}; this command takes flags only")
+    return collect([(loose, words)] * bool(words) + pairs, kinds, dashes=True, foreign=False)
+
+
+def given(
+    argv: Sequence[str], names: Collection[str], repeatable: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the `--config FILE` of a command line gives, and what the command line itself does, as `collect`.
+
+    Raises UserError.
+    """
+    typed = collect(tokens(argv), [*names, "config"], dashes=True, repeatable=repeatable)
+    path = typed.pop("config", None)
+    entries = () if path is None else config_file.entries_of(one_text("config", path))
+    return collect(entries, names), typed
+
+
+def merged(file: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a config file, overridden by those of a command line; maps are joined."""
+    maps = (*MAPS, *unsupported.MAPS)
+    joined = {name: file[name] | typed[name] for name in maps if name in file and name in typed}
+    return {**file, **typed, **joined}
+
+
 def collect(
     pairs: Iterable[tuple[str, Any]],
-    names: Iterable[str],
+    names: Collection[str],
     dashes: bool = False,
     repeatable: Collection[str] = (),
+    foreign: bool = True,
 ) -> dict[str, Any]:
     """Rename one source's (name, value) pairs to tinydiff's options; None means that an option is not given.
 
     Aliases, shorthands and forms per component are resolved. names: the options. dashes: whether messages
-    write --flags or keys. Of a repeated name the last value counts, but of `repeatable` names all do. Raises
-    UserError for an unknown name, with the nearest one, and for two spellings of one option.
+    write --flags or keys. Of a repeated name the last value counts, but of `repeatable` names all do.
+    foreign: whether the other names of SGLang are known. Raises UserError for an unknown name, with the
+    nearest one, and for two spellings of one option.
     """
-    names = [*names, *MAPS]
+    names = [*names, *(MAPS if foreign else ()), *(SHAPES if "height" in names else ())]
     options: dict[str, Any] = {}
     spelled: dict[str, str] = {}
 
@@ -112,10 +158,10 @@ def collect(
 
     for spelling, value in pairs:
         name = spelling[:LONGEST].replace("-", "_")
-        if not _exists(name, names):
+        if name not in names and not (foreign and _exists(name)):
             paths = (f"{component}_path" for component in COMPONENTS)
-            others = [*names, *SPELLINGS, *paths, *SERVER, *unsupported.OPTIONS]
-            hint = nearest(display(name), map(display, others))
+            others = [*SPELLINGS, *paths, *SERVER, *unsupported.OPTIONS] if foreign else []
+            hint = nearest(display(name), map(display, [*names, *others]))
             raise UserError(name, f"{display(name)}: no such {'flag' if dashes else 'key'}{hint}")
         for option, part, meaning in () if value is None else _meanings(name, value, names):
             key = option if part is None else f"{option}.{part}"
@@ -131,9 +177,9 @@ def collect(
     return options
 
 
-def _exists(name: str, names: Collection[str]) -> bool:
-    """Whether `name` is a spelling of some option."""
-    known = (names, SPELLINGS, SERVER, unsupported.OPTIONS)
+def _exists(name: str) -> bool:
+    """Whether `name` is a spelling of some option of SGLang."""
+    known = (SPELLINGS, SERVER, unsupported.OPTIONS)
     return any(name in each for each in known) or _is_map(name) or _component(name) is not None
 
 
@@ -157,6 +203,11 @@ def _meanings(name: str, value: Any, names: Collection[str]) -> Iterator[tuple[s
         if read(name, bool, value):
             height, width = SIZES[name]
             yield from (("height", None, height), ("width", None, width))
+    elif name == "size":
+        width, cross, height = (text := one_text(name, value)).lower().partition("x")
+        if not (cross and width.isdecimal() and height.isdecimal() and len(text) < LONGEST):
+            raise UserError(name, f"{name}: {shown(text)} is not WIDTHxHEIGHT, such as 1280x720")
+        yield from (("width", None, width), ("height", None, height))
     elif name == "no_save_output":
         yield "save_output", None, not read(name, bool, value)
     elif name == "output_file_path":

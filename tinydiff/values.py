@@ -10,8 +10,9 @@ import ast
 import inspect
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import field, fields
+from dataclasses import Field, field, fields, is_dataclass
 from functools import cache
 from itertools import chain, pairwise
 from pathlib import Path
@@ -50,33 +51,74 @@ def within(
     return field(default=default, metadata={"least": least, "most": most, "above": above})
 
 
-_hints = cache(get_type_hints)
+def same(record: type, name: str) -> Any:
+    """A field that is an option of another record: its default, bounds and description."""
+    entry = record.__dataclass_fields__[name]
+    return field(default=entry.default, metadata={**entry.metadata, "same": record})
+
+
+def positional(default: str | None = "") -> Any:
+    """A field that a command line gives without a flag."""
+    return field(default=default, metadata={"positional": True})
+
+
+def outcome() -> Any:
+    """A field that is no option: a tuple that reading the options fills."""
+    return field(default=(), metadata={"outcome": True})
+
+
+def is_positional(entry: Field[Any]) -> bool:
+    """Whether a command line gives the field without a flag."""
+    return "positional" in entry.metadata
+
+
+@cache
+def options_of(record: type) -> tuple[tuple[Field[Any], Any], ...]:
+    """(field, type) of each option of a record, and of each record in it."""
+    hints = get_type_hints(record)
+    return tuple(
+        (entry, hints[entry.name]) for entry in fields(cast(Any, record)) if "outcome" not in entry.metadata
+    )
 
 
 @cache
 def descriptions(record: type) -> Mapping[str, str]:
     """Field -> the text of the docstring below it, on one line, for --help and OpenAPI."""
-    [tree] = ast.parse(inspect.getsource(record)).body
-    body = tree.body if isinstance(tree, ast.ClassDef) else []
-    texts = {}
-    for entry, text in pairwise(body):
-        if isinstance(entry, ast.AnnAssign) and isinstance(text, ast.Expr):
-            texts[ast.unparse(entry.target)] = " ".join(ast.literal_eval(text.value).split())
+    texts = dict(_docstrings(record.__module__).get(record.__name__, {}))
+    for entry in fields(cast(Any, record)):
+        if "same" in entry.metadata:
+            texts[entry.name] = descriptions(entry.metadata["same"])[entry.name]
     return texts
 
 
-def filled(group: type[Record], entries: Mapping[str, Any]) -> Record:
-    """An option record with those of `entries` that are its fields. Raises UserError.
+@cache
+def _docstrings(module: str) -> Mapping[str, Mapping[str, str]]:
+    """Class -> field -> docstring, of a module."""
+    found = {}
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    for record in (each for each in tree.body if isinstance(each, ast.ClassDef)):
+        for entry, text in pairwise(record.body):
+            if isinstance(entry, ast.AnnAssign) and isinstance(text, ast.Expr):
+                line = " ".join(ast.literal_eval(text.value).split())
+                found.setdefault(record.name, {})[ast.unparse(entry.target)] = line
+    return found
+
+
+def filled(record: type[Record], entries: Mapping[str, Any]) -> Record:
+    """A record with those of `entries` that are its options, or those of a record in it. Raises UserError.
 
     None, and an empty list where the default is one, mean that an option is not given.
     """
-    values, hints = {}, _hints(group)
-    for entry in fields(cast(Any, group)):
+    values = {}
+    for entry, kind in options_of(record):
+        if is_dataclass(kind):
+            values[entry.name] = filled(cast(Any, kind), entries)
+            continue
         value = of_python(entries.get(entry.name))
         empty = entry.default == () and isinstance(value, list | tuple) and not value
         if value is not None and not empty:
-            values[entry.name] = within_limits(entry.name, hints[entry.name], value, entry.metadata)
-    return group(**values)
+            values[entry.name] = within_limits(entry.name, kind, value, entry.metadata)
+    return record(**values)
 
 
 def within_limits(name: str, kind: Any, value: Any, limits: Mapping[str, float]) -> Any:

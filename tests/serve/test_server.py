@@ -152,9 +152,9 @@ def test_stopping_tells_those_who_wait_and_waits_for_no_idle_connection(tmp_path
 
 
 def test_an_option_with_several_values_may_be_given_several_times():
-    _, options, _ = server.parse(
+    options = server.parse(
         ["--api-key", "a", "--port", "1", "--api-key", "b", "c", "--port", "2", "--cors-origin", "*"]
-    )
+    ).server
     assert (options.api_key, options.port, options.cors_origin) == (("a", "b", "c"), 2, ("*",))
 
 
@@ -167,13 +167,13 @@ def test_what_origins_and_a_public_address_may_be():
         "https://b_c.example:8443",
     )
     argv = ["--cors-origin", *origins, "--public-url", "https://a.example:8443/images/"]
-    _, options, _ = server.parse(argv)
+    options = server.checked(server.parse(argv).server)
     assert (options.cors_origin, options.public_url) == (origins, "https://a.example:8443/images/")
 
 
 def test_the_model_may_come_first_as_sglang_has_it():
-    model, options, _ = server.parse(["some/model", "--port", "1"])
-    assert (model.model_path, options.port) == ("some/model", 1)
+    asked = server.parse(["some/model", "--port", "1"])
+    assert (asked.model.model_path, asked.server.port) == ("some/model", 1)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from tinydiff.values import within
+from tinydiff.config import ModelOptions, OutputOptions
+from tinydiff.values import same, within
 
 if TYPE_CHECKING:
     from tinydiff.models.registry import ReleasedModel
@@ -102,3 +103,12 @@ class ServeOptions:
     def several_keys(self) -> bool:
         """Whether different keys share the queue."""
         return bool(self.api_key) and len({*self.api_key, self.admin_api_key} - {None}) > 1
+
+
+@dataclass(frozen=True)
+class Serve:
+    """All options of `tinydiff serve`."""
+
+    server: ServeOptions = field(default_factory=ServeOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    log_level: Literal["debug", "info", "warning", "error", "critical"] = same(OutputOptions, "log_level")

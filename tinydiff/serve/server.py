@@ -13,16 +13,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from tinydiff import config, config_file, flags, paths, values
-from tinydiff.config import ModelOptions
+from tinydiff import command_line, config, flags, paths, values
+from tinydiff.config import ModelOptions, OutputOptions, ParallelOptions, SamplingOptions
 from tinydiff.records import UserError, shown
-from tinydiff.serve.options import ServeOptions
+from tinydiff.serve.options import Serve, ServeOptions
 
 if TYPE_CHECKING:
     from tinydiff.records import Request
@@ -41,44 +41,49 @@ ORIGIN = re.compile(
 """Scheme, host and port at the start of a URL."""
 PATH = re.compile(r"[A-Za-z0-9/._~%+-]*")
 OWN = tuple(entry.name for entry in fields(ServeOptions))
+TAKEN = (*OWN, *(entry.name for entry in fields(ModelOptions)), "log_level")
+"""Options of the server and its model."""
 SEVERAL = tuple(entry.name for entry in fields(ServeOptions) if str(entry.type).startswith("tuple"))
 """Options that may be given several times, as keys often are."""
 
 
-def parse(argv: Sequence[str]) -> tuple[ModelOptions, ServeOptions, str]:
-    """(the model's options, the server's, the log level) of a command line, with --config FILE read first.
+def parse(argv: Sequence[str]) -> Serve:
+    """The options of `tinydiff serve` with these words. Raises UserError."""
+    return command_line.read(Serve, *normalise(argv))
+
+
+def normalise(argv: Sequence[str]) -> tuple[Serve, list[str]]:
+    """(The options of the `--config FILE` of a command line, else the defaults; its words in one spelling).
+
     Raises UserError.
     """
-    names = [*config.NAMES, *OWN]
     if argv and not argv[0].startswith("--"):  # as SGLang's server takes it
         if any(word.partition("=")[0] in ("--model-path", "--model_path") for word in argv):
             raise UserError(
                 "model_path", f"model_path: is given twice, as {shown(argv[0])} and with --model-path"
             )
         argv = ["--model-path", *argv]
-    given = flags.collect(flags.tokens(argv), [*names, "config"], dashes=True, repeatable=SEVERAL)
-    path = given.pop("config", None)
-    entries = (
-        {} if path is None else flags.collect(config_file.entries_of(flags.one_text("config", path)), names)
-    )
-    entries |= given
-    own = {name: entries.pop(name) for name in OWN if name in entries}
-    made = config.options(entries)
-    for entry in (*fields(made.sampling), *fields(made.output)):
-        if entry.name in entries and entry.name != "log_level":
+    file, typed = flags.given(argv, [*config.NAMES, *OWN], SEVERAL)
+    _refuse({name: value for name, value in flags.merged(file, typed).items() if name not in TAKEN})
+    taken = {name: value for name, value in typed.items() if name in TAKEN}
+    return values.filled(Serve, file), command_line.words(Serve, taken)
+
+
+def _refuse(others: Mapping[str, Any]) -> None:
+    """Raise UserError for what is no option of a server, unless its value turns a feature off."""
+    for entry in (*fields(SamplingOptions), *fields(OutputOptions)):
+        if entry.name in others:
             raise UserError(entry.name, f"{entry.name}: is an option of a request, not of the server")
+    made = config.options(others)
     if made.refusals:
         raise UserError("options", made.refusals[0])
     if made.ignored:
-        raise UserError(
-            made.ignored[0],
-            f"{made.ignored[0]}: is not an option of the server; `tinydiff serve --help` lists them",
-        )
-    if [entry.name for entry in fields(made.parallel) if getattr(made.parallel, entry.name) != entry.default]:
+        name = made.ignored[0]
+        raise UserError(name, f"{name}: is not an option of the server; `tinydiff serve --help` lists them")
+    if made.parallel != ParallelOptions():
         raise UserError(
             "num_gpus", "num_gpus: a server runs on one device so far; start one for each, on one --state-url"
         )
-    return made.model, checked(values.filled(ServeOptions, own)), made.output.log_level
 
 
 def checked(options: ServeOptions) -> ServeOptions:
@@ -257,14 +262,13 @@ def _answered(server: Any) -> None:
         time.sleep(0.02)
 
 
-def serve(argv: Sequence[str]) -> int:
-    """Run a server until SIGTERM or SIGINT. Returns 0, or 1 if the scheduler failed."""
+def serve(asked: Serve) -> int:
+    """Run a server until SIGTERM or SIGINT. Returns 0, or 1 if the scheduler failed. Raises UserError."""
     from tinydiff.serve.guard import configure_logging
 
-    model, options, level = parse(argv)
-    options = with_keys(options)
-    configure_logging(level, options.log_format)
-    service = build(model, options)
+    options = with_keys(checked(asked.server))
+    configure_logging(asked.log_level, options.log_format)
+    service = build(asked.model, options)
     sock = listening(options)
     if options.host not in LOOPBACK and not options.api_key:
         print(
