@@ -50,7 +50,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 @pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"], ["models"]])
 def test_answers_without_torch(argv: list[str]):
-    heavy = "{'torch', 'numpy', 'PIL', 'av'}"
+    heavy = "{'torch', 'numpy', 'PIL', 'av', 'asyncio', 'typeguard'}"
     code = f"import sys\nfrom tinydiff.cli import main\nmain({argv!r})\nassert not {heavy} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

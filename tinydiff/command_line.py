@@ -151,7 +151,9 @@ def _typed(entry: Field[Any], kind: Any) -> Any:
         is_instance=lambda value: True,
         str_from_instance=_shown,
     )
-    typed = Annotated[kind, spec, arg(metavar=place, help_behavior_hint=_default_hint)]
+    # `values` checks the type. tyro would check the default too, with a library that takes longer to import
+    # than the help takes to print.
+    typed = Annotated[object, spec, arg(metavar=place, help_behavior_hint=_default_hint)]
     return Positional[typed] if loose else typed
 
 
