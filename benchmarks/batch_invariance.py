@@ -30,7 +30,7 @@ from tinydiff.runtime import blueprint, pipeline
 from tinydiff.runtime.admit import admit
 from tinydiff.runtime.background import Background
 from tinydiff.runtime.blueprint import Model
-from tinydiff.runtime.continuous import BatchSlot, Continuous, sitting
+from tinydiff.runtime.continuous import BatchSlot, Continuous, make_slot
 
 COLOURS, SHAPES = (
     ("red", "yellow", "blue", "green", "white", "black"),
@@ -77,19 +77,21 @@ def make(
     sizes: list[int] = []
 
     def finish(one: BatchSlot) -> Made:
-        number = int(one.owner)
-        frames, latents = pipeline.finish(model, asked[number], told[number], one.shown(one.seat.state.x))
+        number = int(one.job)
+        frames, latents = pipeline.finish(
+            model, asked[number], told[number], one.to_image_tokens(one.denoising.state.x)
+        )
         return Made(latents, frames)
 
-    while waiting or loop.sittings:
-        while waiting and len(loop.sittings) < most:
+    while waiting or loop.slots:
+        while waiting and len(loop.slots) < most:
             number = waiting.popleft()
-            loop.add(sitting(model, asked[number], told[number], str(number), 0))
+            loop.add(make_slot(model, asked[number], told[number], str(number), 0))
         stepped = loop.step(most)
         if stepped.error is not None:
             raise stepped.error
-        sizes += [len(stepped.sittings)] * stepped.made
-        made |= {int(one.owner): finish(one) for one in stepped.done}
+        sizes += [len(stepped.slots)] * stepped.steps
+        made |= {int(one.job): finish(one) for one in stepped.done}
     return [made[number] for number in range(len(asked))], sizes
 
 

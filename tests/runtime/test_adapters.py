@@ -155,8 +155,8 @@ def test_images_with_different_adapters_share_a_batch():
     denoise = loop.eager_denoise(net.network, guidance.classifier_free)
     asked = [{}, {"first": 1.0}, {"second": -0.5}, {"first": 0.3, "second": 2.0}]
     images = [started(net, strengths, seed, denoise) for seed, strengths in enumerate(asked)]
-    assert len({batch.form(FAKE, image) for image in images}) == 1
-    together = batch.apart(batch.advance(batch.together(FAKE, images), TABLE.steps))
+    assert len({batch.batch_key(FAKE, image) for image in images}) == 1
+    together = batch.split(batch.advance(batch.join(FAKE, images), TABLE.steps))
     for seed, (strengths, image) in enumerate(zip(asked, together, strict=True)):
         alone = finished(started(net, strengths, seed, denoise))
         close(image.state.x, alone)

@@ -12,8 +12,8 @@ import torch
 from tinydiff import config
 from tinydiff.runtime import blueprint, pipeline
 from tinydiff.runtime.admit import admit
-from tinydiff.runtime.continuous import Continuous, sitting
-from tinydiff.runtime.pace import Pace
+from tinydiff.runtime.continuous import Continuous, make_slot
+from tinydiff.runtime.step_times import StepTimes
 from tinydiff.sampling.compile import graph_count
 
 BOUND = 2e-4
@@ -26,50 +26,52 @@ def model():
     return blueprint.load(blueprint.read(config.ModelOptions()))
 
 
-def begun(model, owner="a", priority=0, key="", **fields):
+def slots_for(model, job="a", priority=0, owner="", **fields):
     [request] = admit(
         model.blueprint,
         config.options({"prompt": "a red circle", "num_inference_steps": 4, **fields}).sampling,
     )
     conditioning = pipeline.condition(model, request)
     return [
-        sitting(model, request, conditioning, owner, i, priority, key=key) for i in range(len(request.seeds))
+        make_slot(model, request, conditioning, job, i, priority, owner=owner)
+        for i in range(len(request.seeds))
     ]
 
 
-class Together(Pace):
-    """As many as there are, whatever was measured."""
+class EveryImage(StepTimes):
+    """All images run together, whatever was measured."""
 
-    def size(self, form, waiting):
-        return min(waiting, self._most.get(form, waiting))
+    def batch_size(self, kind, waiting):
+        return min(waiting, self._limits.get(kind, waiting))
 
 
-def loop_of(model, pace=Pace):
-    return Continuous(model.nets["transformer"].family, pace())
+def loop_of(model, step_times=StepTimes):
+    return Continuous(model.nets["transformer"].family, step_times())
 
 
 def run(loop, arrivals=()):
-    """Steps until nothing is left; arrivals: (step, sittings) to add on the way. The owners' order of
-    leaving, and batch sizes seen.
+    """Run steps until no image is left: (the jobs in the order in which their images ended, the batch sizes).
+
+    arrivals: (step, slots) to add on the way.
     """
     left, sizes, waiting = [], [], list(arrivals)
     for step in range(200):
-        for one in [s for at, sittings in waiting if at == step for s in sittings]:
+        for one in [s for at, slots in waiting if at == step for s in slots]:
             loop.add(one)
-        if not loop.sittings:
+        if not loop.slots:
             break
         stepped = loop.step()
         assert stepped.error is None
-        sizes.append(len(stepped.sittings))
-        left += [one.owner for one in stepped.done]
+        sizes.append(len(stepped.slots))
+        left += [one.job for one in stepped.done]
     return left, sizes
 
 
 def alone(model, loop=None, **fields):
-    loop, [one] = loop or loop_of(model), begun(model, **fields)
+    loop, [one] = loop or loop_of(model), slots_for(model, **fields)
     loop.add(one)
     run(loop)
-    return one.shown(one.seat.state.x)
+    return one.to_image_tokens(one.denoising.state.x)
 
 
 def test_a_picture_does_not_depend_on_its_company(model):
@@ -83,37 +85,39 @@ def test_a_picture_does_not_depend_on_its_company(model):
         },
         {"seed": 3, "prompt": "ring", "num_inference_steps": 8, "guidance_scale": 1.5, "flow_shift": 2.0},
     ]
-    loop, sittings = (
-        loop_of(model, Together),
-        [begun(model, owner=str(i), **fields)[0] for i, fields in enumerate(asked)],
+    loop, slots = (
+        loop_of(model, EveryImage),
+        [slots_for(model, job=str(i), **fields)[0] for i, fields in enumerate(asked)],
     )
-    _, sizes = run(loop, [(0, sittings[:1]), (1, sittings[1:])])
+    _, sizes = run(loop, [(0, slots[:1]), (1, slots[1:])])
     assert max(sizes) == 3
-    for one, fields in zip(sittings, asked, strict=True):
-        assert (one.shown(one.seat.state.x) - alone(model, **fields)).abs().max() < BOUND
+    for one, fields in zip(slots, asked, strict=True):
+        assert (one.to_image_tokens(one.denoising.state.x) - alone(model, **fields)).abs().max() < BOUND
 
 
 def test_clips_and_pictures_take_turns(model):
     loop = loop_of(model)
-    [clip] = begun(model, "clip", num_frames=17, num_inference_steps=3)
-    left, sizes = run(loop, [(0, [clip, *begun(model, "picture", num_inference_steps=3)])])
+    [clip] = slots_for(model, "clip", num_frames=17, num_inference_steps=3)
+    left, sizes = run(loop, [(0, [clip, *slots_for(model, "picture", num_inference_steps=3)])])
     assert left == ["picture", "clip"] and set(sizes) == {1}
 
 
 def test_higher_priority_goes_first(model):
     loop = loop_of(model)
-    left, _ = run(loop, [(0, begun(model, "low", num_frames=5)), (1, begun(model, "high", priority=1))])
+    left, _ = run(
+        loop, [(0, slots_for(model, "low", num_frames=5)), (1, slots_for(model, "high", priority=1))]
+    )
     assert left == ["high", "low"]
 
 
 def test_an_image_of_another_key_joins_at_once_and_is_what_it_is_alone(model, monkeypatch):
     """One of the four that go on together pauses for it, between two of its steps, and loses nothing."""
-    monkeypatch.setattr("tinydiff.runtime.continuous.MOMENT", 0.0)  # one step at a time
-    loop = loop_of(model, Together)
-    loop.most = 4
+    monkeypatch.setattr("tinydiff.runtime.continuous.MAX_CALL_SECONDS", 0.0)  # one step at a time
+    loop = loop_of(model, EveryImage)
+    loop.max_batch = 4
     large, [small] = (
-        begun(model, "large", key="a", num_outputs_per_prompt=4),
-        begun(model, "small", key="b", seed=7),
+        slots_for(model, "large", owner="a", num_outputs_per_prompt=4),
+        slots_for(model, "small", owner="b", seed=7),
     )
     left, sizes = run(loop, [(0, large), (1, [small])])
     assert left == ["large"] * 3 + ["small", "large"]
@@ -127,7 +131,7 @@ def test_an_image_of_another_key_joins_at_once_and_is_what_it_is_alone(model, mo
         1,
     ]  # the fifth is the last of its 4 steps, and the second of the one that paused
     for one, seed in [(small, 7), *zip(large, (42, 43, 44, 45), strict=True)]:
-        assert (one.shown(one.seat.state.x) - alone(model, seed=seed)).abs().max() < BOUND
+        assert (one.to_image_tokens(one.denoising.state.x) - alone(model, seed=seed)).abs().max() < BOUND
 
 
 def test_a_key_that_asks_for_many_forms_has_no_more_of_the_device(model):
@@ -135,19 +139,19 @@ def test_a_key_that_asks_for_many_forms_has_no_more_of_the_device(model):
     loop, steps = loop_of(model), {"a": 0, "b": 0}
     clock = iter(range(1000))
     for size in (64, 80, 96):
-        loop.add(begun(model, f"a{size}", key="a", height=size, width=64, num_inference_steps=30)[0])
-    loop.add(begun(model, "b", key="b", height=128, width=64, num_inference_steps=30)[0])
+        loop.add(slots_for(model, f"a{size}", owner="a", height=size, width=64, num_inference_steps=30)[0])
+    loop.add(slots_for(model, "b", owner="b", height=128, width=64, num_inference_steps=30)[0])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tinydiff.runtime.continuous.time.perf_counter", lambda: next(clock))
         for _ in range(24):
             stepped = loop.step()
-            steps[stepped.sittings[0].key] += stepped.made
+            steps[stepped.slots[0].owner] += stepped.steps
     assert steps == {"a": 12, "b": 12}
 
 
 def test_who_is_taken_out_is_not_finished(model):
     loop = loop_of(model)
-    for one in (*begun(model, "stays"), *begun(model, "goes")):
+    for one in (*slots_for(model, "stays"), *slots_for(model, "goes")):
         loop.add(one)
     loop.step()
     loop.leave("goes")
@@ -156,20 +160,20 @@ def test_who_is_taken_out_is_not_finished(model):
 
 def broken_above(loop, most, error):
     """Steps of more than `most` images fail."""
-    whole = loop.sittings[0].seat.denoise
+    whole = loop.slots[0].denoising.denoise
 
     def denoise(network, state, *rest):
         if state.x.shape[0] > most:
             raise error
         return whole(network, state, *rest)
 
-    for one in loop.sittings:
-        one.seat = one.seat._replace(denoise=denoise)
+    for one in loop.slots:
+        one.denoising = one.denoising._replace(denoise=denoise)
 
 
 def test_a_batch_too_large_for_memory_goes_on_in_smaller_ones(model):
-    loop = loop_of(model, Together)
-    for one in begun(model, num_outputs_per_prompt=4):
+    loop = loop_of(model, EveryImage)
+    for one in slots_for(model, num_outputs_per_prompt=4):
         loop.add(one)
     broken_above(loop, 2, torch.OutOfMemoryError("CUDA out of memory"))
     left, sizes = run(loop)
@@ -178,22 +182,22 @@ def test_a_batch_too_large_for_memory_goes_on_in_smaller_ones(model):
 
 def test_a_picture_that_fails_alone_is_handed_back_with_its_error(model):
     loop = loop_of(model)
-    for one in begun(model):
+    for one in slots_for(model):
         loop.add(one)
     broken_above(loop, 0, MemoryError("no more"))
     stepped = loop.step()
-    assert isinstance(stepped.error, MemoryError) and not loop.sittings
+    assert isinstance(stepped.error, MemoryError) and not loop.slots
 
 
 def test_clean_tokens_on_the_way_are_those_of_the_last_step(model):
-    loop, sittings = loop_of(model, Together), begun(model, num_outputs_per_prompt=2)
-    for one in sittings:
+    loop, slots = loop_of(model, EveryImage), slots_for(model, num_outputs_per_prompt=2)
+    for one in slots:
         loop.add(one)
     loop.step()
-    for one in sittings:
+    for one in slots:
         clean, at = loop.clean(one)
-        assert at == 1 and clean.shape == one.seat.state.x.shape
-    assert not torch.equal(loop.clean(sittings[0])[0], loop.clean(sittings[1])[0])
+        assert at == 1 and clean.shape == one.denoising.state.x.shape
+    assert not torch.equal(loop.clean(slots[0])[0], loop.clean(slots[1])[0])
 
 
 def test_the_loop_halts_where_a_picture_is_looked_at(model):
@@ -201,15 +205,15 @@ def test_the_loop_halts_where_a_picture_is_looked_at(model):
     [request] = admit(
         model.blueprint, config.options({"prompt": "a red circle", "num_inference_steps": 10}).sampling
     )
-    one = sitting(model, request, pipeline.condition(model, request), "a", 0, looks=3)
-    assert one.looks == (3, 5, 8)
+    one = make_slot(model, request, pipeline.condition(model, request), "a", 0, previews=3)
+    assert one.preview_steps == (3, 5, 8)
     loop, seen = loop_of(model), []
-    loop.pace.measured((one.seat.state.x.shape[1], len(one.seat.network.branches)), 1, 1e-6)
+    loop.step_times.record((one.denoising.state.x.shape[1], len(one.denoising.network.branches)), 1, 1e-6)
     loop.add(one)
-    while loop.sittings:
+    while loop.slots:
         loop.step()
         seen.append(loop.clean(one)[1])
-    assert set(one.looks) <= set(seen)
+    assert set(one.preview_steps) <= set(seen)
 
 
 @pytest.mark.slow
@@ -219,9 +223,9 @@ def test_what_is_compiled_beside_serves_all_that_comes_after():
     company.
     """
     model = blueprint.load(blueprint.read(config.ModelOptions(enable_torch_compile=True)))
-    loop = loop_of(model, Together)
+    loop = loop_of(model, EveryImage)
     for count in (1, 2):
-        for one in begun(model, num_outputs_per_prompt=count, num_inference_steps=2):
+        for one in slots_for(model, num_outputs_per_prompt=count, num_inference_steps=2):
             loop.add(one)
         run(loop)
     eager = alone(model, loop, seed=5, num_inference_steps=3)
@@ -234,10 +238,10 @@ def test_what_is_compiled_beside_serves_all_that_comes_after():
     for one in [
         one
         for k in range(5)
-        for one in begun(model, seed=k, num_inference_steps=2 + k, guidance_scale=1.5 + k)
+        for one in slots_for(model, seed=k, num_inference_steps=2 + k, guidance_scale=1.5 + k)
     ]:
         loop.add(one)
-    for one in begun(model, height=96, width=160, num_outputs_per_prompt=3):
+    for one in slots_for(model, height=96, width=160, num_outputs_per_prompt=3):
         loop.add(one)
     run(loop)
     assert graph_count() == made
@@ -245,10 +249,10 @@ def test_what_is_compiled_beside_serves_all_that_comes_after():
 
 
 def test_the_last_picture_that_leaves_holds_nothing(model):
-    loop, [one] = loop_of(model), begun(model)
+    loop, [one] = loop_of(model), slots_for(model)
     loop.add(one)
     loop.step()
-    state = weakref.ref(loop._joined[1].whole.state.x)
+    state = weakref.ref(loop._batch[1].joined.state.x)
     loop.leave("a")
     del one
     gc.collect()

@@ -22,7 +22,7 @@ DENOISE = {
 }
 
 
-def seat(table, seed, tokens=6, net="family", lengths=(5, 5), **more):
+def image(table, seed, tokens=6, net="family", lengths=(5, 5), **more):
     """An image of its own prompt and noise; all share the weights."""
     generator = torch.Generator().manual_seed(seed)
     texts = [
@@ -43,33 +43,33 @@ def alone(one):
 
 @pytest.mark.parametrize("net", ["family", "joint"])
 def test_pictures_that_join_and_leave_are_what_they_are_alone(net):
-    family, seats = (
+    family, images = (
         getattr(fake, net),
-        [seat(table, seed, net=net) for seed, table in enumerate(TABLES.values())],
+        [image(table, seed, net=net) for seed, table in enumerate(TABLES.values())],
     )
-    seats[2] = loop.advance(seats[2], 2)  # it stands at a row of its own when the others come
+    images[2] = loop.advance(images[2], 2)  # it stands at a row of its own when the others come
     made = {}
     for _ in range(20):
-        seats.sort(key=lambda each: each.table.steps)
-        joined = batch.advance(batch.together(family, seats), 2)
-        done = [each for each in batch.apart(joined) if each.done]
+        images.sort(key=lambda each: each.table.steps)
+        joined = batch.advance(batch.join(family, images), 2)
+        done = [each for each in batch.split(joined) if each.done]
         made |= {each.table.steps: each.state.x for each in done}
-        seats = [each for each in batch.apart(joined) if not each.done]
-        if not seats:
+        images = [each for each in batch.split(joined) if not each.done]
+        if not images:
             break
-    expected = {table.steps: alone(seat(table, seed, net=net)) for seed, table in enumerate(TABLES.values())}
+    expected = {table.steps: alone(image(table, seed, net=net)) for seed, table in enumerate(TABLES.values())}
     assert made.keys() == expected.keys()
     for steps, x in made.items():
         assert torch.allclose(x, expected[steps], rtol=1e-12, atol=1e-12)
 
 
 def test_a_batch_ends_where_the_first_of_it_ends():
-    seats = [seat(TABLES["long"], 0), seat(TABLES["euler"], 1)]
-    joined = batch.together(fake.family, seats)
-    assert batch.left(joined) == 3
+    images = [image(TABLES["long"], 0), image(TABLES["euler"], 1)]
+    joined = batch.join(fake.family, images)
+    assert batch.steps_left(joined) == 3
     joined = batch.advance(joined, 99)
-    assert batch.left(joined) == 0
-    assert [(each.at, each.done) for each in batch.apart(joined)] == [(3, False), (3, True)]
+    assert batch.steps_left(joined) == 0
+    assert [(each.step, each.done) for each in batch.split(joined)] == [(3, False), (3, True)]
 
 
 def test_kept_tokens_and_fresh_noise_stay_a_pictures_own():
@@ -82,9 +82,9 @@ def test_kept_tokens_and_fresh_noise_stay_a_pictures_own():
         )
         mask[:, seed] = 0
         fresh = torch.stack([fake.latents(6, seed=seed + 10 * k, dtype=torch.float64) for k in range(3)])
-        return seat(table, seed, noise=fresh, kept=loop.FixedTokens(mask, clean, clean))
+        return image(table, seed, noise=fresh, fixed=loop.FixedTokens(mask, clean, clean))
 
-    pair = batch.apart(batch.advance(batch.together(fake.family, [renoised(0), renoised(1)]), 3))
+    pair = batch.split(batch.advance(batch.join(fake.family, [renoised(0), renoised(1)]), 3))
     for seed, one in enumerate(pair):
         assert torch.allclose(one.state.x, alone(renoised(seed)), rtol=1e-12, atol=1e-12)
 
@@ -98,30 +98,30 @@ def test_each_picture_goes_on_with_its_next_expert():
             DENOISE["family"], table, fake.latents(6, seed=seed, dtype=torch.float64), networks.__getitem__
         )
 
-    seats = [start(seed) for seed in (3, 4)]
-    while not seats[0].done:
-        seats = batch.apart(batch.advance(batch.together(fake.family, seats), 99))
-    for seed, one in zip((3, 4), seats, strict=True):
+    images = [start(seed) for seed in (3, 4)]
+    while not images[0].done:
+        images = batch.split(batch.advance(batch.join(fake.family, images), 99))
+    for seed, one in zip((3, 4), images, strict=True):
         assert torch.allclose(one.state.x, alone(start(seed)), rtol=1e-12, atol=1e-12)
 
 
 def test_form_is_what_pictures_must_have_in_common():
-    one = seat(TABLES["unipc"], 0)
-    assert batch.form(fake.family, one) == batch.form(fake.family, seat(TABLES["long"], 1))
+    one = image(TABLES["unipc"], 0)
+    assert batch.batch_key(fake.family, one) == batch.batch_key(fake.family, image(TABLES["long"], 1))
     others = [
-        seat(TABLES["unipc"], 0, tokens=7),
-        seat(TABLES["unipc"], 0, lengths=(4, 5)),
+        image(TABLES["unipc"], 0, tokens=7),
+        image(TABLES["unipc"], 0, lengths=(4, 5)),
         one._replace(denoise=loop.eager_denoise(Network(fake.family, CONFIG), guidance.none)),
         one._replace(network=fake.ready(CONFIG, TABLES["unipc"], 6, dtype=torch.float64)),
-        one._replace(kept=loop.FixedTokens(torch.ones(1, 6, 1), one.state.x, one.state.x)),
+        one._replace(fixed=loop.FixedTokens(torch.ones(1, 6, 1), one.state.x, one.state.x)),
     ]
-    assert all(batch.form(fake.family, other) != batch.form(fake.family, one) for other in others)
+    assert all(batch.batch_key(fake.family, other) != batch.batch_key(fake.family, one) for other in others)
 
 
 def test_tables_without_an_axis_for_images_must_be_the_same():
-    one = seat(TABLES["unipc"], 0)
+    one = image(TABLES["unipc"], 0)
     turned = [
         b._replace(request={**b.request, "": {"cos": b.request[""]["cos"] + 1}}) for b in one.network.branches
     ]
     other = one._replace(network=one.network._replace(branches=tuple(turned)))
-    assert batch.form(fake.family, one) != batch.form(fake.family, other)
+    assert batch.batch_key(fake.family, one) != batch.batch_key(fake.family, other)

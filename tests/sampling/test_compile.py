@@ -83,7 +83,7 @@ def test_kept_tokens_are_one_more_graph():
             fake.latents(tokens, seed=5),
             fake.latents(tokens, seed=6),
         )
-        want, got = (fake.last(run, table, x, lambda _, n=network: n, kept=kept) for run in (eager, fast))
+        want, got = (fake.last(run, table, x, lambda _, n=network: n, fixed=kept) for run in (eager, fast))
         assert (got - want).abs().max() < 1e-5 * max(1, want.abs().max().item())
         assert (graph_count(), graph_breaks()) == (before + 1, 0)
 

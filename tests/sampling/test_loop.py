@@ -141,7 +141,7 @@ def test_kept_tokens_follow_their_path_and_given_ones_stay():
     noise[:, 0] = clean[:, 0]
     mask = torch.tensor([0, 0, 0.25, 1, 1, 1], dtype=torch.float64)[None, :, None]
     kept = loop.FixedTokens(mask, clean, noise)
-    reports = [progress.x for progress in loop.run(EAGER, table, x, lambda _: network, kept=kept, chunk=1)]
+    reports = [progress.x for progress in loop.run(EAGER, table, x, lambda _: network, fixed=kept, chunk=1)]
     for y, sigma in zip(reports, [*table.sigmas[1:].tolist(), 0.0], strict=True):
         assert torch.equal(y[:, 0], clean[:, 0])
         assert torch.allclose(

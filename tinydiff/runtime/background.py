@@ -1,8 +1,7 @@
-"""Compiling while serving: a form of the loop runs eagerly until its graph is made, in a thread beside it,
-and from then on compiled.
+"""Compiling while serving: images are denoised eagerly until their graph is compiled, in a thread beside it.
 
-Everything the loop takes is a value that nobody changes, so the thread simply makes the same step again with
-the compiled function, and throws the result away.
+All that the loop takes is values that nobody changes. So the thread runs one step again with the compiled
+function, and discards the result.
 """
 
 from __future__ import annotations
@@ -21,58 +20,65 @@ log = logging.getLogger(__name__)
 
 
 class Background:
-    """Which forms of the loop are compiled. For one thread that asks; it has a thread of its own."""
+    """Compiled graphs, made in a thread of its own. Only one other thread may call it."""
 
     def __init__(self) -> None:
-        self._asked: set[Hashable] = set()
-        self._ready: set[Hashable] = set()
+        self._requested: set[Hashable] = set()
+        self._done: set[Hashable] = set()
         self._failed: set[Hashable] = set()
-        self._wanted: SimpleQueue[tuple[Hashable, Denoise, Denoising]] = SimpleQueue()
-        self._threads = (
-            torch.get_num_threads()
-        )  # a graph is made for so many, and each thread has its own setting
+        self._queue: SimpleQueue[tuple[Hashable, Denoise, Denoising]] = SimpleQueue()
+        # A graph is compiled for a number of threads, and each thread has its own setting.
+        self._threads = torch.get_num_threads()
 
-    def best(self, compiled: Denoise, seat: Denoising) -> Denoise:
-        """The function for the seat's next steps: `compiled` where that is ready, else the seat's own, and
-        `compiled` is made ready.
+    def best(self, compiled: Denoise, image: Denoising) -> Denoise:
+        """The function for the next steps: `compiled` where its graph is ready, else the image's own. In that
+        case the thread compiles the graph.
         """
-        key = compiled, _structure(seat)
-        if key in self._ready:
+        key = compiled, _structure(image)
+        if key in self._done:
             return compiled
-        if key not in self._asked:
-            if not self._asked:
+        if key not in self._requested:
+            if not self._requested:
                 threading.Thread(target=self._run, name="compiler", daemon=True).start()
-            self._asked.add(key)
-            self._wanted.put((key, compiled, seat))
-        return seat.denoise
+            self._requested.add(key)
+            self._queue.put((key, compiled, image))
+        return image.denoise
 
     def progress(self) -> tuple[int, int]:
-        """(forms that are done, all that were asked for)."""
-        return len(self._ready) + len(self._failed), len(self._asked)
+        """(graphs that are done or failed, all graphs that were requested)."""
+        return len(self._done) + len(self._failed), len(self._requested)
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
         while True:
-            key, compiled, seat = self._wanted.get()
+            key, compiled, image = self._queue.get()
             try:
                 with plain():
-                    compiled(seat.network, seat.state, seat.rows, seat.noise, seat.kept, seat.at, seat.at + 1)
-                self._ready.add(key)
+                    compiled(
+                        image.network,
+                        image.state,
+                        image.coefficients,
+                        image.noise,
+                        image.fixed,
+                        image.step,
+                        image.step + 1,
+                    )
+                self._done.add(key)
             except Exception:
-                log.exception("the loop could not be compiled and goes on eagerly")
+                log.exception("compiling the loop failed; these images run eagerly")
                 self._failed.add(key)
-            del key, compiled, seat  # while it waits for the next it holds no weights
+            del key, compiled, image  # hold no weights while waiting
 
 
-def _structure(seat: Denoising) -> Hashable:
-    """What a graph is made for: one image or several, kept tokens, fresh noise, what is hoisted, and all
-    types; lengths may vary.
+def _structure(image: Denoising) -> Hashable:
+    """What a graph depends on: one image or several, fixed tokens, fresh noise, the hoisted tensors, all types.
+    Lengths may vary.
     """
-    trees = [tree for branch in seat.network.branches for tree in branch]
-    told = tuple(
-        (at, name, x.ndim, x.dtype)
+    trees = [tree for branch in image.network.branches for tree in branch]
+    tensors = tuple(
+        (prefix, name, x.ndim, x.dtype)
         for tree in trees
-        for at, below in tree.items()
+        for prefix, below in tree.items()
         for name, x in below.items()
     )
-    return seat.state.x.shape[0] > 1, seat.state.x.dtype, seat.kept is None, seat.noise is None, told
+    return image.state.x.shape[0] > 1, image.state.x.dtype, image.fixed is None, image.noise is None, tensors

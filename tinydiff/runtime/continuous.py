@@ -1,11 +1,12 @@
-"""Images of many requests in one denoising loop: who goes on together, and for how long.
+"""Images of many requests in one denoising loop: which of them run the next steps together, and how many steps.
 
-Images of one form (`sampling.batch`) share the loop and join and leave it between two steps; how many pays is
-measured (`pace`), and where there are more, keys and jobs take turns (`turns`). Several forms, say a video
-and small images, share the device's time, the highest priority first; a key that asks for many forms has no
-more of it than one that asks for one. All state lies in values, so an image may pause, and a step that fails
-leaves every image as it was: a batch that does not fit into memory is made smaller, an image that fails alone
-is handed back.
+Images of one `batch_key` share the loop, and join and leave it between two steps. The batch size is the one that
+measured step times make worthwhile (`step_times`). Where more images wait than that, owners and jobs take turns
+(`fair_order`). Images that cannot share a batch, such as a video and small images, share the device's time: the
+highest priority first, then whoever had the least. An owner whose images need many different batches gets no
+more time than an owner whose images need one.
+All state is values, so an image may pause, and a step that fails leaves every image as it was: a batch that does
+not fit into memory is made smaller, and an image that fails alone is returned with its error.
 """
 
 from __future__ import annotations
@@ -22,218 +23,224 @@ from tinydiff.records import Request
 from tinydiff.runtime import pipeline
 from tinydiff.runtime.background import Background
 from tinydiff.runtime.blueprint import Model
-from tinydiff.runtime.pace import Pace
+from tinydiff.runtime.fair_order import TurnKey, fair_order
 from tinydiff.runtime.pipeline import Conditioning
-from tinydiff.runtime.turns import Path, line
+from tinydiff.runtime.step_times import StepTimes
 from tinydiff.sampling import batch
 from tinydiff.sampling.loop import Denoise, Denoising
 
-MOMENT = 0.1
-"""Seconds that the loop runs at most before it hears of anything new, where several steps fit into that."""
+MAX_CALL_SECONDS = 0.1
+"""Several steps run in one call where they take no longer than this; new requests are seen between calls."""
 
 
 @dataclass(eq=False)
 class BatchSlot:
     """One image in the loop."""
 
-    owner: str
-    """Whose it is: the id of its job."""
+    job: str
+    """The id of its job."""
     index: int
-    """Which of the owner's images."""
+    """Which of the job's images it is."""
     priority: int
-    seat: Denoising
-    shown: Callable[[Tensor], Tensor]
-    """The seat's tokens -> those of the image."""
+    denoising: Denoising
+    to_image_tokens: Callable[[Tensor], Tensor]
+    """The tokens in the loop -> those of the image."""
     compiled: Denoise | None = None
-    """What takes the place of the seat's own function once it is compiled."""
-    looks: tuple[int, ...] = ()
-    """Numbers of steps after which it is looked at, so the loop halts there."""
-    form: Hashable = None
-    key: str = ""
+    """Replaces the image's own function once its graph is compiled."""
+    preview_steps: tuple[int, ...] = ()
+    """Numbers of steps after which a preview is wanted; the loop returns there."""
+    batch_key: Hashable = None
+    owner: str = ""
     """Whose job it is."""
-    begun: bool = False
-    """Whether a step of it was made."""
+    started: bool = False
+    """Whether a step of it has run."""
 
     @property
-    def path(self) -> Path:
-        """(key, job): see `turns`."""
-        return self.key, self.owner
+    def turn_key(self) -> TurnKey:
+        """(owner, job): see `fair_order`."""
+        return self.owner, self.job
 
 
-def sitting(
+def make_slot(
     model: Model,
     request: Request,
     conditioning: Conditioning,
-    owner: str,
+    job: str,
     index: int,
     priority: int = 0,
-    looks: int = 0,
-    key: str = "",
+    previews: int = 0,
+    owner: str = "",
 ) -> BatchSlot:
-    """Output number `index` of a request as it enters the loop: eager, and once that is ready compiled where
-    the model is to be.
+    """Image number `index` of a request, before its first step.
 
-    looks: how often it is looked at on its way, at even distances.
+    It runs eagerly, and compiled once that is ready where the model is to be compiled. previews: how many are
+    wanted, at even distances.
     """
-    seat, shown = pipeline.begin(model, request, conditioning, request.seeds[index])
+    denoising, to_image_tokens = pipeline.begin(model, request, conditioning, request.seeds[index])
     compiled = pipeline.denoiser(model, request, conditioning, True) if model.blueprint.compiled else None
     steps = conditioning.rows.steps
-    at = tuple(-(-i * steps // (looks + 1)) for i in range(1, looks + 1))
-    return BatchSlot(owner, index, priority, seat, shown, compiled, at, key=key)
+    preview_steps = tuple(-(-i * steps // (previews + 1)) for i in range(1, previews + 1))
+    return BatchSlot(job, index, priority, denoising, to_image_tokens, compiled, preview_steps, owner=owner)
 
 
-class Stepped(NamedTuple):
-    """What a few steps of one batch came to."""
+class StepResult(NamedTuple):
+    """What one call of `Continuous.step` did."""
 
-    sittings: tuple[BatchSlot, ...]
-    made: int
-    """Steps; 0 where they failed."""
+    slots: tuple[BatchSlot, ...]
+    """The images of the batch."""
+    steps: int
+    """Steps done; 0 where they failed."""
     seconds: float
     done: tuple[BatchSlot, ...] = ()
-    """Those whose last step it was; they have left the loop."""
+    """Images whose last step this was; they have left the loop."""
     error: Exception | None = None
-    """Why the images of `sittings` cannot go on; they have left the loop."""
+    """Why the images of `slots` cannot continue; they have left the loop."""
 
 
 @dataclass
 class Continuous:
-    """The images of a model's denoiser that are in the loop. For one thread."""
+    """The images in the loop of a model's denoiser. Used by one thread."""
 
     family: Any
-    pace: Pace = field(default_factory=Pace)
+    step_times: StepTimes = field(default_factory=StepTimes)
     background: Background = field(default_factory=Background)
-    sittings: list[BatchSlot] = field(default_factory=list)
-    """In the order in which they came."""
-    _joined: tuple[list[BatchSlot], batch.Batch] | None = None
-    most: int | None = None
-    """Images that go on together at most; the others pause."""
-    _served: dict[Hashable, float] = field(default_factory=dict)
-    """Device seconds that each form had, over its share of them."""
-    _turns: dict[Path, int] = field(default_factory=dict)
-    """The number of the turn at which each key and each job last began an image."""
+    slots: list[BatchSlot] = field(default_factory=list)
+    """In order of arrival."""
+    _batch: tuple[list[BatchSlot], batch.Batch] | None = None
+    """The slots of the latest batch, and their state while they stay together."""
+    max_batch: int | None = None
+    """Images that run together at most; the others pause."""
+    _device_seconds: dict[Hashable, float] = field(default_factory=dict)
+    """Batch key -> device seconds that its images had, divided by their share of the device."""
+    _turns: dict[TurnKey, int] = field(default_factory=dict)
+    """Number of the turn at which an owner or a job last started an image."""
 
-    def add(self, sitting: BatchSlot) -> None:
-        """Let an image in; it begins with the next step of its form."""
-        self._placed(sitting)
-        self.sittings.append(sitting)
+    def add(self, slot: BatchSlot) -> None:
+        """Let an image in. It starts with the next step of its batch key."""
+        self._assign_batch_key(slot)
+        self.slots.append(slot)
 
-    def leave(self, owner: str) -> None:
-        """Take the images of `owner` out."""
-        self.sittings = [sitting for sitting in self.sittings if sitting.owner != owner]
-        if not self.sittings:
-            self._joined = None  # with it the weights
+    def leave(self, job: str) -> None:
+        """Remove the images of a job."""
+        self.slots = [slot for slot in self.slots if slot.job != job]
+        if not self.slots:
+            self._batch = None  # it holds the weights
 
-    def clean(self, sitting: BatchSlot) -> tuple[Tensor, int]:
-        """(the clean tokens [1, L, P] that the last step implied, how many steps are made)."""
-        if self._joined is None or sitting not in self._joined[0]:
-            return sitting.seat.state.h1, sitting.seat.at
-        sittings, joined = self._joined
-        place, on = sittings.index(sitting), joined.whole
-        return on.state.h1[place : place + 1], on.at if len(sittings) == 1 else sitting.seat.at + on.at
+    def clean(self, slot: BatchSlot) -> tuple[Tensor, int]:
+        """(the clean tokens [1, L, P] implied by the latest step, the number of steps done)."""
+        if self._batch is None or slot not in self._batch[0]:
+            return slot.denoising.state.h1, slot.denoising.step
+        slots, running = self._batch
+        index, joined = slots.index(slot), running.joined
+        step = joined.step if len(slots) == 1 else slot.denoising.step + joined.step
+        return joined.state.h1[index : index + 1], step
 
-    def step(self, count: int | None = None) -> Stepped:
-        """One step, or the few that fit into a moment, of those whose turn it is: `count` of them, or as many
-        as are worth while.
+    def step(self, count: int | None = None) -> StepResult:
+        """Run a step, or the few that fit into `MAX_CALL_SECONDS`, of the images whose turn it is.
+
+        count: the batch size; by default as many images as measured step times make worthwhile.
         """
-        chosen = self._chosen(count)
-        if self._joined is None or self._joined[0] != chosen:
-            self._part()
-            self._begin(chosen)
-            self._joined = chosen, batch.together(self.family, [sitting.seat for sitting in chosen])
-        joined, key = self._joined[1], _size(chosen[0].seat)
-        pace = self.pace.step(key, len(chosen))
-        steps = max(1, min(self._unseen(chosen, batch.left(joined)), int(MOMENT / pace))) if pace else 1
+        chosen = self._choose_slots(count)
+        if self._batch is None or self._batch[0] != chosen:
+            self._split_batch()
+            self._note_turns(chosen)
+            self._batch = chosen, batch.join(self.family, [slot.denoising for slot in chosen])
+        before, kind = self._batch[1], _time_kind(chosen[0].denoising)
+        each = self.step_times.seconds(kind, len(chosen))
+        most = self._steps_until_preview(chosen, batch.steps_left(before))
+        steps = max(1, min(most, int(MAX_CALL_SECONDS / each))) if each else 1
         started = time.perf_counter()
         try:
             compiled = chosen[0].compiled
-            going = batch.advance(joined, steps, compiled and self.background.best(compiled, joined.whole))
-            if going.whole.state.x.is_cuda:
+            after = batch.advance(before, steps, compiled and self.background.best(compiled, before.joined))
+            if after.joined.state.x.is_cuda:
                 torch.cuda.synchronize()
         except Exception as error:
-            return self._stumbled(chosen, key, error)
-        seconds, made = time.perf_counter() - started, going.whole.at - joined.whole.at
-        self._joined = chosen, going
-        self.pace.measured(key, len(chosen), seconds / made)
-        self._served[chosen[0].form] += seconds / self._share(chosen[0].form)
-        done = () if batch.left(going) else self._part()
-        return Stepped(tuple(chosen), made, seconds, done)
+            return self._on_step_error(chosen, kind, error)
+        seconds, steps = time.perf_counter() - started, after.joined.step - before.joined.step
+        self._batch = chosen, after
+        self.step_times.record(kind, len(chosen), seconds / steps)
+        self._device_seconds[chosen[0].batch_key] += seconds / self._share(chosen[0].batch_key)
+        done = () if batch.steps_left(after) else self._split_batch()
+        return StepResult(tuple(chosen), steps, seconds, done)
 
-    def _placed(self, sitting: BatchSlot) -> None:
-        """Note the image's form; a new one begins level with the one that had least of the device."""
-        sitting.form = batch.form(self.family, sitting.seat)
-        present = {other.form for other in self.sittings}
-        self._served = {form: seconds for form, seconds in self._served.items() if form in present}
-        self._served.setdefault(sitting.form, min(self._served.values(), default=0.0))
+    def _assign_batch_key(self, slot: BatchSlot) -> None:
+        """Compute the slot's batch key. A new key starts level with the key that had the least of the device."""
+        slot.batch_key = batch.batch_key(self.family, slot.denoising)
+        present = {other.batch_key for other in self.slots}
+        self._device_seconds = {
+            key: seconds for key, seconds in self._device_seconds.items() if key in present
+        }
+        self._device_seconds.setdefault(slot.batch_key, min(self._device_seconds.values(), default=0.0))
 
-    def _chosen(self, count: int | None) -> list[BatchSlot]:
-        """Those of the highest priority, of the form that had least of its share of the device; keys and jobs
-        in turn.
+    def _choose_slots(self, count: int | None) -> list[BatchSlot]:
+        """Of the highest priority, the batch key that had the least of its share of the device; of its images as
+        many as run together, owners and jobs taking turns.
         """
-        first = max(sitting.priority for sitting in self.sittings)
-        form = min((s.form for s in self.sittings if s.priority == first), key=self._served.__getitem__)
-        alike = line([s for s in self.sittings if s.form == form], self._turns)
-        return alike[
-            : count or self.pace.size(_size(alike[0].seat), min(len(alike), self.most or len(alike)))
-        ]
+        highest = max(slot.priority for slot in self.slots)
+        keys = (slot.batch_key for slot in self.slots if slot.priority == highest)
+        key = min(keys, key=self._device_seconds.__getitem__)
+        same = fair_order([slot for slot in self.slots if slot.batch_key == key], self._turns)
+        most = min(len(same), self.max_batch or len(same))
+        return same[: count or self.step_times.batch_size(_time_kind(same[0].denoising), most)]
 
-    def _share(self, form: Hashable) -> float:
-        """What a form may have of the device, a key's part being 1: each key divides its own among the forms
-        that it asked for.
+    def _share(self, batch_key: Hashable) -> float:
+        """The share of the device that a batch key may have, where every owner has 1: an owner divides its own
+        evenly among the keys of its images.
         """
-        forms: dict[str, set[Hashable]] = {}
-        for sitting in self.sittings:
-            forms.setdefault(sitting.key, set()).add(sitting.form)
-        return sum(1 / len(asked) for asked in forms.values() if form in asked)
+        keys: dict[str, set[Hashable]] = {}
+        for slot in self.slots:
+            keys.setdefault(slot.owner, set()).add(slot.batch_key)
+        return sum(1 / len(own) for own in keys.values() if batch_key in own)
 
-    def _begin(self, chosen: list[BatchSlot]) -> None:
-        """Note whose turn it was."""
-        present = {path for sitting in self.sittings for path in (sitting.path, sitting.path[:1])}
-        self._turns = {path: turn for path, turn in self._turns.items() if path in present}
-        for sitting in chosen:
-            if not sitting.begun:
-                sitting.begun = True
-                self._turns[sitting.path] = self._turns[sitting.path[:1]] = (
-                    max(self._turns.values(), default=0) + 1
-                )
+    def _note_turns(self, chosen: list[BatchSlot]) -> None:
+        """Note the owners and jobs whose images start now."""
+        present = {key for slot in self.slots for key in (slot.turn_key, slot.turn_key[:1])}
+        self._turns = {key: turn for key, turn in self._turns.items() if key in present}
+        for slot in chosen:
+            if not slot.started:
+                slot.started = True
+                turn = max(self._turns.values(), default=0) + 1
+                self._turns[slot.turn_key] = self._turns[slot.turn_key[:1]] = turn
 
-    def _unseen(self, chosen: list[BatchSlot], left: int) -> int:
-        """Steps until one of them is looked at, `left` at most."""
-        stands = [(sitting, self.clean(sitting)[1]) for sitting in chosen]
-        return min([left, *(look - at for sitting, at in stands for look in sitting.looks if look > at)])
+    def _steps_until_preview(self, chosen: list[BatchSlot], left: int) -> int:
+        """Steps until the next preview of one of the images; `left` at most."""
+        done = [(slot, self.clean(slot)[1]) for slot in chosen]
+        return min([left, *(at - step for slot, step in done for at in slot.preview_steps if at > step)])
 
-    def _part(self) -> tuple[BatchSlot, ...]:
-        """Deal the batch's state back to its images; those that are done leave and are returned."""
-        if self._joined is None:
+    def _split_batch(self) -> tuple[BatchSlot, ...]:
+        """Give each image its part of the batch's state. Finished images leave the loop and are returned."""
+        if self._batch is None:
             return ()
-        (sittings, joined), self._joined = self._joined, None
-        for sitting, seat in zip(sittings, batch.apart(joined), strict=True):
-            switched, sitting.seat = seat.stop != sitting.seat.stop, seat
-            if switched and sitting in self.sittings:
-                self._placed(sitting)  # its next expert
-        done = tuple(sitting for sitting in sittings if sitting.seat.done and sitting in self.sittings)
-        self.sittings = [sitting for sitting in self.sittings if sitting not in done]
+        (slots, running), self._batch = self._batch, None
+        for slot, denoising in zip(slots, batch.split(running), strict=True):
+            switched, slot.denoising = denoising.stop != slot.denoising.stop, denoising
+            if switched and slot in self.slots:
+                self._assign_batch_key(slot)  # it goes on with another expert
+        done = tuple(slot for slot in slots if slot.denoising.done and slot in self.slots)
+        self.slots = [slot for slot in self.slots if slot not in done]
         return done
 
-    def _stumbled(self, chosen: list[BatchSlot], key: Hashable, error: Exception) -> Stepped:
-        self._part()  # as they were before this step
+    def _on_step_error(self, chosen: list[BatchSlot], kind: Hashable, error: Exception) -> StepResult:
+        self._split_batch()  # the images are as before this step
         if len(chosen) > 1:
-            # Which of them it was, and whether less company helps, shows when each goes on with less.
-            self.pace.too_many(key, len(chosen))
+            # Smaller batches show whether memory was short, or which image fails.
+            self.step_times.limit_below(kind, len(chosen))
             give_memory_back()
-            return Stepped(tuple(chosen), 0, 0.0)
-        self.leave(chosen[0].owner)
+            return StepResult(tuple(chosen), 0, 0.0)
+        self.leave(chosen[0].job)
         if not short_of_memory(error):
-            self.pace.enough(key)  # it was this image, not the company
-        return Stepped(tuple(chosen), 0, 0.0, error=error)
+            self.step_times.unlimit(kind)  # the image failed, not the batch size
+        return StepResult(tuple(chosen), 0, 0.0, error=error)
 
 
 def short_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice, on a GPU or on the CPU."""
+    """Whether an error says that a GPU or the CPU is out of memory."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def give_memory_back() -> None:
-    """Return what is cached and no longer used to the device."""
+    """Return memory that is cached but unused to the device."""
     import gc
 
     gc.collect()
@@ -241,6 +248,6 @@ def give_memory_back() -> None:
         torch.cuda.empty_cache()
 
 
-def _size(seat: Denoising) -> tuple[int, int]:
-    """What the time of a step depends on: tokens and branches of guidance."""
-    return seat.state.x.shape[1], len(seat.network.branches)
+def _time_kind(image: Denoising) -> tuple[int, int]:
+    """What the time of a step depends on: the tokens and the branches of guidance."""
+    return image.state.x.shape[1], len(image.network.branches)

@@ -252,8 +252,8 @@ def begin(
     whole = x.shape[1]
     tokens = None if tokens is None else sequence.share(plan, tokens, 2)
     kept = None if kept is None else loop.FixedTokens(*(sequence.share(plan, each, 1) for each in kept))
-    seat = loop.start(run, rows, sequence.share(plan, x, 1), conditioning.experts, tokens, kept)
-    return seat, lambda x_BLP: sequence.gathered(plan, x_BLP, 1, whole)[:, :made]
+    denoising = loop.start(run, rows, sequence.share(plan, x, 1), conditioning.experts, tokens, kept)
+    return denoising, lambda x_BLP: sequence.gathered(plan, x_BLP, 1, whole)[:, :made]
 
 
 def denoise(
@@ -262,10 +262,10 @@ def denoise(
     """Noise of `seed` (or `latents` [1, C, F, H, W]) -> tokens [1, L, P] of the image, float32, after each
     step.
     """
-    seat, shown = begin(model, request, conditioning, seed, latents, model.blueprint.compiled)
-    while not seat.done:
-        seat = loop.advance(seat, 1)
-        yield shown(seat.state.x)
+    denoising, to_image_tokens = begin(model, request, conditioning, seed, latents, model.blueprint.compiled)
+    while not denoising.done:
+        denoising = loop.advance(denoising, 1)
+        yield to_image_tokens(denoising.state.x)
 
 
 def _from_picture(noise_BLP: Tensor, conditioning: Conditioning) -> tuple[Tensor, loop.FixedTokens | None]:

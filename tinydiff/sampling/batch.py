@@ -1,10 +1,10 @@
-"""Several images in one loop, each at its own row of its own table: step-level continuous batching.
+"""Several images in one loop, each at its own step of its own table: step-level continuous batching.
 
-Images share the loop where all that the network sees of them has one form (`form`). What they are told is
-stacked: the rows of their tables from where each stands, their hoisted tensors, their latents. So solver,
-step count, guidance scale, seed and prompt may differ, and an image joins and leaves between two steps.
-Stacking costs a copy when the company changes, not at every step. Shape letters: S steps, B images, L tokens,
-P packed channels.
+Images share the loop where everything that the network reads of them has the same shapes (`batch_key`). What
+differs is stacked: the remaining rows of their tables, their hoisted tensors, their latents. So solver, number
+of steps, guidance scale, seed and prompt may differ, and an image joins and leaves between two steps.
+Stacking copies when the members change, not at every step. Shape letters: S steps, B images, L tokens, P packed
+channels.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ import torch
 from torch import Tensor
 
 from tinydiff.ops.network import Branch, Family, Tree, has_images
-from tinydiff.sampling.loop import Denoise, Denoising, FixedTokens, Hoisted, State, moved
+from tinydiff.sampling.loop import Denoise, Denoising, FixedTokens, Hoisted, State, at_step
 
 
 class Batch(NamedTuple):
-    """Seats that go on together, as one. Its own `at` and `stop` count from where it was joined."""
+    """Images that go through the loop as one."""
 
-    seats: tuple[Denoising, ...]
-    whole: Denoising
+    members: tuple[Denoising, ...]
+    """Each image as it was when the batch was formed."""
+    joined: Denoising
+    """All of them stacked. Its `step` and `stop` count from where the batch was formed."""
 
 
-def form(family: Family, seat: Denoising) -> Hashable:
-    """What two seats must have in common to share the loop: the network, and all shapes and types that it is
-    shown.
+def batch_key(family: Family, image: Denoising) -> Hashable:
+    """What two images must have in common to share the loop: the network, and all shapes and types it reads.
 
-    What has no axis for images, such as rope tables, must be the same to the bit.
+    Tensors without an axis for images, such as rope tables, must be equal to the bit.
     """
-    told = [(b.request, b.steps) for b in seat.network.branches]
+    trees = [(b.request, b.steps) for b in image.network.branches]
     requests = tuple(
         (
             prefix,
@@ -41,98 +42,96 @@ def form(family: Family, seat: Denoising) -> Hashable:
             x.dtype,
             None if has_images(family.conds, prefix, name) else hash(x.cpu().numpy().tobytes()),
         )
-        for request, _ in told
+        for request, _ in trees
         for prefix, below in sorted(request.items())
         for name, x in sorted(below.items())
     )
     steps = tuple(
         (prefix, name, x.shape[1:], x.dtype)
-        for _, rows in told
-        for prefix, below in rows.items()
+        for _, per_step in trees
+        for prefix, below in per_step.items()
         for name, x in sorted(below.items())
     )
-    weights = tuple(id(x) for below in seat.network.weights.values() for x in below.values())
-    kept = None if seat.kept is None else tuple(x.shape for x in seat.kept)
-    x, fresh = seat.state.x, seat.noise is None
-    return seat.denoise, weights, len(told), requests, steps, kept, fresh, x.shape, x.dtype
+    weights = tuple(id(x) for below in image.network.weights.values() for x in below.values())
+    fixed = None if image.fixed is None else tuple(x.shape for x in image.fixed)
+    x, no_noise = image.state.x, image.noise is None
+    return image.denoise, weights, len(trees), requests, steps, fixed, no_noise, x.shape, x.dtype
 
 
-def together(family: Family, seats: Sequence[Denoising]) -> Batch:
-    """Seats of one `form`, joined from where each stands to where the first of them ends or changes its
-    expert.
-    """
-    if len(seats) == 1:
-        return Batch(tuple(seats), seats[0])
-    first, span = seats[0], min(seat.stop - seat.at for seat in seats)
+def join(family: Family, images: Sequence[Denoising]) -> Batch:
+    """Stack images of one `batch_key` for the steps that all of them have left with their current expert."""
+    if len(images) == 1:
+        return Batch(tuple(images), images[0])
+    first, count = images[0], min(image.stop - image.step for image in images)
 
-    def ahead(rows: Sequence[Tensor], dim: int) -> Tensor:
-        """Rows [S, ...] of each seat's own table from where it stands, side by side along the axis of images."""
-        beside = torch.cat([x[seat.at : seat.at + span] for seat, x in zip(seats, rows, strict=True)], dim)
-        return (
-            beside if span > 1 else torch.cat([beside, beside])
-        )  # torch would compile tables of one row on their own
+    def next_rows(tables: Sequence[Tensor], dim: int) -> Tensor:
+        """The next `count` rows of each image's own table [S, ...], side by side along the axis of images."""
+        rows = torch.cat(
+            [table[image.step : image.step + count] for image, table in zip(images, tables, strict=True)], dim
+        )
+        # torch would compile a table of one row on its own, so that one gets a second, which is never read.
+        return rows if count > 1 else torch.cat([rows, rows])
 
-    def joined(trees: Sequence[Tree], join: Callable[[str, str, list[Tensor]], Tensor]) -> Tree:
+    def stack(trees: Sequence[Tree], combine: Callable[[str, str, list[Tensor]], Tensor]) -> Tree:
         return {
-            prefix: {name: join(prefix, name, [tree[prefix][name] for tree in trees]) for name in below}
+            prefix: {name: combine(prefix, name, [tree[prefix][name] for tree in trees]) for name in below}
             for prefix, below in trees[0].items()
         }
 
-    def told(prefix: str, name: str, found: list[Tensor]) -> Tensor:
-        return torch.cat(found) if has_images(family.conds, prefix, name) else found[0]
+    def combine_cond(prefix: str, name: str, tensors: list[Tensor]) -> Tensor:
+        return torch.cat(tensors) if has_images(family.conds, prefix, name) else tensors[0]
 
     branches = tuple(
         Branch(
-            joined([b.request for b in same], told),
-            joined([b.steps for b in same], lambda _, __, rows: ahead(rows, 1)),
+            stack([b.request for b in same], combine_cond),
+            stack([b.steps for b in same], lambda _, __, tables: next_rows(tables, 1)),
         )
-        for same in zip(*(seat.network.branches for seat in seats), strict=True)
+        for same in zip(*(image.network.branches for image in images), strict=True)
     )
-    states = [seat.state for seat in seats]
+    states = [image.state for image in images]
     x, h1, h2 = (torch.cat(same) for same in zip(*(state[:3] for state in states), strict=True))
     memory = {name: torch.cat([state.memory[name] for state in states]) for name in states[0].memory}
-    whole = first._replace(
-        rows=ahead([seat.rows for seat in seats], 2),
-        noise=None
-        if first.noise is None
-        else ahead([seat.noise for seat in seats if seat.noise is not None], 1),
-        kept=None
-        if first.kept is None
-        else FixedTokens(
-            *map(torch.cat, zip(*(seat.kept for seat in seats if seat.kept is not None), strict=True))
-        ),
+    noises = [image.noise for image in images if image.noise is not None]
+    fixed = [image.fixed for image in images if image.fixed is not None]
+    joined = first._replace(
+        coefficients=next_rows([image.coefficients for image in images], 2),
+        noise=next_rows(noises, 1) if noises else None,
+        fixed=FixedTokens(*map(torch.cat, zip(*fixed, strict=True))) if fixed else None,
         network=Hoisted(first.network.weights, branches),
         state=State(x, h1, h2, memory),
-        at=0,
-        stop=span,
+        step=0,
+        stop=count,
     )
-    return Batch(tuple(seats), whole)
+    return Batch(tuple(images), joined)
 
 
 @torch.no_grad()
 def advance(batch: Batch, steps: int, denoise: Denoise | None = None) -> Batch:
-    """The batch after `steps` more steps, or as many as are left to it. denoise: a function that does the
-    same as the seats' own.
+    """The batch after `steps` more steps, or after as many as it has left.
+
+    denoise: used in place of the images' own function, such as a compiled one that computes the same.
     """
-    on = batch.whole
-    stop = min(on.at + steps, on.stop)
-    state = (denoise or on.denoise)(on.network, on.state, on.rows, on.noise, on.kept, on.at, stop)
-    return batch._replace(whole=on._replace(state=state, at=stop))
+    image = batch.joined
+    stop = min(image.step + steps, image.stop)
+    state = (denoise or image.denoise)(
+        image.network, image.state, image.coefficients, image.noise, image.fixed, image.step, stop
+    )
+    return batch._replace(joined=image._replace(state=state, step=stop))
 
 
-def left(batch: Batch) -> int:
-    """How many steps the batch can go on before one of its seats is done or changes its expert."""
-    return batch.whole.stop - batch.whole.at
+def steps_left(batch: Batch) -> int:
+    """Steps until an image of the batch is done or changes its expert."""
+    return batch.joined.stop - batch.joined.step
 
 
-def apart(batch: Batch) -> list[Denoising]:
-    """The batch's seats, each where it stands now."""
-    state, at = batch.whole.state, batch.whole.at
-    if len(batch.seats) == 1:
-        return [moved(batch.whole, state, at)]
+def split(batch: Batch) -> list[Denoising]:
+    """The images of the batch, each at the step it has reached."""
+    state, steps = batch.joined.state, batch.joined.step
+    if len(batch.members) == 1:
+        return [at_step(batch.joined, state, steps)]
 
     def own(i: int) -> State:
-        x, h1, h2 = (each[i : i + 1] for each in state[:3])
-        return State(x, h1, h2, {name: each[i : i + 1] for name, each in state.memory.items()})
+        x, h1, h2 = (tensor[i : i + 1] for tensor in state[:3])
+        return State(x, h1, h2, {name: tensor[i : i + 1] for name, tensor in state.memory.items()})
 
-    return [moved(seat, own(i), seat.at + at) for i, seat in enumerate(batch.seats)]
+    return [at_step(image, own(i), image.step + steps) for i, image in enumerate(batch.members)]

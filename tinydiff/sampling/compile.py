@@ -90,11 +90,11 @@ def _build(network: Network, guidance: Guidance, exact: bool) -> Denoise:
         state: State,
         coefficients: Tensor,
         noise: Tensor | None,
-        kept: FixedTokens | None,
+        fixed: FixedTokens | None,
         start: Tensor,
         stop: Tensor,
     ) -> State:
-        return denoise(while_loop, predict, hoisted, state, coefficients, noise, kept, start, stop)
+        return denoise(while_loop, predict, hoisted, state, coefficients, noise, fixed, start, stop)
 
     graph = torch.compile(whole, fullgraph=True, dynamic=False, options={"emulate_precision_casts": exact})
 
@@ -103,22 +103,22 @@ def _build(network: Network, guidance: Guidance, exact: bool) -> Denoise:
         state: State,
         coefficients: Tensor,
         noise: Tensor | None,
-        kept: FixedTokens | None,
+        fixed: FixedTokens | None,
         start: int,
         stop: int,
     ) -> State:
         coefficients, noise = _two_rows(coefficients), None if noise is None else _two_rows(noise)
         _mark_rows(coefficients, noise, hoisted.branches)
-        _mark_tokens(state, noise, kept)
+        _mark_tokens(state, noise, fixed)
         if state.x.shape[0] > 1:
-            _mark_images(conds, hoisted, state, coefficients, noise, kept)
+            _mark_images(conds, hoisted, state, coefficients, noise, fixed)
         for request, _ in hoisted.branches:
             _mark_named(token_dims(conds), request[""])
             _mark_named({name: 0 for name in request[""] if name.startswith(KEYS)}, request[""])
         bounds = torch.tensor([start, stop], device=state.x.device)
         # Two lengths that happen to be equal in the first request are still two.
         with _no_modes(), cast(Any, fx_config).patch(use_duck_shape=False):
-            return graph(hoisted, state, coefficients, noise, kept, bounds[0].clone(), bounds[1].clone())
+            return graph(hoisted, state, coefficients, noise, fixed, bounds[0].clone(), bounds[1].clone())
 
     return call
 
@@ -149,8 +149,8 @@ def _mark_rows(coefficients: Tensor, noise: Tensor | None, branches: tuple[Branc
         torch._dynamo.mark_dynamic(rows, 0)
 
 
-def _mark_tokens(state: State, noise: Tensor | None, kept: FixedTokens | None) -> None:
-    for tensor in (state.x, state.h1, state.h2, *(kept or ())):
+def _mark_tokens(state: State, noise: Tensor | None, fixed: FixedTokens | None) -> None:
+    for tensor in (state.x, state.h1, state.h2, *(fixed or ())):
         torch._dynamo.mark_dynamic(tensor, 1)
     if noise is not None:
         torch._dynamo.mark_dynamic(noise, 2)
@@ -162,13 +162,13 @@ def _mark_images(
     state: State,
     coefficients: Tensor,
     noise: Tensor | None,
-    kept: FixedTokens | None,
+    fixed: FixedTokens | None,
 ) -> None:
     """Where there are several images, their number is dynamic; what they share has an axis of 1."""
     requests = [(at, below) for request, _ in hoisted.branches for at, below in request.items()]
     told = [x for at, below in requests for name, x in below.items() if has_images(conds, at, name)]
     rows = [x for _, steps in hoisted.branches for below in steps.values() for x in below.values()]
-    stated = [state.x, state.h1, state.h2, *state.memory.values(), *(kept or ())]
+    stated = [state.x, state.h1, state.h2, *state.memory.values(), *(fixed or ())]
     for tensors, dim in (
         ([*told, *stated], 0),
         ([*rows, *(() if noise is None else (noise,))], 1),

@@ -1,13 +1,12 @@
-"""The denoising loop: one function that runs eagerly or is compiled whole, and the driver that calls it in
-chunks.
+"""The denoising loop: one function that runs eagerly or is compiled whole, and the code that calls it in chunks.
 
-The engine knows a family only as `ops.network.Family`; any record with these functions will do. Everything
-that depends only on the request and the table is hoisted out; the loop gathers its rows.
-Guidance evaluates the network on several branches (the prompt, the negative prompt). They walk through the
-blocks side by side, so a block's weights are fetched once a step however many branches there are, and each
-branch has its own length of text. Over several ranks the same code runs on each, on its share of the tokens
-(`parallel.sequence`), of the weights, or on its own branch. Shape letters: S steps, B images, L tokens, P
-packed channels, D width.
+The engine knows a family only as `ops.network.Family`; any record with these functions will do. What depends
+only on the request and the table is computed once, before the loop (`hoist`); the loop gathers its rows.
+Guidance evaluates the network on several branches, such as the prompt and the negative prompt. They pass through
+the blocks side by side, so the weights of a block are fetched once per step for all branches, and each branch
+has its own length of text. Over several ranks the same code runs on each rank: on its shard of the tokens
+(`parallel.sequence`) or of the weights, or on its own branch.
+Shape letters: S steps, B images, L tokens, P packed channels.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from tinydiff.parallel.plan import LORA_SCALE, Plan
 from tinydiff.sampling.solvers import Table, segments
 
 Memory = dict[str, Tensor]
-"""What a predict carries from step to step; each tensor keeps its shape, dtype and strides."""
+"""Tensors that a `Predict` passes from step to step. Each keeps its shape, dtype and strides."""
 
 
 class Step(NamedTuple):
-    """What a predict sees of step i."""
+    """What a `Predict` reads of step i."""
 
     i: Tensor
     """int64 []."""
@@ -50,16 +49,17 @@ class State(NamedTuple):
 
 
 class Hoisted(NamedTuple):
-    """A network made ready for one request."""
+    """A network prepared for one request: its weights, and what `hoist` computed once."""
 
     weights: Tree
     branches: tuple[Branch, ...]
 
 
 class FixedTokens(NamedTuple):
-    """Tokens that the loop does not make: where `mask` is 0 they follow the straight path from `noise` to
-    `clean`, where it is 1 they are the network's. A token that stays as it is given has its own value as its
-    noise.
+    """Tokens that the loop does not denoise: a given frame, reference images, what an inpainting mask keeps.
+
+    Where `mask` is 0, a token is reset at each step to the point between `clean` and `noise` at the step's
+    sigma; where it is 1, the token is denoised. A token that never changes has `noise` = `clean`.
     """
 
     mask: Tensor
@@ -69,13 +69,13 @@ class FixedTokens(NamedTuple):
     noise: Tensor
     """[1 or B, L, P]."""
 
-    def at(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """x [B, L, P] with the kept tokens as they are at noise level sigma."""
+    def reset(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """x [B, L, P] with the fixed tokens at noise level sigma."""
         return torch.lerp(torch.lerp(self.clean, self.noise, sigma), x, self.mask)
 
 
-class Progress(NamedTuple):
-    """`done` of `total` steps are behind x [B, L, P]."""
+class LoopProgress(NamedTuple):
+    """The tokens x [B, L, P] after `done` of `total` steps."""
 
     done: int
     total: int
@@ -83,40 +83,41 @@ class Progress(NamedTuple):
 
 
 Predict = Callable[[Tree, Tensor, Step, tuple[Branch, ...], Memory], tuple[tuple[Tensor, ...], Memory]]
-"""(weights, x [B, L, P], step, branches at this step, memory) -> (a velocity [B, L, P] of each branch,
-memory).
-"""
+"""(weights, x [B, L, P], step, branches at this step, memory) -> (velocity [B, L, P] of each branch, memory)."""
 Guided = Callable[[Tree, Tensor, Step, tuple[Branch, ...], Memory], tuple[Tensor, Memory]]
-"""The same, the branches' velocities made into one."""
+"""A `Predict` whose velocities of all branches are combined into one."""
 Guidance = Callable[[Predict, Plan], Guided]
+"""How velocities are combined."""
 Wrap = Callable[[Callable[..., Streams]], Callable[..., Streams]]
+"""What is applied to the function of each kind of block, such as marking it as a compiled region."""
 Denoise = Callable[[Hoisted, State, Tensor, Tensor | None, FixedTokens | None, int, int], State]
-"""(network, state, coefficients [S, 8, 1 or B, 1, 1], fresh noise [S, B, L, P], kept tokens, start, stop) ->
-state after [start, stop).
+"""(network, state, coefficients [S, 8, 1 or B, 1, 1], fresh noise [S, B, L, P], fixed tokens, start, stop) ->
+state after the steps [start, stop).
 """
 
 
 class Denoising(NamedTuple):
-    """One batch of images on its way: where it is in its table, and all that the loop needs to go on."""
+    """An image (or a batch) that is being denoised: the step it has reached, and all that the next steps need."""
 
     denoise: Denoise
     table: Table
     experts: Callable[[int], Hoisted]
-    rows: Tensor
+    """Index of an expert -> that network, prepared."""
+    coefficients: Tensor
     """Coefficients [S, 8, 1, 1, 1]."""
     noise: Tensor | None
     """Fresh noise [S, B, L, P]."""
-    kept: FixedTokens | None
+    fixed: FixedTokens | None
     network: Hoisted
-    """The expert that makes the steps up to `stop`."""
+    """The expert that runs the steps up to `stop`."""
     state: State
-    at: int
-    """How many steps are made."""
+    step: int
+    """Steps done."""
     stop: int
 
     @property
     def done(self) -> bool:
-        return self.at == self.table.steps
+        return self.step == self.table.steps
 
 
 @torch.no_grad()
@@ -127,12 +128,12 @@ def hoist(
     table: Table,
     lora_scale: Tensor | None = None,
 ) -> Hoisted:
-    """Make a network ready for one request: what the loop need not repeat is computed here, once.
+    """Prepare a network for one request: compute once what the loop would otherwise repeat at every step.
 
-    weights: flat, on their device, as this rank holds them. branches: the inputs of the family's `hoist` for
-    each branch of guidance, of which this rank keeps its own where `cfg` divides them. Tensors of the steps
-    that no prompt enters are kept once for all branches.
-    lora_scale: the strengths [1, R] of the low-rank leaves among the weights, where there are any.
+    weights: this rank's, flat, on their device. branches: the inputs of the family's `hoist`, one for each
+    branch of guidance; with cfg parallelism this rank keeps its own branch. Per-step tensors that do not depend
+    on the prompt are kept once for all branches.
+    lora_scale: the strengths [1, R] of the low-rank leaves, where the weights have any.
     """
     family, plan = network.family, network.plan
     device = next(iter(weights.values())).device
@@ -141,9 +142,8 @@ def hoist(
         branches = [branches[cfg.rank]]
     timesteps = table.timesteps.to(device)
     if len(timesteps) == 1:
-        timesteps = timesteps.expand(
-            2
-        )  # the second row is never read; torch would compile tables of one row on their own
+        # torch would compile a table of one row on its own, so that one gets a second, which is never read.
+        timesteps = timesteps.expand(2)
     unpacked = shards.Unpacked(weights, _packs(network), plan)
     flat = Weights(unpacked, dtype=network.dtype, lora_scale=lora_scale)
     hoisted = [family.hoist(network.config, everywhere, flat, inputs, timesteps) for inputs in branches]
@@ -160,19 +160,18 @@ def hoist(
     )
 
 
-def as_is(fn: Callable[..., Streams]) -> Callable[..., Streams]:
+def unwrapped(fn: Callable[..., Streams]) -> Callable[..., Streams]:
     return fn
 
 
-def predictor(network: Network, wrap: Wrap = as_is, hooks: Hooks = Hooks()) -> Predict:  # noqa: B008
-    """The network as a predict. `wrap` is applied once to each kind of block, a function of plain tensors in
+def predictor(network: Network, wrap: Wrap = unwrapped, hooks: Hooks = Hooks()) -> Predict:  # noqa: B008
+    """The network as a `Predict`. `wrap` is applied once to each kind of block, a function of plain tensors in
     dicts and tuples.
 
-    hooks: take part in every walk; over ranks that divide the weights of blocks their `fetch` is replaced.
+    hooks: those of every walk. With full sharding, their `fetch` is replaced by one that gathers packs.
     """
     kinds = dict.fromkeys(block for block, _ in network.family.blocks(network.config))
-    # Texts of their own length make branches of their own shape, and a region serves one shape: each branch
-    # gets its own.
+    # A compiled region serves one shape. Branches with text differ in shape, so each gets regions of its own.
     first, second = ({block: wrap(plain(network, block)) for block in kinds} for _ in range(2))
     has_texts = any(cond.stream == "text" for cond in network.family.conds)
     calls, cfg = (first, second if has_texts else first), network.plan.group("cfg")
@@ -191,7 +190,7 @@ def predictor(network: Network, wrap: Wrap = as_is, hooks: Hooks = Hooks()) -> P
 
 
 def _packs(network: Network) -> dict[str, shards.Pack]:
-    """How blocks' weights lie divided over the axis `shard`; none where it has one rank."""
+    """The packs in which full sharding keeps the weights of blocks; none where `shard` has one rank."""
     family, config, plan = network.family, network.config, network.plan
     if plan.group("shard").size == 1:
         return {}
@@ -199,7 +198,7 @@ def _packs(network: Network) -> dict[str, shards.Pack]:
 
 
 def _gathered(packs: Mapping[str, shards.Pack], plan: Plan) -> Fetch:
-    """The weights of blocks that are divided over ranks: gathered when they are needed."""
+    """Fetch the weights of a block by gathering its packs from all ranks."""
     shard = plan.group("shard")
 
     def take(prefix: str, coming: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -209,15 +208,15 @@ def _gathered(packs: Mapping[str, shards.Pack], plan: Plan) -> Fetch:
         )
         return whole | {name: x for part in parts for name, x in part.items()}
 
-    def begin(prefix: str, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        is_pack = {name: f"{prefix}.{name}" in packs for name in held}
-        return {name: shards.start(x, shard) if is_pack[name] else x for name, x in held.items()}
+    def begin(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        is_pack = {name: f"{prefix}.{name}" in packs for name in weights}
+        return {name: shards.start(x, shard) if is_pack[name] else x for name, x in weights.items()}
 
     return Fetch(begin, take)
 
 
 def python_loop(condition: Callable[..., Tensor], body: Callable[..., tuple], carry: tuple) -> tuple:
-    """A while loop as it stands; compiled, torch's loop operator takes its place."""
+    """A Python while loop with the signature of torch's loop operator, which replaces it when compiling."""
     while condition(*carry):
         carry = body(*carry)
     return carry
@@ -230,12 +229,13 @@ def denoise(
     state: State,
     coefficients: Tensor,
     noise: Tensor | None,
-    kept: FixedTokens | None,
+    fixed: FixedTokens | None,
     start: Tensor,
     stop: Tensor,
 ) -> State:
-    """Steps [start, stop), 0-d int64 tensors: what varies is a tensor, so that one graph serves every table
-    and every chunk of it.
+    """The state after steps [start, stop), two 0-d int64 tensors.
+
+    Everything that varies is a tensor, so one graph serves every table and every chunk of it.
     """
 
     def running(i: Tensor, *_: Any) -> Tensor:
@@ -252,8 +252,8 @@ def denoise(
         y = a * x + c * v + b1 * h1 + b2 * h2
         if noise is not None:
             y = y + n * noise.index_select(0, row)[0]
-        if kept is not None:
-            y = kept.at(y, after)
+        if fixed is not None:
+            y = fixed.reset(y, after)
         return i + 1, y, x - sigma * v, h1.clone(), memory  # a loop operator must not return its own input
 
     return State(*loop(running, body, (start.clone(), *state))[1:])
@@ -275,19 +275,19 @@ def eager_denoise(network: Network, guidance: Guidance) -> Denoise:
         state: State,
         coefficients: Tensor,
         noise: Tensor | None,
-        kept: FixedTokens | None,
+        fixed: FixedTokens | None,
         start: int,
         stop: int,
     ) -> State:
         bounds = torch.tensor([start, stop], device=state.x.device)
-        return denoise(python_loop, predict, hoisted, state, coefficients, noise, kept, bounds[0], bounds[1])
+        return denoise(python_loop, predict, hoisted, state, coefficients, noise, fixed, bounds[0], bounds[1])
 
     return call
 
 
 def coefficients(table: Table, x: Tensor) -> Tensor:
-    """The columns sigma, sigma after the step, a, c, b1, b2, n, guidance as [S, 8, 1, 1, 1] in x's dtype and
-    on its device.
+    """The columns sigma, next sigma, a, c, b1, b2, n and guidance as [S, 8, 1, 1, 1], in x's dtype and on its
+    device.
     """
     after = torch.cat([table.sigmas[1:], table.sigmas.new_zeros(1)])
     columns = (table.sigmas, after, table.a, table.c, table.b1, table.b2, table.n, table.guidance)
@@ -300,18 +300,22 @@ def start(
     x_BLP: Tensor,
     experts: Callable[[int], Hoisted],
     noise: Tensor | None = None,
-    kept: FixedTokens | None = None,
+    fixed: FixedTokens | None = None,
 ) -> Denoising:
-    """x_BLP at the first row of the table.
+    """x_BLP before the first step of the table.
 
-    experts: index -> the network made ready, asked for once per segment, so that one expert may leave the
+    experts: index -> the prepared network. It is called once per segment, so that one expert may leave the
     device before the next arrives.
-    noise: fresh noise [S, B, L, P], exactly where the table renoises.
+    noise: fresh noise [S, B, L, P], for a table that renoises.
     """
     if table.renoises != (noise is not None):
-        raise ValueError("a table that renoises needs fresh noise, and only such a table")
+        raise ValueError("give fresh noise for a table that renoises, and for no other table")
     rows = coefficients(table, x_BLP)
-    x = x_BLP.clone(memory_format=torch.contiguous_format) if kept is None else kept.at(x_BLP, rows[0, 0])
+    x = (
+        x_BLP.clone(memory_format=torch.contiguous_format)
+        if fixed is None
+        else fixed.reset(x_BLP, rows[0, 0])
+    )
     (expert, _, stop), *_ = segments(table)
     return Denoising(
         denoise,
@@ -319,7 +323,7 @@ def start(
         experts,
         rows,
         noise,
-        kept,
+        fixed,
         experts(expert),
         State(x, torch.zeros_like(x), torch.zeros_like(x), {}),
         0,
@@ -327,21 +331,29 @@ def start(
     )
 
 
-def moved(seat: Denoising, state: State, at: int) -> Denoising:
-    """The seat with `at` steps made, and the expert for those to come."""
-    seat = seat._replace(state=state, at=at)
-    if at < seat.stop or seat.done:
-        return seat
-    expert, stop = next((expert, stop) for expert, first, stop in segments(seat.table) if first == at)
-    return seat._replace(network=seat.experts(expert), stop=stop)
+def at_step(denoising: Denoising, state: State, step: int) -> Denoising:
+    """`denoising` with `step` steps done, and with the expert that runs the next step."""
+    denoising = denoising._replace(state=state, step=step)
+    if step < denoising.stop or denoising.done:
+        return denoising
+    expert, stop = next((expert, stop) for expert, first, stop in segments(denoising.table) if first == step)
+    return denoising._replace(network=denoising.experts(expert), stop=stop)
 
 
 @torch.no_grad()
-def advance(seat: Denoising, steps: int) -> Denoising:
-    """The seat after `steps` more steps, or as many as its expert makes."""
-    stop = min(seat.at + steps, seat.stop)
-    state = seat.denoise(seat.network, seat.state, seat.rows, seat.noise, seat.kept, seat.at, stop)
-    return moved(seat, state, stop)
+def advance(denoising: Denoising, steps: int) -> Denoising:
+    """`denoising` after `steps` more steps, or after as many as its expert has left."""
+    stop = min(denoising.step + steps, denoising.stop)
+    state = denoising.denoise(
+        denoising.network,
+        denoising.state,
+        denoising.coefficients,
+        denoising.noise,
+        denoising.fixed,
+        denoising.step,
+        stop,
+    )
+    return at_step(denoising, state, stop)
 
 
 @torch.no_grad()
@@ -351,17 +363,17 @@ def run(
     x_BLP: Tensor,
     experts: Callable[[int], Hoisted],
     noise: Tensor | None = None,
-    kept: FixedTokens | None = None,
+    fixed: FixedTokens | None = None,
     chunk: int | None = None,
-) -> Iterator[Progress]:
-    """Denoise x_BLP over the whole table (see `start`), yielding after every `chunk` steps (None: as rarely
-    as possible).
+) -> Iterator[LoopProgress]:
+    """Denoise x_BLP over the whole table (see `start`) and yield after every `chunk` steps, or after every
+    segment where `chunk` is None.
 
     Stop iterating to cancel. The result does not depend on `chunk`.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1")
-    seat = start(denoise, table, x_BLP, experts, noise, kept)
-    while not seat.done:
-        seat = advance(seat, chunk or table.steps)
-        yield Progress(seat.at, table.steps, seat.state.x)
+    denoising = start(denoise, table, x_BLP, experts, noise, fixed)
+    while not denoising.done:
+        denoising = advance(denoising, chunk or table.steps)
+        yield LoopProgress(denoising.step, table.steps, denoising.state.x)

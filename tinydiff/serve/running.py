@@ -139,7 +139,7 @@ def has_room(jobs: Iterable[RunningJob], slots: Collection[BatchSlot], most: int
     """
     waiting = {running.job.id: len(running.waiting) for running in list(jobs) if running.waiting}
     images = sum(waiting.values()) + len(slots)
-    return len(waiting.keys() | {slot.owner for slot in slots}) < most + (images > most)
+    return len(waiting.keys() | {slot.job for slot in slots}) < most + (images > most)
 
 
 def next_to_start(jobs: Iterable[RunningJob], slots: Collection[BatchSlot], most: int) -> RunningJob | None:
@@ -149,7 +149,7 @@ def next_to_start(jobs: Iterable[RunningJob], slots: Collection[BatchSlot], most
     then the oldest. When all slots are taken, only a job without a slot may enter: the loop pauses another
     image for it.
     """
-    by_key, by_job = Counter(slot.key for slot in slots), Counter(slot.owner for slot in slots)
+    by_key, by_job = Counter(slot.owner for slot in slots), Counter(slot.job for slot in slots)
     full = len(slots) >= most
     able = [running for running in list(jobs) if running.waiting and not (full and by_job[running.job.id])]
 

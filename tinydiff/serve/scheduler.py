@@ -20,7 +20,7 @@ from tinydiff.records import Request
 from tinydiff.runtime import ambient, pipeline, preview
 from tinydiff.runtime import blueprint as blueprints
 from tinydiff.runtime.blueprint import Blueprint, Model
-from tinydiff.runtime.continuous import BatchSlot, Continuous, give_memory_back, short_of_memory, sitting
+from tinydiff.runtime.continuous import BatchSlot, Continuous, give_memory_back, make_slot, short_of_memory
 from tinydiff.runtime.loras import Read
 from tinydiff.serve import housekeeping, outputs, warmup
 from tinydiff.serve.adapters import Adapters
@@ -72,7 +72,7 @@ class DeviceScheduler:
         self._attached: tuple[Read, ...] | None = None
         self.name = server_name()
         self.events = Events()
-        self.loop = Continuous(blueprint.denoiser.family, most=options.batching_max_size)
+        self.loop = Continuous(blueprint.denoiser.family, max_batch=options.batching_max_size)
         self._model: Model | None = None
         self._preview_fit: torch.Tensor | None = None
         self._jobs: dict[str, RunningJob] = {}
@@ -165,8 +165,8 @@ class DeviceScheduler:
             "server": self.name,
             "queued": self.store.counts().get("queued", 0),
             "running": len(self._jobs),
-            "pictures_in_loop": len(self.loop.sittings),
-            "step_seconds": self.loop.pace.table(),
+            "pictures_in_loop": len(self.loop.slots),
+            "step_seconds": self.loop.step_times.table(),
             "job_seconds": {kind: round(seconds, 4) for kind, seconds in self._times.seconds.items()},
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         }
@@ -203,7 +203,7 @@ class DeviceScheduler:
                 self._remove_ended()
                 self._take_jobs()
                 self._start_images()
-                if self.loop.sittings:
+                if self.loop.slots:
                     self._step()
                 else:
                     self._idle()
@@ -277,17 +277,17 @@ class DeviceScheduler:
         return self.store.take(self.name, time.time() + self.options.lease)
 
     def _room(self) -> bool:
-        return has_room(self._jobs.values(), self.loop.sittings, self.options.batching_max_size)
+        return has_room(self._jobs.values(), self.loop.slots, self.options.batching_max_size)
 
     def _start_images(self) -> None:
         """Start images while the loop has slots."""
         most = self.options.batching_max_size
-        while (running := next_to_start(self._jobs.values(), self.loop.sittings, most)) is not None:
+        while (running := next_to_start(self._jobs.values(), self.loop.slots, most)) is not None:
             index, job, started = running.waiting.popleft(), running.job, time.perf_counter()
             previews = 0 if index else running.previews
             try:
                 asked = self._load(), running.request, running.conditioning
-                self.loop.add(sitting(*asked, job.id, index, job.priority, previews, job.owner))
+                self.loop.add(make_slot(*asked, job.id, index, job.priority, previews, job.owner))
                 running.spent("denoise", time.perf_counter() - started)
             except Exception as error:
                 self._fail(job.id, error)
@@ -296,25 +296,25 @@ class DeviceScheduler:
         """End cancelled jobs, and remove the images of ended jobs from the loop."""
         while self._cancelled:
             self._end_job(self._cancelled.pop(), CANCELLED)
-        for owner in {slot.owner for slot in self.loop.sittings} - self._jobs.keys():
-            self.loop.leave(owner)
+        for job in {slot.job for slot in self.loop.slots} - self._jobs.keys():
+            self.loop.leave(job)
 
     def _step(self) -> None:
-        stepped = self.loop.step()
+        result = self.loop.step()
         self._last_used = time.monotonic()
-        if stepped.error is not None:
-            self._fail(stepped.sittings[0].owner, stepped.error)
+        if result.error is not None:
+            self._fail(result.slots[0].job, result.error)
             return
-        count = len(stepped.sittings)
-        if stepped.made:
-            self.metrics.steps(stepped.made, count, stepped.seconds / stepped.made)
-        for slot in stepped.sittings:
-            if (running := self._jobs.get(slot.owner)) is not None:
-                running.spent("denoise", stepped.seconds / count)
-                running.steps += stepped.made
+        count = len(result.slots)
+        if result.steps:
+            self.metrics.steps(result.steps, count, result.seconds / result.steps)
+        for slot in result.slots:
+            if (running := self._jobs.get(slot.job)) is not None:
+                running.spent("denoise", result.seconds / count)
+                running.steps += result.steps
                 self._publish_progress(running, slot)
-        for slot in stepped.done:
-            if (running := self._jobs.get(slot.owner)) is not None:
+        for slot in result.done:
+            if (running := self._jobs.get(slot.job)) is not None:
                 self._finish(running, slot)
 
     def _publish_progress(self, running: RunningJob, slot: BatchSlot) -> None:
@@ -323,9 +323,9 @@ class DeviceScheduler:
         if running.previews and slot.index == 0:
             clean, at = self.loop.clean(slot)
             due = at * (running.previews + 1) // running.conditioning.rows.steps
-            is_new = not slot.seat.done and due > self.events.preview_count(running.job.id)
+            is_new = not slot.denoising.done and due > self.events.preview_count(running.job.id)
             if is_new and self._preview_fit is not None:
-                latents = running.conditioning.prepared.unpack(slot.shown(clean))
+                latents = running.conditioning.prepared.unpack(slot.to_image_tokens(clean))
                 height, width = running.request.output.height, running.request.output.width
                 previews.append(preview.picture(self._preview_fit, latents, height, width))
         percent = min(99, 100 * running.steps // running.total)
@@ -340,7 +340,7 @@ class DeviceScheduler:
         started = time.perf_counter()
         try:
             model = self._load()
-            latents = slot.shown(slot.seat.state.x)
+            latents = slot.to_image_tokens(slot.denoising.state.x)
             frames, _ = pipeline.finish(model, running.request, running.conditioning, latents)
         except Exception as error:
             self._fail(running.job.id, error)

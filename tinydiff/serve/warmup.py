@@ -51,15 +51,16 @@ def parts(
 def make(model: Model, request: Request, loop: Continuous, count: int) -> None:
     """Run a batch of `count` and discard the outputs. Raises the error that a request would get."""
     from tinydiff.runtime import pipeline
-    from tinydiff.runtime.continuous import sitting
+    from tinydiff.runtime.continuous import make_slot
 
     conditioning = pipeline.condition(model, request)
     made = [
-        sitting(model, replace(request, seeds=(0,) * count), conditioning, "warm-up", i) for i in range(count)
+        make_slot(model, replace(request, seeds=(0,) * count), conditioning, "warm-up", i)
+        for i in range(count)
     ]
     for each in made:
         loop.add(each)
-    while loop.sittings:
+    while loop.slots:
         if error := loop.step(count).error:
             raise error
-    pipeline.finish(model, request, conditioning, made[0].shown(made[0].seat.state.x))
+    pipeline.finish(model, request, conditioning, made[0].to_image_tokens(made[0].denoising.state.x))

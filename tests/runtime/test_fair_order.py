@@ -1,25 +1,25 @@
-"""Whose turn it is among images that wait: a simulation that counts steps."""
+"""The order in which waiting images run: a simulation that counts steps."""
 
 from dataclasses import dataclass
 
-from tinydiff.runtime.turns import line
+from tinydiff.runtime.fair_order import fair_order
 
 
 @dataclass(eq=False)
 class Image:
-    key: str
+    owner: str
     job: str
     steps: int = 4
     priority: int = 0
-    begun: bool = False
+    started: bool = False
 
     @property
-    def path(self):
-        return self.key, self.job
+    def turn_key(self):
+        return self.owner, self.job
 
 
-def images(key, job, count=1, **more):
-    return [Image(key, job, **more) for _ in range(count)]
+def images(owner, job, count=1, **more):
+    return [Image(owner, job, **more) for _ in range(count)]
 
 
 def run(waiting, most, arrivals=()):
@@ -30,10 +30,10 @@ def run(waiting, most, arrivals=()):
     while waiting or any(at > step for at in arrivals):
         waiting += arrivals.get(step, [])
         step += 1
-        for one in line(waiting, turns)[:most]:
-            if not one.begun:
-                one.begun = True
-                turns[one.path] = turns[one.path[:1]] = max(turns.values(), default=0) + 1
+        for one in fair_order(waiting, turns)[:most]:
+            if not one.started:
+                one.started = True
+                turns[one.turn_key] = turns[one.turn_key[:1]] = max(turns.values(), default=0) + 1
             one.steps -= 1
         ended += [(one.job, step) for one in waiting if not one.steps]
         waiting = [one for one in waiting if one.steps]
