@@ -15,7 +15,7 @@ from tinydiff.keymap import AS_IS, KeyMap, also, fused, joined, moved, swapped, 
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.plan import Group, Plan, Row, linear_rows, norm_rows, repeat
 from tinydiff.parallel.ranks import grouped
-from tinydiff.parallel.shards import Box, held
+from tinydiff.parallel.shards import Box, shard_weights
 from tinydiff.records import UserError
 
 ROWS = (
@@ -296,7 +296,7 @@ def _bytes_read(folder, layout, fsdp, dtype, keys):
     axes = ("shard", "tp") if fsdp else ("tp",)
     groups = grouped(layout, 60).groups
     plan = Plan(groups=tuple((axis, groups[axis]) for axis in axes))
-    together, blocks = groups["dp" if fsdp else "peers"], BLOCKS if fsdp else ()
+    replicas, blocks = groups["dp" if fsdp else "peers"], BLOCKS if fsdp else ()
     whole = load_weights(folder / "split", DIVIDED, dtype)
     taken, cut, budget, passed = [], module._cut, module.BUDGET, module.PASSED
 
@@ -307,10 +307,10 @@ def _bytes_read(folder, layout, fsdp, dtype, keys):
     module._cut, module.BUDGET, module.PASSED = counted, 200, 100
     try:
         at = folder / ("fused" if keys.lines else "split")
-        loaded = load_weights(at, DIVIDED, dtype, keys=keys, plan=plan, together=together, blocks=blocks)
+        loaded = load_weights(at, DIVIDED, dtype, keys=keys, plan=plan, replicas=replicas, blocks=blocks)
     finally:
         module._cut, module.BUDGET, module.PASSED = cut, budget, passed
-    expected = held(whole, DIVIDED, plan, blocks)
+    expected = shard_weights(whole, DIVIDED, plan, blocks)
     assert list(loaded) == list(expected)
     for name, tensor in loaded.items():
         assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name

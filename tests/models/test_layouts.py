@@ -353,7 +353,7 @@ def _of_a_rank(folder, layout):
     groups = grouped(layout, 60).groups
     plan = Plan(groups=tuple((axis, groups[axis]) for axis in (("shard", "tp") if layout.fsdp else ("tp",))))
     blocks = {at for _, at in flux.FAMILY.blocks(SMALL)} if layout.fsdp else ()
-    given = {"plan": plan, "together": groups["dp" if layout.fsdp else "peers"], "blocks": blocks}
+    given = {"plan": plan, "replicas": groups["dp" if layout.fsdp else "peers"], "blocks": blocks}
     rows, maps = (
         list(flux.spec(SMALL)),
         {"original": KeyMap(flux_layout.LINES, "model.diffusion_model."), "split": KeyMap()},

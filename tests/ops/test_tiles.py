@@ -3,7 +3,7 @@ import torch
 
 from tests.parity import close, draw
 from tinydiff.ops.tiles import tiled
-from tinydiff.parallel.rows import WHOLE
+from tinydiff.parallel.strips import WHOLE
 
 
 def _double(x, strip=WHOLE):

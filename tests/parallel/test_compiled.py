@@ -17,7 +17,7 @@ from tinydiff.models import z_image
 from tinydiff.ops.network import Network
 from tinydiff.parallel import sequence
 from tinydiff.parallel.layout import Layout
-from tinydiff.parallel.shards import held
+from tinydiff.parallel.shards import shard_weights
 from tinydiff.sampling import guidance, loop, solvers
 
 REQUESTS = [
@@ -40,7 +40,7 @@ def tokens(name, plan, fsdp, denoise, size, lengths, steps, scale):
         for i, length in enumerate(lengths)
     ]
     blocks = {at for _, at in family.blocks(config)} if fsdp else ()
-    mine = held(weights(family, config), family.spec(config), plan, blocks)
+    mine = shard_weights(weights(family, config), family.spec(config), plan, blocks)
     hoisted = loop.hoist(Network(family, config, plan), mine, branches, rows)
     count = size[0] * size[1] + (z_image.pad_tokens(size[0] * size[1]) if name == "z_image" else 0)
     x = sequence.share(plan, draw(1, count, packed, seed=steps).float(), 1)

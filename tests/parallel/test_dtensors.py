@@ -17,7 +17,7 @@ from tinydiff.parallel.layout import AXES, UNITED, Layout, teams
 from tinydiff.parallel.placements import WeightMesh, placements, size, weight_mesh
 from tinydiff.parallel.plan import Plan, Replicate, Row, Shard, linear_rows
 from tinydiff.parallel.ranks import grouped, weights_mesh
-from tinydiff.parallel.shards import held
+from tinydiff.parallel.shards import shard_weights
 from tinydiff.parity.denoisers import DENOISERS
 from tinydiff.runtime import adapters
 
@@ -92,7 +92,7 @@ def weights_as_dtensors(layout, role):
     """On this rank: names whose slice, whole weight or replacement is not torch's; placements; a mesh's ranks."""
     plan, lies = sharding(grouped(layout, 60), role, BLOCKS)
     weights, wrong = draw(), []
-    mine = held(weights, ROWS, plan, lies.blocks)
+    mine = shard_weights(weights, ROWS, plan, lies.blocks)
     found = as_dtensors(mine, ROWS, plan, lies)
     doubled = replaced(
         mine, ROWS, plan, lies, ((name, 2 * x) for name, x in weights.items() if "qkv" in name)
@@ -147,7 +147,7 @@ def flux2(sharded_by=None):
     if sharded_by is None:
         return Net(family, config, Plan(), whole, torch.float64)
     plan, lies = sharding(sharded_by, "dit", [prefix for _, prefix in family.blocks(config)])
-    mine = held(whole, rows, plan, lies.blocks)
+    mine = shard_weights(whole, rows, plan, lies.blocks)
     return Net(family, config, plan, mine, torch.float64, sharding=lies)
 
 

@@ -15,7 +15,7 @@ from tinydiff.ops.weights import Weights
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.plan import Plan
 from tinydiff.parallel.ranks import grouped
-from tinydiff.parallel.shards import held, undivided
+from tinydiff.parallel.shards import shard_weights, why_indivisible
 
 T5 = t5.Config(vocab_size=64, d_model=24, d_kv=6, d_ff=40, num_layers=3, num_heads=4)
 CLIP = clip_text.Config(
@@ -140,7 +140,7 @@ def _divided(layout, module, c, dtype):
     """(weights of one rank, plan of this rank, its weights)."""
     plan = Plan(groups=(("tp", grouped(layout, 60).groups["tp"]),))
     whole = _weights(module.spec(c), dtype, 0 if getattr(c, "norm_plus_one", False) else 1)
-    mine = held(whole, module.spec(c), plan)
+    mine = shard_weights(whole, module.spec(c), plan)
     assert sum(tensor.numel() for tensor in mine.values()) < 0.75 * sum(
         tensor.numel() for tensor in whole.values()
     )
@@ -213,15 +213,15 @@ def test_text_is_that_of_one_rank(name):
     ],
 )
 def test_how_many_ranks_an_encoder_divides_over(module, c, divisors):
-    assert [ranks for ranks in range(1, 9) if undivided(module.spec(c), ranks) is None] == divisors
+    assert [ranks for ranks in range(1, 9) if why_indivisible(module.spec(c), ranks) is None] == divisors
 
 
 def test_heads_that_do_not_divide_are_named():
     assert (
-        undivided(decoder_lm.spec(LM), 4)
+        why_indivisible(decoder_lm.spec(LM), 4)
         == "layers.0.self_attn.k_proj.weight has 2 heads, which 4 ranks cannot share evenly"
     )
     assert (
-        undivided(t5.spec(T5), 8)
+        why_indivisible(t5.spec(T5), 8)
         == "encoder.block.0.layer.0.SelfAttention.q.weight has 4 heads, which 8 ranks cannot share evenly"
     )

@@ -16,7 +16,7 @@ from tinydiff.parallel import sequence
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.plan import Plan
 from tinydiff.parallel.ranks import grouped
-from tinydiff.parallel.shards import held
+from tinydiff.parallel.shards import shard_weights
 from tinydiff.parity.denoisers import DENOISERS
 from tinydiff.sampling import guidance, loop, solvers
 
@@ -77,7 +77,7 @@ def denoised(name, plan, fsdp=False, dtype=torch.float64, run=loop.eager_denoise
             d, config=replace(d.config, dim=96, n_heads=6, n_kv_heads=6)
         )  # the feed-forward's width follows, and divides
     asked, blocks = d.ask(d.config), {prefix for _, prefix in d.family.blocks(d.config)} if fsdp else ()
-    mine = held(weights(d.family, d.config, dtype), d.family.spec(d.config), plan, blocks)
+    mine = shard_weights(weights(d.family, d.config, dtype), d.family.spec(d.config), plan, blocks)
     net = Net(d.family, d.config, plan, mine, dtype)
     net = net if adapt is None else adapt(net)
     network = net.network

@@ -11,16 +11,16 @@ from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.plan import Group, Plan, Row, linear_rows, norm_rows, repeat
 from tinydiff.parallel.ranks import grouped
 from tinydiff.parallel.shards import (
-    Unpacked,
+    GatherOnRead,
     finish,
-    gathered,
-    held,
+    gather,
     local_rows,
     packing,
-    share,
+    shard_range,
+    shard_weights,
     start,
-    undivided,
     unpack,
+    why_indivisible,
 )
 
 BLOCK = (
@@ -88,7 +88,7 @@ def test_every_rank_holds_its_slices_and_shares(sizes, blocks):
     del whole["again.weight"]
     for tp, shard in product(range(sizes[0]), range(sizes[1])):
         plan = place((sizes[0], tp), (sizes[1], shard))
-        mine = held(whole, ROWS, plan, blocks)
+        mine = shard_weights(whole, ROWS, plan, blocks)
         wanted = expected(whole, ROWS, (sizes[0], tp), (sizes[1], shard), blocks)
         assert mine.keys() == wanted.keys()
         for name, tensor in mine.items():
@@ -103,7 +103,9 @@ def test_every_rank_holds_its_slices_and_shares(sizes, blocks):
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 4), (2, 3)])
 def test_gathered_packs_are_the_weights(sizes):
     whole = draw()
-    every = [held(whole, ROWS, place((sizes[0], 0), (sizes[1], rank)), BLOCKS) for rank in range(sizes[1])]
+    every = [
+        shard_weights(whole, ROWS, place((sizes[0], 0), (sizes[1], rank)), BLOCKS) for rank in range(sizes[1])
+    ]
     rows = {row.name: row for row in ROWS}
     packs = packing(ROWS, place((sizes[0], 0), (sizes[1], 0)), BLOCKS)
     assert list(packs) == [f"{block}.{name}" for block in BLOCKS for name in ("pack", "pack32")]
@@ -132,14 +134,14 @@ def test_what_cannot_be_packed_is_refused():
 
 
 def test_what_does_not_divide_is_named():
-    assert [ranks for ranks in range(1, 9) if undivided(ROWS, ranks) is None] == [1, 2, 4]
-    assert undivided(ROWS, 5) == "embed.weight has a width of 12, which 5 ranks cannot share evenly"
-    assert undivided(BLOCK, 8) == "attn.qkv.weight has 4 heads, which 8 ranks cannot share evenly"
+    assert [ranks for ranks in range(1, 9) if why_indivisible(ROWS, ranks) is None] == [1, 2, 4]
+    assert why_indivisible(ROWS, 5) == "embed.weight has a width of 12, which 5 ranks cannot share evenly"
+    assert why_indivisible(BLOCK, 8) == "attn.qkv.weight has 4 heads, which 8 ranks cannot share evenly"
     assert (
-        undivided([Row("a", (24,), 0, parts=(8, 16))], 3)
+        why_indivisible([Row("a", (24,), 0, parts=(8, 16))], 3)
         == "a has a width of 8, which 3 ranks cannot share evenly"
     )
-    assert undivided([Row("norm", (7,))], 2) is None
+    assert why_indivisible([Row("norm", (7,))], 2) is None
     for act in (local_rows, lambda *given: packing(*given, BLOCKS).items()):
         with pytest.raises(ValueError, match="3 ranks cannot share"):
             list(act(BLOCK if act is local_rows else ROWS, place(tp=(3, 0))))
@@ -147,7 +149,7 @@ def test_what_does_not_divide_is_named():
 
 @pytest.mark.parametrize(("size", "ranks"), [(0, 2), (1, 4), (5, 2), (8, 4), (9, 4)])
 def test_shares_cover_a_dimension_once(size, ranks):
-    shares = [share(size, ranks, rank) for rank in range(ranks)]
+    shares = [shard_range(size, ranks, rank) for rank in range(ranks)]
     assert [at for _, start, count in shares for at in range(start, start + count)] == list(range(size))
     assert (
         all(0 <= count <= width for width, _, count in shares) and len({width for width, _, _ in shares}) == 1
@@ -163,8 +165,8 @@ def _reads(layout):
     groups = grouped(layout, 60).groups
     plan = Plan(groups=(("tp", groups["tp"]), ("shard", groups["shard"])))
     whole, tp = draw(), plan.group("tp")
-    mine = held(whole, ROWS, plan, BLOCKS)
-    seen = Unpacked(mine, packing(ROWS, plan, BLOCKS), plan)
+    mine = shard_weights(whole, ROWS, plan, BLOCKS)
+    seen = GatherOnRead(mine, packing(ROWS, plan, BLOCKS), plan)
     assert set(seen) == set(whole) and len(seen) == len(whole)
     assert "blocks.1.attn.qkv.weight" in seen and "blocks.1.pack" not in list(seen) and "nothing" not in seen
     assert seen.get("blocks.0.attn.out.scale") is None
@@ -184,7 +186,7 @@ def test_weights_are_read_by_their_names(layout):
 def _prefetched(layout):
     """Both blocks are started before the first is finished."""
     plan, whole = Plan(groups=(("shard", grouped(layout, 60).groups["shard"]),)), draw()
-    mine, packs = held(whole, ROWS, plan, BLOCKS), packing(ROWS, plan, BLOCKS)
+    mine, packs = shard_weights(whole, ROWS, plan, BLOCKS), packing(ROWS, plan, BLOCKS)
     pending = {home: start(mine[home], plan.group("shard")) for home in packs}
     blocks = {home: finish(pending[home], pack) for home, pack in packs.items()}
     return [
@@ -197,7 +199,7 @@ def _prefetched(layout):
 def test_the_next_block_is_gathered_ahead():
     assert on_ranks(3, _prefetched, Layout(ring=3)) == [[True] * 2 * len(BLOCK)] * 3
     plan, whole = place(), draw()
-    mine, packs = held(whole, ROWS, plan, BLOCKS), packing(ROWS, plan, BLOCKS)
+    mine, packs = shard_weights(whole, ROWS, plan, BLOCKS), packing(ROWS, plan, BLOCKS)
     alone = finish(start(mine["blocks.0.pack"], plan.group("shard")), packs["blocks.0.pack"])
     assert all(torch.equal(tensor, whole[f"blocks.0.{name}"]) for name, tensor in alone.items())
 
@@ -207,8 +209,8 @@ def _along_two(layout):
     axes = [groups["dp"], groups["tp"]]
     rank = axes[0].rank * 2 + axes[1].rank
     return [
-        gathered(torch.full((1, 2), float(rank)), *axes)[:, 0].tolist(),
-        gathered(torch.full((1,), float(rank)), *axes[1:]).tolist(),
+        gather(torch.full((1, 2), float(rank)), *axes)[:, 0].tolist(),
+        gather(torch.full((1,), float(rank)), *axes[1:]).tolist(),
     ]
 
 

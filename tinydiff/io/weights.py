@@ -22,7 +22,7 @@ from tinydiff.io.atomic import write_over
 from tinydiff.io.hub import read_json
 from tinydiff.keymap import AS_IS, KeyMap, Match, Run, Shape, runs, stored_shapes, trimmed
 from tinydiff.parallel.plan import ALONE, SINGLE, Group, Plan, Row
-from tinydiff.parallel.shards import Box, Held, gathered, holdings, local_rows, share
+from tinydiff.parallel.shards import Box, LocalWeight, gather, local_rows, local_weights, shard_range
 from tinydiff.records import UserError
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def load_weights(
     device: torch.device | str = "cpu",
     keys: KeyMap = AS_IS,
     plan: Plan = SINGLE,
-    together: Group = ALONE,
+    replicas: Group = ALONE,
     blocks: Collection[str] = (),
     variant: str | None = None,
 ) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ def load_weights(
     keys: where each row stands. What it knows and does not read is said in one line.
     plan: its axis "tp" divides the weights by the splits of the rows, its axis "shard" those below `blocks`,
     which come as packs.
-    together: the ranks beside this one, on no axis of the plan, that hold the same. All ranks of these groups
+    replicas: the ranks beside this one, on no axis of the plan, that hold the same. All ranks of these groups
     load at the same time.
     variant: the files to load, such as "fp16", where the directory has them; else the plain ones. On the CPU
     a tensor already in its type is not copied: it stays a private mapping of the file, where one rank alone
@@ -90,7 +90,7 @@ def load_weights(
     """
     wanted = {row.name: row for row in rows}
     sources = _sources(folder, wanted, keys, variant)
-    held = list(holdings(wanted.values(), plan, blocks, together))
+    held = list(local_weights(wanted.values(), plan, blocks, replicas))
     on_cpu = torch.device(device).type == "cpu"
     mapped = [each for each in held if on_cpu and _as_stored(each, sources[each.row.name], dtype)]
     ready = _mapped({each.row.name: sources[each.row.name] for each in mapped}, wanted)
@@ -324,12 +324,12 @@ def _type(row: Row, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if row.float32 else dtype
 
 
-def _as_stored(held: Held, source: Source, dtype: torch.dtype) -> bool:
+def _as_stored(held: LocalWeight, source: Source, dtype: torch.dtype) -> bool:
     """Whether a weight is held as it is in its file, whole, in one piece and by one rank alone."""
     return (
-        held.home == held.row.name
+        held.tensor == held.row.name
         and held.shape == held.row.shape
-        and not held.alike
+        and not held.replicated_over
         and len(source.runs) == 1
         and not source.runs[0][1].transposed
         and FLOATS[source.runs[0][1].dtype] == _type(held.row, dtype)
@@ -350,23 +350,25 @@ def _mapped(ready: Mapping[str, Source], rows: Mapping[str, Row]) -> dict[str, T
     return weights
 
 
-def _stream(held: Iterable[Held], sources: Mapping[str, Source], weights: Mapping[str, Tensor]) -> None:
+def _stream(
+    held: Iterable[LocalWeight], sources: Mapping[str, Source], weights: Mapping[str, Tensor]
+) -> None:
     """Fill `weights` from disk, casting, in the order of `held`: that of the rows, so that all ranks pass on
     in the same order.
     """
     read = _reader()
     for each in held:
         tensor = each.of(weights)
-        ranks = math.prod(group.size for group in each.alike)
+        ranks = math.prod(group.size for group in each.replicated_over)
         for at, box in _boxes(each, sources[each.row.name]):
             for piece in _pieces(at, box, BUDGET if ranks == 1 else PASSED, ranks):
-                if each.alike and at.shape:
-                    _pass_on(tensor[piece.target], at, piece, read, each.alike)
+                if each.replicated_over and at.shape:
+                    _pass_on(tensor[piece.target], at, piece, read, each.replicated_over)
                 else:
                     tensor[piece.target].copy_(read(at, piece))
 
 
-def _boxes(held: Held, source: Source) -> Iterator[tuple[Stored, Box]]:
+def _boxes(held: LocalWeight, source: Source) -> Iterator[tuple[Stored, Box]]:
     """What this rank reads for a weight: the boxes it holds, counted in the tensors on disk that they lie
     in."""
     for box in held.boxes:
@@ -374,29 +376,36 @@ def _boxes(held: Held, source: Source) -> Iterator[tuple[Stored, Box]]:
             if not box.shape:
                 yield at, box
                 continue
-            low, high = max(box.there[0], run.into), min(box.there[0] + box.shape[0], run.into + run.size)
+            low, high = (
+                max(box.global_start[0], run.into),
+                min(box.global_start[0] + box.shape[0], run.into + run.size),
+            )
             if low < high:
-                part = box.narrow(0, low - box.there[0], high - low)
-                yield at, part._replace(there=(low - run.into + run.at, *part.there[1:]))
+                part = box.narrow(0, low - box.global_start[0], high - low)
+                yield at, part._replace(global_start=(low - run.into + run.at, *part.global_start[1:]))
 
 
 def _pass_on(
-    target: Tensor, at: Stored, piece: Box, read: Callable[[Stored, Box], Tensor], alike: tuple[Group, ...]
+    target: Tensor,
+    at: Stored,
+    piece: Box,
+    read: Callable[[Stored, Box], Tensor],
+    replicated_over: tuple[Group, ...],
 ) -> None:
     """Fill a piece that the ranks of these groups hold alike: each reads a share, and gets those of the
     others.
     """
-    size = math.prod(group.size for group in alike)
+    size = math.prod(group.size for group in replicated_over)
     rank = 0
-    for group in alike:
+    for group in replicated_over:
         rank = rank * group.size + group.rank
     dim = _dealt(at)
     target = target.movedim(dim, 0)
-    width, start, count = share(len(target), size, rank)
+    width, start, count = shard_range(len(target), size, rank)
     mine = target.new_zeros(width, *target.shape[1:])
     if count:
         mine[:count].copy_(read(at, piece.narrow(dim, start, count)).movedim(dim, 0))
-    target.copy_(gathered(mine, *alike)[: len(target)])
+    target.copy_(gather(mine, *replicated_over)[: len(target)])
 
 
 def _reader() -> Callable[[Stored, Box], Tensor]:

@@ -1,6 +1,6 @@
 """Convolutions on images and videos. Shape letters: B batch, C channels, T frames, H height, W width.
 
-Each runs on a whole image or on a strip of its rows (`parallel.rows`). In a strip the rows of the
+Each runs on a whole image or on a strip of its rows (`parallel.strips`). In a strip the rows of the
 neighbouring ranks take the place of padding at the inner borders.
 """
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.rows import WHOLE, Strip, halo
+from tinydiff.parallel.strips import WHOLE, Strip, halo
 
 
 def conv2d(x_BCHW: Tensor, w: Weights, stride: int = 1, padding: int = 0, strip: Strip = WHOLE) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.moves import move
 from tinydiff.parallel.plan import Plan
-from tinydiff.parallel.rows import WHOLE, Strip, statistics
+from tinydiff.parallel.strips import WHOLE, Strip, statistics
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinydiff.parallel.plan import SINGLE, Group, Plan
-from tinydiff.parallel.rows import WHOLE, Strip, by_rows, of_all
+from tinydiff.parallel.strips import WHOLE, Strip, all_ranks, in_strips
 
 ImageFunction = Callable[[Tensor, Strip], Tensor]
 """A function of an image or of a strip of one."""
@@ -20,17 +20,17 @@ def tiled(fn: ImageFunction, x: Tensor, side: int | None, scale: float, plan: Pl
 
     side: None, or a side that covers x, runs fn once on the whole image. scale: size of fn's output over
     that of its input. Neighbouring tiles are blended linearly over their overlap, along rows, then
-    columns. The ranks of the plan's axis `rows` share the work, and each gets the whole result: a whole
+    columns. The ranks of the plan's axis `height` share the work, and each gets the whole result: a whole
     image is divided into strips, tiles are computed by turns.
     """
     height, width = x.shape[-2:]
     if side is None or (height <= side and width <= side):
-        return by_rows(plan, fn, x, max(1, round(1 / scale)))
+        return in_strips(plan, fn, x, max(1, round(1 / scale)))
     stride = side * 3 // 4
     keep, overlap = round(stride * scale), round(side * scale) - round(stride * scale)
     columns = range(0, width, stride)
     squares = [x[..., i : i + side, j : j + side] for i in range(0, height, stride) for j in columns]
-    tiles = _by_turns(fn, squares, scale, plan.group("rows"))
+    tiles = _by_turns(fn, squares, scale, plan.group("height"))
     rows = [tiles[start : start + len(columns)] for start in range(0, len(tiles), len(columns))]
     strips: list[Tensor] = []
     for i, row in enumerate(rows):
@@ -54,7 +54,7 @@ def _by_turns(fn: ImageFunction, squares: list[Tensor], scale: float, group: Gro
         index = min(start + group.rank, len(squares) - 1)
         # The first tile is the largest; every rank pads its own to that size.
         bottom, right = (most - own for most, own in zip(sizes[0], sizes[index], strict=True))
-        tiles += of_all(group, F.pad(fn(squares[index], WHOLE), (0, right, 0, bottom))).unbind(0)
+        tiles += all_ranks(group, F.pad(fn(squares[index], WHOLE), (0, right, 0, bottom))).unbind(0)
     return [tile[..., :height, :width] for tile, (height, width) in zip(tiles, sizes, strict=False)]
 
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from tinydiff.parallel.placements import WeightMesh, placements
 from tinydiff.parallel.plan import Partial, Placement, Plan, Row, Shard
-from tinydiff.parallel.shards import Held, holdings, share
+from tinydiff.parallel.shards import LocalWeight, local_weights, shard_range
 
 
 def real(placement: Placement) -> tensor.Placement:
@@ -52,15 +52,15 @@ def as_dtensors(
 
     The DTensor of a fused weight has its slices in the order of the ranks: see `fused_order`.
     """
-    held = holdings(rows, plan, sharding.blocks)
+    held = local_weights(rows, plan, sharding.blocks)
     return {each.row.name: _dtensor(each, weights, plan, sharding) for each in held}
 
 
-def _dtensor(each: Held, weights: Mapping[str, Tensor], plan: Plan, sharding: Sharding) -> DTensor:
+def _dtensor(each: LocalWeight, weights: Mapping[str, Tensor], plan: Plan, sharding: Sharding) -> DTensor:
     row, local, shard = each.row, each.of(weights), plan.group("shard")
-    if each.home != row.name:  # in a pack, where the last shares are padded
+    if each.tensor != row.name:  # in a pack, where the last shares are padded
         width = row.shape[0] // (sharding.split if row.split == 0 else 1)
-        local = local[: share(width, shard.size, shard.rank)[2]]
+        local = local[: shard_range(width, shard.size, shard.rank)[2]]
     placed = placements([row], sharding.where, sharding.blocks)[row.name]
     stride = torch.empty(row.shape, device="meta").stride()
     return DTensor.from_local(
@@ -97,11 +97,11 @@ def replaced(
     touched is shared.
     """
     found, new = dict(weights), set[str]()
-    held = {each.row.name: each for each in holdings(rows, plan, sharding.blocks)}
+    held = {each.row.name: each for each in local_weights(rows, plan, sharding.blocks)}
     for name, value in changed:
-        if (home := held[name].home) not in new:
-            found[home] = found[home].clone()
-            new.add(home)
+        if (key := held[name].tensor) not in new:
+            found[key] = found[key].clone()
+            new.add(key)
         target = _dtensor(held[name], found, plan, sharding)
         if (order := fused_order(held[name].row, sharding.split)) is not None:
             value = value.index_select(held[name].row.split or 0, order.argsort().to(value.device))

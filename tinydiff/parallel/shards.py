@@ -25,7 +25,7 @@ from tinydiff.parallel.plan import ALONE, Group, Plan, Row
 # -----------------------------------------------------------------------------------------------------------------
 
 
-def undivided(rows: Iterable[Row], ranks: int) -> str | None:
+def why_indivisible(rows: Iterable[Row], ranks: int) -> str | None:
     """Why these weights cannot be divided over so many ranks, naming the first that stands against it; None
     if they can.
     """
@@ -43,9 +43,9 @@ def local_rows(rows: Iterable[Row], plan: Plan, blocks: Collection[str] = ()) ->
     """
     rows = list(rows)
     packs = packing(rows, plan, blocks)
-    homes = {_home(row, blocks) or row.name: None for row in rows}
+    tensors = {_pack_name(row, blocks) or row.name: None for row in rows}
     whole = {row.name: row for row in rows}
-    for name in homes:
+    for name in tensors:
         if pack := packs.get(name):
             yield Row(name, (pack.numel,), float32=name.endswith("32"))
         else:
@@ -53,7 +53,7 @@ def local_rows(rows: Iterable[Row], plan: Plan, blocks: Collection[str] = ()) ->
 
 
 def _local(row: Row, tp: Group) -> Row:
-    if why := undivided([row], tp.size):
+    if why := why_indivisible([row], tp.size):
         raise ValueError(why)
     shape = tuple(size // tp.size if dim == row.split else size for dim, size in enumerate(row.shape))
     return replace(row, shape=shape, split=None, parts=(), head=1)
@@ -68,24 +68,30 @@ class Box(NamedTuple):
     rank, and its shape.
     """
 
-    there: tuple[int, ...]
-    here: tuple[int, ...]
+    global_start: tuple[int, ...]
+    local_start: tuple[int, ...]
     shape: tuple[int, ...]
 
     def narrow(self, dim: int, start: int, size: int) -> Box:
         """`size` of its rows along `dim`, counted from its own first."""
-        there, here = (_with(place, dim, place[dim] + start) for place in (self.there, self.here))
-        return Box(there, here, _with(self.shape, dim, size))
+        global_start, local_start = (
+            _with(place, dim, place[dim] + start) for place in (self.global_start, self.local_start)
+        )
+        return Box(global_start, local_start, _with(self.shape, dim, size))
 
     @property
     def source(self) -> tuple[slice, ...]:
         """Index of the whole weight."""
-        return tuple(slice(start, start + size) for start, size in zip(self.there, self.shape, strict=True))
+        return tuple(
+            slice(start, start + size) for start, size in zip(self.global_start, self.shape, strict=True)
+        )
 
     @property
     def target(self) -> tuple[slice, ...]:
         """Index of this rank's tensor."""
-        return tuple(slice(start, start + size) for start, size in zip(self.here, self.shape, strict=True))
+        return tuple(
+            slice(start, start + size) for start, size in zip(self.local_start, self.shape, strict=True)
+        )
 
 
 def _with(sizes: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
@@ -100,15 +106,15 @@ def _boxes(row: Row, tp: Group) -> list[Box]:
     boxes = []
     for width, end in zip(_widths(row), accumulate(_widths(row)), strict=True):
         mine, start = width // tp.size, end - width
-        there, here = (
+        global_start, local_start = (
             _with(origin, row.split, start + tp.rank * mine),
             _with(origin, row.split, start // tp.size),
         )
-        boxes.append(Box(there, here, _with(row.shape, row.split, mine)))
+        boxes.append(Box(global_start, local_start, _with(row.shape, row.split, mine)))
     return boxes
 
 
-def share(size: int, ranks: int, rank: int = 0) -> tuple[int, int, int]:
+def shard_range(size: int, ranks: int, rank: int = 0) -> tuple[int, int, int]:
     """A dimension in equal shares, the last ones padded: (width of a share, where this rank's starts, how
     much of it is real).
     """
@@ -121,7 +127,7 @@ def share(size: int, ranks: int, rank: int = 0) -> tuple[int, int, int]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
+class PackedWeight(NamedTuple):
     """A weight in a pack. name: below its block. shape: gathered. width: rows of a share. at: first element
     of each rank's share.
     """
@@ -129,7 +135,7 @@ class Part(NamedTuple):
     name: str
     shape: tuple[int, ...]
     width: int
-    at: int
+    offset: int
 
     @property
     def numel(self) -> int:
@@ -143,12 +149,12 @@ class Pack:
     packs.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[PackedWeight, ...]
 
     @property
     def numel(self) -> int:
         last = self.parts[-1]
-        return last.at + last.numel
+        return last.offset + last.numel
 
 
 def packing(rows: Iterable[Row], plan: Plan, blocks: Collection[str]) -> dict[str, Pack]:
@@ -156,30 +162,35 @@ def packing(rows: Iterable[Row], plan: Plan, blocks: Collection[str]) -> dict[st
     cannot be in one.
     """
     tp, ranks = plan.group("tp"), plan.group("shard").size
-    found: dict[str, list[Part]] = {}
+    found: dict[str, list[PackedWeight]] = {}
     for row in rows:
-        if home := _home(row, blocks):
+        if tensor := _pack_name(row, blocks):
             if not row.shape:
                 raise ValueError(f"{row.name} cannot be in a pack: it is a single number")
             shape = _local(row, tp).shape
-            parts = found.setdefault(home, [])
-            name = row.name.removeprefix(f"{home.rpartition('.')[0]}.")
+            parts = found.setdefault(tensor, [])
+            name = row.name.removeprefix(f"{tensor.rpartition('.')[0]}.")
             parts.append(
-                Part(name, shape, share(shape[0], ranks)[0], parts[-1].at + parts[-1].numel if parts else 0)
+                PackedWeight(
+                    name,
+                    shape,
+                    shard_range(shape[0], ranks)[0],
+                    parts[-1].offset + parts[-1].numel if parts else 0,
+                )
             )
-    return {home: Pack(tuple(parts)) for home, parts in found.items()}
+    return {tensor: Pack(tuple(parts)) for tensor, parts in found.items()}
 
 
-def _parts(packs: Mapping[str, Pack]) -> dict[str, tuple[str, Part]]:
+def _packed_weights(packs: Mapping[str, Pack]) -> dict[str, tuple[str, PackedWeight]]:
     """Full name of each packed weight -> (its pack, its part there)."""
     return {
-        f"{home.rpartition('.')[0]}.{part.name}": (home, part)
-        for home, pack in packs.items()
+        f"{tensor.rpartition('.')[0]}.{part.name}": (tensor, part)
+        for tensor, pack in packs.items()
         for part in pack.parts
     }
 
 
-def _home(row: Row, blocks: Collection[str]) -> str | None:
+def _pack_name(row: Row, blocks: Collection[str]) -> str | None:
     """The pack that a weight lies in, None if it lies in none."""
     prefix = block_of(row, blocks)
     return None if prefix is None else f"{prefix}.pack32" if row.float32 else f"{prefix}.pack"
@@ -200,12 +211,14 @@ def finish(pending: Tensor, pack: Pack) -> dict[str, Tensor]:
 def unpack(shares: Tensor, pack: Pack) -> dict[str, Tensor]:
     """The flat tensors of all ranks [ranks, numel] -> the block's weights, by their names below it."""
     return {
-        part.name: shares[:, part.at : part.at + part.numel].reshape(-1, *part.shape[1:])[: part.shape[0]]
+        part.name: shares[:, part.offset : part.offset + part.numel].reshape(-1, *part.shape[1:])[
+            : part.shape[0]
+        ]
         for part in pack.parts
     }
 
 
-def gathered(x: Tensor, *groups: Group) -> Tensor:
+def gather(x: Tensor, *groups: Group) -> Tensor:
     """x [N, ...] of all ranks along these axes, outermost first, one behind the other along the first
     dimension.
     """
@@ -214,7 +227,7 @@ def gathered(x: Tensor, *groups: Group) -> Tensor:
     return x
 
 
-class Unpacked(Mapping[str, Tensor]):
+class GatherOnRead(Mapping[str, Tensor]):
     """All weights by their own names, those in packs gathered when they are read: every rank must read the
     same ones in the same order.
     """
@@ -222,20 +235,20 @@ class Unpacked(Mapping[str, Tensor]):
     def __init__(self, weights: Mapping[str, Tensor], packs: Mapping[str, Pack], plan: Plan) -> None:
         self.weights = weights
         self.group = plan.group("shard")
-        self.parts = _parts(packs)
+        self.parts = _packed_weights(packs)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.parts:
             return self.weights[name]
-        home, part = self.parts[name]
-        own = self.weights[home][part.at : part.at + part.numel]
-        return finish(start(own, self.group), Pack((part._replace(at=0),)))[part.name]
+        tensor, part = self.parts[name]
+        own = self.weights[tensor][part.offset : part.offset + part.numel]
+        return finish(start(own, self.group), Pack((part._replace(offset=0),)))[part.name]
 
     def __contains__(self, name: object) -> bool:
         return name in self.parts or name in self.weights
 
     def __iter__(self) -> Iterator[str]:
-        packs = {home for home, _ in self.parts.values()}
+        packs = {tensor for tensor, _ in self.parts.values()}
         yield from (name for name in self.weights if name not in packs)
         yield from self.parts
 
@@ -247,7 +260,7 @@ class Unpacked(Mapping[str, Tensor]):
 # ------------------------------------------------------------------------------------------------------------------
 
 
-class Held(NamedTuple):
+class LocalWeight(NamedTuple):
     """What this rank holds of a weight.
 
     row: the whole weight's. boxes: what of it. home, at, shape: the tensor of this rank that it lies in, from
@@ -257,59 +270,64 @@ class Held(NamedTuple):
 
     row: Row
     boxes: list[Box]
-    home: str
-    at: int
+    tensor: str
+    offset: int
     shape: tuple[int, ...]
-    alike: tuple[Group, ...]
+    replicated_over: tuple[Group, ...]
 
     def of(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Its tensor, a view of the one it lies in."""
-        return weights[self.home].view(-1)[self.at : self.at + prod(self.shape)].view(self.shape)
+        return weights[self.tensor].view(-1)[self.offset : self.offset + prod(self.shape)].view(self.shape)
 
 
-def holdings(
-    rows: Iterable[Row], plan: Plan, blocks: Collection[str] = (), together: Group = ALONE
-) -> Iterator[Held]:
+def local_weights(
+    rows: Iterable[Row], plan: Plan, blocks: Collection[str] = (), replicas: Group = ALONE
+) -> Iterator[LocalWeight]:
     """What this rank holds of each weight, in the order of the rows, which is the same on all ranks.
 
     blocks: prefixes of the blocks whose weights are packed over "shard". together: the ranks beside this one,
     on no axis of the plan, that hold the same as it in everything. ValueError where tp does not divide.
     """
     rows, tp, ranks = list(rows), plan.group("tp"), plan.group("shard")
-    parts = _parts(packing(rows, plan, blocks))
+    parts = _packed_weights(packing(rows, plan, blocks))
     for row in rows:
         shape, boxes = _local(row, tp).shape, _boxes(row, tp)
-        axes = (together, *([] if row.name in parts else [ranks]), *([tp] if row.split is None else []))
-        alike = tuple(group for group in axes if group.size > 1)
+        axes = (replicas, *([] if row.name in parts else [ranks]), *([tp] if row.split is None else []))
+        replicated_over = tuple(group for group in axes if group.size > 1)
         if row.name in parts:
-            home, part = parts[row.name]
-            yield Held(
-                row, list(_shared(boxes, shape[0], ranks)), home, part.at, (part.width, *shape[1:]), alike
+            tensor, part = parts[row.name]
+            yield LocalWeight(
+                row,
+                list(_boxes_in_shard(boxes, shape[0], ranks)),
+                tensor,
+                part.offset,
+                (part.width, *shape[1:]),
+                replicated_over,
             )
         else:
-            yield Held(row, boxes, row.name, 0, shape, alike)
+            yield LocalWeight(row, boxes, row.name, 0, shape, replicated_over)
 
 
-def _shared(boxes: Iterable[Box], size: int, group: Group) -> Iterator[Box]:
+def _boxes_in_shard(boxes: Iterable[Box], size: int, group: Group) -> Iterator[Box]:
     """What of the boxes lies in this rank's share of the first dimension, counted from the share's first row."""
-    _, first, count = share(size, group.size, group.rank)
+    _, first, count = shard_range(size, group.size, group.rank)
     for box in boxes:
-        low, high = max(first, box.here[0]), min(first + count, box.here[0] + box.shape[0])
+        low, high = max(first, box.local_start[0]), min(first + count, box.local_start[0] + box.shape[0])
         if low < high:
-            kept = box.narrow(0, low - box.here[0], high - low)
-            yield kept._replace(here=_with(kept.here, 0, low - first))
+            kept = box.narrow(0, low - box.local_start[0], high - low)
+            yield kept._replace(local_start=_with(kept.local_start, 0, low - first))
 
 
-def held(
+def shard_weights(
     weights: Mapping[str, Tensor], rows: Iterable[Row], plan: Plan, blocks: Collection[str] = ()
 ) -> dict[str, Tensor]:
     """What this rank holds, as new tensors, of whole weights that are in memory already. Weights that are not
     there are left out.
     """
     rows = [row for row in rows if row.name in weights]
-    like = {home.home: weights[home.row.name] for home in holdings(rows, plan, blocks)}
+    like = {local.tensor: weights[local.row.name] for local in local_weights(rows, plan, blocks)}
     mine = {row.name: like[row.name].new_zeros(row.shape) for row in local_rows(rows, plan, blocks)}
-    for each in holdings(rows, plan, blocks):
+    for each in local_weights(rows, plan, blocks):
         for box in each.boxes:
             each.of(mine)[box.target] = weights[each.row.name][box.source]
     return mine

@@ -19,7 +19,7 @@ from torch import Tensor
 from tinydiff.io.lora import Difference
 from tinydiff.models.recipe import Net
 from tinydiff.parallel.plan import low_rank_rows
-from tinydiff.parallel.shards import held
+from tinydiff.parallel.shards import shard_weights
 
 RANKS = 64
 """The directions beside a network's weights are a multiple of this."""
@@ -71,7 +71,7 @@ def beside(net: Net[Any], adapters: Mapping[str, Differences]) -> Net[Any]:
         wide = torch.promote_types(net.dtype, torch.float32) if row.float32 else net.dtype
         a, b = torch.zeros(down.shape, dtype=wide), torch.zeros(up.shape, dtype=wide)
         _fill(a, b, row.name, ranks, parts)
-        local = held({down.name: a, up.name: b}, (down, up), net.plan.along("tp"))
+        local = shard_weights({down.name: a, up.name: b}, (down, up), net.plan.along("tp"))
         leaves |= {name: x.to(device) for name, x in local.items()}
     return replace(net, weights=base | leaves, adapters=tuple(ranks.items()), lora_scale=None)
 

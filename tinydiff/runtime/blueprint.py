@@ -222,7 +222,7 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None, merge_adapters: bool 
     for name, net in blueprint.nets.items():
         log.debug("loading %s as %s", name, net.dtype)
         plan, sharding = (net.plan, None) if ranks is None else _sharded(net, ranks)
-        together = ALONE if ranks is None or sharding is None else ranks.groups[sharding.where.same]
+        replicas = ALONE if ranks is None or sharding is None else ranks.groups[sharding.where.same]
         weights = load_weights(
             net.component.place,
             net.family.spec(net.config),
@@ -230,7 +230,7 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None, merge_adapters: bool 
             blueprint.device,
             net.keys,
             plan.along("tp", "shard"),
-            together,
+            replicas,
             () if sharding is None else sharding.blocks,
             variant,
         )
@@ -268,7 +268,7 @@ def _sharded(net: NetPlan[Any], ranks: Ranks) -> tuple[Plan, Sharding]:
     if net.family.role == "dit":
         axes = {axis: groups[axis] for axis in ("cfg", "ring", "ulysses")}
     elif net.family.role == "vae" and ranks.layout.vae:
-        axes = {"rows": groups["replica"]}
+        axes = {"height": groups["replica"]}
     axes |= {name: groups[axis] for name, axis in (("tp", where.split), ("shard", where.blocks)) if axis}
     return _with(net.plan, axes), Sharding(weights_mesh(ranks, where.axes), where, placed.blocks)
 

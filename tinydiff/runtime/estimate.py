@@ -15,7 +15,7 @@ from tinydiff.parallel import cost
 from tinydiff.parallel.cost import CostModel, Machine, Work
 from tinydiff.parallel.layout import Layout, check, choose
 from tinydiff.parallel.plan import Row
-from tinydiff.parallel.shards import undivided
+from tinydiff.parallel.shards import why_indivisible
 from tinydiff.records import Request, UserError, nearest
 from tinydiff.runtime import blueprint, components
 from tinydiff.runtime.admit import admit
@@ -162,7 +162,7 @@ def _is_released(model: str) -> bool:
 def layouts(subject: Subject, ranks: int) -> Iterator[Layout]:
     """Every way to share one request among so many ranks, the autoencoder's rows divided, nothing else."""
     for cfg, tp in ((cfg, tp) for cfg in (1, 2) for tp in range(1, ranks + 1) if ranks % (cfg * tp) == 0):
-        if undivided(subject.net.rows, tp) is None:
+        if why_indivisible(subject.net.rows, tp) is None:
             rest = ranks // (cfg * tp)
             each = (
                 Layout(cfg=cfg, ring=rest // n, ulysses=n, tp=tp, vae=ranks > 1)
@@ -250,7 +250,7 @@ def estimate(subject: Subject, layout: Layout, vram: float, machine: Machine) ->
     weights = cost.denoiser_bytes(net, layout, b, subject.experts)
     for name, (rows, each) in subject.others.items():
         over = (layout.size if layout.encoders else layout.tp) if name.startswith("text_encoder") else 1
-        weights += cost.weight_bytes(rows, each, over if undivided(rows, over) is None else 1)
+        weights += cost.weight_bytes(rows, each, over if why_indivisible(rows, over) is None else 1)
     seconds = cost.step_seconds(net, layout, work, machine, b)
     return Estimate(
         layout=layout,

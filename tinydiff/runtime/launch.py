@@ -110,10 +110,10 @@ def denoiser_heads(plan: Blueprint) -> int:
 
 def check_divides(plan: Blueprint, chosen: Layout) -> None:
     """Raises UserError where the ranks of `tp` cannot share the denoiser's weights evenly."""
-    from tinydiff.parallel.shards import undivided
+    from tinydiff.parallel.shards import why_indivisible
 
     net = plan.denoiser
-    if chosen.tp > 1 and (why := undivided(net.family.spec(net.config), chosen.tp)):
+    if chosen.tp > 1 and (why := why_indivisible(net.family.spec(net.config), chosen.tp)):
         raise UserError(
             "tp_size", f"tp_size: {chosen.tp} ranks cannot share the transformer's weights: {why}"
         )

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.placements import WeightMesh, placements, size, weight_mesh
 from tinydiff.parallel.plan import Placement, Row
-from tinydiff.parallel.shards import undivided
+from tinydiff.parallel.shards import why_indivisible
 
 
 class Network(Protocol):
@@ -44,7 +44,7 @@ def network_placements(net: Network, layout: Layout) -> NetworkPlacements:
     rows, role = tuple(net.family.spec(net.config)), net.family.role
     mesh, why = weight_mesh(layout, role), None
     if role != "dit" and mesh.split and (ranks := size(layout, mesh.split)) > 1:
-        why = undivided(rows, ranks)
+        why = why_indivisible(rows, ranks)
         mesh = mesh if why is None else weight_mesh(layout, role, whole=True)
     blocks = frozenset(at for _, at in net.family.blocks(net.config)) if mesh.blocks else frozenset[str]()
     sizes = tuple(size(layout, axis) for axis in mesh.axes)

@@ -144,7 +144,7 @@ def hoist(
     if len(timesteps) == 1:
         # torch would compile a table of one row on its own, so that one gets a second, which is never read.
         timesteps = timesteps.expand(2)
-    unpacked = shards.Unpacked(weights, _packs(network), plan)
+    unpacked = shards.GatherOnRead(weights, _packs(network), plan)
     flat = Weights(unpacked, dtype=network.dtype, lora_scale=lora_scale)
     hoisted = [family.hoist(network.config, everywhere, flat, inputs, timesteps) for inputs in branches]
     if lora_scale is not None:

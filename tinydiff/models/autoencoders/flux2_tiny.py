@@ -23,7 +23,7 @@ from tinydiff.ops.norm import group_norm
 from tinydiff.ops.tiles import tiled
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import SINGLE, Plan, Row, conv_rows, norm_rows, under
-from tinydiff.parallel.rows import Strip, halo
+from tinydiff.parallel.strips import Strip, halo
 
 GROUPS = 8
 
@@ -157,7 +157,7 @@ def encode(
     """Pixels [B, C, F, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'].
 
     chunk: frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one and
-    blended. None: at once. The ranks of the plan's axis `rows` share the work; each gets all of the result.
+    blended. None: at once. The ranks of the plan's axis `height` share the work; each gets all of the result.
     """
 
     def latents(x: Tensor, strip: Strip) -> Tensor:

@@ -31,7 +31,7 @@ from tinydiff.ops.norm import group_norm
 from tinydiff.ops.tiles import tiled
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import SINGLE, Plan, Row, conv_rows, linear_rows, norm_rows, under
-from tinydiff.parallel.rows import Strip, gather
+from tinydiff.parallel.strips import Strip, gather
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ def moments(
     """Pixels [B, C, F, H, W] in [-1, 1] -> mean and log-variance [B, 2Z, F, H', W'] of the raw latents.
 
     chunk: frames per pass, at least 1; None: all at once. tile: side in pixels of overlapping tiles that
-    are coded one by one and blended; None: the whole image. The ranks of the plan's axis `rows` share the
+    are coded one by one and blended; None: the whole image. The ranks of the plan's axis `height` share the
     work; each gets the whole result.
     """
     return tiled(

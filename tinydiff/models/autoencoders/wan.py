@@ -5,7 +5,7 @@ stride 16, residual). Qwen-Image's AutoencoderKLQwenImage is Wan2.1's network ru
 Qwen-Image-Layered with a fourth channel for alpha. A video has 4k + 1 frames; the first is coded alone, every
 later group of four becomes one latent frame. Because every operation is causal, a video may be run in one
 pass or in chunks of latent frames with the same result: `past` then carries, by layer name, the frames that
-the next chunk looks back on. A single pass has no past. A frame may be a strip of rows (`parallel.rows`).
+the next chunk looks back on. A single pass has no past. A frame may be a strip of rows (`parallel.strips`).
 
 Shape letters: B batch, C channels, T frames, F latent frames, H height, W width, Z latent channels.
 """
@@ -28,7 +28,7 @@ from tinydiff.ops.conv import causal_conv3d, conv2d, halve, per_frame
 from tinydiff.ops.tiles import tiled
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import SINGLE, Plan, Row, conv_rows, under
-from tinydiff.parallel.rows import Strip, gather, halo
+from tinydiff.parallel.strips import Strip, gather, halo
 
 Past = dict[str, Tensor]
 
@@ -402,7 +402,7 @@ def moments(
 
     T is 4k + 1. chunk: latent frames per pass, at least 1; None: all at once. tile: side in pixels of
     overlapping tiles that are coded one by one and blended; None: the whole image. The ranks of the
-    plan's axis `rows` share the work; each gets the whole result.
+    plan's axis `height` share the work; each gets the whole result.
     """
     p = c.patch_size or 1
     side = None if tile is None else tile // p

@@ -39,14 +39,14 @@ class Strip:
 WHOLE = Strip(ALONE, (1,))
 
 
-def by_rows(plan: Plan, fn: Callable[[Tensor, Strip], Tensor], x: Tensor, unit: int) -> Tensor:
+def in_strips(plan: Plan, fn: Callable[[Tensor, Strip], Tensor], x: Tensor, unit: int) -> Tensor:
     """`fn(x, WHOLE)` over [..., H, W], made in strips by the ranks of the plan's axis `rows`; each of them
     gets all of it.
 
     unit: rows that stay together, the stride of an encoder. An image of fewer units than ranks, or of a part
     of one, is not divided: every rank then makes all of it.
     """
-    group, (units, rest) = plan.group("rows"), divmod(x.shape[-2], unit)
+    group, (units, rest) = plan.group("height"), divmod(x.shape[-2], unit)
     if group.size == 1 or units < group.size or rest:
         return fn(x, WHOLE)
     strip = Strip(
@@ -88,7 +88,7 @@ def gather(strip: Strip, x: Tensor, dim: int) -> Tensor:
     lengths = [each * height for height in strip.heights]
     padded = F.pad(x, (*(0, 0) * (-dim - 1), 0, max(lengths) - x.shape[dim]))
     return torch.cat(
-        [part.narrow(dim, 0, n) for part, n in zip(of_all(strip.group, padded), lengths, strict=True)], dim
+        [part.narrow(dim, 0, n) for part, n in zip(all_ranks(strip.group, padded), lengths, strict=True)], dim
     )
 
 
@@ -103,11 +103,11 @@ def statistics(strip: Strip, mean: Tensor, variance: Tensor) -> tuple[Tensor, Te
     def average(values: Tensor) -> Tensor:
         return torch.stack([value * share for value, share in zip(values, shares, strict=True)]).sum(0)
 
-    means, variances = of_all(strip.group, torch.stack([mean, variance])).unbind(1)
+    means, variances = all_ranks(strip.group, torch.stack([mean, variance])).unbind(1)
     mean = average(means)
     return mean, average(variances + (means - mean).square())
 
 
-def of_all(group: Group, x: Tensor) -> Tensor:
+def all_ranks(group: Group, x: Tensor) -> Tensor:
     """x of one shape on every rank -> [ranks, *x.shape]."""
     return reshard(x[None], Shard(0), Replicate(), group)

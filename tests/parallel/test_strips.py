@@ -15,7 +15,7 @@ from tinydiff.ops.norm import group_norm
 from tinydiff.ops.tiles import tiled
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Group, Plan
-from tinydiff.parallel.rows import WHOLE, Strip, by_rows, gather, halo, statistics
+from tinydiff.parallel.strips import WHOLE, Strip, gather, halo, in_strips, statistics
 
 RANKS = [2, 4]
 
@@ -23,12 +23,12 @@ RANKS = [2, 4]
 def over_all() -> Plan:
     """All ranks of the test share the rows."""
     return Plan(
-        groups=(("rows", Group(dist.group.WORLD.group_name, dist.get_world_size(), dist.get_rank())),)
+        groups=(("height", Group(dist.group.WORLD.group_name, dist.get_world_size(), dist.get_rank())),)
     )
 
 
 def _strip(*heights):
-    group = over_all().group("rows")
+    group = over_all().group("height")
     return Strip(group, heights[: group.size])
 
 
@@ -74,7 +74,7 @@ def _division(units, unit, heights):
         )
         return part[..., ::unit, :] + 1
 
-    assert torch.equal(by_rows(over_all(), fn, x, unit), x[..., ::unit, :] + 1)
+    assert torch.equal(in_strips(over_all(), fn, x, unit), x[..., ::unit, :] + 1)
     assert [strip.heights for strip in seen] == [heights or (1,)] and seen[0].divided == (heights is not None)
 
 
