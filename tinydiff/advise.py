@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinydiff.config import SamplingOptions
 from tinydiff.parallel.cost import Machine
-from tinydiff.parallel.layout import AXES, OPTIONS, Layout
+from tinydiff.parallel.layout import AXES, AXIS_OPTIONS, Layout
 from tinydiff.records import UserError, nearest
 from tinydiff.values import Precision, positional, same, within, within_limits
 
@@ -114,7 +114,7 @@ def named(layout: Layout) -> str:
 def flags(layout: Layout) -> str:
     """The options of `generate` that select a layout."""
     sizes = zip(AXES, layout.sizes, strict=True)
-    axes = [f"--{OPTIONS[axis].replace('_', '-')} {n}" for axis, n in sizes if n > 1]
+    axes = [f"--{AXIS_OPTIONS[axis].replace('_', '-')} {n}" for axis, n in sizes if n > 1]
     switches = ["--encoder-parallel fold"] * layout.encoders + ["--use-fsdp-inference"] * layout.fsdp
     return " ".join([*axes, *switches])
 

@@ -77,7 +77,7 @@ def _run_or_explain(argv: list[str]) -> int:
     try:
         return _run(argv)
     except (UserError, RankError) as error:
-        launch.let_first_speak()
+        launch.wait_unless_first_to_fail()
         print(f"tinydiff: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
@@ -107,7 +107,7 @@ def _run(argv: list[str]) -> int:
 def _generate(asked: config.Options) -> int:
     options = config.checked(asked)
     _check_without_torch(options)
-    launch.say(options.output.log_level)
+    launch.log_to_stderr(options.output.log_level)
     for name in options.ignored:
         flag = name.replace("_", "-")
         print(f"tinydiff: --{flag} is a server option and is ignored here", file=sys.stderr)

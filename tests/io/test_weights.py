@@ -14,7 +14,7 @@ from tinydiff.io.weights import exported, load_weights, save_weights, weight_fil
 from tinydiff.keymap import AS_IS, KeyMap, also, fused, joined, moved, swapped, transposed, under, unread
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.plan import Group, Plan, Row, linear_rows, norm_rows, repeat
-from tinydiff.parallel.ranks import grouped
+from tinydiff.parallel.ranks import make_ranks
 from tinydiff.parallel.shards import Box, shard_weights
 from tinydiff.records import UserError
 
@@ -294,7 +294,7 @@ def _bytes_read(folder, layout, fsdp, dtype, keys):
     loads.
     """
     axes = ("shard", "tp") if fsdp else ("tp",)
-    groups = grouped(layout, 60).groups
+    groups = make_ranks(layout, 60).groups
     plan = Plan(groups=tuple((axis, groups[axis]) for axis in axes))
     replicas, blocks = groups["dp" if fsdp else "peers"], BLOCKS if fsdp else ()
     whole = load_weights(folder / "split", DIVIDED, dtype)
@@ -336,7 +336,7 @@ def test_ranks_read_the_checkpoint_once_together(tmp_path, name, dtype, keys):
 
 
 def _refusal(folder, layout):
-    plan = Plan(groups=(("tp", grouped(layout, 60).groups["tp"]),))
+    plan = Plan(groups=(("tp", make_ranks(layout, 60).groups["tp"]),))
     try:
         load_weights(folder, DIVIDED, torch.float32, plan=plan)
     except UserError as error:

@@ -29,7 +29,7 @@ from tinydiff.models.layouts.recognise import LAYOUTS, config_from, recognise
 from tinydiff.models.layouts.table import Sizes
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.plan import Plan
-from tinydiff.parallel.ranks import grouped
+from tinydiff.parallel.ranks import make_ranks
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 
@@ -350,7 +350,7 @@ RANKS = {"tp": Layout(tp=2), "fsdp": Layout(ulysses=2, fsdp=True), "both": Layou
 
 def _of_a_rank(folder, layout):
     """What this rank loads from a file of the original layout and from one of diffusers' layout."""
-    groups = grouped(layout, 60).groups
+    groups = make_ranks(layout, 60).groups
     plan = Plan(groups=tuple((axis, groups[axis]) for axis in (("shard", "tp") if layout.fsdp else ("tp",))))
     blocks = {at for _, at in flux.FAMILY.blocks(SMALL)} if layout.fsdp else ()
     given = {"plan": plan, "replicas": groups["dp" if layout.fsdp else "peers"], "blocks": blocks}

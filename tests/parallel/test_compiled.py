@@ -43,8 +43,8 @@ def tokens(name, plan, fsdp, denoise, size, lengths, steps, scale):
     mine = shard_weights(weights(family, config), family.spec(config), plan, blocks)
     hoisted = loop.hoist(Network(family, config, plan), mine, branches, rows)
     count = size[0] * size[1] + (z_image.pad_tokens(size[0] * size[1]) if name == "z_image" else 0)
-    x = sequence.share(plan, draw(1, count, packed, seed=steps).float(), 1)
-    return sequence.gathered(plan, list(loop.run(denoise, rows, x, lambda _: hoisted))[-1].x, 1, count)
+    x = sequence.shard(plan, draw(1, count, packed, seed=steps).float(), 1)
+    return sequence.gather(plan, list(loop.run(denoise, rows, x, lambda _: hoisted))[-1].x, 1, count)
 
 
 def errors(layout, names, backend):

@@ -59,7 +59,7 @@ def test_weights_on_paper():
     # two ranks: 6 of 12 rows of each weight, 12 of the modulation's 24; beside them what is in no block, and
     # twice the whole block
     shares, whole = 2 * (6 * 12 + 6 + 6 * 12 + 12 * 12) + 4 * 6, 2 * (144 + 12 + 144 + 288) + 4 * 12
-    assert cost.share_bytes(BLOCK, Layout(ulysses=2, fsdp=True), 2) == shares
+    assert cost.shard_bytes(BLOCK, Layout(ulysses=2, fsdp=True), 2) == shares
     assert cost.denoiser_bytes(TINY, Layout(ulysses=2, fsdp=True), 2) == shares + 2 * (48 + 48) + 2 * whole
     assert (
         cost.denoiser_bytes(TINY, Layout(ulysses=2), 2)
@@ -100,7 +100,7 @@ def test_bytes_sent_on_paper():
     assert cost.step_bytes(TINY, Layout(ulysses=2), replace(ASKED, branches=2)) == {
         "ulysses": 2 * 4 * 7 * 16 * 2
     }
-    share = cost.share_bytes(BLOCK, Layout(ring=2, fsdp=True), 2)
+    share = cost.shard_bytes(BLOCK, Layout(ring=2, fsdp=True), 2)
     assert cost.step_bytes(TINY, Layout(ring=2, fsdp=True), ASKED) == {"ring": 2 * 7 * 12 * 2, "fsdp": share}
     assert cost.step_bytes(TINY, Layout(tp=3, fsdp=True), ASKED) == cost.step_bytes(TINY, Layout(tp=3), ASKED)
 
@@ -129,12 +129,14 @@ def test_seconds_on_paper():
     gathered = cost.step_seconds(
         TINY, Layout(cfg=2, fsdp=True), replace(ASKED, branches=2), replace(machine, link=1e-8)
     )
-    assert gathered == pytest.approx(cost.share_bytes(BLOCK, Layout(cfg=2, fsdp=True), 2) / 10)
+    assert gathered == pytest.approx(cost.shard_bytes(BLOCK, Layout(cfg=2, fsdp=True), 2) / 10)
 
 
 def test_an_axis_that_outgrows_a_machine_goes_over_the_network():
     layout, eight = Layout(cfg=2, ring=2, ulysses=2, tp=2), Machine(ranks=8)
-    assert [cost.across(layout, axis, eight) for axis in ("tp", "ulysses", "ring", "cfg", "fsdp")] == [
+    assert [
+        cost.crosses_machines(layout, axis, eight) for axis in ("tp", "ulysses", "ring", "cfg", "fsdp")
+    ] == [
         False,
         False,
         False,
@@ -344,7 +346,7 @@ LAYOUTS = (
 def test_the_bytes_of_a_step_are_those_that_collectives_are_handed(name, layout):
     _, net, work = asked(name)
     live = tuple((axis, Group(axis, n, 0)) for axis, n in zip(AXES, layout.sizes, strict=True) if n > 1)
-    live += (("shard", Group("fsdp", cost.shards(layout), 0)),) * layout.fsdp
+    live += (("shard", Group("fsdp", cost.shard_count(layout), 0)),) * layout.fsdp
     sent, guided = Sent(), replace(work, branches=2)
     run(name, Plan(groups=live), 2, sent)
     assert dict(sent.bytes) == cost.step_bytes(net, layout, guided)

@@ -13,10 +13,10 @@ from tinydiff.io.weights import load_weights, save_weights
 from tinydiff.models.recipe import Net
 from tinydiff.parallel import plan as words
 from tinydiff.parallel.dtensors import Sharding, as_dtensors, full, fused_order, real, replaced
-from tinydiff.parallel.layout import AXES, UNITED, Layout, teams
+from tinydiff.parallel.layout import AXES, COMBINED_AXES, Layout, rank_groups
 from tinydiff.parallel.placements import WeightMesh, placements, size, weight_mesh
 from tinydiff.parallel.plan import Plan, Replicate, Row, Shard, linear_rows
-from tinydiff.parallel.ranks import grouped, weights_mesh
+from tinydiff.parallel.ranks import make_ranks, weights_mesh
 from tinydiff.parallel.shards import shard_weights
 from tinydiff.parity.denoisers import DENOISERS
 from tinydiff.runtime import adapters
@@ -63,7 +63,7 @@ def test_the_plan_of_a_network():
 def test_a_mesh_has_every_axis_once(case):
     layout, role = MESHES[case]
     where = weight_mesh(layout, role)
-    assert sorted(axis for name in where.axes for axis in UNITED.get(name, (name,))) == sorted(AXES)
+    assert sorted(axis for name in where.axes for axis in COMBINED_AXES.get(name, (name,))) == sorted(AXES)
     assert torch.tensor([size(layout, axis) for axis in where.axes]).prod() == layout.size == 4
     assert weight_mesh(layout, "text_encoder", whole=True) == WeightMesh(AXES)
 
@@ -90,7 +90,7 @@ def sharding(ranks, role, blocks):
 
 def weights_as_dtensors(layout, role):
     """On this rank: names whose slice, whole weight or replacement is not torch's; placements; a mesh's ranks."""
-    plan, lies = sharding(grouped(layout, 60), role, BLOCKS)
+    plan, lies = sharding(make_ranks(layout, 60), role, BLOCKS)
     weights, wrong = draw(), []
     mine = shard_weights(weights, ROWS, plan, lies.blocks)
     found = as_dtensors(mine, ROWS, plan, lies)
@@ -127,7 +127,7 @@ def test_every_rank_holds_what_torch_would_give_it(case):
         assert wrong == [] and kinds
         assert plans == {name: tuple(map(repr, each)) for name, each in ours.items()}
         assert "embed.weight" in shared and not any("qkv" in name for name in shared)
-        assert groups == [next(t for t in teams(layout, axis) if rank in t) for axis in where.axes]
+        assert groups == [next(t for t in rank_groups(layout, axis) if rank in t) for axis in where.axes]
 
 
 # --- merging and saving
@@ -158,7 +158,7 @@ def changes(net):
 
 def merged_and_saved(layout, path):
     """The first rank saves a checkpoint after merging on ranks that hold parts of the weights."""
-    ranks = grouped(layout, 60)
+    ranks = make_ranks(layout, 60)
     net = flux2(ranks)
     lost = adapters.rounded_away(net, changes(net), 0.5)
     whole = dict(adapters.merged(net, changes(net), 0.5).whole())

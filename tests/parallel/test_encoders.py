@@ -14,7 +14,7 @@ from tinydiff.models.encoders.decoder_generate import Sampling, generate
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.plan import Plan
-from tinydiff.parallel.ranks import grouped
+from tinydiff.parallel.ranks import make_ranks
 from tinydiff.parallel.shards import shard_weights, why_indivisible
 
 T5 = t5.Config(vocab_size=64, d_model=24, d_kv=6, d_ff=40, num_layers=3, num_heads=4)
@@ -138,7 +138,7 @@ CASES = {
 
 def _divided(layout, module, c, dtype):
     """(weights of one rank, plan of this rank, its weights)."""
-    plan = Plan(groups=(("tp", grouped(layout, 60).groups["tp"]),))
+    plan = Plan(groups=(("tp", make_ranks(layout, 60).groups["tp"]),))
     whole = _weights(module.spec(c), dtype, 0 if getattr(c, "norm_plus_one", False) else 1)
     mine = shard_weights(whole, module.spec(c), plan)
     assert sum(tensor.numel() for tensor in mine.values()) < 0.75 * sum(

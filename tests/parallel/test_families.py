@@ -15,7 +15,7 @@ from tinydiff.models.recipe import Net
 from tinydiff.parallel import sequence
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.plan import Plan
-from tinydiff.parallel.ranks import grouped
+from tinydiff.parallel.ranks import make_ranks
 from tinydiff.parallel.shards import shard_weights
 from tinydiff.parity.denoisers import DENOISERS
 from tinydiff.sampling import guidance, loop, solvers
@@ -83,13 +83,13 @@ def denoised(name, plan, fsdp=False, dtype=torch.float64, run=loop.eager_denoise
     network = net.network
     inputs = branches(d.family, asked.inputs, dtype)
     hoisted = loop.hoist(network, net.weights, inputs, TABLE, net.lora_scale)
-    x = sequence.share(plan, asked.tokens.to(dtype), 1, asked.kinds)
+    x = sequence.shard(plan, asked.tokens.to(dtype), 1, asked.kinds)
     *_, last = loop.run(run(network, guidance.KINDS[d.family.guidance]), TABLE, x, lambda _: hoisted)
-    return sequence.gathered(plan, last.x, 1, asked.tokens.shape[1], asked.kinds)
+    return sequence.gather(plan, last.x, 1, asked.tokens.shape[1], asked.kinds)
 
 
 def plan_of(layout):
-    groups = grouped(layout, 60).groups
+    groups = make_ranks(layout, 60).groups
     axes = ("cfg", "ring", "ulysses", "tp", *(("shard",) if layout.fsdp else ()))
     return Plan(groups=tuple((axis, groups[axis]) for axis in axes if groups[axis].size > 1))
 

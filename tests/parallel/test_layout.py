@@ -12,7 +12,7 @@ import pytest
 
 from tinydiff import config
 from tinydiff.parallel import layout
-from tinydiff.parallel.layout import AXES, UNITED, Layout, check, choose, count, teams
+from tinydiff.parallel.layout import AXES, COMBINED_AXES, Layout, check, choose, count, rank_groups
 from tinydiff.records import UserError
 
 
@@ -254,20 +254,20 @@ def test_where_they_meet():
 def test_the_teams_of_every_name_are_all_ranks_once():
     for n in product((1, 2, 3), repeat=len(AXES)):
         made = replace(Layout(), **dict(zip(AXES, n, strict=True)))
-        for name in (*AXES, *UNITED):
-            found = teams(made, name)
+        for name in (*AXES, *COMBINED_AXES):
+            found = rank_groups(made, name)
             assert sorted(rank for team in found for rank in team) == list(range(made.size))
             assert {len(team) for team in found} == {
-                prod(getattr(made, axis) for axis in UNITED.get(name, (name,)))
+                prod(getattr(made, axis) for axis in COMBINED_AXES.get(name, (name,)))
             }
             assert all(team == sorted(team) for team in found)
 
 
 def test_neighbours_share_the_innermost_axis():
     made = Layout(dp=2, cfg=2, tp=2)
-    assert teams(made, "tp") == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert teams(made, "cfg") == [[0, 2], [1, 3], [4, 6], [5, 7]]
-    assert teams(made, "replica") == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert teams(made, "shard") == [[0, 2], [1, 3], [4, 6], [5, 7]]
-    assert teams(made, "peers") == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    assert teams(made, "world") == [list(range(8))]
+    assert rank_groups(made, "tp") == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert rank_groups(made, "cfg") == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert rank_groups(made, "replica") == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert rank_groups(made, "shard") == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert rank_groups(made, "peers") == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert rank_groups(made, "world") == [list(range(8))]

@@ -11,7 +11,7 @@ import pytest
 from tests.parallel.pool import on_ranks
 from tinydiff import config
 from tinydiff.parallel.layout import Layout
-from tinydiff.parallel.ranks import grouped
+from tinydiff.parallel.ranks import make_ranks
 from tinydiff.records import UserError
 from tinydiff.runtime import blueprint, pipeline
 from tinydiff.runtime.admit import admit
@@ -33,7 +33,9 @@ PROMPT = {"prompt": "a large red circle on a white background", "num_inference_s
 
 def made(layout=None, **fields):
     """(hash of the noise, frames) of one request."""
-    model = blueprint.load(blueprint.read(config.options({}).model), grouped(layout, 60) if layout else None)
+    model = blueprint.load(
+        blueprint.read(config.options({}).model), make_ranks(layout, 60) if layout else None
+    )
     [request] = admit(model.blueprint, config.options(PROMPT | fields).sampling)
     start, _ = noise.latents(
         7, [0], pipeline.condition(model, request).prepared.size, pipeline.table(model.blueprint, request)

@@ -9,18 +9,26 @@ import torch
 import torch.distributed as dist
 
 from tests.parallel.pool import on_ranks
-from tinydiff.parallel.layout import AXES, UNITED, Layout, teams
+from tinydiff.parallel.layout import AXES, COMBINED_AXES, Layout, rank_groups
 from tinydiff.parallel.plan import ALONE
-from tinydiff.parallel.ranks import from_lead, grouped, take, to_lead, together, told, turns
+from tinydiff.parallel.ranks import (
+    barrier,
+    describe_failure,
+    from_first,
+    make_ranks,
+    replica_numbers,
+    take_number,
+    to_first,
+)
 
 
 def told_each_other(layout: Layout):
     """Of one rank: its groups, and what it hears in each."""
-    ranks = grouped(layout, 60)
+    ranks = make_ranks(layout, 60)
     heard = {}
     for name, group in ranks.groups.items():
-        heard[name] = (from_lead(group, {"rank": ranks.rank})["rank"], to_lead(group, ranks.rank))
-        together(group)
+        heard[name] = (from_first(group, {"rank": ranks.rank})["rank"], to_first(group, ranks.rank))
+        barrier(group)
     return ranks, heard
 
 
@@ -28,11 +36,11 @@ def told_each_other(layout: Layout):
     "layout", [Layout(tp=2), Layout(cfg=2, tp=2), Layout(dp=2, ulysses=2), Layout(ring=2, ulysses=2)], ids=str
 )
 def test_each_group_is_the_team_of_its_name(layout):
-    told = on_ranks(layout.size, told_each_other, layout)
-    for rank, (ranks, heard) in enumerate(told):
-        assert ranks.rank == rank and ranks.layout == layout and set(ranks.groups) == {*AXES, *UNITED}
+    answers = on_ranks(layout.size, told_each_other, layout)
+    for rank, (ranks, heard) in enumerate(answers):
+        assert ranks.rank == rank and ranks.layout == layout and set(ranks.groups) == {*AXES, *COMBINED_AXES}
         for name, group in ranks.groups.items():
-            [team] = [team for team in teams(layout, name) if rank in team]
+            [team] = [team for team in rank_groups(layout, name) if rank in team]
             assert (group.size, group.rank) == (len(team), team.index(rank))
             assert (group == ALONE) == (len(team) == 1)
             assert heard[name] == (team[0], team if rank == team[0] else [])
@@ -50,7 +58,7 @@ def test_names_with_the_same_teams_share_a_group():
 
 
 def a_layout_of_other_size():
-    grouped(Layout(tp=2), 20)
+    make_ranks(Layout(tp=2), 20)
 
 
 def test_as_many_must_have_met_as_the_layout_has():
@@ -62,16 +70,16 @@ def work(layout: Layout, count: int):
     """The numbers that a rank's replica takes. The first number that the first of several replicas takes
     keeps it until none is left.
     """
-    ranks = grouped(layout, 60)
+    ranks = make_ranks(layout, 60)
     store = dist.distributed_c10d._get_default_store()
     mine = []
-    for number in turns(ranks, count):
+    for number in replica_numbers(ranks, count):
         mine.append(number)
         while (
             layout.dp > 1 and ranks.rank < layout.size // layout.dp and store.add("tinydiff/work", 0) < count
         ):
             time.sleep(0.01)
-    return mine, take(ranks, "other")
+    return mine, take_number(ranks, "other")
 
 
 def test_replicas_share_a_queue_and_none_waits_for_a_slow_one():
@@ -88,13 +96,14 @@ def test_one_replica_does_all_in_order():
 
 def test_failures_in_a_sentence():
     assert (
-        told(3, ValueError("a\n  b")) == "rank 3: ValueError: a b"
-        and told(0, KeyError()) == "rank 0: KeyError"
+        describe_failure(3, ValueError("a\n  b")) == "rank 3: ValueError: a b"
+        and describe_failure(0, KeyError()) == "rank 0: KeyError"
     )
-    assert told(1, MemoryError()) == "rank 1: out of memory"
+    assert describe_failure(1, MemoryError()) == "rank 1: out of memory"
     assert (
-        told(1, torch.OutOfMemoryError("CUDA out of memory.")) == "rank 1: out of memory: CUDA out of memory."
+        describe_failure(1, torch.OutOfMemoryError("CUDA out of memory."))
+        == "rank 1: out of memory: CUDA out of memory."
     )
-    assert "longer than dist_timeout allows: Timed out waiting 3000ms" in told(
+    assert "longer than dist_timeout allows: Timed out waiting 3000ms" in describe_failure(
         0, RuntimeError("Timed out waiting 3000ms")
     )

@@ -29,7 +29,7 @@ CONDS = (Cond("cos", "image"), Cond("text", "text", dim=1))
 def test_every_rank_meets_every_token_once(text, image):
     """In each stream: the real keys of all turns of the ring, as the ranks of a Ulysses group gather them."""
     request = {"text": torch.arange(text)[None], "cos": torch.arange(100, 100 + image)}
-    shares = [sequence.dealt(plan, CONDS, request) for plan in places()]
+    shares = [sequence.shard_request(plan, CONDS, request) for plan in places()]
     chunks = {  # what a ring's member has gathered of a stream
         "image": [
             torch.cat([each["cos"] for each in shares[i : i + ULYSSES]])
@@ -54,7 +54,7 @@ def test_every_rank_meets_every_token_once(text, image):
 
 def test_shares_are_equal_dense_and_never_of_one_token():
     for tokens in (1, 2, 5, 6, 7, 30):
-        made = [sequence.share(plan, torch.ones(1, tokens, 4), 1) for plan in places()]
+        made = [sequence.shard(plan, torch.ones(1, tokens, 4), 1) for plan in places()]
         assert len({each.shape for each in made}) == len({each.stride() for each in made}) == 1
         assert made[0].shape[1] >= 2 and made[0].stride() == (made[0].shape[1] * 4, 4, 1)
         assert sum(each.sum() for each in made) == tokens * 4
@@ -62,14 +62,17 @@ def test_shares_are_equal_dense_and_never_of_one_token():
 
 def test_one_rank_deals_nothing():
     x, request = torch.ones(1, 5, 2), {"text": torch.ones(1, 3)}
-    assert sequence.share(Plan(), x, 1) is x and sequence.gathered(Plan(), x, 1, 5) is x
-    assert sequence.dealt(Plan(), CONDS, request) == request and sequence.keys(Plan(), request, "joint") == ()
+    assert sequence.shard(Plan(), x, 1) is x and sequence.gather(Plan(), x, 1, 5) is x
+    assert (
+        sequence.shard_request(Plan(), CONDS, request) == request
+        and sequence.keys(Plan(), request, "joint") == ()
+    )
 
 
 def there_and_back():
     plan = plan_of(Layout(ring=2, ulysses=2))
     x = torch.arange(2 * 7 * 3.0).view(2, 7, 3)
-    return torch.equal(sequence.gathered(plan, sequence.share(plan, x, 1), 1, 7), x), sequence.total(
+    return torch.equal(sequence.gather(plan, sequence.shard(plan, x, 1), 1, 7), x), sequence.sum_over_tokens(
         plan, torch.ones(2)
     ).tolist()
 

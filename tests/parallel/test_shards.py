@@ -9,7 +9,7 @@ import torch
 from tests.parallel.pool import on_ranks
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.plan import Group, Plan, Row, linear_rows, norm_rows, repeat
-from tinydiff.parallel.ranks import grouped
+from tinydiff.parallel.ranks import make_ranks
 from tinydiff.parallel.shards import (
     GatherOnRead,
     finish,
@@ -162,7 +162,7 @@ def test_shares_cover_a_dimension_once(size, ranks):
 
 def _reads(layout):
     """Every weight read through `Unpacked`, in an order of the reader's, equals this rank's slice."""
-    groups = grouped(layout, 60).groups
+    groups = make_ranks(layout, 60).groups
     plan = Plan(groups=(("tp", groups["tp"]), ("shard", groups["shard"])))
     whole, tp = draw(), plan.group("tp")
     mine = shard_weights(whole, ROWS, plan, BLOCKS)
@@ -185,7 +185,7 @@ def test_weights_are_read_by_their_names(layout):
 
 def _prefetched(layout):
     """Both blocks are started before the first is finished."""
-    plan, whole = Plan(groups=(("shard", grouped(layout, 60).groups["shard"]),)), draw()
+    plan, whole = Plan(groups=(("shard", make_ranks(layout, 60).groups["shard"]),)), draw()
     mine, packs = shard_weights(whole, ROWS, plan, BLOCKS), packing(ROWS, plan, BLOCKS)
     pending = {home: start(mine[home], plan.group("shard")) for home in packs}
     blocks = {home: finish(pending[home], pack) for home, pack in packs.items()}
@@ -205,7 +205,7 @@ def test_the_next_block_is_gathered_ahead():
 
 
 def _along_two(layout):
-    groups = grouped(layout, 60).groups
+    groups = make_ranks(layout, 60).groups
     axes = [groups["dp"], groups["tp"]]
     rank = axes[0].rank * 2 + axes[1].rank
     return [

@@ -48,9 +48,9 @@ def sums(folder: str) -> list[int]:
     dist.all_reduce(x)
     world: Any = dist.group.WORLD
     limit = world._get_backend(torch.device("cpu")).options._timeout
-    told = [dist.get_rank(), int(x), int(limit.total_seconds())]
+    seen = [dist.get_rank(), int(x), int(limit.total_seconds())]
     close()
-    return told
+    return seen
 
 
 def fails(folder: str, how: str) -> None:

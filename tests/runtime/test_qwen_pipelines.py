@@ -229,7 +229,7 @@ def test_layers(prompt, scale, scheduler, small, tmp_path, pictures, monkeypatch
     }
     theirs = _theirs(pipe, latents=packed, **given)
     whole = np.asarray(_opened(pictures[0], "RGBA").resize((width, height), Image.Resampling.LANCZOS))
-    assert len(qwen_prompts.caption(pipeline.parts(model, _request(model, pictures[:1])), whole)) > 3
+    assert len(qwen_prompts.caption(pipeline.make_context(model, _request(model, pictures[:1])), whole)) > 3
     request = _request(
         model,
         pictures[:1],

@@ -32,7 +32,7 @@ from tinydiff.ops.norm import modulate, rms_norm_across
 from tinydiff.ops.rope import grid_positions, rotate_half, rotate_interleaved
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Cond, Input, Plan, Row, linear_rows, norm_rows, repeat, through
-from tinydiff.parallel.sequence import keys, whole
+from tinydiff.parallel.sequence import keys, without_sequence
 
 Tensors = dict[str, Tensor]
 Streams = tuple[Tensor, Tensor]
@@ -406,7 +406,7 @@ def _to_text(
     else:
         k, v = request[f"{p}attn2.k"], request[f"{p}attn2.v"]
     q = _heads(c, plan, x, a, "q", kind.head_width)
-    return _projected(plan, a, x, attention(whole(plan), q, k, v))
+    return _projected(plan, a, x, attention(without_sequence(plan), q, k, v))
 
 
 def _to_other(

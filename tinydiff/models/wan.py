@@ -37,7 +37,7 @@ from tinydiff.ops.patch import patchify
 from tinydiff.ops.rope import grid_positions, rope_table, rotate_interleaved
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows, norm_rows, repeat, through
-from tinydiff.parallel.sequence import keys, whole
+from tinydiff.parallel.sequence import keys, without_sequence
 from tinydiff.records import Request
 
 Tensors = dict[str, Tensor]
@@ -235,7 +235,7 @@ def _modulations(
 
 def block(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, shared: Tensors) -> Tensor:
     """Self-attention, cross-attention, feed-forward; the first and the last modulated by the time."""
-    heads, all_tokens = (-1, c.attention_head_dim), whole(plan)
+    heads, all_tokens = (-1, c.attention_head_dim), without_sequence(plan)
     shift, scale, gate, ff_shift, ff_scale, ff_gate = _modulations(
         w["scale_shift_table"],
         shared["modulation"],

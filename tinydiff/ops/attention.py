@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinydiff.parallel.moves import move, rotate, wait
 from tinydiff.parallel.plan import Plan
-from tinydiff.parallel.sequence import ranks
+from tinydiff.parallel.sequence import sequence_ranks
 
 
 def _sdpa(kernel: SDPBackend | None) -> Callable[..., Tensor]:
@@ -61,7 +61,7 @@ def attention(
     only, [B or 1, 1, 1, M], and `keys` (see `parallel.sequence.keys`) tells real tokens from padding.
     """
     attend = BACKENDS[plan.attention]
-    if ranks(plan)[0] == 1:
+    if sequence_ranks(plan)[0] == 1:
         return attend(q_BLHE, k_BMHE, v_BMHE, mask, scale)
     if len(keys) != plan.group("ring").size:
         message = f"it needs one index tensor of keys per rank of the ring, and has {len(keys)}"

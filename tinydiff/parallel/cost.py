@@ -79,10 +79,10 @@ class Work:
     steps: int = 1
     audio: int = 0
 
-    def held(self, stream: str, layout: Layout) -> int:
+    def local_tokens(self, stream: str, layout: Layout) -> int:
         """Tokens of a stream on one rank."""
         if stream == "joint":
-            return self.held("text", layout) + self.held("image", layout)
+            return self.local_tokens("text", layout) + self.local_tokens("image", layout)
         if stream == "context":
             return self.text
         return ceil(getattr(self, stream) / layout.sequence)
@@ -132,19 +132,19 @@ def weight_bytes(rows: Iterable[Row], b: int, tp: int = 1) -> int:
     return sum(numel(row, tp) * itemsize(row, b) for row in rows)
 
 
-def shards(layout: Layout) -> int:
+def shard_count(layout: Layout) -> int:
     """Ranks that share a block's weights under full sharding."""
     return layout.cfg * layout.sequence if layout.fsdp else 1
 
 
-def share_bytes(rows: Iterable[Row], layout: Layout, b: int) -> int:
+def shard_bytes(rows: Iterable[Row], layout: Layout, b: int) -> int:
     """Bytes of a block's weights that one rank keeps: each weight is divided along its first dimension,
     rounded up.
     """
     total = 0
     for row in rows:
         first = row.shape[0] // layout.tp if row.split == 0 else row.shape[0]
-        total += ceil(first / shards(layout)) * (numel(row, layout.tp) // first) * itemsize(row, b)
+        total += ceil(first / shard_count(layout)) * (numel(row, layout.tp) // first) * itemsize(row, b)
     return total
 
 
@@ -152,11 +152,11 @@ def denoiser_bytes(net: CostModel, layout: Layout, b: int, experts: int = 1) -> 
     """Bytes of weights on one rank, of one network or two alike. Under full sharding its shares, and two
     whole blocks: the one at work and the one on its way.
     """
-    if shards(layout) == 1:
+    if shard_count(layout) == 1:
         return experts * weight_bytes(net.rows, b, layout.tp)
     packed = {row.name for rows in net.blocks for row in rows}
     rest = weight_bytes((row for row in net.rows if row.name not in packed), b, layout.tp)
-    kept = rest + sum(share_bytes(rows, layout, b) for rows in net.blocks)
+    kept = rest + sum(shard_bytes(rows, layout, b) for rows in net.blocks)
     return experts * kept + 2 * max(weight_bytes(rows, b, layout.tp) for rows in net.blocks)
 
 
@@ -172,16 +172,16 @@ def activation_bytes(net: CostModel, layout: Layout, work: Work, b: int) -> int:
     tp b; and of the latents, the two clean ones before and the velocities, 4 bytes a value.
     """
     streamed = dict(net.streamed)
-    one = work.held(net.carried, layout) * net.width * b
+    one = work.local_tokens(net.carried, layout) * net.width * b
     given = max(
         sum(
-            work.held(streamed[row.name], layout) * given_values(row, layout.tp) * b
+            work.local_tokens(streamed[row.name], layout) * output_values(row, layout.tp) * b
             for row in rows
             if row.split == 0 and row.name in streamed
         )
         for rows in net.blocks
     )
-    latents = work.held("image", layout) * net.values * 4 * (3 + work.branches)
+    latents = work.local_tokens("image", layout) * net.values * 4 * (3 + work.branches)
     return work.images * ((work.evaluations(layout) + 6) * one + given + latents)
 
 
@@ -192,16 +192,16 @@ def hoisted_bytes(net: CostModel, layout: Layout, work: Work, b: int) -> int:
     """
     each = work.evaluations(layout)
     rows = {row.name: row for row in net.rows}
-    made = dict.fromkeys(("steps", "prompt", "views"), 0)
+    values = dict.fromkeys(("steps", "prompt", "views"), 0)
     for name, kind in net.inputs.items():
-        if kind in made:
-            made[kind] += given_values(rows[name], layout.tp)
-    tables = work.steps * made["steps"] * (each if net.pooled else 1)
-    kept = each * (work.text * made["prompt"] + work.views * made["views"])
-    return (tables + kept) * b + each * work.held(net.carried, layout) * net.head_width * 4
+        if kind in values:
+            values[kind] += output_values(rows[name], layout.tp)
+    tables = work.steps * values["steps"] * (each if net.pooled else 1)
+    kept = each * (work.text * values["prompt"] + work.views * values["views"])
+    return (tables + kept) * b + each * work.local_tokens(net.carried, layout) * net.head_width * 4
 
 
-def given_values(row: Row, tp: int) -> int:
+def output_values(row: Row, tp: int) -> int:
     """Values that a layer gives for a token on one of `tp` ranks."""
     return row.shape[0] // tp if row.split == 0 else row.shape[0]
 
@@ -217,7 +217,7 @@ def step_flops(net: CostModel, layout: Layout, work: Work) -> int:
     """
     rows = {row.name: row for row in net.rows}
     linear = sum(
-        2 * work.held(stream, layout) * numel(rows[name], layout.tp) for name, stream in net.streamed
+        2 * work.local_tokens(stream, layout) * numel(rows[name], layout.tp) for name, stream in net.streamed
     )
     return work.evaluations(layout) * work.images * (linear + attention_flops(net, layout, work))
 
@@ -225,12 +225,12 @@ def step_flops(net: CostModel, layout: Layout, work: Work) -> int:
 def attention_flops(net: CostModel, layout: Layout, work: Work) -> int:
     """The attentions' share of `step_flops`, for one branch of one image."""
     return sum(
-        4 * work.held(queries, layout) * work.keys(keys) * dealt_width(net, layout, width, keys)
+        4 * work.local_tokens(queries, layout) * work.keys(keys) * local_width(net, layout, width, keys)
         for queries, keys, width in net.attends
     )
 
 
-def dealt_width(net: CostModel, layout: Layout, width: int, keys: str = "image") -> int:
+def local_width(net: CostModel, layout: Layout, width: int, keys: str = "image") -> int:
     """D: what a token's heads on one rank take, of an attention whose heads are `width` together. Attention
     to what every rank holds whole trades no heads, and fills none up.
     """
@@ -266,21 +266,25 @@ def step_bytes(net: CostModel, layout: Layout, work: Work, b: int = 2) -> dict[s
     """
     rows = {row.name: row for row in net.rows}
     streams = [each for each in net.attends if each[1] in ("image", "joint", "audio")]
-    asked = sum(work.held(queries, layout) * dealt_width(net, layout, width) for queries, _, width in streams)
-    attended = sum(work.held(keys, layout) * dealt_width(net, layout, width) for _, keys, width in streams)
-    summed = sum(work.held(stream, layout) * 4 for stream in net.norms)
+    asked = sum(
+        work.local_tokens(queries, layout) * local_width(net, layout, width) for queries, _, width in streams
+    )
+    attended = sum(
+        work.local_tokens(keys, layout) * local_width(net, layout, width) for _, keys, width in streams
+    )
+    summed = sum(work.local_tokens(stream, layout) * 4 for stream in net.norms)
     summed += sum(
-        work.held(stream, layout) * rows[name].shape[0] * b
+        work.local_tokens(stream, layout) * rows[name].shape[0] * b
         for name, stream in net.streamed
         if rows[name].split == 1
     )
     each = work.evaluations(layout) * work.images
     found = {
-        "cfg": (layout.cfg > 1) * work.images * work.held("image", layout) * net.values * b,
+        "cfg": (layout.cfg > 1) * work.images * work.local_tokens("image", layout) * net.values * b,
         "ring": (layout.ring - 1) * each * 2 * attended * b,
         "ulysses": (layout.ulysses > 1) * each * 2 * (asked + attended) * b,
         "tp": (layout.tp > 1) * each * summed,
-        "fsdp": (shards(layout) > 1) * sum(share_bytes(rows, layout, b) for rows in net.blocks),
+        "fsdp": (shard_count(layout) > 1) * sum(shard_bytes(rows, layout, b) for rows in net.blocks),
     }
     return {axis: size for axis, size in found.items() if size}
 
@@ -300,7 +304,7 @@ keeps its own part.
 """
 
 
-def across(layout: Layout, axis: str, machine: Machine) -> bool:
+def crosses_machines(layout: Layout, axis: str, machine: Machine) -> bool:
     """Whether the ranks of an axis stand in more than one machine. Ranks are counted with tp innermost, then
     ulysses, ring, cfg.
     """
@@ -322,11 +326,11 @@ def step_seconds(net: CostModel, layout: Layout, work: Work, machine: Machine, b
         "ring": layout.ring,
         "ulysses": layout.ulysses,
         "tp": layout.tp,
-        "fsdp": shards(layout),
+        "fsdp": shard_count(layout),
     }
     sending = dict.fromkeys(ranks, 0.0)
     for axis, size in step_bytes(net, layout, work, b).items():
-        bandwidth = machine.net if across(layout, axis, machine) else machine.link
+        bandwidth = machine.net if crosses_machines(layout, axis, machine) else machine.link
         sending[axis] = size * SENT[axis](ranks[axis]) / (bandwidth * 1e9)
     gathering = sending.pop("fsdp")
     return max(step_flops(net, layout, work) / (machine.tflops * 1e12) + sum(sending.values()), gathering)

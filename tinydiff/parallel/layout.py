@@ -14,7 +14,7 @@ AXES = ("dp", "cfg", "ring", "ulysses", "tp")
 """The mesh, outermost first: neighbours in rank, usually the best connected, share the axis that talks most.
 """
 
-OPTIONS = {
+AXIS_OPTIONS = {
     "dp": "data_parallel_size", "cfg": "cfg_parallel_size", "ring": "ring_degree", "ulysses": "ulysses_degree", "tp": "tp_size",
 }  # fmt: skip
 """Axis -> the option that sets it."""
@@ -57,7 +57,7 @@ class Layout:
         return self.ring * self.ulysses
 
 
-UNITED: dict[str, tuple[str, ...]] = {
+COMBINED_AXES: dict[str, tuple[str, ...]] = {
     "replica": ("cfg", "ring", "ulysses", "tp"),
     "shard": ("cfg", "ring", "ulysses"),
     "peers": ("dp", "cfg", "ring", "ulysses"),
@@ -68,11 +68,11 @@ all that would, and all.
 """
 
 
-def teams(layout: Layout, name: str) -> list[list[int]]:
-    """All groups of an axis, or of a name in `UNITED`: lists of ranks in the order of the mesh, together
+def rank_groups(layout: Layout, name: str) -> list[list[int]]:
+    """All groups of an axis, or of a name in `COMBINED_AXES`: lists of ranks in the order of the mesh, together
     every rank once.
     """
-    along = UNITED.get(name, (name,))
+    along = COMBINED_AXES.get(name, (name,))
     found: dict[tuple[int, ...], list[int]] = {}
     for rank, place in enumerate(product(*map(range, layout.sizes))):
         fixed = tuple(at for axis, at in zip(AXES, place, strict=True) if axis not in along)
@@ -117,7 +117,7 @@ def _unequal(ranks: int, given: Mapping[str, int]) -> UserError:
 
 
 def _named(given: Mapping[str, int]) -> str:
-    return " x ".join(f"{OPTIONS[axis]} {n}" for axis, n in given.items())
+    return " x ".join(f"{AXIS_OPTIONS[axis]} {n}" for axis, n in given.items())
 
 
 def _check_machines(asked: ParallelOptions, ranks: int, machines: int) -> None:
@@ -183,7 +183,7 @@ def degrees(asked: ParallelOptions) -> dict[str, int]:
         known = (ring or 1) * (ulysses or 1)
         if both % known or (ring and ulysses and both != known):
             given = " times ".join(
-                f"{OPTIONS[axis]} {n}" for axis, n in (("ulysses", ulysses), ("ring", ring)) if n
+                f"{AXIS_OPTIONS[axis]} {n}" for axis, n in (("ulysses", ulysses), ("ring", ring)) if n
             )
             raise UserError(
                 "sp_degree",
@@ -292,7 +292,7 @@ def check(
             "sp_degree",
             f"sp_degree: {layout.sequence} ranks cannot share an image of {tokens} tokens; give at most {tokens}",
         )
-    if layout.fsdp and len(teams(layout, "shard")[0]) == 1:
+    if layout.fsdp and len(rank_groups(layout, "shard")[0]) == 1:
         message = "there are no ranks that would hold the same weights; give cfg_parallel_size, ulysses_degree or ring_degree too"
         raise UserError("use_fsdp_inference", f"use_fsdp_inference: {message}")
     if outputs is not None and layout.dp > outputs:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
-from tinydiff.parallel.layout import AXES, UNITED, Layout, teams
+from tinydiff.parallel.layout import AXES, COMBINED_AXES, Layout, rank_groups
 from tinydiff.parallel.plan import Placement, Replicate, Row, Shard
 
 Role = Literal["dit", "text_encoder", "image_encoder", "vae"]
@@ -19,7 +19,7 @@ Role = Literal["dit", "text_encoder", "image_encoder", "vae"]
 class WeightMesh:
     """The mesh on which a network's weights lie.
 
-    axes: its dimensions, outermost first, each an axis of the layout or a group of `UNITED`; together they
+    axes: its dimensions, outermost first, each an axis of the layout or a group of `COMBINED_AXES`; together they
     have every axis once. DTensor shards along outer dimensions first.
     split: the dimension that shards each row along its `split`. blocks: the dimension that shards every
     weight of a block along its first dimension. None: no weight is sharded so.
@@ -53,13 +53,13 @@ def weight_mesh(layout: Layout, role: Role, whole: bool = False) -> WeightMesh:
 
 
 def size(layout: Layout, axis: str) -> int:
-    """Ranks along an axis of the layout or in a group of `UNITED`."""
-    return len(teams(layout, axis)[0])
+    """Ranks along an axis of the layout or in a group of `COMBINED_AXES`."""
+    return len(rank_groups(layout, axis)[0])
 
 
 def order(mesh: WeightMesh) -> tuple[str, ...]:
     """All axes of the layout in the order of the mesh's dimensions."""
-    return tuple(chain.from_iterable(UNITED.get(axis, (axis,)) for axis in mesh.axes))
+    return tuple(chain.from_iterable(COMBINED_AXES.get(axis, (axis,)) for axis in mesh.axes))
 
 
 def placements(

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from tinydiff import config
-from tinydiff.parallel.layout import AXES, UNITED, Layout, teams
+from tinydiff.parallel.layout import AXES, COMBINED_AXES, Layout, rank_groups
 from tinydiff.parallel.plan import ALONE, Group
 from tinydiff.records import RankError, UserError
 
@@ -51,7 +51,7 @@ class Ranks:
     """This process among those of a job.
 
     mesh: torch's, with the dimensions `AXES`. rank: in the order of the mesh. groups: this rank's place along
-    each of `AXES` and in each of `UNITED`, ALONE where no other rank is.
+    each of `AXES` and in each of `COMBINED_AXES`, ALONE where no other rank is.
     """
 
     layout: Layout
@@ -81,10 +81,10 @@ def join(layout: Layout, timeout: float, device: str) -> Ranks:
         )
     else:
         dist.init_process_group("gloo", timeout=limit)
-    return grouped(layout, timeout, device)
+    return make_ranks(layout, timeout, device)
 
 
-def grouped(layout: Layout, timeout: float, device: str = "cpu") -> Ranks:
+def make_ranks(layout: Layout, timeout: float, device: str = "cpu") -> Ranks:
     """The mesh of a layout, in a job whose processes have met. One process group serves all names with the
     same teams.
     """
@@ -92,25 +92,25 @@ def grouped(layout: Layout, timeout: float, device: str = "cpu") -> Ranks:
     if dist.get_world_size() != layout.size:
         raise ValueError(f"the layout is of {layout.size} ranks, and {dist.get_world_size()} have met")
     made: dict[tuple[tuple[int, ...], ...], Any] = {(tuple(range(layout.size)),): dist.group.WORLD}
-    for name in (*AXES, *UNITED):
-        parts = tuple(map(tuple, teams(layout, name)))
+    for name in (*AXES, *COMBINED_AXES):
+        parts = tuple(map(tuple, rank_groups(layout, name)))
         if parts not in made:  # by hand, as init_device_mesh takes no timeout
             both = [(team, dist.new_group(list(team), timeout=limit)) for team in parts]
             made[parts] = next(group for team, group in both if rank in team)
-    found = {name: made[tuple(map(tuple, teams(layout, name)))] for name in (*AXES, *UNITED)}
+    found = {name: made[tuple(map(tuple, rank_groups(layout, name)))] for name in (*AXES, *COMBINED_AXES)}
     ranks = torch.arange(layout.size).view(layout.sizes)
     mesh = DeviceMesh.from_group([found[axis] for axis in AXES], device, ranks, mesh_dim_names=AXES)
-    groups = {axis: mesh.get_group(axis) for axis in AXES} | {name: found[name] for name in UNITED}
+    groups = {axis: mesh.get_group(axis) for axis in AXES} | {name: found[name] for name in COMBINED_AXES}
     return Ranks(layout, rank, {name: _seen(group) for name, group in groups.items()}, mesh)
 
 
 def weights_mesh(ranks: Ranks, axes: tuple[str, ...]) -> DeviceMesh:
-    """The same ranks as a mesh of other dimensions, each an axis or a group of `UNITED`, which together have
+    """The same ranks as a mesh of other dimensions, each an axis or a group of `COMBINED_AXES`, which together have
     every axis once.
     """
     if axes == AXES:
         return ranks.mesh
-    united = [UNITED.get(axis, (axis,)) for axis in axes]
+    united = [COMBINED_AXES.get(axis, (axis,)) for axis in axes]
     groups = [
         _process_group(ranks.groups[axis]) if ranks.groups[axis].size > 1 else ranks.mesh.get_group(first)
         for axis, (first, *_) in zip(axes, united, strict=True)
@@ -131,7 +131,7 @@ def close() -> None:
     dist.destroy_process_group()
 
 
-def from_lead(group: Group, value: T) -> T:
+def from_first(group: Group, value: T) -> T:
     """The value that the group's first rank has, a small object that can be pickled, on all of them."""
     if group.size == 1:
         return value
@@ -140,7 +140,7 @@ def from_lead(group: Group, value: T) -> T:
     return held[0]
 
 
-def to_lead(group: Group, value: T) -> list[T]:
+def to_first(group: Group, value: T) -> list[T]:
     """The values of all ranks of the group, in their order, on its first; nothing on the others."""
     if group.size == 1:
         return [value]
@@ -149,28 +149,28 @@ def to_lead(group: Group, value: T) -> list[T]:
     return held
 
 
-def together(group: Group) -> None:
+def barrier(group: Group) -> None:
     """Wait until every rank of the group is here."""
     if group.size > 1:
         dist.all_reduce(torch.zeros(1), group=_process_group(group))
 
 
-def take(ranks: Ranks, queue: str = "work") -> int:
+def take_number(ranks: Ranks, queue: str = "work") -> int:
     """The next number, from 0, of a counter that all replicas share: each number goes to one of them. Every
     rank of it calls this.
     """
     number = _c10d._get_default_store().add(f"tinydiff/{queue}", 1) - 1 if ranks.leads else 0
-    return from_lead(ranks.groups["replica"], number)
+    return from_first(ranks.groups["replica"], number)
 
 
-def turns(ranks: Ranks, count: int) -> Iterator[int]:
+def replica_numbers(ranks: Ranks, count: int) -> Iterator[int]:
     """The numbers below `count` that this replica is to do: all where there is one, else those it takes
     before the others do.
     """
     if ranks.layout.dp == 1:
         yield from range(count)
         return
-    while (number := take(ranks)) < count:
+    while (number := take_number(ranks)) < count:
         yield number
 
 
@@ -179,7 +179,7 @@ def first_to_fail() -> bool | None:
     return _c10d._get_default_store().add("tinydiff/failed", 1) == 1 if dist.is_initialized() else None
 
 
-def told(rank: int, error: BaseException) -> str:
+def describe_failure(rank: int, error: BaseException) -> str:
     """A rank's failure in one sentence."""
     said = " ".join(str(error).split())
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -251,7 +251,7 @@ def _work(folder: str, fn: Callable[..., T], args: tuple) -> T:
         field = error.field if isinstance(error, UserError) else None
         entry = {
             "field": field,
-            "message": str(error) if field else told(rank, error),
+            "message": str(error) if field else describe_failure(rank, error),
             "trace": traceback.format_exc(),
         }
         written = Path(folder) / f"{rank}.failure"

@@ -26,73 +26,73 @@ KEYS = "keys."
 """How the names of the index tensors begin."""
 
 
-class Known(Protocol):
+class TensorsByName(Protocol):
     """Tensors by name: a dict, or a view of weights."""
 
     def __getitem__(self, name: str, /) -> Tensor: ...
 
 
-def ranks(plan: Plan) -> tuple[int, int]:
+def sequence_ranks(plan: Plan) -> tuple[int, int]:
     """(how many ranks share a sequence, which of them this is)."""
     ring, ulysses = plan.group("ring"), plan.group("ulysses")
     return ring.size * ulysses.size, ring.rank * ulysses.size + ulysses.rank
 
 
-def whole(plan: Plan) -> Plan:
+def without_sequence(plan: Plan) -> Plan:
     """The plan of what runs on all tokens on every rank."""
     return plan.along(*(axis for axis, _ in plan.groups if axis not in ("ring", "ulysses")))
 
 
-def counts(tokens: int, shares: int) -> list[int]:
+def shard_sizes(tokens: int, shares: int) -> list[int]:
     """How many of the tokens each share holds."""
     return [tokens // shares + (i < tokens % shares) for i in range(shares)]
 
 
-def width(held: list[int]) -> int:
+def padded_size(sizes: list[int]) -> int:
     """Of the padded shares: that of the longest, and at least 2, as a graph is compiled anew for a length of
     1.
     """
-    return max(2, *held)
+    return max(2, *sizes)
 
 
-def share(plan: Plan, x: Tensor, dim: int, kinds: Sequence[int] = ()) -> Tensor:
+def shard(plan: Plan, x: Tensor, dim: int, kinds: Sequence[int] = ()) -> Tensor:
     """This rank's share of the tokens along `dim`, padded with zeros; x itself where nothing is dealt.
 
     kinds: how many tokens of each kind follow each other there, where there are several, such as video and
     sound. Each kind is dealt on its own.
     """
-    shares, index = ranks(plan)
+    shares, index = sequence_ranks(plan)
     if shares == 1:
         return x
     if len(kinds) > 1:
-        return torch.cat([share(plan, part, dim) for part in x.split(list(kinds), dim)], dim)
-    held = counts(x.shape[dim], shares)
-    padded = x.new_zeros(*x.shape[:dim], width(held), *x.shape[dim + 1 :])
-    padded.narrow(dim, 0, held[index]).copy_(x.narrow(dim, sum(held[:index]), held[index]))
+        return torch.cat([shard(plan, part, dim) for part in x.split(list(kinds), dim)], dim)
+    sizes = shard_sizes(x.shape[dim], shares)
+    padded = x.new_zeros(*x.shape[:dim], padded_size(sizes), *x.shape[dim + 1 :])
+    padded.narrow(dim, 0, sizes[index]).copy_(x.narrow(dim, sum(sizes[:index]), sizes[index]))
     return padded
 
 
-def gathered(plan: Plan, x: Tensor, dim: int, tokens: int, kinds: Sequence[int] = ()) -> Tensor:
+def gather(plan: Plan, x: Tensor, dim: int, tokens: int, kinds: Sequence[int] = ()) -> Tensor:
     """The shares of all ranks along `dim` -> all tokens, without padding. The opposite of `share`."""
-    shares, _ = ranks(plan)
+    shares, _ = sequence_ranks(plan)
     if shares == 1:
         return x
     if len(kinds) > 1:
-        parts = x.split([width(counts(n, shares)) for n in kinds], dim)
-        return torch.cat([gathered(plan, part, dim, n) for part, n in zip(parts, kinds, strict=True)], dim)
-    x = _everywhere(plan, x, Shard(dim))
+        parts = x.split([padded_size(shard_sizes(n, shares)) for n in kinds], dim)
+        return torch.cat([gather(plan, part, dim, n) for part, n in zip(parts, kinds, strict=True)], dim)
+    x = _replicate(plan, x, Shard(dim))
     if x.shape[dim] == tokens:
         return x
-    real = torch.arange(x.shape[dim] // shares) < torch.tensor(counts(tokens, shares))[:, None]
+    real = torch.arange(x.shape[dim] // shares) < torch.tensor(shard_sizes(tokens, shares))[:, None]
     return x.index_select(dim, real.flatten().nonzero()[:, 0].to(x.device))
 
 
-def total(plan: Plan, x: Tensor) -> Tensor:
+def sum_over_tokens(plan: Plan, x: Tensor) -> Tensor:
     """Sums over this rank's tokens -> sums over all tokens."""
-    return _everywhere(plan, x, Partial())
+    return _replicate(plan, x, Partial())
 
 
-def _everywhere(plan: Plan, x: Tensor, source: Placement) -> Tensor:
+def _replicate(plan: Plan, x: Tensor, source: Placement) -> Tensor:
     """x, divided as `source` says over the ranks of the sequence, on all of them."""
     for axis in ("ulysses", "ring"):
         if (group := plan.group(axis)).size > 1:
@@ -105,23 +105,23 @@ def token_dims(conds: Iterable[Cond]) -> dict[str, int]:
     return {cond.name: cond.dim for cond in conds if cond.stream is not None}
 
 
-def dealt(plan: Plan, conds: Sequence[Cond], request: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def shard_request(plan: Plan, conds: Sequence[Cond], request: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A request's tensors as this rank holds them, and the index tensors of `keys` beside them. conds: the
     family's.
     """
-    if ranks(plan)[0] == 1:
+    if sequence_ranks(plan)[0] == 1:
         return dict(request)
     lengths = {stream: _length(request, conds, stream) for stream in ("image", "text", "audio")}
     dims = token_dims(conds)
     device = next(iter(request.values())).device
-    shares = {name: share(plan, x, dims[name]) if name in dims else x for name, x in request.items()}
+    shares = {name: shard(plan, x, dims[name]) if name in dims else x for name, x in request.items()}
     return shares | {
         name: torch.tensor(index, dtype=torch.int64, device=device)
-        for name, index in _real(plan, lengths).items()
+        for name, index in _real_token_indices(plan, lengths).items()
     }
 
 
-def keys(plan: Plan, known: Known, stream: str) -> tuple[Tensor, ...]:
+def keys(plan: Plan, tensors: TensorsByName, stream: str) -> tuple[Tensor, ...]:
     """For `ops.attention`: which keys are real, of each part of the ring in the order in which this rank
     meets them, int64 [real].
 
@@ -129,31 +129,31 @@ def keys(plan: Plan, known: Known, stream: str) -> tuple[Tensor, ...]:
     is not dealt.
     """
     return (
-        tuple(known[f"{KEYS}{stream}.{turn}"] for turn in range(plan.group("ring").size))
-        if ranks(plan)[0] > 1
+        tuple(tensors[f"{KEYS}{stream}.{turn}"] for turn in range(plan.group("ring").size))
+        if sequence_ranks(plan)[0] > 1
         else ()
     )
 
 
-def _real(plan: Plan, lengths: Mapping[str, int]) -> dict[str, list[int]]:
+def _real_token_indices(plan: Plan, lengths: Mapping[str, int]) -> dict[str, list[int]]:
     """Name -> places of the real tokens among those that `ulysses` gathers, for each stream and turn of the
     ring. lengths: how many tokens each stream has.
     """
     ring, ulysses = plan.group("ring"), plan.group("ulysses")
     shares = ring.size * ulysses.size
-    held = {stream: counts(tokens, shares) for stream, tokens in lengths.items()}
+    sizes = {stream: shard_sizes(tokens, shares) for stream, tokens in lengths.items()}
     found = {}
     for stream, parts in STREAMS.items():
         if stream == "audio" and not lengths[stream]:
             continue
         for turn in range(ring.size):
             first = (ring.rank + turn) % ring.size * ulysses.size
-            places, start = [], 0
+            indices, start = [], 0
             for rank in range(first, first + ulysses.size):
                 for part in parts:
-                    places += range(start, start + held[part][rank])
-                    start += width(held[part]) if sum(held[part]) else 0
-            found[f"{KEYS}{stream}.{turn}"] = places
+                    indices += range(start, start + sizes[part][rank])
+                    start += padded_size(sizes[part]) if sum(sizes[part]) else 0
+            found[f"{KEYS}{stream}.{turn}"] = indices
     return found
 
 

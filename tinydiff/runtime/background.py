@@ -13,7 +13,7 @@ from queue import SimpleQueue
 
 import torch
 
-from tinydiff.runtime.ambient import plain
+from tinydiff.runtime.torch_state import default_torch_state
 from tinydiff.sampling.loop import Denoise, Denoising
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Background:
         while True:
             key, compiled, image = self._queue.get()
             try:
-                with plain():
+                with default_torch_state():
                     compiled(
                         image.network,
                         image.state,

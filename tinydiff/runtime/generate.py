@@ -11,18 +11,18 @@ from pathlib import Path
 
 from tinydiff.config import Options, OutputOptions, Progress
 from tinydiff.io import output
-from tinydiff.parallel.ranks import Ranks, from_lead, to_lead, turns
+from tinydiff.parallel.ranks import Ranks, from_first, replica_numbers, to_first
 from tinydiff.records import Request, Result
 from tinydiff.runtime import blueprint, pipeline
 from tinydiff.runtime.admit import admit
-from tinydiff.runtime.ambient import plain
 from tinydiff.runtime.blueprint import Blueprint, Model
+from tinydiff.runtime.torch_state import default_torch_state
 
 Destination = tuple[output.Target, output.Encoding]
 
 
 @dataclass(frozen=True)
-class Job:
+class ReplicaJob:
     """What a replica makes at once: a prompt's outputs from number `first` on, as a request of their own. of:
     all outputs of the prompt.
     """
@@ -44,7 +44,7 @@ def admitted(options: Options) -> tuple[Blueprint, list[Request], list[Destinati
     return plan, requests, [_destination(options.output, request) for request in requests]
 
 
-@plain()
+@default_torch_state()
 def generate(options: Options, progress: Progress, ranks: Ranks | None = None) -> list[Result]:
     """Load the model, make everything asked for and write it. One result per prompt. Raises UserError before
     anything is made.
@@ -58,47 +58,52 @@ def generate(options: Options, progress: Progress, ranks: Ranks | None = None) -
     model = blueprint.load(plan, ranks, merge_adapters=not options.sampling.loras)
     loaded = {"load": time.perf_counter() - started}
     jobs, numbers, writes = (
-        _jobs(requests, 1 if ranks is None else ranks.layout.dp),
+        _replica_jobs(requests, 1 if ranks is None else ranks.layout.dp),
         range(len(requests)),
         True,
     )
     if ranks is not None:
-        destinations = from_lead(
+        destinations = from_first(
             ranks.groups["world"], destinations
         )  # a name tells the time: that of one rank
-        numbers, writes = turns(ranks, len(jobs)), ranks.leads
+        numbers, writes = replica_numbers(ranks, len(jobs)), ranks.leads
     made = {
-        n: _make(model, jobs[n], destinations[jobs[n].prompt], options.output, progress, writes)
+        n: _run_job(model, jobs[n], destinations[jobs[n].prompt], options.output, progress, writes)
         for n in numbers
     }
     if ranks is not None:
         made = {
             n: result
-            for share in to_lead(ranks.groups["world"], made if writes else {})
+            for share in to_first(ranks.groups["world"], made if writes else {})
             for n, result in share.items()
         }
         if not made:
             return []
     results = [
-        _joined([made[n] for n, job in enumerate(jobs) if job.prompt == prompt])
+        _merge_results([made[n] for n, job in enumerate(jobs) if job.prompt == prompt])
         for prompt in range(len(requests))
     ]
     return [replace(results[0], seconds=loaded | dict(results[0].seconds)), *results[1:]]
 
 
-def _jobs(requests: Sequence[Request], replicas: int) -> list[Job]:
+def _replica_jobs(requests: Sequence[Request], replicas: int) -> list[ReplicaJob]:
     """Whole requests for one replica, single outputs for several."""
     if replicas == 1:
-        return [Job(i, 0, len(request.seeds), request) for i, request in enumerate(requests)]
+        return [ReplicaJob(i, 0, len(request.seeds), request) for i, request in enumerate(requests)]
     each = [(i, k, request) for i, request in enumerate(requests) for k in range(len(request.seeds))]
     return [
-        Job(i, k, len(request.seeds), replace(request, seeds=request.seeds[k : k + 1]))
+        ReplicaJob(i, k, len(request.seeds), replace(request, seeds=request.seeds[k : k + 1]))
         for i, k, request in each
     ]
 
 
-def _make(
-    model: Model, job: Job, destination: Destination, options: OutputOptions, progress: Progress, writes: bool
+def _run_job(
+    model: Model,
+    job: ReplicaJob,
+    destination: Destination,
+    options: OutputOptions,
+    progress: Progress,
+    writes: bool,
 ) -> Result:
     """Do a job, and write its files where this rank is the one that does."""
     result = pipeline.run(model, job.request, progress)
@@ -116,7 +121,7 @@ def _make(
     return result
 
 
-def _joined(parts: Sequence[Result]) -> Result:
+def _merge_results(parts: Sequence[Result]) -> Result:
     """The result of a prompt from those of its jobs, in order; the seconds are those of all replicas
     together.
     """
@@ -147,7 +152,9 @@ def _destination(options: OutputOptions, request: Request) -> Destination:
     return target, encoding
 
 
-def _save(target: output.Target, encoding: output.Encoding, job: Job, result: Result) -> tuple[Path, ...]:
+def _save(
+    target: output.Target, encoding: output.Encoding, job: ReplicaJob, result: Result
+) -> tuple[Path, ...]:
     """One file an output; layers are a file each, numbered on through all outputs, or a directory."""
     files = []
     for frames, seed in zip(result.frames, result.seeds, strict=True):

@@ -38,11 +38,11 @@ class Display(Protocol):
     def close(self) -> None: ...
 
 
-Watch = Callable[[str], Display]
+MakeDisplay = Callable[[str], Display]
 """A function of a module: log level -> what shows the progress there."""
 
 
-def generate(options: Options, watch: Watch) -> list[Result]:
+def generate(options: Options, watch: MakeDisplay) -> list[Result]:
     """Make everything asked for, on as many ranks as are asked for. One result per prompt; none where rank 0
     is another process's.
 
@@ -57,19 +57,19 @@ def generate(options: Options, watch: Watch) -> list[Result]:
             return generate(options, shown)
     chosen = chosen_layout(options, ranks, place)
     if place is None:
-        return _started(options, chosen, watch)
+        return _start_ranks(options, chosen, watch)
     try:
-        return program(options, chosen, watch)
+        return rank_main(options, chosen, watch)
     except UserError:
         raise
     except Exception as error:
-        from tinydiff.parallel.ranks import told
+        from tinydiff.parallel.ranks import describe_failure
 
         log.debug("", exc_info=error)
-        raise RankError(told(place.rank, error)) from error
+        raise RankError(describe_failure(place.rank, error)) from error
 
 
-def let_first_speak() -> None:
+def wait_unless_first_to_fail() -> None:
     """Called before a failure is told: of ranks that torchrun started, which may all fail alike, those that
     are not the first linger. By then torchrun has ended them, unless it was theirs alone.
     """
@@ -135,7 +135,7 @@ def _tokens(plan: Blueprint, request: Request) -> int:
     return token_count(plan.autoencoder.config, request.output, net.family.patch(net.config))
 
 
-def _started(options: Options, chosen: Layout, watch: Watch) -> list[Result]:
+def _start_ranks(options: Options, chosen: Layout, watch: MakeDisplay) -> list[Result]:
     """Start this machine's ranks and wait for them."""
     from tinydiff.parallel.ranks import start
 
@@ -143,7 +143,7 @@ def _started(options: Options, chosen: Layout, watch: Watch) -> list[Result]:
     nodes, node = asked.nnodes or 1, asked.node_rank or 0
     where, timeout = layout.address(asked), asked.dist_timeout or TIMEOUT
     made = start(
-        program,
+        rank_main,
         (options, chosen, watch),
         chosen.size // nodes,
         nodes=nodes,
@@ -154,7 +154,7 @@ def _started(options: Options, chosen: Layout, watch: Watch) -> list[Result]:
     return made.get(0, [])
 
 
-def program(options: Options, chosen: Layout, watch: Watch) -> list[Result]:
+def rank_main(options: Options, chosen: Layout, watch: MakeDisplay) -> list[Result]:
     """What every rank runs. Rank 0 shows the progress and returns the results, the others return none."""
     import torch
 
@@ -163,14 +163,14 @@ def program(options: Options, chosen: Layout, watch: Watch) -> list[Result]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ranks = join(chosen, options.parallel.dist_timeout or TIMEOUT, device)
-    say(options.output.log_level if ranks.leads else "error")
+    log_to_stderr(options.output.log_level if ranks.leads else "error")
     with closing(watch(options.output.log_level if ranks.rank == 0 else "error")) as shown:
         results = generate(options, shown, ranks)
     close()
     return results
 
 
-def say(log_level: str) -> None:
+def log_to_stderr(log_level: str) -> None:
     """Let this process's log of `log_level` and above be read on stderr."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("tinydiff").setLevel(log_level.upper())

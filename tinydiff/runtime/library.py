@@ -12,9 +12,9 @@ from tinydiff.parallel.ranks import Ranks, join
 from tinydiff.records import Result, UserError, nearest
 from tinydiff.runtime import blueprint, launch, pipeline
 from tinydiff.runtime.admit import admit
-from tinydiff.runtime.ambient import plain
 from tinydiff.runtime.blueprint import Model
 from tinydiff.runtime.settings import guidance_of
+from tinydiff.runtime.torch_state import default_torch_state
 
 
 class Quiet:
@@ -32,7 +32,7 @@ def load(model_path: str | None, options: Mapping[str, Any]) -> Model:
     given = dict(options) if model_path is None else {**options, "model_path": model_path}
     _only(given, config.ModelOptions, config.ParallelOptions)
     made = config.options(given)
-    with plain():
+    with default_torch_state():
         plan = blueprint.read(made.model)
         return blueprint.load(plan, _ranks(made.parallel, plan))
 
@@ -76,7 +76,7 @@ def generate(
         )
     _only(fields, config.SamplingOptions)
     sampling = config.options({**fields, "prompt": prompt}).sampling
-    with plain():
+    with default_torch_state():
         [request] = admit(model.blueprint, sampling)
         return pipeline.run(model, request, progress or Quiet())
 

@@ -91,7 +91,7 @@ def vae_passes(model: Model, output: Output) -> tuple[int, int | None]:
     return chunk, TILE if model.blueprint.tiling else None
 
 
-def parts(model: Model, request: Request, warn: Callable[[str], None] = log.warning) -> Context:
+def make_context(model: Model, request: Request, warn: Callable[[str], None] = log.warning) -> Context:
     """What the family's recipe may use of the model. warn: told of each text that was too long, in a
     sentence.
     """
@@ -109,7 +109,7 @@ def parts(model: Model, request: Request, warn: Callable[[str], None] = log.warn
                 warn(f"{name}: the last {each.truncated} of its tokens were cut, the model reads {length}")
         longest = max(len(each.ids) for each in encoded)
         encoded = [tokenizer.padded(each, longest) for each in encoded]
-        _check_known(model, component, [token for each in encoded for token in each.ids])
+        _check_vocabulary(model, component, [token for each in encoded for token in each.ids])
         return torch.tensor([each.ids for each in encoded], device=device), torch.tensor(
             [each.mask for each in encoded], device=device
         )
@@ -138,7 +138,7 @@ def _check_strides(vae: Any, pixels: Tensor, latents: Tensor) -> None:
             raise UserError("model_path", f"model_path: {message}; with it no image can be given")
 
 
-def _check_known(model: Model, component: str, ids: Sequence[int]) -> None:
+def _check_vocabulary(model: Model, component: str, ids: Sequence[int]) -> None:
     """Raises UserError for a token beyond the vocabulary of the encoder that reads what this tokenizer writes."""
     encoder = "pe" if component == "pe_tokenizer" else component.replace("tokenizer", "text_encoder")
     size = model.nets[encoder].config.vocab_size
@@ -160,14 +160,16 @@ def condition(model: Model, request: Request) -> Conditioning:
     """Run the encoders, and make the table."""
     model = replace(model, nets=loras.for_request(model.nets, model.adapters, request.loras))
     warnings: dict[str, None] = {}  # in order, each once: tokenizers of one length cut alike
-    told = _conditioned(model, request, parts(model, request, lambda said: warnings.update({said: None})))
+    told = _conditioned(
+        model, request, make_context(model, request, lambda said: warnings.update({said: None}))
+    )
     for said in warnings:
         log.warning("%s", said)
     return told._replace(warnings=tuple(warnings))
 
 
 @torch.no_grad()
-def _conditioned(model: Model, request: Request, have: Context) -> Conditioning:
+def _conditioned(model: Model, request: Request, context: Context) -> Conditioning:
     net, row = model.denoiser, model.blueprint.row
     if net.plan.group("cfg").size > 1 and not request.guidance.on:
         message = f"{request.guidance.scale:g} needs the prompt's branch alone, and cfg_parallel_size 2 gives half of the ranks another"
@@ -176,12 +178,12 @@ def _conditioned(model: Model, request: Request, have: Context) -> Conditioning:
             f"guidance_scale: {message}; ask for more than 1, or load with cfg_parallel_size 1",
         )
     rows = table(model.blueprint, request)
-    prepared = net.family.pipelines[row.pipeline](net.config, have, request)
+    prepared = net.family.pipelines[row.pipeline](net.config, context, request)
     told = Conditioning(prepared, rows, _experts(model, prepared, rows))
     images = request.images
     if not images.start:
         return told
-    start = prepared.pack(have.encode(have.pixels(images.resized)))
+    start = prepared.pack(context.encode(context.pixels(images.resized)))
     if images.mask is None:
         return told._replace(start=start)
     mask = torch.from_numpy(images.mask).to(start)[None, None] / 255
@@ -248,12 +250,16 @@ def begin(
     x = prepared.pack((start if latents is None else latents).to(device))
     tokens = None if fresh is None else torch.stack([prepared.pack(draw.to(x)) for draw in fresh])
     made = x.shape[1]
-    x, kept = _beside_known(x, prepared) if conditioning.start is None else _from_picture(x, conditioning)
+    x, kept = (
+        _append_given_tokens(x, prepared)
+        if conditioning.start is None
+        else _start_from_image(x, conditioning)
+    )
     whole = x.shape[1]
-    tokens = None if tokens is None else sequence.share(plan, tokens, 2)
-    kept = None if kept is None else loop.FixedTokens(*(sequence.share(plan, each, 1) for each in kept))
-    denoising = loop.start(run, rows, sequence.share(plan, x, 1), conditioning.experts, tokens, kept)
-    return denoising, lambda x_BLP: sequence.gathered(plan, x_BLP, 1, whole)[:, :made]
+    tokens = None if tokens is None else sequence.shard(plan, tokens, 2)
+    kept = None if kept is None else loop.FixedTokens(*(sequence.shard(plan, each, 1) for each in kept))
+    denoising = loop.start(run, rows, sequence.shard(plan, x, 1), conditioning.experts, tokens, kept)
+    return denoising, lambda x_BLP: sequence.gather(plan, x_BLP, 1, whole)[:, :made]
 
 
 def denoise(
@@ -268,7 +274,9 @@ def denoise(
         yield to_image_tokens(denoising.state.x)
 
 
-def _from_picture(noise_BLP: Tensor, conditioning: Conditioning) -> tuple[Tensor, loop.FixedTokens | None]:
+def _start_from_image(
+    noise_BLP: Tensor, conditioning: Conditioning
+) -> tuple[Tensor, loop.FixedTokens | None]:
     """(the image's tokens at the noise level where the table begins, what of them is kept)."""
     assert conditioning.start is not None
     clean = conditioning.start.to(noise_BLP.dtype)
@@ -278,7 +286,7 @@ def _from_picture(noise_BLP: Tensor, conditioning: Conditioning) -> tuple[Tensor
     )
 
 
-def _beside_known(x_BLP: Tensor, prepared: LoopInputs) -> tuple[Tensor, loop.FixedTokens | None]:
+def _append_given_tokens(x_BLP: Tensor, prepared: LoopInputs) -> tuple[Tensor, loop.FixedTokens | None]:
     """(the noise and after it the references' tokens, the given ones as what is kept)."""
     if prepared.given_tokens is None:
         return x_BLP, None
@@ -313,12 +321,14 @@ def decode(model: Model, output: Output, latents: Tensor) -> numpy.ndarray:
     """
     vae = model.autoencoder
     chunk, tile = vae_passes(model, output)
-    clips = latents.to(vae.dtype).split(1)  # one by one, for less memory
-    x = torch.cat([vae.family.decode(vae.config, vae.w, clip, chunk, tile, vae.plan)[0] for clip in clips], 1)
+    videos = latents.to(vae.dtype).split(1)  # one by one, for less memory
+    x = torch.cat(
+        [vae.family.decode(vae.config, vae.w, video, chunk, tile, vae.plan)[0] for video in videos], 1
+    )
     return ((x.float() / 2 + 0.5) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
-def _over_given(frames: numpy.ndarray, images: InputImages) -> numpy.ndarray:
+def _keep_outside_mask(frames: numpy.ndarray, images: InputImages) -> numpy.ndarray:
     """Inpainting: the given image's own pixels stay but in the mask and around it, where the two blend over
     twice `FEATHER` pixels.
 
@@ -350,7 +360,7 @@ def finish(
         name, narrow = model.blueprint.row.name, PRECISIONS.get(model.denoiser.dtype)
         message = f"{name} gave values that are not numbers; its weights are broken, or {narrow} is too narrow for it"
         raise UserError("model_path", f"model_path: {message} (see dit_precision)")
-    return _over_given(decode(model, request.output, latents), request.images), latents
+    return _keep_outside_mask(decode(model, request.output, latents), request.images), latents
 
 
 def parameters(

@@ -14,7 +14,7 @@ from torch import Tensor
 from tinydiff.io.images import resize
 from tinydiff.runtime.blueprint import Model
 
-SIDE, PATCHES, PICTURES = 16, 4, 8
+SIDE, PATCHES, IMAGES = 16, 4, 8
 """Latent size and colour patches along each side of the images that the map is fitted to, and their number.
 """
 LONGEST = 512
@@ -22,13 +22,13 @@ LONGEST = 512
 
 
 @torch.no_grad()
-def fit(model: Model) -> Tensor:
+def fit_colours(model: Model) -> Tensor:
     """The map [C + 1, 3] from latents, and a constant 1, to red, green and blue in [-1, 1]: least squares
     over soft patches of colour.
     """
     vae = model.nets["vae"]
     stride, with_alpha = vae.config.scale_factor_spatial, getattr(vae.config, "in_channels", 3) == 4
-    patches = torch.rand(PICTURES, 3, PATCHES, PATCHES, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    patches = torch.rand(IMAGES, 3, PATCHES, PATCHES, generator=torch.Generator().manual_seed(0)) * 2 - 1
     pixels = F.interpolate(patches, size=(SIDE * stride, SIDE * stride), mode="bilinear")
     colours = F.avg_pool2d(pixels, stride)
     given = F.pad(pixels, (0, 0, 0, 0, 0, 1), value=1.0) if with_alpha else pixels
@@ -47,7 +47,7 @@ def fit(model: Model) -> Tensor:
 
 
 @torch.no_grad()
-def picture(to_colours: Tensor, latents: Tensor, height: int, width: int) -> numpy.ndarray:
+def preview_frame(to_colours: Tensor, latents: Tensor, height: int, width: int) -> numpy.ndarray:
     """The middle frame of the first of latents [N, C, F, H, W] as uint8 [height, width, 3], made smaller to
     `LONGEST` pixels.
     """

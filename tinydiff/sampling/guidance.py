@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tinydiff.ops.network import Branch, Tree
 from tinydiff.parallel.plan import Plan
-from tinydiff.parallel.sequence import total
+from tinydiff.parallel.sequence import sum_over_tokens
 from tinydiff.sampling.loop import Guidance, Guided, Memory, Predict, Step
 
 
@@ -82,7 +82,7 @@ def clamped(predict: Predict, plan: Plan) -> Guided:
         condition, known = condition.to(x_BLP.dtype), branches[0].request[""]
         free = _plain(condition, negative.to(x_BLP.dtype), step.guidance)
         squares = ((v * known["real"]).square().sum((1, 2), keepdim=True) for v in (condition, free))
-        longest, length = (total(plan, square).sqrt() for square in squares)
+        longest, length = (sum_over_tokens(plan, square).sqrt() for square in squares)
         longest = longest * known["limit"].to(x_BLP.dtype)
         return free * torch.where(length > longest, longest / length, 1), memory
 

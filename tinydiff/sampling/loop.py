@@ -137,7 +137,7 @@ def hoist(
     """
     family, plan = network.family, network.plan
     device = next(iter(weights.values())).device
-    cfg, everywhere = plan.group("cfg"), sequence.whole(plan)
+    cfg, everywhere = plan.group("cfg"), sequence.without_sequence(plan)
     if cfg.size > 1:
         branches = [branches[cfg.rank]]
     timesteps = table.timesteps.to(device)
@@ -154,7 +154,9 @@ def hoist(
     return Hoisted(
         divide(network, weights),
         tuple(
-            Branch(divide(network, sequence.dealt(plan, family.conds, request)), divide(network, steps))
+            Branch(
+                divide(network, sequence.shard_request(plan, family.conds, request)), divide(network, steps)
+            )
             for request, steps in hoisted
         ),
     )

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from tinydiff.records import Request
-from tinydiff.runtime import ambient, pipeline, preview
 from tinydiff.runtime import blueprint as blueprints
+from tinydiff.runtime import pipeline, preview, torch_state
 from tinydiff.runtime.blueprint import Blueprint, Model
 from tinydiff.runtime.continuous import BatchSlot, Continuous, give_memory_back, make_slot, short_of_memory
 from tinydiff.runtime.loras import Read
@@ -192,7 +192,7 @@ class DeviceScheduler:
 
     # --- the thread of the device ---
 
-    @ambient.plain()
+    @torch_state.default_torch_state()
     def _device_loop(self) -> None:
         try:
             self._load()
@@ -222,7 +222,7 @@ class DeviceScheduler:
         if self._model is None:
             started = time.perf_counter()
             self._model, self._attached = blueprints.load(self.adapters.base), ()
-            self._preview_fit = preview.fit(self._model)
+            self._preview_fit = preview.fit_colours(self._model)
             seconds = time.perf_counter() - started
             self.metrics.stage("load", seconds)
             log.info("%s loaded in %.1f s", self.blueprint.row.name, seconds)
@@ -327,7 +327,7 @@ class DeviceScheduler:
             if is_new and self._preview_fit is not None:
                 latents = running.conditioning.prepared.unpack(slot.to_image_tokens(clean))
                 height, width = running.request.output.height, running.request.output.width
-                previews.append(preview.picture(self._preview_fit, latents, height, width))
+                previews.append(preview.preview_frame(self._preview_fit, latents, height, width))
         percent = min(99, 100 * running.steps // running.total)
         if percent >= running.job.progress + 5:
             running.job = replace(running.job, progress=percent)

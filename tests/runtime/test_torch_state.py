@@ -14,10 +14,10 @@ import torch
 import tinydiff
 from tinydiff import config
 from tinydiff.records import UserError
-from tinydiff.runtime import ambient, library
-from tinydiff.runtime.ambient import plain
+from tinydiff.runtime import library, torch_state
 from tinydiff.runtime.background import Background
 from tinydiff.runtime.generate import generate
+from tinydiff.runtime.torch_state import default_torch_state
 
 ASKED = {
     "prompt": "a red circle",
@@ -229,9 +229,9 @@ def test_threads_share_what_belongs_to_the_process(model, wanted):
 
 def test_a_fresh_process_is_left_alone(monkeypatch):
     written = []
-    settings = [ambient.Setting(each.read, written.append, each.fresh) for each in ambient.SETTINGS]
-    monkeypatch.setattr(ambient, "SETTINGS", settings)
-    with plain():
+    settings = [torch_state.Setting(each.read, written.append, each.fresh) for each in torch_state.SETTINGS]
+    monkeypatch.setattr(torch_state, "SETTINGS", settings)
+    with default_torch_state():
         assert not torch.is_grad_enabled()
     assert written == []
 
@@ -244,13 +244,13 @@ def test_the_thread_that_compiles(monkeypatch):
         seen.append((torch.get_default_dtype(), torch.is_grad_enabled()))
         done.set()
 
-    class Seat:
-        network = state = rows = noise = kept = denoise = None
-        at = 0
+    class Image:
+        network = state = coefficients = noise = fixed = denoise = None
+        step = 0
 
-    monkeypatch.setattr("tinydiff.runtime.background._structure", lambda seat: 0)
+    monkeypatch.setattr("tinydiff.runtime.background._structure", lambda image: 0)
     with SET["float64"]():
-        Background().best(compiled, Seat())
+        Background().best(compiled, Image())
         assert done.wait(60)
     assert seen == [(torch.float32, False)]
 

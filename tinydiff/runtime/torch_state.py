@@ -1,6 +1,6 @@
 """The state that torch keeps beside tensors: default type and device, autocast, modes and numeric switches.
 
-A program sets it for its own sake, and it would change the image of a seed. So what computes runs in `plain`,
+A program sets it for its own sake, and it would change the image of a seed. So what computes runs in `default_torch_state`,
 where torch is as in a fresh process; afterwards the program finds its state as it was.
 """
 
@@ -91,7 +91,7 @@ nothing here needs it.
 
 
 class _Shared:
-    """The settings of the process, for all threads that are in `plain` at a time: the first makes them fresh,
+    """The settings of the process, for all threads that are in `default_torch_state` at a time: the first makes them fresh,
     the last brings them back.
     """
 
@@ -123,7 +123,7 @@ _KINDS = ("cpu", "cuda", "xpu", "mps")
 
 
 @contextmanager
-def plain() -> Iterator[None]:
+def default_torch_state() -> Iterator[None]:
     """torch as it is in a fresh process, without gradients. What belongs to a thread is set for this one, the
     rest for the process.
     """
