@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import tinydiff
-from tinydiff import cli, progress
+from tinydiff import cli, config, progress
 from tinydiff.models.registry import MODELS
 from tinydiff.records import RankError, UserError
 
@@ -245,6 +245,6 @@ def test_the_bar_shows_stages_steps_and_seconds(monkeypatch):
 
 
 def test_nothing_is_shown_where_nobody_watches(monkeypatch, capsys):
-    assert isinstance(progress.watch("info"), progress.Quiet)
+    assert isinstance(progress.watch("info"), config.NoProgress)
     monkeypatch.setattr(sys, "stderr", Terminal())
-    assert isinstance(progress.watch("warning"), progress.Quiet)
+    assert isinstance(progress.watch("warning"), config.NoProgress)

@@ -39,6 +39,19 @@ class Progress(Protocol):
         """`done` of the stage's `total` steps are finished."""
 
 
+class NoProgress:
+    """A `Progress` that shows nothing."""
+
+    def on_stage(self, name: str) -> None:
+        """Ignore a stage."""
+
+    def on_step(self, done: int, total: int) -> None:
+        """Ignore a step."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
 LAST_SEED = 2**63 - 1
 
 

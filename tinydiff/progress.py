@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any, TextIO, cast
 
+from tinydiff.config import NoProgress
 from tinydiff.printing import SafeStream
 
 BAR: dict[str, Any] = {
@@ -63,19 +64,6 @@ class Bar:
         self._stage = ""
 
 
-class Quiet:
-    """Shows nothing."""
-
-    def on_stage(self, name: str) -> None:
-        """Ignore a stage."""
-
-    def on_step(self, done: int, total: int) -> None:
-        """Ignore a step."""
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-
-def watch(log_level: str) -> Bar | Quiet:
-    """A `Bar` if stderr is a terminal and `log_level` is info or below, else `Quiet`."""
-    return Bar() if log_level in ("debug", "info") and sys.stderr.isatty() else Quiet()
+def watch(log_level: str) -> Bar | NoProgress:
+    """A `Bar` if stderr is a terminal and `log_level` is info or below, else `NoProgress`."""
+    return Bar() if log_level in ("debug", "info") and sys.stderr.isatty() else NoProgress()

@@ -10,12 +10,12 @@ import pytest
 
 from tests.parallel.pool import on_ranks
 from tinydiff import config
+from tinydiff.config import NoProgress
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.ranks import make_ranks
 from tinydiff.records import UserError
 from tinydiff.runtime import blueprint, pipeline
 from tinydiff.runtime.admit import admit
-from tinydiff.runtime.library import Quiet
 from tinydiff.sampling import noise
 
 LAYOUTS = {  # the shipped model has 5 heads: tp cannot divide it
@@ -40,9 +40,9 @@ def made(layout=None, **fields):
     start, _ = noise.latents(
         7, [0], pipeline.condition(model, request).prepared.size, pipeline.table(model.blueprint, request)
     )
-    return hashlib.sha256(start.numpy().tobytes()).hexdigest(), pipeline.run(model, request, Quiet()).frames[
-        0
-    ]
+    return hashlib.sha256(start.numpy().tobytes()).hexdigest(), pipeline.run(
+        model, request, NoProgress()
+    ).frames[0]
 
 
 @cache

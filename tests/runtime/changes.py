@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinydiff.config import ModelOptions, SamplingOptions
+from tinydiff.config import ModelOptions, NoProgress, SamplingOptions
 from tinydiff.records import UserError
 from tinydiff.runtime import blueprint, pipeline
 from tinydiff.runtime.admit import admit
-from tinydiff.runtime.library import Quiet
 
 DROPPED = "(dropped)"
 VALUES: tuple[Any, ...] = (
@@ -129,7 +128,7 @@ def made(subject: Subject) -> Any:
     """What is asked for, in one step."""
     read = blueprint.read(subject.options)
     [request] = admit(read, subject.asked)
-    return pipeline.run(blueprint.load(read), request, Quiet())
+    return pipeline.run(blueprint.load(read), request, NoProgress())
 
 
 def subject(folder: Path, build: Callable[[Path], Any], asked: dict[str, Any], **options: Any) -> Subject:

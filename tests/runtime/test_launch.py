@@ -300,9 +300,8 @@ def test_one_rank_starts_no_process(tmp_path, monkeypatch):
 
 
 def quiet(log_level: str):
-    from tinydiff import progress
 
-    return progress.Quiet()
+    return config.NoProgress()
 
 
 def test_a_program_shares_a_model_under_torchrun_only():

@@ -14,6 +14,7 @@ from PIL import Image
 import tinydiff
 from tests.sources import PACKAGE
 from tinydiff import config
+from tinydiff.config import NoProgress
 from tinydiff.models import registry
 from tinydiff.records import Result, UserError
 from tinydiff.runtime import library
@@ -181,7 +182,7 @@ def test_a_written_result_keeps_its_frames_only_where_asked(keep, tmp_path):
     options = config.options(
         {"prompt": ["a", "b"], "output_path": str(tmp_path), "return_frames": keep, **SMALL}
     )
-    first, second = generate(options, library.Quiet())
+    first, second = generate(options, NoProgress())
     assert (
         [len(result.frames) for result in (first, second)]
         == [len(result.latents) for result in (first, second)]

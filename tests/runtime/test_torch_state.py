@@ -13,8 +13,9 @@ import torch
 
 import tinydiff
 from tinydiff import config
+from tinydiff.config import NoProgress
 from tinydiff.records import UserError
-from tinydiff.runtime import library, torch_state
+from tinydiff.runtime import torch_state
 from tinydiff.runtime.background import Background
 from tinydiff.runtime.generate import generate
 from tinydiff.runtime.torch_state import default_torch_state
@@ -172,7 +173,7 @@ def test_parameters_say_in_which_types_it_ran(wanted):
 
 
 def test_the_state_is_as_before_after_an_error(model):
-    class Failing(library.Quiet):
+    class Failing(NoProgress):
         def on_step(self, done, total):
             raise OSError("the display is gone")
 
@@ -191,7 +192,7 @@ def test_the_command_line_in_a_program(wanted, tmp_path):
     options = config.options(ASKED | {"output_path": str(tmp_path), "return_frames": True})
     with several():
         before = state()
-        [made] = generate(options, library.Quiet())
+        [made] = generate(options, NoProgress())
         assert state() == before
     same(made, wanted)
 
@@ -200,7 +201,7 @@ def test_threads_share_what_belongs_to_the_process(model, wanted):
     """The first that ends does not bring the program's type back while another computes."""
     met, going, made = threading.Barrier(2), threading.Event(), {}
 
-    class Watcher(library.Quiet):
+    class Watcher(NoProgress):
         def __init__(self, name):
             self.name = name
 

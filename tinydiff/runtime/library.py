@@ -17,16 +17,6 @@ from tinydiff.runtime.settings import guidance_of
 from tinydiff.runtime.torch_state import default_torch_state
 
 
-class Quiet:
-    """A progress display that shows nothing."""
-
-    def on_stage(self, name: str) -> None:
-        pass
-
-    def on_step(self, done: int, total: int) -> None:
-        pass
-
-
 def load(model_path: str | None, options: Mapping[str, Any]) -> Model:
     """See `tinydiff.load`."""
     given = dict(options) if model_path is None else {**options, "model_path": model_path}
@@ -78,7 +68,7 @@ def generate(
     sampling = config.options({**fields, "prompt": prompt}).sampling
     with default_torch_state():
         [request] = admit(model.blueprint, sampling)
-        return pipeline.run(model, request, progress or Quiet())
+        return pipeline.run(model, request, progress or config.NoProgress())
 
 
 def _only(given: Mapping[str, Any], *records: type) -> None:
