@@ -342,6 +342,16 @@ def cache_root() -> Path:
     return paths.path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "tinydiff"
 
 
+def use_modelscope() -> bool:
+    """Whether repositories come from ModelScope: TINYDIFF_USE_MODELSCOPE, else SGLANG_USE_MODELSCOPE."""
+    for name in ("TINYDIFF_USE_MODELSCOPE", "SGLANG_USE_MODELSCOPE"):
+        if text := os.environ.get(name, "").strip().lower():
+            if text not in ("1", "true", "0", "false"):
+                raise UserError(name, f"the environment variable {name} is {shown(text)}; set true or false")
+            return text in ("1", "true")
+    return False
+
+
 def keys(name: str) -> tuple[str, ...]:
     """The keys in the environment variable TINYDIFF_<name>, separated by commas."""
     return tuple(word.strip() for word in os.environ.get(f"TINYDIFF_{name}", "").split(",") if word.strip())

@@ -1,5 +1,6 @@
 import json
 import math
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -94,7 +95,8 @@ def answer(monkeypatch, error: Exception | None, path="/snapshot", files=()) -> 
         return path
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda hub_id, revision: files)
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda hub_id, revision: info)
     return asked
 
 
@@ -165,7 +167,7 @@ def test_without_the_hub_the_cache_is_asked(monkeypatch, tmp_path):
     def silent(hub_id, revision):
         raise ConnectionError
 
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", silent)
+    monkeypatch.setattr(huggingface_hub, "model_info", silent)
     assert resolve("org/model", variant="fp16") == tmp_path
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tinydiff.io import hub, overlay
+from tinydiff.io import overlay, repositories
 from tinydiff.records import UserError
 
 MAPPINGS = [
@@ -275,8 +275,8 @@ def fetched(case, monkeypatch):
         asked.append((hub_id, revision, [*wanted]))
         return {"org/model": case.source, "org/overlay": case.overlay}[hub_id]
 
-    monkeypatch.setattr(hub, "fetched", answer)
-    monkeypatch.setattr(hub, "_listing", lambda *_: [])
+    monkeypatch.setattr(repositories, "fetched", answer)
+    monkeypatch.setattr(repositories, "listing", lambda *_: [])
     return asked
 
 

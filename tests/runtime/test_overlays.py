@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 import tinydiff
 from tests.runtime.folders import VARIANTS, build, edit
 from tinydiff.config import ModelOptions
-from tinydiff.io import hub, overlay
+from tinydiff.io import overlay, repositories
 from tinydiff.io.weights import exported
 from tinydiff.keymap import KeyMap
 from tinydiff.models.layouts.recognise import LAYOUTS
@@ -86,12 +86,12 @@ def test_a_models_original_files_run_through_its_overlay(authors, tiny, monkeypa
         assert hub_id == S2V and set(FILES.values()) < set(wanted)
         return source
 
-    monkeypatch.setattr(hub, "fetched", answer)
+    monkeypatch.setattr(repositories, "fetched", answer)
     assert torch.equal(latents(S2V), base)
 
 
 def test_s2v_lacks_its_network_alone_and_nothing_is_fetched_for_it(monkeypatch):
-    monkeypatch.setattr(hub, "fetched", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(repositories, "fetched", lambda *_: pytest.fail("fetched"))
     with pytest.raises(UserError, match="has a WanS2VTransformer3DModel that is not supported; known are"):
         components.chosen(ModelOptions(model_path=S2V))
 

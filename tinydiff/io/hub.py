@@ -13,10 +13,14 @@ from typing import Any
 
 from tinydiff import paths
 from tinydiff.entries import value as typed_value
+from tinydiff.io import repositories
 from tinydiff.io.variants import unchosen
 from tinydiff.records import UserError, nearest
 
-WANTED = ("*.json", "*/*.safetensors", "*/spiece.model", "*/tokenizer.model", "*/merges.txt")
+OF_COMPONENT = ("*.json", "*.safetensors", "spiece.model", "tokenizer.model", "merges.txt")
+"""What a component's directory is run from."""
+
+WANTED = ("*.json", *(f"*/{name}" for name in OF_COMPONENT[1:]))
 """What a diffusers-layout directory is run from. Single-file weights at a repository's root are left out:
 they would double the download.
 """
@@ -90,49 +94,19 @@ def resolve(
             field,
             f"{field}: {text!r} is neither a directory here nor a hub id such as 'Wan-AI/Wan2.2-TI2V-5B-Diffusers'{hint}",
         )
-    wanted = (
-        [*WANTED] if field == "model_path" else [*WANTED, "*.safetensors"]
-    )  # a component lies at the root
+    at_root = () if field == "model_path" else ("*.safetensors",)  # where a component or an adapter lies
+    wanted = [*WANTED, *at_root]
     wanted = wanted if weights else ["*.json"]
     if only:
-        wanted = ["model_index.json", *(name if Path(name).suffix else f"{name}/*" for name in only)]
-    unwanted = [*UNWANTED, *(unchosen(_listing(text, revision), variant) if weights else ())]
-    return fetched(text, [*wanted, *also], revision, field, unwanted)
-
-
-def fetched(
-    hub_id: str,
-    wanted: Collection[str],
-    revision: str | None = None,
-    field: str = "model_path",
-    unwanted: Collection[str] = (),
-) -> Path:
-    """The directory in the download cache with the files of a repository that the patterns `wanted` match and
-    `unwanted` do not. Raises UserError.
-    """
-    from huggingface_hub import errors, snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                hub_id, revision=revision, allow_patterns=[*wanted], ignore_patterns=[*unwanted]
-            )
-        )
-    except errors.GatedRepoError:
-        reason = "the hub asks for its licence to be accepted; accept it on its page and log in with `hf auth login`"
-    except errors.RevisionNotFoundError:
-        raise UserError(
-            "revision", f"revision: {hub_id!r} has no branch, tag or commit {revision!r}"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        reason = "the hub has no such model, or it is private and you are not logged in"
-    except errors.LocalEntryNotFoundError:
-        reason = "it is not a directory here, not in the download cache, and the hub cannot be reached"
-    except errors.HFValidationError as error:
-        reason = f"it is not a valid hub id ({error})"
-    except (OSError, ConnectionError) as error:
-        reason = f"the download failed ({error})".replace("\n", " ")
-    raise UserError(field, f"{field}: cannot load {hub_id!r}: {reason}")
+        files = [name for name in only if Path(name).suffix]
+        components = (name for name in only if name not in files)
+        wanted = [
+            "model_index.json",
+            *files,
+            *(f"{name}/{each}" for name in components for each in OF_COMPONENT),
+        ]
+    unwanted = [*UNWANTED, *(unchosen(repositories.listing(text, revision), variant) if weights else ())]
+    return repositories.fetched(text, [*wanted, *also], revision, field, unwanted)
 
 
 def read_index(folder: Path) -> Index:
@@ -180,15 +154,3 @@ def read_json(path: Path) -> dict[str, Any]:
             f"model_path: {str(path)!r} holds a JSON {type(value).__name__} and should hold an object",
         )
     return value
-
-
-def _listing(hub_id: str, revision: str | None) -> list[str]:
-    """The repository's files; none where the hub does not answer, since the download then says why, or needs
-    nothing of the hub.
-    """
-    from huggingface_hub import list_repo_files
-
-    try:
-        return list_repo_files(hub_id, revision=revision)
-    except Exception:  # of the hub's client, of the network below it, or offline
-        return []

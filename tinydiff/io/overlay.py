@@ -24,7 +24,7 @@ from typing import Any
 from filelock import FileLock
 
 from tinydiff import config, paths
-from tinydiff.io import hub
+from tinydiff.io import hub, repositories
 from tinydiff.records import UserError
 
 log = logging.getLogger(__name__)
@@ -295,7 +295,7 @@ def _source(overlay: Overlay) -> Path:
     )
     place = paths.path(overlay.source, "model_path")
     local = paths.kind(place) == "directory"
-    source = place if local else hub.fetched(overlay.source, wanted, overlay.revision)
+    source = place if local else repositories.fetched(overlay.source, wanted, overlay.revision)
     files = (each.source for each in overlay.mappings if each.kind == "file")
     for name in (*overlay.required, *files):
         if not (source / name).is_file():
