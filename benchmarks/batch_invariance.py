@@ -55,8 +55,10 @@ def requests(model: Model, count: int) -> list[list[Request]]:
     for k in range(count):
         (width, height), words = SIZES[k % len(SIZES)], (chance.choice(COLOURS), chance.choice(SHAPES))
         fields = {
-            "prompt": f"a {chance.choice(('small', 'large'))} {' '.join(words)}", "width": width, "height": height,
-            "seed": chance.randrange(2**32), "num_inference_steps": chance.randint(1, 20), "guidance_scale": chance.uniform(1.5, 6),
+            "prompt": f"a {chance.choice(('small', 'large'))} {' '.join(words)}", "width": width,
+            "height": height,
+            "seed": chance.randrange(2**32), "num_inference_steps": chance.randint(1, 20),
+            "guidance_scale": chance.uniform(1.5, 6),
         }  # fmt: skip
         found[k % len(SIZES)] += admit(model.blueprint, config.options(fields).sampling)
     return found
@@ -130,7 +132,10 @@ def main() -> None:
     background = compiled(model, asked[0])
     alone = [one for same in asked for one in make(model, background, same, 1)[0]]
     scale = torch.cat([one.latents.flatten() for one in alone]).std().item()
-    how = f"{given.dit_precision}, {model.blueprint.device.type}{', compiled' if given.enable_torch_compile else ''}"
+    how = (
+        f"{given.dit_precision}, "
+        f"{model.blueprint.device.type}{', compiled' if given.enable_torch_compile else ''}"
+    )
     print(f"{len(alone)} requests, {how}; latents have a standard deviation of {scale:.2f}")
     print("| batch | images in a step, mean | latents | pixel values | differing |\n|---|---|---|---|---|")
     for most in BATCHES:

@@ -79,7 +79,8 @@ def made_up(
 
 
 IMAGE_FAMILIES: dict[str, ModuleType] = {
-    "flux": flux, "flux2": flux2, "ovis": ovis, "qwen_image": qwen_image, "z_image": z_image, "sd3": sd3, "ernie": ernie,
+    "flux": flux, "flux2": flux2, "ovis": ovis, "qwen_image": qwen_image, "z_image": z_image, "sd3": sd3,
+    "ernie": ernie,
 }  # fmt: skip
 
 

@@ -88,9 +88,13 @@ def main() -> None:
         point = json.loads(done.stdout)
         first = first or point["seconds"]
         ratio = point["seconds"] / first
-        graphs = f"{point['graphs']} graph, {point['then']} after another size, step count and scale, {point['breaks']} breaks"
+        graphs = (
+            f"{point['graphs']} graph, {point['then']} after another size, step count and scale, "
+            f"{point['breaks']} breaks"
+        )
         print(
-            f"{layers:3d} blocks {steps:3d} steps: {point['seconds']:6.1f} CPU s, ratio {ratio:.2f}, {graphs}, error {point['error']:.0e}",
+            f"{layers:3d} blocks {steps:3d} steps: {point['seconds']:6.1f} CPU s, ratio "
+            f"{ratio:.2f}, {graphs}, error {point['error']:.0e}",
             flush=True,
         )
 

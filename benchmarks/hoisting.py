@@ -99,7 +99,8 @@ def measure(asked: Picture) -> str:
 
 
 PICTURES = {
-    "FLUX.1-dev": 512, "FLUX.2-dev": 512, "FLUX.2-klein-4B": 512, "Qwen-Image": 50, "Z-Image": 64, "stable-diffusion-3.5-large": 333,
+    "FLUX.1-dev": 512, "FLUX.2-dev": 512, "FLUX.2-klein-4B": 512, "Qwen-Image": 50, "Z-Image": 64,
+    "stable-diffusion-3.5-large": 333,
     "Ovis-Image-7B": 256, "ERNIE-Image": 64,
 }  # fmt: skip
 """Image models and how many tokens of text they are shown."""
@@ -107,7 +108,8 @@ PICTURES = {
 
 def main() -> None:
     print(
-        f"{'one branch, ' + str(STEPS) + ' steps':36s} {'TFLOP/step':>11s} {'hoisted':>11s} {'ratio':>7s} {'run':>7s}",
+        f"{'one branch, ' + str(STEPS) + ' steps':36s} {'TFLOP/step':>11s} {'hoisted':>11s} "
+        f"{'ratio':>7s} {'run':>7s}",
         end=" ",
     )
     print(f"{'GB/step':>9s} {'hoisted':>8s} {'ratio':>6s} {'instead':>8s}")

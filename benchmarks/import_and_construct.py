@@ -26,7 +26,8 @@ assert len(weights(released({MODEL!r}).config, "meta")) > 800
 REFERENCE = f"""
 import json, torch
 from diffusers import WanTransformer3DModel
-config = json.load(open({str(HERE.parent / "tinydiff/models/released" / f"Wan-AI__{MODEL}.json")!r}))["components"]["transformer"]["config"]
+released = json.load(open({str(HERE.parent / "tinydiff/models/released" / f"Wan-AI__{MODEL}.json")!r}))
+config = released["components"]["transformer"]["config"]
 with torch.device("meta"):
     WanTransformer3DModel(**{{name: value for name, value in config.items() if not name.startswith("_")}})
 """

@@ -48,7 +48,9 @@ def resident(field: str) -> int:
 
 
 def measure(loader: str, folder: Path) -> None:
-    """Load once in this process and print the rise of its peak, the weights' size and the seconds, as JSON."""
+    """Load once in this process and print the rise of its peak, the weights' size and the
+    seconds, as JSON.
+    """
     import torch
     from safetensors.torch import load_file
 
@@ -81,7 +83,8 @@ def main() -> None:
             result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             peak, size = result["peak"] / 2**20, result["size"] / 2**20
             print(
-                f"{name:32s} peak {peak:7.1f} MiB of {size:7.1f} MiB bfloat16: ratio {peak / size:.3f}, {result['seconds']:.2f} s"
+                f"{name:32s} peak {peak:7.1f} MiB of {size:7.1f} MiB bfloat16: ratio "
+                f"{peak / size:.3f}, {result['seconds']:.2f} s"
             )
 
 

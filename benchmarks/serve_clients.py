@@ -96,7 +96,8 @@ class Client:
 
     def run(self) -> None:
         doings = {
-            self.picture: 8, self.stream: 3, self.stopped_stream: 3, self.closed: 4, self.clip: 3, self.cancelled_clip: 3, self.mistake: 3,
+            self.picture: 8, self.stream: 3, self.stopped_stream: 3, self.closed: 4, self.clip: 3,
+            self.cancelled_clip: 3, self.mistake: 3,
             self.look: 1,
         }  # fmt: skip
         while time.monotonic() < self.until:
@@ -108,7 +109,7 @@ class Client:
         self.session.close()
 
     # --- what a client does
-    # -----------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def picture(self) -> None:
         asked = self._asked() | {
@@ -139,7 +140,9 @@ class Client:
                 self._check_size(asked, base64.b64decode(event["b64_json"]))
 
     def stopped_stream(self) -> None:
-        """Deletes an image while it is made; the stream then ends with the word, unless it was done before."""
+        """Deletes an image while it is made; the stream then ends with the word, unless it was
+        done before.
+        """
         ended = ""
         for event in self._events(
             "stream, then DELETE",
@@ -208,7 +211,7 @@ class Client:
         )
 
     # --- how
-    # --------------------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def _asked(self) -> dict[str, Any]:
         chance = self.chance

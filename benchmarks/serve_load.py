@@ -266,7 +266,8 @@ def _table(seen: Seen, jobs: dict[str, Job], told: dict[str, float], lasted: flo
         )
         times = sorted(answer.seconds for answer in mine)
         lines.append(
-            f"| {what:20s} | {len(mine)} | {statuses} | {times[len(times) // 2]:.2f} | {times[int(0.95 * len(times))]:.2f} |"
+            f"| {what:20s} | {len(mine)} | {statuses} | {times[len(times) // 2]:.2f} | "
+            f"{times[int(0.95 * len(times))]:.2f} |"
         )
     completed = sum(job.status == "completed" for job in jobs.values())
     steps, batches = told["tinydiff_steps_total"], told["tinydiff_batch_size_count"]
@@ -274,7 +275,8 @@ def _table(seen: Seen, jobs: dict[str, Job], told: dict[str, float], lasted: flo
     made = f"{steps:.0f} steps of images in {batches:.0f} of the loop"
     return [
         *lines,
-        f"{len(jobs) + gone} jobs in {lasted:.0f} s: {completed} completed, {len(jobs) - completed} cancelled, {gone} deleted; {made}",
+        f"{len(jobs) + gone} jobs in {lasted:.0f} s: {completed} completed, "
+        f"{len(jobs) - completed} cancelled, {gone} deleted; {made}",
     ]
 
 

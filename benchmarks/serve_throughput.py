@@ -106,7 +106,8 @@ def overhead(server: Server, options: dict[str, Any], count: int) -> None:
         for part in rows[0]:
             times = [1000 * row[part] for row in rows]
             print(
-                f"  {name + ', ' + part:22s} p50 {statistics.median(times):7.2f}   p95 {statistics.quantiles(times, n=20)[-1]:7.2f}"
+                f"  {name + ', ' + part:22s} p50 {statistics.median(times):7.2f}   p95 "
+                f"{statistics.quantiles(times, n=20)[-1]:7.2f}"
             )
 
 

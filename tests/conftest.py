@@ -1,4 +1,5 @@
-"""For all tests: the CPU, one thread, and no gradients unless a test asks for them with `torch.enable_grad()`.
+"""For all tests: the CPU, one thread, and no gradients unless a test asks for them with
+`torch.enable_grad()`.
 
 `pytest` alone leaves out what is slow and what needs more than Python. `pytest --everything`, and a run of
 named files, leave out nothing; with `--everything` a test that is skipped for a missing tool fails.

@@ -1,4 +1,6 @@
-"""tyro's part: words in one spelling become records, defaults are overridden, mistakes pass through unchanged."""
+"""tyro's part: words in one spelling become records, defaults are overridden, mistakes pass through
+unchanged.
+"""
 
 from __future__ import annotations
 

@@ -184,7 +184,8 @@ ADAPTERS = {
         FLUX, "diffusers", "transformer.{}.lora_A.weight transformer.{}.lora_B.weight", ("LoRA", FLUXES),
     ),
     "peft": (
-        FLUX, "diffusers", "base_model.model.{}.lora_A.default.weight base_model.model.{}.lora_B.default.weight",
+        FLUX, "diffusers", "base_model.model.{}.lora_A.default.weight " "base_model.model.{}"
+        ".lora_B.default.weight",
         ("LoRA", FLUXES),
     ),
     "kohya": (
@@ -195,7 +196,8 @@ ADAPTERS = {
         WAN, "original", "diffusion_model.{}.lora_A.weight diffusion_model.{}.lora_B.weight", ("LoRA", WANS),
     ),
     "DoRA": (
-        WAN, "original", "diffusion_model.{}.lora_down.weight diffusion_model.{}.lora_up.weight diffusion_model.{}.dora_scale",
+        WAN, "original", "diffusion_model.{}.lora_down.weight diffusion_model.{}.lora_up.weight "
+        "diffusion_model.{}.dora_scale",
         ("LoRA and DoRA", WANS),
     ),
 }  # fmt: skip
@@ -242,7 +244,8 @@ def test_layers_that_no_model_has_are_said(tmp_path):
     }
     found = contents(str(header_only(tmp_path / "a.safetensors", shapes | odd)))
     assert found.models == WANS and found.problems == (
-        f"1 of its {found.layers} layers are not those of the released models that it looks like: diffusion_model.mid.attn",
+        f"1 of its {found.layers} layers are not those of the released models that it looks like: "
+        "diffusion_model.mid.attn",
     )  # fmt: skip
     found = contents(str(header_only(tmp_path / "b.safetensors", odd)))
     assert (

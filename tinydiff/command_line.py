@@ -1,8 +1,8 @@
 """tyro's part: a command line in one spelling becomes frozen records, and records become help.
 
-`flags` has given every option its own name and written it as `--name=JSON`, once. So tyro chooses the command,
-fills its record over the defaults (those of a config file, if there is one) and renders help and completions.
-Values are read by `values`, as those of files, programs and requests are.
+`flags` has given every option its own name and written it as `--name=JSON`, once. So tyro chooses the
+command, fills its record over the defaults (those of a config file, if there is one) and renders help and
+completions. Values are read by `values`, as those of files, programs and requests are.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def words(record: type, entries: Mapping[str, Any]) -> list[str]:
 
 
 def read(record: type[Record], defaults: Record, normal: Sequence[str]) -> Record:
-    """The record of a command line in one spelling; what it leaves out is as in `defaults`. Raises UserError."""
+    """The record of a command line in one spelling; what it leaves out is as in `defaults`.
+    Raises UserError.
+    """
     return _cli(record, normal, default=defaults)
 
 

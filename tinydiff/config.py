@@ -161,10 +161,12 @@ class ModelOptions:
     variant: str | None = None
     """Variant of the weight files, such as fp16. A component that has no such files uses its usual ones."""
     component_paths: Mapping[str, str] = _empty()
-    """Directories, hub ids or weight files of single components: --vae-path X, --text-encoder-path X, and so on."""
+    """Directories, hub ids or weight files of single components: --vae-path X, --text-encoder-path X, and so
+    on.
+    """
     component_weights_paths: Mapping[str, str] = _empty()
-    """Weights of single components, with the model's own configs: --transformer-weights-path X and so on. Each is
-    a file, a directory or a hub id."""
+    """Weights of single components, with the model's own configs: --transformer-weights-path X and so on.
+    Each is a file, a directory or a hub id."""
     lora_path: tuple[str, ...] = ()
     """LoRA adapters: each a .safetensors file, a directory or a hub id."""
     lora_nickname: tuple[str, ...] = ()
@@ -333,8 +335,8 @@ def overlay_registry() -> dict[str, Any]:
 
 
 def cache_root() -> Path:
-    """The directory of what is made once and used again: TINYDIFF_CACHE_ROOT, else SGLANG_DIFFUSION_CACHE_ROOT,
-    else `tinydiff` in XDG_CACHE_HOME or ~/.cache.
+    """The directory of what is made once and used again: TINYDIFF_CACHE_ROOT, else
+    SGLANG_DIFFUSION_CACHE_ROOT, else `tinydiff` in XDG_CACHE_HOME or ~/.cache.
     """
     for name in ("TINYDIFF_CACHE_ROOT", "SGLANG_DIFFUSION_CACHE_ROOT"):
         if text := os.environ.get(name):

@@ -2,9 +2,9 @@
 costs.
 
 `models/released` has a file per repository (model_index, scheduler and component configs as released,
-parameter counts), `tests/data/released` a file of keys and shapes per kind of component, `{0..39}` and `{0,2}` standing for
-numbers. The keys are those of the reference classes built from the released configs; where released files
-spell them otherwise, `spellings` says how. FLUX.2-Tiny-AutoEncoder's class is in no
+parameter counts), `tests/data/released` a file of keys and shapes per kind of component, `{0..39}` and
+`{0,2}` standing for numbers. The keys are those of the reference classes built from the released configs;
+where released files spell them otherwise, `spellings` says how. FLUX.2-Tiny-AutoEncoder's class is in no
 library: its keys are those of the layers that its repository describes. Wan2.2-S2V is not here: its files
 have another layout and are not supported.
 """

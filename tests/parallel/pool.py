@@ -1,4 +1,6 @@
-"""Ranks for tests: four processes, started once, that run a function of a test module side by side over gloo."""
+"""Ranks for tests: four processes, started once, that run a function of a test module side by
+side over gloo.
+"""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from tinydiff.parallel.shards import local_rows
 from tinydiff.sampling import loop, solvers
 
 # --- on paper
-# -----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 BLOCK = (
     Row("b.0.q.weight", (12, 12), split=0, input="joint"),
@@ -146,10 +146,11 @@ def test_an_axis_that_outgrows_a_machine_goes_over_the_network():
 
 
 # --- as torch counts
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 PICTURES = {
-    "FLUX.1-dev": 9, "FLUX.1-schnell": 9, "FLUX.2-dev": 9, "Qwen-Image": 9, "Z-Image": 32, "stable-diffusion-3-medium-diffusers": 9,
+    "FLUX.1-dev": 9, "FLUX.1-schnell": 9, "FLUX.2-dev": 9, "Qwen-Image": 9, "Z-Image": 32,
+    "stable-diffusion-3-medium-diff" "users": 9,
     "stable-diffusion-3.5-medium": 9, "Ovis-Image-7B": 9, "ERNIE-Image": 9,
 }  # fmt: skip
 """Released models and the tokens of their prompts."""
@@ -286,7 +287,8 @@ AUTOENCODERS = {
     "Wan2.1": (wan_vae, {}, 9, 1),
     "Wan2.1, an image": (wan_vae, {}, 1, 1),
     "Wan2.1, in one pass": (wan_vae, {}, 9, 3),
-    "Wan2.2": (wan_vae, {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12,
+    "Wan2.2": (wan_vae, {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True,
+    "in_channels": 12, "out_channels": 12,
                          "patch_size": 2, "scale_factor_spatial": 16}, 17, 2),
 }  # fmt: skip
 """Kind -> (module, fields of its config, frames, latent frames in a pass)."""
@@ -317,7 +319,7 @@ def test_the_peak_of_decoding_is_about_that_of_a_run(kind, monkeypatch):
 
 
 # --- what is sent
-# -------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Sent(TorchDispatchMode):
@@ -334,7 +336,8 @@ class Sent(TorchDispatchMode):
 
 
 LAYOUTS = (
-    Layout(ulysses=2), Layout(ulysses=5), Layout(ring=2), Layout(ring=3, ulysses=2), Layout(tp=2), Layout(tp=2, ulysses=2), Layout(cfg=2),
+    Layout(ulysses=2), Layout(ulysses=5), Layout(ring=2), Layout(ring=3, ulysses=2), Layout(tp=2),
+    Layout(tp=2, ulysses=2), Layout(cfg=2),
     Layout(cfg=2, ulysses=2), Layout(ring=3, fsdp=True), Layout(cfg=2, tp=2, fsdp=True),
 )  # fmt: skip
 

@@ -89,7 +89,9 @@ def sharding(ranks, role, blocks):
 
 
 def weights_as_dtensors(layout, role):
-    """On this rank: names whose slice, whole weight or replacement is not torch's; placements; a mesh's ranks."""
+    """On this rank: names whose slice, whole weight or replacement is not torch's; placements; a mesh's
+    ranks.
+    """
     plan, lies = sharding(make_ranks(layout, 60), role, BLOCKS)
     weights, wrong = draw(), []
     mine = shard_weights(weights, ROWS, plan, lies.blocks)

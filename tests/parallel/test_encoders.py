@@ -19,7 +19,8 @@ from tinydiff.parallel.shards import shard_weights, why_indivisible
 
 T5 = t5.Config(vocab_size=64, d_model=24, d_kv=6, d_ff=40, num_layers=3, num_heads=4)
 CLIP = clip_text.Config(
-    vocab_size=61, hidden_size=32, intermediate_size=40, projection_dim=12, num_hidden_layers=2, num_attention_heads=4,
+    vocab_size=61, hidden_size=32, intermediate_size=40, projection_dim=12, num_hidden_layers=2,
+    num_attention_heads=4,
     max_position_embeddings=19, eos_token_id=60,
 )  # fmt: skip
 TOWER = clip_vision.Config(
@@ -31,11 +32,13 @@ TOWER = clip_vision.Config(
     patch_size=7,
 )
 QWEN_TOWER = qwen_vision.Config(
-    depth=3, hidden_size=32, intermediate_size=20, num_heads=4, out_hidden_size=24, patch_size=2, window_size=12,
+    depth=3, hidden_size=32, intermediate_size=20, num_heads=4, out_hidden_size=24, patch_size=2,
+    window_size=12,
     fullatt_block_indexes=(1,),
 )  # fmt: skip
 LM = decoder_lm.Config(
-    vocab_size=64, hidden_size=32, intermediate_size=44, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    vocab_size=64, hidden_size=32, intermediate_size=44, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8,
     layer_types=(FULL,) * 4, rope_parameters=Rope(1e4), layers=4, qkv_bias=False,
 )  # fmt: skip
 LMS = {
@@ -43,8 +46,10 @@ LMS = {
     "Qwen3": replace(LM, qk_norm=True, tie_word_embeddings=True, layers=3),
     "Llama": replace(LM, qkv_bias=True, o_bias=True, mlp_bias=True, tie_word_embeddings=True, lm_head=True),
     "Gemma2": replace(
-        LM, sandwich_norms=True, norm_plus_one=True, scale_embeddings=True, layer_types=(SLIDING, FULL) * 2, sliding_window=7,
-        attn_logit_softcapping=5.0, final_logit_softcapping=2.0, query_pre_attn_scalar=12.0, lm_head=True, tie_word_embeddings=True,
+        LM, sandwich_norms=True, norm_plus_one=True, scale_embeddings=True, layer_types=(SLIDING, FULL) * 2,
+        sliding_window=7,
+        attn_logit_softcapping=5.0, final_logit_softcapping=2.0, query_pre_attn_scalar=12.0, lm_head=True,
+        tie_word_embeddings=True,
     ),
 }  # fmt: skip
 WRITERS = [name for name, c in LMS.items() if c.lm_head]

@@ -165,7 +165,8 @@ def test_options_that_contradict_each_other(options: str, field: str, words: str
         (
             "num_gpus=32",
             "num_gpus",
-            "32 ranks find no place on the denoiser's 12 heads; give fewer, or data_parallel_size or ring_degree",
+            "32 ranks find no place on the denoiser's 12 heads; give fewer, or "
+            "data_parallel_size or ring_degree",
         ),
         (
             "num_gpus=26 dp=2",

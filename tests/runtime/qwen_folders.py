@@ -40,7 +40,8 @@ SPECIAL = (
     "<|video_pad|>",
 )
 TRANSFORMER = {
-    "patch_size": 2, "in_channels": 4 * Z, "out_channels": Z, "num_layers": 2, "attention_head_dim": 12, "num_attention_heads": 2,
+    "patch_size": 2, "in_channels": 4 * Z, "out_channels": Z, "num_layers": 2, "attention_head_dim": 12,
+    "num_attention_heads": 2,
     "joint_attention_dim": 32, "axes_dims_rope": (4, 4, 4),
 }  # fmt: skip
 LAYERED = {"use_additional_t_cond": True, "use_layer3d_rope": True}
@@ -77,12 +78,15 @@ def _tokenizer(folder: Path) -> Qwen2Tokenizer:
 def _language(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL)), strict=True))
     text = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": ids["<|im_end|>"],
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 4096, "bos_token_id": None,
+        "eos_token_id": ids["<|im_end|>"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
     }  # fmt: skip
     vision = {
-        "depth": 2, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2, "in_channels": 3, "out_hidden_size": 32, "patch_size": 4,
+        "depth": 2, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2, "in_channels": 3,
+        "out_hidden_size": 32, "patch_size": 4,
         "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 24, "fullatt_block_indexes": [1],
     }  # fmt: skip
     model = Qwen2_5_VLForConditionalGeneration(

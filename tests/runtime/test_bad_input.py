@@ -50,21 +50,28 @@ def model(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--num-inference-step", "2"], "--num-inference-step: no such flag; did you mean '--num-inference-steps'?"),
-        (["--height", "100"], "height: 100 is not a multiple of 16, which tinydiff/shapes needs; the nearest: 96 and 112"),
+        (["--num-inference-step", "2"],
+        "--num-inference-step: no such flag; did you " "mean '--num-inference-steps'?"),
+        (["--height", "100"],
+        "height: 100 is not a multiple of 16, which " "tinydiff/shapes needs; the " "nearest: 96 and " "112"),
         (["--width", "8"], "width: 8 is not a multiple of 16, which tinydiff/shapes needs; the nearest: 16"),
-        (["--num-frames", "6"], "num_frames: 6 is not 4k + 1, as tinydiff/shapes needs; the nearest: 5 and 9"),
+        (["--num-frames", "6"],
+        "num_frames: 6 is not 4k + 1, as tinydiff/shapes needs; the nearest: 5 and 9"),
         (["--num-frames", "0"], "num_frames: 0 must be at least 1 and at most 100000"),
         (["--num-inference-steps", "0"], "num_inference_steps: 0 must be at least 1 and at most 1000"),
         (["--num-inference-steps", "-5"], "num_inference_steps: -5 must be at least 1 and at most 1000"),
         (["--guidance-scale", "nan"], "guidance_scale: nan is not a finite number"),
-        (["--guidance-scale-2", "3"], "guidance_scale_2: tinydiff/shapes has one expert, so it cannot be set"),
+        (["--guidance-scale-2", "3"],
+        "guidance_scale_2: tinydiff/shapes has one expert, so it cannot be set"),
         (["--image-path", "nowhere.png"], "image_path: 'nowhere.png' is not a file"),
-        (["--attention-backend", "flsh"], "'flsh' is not one of sdpa, flash, cudnn, efficient, math; did you mean 'flash'?"),
+        (["--attention-backend", "flsh"],
+        "'flsh' is not one of sdpa, flash, cudnn, efficient, " "math; did you mean 'flash'?"),
         (["--output-file-name", "a.pgn"], "output_file_name: 'a.pgn': '.pgn' is not a known extension"),
-        (["--output-file-name", "a.png", "--num-frames", "5"], "output_file_name: 'a.png': this request makes a video"),
+        (["--output-file-name", "a.png", "--num-frames", "5"],
+        "output_file_name: 'a.png': this " "request makes a video"),
         (["--model-path", "tinydiff/shape"], "model_path:"),
-        (["--model-path", "/nowhere/at/all"], "model_path: '/nowhere/at/all' is neither a directory here nor a hub id"),
+        (["--model-path", "/nowhere/at/all"],
+        "model_path: '/nowhere/at/all' is neither a " "directory here nor a hub id"),
     ],
 )  # fmt: skip
 def test_mistakes_in_the_words(words, sentence, refused, monkeypatch):
@@ -78,7 +85,8 @@ def test_mistakes_in_the_words(words, sentence, refused, monkeypatch):
 def test_an_attention_backend_that_this_machine_cannot_run(backend, refused):
     sentence = refused("--attention-backend", backend)
     assert sentence == (
-        f"attention_backend: {backend!r} cannot run the transformer in fp32 on this machine (cpu); what can: sdpa, flash, math"
+        f"attention_backend: {backend!r} cannot run the transformer in fp32 on this machine "
+        "(cpu); what can: sdpa, flash, math"
     )
 
 
@@ -228,6 +236,7 @@ def test_compiling_without_a_compiler(monkeypatch, tmp_path, capsys):
         == 2
     )
     assert capsys.readouterr().err.splitlines() == [
-        "tinydiff: error: enable_torch_compile: compiling needs a C++ compiler, and none is found; install g++ or leave the option out"
+        "tinydiff: error: enable_torch_compile: compiling needs a C++ compiler, and none is "
+        "found; install g++ or leave the option out"
     ]
     assert not (tmp_path / "out").exists()

@@ -120,7 +120,8 @@ FOUND = [
         "vae/config.json",
         "scale_factor_spatial",
         4,
-        "scale_factor_spatial is 4, and its levels make another size of latents; with it no image can be given",
+        "scale_factor_spatial is 4, and its levels make another size of latents; with it no "
+        "image can be given",
     ),
     (
         SEES,

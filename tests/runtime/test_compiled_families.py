@@ -28,15 +28,21 @@ _STACK = {
 _SINGLE = {"num_single_layers": 2, "axes_dims_rope": (4, 4, 4)}
 # family, config, values of a token, width of the text
 FAMILIES: dict[str, tuple[Denoiser, Any, int, int]] = {
-    "flux": (flux.FAMILY, flux.Config(**_STACK | _SINGLE, pooled_projection_dim=8, guidance_embeds=True), 16, 20),
+    "flux": (flux.FAMILY, flux.Config(**_STACK | _SINGLE, pooled_projection_dim=8, guidance_embeds=True), 16,
+    20),
     "ovis": (ovis.FAMILY, ovis.Config(**_STACK | _SINGLE, out_channels=16), 16, 20),
-    "flux2": (flux2.FAMILY, flux2.Config(**_STACK | _SINGLE | {"axes_dims_rope": (2, 4, 4, 2)}, guidance_embeds=False), 16, 20),
-    "qwen_image": (qwen_image.FAMILY, qwen_image.Config(**_STACK, out_channels=4, axes_dims_rope=(4, 4, 4)), 16, 20),
-    "sd3": (sd3.FAMILY, sd3.Config(**_STACK | {"in_channels": 4}, out_channels=4, caption_projection_dim=24, pooled_projection_dim=8,
+    "flux2": (flux2.FAMILY, flux2.Config(**_STACK | _SINGLE | {"axes_dims_rope": (2, 4, 4, 2)},
+    guidance_embeds=False), 16, 20),
+    "qwen_image": (qwen_image.FAMILY, qwen_image.Config(**_STACK, out_channels=4, axes_dims_rope=(4, 4, 4)),
+    16, 20),
+    "sd3": (sd3.FAMILY, sd3.Config(**_STACK | {"in_channels": 4}, out_channels=4, caption_projection_dim=24,
+    pooled_projection_dim=8,
                             pos_embed_max_size=12, qk_norm="rms_norm", dual_attention_layers=(0,)), 16, 20),
-    "z_image": (z_image.FAMILY, z_image.Config(dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=20,
+    "z_image": (z_image.FAMILY, z_image.Config(dim=24, n_layers=2, n_refiner_layers=1, n_heads=2,
+    n_kv_heads=2, cap_feat_dim=20,
                                                in_channels=4, axes_dims=(4, 4, 4)), 16, 20),
-    "ernie": (ernie.FAMILY, ernie.Config(hidden_size=24, num_attention_heads=2, num_layers=2, ffn_hidden_size=40, in_channels=16,
+    "ernie": (ernie.FAMILY, ernie.Config(hidden_size=24, num_attention_heads=2, num_layers=2,
+    ffn_hidden_size=40, in_channels=16,
                                   out_channels=16, text_in_dim=20, rope_axes_dim=(4, 4, 4)), 16, 20),
 }  # fmt: skip
 
@@ -99,7 +105,9 @@ def same(got: torch.Tensor, want: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_graph_serves_sizes_prompt_lengths_steps_and_scales(name: str, monkeypatch: pytest.MonkeyPatch):
-    """Counted on the graphs that Dynamo traces and guards, over more requests than Inductor is given below."""
+    """Counted on the graphs that Dynamo traces and guards, over more requests than Inductor is
+    given below.
+    """
     traced = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda fn, **_: traced(fn, backend="eager", fullgraph=True, dynamic=False)

@@ -68,7 +68,8 @@ def build(folder, shift=3.0, framed=True, enhanced=False):
         vocabularies.mistral(files, framed, model_max_length=2048)
     )
     transformer = ErnieImageTransformer2DModel(
-        hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=40, in_channels=16, out_channels=16, text_in_dim=12,
+        hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=40, in_channels=16,
+        out_channels=16, text_in_dim=12,
         rope_axes_dim=(4, 6, 6),
     )  # fmt: skip
     text = Mistral3Model(Mistral3Config(text_config=TEXT, vision_config=PIXTRAL))
@@ -122,8 +123,10 @@ def test_every_step_and_the_picture_equal_diffusers(case, tmp_path):
     expected = []
     with exact(pipe):
         picture = pipe(
-            PROMPT, request.text.negative_prompt, request.output.height, request.output.width, STEPS, request.guidance.scale, latents=start,
-            callback_on_step_end=lambda pipe, i, t, kept: expected.append(kept["latents"]) or {}, output_type="np",
+            PROMPT, request.text.negative_prompt, request.output.height, request.output.width, STEPS,
+            request.guidance.scale, latents=start,
+            callback_on_step_end=lambda pipe, i, t, kept: expected.append(kept["latents"]) or {},
+            output_type="np",
         ).images  # fmt: skip
     conditioning = pipeline.condition(model, request)
     assert conditioning.prepared.size == (16, 1, *SIZE) and len(conditioning.prepared.branches) == 1 + (

@@ -86,7 +86,8 @@ VAE = {
 }
 QWEN_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if not enable_thinking "
+    "%}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 MISTRAL_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% set tag = 'SYSTEM_PROMPT' if m.role == 'system' else 'INST' %}"
@@ -305,7 +306,7 @@ def test_noise_is_what_the_reference_draws(tmp_path):
 
 
 # --- given images
-# -------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (100, 71), (1200, 1024), (1024, 1025), (64, 512), (3000, 2011)])
@@ -320,7 +321,8 @@ def test_a_given_picture_is_seen_as_by_the_reference(shape, tmp_path):
     width, height = (side // 16 * 16 for side in picture.size)
     expected = processor._resize_and_crop(picture, width, height)
     seen = []
-    parts = SimpleNamespace(nets={"vae": SimpleNamespace(config=SimpleNamespace(scale_factor_spatial=16))}, resize=resize,
+    parts = SimpleNamespace(nets={"vae": SimpleNamespace(config=SimpleNamespace(scale_factor_spatial=16))},
+    resize=resize,
                             pixels=seen.extend, encode=lambda _: None)  # fmt: skip
     flux2.reference(parts, image)
     assert flux2.reference_size(*shape, 16) == (height, width) and np.array_equal(

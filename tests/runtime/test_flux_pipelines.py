@@ -159,7 +159,7 @@ def mask(tmp_path):
 
 
 # --- from text
-# ------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,8 @@ def mask(tmp_path):
         (False, LONG),
     ],
     ids=[
-        "dev", "dev with true CFG", "dev without a negative prompt", "dev with an empty one", "schnell", "schnell with true CFG",
+        "dev", "dev with true CFG", "dev without a negative prompt", "dev with an empty one", "schnell",
+        "schnell with true CFG",
         "schnell is told no guidance", "schnell, more text than both encoders read",
     ],
 )  # fmt: skip
@@ -217,7 +218,7 @@ def test_noise_is_what_the_reference_draws(tmp_path):
 
 
 # --- images to edit
-# -----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -23,17 +23,23 @@ LONG = 100_000
 SAMPLING = [entry.name for entry in fields(config.SamplingOptions)]
 NAMES = [name for name in config.NAMES if name != "model_path"]
 WORDS = [
-    "", " ", "a", "x" * LONG, "\u0663", "1\u0660", "nan", "-inf", "1e999", "1e-400", "9" * 400, "9" * 5000, "-1", "0", "1", "1_0", "0x10",
-    "1,2", "1 2", ",", "=", "a=b", "{", "{}", '{"a": 1}', "[" * 500, "true", "null", "\0", "\ud800", "a\nb", "\u2028", "/", "..", "~",
+    "", " ", "a", "x" * LONG, "\u0663", "1\u0660", "nan", "-inf", "1e999", "1e-400", "9" * 400, "9" * 5000,
+    "-1", "0", "1", "1_0", "0x10",
+    "1,2", "1 2", ",", "=", "a=b", "{", "{}", '{"a": 1}', "[" * 500, "true", "null", "\0", "\ud800", "a\nb",
+    "\u2028", "/", "..", "~",
     "fp16", "transformer=fp16", "http://", "data:,", "file:///etc/passwd", "1e-6", "1000", "64",
 ]  # fmt: skip
 PLAIN = [
-    None, True, False, 0, 1, -1, 2, 17, 64, 1000, 2**16, 2**63, 10**400, -(10**400), 10**5000, 0.5, 1e-6, -0.0, 1e308, 5e-324,
-    [], [[]], [[[]]], [None], [1, 2], ["a", 1], [True], {}, {"a": 1}, {"a": {"a": []}}, {"": ""}, {"transformer": "fp16"}, [{}], ["1"] * 3,
+    None, True, False, 0, 1, -1, 2, 17, 64, 1000, 2**16, 2**63, 10**400, -(10**400), 10**5000, 0.5, 1e-6,
+    -0.0, 1e308, 5e-324,
+    [], [[]], [[[]]], [None], [1, 2], ["a", 1], [True], {}, {"a": 1}, {"a": {"a": []}}, {"": ""},
+    {"transformer": "fp16"}, [{}], ["1"] * 3,
 ]  # fmt: skip
 PYTHON = [
-    math.nan, math.inf, -math.inf, b"", b"a\xff", bytearray(b"1"), (), (1,), ((1,),), {1}, object(), 1j, range(3), range(10**12), int,
-    np.int64(64), np.float32(0.5), np.float64("nan"), np.bool_(True), np.array(3), np.array([1, 2]), np.zeros((2, 2)), np.array(["a"]),
+    math.nan, math.inf, -math.inf, b"", b"a\xff", bytearray(b"1"), (), (1,), ((1,),), {1}, object(), 1j,
+    range(3), range(10**12), int,
+    np.int64(64), np.float32(0.5), np.float64("nan"), np.bool_(True), np.array(3), np.array([1, 2]),
+    np.zeros((2, 2)), np.array(["a"]),
     np.array([]), np.datetime64("2020-01-01"), np.array([None]), {1: 2}, {None: None}, {"a": np.array([1])},
 ]  # fmt: skip
 MOST_CALLS, MOST_BYTES, MOST_COPIES = 200_000, 20_000_000, 20
@@ -78,7 +84,10 @@ def fuzzed(seed: int, names: list[str], values: list, run, first: list, runs: in
     rng, seen = random.Random(seed), {}
     for number in range(runs):
         pairs = first + drawn(rng, names, values)
-        told = f"run {number}: {[(name, (hex(value) if type(value) is int else ascii(value))[:80]) for name, value in pairs]}"
+        told = (
+            f"run {number}: "
+            f"{[(name, (hex(value) if type(value) is int else ascii(value))[:80]) for name, value in pairs]}"
+        )
         size = sum(len(value) for _, value in pairs if isinstance(value, str))
         field = outcome(lambda pairs=pairs: run(pairs), told, size)
         seen[field] = seen.get(field, 0) + 1

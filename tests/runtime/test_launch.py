@@ -193,7 +193,8 @@ def test_a_port_that_is_taken_is_refused():
         port = taken.getsockname()[1]
         with pytest.raises(
             UserError,
-            match=rf"^master_port: {port} cannot be had on this machine \(address already in use\); choose another$",
+            match=rf"^master_port: {port} cannot be had on this machine \(address already in use\); "
+            r"choose another$",
         ):
             start(sums, ("",), 2, address=("localhost", port))
 

@@ -53,8 +53,10 @@ def test_parameters_are_those_that_took_effect(model):
     row = registry.named(registry.SHIPPED)
     made = tinydiff.generate(model, "a red circle", **SMALL, guidance_scale=3.0).parameters
     assert json.loads(json.dumps(made)) == {
-        "model": "tinydiff/shapes", "prompt": "a red circle", "negative_prompt": "", "height": 32, "width": 64, "num_frames": 1,
-        "fps": row.fps, "num_inference_steps": 2, "guidance_scale": 3.0, "flow_shift": row.flow_shift, "given_images": 0,
+        "model": "tinydiff/shapes", "prompt": "a red circle", "negative_prompt": "", "height": 32,
+        "width": 64, "num_frames": 1,
+        "fps": row.fps, "num_inference_steps": 2, "guidance_scale": 3.0, "flow_shift": row.flow_shift,
+        "given_images": 0,
         "precision": {"transformer": "fp32", "vae": "fp32", "text_encoder": "fp32"},
         "tinydiff": tinydiff.__version__, "torch": torch.__version__,
     }  # fmt: skip
@@ -68,7 +70,8 @@ def test_every_parameter_has_an_effect(model):
     plain = tinydiff.generate(model, "a red circle", **SMALL).latents[0]
     assert torch.equal(tinydiff.generate(model, "a red circle", **SMALL).latents[0], plain)
     for changed in (
-        {"seed": 43}, {"guidance_scale": 2.0}, {"guidance_scale": 1.0}, {"negative_prompt": "blue"}, {"flow_shift": 3.3},
+        {"seed": 43}, {"guidance_scale": 2.0}, {"guidance_scale": 1.0}, {"negative_prompt": "blue"},
+        {"flow_shift": 3.3},
         {"num_inference_steps": 3},
     ):  # fmt: skip
         assert not torch.equal(
@@ -168,7 +171,10 @@ def test_mistakes(model, tmp_path):
 
 
 def test_import_is_light():
-    code = "import sys, tinydiff; print([name for name in ('torch', 'numpy', 'PIL', 'av', 'tyro') if name in sys.modules])"
+    code = (
+        "import sys, tinydiff; print([name for name in ('torch', 'numpy', 'PIL', 'av', 'tyro') if "
+        "name in sys.modules])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -35,7 +35,8 @@ HEIGHT, WIDTH = 12, 20  # latents of 6 x 10, tokens of 3 x 5
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% "
+    "endif %}{% endif %}"
 )
 """What Qwen3's own template makes of turns without a system prompt, tools or earlier answers."""
 TRANSFORMER = {

@@ -321,7 +321,10 @@ def test_the_released_models_defaults(name, steps, guidance, longest, tmp_path):
     assert admit(plan, SamplingOptions(prompt=("a fox",), height=longest))[0].output.height == longest
     with pytest.raises(UserError) as caught:
         admit(plan, SamplingOptions(prompt=("a fox",), height=longest + 16))
-    sentence = f"height: {longest + 16} is more than {longest} pixels, the longest side that stabilityai/{name} has positions for"
+    sentence = (
+        f"height: {longest + 16} is more than {longest} pixels, the longest side that "
+        f"stabilityai/{name} has positions for"
+    )
     assert (caught.value.field, str(caught.value)) == ("height", sentence)
 
 

@@ -148,7 +148,9 @@ def test_outputs_of_a_seed_are_the_pictures_of_the_seeds_that_follow(model):
 
 
 def test_a_prompt_is_enough(tmp_path):
-    """From a fresh process in an empty directory: one PNG, its parameters inside, its name and seed printed."""
+    """From a fresh process in an empty directory: one PNG, its parameters inside, its name and
+    seed printed.
+    """
     command = [sys.executable, "-m", "tinydiff.cli", "generate", "--prompt", "a red circle"]
     done = subprocess.run(
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True

@@ -1,5 +1,5 @@
-"""Weight files in the authors' own layouts, in the place of components and of a model: the same latents to the
-bit, and one sentence for what does not fit.
+"""Weight files in the authors' own layouts, in the place of components and of a model: the same latents to
+the bit, and one sentence for what does not fit.
 """
 
 from dataclasses import replace

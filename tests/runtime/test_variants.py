@@ -1,4 +1,6 @@
-"""Folders that diffusers itself saved as variants and in shards: the same weights as of the plain directory."""
+"""Folders that diffusers itself saved as variants and in shards: the same weights as of the
+plain directory.
+"""
 
 import json
 

@@ -41,7 +41,8 @@ SIZE = (12, 20)  # 15 tokens and 17 pads
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% "
+    "endif %}{% endif %}"
 )
 """What Qwen3's own template makes of turns without a system prompt, tools or earlier answers."""
 
@@ -158,8 +159,10 @@ def test_text_to_image_equals_diffusers(fields, pipe, model, monkeypatch, caplog
     start = start_for(request)
     widened(monkeypatch, pipeline_z_image)
     theirs = recorded(
-        pipe, prompt=request.text.prompt, negative_prompt=request.text.negative_prompt, guidance_scale=fields["guidance_scale"],
-        height=request.output.height, width=request.output.width, num_inference_steps=STEPS, latents=start[:, :, 0],
+        pipe, prompt=request.text.prompt, negative_prompt=request.text.negative_prompt,
+        guidance_scale=fields["guidance_scale"],
+        height=request.output.height, width=request.output.width, num_inference_steps=STEPS, latents=start[:,
+        :, 0],
         cfg_normalization=fields.get("cfg_normalization", False),
     )  # fmt: skip
     with caplog.at_level(logging.WARNING, "tinydiff"):
@@ -179,7 +182,8 @@ def test_a_scheduler_that_asks_for_a_dynamic_shift_gets_the_pipelines(stored, tm
     start = start_for(request)
     widened(monkeypatch, pipeline_z_image)
     theirs = recorded(
-        pipe, prompt=request.text.prompt, negative_prompt=request.text.negative_prompt, guidance_scale=4.0, height=request.output.height,
+        pipe, prompt=request.text.prompt, negative_prompt=request.text.negative_prompt, guidance_scale=4.0,
+        height=request.output.height,
         width=request.output.width, num_inference_steps=STEPS, latents=start[:, :, 0],
     )  # fmt: skip
     same(ours(model, request, start), theirs)
@@ -203,7 +207,8 @@ def test_image_to_image_equals_diffusers(guidance, pipe, model, picture, monkeyp
     widened(monkeypatch, pipeline_z_image_img2img)
     starting_from(monkeypatch, pipeline_z_image_img2img, start[:, :, 0])
     theirs = recorded(
-        ZImageImg2ImgPipeline(**pipe.components), prompt=PROMPT, negative_prompt=NEGATIVE, guidance_scale=guidance,
+        ZImageImg2ImgPipeline(**pipe.components), prompt=PROMPT, negative_prompt=NEGATIVE,
+        guidance_scale=guidance,
         image=Image.open(path), strength=0.6, num_inference_steps=STEPS,
     )  # fmt: skip
     same(ours(model, request, start), theirs)
@@ -220,7 +225,8 @@ def test_inpainting_equals_diffusers(strength, pipe, model, picture, monkeypatch
     widened(monkeypatch, pipeline_z_image_inpaint)
     starting_from(monkeypatch, pipeline_z_image_inpaint, start[:, :, 0])
     theirs = recorded(
-        ZImageInpaintPipeline(**pipe.components), prompt=PROMPT, negative_prompt=NEGATIVE, guidance_scale=4.0, strength=strength,
+        ZImageInpaintPipeline(**pipe.components), prompt=PROMPT, negative_prompt=NEGATIVE, guidance_scale=4.0,
+        strength=strength,
         image=Image.open(paths[0]), mask_image=Image.open(paths[1]), num_inference_steps=STEPS,
     )  # fmt: skip
     same(ours(model, request, start), theirs)

@@ -82,7 +82,9 @@ family = Family(
 
 
 def _joint_block(c, plan, w, streams, request, shared):
-    """Attention over both streams at once, text first; keys of padding would be masked here, there is none."""
+    """Attention over both streams at once, text first; keys of padding would be masked here,
+    there is none.
+    """
     text, image = streams
     q, k, v = (_heads(torch.cat([linear(text, w / name), linear(image, w / name)], 1)) for name in "qkv")
     y = linear(attention(plan, q, k, v).flatten(2), w / "qkv").chunk(3, -1)[0] * (

@@ -156,7 +156,8 @@ def made_picture(browser):
           const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight);
           const context = canvas.getContext("2d");
           context.drawImage(image, 0, 0);
-          done([canvas.width, canvas.height, ...context.getImageData(0, 0, canvas.width, canvas.height).data]);
+          const { data } = context.getImageData(0, 0, canvas.width, canvas.height);
+          done([canvas.width, canvas.height, ...data]);
         });
         """,
         image,

@@ -48,7 +48,8 @@ def package():
                 subprocess.run(install, check=True, capture_output=True, timeout=180)
             except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
                 pytest.skip(
-                    f"npm cannot install {PACKAGE}: {(error.stderr or b'').decode(errors='replace')[-300:] or error}"
+                    f"npm cannot install {PACKAGE}: "
+                    f"{(error.stderr or b'').decode(errors='replace')[-300:] or error}"
                 )
             shutil.copytree(fresh, folder, dirs_exist_ok=True)
     return folder

@@ -295,7 +295,8 @@ def test_nothing_jumps_while_a_picture_is_made(serve, browser):
     made = serve()
     made.scheduler.steps, made.scheduler.step_seconds = 6, 0.05
     browser.execute_script(
-        "window.jumps = []; new PerformanceObserver((list) => window.jumps.push(...list.getEntries().filter((one) => !one.hadRecentInput)"
+        "window.jumps = []; new PerformanceObserver((list) => "
+        "window.jumps.push(...list.getEntries().filter((one) => !one.hadRecentInput)"
         ".map((one) => one.value))).observe({type: 'layout-shift', buffered: false})"
     )
     # What follows a key or a click within half a second is not counted, so there is neither.

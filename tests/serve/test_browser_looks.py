@@ -13,7 +13,10 @@ from tests.serve.chromium import give_picture, go, made_picture, put, screen, un
 
 def box(browser, selector):
     """Where an element is: left, top, right, bottom."""
-    script = "const b = document.querySelector(arguments[0]).getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]"
+    script = (
+        "const b = document.querySelector(arguments[0]).getBoundingClientRect(); return [b.left, "
+        "b.top, b.right, b.bottom]"
+    )
     return browser.execute_script(script, selector)
 
 
@@ -70,7 +73,8 @@ def test_a_long_prompt_takes_two_lines_below_the_image(serve, browser):
     go(browser)
     made_picture(browser)
     height, line = browser.execute_script(
-        "const one = document.querySelector('#caption'); return [one.clientHeight, parseFloat(getComputedStyle(one).lineHeight)]"
+        "const one = document.querySelector('#caption'); return [one.clientHeight, "
+        "parseFloat(getComputedStyle(one).lineHeight)]"
     )
     assert height <= 2 * line + 1 and "seed" in until(browser, "#facts").text
     browser.find_element(By.CSS_SELECTOR, "summary").click()
@@ -115,7 +119,8 @@ def test_what_is_announced_is_the_end_and_not_every_step(serve, browser):
     made = serve()
     made.scheduler.steps = 20
     browser.execute_script(
-        "window.told = []; new MutationObserver(() => window.told.push(document.getElementById('news').textContent))"
+        "window.told = []; new MutationObserver(() => "
+        "window.told.push(document.getElementById('news').textContent))"
         ".observe(document.getElementById('news'), { childList: true })"
     )
     put(browser, "prompt", "a star")

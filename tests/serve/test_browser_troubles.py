@@ -236,7 +236,8 @@ def test_a_video_is_followed_again_when_the_server_is_back(serve, browser):
 def leaving(browser):
     """Whether the browser would ask before it leaves the page."""
     return browser.execute_script(
-        "const e = new Event('beforeunload', { cancelable: true }); dispatchEvent(e); return e.defaultPrevented"
+        "const e = new Event('beforeunload', { cancelable: true }); dispatchEvent(e); return "
+        "e.defaultPrevented"
     )
 
 

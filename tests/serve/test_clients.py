@@ -214,7 +214,8 @@ def test_many_at_once_from_the_async_client(server):
 
     answers, sizes, events, param, models = asyncio.run(ask())
     assert [(answer.seed, answer.size) for answer in answers] == list(enumerate(sizes))
-    assert all(picture.shape == (*map(int, size.split("x")[::-1]), 3) for answer, size in zip(answers, sizes, strict=True)
+    assert all(picture.shape == (*map(int, size.split("x")[::-1]), 3) for answer, size in zip(answers, sizes,
+    strict=True)
                for picture in made(answer))  # fmt: skip
     assert events == ["image_generation.partial_image", "image_generation.completed"]
     assert (param, models) == ("size", ["tinydiff/shapes"])
@@ -234,7 +235,8 @@ def mask_of(width, height, rows, form="L"):
     painted = np.zeros((height, width), np.uint8)
     painted[rows] = 255
     out = io.BytesIO()
-    mask = Image.fromarray(painted) if form == "L" else Image.merge("RGBA", [Image.new("L", (width, height))] * 3 + [
+    mask = Image.fromarray(painted) if form == "L" else Image.merge("RGBA", [Image.new("L", (width,
+    height))] * 3 + [
         Image.fromarray(255 - painted)])  # fmt: skip
     mask.save(out, "PNG")
     return out.getvalue()
@@ -295,16 +297,20 @@ def test_models(client):
 @pytest.mark.parametrize(
     ("more", "error", "code", "param", "said"),
     [
-        ({"model": "gpt-image-1"}, openai.NotFoundError, "model_not_found", "model", "serves 'tinydiff/shapes'"),
-        ({"extra_body": {"guidance_scal": 3}}, openai.BadRequestError, "unknown_parameter", "guidance_scal", "guidance_scale"),
+        ({"model": "gpt-image-1"}, openai.NotFoundError, "model_not_found", "model",
+        "serves 'tinydiff/shapes'"),
+        ({"extra_body": {"guidance_scal": 3}}, openai.BadRequestError, "unknown_parameter", "guidance_scal",
+        "guidance_scale"),
         ({"extra_body": {"seed": "one"}}, openai.BadRequestError, "invalid_value", "seed", "an integer"),
-        ({"extra_body": {"guidance_scale": -1}}, openai.BadRequestError, "invalid_value", "guidance_scale", "-1"),
+        ({"extra_body": {"guidance_scale": -1}}, openai.BadRequestError, "invalid_value", "guidance_scale",
+        "-1"),
         ({"size": "100x128"}, openai.BadRequestError, "invalid_value", "size", "96 and 112"),
         ({"n": 11}, openai.BadRequestError, "invalid_value", "n", "11 outputs are more than the 10"),
         ({"extra_body": {"prompt": None}}, openai.BadRequestError, "invalid_value", "prompt", "is missing"),
         ({"background": "transparent"}, openai.BadRequestError, "invalid_value", "background", "opaque"),
         ({"style": "vivid"}, openai.BadRequestError, "invalid_value", "style", "in the prompt"),
-        ({"extra_body": {"priority": 5}}, openai.PermissionDeniedError, "admin_required", "priority", "admin key"),
+        ({"extra_body": {"priority": 5}}, openai.PermissionDeniedError, "admin_required", "priority",
+        "admin key"),
     ],
 )  # fmt: skip
 def test_a_mistake_names_its_field_and_what_is_allowed(client, more, error, code, param, said):

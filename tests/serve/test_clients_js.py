@@ -39,24 +39,29 @@ const parts = {
     return { first, again: await client.images.generate({ ...circle, n: 2, num_inference_steps: 4 }) };
   },
   async url() {
-    const { data } = await client.images.generate({ ...circle, num_inference_steps: 4, response_format: "url" });
+    const { data } = await client.images.generate(
+      { ...circle, num_inference_steps: 4, response_format: "url" });
     return base64(await fetch(data[0].url));
   },
   async stream() {
     const events = [];
-    const asked = { ...circle, prompt: "a small blue square", num_inference_steps: 12, stream: true, partial_images: 2 };
+    const asked = {
+      ...circle, prompt: "a small blue square", num_inference_steps: 12, stream: true, partial_images: 2 };
     for await (const event of await client.images.generate(asked)) events.push(event);
     return events;
   },
   async edit() {
     const { data } = await client.images.generate(circle);
     const file = await toFile(Buffer.from(data[0].b64_json, "base64"), "image.png", { type: "image/png" });
-    const edited = await client.images.edit({ image: file, prompt: "a large blue circle", seed: 0, strength: 1 });
-    return { edited, several: await failure(() => client.images.edit({ image: [file, file], prompt: "both" })) };
+    const edited = await client.images.edit(
+      { image: file, prompt: "a large blue circle", seed: 0, strength: 1 });
+    const several = await failure(() => client.images.edit({ image: [file, file], prompt: "both" }));
+    return { edited, several };
   },
   async gone() {
     const stop = new AbortController();
-    const call = failure(() => client.images.generate({ ...circle, num_inference_steps: 1000 }, { signal: stop.signal }));
+    const call = failure(() => client.images.generate(
+      { ...circle, num_inference_steps: 1000 }, { signal: stop.signal }));
     const running = async () => (await client.get("/../server_info")).figures.running;
     while (await running() !== 1) await new Promise((go) => setTimeout(go, 20));
     stop.abort();
@@ -78,7 +83,11 @@ const parts = {
     const gone = await client.videos.delete(id);
     return { id, gone, after: await failure(() => client.videos.retrieve(id)) };
   },
-  async models() { const ids = []; for await (const model of client.models.list()) ids.push(model.id); return ids; },
+  async models() {
+    const ids = [];
+    for await (const model of client.models.list()) ids.push(model.id);
+    return ids;
+  },
   async mistakes() {
     return {
       size: await failure(() => client.videos.create({ ...video, size: "64x50" })),

@@ -59,7 +59,8 @@ def test_head_is_the_same_without_the_bytes(client):
 
 @pytest.mark.parametrize(
     ("asked", "start", "stop"),
-    [("0-0", 0, 1), ("0-", 0, 10240), ("100-199", 100, 200), ("10239-", 10239, 10240), ("10000-99999", 10000, 10240), ("-40", 10200, 10240),
+    [("0-0", 0, 1), ("0-", 0, 10240), ("100-199", 100, 200), ("10239-", 10239, 10240), ("10000-99999", 10000,
+    10240), ("-40", 10200, 10240),
      ("-99999", 0, 10240)],
 )  # fmt: skip
 def test_a_range(client, asked, start, stop):
@@ -102,7 +103,8 @@ def test_a_client_that_has_it_gets_nothing(client):
 
 @pytest.mark.parametrize(
     "conditions",
-    [{"If-None-Match": '"other"'}, {"If-None-Match": '"other"', "If-Modified-Since": DATE}, {"If-None-Match": ""},
+    [{"If-None-Match": '"other"'}, {"If-None-Match": '"other"', "If-Modified-Since": DATE},
+    {"If-None-Match": ""},
      {"If-Modified-Since": "Tue, 14 Nov 2023 22:13:19 GMT"}, {"If-Modified-Since": "yesterday"}],
 )  # fmt: skip
 def test_a_client_that_has_another_gets_it(client, conditions):

@@ -36,8 +36,10 @@ def test_openais_fields_become_options_of_generate():
 
 def test_every_sampling_option_is_a_field_at_top_level_and_in_extra_body():
     values = {
-        "prompt": "p", "negative_prompt": "n", "strength": 0.5, "seed": 7, "num_outputs_per_prompt": 2, "height": 64, "width": 96,
-        "num_frames": 5, "fps": 8, "num_inference_steps": 4, "guidance_scale": 2.0, "true_cfg_scale": 2.0, "cfg_normalization": 1.0,
+        "prompt": "p", "negative_prompt": "n", "strength": 0.5, "seed": 7, "num_outputs_per_prompt": 2,
+        "height": 64, "width": 96,
+        "num_frames": 5, "fps": 8, "num_inference_steps": 4, "guidance_scale": 2.0, "true_cfg_scale": 2.0,
+        "cfg_normalization": 1.0,
         "guidance_scale_2": 3.0, "boundary_ratio": 0.5, "flow_shift": 2.0, "dmd_denoising_steps": [1000, 500],
         "use_pe": False, "loras": {"style": 0.5}, "sigmas": [1.0, 0.5],
     }  # fmt: skip

@@ -22,9 +22,12 @@ COUNT = 1000
 GOOD = {"prompt": "a red circle", "width": 64, "height": 64, "seed": 1}
 IMAGES, EDITS, VIDEOS = "/v1/images/generations", "/v1/images/edits", "/v1/videos"
 WEIRD = [
-    None, True, -1, 0, 1.5, 1e308, 10**30, -(10**30), "", " ", "x" * 40_000, "\0", "\ud800", "a\u202eb", "NaN", "1e400", "0x10",
-    "../../etc/passwd", "file:///etc/passwd", "http://127.0.0.1/", "data:image/png;base64,!!!", "${7*7}", "'; DROP TABLE jobs; --",
-    "<script>alert(1)</script>", [], [[]], [None], ["a", 1], {}, {"a": 1}, {"image_url": 1}, {"image_url": "file:///etc/passwd"},
+    None, True, -1, 0, 1.5, 1e308, 10**30, -(10**30), "", " ", "x" * 40_000, "\0", "\ud800", "a\u202eb",
+    "NaN", "1e400", "0x10",
+    "../../etc/passwd", "file:///etc/passwd", "http://127.0.0.1/", "data:image/png;base64,!!!", "${7*7}",
+    "'; DROP TABLE jobs; --",
+    "<script>alert(1)</script>", [], [[]], [None], ["a", 1], {}, {"a": 1}, {"image_url": 1},
+    {"image_url": "file:///etc/passwd"},
 ]  # fmt: skip
 
 
@@ -57,11 +60,13 @@ def broken_json(rng):
         good.replace(b":", rng.choice([b"=", b"", b"::"]), 1),
         b"\xef\xbb\xbf\xff\xfe" + good,
         good.replace(b"a red", bytes([rng.randrange(128, 256)])),
-        rng.choice([b"", b" ", b"null", b"true", b"1", b'"text"', b"[]", b"[{}]", b"NaN", b"-Infinity", b"{]", b"{'a': 1}"]),
+        rng.choice([b"", b" ", b"null", b"true", b"1", b'"text"', b"[]", b"[{}]", b"NaN", b"-Infinity", b"{]",
+        b"{'a': 1}"]),
         b"[" * rng.choice([100, 10_000, 500_000]),
         b'{"a":' * rng.choice([50, 20_000]) + b"1" + b"}" * 50,
         b'{"prompt": ' + b"9" * rng.choice([5_000, 100_000]) + b"}",
-        b'{"prompt": "a", "seed": %s}' % rng.choice([b"NaN", b"Infinity", b"1e999", b"-0.0", b"01", b"1_000", b"9" * 40]),
+        b'{"prompt": "a", "seed": %s}' % rng.choice([b"NaN", b"Infinity", b"1e999", b"-0.0", b"01", b"1_000",
+        b"9" * 40]),
         b'{"prompt": "a", "prompt": "b"}',
         b'{"prompt": "\\ud800"}',
         b'{"prompt": "\\u0000"}',
@@ -130,7 +135,8 @@ def bad_form(rng):
         b"%PDF-1.7",
     ]
     file = b'Content-Disposition: form-data; name="%s"; filename="%s"\r\n\r\n' % (
-        rng.choice([b"image", b"image[]", b"mask", b"input_reference"]), rng.choice([b"a.png", b"../../a", b"", b"\xff", b"a" * 5000]),
+        rng.choice([b"image", b"image[]", b"mask", b"input_reference"]), rng.choice([b"a.png", b"../../a",
+        b"", b"\xff", b"a" * 5000]),
     ) + rng.choice(files)  # fmt: skip
     names = [
         b"prompt",
@@ -368,8 +374,10 @@ ODD = [
     ", " * 2000,
 ]
 HEADERS = [
-    "Accept", "Accept-Encoding", "Authorization", "Cookie", "Idempotency-Key", "If-Modified-Since", "If-None-Match", "If-Range",
-    "Origin", "Range", "X-Forwarded-For", "X-Request-Id", "x-stainless-read-timeout", "x-stainless-retry-count", "x-stainless-timeout",
+    "Accept", "Accept-Encoding", "Authorization", "Cookie", "Idempotency-Key", "If-Modified-Since",
+    "If-None-Match", "If-Range",
+    "Origin", "Range", "X-Forwarded-For", "X-Request-Id", "x-stainless-read-timeout",
+    "x-stainless-retry-count", "x-stainless-timeout",
 ]  # fmt: skip
 
 
@@ -399,7 +407,8 @@ def any_form(rng, kind):
 
 def any_json(rng, kind):
     body = ", ".join(
-        f"{json.dumps(name)}: {rng.choice([rng.choice(NUMBERS), json.dumps(rng.choice(WEIRD)), '[' + rng.choice(NUMBERS) + ']'])}"
+        f"{json.dumps(name)}: "
+        f"{rng.choice([rng.choice(NUMBERS), json.dumps(rng.choice(WEIRD)), '[' + rng.choice(NUMBERS) + ']'])}"
         for name in rng.sample(fields.names(kind), rng.choice([1, 3]))
     )
     return f"{{{body}}}".encode("utf-8", "surrogatepass"), rng.choice(
@@ -428,13 +437,17 @@ def test_any_request_at_every_route_has_an_answer_within_its_budget(tmp_path):
                 more["body"], headers["Content-Type"] = rng.choice([any_form, any_json])(rng, kind)
             elif round % 3 == 0:
                 more["query_string"] = (
-                    f"{rng.choice(['limit', 'index', 'variant', 'after', 'x'])}={rng.choice(['1', '-1', '9' * 400, '%ff', ''])}"
+                    f"{rng.choice(['limit', 'index', 'variant', 'after', 'x'])}"
+                    f"={rng.choice(['1', '-1', '9' * 400, '%ff', ''])}"
                 )
             if method == "DELETE":
                 id = "none"
             with counting() as cost:
                 answer = client.simulate_request(method, path.replace("{id}", id), **more)
-            told = f"round {round}: {method} {path} {str(more)[:600]} -> {answer.status} {answer.content[:300]!r}"
+            told = (
+                f"round {round}: {method} {path} {str(more)[:600]} -> {answer.status} "
+                f"{answer.content[:300]!r}"
+            )
             assert answer.status_code < 500, told
             if answer.status_code >= 400 and method != "HEAD":
                 in_the_one_shape(answer)
@@ -454,7 +467,10 @@ def test_a_thousand_malformed_requests(client, made):
         method, path, more = make(rng)
         with counting() as cost:
             answer = client.simulate_request(method, path, **more)
-        told = f"number {number}, {make.__name__}: {method} {path[:80]!r} {str(more)[:300]} -> {answer.status} {answer.text[:300]}"
+        told = (
+            f"number {number}, {make.__name__}: {method} {path[:80]!r} {str(more)[:300]} -> "
+            f"{answer.status} {answer.text[:300]}"
+        )
         assert 400 <= answer.status_code < 500, told
         within_budget(cost, more, told)
         in_the_one_shape(answer)
@@ -497,10 +513,14 @@ RAW = [
     b"POST /v1/videos HTTP/1.1\r\nHost: a\r\nContent-Length: abc\r\n\r\n",
     b"POST /v1/videos HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
     b"POST /v1/videos HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999999\r\n\r\n",
-    b"POST /v1/videos HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{\"prompt\"",
+    b"POST /v1/videos HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: "
+    b"100\r\n\r\n{\"prompt\"",
     b"POST /v1/videos HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-    b"POST /v1/videos HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Type: application/json\r\n\r\n5\r\n{\"a\":\r\n",
-    b"POST /v1/videos HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n",
+    b"POST /v1/videos HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Type: "
+    b"application/json\r\n\r\n5\r\n{"
+    b"\"a\":\r\n",
+    b"POST /v1/videos HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: "
+    b"3\r\n\r\n0\r\n\r\n",
 ]  # fmt: skip
 
 
@@ -544,8 +564,8 @@ def test_a_body_that_ends_early_is_no_job(live):
     made, port = live
     whole = json.dumps(GOOD).encode()
     head = (
-        b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-        % (len(whole) + 5)
+        b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+        b"application/json\r\nContent-Length: %d\r\n\r\n" % (len(whole) + 5)
     )
     assert said(port, head + whole, ends=True) == b""
     assert made.scheduler.submitted == []

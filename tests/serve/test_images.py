@@ -156,7 +156,8 @@ def test_a_failure_is_told_to_who_waits(both):
     answer = generate(both[1])
     assert (answer.status_code, answer.headers["x-should-retry"]) == (507, "false")
     assert answer.json["error"] == {
-        "message": "too large; 64x64 would fit", "type": "server_error", "param": None, "code": "insufficient_memory",
+        "message": "too large; 64x64 would fit", "type": "server_error", "param": None,
+        "code": "insufficient_memory",
     }  # fmt: skip
 
 

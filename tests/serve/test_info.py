@@ -70,7 +70,8 @@ def test_the_card_says_what_the_model_does_and_takes(serve):
     assert (card["defaults"]["num_inference_steps"], card["defaults"]["guidance_scale"]) == (30, 2.5)
     own = 128 * 128
     assert card["sizes"] == {
-        "default": "128x128", "multiple": 16, "max_pixels": 4 * own, "max_video_pixels": 4 * 17 * own, "max_outputs": 10,
+        "default": "128x128", "multiple": 16, "max_pixels": 4 * own, "max_video_pixels": 4 * 17 * own,
+        "max_outputs": 10,
         "frame_multiple": 4,
     }  # fmt: skip
     assert card["input_images"] == {"least": 0, "most": 1, "use": "frames"}
@@ -153,7 +154,8 @@ def test_health_and_metrics_need_none(serve, address):
 
 @pytest.mark.parametrize(
     ("phase", "alive", "healthy", "ready"),
-    [("loading", 200, 200, 503), ("warming", 200, 200, 503), ("ready", 200, 200, 200), ("asleep", 200, 200, 200),
+    [("loading", 200, 200, 503), ("warming", 200, 200, 503), ("ready", 200, 200, 200), ("asleep", 200, 200,
+    200),
      ("stopping", 200, 200, 503), ("failed", 200, 503, 503)],
 )  # fmt: skip
 def test_health_in_every_phase(serve, phase, alive, healthy, ready):

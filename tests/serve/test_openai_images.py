@@ -66,7 +66,8 @@ def test_generate(client):
 
 def test_every_field_of_the_client_at_a_value_that_can_be(client):
     answer = client.images.generate(
-        **SMALL, background="opaque", moderation="low", n=1, output_compression=50, output_format="jpeg", partial_images=0, quality="low",
+        **SMALL, background="opaque", moderation="low", n=1, output_compression=50, output_format="jpeg",
+        partial_images=0, quality="low",
         response_format="b64_json", safety_identifier="s", stream=False, user="u",
     )  # fmt: skip
     assert opened(answer.data[0].b64_json).format == "JPEG"

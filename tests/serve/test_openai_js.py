@@ -23,7 +23,10 @@ const file = () => toFile(Buffer.from(image, "base64"), "image.png", { type: "im
 const base64 = async (response) => Buffer.from(await response.arrayBuffer()).toString("base64");
 const failure = async (call) => {
   try { return { none: await call() }; }
-  catch (e) { return { kind: e.constructor.name, status: e.status, code: e.code, param: e.param, request: Boolean(e.requestID) }; }
+  catch (e) {
+    const { status, code, param } = e;
+    return { kind: e.constructor.name, status, code, param, request: Boolean(e.requestID) };
+  }
 };
 async function done(id) {
   for (;;) {
@@ -45,7 +48,8 @@ const parts = {
     return { created, finished, listed, content, remix: await done(remix.id) };
   },
   async given_picture() {
-    return done((await client.videos.create({ ...small, seconds: "1", strength: 1, input_reference: await file() })).id);
+    const input_reference = await file();
+    return done((await client.videos.create({ ...small, seconds: "1", strength: 1, input_reference })).id);
   },
   async deleted() {
     const { id } = await client.videos.create({ ...small, seconds: "1" });
@@ -66,7 +70,11 @@ const parts = {
     for await (const event of stream) kinds.push(event.type);
     return kinds;
   },
-  async models() { const ids = []; for await (const model of client.models.list()) ids.push(model.id); return ids; },
+  async models() {
+    const ids = [];
+    for await (const model of client.models.list()) ids.push(model.id);
+    return ids;
+  },
   async mistakes() {
     return {
       size: await failure(() => client.videos.create({ ...small, size: "64x50" })),

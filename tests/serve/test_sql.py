@@ -94,7 +94,10 @@ def test_a_missing_psycopg_is_told(tmp_path, monkeypatch):
 
 
 def test_the_store_loads_no_torch():
-    code = "import sys, tinydiff.serve.store; print([name for name in ('torch', 'numpy', 'psycopg') if name in sys.modules])"
+    code = (
+        "import sys, tinydiff.serve.store; print([name for name in ('torch', 'numpy', 'psycopg') if "
+        "name in sys.modules])"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
         == "[]\n"

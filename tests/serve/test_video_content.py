@@ -93,7 +93,8 @@ def test_content_of_a_failed_clip_says_why(made, client):
 
 @pytest.mark.parametrize(
     ("params", "code", "param"),
-    [({"variant": "thumb"}, "invalid_value", "variant"), ({"varient": "video"}, "unknown_parameter", "varient"),
+    [({"variant": "thumb"}, "invalid_value", "variant"), ({"varient": "video"}, "unknown_parameter",
+    "varient"),
      ({"variant": ["video", "thumbnail"]}, "invalid_value", "variant")],
 )  # fmt: skip
 def test_a_wrong_query_of_content(client, params, code, param):

@@ -14,7 +14,8 @@ from tinydiff.serve.jobs import Failure, Job, new_id
 from tinydiff.serve.service import QueuePlace
 
 OPENAI = {
-    "id", "object", "model", "status", "progress", "created_at", "completed_at", "expires_at", "prompt", "size", "seconds",
+    "id", "object", "model", "status", "progress", "created_at", "completed_at", "expires_at", "prompt",
+    "size", "seconds",
     "remixed_from_video_id", "error",
 }  # fmt: skip
 OURS = {
@@ -123,7 +124,8 @@ def test_an_unknown_clip_is_not_there(client):
 
 @pytest.mark.parametrize(
     ("fields", "param"),
-    [({"prompt": None}, "prompt"), ({"size": "64x50"}, "size"), ({"seconds": "x"}, "seconds"), ({"promt": "x"}, "promt"),
+    [({"prompt": None}, "prompt"), ({"size": "64x50"}, "size"), ({"seconds": "x"}, "seconds"),
+    ({"promt": "x"}, "promt"),
      ({"num_frames": 8, "seconds": None}, "num_frames"), ({"model": "sora-2"}, "model")],
 )  # fmt: skip
 def test_a_mistake_is_named_and_nothing_queued(made, client, fields, param):
@@ -222,7 +224,8 @@ def test_the_list_has_no_pictures(made, client, held):
 
 @pytest.mark.parametrize(
     ("params", "code", "param"),
-    [({"limit": "0"}, "invalid_value", "limit"), ({"limit": "101"}, "invalid_value", "limit"), ({"limit": "x"}, "invalid_value", "limit"),
+    [({"limit": "0"}, "invalid_value", "limit"), ({"limit": "101"}, "invalid_value", "limit"),
+    ({"limit": "x"}, "invalid_value", "limit"),
      ({"order": "up"}, "invalid_value", "order"), ({"after": "video_x"}, "invalid_value", "after"),
      ({"limt": "1"}, "unknown_parameter", "limt")],
 )  # fmt: skip
@@ -243,7 +246,8 @@ def test_another_key_neither_sees_nor_touches_a_clip(tmp_path):
         )
         id = finished(mine)["id"]
         assert theirs.simulate_get("/v1/videos").json["data"] == []
-        for method, tail, more in (("GET", "", {}), ("DELETE", "", {}), ("GET", "/content", {}), ("POST", "/cancel", {}),
+        for method, tail, more in (("GET", "", {}), ("DELETE", "", {}), ("GET", "/content", {}), ("POST",
+        "/cancel", {}),
                                    ("POST", "/remix", {"json": {"prompt": "x"}})):  # fmt: skip
             assert error(theirs.simulate_request(method, f"/v1/videos/{id}{tail}", **more))[:2] == (
                 404,
@@ -386,8 +390,10 @@ def test_a_remix_outlives_what_it_was_made_from(made, client, held):
 
 @pytest.mark.parametrize(
     ("body", "code", "param"),
-    [({}, "invalid_value", "prompt"), ({"prompt": None}, "invalid_value", "prompt"), ({"prompt": 3}, "invalid_value", "prompt"),
-     ({"prompt": "x", "size": "64x64"}, "unknown_parameter", "size"), ({"prompt": "x", "seed": "four"}, "invalid_value", "seed")],
+    [({}, "invalid_value", "prompt"), ({"prompt": None}, "invalid_value", "prompt"), ({"prompt": 3},
+    "invalid_value", "prompt"),
+     ({"prompt": "x", "size": "64x64"}, "unknown_parameter", "size"), ({"prompt": "x", "seed": "four"},
+     "invalid_value", "seed")],
 )  # fmt: skip
 def test_a_wrong_remix(made, client, body, code, param):
     id = finished(client)["id"]

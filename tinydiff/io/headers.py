@@ -108,7 +108,8 @@ GGML = {
     **{20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136)},
     **{29: ("IQ1_M", 256, 56), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66)},
 }
-"""Number of a type -> its name, the values of a block and the bytes of one. Source: the GGUF specification."""
+"""Number of a type -> its name, the values of a block and the bytes of one. Source: the GGUF specification.
+"""
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _LIST = 8, 9

@@ -66,8 +66,9 @@ def resolve(
 
     revision: branch, tag or commit of a hub id. field: the option to name in errors. weights: false fetches
     JSON files alone. variant: of a component's weights these alone are fetched, where it has them. only: the
-    components or files to fetch, where not all. also: patterns of files to fetch beside them. Works offline for what the cache holds.
-    Raises UserError if there is no such directory or repository, or no network to fetch it.
+    components or files to fetch, where not all. also: patterns of files to fetch beside them. Works offline
+    for what the cache holds. Raises UserError if there is no such directory or repository, or no network to
+    fetch it.
     """
     path = paths.path(path_or_id, field)
     kind = paths.kind(path)
@@ -75,7 +76,8 @@ def resolve(
         if revision is not None:
             raise UserError(
                 "revision",
-                f"revision: {revision!r} is given, but {field} {str(path_or_id)!r} is a local directory, not a hub id",
+                f"revision: {revision!r} is given, but {field} {str(path_or_id)!r} is a local "
+                "directory, not a hub id",
             )
         return path
     if kind == "file":
@@ -92,7 +94,8 @@ def resolve(
         hint = nearest(path.name, siblings)
         raise UserError(
             field,
-            f"{field}: {text!r} is neither a directory here nor a hub id such as 'Wan-AI/Wan2.2-TI2V-5B-Diffusers'{hint}",
+            f"{field}: {text!r} is neither a directory here nor a hub id such as "
+            f"'Wan-AI/Wan2.2-TI2V-5B-Diffusers'{hint}",
         )
     at_root = () if field == "model_path" else ("*.safetensors",)  # where a component or an adapter lies
     wanted = [*WANTED, *at_root]

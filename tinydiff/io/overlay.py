@@ -1,9 +1,10 @@
 """Models whose repository is not in diffusers layout, brought into it by an overlay.
 
-An overlay is a directory in diffusers layout with `_overlay/overlay_manifest.json`: it has the JSON files, and
-its manifest says which files of the source repository go where. Both are put together once, in a directory of
-the cache: small files are copied, large ones linked. That directory is used again until its sources change.
-A manifest is not trusted: it writes nothing outside that directory, and its code runs only on request.
+An overlay is a directory in diffusers layout with `_overlay/overlay_manifest.json`: it has the JSON files,
+and its manifest says which files of the source repository go where. Both are put together once, in a
+directory of the cache: small files are copied, large ones linked. That directory is used again until its
+sources change. A manifest is not trusted: it writes nothing outside that directory, and its code runs only on
+request.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ class Overlay:
 
 
 def named(model: str, revision: str | None = None) -> Overlay | None:
-    """The overlay that the registry has for a model: a hub id, or a directory of that name; None without one."""
+    """The overlay that the registry has for a model: a hub id, or a directory of that name; None
+    without one.
+    """
     known = {**BUILT_IN, **config.overlay_registry()}
     path = paths.path(model, "model_path")
     local = paths.kind(path) == "directory"
@@ -179,7 +182,10 @@ def _entry(model: str, value: Any) -> Mapping[str, str]:
         or not isinstance(entry.get("overlay_repo_id"), str)
         or not all(name in names and isinstance(each, str | None) for name, each in entry.items())
     ):
-        message = f"the entry of {model!r} is {value!r}; it must be a hub id or directory, or an object of {', '.join(names)}"
+        message = (
+            f"the entry of {model!r} is {value!r}; it must be a hub id or directory, or an object of "
+            f"{', '.join(names)}"
+        )
         raise UserError("model_path", f"model_path: overlay registry: {message}")
     return entry
 
@@ -314,7 +320,10 @@ def _mapped(overlay: Overlay, source: Path) -> Iterator[tuple[str, Path]]:
             continue
         found = list(_below(each, source))
         if not found:
-            message = f"the overlay {str(overlay.directory)!r} needs {each.source!r}, which {overlay.source!r} has not"
+            message = (
+                f"the overlay {str(overlay.directory)!r} needs {each.source!r}, which "
+                f"{overlay.source!r} has not"
+            )
             raise UserError("model_path", f"model_path: {message}")
         yield from found
 
@@ -362,7 +371,10 @@ def _run(overlay: Overlay, source: Path, output: Path) -> None:
     file = next((place for place in places if place.is_file()), None)
     spec = file and importlib.util.spec_from_file_location("tinydiff_overlay_code", file)
     if spec is None or spec.loader is None:
-        message = f"the overlay {str(overlay.directory)!r} has no Python file {overlay.code!r} (custom_materializer)"
+        message = (
+            f"the overlay {str(overlay.directory)!r} has no Python file {overlay.code!r} "
+            "(custom_materializer)"
+        )
         raise UserError("model_path", f"model_path: {message}")
     module = importlib.util.module_from_spec(spec)
     try:

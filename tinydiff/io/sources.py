@@ -1,7 +1,7 @@
 """Components of a model as values: what each is called, what its JSON files say, where its weights lie.
 
-A source is a directory in diffusers layout, or what is known of a released model; either gives a `Checkpoint`.
-From here on no function asks a directory what a model is.
+A source is a directory in diffusers layout, or what is known of a released model; either gives a
+`Checkpoint`. From here on no function asks a directory what a model is.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Component:
     """One component of a model.
 
     json: name of a file -> its entries, of `JSON_FILES` those that are there. files: the directory or the
-    file that holds weights or a tokenizer; None where only the JSON is known. keys: where the rows of a network
-    with this config stand in the files, unless under the class's own names. option: what the user gave to
-    name it.
+    file that holds weights or a tokenizer; None where only the JSON is known. keys: where the rows of a
+    network with this config stand in the files, unless under the class's own names. option: what the user
+    gave to name it.
     """
 
     name: str

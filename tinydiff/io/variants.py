@@ -75,7 +75,8 @@ def choose(names: Iterable[str], variant: str | None = None) -> Set | None:
         variants = [str(each) for each in there]
         hint = "" if variant is None else nearest(variant, variants)
         raise ValueError(
-            f"holds the variants {' and '.join(variants)}, and nothing says which to load; --variant chooses{hint}"
+            f"holds the variants {' and '.join(variants)}, and nothing says which to load; "
+            f"--variant chooses{hint}"
         )
     return there.get(variant, there.get(None, next(iter(there.values()), None)))
 

@@ -1,9 +1,9 @@
 """LTX-2 and LTX-2.3: a transformer that makes video and sound together.
 
-Two streams of tokens, video [B, L, D] and sound [B, A, C], go through every block side by side: each attends to
-itself, to its own projection of the prompt, and to the other stream by positions in time alone. The loop sees
-one tensor of tokens [B, L + A, P], video first. LTX-2.3 (`cross_attn_mod`, `gated_attn`) modulates the prompt
-by the timestep too, and gates the heads of every attention. Source: arXiv 2601.03233 and the
+Two streams of tokens, video [B, L, D] and sound [B, A, C], go through every block side by side: each attends
+to itself, to its own projection of the prompt, and to the other stream by positions in time alone. The loop
+sees one tensor of tokens [B, L + A, P], video first. LTX-2.3 (`cross_attn_mod`, `gated_attn`) modulates the
+prompt by the timestep too, and gates the heads of every attention. Source: arXiv 2601.03233 and the
 LTX2VideoTransformer3DModel checkpoints.
 
 Shape letters: B batch, L video tokens, A sound tokens, P latent values of a token, D width of the video
@@ -40,7 +40,9 @@ Streams = tuple[Tensor, Tensor]
 
 
 class Kind(NamedTuple):
-    """One of the two streams. prefix: how the names of its weights begin. text: width of the prompt it reads."""
+    """One of the two streams. prefix: how the names of its weights begin. text: width of the
+    prompt it reads.
+    """
 
     prefix: str
     stream: Input
@@ -111,7 +113,8 @@ class Config:
         fixed = {
             "patch_size": 1, "patch_size_t": 1, "audio_patch_size": 1, "audio_patch_size_t": 1,
             "activation_fn": "gelu-approximate", "qk_norm": "rms_norm_across_heads",
-            "norm_elementwise_affine": False, "attention_bias": True, "attention_out_bias": True, "ff_bias": True,
+            "norm_elementwise_affine": False, "attention_bias": True, "attention_out_bias": True,
+            "ff_bias": True,
             "audio_ff_bias": True, "use_prompt_adaln_single": True, "use_keyframes_abs_pos_embedding": False,
             "cross_attn_mod": self.audio_cross_attn_mod, "audio_in_channels": self.in_channels,
             "audio_out_channels": self.out_channels, "audio_num_attention_heads": self.num_attention_heads,
@@ -148,7 +151,9 @@ ROTATE = {"interleaved": rotate_interleaved, "split": rotate_half}
 """How the pairs of a head that rope rotates lie: side by side, or one in each half."""
 CROSS = {"": ("av_cross_attn_video_scale_shift", "av_cross_attn_video_a2v_gate"),
          "audio_": ("av_cross_attn_audio_scale_shift", "av_cross_attn_audio_v2a_gate")}  # fmt: skip
-"""Prefix of a stream -> the layers of its scales and shifts in the attention between streams, and of its gate."""
+"""Prefix of a stream -> the layers of its scales and shifts in the attention between streams, and of its
+gate.
+"""
 CROSS_TABLE = {
     "": "video_a2v_cross_attn_scale_shift_table",
     "audio_": "audio_a2v_cross_attn_scale_shift_table",
@@ -382,7 +387,9 @@ def _text_keys(c: Config, plan: Plan, w: Weights, text: Tensor, kind: Kind) -> S
 
 
 def _projected(plan: Plan, w: Weights, asked: Tensor, y_BLHE: Tensor) -> Tensor:
-    """What the heads found, gated by what asked [B, L, D] where the model has gates, through the last linear."""
+    """What the heads found, gated by what asked [B, L, D] where the model has gates, through the
+    last linear.
+    """
     if "to_gate_logits.weight" in w:
         y_BLHE = y_BLHE * (2 * torch.sigmoid(linear(asked, w / "to_gate_logits")))[..., None]
     return linear_sum(plan, y_BLHE.flatten(2), w / "to_out" / 0)

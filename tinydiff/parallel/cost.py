@@ -67,8 +67,8 @@ class CostModel:
 @dataclass(frozen=True)
 class Work:
     """What is made at once. image: tokens, those of references among them. text, views: tokens of a prompt,
-    of an image seen by an encoder of its own. audio: tokens of sound beside a video. images: of a batch. branches: of guidance. steps: of the whole
-    request.
+    of an image seen by an encoder of its own. audio: tokens of sound beside a video. images: of a batch.
+    branches: of guidance. steps: of the whole request.
     """
 
     image: int
@@ -115,7 +115,7 @@ class Machine:
 
 
 # --- weights
-# ------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def numel(row: Row, tp: int = 1) -> int:
@@ -161,7 +161,7 @@ def denoiser_bytes(net: CostModel, layout: Layout, b: int, experts: int = 1) -> 
 
 
 # --- activations
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def activation_bytes(net: CostModel, layout: Layout, work: Work, b: int) -> int:
@@ -187,8 +187,8 @@ def activation_bytes(net: CostModel, layout: Layout, work: Work, b: int) -> int:
 
 def hoisted_bytes(net: CostModel, layout: Layout, work: Work, b: int) -> int:
     """Bytes of what is computed once before the loop: a row for each step from each "steps" layer, once
-    for all branches unless text enters them; the results of "prompt" and "views" layers for each branch; the rope
-    tables, 4 bytes a value.
+    for all branches unless text enters them; the results of "prompt" and "views" layers for each branch; the
+    rope tables, 4 bytes a value.
     """
     each = work.evaluations(layout)
     rows = {row.name: row for row in net.rows}
@@ -290,7 +290,7 @@ def step_bytes(net: CostModel, layout: Layout, work: Work, b: int = 2) -> dict[s
 
 
 # --- time
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 SENT: dict[str, Callable[[int], float]] = {
     "cfg": lambda n: n - 1,

@@ -1,5 +1,5 @@
-"""A network's weights on several ranks as DTensors, which know the whole weight, over the memory that this rank
-holds.
+"""A network's weights on several ranks as DTensors, which know the whole weight, over the memory that this
+rank holds.
 
 Whatever runs outside the loop goes through them: merging adapters, saving, comparing. The loop and the
 encoders run on the local tensors, since a DTensor does not pass through torch's loop operator.
@@ -32,7 +32,8 @@ def real(placement: Placement) -> tensor.Placement:
 class Sharding:
     """How a network's weights lie on several ranks.
 
-    mesh: torch's mesh of the dimensions `where.axes`. blocks: prefixes of the blocks that `where.blocks` shards.
+    mesh: torch's mesh of the dimensions `where.axes`. blocks: prefixes of the blocks that `where.blocks`
+    shards.
     """
 
     mesh: DeviceMesh

@@ -15,7 +15,8 @@ AXES = ("dp", "cfg", "ring", "ulysses", "tp")
 """
 
 AXIS_OPTIONS = {
-    "dp": "data_parallel_size", "cfg": "cfg_parallel_size", "ring": "ring_degree", "ulysses": "ulysses_degree", "tp": "tp_size",
+    "dp": "data_parallel_size", "cfg": "cfg_parallel_size", "ring": "ring_degree",
+    "ulysses": "ulysses_degree", "tp": "tp_size",
 }  # fmt: skip
 """Axis -> the option that sets it."""
 PORT = 30005
@@ -69,8 +70,8 @@ all that would, and all.
 
 
 def rank_groups(layout: Layout, name: str) -> list[list[int]]:
-    """All groups of an axis, or of a name in `COMBINED_AXES`: lists of ranks in the order of the mesh, together
-    every rank once.
+    """All groups of an axis, or of a name in `COMBINED_AXES`: lists of ranks in the order of the mesh,
+    together every rank once.
     """
     along = COMBINED_AXES.get(name, (name,))
     found: dict[tuple[int, ...], list[int]] = {}
@@ -146,7 +147,9 @@ def _check_machines(asked: ParallelOptions, ranks: int, machines: int) -> None:
 
 
 def address(asked: ParallelOptions) -> tuple[str, int]:
-    """(host, port) where the processes meet; port 0 is any free one. Raises UserError for what is no address."""
+    """(host, port) where the processes meet; port 0 is any free one. Raises UserError for what is
+    no address.
+    """
     if asked.dist_init_addr is None:
         return "localhost", asked.master_port or 0
     host, colon, port = asked.dist_init_addr.rpartition(":")
@@ -246,7 +249,10 @@ def choose(
             "encoder_parallel: 'fold' finds no ranks in a replica but those of tp_size; leave it out",
         )
     if asked.encoder_parallel == "replicate" and layout.tp > 1:
-        message = f"'replicate' is not possible where tp_size is {layout.tp}, which divides encoders too; give auto or fold"
+        message = (
+            f"'replicate' is not possible where tp_size is {layout.tp}, which divides encoders too; "
+            "give auto or fold"
+        )
         raise UserError("encoder_parallel", f"encoder_parallel: {message}")
     return layout, f"{ranks} ranks: " + ", ".join(
         f"{axis} {sizes[axis]} ({why[axis]})" for axis in AXES if sizes[axis] > 1
@@ -282,18 +288,28 @@ def check(
         )
     if layout.ulysses * layout.tp > heads:
         beside = f" times tp_size {layout.tp}" if layout.tp > 1 else ""
-        message = f"{layout.ulysses}{beside} is more than the denoiser's {heads} heads; ring_degree has no such limit"
+        message = (
+            f"{layout.ulysses}{beside} is more than the denoiser's {heads} heads; ring_degree has no "
+            "such limit"
+        )
         raise UserError("ulysses_degree", f"ulysses_degree: {message}")
     if layout.cfg == 2 and not guided:
-        message = "2 ranks need guidance, and this request runs without; set a guidance scale above 1 or leave it out"
+        message = (
+            "2 ranks need guidance, and this request runs without; set a guidance scale above 1 or "
+            "leave it out"
+        )
         raise UserError("cfg_parallel_size", f"cfg_parallel_size: {message}")
     if tokens is not None and layout.sequence > tokens:
         raise UserError(
             "sp_degree",
-            f"sp_degree: {layout.sequence} ranks cannot share an image of {tokens} tokens; give at most {tokens}",
+            f"sp_degree: {layout.sequence} ranks cannot share an image of {tokens} tokens; give "
+            f"at most {tokens}",
         )
     if layout.fsdp and len(rank_groups(layout, "shard")[0]) == 1:
-        message = "there are no ranks that would hold the same weights; give cfg_parallel_size, ulysses_degree or ring_degree too"
+        message = (
+            "there are no ranks that would hold the same weights; give cfg_parallel_size, "
+            "ulysses_degree or ring_degree too"
+        )
         raise UserError("use_fsdp_inference", f"use_fsdp_inference: {message}")
     if outputs is not None and layout.dp > outputs:
         raise UserError(

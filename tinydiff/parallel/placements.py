@@ -1,5 +1,5 @@
-"""The plan of a network's weights in DTensor's terms: a mesh of ranks, and a placement of every weight on each
-of its dimensions. No torch; `parallel/dtensors.py` makes torch's own objects of this.
+"""The plan of a network's weights in DTensor's terms: a mesh of ranks, and a placement of every weight on
+each of its dimensions. No torch; `parallel/dtensors.py` makes torch's own objects of this.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Role = Literal["dit", "text_encoder", "image_encoder", "vae"]
 class WeightMesh:
     """The mesh on which a network's weights lie.
 
-    axes: its dimensions, outermost first, each an axis of the layout or a group of `COMBINED_AXES`; together they
-    have every axis once. DTensor shards along outer dimensions first.
+    axes: its dimensions, outermost first, each an axis of the layout or a group of `COMBINED_AXES`; together
+    they have every axis once. DTensor shards along outer dimensions first.
     split: the dimension that shards each row along its `split`. blocks: the dimension that shards every
     weight of a block along its first dimension. None: no weight is sharded so.
     same: the axis or group of the ranks that hold the same part of every weight.

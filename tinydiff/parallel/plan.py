@@ -110,7 +110,9 @@ guidance [N, ...].
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks along one axis, as one of them sees them. name: torch.distributed's own of the process group."""
+    """The ranks along one axis, as one of them sees them. name: torch.distributed's own of the
+    process group.
+    """
 
     name: str
     size: int

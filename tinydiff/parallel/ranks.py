@@ -105,8 +105,8 @@ def make_ranks(layout: Layout, timeout: float, device: str = "cpu") -> Ranks:
 
 
 def weights_mesh(ranks: Ranks, axes: tuple[str, ...]) -> DeviceMesh:
-    """The same ranks as a mesh of other dimensions, each an axis or a group of `COMBINED_AXES`, which together have
-    every axis once.
+    """The same ranks as a mesh of other dimensions, each an axis or a group of `COMBINED_AXES`, which
+    together have every axis once.
     """
     if axes == AXES:
         return ranks.mesh
@@ -190,7 +190,8 @@ def describe_failure(rank: int, error: BaseException) -> str:
 
 
 def start(
-    fn: Callable[..., T], args: tuple, here: int, *, nodes: int = 1, node: int = 0, address: tuple[str, int] = ("localhost", 0),
+    fn: Callable[..., T], args: tuple, here: int, *, nodes: int = 1, node: int = 0, address: tuple[str,
+    int] = ("localhost", 0),
     timeout: float = 3600,
 ) -> dict[int, T]:  # fmt: skip
     """Run `fn(*args)`, a function of a module, in `here` processes on this machine: global rank -> what it

@@ -22,7 +22,7 @@ from tinydiff.parallel.placements import block_of
 from tinydiff.parallel.plan import ALONE, Group, Plan, Row
 
 # --- slices over tp
-# -----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def why_indivisible(rows: Iterable[Row], ranks: int) -> str | None:
@@ -124,7 +124,7 @@ def shard_range(size: int, ranks: int, rank: int = 0) -> tuple[int, int, int]:
 
 
 # --- packs over shard
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class PackedWeight(NamedTuple):
@@ -257,7 +257,7 @@ class GatherOnRead(Mapping[str, Tensor]):
 
 
 # --- both together
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class LocalWeight(NamedTuple):
@@ -309,7 +309,9 @@ def local_weights(
 
 
 def _boxes_in_shard(boxes: Iterable[Box], size: int, group: Group) -> Iterator[Box]:
-    """What of the boxes lies in this rank's share of the first dimension, counted from the share's first row."""
+    """What of the boxes lies in this rank's share of the first dimension, counted from the
+    share's first row.
+    """
     _, first, count = shard_range(size, group.size, group.rank)
     for box in boxes:
         low, high = max(first, box.local_start[0]), min(first + count, box.local_start[0] + box.shape[0])

@@ -22,7 +22,7 @@ from tinydiff.parity.reference import Case, built, draw, library
 PLAN = Plan()
 
 # --- encoders
-# -----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 _IDS = torch.tensor([[50, 3, 9, 7, 60, 60, 60, 60], [50, 9, 7, 5, 7, 11, 2, 60]])
 _MASK = torch.tensor([[1] * 5 + [0] * 3, [1] * 8])
@@ -60,8 +60,10 @@ def _t5(kind: str, prefix: str) -> Case:
 def _clip(projects: bool, act: str) -> Case:
     model = clip_text.WITH_PROJECTION if projects else "CLIPTextModel"
     fields: dict[str, Any] = {
-        "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "projection_dim": 10, "num_hidden_layers": 3,
-        "num_attention_heads": 3, "max_position_embeddings": 11, "hidden_act": act, "layer_norm_eps": 1e-3, "eos_token_id": 2,
+        "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "projection_dim": 10,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3, "max_position_embeddings": 11, "hidden_act": act, "layer_norm_eps": 1e-3,
+        "eos_token_id": 2,
     }  # fmt: skip
     c = clip_text.Config(**fields, architectures=(model,))
 
@@ -83,13 +85,16 @@ def _states(states: tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 
 _TEXT: dict[str, Any] = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 80, "rms_norm_eps": 1e-5, "pad_token_id": 0, "bos_token_id": 1,
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 80, "rms_norm_eps": 1e-5, "pad_token_id": 0,
+    "bos_token_id": 1,
     "eos_token_id": None,
 }  # fmt: skip
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 _YARN = {
-    "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "beta_fast": 2.0, "beta_slow": 0.5, "original_max_position_embeddings": 5,
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "beta_fast": 2.0, "beta_slow": 0.5,
+    "original_max_position_embeddin" "gs": 5,
     "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
 
@@ -126,7 +131,8 @@ def _language(family: str, known: str, **changes: Any) -> Case:
 def _qwen_vision() -> Case:
     """Two images, whose windows are not all full."""
     vision = {
-        "depth": 3, "hidden_size": 32, "intermediate_size": 20, "num_heads": 2, "in_channels": 3, "out_hidden_size": 32, "patch_size": 2,
+        "depth": 3, "hidden_size": 32, "intermediate_size": 20, "num_heads": 2, "in_channels": 3,
+        "out_hidden_size": 32, "patch_size": 2,
         "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 12, "fullatt_block_indexes": [1],
     }  # fmt: skip
     c, grids = qwen_vision.config_from({"vision_config": vision}), [(6, 10), (14, 4)]
@@ -148,7 +154,8 @@ def _qwen_vision() -> Case:
 
 def _clip_vision() -> Case:
     fields: dict[str, Any] = {
-        "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 21, "patch_size": 7,
+        "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3,
+        "image_size": 21, "patch_size": 7,
         "layer_norm_eps": 1e-3,
     }  # fmt: skip
     c, x = clip_vision.Config(**fields), draw(2, 3, 21, 21)
@@ -188,7 +195,7 @@ ENCODERS: dict[str, tuple[str, Callable[[], Case]]] = {
 """What is compared -> (class of transformers, case)."""
 
 # --- autoencoders
-# -------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 _STATISTICS: dict[str, Any] = {"latents_mean": (0.1, 0.2, -0.3, 0.4), "latents_std": (1.0, 2.0, 0.5, 0.7)}
 _WAN = wan_vae.Config(base_dim=6, z_dim=4, num_res_blocks=2, **_STATISTICS)
@@ -206,7 +213,8 @@ _LEVELS: dict[str, Any] = {
     "up_block_types": ("UpDecoderBlock2D",) * 3,
 }
 _KL = kl.Config(
-    block_out_channels=(4, 6, 8), layers_per_block=2, norm_num_groups=2, scaling_factor=0.3611, shift_factor=0.1159, **_LEVELS,
+    block_out_channels=(4, 6, 8), layers_per_block=2, norm_num_groups=2, scaling_factor=0.3611,
+    shift_factor=0.1159, **_LEVELS,
     use_quant_conv=False, use_post_quant_conv=False,
 )  # fmt: skip
 _KL2 = replace(
@@ -218,7 +226,8 @@ _KL2 = replace(
     patch_size=(2, 2),
 )
 _TINY = tiny.Config(
-    encoder_block_out_channels=(6,) * 3, decoder_block_out_channels=(5,) * 3, num_encoder_blocks=(1, 2, 1), num_decoder_blocks=(2, 1, 1),
+    encoder_block_out_channels=(6,) * 3, decoder_block_out_channels=(5,) * 3, num_encoder_blocks=(1, 2, 1),
+    num_decoder_blocks=(2, 1, 1),
     act_fn="silu", latent_channels=8,
 )  # fmt: skip
 

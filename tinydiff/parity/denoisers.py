@@ -166,7 +166,7 @@ def _as_float32(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, .
 
 
 # --- what each is asked
-# -------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def _wan(frozen: bool = False, length: int = WORDS) -> Callable[[wan.Config], Asked]:
@@ -352,7 +352,7 @@ def _ltx2_tables(module: Any) -> None:
 
 
 # --- the denoisers
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 _NARROW: dict[str, Any] = {
     "num_layers": 2,
@@ -499,26 +499,32 @@ def _of_ltx2(config: ltx2.Config, frozen: bool = False) -> Denoiser:
 DENOISERS = {
     "Wan, text": _of_wan(_WAN),
     "Wan, a frame beside the noise": _of_wan(replace(_WAN, in_channels=12)),
-    "Wan, a frame beside the noise and CLIP": _of_wan(replace(_WAN, in_channels=12, image_dim=24, added_kv_proj_dim=32), length=512),
+    "Wan, a frame beside the noise and CLIP": _of_wan(replace(_WAN, in_channels=12, image_dim=24,
+    added_kv_proj_dim=32), length=512),
     "Wan, a given first frame": _of_wan(_WAN, frozen=True),
     "Z-Image": Denoiser(
-        z_image.FAMILY, "ZImageTransformer2DModel", _Z, _z_image, ("all_final_layer.2-1.adaLN_modulation.1", "scale"),
+        z_image.FAMILY, "ZImageTransformer2DModel", _Z, _z_image, ("all_final_layer.2-1.adaLN_modulation.1",
+        "scale"),
         ("context_refiner.1", "text"), None, image_alone="noise_refiner.", image_first=True,
     ),
     "Qwen-Image": _of_qwen(_QWEN, _qwen(_PICTURE)),
     "Qwen-Image, references": _of_qwen(_QWEN, _qwen(_PICTURE, _GIVEN, _SMALL)),
-    "Qwen-Image, references at timestep 0": _of_qwen(replace(_QWEN, zero_cond_t=True), _qwen(_PICTURE, _GIVEN, _SMALL)),
+    "Qwen-Image, references at timestep 0": _of_qwen(replace(_QWEN, zero_cond_t=True), _qwen(_PICTURE, _GIVEN,
+    _SMALL)),
     "Qwen-Image, layers": _of_qwen(
-        replace(_QWEN, use_additional_t_cond=True, use_layer3d_rope=True), _qwen(_PICTURE, _PICTURE, _PICTURE, _GIVEN, made=3)
+        replace(_QWEN, use_additional_t_cond=True, use_layer3d_rope=True), _qwen(_PICTURE, _PICTURE, _PICTURE,
+        _GIVEN, made=3)
     ),
     "FLUX.1": _of_flux1(_FLUX),
     "FLUX.1, guidance": _of_flux1(replace(_FLUX, guidance_embeds=True)),
     "FLUX.1, guidance and a reference": _of_flux1(replace(_FLUX, guidance_embeds=True), _GIVEN),
     "FLUX.2, references": _of_flux2(_FLUX2),
     "FLUX.2, guidance and references": _of_flux2(replace(_FLUX2, guidance_embeds=True)),
-    "Ovis-Image": _of_flux(ovis, "OvisImageTransformer2DModel", _OVIS, (f"{_FIRST}.norm1.linear", f"{_FIRST}.norm1"), "time_proj"),
+    "Ovis-Image": _of_flux(ovis, "OvisImageTransformer2DModel", _OVIS, (f"{_FIRST}.norm1.linear",
+    f"{_FIRST}.norm1"), "time_proj"),
     "ERNIE-Image": Denoiser(
-        ernie.FAMILY, "ErnieImageTransformer2DModel", _ERNIE, _ernie, ("adaLN_modulation.1", "modulation"), ("text_proj", "text"),
+        ernie.FAMILY, "ErnieImageTransformer2DModel", _ERNIE, _ernie, ("adaLN_modulation.1", "modulation"),
+        ("text_proj", "text"),
         "x_embedder",
         image_first=True, sequence_first=True,
     ),

@@ -53,30 +53,41 @@ def _group(family: str, names: str, transformer: str | None, vae: str, *encoders
 _WAN21, _QWEN_VAE, _FLUX2_VAE = "Wan2.1 autoencoder", "Qwen-Image autoencoder", "FLUX.2 autoencoder"
 
 GROUPS = (
-    _group("wan", "shapes Wan2.2-TI2V-5B-Diffusers FastWan2.2-TI2V-5B-FullAttn-Diffusers", "Wan, a given first frame",
+    _group("wan", "shapes Wan2.2-TI2V-5B-Diffusers FastWan2.2-TI2V-5B-FullAttn-Diffusers",
+    "Wan, a given first frame",
            "Wan2.2 autoencoder", "UMT5"),
-    _group("wan", "Wan2.1-T2V-1.3B-Diffusers Wan2.1-T2V-14B-Diffusers Wan2.2-T2V-A14B-Diffusers FastWan2.1-T2V-1.3B-Diffusers",
+    _group("wan", "Wan2.1-T2V-1.3B-Diffusers Wan2.1-T2V-14B-Diffusers Wan2.2-T2V-A14B-Diffusers "
+    "FastWan2.1-T2V-1.3B-Diffusers",
            "Wan, text", _WAN21, "UMT5"),
-    _group("wan", "Wan2.1-I2V-14B-480P-Diffusers Wan2.1-I2V-14B-720P-Diffusers", "Wan, a frame beside the noise and CLIP", _WAN21, "UMT5",
+    _group("wan", "Wan2.1-I2V-14B-480P-Diffusers Wan2.1-I2V-14B-720P-Diffusers",
+    "Wan, a frame beside the noise " "and CLIP", _WAN21, "UMT5",
            image_encoder="CLIP ViT"),
     _group("wan", "Wan2.2-I2V-A14B-Diffusers", "Wan, a frame beside the noise", _WAN21, "UMT5"),
     _group("z_image", "Z-Image Z-Image-Turbo", "Z-Image", "KL autoencoder", "Qwen3"),
     _group("qwen_image", "Qwen-Image Qwen-Image-2512", "Qwen-Image", _QWEN_VAE, "Qwen2.5"),
-    _group("qwen_image", "Qwen-Image-Edit Qwen-Image-Edit-2509", "Qwen-Image, references", _QWEN_VAE, "Qwen2.5", vision="Qwen2.5 vision"),
-    _group("qwen_image", "Qwen-Image-Edit-2511", "Qwen-Image, references at timestep 0", _QWEN_VAE, "Qwen2.5", vision="Qwen2.5 vision"),
-    _group("qwen_image", "Qwen-Image-Layered", "Qwen-Image, layers", "Qwen-Image autoencoder, RGBA", "Qwen2.5", vision="Qwen2.5 vision"),
+    _group("qwen_image", "Qwen-Image-Edit Qwen-Image-Edit-2509", "Qwen-Image, references", _QWEN_VAE,
+    "Qwen2.5", vision="Qwen2.5 vision"),
+    _group("qwen_image", "Qwen-Image-Edit-2511", "Qwen-Image, references at timestep 0", _QWEN_VAE, "Qwen2.5",
+    vision="Qwen2.5 vision"),
+    _group("qwen_image", "Qwen-Image-Layered", "Qwen-Image, layers", "Qwen-Image autoencoder, RGBA",
+    "Qwen2.5", vision="Qwen2.5 vision"),
     _group("flux", "FLUX.1-dev", "FLUX.1, guidance", "KL autoencoder", "CLIP-L", "T5"),
     _group("flux", "FLUX.1-schnell", "FLUX.1", "KL autoencoder", "CLIP-L", "T5"),
-    _group("flux", "FLUX.1-Kontext-dev", "FLUX.1, guidance and a reference", "KL autoencoder", "CLIP-L", "T5"),
+    _group("flux", "FLUX.1-Kontext-dev", "FLUX.1, guidance and a reference", "KL autoencoder", "CLIP-L",
+    "T5"),
     _group("flux2", "FLUX.2-dev", "FLUX.2, guidance and references", _FLUX2_VAE, "Mistral"),
-    _group("flux2", "FLUX.2-klein-4B FLUX.2-klein-9B FLUX.2-klein-base-4B FLUX.2-klein-base-9B", "FLUX.2, references", _FLUX2_VAE,
+    _group("flux2", "FLUX.2-klein-4B FLUX.2-klein-9B FLUX.2-klein-base-4B FLUX.2-klein-base-9B",
+    "FLUX.2, references", _FLUX2_VAE,
            "Qwen3"),
     _group("flux2", "FLUX.2-Tiny-AutoEncoder", None, "tiny autoencoder"),
     _group("ovis", "Ovis-Image-7B", "Ovis-Image", "KL autoencoder", "Qwen3"),
     _group("ernie", "ERNIE-Image ERNIE-Image-Turbo", "ERNIE-Image", _FLUX2_VAE, "Ministral 3"),
-    _group("sd3", "stable-diffusion-3-medium-diffusers", "SD3", "KL autoencoder", "CLIP-L, projected", "CLIP-G", "T5"),
-    _group("sd3", "stable-diffusion-3.5-medium", "SD3, norms and dual attention", "KL autoencoder", "CLIP-L, projected", "CLIP-G", "T5"),
-    _group("sd3", "stable-diffusion-3.5-large", "SD3, norms", "KL autoencoder", "CLIP-L, projected", "CLIP-G", "T5"),
+    _group("sd3", "stable-diffusion-3-medium-diffusers", "SD3", "KL autoencoder", "CLIP-L, projected",
+    "CLIP-G", "T5"),
+    _group("sd3", "stable-diffusion-3.5-medium", "SD3, norms and dual attention", "KL autoencoder",
+    "CLIP-L, projected", "CLIP-G", "T5"),
+    _group("sd3", "stable-diffusion-3.5-large", "SD3, norms", "KL autoencoder", "CLIP-L, projected", "CLIP-G",
+    "T5"),
 )  # fmt: skip
 
 
@@ -122,7 +133,7 @@ def compare(groups: Iterable[Group]) -> Iterator[tuple[Group, list[Compared]]]:
 
 
 # --- the outcome
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def as_text(group: Group, results: Iterable[Compared], every: bool) -> str:
@@ -188,27 +199,32 @@ def _counted(stages: list[Stage]) -> str:
 _PAGE = """\
 # Parity record
 
-What of each released model has been compared with diffusers and transformers, and to what error. The page is printed by
+What of each released model has been compared with diffusers and transformers, and to what error. The page is
+printed by
 
 ```sh
 tinydiff doctor --parity --markdown > docs/parity.md
 ```
 
-Each component is built tiny, with the released model's switches, on both sides; every parameter is redrawn at random; both run in float64
-on the CPU. An error is the largest difference over the largest value of the reference; equal means at most {bound}. Roundings of the
-references' own (steps that they compute in float32 whatever the type) are taken out, and the code that does it says which they are. A
-denoiser is compared stage by stage: names and shapes of the weights, the modulations made of the time, the projected text, the tokens as
-they enter, each block, the velocity. Images are not square, texts of a batch differ in length where the model masks them, references
-differ in size.
+Each component is built tiny, with the released model's switches, on both sides; every parameter is redrawn at
+random; both run in float64 on the CPU. An error is the largest difference over the largest value of the
+reference; equal means at most {bound}. Roundings of the references' own (steps that they compute in float32
+whatever the type) are taken out, and the code that does it says which they are. A denoiser is compared stage
+by stage: names and shapes of the weights, the modulations made of the time, the projected text, the tokens as
+they enter, each block, the velocity. Images are not square, texts of a batch differ in length where the model
+masks them, references differ in size.
 
-`tinydiff doctor --parity MODEL` runs this on your machine with the libraries that are installed there (`pip install 'tinydiff[diffusers]'`)
-and says at which stage the first difference appears; without MODEL, all of it. It exits with 1 where an error is larger.
+`tinydiff doctor --parity MODEL` runs this on your machine with the libraries that are installed there (`pip
+install 'tinydiff[diffusers]'`) and says at which stage the first difference appears; without MODEL, all of
+it. It exits with 1 where an error is larger.
 
-The tests hold more than this page: other configurations of each network (`tests/models/`), the pipelines step by step from prompt to pixels
-(`tests/runtime/`), samplers and guidance (`tests/sampling/`), every key and shape of the released files and the arithmetic of an
-evaluation (`tests/models/test_released.py`). Of FLUX.2-Tiny-AutoEncoder, whose class is in neither library, this page compares the
-AutoencoderTiny inside; the layers around it are compared with a description of them in `tests/models/test_tiny_autoencoder.py`.
-What nobody has compared here: released weights, half types on a GPU. What differs on purpose: [differences.md](differences.md).
+The tests hold more than this page: other configurations of each network (`tests/models/`), the pipelines step
+by step from prompt to pixels (`tests/runtime/`), samplers and guidance (`tests/sampling/`), every key and
+shape of the released files and the arithmetic of an evaluation (`tests/models/test_released.py`). Of
+FLUX.2-Tiny-AutoEncoder, whose class is in neither library, this page compares the AutoencoderTiny inside; the
+layers around it are compared with a description of them in `tests/models/test_tiny_autoencoder.py`. What
+nobody has compared here: released weights, half types on a GPU. What differs on purpose:
+[differences.md](differences.md).
 
 Measured with {versions}.
 

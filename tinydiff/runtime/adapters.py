@@ -42,7 +42,9 @@ def merged(net: Net[Any], differences: Differences, strength: float) -> Net[Any]
 
 
 def rounded_away(net: Net[Any], differences: Differences, strength: float) -> float:
-    """The share of an adapter's differences that the type of the weights would lose, between 0 and about 1."""
+    """The share of an adapter's differences that the type of the weights would lose, between 0
+    and about 1.
+    """
     lost = total = 0.0
     for name, weight in net.whole(differences):
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -81,7 +83,8 @@ def _low_rank(adapter: str, differences: Differences) -> Iterator[tuple[str, tup
         pair = each.low_rank()
         if pair is None or not name.endswith("weight"):
             raise ValueError(
-                f"the adapter {adapter!r} changes {name} by more than a low-rank product, so it can only be merged"
+                f"the adapter {adapter!r} changes {name} by more than a low-rank product, so it "
+                "can only be merged"
             )
         yield name, pair
 
@@ -93,7 +96,9 @@ def _fill(
     ranks: Mapping[str, int],
     parts: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]],
 ) -> None:
-    """Write the pairs of all adapters for one weight into its leaves, each from its own first direction on."""
+    """Write the pairs of all adapters for one weight into its leaves, each from its own first
+    direction on.
+    """
     first = 0
     for name, rank in ranks.items():
         if weight in parts[name]:

@@ -264,12 +264,14 @@ def _size(
             near = f"{multiple}" if below == 0 else f"{below} and {below + multiple}"
             raise UserError(
                 name,
-                f"{name}: {value} is not a multiple of {multiple}, which {row.name} needs; the nearest: {near}",
+                f"{name}: {value} is not a multiple of {multiple}, which {row.name} needs; the "
+                f"nearest: {near}",
             )
         if value > longest:
             raise UserError(
                 name,
-                f"{name}: {value} is more than {longest} pixels, the longest side that {row.name} has positions for",
+                f"{name}: {value} is more than {longest} pixels, the longest side that {row.name} "
+                "has positions for",
             )
     return height, width
 
@@ -315,7 +317,10 @@ def _steps(blueprint: Blueprint, sampling: SamplingOptions) -> tuple[int, tuple[
         return asked or row.steps, ()
     timesteps = sampling.dmd_denoising_steps or row.dmd_timesteps
     if asked is not None and asked != len(timesteps):
-        message = f"{asked} does not fit {row.name}, distilled for {len(timesteps)}; other timesteps go into dmd_denoising_steps"
+        message = (
+            f"{asked} does not fit {row.name}, distilled for {len(timesteps)}; other timesteps go "
+            "into dmd_denoising_steps"
+        )
         raise UserError("num_inference_steps", f"num_inference_steps: {message}")
     return len(timesteps), tuple(timesteps)
 

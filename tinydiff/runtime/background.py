@@ -71,8 +71,8 @@ class Background:
 
 
 def _structure(image: Denoising) -> Hashable:
-    """What a graph depends on: one image or several, fixed tokens, fresh noise, the hoisted tensors, all types.
-    Lengths may vary.
+    """What a graph depends on: one image or several, fixed tokens, fresh noise, the hoisted tensors, all
+    types. Lengths may vary.
     """
     trees = [tree for branch in image.network.branches for tree in branch]
     tensors = tuple(

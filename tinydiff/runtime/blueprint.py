@@ -1,5 +1,5 @@
-"""From a model's components to a model in memory: what their JSON files say is checked first, then the weights
-are streamed in.
+"""From a model's components to a model in memory: what their JSON files say is checked first, then the
+weights are streamed in.
 
 A `Blueprint` is made of a few JSON files and touches no device, so that a request is refused before gigabytes
 are moved.
@@ -283,7 +283,10 @@ def _row(checkpoint: Checkpoint, options: ModelOptions) -> tuple[ReleasedModel, 
     name = options.model_id or checkpoint.name
     row = registry.match(checkpoint.class_name, checkpoint.options, entries, name)
     if options.model_id is not None and (wanted := registry.named(options.model_id)) is not row:
-        message = f"model_id: {wanted.name} is a {registry.describe(wanted.kind)}, and {options.model_path!r} is a {registry.describe(row.kind)}"
+        message = (
+            f"model_id: {wanted.name} is a {registry.describe(wanted.kind)}, and "
+            f"{options.model_path!r} is a {registry.describe(row.kind)}"
+        )
         raise UserError("model_id", message)
     return row, row is registry.find(name)
 
@@ -295,7 +298,10 @@ def _needed_layers(name: str, config: Any, takes: tuple[int, ...], checkpoint: C
     total = config.num_hidden_layers
     most = max(take if take >= 0 else total + 1 + take for take in takes)
     if not 0 <= most <= total:
-        message = f"{name} has {total} layers, and {checkpoint.class_name} reads its hidden states {', '.join(map(str, takes))}"
+        message = (
+            f"{name} has {total} layers, and {checkpoint.class_name} reads its hidden states "
+            f"{', '.join(map(str, takes))}"
+        )
         raise UserError("model_path", f"model_path: {message}")
     return replace(config, layers=max(1, most))
 
@@ -308,7 +314,10 @@ def _records(checkpoint: Checkpoint, row: ReleasedModel, options: ModelOptions) 
     for name, class_name in ((name, part.class_name) for name, part in parts.items()):
         if name not in FILES and (name != WRITER or "pe_tokenizer" in parts):
             if class_name not in RECORDS:
-                message = f"component {name!r} has the class {class_name}, which is not supported; known are {', '.join(RECORDS)}"
+                message = (
+                    f"component {name!r} has the class {class_name}, which is not supported; known "
+                    f"are {', '.join(RECORDS)}"
+                )
                 raise UserError("model_path", f"model_path: {message}")
             records[name] = RECORDS[class_name]
             if class_name == LANGUAGE_AND_VISION and row.image_use == "references":
@@ -353,8 +362,8 @@ def _dtype(name: str, family: Record, options: ModelOptions, device: torch.devic
 
 
 def _plan(name: str, family: Record, options: ModelOptions) -> tuple[Plan, str]:
-    """(a component's plan, the option that says its attention). `attention_backend` is the denoiser's; encoders,
-    whose attention is masked, let torch choose unless named.
+    """(a component's plan, the option that says its attention). `attention_backend` is the denoiser's;
+    encoders, whose attention is masked, let torch choose unless named.
     """
     named, general = (
         options.component_attention_backends,

@@ -1,7 +1,7 @@
 """The components of the model that the options name, each from where the options say.
 
-A weight file, in whatever layout, stands in for one component, or for the model: then the other components are
-those of the released model whose weights it has.
+A weight file, in whatever layout, stands in for one component, or for the model: then the other components
+are those of the released model whose weights it has.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ SHIPPED = Path(__file__).parent.parent / "shapes"
 
 
 def chosen(options: ModelOptions) -> Checkpoint:
-    """The model that `options` name, single components and weights in the place of its own. Raises UserError."""
+    """The model that `options` name, single components and weights in the place of its own.
+    Raises UserError.
+    """
     file = _file(options.model_path, "model_path")
     checkpoint = _from_directory(options) if file is None else _around(file, options)
     parts = dict(checkpoint.components)
@@ -101,8 +103,8 @@ def _file(path: str, field: str) -> Path | None:
 
 
 def _in_place_of(listed: Component, path: str, option: str, variant: str | None) -> Component:
-    """The component at `path` that stands in for the `listed` one: a file, or a directory of the class that its
-    own config.json names, where that is known.
+    """The component at `path` that stands in for the `listed` one: a file, or a directory of the class that
+    its own config.json names, where that is known.
     """
     if (file := _file(path, option)) is not None:
         return _from_file(listed, file, option)
@@ -157,7 +159,9 @@ def _from_file(listed: Component, file: Path, option: str, config_stays: bool = 
 
 
 def _keys_of(file: Path, shapes: Mapping[str, Shape], listed: Component) -> Keys | None:
-    """Where the weights of a network with the component's own config stand in a file; None where they do not."""
+    """Where the weights of a network with the component's own config stand in a file; None where
+    they do not.
+    """
     record = RECORDS[listed.class_name]
     config = config_from(listed.class_name, listed.entries())
     rows = list(record.spec(config))
@@ -235,7 +239,9 @@ def _around(file: Path, options: ModelOptions) -> Checkpoint:
 
 
 def _from_hub(name: str, missing: list[str], options: ModelOptions) -> dict[str, Component]:
-    """The components of a released model that its hub repository has; none where the hub cannot be reached."""
+    """The components of a released model that its hub repository has; none where the hub cannot
+    be reached.
+    """
     try:
         directory = hub.resolve(name, options.revision, variant=options.variant, only=missing)
     except UserError as error:

@@ -1,5 +1,5 @@
-"""What a file or directory holds, from headers and JSON files alone: no weight is read, nothing is downloaded,
-nothing is run.
+"""What a file or directory holds, from headers and JSON files alone: no weight is read, nothing is
+downloaded, nothing is run.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ class Contents:
     """What a path holds. Facts that are not known or do not apply are None or empty.
 
     kind: in words, such as "model directory". format: of the weight files. layout: how their keys are named,
-    after `prefix`. model_class: of model_index.json or of the component. role: of a component. models: released models that
-    have it or that it looks like. precision: type -> bytes. layers, ranks: of an adapter. parts: the components of a model, or the files of
-    a directory. missing: what is needed and not there. problems: why it does not run, one sentence each.
+    after `prefix`. model_class: of model_index.json or of the component. role: of a component. models:
+    released models that have it or that it looks like. precision: type -> bytes. layers, ranks: of an
+    adapter. parts: the components of a model, or the files of a directory. missing: what is needed and not
+    there. problems: why it does not run, one sentence each.
     command: runs or uses it.
     """
 
@@ -63,7 +64,9 @@ class Contents:
 
 
 def contents(path_or_id: str) -> Contents:
-    """What a file, a directory or a hub id in the download cache holds. Raises UserError where there is none."""
+    """What a file, a directory or a hub id in the download cache holds. Raises UserError where
+    there is none.
+    """
     if path_or_id == registry.SHIPPED:
         return _directory(blueprint.SHIPPED, path_or_id)
     path = paths.path(path_or_id, "path")

@@ -1,12 +1,14 @@
-"""Images of many requests in one denoising loop: which of them run the next steps together, and how many steps.
+"""Images of many requests in one denoising loop: which of them run the next steps together, and how many
+steps.
 
-Images of one `batch_key` share the loop, and join and leave it between two steps. The batch size is the one that
-measured step times make worthwhile (`step_times`). Where more images wait than that, owners and jobs take turns
-(`fair_order`). Images that cannot share a batch, such as a video and small images, share the device's time: the
-highest priority first, then whoever had the least. An owner whose images need many different batches gets no
-more time than an owner whose images need one.
-All state is values, so an image may pause, and a step that fails leaves every image as it was: a batch that does
-not fit into memory is made smaller, and an image that fails alone is returned with its error.
+Images of one `batch_key` share the loop, and join and leave it between two steps. The batch size is the one
+that measured step times make worthwhile (`step_times`). Where more images wait than that, owners and jobs
+take turns (`fair_order`). Images that cannot share a batch, such as a video and small images, share the
+device's
+time: the highest priority first, then whoever had the least. An owner whose images need many different
+batches gets no more time than an owner whose images need one.
+All state is values, so an image may pause, and a step that fails leaves every image as it was: a batch that
+does not fit into memory is made smaller, and an image that fails alone is returned with its error.
 """
 
 from __future__ import annotations
@@ -165,7 +167,9 @@ class Continuous:
         return StepResult(tuple(chosen), steps, seconds, done)
 
     def _assign_batch_key(self, slot: BatchSlot) -> None:
-        """Compute the slot's batch key. A new key starts level with the key that had the least of the device."""
+        """Compute the slot's batch key. A new key starts level with the key that had the least of
+        the device.
+        """
         slot.batch_key = batch.batch_key(self.family, slot.denoising)
         present = {other.batch_key for other in self.slots}
         self._device_seconds = {
@@ -174,8 +178,8 @@ class Continuous:
         self._device_seconds.setdefault(slot.batch_key, min(self._device_seconds.values(), default=0.0))
 
     def _choose_slots(self, count: int | None) -> list[BatchSlot]:
-        """Of the highest priority, the batch key that had the least of its share of the device; of its images as
-        many as run together, owners and jobs taking turns.
+        """Of the highest priority, the batch key that had the least of its share of the device; of its images
+        as many as run together, owners and jobs taking turns.
         """
         highest = max(slot.priority for slot in self.slots)
         keys = (slot.batch_key for slot in self.slots if slot.priority == highest)
@@ -185,8 +189,8 @@ class Continuous:
         return same[: count or self.step_times.batch_size(_time_kind(same[0].denoising), most)]
 
     def _share(self, batch_key: Hashable) -> float:
-        """The share of the device that a batch key may have, where every owner has 1: an owner divides its own
-        evenly among the keys of its images.
+        """The share of the device that a batch key may have, where every owner has 1: an owner divides its
+        own evenly among the keys of its images.
         """
         keys: dict[str, set[Hashable]] = {}
         for slot in self.slots:

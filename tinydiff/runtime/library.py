@@ -38,10 +38,14 @@ def _ranks(asked: config.ParallelOptions, plan: blueprint.Blueprint) -> Ranks | 
     if place is None:
         raise UserError(
             given[0],
-            f"{given[0]}: a program is one rank; start it with torchrun, or make images from the command line",
+            f"{given[0]}: a program is one rank; start it with torchrun, or make images from the "
+            "command line",
         )
     if asked.data_parallel_size not in (None, 1):
-        message = f"{asked.data_parallel_size} replicas share outputs on the command line only; a program gives each its own prompts"
+        message = (
+            f"{asked.data_parallel_size} replicas share outputs on the command line only; a program "
+            "gives each its own prompts"
+        )
         raise UserError("data_parallel_size", f"data_parallel_size: {message}")
     guided = (
         asked.enable_cfg_parallel

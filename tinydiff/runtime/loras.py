@@ -105,7 +105,9 @@ def _nth(values: Sequence[str], index: int) -> str | None:
 
 
 def adapter_file(source: str, weight_name: str | None = None) -> Path:
-    """The safetensors file of an adapter that is given as a file, a directory or a hub id. Raises UserError."""
+    """The safetensors file of an adapter that is given as a file, a directory or a hub id.
+    Raises UserError.
+    """
     path = paths.path(source, "lora_path")
     if paths.kind(path) == "file":
         if weight_name is not None and weight_name != path.name:

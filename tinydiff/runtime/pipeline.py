@@ -134,16 +134,24 @@ def _check_strides(vae: Any, pixels: Tensor, latents: Tensor) -> None:
     ):
         if made != said:
             field = f"scale_factor_{name}"
-            message = f"the autoencoder's {field} is {getattr(vae, field)}, and its levels make another size of latents"
+            message = (
+                f"the autoencoder's {field} is {getattr(vae, field)}, and its levels make another "
+                "size of latents"
+            )
             raise UserError("model_path", f"model_path: {message}; with it no image can be given")
 
 
 def _check_vocabulary(model: Model, component: str, ids: Sequence[int]) -> None:
-    """Raises UserError for a token beyond the vocabulary of the encoder that reads what this tokenizer writes."""
+    """Raises UserError for a token beyond the vocabulary of the encoder that reads what this tokenizer
+    writes.
+    """
     encoder = "pe" if component == "pe_tokenizer" else component.replace("tokenizer", "text_encoder")
     size = model.nets[encoder].config.vocab_size
     if ids and max(ids) >= size:
-        message = f"{component} makes the token {max(ids)}, and the vocabulary of {encoder} has {size}; the two are not of one model"
+        message = (
+            f"{component} makes the token {max(ids)}, and the vocabulary of {encoder} has {size}; the "
+            "two are not of one model"
+        )
         raise UserError("model_path", f"model_path: {message}")
 
 
@@ -172,7 +180,10 @@ def condition(model: Model, request: Request) -> Conditioning:
 def _conditioned(model: Model, request: Request, context: Context) -> Conditioning:
     net, row = model.denoiser, model.blueprint.row
     if net.plan.group("cfg").size > 1 and not request.guidance.on:
-        message = f"{request.guidance.scale:g} needs the prompt's branch alone, and cfg_parallel_size 2 gives half of the ranks another"
+        message = (
+            f"{request.guidance.scale:g} needs the prompt's branch alone, and cfg_parallel_size 2 "
+            "gives half of the ranks another"
+        )
         raise UserError(
             "guidance_scale",
             f"guidance_scale: {message}; ask for more than 1, or load with cfg_parallel_size 1",
@@ -358,7 +369,10 @@ def finish(
     latents = conditioning.prepared.unpack(tokens)
     if not latents.isfinite().all():
         name, narrow = model.blueprint.row.name, PRECISIONS.get(model.denoiser.dtype)
-        message = f"{name} gave values that are not numbers; its weights are broken, or {narrow} is too narrow for it"
+        message = (
+            f"{name} gave values that are not numbers; its weights are broken, or {narrow} is too "
+            "narrow for it"
+        )
         raise UserError("model_path", f"model_path: {message} (see dit_precision)")
     return _keep_outside_mask(decode(model, request.output, latents), request.images), latents
 

@@ -50,7 +50,8 @@ def settle(blueprint: Blueprint, sampling: SamplingOptions) -> Settings:
     if sampling.use_pe and not writes:
         raise UserError(
             "use_pe",
-            f"use_pe: {blueprint.row.name} has no language model here that rewrites prompts (component {WRITER})",
+            f"use_pe: {blueprint.row.name} has no language model here that rewrites prompts "
+            f"(component {WRITER})",
         )
     return Settings(
         guidance, embedded, second, boundary, text, shift, writes and sampling.use_pe is not False, notes
@@ -122,12 +123,18 @@ def _experts(
             if getattr(sampling, name) is not None:
                 raise UserError(name, f"{name}: {row.name} has one expert, so it cannot be set")
         if stored is not None:
-            message = f"model_index.json gives boundary_ratio {stored}, where a second expert takes over, and names no transformer_2"
+            message = (
+                f"model_index.json gives boundary_ratio {stored}, where a second expert takes over, "
+                "and names no transformer_2"
+            )
             raise UserError("model_path", f"model_path: {message}")
         return None, None
     boundary = stored if sampling.boundary_ratio is None else sampling.boundary_ratio
     if boundary is None:
-        message = f"{row.name} has two experts and model_index.json names no boundary; give one between 0 and 1 (0 runs the first alone)"
+        message = (
+            f"{row.name} has two experts and model_index.json names no boundary; give one between 0 "
+            "and 1 (0 runs the first alone)"
+        )
         raise UserError("boundary_ratio", f"boundary_ratio: {message}")
     if sampling.boundary_ratio is None and boundary != row.boundary_ratio:
         notes["boundary_ratio"] = f"from model_index.json; {row.name} is released with {row.boundary_ratio:g}"

@@ -9,7 +9,8 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Hashable, Mapping
 
 RECENT = 8
-"""Latest measurements that count. The smallest is the step time: disturbances only ever make a step slower."""
+"""Latest measurements that count. The smallest is the step time: disturbances only ever make a step slower.
+"""
 WORTH = 0.97
 """A larger batch is chosen where an image takes at most this share of its time in the smaller batch."""
 TRIES = 3

@@ -1,7 +1,7 @@
 """The state that torch keeps beside tensors: default type and device, autocast, modes and numeric switches.
 
-A program sets it for its own sake, and it would change the image of a seed. So what computes runs in `default_torch_state`,
-where torch is as in a fresh process; afterwards the program finds its state as it was.
+A program sets it for its own sake, and it would change the image of a seed. So what computes runs in
+`default_torch_state`, where torch is as in a fresh process; afterwards the program finds its state as it was.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ nothing here needs it.
 
 
 class _Shared:
-    """The settings of the process, for all threads that are in `default_torch_state` at a time: the first makes them fresh,
-    the last brings them back.
+    """The settings of the process, for all threads that are in `default_torch_state` at a time: the first
+    makes them fresh, the last brings them back.
     """
 
     def __init__(self) -> None:

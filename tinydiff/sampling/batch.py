@@ -1,10 +1,10 @@
 """Several images in one loop, each at its own step of its own table: step-level continuous batching.
 
 Images share the loop where everything that the network reads of them has the same shapes (`batch_key`). What
-differs is stacked: the remaining rows of their tables, their hoisted tensors, their latents. So solver, number
-of steps, guidance scale, seed and prompt may differ, and an image joins and leaves between two steps.
-Stacking copies when the members change, not at every step. Shape letters: S steps, B images, L tokens, P packed
-channels.
+differs is stacked: the remaining rows of their tables, their hoisted tensors, their latents. So solver,
+number of steps, guidance scale, seed and prompt may differ, and an image joins and leaves between two steps.
+Stacking copies when the members change, not at every step. Shape letters: S steps, B images, L tokens, P
+packed channels.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""The denoising loop: one function that runs eagerly or is compiled whole, and the code that calls it in chunks.
+"""The denoising loop: one function that runs eagerly or is compiled whole, and the code that calls it in
+chunks.
 
 The engine knows a family only as `ops.network.Family`; any record with these functions will do. What depends
 only on the request and the table is computed once, before the loop (`hoist`); the loop gathers its rows.
-Guidance evaluates the network on several branches, such as the prompt and the negative prompt. They pass through
-the blocks side by side, so the weights of a block are fetched once per step for all branches, and each branch
-has its own length of text. Over several ranks the same code runs on each rank: on its shard of the tokens
-(`parallel.sequence`) or of the weights, or on its own branch.
+Guidance evaluates the network on several branches, such as the prompt and the negative prompt. They pass
+through the blocks side by side, so the weights of a block are fetched once per step for all branches, and
+each branch has its own length of text. Over several ranks the same code runs on each rank: on its shard of
+the tokens (`parallel.sequence`) or of the weights, or on its own branch.
 Shape letters: S steps, B images, L tokens, P packed channels.
 """
 
@@ -83,7 +84,8 @@ class LoopProgress(NamedTuple):
 
 
 Predict = Callable[[Tree, Tensor, Step, tuple[Branch, ...], Memory], tuple[tuple[Tensor, ...], Memory]]
-"""(weights, x [B, L, P], step, branches at this step, memory) -> (velocity [B, L, P] of each branch, memory)."""
+"""(weights, x [B, L, P], step, branches at this step, memory) -> (velocity [B, L, P] of each branch, memory).
+"""
 Guided = Callable[[Tree, Tensor, Step, tuple[Branch, ...], Memory], tuple[Tensor, Memory]]
 """A `Predict` whose velocities of all branches are combined into one."""
 Guidance = Callable[[Predict, Plan], Guided]
@@ -97,7 +99,9 @@ state after the steps [start, stop).
 
 
 class Denoising(NamedTuple):
-    """An image (or a batch) that is being denoised: the step it has reached, and all that the next steps need."""
+    """An image (or a batch) that is being denoised: the step it has reached, and all that the next steps
+    need.
+    """
 
     denoise: Denoise
     table: Table
@@ -131,8 +135,8 @@ def hoist(
     """Prepare a network for one request: compute once what the loop would otherwise repeat at every step.
 
     weights: this rank's, flat, on their device. branches: the inputs of the family's `hoist`, one for each
-    branch of guidance; with cfg parallelism this rank keeps its own branch. Per-step tensors that do not depend
-    on the prompt are kept once for all branches.
+    branch of guidance; with cfg parallelism this rank keeps its own branch. Per-step tensors that do not
+    depend on the prompt are kept once for all branches.
     lora_scale: the strengths [1, R] of the low-rank leaves, where the weights have any.
     """
     family, plan = network.family, network.plan
@@ -167,8 +171,8 @@ def unwrapped(fn: Callable[..., Streams]) -> Callable[..., Streams]:
 
 
 def predictor(network: Network, wrap: Wrap = unwrapped, hooks: Hooks = Hooks()) -> Predict:  # noqa: B008
-    """The network as a `Predict`. `wrap` is applied once to each kind of block, a function of plain tensors in
-    dicts and tuples.
+    """The network as a `Predict`. `wrap` is applied once to each kind of block, a function of plain tensors
+    in dicts and tuples.
 
     hooks: those of every walk. With full sharding, their `fetch` is replaced by one that gathers packs.
     """

@@ -43,7 +43,9 @@ def unipc_grid(steps: int, train_steps: int = TRAIN_STEPS) -> Tensor:
 
 
 def scheduler_grid(steps: int, lowest: float, train_steps: int = TRAIN_STEPS) -> Tensor:
-    """The grid [S] from 1 to `lowest` that FlowMatchEuler makes when it is handed none (Wan and SD3 do so)."""
+    """The grid [S] from 1 to `lowest` that FlowMatchEuler makes when it is handed none (Wan and
+    SD3 do so).
+    """
     return spaced(train_steps, lowest * train_steps, steps) / train_steps
 
 

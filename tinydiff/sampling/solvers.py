@@ -266,7 +266,8 @@ def check_types(config: Mapping[str, Any]) -> None:
     if not isinstance(name, str):
         raise UserError(
             "scheduler",
-            f"scheduler: _class_name is {name!r}; it must be a string, such as 'FlowMatchEulerDiscreteScheduler'",
+            f"scheduler: _class_name is {name!r}; it must be a string, such as "
+            "'FlowMatchEulerDiscreteScheduler'",
         )
     for field, kind in _KINDS.items():
         if field in config and field in _FIELDS.get(name, ()):
@@ -352,7 +353,8 @@ def _check(config: Mapping[str, Any]) -> tuple[str, Callable[[str], Any]]:
     if name not in _FIELDS:
         raise UserError(
             "scheduler",
-            f"scheduler {name!r} is not supported; supported are {', '.join(_FIELDS)}{nearest(name, _FIELDS)}",
+            f"scheduler {name!r} is not supported; supported are "
+            f"{', '.join(_FIELDS)}{nearest(name, _FIELDS)}",
         )
     fields = _FIELDS[name]
 

@@ -29,8 +29,8 @@ class Sizes:
         return any(key == name or key.startswith(f"{name}.") for key in self.shapes)
 
     def count(self, name: str) -> int:
-        """How many numbered parts stand below a name: the highest number and one. ValueError for more than there
-        are tensors: such a number is not believed.
+        """How many numbered parts stand below a name: the highest number and one. ValueError for more than
+        there are tensors: such a number is not believed.
         """
         below = (
             key.removeprefix(f"{name}.").partition(".")[0]
