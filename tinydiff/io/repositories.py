@@ -22,8 +22,8 @@ def fetched(
     """The directory in the download cache with the files of a repository that the patterns `wanted` match and
     `unwanted` do not. field: the option to name in errors. Raises UserError.
 
-    Files that are in the cache are not downloaded again, and one that was cut short is continued. Where the hub
-    cannot be reached, the cache has to do.
+    Files that are in the cache are not downloaded again, and one that was cut short is continued. Where the
+    hub cannot be reached, the cache has to do.
     """
     download = _from_modelscope if config.use_modelscope() else _from_hub
     return download(repository, [*wanted], revision, field, [*unwanted])
@@ -56,7 +56,10 @@ def _from_hub(
             snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
         )
     except errors.GatedRepoError:
-        reason = "the hub asks for its licence to be accepted; accept it on its page and log in with `hf auth login`"
+        reason = (
+            "the hub asks for its licence to be accepted; accept it on its page and log in with `hf "
+            "auth login`"
+        )
     except errors.RevisionNotFoundError:
         raise UserError(
             "revision", f"revision: {repository!r} has no branch, tag or commit {revision!r}"
@@ -64,7 +67,8 @@ def _from_hub(
     except errors.RepositoryNotFoundError:
         reason = "the hub has no such model, or it is private and you are not logged in"
     except errors.LocalEntryNotFoundError as error:
-        # The client asks for all that the patterns match, so for the weights of every variant; one was fetched.
+        # The client asks for all that the patterns match, so for the weights of every variant; one was
+        # fetched.
         if place := getattr(error, "snapshot_path", None):
             log.warning(
                 "the hub cannot be reached; of %s the files in the download cache are used", repository
