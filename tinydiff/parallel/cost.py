@@ -1,9 +1,9 @@
-"""What a layout costs one of its ranks, by arithmetic alone: bytes of weights and activations, operations,
-bytes to send, seconds a step.
+"""The cost of a layout for one of its ranks, by arithmetic alone: bytes of weights and activations,
+operations, bytes sent, seconds of a step.
 
-Names: B images, E head width, b bytes of a value, U ranks of ulysses, R of ring; n tokens of a stream that a
-rank holds: text and image tokens are each divided over R U ranks, rounded up. D is the width of all heads
-that a rank has after tp, their number filled up to a multiple of U. Words only, no torch.
+Names: B images, E head width, b bytes of a value, U ranks of ulysses, R ranks of ring; n tokens of a stream
+on one rank (text and image tokens are each sharded over R U ranks, rounded up). D is the width of all heads
+on one rank after tp, their number padded to a multiple of U. No torch here.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from tinydiff.parallel.plan import STREAMS, Input, Row
 
 @dataclass(frozen=True)
 class CostModel:
-    """A denoiser as far as its costs go.
+    """What the cost of a denoiser depends on.
 
-    rows: every weight; `Row.input` says what passes through it. blocks: those of each block. values: of a
-    token's velocity. pooled: whether text enters the tensors of the steps, so that each branch has its own.
+    rows: every weight; `Row.input` says what passes through it. blocks: the weights of each block. values: of
+    the velocity of one token. pooled: whether text enters the per-step tensors, so that each branch has its
+    own.
     """
 
     rows: tuple[Row, ...]
@@ -44,8 +45,8 @@ class CostModel:
 
     @property
     def attends(self) -> list[tuple[Input, Input, int]]:
-        """The queries and the keys of each attention, and the width of all its heads. Every rank holds all
-        of "prompt" and "views".
+        """The queries and the keys of each attention, and the width of all its heads. Every rank holds all of
+        "prompt" and "views".
         """
         return [(*row.attends, _attended_width(row)) for row in self.rows if row.attends is not None]
 
@@ -60,15 +61,15 @@ class CostModel:
 
     @property
     def carried(self) -> str:
-        """What goes from block to block."""
+        """The stream that blocks pass on."""
         return "joint" if {"joint", "text"} & {stream for _, stream in self.streamed} else "image"
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is made at once. image: tokens, those of references among them. text, views: tokens of a prompt,
-    of an image seen by an encoder of its own. audio: tokens of sound beside a video. images: of a batch.
-    branches: of guidance. steps: of the whole request.
+    """The size of a request. image: image tokens, with those of references. text: tokens of a prompt. views:
+    tokens of an image that its own encoder reads. audio: tokens of sound beside a video. images: images of a
+    batch. branches: branches of guidance. steps: steps of the whole request.
     """
 
     image: int
@@ -88,7 +89,7 @@ class Work:
         return ceil(getattr(self, stream) / layout.sequence)
 
     def keys(self, stream: str) -> int:
-        """Tokens that are attended to."""
+        """Tokens that a query attends to."""
         return {
             "image": self.image,
             "joint": self.image + self.text,
@@ -98,14 +99,14 @@ class Work:
         }[stream]
 
     def evaluations(self, layout: Layout) -> int:
-        """Branches that one rank walks through in a step."""
+        """Branches that one rank evaluates in a step."""
         return ceil(self.branches / layout.cfg)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a layout runs on. tflops: 10^12 operations a second that a rank reaches. link, net: 10^9 bytes a
-    second that it sends to ranks of its own machine, and to others'. ranks: of one machine.
+    """What a layout runs on. tflops: 10^12 operations per second that a rank reaches. link, net: 10^9 bytes
+    per second that a rank sends to ranks of its own machine, and to ranks of another. ranks: of one machine.
     """
 
     tflops: float = 400.0
@@ -119,7 +120,7 @@ class Machine:
 
 
 def numel(row: Row, tp: int = 1) -> int:
-    """Values of a weight that one of `tp` ranks holds."""
+    """Values of a weight on one of `tp` ranks."""
     return row.numel if row.split is None else ceil(row.numel / tp)
 
 
@@ -128,18 +129,18 @@ def itemsize(row: Row, b: int) -> int:
 
 
 def weight_bytes(rows: Iterable[Row], b: int, tp: int = 1) -> int:
-    """Bytes of weights on one rank, those that may be absent left out."""
+    """Bytes of weights on one rank. Optional weights are not counted."""
     return sum(numel(row, tp) * itemsize(row, b) for row in rows)
 
 
 def shard_count(layout: Layout) -> int:
-    """Ranks that share a block's weights under full sharding."""
+    """Ranks that shard the weights of a block under full sharding."""
     return layout.cfg * layout.sequence if layout.fsdp else 1
 
 
 def shard_bytes(rows: Iterable[Row], layout: Layout, b: int) -> int:
-    """Bytes of a block's weights that one rank keeps: each weight is divided along its first dimension,
-    rounded up.
+    """Bytes of a block's weights that one rank keeps under full sharding. Each weight is sharded along its
+    first dimension, rounded up.
     """
     total = 0
     for row in rows:
@@ -149,8 +150,8 @@ def shard_bytes(rows: Iterable[Row], layout: Layout, b: int) -> int:
 
 
 def denoiser_bytes(net: CostModel, layout: Layout, b: int, experts: int = 1) -> int:
-    """Bytes of weights on one rank, of one network or two alike. Under full sharding its shares, and two
-    whole blocks: the one at work and the one on its way.
+    """Bytes of weights on one rank, for one network or several of the same shape. Under full sharding: this
+    rank's shards, and two whole blocks, the one that computes and the one being fetched.
     """
     if shard_count(layout) == 1:
         return experts * weight_bytes(net.rows, b, layout.tp)
@@ -165,11 +166,12 @@ def denoiser_bytes(net: CostModel, layout: Layout, b: int, experts: int = 1) -> 
 
 
 def activation_bytes(net: CostModel, layout: Layout, work: Work, b: int) -> int:
-    """Bytes that a step needs beside weights and hoisted tensors, about:
+    """Bytes that a step needs beside weights and hoisted tensors, approximately.
 
-    the streams of all branches that walk side by side, n (heads E) b each; in one block of one of them, six
-    more such (a norm and its modulation, computed in float32) and all that its divided layers give, n out /
-    tp b; and of the latents, the two clean ones before and the velocities, 4 bytes a value.
+    They are the streams of all branches that are evaluated side by side, n (heads E) b each; for one block of
+    one branch, six more of these (a norm and its modulation, computed in float32) and the outputs of its
+    column-parallel layers, n out / tp b; and of the latents, the two previous clean ones and the velocities,
+    4 bytes a value.
     """
     streamed = dict(net.streamed)
     one = work.local_tokens(net.carried, layout) * net.width * b
@@ -186,9 +188,10 @@ def activation_bytes(net: CostModel, layout: Layout, work: Work, b: int) -> int:
 
 
 def hoisted_bytes(net: CostModel, layout: Layout, work: Work, b: int) -> int:
-    """Bytes of what is computed once before the loop: a row for each step from each "steps" layer, once
-    for all branches unless text enters them; the results of "prompt" and "views" layers for each branch; the
-    rope tables, 4 bytes a value.
+    """Bytes of what is computed once before the loop.
+
+    A row per step from each "steps" layer, once for all branches unless text enters them; the results of
+    "prompt" and "views" layers for each branch; the rope tables, 4 bytes a value.
     """
     each = work.evaluations(layout)
     rows = {row.name: row for row in net.rows}
@@ -202,7 +205,7 @@ def hoisted_bytes(net: CostModel, layout: Layout, work: Work, b: int) -> int:
 
 
 def output_values(row: Row, tp: int) -> int:
-    """Values that a layer gives for a token on one of `tp` ranks."""
+    """Output values of a layer for one token, on one of `tp` ranks."""
     return row.shape[0] // tp if row.split == 0 else row.shape[0]
 
 
@@ -223,7 +226,7 @@ def step_flops(net: CostModel, layout: Layout, work: Work) -> int:
 
 
 def attention_flops(net: CostModel, layout: Layout, work: Work) -> int:
-    """The attentions' share of `step_flops`, for one branch of one image."""
+    """The part of `step_flops` that attention takes, for one branch of one image."""
     return sum(
         4 * work.local_tokens(queries, layout) * work.keys(keys) * local_width(net, layout, width, keys)
         for queries, keys, width in net.attends
@@ -299,14 +302,14 @@ SENT: dict[str, Callable[[int], float]] = {
     "tp": lambda n: 2 * (n - 1) / n,
     "fsdp": lambda n: n - 1,
 }
-"""How many of the bytes that a rank hands in leave it, as rings of n ranks gather and sum; an all-to-all
-keeps its own part.
+"""Of n ranks, how many times the bytes that a rank gives to a collective leave it. Gathers and sums go around
+a ring; an all-to-all keeps the rank's own part.
 """
 
 
 def crosses_machines(layout: Layout, axis: str, machine: Machine) -> bool:
-    """Whether the ranks of an axis stand in more than one machine. Ranks are counted with tp innermost, then
-    ulysses, ring, cfg.
+    """Whether the ranks of an axis lie in more than one machine. Ranks are counted with tp innermost, then
+    ulysses, ring and cfg.
     """
     sizes = {"tp": layout.tp, "ulysses": layout.ulysses, "ring": layout.ring, "cfg": layout.cfg}
     inner = list(sizes)[: list(sizes).index("cfg" if axis == "fsdp" else axis) + 1]
@@ -317,9 +320,9 @@ def step_seconds(net: CostModel, layout: Layout, work: Work, machine: Machine, b
     """Seconds of a step: the operations at the machine's rate, then the exchanges one after another at its
     bandwidths.
 
-    Only the gathering of a block's weights is hidden, behind the blocks before. Rings are not trusted to hide
-    theirs, though each part is on its way while attention works at another. Launches, waiting for the slowest
-    and reading of memory are not counted.
+    Only gathering the weights of a block is assumed to overlap with computing. Rings are not, although
+    attention computes on one part while the next is on its way. Kernel launches, waiting for the slowest rank
+    and reading memory are not counted.
     """
     ranks = {
         "cfg": layout.cfg,

@@ -1,4 +1,4 @@
-"""How many ranks each axis of the mesh has, and which ranks stand together. Words only, no torch."""
+"""How many ranks each axis of the mesh has, and which ranks form a group. No torch here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from tinydiff.config import ParallelOptions
 from tinydiff.records import UserError
 
 AXES = ("dp", "cfg", "ring", "ulysses", "tp")
-"""The mesh, outermost first: neighbours in rank, usually the best connected, share the axis that talks most.
+"""The axes of the mesh, outermost first. Ranks with neighbouring numbers, usually the best connected, share
+the axis that communicates most.
 """
 
 AXIS_OPTIONS = {
@@ -20,18 +21,17 @@ AXIS_OPTIONS = {
 }  # fmt: skip
 """Axis -> the option that sets it."""
 PORT = 30005
-"""Where several machines meet, unless told otherwise."""
+"""The port where several machines meet, by default."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks along each axis, and what else is divided.
+    """Ranks along each axis, and what else is sharded.
 
-    dp: replicas, each at requests of its own. cfg: branches of guidance. ring, ulysses: the sequence. tp: the
-    weights.
-    fsdp: each block's weights lie divided over the ranks of a replica that would hold the same, and are
-    gathered as it is entered.
-    encoders: text encoders are divided over the ranks of a replica too. vae: the autoencoder's rows are.
+    dp: replicas, each with requests of its own. cfg: branches of guidance. ring, ulysses: the sequence. tp:
+    the weights. fsdp: the weights of each block are sharded over the ranks of a replica that would otherwise
+    hold the same ones, and gathered when the block is entered. encoders: text encoders are sharded over the
+    ranks of a replica too. vae: so is the height of the autoencoder's images.
     """
 
     dp: int = 1
@@ -64,14 +64,14 @@ COMBINED_AXES: dict[str, tuple[str, ...]] = {
     "peers": ("dp", "cfg", "ring", "ulysses"),
     "world": AXES,
 }
-"""Groups over several axes at once: the ranks of a replica, those of them that would hold the same weights,
-all that would, and all.
+"""Groups over several axes: the ranks of a replica; the ranks of a replica that would hold the same weights;
+all ranks that would hold the same weights; all ranks.
 """
 
 
 def rank_groups(layout: Layout, name: str) -> list[list[int]]:
-    """All groups of an axis, or of a name in `COMBINED_AXES`: lists of ranks in the order of the mesh,
-    together every rank once.
+    """All groups of an axis, or of a name in `COMBINED_AXES`: lists of ranks in the order of the mesh. Every
+    rank is in one of them.
     """
     along = COMBINED_AXES.get(name, (name,))
     found: dict[tuple[int, ...], list[int]] = {}
@@ -82,10 +82,10 @@ def rank_groups(layout: Layout, name: str) -> list[list[int]]:
 
 
 def count(asked: ParallelOptions, running: int | None = None) -> int:
-    """Ranks asked for: `num_gpus`, else the product of the degrees given; 1 where nothing is asked.
+    """The number of ranks: `num_gpus`, else the product of the given degrees; 1 where none is given.
 
-    running: how many ranks torchrun has started, of which this process is one; None outside of it. Raises
-    UserError where the options contradict each other or what runs.
+    running: how many ranks torchrun has started, one of which is this process; None without torchrun. Raises
+    UserError where the options contradict each other or the running ranks.
     """
     given, machines = degrees(asked), asked.nnodes or 1
     if running is None:
@@ -147,8 +147,8 @@ def _check_machines(asked: ParallelOptions, ranks: int, machines: int) -> None:
 
 
 def address(asked: ParallelOptions) -> tuple[str, int]:
-    """(host, port) where the processes meet; port 0 is any free one. Raises UserError for what is
-    no address.
+    """(host, port) where the processes meet; port 0 is any free port. Raises UserError for what is not
+    host:port.
     """
     if asked.dist_init_addr is None:
         return "localhost", asked.master_port or 0
@@ -169,7 +169,7 @@ def address(asked: ParallelOptions) -> tuple[str, int]:
 
 
 def degrees(asked: ParallelOptions) -> dict[str, int]:
-    """Axis -> ranks along it, of the axes that the options set. Raises UserError where two options of one
+    """Axis -> ranks along it, for the axes that the options set. Raises UserError where two options of one
     axis disagree.
     """
     cfg = asked.cfg_parallel_size
@@ -211,13 +211,13 @@ def choose(
     tokens: int | None = None,
     outputs: int | None = None,
 ) -> tuple[Layout, str]:
-    """(how `ranks` ranks share the work, why, in a line).
+    """(how `ranks` ranks share the work, the reason in one line).
 
-    Degrees given stand. What they leave is dealt to axes that are not: to the two branches of guidance first,
-    as they meet but once a step; then to ulysses, as many as divide the heads; then to the weights. Replicas
-    and the ring are never chosen. heads: of the denoiser. guided: whether a negative prompt takes part.
-    tokens: of the smallest image, outputs: how many; None where not known.
-    Raises UserError, see `check`.
+    Given degrees stay. The remaining ranks go to axes that are not given: first to the two branches of
+    guidance, which communicate once per step; then to ulysses, as many as divide the heads; then to tp.
+    Replicas and the ring are never chosen. heads: of the denoiser. guided: whether a negative prompt takes
+    part. tokens: of the smallest image; outputs: how many; None where not known. Raises UserError, see
+    `check`.
     """
     given = degrees(asked)
     sizes, why = dict.fromkeys(AXES, 1) | given, dict.fromkeys(given, "asked")
@@ -262,8 +262,8 @@ def choose(
 def _shares(
     left: int, sizes: Mapping[str, int], given: Collection[str], heads: int, tokens: int | None
 ) -> Iterator[tuple[bool, int, int]]:
-    """The ways to deal `left` ranks to ulysses and tp, where they are not given: (whether ulysses divides the
-    heads, ulysses, tp).
+    """The ways to divide `left` ranks between ulysses and tp, where they are not given: (whether ulysses
+    divides the heads, ulysses, tp).
     """
     for ulysses in range(1, left + 1):
         tp = left // ulysses
@@ -277,8 +277,8 @@ def _shares(
 def check(
     layout: Layout, heads: int, guided: bool, tokens: int | None = None, outputs: int | None = None
 ) -> None:
-    """Refuse a layout that this model and request cannot have. Arguments as of `choose`. Raises UserError
-    naming the option.
+    """Refuse a layout that is not possible for this model and request. Arguments as of `choose`. Raises
+    UserError naming the option.
     """
     if heads % layout.tp:
         fit = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)

@@ -1,8 +1,8 @@
-"""Carrying out the plan's moves on activations: local tensors in and out, functional collectives between.
+"""The plan's moves carried out on activations: local tensors in and out, functional collectives between.
 
-Inside the compiled loop no tensor is a DTensor (it cannot be traced there); DTensor's eager `redistribute` is
-the oracle of every move. The operators are those that torch's own functional collectives emit: they take part
-in graphs, and start before they are waited for.
+No tensor in the compiled loop is a DTensor, which cannot be traced there. DTensor's eager `redistribute` is
+the reference that tests compare every move with. The operators are those that torch's own functional
+collectives emit: they can be part of graphs, and they start before they are waited for.
 """
 
 from __future__ import annotations
@@ -16,17 +16,15 @@ _ops = torch.ops._c10d_functional
 
 
 def move(plan: Plan, name: str, x: Tensor) -> Tensor:
-    """Perform the move `name` of `plan.MOVES` on x; the identity where this rank has the move's axis to
-    itself.
-    """
+    """Perform the move `name` of `plan.MOVES` on x. It is the identity where the axis has one rank."""
     step = MOVES[name]
     group = plan.group(step.axis)
     return x if group.size == 1 else reshard(x, step.source, step.target, group)
 
 
 def reshard(x: Tensor, source: Placement, target: Placement, group: Group) -> Tensor:
-    """This rank's part of placement `source` -> its part of placement `target`. A dimension that is divided
-    must be so evenly.
+    """This rank's part of x as placed by `source` -> its part as placed by `target`. Sharded dimensions must
+    divide evenly.
     """
     match source, target:
         case Partial(), Replicate():
@@ -50,8 +48,8 @@ def reshard(x: Tensor, source: Placement, target: Placement, group: Group) -> Te
 
 
 def rotate(x: Tensor, group: Group) -> Tensor:
-    """x [...] of the next rank of the group, whose own goes to the one before; started, and to be waited for
-    with `wait`.
+    """Receive x [...] from the next rank of the group, and send this rank's to the previous one. Started;
+    `wait` for the result.
     """
     flat, ranks = x.contiguous().view(-1), range(group.size)
     there, here = (group.rank - 1) % group.size, (group.rank + 1) % group.size
@@ -61,12 +59,10 @@ def rotate(x: Tensor, group: Group) -> Tensor:
 
 
 def start_gather(x: Tensor, group: Group) -> Tensor:
-    """x [N, ...] of every rank, one behind the other along the first dimension; started, and to be waited for
-    with `wait`.
-    """
+    """x [N, ...] of every rank, concatenated along the first dimension. Started; `wait` for the result."""
     return _ops.all_gather_into_tensor(x, group.size, group.name)
 
 
 def wait(x: Tensor) -> Tensor:
-    """What a started collective brings."""
+    """The result of a started collective."""
     return _ops.wait_tensor(x)

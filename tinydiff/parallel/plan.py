@@ -1,9 +1,8 @@
-"""The words of the parallel plan: weight rows, placements, moves, and the static place of one process.
+"""The parallel plan: weight rows, placements, moves, and what is static about one process.
 
 A family lists every weight once as a `Row`. The loader's check, random initialisation, sharding, memory
 planning and FLOP counts all read these rows. Activations are resharded by named `Move`s, each a pair of
-placements on one mesh axis. This module holds words only and imports no torch: `parallel/moves.py` carries a
-move out.
+placements on one mesh axis. No torch here: `parallel/moves.py` carries out a move.
 """
 
 from __future__ import annotations
@@ -110,8 +109,8 @@ guidance [N, ...].
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks along one axis, as one of them sees them. name: torch.distributed's own of the
-    process group.
+    """The ranks along one axis, from the view of one of them. name: torch.distributed's name of the process
+    group.
     """
 
     name: str
@@ -124,8 +123,8 @@ ALONE = Group("", 1, 0)
 
 @dataclass(frozen=True)
 class Plan:
-    """What is static about how this process runs a network. The default is one device, every move the
-    identity.
+    """What is static about how this process runs a network. The default is one device, where every move is
+    the identity.
 
     attention: the backend's name, a key of `ops.attention.BACKENDS`. groups: the axes that more than one rank
     shares.
@@ -135,16 +134,16 @@ class Plan:
     groups: tuple[tuple[str, Group], ...] = ()
 
     def group(self, axis: str) -> Group:
-        """This rank's place on an axis."""
+        """This rank's group along an axis."""
         return dict(self.groups).get(axis, ALONE)
 
     def along(self, *axes: str) -> Plan:
-        """The same with these axes only."""
+        """The plan with these axes only."""
         return replace(self, groups=tuple((axis, group) for axis, group in self.groups if axis in axes))
 
 
 SINGLE = Plan()
-"""One device."""
+"""The plan of one device."""
 
 
 def linear_rows(

@@ -1,8 +1,9 @@
-"""The processes of a job: started, joined into groups, and what they tell each other beside the networks' own
-traffic.
+"""The processes of a job: they are started, joined into groups, and exchange what is not the networks' own
+communication.
 
-Everything is torch.distributed's: its elastic launcher starts the ranks of a machine and ends all where one
-fails, its store and process groups carry the words. Every rank makes the same groups in the same order.
+Everything is torch.distributed's. Its elastic launcher starts the ranks of a machine and ends all of them
+when one fails; its store and process groups carry messages. Every rank makes the same groups in the same
+order.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ T = TypeVar("T")
 _c10d: Any = dist.distributed_c10d  # the store, and a group by its name, have no public function
 
 MONITOR = 0.1
-"""Seconds between two looks of the parent at its ranks."""
+"""Seconds between two checks of the ranks by their parent."""
 GRACE = 10 * MONITOR
-"""Seconds that a rank lingers after its failure is written down, so that one which died without a word is
-seen to have been first.
+"""Seconds that a rank waits after it has written down its failure, so that a rank that died without a message
+is seen to have failed first.
 """
 
 
@@ -66,10 +67,10 @@ class Ranks:
 
 
 def join(layout: Layout, timeout: float, device: str) -> Ranks:
-    """Meet the other ranks at the place that the environment names. Returns once all are there.
+    """Meet the other ranks where the environment says. Returns once all are there.
 
-    timeout: seconds that any collective waits for a rank before it fails. device: "cpu" or "cuda", of which
-    this rank takes its own.
+    timeout: seconds that a collective waits for a rank before it fails. device: "cpu" or "cuda"; this rank
+    takes its own GPU.
     """
     place, limit = config.under_torchrun(), timedelta(seconds=timeout)
     assert place is not None, "a rank is started by torchrun or by start"
@@ -127,12 +128,12 @@ def _seen(group: dist.ProcessGroup) -> Group:
 
 
 def close() -> None:
-    """Part from the other ranks."""
+    """Leave the other ranks."""
     dist.destroy_process_group()
 
 
 def from_first(group: Group, value: T) -> T:
-    """The value that the group's first rank has, a small object that can be pickled, on all of them."""
+    """The value of the group's first rank, a small object that can be pickled, on all of them."""
     if group.size == 1:
         return value
     held = [value]
@@ -141,7 +142,7 @@ def from_first(group: Group, value: T) -> T:
 
 
 def to_first(group: Group, value: T) -> list[T]:
-    """The values of all ranks of the group, in their order, on its first; nothing on the others."""
+    """On the group's first rank, the values of all ranks in order; on the others nothing."""
     if group.size == 1:
         return [value]
     held: list[Any] = [None] * group.size if group.rank == 0 else []
@@ -156,16 +157,16 @@ def barrier(group: Group) -> None:
 
 
 def take_number(ranks: Ranks, queue: str = "work") -> int:
-    """The next number, from 0, of a counter that all replicas share: each number goes to one of them. Every
-    rank of it calls this.
+    """The next number, from 0, of a counter that all replicas share, so that each number goes to one replica.
+    All ranks of a replica call this.
     """
     number = _c10d._get_default_store().add(f"tinydiff/{queue}", 1) - 1 if ranks.leads else 0
     return from_first(ranks.groups["replica"], number)
 
 
 def replica_numbers(ranks: Ranks, count: int) -> Iterator[int]:
-    """The numbers below `count` that this replica is to do: all where there is one, else those it takes
-    before the others do.
+    """The numbers below `count` for this replica: all of them where there is one replica, else those that it
+    takes before the others do.
     """
     if ranks.layout.dp == 1:
         yield from range(count)
@@ -175,7 +176,7 @@ def replica_numbers(ranks: Ranks, count: int) -> Iterator[int]:
 
 
 def first_to_fail() -> bool | None:
-    """Whether this rank is the first of all that asks this; None where they have not met."""
+    """Whether this rank is the first that asks this; None where the ranks have not met."""
     return _c10d._get_default_store().add("tinydiff/failed", 1) == 1 if dist.is_initialized() else None
 
 
@@ -194,15 +195,16 @@ def start(
     int] = ("localhost", 0),
     timeout: float = 3600,
 ) -> dict[int, T]:  # fmt: skip
-    """Run `fn(*args)`, a function of a module, in `here` processes on this machine: global rank -> what it
-    returned.
+    """Run `fn(*args)`, a function of a module, in `here` processes on this machine: global rank -> its
+    result.
 
-    nodes: machines in all, each of which calls this with its number `node`. address: host and port where they
-    meet; port 0 is a free one, of one machine only. timeout: seconds to wait for the other machines.
+    nodes: the number of machines, each of which calls this with its number `node`. address: host and port
+    where they meet; port 0 is a free one, for one machine only. timeout: seconds to wait for the other
+    machines.
 
-    Where a rank fails the others are ended. Raises its UserError, or RankError for any other failure;
-    KeyboardInterrupt and, with the status of a process that the signal ended, SystemExit where this process
-    is told to end. No process is left in any case.
+    When a rank fails, the others are ended. Raises its UserError, or RankError for any other failure. Raises
+    KeyboardInterrupt or SystemExit, with the status of a process ended by that signal, where this process is
+    told to end. In every case no process is left.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -241,7 +243,7 @@ def start(
 
 
 def _work(folder: str, fn: Callable[..., T], args: tuple) -> T:
-    """A rank's life."""
+    """What a started process does."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no word of its own: the parent speaks for all of them
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
@@ -262,8 +264,8 @@ def _work(folder: str, fn: Callable[..., T], args: tuple) -> T:
 
 
 def _first_failure(folder: Path, rank: int, failure: Any) -> UserError | RankError | KeyboardInterrupt:
-    """What to raise for the rank that failed first: a signal tells of itself, the others have written down
-    what it was.
+    """The exception for the rank that failed first. A signal explains itself; other failures are in the file
+    that the rank wrote.
     """
     if (
         failure.exitcode == -signal.SIGINT
@@ -296,9 +298,9 @@ def _check_free(port: int) -> None:
 
 @contextmanager
 def _nothing_left() -> Iterator[None]:
-    """While the launcher works: its log, which repeats every failure with tracebacks of its own, is off, and
-    Ctrl-C is this process's alone. Afterwards no process that it started is left, and signals mean what they
-    did.
+    """While the launcher works, its log, which repeats every failure with its own tracebacks, is off, and
+    Ctrl-C goes to this process only. Afterwards no process that it started is left, and signals are handled
+    as before.
     """
     before, silent = set(multiprocessing.active_children()), logging.root.manager.disable
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}

@@ -1,10 +1,10 @@
-"""What a rank holds of a network's weights: slices over "tp" by the rows' splits, and shares over "shard" of
-what a block needs.
+"""What a rank holds of a network's weights: slices over "tp" as the rows' `split` says, and shards over
+"shard" of the weights that a block needs.
 
-Full sharding packs a block's weights: each is divided along its first dimension into equal shares, the last
-ones padded with zeros, and a rank's shares lie one behind the other in one flat tensor, `{block}.pack`, or
-`{block}.pack32` where rows stay float32. To enter the block one collective gathers them. All of this follows
-from the rows, so a rank knows without asking what any other holds.
+Full sharding packs the weights of a block. Each weight is cut along its first dimension into equal shards,
+the last ones padded with zeros. A rank's shards lie one after another in one flat tensor, `{block}.pack`, or
+`{block}.pack32` for rows that stay float32. One collective gathers them when the block is entered. All of
+this follows from the rows, so every rank knows what any other rank holds.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from tinydiff.parallel.plan import ALONE, Group, Plan, Row
 
 
 def why_indivisible(rows: Iterable[Row], ranks: int) -> str | None:
-    """Why these weights cannot be divided over so many ranks, naming the first that stands against it; None
-    if they can.
+    """Why these weights cannot be divided over this many ranks, naming the first weight that does not divide;
+    None if they can.
     """
     for row in rows:
         for width in _widths(row):
@@ -38,8 +38,8 @@ def why_indivisible(rows: Iterable[Row], ranks: int) -> str | None:
 
 
 def local_rows(rows: Iterable[Row], plan: Plan, blocks: Collection[str] = ()) -> Iterator[Row]:
-    """The rows of the tensors that this rank holds, packs in place of the weights below `blocks`. ValueError
-    where tp does not divide.
+    """The rows of the tensors that this rank holds, with packs in place of the weights below `blocks`.
+    ValueError where tp does not divide.
     """
     rows = list(rows)
     packs = packing(rows, plan, blocks)
@@ -64,8 +64,8 @@ def _widths(row: Row) -> tuple[int, ...]:
 
 
 class Box(NamedTuple):
-    """A part of a weight: where it begins along each dimension, in the whole weight and in the tensor of this
-    rank, and its shape.
+    """A part of a weight: its start along each dimension in the whole weight and in this rank's tensor, and
+    its shape.
     """
 
     global_start: tuple[int, ...]
@@ -73,7 +73,7 @@ class Box(NamedTuple):
     shape: tuple[int, ...]
 
     def narrow(self, dim: int, start: int, size: int) -> Box:
-        """`size` of its rows along `dim`, counted from its own first."""
+        """`size` indices along `dim`, from `start` of this box on."""
         global_start, local_start = (
             _with(place, dim, place[dim] + start) for place in (self.global_start, self.local_start)
         )
@@ -81,14 +81,14 @@ class Box(NamedTuple):
 
     @property
     def source(self) -> tuple[slice, ...]:
-        """Index of the whole weight."""
+        """Index into the whole weight."""
         return tuple(
             slice(start, start + size) for start, size in zip(self.global_start, self.shape, strict=True)
         )
 
     @property
     def target(self) -> tuple[slice, ...]:
-        """Index of this rank's tensor."""
+        """Index into this rank's tensor."""
         return tuple(
             slice(start, start + size) for start, size in zip(self.local_start, self.shape, strict=True)
         )
@@ -99,7 +99,7 @@ def _with(sizes: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
 
 
 def _boxes(row: Row, tp: Group) -> list[Box]:
-    """The boxes this rank holds of a weight: its slice of every part, in order."""
+    """The boxes of a weight on this rank: its slice of every part, in order."""
     origin = (0,) * len(row.shape)
     if row.split is None or tp.size == 1:
         return [Box(origin, origin, row.shape)]
@@ -115,8 +115,8 @@ def _boxes(row: Row, tp: Group) -> list[Box]:
 
 
 def shard_range(size: int, ranks: int, rank: int = 0) -> tuple[int, int, int]:
-    """A dimension in equal shares, the last ones padded: (width of a share, where this rank's starts, how
-    much of it is real).
+    """One of the equal shards of a dimension, of which the last are padded: (width of a shard, start of this
+    rank's, how many of its indices are real).
     """
     width = -(-size // ranks)
     start = min(rank * width, size)
@@ -128,8 +128,8 @@ def shard_range(size: int, ranks: int, rank: int = 0) -> tuple[int, int, int]:
 
 
 class PackedWeight(NamedTuple):
-    """A weight in a pack. name: below its block. shape: gathered. width: rows of a share. at: first element
-    of each rank's share.
+    """A weight in a pack. name: below its block. shape: of the gathered weight. width: first dimension of a
+    shard. offset: of the shard in the pack, in elements.
     """
 
     name: str
@@ -139,14 +139,14 @@ class PackedWeight(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """Elements of a share."""
+        """Elements of a shard."""
         return self.width * prod(self.shape[1:])
 
 
 @dataclass(frozen=True)
 class Pack:
-    """How a block's weights lie in a flat tensor of `numel` elements per rank. Blocks of one shape have equal
-    packs.
+    """The layout of a block's weights in a flat tensor of `numel` elements per rank. Blocks of one shape have
+    equal packs.
     """
 
     parts: tuple[PackedWeight, ...]
@@ -158,7 +158,7 @@ class Pack:
 
 
 def packing(rows: Iterable[Row], plan: Plan, blocks: Collection[str]) -> dict[str, Pack]:
-    """The packs of the blocks with these prefixes, by the name of their tensor. ValueError for a row that
+    """The packs of the blocks with these prefixes, by the names of their tensors. ValueError for a row that
     cannot be in one.
     """
     tp, ranks = plan.group("tp"), plan.group("shard").size
@@ -182,7 +182,7 @@ def packing(rows: Iterable[Row], plan: Plan, blocks: Collection[str]) -> dict[st
 
 
 def _packed_weights(packs: Mapping[str, Pack]) -> dict[str, tuple[str, PackedWeight]]:
-    """Full name of each packed weight -> (its pack, its part there)."""
+    """Full name of each packed weight -> (the name of its pack, its place there)."""
     return {
         f"{tensor.rpartition('.')[0]}.{part.name}": (tensor, part)
         for tensor, pack in packs.items()
@@ -191,25 +191,25 @@ def _packed_weights(packs: Mapping[str, Pack]) -> dict[str, tuple[str, PackedWei
 
 
 def _pack_name(row: Row, blocks: Collection[str]) -> str | None:
-    """The pack that a weight lies in, None if it lies in none."""
+    """The name of the pack that has this weight, or None."""
     prefix = block_of(row, blocks)
     return None if prefix is None else f"{prefix}.pack32" if row.float32 else f"{prefix}.pack"
 
 
 def start(shares: Tensor, group: Group) -> Tensor:
-    """Begin to gather x [N, ...] of every rank along the first dimension; it may be read only after `finish`
-    or `wait`.
+    """Begin to gather x [N, ...] of every rank along the first dimension. Read it only after `finish` or
+    `wait`.
     """
     return shares if group.size == 1 else start_gather(shares, group)
 
 
 def finish(pending: Tensor, pack: Pack) -> dict[str, Tensor]:
-    """What was started for a flat pack -> the block's weights, by their names below it."""
+    """A started gather of a pack -> the weights of the block, by their names below it."""
     return unpack(wait(pending).view(-1, pack.numel), pack)
 
 
 def unpack(shares: Tensor, pack: Pack) -> dict[str, Tensor]:
-    """The flat tensors of all ranks [ranks, numel] -> the block's weights, by their names below it."""
+    """The packs of all ranks [ranks, numel] -> the weights of the block, by their names below it."""
     return {
         part.name: shares[:, part.offset : part.offset + part.numel].reshape(-1, *part.shape[1:])[
             : part.shape[0]
@@ -219,17 +219,15 @@ def unpack(shares: Tensor, pack: Pack) -> dict[str, Tensor]:
 
 
 def gather(x: Tensor, *groups: Group) -> Tensor:
-    """x [N, ...] of all ranks along these axes, outermost first, one behind the other along the first
-    dimension.
-    """
+    """x [N, ...] of all ranks along these axes, outermost first, concatenated along the first dimension."""
     for group in reversed(groups):
         x = x if group.size == 1 else wait(start(x, group))
     return x
 
 
 class GatherOnRead(Mapping[str, Tensor]):
-    """All weights by their own names, those in packs gathered when they are read: every rank must read the
-    same ones in the same order.
+    """All weights by their own names. A packed one is gathered when it is read, so every rank must read the
+    same weights in the same order.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], packs: Mapping[str, Pack], plan: Plan) -> None:
@@ -263,9 +261,9 @@ class GatherOnRead(Mapping[str, Tensor]):
 class LocalWeight(NamedTuple):
     """What this rank holds of a weight.
 
-    row: the whole weight's. boxes: what of it. home, at, shape: the tensor of this rank that it lies in, from
-    which element, in what shape.
-    alike: the axes, outermost first, along which ranks hold the very same.
+    row: of the whole weight. boxes: its parts on this rank. tensor, offset, shape: the name of this rank's
+    tensor that has it, the first element there, and the shape. replicated_over: the axes, outermost first,
+    along which ranks hold the same part.
     """
 
     row: Row
@@ -276,7 +274,7 @@ class LocalWeight(NamedTuple):
     replicated_over: tuple[Group, ...]
 
     def of(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Its tensor, a view of the one it lies in."""
+        """This rank's part, as a view of the tensor that has it."""
         return weights[self.tensor].view(-1)[self.offset : self.offset + prod(self.shape)].view(self.shape)
 
 
@@ -285,8 +283,8 @@ def local_weights(
 ) -> Iterator[LocalWeight]:
     """What this rank holds of each weight, in the order of the rows, which is the same on all ranks.
 
-    blocks: prefixes of the blocks whose weights are packed over "shard". together: the ranks beside this one,
-    on no axis of the plan, that hold the same as it in everything. ValueError where tp does not divide.
+    blocks: prefixes of the blocks whose weights are packed over "shard". replicas: ranks on no axis of the
+    plan that hold the same parts of all weights. ValueError where tp does not divide.
     """
     rows, tp, ranks = list(rows), plan.group("tp"), plan.group("shard")
     parts = _packed_weights(packing(rows, plan, blocks))
@@ -309,8 +307,8 @@ def local_weights(
 
 
 def _boxes_in_shard(boxes: Iterable[Box], size: int, group: Group) -> Iterator[Box]:
-    """What of the boxes lies in this rank's share of the first dimension, counted from the
-    share's first row.
+    """The parts of the boxes in this rank's shard of the first dimension, counted from the start of the
+    shard.
     """
     _, first, count = shard_range(size, group.size, group.rank)
     for box in boxes:
@@ -323,9 +321,7 @@ def _boxes_in_shard(boxes: Iterable[Box], size: int, group: Group) -> Iterator[B
 def shard_weights(
     weights: Mapping[str, Tensor], rows: Iterable[Row], plan: Plan, blocks: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """What this rank holds, as new tensors, of whole weights that are in memory already. Weights that are not
-    there are left out.
-    """
+    """This rank's tensors, new, from whole weights in memory. Missing weights are left out."""
     rows = [row for row in rows if row.name in weights]
     like = {local.tensor: weights[local.row.name] for local in local_weights(rows, plan, blocks)}
     mine = {row.name: like[row.name].new_zeros(row.shape) for row in local_rows(rows, plan, blocks)}

@@ -1,9 +1,9 @@
-"""An image's rows divided over ranks, for networks that look at near pixels: every rank runs the same
-network on its strip of rows.
+"""The height of an image sharded over ranks, for networks that look at neighbouring pixels: every rank runs
+the same network on its strip.
 
-Strips exchange the rows at their edges where a convolution reaches over them, merge their statistics where a
-norm is over all places, and show each other their keys and values where all pixels attend to all. So the
-result is one rank's, whatever the heights of the strips.
+Ranks exchange the edges of their strips where a convolution reaches across, merge statistics where a norm
+covers the whole image, and gather keys and values where every pixel attends to all. So the result is that of
+one rank, whatever the heights of the strips.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from tinydiff.parallel.plan import ALONE, Group, Plan, Replicate, Shard
 
 @dataclass(frozen=True)
 class Strip:
-    """This rank's strip of an image. heights: of all ranks' strips, from the top.
+    """This rank's strip of an image. heights: of all strips, from the top.
 
-    They are in a unit of the image's division, and hold at every resolution: a strip's tensor has so many
-    rows, or pixels row by row, for each unit of its height, and every other strip as many.
+    Heights are in units that hold at every resolution: the height of a strip's tensor (or its pixels,
+    flattened) is a multiple of the strip's height, by the same factor for all strips.
     """
 
     group: Group
@@ -32,7 +32,7 @@ class Strip:
 
     @property
     def divided(self) -> bool:
-        """Whether there are other strips."""
+        """Whether there is more than one strip."""
         return self.group.size > 1
 
 
@@ -40,11 +40,11 @@ WHOLE = Strip(ALONE, (1,))
 
 
 def in_strips(plan: Plan, fn: Callable[[Tensor, Strip], Tensor], x: Tensor, unit: int) -> Tensor:
-    """`fn(x, WHOLE)` over [..., H, W], made in strips by the ranks of the plan's axis `rows`; each of them
-    gets all of it.
+    """`fn(x, WHOLE)` over [..., H, W], computed in strips by the ranks of the plan's axis `height`. Each rank
+    gets the whole result.
 
-    unit: rows that stay together, the stride of an encoder. An image of fewer units than ranks, or of a part
-    of one, is not divided: every rank then makes all of it.
+    unit: pixels of height that stay together, the stride of an encoder. An image whose height is not a
+    multiple of the unit, or has fewer units than ranks, is computed whole on every rank.
     """
     group, (units, rest) = plan.group("height"), divmod(x.shape[-2], unit)
     if group.size == 1 or units < group.size or rest:
@@ -57,10 +57,10 @@ def in_strips(plan: Plan, fn: Callable[[Tensor, Strip], Tensor], x: Tensor, unit
 
 
 def halo(strip: Strip, x: Tensor, above: int, below: int) -> Tensor:
-    """x [..., H, W] of a strip -> [..., above + H + below, W], with rows of the strips next to it, or zeros
-    beyond the image.
+    """x [..., H, W] of a strip -> [..., above + H + below, W], with the edges of the neighbouring strips, or
+    zeros outside the image.
 
-    What is whole comes back as it is. No strip may be lower than `above` or `below`.
+    A whole image is returned as it is. `above` and `below` must not exceed the height of any strip.
     """
     group = strip.group
     if not strip.divided or above == below == 0:
@@ -79,8 +79,8 @@ def halo(strip: Strip, x: Tensor, above: int, below: int) -> Tensor:
 
 
 def gather(strip: Strip, x: Tensor, dim: int) -> Tensor:
-    """A strip's x -> the whole image's, on every rank. dim: the dimension, counted from the last, of rows
-    or of pixels row by row.
+    """A strip's x -> that of the whole image, on every rank. dim: the dimension, counted from the last, of
+    the height or of flattened pixels.
     """
     if not strip.divided:
         return x
@@ -93,8 +93,8 @@ def gather(strip: Strip, x: Tensor, dim: int) -> Tensor:
 
 
 def statistics(strip: Strip, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance over a strip -> over the image. They are merged: a sum of squares would lose what a
-    large mean hides.
+    """Mean and variance over a strip -> over the image. They are merged rather than summed: a sum of squares
+    would lose precision under a large mean.
     """
     if not strip.divided:
         return mean, variance

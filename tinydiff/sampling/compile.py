@@ -1,10 +1,11 @@
-"""The only place that says torch.compile, and the only one that uses private names of torch (present in 2.11
-to 2.13).
+"""The only module that calls torch.compile, and the only one that uses private names of torch (present in
+2.11 to 2.13).
 
-The whole loop is one graph: torch's loop operator over steps, each kind of block a nested region compiled
-once, so the cost grows neither with depth nor with steps. Tokens and table rows are dynamic, everything else
-that varies is a tensor: no size, step count, solver without fresh noise, guidance scale or chunk compiles
-again. A new dtype or device does, and several images after one.
+The whole loop is one graph: torch's loop operator over steps, with each kind of block as a nested region that
+is compiled once. So the cost of compiling grows neither with depth nor with steps. Tokens and table rows are
+dynamic dimensions, and everything else that varies is a tensor: no size, number of steps, solver without
+fresh noise, guidance scale or chunk compiles again. A new dtype or device does, and so does the first batch
+of several images.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _compiled: dict[tuple[Network, Guidance, bool], Denoise] = {}
 
 
 def has_compiler() -> bool:
-    """Whether this machine has the C++ compiler that compiled graphs need, on the CPU for kernels, on GPUs
+    """Whether this machine has the C++ compiler that compiled graphs need: on the CPU for kernels, on GPUs
     for their launchers.
     """
     try:
@@ -68,11 +69,10 @@ def region(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compiled_denoise(network: Network, guidance: Guidance, *, exact: bool = False) -> Denoise:
-    """`denoise` for this network as one compiled graph; built once for each (network, guidance, exact).
+    """`denoise` for this network as one compiled graph, built once per (network, guidance, exact).
 
-    The family's `conds` say which dimension of a request's tensor runs over image and text tokens.
-    exact: round to the tensors' dtype where eager code would, instead of keeping fused intermediates in
-    float32.
+    The family's `conds` say which dimension of a request's tensor runs over image or text tokens. exact:
+    round to the tensors' dtype where eager code does, instead of keeping fused intermediates in float32.
     """
     key = (network, guidance, exact)
     if key not in _compiled:
@@ -125,8 +125,8 @@ def _build(network: Network, guidance: Guidance, exact: bool) -> Denoise:
 
 @contextmanager
 def _no_modes() -> Iterator[None]:
-    """Without the modes that see every function of torch, such as a default device. The graph would be
-    compiled again for each of them.
+    """Turn off the modes that see every torch function, such as a default device. Otherwise the graph would
+    be compiled again for each of them.
     """
     modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
     device, default_device.CURRENT_DEVICE = default_device.CURRENT_DEVICE, None
@@ -139,7 +139,9 @@ def _no_modes() -> Iterator[None]:
 
 
 def _two_rows(rows: Tensor) -> Tensor:
-    """Rows [S, ...], one more that is never read where S is 1: torch would compile that case on its own."""
+    """Rows [S, ...]. Where S is 1 a row is added that is never read, because torch would compile that case
+    separately.
+    """
     return rows if rows.shape[0] > 1 else torch.cat([rows, rows])
 
 
@@ -164,7 +166,7 @@ def _mark_images(
     noise: Tensor | None,
     fixed: FixedTokens | None,
 ) -> None:
-    """Where there are several images, their number is dynamic; what they share has an axis of 1."""
+    """Make the number of images a dynamic dimension. What they share has a dimension of 1 there."""
     requests = [(at, below) for request, _ in hoisted.branches for at, below in request.items()]
     told = [x for at, below in requests for name, x in below.items() if has_images(conds, at, name)]
     rows = [x for _, steps in hoisted.branches for below in steps.values() for x in below.values()]
@@ -185,10 +187,10 @@ def _mark_named(dims: Mapping[str, int], request: Mapping[str, Tensor]) -> None:
 
 
 def graph_count() -> int:
-    """Graphs compiled by this process so far."""
+    """Graphs compiled by this process."""
     return counters["stats"]["unique_graphs"]
 
 
 def graph_breaks() -> int:
-    """Breaks met by this process so far; the loop tolerates none."""
+    """Graph breaks in this process. The loop must have none."""
     return sum(counters["graph_break"].values())

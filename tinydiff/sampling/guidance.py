@@ -1,7 +1,7 @@
-"""Guidance: functions that make one velocity of the velocities of several branches (see `loop.Predict`).
+"""Guidance: functions that combine the velocities of several branches into one (see `loop.Predict`).
 
-The first branch is the prompt's, the second, where there is one, the negative prompt's. A rank sees its share
-of the tokens. Shape letters: B images, L tokens, P packed channels.
+The first branch is the prompt; the second, where there is one, is the negative prompt. With sequence
+parallelism a rank has its shard of the tokens. Shape letters: B images, L tokens, P packed channels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tinydiff.sampling.loop import Guidance, Guided, Memory, Predict, Step
 
 
 def none(predict: Predict, plan: Plan) -> Guided:
-    """The prediction of the only branch."""
+    """The velocity of the only branch."""
 
     def alone(
         w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory
@@ -62,14 +62,14 @@ classifier_free = _of_two(_plain)
 """u + g (c - u) with the step's scale g. Source: arXiv 2207.12598."""
 
 token_normed = _of_two(_normed)
-"""The same, each token scaled back to the length that the prompt's own prediction has. Source: Qwen-Image's
-pipelines.
+"""`classifier_free`, with each token scaled back to the norm of the prompt's own velocity. Source:
+Qwen-Image's pipelines.
 """
 
 
 def clamped(predict: Predict, plan: Plan) -> Guided:
-    """As `classifier_free`, an image whose velocity is longer than `limit` times that of the prompt scaled
-    back to that length.
+    """`classifier_free`, with an upper bound on the norm ratio guided / prompt: an image above `limit` is
+    scaled back to that ratio.
 
     The request holds `limit` [1 or B, 1, 1] and `real` [1 or B, L, 1] bool, the tokens that count. Source:
     Z-Image's pipelines.

@@ -18,9 +18,9 @@ def noise(seed: int, index: int, shape: Sequence[int], draws: int = 1) -> Tensor
     """Image `index` of seed `seed`: standard normal float32 [draws, *shape], from a CPU generator seeded seed
     + index.
 
-    Draw 0 is the initial latents. A solver that renoises goes on with draws 1, 2, ... in the order a
-    diffusers pipeline holding that generator would make them. Each is one call at `shape`: torch fills a
-    larger tensor with other values.
+    Draw 0 is the initial latents. A solver that renoises continues with draws 1, 2, ... in the order in which
+    a diffusers pipeline with that generator would draw. Each draw is one call at `shape`, because torch fills
+    a larger tensor with other values.
     """
     generator = torch.Generator().manual_seed((seed + index) % 2**64)
     return torch.stack([torch.randn(tuple(shape), generator=generator) for _ in range(draws)])

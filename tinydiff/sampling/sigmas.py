@@ -1,9 +1,8 @@
-"""Noise levels of flow matching: grids of sigma from 1 (noise) towards 0 (clean), and the shifts that bend
+"""Noise levels of flow matching: grids of sigma from 1 (noise) towards 0 (clean), and the shifts applied to
 them.
 
 Every function keeps its argument's dtype: float64 gives the exact grid, float32 the digits that diffusers
-stores.
-Sources: arXiv 2403.03206 (shift), diffusers 0.42.1 `FlowMatchEulerDiscreteScheduler` and
+stores. Sources: arXiv 2403.03206 (shift), diffusers 0.42.1 `FlowMatchEulerDiscreteScheduler` and
 `UniPCMultistepScheduler` (grids, order of steps). Shape letters: S steps.
 """
 
@@ -15,14 +14,14 @@ import torch
 from torch import Tensor
 
 TRAIN_STEPS = 1000
-"""Timesteps of the training schedule: the model is shown `sigma * 1000`."""
+"""Timesteps of the training schedule. The timestep of a step is `sigma * 1000`."""
 
 
 def spaced(first: float, last: float, count: int) -> Tensor:
     """`count` evenly spaced values, float64 [count], both ends included.
 
-    Rounded as numpy's linspace rounds: a timestep truncated to an integer hangs on the last bit, and
-    torch.linspace differs there.
+    Rounded as numpy's linspace rounds. A timestep that is truncated to an integer depends on the last bit,
+    where torch.linspace differs.
     """
     grid = torch.arange(count, dtype=torch.float64) * ((last - first) / max(count - 1, 1)) + first
     if count > 1:
@@ -36,15 +35,15 @@ def linear_grid(steps: int) -> Tensor:
 
 
 def unipc_grid(steps: int, train_steps: int = TRAIN_STEPS) -> Tensor:
-    """The unshifted grid [S] of UniPC and DPM-Solver on flows: S + 1 values from 1 to 1 / train_steps without
-    the last.
+    """The unshifted grid [S] of UniPC and DPM-Solver on flows: S + 1 values from 1 to 1 / train_steps,
+    without the last one.
     """
     return spaced(1.0, 1 / train_steps, steps + 1)[:-1]
 
 
 def scheduler_grid(steps: int, lowest: float, train_steps: int = TRAIN_STEPS) -> Tensor:
-    """The grid [S] from 1 to `lowest` that FlowMatchEuler makes when it is handed none (Wan and
-    SD3 do so).
+    """The grid [S] from 1 to `lowest` that FlowMatchEuler computes when the pipeline passes none (Wan and
+    SD3).
     """
     return spaced(train_steps, lowest * train_steps, steps) / train_steps
 

@@ -1,12 +1,12 @@
 """Solvers as tables of coefficients: every solver here is linear in the latents, the predictions and fresh
 noise.
 
-Step i of any solver, v_i the guided velocity predicted at x_i, x0_i = x_i - sigma_i v_i the clean latents it
-implies:
+Step i of any solver, with v_i the guided velocity predicted at x_i and x0_i = x_i - sigma_i v_i the clean
+latents it implies, is
 
     x_{i+1} = a_i x_i + c_i v_i + b1_i x0_{i-1} + b2_i x0_{i-2} + n_i noise_i
 
-A table is computed once on the CPU in float64; the loop gathers rows and adds. Sources: diffusers 0.42.1
+A table is computed once, on the CPU in float64; the loop gathers rows and adds. Sources: diffusers 0.42.1
 (Euler, UniPC; arXiv 2302.04867), FastVideo (DMD; arXiv 2405.14867). Shape letters: S steps.
 """
 
@@ -38,7 +38,7 @@ class Table(NamedTuple):
     """One row per step, each column a CPU tensor [S], float64 but for `expert`."""
 
     timesteps: Tensor
-    """What the model is shown, in units of the training schedule (0 to 1000)."""
+    """The model's input, in units of the training schedule (0 to 1000)."""
     sigmas: Tensor
     """Noise level of x_i."""
     a: Tensor
@@ -82,8 +82,8 @@ def flow_euler(sigmas: Tensor, timesteps: Tensor | None = None) -> Table:
 
 
 def renoise(sigmas: Tensor, timesteps: Tensor | None = None) -> Table:
-    """Jump to the clean latents, then back to the next level with fresh noise: (1 - sigma') x0 + sigma'
-    noise. sigmas [S + 1].
+    """Predict the clean latents, then add fresh noise up to the next level: (1 - sigma') x0 + sigma' noise.
+    sigmas [S + 1].
     """
     timesteps = sigmas[:-1] * TRAIN_STEPS if timesteps is None else timesteps
     s = sigmas.double()
@@ -94,7 +94,7 @@ def dmd(timesteps: Sequence[float] = (1000, 757, 522), shift: float = 8.0) -> Ta
     """Distribution matching distillation: renoise at the given timesteps, each at the sigma whose training
     timestep is nearest.
 
-    Raises UserError where a timestep lies outside 0 to 1000 or the list does not fall.
+    Raises UserError where a timestep is outside 0 to 1000 or the timesteps do not decrease.
     """
     shown = torch.tensor(timesteps, dtype=torch.float64)
     falls = bool((shown.diff() < 0).all())
@@ -183,8 +183,9 @@ def with_experts(table: Table, boundary_ratio: float, guidance_2: float | None =
 
 
 def since(table: Table, step: int) -> Table:
-    """The table from row `step` on, as an image made noisy to that row's sigma starts. UniPC, which looks
-    back at earlier steps, begins anew there, at first with its lower order, as the reference's does."""
+    """The table from row `step` on, for an image noised to that row's sigma. UniPC, which uses earlier steps,
+    restarts there with its lower order, as in diffusers.
+    """
     rest = Table(*(column[step:] for column in table))
     if not step or not (table.b1.any() or table.b2.any()):
         return rest
@@ -204,7 +205,7 @@ SHIFT_NAMES = {"FlowMatchEulerDiscreteScheduler": "shift", "UniPCMultistepSchedu
 """What each scheduler class calls its static shift."""
 
 MOST_SHIFT = 100.0
-"""A dynamic shift beyond it, either way, leaves nothing of a schedule."""
+"""A larger dynamic shift, in either direction, leaves no usable schedule."""
 
 _ANY = object()
 _SHIFTS = {
@@ -247,9 +248,7 @@ _FIELDS: dict[str, dict[str, tuple[Any, Any]]] = {
         **dict.fromkeys(("dynamic_thresholding_ratio", "sample_max_value"), (None, _ANY)),
     },
 }
-"""Fields of each scheduler class we read: name -> (diffusers' default, the only value that gives these
-numerics or any).
-"""
+"""Fields of each scheduler class: name -> (diffusers' default, the only supported value or any)."""
 
 _KINDS = {
     **{"shift": float, "flow_shift": float, "shift_terminal": float | None, "time_shift_type": str},
@@ -259,9 +258,7 @@ _KINDS = {
 
 
 def check_types(config: Mapping[str, Any]) -> None:
-    """Raises UserError, one sentence, for a `scheduler_config.json` with a value of a wrong type or out of
-    range.
-    """
+    """Raises UserError for a `scheduler_config.json` with a value of a wrong type or out of range."""
     name = config.get("_class_name")
     if not isinstance(name, str):
         raise UserError(
@@ -282,7 +279,7 @@ def check_types(config: Mapping[str, Any]) -> None:
 
 
 def unread(config: Mapping[str, Any]) -> list[str]:
-    """Fields of a `scheduler_config.json` that its class does not have, which the reference ignores too."""
+    """Fields of a `scheduler_config.json` that its class does not have. diffusers ignores them too."""
     known = _FIELDS.get(str(config.get("_class_name")), config)
     return [field for field in config if field not in known and not field.startswith("_")]
 
@@ -290,15 +287,14 @@ def unread(config: Mapping[str, Any]) -> list[str]:
 def from_scheduler_config(
     config: Mapping[str, Any], steps: int, *, sigmas: Tensor | None = None, mu: float | None = None
 ) -> Table:
-    """The table of a diffusers `scheduler_config.json` for `steps` steps, with the sigmas rounded to float32
-    as diffusers stores them.
+    """The table of a diffusers `scheduler_config.json` for `steps` steps, with sigmas rounded to float32 as
+    diffusers stores them.
 
-    sigmas: the unshifted grid [S] where the pipeline hands one to its scheduler (`sigmas.linear_grid`); None
-    is the scheduler's own.
-    mu: the dynamic shift, needed where the config says use_dynamic_shifting. Guidance is 1 and expert 0 on
-    every row.
+    sigmas: the unshifted grid [S] where the pipeline passes one to its scheduler (`sigmas.linear_grid`); None
+    is the scheduler's own grid. mu: the dynamic shift, needed where the config says use_dynamic_shifting.
+    Guidance is 1 and expert 0 on every row.
 
-    Raises UserError for a class, field or value outside what is reproduced here.
+    Raises UserError for a class, field or value that is not supported.
     """
     if steps < 1:
         raise UserError("num_inference_steps", f"num_inference_steps is {steps}; it must be at least 1")
@@ -346,8 +342,8 @@ def _bend(grid: Tensor, get: Callable[[str], Any], shift: float, mu: float | Non
 
 
 def _check(config: Mapping[str, Any]) -> tuple[str, Callable[[str], Any]]:
-    """The scheduler's class name and a reader of its fields, once all of them are known to be reproduced
-    here.
+    """The scheduler's class name, and a reader of its fields, after checking that all of them
+    are supported.
     """
     name = str(config.get("_class_name", ""))
     if name not in _FIELDS:
