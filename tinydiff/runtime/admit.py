@@ -1,5 +1,5 @@
-"""Admission: a request's fields are filled from the model's defaults and checked against what the model can
-do, before anything is made.
+"""Admission: the fields of a request are completed with the model's defaults and checked against what the
+model can do, before anything is computed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tinydiff.runtime.pipeline import table
 from tinydiff.runtime.settings import settle
 
 STRENGTH = 0.6
-"""Of an image to start from, where none is named."""
+"""Default strength where an image is given to start from."""
 LUMA = (0.299, 0.587, 0.114)
-"""Shares of red, green and blue in brightness, ITU-R BT.601."""
+"""Weights of red, green and blue in brightness, ITU-R BT.601."""
 
 
 class Read(Protocol):
@@ -169,8 +169,8 @@ def _mask(
 ) -> numpy.ndarray | None:
     """The mask at the request's size, 0 or 255 [height, width]; None without one.
 
-    As in diffusers' inpainting pipelines it is resized as the image is; then what is at least half as
-    bright as white is white.
+    It is resized as the image is, as in diffusers' inpainting pipelines. Then pixels at least half as bright
+    as white become white.
     """
     if sampling.mask_path is None:
         return None
@@ -237,7 +237,7 @@ def _images(blueprint: Blueprint, paths: Sequence[str], read: Read) -> tuple[num
 def _size(
     blueprint: Blueprint, sampling: SamplingOptions, images: Sequence[numpy.ndarray]
 ) -> tuple[int, int]:
-    """The asked size; else the model's, its area spread to the aspect of the given image."""
+    """The requested size; else the model's, its area fitted to the aspect ratio of the input image."""
     row, multiple, longest = blueprint.row, _multiple(blueprint), _longest_side(blueprint)
     height, width = sampling.height or row.height, sampling.width or row.width
     size_from_image = blueprint.denoiser.family.size_from_image

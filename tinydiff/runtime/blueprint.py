@@ -1,8 +1,8 @@
-"""From a model's components to a model in memory: what their JSON files say is checked first, then the
-weights are streamed in.
+"""From a model's components to a model in memory: first the JSON files are checked, then the weights are
+loaded.
 
-A `Blueprint` is made of a few JSON files and touches no device, so that a request is refused before gigabytes
-are moved.
+A `Blueprint` comes from a few JSON files and touches no device, so a request is refused before gigabytes are
+moved.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ FILES = (
     *("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "pe_tokenizer"),
     *("image_processor", "processor", "feature_extractor"),
 )
-"""Components without weights. The last three only say what an encoder's own preprocessing is."""
+"""Components without weights. The last three only describe the preprocessing of an encoder."""
 WRITER = "pe"
-"""A language model that rewrites prompts, where the pipeline has one and its tokenizer."""
+"""The component that rewrites prompts: a language model that some pipelines have, with its tokenizer."""
 
 
 NEEDED = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -58,7 +58,7 @@ NEEDED = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
 @dataclass(frozen=True)
 class NetPlan(Generic[R]):
-    """One network before its weights are there. family: its record."""
+    """One network before its weights are loaded. family: its record."""
 
     name: str
     family: R
@@ -67,21 +67,23 @@ class NetPlan(Generic[R]):
     dtype: torch.dtype
     plan: Plan
     attention_option: str = "attention_backend"
-    """The option that says its attention backend."""
+    """The option that sets its attention backend."""
 
     @property
     def keys(self) -> KeyMap:
-        """Where its rows stand in its files."""
+        """The key map of its files."""
         return (self.component.keys or self.family.keys)(self.config)
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A model before its weights are there."""
+    """A model before its weights are loaded."""
 
     row: ReleasedModel
     named: bool
-    """Whether the row was found by name; if only by shape, the directory's own scheduler settings hold."""
+    """Whether the row was found by name. If it was found by shape only, the directory's own scheduler
+    settings count.
+    """
     nets: Mapping[str, NetPlan[Any]]
     """Component -> its network."""
     tokenizers: Mapping[str, Component]
@@ -93,7 +95,7 @@ class Blueprint:
     compiled: bool
     tiling: bool
     variant: str | None = None
-    """Of the weights, where they are saved in several."""
+    """The variant of the weight files, where there are several."""
     adapters: tuple[loras.Chosen, ...] = ()
     lora_mode: loras.Mode = "auto"
 
@@ -109,7 +111,7 @@ class Blueprint:
 
 @dataclass(frozen=True)
 class Model:
-    """A model in memory, fit to answer any number of requests."""
+    """A model in memory, which can answer any number of requests."""
 
     blueprint: Blueprint
     nets: Mapping[str, Net[Any]]
@@ -127,12 +129,12 @@ class Model:
 
 
 def read(options: ModelOptions) -> Blueprint:
-    """Read and check what `options` name, everything but the weights. Raises UserError."""
+    """Read and check everything that `options` name except the weights. Raises UserError."""
     return from_components(components.chosen(options), options)
 
 
 def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
-    """The blueprint of a model of these components. Raises UserError where they make none."""
+    """The blueprint of a model with these components. Raises UserError where they do not make a model."""
     parts = checkpoint.components
     if absent := [name for name in NEEDED if name not in parts]:
         raise UserError(
@@ -200,11 +202,11 @@ def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
 
 
 def load(blueprint: Blueprint, ranks: Ranks | None = None, merge_adapters: bool = False) -> Model:
-    """Stream the weights of every network to the device and type that the blueprint says. Raises UserError
-    for broken files.
+    """Load the weights of every network to the device and dtype of the blueprint. Raises UserError for broken
+    files.
 
-    ranks: this process among several that all load the model; it gets what it is to hold of it.
-    merge_adapters: whether LoRA adapters rather go into the weights, where the options leave it open.
+    ranks: this process among several that all load the model; it loads its own part. merge_adapters: whether
+    LoRA adapters are preferably merged, where the options leave it open.
     """
     _check_attention(blueprint)
     variant = blueprint.variant
@@ -292,8 +294,8 @@ def _row(checkpoint: Checkpoint, options: ModelOptions) -> tuple[ReleasedModel, 
 
 
 def _needed_layers(name: str, config: Any, takes: tuple[int, ...], checkpoint: Checkpoint) -> Any:
-    """A language model of only as many layers as its highest wanted state needs. takes: the states, from the
-    end where negative.
+    """A language model with only as many layers as its highest used hidden state needs. takes: the states;
+    negative ones count from the end.
     """
     total = config.num_hidden_layers
     most = max(take if take >= 0 else total + 1 + take for take in takes)
@@ -307,8 +309,8 @@ def _needed_layers(name: str, config: Any, takes: tuple[int, ...], checkpoint: C
 
 
 def _records(checkpoint: Checkpoint, row: ReleasedModel, options: ModelOptions) -> dict[str, Record]:
-    """How each component with weights is run, once every option that speaks of a component is known to find
-    it.
+    """The record of each component with weights, after checking that every option about a
+    component finds it.
     """
     records, parts = {}, checkpoint.components
     for name, class_name in ((name, part.class_name) for name, part in parts.items()):
@@ -342,8 +344,8 @@ def _records(checkpoint: Checkpoint, row: ReleasedModel, options: ModelOptions) 
 
 
 def _dtype(name: str, family: Record, options: ModelOptions, device: torch.device) -> torch.dtype:
-    """A component's type: the option for it, else that for its role, else float32 on the CPU and for
-    autoencoders, bfloat16 elsewhere.
+    """A component's dtype: from its own option, else from the option for its role, else float32 on the CPU
+    and for autoencoders, bfloat16 elsewhere.
     """
     encoders = options.text_encoder_precisions
     place = int(name.rpartition("_")[2]) - 1 if name.rpartition("_")[2].isdigit() else 0
@@ -362,8 +364,8 @@ def _dtype(name: str, family: Record, options: ModelOptions, device: torch.devic
 
 
 def _plan(name: str, family: Record, options: ModelOptions) -> tuple[Plan, str]:
-    """(a component's plan, the option that says its attention). `attention_backend` is the denoiser's;
-    encoders, whose attention is masked, let torch choose unless named.
+    """(a component's plan, the option that sets its attention). `attention_backend` is the denoiser's.
+    Encoders, whose attention is masked, let torch choose unless they are named.
     """
     named, general = (
         options.component_attention_backends,
@@ -376,7 +378,7 @@ def _plan(name: str, family: Record, options: ModelOptions) -> tuple[Plan, str]:
 
 
 def _check_attention(blueprint: Blueprint) -> None:
-    """Every attention backend runs here: a small product on the device tells."""
+    """Check that every attention backend runs here, with a small product on the device."""
     for name, net in blueprint.nets.items():
         if net.family.head_width is None:
             continue
@@ -401,7 +403,7 @@ def _check_compiler() -> None:
 
 
 def _check_fit(row: ReleasedModel, checkpoint: Checkpoint, nets: Mapping[str, NetPlan[Any]]) -> None:
-    """The components that a request needs are there, and agree where they meet."""
+    """Check that the components that a request needs are there and agree with each other."""
     encoders = [name for name, plan in nets.items() if plan.family.role == "text_encoder"]
     needed = (
         *nets["transformer"].family.extra_components(nets["transformer"].config),

@@ -1,4 +1,6 @@
-"""What each way of sharing a request among GPUs costs, from a model's configs alone: no GPU, no weights."""
+"""Costs of the layouts in which GPUs can share a request, from a model's configs alone: no GPU,
+no weights.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +24,20 @@ from tinydiff.runtime.admit import admit
 from tinydiff.runtime.pipeline import PIXELS_PER_PASS
 
 ROLE_BYTES = {"text_encoder": 2, "image_encoder": 4, "vae": 4}
-"""Of a value of the networks beside the denoiser, in the types that they have on a GPU by default."""
+"""Bytes of a value in the networks beside the denoiser, in their default dtypes on a GPU."""
 RESERVED = 1.0
-"""GB of every GPU left to driver, libraries and the allocator's gaps."""
+"""GB of every GPU that remain for driver, libraries and fragmentation."""
 NEAR = 1.02
-"""How many times as long as the fastest a layout may take to be called as fast."""
+"""A layout counts as fast as the fastest if it takes at most this many times as long."""
 CARDS = (12, 16, 24, 32, 48, 80, 96, 141, 192)
-"""GB of the usual GPUs."""
+"""GB of common GPUs."""
 REFERENCE = 1024
-"""Pixels along the sides of a reference image."""
+"""Assumed side length in pixels of a reference image."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is planned: the networks of a model and one request to it."""
+    """What is planned for: the networks of a model, and one request."""
 
     name: str
     request: Request
@@ -44,19 +46,19 @@ class Subject:
     others: Mapping[str, tuple[tuple[Row, ...], int]]
     """The networks beside the denoiser: name -> (weights, bytes of a value)."""
     decoding: tuple[int | None, int | None]
-    """Bytes at the peak of decoding on one rank and, its rows divided, on each; None where it is not known.
+    """Peak bytes of decoding on one rank, and on each of several that share the height; None where not known.
     """
     references: int
     """Reference images among the image tokens."""
     work: Work
     b: int
-    """Bytes of a value of the denoiser."""
+    """Bytes of a value in the denoiser."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A layout's costs for each GPU in bytes, and seconds of a step. activations: hoisted tensors among them.
-    sent: axis -> of a step.
+    """A layout's cost per GPU in bytes, and seconds of a step. activations: with hoisted tensors. sent: axis
+    -> bytes in a step.
     """
 
     layout: Layout
@@ -74,7 +76,7 @@ class Estimate:
 
     @property
     def lacks(self) -> float:
-        """GB that are missing; 0 or less where it fits."""
+        """Missing GB; 0 or less where it fits."""
         return self.total / 1e9 + RESERVED - self.vram
 
 
@@ -160,7 +162,7 @@ def _is_released(model: str) -> bool:
 
 
 def layouts(subject: Subject, ranks: int) -> Iterator[Layout]:
-    """Every way to share one request among so many ranks, the autoencoder's rows divided, nothing else."""
+    """All layouts for one request on this many ranks, with the autoencoder's height sharded."""
     for cfg, tp in ((cfg, tp) for cfg in (1, 2) for tp in range(1, ranks + 1) if ranks % (cfg * tp) == 0):
         if why_indivisible(subject.net.rows, tp) is None:
             rest = ranks // (cfg * tp)
@@ -181,7 +183,7 @@ def _possible(subject: Subject, layout: Layout) -> bool:
 
 
 def usual(subject: Subject, ranks: int) -> Layout | None:
-    """What `generate --num-gpus` alone chooses; None where it refuses."""
+    """The layout that `generate --num-gpus` chooses by itself; None where it refuses."""
     try:
         return choose(
             ParallelOptions(num_gpus=ranks),
@@ -195,11 +197,11 @@ def usual(subject: Subject, ranks: int) -> Layout | None:
 
 
 def estimates(subject: Subject, ranks: int, vram: float, machine: Machine) -> list[Estimate]:
-    """Those that fit into `vram` GB, the fastest first, then the others; before all, where it is hardly
-    slower, what `generate` chooses.
+    """The layouts that fit into `vram` GB, fastest first, then the others. The layout that `generate` chooses
+    comes first where it is hardly slower.
 
-    With what does not fit stands the first way to make it fit, else the smallest: text encoders divided over
-    all ranks too, full sharding, both.
+    Each layout that does not fit is followed by the first of these that makes it fit, else by the smallest:
+    sharding text encoders over all ranks, full sharding, both.
     """
     found = []
     for layout in layouts(subject, ranks):
@@ -216,8 +218,8 @@ def estimates(subject: Subject, ranks: int, vram: float, machine: Machine) -> li
 
 
 def _helped(subject: Subject, layout: Layout, vram: float, machine: Machine) -> Estimate:
-    """The first way to make a layout fit, else the smallest: text encoders divided over all ranks, full
-    sharding, both.
+    """The first change that makes a layout fit, else the smallest result: sharding text encoders over all
+    ranks, full sharding, both.
     """
     smaller = [
         replace(layout, encoders=encoders, fsdp=fsdp)
@@ -243,7 +245,7 @@ def over_cards(subject: Subject, ranks: int, machine: Machine) -> list[tuple[Est
 
 
 def estimate(subject: Subject, layout: Layout, vram: float, machine: Machine) -> Estimate:
-    """What a layout costs. Text encoders are divided over tp, or over all ranks, where that divides their
+    """The cost of a layout. Text encoders are sharded over tp, or over all ranks, where that divides their
     heads.
     """
     net, work, b = subject.net, subject.work, subject.b

@@ -1,6 +1,4 @@
-"""From options to files: what `tinydiff generate` runs, and what the library's `load` and `generate` are made
-of.
-"""
+"""From options to files: what `tinydiff generate` runs, and what the library's `load` and `generate` use."""
 
 from __future__ import annotations
 
@@ -23,8 +21,8 @@ Destination = tuple[output.Target, output.Encoding]
 
 @dataclass(frozen=True)
 class ReplicaJob:
-    """What a replica makes at once: a prompt's outputs from number `first` on, as a request of their own. of:
-    all outputs of the prompt.
+    """What a replica generates at once: outputs of a prompt from number `first` on, as a request of their
+    own. of: all outputs of the prompt.
     """
 
     prompt: int
@@ -46,8 +44,8 @@ def admitted(options: Options) -> tuple[Blueprint, list[Request], list[Destinati
 
 @default_torch_state()
 def generate(options: Options, progress: Progress, ranks: Ranks | None = None) -> list[Result]:
-    """Load the model, make everything asked for and write it. One result per prompt. Raises UserError before
-    anything is made.
+    """Load the model, generate everything asked for and write it. One result per prompt. Raises UserError
+    before anything is generated.
 
     ranks: this process among several that all call this. Replicas then share the outputs, the first rank of
     each writes its files, and rank 0 returns the results, the others none.
@@ -105,7 +103,7 @@ def _run_job(
     progress: Progress,
     writes: bool,
 ) -> Result:
-    """Do a job, and write its files where this rank is the one that does."""
+    """Run a job, and write its files if this rank writes."""
     result = pipeline.run(model, job.request, progress)
     if options.save_output and writes:
         progress.on_stage("save")
@@ -122,7 +120,7 @@ def _run_job(
 
 
 def _merge_results(parts: Sequence[Result]) -> Result:
-    """The result of a prompt from those of its jobs, in order; the seconds are those of all replicas
+    """The result of a prompt from the results of its jobs, in order. The seconds are those of all replicas
     together.
     """
     if len(parts) == 1:
@@ -134,7 +132,7 @@ def _merge_results(parts: Sequence[Result]) -> Result:
 
 
 def _destination(options: OutputOptions, request: Request) -> Destination:
-    """Where and how the request's outputs are written, checked before they are made."""
+    """Where and how the outputs of a request are written, checked before they are generated."""
     target = output.plan_target(
         options.output_path,
         options.output_file_name,
@@ -155,7 +153,7 @@ def _destination(options: OutputOptions, request: Request) -> Destination:
 def _save(
     target: output.Target, encoding: output.Encoding, job: ReplicaJob, result: Result
 ) -> tuple[Path, ...]:
-    """One file an output; layers are a file each, numbered on through all outputs, or a directory."""
+    """Write one file per output. Layers are one file each, numbered through all outputs, or a directory."""
     files = []
     for frames, seed in zip(result.frames, result.seeds, strict=True):
         told = {**result.parameters, "seed": seed}

@@ -1,7 +1,7 @@
-"""From a command line to the ranks that run it: one process as ever, ranks of its own, or one of those that
+"""From a command line to the ranks that run it: this process alone, ranks that it starts, or ranks that
 torchrun started.
 
-Everything that can be refused is refused here, before a process is started or a rank waits for another.
+Whatever can be refused is refused here, before a process is started or a rank waits for another.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TIMEOUT = 3600
-"""Seconds that a rank waits for another, unless `dist_timeout` says."""
+"""Default of `dist_timeout`: seconds that a rank waits for another."""
 LINGER = 60
-"""Seconds that a failed rank gives another to fail first."""
+"""Seconds that a failed rank waits for another to fail first."""
 
 
 class Display(Protocol):
-    """A `tinydiff.config.Progress` that ends."""
+    """A `tinydiff.config.Progress` that can be closed."""
 
     def on_stage(self, name: str) -> None: ...
     def on_step(self, done: int, total: int) -> None: ...
@@ -39,14 +39,14 @@ class Display(Protocol):
 
 
 MakeDisplay = Callable[[str], Display]
-"""A function of a module: log level -> what shows the progress there."""
+"""A function of a module: log level -> the progress display."""
 
 
 def generate(options: Options, watch: MakeDisplay) -> list[Result]:
-    """Make everything asked for, on as many ranks as are asked for. One result per prompt; none where rank 0
-    is another process's.
+    """Generate everything asked for, on as many ranks as asked for. One result per prompt; none where another
+    process is rank 0.
 
-    Raises UserError as `runtime.generate.generate`, RankError where a rank fails otherwise.
+    Raises UserError as `runtime.generate.generate` does, and RankError where a rank fails otherwise.
     """
     place = config.under_torchrun()
     ranks = layout.count(options.parallel, place and place.size)
@@ -70,8 +70,8 @@ def generate(options: Options, watch: MakeDisplay) -> list[Result]:
 
 
 def wait_unless_first_to_fail() -> None:
-    """Called before a failure is told: of ranks that torchrun started, which may all fail alike, those that
-    are not the first linger. By then torchrun has ended them, unless it was theirs alone.
+    """Called before a failure is reported. Under torchrun several ranks may hit the same error: all but the
+    first sleep here until torchrun ends them, so that it is printed once.
     """
     place = config.under_torchrun()
     if place is None or place.size == 1:
@@ -83,7 +83,7 @@ def wait_unless_first_to_fail() -> None:
 
 
 def chosen_layout(options: Options, ranks: int, place: LaunchedRank | None) -> Layout:
-    """How the ranks share what is asked for, told in a line. Reads the model's configs, no weights. Raises
+    """How the ranks share the work; logged in a line. Reads the model's configs, no weights. Raises
     UserError.
     """
     from tinydiff.runtime.generate import admitted
@@ -109,7 +109,7 @@ def denoiser_heads(plan: Blueprint) -> int:
 
 
 def check_divides(plan: Blueprint, chosen: Layout) -> None:
-    """Raises UserError where the ranks of `tp` cannot share the denoiser's weights evenly."""
+    """Raises UserError where tp ranks cannot share the denoiser's weights evenly."""
     from tinydiff.parallel.shards import why_indivisible
 
     net = plan.denoiser
@@ -120,7 +120,9 @@ def check_divides(plan: Blueprint, chosen: Layout) -> None:
 
 
 def check_devices(plan: Blueprint, here: int) -> None:
-    """Raises UserError for more ranks on this machine than it has GPUs; without GPU they share the CPU."""
+    """Raises UserError for more ranks on this machine than it has GPUs. Without a GPU, ranks
+    share the CPU.
+    """
     import torch
 
     if plan.device.type == "cuda" and here > torch.cuda.device_count():
@@ -155,7 +157,7 @@ def _start_ranks(options: Options, chosen: Layout, watch: MakeDisplay) -> list[R
 
 
 def rank_main(options: Options, chosen: Layout, watch: MakeDisplay) -> list[Result]:
-    """What every rank runs. Rank 0 shows the progress and returns the results, the others return none."""
+    """What every rank runs. Rank 0 shows the progress and returns the results; the others return none."""
     import torch
 
     from tinydiff.parallel.ranks import close, join
@@ -171,6 +173,6 @@ def rank_main(options: Options, chosen: Layout, watch: MakeDisplay) -> list[Resu
 
 
 def log_to_stderr(log_level: str) -> None:
-    """Let this process's log of `log_level` and above be read on stderr."""
+    """Print this process's log messages of `log_level` and above on stderr."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("tinydiff").setLevel(log_level.upper())

@@ -1,4 +1,4 @@
-"""What a library user calls: the same options as the command line, no files written."""
+"""What library users call: the options of the command line, without writing files."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def load(model_path: str | None, options: Mapping[str, Any]) -> Model:
 
 
 def _ranks(asked: config.ParallelOptions, plan: blueprint.Blueprint) -> Ranks | None:
-    """This process among those that torchrun started, where `asked` has them share the model. Raises
-    UserError outside of torchrun.
+    """This process among the ranks that torchrun started, where `asked` makes them share the model. Raises
+    UserError without torchrun.
     """
     given = [each.name for each in fields_of(asked) if getattr(asked, each.name) != each.default]
     place = config.under_torchrun()

@@ -1,8 +1,8 @@
-"""The hops from an admitted request to frames. Each is a function of the one before; nothing is kept between
-requests.
+"""The stages from an admitted request to frames. Each is a function of the value before it; nothing is kept
+between requests.
 
-Shape letters: B batch, T text tokens, L latent tokens, P latent values of a token, C channels, F latent
-frames, H and W latent size.
+Shape letters: B batch, T text tokens, L latent tokens, P values of a packed latent token, C channels, F
+latent frames, H and W latent size.
 """
 
 from __future__ import annotations
@@ -35,33 +35,33 @@ from tinydiff.version import __version__
 log = logging.getLogger(__name__)
 
 PIXELS_PER_PASS = 8_000_000
-"""Pixels of frames that the autoencoder handles at once; longer videos go through it in chunks of latent
-frames, with the same result.
+"""Pixels that the autoencoder processes at once. Longer videos go through it in chunks of latent frames, with
+the same result.
 """
 TILE = 256
-"""Side in pixels of the squares of a tiled autoencoder."""
+"""Side in pixels of the tiles of a tiled autoencoder."""
 FEATHER = 8
-"""Half the width in pixels of the seam around what inpainting paints; a latent's pixel covers as many."""
+"""Half the width in pixels of the seam around an inpainted area. One latent covers as many pixels."""
 
 
 class Conditioning(NamedTuple):
-    """What the loop is told, but for noise."""
+    """The inputs of the loop, without noise."""
 
     prepared: LoopInputs
     rows: Table
     experts: Callable[[int], loop.Hoisted]
-    """Index -> the network made ready, once for all outputs."""
+    """Index -> the network prepared for this request, once for all outputs."""
     start: Tensor | None = None
     """Tokens [1, L, P] of the image to start from."""
     mask: Tensor | None = None
-    """[1, L, P], 1 where that image is inpainted, 0 where it stays."""
+    """[1, L, P]: 1 where the start image is inpainted, 0 where it is kept."""
     warnings: tuple[str, ...] = ()
-    """What of the request had no effect: tokens of a text that were cut."""
+    """Parts of the request without effect: text tokens that were cut."""
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Seconds of each stage and of each step, told to `progress` as they pass."""
+    """Seconds of each stage and each step, reported to `progress` as they pass."""
 
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def steps(self, made: Iterable[Tensor], total: int) -> Iterator[Tensor]:
-        """Pass on what each of `total` steps makes."""
+        """Pass on the result of each of `total` steps, and note its seconds."""
         before = time.perf_counter()
         for done, latents in enumerate(made, 1):
             now = time.perf_counter()
@@ -86,14 +86,14 @@ class Clock:
 
 
 def vae_passes(model: Model, output: Output) -> tuple[int, int | None]:
-    """(latent frames per pass, side of the tiles or None) for an output's frames."""
+    """(latent frames per pass, side of the tiles or None) for the frames of an output."""
     chunk = max(1, PIXELS_PER_PASS // (4 * output.height * output.width))
     return chunk, TILE if model.blueprint.tiling else None
 
 
 def make_context(model: Model, request: Request, warn: Callable[[str], None] = log.warning) -> Context:
-    """What the family's recipe may use of the model. warn: told of each text that was too long, in a
-    sentence.
+    """What the family's recipe may use of the model. warn: called with a sentence for each text
+    that was cut.
     """
     vae, device = model.autoencoder, model.blueprint.device
     chunk, tile = vae_passes(model, request.output)
@@ -123,8 +123,9 @@ def make_context(model: Model, request: Request, warn: Callable[[str], None] = l
 
 
 def _check_strides(vae: Any, pixels: Tensor, latents: Tensor) -> None:
-    """Raises UserError where a given image's latents are not of the size that the autoencoder's config says,
-    and so not of that of the latents made. Without a given image the config's word holds, as in diffusers.
+    """Raises UserError where the latents of an input image do not have the size that the autoencoder's config
+    says, so that they would not fit the latents of the output. Without an input image the config is trusted,
+    as in diffusers.
     """
     frames, height, width = pixels.shape[2:]
     for name, made, said in (
@@ -142,9 +143,7 @@ def _check_strides(vae: Any, pixels: Tensor, latents: Tensor) -> None:
 
 
 def _check_vocabulary(model: Model, component: str, ids: Sequence[int]) -> None:
-    """Raises UserError for a token beyond the vocabulary of the encoder that reads what this tokenizer
-    writes.
-    """
+    """Raises UserError for a token beyond the vocabulary of the encoder that reads it."""
     encoder = "pe" if component == "pe_tokenizer" else component.replace("tokenizer", "text_encoder")
     size = model.nets[encoder].config.vocab_size
     if ids and max(ids) >= size:
@@ -156,16 +155,14 @@ def _check_vocabulary(model: Model, component: str, ids: Sequence[int]) -> None:
 
 
 def _is_negative(request: Request, texts: Sequence[str], index: int) -> bool:
-    """Whether a text that a tokenizer gets is the negative prompt's. It comes second, or alone within words
-    of the model's own.
-    """
+    """Whether a text is the negative prompt: the second one, or one that the model's template surrounds."""
     if not request.guidance.on or len(texts) > 1:
         return request.guidance.on and index > 0
     return request.text.prompt not in texts[0] and request.text.negative_prompt in texts[0]
 
 
 def condition(model: Model, request: Request) -> Conditioning:
-    """Run the encoders, and make the table."""
+    """Run the encoders and compute the table."""
     model = replace(model, nets=loras.for_request(model.nets, model.adapters, request.loras))
     warnings: dict[str, None] = {}  # in order, each once: tokenizers of one length cut alike
     told = _conditioned(
@@ -212,7 +209,9 @@ def _experts(model: Model, prepared: LoopInputs, rows: Table) -> Callable[[int],
 
 
 def table(blueprint: Blueprint, request: Request) -> Table:
-    """The request's solver as a table. Raises UserError for a scheduler or timesteps that cannot be."""
+    """The request's solver as a table. Raises UserError for a scheduler or timesteps that are
+    not possible.
+    """
     schedule, guidance, times = request.schedule, request.guidance, request.schedule.dmd_timesteps
     rows = solvers.dmd(times, schedule.flow_shift or 1.0) if times else _scheduled(blueprint, request)
     if not all(column.isfinite().all() for column in (rows.a, rows.c, rows.b1, rows.b2, rows.n)):
@@ -248,10 +247,10 @@ def begin(
     latents: Tensor | None = None,
     compiled: bool = False,
 ) -> tuple[loop.Denoising, Callable[[Tensor], Tensor]]:
-    """(noise of `seed`, or `latents` [1, C, F, H, W], at the first step, what makes tokens [1, L, P] of the
-    image of the seat's).
+    """(noise of `seed`, or `latents` [1, C, F, H, W], before the first step; a function from the tokens in
+    the loop to those of the image [1, L, P]).
 
-    Every rank draws the same noise for the whole image and keeps its share: the image does not depend on
+    Every rank draws the same noise for the whole image and keeps its shard, so the image does not depend on
     the layout.
     """
     plan, device, prepared = model.denoiser.plan, model.blueprint.device, conditioning.prepared
@@ -276,7 +275,7 @@ def begin(
 def denoise(
     model: Model, request: Request, conditioning: Conditioning, seed: int, latents: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Noise of `seed` (or `latents` [1, C, F, H, W]) -> tokens [1, L, P] of the image, float32, after each
+    """Noise of `seed`, or `latents` [1, C, F, H, W] -> tokens [1, L, P] of the image, float32, after each
     step.
     """
     denoising, to_image_tokens = begin(model, request, conditioning, seed, latents, model.blueprint.compiled)
@@ -288,7 +287,7 @@ def denoise(
 def _start_from_image(
     noise_BLP: Tensor, conditioning: Conditioning
 ) -> tuple[Tensor, loop.FixedTokens | None]:
-    """(the image's tokens at the noise level where the table begins, what of them is kept)."""
+    """(the image's tokens at the noise level of the first row, the fixed tokens that a mask keeps)."""
     assert conditioning.start is not None
     clean = conditioning.start.to(noise_BLP.dtype)
     x = torch.lerp(clean, noise_BLP, conditioning.rows.sigmas[0].item())
@@ -298,7 +297,7 @@ def _start_from_image(
 
 
 def _append_given_tokens(x_BLP: Tensor, prepared: LoopInputs) -> tuple[Tensor, loop.FixedTokens | None]:
-    """(the noise and after it the references' tokens, the given ones as what is kept)."""
+    """(the noise followed by the tokens of reference images, the given tokens as fixed tokens)."""
     if prepared.given_tokens is None:
         return x_BLP, None
     given = prepared.given_tokens.tokens.to(x_BLP.dtype)
@@ -307,11 +306,12 @@ def _append_given_tokens(x_BLP: Tensor, prepared: LoopInputs) -> tuple[Tensor, l
 
 
 _eager = cache(loop.eager_denoise)
-"""One function for each network and form of guidance: images share a loop that has the same one."""
+"""One function per network and form of guidance: images can share a loop only if they have the same function.
+"""
 
 
 def denoiser(model: Model, request: Request, conditioning: Conditioning, compiled: bool) -> loop.Denoise:
-    """The loop with the request's form of guidance; the same function for all requests of that form."""
+    """The loop with the request's form of guidance. All requests of that form get the same function."""
     net = model.denoiser
     form = guidance.KINDS[
         (conditioning.prepared.guidance or net.family.guidance) if request.guidance.on else "none"
@@ -327,7 +327,7 @@ def denoiser(model: Model, request: Request, conditioning: Conditioning, compile
 
 @torch.no_grad()
 def decode(model: Model, output: Output, latents: Tensor) -> numpy.ndarray:
-    """Latents [N, C, F, H, W] -> frames uint8 [frames, height, width, 3 or 4], those of the N videos one
+    """Latents [N, C, F, H, W] -> frames uint8 [frames, height, width, 3 or 4]: those of the N videos, one
     after another.
     """
     vae = model.autoencoder
@@ -363,8 +363,8 @@ def _keep_outside_mask(frames: numpy.ndarray, images: InputImages) -> numpy.ndar
 def finish(
     model: Model, request: Request, conditioning: Conditioning, tokens: Tensor
 ) -> tuple[numpy.ndarray, Tensor]:
-    """The last step's tokens [1, L, P] -> (frames uint8 [frames, height, width, 3 or 4], latents [N, C, F, H,
-    W]).
+    """The tokens [1, L, P] of the last step -> (frames uint8 [frames, height, width, 3 or 4], latents [N, C,
+    F, H, W]).
     """
     latents = conditioning.prepared.unpack(tokens)
     if not latents.isfinite().all():
@@ -380,8 +380,9 @@ def finish(
 def parameters(
     model: Model, request: Request, revised: str | None = None, warnings: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Every effective parameter of a request but the seed, and what of it had no effect. JSON-able. revised:
-    the prompt as a language model wrote it."""
+    """All effective parameters of a request except the seed, and what had no effect. JSON-able. revised: the
+    prompt as a language model rewrote it.
+    """
     text, guidance, schedule, output = request.text, request.guidance, request.schedule, request.output
     entries: dict[str, Any] = {
         "model": model.blueprint.row.name,
@@ -426,7 +427,7 @@ def parameters(
 
 
 def run(model: Model, request: Request, progress: Progress) -> Result:
-    """Make everything one request asks for."""
+    """Generate everything that one request asks for."""
     clock = Clock(progress)
     with clock.stage("encode"):
         conditioning = condition(model, request)

@@ -1,5 +1,4 @@
-"""What an image looks like on its way: latents to colours through a linear map, fitted once per model to its
-own autoencoder.
+"""Previews: latents to colours through a linear map that is fitted once per model to its own autoencoder.
 
 Shape letters: N videos, C latent channels, F latent frames, H and W latent size.
 """
@@ -15,16 +14,15 @@ from tinydiff.io.images import resize
 from tinydiff.runtime.blueprint import Model
 
 SIDE, PATCHES, IMAGES = 16, 4, 8
-"""Latent size and colour patches along each side of the images that the map is fitted to, and their number.
-"""
+"""Of the images that the map is fitted to: latent size, colour patches along each side, and number."""
 LONGEST = 512
-"""Pixels of a preview's longer side at most."""
+"""The largest length in pixels of a preview's longer side."""
 
 
 @torch.no_grad()
 def fit_colours(model: Model) -> Tensor:
-    """The map [C + 1, 3] from latents, and a constant 1, to red, green and blue in [-1, 1]: least squares
-    over soft patches of colour.
+    """The map [C + 1, 3] from latents and a constant 1 to red, green and blue in [-1, 1]: least squares over
+    soft patches of colour.
     """
     vae = model.nets["vae"]
     stride, with_alpha = vae.config.scale_factor_spatial, getattr(vae.config, "in_channels", 3) == 4
@@ -48,7 +46,7 @@ def fit_colours(model: Model) -> Tensor:
 
 @torch.no_grad()
 def preview_frame(to_colours: Tensor, latents: Tensor, height: int, width: int) -> numpy.ndarray:
-    """The middle frame of the first of latents [N, C, F, H, W] as uint8 [height, width, 3], made smaller to
+    """The middle frame of the first of latents [N, C, F, H, W] as uint8 [height, width, 3], reduced to
     `LONGEST` pixels.
     """
     middle = latents[0, :, latents.shape[2] // 2].float().cpu()

@@ -1,8 +1,9 @@
-"""Guidance, experts and shift of a request: of what was asked, what the directory says and what the release
-recommends, which one holds.
+"""Guidance, experts and shift of a request: which value counts, of the requested one, the directory's, and
+the one recommended for the release.
 
-What is asked holds. Else the directory's own files hold. A release's recommendation holds only where the
-directory is that release, by name, and its file is as released. docs/differences.md has the rules as a table.
+A requested value counts first, then the directory's own files. A recommendation for a release counts only
+where the directory is that release, by name, and its file is as released. docs/differences.md has the rules
+as a table.
 """
 
 from __future__ import annotations
@@ -20,10 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Settings(NamedTuple):
-    """What was settled, by the names of the options.
-
-    notes: option -> where its value came from, or why it is without effect.
-    """
+    """Fields of a `Request`, and `notes`: field -> where its value came from, or why it has no effect."""
 
     guidance_scale: float
     embedded_guidance: float | None
@@ -36,7 +34,7 @@ class Settings(NamedTuple):
 
 
 def settle(blueprint: Blueprint, sampling: SamplingOptions) -> Settings:
-    """Raises UserError for what contradicts itself or the model."""
+    """Decide the settings. Raises UserError for values that contradict each other or the model."""
     notes: dict[str, str] = {}
     guidance, embedded = guidance_of(blueprint, sampling, notes)
     second, boundary = _experts(blueprint, sampling, guidance, notes)
@@ -61,8 +59,8 @@ def settle(blueprint: Blueprint, sampling: SamplingOptions) -> Settings:
 def guidance_of(
     blueprint: Blueprint, sampling: SamplingOptions, notes: dict[str, str] | None = None
 ) -> tuple[float, float | None]:
-    """(scale of prompt against negative prompt, 1 is off; what the network is told of guidance, None where it
-    takes none).
+    """(classifier-free guidance scale, where 1 is off; the guidance scale that is a network input, None for a
+    network without one).
     """
     row, asked, true = blueprint.row, sampling.guidance_scale, sampling.true_cfg_scale
     if row.guidance_form in ("embedded", "true"):
@@ -99,7 +97,7 @@ def guidance_of(
 
 
 def _ignored(notes: dict[str, str] | None, field: str, why: str) -> None:
-    """Say that what was asked of `field` is without effect, as in diffusers."""
+    """Note and log that the requested value of `field` has no effect, as in diffusers."""
     if notes is not None:
         notes[field] = f"without effect: {why}"
         log.warning("%s is without effect: %s", field, why)
@@ -108,10 +106,10 @@ def _ignored(notes: dict[str, str] | None, field: str, why: str) -> None:
 def _experts(
     blueprint: Blueprint, sampling: SamplingOptions, guidance: float, notes: dict[str, str]
 ) -> tuple[float | None, float | None]:
-    """(guidance of the second expert, boundary) of a model with two, else (None, None).
+    """(guidance scale of the second expert, boundary) of a model with two experts, else (None, None).
 
-    As in diffusers the first expert's scale says for both whether there is guidance; where there is, the
-    second's is any number.
+    As in diffusers, the first expert's scale decides for both whether guidance is on. If it is, the second
+    scale may be any number.
     """
     row = blueprint.row
     try:

@@ -1,7 +1,8 @@
-"""The state that torch keeps beside tensors: default type and device, autocast, modes and numeric switches.
+"""The global state of torch: default dtype and device, autocast, modes and numeric switches.
 
-A program sets it for its own sake, and it would change the image of a seed. So what computes runs in
-`default_torch_state`, where torch is as in a fresh process; afterwards the program finds its state as it was.
+A program may set it for its own purposes, and it would change the image of a seed. So everything that
+computes runs in `default_torch_state`, where torch is as in a fresh process. Afterwards the program's state
+is restored.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import torch
 
 @dataclass(frozen=True)
 class Setting:
-    """One state of the whole process. fresh: what it may be in a process that never set it; `write` gets the
-    first of these.
+    """One setting of the process. fresh: the values it may have in a process that never set it; `write` gets
+    the first.
     """
 
     read: Callable[[], Any]
@@ -34,7 +35,7 @@ def _attribute(owner: Any, name: str, *fresh: Any) -> Setting:
 
 
 def _kernel(name: str) -> Setting:
-    """Whether scaled dot product attention may choose the kernel."""
+    """Whether scaled dot product attention may choose this kernel."""
     cuda = torch.backends.cuda
     return Setting(getattr(cuda, f"{name}_sdp_enabled"), getattr(cuda, f"enable_{name}_sdp"), (True,))
 
@@ -44,8 +45,8 @@ def _deterministic() -> tuple[bool, bool]:
 
 
 def _matmul() -> tuple[str, str, str]:
-    """(the common precision of float32, that of CUDA, that of the CPU). The common one is "" where the others
-    contradict it, of which torch makes an error.
+    """(float32 precision in general, of CUDA, of the CPU). The first is "" where the others contradict it,
+    for which torch raises an error.
     """
     single = _backends.cuda.matmul.fp32_precision, _backends.mkldnn.matmul.fp32_precision
     try:
@@ -85,14 +86,14 @@ SETTINGS = (
     _attribute(_backends.mkldnn, "enabled", True),
     *map(_kernel, ("flash", "mem_efficient", "math", "cudnn")),
 )
-"""What can change a value. Determinism is among it: where it is asked for, torch refuses operations, and
-nothing here needs it.
+"""Everything that can change a value. Determinism is included: with it torch refuses operations, and nothing
+here needs it.
 """
 
 
 class _Shared:
     """The settings of the process, for all threads that are in `default_torch_state` at a time: the first
-    makes them fresh, the last brings them back.
+    thread makes them fresh, the last restores them.
     """
 
     def __init__(self) -> None:
@@ -119,13 +120,13 @@ class _Shared:
 
 _shared = _Shared()
 _KINDS = ("cpu", "cuda", "xpu", "mps")
-"""Devices that autocast may be on for."""
+"""Devices for which autocast may be on."""
 
 
 @contextmanager
 def default_torch_state() -> Iterator[None]:
-    """torch as it is in a fresh process, without gradients. What belongs to a thread is set for this one, the
-    rest for the process.
+    """torch as in a fresh process, without gradients. Settings of a thread change for this thread, the others
+    for the process.
     """
     with ExitStack() as stack:
         stack.enter_context(_shared)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tinydiff.serve.jobs import Kind
 
 DEFAULT_SIZES = 4
-"""Without --max-pixels an output may have this many times the pixels of the model's default output."""
+"""Default of --max-pixels, as a multiple of the pixels of the model's default output."""
 
 
 @dataclass(frozen=True)
@@ -21,87 +21,94 @@ class ServeOptions:
     """How the model is served."""
 
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 is every network of this machine."""
+    """Host name or IP address to listen on; 0.0.0.0 listens on every network of this machine."""
     port: int = within(30000, least=0, most=2**16 - 1)
-    """0 takes any free one."""
+    """Port to listen on; 0 chooses any free port."""
     strict_ports: bool = False
-    """End with an error where the port is taken, instead of taking the next free one."""
+    """End with an error if the port is taken, instead of using the next free port."""
     served_model_name: str | None = None
-    """What clients call the model."""
+    """Name of the model in the API. Default: the model's own name."""
     api_key: tuple[str, ...] = ()
-    """Keys that clients show as `Authorization: Bearer KEY`. Also the variable TINYDIFF_API_KEY, several with
-    commas between.
+    """API keys that clients send as `Authorization: Bearer KEY`. The environment variable TINYDIFF_API_KEY
+    may hold more, separated by commas.
     """
     api_key_file: str | None = None
-    """A file of such keys, one a line."""
+    """File with API keys, one per line."""
     admin_api_key: str | None = None
-    """The key for what changes the server (sleep, wake). Also the variable TINYDIFF_ADMIN_API_KEY."""
+    """API key for requests that change the server (sleep, wake). Or set the environment variable
+    TINYDIFF_ADMIN_API_KEY.
+    """
     cors_origin: tuple[str, ...] = ()
-    """Origins of other pages whose scripts may call; * is any."""
+    """Origins of web pages whose scripts may call the API; * allows any."""
     public_url: str | None = None
-    """What clients reach this server as, for the addresses in answers; else what their request says."""
+    """URL at which clients reach this server, used for URLs in answers. Default: the URL of the request."""
     state_dir: str = "tinydiff-state/"
-    """Directory of the jobs and, without output_path, their files."""
+    """Directory of the job database and, without output_path, of the files of jobs."""
     output_path: str | None = None
-    """Directory of the files that jobs were given and made. Default: `files` in state_dir."""
+    """Directory of the input and output files of jobs. Default: `files` in state_dir."""
     state_url: str | None = None
-    """postgresql://... keeps the jobs in a database that several servers share; their state_dir is then one
-    shared directory.
+    """Database for jobs that several servers share, as postgresql://... All of them then use the same
+    state_dir.
     """
     unfinished: Literal["rerun", "fail"] = "rerun"
-    """What becomes of jobs that a server left unfinished."""
+    """What happens to jobs that were running when a server ended."""
     lease: float = within(30.0, above=0, most=3600)
-    """Seconds after which the jobs of a server that no longer answers are taken by others."""
+    """Seconds until other servers take over the jobs of a server that does not respond."""
     output_lifetime: float = within(86400.0, above=0, most=1e10)
     """Seconds that outputs are kept."""
     output_limit: float = within(10.0, above=0, most=1e9)
-    """GB of outputs kept; the oldest go first."""
+    """GB of outputs that are kept; the oldest are deleted first."""
     max_queue: int = within(64, least=1, most=100_000)
-    """Jobs waiting at most; more are told to come back. A server of several keys also tells a key that has as
-    many waiting as places are left."""
+    """Number of jobs that may wait; further requests get status 429 and when to try again. With several API
+    keys, one key may have no more jobs waiting than there are free places.
+    """
     max_outputs: int = within(10, least=1, most=10_000)
-    """Outputs of one request at most."""
+    """Number of outputs that one request may ask for."""
     max_body: float = within(64.0, above=0, most=4096)
-    """MB of a request at most."""
+    """Size limit of a request, in MB."""
     max_input_pixels: float = within(40e6, least=1)
-    """Pixels of a given image at most."""
+    """Number of pixels that an input image may have."""
     max_pixels: float | None = within(None, least=1)
-    """Pixels of one output at most, frames times height times width. Default: 4 times those of the model's
-    own default output.
+    """Number of pixels that one output may have: frames times height times width. Default: 4 times the pixels
+    of the model's default output.
     """
     lora_dir: str | None = None
-    """Directory of LoRA adapters that requests may name: FILE.safetensors is the adapter FILE."""
+    """Directory of LoRA adapters that requests may use; FILE.safetensors is the adapter FILE."""
     allow_url_inputs: bool = False
-    """Fetch images from public addresses that requests name."""
+    """Download input images from public URLs that requests contain."""
     batching_max_size: int = within(8, least=1, most=1024)
-    """Images that share the denoising loop at most; fewer where that is measured to be faster."""
+    """Number of images that may share the denoising loop. Fewer share it where measured step times say that
+    is faster.
+    """
     batching_delay_ms: float = within(0.0, least=0, most=60_000)
-    """How long an idle server waits for more requests before it begins."""
+    """Milliseconds that an idle server waits for further requests before it starts the first."""
     warmup_resolutions: tuple[str, ...] = ()
-    """WIDTHxHEIGHT sizes made once before the server is ready; none: the model's own size."""
+    """Sizes, as WIDTHxHEIGHT, that are generated once before the server is ready. Default: the model's
+    default size.
+    """
     warmup_num_frames: int | None = within(None, least=1)
-    """Frames of those."""
+    """Number of frames of the warm-up generations."""
     warmup_steps: int = within(1, least=0, most=1000)
-    """Denoising steps of those; 0 does not warm up."""
+    """Denoising steps of the warm-up generations; 0 skips the warm-up."""
     idle_unload: float | None = within(None, above=0)
-    """Seconds without a request after which the model leaves the device, to come back with the next."""
+    """Seconds without a request after which the weights are unloaded. The next request loads them again."""
     http_threads: int = within(128, least=2, most=4096)
-    """Requests answered at once; those that wait for an image count."""
+    """Number of requests that are answered at once, including those that wait for an image."""
     http_graceful_shutdown_timeout: float = within(30.0, least=0)
-    """Seconds that running jobs get when the server is told to stop; what is left is queued again."""
+    """Seconds that running jobs get to finish when the server stops; unfinished jobs are queued again."""
     enable_metrics: bool = True
-    """Answer /metrics."""
+    """Serve Prometheus metrics at /metrics."""
     log_format: Literal["text", "json"] = "text"
-    """Form of the log, one line a request."""
+    """Format of the log, which has one line per request."""
 
     def pixel_limit(self, row: ReleasedModel, kind: Kind) -> int:
-        """Pixels that one output may have, all its frames or layers together."""
+        """Number of pixels that one output may have, over all its frames or layers."""
         frames = row.video_frames if kind == "video" else max(1, row.layers)
         return int(self.max_pixels or DEFAULT_SIZES * frames * row.height * row.width)
 
     @property
     def several_keys(self) -> bool:
-        """Whether different keys share the queue."""
+        """Whether several API keys share the queue."""
         return bool(self.api_key) and len({*self.api_key, self.admin_api_key} - {None}) > 1
 
 
