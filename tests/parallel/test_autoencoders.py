@@ -8,7 +8,7 @@ from math import prod
 
 import pytest
 import torch
-from tests.parallel.test_rows import RANKS, over_all
+from tests.parallel.test_strips import RANKS, over_all
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.parallel.pool import on_ranks
