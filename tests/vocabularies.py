@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -127,4 +128,42 @@ def mistral(folder: Path, framed: bool = True, **config: Any) -> Path:
         engine.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
     engine.save(str(folder / "tokenizer.json"))
     named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return write(folder, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", **named, **config})
+
+
+LLAMA = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<pad>",
+)
+
+
+def llama(folder: Path, words: Iterable[str], **config: Any) -> Path:
+    """The layout of Llama 3's: a tokenizer.json that opens a text, its byte pairs learned from `words`.
+
+    config: more entries of tokenizer_config.json.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    engine = Tokenizer(models.BPE())
+    engine.pre_tokenizer, engine.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=800,
+        special_tokens=list(LLAMA),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    engine.train_from_iterator(words, trainer)
+    first = LLAMA[0]
+    engine.post_processor = processors.TemplateProcessing(
+        f"{first} $A", f"{first} $A {first} $B", [(first, 0)]
+    )
+    engine.save(str(folder / "tokenizer.json"))
+    named = {"bos_token": LLAMA[0], "eos_token": LLAMA[1], "pad_token": LLAMA[5], "padding_side": "right"}
     return write(folder, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", **named, **config})

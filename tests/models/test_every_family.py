@@ -78,10 +78,11 @@ def test_a_block_returns_new_memory(name):
 @pytest.mark.parametrize("name", DENOISERS)
 def test_conds_name_every_tensor_of_a_request_and_the_dimension_that_runs_over_tokens(name):
     network, flat, tokens, inputs = case(name)
-    request, _ = hoisted(network, flat, inputs)
+    request, steps = hoisted(network, flat, inputs)
     own = divide(network, request)[""]
     conds = {cond.name: cond for cond in network.family.conds}
     assert own.keys() <= conds.keys()
+    own |= {name: rows[0] for name, rows in divide(network, steps)[""].items() if name in conds}
     lengths = {
         stream: {
             own[cond.name].shape[cond.dim]

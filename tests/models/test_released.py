@@ -25,7 +25,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.parity import shapes
 from tinydiff.io.sources import Component
-from tinydiff.models import ernie, flux, flux2, ovis, qwen_image, registry, sd3, wan, z_image
+from tinydiff.models import (
+    ernie,
+    flux,
+    flux2,
+    hunyuan_video,
+    ovis,
+    qwen_image,
+    registry,
+    sd3,
+    wan,
+    z_image,
+)
 from tinydiff.models.classes import RECORDS
 from tinydiff.models.encoders import clip_vision, qwen_vision
 from tinydiff.models.evaluate import predict
@@ -42,7 +53,7 @@ ALONE = "fal/FLUX.2-Tiny-AutoEncoder"
 SCHEDULERS = {"UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"}
 WITHOUT_WEIGHTS = {
     "T5TokenizerFast", "T5Tokenizer", "CLIPTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast",
-    "TokenizersBackend", "PixtralProcessor", "CLIPImageProcessor", "Qwen2VLProcessor",
+    "LlamaTokenizerFast", "TokenizersBackend", "PixtralProcessor", "CLIPImageProcessor", "Qwen2VLProcessor",
 }  # fmt: skip
 
 PREFIXES = {
@@ -119,7 +130,7 @@ def counted_apart(key, config):
 
 def test_all_models_are_here():
     names = {row.name for row in registry.MODELS if row.name != registry.SHIPPED}
-    assert len(MODELS) == 32 and sum("transformer_2" in model["components"] for model in MODELS.values()) == 2
+    assert len(MODELS) == 34 and sum("transformer_2" in model["components"] for model in MODELS.values()) == 2
     assert set(MODELS) - {ALONE} == names
 
 
@@ -328,7 +339,24 @@ def _sd3(c, name):
     return known, torch.empty(1, 4096, c.in_channels * c.patch_size**2), inputs
 
 
+def _hunyuan(c, name):
+    """Five frames at the model's default size."""
+    size = (2, 90, 160)
+    text, pooled = torch.empty(1, 256, c.text_embed_dim), torch.empty(1, c.pooled_projection_dim)
+    positions, guidance = hunyuan_video.positions(c, size), torch.empty(1)
+    known = {
+        "hidden_states": torch.empty(1, c.in_channels, *size),
+        "encoder_hidden_states": text,
+        "encoder_attention_mask": torch.ones(1, 256),
+        "pooled_projections": pooled,
+        "guidance": guidance,
+    }
+    inputs = {"text": text, "pooled": pooled, "positions": positions, "guidance": guidance}
+    return known, torch.empty(1, len(positions), c.in_channels * prod(hunyuan_video.patch(c))), inputs
+
+
 REQUESTS = {
+    hunyuan_video: _hunyuan,
     wan: _wan,
     z_image: _z_image,
     qwen_image: _qwen,

@@ -8,10 +8,10 @@ from math import prod
 
 import pytest
 import torch
-from tests.parallel.test_strips import RANKS, over_all
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.parallel.pool import on_ranks
+from tests.parallel.test_strips import RANKS, over_all
 from tests.parity import close, draw
 from tinydiff.models.autoencoders import flux2_tiny, kl, tiny, wan
 from tinydiff.ops.weights import Weights

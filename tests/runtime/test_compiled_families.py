@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.parity import draw
-from tinydiff.models import ernie, flux, flux2, ovis, qwen_image, sd3, z_image
+from tinydiff.models import ernie, flux, flux2, hunyuan_video, ovis, qwen_image, sd3, z_image
 from tinydiff.models.family import Denoiser
 from tinydiff.ops.network import Network
 from tinydiff.sampling import guidance, loop, solvers
@@ -44,6 +44,9 @@ FAMILIES: dict[str, tuple[Denoiser, Any, int, int]] = {
     "ernie": (ernie.FAMILY, ernie.Config(hidden_size=24, num_attention_heads=2, num_layers=2,
     ffn_hidden_size=40, in_channels=16,
                                   out_channels=16, text_in_dim=20, rope_axes_dim=(4, 4, 4)), 16, 20),
+    "hunyuan_video": (hunyuan_video.FAMILY, hunyuan_video.Config(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2,
+        num_single_layers=2, text_embed_dim=20, pooled_projection_dim=8, rope_axes_dim=(4, 4, 4)), 16, 20),
 }  # fmt: skip
 
 
@@ -63,12 +66,14 @@ def inputs(name: str, config: Any, height: int, width: int, text: torch.Tensor) 
     given = {"text": text}
     if name == "qwen_image":
         return given | {"positions": qwen_image.positions(config, [latents[1:]])}
-    if name in ("flux", "sd3"):
+    if name in ("flux", "sd3", "hunyuan_video"):
         given["pooled"] = text.mean(1)[:, :8]
-    if name == "flux":
+    if name in ("flux", "hunyuan_video"):
         given["guidance"] = torch.tensor([3.5])
     if name in ("flux", "ovis"):
         return given | {"positions": {"flux": flux, "ovis": ovis}[name].positions(latents)}
+    if name == "hunyuan_video":
+        return given | {"positions": hunyuan_video.positions(config, latents)}
     if name in ("flux2", "ernie"):
         return given | {"positions": {"flux2": flux2, "ernie": ernie}[name].positions((1, height, width))}
     if name == "z_image":

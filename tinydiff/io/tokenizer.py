@@ -1,7 +1,8 @@
 """Text to token ids, whichever tokenizer files a checkpoint has.
 
 Three formats are read: `tokenizer.json`; `vocab.json` with `merges.txt` (byte pairs of CLIP and Qwen);
-`spiece.model` (T5). The small JSON files beside them name the special tokens and the side of padding.
+`spiece.model` (T5). ByT5's tokens are bytes and need no file. The small JSON files beside them name the
+special tokens and the side of padding.
 """
 
 from __future__ import annotations
@@ -87,20 +88,25 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """
     for names, read in _READERS.items():
         if all((directory / name).is_file() for name in names):
-            settings = _checked_settings(directory)
-            try:
-                return replace(
-                    read(directory, settings),
-                    longest=_longest(directory),
-                    chat=chat.template(directory),
-                )
-            except UserError:
-                raise
-            except Exception as error:  # the tokenizers library raises bare Exception
-                message = f"{str(directory / names[0])!r} is not a usable tokenizer ({error})"
-                raise UserError("model_path", f"model_path: {message}") from error
+            return _read(directory, _checked_settings(directory), read, names[0])
+    if (settings := _checked_settings(directory)).kind == "ByT5Tokenizer":
+        return _read(directory, settings, _from_bytes, "tokenizer_config.json")
     missing = "has no vocab.json with merges.txt and has neither tokenizer.json nor spiece.model"
     raise UserError("model_path", f"model_path: {str(directory)!r} {missing}")
+
+
+Read = Callable[[Path, "Settings"], Tokenizer]
+
+
+def _read(directory: Path, settings: Settings, read: Read, name: str) -> Tokenizer:
+    try:
+        tokenizer = read(directory, settings)
+        return replace(tokenizer, longest=_longest(directory), chat=chat.template(directory))
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exception
+        message = f"{str(directory / name)!r} is not a usable tokenizer ({error})"
+        raise UserError("model_path", f"model_path: {message}") from error
 
 
 # --- the small JSON files
@@ -324,12 +330,6 @@ def _from_spiece(directory: Path, settings: Settings) -> Tokenizer:
         if special.setdefault(token["content"], index) != index:
             got = special[token["content"]]
             raise ValueError(f"token {token['content']!r} should have id {index} and has {got}")
-    split = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
-
-    def pieces(text: str) -> list[int]:
-        """Ids of a text; a written special token is that token, as in tokenizer.json."""
-        parts = split.split(text)
-        return [i for part in parts for i in ([special[part]] if part in special else engine.encode(part))]
 
     def text(ids: Sequence[int]) -> str:
         return engine.decode([i for i in ids if i < size and i not in special.values()]).strip()
@@ -340,10 +340,42 @@ def _from_spiece(directory: Path, settings: Settings) -> Tokenizer:
         index = engine.piece_to_id(token)
         return index if engine.id_to_piece(index) == token else None
 
+    pieces = _with_special(special, engine.encode)
     return Tokenizer(pieces, text, token_id, (), (eos,), pad, eos, settings.side)
 
 
-_READERS: dict[tuple[str, ...], Callable[[Path, Settings], Tokenizer]] = {
+def _with_special(
+    special: Mapping[str, int], encode: Callable[[str], list[int]]
+) -> Callable[[str], list[int]]:
+    """`encode` for texts in which a written special token is that token, as in tokenizer.json."""
+    split = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
+
+    def pieces(text: str) -> list[int]:
+        parts = split.split(text)
+        return [i for part in parts for i in ([special[part]] if part in special else encode(part))]
+
+    return pieces
+
+
+# --- no library
+
+BYTES = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+"""ByT5's first tokens; the bytes follow them."""
+
+
+def _from_bytes(directory: Path, settings: Settings) -> Tokenizer:
+    added = {token["content"]: index for index, token in settings.added.items()}
+    special, first = BYTES | added, len(BYTES)
+
+    def text(ids: Sequence[int]) -> str:
+        return bytes(i - first for i in ids if first <= i < first + 256).decode(errors="ignore")
+
+    pieces = _with_special(special, lambda text: [first + byte for byte in text.encode()])
+    eos = special["</s>"]
+    return Tokenizer(pieces, text, special.get, (), (eos,), special["<pad>"], eos, settings.side)
+
+
+_READERS: dict[tuple[str, ...], Read] = {
     ("tokenizer.json",): _from_json,
     ("vocab.json", "merges.txt"): _from_merges,
     ("spiece.model",): _from_spiece,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tinydiff.models import ernie, flux, flux2, ltx2, ovis, qwen_image, sd3, wan, z_image
-from tinydiff.models.autoencoders import flux2_tiny, kl, tiny
+from tinydiff.models import ernie, flux, flux2, hunyuan_video, ltx2, ovis, qwen_image, sd3, wan, z_image
+from tinydiff.models.autoencoders import flux2_tiny, hunyuan, kl, tiny
 from tinydiff.models.autoencoders import wan as wan_vae
 from tinydiff.models.encoders import clip_text, clip_vision, decoder_lm, qwen_vision, t5
 from tinydiff.models.encoders.decoder_config import CLASSES
@@ -19,8 +19,10 @@ RECORDS: dict[str, Record] = {
     "ZImageTransformer2DModel": z_image.FAMILY,
     "SD3Transformer2DModel": sd3.FAMILY,
     "LTX2VideoTransformer3DModel": ltx2.FAMILY,
+    "HunyuanVideoTransformer3DModel": hunyuan_video.FAMILY,
     "AutoencoderKLWan": wan_vae.FAMILY,
     "AutoencoderKLQwenImage": wan_vae.FAMILY,
+    "AutoencoderKLHunyuanVideo": hunyuan.FAMILY,
     "AutoencoderKL": kl.FAMILY,
     "AutoencoderKLFlux2": kl.FAMILY,
     "AutoencoderTiny": tiny.FAMILY,

@@ -165,6 +165,8 @@ class Autoencoder:
     keys: Keys = as_is
     up_stages: Callable[[Config], Iterable[Any]] | None = None
     check_runnable: Callable[[Config], None] = lambda c: None
+    frames_per_pass: Callable[[Config], int] | None = None
+    """Latent frames of a pass, where the result depends on them; None where the memory decides."""
 
     role: ClassVar[Role] = "vae"
     biased: ClassVar[bool] = False

@@ -59,15 +59,20 @@ def heads(
 
 
 def rope_tables(
-    text_TA: Tensor, image_LA: Tensor, dims: Sequence[int], dtype: torch.dtype, theta: float = 1e4
+    text_TA: Tensor,
+    image_LA: Tensor,
+    dims: Sequence[int],
+    dtype: torch.dtype,
+    theta: float = 1e4,
+    angles: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
     """Rope tables of both streams: `cos`, `sin` [L, E / 2] and `text_cos`, `text_sin` [T, E / 2].
 
-    text_TA, image_LA: positions on A axes. Angles are computed in float64 and stored in `dtype`.
+    text_TA, image_LA: positions on A axes. The tables are computed in `angles` and stored in `dtype`.
     """
     tables: dict[str, Tensor] = {}
     for prefix, positions in (("", image_LA), ("text_", text_TA)):
-        for name, table in zip(("cos", "sin"), rope_table(positions, dims, theta), strict=True):
+        for name, table in zip(("cos", "sin"), rope_table(positions, dims, theta, angles), strict=True):
             tables[prefix + name] = table.to(dtype)
     return tables
 
@@ -166,6 +171,22 @@ def modulations(w: Weights, double: int, single: int, time_SBD: Tensor) -> dict[
     }
 
 
+FROZEN = "frozen"
+"""Names the tokens [1, L, 1] of given frames, and ends the names of their own modulations."""
+
+
+def _modulation(request: Weights, name: str, frozen: Tensor | None) -> tuple[Tensor, ...]:
+    """The n modulations of `name`, each [B, 1, D], or [B, L, D] where some tokens are frozen.
+
+    request: `name` [B, n, D] and, for frozen tokens, `name_frozen`.
+    """
+    moving = request[name].unsqueeze(2).unbind(1)
+    if frozen is None:
+        return moving
+    fixed = request[f"{name}_{FROZEN}"].unsqueeze(2).unbind(1)
+    return tuple(torch.where(frozen, a, b) for a, b in zip(fixed, moving, strict=True))
+
+
 def double_block(
     plan: Plan,
     w: Weights,
@@ -178,10 +199,12 @@ def double_block(
     """Joint attention, then a feed-forward for each stream, all modulated.
 
     request: `norm1` and `norm1_context` [B, 6, D]: shift, scale, gate of attention, then of the feed-forward.
-    shared: the tables of `rope_tables`.
+    shared: the tables of `rope_tables` and, where some image tokens are frozen, which (`frozen`); these read
+    `norm1_frozen`.
     """
     text, image = streams
-    of_text, of_image = (request[name].unsqueeze(2).unbind(1) for name in ("norm1_context", "norm1"))
+    of_text = _modulation(request, "norm1_context", None)
+    of_image = _modulation(request, "norm1", shared.get(FROZEN))
     a = w / "attn"
     y_text, y_image = modulate(text, of_text[0], of_text[1]), modulate(image, of_image[0], of_image[1])
     y_text, y_image = joint_attention(
@@ -225,7 +248,10 @@ def single_block(
     request: `norm` [B, 3, D], shift, scale and gate. shared: as in `double_block`.
     """
     text, image = streams
-    shift, scale, gate = request["norm"].unsqueeze(2).unbind(1)
+    frozen = shared.get(FROZEN)
+    if frozen is not None:
+        frozen = F.pad(frozen, (0, 0, text.shape[1], 0))  # no text token is frozen
+    shift, scale, gate = _modulation(request, "norm", frozen)
     x = modulate(torch.cat(streams, 1), shift, scale)
     rope = torch.cat([shared["text_cos"], shared["cos"]]), torch.cat([shared["text_sin"], shared["sin"]])
     q, k, v = heads(w / "attn", x, width, rope)

@@ -153,6 +153,14 @@ _ERNIE: dict[str, Any] = {
     "text_tokens": 2048,
 }
 
+_HUNYUAN: dict[str, Any] = {
+    "params": 12_821_012_544,
+    "num_frames": 129,
+    "fps": 24,
+    "guidance_form": "embedded",
+    "text_tokens": 256,
+}
+
 MODELS: tuple[ReleasedModel, ...] = (
     _wan(
         SHIPPED, T2V, (128, 128), 1, 8, 30, 2.5, 4.0, 2_457_184, (6, 5, 16), negative_prompt=None,
@@ -190,6 +198,14 @@ MODELS: tuple[ReleasedModel, ...] = (
     _wan(
         "FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers", DMD_PIPELINE, _704P, 121, 24, 3, 1.0, 5.0,
         4_999_787_712, (30, 24, 48), **_DISTILLED, **_TI2V,
+    ),
+    ReleasedModel(
+        "hunyuanvideo-community/HunyuanVideo", "hunyuan_video", "HunyuanVideoPipeline", 720, 1280, 50, 6.0,
+        shape={"num_layers": 20, "num_single_layers": 40}, stored_shift=7.0, **_HUNYUAN,
+    ),
+    ReleasedModel(
+        "FastVideo/FastHunyuan-diffusers", "hunyuan_video", "HunyuanVideoPipeline", 720, 1280, 6, 6.0,
+        shape={"num_layers": 20, "num_single_layers": 40}, stored_shift=17.0, **_HUNYUAN,
     ),
     ReleasedModel(
         "black-forest-labs/FLUX.1-dev", "flux", "FluxPipeline", 1024, 1024, 50, 3.5, 11_901_408_320,

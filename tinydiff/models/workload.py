@@ -43,7 +43,9 @@ def decode_bytes(
     if vae.up_stages is None:
         return None
     latents = (frames - 1) // c.scale_factor_temporal + 1
-    now, folded = min(passes, latents), c.patch_size if isinstance(c.patch_size, int) else 1
+    passes = passes if vae.frames_per_pass is None else vae.frames_per_pass(c)
+    patch = getattr(c, "patch_size", None)
+    now, folded = min(passes, latents), patch if isinstance(patch, int) else 1
     looks_back, first = c.scale_factor_temporal > 1, latents <= passes  # the first frame is not doubled
     stages = list(vae.up_stages(c))
     places = height * width // folded**2 // 4 ** sum(stage.resample is not None for stage in stages)

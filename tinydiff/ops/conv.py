@@ -64,3 +64,23 @@ def causal_conv3d(x_BCTHW: Tensor, w: Weights, past: Tensor | None = None, strip
     if reach:
         x_BCTHW = F.pad(x_BCTHW, (0, 0, 0, 0, reach, 0))
     return F.conv3d(x_BCTHW, weight, w.get("bias"), padding=(0, pad_h, pad_w))
+
+
+def pad_replicate(x_BCTHW: Tensor, strip: Strip = WHOLE, before: int = 0) -> Tensor:
+    """x with one more row and column on each side, copies of those at the border of the image.
+
+    Inner borders of a strip get the row of the strip next to it. before: how many copies of the first frame
+    come in front.
+    """
+    rows = 1
+    if strip.divided:
+        x_BCTHW, rows = _with_neighbours(x_BCTHW, strip), 0
+    return F.pad(x_BCTHW, (1, 1, rows, rows, before, 0), mode="replicate")
+
+
+def _with_neighbours(x: Tensor, strip: Strip) -> Tensor:
+    """A strip between one row of each strip next to it, or its own first or last row at the border."""
+    group, rows = strip.group, halo(strip, x, 1, 1)
+    above = x if group.rank == 0 else rows
+    below = x if group.rank == group.size - 1 else rows
+    return torch.cat([above[..., :1, :], x, below[..., -1:, :]], -2)

@@ -32,6 +32,13 @@ def rms_norm(x: Tensor, w: Weights, eps: float = 1e-6) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], w["weight"].to(x.dtype), eps)
 
 
+def channel_norm(x: Tensor, w: Weights) -> Tensor:
+    """x [B, C, ...] over its norm along C, times sqrt(C) and `w.gamma`; of half types taken in float32."""
+    y = x.to(compute_dtype(x))
+    inverse = y.square().sum(1, keepdim=True).clamp_min(1e-24).rsqrt()
+    return (y * inverse).to(x.dtype) * (x.shape[1] ** 0.5 * w["gamma"])
+
+
 def rms_norm_across(plan: Plan, x: Tensor, w: Weights, eps: float = 1e-6) -> Tensor:
     """RMSNorm over a last dimension that `tp` divides; the mean square is taken over all ranks."""
     ranks = plan.group("tp").size

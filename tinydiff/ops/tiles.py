@@ -36,12 +36,37 @@ def tiled(fn: ImageFunction, x: Tensor, side: int | None, scale: float, plan: Pl
     for i, row in enumerate(rows):
         for j, tile in enumerate(row):
             if i:
-                tile = _blend(rows[i - 1][j], tile, overlap, -2)
+                tile = blend(rows[i - 1][j], tile, overlap, -2)
             if j:
-                tile = _blend(row[j - 1], tile, overlap, -1)
+                tile = blend(row[j - 1], tile, overlap, -1)
             row[j] = tile
         strips.append(torch.cat([tile[..., :keep, :keep] for tile in row], -1))
     return torch.cat(strips, -2)[..., : round(height * scale), : round(width * scale)]
+
+
+def tiled_in_time(
+    fn: Callable[[Tensor], Tensor], x_BCTHW: Tensor, size: int, stride: int, scale: float
+) -> Tensor:
+    """fn over the frames of x: all at once up to `size` of them, else on tiles of `size` + 1 frames.
+
+    A tile starts `stride` frames after the one before. Its first frame only leads in, but in the first tile.
+    Neighbouring tiles are blended linearly over the `size` - `stride` frames that they have in common. scale:
+    frames of fn's output over those of its input, not counting the first of both.
+    """
+    if x_BCTHW.shape[2] <= size:
+        return fn(x_BCTHW)
+    keep, overlap = round(stride * scale), round(size * scale) - round(stride * scale)
+    parts: list[Tensor] = []
+    before: Tensor | None = None
+    for start in range(0, x_BCTHW.shape[2], stride):
+        tile = fn(x_BCTHW[:, :, start : start + size + 1])
+        if before is None:
+            parts.append(tile[:, :, : keep + 1])
+        else:
+            tile = blend(before, tile[:, :, 1:], overlap, 2)
+            parts.append(tile[:, :, :keep])
+        before = tile
+    return torch.cat(parts, 2)[:, :, : round((x_BCTHW.shape[2] - 1) * scale) + 1]
 
 
 def _by_turns(fn: ImageFunction, squares: list[Tensor], scale: float, group: Group) -> list[Tensor]:
@@ -58,7 +83,7 @@ def _by_turns(fn: ImageFunction, squares: list[Tensor], scale: float, group: Gro
     return [tile[..., :height, :width] for tile, (height, width) in zip(tiles, sizes, strict=False)]
 
 
-def _blend(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:
+def blend(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:
     """`after` with its first `extent` rows faded in over the last ones of `before`."""
     extent = min(before.shape[dim], after.shape[dim], extent)
     shape = [1] * after.ndim

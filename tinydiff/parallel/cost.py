@@ -191,16 +191,18 @@ def hoisted_bytes(net: CostModel, layout: Layout, work: Work, b: int) -> int:
     """Bytes of what is computed once before the loop.
 
     A row per step from each "steps" layer, once for all branches unless text enters them; the results of
-    "prompt" and "views" layers for each branch; the rope tables, 4 bytes a value.
+    "prompt" and "views" layers for each branch, those of "prompt_steps" for each step too; the rope tables, 4
+    bytes a value.
     """
     each = work.evaluations(layout)
     rows = {row.name: row for row in net.rows}
-    values = dict.fromkeys(("steps", "prompt", "views"), 0)
+    values = dict.fromkeys(("steps", "prompt", "prompt_steps", "views"), 0)
     for name, kind in net.inputs.items():
         if kind in values:
             values[kind] += output_values(rows[name], layout.tp)
     tables = work.steps * values["steps"] * (each if net.pooled else 1)
-    kept = each * (work.text * values["prompt"] + work.views * values["views"])
+    texts = values["prompt"] + work.steps * values["prompt_steps"]
+    kept = each * (work.text * texts + work.views * values["views"])
     return (tables + kept) * b + each * work.local_tokens(net.carried, layout) * net.head_width * 4
 
 

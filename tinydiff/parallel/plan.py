@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-Input = Literal["image", "text", "joint", "audio", "context", "steps", "prompt", "views"]
+Input = Literal["image", "text", "joint", "audio", "context", "steps", "prompt", "prompt_steps", "views"]
 """What passes through a weight of a denoiser.
 
 At every step the tokens of a stream: "image" (or video), "text", "joint" for both, "audio" for sound beside a
 video; or "context", the prompt's tokens, all of them on every rank. Once per request: "steps", one row
-per step; "prompt", the prompt's tokens; "views", an image encoder's tokens of the input images.
+per step; "prompt", the prompt's tokens; "prompt_steps", these for each step; "views", an image encoder's
+tokens of the input images.
 """
 STREAMS = ("image", "text", "joint", "audio", "context")
 """The inputs of weights that every step reads."""

@@ -119,6 +119,15 @@ def shard_request(plan: Plan, conds: Sequence[Cond], request: Mapping[str, Tenso
     }
 
 
+def shard_steps(plan: Plan, conds: Sequence[Cond], steps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the steps [S, ...] as this rank holds them.
+
+    A `Cond` counts dimensions after that of the steps.
+    """
+    dims = token_dims(conds)
+    return {name: shard(plan, x, dims[name] + 1) if name in dims else x for name, x in steps.items()}
+
+
 def keys(plan: Plan, tensors: TensorsByName, stream: str) -> tuple[Tensor, ...]:
     """The indices of the real keys for `ops.attention`, int64 [real]: one tensor for each part of the ring,
     in the order in which this rank meets the parts.

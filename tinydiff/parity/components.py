@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinydiff.models.autoencoders import kl, tiny
+from tinydiff.models.autoencoders import hunyuan, kl, tiny
 from tinydiff.models.autoencoders import wan as wan_vae
 from tinydiff.models.encoders import clip_text, clip_vision, decoder_lm, qwen_vision, t5
 from tinydiff.ops.weights import Weights
@@ -183,6 +183,7 @@ ENCODERS: dict[str, tuple[str, Callable[[], Case]]] = {
         partial(_language, "Qwen2_5_VLText", "Qwen2_5_VLTextModel", rope_parameters=_MROPE),
     ),
     "Qwen2.5 vision": ("Qwen2_5_VLModel", _qwen_vision),
+    "Llama": ("LlamaModel", partial(_language, "Llama", "LlamaModel", head_dim=12)),
     "Mistral": (
         "MistralModel",
         partial(_language, "Mistral", "MistralForCausalLM", head_dim=12, sliding_window=None),
@@ -230,6 +231,15 @@ _TINY = tiny.Config(
     num_decoder_blocks=(2, 1, 1),
     act_fn="silu", latent_channels=8,
 )  # fmt: skip
+_HUNYUAN = hunyuan.Config(
+    latent_channels=2,
+    down_block_types=("HunyuanVideoDownBlock3D",) * 3,
+    up_block_types=("HunyuanVideoUpBlock3D",) * 3,
+    block_out_channels=(4, 6, 8),
+    layers_per_block=1,
+    norm_num_groups=2,
+    spatial_compression_ratio=4,
+)
 
 
 def _autoencoder(module: ModuleType, reference: str, c: Any, frames: int = 1, channels: int = 3) -> Case:
@@ -239,7 +249,7 @@ def _autoencoder(module: ModuleType, reference: str, c: Any, frames: int = 1, ch
     side, latent_frames = c.scale_factor_spatial, (frames - 1) // c.scale_factor_temporal + 1
     x = draw(2, channels, frames, 3 * side, 5 * side, seed=7).clamp(-1, 1)
     z = draw(2, c.z_dim, latent_frames, 3, 5)
-    clips = module is wan_vae
+    clips = module in (wan_vae, hunyuan)
     pictures = x if clips else x[:, :, 0]
 
     def theirs(net: Any) -> dict[str, Tensor]:
@@ -265,6 +275,8 @@ def _statistics(c: Any, net: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = like.new_zeros(1), like.new_ones(1)
     elif isinstance(c, kl.Config) and c.patch_size is not None:
         mean, std = net.bn.running_mean, (net.bn.running_var + c.batch_norm_eps).sqrt()
+    elif isinstance(c, hunyuan.Config):
+        mean, std = like.new_zeros(1), 1 / like.new_tensor([c.scaling_factor])
     elif isinstance(c, kl.Config):
         mean, std = like.new_tensor([c.shift_factor]), 1 / like.new_tensor([c.scaling_factor])
     else:
@@ -285,11 +297,12 @@ def _raw(c: Any, net: Any, z: Tensor) -> Tensor:
     return F.pixel_shuffle(z, 2) if getattr(c, "patch_size", None) == (2, 2) else z
 
 
-_WANS, _QWENS, _KLS, _KL2S, _TINIES = (
+_WANS, _QWENS, _KLS, _KL2S, _HUNYUANS, _TINIES = (
     "AutoencoderKLWan",
     "AutoencoderKLQwenImage",
     "AutoencoderKL",
     "AutoencoderKLFlux2",
+    "AutoencoderKLHunyuanVideo",
     "AutoencoderTiny",
 )
 
@@ -306,6 +319,10 @@ AUTOENCODERS: dict[str, tuple[str, Callable[[], Case]]] = {
     ),
     "KL autoencoder": (_KLS, partial(_autoencoder, kl, _KLS, _KL)),
     "FLUX.2 autoencoder": (_KL2S, partial(_autoencoder, kl, _KL2S, _KL2)),
+    "HunyuanVideo autoencoder": (
+        _HUNYUANS,
+        partial(_autoencoder, hunyuan, _HUNYUANS, _HUNYUAN, 21),
+    ),
     "tiny autoencoder": (_TINIES, partial(_autoencoder, tiny, _TINIES, _TINY)),
 }
 """What is compared -> (class of diffusers, case)."""

@@ -6,39 +6,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-from tinydiff.models import ernie, family, flux, flux2, ltx2, ovis, qwen_image, sd3, wan, z_image
+from tinydiff.models import (
+    ernie,
+    family,
+    flux,
+    flux2,
+    hunyuan_video,
+    hunyuan_video15,
+    ltx2,
+    ovis,
+    qwen_image,
+    sd3,
+    wan,
+    z_image,
+)
 from tinydiff.models.evaluate import evaluate
 from tinydiff.ops.network import Network
 from tinydiff.ops.patch import patchify
-from tinydiff.parallel.plan import Plan
+from tinydiff.parity import hunyuan
+from tinydiff.parity.asked import PLAN, TIME, WORDS, Asked
 from tinydiff.parity.reference import Case, built, draw, library, overheard
-
-PLAN = Plan()
-TIME = torch.tensor([640.0])
-WORDS = 7
-
-
-class Asked(NamedTuple):
-    """One evaluation, put to both sides."""
-
-    tokens: Tensor
-    inputs: dict[str, Tensor]
-    """Of the family's `hoist`."""
-    known: dict[str, Any]
-    """The reference's keyword arguments."""
-    answer: Callable[[Any], Tensor] = lambda output: output.sample
-    """What the reference returns -> the velocity of each token."""
-    answered: int | None = None
-    """Tokens that it answers; pads follow among ours."""
-    kinds: tuple[int, ...] = ()
-    """How many tokens of each kind, where there are several."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +113,7 @@ def _stages(d: Denoiser, asked: Asked, weights: Mapping[str, Tensor]) -> Iterato
         (time - 1 if d.family is z_image.FAMILY else time).expand(images, -1),
     )  # Z-Image hoists 1 + scale
     if d.text is not None:
-        yield "text", request[d.text[1]].flatten(2).expand(images, -1, -1)
+        yield "text", (request | step)[d.text[1]].flatten(2).expand(images, -1, -1)
     if d.image is not None:
         yield "image", entered if isinstance(entered, Tensor) else entered[1]
     for at, streams in blocks.items():
@@ -496,6 +491,38 @@ def _of_ltx2(config: ltx2.Config, frozen: bool = False) -> Denoiser:
     )
 
 
+def _of_hunyuan(**changes: Any) -> Denoiser:
+    return Denoiser(
+        hunyuan_video.FAMILY,
+        "HunyuanVideoTransformer3DModel",
+        replace(hunyuan.CONFIG, **changes),
+        hunyuan.asked,
+        (f"{_FIRST}.norm1_context.linear", f"{_FIRST}.norm1_context"),
+        ("context_embedder", "text"),
+        "x_embedder",
+        image_first=True,
+    )
+
+
+def _of_hunyuan15(parts: Sequence[str] = (), **changes: Any) -> Denoiser:
+    return Denoiser(
+        hunyuan_video15.FAMILY,
+        "HunyuanVideo15Transformer3DModel",
+        replace(hunyuan.CONFIG_15, **changes),
+        partial(hunyuan.asked_15, parts=parts),
+        (f"{_FIRST}.norm1.linear", f"{_FIRST}.norm1"),
+        None,  # the reference puts its parts together outside of its layers
+        "x_embedder",
+        image_first=True,
+        prepare=_sinusoids_15,
+    )
+
+
+def _sinusoids_15(module: Any) -> None:
+    for embed in (module.time_embed, module.context_embedder.time_text_embed):
+        embed.time_proj.register_forward_pre_hook(_as_float32)
+
+
 DENOISERS = {
     "Wan, text": _of_wan(_WAN),
     "Wan, a frame beside the noise": _of_wan(replace(_WAN, in_channels=12)),
@@ -535,5 +562,14 @@ DENOISERS = {
     "LTX-2, a given first frame": _of_ltx2(replace(_LTX2, rope_type="interleaved"), frozen=True),
     "LTX-2.3": _of_ltx2(_LTX23),
     "LTX-2.3, a given first frame": _of_ltx2(_LTX23, frozen=True),
+    "HunyuanVideo": _of_hunyuan(),
+    "HunyuanVideo, no guidance": _of_hunyuan(guidance_embeds=False),
+    "HunyuanVideo, a frame beside the noise": _of_hunyuan(
+        in_channels=9, image_condition_type="latent_concat"
+    ),
+    "HunyuanVideo, a given first frame": _of_hunyuan(image_condition_type="token_replace"),
+    "HunyuanVideo-1.5": _of_hunyuan15(),
+    "HunyuanVideo-1.5, glyphs": _of_hunyuan15(("glyphs",)),
+    "HunyuanVideo-1.5, glyphs and an image": _of_hunyuan15(("image", "glyphs")),
 }  # fmt: skip
 """What is compared -> how."""

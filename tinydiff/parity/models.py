@@ -79,6 +79,8 @@ GROUPS = (
     _group("flux2", "FLUX.2-klein-4B FLUX.2-klein-9B FLUX.2-klein-base-4B FLUX.2-klein-base-9B",
     "FLUX.2, references", _FLUX2_VAE,
            "Qwen3"),
+    _group("hunyuan_video", "HunyuanVideo FastHunyuan-diffusers", "HunyuanVideo",
+           "HunyuanVideo autoencoder", "Llama", "CLIP-L"),
     _group("flux2", "FLUX.2-Tiny-AutoEncoder", None, "tiny autoencoder"),
     _group("ovis", "Ovis-Image-7B", "Ovis-Image", "KL autoencoder", "Qwen3"),
     _group("ernie", "ERNIE-Image ERNIE-Image-Turbo", "ERNIE-Image", _FLUX2_VAE, "Ministral 3"),

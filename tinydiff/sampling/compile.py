@@ -112,8 +112,9 @@ def _build(network: Network, guidance: Guidance, exact: bool) -> Denoise:
         _mark_tokens(state, noise, fixed)
         if state.x.shape[0] > 1:
             _mark_images(conds, hoisted, state, coefficients, noise, fixed)
-        for request, _ in hoisted.branches:
+        for request, steps in hoisted.branches:
             _mark_named(token_dims(conds), request[""])
+            _mark_named({name: dim + 1 for name, dim in token_dims(conds).items()}, steps[""])
             _mark_named({name: 0 for name in request[""] if name.startswith(KEYS)}, request[""])
         bounds = torch.tensor([start, stop], device=state.x.device)
         # Two lengths that happen to be equal in the first request are still two.

@@ -159,7 +159,8 @@ def hoist(
         divide(network, weights),
         tuple(
             Branch(
-                divide(network, sequence.shard_request(plan, family.conds, request)), divide(network, steps)
+                divide(network, sequence.shard_request(plan, family.conds, request)),
+                divide(network, sequence.shard_steps(plan, family.conds, steps)),
             )
             for request, steps in hoisted
         ),

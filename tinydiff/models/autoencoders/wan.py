@@ -25,6 +25,7 @@ from torch import Tensor
 from tinydiff.models.family import Autoencoder
 from tinydiff.ops.attention import attention
 from tinydiff.ops.conv import causal_conv3d, conv2d, halve, per_frame
+from tinydiff.ops.norm import channel_norm
 from tinydiff.ops.tiles import tiled
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import SINGLE, Plan, Row, conv_rows, under
@@ -228,13 +229,6 @@ def spec(c: Config) -> Iterator[Row]:
 # --- layers
 
 
-def _rms(x: Tensor, w: Weights) -> Tensor:
-    """x over its channel norm, times sqrt(C) and gamma. The norm of half types is taken in float32."""
-    y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    inverse = y.square().sum(1, keepdim=True).clamp_min(1e-24).rsqrt()
-    return (y * inverse).to(x.dtype) * (x.shape[1] ** 0.5 * w["gamma"])
-
-
 def _recall(past: Past | None, key: str, x: Tensor, reach: int) -> Tensor | None:
     """The frames before x that layer `key` looks back on, None at the start of a video.
 
@@ -255,13 +249,13 @@ def _conv(x: Tensor, w: Weights, past: Past | None, strip: Strip) -> Tensor:
 
 def _block(x: Tensor, w: Weights, past: Past | None, strip: Strip) -> Tensor:
     shortcut = causal_conv3d(x, w / "conv_shortcut") if "conv_shortcut.weight" in w else x
-    y = _conv(F.silu(_rms(x, w / "norm1")), w / "conv1", past, strip)
-    return shortcut + _conv(F.silu(_rms(y, w / "norm2")), w / "conv2", past, strip)
+    y = _conv(F.silu(channel_norm(x, w / "norm1")), w / "conv1", past, strip)
+    return shortcut + _conv(F.silu(channel_norm(y, w / "norm2")), w / "conv2", past, strip)
 
 
 def _frame_attention(x_BCHW: Tensor, w: Weights, strip: Strip) -> Tensor:
     """One head of attention over the pixels of each frame."""
-    qkv = conv2d(_rms(x_BCHW, w / "norm"), w / "to_qkv")
+    qkv = conv2d(channel_norm(x_BCHW, w / "norm"), w / "to_qkv")
     qkv = rearrange(qkv, "b (three c) h w -> three b (h w) 1 c", three=3)
     k, v = gather(strip, qkv[1:], -3).unbind(0)
     y = attention(SINGLE, qkv[0], k, v)
@@ -349,14 +343,14 @@ def _encode_chunk(c: Config, w: Weights, x: Tensor, past: Past | None, strip: St
     for stage in down_stages(c):
         x = _down(x, w, stage, past, strip)
     x = _middle(x, w / "mid_block", past, strip)
-    return _conv(F.silu(_rms(x, w / "norm_out")), w / "conv_out", past, strip)
+    return _conv(F.silu(channel_norm(x, w / "norm_out")), w / "conv_out", past, strip)
 
 
 def _decode_chunk(c: Config, w: Weights, z: Tensor, past: Past | None, first: bool, strip: Strip) -> Tensor:
     x = _middle(_conv(z, w / "conv_in", past, strip), w / "mid_block", past, strip)
     for stage in up_stages(c):
         x = _up(x, w, stage, past, first, strip)
-    return _conv(F.silu(_rms(x, w / "norm_out")), w / "conv_out", past, strip)
+    return _conv(F.silu(channel_norm(x, w / "norm_out")), w / "conv_out", past, strip)
 
 
 # --- what callers use
