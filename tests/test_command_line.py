@@ -4,6 +4,7 @@ unchanged.
 
 from __future__ import annotations
 
+import random
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -58,6 +59,23 @@ def test_a_file_gives_the_server_its_defaults(tmp_path):
     made = server.parse(["--config", str(path), "--port", "2", "--vae-path", "c"])
     assert (made.server.port, made.server.max_queue, made.log_level) == (2, 3, "error")
     assert made.model.component_paths == {"vae": "c", "transformer": "b"}
+
+
+ODD = ["", "-", "--", "-x", "--=", "=", "a", "--json", "true", "--json=maybe", "--no-such", "--size=1x", "--vram",
+       "--parity", "--model", "--path=a", "--config", "\udcff", "\0", "--\n", "--720p", "--height", "9" * 500]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["models", "plan", "inspect", "doctor", "completion"])
+def test_odd_words_of_a_tool_are_its_options_or_one_sentence(name):
+    rng, refused = random.Random(name), 0
+    for _ in range(40):
+        argv = rng.choices(ODD, k=rng.choice([1, 1, 2, 3]))
+        try:
+            assert isinstance(command_line.chosen(cli.COMMANDS, [name, *argv]), cli.COMMANDS[name].record)
+        except UserError as error:
+            assert "\n" not in str(error) and 5 < len(str(error)) < 1000, argv
+            refused += 1
+    assert refused > 10
 
 
 def records(record):

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 from tinydiff import command_line, flags, paths
 from tinydiff.records import UserError, shown
-from tinydiff.values import Attention, Precision, filled, outcome, within
+from tinydiff.values import Attention, LogLevel, Precision, filled, outcome, within
 
 CLOUD_STORAGE = (
     "CLOUD_STORAGE_TYPE",
@@ -141,7 +141,7 @@ class OutputOptions:
     """Keep the frames in the results when files are written; for callers from Python."""
     perf_dump_path: str | None = None
     """Write the timings of the run as JSON to this file."""
-    log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
+    log_level: LogLevel = "info"
     """Least severe messages that are shown. From warning on there is no progress bar."""
 
 

@@ -23,6 +23,7 @@ from tinydiff import unsupported
 from tinydiff.records import UserError, nearest, shown
 
 Precision = Literal["fp32", "fp16", "bf16"]
+LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 Attention = Literal["sdpa", "flash", "cudnn", "efficient", "math"]
 
 SAME_ATTENTION = {

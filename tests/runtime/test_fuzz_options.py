@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -105,7 +105,9 @@ def test_a_command_line(plan):
         if made.sampling.prompt:
             admit(plan, made.sampling)
 
-    fuzzed(1, NAMES, [*WORDS, None], run, [("prompt", "a")])
+    fuzzed(
+        1, NAMES, [*WORDS, None], run, [("prompt", "a")], 80
+    )  # tyro takes thousands of calls for each option
 
 
 def test_keyword_arguments(plan):
@@ -134,8 +136,9 @@ def test_a_config_file(kind, plan, tmp_path):
     def run(pairs):
         lines = [written(name, value) for name, value in pairs]
         path.write_text("{" + ", ".join(lines) + "}" if kind == "json" else "\n".join(lines), "utf-8")
-        made = config.parse(["--config", str(path), "--prompt", "a"])
-        admit(plan, made.sampling)
+        defaults, words = config.normalise(["--config", str(path), "--prompt", "a"])
+        assert words == ['--prompt=["a"]']
+        admit(plan, replace(config.checked(defaults).sampling, prompt=("a",)))
 
     fuzzed(
         4, [name for name in NAMES if name != "prompt"], values, run, [], 120 if kind == "yaml" else 400

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from tinydiff.config import ModelOptions, OutputOptions
-from tinydiff.values import same, within
+from tinydiff.values import LogLevel, same, within
 
 if TYPE_CHECKING:
     from tinydiff.models.registry import ReleasedModel
@@ -118,4 +118,4 @@ class Serve:
 
     server: ServeOptions = field(default_factory=ServeOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
-    log_level: Literal["debug", "info", "warning", "error", "critical"] = same(OutputOptions, "log_level")
+    log_level: LogLevel = same(OutputOptions, "log_level")  # noqa: RUF009
