@@ -265,7 +265,7 @@ def test_a_body_that_is_never_read_is_refused_in_the_same_form(tmp_path):
 )
 def test_a_mistake_is_told_before_anything_is_loaded(argv, message, tmp_path):
     with pytest.raises(UserError, match=re.escape(message)):
-        server.serve([*argv, "--state-dir", str(tmp_path), "--port", "0"])
+        server.serve(server.parse([*argv, "--state-dir", str(tmp_path), "--port", "0"]))
 
 
 @pytest.mark.slow
