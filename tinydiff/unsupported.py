@@ -70,8 +70,6 @@ progressive resolution
 frame interpolation
     enable_frame_interpolation=false frame_interpolation_exp=1 frame_interpolation_scale=1
     frame_interpolation_model_path=
-upscaling
-    enable_upscaling=false upscaling_model_path= upscaling_scale=4
 profiling
     profile=false num_profiled_timesteps=5 profile_all_stages=false enable_layerwise_nvtx_marker=false
     debug=false enable_trace=false otlp_traces_endpoint= otlp_service_name=

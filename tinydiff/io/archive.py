@@ -30,7 +30,7 @@ PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 """Extensions of files that torch.save wrote."""
 
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
-_WRAPPERS = ("state_dict", "model", "module")
+_WRAPPERS = ("state_dict", "model", "module", "params_ema", "params")
 """Keys under which training scripts keep the weights beside other things."""
 
 

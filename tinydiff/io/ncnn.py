@@ -90,10 +90,10 @@ def layers(param: Path) -> Iterator[Layer]:
 
 
 def _lines(param: Path) -> list[_Line]:
-    magic, _, *rest = param.read_text(encoding="utf-8", errors="replace").splitlines() or ["", ""]
+    magic, *rest = param.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
     if magic.strip() != MAGIC:
         raise _wrong(param, f"does not begin with {MAGIC}, as ncnn's texts do")
-    return [_line(param, line) for line in rest if line.strip()]
+    return [_line(param, line) for line in rest[1:] if line.strip()]
 
 
 def _line(param: Path, line: str) -> _Line:

@@ -167,5 +167,3 @@ def _compact(c: Compact, w: Weights, x: Tensor) -> Tensor:
         y = F.prelu(y, (w / "body" / (2 * layer + 1))["weight"])
     y = conv2d(y, w / "body" / (2 * c.layers + 2), padding=1)
     return F.pixel_shuffle(y, c.scale) + F.interpolate(x, scale_factor=float(c.scale), mode="nearest")
-
-

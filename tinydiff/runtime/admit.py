@@ -15,8 +15,8 @@ from tinydiff.config import SamplingOptions, seeds
 from tinydiff.io.images import read_image, resize
 from tinydiff.models.recipe import fit_area, rectangle_side, too_elongated
 from tinydiff.models.registry import ReleasedModel
-from tinydiff.records import Guidance, InputImages, Output, Request, Schedule, Text, UserError
-from tinydiff.runtime import loras
+from tinydiff.records import Guidance, InputImages, Output, Request, Schedule, Text, Upscaling, UserError
+from tinydiff.runtime import loras, upscale
 from tinydiff.runtime.blueprint import Blueprint
 from tinydiff.runtime.pipeline import table
 from tinydiff.runtime.settings import settle
@@ -33,6 +33,10 @@ class Read(Protocol):
     """
 
     def __call__(self, source: str, field: str, with_alpha: bool = False, /) -> numpy.ndarray: ...
+
+
+MOST_UPSCALED = 16
+"""How many times more pixels an output may have after upscaling: fourfold height and width."""
 
 
 def admit(
@@ -80,7 +84,13 @@ def admit(
         boundary_ratio=settled.boundary_ratio,
         strength=_strength(blueprint, sampling, starts, steps),
     )
-    output = Output(height, width, frames, layers, row.fps if sampling.fps is None else sampling.fps)
+    fps = row.fps if sampling.fps is None else sampling.fps
+    upscaling = _upscaling(blueprint, sampling)
+    if upscaling is not None and pixels * upscaling.scale**2 > most_pixels * MOST_UPSCALED:
+        most = most_pixels * MOST_UPSCALED
+        message = f"an upscaled output has {pixels * upscaling.scale**2:,} pixels; {most:,.0f} are the most"
+        raise UserError("upscaling_scale", f"upscaling_scale: {message}")
+    output = Output(height, width, frames, layers, fps, upscaling)
     requests = [
         Request(
             text=Text(prompt, settled.negative_prompt, row.text_tokens, settled.use_pe),
@@ -97,6 +107,18 @@ def admit(
     for request in requests:
         table(blueprint, request)  # refuses a schedule that cannot be
     return requests
+
+
+def _upscaling(blueprint: Blueprint, sampling: SamplingOptions) -> Upscaling | None:
+    if not sampling.enable_upscaling:
+        if sampling.upscaling_scale is not None:
+            raise UserError(
+                "upscaling_scale",
+                f"upscaling_scale: {sampling.upscaling_scale} has no effect without enable_upscaling",
+            )
+        return None
+    model = upscale.locate(blueprint.upscaling_model_path, sampling.upscaling_scale or 4)
+    return Upscaling(model, sampling.upscaling_scale or upscale.read(model).scale)
 
 
 def _normalization(blueprint: Blueprint, sampling: SamplingOptions) -> float:

@@ -98,6 +98,7 @@ class Blueprint:
     """The variant of the weight files, where there are several."""
     adapters: tuple[loras.Chosen, ...] = ()
     lora_mode: loras.Mode = "auto"
+    upscaling_model_path: str | None = None
 
     @property
     def denoiser(self) -> NetPlan[Denoiser]:
@@ -198,6 +199,7 @@ def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
         options.variant,
         loras.chosen(options),
         options.lora_merge_mode,
+        options.upscaling_model_path,
     )
 
 

@@ -145,7 +145,7 @@ def _destination(options: OutputOptions, request: Request) -> Destination:
         target, request.output.fps, options.output_quality, options.output_compression, options.x264_preset
     )
     if options.save_output:
-        output.check_size(target, request.output.height, request.output.width)
+        output.check_size(target, *request.output.saved_size)
         output.check_writable(target.directory, target.path(len(request.seeds) - 1, len(request.seeds)).name)
     return target, encoding
 

@@ -26,7 +26,7 @@ from tinydiff.models.recipe import Context, LoopInputs, token_count
 from tinydiff.ops.norm import compute_dtype
 from tinydiff.parallel import sequence
 from tinydiff.records import InputImages, Output, Request, Result, UserError
-from tinydiff.runtime import loras
+from tinydiff.runtime import loras, upscale
 from tinydiff.runtime.blueprint import PRECISIONS, WRITER, Blueprint, Model
 from tinydiff.sampling import guidance, loop, noise, sigmas, solvers
 from tinydiff.sampling.solvers import Table
@@ -374,7 +374,11 @@ def finish(
             "narrow for it"
         )
         raise UserError("model_path", f"model_path: {message} (see dit_precision)")
-    return _keep_outside_mask(decode(model, request.output, latents), request.images), latents
+    frames = _keep_outside_mask(decode(model, request.output, latents), request.images)
+    if (upscaling := request.output.upscaling) is not None:
+        upscaler = upscale.load(upscaling.model, model.blueprint.device)
+        frames = upscale.enlarge(upscaler, frames, upscaling.scale)
+    return frames, latents
 
 
 def parameters(
@@ -416,6 +420,8 @@ def parameters(
     entries["given_images"] = len(request.images.originals)
     if request.images.start:
         entries |= {"strength": schedule.strength, "masked": request.images.mask is not None}
+    if output.upscaling is not None:
+        entries["upscaling_scale"] = output.upscaling.scale
     if strengths := loras.strengths(model.adapters, request.loras):
         entries["loras"] = strengths
     if request.notes:

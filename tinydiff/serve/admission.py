@@ -115,7 +115,7 @@ def admitted_job(service: Service, job: Job) -> Job:
     """
     request = admitted(service.adapters, service.files, service.options, job)
     service.requests.put(job.id, request)
-    effective: dict[str, Any] = {"size": f"{request.output.width}x{request.output.height}"}
+    effective: dict[str, Any] = {"size": "{1}x{0}".format(*request.output.saved_size)}
     if job.kind == "video":
         effective["seconds"] = f"{request.output.num_frames / request.output.fps:g}"
     return replace(job, answer={**job.answer, **effective})

@@ -39,7 +39,7 @@ def plan(job: Job, request: Request, folder: Path) -> tuple[output.Target, outpu
     target = output.plan_target(
         folder, f"{job.id}.{extension}", video=clip, with_alpha=request.output.layers > 0
     )
-    output.check_size(target, request.output.height, request.output.width)
+    output.check_size(target, *request.output.saved_size)
     chosen = {
         name: job.fields[name]
         for name in ("output_quality", "output_compression", "x264_preset")
