@@ -1,4 +1,4 @@
-"""Upscaling: files of either network, tiles, alpha, scales, and the option from the command line to the file."""
+"""Upscaling: files of both networks, tiles, alpha, scales, and the option from the call to the frames."""
 
 import importlib.util
 import io
