@@ -362,7 +362,7 @@ def test_a_missing_feature_may_be_turned_off(argv: list[str]):
             "'vae=fp8,transformer=int8'",
         ),
         (["--component-direct-gpu-weight-loading.vae"], "'vae=True'"),
-        (["--text-encoder-cpu-offload"], "not supported yet: CPU offload"),
+        (["--enable-teacache"], "not supported yet: step caches"),
         (["--enable-teacache"], "step caches"),
         (["--enable-frame-interpolation", "true"], "frame interpolation"),
         (["--profile"], "profiling"),

@@ -19,6 +19,7 @@ WORDS = (
     "config_file",
     "config",
     "keymap",
+    "residency",
     "parallel.plan",
     "parallel.layout",
     "parallel.placements",

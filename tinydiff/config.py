@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 from tinydiff import command_line, flags, paths
 from tinydiff.records import UserError, shown
+from tinydiff.residency import Mode, Policy
 from tinydiff.values import Attention, LogLevel, Precision, filled, outcome, within
 
 CLOUD_STORAGE = (
@@ -206,6 +207,42 @@ class ModelOptions:
     """
     vae_tiling: bool | None = None
     """Decode in overlapping tiles, which takes less memory."""
+    dit_cpu_offload: bool | None = None
+    """Keep the denoiser in the host's memory, and on the GPU only while it runs."""
+    text_encoder_cpu_offload: bool | None = None
+    """The same for the text encoders."""
+    image_encoder_cpu_offload: bool | None = None
+    """The same for the image encoder."""
+    vae_cpu_offload: bool | None = None
+    """The same for the autoencoder."""
+    cpu_offload_components: tuple[str, ...] = ()
+    """The same for these components: names such as text_encoder_2, groups (dit, text_encoder, image_encoder,
+    vae), all or none. Those that are not named are not offloaded."""
+    dit_layerwise_offload: bool | None = None
+    """Keep the denoiser's blocks in the host's memory, and bring each to the GPU when it runs. Without a GPU
+    they stay in their file, so that a model larger than memory runs."""
+    layerwise_offload_components: tuple[str, ...] = ()
+    """Components whose blocks are streamed in this way, named as for cpu_offload_components. default is all
+    but the denoiser."""
+    component_residency: Mapping[str, Mode] = _empty()
+    """Where components live: transformer=layerwise-offload,vae=resident. The third mode is component-offload.
+    A component's own name counts before its group, and a group before all."""
+    dit_offload_prefetch_size: float | None = within(least=0)
+    """Blocks of the denoiser that are fetched while one computes: a number, or below 1 a share of all blocks.
+    0 is one block."""
+    layerwise_prefetch_size: Mapping[str, float] = _empty()
+    """The same by component: text_encoder=2."""
+    dit_layerwise_resident_layers: float | None = within(least=0)
+    """Blocks of a streamed denoiser that stay on the GPU: a number, or below 1 a share of all blocks."""
+    layerwise_resident_layers: Mapping[str, float] = _empty()
+    """The same by component."""
+    dit_layerwise_residency_policy: Policy | None = None
+    """Which blocks those are: the first ones (leading), or evenly spaced ones (strided)."""
+    layerwise_residency_policy: Mapping[str, Policy] = _empty()
+    """The same by component."""
+    pin_cpu_memory: bool = True
+    """Keep offloaded weights in pinned memory, from which copies to the GPU are fast and asynchronous.
+    Without it they stay in their files."""
     attention_backend: Attention = "sdpa"
     """Attention kernel of the denoiser. With sdpa, torch chooses one."""
     component_attention_backends: Mapping[str, Attention] = _empty()

@@ -56,6 +56,10 @@ MAPS = (
     "component_precisions",
     "component_weights_paths",
     "loras",
+    "component_residency",
+    "layerwise_prefetch_size",
+    "layerwise_resident_layers",
+    "layerwise_residency_policy",
 )
 """Options that hold one value for each component or adapter: `a=x,b=y`, a JSON object, or `--name.a x`."""
 
@@ -289,7 +293,14 @@ def _prompts(path: str) -> list[str]:
     return prompts
 
 
-_PAIRS = {"loras": "style=0.8,ink=0.3", "": "transformer=sdpa,text_encoder=math"}
+_PAIRS = {
+    "loras": "style=0.8,ink=0.3",
+    "component_residency": "transformer=layerwise-offload,vae=resident",
+    "layerwise_prefetch_size": "transformer=2,text_encoder=1",
+    "layerwise_resident_layers": "transformer=10,text_encoder=0.5",
+    "layerwise_residency_policy": "transformer=strided",
+    "": "transformer=sdpa,text_encoder=math",
+}
 """An example of each map."""
 
 

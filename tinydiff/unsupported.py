@@ -23,13 +23,8 @@ quantisation
 component weights in files of their own
     direct_gpu_weight_loading=false component_direct_gpu_weight_loading=false
     dit_config.prefix= vae_config.load_encoder=true vae_config.load_decoder=true
-CPU offload
-    component_residency= dit_cpu_offload=false cpu_offload_components=none dit_layerwise_offload=false
-    layerwise_offload_components= dit_offload_prefetch_size=0 dit_layerwise_resident_layers=0
-    layerwise_prefetch_size= layerwise_resident_layers= layerwise_residency_policy=
-    layerwise_residency_lifetime= dit_layerwise_residency_policy=leading
-    dit_layerwise_residency_lifetime=forward text_encoder_cpu_offload=false
-    image_encoder_cpu_offload=false vae_cpu_offload=false pin_cpu_memory=true|false
+how long resident layers stay, and what offload does while compiling
+    layerwise_residency_lifetime= dit_layerwise_residency_lifetime=forward|permanent
     offload_during_compile=true|false ltx2_two_stage_device_mode=
 performance presets
     performance_mode=auto|manual

@@ -82,9 +82,10 @@ def denoised(name, plan, fsdp=False, dtype=torch.float64, run=loop.eager_denoise
     net = net if adapt is None else adapt(net)
     network = net.network
     inputs = branches(d.family, asked.inputs, dtype)
-    hoisted = loop.hoist(network, net.weights, inputs, TABLE, net.lora_scale)
+    hoisted = loop.hoist(network, net.weights, inputs, TABLE, net.lora_scale, net.store)
     x = sequence.shard(plan, asked.tokens.to(dtype), 1, asked.kinds)
-    *_, last = loop.run(run(network, guidance.KINDS[d.family.guidance]), TABLE, x, lambda _: hoisted)
+    fetch = () if net.store is None else (net.store.fetch,)
+    *_, last = loop.run(run(network, guidance.KINDS[d.family.guidance], *fetch), TABLE, x, lambda _: hoisted)
     return sequence.gather(plan, last.x, 1, asked.tokens.shape[1], asked.kinds)
 
 

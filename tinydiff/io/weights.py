@@ -69,6 +69,7 @@ def load_weights(
     replicas: Group = ALONE,
     blocks: Collection[str] = (),
     variant: str | None = None,
+    left: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """What this rank holds of the weights named by `rows`, in `dtype` (rows marked float32 in float32) on
     `device`.
@@ -83,7 +84,7 @@ def load_weights(
     a tensor already in its type is not copied: it stays a private mapping of the file, where one rank alone
     holds all of it. All others are cast through a mapping of at most 8 MiB, so that peak memory is that of
     the weights in their final type. What ranks pass on to each other adds an amount that does not depend on
-    the weights.
+    the weights. left: names of weights that stay in their files (see `unread`); they come as meta tensors.
     Raises UserError if a file is broken, or naming the first five keys that are missing, unexpected or of
     another shape: on every rank the same, before anything is passed on. ValueError where the plan does not
     divide a row.
@@ -92,16 +93,54 @@ def load_weights(
     sources = _sources(folder, wanted, keys, variant)
     held = list(local_weights(wanted.values(), plan, blocks, replicas))
     on_cpu = torch.device(device).type == "cpu"
-    mapped = [each for each in held if on_cpu and _as_stored(each, sources[each.row.name], dtype)]
+    mapped = [
+        each
+        for each in held
+        if on_cpu and each.row.name not in left and _as_stored(each, sources[each.row.name], dtype)
+    ]
     ready = _mapped({each.row.name: sources[each.row.name] for each in mapped}, wanted)
     weights: dict[str, Tensor] = {}
     for row in local_rows(wanted.values(), plan, blocks):
         new = torch.empty if row.name in sources else torch.zeros  # a pack's padding is zero
+        at = "meta" if row.name in left else device
         weights[row.name] = (
-            ready[row.name] if row.name in ready else new(row.shape, dtype=_type(row, dtype), device=device)
+            ready[row.name] if row.name in ready else new(row.shape, dtype=_type(row, dtype), device=at)
         )
-    _stream([each for each in held if each.row.name not in ready], sources, weights)
+    there = {*ready, *left}
+    _stream([each for each in held if each.row.name not in there], sources, weights)
     return weights
+
+
+def unread(
+    folder: Path,
+    rows: Iterable[Row],
+    dtype: torch.dtype,
+    keys: KeyMap = AS_IS,
+    plan: Plan = SINGLE,
+    variant: str | None = None,
+) -> Callable[[Iterable[str]], dict[str, Tensor]]:
+    """Names of rows -> these weights as `load_weights` gives them on the CPU, read anew at every call.
+
+    A tensor already in its type is a mapping of its own, whose pages are let go with the tensor. A rank reads
+    by itself what it holds.
+    """
+    wanted = {row.name: row for row in rows}
+    sources = _sources(folder, wanted, keys, variant)
+    held = {each.row.name: each._replace(replicated_over=()) for each in local_weights(wanted.values(), plan)}
+
+    def read(names: Iterable[str]) -> dict[str, Tensor]:
+        asked = [held[name] for name in names]
+        mapped = [each for each in asked if _as_stored(each, sources[each.row.name], dtype)]
+        weights = _mapped({each.row.name: sources[each.row.name] for each in mapped}, wanted)
+        others = [each for each in asked if each.row.name not in weights]
+        weights |= {
+            each.row.name: torch.empty(each.shape, dtype=_type(each.row, dtype), device="cpu")
+            for each in others
+        }
+        _stream(others, sources, weights)
+        return {each.row.name: weights[each.row.name] for each in asked}
+
+    return read
 
 
 def check_weights(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tinydiff import entries
+from tinydiff.ops import store as stores
 from tinydiff.ops.network import Family, Network
 from tinydiff.ops.patch import patchify, unpatchify
 from tinydiff.ops.weights import Weights
@@ -50,6 +51,8 @@ class Net(Generic[F]):
     """[1, R]: one request's strength of each direction of those leaves."""
     sharding: Sharding | None = None
     """How the weights lie on several ranks; None where this process is alone."""
+    store: stores.Store | None = None
+    """Has the weights that are not on the device; in their place `weights` has meta tensors."""
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -83,7 +86,18 @@ class Net(Generic[F]):
 
     @property
     def w(self) -> Weights:
-        return Weights(self.weights, dtype=self.dtype, lora_scale=self.lora_scale)
+        flat = stores.in_order(self.weights, self.store)
+        return Weights(flat, dtype=self.dtype, lora_scale=self.lora_scale)
+
+    @property
+    def absent(self) -> bool:
+        """Whether some of its weights are not on the device all the time."""
+        return self.store is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(iter(self.weights.values())).device if self.store is None else self.store.device
 
     @property
     def network(self) -> Network:

@@ -108,6 +108,8 @@ class Fetch(NamedTuple):
     """(prefix, this rank's part of the block's weights) -> the pending fetch."""
     take: Callable[[str, Mapping[str, Tensor]], Mapping[str, Tensor]]
     """(prefix, the pending fetch) -> the block's weights."""
+    ahead: int = 1
+    """How many blocks are prefetched while one computes."""
 
 
 def _as_it_is(prefix: str, local: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -172,16 +174,19 @@ def walk(
     ]
 
     def run(streams: list[Streams]) -> list[Streams]:
-        pending: Mapping[str, Tensor] = hooks.fetch.start(stack[0][1], w[stack[0][1]]) if stack else {}
+        fetch, prefixes = hooks.fetch, [prefix for _, prefix in stack]
+        pending: list[Mapping[str, Tensor]] = []
         for index, (block, prefix) in enumerate(stack):
-            weights = hooks.fetch.take(prefix, pending)
-            if index + 1 < len(stack):  # prefetch the next block's weights while this one computes
-                following = stack[index + 1][1]
-                pending = hooks.fetch.start(following, w[following])
+            if not pending:
+                pending.append(fetch.start(prefix, w[prefix]))
+            weights = fetch.take(prefix, pending.pop(0))
+            for following in prefixes[index + 1 + len(pending) : index + 1 + fetch.ahead]:
+                pending.append(fetch.start(following, w[following]))
             own = [{**request[prefix], **step[prefix]} for request, step in branches]
             streams = [
                 call[block](weights, *each) for call, *each in zip(calls, streams, own, shared, strict=True)
             ]
+            del weights  # before the next is fetched, which may need its memory
             if hooks.after is not None:
                 hooks.after(prefix, streams)
         return streams

@@ -67,7 +67,7 @@ def beside(net: Net[Any], adapters: Mapping[str, Differences]) -> Net[Any]:
     if not touched:
         return replace(net, weights=base, adapters=(), lora_scale=None)
     total = -(-sum(ranks.values()) // RANKS) * RANKS
-    device, leaves = next(iter(base.values())).device, {}
+    device, leaves = net.device, {}
     for row in touched:
         down, up = low_rank_rows(row, total)
         wide = torch.promote_types(net.dtype, torch.float32) if row.float32 else net.dtype

@@ -26,11 +26,13 @@ from tinydiff.models.family import Autoencoder, Denoiser, Encoder, Record
 from tinydiff.models.recipe import Net
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import BACKENDS, serves
+from tinydiff.ops.store import Berth
 from tinydiff.parallel.dtensors import Sharding
 from tinydiff.parallel.plan import ALONE, Group, Plan
 from tinydiff.parallel.ranks import Ranks, weights_mesh
 from tinydiff.records import UserError, check_known
-from tinydiff.runtime import components, loras
+from tinydiff.residency import Residency
+from tinydiff.runtime import components, loras, offload
 from tinydiff.runtime.component_config import preprocessed, read_config
 from tinydiff.runtime.components import SHIPPED as SHIPPED
 from tinydiff.runtime.weight_plans import network_placements
@@ -68,6 +70,13 @@ class NetPlan(Generic[R]):
     plan: Plan
     attention_option: str = "attention_backend"
     """The option that sets its attention backend."""
+    residency: Residency = Residency()  # noqa: RUF009 (frozen)
+    """Where its weights live."""
+
+    @property
+    def absent(self) -> bool:
+        """Whether some of its weights will not be on the device all the time."""
+        return self.residency.kind != "resident"
 
     @property
     def keys(self) -> KeyMap:
@@ -96,6 +105,8 @@ class Blueprint:
     tiling: bool
     variant: str | None = None
     """The variant of the weight files, where there are several."""
+    pinned: bool = True
+    """Whether offloaded weights are in pinned memory."""
     adapters: tuple[loras.Chosen, ...] = ()
     lora_mode: loras.Mode = "auto"
     upscaling_model_path: str | None = None
@@ -172,6 +183,7 @@ def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
         dtype = _dtype(name, family, options, device)
         nets[name] = NetPlan(name, family, own, config, dtype, *_plan(name, family, options))
     _check_fit(row, checkpoint, nets)
+    nets = offload.settled(nets, options)
     scheduler = parts["scheduler"].entries("scheduler_config.json")
     solvers.check_types(scheduler)
     if ignored := solvers.unread(scheduler):
@@ -197,6 +209,7 @@ def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
         compiled,
         tiling,
         options.variant,
+        options.pin_cpu_memory,
         loras.chosen(options),
         options.lora_merge_mode,
         options.upscaling_model_path,
@@ -222,11 +235,12 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None, merge_adapters: bool 
     except ValueError as error:
         raise UserError("model_path", f"{vae.component.where()}: {error}") from error
     tokenizers = {name: load_tokenizer(each.place) for name, each in blueprint.tokenizers.items()}
-    nets = {}
+    nets, berth = {}, Berth()
     for name, net in blueprint.nets.items():
         log.debug("loading %s as %s", name, net.dtype)
         plan, sharding = (net.plan, None) if ranks is None else _sharded(net, ranks)
         replicas = ALONE if ranks is None or sharding is None else ranks.groups[sharding.where.same]
+        left, store = offload.store(net, plan, blueprint.device, variant, blueprint.pinned, berth)
         weights = load_weights(
             net.component.place,
             net.family.spec(net.config),
@@ -237,6 +251,7 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None, merge_adapters: bool 
             replicas,
             () if sharding is None else sharding.blocks,
             variant,
+            left,
         )
         nets[name] = Net(
             net.family,
@@ -246,6 +261,7 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None, merge_adapters: bool 
             net.dtype,
             net.component.json.get("generation_config.json", {}) if name == WRITER else {},
             sharding=sharding,
+            store=store,
         )
     read = [loras.read(each, nets) for each in blueprint.adapters]
     return with_adapters(Model(blueprint, nets, tokenizers), read, blueprint.lora_mode, merge_adapters)

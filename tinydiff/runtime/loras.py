@@ -154,7 +154,11 @@ def attach(
     beside: dict[str, dict[str, adapters.Differences]] = {name: {} for name in nets}
     for each, adapter in ((one.chosen, one.adapter) for one in read):
         merge = only_merges(each, adapter, mode) or mode == "merge"
-        if mode == "auto" and prefer_merged and not merge:
+        absent = next((name for name in adapter.targets if changed[name].absent), None)
+        if merge and absent is not None:
+            message = f"the weights of {absent} are offloaded, so {each.name!r} cannot be merged into them"
+            raise UserError("lora_merge_mode", f"lora_merge_mode: {message}")
+        if mode == "auto" and prefer_merged and not merge and absent is None:
             merge = not _rounds_away(each, adapter, changed)
         for component, differences in adapter.targets.items():
             if merge:

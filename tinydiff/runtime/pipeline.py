@@ -23,6 +23,8 @@ from torch import Tensor
 from tinydiff.config import Progress
 from tinydiff.io.images import resize
 from tinydiff.models.recipe import Context, LoopInputs, token_count
+from tinydiff.ops import store as stores
+from tinydiff.ops.network import RESIDENT
 from tinydiff.ops.norm import compute_dtype
 from tinydiff.parallel import sequence
 from tinydiff.records import InputImages, Output, Request, Result, UserError
@@ -203,7 +205,7 @@ def _experts(model: Model, prepared: LoopInputs, rows: Table) -> Callable[[int],
     @cache
     def expert(index: int) -> loop.Hoisted:
         net = model.nets[("transformer", "transformer_2")[index]]
-        return loop.hoist(net.network, net.weights, prepared.branches, rows, net.lora_scale)
+        return loop.hoist(net.network, net.weights, prepared.branches, rows, net.lora_scale, net.store)
 
     return expert
 
@@ -316,13 +318,17 @@ def denoiser(model: Model, request: Request, conditioning: Conditioning, compile
     form = guidance.KINDS[
         (conditioning.prepared.guidance or net.family.guidance) if request.guidance.on else "none"
     ]
+    fetch = stores.fetch(*(each.store for each in model.nets.values() if each.family.role == "dit"))
     if not compiled:
-        return _eager(net.network, form)
-    from tinydiff.sampling.compile import (
-        compiled_denoise,
-    )  # pulls in the compiler: only those who compile pay for it
+        return _eager(net.network, form, fetch)
+    # pulls in the compiler: only those who compile pay for it
+    from tinydiff.sampling.compile import compiled_blocks, compiled_denoise
 
-    return compiled_denoise(net.network, form)
+    return (
+        compiled_denoise(net.network, form)
+        if fetch is RESIDENT
+        else compiled_blocks(net.network, form, fetch)
+    )
 
 
 @torch.no_grad()

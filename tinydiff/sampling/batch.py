@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tinydiff.ops.network import Branch, Family, Tree, has_images
+from tinydiff.ops.store import present
 from tinydiff.sampling.loop import Denoise, Denoising, FixedTokens, Hoisted, State, at_step
 
 
@@ -52,7 +53,7 @@ def batch_key(family: Family, image: Denoising) -> Hashable:
         for prefix, below in per_step.items()
         for name, x in sorted(below.items())
     )
-    weights = tuple(id(x) for below in image.network.weights.values() for x in below.values())
+    weights = tuple(id(x) for below in image.network.weights.values() for x in present(below).values())
     fixed = None if image.fixed is None else tuple(x.shape for x in image.fixed)
     x, no_noise = image.state.x, image.noise is None
     return image.denoise, weights, len(trees), requests, steps, fixed, no_noise, x.shape, x.dtype

@@ -30,14 +30,24 @@ from torch.fx.experimental import _config as fx_config
 from torch.overrides import _pop_mode, _push_mode
 from torch.utils import _device as default_device
 
-from tinydiff.ops.network import Branch, Network, has_images
+from tinydiff.ops.network import Branch, Fetch, Network, Streams, has_images
 from tinydiff.parallel.plan import Cond
 from tinydiff.parallel.sequence import KEYS, token_dims
-from tinydiff.sampling.loop import Denoise, FixedTokens, Guidance, Hoisted, State, denoise, predictor
+from tinydiff.sampling.loop import (
+    Denoise,
+    FixedTokens,
+    Guidance,
+    Hoisted,
+    State,
+    denoise,
+    eager_denoise,
+    predictor,
+)
 
 _RECOMPILE_LIMIT = 64
 _regions = itertools.count()
 _compiled: dict[tuple[Network, Guidance, bool], Denoise] = {}
+_by_block: dict[tuple[Network, Guidance, Fetch], Denoise] = {}
 
 
 def has_compiler() -> bool:
@@ -59,13 +69,19 @@ def region(fn: Callable[..., Any]) -> Callable[..., Any]:
     # Torch looks a region up by its code, and asks whether it fits by comparing lengths: two regions of one
     # code would be compared, and the outcome, two prompts of equal length or not, guarded. So each has a code
     # of its own.
-    code = fn.__code__.replace(co_name=f"{fn.__name__}_{next(_regions)}")
-    fn = FunctionType(code, fn.__globals__, code.co_name, fn.__defaults__, fn.__closure__)
+    fn = _own_code(fn)
     # Inside the loop operator a region needs the decompositions spelled out, else Inductor stops with "both a
     # fallback and a decomp".
     dynamo_config.enable_invoke_subgraph_regional_compile = True
     options = NestedCompileRegionOptions(decompositions=select_decomp_table())
     return cast(Callable[..., Any], torch.compiler.nested_compile_region(fn, options=options))
+
+
+def _own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own, by which torch keeps what it compiled."""
+    source = cast(FunctionType, fn)
+    code = source.__code__.replace(co_name=f"{source.__name__}_{next(_regions)}")
+    return FunctionType(code, source.__globals__, code.co_name, source.__defaults__, source.__closure__)
 
 
 def compiled_denoise(network: Network, guidance: Guidance, *, exact: bool = False) -> Denoise:
@@ -120,6 +136,43 @@ def _build(network: Network, guidance: Guidance, exact: bool) -> Denoise:
         # Two lengths that happen to be equal in the first request are still two.
         with _no_modes(), cast(Any, fx_config).patch(use_duck_shape=False):
             return graph(hoisted, state, coefficients, noise, fixed, bounds[0].clone(), bounds[1].clone())
+
+    return call
+
+
+def compiled_blocks(network: Network, guidance: Guidance, fetch: Fetch) -> Denoise:
+    """`denoise` for this network with each kind of block compiled alone, and a Python loop around them.
+
+    This is for weights that come while the loop runs, which torch's loop operator cannot do.
+    """
+    key = (network, guidance, fetch)
+    if key not in _by_block:
+        dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _RECOMPILE_LIMIT)
+        conds = network.family.conds
+        _by_block[key] = eager_denoise(network, guidance, fetch, lambda block: _block(conds, block))
+    return _by_block[key]
+
+
+def _block(conds: Sequence[Cond], block: Callable[..., Streams]) -> Callable[..., Streams]:
+    """A block as one compiled graph, whatever its number of tokens and, above one, of images."""
+    graph = torch.compile(_own_code(block), fullgraph=True, dynamic=False)
+
+    def call(
+        w: Mapping[str, Tensor], x: Streams, request: Mapping[str, Tensor], shared: Mapping[str, Tensor]
+    ) -> Streams:
+        streams = x if isinstance(x, tuple) else (x,)
+        even = {name: y.contiguous() for name, y in shared.items()}  # strides of a part would be guarded
+        for each in streams:
+            torch._dynamo.mark_dynamic(each, 1)
+        _mark_named(token_dims(conds), even)
+        _mark_named({name: 0 for name in even if name.startswith(KEYS)}, even)
+        if (images := streams[0].shape[0]) > 1:
+            named = {name: y for name, y in even.items() if has_images(conds, "", name)}
+            for each in (*streams, *request.values(), *named.values()):
+                if each.ndim and each.shape[0] == images:
+                    torch._dynamo.mark_dynamic(each, 0)
+        with _no_modes(), cast(Any, fx_config).patch(use_duck_shape=False):
+            return graph(dict(w), x, dict(request), even)
 
     return call
 

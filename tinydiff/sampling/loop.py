@@ -18,7 +18,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tinydiff.ops.network import Branch, Fetch, Hooks, Network, Streams, Tree, divide, plain, walk
+from tinydiff.ops import store as stores
+from tinydiff.ops.network import (
+    RESIDENT,
+    Branch,
+    Fetch,
+    Hooks,
+    Network,
+    Streams,
+    Tree,
+    divide,
+    plain,
+    walk,
+)
+from tinydiff.ops.store import Store
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel import sequence, shards
 from tinydiff.parallel.moves import move
@@ -131,16 +144,18 @@ def hoist(
     branches: Sequence[dict[str, Tensor]],
     table: Table,
     lora_scale: Tensor | None = None,
+    store: Store | None = None,
 ) -> Hoisted:
     """Prepare a network for one request: compute once what the loop would otherwise repeat at every step.
 
     weights: this rank's, flat, on their device. branches: the inputs of the family's `hoist`, one for each
     branch of guidance; with cfg parallelism this rank keeps its own branch. Per-step tensors that do not
     depend on the prompt are kept once for all branches.
-    lora_scale: the strengths [1, R] of the low-rank leaves, where the weights have any.
+    lora_scale: the strengths [1, R] of the low-rank leaves, where the weights have any. store: has the
+    weights that are not on the device.
     """
     family, plan = network.family, network.plan
-    device = next(iter(weights.values())).device
+    device = next(iter(weights.values())).device if store is None else store.device
     cfg, everywhere = plan.group("cfg"), sequence.without_sequence(plan)
     if cfg.size > 1:
         branches = [branches[cfg.rank]]
@@ -148,7 +163,7 @@ def hoist(
     if len(timesteps) == 1:
         # torch would compile a table of one row on its own, so that one gets a second, which is never read.
         timesteps = timesteps.expand(2)
-    unpacked = shards.GatherOnRead(weights, _packs(network), plan)
+    unpacked = shards.GatherOnRead(stores.entries(weights, store), _packs(network), plan)
     flat = Weights(unpacked, dtype=network.dtype, lora_scale=lora_scale)
     hoisted = [family.hoist(network.config, everywhere, flat, inputs, timesteps) for inputs in branches]
     if lora_scale is not None:
@@ -156,7 +171,7 @@ def hoist(
     if not family.pooled:
         hoisted = [(request, hoisted[0][1]) for request, _ in hoisted]
     return Hoisted(
-        divide(network, weights),
+        stores.tree(divide(network, weights), store),
         tuple(
             Branch(
                 divide(network, sequence.shard_request(plan, family.conds, request)),
@@ -171,17 +186,23 @@ def unwrapped(fn: Callable[..., Streams]) -> Callable[..., Streams]:
     return fn
 
 
-def predictor(network: Network, wrap: Wrap = unwrapped, hooks: Hooks = Hooks()) -> Predict:  # noqa: B008
+def predictor(
+    network: Network,
+    wrap: Wrap = unwrapped,
+    hooks: Hooks = Hooks(),  # noqa: B008
+    per_branch: bool = True,
+) -> Predict:
     """The network as a `Predict`. `wrap` is applied once to each kind of block, a function of plain tensors
     in dicts and tuples.
 
     hooks: those of every walk. With full sharding, their `fetch` is replaced by one that gathers packs.
+    per_branch: whether a wrapped function serves one shape only, so that each branch needs its own.
     """
     kinds = dict.fromkeys(block for block, _ in network.family.blocks(network.config))
     # A compiled region serves one shape. Branches with text differ in shape, so each gets regions of its own.
     first, second = ({block: wrap(plain(network, block)) for block in kinds} for _ in range(2))
     has_texts = any(cond.stream == "text" for cond in network.family.conds)
-    calls, cfg = (first, second if has_texts else first), network.plan.group("cfg")
+    calls, cfg = (first, second if has_texts and per_branch else first), network.plan.group("cfg")
     if packs := _packs(network):
         hooks = hooks._replace(fetch=_gathered(packs, network.plan))
 
@@ -273,9 +294,11 @@ def _rows(steps: Tree, row: Tensor) -> Tree:
     }
 
 
-def eager_denoise(network: Network, guidance: Guidance) -> Denoise:
-    """`denoise` for this network, run operation by operation."""
-    predict = guidance(predictor(network), network.plan)
+def eager_denoise(
+    network: Network, guidance: Guidance, fetch: Fetch = RESIDENT, wrap: Wrap = unwrapped
+) -> Denoise:
+    """`denoise` for this network, run operation by operation. wrap: as in `predictor`."""
+    predict = guidance(predictor(network, wrap, Hooks(fetch), per_branch=False), network.plan)
 
     def call(
         hoisted: Hoisted,
