@@ -25,7 +25,7 @@ SHARD = 2**28
 """Bytes of a file: a mapping counts as memory of the process while it is there."""
 
 
-def config(layers: int):
+def config(layers: int) -> Any:
     from tinydiff.models import wan
 
     return wan.Config(
