@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from tinydiff.records import UserError, check_known
 
-if TYPE_CHECKING:
-    from tinydiff.config import ModelOptions
-
 V = TypeVar("V")
+ModelOptions = Any
+"""`config.ModelOptions`, whose fields have the names of the options."""
 Kind = Literal["resident", "offloaded", "streamed"]
 Policy = Literal["leading", "strided"]
 Mode = Literal["resident", "component-offload", "layerwise-offload"]

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +31,11 @@ from tinydiff.records import UserError
 
 log = logging.getLogger(__name__)
 
-if TYPE_CHECKING:
-    from tinydiff.runtime.blueprint import NetPlan
+Planned = Any
+"""A network before its weights are there, a `blueprint.NetPlan`."""
 
 
-def settled(nets: Mapping[str, NetPlan[Any]], options: ModelOptions) -> dict[str, NetPlan[Any]]:
+def settled(nets: Mapping[str, Planned], options: ModelOptions) -> dict[str, Planned]:
     """The networks with their residencies. Raises UserError for options that contradict each other."""
     roles = {name: net.family.role for name, net in nets.items()}
     counts = {name: len(blocks(net)) for name, net in nets.items()}
@@ -47,7 +47,7 @@ def settled(nets: Mapping[str, NetPlan[Any]], options: ModelOptions) -> dict[str
     return {name: replace(net, residency=found[name]) for name, net in nets.items()}
 
 
-def blocks(net: NetPlan[Any]) -> dict[str, Names]:
+def blocks(net: Planned) -> dict[str, Names]:
     """Prefix of each block of a network -> the weights that it reads while it runs."""
     rows = list(net.family.spec(net.config))
     if net.family.role == "dit":
@@ -56,7 +56,7 @@ def blocks(net: NetPlan[Any]) -> dict[str, Names]:
 
 
 def store(
-    net: NetPlan[Any], plan: Plan, device: torch.device, variant: str | None, pinned: bool, berth: Berth
+    net: Planned, plan: Plan, device: torch.device, variant: str | None, pinned: bool, berth: Berth
 ) -> tuple[set[str], Store | None]:
     """(names of the weights that are left where they are, the store that brings them)."""
     if not net.absent:
@@ -113,7 +113,7 @@ def _bringer(
     return bring
 
 
-def _check_pinned(rows: list[Row], net: NetPlan[Any], device: torch.device, pinned: bool) -> None:
+def _check_pinned(rows: list[Row], net: Planned, device: torch.device, pinned: bool) -> None:
     """Raises UserError where more memory would be pinned than this machine has."""
     size = sum(row.numel * (4 if row.float32 else net.dtype.itemsize) for row in rows)
     if device.type == "cuda" and pinned and size > (have := host_bytes()):
