@@ -118,3 +118,24 @@ def test_options_that_do_not_agree(files, options, field, words):
 
 def test_two_adapters_of_one_name(files):
     refused("lora_nickname", "'x' names two adapters", loaded, *files.values(), lora_nickname=["x", "x"])
+
+
+def test_a_table_that_is_looked_up_takes_a_dynamic_adapter(tmp_path):
+    """Rows of the text encoder's tables and their differences, as if they were merged."""
+    plan, tensors = blueprint.read(config.options({}).model), {}
+    generator = torch.Generator().manual_seed(5)
+    net = plan.nets["text_encoder"]
+    tables = [
+        row for row in net.family.spec(net.config) if "shared" in row.name or "attention_bias" in row.name
+    ]
+    for row in tables:
+        a, b = (torch.randn(shape, generator=generator) for shape in ((2, row.shape[1]), (row.shape[0], 2)))
+        module = row.name.removesuffix(".weight")
+        tensors |= {f"text_encoder.{module}.lora_A.weight": a, f"text_encoder.{module}.lora_B.weight": b}
+    assert len(tables) > 1
+    save_file(tensors, tmp_path / "tables.safetensors")
+    both = [loaded(tmp_path / "tables.safetensors", lora_merge_mode=mode) for mode in ("merge", "dynamic")]
+    assert [each.adapters["default"].merged for each in both] == [True, False]
+    merged, dynamic = (latents(model) for model in both)
+    close(dynamic, merged, 1e-4)
+    assert not torch.allclose(latents(both[1], loras={"default": 0.0}), dynamic, atol=1e-2)

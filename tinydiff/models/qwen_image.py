@@ -40,7 +40,7 @@ from tinydiff.models.recipe import (
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.activations import gelu_tanh
 from tinydiff.ops.embed import embedder
-from tinydiff.ops.linear import linear, linear_sum
+from tinydiff.ops.linear import linear, linear_sum, rows
 from tinydiff.ops.network import Stack
 from tinydiff.ops.norm import compute_dtype, modulate, rms_norm
 from tinydiff.ops.patch import patchify
@@ -165,7 +165,7 @@ def _time(w: Weights, t_S: Tensor, kind_B: Tensor | None) -> Tensor:
     kind_B: int64, the row of Layered's additional embedding for each image.
     """
     time = embedder(_sinusoids(t_S).to(t_S.dtype), w / "timestep_embedder")[:, None]
-    return F.silu(time if kind_B is None else time + w["addition_t_embedding.weight"][kind_B])
+    return F.silu(time if kind_B is None else time + rows(kind_B, w / "addition_t_embedding"))
 
 
 def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:

@@ -37,6 +37,12 @@ def product(x: Tensor, w: Weights, bias: Tensor | None = None) -> Tensor:
     return y if down is None else y + F.linear(_scaled(F.linear(x, down), w.lora_scale), w[LORA_B])
 
 
+def rows(ids: Tensor, w: Weights) -> Tensor:
+    """Rows of the layer's table and of its low-rank differences, by ids [B, ...] int64 -> [B, ..., I]."""
+    y, up = F.embedding(ids, w["weight"]), w.get(LORA_B)
+    return y if up is None else y + F.linear(_scaled(F.embedding(ids, up), w.lora_scale), w[LORA_A].T)
+
+
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     """x [B, ..., R] times scale [1 or B, R], in the type of the scale and rounded once."""
     if scale is None:
