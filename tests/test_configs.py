@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
+from PIL import Image
 
+from tests.runtime.folders import released
 from tests.sources import ROOT
 from tinydiff import cli, config
 from tinydiff.models.registry import find
+from tinydiff.runtime import blueprint, pipeline
+from tinydiff.runtime.admit import admit
 
 PRESETS = {path.stem: path for path in sorted((ROOT / "configs").glob("*"))}
 
@@ -57,3 +63,25 @@ def test_presets_with_a_lora_name_a_file_and_what_it_changes():
     assert lightning.model.lora_target == ("transformer", "transformer_2")
     for preset in (turbo, lightning):
         assert len(preset.model.lora_path) == len(preset.model.lora_weight_name)
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+@pytest.mark.parametrize("model", ["Qwen/Qwen-Image", "Qwen/Qwen-Image-Edit"])
+def test_lightning_resolves_to_the_cards_schedule(model, steps, tmp_path):
+    """The request that the preset makes, on the released configs: no guidance, and a shift of 3 of any size."""
+    kind = model.rpartition("/")[2].lower()
+    preset = options(f"{kind}-lightning-{steps}")
+    assert preset.model.model_path == model
+    [file] = preset.model.lora_weight_name
+    assert f"-{steps}steps-" in file and ("Edit" in file) == ("Edit" in model)
+    (tmp_path / file).touch()
+    where = {"model_path": str(released(model, tmp_path)), "lora_path": (str(tmp_path),)}
+    plan = blueprint.read(replace(preset.model, enable_torch_compile=False, **where))
+    assert [each.file for each in plan.adapters] == [tmp_path / file]
+    Image.new("RGB", (64, 64)).save(tmp_path / "input.png")
+    given = (str(tmp_path / "input.png"),) if "Edit" in model else ()
+    [request] = admit(plan, replace(preset.sampling, image_path=given))
+    assert request.guidance.scale == 1 and request.schedule.steps == steps
+    grid = [at / steps for at in range(steps, 0, -1)]
+    shifted = torch.tensor([3 * s / (1 + 2 * s) for s in grid])
+    assert torch.allclose(pipeline.table(plan, request).timesteps.float(), 1000 * shifted)

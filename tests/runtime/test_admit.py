@@ -270,7 +270,6 @@ def test_a_side_is_the_integer_nearest_to_the_root():
             "num_frames",
             "5 would be a video, and black-forest-labs/FLUX.1-dev makes images",
         ),
-        (DEV, {"flow_shift": 3.0}, "flow_shift", "bends its schedule by the size of the image"),
         (DEV, {"negative_prompt": "blurry"}, "negative_prompt", "reads one only with true_cfg_scale above 1"),
         (T2V, {"guidance_scale": 3.0, "true_cfg_scale": 3.0}, "true_cfg_scale", "has one guidance"),
         (

@@ -230,7 +230,8 @@ def table(blueprint: Blueprint, request: Request) -> Table:
 
 def _scheduled(blueprint: Blueprint, request: Request) -> Table:
     scheduler, net, schedule = dict(blueprint.scheduler), blueprint.denoiser, request.schedule
-    if schedule.flow_shift is not None:
+    if schedule.flow_shift is not None:  # a fixed shift, as distilled models want, in place of one by size
+        scheduler |= {"use_dynamic_shifting": False, "shift_terminal": None}
         scheduler[solvers.SHIFT_NAMES.get(str(scheduler.get("_class_name")), "shift")] = schedule.flow_shift
     family, steps, from_text = net.family, schedule.steps, not request.images.start
     own = scheduler.get("use_flow_sigmas") and blueprint.row.pipeline in family.own_grid and from_text

@@ -150,11 +150,6 @@ def _shift(blueprint: Blueprint, sampling: SamplingOptions, notes: dict[str, str
     """The shift of the schedule; None leaves it to the scheduler's file."""
     row, scheduler = blueprint.row, blueprint.scheduler
     if sampling.flow_shift is not None:
-        if scheduler.get("use_dynamic_shifting"):
-            raise UserError(
-                "flow_shift",
-                f"flow_shift: {row.name} bends its schedule by the size of the image; leave it out",
-            )
         return sampling.flow_shift
     if row.flow_shift is None:
         return None
