@@ -288,7 +288,7 @@ def test_a_released_file_is_recognised(model, family, also, layout, prefix, tmp_
     assert found.tensors == len(shapes) and dict(found.precision) == {"BF16": found.bytes}
     assert found.bytes == 2 * sum(torch.Size(shape).numel() for shape in shapes.values())
     assert found.metadata["format"] == "pt" and len(found.metadata["note"]) == 200
-    assert found.missing == found.problems == ()
+    assert found.problems == () and f": taken from {model}, or from --" in found.missing[0]
 
 
 def test_types_that_are_not_read_are_said(tmp_path):
@@ -443,3 +443,29 @@ def test_what_the_page_shows_is_printed():
     shown = page.split("$ tinydiff inspect tinydiff/shapes\n")[1].split("\n```")[0]
     assert shown.splitlines() == list(told(contents("tinydiff/shapes")))
     assert set(re.findall(r"`(\w+)`", page.split("`--json`")[1])) <= {each.name for each in fields(Contents)}
+
+
+RUNS = [
+    ("FLUX.1-dev", "transformer", "original", "--model-path {}"),
+    ("FLUX.1-dev", "vae", "diffusers", "--model-path black-forest-labs/FLUX.1-dev --vae-path {}"),
+    ("FLUX.1-dev", "text_encoder", "transformers", "--text-encoder-path {}"),
+    ("FLUX.1-dev", "text_encoder_2", "transformers", "--text-encoder-2-path {}"),
+]
+
+
+@pytest.mark.parametrize(("model", "component", "layout", "words"), RUNS)
+def test_the_command_of_a_file(model, component, layout, words, tmp_path):
+    name = f"black-forest-labs/{model}"
+    path = header_only(tmp_path / f"{model}.safetensors", stored(name, component, layout))
+    found = contents(str(path))
+    assert words.format(path) in found.command and found.command.endswith('--prompt "..."')
+    others = "text_encoder, text_encoder_2, tokenizer, tokenizer_2, vae"
+    flags = "--text-encoder-path, --text-encoder-2-path, --tokenizer-path, --tokenizer-2-path, --vae-path"
+    said = (f"{others}: taken from {name}, or from {flags}",) if component == "transformer" else ()
+    assert found.missing == said
+
+
+def test_no_command_for_a_file_that_is_not_read(tmp_path):
+    shapes = stored("black-forest-labs/FLUX.1-dev", "transformer", "original")
+    path = header_only(tmp_path / "a.safetensors", shapes, "F8_E4M3")
+    assert contents(str(path)).command is None

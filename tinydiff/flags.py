@@ -199,6 +199,12 @@ def _component(name: str) -> str | None:
     return None
 
 
+def per_component(name: str) -> str | None:
+    """The option that a name with a component belongs to: component_paths of vae_path."""
+    component = _component(name)
+    return None if component is None else _PER_COMPONENT[name.removeprefix(f"{component}_")]
+
+
 def _meanings(name: str, value: Any, names: Collection[str]) -> Iterator[tuple[str, str | None, Any]]:
     """What one flag means, as (option, component, value)."""
     if name in ALIASES:

@@ -2,6 +2,7 @@
 the bit, and one sentence for what does not fit.
 """
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -67,6 +68,30 @@ def test_a_file_stands_in_for_a_component(saved, base, name):
     folder, files = saved
     assert torch.equal(latents(folder, component_paths={name: str(files[name])}), base)
     assert torch.equal(latents(folder, component_weights_paths={name: str(files[name])}), base)
+
+
+def test_the_librarys_names_for_single_components(saved, base):
+    folder, files = saved
+    paths = {"transformer_weights_path": str(files["transformer"]), "vae_path": str(files["vae"])}
+    assert torch.equal(latents(folder, **paths), base)
+    with pytest.raises(UserError, match="vaee_path: no such option here"):
+        tinydiff.load(str(folder), vaee_path="x")
+    with pytest.raises(UserError, match="vae_path: no such option here"):
+        tinydiff.generate(tinydiff.load(), "a fox", vae_path="x")
+
+
+def test_a_component_that_does_not_fit_the_others_is_named_by_its_option(saved, tmp_path):
+    folder, _ = saved
+    build(replace(VARIANTS["TI2V"], transformer=WIDE), tmp_path / "other")
+    entries = json.loads((tmp_path / "other/vae/config.json").read_text())
+    more = {"z_dim": 6, "latents_mean": [0.0] * 6, "latents_std": [1.0] * 6}
+    (tmp_path / "other/vae/config.json").write_text(json.dumps(entries | more))
+    paths = {"component_paths": {"vae": str(tmp_path / "other/vae")}}
+    with pytest.raises(
+        UserError, match=r"vae_path: the components do not fit each other: .* in_channels is 4"
+    ) as e:
+        blueprint.read(ModelOptions(model_path=str(folder), **paths))
+    assert e.value.field == "vae_path"
 
 
 def test_all_at_once_and_a_pickle(saved, base):

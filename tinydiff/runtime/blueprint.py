@@ -437,10 +437,12 @@ def _check_fit(row: ReleasedModel, checkpoint: Checkpoint, nets: Mapping[str, Ne
         net, {name: plan.config for name, plan in nets.items()}, row
     ):
         if (own := getattr(net, name)) != value:
+            given = dict.fromkeys(plan.component.option for plan in nets.values())
+            option = next((each for each in given if each != "model_path"), "model_path")
             message = (
                 f"the components do not fit each other: the transformer's {name} is {own}, and {why} {value}"
             )
-            raise UserError("model_path", f"model_path: {message}")
+            raise UserError(option, f"{option}: {message}")
     if "transformer_2" in nets:  # both experts run in one loop
         first, second = nets["transformer"], nets["transformer_2"]
         if first.config != second.config:

@@ -195,7 +195,7 @@ def _described(found: Found) -> tuple[str, Mapping[str, Any]]:
     return found.class_name, found.entries
 
 
-def _nearest_first(models: tuple[str, ...], file: Path) -> list[str]:
+def nearest_first(models: tuple[str, ...], file: Path) -> list[str]:
     """Released models, first those whose names share most words with the file's."""
     words = set(re.findall(r"[a-z]+|[0-9.]+", file.stem.lower()))
 
@@ -215,7 +215,7 @@ def _around(file: Path, options: ModelOptions) -> Checkpoint:
         )
         message = f"{str(file)!r} holds a {denoiser.class_name}, not a model; {flag} takes it"
         raise UserError("model_path", f"model_path: {message}")
-    names = [name for name in _nearest_first(denoiser.models, file) if name in released.REPOSITORIES]
+    names = [name for name in nearest_first(denoiser.models, file) if name in released.REPOSITORIES]
     name = options.model_id or next(iter(names), None)
     if name is None or name not in released.REPOSITORIES:
         message = f"{str(file)!r} holds a {denoiser.class_name} of no released model's size"

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from tinydiff.config import ModelOptions
 from tinydiff.io import archive, headers, hub
 from tinydiff.io.headers import Header
 from tinydiff.io.weights import check_weights, weight_files
-from tinydiff.models import registry
+from tinydiff.models import registry, released
 from tinydiff.models.classes import RECORDS
 from tinydiff.models.layouts.adapters import adapter_facts
 from tinydiff.models.layouts.recognise import LORA, QUANTISED, Found, recognise
 from tinydiff.records import UserError, nearest
 from tinydiff.runtime import blueprint
+from tinydiff.runtime.components import nearest_first
 
 MOST = 200
 """Files of a directory that are looked at."""
@@ -158,12 +159,47 @@ def _named(counted: Contents, header: Header) -> Contents:
         return replace(counted, problems=(*why, _clause(error, counted.path)))
     first, *others = found
     if not others:
-        return replace(_component(counted, first), problems=why)
+        return _runnable(replace(_component(counted, first), problems=why), found)
     parts = tuple(_component(Contents(each.prefix or "the rest", "component"), each) for each in found)
     kind = f"{counted.kind} of several components"
-    return replace(
+    whole = replace(
         counted, kind=kind, family=_family(first.models), models=first.models, parts=parts, problems=why
     )
+    return _runnable(whole, found)
+
+
+def _runnable(counted: Contents, found: Sequence[Found]) -> Contents:
+    """With the command that runs a file: as the model where it holds the denoiser, else as a component. What
+    the model has beside is missing.
+    """
+    names = [
+        name for name in nearest_first(found[0].models, Path(counted.path)) if name in released.COMPONENTS
+    ]
+    if not names or counted.problems or counted.missing:
+        return counted
+    [name, *_] = names
+    here = [part for each in found if (part := _part_of(name, each)) is not None]
+    if found[0].role != "dit":
+        options = "".join(f" --{_dashed(part)}-path {shlex.quote(counted.path)}" for part in here)
+        return replace(counted, command=_command(_row(name), name, options) if here else None)
+    index = hub.index_of(released.REPOSITORIES[name]["model_index"], name)
+    absent = [part for part in index.components if part not in (*here, "scheduler")]
+    flags = ", ".join(f"--{_dashed(part)}-path" for part in absent)
+    missing = (f"{', '.join(absent)}: taken from {name}, or from {flags}",) if absent else ()
+    return replace(counted, missing=missing, command=_command(_row(name), counted.path))
+
+
+def _part_of(model: str, found: Found) -> str | None:
+    """The name that a released model has for a component of this class and these sizes."""
+    for part, (class_name, entries) in released.COMPONENTS[model].items():
+        alike = all(entries.get(field, value) == value for field, value in found.entries.items())
+        if RECORDS.get(class_name) is RECORDS[found.class_name] and (alike or found.role != "text_encoder"):
+            return part
+    return None
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _adapter(counted: Contents, shapes: Mapping[str, tuple[int, ...]]) -> Contents:

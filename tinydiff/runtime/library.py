@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields as fields_of
 from typing import Any
 
-from tinydiff import config
+from tinydiff import config, flags
 from tinydiff.parallel import layout
 from tinydiff.parallel.ranks import Ranks, join
 from tinydiff.records import Result, UserError, nearest
@@ -76,9 +76,10 @@ def generate(
 
 
 def _only(given: Mapping[str, Any], *records: type) -> None:
+    """Every name is a field of these records, or that of a single component, such as vae_path."""
     names = {field.name for record in records for field in fields_of(record)}
     for name in given:
-        if name not in names:
+        if name not in names and flags.per_component(name) not in names:
             raise UserError(
                 name,
                 f"{name}: no such option here; known are {', '.join(sorted(names))}{nearest(name, names)}",
