@@ -68,7 +68,7 @@ def test_presets_with_a_lora_name_a_file_and_what_it_changes():
 @pytest.mark.parametrize("steps", [4, 8])
 @pytest.mark.parametrize("model", ["Qwen/Qwen-Image", "Qwen/Qwen-Image-Edit"])
 def test_lightning_resolves_to_the_cards_schedule(model, steps, tmp_path):
-    """The request that the preset makes, on the released configs: no guidance, and a shift of 3 of any size."""
+    """What the preset asks for, on the released configs: no guidance, and a shift of 3 at any size."""
     kind = model.rpartition("/")[2].lower()
     preset = options(f"{kind}-lightning-{steps}")
     assert preset.model.model_path == model

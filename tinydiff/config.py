@@ -108,8 +108,8 @@ class SamplingOptions:
     boundary_ratio: float | None = within(least=0, most=1)
     """Fraction of the noise schedule below which the second expert runs, for models that have two."""
     flow_shift: float | None = within(above=0, most=1000)
-    """Shift of the noise schedule. Above 1, more of the steps are at high noise. It takes the place of a shift
-    that follows the size of the image (FLUX, Qwen-Image)."""
+    """Shift of the noise schedule. Above 1, more of the steps are at high noise. It takes the place of a
+    shift that follows the size of the image (FLUX, Qwen-Image)."""
     use_pe: bool | None = None
     """ERNIE-Image: rewrite the prompt with the checkpoint's language model (component pe) before encoding it.
     On by default where the checkpoint has one."""
