@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from tinydiff.models import ernie, flux, flux2, hunyuan_video, ltx2, ovis, qwen_image, sd3, wan, z_image
-from tinydiff.models.autoencoders import flux2_tiny, hunyuan, kl, tiny
+from tinydiff.models import (
+    ernie,
+    flux,
+    flux2,
+    hunyuan_video,
+    ltx2,
+    ovis,
+    qwen_image,
+    sd3,
+    vocoder,
+    wan,
+    z_image,
+)
+from tinydiff.models.autoencoders import flux2_tiny, hunyuan, kl, ltx2_audio, ltx2_video, tiny
 from tinydiff.models.autoencoders import wan as wan_vae
-from tinydiff.models.encoders import clip_text, clip_vision, decoder_lm, qwen_vision, t5
+from tinydiff.models.encoders import clip_text, clip_vision, decoder_lm, ltx2_connectors, qwen_vision, t5
 from tinydiff.models.encoders.decoder_config import CLASSES
 from tinydiff.models.family import Record
 
@@ -20,6 +32,11 @@ RECORDS: dict[str, Record] = {
     "SD3Transformer2DModel": sd3.FAMILY,
     "LTX2VideoTransformer3DModel": ltx2.FAMILY,
     "HunyuanVideoTransformer3DModel": hunyuan_video.FAMILY,
+    "AutoencoderKLLTX2Video": ltx2_video.FAMILY,
+    "AutoencoderKLLTX2Audio": ltx2_audio.FAMILY,
+    "LTX2TextConnectors": ltx2_connectors.FAMILY,
+    "LTX2Vocoder": vocoder.FAMILY,
+    vocoder.BWE: vocoder.FAMILY,
     "AutoencoderKLWan": wan_vae.FAMILY,
     "AutoencoderKLQwenImage": wan_vae.FAMILY,
     "AutoencoderKLHunyuanVideo": hunyuan.FAMILY,

@@ -174,4 +174,23 @@ class Autoencoder:
     head_width: ClassVar[HeadWidth | None] = None
 
 
-Record = Denoiser | Encoder | Autoencoder
+@dataclass(frozen=True, eq=False)
+class Vocoder:
+    """What makes a waveform of a spectrogram.
+
+    waveform: (config, weights, log-mel spectrogram [B, C, T, M]) -> waveform [B, C, N] at the config's
+    `sampling_rate`. It has the type of the autoencoders.
+    """
+
+    config: type[Any]
+    spec: Callable[[Config], Iterator[Row]]
+    waveform: Callable[[Config, Weights, Tensor], Tensor]
+    read: Read | None = None
+    keys: Keys = as_is
+
+    role: ClassVar[Role] = "vae"
+    biased: ClassVar[bool] = False
+    head_width: ClassVar[HeadWidth | None] = None
+
+
+Record = Denoiser | Encoder | Autoencoder | Vocoder

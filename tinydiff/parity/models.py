@@ -10,6 +10,7 @@ from tinydiff.models import registry
 from tinydiff.parity import reference
 from tinydiff.parity.components import AUTOENCODERS, ENCODERS
 from tinydiff.parity.denoisers import DENOISERS, case
+from tinydiff.parity.ltx2_components import COMPONENTS
 from tinydiff.parity.reference import BOUND, Case, Stage, first_difference
 from tinydiff.records import UserError, nearest
 
@@ -112,7 +113,7 @@ def chosen(model: str | None) -> tuple[Group, ...]:
 def cases() -> dict[str, tuple[str, Callable[[], Case]]]:
     """What is compared -> (the reference's class, how)."""
     denoisers = {what: (d.reference, partial(case, d)) for what, d in DENOISERS.items()}
-    return denoisers | ENCODERS | AUTOENCODERS
+    return denoisers | ENCODERS | AUTOENCODERS | COMPONENTS
 
 
 @cache
