@@ -189,6 +189,16 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Sound:
+    """The sound of an output."""
+
+    samples: numpy.ndarray
+    """float32 [samples, channels], in [-1, 1]."""
+    rate: int
+    """Samples per second."""
+
+
+@dataclass(frozen=True)
 class Result:
     """The outputs of one request."""
 

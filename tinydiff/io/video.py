@@ -1,7 +1,8 @@
-"""Writing MP4, WebM and GIF that play everywhere, with the generation parameters inside."""
+"""Writing MP4, WebM and GIF that play everywhere, with the generation parameters inside; and sound."""
 
 from __future__ import annotations
 
+import wave
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tinydiff.io.parameters import as_ascii, as_text, read
-from tinydiff.records import UserError
+from tinydiff.records import Sound, UserError
 
 if TYPE_CHECKING:
     import av
@@ -28,13 +29,18 @@ BT709 = 1
 """FFmpeg's number of BT.709 as matrix, primaries and transfer. Limited range is 1 as well."""
 
 
+LAYOUTS = {1: "mono", 2: "stereo"}
+"""Channels of sound -> FFmpeg's name for them."""
+
 EBML = b"\x1a\x45\xdf\xa3"
 """The first bytes of a WebM."""
 
 
 @dataclass(frozen=True)
 class Codec:
-    """A video format. coarsest, finest: the CRF at quality 0 and 100. muxing: options of the container."""
+    """A video format. coarsest, finest: the CRF at quality 0 and 100. muxing: options of the container.
+    sound: the encoder of sound.
+    """
 
     encoder: str
     container: str
@@ -42,6 +48,7 @@ class Codec:
     finest: int
     options: tuple[tuple[str, str], ...] = ()
     muxing: tuple[tuple[str, str], ...] = ()
+    sound: str = "aac"
 
     def crf(self, quality: int) -> int:
         """The constant rate factor (CRF) of a quality from 0 to 100."""
@@ -52,7 +59,12 @@ CODECS = {
     # H.264 at CRF 0 would be lossless, in a profile that browsers cannot play
     ".mp4": Codec("libx264", "mp4", 51, 1, muxing=(("movflags", "+faststart"),)),
     ".webm": Codec(
-        "libvpx-vp9", "webm", 63, 0, (("b:v", "0"), ("deadline", "good"), ("cpu-used", "4"), ("row-mt", "1"))
+        "libvpx-vp9",
+        "webm",
+        63,
+        0,
+        (("b:v", "0"), ("deadline", "good"), ("cpu-used", "4"), ("row-mt", "1")),
+        sound="libopus",
     ),
 }
 
@@ -65,19 +77,23 @@ def write_video(
     quality: int | None = None,
     preset: str = "fast",
     parameters: Mapping[str, Any] | None = None,
+    sound: Sound | None = None,
 ) -> None:
     """Write uint8 RGB frames [T, H, W, 3] as a video, with `parameters` as JSON in its comment.
 
     MP4 is H.264, WebM is VP9, both yuv420p with BT.709 colours; an odd height or width is padded by repeating
     the last row or column. quality: 0 to 100, None for 65. preset: of x264, MP4 only. A GIF has one palette
     for all frames, exact for up to 256 colours, and no quality. Its durations are in 1/100 s, rounded so that
-    the video keeps its length.
+    the video keeps its length. sound: written beside the frames, AAC in an MP4 and Opus in a WebM, cut or
+    filled with silence to the length of the video; a GIF holds none.
     """
     if extension == ".gif":
+        if sound is not None:
+            raise ValueError("a .gif holds no sound")
         _write_gif(path, frames, fps, parameters)
     else:
         quality = DEFAULT_QUALITY if quality is None else quality
-        _write_coded(path, frames, CODECS[extension], fps, quality, preset, parameters)
+        _write_coded(path, frames, CODECS[extension], fps, quality, preset, parameters, sound)
 
 
 def check_encoder(extension: str) -> None:
@@ -115,6 +131,7 @@ def _write_coded(
     quality: int,
     preset: str,
     parameters: Mapping[str, Any] | None,
+    sound: Sound | None,
 ) -> None:
     import av
     import numpy as np
@@ -133,6 +150,7 @@ def _write_coded(
         context = stream.codec_context
         context.time_base = 1 / rate
         context.colorspace = context.color_primaries = context.color_trc = context.color_range = BT709
+        track = None if sound is None else _Track(container, codec, sound, len(frames) / rate)
         for index, pixels in enumerate(even):
             rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             frame = rgb.reformat(
@@ -140,7 +158,63 @@ def _write_coded(
             )
             frame.pts, frame.time_base = index, 1 / rate
             container.mux(stream.encode(frame))
+            if track is not None:  # beside its frames, so that a player need not seek
+                track.write_until((index + 1) / rate)
         container.mux(stream.encode(None))
+        if track is not None:
+            track.close()
+
+
+class _Track:
+    """The sound of a file that is being written."""
+
+    def __init__(
+        self, container: av.container.OutputContainer, codec: Codec, sound: Sound, seconds: Fraction
+    ) -> None:
+        import av
+        import numpy as np
+
+        channels = sound.samples.shape[1]
+        if channels not in LAYOUTS:
+            raise ValueError(f"sound has {channels} channels; files are written with 1 or 2")
+        length = round(seconds * sound.rate)
+        held = sound.samples[:length].T.astype(np.float32)
+        self.samples = np.pad(held, ((0, 0), (0, length - held.shape[1])))
+        self.rate, self.layout, self.at = sound.rate, LAYOUTS[channels], 0
+        self.container = container
+        self.stream = cast("av.AudioStream", container.add_stream(codec.sound, rate=sound.rate))
+        self.stream.layout = self.layout
+        self.resampler = av.AudioResampler(self.stream.format, self.layout, sound.rate)
+
+    def write_until(self, seconds: Fraction) -> None:
+        import av
+        import numpy as np
+
+        end = min(round(seconds * self.rate), self.samples.shape[1])
+        if end > self.at:
+            part = np.ascontiguousarray(self.samples[:, self.at : end])
+            frame = av.AudioFrame.from_ndarray(part, format="fltp", layout=self.layout)
+            frame.sample_rate, frame.pts, frame.time_base = self.rate, self.at, Fraction(1, self.rate)
+            self.at = end
+            for each in self.resampler.resample(frame):
+                self.container.mux(self.stream.encode(each))
+
+    def close(self) -> None:
+        for each in self.resampler.resample(None):
+            self.container.mux(self.stream.encode(each))
+        self.container.mux(self.stream.encode(None))
+
+
+def write_wav(path: Path, sound: Sound) -> None:
+    """Write sound as 16-bit PCM."""
+    import numpy as np
+
+    whole = (np.clip(sound.samples, -1, 1) * 32767).round().astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(whole.shape[1])
+        file.setsampwidth(2)
+        file.setframerate(sound.rate)
+        file.writeframes(whole.tobytes())
 
 
 def _write_gif(path: Path, frames: np.ndarray, fps: float, parameters: Mapping[str, Any] | None) -> None:

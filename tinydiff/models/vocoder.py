@@ -28,7 +28,7 @@ from tinydiff.parallel.plan import Row, conv_rows, under
 
 @dataclass(frozen=True)
 class Generator:
-    """One generator. Field names are those of LTX2Vocoder's config.json; the second has `bwe_` before them."""
+    """One generator. Field names are those of LTX2Vocoder's config.json; those of the second begin `bwe_`."""
 
     in_channels: int = 128
     hidden_channels: int = 1024
@@ -114,9 +114,9 @@ def read(entries: Mapping[str, Any], class_name: str) -> Config:
     second = {name.removeprefix("bwe_"): each for name, each in entries.items() if name.startswith("bwe_")}
     names = {each.name for each in fields(Generator)} | {each.name for each in fields(Config)}
     unknown = {name for name in entries if not name.startswith(("_", "bwe_"))} - names
-    unknown |= {f"bwe_{name}" for name in second.keys() - names}
-    if unknown or (second and class_name != BWE):
-        raise ValueError(f"a {class_name} has no field {min(unknown or second)}")
+    unknown |= {f"bwe_{name}" for name in (second if class_name != BWE else second.keys() - names)}
+    if unknown:
+        raise ValueError(f"a {class_name} has no field {min(unknown)}")
     if class_name != BWE:
         rate = typed(Config, entries).get("output_sampling_rate", 24000)
         first = Generator(**typed(Generator, entries))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinydiff.models import vocoder
+from tinydiff.models import ltx2_upsampler, vocoder
 from tinydiff.models.autoencoders import ltx2_audio, ltx2_video
 from tinydiff.models.encoders import ltx2_connectors
 from tinydiff.ops.weights import Weights
@@ -25,7 +25,7 @@ def _connectors(c: ltx2_connectors.Config) -> Case:
     states = draw(2, 8, c.caption_channels, c.text_proj_in_factor, seed=3)
 
     def reference() -> nn.Module:
-        module = built(_of_pipeline("LTX2TextConnectors"), c)
+        module: Any = built(_of_pipeline("LTX2TextConnectors"), c)
         for rope in (module.video_connector.rope, module.audio_connector.rope):
             tables = rope(2, 8, "cpu")  # float32, as the model was trained
             rope.register_forward_hook(lambda _module, _args, _output, tables=tables: tables)
@@ -102,12 +102,29 @@ def _vocoder(c: vocoder.Config) -> Case:
     return Case(reference, lambda: vocoder.spec(c), vocoder.key_map(c).row, theirs, ours)
 
 
+def _upsampler(c: ltx2_upsampler.Config) -> Case:
+    z = draw(2, c.in_channels, 2, 3, 5, seed=7)
+
+    def ours(w: Weights) -> Iterator[tuple[str, Tensor]]:
+        yield "latents", ltx2_upsampler.upsample(c, w, z)
+
+    return Case(
+        lambda: built(_of_pipeline("LTX2LatentUpsamplerModel"), c),
+        lambda: ltx2_upsampler.spec(c),
+        ltx2_upsampler.key_map(c).row,
+        lambda net: {"latents": net(z)},
+        ours,
+    )
+
+
 def _of_pipeline(name: str) -> Any:
     """A class that diffusers keeps beside its pipelines."""
     library("diffusers")
-    from diffusers.pipelines import ltx2
+    from diffusers.pipelines.ltx2 import connectors, latent_upsampler
+    from diffusers.pipelines.ltx2 import vocoder as vocoders
 
-    return getattr(ltx2, name)
+    found = (getattr(module, name, None) for module in (connectors, vocoders, latent_upsampler))
+    return next(each for each in found if each is not None)
 
 
 def _builder(name: str, c: Any) -> Callable[[], nn.Module]:
@@ -191,6 +208,8 @@ _VOCODER23 = vocoder.Config(
     num_mel_channels=6,
 )
 
+_UPSAMPLER = ltx2_upsampler.Config(in_channels=6, mid_channels=32, num_blocks_per_stage=1)
+
 COMPONENTS: dict[str, tuple[str, Callable[[], Case]]] = {
     "LTX-2 connectors": ("LTX2TextConnectors", partial(_connectors, _CONNECTORS)),
     "LTX-2.3 connectors": ("LTX2TextConnectors", partial(_connectors, _CONNECTORS23)),
@@ -199,5 +218,10 @@ COMPONENTS: dict[str, tuple[str, Callable[[], Case]]] = {
     "LTX-2 audio autoencoder": (_AUDIO_CLASS, partial(_audio, _AUDIO)),
     "LTX-2 vocoder": ("LTX2Vocoder", partial(_vocoder, _VOCODER)),
     "LTX-2.3 vocoder": (vocoder.BWE, partial(_vocoder, _VOCODER23)),
+    "LTX-2 upsampler": ("LTX2LatentUpsamplerModel", partial(_upsampler, _UPSAMPLER)),
+    "LTX-2.3 upsampler": (
+        "LTX2LatentUpsamplerModel",
+        partial(_upsampler, replace(_UPSAMPLER, use_rational_resampler=False)),
+    ),
 }
 """What is compared -> (class of diffusers, case)."""

@@ -333,7 +333,10 @@ def decode(
     tile: int | None = None,
     plan: Plan = SINGLE,
 ) -> Tensor:
-    """Normalised latents [B, Z, F, H', W'] -> pixels [B, 3, 8F - 7, H, W] in [-1, 1]. Options as in `encode`."""
+    """Normalised latents [B, Z, F, H', W'] -> pixels [B, 3, 8F - 7, H, W] in [-1, 1].
+
+    Options as in `encode`.
+    """
     mean, std = statistics(c, w, z_BZFHW)
     side = None if tile is None else tile // c.scale_factor_spatial
     return tiled(

@@ -3,8 +3,8 @@
 Each state is normalised and all of a token's are projected to one vector; a small transformer for each
 stream then reads the real tokens at the front and learned registers behind them, so nothing is masked.
 LTX-2.0 normalises each layer over the whole prompt and shares one projection; LTX-2.3
-(`per_modality_projections`) normalises each token and projects for each stream. Source: the LTX2TextConnectors
-checkpoints.
+(`per_modality_projections`) normalises each token and projects for each stream. Source: the
+LTX2TextConnectors checkpoints.
 
 Shape letters: B batch, T text tokens, N states of a token, D width of the language model, E head width.
 """
@@ -88,14 +88,21 @@ class Config:
     @property
     def sides(self) -> tuple[Side, Side]:
         """Of video and of sound."""
-        names = "num_attention_heads", "attention_head_dim", "num_layers", "num_learnable_registers"
-        video, audio = (
-            Side(
-                name,
-                *(getattr(self, f"{name}_connector_{each}") for each in names),
-                getattr(self, f"{name}_gated_attn"),
-            )
-            for name in ("video", "audio")
+        video = Side(
+            "video",
+            self.video_connector_num_attention_heads,
+            self.video_connector_attention_head_dim,
+            self.video_connector_num_layers,
+            self.video_connector_num_learnable_registers,
+            self.video_gated_attn,
+        )
+        audio = Side(
+            "audio",
+            self.audio_connector_num_attention_heads,
+            self.audio_connector_attention_head_dim,
+            self.audio_connector_num_layers,
+            self.audio_connector_num_learnable_registers,
+            self.audio_gated_attn,
         )
         return video, audio
 
