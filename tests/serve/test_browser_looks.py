@@ -126,7 +126,7 @@ def test_what_is_announced_is_the_end_and_not_every_step(serve, browser):
     put(browser, "prompt", "a star")
     go(browser)
     made_picture(browser)
-    assert browser.execute_script("return window.told") == ["made: a star"]
+    assert browser.execute_script("return window.told") == ["finished: a star"]
     live = browser.find_elements(By.CSS_SELECTOR, "[aria-live], [role=status], [role=alert]")
     assert {each.get_attribute("id") for each in live} == {"news", "problem", "removed"}, (
         "nothing else speaks"

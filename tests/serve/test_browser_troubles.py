@@ -201,7 +201,7 @@ def test_a_full_queue_is_waited_out(serve, browser, kind):
     choose(browser, kind)
     put(browser, "prompt", "a star")
     go(browser)
-    says(browser, "#caption", "the server has too much to do; asking again in 1.0 s")
+    says(browser, "#caption", "the server is busy; trying again in 1.0 s")
     assert not made.scheduler.submitted
     made.scheduler.busy = None
     until(browser, "#viewer[data-status=completed]")
@@ -225,7 +225,7 @@ def test_a_video_is_followed_again_when_the_server_is_back(serve, browser):
     choose(browser, "video")
     put(browser, "prompt", "a square moving right")
     go(browser)
-    says(browser, "#caption", "beginning")
+    says(browser, "#caption", "starting")
     with unreachable(browser):
         says(browser, "#state", "the server does not answer")
         made.scheduler.gate.set()
@@ -256,7 +256,7 @@ def test_leaving_the_page_asks_where_that_would_cancel(serve, browser):
     choose(browser, "video")
     go(browser)
     settled(lambda: len(made.scheduler.submitted) == 2)
-    says(browser, "#caption", "beginning")
+    says(browser, "#caption", "starting")
     assert not leaving(browser), "a video is made whoever looks"
     made.scheduler.gate.set()
     until(browser, "#viewer[data-status=completed] video")

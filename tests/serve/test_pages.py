@@ -118,7 +118,7 @@ def test_what_a_page_loads_is_there(name):
 def test_what_a_script_imports_is_there():
     imported = {name for text in FILES.values() for name in re.findall(r'from "\./([\w.]+)"', text)}
     assert (
-        imported == {"api.js", "brush.js", "form.js", "memory.js", "server.js", "shelf.js"}
+        imported == {"api.js", "brush.js", "form.js", "memory.js", "results.js", "server.js"}
         and imported <= FILES.keys()
     )
 
@@ -127,7 +127,7 @@ def test_what_the_scripts_look_for_is_in_the_page():
     known = {attributes["id"] for _, attributes, _ in TAGS["index.html"] if "id" in attributes}
     wanted = {
         id
-        for name in ("page.js", "form.js", "server.js", "shelf.js")
+        for name in ("page.js", "form.js", "server.js", "results.js")
         for id in re.findall(r'byId\("([\w-]+)"\)', FILES[name])
     }
     assert len(wanted) > 30 and wanted <= known

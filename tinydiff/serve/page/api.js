@@ -1,16 +1,16 @@
-// What the server is asked. Addresses are relative, so that the page also works below a path of another server.
+// Requests to the server. URLs are relative, so the page also works below a path of another server.
 
 import { recall, remember } from "./memory.js";
 
 const KEY = "tinydiff-key";
-let needKey = () => Promise.reject(new Error("this server asks for a key"));
-let silent = () => {};
+let needKey = () => Promise.reject(new Error("this server requires an API key"));
+let reportNoAnswer = () => {};
 
 export const saveKey = (key) => remember(KEY, key, "sessionStorage");
 export const onKeyNeeded = (ask) => { needKey = ask; };
-export const onSilence = (tell) => { silent = tell; };
+export const onNoAnswer = (tell) => { reportNoAnswer = tell; };
 
-/** A request that the server refused: its sentence, the field it names, and why in one word. */
+/** An error answer of the server: its message, the field it names, and its code. */
 export class Refused extends Error {
   constructor(error, status) {
     super(error?.message ?? `the server answered ${status}`);
@@ -20,21 +20,21 @@ export class Refused extends Error {
   }
 }
 
-/** A request that got no answer. */
-export class Silence extends Error {
+/** The error of a request without an answer. */
+export class NoAnswer extends Error {
   constructor() {
     super("the server does not answer");
   }
 }
 
-/** What `part`, a step of talking to the server, returns; Silence where the connection fails or breaks. */
+/** What `part`, a step of talking to the server, returns; NoAnswer where the connection fails or breaks. */
 async function reached(part, signal) {
   try {
     return await part();
   } catch (error) {
     if (signal?.aborted) throw error;
-    silent();
-    throw new Silence();
+    reportNoAnswer();
+    throw new NoAnswer();
   }
 }
 
@@ -64,7 +64,7 @@ export async function ask(path, { method = "GET", json, form, signal, redirect, 
 
 export const askJson = async (path, options) => (await ask(path, options)).json();
 
-/** A file of this page: its bytes and an address for them. */
+/** A file of this page: its bytes and a URL for them. */
 export const local = (blob) => ({ blob, src: URL.createObjectURL(blob) });
 
 /** A file of the server's; null where it has moved to another storage. */

@@ -1,27 +1,27 @@
-// The form: what the model can do, what is asked of it, the given images, and where a mistake is shown.
+// The form: the model's limits and defaults, the request, its input images, and errors at their fields.
 
 import { makeBrush } from "./brush.js";
 
 const byId = (id) => document.getElementById(id);
 const form = byId("form");
 const NUMBERS = ["width", "height", "num_frames", "fps", "num_inference_steps", "guidance_scale", "n", "strength"];
-const ELSEWHERE = {
+const FORM_FIELDS = {
   size: "width", seconds: "num_frames", num_outputs_per_prompt: "n", true_cfg_scale: "guidance_scale", images: "image", "image[]": "image",
   image_path: "image", input_reference: "image", mask: "image", mask_path: "image",
 };
 const LARGEST = Number.MAX_SAFE_INTEGER;
 
-let model = null, given = [], strong = false; // whether the user chose the strength
+let model = null, given = [], strengthChosen = false; // strengthChosen: whether the user set the strength
 const brush = makeBrush(byId("canvas"), () => {
   byId("undo").disabled = !brush.strokes;
   byId("brush-size").value = Math.round(brush.size * 100);
-  if (!strong) byId("strength").value = brush.strokes ? 1 : 0.6; // what the server does where it is not told
+  if (!strengthChosen) byId("strength").value = brush.strokes ? 1 : 0.6; // the server's default
   showStrength();
 });
 
 export const kind = () => form.elements.kind.value;
 
-/** Fill the form with what the model does where nothing is said. */
+/** Fill the form with the model's defaults. */
 export function setUp(described) {
   model = described;
   byId("kinds").hidden = model.kinds.length < 2;
@@ -32,7 +32,7 @@ export function setUp(described) {
   setDefaults(null);
 }
 
-/** Fields that still hold what the model does get what it does now. */
+/** Fields that still have the default of kind `before` get the default of the current kind. */
 function setDefaults(before) {
   const [old, now] = [model.defaults[before] ?? {}, model.defaults[kind()]];
   for (const [name, value] of Object.entries(now)) {
@@ -40,13 +40,13 @@ function setDefaults(before) {
     if (input && (!before || input.value === "" || input.value === String(old[name] ?? ""))) input.value = value;
   }
   for (const part of form.querySelectorAll("[data-kind]")) part.hidden = part.dataset.kind !== kind();
-  const takes = model.images[kind()];
-  byId("given").hidden = !takes;
-  byId("given-label").textContent = { frames: "First frame", references: "Images to work from" }[takes?.use] ?? "Start from an image";
+  const accepts = model.images[kind()];
+  byId("given").hidden = !accepts;
+  byId("given-label").textContent = { frames: "First frame", references: "Reference images" }[accepts?.use] ?? "Start from an image";
   showGiven();
 }
 
-/** What the form asks for: names of the interface and their values; what was left empty is left out. Throws at the first mistake. */
+/** The request: API field names and values, without empty fields. Throws at the first invalid field. */
 export function read() {
   const wish = { kind: kind(), prompt: form.elements.prompt.value.trim() };
   const negative = form.elements.negative_prompt.value.trim();
@@ -54,26 +54,26 @@ export function read() {
   for (const name of NUMBERS) {
     const input = form.elements[name];
     if (input.closest("[data-kind]")?.hidden || (name === "strength" && byId("strength-field").hidden)) continue;
-    if (input.validity.badInput) throw new Mistake(name, `${name}: that is not a number`);
+    if (input.validity.badInput) throw new FieldError(name, `${name}: must be a number`);
     if (input.value !== "") wish[name] = Number(input.value);
   }
   const seed = form.elements.seed;
-  if (seed.validity.badInput || Number(seed.value) > LARGEST) throw new Mistake("seed", `seed: give a whole number from 0 to ${LARGEST}`);
+  if (seed.validity.badInput || Number(seed.value) > LARGEST) throw new FieldError("seed", `seed: must be an integer from 0 to ${LARGEST}`);
   wish.seed = seed.value === "" ? Math.floor(Math.random() * 2 ** 31) : Number(seed.value);
   return wish;
 }
 
-export class Mistake extends Error {
+export class FieldError extends Error {
   constructor(field, message) { super(message); this.field = field; }
 }
 
-/** Put back what `read` gave once. */
+/** Fill the form with an earlier result of `read`. */
 export function write(wish, seed) {
   const before = kind();
   form.elements.kind.value = wish.kind;
   if (before !== kind()) setDefaults(before);
   form.elements.negative_prompt.value = "";
-  strong = "strength" in wish;
+  strengthChosen = "strength" in wish;
   for (const [name, value] of Object.entries(wish)) {
     if (form.elements[name] && name !== "kind") form.elements[name].value = value;
   }
@@ -82,9 +82,9 @@ export function write(wish, seed) {
   form.elements.prompt.focus();
 }
 
-/** Show a mistake at the field that it names, or below the form. */
+/** Show an error at its field, or below the form. */
 export function refuse(field, message) {
-  const input = form.elements[ELSEWHERE[field] ?? field];
+  const input = form.elements[FORM_FIELDS[field] ?? field];
   const hint = input?.type && !input.closest("[hidden]") && (input.closest(".row") ?? input.closest(".field")).querySelector(":scope > .hint");
   if (!hint) { byId("problem").textContent = message; return; }
   hint.textContent = message;
@@ -96,7 +96,7 @@ export function refuse(field, message) {
   input.focus();
 }
 
-/** Forget all mistakes. */
+/** Clear all errors. */
 export function accept() {
   byId("problem").textContent = "";
   for (const hint of form.querySelectorAll(".error")) {
@@ -106,27 +106,27 @@ export function accept() {
   for (const input of form.querySelectorAll("[aria-invalid]")) input.removeAttribute("aria-invalid");
 }
 
-/** The given images of a request, and its mask where one was painted. */
+/** The input images of a request, and its mask if one was painted. */
 export async function images() {
-  const takes = model.images[kind()];
-  return takes ? { files: given.map((one) => one.file), mask: takes.mask ? await brush.mask() : null } : { files: [], mask: null };
+  const accepts = model.images[kind()];
+  return accepts ? { files: given.map((one) => one.file), mask: accepts.mask ? await brush.mask() : null } : { files: [], mask: null };
 }
 
-/** Go on from an image that was made. */
+/** Use an output as the input image. */
 export async function startFrom(file) {
   if (!model.images[kind()] && model.images.image) {
     form.elements.kind.value = "image";
     form.elements.kind[0].dispatchEvent(new Event("change", { bubbles: true }));
   }
-  if (!model.images[kind()]) throw new Mistake(null, "this model starts from no image");
-  await give([file]);
+  if (!model.images[kind()]) throw new FieldError(null, "this model takes no input image");
+  await addImages([file]);
   byId("given").scrollIntoView({ block: "nearest" });
 }
 
-/** Take images: the last ones where the model takes fewer. */
-export async function give(files) {
-  const takes = model?.images[kind()];
-  if (!takes) return;
+/** Add input images: the last ones where the model accepts fewer. */
+export async function addImages(files) {
+  const accepts = model?.images[kind()];
+  if (!accepts) return;
   const added = [];
   for (const file of files) {
     const image = new Image();
@@ -139,18 +139,18 @@ export async function give(files) {
     }
     added.push({ file, image });
   }
-  given = [...given, ...added].slice(-takes.most);
+  given = [...given, ...added].slice(-accepts.most);
   openBrush();
   showGiven();
 }
 
 function showGiven() {
-  const takes = model.images[kind()];
+  const accepts = model.images[kind()];
   const list = byId("images");
-  byId("brush").hidden = !(takes?.mask && given.length);
-  byId("strength-field").hidden = !(takes?.use === "start" && given.length);
+  byId("brush").hidden = !(accepts?.mask && given.length);
+  byId("strength-field").hidden = !(accepts?.use === "start" && given.length);
   byId("drop").classList.toggle("small", given.length > 0);
-  list.hidden = !given.length || Boolean(takes?.mask);
+  list.hidden = !given.length || Boolean(accepts?.mask);
   list.replaceChildren(...given.map((one, index) => {
     const row = document.createElement("li");
     const remove = Object.assign(document.createElement("button"), { type: "button", textContent: "✕", className: "icon" });
@@ -200,17 +200,17 @@ byId("swap").onclick = () => {
   [width.value, height.value] = [height.value, width.value];
 };
 byId("image").onchange = async (event) => {
-  await give(event.target.files);
+  await addImages(event.target.files);
   event.target.value = "";
 };
 for (const name of ["dragover", "drop"]) {
   document.addEventListener(name, (event) => {
     if (!event.dataTransfer.types.includes("Files")) return;
     event.preventDefault();
-    if (name === "drop") give(event.dataTransfer.files);
+    if (name === "drop") addImages(event.dataTransfer.files);
   });
 }
-document.addEventListener("paste", (event) => { if (event.clipboardData.files.length) give(event.clipboardData.files); });
+document.addEventListener("paste", (event) => { if (event.clipboardData.files.length) addImages(event.clipboardData.files); });
 
 function press(erase) {
   brush.erasing(erase);
@@ -219,7 +219,7 @@ function press(erase) {
 }
 byId("paint").onclick = () => press(false);
 byId("erase").onclick = () => press(true);
-byId("strength").oninput = () => { strong = true; };
+byId("strength").oninput = () => { strengthChosen = true; };
 byId("undo").onclick = () => brush.undo();
 byId("clear").onclick = () => drop(0);
 byId("brush-size").oninput = (event) => brush.resize(event.target.value / 100);

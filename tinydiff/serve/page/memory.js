@@ -1,4 +1,4 @@
-// What the browser remembers for the page: the key of this tab, the theme, and what was made. Where it forbids that, as some private
+// What the browser remembers for the page: the key of this tab, the theme, and the items. Where it forbids that, as some private
 // windows do, or is full, the page remembers by itself until it is left.
 
 const PLACE = `tinydiff${location.pathname}`; // two servers below one address have a memory each
@@ -45,7 +45,7 @@ function read(text) {
 
 const nameOf = (item) => `${ITEM}${item.kind}-${item.id}`;
 
-/** What was made before, the oldest first. Each item has an entry of its own, so that tabs never overwrite each other's. */
+/** Earlier items, oldest first. Each item has an entry of its own, so that tabs never overwrite each other's. */
 export function items() {
   return names().map((name) => read(recall(name))).filter((item) => item?.id).sort((a, b) => a.created - b.created);
 }
@@ -60,7 +60,7 @@ export function drop(item) {
   area("localStorage")?.removeItem(nameOf(item));
 }
 
-/** Tell what other tabs do: added(item), removed({ kind, id }). */
+/** Report what other tabs do: added(item), removed({ kind, id }). */
 export function onOthers(added, removed) {
   window.addEventListener("storage", ({ key, newValue, oldValue }) => {
     if (!key?.startsWith(ITEM)) return;

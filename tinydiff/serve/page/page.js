@@ -1,19 +1,19 @@
-// The page: asks for what the form says and follows it until it is made.
+// The page: sends the form as a request and follows it until it is done.
 
-import { ask, askJson, decoded, events, onKeyNeeded, Refused, rest, saveKey, Silence } from "./api.js";
+import { ask, askJson, decoded, events, onKeyNeeded, Refused, rest, saveKey, NoAnswer } from "./api.js";
 import * as form from "./form.js";
 import * as memory from "./memory.js";
 import { announce, back, watch } from "./server.js";
-import * as shelf from "./shelf.js";
+import * as results from "./results.js";
 
 const byId = (id) => document.getElementById(id);
-const AT_ONCE = 3; // streamed answers; a browser opens six connections to a server, and the rest of the page needs some
+const MAX_STREAMS = 3; // streamed answers; a browser opens six connections to a server, and the rest of the page needs some
 const PREVIEWS = 3;
 
 let model = null, streams = 0;
 const waiting = new Set();
 
-/** What the page needs to know of the model, of its entry in /v1/models. */
+/** What the page needs to know about the model, from its entry in /v1/models. */
 function describe({ id, task_types: tasks, defaults, sizes, input_images: given }) {
   const start = { use: "start", most: 1, mask: true };
   const first = given.use === "frames" && { use: "frames", most: given.most, mask: false };
@@ -31,9 +31,9 @@ function describe({ id, task_types: tasks, defaults, sizes, input_images: given 
   };
 }
 
-/** A place among the streams that run at once; what comes back leaves it. */
-async function turn(signal) {
-  while (streams >= AT_ONCE) {
+/** Wait for one of the slots for concurrent streams. Returns a function that frees it. */
+async function streamSlot(signal) {
+  while (streams >= MAX_STREAMS) {
     await new Promise((resolve, reject) => {
       waiting.add(resolve);
       signal.addEventListener("abort", () => { waiting.delete(resolve); reject(signal.reason); }, { once: true });
@@ -48,13 +48,13 @@ async function turn(signal) {
   };
 }
 
-/** Ask for images and follow the stream: how far it is, previews, and what was made. */
-async function makeImages(item, { files, mask }, signal) {
+/** Request images and follow the stream: progress, previews and outputs. */
+async function generateImages(item, { files, mask }, signal) {
   const { kind, ...wish } = item.wish;
   const fields = { model: model.id, ...wish, stream: true, partial_images: PREVIEWS, progress: true };
-  const post = { method: "POST", signal, busy: (seconds) => busy(item, seconds) };
+  const post = { method: "POST", signal, busy: (seconds) => waitBusy(item, seconds) };
   const answer = files.length
-    ? await ask("v1/images/edits", { ...post, form: filled(fields, files, "image[]", mask) })
+    ? await ask("v1/images/edits", { ...post, form: formData(fields, files, "image[]", mask) })
     : await ask("v1/images/generations", { ...post, json: fields });
   for await (const event of events(answer, signal)) {
     item.id = event.id ?? item.id;
@@ -67,17 +67,17 @@ async function makeImages(item, { files, mask }, signal) {
       item.seeds = [...(item.seeds ?? []), event.seed];
       Object.assign(item, { parameters: event.parameters, seconds: total(event.timings) });
     }
-    shelf.update(item);
+    results.update(item);
   }
-  if (!item.files) throw new Error("the connection ended before the image was made");
+  if (!item.files) throw new Error("the connection ended before the image was finished");
 }
 
-/** Ask for a video and look again until it is made, also where the server does not answer for a while. */
-async function makeVideo(item, { files }, signal) {
+/** Request a video and poll until it is finished, even if the server does not answer for a while. */
+async function generateVideo(item, { files }, signal) {
   if (!item.id) {
     const { kind, ...wish } = item.wish;
-    const form = filled({ model: model.id, ...wish }, files, "input_reference");
-    const post = { method: "POST", form, signal, busy: (seconds) => busy(item, seconds) };
+    const form = formData({ model: model.id, ...wish }, files, "input_reference");
+    const post = { method: "POST", form, signal, busy: (seconds) => waitBusy(item, seconds) };
     item.id = (await askJson("v1/videos", post)).id;
   }
   const path = `v1/videos/${item.id}`;
@@ -87,7 +87,7 @@ async function makeVideo(item, { files }, signal) {
       answer = await ask(path, { signal });
       job = await answer.json();
     } catch (error) {
-      if (!(error instanceof Silence)) throw error;
+      if (!(error instanceof NoAnswer)) throw error;
       await back(signal);
       continue;
     }
@@ -98,16 +98,16 @@ async function makeVideo(item, { files }, signal) {
     }
     item.status = job.status;
     progress(item, job.progress, 100, job.queue_position, job.eta_s);
-    shelf.update(item);
+    results.update(item);
     await rest(Number(answer.headers.get("openai-poll-after-ms") ?? 1000), signal);
   }
 }
 
 const total = (timings) => (timings ? Object.values(timings).reduce((sum, s) => sum + s, 0) : null);
 
-function busy(item, seconds) {
+function waitBusy(item, seconds) {
   item.busy = seconds;
-  shelf.update(item);
+  results.update(item);
 }
 
 function progress(item, done, of, position, eta) {
@@ -116,8 +116,8 @@ function progress(item, done, of, position, eta) {
   Object.assign(item, { done, total: of, position, eta, status: done ? "in_progress" : item.status });
 }
 
-/** A form with files, as HTML pages send it. */
-function filled(fields, files, name, mask) {
+/** A multipart form with files. */
+function formData(fields, files, name, mask) {
   const form = new FormData();
   for (const [key, value] of Object.entries(fields)) form.append(key, value);
   for (const file of files) form.append(name, file, file.name);
@@ -125,11 +125,11 @@ function filled(fields, files, name, mask) {
   return form;
 }
 
-async function make(item, given) {
+async function generate(item, given) {
   item.again = () => {
     Object.assign(item, { id: null, status: "queued", done: 0, total: 0, begun: null, error: null, preview: null });
-    shelf.update(item);
-    make(item, given);
+    results.update(item);
+    generate(item, given);
   };
   const stop = new AbortController();
   item.stop = () => {
@@ -138,19 +138,19 @@ async function make(item, given) {
   };
   let leave = () => {};
   try {
-    if (item.kind === "image") leave = await turn(stop.signal);
-    await (item.kind === "image" ? makeImages : makeVideo)(item, given, stop.signal);
+    if (item.kind === "image") leave = await streamSlot(stop.signal);
+    await (item.kind === "image" ? generateImages : generateVideo)(item, given, stop.signal);
     item.status = "completed";
-    shelf.update(item);
-    announce(`made: ${item.wish.prompt || "without a prompt"}`);
+    results.update(item);
+    announce(`finished: ${item.wish.prompt || "without a prompt"}`);
   } catch (error) {
-    if (stop.signal.aborted || error.code === "cancelled") shelf.forget(item);
+    if (stop.signal.aborted || error.code === "cancelled") results.forget(item);
     else if (error.field && !item.begun) { // a mistake in the form
-      shelf.forget(item);
+      results.forget(item);
       form.refuse(error.field, error.message);
     } else {
       Object.assign(item, { status: "failed", error: error.message, busy: null });
-      shelf.update(item);
+      results.update(item);
       announce(`failed: ${error.message}`);
     }
   } finally {
@@ -158,8 +158,8 @@ async function make(item, given) {
   }
 }
 
-/** Whether to make it without a prompt. */
-function sure() {
+/** Ask the user whether to generate without a prompt. */
+function confirmNoPrompt() {
   const dialog = byId("sure");
   dialog.returnValue = "";
   dialog.showModal();
@@ -171,16 +171,16 @@ byId("form").addEventListener("submit", async (event) => {
   form.accept();
   try {
     const wish = form.read();
-    if (!wish.prompt && !(await sure())) {
+    if (!wish.prompt && !(await confirmNoPrompt())) {
       byId("prompt").focus();
       return;
     }
     const given = await form.images();
     const item = { id: null, kind: wish.kind, wish, status: "queued", done: 0, total: 0, created: Date.now() };
-    shelf.add(item);
-    shelf.follow(item);
+    results.add(item);
+    results.follow(item);
     byId("viewer").scrollIntoView({ block: "nearest", behavior: "smooth" });
-    make(item, given);
+    generate(item, given);
   } catch (error) {
     form.refuse(error.field, error.message);
   }
@@ -189,30 +189,30 @@ byId("form").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) event.currentTarget.requestSubmit();
 });
 
-byId("cancel").onclick = () => shelf.looking()[0].stop();
-byId("remove").onclick = () => shelf.remove(shelf.looking()[0]);
+byId("cancel").onclick = () => results.selected()[0].stop();
+byId("remove").onclick = () => results.remove(results.selected()[0]);
 byId("reuse").onclick = () => {
-  const [item, output] = shelf.looking();
+  const [item, output] = results.selected();
   form.accept();
   form.write(item.wish, item.seeds?.[output]);
 };
 byId("restart").onclick = async () => {
-  const [item, output] = shelf.looking();
+  const [item, output] = results.selected();
   form.accept();
   try {
-    const { blob } = await shelf.load(item, output);
-    if (!blob) throw new Error("this image lies in another storage, which the page may not read: download it, then choose the file");
+    const { blob } = await results.load(item, output);
+    if (!blob) throw new Error("this image lies in another storage, which the page may not read; download it and choose the file");
     await form.startFrom(new File([blob], `seed-${item.seeds[output]}.${blob.type.split("/")[1]}`, { type: blob.type }));
   } catch (error) {
     form.refuse("image", error.message);
   }
 };
-byId("retry").onclick = () => shelf.looking()[0].again();
-byId("undo-removal").onclick = () => shelf.undoRemoval();
-window.addEventListener("pagehide", () => shelf.finishRemoval());
+byId("retry").onclick = () => results.selected()[0].again();
+byId("undo-removal").onclick = () => results.undoRemoval();
+window.addEventListener("pagehide", () => results.finishRemoval());
 window.addEventListener("beforeunload", (event) => {
-  // The server stops making an image when its page goes; of a video it does not.
-  if (shelf.items.some((item) => shelf.open(item) && (item.kind === "image" || !item.id))) event.preventDefault();
+  // The server cancels an image when its page is closed, but not a video.
+  if (results.items.some((item) => results.isOpen(item) && (item.kind === "image" || !item.id))) event.preventDefault();
 });
 byId("theme").onclick = () => {
   const dark = getComputedStyle(document.documentElement).getPropertyValue("color-scheme") === "dark"
@@ -236,15 +236,15 @@ onKeyNeeded((refusal) => asking ??= new Promise((resolve) => {
   dialog.showModal();
 }));
 
-/** Take up what was asked for in an earlier visit or another tab. */
-function takeUp(item) {
-  if (shelf.find(item)) return;
+/** Add an item from an earlier visit or another tab. */
+function restoreItem(item) {
+  if (results.find(item)) return;
   const known = { done: 0, total: 0, ...item };
-  shelf.add(known);
-  if (known.status !== "completed") make(known, { files: [] });
+  results.add(known);
+  if (known.status !== "completed") generate(known, { files: [] });
 }
 
-/** Bring back what was made before, and the videos that this user has on the server. */
+/** Restore earlier results, and this user's videos on the server. */
 async function restore() {
   const kept = memory.items();
   const listed = (await askJson("v1/videos?limit=50").catch(() => ({ data: [] }))).data;
@@ -255,13 +255,13 @@ async function restore() {
     const made = { seeds: job.seeds, parameters: job.parameters, seconds: total(job.timings) };
     kept.push({ id: job.id, kind: "video", wish, status: job.status, created: job.created_at * 1000, ...made });
   }
-  for (const item of kept.sort((a, b) => a.created - b.created)) takeUp(item);
-  memory.onOthers(takeUp, (gone) => { const item = shelf.find(gone); if (item) shelf.forget(item); });
-  const last = shelf.items.find((item) => item.status === "completed");
-  if (last && !shelf.looking()[0]) shelf.show(last);
+  for (const item of kept.sort((a, b) => a.created - b.created)) restoreItem(item);
+  memory.onOthers(restoreItem, (gone) => { const item = results.find(gone); if (item) results.forget(item); });
+  const last = results.items.find((item) => item.status === "completed");
+  if (last && !results.selected()[0]) results.show(last);
 }
 
-/** Fill the page, once the server answers. */
+/** Fill the page when the server first answers. */
 async function begin() {
   const { data: [entry] } = await askJson("v1/models");
   model = describe(entry);
@@ -273,12 +273,12 @@ async function begin() {
 
 let begun = false;
 watch(async () => {
-  if (begun) { shelf.retry(); return; }
+  if (begun) { results.retry(); return; }
   begun = true;
   try {
     await begin();
   } catch (error) {
     begun = Boolean(model);
-    if (!(error instanceof Silence)) form.refuse(null, error.message);
+    if (!(error instanceof NoAnswer)) form.refuse(null, error.message);
   }
 });

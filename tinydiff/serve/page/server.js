@@ -1,4 +1,4 @@
-// How the server is: the line in the header, which asks for that again and again, and at once when a request got no answer.
+// The state of the server in the header: polled regularly, and at once when a request got no answer.
 
 import { onSilence } from "./api.js";
 
@@ -8,7 +8,7 @@ const PATIENCE = 10_000, WHEN_READY = 5000, ELSE = 1500; // milliseconds: for an
 let answers = true, wake = () => {};
 const waiting = new Set();
 
-/** Say something to those who listen to the page instead of looking at it. */
+/** Announce a text to screen readers. */
 export const announce = (text) => { byId("news").textContent = text; };
 
 /** Resolves when the server answers again, with an error when `signal` aborts. */
@@ -36,7 +36,7 @@ async function look() {
   return answer.ok;
 }
 
-/** Show how the server is, for as long as the page is open. onBack() is told when it answers after it did not, and at first. */
+/** Show the server's state while the page is open. onBack() is called when the server first answers, and when it answers again. */
 export async function watch(onBack) {
   answers = false;
   for (;;) {

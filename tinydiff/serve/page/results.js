@@ -1,4 +1,4 @@
-// What was asked for: the queue, the gallery, and the one of them that is looked at. An item is a plain object:
+// All requests of the page: the queue, the gallery, and the item in the viewer. An item is a plain object:
 //   id (the server's, or null), kind, wish (of the form), status, done, total, position, eta, busy (seconds until it is asked for again),
 //   preview, files ({ blob, src }, one an output; without blob where it lies in another storage), seeds, parameters, seconds, error,
 //   created, begun, stop(), again().
@@ -7,25 +7,25 @@ import { ask, askFile, askJson } from "./api.js";
 import * as memory from "./memory.js";
 
 const byId = (id) => document.getElementById(id);
-const UNDO = 10_000; // milliseconds in which a removal can be taken back
-const runs = (item) => item && open(item) && item.done > 0;
-export const open = (item) => !["completed", "failed"].includes(item.status);
+const UNDO = 10_000; // milliseconds in which a removal can be undone
+const isRunning = (item) => item && isOpen(item) && item.done > 0;
+export const isOpen = (item) => !["completed", "failed"].includes(item.status);
 
-export let items = []; // the newest first
+export let items = []; // newest first
 let shown = null, index = 0;
-let following = true; // what is being made, until the user looks at something else
+let following = true; // whether the viewer switches to running items, until the user selects one
 const rows = new Map(), cards = new Map();
 
 export const find = ({ kind, id }) => items.find((item) => id && item.kind === kind && item.id === id);
 
-/** Put an item on the shelf, among the others by its age. */
+/** Add an item, sorted by age. */
 export function add(item) {
   const older = items.findIndex((other) => other.created <= item.created);
   items.splice(older < 0 ? items.length : older, 0, item);
   update(item);
 }
 
-/** Show what has become of an item. */
+/** Show the current state of an item. */
 export function update(item) {
   if (item.status !== "completed") showRow(item);
   else {
@@ -33,56 +33,56 @@ export function update(item) {
     rows.delete(item);
     showCards(item);
   }
-  showBoxes();
-  const news = runs(item) || (item.status === "completed" && item.stop); // what was made before has no stop
-  if (following && news && shown !== item && !runs(shown)) show(item, 0, true);
+  showSections();
+  const news = isRunning(item) || (item.status === "completed" && item.stop); // restored items have no stop
+  if (following && news && shown !== item && !isRunning(shown)) show(item, 0, true);
   else if (shown === item) view();
-  if (item.id && (item.status === "completed" || (item.kind === "video" && open(item)))) memory.keep(item);
+  if (item.id && (item.status === "completed" || (item.kind === "video" && isOpen(item)))) memory.keep(item);
 }
 
-/** Take an item off the shelf. */
+/** Remove an item from the page. */
 export function forget(item) {
   items = items.filter((other) => other !== item);
   rows.get(item)?.remove();
   rows.delete(item);
   for (const card of cards.get(item) ?? []) card.remove();
   cards.delete(item);
-  showBoxes();
+  showSections();
   if (shown === item) show(items.find((other) => other.status === "completed") ?? null);
   memory.drop(item);
 }
 
-function showBoxes() {
+function showSections() {
   byId("queue-box").hidden = !rows.size;
   byId("gallery-box").hidden = !cards.size;
 }
 
-/** Look at an item; then, if asked to, at what is made after it. */
+/** Show an item in the viewer; with `follow`, later running items replace it. */
 export function show(item, output = 0, follow = false) {
   [shown, index, following] = [item, output, follow];
   view();
 }
 
-/** Look at what is being made: this item, unless another runs. */
+/** Show this item in the viewer, unless another is running. */
 export function follow(item) {
   following = true;
-  if (!runs(shown)) show(item, 0, true);
+  if (!isRunning(shown)) show(item, 0, true);
 }
 
-export const looking = () => [shown, index];
+export const selected = () => [shown, index];
 
-/** Where the server has an output. */
-const address = (item, output) => `v1/${item.kind}s/${item.id}/content?${item.kind === "video" ? "index" : "variant"}=${output}`;
+/** The URL of an output on the server. */
+const contentUrl = (item, output) => `v1/${item.kind}s/${item.id}/content?${item.kind === "video" ? "index" : "variant"}=${output}`;
 
-/** Fetch an output that is not in this page yet. */
+/** Fetch an output, once. */
 export async function load(item, output) {
   item.files ??= [];
-  item.files[output] ??= (await askFile(address(item, output))) ?? { src: await elsewhere(item, output) };
+  item.files[output] ??= (await askFile(contentUrl(item, output))) ?? { src: await storageUrl(item, output) };
   return item.files[output];
 }
 
-/** The address of an output in another storage, whose images may be shown. */
-async function elsewhere(item, output) {
+/** The URL of an output in another storage, whose images may be shown. */
+async function storageUrl(item, output) {
   const job = await askJson(`v1/${item.kind}s/${item.id}`);
   return (job.data ?? job.outputs)[output].url;
 }
@@ -90,17 +90,17 @@ async function elsewhere(item, output) {
 const element = (name, fields) => Object.assign(document.createElement(name), fields);
 const seconds = (s) => (s < 9.95 ? `${s.toFixed(1)} s` : s < 90 ? `${Math.round(s)} s` : `${Math.round(s / 60)} min`);
 
-/** One line on how an item stands. */
-function standing(item) {
+/** The status of an item in one line. */
+function statusText(item) {
   if (item.status === "failed") return item.error;
   if (item.status === "completed") return "";
-  if (item.busy) return `the server has too much to do; asking again in ${seconds(item.busy)}`;
+  if (item.busy) return `the server is busy; trying again in ${seconds(item.busy)}`;
   if (item.done) {
     const left = ((Date.now() - item.begun) / 1000 / item.done) * (item.total - item.done);
     const steps = item.kind === "video" ? `${item.done} %` : `step ${item.done} of ${item.total}`;
     return item.done < item.total ? `${steps}, ${seconds(left)} left` : "finishing";
   }
-  if (item.status === "in_progress") return "beginning";
+  if (item.status === "in_progress") return "starting";
   const eta = item.eta ? `, done in about ${seconds(item.eta)}` : "";
   return (item.position ? `waiting behind ${item.position}` : item.position === 0 ? "next" : "waiting") + eta;
 }
@@ -109,23 +109,23 @@ function showRow(item) {
   if (!rows.has(item)) {
     const row = byId("queue-row").content.firstElementChild.cloneNode(true);
     row.querySelector(".pick").onclick = () => show(item);
-    row.querySelector(".drop-job").onclick = () => (open(item) ? item.stop() : forget(item));
+    row.querySelector(".drop-job").onclick = () => (isOpen(item) ? item.stop() : forget(item));
     byId("queue").append(row);
     rows.set(item, row);
   }
   const row = rows.get(item);
   row.dataset.status = item.status;
   row.querySelector(".what").textContent = item.wish.prompt || "without a prompt";
-  row.querySelector(".where").textContent = standing(item);
+  row.querySelector(".where").textContent = statusText(item);
   row.querySelector("progress").value = item.total ? item.done / item.total : 0;
-  row.querySelector(".drop-job").setAttribute("aria-label", open(item) ? "Cancel" : "Dismiss");
+  row.querySelector(".drop-job").setAttribute("aria-label", isOpen(item) ? "Cancel" : "Dismiss");
 }
 
 const outputs = new WeakMap(); // of cards: [item, output]
-const bare = new Set(); // cards whose image could not be fetched
-const near = new IntersectionObserver((entries) => {
+const failedCards = new Set(); // cards whose image failed to load
+const visibleCards = new IntersectionObserver((entries) => {
   for (const { target } of entries.filter((entry) => entry.isIntersecting)) {
-    near.unobserve(target);
+    visibleCards.unobserve(target);
     fill(target);
   }
 }, { rootMargin: "300px" });
@@ -139,7 +139,7 @@ function showCards(item) {
     button.onclick = () => { show(item, output); byId("viewer").scrollIntoView({ block: "nearest" }); };
     if (item.kind === "video") button.append(element("span", { className: "badge", textContent: "video" }));
     outputs.set(card, [item, output]);
-    near.observe(card);
+    visibleCards.observe(card);
     return card;
   });
   cards.set(item, made);
@@ -148,29 +148,29 @@ function showCards(item) {
   else byId("gallery").append(...made);
 }
 
-/** Fetch a card's small image. What the server no longer has leaves the shelf; after any other failure the card waits for `retry`. */
+/** Fetch a card's small image. An item that the server no longer has is removed; after any other failure the card waits for `retry`. */
 async function fill(card) {
   const [item, output] = outputs.get(card);
   try {
     const src = await thumbnail(item, output);
     card.querySelector("button").prepend(element("img", { src, alt: "" }));
-    bare.delete(card);
+    failedCards.delete(card);
   } catch (error) {
     if (error.status === 404) forget(item);
-    else bare.add(card);
+    else failedCards.add(card);
   }
 }
 
 async function thumbnail(item, output) {
   const known = item.kind === "image" && item.files?.[output];
-  const small = `${address(item, output)}&${item.kind === "video" ? "variant=thumbnail" : "thumbnail=true"}`;
+  const small = `${contentUrl(item, output)}&${item.kind === "video" ? "variant=thumbnail" : "thumbnail=true"}`;
   return known ? known.src : (await askFile(small))?.src ?? (item.kind === "video" ? small : (await load(item, output)).src);
 }
 
-/** Fetch again what could not be fetched. */
+/** Retry the cards whose image failed to load. */
 export function retry() {
-  for (const card of bare) near.observe(card);
-  bare.clear();
+  for (const card of failedCards) visibleCards.observe(card);
+  failedCards.clear();
   if (shown?.status === "completed" && !byId("media").firstElementChild) view();
 }
 
@@ -179,12 +179,12 @@ function view() {
   const status = item?.status ?? "empty";
   byId("viewer").dataset.status = status;
   for (const [id, when] of Object.entries({
-    cancel: item && open(item), download: status === "completed", reuse: item, remove: status === "completed",
+    cancel: item && isOpen(item), download: status === "completed", reuse: item, remove: status === "completed",
     restart: status === "completed" && item.kind === "image", retry: status === "failed" && item.again,
   })) byId(id).hidden = !when;
   byId("progress").value = item?.total ? item.done / item.total : 0;
   byId("details").hidden = status !== "completed";
-  const [said, facts] = !item ? ["What you make appears here."] : status === "completed" ? summary(item) : [standing(item)];
+  const [said, facts] = !item ? ["Results appear here."] : status === "completed" ? summary(item) : [statusText(item)];
   byId("caption").textContent = said;
   byId("facts").textContent = facts ?? "";
   for (const mark of document.querySelectorAll(".gallery [aria-current]")) mark.removeAttribute("aria-current");
@@ -196,26 +196,26 @@ function view() {
     cards.get(item)?.[index]?.querySelector("button").setAttribute("aria-current", "true");
     byId("parameters").replaceChildren(...Object.entries({ ...item.parameters, seed: item.seeds[index] }).flatMap(([name, value]) =>
       value === null || value === "" || value?.length === 0 ? [] : [element("dt", { textContent: name }), element("dd", { textContent: shownAs(value) })]));
-    viewMade(item, index);
-  } else paint(item.preview && element("img", { src: item.preview.src, alt: "A preview", className: "preview" }), item.preview?.src);
+    viewOutput(item, index);
+  } else display(item.preview && element("img", { src: item.preview.src, alt: "A preview", className: "preview" }), item.preview?.src);
 }
 
 const shownAs = (value) => (typeof value === "object" ? JSON.stringify(value) : String(value));
 
-/** What was asked for, and what was made. */
+/** The prompt, and facts about the output. */
 function summary(item) {
   const { width, height, num_frames: frames } = { ...item.wish, ...item.parameters };
   const facts = [`${width} × ${height}`, frames > 1 && `${frames} frames`, `seed ${item.seeds[index]}`];
   return [item.wish.prompt, [...facts, item.seconds && `made in ${seconds(item.seconds)}`].filter(Boolean).join(" · ")];
 }
 
-async function viewMade(item, output) {
+async function viewOutput(item, output) {
   let src;
   try {
     ({ src } = await load(item, output));
   } catch (error) {
     if (shown !== item || index !== output) return;
-    paint(null);
+    display(null);
     byId("caption").textContent = error.message;
     return;
   }
@@ -223,24 +223,24 @@ async function viewMade(item, output) {
   const video = { src, controls: true, loop: true, muted: true, autoplay: true, playsInline: true };
   const made = item.kind === "video" ? element("video", video) : element("img", { src, alt: item.wish.prompt || "the image" });
   if (item.kind === "video") made.setAttribute("aria-label", item.wish.prompt || "the video");
-  paint(made, src);
+  display(made, src);
   byId("download").href = src;
   byId("download").download = `tinydiff-${item.seeds[output]}.${item.kind === "video" ? "mp4" : "png"}`;
 }
 
-let painted = 0;
+let displayed = 0;
 
-/** Show an image or a video in place of what was there, once it can be drawn, so that nothing flickers; the last one asked for wins. */
-async function paint(made, src) {
-  const turn = ++painted;
+/** Replace the media in the viewer once the new one can be drawn, so that nothing flickers. The latest call wins. */
+async function display(made, src) {
+  const turn = ++displayed;
   if (byId("media").firstElementChild?.getAttribute("src") === (src ?? null) && src) return;
   if (made?.decode) await made.decode().catch(() => {});
-  if (turn === painted) byId("media").replaceChildren(...(made ? [made] : []));
+  if (turn === displayed) byId("media").replaceChildren(...(made ? [made] : []));
 }
 
-let removing = null; // the item that is off the shelf but still the server's
+let removing = null; // the item that is removed from the page but not yet from the server
 
-/** Take an item off the shelf, and have the server remove it when it is too late to take that back. */
+/** Remove an item from the page, and from the server once the removal cannot be undone. */
 export function remove(item) {
   finishRemoval();
   forget(item);
