@@ -213,7 +213,7 @@ def test_waiting_for_a_full_queue_can_be_cancelled(serve, browser):
     made.scheduler.busy = 3600.0
     put(browser, "prompt", "a star")
     go(browser)
-    says(browser, "#caption", "asking again in 60 min")
+    says(browser, "#caption", "trying again in 60 min")
     browser.find_element(By.ID, "cancel").click()
     WebDriverWait(browser, 20).until(lambda _: not browser.find_elements(By.CSS_SELECTOR, "#queue li"))
     assert not made.scheduler.submitted

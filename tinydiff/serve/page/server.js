@@ -1,6 +1,6 @@
 // The state of the server in the header: polled regularly, and at once when a request got no answer.
 
-import { onSilence } from "./api.js";
+import { onNoAnswer } from "./api.js";
 
 const byId = (id) => document.getElementById(id);
 const PATIENCE = 10_000, WHEN_READY = 5000, ELSE = 1500; // milliseconds: for an answer, and from one question to the next
@@ -66,7 +66,7 @@ const later = (ms) => new Promise((resolve) => {
   }, ms);
 });
 
-onSilence(() => {
+onNoAnswer(() => {
   answers = false;
   say("failed", "the server does not answer");
   wake();
