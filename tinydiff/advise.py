@@ -11,10 +11,12 @@ from tinydiff.config import SamplingOptions
 from tinydiff.parallel.cost import Machine
 from tinydiff.parallel.layout import AXES, AXIS_OPTIONS, Layout
 from tinydiff.records import UserError, nearest
-from tinydiff.values import Precision, positional, same, within, within_limits
+from tinydiff.residency import PerformanceMode
+from tinydiff.values import GIGABYTES, Precision, positional, same, within, within_limits
 
 if TYPE_CHECKING:
     from tinydiff.runtime.estimate import Estimate, Subject
+    from tinydiff.runtime.memory import MemoryPlan
 
 LINKS = {"nvlink": 300.0, "pcie": 25.0}
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -28,8 +30,14 @@ class PlanOptions:
     """A model's name (`tinydiff models`), a directory in diffusers layout or a hub id."""
     num_gpus: int = within(1, least=1, most=2**16)
     """Number of GPUs."""
-    vram: float | None = within(above=0)
-    """GB of memory of each GPU. If left out, the usual layout is compared with GPUs of 12 to 192 GB."""
+    vram: float | None = within(above=0, units=GIGABYTES)
+    """Memory of each GPU in GB, or with a unit, such as 24GiB. If left out, the usual layout is compared with
+    GPUs of 12 to 192 GB."""
+    ram: float | None = within(above=0, units=GIGABYTES)
+    """Memory of the machine in GB, or with a unit. Offloaded weights must fit there."""
+    performance_mode: PerformanceMode = "auto"
+    """auto moves the fewest bytes among what fits; memory has the smallest peak; speed and manual keep all on
+    the GPU."""
     height: int | None = same(SamplingOptions, "height")
     width: int | None = same(SamplingOptions, "width")
     num_frames: int | None = same(SamplingOptions, "num_frames")
@@ -67,7 +75,7 @@ def run(question: PlanOptions) -> int:
     if not question.model:
         raise UserError("model", "model: is missing; `tinydiff models` lists the names")
     machine = question.machine
-    from tinydiff.runtime import estimate  # torch, for those who get here
+    from tinydiff.runtime import estimate, memory  # torch, for those who get here
 
     subject = estimate.subject(
         question.model, question.sampling, question.num_gpus, ITEM_BYTES[question.dit_precision]
@@ -84,11 +92,18 @@ def run(question: PlanOptions) -> int:
         why = reason(question, question.vram, best(estimates), usual)
         report = _layouts_json(subject, estimates)
         rows = [HEAD, *(_cells(each, subject.decoding[0] is None) for each in estimates)]
+    memory_lines: list[str] = []
+    if question.vram is not None and question.num_gpus == 1:
+        plan = memory.choose(memory.parts(subject), question.vram, question.performance_mode)
+        if plan.fits and plan.moved:
+            why = "not all weights fit on the GPU at once; offload makes the request fit, as shown below"
+        report |= {"memory": _memory_json(plan)}
+        memory_lines = ["", *_table(memory.rows(plan)), in_memory(question, plan)]
     if question.json:
         report = _question_json(question, subject) | {"reason": why} | report | {"assumptions": notes}
         print(json.dumps(report, indent=2))
     else:
-        print("\n".join([_headline(question, subject), why, "", *_table(rows), "", *notes]))
+        print("\n".join([_headline(question, subject), why, "", *_table(rows), *memory_lines, "", *notes]))
     return 0
 
 
@@ -154,6 +169,31 @@ def reason(question: PlanOptions, vram: float, first: Estimate, usual: Layout | 
     command = f"tinydiff generate --num-gpus {question.num_gpus}"
     how = f"`{command}` selects it" if layout == usual else f"`{command} {flags(layout)}`"
     return f"{named(layout)} is the fastest that fits: {'; '.join(WHY[name] for name in parts)}. {how}"
+
+
+def in_memory(question: PlanOptions, plan: MemoryPlan) -> str:
+    """One line: the expected peak of the memory plan, how to select it, and whether the machine has room."""
+    from tinydiff.runtime import memory
+
+    options = memory.flags(plan)
+    how = f"`tinydiff generate {options}`" if options else "`tinydiff generate` as it is"
+    if not plan.fits:
+        lacks = (plan.peak - plan.room) / 1e9
+        return f"peak {plan.peak / 1e9:.1f} GB lacks {lacks:.1f} GB: take a smaller size, or more GPUs; {how}"
+    if question.ram is not None and (away := plan.away / 1e9) > question.ram:
+        return f"{away:.1f} GB of offloaded weights do not fit into {question.ram:g} GB of memory; add memory"
+    return f"expected peak {plan.peak / 1e9:.1f} GB of {question.vram:g} GB: {how}"
+
+
+def _memory_json(plan: MemoryPlan) -> dict[str, Any]:
+    return {
+        "fits": plan.fits,
+        "peak_bytes": plan.peak,
+        "moved_bytes": plan.moved,
+        "components": {
+            part.name: asdict(plan.where[part.name]) | {"weight_bytes": part.weights} for part in plan.parts
+        },
+    }
 
 
 def _headline(question: PlanOptions, subject: Subject) -> str:

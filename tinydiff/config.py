@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 from tinydiff import command_line, flags, paths
 from tinydiff.records import UserError, shown
-from tinydiff.residency import Mode, Policy
+from tinydiff.residency import Mode, PerformanceMode, Policy
 from tinydiff.values import Attention, LogLevel, Precision, filled, outcome, within
 
 CLOUD_STORAGE = (
@@ -208,6 +208,10 @@ class ModelOptions:
     """
     vae_tiling: bool | None = None
     """Decode in overlapping tiles, which takes less memory."""
+    performance_mode: PerformanceMode = "auto"
+    """memory streams by block, or offloads, every component of which no other option speaks. auto, speed and
+    manual keep all on the GPU; `tinydiff plan MODEL --vram 24G` names the options that make a model fit.
+    """
     dit_cpu_offload: bool | None = None
     """Keep the denoiser in the host's memory, and on the GPU only while it runs."""
     text_encoder_cpu_offload: bool | None = None

@@ -17,6 +17,7 @@ ModelOptions = Any
 """`config.ModelOptions`, whose fields have the names of the options."""
 Kind = Literal["resident", "offloaded", "streamed"]
 Policy = Literal["leading", "strided"]
+PerformanceMode = Literal["manual", "auto", "speed", "memory"]
 Mode = Literal["resident", "component-offload", "layerwise-offload"]
 
 KINDS: dict[str, Kind] = {
@@ -113,6 +114,21 @@ def excluded(options: ModelOptions, roles: Mapping[str, str]) -> dict[str, set[K
         if claim.without is not None:
             found[name].add(claim.without)
     return found
+
+
+def smallest(
+    found: Mapping[str, Residency], ruled_out: Mapping[str, set[Kind]], blocks: Mapping[str, int]
+) -> dict[str, Residency]:
+    """The residencies of performance_mode memory: what no option asks for is streamed, or else offloaded."""
+
+    def chosen(name: str, where: Residency) -> Residency:
+        if where.option:
+            return where
+        kinds: tuple[Kind, ...] = ("streamed", "offloaded") if blocks[name] > 1 else ("offloaded",)
+        left: list[Kind] = [kind for kind in kinds if kind not in ruled_out[name]]
+        return Residency(left[0], option="performance_mode") if left else where
+
+    return {name: chosen(name, where) for name, where in found.items()}
 
 
 def _claims(options: ModelOptions, roles: Mapping[str, str]) -> Iterator[tuple[str, Claim]]:

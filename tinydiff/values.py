@@ -46,10 +46,17 @@ Record = TypeVar("Record")
 
 
 def within(
-    default: Any = None, least: float = -math.inf, most: float = math.inf, above: float = -math.inf
+    default: Any = None,
+    least: float = -math.inf,
+    most: float = math.inf,
+    above: float = -math.inf,
+    units: Mapping[str, float] | None = None,
 ) -> Any:
-    """A dataclass field whose numbers must be in [least, most] and greater than `above`."""
-    return field(default=default, metadata={"least": least, "most": most, "above": above})
+    """A dataclass field whose numbers must be in [least, most] and greater than `above`.
+
+    units: what may follow a number, and what it multiplies the number by.
+    """
+    return field(default=default, metadata={"least": least, "most": most, "above": above, "units": units})
 
 
 def same(record: type, name: str) -> Any:
@@ -124,10 +131,30 @@ def filled(record: type[Record], entries: Mapping[str, Any]) -> Record:
 
 def within_limits(name: str, kind: Any, value: Any, limits: Mapping[str, float]) -> Any:
     """`value` as the annotated type `kind`, its numbers in the bounds set by `within`. Raises UserError."""
+    if isinstance(value, list) and len(cast(list[Any], value)) == 1:
+        value = cast(list[Any], value)[0] if limits.get("units") else value
+    if (units := limits.get("units")) and isinstance(value, str):
+        value = _without_unit(name, value, cast(Any, units))
     typed = read(name, kind, value)
     for number in typed if isinstance(typed, tuple) else (typed,):
         _check_range(name, number, limits)
     return typed
+
+
+GIGABYTES = {"GB": 1.0, "GiB": 2**30 / 1e9, "G": 1.0, "MB": 1e-3, "M": 1e-3, "TB": 1e3, "T": 1e3}
+"""Units of memory, in GB."""
+
+
+def _without_unit(name: str, text: str, units: Mapping[str, float]) -> Any:
+    """A number with a unit behind it; the text itself where there is no unit."""
+    number, unit = re.fullmatch(r"\s*([^A-Za-z]*)\s*(.*?)\s*", text, re.DOTALL).groups()  # pyright: ignore
+    found = next((factor for each, factor in units.items() if each.lower() == unit.lower()), None)
+    if not number or not unit or "e" in unit[:1].lower():
+        return text
+    if found is None:
+        hint = nearest(unit, units)
+        raise UserError(name, f"{name}: {shown(unit)} is not one of the units {', '.join(units)}{hint}")
+    return read(name, float, number.strip()) * found
 
 
 def read(name: str, kind: Any, value: Any) -> Any:

@@ -40,6 +40,8 @@ def settled(nets: Mapping[str, Planned], options: ModelOptions) -> dict[str, Pla
     roles = {name: net.family.role for name, net in nets.items()}
     counts = {name: len(blocks(net)) for name, net in nets.items()}
     found = residency.resolve(options, roles, counts)
+    if options.performance_mode == "memory":
+        found = residency.smallest(found, residency.excluded(options, roles), counts)
     if options.enable_torch_compile:
         for name, each in found.items():
             if roles[name] == "dit" and each.kind != "resident":
