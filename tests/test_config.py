@@ -336,7 +336,7 @@ def test_every_flag_of_sglang_is_known():
     [
         ["--kv-gather-degree", "1"], ["--hsdp-shard-dim", "1"], ["--vae-config.use-parallel-decode"],
         ["--lora-merge-mode", "auto"], ["--lora-scale", "1.0"], ["--performance-mode", "auto"],
-        ["--mode", "manual"], ["--pin-cpu-memory"], ["--enable-teacache", "false"],
+        ["--pin-cpu-memory"], ["--enable-teacache", "false"],
         ["--guidance-rescale", "0.0"], ["--warmup-mode", "off"], ["--adjust-frames", "true"],
         ["--quality", "lossless"],
         ["--component-direct-gpu-weight-loading.vae", "false"], ["--embedded-cfg-scale", "6.0"],
@@ -366,7 +366,6 @@ def test_a_missing_feature_may_be_turned_off(argv: list[str]):
         (["--enable-teacache"], "step caches"),
         (["--enable-frame-interpolation", "true"], "frame interpolation"),
         (["--profile"], "profiling"),
-        (["--performance-mode", "speed"], "performance presets"),
         (["--guidance-rescale", "0.7"], "guidance rescale"),
         (["--diffusers-kwargs", "{}"], "the diffusers backend"),
     ],

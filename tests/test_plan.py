@@ -174,7 +174,7 @@ def test_the_same_as_json(capsys):
     told = json.loads(printed(capsys, *argv, "--json"))
     assert told["request"] == {
         "width": 832, "height": 480, "num_frames": 5,
-        "image": 2 * 30 * 52, "text": 512, "views": 0, "images": 1, "branches": 2, "steps": 50,
+        "image": 2 * 30 * 52, "text": 512, "views": 0, "audio": 0, "images": 1, "branches": 2, "steps": 50,
     }  # fmt: skip
     assert told["recommended"] == "cfg 2" and told["machine"]["link"] == 25
     best = told["layouts"][0]
