@@ -96,7 +96,7 @@ def screen(browser, width, height, touch=False):
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def until(browser, selector, seconds=20):
+def until(browser, selector, seconds=90):
     """The first visible element, as soon as there is one."""
     return WebDriverWait(browser, seconds, 0.03).until(
         lambda _: next(
@@ -124,7 +124,7 @@ def says(browser, selector, text, seconds=20):
     )
 
 
-def settled(condition, seconds=20.0):
+def settled(condition, seconds=90.0):
     """Wait until a condition on this side holds."""
     end = time.monotonic() + seconds
     while not condition():

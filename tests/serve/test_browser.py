@@ -46,7 +46,7 @@ def test_progress_and_previews_are_shown(serve, browser):
     go(browser)
     # in one go: the next preview takes its place
     width = "return document.querySelector('#viewer .media img.preview')?.naturalWidth"
-    WebDriverWait(browser, 20, 0.03).until(lambda _: browser.execute_script(width) == 128)
+    WebDriverWait(browser, 90, 0.03).until(lambda _: browser.execute_script(width) == 128)
     assert 0 < float(browser.find_element(By.ID, "progress").get_property("value")) < 1
     assert "of 8" in browser.find_element(By.ID, "caption").text
     made_picture(browser)
@@ -79,13 +79,13 @@ def test_what_waits_stands_in_the_queue(serve, browser):
                 made.scheduler.submitted and made.scheduler.submitted[-1].fields["prompt"] == prompt
             )
         )
-    WebDriverWait(browser, 10).until(lambda _: "done in about" in browser.find_element(By.ID, "queue").text)
+    WebDriverWait(browser, 90).until(lambda _: "done in about" in browser.find_element(By.ID, "queue").text)
     rows = [row.text.split("\n")[0] for row in browser.find_elements(By.CSS_SELECTOR, "#queue li")]
     assert rows == ["first", "second", "third"]
     browser.find_element(By.CSS_SELECTOR, "#queue li:nth-child(2) .drop-job").click()
     settled(lambda: made.store.counts().get("queued") == 1)
     made.scheduler.gate.set()
-    WebDriverWait(browser, 10).until(
+    WebDriverWait(browser, 90).until(
         lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".gallery img")) == 2
     )
     assert not browser.find_element(By.ID, "queue-box").is_displayed()
@@ -97,14 +97,14 @@ def test_what_is_being_made_is_looked_at(serve, browser):
     for prompt in ("first", "second"):
         put(browser, "prompt", prompt)
         go(browser)
-    WebDriverWait(browser, 10, 0.03).until(
+    WebDriverWait(browser, 90, 0.03).until(
         lambda _: "step 1 of 4" in browser.find_element(By.ID, "caption").text
     )
     assert browser.execute_script("return document.querySelectorAll('.gallery li').length") == 0
-    WebDriverWait(browser, 10, 0.03).until(lambda _: browser.find_element(By.ID, "caption").text == "first")
-    WebDriverWait(browser, 10, 0.03).until(lambda _: "of 4" in browser.find_element(By.ID, "caption").text)
+    WebDriverWait(browser, 90, 0.03).until(lambda _: browser.find_element(By.ID, "caption").text == "first")
+    WebDriverWait(browser, 90, 0.03).until(lambda _: "of 4" in browser.find_element(By.ID, "caption").text)
     until(browser, ".card img").click()
-    WebDriverWait(browser, 10, 0.03).until(
+    WebDriverWait(browser, 90, 0.03).until(
         lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".card img")) == 2
     )
     assert browser.find_element(By.ID, "caption").text == "first", "who looks at something else is left there"
@@ -116,13 +116,13 @@ def test_several_pictures_are_all_in_the_gallery(serve, browser):
     put(browser, "seed", "3")
     put(browser, "n", "3")
     go(browser)
-    WebDriverWait(browser, 10).until(
+    WebDriverWait(browser, 90).until(
         lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".gallery img")) == 3
     )
     cards = browser.find_elements(By.CSS_SELECTOR, ".card")
     assert [card.accessible_name for card in cards] == [f"stars, seed {seed}" for seed in (3, 4, 5)]
     cards[2].click()
-    WebDriverWait(browser, 10).until(lambda _: "seed 5" in browser.find_element(By.ID, "facts").text)
+    WebDriverWait(browser, 90).until(lambda _: "seed 5" in browser.find_element(By.ID, "facts").text)
     assert made_picture(browser)[0, 0, 0] == 5 * 37
 
 
@@ -149,7 +149,7 @@ def test_the_gallery_outlives_the_page_and_gives_its_settings_back(serve, browse
     }
     assert said == {"prompt": "a blue ring", "seed": "11", "width": "64"}
     browser.find_element(By.ID, "remove").click()
-    WebDriverWait(browser, 10).until(lambda _: not browser.find_elements(By.CSS_SELECTOR, ".card"))
+    WebDriverWait(browser, 90).until(lambda _: not browser.find_elements(By.CSS_SELECTOR, ".card"))
 
 
 def test_a_clip_is_made_and_played(serve, browser):
@@ -159,8 +159,8 @@ def test_a_clip_is_made_and_played(serve, browser):
     put(browser, "seed", "4")
     go(browser)
     video = until(browser, "#viewer[data-status=completed] video")
-    WebDriverWait(browser, 10).until(lambda _: video.get_property("videoWidth") == 128)
-    WebDriverWait(browser, 10).until(lambda _: browser.find_elements(By.CSS_SELECTOR, ".gallery img"))
+    WebDriverWait(browser, 90).until(lambda _: video.get_property("videoWidth") == 128)
+    WebDriverWait(browser, 90).until(lambda _: browser.find_elements(By.CSS_SELECTOR, ".gallery img"))
     assert made.scheduler.submitted[0].fields["num_frames"] == 17
     browser.refresh()
     until(browser, "#viewer[data-status=completed] video")
@@ -185,7 +185,7 @@ def test_what_was_uploaded_is_shown_from_where_it_lies(serve, browser, monkeypat
         made.files.moved(output.file, f"{elsewhere}/b/a.png")
         browser.refresh()
         image = until(browser, "#viewer[data-status=completed] .media img")
-        WebDriverWait(browser, 10).until(lambda _: image.get_property("naturalWidth") == 48)
+        WebDriverWait(browser, 90).until(lambda _: image.get_property("naturalWidth") == 48)
 
 
 def test_a_mistake_is_shown_at_its_field(serve, browser):
@@ -215,13 +215,13 @@ def test_a_failed_job_says_why(serve, browser):
     row = until(browser, "#queue [data-status=failed]")
     assert "512 x 512 would" in row.text and "512 x 512 would" in browser.find_element(By.ID, "caption").text
     row.find_element(By.CSS_SELECTOR, ".drop-job").click()
-    WebDriverWait(browser, 10).until(lambda _: not browser.find_elements(By.CSS_SELECTOR, "#queue li"))
+    WebDriverWait(browser, 90).until(lambda _: not browser.find_elements(By.CSS_SELECTOR, "#queue li"))
 
 
 def test_a_key_is_asked_for_and_kept_for_this_tab(serve, browser):
     serve(api_key=("right",), open=False)
     for key, said in (("wrong", "stays in this tab"), ("right", "key")):
-        WebDriverWait(browser, 10).until(
+        WebDriverWait(browser, 90).until(
             lambda _, said=said: said in until(browser, "dialog[open] .hint").text
         )
         browser.find_element(By.ID, "key").send_keys(key, Keys.ENTER)
@@ -241,11 +241,11 @@ def test_the_server_that_is_not_ready_says_how_far_it_is(serve, browser):
     made = serve()
     made.scheduler.phase = "warming"
     browser.refresh()
-    assert WebDriverWait(browser, 10).until(
+    assert WebDriverWait(browser, 90).until(
         lambda _: "warming" in (text := browser.find_element(By.ID, "state").text) and text
     )
     made.scheduler.phase = "ready"
-    WebDriverWait(browser, 10).until(lambda _: browser.find_element(By.ID, "state").text == "ready")
+    WebDriverWait(browser, 90).until(lambda _: browser.find_element(By.ID, "state").text == "ready")
 
 
 def test_the_keyboard_alone_makes_a_picture(serve, browser):

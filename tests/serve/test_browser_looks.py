@@ -97,7 +97,7 @@ def test_the_gallery_loads_small_images_when_they_come_near(serve, browser):
         put(browser, "n", "10")
         before = len(browser.find_elements(By.CSS_SELECTOR, ".card"))
         go(browser)
-        WebDriverWait(browser, 20).until(
+        WebDriverWait(browser, 90).until(
             lambda _, before=before: len(browser.find_elements(By.CSS_SELECTOR, ".card")) == before + 10
         )
     with screen(browser, 390, 844, touch=True):
@@ -106,10 +106,10 @@ def test_the_gallery_loads_small_images_when_they_come_near(serve, browser):
         until(browser, "#viewer[data-status=completed] .media img")
         assert loaded(browser) == (0, 1), "the gallery is below the screen; one image is looked at"
         browser.execute_script("document.querySelector('.card').scrollIntoView()")
-        WebDriverWait(browser, 20).until(lambda _: loaded(browser)[0] > 0)
+        WebDriverWait(browser, 90).until(lambda _: loaded(browser)[0] > 0)
         assert loaded(browser)[0] < 20
         browser.execute_script("scrollTo(0, document.body.scrollHeight)")
-        WebDriverWait(browser, 20).until(
+        WebDriverWait(browser, 90).until(
             lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".card img")) == 20
         )
         assert loaded(browser) == (19, 1), "of the image that is looked at there is no small one needed"

@@ -17,7 +17,7 @@ def make(browser, prompt="a star", **fields):
     for name, value in {"prompt": prompt, **fields}.items():
         put(browser, name, value)
     go(browser)
-    WebDriverWait(browser, 20).until(lambda _: len(cards(browser)) > before)
+    WebDriverWait(browser, 90).until(lambda _: len(cards(browser)) > before)
 
 
 def cards(browser):
@@ -111,14 +111,14 @@ def test_the_gallery_outlives_a_server_that_does_not_answer(serve, browser):
     try:
         browser.refresh()
         until(browser, "#form[data-ready]")
-        WebDriverWait(browser, 20).until(lambda _: browser.execute_script("return window.failed") >= 2)
+        WebDriverWait(browser, 90).until(lambda _: browser.execute_script("return window.failed") >= 2)
         assert len(browser.find_elements(By.CSS_SELECTOR, ".card")) == 2 and sorted(kept(browser)) == sorted(
             known
         )
     finally:
         browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", forms)
     browser.execute_script("window.fetch = window.whole")
-    WebDriverWait(browser, 20).until(lambda _: len(cards(browser)) == 2)
+    WebDriverWait(browser, 90).until(lambda _: len(cards(browser)) == 2)
     assert made_picture(browser)[0, 0, 0] == 4 * 37 % 256
 
 
@@ -137,7 +137,7 @@ def test_what_the_server_no_longer_has_leaves_the_gallery(serve, browser):
     made.forget(made.store.get(made.scheduler.submitted[0].id))
     browser.refresh()
     until(browser, "#form[data-ready]")
-    WebDriverWait(browser, 20).until(
+    WebDriverWait(browser, 90).until(
         lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".card")) == 1 and len(kept(browser)) == 1
     )
 
@@ -151,12 +151,12 @@ def test_two_tabs_have_one_gallery(serve, browser):
         until(browser, "#form[data-ready]")
         make(browser, "from the second tab")
         browser.switch_to.window(first)
-        WebDriverWait(browser, 20).until(lambda _: len(cards(browser)) == 1)
+        WebDriverWait(browser, 90).until(lambda _: len(cards(browser)) == 1)
         make(browser, "from the first tab")
         assert len(kept(browser)) == 2
         browser.refresh()
         until(browser, "#form[data-ready]")
-        WebDriverWait(browser, 20).until(lambda _: len(cards(browser)) == 2)
+        WebDriverWait(browser, 90).until(lambda _: len(cards(browser)) == 2)
         names = [
             each.accessible_name.partition(",")[0] for each in browser.find_elements(By.CSS_SELECTOR, ".card")
         ]
@@ -167,7 +167,7 @@ def test_two_tabs_have_one_gallery(serve, browser):
         for handle in browser.window_handles:
             if handle != first:
                 browser.switch_to.window(handle)
-                WebDriverWait(browser, 20).until(
+                WebDriverWait(browser, 90).until(
                     lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".card")) == 1
                 )
                 browser.close()
@@ -215,7 +215,7 @@ def test_waiting_for_a_full_queue_can_be_cancelled(serve, browser):
     go(browser)
     says(browser, "#caption", "trying again in 60 min")
     browser.find_element(By.ID, "cancel").click()
-    WebDriverWait(browser, 20).until(lambda _: not browser.find_elements(By.CSS_SELECTOR, "#queue li"))
+    WebDriverWait(browser, 90).until(lambda _: not browser.find_elements(By.CSS_SELECTOR, "#queue li"))
     assert not made.scheduler.submitted
 
 

@@ -50,7 +50,7 @@ def client(server):
 def nothing_left(server):
     """No test leaves the device a job."""
     yield
-    wait(lambda: busy(server) == (0, 0), 10)
+    wait(lambda: busy(server) == (0, 0))
 
 
 def ask(server, method, path, key=FIRST, **more):
@@ -339,11 +339,11 @@ def test_a_client_that_goes_frees_the_device(server, stream, reset):
     )
     with socket.create_connection((place.hostname, place.port)) as line:
         line.sendall(lines.encode() + body)
-        wait(lambda: busy(server) == (1, 0), 20)
+        wait(lambda: busy(server) == (1, 0))
         if reset:
             line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    wait(lambda: busy(server) == (0, 0), 5)
-    [told] = wait(lambda: log(server, id), 5)
+    wait(lambda: busy(server) == (0, 0))
+    [told] = wait(lambda: log(server, id))
     assert told["error"] == "client_gone"
     job = ask(server, "GET", f"/v1/images/{told['job']}").json()
     assert (job["status"], job["error"]["code"], job["data"]) == ("failed", "cancelled", [])
@@ -370,7 +370,7 @@ def test_a_key_joins_the_request_that_already_runs(server, client):
     }
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(client.images.generate, **asked)
-        wait(lambda: sum(busy(server)) == 1, 20)
+        wait(lambda: sum(busy(server)) == 1)
         second = pool.submit(client.images.generate, **asked)
         with pytest.raises(openai.ConflictError) as caught:
             client.images.generate(**{**asked, "n": 2})
@@ -387,7 +387,7 @@ def test_an_impatient_client_comes_again_to_the_same_picture(server):
     }
     with client_of(server, timeout=0.5, max_retries=40) as client:
         answer = client.images.generate(**asked)
-    wait(lambda: busy(server) == (0, 0), 20)
+    wait(lambda: busy(server) == (0, 0))
     told = log(server, "impatient")
     assert len(told) > 1 and {line["job"] for line in told} == {answer.id}
 
@@ -448,21 +448,21 @@ def test_sleep_and_wake(server, client):
         refused.headers["retry-after"]
     ) >= 1
     stream.close()
-    wait(lambda: busy(server) == (0, 0), 10)
+    wait(lambda: busy(server) == (0, 0))
     for waken in (
         lambda: ask(server, "POST", "/v1/wake", ADMIN),
         lambda: client.images.generate(**CIRCLE, extra_body=SHORT),
     ):
         assert ask(server, "POST", "/v1/sleep", ADMIN).json()["success"]
-        wait(lambda: phase(server) == "asleep", 10)
+        wait(lambda: phase(server) == "asleep")
         waken()
-        wait(lambda: phase(server) == "ready", 10)
+        wait(lambda: phase(server) == "ready")
 
 
 def test_the_log_has_a_line_for_each_request_and_no_key(server, client):
     answer = client.images.generate(**CIRCLE, extra_body=SHORT, extra_headers={"X-Request-ID": "logged"})
     assert answer._request_id == "logged"
-    [line] = wait(lambda: log(server, "logged"), 5)
+    [line] = wait(lambda: log(server, "logged"))
     said = {name: line[name] for name in ("method", "route", "status", "job")}
     assert said == {"method": "POST", "route": "/v1/images/generations", "status": 200, "job": answer.id}
     assert line["seconds"] > 0 and len(line["owner"]) == 16

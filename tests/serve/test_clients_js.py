@@ -106,7 +106,7 @@ def told(package, tmp_path_factory):
     with serving(tmp_path_factory.mktemp("server"), "--api-key", KEY) as server:
         server.session.headers["Authorization"] = f"Bearer {KEY}"
         found = told_by(package, SCRIPT, f"{server.wait_ready().url}/v1", KEY)
-        wait(lambda: server.get("/server_info").json()["figures"]["running"] == 0, 10)
+        wait(lambda: server.get("/server_info").json()["figures"]["running"] == 0)
     return found
 
 

@@ -154,7 +154,7 @@ def test_delete_takes_its_files_too(client, server):
 
 def test_a_running_clip_is_gone_from_the_device_when_its_delete_is_answered(client, server):
     video = client.videos.create(**CLIP, extra_body=LONG)
-    wait(lambda: figure(server, "pictures_in_loop") == 1, 30)
+    wait(lambda: figure(server, "pictures_in_loop") == 1)
     assert client.videos.delete(video.id).deleted
     assert figure(server, "running") == figure(server, "pictures_in_loop") == 0
     with pytest.raises(openai.NotFoundError):
@@ -163,7 +163,7 @@ def test_a_running_clip_is_gone_from_the_device_when_its_delete_is_answered(clie
 
 def test_a_cancelled_clip_says_so_and_has_no_content(client, server):
     video = client.videos.create(**CLIP, extra_body=LONG)
-    wait(lambda: client.videos.retrieve(video.id).status == "in_progress", 30)
+    wait(lambda: client.videos.retrieve(video.id).status == "in_progress")
     with pytest.raises(openai.NotFoundError) as caught:
         client.videos.download_content(video.id)
     assert caught.value.code == "not_ready"
