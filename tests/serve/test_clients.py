@@ -389,7 +389,8 @@ def test_an_impatient_client_comes_again_to_the_same_picture(server):
         answer = client.images.generate(**asked)
     wait(lambda: busy(server) == (0, 0))
     told = log(server, "impatient")
-    assert len(told) > 1 and {line["job"] for line in told} == {answer.id}
+    accepted = [line for line in told if line["status"] != 429]  # four may wait for one request, no more
+    assert len(told) > 1 and {line["job"] for line in accepted} == {answer.id}
 
 
 # --- whose what is ---
