@@ -248,3 +248,10 @@ def test_nothing_is_shown_where_nobody_watches(monkeypatch, capsys):
     assert isinstance(progress.watch("info"), config.NoProgress)
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert isinstance(progress.watch("warning"), config.NoProgress)
+
+
+def test_the_package_is_the_command():
+    run = subprocess.run(
+        [sys.executable, "-m", "tinydiff", "generate", "--sead", "1"], capture_output=True, text=True
+    )
+    assert run.returncode == 2 and "did you mean '--seed'?" in run.stderr
