@@ -323,3 +323,18 @@ def test_byte_pairs_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "merges.txt").write_text("neither one")
     with pytest.raises(UserError, match=r"vocab\.json' is not a usable tokenizer"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("text", [*TEXTS, 'Text "hé日本". ', "<en-font-1>a<color-0>"])
+def test_bytes_are_tokens_without_a_file(text, tmp_path):
+    """ByT5's: three special tokens, the bytes, the sentinels, and whatever the small files add."""
+    reference = transformers.ByT5Tokenizer()
+    reference.add_tokens(["<color-0>", "<en-font-1>"], special_tokens=True)
+    reference.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    encoded = tokenizer.encode(text, 40)
+    expected = reference(text, padding="max_length", max_length=40, truncation=True)
+    assert (encoded.ids, encoded.mask) == (expected.input_ids, expected.attention_mask)
+    assert tokenizer.token_id("<color-0>") == reference.convert_tokens_to_ids("<color-0>") == 384
+    plain = text.split("<")[0].strip()
+    assert tokenizer.text(tokenizer.pieces(plain)) == plain

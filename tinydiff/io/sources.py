@@ -17,7 +17,7 @@ from tinydiff.records import UserError
 
 JSON_FILES = (
     *("config.json", "generation_config.json", "scheduler_config.json"),
-    *("preprocessor_config.json", "processor_config.json"),
+    *("preprocessor_config.json", "processor_config.json", "guider_config.json"),
 )
 """The JSON files of a component that are read. A tokenizer reads its own."""
 

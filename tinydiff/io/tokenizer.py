@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -345,14 +345,21 @@ def _from_spiece(directory: Path, settings: Settings) -> Tokenizer:
 
 
 def _with_special(
-    special: Mapping[str, int], encode: Callable[[str], list[int]]
+    special: Mapping[str, int], encode: Callable[[str], list[int]], loose: Collection[str] = ()
 ) -> Callable[[str], list[int]]:
-    """`encode` for texts in which a written special token is that token, as in tokenizer.json."""
-    split = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
+    """`encode` for texts in which a written special token is that token, as in tokenizer.json.
+
+    loose: tokens that take the white space around them too.
+    """
+    words = (
+        rf"\s*{re.escape(token)}\s*" if token in loose else re.escape(token)
+        for token in sorted(special, key=len, reverse=True)
+    )
+    split = re.compile(f"({'|'.join(words)})")
 
     def pieces(text: str) -> list[int]:
-        parts = split.split(text)
-        return [i for part in parts for i in ([special[part]] if part in special else encode(part))]
+        found = ((part, special.get(part, special.get(part.strip()))) for part in split.split(text))
+        return [i for part, index in found for i in (encode(part) if index is None else [index])]
 
     return pieces
 
@@ -370,7 +377,10 @@ def _from_bytes(directory: Path, settings: Settings) -> Tokenizer:
     def text(ids: Sequence[int]) -> str:
         return bytes(i - first for i in ids if first <= i < first + 256).decode(errors="ignore")
 
-    pieces = _with_special(special, lambda text: [first + byte for byte in text.encode()])
+    tight = {token["content"] for token in settings.added.values() if not token.get("lstrip")}
+    pieces = _with_special(
+        special, lambda text: [first + byte for byte in text.encode()], BYTES.keys() - tight
+    )
     eos = special["</s>"]
     return Tokenizer(pieces, text, special.get, (), (eos,), special["<pad>"], eos, settings.side)
 

@@ -7,6 +7,7 @@ from tinydiff.models import (
     flux,
     flux2,
     hunyuan_video,
+    hunyuan_video15,
     ltx2,
     ovis,
     qwen_image,
@@ -15,7 +16,7 @@ from tinydiff.models import (
     wan,
     z_image,
 )
-from tinydiff.models.autoencoders import flux2_tiny, hunyuan, kl, ltx2_audio, ltx2_video, tiny
+from tinydiff.models.autoencoders import flux2_tiny, hunyuan, hunyuan15, kl, ltx2_audio, ltx2_video, tiny
 from tinydiff.models.autoencoders import wan as wan_vae
 from tinydiff.models.encoders import clip_text, clip_vision, decoder_lm, ltx2_connectors, qwen_vision, t5
 from tinydiff.models.encoders.decoder_config import CLASSES
@@ -37,9 +38,11 @@ RECORDS: dict[str, Record] = {
     "LTX2TextConnectors": ltx2_connectors.FAMILY,
     "LTX2Vocoder": vocoder.FAMILY,
     vocoder.BWE: vocoder.FAMILY,
+    "HunyuanVideo15Transformer3DModel": hunyuan_video15.FAMILY,
     "AutoencoderKLWan": wan_vae.FAMILY,
     "AutoencoderKLQwenImage": wan_vae.FAMILY,
     "AutoencoderKLHunyuanVideo": hunyuan.FAMILY,
+    "AutoencoderKLHunyuanVideo15": hunyuan15.FAMILY,
     "AutoencoderKL": kl.FAMILY,
     "AutoencoderKLFlux2": kl.FAMILY,
     "AutoencoderTiny": tiny.FAMILY,

@@ -161,6 +161,18 @@ _HUNYUAN: dict[str, Any] = {
     "text_tokens": 256,
 }
 
+
+def _hunyuan15(name: str, size: tuple[int, int], target: int, shift: float, guided: bool) -> ReleasedModel:
+    """A HunyuanVideo-1.5 from text. target: entry of its config, the side of a square of as many pixels."""
+    pipeline, name = "HunyuanVideo15Pipeline", f"hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-{name}"
+    shape = {"num_layers": 54, "target_size": target, "task_type": "t2v"}
+    guidance, negative = (6.0, "") if guided else (1.0, None)
+    return ReleasedModel(
+        name, "hunyuan_video15", pipeline, *size, 50, guidance, 8_326_608_160, shape, num_frames=121, fps=24,
+        stored_shift=shift, negative_prompt=negative, text_tokens=1000,
+    )  # fmt: skip
+
+
 MODELS: tuple[ReleasedModel, ...] = (
     _wan(
         SHIPPED, T2V, (128, 128), 1, 8, 30, 2.5, 4.0, 2_457_184, (6, 5, 16), negative_prompt=None,
@@ -207,6 +219,9 @@ MODELS: tuple[ReleasedModel, ...] = (
         "FastVideo/FastHunyuan-diffusers", "hunyuan_video", "HunyuanVideoPipeline", 720, 1280, 6, 6.0,
         shape={"num_layers": 20, "num_single_layers": 40}, stored_shift=17.0, **_HUNYUAN,
     ),
+    _hunyuan15("480p_t2v", (480, 848), 640, 5.0, guided=True),
+    _hunyuan15("480p_t2v_distilled", (480, 848), 640, 5.0, guided=False),
+    _hunyuan15("720p_t2v", _720P, 960, 9.0, guided=True),
     ReleasedModel(
         "black-forest-labs/FLUX.1-dev", "flux", "FluxPipeline", 1024, 1024, 50, 3.5, 11_901_408_320,
         {"guidance_embeds": True}, guidance_form="embedded", **_START,

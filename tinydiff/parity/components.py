@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinydiff.models.autoencoders import hunyuan, kl, tiny
+from tinydiff.models.autoencoders import hunyuan, hunyuan15, kl, tiny
 from tinydiff.models.autoencoders import wan as wan_vae
 from tinydiff.models.encoders import clip_text, clip_vision, decoder_lm, qwen_vision, t5
 from tinydiff.ops.weights import Weights
@@ -240,6 +240,9 @@ _HUNYUAN = hunyuan.Config(
     norm_num_groups=2,
     spatial_compression_ratio=4,
 )
+_HUNYUAN15 = hunyuan15.Config(
+    latent_channels=2, block_out_channels=(8, 16, 16), layers_per_block=1, spatial_compression_ratio=4
+)
 
 
 def _autoencoder(module: ModuleType, reference: str, c: Any, frames: int = 1, channels: int = 3) -> Case:
@@ -247,9 +250,10 @@ def _autoencoder(module: ModuleType, reference: str, c: Any, frames: int = 1, ch
     the raw ones.
     """
     side, latent_frames = c.scale_factor_spatial, (frames - 1) // c.scale_factor_temporal + 1
-    x = draw(2, channels, frames, 3 * side, 5 * side, seed=7).clamp(-1, 1)
-    z = draw(2, c.z_dim, latent_frames, 3, 5)
-    clips = module in (wan_vae, hunyuan)
+    batch = 1 if module is hunyuan15 else 2  # the reference's attention mask fits one video only
+    x = draw(batch, channels, frames, 3 * side, 5 * side, seed=7).clamp(-1, 1)
+    z = draw(batch, c.z_dim, latent_frames, 3, 5)
+    clips = module in (wan_vae, hunyuan, hunyuan15)
     pictures = x if clips else x[:, :, 0]
 
     def theirs(net: Any) -> dict[str, Tensor]:
@@ -275,7 +279,7 @@ def _statistics(c: Any, net: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = like.new_zeros(1), like.new_ones(1)
     elif isinstance(c, kl.Config) and c.patch_size is not None:
         mean, std = net.bn.running_mean, (net.bn.running_var + c.batch_norm_eps).sqrt()
-    elif isinstance(c, hunyuan.Config):
+    elif isinstance(c, hunyuan.Config | hunyuan15.Config):
         mean, std = like.new_zeros(1), 1 / like.new_tensor([c.scaling_factor])
     elif isinstance(c, kl.Config):
         mean, std = like.new_tensor([c.shift_factor]), 1 / like.new_tensor([c.scaling_factor])
@@ -297,12 +301,13 @@ def _raw(c: Any, net: Any, z: Tensor) -> Tensor:
     return F.pixel_shuffle(z, 2) if getattr(c, "patch_size", None) == (2, 2) else z
 
 
-_WANS, _QWENS, _KLS, _KL2S, _HUNYUANS, _TINIES = (
+_WANS, _QWENS, _KLS, _KL2S, _HUNYUANS, _HUNYUAN15S, _TINIES = (
     "AutoencoderKLWan",
     "AutoencoderKLQwenImage",
     "AutoencoderKL",
     "AutoencoderKLFlux2",
     "AutoencoderKLHunyuanVideo",
+    "AutoencoderKLHunyuanVideo15",
     "AutoencoderTiny",
 )
 
@@ -322,6 +327,10 @@ AUTOENCODERS: dict[str, tuple[str, Callable[[], Case]]] = {
     "HunyuanVideo autoencoder": (
         _HUNYUANS,
         partial(_autoencoder, hunyuan, _HUNYUANS, _HUNYUAN, 21),
+    ),
+    "HunyuanVideo-1.5 autoencoder": (
+        _HUNYUAN15S,
+        partial(_autoencoder, hunyuan15, _HUNYUAN15S, _HUNYUAN15, 9),
     ),
     "tiny autoencoder": (_TINIES, partial(_autoencoder, tiny, _TINIES, _TINY)),
 }

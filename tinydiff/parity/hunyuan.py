@@ -32,6 +32,7 @@ CONFIG_15 = hunyuan_video15.Config(
     text_embed_2_dim=12,
     image_embed_dim=10,
     rope_axes_dim=(4, 6, 6),
+    task_type="t2v",
 )
 GLYPHS, VIEWS = 5, 3
 """Tokens of the words to be written and of the first frame."""

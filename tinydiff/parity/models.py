@@ -82,6 +82,10 @@ GROUPS = (
            "Qwen3"),
     _group("hunyuan_video", "HunyuanVideo FastHunyuan-diffusers", "HunyuanVideo",
            "HunyuanVideo autoencoder", "Llama", "CLIP-L"),
+    _group("hunyuan_video15",
+           "HunyuanVideo-1.5-Diffusers-480p_t2v HunyuanVideo-1.5-Diffusers-480p_t2v_distilled "
+           "HunyuanVideo-1.5-Diffusers-720p_t2v",
+           "HunyuanVideo-1.5, glyphs", "HunyuanVideo-1.5 autoencoder", "Qwen2.5", "T5"),
     _group("flux2", "FLUX.2-Tiny-AutoEncoder", None, "tiny autoencoder"),
     _group("ovis", "Ovis-Image-7B", "Ovis-Image", "KL autoencoder", "Qwen3"),
     _group("ernie", "ERNIE-Image ERNIE-Image-Turbo", "ERNIE-Image", _FLUX2_VAE, "Ministral 3"),

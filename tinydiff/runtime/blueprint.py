@@ -47,9 +47,17 @@ PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 
 FILES = (
     *("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "pe_tokenizer"),
-    *("image_processor", "processor", "feature_extractor"),
+    *("guider", "image_processor", "processor", "feature_extractor"),
 )
 """Components without weights. The last three only describe the preprocessing of an encoder."""
+GUIDER = {
+    "enabled": True,
+    "guidance_rescale": 0.0,
+    "start": 0.0,
+    "stop": 1.0,
+    "use_original_formulation": False,
+}
+"""What guider_config.json must say. Its scale is not read: the registry has the model's."""
 WRITER = "pe"
 """The component that rewrites prompts: a language model that some pipelines have, with its tokenizer."""
 
@@ -183,6 +191,7 @@ def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
         dtype = _dtype(name, family, options, device)
         nets[name] = NetPlan(name, family, own, config, dtype, *_plan(name, family, options))
     _check_fit(row, checkpoint, nets)
+    _check_guider(checkpoint)
     nets = offload.settled(nets, options)
     scheduler = parts["scheduler"].entries("scheduler_config.json")
     solvers.check_types(scheduler)
@@ -324,6 +333,18 @@ def _needed_layers(name: str, config: Any, takes: tuple[int, ...], checkpoint: C
         )
         raise UserError("model_path", f"model_path: {message}")
     return replace(config, layers=max(1, most))
+
+
+def _check_guider(checkpoint: Checkpoint) -> None:
+    """Raises UserError for a guider that is not plain classifier-free guidance."""
+    part = checkpoint.components.get("guider")
+    if part is None:
+        return
+    asked = {"class": part.class_name, **part.json.get("guider_config.json", {})}
+    for name, known in {"class": "ClassifierFreeGuidance", **GUIDER}.items():
+        if asked.get(name, known) != known:
+            message = f"the guider's {name} is {asked[name]!r}; only {known!r} is implemented"
+            raise UserError("model_path", f"model_path: {message}")
 
 
 def _records(checkpoint: Checkpoint, row: ReleasedModel, options: ModelOptions) -> dict[str, Record]:
