@@ -190,6 +190,8 @@ def of_python(value: Any) -> Any:
 def _several(name: str, kind: Any, value: Any) -> tuple[Any, ...]:
     """The values of an option that takes any number. In a string, commas or spaces separate numbers."""
     words = list(value) if isinstance(value, list | tuple) else [value]
+    if kind is str and len(words) > MOST_VALUES:
+        raise UserError(name, f"{name}: takes at most {MOST_VALUES} values and was given more")
     if kind is not str:
         longest = max((len(word) for word in words if isinstance(word, str)), default=0)
         if len(words) > MOST_VALUES or longest > MOST_VALUES * 20:
