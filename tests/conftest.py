@@ -6,6 +6,8 @@ named files, leave out nothing; with `--everything` a test that is skipped for a
 """
 
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 # The values that tests compare are those of float32 and float64 on the CPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -80,3 +82,30 @@ def compiler():
 
     if not has_compiler():
         pytest.skip("no C++ compiler here, which torch.compile needs")
+
+
+@pytest.fixture
+def image_server():
+    """(the URL of an image on this machine, the paths that were downloaded so far)."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    data, downloads = BytesIO(), []
+    Image.new("RGB", (64, 64), "orange").save(data, "PNG")
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            downloads.append(self.path)
+            found = self.path == "/image.png"
+            self.send_response(200 if found else 404)
+            self.end_headers()
+            self.wfile.write(data.getvalue() if found else b"")
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/image.png", downloads
+        server.shutdown()

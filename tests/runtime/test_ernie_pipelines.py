@@ -35,7 +35,7 @@ from tinydiff.config import ModelOptions, Options, OutputOptions, SamplingOption
 from tinydiff.records import UserError
 from tinydiff.runtime import blueprint, pipeline
 from tinydiff.runtime.admit import admit
-from tinydiff.runtime.generate import admitted
+from tinydiff.runtime.generate import admitted, read
 from tinydiff.sampling.noise import noise
 
 PROMPT, NEGATIVE, STEPS = "A red fox on the ice", "blurry and of another length", 3
@@ -232,7 +232,9 @@ def test_the_model_that_rewrites_is_not_loaded_where_it_is_not_asked(tmp_path):
         output=OutputOptions(output_path=str(tmp_path)),
     )
     for use, nets in ((None, {"pe"}), (False, set())):
-        plan, [request], _ = admitted(replace(asked, sampling=SamplingOptions(prompt=("a",), use_pe=use)))
+        options = replace(asked, sampling=SamplingOptions(prompt=("a",), use_pe=use))
+        plan = read(options)
+        [request] = admitted(options, plan).requests
         assert plan.nets.keys() - {
             "transformer",
             "vae",

@@ -24,7 +24,7 @@ from tests.sources import ROOT
 from tinydiff import cli, config
 from tinydiff.io.images import read_image
 from tinydiff.parallel.layout import Layout
-from tinydiff.parallel.ranks import close, join, start
+from tinydiff.parallel.ranks import close, make_ranks, meet, start
 from tinydiff.records import RankError, UserError
 from tinydiff.runtime import launch, library
 
@@ -36,7 +36,8 @@ WITHIN = 180
 
 def here(folder: str) -> int:
     """Leave this rank's process id in the directory, and return its rank once all have."""
-    ranks = join(Layout(dp=2), 60, "cpu")
+    meet(60, "cpu")
+    ranks = make_ranks(Layout(dp=2), 60)
     (Path(folder) / f"{ranks.rank}.pid").write_text(str(os.getpid()))
     dist.barrier()
     return ranks.rank
@@ -179,7 +180,8 @@ def test_two_machines_meet_at_the_first(tmp_path):
 
 
 def all_four(folder: str) -> int:
-    ranks = join(Layout(dp=2, tp=2), 60, "cpu")
+    meet(60, "cpu")
+    ranks = make_ranks(Layout(dp=2, tp=2), 60)
     x = torch.tensor([ranks.rank + 1])
     dist.all_reduce(x)
     close()
@@ -217,9 +219,12 @@ def pictures(folder: Path) -> dict[str, bytes]:
     return {path.name: read_image(str(path)).tobytes() for path in sorted(folder.iterdir())}
 
 
-def test_replicas_make_what_one_rank_makes(tmp_path, capfd, caplog):
-    command = ["generate", "--prompt", "a red circle", *SMALL, "--output-path"]
+def test_replicas_make_what_one_rank_makes(tmp_path, capfd, caplog, image_server):
+    """The image to start from is downloaded once by each command, however many ranks it has."""
+    url, downloads = image_server
+    command = ["generate", "--prompt", "a red circle", "--image-path", url, *SMALL, "--output-path"]
     assert cli.main([*command, str(tmp_path / "one")]) == 0
+    assert len(downloads) == 1
     one = capfd.readouterr().out
     assert cli.main([*command, str(tmp_path / "two"), "--num-gpus", "2", "--dp", "2"]) == 0
     two = capfd.readouterr()
@@ -232,6 +237,7 @@ def test_replicas_make_what_one_rank_makes(tmp_path, capfd, caplog):
         "save",
     ]
     assert "2 ranks: dp 2 (asked)" in caplog.text
+    assert len(downloads) == 2
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tinydiff.cli"]
     under = subprocess.run(
         [*run, *command, str(tmp_path / "three"), "--dp", "2"],
@@ -240,6 +246,7 @@ def test_replicas_make_what_one_rank_makes(tmp_path, capfd, caplog):
         text=True,
         check=True,
     )
+    assert len(downloads) == 3
     assert under.stdout.splitlines()[:2] == [
         line.replace("/one/", "/three/") for line in one.splitlines()[:2]
     ]

@@ -25,7 +25,7 @@ from datetime import timedelta
 from math import prod
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -66,8 +66,8 @@ class Ranks:
         return self.groups["replica"].rank == 0
 
 
-def join(layout: Layout, timeout: float, device: str) -> Ranks:
-    """Meet the other ranks where the environment says. Returns once all are there.
+def meet(timeout: float, device: str) -> Group:
+    """Meet the other ranks at the place that the environment names: all of them, once they are there.
 
     timeout: seconds that a collective waits for a rank before it fails. device: "cpu" or "cuda"; this rank
     takes its own GPU.
@@ -82,7 +82,14 @@ def join(layout: Layout, timeout: float, device: str) -> Ranks:
         )
     else:
         dist.init_process_group("gloo", timeout=limit)
-    return make_ranks(layout, timeout, device)
+    return everyone()
+
+
+def everyone() -> Group:
+    """The group of all ranks that have met."""
+    world = dist.group.WORLD
+    assert world is not None, "the ranks have met"
+    return _seen(world)
 
 
 def make_ranks(layout: Layout, timeout: float, device: str = "cpu") -> Ranks:
@@ -139,6 +146,20 @@ def from_first(group: Group, value: T) -> T:
     held = [value]
     dist.broadcast_object_list(held, group=_process_group(group), group_src=0)
     return held[0]
+
+
+def once(group: Group, make: Callable[[], T]) -> T:
+    """What `make` returns on the group's first rank, which alone calls it. Its UserError is raised on all."""
+    said: tuple[T | None, UserError | None] = None, None
+    if group.rank == 0:
+        try:
+            said = make(), None
+        except UserError as error:
+            said = None, error
+    value, mistake = from_first(group, said)
+    if mistake is not None:
+        raise mistake
+    return cast("T", value)
 
 
 def to_first(group: Group, value: T) -> list[T]:

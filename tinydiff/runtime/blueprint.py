@@ -66,6 +66,11 @@ NEEDED = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 """Components of every model."""
 
 
+def here() -> torch.device:
+    """Where this process computes."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @dataclass(frozen=True)
 class NetPlan(Generic[R]):
     """One network before its weights are loaded. family: its record."""
@@ -74,7 +79,8 @@ class NetPlan(Generic[R]):
     family: R
     component: Component
     config: Any
-    dtype: torch.dtype
+    asked_dtype: torch.dtype | None
+    """The type that the options name; None: that of its role on this device."""
     plan: Plan
     attention_option: str = "attention_backend"
     """The option that sets its attention backend."""
@@ -85,6 +91,14 @@ class NetPlan(Generic[R]):
     def absent(self) -> bool:
         """Whether some of its weights will not be on the device all the time."""
         return self.residency.kind != "resident"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in: if not asked, float32 on the CPU and for autoencoders and image encoders."""
+        if self.asked_dtype is not None:
+            return self.asked_dtype
+        wide = self.family.role in ("vae", "image_encoder") or here().type == "cpu"
+        return torch.float32 if wide else torch.bfloat16
 
     @property
     def keys(self) -> KeyMap:
@@ -108,7 +122,6 @@ class Blueprint:
     """`scheduler_config.json`."""
     options: Mapping[str, Any]
     """The pipeline's own settings in `model_index.json`."""
-    device: torch.device
     compiled: bool
     tiling: bool
     variant: str | None = None
@@ -118,6 +131,10 @@ class Blueprint:
     adapters: tuple[loras.Chosen, ...] = ()
     lora_mode: loras.Mode = "auto"
     upscaling_model_path: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return here()
 
     @property
     def denoiser(self) -> NetPlan[Denoiser]:
@@ -137,6 +154,8 @@ class Model:
     nets: Mapping[str, Net[Any]]
     tokenizers: Mapping[str, Tokenizer]
     adapters: Mapping[str, loras.Attached] = field(default_factory=dict)
+    replica: Group = ALONE
+    """The ranks that answer a request together, of which the first admits it."""
 
     @property
     def denoiser(self) -> Net[Denoiser]:
@@ -168,7 +187,6 @@ def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
     if not isinstance(denoiser, Denoiser):
         message = f"the component transformer is a {parts['transformer'].class_name}, which is no denoiser"
         raise UserError("model_path", f"model_path: {message}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     nets = {}
     for name, family in records.items():
         own = parts["text_encoder" if family is VISION else name]
@@ -188,7 +206,7 @@ def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
                 config = replace(config, lm_head=True)
         settled = denoiser.config_overrides.get(name, {})
         config = replace(config, **{key: value for key, value in settled.items() if hasattr(config, key)})
-        dtype = _dtype(name, family, options, device)
+        dtype = _dtype(name, family, options)
         nets[name] = NetPlan(name, family, own, config, dtype, *_plan(name, family, options))
     _check_fit(row, checkpoint, nets)
     _check_guider(checkpoint)
@@ -214,7 +232,6 @@ def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
         tokenizers,
         scheduler,
         checkpoint.options,
-        device,
         compiled,
         tiling,
         options.variant,
@@ -273,7 +290,9 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None, merge_adapters: bool 
             store=store,
         )
     read = [loras.read(each, nets) for each in blueprint.adapters]
-    return with_adapters(Model(blueprint, nets, tokenizers), read, blueprint.lora_mode, merge_adapters)
+    replica = ALONE if ranks is None else ranks.groups["replica"]
+    model = Model(blueprint, nets, tokenizers, replica=replica)
+    return with_adapters(model, read, blueprint.lora_mode, merge_adapters)
 
 
 def with_adapters(
@@ -382,10 +401,8 @@ def _records(checkpoint: Checkpoint, row: ReleasedModel, options: ModelOptions) 
     return records
 
 
-def _dtype(name: str, family: Record, options: ModelOptions, device: torch.device) -> torch.dtype:
-    """A component's dtype: from its own option, else from the option for its role, else float32 on the CPU
-    and for autoencoders, bfloat16 elsewhere.
-    """
+def _dtype(name: str, family: Record, options: ModelOptions) -> torch.dtype | None:
+    """A component's type as asked: the option for it, else that for its role."""
     encoders = options.text_encoder_precisions
     place = int(name.rpartition("_")[2]) - 1 if name.rpartition("_")[2].isdigit() else 0
     by_role = {
@@ -395,11 +412,7 @@ def _dtype(name: str, family: Record, options: ModelOptions, device: torch.devic
         "text_encoder": encoders[place] if place < len(encoders) else None,
     }
     asked = options.component_precisions.get(name) or by_role[family.role]
-    if asked is not None:
-        return DTYPES[asked]
-    return (
-        torch.float32 if device.type == "cpu" or family.role in ("vae", "image_encoder") else torch.bfloat16
-    )
+    return None if asked is None else DTYPES[asked]
 
 
 def _plan(name: str, family: Record, options: ModelOptions) -> tuple[Plan, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tinydiff.config import Options, OutputOptions, Progress
 from tinydiff.io import output
-from tinydiff.parallel.ranks import Ranks, from_first, replica_numbers, to_first
+from tinydiff.parallel.ranks import Ranks, replica_numbers, to_first
 from tinydiff.records import Request, Result
 from tinydiff.runtime import blueprint, pipeline
 from tinydiff.runtime.admit import admit
@@ -31,27 +31,55 @@ class ReplicaJob:
     request: Request
 
 
-def admitted(options: Options) -> tuple[Blueprint, list[Request], list[Destination]]:
-    """The model, what it shall make and where that goes, read and checked without loading it. Raises
-    UserError.
-    """
+@dataclass(frozen=True)
+class Work:
+    """What is made and where it goes: admitted once, by one process."""
+
+    requests: tuple[Request, ...]
+    destinations: tuple[Destination, ...]
+
+
+def read(options: Options) -> Blueprint:
+    """The model without what this generation does not use. Raises UserError."""
     plan = blueprint.read(options.model)
-    if options.sampling.use_pe is False:
-        plan = replace(plan, nets={name: net for name, net in plan.nets.items() if name != blueprint.WRITER})
+    if options.sampling.use_pe is not False:
+        return plan
+    return replace(plan, nets={name: net for name, net in plan.nets.items() if name != blueprint.WRITER})
+
+
+def admitted(options: Options, plan: Blueprint) -> Work:
+    """What the model shall make and where that goes, checked. Given images are read here. Raises UserError."""
     requests = admit(plan, options.sampling, clip=output.names_video(options.output.output_file_name))
-    return plan, requests, [_destination(options.output, request) for request in requests]
+    return Work(tuple(requests), tuple(_destination(options.output, request) for request in requests))
 
 
 @default_torch_state()
-def generate(options: Options, progress: Progress, ranks: Ranks | None = None) -> list[Result]:
-    """Load the model, generate everything asked for and write it. One result per prompt. Raises UserError
-    before anything is generated.
-
-    ranks: this process among several that all call this. Replicas then share the outputs, the first rank of
-    each writes its files, and rank 0 returns the results, the others none.
+def generate(options: Options, progress: Progress) -> list[Result]:
+    """Load the model, make everything asked for and write it. One result per prompt. Raises UserError before
+    anything is made.
     """
     started = time.perf_counter()
-    plan, requests, destinations = admitted(options)
+    plan = read(options)
+    return generate_admitted(options, plan, admitted(options, plan), progress, started=started)
+
+
+@default_torch_state()
+def generate_admitted(
+    options: Options,
+    plan: Blueprint,
+    work: Work,
+    progress: Progress,
+    ranks: Ranks | None = None,
+    started: float | None = None,
+) -> list[Result]:
+    """Load the model, make what was admitted and write it.
+
+    ranks: this process among several that all call this with the same work. Replicas then share the outputs,
+    the first rank of each writes its files, and rank 0 rereplica_numbers the results, the others none.
+    started: when the clock of loading began.
+    """
+    started = time.perf_counter() if started is None else started
+    requests, destinations = work.requests, work.destinations
     progress.on_stage("load")
     model = blueprint.load(plan, ranks, merge_adapters=not options.sampling.loras)
     loaded = {"load": time.perf_counter() - started}
@@ -61,24 +89,18 @@ def generate(options: Options, progress: Progress, ranks: Ranks | None = None) -
         True,
     )
     if ranks is not None:
-        destinations = from_first(
-            ranks.groups["world"], destinations
-        )  # a name tells the time: that of one rank
         numbers, writes = replica_numbers(ranks, len(jobs)), ranks.leads
-    made = {
+    found = {
         n: _run_job(model, jobs[n], destinations[jobs[n].prompt], options.output, progress, writes)
         for n in numbers
     }
     if ranks is not None:
-        made = {
-            n: result
-            for share in to_first(ranks.groups["world"], made if writes else {})
-            for n, result in share.items()
-        }
-        if not made:
+        told = to_first(ranks.groups["world"], found if writes else {})
+        found = {n: result for share in told for n, result in share.items()}
+        if not found:
             return []
     results = [
-        _merge_results([made[n] for n, job in enumerate(jobs) if job.prompt == prompt])
+        _merge_results([found[n] for n, job in enumerate(jobs) if job.prompt == prompt])
         for prompt in range(len(requests))
     ]
     return [replace(results[0], seconds=loaded | dict(results[0].seconds)), *results[1:]]

@@ -14,13 +14,14 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Protocol
 
 from tinydiff import config
-from tinydiff.config import LaunchedRank, Options
+from tinydiff.config import Options
 from tinydiff.parallel import layout
 from tinydiff.parallel.layout import Layout
 from tinydiff.records import RankError, Request, Result, UserError
 
 if TYPE_CHECKING:
     from tinydiff.runtime.blueprint import Blueprint
+    from tinydiff.runtime.generate import Work
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +56,14 @@ def generate(options: Options, watch: MakeDisplay) -> list[Result]:
 
         with closing(watch(options.output.log_level)) as shown:
             return generate(options, shown)
-    chosen = chosen_layout(options, ranks, place)
+    from tinydiff.runtime.generate import read
+
+    plan = read(options)
+    check_devices(plan, ranks // (options.parallel.nnodes or 1) if place is None else place.local_size)
     if place is None:
-        return _start_ranks(options, chosen, watch)
+        return _start_ranks(options, plan, ranks, watch)
     try:
-        return rank_main(options, chosen, watch)
+        return rank_main(options, ranks, watch)
     except UserError:
         raise
     except Exception as error:
@@ -82,24 +86,21 @@ def wait_unless_first_to_fail() -> None:
         time.sleep(LINGER)
 
 
-def chosen_layout(options: Options, ranks: int, place: LaunchedRank | None) -> Layout:
-    """How the ranks share the work; logged in a line. Reads the model's configs, no weights. Raises
-    UserError.
+def admit_with_layout(options: Options, plan: Blueprint, ranks: int) -> tuple[Work, Layout]:
+    """What is made, and how the ranks share it, told in a line. One process alone calls this for all of them.
+
+    Reads the given images and no weights. Raises UserError.
     """
     from tinydiff.runtime.generate import admitted
 
-    plan, requests, _ = admitted(options)
-    here = ranks // (options.parallel.nnodes or 1) if place is None else place.local_size
-    check_devices(plan, here)
-    heads, guided = denoiser_heads(plan), requests[0].guidance.on
-    outputs = sum(len(request.seeds) for request in requests)
-    chosen, why = layout.choose(
-        options.parallel, ranks, heads, guided, min(_tokens(plan, request) for request in requests), outputs
-    )
+    work = admitted(options, plan)
+    outputs = sum(len(request.seeds) for request in work.requests)
+    tokens = min(_tokens(plan, request) for request in work.requests)
+    heads, guided = denoiser_heads(plan), work.requests[0].guidance.on
+    chosen, why = layout.choose(options.parallel, ranks, heads, guided, tokens, outputs)
     check_divides(plan, chosen)
-    if place is None or place.rank == 0:
-        log.info("%s", why)
-    return chosen
+    log.info("%s", why)
+    return work, chosen
 
 
 def denoiser_heads(plan: Blueprint) -> int:
@@ -137,17 +138,22 @@ def _tokens(plan: Blueprint, request: Request) -> int:
     return token_count(plan.autoencoder.config, request.output, net.family.patch(net.config))
 
 
-def _start_ranks(options: Options, chosen: Layout, watch: MakeDisplay) -> list[Result]:
-    """Start this machine's ranks and wait for them."""
+def _start_ranks(options: Options, plan: Blueprint, ranks: int, watch: MakeDisplay) -> list[Result]:
+    """Start this machine's ranks and wait for them.
+
+    On one machine this process admits, so that a mistake starts nothing. Several machines have met only once
+    their ranks have: there rank 0 admits.
+    """
     from tinydiff.parallel.ranks import start
 
     asked = options.parallel
     nodes, node = asked.nnodes or 1, asked.node_rank or 0
     where, timeout = layout.address(asked), asked.dist_timeout or TIMEOUT
+    found = admit_with_layout(options, plan, ranks) if nodes == 1 else None
     made = start(
         rank_main,
-        (options, chosen, watch),
-        chosen.size // nodes,
+        (options, ranks, watch, found),
+        ranks // nodes,
         nodes=nodes,
         node=node,
         address=where,
@@ -156,18 +162,25 @@ def _start_ranks(options: Options, chosen: Layout, watch: MakeDisplay) -> list[R
     return made.get(0, [])
 
 
-def rank_main(options: Options, chosen: Layout, watch: MakeDisplay) -> list[Result]:
-    """What every rank runs. Rank 0 shows the progress and returns the results; the others return none."""
-    import torch
+def rank_main(
+    options: Options, count: int, watch: MakeDisplay, found: tuple[Work, Layout] | None = None
+) -> list[Result]:
+    """What every rank runs. Rank 0 shows the progress and returns the results, the others return none.
 
-    from tinydiff.parallel.ranks import close, join
-    from tinydiff.runtime.generate import generate
+    found: what `admit_with_layout` returned, the same on all ranks; None: rank 0 calls it once they have met.
+    """
+    from tinydiff.parallel.ranks import close, make_ranks, meet, once
+    from tinydiff.runtime.blueprint import here
+    from tinydiff.runtime.generate import generate_admitted, read
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ranks = join(chosen, options.parallel.dist_timeout or TIMEOUT, device)
+    timeout, device = options.parallel.dist_timeout or TIMEOUT, here().type
+    plan, world = read(options), meet(timeout, device)
+    log_to_stderr(options.output.log_level if world.rank == 0 else "error")
+    work, chosen = found or once(world, lambda: admit_with_layout(options, plan, count))
+    ranks = make_ranks(chosen, timeout, device)
     log_to_stderr(options.output.log_level if ranks.leads else "error")
     with closing(watch(options.output.log_level if ranks.rank == 0 else "error")) as shown:
-        results = generate(options, shown, ranks)
+        results = generate_admitted(options, plan, work, shown, ranks)
     close()
     return results
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tinydiff import config, flags
 from tinydiff.parallel import layout
-from tinydiff.parallel.ranks import Ranks, join
+from tinydiff.parallel.ranks import Ranks, make_ranks, meet, once
 from tinydiff.records import Result, UserError, nearest
 from tinydiff.runtime import blueprint, launch, pipeline
 from tinydiff.runtime.admit import admit
@@ -57,7 +57,9 @@ def _ranks(asked: config.ParallelOptions, plan: blueprint.Blueprint) -> Ranks | 
     launch.check_divides(plan, chosen)
     if place.rank == 0:
         launch.log.info("%s", why)
-    return join(chosen, asked.dist_timeout or launch.TIMEOUT, plan.device.type)
+    timeout, device = asked.dist_timeout or launch.TIMEOUT, plan.device.type
+    meet(timeout, device)
+    return make_ranks(chosen, timeout, device)
 
 
 def generate(
@@ -71,7 +73,7 @@ def generate(
     _only(fields, config.SamplingOptions)
     sampling = config.options({**fields, "prompt": prompt}).sampling
     with default_torch_state():
-        [request] = admit(model.blueprint, sampling)
+        [request] = once(model.replica, lambda: admit(model.blueprint, sampling))
         return pipeline.run(model, request, progress or config.NoProgress())
 
 
