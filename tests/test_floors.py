@@ -42,6 +42,7 @@ HOUSE = {
                 "printing",
                 "doctor",
                 "advise",
+                "weight_plan",
                 "describe",
                 "parity",
                 "serve",
@@ -75,6 +76,7 @@ LAZY = [
 ]
 LAZY += [
     "tinydiff.advise",
+    "tinydiff.weight_plan",
     "tinydiff.describe",
     "tinydiff.parallel.cost",
     "tinydiff.parallel.plan",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from tinydiff.config import SamplingOptions
+from tinydiff import weight_plan
+from tinydiff.config import ParallelOptions, SamplingOptions
 from tinydiff.parallel.cost import Machine
 from tinydiff.parallel.layout import AXES, AXIS_OPTIONS, Layout
 from tinydiff.records import UserError, nearest
@@ -54,14 +55,38 @@ class PlanOptions:
     """GB per second between machines."""
     gpus_per_node: int = within(8, least=1)
     """Number of GPUs of one machine."""
+    placements: bool = False
+    """Print the placement of every weight instead, on the layout that `generate` has with these options."""
+    tp_size: int | None = same(ParallelOptions, "tp_size")
+    ulysses_degree: int | None = same(ParallelOptions, "ulysses_degree")
+    ring_degree: int | None = same(ParallelOptions, "ring_degree")
+    cfg_parallel_size: int | None = same(ParallelOptions, "cfg_parallel_size")
+    data_parallel_size: int | None = same(ParallelOptions, "data_parallel_size")
+    use_fsdp_inference: bool | None = same(ParallelOptions, "use_fsdp_inference")
+    encoder_parallel: Literal["auto", "fold", "replicate"] = same(ParallelOptions, "encoder_parallel")
     json: bool = False
     """Print JSON."""
 
     @property
     def sampling(self) -> SamplingOptions:
         """The request."""
-        shared = (entry.name for entry in fields(self) if "same" in entry.metadata)
-        return SamplingOptions(**{name: getattr(self, name) for name in shared})
+        return SamplingOptions(**self._shared_with(SamplingOptions))
+
+    @property
+    def parallel(self) -> ParallelOptions:
+        """The layout of `placements`. Degrees that are given make num_gpus where it is 1. Raises UserError
+        where degrees are given and nothing would come of them.
+        """
+        plain, shared = ParallelOptions(), self._shared_with(ParallelOptions)
+        asked = {name: value for name, value in shared.items() if value != getattr(plain, name)}
+        if asked and not self.placements:
+            name = next(iter(asked))
+            raise UserError(name, f"{name}: every layout is compared; give --placements too to see one")
+        return ParallelOptions(num_gpus=None if asked and self.num_gpus == 1 else self.num_gpus, **asked)
+
+    def _shared_with(self, record: type) -> dict[str, Any]:
+        shared = (entry.name for entry in fields(self) if entry.metadata.get("same") is record)
+        return {name: getattr(self, name) for name in shared}
 
     @property
     def machine(self) -> Machine:
@@ -74,7 +99,10 @@ def run(question: PlanOptions) -> int:
     """Run the command. Raises UserError."""
     if not question.model:
         raise UserError("model", "model: is missing; `tinydiff models` lists the names")
-    machine = question.machine
+    machine, parallel = question.machine, question.parallel
+    if question.placements:
+        print(weight_plan.text(question.model, question.sampling, parallel, question.json))
+        return 0
     from tinydiff.runtime import estimate, memory  # torch, for those who get here
 
     subject = estimate.subject(

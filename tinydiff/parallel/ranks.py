@@ -126,7 +126,10 @@ def weights_mesh(ranks: Ranks, axes: tuple[str, ...]) -> DeviceMesh:
     order = [AXES.index(axis) for each in united for axis in each]
     sizes = [prod(ranks.mesh.size(AXES.index(axis)) for axis in each) for each in united]
     return DeviceMesh.from_group(
-        groups, ranks.mesh.device_type, ranks.mesh.mesh.permute(order).reshape(sizes), mesh_dim_names=axes
+        groups,
+        ranks.mesh.device_type,
+        ranks.mesh.mesh.permute(order).reshape(sizes).contiguous(),
+        mesh_dim_names=axes,
     )
 
 

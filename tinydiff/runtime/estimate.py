@@ -87,7 +87,7 @@ def subject(model: str, sampling: SamplingOptions, ranks: int, b: int) -> Subjec
     model: a name in the registry, a directory or a hub id. b: bytes of a value of the denoiser. Raises
     UserError.
     """
-    plan = blueprint.from_components(_checkpoint(model), ModelOptions(model_path=model))
+    plan = blueprint_of(model)
     row = plan.row
     [request] = admit(
         replace(plan, row=replace(row, images=(0, row.images[1]))), replace(sampling, prompt=("",))
@@ -137,6 +137,11 @@ def _tokens(plan: blueprint.Blueprint, request: Request, references: int) -> tup
     before = (plan.nets[name] for name in net.family.leading_text_encoders)
     text += sum(encoder.family.max_tokens(encoder.config) for encoder in before)
     return image + net.family.pad_tokens(image), text + net.family.pad_tokens(text)
+
+
+def blueprint_of(model: str) -> blueprint.Blueprint:
+    """A model of which only the configs are read; those of a released model are known. Raises UserError."""
+    return blueprint.from_components(_checkpoint(model), ModelOptions(model_path=model))
 
 
 def _checkpoint(model: str) -> Checkpoint:
