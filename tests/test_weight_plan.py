@@ -82,7 +82,7 @@ def test_json_names_every_weight(capsys):
 def test_weights_that_cannot_be_shared_say_why(capsys):
     out = printed(capsys, "FLUX.1-dev", "--tp-size", "3")
     assert "text_encoder: DeviceMesh(dp=1, cfg=1, ring=1, ulysses=1, tp=3)" in out
-    assert "whole on every rank: " in out and "64 heads, which 3 ranks cannot share evenly" in out
+    assert "whole on every rank: " in out and "a width of 32128, which 3 ranks cannot share evenly" in out
 
 
 @pytest.mark.parametrize(
