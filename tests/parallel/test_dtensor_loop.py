@@ -7,10 +7,10 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor, init
 from tests.parallel.pool import on_ranks
 
 TELL = """\
-torch's while_loop takes DTensors now. tinydiff/sampling could then run the loop on DTensor activations. In
-tinydiff/sampling/loop.py pass `net.dtensors` instead of local tensors, let placements take the place of the moves
-of parallel/moves.py, compare steps per second (benchmarks/), and delete this test. If only newer releases take
-them, raise the oldest torch of pyproject.toml first."""
+torch's while_loop takes DTensors now. The loop could then run on DTensor activations: in
+tinydiff/sampling/loop.py pass `net.dtensors` instead of local tensors, let placements take the place of the
+moves of parallel/moves.py, compare steps per second (benchmarks/), and delete this test. If only newer
+releases take them, raise the oldest torch of pyproject.toml first."""
 
 
 def three_times(i, x):

@@ -48,7 +48,7 @@ def read(options: Options) -> Blueprint:
 
 
 def admitted(options: Options, plan: Blueprint) -> Work:
-    """What the model shall make and where that goes, checked. Given images are read here. Raises UserError."""
+    """What the model shall make and where that goes, checked. Reads given images. Raises UserError."""
     requests = admit(plan, options.sampling, clip=output.names_video(options.output.output_file_name))
     return Work(tuple(requests), tuple(_destination(options.output, request) for request in requests))
 
