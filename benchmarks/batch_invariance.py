@@ -71,7 +71,7 @@ def make(
     step).
     """
     loop, waiting = (
-        Continuous(model.nets["transformer"].family, background=background),
+        Continuous(background=background),
         deque(range(len(asked))),
     )
     told = [pipeline.condition(model, request) for request in asked]
@@ -80,7 +80,7 @@ def make(
 
     def finish(one: BatchSlot) -> Made:
         number = int(one.job)
-        frames, latents = pipeline.finish(
+        frames, latents, _ = pipeline.finish(
             model, asked[number], told[number], one.to_image_tokens(one.denoising.state.x)
         )
         return Made(latents, frames)

@@ -215,6 +215,8 @@ class Result:
     """Seconds of each denoising step."""
     paths: tuple[Path, ...] = field(default=())
     """Files written, by seed and layer; empty if nothing was saved."""
+    sounds: tuple[Sound, ...] = ()
+    """For each seed its sound; empty where the model makes none."""
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -37,9 +37,8 @@ def made(layout=None, **fields):
         blueprint.read(config.options({}).model), make_ranks(layout, 60) if layout else None
     )
     [request] = admit(model.blueprint, config.options(PROMPT | fields).sampling)
-    start, _ = noise.latents(
-        7, [0], pipeline.condition(model, request).prepared.size, pipeline.table(model.blueprint, request)
-    )
+    table, [stage] = pipeline.table(model.blueprint, request), pipeline.condition(model, request).stages
+    [start], _ = noise.latents(7, stage.sizes, table)
     return hashlib.sha256(start.numpy().tobytes()).hexdigest(), pipeline.run(
         model, request, NoProgress()
     ).frames[0]

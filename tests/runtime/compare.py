@@ -81,9 +81,10 @@ def widened(monkeypatch, module):
 def ours(model, request, start):
     """(latents after each step, frames)."""
     conditioning = pipeline.condition(model, request)
-    assert conditioning.prepared.size == tuple(start.shape[1:])
+    assert conditioning.stages[0].inputs.latents[0].size == tuple(start.shape[1:])
     latents = [
-        conditioning.prepared.unpack(x) for x in pipeline.denoise(model, request, conditioning, 0, start)
+        conditioning.stages[0].inputs.latents[0].unpack(x)
+        for x in pipeline.denoise(model, conditioning, 0, [start])
     ]
     return latents, pipeline.decode(model, request.output, latents[-1])
 

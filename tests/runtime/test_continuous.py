@@ -46,7 +46,7 @@ class EveryImage(StepTimes):
 
 
 def loop_of(model, step_times=StepTimes):
-    return Continuous(model.nets["transformer"].family, step_times())
+    return Continuous(step_times())
 
 
 def run(loop, arrivals=()):

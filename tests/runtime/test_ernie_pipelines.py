@@ -129,12 +129,12 @@ def test_every_step_and_the_picture_equal_diffusers(case, tmp_path):
             output_type="np",
         ).images  # fmt: skip
     conditioning = pipeline.condition(model, request)
-    assert conditioning.prepared.size == (16, 1, *SIZE) and len(conditioning.prepared.branches) == 1 + (
-        case != "Turbo"
-    )
+    assert conditioning.stages[0].inputs.latents[0].size == (16, 1, *SIZE) and len(
+        conditioning.stages[0].inputs.branches
+    ) == 1 + (case != "Turbo")
     got = [
-        conditioning.prepared.unpack(x)
-        for x in pipeline.denoise(model, request, conditioning, 0, start[:, :, None])
+        conditioning.stages[0].inputs.latents[0].unpack(x)
+        for x in pipeline.denoise(model, conditioning, 0, [start[:, :, None]])
     ]
     assert len(got) == len(expected) == STEPS
     for x, y in zip(got, expected, strict=True):
@@ -174,7 +174,7 @@ def test_the_prompt_is_rewritten_as_by_the_reference(told, as_file, tmp_path):
     expected = pipe._enhance_prompt_with_pe(
         request.text.prompt, "cpu", width=request.output.width, height=request.output.height
     )
-    made = pipeline.condition(model, request).prepared
+    made = pipeline.condition(model, request).stages[0].inputs
     assert made.revised == expected and len(expected) > 8
     shown = pipeline.parameters(model, request, made.revised)
     assert (shown["prompt"], shown["use_pe"], shown["revised_prompt"]) == (
@@ -184,7 +184,7 @@ def test_the_prompt_is_rewritten_as_by_the_reference(told, as_file, tmp_path):
     )
     # What is read is the rewritten prompt; the negative one stays.
     same, plain = (
-        pipeline.condition(model, request_for(model, prompt=(text,), use_pe=False)).prepared
+        pipeline.condition(model, request_for(model, prompt=(text,), use_pe=False)).stages[0].inputs
         for text in (expected, request.text.prompt)
     )
     assert plain.revised is None and len(made.branches) == 2
@@ -198,7 +198,7 @@ def test_a_prompt_and_a_size_make_one_text_whatever_the_seed(tmp_path):
     pipe.pe_tokenizer.save_pretrained(tmp_path / "model" / "pe_tokenizer")
     model = load(tmp_path / "model")
     texts = [
-        pipeline.condition(model, request_for(model, **asked)).prepared.revised
+        pipeline.condition(model, request_for(model, **asked)).stages[0].inputs.revised
         for asked in ({}, {"seed": (7,)}, {"width": 64})
     ]
     assert texts[0] == texts[1] != texts[2]
@@ -252,10 +252,10 @@ def test_only_the_layers_that_are_read_are_planned(name, tmp_path):
 def test_noise_is_what_the_reference_draws(tmp_path):
     build(tmp_path / "model")
     model = load(tmp_path / "model")
-    made = pipeline.condition(model, request_for(model)).prepared
+    made = pipeline.condition(model, request_for(model)).stages[0].inputs
     drawn = torch.randn(1, 16, *SIZE, generator=torch.Generator().manual_seed(7))
-    assert torch.equal(noise(7, 0, (1, *made.size))[0, :, :, 0], drawn)
-    assert torch.equal(made.unpack(made.pack(drawn[:, :, None])), drawn[:, :, None])
+    assert torch.equal(noise(7, 0, (1, *made.latents[0].size))[0, :, :, 0], drawn)
+    assert torch.equal(made.latents[0].unpack(made.latents[0].pack(drawn[:, :, None])), drawn[:, :, None])
 
 
 def test_it_can_start_from_a_picture(tmp_path):
@@ -266,5 +266,6 @@ def test_it_can_start_from_a_picture(tmp_path):
     Image.effect_noise((96, 64), 80).convert("RGB").save(path)
     request = request_for(model, image_path=(str(path),), strength=0.5)
     conditioning = pipeline.condition(model, request)
-    assert conditioning.start.shape == (1, 24, 16) and conditioning.start.std() > 0.1
-    assert len(list(pipeline.denoise(model, request, conditioning, 0))) == 2
+    [stage] = conditioning.stages
+    assert stage.start.shape == (1, 24, 16) and stage.start.std() > 0.1
+    assert len(list(pipeline.denoise(model, conditioning, 0))) == 2

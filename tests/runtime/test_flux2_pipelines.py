@@ -210,9 +210,11 @@ def theirs(pipe, request, start, **given):
 def ours(model, request, start):
     """(tokens after each step, image)."""
     conditioning = pipeline.condition(model, request)
-    assert conditioning.prepared.size == (start.shape[1], 1, *start.shape[2:])
-    tokens = list(pipeline.denoise(model, request, conditioning, 0, start[:, :, None]))
-    return tokens, pipeline.decode(model, request.output, conditioning.prepared.unpack(tokens[-1]))
+    assert conditioning.stages[0].inputs.latents[0].size == (start.shape[1], 1, *start.shape[2:])
+    tokens = list(pipeline.denoise(model, conditioning, 0, [start[:, :, None]]))
+    return tokens, pipeline.decode(
+        model, request.output, conditioning.stages[0].inputs.latents[0].unpack(tokens[-1])
+    )
 
 
 def same(pipe, model, request, **given):
@@ -269,7 +271,7 @@ def test_a_prompt_that_is_too_long_is_cut_as_by_the_reference(tmp_path, caplog):
     pipe, model = klein(tmp_path / "model", True), load(tmp_path / "model")
     long = PROMPT * 40
     request = request_for(model, prompt=(long,))
-    text = pipeline.condition(model, request).prepared.branches[0]["text"]
+    text = pipeline.condition(model, request).stages[0].inputs.branches[0]["text"]
     with doubles():
         expected, _ = pipe.encode_prompt(long)
     close(text, expected)
@@ -301,8 +303,10 @@ def test_noise_is_what_the_reference_draws(tmp_path):
     pipe = klein(tmp_path / "model", True)
     generator = torch.Generator().manual_seed(7)
     drawn, _ = pipe.prepare_latents(1, 4, 64, 96, torch.float32, "cpu", generator)
-    made = pipeline.condition(load(tmp_path / "model"), request_for(load(tmp_path / "model"))).prepared
-    assert torch.equal(made.pack(noise(7, 0, (1, *made.size))[0]), drawn)
+    made = (
+        pipeline.condition(load(tmp_path / "model"), request_for(load(tmp_path / "model"))).stages[0].inputs
+    )
+    assert torch.equal(made.latents[0].pack(noise(7, 0, (1, *made.latents[0].size))[0]), drawn)
 
 
 # --- given images
@@ -413,7 +417,7 @@ def test_the_tiny_autoencoder_takes_the_others_place(tmp_path, pictures):
         torch.tensor(request.images.originals[0][:, 1:129]).double().permute(2, 0, 1)[None, :, None] / 127.5
         - 1
     )
-    known = pipeline.condition(model, request).prepared.given_tokens
+    known = pipeline.condition(model, request).stages[0].inputs.given_tokens
     close(known.tokens[:, 24:], patchify(net.family.encode(net.config, net.w, given), (1, 1, 1)))
 
     request, start = request_for(model), draw(1, 32, *SIZE, seed=9)

@@ -353,10 +353,8 @@ def test_what_the_mask_keeps_stays(tmp_path, pictures):
     request = request_for(
         model, height=side, width=side, image_path=(pictures[0],), mask_path=str(tmp_path / "mask.png")
     )
-    steps = list(
-        pipeline.denoise(model, request, (told := pipeline.condition(model, request)), request.seeds[0])
-    )
-    made = pipeline.decode(model, request.output, told.prepared.unpack(steps[-1]))[0]
+    steps = list(pipeline.denoise(model, (told := pipeline.condition(model, request)), request.seeds[0]))
+    made = pipeline.decode(model, request.output, told.stages[0].inputs.latents[0].unpack(steps[-1]))[0]
     [[shown]] = pipeline.run(model, request, Silent()).frames
     y, x = np.nonzero(white)
     far = np.maximum(abs(np.arange(side)[:, None, None] - y), abs(np.arange(side)[None, :, None] - x)).min(-1)

@@ -140,7 +140,7 @@ def test_the_text_has_its_own_length_and_llamas_last_layers_are_not_loaded(tmp_p
     assert not any(name.startswith(("layers.2.", "norm.")) for name in llama.weights)
     lengths = {}
     for prompt in ("a", "a red circle"):
-        inputs = pipeline.condition(model, request_for(model, prompt=prompt)).prepared.branches[0]
+        inputs = pipeline.condition(model, request_for(model, prompt=prompt)).stages[0].inputs.branches[0]
         tokens = model.tokenizers["tokenizer"].encode(hunyuan_video.TEMPLATE.format(prompt)).ids
         lengths[prompt] = inputs["text"].shape[1]
         assert lengths[prompt] == len(tokens) - hunyuan_video.SKIPPED

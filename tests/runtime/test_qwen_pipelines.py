@@ -112,9 +112,11 @@ def _theirs(pipe, **given):
 def _ours(model, request, start):
     """(tokens after each step, frames)."""
     conditioning = pipeline.condition(model, request)
-    assert conditioning.prepared.size == tuple(start.shape[1:])
-    steps = list(pipeline.denoise(model, request, conditioning, 0, start))
-    return steps, pipeline.decode(model, request.output, conditioning.prepared.unpack(steps[-1]))
+    assert conditioning.stages[0].inputs.latents[0].size == tuple(start.shape[1:])
+    steps = list(pipeline.denoise(model, conditioning, 0, [start]))
+    return steps, pipeline.decode(
+        model, request.output, conditioning.stages[0].inputs.latents[0].unpack(steps[-1])
+    )
 
 
 def _packed(start):
@@ -264,14 +266,14 @@ def test_noise_is_that_of_a_seeded_generator(tmp_path, small, pictures):
         model = load(folder / "model")
         images = pictures[:1] if more else ()
         request = _request(model, images, height=HEIGHT, width=WIDTH, **more)
-        prepared = pipeline.condition(model, request).prepared
+        prepared = pipeline.condition(model, request).stages[0].inputs
         table = pipeline.table(model.blueprint, request)
-        drawn, _ = noise.latents(7, [0], prepared.size, table)
+        [drawn], _ = noise.latents(7, [prepared.latents[0].size], table)
         known = [None, 1, Z, HEIGHT, WIDTH, 3] if more else [1, Z, HEIGHT, WIDTH]
         made = pipe.prepare_latents(
             *known, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(7)
         )
-        assert torch.equal(prepared.pack(drawn), made[0] if more else made)
+        assert torch.equal(prepared.pack([drawn]), made[0] if more else made)
 
 
 # --- admission
@@ -384,7 +386,7 @@ def test_a_long_text_is_cut_and_said_so(tmp_path, caplog):
     model = load(tmp_path / "model")
     request = _request(model, prompt=("x " * 700,), guidance_scale=1.0, height=32, width=32)
     with caplog.at_level(logging.WARNING):
-        prepared = pipeline.condition(model, request).prepared
+        prepared = pipeline.condition(model, request).stages[0].inputs
     assert prepared.branches[0]["text"].shape == (1, 512, 32)
     assert "tokens were cut" in caplog.text
 

@@ -117,9 +117,9 @@ class Both:
         """Both sides, with these arguments and one start."""
         request = self.request(given | {"prompt": (prompt,)})
         told = pipeline.condition(self.model, request)
-        start = draw(1, *told.prepared.size, seed=seed)
+        start = draw(1, *told.stages[0].inputs.latents[0].size, seed=seed)
         latents = {
-            "tokens": lambda: told.prepared.pack(start),
+            "tokens": lambda: told.stages[0].inputs.latents[0].pack(start),
             "image": lambda: start[:, :, 0],
             "clip": lambda: start,
         }[self.family.form]()
@@ -129,13 +129,15 @@ class Both:
                 prompt=prompt, **self.given(given), latents=latents, output_type="np",
                 callback_on_step_end=lambda pipe, i, t, kept: theirs.append(kept["latents"]) or {},
             )  # fmt: skip
-        tokens = list(pipeline.denoise(self.model, request, told, 0, start))
+        tokens = list(pipeline.denoise(self.model, told, 0, [start]))
         assert len(tokens) == len(theirs) == request.schedule.steps
         ours = [
-            x if y.ndim == 3 else told.prepared.unpack(x).reshape(y.shape)
+            x if y.ndim == 3 else told.stages[0].inputs.latents[0].unpack(x).reshape(y.shape)
             for x, y in zip(tokens, theirs, strict=True)
         ]
-        frames = pipeline.decode(self.model, request.output, told.prepared.unpack(tokens[-1]))
+        frames = pipeline.decode(
+            self.model, request.output, told.stages[0].inputs.latents[0].unpack(tokens[-1])
+        )
         return Made(ours, theirs, frames, made.frames[0] if self.family.form == "clip" else made.images)
 
     def compare(self, given: Mapping[str, Any], prompt: str = PROMPT) -> None:

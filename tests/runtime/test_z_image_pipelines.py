@@ -34,6 +34,7 @@ from tinydiff.models.registry import named
 from tinydiff.records import UserError
 from tinydiff.runtime import blueprint, pipeline
 from tinydiff.runtime.admit import admit
+from tinydiff.runtime.pipeline import Conditioning
 from tinydiff.sampling.noise import noise
 
 PROMPT, NEGATIVE, STEPS, Z, STRIDE = "A red circle {and} a star 日本", "blurry, left of", 4, 4, 2
@@ -254,16 +255,21 @@ def test_what_the_pads_hold_is_never_read(model):
     """The latents of an image are the same whatever stands behind its tokens."""
     request = request_for(model, guidance_scale=4.0)
     conditioning = pipeline.condition(model, request)
-    prepared = conditioning.prepared
-    noisy = replace(
-        prepared, pack=lambda x: torch.cat([prepared.pack(x)[:, :15], draw(1, 17, 16, seed=3)], 1)
-    )
+    [prepared] = conditioning.stages
+    [kind] = prepared.inputs.latents
+    noisy = replace(kind, pack=lambda x: torch.cat([kind.pack(x)[:, :15], draw(1, 17, 16, seed=3)], 1))
     plain, other = (
-        list(pipeline.denoise(model, request, conditioning._replace(prepared=each), 0, start_for(request)))
-        for each in (prepared, noisy)
+        list(pipeline.denoise(model, Conditioning((changed(prepared, each),)), 0, [start_for(request)]))
+        for each in (kind, noisy)
     )
     assert plain[-1].shape[1] == 32 and not torch.equal(plain[-1], other[-1])
-    assert torch.equal(prepared.unpack(plain[-1]), prepared.unpack(other[-1]))
+    assert torch.equal(kind.unpack(plain[-1]), kind.unpack(other[-1]))
+
+
+def changed(prepared, kind):
+    """A stage with other latents."""
+    stage = prepared.stage
+    return prepared._replace(stage=replace(stage, inputs=replace(stage.inputs, latents=(kind,))))
 
 
 def test_the_record_says_the_scale_that_was_asked_for(pipe, folder):

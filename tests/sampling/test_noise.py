@@ -3,7 +3,7 @@
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from tinydiff.sampling.noise import latents, noise
+from tinydiff.sampling.noise import latents, noise, order
 from tinydiff.sampling.solvers import dmd, flow_euler
 
 SHAPE = (4, 2, 3, 5)
@@ -15,22 +15,34 @@ def test_draws_go_on_as_one_diffusers_generator():
     assert torch.equal(noise(7, 2, (1, *SHAPE), draws=3), torch.stack(want))
 
 
-def test_images_do_not_depend_on_their_batch():
+def test_an_image_index_counts_on_from_the_seed():
     table = flow_euler(torch.tensor([1.0, 0.5, 0.0]))
-    batch, fresh = latents(11, [0, 1, 2], SHAPE, table)
-    alone, _ = latents(12, [0], SHAPE, table)
-    assert fresh is None and batch.dtype == torch.float32
-    assert torch.equal(batch[1:2], alone) and not torch.equal(batch[0], batch[1])
+    [alone], fresh = latents(12, [SHAPE], table)
+    assert fresh is None and alone.dtype == torch.float32
+    assert torch.equal(noise(11, 1, (1, *SHAPE))[0], alone) and not torch.equal(
+        noise(11, 0, (1, *SHAPE))[0], alone
+    )
 
 
 def test_fresh_noise_lies_on_the_rows_that_renoise():
-    table = dmd([1000, 757, 522])
-    start, fresh = latents(5, [0, 3], SHAPE, table)
-    assert fresh is not None and fresh.shape == (3, 2, *SHAPE)
-    for column, index in enumerate((0, 3)):
-        drawn = noise(5, index, (1, *SHAPE), draws=3)[:, 0]
-        assert torch.equal(torch.stack([start[column], fresh[0, column], fresh[1, column]]), drawn)
+    [start], made = latents(8, [SHAPE], dmd([1000, 757, 522]))
+    assert made is not None
+    [fresh] = made
+    assert fresh.shape == (3, 1, *SHAPE)
+    assert torch.equal(torch.stack([start, fresh[0], fresh[1]]), noise(8, 0, (1, *SHAPE), draws=3))
     assert fresh[2].abs().sum() == 0
+
+
+def test_kinds_of_latents_and_loops_draw_from_one_generator_in_turn():
+    """Video and sound of a first loop that renoises once, then those of a second loop."""
+    sound, table, again = (4, 7), dmd([1000, 522]), flow_euler(torch.tensor([0.5, 0.0]))
+    generator = torch.Generator("cpu").manual_seed(7)
+    want = [torch.randn(1, *shape, generator=generator) for shape in (SHAPE, sound) * 3]
+    start, fresh = latents(7, [SHAPE, sound], table)
+    assert fresh is not None
+    assert all(torch.equal(x, y) for x, y in zip([*start, fresh[0][0], fresh[1][0]], want[:4], strict=True))
+    later, nothing = latents(7, [SHAPE, sound], again, order([SHAPE, sound], table))
+    assert nothing is None and all(torch.equal(x, y) for x, y in zip(later, want[4:], strict=True))
 
 
 def test_largest_seed_wraps():

@@ -168,7 +168,7 @@ def test_a_large_job_does_not_keep_another_key_waiting(started, monkeypatch, mos
     monkeypatch.setattr(
         pipeline,
         "finish",
-        lambda model, request, *rest: (ended.append(request.prompt), finish(model, request, *rest))[1],
+        lambda model, request, *rest: (ended.append(request.text.prompt), finish(model, request, *rest))[1],
     )
     large = service.scheduler.submit(asked(owner="a", num_outputs_per_prompt=10, prompt="large"))
     until(lambda: service.store.get(large.id).status == "in_progress")
@@ -219,10 +219,10 @@ def test_a_job_that_runs_out_of_memory_fails_alone(started, monkeypatch):
     service = started()
     begin = pipeline.begin
 
-    def short(model, request, conditioning, seed, latents=None):
+    def short(model, conditioning, seed, *rest):
         if seed == 13:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return begin(model, request, conditioning, seed, latents)
+        return begin(model, conditioning, seed, *rest)
 
     monkeypatch.setattr(pipeline, "begin", short)
     jobs = [service.scheduler.submit(asked(seed=seed)) for seed in (12, 13, 14)]

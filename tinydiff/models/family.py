@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from tinydiff.keymap import AS_IS, KeyMap
-from tinydiff.models.recipe import Context, LoopInputs, Patch
+from tinydiff.models.recipe import Context, LoopInputs, Patch, Stage
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.network import Block, Streams, Tensors
 from tinydiff.ops.weights import Weights
@@ -23,8 +23,8 @@ from tinydiff.records import Request
 
 Config = Any
 """A family's own frozen dataclass. Its fields are the names in the checkpoint's config.json."""
-Recipe = Callable[[Config, Context, Request], LoopInputs]
-"""(config, context of the loaded model, request) -> the loop's inputs."""
+Recipe = Callable[[Config, Context, Request], LoopInputs | tuple[Stage, ...]]
+"""(config, context of the loaded model, request) -> the loop's inputs, or the stages of several loops."""
 Keys = Callable[[Config], KeyMap]
 """config -> the map between rows and keys in a component's files."""
 Read = Callable[[Mapping[str, Any], str], Config]

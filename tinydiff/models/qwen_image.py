@@ -28,6 +28,7 @@ from tinydiff.models.joint import IMAGE, TEXT, Streams, feed_forward, heads, joi
 from tinydiff.models.qwen_prompts import EDIT, TEXT_TO_IMAGE, ImageTokens, caption, encode_images, text_states
 from tinydiff.models.recipe import (
     Context,
+    Latents,
     LoopInputs,
     Patch,
     fit_area,
@@ -393,9 +394,13 @@ def prepare_layered(c: Config, context: Context, request: Request) -> LoopInputs
             {"text": text_states(context, TEXT_TO_IMAGE, text, request.text.max_tokens)} | shared
             for text in texts
         ),
-        size=(images, vae.z_dim, height, width),
-        pack=lambda x: rearrange(x, "b f c (h p) (w q) -> b (f h w) (c p q)", p=p, q=p),
-        unpack=unpack,
+        latents=(
+            Latents(
+                size=(images, vae.z_dim, height, width),
+                pack=lambda x: rearrange(x, "b f c (h p) (w q) -> b (f h w) (c p q)", p=p, q=p),
+                unpack=unpack,
+            ),
+        ),
         given_tokens=reference_tokens(images * reference.shape[1], [reference]),
         guidance="classifier_free",
         revised=None if prompt.strip() else texts[0],

@@ -1,15 +1,17 @@
 """The contract between a model family and the pipeline: `Context` in, `LoopInputs` out.
 
 A family's record has a table `pipelines`: pipeline class of model_index.json -> prepare(config, context,
-request) -> LoopInputs. So the runtime knows no family by name. Shape letters: B batch, C channels, F latent
-frames, H and W latent size, L tokens of the output, R tokens of references, P latent values of a token, T
-text tokens.
+request) -> LoopInputs, or a `Stage` for each loop where the pipeline has several. So the runtime knows no
+family by name. An output may have several kinds of `Latents`, such as video and sound. Shape letters: B
+batch, C channels, F latent frames, H and W latent size, L tokens of the output, R tokens of references, P
+latent values of a token, T text tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from math import isqrt, prod, sqrt
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -24,10 +26,12 @@ from tinydiff.ops.patch import patchify, unpatchify
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.dtensors import DTensor, Sharding, as_dtensors, full, replaced
 from tinydiff.parallel.plan import Plan, Row
-from tinydiff.records import Output, UserError
+from tinydiff.records import Output, Request, Sound, UserError
 
 F = TypeVar("F")
 """A record of `models.family`."""
+DENOISERS = ("transformer", "transformer_2")
+"""Components that denoise, by the number of the expert in the table."""
 
 
 @dataclass(frozen=True)
@@ -151,23 +155,71 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Latents:
+    """One kind of latents of an output, such as a video's or a sound's. The loop sees only their tokens."""
+
+    size: tuple[int, ...]
+    """Their size without B, in which noise is drawn: (C, F, H, W) of images and video.
+
+    Another order of axes where the reference draws its noise in one.
+    """
+    pack: Callable[[Tensor], Tensor]
+    """Latents [B, *size] -> tokens [B, L, P]."""
+    unpack: Callable[[Tensor], Tensor]
+    """Tokens [1, L, P] -> latents for the decoder; of video [N, C, F, H, W], where N images are layers."""
+    decode: Callable[[Tensor], Sound] | None = None
+    """Latents as `unpack` gives them -> sound. None: the autoencoder decodes them to frames."""
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens they have."""
+        return self.pack(torch.empty(1, *self.size, device="meta")).shape[1]
+
+
+@dataclass(frozen=True)
 class LoopInputs:
-    """The inputs of the loop, except noise and the sampling table."""
+    """The inputs of one denoising loop, except noise and the sampling table."""
 
     branches: tuple[dict[str, Tensor], ...]
     """Inputs of the family's `hoist`: for the prompt and, in a guided request, for the negative prompt."""
-    size: tuple[int, int, int, int]
-    """The latents' (C, F, H, W), in which noise is drawn; another order of axes where the reference has one.
+    latents: tuple[Latents, ...]
+    """The kinds of latents of one output. The first is of its frames; noise is drawn in this order.
+
+    In the loop the tokens of all kinds are one tensor [B, L, P], one kind after another. So all kinds have
+    the same P, and `pre` and `post` of the family divide the tokens again where the kinds differ.
     """
-    pack: Callable[[Tensor], Tensor]
-    """Latents in that order of axes, [B, C, F, H, W] -> tokens [B, L, P]."""
-    unpack: Callable[[Tensor], Tensor]
-    """Tokens [1, L, P] -> latents [N, C, F, H, W] for the autoencoder: one video, or N images in layers."""
     given_tokens: GivenTokens | None = None
     guidance: str | None = None
     """A guidance rule by name, where the pipeline does not use its family's."""
     revised: str | None = None
     """The prompt as a language model rewrote or wrote it; None where none did."""
+
+    def pack(self, latents: Sequence[Tensor]) -> Tensor:
+        """Latents of each kind [B, *size] -> tokens [B, L, P]."""
+        tokens = [kind.pack(x) for kind, x in zip(self.latents, latents, strict=True)]
+        return tokens[0] if len(tokens) == 1 else torch.cat(tokens, 1)
+
+    def unpack(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Tokens [1, L, P] -> latents of each kind for its decoder."""
+        ends = list(accumulate(kind.tokens for kind in self.latents[:-1]))
+        parts = tokens.tensor_split(ends, 1)
+        return tuple(kind.unpack(x) for kind, x in zip(self.latents, parts, strict=True))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One denoising loop of a pipeline that has several, such as one at half the size before another."""
+
+    request: Request
+    """What this loop is asked for. Size, schedule, guidance and strengths of adapters may be its own."""
+    inputs: LoopInputs
+    start: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None
+    """Latents of each kind that the stage before made -> those that this one starts from: an upsampler.
+
+    They are noised to the first sigma of this stage's table. None, of the first stage: it starts from noise.
+    """
+    denoisers: tuple[str, ...] = DENOISERS
+    """Components that denoise, by the number of the expert in the table."""
 
 
 def latent_size(vae: Any, output: Output) -> tuple[int, int, int]:
@@ -232,9 +284,13 @@ def on_grid(
     size = latent_size(vae, output)
     return LoopInputs(
         branches=tuple(branches),
-        size=(vae.z_dim, *size),
-        pack=lambda x: patchify(x, patch),
-        unpack=lambda x: unpatchify(x, patch, size),
+        latents=(
+            Latents(
+                size=(vae.z_dim, *size),
+                pack=lambda x: patchify(x, patch),
+                unpack=lambda x: unpatchify(x, patch, size),
+            ),
+        ),
         given_tokens=given_tokens,
     )
 

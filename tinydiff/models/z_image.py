@@ -22,7 +22,7 @@ from torch import Tensor
 from tinydiff.models.encoders import decoder_lm
 from tinydiff.models.family import Denoiser
 from tinydiff.models.joint import Streams, heads, joint_mask, split
-from tinydiff.models.recipe import Context, LoopInputs, latent_size, shift_by_tokens, token_count
+from tinydiff.models.recipe import Context, Latents, LoopInputs, latent_size, shift_by_tokens, token_count
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import timestep_embedding
@@ -343,9 +343,13 @@ def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
 
     return LoopInputs(
         branches=tuple(branch(text) for text in request.texts),
-        size=(vae.z_dim, *size),
-        pack=lambda x: F.pad(patchify(x, c.patch_size), (0, 0, 0, pad_tokens(tokens))),
-        unpack=lambda x: unpatchify(x[:, :tokens], c.patch_size, size),
+        latents=(
+            Latents(
+                size=(vae.z_dim, *size),
+                pack=lambda x: F.pad(patchify(x, c.patch_size), (0, 0, 0, pad_tokens(tokens))),
+                unpack=lambda x: unpatchify(x[:, :tokens], c.patch_size, size),
+            ),
+        ),
         guidance="clamped" if limit else None,
     )
 

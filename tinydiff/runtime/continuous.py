@@ -4,9 +4,8 @@ steps.
 Images of one `batch_key` share the loop, and join and leave it between two steps. The batch size is the one
 that measured step times make worthwhile (`step_times`). Where more images wait than that, owners and jobs
 take turns (`fair_order`). Images that cannot share a batch, such as a video and small images, share the
-device's
-time: the highest priority first, then whoever had the least. An owner whose images need many different
-batches gets no more time than an owner whose images need one.
+device's time: the highest priority first, then whoever had the least. An owner whose images need many
+different batches gets no more time than an owner whose images need one.
 All state is values, so an image may pause, and a step that fails leaves every image as it was: a batch that
 does not fit into memory is made smaller, and an image that fails alone is returned with its error.
 """
@@ -14,13 +13,14 @@ does not fit into memory is made smaller, and an image that fails alone is retur
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tinydiff.ops.network import Family
 from tinydiff.records import Request
 from tinydiff.runtime import pipeline
 from tinydiff.runtime.background import Background
@@ -37,30 +37,65 @@ MAX_CALL_SECONDS = 0.1
 
 @dataclass(eq=False)
 class BatchSlot:
-    """One image in the loop."""
+    """One output in the loop."""
 
+    model: Model
+    conditioning: Conditioning
+    seed: int
     job: str
     """The id of its job."""
     index: int
-    """Which of the job's images it is."""
+    """Which of the job's outputs it is."""
     priority: int
-    denoising: Denoising
-    to_image_tokens: Callable[[Tensor], Tensor]
-    """The tokens in the loop -> those of the image."""
-    compiled: Denoise | None = None
-    """Replaces the image's own function once its graph is compiled."""
     preview_steps: tuple[int, ...] = ()
     """Numbers of steps after which a preview is wanted; the loop returns there."""
-    batch_key: Hashable = None
     owner: str = ""
     """Whose job it is."""
+    stage: int = 0
+    """Number of the pipeline's stage that it is in."""
+    earlier_steps: int = 0
+    """Steps of the stages before that one."""
+    denoising: Denoising = field(init=False)
+    to_image_tokens: Callable[[Tensor], Tensor] = field(init=False)
+    """The tokens in the loop -> those of the output."""
+    compiled: Denoise | None = None
+    """Replaces the image's own function once its graph is compiled."""
+    batch_key: Hashable = None
     started: bool = False
     """Whether a step of it has run."""
+
+    def __post_init__(self) -> None:
+        self._begin_stage(())
 
     @property
     def turn_key(self) -> TurnKey:
         """(owner, job): see `fair_order`."""
         return self.owner, self.job
+
+    @property
+    def family(self) -> Family:
+        """The network of its stage."""
+        stage = self.conditioning.stages[self.stage]
+        return self.model.nets[stage.stage.denoisers[0]].family
+
+    @property
+    def has_next_stage(self) -> bool:
+        """Whether its stage is done and another one comes."""
+        return self.denoising.done and self.stage + 1 < len(self.conditioning.stages)
+
+    def begin_next_stage(self) -> None:
+        """Begin the next stage with the latents of the one that is done."""
+        tokens = self.to_image_tokens(self.denoising.state.x)
+        before = self.conditioning.stages[self.stage].inputs.unpack(tokens)
+        self.earlier_steps += self.denoising.table.steps
+        self.stage += 1
+        self._begin_stage(before)
+
+    def _begin_stage(self, before: Sequence[Tensor]) -> None:
+        model, conditioning, number = self.model, self.conditioning, self.stage
+        self.denoising, self.to_image_tokens = pipeline.begin(model, conditioning, self.seed, number, before)
+        if model.blueprint.compiled:
+            self.compiled = pipeline.denoiser(model, conditioning.stages[number], True)
 
 
 def make_slot(
@@ -73,16 +108,14 @@ def make_slot(
     previews: int = 0,
     owner: str = "",
 ) -> BatchSlot:
-    """Image number `index` of a request, before its first step.
+    """Output number `index` of a request, before its first step.
 
     It runs eagerly, and compiled once that is ready where the model is to be compiled. previews: how many are
     wanted, at even distances.
     """
-    denoising, to_image_tokens = pipeline.begin(model, request, conditioning, request.seeds[index])
-    compiled = pipeline.denoiser(model, request, conditioning, True) if model.blueprint.compiled else None
-    steps = conditioning.rows.steps
+    steps, seed = conditioning.steps, request.seeds[index]
     preview_steps = tuple(-(-i * steps // (previews + 1)) for i in range(1, previews + 1))
-    return BatchSlot(job, index, priority, denoising, to_image_tokens, compiled, preview_steps, owner=owner)
+    return BatchSlot(model, conditioning, seed, job, index, priority, preview_steps, owner)
 
 
 class StepResult(NamedTuple):
@@ -103,7 +136,6 @@ class StepResult(NamedTuple):
 class Continuous:
     """The images in the loop of a model's denoiser. Used by one thread."""
 
-    family: Any
     step_times: StepTimes = field(default_factory=StepTimes)
     background: Background = field(default_factory=Background)
     slots: list[BatchSlot] = field(default_factory=list)
@@ -131,22 +163,25 @@ class Continuous:
     def clean(self, slot: BatchSlot) -> tuple[Tensor, int]:
         """(the clean tokens [1, L, P] implied by the latest step, the number of steps done)."""
         if self._batch is None or slot not in self._batch[0]:
-            return slot.denoising.state.h1, slot.denoising.step
+            return slot.denoising.state.h1, slot.earlier_steps + slot.denoising.step
         slots, running = self._batch
         index, joined = slots.index(slot), running.joined
         step = joined.step if len(slots) == 1 else slot.denoising.step + joined.step
-        return joined.state.h1[index : index + 1], step
+        return joined.state.h1[index : index + 1], slot.earlier_steps + step
 
     def step(self, count: int | None = None) -> StepResult:
         """Run a step, or the few that fit into `MAX_CALL_SECONDS`, of the images whose turn it is.
 
         count: the batch size; by default as many images as measured step times make worthwhile.
         """
+        for slot in self.slots:
+            if slot.has_next_stage and (error := self._begin_next_stage(slot)) is not None:
+                return StepResult((slot,), 0, 0.0, error=error)
         chosen = self._choose_slots(count)
         if self._batch is None or self._batch[0] != chosen:
             self._split_batch()
             self._note_turns(chosen)
-            self._batch = chosen, batch.join(self.family, [slot.denoising for slot in chosen])
+            self._batch = chosen, batch.join(chosen[0].family, [slot.denoising for slot in chosen])
         before, kind = self._batch[1], _time_kind(chosen[0].denoising)
         each = self.step_times.seconds(kind, len(chosen))
         most = self._steps_until_preview(chosen, batch.steps_left(before))
@@ -166,11 +201,22 @@ class Continuous:
         done = () if batch.steps_left(after) else self._split_batch()
         return StepResult(tuple(chosen), steps, seconds, done)
 
+    def _begin_next_stage(self, slot: BatchSlot) -> Exception | None:
+        """Take an output into its pipeline's next stage. One that fails leaves the loop."""
+        try:
+            slot.begin_next_stage()
+        except Exception as error:
+            self.leave(slot.job)
+            return error
+        self._assign_batch_key(slot)
+        return None
+
     def _assign_batch_key(self, slot: BatchSlot) -> None:
-        """Compute the slot's batch key. A new key starts level with the key that had the least of
-        the device.
+        """Compute the slot's batch key.
+
+        A new key starts level with the key that had the least of the device.
         """
-        slot.batch_key = batch.batch_key(self.family, slot.denoising)
+        slot.batch_key = batch.batch_key(slot.family, slot.denoising)
         present = {other.batch_key for other in self.slots}
         self._device_seconds = {
             key: seconds for key, seconds in self._device_seconds.items() if key in present
@@ -221,7 +267,9 @@ class Continuous:
             switched, slot.denoising = denoising.stop != slot.denoising.stop, denoising
             if switched and slot in self.slots:
                 self._assign_batch_key(slot)  # it goes on with another expert
-        done = tuple(slot for slot in slots if slot.denoising.done and slot in self.slots)
+        done = tuple(
+            slot for slot in slots if slot.denoising.done and not slot.has_next_stage and slot in self.slots
+        )
         self.slots = [slot for slot in self.slots if slot not in done]
         return done
 

@@ -22,17 +22,18 @@ from torch import Tensor
 
 from tinydiff.config import Progress
 from tinydiff.io.images import resize
-from tinydiff.models.recipe import Context, LoopInputs, token_count
+from tinydiff.models.recipe import Context, LoopInputs, Stage, token_count
 from tinydiff.ops import store as stores
 from tinydiff.ops.network import RESIDENT
 from tinydiff.ops.norm import compute_dtype
 from tinydiff.parallel import sequence
-from tinydiff.records import InputImages, Output, Request, Result, UserError
+from tinydiff.parallel.plan import Plan
+from tinydiff.records import Guidance, InputImages, Output, Request, Result, Sound, UserError
 from tinydiff.runtime import loras, upscale
-from tinydiff.runtime.blueprint import PRECISIONS, WRITER, Blueprint, Model
+from tinydiff.runtime.blueprint import PRECISIONS, Blueprint, Model
+from tinydiff.runtime.parameters import parameters
 from tinydiff.sampling import guidance, loop, noise, sigmas, solvers
 from tinydiff.sampling.solvers import Table
-from tinydiff.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -46,19 +47,55 @@ FEATHER = 8
 """Half the width in pixels of the seam around an inpainted area. One latent covers as many pixels."""
 
 
-class Conditioning(NamedTuple):
-    """The inputs of the loop, without noise."""
+class PreparedStage(NamedTuple):
+    """The inputs of one stage's loop, without noise."""
 
-    prepared: LoopInputs
+    stage: Stage
     rows: Table
     experts: Callable[[int], loop.Hoisted]
     """Index -> the network prepared for this request, once for all outputs."""
     start: Tensor | None = None
     """Tokens [1, L, P] of the image to start from."""
     mask: Tensor | None = None
-    """[1, L, P]: 1 where the start image is inpainted, 0 where it is kept."""
+    """[1, L, P], 1 where that image is inpainted, 0 where it stays."""
+
+    @property
+    def inputs(self) -> LoopInputs:
+        return self.stage.inputs
+
+    @property
+    def sizes(self) -> list[tuple[int, ...]]:
+        """Size of each kind of latents, in which noise is drawn."""
+        return [kind.size for kind in self.inputs.latents]
+
+
+class Conditioning(NamedTuple):
+    """The inputs of a request's loops, without noise."""
+
+    stages: tuple[PreparedStage, ...]
+    """One for each denoising loop; each starts from the latents of the one before."""
     warnings: tuple[str, ...] = ()
     """Parts of the request without effect: text tokens that were cut."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of all loops."""
+        return sum(stage.rows.steps for stage in self.stages)
+
+    @property
+    def revised(self) -> str | None:
+        """The prompt as a language model rewrote or wrote it; None where none did."""
+        return self.stages[0].inputs.revised
+
+
+class Made(NamedTuple):
+    """One output."""
+
+    frames: numpy.ndarray
+    """uint8 [frames, height, width, 3 or 4]."""
+    latents: Tensor
+    """Those of the frames, [N, C, F, H, W]."""
+    sound: Sound | None = None
 
 
 @dataclass(frozen=True)
@@ -177,45 +214,63 @@ def condition(model: Model, request: Request) -> Conditioning:
 
 @torch.no_grad()
 def _conditioned(model: Model, request: Request, context: Context) -> Conditioning:
-    net, row = model.denoiser, model.blueprint.row
-    if net.plan.group("cfg").size > 1 and not request.guidance.on:
+    net = model.denoiser
+    _check_branches(net.plan, request.guidance)
+    made = net.family.pipelines[model.blueprint.row.pipeline](net.config, context, request)
+    stages = (Stage(request, made),) if isinstance(made, LoopInputs) else made
+    first, *later = (_prepared(model, stage) for stage in stages)
+    return Conditioning((_start_from_image(first, context), *later))
+
+
+def _check_branches(plan: Plan, guidance: Guidance) -> None:
+    """Raises UserError where half of the ranks would have no branch."""
+    if plan.group("cfg").size > 1 and not guidance.on:
         message = (
-            f"{request.guidance.scale:g} needs the prompt's branch alone, and cfg_parallel_size 2 "
+            f"{guidance.scale:g} needs the prompt's branch alone, and cfg_parallel_size 2 "
             "gives half of the ranks another"
         )
         raise UserError(
             "guidance_scale",
             f"guidance_scale: {message}; ask for more than 1, or load with cfg_parallel_size 1",
         )
-    rows = table(model.blueprint, request)
-    prepared = net.family.pipelines[row.pipeline](net.config, context, request)
-    told = Conditioning(prepared, rows, _experts(model, prepared, rows))
-    images = request.images
-    if not images.start:
-        return told
-    start = prepared.pack(context.encode(context.pixels(images.resized)))
-    if images.mask is None:
-        return told._replace(start=start)
-    mask = torch.from_numpy(images.mask).to(start)[None, None] / 255
-    mask = torch.nn.functional.interpolate(mask, size=prepared.size[2:])
-    return told._replace(start=start, mask=prepared.pack(mask[:, :, None].expand(1, *prepared.size)))
 
 
-def _experts(model: Model, prepared: LoopInputs, rows: Table) -> Callable[[int], loop.Hoisted]:
+def _prepared(model: Model, stage: Stage) -> PreparedStage:
+    nets = loras.for_request(model.nets, model.adapters, stage.request.loras)
+    rows = table(model.blueprint, stage.request, stage.denoisers[0])
+    _check_branches(nets[stage.denoisers[0]].plan, stage.request.guidance)
+
     @cache
     def expert(index: int) -> loop.Hoisted:
-        net = model.nets[("transformer", "transformer_2")[index]]
-        return loop.hoist(net.network, net.weights, prepared.branches, rows, net.lora_scale, net.store)
+        net = nets[stage.denoisers[index]]
+        return loop.hoist(net.network, net.weights, stage.inputs.branches, rows, net.lora_scale, net.store)
 
-    return expert
+    return PreparedStage(stage, rows, expert)
 
 
-def table(blueprint: Blueprint, request: Request) -> Table:
-    """The request's solver as a table. Raises UserError for a scheduler or timesteps that are
-    not possible.
+def _start_from_image(prepared: PreparedStage, context: Context) -> PreparedStage:
+    """The first stage, which starts from the noised input image where the request asks for that."""
+    images, inputs = prepared.stage.request.images, prepared.inputs
+    if not images.start:
+        return prepared
+    start = inputs.pack([context.encode(context.pixels(images.resized))])
+    if images.mask is None:
+        return prepared._replace(start=start)
+    [size] = prepared.sizes
+    mask = torch.from_numpy(images.mask).to(start)[None, None] / 255
+    mask = torch.nn.functional.interpolate(mask, size=size[2:])
+    return prepared._replace(start=start, mask=inputs.pack([mask[:, :, None].expand(1, *size)]))
+
+
+def table(blueprint: Blueprint, request: Request, denoiser: str = "transformer") -> Table:
+    """The solver of one loop as a table. denoiser: the component that it runs.
+
+    Raises UserError for a scheduler or timesteps that cannot be.
     """
     schedule, guidance, times = request.schedule, request.guidance, request.schedule.dmd_timesteps
-    rows = solvers.dmd(times, schedule.flow_shift or 1.0) if times else _scheduled(blueprint, request)
+    rows = (
+        solvers.dmd(times, schedule.flow_shift or 1.0) if times else _scheduled(blueprint, request, denoiser)
+    )
     if not all(column.isfinite().all() for column in (rows.a, rows.c, rows.b1, rows.b2, rows.n)):
         shifted = schedule.flow_shift is not None
         field = "flow_shift" if shifted else "num_inference_steps"
@@ -228,8 +283,8 @@ def table(blueprint: Blueprint, request: Request) -> Table:
     return solvers.since(rows, schedule.skipped)
 
 
-def _scheduled(blueprint: Blueprint, request: Request) -> Table:
-    scheduler, net, schedule = dict(blueprint.scheduler), blueprint.denoiser, request.schedule
+def _scheduled(blueprint: Blueprint, request: Request, denoiser: str) -> Table:
+    scheduler, net, schedule = dict(blueprint.scheduler), blueprint.nets[denoiser], request.schedule
     if schedule.flow_shift is not None:  # a fixed shift, as distilled models want, in place of one by size
         scheduler |= {"use_dynamic_shifting": False, "shift_terminal": None}
         scheduler[solvers.SHIFT_NAMES.get(str(scheduler.get("_class_name")), "shift")] = schedule.flow_shift
@@ -244,68 +299,72 @@ def _scheduled(blueprint: Blueprint, request: Request) -> Table:
 
 def begin(
     model: Model,
-    request: Request,
     conditioning: Conditioning,
     seed: int,
-    latents: Tensor | None = None,
+    number: int = 0,
+    before: Sequence[Tensor] = (),
+    latents: Sequence[Tensor] | None = None,
     compiled: bool = False,
 ) -> tuple[loop.Denoising, Callable[[Tensor], Tensor]]:
-    """(noise of `seed`, or `latents` [1, C, F, H, W], before the first step; a function from the tokens in
-    the loop to those of the image [1, L, P]).
+    """(one output at the first step of stage `number`, what makes all its tokens of its state's).
 
-    Every rank draws the same noise for the whole image and keeps its shard, so the image does not depend on
-    the layout.
+    before: latents of each kind that the stage before made. latents: [1, *size] of each kind in place of the
+    noise of `seed`. Every rank draws the same noise for the whole output and keeps its share: the output does
+    not depend on the layout.
     """
-    plan, device, prepared = model.denoiser.plan, model.blueprint.device, conditioning.prepared
-    rows = conditioning.rows
-    start, fresh = noise.latents(seed, [0], prepared.size, rows)
-    run = denoiser(model, request, conditioning, compiled)
-    x = prepared.pack((start if latents is None else latents).to(device))
-    tokens = None if fresh is None else torch.stack([prepared.pack(draw.to(x)) for draw in fresh])
+    stage = conditioning.stages[number]
+    net, inputs, device = model.nets[stage.stage.denoisers[0]], stage.inputs, model.blueprint.device
+    earlier = [shape for each in conditioning.stages[:number] for shape in noise.order(each.sizes, each.rows)]
+    drawn, fresh = noise.latents(seed, stage.sizes, stage.rows, earlier)
+    x = inputs.pack([each.to(device) for each in latents or drawn])
+    tokens = None if fresh is None else _packed_steps(inputs, [each.to(x) for each in fresh])
+    if stage.stage.start is not None:
+        stage = stage._replace(start=inputs.pack(stage.stage.start(before)))
     made = x.shape[1]
-    x, kept = (
-        _append_given_tokens(x, prepared)
-        if conditioning.start is None
-        else _start_from_image(x, conditioning)
-    )
+    x, fixed = _first_tokens(x, stage)
     whole = x.shape[1]
+    plan = net.plan
     tokens = None if tokens is None else sequence.shard(plan, tokens, 2)
-    kept = None if kept is None else loop.FixedTokens(*(sequence.shard(plan, each, 1) for each in kept))
-    denoising = loop.start(run, rows, sequence.shard(plan, x, 1), conditioning.experts, tokens, kept)
+    fixed = None if fixed is None else loop.FixedTokens(*(sequence.shard(plan, each, 1) for each in fixed))
+    run = denoiser(model, stage, compiled)
+    denoising = loop.start(run, stage.rows, sequence.shard(plan, x, 1), stage.experts, tokens, fixed)
     return denoising, lambda x_BLP: sequence.gather(plan, x_BLP, 1, whole)[:, :made]
 
 
+def _packed_steps(inputs: LoopInputs, fresh: Sequence[Tensor]) -> Tensor:
+    """Fresh noise of each kind [S, 1, *size] -> of their tokens [S, 1, L, P]."""
+    return torch.stack([inputs.pack(step) for step in zip(*fresh, strict=True)])
+
+
 def denoise(
-    model: Model, request: Request, conditioning: Conditioning, seed: int, latents: Tensor | None = None
+    model: Model, conditioning: Conditioning, seed: int, latents: Sequence[Tensor] | None = None
 ) -> Iterator[Tensor]:
-    """Noise of `seed`, or `latents` [1, C, F, H, W] -> tokens [1, L, P] of the image, float32, after each
-    step.
+    """Noise of `seed` (or `latents` of each kind) -> tokens [1, L, P] of the output, float32, after each step
+    of each stage.
     """
-    denoising, to_image_tokens = begin(model, request, conditioning, seed, latents, model.blueprint.compiled)
-    while not denoising.done:
-        denoising = loop.advance(denoising, 1)
-        yield to_image_tokens(denoising.state.x)
+    before: tuple[Tensor, ...] = ()
+    for number, stage in enumerate(conditioning.stages):
+        compiled = model.blueprint.compiled
+        denoising, all_tokens = begin(model, conditioning, seed, number, before, latents, compiled)
+        while not denoising.done:
+            denoising = loop.advance(denoising, 1)
+            yield all_tokens(denoising.state.x)
+        before, latents = stage.inputs.unpack(all_tokens(denoising.state.x)), None
 
 
-def _start_from_image(
-    noise_BLP: Tensor, conditioning: Conditioning
-) -> tuple[Tensor, loop.FixedTokens | None]:
-    """(the image's tokens at the noise level of the first row, the fixed tokens that a mask keeps)."""
-    assert conditioning.start is not None
-    clean = conditioning.start.to(noise_BLP.dtype)
-    x = torch.lerp(clean, noise_BLP, conditioning.rows.sigmas[0].item())
-    return x, None if conditioning.mask is None else loop.FixedTokens(
-        conditioning.mask.to(x.dtype), clean, noise_BLP
-    )
-
-
-def _append_given_tokens(x_BLP: Tensor, prepared: LoopInputs) -> tuple[Tensor, loop.FixedTokens | None]:
-    """(the noise followed by the tokens of reference images, the given tokens as fixed tokens)."""
-    if prepared.given_tokens is None:
-        return x_BLP, None
-    given = prepared.given_tokens.tokens.to(x_BLP.dtype)
-    x = torch.cat([x_BLP, given[:, x_BLP.shape[1] :]], 1)
-    return x, loop.FixedTokens(prepared.given_tokens.denoised.to(x.dtype), given, given)
+def _first_tokens(noise_BLP: Tensor, stage: PreparedStage) -> tuple[Tensor, loop.FixedTokens | None]:
+    """(tokens at the noise level where the table begins, and the references' after them; what is fixed)."""
+    x, given = noise_BLP, stage.inputs.given_tokens
+    if stage.start is not None:
+        clean = stage.start.to(x.dtype)
+        x = torch.lerp(clean, noise_BLP, stage.rows.sigmas[0].item())
+        if stage.mask is not None:
+            return x, loop.FixedTokens(stage.mask.to(x.dtype), clean, noise_BLP)
+    if given is None:
+        return x, None
+    tokens = given.tokens.to(x.dtype)
+    x = torch.cat([x, tokens[:, x.shape[1] :]], 1)
+    return x, loop.FixedTokens(given.denoised.to(x.dtype), tokens, tokens)
 
 
 _eager = cache(loop.eager_denoise)
@@ -313,12 +372,10 @@ _eager = cache(loop.eager_denoise)
 """
 
 
-def denoiser(model: Model, request: Request, conditioning: Conditioning, compiled: bool) -> loop.Denoise:
-    """The loop with the request's form of guidance. All requests of that form get the same function."""
-    net = model.denoiser
-    form = guidance.KINDS[
-        (conditioning.prepared.guidance or net.family.guidance) if request.guidance.on else "none"
-    ]
+def denoiser(model: Model, stage: PreparedStage, compiled: bool) -> loop.Denoise:
+    """The loop with the stage's form of guidance. All requests of that form get the same function."""
+    net, guided = model.nets[stage.stage.denoisers[0]], stage.stage.request.guidance.on
+    form = guidance.KINDS[(stage.inputs.guidance or net.family.guidance) if guided else "none"]
     fetch = stores.fetch(*(each.store for each in model.nets.values() if each.family.role == "dit"))
     if not compiled:
         return _eager(net.network, form, fetch)
@@ -367,76 +424,24 @@ def _keep_outside_mask(frames: numpy.ndarray, images: InputImages) -> numpy.ndar
 
 
 @torch.no_grad()
-def finish(
-    model: Model, request: Request, conditioning: Conditioning, tokens: Tensor
-) -> tuple[numpy.ndarray, Tensor]:
-    """The tokens [1, L, P] of the last step -> (frames uint8 [frames, height, width, 3 or 4], latents [N, C,
-    F, H, W]).
-    """
-    latents = conditioning.prepared.unpack(tokens)
-    if not latents.isfinite().all():
+def finish(model: Model, request: Request, conditioning: Conditioning, tokens: Tensor) -> Made:
+    """The output of the last step's tokens [1, L, P]."""
+    inputs = conditioning.stages[-1].inputs
+    latents = inputs.unpack(tokens)
+    if not all(x.isfinite().all() for x in latents):
         name, narrow = model.blueprint.row.name, PRECISIONS.get(model.denoiser.dtype)
         message = (
             f"{name} gave values that are not numbers; its weights are broken, or {narrow} is too "
             "narrow for it"
         )
         raise UserError("model_path", f"model_path: {message} (see dit_precision)")
-    frames = _keep_outside_mask(decode(model, request.output, latents), request.images)
+    frames = _keep_outside_mask(decode(model, request.output, latents[0]), request.images)
     if (upscaling := request.output.upscaling) is not None:
         upscaler = upscale.load(upscaling.model, model.blueprint.device)
         frames = upscale.enlarge(upscaler, frames, upscaling.scale)
-    return frames, latents
-
-
-def parameters(
-    model: Model, request: Request, revised: str | None = None, warnings: Sequence[str] = ()
-) -> dict[str, Any]:
-    """All effective parameters of a request except the seed, and what had no effect. JSON-able. revised: the
-    prompt as a language model rewrote it.
-    """
-    text, guidance, schedule, output = request.text, request.guidance, request.schedule, request.output
-    entries: dict[str, Any] = {
-        "model": model.blueprint.row.name,
-        "prompt": text.prompt,
-        **({"negative_prompt": text.negative_prompt} if guidance.on else {}),
-        "height": output.height,
-        "width": output.width,
-        "num_frames": output.num_frames,
-        "fps": output.fps,
-        "num_inference_steps": schedule.steps,
-        "guidance_scale": guidance.scale,
-    }
-    if WRITER in model.nets:
-        entries["use_pe"] = text.rewrite
-    if revised is not None:
-        entries["revised_prompt"] = revised
-    if model.blueprint.row.guidance_form == "offset":
-        entries |= {"guidance_scale": guidance.scale - 1, "cfg_normalization": guidance.normalization}
-    if guidance.embedded is not None:
-        entries |= {"guidance_scale": guidance.embedded, "true_cfg_scale": guidance.scale}
-    if schedule.boundary_ratio is not None:
-        entries |= {"guidance_scale_2": guidance.scale_2, "boundary_ratio": schedule.boundary_ratio}
-    if schedule.sigmas:
-        entries["sigmas"] = list(schedule.sigmas)
-    if schedule.dmd_timesteps:
-        entries["dmd_denoising_steps"] = list(schedule.dmd_timesteps)
-    if schedule.flow_shift is not None:
-        entries["flow_shift"] = schedule.flow_shift
-    if output.layers:
-        entries["layers"] = output.layers
-    entries["given_images"] = len(request.images.originals)
-    if request.images.start:
-        entries |= {"strength": schedule.strength, "masked": request.images.mask is not None}
-    if output.upscaling is not None:
-        entries["upscaling_scale"] = output.upscaling.scale
-    if strengths := loras.strengths(model.adapters, request.loras):
-        entries["loras"] = strengths
-    if request.notes:
-        entries["notes"] = dict(request.notes)
-    if warnings:
-        entries["warnings"] = list(warnings)
-    entries["precision"] = {name: PRECISIONS[net.dtype] for name, net in model.nets.items()}
-    return entries | {"tinydiff": __version__, "torch": torch.__version__}
+    kinds = zip(inputs.latents, latents, strict=True)
+    sound = next((kind.decode(x) for kind, x in kinds if kind.decode is not None), None)
+    return Made(frames, latents[0], sound)
 
 
 def run(model: Model, request: Request, progress: Progress) -> Result:
@@ -444,14 +449,20 @@ def run(model: Model, request: Request, progress: Progress) -> Result:
     clock = Clock(progress)
     with clock.stage("encode"):
         conditioning = condition(model, request)
-    frames, kept = [], []
+    outputs: list[Made] = []
     for seed in request.seeds:
         with clock.stage("denoise"):
-            steps = clock.steps(denoise(model, request, conditioning, seed), conditioning.rows.steps)
+            steps = clock.steps(denoise(model, conditioning, seed), conditioning.steps)
             tokens = deque(steps, maxlen=1).pop()  # the last one's, holding no others
         with clock.stage("decode"):
-            made, latents = finish(model, request, conditioning, tokens)
-        frames.append(made)
-        kept.append(latents.transpose(0, 1).flatten(1, 2).cpu())
-    told = parameters(model, request, conditioning.prepared.revised, conditioning.warnings)
-    return Result(tuple(frames), tuple(kept), told, request.seeds, clock.seconds, tuple(clock.step_seconds))
+            made = finish(model, request, conditioning, tokens)
+        outputs.append(made._replace(latents=made.latents.transpose(0, 1).flatten(1, 2).cpu()))
+    return Result(
+        frames=tuple(made.frames for made in outputs),
+        latents=tuple(made.latents for made in outputs),
+        parameters=parameters(model, request, conditioning.revised, conditioning.warnings),
+        seeds=request.seeds,
+        seconds=clock.seconds,
+        step_seconds=tuple(clock.step_seconds),
+        sounds=tuple(made.sound for made in outputs if made.sound is not None),
+    )

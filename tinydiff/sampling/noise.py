@@ -1,7 +1,5 @@
 """Noise from (seed, image index) alone: drawn on the CPU at the global latent shape, so batch, layout and
-device do not change it.
-
-Shape letters: S steps, B images, C channels, F frames, H height, W width.
+device do not change it. S in a shape is the number of steps.
 """
 
 from __future__ import annotations
@@ -13,32 +11,46 @@ from torch import Tensor
 
 from tinydiff.sampling.solvers import Table
 
+Sizes = Sequence[Sequence[int]]
+"""Size of one output's latents of each kind, without B."""
+
+
+def drawn(seed: int, shapes: Sizes) -> list[Tensor]:
+    """Standard normal float32 tensors, one after another from a CPU generator seeded `seed`.
+
+    Each is one call at its shape: torch fills a larger tensor with other values.
+    """
+    generator = torch.Generator().manual_seed(seed % 2**64)
+    return [torch.randn(tuple(shape), generator=generator) for shape in shapes]
+
 
 def noise(seed: int, index: int, shape: Sequence[int], draws: int = 1) -> Tensor:
-    """Image `index` of seed `seed`: standard normal float32 [draws, *shape], from a CPU generator seeded seed
-    + index.
+    """Image `index` of seed `seed`: standard normal float32 [draws, *shape], the noise of seed + index."""
+    return torch.stack(drawn(seed + index, [shape] * draws))
 
-    Draw 0 is the initial latents. A solver that renoises continues with draws 1, 2, ... in the order in which
-    a diffusers pipeline with that generator would draw. Each draw is one call at `shape`, because torch fills
-    a larger tensor with other values.
+
+def order(sizes: Sizes, table: Table) -> list[tuple[int, ...]]:
+    """Shapes of all that one loop draws, in the order in which a diffusers pipeline does.
+
+    The kinds' initial latents come first, then their fresh noise, step by step.
     """
-    generator = torch.Generator().manual_seed((seed + index) % 2**64)
-    return torch.stack([torch.randn(tuple(shape), generator=generator) for _ in range(draws)])
+    return [(1, *size) for size in sizes] * (1 + int((table.n != 0).sum()))
 
 
 def latents(
-    seed: int, indices: Sequence[int], shape: Sequence[int], table: Table
-) -> tuple[Tensor, Tensor | None]:
-    """Initial latents [B, C, F, H, W] of images `indices` and the fresh noise of every step [S, B, C, F, H,
-    W].
+    seed: int, sizes: Sizes, table: Table, before: Sizes = ()
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Initial latents of each kind [1, *size], and their fresh noise of every step [S, 1, *size].
 
-    shape: one image's latents, (C, F, H, W). The second is None where the table never renoises; its rows are
-    0 where a step does not.
+    before: shapes that the same generator draws first, for the earlier loops of a pipeline. The second is
+    None where the table never renoises; its rows are 0 where a step does not.
     """
-    rows = (table.n != 0).nonzero()[:, 0]
-    drawn = torch.cat([noise(seed, index, (1, *shape), 1 + len(rows)) for index in indices], dim=1)
+    every = drawn(seed, [*before, *order(sizes, table)])[len(before) :]
+    start = every[: len(sizes)]
     if not table.renoises:
-        return drawn[0], None
-    fresh = drawn.new_zeros(table.steps, *drawn.shape[1:])
-    fresh[rows] = drawn[1:]
-    return drawn[0], fresh
+        return start, None
+    rows = (table.n != 0).nonzero()[:, 0]
+    fresh = [x.new_zeros(table.steps, *x.shape) for x in start]
+    for kind, x in enumerate(fresh):
+        x[rows] = torch.stack(every[kind :: len(sizes)][1:])
+    return start, fresh

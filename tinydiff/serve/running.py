@@ -52,7 +52,7 @@ class RunningJob:
     @property
     def total(self) -> int:
         """Denoising steps of all outputs."""
-        return self.conditioning.rows.steps * len(self.request.seeds)
+        return self.conditioning.steps * len(self.request.seeds)
 
     @property
     def eta_s(self) -> float | None:

@@ -22,6 +22,7 @@ from tinydiff.runtime import pipeline, preview, torch_state
 from tinydiff.runtime.blueprint import Blueprint, Model
 from tinydiff.runtime.continuous import BatchSlot, Continuous, give_memory_back, make_slot, short_of_memory
 from tinydiff.runtime.loras import Read
+from tinydiff.runtime.parameters import parameters
 from tinydiff.serve import housekeeping, outputs, warmup
 from tinydiff.serve.adapters import Adapters
 from tinydiff.serve.events import Events
@@ -72,7 +73,7 @@ class DeviceScheduler:
         self._attached: tuple[Read, ...] | None = None
         self.name = server_name()
         self.events = Events()
-        self.loop = Continuous(blueprint.denoiser.family, max_batch=options.batching_max_size)
+        self.loop = Continuous(max_batch=options.batching_max_size)
         self._model: Model | None = None
         self._preview_fit: torch.Tensor | None = None
         self._jobs: dict[str, RunningJob] = {}
@@ -322,10 +323,11 @@ class DeviceScheduler:
         previews = []
         if running.previews and slot.index == 0:
             clean, at = self.loop.clean(slot)
-            due = at * (running.previews + 1) // running.conditioning.rows.steps
+            due = at * (running.previews + 1) // running.conditioning.steps
             is_new = not slot.denoising.done and due > self.events.preview_count(running.job.id)
             if is_new and self._preview_fit is not None:
-                latents = running.conditioning.prepared.unpack(slot.to_image_tokens(clean))
+                stage = running.conditioning.stages[slot.stage]
+                latents = stage.inputs.unpack(slot.to_image_tokens(clean))[0]
                 height, width = running.request.output.height, running.request.output.width
                 previews.append(preview.preview_frame(self._preview_fit, latents, height, width))
         percent = min(99, 100 * running.steps // running.total)
@@ -341,7 +343,7 @@ class DeviceScheduler:
         try:
             model = self._load()
             latents = slot.to_image_tokens(slot.denoising.state.x)
-            frames, _ = pipeline.finish(model, running.request, running.conditioning, latents)
+            frames = pipeline.finish(model, running.request, running.conditioning, latents).frames
         except Exception as error:
             self._fail(running.job.id, error)
             return
@@ -349,10 +351,8 @@ class DeviceScheduler:
         running.spent("decode", seconds)
         self.metrics.stage("decode", seconds)
         conditioning = running.conditioning
-        parameters = pipeline.parameters(
-            model, running.request, conditioning.prepared.revised, conditioning.warnings
-        )
-        self._savers.submit(self._save, running, slot.index, frames, parameters)
+        told = parameters(model, running.request, conditioning.revised, conditioning.warnings)
+        self._savers.submit(self._save, running, slot.index, frames, told)
 
     def _idle(self) -> None:
         """Wait for jobs.
