@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -17,16 +18,19 @@ from tinydiff import paths
 from tinydiff.io.atomic import write_new
 from tinydiff.io.images import ALPHA_EXTENSIONS, IMAGE_EXTENSIONS, encode_image, read_image_parameters
 from tinydiff.io.video import (
+    CODECS,
     VIDEO_EXTENSIONS,
     X264_PRESETS,
     check_encoder,
     read_video_parameters,
     write_video,
 )
-from tinydiff.records import UserError, nearest
+from tinydiff.records import Sound, UserError, nearest
 
 if TYPE_CHECKING:
     import numpy as np
+
+log = logging.getLogger(__name__)
 
 FRAMES = "/"
 """Stands for the extension of a directory of PNG frames."""
@@ -218,6 +222,7 @@ def save(
     parameters: Mapping[str, Any] | None = None,
     index: int = 0,
     count: int = 1,
+    sound: Sound | None = None,
 ) -> Path:
     """Write output `index` of `count`, uint8 frames [T, H, W, 3 or 4] (T = 1 for an image). Returns its path.
 
@@ -225,7 +230,8 @@ def save(
     file is left. Raises UserError if the disk is full or refuses.
     """
     return write_new(
-        target.path(index, count), lambda path: write(path, target.extension, frames, encoding, parameters)
+        target.path(index, count),
+        lambda path: write(path, target.extension, frames, encoding, parameters, sound),
     )
 
 
@@ -235,9 +241,15 @@ def write(
     frames: np.ndarray,
     encoding: Encoding,
     parameters: Mapping[str, Any] | None = None,
+    sound: Sound | None = None,
 ) -> None:
-    """Write frames as those of `save` to a new `path`: a file of that format, or a directory of frames."""
+    """Write frames as those of `save` to a new `path`: a file of that format, or a directory of frames.
+
+    sound: goes into an MP4 or WebM. A warning says where a format holds none.
+    """
     extension = extension.lower()
+    if sound is not None and extension not in CODECS:
+        log.warning("%s: the sound is left out, only %s hold any", path.name, " and ".join(CODECS))
     channels = (3, 4) if extension in (*ALPHA_EXTENSIONS, FRAMES) else (3,)
     if frames.ndim != 4 or frames.shape[3] not in channels or str(frames.dtype) != "uint8":
         allowed = " or ".join(map(str, channels))
@@ -251,7 +263,16 @@ def write(
             raise ValueError(f"{extension} holds one frame, not {len(frames)}")
         path.write_bytes(encode_image(frames[0], extension, encoding.quality, parameters))
     else:
-        write_video(path, frames, extension, encoding.fps, encoding.quality, encoding.preset, parameters)
+        write_video(
+            path,
+            frames,
+            extension,
+            encoding.fps,
+            encoding.quality,
+            encoding.preset,
+            parameters,
+            sound if extension in CODECS else None,
+        )
 
 
 def read_parameters(path: Path) -> dict[str, Any]:

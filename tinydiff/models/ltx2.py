@@ -21,15 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinydiff.models import ltx2_recipe
 from tinydiff.models.family import Denoiser
 from tinydiff.models.joint import feed_forward
+from tinydiff.models.ltx2_recipe import audio_positions as audio_positions
+from tinydiff.models.ltx2_recipe import positions as positions
 from tinydiff.ops.activations import gelu_tanh
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import embedder, timestep_embedding
 from tinydiff.ops.linear import linear, linear_sum
 from tinydiff.ops.network import Stack
 from tinydiff.ops.norm import modulate, rms_norm_across
-from tinydiff.ops.rope import grid_positions, rotate_half, rotate_interleaved
+from tinydiff.ops.rope import rotate_half, rotate_interleaved
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Cond, Input, Plan, Row, linear_rows, norm_rows, repeat, through
 from tinydiff.parallel.sequence import keys, without_sequence
@@ -308,7 +311,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
     inputs: `text` [B, T, Q] and `audio_text` [B, T, R], the prompt as the connectors give it for each stream;
     `positions` [L, 3] of the video tokens (seconds and pixels) and `audio_positions` [A, 1] of the sound
-    tokens (seconds), see `positions`; and `frozen` [1, L, 1] bool, where tokens of given frames stand at
+    tokens (seconds), see `ltx2_recipe`; and `frozen` [1, L, 1] bool, where tokens of given frames stand at
     timestep 0. timesteps_S: sigma * 1000.
     """
     video, audio = c.video, c.audio
@@ -508,39 +511,6 @@ def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, 
     return torch.cat(made, 1)
 
 
-# --- what a pipeline needs of this family
-
-
-def positions(
-    c: Config, size: tuple[int, int, int], fps: float, device: torch.device | str | None = None
-) -> Tensor:
-    """Positions [L, 3] of the tokens of latents (frames, height, width): the middle of each in seconds and
-    pixels, float32.
-
-    The first latent frame holds one frame, each other one `vae_scale_factors[0]`.
-    """
-    grid = grid_positions(*size, device=device).float()
-    strides = torch.tensor(c.vae_scale_factors, device=device)
-
-    def edges(grid: Tensor) -> Tensor:
-        pixels = grid * strides
-        time = (pixels[:, 0] + c.causal_offset - c.vae_scale_factors[0]).clamp(min=0) / fps
-        return torch.cat([time[:, None], pixels[:, 1:]], 1)
-
-    return (edges(grid) + edges(grid + 1)) / 2.0
-
-
-def audio_positions(c: Config, tokens: int, device: torch.device | str | None = None) -> Tensor:
-    """Positions [A, 1] of the sound tokens: the middle of each in seconds, float32."""
-    grid = torch.arange(tokens, dtype=torch.float32, device=device)[:, None]
-
-    def edges(grid: Tensor) -> Tensor:
-        windows = (grid * c.audio_scale_factor + c.causal_offset - c.audio_scale_factor).clip(min=0)
-        return windows * c.audio_hop_length / c.audio_sampling_rate
-
-    return (edges(grid) + edges(grid + 1)) / 2.0
-
-
 FAMILY = Denoiser(
     config=Config,
     spec=spec,
@@ -549,9 +519,13 @@ FAMILY = Denoiser(
     pre=pre,
     blocks=blocks,
     post=post,
-    pipelines={},
-    patch=lambda c: (1, 1, 1),
+    pipelines=dict.fromkeys(("LTX2Pipeline", "LTX2ImageToVideoPipeline"), ltx2_recipe.prepare),
+    patch=lambda c: ltx2_recipe.PATCH,
     heads=lambda c: c.num_attention_heads,
     head_width=lambda c: c.attention_head_dim,
-    must_fit=lambda c, components, row: iter(()),
+    must_fit=ltx2_recipe.must_fit,
+    extra_components=ltx2_recipe.extra_components,
+    hidden_states={"text_encoder": (-1,)},
+    mu=ltx2_recipe.mu,
+    linear_grid=True,
 )

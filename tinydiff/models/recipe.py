@@ -194,6 +194,11 @@ class LoopInputs:
     revised: str | None = None
     """The prompt as a language model rewrote or wrote it; None where none did."""
 
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """How many tokens each kind has, where there are several."""
+        return tuple(kind.tokens for kind in self.latents) if len(self.latents) > 1 else ()
+
     def pack(self, latents: Sequence[Tensor]) -> Tensor:
         """Latents of each kind [B, *size] -> tokens [B, L, P]."""
         tokens = [kind.pack(x) for kind, x in zip(self.latents, latents, strict=True)]

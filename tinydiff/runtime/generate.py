@@ -136,7 +136,7 @@ def _run_job(
         )
     if not options.return_frames:
         result = replace(
-            result, frames=(), latents=()
+            result, frames=(), latents=(), sounds=()
         )  # written, or not wanted: many prompts shall fit into memory
     return result
 
@@ -147,7 +147,7 @@ def _merge_results(parts: Sequence[Result]) -> Result:
     """
     if len(parts) == 1:
         return parts[0]
-    names = ("frames", "latents", "seeds", "step_seconds", "paths")
+    names = ("frames", "latents", "sounds", "seeds", "step_seconds", "paths")
     joined = {name: tuple(each for part in parts for each in getattr(part, name)) for name in names}
     seconds = {stage: sum(part.seconds[stage] for part in parts) for stage in parts[0].seconds}
     return replace(parts[0], seconds=seconds, **joined)
@@ -177,15 +177,16 @@ def _save(
 ) -> tuple[Path, ...]:
     """Write one file per output. Layers are one file each, numbered through all outputs, or a directory."""
     files = []
-    for frames, seed in zip(result.frames, result.seeds, strict=True):
+    sounds = result.sounds or (None,) * len(result.seeds)
+    for frames, sound, seed in zip(result.frames, sounds, result.seeds, strict=True):
         told = {**result.parameters, "seed": seed}
         if job.request.output.layers and target.extension != output.FRAMES:
-            files += [(layer[None], {**told, "layer": i}) for i, layer in enumerate(frames)]
+            files += [(layer[None], None, {**told, "layer": i}) for i, layer in enumerate(frames)]
         else:
-            files.append((frames, told))
+            files.append((frames, sound, told))
     each = len(files) // len(result.seeds)
     first, count = job.first * each, job.of * each
     return tuple(
-        output.save(target, frames, encoding, told, first + i, count)
-        for i, (frames, told) in enumerate(files)
+        output.save(target, frames, encoding, told, first + i, count, sound)
+        for i, (frames, sound, told) in enumerate(files)
     )

@@ -323,12 +323,13 @@ def begin(
     made = x.shape[1]
     x, fixed = _first_tokens(x, stage)
     whole = x.shape[1]
-    plan = net.plan
-    tokens = None if tokens is None else sequence.shard(plan, tokens, 2)
-    fixed = None if fixed is None else loop.FixedTokens(*(sequence.shard(plan, each, 1) for each in fixed))
+    plan, kinds = net.plan, inputs.kinds
+    tokens = None if tokens is None else sequence.shard(plan, tokens, 2, kinds)
+    if fixed is not None:
+        fixed = loop.FixedTokens(*(sequence.shard(plan, each, 1, kinds) for each in fixed))
     run = denoiser(model, stage, compiled)
-    denoising = loop.start(run, stage.rows, sequence.shard(plan, x, 1), stage.experts, tokens, fixed)
-    return denoising, lambda x_BLP: sequence.gather(plan, x_BLP, 1, whole)[:, :made]
+    denoising = loop.start(run, stage.rows, sequence.shard(plan, x, 1, kinds), stage.experts, tokens, fixed)
+    return denoising, lambda x_BLP: sequence.gather(plan, x_BLP, 1, whole, kinds)[:, :made]
 
 
 def _packed_steps(inputs: LoopInputs, fresh: Sequence[Tensor]) -> Tensor:
