@@ -315,6 +315,8 @@ def test_a_local_copy_of_the_source(case, monkeypatch):
     environment(monkeypatch, **{"org/source": str(case.overlay)})
     found = overlay.named(str(case.source))
     assert made(overlay.materialised(found)) == MADE and found.source == str(case.source)
+    with pytest.raises(UserError, match=r"revision: 'v1' is given, but model_path .* is a local directory"):
+        overlay.named(str(case.source), "v1")
     cached = case.place / "models--org--source" / "snapshots" / "0123"
     shutil.copytree(case.source, cached)
     assert overlay.named(str(cached)).source == str(cached)

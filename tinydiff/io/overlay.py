@@ -93,6 +93,8 @@ def named(model: str, revision: str | None = None) -> Overlay | None:
     source = next((name for name in known if _is_copy_of(path, name)), None) if local else model
     if source not in known:
         return None
+    if local:
+        hub.resolve(path, revision)  # a directory has no revisions
     entry = _entry(source, known[source])
     overlay = hub.resolve(entry["overlay_repo_id"], entry.get("overlay_revision"), also=("_overlay/*",))
     if not (overlay / MANIFEST).is_file():  # the overlay is a whole model

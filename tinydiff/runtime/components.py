@@ -63,7 +63,7 @@ def chosen(options: ModelOptions) -> Checkpoint:
 def _from_directory(options: ModelOptions) -> Checkpoint:
     """The model in a directory or at a hub id, or the one that an overlay makes of it."""
     if options.model_path == registry.SHIPPED:
-        return sources.from_directory(SHIPPED, options.model_path)
+        return sources.from_directory(hub.resolve(SHIPPED, options.revision), options.model_path)
     found = overlay.named(options.model_path, options.revision)
     directory = Path()
     if found is None:
