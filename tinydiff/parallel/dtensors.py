@@ -77,7 +77,7 @@ def fused_order(row: Row, ranks: int) -> Tensor | None:
     """
     if row.split is None or not row.parts or ranks == 1:
         return None
-    whole = torch.arange(row.shape[row.split]).split(list(row.parts))
+    whole = torch.split(torch.arange(row.shape[row.split]), list(row.parts))
     return torch.cat([part.chunk(ranks)[rank] for rank in range(ranks) for part in whole]).argsort()
 
 

@@ -44,7 +44,8 @@ def reshard(x: Tensor, source: Placement, target: Placement, group: Group) -> Te
             sizes: list[int] = [parts.shape[0] // group.size] * group.size
             got = _ops.wait_tensor(_ops.all_to_all_single(parts, sizes, sizes, group.name))
             return got.movedim(0, before).flatten(before, before + 1)
-    raise ValueError(f"no move from {source} to {target}")
+        case _:
+            raise ValueError(f"no move from {source} to {target}")
 
 
 def rotate(x: Tensor, group: Group) -> Tensor:

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,6 +37,7 @@ from tinydiff.parallel.plan import ALONE, Group
 from tinydiff.records import RankError, UserError
 
 T = TypeVar("T")
+_untyped: Any = dist  # torch does not annotate all of it
 _c10d: Any = dist.distributed_c10d  # the store, and a group by its name, have no public function
 
 MONITOR = 0.1
@@ -103,7 +104,7 @@ def make_ranks(layout: Layout, timeout: float, device: str = "cpu") -> Ranks:
     for name in (*AXES, *COMBINED_AXES):
         parts = tuple(map(tuple, rank_groups(layout, name)))
         if parts not in made:  # by hand, as init_device_mesh takes no timeout
-            both = [(team, dist.new_group(list(team), timeout=limit)) for team in parts]
+            both = [(team, _untyped.new_group(list(team), timeout=limit)) for team in parts]
             made[parts] = next(group for team, group in both if rank in team)
     found = {name: made[tuple(map(tuple, rank_groups(layout, name)))] for name in (*AXES, *COMBINED_AXES)}
     ranks = torch.arange(layout.size).view(layout.sizes)
@@ -177,7 +178,7 @@ def to_first(group: Group, value: T) -> list[T]:
 def barrier(group: Group) -> None:
     """Wait until every rank of the group is here."""
     if group.size > 1:
-        dist.all_reduce(torch.zeros(1), group=_process_group(group))
+        _untyped.all_reduce(torch.zeros(1), group=_process_group(group))
 
 
 def take_number(ranks: Ranks, queue: str = "work") -> int:
@@ -215,10 +216,15 @@ def describe_failure(rank: int, error: BaseException) -> str:
 
 
 def start(
-    fn: Callable[..., T], args: tuple, here: int, *, nodes: int = 1, node: int = 0, address: tuple[str,
-    int] = ("localhost", 0),
+    fn: Callable[..., T],
+    args: tuple[Any, ...],
+    here: int,
+    *,
+    nodes: int = 1,
+    node: int = 0,
+    address: tuple[str, int] = ("localhost", 0),
     timeout: float = 3600,
-) -> dict[int, T]:  # fmt: skip
+) -> dict[int, T]:
     """Run `fn(*args)`, a function of a module, in `here` processes on this machine: global rank -> its
     result.
 
@@ -266,7 +272,7 @@ def start(
             ) from None
 
 
-def _work(folder: str, fn: Callable[..., T], args: tuple) -> T:
+def _work(folder: str, fn: Callable[..., T], args: tuple[Any, ...]) -> T:
     """What a started process does."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no word of its own: the parent speaks for all of them
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -321,7 +327,7 @@ def _check_free(port: int) -> None:
 
 
 @contextmanager
-def _nothing_left() -> Iterator[None]:
+def _nothing_left() -> Generator[None]:
     """While the launcher works, its log, which repeats every failure with its own tracebacks, is off, and
     Ctrl-C goes to this process only. Afterwards no process that it started is left, and signals are handled
     as before.

@@ -65,7 +65,7 @@ def shard(plan: Plan, x: Tensor, dim: int, kinds: Sequence[int] = ()) -> Tensor:
     if shards == 1:
         return x
     if len(kinds) > 1:
-        return torch.cat([shard(plan, part, dim) for part in x.split(list(kinds), dim)], dim)
+        return torch.cat([shard(plan, part, dim) for part in torch.split(x, list(kinds), dim)], dim)
     sizes = shard_sizes(x.shape[dim], shards)
     padded = x.new_zeros(*x.shape[:dim], padded_size(sizes), *x.shape[dim + 1 :])
     padded.narrow(dim, 0, sizes[index]).copy_(x.narrow(dim, sum(sizes[:index]), sizes[index]))
@@ -78,7 +78,7 @@ def gather(plan: Plan, x: Tensor, dim: int, tokens: int, kinds: Sequence[int] = 
     if shards == 1:
         return x
     if len(kinds) > 1:
-        parts = x.split([padded_size(shard_sizes(n, shards)) for n in kinds], dim)
+        parts = torch.split(x, [padded_size(shard_sizes(n, shards)) for n in kinds], dim)
         return torch.cat([gather(plan, part, dim, n) for part, n in zip(parts, kinds, strict=True)], dim)
     x = _replicate(plan, x, Shard(dim))
     if x.shape[dim] == tokens:
@@ -149,13 +149,13 @@ def _real_token_indices(plan: Plan, lengths: Mapping[str, int]) -> dict[str, lis
     ring, ulysses = plan.group("ring"), plan.group("ulysses")
     shards = ring.size * ulysses.size
     sizes = {stream: shard_sizes(tokens, shards) for stream, tokens in lengths.items()}
-    found = {}
+    found: dict[str, list[int]] = {}
     for stream, parts in STREAMS.items():
         if stream == "audio" and not lengths[stream]:
             continue
         for turn in range(ring.size):
             first = (ring.rank + turn) % ring.size * ulysses.size
-            indices, start = [], 0
+            indices, start = list[int](), 0
             for rank in range(first, first + ulysses.size):
                 for part in parts:
                     indices += range(start, start + sizes[part][rank])

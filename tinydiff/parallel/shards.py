@@ -103,7 +103,7 @@ def _boxes(row: Row, tp: Group) -> list[Box]:
     origin = (0,) * len(row.shape)
     if row.split is None or tp.size == 1:
         return [Box(origin, origin, row.shape)]
-    boxes = []
+    boxes: list[Box] = []
     for width, end in zip(_widths(row), accumulate(_widths(row)), strict=True):
         mine, start = width // tp.size, end - width
         global_start, local_start = (

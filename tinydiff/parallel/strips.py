@@ -52,7 +52,7 @@ def in_strips(plan: Plan, fn: Callable[[Tensor, Strip], Tensor], x: Tensor, unit
     strip = Strip(
         group, tuple(units // group.size + (rank < units % group.size) for rank in range(group.size))
     )
-    mine = x.split([height * unit for height in strip.heights], -2)[group.rank]
+    mine = torch.split(x, [height * unit for height in strip.heights], -2)[group.rank]
     return gather(strip, fn(mine, strip), -2)
 
 
