@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tinydiff import paths
-from tinydiff.io import archive, hub, ncnn
+from tinydiff.io import archive, hub, ncnn, repositories
 from tinydiff.models import upscalers
 from tinydiff.ops.weights import Weights
 from tinydiff.records import UserError, shown
@@ -63,7 +63,7 @@ def locate(path: str | None, scale: int) -> Path:
             f"{FIELD}: {shown(path)} is neither a file here nor a file of a hub repository, written "
             f"as {HUB_ID}:{HUB_FILES[4]}",
         )
-    found_file = hub.fetched(hub_id, [name], field=FIELD) / name
+    found_file = repositories.fetched(hub_id, [name], field=FIELD) / name
     if not found_file.is_file():
         raise UserError(FIELD, f"{FIELD}: {hub_id!r} has no file {shown(name)}")
     return found_file
