@@ -13,7 +13,7 @@ from tinydiff.ops.weights import Weights
 from tinydiff.parity.denoisers import DENOISERS
 
 TIMES = torch.tensor([999.0, 640.0, 1.0])
-PROMPT = ("text", "audio_text", "pooled", "mask", "image", "kind")
+PROMPT = ("text", "audio_text", "pooled", "glyphs", "mask", "image", "kind")
 """The inputs that a prompt gives."""
 
 
