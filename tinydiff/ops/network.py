@@ -186,7 +186,7 @@ def walk(
             streams = [
                 call[block](weights, *each) for call, *each in zip(calls, streams, own, shared, strict=True)
             ]
-            del weights  # before the next is fetched, which may need its memory
+            weights = {}  # before the next is fetched, which may need its memory; Dynamo cannot trace del
             if hooks.after is not None:
                 hooks.after(prefix, streams)
         return streams
