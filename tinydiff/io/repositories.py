@@ -35,7 +35,7 @@ def listing(repository: str, revision: str | None) -> list[str]:
     """
     try:
         if config.use_modelscope():
-            from modelscope.hub.api import HubApi
+            from modelscope.hub.api import HubApi  # pyright: ignore[reportMissingImports]
 
             entries = HubApi().get_model_files(repository, revision=revision, recursive=True)
             return [entry["Path"] for entry in entries if entry.get("Type") != "tree"]
@@ -86,7 +86,7 @@ def _from_modelscope(
     repository: str, wanted: list[str], revision: str | None, field: str, unwanted: list[str]
 ) -> Path:
     try:
-        from modelscope import snapshot_download
+        from modelscope import snapshot_download  # pyright: ignore[reportMissingImports]
     except ImportError:
         message = (
             f"cannot load {repository!r}: TINYDIFF_USE_MODELSCOPE asks for ModelScope, whose library is not "

@@ -16,6 +16,7 @@ from tinydiff.records import Sound, UserError
 if TYPE_CHECKING:
     import av
     import numpy as np
+    from av.container import OutputContainer
     from PIL import Image
 
 VIDEO_EXTENSIONS = (".mp4", ".webm", ".gif")
@@ -168,9 +169,7 @@ def _write_coded(
 class _Track:
     """The sound of a file that is being written."""
 
-    def __init__(
-        self, container: av.container.OutputContainer, codec: Codec, sound: Sound, seconds: Fraction
-    ) -> None:
+    def __init__(self, container: OutputContainer, codec: Codec, sound: Sound, seconds: Fraction) -> None:
         import av
         import numpy as np
 
