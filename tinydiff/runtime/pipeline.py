@@ -285,8 +285,11 @@ def table(blueprint: Blueprint, request: Request, denoiser: str = "transformer")
 
 def _scheduled(blueprint: Blueprint, request: Request, denoiser: str) -> Table:
     scheduler, net, schedule = dict(blueprint.scheduler), blueprint.nets[denoiser], request.schedule
-    if schedule.flow_shift is not None:  # a fixed shift, as distilled models want, in place of one by size
-        scheduler |= {"use_dynamic_shifting": False, "shift_terminal": None}
+    if schedule.flow_shift is not None:
+        if scheduler.get(
+            "use_dynamic_shifting"
+        ):  # distilled models want a fixed shift in place of one by size
+            scheduler |= {"use_dynamic_shifting": False, "shift_terminal": None}
         scheduler[solvers.SHIFT_NAMES.get(str(scheduler.get("_class_name")), "shift")] = schedule.flow_shift
     family, steps, from_text = net.family, schedule.steps, not request.images.start
     own = scheduler.get("use_flow_sigmas") and blueprint.row.pipeline in family.own_grid and from_text
