@@ -14,7 +14,7 @@ from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
 from tinydiff.parity.denoisers import DENOISERS, TIME
 
-VARIANTS = [name for name in DENOISERS if name.startswith("HunyuanVideo")]
+VARIANTS = [name for name in DENOISERS if name.partition(",")[0] == "HunyuanVideo"]
 PLAIN = "HunyuanVideo"
 
 
