@@ -390,6 +390,13 @@ NAMES = {
     "CLIPTextModelWithProjection": {"transformers", "open_clip"},
     "CLIPVisionModel": {"transformers", "original"},
     "language": {"transformers"},
+    # Directories alone: single files of these are not read.
+    "HunyuanVideoTransformer3DModel": set(),
+    "HunyuanVideo15Transformer3DModel": set(),
+    "AutoencoderKLHunyuanVideo": set(),
+    "AutoencoderKLHunyuanVideo15": set(),
+    "LTX2VideoTransformer3DModel": set(),
+    "AutoencoderKLLTX2Video": set(),
 }
 """Class, or kind of component, of the released models -> the layouts in which its files are read."""
 
