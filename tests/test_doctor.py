@@ -132,7 +132,8 @@ def test_every_released_model_is_compared_in_all_its_parts():
         assert group.family == row.family
     encoders = {"Qwen3Model": "Qwen3", "Qwen3ForCausalLM": "Qwen3",
                 "Mistral3ForConditionalGeneration": "Mistral",
-                "Mistral3Model": "Ministral 3", "Qwen2_5_VLForConditionalGeneration": "Qwen2.5"}  # fmt: skip
+                "Mistral3Model": "Ministral 3", "Gemma3ForConditionalGeneration": "Gemma 3",
+                "Qwen2_5_VLForConditionalGeneration": "Qwen2.5"}  # fmt: skip
     for name in MODELS:
         (group,) = models.chosen(name)
         released = set(MODELS[name]["components"]) - {"transformer_2", "pe"}

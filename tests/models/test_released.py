@@ -30,6 +30,7 @@ from tinydiff.models import (
     flux,
     flux2,
     hunyuan_video,
+    ltx2,
     ovis,
     qwen_image,
     registry,
@@ -53,7 +54,7 @@ ALONE = "fal/FLUX.2-Tiny-AutoEncoder"
 SCHEDULERS = {"UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"}
 WITHOUT_WEIGHTS = {
     "T5TokenizerFast", "T5Tokenizer", "CLIPTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast",
-    "LlamaTokenizerFast", "ByT5Tokenizer", "ClassifierFreeGuidance",
+    "LlamaTokenizerFast", "GemmaTokenizerFast", "ByT5Tokenizer", "ClassifierFreeGuidance",
     "TokenizersBackend", "PixtralProcessor", "CLIPImageProcessor", "Qwen2VLProcessor",
 }  # fmt: skip
 
@@ -131,7 +132,7 @@ def counted_apart(key, config):
 
 def test_all_models_are_here():
     names = {row.name for row in registry.MODELS if row.name != registry.SHIPPED}
-    assert len(MODELS) == 37 and sum("transformer_2" in model["components"] for model in MODELS.values()) == 2
+    assert len(MODELS) == 39 and sum("transformer_2" in model["components"] for model in MODELS.values()) == 2
     assert set(MODELS) - {ALONE} == names
 
 
@@ -163,8 +164,8 @@ def test_other_spellings_of_a_key_mean_the_same(name, component):
 
 
 def test_what_is_dropped_of_a_checkpoint():
-    """Only towers and heads that no recipe reads, and the batch norm's counter. A tied head is the
-    embeddings.
+    """Only towers and heads that no recipe reads, the batch norm's counter, and a basis to invert
+    spectrograms. A tied head is the embeddings.
     """
     dropped = {}
     for name, component in COMPONENTS:
@@ -172,12 +173,15 @@ def test_what_is_dropped_of_a_checkpoint():
         for key in released_keys(MODELS[name]["components"][component]["keys"]):
             if rename(class_name, c, key) is None:
                 part = re.match(
-                    r"(model\.)?(visual|vision_tower|multi_modal_projector|lm_head|bn\.num_batches_tracked)",
+                    r"(model\.)?(visual|vision_tower|multi_modal_projector|lm_head|bn\.num_batches_tracked"
+                    r"|mel_stft\.stft_fn\.inverse_basis)",
                     key,
                 )
                 dropped.setdefault(class_name, set()).add(part and part[2])
     assert dropped == {
         "AutoencoderKLFlux2": {"bn.num_batches_tracked"},
+        "LTX2VocoderWithBWE": {"mel_stft.stft_fn.inverse_basis"},
+        "Gemma3ForConditionalGeneration": {"vision_tower", "multi_modal_projector"},
         "Mistral3ForConditionalGeneration": {"vision_tower", "multi_modal_projector", "lm_head"},
         "Mistral3Model": {"vision_tower", "multi_modal_projector"},
         "Qwen2_5_VLForConditionalGeneration": {"visual", "lm_head"},
@@ -356,8 +360,41 @@ def _hunyuan(c, name):
     return known, torch.empty(1, len(positions), c.in_channels * prod(hunyuan_video.patch(c))), inputs
 
 
+def _ltx2(c, name):
+    """The default size: 121 frames of 768x512, and five seconds of sound."""
+    size, sound = (16, 16, 24), 126
+    video, total = prod(size), prod(size) + sound
+    texts = {
+        f"{kind.prefix}text": torch.empty(
+            1, 1024, c.caption_channels if c.use_prompt_embeddings else kind.text
+        )
+        for kind in (c.video, c.audio)
+    }
+    tokens, t = torch.empty(1, total, c.in_channels), torch.empty(1)
+    known = {
+        "hidden_states": tokens[:, :video],
+        "audio_hidden_states": tokens[:, video:],
+        "encoder_hidden_states": texts["text"],
+        "audio_encoder_hidden_states": texts["audio_text"],
+        "audio_timestep": t,
+        "sigma": t,
+        "use_cross_timestep": c.cross_attn_mod,
+        "num_frames": size[0],
+        "height": size[1],
+        "width": size[2],
+        "fps": 24.0,
+        "audio_num_frames": sound,
+    }
+    inputs = texts | {
+        "positions": ltx2.positions(c, size, 24.0),
+        "audio_positions": ltx2.audio_positions(c, sound),
+    }
+    return known, tokens, inputs
+
+
 REQUESTS = {
     hunyuan_video: _hunyuan,
+    ltx2: _ltx2,
     wan: _wan,
     z_image: _z_image,
     qwen_image: _qwen,

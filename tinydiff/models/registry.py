@@ -173,6 +173,19 @@ def _hunyuan15(name: str, size: tuple[int, int], target: int, shift: float, guid
     )  # fmt: skip
 
 
+def _ltx2(name: str, params: int, gated: bool) -> ReleasedModel:
+    """An LTX-2. gated: whether attention has gates, which tell LTX-2.3."""
+    shape = {"num_layers": 48, "gated_attn": gated}
+    return ReleasedModel(
+        f"Lightricks/{name}", "ltx2", "LTX2Pipeline", 512, 768, 30, 3.0, params, shape, num_frames=121,
+        fps=24, negative_prompt=LTX2_NEGATIVE, text_tokens=1024, size_multiple=32, frame_multiple=8,
+        images=(0, 1),
+    )  # fmt: skip
+
+
+LTX2_NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
+"""The negative prompt of LTX-2's example in diffusers."""
+
 MODELS: tuple[ReleasedModel, ...] = (
     _wan(
         SHIPPED, T2V, (128, 128), 1, 8, 30, 2.5, 4.0, 2_457_184, (6, 5, 16), negative_prompt=None,
@@ -222,6 +235,8 @@ MODELS: tuple[ReleasedModel, ...] = (
     _hunyuan15("480p_t2v", (480, 848), 640, 5.0, guided=True),
     _hunyuan15("480p_t2v_distilled", (480, 848), 640, 5.0, guided=False),
     _hunyuan15("720p_t2v", _720P, 960, 9.0, guided=True),
+    _ltx2("LTX-2", 18_876_174_592, gated=False),
+    _ltx2("LTX-2.3", 18_988_838_144, gated=True),
     ReleasedModel(
         "black-forest-labs/FLUX.1-dev", "flux", "FluxPipeline", 1024, 1024, 50, 3.5, 11_901_408_320,
         {"guidance_embeds": True}, guidance_form="embedded", **_START,

@@ -39,9 +39,9 @@ class CostModel:
 
     @property
     def norms(self) -> list[Input]:
-        """The inputs of norms over all heads, whose squares tp sums."""
+        """The inputs of norms over all heads that every step computes, whose squares tp sums."""
         rows = (row for row in self.rows if len(row.shape) == 1 and row.split == 0)
-        return [row.input for row in rows if row.input is not None]
+        return [row.input for row in rows if row.input in STREAMS]
 
     @property
     def attends(self) -> list[tuple[Input, Input, int]]:

@@ -98,6 +98,11 @@ _YARN = {
     "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
 
+_GEMMA_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
 
 def _language(family: str, known: str, **changes: Any) -> Case:
     """family: as transformers begins its classes' names. known: the class that released models name."""
@@ -191,6 +196,20 @@ ENCODERS: dict[str, tuple[str, Callable[[], Case]]] = {
     "Ministral 3": (
         "Ministral3Model",
         partial(_language, "Ministral3", "Ministral3ForCausalLM", head_dim=8, rope_parameters=_YARN),
+    ),
+    "Gemma 3": (
+        "Gemma3TextModel",
+        partial(
+            _language,
+            "Gemma3Text",
+            "Gemma3TextModel",
+            head_dim=12,
+            num_hidden_layers=6,
+            query_pre_attn_scalar=12,
+            sliding_window=5,
+            sliding_window_pattern=3,
+            rope_parameters=_GEMMA_ROPE,
+        ),
     ),
 }
 """What is compared -> (class of transformers, case)."""

@@ -86,6 +86,10 @@ GROUPS = (
            "HunyuanVideo-1.5-Diffusers-480p_t2v HunyuanVideo-1.5-Diffusers-480p_t2v_distilled "
            "HunyuanVideo-1.5-Diffusers-720p_t2v",
            "HunyuanVideo-1.5, glyphs", "HunyuanVideo-1.5 autoencoder", "Qwen2.5", "T5"),
+    _group("ltx2", "LTX-2", "LTX-2", "LTX-2 video autoencoder", "Gemma 3", connectors="LTX-2 connectors",
+           audio_vae="LTX-2 audio autoencoder", vocoder="LTX-2 vocoder"),
+    _group("ltx2", "LTX-2.3", "LTX-2.3, a given first frame", "LTX-2.3 video autoencoder", "Gemma 3",
+           connectors="LTX-2.3 connectors", audio_vae="LTX-2 audio autoencoder", vocoder="LTX-2.3 vocoder"),
     _group("flux2", "FLUX.2-Tiny-AutoEncoder", None, "tiny autoencoder"),
     _group("ovis", "Ovis-Image-7B", "Ovis-Image", "KL autoencoder", "Qwen3"),
     _group("ernie", "ERNIE-Image ERNIE-Image-Turbo", "ERNIE-Image", _FLUX2_VAE, "Ministral 3"),

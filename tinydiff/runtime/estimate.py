@@ -12,6 +12,7 @@ from tinydiff.config import ModelOptions, ParallelOptions, SamplingOptions
 from tinydiff.io import hub, sources
 from tinydiff.io.sources import Checkpoint
 from tinydiff.models import registry, released, workload
+from tinydiff.models.ltx2_recipe import audio_tokens
 from tinydiff.models.recipe import latent_size, token_count
 from tinydiff.parallel import cost
 from tinydiff.parallel.cost import CostModel, Machine, Work
@@ -120,6 +121,9 @@ def subject(model: str, sampling: SamplingOptions, ranks: int, b: int) -> Subjec
             views=plan.nets["image_encoder"].config.tokens if "image_encoder" in plan.nets else 0,
             branches=2 if request.guidance.on else 1,
             steps=request.schedule.steps,
+            audio=audio_tokens(plan.nets["audio_vae"].config, request.output)
+            if "audio_vae" in plan.nets
+            else 0,
         ),
         b=b,
     )
