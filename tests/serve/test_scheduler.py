@@ -3,12 +3,16 @@
 import sqlite3
 import threading
 import time
+from dataclasses import replace
 
+import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from tinydiff.config import ModelOptions
+from tinydiff.records import Sound
 from tinydiff.runtime import pipeline
 from tinydiff.serve import answers, outputs, scheduler, server
 from tinydiff.serve.errors import of_failure
@@ -250,6 +254,21 @@ def test_a_job_cancelled_while_it_is_stored_ends_once_and_leaves_no_file(started
     service.scheduler.stop(10.0)
     assert service.store.get(job.id).error.code == "cancelled"
     assert not any(service.files.folder.iterdir()) and ends(service) == 1
+
+
+@pytest.mark.parametrize(("extension", "kinds"), [("mp4", ["video", "audio"]), ("gif", ["video"])])
+def test_a_video_is_stored_with_its_sound_where_the_format_holds_any(started, monkeypatch, extension, kinds):
+    service, finish = started(), pipeline.finish
+    tone = np.sin(np.arange(6000) / 4).astype(np.float32)[:, None]
+    monkeypatch.setattr(pipeline, "finish", lambda *args: finish(*args)._replace(sound=Sound(tone, 24000)))
+    asking = asked("video", num_frames=5, width=64, height=64)
+    job, _ = wait(service, service.scheduler.submit(replace(asking, answer={"output_format": extension})))
+    assert job.status == "completed"
+    with av.open(str(service.files.path(job.outputs[0].file))) as container:
+        assert [stream.type for stream in container.streams] == kinds
+        if "audio" in kinds:
+            heard = np.concatenate([frame.to_ndarray() for frame in container.decode(audio=0)], 1)
+            assert container.streams.audio[0].rate == 24000 and np.abs(heard).max() > 0.5
 
 
 def test_a_job_cancelled_as_it_completes_keeps_its_files(started, monkeypatch):

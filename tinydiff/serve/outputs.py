@@ -14,7 +14,7 @@ from tinydiff.serve.jobs import Job, Output
 if TYPE_CHECKING:
     import numpy
 
-    from tinydiff.records import Request
+    from tinydiff.records import Request, Sound
     from tinydiff.serve.files import Files
 
 MEDIA_TYPES = {
@@ -49,9 +49,15 @@ def plan(job: Job, request: Request, folder: Path) -> tuple[output.Target, outpu
 
 
 def save(
-    job: Job, request: Request, files: Files, frames: numpy.ndarray, seed: int, told: Mapping[str, Any]
+    job: Job,
+    request: Request,
+    files: Files,
+    frames: numpy.ndarray,
+    seed: int,
+    told: Mapping[str, Any],
+    sound: Sound | None = None,
 ) -> list[Output]:
-    """Encode one output of a job, uint8 [T, H, W, 3 or 4], and store its files.
+    """Encode one output of a job, uint8 [T, H, W, 3 or 4] with its sound, and store its files.
 
     A video also gets a thumbnail and a contact sheet. Layers are stored one by one.
     """
@@ -68,6 +74,7 @@ def save(
                 part,
                 encoding,
                 {**told, "seed": seed, **({"layer": index} if request.output.layers else {})},
+                sound,
             )
             size = path.stat().st_size
             made.append(Output(files.put(path, media_type, path.name, job.owner), media_type, size, seed))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tinydiff.records import Request
+from tinydiff.records import Request, Sound
 from tinydiff.runtime import blueprint as blueprints
 from tinydiff.runtime import pipeline, preview, torch_state
 from tinydiff.runtime.blueprint import Blueprint, Model
@@ -343,7 +343,7 @@ class DeviceScheduler:
         try:
             model = self._load()
             latents = slot.to_image_tokens(slot.denoising.state.x)
-            frames = pipeline.finish(model, running.request, running.conditioning, latents).frames
+            made = pipeline.finish(model, running.request, running.conditioning, latents)
         except Exception as error:
             self._fail(running.job.id, error)
             return
@@ -352,7 +352,7 @@ class DeviceScheduler:
         self.metrics.stage("decode", seconds)
         conditioning = running.conditioning
         told = parameters(model, running.request, conditioning.revised, conditioning.warnings)
-        self._savers.submit(self._save, running, slot.index, frames, told)
+        self._savers.submit(self._save, running, slot.index, made.frames, told, made.sound)
 
     def _idle(self) -> None:
         """Wait for jobs.
@@ -377,12 +377,19 @@ class DeviceScheduler:
 
     # --- the threads that store outputs ---
 
-    def _save(self, running: RunningJob, index: int, frames: Any, parameters: Mapping[str, Any]) -> None:
+    def _save(
+        self,
+        running: RunningJob,
+        index: int,
+        frames: Any,
+        parameters: Mapping[str, Any],
+        sound: Sound | None,
+    ) -> None:
         """Encode and store an output; the last output completes the job."""
         started = time.perf_counter()
         try:
             seed = running.request.seeds[index]
-            stored = outputs.save(running.job, running.request, self.files, frames, seed, parameters)
+            stored = outputs.save(running.job, running.request, self.files, frames, seed, parameters, sound)
         except Exception as error:
             self._fail(running.job.id, error)
             return
