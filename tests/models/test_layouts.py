@@ -397,6 +397,11 @@ NAMES = {
     "AutoencoderKLHunyuanVideo15": set(),
     "LTX2VideoTransformer3DModel": set(),
     "AutoencoderKLLTX2Video": set(),
+    "AutoencoderKLLTX2Audio": set(),
+    "LTX2TextConnectors": set(),
+    "LTX2Vocoder": set(),
+    "LTX2VocoderWithBWE": set(),
+    "Gemma3ForConditionalGeneration": set(),
 }
 """Class, or kind of component, of the released models -> the layouts in which its files are read."""
 
@@ -413,6 +418,10 @@ def test_every_released_model_is_recognised_in_every_layout(name, part):
             if RECORDS[layout.class_name] is not record or not written(layout, c, rows):
                 continue
             keys = KeyMap(layout.lines(c), prefix)
+            if NAMES.get(class_name) == set():
+                with pytest.raises(UserError, match="has a layout that is not known"):
+                    recognise(stored_rows(keys, rows))
+                continue
             (found,) = recognise(stored_rows(keys, rows))
             assert RECORDS[found.class_name] is record and found.prefix == prefix
             assert name in found.models or name == ALONE
