@@ -30,6 +30,7 @@ from tinydiff.models.layouts.table import Sizes
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.plan import Plan
 from tinydiff.parallel.ranks import make_ranks
+from tinydiff.records import UserError
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 
