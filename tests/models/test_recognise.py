@@ -232,7 +232,10 @@ def test_a_language_model_cut_short_has_the_depth_of_the_released_one():
         ({"blocks.0.diff_m": (1, 6, 5120), "blocks.0.self_attn.q.diff": (1, 1)}, "is a LoRA of 2 layers"),
         ({"scaled_fp8": (2,)}, "is quantised (scaled_fp8), which is not read"),
         ({"model.diffusion_model.x.weight_scale": ()}, "is quantised (model.diffusion_model.x.weight_scale)"),
-        ({"distilled_guidance_layer.in_proj.weight": (5120, 64)}, "is a Chroma, which is not supported"),
+        (
+            {"distilled_guidance_layer.in_proj.weight": (5120, 64)},
+            "is of Chroma, whose single files are not read",
+        ),
     ],
 )
 def test_what_is_no_plain_model_is_told(add, words):
@@ -241,7 +244,7 @@ def test_what_is_no_plain_model_is_told(add, words):
 
 @pytest.mark.parametrize("name", module.REFUSED)
 def test_every_architecture_that_is_not_run_is_named(name):
-    assert f"is a {name}, which is not supported" in refused(
+    assert f"is of {name}, whose single files are not read" in refused(
         {f"model.diffusion_model.{module.REFUSED[name]}.weight": (1,)}
     )
 

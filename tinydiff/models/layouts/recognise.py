@@ -171,7 +171,7 @@ def _check_weights(shapes: Mapping[str, Shape], metadata: Mapping[str, str], nam
         raise _refused(name, f"is quantised ({beside[0]}), which is not read; take the file in bf16 or fp16")
     for other, sign in REFUSED.items():
         if any(f".{sign}." in f".{key}." for key in shapes):
-            raise _refused(name, f"is a {other}, which is not supported")
+            raise _refused(name, f"is of {other}, whose single files are not read")
 
 
 def prefixes(shapes: Mapping[str, Shape]) -> list[str]:
