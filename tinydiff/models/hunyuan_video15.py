@@ -28,7 +28,7 @@ from tinydiff.models.registry import ReleasedModel
 from tinydiff.models.token_refiner import FREQUENCIES, sinusoid
 from tinydiff.ops.activations import gelu_tanh
 from tinydiff.ops.embed import embedder
-from tinydiff.ops.linear import linear
+from tinydiff.ops.linear import linear, rows
 from tinydiff.ops.network import Stack
 from tinydiff.ops.norm import compute_dtype, layer_norm
 from tinydiff.ops.patch import patchify
@@ -154,19 +154,24 @@ def _view(w: Weights, states_BNC: Tensor) -> Tensor:
 
 def _text(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> Tensor:
     """All text tokens at each step [S, B, N + G + T, D]."""
-    dtype, kinds = w.dtype, w["cond_type_embed.weight"]
+    dtype = w.dtype
     states, layers = inputs["text"].to(dtype), c.num_refiner_layers
     refined = token_refiner.refined(
         plan, w / "context_embedder", states, timesteps_S, layers, c.attention_head_dim
     )
+
+    def kind(number: int) -> Tensor:
+        ids = torch.full((len(states), 1), number, device=states.device)
+        return rows(ids, w / "cond_type_embed")  # [B, 1, D]
+
     parts: list[Tensor] = []
     if "image" in inputs:
-        parts.append(_view(w / "image_embedder", inputs["image"].to(dtype)) + kinds[VIEW])
+        parts.append(_view(w / "image_embedder", inputs["image"].to(dtype)) + kind(VIEW))
     if "glyphs" in inputs:
-        parts.append(_glyphs(w / "context_embedder_2", inputs["glyphs"].to(dtype)) + kinds[GLYPHS])
+        parts.append(_glyphs(w / "context_embedder_2", inputs["glyphs"].to(dtype)) + kind(GLYPHS))
     steps, images = refined.shape[:2]
     constant = [part.expand(steps, images, -1, -1) for part in parts]
-    return torch.cat([*constant, refined + kinds[PROMPT]], 2)
+    return torch.cat([*constant, refined + kind(PROMPT)], 2)
 
 
 def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
