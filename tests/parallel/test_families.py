@@ -119,6 +119,13 @@ def test_every_layout_gives_what_one_rank_gives(case, name):
 
 @pytest.mark.parametrize("case", ["ring x ulysses", "tp x ulysses"])
 def test_float32_too(case):
+    """As near to float64 as one rank in float32 is, which LTX-2 with its many sums misses by 1.3e-5."""
     for made in on_ranks(4, all_families, LAYOUTS[case], torch.float32):
         for name in DENOISERS:
-            close(made[name], alone(name).float(), 1e-5)
+            close(made[name].double(), alone(name), max(1e-5, 2 * rounding(name)))
+
+
+@cache
+def rounding(name):
+    """The largest error of one rank in float32."""
+    return (denoised(name, Plan(), dtype=torch.float32).double() - alone(name)).abs().max().item()
