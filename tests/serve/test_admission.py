@@ -33,11 +33,14 @@ def read(made, said, kind="image"):
     [("auto", 30), ("standard", 30), ("low", 15), ("medium", 22), ("high", 30), ("max", 60)],
 )
 def test_quality_is_a_number_of_steps(made, quality, steps):
-    assert read(made, {"prompt": "p", "quality": quality}).num_inference_steps == steps
+    assert read(made, {"prompt": "p", "quality": quality}).schedule.steps == steps
 
 
 def test_an_image_is_one_frame_and_a_clip_the_models_own(made):
-    assert (read(made, {"prompt": "p"}).num_frames, read(made, {"prompt": "p"}, "video").num_frames) == (
+    assert (
+        read(made, {"prompt": "p"}).output.num_frames,
+        read(made, {"prompt": "p"}, "video").output.num_frames,
+    ) == (
         1,
         17,
     )
@@ -45,7 +48,7 @@ def test_an_image_is_one_frame_and_a_clip_the_models_own(made):
 
 @pytest.mark.parametrize(("seconds", "fps", "frames"), [("4", 8, 33), (1, 8, 9), ("0.1", 8, 5), (4, 16, 65)])
 def test_seconds_are_frames_that_the_model_can_make(made, seconds, fps, frames):
-    assert read(made, {"prompt": "p", "seconds": seconds, "fps": fps}, "video").num_frames == frames
+    assert read(made, {"prompt": "p", "seconds": seconds, "fps": fps}, "video").output.num_frames == frames
 
 
 @pytest.mark.parametrize(
@@ -105,7 +108,7 @@ def test_a_prompt_is_needed(made):
 
 
 def test_compression_has_an_effect_on_a_jpeg(made):
-    assert read(made, {"prompt": "p", "output_format": "jpeg", "output_compression": 50}).width == 128
+    assert read(made, {"prompt": "p", "output_format": "jpeg", "output_compression": 50}).output.width == 128
 
 
 def test_the_fields_of_a_job_survive_json(made):
