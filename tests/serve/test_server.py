@@ -206,9 +206,8 @@ def test_files_go_where_sglang_has_them_go(tmp_path):
         assert [path.suffix for path in (tmp_path / "out").glob("*.png")] == [".png"]
         assert str(tmp_path) not in one.get("/server_info").text
     with pytest.raises(UserError, match=r"output_path: .* has the files of a server with another state_dir"):
-        server.serve(
-            ["--port", "0", "--state-dir", str(tmp_path / "other"), "--output-path", str(tmp_path / "out")]
-        )
+        other, out = str(tmp_path / "other"), str(tmp_path / "out")
+        server.serve(server.parse(["--port", "0", "--state-dir", other, "--output-path", out]))
 
 
 def test_a_warning_beyond_loopback_without_a_key(tmp_path):
