@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 SIZE = 4
-TIMEOUT = 300
+TIMEOUT = 900
 """Seconds until ranks that do not answer fail the test."""
 
 

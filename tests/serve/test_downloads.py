@@ -161,7 +161,7 @@ def test_through_waitress_and_one_connection(tmp_path):
     server = waitress.create_server(app(tmp_path / "f"), host="127.0.0.1", port=0, threads=2)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    connection = http.client.HTTPConnection("127.0.0.1", server.effective_port, timeout=20)  # pyright: ignore
+    connection = http.client.HTTPConnection("127.0.0.1", server.effective_port, timeout=120)  # pyright: ignore
     try:
         for asked, wanted in (
             (None, large),
