@@ -42,6 +42,7 @@ class Upscaler:
     device: torch.device
 
 
+@lru_cache(maxsize=16)
 def locate(path: str | None, scale: int) -> Path:
     """The file that `upscaling_model_path` names.
 
