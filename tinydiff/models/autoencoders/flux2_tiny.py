@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinydiff.models.autoencoders import tiny
+from tinydiff.models.autoencoders.coder import Coder, framewise
 from tinydiff.models.family import Autoencoder
-from tinydiff.ops.conv import conv2d, per_frame
+from tinydiff.ops.conv import conv2d
 from tinydiff.ops.norm import group_norm
-from tinydiff.ops.tiles import tiled
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import SINGLE, Plan, Row, conv_rows, norm_rows, under
+from tinydiff.parallel.plan import Row, conv_rows, norm_rows, under
 from tinydiff.parallel.strips import Strip, halo
 
 GROUPS = 8
@@ -146,41 +146,7 @@ def _pixels(c: Config, w: Weights, z_BZHW: Tensor, strip: Strip) -> Tensor:
     return tiny.image_pixels(c.inner, w / "tiny_vae", z, strip)
 
 
-def encode(
-    c: Config,
-    w: Weights,
-    x_BCFHW: Tensor,
-    chunk: int | None = None,
-    tile: int | None = None,
-    plan: Plan = SINGLE,
-) -> Tensor:
-    """Pixels [B, C, F, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'].
-
-    chunk: frames per pass, at least 1; tile: side in pixels of overlapping squares coded one by one and
-    blended. None: at once. The ranks of the plan's axis `height` share the work; each gets all of the result.
-    """
-
-    def latents(x: Tensor, strip: Strip) -> Tensor:
-        return per_frame(lambda image: _latents(c, w, image, strip), x, chunk)
-
-    return tiled(latents, x_BCFHW, tile, 1 / c.scale_factor_spatial, plan)
-
-
-def decode(
-    c: Config,
-    w: Weights,
-    z_BZFHW: Tensor,
-    chunk: int | None = None,
-    tile: int | None = None,
-    plan: Plan = SINGLE,
-) -> Tensor:
-    """Normalised latents [B, Z, F, H', W'] -> pixels [B, C, F, H, W] in [-1, 1]. Options as in `encode`."""
-
-    def pixels(z: Tensor, strip: Strip) -> Tensor:
-        return per_frame(lambda image: _pixels(c, w, image, strip), z, chunk)
-
-    side = None if tile is None else tile // c.scale_factor_spatial
-    return tiled(pixels, z_BZFHW, side, c.scale_factor_spatial, plan).clamp(-1, 1)
-
+CODER = Coder[Config](framewise(_latents), framewise(_pixels))
+encode, decode = CODER.encode, CODER.decode
 
 FAMILY = Autoencoder(Config, spec, encode, decode)

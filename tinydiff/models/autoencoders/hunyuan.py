@@ -20,18 +20,18 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from tinydiff.models.autoencoders.coder import Coder
 from tinydiff.models.family import Autoencoder
 from tinydiff.ops.attention import attention
 from tinydiff.ops.conv import pad_replicate
 from tinydiff.ops.linear import linear
 from tinydiff.ops.norm import group_norm
-from tinydiff.ops.tiles import tiled, tiled_in_time
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import SINGLE, Plan, Row, conv_rows, linear_rows, norm_rows, under
+from tinydiff.parallel.plan import SINGLE, Row, conv_rows, linear_rows, norm_rows, under
 from tinydiff.parallel.strips import Strip, gather
 
-TILE, STRIDE = 16, 12
-"""Frames of a tile along time, beside its first one, and from the start of a tile to that of the next."""
+TILE, STRIDE = 4, 3
+"""Latent frames of a tile, beside its first one, and from the start of a tile to that of the next."""
 
 
 @dataclass(frozen=True)
@@ -279,81 +279,13 @@ def _pixels(c: Config, w: Weights, z_BZFHW: Tensor, strip: Strip) -> Tensor:
 # --- what callers use
 
 
-def moments(
-    c: Config,
-    w: Weights,
-    x_BCTHW: Tensor,
-    chunk: int | None = None,
-    tile: int | None = None,
-    plan: Plan = SINGLE,
-) -> Tensor:
-    """Pixels [B, 3, T, H, W] in [-1, 1] -> mean and log-variance [B, 2Z, F, H', W'] of the raw latents.
-
-    T is 4k + 1. chunk: not read, as the passes are part of the result (`TILE`). tile: side in pixels of
-    overlapping tiles that are coded one by one and blended; None: the whole image. The ranks of the plan's
-    axis `height` share the work; each gets the whole result.
-    """
-    scale = 1 / c.spatial_compression_ratio
-
-    def one(x: Tensor) -> Tensor:
-        return tiled(lambda x, strip: _moments(c, w, x, strip), x, tile, scale, plan)
-
-    return tiled_in_time(one, x_BCTHW, TILE, STRIDE, 1 / c.temporal_compression_ratio)
-
-
-def encode(
-    c: Config,
-    w: Weights,
-    x_BCTHW: Tensor,
-    chunk: int | None = None,
-    tile: int | None = None,
-    plan: Plan = SINGLE,
-) -> Tensor:
-    """Pixels [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'], the mean.
-
-    Options as in `moments`.
-    """
-    return moments(c, w, x_BCTHW, chunk, tile, plan)[:, : c.latent_channels] * c.scaling_factor
-
-
-def raw_pixels(
-    c: Config,
-    w: Weights,
-    z_BZFHW: Tensor,
-    chunk: int | None = None,
-    tile: int | None = None,
-    plan: Plan = SINGLE,
-) -> Tensor:
-    """Raw latents [B, Z, F, H', W'] -> pixels [B, 3, 4F - 3, H, W], not clipped. Options as in `moments`."""
-    stride, time = c.spatial_compression_ratio, c.temporal_compression_ratio
-    side = None if tile is None else tile // stride
-
-    def one(z: Tensor) -> Tensor:
-        return tiled(lambda z, strip: _pixels(c, w, z, strip), z, side, stride, plan)
-
-    return tiled_in_time(one, z_BZFHW, TILE // time, STRIDE // time, time)
-
-
-def decode(
-    c: Config,
-    w: Weights,
-    z_BZFHW: Tensor,
-    chunk: int | None = None,
-    tile: int | None = None,
-    plan: Plan = SINGLE,
-) -> Tensor:
-    """Normalised latents [B, Z, F, H', W'] -> pixels [B, 3, 4F - 3, H, W] in [-1, 1].
-
-    Options as in `moments`.
-    """
-    return raw_pixels(c, w, z_BZFHW / c.scaling_factor, chunk, tile, plan).clamp(-1, 1)
-
-
-FAMILY = Autoencoder(
-    Config,
-    spec,
-    encode,
-    decode,
-    up_stages=up_stages,
-    frames_per_pass=lambda c: TILE // c.temporal_compression_ratio + 1,
+CODER = Coder[Config](
+    lambda c, w, x, chunk, strip: _moments(c, w, x, strip),
+    lambda c, w, z, chunk, strip: _pixels(c, w, z, strip),
+    lambda c, w, z: z * c.scaling_factor,
+    lambda c, w, z: z / c.scaling_factor,
+    tile_frames=(TILE, STRIDE),
 )
+moments, encode, raw_pixels, decode = CODER.moments, CODER.encode, CODER.raw_pixels, CODER.decode
+
+FAMILY = Autoencoder(Config, spec, encode, decode, up_stages=up_stages, frames_per_pass=lambda c: TILE + 1)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,18 +18,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from tinydiff.models.autoencoders.coder import Coder, Past, in_chunks
 from tinydiff.models.family import Autoencoder
 from tinydiff.ops.attention import attention
 from tinydiff.ops.conv import pad_replicate
 from tinydiff.ops.linear import linear
 from tinydiff.ops.norm import channel_norm
-from tinydiff.ops.tiles import tiled
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import SINGLE, Plan, Row, conv_rows, under
+from tinydiff.parallel.plan import SINGLE, Row, conv_rows, under
 from tinydiff.parallel.strips import Strip, gather
-
-Past = dict[str, Tensor]
-"""Prefix of a layer -> the frames or keys and values before the next chunk."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +262,8 @@ def _up(x: Tensor, w: Weights, r: Resample, past: Past | None, first: bool, stri
     return torch.cat(made, 2)
 
 
-def _encode_chunk(c: Config, w: Weights, x: Tensor, past: Past | None, first: bool, strip: Strip) -> Tensor:
+def _encode_chunk(c: Config, w: Weights, x: Tensor, past: Past | None, strip: Strip) -> Tensor:
+    first = not past
     x = _conv(x, w / "conv_in", past, strip)
     for stage in down_stages(c):
         for name, _, _ in stage.blocks:
@@ -277,7 +274,8 @@ def _encode_chunk(c: Config, w: Weights, x: Tensor, past: Past | None, first: bo
     return _half(x, w / "norm_out", w / "conv_out", past, strip) + _mean(x, 2 * c.latent_channels)
 
 
-def _decode_chunk(c: Config, w: Weights, z: Tensor, past: Past | None, first: bool, strip: Strip) -> Tensor:
+def _decode_chunk(c: Config, w: Weights, z: Tensor, past: Past | None, strip: Strip) -> Tensor:
+    first = not past
     own = z.repeat_interleave(c.block_out_channels[-1] // c.latent_channels, 1)
     x = _middle(_conv(z, w / "conv_in", past, strip) + own, w / "mid_block", past, strip)
     for stage in up_stages(c):
@@ -292,80 +290,21 @@ def _decode_chunk(c: Config, w: Weights, z: Tensor, past: Past | None, first: bo
 
 
 def _moments(c: Config, w: Weights, x: Tensor, chunk: int | None, strip: Strip) -> Tensor:
-    past: Past | None = None if chunk is None else {}
-    step = x.shape[2] if chunk is None else 4 * chunk
-    bounds = [0, *range(step - 3 if chunk else step, x.shape[2], step), x.shape[2]]
-    parts = (x[:, :, start:stop] for start, stop in pairwise(bounds))
-    made = [_encode_chunk(c, w / "encoder", part, past, i == 0, strip) for i, part in enumerate(parts)]
-    return torch.cat(made, 2)
+    e = w / "encoder"
+    return in_chunks(lambda part, past: _encode_chunk(c, e, part, past, strip), x, chunk, 4)
 
 
 def _pixels(c: Config, w: Weights, z: Tensor, chunk: int | None, strip: Strip) -> Tensor:
-    past: Past | None = None if chunk is None else {}
-    parts = enumerate(torch.split(z, chunk or z.shape[2], 2))
-    return torch.cat([_decode_chunk(c, w / "decoder", part, past, i == 0, strip) for i, part in parts], 2)
+    d = w / "decoder"
+    return in_chunks(lambda part, past: _decode_chunk(c, d, part, past, strip), z, chunk, 1)
 
 
-def moments(
-    c: Config,
-    w: Weights,
-    x_BCTHW: Tensor,
-    chunk: int | None = None,
-    tile: int | None = None,
-    plan: Plan = SINGLE,
-) -> Tensor:
-    """Pixels [B, 3, T, H, W] in [-1, 1] -> mean and log-variance [B, 2Z, F, H', W'] of the raw latents.
-
-    T is 4k + 1. chunk: latent frames per pass, at least 1; None: all at once. tile: side in pixels of
-    overlapping tiles that are coded one by one and blended; None: the whole image. The ranks of the plan's
-    axis `height` share the work; each gets the whole result.
-    """
-    scale = 1 / c.spatial_compression_ratio
-    return tiled(lambda x, strip: _moments(c, w, x, chunk, strip), x_BCTHW, tile, scale, plan)
-
-
-def encode(
-    c: Config,
-    w: Weights,
-    x_BCTHW: Tensor,
-    chunk: int | None = None,
-    tile: int | None = None,
-    plan: Plan = SINGLE,
-) -> Tensor:
-    """Pixels [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'], the mean.
-
-    Options as in `moments`.
-    """
-    return moments(c, w, x_BCTHW, chunk, tile, plan)[:, : c.latent_channels] * c.scaling_factor
-
-
-def raw_pixels(
-    c: Config,
-    w: Weights,
-    z_BZFHW: Tensor,
-    chunk: int | None = None,
-    tile: int | None = None,
-    plan: Plan = SINGLE,
-) -> Tensor:
-    """Raw latents [B, Z, F, H', W'] -> pixels [B, 3, 4F - 3, H, W], not clipped. Options as in `moments`."""
-    stride = c.spatial_compression_ratio
-    side = None if tile is None else tile // stride
-    return tiled(lambda z, strip: _pixels(c, w, z, chunk, strip), z_BZFHW, side, stride, plan)
-
-
-def decode(
-    c: Config,
-    w: Weights,
-    z_BZFHW: Tensor,
-    chunk: int | None = None,
-    tile: int | None = None,
-    plan: Plan = SINGLE,
-) -> Tensor:
-    """Normalised latents [B, Z, F, H', W'] -> pixels [B, 3, 4F - 3, H, W] in [-1, 1].
-
-    Options as in `moments`.
-    """
-    return raw_pixels(c, w, z_BZFHW / c.scaling_factor, chunk, tile, plan).clamp(-1, 1)
-
+CODER = Coder[Config](
+    _moments,
+    _pixels,
+    lambda c, w, z: z * c.scaling_factor,
+    lambda c, w, z: z / c.scaling_factor,
+)
+moments, encode, raw_pixels, decode = CODER.moments, CODER.encode, CODER.raw_pixels, CODER.decode
 
 FAMILY = Autoencoder(Config, spec, encode, decode, up_stages=up_stages)

@@ -23,14 +23,14 @@ from einops import rearrange
 from torch import Tensor
 
 from tinydiff.keymap import KeyMap, unread
+from tinydiff.models.autoencoders.coder import Coder, framewise
 from tinydiff.models.family import Autoencoder
 from tinydiff.ops.attention import attention
-from tinydiff.ops.conv import conv2d, halve, per_frame
+from tinydiff.ops.conv import conv2d, halve
 from tinydiff.ops.linear import linear
 from tinydiff.ops.norm import group_norm
-from tinydiff.ops.tiles import tiled
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import SINGLE, Plan, Row, conv_rows, linear_rows, norm_rows, under
+from tinydiff.parallel.plan import SINGLE, Row, conv_rows, linear_rows, norm_rows, under
 from tinydiff.parallel.strips import Strip, gather
 
 
@@ -281,29 +281,6 @@ def _pixels(c: Config, w: Weights, z_BZHW: Tensor, strip: Strip) -> Tensor:
 # --- what callers use
 
 
-def moments(
-    c: Config,
-    w: Weights,
-    x_BCFHW: Tensor,
-    chunk: int | None = None,
-    tile: int | None = None,
-    plan: Plan = SINGLE,
-) -> Tensor:
-    """Pixels [B, C, F, H, W] in [-1, 1] -> mean and log-variance [B, 2Z, F, H', W'] of the raw latents.
-
-    chunk: frames per pass, at least 1; None: all at once. tile: side in pixels of overlapping tiles that
-    are coded one by one and blended; None: the whole image. The ranks of the plan's axis `height` share the
-    work; each gets the whole result.
-    """
-    return tiled(
-        lambda x, strip: per_frame(lambda image: _moments(c, w, image, strip), x, chunk),
-        x_BCFHW,
-        tile,
-        1 / c.stride,
-        plan,
-    )
-
-
 def normalise(c: Config, w: Weights, z_BZFHW: Tensor) -> Tensor:
     """Raw latents -> latents of about zero mean and unit variance, as the denoiser sees them.
 
@@ -337,50 +314,13 @@ def _statistics(c: Config, w: Weights, like: Tensor) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def encode(
-    c: Config,
-    w: Weights,
-    x_BCFHW: Tensor,
-    chunk: int | None = None,
-    tile: int | None = None,
-    plan: Plan = SINGLE,
-) -> Tensor:
-    """Pixels [B, C, F, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'], the mean.
-
-    Options as in `moments`.
-    """
-    return normalise(c, w, moments(c, w, x_BCFHW, chunk, tile, plan)[:, : c.latent_channels])
-
-
-def raw_pixels(
-    c: Config,
-    w: Weights,
-    z_BZFHW: Tensor,
-    chunk: int | None = None,
-    tile: int | None = None,
-    plan: Plan = SINGLE,
-) -> Tensor:
-    """Raw latents [B, Z, F, H', W'] -> pixels [B, C, F, H, W], not clipped. Options as in `moments`."""
-    side = None if tile is None else tile // c.stride
-    return tiled(
-        lambda z, strip: per_frame(lambda image: _pixels(c, w, image, strip), z, chunk),
-        z_BZFHW,
-        side,
-        c.stride,
-        plan,
-    )
-
-
-def decode(
-    c: Config,
-    w: Weights,
-    z_BZFHW: Tensor,
-    chunk: int | None = None,
-    tile: int | None = None,
-    plan: Plan = SINGLE,
-) -> Tensor:
-    """Normalised latents [B, Z, F, H', W'] -> pixels [B, C, F, H, W] in [-1, 1]. Options as in `moments`."""
-    return raw_pixels(c, w, raw_latents(c, w, z_BZFHW), chunk, tile, plan).clamp(-1, 1)
-
+CODER = Coder[Config](
+    framewise(_moments),
+    framewise(_pixels),
+    normalise,
+    raw_latents,
+    stride=lambda c: c.stride,
+)
+moments, encode, raw_pixels, decode = CODER.moments, CODER.encode, CODER.raw_pixels, CODER.decode
 
 FAMILY = Autoencoder(Config, spec, encode, decode, keys=key_map, up_stages=up_stages)

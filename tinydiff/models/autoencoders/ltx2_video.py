@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from tinydiff.models.autoencoders.coder import Coder, by_statistics, fold, unfold
 from tinydiff.models.family import Autoencoder
 from tinydiff.ops.norm import compute_dtype, layer_norm
-from tinydiff.ops.tiles import tiled
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import SINGLE, Plan, Row, conv_rows, norm_rows, under
+from tinydiff.parallel.plan import Row, conv_rows, norm_rows, under
 
 STRIDES = {"spatial": (1, 2, 2), "temporal": (2, 1, 1), "spatiotemporal": (2, 2, 2)}
 """What a change of resolution is called -> its factors along frames, height and width."""
@@ -266,8 +266,8 @@ def _up(c: Config, half: Half, x: Tensor, w: Weights, stage: Stage) -> Tensor:
 
 def _mean(c: Config, w: Weights, x: Tensor) -> Tensor:
     """Pixels -> the mean of the raw latents."""
-    half, p = Half(c.encoder_causal, c.encoder_spatial_padding_mode), c.patch_size
-    x = _conv(half, rearrange(x, "b c f (h p) (w q) -> b (c q p) f h w", p=p, q=p), w / "conv_in")
+    half = Half(c.encoder_causal, c.encoder_spatial_padding_mode)
+    x = _conv(half, fold(x, c.patch_size), w / "conv_in")
     for stage in down_stages(c):
         x = _down(c, half, x, w, stage)
     for i in range(c.layers_per_block[-1]):
@@ -277,14 +277,13 @@ def _mean(c: Config, w: Weights, x: Tensor) -> Tensor:
 
 def _pixels(c: Config, w: Weights, z: Tensor) -> Tensor:
     """Raw latents -> pixels."""
-    half, p = Half(c.decoder_causal, c.decoder_spatial_padding_mode), c.patch_size
+    half = Half(c.decoder_causal, c.decoder_spatial_padding_mode)
     x = _conv(half, z, w / "conv_in")
     for i in range(c.decoder_layers_per_block[-1]):
         x = _block(c, half, x, w / f"mid_block.resnets.{i}")
     for stage in up_stages(c):
         x = _up(c, half, x, w, stage)
-    x = _conv(half, _active(x), w / "conv_out")
-    return rearrange(x, "b (c q p) f h w -> b c f (h p) (w q)", p=p, q=p)
+    return unfold(_conv(half, _active(x), w / "conv_out"), c.patch_size)
 
 
 # --- what callers use
@@ -296,56 +295,12 @@ def statistics(c: Config, w: Weights, like: Tensor) -> tuple[Tensor, Tensor]:
     return mean, std / c.scaling_factor
 
 
-def _in_tiles(plan: Plan, x: Tensor, side: int | None) -> Plan:
-    """The plan, where there are several tiles; a whole video is coded by every rank on its own."""
-    return SINGLE if side is None or max(x.shape[-2:]) <= side else plan
-
-
-def encode(
-    c: Config,
-    w: Weights,
-    x_BCTHW: Tensor,
-    chunk: int | None = None,
-    tile: int | None = None,
-    plan: Plan = SINGLE,
-) -> Tensor:
-    """Pixels [B, 3, T, H, W] in [-1, 1], T = 8k + 1 -> normalised latents [B, Z, F, H', W'], the mean.
-
-    chunk has no effect: all frames are coded at once. tile: side in pixels of overlapping tiles that are
-    coded one by one and blended; None: the whole frames. The ranks of the plan's axis `rows` share the tiles.
-    """
-    z = tiled(
-        lambda x, _: _mean(c, w / "encoder", x),
-        x_BCTHW,
-        tile,
-        1 / c.scale_factor_spatial,
-        _in_tiles(plan, x_BCTHW, tile),
-    )
-    mean, std = statistics(c, w, z)
-    return (z - mean) / std
-
-
-def decode(
-    c: Config,
-    w: Weights,
-    z_BZFHW: Tensor,
-    chunk: int | None = None,
-    tile: int | None = None,
-    plan: Plan = SINGLE,
-) -> Tensor:
-    """Normalised latents [B, Z, F, H', W'] -> pixels [B, 3, 8F - 7, H, W] in [-1, 1].
-
-    Options as in `encode`.
-    """
-    mean, std = statistics(c, w, z_BZFHW)
-    side = None if tile is None else tile // c.scale_factor_spatial
-    return tiled(
-        lambda z, _: _pixels(c, w / "decoder", z),
-        z_BZFHW * std + mean,
-        side,
-        c.scale_factor_spatial,
-        _in_tiles(plan, z_BZFHW, side),
-    ).clamp(-1, 1)
-
+CODER = Coder[Config](
+    lambda c, w, x, chunk, strip: _mean(c, w / "encoder", x),
+    lambda c, w, z, chunk, strip: _pixels(c, w / "decoder", z),
+    *by_statistics(statistics),
+    strips=False,
+)
+moments, encode, raw_pixels, decode = CODER.moments, CODER.encode, CODER.raw_pixels, CODER.decode
 
 FAMILY = Autoencoder(Config, spec, encode, decode)

@@ -22,16 +22,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from tinydiff.models.autoencoders.coder import Coder, Past, by_statistics, in_chunks
 from tinydiff.models.family import Autoencoder
 from tinydiff.ops.attention import attention
 from tinydiff.ops.conv import causal_conv3d, conv2d, halve, per_frame
 from tinydiff.ops.norm import channel_norm
-from tinydiff.ops.tiles import tiled
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import SINGLE, Plan, Row, conv_rows, under
+from tinydiff.parallel.plan import SINGLE, Row, conv_rows, under
 from tinydiff.parallel.strips import Strip, gather, halo
-
-Past = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,10 @@ class Config:
                     "4 channels"
                     " for each pixel of a patch"
                 )
+
+    @property
+    def latent_channels(self) -> int:
+        return self.z_dim
 
     @property
     def stride(self) -> int:
@@ -346,7 +348,8 @@ def _encode_chunk(c: Config, w: Weights, x: Tensor, past: Past | None, strip: St
     return _conv(F.silu(channel_norm(x, w / "norm_out")), w / "conv_out", past, strip)
 
 
-def _decode_chunk(c: Config, w: Weights, z: Tensor, past: Past | None, first: bool, strip: Strip) -> Tensor:
+def _decode_chunk(c: Config, w: Weights, z: Tensor, past: Past | None, strip: Strip) -> Tensor:
+    first = not past
     x = _middle(_conv(z, w / "conv_in", past, strip), w / "mid_block", past, strip)
     for stage in up_stages(c):
         x = _up(x, w, stage, past, first, strip)
@@ -356,66 +359,18 @@ def _decode_chunk(c: Config, w: Weights, z: Tensor, past: Past | None, first: bo
 # --- what callers use
 
 
-def _fold(c: Config, x_BCTHW: Tensor) -> Tensor:
-    p = c.patch_size or 1
-    return rearrange(x_BCTHW, "b c t (h ph) (w pw) -> b (c pw ph) t h w", ph=p, pw=p)
-
-
-def _unfold(c: Config, x_BCTHW: Tensor) -> Tensor:
-    p = c.patch_size or 1
-    return rearrange(x_BCTHW, "b (c pw ph) t h w -> b c t (h ph) (w pw)", ph=p, pw=p)
-
-
 def _moments(c: Config, w: Weights, x: Tensor, chunk: int | None, strip: Strip) -> Tensor:
-    if chunk is None:
-        y = _encode_chunk(c, w / "encoder", x, None, strip)
-    else:
-        past: Past = {}
-        bounds = [0, *range(4 * chunk - 3, x.shape[2], 4 * chunk), x.shape[2]]
-        chunks = (x[:, :, start:stop] for start, stop in pairwise(bounds))
-        y = torch.cat([_encode_chunk(c, w / "encoder", part, past, strip) for part in chunks], 2)
+    e = w / "encoder"
+    y = in_chunks(lambda part, past: _encode_chunk(c, e, part, past, strip), x, chunk, 4)
     return causal_conv3d(y, w / "quant_conv")
 
 
 def _pixels(c: Config, w: Weights, z: Tensor, chunk: int | None, strip: Strip) -> Tensor:
-    z = causal_conv3d(z, w / "post_quant_conv")
-    past: Past | None = None if chunk is None else {}
-    d, pieces = w / "decoder", enumerate(torch.split(z, chunk or z.shape[2], 2))
-    return torch.cat([_decode_chunk(c, d, piece, past, i == 0, strip) for i, piece in pieces], 2)
+    z, d = causal_conv3d(z, w / "post_quant_conv"), w / "decoder"
+    return in_chunks(lambda part, past: _decode_chunk(c, d, part, past, strip), z, chunk, 1)
 
 
-def moments(
-    c: Config,
-    w: Weights,
-    x_BCTHW: Tensor,
-    chunk: int | None = None,
-    tile: int | None = None,
-    plan: Plan = SINGLE,
-) -> Tensor:
-    """Pixels [B, 3, T, H, W] in [-1, 1] -> mean and log-variance [B, 2Z, F, H', W'] of the latents.
-
-    T is 4k + 1. chunk: latent frames per pass, at least 1; None: all at once. tile: side in pixels of
-    overlapping tiles that are coded one by one and blended; None: the whole image. The ranks of the
-    plan's axis `height` share the work; each gets the whole result.
-    """
-    p = c.patch_size or 1
-    side = None if tile is None else tile // p
-    return tiled(
-        lambda x, strip: _moments(c, w, x, chunk, strip),
-        _fold(c, x_BCTHW),
-        side,
-        p / c.stride,
-        plan,
-    )
-
-
-def normalise(c: Config, z_BZFHW: Tensor) -> Tensor:
-    """Raw latents -> latents of about zero mean and unit variance, as the denoiser sees them."""
-    mean, std = _statistics(c, z_BZFHW)
-    return (z_BZFHW - mean) / std
-
-
-def _statistics(c: Config, like: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics(c: Config, w: Weights, like: Tensor) -> tuple[Tensor, Tensor]:
     mean, std = (
         torch.tensor(v, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1)
         for v in (c.latents_mean, c.latents_std)
@@ -423,57 +378,13 @@ def _statistics(c: Config, like: Tensor) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def encode(
-    c: Config,
-    w: Weights,
-    x_BCTHW: Tensor,
-    chunk: int | None = None,
-    tile: int | None = None,
-    plan: Plan = SINGLE,
-) -> Tensor:
-    """Pixels [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, Z, F, H', W'], the mean.
-
-    Options as in `moments`.
-    """
-    return normalise(c, moments(c, w, x_BCTHW, chunk, tile, plan)[:, : c.z_dim])
-
-
-def raw_pixels(
-    c: Config,
-    w: Weights,
-    z_BZFHW: Tensor,
-    chunk: int | None = None,
-    tile: int | None = None,
-    plan: Plan = SINGLE,
-) -> Tensor:
-    """Raw latents [B, Z, F, H', W'] -> pixels [B, 3, 4F - 3, H, W], not clipped. Options as in `moments`."""
-    side = None if tile is None else tile // c.stride
-    return _unfold(
-        c,
-        tiled(
-            lambda z, strip: _pixels(c, w, z, chunk, strip),
-            z_BZFHW,
-            side,
-            c.stride / (c.patch_size or 1),
-            plan,
-        ),
-    )
-
-
-def decode(
-    c: Config,
-    w: Weights,
-    z_BZFHW: Tensor,
-    chunk: int | None = None,
-    tile: int | None = None,
-    plan: Plan = SINGLE,
-) -> Tensor:
-    """Normalised latents [B, Z, F, H', W'] -> pixels [B, 3, 4F - 3, H, W] in [-1, 1].
-
-    Options as in `moments`.
-    """
-    mean, std = _statistics(c, z_BZFHW)
-    return raw_pixels(c, w, z_BZFHW * std + mean, chunk, tile, plan).clamp(-1, 1)
-
+CODER = Coder[Config](
+    _moments,
+    _pixels,
+    *by_statistics(_statistics),
+    stride=lambda c: c.stride,
+    patch=lambda c: c.patch_size or 1,
+)
+moments, encode, raw_pixels, decode = CODER.moments, CODER.encode, CODER.raw_pixels, CODER.decode
 
 FAMILY = Autoencoder(Config, spec, encode, decode, up_stages=up_stages, check_runnable=check_statistics)
