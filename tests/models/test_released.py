@@ -55,11 +55,12 @@ SCHEDULERS = {"UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"}
 WITHOUT_WEIGHTS = {
     "T5TokenizerFast", "T5Tokenizer", "CLIPTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast",
     "LlamaTokenizerFast", "GemmaTokenizerFast", "ByT5Tokenizer", "ClassifierFreeGuidance",
-    "TokenizersBackend", "PixtralProcessor", "CLIPImageProcessor", "Qwen2VLProcessor",
+    "TokenizersBackend", "PixtralProcessor", "CLIPImageProcessor", "Qwen2VLProcessor", "SiglipImageProcessor",
 }  # fmt: skip
 
 PREFIXES = {
     "CLIPVisionModel": [("", "vision_model.")],
+    "SiglipVisionModel": [("", "vision_model.")],
     "CLIPTextModel": [("", "text_model.")],
     "Qwen3Model": [
         ("model.", ""),
@@ -132,7 +133,7 @@ def counted_apart(key, config):
 
 def test_all_models_are_here():
     names = {row.name for row in registry.MODELS if row.name != registry.SHIPPED}
-    assert len(MODELS) == 39 and sum("transformer_2" in model["components"] for model in MODELS.values()) == 2
+    assert len(MODELS) == 44 and sum("transformer_2" in model["components"] for model in MODELS.values()) == 2
     assert set(MODELS) - {ALONE} == names
 
 

@@ -6,24 +6,30 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo15,
     ClassifierFreeGuidance,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
 )
+from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 from PIL import Image
 from transformers import (
     ByT5Tokenizer,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
     Qwen2Tokenizer,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Config,
     T5EncoderModel,
 )
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from tests import vocabularies
 from tests.parity import close, draw
@@ -46,12 +52,16 @@ VAE = {
     **{"block_out_channels": (8, 16, 16), "latent_channels": 4, "layers_per_block": 1},
     **{"spatial_compression_ratio": 4},
 }
+SIGLIP = {
+    **{"hidden_size": 10, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+    **{"image_size": 28, "patch_size": 14},
+}
 REPOSITORY = "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-"
 NAME = f"{REPOSITORY}480p_t2v"
 
 
-def build(folder, guidance=6.0):
-    """The reference's pipeline in float64, saved in float32 to `folder`."""
+def build(folder, guidance=6.0, **changes):
+    """The reference's pipeline in float64, saved in float32 to `folder`. changes: of the transformer."""
     folder.mkdir()
     for name in ("qwen", "byt5"):
         (folder / name).mkdir()
@@ -65,7 +75,7 @@ def build(folder, guidance=6.0):
         **{"feed_forward_proj": "gated-gelu"},
     }
     networks = {
-        "transformer": HunyuanVideo15Transformer3DModel(**TRANSFORMER),
+        "transformer": HunyuanVideo15Transformer3DModel(**TRANSFORMER | changes),
         "vae": AutoencoderKLHunyuanVideo15(**VAE),
         "text_encoder": Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**qwen)),
         "text_encoder_2": T5EncoderModel(T5Config(**byt5)),
@@ -81,11 +91,20 @@ def build(folder, guidance=6.0):
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0),
         "guider": ClassifierFreeGuidance(guidance_scale=guidance),
     }
-    pipe = saved(HunyuanVideo15Pipeline, folder, networks, **files)
+    kind = HunyuanVideo15Pipeline
+    if changes.get("task_type") == "i2v":
+        kind = HunyuanVideo15ImageToVideoPipeline
+        networks["image_encoder"] = SiglipVisionModel(SiglipVisionConfig(**SIGLIP))
+        files["feature_extractor"] = SiglipImageProcessorPil(
+            size={"height": 28, "width": 28}, image_mean=[0.4, 0.5, 0.6]
+        )
+    pipe = saved(kind, folder, networks, **files)
     pipe.vision_num_semantic_tokens = 3  # zeros, which the network masks
     transformer = networks["transformer"]
-    for embed in (transformer.time_embed, transformer.context_embedder.time_text_embed):
-        embed.time_proj.register_forward_pre_hook(
+    projections = [transformer.time_embed.time_proj, transformer.context_embedder.time_text_embed.time_proj]
+    projections += [transformer.time_embed.time_proj_r] if transformer.config.use_meanflow else []
+    for projection in projections:
+        projection.register_forward_pre_hook(
             lambda _, args: (torch.tensor(args[0].tolist(), dtype=torch.float32),)
         )
     return pipe
@@ -120,6 +139,52 @@ def test_the_latents_and_the_frames_equal_diffusers(guidance, fields, tmp_path):
     same_frames(frames, video)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "guidance", "steps"),
+    [
+        ("480p_i2v", (40, 61), 6.0, 3),
+        ("480p_i2v_distilled", (61, 40), 1.0, 3),
+        ("480p_i2v_step_distilled", (40, 40), 1.0, 3),
+        ("480p_i2v_step_distilled", (10, 90), 1.0, 1),  # longer than 4:1
+    ],
+)
+def test_a_video_from_an_image_equals_diffusers(name, shape, guidance, steps, tmp_path):
+    folder = tmp_path / f"HunyuanVideo-1.5-Diffusers-{name}"
+    changes = {"task_type": "i2v", "target_size": 24, "use_meanflow": name.endswith("step_distilled")}
+    pipe = build(folder, guidance, **changes)
+    model = load(folder)
+    assert model.blueprint.row.name == REPOSITORY + name
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((shape[1] * 3, shape[0] * 3)).save(tmp_path / "image.png")
+    image = Image.open(tmp_path / "image.png")
+    asked = {"num_inference_steps": steps, "num_frames": FRAMES, "image_path": (str(tmp_path / "image.png"),)}
+    [request] = admit(model.blueprint, SamplingOptions(prompt=(PROMPT,), guidance_scale=guidance, **asked))
+    height, width = request.output.height, request.output.width
+    assert (height, width) == pipe.video_processor.calculate_default_height_width(
+        image.height, image.width, 24
+    )
+    start = draw(1, 4, 3, height // 4, width // 4, seed=9)
+    given = {"prompt": PROMPT, "image": image, "num_frames": FRAMES, "num_inference_steps": steps}
+    with exact(pipe):
+        final = pipe(**given, latents=start, output_type="latent").frames
+        video = pipe(**given, latents=start, output_type="np").frames
+    latents, frames = ours(model, request, start)
+    assert len(latents) == steps
+    close(latents[-1], final)
+    same_frames(frames, video)
+
+
+@pytest.mark.parametrize("target", [640, 960])
+def test_the_size_of_an_image_is_that_of_the_references_buckets(target):
+    """Squares, the limits of 4:1 and beyond them, and aspects that five digits round up or down."""
+    processor = HunyuanVideo15ImageProcessor(vae_scale_factor=16)
+    c = hunyuan_video15.Config(target_size=target)
+    sizes = [(480, 848), (1, 1), (1, 4), (4, 1), (9, 1), (1, 9), (5, 3), (3, 5), (2, 3), (7, 6), (1023, 1024)]
+    for height, width in sizes:
+        expected = processor.calculate_default_height_width(height, width, target)
+        assert hunyuan_video15.size_from_image(c, height, width, 16) == expected
+
+
 def test_the_template_is_the_references(tmp_path):
     pipe = build(tmp_path / "model")
     turns = [{"role": "system", "content": pipe.system_message}, {"role": "user", "content": "a fox"}]
@@ -130,19 +195,26 @@ def test_the_template_is_the_references(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "guidance", "shift"),
+    ("name", "size", "guidance", "shift", "steps"),
     [
-        ("480p_t2v", (480, 848), 6.0, 5.0),
-        ("480p_t2v_distilled", (480, 848), 1.0, 5.0),
-        ("720p_t2v", (720, 1280), 6.0, 9.0),
+        ("480p_t2v", (480, 848), 6.0, 5.0, 50),
+        ("480p_t2v_distilled", (480, 848), 1.0, 5.0, 50),
+        ("720p_t2v", (720, 1280), 6.0, 9.0, 50),
+        ("480p_i2v", (480, 848), 6.0, 5.0, 50),
+        ("480p_i2v_distilled", (480, 848), 1.0, 5.0, 50),
+        ("480p_i2v_step_distilled", (480, 848), 1.0, 7.0, 12),
+        ("720p_i2v", (720, 1264), 6.0, 7.0, 50),
+        ("720p_i2v_distilled", (720, 1264), 1.0, 7.0, 50),
     ],
 )
-def test_a_released_model_is_known_by_its_name(name, size, guidance, shift, tmp_path):
+def test_a_released_model_is_known_by_its_name(name, size, guidance, shift, steps, tmp_path):
     read = blueprint.read(ModelOptions(model_path=str(released(REPOSITORY + name, tmp_path))))
-    [request] = admit(read, SamplingOptions(prompt=("a",)))
+    Image.new("RGB", (848, 480)).save(tmp_path / "image.png")
+    images = (str(tmp_path / "image.png"),) if "i2v" in name else ()
+    [request] = admit(read, SamplingOptions(prompt=("a",), image_path=images))
     output = request.output
     assert (output.height, output.width, output.num_frames) == (*size, 121)
-    assert (read.scheduler["shift"], request.schedule.steps) == (shift, 50)
+    assert (read.scheduler["shift"], request.schedule.steps) == (shift, steps)
     assert request.guidance.on == (guidance > 1)
 
 

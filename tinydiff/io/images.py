@@ -75,6 +75,17 @@ def resize(image: np.ndarray, height: int, width: int, method: str = "lanczos") 
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling[method.upper()]))
 
 
+def cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [H, W, C] resized to cover the size with its aspect kept, then cut at its centre."""
+    tall, wide = image.shape[:2]
+    if width * tall > wide * height:
+        tall, wide = tall * width // wide, width
+    else:
+        tall, wide = height, wide * height // tall
+    top, left = tall // 2 - height // 2, wide // 2 - width // 2
+    return resize(image, tall, wide)[top : top + height, left : left + width]
+
+
 def encode_image(
     image: np.ndarray, extension: str, quality: int | None = None, parameters: Mapping[str, Any] | None = None
 ) -> bytes:

@@ -18,7 +18,15 @@ from tinydiff.models import (
 )
 from tinydiff.models.autoencoders import flux2_tiny, hunyuan, hunyuan15, kl, ltx2_audio, ltx2_video, tiny
 from tinydiff.models.autoencoders import wan as wan_vae
-from tinydiff.models.encoders import clip_text, clip_vision, decoder_lm, ltx2_connectors, qwen_vision, t5
+from tinydiff.models.encoders import (
+    clip_text,
+    clip_vision,
+    decoder_lm,
+    ltx2_connectors,
+    qwen_vision,
+    siglip_vision,
+    t5,
+)
 from tinydiff.models.encoders.decoder_config import CLASSES
 from tinydiff.models.family import Record
 
@@ -53,6 +61,7 @@ RECORDS: dict[str, Record] = {
     "CLIPTextModelWithProjection": clip_text.FAMILY,
     "CLIPVisionModel": clip_vision.FAMILY,
     "CLIPVisionModelWithProjection": clip_vision.FAMILY,
+    "SiglipVisionModel": siglip_vision.FAMILY,
     **dict.fromkeys(CLASSES, decoder_lm.FAMILY),
 }
 

@@ -105,11 +105,13 @@ class Denoiser:
     keys: Keys = as_is
     longest_side: Callable[[Config], int] | None = None
     """Most latents along height or width; None without a limit."""
-    size_from_image: Callable[[int, int, int], tuple[int, int]] | None = None
-    """(height and width of the input image, multiple of pixels) -> height and width of the output.
+    size_from_image: Callable[[Config, int, int, int], tuple[int, int]] | None = None
+    """(config, height and width of the input image, multiple of pixels) -> height and width of the output.
 
     None where the output's size does not follow an input image. Raises UserError for an unusable image.
     """
+    crops_images: bool = False
+    """Whether an input image keeps its aspect: it is resized to cover the output and cut at its centre."""
     input_frames: Callable[[Config, Mapping[str, Any]], tuple[int, ...]] = one_frame
     """(config, settings in model_index.json) -> the numbers of input frames a video may have.
 
@@ -119,8 +121,11 @@ class Denoiser:
     """Component -> fields of its config that the pipeline sets, in place of those in config.json."""
     pad_tokens: Callable[[int], int] = no_padding
     """Tokens of an image or text -> pad tokens behind them."""
-    leading_text_encoders: tuple[str, ...] = ()
-    """Text encoders whose tokens come before those that `text_tokens` counts."""
+    leading_encoders: tuple[str, ...] = ()
+    """Encoders whose tokens stand in the text stream before those that `text_tokens` counts.
+
+    A pipeline without one of them has no such tokens.
+    """
 
     role: ClassVar[Role] = "dit"
     biased: ClassVar[bool] = False
@@ -143,7 +148,7 @@ class Encoder:
     keys: Keys = as_is
     read: Read | None = None
     max_tokens: Callable[[Config], int] | None = None
-    """Most tokens of a text, where the network has positions for no more."""
+    """Most tokens of a text or an image, where the network has positions for no more."""
     preprocessor: tuple[str, Callable[[Mapping[str, Any], Config], dict[str, Any]]] | None = None
     """(component of the preprocessor's files, (their entries, config) -> fields of the config)."""
 

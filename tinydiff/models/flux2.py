@@ -409,5 +409,5 @@ FAMILY = Denoiser(
     linear_grid=True,
     hidden_states={"text_encoder": {"Flux2Pipeline": DEV_LAYERS, "Flux2KleinPipeline": KLEIN_LAYERS}},
     own_grid=("Flux2Pipeline", "Flux2KleinPipeline"),
-    size_from_image=reference_size,
+    size_from_image=lambda c, height, width, multiple: reference_size(height, width, multiple),
 )

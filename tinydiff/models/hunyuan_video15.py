@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinydiff.models import joint, token_refiner
-from tinydiff.models.encoders import decoder_lm, t5
+from tinydiff.models.encoders import decoder_lm, siglip_vision, t5
 from tinydiff.models.family import Denoiser
 from tinydiff.models.recipe import Context, LoopInputs, Patch, latent_size, on_grid
 from tinydiff.models.registry import ReleasedModel
@@ -39,6 +39,10 @@ from tinydiff.records import Request
 
 Tensors = dict[str, Tensor]
 Streams = joint.Streams
+
+
+IMAGE_TO_VIDEO = "i2v"
+"""The task_type of models that start from an image."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,10 @@ class Config:
     rope_theta: float = 256.0
     rope_axes_dim: tuple[int, ...] = (16, 56, 56)
     target_size: int = 640
-    """Not read: the side of a square with as many pixels as the videos the model was trained on."""
-    task_type: str = "i2v"
+    """The side of a square with as many pixels as the videos the model was trained on."""
+    task_type: str = IMAGE_TO_VIDEO
     use_meanflow: bool = False
-    """Not read by the pipelines, which give no second timestep; its weights are stored all the same."""
+    """Whether a step knows at which timestep it ends (step-distilled models; arXiv 2505.13447)."""
 
     def __post_init__(self) -> None:
         if self.qk_norm != "rms_norm":
@@ -179,7 +183,8 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
     inputs: `text` [B, T, text_embed_dim], without padding; `positions` [L, 3] of the image tokens; `concat`
     [B or 1, L, P'], the first frame's latents and the mask. Where the request has them: `glyphs` [B, G,
-    text_embed_2_dim], `image` [B, N, image_embed_dim]. timesteps_S: sigma * 1000.
+    text_embed_2_dim], `image` [B, N, image_embed_dim], `ends` [S], the timestep at which each step ends: of a
+    loop the next one, and 0. timesteps_S: sigma * 1000.
     """
     dtype = w.dtype
     timesteps_S = timesteps_S.to(dtype)  # half types round them first, as in training
@@ -187,8 +192,12 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     nowhere = inputs["positions"].new_zeros(text.shape[2], 3)
     rope = c.rope_axes_dim, compute_dtype(text), c.rope_theta, torch.float32
     request = joint.rope_tables(nowhere, inputs["positions"], *rope) | {"concat": inputs["concat"]}
-    time = embedder(sinusoid(timesteps_S, dtype), w / "time_embed" / "timestep_embedder")[:, None]
-    return request, {"text": text, **joint.modulations(w, c.num_layers, 0, time)}
+    time = embedder(sinusoid(timesteps_S, dtype), w / "time_embed" / "timestep_embedder")
+    if c.use_meanflow:
+        following = torch.cat([timesteps_S[1:], timesteps_S.new_zeros(1)])
+        ends = inputs.get("ends", following).to(dtype)
+        time = time + embedder(sinusoid(ends, dtype), w / "time_embed" / "timestep_embedder_r")
+    return request, {"text": text, **joint.modulations(w, c.num_layers, 0, time[:, None])}
 
 
 # --- the network
@@ -265,13 +274,51 @@ def _texts(context: Context, prompt: str, length: int) -> Tensors:
 
 
 def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
-    """Loop inputs of text to video: zeros stand where image to video has its first frame."""
+    """Loop inputs: where the request has a first frame, its latents and a mask of ones beside the noise, and
+    SigLIP's tokens of it. Elsewhere zeros are beside the noise.
+    """
     vae, output = context.nets["vae"].config, request.output
     size = latent_size(vae, output)
     beside = torch.zeros(1, c.in_channels - c.out_channels, *size, device=context.device)
-    shared = {"positions": positions(c, size, context.device), "concat": patchify(beside, patch(c))}
+    shared = {"positions": positions(c, size, context.device)}
+    if images := request.images.resized:
+        first = context.encode(context.pixels(images))
+        beside = beside.to(first)
+        beside[:, :, :1] = torch.cat([first, torch.ones_like(first[:, :1])], 1)
+        tower = context.nets["image_encoder"]
+        pixels = siglip_vision.pixels(tower.config, images[0]).to(context.device)
+        shared["image"] = siglip_vision.encode(tower.config, tower.plan, tower.w, pixels)
+    shared["concat"] = patchify(beside, patch(c))
     branches = [_texts(context, prompt, request.text.max_tokens) | shared for prompt in request.texts]
     return on_grid(branches, vae, output, patch(c))
+
+
+def size_from_image(c: Config, height: int, width: int, multiple: int) -> tuple[int, int]:
+    """The (height, width) of a video from an image of this size, of about `target_size`^2 pixels.
+
+    Of the sizes up to 4:1 it has the aspect nearest to the image's among those not longer than the image.
+    Source: HunyuanVideo15ImageProcessor of diffusers, whose aspects have five digits.
+    """
+    patches = round((c.target_size / multiple) ** 2)
+    sizes = [
+        (tall, wide)
+        for tall in range(patches, 0, -1)
+        for wide in range(max(1, patches // (tall + 1)), patches // tall + 1)
+        if max(tall, wide) <= 4 * min(tall, wide)
+    ]
+    wanted = height / width
+
+    def excess(size: tuple[int, int]) -> float:
+        return (round(size[0] / size[1], 5) - wanted) * (1 if wanted < 1 else -1)
+
+    tall, wide = min((size for size in sizes if excess(size) >= 0), key=excess)
+    return tall * multiple, wide * multiple
+
+
+def extra_components(c: Config) -> tuple[str, ...]:
+    """Components needed beside transformer, vae, text_encoder, tokenizer and scheduler."""
+    tower = ("image_encoder",) if c.task_type == IMAGE_TO_VIDEO else ()
+    return ("text_encoder_2", "tokenizer_2", *tower)
 
 
 def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
@@ -281,6 +328,8 @@ def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator
     yield "out_channels", z, "the vae's latents need"
     yield "text_embed_dim", nets["text_encoder"].hidden_size, "the text encoder gives"
     yield "text_embed_2_dim", nets["text_encoder_2"].d_model, "the second text encoder gives"
+    if "image_encoder" in nets:
+        yield "image_embed_dim", nets["image_encoder"].hidden_size, "the image encoder gives"
 
 
 FAMILY = Denoiser(
@@ -292,12 +341,15 @@ FAMILY = Denoiser(
     blocks=blocks,
     post=post,
     pooled=True,
-    pipelines={"HunyuanVideo15Pipeline": prepare},
+    pipelines=dict.fromkeys(("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"), prepare),
     patch=patch,
     heads=lambda c: c.num_attention_heads,
     head_width=lambda c: c.attention_head_dim,
     must_fit=must_fit,
-    extra_components=lambda c: ("text_encoder_2", "tokenizer_2"),
+    extra_components=extra_components,
     hidden_states={"text_encoder": (HIDDEN_STATE,)},
     linear_grid=True,
+    size_from_image=size_from_image,
+    crops_images=True,
+    leading_encoders=("image_encoder",),
 )

@@ -162,14 +162,27 @@ _HUNYUAN: dict[str, Any] = {
 }
 
 
-def _hunyuan15(name: str, size: tuple[int, int], target: int, shift: float, guided: bool) -> ReleasedModel:
-    """A HunyuanVideo-1.5 from text. target: entry of its config, the side of a square of as many pixels."""
-    pipeline, name = "HunyuanVideo15Pipeline", f"hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-{name}"
-    shape = {"num_layers": 54, "target_size": target, "task_type": "t2v"}
-    guidance, negative = (6.0, "") if guided else (1.0, None)
+_HUNYUAN15 = {
+    "t2v": ("HunyuanVideo15Pipeline", (0, 0)),
+    "i2v": ("HunyuanVideo15ImageToVideoPipeline", (1, 1)),
+}
+"""Task of a HunyuanVideo-1.5 -> its pipeline, and least and most input images."""
+
+
+def _hunyuan15(
+    resolution: str, task: str, shift: float, kind: str = "", steps: int = 50, params: int = 8_326_608_160
+) -> ReleasedModel:
+    """A HunyuanVideo-1.5. kind: how it was distilled; step-distilled models know where a step ends."""
+    name = "_".join(part for part in (resolution, task, kind) if part)
+    size, target = {"480p": ((480, 848), 640), "720p": (_720P, 960)}[resolution]
+    meanflow = kind == "step_distilled"
+    shape = {"num_layers": 54, "target_size": target, "task_type": task, "use_meanflow": meanflow}
+    guidance, negative = (1.0, None) if kind else (6.0, "")
+    pipeline, images = _HUNYUAN15[task]
     return ReleasedModel(
-        name, "hunyuan_video15", pipeline, *size, 50, guidance, 8_326_608_160, shape, num_frames=121, fps=24,
-        stored_shift=shift, negative_prompt=negative, text_tokens=1000,
+        f"hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-{name}", "hunyuan_video15", pipeline, *size,
+        steps, guidance, params, shape, num_frames=121, fps=24, stored_shift=shift, negative_prompt=negative,
+        text_tokens=1000, images=images,
     )  # fmt: skip
 
 
@@ -232,9 +245,14 @@ MODELS: tuple[ReleasedModel, ...] = (
         "FastVideo/FastHunyuan-diffusers", "hunyuan_video", "HunyuanVideoPipeline", 720, 1280, 6, 6.0,
         shape={"num_layers": 20, "num_single_layers": 40}, stored_shift=17.0, **_HUNYUAN,
     ),
-    _hunyuan15("480p_t2v", (480, 848), 640, 5.0, guided=True),
-    _hunyuan15("480p_t2v_distilled", (480, 848), 640, 5.0, guided=False),
-    _hunyuan15("720p_t2v", _720P, 960, 9.0, guided=True),
+    _hunyuan15("480p", "t2v", 5.0),
+    _hunyuan15("480p", "t2v", 5.0, "distilled"),
+    _hunyuan15("720p", "t2v", 9.0),
+    _hunyuan15("480p", "i2v", 5.0),
+    _hunyuan15("480p", "i2v", 5.0, "distilled"),
+    _hunyuan15("480p", "i2v", 7.0, "step_distilled", steps=12, params=8_331_330_848),
+    _hunyuan15("720p", "i2v", 7.0),
+    _hunyuan15("720p", "i2v", 7.0, "distilled"),
     _ltx2("LTX-2", 18_876_174_592, gated=False),
     _ltx2("LTX-2.3", 18_988_838_144, gated=True),
     ReleasedModel(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tinydiff.models.autoencoders import hunyuan, hunyuan15, kl, tiny
 from tinydiff.models.autoencoders import wan as wan_vae
-from tinydiff.models.encoders import clip_text, clip_vision, decoder_lm, qwen_vision, t5
+from tinydiff.models.encoders import clip_text, clip_vision, decoder_lm, qwen_vision, siglip_vision, t5
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
 from tinydiff.parity.reference import Case, built, draw, library
@@ -157,22 +157,24 @@ def _qwen_vision() -> Case:
     return Case(reference, lambda: qwen_vision.spec(c), qwen_vision.key_map(c).row, theirs, ours)
 
 
-def _clip_vision() -> Case:
+def _vision(name: str, module: Any) -> Case:
+    """A tower of CLIP's layers. name: of its class in transformers, without its ending."""
     fields: dict[str, Any] = {
         "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3,
         "image_size": 21, "patch_size": 7,
         "layer_norm_eps": 1e-3,
     }  # fmt: skip
-    c, x = clip_vision.Config(**fields), draw(2, 3, 21, 21)
+    c, x = module.Config(**fields), draw(2, 3, 21, 21)
 
-    def theirs(module: nn.Module) -> dict[str, Tensor]:
-        return {"last": module(x, output_hidden_states=True).hidden_states[-2]}
+    def theirs(reference: nn.Module) -> dict[str, Tensor]:
+        output = reference(x, output_hidden_states=True)
+        return {"last": output.hidden_states[-2] if module is clip_vision else output.last_hidden_state}
 
     def ours(w: Weights) -> Iterator[tuple[str, Tensor]]:
-        yield "last", clip_vision.encode(c, PLAN, w, x)
+        yield "last", module.encode(c, PLAN, w, x)
 
-    build = partial(_transformers, "CLIPVisionModel", "CLIPVisionConfig", **fields, hidden_act=c.hidden_act)
-    return Case(build, lambda: clip_vision.spec(c), clip_vision.key_map(c).row, theirs, ours)
+    build = partial(_transformers, f"{name}Model", f"{name}Config", **fields, hidden_act=c.hidden_act)
+    return Case(build, lambda: module.spec(c), module.key_map(c).row, theirs, ours)
 
 
 ENCODERS: dict[str, tuple[str, Callable[[], Case]]] = {
@@ -181,7 +183,8 @@ ENCODERS: dict[str, tuple[str, Callable[[], Case]]] = {
     "CLIP-L": ("CLIPTextModel", partial(_clip, False, "quick_gelu")),
     "CLIP-L, projected": (clip_text.WITH_PROJECTION, partial(_clip, True, "quick_gelu")),
     "CLIP-G": (clip_text.WITH_PROJECTION, partial(_clip, True, "gelu")),
-    "CLIP ViT": ("CLIPVisionModel", _clip_vision),
+    "CLIP ViT": ("CLIPVisionModel", partial(_vision, "CLIPVision", clip_vision)),
+    "SigLIP": ("SiglipVisionModel", partial(_vision, "SiglipVision", siglip_vision)),
     "Qwen3": ("Qwen3Model", partial(_language, "Qwen3", "Qwen3Model", head_dim=16)),
     "Qwen2.5": (
         "Qwen2_5_VLTextModel",

@@ -519,8 +519,11 @@ def _of_hunyuan15(parts: Sequence[str] = (), **changes: Any) -> Denoiser:
 
 
 def _sinusoids_15(module: Any) -> None:
-    for embed in (module.time_embed, module.context_embedder.time_text_embed):
-        embed.time_proj.register_forward_pre_hook(_as_float32)
+    projections = [module.time_embed.time_proj, module.context_embedder.time_text_embed.time_proj]
+    if module.time_embed.use_meanflow:
+        projections.append(module.time_embed.time_proj_r)
+    for projection in projections:
+        projection.register_forward_pre_hook(_as_float32)
 
 
 DENOISERS = {
@@ -571,5 +574,6 @@ DENOISERS = {
     "HunyuanVideo-1.5": _of_hunyuan15(),
     "HunyuanVideo-1.5, glyphs": _of_hunyuan15(("glyphs",)),
     "HunyuanVideo-1.5, glyphs and an image": _of_hunyuan15(("image", "glyphs")),
+    "HunyuanVideo-1.5, the end of a step": _of_hunyuan15(("image", "glyphs", "ends"), use_meanflow=True),
 }  # fmt: skip
 """What is compared -> how."""

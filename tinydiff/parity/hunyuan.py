@@ -66,7 +66,9 @@ def asked(c: hunyuan_video.Config) -> Asked:
 
 
 def asked_15(c: hunyuan_video15.Config, parts: Sequence[str] = ()) -> Asked:
-    """parts: "glyphs" and "image" where the text stream has them; the reference gets no others."""
+    """parts: "glyphs" and "image" where the text stream has them, "ends" where a step knows its end; the
+    reference gets no others.
+    """
     size, channels, patch_size = (3, 4, 6), c.out_channels, hunyuan_video15.patch(c)
     x, text = draw(2, c.in_channels, *size, seed=2), draw(2, WORDS, c.text_embed_dim, seed=3)
     inputs = {"text": text, "positions": hunyuan_video15.positions(c, size)}
@@ -84,5 +86,8 @@ def asked_15(c: hunyuan_video15.Config, parts: Sequence[str] = ()) -> Asked:
         "encoder_attention_mask_2": torch.ones(glyphs.shape[:2], dtype=torch.float64),
         "image_embeds": image,
     }
+    if "ends" in parts:
+        inputs["ends"] = TIME / 2
+        known["timestep_r"] = inputs["ends"].double().expand(2)
     tokens = patchify(x[:, :channels], patch_size)
     return Asked(tokens, inputs, known, lambda output: patchify(output.sample, patch_size))

@@ -86,6 +86,14 @@ GROUPS = (
            "HunyuanVideo-1.5-Diffusers-480p_t2v HunyuanVideo-1.5-Diffusers-480p_t2v_distilled "
            "HunyuanVideo-1.5-Diffusers-720p_t2v",
            "HunyuanVideo-1.5, glyphs", "HunyuanVideo-1.5 autoencoder", "Qwen2.5", "T5"),
+    _group("hunyuan_video15",
+           "HunyuanVideo-1.5-Diffusers-480p_i2v HunyuanVideo-1.5-Diffusers-480p_i2v_distilled "
+           "HunyuanVideo-1.5-Diffusers-720p_i2v HunyuanVideo-1.5-Diffusers-720p_i2v_distilled",
+           "HunyuanVideo-1.5, glyphs and an image", "HunyuanVideo-1.5 autoencoder", "Qwen2.5", "T5",
+           image_encoder="SigLIP"),
+    _group("hunyuan_video15", "HunyuanVideo-1.5-Diffusers-480p_i2v_step_distilled",
+           "HunyuanVideo-1.5, the end of a step", "HunyuanVideo-1.5 autoencoder", "Qwen2.5", "T5",
+           image_encoder="SigLIP"),
     _group("ltx2", "LTX-2", "LTX-2", "LTX-2 video autoencoder", "Gemma 3", connectors="LTX-2 connectors",
            audio_vae="LTX-2 audio autoencoder", vocoder="LTX-2 vocoder"),
     _group("ltx2", "LTX-2.3", "LTX-2.3, a given first frame", "LTX-2.3 video autoencoder", "Gemma 3",

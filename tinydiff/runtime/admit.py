@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy
 
 from tinydiff.config import SamplingOptions, seeds
-from tinydiff.io.images import read_image, resize
+from tinydiff.io.images import cover, read_image, resize
 from tinydiff.models.recipe import fit_area, rectangle_side, too_elongated
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.records import Guidance, InputImages, Output, Request, Schedule, Text, Upscaling, UserError
@@ -64,9 +64,8 @@ def admit(
     starts = _starts(blueprint, sampling, originals, frames)
     if (pixels := frames * max(1, layers) * height * width) > most_pixels:
         raise UserError("size", f"size: an output has {pixels:,} pixels; {most_pixels:,.0f} are the most")
-    resized = (
-        () if row.image_use == "references" else tuple(resize(image, height, width) for image in originals)
-    )
+    fit = cover if blueprint.denoiser.family.crops_images else resize
+    resized = () if row.image_use == "references" else tuple(fit(image, height, width) for image in originals)
     mask = _mask(blueprint, sampling, originals, starts, height, width, read)
     steps, timesteps = _steps(blueprint, sampling)
     settled = settle(blueprint, sampling)
@@ -262,10 +261,11 @@ def _size(
     """The requested size; else the model's, its area fitted to the aspect ratio of the input image."""
     row, multiple, longest = blueprint.row, _multiple(blueprint), _longest_side(blueprint)
     height, width = sampling.height or row.height, sampling.width or row.width
-    size_from_image = blueprint.denoiser.family.size_from_image
+    net = blueprint.denoiser
+    size_from_image = net.family.size_from_image
     if images and size_from_image is not None:
         (tall, wide), *_ = [
-            size_from_image(image.shape[0], image.shape[1], multiple) for image in images
+            size_from_image(net.config, image.shape[0], image.shape[1], multiple) for image in images
         ]  # each may be refused
         height, width = sampling.height or tall, sampling.width or wide
     elif images and row.reference_multiple is not None:

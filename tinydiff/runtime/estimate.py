@@ -138,7 +138,7 @@ def _tokens(plan: blueprint.Blueprint, request: Request, references: int) -> tup
     )
     image += references * token_count(vae, replace(request.output, height=REFERENCE, width=REFERENCE), patch)
     text = request.text.max_tokens
-    before = (plan.nets[name] for name in net.family.leading_text_encoders)
+    before = (plan.nets[name] for name in net.family.leading_encoders if name in plan.nets)
     text += sum(encoder.family.max_tokens(encoder.config) for encoder in before)
     return image + net.family.pad_tokens(image), text + net.family.pad_tokens(text)
 

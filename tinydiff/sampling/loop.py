@@ -161,8 +161,8 @@ def hoist(
         branches = [branches[cfg.rank]]
     timesteps = table.timesteps.to(device)
     if len(timesteps) == 1:
-        # torch would compile a table of one row on its own, so that one gets a second, which is never read.
-        timesteps = timesteps.expand(2)
+        # torch would compile a table of one row on its own, so that one gets a second, which is never run.
+        timesteps = torch.cat([timesteps, timesteps.new_zeros(1)])
     unpacked = shards.GatherOnRead(stores.entries(weights, store), _packs(network), plan)
     flat = Weights(unpacked, dtype=network.dtype, lora_scale=lora_scale)
     hoisted = [family.hoist(network.config, everywhere, flat, inputs, timesteps) for inputs in branches]

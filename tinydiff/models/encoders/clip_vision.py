@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from tinydiff.entries import mapping, typed
 from tinydiff.keymap import KeyMap, also, unread
 from tinydiff.models.encoders import preprocess
 from tinydiff.models.family import Encoder
-from tinydiff.ops.activations import Activation, quick_gelu
+from tinydiff.ops.activations import Activation, gelu_tanh, quick_gelu
 from tinydiff.ops.attention import attention
 from tinydiff.ops.conv import conv2d
 from tinydiff.ops.linear import linear, linear_sum
@@ -30,7 +30,27 @@ from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat, un
 if TYPE_CHECKING:
     import numpy as np
 
-ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": F.gelu,
+    "quick_gelu": quick_gelu,
+    "gelu_pytorch_tanh": gelu_tanh,
+}
+
+
+class Layers(Protocol):
+    """What the layers read of a tower's config."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -59,17 +79,21 @@ class Config:
     """To which an image is resized before its centre is cut out; None: image_size."""
 
     def __post_init__(self) -> None:
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act is {self.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size is {self.hidden_size}; it must divide by num_attention_heads, "
-                f"{self.num_attention_heads}"
-            )
+        check_layers(self)
 
     @property
     def tokens(self) -> int:
         return 1 + (self.image_size // self.patch_size) ** 2
+
+
+def check_layers(c: Layers) -> None:
+    """Raises ValueError for layers that are not implemented."""
+    if c.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"hidden_act is {c.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
+    if c.hidden_size % c.num_attention_heads:
+        raise ValueError(
+            f"hidden_size is {c.hidden_size}; it must divide by num_attention_heads, {c.num_attention_heads}"
+        )
 
 
 def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
@@ -81,7 +105,8 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
 # --- weights
 
 
-def _layer_rows(c: Config) -> Iterator[Row]:
+def layer_rows(c: Layers) -> Iterator[Row]:
+    """The weights of a layer, in CLIP and in SigLIP."""
     d, head = c.hidden_size, c.hidden_size // c.num_attention_heads
     for key in ("k_proj", "v_proj", "q_proj"):
         yield from linear_rows(f"self_attn.{key}", d, d, "out", head=head)
@@ -98,7 +123,7 @@ def _rows(c: Config) -> Iterator[Row]:
     yield Row("embeddings.patch_embedding.weight", (d, c.num_channels, c.patch_size, c.patch_size))
     yield Row("embeddings.position_embedding.weight", (c.tokens, d))
     yield from norm_rows("pre_layrnorm", d, bias=True)  # spelt so in every checkpoint
-    yield from repeat("encoder.layers", c.num_hidden_layers, _layer_rows(c))
+    yield from repeat("encoder.layers", c.num_hidden_layers, layer_rows(c))
     yield from norm_rows("post_layernorm", d, bias=True)
 
 
@@ -145,22 +170,27 @@ def encode(c: Config, plan: Plan, w: Weights, pixels_BCSS: Tensor) -> Tensor:
 
     These are `hidden_states[-2]` of transformers.
     """
-    w, eps = w / "vision_model", c.layer_norm_eps
+    w = w / "vision_model"
     e = w / "embeddings"
     kernel = e / "patch_embedding"
     patches = conv2d(pixels_BCSS.to(w.dtype), kernel, stride=c.patch_size).flatten(2).mT
     first = e["class_embedding"].expand(len(patches), 1, -1)
-    x = layer_norm(torch.cat([first, patches], 1) + e["position_embedding.weight"], w / "pre_layrnorm", eps)
+    x = torch.cat([first, patches], 1) + e["position_embedding.weight"]
+    x = layer_norm(x, w / "pre_layrnorm", c.layer_norm_eps)
     for i in range(c.num_hidden_layers - 1):
-        layer = w / "encoder" / "layers" / i
-        x = x + _attention(c, plan, layer / "self_attn", layer_norm(x, layer / "layer_norm1", eps))
-        y = linear(layer_norm(x, layer / "layer_norm2", eps), layer / "mlp" / "fc1")
-        y = ACTIVATIONS[c.hidden_act](y)
-        x = x + linear_sum(plan, y, layer / "mlp" / "fc2")
+        x = layer(c, plan, w / "encoder" / "layers" / i, x)
     return x
 
 
-def _attention(c: Config, plan: Plan, w: Weights, x: Tensor) -> Tensor:
+def layer(c: Layers, plan: Plan, w: Weights, x_BND: Tensor) -> Tensor:
+    """Attention of all tokens to all, then a feed-forward, in CLIP and in SigLIP."""
+    eps = c.layer_norm_eps
+    x = x_BND + _attention(c, plan, w / "self_attn", layer_norm(x_BND, w / "layer_norm1", eps))
+    y = linear(layer_norm(x, w / "layer_norm2", eps), w / "mlp" / "fc1")
+    return x + linear_sum(plan, ACTIVATIONS[c.hidden_act](y), w / "mlp" / "fc2")
+
+
+def _attention(c: Layers, plan: Plan, w: Weights, x: Tensor) -> Tensor:
     heads = (-1, c.hidden_size // c.num_attention_heads)
     q, k, v = (torch.unflatten(linear(x, w / name), -1, heads) for name in ("q_proj", "k_proj", "v_proj"))
     return linear_sum(plan, attention(plan, q, k, v).flatten(2), w / "out_proj")

@@ -1,7 +1,7 @@
 """An encoder's image preprocessing, from a directory's preprocessor files to fields of its Config.
 
-Source: transformers' CLIPImageProcessorPil and Qwen2VLImageProcessorPil, whose defaults these are. A value
-that is not supported is an error.
+Source: transformers' CLIPImageProcessorPil, SiglipImageProcessorPil and Qwen2VLImageProcessorPil, whose
+defaults these are. A value that is not supported is an error.
 """
 
 from __future__ import annotations
@@ -48,6 +48,19 @@ def clip(entries: Mapping[str, Any], image_size: int) -> dict[str, Any]:
     return fields
 
 
+def siglip(entries: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+    """Fields of `siglip_vision.Config`. image_size: the tower's input side in pixels.
+
+    Raises ValueError, one sentence.
+    """
+    sides = _edges(entries, ("height", "width"))
+    if sides and set(sides.values()) != {image_size}:
+        raise ValueError(
+            f"size is {entries['size']!r}; both must be image_size of the image encoder, {image_size}"
+        )
+    return _shared(entries, ALWAYS | {"do_center_crop": False})
+
+
 def qwen(entries: Mapping[str, Any], shape: Mapping[str, int]) -> dict[str, Any]:
     """Fields of `qwen_vision.Config`. Raises ValueError, one sentence.
 
@@ -69,9 +82,9 @@ def qwen(entries: Mapping[str, Any], shape: Mapping[str, int]) -> dict[str, Any]
     return _shared(entries) | edges
 
 
-def _shared(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that both encoders have."""
-    for name, always in ALWAYS.items():
+def _shared(entries: Mapping[str, Any], steps: Mapping[str, bool] = ALWAYS) -> dict[str, Any]:
+    """The fields that all encoders have. steps: whether each step runs."""
+    for name, always in steps.items():
         if entries.get(name) not in (None, always):
             raise ValueError(f"{name} is {entries[name]!r}; only {always} is supported")
     factor = entries.get("rescale_factor")
