@@ -288,7 +288,9 @@ def test_files_that_cannot_be_read(tmp_path: Path):
         ),
         (["--component-attention-backends", "{"], "component_attention_backends", "is not a JSON object"),
         (["--vae-precision", "fp8"], "vae_precision", "'fp8' is not one of fp32, fp16, bf16"),
-        (["--backend", "diffusers"], "backend", "'diffusers' is not supported yet"),
+        (["--backend", "difusers"], "backend", "did you mean 'diffusers'?"),
+        (["--diffusers-kwargs", "{"], "diffusers_kwargs", "is not a JSON object"),
+        (["--diffusers-kwargs", "a"], "diffusers_kwargs", "must be pairs such as clip_skip=1"),
         (
             ["--encoder-parallel", "dp"],
             "encoder_parallel",
@@ -367,7 +369,6 @@ def test_a_missing_feature_may_be_turned_off(argv: list[str]):
         (["--enable-frame-interpolation", "true"], "frame interpolation"),
         (["--profile"], "profiling"),
         (["--guidance-rescale", "0.7"], "guidance rescale"),
-        (["--diffusers-kwargs", "{}"], "the diffusers backend"),
     ],
 )
 def test_a_missing_feature_is_refused_in_one_sentence(argv: list[str], words: str):

@@ -19,7 +19,7 @@ SINGLE_PLACES = {
     "os.environ": ("tinydiff.config",),
     "os.getenv": ("tinydiff.config",),
     "os.putenv": ("tinydiff.config",),
-    "diffusers": ("tinydiff.parity",),
+    "diffusers": ("tinydiff.parity", "tinydiff.runtime.diffusers_backend"),
     "transformers": ("tinydiff.parity",),
     "torch.nn.Module": ("tinydiff.parity",),
 }

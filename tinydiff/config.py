@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 from tinydiff import command_line, flags, paths
 from tinydiff.records import UserError, shown
 from tinydiff.residency import Mode, PerformanceMode, Policy
-from tinydiff.values import Attention, LogLevel, Precision, filled, outcome, within
+from tinydiff.values import Attention, LogLevel, Precision, filled, outcome, read, within
 
 CLOUD_STORAGE = (
     "CLOUD_STORAGE_TYPE",
@@ -52,6 +52,8 @@ class NoProgress:
     def close(self) -> None:
         """Nothing to end."""
 
+
+Backend = Literal["auto", "tinydiff", "sglang", "diffusers"]
 
 LAST_SEED = 2**63 - 1
 
@@ -119,6 +121,8 @@ class SamplingOptions:
     """
     dmd_denoising_steps: tuple[int, ...] = within((), least=0, most=1000)
     """Timesteps of a distilled (DMD) model, in descending order."""
+    diffusers_kwargs: Mapping[str, Any] = _empty()
+    """Further arguments of the pipeline with --backend diffusers, as JSON: {"clip_skip": 1}."""
     enable_upscaling: bool = False
     """Enlarge the frames with a Real-ESRGAN network after they are decoded."""
     upscaling_scale: int | None = within(least=1, most=8)
@@ -164,7 +168,8 @@ class ModelOptions:
     revision: str | None = None
     """Branch, tag or commit of the hub repository."""
     trust_remote_code: bool = False
-    """Run the code that an overlay of the model brings to put its files together."""
+    """Run code that the model brings: an overlay's, which puts its files together, or with --backend
+    diffusers the pipeline's own."""
     variant: str | None = None
     """Variant of the weight files, such as fp16. A component that has no such files uses its usual ones."""
     component_paths: Mapping[str, str] = _empty()
@@ -254,8 +259,19 @@ class ModelOptions:
     """Attention kernels by component: transformer=flash,text_encoder=math."""
     enable_torch_compile: bool = False
     """Compile the denoiser with torch.compile: the first run is slow, later ones are faster."""
-    backend: Literal["auto", "tinydiff", "sglang"] = "auto"
-    """Accepted for compatibility. Every value runs tinydiff's own code."""
+    backend: Backend = "auto"
+    """What runs the model: tinydiff's own code (tinydiff, or SGLang's word for its own, sglang), or a
+    pipeline of diffusers. auto takes diffusers, where it is installed, for a model that tinydiff has no code
+    for."""
+    pipeline_class_name: str | None = None
+    """With --backend diffusers: the pipeline class in place of the one that model_index.json names."""
+    diffusers_attention_backend: str | None = None
+    """With --backend diffusers: its attention backend, such as native, flash, _flash_3_hub, sage or xformers.
+    """
+    vae_slicing: bool | None = None
+    """With --backend diffusers: decode the outputs of a batch one by one."""
+    cache_dit_config: str | None = None
+    """With --backend diffusers: a YAML or JSON file with the settings of the package cache-dit."""
 
 
 @dataclass(frozen=True)
@@ -403,6 +419,33 @@ def use_modelscope() -> bool:
                 raise UserError(name, f"the environment variable {name} is {shown(text)}; set true or false")
             return text in ("1", "true")
     return False
+
+
+CACHE_DIT: Mapping[str, str] = {
+    "FN": "Fn_compute_blocks",
+    "BN": "Bn_compute_blocks",
+    "WARMUP": "max_warmup_steps",
+    "RDT": "residual_diff_threshold",
+    "MC": "max_continuous_cached_steps",
+}
+"""End of a variable TINYDIFF_CACHE_DIT_... -> the setting of the package cache-dit."""
+
+
+def cache_dit() -> dict[str, Any] | None:
+    """The settings of cache-dit from the environment; None where it is not switched on. Raises UserError.
+
+    TINYDIFF_CACHE_DIT_ENABLED, else SGLANG_CACHE_DIT_ENABLED, switches it on. FN, BN, WARMUP, RDT, MC,
+    TAYLORSEER and TS_ORDER in place of ENABLED are its settings.
+    """
+    kinds = dict.fromkeys(("ENABLED", "TAYLORSEER"), bool) | dict.fromkeys((*CACHE_DIT, "TS_ORDER"), int)
+    found: dict[str, Any] = {}
+    for name, kind in (kinds | {"RDT": float}).items():
+        for prefix in ("SGLANG", "TINYDIFF"):
+            variable = f"{prefix}_CACHE_DIT_{name}"
+            if text := os.environ.get(variable, "").strip():
+                text = {"1": "true", "0": "false"}.get(text, text) if kind is bool else text
+                found[name] = read(variable, kind, text)
+    return found if found.pop("ENABLED", False) else None
 
 
 def keys(name: str) -> tuple[str, ...]:

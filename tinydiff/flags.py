@@ -60,6 +60,7 @@ MAPS = (
     "layerwise_prefetch_size",
     "layerwise_resident_layers",
     "layerwise_residency_policy",
+    "diffusers_kwargs",
 )
 """Options that hold one value for each component or adapter: `a=x,b=y`, a JSON object, or `--name.a x`."""
 
@@ -229,7 +230,8 @@ def _meanings(name: str, value: Any, names: Collection[str]) -> Iterator[tuple[s
         yield "prompt", None, _prompts(one_text(name, value))
     elif _is_map(name):
         option, _, part = name.partition(".")
-        yield from [(option, part, value)] if part else ((option, *pair) for pair in _pairs(option, value))
+        pairs = [(part, _value_of(option, value))] if part else _pairs(option, value)
+        yield from ((option, *pair) for pair in pairs)
     elif name not in names and (component := _component(name)):
         yield _PER_COMPONENT[name.removeprefix(f"{component}_")], component, value
     else:
@@ -305,6 +307,7 @@ _PAIRS = {
     "layerwise_prefetch_size": "transformer=2,text_encoder=1",
     "layerwise_resident_layers": "transformer=10,text_encoder=0.5",
     "layerwise_residency_policy": "transformer=strided",
+    "diffusers_kwargs": "clip_skip=1,eta=0.5",
     "": "transformer=sdpa,text_encoder=math",
 }
 """An example of each map."""
@@ -327,4 +330,14 @@ def _pairs(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         if not (key and equals and inner):
             example = _PAIRS.get(name, _PAIRS[""])
             raise UserError(name, f"{name}: {shown(text)} must be pairs such as {example}")
-        yield key, inner
+        yield key, _value_of(name, inner)
+
+
+def _value_of(name: str, value: Any) -> Any:
+    """A value of a map. Words of `diffusers_kwargs`, whose values have any type, are read as JSON."""
+    words = _as_list(value)
+    if name != "diffusers_kwargs" or len(words) != 1 or not isinstance(words[0], str):
+        return value
+    with suppress(ValueError, RecursionError):
+        return json.loads(words[0])
+    return words[0]

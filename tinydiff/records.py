@@ -181,6 +181,8 @@ class Request:
     """Adapter -> its strength for this request; empty where each has the strength it was loaded with."""
     notes: Mapping[str, str] = field(default_factory=dict[str, str])
     """Option -> where its value came from, or why it has no effect, where that may surprise."""
+    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Arguments of the pipeline that runs it, where another library does."""
 
     @property
     def texts(self) -> list[str]:

@@ -27,7 +27,7 @@ how long resident layers stay, and what offload does while compiling
     layerwise_residency_lifetime= dit_layerwise_residency_lifetime=forward|permanent
     offload_during_compile=true|false ltx2_two_stage_device_mode=
 step caches
-    enable_teacache=false enable_cache_dit=false cache_dit_params= cache_dit_config= cfg_gate_step=1
+    enable_teacache=false enable_cache_dit=false cache_dit_params= cfg_gate_step=1
     enable_spectrum=false w= taylor_order= history_size= spectrum_window_size= spectrum_flex_window=
     spectrum_warmup_steps= spectrum_m= spectrum_lam= spectrum_tau_num_steps=
 settings of sparse attention
@@ -41,14 +41,12 @@ other numerics than the defaults
     allow_cudnn_tf32=true allow_bf16_reduced_precision_reduction=true disable_autocast=true
     quality=lossless vae_decode_precision=
 tile sizes
-    vae_slicing=false vae_config.tile_sample_min_height=256 vae_config.tile_sample_min_width=256
+    vae_config.tile_sample_min_height=256 vae_config.tile_sample_min_width=256
     vae_config.tile_sample_min_num_frames=16 vae_config.tile_sample_stride_height=192
     vae_config.tile_sample_stride_width=192 vae_config.tile_sample_stride_num_frames=12
     vae_config.blend_num_frames= vae_config.use_temporal_tiling=false diffusion_decoder_tiling=true|false
-the diffusers backend
-    diffusers_kwargs= diffusers_attention_backend=
 another pipeline or scheduler than the checkpoint's
-    pipeline_class_name= pipeline_config_path= model_subfolder= model_variant= scheduler_class_override=
+    pipeline_config_path= model_subfolder= model_variant= scheduler_class_override=
     task_type= data_type= no_override_protected_fields=false text_encoder_configs=
 guidance rescale and renormalisation
     guidance_rescale=0 enable_cfg_renorm=false cfg_renorm_min= embedded_cfg_scale=6
@@ -111,7 +109,6 @@ ATTENTION = """
 CHOICES: dict[str, tuple[str, ...]] = {
     "attention_backend": tuple(ATTENTION.split()),
     "component_attention_backends": tuple(ATTENTION.split()),
-    "backend": ("diffusers",),
     "encoder_parallel": ("dp",),
 }
 """Option -> SGLang's values of it."""

@@ -41,7 +41,7 @@ def test_every_sampling_option_is_a_field_at_top_level_and_in_extra_body():
         "num_frames": 5, "fps": 8, "num_inference_steps": 4, "guidance_scale": 2.0, "true_cfg_scale": 2.0,
         "cfg_normalization": 1.0,
         "guidance_scale_2": 3.0, "boundary_ratio": 0.5, "flow_shift": 2.0, "dmd_denoising_steps": [1000, 500],
-        "use_pe": False, "loras": {"style": 0.5}, "sigmas": [1.0, 0.5],
+        "use_pe": False, "loras": {"style": 0.5}, "diffusers_kwargs": {"a": [1]}, "sigmas": [1.0, 0.5],
         "enable_upscaling": True, "upscaling_scale": 2,
     }  # fmt: skip
     assert values.keys() == set(fields.SAMPLING)
@@ -234,6 +234,7 @@ def test_moderation_asks_for_nothing(value):
         ({"loras": ["x", "x"]}, "loras", "'x' is given twice"),
         ({"loras": {"x": "1"}}, "loras.x", "is not a number from -100 to 100"),
         ({"loras": 5}, "loras", "5 is not an object of adapters and strengths"),
+        ({"diffusers_kwargs": 5}, "diffusers_kwargs", "5 is not an object of arguments and their values"),
         ({"lora_path": "x"}, "lora_path", "when the server is started"),
         ({"enable_teacache": True}, "enable_teacache", "not supported yet: step caches"),
         ({"model_path": "x"}, "model_path", "when the server is started"),

@@ -84,11 +84,7 @@ def admit(
         strength=_strength(blueprint, sampling, starts, steps),
     )
     fps = row.fps if sampling.fps is None else sampling.fps
-    upscaling = _upscaling(blueprint, sampling)
-    if upscaling is not None and pixels * upscaling.scale**2 > most_pixels * MOST_UPSCALED:
-        most = most_pixels * MOST_UPSCALED
-        message = f"an upscaled output has {pixels * upscaling.scale**2:,} pixels; {most:,.0f} are the most"
-        raise UserError("upscaling_scale", f"upscaling_scale: {message}")
+    upscaling = upscaling_of(blueprint, sampling, pixels, most_pixels)
     output = Output(height, width, frames, layers, fps, upscaling)
     requests = [
         Request(
@@ -108,7 +104,10 @@ def admit(
     return requests
 
 
-def _upscaling(blueprint: Blueprint, sampling: SamplingOptions) -> Upscaling | None:
+def upscaling_of(
+    blueprint: Blueprint, sampling: SamplingOptions, pixels: int, most_pixels: float
+) -> Upscaling | None:
+    """How the frames of an output of so many pixels are enlarged. Raises UserError."""
     if not sampling.enable_upscaling:
         if sampling.upscaling_scale is not None:
             raise UserError(
@@ -117,7 +116,11 @@ def _upscaling(blueprint: Blueprint, sampling: SamplingOptions) -> Upscaling | N
             )
         return None
     model = upscale.locate(blueprint.upscaling_model_path, sampling.upscaling_scale or 4)
-    return Upscaling(model, sampling.upscaling_scale or upscale.read(model).scale)
+    scale = sampling.upscaling_scale or upscale.read(model).scale
+    if pixels * scale**2 > (most := most_pixels * MOST_UPSCALED):
+        message = f"an upscaled output has {pixels * scale**2:,} pixels; {most:,.0f} are the most"
+        raise UserError("upscaling_scale", f"upscaling_scale: {message}")
+    return Upscaling(model, scale)
 
 
 def _normalization(blueprint: Blueprint, sampling: SamplingOptions) -> float:

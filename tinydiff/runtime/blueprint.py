@@ -35,6 +35,7 @@ from tinydiff.residency import Residency
 from tinydiff.runtime import components, loras, offload
 from tinydiff.runtime.component_config import preprocessed, read_config
 from tinydiff.runtime.components import SHIPPED as SHIPPED
+from tinydiff.runtime.foreign import Foreign
 from tinydiff.runtime.weight_plans import network_placements
 from tinydiff.sampling import solvers
 
@@ -131,10 +132,24 @@ class Blueprint:
     adapters: tuple[loras.Chosen, ...] = ()
     lora_mode: loras.Mode = "auto"
     upscaling_model_path: str | None = None
+    foreign: Foreign | None = None
+    """The pipeline that runs it in place of networks, where another library does."""
 
     @property
     def device(self) -> torch.device:
         return here()
+
+    @property
+    def precisions(self) -> Mapping[str, str]:
+        """Component -> fp32, fp16 or bf16."""
+        if self.foreign is not None:
+            return self.foreign.precisions
+        return {name: PRECISIONS[net.dtype] for name, net in self.nets.items()}
+
+    @property
+    def frame_stride(self) -> int:
+        """A video has a multiple of this many frames, and one."""
+        return self.row.frame_multiple if self.foreign else self.autoencoder.config.scale_factor_temporal
 
     @property
     def denoiser(self) -> NetPlan[Denoiser]:
@@ -156,6 +171,8 @@ class Model:
     adapters: Mapping[str, loras.Attached] = field(default_factory=dict)
     replica: Group = ALONE
     """The ranks that answer a request together, of which the first admits it."""
+    pipe: Any = None
+    """The loaded pipeline of another library, where one runs the model."""
 
     @property
     def denoiser(self) -> Net[Denoiser]:

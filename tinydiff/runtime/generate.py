@@ -11,8 +11,7 @@ from tinydiff.config import Options, OutputOptions, Progress
 from tinydiff.io import output
 from tinydiff.parallel.ranks import Ranks, replica_numbers, to_first
 from tinydiff.records import Request, Result
-from tinydiff.runtime import blueprint, pipeline
-from tinydiff.runtime.admit import admit
+from tinydiff.runtime import backends, blueprint
 from tinydiff.runtime.blueprint import Blueprint, Model
 from tinydiff.runtime.torch_state import default_torch_state
 
@@ -41,7 +40,7 @@ class Work:
 
 def read(options: Options) -> Blueprint:
     """The model without what this generation does not use. Raises UserError."""
-    plan = blueprint.read(options.model)
+    plan = backends.read(options.model)
     if options.sampling.use_pe is not False:
         return plan
     return replace(plan, nets={name: net for name, net in plan.nets.items() if name != blueprint.WRITER})
@@ -49,7 +48,8 @@ def read(options: Options) -> Blueprint:
 
 def admitted(options: Options, plan: Blueprint) -> Work:
     """What the model shall make and where that goes, checked. Reads given images. Raises UserError."""
-    requests = admit(plan, options.sampling, clip=output.names_video(options.output.output_file_name))
+    named = output.names_video(options.output.output_file_name)
+    requests = backends.of(plan).admit(plan, options.sampling, clip=named)
     return Work(tuple(requests), tuple(_destination(options.output, request) for request in requests))
 
 
@@ -81,7 +81,7 @@ def generate_admitted(
     started = time.perf_counter() if started is None else started
     requests, destinations = work.requests, work.destinations
     progress.on_stage("load")
-    model = blueprint.load(plan, ranks, merge_adapters=not options.sampling.loras)
+    model = backends.of(plan).load(plan, ranks, merge_adapters=not options.sampling.loras)
     loaded = {"load": time.perf_counter() - started}
     jobs, numbers, writes = (
         _replica_jobs(requests, 1 if ranks is None else ranks.layout.dp),
@@ -126,7 +126,7 @@ def _run_job(
     writes: bool,
 ) -> Result:
     """Run a job, and write its files if this rank writes."""
-    result = pipeline.run(model, job.request, progress)
+    result = backends.of(model.blueprint).run(model, job.request, progress)
     if options.save_output and writes:
         progress.on_stage("save")
         before = time.perf_counter()

@@ -10,8 +10,7 @@ from tinydiff import config, flags
 from tinydiff.parallel import layout
 from tinydiff.parallel.ranks import Ranks, make_ranks, meet, once
 from tinydiff.records import Result, UserError, nearest
-from tinydiff.runtime import blueprint, launch, pipeline
-from tinydiff.runtime.admit import admit
+from tinydiff.runtime import backends, blueprint, launch
 from tinydiff.runtime.blueprint import Model
 from tinydiff.runtime.settings import guidance_of
 from tinydiff.runtime.torch_state import default_torch_state
@@ -23,8 +22,8 @@ def load(model_path: str | None, options: Mapping[str, Any]) -> Model:
     _only(given, config.ModelOptions, config.ParallelOptions)
     made = config.options(given)
     with default_torch_state():
-        plan = blueprint.read(made.model)
-        return blueprint.load(plan, _ranks(made.parallel, plan))
+        plan = backends.read(made.model)
+        return backends.of(plan).load(plan, _ranks(made.parallel, plan))
 
 
 def _ranks(asked: config.ParallelOptions, plan: blueprint.Blueprint) -> Ranks | None:
@@ -47,12 +46,12 @@ def _ranks(asked: config.ParallelOptions, plan: blueprint.Blueprint) -> Ranks | 
             "gives each its own prompts"
         )
         raise UserError("data_parallel_size", f"data_parallel_size: {message}")
+    launch.check_devices(plan, place.local_size)
     guided = (
         asked.enable_cfg_parallel
         or asked.cfg_parallel_size == 2
         or guidance_of(plan, config.SamplingOptions())[0] > 1
     )
-    launch.check_devices(plan, place.local_size)
     chosen, why = layout.choose(asked, count, launch.denoiser_heads(plan), guided)
     launch.check_divides(plan, chosen)
     if place.rank == 0:
@@ -73,8 +72,9 @@ def generate(
     _only(fields, config.SamplingOptions)
     sampling = config.options({**fields, "prompt": prompt}).sampling
     with default_torch_state():
-        [request] = once(model.replica, lambda: admit(model.blueprint, sampling))
-        return pipeline.run(model, request, progress or config.NoProgress())
+        backend = backends.of(model.blueprint)
+        [request] = once(model.replica, lambda: backend.admit(model.blueprint, sampling))
+        return backend.run(model, request, progress or config.NoProgress())
 
 
 def _only(given: Mapping[str, Any], *records: type) -> None:

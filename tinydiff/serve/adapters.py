@@ -75,6 +75,9 @@ class Adapters:
         """Load an adapter from a file, directory or hub id, in place of one of the same name. Raises
         UserError for one that does not fit.
         """
+        if (foreign := self._blueprint.foreign) is not None:
+            message = f"{foreign.library} loads adapters at the start; give them with --lora-path"
+            raise UserError("lora_path", f"lora_path: {message}")
         file = loras.adapter_file(path)
         self._add(loras.Chosen(name, path, file, 1.0, target or "all", alpha))
 

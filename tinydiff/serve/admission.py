@@ -133,7 +133,7 @@ def admitted(adapters: Adapters, files: Files, limits: ServeOptions, job: Job) -
 
     Raises UserError with the field's name as the client spelled it.
     """
-    from tinydiff.runtime.admit import admit  # reads models, so it loads torch
+    from tinydiff.runtime import backends  # reads models, so it loads torch
 
     row = adapters.known().row
     with _client_spelling(job), decoder.slot() if job.inputs else nullcontext():
@@ -150,7 +150,8 @@ def admitted(adapters: Adapters, files: Files, limits: ServeOptions, job: Job) -
         read = partial(_decoded, limits.max_input_pixels)
         most_pixels = limits.pixel_limit(row, job.kind)
         sampling = replace(sampling, loras=adapters.strengths(sampling.loras))
-        [request] = admit(adapters.known(), sampling, job.kind == "video", read, most_pixels)
+        plan = adapters.known()
+        [request] = backends.of(plan).admit(plan, sampling, job.kind == "video", read, most_pixels)
         outputs.plan(job, request, Path("."))
     return request
 
@@ -165,7 +166,7 @@ def resolved(service: Service, request: RequestFields, kind: Kind) -> dict[str, 
     """The options of a request, with OpenAI's `seconds` and `quality` translated for this model."""
     row, fields = service.blueprint.row, dict(request.options)
     if "seconds" in request.answer:
-        stride = service.blueprint.nets["vae"].config.scale_factor_temporal
+        stride = service.blueprint.frame_stride
         frames = request.answer["seconds"] * fields.get("fps", row.fps)
         # The nearest number of frames that the model can make.
         fields["num_frames"] = max(1, round((frames - 1) / stride)) * stride + 1

@@ -74,9 +74,7 @@ def tasks(service: Service) -> list[str]:
 
 def precisions(service: Service) -> dict[str, str]:
     """Component -> fp32, fp16 or bf16."""
-    from tinydiff.runtime.blueprint import PRECISIONS
-
-    return {name: PRECISIONS[net.dtype] for name, net in service.blueprint.nets.items()}
+    return dict(service.blueprint.precisions)
 
 
 def defaults(service: Service) -> dict[str, Any]:
@@ -115,8 +113,8 @@ def card(service: Service) -> dict[str, Any]:
         "task_types": made,
         "num_gpus": int(plan.device.type == "cuda"),
         "device": plan.device.type,
-        "dit_precision": types["transformer"],
-        "vae_precision": types["vae"],
+        "dit_precision": types.get("transformer", types.get("unet")),
+        "vae_precision": types.get("vae"),
         "precisions": types,
         "pipeline_name": row.family,
         "pipeline_class": row.pipeline,

@@ -140,6 +140,11 @@ def _option(name: str, option: str, value: Any, in_form: bool) -> Any:
     if option == "loras":
         is_json = isinstance(value, str) and in_form and value
         return dict(_loras(name, parse_json(value, name) if is_json else value, in_form))
+    if option == "diffusers_kwargs":
+        value = parse_json(value, name) if isinstance(value, str) and in_form and value else value
+        if not isinstance(value, dict) or len(value) > MOST_LISTED:
+            raise mistake(name, value, "an object of arguments and their values")
+        return {key: each for key, each in value.items() if each is not None}
     hint = str(_HINTS[option])
     if "bool" in hint:
         return read_boolean(name, value, in_form)

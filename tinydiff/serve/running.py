@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tinydiff.models.recipe import token_count
 from tinydiff.records import Request, UserError
 from tinydiff.runtime.continuous import short_of_memory
+from tinydiff.runtime.foreign_run import usage as foreign_usage
 from tinydiff.serve.jobs import Failure, Job, Output
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class JobTimes:
 
 def usage(model: Model, request: Request) -> Mapping[str, Any]:
     """OpenAI's token counts for a request; an image counts as its tokens in the denoiser."""
+    if model.blueprint.foreign is not None:
+        return foreign_usage(model, request)
     net, vae = model.nets["transformer"], model.nets["vae"].config
     tokens = token_count(vae, request.output, net.family.patch(net.config))
     tokenizer = next(iter(model.tokenizers.values()))

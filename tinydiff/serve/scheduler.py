@@ -17,12 +17,11 @@ from typing import Any
 import torch
 
 from tinydiff.records import Request, Sound
+from tinydiff.runtime import backends, preview, torch_state
 from tinydiff.runtime import blueprint as blueprints
-from tinydiff.runtime import pipeline, preview, torch_state
 from tinydiff.runtime.blueprint import Blueprint, Model
-from tinydiff.runtime.continuous import BatchSlot, Continuous, give_memory_back, make_slot, short_of_memory
+from tinydiff.runtime.continuous import BatchSlot, give_memory_back, short_of_memory
 from tinydiff.runtime.loras import Read
-from tinydiff.runtime.parameters import parameters
 from tinydiff.serve import housekeeping, outputs, warmup
 from tinydiff.serve.adapters import Adapters
 from tinydiff.serve.events import Events
@@ -73,7 +72,8 @@ class DeviceScheduler:
         self._attached: tuple[Read, ...] | None = None
         self.name = server_name()
         self.events = Events()
-        self.loop = Continuous(max_batch=options.batching_max_size)
+        self.backend = backends.of(blueprint)
+        self.loop = self.backend.make_loop(options.batching_max_size)
         self._model: Model | None = None
         self._preview_fit: torch.Tensor | None = None
         self._jobs: dict[str, RunningJob] = {}
@@ -222,8 +222,8 @@ class DeviceScheduler:
         """The model, loaded onto the device unless it is there."""
         if self._model is None:
             started = time.perf_counter()
-            self._model, self._attached = blueprints.load(self.adapters.base), ()
-            self._preview_fit = preview.fit_colours(self._model)
+            self._model, self._attached = self.backend.load(self.adapters.base), ()
+            self._preview_fit = self.backend.fit_colours(self._model)
             seconds = time.perf_counter() - started
             self.metrics.stage("load", seconds)
             log.info("%s loaded in %.1f s", self.blueprint.row.name, seconds)
@@ -237,7 +237,7 @@ class DeviceScheduler:
         parts = warmup.parts(self.options, self.blueprint, self.request_of)
         for i, (request, count) in enumerate(parts):
             self._set_phase("warming", i, len(parts))
-            warmup.make(self._load(), request, self.loop, count)
+            warmup.make(self.backend, self._load(), request, self.loop, count)
 
     def _check_compiling(self) -> None:
         """Count finished compilations. The server is ready once those of the warm-up are done."""
@@ -261,7 +261,7 @@ class DeviceScheduler:
             try:
                 request, model = self.request_of(job), self._load()
                 started = time.perf_counter()
-                conditioning = pipeline.condition(model, request)
+                conditioning = self.backend.condition(model, request)
             except Exception as error:
                 self._record(job, "failed", error=failure(error))
                 if short_of_memory(error):
@@ -288,7 +288,8 @@ class DeviceScheduler:
             previews = 0 if index else running.previews
             try:
                 asked = self._load(), running.request, running.conditioning
-                self.loop.add(make_slot(*asked, job.id, index, job.priority, previews, job.owner))
+                slot = self.backend.make_slot(*asked, job.id, index, job.priority, previews, job.owner)
+                self.loop.add(slot)
                 running.spent("denoise", time.perf_counter() - started)
             except Exception as error:
                 self._fail(job.id, error)
@@ -341,17 +342,13 @@ class DeviceScheduler:
         """Decode an image and let a saver thread store it."""
         started = time.perf_counter()
         try:
-            model = self._load()
-            latents = slot.to_image_tokens(slot.denoising.state.x)
-            made = pipeline.finish(model, running.request, running.conditioning, latents)
+            made, told = self.backend.finish(self._load(), running.request, slot)
         except Exception as error:
             self._fail(running.job.id, error)
             return
         seconds = time.perf_counter() - started
         running.spent("decode", seconds)
         self.metrics.stage("decode", seconds)
-        conditioning = running.conditioning
-        told = parameters(model, running.request, conditioning.revised, conditioning.warnings)
         self._savers.submit(self._save, running, slot.index, made.frames, told, made.sound)
 
     def _idle(self) -> None:

@@ -102,6 +102,8 @@ def option(record: type, name: str) -> Schema:
     description = {"description": docstrings(record)[name]}
     if name == "loras":
         return LORAS | description
+    if name == "diffusers_kwargs":
+        return {"type": "object", **description}
     kind, limits = get_type_hints(record)[name], record.__dataclass_fields__[name].metadata
     if NoneType in get_args(kind):
         kind = next((one for one in get_args(kind) if one is not NoneType), kind)

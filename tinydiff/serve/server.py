@@ -156,7 +156,7 @@ def with_keys(options: ServeOptions) -> ServeOptions:
 
 def build(model: ModelOptions, options: ServeOptions) -> Service:
     """Build the parts of a server, with only the store open. Raises UserError."""
-    from tinydiff.runtime import blueprint
+    from tinydiff.runtime import backends
     from tinydiff.serve import admission, storage, warmup
     from tinydiff.serve.adapters import Adapters
     from tinydiff.serve.files import Files, claim, secret
@@ -165,7 +165,10 @@ def build(model: ModelOptions, options: ServeOptions) -> Service:
     from tinydiff.serve.service import AdmittedRequests, Service
     from tinydiff.serve.store import open_store
 
-    plan = blueprint.read(model)
+    plan = backends.read(model)
+    if plan.foreign is not None and options.lora_dir is not None:
+        message = f"{plan.foreign.library} loads adapters at the start; give them with --lora-path"
+        raise UserError("lora_dir", f"lora_dir: {message}")
     folder = paths.path(options.state_dir, "state_dir")
     signing = secret(folder)
     kept = (

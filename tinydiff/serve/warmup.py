@@ -14,6 +14,7 @@ from tinydiff.serve.options import ServeOptions
 if TYPE_CHECKING:
     from tinydiff.models.registry import ReleasedModel
     from tinydiff.records import Request
+    from tinydiff.runtime.backends import Backend
     from tinydiff.runtime.blueprint import Blueprint, Model
     from tinydiff.runtime.continuous import Continuous
 
@@ -48,19 +49,13 @@ def parts(
     return [(admitted(job), count) for job in jobs(options, blueprint.row) for count in counts]
 
 
-def make(model: Model, request: Request, loop: Continuous, count: int) -> None:
+def make(backend: Backend, model: Model, request: Request, loop: Continuous, count: int) -> None:
     """Run a batch of `count` and discard the outputs. Raises the error that a request would get."""
-    from tinydiff.runtime import pipeline
-    from tinydiff.runtime.continuous import make_slot
-
-    conditioning = pipeline.condition(model, request)
-    made = [
-        make_slot(model, replace(request, seeds=(0,) * count), conditioning, "warm-up", i)
-        for i in range(count)
-    ]
+    conditioning, several = backend.condition(model, request), replace(request, seeds=(0,) * count)
+    made = [backend.make_slot(model, several, conditioning, "warm-up", i) for i in range(count)]
     for each in made:
         loop.add(each)
     while loop.slots:
         if error := loop.step(count).error:
             raise error
-    pipeline.finish(model, request, conditioning, made[0].to_image_tokens(made[0].denoising.state.x))
+    backend.finish(model, request, made[0])

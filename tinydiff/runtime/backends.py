@@ -1,0 +1,128 @@
+"""What runs a model: our own networks, or another library's pipeline. Both are one record of functions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from tinydiff.config import ModelOptions, SamplingOptions
+from tinydiff.io import hub
+from tinydiff.models import registry
+from tinydiff.models.classes import RECORDS
+from tinydiff.records import Request, Result, UserError, shown
+from tinydiff.runtime import admit as admission
+from tinydiff.runtime import blueprint as blueprints
+from tinydiff.runtime import continuous, diffusers_backend, foreign_requests, foreign_run, pipeline
+from tinydiff.runtime import parameters as told
+from tinydiff.runtime.blueprint import Blueprint, Model
+from tinydiff.runtime.preview import fit_colours
+
+log = logging.getLogger(__name__)
+
+DIFFUSERS_ONLY = (
+    "pipeline_class_name", "diffusers_attention_backend", "vae_slicing", "cache_dit_config",
+)  # fmt: skip
+"""Model options that only a pipeline of diffusers has."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Functions with the signatures of the native ones.
+
+    admit, load, run: for one command. condition, make_slot, finish, make_loop and fit_colours: for a server,
+    whose loop runs slots step by step; `finish` gives an output and its effective parameters.
+    """
+
+    admit: Callable[..., list[Request]]
+    load: Callable[..., Model]
+    run: Callable[..., Result]
+    condition: Callable[[Model, Request], Any]
+    make_slot: Callable[..., Any]
+    finish: Callable[[Model, Request, Any], tuple[pipeline.Made, dict[str, Any]]]
+    make_loop: Callable[[int], Any]
+    fit_colours: Callable[[Model], Any]
+
+
+def _admit(blueprint: Blueprint, sampling: SamplingOptions, *rest: Any, **more: Any) -> list[Request]:
+    if sampling.diffusers_kwargs:
+        message = f"{blueprint.row.name} runs on tinydiff's own code; give --backend diffusers as well"
+        raise UserError("diffusers_kwargs", f"diffusers_kwargs: {message}")
+    return admission.admit(blueprint, sampling, *rest, **more)
+
+
+def _finish(model: Model, request: Request, slot: Any) -> tuple[pipeline.Made, dict[str, Any]]:
+    conditioning, tokens = slot.conditioning, slot.to_image_tokens(slot.denoising.state.x)
+    made = pipeline.finish(model, request, conditioning, tokens)
+    return made, told.parameters(model, request, conditioning.revised, conditioning.warnings)
+
+
+NATIVE = Backend(
+    _admit,
+    blueprints.load,
+    pipeline.run,
+    pipeline.condition,
+    continuous.make_slot,
+    _finish,
+    lambda most: continuous.Continuous(max_batch=most),
+    fit_colours,
+)
+DIFFUSERS = Backend(
+    foreign_requests.admit,
+    diffusers_backend.load,
+    foreign_run.run,
+    foreign_run.condition,
+    foreign_run.make_slot,
+    foreign_run.finish,
+    lambda most: foreign_run.OneByOne(max_batch=most),
+    lambda model: None,
+)
+
+
+def of(blueprint: Blueprint) -> Backend:
+    """What runs this model."""
+    return NATIVE if blueprint.foreign is None else DIFFUSERS
+
+
+def read(options: ModelOptions) -> Blueprint:
+    """The model that the options name, for the backend that they name. Raises UserError.
+
+    `auto` is our own code where it has the model's classes, else diffusers, which a line says.
+    """
+    if options.backend == "diffusers":
+        return diffusers_backend.read(options)
+    try:
+        native = blueprints.read(options)
+    except UserError as error:
+        missing = _missing(options) if error.field == "model_path" else None
+        if missing is None or options.backend != "auto":
+            raise
+        if not diffusers_backend.installed():
+            raise UserError(error.field, f"{error}; {diffusers_backend.INSTALL}") from error
+        log.warning("diffusers runs %s: tinydiff has no code for %s", options.model_path, missing)
+        return diffusers_backend.read(replace(options, backend="diffusers"))
+    for entry in fields(ModelOptions):
+        name, value = entry.name, getattr(options, entry.name)
+        if name in DIFFUSERS_ONLY and value:
+            message = f"{shown(value)} has an effect with --backend diffusers only"
+            raise UserError(name, f"{name}: {message}")
+    return native
+
+
+def _missing(options: ModelOptions) -> str | None:
+    """The class of a model that our own code lacks; None where it lacks none, or the model cannot be read."""
+    try:
+        directory = hub.resolve(options.model_path, options.revision, weights=False)
+        index = hub.read_json(directory / "model_index.json")
+    except UserError:
+        return None
+    named = index.get("_class_name")
+    pipeline = str(named[-1]) if isinstance(named, list) and named else named
+    if isinstance(pipeline, str) and pipeline not in {row.pipeline for row in registry.MODELS}:
+        return pipeline
+    listed = diffusers_backend.components_of(index).items()
+    absent = [
+        (name, each) for name, (_, each) in listed if name not in blueprints.FILES and each not in RECORDS
+    ]
+    return f"{absent[0][1]} (its {absent[0][0]})" if absent else None
