@@ -136,7 +136,6 @@ def test_perf_dump(asked, tmp_path):
         (["serve", "--porrt", "1"], "did you mean '--port'?"),
         (["serve", "--port", "x"], "port: 'x' is not an integer"),
         (["serve", "--prompt", "x"], "prompt: is an option of a request, not of the server"),
-        (["serve", "--num-gpus", "2"], "num_gpus: a server runs on one device so far"),
         (["serve", "--api-key-file", "/nowhere"], "api_key_file: '/nowhere' cannot be read"),
         (["models", "--jsn"], "--jsn: no such flag; did you mean '--json'?"),
         (["generate"], "prompt: is missing"),

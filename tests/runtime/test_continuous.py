@@ -195,9 +195,9 @@ def test_clean_tokens_on_the_way_are_those_of_the_last_step(model):
         loop.add(one)
     loop.step()
     for one in slots:
-        clean, at = loop.clean(one)
+        clean, at = loop.clean(one), loop.steps_done(one)
         assert at == 1 and clean.shape == one.denoising.state.x.shape
-    assert not torch.equal(loop.clean(slots[0])[0], loop.clean(slots[1])[0])
+    assert not torch.equal(loop.clean(slots[0]), loop.clean(slots[1]))
 
 
 def test_the_loop_halts_where_a_picture_is_looked_at(model):
@@ -212,7 +212,7 @@ def test_the_loop_halts_where_a_picture_is_looked_at(model):
     loop.add(one)
     while loop.slots:
         loop.step()
-        seen.append(loop.clean(one)[1])
+        seen.append(loop.steps_done(one))
     assert set(one.preview_steps) <= set(seen)
 
 
@@ -238,10 +238,10 @@ def test_what_is_compiled_beside_serves_all_that_comes_after():
     for one in [
         one
         for k in range(5)
-        for one in slots_for(model, seed=k, num_inference_steps=2 + k, guidance_scale=1.5 + k)
+        for one in slots_for(model, f"image {k}", seed=k, num_inference_steps=2 + k, guidance_scale=1.5 + k)
     ]:
         loop.add(one)
-    for one in slots_for(model, height=96, width=160, num_outputs_per_prompt=3):
+    for one in slots_for(model, "wide", height=96, width=160, num_outputs_per_prompt=3):
         loop.add(one)
     run(loop)
     assert graph_count() == made

@@ -322,14 +322,14 @@ def test_sleep_gives_the_memory_back_and_the_next_job_wakes(started):
     wait(service, service.scheduler.submit(asked()))
     service.scheduler.sleep()
     until(lambda: service.scheduler.state().phase == "asleep")
-    assert service.scheduler._model is None
+    assert service.scheduler.device.model is None
     assert wait(service, service.scheduler.submit(asked()))[0].status == "completed"
 
 
 def test_the_model_leaves_when_nothing_comes_and_returns(started):
     service = started(idle_unload=0.2)
     wait(service, service.scheduler.submit(asked()))
-    until(lambda: service.scheduler._model is None)
+    until(lambda: service.scheduler.device.model is None)
     assert wait(service, service.scheduler.submit(asked()))[0].status == "completed"
 
 

@@ -25,6 +25,7 @@ from datetime import timedelta
 from math import prod
 from multiprocessing import resource_tracker
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -175,6 +176,22 @@ def to_first(group: Group, value: T) -> list[T]:
     return held
 
 
+def to_all(group: Group, value: T) -> list[T]:
+    """On every rank of the group, the values of all ranks in order, small objects that can be pickled."""
+    if group.size == 1:
+        return [value]
+    held: list[Any] = [None] * group.size
+    _untyped.all_gather_object(held, value, group=_process_group(group))
+    return held
+
+
+def command_group() -> Group:
+    """A group of all ranks on the CPU in which they may wait for the first one as long as it is idle. All
+    ranks call this.
+    """
+    return _seen(_untyped.new_group(backend="gloo", timeout=timedelta(days=365)))
+
+
 def barrier(group: Group) -> None:
     """Wait until every rank of the group is here."""
     if group.size > 1:
@@ -224,13 +241,14 @@ def start(
     node: int = 0,
     address: tuple[str, int] = ("localhost", 0),
     timeout: float = 3600,
+    graceful: bool = False,
 ) -> dict[int, T]:
     """Run `fn(*args)`, a function of a module, in `here` processes on this machine: global rank -> its
     result.
 
     nodes: the number of machines, each of which calls this with its number `node`. address: host and port
     where they meet; port 0 is a free one, for one machine only. timeout: seconds to wait for the other
-    machines.
+    machines. graceful: SIGTERM and SIGINT reach the ranks as SIGTERM, and they end by themselves.
 
     When a rank fails, the others are ended. Raises its UserError, or RankError for any other failure. Raises
     KeyboardInterrupt or SystemExit, with the status of a process ended by that signal, where this process is
@@ -256,11 +274,15 @@ def start(
             local_addr=host if nodes == 1 else None,
             max_restarts=0,
             monitor_interval=MONITOR,
-            signals_to_handle="SIGTERM,SIGHUP",  # not SIGINT, which is Python's KeyboardInterrupt
+            # not SIGINT, which is Python's KeyboardInterrupt
+            signals_to_handle="SIGHUP" if graceful else "SIGTERM,SIGHUP",
             logs_specs=DefaultLogsSpecs(folder),
         )
         try:
             with _nothing_left():
+                if graceful:
+                    for number in (signal.SIGTERM, signal.SIGINT):
+                        signal.signal(number, _end_ranks)
                 return elastic_launch(launch, _work)(folder, fn, args)
         except ChildFailedError as error:
             raise _first_failure(Path(folder), *error.get_first_failure()) from None
@@ -270,6 +292,14 @@ def start(
             raise RankError(
                 f"{nodes} machines did not meet at {host}:{port}: {' '.join(str(error).split())}"
             ) from None
+
+
+def _end_ranks(number: int, frame: FrameType | None) -> None:
+    """Ask the ranks of this machine to end."""
+    for child in multiprocessing.active_children():
+        if child.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGTERM)
 
 
 def _work(folder: str, fn: Callable[..., T], args: tuple[Any, ...]) -> T:
@@ -333,7 +363,8 @@ def _nothing_left() -> Generator[None]:
     as before.
     """
     before, silent = set(multiprocessing.active_children()), logging.root.manager.disable
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handled = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in handled}
     done = threading.Event()
     threading.Thread(
         target=done.wait, daemon=True

@@ -16,6 +16,7 @@ from tinydiff.runtime import admit as admission
 from tinydiff.runtime import blueprint as blueprints
 from tinydiff.runtime import continuous, diffusers_backend, foreign_requests, foreign_run, pipeline
 from tinydiff.runtime import parameters as told
+from tinydiff.runtime.background import Background
 from tinydiff.runtime.blueprint import Blueprint, Model
 from tinydiff.runtime.preview import fit_colours
 
@@ -41,7 +42,7 @@ class Backend:
     condition: Callable[[Model, Request], Any]
     make_slot: Callable[..., Any]
     finish: Callable[[Model, Request, Any], tuple[pipeline.Made, dict[str, Any]]]
-    make_loop: Callable[[int], Any]
+    make_loop: Callable[[int, bool], Any]
     fit_colours: Callable[[Model], Any]
 
 
@@ -58,6 +59,11 @@ def _finish(model: Model, request: Request, slot: Any) -> tuple[pipeline.Made, d
     return made, told.parameters(model, request, conditioning.revised, conditioning.warnings)
 
 
+def _make_loop(most: int, beside: bool) -> continuous.Continuous:
+    """most: outputs that share the loop at most. beside: whether graphs compile while images run eagerly."""
+    return continuous.Continuous(max_batch=most, background=Background(beside))
+
+
 NATIVE = Backend(
     _admit,
     blueprints.load,
@@ -65,7 +71,7 @@ NATIVE = Backend(
     pipeline.condition,
     continuous.make_slot,
     _finish,
-    lambda most: continuous.Continuous(max_batch=most),
+    _make_loop,
     fit_colours,
 )
 DIFFUSERS = Backend(
@@ -75,7 +81,7 @@ DIFFUSERS = Backend(
     foreign_run.condition,
     foreign_run.make_slot,
     foreign_run.finish,
-    lambda most: foreign_run.OneByOne(max_batch=most),
+    lambda most, beside: foreign_run.OneByOne(max_batch=most),
     lambda model: None,
 )
 

@@ -22,7 +22,9 @@ log = logging.getLogger(__name__)
 class Background:
     """Compiled graphs, made in a thread of its own. Only one other thread may call it."""
 
-    def __init__(self) -> None:
+    def __init__(self, beside: bool = True) -> None:
+        """beside: False lets a graph compile where it is first used, while the images wait."""
+        self._beside = beside
         self._requested: set[Hashable] = set()
         self._done: set[Hashable] = set()
         self._failed: set[Hashable] = set()
@@ -35,6 +37,9 @@ class Background:
         case the thread compiles the graph.
         """
         key = compiled, _structure(image)
+        if not self._beside:
+            self._requested.add(key)
+            self._done.add(key)
         if key in self._done:
             return compiled
         if key not in self._requested:

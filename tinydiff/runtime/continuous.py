@@ -118,13 +118,22 @@ def make_slot(
     return BatchSlot(model, conditioning, seed, job, index, priority, preview_steps, owner)
 
 
+class Turn(NamedTuple):
+    """What one call of `Continuous.run` shall do."""
+
+    outputs: tuple[tuple[str, int], ...]
+    """(job, index) of each image of the batch."""
+    steps: int
+    """Steps to run; 0 lets the one image begin its next stage."""
+
+
 class StepResult(NamedTuple):
-    """What one call of `Continuous.step` did."""
+    """What one call of `Continuous.run` did."""
 
     slots: tuple[BatchSlot, ...]
     """The images of the batch."""
     steps: int
-    """Steps done; 0 where they failed."""
+    """Steps done; 0 where they failed, or where the image began its next stage."""
     seconds: float
     done: tuple[BatchSlot, ...] = ()
     """Images whose last step this was; they have left the loop."""
@@ -160,36 +169,56 @@ class Continuous:
         if not self.slots:
             self._batch = None  # it holds the weights
 
-    def clean(self, slot: BatchSlot) -> tuple[Tensor, int]:
-        """(the clean tokens [1, L, P] implied by the latest step, the number of steps done)."""
+    def slot(self, job: str, index: int) -> BatchSlot:
+        """Output number `index` of a job, which is in the loop."""
+        return next(slot for slot in self.slots if (slot.job, slot.index) == (job, index))
+
+    def steps_done(self, slot: BatchSlot) -> int:
+        """Steps that an image has done, over all stages."""
+        return slot.earlier_steps + self._step_of(slot)
+
+    def clean(self, slot: BatchSlot) -> Tensor:
+        """The clean tokens [1, L, P] implied by the latest step."""
         if self._batch is None or slot not in self._batch[0]:
-            return slot.denoising.state.h1, slot.earlier_steps + slot.denoising.step
+            return slot.denoising.state.h1
         slots, running = self._batch
-        index, joined = slots.index(slot), running.joined
-        step = joined.step if len(slots) == 1 else slot.denoising.step + joined.step
-        return joined.state.h1[index : index + 1], slot.earlier_steps + step
+        index = slots.index(slot)
+        return running.joined.state.h1[index : index + 1]
 
     def step(self, count: int | None = None) -> StepResult:
         """Run a step, or the few that fit into `MAX_CALL_SECONDS`, of the images whose turn it is.
 
         count: the batch size; by default as many images as measured step times make worthwhile.
         """
+        return self.run(self.choose(count))
+
+    def choose(self, count: int | None = None) -> Turn:
+        """Whose turn it is, for how many steps. `count` as of `step`. There are images in the loop."""
         for slot in self.slots:
-            if slot.has_next_stage and (error := self._begin_next_stage(slot)) is not None:
-                return StepResult((slot,), 0, 0.0, error=error)
+            if slot.has_next_stage:
+                return Turn(((slot.job, slot.index),), 0)
         chosen = self._choose_slots(count)
+        each = self.step_times.seconds(_time_kind(chosen[0].denoising), len(chosen))
+        most = self._steps_until_preview(chosen)
+        steps = max(1, min(most, int(MAX_CALL_SECONDS / each))) if each else 1
+        return Turn(tuple((slot.job, slot.index) for slot in chosen), steps)
+
+    def run(self, turn: Turn) -> StepResult:
+        """Run what was chosen."""
+        chosen = [self.slot(*key) for key in turn.outputs]
+        if not turn.steps:
+            error = self._begin_next_stage(chosen[0])
+            return StepResult(tuple(chosen), 0, 0.0, error=error)
         if self._batch is None or self._batch[0] != chosen:
             self._split_batch()
             self._note_turns(chosen)
             self._batch = chosen, batch.join(chosen[0].family, [slot.denoising for slot in chosen])
         before, kind = self._batch[1], _time_kind(chosen[0].denoising)
-        each = self.step_times.seconds(kind, len(chosen))
-        most = self._steps_until_preview(chosen, batch.steps_left(before))
-        steps = max(1, min(most, int(MAX_CALL_SECONDS / each))) if each else 1
         started = time.perf_counter()
         try:
             compiled = chosen[0].compiled
-            after = batch.advance(before, steps, compiled and self.background.best(compiled, before.joined))
+            best = compiled and self.background.best(compiled, before.joined)
+            after = batch.advance(before, turn.steps, best)
             if after.joined.state.x.is_cuda:
                 torch.cuda.synchronize()
         except Exception as error:
@@ -253,10 +282,23 @@ class Continuous:
                 turn = max(self._turns.values(), default=0) + 1
                 self._turns[slot.turn_key] = self._turns[slot.turn_key[:1]] = turn
 
-    def _steps_until_preview(self, chosen: list[BatchSlot], left: int) -> int:
-        """Steps until the next preview of one of the images; `left` at most."""
-        done = [(slot, self.clean(slot)[1]) for slot in chosen]
-        return min([left, *(at - step for slot, step in done for at in slot.preview_steps if at > step)])
+    def _step_of(self, slot: BatchSlot) -> int:
+        """Steps of its stage that an image has done."""
+        if self._batch is None or slot not in self._batch[0]:
+            return slot.denoising.step
+        slots, running = self._batch  # a batch of several counts from where it was formed
+        return running.joined.step + (slot.denoising.step if len(slots) > 1 else 0)
+
+    def _steps_until_preview(self, chosen: list[BatchSlot]) -> int:
+        """Steps until the next preview of one of the images; at most until one is done or changes its
+        expert.
+        """
+        counts = []
+        for slot in chosen:
+            step = self._step_of(slot)
+            done = slot.earlier_steps + step
+            counts += [slot.denoising.stop - step, *(at - done for at in slot.preview_steps if at > done)]
+        return min(counts)
 
     def _split_batch(self) -> tuple[BatchSlot, ...]:
         """Give each image its part of the batch's state. Finished images leave the loop and are returned."""

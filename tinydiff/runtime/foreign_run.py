@@ -21,7 +21,7 @@ from tinydiff.records import Request, Result
 from tinydiff.runtime import upscale
 from tinydiff.runtime.background import Background
 from tinydiff.runtime.blueprint import Model
-from tinydiff.runtime.continuous import StepResult
+from tinydiff.runtime.continuous import StepResult, Turn
 from tinydiff.runtime.diffusers_backend import call
 from tinydiff.runtime.foreign_requests import parameters
 from tinydiff.runtime.pipeline import Clock, Made
@@ -182,10 +182,15 @@ class OneByOne:
                 slot.steps.close()
         self.slots = [slot for slot in self.slots if slot.job != job]
 
-    def step(self, count: int | None = None) -> StepResult:
-        """Run the next step of the output that runs, else the first one of the highest priority."""
+    def choose(self, count: int | None = None) -> Turn:
+        """The output that runs, else the first one of the highest priority."""
         running = [slot for slot in self.slots if slot.steps is not None]
         slot = running[0] if running else max(self.slots, key=lambda slot: slot.priority)
+        return Turn(((slot.job, slot.index),), 1)
+
+    def run(self, turn: Turn) -> StepResult:
+        """Run the next step of an output."""
+        slot = next(slot for slot in self.slots if (slot.job, slot.index) == turn.outputs[0])
         if slot.steps is None:
             slot.steps = in_steps(lambda on_step: make(slot.model, slot.request, slot.seed, on_step))
         started = time.perf_counter()

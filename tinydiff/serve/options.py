@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from tinydiff.config import ModelOptions, OutputOptions
+from tinydiff.config import ModelOptions, OutputOptions, ParallelOptions
 from tinydiff.values import LogLevel, same, within
 
 if TYPE_CHECKING:
@@ -118,4 +118,5 @@ class Serve:
 
     server: ServeOptions = field(default_factory=ServeOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
     log_level: LogLevel = same(OutputOptions, "log_level")  # noqa: RUF009

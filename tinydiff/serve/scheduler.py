@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
+from tinydiff.parallel.ranks import Ranks
 from tinydiff.records import Request, Sound
-from tinydiff.runtime import backends, preview, torch_state
-from tinydiff.runtime import blueprint as blueprints
+from tinydiff.runtime import torch_state
 from tinydiff.runtime.blueprint import Blueprint, Model
-from tinydiff.runtime.continuous import BatchSlot, give_memory_back, short_of_memory
+from tinydiff.runtime.continuous import BatchSlot
+from tinydiff.runtime.device import Device
 from tinydiff.runtime.loras import Read
 from tinydiff.serve import housekeeping, outputs, warmup
 from tinydiff.serve.adapters import Adapters
@@ -62,9 +63,10 @@ class DeviceScheduler:
         request_of: Callable[[Job], Request],
         adapters: Adapters,
         uploader: Uploader | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """request_of: a job's admitted request; raises UserError. adapters: what LoRA adapters are loaded.
-        uploader: gets finished outputs.
+        uploader: gets finished outputs. ranks: this rank, which leads, among several.
         """
         self.options, self.blueprint, self.metrics = options, blueprint, metrics
         self.store, self.files, self.uploader = store, files, uploader
@@ -72,10 +74,7 @@ class DeviceScheduler:
         self._attached: tuple[Read, ...] | None = None
         self.name = server_name()
         self.events = Events()
-        self.backend = backends.of(blueprint)
-        self.loop = self.backend.make_loop(options.batching_max_size)
-        self._model: Model | None = None
-        self._preview_fit: torch.Tensor | None = None
+        self.device = Device(adapters.base, options.batching_max_size, ranks)
         self._jobs: dict[str, RunningJob] = {}
         self._times = JobTimes(options.batching_max_size)
         self._cancelled: set[str] = set()
@@ -166,8 +165,8 @@ class DeviceScheduler:
             "server": self.name,
             "queued": self.store.counts().get("queued", 0),
             "running": len(self._jobs),
-            "pictures_in_loop": len(self.loop.slots),
-            "step_seconds": self.loop.step_times.table(),
+            "pictures_in_loop": len(self.device.loop.slots),
+            "step_seconds": self.device.loop.step_times.table(),
             "job_seconds": {kind: round(seconds, 4) for kind, seconds in self._times.seconds.items()},
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         }
@@ -204,15 +203,19 @@ class DeviceScheduler:
                 self._remove_ended()
                 self._take_jobs()
                 self._start_images()
-                if self.loop.slots:
+                if self.device.loop.slots:
                     self._step()
                 else:
                     self._idle()
+                if self.device.failure is not None:
+                    raise self.device.failure
         except BaseException as error:
             log.exception("the thread of the device ended")
             self._set_phase("failed", detail=f"{type(error).__name__}: {error}")
             for id in list(self._jobs):
                 self._fail(id, error)
+        finally:
+            self.device.close()
 
     def _set_phase(self, phase: str, done: int = 0, total: int = 0, detail: str = "") -> None:
         if phase == "failed" or self._state.phase not in ("stopping", "failed"):
@@ -220,28 +223,33 @@ class DeviceScheduler:
 
     def _load(self) -> Model:
         """The model, loaded onto the device unless it is there."""
-        if self._model is None:
+        if self.device.model is None:
             started = time.perf_counter()
-            self._model, self._attached = self.backend.load(self.adapters.base), ()
-            self._preview_fit = self.backend.fit_colours(self._model)
+            self.device.load()
+            self._attached = ()
             seconds = time.perf_counter() - started
             self.metrics.stage("load", seconds)
             log.info("%s loaded in %.1f s", self.blueprint.row.name, seconds)
         if (adapters := self.adapters.now()) is not self._attached:
-            self._model = blueprints.with_adapters(self._model, adapters, "dynamic")
+            self.device.attach(adapters)
             self._attached = adapters
-        return self._model
+        return self._loaded()
+
+    def _loaded(self) -> Model:
+        assert self.device.model is not None, "loaded"
+        return self.device.model
 
     def _warm_up(self) -> None:
         """Run the declared warm-up requests."""
         parts = warmup.parts(self.options, self.blueprint, self.request_of)
         for i, (request, count) in enumerate(parts):
             self._set_phase("warming", i, len(parts))
-            warmup.make(self.backend, self._load(), request, self.loop, count)
+            self._load()
+            warmup.make(self.device, request, count)
 
     def _check_compiling(self) -> None:
         """Count finished compilations. The server is ready once those of the warm-up are done."""
-        done, total = self.loop.background.progress()
+        done, total = self.device.loop.background.progress()
         self.metrics.recompiled(done - self._compiled)
         self._compiled = done
         if self._state.phase == "compiling":
@@ -261,11 +269,9 @@ class DeviceScheduler:
             try:
                 request, model = self.request_of(job), self._load()
                 started = time.perf_counter()
-                conditioning = self.backend.condition(model, request)
+                conditioning = self.device.condition(job.id, request)
             except Exception as error:
                 self._record(job, "failed", error=failure(error))
-                if short_of_memory(error):
-                    give_memory_back()
                 continue
             tokens, previews = usage(model, request), job.answer.get("previews", 0)
             running = RunningJob(job, request, conditioning, tokens, previews)
@@ -278,18 +284,17 @@ class DeviceScheduler:
         return self.store.take(self.name, time.time() + self.options.lease)
 
     def _room(self) -> bool:
-        return has_room(self._jobs.values(), self.loop.slots, self.options.batching_max_size)
+        return has_room(self._jobs.values(), self.device.loop.slots, self.options.batching_max_size)
 
     def _start_images(self) -> None:
         """Start images while the loop has slots."""
         most = self.options.batching_max_size
-        while (running := next_to_start(self._jobs.values(), self.loop.slots, most)) is not None:
+        while (running := next_to_start(self._jobs.values(), self.device.loop.slots, most)) is not None:
             index, job, started = running.waiting.popleft(), running.job, time.perf_counter()
             previews = 0 if index else running.previews
             try:
-                asked = self._load(), running.request, running.conditioning
-                slot = self.backend.make_slot(*asked, job.id, index, job.priority, previews, job.owner)
-                self.loop.add(slot)
+                self._load()
+                self.device.start(job.id, index, job.priority, previews, job.owner)
                 running.spent("denoise", time.perf_counter() - started)
             except Exception as error:
                 self._fail(job.id, error)
@@ -298,11 +303,11 @@ class DeviceScheduler:
         """End cancelled jobs, and remove the images of ended jobs from the loop."""
         while self._cancelled:
             self._end_job(self._cancelled.pop(), CANCELLED)
-        for job in {slot.job for slot in self.loop.slots} - self._jobs.keys():
-            self.loop.leave(job)
+        for job in self.device.jobs() - self._jobs.keys():
+            self.device.remove(job)
 
     def _step(self) -> None:
-        result = self.loop.step()
+        result = self.device.step()
         self._last_used = time.monotonic()
         if result.error is not None:
             self._fail(result.slots[0].job, result.error)
@@ -322,15 +327,11 @@ class DeviceScheduler:
     def _publish_progress(self, running: RunningJob, slot: BatchSlot) -> None:
         """Publish a job's progress, and previews of its first image at even distances where it wants them."""
         previews = []
-        if running.previews and slot.index == 0:
-            clean, at = self.loop.clean(slot)
-            due = at * (running.previews + 1) // running.conditioning.steps
+        if running.previews and slot.index == 0 and self.device.has_previews:
+            due = self.device.loop.steps_done(slot) * (running.previews + 1) // running.conditioning.steps
             is_new = not slot.denoising.done and due > self.events.preview_count(running.job.id)
-            if is_new and self._preview_fit is not None:
-                stage = running.conditioning.stages[slot.stage]
-                latents = stage.inputs.unpack(slot.to_image_tokens(clean))[0]
-                height, width = running.request.output.height, running.request.output.width
-                previews.append(preview.preview_frame(self._preview_fit, latents, height, width))
+            if is_new:
+                previews.append(self.device.preview(running.job.id))
         percent = min(99, 100 * running.steps // running.total)
         if percent >= running.job.progress + 5:
             running.job = replace(running.job, progress=percent)
@@ -342,7 +343,7 @@ class DeviceScheduler:
         """Decode an image and let a saver thread store it."""
         started = time.perf_counter()
         try:
-            made, told = self.backend.finish(self._load(), running.request, slot)
+            made, told = self.device.finish(running.job.id, slot.index)
         except Exception as error:
             self._fail(running.job.id, error)
             return
@@ -358,9 +359,8 @@ class DeviceScheduler:
         them again.
         """
         unused = self.options.idle_unload and time.monotonic() - self._last_used > self.options.idle_unload
-        if self._model is not None and not self._jobs and (self._asleep or unused):
-            self._model = self._preview_fit = None
-            give_memory_back()
+        if self.device.model is not None and not self._jobs and (self._asleep or unused):
+            self.device.unload()
             log.info("the weights were unloaded from the device")
         if self._asleep:
             self._set_phase("asleep")
@@ -416,8 +416,6 @@ class DeviceScheduler:
 
     def _fail(self, id: str, error: BaseException) -> None:
         self._end_job(id, failure(error))
-        if short_of_memory(error):
-            give_memory_back()
 
     def _end_job(self, id: str, why: Failure) -> None:
         """Let a job fail unless it has ended. Only the thread that removes it from `_jobs` ends it."""

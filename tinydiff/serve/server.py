@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from tinydiff import command_line, config, flags, paths, values
 from tinydiff.config import ModelOptions, OutputOptions, ParallelOptions, SamplingOptions
+from tinydiff.parallel import layout
 from tinydiff.records import UserError, shown
 from tinydiff.serve.options import Serve, ServeOptions
 
 if TYPE_CHECKING:
+    from tinydiff.parallel.ranks import Ranks
     from tinydiff.records import Request
     from tinydiff.serve.jobs import Job
     from tinydiff.serve.service import Service
@@ -41,8 +43,12 @@ ORIGIN = re.compile(
 """Scheme, host and port at the start of a URL."""
 PATH = re.compile(r"[A-Za-z0-9/._~%+-]*")
 OWN = tuple(entry.name for entry in fields(ServeOptions))
-TAKEN = (*OWN, *(entry.name for entry in fields(ModelOptions)), "log_level")
-"""Options of the server and its model."""
+TAKEN = (
+    *OWN,
+    *(entry.name for group in (ModelOptions, ParallelOptions) for entry in fields(group)),
+    "log_level",
+)
+"""Options of the server, its model and its GPUs."""
 SEVERAL = tuple(entry.name for entry in fields(ServeOptions) if str(entry.type).startswith("tuple"))
 """Options that may be given several times, as keys often are."""
 
@@ -80,10 +86,6 @@ def _refuse(others: Mapping[str, Any]) -> None:
     if made.ignored:
         name = made.ignored[0]
         raise UserError(name, f"{name}: is not an option of the server; `tinydiff serve --help` lists them")
-    if made.parallel != ParallelOptions():
-        raise UserError(
-            "num_gpus", "num_gpus: a server runs on one device so far; start one for each, on one --state-url"
-        )
 
 
 def checked(options: ServeOptions) -> ServeOptions:
@@ -154,8 +156,11 @@ def with_keys(options: ServeOptions) -> ServeOptions:
     return replace(options, api_key=tuple(dict.fromkeys(keys)), admin_api_key=admin)
 
 
-def build(model: ModelOptions, options: ServeOptions) -> Service:
-    """Build the parts of a server, with only the store open. Raises UserError."""
+def build(model: ModelOptions, options: ServeOptions, ranks: Ranks | None = None) -> Service:
+    """Build the parts of a server, with only the store open. ranks: this rank, which leads, among several.
+
+    Raises UserError.
+    """
     from tinydiff.runtime import backends
     from tinydiff.serve import admission, storage, warmup
     from tinydiff.serve.adapters import Adapters
@@ -190,7 +195,7 @@ def build(model: ModelOptions, options: ServeOptions) -> Service:
     def request_of(job: Job) -> Request:
         return requests.take(job.id) or admit(job)
 
-    scheduler = DeviceScheduler(options, plan, store, files, metrics, request_of, adapters, uploader)
+    scheduler = DeviceScheduler(options, plan, store, files, metrics, request_of, adapters, uploader, ranks)
     name = options.served_model_name or model.model_path
     for job in warmup.jobs(options, plan.row):
         admit(job)  # refuses a size that the model cannot make
@@ -266,12 +271,32 @@ def _answered(server: Any) -> None:
 
 
 def serve(asked: Serve) -> int:
-    """Run a server until SIGTERM or SIGINT. Returns 0, or 1 if the scheduler failed. Raises UserError."""
+    """Run a server until SIGTERM or SIGINT, on as many ranks as asked for. Returns 0, or 1 if the scheduler
+    failed. Raises UserError, and RankError where a rank fails.
+    """
+    asked = replace(asked, server=with_keys(checked(asked.server)))
+    place = config.under_torchrun()
+    count = layout.count(asked.parallel, place and place.size)
+    if count == 1:
+        return serve_here(asked)
+    from tinydiff.serve import several
+
+    return several.serve(asked, count, place, serve_here)
+
+
+def serve_here(
+    asked: Serve,
+    ranks: Ranks | None = None,
+    signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+) -> int:
+    """`serve` in this process. asked: with checked options. ranks: this rank, which leads, among several.
+    signals: those that end the server.
+    """
     from tinydiff.serve.guard import configure_logging
 
-    options = with_keys(checked(asked.server))
+    options = asked.server
     configure_logging(asked.log_level, options.log_format)
-    service = build(asked.model, options)
+    service = build(asked.model, options, ranks)
     sock = listening(options)
     if options.host not in LOOPBACK and not options.api_key:
         print(
@@ -288,7 +313,7 @@ def serve(asked: Serve) -> int:
             os._exit(128 + number)
         told.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in signals:
         signal.signal(number, stop)
     with running(service, sock) as address:
         print(

@@ -14,9 +14,8 @@ from tinydiff.serve.options import ServeOptions
 if TYPE_CHECKING:
     from tinydiff.models.registry import ReleasedModel
     from tinydiff.records import Request
-    from tinydiff.runtime.backends import Backend
-    from tinydiff.runtime.blueprint import Blueprint, Model
-    from tinydiff.runtime.continuous import Continuous
+    from tinydiff.runtime.blueprint import Blueprint
+    from tinydiff.runtime.device import Device
 
 
 def jobs(options: ServeOptions, row: ReleasedModel) -> list[Job]:
@@ -49,13 +48,17 @@ def parts(
     return [(admitted(job), count) for job in jobs(options, blueprint.row) for count in counts]
 
 
-def make(backend: Backend, model: Model, request: Request, loop: Continuous, count: int) -> None:
-    """Run a batch of `count` and discard the outputs. Raises the error that a request would get."""
-    conditioning, several = backend.condition(model, request), replace(request, seeds=(0,) * count)
-    made = [backend.make_slot(model, several, conditioning, "warm-up", i) for i in range(count)]
-    for each in made:
-        loop.add(each)
-    while loop.slots:
-        if error := loop.step(count).error:
-            raise error
-    backend.finish(model, request, made[0])
+def make(device: Device, request: Request, count: int) -> None:
+    """Run a batch of `count` on a loaded device and discard the outputs. Raises the error that a request
+    would get.
+    """
+    device.condition("warm-up", replace(request, seeds=(0,) * count))
+    try:
+        for index in range(count):
+            device.start("warm-up", index)
+        while device.loop.slots:
+            if error := device.step(count).error:
+                raise error
+        device.finish("warm-up", 0)
+    finally:
+        device.remove("warm-up")
