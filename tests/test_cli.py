@@ -146,11 +146,11 @@ def test_perf_dump(asked, tmp_path):
         ),
         (
             ["generate", "--prompt", "a", "--num-gpus", "4", "--tp-size", "3"],
-            "num_gpus: 4 ranks are not what tp_size 3 makes, 3",
+            "num_gpus: 4 does not match tp_size 3, which makes 3 ranks",
         ),
         (
             ["generate", "--prompt", "a", "--num-gpus", "4", "--nnodes", "2"],
-            "dist_init_addr: 2 machines (nnodes) meet at",
+            "dist_init_addr: 2 machines (nnodes) need",
         ),
         (["generate", "--prompt", "a", "--model-id", "Wan"], "model_id: 'Wan' is not a known model"),
         (

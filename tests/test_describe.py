@@ -161,7 +161,8 @@ def test_a_hub_id_in_the_cache(tmp_path, monkeypatch):
     assert found.kind == "model directory" and found.bytes == contents("tinydiff/shapes").bytes
     assert found.command == 'tinydiff generate --model-path some/model --prompt "..."'
     with pytest.raises(
-        UserError, match=r"neither here nor in the download cache, and nothing is downloaded$"
+        UserError,
+        match=r"neither a local path nor downloaded, and this command downloads nothing$",
     ):
         contents("some/other")
     with pytest.raises(UserError, match=r"it is Qwen/Qwen-Image, which `tinydiff generate` downloads"):
@@ -416,7 +417,7 @@ def test_any_broken_header_is_one_sentence(kind, tmp_path):
         ([], "path: is missing; give a file, a directory or a hub id"),
         (["a", "b"], "path: takes one value and was given 'a' 'b'"),
         (["a", "--jsn"], "--jsn: no such flag; did you mean '--json'?"),
-        (["./nowhere.safetensors"], "is neither a file or directory here nor a hub id"),
+        (["./nowhere.safetensors"], "is not a file, a directory or a hub id"),
     ],
 )
 def test_mistakes_on_the_command_line(argv, sentence, capsys):

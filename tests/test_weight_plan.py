@@ -92,7 +92,7 @@ def test_weights_that_cannot_be_shared_say_why(capsys):
         (["--tp-size", "7", "--placements"], "tp_size: 7 does not divide the denoiser's 12 heads"),
         (
             ["--num-gpus", "4", "--tp-size", "3", "--placements"],
-            "num_gpus: 4 ranks are not what tp_size 3 makes",
+            "num_gpus: 4 does not match tp_size 3",
         ),
     ],
 )

@@ -105,14 +105,14 @@ def test_what_else_is_divided():
 @pytest.mark.parametrize(
     ("options", "field", "words"),
     [
-        ("num_gpus=4 tp_size=3", "num_gpus", "4 ranks are not what tp_size 3 makes, 3"),
-        ("num_gpus=1 tp_size=2", "num_gpus", "1 ranks are not what tp_size 2 makes, 2"),
+        ("num_gpus=4 tp_size=3", "num_gpus", "4 does not match tp_size 3, which makes 3 ranks"),
+        ("num_gpus=1 tp_size=2", "num_gpus", "1 does not match tp_size 2, which makes 2 ranks"),
         (
             "sp_degree=4 ulysses_degree=2 ring_degree=4",
             "sp_degree",
-            "4 must be ulysses_degree times ring_degree, and ulysses_degree 2 times ring",
+            "4 is not ulysses_degree times ring_degree; ulysses_degree 2 times ring",
         ),
-        ("sp_degree=5 ring_degree=2", "sp_degree", "and ring_degree 2 is given"),
+        ("sp_degree=5 ring_degree=2", "sp_degree", "ring_degree 2 is given"),
         (
             "enable_cfg_parallel=true cfg_parallel_size=1",
             "cfg_parallel_size",
@@ -123,22 +123,22 @@ def test_what_else_is_divided():
             "cfg_parallel_size",
             "2 contradicts enable_cfg_parallel false",
         ),
-        ("num_gpus=2 nnodes=2", "dist_init_addr", "2 machines (nnodes) meet at the first one's"),
+        ("num_gpus=2 nnodes=2", "dist_init_addr", "2 machines (nnodes) need the first one's address"),
         (
             "num_gpus=3 nnodes=2 dist_init_addr=a:1",
             "num_gpus",
-            "3 ranks in all cannot be shared equally by 2 machines",
+            "3 ranks do not divide equally among 2 machines",
         ),
         (
             "num_gpus=2 nnodes=2 dist_init_addr=a:1 node_rank=2",
             "node_rank",
-            "2 is not among 2 machines, counted from 0; give 0 to 1",
+            "2 is out of range for 2 machines, from 0; give 0 to 1",
         ),
-        ("num_gpus=2 node_rank=1", "node_rank", "1 is not among 1 machines"),
+        ("num_gpus=2 node_rank=1", "node_rank", "1 is out of range for 1 machines"),
         (
             "num_gpus=2 dist_init_addr=a:1",
             "dist_init_addr",
-            "'a:1' is where several machines meet; give nnodes too",
+            "'a:1' is only used with several machines; give nnodes too",
         ),
         (
             "num_gpus=2 nnodes=2 dist_init_addr=a:port",
@@ -151,8 +151,8 @@ def test_what_else_is_divided():
             "master_port",
             "6 is not the port of dist_init_addr, 5",
         ),
-        ("use_fsdp_inference=true", "use_fsdp_inference", "true needs several ranks; give num_gpus"),
-        ("encoder_parallel=fold", "encoder_parallel", "fold needs several ranks; give num_gpus"),
+        ("use_fsdp_inference=true", "use_fsdp_inference", "true needs several ranks; give num_gpus too"),
+        ("encoder_parallel=fold", "encoder_parallel", "fold needs several ranks; give num_gpus too"),
     ],
 )
 def test_options_that_contradict_each_other(options: str, field: str, words: str):
@@ -165,13 +165,12 @@ def test_options_that_contradict_each_other(options: str, field: str, words: str
         (
             "num_gpus=32",
             "num_gpus",
-            "32 ranks find no place on the denoiser's 12 heads; give fewer, or "
-            "data_parallel_size or ring_degree",
+            "32 ranks do not fit the denoiser's 12 heads; give fewer, or data_parallel_size or ring_degree",
         ),
         (
             "num_gpus=26 dp=2",
             "num_gpus",
-            "26 ranks find no place on the denoiser's 12 heads beside data_parallel_size 2",
+            "26 ranks do not fit the denoiser's 12 heads beside data_parallel_size 2",
         ),
         (
             "tp_size=5",
@@ -191,30 +190,30 @@ def test_options_that_contradict_each_other(options: str, field: str, words: str
         (
             "enable_cfg_parallel=true",
             "cfg_parallel_size",
-            "2 ranks need guidance, and this request runs without",
+            "2 is only for requests with guidance",
         ),
         ("ring_degree=128", "sp_degree", "128 ranks cannot share an image of 64 tokens; give at most 64"),
         (
             "tp_size=2 use_fsdp_inference=true",
             "use_fsdp_inference",
-            "no ranks that would hold the same weights",
+            "no two ranks hold the same weights",
         ),
-        ("dp=2 use_fsdp_inference=true", "use_fsdp_inference", "no ranks that would hold the same weights"),
+        ("dp=2 use_fsdp_inference=true", "use_fsdp_inference", "no two ranks hold the same weights"),
         ("dp=4", "data_parallel_size", "4 replicas for 3 outputs; give at most 3"),
         (
             "tp_size=2 encoder_parallel=fold",
             "encoder_parallel",
-            "'fold' finds no ranks in a replica but those of tp_size",
+            "'fold' needs more ranks in a replica than those of tp_size",
         ),
         (
             "tp_size=2 encoder_parallel=replicate",
             "encoder_parallel",
-            "'replicate' is not possible where tp_size is 2",
+            "'replicate' is not possible with tp_size 2",
         ),
         (
             "num_gpus=4 tp_size=1 ulysses_degree=2 ring_degree=1 cfg_parallel_size=1 dp=1",
             "num_gpus",
-            "4 ranks are not what",
+            "4 does not match",
         ),
     ],
 )
@@ -226,7 +225,7 @@ def test_layouts_that_a_model_cannot_have(options: str, field: str, words: str):
 def test_the_same_holds_for_a_layout_that_was_not_chosen():
     check(Layout(cfg=2, ulysses=2, tp=2, fsdp=True), 12, True, 64, 1)
     refused("tp_size", "5 does not divide", check, Layout(tp=5), 12, True)
-    refused("cfg_parallel_size", "need guidance", check, Layout(cfg=2), 12, False)
+    refused("cfg_parallel_size", "is only for requests with guidance", check, Layout(cfg=2), 12, False)
 
 
 def test_under_torchrun_its_ranks_count():
@@ -234,7 +233,7 @@ def test_under_torchrun_its_ranks_count():
     refused(
         "num_gpus", "2 is not the number of ranks that torchrun started, 4", count, asked("num_gpus=2"), 4
     )
-    refused("num_gpus", "4 ranks are not what tp_size 3 makes", count, asked("tp_size=3"), 4)
+    refused("num_gpus", "4 does not match tp_size 3", count, asked("tp_size=3"), 4)
     for name, value in (("nnodes", "2"), ("node_rank", "0"), ("dist_init_addr", "a:1"), ("master_port", "7")):
         refused(name, f"{name}: {value} cannot be given under torchrun", count, asked(f"{name}={value}"), 4)
 

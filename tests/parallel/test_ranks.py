@@ -62,7 +62,7 @@ def a_layout_of_other_size():
 
 
 def test_as_many_must_have_met_as_the_layout_has():
-    with pytest.raises(AssertionError, match="the layout is of 2 ranks, and 4 have met"):
+    with pytest.raises(AssertionError, match="the layout has 2 ranks, but 4 are running"):
         on_ranks(4, a_layout_of_other_size)
 
 

@@ -251,10 +251,10 @@ def test_a_side_is_the_integer_nearest_to_the_root():
             T2V,
             {"num_frames": 80},
             "num_frames",
-            "80 is not 4k + 1, as Wan-AI/Wan2.1-T2V-1.3B-Diffusers needs; the nearest: 77 and 81",
+            "80 is not 4k + 1, which Wan-AI/Wan2.1-T2V-1.3B-Diffusers needs; the nearest: 77 and 81",
         ),
-        (T2V, {"guidance_scale_2": 3.0}, "guidance_scale_2", "has one expert"),
-        (T2V, {"boundary_ratio": 0.5}, "boundary_ratio", "has one expert"),
+        (T2V, {"guidance_scale_2": 3.0}, "guidance_scale_2", "has only one expert"),
+        (T2V, {"boundary_ratio": 0.5}, "boundary_ratio", "has only one expert"),
         (T2V, {"dmd_denoising_steps": (1000, 500)}, "dmd_denoising_steps", "is not distilled"),
         (FAST, {"num_inference_steps": 4}, "num_inference_steps", "4 does not fit"),
         (I2V, {}, "image_path", "starts from an image"),
@@ -268,17 +268,22 @@ def test_a_side_is_the_integer_nearest_to_the_root():
             DEV,
             {"num_frames": 5},
             "num_frames",
-            "5 would be a video, and black-forest-labs/FLUX.1-dev makes images",
+            "5 would be a video, but black-forest-labs/FLUX.1-dev makes images",
         ),
-        (DEV, {"negative_prompt": "blurry"}, "negative_prompt", "reads one only with true_cfg_scale above 1"),
+        (
+            DEV,
+            {"negative_prompt": "blurry"},
+            "negative_prompt",
+            "reads a negative prompt only with true_cfg_scale above 1",
+        ),
         (T2V, {"guidance_scale": 3.0, "true_cfg_scale": 3.0}, "true_cfg_scale", "has one guidance"),
         (
             DEV,
             {"strength": 0.5},
             "strength",
-            "says how far a given image is changed; give one with --image-path",
+            "no image is given for it to change; give one with --image-path",
         ),
-        (T2V, {"strength": 0.5}, "strength", "does not start from an image's noise"),
+        (T2V, {"strength": 0.5}, "strength", "does not start from a noised image"),
         (
             DEV,
             {"width": 1000},
@@ -296,7 +301,7 @@ def test_pictures_that_the_model_cannot_take(tmp_path, picture):
     refused("image_path", "takes one, the first frame", request, SHIPPED, image_path=(picture, picture))
     refused(
         "num_frames",
-        "1 leaves nothing to make",
+        "1 leaves no frame to generate",
         request,
         released(I2V, tmp_path),
         image_path=(picture,),
@@ -319,7 +324,7 @@ def test_a_strength_out_of_range(strength, tmp_path, picture):
         "strength", "", config.options, {"image_path": picture, "strength": strength}
     )  # where words and keys become options
     refused(
-        "strength", "is not above 0 and at most 1", request, path, image_path=(picture,), strength=strength
+        "strength", "must be above 0 and at most 1", request, path, image_path=(picture,), strength=strength
     )
 
 
@@ -327,7 +332,7 @@ def test_a_strength_that_leaves_no_step(tmp_path, picture):
     path = released(DEV, tmp_path)
     refused(
         "strength",
-        "of 50 steps is none; give more steps",
+        "of 50 steps leaves no step; give more steps",
         request,
         path,
         image_path=(picture,),
@@ -354,22 +359,24 @@ def test_a_model_that_continues_a_picture_starts_from_it_where_one_picture_is_as
 
 def test_masks_that_cannot_be(tmp_path, picture, mask):
     path, given = released(DEV, tmp_path), {"image_path": (picture,), "mask_path": mask}
-    refused("mask_path", "give the image with --image-path", request, path, mask_path=mask)
+    refused(
+        "mask_path", "no image is given to inpaint; give one with --image-path", request, path, mask_path=mask
+    )
     refused(
         "mask_path", "'nowhere.png' does not exist", request, path, **given | {"mask_path": "nowhere.png"}
     )
     for name in (KONTEXT, TI2V):
         refused(
             "mask_path",
-            "paints no part of a given image anew; it takes no mask",
+            "does not inpaint; it takes no mask",
             request,
             released(name, tmp_path),
             **given,
         )
     Image.new("L", (160, 90)).save(mask)
-    refused("mask_path", "nothing of the mask is white", request, path, **given)
+    refused("mask_path", "the mask has no white pixel", request, path, **given)
     Image.new("L", (161, 90), 255).save(mask)
-    words = "the mask is 161 x 90 and the image 160 x 90 pixels; they must be of one size"
+    words = "the mask is 161 x 90 and the image 160 x 90 pixels; both must be the same"
     refused("mask_path", words, request, path, **given)
     Path(mask).write_text("no image")
     refused("mask_path", "is not an image that can be read", request, path, **given)
@@ -484,7 +491,7 @@ def test_attention_that_this_machine_cannot_run(options, monkeypatch):
     [field] = options
     refused(
         field,
-        "'cudnn' cannot run the transformer in fp32 on this machine (cpu); what can: sdpa",
+        "'cudnn' cannot run the transformer in fp32 on this machine (cpu); the backends that can are sdpa",
         lambda **options: blueprint.load(read(SHIPPED, **options)),
         **options,
     )
@@ -516,7 +523,7 @@ def test_a_model_id_of_another_kind(tmp_path):
 def test_a_component_that_is_not_there(absent, tmp_path):
     path = released(T2V, tmp_path)
     edit(path / "model_index.json", **{absent: [None, None]})
-    refused("model_path", f"model_index.json names no {absent}", read, path)
+    refused("model_path", f"model_index.json has no {absent}", read, path)
 
 
 @pytest.mark.parametrize(
@@ -536,7 +543,7 @@ def test_a_component_that_is_not_there(absent, tmp_path):
         (
             "transformer",
             {"num_layer": 3},
-            "field 'num_layer' is not known to WanTransformer3DModel; did you mean 'num_layers'?",
+            "field 'num_layer' is unknown to WanTransformer3DModel; did you mean 'num_layers'?",
         ),
         ("transformer", {"qk_norm": "layer"}, "qk_norm is 'layer'"),
     ],
@@ -567,7 +574,7 @@ def test_only_z_image_limits_its_guidance(tmp_path):
     assert made.guidance.normalization == 1.0 and made.guidance.scale == 6.0
     refused(
         "cfg_normalization",
-        "only Z-Image has",
+        "only Z-Image does",
         request,
         released("Qwen/Qwen-Image", tmp_path),
         cfg_normalization=1.0,

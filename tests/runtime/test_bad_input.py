@@ -56,13 +56,13 @@ def model(tmp_path) -> Path:
         "height: 100 is not a multiple of 16, which " "tinydiff/shapes needs; the " "nearest: 96 and " "112"),
         (["--width", "8"], "width: 8 is not a multiple of 16, which tinydiff/shapes needs; the nearest: 16"),
         (["--num-frames", "6"],
-        "num_frames: 6 is not 4k + 1, as tinydiff/shapes needs; the nearest: 5 and 9"),
+        "num_frames: 6 is not 4k + 1, which tinydiff/shapes needs; the nearest: 5 and 9"),
         (["--num-frames", "0"], "num_frames: 0 must be at least 1 and at most 100000"),
         (["--num-inference-steps", "0"], "num_inference_steps: 0 must be at least 1 and at most 1000"),
         (["--num-inference-steps", "-5"], "num_inference_steps: -5 must be at least 1 and at most 1000"),
         (["--guidance-scale", "nan"], "guidance_scale: nan is not a finite number"),
         (["--guidance-scale-2", "3"],
-        "guidance_scale_2: tinydiff/shapes has one expert, so it cannot be set"),
+        "guidance_scale_2: tinydiff/shapes has only one expert, so there is no boundary to set"),
         (["--image-path", "nowhere.png"], "image_path: 'nowhere.png' is not a file"),
         (["--attention-backend", "flsh"],
         "'flsh' is not one of sdpa, flash, cudnn, efficient, " "math; did you mean 'flash'?"),
@@ -86,7 +86,7 @@ def test_an_attention_backend_that_this_machine_cannot_run(backend, refused):
     sentence = refused("--attention-backend", backend)
     assert sentence == (
         f"attention_backend: {backend!r} cannot run the transformer in fp32 on this machine "
-        "(cpu); what can: sdpa, flash, math"
+        "(cpu); the backends that can are sdpa, flash, math"
     )
 
 
@@ -169,7 +169,7 @@ def test_weights_that_are_not_the_configs(refused, model):
         "1 of another shape (blocks.0.attn1.to_q.weight is [159, 160] and should be [160, 160])" in sentence
     )
     edit(model / "transformer" / "config.json", num_layer=6)
-    assert "field 'num_layer' is not known" in refused("--model-path", model)
+    assert "field 'num_layer' is unknown" in refused("--model-path", model)
 
 
 def test_weights_that_give_no_numbers(refused, model):
@@ -178,7 +178,7 @@ def test_weights_that_give_no_numbers(refused, model):
     file = model / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     save_weights(file, weights | {"proj_out.bias": weights["proj_out.bias"] * float("nan")})
-    assert "gave values that are not numbers" in refused("--model-path", model)
+    assert "gave values that are not finite" in refused("--model-path", model)
 
 
 def test_a_tokenizer_that_is_not_there_or_not_one(refused, model):
@@ -236,7 +236,7 @@ def test_compiling_without_a_compiler(monkeypatch, tmp_path, capsys):
         == 2
     )
     assert capsys.readouterr().err.splitlines() == [
-        "tinydiff: error: enable_torch_compile: compiling needs a C++ compiler, and none is "
-        "found; install g++ or leave the option out"
+        "tinydiff: error: enable_torch_compile: torch.compile needs a C++ compiler, and none is "
+        "installed; install g++ or leave the option out"
     ]
     assert not (tmp_path / "out").exists()

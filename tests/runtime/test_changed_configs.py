@@ -99,7 +99,7 @@ FOUND = [
         "model_index.json",
         "transformer",
         [None, None],
-        "names no transformer, which a WanImageToVideoPipeline needs",
+        "has no transformer, which a WanImageToVideoPipeline needs",
     ),
     (
         SEES,

@@ -219,7 +219,7 @@ def test_rewriting_that_cannot_be(tmp_path):
         pipeline.condition(model, request_for(model))
     build(tmp_path / "plain")
     with pytest.raises(
-        UserError, match=r"use_pe: .* has no language model here that rewrites prompts \(component pe\)"
+        UserError, match=r"use_pe: .* has no language model that rewrites prompts \(component pe\)"
     ):
         request_for(load(tmp_path / "plain"), use_pe=True)
     assert not request_for(load(tmp_path / "plain"), use_pe=False).text.rewrite

@@ -221,7 +221,7 @@ def test_a_released_model_is_known_by_its_name(name, size, guidance, shift, step
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"num_frames": 120}, f"num_frames: 120 is not 4k + 1, as {NAME} needs; the nearest: 117 and 121"),
+        ({"num_frames": 120}, f"num_frames: 120 is not 4k + 1, which {NAME} needs; the nearest: 117 and 121"),
         ({"width": 850}, f"width: 850 is not a multiple of 16, which {NAME} needs; the nearest: 848 and 864"),
         ({"image_path": ("IMAGE",)}, f"image_path: {NAME} works from text alone; it takes no image"),
     ],

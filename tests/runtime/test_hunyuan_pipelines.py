@@ -163,7 +163,7 @@ def test_fast_hunyuan_is_known_by_its_name_and_runs_on_its_own_schedule(tmp_path
     [
         (
             {"num_frames": 46},
-            f"num_frames: 46 is not 4k + 1, as {NAMES[1]} needs; the nearest: 45 and 49",
+            f"num_frames: 46 is not 4k + 1, which {NAMES[1]} needs; the nearest: 45 and 49",
         ),
         (
             {"height": 712},

@@ -195,8 +195,8 @@ def test_a_port_that_is_taken_is_refused():
         port = taken.getsockname()[1]
         with pytest.raises(
             UserError,
-            match=rf"^master_port: {port} cannot be had on this machine \(address already in use\); "
-            r"choose another$",
+            match=rf"^master_port: {port} is not available on this machine \(address already in use\); "
+            r"choose another port$",
         ):
             start(sums, ("",), 2, address=("localhost", port))
 
@@ -282,7 +282,10 @@ def test_a_mistake_under_torchrun_is_told_once(tmp_path):
     [
         (["--num-gpus", "4", "--tp-size", "4", "--height", "32"], "tp_size: 4 does not divide"),
         (["--dp", "2"], "data_parallel_size: 2 replicas for 1 outputs; give at most 1"),
-        (["--num-gpus", "2", "--nnodes", "2"], "dist_init_addr: 2 machines (nnodes) meet at the first one's"),
+        (
+            ["--num-gpus", "2", "--nnodes", "2"],
+            "dist_init_addr: 2 machines (nnodes) need the first one's address",
+        ),
         (["--num-gpus", "2", "--height", "100"], "height: 100 is not a multiple of 16"),
     ],
 )
@@ -314,7 +317,9 @@ def quiet(log_level: str):
 
 
 def test_a_program_shares_a_model_under_torchrun_only():
-    with pytest.raises(UserError, match="tp_size: a program is one rank; start it with torchrun") as caught:
+    with pytest.raises(
+        UserError, match="tp_size: a Python program runs as one rank; start it with torchrun"
+    ) as caught:
         library.load(None, {"tp_size": 2})
     assert caught.value.field == "tp_size"
     assert library.load(None, {"num_gpus": 1}).blueprint.row.name == "tinydiff/shapes"

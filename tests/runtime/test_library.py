@@ -142,9 +142,9 @@ def test_a_long_negative_prompt_is_named(model):
 
 def test_mistakes(model, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    refused("num_step", "num_step: no such option here", tinydiff.generate, model, "a", num_step=3)
+    refused("num_step", "num_step: unknown option", tinydiff.generate, model, "a", num_step=3)
     refused("heigth", "did you mean 'height'?", tinydiff.generate, model, "a", heigth=3)
-    refused("output_path", "no such option here", tinydiff.generate, model, "a", output_path="x")
+    refused("output_path", "unknown option", tinydiff.generate, model, "a", output_path="x")
     refused("height", "'tall' is not an integer", tinydiff.generate, model, "a", height="tall")
     refused("height", "100 is not a multiple of 16", tinydiff.generate, model, "a", height=100)
     refused(
@@ -155,7 +155,7 @@ def test_mistakes(model, tmp_path):
         "a",
         guidance_scale=float("nan"),
     )
-    refused("prompt", "takes one text, not a list", tinydiff.generate, model, ["a", "b"])
+    refused("prompt", "must be one string, not a list", tinydiff.generate, model, ["a", "b"])
     refused(
         "strength",
         "ask for one image",
@@ -165,7 +165,7 @@ def test_mistakes(model, tmp_path):
         image_path=str(tmp_path / "a.png"),
         strength=0.5,
     )
-    refused("prompt", "no such option here", tinydiff.load, prompt="a")
+    refused("prompt", "unknown option", tinydiff.load, prompt="a")
     refused("dit_precision", "'fp8' is not one of fp32, fp16, bf16", tinydiff.load, dit_precision="fp8")
     refused("model_path", "has no model_index.json", tinydiff.load, tmp_path)
 

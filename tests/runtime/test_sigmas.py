@@ -16,7 +16,12 @@ from tinydiff.runtime.admit import admit
 @pytest.mark.parametrize(
     ("name", "fields", "field", "words"),
     [
-        (FAST, {"sigmas": (1.0, 0.5)}, "sigmas", "is distilled for timesteps; give dmd_denoising_steps"),
+        (
+            FAST,
+            {"sigmas": (1.0, 0.5)},
+            "sigmas",
+            "is distilled for fixed timesteps; give dmd_denoising_steps",
+        ),
         (T2V, {"sigmas": (0.5, 0.5)}, "sigmas", "0.5 follows 0.5; each must be below the one before"),
         (
             T2V,

@@ -153,7 +153,7 @@ def test_ncnn_files_hold_what_was_written(half, tmp_path):
         ("7767517\n1 1\nDeconvolution d 1 1 a b 0=5\n", b"", "kind 'Deconvolution', which is not read"),
         ("7767517\n1 1\nInput\n", b"", "which is none of ncnn's"),
         ("hello", b"", "does not begin with 7767517"),
-        ("7767517\n1 1\nPReLU p 1 1 a b 0=1\n", b"\0" * 4, "no RRDBNet and no SRVGGNetCompact"),
+        ("7767517\n1 1\nPReLU p 1 1 a b 0=1\n", b"\0" * 4, "is not a network of Real-ESRGAN"),
         ("7767517\n0 0\n", None, "cannot be read with the .bin beside it"),
     ],
 )
@@ -169,7 +169,7 @@ def test_a_broken_pair_is_one_sentence(text, data, sentence, tmp_path):
 def test_a_file_of_another_network_is_refused_before_anything_is_made(tmp_path):
     torch.save({"conv.weight": torch.zeros(2)}, tmp_path / "other.pth")
     model = tinydiff.load(upscaling_model_path=str(tmp_path / "other.pth"))
-    with pytest.raises(UserError, match=r"no RRDBNet and no SRVGGNetCompact.*begin with conv\.weight"):
+    with pytest.raises(UserError, match=r"is not a network of Real-ESRGAN.*begin with conv\.weight"):
         tinydiff.generate(model, "a red circle", enable_upscaling=True)
 
 
@@ -186,7 +186,7 @@ def test_scales_that_cannot_be(options, sentence):
 
 
 def test_a_path_that_names_nothing():
-    with pytest.raises(UserError, match=r"'nothing\.pth' is neither a file here nor a file of a hub"):
+    with pytest.raises(UserError, match=r"'nothing\.pth' is not a file, and not a file of a hub"):
         upscale.locate("nothing.pth", 4)
 
 

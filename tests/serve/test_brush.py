@@ -59,10 +59,10 @@ def test_the_brush_erases_and_undoes(serve, browser, tmp_path):
     settled(
         lambda: (
             len(made.scheduler.submitted) == 1
-            or "nothing of the mask is white" in browser.find_element(By.ID, "form").text
+            or "the mask has no white pixel" in browser.find_element(By.ID, "form").text
         )
     )
-    assert "nothing of the mask is white" in browser.find_element(By.ID, "given-hint").text
+    assert "the mask has no white pixel" in browser.find_element(By.ID, "given-hint").text
     browser.find_element(By.ID, "undo").click()
     go(browser)
     made_picture(browser)

@@ -301,7 +301,7 @@ def test_a_mask_is_painted_where_it_is_clear_or_white(build, mask):
         (REFERENCES, [], "image", "edits an image; give one with image"),
         (START, [("image", b"no image")], "image", "image: "),
         (START, [("image[]", picture()), ("image[]", picture())], "image", "takes at most 1"),
-        (START, [("image", picture()), ("mask", picture(64, 64))], "mask", "they must be of one size"),
+        (START, [("image", picture()), ("mask", picture(64, 64))], "mask", "both must be the same"),
         (REFERENCES, [("image", picture()), ("mask", picture())], "mask", "takes no mask"),
         (START, [("image", "/etc/passwd")], "image", "image: "),
         (START, [("image", "http://127.0.0.1/x.png")], "image", "image: "),

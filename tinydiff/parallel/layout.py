@@ -96,7 +96,7 @@ def count(asked: ParallelOptions, running: int | None = None) -> int:
         for name in ("nnodes", "node_rank", "dist_init_addr", "master_port"):
             if (value := getattr(asked, name)) is not None:
                 raise UserError(
-                    name, f"{name}: {value} cannot be given under torchrun, which has its own; leave it out"
+                    name, f"{name}: {value} cannot be given under torchrun, which sets it; leave it out"
                 )
         if asked.num_gpus not in (None, running):
             raise UserError(
@@ -107,13 +107,14 @@ def count(asked: ParallelOptions, running: int | None = None) -> int:
         raise _unequal(ranks, given)
     for name, value in (("use_fsdp_inference", True), ("encoder_parallel", "fold")):
         if ranks == 1 and getattr(asked, name) == value:
-            raise UserError(name, f"{name}: {str(value).lower()} needs several ranks; give num_gpus")
+            raise UserError(name, f"{name}: {str(value).lower()} needs several ranks; give num_gpus too")
     return ranks
 
 
 def _unequal(ranks: int, given: Mapping[str, int]) -> UserError:
     return UserError(
-        "num_gpus", f"num_gpus: {ranks} ranks are not what {_named(given)} makes, {prod(given.values())}"
+        "num_gpus",
+        f"num_gpus: {ranks} does not match {_named(given)}, which makes {prod(given.values())} ranks",
     )
 
 
@@ -126,22 +127,22 @@ def _check_machines(asked: ParallelOptions, ranks: int, machines: int) -> None:
         allowed = f"give 0 to {machines - 1}" if machines > 1 else "leave it out, or give nnodes"
         raise UserError(
             "node_rank",
-            f"node_rank: {asked.node_rank} is not among {machines} machines, counted from 0; {allowed}",
+            f"node_rank: {asked.node_rank} is out of range for {machines} machines, from 0; {allowed}",
         )
     if machines > 1 and asked.dist_init_addr is None:
         raise UserError(
             "dist_init_addr",
-            f"dist_init_addr: {machines} machines (nnodes) meet at the first one's; give its host:port",
+            f"dist_init_addr: {machines} machines (nnodes) need the first one's address, host:port",
         )
     if machines == 1 and asked.dist_init_addr is not None:
         raise UserError(
             "dist_init_addr",
-            f"dist_init_addr: {asked.dist_init_addr!r} is where several machines meet; give nnodes too",
+            f"dist_init_addr: {asked.dist_init_addr!r} is only used with several machines; give nnodes too",
         )
     if ranks % machines:
         raise UserError(
             "num_gpus",
-            f"num_gpus: {ranks} ranks in all cannot be shared equally by {machines} machines (nnodes)",
+            f"num_gpus: {ranks} ranks do not divide equally among {machines} machines (nnodes)",
         )
     address(asked)
 
@@ -190,7 +191,7 @@ def degrees(asked: ParallelOptions) -> dict[str, int]:
             )
             raise UserError(
                 "sp_degree",
-                f"sp_degree: {both} must be ulysses_degree times ring_degree, and {given} is given",
+                f"sp_degree: {both} is not ulysses_degree times ring_degree; {given} is given",
             )
         ulysses, ring = ulysses or both // known, ring or (both // known if ulysses else 1)
     found = {
@@ -234,7 +235,7 @@ def choose(
             more = "fewer, or data_parallel_size or ring_degree too"
             raise UserError(
                 "num_gpus",
-                f"num_gpus: {ranks} ranks find no place on the denoiser's {heads} heads{beside}; give {more}",
+                f"num_gpus: {ranks} ranks do not fit the denoiser's {heads} heads{beside}; give {more}",
             )
         fit, ulysses, tp = max(shares)
         sizes |= {"ulysses": sizes["ulysses"] * ulysses, "tp": sizes["tp"] * tp}
@@ -246,11 +247,11 @@ def choose(
     if layout.encoders and replica == layout.tp:
         raise UserError(
             "encoder_parallel",
-            "encoder_parallel: 'fold' finds no ranks in a replica but those of tp_size; leave it out",
+            "encoder_parallel: 'fold' needs more ranks in a replica than those of tp_size; leave it out",
         )
     if asked.encoder_parallel == "replicate" and layout.tp > 1:
         message = (
-            f"'replicate' is not possible where tp_size is {layout.tp}, which divides encoders too; "
+            f"'replicate' is not possible with tp_size {layout.tp}, which shards encoders too; "
             "give auto or fold"
         )
         raise UserError("encoder_parallel", f"encoder_parallel: {message}")
@@ -294,10 +295,7 @@ def check(
         )
         raise UserError("ulysses_degree", f"ulysses_degree: {message}")
     if layout.cfg == 2 and not guided:
-        message = (
-            "2 ranks need guidance, and this request runs without; set a guidance scale above 1 or "
-            "leave it out"
-        )
+        message = "2 is only for requests with guidance; set a guidance scale above 1 or leave it out"
         raise UserError("cfg_parallel_size", f"cfg_parallel_size: {message}")
     if tokens is not None and layout.sequence > tokens:
         raise UserError(
@@ -307,7 +305,7 @@ def check(
         )
     if layout.fsdp and len(rank_groups(layout, "shard")[0]) == 1:
         message = (
-            "there are no ranks that would hold the same weights; give cfg_parallel_size, "
+            "no two ranks hold the same weights, so there is nothing to shard; give cfg_parallel_size, "
             "ulysses_degree or ring_degree too"
         )
         raise UserError("use_fsdp_inference", f"use_fsdp_inference: {message}")

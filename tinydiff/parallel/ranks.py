@@ -100,7 +100,7 @@ def make_ranks(layout: Layout, timeout: float, device: str = "cpu") -> Ranks:
     """
     rank, limit = dist.get_rank(), timedelta(seconds=timeout)
     if dist.get_world_size() != layout.size:
-        raise ValueError(f"the layout is of {layout.size} ranks, and {dist.get_world_size()} have met")
+        raise ValueError(f"the layout has {layout.size} ranks, but {dist.get_world_size()} are running")
     made: dict[tuple[tuple[int, ...], ...], Any] = {(tuple(range(layout.size)),): dist.group.WORLD}
     for name in (*AXES, *COMBINED_AXES):
         parts = tuple(map(tuple, rank_groups(layout, name)))
@@ -352,7 +352,8 @@ def _check_free(port: int) -> None:
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise UserError(
-                "master_port", f"master_port: {port} cannot be had on this machine ({reason}); choose another"
+                "master_port",
+                f"master_port: {port} is not available on this machine ({reason}); choose another port",
             ) from None
 
 

@@ -128,7 +128,7 @@ def _normalization(blueprint: Blueprint, sampling: SamplingOptions) -> float:
     if limit and row.guidance_form != "offset":
         raise UserError(
             "cfg_normalization",
-            f"cfg_normalization: {row.name} has no such limit on guidance; only Z-Image has",
+            f"cfg_normalization: {row.name} does not support this limit on guidance; only Z-Image does",
         )
     return limit
 
@@ -148,7 +148,7 @@ def _starts(
         least = blueprint.autoencoder.config.scale_factor_temporal + 1
         raise UserError(
             "num_frames",
-            f"num_frames: 1 leaves nothing to make after the given first frame; give at least {least}",
+            f"num_frames: 1 leaves no frame to generate after the given first frame; give at least {least}",
         )
     return True
 
@@ -160,17 +160,18 @@ def _strength(blueprint: Blueprint, sampling: SamplingOptions, starts: bool, ste
     if not starts and (row.image_use != "start" or sampling.image_path):
         raise UserError(
             "strength",
-            f"strength: {row.name} does not start from an image's noise, so it cannot be set{_instead(row)}",
+            f"strength: {row.name} does not start from a noised image; it takes no strength{_instead(row)}",
         )
     if not sampling.image_path:
         raise UserError(
-            "strength", "strength: says how far a given image is changed; give one with --image-path"
+            "strength", "strength: no image is given for it to change; give one with --image-path"
         )
     if not 0 < strength <= 1:
-        raise UserError("strength", f"strength: {strength} is not above 0 and at most 1")
+        raise UserError("strength", f"strength: {strength} must be above 0 and at most 1")
     if int(steps - steps * strength) >= steps:
         raise UserError(
-            "strength", f"strength: {strength} of {steps} steps is none; give more steps or more strength"
+            "strength",
+            f"strength: {strength} of {steps} steps leaves no step; give more steps or a higher strength",
         )
     return strength
 
@@ -202,25 +203,25 @@ def _mask(
     if not starts and (row.image_use != "start" or originals):
         raise UserError(
             "mask_path",
-            f"mask_path: {row.name} paints no part of a given image anew; it takes no mask{_instead(row)}",
+            f"mask_path: {row.name} does not inpaint; it takes no mask{_instead(row)}",
         )
     if not originals:
         raise UserError(
             "mask_path",
-            "mask_path: a mask says where an image is inpainted; give the image with --image-path",
+            "mask_path: no image is given to inpaint; give one with --image-path",
         )
     given = read(sampling.mask_path, "mask_path")
     if given.shape != originals[0].shape:
         sizes = [f"{shape[1]} x {shape[0]}" for shape in (given.shape, originals[0].shape)]
         raise UserError(
             "mask_path",
-            f"mask_path: the mask is {sizes[0]} and the image {sizes[1]} pixels; they must be of one size",
+            f"mask_path: the mask is {sizes[0]} and the image {sizes[1]} pixels; both must be the same",
         )
     white = resize(given, height, width) @ LUMA >= 127.5
     if not white.any():
         raise UserError(
             "mask_path",
-            "mask_path: nothing of the mask is white, so nothing would be painted; black is what stays",
+            "mask_path: the mask has no white pixel, so nothing would be inpainted (black is kept)",
         )
     return white * numpy.uint8(255)
 
@@ -248,7 +249,7 @@ def _images(blueprint: Blueprint, paths: Sequence[str], read: Read) -> tuple[num
     frames = net.family.input_frames(net.config, blueprint.options)
     if paths and 1 not in frames and len(paths) != 2:
         raise UserError(
-            "image_path", f"image_path: {row.name} goes from a first to a last frame; give two images"
+            "image_path", f"image_path: {row.name} goes from a first to a last frame and needs two images"
         )
     if len(paths) > max(frames):
         allowed = "the first and the last frame" if 2 in frames else "one, the first frame"
@@ -315,14 +316,14 @@ def _frames(blueprint: Blueprint, sampling: SamplingOptions, clip: bool) -> int:
     frames = sampling.num_frames or (row.video_frames if clip else row.num_frames)
     if frames > 1 and row.video_frames == 1:
         raise UserError(
-            "num_frames", f"num_frames: {frames} would be a video, and {row.name} makes images; leave it out"
+            "num_frames", f"num_frames: {frames} would be a video, but {row.name} makes images; leave it out"
         )
     if (frames - 1) % stride:
         below = (frames - 1) // stride * stride + 1
         near = f"{below} and {below + stride}"
         raise UserError(
             "num_frames",
-            f"num_frames: {frames} is not {stride}k + 1, as {row.name} needs; the nearest: {near}",
+            f"num_frames: {frames} is not {stride}k + 1, which {row.name} needs; the nearest: {near}",
         )
     return frames
 
@@ -353,7 +354,10 @@ def _steps(blueprint: Blueprint, sampling: SamplingOptions) -> tuple[int, tuple[
 def _check_sigmas(row: ReleasedModel, sampling: SamplingOptions) -> None:
     sigmas, steps = sampling.sigmas, sampling.num_inference_steps
     if row.solver == "dmd":
-        raise UserError("sigmas", f"sigmas: {row.name} is distilled for timesteps; give dmd_denoising_steps")
+        raise UserError(
+            "sigmas",
+            f"sigmas: {row.name} is distilled for fixed timesteps; give dmd_denoising_steps",
+        )
     if steps is not None and steps != len(sigmas):
         message = f"{steps} does not fit the {len(sigmas)} sigmas given; leave it out"
         raise UserError("num_inference_steps", f"num_inference_steps: {message}")

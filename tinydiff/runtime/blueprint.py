@@ -195,14 +195,14 @@ def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
     if absent := [name for name in NEEDED if name not in parts]:
         raise UserError(
             "model_path",
-            f"model_path: model_index.json names no {absent[0]}, which a {checkpoint.class_name} needs",
+            f"model_path: model_index.json has no {absent[0]}, which a {checkpoint.class_name} needs",
         )
     row, named = _row(checkpoint, options)
     records = _records(checkpoint, row, options)
 
     denoiser = records["transformer"]
     if not isinstance(denoiser, Denoiser):
-        message = f"the component transformer is a {parts['transformer'].class_name}, which is no denoiser"
+        message = f"the component transformer is a {parts['transformer'].class_name}, which is not a denoiser"
         raise UserError("model_path", f"model_path: {message}")
     nets = {}
     for name, family in records.items():
@@ -458,7 +458,9 @@ def _check_attention(blueprint: Blueprint) -> None:
             precision = PRECISIONS.get(net.dtype, net.dtype)
             where = f"the {name} in {precision} on this machine ({blueprint.device.type})"
             field = net.attention_option
-            raise UserError(field, f"{field}: {backend!r} cannot run {where}; what can: {can}")
+            raise UserError(
+                field, f"{field}: {backend!r} cannot run {where}; the backends that can are {can}"
+            )
 
 
 def _check_compiler() -> None:
@@ -467,7 +469,9 @@ def _check_compiler() -> None:
     )  # pulls in the compiler: only those who compile pay for it
 
     if not has_compiler():
-        message = "compiling needs a C++ compiler, and none is found; install g++ or leave the option out"
+        message = (
+            "torch.compile needs a C++ compiler, and none is installed; install g++ or leave the option out"
+        )
         raise UserError("enable_torch_compile", f"enable_torch_compile: {message}")
 
 
@@ -481,7 +485,7 @@ def _check_fit(row: ReleasedModel, checkpoint: Checkpoint, nets: Mapping[str, Ne
     if absent := [name for name in needed if name not in checkpoint.components]:
         raise UserError(
             "model_path",
-            f"model_path: model_index.json names no {absent[0]}, which this {checkpoint.class_name} needs",
+            f"model_path: model_index.json has no {absent[0]}, which this {checkpoint.class_name} needs",
         )
     net = nets["transformer"].config
     for name, value, why in nets["transformer"].family.must_fit(

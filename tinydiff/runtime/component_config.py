@@ -30,7 +30,8 @@ def read_config(family: Record, component: Component) -> Any:
         raise UserError(component.option, f"{path}: {error}") from error
     except (ArithmeticError, LookupError) as error:
         raise UserError(
-            component.option, f"{path}: its numbers describe no network ({type(error).__name__}: {error})"
+            component.option,
+            f"{path}: its values do not describe a valid network ({type(error).__name__}: {error})",
         ) from error
     return config
 
@@ -40,7 +41,7 @@ def _config(family: Record, stored: Mapping[str, Any], class_name: str) -> Any:
     entries = {name: value for name, value in stored.items() if not name.startswith("_")}
     known = {f.name for f in fields(family.config)}
     if unknown := sorted(name for name in entries.keys() - known if entries[name] is not None):
-        raise ValueError(f"field {unknown[0]!r} is not known to {class_name}{nearest(unknown[0], known)}")
+        raise ValueError(f"field {unknown[0]!r} is unknown to {class_name}{nearest(unknown[0], known)}")
     return family.config(**typed(family.config, entries))
 
 

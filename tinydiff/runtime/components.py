@@ -218,7 +218,7 @@ def _around(file: Path, options: ModelOptions) -> Checkpoint:
     names = [name for name in nearest_first(denoiser.models, file) if name in released.REPOSITORIES]
     name = options.model_id or next(iter(names), None)
     if name is None or name not in released.REPOSITORIES:
-        message = f"{str(file)!r} holds a {denoiser.class_name} of no released model's size"
+        message = f"{str(file)!r} holds a {denoiser.class_name} whose size is that of no released model"
         raise UserError(
             "model_path", f"model_path: {message}; give it as --transformer-path beside the model's directory"
         )

@@ -88,7 +88,7 @@ def _cached(hub_id: str, path: Path) -> Path:
     if not hub.HUB_ID.fullmatch(hub_id):
         siblings = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = nearest(path.name, siblings)
-        raise UserError("path", f"path: {hub_id!r} is neither a file or directory here nor a hub id{hint}")
+        raise UserError("path", f"path: {hub_id!r} is not a file, a directory or a hub id{hint}")
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -96,7 +96,9 @@ def _cached(hub_id: str, path: Path) -> Path:
     except (errors.LocalEntryNotFoundError, errors.HFValidationError):
         known = registry.find(hub_id)
         row = "" if known is None else f"; it is {known.name}, which `tinydiff generate` downloads"
-        message = f"{hub_id!r} is neither here nor in the download cache, and nothing is downloaded{row}"
+        message = (
+            f"{hub_id!r} is neither a local path nor downloaded, and this command downloads nothing{row}"
+        )
         raise UserError("path", f"path: {message}") from None
 
 
@@ -380,7 +382,7 @@ def _loose(folder: Path, shown: str) -> Contents:
     files = sorted(path for path in folder.rglob("*") if path.suffix in WEIGHTS and path.is_file())
     if not files:
         raise UserError(
-            "path", f"path: {shown!r} has neither model_index.json nor config.json nor a file of weights"
+            "path", f"path: {shown!r} has no model_index.json, no config.json and no file of weights"
         )
     parts = tuple(_each(path, str(path.relative_to(folder))) for path in files[:MOST])
     more = (f"{len(files) - MOST} more files, which are not looked at",) if len(files) > MOST else ()

@@ -129,7 +129,7 @@ def check_devices(plan: Blueprint, here: int) -> None:
     if plan.foreign is not None:
         raise UserError("num_gpus", f"num_gpus: {plan.foreign.library} runs a model on one device here")
     if plan.device.type == "cuda" and here > torch.cuda.device_count():
-        message = f"{here} ranks are asked of this machine, and it has {torch.cuda.device_count()} GPUs"
+        message = f"{here} ranks are requested on this machine, which has {torch.cuda.device_count()} GPUs"
         raise UserError("num_gpus", f"num_gpus: {message}; give at most that many")
 
 

@@ -37,12 +37,11 @@ def _ranks(asked: config.ParallelOptions, plan: blueprint.Blueprint) -> Ranks | 
     if place is None:
         raise UserError(
             given[0],
-            f"{given[0]}: a program is one rank; start it with torchrun, or make images from the "
-            "command line",
+            f"{given[0]}: a Python program runs as one rank; start it with torchrun, or use the command line",
         )
     if asked.data_parallel_size not in (None, 1):
         message = (
-            f"{asked.data_parallel_size} replicas share outputs on the command line only; a program "
+            f"{asked.data_parallel_size} replicas are for the command line only; a Python program "
             "gives each its own prompts"
         )
         raise UserError("data_parallel_size", f"data_parallel_size: {message}")
@@ -67,7 +66,7 @@ def generate(
     """See `tinydiff.generate`."""
     if not isinstance(prompt, str):
         raise UserError(
-            "prompt", f"prompt: takes one text, not a {type(prompt).__name__}; call once for each prompt"
+            "prompt", f"prompt: must be one string, not a {type(prompt).__name__}; call once for each prompt"
         )
     _only(fields, config.SamplingOptions)
     sampling = config.options({**fields, "prompt": prompt}).sampling
@@ -84,5 +83,5 @@ def _only(given: Mapping[str, Any], *records: type) -> None:
         if name not in names and flags.per_component(name) not in names:
             raise UserError(
                 name,
-                f"{name}: no such option here; known are {', '.join(sorted(names))}{nearest(name, names)}",
+                f"{name}: unknown option; the options are {', '.join(sorted(names))}{nearest(name, names)}",
             )

@@ -187,7 +187,7 @@ def read(each: Chosen, nets: Mapping[str, Network]) -> Read:
     adapter = read_adapter(each.file, components, alpha=each.alpha, lenient=each.lenient, targets=targets)
     if adapter.unmatched:
         count, keys = len(adapter.unmatched), ", ".join(adapter.unmatched)
-        log.warning("LoRA %s: %d keys match no weight and are left out: %s", each.name, count, keys)
+        log.warning("LoRA %s: %d keys match no weight and are ignored: %s", each.name, count, keys)
     return Read(each, adapter)
 
 
@@ -203,7 +203,7 @@ def only_merges(each: Chosen, adapter: Adapter, mode: Mode = "dynamic") -> bool:
     """
     whole = next((name for part in adapter.targets.values() for name in part if not _stays(part, name)), None)
     if whole is not None and mode == "dynamic":
-        message = f"{each.name!r} changes {whole} by more than a low-rank product, which only merging can do"
+        message = f"{each.name!r} changes {whole} by more than a low-rank product, so it can only be merged"
         raise UserError("lora_merge_mode", f"lora_merge_mode: {message}")
     return whole is not None
 

@@ -226,12 +226,12 @@ def _check_branches(plan: Plan, guidance: Guidance) -> None:
     """Raises UserError where half of the ranks would have no branch."""
     if plan.group("cfg").size > 1 and not guidance.on:
         message = (
-            f"{guidance.scale:g} needs the prompt's branch alone, and cfg_parallel_size 2 "
+            f"{guidance.scale:g} runs the prompt's branch alone, and cfg_parallel_size 2 "
             "gives half of the ranks another"
         )
         raise UserError(
             "guidance_scale",
-            f"guidance_scale: {message}; ask for more than 1, or load with cfg_parallel_size 1",
+            f"guidance_scale: {message}; give more than 1, or load with cfg_parallel_size 1",
         )
 
 
@@ -275,7 +275,7 @@ def table(blueprint: Blueprint, request: Request, denoiser: str = "transformer")
         shifted = schedule.flow_shift is not None
         field = "flow_shift" if shifted else "num_inference_steps"
         shift = f"a flow_shift of {schedule.flow_shift:g}" if shifted else "the schedule"
-        message = f"{schedule.steps} steps of {shift} lie closer together than float32 tells apart"
+        message = f"{schedule.steps} steps of {shift} lie closer together than float32 can represent"
         raise UserError(field, f"{field}: {message}; take fewer steps or a shift nearer to 1")
     rows = solvers.with_guidance(rows, guidance.scale)
     if schedule.boundary_ratio is not None:
@@ -435,7 +435,7 @@ def finish(model: Model, request: Request, conditioning: Conditioning, tokens: T
     if not all(x.isfinite().all() for x in latents):
         name, narrow = model.blueprint.row.name, PRECISIONS.get(model.denoiser.dtype)
         message = (
-            f"{name} gave values that are not numbers; its weights are broken, or {narrow} is too "
+            f"{name} gave values that are not finite; its weights are broken, or {narrow} is too "
             "narrow for it"
         )
         raise UserError("model_path", f"model_path: {message} (see dit_precision)")

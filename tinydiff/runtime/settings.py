@@ -48,8 +48,7 @@ def settle(blueprint: Blueprint, sampling: SamplingOptions) -> Settings:
     if sampling.use_pe and not writes:
         raise UserError(
             "use_pe",
-            f"use_pe: {blueprint.row.name} has no language model here that rewrites prompts "
-            f"(component {WRITER})",
+            f"use_pe: {blueprint.row.name} has no language model that rewrites prompts (component {WRITER})",
         )
     return Settings(
         guidance, embedded, second, boundary, text, shift, writes and sampling.use_pe is not False, notes
@@ -67,7 +66,8 @@ def guidance_of(
         embedded = row.guidance_form == "embedded"
         if embedded and sampling.negative_prompt and (true or 1.0) <= 1:
             raise UserError(
-                "negative_prompt", f"negative_prompt: {row.name} reads one only with true_cfg_scale above 1"
+                "negative_prompt",
+                f"negative_prompt: {row.name} reads a negative prompt only with true_cfg_scale above 1",
             )
         if not embedded and (asked or 1.0) != 1:
             _ignored(
@@ -82,14 +82,14 @@ def guidance_of(
     if true is not None and asked is not None:
         raise UserError(
             "true_cfg_scale",
-            f"true_cfg_scale: {row.name} has one guidance, and guidance_scale sets it too; give one of them",
+            f"true_cfg_scale: {row.name} has one guidance, which guidance_scale also sets; give one of them",
         )
     if blueprint.options.get("is_distilled"):
         for name, value in (("guidance_scale", asked), ("true_cfg_scale", true)):
             if (value or 1.0) > 1:
                 raise UserError(
                     name,
-                    f"{name}: {value} cannot be had; {row.name} is distilled and does without guidance (1)",
+                    f"{name}: {value} is not supported; {row.name} is distilled (guidance 1)",
                 )
         return 1.0, None
     scale = next((value for value in (asked, true) if value is not None), row.guidance)
@@ -100,7 +100,7 @@ def _ignored(notes: dict[str, str] | None, field: str, why: str) -> None:
     """Note and log that the requested value of `field` has no effect, as in diffusers."""
     if notes is not None:
         notes[field] = f"without effect: {why}"
-        log.warning("%s is without effect: %s", field, why)
+        log.warning("%s has no effect: %s", field, why)
 
 
 def _experts(
@@ -119,7 +119,9 @@ def _experts(
     if "transformer_2" not in blueprint.nets:
         for name in ("guidance_scale_2", "boundary_ratio"):
             if getattr(sampling, name) is not None:
-                raise UserError(name, f"{name}: {row.name} has one expert, so it cannot be set")
+                raise UserError(
+                    name, f"{name}: {row.name} has only one expert, so there is no boundary to set"
+                )
         if stored is not None:
             message = (
                 f"model_index.json gives boundary_ratio {stored}, where a second expert takes over, "

@@ -61,7 +61,7 @@ def locate(path: str | None, scale: int) -> Path:
     if not (colon and name and hub.HUB_ID.fullmatch(hub_id)):
         raise UserError(
             FIELD,
-            f"{FIELD}: {shown(path)} is neither a file here nor a file of a hub repository, written "
+            f"{FIELD}: {shown(path)} is not a file, and not a file of a hub repository, written "
             f"as {HUB_ID}:{HUB_FILES[4]}",
         )
     found_file = repositories.fetched(hub_id, [name], field=FIELD) / name
@@ -103,7 +103,7 @@ def _config(path: Path, shapes: dict[str, tuple[int, ...]]) -> upscalers.Config:
         names = ", ".join(list(shapes)[:3])
         raise UserError(
             FIELD,
-            f"{FIELD}: {str(path)!r} holds no RRDBNet and no SRVGGNetCompact, the networks of Real-ESRGAN; "
+            f"{FIELD}: {str(path)!r} is not a network of Real-ESRGAN (RRDBNet or SRVGGNetCompact); "
             f"its weights begin with {names}",
         )
     return config

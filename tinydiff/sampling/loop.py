@@ -339,7 +339,7 @@ def start(
     noise: fresh noise [S, B, L, P], for a table that renoises.
     """
     if table.renoises != (noise is not None):
-        raise ValueError("give fresh noise for a table that renoises, and for no other table")
+        raise ValueError("fresh noise must be given for a table that renoises, and only for such a table")
     rows = coefficients(table, x_BLP)
     x = (
         x_BLP.clone(memory_format=torch.contiguous_format)

@@ -101,7 +101,7 @@ def dmd(timesteps: Sequence[float] = (1000, 757, 522), shift: float = 8.0) -> Ta
     if len(shown) == 0 or not falls or shown.max() > TRAIN_STEPS or shown.min() < 0:
         raise UserError(
             "dmd_denoising_steps",
-            f"dmd_denoising_steps is {list(timesteps)}; it must fall strictly, from 1000 at most to 0",
+            f"dmd_denoising_steps is {list(timesteps)}; its values must fall strictly, between 1000 and 0",
         )
     grid = train_grid(shift)
     index = ((grid * TRAIN_STEPS).double() - shown[:, None]).abs().argmin(1)
