@@ -1,16 +1,16 @@
-"""A running server whose scheduler makes plain-coloured images and videos, for tests of everything around
-the model.
+"""A server around a scheduler that makes plain images and videos, for tests of everything around the model.
 
-made = service(tmp_path, api_key=("k",))             # a Service over a real store and real files; options are
-ServeOptions' fields made.scheduler.steps, made.scheduler.step_seconds     # how long a job takes
-made.scheduler.fail = lambda job: Failure(...)        # or None; asked once per job, before its first step
-made.scheduler.gate.clear() ... .set()                # holds every job before its first step
-made.scheduler.busy = 3.0; .stopping = True           # what `submit` then raises
-made.scheduler.submitted                              # every job that was queued, in order (joined ones are
-not) made.scheduler.watched                                # ids of jobs, once for each client that waited
-made.scheduler.close()                                # ends its thread; the fixture of a test module should
-with listening(made) as address: ...                  # its app in a real server, which closes the scheduler
-at the end
+made = service(tmp_path, api_key=("k",))       # a Service over a real store and real files; options are
+                                               # fields of ServeOptions
+made.scheduler.steps, .step_seconds            # how long a job takes
+made.scheduler.fail = lambda job: Failure(...) # or None; called once per job, before its first step
+made.scheduler.gate.clear() ... .set()         # holds every job before its first step
+made.scheduler.busy = 3.0; .stopping = True    # what `submit` then raises
+made.scheduler.submitted                       # every queued job, in order (joined ones are not)
+made.scheduler.watched                         # the job's id, once for each client that waited
+made.scheduler.close()                         # ends its thread and raises what went wrong in it
+
+with listening(made) as url: ...               # its app in a real server; the end closes the scheduler
 """
 
 from __future__ import annotations
@@ -80,28 +80,31 @@ def service(folder: Path, row: dict[str, Any] | None = None, **options: Any) -> 
 
 @contextmanager
 def listening(made: Service, **limited: Any) -> Iterator[str]:
-    """The service's app in a real server, which ends with the block; its address, http://host:port. limited:
+    """The service's app in a real server, which ends with the block; its URL, http://host:port. limited:
     other `Limits`.
     """
+    limits = {"body": int(made.options.max_body * 1e6), "wants_body": Guard(made).wants_body, **limited}
+    with running(make_app(made), made.scheduler.close, **limits) as url:  # pyright: ignore
+        yield url
+
+
+@contextmanager
+def running(app: Any, end: Callable[[], None] = lambda: None, **limited: Any) -> Iterator[str]:
+    """A WSGI app in our server; its URL. end: called before the server ends. limited: fields of `Limits`."""
     sock = socket.create_server(("127.0.0.1", 0))
-    limits = Limits(
-        **{
-            "threads": 8,
-            "body": int(made.options.max_body * 1e6),
-            "connections": 100,
-            "wants_body": Guard(made).wants_body,
-            **limited,
-        }
-    )
-    server = Server(make_app(made), sock, limits, "127.0.0.1")
+    values = {"threads": 8, "body": 10**6, "connections": 100, "wants_body": lambda *_: True, **limited}
+    server = Server(app, sock, Limits(**values), "127.0.0.1")
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.effective_port}"
     finally:
-        made.scheduler.close()  # pyright: ignore
-        server.hang_up()
-        thread.join(5)
+        try:
+            end()
+        finally:
+            server.hang_up()
+            thread.join(5)
+            assert not thread.is_alive(), "the server does not end"
 
 
 class FakeScheduler:
@@ -125,10 +128,17 @@ class FakeScheduler:
         self.previews: dict[str, list[numpy.ndarray]] = {}
         self.wanted: dict[str, int] = {}
         self.closed = False
+        self.trouble: Exception | None = None
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
+    def check(self) -> None:
+        """Raises where the thread has died, so that no client waits for a job that nobody makes."""
+        if self.trouble is not None:
+            raise RuntimeError("the thread of the fake scheduler died") from self.trouble
+
     def submit(self, job: Job, previews: int = 0) -> Job:
+        self.check()
         if self.stopping:
             raise Stopping
         if self.busy is not None:
@@ -155,6 +165,7 @@ class FakeScheduler:
         return QueuePlace(self.store.position(job), 1.5)
 
     def poll_after_ms(self, job: Job) -> int:
+        self.check()
         return 200
 
     def state(self) -> State:
@@ -183,22 +194,32 @@ class FakeScheduler:
         self.gate.set()
         with self.changed:
             self.changed.notify_all()
-        self.thread.join(10)
+        self.thread.join(30)
+        assert not self.thread.is_alive(), "the thread of the fake scheduler does not end"
         self.store.close()
+        self.check()
 
     def _work(self) -> None:
-        while not self.closed:
-            job = self.store.take(SERVER, time.time() + 60)
-            if job is None:
-                with self.changed:
-                    self.changed.wait(0.05)
-                continue
-            try:
-                self._make(job)
-            except Exception as error:  # a test shall see it, not wait for ever
-                self.store.finish(job.id, SERVER, "failed", error=Failure("server_error", repr(error)))
+        try:
+            while not self.closed:
+                self._next()
+        except Exception as error:  # kept: `check` raises it in whatever the test does next
+            self.trouble = error
+        with self.changed:
+            self.changed.notify_all()
+
+    def _next(self) -> None:
+        job = self.store.take(SERVER, time.time() + 60)
+        if job is None:
             with self.changed:
-                self.changed.notify_all()
+                self.changed.wait(0.05)
+            return
+        try:
+            self._make(job)
+        except Exception as error:  # a test shall see it, not wait for ever
+            self.store.finish(job.id, SERVER, "failed", error=Failure("server_error", repr(error)))
+        with self.changed:
+            self.changed.notify_all()
 
     def _make(self, job: Job) -> None:
         while not self.gate.wait(0.01) and not self._cancelled(job):
@@ -281,6 +302,7 @@ class FakeWatch:
     def next(self, timeout: float) -> JobUpdate | None:
         end = time.monotonic() + timeout
         while True:
+            self.scheduler.check()
             job = self.scheduler.store.get(self.id)
             with self.scheduler.changed:
                 done = self.scheduler.done.get(self.id, 0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.serve.node import told_by
+from tests.serve.node import run_parts
 from tests.serve.processes import serving, wait
 
 KEY = "open-sesame"
@@ -26,12 +26,12 @@ const failure = async (call) => {
   try { return { none: await call() }; }
   catch (e) { return { kind: e.constructor.name, status: e.status, code: e.code, param: e.param }; }
 };
-async function done(id) {
-  for (;;) {
+async function done(id, signal) {
+  return until(signal, async () => {
     const { data, response } = await client.videos.retrieve(id).withResponse();
     if (data.status === "completed" || data.status === "failed") return data;
-    await new Promise((go) => setTimeout(go, Number(response.headers.get("openai-poll-after-ms")) / 4));
-  }
+    await sleep(Number(response.headers.get("openai-poll-after-ms")) / 4, undefined, { signal });
+  });
 }
 const parts = {
   async generate() {
@@ -58,22 +58,24 @@ const parts = {
     const several = await failure(() => client.images.edit({ image: [file, file], prompt: "both" }));
     return { edited, several };
   },
-  async gone() {
+  async gone(signal) {
     const stop = new AbortController();
     const call = failure(() => client.images.generate(
       { ...circle, num_inference_steps: 1000 }, { signal: stop.signal }));
-    const running = async () => (await client.get("/../server_info")).figures.running;
-    while (await running() !== 1) await new Promise((go) => setTimeout(go, 20));
+    const running = (number) => until(signal, async () =>
+      (await client.get("/../server_info")).figures.running === number || undefined);
+    await running(1);
     stop.abort();
-    while (await running() !== 0) await new Promise((go) => setTimeout(go, 20));
+    await running(0);
     return call;
   },
-  async video() {
-    const finished = await done((await client.videos.create(video)).id);
+  async video(signal) {
+    const finished = await done((await client.videos.create(video)).id, signal);
     const content = {};
     for (const variant of ["video", "thumbnail", "spritesheet"])
       content[variant] = await base64(await client.videos.downloadContent(finished.id, { variant }));
-    const remix = await done((await client.videos.remix(finished.id, { prompt: "a large blue circle" })).id);
+    const changed = await client.videos.remix(finished.id, { prompt: "a large blue circle" });
+    const remix = await done(changed.id, signal);
     const listed = [];
     for await (const one of client.videos.list({ limit: 1, order: "asc" })) listed.push(one.id);
     return { finished, content, remix, listed };
@@ -101,11 +103,11 @@ const parts = {
 
 
 @pytest.fixture(scope="module")
-def told(package, tmp_path_factory):
+def results(package, tmp_path_factory):
     """What each part of the script found, by its name. Nothing may be left on the device."""
     with serving(tmp_path_factory.mktemp("server"), "--api-key", KEY) as server:
         server.session.headers["Authorization"] = f"Bearer {KEY}"
-        found = told_by(package, SCRIPT, f"{server.wait_ready().url}/v1", KEY)
+        found = run_parts(package, SCRIPT, f"{server.wait_ready().url}/v1", KEY)
         wait(lambda: server.get("/server_info").json()["figures"]["running"] == 0)
     return found
 
@@ -121,8 +123,8 @@ def middle(text):
     return np.median(picture[56:72, 56:72].reshape(-1, 3), axis=0)
 
 
-def test_generate(told):
-    first, again = told["generate"]["first"], told["generate"]["again"]
+def test_generate(results):
+    first, again = results["generate"]["first"], results["generate"]["again"]
     assert (first["seeds"], first["parameters"]["num_inference_steps"], first["computed_steps"]) == (
         [1, 2],
         4,
@@ -136,19 +138,19 @@ def test_generate(told):
         )
 
 
-def test_an_address(told):
-    assert np.abs(middle(told["url"]) - RED).max() < 40
+def test_an_address(results):
+    assert np.abs(middle(results["url"]) - RED).max() < 40
 
 
-def test_a_stream(told):
-    *previews, last = told["stream"]
+def test_a_stream(results):
+    *previews, last = results["stream"]
     assert [event["type"] for event in previews] == ["image_generation.partial_image"] * 2
     assert last["type"] == "image_generation.completed" and np.abs(middle(last["b64_json"]) - BLUE).max() < 40
     assert np.abs(middle(previews[-1]["b64_json"]) - BLUE).max() < 80
 
 
-def test_an_edit(told):
-    edited, several = told["edit"]["edited"], told["edit"]["several"]
+def test_an_edit(results):
+    edited, several = results["edit"]["edited"], results["edit"]["several"]
     assert (
         np.abs(middle(edited["data"][0]["b64_json"]) - BLUE).max() < 40
         and edited["parameters"]["strength"] == 1
@@ -156,12 +158,12 @@ def test_an_edit(told):
     assert (several["kind"], several["status"], several["param"]) == ("BadRequestError", 400, "image")
 
 
-def test_a_client_that_aborts_frees_the_device(told):
-    assert told["gone"]["kind"] == "APIUserAbortError"
+def test_a_client_that_aborts_frees_the_device(results):
+    assert results["gone"]["kind"] == "APIUserAbortError"
 
 
-def test_a_clip_and_its_files(told):
-    finished, content = told["video"]["finished"], told["video"]["content"]
+def test_a_clip_and_its_files(results):
+    finished, content = results["video"]["finished"], results["video"]["content"]
     assert (finished["status"], finished["seconds"], finished["seeds"]) == ("completed", "0.625", [1])
     assert base64.b64decode(content["video"])[4:8] == b"ftyp"
     assert [
@@ -170,24 +172,24 @@ def test_a_clip_and_its_files(told):
     ] == ["WEBP"] * 2
 
 
-def test_remix_and_list(told):
-    finished, remix = told["video"]["finished"], told["video"]["remix"]
+def test_remix_and_list(results):
+    finished, remix = results["video"]["finished"], results["video"]["remix"]
     assert (remix["status"], remix["prompt"], remix["remixed_from_video_id"]) == (
         "completed",
         "a large blue circle",
         finished["id"],
     )
-    assert told["video"]["listed"] == [finished["id"], remix["id"]]
+    assert results["video"]["listed"] == [finished["id"], remix["id"]]
 
 
-def test_delete_of_a_running_clip(told):
-    part = told["deleted"]
+def test_delete_of_a_running_clip(results):
+    part = results["deleted"]
     assert part["gone"] == {"id": part["id"], "deleted": True, "object": "video.deleted"}
     assert (part["after"]["kind"], part["after"]["code"]) == ("NotFoundError", "not_found")
 
 
-def test_models(told):
-    assert told["models"] == ["tinydiff/shapes"]
+def test_models(results):
+    assert results["models"] == ["tinydiff/shapes"]
 
 
 @pytest.mark.parametrize(
@@ -195,6 +197,6 @@ def test_models(told):
     [("size", ("BadRequestError", 400, "size")), ("field", ("BadRequestError", 400, "num_infrence_steps")),
      ("model", ("NotFoundError", 404, "model")), ("key", ("AuthenticationError", 401, None))],
 )  # fmt: skip
-def test_mistakes(told, mistake, error):
-    found = told["mistakes"][mistake]
+def test_mistakes(results, mistake, error):
+    found = results["mistakes"][mistake]
     assert (found["kind"], found["status"], found["param"]) == error

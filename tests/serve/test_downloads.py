@@ -1,14 +1,14 @@
-"""Files on their way out: ranges, conditions and HEAD, without a server and through waitress."""
+"""Files on their way out: ranges, conditions and HEAD, without a server and through one."""
 
 import http.client
 import os
-import threading
+from contextlib import closing
 
 import falcon
 import falcon.testing
 import pytest
-import waitress
 
+from tests.serve import fake
 from tinydiff.serve.downloads import send_file
 
 PIECE = 2**18
@@ -155,14 +155,10 @@ def _target(number):
         return ""
 
 
-def test_through_waitress_and_one_connection(tmp_path):
+def test_through_a_server_and_one_connection(tmp_path):
     large = os.urandom(3 * PIECE + 17)
     (tmp_path / "f").write_bytes(large)
-    server = waitress.create_server(app(tmp_path / "f"), host="127.0.0.1", port=0, threads=2)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    connection = http.client.HTTPConnection("127.0.0.1", server.effective_port, timeout=120)  # pyright: ignore
-    try:
+    with fake.running(app(tmp_path / "f")) as url, closing(connect(url)) as connection:
         for asked, wanted in (
             (None, large),
             ("5-", large[5:]),
@@ -174,7 +170,7 @@ def test_through_waitress_and_one_connection(tmp_path):
         connection.request("HEAD", "/f")
         answer = connection.getresponse()
         assert (answer.read(), answer.headers["content-length"]) == (b"", str(len(large)))
-    finally:
-        connection.close()
-        server.close()
-        thread.join(5)
+
+
+def connect(url):
+    return http.client.HTTPConnection(url.removeprefix("http://"), timeout=120)

@@ -4,15 +4,12 @@ calls.
 
 import base64
 import io
-import threading
 
 import pytest
-import waitress
 from PIL import Image
 
 from tests.serve import fake
-from tests.serve.node import told_by
-from tinydiff.serve.app import make_app
+from tests.serve.node import run_parts
 
 SCRIPT = r"""
 import OpenAI, { toFile } from "openai";
@@ -28,28 +25,29 @@ const failure = async (call) => {
     return { kind: e.constructor.name, status, code, param, request: Boolean(e.requestID) };
   }
 };
-async function done(id) {
-  for (;;) {
+async function done(id, signal) {
+  return until(signal, async () => {
     const { data, response } = await client.videos.retrieve(id).withResponse();
     if (data.status === "completed" || data.status === "failed") return data;
-    await new Promise((go) => setTimeout(go, Number(response.headers.get("openai-poll-after-ms")) / 4));
-  }
+    await sleep(Number(response.headers.get("openai-poll-after-ms")) / 4, undefined, { signal });
+  });
 }
 const parts = {
-  async video() {
+  async video(signal) {
     const created = await client.videos.create({ ...small, seconds: "1", seed: 5 });
-    const finished = await done(created.id);
+    const finished = await done(created.id, signal);
     const listed = [];
     for await (const one of client.videos.list({ limit: 1, order: "asc" })) listed.push(one.id);
     const content = {};
     for (const variant of ["video", "thumbnail", "spritesheet"])
       content[variant] = await base64(await client.videos.downloadContent(created.id, { variant }));
     const remix = await client.videos.remix(created.id, { prompt: "a blue square" });
-    return { created, finished, listed, content, remix: await done(remix.id) };
+    return { created, finished, listed, content, remix: await done(remix.id, signal) };
   },
-  async given_picture() {
+  async input_image(signal) {
     const input_reference = await file();
-    return done((await client.videos.create({ ...small, seconds: "1", strength: 1, input_reference })).id);
+    const asked = { ...small, seconds: "1", strength: 1, input_reference };
+    return done((await client.videos.create(asked)).id, signal);
   },
   async deleted() {
     const { id } = await client.videos.create({ ...small, seconds: "1" });
@@ -88,71 +86,61 @@ const parts = {
 
 
 @pytest.fixture(scope="module")
-def told(package, tmp_path_factory):
-    """What each part of the script found, by its name. The model is one that edits images too."""
+def results(package, tmp_path_factory):
+    """What each part of the script returned, by its name. The model is one that edits images too."""
     made = fake.service(
         tmp_path_factory.mktemp("state"), row={"image_use": "start"}, api_key=("open-sesame",)
     )
     made.scheduler.step_seconds = 0.02
-    server = waitress.create_server(
-        make_app(made), host="127.0.0.1", port=0, threads=8, channel_request_lookahead=1
-    )
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    address = f"http://127.0.0.1:{server.effective_port}/v1"  # pyright: ignore
-    picture = base64.b64encode(fake.picture(64, 48, "white")).decode()
-    try:
-        return told_by(package, SCRIPT, address, "open-sesame", picture)
-    finally:
-        made.scheduler.close()
-        server.close()
-        thread.join(5)
+    reference = base64.b64encode(fake.picture(64, 48, "white")).decode()
+    with fake.listening(made) as url:
+        return run_parts(package, SCRIPT, f"{url}/v1", "open-sesame", reference)
 
 
 def image(text):
     return Image.open(io.BytesIO(base64.b64decode(text)))
 
 
-def test_create_and_retrieve(told):
-    created, finished = told["video"]["created"], told["video"]["finished"]
+def test_create_and_retrieve(results):
+    created, finished = results["video"]["created"], results["video"]["finished"]
     assert (created["object"], created["seconds"], created["size"]) == ("video", "1.125", "64x48")
     assert (finished["status"], finished["progress"], finished["seeds"]) == ("completed", 100, [5])
 
 
-def test_list(told):
-    assert told["video"]["listed"] == [told["video"]["created"]["id"]]
+def test_list(results):
+    assert results["video"]["listed"] == [results["video"]["created"]["id"]]
 
 
-def test_content(told):
-    content = told["video"]["content"]
+def test_content(results):
+    content = results["video"]["content"]
     assert base64.b64decode(content["video"])[4:8] == b"ftyp"
     assert [image(content[name]).format for name in ("thumbnail", "spritesheet")] == ["WEBP", "WEBP"]
 
 
-def test_remix(told):
-    remix = told["video"]["remix"]
+def test_remix(results):
+    remix = results["video"]["remix"]
     assert (remix["status"], remix["prompt"], remix["seeds"]) == ("completed", "a blue square", [5])
-    assert remix["remixed_from_video_id"] == told["video"]["created"]["id"]
+    assert remix["remixed_from_video_id"] == results["video"]["created"]["id"]
 
 
-def test_a_given_picture(told):
-    assert told["given_picture"]["status"] == "completed"
+def test_a_input_image(results):
+    assert results["input_image"]["status"] == "completed"
 
 
-def test_delete(told):
-    part = told["deleted"]
+def test_delete(results):
+    part = results["deleted"]
     assert part["gone"] == {"id": part["id"], "deleted": True, "object": "video.deleted"}
     assert (part["after"]["kind"], part["after"]["status"]) == ("NotFoundError", 404)
 
 
-def test_generate(told):
-    answer = told["generate"]
+def test_generate(results):
+    answer = results["generate"]
     assert [image(one["b64_json"]).size for one in answer["data"]] == [(64, 48)] * 2
     assert (answer["seeds"], answer["usage"]["total_tokens"]) == ([5, 6], 0)
 
 
-def test_a_stream_has_previews_and_ends_with_the_picture(told):
-    events = told["stream"]
+def test_a_stream_has_previews_and_ends_with_the_image(results):
+    events = results["stream"]
     assert [event["type"].split(".")[1] for event in events] == [
         "partial_image",
         "partial_image",
@@ -162,16 +150,16 @@ def test_a_stream_has_previews_and_ends_with_the_picture(told):
     assert [image(event["b64_json"]).size for event in events] == [(64, 48)] * 3
 
 
-def test_an_edit_with_a_mask(told):
-    assert [image(one["b64_json"]).size for one in told["edit"]["data"]] == [(64, 48)]
+def test_an_edit_with_a_mask(results):
+    assert [image(one["b64_json"]).size for one in results["edit"]["data"]] == [(64, 48)]
 
 
-def test_a_stream_of_an_edit(told):
-    assert told["edit_stream"] == ["image_edit.completed"]
+def test_a_stream_of_an_edit(results):
+    assert results["edit_stream"] == ["image_edit.completed"]
 
 
-def test_models(told):
-    assert told["models"] == ["tinydiff/shapes"]
+def test_models(results):
+    assert results["models"] == ["tinydiff/shapes"]
 
 
 @pytest.mark.parametrize(
@@ -179,6 +167,6 @@ def test_models(told):
     [("size", "BadRequestError", 400, "size"), ("field", "BadRequestError", 400, "num_infrence_steps"),
      ("model", "NotFoundError", 404, "model"), ("key", "AuthenticationError", 401, None)],
 )  # fmt: skip
-def test_mistakes_are_errors_of_the_right_kind(told, mistake, kind, status, param):
-    found = told["mistakes"][mistake]
+def test_mistakes_are_errors_of_the_right_kind(results, mistake, kind, status, param):
+    found = results["mistakes"][mistake]
     assert (found["kind"], found["status"], found["param"], found["request"]) == (kind, status, param, True)

@@ -4,36 +4,16 @@ models.
 
 import asyncio
 import io
-import threading
-from contextlib import contextmanager
 
 import openai
 import pytest
-import waitress
 from PIL import Image
 
 from tests.serve import fake
-from tinydiff.serve.app import make_app
 from tinydiff.serve.jobs import Failure
 
 KEY = "open-sesame"
 SMALL = {"prompt": "a red circle", "model": "tinydiff/shapes", "size": "64x48", "seconds": "1"}
-
-
-@contextmanager
-def listening(made):
-    """The address of the service's app in a real server."""
-    server = waitress.create_server(
-        make_app(made), host="127.0.0.1", port=0, threads=8, channel_request_lookahead=1
-    )
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.effective_port}/v1"  # pyright: ignore
-    finally:
-        made.scheduler.close()
-        server.close()
-        thread.join(5)
 
 
 @pytest.fixture
@@ -43,8 +23,8 @@ def made(tmp_path):
 
 @pytest.fixture
 def address(made):
-    with listening(made) as found:
-        yield found
+    with fake.listening(made) as url:
+        yield f"{url}/v1"
 
 
 @pytest.fixture
