@@ -338,7 +338,7 @@ def test_every_flag_of_sglang_is_known():
     [
         ["--kv-gather-degree", "1"], ["--hsdp-shard-dim", "1"], ["--vae-config.use-parallel-decode"],
         ["--lora-merge-mode", "auto"], ["--lora-scale", "1.0"], ["--performance-mode", "auto"],
-        ["--pin-cpu-memory"], ["--enable-teacache", "false"],
+        ["--enable-teacache", "false"],
         ["--guidance-rescale", "0.0"], ["--warmup-mode", "off"], ["--adjust-frames", "true"],
         ["--quality", "lossless"],
         ["--component-direct-gpu-weight-loading.vae", "false"], ["--embedded-cfg-scale", "6.0"],

@@ -214,8 +214,8 @@ class ModelOptions:
     vae_tiling: bool | None = None
     """Decode in overlapping tiles, which takes less memory."""
     performance_mode: PerformanceMode = "auto"
-    """memory streams by block, or offloads, every component of which no other option speaks. auto, speed and
-    manual keep all on the GPU; `tinydiff plan MODEL --vram 24G` names the options that make a model fit.
+    """Where components live of which no other option speaks. auto: as the free memory of the GPU allows, with
+    the fewest bytes moved. memory: streamed by block, or else offloaded. speed and manual: all on the GPU.
     """
     dit_cpu_offload: bool | None = None
     """Keep the denoiser in the host's memory, and on the GPU only while it runs."""
@@ -250,9 +250,9 @@ class ModelOptions:
     """Which blocks those are: the first ones (leading), or evenly spaced ones (strided)."""
     layerwise_residency_policy: Mapping[str, Policy] = _empty()
     """The same by component."""
-    pin_cpu_memory: bool = True
+    pin_cpu_memory: bool | None = None
     """Keep offloaded weights in pinned memory, from which copies to the GPU are fast and asynchronous.
-    Without it they stay in their files."""
+    Without it they stay in their files. By default on, where the machine has enough memory."""
     attention_backend: Attention = "sdpa"
     """Attention kernel of the denoiser. With sdpa, torch chooses one."""
     component_attention_backends: Mapping[str, Attention] = _empty()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -11,10 +11,11 @@ from tinydiff.config import ModelOptions, SamplingOptions
 from tinydiff.io import hub
 from tinydiff.models import registry
 from tinydiff.models.classes import RECORDS
+from tinydiff.parallel.ranks import Ranks
 from tinydiff.records import Request, Result, UserError, shown
 from tinydiff.runtime import admit as admission
 from tinydiff.runtime import blueprint as blueprints
-from tinydiff.runtime import continuous, diffusers_backend, foreign_requests, foreign_run, pipeline
+from tinydiff.runtime import continuous, diffusers_backend, fit, foreign_requests, foreign_run, pipeline
 from tinydiff.runtime import parameters as told
 from tinydiff.runtime.background import Background
 from tinydiff.runtime.blueprint import Blueprint, Model
@@ -64,9 +65,21 @@ def _make_loop(most: int, beside: bool) -> continuous.Continuous:
     return continuous.Continuous(max_batch=most, background=Background(beside))
 
 
+def _load(
+    blueprint: Blueprint,
+    ranks: Ranks | None = None,
+    merge_adapters: bool = False,
+    requests: Sequence[Request] = (),
+) -> Model:
+    """Decide where each component lives, and load. requests: what will be asked for; none where unknown."""
+    alone = ranks is None or ranks.layout.size == ranks.layout.dp
+    free = fit.free_bytes(blueprint.device) if alone else None
+    return blueprints.load(fit.fitted(blueprint, requests, free), ranks, merge_adapters)
+
+
 NATIVE = Backend(
     _admit,
-    blueprints.load,
+    _load,
     pipeline.run,
     pipeline.condition,
     continuous.make_slot,

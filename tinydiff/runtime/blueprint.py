@@ -31,7 +31,7 @@ from tinydiff.parallel.dtensors import Sharding
 from tinydiff.parallel.plan import ALONE, Group, Plan
 from tinydiff.parallel.ranks import Ranks, weights_mesh
 from tinydiff.records import UserError, check_known
-from tinydiff.residency import Residency
+from tinydiff.residency import Kind, PerformanceMode, Residency
 from tinydiff.runtime import components, loras, offload
 from tinydiff.runtime.component_config import preprocessed, read_config
 from tinydiff.runtime.components import SHIPPED as SHIPPED
@@ -87,6 +87,8 @@ class NetPlan(Generic[R]):
     """The option that sets its attention backend."""
     residency: Residency = Residency()  # noqa: RUF009 (frozen)
     """Where its weights live."""
+    excluded: frozenset[Kind] = frozenset()
+    """Residencies that an option rules out."""
 
     @property
     def absent(self) -> bool:
@@ -127,8 +129,10 @@ class Blueprint:
     tiling: bool
     variant: str | None = None
     """The variant of the weight files, where there are several."""
-    pinned: bool = True
-    """Whether offloaded weights are in pinned memory."""
+    pinned: bool | None = None
+    """Whether offloaded weights are in pinned memory; None: where the machine has enough."""
+    performance_mode: PerformanceMode = "auto"
+    """How components find their residency, of which no option speaks."""
     adapters: tuple[loras.Chosen, ...] = ()
     lora_mode: loras.Mode = "auto"
     upscaling_model_path: str | None = None
@@ -253,6 +257,7 @@ def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
         tiling,
         options.variant,
         options.pin_cpu_memory,
+        options.performance_mode,
         loras.chosen(options),
         options.lora_merge_mode,
         options.upscaling_model_path,
@@ -283,7 +288,9 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None, merge_adapters: bool 
         log.debug("loading %s as %s", name, net.dtype)
         plan, sharding = (net.plan, None) if ranks is None else _sharded(net, ranks)
         replicas = ALONE if ranks is None or sharding is None else ranks.groups[sharding.where.same]
-        left, store = offload.store(net, plan, blueprint.device, variant, blueprint.pinned, berth)
+        left, store = offload.store(
+            net, plan, blueprint.device, variant, blueprint.pinned is not False, berth
+        )
         weights = load_weights(
             net.component.place,
             net.family.spec(net.config),

@@ -263,7 +263,9 @@ def _side(foreign: Foreign) -> int:
     return sample * (2 ** (len(levels) - 1) if isinstance(levels, list) else 1)
 
 
-def load(blueprint: Blueprint, ranks: Any = None, merge_adapters: bool = False) -> Model:
+def load(
+    blueprint: Blueprint, ranks: Any = None, merge_adapters: bool = False, requests: Sequence[Any] = ()
+) -> Model:
     """Load the pipeline and set what the options ask for. Raises UserError."""
     foreign = blueprint.foreign
     assert foreign is not None

@@ -4,8 +4,9 @@ no weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tinydiff import paths
 from tinydiff.config import ModelOptions, ParallelOptions, SamplingOptions
@@ -89,15 +90,31 @@ def subject(model: str, sampling: SamplingOptions, ranks: int, b: int) -> Subjec
     UserError.
     """
     plan = blueprint_of(model)
-    row = plan.row
-    [request] = admit(
-        replace(plan, row=replace(row, images=(0, row.images[1]))), replace(sampling, prompt=("",))
-    )
-    net, vae = plan.denoiser, plan.autoencoder
+    request = request_without_images(plan, sampling)
+    name = plan.row.name if _is_released(model) else model
+    return subject_of(plan, request, name, ranks, lambda net: ROLE_BYTES.get(net.family.role, b))
+
+
+def request_without_images(plan: blueprint.Blueprint, sampling: SamplingOptions) -> Request:
+    """The request that these options make, but for images to be given. Raises UserError."""
+    row = replace(plan.row, images=(0, plan.row.images[1]))
+    [request] = admit(replace(plan, row=row), replace(sampling, prompt=("",)))
+    return request
+
+
+def subject_of(
+    plan: blueprint.Blueprint,
+    request: Request,
+    name: str,
+    ranks: int,
+    itemsize: Callable[[blueprint.NetPlan[Any]], int],
+) -> Subject:
+    """What is planned for. itemsize: a network -> bytes of its values."""
+    row, net, vae = plan.row, plan.denoiser, plan.autoencoder
     references = row.images[0] if row.image_use == "references" and not row.layers else 0
     tokens, text = _tokens(plan, request, references)
     others = {
-        name: (tuple(each.family.spec(each.config)), ROLE_BYTES[each.family.role])
+        name: (tuple(each.family.spec(each.config)), itemsize(each))
         for name, each in plan.nets.items()
         if each.family.role != "dit"
     }
@@ -105,10 +122,10 @@ def subject(model: str, sampling: SamplingOptions, ranks: int, b: int) -> Subjec
     rows = min(ranks, latent_size(vae.config, request.output)[1])
     size = request.output.num_frames, request.output.height, request.output.width
     whole, shared = (
-        workload.decode_bytes(vae.family, vae.config, *size, passes, n, ROLE_BYTES["vae"]) for n in (1, rows)
+        workload.decode_bytes(vae.family, vae.config, *size, passes, n, itemsize(vae)) for n in (1, rows)
     )
     return Subject(
-        name=row.name if _is_released(model) else model,
+        name=name,
         request=request,
         net=workload.cost_model(net.family, net.config),
         experts=len(plan.nets) - len(others),
@@ -125,7 +142,7 @@ def subject(model: str, sampling: SamplingOptions, ranks: int, b: int) -> Subjec
             if "audio_vae" in plan.nets
             else 0,
         ),
-        b=b,
+        b=itemsize(net),
     )
 
 

@@ -42,7 +42,7 @@ def place(pipe: Any, options: ModelOptions, device: torch.device, components: Co
             onload_device=device,
             offload_type="block_level",
             num_blocks_per_group=max(1, int(options.dit_offload_prefetch_size or 1)),
-            use_stream=options.pin_cpu_memory,
+            use_stream=options.pin_cpu_memory is not False,
             exclude_modules=[name for name in components if name not in layers],
         )
     elif whole:

@@ -81,7 +81,8 @@ def generate_admitted(
     started = time.perf_counter() if started is None else started
     requests, destinations = work.requests, work.destinations
     progress.on_stage("load")
-    model = backends.of(plan).load(plan, ranks, merge_adapters=not options.sampling.loras)
+    merges = not options.sampling.loras
+    model = backends.of(plan).load(plan, ranks, merge_adapters=merges, requests=requests)
     loaded = {"load": time.perf_counter() - started}
     jobs, numbers, writes = (
         _replica_jobs(requests, 1 if ranks is None else ranks.layout.dp),

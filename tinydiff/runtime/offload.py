@@ -40,13 +40,20 @@ def settled(nets: Mapping[str, Planned], options: ModelOptions) -> dict[str, Pla
     roles = {name: net.family.role for name, net in nets.items()}
     counts = {name: len(blocks(net)) for name, net in nets.items()}
     found = residency.resolve(options, roles, counts)
+    ruled_out = residency.excluded(options, roles)
+    if options.lora_merge_mode == "merge":
+        for name in (name for name, role in roles.items() if role == "dit"):
+            ruled_out[name] |= {"offloaded", "streamed"}
     if options.performance_mode == "memory":
-        found = residency.smallest(found, residency.excluded(options, roles), counts)
+        found = residency.smallest(found, ruled_out, counts)
     if options.enable_torch_compile:
         for name, each in found.items():
             if roles[name] == "dit" and each.kind != "resident":
                 log.info("%s is %s: %s", name, each.kind, residency.CONFLICTS["enable_torch_compile"][1])
-    return {name: replace(net, residency=found[name]) for name, net in nets.items()}
+    return {
+        name: replace(net, residency=found[name], excluded=frozenset(ruled_out[name]))
+        for name, net in nets.items()
+    }
 
 
 def blocks(net: Planned) -> dict[str, Names]:
