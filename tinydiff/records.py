@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import Repr
@@ -149,6 +149,53 @@ class Upscaling:
 
 
 @dataclass(frozen=True)
+class Interpolation:
+    """How frames are added between those of a video."""
+
+    model: Path
+    """The file of the network."""
+    exp: int
+    """Each frame becomes 2 to the power of `exp` frames."""
+    scale: float
+    """Of the frames in which the network looks for motion."""
+    scene_threshold: float
+    """How far two frames differ at least where a scene ends, between which nothing is blended."""
+
+    @property
+    def factor(self) -> int:
+        """Frames in the place of each."""
+        return 2**self.exp
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Frames that are made one by one whenever they are iterated over, so that they need not all be held."""
+
+    decoded: numpy.ndarray
+    """What they are made from, uint8 [frames, height, width, 3 or 4]."""
+    shape: tuple[int, int, int, int]
+    """Of all of them together."""
+    make: Callable[[], Iterator[numpy.ndarray]]
+    seconds: Mapping[str, float]
+    """Stage -> seconds spent in it so far."""
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[numpy.ndarray]:
+        return self.make()
+
+    def array(self) -> numpy.ndarray:
+        """All of them in memory."""
+        import numpy
+
+        held = numpy.empty(self.shape, numpy.uint8)
+        for index, frame in enumerate(self):
+            held[index] = frame
+        return held
+
+
+@dataclass(frozen=True)
 class Output:
     """What one seed gives: an image, a video or layers."""
 
@@ -159,6 +206,22 @@ class Output:
     """Number of layers with alpha that the image is split into; 0 for an ordinary image."""
     fps: int = 16
     upscaling: Upscaling | None = None
+    interpolation: Interpolation | None = None
+
+    @property
+    def factor(self) -> int:
+        """Frames that are returned for each that is decoded; the rate grows as much, and the length stays."""
+        return 1 if self.interpolation is None else self.interpolation.factor
+
+    @property
+    def saved_frames(self) -> int:
+        """Frames that are returned, after any interpolation."""
+        return self.num_frames * self.factor
+
+    @property
+    def saved_fps(self) -> int:
+        """Frames per second that are returned, after any interpolation."""
+        return self.fps * self.factor
 
     @property
     def saved_size(self) -> tuple[int, int]:

@@ -58,9 +58,6 @@ returning the latents of every step
     return_trajectory_latents=false return_trajectory_decoded=false return_file_paths_only=true|false
 progressive resolution
     progressive_mode=fullres progressive_levels=1 progressive_delta=0.01
-frame interpolation
-    enable_frame_interpolation=false frame_interpolation_exp=1 frame_interpolation_scale=1
-    frame_interpolation_model_path=
 profiling
     profile=false num_profiled_timesteps=5 profile_all_stages=false enable_layerwise_nvtx_marker=false
     debug=false enable_trace=false otlp_traces_endpoint= otlp_service_name=

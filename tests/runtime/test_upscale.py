@@ -18,6 +18,12 @@ from tinydiff.records import UserError
 from tinydiff.runtime import upscale
 
 CPU = torch.device("cpu")
+
+
+def enlarged(upscaler, frames, scale):
+    return np.stack([upscale.enlarge(upscaler, frame, scale) for frame in frames])
+
+
 NOISE = np.random.default_rng(0).integers(0, 256, (2, 20, 28, 3), dtype=np.uint8)
 
 
@@ -40,7 +46,7 @@ def published(name):
 def test_a_torch_file_is_read_and_its_network_known(config, tmp_path):
     path = saved(config, tmp_path / "net.pth")
     assert upscale.read(path) == config
-    frames = upscale.enlarge(upscale.load(path, CPU), NOISE, config.scale)
+    frames = enlarged(upscale.load(path, CPU), NOISE, config.scale)
     x = torch.from_numpy(NOISE).permute(0, 3, 1, 2).double() / 255
     expected = (reference(config)(x) * 255).round().clamp(0, 255).permute(0, 2, 3, 1).numpy()
     assert np.abs(frames.astype(int) - expected).max() <= 1  # float32 here
@@ -49,9 +55,9 @@ def test_a_torch_file_is_read_and_its_network_known(config, tmp_path):
 def test_tiles_that_see_far_enough_change_nothing(tmp_path, monkeypatch):
     """The overlap of 48 pixels covers what SRVGGNetCompact sees."""
     upscaler = upscale.load(saved(Compact(7, 3, 4), tmp_path / "net.pth"), CPU)
-    whole = upscale.enlarge(upscaler, NOISE, 4)
+    whole = enlarged(upscaler, NOISE, 4)
     monkeypatch.setattr(upscale, "TILE", 9)
-    tiled = upscale.enlarge(upscaler, NOISE, 4)
+    tiled = enlarged(upscaler, NOISE, 4)
     assert np.abs(tiled.astype(int) - whole).max() <= 1
 
 
@@ -60,18 +66,18 @@ def test_tiles_of_the_published_rrdbnet_stay_within_one_level(monkeypatch):
     """It sees 94 pixels far (the anime model has six blocks), yet beyond 24 pixels hardly anything counts."""
     upscaler = upscale.load(published("realesrgan-x4plus-anime"), CPU)
     frame = np.asarray(drawn((60, 20)))[None]
-    whole = upscale.enlarge(upscaler, frame, 4)
+    whole = enlarged(upscaler, frame, 4)
     monkeypatch.setattr(upscale, "TILE", 30)
     monkeypatch.setattr(upscale, "OVERLAP", 24)
-    assert np.abs(upscale.enlarge(upscaler, frame, 4).astype(int) - whole).max() <= 1
+    assert np.abs(enlarged(upscaler, frame, 4).astype(int) - whole).max() <= 1
 
 
 def test_alpha_and_other_scales_are_resized(tmp_path):
     upscaler = upscale.load(saved(Compact(7, 1, 4), tmp_path / "net.pth"), CPU)
     layers = np.concatenate([NOISE, np.full((2, 20, 28, 1), 77, np.uint8)], -1)
-    made = upscale.enlarge(upscaler, layers, 3)
+    made = enlarged(upscaler, layers, 3)
     assert made.shape == (2, 60, 84, 4) and (made[..., 3] == 77).all()
-    whole = upscale.enlarge(upscaler, NOISE, 4)[0]
+    whole = enlarged(upscaler, NOISE, 4)[0]
     expected = Image.fromarray(whole).resize((84, 60), Image.Resampling.LANCZOS)
     assert np.array_equal(made[0, ..., :3], np.asarray(expected))
 
@@ -90,7 +96,7 @@ def test_the_published_weights_beat_lanczos(name):
     truth, file = drawn((160, 144)), io.BytesIO()
     truth.resize((40, 36), Image.Resampling.BOX).save(file, "JPEG", quality=75, subsampling=0)
     small = Image.open(file).convert("RGB")
-    made = upscale.enlarge(upscale.load(published(name), CPU), np.asarray(small)[None], 4)[0]
+    made = enlarged(upscale.load(published(name), CPU), np.asarray(small)[None], 4)[0]
 
     def psnr(image):
         return -10 * np.log10(np.mean((np.asarray(image, float) - np.asarray(truth, float)) ** 2) / 255**2)
@@ -197,6 +203,6 @@ def test_an_image_is_enlarged_after_it_is_decoded(tmp_path):
     model = tinydiff.load(upscaling_model_path=str(path))
     made = tinydiff.generate(model, "a red circle", **asked, enable_upscaling=True)
     assert made.images[0].shape == (512, 512, 3) and made.parameters["upscaling_scale"] == 4
-    assert np.array_equal(made.frames[0], upscale.enlarge(upscale.load(path, CPU), plain.frames[0], 4))
+    assert np.array_equal(made.frames[0], enlarged(upscale.load(path, CPU), plain.frames[0], 4))
     twice = tinydiff.generate(model, "a red circle", **asked, enable_upscaling=True, upscaling_scale=2)
     assert twice.images[0].shape == (256, 256, 3)

@@ -43,6 +43,8 @@ def test_every_sampling_option_is_a_field_at_top_level_and_in_extra_body():
         "guidance_scale_2": 3.0, "boundary_ratio": 0.5, "flow_shift": 2.0, "dmd_denoising_steps": [1000, 500],
         "use_pe": False, "loras": {"style": 0.5}, "diffusers_kwargs": {"a": [1]}, "sigmas": [1.0, 0.5],
         "enable_upscaling": True, "upscaling_scale": 2,
+        "enable_frame_interpolation": True, "frame_interpolation_exp": 2, "frame_interpolation_scale": 0.5,
+        "frame_interpolation_scene_threshold": 0.2,
     }  # fmt: skip
     assert values.keys() == set(fields.SAMPLING)
     top = read_fields(values, "video").options

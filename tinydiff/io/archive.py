@@ -1,4 +1,4 @@
-"""Files of tensors, opened by mapping them: safetensors, and torch's own .pth, .pt, .bin and .ckpt.
+"""Files of tensors, opened by mapping them: safetensors, and torch's own .pth, .pt, .bin, .ckpt and .pkl.
 
 A pickle is read by torch's weights-only reader, which knows tensors and plain containers: nothing in the file
 is run. Either is asked alike: `keys`, `get_tensor`, `get_slice`, `metadata`.
@@ -26,7 +26,7 @@ from tinydiff.records import UserError
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types read as they are. Anything else (float8, integers) needs scales that a cast would silently drop."""
 
-PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 """Extensions of files that torch.save wrote."""
 
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}

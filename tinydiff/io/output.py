@@ -25,7 +25,7 @@ from tinydiff.io.video import (
     read_video_parameters,
     write_video,
 )
-from tinydiff.records import Sound, UserError, nearest
+from tinydiff.records import Frames, Sound, UserError, nearest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -217,7 +217,7 @@ def check_writable(directory: Path, name: str = "", field: str = "output_path") 
 
 def save(
     target: Target,
-    frames: np.ndarray,
+    frames: np.ndarray | Frames,
     encoding: Encoding,
     parameters: Mapping[str, Any] | None = None,
     index: int = 0,
@@ -238,7 +238,7 @@ def save(
 def write(
     path: Path,
     extension: str,
-    frames: np.ndarray,
+    frames: np.ndarray | Frames,
     encoding: Encoding,
     parameters: Mapping[str, Any] | None = None,
     sound: Sound | None = None,
@@ -251,9 +251,10 @@ def write(
     if sound is not None and extension not in CODECS:
         log.warning("%s: the sound is left out, only %s hold any", path.name, " and ".join(CODECS))
     channels = (3, 4) if extension in (*ALPHA_EXTENSIONS, FRAMES) else (3,)
-    if frames.ndim != 4 or frames.shape[3] not in channels or str(frames.dtype) != "uint8":
+    kind = "uint8" if isinstance(frames, Frames) else str(frames.dtype)
+    if len(frames.shape) != 4 or frames.shape[3] not in channels or kind != "uint8":
         allowed = " or ".join(map(str, channels))
-        raise ValueError(f"frames are uint8 [T, H, W, {allowed}], not {frames.dtype} {list(frames.shape)}")
+        raise ValueError(f"frames are uint8 [T, H, W, {allowed}], not {kind} {list(frames.shape)}")
     if extension == FRAMES:
         path.mkdir()
         for number, frame in enumerate(frames):
@@ -261,7 +262,8 @@ def write(
     elif extension in IMAGE_EXTENSIONS:
         if len(frames) != 1:
             raise ValueError(f"{extension} holds one frame, not {len(frames)}")
-        path.write_bytes(encode_image(frames[0], extension, encoding.quality, parameters))
+        [frame] = frames
+        path.write_bytes(encode_image(frame, extension, encoding.quality, parameters))
     else:
         write_video(
             path,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tinydiff.io.parameters import as_ascii, as_text, read
-from tinydiff.records import Sound, UserError
+from tinydiff.records import Frames, Sound, UserError
 
 if TYPE_CHECKING:
     import av
@@ -72,7 +72,7 @@ CODECS = {
 
 def write_video(
     path: Path,
-    frames: np.ndarray,
+    frames: np.ndarray | Frames,
     extension: str,
     fps: float,
     quality: int | None = None,
@@ -86,12 +86,12 @@ def write_video(
     the last row or column. quality: 0 to 100, None for 65. preset: of x264, MP4 only. A GIF has one palette
     for all frames, exact for up to 256 colours, and no quality. Its durations are in 1/100 s, rounded so that
     the video keeps its length. sound: written beside the frames, AAC in an MP4 and Opus in a WebM, cut or
-    filled with silence to the length of the video; a GIF holds none.
+    filled with silence to the length of the video; a GIF holds none. Only a GIF holds all frames in memory.
     """
     if extension == ".gif":
         if sound is not None:
             raise ValueError("a .gif holds no sound")
-        _write_gif(path, frames, fps, parameters)
+        _write_gif(path, frames.array() if isinstance(frames, Frames) else frames, fps, parameters)
     else:
         quality = DEFAULT_QUALITY if quality is None else quality
         _write_coded(path, frames, CODECS[extension], fps, quality, preset, parameters, sound)
@@ -126,7 +126,7 @@ def as_file(path: Path) -> str:
 
 def _write_coded(
     path: Path,
-    frames: np.ndarray,
+    frames: np.ndarray | Frames,
     codec: Codec,
     fps: float,
     quality: int,
@@ -138,7 +138,7 @@ def _write_coded(
     import numpy as np
     from av.video.reformatter import ColorRange, Colorspace
 
-    even = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    below, right = (side % 2 for side in frames.shape[1:3])
     rate = Fraction(fps).limit_denominator(1001)
     options = {"crf": str(codec.crf(quality)), **dict(codec.options)}
     if codec.encoder == "libx264":
@@ -147,13 +147,15 @@ def _write_coded(
         if parameters is not None:
             container.metadata["comment"] = as_text(parameters)
         stream = cast("av.VideoStream", container.add_stream(codec.encoder, rate=rate, options=options))
-        stream.height, stream.width, stream.pix_fmt = even.shape[1], even.shape[2], "yuv420p"
+        stream.height, stream.width = frames.shape[1] + below, frames.shape[2] + right
+        stream.pix_fmt = "yuv420p"
         context = stream.codec_context
         context.time_base = 1 / rate
         context.colorspace = context.color_primaries = context.color_trc = context.color_range = BT709
         track = None if sound is None else _Track(container, codec, sound, len(frames) / rate)
-        for index, pixels in enumerate(even):
-            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        for index, pixels in enumerate(frames):
+            even = np.pad(pixels, ((0, below), (0, right), (0, 0)), mode="edge")
+            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
             frame = rgb.reformat(
                 format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
             )

@@ -15,8 +15,16 @@ from tinydiff.config import SamplingOptions, seeds
 from tinydiff.io.images import cover, read_image, resize
 from tinydiff.models.recipe import fit_area, rectangle_side, too_elongated
 from tinydiff.models.registry import ReleasedModel
-from tinydiff.records import Guidance, InputImages, Output, Request, Schedule, Text, Upscaling, UserError
-from tinydiff.runtime import loras, upscale
+from tinydiff.records import (
+    Guidance,
+    InputImages,
+    Output,
+    Request,
+    Schedule,
+    Text,
+    UserError,
+)
+from tinydiff.runtime import loras, postprocess
 from tinydiff.runtime.blueprint import Blueprint
 from tinydiff.runtime.pipeline import table
 from tinydiff.runtime.settings import settle
@@ -33,10 +41,6 @@ class Read(Protocol):
     """
 
     def __call__(self, source: str, field: str, with_alpha: bool = False, /) -> numpy.ndarray: ...
-
-
-MOST_UPSCALED = 16
-"""How many times more pixels an output may have after upscaling: fourfold height and width."""
 
 
 def admit(
@@ -84,8 +88,7 @@ def admit(
         strength=_strength(blueprint, sampling, starts, steps),
     )
     fps = row.fps if sampling.fps is None else sampling.fps
-    upscaling = upscaling_of(blueprint, sampling, pixels, most_pixels)
-    output = Output(height, width, frames, layers, fps, upscaling)
+    output = postprocess.planned(blueprint, sampling, Output(height, width, frames, layers, fps), most_pixels)
     requests = [
         Request(
             text=Text(prompt, settled.negative_prompt, row.text_tokens, settled.use_pe),
@@ -102,25 +105,6 @@ def admit(
     for request in requests:
         table(blueprint, request)  # refuses a schedule that cannot be
     return requests
-
-
-def upscaling_of(
-    blueprint: Blueprint, sampling: SamplingOptions, pixels: int, most_pixels: float
-) -> Upscaling | None:
-    """How the frames of an output of so many pixels are enlarged. Raises UserError."""
-    if not sampling.enable_upscaling:
-        if sampling.upscaling_scale is not None:
-            raise UserError(
-                "upscaling_scale",
-                f"upscaling_scale: {sampling.upscaling_scale} has no effect without enable_upscaling",
-            )
-        return None
-    model = upscale.locate(blueprint.upscaling_model_path, sampling.upscaling_scale or 4)
-    scale = sampling.upscaling_scale or upscale.read(model).scale
-    if pixels * scale**2 > (most := most_pixels * MOST_UPSCALED):
-        message = f"an upscaled output has {pixels * scale**2:,} pixels; {most:,.0f} are the most"
-        raise UserError("upscaling_scale", f"upscaling_scale: {message}")
-    return Upscaling(model, scale)
 
 
 def _normalization(blueprint: Blueprint, sampling: SamplingOptions) -> float:

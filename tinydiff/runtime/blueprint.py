@@ -136,6 +136,7 @@ class Blueprint:
     adapters: tuple[loras.Chosen, ...] = ()
     lora_mode: loras.Mode = "auto"
     upscaling_model_path: str | None = None
+    frame_interpolation_model_path: str | None = None
     foreign: Foreign | None = None
     """The pipeline that runs it in place of networks, where another library does."""
 
@@ -261,6 +262,7 @@ def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
         loras.chosen(options),
         options.lora_merge_mode,
         options.upscaling_model_path,
+        options.frame_interpolation_model_path,
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tinydiff.parallel.plan import ALONE
 from tinydiff.parallel.ranks import Ranks, command_group, describe_failure, from_first, to_all
 from tinydiff.records import RankError, Request
-from tinydiff.runtime import backends, preview, torch_state
+from tinydiff.runtime import backends, postprocess, preview, torch_state
 from tinydiff.runtime import blueprint as blueprints
 from tinydiff.runtime.blueprint import Blueprint, Model
 from tinydiff.runtime.continuous import (
@@ -118,6 +118,7 @@ class Device:
     def unload(self) -> None:
         """Remove the model from the device."""
         self.model = None
+        postprocess.unload()
         give_memory_back()
 
     @on_all_ranks

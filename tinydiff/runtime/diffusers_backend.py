@@ -37,7 +37,8 @@ TAKEN = frozenset(
     """
     model_path revision trust_remote_code variant component_paths lora_path lora_nickname lora_scale
     lora_weight_name lora_merge_mode dit_precision vae_precision text_encoder_precisions
-    image_encoder_precision component_precisions upscaling_model_path vae_tiling vae_slicing
+    image_encoder_precision component_precisions upscaling_model_path
+    frame_interpolation_model_path vae_tiling vae_slicing
     performance_mode dit_cpu_offload text_encoder_cpu_offload image_encoder_cpu_offload vae_cpu_offload
     cpu_offload_components dit_layerwise_offload layerwise_offload_components component_residency
     dit_offload_prefetch_size pin_cpu_memory enable_torch_compile backend pipeline_class_name
@@ -122,6 +123,7 @@ def read(options: ModelOptions) -> Blueprint:
         tiling=bool(options.vae_tiling),
         variant=options.variant,
         upscaling_model_path=options.upscaling_model_path,
+        frame_interpolation_model_path=options.frame_interpolation_model_path,
         foreign=foreign,
     )
 

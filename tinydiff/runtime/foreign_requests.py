@@ -17,7 +17,8 @@ import torch
 from tinydiff.config import SamplingOptions, seeds
 from tinydiff.io.images import read_image
 from tinydiff.records import Guidance, InputImages, Output, Request, Schedule, Text, UserError, nearest
-from tinydiff.runtime.admit import Read, upscaling_of
+from tinydiff.runtime import postprocess
+from tinydiff.runtime.admit import Read
 from tinydiff.runtime.blueprint import Blueprint
 from tinydiff.runtime.foreign import Foreign
 from tinydiff.version import __version__
@@ -31,8 +32,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """Option -> the arguments of which a pipeline has one; every other option's argument has its own name."""
 OURS = frozenset(
-    {"prompt", "seed", "num_outputs_per_prompt", "loras", "diffusers_kwargs"}
-    | {"enable_upscaling", "upscaling_scale"}
+    {"prompt", "seed", "num_outputs_per_prompt", "loras", "diffusers_kwargs"} | set(postprocess.OPTIONS)
 )
 """Options that become no argument by themselves."""
 SET_HERE: Mapping[str, str] = {
@@ -168,8 +168,8 @@ def _output(
     height, width = arguments.get("height") or row.height, arguments.get("width") or row.width
     if (pixels := frames * height * width) > most_pixels:
         raise UserError("size", f"size: an output has {pixels:,} pixels; {most_pixels:,.0f} are the most")
-    upscaling = upscaling_of(blueprint, sampling, pixels, most_pixels)
-    return Output(height, width, frames, 0, sampling.fps or row.fps, upscaling)
+    output = Output(height, width, frames, 0, sampling.fps or row.fps)
+    return postprocess.planned(blueprint, sampling, output, most_pixels)
 
 
 def parameters(
@@ -187,8 +187,7 @@ def parameters(
     entries |= {"prompt": request.text.prompt, "num_inference_steps": steps, "fps": request.output.fps}
     entries |= {"num_frames": frames.shape[0], "height": frames.shape[1], "width": frames.shape[2]}
     entries["given_images"] = len(request.images.originals)
-    if request.output.upscaling is not None:
-        entries["upscaling_scale"] = request.output.upscaling.scale
+    entries |= postprocess.parameters(request.output)
     if strengths := foreign.strengths(request.loras):
         entries["loras"] = strengths
     entries["precision"] = dict(foreign.precisions)

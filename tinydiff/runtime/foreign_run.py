@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator, Hashable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
@@ -18,13 +19,14 @@ import torch
 
 from tinydiff.config import Progress
 from tinydiff.records import Request, Result
-from tinydiff.runtime import upscale
+from tinydiff.runtime import postprocess
 from tinydiff.runtime.background import Background
 from tinydiff.runtime.blueprint import Model
+from tinydiff.runtime.clock import Clock
 from tinydiff.runtime.continuous import StepResult, Turn
 from tinydiff.runtime.diffusers_backend import call
 from tinydiff.runtime.foreign_requests import parameters
-from tinydiff.runtime.pipeline import Clock, Made
+from tinydiff.runtime.pipeline import Made
 from tinydiff.runtime.step_times import StepTimes
 from tinydiff.runtime.torch_state import default_torch_state
 
@@ -49,16 +51,21 @@ def make(model: Model, request: Request, seed: int, on_step: OnStep) -> Output:
 
     frames, effective = call(model, request, seed, counted)
     told = parameters(model.blueprint, request, frames, count, effective)
-    if (upscaling := request.output.upscaling) is not None:
-        upscaler = upscale.load(upscaling.model, model.blueprint.device)
-        frames = upscale.enlarge(upscaler, frames, upscaling.scale)
     return Output(frames, told)
 
 
-def run(model: Model, request: Request, progress: Progress) -> Result:
+def run(
+    model: Model,
+    request: Request,
+    progress: Progress,
+    save: postprocess.Save | None = None,
+    keep: bool = True,
+) -> Result:
     """Generate everything that one request asks for, as `runtime.pipeline.run` does."""
-    clock, made = Clock(progress), list[Output]()
-    for seed in request.seeds:
+    clock, told = Clock(progress), dict[str, Any]()
+    kept: list[numpy.ndarray] = []
+    paths: list[Path] = []
+    for index, seed in enumerate(request.seeds):
         before = time.perf_counter()
 
         def on_step(done: int, total: int) -> None:
@@ -69,14 +76,21 @@ def run(model: Model, request: Request, progress: Progress) -> Result:
             progress.on_step(done, total)
 
         with clock.stage("denoise"):
-            made.append(make(model, request, seed, on_step))
+            made = make(model, request, seed, on_step)
+        told = told or made.parameters
+        frames, written = postprocess.deliver(
+            model.blueprint, request, index, made.frames, None, told, clock, save, keep
+        )
+        paths += written
+        kept += [] if frames is None else [frames]
     return Result(
-        frames=tuple(each.frames for each in made),
+        frames=tuple(kept),
         latents=(),
-        parameters=made[0].parameters,
+        parameters=told,
         seeds=request.seeds,
         seconds=clock.seconds,
         step_seconds=tuple(clock.step_seconds),
+        paths=tuple(paths),
     )
 
 

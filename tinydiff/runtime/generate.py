@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import numpy
 
 from tinydiff.config import Options, OutputOptions, Progress
 from tinydiff.io import output
 from tinydiff.parallel.ranks import Ranks, replica_numbers, to_first
-from tinydiff.records import Request, Result
+from tinydiff.records import Frames, Request, Result, Sound
 from tinydiff.runtime import backends, blueprint
 from tinydiff.runtime.blueprint import Blueprint, Model
 from tinydiff.runtime.torch_state import default_torch_state
@@ -126,20 +129,17 @@ def _run_job(
     progress: Progress,
     writes: bool,
 ) -> Result:
-    """Run a job, and write its files if this rank writes."""
-    result = backends.of(model.blueprint).run(model, job.request, progress)
-    if options.save_output and writes:
-        progress.on_stage("save")
-        before = time.perf_counter()
-        paths = _save(*destination, job, result)
-        result = replace(
-            result, paths=paths, seconds={**result.seconds, "save": time.perf_counter() - before}
-        )
-    if not options.return_frames:
-        result = replace(
-            result, frames=(), latents=(), sounds=()
-        )  # written, or not wanted: many prompts shall fit into memory
-    return result
+    """Run a job, and write its files if this rank writes. What is written is kept only where it is asked for,
+    so that many prompts fit into memory.
+    """
+
+    def save(
+        index: int, frames: numpy.ndarray | Frames, sound: Sound | None, parameters: Mapping[str, Any]
+    ) -> list[Path]:
+        return _save(*destination, job, index, frames, sound, parameters)
+
+    saves, keep = options.save_output and writes, options.return_frames and writes
+    return backends.of(model.blueprint).run(model, job.request, progress, save if saves else None, keep)
 
 
 def _merge_results(parts: Sequence[Result]) -> Result:
@@ -165,7 +165,11 @@ def _destination(options: OutputOptions, request: Request) -> Destination:
         seed=request.seeds[0],
     )
     encoding = output.plan_encoding(
-        target, request.output.fps, options.output_quality, options.output_compression, options.x264_preset
+        target,
+        request.output.saved_fps,
+        options.output_quality,
+        options.output_compression,
+        options.x264_preset,
     )
     if options.save_output:
         output.check_size(target, *request.output.saved_size)
@@ -174,20 +178,23 @@ def _destination(options: OutputOptions, request: Request) -> Destination:
 
 
 def _save(
-    target: output.Target, encoding: output.Encoding, job: ReplicaJob, result: Result
-) -> tuple[Path, ...]:
-    """Write one file per output. Layers are one file each, numbered through all outputs, or a directory."""
-    files = []
-    sounds = result.sounds or (None,) * len(result.seeds)
-    for frames, sound, seed in zip(result.frames, sounds, result.seeds, strict=True):
-        told = {**result.parameters, "seed": seed}
-        if job.request.output.layers and target.extension != output.FRAMES:
-            files += [(layer[None], None, {**told, "layer": i}) for i, layer in enumerate(frames)]
-        else:
-            files.append((frames, sound, told))
-    each = len(files) // len(result.seeds)
-    first, count = job.first * each, job.of * each
-    return tuple(
-        output.save(target, frames, encoding, told, first + i, count, sound)
-        for i, (frames, sound, told) in enumerate(files)
-    )
+    target: output.Target,
+    encoding: output.Encoding,
+    job: ReplicaJob,
+    index: int,
+    frames: numpy.ndarray | Frames,
+    sound: Sound | None,
+    parameters: Mapping[str, Any],
+) -> list[Path]:
+    """Write output `index` of a job. Layers are numbered through all outputs, one file each, or in one
+    directory.
+    """
+    told = {**parameters, "seed": job.request.seeds[index]}
+    number = job.first + index
+    if not job.request.output.layers or target.extension == output.FRAMES:
+        return [output.save(target, frames, encoding, told, number, job.of, sound)]
+    first, count = number * len(frames), job.of * len(frames)
+    return [
+        output.save(target, layer[None], encoding, {**told, "layer": i}, first + i, count)
+        for i, layer in enumerate(frames)
+    ]

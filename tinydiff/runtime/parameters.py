@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tinydiff.records import Request
-from tinydiff.runtime import loras
+from tinydiff.runtime import loras, postprocess
 from tinydiff.runtime.blueprint import PRECISIONS, WRITER, Model
 from tinydiff.version import __version__
 
@@ -51,8 +51,7 @@ def parameters(
     entries["given_images"] = len(request.images.originals)
     if request.images.start:
         entries |= {"strength": schedule.strength, "masked": request.images.mask is not None}
-    if output.upscaling is not None:
-        entries["upscaling_scale"] = output.upscaling.scale
+    entries |= postprocess.parameters(output)
     if strengths := loras.strengths(model.adapters, request.loras):
         entries["loras"] = strengths
     if request.notes:

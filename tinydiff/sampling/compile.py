@@ -177,6 +177,18 @@ def _block(conds: Sequence[Cond], block: Callable[..., Streams]) -> Callable[...
     return call
 
 
+def per_size(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` over tensors, in dicts too, as one compiled graph for each of their sizes; all are kept."""
+    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _RECOMPILE_LIMIT)
+    graph = torch.compile(_own_code(fn), fullgraph=True, dynamic=False)
+
+    def call(*tensors: Any) -> Any:
+        with _no_modes():
+            return graph(*tensors)
+
+    return call
+
+
 @contextmanager
 def _no_modes() -> Iterator[None]:
     """Turn off the modes that see every torch function, such as a default device. Otherwise the graph would

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinydiff.io import output
+from tinydiff.records import Frames
 from tinydiff.serve.jobs import Job, Output
 
 if TYPE_CHECKING:
@@ -45,21 +46,22 @@ def plan(job: Job, request: Request, folder: Path) -> tuple[output.Target, outpu
         for name in ("output_quality", "output_compression", "x264_preset")
         if name in job.fields
     }
-    return target, output.plan_encoding(target, request.output.fps, **chosen)
+    return target, output.plan_encoding(target, request.output.saved_fps, **chosen)
 
 
 def save(
     job: Job,
     request: Request,
     files: Files,
-    frames: numpy.ndarray,
+    frames: numpy.ndarray | Frames,
     seed: int,
     told: Mapping[str, Any],
     sound: Sound | None = None,
 ) -> list[Output]:
     """Encode one output of a job, uint8 [T, H, W, 3 or 4] with its sound, and store its files.
 
-    A video also gets a thumbnail and a contact sheet. Layers are stored one by one.
+    A video also gets a thumbnail and a contact sheet, of its frames as they were decoded. Layers are stored
+    one by one.
     """
     with tempfile.TemporaryDirectory() as folder:
         target, encoding = plan(job, request, Path(folder))
@@ -80,7 +82,7 @@ def save(
             made.append(Output(files.put(path, media_type, path.name, job.owner), media_type, size, seed))
     if request.output.num_frames > 1:
         for variant, draw in (("thumbnail", thumbnail), ("spritesheet", spritesheet)):
-            data = draw(frames)
+            data = draw(frames.decoded if isinstance(frames, Frames) else frames)
             id = files.put(data, "image/webp", f"{job.id}-{variant}.webp", job.owner)
             made.append(Output(id, "image/webp", len(data), seed, variant))
     return made

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from tinydiff.config import NoProgress
 from tinydiff.parallel.ranks import Ranks
-from tinydiff.records import Request, Sound
-from tinydiff.runtime import torch_state
+from tinydiff.records import Frames, Request, Sound
+from tinydiff.runtime import postprocess, torch_state
 from tinydiff.runtime.blueprint import Blueprint, Model
+from tinydiff.runtime.clock import Clock
 from tinydiff.runtime.continuous import BatchSlot
 from tinydiff.runtime.device import Device
 from tinydiff.runtime.loras import Read
@@ -340,7 +342,7 @@ class DeviceScheduler:
         self.events.publish(running.job, running.steps, running.total, previews)
 
     def _finish(self, running: RunningJob, slot: BatchSlot) -> None:
-        """Decode an image and let a saver thread store it."""
+        """Decode an image and let a saver thread store it. What is still to be made is stored here."""
         started = time.perf_counter()
         try:
             made, told = self.device.finish(running.job.id, slot.index)
@@ -350,7 +352,12 @@ class DeviceScheduler:
         seconds = time.perf_counter() - started
         running.spent("decode", seconds)
         self.metrics.stage("decode", seconds)
-        self._savers.submit(self._save, running, slot.index, made.frames, told, made.sound)
+        output, clock = running.request.output, Clock(NoProgress())
+        frames = postprocess.processed(self.device.blueprint, output, made.frames, clock)
+        if isinstance(frames, Frames):  # made while they are saved, and only this thread uses the device
+            self._save(running, slot.index, frames, told, made.sound)
+        else:
+            self._savers.submit(self._save, running, slot.index, frames, told, made.sound)
 
     def _idle(self) -> None:
         """Wait for jobs.
@@ -390,8 +397,13 @@ class DeviceScheduler:
         except Exception as error:
             self._fail(running.job.id, error)
             return
+        inside = dict(frames.seconds) if isinstance(frames, Frames) else {}
+        for stage, seconds in inside.items():
+            self.metrics.stage(stage, seconds)
         with self._job_ended:
-            running.spent("save", time.perf_counter() - started)
+            for stage, seconds in inside.items():
+                running.spent(stage, seconds)
+            running.spent("save", time.perf_counter() - started - sum(inside.values()))
             running.saved[index] = stored
             going = running.job.id in self._jobs
             complete = len(running.saved) == len(running.request.seeds)

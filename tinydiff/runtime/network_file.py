@@ -1,0 +1,49 @@
+"""The file of a network that works on decoded frames: where it is, and its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tinydiff import paths
+from tinydiff.io import archive, hub, repositories
+from tinydiff.records import UserError, shown
+
+
+def located(path: str, field: str, example: str, usual: str | None = None) -> Path:
+    """The file that an option names: a file, or one of a hub repository as `id:file`.
+
+    field: the option. example: such an `id:file`. usual: the file that a directory or a hub id alone stands
+    for; None where neither may be given.
+    """
+    local = paths.path(path, field)
+    kind = paths.kind(local)
+    if kind == "file":
+        return local
+    if kind == "directory" and usual is not None:
+        if paths.kind(local / usual) != "file":
+            raise UserError(field, f"{field}: the directory {shown(path)} has no file {usual}")
+        return local / usual
+    hub_id, colon, name = path.partition(":")
+    name = name if colon else usual
+    if not (name and hub.HUB_ID.fullmatch(hub_id)):
+        raise UserError(
+            field,
+            f"{field}: {shown(path)} is not a file, and not a file of a hub repository, written as {example}",
+        )
+    found = repositories.fetched(hub_id, [name], field=field) / name
+    if not found.is_file():
+        raise UserError(field, f"{field}: {hub_id!r} has no file {shown(name)}")
+    return found
+
+
+def opened(path: Path, field: str) -> archive.Archive:
+    """The mapped file. Raises UserError for one that is cut short, or holds code."""
+    try:
+        return archive.opened(path)
+    except UserError as error:
+        raise UserError(field, f"{field}: {str(error).removeprefix('model_path: ')}") from None
+
+
+def shapes(file: archive.Archive) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in a file."""
+    return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
