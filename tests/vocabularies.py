@@ -138,6 +138,7 @@ LLAMA = (
     "<|end_header_id|>",
     "<|eot_id|>",
     "<pad>",
+    "<image>",
 )
 
 

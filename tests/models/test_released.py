@@ -39,7 +39,7 @@ from tinydiff.models import (
     z_image,
 )
 from tinydiff.models.classes import RECORDS
-from tinydiff.models.encoders import clip_vision, qwen_vision
+from tinydiff.models.encoders import clip_vision, llava_vision, qwen_vision
 from tinydiff.models.evaluate import predict
 from tinydiff.models.released import REPOSITORIES
 from tinydiff.ops.network import Network
@@ -70,6 +70,11 @@ PREFIXES = {
     "Mistral3ForConditionalGeneration": [
         ("model.language_model.", "language_model.model."), ("model.vision_tower.", "vision_tower."),
         ("model.multi_modal_projector.", "multi_modal_projector."), ("lm_head.", "language_model.lm_head."),
+    ],
+    "LlavaForConditionalGeneration": [
+        ("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
+        ("model.vision_tower.", "vision_tower.vision_model."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
     ],
     "Mistral3Model": [
         ("language_model.", "language_model.model."),
@@ -133,7 +138,7 @@ def counted_apart(key, config):
 
 def test_all_models_are_here():
     names = {row.name for row in registry.MODELS if row.name != registry.SHIPPED}
-    assert len(MODELS) == 44 and sum("transformer_2" in model["components"] for model in MODELS.values()) == 2
+    assert len(MODELS) == 46 and sum("transformer_2" in model["components"] for model in MODELS.values()) == 2
     assert set(MODELS) - {ALONE} == names
 
 
@@ -183,6 +188,7 @@ def test_what_is_dropped_of_a_checkpoint():
         "AutoencoderKLFlux2": {"bn.num_batches_tracked"},
         "LTX2VocoderWithBWE": {"mel_stft.stft_fn.inverse_basis"},
         "Gemma3ForConditionalGeneration": {"vision_tower", "multi_modal_projector"},
+        "LlavaForConditionalGeneration": {"vision_tower", "multi_modal_projector", "lm_head"},
         "Mistral3ForConditionalGeneration": {"vision_tower", "multi_modal_projector", "lm_head"},
         "Mistral3Model": {"vision_tower", "multi_modal_projector"},
         "Qwen2_5_VLForConditionalGeneration": {"visual", "lm_head"},
@@ -201,6 +207,15 @@ def test_the_vision_tower_is_the_rest_of_the_language_model():
             assert shapes(qwen_vision.spec(qwen_vision.config_from(part["config"]))) == {
                 key: keys[key] for key in keys if key is not None
             }
+        if part.get("keys") == "llava_llama3_8b":
+            c = llava_vision.config_from(part["config"], "LlavaForConditionalGeneration")
+            rename = llava_vision.key_map(c).row
+            for spelt in ({}, dict(PREFIXES["LlavaForConditionalGeneration"])):
+                keys = {}
+                for key, shape in released_keys(part["keys"]).items():
+                    old = next((old for old in spelt if key.startswith(old)), "")
+                    keys[rename(spelt.get(old, "") + key.removeprefix(old))] = shape
+                assert shapes(llava_vision.spec(c)) == {key: keys[key] for key in keys if key is not None}
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != ALONE])
@@ -350,15 +365,20 @@ def _hunyuan(c, name):
     size = (2, 90, 160)
     text, pooled = torch.empty(1, 256, c.text_embed_dim), torch.empty(1, c.pooled_projection_dim)
     positions, guidance = hunyuan_video.positions(c, size), torch.empty(1)
+    values = prod(hunyuan_video.patch(c))
     known = {
         "hidden_states": torch.empty(1, c.in_channels, *size),
         "encoder_hidden_states": text,
         "encoder_attention_mask": torch.ones(1, 256),
         "pooled_projections": pooled,
-        "guidance": guidance,
+        "guidance": guidance if c.guidance_embeds else None,
     }
     inputs = {"text": text, "pooled": pooled, "positions": positions, "guidance": guidance}
-    return known, torch.empty(1, len(positions), c.in_channels * prod(hunyuan_video.patch(c))), inputs
+    if c.in_channels > c.out_channels:
+        inputs["concat"] = torch.empty(1, len(positions), (c.in_channels - c.out_channels) * values)
+    if c.image_condition_type == hunyuan_video.TOKEN_REPLACE:
+        inputs["frozen"] = torch.empty(1, len(positions), 1, dtype=torch.bool)
+    return known, torch.empty(1, len(positions), c.out_channels * values), inputs
 
 
 def _ltx2(c, name):

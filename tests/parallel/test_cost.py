@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from functools import cache
+from math import prod
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cases
-from tinydiff.models import ernie, sd3, wan, workload
-from tinydiff.models.autoencoders import kl
+from tinydiff.entries import typed
+from tinydiff.models import ernie, hunyuan_video, hunyuan_video15, registry, sd3, wan, workload
+from tinydiff.models.autoencoders import hunyuan15, kl
 from tinydiff.models.autoencoders import wan as wan_vae
+from tinydiff.models.released import REPOSITORIES
 from tinydiff.ops.attention import BACKENDS
 from tinydiff.ops.network import Branch, Network
 from tinydiff.ops.weights import Weights
@@ -155,6 +158,11 @@ PICTURES = {
 }  # fmt: skip
 """Released models and the tokens of their prompts."""
 CLIPS = ("Wan2.1-T2V-1.3B-Diffusers", "Wan2.2-TI2V-5B-Diffusers")
+HUNYUAN = {
+    "HunyuanVideo": hunyuan_video,
+    "HunyuanVideo-1.5-Diffusers-480p_t2v": hunyuan_video15,
+    "HunyuanVideo-1.5-Diffusers-480p_i2v": hunyuan_video15,
+}
 STEPS = 3
 
 
@@ -170,6 +178,29 @@ def shallow(c):
     return replace(c, **fewer)
 
 
+def hunyuan(name: str) -> cases.Picture:
+    """Five frames of HunyuanVideo at a quarter of its size, or of HunyuanVideo-1.5."""
+    module, row = HUNYUAN[name], registry.named(name)
+    entries = REPOSITORIES[row.name]["components"]["transformer"]["config"]
+    c = module.Config(**typed(module.Config, entries))
+    size, values = (2, 30, 52), prod(module.patch(c)) * c.out_channels
+    positions = module.positions(c, size, "meta")
+    inputs = {"text": torch.empty(1, 12, c.text_embed_dim, device="meta"), "positions": positions}
+    if module is hunyuan_video:
+        inputs["pooled"] = torch.empty(1, c.pooled_projection_dim, device="meta")
+        inputs["guidance"] = torch.empty(1, device="meta")
+    else:
+        inputs["concat"] = torch.empty(1, len(positions), c.in_channels - c.out_channels, device="meta")
+    if row.images[0]:
+        inputs["image"] = torch.empty(1, VIEWS, c.image_embed_dim, device="meta")
+    x = torch.empty(1, len(positions), values, device="meta")
+    return cases.Picture(name, module.FAMILY, shallow(c), inputs, x)
+
+
+VIEWS = 729
+"""SigLIP's tokens of an image."""
+
+
 @cache
 def asked(name: str) -> tuple[cases.Picture, CostModel, Work]:
     """A released model of few blocks, what it is told, and the same in the words of `cost`."""
@@ -183,11 +214,14 @@ def asked(name: str) -> tuple[cases.Picture, CostModel, Work]:
         made = cases.Picture(
             name, wan.FAMILY, c, inputs, torch.empty(1, case.tokens, c.out_channels * 4, device="meta")
         )
+    elif name in HUNYUAN:
+        made = hunyuan(name)
     else:
         made = cases.picture(name, PICTURES[name])
         made = made._replace(config=shallow(made.config))
     net = workload.cost_model(made.family, made.config)
-    return made, net, Work(made.x.shape[1], made.inputs["text"].shape[1], steps=STEPS)
+    words = sum(made.inputs[kind].shape[1] for kind in ("image", "text") if kind in made.inputs)
+    return made, net, Work(made.x.shape[1], words, steps=STEPS)
 
 
 def readied(name: str, plan: Plan, branches: int = 1):
@@ -221,7 +255,7 @@ def run(name: str, plan: Plan, branches: int = 1, *modes):
     return hoisted
 
 
-NAMES = (*PICTURES, *CLIPS)
+NAMES = (*PICTURES, *CLIPS, *HUNYUAN)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -287,6 +321,8 @@ AUTOENCODERS = {
     "Wan2.1": (wan_vae, {}, 9, 1),
     "Wan2.1, an image": (wan_vae, {}, 1, 1),
     "Wan2.1, in one pass": (wan_vae, {}, 9, 3),
+    "HunyuanVideo-1.5": (hunyuan15, {}, 9, 1),
+    "HunyuanVideo-1.5, in one pass": (hunyuan15, {}, 9, 3),
     "Wan2.2": (wan_vae, {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True,
     "in_channels": 12, "out_channels": 12,
                          "patch_size": 2, "scale_factor_spatial": 16}, 17, 2),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.parity import draw
-from tinydiff.models import ernie, flux, flux2, hunyuan_video, ovis, qwen_image, sd3, z_image
+from tinydiff.models import ernie, flux, flux2, hunyuan_video, hunyuan_video15, ovis, qwen_image, sd3, z_image
 from tinydiff.models.family import Denoiser
 from tinydiff.ops.network import Network
 from tinydiff.sampling import guidance, loop, solvers
@@ -47,6 +47,10 @@ FAMILIES: dict[str, tuple[Denoiser, Any, int, int]] = {
     "hunyuan_video": (hunyuan_video.FAMILY, hunyuan_video.Config(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2,
         num_single_layers=2, text_embed_dim=20, pooled_projection_dim=8, rope_axes_dim=(4, 4, 4)), 16, 20),
+    "hunyuan_video15": (hunyuan_video15.FAMILY, hunyuan_video15.Config(
+        in_channels=33, out_channels=16, num_attention_heads=2, attention_head_dim=12, num_layers=2,
+        text_embed_dim=20, text_embed_2_dim=8, image_embed_dim=6, rope_axes_dim=(4, 4, 4), use_meanflow=True),
+        16, 20),
 }  # fmt: skip
 
 
@@ -74,6 +78,10 @@ def inputs(name: str, config: Any, height: int, width: int, text: torch.Tensor) 
         return given | {"positions": {"flux": flux, "ovis": ovis}[name].positions(latents)}
     if name == "hunyuan_video":
         return given | {"positions": hunyuan_video.positions(config, latents)}
+    if name == "hunyuan_video15":
+        given |= {"glyphs": text[:, :2, :8], "image": draw(1, 5, 6).float()}
+        given["concat"] = draw(1, height * width, 17).float()
+        return given | {"positions": hunyuan_video15.positions(config, (1, height, width))}
     if name in ("flux2", "ernie"):
         return given | {"positions": {"flux2": flux2, "ernie": ernie}[name].positions((1, height, width))}
     if name == "z_image":

@@ -10,19 +10,25 @@ import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
+from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video_image2video as image_to_video
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from PIL import Image
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests import vocabularies
 from tests.parity import close, draw
@@ -46,11 +52,20 @@ VAE = {
     **{"down_block_types": ("HunyuanVideoDownBlock3D",) * 3, "spatial_compression_ratio": 4},
     **{"up_block_types": ("HunyuanVideoUpBlock3D",) * 3},
 }
+KINDS = {
+    "token_replace": {},
+    "latent_concat": {"in_channels": 9, "guidance_embeds": False},
+}
+"""Kinds of a given first frame -> the transformer's other entries."""
+EYES = {
+    **{"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2},
+    **{"image_size": 28, "patch_size": 7},
+}
 NAMES = ("hunyuanvideo-community/HunyuanVideo", "FastVideo/FastHunyuan-diffusers")
 
 
-def build(folder, shift=7.0):
-    """The reference's pipeline in float64, saved in float32 to `folder`."""
+def build(folder, shift=7.0, kind=None):
+    """The reference's pipeline in float64, saved in float32 to `folder`. kind: of its given first frame."""
     folder.mkdir()
     for name in ("llama", "clip"):
         (folder / name).mkdir()
@@ -64,18 +79,29 @@ def build(folder, shift=7.0):
         **{"num_attention_heads": 2, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
     }
     networks = {
-        "transformer": HunyuanVideoTransformer3DModel(**TRANSFORMER),
+        "transformer": HunyuanVideoTransformer3DModel(
+            **TRANSFORMER | KINDS.get(kind, {}), image_condition_type=kind
+        ),
         "vae": AutoencoderKLHunyuanVideo(**VAE),
         "text_encoder": LlamaModel(LlamaConfig(**llama)),
         "text_encoder_2": CLIPTextModel(CLIPTextConfig(**clip)),
     }
-    words = vocabularies.llama(folder / "llama", [hunyuan_video.TEMPLATE, PROMPT] * 3)
+    texts = [hunyuan_video.TEMPLATE, hunyuan_video.IMAGE_TEMPLATE, PROMPT] * 3
+    words = vocabularies.llama(folder / "llama", texts)
     files = {
         "tokenizer": PreTrainedTokenizerFast.from_pretrained(words),
         "tokenizer_2": CLIPTokenizer.from_pretrained(vocabularies.clip(folder / "clip", model_max_length=77)),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=shift),
     }
-    pipe = saved(HunyuanVideoPipeline, folder, networks, **files)
+    pipeline_class = HunyuanVideoPipeline
+    if kind is not None:
+        pipeline_class = HunyuanVideoImageToVideoPipeline
+        settings = {"vision_config": CLIPVisionConfig(**EYES), "text_config": LlamaConfig(**llama)}
+        networks["text_encoder"] = LlavaForConditionalGeneration(
+            LlavaConfig(**settings, image_token_index=6, pad_token_id=5, image_seq_length=16)
+        )
+        files["image_processor"] = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28)
+    pipe = saved(pipeline_class, folder, networks, **files)
     # diffusers embeds time in float32 whatever comes; `doubles` would widen that, were it not float32 before.
     transformer = networks["transformer"]
     for embed in (transformer.time_text_embed, transformer.context_embedder.time_text_embed):
@@ -125,6 +151,70 @@ def test_every_step_and_the_frames_equal_diffusers(case, tmp_path):
     for got, expected in zip(latents, theirs, strict=True):
         close(got, expected)
     same_frames(frames, video)
+
+
+FROM_IMAGE = {
+    "a given first frame": ("token_replace", {"guidance_scale": 6.0}),
+    "a frame beside the noise": ("latent_concat", {}),
+    "a negative prompt": (
+        "token_replace",
+        {"guidance_scale": 2.0, "negative_prompt": NEGATIVE, "true_cfg_scale": 2.5},
+    ),
+    "more text than is read": ("latent_concat", {"prompt": "a large red circle " * 90}),
+}
+
+
+@pytest.mark.parametrize("case", FROM_IMAGE)
+def test_every_step_of_a_video_from_an_image_equals_diffusers(case, tmp_path):
+    kind, fields = FROM_IMAGE[case]
+    pipe = build(tmp_path / "model", kind=kind)
+    model = load(tmp_path / "model")
+    assert model.blueprint.row.shape == {"image_condition_type": kind}
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 17, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((51, 31)).save(tmp_path / "image.png")
+    image = Image.open(tmp_path / "image.png")
+    given = {"prompt": PROMPT, "height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, **fields}
+    given |= {"num_frames": 9}
+    request = request_for(model, **given, image_path=(str(tmp_path / "image.png"),))
+    tokens = model.tokenizers["tokenizer"].encode(hunyuan_video.IMAGE_TEMPLATE.format("a")).ids
+    first = list(tokens).index(6)
+    template = {
+        **{"template": hunyuan_video.IMAGE_TEMPLATE, "crop_start": hunyuan_video.IMAGE_SKIPPED},
+        **{"image_emb_start": first, "image_emb_end": first + 16, "image_emb_len": 16},
+    }
+    start, theirs = draw(1, 4, 3, 4, 8, seed=9), []
+    with exact(pipe):
+        video = pipe(
+            **given,
+            image=image,
+            prompt_template=template,
+            latents=start,
+            output_type="np",
+            callback_on_step_end=lambda pipe, i, t, kept: theirs.append(kept["latents"]) or {},
+        ).frames
+    latents, frames = ours(model, request, start)
+    assert len(frames) == (9 if kind == "token_replace" else 5)
+    for got, expected in zip(latents, theirs, strict=True):
+        close(got, expected)
+    same_frames(frames, video)
+
+
+def test_the_template_of_a_prompt_with_an_image_is_the_references():
+    known = {"template": hunyuan_video.IMAGE_TEMPLATE, "crop_start": hunyuan_video.IMAGE_SKIPPED}
+    assert known.items() <= image_to_video.DEFAULT_PROMPT_TEMPLATE.items()
+
+
+def test_the_images_token_in_a_prompt_is_one_sentence(tmp_path):
+    build(tmp_path / "model", kind="token_replace")
+    model = load(tmp_path / "model")
+    Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
+    images = (str(tmp_path / "image.png"),)
+    with pytest.raises(UserError) as caught:
+        pipeline.condition(model, request_for(model, prompt="an <image>", image_path=images, num_frames=5))
+    assert str(caught.value) == (
+        "prompt: <image> stands for the input image and cannot be in a text (the prompt has 2 image tokens "
+        "and there are 1 images)"
+    )
 
 
 def test_the_template_is_the_references():

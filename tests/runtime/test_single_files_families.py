@@ -18,7 +18,8 @@ from tests.runtime import (
     test_z_image_pipelines,
 )
 from tinydiff.io.weights import exported
-from tinydiff.models.classes import LANGUAGE_AND_VISION, RECORDS, VISION
+from tinydiff.models.classes import TOWERS
+from tinydiff.models.encoders import decoder_lm
 from tinydiff.models.layouts.recognise import layouts_of
 
 FAMILIES = {
@@ -56,7 +57,7 @@ def files(model, folder, usual):
         net = model.nets[name]
         own = net.family.keys(net.config)
         found = [each for each in layouts_of(net.family) if (each.keys(net.config) == own) == usual]
-        if found and net.family not in (VISION, RECORDS[LANGUAGE_AND_VISION]):  # of which not all is loaded
+        if found and net.family not in (decoder_lm.FAMILY, *TOWERS.values()):  # of which not all is loaded
             keys = found[0].keys(net.config, "" if usual else PREFIXES.get(net.family.role, ""))
             weights = exported(net.weights, net.family.spec(net.config), keys)
             path = folder / f"{name}-{usual}.safetensors"

@@ -22,6 +22,7 @@ from tinydiff.models.encoders import (
     clip_text,
     clip_vision,
     decoder_lm,
+    llava_vision,
     ltx2_connectors,
     qwen_vision,
     siglip_vision,
@@ -65,7 +66,11 @@ RECORDS: dict[str, Record] = {
     **dict.fromkeys(CLASSES, decoder_lm.FAMILY),
 }
 
-LANGUAGE_AND_VISION = "Qwen2_5_VLForConditionalGeneration"
-"""A language model with a vision tower in one component."""
-VISION = qwen_vision.FAMILY
-"""The tower of that component, loaded as the network "vision" by models that read images."""
+TOWERS: dict[str, Record] = {
+    "Qwen2_5_VLForConditionalGeneration": qwen_vision.FAMILY,
+    "LlavaForConditionalGeneration": llava_vision.FAMILY,
+}
+"""Class of a language model with a vision tower in one component -> the tower.
+
+It is loaded as the network "vision" by models that need an input image.
+"""

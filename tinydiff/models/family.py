@@ -55,6 +55,16 @@ def one_frame(c: Config, options: Mapping[str, Any]) -> tuple[int, ...]:
     return (1,)
 
 
+def no_tokens(c: Config, configs: Mapping[str, Any]) -> int:
+    """No tokens before those of the prompt."""
+    return 0
+
+
+def no_frames(c: Config) -> int:
+    """All frames are shown."""
+    return 0
+
+
 def no_padding(tokens: int) -> int:
     """No pad tokens, whatever the number of tokens."""
     return 0
@@ -121,11 +131,10 @@ class Denoiser:
     """Component -> fields of its config that the pipeline sets, in place of those in config.json."""
     pad_tokens: Callable[[int], int] = no_padding
     """Tokens of an image or text -> pad tokens behind them."""
-    leading_encoders: tuple[str, ...] = ()
-    """Encoders whose tokens stand in the text stream before those that `text_tokens` counts.
-
-    A pipeline without one of them has no such tokens.
-    """
+    leading_tokens: Callable[[Config, Mapping[str, Any]], int] = no_tokens
+    """(config, configs of the components by name) -> tokens of the text stream before those of the prompt."""
+    unshown_frames: Callable[[Config], int] = no_frames
+    """Frames at the start of a decoded video that are left out."""
 
     role: ClassVar[Role] = "dit"
     biased: ClassVar[bool] = False
@@ -147,8 +156,6 @@ class Encoder:
     biased: bool
     keys: Keys = as_is
     read: Read | None = None
-    max_tokens: Callable[[Config], int] | None = None
-    """Most tokens of a text or an image, where the network has positions for no more."""
     preprocessor: tuple[str, Callable[[Mapping[str, Any], Config], dict[str, Any]]] | None = None
     """(component of the preprocessor's files, (their entries, config) -> fields of the config)."""
 

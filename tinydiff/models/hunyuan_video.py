@@ -16,24 +16,28 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
 from tinydiff.models import joint, token_refiner
-from tinydiff.models.encoders import clip_text, decoder_lm
+from tinydiff.models.encoders import clip_text, decoder_lm, llava_vision
+from tinydiff.models.encoders.qwen_vision import expand, place
 from tinydiff.models.family import Denoiser
-from tinydiff.models.recipe import Context, LoopInputs, Patch, latent_size, on_grid
+from tinydiff.models.recipe import Context, GivenTokens, LoopInputs, Patch, first_frame, latent_size, on_grid
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.models.token_refiner import FREQUENCIES, sinusoid
 from tinydiff.ops.activations import gelu_tanh
 from tinydiff.ops.embed import embedder
+from tinydiff.ops.host import integers
 from tinydiff.ops.linear import linear
 from tinydiff.ops.network import Stack
 from tinydiff.ops.norm import compute_dtype
+from tinydiff.ops.patch import patchify
 from tinydiff.ops.rope import grid_positions
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Cond, Plan, Row, conv_rows, linear_rows, through, under
-from tinydiff.records import Request
+from tinydiff.records import Request, UserError
 
 Tensors = dict[str, Tensor]
 Streams = joint.Streams
@@ -219,38 +223,146 @@ TEMPLATE = (
 """The template of a prompt: turns of Llama's chat."""
 SKIPPED = 95
 """Template tokens before the prompt, whose states are left out."""
+IMAGE = "<image>"
+IMAGE_TEMPLATE = (
+    f"<|start_header_id|>system<|end_header_id|>\n\n{IMAGE}\n"
+    "Describe the video by detailing the following aspects according to the reference image: "
+    "1. The main content and theme of the video."
+    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
+    "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
+    "4. background environment, light, style and atmosphere."
+    "5. camera angles, movements, and transitions used in the video:<|eot_id|>\n\n"
+    "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+"""The template of a prompt with an image: turns of Llama's chat and the start of an answer."""
+IMAGE_SKIPPED = 103
+"""Its tokens before the prompt, the image counted as one."""
+HEADER_END, HEADER = "<|end_header_id|>", 4
+"""What ends the header of a turn, and how many tokens of the answer's header are left out."""
+EVERY = {LATENT_CONCAT: 2, TOKEN_REPLACE: 4}
+"""Kind of first frame -> of how many of the image's tokens one is read."""
+EVERY_NEGATIVE = 2
+"""The same for a negative prompt, whose image is black."""
+IMAGE_SHARE = 0.001
+"""How much of the noise that the loop starts from is the image, in every frame."""
 CLIP_TOKENS = 77
 
 
-def _texts(context: Context, request: Request) -> list[Tensors]:
-    """The text inputs of each branch: Llama's states of the prompt, and CLIP's pooled vector."""
-    llama, clip = context.nets["text_encoder"], context.nets["text_encoder_2"]
-    take = (llama.config.num_hidden_layers + 1 + HIDDEN_STATE,)
-    limit = min(CLIP_TOKENS, clip.config.max_position_embeddings)
-    branches: list[Tensors] = []
-    for text in request.texts:
-        length = request.text.max_tokens + SKIPPED
-        ids, mask = context.tokens("tokenizer", [TEMPLATE.format(text)], length, "none")
-        (states,) = decoder_lm.encode(llama.config, llama.plan, llama.w, ids, mask, take=take)
-        ids, _ = context.tokens("tokenizer_2", [text], limit)
-        pooled = clip_text.encode(clip.config, clip.plan, clip.w, ids).pooled
-        branches.append({"text": states[:, SKIPPED:], "pooled": pooled})
-    return branches
+def _text(context: Context, text: str, length: int) -> Tensor:
+    """Llama's states of a prompt [1, T, C]."""
+    llama = context.nets["text_encoder"]
+    ids, mask = context.tokens("tokenizer", [TEMPLATE.format(text)], length + SKIPPED, "none")
+    (states,) = decoder_lm.encode(llama.config, llama.plan, llama.w, ids, mask, take=_states(llama.config))
+    return states[:, SKIPPED:]
+
+
+def _states(c: Any) -> tuple[int]:
+    """Which states of a language model with this config are read."""
+    return (c.num_hidden_layers + 1 + HIDDEN_STATE,)
+
+
+def _text_and_image(context: Context, text: str, length: int, image: numpy.ndarray, every: int) -> Tensor:
+    """LLaVA's states of an image, one of `every`, and of a prompt [1, N + T, C].
+
+    The header of the answer is left out, or the last four tokens of a text that is cut off before it. Raises
+    UserError for a prompt that has the image's token.
+    """
+    llama, eyes = context.nets["text_encoder"], context.nets["vision"]
+    pixels = llava_vision.pixels(eyes.config, image).to(context.device)
+    tokens = llava_vision.encode(eyes.config, eyes.plan, eyes.w, pixels)[0]
+    ids, _ = context.tokens("tokenizer", [IMAGE_TEMPLATE.format(text)], length + IMAGE_SKIPPED, "none")
+    row, image_id, size = integers(ids[0]), eyes.config.image_token_index, len(tokens)
+    try:
+        ids = torch.tensor([expand(row, image_id, [size])], device=context.device)
+    except ValueError as error:
+        raise UserError(
+            "prompt", f"prompt: {IMAGE} stands for the input image and cannot be in a text ({error})"
+        ) from error
+    embeds = place(decoder_lm.embed(llama.config, llama.plan, llama.w, ids), ids, image_id, tokens)
+    (states,) = decoder_lm.encode(
+        llama.config, llama.plan, llama.w, ids, take=_states(llama.config), embeds=embeds
+    )
+    ends = [i for i, token in enumerate(row) if token == context.tokenizers["tokenizer"].token_id(HEADER_END)]
+    answer = (ends[-1] if len(ends) != 2 else len(row) - 1) + 1 - HEADER
+    first = row.index(image_id)
+    seen = states[:, first : first + size : every]
+    words = states[:, size - 1 :]  # token i of the text, behind the image, is number i of these
+    return torch.cat([seen, words[:, IMAGE_SKIPPED:answer], words[:, answer + HEADER :]], 1)
+
+
+def _pooled(context: Context, text: str) -> Tensor:
+    """CLIP's vector of a prompt."""
+    clip = context.nets["text_encoder_2"]
+    ids, _ = context.tokens("tokenizer_2", [text], min(CLIP_TOKENS, clip.config.max_position_embeddings))
+    pooled = clip_text.encode(clip.config, clip.plan, clip.w, ids).pooled
+    assert pooled is not None
+    return pooled
+
+
+def _shared(c: Config, context: Context, request: Request) -> Tensors:
+    """The inputs that all branches of a request have."""
+    size = latent_size(context.nets["vae"].config, request.output)
+    shared = {"positions": positions(c, size, context.device)}
+    if c.guidance_embeds:
+        shared["guidance"] = torch.tensor([request.guidance.embedded], device=context.device)
+    return shared
 
 
 def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
     """Loop inputs of text to video."""
-    vae = context.nets["vae"].config
-    shared = {"positions": positions(c, latent_size(vae, request.output), context.device)}
-    if c.guidance_embeds:
-        shared["guidance"] = torch.tensor([request.guidance.embedded], device=context.device)
-    return on_grid([text | shared for text in _texts(context, request)], vae, request.output, patch(c))
+    shared, length = _shared(c, context, request), request.text.max_tokens
+    branches = [
+        {"text": _text(context, text, length), "pooled": _pooled(context, text)} | shared
+        for text in request.texts
+    ]
+    return on_grid(branches, context.nets["vae"].config, request.output, patch(c))
+
+
+def prepare_image(c: Config, context: Context, request: Request) -> LoopInputs:
+    """Loop inputs of image to video: the first frame in the form that the variant reads, and a trace of it in
+    the noise of every frame.
+    """
+    vae, output, images = context.nets["vae"].config, request.output, request.images
+    black = numpy.zeros((output.height, output.width, 3), numpy.uint8)
+    kind = c.image_condition_type or TOKEN_REPLACE
+    seen = [(images.originals[0], EVERY[kind]), (black, EVERY_NEGATIVE)]
+    shared, frames = _shared(c, context, request), latent_size(vae, output)[0]
+    first, given_tokens = context.encode(context.pixels(images.resized)), None
+    if kind == LATENT_CONCAT:
+        beside = first_frame(torch.cat([first, torch.ones_like(first[:, :1])], 1), frames)
+        shared["concat"] = patchify(beside, patch(c))
+    else:
+        frozen = shared[joint.FROZEN] = (shared["positions"][:, 0] == 0)[None, :, None]
+        given_tokens = GivenTokens(patchify(first_frame(first, frames), patch(c)), ~frozen)
+    branches = [
+        {
+            "text": _text_and_image(context, text, request.text.max_tokens, image, every),
+            "pooled": _pooled(context, text),
+            **shared,
+        }
+        for text, (image, every) in zip(request.texts, seen, strict=False)
+    ]
+    trace = patchify(first.expand(-1, -1, frames, -1, -1), patch(c)), IMAGE_SHARE
+    return on_grid(branches, vae, output, patch(c), given_tokens, trace)
+
+
+def leading_tokens(c: Config, configs: Mapping[str, Any]) -> int:
+    """Tokens of the text stream before those of the prompt: of the image."""
+    every = EVERY[c.image_condition_type or TOKEN_REPLACE]
+    return -(-configs["vision"].tokens // every) if "vision" in configs else 0
+
+
+def unshown_frames(c: Config) -> int:
+    """The first frames of a decoded video, which are left out."""
+    return 4 if c.image_condition_type == LATENT_CONCAT else 0
 
 
 def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What this network's config must say to fit the components around it: (field, value, why)."""
-    for field in ("in_channels", "out_channels"):
-        yield field, nets["vae"].z_dim, "the vae's latents need"
+    z = nets["vae"].z_dim
+    yield "in_channels", 2 * z + 1 if c.image_condition_type == LATENT_CONCAT else z, "the vae's latents need"
+    yield "out_channels", z, "the vae's latents need"
     yield "text_embed_dim", nets["text_encoder"].hidden_size, "the text encoder gives"
     yield "pooled_projection_dim", nets["text_encoder_2"].hidden_size, "the second text encoder gives"
     yield "guidance_embeds", row.guidance_form == "embedded", f"the guidance of {row.name} needs"
@@ -268,7 +380,7 @@ FAMILY = Denoiser(
     blocks=blocks,
     post=post,
     pooled=True,
-    pipelines={"HunyuanVideoPipeline": prepare},
+    pipelines={"HunyuanVideoPipeline": prepare, "HunyuanVideoImageToVideoPipeline": prepare_image},
     patch=patch,
     heads=lambda c: c.num_attention_heads,
     head_width=lambda c: c.attention_head_dim,
@@ -276,4 +388,6 @@ FAMILY = Denoiser(
     extra_components=lambda c: ("text_encoder_2", "tokenizer_2"),
     hidden_states={"text_encoder": (HIDDEN_STATE,)},
     linear_grid=True,
+    leading_tokens=leading_tokens,
+    unshown_frames=unshown_frames,
 )

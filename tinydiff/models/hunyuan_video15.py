@@ -23,7 +23,7 @@ from torch import Tensor
 from tinydiff.models import joint, token_refiner
 from tinydiff.models.encoders import decoder_lm, siglip_vision, t5
 from tinydiff.models.family import Denoiser
-from tinydiff.models.recipe import Context, LoopInputs, Patch, latent_size, on_grid
+from tinydiff.models.recipe import Context, LoopInputs, Patch, first_frame, latent_size, on_grid
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.models.token_refiner import FREQUENCIES, sinusoid
 from tinydiff.ops.activations import gelu_tanh
@@ -283,8 +283,7 @@ def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
     shared = {"positions": positions(c, size, context.device)}
     if images := request.images.resized:
         first = context.encode(context.pixels(images))
-        beside = beside.to(first)
-        beside[:, :, :1] = torch.cat([first, torch.ones_like(first[:, :1])], 1)
+        beside = first_frame(torch.cat([first, torch.ones_like(first[:, :1])], 1), size[0])
         tower = context.nets["image_encoder"]
         pixels = siglip_vision.pixels(tower.config, images[0]).to(context.device)
         shared["image"] = siglip_vision.encode(tower.config, tower.plan, tower.w, pixels)
@@ -351,5 +350,5 @@ FAMILY = Denoiser(
     linear_grid=True,
     size_from_image=size_from_image,
     crops_images=True,
-    leading_encoders=("image_encoder",),
+    leading_tokens=lambda c, configs: configs["image_encoder"].tokens if "image_encoder" in configs else 0,
 )

@@ -191,6 +191,8 @@ class LoopInputs:
     given_tokens: GivenTokens | None = None
     guidance: str | None = None
     """A guidance rule by name, where the pipeline does not use its family's."""
+    blended: tuple[Tensor, float] | None = None
+    """(tokens [1, L, P], share): these tokens are this share of the noise that the loop starts from."""
     revised: str | None = None
     """The prompt as a language model rewrote or wrote it; None where none did."""
 
@@ -284,6 +286,7 @@ def on_grid(
     output: Output,
     patch: Patch,
     given_tokens: GivenTokens | None = None,
+    blended: tuple[Tensor, float] | None = None,
 ) -> LoopInputs:
     """The inputs of a request whose tokens are the patches of its output's latents, packed by `ops.patch`."""
     size = latent_size(vae, output)
@@ -297,7 +300,14 @@ def on_grid(
             ),
         ),
         given_tokens=given_tokens,
+        blended=blended,
     )
+
+
+def first_frame(latents: Tensor, frames: int) -> Tensor:
+    """Latents of an image [B, C, 1, H, W] -> [B, C, F, H, W], zeros in the other frames."""
+    batch, channels, _, *size = latents.shape
+    return torch.cat([latents, latents.new_zeros(batch, channels, frames - 1, *size)], 2)
 
 
 def reference_tokens(output_tokens: int, references: Sequence[Tensor]) -> GivenTokens | None:

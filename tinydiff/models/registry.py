@@ -245,6 +245,16 @@ MODELS: tuple[ReleasedModel, ...] = (
         "FastVideo/FastHunyuan-diffusers", "hunyuan_video", "HunyuanVideoPipeline", 720, 1280, 6, 6.0,
         shape={"num_layers": 20, "num_single_layers": 40}, stored_shift=17.0, **_HUNYUAN,
     ),
+    ReleasedModel(
+        "hunyuanvideo-community/HunyuanVideo-I2V", "hunyuan_video", "HunyuanVideoImageToVideoPipeline", 720,
+        1280, 50, 6.0, shape={"image_condition_type": "token_replace"}, stored_shift=7.0,
+        images=(1, 1), **_HUNYUAN,
+    ),
+    ReleasedModel(
+        "hunyuanvideo-community/HunyuanVideo-I2V-33ch", "hunyuan_video", "HunyuanVideoImageToVideoPipeline",
+        720, 1280, 50, 1.0, 12_810_991_680, {"image_condition_type": "latent_concat"}, stored_shift=7.0,
+        num_frames=129, fps=24, guidance_form="true", negative_prompt=None, text_tokens=256, images=(1, 1),
+    ),
     _hunyuan15("480p", "t2v", 5.0),
     _hunyuan15("480p", "t2v", 5.0, "distilled"),
     _hunyuan15("720p", "t2v", 9.0),

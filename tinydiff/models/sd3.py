@@ -346,5 +346,5 @@ FAMILY = Denoiser(
     mu=mu,
     extra_components=lambda c: ("text_encoder_2", "tokenizer_2"),
     longest_side=lambda c: c.pos_embed_max_size * c.patch_size,
-    leading_encoders=("text_encoder",),
+    leading_tokens=lambda c, configs: configs["text_encoder"].max_position_embeddings,
 )

@@ -26,7 +26,7 @@ from torch import Tensor
 from tinydiff.keymap import KeyMap, unread
 from tinydiff.models.encoders import clip_vision, t5
 from tinydiff.models.family import Denoiser
-from tinydiff.models.recipe import Context, GivenTokens, LoopInputs, latent_size, on_grid
+from tinydiff.models.recipe import Context, GivenTokens, LoopInputs, first_frame, latent_size, on_grid
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import timestep_embedding
@@ -340,8 +340,7 @@ def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
     given_tokens, shared = None, {"positions": positions(c, size, context.device)}
     images = () if request.images.start else request.images.resized
     if images and context.options.get("expand_timesteps"):
-        first = context.encode(context.pixels(images))
-        frame = torch.cat([first, first.new_zeros(*first.shape[:2], size[0] - 1, *size[1:])], 2)
+        frame = first_frame(context.encode(context.pixels(images)), size[0])
         frozen = (shared["positions"][:, 0] == 0)[None, :, None]
         given_tokens, shared["frozen"] = GivenTokens(patchify(frame, c.patch_size), ~frozen), frozen
     elif images:

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from tinydiff.models.autoencoders import hunyuan, hunyuan15, kl, tiny
 from tinydiff.models.autoencoders import wan as wan_vae
-from tinydiff.models.encoders import clip_text, clip_vision, decoder_lm, qwen_vision, siglip_vision, t5
+from tinydiff.models.encoders import (
+    clip_text,
+    clip_vision,
+    decoder_lm,
+    llava_vision,
+    qwen_vision,
+    siglip_vision,
+    t5,
+)
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
 from tinydiff.parity.reference import Case, built, draw, library
@@ -60,7 +68,8 @@ def _t5(kind: str, prefix: str) -> Case:
 def _clip(projects: bool, act: str) -> Case:
     model = clip_text.WITH_PROJECTION if projects else "CLIPTextModel"
     fields: dict[str, Any] = {
-        "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "projection_dim": 10,
+        "vocab_size": 61, "hidden_size": 24,
+        "intermediate_size": 40, "projection_dim": 10,
         "num_hidden_layers": 3,
         "num_attention_heads": 3, "max_position_embeddings": 11, "hidden_act": act, "layer_norm_eps": 1e-3,
         "eos_token_id": 2,
@@ -177,6 +186,30 @@ def _vision(name: str, module: Any) -> Case:
     return Case(build, lambda: module.spec(c), module.key_map(c).row, theirs, ours)
 
 
+def _llava_vision() -> Case:
+    eyes = {
+        "model_type": "clip_vision_model", "hidden_act": "quick_gelu", "hidden_size": 24,
+        "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3,
+        "image_size": 21, "patch_size": 7,
+    }  # fmt: skip
+    words = {
+        "model_type": "llama", "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "vocab_size": 30,
+    }  # fmt: skip
+    entries: dict[str, Any] = {"vision_config": eyes, "text_config": words}
+    c, x = llava_vision.config_from(entries, "LlavaForConditionalGeneration"), draw(2, 3, 21, 21)
+
+    build = partial(_transformers, "LlavaModel", "LlavaConfig", **entries)
+
+    def theirs(module: Any) -> dict[str, Tensor]:
+        return {"last": torch.stack(list(module.get_image_features(x).pooler_output))}
+
+    def ours(w: Weights) -> Iterator[tuple[str, Tensor]]:
+        yield "last", llava_vision.encode(c, PLAN, w, x)
+
+    return Case(build, lambda: llava_vision.spec(c), llava_vision.key_map(c).row, theirs, ours)
+
+
 ENCODERS: dict[str, tuple[str, Callable[[], Case]]] = {
     "UMT5": ("UMT5EncoderModel", partial(_t5, "umt5", "UMT5")),
     "T5": ("T5EncoderModel", partial(_t5, "t5", "T5")),
@@ -184,6 +217,7 @@ ENCODERS: dict[str, tuple[str, Callable[[], Case]]] = {
     "CLIP-L, projected": (clip_text.WITH_PROJECTION, partial(_clip, True, "quick_gelu")),
     "CLIP-G": (clip_text.WITH_PROJECTION, partial(_clip, True, "gelu")),
     "CLIP ViT": ("CLIPVisionModel", partial(_vision, "CLIPVision", clip_vision)),
+    "LLaVA vision": ("LlavaModel", _llava_vision),
     "SigLIP": ("SiglipVisionModel", partial(_vision, "SiglipVision", siglip_vision)),
     "Qwen3": ("Qwen3Model", partial(_language, "Qwen3", "Qwen3Model", head_dim=16)),
     "Qwen2.5": (

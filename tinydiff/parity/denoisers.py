@@ -568,12 +568,14 @@ DENOISERS = {
     "HunyuanVideo": _of_hunyuan(),
     "HunyuanVideo, no guidance": _of_hunyuan(guidance_embeds=False),
     "HunyuanVideo, a frame beside the noise": _of_hunyuan(
-        in_channels=9, image_condition_type="latent_concat"
+        in_channels=9, guidance_embeds=False, image_condition_type="latent_concat"
     ),
     "HunyuanVideo, a given first frame": _of_hunyuan(image_condition_type="token_replace"),
     "HunyuanVideo-1.5": _of_hunyuan15(),
     "HunyuanVideo-1.5, glyphs": _of_hunyuan15(("glyphs",)),
-    "HunyuanVideo-1.5, glyphs and an image": _of_hunyuan15(("image", "glyphs")),
-    "HunyuanVideo-1.5, the end of a step": _of_hunyuan15(("image", "glyphs", "ends"), use_meanflow=True),
+    "HunyuanVideo-1.5, glyphs and an image": _of_hunyuan15(("image", "glyphs"), task_type="i2v"),
+    "HunyuanVideo-1.5, the end of a step": _of_hunyuan15(
+        ("image", "glyphs", "ends"), task_type="i2v", use_meanflow=True
+    ),
 }  # fmt: skip
 """What is compared -> how."""

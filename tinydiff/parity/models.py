@@ -82,6 +82,10 @@ GROUPS = (
            "Qwen3"),
     _group("hunyuan_video", "HunyuanVideo FastHunyuan-diffusers", "HunyuanVideo",
            "HunyuanVideo autoencoder", "Llama", "CLIP-L"),
+    _group("hunyuan_video", "HunyuanVideo-I2V", "HunyuanVideo, a given first frame",
+           "HunyuanVideo autoencoder", "Llama", "CLIP-L", vision="LLaVA vision"),
+    _group("hunyuan_video", "HunyuanVideo-I2V-33ch", "HunyuanVideo, a frame beside the noise",
+           "HunyuanVideo autoencoder", "Llama", "CLIP-L", vision="LLaVA vision"),
     _group("hunyuan_video15",
            "HunyuanVideo-1.5-Diffusers-480p_t2v HunyuanVideo-1.5-Diffusers-480p_t2v_distilled "
            "HunyuanVideo-1.5-Diffusers-720p_t2v",

@@ -21,7 +21,8 @@ from tinydiff.io.variants import has
 from tinydiff.io.weights import load_weights
 from tinydiff.keymap import KeyMap
 from tinydiff.models import registry
-from tinydiff.models.classes import LANGUAGE_AND_VISION, RECORDS, VISION
+from tinydiff.models.classes import RECORDS, TOWERS
+from tinydiff.models.encoders import decoder_lm
 from tinydiff.models.family import Autoencoder, Denoiser, Encoder, Record
 from tinydiff.models.recipe import Net
 from tinydiff.models.registry import ReleasedModel
@@ -46,6 +47,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 
 
+VISION = "vision"
+"""The network of a tower that has no component of its own."""
 FILES = (
     *("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "pe_tokenizer"),
     *("guider", "image_processor", "processor", "feature_extractor"),
@@ -211,7 +214,7 @@ def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
         raise UserError("model_path", f"model_path: {message}")
     nets = {}
     for name, family in records.items():
-        own = parts["text_encoder" if family is VISION else name]
+        own = parts["text_encoder" if name == VISION else name]
         config = read_config(family, own)
         if (
             isinstance(family, Encoder)
@@ -219,7 +222,7 @@ def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
             and family.preprocessor[0] in parts
         ):
             config = preprocessed(family, config, parts[family.preprocessor[0]])
-        if family is RECORDS[LANGUAGE_AND_VISION]:
+        if family is decoder_lm.FAMILY:
             states = denoiser.hidden_states.get(name, (-1,))
             config = _needed_layers(
                 name, config, states if isinstance(states, tuple) else states[row.pipeline], checkpoint
@@ -406,8 +409,8 @@ def _records(checkpoint: Checkpoint, row: ReleasedModel, options: ModelOptions) 
                 )
                 raise UserError("model_path", f"model_path: {message}")
             records[name] = RECORDS[class_name]
-            if class_name == LANGUAGE_AND_VISION and row.image_use == "references":
-                records["vision"] = VISION
+            if class_name in TOWERS and row.images[0]:
+                records[VISION] = TOWERS[class_name]
     for name in options.component_precisions:
         check_known("component_precisions", name, records)
     for name in options.component_attention_backends:

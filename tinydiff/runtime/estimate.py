@@ -154,9 +154,8 @@ def _tokens(plan: blueprint.Blueprint, request: Request, references: int) -> tup
         request.output.layers + 2 if request.output.layers else 1
     )
     image += references * token_count(vae, replace(request.output, height=REFERENCE, width=REFERENCE), patch)
-    text = request.text.max_tokens
-    before = (plan.nets[name] for name in net.family.leading_encoders if name in plan.nets)
-    text += sum(encoder.family.max_tokens(encoder.config) for encoder in before)
+    configs = {name: each.config for name, each in plan.nets.items()}
+    text = request.text.max_tokens + net.family.leading_tokens(net.config, configs)
     return image + net.family.pad_tokens(image), text + net.family.pad_tokens(text)
 
 

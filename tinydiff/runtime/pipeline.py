@@ -294,6 +294,9 @@ def begin(
     earlier = [shape for each in conditioning.stages[:number] for shape in noise.order(each.sizes, each.rows)]
     drawn, fresh = noise.latents(seed, stage.sizes, stage.rows, earlier)
     x = inputs.pack([each.to(device) for each in latents or drawn])
+    if inputs.blended is not None:
+        tokens, share = inputs.blended
+        x = torch.lerp(x, tokens.to(x), share)
     tokens = None if fresh is None else _packed_steps(inputs, [each.to(x) for each in fresh])
     if stage.stage.start is not None:
         stage = stage._replace(start=inputs.pack(stage.stage.start(before)))
@@ -378,6 +381,7 @@ def decode(model: Model, output: Output, latents: Tensor) -> numpy.ndarray:
     x = torch.cat(
         [vae.family.decode(vae.config, vae.w, video, chunk, tile, vae.plan)[0] for video in videos], 1
     )
+    x = x[:, model.denoiser.family.unshown_frames(model.denoiser.config) :]
     return ((x.float() / 2 + 0.5) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 

@@ -180,5 +180,4 @@ FAMILY = Encoder(
     biased=True,
     keys=key_map,
     read=config_from,
-    max_tokens=lambda c: c.max_position_embeddings,
 )

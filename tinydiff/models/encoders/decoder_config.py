@@ -205,6 +205,7 @@ class _Stored:
 CLASSES = {
     "LlamaModel": ("llama",),
     "LlamaForCausalLM": ("llama",),
+    "LlavaForConditionalGeneration": ("llama",),
     "MistralForCausalLM": ("mistral",),
     "Mistral3Model": ("mistral", "ministral3"),
     "Mistral3ForConditionalGeneration": ("mistral", "ministral3"),

@@ -139,6 +139,5 @@ FAMILY = Encoder(
     biased=False,
     keys=key_map,
     read=config_from,
-    max_tokens=lambda c: c.tokens,
     preprocessor=("feature_extractor", lambda entries, c: preprocess.siglip(entries, c.image_size)),
 )
