@@ -403,6 +403,7 @@ NAMES = {
     "LTX2Vocoder": set(),
     "LTX2VocoderWithBWE": set(),
     "Gemma3ForConditionalGeneration": set(),
+    "SiglipVisionModel": set(),
 }
 """Class, or kind of component, of the released models -> the layouts in which its files are read."""
 
