@@ -1,5 +1,6 @@
 """LoRA files that are broken, of another kind or of another model: one sentence each, nothing executed."""
 
+import json
 import pickle
 import random
 import re
@@ -72,9 +73,17 @@ BAD = {
         "of the kind GLoRA, which is not supported",
     ),
     "BOFT": ({"lycoris_layer.oft_blocks": randn(2, 3, 4, 4)}, "of the kind BOFT, which is not supported"),
-    "OFT of peft": (
-        {"transformer.layer.oft_R.weight": randn(2, 6)},
-        "of the kind PEFT's OFT, which is not supported",
+    "BOFT of peft": (
+        {"transformer.layer.boft_R.default": randn(2, 6)},
+        "of the kind PEFT's BOFT, which is not supported",
+    ),
+    "OFT of OneTrainer": (
+        {"transformer.layer.oft_R.weight": randn(2, 6), "transformer.layer.oft_R.scaled_oft": randn(1)},
+        "of the kind OneTrainer's scaled OFT, which is not supported",
+    ),
+    "OFT of another width": (
+        {"transformer.layer.oft_R.weight": randn(3, 6)},
+        r"has oft_R of shape \(3, 6\), which does not fit the model's 8 columns",
     ),
     "a bias that is not there": (
         GOOD | {"transformer.layer.diff_b": randn(12)},
@@ -318,3 +327,20 @@ def test_one_layer_twice(tmp_path):
     twice = GOOD | {key.replace("transformer.", "diffusion_model."): x.clone() for key, x in GOOD.items()}
     words = "says the same twice: diffusion_model.layer.lora_A.weight and transformer.layer.lora_A.weight"
     refused(words, tmp_path, twice, NETWORK)
+
+
+def test_oft_of_an_older_peft(tmp_path):
+    """Before 0.18 its series had another last term, and its configuration no version."""
+    file = {"transformer.layer.oft_R.weight": randn(2, 6)}
+    for config, known in (
+        ({"use_cayley_neumann": True}, False),
+        ({"use_cayley_neumann": True, "peft_version": "0.17.1"}, False),
+        ({"use_cayley_neumann": True, "peft_version": "0.18.0@a1b2"}, True),
+        ({"use_cayley_neumann": False}, True),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        if known:
+            assert read(tmp_path, file, NETWORK).kinds == ("OFT",)
+        else:
+            with pytest.raises(UserError, match=r"series of PEFT before 0.18, which is not supported"):
+                read(tmp_path, file, NETWORK)

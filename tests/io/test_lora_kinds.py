@@ -165,6 +165,10 @@ class Net(nn.Module):
         self.layer = one
 
 
+def oft(side=4, **options):
+    return peft.OFTConfig(oft_block_size=side, target_modules=["layer"], **options)
+
+
 PEFT = {
     "LoRA": (peft.LoraConfig(r=4, lora_alpha=2, target_modules=["layer"]), "LoRA"),
     "rank-stabilised": (
@@ -195,6 +199,14 @@ PEFT = {
         ),
         "LoKr",
     ),
+    "OFT": (oft(), "OFT"),
+    "OFT, a longer series": (oft(num_cayley_neumann_terms=7), "OFT"),
+    "OFT, a short series": (oft(num_cayley_neumann_terms=3), "OFT"),
+    "OFT, two terms": (oft(num_cayley_neumann_terms=2), "OFT"),
+    "OFT, exact": (oft(use_cayley_neumann=False), "OFT"),
+    "OFT, one block for all": (oft(block_share=True), "OFT"),
+    # The reference rounds this limit to float32: with 4 or 16 blocks it is exact.
+    "OFT, limited": (oft(side=2, coft=True, eps=0.25), "OFT"),
 }
 
 
@@ -220,6 +232,19 @@ def test_a_kind_of_peft(tmp_path, kind, shape):
     assert found.keys() == ({"layer.weight", "layer.bias"} if "bias" in kind else {"layer.weight"})
     equal(found, {name: merged[name] for name in found})
     assert (found["layer.weight"] - before["layer.weight"]).abs().max() > 0.02
+
+
+def test_oft_of_a_fused_layer_turns_every_part(tmp_path):
+    """Its blocks are of columns, so each part has the rows that the whole would have."""
+    weight, triangles = randn(12, 8), 0.3 * randn(2, 6, seed=1)
+    whole = read(tmp_path, {"transformer.layer.oft_R.weight": triangles}, component(LINEAR))
+    merged = whole.targets["transformer"]["layer.weight"].apply(weight, 1.0)
+    differences = read(tmp_path, {"diffusion_model.qkv.oft_R.weight": triangles}, FUSED).targets[
+        "transformer"
+    ]
+    parts = dict(zip("qkv", weight.chunk(3), strict=True))
+    found = {name: differences[f"{name}.weight"].apply(part, 1.0) for name, part in parts.items()}
+    equal(found, dict(zip("qkv", merged.chunk(3), strict=True)))
 
 
 def read_saved(directory, network):

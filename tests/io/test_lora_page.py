@@ -74,6 +74,7 @@ ONE = {
     },
     "LoKr, with a core": {"lokr_w1": (3, 2), "lokr_w2": (4, 4)},
     "OFT of LyCORIS and kohya": {"oft_blocks": (3, 4, 4)},
+    "OFT of PEFT": {"oft_R": (2, 6)},
     "full difference of a weight, bias, norm or table": {"diff": (12, 8)},
     "a weight in place of the model's": {"set_weight": (12, 8)},
 }
@@ -85,7 +86,7 @@ def test_the_table_of_kinds(tmp_path, kind):
     """Which kinds can stay beside the weights."""
     tensors = {}
     for part, shape in ONE[kind].items():
-        end = ".weight" if part in ("lora_A", "lora_B") else ""
+        end = ".weight" if part in ("lora_A", "lora_B", "oft_R") else ""
         tensors[f"transformer.layer.{part}{end}"] = randn(*shape)
     differences = read(tmp_path, tensors, component((12, 8))).targets["transformer"]
     low_rank = all(each.low_rank() is not None for each in differences.values())

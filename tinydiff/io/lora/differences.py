@@ -161,6 +161,30 @@ class Oft:
 
 
 @dataclass(frozen=True)
+class Turned:
+    """Blocks of columns, each turned by a matrix: W = W @ turn^T (PEFT's OFT).
+
+    turns: [blocks, B, B].
+    """
+
+    turns: Tensor
+
+    def apply(self, weight: Tensor, strength: float) -> Tensor:
+        return _towards(weight, strength, self._turned)
+
+    def _turned(self, weight: Tensor) -> Tensor:
+        blocks, side, _ = self.turns.shape
+        columns = weight.reshape(len(weight), blocks, side)
+        return torch.einsum("obi,bji->obj", columns, self.turns.to(weight)).reshape(weight.shape)
+
+    def low_rank(self) -> None:
+        return None
+
+    def cut(self, at: int, size: int) -> Turned:
+        return self  # every row is turned alike
+
+
+@dataclass(frozen=True)
 class Rows:
     """Another difference for each range of rows: (first row, count, difference). The others stay."""
 

@@ -20,7 +20,9 @@ _PARTS = (
     (r"\.(alpha|diff|diff_b|diff_m|w_norm|b_norm|set_weight|reshape_weight|dora_scale|rescale)", None),
     (rf"\.((?:hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t[12])){_NAMED}", None),
     (r"\.(oft_blocks|oft_diag)", None),
-    (r"\.(oft_R|boft_R|boft_s)(?:\..+)?", None),
+    (r"\.oft_R\.(scaled_oft)", None),
+    (rf"\.(oft_R){_NAMED}(?:\.weight)?", None),
+    (r"\.(boft_R|boft_s)(?:\..+)?", None),
     (r"\.([ab][12])\.weight", None),
     (r"(?<=_norm)\.scale", "set_weight"),
 )

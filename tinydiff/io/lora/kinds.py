@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from tinydiff.io.lora.differences import Dense, Difference, Dora, LowRank, Oft, Replaced
+from tinydiff.io.lora import rotations
+from tinydiff.io.lora.differences import Dense, Difference, Dora, LowRank, Oft, Replaced, Turned
+from tinydiff.io.lora.scales import Config
 
 Parts = Mapping[str, Tensor]
 """The tensors of a layer, by part (`lora.keys`)."""
@@ -35,26 +38,33 @@ class Built:
 
 
 REFUSED = {
-    "a1": "GLoRA", "a2": "GLoRA", "b1": "GLoRA", "b2": "GLoRA", "oft_R": "PEFT's OFT",
-    "boft_R": "PEFT's BOFT",
-    "boft_s": "PEFT's BOFT", "oft_diag": "PEFT's OFT", "lokr_t1": "LoKr with lokr_t1",
+    "a1": "GLoRA", "a2": "GLoRA", "b1": "GLoRA", "b2": "GLoRA", "boft_R": "PEFT's BOFT",
+    "boft_s": "PEFT's BOFT", "oft_diag": "OFT with oft_diag", "scaled_oft": "OneTrainer's scaled OFT",
+    "lokr_t1": "LoKr with lokr_t1",
 }  # fmt: skip
 """Parts of kinds that are not supported -> the kind."""
 
 _LORA = {"down", "up", "mid", "up_bias"}
 _LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"}
 _LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}
-_OF = {"LoRA": _LORA, "LoHa": _LOHA, "LoKr": _LOKR, "OFT": {"oft_blocks", "rescale"}}
+_OF = {"LoRA": _LORA, "LoHa": _LOHA, "LoKr": _LOKR, "OFT": {"oft_blocks", "rescale", "oft_R"}}
 """Kind -> its parts."""
 _FULL = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation", "w_norm": "weight", "b_norm": "bias"}
 _EVERYWHERE = {"alpha", "dora_scale", "magnitude", "set_weight", "reshape_weight", *_FULL}
 """Parts that a layer of any kind may have."""
 
 
-def build(parts: Parts, shapes: Mapping[str, Shape], scale: Scale, lokr_rank: int | None = None) -> Built:
+def build(
+    parts: Parts,
+    shapes: Mapping[str, Shape],
+    scale: Scale,
+    lokr_rank: int | None = None,
+    config: Config = MappingProxyType({}),
+) -> Built:
     """What a layer does to the tensors of these shapes.
 
     scale: of a rank. lokr_rank: of a LoKr of two full factors, where the file's configuration gives it one.
+    config: PEFT's, as far as the file has it.
     ValueError in words that follow the name of the layer.
     """
     for part in parts:
@@ -72,6 +82,9 @@ def build(parts: Parts, shapes: Mapping[str, Shape], scale: Scale, lokr_rank: in
         built = _fitting(lambda given: _lokr(given, weight, scale, lokr_rank), parts, _LOKR)
     elif "oft_blocks" in parts:
         built = _oft(parts, weight)
+    elif "oft_R" in parts:
+        turns = rotations.turns(parts["oft_R"], prod(weight[1:]), config)
+        built = Built("OFT", None, 1.0, {"weight": Turned(turns)})
     if left := sorted(parts.keys() - _EVERYWHERE - _OF.get(built.kind, set())):
         raise ValueError(f"has {left[0]}, which does not belong to a layer of the kind {built.kind}")
     changes = dict(built.changes)

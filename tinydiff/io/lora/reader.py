@@ -209,7 +209,7 @@ def _build(
     try:
         shapes = {leaf: site.shape for leaf, site in sites.items()}
         lokr_rank = None if own is not None else recorded.rank(prefix, stem)
-        built = kinds.build(layer.parts, shapes, scale, lokr_rank)
+        built = kinds.build(layer.parts, shapes, scale, lokr_rank, recorded.config(prefix))
         if missing := next((leaf for leaf in built.changes if leaf not in sites), None):
             raise ValueError(f"changes a {missing}, which the model's layer does not have")
     except ValueError as error:

@@ -33,13 +33,13 @@ class Scales:
 
     def rank(self, component: str, module: str) -> int | None:
         """The rank that PEFT's configuration gives a layer."""
-        config = self._config(component)
+        config = self.config(component)
         found = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
         return None if found is None else int(number(found, f"r of {module}"))
 
     def configured(self, component: str, module: str, rank: int) -> float | None:
         """The scale of a layer whose tensors have no alpha, as configured; None where nothing says it."""
-        config = self._config(component)
+        config = self.config(component)
         alpha = _by_pattern(
             config.get("alpha_pattern"), module, config.get("lora_alpha", config.get("alpha"))
         )
@@ -48,7 +48,8 @@ class Scales:
             return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         return None if self.alpha is None else self.alpha / rank
 
-    def _config(self, component: str) -> Config:
+    def config(self, component: str) -> Config:
+        """PEFT's configuration of a component."""
         return self.configs.get(component, self.configs.get("", {}))
 
 
