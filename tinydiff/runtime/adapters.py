@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinydiff.io.lora import Difference
+from tinydiff.io.lora import Difference, measured
 from tinydiff.models.recipe import Net
 from tinydiff.parallel.plan import low_rank_rows
 from tinydiff.parallel.shards import shard_weights
@@ -37,6 +37,7 @@ def merged(net: Net[Any], differences: Differences, strength: float) -> Net[Any]
 
     Weights that several ranks hold parts of are made whole one at a time, and each rank keeps its part.
     """
+    differences = measured(differences, net.whole)
     changed = ((name, differences[name].apply(x, strength)) for name, x in net.whole(differences))
     return net.with_weights(changed)
 

@@ -7,7 +7,7 @@ file becomes several weights of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -114,18 +114,65 @@ class Dora:
 
     def _scaled(self, weight: Tensor) -> Tensor:
         changed = self.change.apply(weight, 1.0)
-        kept = 1 if self.by_column else 0
-        others = [dim for dim in range(weight.ndim) if dim != kept]
-        length = changed.square().sum(dim=others, keepdim=True).sqrt()
+        length = _squares(changed, 1 if self.by_column else 0).sqrt()
         return changed * (self.magnitude.to(weight).view(length.shape) / length)
 
     def low_rank(self) -> None:
         return None
 
-    def cut(self, at: int, size: int) -> Dora:
-        if self.by_column:
-            raise ValueError("the lengths of its columns (DoRA) are those of the whole fused layer")
-        return Dora(self.change.cut(at, size), self.magnitude[at : at + size])
+    def cut(self, at: int, size: int) -> Dora | DoraPart:
+        change = self.change.cut(at, size)
+        return DoraPart(change, self) if self.by_column else Dora(change, self.magnitude[at : at + size])
+
+
+@dataclass(frozen=True)
+class DoraPart:
+    """Some rows of a layer whose columns get the lengths that the file has.
+
+    A column runs through all parts of the layer, so `measured` must have seen all of them before `apply`.
+    length: of each column of the changed layer.
+    """
+
+    change: LowRank | Dense
+    layer: Dora
+    length: Tensor | None = None
+
+    def apply(self, weight: Tensor, strength: float) -> Tensor:
+        return _towards(weight, strength, self._scaled)
+
+    def _scaled(self, weight: Tensor) -> Tensor:
+        assert self.length is not None, "the columns of the whole layer are measured first"
+        magnitude = self.layer.magnitude.to(weight).view(self.length.shape)
+        return self.change.apply(weight, 1.0) * (magnitude / self.length.to(weight))
+
+    def low_rank(self) -> None:
+        return None
+
+    def cut(self, at: int, size: int) -> DoraPart:
+        return replace(self, change=self.change.cut(at, size))
+
+
+def measured(
+    differences: Mapping[str, Difference], weights: Callable[[Collection[str]], Iterable[tuple[str, Tensor]]]
+) -> Mapping[str, Difference]:
+    """The differences of a network, with the lengths of columns that run through several weights.
+
+    weights: names -> these weights, one at a time.
+    """
+    parts = {name: part for name, part in differences.items() if isinstance(part, DoraPart)}
+    squares: dict[int, Tensor] = {}
+    for name, weight in weights(parts):
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        found = _squares(parts[name].change.apply(wide, 1.0), 1)
+        layer = id(parts[name].layer)
+        squares[layer] = squares[layer] + found if layer in squares else found
+    done = {name: replace(part, length=squares[id(part.layer)].sqrt()) for name, part in parts.items()}
+    return {**differences, **done}
+
+
+def _squares(weight: Tensor, kept: int) -> Tensor:
+    """The sums of squares of rows (0) or columns (1), in the weight's dimensions."""
+    return weight.square().sum(dim=[dim for dim in range(weight.ndim) if dim != kept], keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -209,10 +256,15 @@ class Rows:
 
 
 def joined(parts: list[tuple[int, int, Difference]], rows: int) -> Difference:
-    """One difference of a weight with so many rows, from those of ranges of its rows."""
+    """One difference of a weight with so many rows, from those of ranges of its rows.
+
+    ValueError where columns cannot be measured.
+    """
     parts = sorted(parts, key=lambda part: part[0])
     if len(parts) == 1 and parts[0][:2] == (0, rows):
         return parts[0][2]
+    if any(isinstance(part, DoraPart) for _, _, part in parts):
+        raise ValueError("changes columns (DoRA) of a layer that has only some rows of a weight")
     pairs = [(at, size, part) for at, size, part in parts if isinstance(part, LowRank)]
     return _stacked(pairs, rows) if len(pairs) == len(parts) else Rows(tuple(parts))
 
