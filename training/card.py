@@ -87,6 +87,12 @@ root of the number of latent frames. A fixed hash holds out a tenth of the combi
 size and place of a single shape; of the colours, shapes and relation of two; of colour, shape and motion in
 videos. Captions are drawn anew each time.
 
+Two LoRAs are in `loras`, made by `python -m training.lora FILE --style purple` and `--style yellow`: one
+paints every shape purple, one the background yellow.
+
+Two LoRAs are in `loras`, made by `python -m training.lora FILE --style purple` and `--style yellow`: one
+paints every shape purple, one the background yellow.
+
 ## Limits
 
 Videos often lose the shape of what moves. Unusual words are split into letters and mean nothing to the

@@ -133,8 +133,11 @@ def test_a_clip_starts_with_the_given_picture(model, picture):
 
 
 def test_the_folder_is_small():
-    files = list(SHIPPED.rglob("*.safetensors"))
+    files = list(SHIPPED.glob("[!l]*/*.safetensors"))
     assert len(files) == 3 and sum(file.stat().st_size for file in files) <= 8_000_000
+    styles = list((SHIPPED / "loras").iterdir())
+    assert {*SHIPPED.rglob("*.safetensors")} == {*files, *styles}
+    assert all(file.stat().st_size < 150_000 for file in styles)
 
 
 def test_outputs_of_a_seed_are_the_pictures_of_the_seeds_that_follow(model):

@@ -16,10 +16,12 @@ from tinydiff import paths
 from tinydiff.config import ModelOptions
 from tinydiff.io import hub
 from tinydiff.io.lora import Adapter, Component, read_adapter
+from tinydiff.models import registry
 from tinydiff.models.layouts.recognise import key_maps
 from tinydiff.models.recipe import Net
 from tinydiff.records import UserError, nearest
 from tinydiff.runtime import adapters
+from tinydiff.runtime.components import SHIPPED
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +117,8 @@ def adapter_file(source: str, weight_name: str | None = None) -> Path:
             raise UserError("lora_weight_name", f"lora_weight_name: {message}")
         return path
     only = () if weight_name is None else (weight_name, "adapter_config.json")
-    directory = hub.resolve(source, field="lora_path", only=only)
+    own = source == registry.SHIPPED
+    directory = SHIPPED / "loras" if own else hub.resolve(source, field="lora_path", only=only)
     files = {str(file.relative_to(directory)): file for file in sorted(directory.rglob("*.safetensors"))}
     if weight_name is not None:
         if weight_name not in files:
