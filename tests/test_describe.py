@@ -24,7 +24,7 @@ from tinydiff.records import UserError
 from tinydiff.runtime.blueprint import SHIPPED
 from tinydiff.runtime.contents import Contents, contents
 
-BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
+BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I8": 1}
 
 
 def header_only(path, shapes, dtype="BF16", metadata=None):
@@ -294,9 +294,9 @@ def test_a_released_file_is_recognised(model, family, also, layout, prefix, tmp_
 
 def test_types_that_are_not_read_are_said(tmp_path):
     shapes = stored("black-forest-labs/FLUX.1-dev", "transformer", "original")
-    found = contents(str(header_only(tmp_path / "a.safetensors", shapes, "F8_E4M3")))
+    found = contents(str(header_only(tmp_path / "a.safetensors", shapes, "I8")))
     assert found.models[0] == "black-forest-labs/FLUX.1-dev"
-    assert found.problems == ("its weights are F8_E4M3; the types read are F64, F32, F16, BF16",)
+    assert found.problems == ("its weights are I8; the types read are F64, F32, F16, BF16",)
 
 
 def test_a_file_that_is_cut_short_says_by_how_much(tmp_path):
@@ -359,7 +359,7 @@ def test_gguf(size, kind, tmp_path):
     assert found.metadata["tokens"] == "['t0', 't1', 't2', 't3', 't4', 't5', 't6', 't7', '...']"
     theirs = {each.tensor_type.name: int(each.n_bytes) for each in GGUFReader(path).tensors}
     assert dict(found.precision) == theirs == {kind.name: 12 * size, "F16": 12}
-    assert found.problems[0].startswith("GGUF is not read") and found.missing == ()
+    assert found.missing == ()
     os.truncate(path, path.stat().st_size - 40)
     assert "truncated" in contents(str(path)).missing[0]
 
@@ -468,5 +468,12 @@ def test_the_command_of_a_file(model, component, layout, words, tmp_path):
 
 def test_no_command_for_a_file_that_is_not_read(tmp_path):
     shapes = stored("black-forest-labs/FLUX.1-dev", "transformer", "original")
-    path = header_only(tmp_path / "a.safetensors", shapes, "F8_E4M3")
+    path = header_only(tmp_path / "a.safetensors", shapes, "I8")
     assert contents(str(path)).command is None
+
+
+def test_a_float8_file_has_a_command(tmp_path):
+    shapes = stored("black-forest-labs/FLUX.1-dev", "transformer", "original")
+    found = contents(str(header_only(tmp_path / "a.safetensors", shapes, "F8_E4M3")))
+    assert found.problems == () and "--model-path" in found.command
+    assert list(found.precision) == ["F8_E4M3"]

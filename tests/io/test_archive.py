@@ -73,8 +73,11 @@ def test_a_broken_pickle_is_told(tmp_path):
     assert "does not exist" in refused(path)
 
 
-def test_a_gguf_file_is_told(tmp_path):
-    assert "GGUF file, which is not read" in refused(tmp_path / "flux-Q4_0.gguf")
+def test_a_broken_gguf_file_is_told(tmp_path):
+    path = tmp_path / "flux-Q4_0.gguf"
+    assert "cannot be read (No such file" in refused(path)
+    path.write_bytes(b"GGUF" + bytes(40))
+    assert "is a GGUF file of version 0; 2 and 3 are known" in refused(path)
 
 
 def test_header_of_both_kinds(tmp_path):

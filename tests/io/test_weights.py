@@ -160,10 +160,9 @@ def test_a_key_map_moves_and_drops_keys(tmp_path):
     assert "'a' is stored twice" in refused(tmp_path, [Row("a", (2,))], keys=twice)
 
 
-@pytest.mark.parametrize("dtype, name", [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")])
-def test_quantised_storage_is_refused_not_cast(tmp_path, dtype, name):
-    save_file({"a": torch.ones(2).to(dtype)}, tmp_path / "model.safetensors")
-    assert f"a is {name}" in refused(tmp_path, [Row("a", (2,))])
+def test_integers_without_scales_are_refused_not_cast(tmp_path):
+    save_file({"a": torch.ones(2).to(torch.int8)}, tmp_path / "model.safetensors")
+    assert "a is I8" in refused(tmp_path, [Row("a", (2,))])
 
 
 @pytest.mark.parametrize("shard", [0, 2])

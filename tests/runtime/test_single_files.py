@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from gguf import GGMLQuantizationType, GGUFWriter, quants
+from safetensors.torch import load_file, save_file
 
 import tinydiff
 from tests.runtime.folders import VARIANTS, build
@@ -204,3 +205,48 @@ def test_weights_of_another_size_are_refused_before_anything_is_loaded(saved, tm
     place = next((tmp_path / "deeper" / "transformer").glob("*.safetensors"))
     paths = {"component_weights_paths": {"transformer": str(place)}}
     refused("transformer_weights_path", "unexpected .*blocks.2", model_path=str(folder), **paths)
+
+
+def fp8_scaled(weights):
+    """As ComfyUI stores them: matrices in float8 with a scale. (the file's tensors, the whole weights)."""
+    stored, whole = {"scaled_fp8": torch.zeros(2)}, dict(weights)
+    for key, x in weights.items():
+        stored[key] = x.contiguous()
+        if x.ndim == 2:
+            scale = x.abs().amax() / 448
+            stored[key] = (x / scale).to(torch.float8_e4m3fn)
+            stored[key.removesuffix("weight") + "scale_weight"] = scale
+            whole[key] = stored[key].float() * scale
+    return stored, whole
+
+
+def test_a_file_in_scaled_float8_runs_as_its_values_do(saved, tmp_path):
+    model, files = saved
+    stored, whole = fp8_scaled(load_file(files["transformer"]))
+    for name, tensors in (("fp8", stored), ("whole", whole)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    made = [
+        latents(model, transformer_path=str(tmp_path / f"{name}.safetensors")) for name in ("fp8", "whole")
+    ]
+    assert torch.equal(*made) and not torch.equal(made[0], latents(model))
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_a_gguf_file_runs_as_its_values_do(saved, tmp_path, kind):
+    model, files = saved
+    kind, whole = GGMLQuantizationType[kind], load_file(files["transformer"])
+    writer = GGUFWriter(tmp_path / "wan.gguf", "wan")
+    for key, x in whole.items():
+        if x.ndim == 2 and x.shape[1] % 32 == 0:
+            data = quants.quantize(x.float().numpy(), kind)
+            writer.add_tensor(key, data, raw_dtype=kind)
+            whole[key] = torch.from_numpy(quants.dequantize(data, kind))
+        else:
+            writer.add_tensor(key, x.float().numpy())
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        step()
+    writer.close()
+    save_file(whole, tmp_path / "whole.safetensors")
+    files = ("wan.gguf", "whole.safetensors")
+    made = [latents(model, transformer_path=str(tmp_path / name)) for name in files]
+    assert torch.equal(*made) and not torch.equal(made[0], latents(model))

@@ -1,7 +1,8 @@
-"""Files of tensors, opened by mapping them: safetensors, and torch's own .pth, .pt, .bin, .ckpt and .pkl.
+"""Files of tensors, opened by mapping them: safetensors, GGUF, and torch's own .pth, .pt, .bin, .ckpt, .pkl.
 
 A pickle is read by torch's weights-only reader, which knows tensors and plain containers: nothing in the file
-is run. Either is asked alike: `keys`, `get_tensor`, `get_slice`, `metadata`.
+is run. Quantised weights are decoded as they are read. All are asked alike: `keys`, `get_tensor`,
+`get_slice`, `metadata`.
 
     shapes, metadata = archive.header(path)  # what `models.layouts.recognise` takes
     shapes, metadata = archive.header(*weight_files(directory))
@@ -21,10 +22,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tinydiff.io import gguf, quantised
 from tinydiff.records import UserError
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Types read as they are. Anything else (float8, integers) needs scales that a cast would silently drop."""
+"""Types read as they are. Float8 and integers are read by `quantised`, with what stands beside them."""
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 """Extensions of files that torch.save wrote."""
@@ -70,15 +72,13 @@ class Pickle:
 
 
 Archive = Any
-"""A `Pickle`, or what `safe_open` gives."""
+"""A `Pickle`, a `gguf.Gguf`, a `quantised.Decoded`, or what `safe_open` gives."""
 
 
 def opened(file: Path) -> Archive:
     """The mapped file. Raises UserError for one that is cut short, or holds code."""
     if file.suffix == ".gguf":
-        raise _refused(
-            file, "is a GGUF file, which is not read; take the model as safetensors in bf16 or fp16"
-        )
+        return _gguf(file)
     return _pickle(file) if file.suffix in PICKLES else _safetensors(file)
 
 
@@ -96,7 +96,7 @@ def header(*files: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
 def _safetensors(file: Path) -> Archive:
     """A header is checked against the file's length, so that a truncated file is found here."""
     try:
-        return safe_open(file, framework="pt")
+        archive = safe_open(file, framework="pt")
     except FileNotFoundError:
         raise UserError(
             "model_path", f"model_path: {str(file)!r} does not exist, though the index beside it names it"
@@ -106,6 +106,19 @@ def _safetensors(file: Path) -> Archive:
         raise UserError(
             "model_path", f"model_path: {str(file)!r} is truncated or not a safetensors file ({reason})"
         ) from error
+    try:
+        return quantised.decoded(file, archive)
+    except (ValueError, LookupError, TypeError) as error:
+        raise _refused(file, str(error)) from error
+
+
+def _gguf(file: Path) -> Archive:
+    try:
+        return gguf.opened(file)
+    except OSError as error:
+        raise _refused(file, f"cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise _refused(file, str(error)) from error
 
 
 def _pickle(file: Path) -> Pickle:

@@ -115,7 +115,7 @@ def _file(path: Path, shown: str) -> Contents:
         )
     except ValueError as error:
         raise UserError("path", f"path: {shown!r} {error}") from error
-    return _named(_counted(shown, header), header)
+    return _named(_counted(shown, header), header, path)
 
 
 def _clause(error: UserError, path: str) -> str:
@@ -147,14 +147,12 @@ def _texts(metadata: Mapping[str, object]) -> dict[str, str]:
     return {name: text if len(text) <= 200 else f"{text[:197]}..." for name, text in texts.items()}
 
 
-def _named(counted: Contents, header: Header) -> Contents:
+def _named(counted: Contents, header: Header, path: Path) -> Contents:
     """With what the keys and shapes tell: an adapter, or components and the models that have them."""
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
     if any(LORA.search(key) for key in shapes):
         return _adapter(counted, shapes)
-    beside = next((key for key in shapes if QUANTISED.search(key)), None)
-    whole = {key: shape for key, shape in shapes.items() if not QUANTISED.search(key)}
-    why = tuple(_unread(header, beside))
+    whole, why = _whole(header, path)
     try:
         found = recognise(whole, _texts(header.metadata), counted.path)
     except UserError as error:
@@ -231,17 +229,30 @@ def _row(name: str) -> registry.ReleasedModel:
     return next(row for row in registry.MODELS if row.name == name)
 
 
-def _unread(header: Header, beside: str | None) -> Iterator[str]:
-    """Why a file's weights are not read. beside: a key that only quantised weights have."""
+def _whole(header: Header, path: Path) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
+    """(the shapes of a file's weights, decoded where they are quantised; why they are not read)."""
+    stored = {key: each.shape for key, each in header.tensors.items() if not QUANTISED.search(key)}
+    if header.lacks:
+        return stored, ()
+    try:
+        opened = archive.opened(path)
+        parts = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 (a handle, not a dict)
+    except UserError as error:
+        return stored, (_clause(error, str(path)),)
+    beside = next((key for key in parts if QUANTISED.search(key)), None)
+    if beside is not None:
+        return stored, (
+            f"its weights are quantised ({beside}), which is not read; take them in bf16 or fp16",
+        )
+    shapes = {key: tuple(part.get_shape()) for key, part in parts.items()}
     types = {
-        tensor.dtype for tensor in header.tensors.values() if len(tensor.shape) > 1
+        parts[key].get_dtype() for key, shape in shapes.items() if len(shape) > 1
     } - archive.FLOATS.keys()
-    if header.format == "gguf":
-        yield "GGUF is not read; take the model as safetensors in bf16 or fp16"
-    elif beside is not None:
-        yield f"its weights are quantised ({beside}), which is not read; take them in bf16 or fp16"
-    elif types:
-        yield f"its weights are {', '.join(sorted(types))}; the types read are {', '.join(archive.FLOATS)}"
+    if not types:
+        return shapes, ()
+    return shapes, (
+        f"its weights are {', '.join(sorted(types))}; the types read are {', '.join(archive.FLOATS)}",
+    )
 
 
 def _component(counted: Contents, found: Found) -> Contents:
