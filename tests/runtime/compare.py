@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from tests.parity import doubles
+from tests.parity import close, doubles
+from tinydiff.config import SamplingOptions
 from tinydiff.runtime import pipeline
+from tinydiff.runtime.admit import admit
 
 
 @contextmanager
@@ -87,6 +89,20 @@ def ours(model, request, start):
         for x in pipeline.denoise(model, conditioning, 0, [start])
     ]
     return latents, pipeline.decode(model, request.output, latents[-1])
+
+
+def request_for(model, **fields):
+    """The admitted request of these options; each pipeline's tests fix its prompt, size and steps."""
+    prompt = fields["prompt"]
+    asked = fields | {"prompt": (prompt,) if isinstance(prompt, str) else prompt}
+    [request] = admit(model.blueprint, SamplingOptions(**asked))
+    return request
+
+
+def same_steps(got, expected):
+    """Latents after every step, ours and the reference's."""
+    for ours, theirs in zip(got, expected, strict=True):
+        close(ours, theirs)
 
 
 def same_frames(frames, video):

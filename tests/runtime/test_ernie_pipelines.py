@@ -9,6 +9,7 @@ here.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -28,13 +29,13 @@ from transformers import (
 
 from tests import vocabularies
 from tests.parity import close, draw, randomised
+from tests.runtime import compare
 from tests.runtime.folders import load, released
 from tests.runtime.test_flux2_pipelines import LM, PIXTRAL, VAE, exact
 from tests.runtime.test_pipelines import same_frames
 from tinydiff.config import ModelOptions, Options, OutputOptions, SamplingOptions
 from tinydiff.records import UserError
 from tinydiff.runtime import blueprint, pipeline
-from tinydiff.runtime.admit import admit
 from tinydiff.runtime.generate import admitted, read
 from tinydiff.sampling.noise import noise
 
@@ -100,10 +101,9 @@ def build(folder, shift=3.0, framed=True, enhanced=False):
     return pipe
 
 
-def request_for(model, **fields):
-    asked = {"prompt": (PROMPT,), "height": 16 * SIZE[0], "width": 16 * SIZE[1], "num_inference_steps": STEPS}
-    [request] = admit(model.blueprint, SamplingOptions(**asked | fields))
-    return request
+request_for = partial(
+    compare.request_for, prompt=PROMPT, height=16 * SIZE[0], width=16 * SIZE[1], num_inference_steps=STEPS
+)
 
 
 CASES = {

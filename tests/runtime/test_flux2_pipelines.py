@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,6 +39,7 @@ from transformers import (
 
 from tests import vocabularies
 from tests.parity import close, doubles, draw, randomised
+from tests.runtime import compare
 from tests.runtime.folders import edit, load, released
 from tests.runtime.test_pipelines import same_frames
 from tinydiff.config import ModelOptions, SamplingOptions
@@ -180,11 +181,9 @@ def pictures(tmp_path):
     return [str(path) for path in paths]
 
 
-def request_for(model, pictures=(), **fields):
-    """An admitted request, at a size that is not square."""
-    asked = {"prompt": (PROMPT,), "height": 16 * SIZE[0], "width": 16 * SIZE[1], "num_inference_steps": STEPS}
-    [request] = admit(model.blueprint, SamplingOptions(**asked | {"image_path": tuple(pictures)} | fields))
-    return request
+request_for = partial(
+    compare.request_for, prompt=PROMPT, height=16 * SIZE[0], width=16 * SIZE[1], num_inference_steps=STEPS
+)
 
 
 def theirs(pipe, request, start, **given):
@@ -222,8 +221,7 @@ def same(pipe, model, request, **given):
     expected, picture = theirs(pipe, request, start, **given)
     got, made = ours(model, request, start)
     assert len(got) == len(expected) == STEPS
-    for x, y in zip(got, expected, strict=True):
-        close(x, y)
+    compare.same_steps(got, expected)
     same_frames(made, [picture])
 
 
@@ -244,7 +242,7 @@ def test_klein_equals_diffusers(case, tmp_path, pictures):
     model = load(
         tmp_path / "model", model_id=f"black-forest-labs/FLUX.2-klein-{'' if distilled else 'base-'}4B"
     )
-    request = request_for(model, pictures[:count], **fields)
+    request = request_for(model, image_path=tuple(pictures[:count]), **fields)
     assert request.guidance.on == (case in ("base", "base with a reference"))
     same(pipe, model, request, guidance_scale=request.guidance.scale)
 
@@ -253,7 +251,7 @@ def test_klein_equals_diffusers(case, tmp_path, pictures):
 def test_dev_equals_diffusers(count, scale, framed, tmp_path, pictures):
     """The chat opens with BOS once, whether the tokenizer adds one to other texts or not."""
     pipe, model = dev(tmp_path / "model", framed), load(tmp_path / "model")
-    request = request_for(model, pictures[:count], guidance_scale=scale)
+    request = request_for(model, image_path=tuple(pictures[:count]), guidance_scale=scale)
     assert not request.guidance.on and request.guidance.embedded == scale
     same(pipe, model, request, guidance_scale=scale)
 
@@ -309,8 +307,7 @@ def test_noise_is_what_the_reference_draws(tmp_path):
     assert torch.equal(made.latents[0].pack(noise(7, 0, (1, *made.latents[0].size))[0]), drawn)
 
 
-# --- given images
-# --------------------------------------------------------------------------------------------------
+# --- given images ---
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (100, 71), (1200, 1024), (1024, 1025), (64, 512), (3000, 2011)])
@@ -355,8 +352,7 @@ def test_a_picture_that_cannot_be_given_is_refused(shape, tmp_path):
         admit(read, SamplingOptions(prompt=("a",), image_path=(str(path),)))
 
 
-# --- what a directory is, and what does not fit
-# ------------------------------------------------------------------------------------------
+# --- what a directory is, and what does not fit ---
 
 
 def test_a_folder_of_unknown_name_is_known_by_its_index_and_shape(tmp_path):
@@ -412,7 +408,7 @@ def test_the_tiny_autoencoder_takes_the_others_place(tmp_path, pictures):
         load(tmp_path / "model"),
         load(tmp_path / "model", **tiny_autoencoder(tmp_path / "tiny", 32)),
     )
-    net, request = model.nets["vae"], request_for(model, pictures[:1])
+    net, request = model.nets["vae"], request_for(model, image_path=tuple(pictures[:1]))
     given = (
         torch.tensor(request.images.originals[0][:, 1:129]).double().permute(2, 0, 1)[None, :, None] / 127.5
         - 1

@@ -8,6 +8,7 @@ shared floor's, and proved here for every family.
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import diffusers.pipelines.flux.pipeline_flux_img2img as img2img
 import diffusers.pipelines.flux.pipeline_flux_inpaint as inpaint
@@ -37,16 +38,16 @@ from transformers import (
 from tests import vocabularies
 from tests.io import profiles
 from tests.parity import close, draw
+from tests.runtime import compare
 from tests.runtime.compare import ours, recorded, same_frames, starting_from
 from tests.runtime.folders import load, saved
 from tests.sources import PACKAGE
-from tinydiff.config import ModelOptions, SamplingOptions
+from tinydiff.config import ModelOptions
 from tinydiff.io.images import read_image
 from tinydiff.models import flux
 from tinydiff.ops.patch import patchify
 from tinydiff.records import UserError
 from tinydiff.runtime import blueprint, pipeline
-from tinydiff.runtime.admit import admit
 from tinydiff.sampling import noise
 
 PROMPT, NEGATIVE, STEPS = "A red  circle &amp; a star", "blurry, left of", 4
@@ -123,11 +124,9 @@ def other(kind, pipe):
     return pipe
 
 
-def request_for(model, **fields):
-    """An admitted request at a size that is not square."""
-    asked = {"prompt": PROMPT, "height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS} | fields
-    [request] = admit(model.blueprint, SamplingOptions(**asked | {"prompt": (asked["prompt"],)}))
-    return request
+request_for = partial(
+    compare.request_for, prompt=PROMPT, height=HEIGHT, width=WIDTH, num_inference_steps=STEPS
+)
 
 
 def same(model, request, start, theirs, images):
@@ -158,8 +157,7 @@ def mask(tmp_path):
     return str(tmp_path / "mask.png")
 
 
-# --- from text
-# --------------------------------------------------------------------------------------------------
+# --- from text ---
 
 
 @pytest.mark.parametrize(
@@ -217,8 +215,7 @@ def test_noise_is_what_the_reference_draws(tmp_path):
     )
 
 
-# --- images to edit
-# --------------------------------------------------------------------------------------------------
+# --- images to edit ---
 
 
 @pytest.fixture
@@ -285,8 +282,7 @@ def test_a_picture_to_edit_is_brought_to_the_size_that_the_reference_prefers():
     assert len({flux.reference_size(*size) for size in sizes}) == len(flux.KONTEXT_SIZES)
 
 
-# --- an image to start from
-# ----------------------------------------------------------------------------------------------------------
+# --- an image to start from ---
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ in float64.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -31,7 +33,8 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests import vocabularies
-from tests.parity import close, draw
+from tests.parity import draw
+from tests.runtime import compare
 from tests.runtime.compare import exact, ours, same_frames
 from tests.runtime.folders import load, released, saved
 from tinydiff.config import ModelOptions, SamplingOptions
@@ -111,11 +114,9 @@ def build(folder, shift=7.0, kind=None):
     return pipe
 
 
-def request_for(model, **fields):
-    """An admitted request at a size that is not square."""
-    asked = {"prompt": PROMPT, "height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS} | fields
-    [request] = admit(model.blueprint, SamplingOptions(**asked | {"prompt": (asked["prompt"],)}))
-    return request
+request_for = partial(
+    compare.request_for, prompt=PROMPT, height=HEIGHT, width=WIDTH, num_inference_steps=STEPS
+)
 
 
 CASES = {
@@ -148,8 +149,7 @@ def test_every_step_and_the_frames_equal_diffusers(case, tmp_path):
         ).frames
     latents, frames = ours(model, request, start)
     assert len(latents) == len(theirs) == STEPS
-    for got, expected in zip(latents, theirs, strict=True):
-        close(got, expected)
+    compare.same_steps(latents, theirs)
     same_frames(frames, video)
 
 

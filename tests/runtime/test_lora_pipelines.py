@@ -19,8 +19,9 @@ from diffusers.pipelines.z_image import pipeline_z_image
 from safetensors.torch import save_file
 
 from tests.io.lora_files import randn
-from tests.parity import close, draw
+from tests.parity import draw
 from tests.runtime import (
+    compare,
     test_ernie_pipelines,
     test_flux2_pipelines,
     test_flux_pipelines,
@@ -168,7 +169,6 @@ def test_every_step_equals_diffusers(name, tmp_path, monkeypatch):
         nets, attached = loras.attach(model.nets, adapters, mode)
         made = ours(replace(model, nets=nets, adapters=attached), family, start)
         assert len(made) == len(theirs) == STEPS
-        for got, expected in zip(made, theirs, strict=True):
-            close(got, expected)
+        compare.same_steps(made, theirs)
     assert {*attached["default"].layers} == {*family.components}
     assert (theirs[-1] - base[-1]).abs().max() > 0.01

@@ -7,7 +7,7 @@ are made in float32, as ours are.
 
 from __future__ import annotations
 
-from functools import wraps
+from functools import partial, wraps
 from types import SimpleNamespace
 
 import av
@@ -30,15 +30,14 @@ from transformers import Gemma3TextConfig, Gemma3TextModel, Qwen2Tokenizer
 
 from tests import vocabularies
 from tests.parity import close
+from tests.runtime import compare
 from tests.runtime.compare import exact, same_frames, widened
 from tests.runtime.folders import load, saved
-from tinydiff.config import SamplingOptions
 from tinydiff.io import output
 from tinydiff.models import registry
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.records import UserError
 from tinydiff.runtime import pipeline
-from tinydiff.runtime.admit import admit
 from tinydiff.sampling import noise
 
 PROMPT, NEGATIVE, STEPS, TOKENS = " A red circle and a star 日本 ", "blurry, left of", 3, 16
@@ -178,13 +177,14 @@ def both(request, tmp_path_factory, row):
     return pipe, load(folder), request.param
 
 
-def request_for(model, **fields):
-    asked = {
-        "prompt": (PROMPT,), "height": SIZE[0], "width": SIZE[1], "num_frames": FRAMES,
-        "num_inference_steps": STEPS,
-    }  # fmt: skip
-    [request] = admit(model.blueprint, SamplingOptions(**asked | fields))
-    return request
+request_for = partial(
+    compare.request_for,
+    prompt=PROMPT,
+    num_frames=FRAMES,
+    height=SIZE[0],
+    width=SIZE[1],
+    num_inference_steps=STEPS,
+)
 
 
 @pytest.mark.parametrize("case", ["text", "text without guidance", "a first frame"])

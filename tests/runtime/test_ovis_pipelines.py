@@ -5,6 +5,7 @@ start, in float64.
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,14 +21,13 @@ from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from tests import vocabularies
 from tests.parity import close, draw
+from tests.runtime import compare
 from tests.runtime.compare import ours, recorded, same_frames
 from tests.runtime.folders import edit, load, saved
-from tinydiff.config import SamplingOptions
 from tinydiff.models import ovis
 from tinydiff.ops.patch import patchify
 from tinydiff.records import UserError
 from tinydiff.runtime import pipeline
-from tinydiff.runtime.admit import admit
 from tinydiff.sampling import noise
 
 PROMPT, NEGATIVE, STEPS = " A red  circle &amp; a star\n", "blurry, left of", 4
@@ -110,11 +110,9 @@ def model(pipe, folder):
     return load(folder)
 
 
-def request_for(model, **fields):
-    """An admitted request at a size that is not square."""
-    asked = {"prompt": PROMPT, "height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS} | fields
-    [request] = admit(model.blueprint, SamplingOptions(**asked | {"prompt": (asked["prompt"],)}))
-    return request
+request_for = partial(
+    compare.request_for, prompt=PROMPT, height=HEIGHT, width=WIDTH, num_inference_steps=STEPS
+)
 
 
 @pytest.mark.parametrize(

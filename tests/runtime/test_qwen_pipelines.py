@@ -23,7 +23,8 @@ from diffusers.pipelines.qwenimage import (
 )
 from PIL import Image
 
-from tests.parity import close, draw
+from tests.parity import draw
+from tests.runtime import compare
 from tests.runtime.compare import exact, same_frames, starting_from
 from tests.runtime.folders import edit, load, released
 from tests.runtime.qwen_folders import LAYERED, Z, build
@@ -81,8 +82,7 @@ def _opened(path: Path, mode: str = "RGB") -> Image.Image:
     )
 
 
-# --- both sides
-# --------------------------------------------------------------------------------------------------
+# --- both sides ---
 
 
 def _request(model, images=(), **fields):
@@ -127,8 +127,7 @@ def _packed(start):
 def _same(ours, theirs, video):
     (steps, frames), (expected, made) = ours, theirs
     assert len(steps) == len(expected)
-    for got, wanted in zip(steps, expected, strict=True):
-        close(got, wanted)
+    compare.same_steps(steps, expected)
     same_frames(frames, [made] if video else made)
 
 
@@ -276,8 +275,7 @@ def test_noise_is_that_of_a_seeded_generator(tmp_path, small, pictures):
         assert torch.equal(prepared.pack([drawn]), made[0] if more else made)
 
 
-# --- admission
-# --------------------------------------------------------------------------------------------------
+# --- admission ---
 
 NAMES = [f"Qwen/Qwen-Image{tail}" for tail in ("", "-2512", "-Edit", "-Edit-2509", "-Edit-2511", "-Layered")]
 
@@ -377,8 +375,7 @@ def _refused(field, words, plan, images, **fields):
     assert caught.value.field == field
 
 
-# --- whole runs
-# --------------------------------------------------------------------------------------------------
+# --- whole runs ---
 
 
 def test_a_long_text_is_cut_and_said_so(tmp_path, caplog):

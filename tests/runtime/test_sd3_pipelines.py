@@ -8,6 +8,7 @@ are in `compare`.
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ from transformers import (
 
 from tests import vocabularies
 from tests.parity import close, draw
+from tests.runtime import compare
 from tests.runtime.compare import exact, ours, recorded, same_frames, starting_from
 from tests.runtime.folders import edit, load, released, saved
 from tests.sources import PACKAGE
@@ -160,16 +162,14 @@ def picture(tmp_path):
     return tmp_path
 
 
-def request_for(model, **fields):
-    asked = {
-        "prompt": (PROMPT,),
-        "negative_prompt": NEGATIVE,
-        "height": SIZE[0],
-        "width": SIZE[1],
-        "num_inference_steps": STEPS,
-    }
-    [request] = admit(model.blueprint, SamplingOptions(**asked | fields))
-    return request
+request_for = partial(
+    compare.request_for,
+    prompt=PROMPT,
+    negative_prompt=NEGATIVE,
+    height=SIZE[0],
+    width=SIZE[1],
+    num_inference_steps=STEPS,
+)
 
 
 def given(request):

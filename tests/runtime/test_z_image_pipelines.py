@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from tests import vocabularies
 from tests.parity import close, draw
+from tests.runtime import compare
 from tests.runtime.compare import ours, recorded, same_frames, starting_from, widened
 from tests.runtime.folders import edit, load, released, saved
 from tinydiff.config import ModelOptions, SamplingOptions
@@ -110,16 +112,14 @@ def picture(tmp_path):
     return tmp_path
 
 
-def request_for(model, **fields):
-    asked = {
-        "prompt": (PROMPT,),
-        "negative_prompt": NEGATIVE,
-        "height": SIZE[0],
-        "width": SIZE[1],
-        "num_inference_steps": STEPS,
-    }
-    [request] = admit(model.blueprint, SamplingOptions(**asked | fields))
-    return request
+request_for = partial(
+    compare.request_for,
+    prompt=PROMPT,
+    negative_prompt=NEGATIVE,
+    height=SIZE[0],
+    width=SIZE[1],
+    num_inference_steps=STEPS,
+)
 
 
 def start_for(request):
