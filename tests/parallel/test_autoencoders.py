@@ -142,8 +142,7 @@ def _in_tiles(name, tile):
     assert (pixels - module.decode(c, w, z)).abs().max() > 1e-3, "tiles were not used"
 
 
-# --- bytes
-# --------------------------------------------------------------------------------------------------
+# --- bytes ---
 
 
 class Moved(TorchDispatchMode):

@@ -32,8 +32,7 @@ from tinydiff.parallel.plan import Group, Plan, Row
 from tinydiff.parallel.shards import local_rows
 from tinydiff.sampling import loop, solvers
 
-# --- on paper
-# --------------------------------------------------------------------------------------------------
+# --- on paper ---
 
 BLOCK = (
     Row("b.0.q.weight", (12, 12), split=0, input="joint"),
@@ -148,8 +147,7 @@ def test_an_axis_that_outgrows_a_machine_goes_over_the_network():
     ]
 
 
-# --- as torch counts
-# --------------------------------------------------------------------------------------------------
+# --- as torch counts ---
 
 PICTURES = {
     "FLUX.1-dev": 9, "FLUX.1-schnell": 9, "FLUX.2-dev": 9, "Qwen-Image": 9, "Z-Image": 32,
@@ -354,8 +352,7 @@ def test_the_peak_of_decoding_is_about_that_of_a_run(kind, monkeypatch):
     )
 
 
-# --- what is sent
-# --------------------------------------------------------------------------------------------------
+# --- what is sent ---
 
 
 class Sent(TorchDispatchMode):

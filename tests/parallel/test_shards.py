@@ -156,8 +156,7 @@ def test_shares_cover_a_dimension_once(size, ranks):
     )
 
 
-# --- by ranks
-# --------------------------------------------------------------------------------------------------
+# --- by ranks ---
 
 
 def _reads(layout):

@@ -70,8 +70,7 @@ def refused(field: str, words: str, call, *args, **fields) -> None:
     assert caught.value.field == field and words in sentence and "\n" not in sentence, sentence
 
 
-# --- what a request becomes
-# -----------------------------------------------------------------------------------------------------------
+# --- what a request becomes ---
 
 
 @pytest.mark.parametrize("row", MODELS, ids=lambda row: row.name.split("/")[-1])
@@ -232,8 +231,7 @@ def test_a_side_is_the_integer_nearest_to_the_root():
             assert (2 * nearest - 1) ** 2 * across <= 4 * 480 * 832 * along < (2 * nearest + 1) ** 2 * across
 
 
-# --- requests that cannot be
-# ----------------------------------------------------------------------------------------------------------
+# --- requests that cannot be ---
 
 
 @pytest.mark.parametrize(
@@ -409,8 +407,7 @@ def test_a_scheduler_that_is_not_known_is_refused_at_once(tmp_path):
     )
 
 
-# --- models that cannot be
-# ------------------------------------------------------------------------------------------------------------
+# --- models that cannot be ---
 
 
 def test_options_that_name_a_component(tmp_path):

@@ -39,8 +39,7 @@ def stored(path, **entries):
     return path
 
 
-# --- two experts
-# --------------------------------------------------------------------------------------------------
+# --- two experts ---
 
 
 def test_the_folders_boundary_wins_and_what_is_asked_wins_over_it(tmp_path):
@@ -83,8 +82,7 @@ def test_the_first_experts_scale_says_whether_there_is_guidance(asked, scales, t
     assert ("guidance_scale_2" in made.notes) == (scales[0] == 1 and "guidance_scale_2" in asked)
 
 
-# --- the shift
-# --------------------------------------------------------------------------------------------------
+# --- the shift ---
 
 
 @pytest.mark.parametrize("name", [row.name for row in MODELS[1:] if row.solver == "unipc"])
@@ -127,8 +125,7 @@ def test_a_distilled_schedule_is_not_in_the_file(tmp_path):
     )
 
 
-# --- guidance
-# --------------------------------------------------------------------------------------------------
+# --- guidance ---
 
 GUIDED = {
     # What is asked -> the scale of guidance and its negative prompt, None without guidance: what diffusers

@@ -20,8 +20,7 @@ def store(both):
     return both
 
 
-# --- one job
-# --------------------------------------------------------------------------------------------------
+# --- one job ---
 
 
 def test_a_job_comes_back_as_it_was(store):
@@ -117,8 +116,7 @@ def test_ids_that_no_database_can_hold_are_no_jobs(store):
             store.page("video", "", id, 1, True)
 
 
-# --- the queue
-# --------------------------------------------------------------------------------------------------
+# --- the queue ---
 
 
 def test_a_full_queue_refuses(where):
@@ -254,8 +252,7 @@ def test_a_pinned_job_runs_at_its_server_only(store):
     assert take(store, "there").id == pinned.id
 
 
-# --- cancelling
-# --------------------------------------------------------------------------------------------------
+# --- cancelling ---
 
 
 def test_cancelling_a_queued_job_ends_it(store):
@@ -285,8 +282,7 @@ def test_a_done_job_stays_as_it_is(store):
     assert store.cancel(id) == store.get(id) and store.get(id).status == "completed"
 
 
-# --- servers that go away
-# --------------------------------------------------------------------------------------------------
+# --- servers that go away ---
 
 
 def test_a_lease_that_ran_out_gives_the_job_back(store):
@@ -371,8 +367,7 @@ def test_a_job_that_brings_servers_down_is_given_up(store):
     )
 
 
-# --- reading
-# --------------------------------------------------------------------------------------------------
+# --- reading ---
 
 
 @pytest.mark.parametrize("ascending", [True, False])

@@ -28,8 +28,7 @@ def store(both):
     return both
 
 
-# --- many at once
-# --------------------------------------------------------------------------------------------------
+# --- many at once ---
 
 
 def test_threads_share_a_queue_without_doing_a_job_twice(where):
@@ -89,8 +88,7 @@ def test_more_threads_than_connections_read_and_write(store):
     )
 
 
-# --- kill -9
-# --------------------------------------------------------------------------------------------------
+# --- kill -9 ---
 
 STORM = """
 import sys, threading, time
@@ -170,8 +168,7 @@ def test_killed_processes_lose_nothing_and_do_nothing_twice(where):
             assert file.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-# --- databases that go away
-# --------------------------------------------------------------------------------------------------
+# --- databases that go away ---
 
 
 class Lost(Exception):

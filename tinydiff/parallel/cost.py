@@ -115,8 +115,7 @@ class Machine:
     ranks: int = 8
 
 
-# --- weights
-# --------------------------------------------------------------------------------------------------
+# --- weights ---
 
 
 def numel(row: Row, tp: int = 1) -> int:
@@ -161,8 +160,7 @@ def denoiser_bytes(net: CostModel, layout: Layout, b: int, experts: int = 1) -> 
     return experts * kept + 2 * max(weight_bytes(rows, b, layout.tp) for rows in net.blocks)
 
 
-# --- activations
-# --------------------------------------------------------------------------------------------------
+# --- activations ---
 
 
 def activation_bytes(net: CostModel, layout: Layout, work: Work, b: int) -> int:
@@ -211,8 +209,7 @@ def output_values(row: Row, tp: int) -> int:
     return row.shape[0] // tp if row.split == 0 else row.shape[0]
 
 
-# --- work and exchange of a step
-# ----------------------------------------------------------------------------------------------------
+# --- work and exchange of a step ---
 
 
 def step_flops(net: CostModel, layout: Layout, work: Work) -> int:
@@ -294,8 +291,7 @@ def step_bytes(net: CostModel, layout: Layout, work: Work, b: int = 2) -> dict[s
     return {axis: size for axis, size in found.items() if size}
 
 
-# --- time
-# --------------------------------------------------------------------------------------------------
+# --- time ---
 
 SENT: dict[str, Callable[[int], float]] = {
     "cfg": lambda n: n - 1,

@@ -21,8 +21,7 @@ from tinydiff.parallel.moves import start_gather, wait
 from tinydiff.parallel.placements import block_of
 from tinydiff.parallel.plan import ALONE, Group, Plan, Row
 
-# --- slices over tp
-# --------------------------------------------------------------------------------------------------
+# --- slices over tp ---
 
 
 def why_indivisible(rows: Iterable[Row], ranks: int) -> str | None:
@@ -123,8 +122,7 @@ def shard_range(size: int, ranks: int, rank: int = 0) -> tuple[int, int, int]:
     return width, start, min(width, size - start)
 
 
-# --- packs over shard
-# --------------------------------------------------------------------------------------------------
+# --- packs over shard ---
 
 
 class PackedWeight(NamedTuple):
@@ -254,8 +252,7 @@ class GatherOnRead(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
 
-# --- both together
-# --------------------------------------------------------------------------------------------------
+# --- both together ---
 
 
 class LocalWeight(NamedTuple):

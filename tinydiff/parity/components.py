@@ -29,8 +29,7 @@ from tinydiff.parity.reference import Case, built, draw, library
 
 PLAN = Plan()
 
-# --- encoders
-# --------------------------------------------------------------------------------------------------
+# --- encoders ---
 
 _IDS = torch.tensor([[50, 3, 9, 7, 60, 60, 60, 60], [50, 9, 7, 5, 7, 11, 2, 60]])
 _MASK = torch.tensor([[1] * 5 + [0] * 3, [1] * 8])
@@ -251,8 +250,7 @@ ENCODERS: dict[str, tuple[str, Callable[[], Case]]] = {
 }
 """What is compared -> (class of transformers, case)."""
 
-# --- autoencoders
-# --------------------------------------------------------------------------------------------------
+# --- autoencoders ---
 
 _STATISTICS: dict[str, Any] = {"latents_mean": (0.1, 0.2, -0.3, 0.4), "latents_std": (1.0, 2.0, 0.5, 0.7)}
 _WAN = wan_vae.Config(base_dim=6, z_dim=4, num_res_blocks=2, **_STATISTICS)

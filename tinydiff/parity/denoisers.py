@@ -160,8 +160,7 @@ def _as_float32(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, .
     return (torch.tensor(args[0].tolist(), dtype=torch.float32), *args[1:])
 
 
-# --- what each is asked
-# --------------------------------------------------------------------------------------------------
+# --- what each is asked ---
 
 
 def _wan(frozen: bool = False, length: int = WORDS) -> Callable[[wan.Config], Asked]:
@@ -346,8 +345,7 @@ def _ltx2_tables(module: Any) -> None:
         rope.register_forward_hook(lambda _module, _args, _output, tables=tables: tables)
 
 
-# --- the denoisers
-# --------------------------------------------------------------------------------------------------
+# --- the denoisers ---
 
 _NARROW: dict[str, Any] = {
     "num_layers": 2,

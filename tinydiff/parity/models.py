@@ -155,8 +155,7 @@ def compare(groups: Iterable[Group]) -> Iterator[tuple[Group, list[Compared]]]:
         )
 
 
-# --- the outcome
-# --------------------------------------------------------------------------------------------------
+# --- the outcome ---
 
 
 def as_text(group: Group, results: Iterable[Compared], every: bool) -> str:

@@ -12,8 +12,7 @@ from tinydiff.models.autoencoders import flux2_tiny, kl, tiny
 from tinydiff.models.autoencoders import wan as wan_vae
 from tinydiff.models.layouts.table import Entries, Layout, Sizes, by_rows
 
-# --- AutoencoderKL
-# ----------------------------------------------------------------------------------------------------
+# --- AutoencoderKL ---
 
 
 def _projection(stored: str, row: str) -> tuple[Line, ...]:
@@ -113,8 +112,7 @@ def _of_kl(class_name: str, signs: tuple[str, ...], lacks: tuple[str, ...]) -> t
     )
 
 
-# --- Wan's
-# ----------------------------------------------------------------------------------------------------
+# --- Wan's ---
 
 _RESIDUAL = (
     moved("residual.0", "norm1"),
@@ -201,8 +199,7 @@ def wan_entries(s: Sizes) -> Entries:
 _WAN = "AutoencoderKLWan"
 _NESTED = wan_vae.Config(is_residual=True)
 
-# --- tiny ones
-# ----------------------------------------------------------------------------------------------------
+# --- tiny ones ---
 
 
 def _counts(s: Sizes, half: str) -> list[int]:

@@ -18,8 +18,7 @@ from tinydiff.models.layouts.table import Entries, Layout, Sizes, by_rows
 TOKENIZERS = unread("spiece_model", "tekken_model", "logit_scale")
 """What ComfyUI's files hold beside the weights: the bytes of a tokenizer, and CLIP's temperature."""
 
-# --- CLIP
-# ----------------------------------------------------------------------------------------------------
+# --- CLIP ---
 
 _CLIP_LAYER = "text_model.encoder.layers.*"
 _PARTS = ("q_proj", "k_proj", "v_proj")
@@ -155,8 +154,7 @@ VISION = (
     ),
 )
 
-# --- T5
-# ----------------------------------------------------------------------------------------------------
+# --- T5 ---
 
 WAN_T5 = (
     moved("token_embedding", "shared"),
@@ -215,8 +213,7 @@ T5 = (
     ),
 )
 
-# --- language models
-# ----------------------------------------------------------------------------------------------------
+# --- language models ---
 
 
 def _decoder_entries(more: Callable[[int], Entries]) -> Callable[[Sizes], Entries]:
