@@ -194,8 +194,7 @@ def test_every_step_of_a_video_from_an_image_equals_diffusers(case, tmp_path):
         ).frames
     latents, frames = ours(model, request, start)
     assert len(frames) == (9 if kind == "token_replace" else 5)
-    for got, expected in zip(latents, theirs, strict=True):
-        close(got, expected)
+    compare.same_steps(latents, theirs)
     same_frames(frames, video)
 
 
