@@ -82,7 +82,7 @@ def test_what_has_a_path(tmp_path):
 def test_names_that_no_file_has_are_one_sentence(name):
     with pytest.raises(UserError, match="is not a file"):
         config.options({"prompt": "a", "image_path": name})
-    with pytest.raises(UserError, match="is neither a directory here nor a hub id"):
+    with pytest.raises(UserError, match="is neither a file nor a directory here, nor a hub id"):
         hub.resolve(name)
 
 

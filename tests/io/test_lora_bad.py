@@ -81,6 +81,10 @@ BAD = {
         {"transformer.layer.oft_R.weight": randn(2, 6), "transformer.layer.oft_R.scaled_oft": randn(1)},
         "of the kind OneTrainer's scaled OFT, which is not supported",
     ),
+    "integers": (
+        GOOD | {A: torch.ones(GOOD[A].shape, dtype=torch.int8)},
+        "has values of torch.int8 in .*lora_A.weight, not floating-point numbers",
+    ),
     "OFT of another width": (
         {"transformer.layer.oft_R.weight": randn(3, 6)},
         r"has oft_R of shape \(3, 6\), which does not fit the model's 8 columns",

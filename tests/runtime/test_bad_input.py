@@ -71,7 +71,7 @@ def model(tmp_path) -> Path:
         "output_file_name: 'a.png': this " "request makes a video"),
         (["--model-path", "tinydiff/shape"], "model_path:"),
         (["--model-path", "/nowhere/at/all"],
-        "model_path: '/nowhere/at/all' is neither a " "directory here nor a hub id"),
+        "model_path: '/nowhere/at/all' is neither a " "file nor a directory here, nor a hub id"),
     ],
 )  # fmt: skip
 def test_mistakes_in_the_words(words, sentence, refused, monkeypatch):

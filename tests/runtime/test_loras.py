@@ -116,6 +116,17 @@ def test_options_that_do_not_agree(files, options, field, words):
     refused(field, words, loaded, files["style"], **options)
 
 
+def test_a_strength_without_an_adapter():
+    words = "lora_scale: is given without an adapter; --lora-path names one"
+    refused("lora_scale", words, tinydiff.load, SHIPPED, lora_scale=0.5)
+
+
+def test_a_file_that_is_not_there(files):
+    missing = files["style"] / "pytorch_lora_weight.safetensors"
+    words = "neither a file nor a directory here, .* did you mean 'pytorch_lora_weights.safetensors'"
+    refused("lora_path", words, loras.adapter_file, str(missing))
+
+
 def test_two_adapters_of_one_name(files):
     refused("lora_nickname", "'x' names two adapters", loaded, *files.values(), lora_nickname=["x", "x"])
 

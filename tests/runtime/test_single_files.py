@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from safetensors.torch import load_file, save_file
 
 import tinydiff
-from tests.runtime.folders import VARIANTS, build
+from tests.runtime.folders import VARIANTS, build, load
 from tinydiff.config import ModelOptions
 from tinydiff.io.weights import exported
 from tinydiff.keymap import KeyMap
@@ -197,6 +197,13 @@ def test_files_that_do_not_fit(saved, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(files["transformer"].read_bytes()[:-9])
     paths = {"component_weights_paths": {"transformer": str(tmp_path / "cut.safetensors")}}
     refused("transformer_weights_path", "is truncated", model_path=str(folder), **paths)
+
+
+def test_a_directory_of_weights_that_do_not_fit_is_named_by_its_option(saved):
+    folder, _ = saved
+    with pytest.raises(UserError, match=r"do not fit the model's config: .* missing") as caught:
+        load(folder, component_weights_paths={"transformer": str(folder / "vae")})
+    assert caught.value.field == "transformer_weights_path"
 
 
 def test_weights_of_another_size_are_refused_before_anything_is_loaded(saved, tmp_path):

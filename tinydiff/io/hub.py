@@ -87,14 +87,18 @@ def resolve(
     text = str(path_or_id)
     if not HUB_ID.fullmatch(text):
         siblings = (
-            [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+            [
+                entry.name
+                for entry in path.parent.iterdir()
+                if entry.is_dir() or entry.suffix == ".safetensors"
+            ]
             if paths.kind(path.parent) == "directory"
             else []
         )
         hint = nearest(path.name, siblings)
         raise UserError(
             field,
-            f"{field}: {text!r} is neither a directory here nor a hub id such as "
+            f"{field}: {text!r} is neither a file nor a directory here, nor a hub id such as "
             f"'Wan-AI/Wan2.2-TI2V-5B-Diffusers'{hint}",
         )
     at_root = () if field == "model_path" else ("*.safetensors",)  # where a component or an adapter lies

@@ -293,21 +293,22 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None, merge_adapters: bool 
         log.debug("loading %s as %s", name, net.dtype)
         plan, sharding = (net.plan, None) if ranks is None else _sharded(net, ranks)
         replicas = ALONE if ranks is None or sharding is None else ranks.groups[sharding.where.same]
-        left, store = offload.store(
-            net, plan, blueprint.device, variant, blueprint.pinned is not False, berth
-        )
-        weights = load_weights(
-            net.component.place,
-            net.family.spec(net.config),
-            net.dtype,
-            blueprint.device,
-            net.keys,
-            plan.along("tp", "shard"),
-            replicas,
-            () if sharding is None else sharding.blocks,
-            variant,
-            left,
-        )
+        with components.about(net.component.option):
+            left, store = offload.store(
+                net, plan, blueprint.device, variant, blueprint.pinned is not False, berth
+            )
+            weights = load_weights(
+                net.component.place,
+                net.family.spec(net.config),
+                net.dtype,
+                blueprint.device,
+                net.keys,
+                plan.along("tp", "shard"),
+                replicas,
+                () if sharding is None else sharding.blocks,
+                variant,
+                left,
+            )
         nets[name] = Net(
             net.family,
             net.config,

@@ -139,7 +139,7 @@ def _from_file(listed: Component, file: Path, option: str, config_stays: bool = 
             option, f"{option}: a {listed.class_name} is a directory, and {str(file)!r} is a file"
         )
     record = RECORDS[listed.class_name]
-    with _about(option):
+    with about(option):
         shapes, metadata = archive.header(file)
         keys = _keys_of(file, shapes, listed)
         if keys is not None:
@@ -176,7 +176,7 @@ def _keys_of(file: Path, shapes: Mapping[str, Shape], listed: Component) -> Keys
 
 
 @contextmanager
-def _about(option: str) -> Iterator[None]:
+def about(option: str) -> Iterator[None]:
     """Mistakes in a file name the option that gave it."""
     try:
         yield

@@ -73,6 +73,8 @@ def chosen(options: ModelOptions) -> tuple[Chosen, ...]:
     for field, most in (("lora_nickname", count), ("lora_weight_name", count), ("lora_target", count)):
         if len(values := getattr(options, field)) > most:
             raise UserError(field, f"{field}: {len(values)} are given for {count} adapters (lora_path)")
+    if not count and options.lora_scale != ModelOptions().lora_scale:
+        raise UserError("lora_scale", "lora_scale: is given without an adapter; --lora-path names one")
     if len(options.lora_scale) not in {1, count}:
         message = (
             f"{len(options.lora_scale)} are given for {count} adapters (lora_path); give one, or one for each"

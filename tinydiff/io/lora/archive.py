@@ -17,7 +17,7 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = dict(opened.metadata() or {})
-            tensors = {key: _wide(opened.get_tensor(key)) for key in opened.keys()}  # noqa: SIM118
+            tensors = {key: _wide(key, opened.get_tensor(key)) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         if _start(file).startswith(PICKLE):
             words = "is a pickle, which can run code and is never read; convert it to safetensors"
@@ -36,5 +36,7 @@ def _start(file: Path) -> bytes:
         return b""
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _wide(key: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point() and tensor.numel() > 1 and not key.endswith(".reshape_weight"):
+        raise ValueError(f"has values of {tensor.dtype} in {key}, not floating-point numbers")
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
