@@ -5,6 +5,7 @@ the bit, and one sentence for what does not fit.
 import json
 from dataclasses import replace
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
@@ -257,3 +258,40 @@ def test_a_gguf_file_runs_as_its_values_do(saved, tmp_path, kind):
     files = ("wan.gguf", "whole.safetensors")
     made = [latents(model, transformer_path=str(tmp_path / name)) for name in files]
     assert torch.equal(*made) and not torch.equal(made[0], latents(model))
+
+
+def quantised_by_bitsandbytes(source, target):
+    """A component's directory as diffusers saves it in NF4, and one of the same values."""
+    config = json.loads((source / "config.json").read_text())
+    whole = load_file(next(source.glob("*.safetensors")))
+    stored = dict(whole)
+    for key, x in whole.items():
+        if key.startswith("blocks.") and x.ndim == 2 and "table" not in key:
+            stored[key], state = bnb.quantize_4bit(x.float(), quant_type="nf4", compress_statistics=True)
+            stored |= {f"{key}.{name}": each for name, each in state.as_dict(packed=True).items()}
+            whole[key] = bnb.dequantize_4bit(stored[key], state)
+    said = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    for name, tensors, more in (("nf4", stored, {"quantization_config": said}), ("whole", whole, {})):
+        (target / name).mkdir()
+        (target / name / "config.json").write_text(json.dumps(config | more))
+        save_file(tensors, target / name / "diffusion_pytorch_model.safetensors")
+    return target / "nf4", target / "whole"
+
+
+def test_a_directory_that_bitsandbytes_quantised_runs_as_its_values_do(saved, tmp_path):
+    model, _ = saved
+    folders = quantised_by_bitsandbytes(model / "transformer", tmp_path)
+    made = [latents(model, transformer_path=str(folder)) for folder in folders]
+    assert torch.equal(*made) and not torch.equal(made[0], latents(model))
+
+
+def test_another_quantiser_is_refused(saved, tmp_path):
+    model, _ = saved
+    nf4, _ = quantised_by_bitsandbytes(model / "transformer", tmp_path)
+    entries = json.loads((nf4 / "config.json").read_text())
+    entries["quantization_config"]["quant_method"] = "torchao"
+    (nf4 / "config.json").write_text(json.dumps(entries))
+    with pytest.raises(
+        UserError, match="quantised by 'torchao'; those of bitsandbytes and modelopt are read"
+    ):
+        latents(model, transformer_path=str(nf4))

@@ -177,6 +177,8 @@ def _recipe(
     if "weight.absmax" in own:
         return _bitsandbytes(archive, key, own)
     if dtype == "I8" and needed == {"SCB"}:
+        if "weight_format" in own and archive.get_tensor(own["weight_format"]).any():
+            raise ValueError(f"is quantised by bitsandbytes, and {key!r} is tiled for a GPU (weight_format)")
         return Recipe(shape, lambda a, low, high: _by_largest(a, key, own["SCB"], low, high))
     if named == "mxfp8" and scale is not None:
         return Recipe(shape, lambda a, low, high: _mxfp8(a, key, scale, low, high))

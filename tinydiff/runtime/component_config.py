@@ -11,6 +11,9 @@ from tinydiff.io.sources import Component
 from tinydiff.models.family import Encoder, Record
 from tinydiff.records import UserError, nearest
 
+DECODED = ("bitsandbytes", "modelopt")
+"""Methods of a quantization_config whose weights `io.quantised` decodes."""
+
 
 def read_config(family: Record, component: Component) -> Any:
     """The network's `Config` from its config.json. Raises UserError for a field whose meaning is unknown, or
@@ -18,6 +21,7 @@ def read_config(family: Record, component: Component) -> Any:
     """
     stored, class_name, path = component.entries(), component.class_name, component.where()
     try:
+        stored = _of_whole_weights(stored)
         config = (
             family.read(stored, class_name)
             if family.read is not None
@@ -34,6 +38,18 @@ def read_config(family: Record, component: Component) -> Any:
             f"{path}: its values do not describe a valid network ({type(error).__name__}: {error})",
         ) from error
     return config
+
+
+def _of_whole_weights(stored: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The entries without what they say of quantised weights, which are decoded as they are read."""
+    said = stored.get("quantization_config")
+    if said is None:
+        return stored
+    method = said.get("quant_method") if isinstance(said, Mapping) else said
+    if method not in DECODED:
+        message = f"its weights are quantised by {method!r}; those of {' and '.join(DECODED)} are read"
+        raise ValueError(f"field 'quantization_config': {message}")
+    return {name: value for name, value in stored.items() if name != "quantization_config"}
 
 
 def _config(family: Record, stored: Mapping[str, Any], class_name: str) -> Any:
