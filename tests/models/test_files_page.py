@@ -42,6 +42,12 @@ FILES = {
     "Qwen-Image, Edit, Layered": ("QwenImageTransformer2DModel", config("Qwen-Image"), MODEL),
     "ERNIE-Image": ("ErnieImageTransformer2DModel", config("ERNIE-Image"), MODEL),
     "Wan 2.1 and 2.2, T2V, I2V, TI2V": ("WanTransformer3DModel", config("Wan I2V"), MODEL),
+    "HunyuanVideo, FastHunyuan, HunyuanVideo-I2V": (
+        "HunyuanVideoTransformer3DModel",
+        config("HunyuanVideo"),
+        MODEL,
+    ),
+    "HunyuanVideo-1.5": ("HunyuanVideo15Transformer3DModel", config("HunyuanVideo-1.5"), MODEL),
     "autoencoder of FLUX.1, SD3, Z-Image, Ovis": ("AutoencoderKL", KL, ""),
     "autoencoder of FLUX.2, ERNIE-Image": ("AutoencoderKLFlux2", config("KL FLUX.2"), ""),
     "autoencoder of Wan 2.1, Qwen-Image": ("AutoencoderKLWan", wan_vae.Config(base_dim=8), ""),

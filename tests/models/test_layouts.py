@@ -19,7 +19,18 @@ from tests.parallel.pool import on_ranks
 from tinydiff.io import weights as weights_module
 from tinydiff.io.weights import exported, load_weights
 from tinydiff.keymap import KeyMap, stored_rows
-from tinydiff.models import ernie, flux, flux2, ovis, qwen_image, sd3, wan, z_image
+from tinydiff.models import (
+    ernie,
+    flux,
+    flux2,
+    hunyuan_video,
+    hunyuan_video15,
+    ovis,
+    qwen_image,
+    sd3,
+    wan,
+    z_image,
+)
 from tinydiff.models.autoencoders import kl
 from tinydiff.models.autoencoders import wan as wan_vae
 from tinydiff.models.classes import RECORDS
@@ -188,6 +199,38 @@ def by_hand_vision(stored, c):
     )  # fmt: skip
 
 
+def by_hand_hunyuan15(stored, c):
+    """As the model's conversion script in diffusers does."""
+    out = thirds(stored, r"\.self_attn_qkv\.", "attn.to_q", "attn.to_k", "attn.to_v")
+    for end in ("weight", "bias"):
+        last = out.pop(f"final_layer.adaLN_modulation.1.{end}")
+        out[f"norm_out.linear.{end}"] = torch.cat(last.chunk(2)[::-1])
+    return renamed(
+        out,
+        ("^time_in.mlp.0", "time_embed.timestep_embedder.linear_1"),
+        ("^time_in.mlp.2", "time_embed.timestep_embedder.linear_2"),
+        ("^time_r_in.mlp.0", "time_embed.timestep_embedder_r.linear_1"),
+        ("^time_r_in.mlp.2", "time_embed.timestep_embedder_r.linear_2"),
+        ("^txt_in.t_embedder.mlp.0", "context_embedder.time_text_embed.timestep_embedder.linear_1"),
+        ("^txt_in.t_embedder.mlp.2", "context_embedder.time_text_embed.timestep_embedder.linear_2"),
+        ("^txt_in.c_embedder", "context_embedder.time_text_embed.text_embedder"),
+        ("^txt_in.input_embedder", "context_embedder.proj_in"),
+        ("^txt_in.individual_token_refiner.blocks", "context_embedder.token_refiner.refiner_blocks"),
+        (r"\.self_attn_proj\.", ".attn.to_out.0."), (r"\.adaLN_modulation\.1\.", ".norm_out.linear."),
+        ("^byt5_in.layernorm", "context_embedder_2.norm"), (r"^byt5_in\.fc", "context_embedder_2.linear_"),
+        ("^vision_in.proj.0", "image_embedder.norm_in"), ("^vision_in.proj.1", "image_embedder.linear_1"),
+        ("^vision_in.proj.3", "image_embedder.linear_2"), ("^vision_in.proj.4", "image_embedder.norm_out"),
+        ("^img_in", "x_embedder"), ("^cond_type_embedding", "cond_type_embed"),
+        ("^final_layer.linear", "proj_out"), ("^double_blocks", "transformer_blocks"),
+        ("img_mod.linear", "norm1.linear"), ("txt_mod.linear", "norm1_context.linear"),
+        ("img_attn_([qk])_norm", r"attn.norm_\1"), ("txt_attn_([qk])_norm", r"attn.norm_added_\1"),
+        ("img_attn_proj", "attn.to_out.0"), ("txt_attn_proj", "attn.to_add_out"),
+        ("img_attn_([qkv])", r"attn.to_\1"), ("txt_attn_([qkv])", r"attn.add_\1_proj"),
+        (r"\.(img_)?mlp\.", ".ff."), (r"\.txt_mlp\.", ".ff_context."),
+        (r"\.fc1\.", ".net.0.proj."), (r"\.fc2\.", ".net.2."),
+    )  # fmt: skip
+
+
 def open_clip(stored, c):
     like = SimpleNamespace(config=SimpleNamespace(hidden_size=c.hidden_size))
     return theirs.convert_open_clip_checkpoint(like, dict(stored), prefix="")
@@ -207,6 +250,7 @@ KL = kl.Config(
     block_out_channels=(32, 64, 96),
     layers_per_block=2, latent_channels=4, use_quant_conv=False, use_post_quant_conv=False,
 )  # fmt: skip
+HUNYUAN = hunyuan_video.Config(num_layers=2, num_single_layers=2)
 CLIP = clip_text.Config(
     vocab_size=60,
     hidden_size=64,
@@ -270,6 +314,19 @@ CONVERTED = {
     "Wan 5B": (
         "WanTransformer3DModel", "original", replace(WAN, in_channels=48, out_channels=48),
         diffusers("wan_transformer_to_diffusers"),
+    ),
+    "HunyuanVideo": (
+        "HunyuanVideoTransformer3DModel", "original", HUNYUAN,
+        diffusers("hunyuan_video_transformer_to_diffusers"),
+    ),
+    "HunyuanVideo-I2V-33ch": (
+        "HunyuanVideoTransformer3DModel", "original",
+        replace(HUNYUAN, in_channels=33, guidance_embeds=False, image_condition_type="latent_concat"),
+        diffusers("hunyuan_video_transformer_to_diffusers"),
+    ),
+    "HunyuanVideo-1.5": (
+        "HunyuanVideo15Transformer3DModel", "original",
+        hunyuan_video15.Config(num_layers=2, num_attention_heads=1, use_meanflow=True), by_hand_hunyuan15,
     ),
     "KL": ("AutoencoderKL", "original", KL, with_quant_convs),
     "KL FLUX.2": (
@@ -392,8 +449,6 @@ NAMES = {
     "CLIPVisionModel": {"transformers", "original"},
     "language": {"transformers"},
     # Directories alone: single files of these are not read.
-    "HunyuanVideoTransformer3DModel": set(),
-    "HunyuanVideo15Transformer3DModel": set(),
     "AutoencoderKLHunyuanVideo": set(),
     "AutoencoderKLHunyuanVideo15": set(),
     "LTX2VideoTransformer3DModel": set(),

@@ -111,6 +111,15 @@ SEEN = {
         "blocks.0.attn.o.weight", "blocks.0.norm2.weight", "blocks.0.ffn.fc1.weight",
         "blocks.0.ffn.fc2.weight",
     ),
+    ("hunyuanvideo-community/HunyuanVideo", "transformer", "original"): (
+        "txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias", "img_in.proj.weight",
+        "double_blocks.19.img_attn_qkv.weight", "single_blocks.39.linear1.bias",
+        "single_blocks.0.modulation.linear.weight",
+    ),
+    ("hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v", "transformer", "original"): (
+        "txt_in.individual_token_refiner.blocks.1.self_attn_qkv.weight", "byt5_in.fc3.bias",
+        "double_blocks.53.img_attn_q.weight", "vision_in.proj.4.weight",
+    ),
     ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "image_encoder", "original"): (
         "visual.cls_embedding", "visual.pos_embedding", "visual.transformer.31.attn.to_qkv.weight",
         "visual.pre_norm.weight",

@@ -105,5 +105,6 @@ LAYOUTS = (
          "time_text_embed.text_embedder"),
         lambda c: flux.FAMILY.keys(c).lines,
         entries,
+        lacks=("context_embedder.token_refiner",),
     ),
 )  # fmt: skip

@@ -25,7 +25,18 @@ from tinydiff.keymap import KeyMap, Shape
 from tinydiff.models import released
 from tinydiff.models.classes import RECORDS
 from tinydiff.models.family import Record, Role
-from tinydiff.models.layouts import autoencoders, encoders, flux, flux2, ovis, same, sd3, wan, z_image
+from tinydiff.models.layouts import (
+    autoencoders,
+    encoders,
+    flux,
+    flux2,
+    hunyuan,
+    ovis,
+    same,
+    sd3,
+    wan,
+    z_image,
+)
 from tinydiff.models.layouts.table import Entries, Layout, Sizes
 from tinydiff.records import UserError
 
@@ -37,6 +48,7 @@ LAYOUTS: tuple[Layout, ...] = (
     *z_image.LAYOUTS,
     *same.LAYOUTS,
     *wan.LAYOUTS,
+    *hunyuan.LAYOUTS,
     *autoencoders.LAYOUTS,
     *encoders.LAYOUTS,
 )
@@ -55,7 +67,6 @@ PREFIXES = (
 
 REFUSED = {
     "Chroma": "distilled_guidance_layer",
-    "HunyuanVideo": "txt_in.individual_token_refiner",
     "LTX-2": "audio_adaln_single",
     "LTX-Video": "adaln_single.emb.timestep_embedder",
     "Wan-VACE": "vace_patch_embedding",
