@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import cases
 from tinydiff.entries import typed
 from tinydiff.models import ernie, hunyuan_video, hunyuan_video15, registry, sd3, wan, workload
-from tinydiff.models.autoencoders import hunyuan15, kl
+from tinydiff.models.autoencoders import hunyuan, hunyuan15, kl
 from tinydiff.models.autoencoders import wan as wan_vae
 from tinydiff.models.released import REPOSITORIES
 from tinydiff.ops.attention import BACKENDS
@@ -176,7 +176,7 @@ def shallow(c):
     return replace(c, **fewer)
 
 
-def hunyuan(name: str) -> cases.Picture:
+def hunyuan_case(name: str) -> cases.Picture:
     """Five frames of HunyuanVideo at a quarter of its size, or of HunyuanVideo-1.5."""
     module, row = HUNYUAN[name], registry.named(name)
     entries = REPOSITORIES[row.name]["components"]["transformer"]["config"]
@@ -213,7 +213,7 @@ def asked(name: str) -> tuple[cases.Picture, CostModel, Work]:
             name, wan.FAMILY, c, inputs, torch.empty(1, case.tokens, c.out_channels * 4, device="meta")
         )
     elif name in HUNYUAN:
-        made = hunyuan(name)
+        made = hunyuan_case(name)
     else:
         made = cases.picture(name, PICTURES[name])
         made = made._replace(config=shallow(made.config))
@@ -319,6 +319,7 @@ AUTOENCODERS = {
     "Wan2.1": (wan_vae, {}, 9, 1),
     "Wan2.1, an image": (wan_vae, {}, 1, 1),
     "Wan2.1, in one pass": (wan_vae, {}, 9, 3),
+    "HunyuanVideo": (hunyuan, {}, 9, 3),
     "HunyuanVideo-1.5": (hunyuan15, {}, 9, 1),
     "HunyuanVideo-1.5, in one pass": (hunyuan15, {}, 9, 3),
     "Wan2.2": (wan_vae, {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True,

@@ -46,7 +46,8 @@ def decode_bytes(
     passes = passes if vae.frames_per_pass is None else vae.frames_per_pass(c)
     patch = getattr(c, "patch_size", None)
     now, folded = min(passes, latents), patch if isinstance(patch, int) else 1
-    looks_back, first = c.scale_factor_temporal > 1, latents <= passes  # the first frame is not doubled
+    looks_back = c.scale_factor_temporal > 1 and vae.frames_per_pass is None  # a fixed pass sees itself alone
+    first = latents <= passes  # the first frame is not doubled
     stages = list(vae.up_stages(c))
     places = height * width // folded**2 // 4 ** sum(stage.resample is not None for stage in stages)
     most = past = 0
