@@ -441,31 +441,45 @@ def use_modelscope() -> bool:
     return False
 
 
-CACHE_DIT: Mapping[str, str] = {
-    "FN": "Fn_compute_blocks",
-    "BN": "Bn_compute_blocks",
-    "WARMUP": "max_warmup_steps",
-    "RDT": "residual_diff_threshold",
-    "MC": "max_continuous_cached_steps",
+CACHE_DIT: Mapping[str, tuple[str, Any]] = {
+    "FN": ("Fn_compute_blocks", 1),
+    "BN": ("Bn_compute_blocks", 0),
+    "WARMUP": ("max_warmup_steps", 4),
+    "RDT": ("residual_diff_threshold", 0.24),
+    "MC": ("max_continuous_cached_steps", 3),
+    "TAYLORSEER": ("enable_taylorseer", False),
+    "TS_ORDER": ("taylorseer_order", 1),
+    "DMD": ("enable_dmd", False),
+    "DMD_HISTORY": ("dmd_history", 6),
+    "DMD_RANK": ("dmd_rank", 0),
+    "DMD_RIDGE": ("dmd_ridge", 1e-8),
+    "DMD_SVD_PRECISION": ("dmd_svd_precision", "medium"),
 }
-"""End of a variable TINYDIFF_CACHE_DIT_... -> the setting of the package cache-dit."""
+"""End of a variable TINYDIFF_CACHE_DIT_... -> the setting of the package cache-dit, and SGLang's default."""
 
 
 def cache_dit() -> dict[str, Any] | None:
     """The settings of cache-dit from the environment; None where it is not switched on. Raises UserError.
 
-    TINYDIFF_CACHE_DIT_ENABLED, else SGLANG_CACHE_DIT_ENABLED, switches it on. FN, BN, WARMUP, RDT, MC,
-    TAYLORSEER and TS_ORDER in place of ENABLED are its settings.
+    TINYDIFF_CACHE_DIT_ENABLED, else SGLANG_CACHE_DIT_ENABLED, switches it on. The ends of `CACHE_DIT` in
+    place of ENABLED are its settings.
     """
-    kinds = dict.fromkeys(("ENABLED", "TAYLORSEER"), bool) | dict.fromkeys((*CACHE_DIT, "TS_ORDER"), int)
-    found: dict[str, Any] = {}
-    for name, kind in (kinds | {"RDT": float}).items():
-        for prefix in ("SGLANG", "TINYDIFF"):
-            variable = f"{prefix}_CACHE_DIT_{name}"
-            if text := os.environ.get(variable, "").strip():
-                text = {"1": "true", "0": "false"}.get(text, text) if kind is bool else text
-                found[name] = read(variable, kind, text)
-    return found if found.pop("ENABLED", False) else None
+    if not _cache_dit_variable("ENABLED", False):
+        return None
+    for name in ("SCM_PRESET", "SCM_COMPUTE_BINS", "SCM_CACHE_BINS"):
+        if _cache_dit_variable(name, "none").lower() != "none":
+            message = "step masks are not passed on; put steps_computation_mask into --cache-dit-config"
+            raise UserError(name, f"the environment variable ..._CACHE_DIT_{name}: {message}")
+    return {setting: _cache_dit_variable(name, value) for name, (setting, value) in CACHE_DIT.items()}
+
+
+def _cache_dit_variable(name: str, default: Any) -> Any:
+    for prefix in ("TINYDIFF", "SGLANG"):
+        variable = f"{prefix}_CACHE_DIT_{name}"
+        if text := os.environ.get(variable, "").strip():
+            kind = type(default)
+            return read(variable, kind, {"1": "true", "0": "false"}.get(text, text) if kind is bool else text)
+    return default
 
 
 def keys(name: str) -> tuple[str, ...]:

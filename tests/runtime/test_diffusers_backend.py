@@ -169,7 +169,7 @@ def test_a_broken_model_of_ours_does_not_go_to_diffusers(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(SHIPPED, folder)
     foreign_folders.edit(folder / "transformer" / "config.json", num_layers="x")
-    with pytest.raises(UserError, match="num_layers"):
+    with pytest.raises(UserError, match=r"num_layers"):
         backends.read(ModelOptions(model_path=str(folder)))
 
 

@@ -338,6 +338,13 @@ def _set_attention(pipe: Any, backend: str | None) -> None:
             raise UserError(field, f"{field}: the {name} is a {type(net).__name__}, which has but one")
         with _explained(field, f"use the attention backend {backend!r} here"):
             net.set_attention_backend(backend)
+            processors = [getattr(each, "processor", None) for each in net.modules()]
+            if any(hasattr(each, "_attention_backend") for each in processors):
+                continue
+            if backend == "xformers":  # networks whose attention is older than backends
+                net.enable_xformers_memory_efficient_attention()
+            elif backend != "native":
+                raise UserError(field, f"{field}: the attention of the {name} can be native or xformers only")
 
 
 def _set_cache(pipe: Any, file: str | None) -> None:
@@ -351,20 +358,8 @@ def _set_cache(pipe: Any, file: str | None) -> None:
         raise UserError(field, f"{field}: {message}")
     cache_dit: Any = importlib.import_module("cache_dit")
     with _explained(field, "cache the steps of this pipeline"):
-        if file is not None:
-            cache_dit.enable_cache(pipe, **cache_dit.load_configs(str(paths.path(file, field))))
-        else:
-            cache_dit.enable_cache(pipe, **_cache_arguments(cache_dit, settings or {}))
-
-
-def _cache_arguments(cache_dit: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What cache-dit is told for the variables of the environment."""
-    told = {name: settings[key] for key, name in config.CACHE_DIT.items() if key in settings}
-    made: dict[str, Any] = {"cache_config": cache_dit.DBCacheConfig(**told)}
-    if settings.get("TAYLORSEER"):
-        order = settings.get("TS_ORDER", 1)
-        made["calibrator_config"] = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order)
-    return made
+        told = {"cache_config": settings} if file is None else str(paths.path(file, field))
+        cache_dit.enable_cache(pipe, **cache_dit.load_configs(told))
 
 
 def _load_loras(pipe: Any, foreign: Foreign) -> None:
@@ -447,7 +442,8 @@ def call(
     except (ValueError, TypeError, AssertionError) as error:
         log.debug("", exc_info=error)
         said = str(error).strip() or type(error).__name__
-        field = next((name for name in request.arguments if re.search(rf"\b{name}\b", said)), "prompt")
+        named = (name for name in request.arguments if re.search(rf"\b{name}\b", said))
+        field = next(named, "prompt" if "prompt" in request.arguments else "diffusers_kwargs")
         message = f"{foreign.class_name} refuses the request: {said}"
         raise UserError(field, f"{field}: {message}") from error
     except (RuntimeError, ArithmeticError, LookupError, AttributeError, ImportError) as error:

@@ -84,7 +84,7 @@ def admit(
             output=output,
             seeds=seeds(sampling, index),
             loras=sampling.loras,
-            arguments=arguments | ({"prompt": prompt} if _takes(foreign, "prompt") else {}),
+            arguments=arguments | ({"prompt": prompt} if prompt or "prompt" in foreign.arguments else {}),
         )
         for index, prompt in enumerate(sampling.prompt or ("",))
     ]
@@ -177,10 +177,12 @@ def parameters(
 ) -> dict[str, Any]:
     """Every effective parameter of an output but the seed, as `runtime.parameters.parameters` has it.
 
-    frames, steps: what was made, and in how many steps. effective: values that the pipeline itself tells.
+    frames, steps: what was made, and in how many steps. effective: what the pipeline itself tells of arguments
+    that nobody gave.
     """
     foreign = _of(blueprint)
-    held = {**foreign.arguments, **request.arguments, **effective}
+    defaults = {name: value for name, value in foreign.arguments.items() if value is not None}
+    held = {**effective, **defaults, **request.arguments}
     entries: dict[str, Any] = {"model": blueprint.row.name, "backend": foreign.library}
     entries |= {"pipeline": foreign.class_name}
     entries |= {name: value for name, value in held.items() if name not in SET_HERE and _is_plain(value)}
