@@ -115,10 +115,10 @@ def slots(model, *jobs, steps=3):
 
 def test_a_call_runs_to_its_end_before_another_begins_and_the_highest_priority_is_next(model):
     loop, order = slots(model, ("a", 0), ("b", 0), ("c", 5)), []
-    loop.step()
+    loop.run(loop.choose())
     loop.add(slots(model, ("d", 9)).slots[0])
     while loop.slots:
-        result = loop.step()
+        result = loop.run(loop.choose())
         assert result.error is None
         order += [slot.job for slot in result.done]
     assert order == ["c", "d", "a", "b"]
@@ -127,7 +127,7 @@ def test_a_call_runs_to_its_end_before_another_begins_and_the_highest_priority_i
 def test_an_output_that_leaves_ends_its_thread_at_the_step_where_it_stands(model):
     before = threading.active_count()
     loop = slots(model, ("a", 0), steps=9)
-    assert loop.step().steps == 1 and threading.active_count() == before + 1
+    assert loop.run(loop.choose()).steps == 1 and threading.active_count() == before + 1
     loop.leave("a")
     assert loop.slots == [] and threading.active_count() == before
 
@@ -138,7 +138,7 @@ def test_an_output_that_fails_leaves_the_loop_with_its_error(model, monkeypatch)
 
     monkeypatch.setattr(foreign_run, "make", fails)
     loop = slots(model, ("a", 0))
-    assert str(loop.step().error) == "prompt: is wrong" and loop.slots == []
+    assert str(loop.run(loop.choose()).error) == "prompt: is wrong" and loop.slots == []
 
 
 def test_adapters_are_loaded_at_the_start_only(service, unet, tmp_path):

@@ -177,8 +177,8 @@ def parameters(
 ) -> dict[str, Any]:
     """Every effective parameter of an output but the seed, as `runtime.parameters.parameters` has it.
 
-    frames, steps: what was made, and in how many steps. effective: what the pipeline itself tells of arguments
-    that nobody gave.
+    frames, steps: what was made, and in how many steps. effective: what the pipeline itself tells of
+    arguments that nobody gave.
     """
     foreign = _of(blueprint)
     defaults = {name: value for name, value in foreign.arguments.items() if value is not None}

@@ -13,7 +13,7 @@ from tinydiff.parallel import layout
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.ranks import Ranks, close, make_ranks, meet, start
 from tinydiff.records import RankError, UserError
-from tinydiff.runtime import blueprint, launch
+from tinydiff.runtime import backends, blueprint, launch
 from tinydiff.runtime.device import Device
 from tinydiff.serve.adapters import Adapters
 from tinydiff.serve.options import Serve
@@ -33,7 +33,7 @@ def serve(asked: Serve, count: int, place: LaunchedRank | None, lead: Lead) -> i
     """Serve on `count` ranks, which this process starts unless torchrun has. place: this rank of torchrun's.
     lead: what the leading rank runs, a function of a module. Raises UserError and RankError.
     """
-    plan, parallel = blueprint.read(asked.model), asked.parallel
+    plan, parallel = backends.read(asked.model), asked.parallel
     nodes, node = parallel.nnodes or 1, parallel.node_rank or 0
     launch.check_devices(plan, count // nodes if place is None else place.local_size)
     chosen, why = choose_layout(plan, parallel, count)
@@ -81,7 +81,7 @@ def rank_main(asked: Serve, chosen: Layout, lead: Lead, signals: tuple[signal.Si
 
 def _follow(asked: Serve, ranks: Ranks) -> int:
     launch.log_to_stderr("error")
-    base = Adapters(blueprint.read(asked.model)).base
+    base = Adapters(backends.read(asked.model)).base
     device = Device(base, asked.server.batching_max_size, ranks)
     try:
         device.follow()
