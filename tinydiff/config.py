@@ -290,6 +290,9 @@ class ModelOptions:
     """
     vae_slicing: bool | None = None
     """With --backend diffusers: decode the outputs of a batch one by one."""
+    diffusers_quantization_config: str | None = None
+    """With --backend diffusers: a YAML or JSON file with the arguments of its PipelineQuantizationConfig:
+    quant_backend, quant_kwargs and components_to_quantize."""
     cache_dit_config: str | None = None
     """With --backend diffusers: a YAML or JSON file with the settings of the package cache-dit."""
 

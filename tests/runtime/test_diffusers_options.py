@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ from tests.runtime import foreign_folders, test_ovis_pipelines
 from tinydiff import config
 from tinydiff.config import ModelOptions
 from tinydiff.records import UserError
-from tinydiff.runtime import diffusers_backend, foreign_placement
+from tinydiff.runtime import foreign_placement, foreign_settings
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +97,9 @@ def test_a_lora_has_the_strength_of_the_model_or_of_the_request(unet, tmp_path, 
     assert np.abs(merged - expected).max() <= 1 and not (merged == plain).all()
     with pytest.raises(UserError, match=r"^loras: 'ink' is merged"):
         image(unet, {"loras": {"ink": 1.0}}, **loaded, lora_merge_mode="merge")
-    monkeypatch.setattr(diffusers_backend, "find_spec", lambda name: None)
+    monkeypatch.setattr(foreign_settings, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="lora_path: diffusers needs the package peft"):
-        diffusers_backend._load_loras(pipe, SimpleNamespace(adapters=(1,)))
+        foreign_settings.load_loras(pipe, SimpleNamespace(adapters=(1,)))
 
 
 class Pipe:
@@ -197,6 +198,27 @@ def test_cache_dit_leaves_steps_out(tmp_path, monkeypatch):
         walks.append(len(count))
     plain, cached = walks
     assert plain == 4 and cached < plain
-    monkeypatch.setattr(diffusers_backend, "find_spec", lambda name: None if name == "cache_dit" else True)
+    monkeypatch.setattr(foreign_settings, "find_spec", lambda name: None if name == "cache_dit" else True)
     with pytest.raises(UserError, match=r"^cache_dit_config: the package cache-dit is not installed; `pip"):
         tinydiff.load(folder, backend="diffusers", cache_dit_config=str(tmp_path / "cache.yaml"))
+
+
+def test_a_quantisation_config_reaches_the_loader_and_its_mistakes_are_told(unet, tmp_path, monkeypatch):
+    file = tmp_path / "quantised.yaml"
+    options = {"backend": "diffusers", "diffusers_quantization_config": str(file)}
+    for text, words in (
+        ("quant_backed: torchao", "did you mean 'quant_backend'?"),
+        ("components_to_quantize: [unt]", "did you mean 'unet'?"),
+        ("quant_backend: nothing\nquant_kwargs: {a: 1}", "diffusers cannot quantise as"),
+        ("[]", "it must hold keys and values"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"^diffusers_quantization_config: ") as mistake:
+            tinydiff.load(unet, **options)
+        assert words in str(mistake.value)
+    told = {"quant_backend": "quanto", "quant_kwargs": {"weights_dtype": "int8"}}
+    file.write_text(json.dumps(told | {"components_to_quantize": ["unet"]}))
+    made = []
+    monkeypatch.setattr("diffusers.PipelineQuantizationConfig", lambda **entries: made.append(entries))
+    tinydiff.load(unet, **options)
+    assert made[-1] == told | {"components_to_quantize": ["unet"]}

@@ -24,8 +24,9 @@ from tinydiff.runtime.preview import fit_colours
 log = logging.getLogger(__name__)
 
 DIFFUSERS_ONLY = (
-    "pipeline_class_name", "diffusers_attention_backend", "vae_slicing", "cache_dit_config",
-)  # fmt: skip
+    *("pipeline_class_name", "diffusers_attention_backend", "vae_slicing", "cache_dit_config"),
+    "diffusers_quantization_config",
+)
 """Model options that only a pipeline of diffusers has."""
 
 
@@ -133,6 +134,8 @@ def _missing(options: ModelOptions) -> str | None:
     """The class of a model that our own code lacks; None where it lacks none, or the model cannot be read."""
     try:
         directory = hub.resolve(options.model_path, options.revision, weights=False)
+        if (directory / diffusers_backend.MODULAR).is_file():
+            return "modular blocks"
         index = hub.read_json(directory / "model_index.json")
     except UserError:
         return None

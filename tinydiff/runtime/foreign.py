@@ -29,6 +29,8 @@ class Foreign:
     open: bool
     precisions: Mapping[str, str]
     adapters: tuple[Chosen, ...] = ()
+    output: str | None = None
+    """The value that a call is to return, of a pipeline of blocks that can return several."""
 
     @property
     def class_name(self) -> str:

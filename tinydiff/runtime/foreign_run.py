@@ -24,7 +24,7 @@ from tinydiff.runtime.background import Background
 from tinydiff.runtime.blueprint import Model
 from tinydiff.runtime.clock import Clock
 from tinydiff.runtime.continuous import StepResult, Turn
-from tinydiff.runtime.diffusers_backend import call
+from tinydiff.runtime.foreign_call import call
 from tinydiff.runtime.foreign_requests import parameters
 from tinydiff.runtime.pipeline import Made
 from tinydiff.runtime.step_times import StepTimes
