@@ -219,6 +219,7 @@ def test_a_quantisation_config_reaches_the_loader_and_its_mistakes_are_told(unet
     told = {"quant_backend": "quanto", "quant_kwargs": {"weights_dtype": "int8"}}
     file.write_text(json.dumps(told | {"components_to_quantize": ["unet"]}))
     made = []
-    monkeypatch.setattr("diffusers.PipelineQuantizationConfig", lambda **entries: made.append(entries))
+    kind = "diffusers.quantizers.pipe_quant_config.PipelineQuantizationConfig"
+    monkeypatch.setattr(kind, lambda **entries: made.append(entries))
     tinydiff.load(unet, **options)
     assert made[-1] == told | {"components_to_quantize": ["unet"]}

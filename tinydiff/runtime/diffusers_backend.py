@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -253,7 +253,7 @@ def _quantization(options: ModelOptions, known: Collection[str]) -> Any:
         check_known(field, name, names)
     for name in entries.get("components_to_quantize") or ():
         check_known(field, name, known)
-    from diffusers import PipelineQuantizationConfig
+    from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 
     with explained(field, f"quantise as {file!r} says"):
         return PipelineQuantizationConfig(**entries)
