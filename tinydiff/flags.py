@@ -46,7 +46,7 @@ SPELLINGS = (*ALIASES, *SHAPES, "prompt_path", "output_file_path", "no_save_outp
 COMPONENTS = """
     transformer transformer_2 text_encoder text_encoder_2 text_encoder_3 image_encoder vae tokenizer
     tokenizer_2 tokenizer_3 image_processor scheduler audio_vae vocoder connectors spatial_upsampler
-    condition_image_encoder
+    condition_image_encoder unet controlnet
 """.split()
 """What `--<component>-path` may name. A model's model_index.json says which of them it has."""
 

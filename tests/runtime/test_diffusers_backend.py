@@ -71,12 +71,21 @@ def test_the_library_loads_it_and_reports_every_step(unet):
         ({"flow_shift": 3.0}, "flow_shift", ["StableDiffusionPipeline takes no flow_shift", "clip_skip"]),
         ({"image_path": "IMAGE"}, "image_path", ["takes no image; it takes"]),
         ({"diffusers_kwargs": {"clip_skp": 1}}, "diffusers_kwargs", ["did you mean 'clip_skip'?"]),
-        ({"diffusers_kwargs": {"width": 8}, "width": 16}, "diffusers_kwargs", ["given by width too"]),
-        ({"diffusers_kwargs": {"generator": 1}}, "diffusers_kwargs", ["set by tinydiff itself; give seed"]),
+        (
+            {"diffusers_kwargs": {"width": 8}, "width": 16},
+            "diffusers_kwargs",
+            ["cannot be set there; give width"],
+        ),
+        (
+            {"diffusers_kwargs": {"guidance_scale": 2}, "guidance_scale": 3.0},
+            "diffusers_kwargs",
+            ["'guidance_scale' is given by guidance_scale too; give one of them"],
+        ),
+        ({"diffusers_kwargs": {"generator": 1}}, "diffusers_kwargs", ["cannot be set there; give seed"]),
         (
             {"diffusers_kwargs": {"output_type": "pil"}},
             "diffusers_kwargs",
-            ["'output_type' is set by tinydiff"],
+            ["'output_type' cannot be set there"],
         ),
         ({"loras": {"ink": 1.0}}, "loras", ["no adapter is loaded"]),
         ({"sigmas": (0.5,)}, "sigmas", ["StableDiffusionPipeline refuses the request", "custom sigmas"]),
@@ -139,6 +148,7 @@ def test_further_arguments_come_from_a_config_file_and_from_words(tmp_path):
         ),
         ({"cpu_offload_components": ("unt",)}, "cpu_offload_components", "did you mean 'unet'?"),
         ({"variant": "fp16"}, "model_path", "fp16"),
+        ({"revision": "main"}, "revision", "is a local directory, not a hub id"),
     ],
 )
 def test_a_model_option_that_cannot_be_is_refused(options, field, words, unet):

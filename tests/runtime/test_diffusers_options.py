@@ -153,6 +153,12 @@ def test_offloading_is_diffusers_own(options, call):
     assert pipe.calls == [call]
 
 
+def test_a_pipeline_that_cannot_be_offloaded_says_so():
+    with pytest.raises(UserError, match=r"^dit_cpu_offload: SimpleNamespace cannot be offloaded"):
+        options = ModelOptions(dit_cpu_offload=True)
+        foreign_placement.place(SimpleNamespace(), options, torch.device("cuda"), PARTS)
+
+
 def test_offloading_without_a_gpu_is_said_to_have_no_effect(caplog):
     pipe = Pipe()
     with caplog.at_level("INFO", "tinydiff"):

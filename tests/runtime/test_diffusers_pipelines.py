@@ -177,3 +177,10 @@ def test_a_repository_of_modular_blocks_runs(tmp_path):
     assert result.parameters["pipeline"] == "StableDiffusionXLModularPipeline"
     with pytest.raises(UserError, match=r"takes no num_frames; it takes"):
         tinydiff.generate(model, "x", num_frames=5)
+    with pytest.raises(UserError, match=r"^pipeline_class_name: .* has modular blocks"):
+        tinydiff.load(tmp_path / "blocks", backend="diffusers", pipeline_class_name="FluxPipeline")
+    foreign_folders.edit(
+        tmp_path / "blocks" / "modular_model_index.json", auto_map={"ModularPipeline": "a.B"}
+    )
+    with pytest.raises(UserError, match=r"^trust_remote_code: .* brings blocks of its own"):
+        tinydiff.load(tmp_path / "blocks", backend="diffusers")

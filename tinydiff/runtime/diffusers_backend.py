@@ -16,6 +16,7 @@ from typing import Any
 
 from tinydiff import config_file, paths
 from tinydiff.config import ModelOptions
+from tinydiff.io import hub
 from tinydiff.io.hub import read_json
 from tinydiff.models import registry
 from tinydiff.models.registry import ReleasedModel
@@ -72,6 +73,9 @@ def read(options: ModelOptions) -> Blueprint:
     directory = _directory(library, options)
     index = _index(directory, options)
     if (directory / MODULAR).is_file():
+        for name in ("pipeline_class_name", "diffusers_quantization_config"):
+            if getattr(options, name) is not None:
+                raise UserError(name, f"{name}: {options.model_path!r} has modular blocks, which take none")
         pipeline, takes = _modular(library, directory, options)
     else:
         pipeline = _pipeline_class(library, directory, index, options)
@@ -154,10 +158,14 @@ def _directory(library: Any, options: ModelOptions) -> Path:
         return SHIPPED
     path = paths.path(options.model_path, "model_path")
     if (kind := paths.kind(path)) == "directory":
-        return path
+        return hub.resolve(path, options.revision)  # refuses a revision
     if kind == "file":
         message = f"{str(path)!r} is a file; --backend diffusers takes a directory or a hub id"
         raise UserError("model_path", f"model_path: {message}")
+    described = hub.resolve(options.model_path, options.revision, weights=False)
+    if (described / MODULAR).is_file():
+        code = ("*.py", "*/*.py")
+        return hub.resolve(options.model_path, options.revision, variant=options.variant, also=code)
     with explained("model_path", f"fetch {options.model_path!r}"):
         return Path(
             library.DiffusionPipeline.download(

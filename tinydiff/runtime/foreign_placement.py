@@ -33,6 +33,10 @@ def place(pipe: Any, options: ModelOptions, device: torch.device, components: Co
     """Move a pipeline to the device, or let it come there part by part where the options ask for that."""
     whole = _chosen(options, "component-offload", components)
     layers = _chosen(options, "layerwise-offload", components)
+    needed = "enable_group_offload" if layers else "enable_model_cpu_offload"
+    if device.type != "cpu" and (whole or layers) and not hasattr(pipe, needed):
+        field = "dit_layerwise_offload" if layers else "dit_cpu_offload"
+        raise UserError(field, f"{field}: {type(pipe).__name__} cannot be offloaded")
     if device.type == "cpu":
         if whole or layers:
             log.info("offloading has no effect: there is no GPU, so all weights are in the host's memory")

@@ -42,12 +42,16 @@ SET_HERE: Mapping[str, str] = {
     "prompt": "prompt",
     "output_type": "",
     "return_dict": "",
+    **{name: name for name in ("height", "width", "num_inference_steps")},
+    **{name: "num_frames" for name in NAMES["num_frames"]},
+    **{name: "image_path" for name in NAMES["image_path"]},
+    "mask_image": "mask_path",
     "callback": "",
     "callback_steps": "",
     "callback_on_step_end": "",
     "callback_on_step_end_tensor_inputs": "",
 }
-"""Arguments that diffusers_kwargs may not set -> the option in their place."""
+"""Arguments that diffusers_kwargs may not set -> the option in their place, which a server limits."""
 
 
 def admit(
@@ -130,7 +134,7 @@ def _further(
     for name in further:
         if name in SET_HERE:
             instead = f"; give {SET_HERE[name]}" if SET_HERE[name] else ""
-            raise UserError(field, f"{field}: {name!r} is set by tinydiff itself{instead}")
+            raise UserError(field, f"{field}: {name!r} cannot be set there{instead}")
         if twice := next((option for option, (argument, _) in given.items() if argument == name), None):
             message = f"{name!r} is given by {twice} too; give one of them"
             raise UserError(field, f"{field}: {message}")
@@ -185,7 +189,9 @@ def parameters(
     held = {**effective, **defaults, **request.arguments}
     entries: dict[str, Any] = {"model": blueprint.row.name, "backend": foreign.library}
     entries |= {"pipeline": foreign.class_name}
-    entries |= {name: value for name, value in held.items() if name not in SET_HERE and _is_plain(value)}
+    entries |= {
+        name: value for name, value in held.items() if SET_HERE.get(name, name) == name and _is_plain(value)
+    }
     entries |= {"prompt": request.text.prompt, "num_inference_steps": steps, "fps": request.output.fps}
     entries |= {"num_frames": frames.shape[0], "height": frames.shape[1], "width": frames.shape[2]}
     entries["given_images"] = len(request.images.originals)
