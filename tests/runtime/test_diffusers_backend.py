@@ -172,7 +172,7 @@ def test_without_diffusers_the_refusal_says_how_to_install_it(unet, monkeypatch)
             backends.read(ModelOptions(model_path=str(unet), backend=backend))
     with pytest.raises(UserError) as mistake:
         backends.read(ModelOptions(model_path=str(unet), backend="sglang"))
-    assert "names no transformer, which a StableDiffusionPipeline needs" in str(mistake.value)
+    assert "has no transformer, which a StableDiffusionPipeline needs" in str(mistake.value)
 
 
 def test_a_broken_model_of_ours_does_not_go_to_diffusers(tmp_path):

@@ -135,7 +135,7 @@ def _modular(library: Any, directory: Path, options: ModelOptions) -> tuple[type
         raise UserError("model_path", f"model_path: {message}, and neither images nor frames")
     return type(pipe), {
         "arguments": {each.name: each.default for each in inputs},
-        "needed": tuple(each.name for each in inputs if each.required),
+        "needed": (),  # which of them are needed depends on the blocks that run
         "open": False,
         "output": output,
     }
