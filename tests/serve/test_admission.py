@@ -76,7 +76,7 @@ def test_seconds_are_frames_that_the_model_can_make(made, seconds, fps, frames):
             "num_outputs_per_prompt",
             "11 outputs are more than the 10",
         ),
-        ({"strength": 0.5}, "image", "strength", "cannot be set"),
+        ({"strength": 0.5}, "image", "strength", "takes no strength"),
     ],
 )
 def test_what_the_model_cannot_do_is_named_as_the_client_spelled_it(made, said, kind, param, part):
