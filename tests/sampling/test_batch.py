@@ -105,15 +105,16 @@ def test_each_picture_goes_on_with_its_next_expert():
         assert torch.allclose(one.state.x, alone(start(seed)), rtol=1e-12, atol=1e-12)
 
 
-def test_form_is_what_pictures_must_have_in_common():
+def test_a_batch_key_is_what_images_must_have_in_common():
     one = image(TABLES["unipc"], 0)
     assert batch.batch_key(fake.family, one) == batch.batch_key(fake.family, image(TABLES["long"], 1))
+    fixed = loop.FixedTokens(torch.ones(1, 6, 1), one.state.x, one.state.x)
     others = [
         image(TABLES["unipc"], 0, tokens=7),
         image(TABLES["unipc"], 0, lengths=(4, 5)),
         one._replace(denoise=loop.eager_denoise(Network(fake.family, CONFIG), guidance.none)),
         one._replace(network=fake.ready(CONFIG, TABLES["unipc"], 6, dtype=torch.float64)),
-        one._replace(fixed=loop.FixedTokens(torch.ones(1, 6, 1), one.state.x, one.state.x)),
+        one._replace(inputs=one.inputs._replace(fixed=fixed)),
     ]
     assert all(batch.batch_key(fake.family, other) != batch.batch_key(fake.family, one) for other in others)
 

@@ -157,12 +157,12 @@ def test_a_block_is_compiled_once_however_deep_the_stack_and_memory_is_carried()
     network, x = fake.ready(config, table, 5, branches=1), fake.latents(5)
 
     @torch.compile(backend=capture, fullgraph=True)
-    def whole(network, state, rows, stop):
-        return loop.denoise(while_loop, predict, network, state, rows, None, None, stop * 0, stop)
+    def whole(network, state, inputs, stop):
+        return loop.denoise(while_loop, predict, network, state, inputs, stop * 0, stop)
 
     with torch.no_grad():
         state = loop.State(x, x * 0, x * 0, {"sum": torch.tensor(0)})
-        got = whole(network, state, loop.coefficients(table, x), torch.tensor(3))
+        got = whole(network, state, loop.StepInputs(loop.coefficients(table, x)), torch.tensor(3))
     assert len(calls) == 6 and len(set(calls)) == 1
     assert got.memory["sum"].item() == 0 + 1 + 2
     want = fake.last(

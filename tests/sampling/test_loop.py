@@ -100,10 +100,10 @@ def test_two_experts_run_their_own_steps_and_are_asked_for_once():
     assert asked == [0, 1]
     (_, _, switch), _ = solvers.segments(table)
     state = loop.State(x, torch.zeros_like(x), torch.zeros_like(x), {})
-    rows = loop.coefficients(table, x)
+    inputs = loop.StepInputs(loop.coefficients(table, x))
     with torch.no_grad():
-        state = EAGER(networks[0], state, rows, None, None, 0, switch)
-        state = EAGER(networks[1], state, rows, None, None, switch, 6)
+        state = EAGER(networks[0], state, inputs, 0, switch)
+        state = EAGER(networks[1], state, inputs, switch, 6)
     assert torch.equal(got, state.x)
     assert not torch.equal(got, fake.last(EAGER, table, x, lambda _: networks[0]))
 
@@ -183,7 +183,7 @@ def test_memory_is_carried_from_step_to_step_across_chunks():
     network, x = fake.ready(CONFIG, table, 6), fake.latents(6)
     state = loop.State(x, x * 0, x * 0, {"sum": torch.tensor(0)})
     for start, stop in ((0, 2), (2, 5)):
-        state = denoise(network, state, loop.coefficients(table, x), None, None, start, stop)
+        state = denoise(network, state, loop.StepInputs(loop.coefficients(table, x)), start, stop)
     assert state.memory["sum"].item() == 10
 
 

@@ -59,15 +59,7 @@ class Background:
             key, compiled, image = self._queue.get()
             try:
                 with default_torch_state():
-                    compiled(
-                        image.network,
-                        image.state,
-                        image.coefficients,
-                        image.noise,
-                        image.fixed,
-                        image.step,
-                        image.step + 1,
-                    )
+                    compiled(image.network, image.state, image.inputs, image.step, image.step + 1)
                 self._done.add(key)
             except Exception:
                 log.exception("compiling the loop failed; these images run eagerly")
@@ -86,4 +78,5 @@ def _structure(image: Denoising) -> Hashable:
         for prefix, below in tree.items()
         for name, x in below.items()
     )
-    return image.state.x.shape[0] > 1, image.state.x.dtype, image.fixed is None, image.noise is None, tensors
+    x, (_, noise, fixed) = image.state.x, image.inputs
+    return x.shape[0] > 1, x.dtype, fixed is None, noise is None, tensors

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tinydiff.ops.network import Branch, Family, Tree, has_images
 from tinydiff.ops.store import present
-from tinydiff.sampling.loop import Denoise, Denoising, FixedTokens, Hoisted, State, at_step
+from tinydiff.sampling.loop import Denoise, Denoising, FixedTokens, Hoisted, State, StepInputs, at_step
 
 
 class Batch(NamedTuple):
@@ -54,8 +54,9 @@ def batch_key(family: Family, image: Denoising) -> Hashable:
         for name, x in sorted(below.items())
     )
     weights = tuple(id(x) for below in image.network.weights.values() for x in present(below).values())
-    fixed = None if image.fixed is None else tuple(x.shape for x in image.fixed)
-    x, no_noise = image.state.x, image.noise is None
+    _, noise, fixed_tokens = image.inputs
+    fixed = None if fixed_tokens is None else tuple(x.shape for x in fixed_tokens)
+    x, no_noise = image.state.x, noise is None
     return image.denoise, weights, len(trees), requests, steps, fixed, no_noise, x.shape, x.dtype
 
 
@@ -92,12 +93,15 @@ def join(family: Family, images: Sequence[Denoising]) -> Batch:
     states = [image.state for image in images]
     x, h1, h2 = (torch.cat(same) for same in zip(*(state[:3] for state in states), strict=True))
     memory = {name: torch.cat([state.memory[name] for state in states]) for name in states[0].memory}
-    noises = [image.noise for image in images if image.noise is not None]
-    fixed = [image.fixed for image in images if image.fixed is not None]
+    inputs = [image.inputs for image in images]
+    noises = [each.noise for each in inputs if each.noise is not None]
+    fixed = [each.fixed for each in inputs if each.fixed is not None]
     joined = first._replace(
-        coefficients=next_rows([image.coefficients for image in images], 2),
-        noise=next_rows(noises, 1) if noises else None,
-        fixed=FixedTokens(*map(torch.cat, zip(*fixed, strict=True))) if fixed else None,
+        inputs=StepInputs(
+            next_rows([each.coefficients for each in inputs], 2),
+            next_rows(noises, 1) if noises else None,
+            FixedTokens(*map(torch.cat, zip(*fixed, strict=True))) if fixed else None,
+        ),
         network=Hoisted(first.network.weights, branches),
         state=State(x, h1, h2, memory),
         step=0,
@@ -114,9 +118,7 @@ def advance(batch: Batch, steps: int, denoise: Denoise | None = None) -> Batch:
     """
     image = batch.joined
     stop = min(image.step + steps, image.stop)
-    state = (denoise or image.denoise)(
-        image.network, image.state, image.coefficients, image.noise, image.fixed, image.step, stop
-    )
+    state = (denoise or image.denoise)(image.network, image.state, image.inputs, image.step, stop)
     return batch._replace(joined=image._replace(state=state, step=stop))
 
 

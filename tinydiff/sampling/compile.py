@@ -35,10 +35,10 @@ from tinydiff.parallel.plan import Cond
 from tinydiff.parallel.sequence import KEYS, token_dims
 from tinydiff.sampling.loop import (
     Denoise,
-    FixedTokens,
     Guidance,
     Hoisted,
     State,
+    StepInputs,
     denoise,
     eager_denoise,
     predictor,
@@ -101,33 +101,18 @@ def _build(network: Network, guidance: Guidance, exact: bool) -> Denoise:
     # All networks share this function's code, and with it one cache of graphs in Dynamo.
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _RECOMPILE_LIMIT)
 
-    def whole(
-        hoisted: Hoisted,
-        state: State,
-        coefficients: Tensor,
-        noise: Tensor | None,
-        fixed: FixedTokens | None,
-        start: Tensor,
-        stop: Tensor,
-    ) -> State:
-        return denoise(while_loop, predict, hoisted, state, coefficients, noise, fixed, start, stop)
+    def whole(hoisted: Hoisted, state: State, inputs: StepInputs, start: Tensor, stop: Tensor) -> State:
+        return denoise(while_loop, predict, hoisted, state, inputs, start, stop)
 
     graph = torch.compile(whole, fullgraph=True, dynamic=False, options={"emulate_precision_casts": exact})
 
-    def call(
-        hoisted: Hoisted,
-        state: State,
-        coefficients: Tensor,
-        noise: Tensor | None,
-        fixed: FixedTokens | None,
-        start: int,
-        stop: int,
-    ) -> State:
-        coefficients, noise = _two_rows(coefficients), None if noise is None else _two_rows(noise)
-        _mark_rows(coefficients, noise, hoisted.branches)
-        _mark_tokens(state, noise, fixed)
+    def call(hoisted: Hoisted, state: State, inputs: StepInputs, start: int, stop: int) -> State:
+        noise = None if inputs.noise is None else _two_rows(inputs.noise)
+        inputs = StepInputs(_two_rows(inputs.coefficients), noise, inputs.fixed)
+        _mark_steps(inputs, hoisted.branches)
+        _mark_tokens(state, inputs)
         if state.x.shape[0] > 1:
-            _mark_images(conds, hoisted, state, coefficients, noise, fixed)
+            _mark_images(conds, hoisted, state, inputs)
         for request, steps in hoisted.branches:
             _mark_named(token_dims(conds), request[""])
             _mark_named({name: dim + 1 for name, dim in token_dims(conds).items()}, steps[""])
@@ -135,7 +120,7 @@ def _build(network: Network, guidance: Guidance, exact: bool) -> Denoise:
         bounds = torch.tensor([start, stop], device=state.x.device)
         # Two lengths that happen to be equal in the first request are still two.
         with _no_modes(), cast(Any, fx_config).patch(use_duck_shape=False):
-            return graph(hoisted, state, coefficients, noise, fixed, bounds[0].clone(), bounds[1].clone())
+            return graph(hoisted, state, inputs, bounds[0].clone(), bounds[1].clone())
 
     return call
 
@@ -211,36 +196,29 @@ def _two_rows(rows: Tensor) -> Tensor:
     return rows if rows.shape[0] > 1 else torch.cat([rows, rows])
 
 
-def _mark_rows(coefficients: Tensor, noise: Tensor | None, branches: tuple[Branch, ...]) -> None:
-    tables = [rows for branch in branches for below in branch.steps.values() for rows in below.values()]
-    for rows in (coefficients, *tables, *(() if noise is None else (noise,))):
-        torch._dynamo.mark_dynamic(rows, 0)
+def _mark_steps(inputs: StepInputs, branches: tuple[Branch, ...]) -> None:
+    tables = [table for branch in branches for below in branch.steps.values() for table in below.values()]
+    for table in (inputs.coefficients, *tables, *(() if inputs.noise is None else (inputs.noise,))):
+        torch._dynamo.mark_dynamic(table, 0)
 
 
-def _mark_tokens(state: State, noise: Tensor | None, fixed: FixedTokens | None) -> None:
-    for tensor in (state.x, state.h1, state.h2, *(fixed or ())):
+def _mark_tokens(state: State, inputs: StepInputs) -> None:
+    for tensor in (state.x, state.h1, state.h2, *(inputs.fixed or ())):
         torch._dynamo.mark_dynamic(tensor, 1)
-    if noise is not None:
-        torch._dynamo.mark_dynamic(noise, 2)
+    if inputs.noise is not None:
+        torch._dynamo.mark_dynamic(inputs.noise, 2)
 
 
-def _mark_images(
-    conds: Sequence[Cond],
-    hoisted: Hoisted,
-    state: State,
-    coefficients: Tensor,
-    noise: Tensor | None,
-    fixed: FixedTokens | None,
-) -> None:
+def _mark_images(conds: Sequence[Cond], hoisted: Hoisted, state: State, inputs: StepInputs) -> None:
     """Make the number of images a dynamic dimension. What they share has a dimension of 1 there."""
     requests = [(at, below) for request, _ in hoisted.branches for at, below in request.items()]
-    told = [x for at, below in requests for name, x in below.items() if has_images(conds, at, name)]
-    rows = [x for _, steps in hoisted.branches for below in steps.values() for x in below.values()]
-    stated = [state.x, state.h1, state.h2, *state.memory.values(), *(fixed or ())]
+    own = [x for at, below in requests for name, x in below.items() if has_images(conds, at, name)]
+    tables = [x for _, steps in hoisted.branches for below in steps.values() for x in below.values()]
+    carried = [state.x, state.h1, state.h2, *state.memory.values(), *(inputs.fixed or ())]
     for tensors, dim in (
-        ([*told, *stated], 0),
-        ([*rows, *(() if noise is None else (noise,))], 1),
-        ([coefficients], 2),
+        ([*own, *carried], 0),
+        ([*tables, *(() if inputs.noise is None else (inputs.noise,))], 1),
+        ([inputs.coefficients], 2),
     ):
         for x in tensors:
             if x.ndim > dim and x.shape[dim] == state.x.shape[0]:

@@ -88,6 +88,16 @@ class FixedTokens(NamedTuple):
         return torch.lerp(torch.lerp(self.clean, self.noise, sigma), x, self.mask)
 
 
+class StepInputs(NamedTuple):
+    """What every step reads beside the network and the state."""
+
+    coefficients: Tensor
+    """[S, 8, 1 or B, 1, 1]; see `coefficients`."""
+    noise: Tensor | None = None
+    """Fresh noise [S, B, L, P], for a table that renoises."""
+    fixed: FixedTokens | None = None
+
+
 class LoopProgress(NamedTuple):
     """The tokens x [B, L, P] after `done` of `total` steps."""
 
@@ -105,10 +115,8 @@ Guidance = Callable[[Predict, Plan], Guided]
 """How velocities are combined."""
 Wrap = Callable[[Callable[..., Streams]], Callable[..., Streams]]
 """What is applied to the function of each kind of block, such as marking it as a compiled region."""
-Denoise = Callable[[Hoisted, State, Tensor, Tensor | None, FixedTokens | None, int, int], State]
-"""(network, state, coefficients [S, 8, 1 or B, 1, 1], fresh noise [S, B, L, P], fixed tokens, start, stop) ->
-state after the steps [start, stop).
-"""
+Denoise = Callable[[Hoisted, State, StepInputs, int, int], State]
+"""(network, state, inputs, start, stop) -> state after the steps [start, stop)."""
 
 
 class Denoising(NamedTuple):
@@ -120,11 +128,7 @@ class Denoising(NamedTuple):
     table: Table
     experts: Callable[[int], Hoisted]
     """Index of an expert -> that network, prepared."""
-    coefficients: Tensor
-    """Coefficients [S, 8, 1, 1, 1]."""
-    noise: Tensor | None
-    """Fresh noise [S, B, L, P]."""
-    fixed: FixedTokens | None
+    inputs: StepInputs
     network: Hoisted
     """The expert that runs the steps up to `stop`."""
     state: State
@@ -255,9 +259,7 @@ def denoise(
     predict: Guided,
     network: Hoisted,
     state: State,
-    coefficients: Tensor,
-    noise: Tensor | None,
-    fixed: FixedTokens | None,
+    inputs: StepInputs,
     start: Tensor,
     stop: Tensor,
 ) -> State:
@@ -265,6 +267,7 @@ def denoise(
 
     Everything that varies is a tensor, so one graph serves every table and every chunk of it.
     """
+    coefficients, noise, fixed = inputs
 
     def running(i: Tensor, *_: Any) -> Tensor:
         return i < stop
@@ -274,7 +277,7 @@ def denoise(
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Memory]:
         row = i.view(1)
         sigma, after, a, c, b1, b2, n, guidance = coefficients.index_select(0, row)[0].unbind(0)
-        branches = tuple(Branch(request, _rows(steps, row)) for request, steps in network.branches)
+        branches = tuple(Branch(request, _at_row(steps, row)) for request, steps in network.branches)
         v, memory = predict(network.weights, x, Step(i, sigma, guidance), branches, memory)
         v = v.to(x.dtype)
         y = a * x + c * v + b1 * h1 + b2 * h2
@@ -287,7 +290,7 @@ def denoise(
     return State(*loop(running, body, (start.clone(), *state))[1:])
 
 
-def _rows(steps: Tree, row: Tensor) -> Tree:
+def _at_row(steps: Tree, row: Tensor) -> Tree:
     return {
         prefix: {name: rows.index_select(0, row)[0] for name, rows in below.items()}
         for prefix, below in steps.items()
@@ -300,17 +303,9 @@ def eager_denoise(
     """`denoise` for this network, run operation by operation. wrap: as in `predictor`."""
     predict = guidance(predictor(network, wrap, Hooks(fetch), per_branch=False), network.plan)
 
-    def call(
-        hoisted: Hoisted,
-        state: State,
-        coefficients: Tensor,
-        noise: Tensor | None,
-        fixed: FixedTokens | None,
-        start: int,
-        stop: int,
-    ) -> State:
+    def call(hoisted: Hoisted, state: State, inputs: StepInputs, start: int, stop: int) -> State:
         bounds = torch.tensor([start, stop], device=state.x.device)
-        return denoise(python_loop, predict, hoisted, state, coefficients, noise, fixed, bounds[0], bounds[1])
+        return denoise(python_loop, predict, hoisted, state, inputs, bounds[0], bounds[1])
 
     return call
 
@@ -340,20 +335,18 @@ def start(
     """
     if table.renoises != (noise is not None):
         raise ValueError("fresh noise must be given for a table that renoises, and only for such a table")
-    rows = coefficients(table, x_BLP)
+    inputs = StepInputs(coefficients(table, x_BLP), noise, fixed)
     x = (
         x_BLP.clone(memory_format=torch.contiguous_format)
         if fixed is None
-        else fixed.reset(x_BLP, rows[0, 0])
+        else fixed.reset(x_BLP, inputs.coefficients[0, 0])
     )
     (expert, _, stop), *_ = segments(table)
     return Denoising(
         denoise,
         table,
         experts,
-        rows,
-        noise,
-        fixed,
+        inputs,
         experts(expert),
         State(x, torch.zeros_like(x), torch.zeros_like(x), {}),
         0,
@@ -374,15 +367,7 @@ def at_step(denoising: Denoising, state: State, step: int) -> Denoising:
 def advance(denoising: Denoising, steps: int) -> Denoising:
     """`denoising` after `steps` more steps, or after as many as its expert has left."""
     stop = min(denoising.step + steps, denoising.stop)
-    state = denoising.denoise(
-        denoising.network,
-        denoising.state,
-        denoising.coefficients,
-        denoising.noise,
-        denoising.fixed,
-        denoising.step,
-        stop,
-    )
+    state = denoising.denoise(denoising.network, denoising.state, denoising.inputs, denoising.step, stop)
     return at_step(denoising, state, stop)
 
 
