@@ -41,7 +41,7 @@ def sentence(argv: list[str]) -> UserError:
     return caught.value
 
 
-def test_nothing_given_leaves_every_choice_to_the_model():
+def test_without_options_every_choice_is_the_models():
     made = config.parse([])
     assert made == config.Options()
     assert made.model.model_path == "tinydiff/shapes"
@@ -51,7 +51,7 @@ def test_nothing_given_leaves_every_choice_to_the_model():
         made.sampling.height = 3  # type: ignore[misc]
 
 
-def test_dashes_underscores_and_equals_signs_are_alike():
+def test_dashes_underscores_and_equals_signs_are_one_spelling():
     wanted = config.parse(["--num-inference-steps", "7", "--guidance-scale", "2.5"])
     assert wanted.sampling.num_inference_steps == 7 and wanted.sampling.guidance_scale == 2.5
     assert config.parse(["--num_inference_steps=7", "--guidance_scale=2.5"]) == wanted
@@ -118,7 +118,7 @@ def test_component_maps_in_every_form():
     }
 
 
-def test_output_file_path_is_a_folder_and_a_name():
+def test_output_file_path_is_a_directory_and_a_name():
     output = config.parse(["--output-file-path", "some/where/a.png"]).output
     assert (output.output_path, output.output_file_name) == ("some/where", "a.png")
     output = config.parse(["--output-file-path", "/a.png"]).output
@@ -315,7 +315,7 @@ def test_each_mistake_is_one_sentence(argv: list[str], field: str, words: str):
     assert words in str(error)
 
 
-def test_given_images_are_files_addresses_or_data(tmp_path: Path):
+def test_given_images_are_files_urls_or_data(tmp_path: Path):
     path = tmp_path / "a.png"
     path.touch()
     images = [str(path), "https://example.com/a.png", "data:image/png;base64,AA=="]

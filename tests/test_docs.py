@@ -48,7 +48,7 @@ def test_every_page_runs(ran):
     assert set(ran) == set(PAGES)
 
 
-def test_the_pure_functions_make_the_librarys_picture_in_thirty_lines(ran):
+def test_the_pure_functions_make_the_librarys_image_in_thirty_lines(ran):
     folder, printed = ran["library"]
     first, again = read_image(folder / "circle.png"), read_image(folder / "again.png")
     assert first.shape == (128, 128, 3) and np.array_equal(first, again)

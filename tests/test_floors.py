@@ -163,7 +163,7 @@ def loaded(code, name):
     )
 
 
-def test_every_module_has_a_floor_and_is_in_the_picture():
+def test_every_module_has_a_floor_and_is_in_the_diagram():
     placed = {prefix.split(".")[1] for _, prefixes in HOUSE.values() for prefix in prefixes}
     top = {module.split(".")[1] for module in modules() if module != "tinydiff"}
     assert top <= placed
@@ -237,7 +237,7 @@ def test_the_check_for_circles_can_fail():
     assert circles({**sources, "p.c": ""}) == []
 
 
-def test_the_words_import_no_torch():
+def test_the_lowest_floor_imports_no_torch():
     sources = modules()
     inside = ("tinydiff.cli", "tinydiff.doctor", "tinydiff.runtime.launch")  # import it where they need it
     words = [

@@ -258,7 +258,7 @@ def test_help_is_the_smallest_that_is_enough(capsys):
     }  # fmt: skip
 
 
-def test_a_folder_of_json_files_is_enough(tmp_path, capsys):
+def test_a_directory_of_json_files_is_enough(tmp_path, capsys):
     for path in (PACKAGE / "shapes").rglob("*.json"):
         copy = tmp_path / path.relative_to(PACKAGE)
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -121,7 +121,7 @@ def test_what_an_encoding_has_not_is_escaped():
     assert data.getvalue() == b"\xfc \\u5186 \\udcff\n" and safe.encoding == "latin-1"
 
 
-def test_the_streams_are_given_back(capsys):
+def test_the_streams_are_restored(capsys):
     before = sys.stdout, sys.stderr
     with printing.safe_streams() as out:
         assert sys.stdout is out

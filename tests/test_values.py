@@ -28,7 +28,7 @@ NONE = {
 }
 
 
-def test_none_is_not_given_everywhere(tmp_path: Path):
+def test_none_is_as_if_absent_everywhere(tmp_path: Path):
     assert config.options(NONE) == config.Options()
     assert (
         config.options({"component_paths": {"vae": None}, "component_precisions": {}, "lora_path": None})

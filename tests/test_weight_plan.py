@@ -41,7 +41,7 @@ class Tiny:
             return ((None, "blocks.0"), (None, "blocks.1"))
 
 
-def test_blocks_that_are_alike_share_a_line():
+def test_equal_blocks_share_a_line():
     networks = {"transformer": network_placements(Tiny, Layout(ulysses=2, tp=2, fsdp=True))}
     assert (
         "\n".join(lines(networks))

@@ -53,12 +53,12 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, extension):
         (torch.nn.Linear(2, 2), "asks to run 'torch.nn.modules.linear.Linear'"),
     ],
 )
-def test_what_is_no_weights_is_told(tmp_path, held, words):
+def test_what_is_no_weights_is_reported(tmp_path, held, words):
     torch.save(held, tmp_path / "x.pth")
     assert words in refused(tmp_path / "x.pth")
 
 
-def test_a_broken_pickle_is_told(tmp_path):
+def test_a_broken_pickle_is_reported(tmp_path):
     path = tmp_path / "x.pth"
     torch.save({"a": torch.ones(2000)}, path)
     whole = path.read_bytes()
@@ -73,7 +73,7 @@ def test_a_broken_pickle_is_told(tmp_path):
     assert "does not exist" in refused(path)
 
 
-def test_a_broken_gguf_file_is_told(tmp_path):
+def test_a_broken_gguf_file_is_reported(tmp_path):
     path = tmp_path / "flux-Q4_0.gguf"
     assert "cannot be read (No such file" in refused(path)
     path.write_bytes(b"GGUF" + bytes(40))

@@ -215,7 +215,7 @@ def test_display_p3_is_converted(read):
     )
 
 
-def test_a_profile_leaves_opacity_alone(read):
+def test_a_profile_leaves_alpha_alone(read):
     layer = Image.new("RGBA", (1, 1), (185, 71, 58, 51))
     assert read(layer, icc_profile=P3, with_alpha=True)[0][0] == [200, 60, 50, 51]
     assert read(layer, icc_profile=P3)[0][0] == [244, 216, 214]
@@ -264,7 +264,7 @@ def test_a_profile_that_cannot_be_used_is_ignored_with_a_warning(read, caplog, p
     )
 
 
-def test_gamma_and_primaries_that_are_not_srgbs_are_told(read, caplog):
+def test_gamma_and_primaries_that_are_not_srgbs_are_reported(read, caplog):
     pixel, gamma = [bytes((200, 60, 50))], struct.pack(">I", 45455)
     srgb = struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
     p3 = struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)

@@ -52,7 +52,7 @@ def test_a_type_without_a_decoder_is_refused(tmp_path):
         load_weights(path, [Row("a.weight", (2, 256))], torch.float32)
 
 
-def test_a_file_that_is_cut_short_is_told(weight, tmp_path):
+def test_a_file_that_is_cut_short_is_reported(weight, tmp_path):
     path = written(tmp_path / "a.gguf", **{"a.weight": (weight.numpy(), None)})
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(UserError, match="is truncated: its last 200 bytes are not there"):

@@ -63,7 +63,7 @@ def test_json_missing(tmp_path):
         read_json(tmp_path / "config.json")
 
 
-def test_local_folder(tmp_path, monkeypatch):
+def test_local_directory(tmp_path, monkeypatch):
     assert resolve(tmp_path) == tmp_path
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "models").mkdir()
@@ -73,7 +73,7 @@ def test_local_folder(tmp_path, monkeypatch):
     assert caught.value.field == "revision"
 
 
-def test_mistyped_folder_names_the_nearest(tmp_path):
+def test_mistyped_directory_names_the_nearest(tmp_path):
     (tmp_path / "Wan2.2-TI2V").mkdir()
     with pytest.raises(UserError, match=r"did you mean 'Wan2\.2-TI2V'"):
         resolve(tmp_path / "Wan2.2-TI2W")

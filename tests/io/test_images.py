@@ -70,7 +70,7 @@ def test_no_parameters(tmp_path):
 
 
 @pytest.mark.parametrize("extension", IMAGE_EXTENSIONS)
-def test_very_long_prompts_never_cost_the_picture(tmp_path, extension):
+def test_very_long_prompts_never_cost_the_image(tmp_path, extension):
     parameters = {**PARAMETERS, "prompt": "円" * 100_000}
     path = tmp_path / f"a{extension}"
     path.write_bytes(encode_image(picture(), extension, None, parameters))
@@ -107,7 +107,7 @@ def test_half_transparent_red_is_pink(tmp_path):
     assert read_image(tmp_path / "a.png")[0, 0].tolist() == [255, 127, 127]
 
 
-def test_opacity_is_kept_where_it_is_wanted(tmp_path):
+def test_alpha_is_kept_where_it_is_wanted(tmp_path):
     pixels = np.random.default_rng(4).integers(0, 256, (6, 8, 4), dtype=np.uint8)
     (tmp_path / "a.png").write_bytes(png(Image.fromarray(pixels)))
     assert np.array_equal(read_image(tmp_path / "a.png", with_alpha=True), pixels)
@@ -134,7 +134,7 @@ def test_grey_16_bit_cmyk_and_animation(tmp_path):
     assert read_image(tmp_path / "moving")[0, 0].tolist() == [255, 0, 0]
 
 
-def test_data_uri_and_address(tmp_path):
+def test_data_uri_and_url(tmp_path):
     pixels = picture()
     data = png(Image.fromarray(pixels))
     for head in ("data:image/png;base64,", "DATA:;base64,"):
@@ -199,7 +199,7 @@ def test_refused_sources(tmp_path, monkeypatch):
         read_image("data:image/png;base64," + base64.b64encode(good).decode())
 
 
-def test_picture_bomb(tmp_path, monkeypatch):
+def test_decompression_bomb(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(png(Image.fromarray(picture())))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     with pytest.raises(UserError, match="too large an image"):

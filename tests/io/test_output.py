@@ -235,13 +235,13 @@ def test_unexpected_failure_leaves_nothing(tmp_path, monkeypatch):
     assert listing(tmp_path) == []
 
 
-def test_writable_folders_are_proven_without_a_trace(tmp_path):
+def test_writable_directories_are_proven_without_a_trace(tmp_path):
     check_writable(tmp_path)
     check_writable(tmp_path / "not" / "yet")
     assert listing(tmp_path) == []
 
 
-def test_folders_that_cannot_be_written(tmp_path):
+def test_directories_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     for directory in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match="cannot be a directory") as caught:
@@ -255,7 +255,7 @@ def test_folders_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser writes everywhere")
-def test_read_only_folder(tmp_path):
+def test_read_only_directory(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="permission denied"):
         check_writable(tmp_path)
@@ -274,7 +274,7 @@ def test_import_is_light():
 
 
 @pytest.mark.parametrize("extension", [".png", ".webp"])
-def test_layers_keep_their_opacity(tmp_path, extension):
+def test_layers_keep_their_alpha(tmp_path, extension):
     layer = np.random.default_rng(2).integers(0, 256, (1, 32, 48, 4), dtype=np.uint8)
     path = save(Target(tmp_path, "a", extension), layer, Encoding(quality=100), PARAMETERS)
     with Image.open(path) as opened:
@@ -284,14 +284,14 @@ def test_layers_keep_their_opacity(tmp_path, extension):
     assert read_parameters(path) == PARAMETERS
 
 
-def test_layers_as_a_folder(tmp_path):
+def test_layers_as_a_directory(tmp_path):
     layers = np.random.default_rng(2).integers(0, 256, (3, 32, 48, 4), dtype=np.uint8)
     path = save(Target(tmp_path, "a", FRAMES), layers, Encoding(), PARAMETERS)
     read = [np.asarray(Image.open(path / f"{i:05d}.png")) for i in range(3)]
     assert np.array_equal(read, layers) and read_parameters(path) == PARAMETERS
 
 
-def test_formats_without_opacity_take_no_layers(tmp_path):
+def test_formats_without_alpha_take_no_layers(tmp_path):
     for extension in (".jpg", ".mp4", ".gif"):
         with pytest.raises(ValueError, match=r"frames are uint8 \[T, H, W, 3\]"):
             save(Target(tmp_path, "a", extension), np.zeros((1, 32, 48, 4), dtype=np.uint8), Encoding())

@@ -137,7 +137,7 @@ def test_gif_keeps_frames_colours_and_length(tmp_path, fps):
     assert read_image_parameters(path) == PARAMETERS
 
 
-def test_single_frame_clips(tmp_path):
+def test_single_frame_videos(tmp_path):
     for extension in (".mp4", ".webm", ".gif"):
         write_video(tmp_path / "a", clip(1), extension, 16)
         assert decode(tmp_path / "a")[2].shape == (1, 48, 64, 3)

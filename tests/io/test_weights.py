@@ -194,7 +194,7 @@ def test_broken_index(tmp_path, text):
     assert "model.safetensors.index.json" in refused(tmp_path)
 
 
-def test_which_files_of_a_folder(tmp_path):
+def test_which_files_of_a_directory(tmp_path):
     assert "no *.safetensors file" in refused(tmp_path)
     (tmp_path / "model.bin").touch()
     assert "only 'model.bin'" in refused(tmp_path)

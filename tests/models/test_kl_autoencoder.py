@@ -134,7 +134,7 @@ def test_decode_equals_the_reference(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_frames_are_pictures(name):
+def test_frames_are_images(name):
     c, _, flat = _pair(name)
     w, x = Weights(flat), _pictures(c, 1, 2, frames=3)
     z = kl.encode(c, w, x)
@@ -174,7 +174,7 @@ def test_tiles_equal_the_tiles_of_the_reference(name):
     close(kl.encode(c, w, x, tile=side)[:, :, 0], _normalised(c, reference, mean))
 
 
-def test_a_picture_within_one_tile_is_not_tiled():
+def test_an_image_within_one_tile_is_not_tiled():
     c, _, flat = _pair("FLUX.2")
     z = draw(1, c.z_dim, 1, 3, 2)
     tile = 3 * c.scale_factor_spatial

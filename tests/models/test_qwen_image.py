@@ -144,7 +144,7 @@ def test_padding_changes_nothing():
     assert "mask" not in request  # without padding no mask exists, and the fast kernels run
 
 
-def test_one_text_serves_several_pictures():
+def test_one_text_serves_several_images():
     c, flat, _, _, tokens, inputs = _case("layers")
     one = inputs | {"text": inputs["text"][:1], "kind": inputs["kind"][:1]}
     both = predict(Network(qwen_image.FAMILY, c, dtype=torch.float64), flat, tokens, TIMES[:1], one)

@@ -247,7 +247,7 @@ def test_a_language_model_cut_short_has_the_depth_of_the_released_one():
         ),
     ],
 )
-def test_what_is_no_plain_model_is_told(add, words):
+def test_what_is_no_plain_model_is_reported(add, words):
     assert words in refused(original(FLUX) | add)
 
 
@@ -273,7 +273,7 @@ def test_unknown_files_and_files_of_two_families():
     )
 
 
-def test_shapes_that_make_no_network_are_told():
+def test_shapes_that_make_no_network_are_reported():
     shapes = original(FLUX)
     said = refused({key: shape for key, shape in shapes.items() if key != "txt_in.weight"})
     assert "looks like a FluxTransformer2DModel, but lacks 'context_embedder.weight'" in said

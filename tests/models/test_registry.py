@@ -74,7 +74,7 @@ def test_published_defaults(name, size, frames, fps, steps, guidance, shift):
         ("AIDC-AI/Ovis-Image-7B", 50, 5.0, "scale", 256, (0, 1)),
     ],
 )
-def test_published_defaults_of_pictures(name, steps, guidance, form, text_tokens, images):
+def test_published_defaults_of_images(name, steps, guidance, form, text_tokens, images):
     row = named(name)
     assert (row.height, row.width, row.num_frames, row.flow_shift) == (1024, 1024, 1, None)
     assert (row.steps, row.guidance, row.guidance_form, row.text_tokens, row.images) == (
@@ -112,7 +112,7 @@ def test_names():
         ("FluxKontextPipeline", {}, "guided", "FLUX.1-Kontext-dev"),
     ],
 )
-def test_a_folder_of_unknown_name_is_known_by_its_kind_and_shape(class_name, options, shape, wanted):
+def test_a_directory_of_unknown_name_is_known_by_its_kind_and_shape(class_name, options, shape, wanted):
     assert match(class_name, options, SHAPES[shape], "/data/mine").name.endswith("/" + wanted)
 
 

@@ -96,7 +96,7 @@ def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
     assert error < 1.2 * allowed < 0.1
 
 
-def test_a_picture_larger_than_the_position_table_is_refused():
+def test_an_image_larger_than_the_position_table_is_refused():
     with pytest.raises(ValueError, match=r"10 x 3 patches.*9 x 9"):
         sd3.positions(TINY, (1, 20, 6))
 

@@ -120,7 +120,7 @@ def test_decode_equals_the_reference(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_frames_are_pictures(name):
+def test_frames_are_images(name):
     module, c, _, _, flat = _case(name)
     w, x = Weights(flat), _pictures(c, 1, 2, frames=3)
     z = module.encode(c, w, x)
@@ -166,7 +166,7 @@ def test_tiles_differ_from_the_whole_only_where_they_overlap():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_picture_within_one_tile_is_not_tiled(name):
+def test_an_image_within_one_tile_is_not_tiled(name):
     module, c, _, _, flat = _case(name)
     z, tile = draw(1, c.z_dim, 1, 3, 2), 3 * c.scale_factor_spatial
     whole = module.decode(c, Weights(flat), z)

@@ -145,7 +145,7 @@ def test_tiles_equal_the_tiles_of_the_reference(name):
     close(_raw(c, autoencoder.encode(c, w, x, tile=4 * c.scale_factor_spatial * fold)), mean)
 
 
-def test_a_picture_within_one_tile_is_not_tiled():
+def test_an_image_within_one_tile_is_not_tiled():
     c, _, flat = _pair("Wan2.1")
     z = draw(1, c.z_dim, 1, 3, 2)
     assert torch.equal(
@@ -173,7 +173,7 @@ def _qwen(channels):
 
 
 @pytest.mark.parametrize("channels", QWEN.values(), ids=QWEN)
-def test_a_picture_of_qwen_image_equals_its_reference(channels):
+def test_an_image_of_qwen_image_equals_its_reference(channels):
     """One frame: the network's weights over time are in the files, and nothing reads them."""
     c, reference, flat = _qwen(channels)
     stored = {

@@ -46,7 +46,7 @@ def test_a_bias_is_optional():
         close(moved, causal_conv3d(x[:, :, :frames], w), 1e-12)
 
 
-def test_a_function_of_pictures_runs_on_every_frame():
+def test_a_function_of_images_runs_on_every_frame():
     w = Weights({"weight": draw(4, 3, 3, 3, seed=1), "bias": draw(4, seed=2)})
     x = draw(2, 3, 3, 6, 4)
     y = per_frame(lambda frame: conv2d(frame, w, stride=2, padding=1), x)

@@ -36,7 +36,7 @@ def test_one_rank_downloads_and_all_get_the_same(image_server, tmp_path):
     assert downloads == ["/image.png"]
 
 
-def test_a_mistake_is_told_to_all(image_server, tmp_path):
+def test_a_mistake_is_reported_to_all(image_server, tmp_path):
     url, downloads = image_server
     said = on_ranks(2, settled, str(tmp_path), {"image_path": [url, url]})
     assert said[0] == said[1] and said[0][0] == "image_path" and "2 images are given" in said[0][1]

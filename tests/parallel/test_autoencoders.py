@@ -106,7 +106,7 @@ def test_in_float32(name, ranks):
 @pytest.mark.parametrize("chunk", [1, 2])
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("name", [*CLIPS, "FLUX.1"])
-def test_clips_in_chunks(name, ranks, chunk):
+def test_videos_in_chunks(name, ranks, chunk):
     on_ranks(ranks, _chunked, name, chunk)
 
 

@@ -67,14 +67,14 @@ def same(frames, expected):
 
 
 @pytest.mark.parametrize("case", LAYOUTS)
-def test_every_rank_ends_with_the_picture_of_one(case):
+def test_every_rank_ends_with_the_image_of_one(case):
     wanted, frames = alone()
     for drawn, got in on_ranks(LAYOUTS[case].size, made, LAYOUTS[case]):
         assert drawn == wanted
         same(got, frames)
 
 
-def test_a_clip_from_a_first_frame_too():
+def test_a_video_from_a_first_frame_too():
     wanted, frames = clips(None)
     for drawn, got in on_ranks(4, clips, Layout(ring=2, ulysses=2, vae=True)):
         assert drawn == wanted

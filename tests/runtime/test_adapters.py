@@ -168,7 +168,7 @@ def test_images_with_different_adapters_share_a_batch():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
-def test_another_adapter_another_strength_and_another_company_compile_nothing():
+def test_another_adapter_strength_or_batch_compiles_nothing():
     net = fake_net(torch.float32)
     fast = compiled_denoise(net.network, guidance.classifier_free)
     slow = loop.eager_denoise(net.network, guidance.classifier_free)

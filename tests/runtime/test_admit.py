@@ -108,7 +108,7 @@ def test_defaults_are_the_registrys(row, tmp_path, picture):
 
 
 @pytest.mark.parametrize(("name", "shift"), [(EXPERTS, 3.0), (TI2V, 5.0), (FAST, 8.0)])
-def test_a_folder_of_another_name_is_known_by_its_shape_and_keeps_its_own_scheduler(name, shift, tmp_path):
+def test_a_directory_of_another_name_is_known_by_its_shape_and_keeps_its_own_scheduler(name, shift, tmp_path):
     """But a distilled model does not run by the scheduler that lies in its directory."""
     path = released(name, tmp_path).rename(tmp_path / "renamed")
     made, row = request(path), next(row for row in MODELS if row.name == name)
@@ -130,7 +130,7 @@ def test_several_prompts_and_seeds(tmp_path):
     ].seeds == (5, 6, 7)
 
 
-def test_a_clip_is_made_where_its_file_or_its_first_frame_asks_for_one(picture):
+def test_a_video_is_made_where_its_file_or_its_first_frame_asks_for_one(picture):
     assert [
         request(SHIPPED).output.num_frames,
         request(SHIPPED, clip=True).output.num_frames,
@@ -144,7 +144,7 @@ def test_a_clip_is_made_where_its_file_or_its_first_frame_asks_for_one(picture):
 
 
 @pytest.mark.parametrize(("name", "multiple"), [(I2V, 16), (TI2V, 32), (DEV, 16)])
-def test_the_size_takes_the_pictures_shape_and_the_models_area(name, multiple, tmp_path, picture):
+def test_the_size_takes_the_images_shape_and_the_models_area(name, multiple, tmp_path, picture):
     row = next(row for row in MODELS if row.name == name)
     made = request(released(name, tmp_path), image_path=(picture,))
     height, width = made.output.height, made.output.width
@@ -172,7 +172,7 @@ def test_first_and_last_frame(tmp_path, picture):
     refused("image_path", "from a first to a last frame", request, path, image_path=(picture,))
 
 
-def test_guidance_that_a_network_is_told_and_guidance_by_a_negative_prompt(tmp_path):
+def test_embedded_guidance_and_guidance_by_a_negative_prompt(tmp_path):
     path = released(DEV, tmp_path)
     made = request(path, guidance_scale=0.0)
     assert (made.guidance.embedded, made.guidance.scale, made.texts) == (0.0, 1.0, ["a fox"])
@@ -182,7 +182,7 @@ def test_guidance_that_a_network_is_told_and_guidance_by_a_negative_prompt(tmp_p
     assert (made.guidance.embedded, made.guidance.scale, made.texts) == (None, 4.0, ["a fox", ""])
 
 
-def test_a_picture_to_start_from(tmp_path, picture, mask):
+def test_an_image_to_start_from(tmp_path, picture, mask):
     path = released(DEV, tmp_path)
     made = request(path, image_path=(picture,))
     assert (made.schedule.strength, made.images.mask) == (0.6, None)
@@ -215,7 +215,7 @@ def test_references_keep_their_own_sizes_and_lend_theirs(tmp_path, picture):
 @pytest.mark.parametrize(
     ("given", "size"), [((832, 480), (480, 832)), ((480, 832), (832, 480)), ((600, 600), (624, 624))]
 )
-def test_a_picture_of_the_models_own_size_keeps_it(given, size, tmp_path):
+def test_an_image_of_the_models_own_size_keeps_it(given, size, tmp_path):
     """By the rounding of diffusers' own example: round(sqrt(area * aspect)) // multiple * multiple, 479.9999
     for the first.
     """
@@ -294,7 +294,7 @@ def test_requests_that_the_model_cannot_serve(name, fields, field, words, tmp_pa
     refused(field, words, request, name if name == SHIPPED else released(name, tmp_path), **fields)
 
 
-def test_pictures_that_the_model_cannot_take(tmp_path, picture):
+def test_images_that_the_model_cannot_take(tmp_path, picture):
     refused("image_path", "takes no image", request, released(T2V, tmp_path), image_path=(picture,))
     refused("image_path", "takes one, the first frame", request, SHIPPED, image_path=(picture, picture))
     refused(
@@ -349,7 +349,7 @@ def test_a_solver_with_a_history_starts_in_between_too(tmp_path, picture):
     assert request(path, image_path=(picture,)).schedule.strength == 0.6
 
 
-def test_a_model_that_continues_a_picture_starts_from_it_where_one_picture_is_asked_for(picture):
+def test_a_model_that_continues_an_image_starts_from_it_where_one_image_is_asked_for(picture):
     assert request(SHIPPED, image_path=(picture,), num_frames=1).images.start
     assert not request(SHIPPED, image_path=(picture,), num_frames=5).images.start
     assert not request(SHIPPED, num_frames=1).images.start
@@ -380,7 +380,7 @@ def test_masks_that_cannot_be(tmp_path, picture, mask):
     refused("mask_path", "is not an image that can be read", request, path, **given)
 
 
-def test_more_pictures_than_the_model_takes(tmp_path, picture):
+def test_more_images_than_the_model_takes(tmp_path, picture):
     for name, most in ((DEV, 1), (KONTEXT, 4)):
         path = released(name, tmp_path)
         words = f"{most + 1} images are given; {name} takes at most {most}"

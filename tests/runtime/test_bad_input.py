@@ -74,7 +74,7 @@ def model(tmp_path) -> Path:
         "model_path: '/nowhere/at/all' is neither a " "file nor a directory here, nor a hub id"),
     ],
 )  # fmt: skip
-def test_mistakes_in_the_words(words, sentence, refused, monkeypatch):
+def test_mistakes_in_options(words, sentence, refused, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert sentence in refused(*words)
@@ -117,7 +117,7 @@ def test_config_files(text, sentence, refused, tmp_path, capsys):
     assert "cannot be read (no such file or directory)" in refused("--config", tmp_path / "nowhere.yaml")
 
 
-def test_a_first_frame_that_is_no_picture(refused, tmp_path):
+def test_a_first_frame_that_is_no_image(refused, tmp_path):
     for name, data in (
         ("text.png", b"not an image"),
         ("cut.png", (b"\x89PNG\r\n\x1a\n" + b"\0" * 20)),
@@ -129,7 +129,7 @@ def test_a_first_frame_that_is_no_picture(refused, tmp_path):
     assert "is not a file" in refused("--image-path", tmp_path)
 
 
-def test_folders_that_are_no_model(refused, model, tmp_path):
+def test_directories_that_are_no_model(refused, model, tmp_path):
     (tmp_path / "empty").mkdir()
     assert refused("--model-path", tmp_path / "empty").endswith(
         "has no model_index.json, so it is not a model in diffusers layout"
@@ -188,7 +188,7 @@ def test_a_tokenizer_that_is_not_there_or_not_one(refused, model):
     assert refused("--model-path", model).endswith("has neither tokenizer.json nor spiece.model")
 
 
-def test_folders_that_cannot_be_written(tmp_path, capsys):
+def test_directories_that_cannot_be_written(tmp_path, capsys):
     taken = tmp_path / "file"
     taken.write_text("here")
     for folder in (

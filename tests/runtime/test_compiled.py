@@ -80,7 +80,7 @@ def test_one_graph_serves_every_request_and_both_experts():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
-def test_the_shipped_model_compiles_at_its_first_picture_only():
+def test_the_shipped_model_compiles_at_its_first_image_only():
     torch.compiler.reset()  # another test of this process may have compiled the same model
     fast, eager = tinydiff.load(enable_torch_compile=True), tinydiff.load()
     before, broken = graph_count(), graph_breaks()

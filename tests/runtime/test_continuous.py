@@ -74,7 +74,7 @@ def alone(model, loop=None, **fields):
     return one.to_image_tokens(one.denoising.state.x)
 
 
-def test_a_picture_does_not_depend_on_its_company(model):
+def test_an_image_does_not_depend_on_its_batch(model):
     asked = [
         {"seed": 1, "prompt": "a green star", "num_inference_steps": 6, "guidance_scale": 2.5},
         {
@@ -95,7 +95,7 @@ def test_a_picture_does_not_depend_on_its_company(model):
         assert (one.to_image_tokens(one.denoising.state.x) - alone(model, **fields)).abs().max() < BOUND
 
 
-def test_clips_and_pictures_take_turns(model):
+def test_videos_and_images_take_turns(model):
     loop = loop_of(model)
     [clip] = slots_for(model, "clip", num_frames=17, num_inference_steps=3)
     left, sizes = run(loop, [(0, [clip, *slots_for(model, "picture", num_inference_steps=3)])])
@@ -149,7 +149,7 @@ def test_a_key_that_asks_for_many_forms_has_no_more_of_the_device(model):
     assert steps == {"a": 12, "b": 12}
 
 
-def test_who_is_taken_out_is_not_finished(model):
+def test_an_image_that_is_taken_out_is_not_finished(model):
     loop = loop_of(model)
     for one in (*slots_for(model, "stays"), *slots_for(model, "goes")):
         loop.add(one)
@@ -180,7 +180,7 @@ def test_a_batch_too_large_for_memory_goes_on_in_smaller_ones(model):
     assert left == ["a"] * 4 and sizes[:3] == [4, 3, 2]
 
 
-def test_a_picture_that_fails_alone_is_handed_back_with_its_error(model):
+def test_an_image_that_fails_alone_is_handed_back_with_its_error(model):
     loop = loop_of(model)
     for one in slots_for(model):
         loop.add(one)
@@ -200,7 +200,7 @@ def test_clean_tokens_on_the_way_are_those_of_the_last_step(model):
     assert not torch.equal(loop.clean(slots[0]), loop.clean(slots[1]))
 
 
-def test_the_loop_halts_where_a_picture_is_looked_at(model):
+def test_the_loop_halts_where_an_image_is_looked_at(model):
     """Steps of a moment go together, but for those that someone wants to see."""
     [request] = admit(
         model.blueprint, config.options({"prompt": "a red circle", "num_inference_steps": 10}).sampling
@@ -248,7 +248,7 @@ def test_what_is_compiled_beside_serves_all_that_comes_after():
     assert (compiled - eager).abs().max() < BOUND
 
 
-def test_the_last_picture_that_leaves_holds_nothing(model):
+def test_the_last_image_that_leaves_holds_nothing(model):
     loop, [one] = loop_of(model), slots_for(model)
     loop.add(one)
     loop.step()

@@ -209,7 +209,7 @@ def test_cache_dit_leaves_steps_out(tmp_path, monkeypatch):
         tinydiff.load(folder, backend="diffusers", cache_dit_config=str(tmp_path / "cache.yaml"))
 
 
-def test_a_quantisation_config_reaches_the_loader_and_its_mistakes_are_told(unet, tmp_path, monkeypatch):
+def test_a_quantisation_config_reaches_the_loader_and_its_mistakes_are_reported(unet, tmp_path, monkeypatch):
     file = tmp_path / "quantised.yaml"
     options = {"backend": "diffusers", "diffusers_quantization_config": str(file)}
     for text, words in (

@@ -115,7 +115,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_step_and_the_picture_equal_diffusers(case, tmp_path):
+def test_every_step_and_the_image_equal_diffusers(case, tmp_path):
     shift, framed, fields = CASES[case]
     pipe = build(tmp_path / "model", shift, framed)
     model = load(tmp_path / "model")
@@ -258,7 +258,7 @@ def test_noise_is_what_the_reference_draws(tmp_path):
     assert torch.equal(made.latents[0].unpack(made.latents[0].pack(drawn[:, :, None])), drawn[:, :, None])
 
 
-def test_it_can_start_from_a_picture(tmp_path):
+def test_it_can_start_from_an_image(tmp_path):
     from PIL import Image
 
     build(tmp_path / "model")

@@ -311,7 +311,7 @@ def test_noise_is_what_the_reference_draws(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (100, 71), (1200, 1024), (1024, 1025), (64, 512), (3000, 2011)])
-def test_a_given_picture_is_seen_as_by_the_reference(shape, tmp_path):
+def test_an_input_image_is_seen_as_by_the_reference(shape, tmp_path):
     image, processor = (
         np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8),
         Flux2ImageProcessor(vae_scale_factor=16),
@@ -332,7 +332,7 @@ def test_a_given_picture_is_seen_as_by_the_reference(shape, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["FLUX.2-klein-4B", "FLUX.2-dev"])
-def test_the_output_has_the_first_pictures_size(name, tmp_path, pictures):
+def test_the_output_has_the_first_images_size(name, tmp_path, pictures):
     read = blueprint.read(ModelOptions(model_path=str(released(f"black-forest-labs/{name}", tmp_path))))
     [request] = admit(read, SamplingOptions(prompt=("a",), image_path=tuple(pictures)))
     assert (request.output.height, request.output.width) == (80, 128)
@@ -341,7 +341,7 @@ def test_the_output_has_the_first_pictures_size(name, tmp_path, pictures):
 
 
 @pytest.mark.parametrize("shape", [(63, 100), (64, 520)])
-def test_a_picture_that_cannot_be_given_is_refused(shape, tmp_path):
+def test_an_image_that_cannot_be_given_is_refused(shape, tmp_path):
     path = tmp_path / "odd.png"
     Image.fromarray(np.zeros((*shape, 3), np.uint8)).save(path)
     read = blueprint.read(ModelOptions(model_path=str(released("black-forest-labs/FLUX.2-dev", tmp_path))))
@@ -355,7 +355,7 @@ def test_a_picture_that_cannot_be_given_is_refused(shape, tmp_path):
 # --- what a directory is, and what does not fit ---
 
 
-def test_a_folder_of_unknown_name_is_known_by_its_index_and_shape(tmp_path):
+def test_a_directory_of_unknown_name_is_known_by_its_index_and_shape(tmp_path):
     for i, name in enumerate(("dev", "klein-4B", "klein-base-4B", "klein-9B", "klein-base-9B")):
         folder = released(f"black-forest-labs/FLUX.2-{name}", tmp_path / "a").rename(tmp_path / f"mine-{i}")
         assert (

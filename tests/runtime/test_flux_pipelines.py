@@ -271,7 +271,7 @@ def test_editing_equals_diffusers(count, fields, tmp_path, pictures, small_sizes
     same(model, request, start, theirs, images)
 
 
-def test_a_picture_to_edit_is_brought_to_the_size_that_the_reference_prefers():
+def test_an_image_to_edit_is_brought_to_the_size_that_the_reference_prefers():
     assert sorted(flux.KONTEXT_SIZES) == sorted(kontext.PREFERRED_KONTEXT_RESOLUTIONS)
     sizes = np.random.default_rng(0).integers(16, 3000, (300, 2)).tolist()
     for height, width in sizes:

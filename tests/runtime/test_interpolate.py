@@ -160,7 +160,7 @@ def test_each_has_a_stage_of_its_own(name, tmp_path):
     assert told.stages == [stage] and list(frames.shape) == [asked.saved_frames, *asked.saved_size, 3]
 
 
-def test_a_pipeline_that_turns_out_to_make_one_frame_is_told(tmp_path):
+def test_a_pipeline_that_turns_out_to_make_one_frame_is_reported(tmp_path):
     with pytest.raises(UserError, match="enable_frame_interpolation: one frame has none after it"):
         postprocess.processed(tinydiff.load().blueprint, output(tmp_path), NOISE[:1], Clock(NoProgress()))
 

@@ -132,7 +132,7 @@ def wait_for(folder: Path, pids: int) -> None:
         time.sleep(0.1)
 
 
-def test_told_to_end_a_job_leaves_nothing(tmp_path):
+def test_a_job_that_is_stopped_leaves_nothing(tmp_path):
     """Ctrl-C, which a terminal sends to all of them; SIGTERM at the parent; and a parent that is killed."""
     ends = {"interrupt": 130, "terminate": 143, "kill": -signal.SIGKILL}
     folders = [tmp_path / name for name in ends]
@@ -257,7 +257,7 @@ def test_replicas_make_what_one_rank_makes(tmp_path, capfd, caplog, image_server
     )
 
 
-def test_a_mistake_under_torchrun_is_told_once(tmp_path):
+def test_a_mistake_under_torchrun_is_reported_once(tmp_path):
     run = [
         sys.executable,
         "-m",

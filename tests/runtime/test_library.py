@@ -90,7 +90,7 @@ def test_types_of_the_weights(model):
     assert 0 < (made.latents[0] - exact.latents[0]).abs().mean() < 0.1 * exact.latents[0].std()
 
 
-def test_tiles_change_large_pictures_only(model):
+def test_tiles_change_large_images_only(model):
     tiled = tinydiff.load(vae_tiling=True)
     for width, equal in ((256, True), (320, False)):
         made = [
@@ -110,7 +110,7 @@ def test_a_model_is_loaded_from_a_path_too(model):
     )
 
 
-def test_whoever_watches_is_told(model):
+def test_every_watcher_is_notified(model):
     told = []
 
     class Watcher:

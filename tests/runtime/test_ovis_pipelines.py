@@ -146,7 +146,7 @@ def test_every_step_and_the_pixels_equal_diffusers(fields, pipe, model, caplog):
     assert [record.getMessage() for record in caplog.records if record.name.startswith("tinydiff")] == said
 
 
-def test_a_picture_to_start_from(pipe, model, tmp_path):
+def test_an_image_to_start_from(pipe, model, tmp_path):
     """The reference has no pipeline for it; it is the last two of four steps, from the image made noisy as
     far.
     """

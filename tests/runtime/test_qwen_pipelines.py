@@ -143,7 +143,7 @@ def test_from_text(scale, tmp_path):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_from_a_picture(masked, tmp_path, pictures, monkeypatch):
+def test_from_an_image(masked, tmp_path, pictures, monkeypatch):
     kind = diffusers.QwenImageInpaintPipeline if masked else diffusers.QwenImageImg2ImgPipeline
     pipe = kind(**build(diffusers.QwenImagePipeline, tmp_path / "model").components)
     pipe.set_progress_bar_config(disable=True)
@@ -306,7 +306,7 @@ def test_sizes_are_those_of_the_reference():
         fit_area(384 * 384, 1, 20000)  # a side that the reference rounds to nothing
 
 
-def test_what_an_edit_is_given_and_makes(tmp_path, pictures):
+def test_the_inputs_and_outputs_of_an_edit(tmp_path, pictures):
     plan = _read("Qwen/Qwen-Image-Edit-2511", tmp_path)
     made = _request_of(plan, pictures)
     assert (made.output.height, made.output.width) == fit_area(1024 * 1024, 32, 32)  # the last one's aspect
@@ -388,7 +388,7 @@ def test_a_long_text_is_cut_and_said_so(tmp_path, caplog):
     assert "tokens were cut" in caplog.text
 
 
-def test_a_picture_token_in_a_prompt_is_refused(small, tmp_path, pictures):
+def test_an_image_token_in_a_prompt_is_refused(small, tmp_path, pictures):
     build(diffusers.QwenImageEditPipeline, tmp_path / "model")
     model = load(tmp_path / "model")
     request = _request(model, pictures[:1], prompt=("look <|image_pad|>",), height=HEIGHT, width=WIDTH)

@@ -42,7 +42,7 @@ def stored(path, **entries):
 # --- two experts ---
 
 
-def test_the_folders_boundary_wins_and_what_is_asked_wins_over_it(tmp_path):
+def test_the_checkpoints_boundary_wins_and_an_option_wins_over_it(tmp_path):
     path = released(EXPERTS, tmp_path)
     assert (request(path).schedule.boundary_ratio, "boundary_ratio" in request(path).notes) == (0.875, False)
     edit(path / "model_index.json", boundary_ratio=0.7)

@@ -84,7 +84,7 @@ def test_diffusers_makes_the_same(fields, model, reference):
     same(made, reference, **{"height": 128, "width": 128, "num_frames": 1} | fields)
 
 
-def test_one_picture_starts_from_the_given_one(model, picture):
+def test_one_image_starts_from_the_input(model, picture):
     """The less strength, the fewer steps and the nearer to the given image."""
     given, far, steps = read_image(picture).astype(int), [], []
     for strength in (0.05, 0.5, 1.0):
@@ -117,7 +117,7 @@ def test_diffusers_makes_the_same_from_a_first_frame(model, picture):
     same(made, pipe, image=Image.open(picture), **size)
 
 
-def test_a_clip_starts_with_the_given_picture(model, picture):
+def test_a_video_starts_with_the_input_image(model, picture):
     """Its first latent frame is the image's own, and so its first frame is what the autoencoder makes of
     the image.
     """
@@ -132,7 +132,7 @@ def test_a_clip_starts_with_the_given_picture(model, picture):
     assert np.abs(made.images[0] - ((again / 2 + 0.5) * 255).numpy()).max() <= 1
 
 
-def test_the_folder_is_small():
+def test_the_directory_is_small():
     files = list(SHIPPED.glob("[!l]*/*.safetensors"))
     assert len(files) == 3 and sum(file.stat().st_size for file in files) <= 8_000_000
     styles = list((SHIPPED / "loras").iterdir())
@@ -140,7 +140,7 @@ def test_the_folder_is_small():
     assert all(file.stat().st_size < 150_000 for file in styles)
 
 
-def test_outputs_of_a_seed_are_the_pictures_of_the_seeds_that_follow(model):
+def test_outputs_of_a_seed_are_the_images_of_the_seeds_that_follow(model):
     fields = {"num_inference_steps": 3, "height": 64, "width": 64}
     together = tinydiff.generate(model, PROMPT, seed=11, num_outputs_per_prompt=3, **fields)
     assert together.seeds == (11, 12, 13)
@@ -201,13 +201,13 @@ def frames_of(path: Path) -> list[np.ndarray]:
         return [frame.to_ndarray(format="rgb24") for frame in opened.decode(video=0)]
 
 
-def test_a_clips_name_makes_a_clip(tmp_path):
+def test_a_videos_name_makes_a_video(tmp_path):
     path = generated(tmp_path, "--output-file-name", "clip.mp4")
     assert path.name == "clip.mp4" and [frame.shape for frame in frames_of(path)] == [(64, 64, 3)] * 17
     assert read_parameters(path)["num_frames"] == 17
 
 
-def test_a_picture_makes_a_clip_that_starts_with_it(tmp_path, picture, model):
+def test_an_image_makes_a_video_that_starts_with_it(tmp_path, picture, model):
     path = generated(tmp_path, "--image-path", picture)
     clip = frames_of(path)
     assert path.suffix == ".mp4" and len(clip) == 17 and read_parameters(path)["given_images"] == 1

@@ -161,7 +161,7 @@ def refused(field, words, **options):
     assert caught.value.field == field
 
 
-def test_what_is_missing_is_told_with_its_flag(as_released):
+def test_what_is_missing_is_reported_with_its_flag(as_released):
     _, files = as_released
     words = (
         r"is one component of Wan-AI/Wan2.1-T2V-1.3B-Diffusers; name the others with .*--text-encoder-path"

@@ -13,7 +13,7 @@ def test_sizes_double_as_long_as_that_pays():
     assert tried == [1, 2, 4, 8, 8, 8]
 
 
-def test_where_it_does_not_pay_pictures_are_made_alone():
+def test_where_it_does_not_pay_images_are_made_alone():
     step_times = StepTimes()
     tried = []
     for _ in range(6):
@@ -37,7 +37,7 @@ def test_what_did_not_pay_is_tried_again_in_time_and_stays_once_it_does():
     assert tried[2 * RETRY_EVERY :] == [2] * RETRY_EVERY
 
 
-def test_what_did_not_fit_into_memory_is_not_tried_again_until_told():
+def test_what_did_not_fit_into_memory_is_not_tried_again_by_itself():
     step_times = StepTimes()
     for count in (1, 2, 4):
         step_times.record("a", count, 1.0)

@@ -127,7 +127,7 @@ def test_normed_guidance_has_the_length_of_the_condition_in_each_token():
     assert torch.allclose(fake.last(normed, table, x, lambda _: network), want, rtol=1e-12, atol=1e-12)
 
 
-def test_steps_that_branches_have_alike_are_kept_once():
+def test_steps_that_branches_have_in_common_are_kept_once():
     network = fake.ready(CONFIG, fake.table(), 6)
     first, second = network.branches
     assert first.steps[""]["modulation"] is second.steps[""]["modulation"]

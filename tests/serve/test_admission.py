@@ -36,7 +36,7 @@ def test_quality_is_a_number_of_steps(made, quality, steps):
     assert read(made, {"prompt": "p", "quality": quality}).schedule.steps == steps
 
 
-def test_an_image_is_one_frame_and_a_clip_the_models_own(made):
+def test_an_image_is_one_frame_and_a_video_the_models_own(made):
     assert (
         read(made, {"prompt": "p"}).output.num_frames,
         read(made, {"prompt": "p"}, "video").output.num_frames,

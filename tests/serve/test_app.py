@@ -49,7 +49,7 @@ def test_with_keys_only_what_is_public_answers_without_one(build):
                 assert client.simulate_request(method, at).status_code in (401, 403), path
 
 
-def test_other_origins_are_not_told_anything_unless_asked(build):
+def test_other_origins_read_nothing_by_default(build):
     answer = build()[1].simulate_get("/v1/models", headers=MINE)
     assert not [name for name in answer.headers if name.startswith("access-control")]
 

@@ -12,7 +12,7 @@ from tests.serve.internet import send, serving
 from tinydiff.serve.jobs import Failure
 
 
-def test_types_a_prompt_and_sees_the_picture(serve, browser):
+def test_types_a_prompt_and_sees_the_image(serve, browser):
     made = serve()
     put(browser, "prompt", "a large yellow star")
     put(browser, "seed", "5")
@@ -110,7 +110,7 @@ def test_what_is_being_made_is_looked_at(serve, browser):
     assert browser.find_element(By.ID, "caption").text == "first", "who looks at something else is left there"
 
 
-def test_several_pictures_are_all_in_the_gallery(serve, browser):
+def test_several_images_are_all_in_the_gallery(serve, browser):
     serve()
     put(browser, "prompt", "stars")
     put(browser, "seed", "3")
@@ -152,7 +152,7 @@ def test_the_gallery_outlives_the_page_and_gives_its_settings_back(serve, browse
     WebDriverWait(browser, 90).until(lambda _: not browser.find_elements(By.CSS_SELECTOR, ".card"))
 
 
-def test_a_clip_is_made_and_played(serve, browser):
+def test_a_video_is_made_and_played(serve, browser):
     made = serve()
     choose(browser, "video")
     put(browser, "prompt", "a square moving right")
@@ -248,7 +248,7 @@ def test_the_server_that_is_not_ready_says_how_far_it_is(serve, browser):
     WebDriverWait(browser, 90).until(lambda _: browser.find_element(By.ID, "state").text == "ready")
 
 
-def test_the_keyboard_alone_makes_a_picture(serve, browser):
+def test_the_keyboard_alone_makes_an_image(serve, browser):
     serve()
     assert browser.switch_to.active_element == browser.find_element(By.NAME, "prompt")
     browser.switch_to.active_element.send_keys("a star")
@@ -291,7 +291,7 @@ def test_the_page_fits_the_window(serve, browser, width):
             assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
-def test_nothing_jumps_while_a_picture_is_made(serve, browser):
+def test_nothing_jumps_while_an_image_is_made(serve, browser):
     made = serve()
     made.scheduler.steps, made.scheduler.step_seconds = 6, 0.05
     browser.execute_script(

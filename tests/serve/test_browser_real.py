@@ -38,7 +38,7 @@ def test_types_a_prompt_and_sees_what_it_says(page):
     assert until(page, "#viewer[data-status=completed] .media img").get_property("naturalWidth") == 128
 
 
-def test_asks_for_a_clip_and_plays_it(page):
+def test_asks_for_a_video_and_plays_it(page):
     choose(page, "video")
     put(page, "prompt", "a large blue circle moving right")
     put(page, "num_frames", "5")

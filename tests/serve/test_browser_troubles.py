@@ -80,7 +80,7 @@ def test_start_from_an_image_in_another_storage_says_what_to_do(serve, browser, 
         says(browser, "#given .hint.error", "lies in another storage")
 
 
-def test_a_server_that_goes_is_told_at_once_and_found_again(serve, browser):
+def test_a_server_that_goes_is_reported_at_once_and_found_again(serve, browser):
     made = serve()
     says(browser, "#state", "ready")
     put(browser, "prompt", "a star")

@@ -18,7 +18,7 @@ def mask_of(made):
     return np.asarray(Image.open(io.BytesIO(made.files.path(file).read_bytes())).convert("L"))
 
 
-def test_a_clip_begins_with_a_given_picture(serve, browser, tmp_path):
+def test_a_video_begins_with_an_input_image(serve, browser, tmp_path):
     made = serve()
     choose(browser, "video")
     give_picture(browser, tmp_path)
@@ -90,7 +90,7 @@ def test_the_brush_works_from_the_keyboard(serve, browser, tmp_path):
     assert mask[row, column] == mask[row - 16, column] == 255 and mask[row, 64] == mask[20, column] == 0
 
 
-def test_a_model_without_pictures_takes_none(serve, browser):
+def test_a_model_without_images_takes_none(serve, browser):
     serve({"images": (0, 0)})
     for kind in ("video", "image"):
         choose(browser, kind)

@@ -97,7 +97,7 @@ def near(colour, other, levels=40):
 
 
 @pytest.mark.parametrize(("prompt", "colour"), [("a large red circle", RED), ("a small blue square", BLUE)])
-def test_a_picture_shows_what_was_asked_for(client, prompt, colour):
+def test_an_image_shows_what_was_asked_for(client, prompt, colour):
     answer = client.images.generate(model="tinydiff/shapes", prompt=prompt, extra_body={"seed": 1, **SHORT})
     [picture] = made(answer)
     assert picture.shape == (128, 128, 3) and near(middle(picture), colour)
@@ -134,7 +134,7 @@ def test_the_answer_repeats_what_was_made_and_its_seed_makes_it_again(client):
     assert other.data[0].b64_json != first.data[0].b64_json
 
 
-def test_several_pictures_have_seeds_in_a_row_and_are_what_each_is_alone(client):
+def test_several_images_have_seeds_in_a_row_and_are_what_each_is_alone(client):
     answer = client.images.generate(**CIRCLE, n=2, extra_body={"seed": 41, **SHORT})
     assert answer.seeds == [entry.seed for entry in answer.data] == [41, 42]
     for picture, seed in zip(made(answer), answer.seeds, strict=True):
@@ -142,7 +142,7 @@ def test_several_pictures_have_seeds_in_a_row_and_are_what_each_is_alone(client)
         assert np.abs(picture - made(alone)[0]).max() <= 2
 
 
-def test_an_address_is_for_anyone_who_has_it_and_for_nobody_who_guesses(client):
+def test_a_url_is_for_anyone_who_has_it_and_for_nobody_who_guesses(client):
     asked = {"seed": 3, **SHORT}
     [entry] = client.images.generate(**CIRCLE, response_format="url", extra_body=asked).data
     assert entry.b64_json is None
@@ -163,7 +163,7 @@ def test_other_formats(client, format, kind):
     assert answer.output_format == format and near(middle(made(answer)[0]), RED)
 
 
-def test_a_stream_shows_the_picture_on_its_way(client):
+def test_a_stream_shows_the_image_on_its_way(client):
     asked = {
         "model": "tinydiff/shapes",
         "prompt": "a small blue square",
@@ -179,7 +179,7 @@ def test_a_stream_shows_the_picture_on_its_way(client):
     assert (last == made(client.images.generate(**asked))[0]).all() and events[-1].usage.output_tokens == 64
 
 
-def test_a_stream_of_two_pictures_tells_of_each(client):
+def test_a_stream_of_two_images_tells_of_each(client):
     events = list(client.images.generate(**CIRCLE, n=2, stream=True, extra_body={"seed": 7, **SHORT}))
     assert [(event.type, event.seed) for event in events] == [
         ("image_generation.completed", 7),
@@ -242,7 +242,7 @@ def mask_of(width, height, rows, form="L"):
     return out.getvalue()
 
 
-def test_strength_says_how_much_of_the_given_picture_is_left(client, given):
+def test_strength_says_how_much_of_the_input_image_is_left(client, given):
     asked = {"prompt": "a large blue circle", "size": "128x128"}
     weak, strong = (
         client.images.edit(image=given, **asked, extra_body={"seed": 0, "strength": strength})
@@ -255,7 +255,7 @@ def test_strength_says_how_much_of_the_given_picture_is_left(client, given):
 
 
 @pytest.mark.parametrize("form", ["L", "RGBA"])
-def test_a_mask_is_painted_anew_and_nothing_else_is_touched(client, given, form):
+def test_a_mask_is_inpainted_and_nothing_else_is_touched(client, given, form):
     mask = mask_of(128, 128, slice(64, 128), form)
     [edited] = made(
         client.images.edit(image=given, mask=mask, prompt="a large blue circle", extra_body={"seed": 2})
@@ -272,7 +272,7 @@ def test_a_stream_of_an_edit(client, given):
     assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
 
 
-def test_several_pictures_are_more_than_the_model_takes(client, given):
+def test_several_images_are_more_than_the_model_takes(client, given):
     with pytest.raises(openai.BadRequestError) as caught:
         client.images.edit(image=[given, given], prompt="both")
     assert (
@@ -349,7 +349,7 @@ def test_a_client_that_goes_frees_the_device(server, stream, reset):
     assert (job["status"], job["error"]["code"], job["data"]) == ("failed", "cancelled", [])
 
 
-def test_a_picture_is_cancelled_by_its_id_and_its_client_told(client, server):
+def test_an_image_is_cancelled_by_its_id_and_its_client_told(client, server):
     stream = client.images.generate(**CIRCLE, stream=True, extra_body={"progress": True, **LONG})
     id = next(event for event in stream if event.type == "image_generation.progress" and event.step > 0).id
     assert ask(server, "DELETE", f"/v1/images/{id}").json() == {
@@ -379,7 +379,7 @@ def test_a_key_joins_the_request_that_already_runs(server, client):
     assert first.result().data[0].b64_json == second.result().data[0].b64_json
 
 
-def test_an_impatient_client_comes_again_to_the_same_picture(server):
+def test_an_impatient_client_comes_again_to_the_same_image(server):
     asked = {
         **CIRCLE,
         "extra_body": {"num_inference_steps": 120},

@@ -138,7 +138,7 @@ def test_generate(results):
         )
 
 
-def test_an_address(results):
+def test_a_url(results):
     assert np.abs(middle(results["url"]) - RED).max() < 40
 
 
@@ -162,7 +162,7 @@ def test_a_client_that_aborts_frees_the_device(results):
     assert results["gone"]["kind"] == "APIUserAbortError"
 
 
-def test_a_clip_and_its_files(results):
+def test_a_video_and_its_files(results):
     finished, content = results["video"]["finished"], results["video"]["content"]
     assert (finished["status"], finished["seconds"], finished["seeds"]) == ("completed", "0.625", [1])
     assert base64.b64decode(content["video"])[4:8] == b"ftyp"
@@ -182,7 +182,7 @@ def test_remix_and_list(results):
     assert results["video"]["listed"] == [finished["id"], remix["id"]]
 
 
-def test_delete_of_a_running_clip(results):
+def test_delete_of_a_running_video(results):
     part = results["deleted"]
     assert part["gone"] == {"id": part["id"], "deleted": True, "object": "video.deleted"}
     assert (part["after"]["kind"], part["after"]["code"]) == ("NotFoundError", "not_found")

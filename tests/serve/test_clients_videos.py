@@ -48,7 +48,7 @@ def frames(data):
         return np.stack([frame.to_ndarray(format="rgb24") for frame in opened.decode(video=0)])
 
 
-def test_a_clip_is_made_and_says_how(clip):
+def test_a_video_is_made_and_says_how(clip):
     assert (clip.status, clip.progress, clip.object, clip.error) == ("completed", 100, "video", None)
     assert (clip.model, clip.prompt, clip.size, clip.seconds) == (
         CLIP["model"],
@@ -93,7 +93,7 @@ def test_every_variant_is_downloaded(client, clip):
     assert sheet.format == "WEBP" and sheet.width > small.shape[1]
 
 
-def test_the_seed_makes_the_same_clip_again(client, clip):
+def test_the_seed_makes_the_same_video_again(client, clip):
     again = client.videos.create_and_poll(**CLIP, extra_body={"seed": clip.seeds[0], **SHORT})
     assert again.id != clip.id
     assert (
@@ -102,7 +102,7 @@ def test_the_seed_makes_the_same_clip_again(client, clip):
     ).all()
 
 
-def test_a_clip_begins_with_a_given_picture(client):
+def test_a_video_begins_with_an_input_image(client):
     answer = client.images.generate(
         model=CLIP["model"], prompt="a large red circle", response_format="b64_json", extra_body={"seed": 1}
     )
@@ -152,7 +152,7 @@ def test_delete_takes_its_files_too(client, server):
     assert server.get(address.removeprefix(server.url)).status_code == 404
 
 
-def test_a_running_clip_is_gone_from_the_device_when_its_delete_is_answered(client, server):
+def test_a_running_video_is_gone_from_the_device_when_its_delete_is_answered(client, server):
     video = client.videos.create(**CLIP, extra_body=LONG)
     wait(lambda: figure(server, "pictures_in_loop") == 1)
     assert client.videos.delete(video.id).deleted
@@ -161,7 +161,7 @@ def test_a_running_clip_is_gone_from_the_device_when_its_delete_is_answered(clie
         client.videos.retrieve(video.id)
 
 
-def test_a_cancelled_clip_says_so_and_has_no_content(client, server):
+def test_a_cancelled_video_says_so_and_has_no_content(client, server):
     video = client.videos.create(**CLIP, extra_body=LONG)
     wait(lambda: client.videos.retrieve(video.id).status == "in_progress")
     with pytest.raises(openai.NotFoundError) as caught:

@@ -74,7 +74,7 @@ def test_streams_and_joiners_of_one_job_do_not_silence_the_server(made, stream):
         assert {client.head()[0] for client in clients} == {200}
 
 
-def test_too_many_that_wait_are_told_so_and_leave_room(made):
+def test_too_many_that_wait_are_refused_and_leave_room(made):
     made.scheduler.gate.clear()
     asked = post(b"/v1/images/generations", json.dumps({"prompt": "a"}).encode())
     with listening(made, threads=1, connections=16) as address:

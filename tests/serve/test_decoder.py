@@ -39,7 +39,7 @@ def test_a_process_reads_one_image_after_another(own):
     assert len(own._idle) == 1
 
 
-def test_a_mistake_is_told_and_the_process_stays(own):
+def test_a_mistake_is_reported_and_the_process_stays(own):
     with pytest.raises(
         UserError, match=r"^mask: has 2000x1000 pixels; at most 1,000,000 are allowed"
     ) as caught:
@@ -102,7 +102,7 @@ def test_two_requests_at_most_have_images_decoded():
     assert most == decoder.AT_ONCE
 
 
-def test_what_is_decoded_is_given_back(monkeypatch):
+def test_what_is_decoded_is_returned(monkeypatch):
     given_back = []
     monkeypatch.setattr(decoder, "_trim", lambda: given_back.append(True))
     with pytest.raises(ValueError), decoder.slot():

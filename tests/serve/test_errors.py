@@ -68,7 +68,7 @@ def test_a_fault_of_ours_tells_nothing_but_is_logged(caplog):
     assert "secret /path" in caplog.text
 
 
-def test_an_address_that_is_not_there_and_a_method_that_is_not_are_told_so():
+def test_a_url_that_is_not_there_and_a_method_that_is_not_are_refused():
     assert answer(None, "/no/such").json["error"]["code"] == "not_found"
     found = answer(None, method="DELETE")
     assert (found.status_code, found.json["error"]["code"], found.headers["allow"]) == (

@@ -57,7 +57,7 @@ def web():
         yield made
 
 
-def test_a_picture_is_fetched_from_the_address_that_was_checked(web):
+def test_an_image_is_fetched_from_the_address_that_was_checked(web):
     assert web.fetch("http://images.example/a%20b/ä.png?x=1&y=ü#part") == PICTURE
     assert web.looked == [("images.example", 80)] and web.connected == [(PUBLIC, 80)]
     [(path, headers)] = web.requests

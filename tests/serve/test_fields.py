@@ -170,13 +170,13 @@ def test_no_number_overflows(kind, form):
             assert param == name and len(said) < 600
 
 
-def test_null_is_not_given():
+def test_null_is_as_if_absent():
     assert set(
         read_fields({"prompt": "p", "seed": 1, "size": None, "height": None, "loras": None}, "image").options
     ) == {"prompt", "seed"}
 
 
-def test_pictures_come_as_bytes_addresses_objects_and_lists():
+def test_images_come_as_bytes_urls_objects_and_lists():
     images = read_fields({"image": b"PNG", "mask": {"file_id": "f"}}, "image").images
     assert images == {"image_path": (b"PNG",), "mask_path": (FileId("f"),)}
     images = read_fields(
@@ -289,7 +289,7 @@ def test_adapters_come_as_an_object_and_as_a_list(said):
     assert read_fields({"prompt": "p", "loras": []}, "image").options["loras"] == {}
 
 
-def test_a_picture_has_a_most_of_bytes():
+def test_an_image_has_a_most_of_bytes():
     assert "at most 50 MiB" in refused({"image": b"x" * (50 * 2**20 + 1)}, "image")[1]
 
 

@@ -95,7 +95,7 @@ def test_an_unknown_media_type_is_a_fault(files):
         files.put(b"", "text/html")
 
 
-def test_a_file_belongs_to_who_made_it_and_every_server_of_the_folder_knows(files):
+def test_a_file_belongs_to_who_made_it_and_every_server_of_the_directory_knows(files):
     id, nobodys = files.put(PNG, "image/png", owner="a"), files.put(PNG, "image/png")
     another = Files(files.folder, files.secret, 1.0, 1)
     for each in (files, another):
@@ -111,7 +111,7 @@ def test_files_of_earlier_versions_are_a_keyless_servers(files):
     assert files.belongs(old, "") and not files.belongs(old, "a") and not files.belongs("../secret", "")
 
 
-def test_no_two_ids_are_alike(files):
+def test_every_id_is_unique(files):
     assert len({files.put(PNG, "image/png") for _ in range(50)}) == 50
 
 
@@ -151,7 +151,7 @@ def test_a_deleted_file_is_gone_but_read_to_its_end(files):
     assert files.path(id) is None and files.delete(id) is False
 
 
-def test_a_moved_file_leaves_its_address(files):
+def test_a_moved_file_leaves_its_url(files):
     id = files.put(PNG, "image/png")
     assert files.elsewhere(id) is None
     files.moved(id, "https://bucket/ä")
@@ -196,7 +196,7 @@ def parts(url: str) -> tuple[str, str, str]:
     return split.path.split("/")[3], query["expires"][0], query["signature"][0]
 
 
-def test_an_address_is_good_for_its_time(files, monkeypatch):
+def test_a_url_is_good_for_its_time(files, monkeypatch):
     url = files.url("a.png", "http://127.0.0.1:30000/", 60)
     assert url.startswith("http://127.0.0.1:30000/v1/files/a.png/content?expires=")
     assert files.verify(*parts(url))
@@ -205,12 +205,12 @@ def test_an_address_is_good_for_its_time(files, monkeypatch):
     assert not files.verify(*parts(url))
 
 
-def test_an_address_is_good_for_the_files_lifetime_unless_told(files):
+def test_a_url_is_valid_for_the_files_lifetime_by_default(files):
     assert abs(int(parts(files.url("a.png", "http://h"))[1]) - time.time() - 3600) < 5
 
 
 @pytest.mark.parametrize("change", ["id", "expires", "signature", "secret"])
-def test_an_address_that_was_changed_is_not_good(files, tmp_path, change):
+def test_a_url_that_was_changed_is_not_good(files, tmp_path, change):
     id, expires, signature = parts(files.url("a.png", "http://h", 60))
     if change == "secret":
         assert not Files(files.folder, b"t" * 32, 1, 1).verify(id, expires, signature)
@@ -295,7 +295,7 @@ def test_beyond_the_limit_the_oldest_lose_their_files_and_stay(tmp_path, store):
     assert files.sweep(store, time.time()) == []
 
 
-def test_uploaded_outputs_keep_their_address_beyond_the_limit(tmp_path, store):
+def test_uploaded_outputs_keep_their_url_beyond_the_limit(tmp_path, store):
     files = Files(tmp_path / "files", b"s" * 32, 3600.0, 50)
     job = done(store, files, 100)
     [here] = job.outputs
@@ -346,7 +346,7 @@ def done_first(store, files: Files) -> str:
     return output.file
 
 
-def test_a_folder_that_is_not_there_yet_sweeps_nothing(files, store):
+def test_a_directory_that_is_not_there_yet_sweeps_nothing(files, store):
     assert files.sweep(store, time.time()) == []
 
 

@@ -571,7 +571,7 @@ def test_a_body_that_ends_early_is_no_job(live):
     assert made.scheduler.submitted == []
 
 
-def test_pictures_made_of_noise_are_refused(client):
+def test_images_made_of_noise_are_refused(client):
     rng = random.Random(7)
     good = picture()
     for _ in range(30):

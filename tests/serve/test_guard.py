@@ -96,7 +96,7 @@ def test_what_is_no_key_does_not(client, headers):
     assert answer.headers["www-authenticate"] == "Bearer"
 
 
-def test_public_addresses_and_options_need_none(client):
+def test_public_urls_and_options_need_none(client):
     found = client(api_key=("one",))
     assert found.simulate_get("/public").status_code == 200
     assert found.simulate_options("/it").status_code == 200
@@ -224,7 +224,7 @@ def test_an_allowed_origin_and_a_public_name_may(client):
     assert found.simulate_post("/it", headers=headers).status_code == 200
 
 
-def test_another_page_may_look_where_nothing_changes_but_is_not_told_what_it_sees(client):
+def test_another_page_may_send_get_but_not_read_the_answer(client):
     answer = client().simulate_get("/it", headers={"Origin": "https://evil.example"})
     assert answer.status_code == 200
     assert "access-control-allow-origin" not in answer.headers

@@ -65,7 +65,7 @@ def events(answer):
 # --- generations ---
 
 
-def test_the_answer_has_the_picture_and_what_made_it(both):
+def test_the_answer_has_the_image_and_what_made_it(both):
     answer = generate(both[1], seed=5, user="me", num_inference_steps=4)
     assert answer.status_code == 200
     said = answer.json
@@ -85,7 +85,7 @@ def test_the_answer_has_the_picture_and_what_made_it(both):
     assert said["id"].startswith("img_") and isinstance(said["created"], int)
 
 
-def test_several_pictures_have_seeds_of_their_own(both):
+def test_several_images_have_seeds_of_their_own(both):
     said = generate(both[1], seed=5, n=3).json
     assert [entry["seed"] for entry in said["data"]] == [5, 6, 7]
     assert len({entry["b64_json"] for entry in said["data"]}) == 3
@@ -100,7 +100,7 @@ def test_the_format_is_as_asked(both, format, name):
     assert opened(generate(both[1], output_format=format).json["data"][0]["b64_json"]).format == name
 
 
-def test_an_address_serves_the_picture(both):
+def test_a_url_serves_the_image(both):
     said = generate(both[1], response_format="url").json
     assert "b64_json" not in said["data"][0]
     answer = both[1].simulate_get(said["data"][0]["url"].removeprefix("http://localhost"))
@@ -108,7 +108,7 @@ def test_an_address_serves_the_picture(both):
     assert Image.open(io.BytesIO(answer.content)).size == (64, 48)
 
 
-def test_addresses_begin_with_the_public_one(build):
+def test_urls_begin_with_the_public_one(build):
     said = generate(build(public_url="https://images.example/api/")[1], response_format="url").json
     assert said["data"][0]["url"].startswith("https://images.example/api/v1/files/")
 
@@ -144,14 +144,14 @@ def test_other_bodies_are_a_415(both, kind):
     assert (answer.status_code, answer.json["error"]["code"]) == (415, "unsupported_media_type")
 
 
-def test_a_full_queue_and_a_stopping_server_are_told(both):
+def test_a_full_queue_and_a_stopping_server_are_reported(both):
     both[0].scheduler.busy = 7.0
     assert (generate(both[1]).status_code, generate(both[1]).headers["retry-after"]) == (429, "7")
     both[0].scheduler.stopping = True
     assert generate(both[1]).json["error"]["code"] == "stopping"
 
 
-def test_a_failure_is_told_to_who_waits(both):
+def test_a_failure_is_reported_to_who_waits(both):
     both[0].scheduler.fail = lambda job: Failure("insufficient_memory", "too large; 64x64 would fit")
     answer = generate(both[1])
     assert (answer.status_code, answer.headers["x-should-retry"]) == (507, "false")
@@ -172,7 +172,7 @@ def test_a_priority_above_nought_is_the_admins(build):
 # --- streams ---
 
 
-def test_a_stream_has_partial_images_and_then_the_picture(both):
+def test_a_stream_has_partial_images_and_then_the_image(both):
     answer = generate(both[1], stream=True, partial_images=2, seed=3)
     assert answer.headers["content-type"].startswith("text/event-stream")
     found = events(answer)
@@ -188,7 +188,7 @@ def test_a_stream_has_partial_images_and_then_the_picture(both):
     assert found[-1][1]["seed"] == 3
 
 
-def test_a_stream_without_partial_images_is_one_event_for_each_picture(both):
+def test_a_stream_without_partial_images_is_one_event_for_each_image(both):
     found = events(generate(both[1], stream=True, n=2, seed=1))
     assert [(kind, data["seed"]) for kind, data in found] == [
         ("image_generation.completed", 1),
@@ -196,7 +196,7 @@ def test_a_stream_without_partial_images_is_one_event_for_each_picture(both):
     ]
 
 
-def test_progress_is_told_where_it_is_asked_for(both):
+def test_progress_is_reported_where_it_is_asked_for(both):
     both[0].scheduler.step_seconds = 0.02
     found = [
         data
@@ -225,7 +225,7 @@ def test_silence_is_filled_with_comments(both, monkeypatch):
     assert ": keepalive\n\n" in generate(both[1], stream=True).text
 
 
-def test_steps_that_are_not_told_do_not_count_as_news(both, monkeypatch):
+def test_steps_that_are_not_reported_are_no_news(both, monkeypatch):
     monkeypatch.setattr(images, "KEEPALIVE_S", 0.02)
     both[0].scheduler.step_seconds = 0.03
     said = generate(both[1], stream=True).text
@@ -236,7 +236,7 @@ def test_steps_that_are_not_told_do_not_count_as_news(both, monkeypatch):
 # --- edits ---
 
 
-def test_an_edit_starts_from_the_picture(build):
+def test_an_edit_starts_from_the_image(build):
     made, client = build(START)
     answer = edit(client, ("image", picture(64, 48)), ("strength", "0.5"), ("seed", "1"))
     assert answer.status_code == 200
@@ -246,14 +246,14 @@ def test_an_edit_starts_from_the_picture(build):
 
 
 @pytest.mark.parametrize("name", ["image", "image[]"])
-def test_several_pictures_are_references(build, name):
+def test_several_images_are_references(build, name):
     made, client = build(REFERENCES)
     assert edit(client, (name, picture(colour="red")), (name, picture(64, 64, "blue"))).status_code == 200
     [job] = made.scheduler.submitted
     assert [image.shape[:2] for image in fake.admit(made, job).images.originals] == [(128, 128), (64, 64)]
 
 
-def test_a_json_edit_names_pictures_by_data_and_by_file(build):
+def test_a_json_edit_names_images_by_data_and_by_file(build):
     made, client = build(REFERENCES)
     file = made.files.put(picture(64, 64), "image/png", "x")
     uri = "data:image/png;base64," + base64.b64encode(picture()).decode()
@@ -287,7 +287,7 @@ def half_white():
 
 
 @pytest.mark.parametrize("mask", [half_clear, half_white])
-def test_a_mask_is_painted_where_it_is_clear_or_white(build, mask):
+def test_a_mask_is_inpainted_where_it_is_transparent_or_white(build, mask):
     made, client = build(START)
     assert edit(client, ("image", picture()), ("mask", mask())).status_code == 200
     found = fake.admit(made, made.scheduler.submitted[0]).images.mask
@@ -383,7 +383,7 @@ def test_delete_removes_what_is_done_with_its_files(build):
     assert list(made.files.folder.glob("*")) == []
 
 
-def test_content_is_the_picture_of_a_variant(both):
+def test_content_is_the_image_of_a_variant(both):
     id = generate(both[1], n=2, seed=1).json["id"]
     found = [both[1].simulate_get(f"/v1/images/{id}/content", params={"variant": k}).content for k in "01"]
     assert found[0] == both[1].simulate_get(f"/v1/images/{id}/content").content != found[1]

@@ -110,7 +110,7 @@ def test_another_model_is_not_there(serve):
     assert "'shapes'" in error["message"]
 
 
-def test_sglangs_addresses(serve):
+def test_sglangs_urls(serve):
     client = client_of(serve(served_model_name="shapes"))
     flat = client.simulate_get("/models").json
     assert (flat["model_path"], flat["task_type"], flat["pipeline_class"]) == (NAME, "TI2V", "WanPipeline")

@@ -53,7 +53,7 @@ def refused(source, allow_urls: bool = False, **more) -> str:
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
-def test_a_picture_is_taken_as_it_is(format):
+def test_an_image_is_taken_as_it_is(format):
     data = picture(format)
     assert read(data) == data and kind(data) == f"image/{format.lower()}"
 
@@ -67,7 +67,7 @@ def test_avif_is_taken():
     assert read(data) == data and kind(data) == "image/avif"
 
 
-def test_a_phones_jpeg_with_more_behind_it_is_one_picture():
+def test_a_phones_jpeg_with_data_behind_it_is_one_image():
     data = picture("MPO", save_all=True, append_images=[Image.new("RGB", (4, 3))])
     assert read(data) == data and kind(data) == "image/jpeg"
 
@@ -120,12 +120,12 @@ def test_a_data_uri_is_its_bytes(source):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("allow_urls", [False, True])
-def test_what_is_no_picture_is_said_in_one_sentence(source, said, allow_urls):
+def test_what_is_no_image_is_said_in_one_sentence(source, said, allow_urls):
     message = refused(source, allow_urls)
     assert said in message and "\n" not in message and len(message) < 250
 
 
-def test_the_servers_own_picture_is_not_read(tmp_path):
+def test_the_servers_own_image_is_not_read(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(picture())
     assert "files on the server's disk are not read" in refused(str(path), True)
@@ -168,7 +168,7 @@ def test_too_many_bytes(source):
 # --- addresses ---
 
 
-def test_addresses_are_fetched_only_where_that_is_allowed():
+def test_urls_are_fetched_only_where_that_is_allowed():
     asked = []
 
     def get(url, field, most, seconds):
@@ -183,7 +183,7 @@ def test_addresses_are_fetched_only_where_that_is_allowed():
 @pytest.mark.parametrize(
     ("data", "said"), [(b"<html>", "not a complete image"), (animation("GIF"), "is an animation")]
 )
-def test_what_is_fetched_is_checked_as_any_picture(data, said):
+def test_what_is_fetched_is_checked_as_any_image(data, said):
     assert said in refused("http://images.example/a.png", True, get=lambda *_: data)
 
 

@@ -74,7 +74,7 @@ def test_a_clock_set_back_gives_no_negative_time():
     assert value(metrics, "tinydiff_job_seconds_sum", kind="image") == 0.0
 
 
-def test_steps_are_counted_one_by_one_and_by_picture():
+def test_steps_are_counted_one_by_one_and_by_image():
     metrics = Metrics()
     metrics.steps(4, 3, 0.5)
     assert value(metrics, "tinydiff_steps_total") == 12

@@ -74,7 +74,7 @@ def test_every_field_of_the_client_at_a_value_that_can_be(client):
     assert (answer.safety_identifier, answer.user, answer.quality) == ("s", "u", "low")
 
 
-def test_the_address_of_a_picture_is_for_anyone_who_has_it(client, address):
+def test_the_url_of_an_image_is_for_anyone_who_has_it(client, address):
     url = client.images.generate(**SMALL, response_format="url").data[0].url
     assert url.startswith(address)
     with urllib.request.urlopen(url) as answer:
@@ -95,14 +95,14 @@ def test_stream_of_partial_images(client):
     assert all(opened(event.b64_json).size == (64, 48) for event in found)
 
 
-def test_the_first_partial_image_comes_before_the_picture_is_made(made, client):
+def test_the_first_partial_image_comes_before_the_image_is_made(made, client):
     made.scheduler.step_seconds = 0.3
     with client.images.generate(**SMALL, stream=True, partial_images=1) as stream:
         assert next(iter(stream)).type == "image_generation.partial_image"
         assert made.store.get(made.scheduler.submitted[0].id).status == "in_progress"
 
 
-def test_edit_of_one_picture_in_each_form(client):
+def test_edit_of_one_image_in_each_form(client):
     for image in (file(), fake.picture(64, 48), ("a.png", fake.picture(64, 48), "image/png")):
         answer = client.images.edit(
             image=image, prompt="p", size="64x48", extra_body={"seed": 1, "strength": 0.5}
@@ -110,7 +110,7 @@ def test_edit_of_one_picture_in_each_form(client):
         assert (opened(answer.data[0].b64_json).size, answer.seed) == ((64, 48), 1)
 
 
-def test_edit_of_several_pictures(made, client):
+def test_edit_of_several_images(made, client):
     answer = client.images.edit(
         image=[file(), ("b.png", fake.picture(64, 48, "blue"), "image/png")], prompt="p", size="64x48", n=2
     )
@@ -128,7 +128,7 @@ def test_stream_of_an_edit(client):
     assert [event.type for event in found] == ["image_edit.partial_image", "image_edit.completed"]
 
 
-def test_an_unknown_adapter_is_told_in_every_form_that_the_client_sends(client):
+def test_an_unknown_adapter_is_reported_in_every_form_that_the_client_sends(client):
     for loras in ([{"name": "x", "scale": 0.5}], {"x": 1}):
         for call in (
             lambda **more: client.images.generate(**SMALL, **more),
@@ -188,7 +188,7 @@ def test_an_error_in_a_stream_is_the_clients_exception(made, client):
     assert caught.value.code == "insufficient_memory"
 
 
-def test_a_client_that_ran_out_of_patience_gets_the_picture_that_it_asked_for_first(made, client, requests):
+def test_a_client_that_ran_out_of_patience_gets_the_image_that_it_asked_for_first(made, client, requests):
     made.scheduler.gate.clear()
     threading.Timer(1.7, made.scheduler.gate.set).start()
     client.with_options(timeout=1.0).images.generate(**SMALL)

@@ -75,7 +75,7 @@ def test_a_first_frame(made, client, reference):
     assert Image.open(made.files.path(id)).size == (64, 48)
 
 
-def test_retrieve_of_an_unknown_clip(client):
+def test_retrieve_of_an_unknown_video(client):
     with pytest.raises(openai.NotFoundError) as caught:
         client.videos.retrieve("video_nothing")
     assert caught.value.code == "not_found"
@@ -142,7 +142,7 @@ def test_delete_while_it_runs(made, client):
     assert made.store.get(video.id) is None
 
 
-def test_a_failed_clip_ends_the_poll(made, client):
+def test_a_failed_video_ends_the_poll(made, client):
     made.scheduler.fail = lambda job: Failure("insufficient_memory", "it does not fit")
     video = client.videos.create_and_poll(**SMALL)
     assert (video.status, video.error.code, video.error.message) == (
@@ -152,7 +152,7 @@ def test_a_failed_clip_ends_the_poll(made, client):
     )
 
 
-def test_a_cancelled_clip_ends_the_poll(made, client):
+def test_a_cancelled_video_ends_the_poll(made, client):
     made.scheduler.gate.clear()
     video = client.videos.create(**SMALL)
     client.post(f"/videos/{video.id}/cancel", cast_to=object)

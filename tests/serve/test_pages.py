@@ -62,7 +62,7 @@ def test_a_file_comes_with_its_type(client, name):
     assert answer.headers["content-type"] == pages.TYPES[name[name.rindex(".") :]]
 
 
-def test_a_browser_that_has_a_file_is_told_so(client):
+def test_a_browser_that_has_a_file_is_answered_304(client):
     tag = client.simulate_get("/page/page.js").headers["etag"]
     known = client.simulate_get("/page/page.js", headers={"If-None-Match": tag})
     assert known.status_code == 304 and known.content == b"" and known.headers["etag"] == tag
@@ -133,7 +133,7 @@ def test_what_the_scripts_look_for_is_in_the_page():
     assert len(wanted) > 30 and wanted <= known
 
 
-def test_ids_are_given_once():
+def test_ids_are_unique():
     for tags in TAGS.values():
         ids = [attributes["id"] for _, attributes, _ in tags if "id" in attributes]
         assert len(ids) == len(set(ids))
@@ -162,7 +162,7 @@ def test_what_labels_and_descriptions_point_at_is_there():
     assert len(pointed) > 12 and pointed <= ids
 
 
-def test_pictures_of_the_storage_may_be_shown(monkeypatch):
+def test_images_of_the_storage_may_be_shown(monkeypatch):
     assert "http" not in pages.policy()
     for name in ("S3_BUCKET_NAME", "S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(f"TINYDIFF_{name}", "x")

@@ -62,7 +62,7 @@ def test_nothing_of_a_body_is_kept_for_who_has_no_key(keyed, kept, key):
         assert sum(kept) == len(PROMPT)
 
 
-def test_a_client_that_asks_first_is_not_told_to_send(keyed, kept):
+def test_a_client_that_asks_first_gets_no_continue(keyed, kept):
     asked = (
         b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20000000\r\nExpect: 100-continue\r\n"
     )
@@ -104,7 +104,7 @@ def test_a_refused_body_is_not_read_as_requests(keyed):
         assert client.rest() == b""
 
 
-def test_a_full_disk_is_told_to_who_sends_a_body(made, monkeypatch):
+def test_a_full_disk_is_reported_to_who_sends_a_body(made, monkeypatch):
     def full(self, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 

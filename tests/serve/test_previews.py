@@ -37,13 +37,13 @@ def test_a_sheet_shows_sixteen_frames_from_first_to_last():
     assert [abs(a - b) <= 3 for a, b in zip(shades, wanted, strict=True)] == [True] * 16
 
 
-def test_a_short_clip_is_shown_frame_by_frame_and_filled_with_black():
+def test_a_short_video_is_shown_frame_by_frame_and_filled_with_black():
     made = picture(spritesheet(clip(5, 32, 48) + 60))
     assert made.shape == (2 * 32, 3 * 48, 3)
     assert [int(made[48, 48 * column + 24].mean() > 30) for column in range(3)] == [1, 1, 0]
 
 
-def test_a_large_clip_has_small_tiles():
+def test_a_large_video_has_small_tiles():
     assert picture(spritesheet(clip(4, 1280, 720))).shape == (2 * 256, 2 * 144, 3)
 
 

@@ -55,7 +55,7 @@ def wait(service, job, seconds=60):
     raise AssertionError(f"{service.store.get(job.id)} after {seconds} s; {service.scheduler.state()}")
 
 
-def test_a_picture_comes_with_its_parameters_seeds_timings_and_steps(started):
+def test_an_image_comes_with_its_parameters_seeds_timings_and_steps(started):
     service = started()
     job, heard = wait(service, service.scheduler.submit(asked(num_outputs_per_prompt=2)))
     assert job.status == "completed" and job.progress == 100
@@ -118,7 +118,7 @@ def test_a_client_does_not_wait_for_a_disk_that_is_full(started, monkeypatch, pi
     until(lambda: service.store.get(job.id).status == "completed")
 
 
-def test_a_clip_has_a_thumbnail_and_a_spritesheet(started):
+def test_a_video_has_a_thumbnail_and_a_spritesheet(started):
     service = started()
     job, _ = wait(service, service.scheduler.submit(asked("video", num_frames=5, num_inference_steps=1)))
     assert [(output.variant, output.media_type) for output in job.outputs] == [
@@ -310,7 +310,7 @@ def test_a_job_that_comes_as_the_queue_was_found_empty_is_not_left_waiting(start
     assert come.wait(30) and wait(service, job, 30)[0].status == "completed"
 
 
-def test_an_unforeseen_error_is_told_without_its_inside(started, monkeypatch):
+def test_an_unforeseen_error_is_reported_without_its_inside(started, monkeypatch):
     service = started()
     monkeypatch.setattr(pipeline, "finish", lambda *_: 1 / 0)
     job, _ = wait(service, service.scheduler.submit(asked()))

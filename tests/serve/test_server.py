@@ -158,7 +158,7 @@ def test_an_option_with_several_values_may_be_given_several_times():
     assert (options.api_key, options.port, options.cors_origin) == (("a", "b", "c"), 2, ("*",))
 
 
-def test_what_origins_and_a_public_address_may_be():
+def test_what_origins_and_a_public_url_may_be():
     origins = (
         "http://localhost:3000",
         "https://a.example",
@@ -262,7 +262,7 @@ def test_a_body_that_is_never_read_is_refused_in_the_same_form(tmp_path):
         (["--state-url", "mysql://x"], "state_url: 'mysql://x' must have the form"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_loaded(argv, message, tmp_path):
+def test_a_mistake_is_reported_before_anything_is_loaded(argv, message, tmp_path):
     with pytest.raises(UserError, match=re.escape(message)):
         server.serve(server.parse([*argv, "--state-dir", str(tmp_path), "--port", "0"]))
 

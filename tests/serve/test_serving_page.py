@@ -91,7 +91,7 @@ def test_every_option_is_there():
     assert len(named) > 20 and named <= {*config.NAMES, *(entry.name for entry in fields(ServeOptions))}
 
 
-def test_every_address_is_described():
+def test_every_url_is_described():
     """Written in full, or beside one that is."""
     known = {one.path for one in operations("")} | {
         "/",

@@ -51,7 +51,7 @@ def test_stores_opened_at_once_make_the_tables_once(where):
         store.close()
 
 
-def test_a_folder_that_cannot_hold_jobs_is_told(tmp_path):
+def test_a_directory_that_cannot_hold_jobs_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "jobs.sqlite3").write_text("not a database, but as long as one would be " * 100)
     for folder in (tmp_path, tmp_path / "file"):
@@ -75,7 +75,7 @@ def test_a_folder_that_cannot_hold_jobs_is_told(tmp_path):
         ),
     ],
 )
-def test_an_address_that_is_none_is_told_without_its_password(tmp_path, url, said):
+def test_a_url_that_is_none_is_reported_without_its_password(tmp_path, url, said):
     with pytest.raises(UserError, match=f"^state_url: {said}") as caught:
         open_store(tmp_path, url, 5)
     assert (
@@ -85,7 +85,7 @@ def test_an_address_that_is_none_is_told_without_its_password(tmp_path, url, sai
     )
 
 
-def test_a_missing_psycopg_is_told(tmp_path, monkeypatch):
+def test_a_missing_psycopg_is_reported(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(
         UserError, match=r"state_url: 'postgresql://host/db' needs psycopg.*pip install 'psycopg\[binary\]'"

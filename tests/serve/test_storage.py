@@ -93,7 +93,7 @@ def test_an_unknown_type_is_said(environment, kind, hint):
         "http://[",
     ],
 )
-def test_an_endpoint_that_is_no_address_is_said(environment, endpoint):
+def test_an_endpoint_that_is_no_url_is_said(environment, endpoint):
     environment("TINYDIFF", **SET, S3_ENDPOINT_URL=endpoint)
     with pytest.raises(UserError, match="must be a URL") as caught:
         from_environment()
@@ -106,7 +106,7 @@ def test_keys_are_not_shown():
     )
 
 
-def test_addresses_of_objects():
+def test_urls_of_objects():
     assert (
         S3("b", "k", "s", "http://h:9000").url("tinydiff/a b/c.png") == "http://h:9000/b/tinydiff/a%20b/c.png"
     )
@@ -165,7 +165,7 @@ def test_an_output_lies_in_s3_and_its_job_says_where(here, moto):
     assert here.files.elsewhere(output.file) == found.url
 
 
-def test_a_large_clip_arrives_whole(here, moto):
+def test_a_large_video_arrives_whole(here, moto):
     data = bytes(range(256)) * 40_000
     job = done(here, data=data)
     with uploading(here, moto.endpoint) as uploader:

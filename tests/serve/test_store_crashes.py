@@ -286,7 +286,7 @@ def test_a_database_that_restarts_is_waited_for(postgres, database, tmp_path):
         assert one.counts()["completed"] == len(finished) and one.counts()["in_progress"] == 0
 
 
-def test_a_database_that_stays_away_is_told(postgres, database, tmp_path, monkeypatch):
+def test_a_database_that_stays_away_is_reported(postgres, database, tmp_path, monkeypatch):
     monkeypatch.setattr(stores, "PATIENCE", 0.2)
     with closing(open_store(tmp_path, database, 10)) as store:
         postgres.stop()

@@ -109,7 +109,7 @@ def test_a_mask_of_openais_form_is_white_where_it_is_clear(alpha, white):
     assert image.shape == (6, 8, 3) and (image == (np.array([10, 20, 30]) if white is None else white)).all()
 
 
-def test_opacity_is_kept_where_it_is_asked_for():
+def test_alpha_is_kept_where_it_is_asked_for():
     data = png(colour=(10, 20, 30, 100), mode="RGBA")
     assert unpack.pixels(data, "image", MOST, with_alpha=True)[0, 0].tolist() == [10, 20, 30, 100]
     assert unpack.pixels(data, "image", MOST).shape == (6, 8, 3)

@@ -46,7 +46,7 @@ def test_content(client, variant, media_type):
     )
 
 
-def test_content_is_the_video_unless_told_and_has_ranges_and_head(client):
+def test_content_is_the_video_by_default_and_has_ranges_and_head(client):
     address = f"/v1/videos/{finished(client)['id']}/content"
     whole = client.simulate_get(address)
     assert whole.content == client.simulate_get(address, params={"variant": "video"}).content
@@ -57,7 +57,7 @@ def test_content_is_the_video_unless_told_and_has_ranges_and_head(client):
     assert client.simulate_get(address, headers={"If-None-Match": whole.headers["etag"]}).status_code == 304
 
 
-def test_content_of_several_clips(client):
+def test_content_of_several_videos(client):
     answer = finished(client, n=2, seed=5)
     assert ([output["seed"] for output in answer["outputs"]], answer["seeds"]) == ([5, 6], [5, 6])
     address = f"/v1/videos/{answer['id']}/content"
@@ -81,7 +81,7 @@ def test_content_of_what_is_not_done_says_so(client, held):
     assert answer.headers["openai-poll-after-ms"] == "200"
 
 
-def test_content_of_a_failed_clip_says_why(made, client):
+def test_content_of_a_failed_video_says_why(made, client):
     made.scheduler.fail = lambda job: Failure("insufficient_memory", "it does not fit")
     id = until(client, create(client)["id"], "failed")["id"]
     answer = client.simulate_get(f"/v1/videos/{id}/content")
@@ -118,7 +118,7 @@ def test_content_that_was_uploaded_is_found_there(made, client):
     assert client.simulate_get(f"/v1/videos/{id}/content", params={"variant": "thumbnail"}).status_code == 200
 
 
-def test_what_went_wrong_in_uploading_is_told(made, client):
+def test_what_went_wrong_in_uploading_is_reported(made, client):
     id = finished(client)["id"]
     [clip, *small] = made.store.get(id).outputs
     made.store.update_outputs(id, (replace(clip, warning="the bucket said no"), *small))
@@ -165,7 +165,7 @@ def test_a_file_is_its_own_key_s_alone_whether_it_is_read_or_given(tmp_path):
         made.scheduler.close()
 
 
-def test_an_output_s_address_works_without_a_key(tmp_path):
+def test_an_output_s_url_works_without_a_key(tmp_path):
     made = fake.service(tmp_path, api_key=("k",))
     app = make_app(made)
     try:
@@ -196,7 +196,7 @@ def test_an_output_s_address_works_without_a_key(tmp_path):
         made.scheduler.close()
 
 
-def test_addresses_are_those_that_clients_reach(tmp_path):
+def test_urls_are_those_that_clients_reach(tmp_path):
     made = fake.service(tmp_path, public_url="https://images.example/")
     try:
         [output] = finished(falcon.testing.TestClient(make_app(made), {"Host": "localhost"}))["outputs"]

@@ -53,7 +53,7 @@ def held(made):
 # --- create and retrieve ---
 
 
-def test_a_new_clip_has_all_of_openais_keys_and_ours(client, held):
+def test_a_new_video_has_all_of_openais_keys_and_ours(client, held):
     answer = create(client)
     assert set(answer) == OPENAI | OURS
     assert (answer["object"], answer["model"], answer["prompt"]) == (
@@ -75,7 +75,7 @@ def test_size_and_seconds_are_the_effective_ones(client, held):
     assert (default["size"], default["seconds"]) == ("128x128", "2.125")
 
 
-def test_a_completed_clip_says_what_was_made(client):
+def test_a_completed_video_says_what_was_made(client):
     answer = finished(client, seed=11)
     assert (answer["progress"], answer["seeds"], answer["error"]) == (100, [11], None)
     assert answer["parameters"]["height"] == 48
@@ -91,7 +91,7 @@ def test_a_completed_clip_says_what_was_made(client):
     assert all(isinstance(answer[name], int) for name in ("created_at", "completed_at", "expires_at"))
 
 
-def test_a_waiting_clip_says_where_it_stands_and_when_to_ask(made, client, held):
+def test_a_waiting_video_says_where_it_stands_and_when_to_ask(made, client, held):
     made.scheduler.place = lambda job: QueuePlace(4, 12.5)
     made.scheduler.poll_after_ms = lambda job: 3456
     answer = client.simulate_post("/v1/videos", json=SMALL)
@@ -103,18 +103,18 @@ def test_a_waiting_clip_says_where_it_stands_and_when_to_ask(made, client, held)
     assert client.simulate_get(f"/v1/videos/{answer.json['id']}").headers["openai-poll-after-ms"] == "3456"
 
 
-def test_a_clip_that_is_done_is_not_asked_again(client):
+def test_a_video_that_is_done_is_not_asked_again(client):
     assert "openai-poll-after-ms" not in client.simulate_get(f"/v1/videos/{finished(client)['id']}").headers
 
 
-def test_a_failed_clip_says_why(made, client):
+def test_a_failed_video_says_why(made, client):
     made.scheduler.fail = lambda job: Failure("insufficient_memory", "it does not fit")
     answer = until(client, create(client)["id"], "failed")
     assert answer["error"] == {"code": "insufficient_memory", "message": "it does not fit"}
     assert answer["outputs"] == []
 
 
-def test_an_unknown_clip_is_not_there(client):
+def test_an_unknown_video_is_not_there(client):
     for method, tail in (("GET", ""), ("DELETE", ""), ("GET", "/content"), ("POST", "/cancel")):
         assert error(client.simulate_request(method, f"/v1/videos/video_nothing{tail}"))[:2] == (
             404,
@@ -144,7 +144,7 @@ def test_a_full_queue_says_when(made, client):
     )
 
 
-def test_a_repeated_key_is_the_same_clip(client, held):
+def test_a_repeated_key_is_the_same_video(client, held):
     headers = {"Idempotency-Key": "abc"}
     first, second = (
         client.simulate_post("/v1/videos", json=SMALL, headers=headers).json["id"] for _ in range(2)
@@ -179,7 +179,7 @@ def test_a_form_without_a_file_is_enough(client):
     assert client.simulate_post("/v1/videos", **form(*PARTS)).json["size"] == "64x48"
 
 
-def test_what_is_no_picture_is_refused_and_not_kept(made, client):
+def test_what_is_no_image_is_refused_and_not_kept(made, client):
     answer = client.simulate_post("/v1/videos", **form(*PARTS, ("input_reference", b"no image", "a.png")))
     assert (answer.status_code, answer.json["error"]["param"]) == (400, "input_reference")
     assert made.scheduler.submitted == [] and kept(made) == []
@@ -217,7 +217,7 @@ def test_the_list_goes_by_pages_in_both_directions(client, held):
     )
 
 
-def test_the_list_has_no_pictures(made, client, held):
+def test_the_list_has_no_images(made, client, held):
     made.store.add(Job(new_id("image"), "image", time.time(), fields={"prompt": "x"}))
     assert client.simulate_get("/v1/videos").json["data"] == []
 
@@ -236,7 +236,7 @@ def test_a_wrong_query_of_the_list(client, params, code, param):
 # --- keys ---
 
 
-def test_another_key_neither_sees_nor_touches_a_clip(tmp_path):
+def test_another_key_neither_sees_nor_touches_a_video(tmp_path):
     made = fake.service(tmp_path, api_key=("mine", "theirs"))
     app = make_app(made)
     try:
@@ -283,7 +283,7 @@ def test_a_key_that_has_its_share_of_the_queue_leaves_room_for_another(tmp_path)
 # --- cancel and delete ---
 
 
-def test_cancel_of_a_waiting_clip(client, held):
+def test_cancel_of_a_waiting_video(client, held):
     first, second = create(client)["id"], create(client)["id"]
     until(client, first, "in_progress")
     answer = client.simulate_post(f"/v1/videos/{second}/cancel")
@@ -294,7 +294,7 @@ def test_cancel_of_a_waiting_clip(client, held):
     )
 
 
-def test_cancel_of_a_running_clip(made, client):
+def test_cancel_of_a_running_video(made, client):
     made.scheduler.steps, made.scheduler.step_seconds = 500, 0.02
     id = create(client)["id"]
     until(client, id, "in_progress")
@@ -302,12 +302,12 @@ def test_cancel_of_a_running_clip(made, client):
     assert until(client, id, "failed")["error"]["code"] == "cancelled"
 
 
-def test_cancel_of_a_finished_clip_leaves_it(client):
+def test_cancel_of_a_finished_video_leaves_it(client):
     id = finished(client)["id"]
     assert client.simulate_post(f"/v1/videos/{id}/cancel").json["status"] == "completed"
 
 
-def test_delete_takes_the_clip_and_its_files_and_once(made, client):
+def test_delete_takes_the_video_and_its_files_and_once(made, client):
     id = client.simulate_post("/v1/videos", **form(*PARTS, ("input_reference", PICTURE, "upload"))).json["id"]
     until(client, id, "completed")
     assert len(kept(made)) == 4, "the given image, the video and its two small images"
@@ -320,7 +320,7 @@ def test_delete_takes_the_clip_and_its_files_and_once(made, client):
     assert error(client.simulate_delete(f"/v1/videos/{id}"))[:2] == (404, "not_found")
 
 
-def test_delete_of_a_waiting_clip(made, client, held):
+def test_delete_of_a_waiting_video(made, client, held):
     first, second = create(client)["id"], create(client)["id"]
     until(client, first, "in_progress")
     assert client.simulate_delete(f"/v1/videos/{second}").json["deleted"] is True
@@ -329,7 +329,7 @@ def test_delete_of_a_waiting_clip(made, client, held):
     assert made.store.get(second) is None
 
 
-def test_delete_of_a_running_clip_stops_it(made, client):
+def test_delete_of_a_running_video_stops_it(made, client):
     made.scheduler.steps, made.scheduler.step_seconds = 500, 0.02
     id = create(client)["id"]
     until(client, id, "in_progress")
@@ -401,7 +401,7 @@ def test_a_wrong_remix(made, client, body, code, param):
     assert len(made.scheduler.submitted) == 1
 
 
-def test_a_remix_that_the_queue_refuses_leaves_no_picture_behind(made, client):
+def test_a_remix_that_the_queue_refuses_leaves_no_image_behind(made, client):
     source = client.simulate_post("/v1/videos", **form(*PARTS, ("input_reference", PICTURE, "upload"))).json[
         "id"
     ]

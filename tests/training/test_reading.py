@@ -99,7 +99,7 @@ def test_a_shape_that_stays_has_no_motion():
     assert judge({"motion": scene.motion}, still) == {"motion": False}
 
 
-def test_another_resolution_reads_alike():
+def test_another_resolution_reads_the_same():
     for scene in scenes(27, "picture", 10):
         doubled = F.interpolate(
             render([scene])[0].transpose(0, 1), scale_factor=2, mode="bilinear"

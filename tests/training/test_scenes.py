@@ -129,7 +129,7 @@ def test_render_shape_range_and_margin(kind, frames):
             assert tuple(shown[0, int(y), int(x)].tolist()) == PALETTE[scene.colour]
 
 
-def test_one_scene_draws_alike_in_any_batch():
+def test_one_scene_draws_the_same_in_any_batch():
     batch = scenes(5, "pair", 6) + scenes(5, "picture", 6)
     together = render(batch)
     for i, scene in enumerate(batch):

@@ -7,7 +7,7 @@ from PIL import Image
 from training.sheet import contact_sheet, filmstrip
 
 
-def test_contact_sheet_places_pictures_and_captions():
+def test_contact_sheet_places_images_and_captions():
     images = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
     sheet = np.asarray(
         contact_sheet(
