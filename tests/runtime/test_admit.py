@@ -440,9 +440,7 @@ def test_options_that_name_a_component(tmp_path):
         path,
         component_paths={"image_encoder": str(tmp_path)},
     )
-    refused(
-        "vae_path", "is neither a file nor a directory here", read, path, component_paths={"vae": "nowhere"}
-    )
+    refused("vae_path", "is neither a file nor a", read, path, component_paths={"vae": "nowhere"})
     refused("text_encoder_precisions", "2 are given", read, path, text_encoder_precisions=("fp32", "bf16"))
     refused("image_encoder_precision", "has no image encoder", read, path, image_encoder_precision="fp32")
     refused("revision", "is a local directory", read, path, revision="main")
