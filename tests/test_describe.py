@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
 from tests.runtime import folders
-from tests.sources import ROOT
+from tests.sources import PACKAGE, ROOT
 from tinydiff import cli
 from tinydiff.describe import as_json, told
 from tinydiff.keymap import KeyMap, stored_rows
@@ -246,7 +246,7 @@ def test_layers_that_no_model_has_are_said(tmp_path):
     found = contents(str(header_only(tmp_path / "a.safetensors", shapes | odd)))
     assert found.models == WANS and found.problems == (
         f"1 of its {found.layers} layers are not those of the released models that it looks like: "
-        "diffusion_model.mid.attn",
+        "mid.attn",
     )  # fmt: skip
     found = contents(str(header_only(tmp_path / "b.safetensors", odd)))
     assert (
@@ -269,6 +269,15 @@ def test_other_kinds_of_adapters(tmp_path):
     }
     found = contents(str(header_only(tmp_path / "a.safetensors", loha)))
     assert (found.kind, found.layers, found.ranks) == ("LoHa", 1, (6,)) and WAN in found.models
+    oft = {"base_model.model.blocks.0.attn1.to_q.oft_R.weight": (48, 496)}
+    found = contents(str(header_only(tmp_path / "a.safetensors", oft)))
+    assert (found.kind, found.layers, found.ranks) == ("OFT", 1, ()) and WAN in found.models
+
+
+def test_the_adapters_of_the_package_are_its_models():
+    for name in ("purple", "yellow"):
+        found = contents(str(PACKAGE / "shapes" / "loras" / f"{name}.safetensors"))
+        assert (found.kind, found.models, found.problems) == ("LoRA", ("tinydiff/shapes",), ())
 
 
 @pytest.mark.parametrize(("layout", "prefix"), [("diffusers", ""), ("original", "model.diffusion_model.")])

@@ -6,48 +6,32 @@ prefix. Underscored names cannot be split, so both spellings of every known laye
 
 from __future__ import annotations
 
-import re
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import prod
 
+from tinydiff.io.lora.keys import parse
 from tinydiff.keymap import Shape, stored_rows
-from tinydiff.models import released
+from tinydiff.models import registry, released
 from tinydiff.models.classes import RECORDS
 from tinydiff.models.layouts.recognise import LAYOUTS, config_from
-
-PREFIX = re.compile(
-    r"(?:base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer(?:_2)?\.|unet\."
-    r"|lora_unet__?|lora_transformer_|lycoris_|oft_unet_)+"
-)
-"""What trainers write before the name of a denoiser's layer."""
-
-TEXT = re.compile(r"(?:base_model\.model\.)?(?:lora_te\d?_|text_encoders?(?:_\d)?\.)")
-"""What stands before the name of a text encoder's layer."""
-
-PART = re.compile(
-    r"[._](?P<part>lora_(?:A|B|down|up|mid|magnitude_vector)(?:\.\w+?)?|lora\d?\.(?:down|up)"
-    r"|lora_linear_layer\.(?:down|up)|lokr_\w+|hada_\w+|oft_\w+|boft_\w+|dora_scale|diff(?:_[bm])?|set_weight|alpha)"
-    r"(?:\.weight|\.bias)?$"
-)
-"""The end of a key, which says what of a layer's change it is."""
+from tinydiff.runtime.components import SHIPPED
 
 KINDS = {
-    "LoKr": "lokr_",
-    "LoHa": "hada_",
-    "OFT": "oft_",
-    "BOFT": "boft_",
-    "DoRA": "dora_scale",
-    "difference": "diff",
+    "LoRA": ("down", "up"),
+    "LoKr": ("lokr_",),
+    "LoHa": ("hada_",),
+    "OFT": ("oft_",),
+    "BOFT": ("boft_",),
+    "DoRA": ("dora_scale", "magnitude"),
+    "difference": ("diff",),
 }
-"""Kind -> the first letters of parts that only it has."""
+"""Kind -> the first letters of parts that only it has (`io.lora.keys`)."""
 
-LOW = (
-    *("lora_A", "lora_down", "lora.down", "lora1.down", "lora2.down", "lora_linear_layer.down"),
-    *("hada_w1_b", "lokr_w1_b", "lokr_w2_b"),
-)
+LOW = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
 """Parts whose first dimension is the rank."""
 
 
@@ -68,31 +52,21 @@ class AdapterFacts:
 
 def adapter_facts(shapes: Mapping[str, Shape]) -> AdapterFacts:
     """The facts of an adapter's header."""
-    layers: dict[str, dict[str, Shape]] = defaultdict(dict)
+    layers: dict[tuple[str, int | None], dict[str, Shape]] = defaultdict(dict)
     for key, shape in shapes.items():
-        if match := PART.search(key):
-            layers[key[: match.start()]][match["part"]] = shape
+        if (read := parse(key)) is not None:
+            layers[read.stem, read.encoder][read.part] = shape
     parts = {part for each in layers.values() for part in each}
-    kinds = [kind for kind, start in KINDS.items() if any(part.startswith(start) for part in parts)]
-    if any(part.startswith("lora") for part in parts):
-        kinds.insert(0, "LoRA")
-    ranks = {
-        shape[0] for each in layers.values() for part, shape in each.items() if shape and part.startswith(LOW)
-    }
-    own = {name: _ends(each) for name, each in layers.items() if not TEXT.match(name)}
+    kinds = tuple(kind for kind, starts in KINDS.items() if any(part.startswith(starts) for part in parts))
+    ranks = {shape[0] for each in layers.values() for part, shape in each.items() if shape and part in LOW}
+    own = {stem: _ends(each) for (stem, encoder), each in layers.items() if encoder is None}
     naming, models, strangers = _models(own)
-    return AdapterFacts(tuple(kinds), len(layers), tuple(sorted(ranks)), naming, models, strangers)
+    return AdapterFacts(kinds, len(layers), tuple(sorted(ranks)), naming, models, strangers)
 
 
 def _ends(parts: Mapping[str, Shape]) -> tuple[int | None, int | None]:
     """(outputs, inputs) of a layer, as far as a pair of low rank tells."""
-    low = next(
-        (s for part, s in parts.items() if re.match(r"lora(_A|_down|\d?\.down|_linear_layer\.down)", part)),
-        (),
-    )
-    high = next(
-        (s for part, s in parts.items() if re.match(r"lora(_B|_up|\d?\.up|_linear_layer\.up)", part)), ()
-    )
+    low, high = parts.get("down", ()), parts.get("up", ())
     return (high[0] if high else None), (prod(low[1:]) if low else None)
 
 
@@ -102,19 +76,16 @@ def _models(
     """(naming, models, layers that they lack) of those that have most of the layers, and at least half."""
     best: tuple[int, str | None, tuple[str, ...], tuple[str, ...]] = (0, None, (), ())
     for naming, models, known in _known():
-        lacks = tuple(name for name, ends in layers.items() if not _fits(known.get(_bare(name)), ends))
+        lacks = tuple(
+            name for name, ends in layers.items() if not _fits(known.get(name.replace(".", "_")), ends)
+        )
         has = len(layers) - len(lacks)
         if has > best[0]:
             best = has, naming, models, lacks
         elif has and has == best[0] and naming == best[1]:
             either = {*best[2], *models}
-            best = has, naming, tuple(name for name in released.COMPONENTS if name in either), lacks
+            best = has, naming, tuple(name for name in _denoisers() if name in either), lacks
     return best[1:] if 2 * best[0] >= len(layers) else (None, (), tuple(layers))
-
-
-def _bare(name: str) -> str:
-    match = PREFIX.match(name)
-    return name[match.end() if match else 0 :].replace(".", "_")
 
 
 def _fits(shape: Shape | None, ends: tuple[int | None, int | None]) -> bool:
@@ -129,11 +100,17 @@ def _known() -> tuple[tuple[str, tuple[str, ...], Mapping[str, Shape]], ...]:
     return tuple(_tables())
 
 
+def _denoisers() -> Mapping[str, tuple[str, Mapping[str, object]]]:
+    """Model -> (class, entries of config.json) of its denoiser: the released ones, and the package's own."""
+    own = json.loads((SHIPPED / "transformer" / "config.json").read_text())
+    known = {model: components["transformer"] for model, components in released.COMPONENTS.items()}
+    return {**known, registry.SHIPPED: (own.pop("_class_name"), own)}
+
+
 def _tables() -> Iterator[tuple[str, tuple[str, ...], Mapping[str, Shape]]]:
     alike: dict[tuple[str, str], list[str]] = defaultdict(list)
     entries: dict[tuple[str, str], Mapping[str, object]] = {}
-    for model, components in released.COMPONENTS.items():
-        class_name, fields = components["transformer"]
+    for model, (class_name, fields) in _denoisers().items():
         alike[class_name, repr(fields)].append(model)
         entries[class_name, repr(fields)] = fields
     for (class_name, at), models in alike.items():

@@ -18,10 +18,10 @@ from tinydiff.io.headers import Header
 from tinydiff.io.weights import check_weights, weight_files
 from tinydiff.models import registry, released
 from tinydiff.models.classes import RECORDS
-from tinydiff.models.layouts.adapters import adapter_facts
 from tinydiff.models.layouts.recognise import LORA, QUANTISED, Found, recognise
 from tinydiff.records import UserError, nearest
 from tinydiff.runtime import blueprint
+from tinydiff.runtime.adapter_facts import adapter_facts
 from tinydiff.runtime.components import nearest_first
 
 MOST = 200
