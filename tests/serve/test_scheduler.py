@@ -12,12 +12,18 @@ import torch
 from PIL import Image
 
 from tinydiff.config import ModelOptions
+from tinydiff.models import upscalers
+from tinydiff.models.interpolators import Config, spec
+from tinydiff.models.upscalers import Compact
 from tinydiff.records import Sound
 from tinydiff.runtime import pipeline
 from tinydiff.serve import answers, outputs, scheduler, server
 from tinydiff.serve.errors import of_failure
 from tinydiff.serve.jobs import DONE, Busy, Job, Stopping, new_id
 from tinydiff.serve.options import ServeOptions
+
+NARROW = Config((8, 6, 4, 4), 13, 5, 6, 3)
+"""A small network of RIFE 4.22's kind."""
 
 
 @pytest.fixture
@@ -269,6 +275,33 @@ def test_a_video_is_stored_with_its_sound_where_the_format_holds_any(started, mo
         if "audio" in kinds:
             heard = np.concatenate([frame.to_ndarray() for frame in container.decode(audio=0)], 1)
             assert container.streams.audio[0].rate == 24000 and np.abs(heard).max() > 0.5
+
+
+def test_a_video_with_added_and_enlarged_frames(tmp_path):
+    """The operator chooses the networks, a request asks for them; their stages are among its seconds."""
+    torch.save({f"module.{row.name}": torch.zeros(row.shape) for row in spec(NARROW)}, tmp_path / "a.pkl")
+    torch.save(
+        {row.name: torch.zeros(row.shape) for row in upscalers.spec(Compact(4, 0, 2))}, tmp_path / "b.pth"
+    )
+    models = {"frame_interpolation_model_path": str(tmp_path / "a.pkl")}
+    models["upscaling_model_path"] = str(tmp_path / "b.pth")
+    options = ServeOptions(state_dir=str(tmp_path / "state"), lease=2.0, warmup_steps=0)
+    service = server.build(ModelOptions(**models), options)
+    service.scheduler.start()
+    try:
+        asking = asked("video", num_frames=5, width=64, height=64, fps=8, enable_upscaling=True)
+        asking.fields.update(enable_frame_interpolation=True, frame_interpolation_exp=2)
+        job, _ = wait(service, service.scheduler.submit(asking))
+    finally:
+        service.scheduler.stop(0.0)
+    assert job.status == "completed" and job.result["parameters"]["frame_interpolation_exp"] == 2
+    assert all(job.result["seconds"][stage] > 0 for stage in ("decode", "interpolation", "upscale", "save"))
+    video, thumbnail, _ = (service.files.path(output.file) for output in job.outputs)
+    with av.open(str(video)) as file:
+        [stream] = file.streams.video
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(stream)]
+        assert stream.average_rate == 32 and np.shape(frames) == (20, 128, 128, 3)
+    assert Image.open(thumbnail).size == (64, 64)
 
 
 def test_a_job_cancelled_as_it_completes_keeps_its_files(started, monkeypatch):
