@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from tinydiff import weight_plan
-from tinydiff.config import ParallelOptions, SamplingOptions
+from tinydiff.config import ModelOptions, ParallelOptions, SamplingOptions
 from tinydiff.parallel.cost import Machine
 from tinydiff.parallel.layout import AXES, AXIS_OPTIONS, Layout
 from tinydiff.records import UserError, nearest
@@ -45,6 +45,12 @@ class PlanOptions:
     num_inference_steps: int | None = same(SamplingOptions, "num_inference_steps")
     guidance_scale: float | None = same(SamplingOptions, "guidance_scale")
     true_cfg_scale: float | None = same(SamplingOptions, "true_cfg_scale")
+    enable_upscaling: bool = same(SamplingOptions, "enable_upscaling")
+    upscaling_scale: int | None = same(SamplingOptions, "upscaling_scale")
+    upscaling_model_path: str | None = same(ModelOptions, "upscaling_model_path")
+    enable_frame_interpolation: bool = same(SamplingOptions, "enable_frame_interpolation")
+    frame_interpolation_scale: float | None = same(SamplingOptions, "frame_interpolation_scale")
+    frame_interpolation_model_path: str | None = same(ModelOptions, "frame_interpolation_model_path")
     dit_precision: Precision = "bf16"
     """Data type of the denoiser."""
     tflops: float = within(400.0, above=0)
@@ -71,6 +77,11 @@ class PlanOptions:
     def sampling(self) -> SamplingOptions:
         """The request."""
         return SamplingOptions(**self._shared_with(SamplingOptions))
+
+    @property
+    def files(self) -> dict[str, str | None]:
+        """Options that name networks for decoded frames."""
+        return self._shared_with(ModelOptions)
 
     @property
     def parallel(self) -> ParallelOptions:
@@ -101,12 +112,16 @@ def run(question: PlanOptions) -> int:
         raise UserError("model", "model: is missing; `tinydiff models` lists the names")
     machine, parallel = question.machine, question.parallel
     if question.placements:
-        print(weight_plan.text(question.model, question.sampling, parallel, question.json))
+        print(weight_plan.text(question.model, question.sampling, parallel, question.json, question.files))
         return 0
     from tinydiff.runtime import estimate, memory  # torch, for those who get here
 
     subject = estimate.subject(
-        question.model, question.sampling, question.num_gpus, ITEM_BYTES[question.dit_precision]
+        question.model,
+        question.sampling,
+        question.num_gpus,
+        ITEM_BYTES[question.dit_precision],
+        question.files,
     )
     notes = list(assumptions(question, subject, estimate.RESERVED, estimate.REFERENCE))
     usual = estimate.usual(subject, question.num_gpus)

@@ -17,13 +17,19 @@ if TYPE_CHECKING:
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def text(model: str, sampling: SamplingOptions, parallel: ParallelOptions, as_json: bool) -> str:
+def text(
+    model: str,
+    sampling: SamplingOptions,
+    parallel: ParallelOptions,
+    as_json: bool,
+    files: Mapping[str, str | None] | None = None,
+) -> str:
     """The plan of every weight on the layout that a generation with these options has. Raises UserError."""
     from tinydiff.runtime import estimate, launch  # torch, for those who get here
     from tinydiff.runtime.weight_plans import network_placements
 
     ranks = layout.count(parallel)
-    subject = estimate.subject(model, sampling, ranks, 2)
+    subject = estimate.subject(model, sampling, ranks, 2, files)
     guided, tokens = subject.request.guidance.on, subject.work.image
     chosen, why = layout.choose(parallel, ranks, subject.net.heads, guided, tokens)
     plan = estimate.blueprint_of(model)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.parallel.test_cost import Alive
 from tinydiff.models import interpolators
 from tinydiff.models.interpolators import Config
 from tinydiff.ops.weights import Weights
@@ -199,3 +200,18 @@ def test_the_published_sizes_of_scales():
     heavy = replace(published, widths=(384, 256, 192, 128, 64))
     assert heavy.scales == (16, 8, 4, 2, 1) and heavy.multiple(0.25) == 256
     assert Config((192, 128, 64, 32), 13, 5, 16, 4).multiple(2.0) == 32
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize(
+    "config", [Config((192, 128, 64, 32), 13, 5, 16, 4), Config((192, 128, 96, 64), 6, None, 0, 0)], ids=str
+)
+def test_the_memory_is_about_that_of_a_run(config, scale):
+    """Sizes alone, so the published widths cost nothing."""
+    w = Weights({row.name: torch.empty(row.shape, device="meta") for row in interpolators.spec(config)})
+    frame = torch.empty(1, 3, 500, 760, device="meta")
+    with torch.no_grad(), Alive() as alive:
+        pair = [interpolators.prepared(config, w, frame, scale) for _ in range(2)]
+        interpolators.between(config, w, *pair, torch.empty(1, device="meta"), scale)
+    estimated = interpolators.working_bytes(config, 500, 760, scale)
+    assert estimated == pytest.approx(alive.most, rel=0.25)

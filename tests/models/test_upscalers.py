@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.parallel.test_cost import Alive
 from tinydiff.models import upscalers
 from tinydiff.models.upscalers import Compact, Dense
 from tinydiff.ops.weights import Weights
@@ -131,3 +132,11 @@ def test_a_pixel_depends_on_no_more_than_its_reach(config):
     center = side // 2 * config.scale
     before, after = (upscalers.enlarge(config, w, each)[..., center, center] for each in (x, far))
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("config", [Dense(), Dense(fold=2), Compact(), Compact(scale=2)], ids=str)
+def test_the_memory_is_about_that_of_a_run(config):
+    w = Weights({row.name: torch.empty(row.shape, device="meta") for row in upscalers.spec(config)})
+    with torch.no_grad(), Alive() as alive:
+        upscalers.enlarge(config, w, torch.empty(1, 3, 352, 352, device="meta"))
+    assert upscalers.working_bytes(config, 352, 352) == pytest.approx(alive.most, rel=0.1)

@@ -12,11 +12,13 @@ from safetensors.torch import save_file
 
 import tinydiff
 from tests.models.test_interpolators import VERSIONS, reference
-from tinydiff.config import NoProgress
+from tinydiff.config import NoProgress, SamplingOptions
 from tinydiff.models import interpolators
-from tinydiff.models.upscalers import Compact, spec
+from tinydiff.models.upscalers import Compact, spec, working_bytes
+from tinydiff.parallel.cost import Machine
+from tinydiff.parallel.layout import Layout
 from tinydiff.records import Frames, Interpolation, Output, Upscaling, UserError
-from tinydiff.runtime import interpolate, postprocess, upscale
+from tinydiff.runtime import estimate, interpolate, memory, postprocess, upscale
 from tinydiff.runtime.clock import Clock
 
 CPU = torch.device("cpu")
@@ -298,3 +300,39 @@ def test_a_path_that_names_nothing(path):
 def test_a_directory_without_the_file(tmp_path):
     with pytest.raises(UserError, match=r"has no file flownet\.pkl"):
         interpolate.locate(str(tmp_path))
+
+
+# --- memory
+
+
+def test_both_are_in_the_plan_of_memory(tmp_path):
+    """They stay on the device, and the plan makes room for them by moving others."""
+    paths = {"frame_interpolation_model_path": str(still(tmp_path / "flownet.pkl"))}
+    paths["upscaling_model_path"] = str(upscaling(tmp_path).model)
+    sampling = SamplingOptions(enable_frame_interpolation=True, enable_upscaling=True, num_frames=81)
+    model = "Wan2.1-T2V-1.3B-Diffusers"
+    subject = estimate.subject(model, sampling, 1, 2, paths)
+    plain = estimate.subject(model, replace(sampling, **{name: False for name in postprocess.FURTHER}), 1, 2)
+    *others, added, enlarged = memory.parts(subject)
+    assert tuple(others) == memory.parts(plain) and (added.name, enlarged.name) == (
+        "interpolation",
+        "upscale",
+    )
+    assert added.weights == 4 * sum(row.numel for row in interpolators.spec(CONFIG))
+    assert added.working == interpolators.working_bytes(CONFIG, 480, 832)
+    assert enlarged.working == working_bytes(Compact(5, 1, 2), 262, 262) + 3 * 3 * 4 * 480 * 832 * 4
+    for mode in ("auto", "memory", "speed"):
+        where = memory.choose(memory.parts(subject), 12, mode).where
+        assert where["interpolation"].kind == where["upscale"].kind == "resident"
+    layout = estimate.estimate(subject, Layout(), 12, Machine(400.0, 300.0, 25.0, 8))
+    without = estimate.estimate(plain, Layout(), 12, Machine(400.0, 300.0, 25.0, 8))
+    assert layout.weights - without.weights == added.weights + enlarged.weights
+
+
+def test_plan_takes_the_options(tmp_path, capsys):
+    from tinydiff.cli import main
+
+    words = ["plan", "Wan2.1-T2V-1.3B-Diffusers", "--vram", "24", "--enable-frame-interpolation"]
+    words += ["--frame-interpolation-model-path", str(still(tmp_path / "flownet.pkl"))]
+    assert main(words) == 0
+    assert "interpolation" in capsys.readouterr().out

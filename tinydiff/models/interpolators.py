@@ -172,6 +172,18 @@ def between(c: Config, w: Weights, first: Frame, second: Frame, time_B: Tensor, 
     return warped[0].pixels * share + warped[1].pixels * (1 - share)
 
 
+def working_bytes(c: Config, height: int, width: int, scale: float = 1.0, b: int = 4) -> int:
+    """About the peak of `between` for a pair of frames, in bytes of b a value: in its last block.
+
+    There are both frames as given and as warped, each with its encoding; the flows, and what the block before
+    made; what this block sees, the same once more at the size at which it works, and its first features.
+    """
+    height, width = (side + -side % c.multiple(scale) for side in (height, width))
+    frames, seen = 4 * (3 + c.encoded), FRAMES + 1 + 2 * c.encoded + MASK + c.carried
+    inside = (seen + FLOWS + c.widths[-1] // 4) * max(1.0, scale) ** 2
+    return round((frames + FLOWS + c.outputs + seen + inside) * height * width * b)
+
+
 def _block(
     c: Config, w: Weights, x_BCHW: Tensor, flow: Tensor, fraction: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -107,6 +107,18 @@ def enlarge(c: Config, w: Weights, x_B3HW: Tensor) -> Tensor:
     return y[..., : height * c.scale, : width * c.scale]
 
 
+def working_bytes(c: Config, height: int, width: int, b: int = 4) -> int:
+    """About the peak of `enlarge` for an image, in bytes of b a value.
+
+    RRDBNet holds three tensors of its features and a result, all at the size of the result. SRVGGNetCompact
+    holds two tensors of its features at the size of the input, in the end four of the result.
+    """
+    result = 3 * c.scale**2
+    large, small = 3 * c.features * c.scale**2 + result, max(2 * c.features, 4 * result)
+    most = large if isinstance(c, Dense) else small
+    return (most + 3) * height * width * b
+
+
 # --- RRDBNet
 
 

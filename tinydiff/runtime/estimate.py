@@ -21,7 +21,7 @@ from tinydiff.parallel.layout import Layout, check, choose
 from tinydiff.parallel.plan import Row
 from tinydiff.parallel.shards import why_indivisible
 from tinydiff.records import Request, UserError, nearest
-from tinydiff.runtime import blueprint, components
+from tinydiff.runtime import blueprint, components, postprocess
 from tinydiff.runtime.admit import admit
 from tinydiff.runtime.pipeline import PIXELS_PER_PASS
 
@@ -55,6 +55,8 @@ class Subject:
     work: Work
     b: int
     """Bytes of a value in the denoiser."""
+    after: Mapping[str, tuple[int, int]]
+    """What is done to decoded frames -> (bytes of its weights, bytes beside them)."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,16 @@ class Estimate:
         return self.total / 1e9 + RESERVED - self.vram
 
 
-def subject(model: str, sampling: SamplingOptions, ranks: int, b: int) -> Subject:
+def subject(
+    model: str, sampling: SamplingOptions, ranks: int, b: int, files: Mapping[str, str | None] | None = None
+) -> Subject:
     """Read a model and admit a request as a generation would be, but for images to be given, which have no
     bearing here.
 
-    model: a name in the registry, a directory or a hub id. b: bytes of a value of the denoiser. Raises
-    UserError.
+    model: a name in the registry, a directory or a hub id. b: bytes of a value of the denoiser. files: the
+    options that name networks for decoded frames. Raises UserError.
     """
-    plan = blueprint_of(model)
+    plan = replace(blueprint_of(model), **files or {})
     request = request_without_images(plan, sampling)
     name = plan.row.name if _is_released(model) else model
     return subject_of(plan, request, name, ranks, lambda net: ROLE_BYTES.get(net.family.role, b))
@@ -143,6 +147,7 @@ def subject_of(
             else 0,
         ),
         b=itemsize(net),
+        after=postprocess.needs(request.output),
     )
 
 
@@ -278,12 +283,13 @@ def estimate(subject: Subject, layout: Layout, vram: float, machine: Machine) ->
     for name, (rows, each) in subject.others.items():
         over = (layout.size if layout.encoders else layout.tp) if name.startswith("text_encoder") else 1
         weights += cost.weight_bytes(rows, each, over if why_indivisible(rows, over) is None else 1)
+    weights += sum(held for held, _ in subject.after.values())
     seconds = cost.step_seconds(net, layout, work, machine, b)
     return Estimate(
         layout=layout,
         weights=weights,
         activations=cost.activation_bytes(net, layout, work, b) + cost.hoisted_bytes(net, layout, work, b),
-        decoding=subject.decoding[layout.vae] or 0,
+        decoding=max(subject.decoding[layout.vae] or 0, *(beside for _, beside in subject.after.values()), 0),
         sent=cost.step_bytes(net, layout, work, b),
         seconds=seconds,
         speedup=cost.step_seconds(net, Layout(), work, machine, b) / seconds,

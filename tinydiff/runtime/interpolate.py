@@ -114,6 +114,13 @@ def load(path: Path, device: torch.device, scale: float, compiled: bool) -> Inte
     )
 
 
+def needs(asked: Interpolation, height: int, width: int) -> tuple[int, int]:
+    """(bytes of the weights, bytes of making a frame beside them)."""
+    config = read(asked.model)
+    weights = 4 * sum(row.numel for row in interpolators.spec(config))
+    return weights, interpolators.working_bytes(config, height, width, asked.scale)
+
+
 def interpolated(
     net: Interpolator, frames: Iterable[numpy.ndarray], asked: Interpolation
 ) -> Iterator[numpy.ndarray]:

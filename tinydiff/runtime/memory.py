@@ -29,6 +29,7 @@ class Part:
 
     rest: what belongs to no block. blocks: what each block reads while it runs. unread: what blocks have and
     only `hoist` reads. working: what it needs beside weights. passes: how often a request reads all blocks.
+    stays: whether it cannot be moved.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Part:
     unread: int
     working: int
     passes: int
+    stays: bool = False
 
     @property
     def weights(self) -> int:
@@ -106,6 +108,8 @@ def parts(subject: Subject) -> tuple[Part, ...]:
             subject.decoding[0] or 0 if is_vae else _encoder_working(rows, max(work.text, work.views), size)
         )
         found.append(_part(name, rows, numbered(rows), size, need, 1))
+    for name, (weights, working) in subject.after.items():
+        found.append(Part(name, weights, (), 0, working, 1, stays=True))
     return tuple(found)
 
 
@@ -175,8 +179,8 @@ def choose(
 
 
 def _options(part: Part, fixed: Mapping[str, Residency], ruled_out: set[Kind]) -> list[Residency]:
-    if part.name in fixed:
-        return [fixed[part.name]]
+    if part.name in fixed or part.stays:
+        return [fixed.get(part.name, Residency())]
     return [
         Residency(kind)
         for kind in KINDS

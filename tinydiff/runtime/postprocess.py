@@ -91,6 +91,16 @@ def parameters(output: Output) -> dict[str, Any]:
     return told
 
 
+def needs(output: Output) -> dict[str, tuple[int, int]]:
+    """Stage -> (bytes of its weights, bytes that it needs beside them for a frame)."""
+    found: dict[str, tuple[int, int]] = {}
+    if output.interpolation is not None:
+        found["interpolation"] = interpolate.needs(output.interpolation, output.height, output.width)
+    if output.upscaling is not None:
+        found["upscale"] = upscale.needs(output.upscaling.model, output.height, output.width)
+    return found
+
+
 # --- frames
 
 

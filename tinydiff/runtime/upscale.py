@@ -115,6 +115,17 @@ def _ncnn(path: Path) -> dict[str, Tensor]:
     return weights
 
 
+def needs(model: Path, height: int, width: int) -> tuple[int, int]:
+    """(bytes of the weights, bytes of enlarging a frame beside them): of a tile, and three copies of a result
+    in float32.
+    """
+    config = read(model)
+    around = TILE + 2 * min(OVERLAP, config.reach)
+    result = 3 * 3 * config.scale**2 * height * width * 4
+    working = upscalers.working_bytes(config, min(height, around), min(width, around))
+    return 4 * sum(row.numel for row in upscalers.spec(config)), working + result
+
+
 @torch.no_grad()
 def enlarge(upscaler: Upscaler, frame: numpy.ndarray, scale: int) -> numpy.ndarray:
     """A frame uint8 [H, W, 3 or 4] -> uint8 [H * scale, W * scale, 3 or 4].
