@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from gguf import MODEL_ARCH
+from gguf.tensor_mapping import get_tensor_name_map
 from safetensors.torch import save_file
 
 from tests.models.test_layouts import CONVERTED, drawn, same
@@ -287,3 +289,25 @@ def test_shapes_that_make_no_network_are_reported():
 
 def test_metadata_may_tell_a_lora():
     assert "is a LoRA" in refused({"x.weight": (1,)}, {"ss_network_module": "networks.lora_flux"})
+
+
+@pytest.mark.parametrize(
+    ("arch", "name", "part", "before"),
+    [
+        ("T5ENCODER", FLUX, "text_encoder_2", ""),
+        ("T5ENCODER", "Wan-AI/Wan2.1-T2V-14B-Diffusers", "text_encoder", ""),
+        ("QWEN3", "Tongyi-MAI/Z-Image-Turbo", "text_encoder", "model."),
+        ("QWEN2VL", "Qwen/Qwen-Image", "text_encoder", "model."),
+    ],
+)
+def test_names_of_gguf_text_encoders_are_those_of_the_gguf_package(arch, name, part, before):
+    c, theirs = config_of(name, part), get_tensor_name_map(MODEL_ARCH[arch], 100)
+    shapes = original(name, part, "llama.cpp")
+    (found,) = recognise(shapes)
+    rows = [row.name for row in RECORDS[found.class_name].spec(c)]
+    names = {row: found.keys(c).of_row(row).keys for row in rows}
+    expected = {}
+    for row in rows:
+        stem, _, leaf = row.rpartition(".")
+        expected[row] = (f"{theirs.get_name(before + stem)}.{leaf}",)
+    assert len(rows) > 100 and names == expected

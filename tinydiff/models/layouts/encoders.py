@@ -1,4 +1,5 @@
-"""Files of text and image encoders: transformers' names, which ComfyUI keeps, open_clip's, and Wan's pickles.
+"""Files of text and image encoders: transformers' names, which ComfyUI keeps, open_clip's, llama.cpp's in
+GGUF files, and Wan's pickles.
 
 What no shape tells is that of the one released model of the architecture: widths of heads, activations, the
 base of a rotary embedding.
@@ -172,6 +173,22 @@ WAN_T5 = (
     moved("norm", "encoder.final_layer_norm"),
 )
 
+GGUF_T5 = (
+    moved("token_embd", "shared"),
+    *under(
+        "enc.blk.*",
+        "encoder.block.*",
+        moved("attn_norm", "layer.0.layer_norm"),
+        *(moved(f"attn_{name}", f"layer.0.SelfAttention.{name}") for name in "qkvo"),
+        moved("attn_rel_b", "layer.0.SelfAttention.relative_attention_bias"),
+        moved("ffn_norm", "layer.1.layer_norm"),
+        moved("ffn_gate", "layer.1.DenseReluDense.wi_0"),
+        moved("ffn_up", "layer.1.DenseReluDense.wi_1"),
+        moved("ffn_down", "layer.1.DenseReluDense.wo"),
+    ),
+    moved("enc.output_norm", "encoder.final_layer_norm"),
+)
+
 
 def t5_entries(s: Sizes) -> Entries:
     """An encoder with a gate."""
@@ -210,6 +227,20 @@ T5 = (
         ("token_embedding", "blocks.0.attn.q", "blocks.1.pos_embedding", "blocks.0.ffn.gate"),
         lambda c: WAN_T5,
         by_rows(WAN_T5, t5_entries),
+    ),
+    *(
+        Layout(
+            "llama.cpp",
+            class_name,
+            ("token_embd", "enc.blk.0.attn_q", "enc.blk.0.ffn_gate", *signs),
+            lambda c: GGUF_T5,
+            by_rows(GGUF_T5, t5_entries),
+            lacks,
+        )
+        for class_name, signs, lacks in (
+            ("T5EncoderModel", (), ("enc.blk.1.attn_rel_b",)),
+            ("UMT5EncoderModel", ("enc.blk.1.attn_rel_b",), ()),
+        )
     ),
 )
 
@@ -293,10 +324,50 @@ LANGUAGE = tuple(
     for prefix in decoder_lm.PREFIXES
 )  # fmt: skip
 
+GGUF_DECODER = (
+    moved("token_embd", "embed_tokens"),
+    *under(
+        "blk.*",
+        "layers.*",
+        moved("attn_norm", "input_layernorm"),
+        *(moved(f"attn_{name}", f"self_attn.{name}_proj") for name in "qkv"),
+        moved("attn_output", "self_attn.o_proj"),
+        *(moved(f"attn_{name}_norm", f"self_attn.{name}_norm") for name in "qk"),
+        moved("ffn_norm", "post_attention_layernorm"),
+        *(moved(f"ffn_{name}", f"mlp.{name}_proj") for name in ("gate", "up", "down")),
+    ),
+    moved("output_norm", "norm"),
+)
+"""Qwen's. The queries and keys of Mistral's are stored in another order of rows, so those are not read."""
+
+
+def _gguf_lines(c: DecoderConfig) -> tuple[Line, ...]:
+    """Layers beyond those that are read, and what is after them, are left."""
+    beyond = (f"blk.{i}" for i in range(c.layers, c.num_hidden_layers))
+    left = unread(*beyond, "rope_freqs", *(() if c.final_norm else ("output_norm",)))
+    head = moved("output", "lm_head") if c.lm_head else unread("output")[0]
+    return (*left, head, *GGUF_DECODER)
+
+
+GGUF_LANGUAGE = tuple(
+    Layout(
+        "llama.cpp",
+        class_name,
+        ("token_embd", "blk.0.attn_q", "blk.0.ffn_up", *(f"blk.0.{name}" for name in signs)),
+        _gguf_lines,
+        by_rows(GGUF_DECODER, _decoder_entries(more)),
+        (*(f"blk.0.{name}" for name in (*lacks, "post_ffw_norm")), _GEMMA),
+    )
+    for (class_name, _, _, more), signs, lacks in zip(
+        _KINDS, (("attn_k.bias",), ("attn_q_norm",)), (("attn_q_norm",), ("attn_k.bias",)), strict=False
+    )
+)
+
 LAYOUTS = (
     *_of_clip("CLIPTextModelWithProjection", ("text_projection",), ()),
     *_of_clip("CLIPTextModel", (), ("text_projection",)),
     *VISION,
     *T5,
     *LANGUAGE,
+    *GGUF_LANGUAGE,
 )
