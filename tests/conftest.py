@@ -85,6 +85,15 @@ def compiler():
 
 
 @pytest.fixture
+def dynamo():
+    """For tests that count graphs: torch.compile without Inductor."""
+    from tests.compiling import traced_by_dynamo
+
+    with traced_by_dynamo():
+        yield
+
+
+@pytest.fixture
 def image_server():
     """(the URL of an image on this machine, the paths that were downloaded so far)."""
     from io import BytesIO

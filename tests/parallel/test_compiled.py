@@ -4,11 +4,9 @@ vary.
 
 from __future__ import annotations
 
-from unittest.mock import patch
-
 import pytest
-import torch
 
+from tests.compiling import traced_by_dynamo
 from tests.parallel.pool import on_ranks
 from tests.parallel.test_families import plan_of
 from tests.parity import draw
@@ -19,6 +17,7 @@ from tinydiff.parallel import sequence
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.shards import shard_weights
 from tinydiff.sampling import guidance, loop, solvers
+from tinydiff.sampling.compile import compiled_denoise, graph_breaks, graph_count
 
 REQUESTS = [
     ((2, 2), (4, 4), 2, 3.0),
@@ -31,13 +30,13 @@ share evenly, and others.
 """
 
 
-def tokens(name, plan, fsdp, denoise, size, lengths, steps, scale):
-    """The last tokens of a guided request, of all ranks of the plan together."""
+def tokens(name, plan, fsdp, denoise, size, lengths, steps, scale, guided):
+    """The last tokens of a request, of all ranks of the plan together."""
     family, config, packed, width = FAMILIES[name]
     rows = solvers.with_guidance(solvers.from_scheduler_config(SCHEDULER, steps), scale)
     branches = [
         inputs(name, config, *size, draw(1, length, width, seed=length + i).float())
-        for i, length in enumerate(lengths)
+        for i, length in enumerate(lengths[: 1 + guided])
     ]
     blocks = {at for _, at in family.blocks(config)} if fsdp else ()
     mine = shard_weights(weights(family, config), family.spec(config), plan, blocks)
@@ -47,57 +46,52 @@ def tokens(name, plan, fsdp, denoise, size, lengths, steps, scale):
     return sequence.gather(plan, list(loop.run(denoise, rows, x, lambda _: hoisted))[-1].x, 1, count)
 
 
-def errors(layout, names, backend):
-    """(graphs compiled, breaks, the largest error against eager) of each family on this rank."""
-    from tinydiff.sampling.compile import _compiled, compiled_denoise, graph_breaks, graph_count
-
-    _compiled.clear()  # another test's graphs, of groups with the same names
-    compiling, plan = torch.compile, plan_of(layout)
-    options = {} if backend == "inductor" else {"options": None}
-    with patch.object(
-        torch, "compile", lambda fn, **given: compiling(fn, **given | options, backend=backend)
-    ):
-        found = {}
-        for name in names:
-            family, config, *_ = FAMILIES[name]
-            made = (
-                make(Network(family, config, plan), guidance.classifier_free)
-                for make in (loop.eager_denoise, compiled_denoise)
+def errors(layout, name, backend, guided):
+    """(graphs compiled, breaks, the largest error against eager) on this rank."""
+    plan = plan_of(layout)
+    family, config, *_ = FAMILIES[name]
+    kind = guidance.classifier_free if guided else guidance.none
+    with traced_by_dynamo(backend):
+        eager, fast = (
+            make(Network(family, config, plan), kind) for make in (loop.eager_denoise, compiled_denoise)
+        )
+        before, broken, worst = graph_count(), graph_breaks(), 0.0
+        for request in REQUESTS:
+            want, got = (
+                tokens(name, plan, layout.fsdp, denoise, *request, guided) for denoise in (eager, fast)
             )
-            eager, fast = made
-            before, broken, worst = graph_count(), graph_breaks(), 0.0
-            for request in REQUESTS:
-                want, got = (tokens(name, plan, layout.fsdp, denoise, *request) for denoise in (eager, fast))
-                worst = max(worst, ((want - got).abs().max() / max(1, want.abs().max())).item())
-            found[name] = graph_count() - before, graph_breaks() - broken, worst
-    return found
+            worst = max(worst, ((want - got).abs().max() / max(1, want.abs().max())).item())
+    return graph_count() - before, graph_breaks() - broken, worst
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_graph_serves_every_request_of_a_family_on_ulysses(name):
-    """Counted on the graphs that Dynamo traces and guards."""
-    for rank in on_ranks(2, errors, Layout(ulysses=2), [name], "eager"):
-        graphs, breaks, worst = rank[name]
-        assert (graphs, breaks) == (1, 0)
-        assert worst < 1e-5
+    """Counted on the graphs that Dynamo traces and guards. Two branches are twice the tracing: here FLUX.1
+    has both, and on one rank every family has.
+    """
+    check(Layout(ulysses=2), name, guided=name == "flux")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "layout",
-    [Layout(ring=2), Layout(tp=2), Layout(cfg=2, fsdp=True), Layout(ring=2, ulysses=2)],
+    ("layout", "guided"),
+    [(Layout(ring=2), True), (Layout(tp=2), False), (Layout(cfg=2, fsdp=True), True),
+     (Layout(ring=2, ulysses=2), False)],
     ids=["ring", "tp", "cfg, full sharding", "ring x ulysses"],
-)
-def test_one_graph_serves_every_request_on_a_layout(layout):
-    for rank in on_ranks(layout.size, errors, layout, ["flux"], "eager"):
-        graphs, breaks, worst = rank["flux"]
-        assert (graphs, breaks) == (1, 0)
-        assert worst < 1e-5
+)  # fmt: skip
+def test_one_graph_serves_every_request_on_a_layout(layout, guided):
+    check(layout, "flux", guided)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 def test_inductor_gives_the_same():
-    for rank in on_ranks(2, errors, Layout(ring=2), ["flux"], "inductor"):
-        assert rank["flux"][:2] == (1, 0)
-        assert rank["flux"][2] < 1e-5
+    """The mechanism is communication in a compiled loop; one kind of block and one branch show it."""
+    check(Layout(ring=2), "ernie", guided=False, backend="inductor")
+
+
+def check(layout, name, guided, backend="eager"):
+    for graphs, breaks, worst in on_ranks(layout.size, errors, layout, name, backend, guided):
+        assert (graphs, breaks) == (1, 0)
+        assert worst < 1e-5

@@ -167,7 +167,7 @@ def test_images_with_different_adapters_share_a_batch():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("dynamo")
 def test_another_adapter_strength_or_batch_compiles_nothing():
     net = fake_net(torch.float32)
     fast = compiled_denoise(net.network, guidance.classifier_free)

@@ -1,5 +1,6 @@
-"""The real Wan network and the whole shipped model, compiled: equal to eager, one graph for all that a
-request may vary.
+"""The real Wan network as Dynamo traces it, and the whole shipped model by Inductor.
+
+Both are equal to eager, with one graph for all that a request may vary.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def text(length, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("dynamo")
 def test_one_graph_serves_every_request_and_both_experts():
     """Sizes, step counts, prompt lengths, guidance scales, seeds; in one piece and in chunks; the second
     expert in the first's graph.

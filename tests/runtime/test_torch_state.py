@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import tinydiff
+from tests.compiling import traced_by_dynamo
 from tinydiff import config
 from tinydiff.config import NoProgress
 from tinydiff.records import UserError
@@ -19,6 +20,7 @@ from tinydiff.runtime import torch_state
 from tinydiff.runtime.background import Background
 from tinydiff.runtime.generate import generate
 from tinydiff.runtime.torch_state import default_torch_state
+from tinydiff.sampling.compile import graph_count
 
 ASKED = {
     "prompt": "a red circle",
@@ -256,9 +258,14 @@ def test_the_thread_that_compiles(monkeypatch):
     assert seen == [(torch.float32, False)]
 
 
-def test_the_compiled_loop_serves_every_state(compiler, wanted):
-    from tinydiff.sampling.compile import graph_count
+@pytest.mark.slow
+def test_the_compiled_loop_serves_every_state():
+    """No state of torch, which Dynamo guards and AOT Autograd reads, compiles the loop again."""
+    with traced_by_dynamo("aot_eager"):
+        serves_every_state()
 
+
+def serves_every_state():
     model = tinydiff.load(enable_torch_compile=True)
     first = tinydiff.generate(model, **ASKED)
     graphs = graph_count()

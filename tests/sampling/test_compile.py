@@ -53,7 +53,7 @@ def test_one_graph_serves_sizes_steps_scales_seeds_solvers_and_chunks():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("dynamo")
 def test_one_graph_serves_every_length_of_two_prompts_in_a_family_of_two_streams():
     eager, fast = (
         make(Network(fake.joint, CONFIG), guidance.classifier_free)
@@ -71,25 +71,25 @@ def test_one_graph_serves_every_length_of_two_prompts_in_a_family_of_two_streams
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compiler")
-def test_kept_tokens_are_one_more_graph():
+@pytest.mark.usefixtures("dynamo")
+def test_fixed_tokens_are_one_more_graph():
     eager, fast = pair(guidance.none)
     before = graph_count()
     for tokens, steps in ((6, 4), (9, 3)):
         table, x = fake.table(fake.EULER, steps), fake.latents(tokens)
         network = fake.ready(CONFIG, table, tokens, branches=1)
-        kept = loop.FixedTokens(
+        fixed = loop.FixedTokens(
             (torch.arange(tokens) > 2).float()[None, :, None],
             fake.latents(tokens, seed=5),
             fake.latents(tokens, seed=6),
         )
-        want, got = (fake.last(run, table, x, lambda _, n=network: n, fixed=kept) for run in (eager, fast))
+        want, got = (fake.last(run, table, x, lambda _, n=network: n, fixed=fixed) for run in (eager, fast))
         assert (got - want).abs().max() < 1e-5 * max(1, want.abs().max().item())
         assert (graph_count(), graph_breaks()) == (before + 1, 0)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("dynamo")
 def test_unguided_renoising_in_two_batch_sizes():
     eager, fast = pair(guidance.none)
     before = graph_count()
@@ -104,6 +104,27 @@ def test_unguided_renoising_in_two_batch_sizes():
         )
         assert graph_count() == before + graphs
     assert graph_breaks() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+def test_inductor_renoises_and_keeps_fixed_tokens_as_eager():
+    """Fresh noise at every step, two images, and tokens that a mask holds."""
+    eager, fast = pair(guidance.none)
+    timesteps, tokens = (1000, 757, 522), 6
+    network, x = fake.ready(CONFIG, solvers.dmd(timesteps), tokens, 1, 2), fake.latents(tokens, 2)
+    fixed = loop.FixedTokens(
+        (torch.arange(tokens) > 2).float()[None, :, None],
+        fake.latents(tokens, seed=5),
+        fake.latents(tokens, seed=6),
+    )
+    noise = torch.stack([fake.latents(tokens, 2, seed) for seed in range(len(timesteps))])
+    want, got = (
+        fake.last(run, solvers.dmd(timesteps), x, lambda _: network, noise=noise, fixed=fixed)
+        for run in (eager, fast)
+    )
+    assert (want - x).abs().max() > 0.1
+    assert (got - want).abs().max() < 1e-5 * max(1, want.abs().max().item())
 
 
 @pytest.mark.slow
@@ -136,8 +157,6 @@ def counting(predict):
     return counted
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("compiler")
 def test_a_block_is_compiled_once_however_deep_the_stack_and_memory_is_carried():
     """In the graph that Dynamo hands over, every block calls the one region."""
     config = fake.Config(6)
