@@ -105,10 +105,9 @@ def test_adding_does_not_wait_for_a_slow_storage(here, storage):
     storage.script = lambda method, path, data: over.wait(10) and None
     job = done(here, count=8)
     with uploading(here, storage.endpoint) as uploader:
-        begun = time.monotonic()
         for output in job.outputs:
             uploader.add(job.id, output)
-        assert time.monotonic() - begun < 1
+        assert not any(output.url for output in here.store.get(job.id).outputs)
         assert all(here.files.path(output.file) for output in job.outputs)
         over.set()
         until(lambda: all(output.url for output in here.store.get(job.id).outputs))
@@ -213,12 +212,11 @@ def test_closing_finishes_what_waits(here, storage):
 def test_closing_gives_up_in_time_and_the_next_start_goes_on(here, storage):
     storage.script = lambda method, path, data: (503, "SlowDown")
     job = done(here, count=3)
-    with uploading(here, storage.endpoint, threads=1, pauses=(60.0,)) as uploader:
+    with uploading(here, storage.endpoint, threads=1, pauses=(1e6,)) as uploader:
         for output in job.outputs:
             uploader.add(job.id, output)
         until(lambda: storage.asked)
-        begun = time.monotonic()
-        assert uploader.close(0.2) == 3 and time.monotonic() - begun < 2
+        assert uploader.close(0.2) == 3
     assert [(output.url, output.warning) for output in here.store.get(job.id).outputs] == [(None, None)] * 3
     storage.script = lambda method, path, data: None
     with uploading(here, storage.endpoint) as uploader:
