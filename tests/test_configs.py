@@ -12,7 +12,9 @@ from PIL import Image
 from tests.runtime.folders import released
 from tests.sources import ROOT
 from tinydiff import cli, config
+from tinydiff.models.recipe import refined
 from tinydiff.models.registry import find
+from tinydiff.records import UserError
 from tinydiff.runtime import blueprint, pipeline
 from tinydiff.runtime.admit import admit
 
@@ -63,6 +65,29 @@ def test_presets_with_a_lora_name_a_file_and_what_it_changes():
     assert lightning.model.lora_target == ("transformer", "transformer_2")
     for preset in (turbo, lightning):
         assert len(preset.model.lora_path) == len(preset.model.lora_weight_name)
+
+
+def test_ltx2_in_two_stages_takes_the_published_noise_levels_as_they_are(tmp_path):
+    """What the preset asks for, on the released configs: 8 and 3 steps, no guidance and no shift."""
+    preset = options("ltx2-two-stage")
+    folder = released("Lightricks/LTX-2", tmp_path)
+    (folder / "latent_upsampler").mkdir()
+    (folder / "latent_upsampler" / "config.json").write_text("{}")
+    [lora] = preset.model.lora_path
+    assert lora.startswith("Lightricks/LTX-2:") and lora.endswith("-distilled-lora-384.safetensors")
+    (tmp_path / "lora.safetensors").touch()
+    where = {"component_paths": {"spatial_upsampler": str(folder)}, "lora_path": (str(tmp_path),)}
+    plan = blueprint.read(replace(preset.model, model_path=str(folder), **where))
+    [request] = admit(plan, preset.sampling)
+    assert request.guidance.scale == 1 and request.refinement is not None
+    assert request.refinement.sigmas == plan.row.refine_sigmas == (0.909375, 0.725, 0.421875)
+    for asked in (request, refined(request, request.refinement)):
+        sigmas = torch.tensor(asked.schedule.sigmas, dtype=torch.float64)
+        assert torch.allclose(pipeline.table(plan, asked).sigmas.double(), sigmas, atol=1e-7)
+    with pytest.raises(
+        UserError, match=r"width: 1568 is not a multiple of 64, .* the nearest: 1536 and 1600"
+    ):
+        admit(plan, replace(preset.sampling, width=1568))
 
 
 @pytest.mark.parametrize("steps", [4, 8])

@@ -177,8 +177,9 @@ def flags(layout: Layout) -> str:
     return " ".join([*axes, *switches])
 
 
+COUNTS = {2: "two", 3: "three", 4: "four"}
 WHY = {
-    "cfg": "the two branches of guidance exchange data once per step",
+    "cfg": "the branches of guidance exchange data once per step",
     "ulysses": "attention swaps sequence shards for head shards twice",
     "ring": "keys and values are passed around, and heads stay whole",
     "tp": "weights are sharded, with an all-reduce after every second layer",
@@ -243,7 +244,7 @@ def _headline(question: PlanOptions, subject: Subject) -> str:
     request, work = subject.request, subject.work
     frames = f", {request.output.num_frames} frames" if request.output.num_frames > 1 else ""
     frames = frames or (f", {request.output.layers} layers" if request.output.layers else "")
-    runs = "two branches of guidance" if work.branches > 1 else "no guidance"
+    runs = f"{COUNTS[work.branches]} branches of guidance" if work.branches > 1 else "no guidance"
     gpus = "one GPU" if question.num_gpus == 1 else f"{question.num_gpus} GPUs"
     on = gpus if question.vram is None else f"{question.num_gpus} x {question.vram:g} GB"
     what = (

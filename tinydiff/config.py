@@ -75,6 +75,9 @@ class SamplingOptions:
     """Input images: the first (for some models also the last) frame of a video, the image to start from, or
     the references of an edit. Each is a file, an http(s) URL or a data URI.
     """
+    image_frames: tuple[int, ...] = within((), least=-100_000, most=100_000)
+    """LTX-2: the frame of the video at which each input image stands, from 0; -1 is the last. One image is
+    the first frame by default, two are the first and the last."""
     mask_path: str | None = None
     """Mask for inpainting, of the input image's size. White is inpainted, black is kept."""
     strength: float | None = within(above=0, most=1)
@@ -97,6 +100,10 @@ class SamplingOptions:
     """Noise level of each denoising step, falling from at most 1, as a distilled model's card lists them. The
     shift of the schedule still applies; --flow-shift 1 takes them as they are.
     """
+    refine_sigmas: tuple[float, ...] = within((), above=0, most=1)
+    """Noise level of each step of the second stage, which runs where --spatial-upsampler-path names a latent
+    upsampler: the first stage makes half the height and width, the second the whole size without guidance.
+    """
     guidance_scale: float | None = within(least=0, most=1000)
     """How closely to follow the prompt. At 1 classifier-free guidance is off, which halves the work."""
     true_cfg_scale: float | None = within(least=0, most=1000)
@@ -105,6 +112,25 @@ class SamplingOptions:
     cfg_normalization: float | None = within(least=0)
     """Z-Image: upper bound on the norm of the guided prediction, relative to the prompt's own; 0 is no bound.
     """
+    audio_guidance_scale: float | None = within(least=0, most=1000)
+    """LTX-2: guidance scale of the sound, where guidance_scale is that of the video."""
+    stg_scale: float | None = within(least=0, most=1000)
+    """LTX-2: spatio-temporal guidance of the video, against a pass without attention in some blocks. 0 is
+    off."""
+    audio_stg_scale: float | None = within(least=0, most=1000)
+    """The same of the sound."""
+    spatio_temporal_guidance_blocks: tuple[int, ...] = within((), least=0, most=1000)
+    """Numbers of the blocks, from 0, in which that pass has no attention."""
+    modality_scale: float | None = within(least=0, most=1000)
+    """LTX-2: guidance of the video against a pass in which video and sound do not attend to each other. 1 is
+    off."""
+    audio_modality_scale: float | None = within(least=0, most=1000)
+    """The same of the sound."""
+    guidance_rescale: float | None = within(least=0, most=1)
+    """LTX-2: how far the guided prediction of the video is brought back to the deviation of the prompt's own.
+    0 is off."""
+    audio_guidance_rescale: float | None = within(least=0, most=1)
+    """The same of the sound."""
     guidance_scale_2: float | None = within(least=0, most=1000)
     """Guidance scale of the second expert, for models that have two (Wan2.2 A14B)."""
     boundary_ratio: float | None = within(least=0, most=1)
@@ -119,10 +145,15 @@ class SamplingOptions:
     """Strengths of the loaded LoRA adapters for this request, as in style=0.8,ink=0.3. Adapters that are not
     named are left out. Without this option each has the strength of --lora-scale.
     """
+    refine_loras: Mapping[str, float] = _empty()
+    """The same for the second stage. Without this option they are as in the first."""
     dmd_denoising_steps: tuple[int, ...] = within((), least=0, most=1000)
     """Timesteps of a distilled (DMD) model, in descending order."""
     diffusers_kwargs: Mapping[str, Any] = _empty()
     """Further arguments of the pipeline with --backend diffusers, as JSON: {"clip_skip": 1}."""
+    audio: bool | None = None
+    """Make the sound of a video too. It is on by default where the model makes sound. --no-audio is
+    --audio false: the video is the same, and no sound is decoded or written."""
     enable_upscaling: bool = False
     """Enlarge the frames with a Real-ESRGAN network after they are decoded."""
     upscaling_scale: int | None = within(least=1, most=8)
@@ -162,6 +193,8 @@ class OutputOptions:
     """Quality of lossy formats as a number, 0 to 100; an alternative to output_quality."""
     x264_preset: str | None = None
     """Speed preset of the MP4 encoder, ultrafast to placebo."""
+    save_audio: bool = False
+    """Also write the sound of each video beside it, as a WAV file of the same name."""
     save_output: bool = True
     """Write the outputs to files. --no-save-output is --save-output false."""
     return_frames: bool = False
@@ -210,6 +243,10 @@ class ModelOptions:
     lora_merge_mode: Literal["auto", "merge", "dynamic"] = "auto"
     """merge adds LoRA adapters to the weights. dynamic keeps them beside the weights, so that each request
     may choose its strengths. auto merges for `generate` and is dynamic for `serve`, as far as either can be.
+    """
+    distilled_lora_path: str | None = None
+    """LoRA adapter of the second stage alone, named distilled: a .safetensors file, a directory or a hub id.
+    It stays beside the weights. --lora-path takes one for both stages.
     """
     lora_lenient: bool = False
     """Use a LoRA file although some of its layers do not fit the model; they are listed."""

@@ -40,7 +40,7 @@ SIZES = {"720p": (720, 1280), "1080p": (1080, 1920), "2k": (1440, 2560), "4k": (
 SHAPES = ("size", *SIZES)
 """Names that stand for height and width."""
 
-SPELLINGS = (*ALIASES, *SHAPES, "prompt_path", "output_file_path", "no_save_output")
+SPELLINGS = (*ALIASES, *SHAPES, "prompt_path", "output_file_path", "no_save_output", "no_audio")
 """Names that stand for other options."""
 
 COMPONENTS = """
@@ -56,6 +56,7 @@ MAPS = (
     "component_precisions",
     "component_weights_paths",
     "loras",
+    "refine_loras",
     "component_residency",
     "layerwise_prefetch_size",
     "layerwise_resident_layers",
@@ -219,8 +220,8 @@ def _meanings(name: str, value: Any, names: Collection[str]) -> Iterator[tuple[s
         if not (cross and width.isdecimal() and height.isdecimal() and len(text) < LONGEST):
             raise UserError(name, f"{name}: {shown(text)} is not WIDTHxHEIGHT, such as 1280x720")
         yield from (("width", None, width), ("height", None, height))
-    elif name == "no_save_output":
-        yield "save_output", None, not read(name, bool, value)
+    elif name in ("no_save_output", "no_audio"):
+        yield name.removeprefix("no_"), None, not read(name, bool, value)
     elif name == "output_file_path":
         path = one_text(name, value)
         directory, slash, file = path.rstrip("/").rpartition("/")
@@ -303,6 +304,7 @@ def _prompts(path: str) -> list[str]:
 
 _PAIRS = {
     "loras": "style=0.8,ink=0.3",
+    "refine_loras": "distilled=0.5",
     "component_residency": "transformer=layerwise-offload,vae=resident",
     "layerwise_prefetch_size": "transformer=2,text_encoder=1",
     "layerwise_resident_layers": "transformer=10,text_encoder=0.5",

@@ -86,6 +86,26 @@ class Text:
 
 
 @dataclass(frozen=True)
+class GuidanceTerms:
+    """Further terms of guidance of a video and its sound, under diffusers' names. A scale of 1 is off, but 0
+    of `stg` and `rescale`.
+
+    stg: against a pass in which attention to themselves is left out in some blocks (spatio-temporal
+    guidance). modality: against a pass in which video and sound do not attend to each other. rescale: how far
+    the guided prediction is brought back to the deviation of the prompt's own.
+    """
+
+    audio_guidance_scale: float = 1.0
+    stg_scale: float = 0.0
+    audio_stg_scale: float = 0.0
+    modality_scale: float = 1.0
+    audio_modality_scale: float = 1.0
+    guidance_rescale: float = 0.0
+    audio_guidance_rescale: float = 0.0
+    spatio_temporal_guidance_blocks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Guidance:
     """How strongly the prompt steers."""
 
@@ -97,11 +117,28 @@ class Guidance:
     """Guidance scale that is an input of the network (guidance-distilled models)."""
     normalization: float = 0.0
     """Upper bound on the norm ratio guided / conditional; 0 is no bound."""
+    terms: GuidanceTerms | None = None
+    """None: classifier-free guidance alone, with one scale."""
 
     @property
     def on(self) -> bool:
         """Whether classifier-free guidance is on: the negative prompt is a second branch."""
-        return self.scale > 1
+        return self.scale > 1 or (self.terms is not None and self.terms.audio_guidance_scale > 1)
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether a branch leaves out attention in some blocks."""
+        return self.terms is not None and max(self.terms.stg_scale, self.terms.audio_stg_scale) > 0
+
+    @property
+    def isolated(self) -> bool:
+        """Whether video and sound do not attend to each other in a branch."""
+        return self.terms is not None and max(self.terms.modality_scale, self.terms.audio_modality_scale) > 1
+
+    @property
+    def branches(self) -> int:
+        """How many times the network is evaluated in a step."""
+        return 1 + self.on + self.perturbed + self.isolated
 
 
 @dataclass(frozen=True)
@@ -127,6 +164,19 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Refinement:
+    """A second denoising loop at the whole size, without guidance; the first makes half the height and width.
+
+    An upsampler stands between the two.
+    """
+
+    sigmas: tuple[float, ...]
+    """Noise level of each of its steps, taken as it is. The enlarged latents are noised to the first."""
+    loras: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Adapter -> its strength in this loop; empty where each has the strength it was loaded with."""
+
+
+@dataclass(frozen=True)
 class InputImages:
     """The images of a request."""
 
@@ -136,6 +186,8 @@ class InputImages:
     """The same at their own sizes, for networks that resize them; [H, W, 4] with alpha for layers."""
     mask: numpy.ndarray | None = None
     """Inpainting mask, uint8 [height, width]: 255 is inpainted, 0 is kept. None: no inpainting."""
+    frames: tuple[int, ...] = ()
+    """Of keyframes: the frame of the video at which each image stands, from 0."""
     start: bool = False
     """Whether the loop starts from the noised image; otherwise the images condition the network."""
 
@@ -206,6 +258,8 @@ class Output:
     """Number of layers with alpha that the image is split into; 0 for an ordinary image."""
     fps: int = 16
     upscaling: Upscaling | None = None
+    sound: bool = False
+    """Whether the video has sound."""
     interpolation: Interpolation | None = None
 
     @property
@@ -242,6 +296,8 @@ class Request:
     seeds: tuple[int, ...]
     loras: Mapping[str, float] = field(default_factory=dict[str, float])
     """Adapter -> its strength for this request; empty where each has the strength it was loaded with."""
+    refinement: Refinement | None = None
+    """None: one loop makes the output at once."""
     notes: Mapping[str, str] = field(default_factory=dict[str, str])
     """Option -> where its value came from, or why it has no effect, where that may surprise."""
     arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -279,9 +335,9 @@ class Result:
     step_seconds: tuple[float, ...]
     """Seconds of each denoising step."""
     paths: tuple[Path, ...] = field(default=())
-    """Files written, by seed and layer; empty if nothing was saved."""
+    """Files written, by seed and layer, a WAV file behind its video; empty if nothing was saved."""
     sounds: tuple[Sound, ...] = ()
-    """For each seed its sound; empty where the model makes none."""
+    """For each seed its sound; empty where none is made."""
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -48,8 +48,8 @@ tile sizes
 another pipeline or scheduler than the checkpoint's
     pipeline_config_path= model_subfolder= model_variant= scheduler_class_override=
     task_type= data_type= no_override_protected_fields=false text_encoder_configs=
-guidance rescale and renormalisation
-    guidance_rescale=0 enable_cfg_renorm=false cfg_renorm_min= embedded_cfg_scale=6
+guidance renormalisation
+    enable_cfg_renorm=false cfg_renorm_min= embedded_cfg_scale=6
 noise drawn on the GPU
     generator_device=cpu
 rounding the number of frames
@@ -81,7 +81,7 @@ options of other model families
     realtime_causal_kv_cache_num_frames= action= translation_speed= rotation_speed_deg= pitch_limit_deg=
     sr_resolution_scale= sr_num_steps= sr_tiles_batch_size= sr_tile_min_overlap= sr_target_resolution=
     sr_target_resize_mode= action_mode= domain_id= domain_name= raw_action_dim= action_fps= bot_task=
-    system_prompt= max_sequence_length= distilled_lora_path= flux3_alpha= flux3_compile_text_encoder=false
+    system_prompt= max_sequence_length= flux3_alpha= flux3_compile_text_encoder=false
     flux3_text_encoder_fp8=false flux3_keep_visual_vae_resident=false flux3_dit_keep_non_layer=false
     flux3_skip_empty_cache_after_request=false
 """

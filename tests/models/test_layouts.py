@@ -25,6 +25,7 @@ from tinydiff.models import (
     flux2,
     hunyuan_video,
     hunyuan_video15,
+    ltx2,
     ovis,
     qwen_image,
     sd3,
@@ -241,6 +242,16 @@ def diffusers(name):
     return lambda stored, c: getattr(theirs, f"convert_{name}")(dict(stored))
 
 
+def newer_ltx2(stored, c):
+    """LTX-2.3 has two names more, which diffusers' converter of its LoRAs has."""
+    renamed = {key.replace("prompt_adaln_single", "prompt_adaln"): x for key, x in stored.items()}
+    return theirs.convert_ltx2_transformer_to_diffusers(renamed)
+
+
+LTX2 = ltx2.Config(
+    num_layers=2, num_attention_heads=1, cross_attention_dim=128, audio_num_attention_heads=1,
+    audio_cross_attention_dim=64, caption_channels=20,
+)  # fmt: skip
 FLUX = flux.Config(num_layers=2, num_single_layers=2)
 FLUX2 = flux2.Config(num_layers=2, num_single_layers=2, num_attention_heads=1)
 SD3 = sd3.Config(num_layers=3, num_attention_heads=2, caption_projection_dim=128, pos_embed_max_size=4)
@@ -327,6 +338,12 @@ CONVERTED = {
     "HunyuanVideo-1.5": (
         "HunyuanVideo15Transformer3DModel", "original",
         hunyuan_video15.Config(num_layers=2, num_attention_heads=1, use_meanflow=True), by_hand_hunyuan15,
+    ),
+    "LTX-2": ("LTX2VideoTransformer3DModel", "original", LTX2,
+    diffusers("ltx2_transformer_to_diffusers")),
+    "LTX-2.3": (
+        "LTX2VideoTransformer3DModel", "original", replace(LTX2, gated_attn=True, audio_gated_attn=True,
+        cross_attn_mod=True, audio_cross_attn_mod=True, use_prompt_embeddings=False), newer_ltx2,
     ),
     "KL": ("AutoencoderKL", "original", KL, with_quant_convs),
     "KL FLUX.2": (
@@ -455,7 +472,7 @@ NAMES = {
     # Directories alone: single files of these are not read.
     "AutoencoderKLHunyuanVideo": set(),
     "AutoencoderKLHunyuanVideo15": set(),
-    "LTX2VideoTransformer3DModel": set(),
+    "LTX2VideoTransformer3DModel": {"original", "diffusers"},
     "AutoencoderKLLTX2Video": set(),
     "AutoencoderKLLTX2Audio": set(),
     "LTX2TextConnectors": set(),

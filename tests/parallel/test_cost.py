@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import cases
 from tinydiff.entries import typed
 from tinydiff.models import ernie, hunyuan_video, hunyuan_video15, registry, sd3, wan, workload
-from tinydiff.models.autoencoders import hunyuan, hunyuan15, kl
+from tinydiff.models.autoencoders import hunyuan, hunyuan15, kl, ltx2_video
 from tinydiff.models.autoencoders import wan as wan_vae
 from tinydiff.models.released import REPOSITORIES
 from tinydiff.ops.attention import BACKENDS
@@ -325,6 +325,10 @@ AUTOENCODERS = {
     "Wan2.2": (wan_vae, {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True,
     "in_channels": 12, "out_channels": 12,
                          "patch_size": 2, "scale_factor_spatial": 16}, 17, 2),
+    "LTX-2": (ltx2_video, {"decoder_causal": False, "spatial_compression_ratio": 32,
+    "temporal_compression_ratio": 8}, 25, 4),
+    "LTX-2 with zeros at the edges": (ltx2_video, {"decoder_causal": False, "spatial_compression_ratio": 32,
+    "temporal_compression_ratio": 8, "decoder_spatial_padding_mode": "zeros"}, 25, 4),
 }  # fmt: skip
 """Kind -> (module, fields of its config, frames, latent frames in a pass)."""
 

@@ -14,6 +14,7 @@ from tinydiff import config
 from tinydiff.config import NoProgress
 from tinydiff.models.recipe import Latents, LoopInputs, Stage
 from tinydiff.ops.patch import patchify, unpatchify
+from tinydiff.parallel.plan import Group, Plan
 from tinydiff.records import Guidance, Schedule, Sound
 from tinydiff.runtime import blueprint, pipeline
 from tinydiff.runtime.admit import admit
@@ -49,7 +50,7 @@ def with_recipe(model, recipe):
 
 def request_of(model):
     [request] = admit(model.blueprint, config.options(ASKED).sampling)
-    return request
+    return replace(request, output=replace(request.output, sound=True))
 
 
 def as_sound(latents):
@@ -192,3 +193,26 @@ def test_one_stage_is_what_a_recipe_of_inputs_alone_says(plain):
     [stage] = pipeline.condition(plain, request_of(plain)).stages
     assert isinstance(stage.inputs, LoopInputs) and stage.stage.start is None
     assert stage.stage.denoisers == ("transformer", "transformer_2") and len(stage.inputs.latents) == 1
+
+
+def test_all_ranks_of_cfg_run_a_stage_without_guidance(plain):
+    """Each rank has its own branch in the guided stage; in the other one it has the only branch, and sends
+    nothing.
+    """
+    model = with_recipe(plain, two_stages)
+    net = model.nets["transformer"]
+    for rank in (0, 1):
+        shared = replace(net, plan=Plan(groups=(("cfg", Group("none", 2, rank)),)))
+        split = replace(model, nets={**model.nets, "transformer": shared})
+        request = request_of(split)
+        told, alone = pipeline.condition(split, request), pipeline.condition(model, request)
+        guided, fine = told.stages
+        assert len(guided.experts(0).branches) == len(fine.experts(0).branches) == 1
+        before = [
+            torch.zeros(1, *size) for size in guided.sizes
+        ]  # what the first stage made does not matter here
+        last = [
+            loop.advance(pipeline.begin(each, one, 5, 1, before)[0], 2).state.x
+            for each, one in ((split, told), (model, alone))
+        ]
+        assert torch.equal(*last)

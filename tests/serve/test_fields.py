@@ -42,7 +42,11 @@ def test_every_sampling_option_is_a_field_at_top_level_and_in_extra_body():
         "cfg_normalization": 1.0,
         "guidance_scale_2": 3.0, "boundary_ratio": 0.5, "flow_shift": 2.0, "dmd_denoising_steps": [1000, 500],
         "use_pe": False, "loras": {"style": 0.5}, "diffusers_kwargs": {"a": [1]}, "sigmas": [1.0, 0.5],
-        "enable_upscaling": True, "upscaling_scale": 2,
+        "enable_upscaling": True, "upscaling_scale": 2, "audio": True, "refine_sigmas": [0.9, 0.5],
+        "refine_loras": {"style": 1.0}, "image_frames": [0, -1], "audio_guidance_scale": 7.0,
+        "stg_scale": 1.0, "audio_stg_scale": 1.0, "spatio_temporal_guidance_blocks": [28],
+        "modality_scale": 3.0, "audio_modality_scale": 3.0, "guidance_rescale": 0.7,
+        "audio_guidance_rescale": 0.7,
         "enable_frame_interpolation": True, "frame_interpolation_exp": 2, "frame_interpolation_scale": 0.5,
         "frame_interpolation_scene_threshold": 0.2,
     }  # fmt: skip
@@ -54,7 +58,8 @@ def test_every_sampling_option_is_a_field_at_top_level_and_in_extra_body():
             {"prompt": "p", "extra_body": {k: v for k, v in values.items() if k != "prompt"}}, "video"
         ).options
     )
-    assert top == {**values, "seed": (7,), "dmd_denoising_steps": (1000, 500), "sigmas": (1.0, 0.5)}
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    assert top == {**values, "seed": (7,), **lists}
 
 
 @pytest.mark.parametrize("name", ["extra_body", "extra_params", "extra_json"])

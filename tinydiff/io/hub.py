@@ -15,7 +15,7 @@ from tinydiff import paths
 from tinydiff.entries import value as typed_value
 from tinydiff.io import repositories
 from tinydiff.io.variants import unchosen
-from tinydiff.records import UserError, nearest
+from tinydiff.records import UserError, nearest, shown
 
 OF_COMPONENT = ("*.json", "*.safetensors", "spiece.model", "tokenizer.model", "merges.txt")
 """What a component's directory is run from."""
@@ -114,6 +114,23 @@ def resolve(
         ]
     unwanted = [*UNWANTED, *(unchosen(repositories.listing(text, revision), variant) if weights else ())]
     return repositories.fetched(text, [*wanted, *also], revision, field, unwanted)
+
+
+def file(text: str | Path, field: str) -> Path | None:
+    """The file that `text` names: a path, or a hub id and a file in its repository as `id:file`, which is
+    downloaded if need be; None where it names neither. Raises UserError where the repository has no such
+    file.
+    """
+    path = paths.path(text, field)
+    if paths.kind(path) == "file":
+        return path
+    hub_id, colon, name = str(text).partition(":")
+    if paths.kind(path) or not (colon and name and HUB_ID.fullmatch(hub_id)):
+        return None
+    found = repositories.fetched(hub_id, [name], field=field) / name
+    if not found.is_file():
+        raise UserError(field, f"{field}: {hub_id!r} has no file {shown(name)}")
+    return found
 
 
 def read_index(folder: Path) -> Index:

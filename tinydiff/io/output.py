@@ -24,6 +24,7 @@ from tinydiff.io.video import (
     check_encoder,
     read_video_parameters,
     write_video,
+    write_wav,
 )
 from tinydiff.records import Frames, Sound, UserError, nearest
 
@@ -233,6 +234,18 @@ def save(
         target.path(index, count),
         lambda path: write(path, target.extension, frames, encoding, parameters, sound),
     )
+
+
+def check_sound(video: bool, sound: bool) -> None:
+    """Raises UserError where sound is to be written and there is none. video: whether there are frames."""
+    if not sound:
+        why = "this output has no sound" if video else "an image has no sound"
+        raise UserError("save_audio", f"save_audio: {why} that could be written; leave it out")
+
+
+def save_sound(video: Path, sound: Sound) -> Path:
+    """Write sound as a WAV file beside its video. Returns its path; see `save` for names and errors."""
+    return write_new(video.with_suffix(".wav"), lambda path: write_wav(path, sound))
 
 
 def write(

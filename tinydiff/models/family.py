@@ -45,6 +45,11 @@ def no_components(c: Config) -> tuple[str, ...]:
     return ()
 
 
+def no_options(c: Config) -> Mapping[str, tuple[str, Mapping[str, Any]]]:
+    """No components that a user may add."""
+    return {}
+
+
 def no_shift(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
     """No dynamic shift of the schedule."""
     return None
@@ -101,6 +106,8 @@ class Denoiser:
     """The rule that combines the velocities of two branches, a name in `sampling.guidance`."""
     extra_components: Callable[[Config], tuple[str, ...]] = no_components
     """Components that it needs beside transformer, vae, text_encoder, tokenizer and scheduler."""
+    optional_components: Callable[[Config], Mapping[str, tuple[str, Mapping[str, Any]]]] = no_options
+    """Components that a user may add to the model: name -> (class, entries of its released config.json)."""
     hidden_states: Mapping[str, States] = field(default_factory=dict[str, States])
     """Language model -> the numbers of its hidden states that are read; negative numbers count from the end.
 
@@ -127,6 +134,8 @@ class Denoiser:
 
     One is the first frame; two are the first and the last.
     """
+    keyframes: bool = False
+    """Whether an input image may stand at any frame of a video; `input_frames` does not count then."""
     config_overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     """Component -> fields of its config that the pipeline sets, in place of those in config.json."""
     pad_tokens: Callable[[int], int] = no_padding
@@ -177,6 +186,10 @@ class Autoencoder:
     keys: Keys = as_is
     up_stages: Callable[[Config], Iterable[Any]] | None = None
     check_runnable: Callable[[Config], None] = lambda c: None
+    peak: Callable[[Config, int, int, int], int] | None = None
+    """(config, frames, height, width of the output) -> values alive at the peak of decoding it at once, for
+    an autoencoder that `up_stages` does not describe. Every rank decodes it whole.
+    """
     frames_per_pass: Callable[[Config], int] | None = None
     """Latent frames of a pass, where the result depends on them; None where the memory decides."""
 
@@ -205,4 +218,21 @@ class Vocoder:
     head_width: ClassVar[HeadWidth | None] = None
 
 
-Record = Denoiser | Encoder | Autoencoder | Vocoder
+@dataclass(frozen=True, eq=False)
+class Upsampler:
+    """What makes the latents of a larger output of those of a smaller one, between two stages.
+
+    It has the type of the autoencoders.
+    """
+
+    config: type[Any]
+    spec: Callable[[Config], Iterator[Row]]
+    keys: Keys = as_is
+
+    role: ClassVar[Role] = "vae"
+    biased: ClassVar[bool] = False
+    read: ClassVar[Read | None] = None
+    head_width: ClassVar[HeadWidth | None] = None
+
+
+Record = Denoiser | Encoder | Autoencoder | Vocoder | Upsampler

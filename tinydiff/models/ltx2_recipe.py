@@ -7,28 +7,31 @@ tokens, A sound tokens, P latent values of a token, T text tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tinydiff.models import vocoder
-from tinydiff.models.autoencoders import ltx2_audio
+from tinydiff.models import ltx2_upsampler, vocoder
+from tinydiff.models.autoencoders import ltx2_audio, ltx2_video
 from tinydiff.models.encoders import decoder_lm, ltx2_connectors
 from tinydiff.models.recipe import (
     Context,
     GivenTokens,
     Latents,
     LoopInputs,
+    Stage,
+    half_size,
     latent_size,
+    refined,
     shift_by_tokens,
 )
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.patch import patchify, unpatchify
 from tinydiff.ops.rope import grid_positions
-from tinydiff.records import Output, Request, Sound
+from tinydiff.records import Guidance, GuidanceTerms, Output, Request, Sound
 
 Tensors = dict[str, Tensor]
 PATCH = (1, 1, 1)
@@ -51,6 +54,16 @@ def positions(
         return torch.cat([time[:, None], pixels[:, 1:]], 1)
 
     return (edges(grid) + edges(grid + 1)) / 2.0
+
+
+def keyframe_positions(
+    c: Any, frame: int, size: tuple[int, int, int], fps: float, device: torch.device | str | None = None
+) -> Tensor:
+    """Positions [H W, 3] of the tokens of one image that stands at a frame of the video."""
+    places = positions(c, (1, *size[1:]), fps, device)
+    edges = torch.tensor([frame, frame + 1], dtype=torch.float32, device=device) / fps
+    places[:, 0] = edges.sum() / 2.0  # of the edges, as elsewhere, for the same rounding
+    return places
 
 
 def audio_positions(c: Any, tokens: int, device: torch.device | str | None = None) -> Tensor:
@@ -93,24 +106,66 @@ def _sound(context: Context, latents: Tensor) -> Sound:
     return Sound(wave.clamp(-1, 1).float().T.cpu().numpy(), speaker.config.sampling_rate)
 
 
-def prepare(c: Any, context: Context, request: Request) -> LoopInputs:
-    """Loop inputs of video and sound. The tokens of a given first frame stay clean, at timestep 0."""
+def prepare(c: Any, context: Context, request: Request) -> LoopInputs | tuple[Stage, Stage]:
+    """Loop inputs of video and sound; those of two loops where the second refines what the first made."""
+    if request.refinement is None:
+        return _inputs(c, context, request, tuple(_prompts(context, request)))
+    coarse, fine = half_size(context, request), refined(request, request.refinement)
+    texts = tuple(_prompts(context, coarse))
+    second = context.adapted(fine.loras)
+    again = texts[:1] if second is context else tuple(_prompts(second, fine))
+    return (
+        Stage(coarse, _inputs(c, context, coarse, texts)),
+        Stage(fine, _inputs(c, second, fine, again), start=partial(_enlarged, context)),
+    )
+
+
+def _enlarged(context: Context, kinds: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Normalised latents of video and sound -> those of a video twice as high and wide, and the same sound.
+
+    The upsampler reads raw latents.
+    """
+    video, sound = kinds
+    upsampler, vae = context.nets["spatial_upsampler"], context.nets["vae"]
+    mean, std = ltx2_video.statistics(vae.config, vae.w, video)
+    raw = (video * std + mean).to(upsampler.dtype)
+    large = ltx2_upsampler.upsample(upsampler.config, upsampler.w, raw)
+    return (large.to(video.dtype) - mean) / std, sound
+
+
+def _inputs(c: Any, context: Context, request: Request, prompts: Sequence[Tensors]) -> LoopInputs:
+    """Loop inputs of video and sound. The tokens of given frames stay clean, at timestep 0: a first frame is
+    the first latent frame; those of any other frame stand behind the tokens of the video.
+    """
     vae, audio_vae = (context.nets[name].config for name in ("vae", "audio_vae"))
-    size, device = latent_size(vae, request.output), context.device
-    count = audio_tokens(audio_vae, request.output)
-    places = positions(c, size, request.output.fps, device)
-    shared = {"positions": places, "audio_positions": audio_positions(c, count, device)}
+    size, device, fps = latent_size(vae, request.output), context.device, request.output.fps
+    count, places = audio_tokens(audio_vae, request.output), positions(c, size, fps, device)
+    given = {
+        frame: patchify(context.encode(context.pixels([image])), PATCH)
+        for frame, image in zip(request.images.frames, request.images.resized, strict=True)
+    }
+    first, others = given.pop(0, None), torch.cat([places.new_zeros(1, 0, vae.z_dim), *given.values()], 1)
+    behind = [keyframe_positions(c, frame, size, fps, device) for frame in given]
+    shared = {"audio_positions": audio_positions(c, count, device)}
+    shared["positions"] = torch.cat([places, *behind])
     given_tokens = None
-    if request.images.resized:
-        first = patchify(context.encode(context.pixels(request.images.resized)), PATCH)
-        rest = first.new_zeros(1, len(places) + count - first.shape[1], first.shape[2])
-        made = torch.arange(len(places) + count, device=device) >= first.shape[1]
-        given_tokens = GivenTokens(torch.cat([first, rest], 1), made[None, :, None])
-        shared["frozen"] = ~made[None, : len(places), None]
+    if request.images.frames:
+        head = others[:, :0] if first is None else first
+        made = others.new_zeros(1, len(places) - head.shape[1], others.shape[2])
+        tokens = torch.cat([head, made, others, others.new_zeros(1, count, others.shape[2])], 1)
+        spans = head.shape[1], made.shape[1], others.shape[1], count
+        denoised = torch.tensor([False, True, False, True], device=device)
+        denoised = denoised.repeat_interleave(torch.tensor(spans, device=device))
+        given_tokens = GivenTokens(tokens, denoised[None, :, None])
+        shared["frozen"] = ~denoised[None, :-count, None]
+
+    def pack(x: Tensor) -> Tensor:
+        return torch.cat([patchify(x, PATCH), others.to(x).expand(len(x), -1, -1)], 1)
+
     video = Latents(
         size=(vae.z_dim, *size),
-        pack=lambda x: patchify(x, PATCH),
-        unpack=lambda x: unpatchify(x, PATCH, size),
+        pack=pack,
+        unpack=lambda x: unpatchify(x[:, : len(places)], PATCH, size),
     )
     sound = Latents(
         size=(audio_vae.latent_channels, count, audio_vae.latent_bins),
@@ -118,8 +173,43 @@ def prepare(c: Any, context: Context, request: Request) -> LoopInputs:
         unpack=partial(ltx2_audio.unpack, audio_vae),
         decode=partial(_sound, context),
     )
-    branches = tuple(prompt | shared for prompt in _prompts(context, request))
-    return LoopInputs(branches=branches, latents=(video, sound), given_tokens=given_tokens)
+    branches = tuple(prompt | shared for prompt in prompts)
+    if request.guidance.terms is None or request.guidance.branches == 1:
+        return LoopInputs(branches, (video, sound), given_tokens)
+    branches = guided_branches(
+        c, request.guidance, request.guidance.terms, branches, (len(shared["positions"]), count)
+    )
+    return LoopInputs(branches, (video, sound), given_tokens, guidance="several")
+
+
+def guided_branches(
+    c: Any,
+    guidance: Guidance,
+    terms: GuidanceTerms,
+    prompts: Sequence[Tensors],
+    counts: tuple[int, int],
+) -> tuple[Tensors, ...]:
+    """The branches of a request with further terms of guidance, the prompt's first. counts: tokens of video
+    and of sound.
+    """
+    device, layers = prompts[0]["positions"].device, c.num_layers
+    whole = {"attends": torch.ones(layers, device=device), "hears": torch.ones(1, device=device)}
+    made, pulls = [each | whole for each in prompts], list[tuple[float, float]]()
+    if guidance.on:
+        pulls.append((guidance.scale - 1, terms.audio_guidance_scale - 1))
+    if guidance.perturbed:
+        pulls.append((terms.stg_scale, terms.audio_stg_scale))
+        left_out = torch.tensor(terms.spatio_temporal_guidance_blocks, device=device)
+        made.append(made[0] | {"attends": whole["attends"].index_fill(0, left_out, 0)})
+    if guidance.isolated:
+        pulls.append((terms.modality_scale - 1, terms.audio_modality_scale - 1))
+        made.append(made[0] | {"hears": torch.zeros(1, device=device)})
+    shares = (terms.guidance_rescale, 1.0), (terms.audio_guidance_rescale, 1.0)
+    read: Tensors = {}
+    for kind, count, pull, share in zip(("", "_2"), counts, zip(*pulls, strict=True), shares, strict=True):
+        read[f"pulls{kind}"] = torch.tensor(pull, dtype=torch.float64, device=device).repeat(1, count, 1)
+        read[f"rescale{kind}"] = torch.tensor(share, dtype=torch.float64, device=device).repeat(1, count, 1)
+    return tuple(each | read for each in made)
 
 
 def mu(c: Any, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
@@ -132,10 +222,18 @@ def extra_components(c: Any) -> tuple[str, ...]:
     return "connectors", "audio_vae", "vocoder"
 
 
+def optional_components(c: Any) -> Mapping[str, tuple[str, Mapping[str, Any]]]:
+    """The latent upsampler, with which a request has two stages. LTX-2.3's has a plain layer less."""
+    config = {"use_rational_resampler": not c.gated_attn}
+    return {"spatial_upsampler": ("LTX2LatentUpsamplerModel", config)}
+
+
 def must_fit(c: Any, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What the transformer's config must say to fit the components around it: (field, value, why)."""
     yield "in_channels", nets["vae"].z_dim, "the vae's latents need"
     yield "audio_in_channels", nets["audio_vae"].values, "the audio_vae's latents need"
+    if "spatial_upsampler" in nets:
+        yield "in_channels", nets["spatial_upsampler"].in_channels, "the spatial_upsampler reads"
     yield "caption_channels", nets["text_encoder"].hidden_size, "the text encoder gives"
     if not c.use_prompt_embeddings:
         video, audio = nets["connectors"].sides

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinydiff.keymap import KeyMap, unread
+from tinydiff.models.family import Upsampler
 from tinydiff.ops.conv import conv2d, per_frame
 from tinydiff.ops.norm import group_norm
 from tinydiff.ops.weights import Weights
@@ -97,3 +98,6 @@ def upsample(c: Config, w: Weights, z_BZFHW: Tensor) -> Tensor:
     for i in range(c.num_blocks_per_stage):
         x = _block(x, w / "post_upsample_res_blocks" / i)
     return _conv(x, w / "final_conv")
+
+
+FAMILY = Upsampler(Config, spec, key_map)

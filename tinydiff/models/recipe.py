@@ -26,7 +26,7 @@ from tinydiff.ops.patch import patchify, unpatchify
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.dtensors import DTensor, Sharding, as_dtensors, full, replaced
 from tinydiff.parallel.plan import Plan, Row
-from tinydiff.records import Output, Request, Sound, UserError
+from tinydiff.records import Guidance, Output, Refinement, Request, Schedule, Sound, UserError
 
 F = TypeVar("F")
 """A record of `models.family`."""
@@ -139,6 +139,8 @@ class Context:
     options: Mapping[str, Any]
     """The pipeline's own settings in model_index.json."""
     device: torch.device
+    adapted: Callable[[Mapping[str, float]], Context]
+    """Strengths of adapters -> the context of a stage that has these, or this one where they are the same."""
 
     def clip_tokens(self, net: str) -> int:
         """How many tokens of a text a CLIP reads: the first tokenizer's limit, at most the network's."""
@@ -227,6 +229,30 @@ class Stage:
     """
     denoisers: tuple[str, ...] = DENOISERS
     """Components that denoise, by the number of the expert in the table."""
+
+
+def half_size(context: Context, request: Request) -> Request:
+    """What the first of two stages is asked for: half the height and width."""
+    height, width = request.output.height // 2, request.output.width // 2
+    images = tuple(context.resize(image, height, width) for image in request.images.originals)
+    return replace(
+        request,
+        output=replace(request.output, height=height, width=width),
+        images=replace(request.images, resized=images),
+        refinement=None,
+    )
+
+
+def refined(request: Request, refinement: Refinement) -> Request:
+    """What the second of two stages is asked for: the whole size, from the refinement's noise level on."""
+    sigmas = refinement.sigmas
+    return replace(
+        request,
+        schedule=Schedule(len(sigmas), sigmas, flow_shift=1.0),
+        guidance=Guidance(),
+        loras=refinement.loras,
+        refinement=None,
+    )
 
 
 def latent_size(vae: Any, output: Output) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tinydiff.records import UserError, nearest
+from tinydiff.records import GuidanceTerms, UserError, nearest
 
 WAN_NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
@@ -36,8 +36,10 @@ class ReleasedModel:
     guidance_form: "scale" is a CFG scale; "offset" is the model card's scale, to which 1 is added for CFG;
     "embedded" is an input of the network (guidance-distilled). With "embedded" and "true", CFG has a scale of
     its own, true_cfg_scale, and runs where a negative prompt is given.
-    solver: a name of the engine; dmd_timesteps belong to "dmd". negative_prompt: None where guidance reads
-    none. text_tokens: most tokens of a prompt.
+    solver: a name of the engine; dmd_timesteps belong to "dmd". refine_sigmas: those of a second stage, which
+    an upsampler begins. sound: whether an output has sound. terms: those of guidance beside `guidance`, None
+    where the model knows none. negative_prompt: None where guidance reads none. text_tokens: most tokens of a
+    prompt.
     images: least and most input images. image_use: as frames of the video, as the image to start from, or as
     references. reference_multiple: the output's size follows the last input image, rounded to multiples of
     this many pixels; None: it follows the first one, rounded down. layers: the number of images with alpha
@@ -63,6 +65,9 @@ class ReleasedModel:
     boundary_ratio: float | None = None
     solver: Literal["unipc", "dmd", "euler"] = "euler"
     dmd_timesteps: tuple[int, ...] = ()
+    refine_sigmas: tuple[float, ...] = ()
+    sound: bool = False
+    terms: GuidanceTerms | None = None
     negative_prompt: str | None = ""
     text_tokens: int = 512
     size_multiple: int = 16
@@ -192,7 +197,8 @@ def _ltx2(name: str, params: int, gated: bool) -> ReleasedModel:
     return ReleasedModel(
         f"Lightricks/{name}", "ltx2", "LTX2Pipeline", 512, 768, 30, 3.0, params, shape, num_frames=121,
         fps=24, negative_prompt=LTX2_NEGATIVE, text_tokens=1024, size_multiple=32, frame_multiple=8,
-        images=(0, 1),
+        images=(0, 16), refine_sigmas=(0.909375, 0.725, 0.421875), sound=True,
+        terms=GuidanceTerms(7.0, float(gated), float(gated), 3.0, 3.0, 0.7, 0.7, (28 if gated else 29,)),
     )  # fmt: skip
 
 

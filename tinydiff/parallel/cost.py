@@ -263,7 +263,7 @@ def step_bytes(net: CostModel, layout: Layout, work: Work, b: int = 2) -> dict[s
 
     And for all branches together:
 
-    cfg: one gather of the velocity, B n (values of a token) b.
+    cfg: one gather of the velocities of its branches, B n (values of a token) b each.
     fsdp: one gather of every block's weights, of which the rank holds a share (`share_bytes`).
     """
     rows = {row.name: row for row in net.rows}
@@ -282,7 +282,7 @@ def step_bytes(net: CostModel, layout: Layout, work: Work, b: int = 2) -> dict[s
     )
     each = work.evaluations(layout) * work.images
     found = {
-        "cfg": (layout.cfg > 1) * work.images * work.local_tokens("image", layout) * net.values * b,
+        "cfg": (layout.cfg > 1) * each * work.local_tokens("image", layout) * net.values * b,
         "ring": (layout.ring - 1) * each * 2 * attended * b,
         "ulysses": (layout.ulysses > 1) * each * 2 * (asked + attended) * b,
         "tp": (layout.tp > 1) * each * summed,

@@ -142,6 +142,10 @@ class Plan:
         """The plan with these axes only."""
         return replace(self, groups=tuple((axis, group) for axis, group in self.groups if axis in axes))
 
+    def without(self, *axes: str) -> Plan:
+        """The plan without these axes."""
+        return self.along(*(axis for axis, _ in self.groups if axis not in axes))
+
 
 SINGLE = Plan()
 """The plan of one device."""

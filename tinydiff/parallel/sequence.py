@@ -40,7 +40,7 @@ def sequence_ranks(plan: Plan) -> tuple[int, int]:
 
 def without_sequence(plan: Plan) -> Plan:
     """The plan for what runs on all tokens on every rank."""
-    return plan.along(*(axis for axis, _ in plan.groups if axis not in ("ring", "ulysses")))
+    return plan.without("ring", "ulysses")
 
 
 def shard_sizes(tokens: int, shards: int) -> list[int]:

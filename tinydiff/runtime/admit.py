@@ -19,6 +19,7 @@ from tinydiff.records import (
     Guidance,
     InputImages,
     Output,
+    Refinement,
     Request,
     Schedule,
     Text,
@@ -29,6 +30,8 @@ from tinydiff.runtime.blueprint import Blueprint
 from tinydiff.runtime.pipeline import table
 from tinydiff.runtime.settings import settle
 
+UPSAMPLER = "spatial_upsampler"
+"""The component that begins a second stage."""
 STRENGTH = 0.6
 """Default strength where an image is given to start from."""
 LUMA = (0.299, 0.587, 0.114)
@@ -61,23 +64,27 @@ def admit(
     originals = _images(blueprint, sampling.image_path, read)
     height, width = _size(blueprint, sampling, originals)
     frames = _frames(blueprint, sampling, clip or (bool(originals) and row.image_use == "frames"))
-    for name in sampling.loras:
-        if name not in (names := [each.name for each in blueprint.adapters]):
-            raise UserError("loras", f"loras: {loras.unknown(name, names)}")
+    for field, asked in (("loras", sampling.loras), ("refine_loras", sampling.refine_loras)):
+        for name in asked:
+            if name not in (names := [each.name for each in blueprint.adapters]):
+                raise UserError(field, f"{field}: {loras.unknown(name, names)}")
     layers = (sampling.num_frames or row.layers) if row.layers else 0
     starts = _starts(blueprint, sampling, originals, frames)
     if (pixels := frames * max(1, layers) * height * width) > most_pixels:
         raise UserError("size", f"size: an output has {pixels:,} pixels; {most_pixels:,.0f} are the most")
     fit = cover if blueprint.denoiser.family.crops_images else resize
     resized = () if row.image_use == "references" else tuple(fit(image, height, width) for image in originals)
+    places = _places(blueprint, sampling, len(originals), frames)
     mask = _mask(blueprint, sampling, originals, starts, height, width, read)
     steps, timesteps = _steps(blueprint, sampling)
+    refinement = _refinement(blueprint, sampling)
     settled = settle(blueprint, sampling)
     guidance = Guidance(
         scale=settled.guidance_scale,
         scale_2=settled.guidance_scale_2,
         embedded=settled.embedded_guidance,
         normalization=_normalization(blueprint, sampling),
+        terms=settled.terms,
     )
     schedule = Schedule(
         steps=steps,
@@ -88,16 +95,18 @@ def admit(
         strength=_strength(blueprint, sampling, starts, steps),
     )
     fps = row.fps if sampling.fps is None else sampling.fps
-    output = postprocess.planned(blueprint, sampling, Output(height, width, frames, layers, fps), most_pixels)
+    output = Output(height, width, frames, layers, fps, sound=_sound(blueprint, sampling, frames))
+    output = postprocess.planned(blueprint, sampling, output, most_pixels)
     requests = [
         Request(
             text=Text(prompt, settled.negative_prompt, row.text_tokens, settled.use_pe),
             guidance=guidance,
             schedule=schedule,
-            images=InputImages(resized, originals, mask, starts),
+            images=InputImages(resized, originals, mask, places, starts),
             output=output,
             seeds=seeds(sampling, index),
             loras=sampling.loras,
+            refinement=refinement,
             notes=settled.notes,
         )
         for index, prompt in enumerate(sampling.prompt or ("",) * row.captions)
@@ -105,6 +114,28 @@ def admit(
     for request in requests:
         table(blueprint, request)  # refuses a schedule that cannot be
     return requests
+
+
+def _sound(blueprint: Blueprint, sampling: SamplingOptions, frames: int) -> bool:
+    """Whether the output has sound: a video of a model that makes any, unless none is wanted."""
+    possible = blueprint.row.sound and frames > 1
+    if sampling.audio and not possible:
+        why = "an image has no sound" if blueprint.row.sound else f"{blueprint.row.name} makes no sound"
+        raise UserError("audio", f"audio: {why}; leave it out")
+    return possible and sampling.audio is not False
+
+
+def _refinement(blueprint: Blueprint, sampling: SamplingOptions) -> Refinement | None:
+    """The second stage, where the model was loaded with an upsampler."""
+    if UPSAMPLER not in blueprint.nets:
+        for name in ("refine_sigmas", "refine_loras"):
+            if getattr(sampling, name):
+                message = f"{blueprint.row.name} is loaded without an upsampler, so there is no second stage"
+                raise UserError(name, f"{name}: {message} (see --spatial-upsampler-path)")
+        return None
+    sigmas = sampling.refine_sigmas or blueprint.row.refine_sigmas
+    _check_falling("refine_sigmas", sigmas)
+    return Refinement(sigmas, sampling.refine_loras)
 
 
 def _normalization(blueprint: Blueprint, sampling: SamplingOptions) -> float:
@@ -128,7 +159,7 @@ def _starts(
         return row.image_use == "start" and bool(originals)
     if row.image_use == "references" or frames > 1:
         return False
-    if row.images[0]:
+    if row.images[0] or row.sound:
         least = blueprint.autoencoder.config.scale_factor_temporal + 1
         raise UserError(
             "num_frames",
@@ -211,9 +242,11 @@ def _mask(
 
 
 def _multiple(blueprint: Blueprint) -> int:
-    """Height and width must divide by the autoencoder's stride times the denoiser's patch."""
-    net = blueprint.denoiser
-    return blueprint.autoencoder.config.scale_factor_spatial * net.family.patch(net.config)[-1]
+    """Height and width must divide by the autoencoder's stride times the denoiser's patch, and half of them
+    too where a first stage makes half the size.
+    """
+    net, stages = blueprint.denoiser, 2 if UPSAMPLER in blueprint.nets else 1
+    return blueprint.autoencoder.config.scale_factor_spatial * net.family.patch(net.config)[-1] * stages
 
 
 def _images(blueprint: Blueprint, paths: Sequence[str], read: Read) -> tuple[numpy.ndarray, ...]:
@@ -230,6 +263,11 @@ def _images(blueprint: Blueprint, paths: Sequence[str], read: Read) -> tuple[num
                 "image_path", f"image_path: {len(paths)} images are given; {row.name} takes at most {most}"
             )
         return tuple(read(path, "image_path", row.layers > 0) for path in paths)
+    if net.family.keyframes:
+        if len(paths) > most:
+            message = f"{len(paths)} images are given; {row.name} takes at most {most} keyframes"
+            raise UserError("image_path", f"image_path: {message}")
+        return tuple(read(path, "image_path") for path in paths)
     frames = net.family.input_frames(net.config, blueprint.options)
     if paths and 1 not in frames and len(paths) != 2:
         raise UserError(
@@ -241,6 +279,30 @@ def _images(blueprint: Blueprint, paths: Sequence[str], read: Read) -> tuple[num
             "image_path", f"image_path: {len(paths)} images are given; {row.name} takes {allowed}"
         )
     return tuple(read(path, "image_path") for path in paths)
+
+
+def _places(blueprint: Blueprint, sampling: SamplingOptions, images: int, frames: int) -> tuple[int, ...]:
+    """The frame of the video at which each of so many input images stands."""
+    asked, row = sampling.image_frames, blueprint.row
+    if not blueprint.denoiser.family.keyframes:
+        if asked:
+            message = f"{row.name} has no keyframes; the place of its input images is fixed"
+            raise UserError("image_frames", f"image_frames: {message}")
+        return ()
+    if asked and len(asked) != images:
+        message = f"{len(asked)} are given for {images} input images; give one for each"
+        raise UserError("image_frames", f"image_frames: {message}")
+    if not asked and images > 2:
+        message = f"{images} input images are given; say at which frame each of them stands"
+        raise UserError("image_frames", f"image_frames: {message}")
+    for place in asked:
+        if not -frames <= place < frames:
+            message = f"{place} is beyond the {frames} frames of the video, 0 to {frames - 1}"
+            raise UserError("image_frames", f"image_frames: {message}")
+    places = tuple(place % frames for place in asked or (0, -1)[:images])
+    if twice := next((place for i, place in enumerate(places) if place in places[:i]), None):
+        raise UserError("image_frames", f"image_frames: two images stand at frame {twice}; one can")
+    return places
 
 
 def _size(
@@ -345,8 +407,10 @@ def _check_sigmas(row: ReleasedModel, sampling: SamplingOptions) -> None:
     if steps is not None and steps != len(sigmas):
         message = f"{steps} does not fit the {len(sigmas)} sigmas given; leave it out"
         raise UserError("num_inference_steps", f"num_inference_steps: {message}")
+    _check_falling("sigmas", sigmas)
+
+
+def _check_falling(name: str, sigmas: Sequence[float]) -> None:
     for before, after in pairwise(sigmas):
         if after >= before:
-            raise UserError(
-                "sigmas", f"sigmas: {after:g} follows {before:g}; each must be below the one before"
-            )
+            raise UserError(name, f"{name}: {after:g} follows {before:g}; each must be below the one before")

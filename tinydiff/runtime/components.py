@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tinydiff import paths
 from tinydiff.config import ModelOptions
 from tinydiff.io import archive, hub, overlay, sources
 from tinydiff.io.sources import Checkpoint, Component
@@ -23,6 +22,7 @@ from tinydiff.io.weights import check_weights, weight_files
 from tinydiff.keymap import KeyMap, Shape
 from tinydiff.models import registry, released
 from tinydiff.models.classes import RECORDS
+from tinydiff.models.family import Denoiser
 from tinydiff.models.layouts.recognise import Found, config_from, layouts_of, prefixes, recognise
 from tinydiff.records import UserError, check_known
 
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 Keys = Callable[[Any], KeyMap]
 """Config -> where the rows of such a network stand in a file."""
 
+ADDED = {"spatial_upsampler": "latent_upsampler"}
+"""Component that a user may add to a model -> its directory in the release's repository."""
 SHIPPED = Path(__file__).parent.parent / "shapes"
 """The model in the package."""
 
@@ -39,12 +41,13 @@ def chosen(options: ModelOptions) -> Checkpoint:
     """The model that `options` name, single components and weights in the place of its own.
     Raises UserError.
     """
-    file = _file(options.model_path, "model_path")
+    file = hub.file(options.model_path, "model_path")
     checkpoint = _from_directory(options) if file is None else _around(file, options)
     parts = dict(checkpoint.components)
     for name, path in options.component_paths.items():
-        check_known("component_paths", name, [name for name in parts if name != "image_processor"])
-        parts[name] = _in_place_of(parts[name], path, f"{name}_path", options.variant)
+        listed = _optional(parts) | parts
+        check_known("component_paths", name, [name for name in listed if name != "image_processor"])
+        parts[name] = _in_place_of(listed[name], path, f"{name}_path", options.variant)
     for name, path in options.component_weights_paths.items():
         check_known(
             "component_weights_paths", name, [name for name in parts if parts[name].class_name in RECORDS]
@@ -58,6 +61,19 @@ def chosen(options: ModelOptions) -> Checkpoint:
         )
         raise UserError("model_path", f"model_path: {message}")
     return replace(checkpoint, components=parts)
+
+
+def _optional(parts: Mapping[str, Component]) -> dict[str, Component]:
+    """The components that a user may add to a model, with the configs of their release."""
+    denoiser = parts.get("transformer")
+    record = None if denoiser is None else RECORDS.get(denoiser.class_name)
+    if denoiser is None or not isinstance(record, Denoiser) or "config.json" not in denoiser.json:
+        return {}
+    known = record.optional_components(config_from(denoiser.class_name, denoiser.entries()))
+    return {
+        name: Component(name, "diffusers", class_name, {"config.json": entries})
+        for name, (class_name, entries) in known.items()
+    }
 
 
 def _from_directory(options: ModelOptions) -> Checkpoint:
@@ -96,19 +112,13 @@ def _laid_out(part: Component) -> Component:
     return replace(part, files=files, keys=_keys_of(files, shapes, part))
 
 
-def _file(path: str, field: str) -> Path | None:
-    """The file of this path; None where it is a directory or a hub id."""
-    place = paths.path(path, field)
-    return place if paths.kind(place) == "file" else None
-
-
 def _in_place_of(listed: Component, path: str, option: str, variant: str | None) -> Component:
     """The component at `path` that stands in for the `listed` one: a file, or a directory of the class that
     its own config.json names, where that is known.
     """
-    if (file := _file(path, option)) is not None:
+    if (file := hub.file(path, option)) is not None:
         return _from_file(listed, file, option)
-    place = hub.resolve(path, field=option, variant=variant)
+    place = _directory(listed, path, option, variant)
     found = sources.component(listed.name, place, listed.library, listed.class_name, option)
     entries = found.json.get("config.json", {})
     names = (entries.get("_class_name"), *(entries.get("architectures") or ()))
@@ -120,9 +130,19 @@ def _in_place_of(listed: Component, path: str, option: str, variant: str | None)
     return replace(found, class_name=own)
 
 
+def _directory(listed: Component, path: str, option: str, variant: str | None) -> Path:
+    """The directory of a component that the user names. One that no model_index.json lists may lie in that of
+    a whole model.
+    """
+    inside = ADDED.get(listed.name)
+    if inside is not None and (whole := hub.resolve(path, field=option, only=(inside,)) / inside).is_dir():
+        return whole
+    return hub.resolve(path, field=option, variant=variant)
+
+
 def _with_weights(listed: Component, path: str, option: str, variant: str | None) -> Component:
     """The listed component with its own config and the weights of a file, a directory or a hub id."""
-    if (file := _file(path, option)) is not None:
+    if (file := hub.file(path, option)) is not None:
         return _from_file(listed, file, option, config_stays=True)
     return replace(listed, files=hub.resolve(path, field=option, variant=variant), keys=None, option=option)
 

@@ -140,7 +140,7 @@ def subject_of(
             image=tokens,
             text=text,
             views=plan.nets["image_encoder"].config.tokens if "image_encoder" in plan.nets else 0,
-            branches=2 if request.guidance.on else 1,
+            branches=request.guidance.branches,
             steps=request.schedule.steps,
             audio=audio_tokens(plan.nets["audio_vae"].config, request.output)
             if "audio_vae" in plan.nets
@@ -206,7 +206,7 @@ def layouts(subject: Subject, ranks: int) -> Iterator[Layout]:
 
 def _possible(subject: Subject, layout: Layout) -> bool:
     try:
-        check(layout, subject.net.heads, subject.request.guidance.on, subject.work.image)
+        check(layout, subject.net.heads, subject.request.guidance.branches > 1, subject.work.image)
     except UserError:
         return False
     return True
@@ -219,7 +219,7 @@ def usual(subject: Subject, ranks: int) -> Layout | None:
             ParallelOptions(num_gpus=ranks),
             ranks,
             subject.net.heads,
-            subject.request.guidance.on,
+            subject.request.guidance.branches > 1,
             subject.work.image,
         )[0]
     except UserError:

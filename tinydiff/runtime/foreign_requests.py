@@ -114,7 +114,7 @@ def _given(foreign: Foreign, sampling: SamplingOptions) -> Iterator[tuple[str, t
     """(option, (the argument that it is or "", its value)) of each option that is given."""
     for entry in fields(SamplingOptions):
         name, value = entry.name, getattr(sampling, entry.name)
-        if name in OURS or value is None or value is False or value == ():
+        if name in OURS or value is None or value is False or value in ((), {}):
             continue
         names = NAMES.get(name, (name,))
         argument = next((each for each in names if each in foreign.arguments), "")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 
-from tinydiff.config import Options, OutputOptions, Progress
+from tinydiff.config import Options, OutputOptions, Progress, SamplingOptions
 from tinydiff.io import output
 from tinydiff.parallel.ranks import Ranks, replica_numbers, to_first
 from tinydiff.records import Frames, Request, Result, Sound
@@ -84,7 +84,7 @@ def generate_admitted(
     started = time.perf_counter() if started is None else started
     requests, destinations = work.requests, work.destinations
     progress.on_stage("load")
-    merges = not options.sampling.loras
+    merges = _may_merge(options.sampling)
     model = backends.of(plan).load(plan, ranks, merge_adapters=merges, requests=requests)
     loaded = {"load": time.perf_counter() - started}
     jobs, numbers, writes = (
@@ -108,6 +108,11 @@ def generate_admitted(
         for prompt in range(len(requests))
     ]
     return [replace(results[0], seconds=loaded | dict(results[0].seconds)), *results[1:]]
+
+
+def _may_merge(sampling: SamplingOptions) -> bool:
+    """Whether every loop of a request has the adapters at one strength."""
+    return not (sampling.loras or sampling.refine_loras)
 
 
 def _replica_jobs(requests: Sequence[Request], replicas: int) -> list[ReplicaJob]:
@@ -136,7 +141,9 @@ def _run_job(
     def save(
         index: int, frames: numpy.ndarray | Frames, sound: Sound | None, parameters: Mapping[str, Any]
     ) -> list[Path]:
-        return _save(*destination, job, index, frames, sound, parameters)
+        paths = _save(*destination, job, index, frames, sound, parameters)
+        beside = [output.save_sound(paths[0], sound)] if options.save_audio and sound is not None else []
+        return paths + beside
 
     saves, keep = options.save_output and writes, options.return_frames and writes
     return backends.of(model.blueprint).run(model, job.request, progress, save if saves else None, keep)
@@ -171,6 +178,8 @@ def _destination(options: OutputOptions, request: Request) -> Destination:
         options.output_compression,
         options.x264_preset,
     )
+    if options.save_audio:
+        output.check_sound(request.output.num_frames > 1, request.output.sound)
     if options.save_output:
         output.check_size(target, *request.output.saved_size)
         output.check_writable(target.directory, target.path(len(request.seeds) - 1, len(request.seeds)).name)

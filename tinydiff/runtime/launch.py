@@ -96,7 +96,7 @@ def admit_with_layout(options: Options, plan: Blueprint, ranks: int) -> tuple[Wo
     work = admitted(options, plan)
     outputs = sum(len(request.seeds) for request in work.requests)
     tokens = min(_tokens(plan, request) for request in work.requests)
-    heads, guided = denoiser_heads(plan), work.requests[0].guidance.on
+    heads, guided = denoiser_heads(plan), work.requests[0].guidance.branches > 1
     chosen, why = layout.choose(options.parallel, ranks, heads, guided, tokens, outputs)
     check_divides(plan, chosen)
     log.info("%s", why)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from tinydiff import paths
 from tinydiff.config import ModelOptions
 from tinydiff.io import hub
 from tinydiff.io.lora import Adapter, Component, read_adapter
@@ -27,6 +26,8 @@ log = logging.getLogger(__name__)
 
 Mode = Literal["auto", "merge", "dynamic"]
 
+DISTILLED = "distilled"
+"""Name of the adapter of the second stage."""
 USUAL_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """Names that diffusers and peft give to the one file of an adapter."""
 
@@ -44,6 +45,8 @@ class Chosen:
     """The component that it changes; "all" takes every one that it fits."""
     alpha: float | None = None
     lenient: bool = False
+    refines: bool = False
+    """Whether it is meant for the second stage alone."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def chosen(options: ModelOptions) -> tuple[Chosen, ...]:
         raise UserError(
             "lora_nickname", f"lora_nickname: {twice!r} names two adapters; give each its own name"
         )
-    return tuple(
+    both = tuple(
         Chosen(
             name=names[i],
             source=source,
@@ -97,6 +100,22 @@ def chosen(options: ModelOptions) -> tuple[Chosen, ...]:
         )
         for i, source in enumerate(options.lora_path)
     )
+    return both if options.distilled_lora_path is None else (*both, _refining(options, names))
+
+
+def _refining(options: ModelOptions, others: Sequence[str]) -> Chosen:
+    """The adapter of the second stage. Raises UserError."""
+    if DISTILLED in others:
+        message = f"{DISTILLED!r} is the adapter of distilled_lora_path; give the other one another name"
+        raise UserError("lora_nickname", f"lora_nickname: {message}")
+    if "spatial_upsampler" not in options.component_paths:
+        message = "changes the second stage alone, and there is none; name an upsampler"
+        raise UserError(
+            "distilled_lora_path", f"distilled_lora_path: {message} with --spatial-upsampler-path"
+        )
+    source = str(options.distilled_lora_path)
+    file = adapter_file(source, field="distilled_lora_path")
+    return Chosen(DISTILLED, source, file, 1.0, "all", options.lora_alpha, options.lora_lenient, refines=True)
 
 
 def _defaults(first: int, count: int) -> Iterator[str]:
@@ -108,19 +127,19 @@ def _nth(values: Sequence[str], index: int) -> str | None:
     return values[index] if index < len(values) else None
 
 
-def adapter_file(source: str, weight_name: str | None = None) -> Path:
-    """The safetensors file of an adapter that is given as a file, a directory or a hub id.
-    Raises UserError.
+def adapter_file(source: str, weight_name: str | None = None, field: str = "lora_path") -> Path:
+    """The safetensors file of an adapter that is given as a file, a directory, a hub id, or a hub id and a
+    file as `id:file`. field: the option that gives it. Raises UserError.
     """
-    path = paths.path(source, "lora_path")
-    if paths.kind(path) == "file":
+    path = hub.file(source, field)
+    if path is not None:
         if weight_name is not None and weight_name != path.name:
-            message = f"{weight_name!r} is given, but lora_path {source!r} is one file"
+            message = f"{weight_name!r} is given, but {field} {source!r} is one file"
             raise UserError("lora_weight_name", f"lora_weight_name: {message}")
         return path
     only = () if weight_name is None else (weight_name, "adapter_config.json")
     own = source == registry.SHIPPED
-    directory = SHIPPED / "loras" if own else hub.resolve(source, field="lora_path", only=only)
+    directory = SHIPPED / "loras" if own else hub.resolve(source, field=field, only=only)
     files = {str(file.relative_to(directory)): file for file in sorted(directory.rglob("*.safetensors"))}
     if weight_name is not None:
         if weight_name not in files:
@@ -128,12 +147,14 @@ def adapter_file(source: str, weight_name: str | None = None) -> Path:
             raise UserError("lora_weight_name", f"lora_weight_name: {source!r} has no {weight_name!r}{hint}")
         return files[weight_name]
     if not files:
-        raise UserError("lora_path", f"lora_path: {source!r} has no *.safetensors file")
+        raise UserError(field, f"{field}: {source!r} has no *.safetensors file")
     usual = [files[name] for name in USUAL_FILES if name in files]
     if len(files) > 1 and len(usual) != 1:
         names = ", ".join([*files][:5]) + (", ..." if len(files) > 5 else "")
         message = f"{source!r} has {len(files)} files; choose one with lora_weight_name: {names}"
-        raise UserError("lora_path", f"lora_path: {message}")
+        if field != "lora_path":
+            message = f"{source!r} has {len(files)} files; name one, as in {source}:{next(iter(files))}"
+        raise UserError(field, f"{field}: {message}")
     return usual[0] if usual else next(iter(files.values()))
 
 
@@ -158,12 +179,15 @@ def attach(
     changed, attached = dict(nets), {}
     beside: dict[str, dict[str, adapters.Differences]] = {name: {} for name in nets}
     for each, adapter in ((one.chosen, one.adapter) for one in read):
-        merge = only_merges(each, adapter, mode) or mode == "merge"
+        if each.refines and mode == "merge":
+            message = f"{each.name!r} changes the second stage alone, so it cannot be merged into the weights"
+            raise UserError("lora_merge_mode", f"lora_merge_mode: {message}")
+        merge = only_merges(each, adapter, "dynamic" if each.refines else mode) or mode == "merge"
         absent = next((name for name in adapter.targets if changed[name].absent), None)
         if merge and absent is not None:
             message = f"the weights of {absent} are offloaded, so {each.name!r} cannot be merged into them"
             raise UserError("lora_merge_mode", f"lora_merge_mode: {message}")
-        if mode == "auto" and prefer_merged and not merge and absent is None:
+        if mode == "auto" and prefer_merged and not (merge or each.refines) and absent is None:
             merge = not _rounds_away(each, adapter, changed)
         for component, differences in adapter.targets.items():
             if merge:
@@ -198,7 +222,9 @@ def read(each: Chosen, nets: Mapping[str, Network]) -> Read:
 
 def _component(net: Network) -> Component:
     rows = {row.name: row for row in net.family.spec(net.config)}
-    return Component(net.family.role, rows, key_maps(net.family, net.config))
+    own = net.family.keys(net.config)
+    spellings = (own,) if any(line.alias for line in own.lines) else ()
+    return Component(net.family.role, rows, (*key_maps(net.family, net.config), *spellings))
 
 
 def only_merges(each: Chosen, adapter: Adapter, mode: Mode = "dynamic") -> bool:
@@ -247,8 +273,25 @@ def for_request(
 def strengths(attached: Mapping[str, Attached], loras: Mapping[str, float]) -> dict[str, float]:
     """The strength of each adapter for a request that asks for `loras`."""
     merged = {name: each.chosen.strength for name, each in attached.items() if each.merged}
-    own = {name: each.chosen.strength for name, each in attached.items() if not each.merged}
+    own = _own(attached)
     return {name: strength for name, strength in (merged | (dict(loras) or own)).items() if strength}
+
+
+def _own(attached: Mapping[str, Attached], refines: bool = False) -> dict[str, float]:
+    """The strengths that adapters beside the weights were loaded with: those of all stages, or of the second
+    alone.
+    """
+    beside = {name: each.chosen for name, each in attached.items() if not each.merged}
+    return {name: each.strength for name, each in beside.items() if each.refines == refines}
+
+
+def refining(
+    attached: Mapping[str, Attached], loras: Mapping[str, float], asked: Mapping[str, float]
+) -> dict[str, float]:
+    """The strength of each adapter in the second stage. loras: what the request asks for in the first. asked:
+    what it asks for in the second.
+    """
+    return dict(asked) or ((dict(loras) or _own(attached)) | _own(attached, refines=True))
 
 
 def unknown(name: str, names: Mapping[str, Any] | Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ def parameters(
         "num_inference_steps": schedule.steps,
         "guidance_scale": guidance.scale,
     }
+    if model.blueprint.row.sound:
+        entries["audio"] = output.sound
+    if guidance.terms is not None:
+        entries |= asdict(guidance.terms)
     if WRITER in model.nets:
         entries["use_pe"] = text.rewrite
     if revised is not None:
@@ -54,6 +59,11 @@ def parameters(
     entries |= postprocess.parameters(output)
     if strengths := loras.strengths(model.adapters, request.loras):
         entries["loras"] = strengths
+    if (refinement := request.refinement) is not None:
+        entries["refine_sigmas"] = list(refinement.sigmas)
+        second = loras.refining(model.adapters, request.loras, refinement.loras)
+        if strengths := loras.strengths(model.adapters, second):
+            entries["refine_loras"] = strengths
     if request.notes:
         entries["notes"] = dict(request.notes)
     if warnings:

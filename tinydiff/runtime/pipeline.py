@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from tinydiff.config import Progress
 from tinydiff.io.images import resize
-from tinydiff.models.recipe import Context, LoopInputs, Stage, token_count
+from tinydiff.models.family import Denoiser
+from tinydiff.models.recipe import Context, LoopInputs, Net, Stage, token_count
 from tinydiff.ops import store as stores
-from tinydiff.ops.network import RESIDENT
+from tinydiff.ops.network import RESIDENT, Network
 from tinydiff.ops.norm import compute_dtype
 from tinydiff.parallel import sequence
 from tinydiff.parallel.plan import Plan
@@ -132,7 +133,16 @@ def make_context(model: Model, request: Request, warn: Callable[[str], None] = l
         _check_strides(vae.config, pixels, latents)
         return latents.to(compute_dtype(pixels))
 
-    return Context(model.nets, tokens, model.tokenizers, encode, resize, model.blueprint.options, device)
+    def adapted(strengths: Mapping[str, float]) -> Context:
+        if dict(strengths) == loras.strengths(model.adapters, request.loras):
+            return made
+        nets = loras.for_request(model.nets, model.adapters, strengths)
+        return make_context(replace(model, nets=nets), replace(request, loras=strengths), warn)
+
+    made = Context(
+        model.nets, tokens, model.tokenizers, encode, resize, model.blueprint.options, device, adapted
+    )
+    return made
 
 
 def _check_strides(vae: Any, pixels: Tensor, latents: Tensor) -> None:
@@ -177,6 +187,9 @@ def _is_negative(request: Request, texts: Sequence[str], index: int) -> bool:
 def condition(model: Model, request: Request) -> Conditioning:
     """Run the encoders and compute the table."""
     model = replace(model, nets=loras.for_request(model.nets, model.adapters, request.loras))
+    if (second := request.refinement) is not None:
+        strengths = loras.refining(model.adapters, request.loras, second.loras)
+        request = replace(request, refinement=replace(second, loras=strengths))
     warnings: dict[str, None] = {}  # in order, each once: tokenizers of one length cut alike
     told = _conditioned(
         model, request, make_context(model, request, lambda said: warnings.update({said: None}))
@@ -198,7 +211,7 @@ def _conditioned(model: Model, request: Request, context: Context) -> Conditioni
 
 def _check_branches(plan: Plan, guidance: Guidance) -> None:
     """Raises UserError where half of the ranks would have no branch."""
-    if plan.group("cfg").size > 1 and not guidance.on:
+    if plan.group("cfg").size > 1 and guidance.branches == 1:
         message = (
             f"{guidance.scale:g} runs the prompt's branch alone, and cfg_parallel_size 2 "
             "gives half of the ranks another"
@@ -212,14 +225,25 @@ def _check_branches(plan: Plan, guidance: Guidance) -> None:
 def _prepared(model: Model, stage: Stage) -> PreparedStage:
     nets = loras.for_request(model.nets, model.adapters, stage.request.loras)
     rows = table(model.blueprint, stage.request, stage.denoisers[0])
-    _check_branches(nets[stage.denoisers[0]].plan, stage.request.guidance)
 
     @cache
     def expert(index: int) -> loop.Hoisted:
         net = nets[stage.denoisers[index]]
-        return loop.hoist(net.network, net.weights, stage.inputs.branches, rows, net.lora_scale, net.store)
+        return loop.hoist(
+            _network(net, stage.request.guidance),
+            net.weights,
+            stage.inputs.branches,
+            rows,
+            net.lora_scale,
+            net.store,
+        )
 
     return PreparedStage(stage, rows, expert)
+
+
+def _network(net: Net[Denoiser], guidance: Guidance) -> Network:
+    """The denoiser of a loop. Without guidance there is one branch, which all ranks of `cfg` evaluate."""
+    return net.network if guidance.branches > 1 else replace(net.network, plan=net.plan.without("cfg"))
 
 
 def _start_from_image(prepared: PreparedStage, context: Context) -> PreparedStage:
@@ -269,7 +293,10 @@ def _scheduled(blueprint: Blueprint, request: Request, denoiser: str) -> Table:
     own = scheduler.get("use_flow_sigmas") and blueprint.row.pipeline in family.own_grid and from_text
     grid = sigmas.linear_grid(steps) if family.linear_grid and not own else None
     grid = torch.tensor(schedule.sigmas, dtype=torch.float64) if schedule.sigmas else grid
-    tokens = token_count(blueprint.autoencoder.config, request.output, family.patch(net.config))
+    vae, patch = blueprint.autoencoder.config, family.patch(net.config)
+    behind = sum(frame > 0 for frame in request.images.frames)  # keyframes whose tokens are not the video's
+    tokens = token_count(vae, request.output, patch)
+    tokens += behind * token_count(vae, replace(request.output, num_frames=1), patch)
     mu = family.mu(net.config, tokens, steps, scheduler) if scheduler.get("use_dynamic_shifting") else None
     return solvers.from_scheduler_config(scheduler, steps, sigmas=grid, mu=mu)
 
@@ -355,19 +382,16 @@ _eager = cache(loop.eager_denoise)
 
 def denoiser(model: Model, stage: PreparedStage, compiled: bool) -> loop.Denoise:
     """The loop with the stage's form of guidance. All requests of that form get the same function."""
-    net, guided = model.nets[stage.stage.denoisers[0]], stage.stage.request.guidance.on
-    form = guidance.KINDS[(stage.inputs.guidance or net.family.guidance) if guided else "none"]
+    net, asked = model.nets[stage.stage.denoisers[0]], stage.stage.request.guidance
+    form = guidance.KINDS[(stage.inputs.guidance or net.family.guidance) if asked.branches > 1 else "none"]
+    network = _network(net, asked)
     fetch = stores.fetch(*(each.store for each in model.nets.values() if each.family.role == "dit"))
     if not compiled:
-        return _eager(net.network, form, fetch)
+        return _eager(network, form, fetch)
     # pulls in the compiler: only those who compile pay for it
     from tinydiff.sampling.compile import compiled_blocks, compiled_denoise
 
-    return (
-        compiled_denoise(net.network, form)
-        if fetch is RESIDENT
-        else compiled_blocks(net.network, form, fetch)
-    )
+    return compiled_denoise(network, form) if fetch is RESIDENT else compiled_blocks(network, form, fetch)
 
 
 @torch.no_grad()
@@ -418,7 +442,7 @@ def finish(model: Model, request: Request, conditioning: Conditioning, tokens: T
         )
         raise UserError("model_path", f"model_path: {message} (see dit_precision)")
     frames = _keep_outside_mask(decode(model, request.output, latents[0]), request.images)
-    kinds = zip(inputs.latents, latents, strict=True)
+    kinds = zip(inputs.latents, latents, strict=True) if request.output.sound else ()
     sound = next((kind.decode(x) for kind, x in kinds if kind.decode is not None), None)
     return Made(frames, latents[0], sound)
 

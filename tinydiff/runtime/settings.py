@@ -9,11 +9,12 @@ as a table.
 from __future__ import annotations
 
 import logging
+from dataclasses import fields, replace
 from typing import NamedTuple
 
 from tinydiff import entries
 from tinydiff.config import SamplingOptions
-from tinydiff.records import UserError
+from tinydiff.records import Guidance, GuidanceTerms, UserError
 from tinydiff.runtime.blueprint import WRITER, Blueprint
 from tinydiff.sampling.solvers import SHIFT_NAMES
 
@@ -24,6 +25,7 @@ class Settings(NamedTuple):
     """Fields of a `Request`, and `notes`: field -> where its value came from, or why it has no effect."""
 
     guidance_scale: float
+    terms: GuidanceTerms | None
     embedded_guidance: float | None
     guidance_scale_2: float | None
     boundary_ratio: float | None
@@ -37,11 +39,13 @@ def settle(blueprint: Blueprint, sampling: SamplingOptions) -> Settings:
     """Decide the settings. Raises UserError for values that contradict each other or the model."""
     notes: dict[str, str] = {}
     guidance, embedded = guidance_of(blueprint, sampling, notes)
+    terms = _terms(blueprint, sampling, guidance)
     second, boundary = _experts(blueprint, sampling, guidance, notes)
     negative, standard = sampling.negative_prompt, blueprint.row.negative_prompt
-    if negative and guidance <= 1:
+    guided = Guidance(guidance, terms=terms).on
+    if negative and not guided:
         _ignored(notes, "negative_prompt", "guidance is off")
-    elif negative is None and standard and guidance > 1:
+    elif negative is None and standard and guided:
         notes["negative_prompt"] = f"the standard one of {blueprint.row.name}; diffusers has none"
     text = (standard if negative is None else negative) or ""
     shift, writes = _shift(blueprint, sampling, notes), WRITER in blueprint.nets
@@ -51,7 +55,15 @@ def settle(blueprint: Blueprint, sampling: SamplingOptions) -> Settings:
             f"use_pe: {blueprint.row.name} has no language model that rewrites prompts (component {WRITER})",
         )
     return Settings(
-        guidance, embedded, second, boundary, text, shift, writes and sampling.use_pe is not False, notes
+        guidance,
+        terms,
+        embedded,
+        second,
+        boundary,
+        text,
+        shift,
+        writes and sampling.use_pe is not False,
+        notes,
     )
 
 
@@ -94,6 +106,32 @@ def guidance_of(
         return 1.0, None
     scale = next((value for value in (asked, true) if value is not None), row.guidance)
     return max(1.0, scale + 1 if row.guidance_form == "offset" else scale), None
+
+
+def _terms(blueprint: Blueprint, sampling: SamplingOptions, scale: float) -> GuidanceTerms | None:
+    """Terms of guidance beside its scale; None where they are all off.
+
+    Where the request turns guidance off, as distilled models want it, the model's own terms are off too, and
+    those that are asked for count.
+    """
+    row, off = blueprint.row, GuidanceTerms(audio_guidance_scale=scale)
+    asked = {each.name: getattr(sampling, each.name) for each in fields(GuidanceTerms)}
+    asked = {name: value for name, value in asked.items() if value not in (None, ())}
+    if row.terms is None:
+        if strange := [name for name, value in asked.items() if value != getattr(GuidanceTerms(), name)]:
+            message = f"{row.name} has no such guidance; it guides video and sound together"
+            raise UserError(strange[0], f"{strange[0]}: {message}, as LTX-2 does")
+        return None
+    unguided = scale <= 1 and (sampling.guidance_scale, sampling.true_cfg_scale) != (None, None)
+    terms = replace(off if unguided else row.terms, **asked)
+    net, blocks = blueprint.denoiser, terms.spatio_temporal_guidance_blocks
+    count, name = len(net.family.blocks(net.config)), "spatio_temporal_guidance_blocks"
+    if max(terms.stg_scale, terms.audio_stg_scale) > 0 and not blocks:
+        blocks = row.terms.spatio_temporal_guidance_blocks
+        terms = replace(terms, **{name: blocks})
+    if wrong := [block for block in blocks if block >= count]:
+        raise UserError(name, f"{name}: {wrong[0]} is no block; {row.name} has {count}, from 0 on")
+    return None if replace(terms, **{name: ()}) == off else terms
 
 
 def _ignored(notes: dict[str, str] | None, field: str, why: str) -> None:

@@ -89,10 +89,49 @@ def clamped(predict: Predict, plan: Plan) -> Guided:
     return guided
 
 
+def several(predict: Predict, plan: Plan) -> Guided:
+    """c + sum of p (c - b) over the other branches b, for each kind of tokens with its own pulls p; then the
+    clean latents that it implies are brought back to the deviation of the prompt's own.
+
+    The request holds, for each kind of tokens in order, `pulls` [1 or B, L, branches - 1] and `rescale` [1 or
+    B, L, 2]: the share of the guided latents that is brought back, and 1 for a token that counts. The names
+    of the second kind end in `_2`. Source: LTX-2's pipelines; arXiv 2305.08891.
+    """
+
+    def guided(
+        w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        velocities, memory = predict(w, x_BLP, step, branches, memory)
+        known, made, at = branches[0].request[""], list[Tensor](), 0
+        for kind in ("", "_2"):
+            pulls, (share, real) = known[f"pulls{kind}"], known[f"rescale{kind}"].to(x_BLP.dtype).split(1, -1)
+            x, c, *others = (v.narrow(1, at, pulls.shape[1]).to(x_BLP.dtype) for v in (x_BLP, *velocities))
+            pulled = zip(pulls.to(x_BLP.dtype).split(1, -1), others, strict=False)  # ranks may repeat one
+            free = sum((p * (c - b) for p, b in pulled), c)
+            own, clean = x - step.sigma * c, x - step.sigma * free
+            ratio = _deviation(plan, own, real) / _deviation(plan, clean, real)
+            made.append((x - clean * (share * ratio + (1 - share))) / step.sigma)
+            at += pulls.shape[1]
+        return torch.cat(made, 1), memory
+
+    return guided
+
+
+def _deviation(plan: Plan, x_BLP: Tensor, real_BL1: Tensor) -> Tensor:
+    """Standard deviation [B, 1, 1] of all values of the real tokens."""
+
+    def total(y: Tensor) -> Tensor:
+        return sum_over_tokens(plan, (y * real_BL1).sum((1, 2), keepdim=True))
+
+    count = total(torch.ones_like(x_BLP))
+    return (total((x_BLP - total(x_BLP) / count).square()) / (count - 1)).sqrt()
+
+
 KINDS: dict[str, Guidance] = {
     "none": none,
     "classifier_free": classifier_free,
     "token_normed": token_normed,
     "clamped": clamped,
+    "several": several,
 }
 """Guidance by name."""

@@ -35,7 +35,7 @@ from tinydiff.ops.store import Store
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel import sequence, shards
 from tinydiff.parallel.moves import move
-from tinydiff.parallel.plan import LORA_SCALE, Plan
+from tinydiff.parallel.plan import LORA_SCALE, Group, Plan
 from tinydiff.sampling.solvers import Table, segments
 
 Memory = dict[str, Tensor]
@@ -153,7 +153,7 @@ def hoist(
     """Prepare a network for one request: compute once what the loop would otherwise repeat at every step.
 
     weights: this rank's, flat, on their device. branches: the inputs of the family's `hoist`, one for each
-    branch of guidance; with cfg parallelism this rank keeps its own branch. Per-step tensors that do not
+    branch of guidance; with cfg parallelism this rank keeps its own branches. Per-step tensors that do not
     depend on the prompt are kept once for all branches.
     lora_scale: the strengths [1, R] of the low-rank leaves, where the weights have any. store: has the
     weights that are not on the device.
@@ -162,7 +162,7 @@ def hoist(
     device = next(iter(weights.values())).device if store is None else store.device
     cfg, everywhere = plan.group("cfg"), sequence.without_sequence(plan)
     if cfg.size > 1:
-        branches = [branches[cfg.rank]]
+        branches = _own_branches(cfg, branches)
     timesteps = table.timesteps.to(device)
     if len(timesteps) == 1:
         # torch would compile a table of one row on its own, so that one gets a second, which is never run.
@@ -186,6 +186,12 @@ def hoist(
     )
 
 
+def _own_branches(cfg: Group, branches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The branches that this rank evaluates, every size-th; the last again where they do not divide."""
+    mine, each = list(branches[cfg.rank :: cfg.size]), -(-len(branches) // cfg.size)
+    return mine + [branches[-1]] * (each - len(mine))
+
+
 def unwrapped(fn: Callable[..., Streams]) -> Callable[..., Streams]:
     return fn
 
@@ -206,16 +212,18 @@ def predictor(
     # A compiled region serves one shape. Branches with text differ in shape, so each gets regions of its own.
     first, second = ({block: wrap(plain(network, block)) for block in kinds} for _ in range(2))
     has_texts = any(cond.stream == "text" for cond in network.family.conds)
-    calls, cfg = (first, second if has_texts and per_branch else first), network.plan.group("cfg")
+    other, cfg = second if has_texts and per_branch else first, network.plan.group("cfg")
     if packs := _packs(network):
         hooks = hooks._replace(fetch=_gathered(packs, network.plan))
 
     def predict(
         w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory
     ) -> tuple[tuple[Tensor, ...], Memory]:
-        velocities = walk(network, calls[: len(branches)], w, x_BLP, branches, hooks)
+        calls = [first, *[other] * (len(branches) - 1)]
+        velocities = walk(network, calls, w, x_BLP, branches, hooks)
         if cfg.size > 1:
-            return move(network.plan, "branches", velocities[0][None]).unbind(0), memory
+            ranks = move(network.plan, "branches", torch.stack(velocities)).unflatten(0, (cfg.size, -1))
+            return ranks.transpose(0, 1).flatten(0, 1).unbind(0), memory
         return tuple(velocities), memory
 
     return predict

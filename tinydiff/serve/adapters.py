@@ -37,7 +37,8 @@ class Adapters:
         self.base = replace(blueprint, adapters=chosen, lora_mode="merge")
         """The model with the adapters that are in its weights for good."""
         self._loaded = {name: each for name, each in read.items() if name not in self._merged}
-        self._active = {name: each.chosen.strength for name, each in self._loaded.items()}
+        both = {name: each.chosen for name, each in self._loaded.items() if not each.chosen.refines}
+        self._active = {name: each.strength for name, each in both.items()}
         self._last = dict(self._active)
         self._now = tuple(self._loaded.values())
         if self._directory is not None and not self._directory.is_dir():

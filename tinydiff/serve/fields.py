@@ -215,7 +215,7 @@ INERT: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """OpenAI's and SGLang's fields that do nothing here: the values that are accepted, and why no others are."""
 
-ENCODING = ("output_quality", "output_compression", "x264_preset")
+ENCODING = ("output_quality", "output_compression", "x264_preset", "save_audio")
 _PATHS = ("image_path", "mask_path")
 SAMPLING = tuple(entry.name for entry in fields_of(SamplingOptions) if entry.name not in _PATHS)
 OPTIONS: dict[str, type] = {
@@ -231,6 +231,7 @@ NOT_OF_REQUESTS = {
     "prompt_path",
     "output_file_path",
     "no_save_output",
+    "no_audio",
 }
 """Options of `generate` and `serve` that a request cannot set, apart from the fields above."""
 NUMBERS = re.compile("-?[.0-9][-+.0-9eE]*(?:[, ]+-?[.0-9][-+.0-9eE]*)*")

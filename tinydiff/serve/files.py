@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MEDIA_TYPES = {
     ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp",
     ".gif": "image/gif", ".bmp": "image/bmp", ".avif": "image/avif", ".mp4": "video/mp4",
-    ".webm": "video/webm", ".zip": "application/zip", ".bin": "application/octet-stream",
+    ".webm": "video/webm", ".wav": "audio/wav", ".zip": "application/zip", ".bin": "application/octet-stream",
 }  # fmt: skip
 """Extension -> media type."""
 

@@ -37,7 +37,7 @@ class Output:
     """Bytes."""
     seed: int
     variant: str = "content"
-    """"content", or of a video also "thumbnail" and "spritesheet"."""
+    """"content", or of a video also "thumbnail" and "spritesheet", and "audio" where it was asked for."""
     url: str | None = None
     """Its URL in object storage; None for a file on this server."""
     warning: str | None = None

@@ -12,6 +12,7 @@ from tinydiff.serve.fields import option, request_schema
 from tinydiff.serve.pages import Document, File, policy
 from tinydiff.serve.schemas import Schema, array, choice, free, integer, nullable, number, obj, string
 from tinydiff.serve.service import Service
+from tinydiff.serve.videos import VARIANTS
 from tinydiff.version import __version__
 
 ABOUT = """\
@@ -161,10 +162,8 @@ def video_operations(name: str) -> Iterator[Operation]:
     }
     content = {
         "variant": choice(
-            "Which file: the video, its first frame or its contact sheet.",
-            "video",
-            "thumbnail",
-            "spritesheet",
+            "Which file: the video, its first frame, its contact sheet, or its sound (see save_audio).",
+            *VARIANTS,
         ),
         "index": integer("Index of the video among the job's videos, from 0.", 0),
     }

@@ -25,6 +25,8 @@ MEDIA_TYPES = {
 """Extension -> media type."""
 
 
+WAV = "audio/wav"
+"""Media type of sound beside a video."""
 THUMBNAIL = 512
 """Pixels of the longest side of a thumbnail; a smaller frame keeps its size."""
 TILE = 256
@@ -41,6 +43,8 @@ def plan(job: Job, request: Request, folder: Path) -> tuple[output.Target, outpu
         folder, f"{job.id}.{extension}", video=clip, with_alpha=request.output.layers > 0
     )
     output.check_size(target, *request.output.saved_size)
+    if job.fields.get("save_audio"):
+        output.check_sound(clip, request.output.sound)
     chosen = {
         name: job.fields[name]
         for name in ("output_quality", "output_compression", "x264_preset")
@@ -60,8 +64,8 @@ def save(
 ) -> list[Output]:
     """Encode one output of a job, uint8 [T, H, W, 3 or 4] with its sound, and store its files.
 
-    A video also gets a thumbnail and a contact sheet, of its frames as they were decoded. Layers are stored
-    one by one.
+    A video also gets a thumbnail and a contact sheet, of its frames as they were decoded, and a WAV file of
+    its sound where that is asked for. Layers are stored one by one.
     """
     with tempfile.TemporaryDirectory() as folder:
         target, encoding = plan(job, request, Path(folder))
@@ -80,6 +84,10 @@ def save(
             )
             size = path.stat().st_size
             made.append(Output(files.put(path, media_type, path.name, job.owner), media_type, size, seed))
+        if job.fields.get("save_audio") and sound is not None:
+            path = output.save_sound(target.path(0, 1), sound)
+            size = path.stat().st_size
+            made.append(Output(files.put(path, WAV, path.name, job.owner), WAV, size, seed, "audio"))
     if request.output.num_frames > 1:
         for variant, draw in (("thumbnail", thumbnail), ("spritesheet", spritesheet)):
             data = draw(frames.decoded if isinstance(frames, Frames) else frames)

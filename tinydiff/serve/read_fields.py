@@ -137,7 +137,7 @@ def _option(name: str, option: str, value: Any, in_form: bool) -> Any:
         read_string(name, value, MOST_PROMPT)
     if option in ("prompt", "negative_prompt"):
         return read_string(name, value, MOST_PROMPT)
-    if option == "loras":
+    if option in ("loras", "refine_loras"):
         is_json = isinstance(value, str) and in_form and value
         return dict(_loras(name, parse_json(value, name) if is_json else value, in_form))
     if option == "diffusers_kwargs":

@@ -100,7 +100,7 @@ def docstrings(record: type) -> dict[str, str]:
 def option(record: type, name: str) -> Schema:
     """The schema of an option of `record`; an option with several values may be one value or a list."""
     description = {"description": docstrings(record)[name]}
-    if name == "loras":
+    if name in ("loras", "refine_loras"):
         return LORAS | description
     if name == "diffusers_kwargs":
         return {"type": "object", **description}

@@ -19,7 +19,7 @@ from tinydiff.serve.read_fields import read_fields
 from tinydiff.serve.retries import Retries
 from tinydiff.serve.service import Service
 
-VARIANTS = {"video": "content", "thumbnail": "thumbnail", "spritesheet": "spritesheet"}
+VARIANTS = {"video": "content", "thumbnail": "thumbnail", "spritesheet": "spritesheet", "audio": "audio"}
 """OpenAI's names of the files of a video -> `Output.variant`."""
 
 NOT_SUPPORTED = ("edits", "extensions", "characters")
@@ -106,6 +106,8 @@ class Content:
         if job.status != "completed":
             raise _no_content(self.service, job)
         outputs = [output for output in job.outputs if output.variant == VARIANTS[variant]]
+        if not outputs and variant == "audio" and job.outputs:
+            raise UserError("variant", "variant: the video has no audio file; ask for one with save_audio")
         if not outputs:
             raise expired()
         output = outputs[integer(query, "index", 0, len(outputs) - 1, 0)]

@@ -82,8 +82,8 @@ class Component:
         """Underscored name -> where it belongs."""
         index = {name.replace(".", "_"): Match((name,), (name,), SAME) for name in self.rows}
         for keys in self.layouts:
-            aliases = KeyMap(tuple(line._replace(alias=False) for line in keys.lines if line.alias))
-            for spelling in (keys, aliases):
+            aliases = (KeyMap((line._replace(alias=False),)) for line in keys.lines if line.alias)
+            for spelling in (keys, *aliases):
                 for name in self.rows:
                     match = spelling.of_row(name)
                     if not match.line.transposed and all(row in self.rows for row in match.rows):

@@ -179,10 +179,15 @@ def _owners(key: Key, components: Mapping[str, Component], second: bool) -> Iter
     second: whether the file has keys of the second denoiser; without them, the keys are for both.
     """
     if key.encoder is None:
-        for name, component in components.items():
-            mine = not second or (name == "transformer_2") == key.second
-            if component.role == "dit" and mine and component.find(key.stem):
-                yield name
+        owners = [
+            name
+            for name, component in components.items()
+            if component.role == "dit"
+            and (not second or (name == "transformer_2") == key.second)
+            and component.find(key.stem)
+        ]
+        others = (name for name in components if not name.startswith(("transformer", "text_encoder")))
+        yield from owners or (name for name in others if components[name].find(key.stem))
         return
     encoders = [name for name, component in components.items() if component.role == "text_encoder"]
     named = "text_encoder" if key.encoder == 1 else f"text_encoder_{key.encoder}"

@@ -295,6 +295,22 @@ def statistics(c: Config, w: Weights, like: Tensor) -> tuple[Tensor, Tensor]:
     return mean, std / c.scaling_factor
 
 
+def peak(c: Config, frames: int, height: int, width: int) -> int:
+    """Values alive at the peak of decoding a video at once.
+
+    A block holds its input, what its first convolution made, that normalised and activated, and copies of it
+    with a frame at both ends and with reflected edges: about five and a half tensors, one less with zeros
+    around them, which are not copied.
+    """
+    now, places = (frames - 1) // c.scale_factor_temporal + 1, height * width // c.scale_factor_spatial**2
+    most = c.decoder_block_out_channels[-1] * (now + 2) * places
+    for stage in up_stages(c):
+        p, q, r = stage.stride
+        now, places = p * now - (p - 1), places * q * r
+        most = max(most, stage.width * (now + 2) * places)
+    return most * (11 if c.decoder_spatial_padding_mode == "reflect" else 9) // 2
+
+
 CODER = Coder[Config](
     lambda c, w, x, chunk, strip: _mean(c, w / "encoder", x),
     lambda c, w, z, chunk, strip: _pixels(c, w / "decoder", z),
@@ -303,4 +319,4 @@ CODER = Coder[Config](
 )
 moments, encode, raw_pixels, decode = CODER.moments, CODER.encode, CODER.raw_pixels, CODER.decode
 
-FAMILY = Autoencoder(Config, spec, encode, decode)
+FAMILY = Autoencoder(Config, spec, encode, decode, peak=peak)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinydiff.keymap import KeyMap, also
 from tinydiff.models.family import Encoder
 from tinydiff.models.joint import feed_forward
 from tinydiff.ops.activations import gelu_tanh
@@ -221,7 +222,15 @@ def encode(c: Config, plan: Plan, w: Weights, states_BTDN: Tensor, mask_BT: Tens
     return made[0], made[1]
 
 
+ORIGINAL = tuple(
+    also(f"text_embedding_projection.{side}aggregate_embed", f"{side}text_proj_in")
+    for side in ("", "video_", "audio_")
+)
+"""How the authors' LoRAs name the projections; diffusers' begin with the component's name."""
+OF_LORAS = (*ORIGINAL, *(also(f"connectors.{line.rows[0]}", line.rows[0]) for line in ORIGINAL))
+
 FAMILY = Encoder(
+    keys=lambda c: KeyMap(OF_LORAS),
     role="text_encoder",
     config=Config,
     spec=spec,

@@ -31,6 +31,7 @@ from tinydiff.models.layouts import (
     flux,
     flux2,
     hunyuan,
+    ltx2,
     ovis,
     same,
     sd3,
@@ -49,6 +50,7 @@ LAYOUTS: tuple[Layout, ...] = (
     *same.LAYOUTS,
     *wan.LAYOUTS,
     *hunyuan.LAYOUTS,
+    *ltx2.LAYOUTS,
     *autoencoders.LAYOUTS,
     *encoders.LAYOUTS,
 )
@@ -67,7 +69,6 @@ PREFIXES = (
 
 REFUSED = {
     "Chroma": "distilled_guidance_layer",
-    "LTX-2": "audio_adaln_single",
     "LTX-Video": "adaln_single.emb.timestep_embedder",
     "Wan-VACE": "vace_patch_embedding",
     "Wan2.2-S2V": "casual_audio_encoder",
