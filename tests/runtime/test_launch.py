@@ -11,20 +11,18 @@ import socket
 import subprocess
 import sys
 import time
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from subprocess import PIPE
-from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 
+from tests.runtime.rank_jobs import fails, sums
 from tests.sources import ROOT
 from tinydiff import cli, config
 from tinydiff.io.images import read_image
-from tinydiff.parallel.layout import Layout
-from tinydiff.parallel.ranks import close, make_ranks, meet, start
+from tinydiff.parallel.ranks import start
 from tinydiff.records import RankError, UserError
 from tinydiff.runtime import launch, library
 
@@ -32,43 +30,6 @@ pytestmark = pytest.mark.slow
 
 WITHIN = 180
 """Seconds for started processes to import torch, on a busy machine; what is measured begins after that."""
-
-
-def here(folder: str) -> int:
-    """Leave this rank's process id in the directory, and return its rank once all have."""
-    meet(60, "cpu")
-    ranks = make_ranks(Layout(dp=2), 60)
-    (Path(folder) / f"{ranks.rank}.pid").write_text(str(os.getpid()))
-    dist.barrier()
-    return ranks.rank
-
-
-def sums(folder: str) -> list[int]:
-    """(rank, the sum of 1 and 2, seconds that a collective may take)"""
-    x = torch.tensor([here(folder) + 1])
-    dist.all_reduce(x)
-    world: Any = dist.group.WORLD
-    limit = world._get_backend(torch.device("cpu")).options._timeout
-    seen = [dist.get_rank(), int(x), int(limit.total_seconds())]
-    close()
-    return seen
-
-
-def fails(folder: str, how: str) -> None:
-    """Rank 1 fails while rank 0 waits for it, ten seconds at most."""
-    rank, group = here(folder), dist.new_group(timeout=timedelta(seconds=1000 if how == "waits" else 10))
-    if rank == 1:
-        (Path(folder) / "failed").touch()
-        if how == "user":
-            raise UserError("height", "height: 100 is not a multiple of 16")
-        if how == "error":
-            raise ValueError("boom")
-        if how == "memory":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-        if how == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(1000)
-    dist.all_reduce(torch.zeros(1), group=group)
 
 
 def gone(folder: Path) -> bool:
@@ -103,16 +64,11 @@ def test_the_rank_that_failed_is_named_and_no_other_is_left(how, kind, words, tm
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def parent(folder: str, fn: str, given: str = "", **more) -> int:
-    """The command line over a stand-in for what it runs."""
-    cli._run = lambda argv: print(json.dumps(start(globals()[fn], (folder, *given.split()), 2, **more))) or 0  # type: ignore[assignment]
-    return cli.main([])
-
-
-def parents(*calls: str) -> list[subprocess.Popen]:
-    """Processes that call `parent` each with these arguments, in a directory of its own."""
-    code = "import sys; from tests.runtime import test_launch as t; sys.exit(t.parent({}))"
-    return [
+@contextmanager
+def started(*calls: str) -> Iterator[list[subprocess.Popen]]:
+    """Processes that call `parent` with these arguments. Neither they nor their ranks outlive the block."""
+    code = "import sys; from tests.runtime import rank_jobs; sys.exit(rank_jobs.parent({}))"
+    running = [
         subprocess.Popen(
             [sys.executable, "-c", code.format(call)],
             cwd=ROOT,
@@ -123,11 +79,18 @@ def parents(*calls: str) -> list[subprocess.Popen]:
         )
         for call in calls
     ]
+    try:
+        yield running
+    finally:
+        for process in running:
+            with suppress(ProcessLookupError):  # each leads a process group of its own
+                os.killpg(process.pid, signal.SIGKILL)
 
 
-def wait_for(folder: Path, pids: int) -> None:
+def wait_for(folder: Path, process: subprocess.Popen, pids: int) -> None:
     limit = time.time() + WITHIN
     while len(list(folder.glob("*.pid"))) < pids:
+        assert process.poll() is None, process.communicate()
         assert time.time() < limit, f"not started: {list(folder.iterdir())}"
         time.sleep(0.1)
 
@@ -138,28 +101,29 @@ def test_a_job_that_is_stopped_leaves_nothing(tmp_path):
     folders = [tmp_path / name for name in ends]
     for folder in folders:
         folder.mkdir()
-    running = parents(*(f"{str(folder)!r}, 'fails', 'waits'" for folder in folders))
-    for folder, process, number in zip(
-        folders, running, (signal.SIGINT, signal.SIGTERM, signal.SIGKILL), strict=True
-    ):
-        wait_for(folder, 2)
-        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-    for folder, process, (name, status) in zip(folders, running, ends.items(), strict=True):
-        out, err = process.communicate(timeout=30)
-        assert process.returncode == status, (name, out, err)
-        assert name == "kill" or err == ("tinydiff: interrupted\n" if name == "interrupt" else ""), err
-        limit = time.time() + 5
-        while not gone(folder) and time.time() < limit:
-            time.sleep(0.1)
-        assert gone(folder), name
+    with started(*(f"{str(folder)!r}, 'fails', 'waits'" for folder in folders)) as running:
+        for folder, process, number in zip(
+            folders, running, (signal.SIGINT, signal.SIGTERM, signal.SIGKILL), strict=True
+        ):
+            wait_for(folder, process, 2)
+            (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        for folder, process, (name, status) in zip(folders, running, ends.items(), strict=True):
+            out, err = process.communicate(timeout=WITHIN)
+            assert process.returncode == status, (name, out, err)
+            assert name == "kill" or err == ("tinydiff: interrupted\n" if name == "interrupt" else ""), err
+            limit = time.time() + WITHIN
+            while not gone(folder):
+                assert time.time() < limit, f"{name}: a rank still runs"
+                time.sleep(0.1)
 
 
 def test_two_jobs_at_once_do_not_meet(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
-    for process in parents(*(f"{str(tmp_path / name)!r}, 'sums'" for name in "ab")):
-        out, err = process.communicate(timeout=WITHIN)
-        assert process.returncode == 0 and json.loads(out) == {"0": [0, 3, 60], "1": [1, 3, 60]}, err
+    with started(*(f"{str(tmp_path / name)!r}, 'sums'" for name in "ab")) as running:
+        for process in running:
+            out, err = process.communicate(timeout=WITHIN)
+            assert process.returncode == 0 and json.loads(out) == {"0": [0, 3, 60], "1": [1, 3, 60]}, err
 
 
 def test_two_machines_meet_at_the_first(tmp_path):
@@ -172,20 +136,12 @@ def test_two_machines_meet_at_the_first(tmp_path):
         for node in (0, 1)
     )
     made = []
-    for process in parents(*calls):
-        out, err = process.communicate(timeout=WITHIN)
-        assert process.returncode == 0, err
-        made.append(json.loads(out))
+    with started(*calls) as running:
+        for process in running:
+            out, err = process.communicate(timeout=WITHIN)
+            assert process.returncode == 0, err
+            made.append(json.loads(out))
     assert made == [{"0": 10, "1": 10}, {"2": 10, "3": 10}]
-
-
-def all_four(folder: str) -> int:
-    meet(60, "cpu")
-    ranks = make_ranks(Layout(dp=2, tp=2), 60)
-    x = torch.tensor([ranks.rank + 1])
-    dist.all_reduce(x)
-    close()
-    return int(x)
 
 
 def test_a_port_that_is_taken_is_refused():
