@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tinydiff import config_file, paths
 from tinydiff.config import ModelOptions
 from tinydiff.io import hub
@@ -331,8 +333,8 @@ def load(
         if foreign.output is not None:
             pipe = _blocks_of(_library(), directory, options)
             pipe.update_components(**others)
-            names = [name for name in components_of(index) if name not in others]
-            pipe.load_components(names, dtype=types, variant=options.variant)
+            usual = torch.float32 if here().type == "cpu" else torch.bfloat16
+            pipe.load_components(dtype={**types, "default": usual}, variant=options.variant)
         else:
             pipe = foreign.pipeline.from_pretrained(
                 str(directory.absolute()),
