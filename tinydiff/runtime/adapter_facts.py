@@ -73,19 +73,28 @@ def _ends(parts: Mapping[str, Shape]) -> tuple[int | None, int | None]:
 def _models(
     layers: Mapping[str, tuple[int | None, int | None]],
 ) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:
-    """(naming, models, layers that they lack) of those that have most of the layers, and at least half."""
-    best: tuple[int, str | None, tuple[str, ...], tuple[str, ...]] = (0, None, (), ())
-    for naming, models, known in _known():
-        lacks = tuple(
-            name for name, ends in layers.items() if not _fits(known.get(name.replace(".", "_")), ends)
+    """(naming, models, layers that they lack) of those that have most of the layers, and at least half.
+
+    Where several architectures have all of them, as HunyuanVideo has FLUX.1's, the smallest is taken: an
+    adapter mostly changes all blocks.
+    """
+    lacks = {
+        each: tuple(
+            name for name, ends in layers.items() if not _fits(each.layers.get(name.replace(".", "_")), ends)
         )
-        has = len(layers) - len(lacks)
-        if has > best[0]:
-            best = has, naming, models, lacks
-        elif has and has == best[0] and naming == best[1]:
-            either = {*best[2], *models}
-            best = has, naming, tuple(name for name in _denoisers() if name in either), lacks
-    return best[1:] if 2 * best[0] >= len(layers) else (None, (), tuple(layers))
+        for each in _known()
+    }
+    fewest = min(map(len, lacks.values()))
+    if 2 * fewest > len(layers):
+        return None, (), tuple(layers)
+    best = min((each for each in lacks if len(lacks[each]) == fewest), key=lambda each: len(each.layers))
+    alike = {
+        model
+        for each in lacks
+        if (each.naming, each.class_name) == (best.naming, best.class_name) and len(lacks[each]) == fewest
+        for model in each.models
+    }
+    return best.naming, tuple(model for model in _denoisers() if model in alike), lacks[best]
 
 
 def _fits(shape: Shape | None, ends: tuple[int | None, int | None]) -> bool:
@@ -94,9 +103,21 @@ def _fits(shape: Shape | None, ends: tuple[int | None, int | None]) -> bool:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A denoiser of released models, in the names of one layout. layers: underscored name of a layer -> its
+    weight's shape.
+    """
+
+    naming: str
+    class_name: str
+    models: tuple[str, ...]
+    layers: Mapping[str, Shape]
+
+
 @cache
-def _known() -> tuple[tuple[str, tuple[str, ...], Mapping[str, Shape]], ...]:
-    """(naming, models, underscored name of a layer -> its weight's shape) of each released denoiser."""
+def _known() -> tuple[Known, ...]:
+    """The released denoisers, in each of their layouts."""
     return tuple(_tables())
 
 
@@ -107,7 +128,7 @@ def _denoisers() -> Mapping[str, tuple[str, Mapping[str, object]]]:
     return {**known, registry.SHIPPED: (own.pop("_class_name"), own)}
 
 
-def _tables() -> Iterator[tuple[str, tuple[str, ...], Mapping[str, Shape]]]:
+def _tables() -> Iterator[Known]:
     alike: dict[tuple[str, str], list[str]] = defaultdict(list)
     entries: dict[tuple[str, str], Mapping[str, object]] = {}
     for model, (class_name, fields) in _denoisers().items():
@@ -124,4 +145,4 @@ def _tables() -> Iterator[tuple[str, tuple[str, ...], Mapping[str, Shape]]]:
                     for key, shape in stored.items()
                     if key.endswith(".weight")
                 }
-                yield layout.name, tuple(models), names
+                yield Known(layout.name, class_name, tuple(models), names)
