@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from PIL import Image
 
 import tinydiff
@@ -151,3 +151,36 @@ def test_another_class_runs_the_same_model_with_an_image(tmp_path):
     result = tinydiff.generate(model, "x", **given)
     assert result.images[0].shape == (16, 24, 3) and result.parameters["num_inference_steps"] == 2
     assert result.parameters["given_images"] == 1 and result.parameters["strength"] == 0.5
+
+
+def test_a_repository_of_modular_blocks_runs(tmp_path):
+    folder = foreign_folders.stable_diffusion_xl(tmp_path / "model")
+    ModularPipeline.from_pretrained(str(folder)).save_pretrained(str(tmp_path / "blocks"))
+    assert (tmp_path / "blocks" / "modular_model_index.json").is_file()
+    given = {"num_inference_steps": 2, "height": 16, "width": 24}
+    pipe = ModularPipeline.from_pretrained(str(tmp_path / "blocks"))
+    pipe.load_components(dtype=torch.float32)
+    generator = torch.Generator("cpu").manual_seed(42)
+    [expected] = pipe(prompt="x", **given, generator=generator, output_type="np", output="images")
+    heard = []
+
+    class Watch:
+        def on_stage(self, name):
+            pass
+
+        def on_step(self, done, total):
+            heard.append((done, total))
+
+    model = tinydiff.load(tmp_path / "blocks")
+    result = tinydiff.generate(model, "x", **given, progress=Watch())
+    assert (result.images[0] == (expected * 255).round()).all() and heard == [(1, 2), (2, 2)]
+    assert result.parameters["pipeline"] == "StableDiffusionXLModularPipeline"
+    with pytest.raises(UserError, match=r"takes no num_frames; it takes"):
+        tinydiff.generate(model, "x", num_frames=5)
+    with pytest.raises(UserError, match=r"^pipeline_class_name: .* has modular blocks"):
+        tinydiff.load(tmp_path / "blocks", backend="diffusers", pipeline_class_name="FluxPipeline")
+    foreign_folders.edit(
+        tmp_path / "blocks" / "modular_model_index.json", auto_map={"ModularPipeline": "a.B"}
+    )
+    with pytest.raises(UserError, match=r"^trust_remote_code: .* brings blocks of its own"):
+        tinydiff.load(tmp_path / "blocks", backend="diffusers")
