@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 from tinydiff import command_line, flags, paths
 from tinydiff.records import UserError, shown
-from tinydiff.residency import Mode, PerformanceMode, Policy
+from tinydiff.residency import Mode, OnOom, PerformanceMode, Policy
 from tinydiff.values import Attention, LogLevel, Precision, filled, outcome, read, within
 
 CLOUD_STORAGE = (
@@ -269,7 +269,13 @@ class ModelOptions:
     directory or hub id with a flownet.pkl, or HUB_ID:FILE. By default elfgum/RIFE-4.22.lite.
     """
     vae_tiling: bool | None = None
-    """Decode in overlapping tiles, which takes less memory."""
+    """Run the autoencoder on overlapping tiles, which takes less memory and changes the result a little. By
+    default where nothing else makes a request fit."""
+    vae_tile_size: int | None = within(least=64, most=2**14)
+    """Side in pixels of the tiles: a multiple of four latents. 256 by default. Given, it turns tiling on."""
+    on_oom: OnOom = "degrade"
+    """What happens to a request that runs out of memory. degrade: it runs again with more of the model off
+    the GPU, and the autoencoder in tiles; a line says so. fail: an error names the largest size that fits."""
     performance_mode: PerformanceMode = "auto"
     """Where components live of which no other option speaks. auto: as the free memory of the GPU allows, with
     the fewest bytes moved. memory: streamed by block, or else offloaded. speed and manual: all on the GPU.
@@ -326,7 +332,7 @@ class ModelOptions:
     """With --backend diffusers: its attention backend, such as native, flash, _flash_3_hub, sage or xformers.
     """
     vae_slicing: bool | None = None
-    """With --backend diffusers: decode the outputs of a batch one by one."""
+    """Decode the layers of an image, or the outputs of a batch of diffusers, one by one. On by default."""
     diffusers_quantization_config: str | None = None
     """With --backend diffusers: a YAML or JSON file with the arguments of its PipelineQuantizationConfig:
     quant_backend, quant_kwargs and components_to_quantize."""

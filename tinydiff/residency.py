@@ -18,6 +18,7 @@ ModelOptions = Any
 Kind = Literal["resident", "offloaded", "streamed"]
 Policy = Literal["leading", "strided"]
 PerformanceMode = Literal["manual", "auto", "speed", "memory"]
+OnOom = Literal["degrade", "fail"]
 Mode = Literal["resident", "component-offload", "layerwise-offload"]
 
 KINDS: dict[str, Kind] = {

@@ -32,8 +32,8 @@ def cell(name, vram):
     plan = memory.choose(parts(name), vram)
     if not plan.fits:
         return f"lacks {(plan.peak - plan.room) / 1e9:.0f} GB"
-    kinds = {where.kind for where in plan.where.values()}
-    return " + ".join(kind for kind in ("offloaded", "streamed") if kind in kinds) or "resident"
+    words = {where.kind for where in plan.where.values()} | ({"tiled"} if plan.tiles else set())
+    return " + ".join(kind for kind in ("offloaded", "streamed", "tiled") if kind in words) or "resident"
 
 
 def table():
@@ -65,7 +65,7 @@ def test_more_memory_never_moves_more_and_auto_fits_wherever_memory_does(name):
         plan, least = memory.choose(parts(name), vram), memory.choose(parts(name), vram, "memory")
         assert plan.fits == least.fits and least.peak <= plan.peak
         assert memory.choose(parts(name), vram, "speed").moved == 0
-        if plan.fits:
+        if plan.fits and not plan.tiles:
             moved.append(plan.moved)
     assert moved == sorted(moved, reverse=True) and moved[-1] == 0
 
@@ -123,6 +123,16 @@ def test_random_options_are_kept_or_refused_in_one_sentence():
         if given.vae_cpu_offload:
             assert found["vae"].kind == "offloaded"
     assert kept > 50 and refused > 50
+
+
+def test_tiles_come_where_nothing_else_fits_and_never_against_an_option():
+    found = parts("Wan2.2-T2V-A14B-Diffusers")
+    tiles = {vram: memory.choose(found, vram).tiles for vram in (*CARDS, 300)}
+    assert tiles[16] and tiles[24] and not tiles[48] and not tiles[300]
+    assert memory.choose(found, 24).fits and not memory.choose(found, 24, tiling=False).fits
+    assert memory.choose(found, 300, tiling=True).tiles and memory.choose(found, 24, "memory").tiles
+    assert not any(memory.choose(found, 8, mode).tiles for mode in ("speed", "manual"))
+    assert "--vae-tiling" in memory.flags(memory.choose(found, 24))
 
 
 def test_memory_mode_leaves_explicit_options_alone():

@@ -24,7 +24,7 @@ from tinydiff.runtime.preview import fit_colours
 log = logging.getLogger(__name__)
 
 DIFFUSERS_ONLY = (
-    *("pipeline_class_name", "diffusers_attention_backend", "vae_slicing", "cache_dit_config"),
+    *("pipeline_class_name", "diffusers_attention_backend", "cache_dit_config"),
     "diffusers_quantization_config",
 )
 """Model options that only a pipeline of diffusers has."""

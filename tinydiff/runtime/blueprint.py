@@ -32,7 +32,7 @@ from tinydiff.parallel.dtensors import Sharding
 from tinydiff.parallel.plan import ALONE, Group, Plan
 from tinydiff.parallel.ranks import Ranks, weights_mesh
 from tinydiff.records import UserError, check_known
-from tinydiff.residency import Kind, PerformanceMode, Residency
+from tinydiff.residency import Kind, OnOom, PerformanceMode, Residency
 from tinydiff.runtime import components, loras, offload
 from tinydiff.runtime.component_config import preprocessed, read_config
 from tinydiff.runtime.components import SHIPPED as SHIPPED
@@ -43,6 +43,8 @@ from tinydiff.sampling import solvers
 log = logging.getLogger(__name__)
 R = TypeVar("R", bound=Record)
 
+TILE = 256
+"""Side in pixels of the tiles of an autoencoder, where no option says it."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -129,13 +131,19 @@ class Blueprint:
     options: Mapping[str, Any]
     """The pipeline's own settings in `model_index.json`."""
     compiled: bool
-    tiling: bool
+    tiling: bool | None
+    """Whether the autoencoder runs on tiles, as the options say; None: where nothing else fits."""
     variant: str | None = None
     """The variant of the weight files, where there are several."""
     pinned: bool | None = None
     """Whether offloaded weights are in pinned memory; None: where the machine has enough."""
     performance_mode: PerformanceMode = "auto"
     """How components find their residency, of which no option speaks."""
+    tile: int | None = None
+    """Side in pixels of the autoencoder's tiles; None: it runs on the whole image."""
+    slicing: bool = True
+    """Whether layers are decoded one by one."""
+    on_oom: OnOom = "degrade"
     adapters: tuple[loras.Chosen, ...] = ()
     lora_mode: loras.Mode = "auto"
     upscaling_model_path: str | None = None
@@ -244,8 +252,8 @@ def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
             scheduler.get("_class_name"),
             ", ".join(ignored),
         )
-    compiled, tiling = options.enable_torch_compile, bool(options.vae_tiling)
-    if compiled:
+    tiling, tile = _tiles(options, nets["vae"].config)
+    if compiled := options.enable_torch_compile:
         _check_compiler()
     tokenizers = {
         name: each for name, each in parts.items() if name.startswith(("tokenizer", "pe_tokenizer"))
@@ -262,11 +270,28 @@ def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
         options.variant,
         options.pin_cpu_memory,
         options.performance_mode,
+        tile,
+        options.vae_slicing is not False,
+        options.on_oom,
         loras.chosen(options),
         options.lora_merge_mode,
         options.upscaling_model_path,
         options.frame_interpolation_model_path,
     )
+
+
+def _tiles(options: ModelOptions, vae: Any) -> tuple[bool | None, int | None]:
+    """(whether the autoencoder runs on tiles, None where no option says so; the side of a tile)."""
+    side, step = options.vae_tile_size, 4 * vae.scale_factor_spatial
+    if side is None:
+        return options.vae_tiling, TILE if options.vae_tiling else None
+    if options.vae_tiling is False:
+        raise UserError("vae_tile_size", "vae_tile_size: vae_tiling is false; leave one of them out")
+    if side % step:
+        nearest = max(step, round(side / step) * step)
+        message = f"{side} is no multiple of {step}, four latents of this autoencoder; take {nearest}"
+        raise UserError("vae_tile_size", f"vae_tile_size: {message}")
+    return True, side
 
 
 def load(blueprint: Blueprint, ranks: Ranks | None = None, merge_adapters: bool = False) -> Model:

@@ -27,6 +27,7 @@ from tinydiff.runtime.background import Background
 from tinydiff.runtime.blueprint import Model
 from tinydiff.runtime.fair_order import TurnKey, fair_order
 from tinydiff.runtime.pipeline import Conditioning
+from tinydiff.runtime.shortage import give_memory_back, short_of_memory
 from tinydiff.runtime.step_times import StepTimes
 from tinydiff.sampling import batch
 from tinydiff.sampling.loop import Denoise, Denoising
@@ -326,20 +327,6 @@ class Continuous:
         if not short_of_memory(error):
             self.step_times.unlimit(kind)  # the image failed, not the batch size
         return StepResult(tuple(chosen), 0, 0.0, error=error)
-
-
-def short_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a GPU or the CPU is out of memory."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
-def give_memory_back() -> None:
-    """Return memory that is cached but unused to the device."""
-    import gc
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _time_kind(image: Denoising) -> tuple[int, int]:

@@ -23,15 +23,10 @@ from tinydiff.records import RankError, Request
 from tinydiff.runtime import backends, postprocess, preview, torch_state
 from tinydiff.runtime import blueprint as blueprints
 from tinydiff.runtime.blueprint import Blueprint, Model
-from tinydiff.runtime.continuous import (
-    BatchSlot,
-    StepResult,
-    Turn,
-    give_memory_back,
-    short_of_memory,
-)
+from tinydiff.runtime.continuous import BatchSlot, StepResult, Turn
 from tinydiff.runtime.loras import Read
 from tinydiff.runtime.pipeline import Conditioning, Made
+from tinydiff.runtime.shortage import give_memory_back, short_of_memory
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -105,7 +105,7 @@ def read(options: ModelOptions) -> Blueprint:
         scheduler={},
         options={},
         compiled=options.enable_torch_compile,
-        tiling=bool(options.vae_tiling),
+        tiling=options.vae_tiling,
         variant=options.variant,
         upscaling_model_path=options.upscaling_model_path,
         frame_interpolation_model_path=options.frame_interpolation_model_path,

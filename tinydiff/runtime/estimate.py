@@ -20,7 +20,7 @@ from tinydiff.parallel.cost import CostModel, Machine, Work
 from tinydiff.parallel.layout import Layout, check, choose
 from tinydiff.parallel.plan import Row
 from tinydiff.parallel.shards import why_indivisible
-from tinydiff.records import Request, UserError, nearest
+from tinydiff.records import Output, Request, UserError, nearest
 from tinydiff.runtime import blueprint, components, postprocess
 from tinydiff.runtime.admit import admit
 from tinydiff.runtime.pipeline import PIXELS_PER_PASS
@@ -50,6 +50,8 @@ class Subject:
     decoding: tuple[int | None, int | None]
     """Peak bytes of decoding on one rank, and on each of several that share the height; None where not known.
     """
+    tiled: int | None
+    """Peak bytes of decoding in tiles on one rank."""
     references: int
     """Reference images among the image tokens."""
     work: Work
@@ -135,6 +137,7 @@ def subject_of(
         experts=len(plan.nets) - len(others),
         others=others,
         decoding=(whole, shared),
+        tiled=_tiled_bytes(vae, request.output, passes, itemsize(vae), plan.tile or blueprint.TILE),
         references=references,
         work=Work(
             image=tokens,
@@ -149,6 +152,17 @@ def subject_of(
         b=itemsize(net),
         after=postprocess.needs(request.output),
     )
+
+
+def _tiled_bytes(vae: blueprint.NetPlan[Any], output: Output, passes: int, b: int, side: int) -> int | None:
+    """Peak bytes of decoding in tiles: those of one tile beside the pixels of those before, or in the end all
+    tiles, which cover 16/9 of the image, their rows and the whole.
+    """
+    sides = output.num_frames, min(side, output.height), min(side, output.width)
+    one = workload.decode_bytes(vae.family, vae.config, *sides, passes, 1, b)
+    pixels = 3 * output.num_frames * output.height * output.width
+    tiles = pixels * 16 // 9
+    return None if one is None else max(one + tiles * b, (tiles + 2 * pixels) * b)
 
 
 def _tokens(plan: blueprint.Blueprint, request: Request, references: int) -> tuple[int, int]:

@@ -8,19 +8,24 @@ from dataclasses import replace
 
 import torch
 
+from tinydiff import residency
 from tinydiff.config import SamplingOptions
-from tinydiff.records import Request
+from tinydiff.records import Output, Request, UserError
 from tinydiff.residency import Residency
 from tinydiff.runtime import estimate, memory, offload
-from tinydiff.runtime.blueprint import Blueprint
+from tinydiff.runtime.blueprint import TILE, Blueprint
 from tinydiff.runtime.memory import MemoryPlan, Part
 
+SHARES = 64
+"""In how many parts of a side the largest size that fits is looked for."""
 log = logging.getLogger(__name__)
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Free memory of a GPU. None for the CPU, where weights are mapped from their files."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    """Memory of a GPU that this process may fill. None for the CPU, where weights are mapped from files."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def fitted(
@@ -46,8 +51,67 @@ def fitted(
         pinned = plan.away <= (offload.host_bytes() if host is None else host)
         if not pinned:
             log.info("offloaded weights stay in their files: pinned memory has no room for them")
+    tile = blueprint.tile
+    if plan.tiles and tile is None:
+        tile = TILE
+        log.info("the autoencoder runs on tiles of %d pixels, which changes the result a little", tile)
     nets = {name: replace(net, residency=plan.where[name]) for name, net in blueprint.nets.items()}
-    return replace(blueprint, nets=nets, pinned=pinned)
+    return replace(blueprint, nets=nets, pinned=pinned, tile=tile)
+
+
+def stepped_down(blueprint: Blueprint) -> Blueprint | None:
+    """The blueprint with everything off the device of which no option says otherwise; None where all of it is
+    already.
+    """
+    if blueprint.foreign is not None:
+        return None
+    nets = {}
+    for name, net in blueprint.nets.items():
+        count = len(offload.blocks(net))
+        fixed = net.residency if net.residency.option not in ("", "performance_mode") else None
+        least = residency.smallest({name: fixed or Residency()}, {name: set(net.excluded)}, {name: count})
+        nets[name] = replace(net, residency=least[name])
+    if all(
+        nets[name].residency.kind == net.residency.kind and not net.residency.resident_blocks
+        for name, net in blueprint.nets.items()
+    ):
+        return None
+    return replace(blueprint, nets=nets)
+
+
+def refusal(blueprint: Blueprint, request: Request, free: int | None) -> UserError:
+    """The error of a request that does not fit into memory: it names the largest size that does."""
+    output = request.output
+    frames = f" of {output.num_frames} frames" if output.num_frames > 1 else ""
+    message = f"{output.width}x{output.height}{frames} does not fit into memory"
+    size = None if free is None else largest(blueprint, request, free)
+    hint = f"; the largest that fits is about {size[0]}x{size[1]}" if size else "; take a smaller size"
+    return UserError("size", f"size: {message}{hint}{' of as many frames' if size and frames else ''}")
+
+
+def largest(blueprint: Blueprint, request: Request, free: int) -> tuple[int, int] | None:
+    """(width, height) of the largest output of this shape that fits with the model as it is; None where none
+    does.
+    """
+    net, vae = blueprint.denoiser, blueprint.autoencoder.config
+    step = vae.scale_factor_spatial * max(net.family.patch(net.config))
+    output = request.output
+
+    def at(share: int) -> Output:
+        sides = (max(step, side * share // SHARES // step * step) for side in (output.height, output.width))
+        height, width = sides
+        return replace(output, height=height, width=width)
+
+    def fits(share: int) -> bool:
+        return planned(blueprint, [replace(request, output=at(share))], free).fits
+
+    low, high = 0, SHARES - 1
+    while low < high:
+        middle = -(-(low + high) // 2)
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    if low == 0:
+        return None
+    return at(low).width, at(low).height
 
 
 def planned(blueprint: Blueprint, requests: Sequence[Request], free: int) -> MemoryPlan:
@@ -61,6 +125,7 @@ def planned(blueprint: Blueprint, requests: Sequence[Request], free: int) -> Mem
         blueprint.performance_mode,
         fixed={name: net.residency for name, net in blueprint.nets.items() if net.residency.option},
         ruled_out={name: set(net.excluded) for name, net in blueprint.nets.items()},
+        tiling=blueprint.tiling,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from tinydiff.records import Request, UserError
 from tinydiff.runtime.blueprint import Model
-from tinydiff.runtime.continuous import short_of_memory
+from tinydiff.runtime.shortage import short_of_memory
 
 log = logging.getLogger(__name__)
 

@@ -39,6 +39,8 @@ class Part:
     working: int
     passes: int
     stays: bool = False
+    tiled: int | None = None
+    """Of the autoencoder: what it needs beside weights on tiles, where that is less."""
 
     @property
     def weights(self) -> int:
@@ -74,6 +76,8 @@ class MemoryPlan:
     parts: tuple[Part, ...]
     where: Mapping[str, Residency]
     room: float
+    tiles: bool = False
+    """Whether the autoencoder runs on tiles."""
 
     @property
     def peak(self) -> int:
@@ -107,7 +111,9 @@ def parts(subject: Subject) -> tuple[Part, ...]:
         need = (
             subject.decoding[0] or 0 if is_vae else _encoder_working(rows, max(work.text, work.views), size)
         )
-        found.append(_part(name, rows, numbered(rows), size, need, 1))
+        part = _part(name, rows, numbered(rows), size, need, 1)
+        smaller = is_vae and subject.tiled is not None and subject.tiled < need
+        found.append(replace(part, tiled=subject.tiled) if smaller else part)
     for name, (weights, working) in subject.after.items():
         found.append(Part(name, weights, (), 0, working, 1, stays=True))
     return tuple(found)
@@ -153,14 +159,37 @@ def choose(
     mode: PerformanceMode = "auto",
     fixed: Mapping[str, Residency] | None = None,
     ruled_out: Mapping[str, set[Kind]] | None = None,
+    tiling: bool | None = None,
 ) -> MemoryPlan:
     """The residencies for a device of `vram` GB.
 
     manual: what is not `fixed` is resident. speed: the same, but for what cannot fit. auto: the fewest bytes
     moved among what fits, else the smallest peak. memory: the smallest peak, and of those the fewest bytes.
-    fixed: what an option says, which holds in every mode. ruled_out: kinds that an option excludes.
+    fixed: what an option says, which holds in every mode. ruled_out: kinds that an option excludes. tiling:
+    whether the autoencoder runs on tiles; None: where nothing else fits in mode auto, and where it is smaller
+    in mode memory, since tiles change the image.
     """
-    fixed, ruled_out, room = fixed or {}, ruled_out or {}, (vram - RESERVED) * 1e9
+    asked = found, vram, mode, fixed or {}, ruled_out or {}
+    whole = _chosen(*asked)
+    able = tiling is not False and any(part.tiled is not None for part in found)
+    if tiling is None:
+        able = able and (mode == "memory" or (mode == "auto" and not whole.fits))
+    if not able:
+        return replace(whole, tiles=tiling is True)
+    small = [part if part.tiled is None else replace(part, working=part.tiled) for part in found]
+    tiled = replace(_chosen(small, *asked[1:]), tiles=True)
+    return tiled if tiling or tiled.peak < whole.peak else whole
+
+
+def _chosen(
+    found: Sequence[Part],
+    vram: float,
+    mode: PerformanceMode,
+    fixed: Mapping[str, Residency],
+    ruled_out: Mapping[str, set[Kind]],
+) -> MemoryPlan:
+    """The plan with the working sets as they are."""
+    room = (vram - RESERVED) * 1e9
     if mode in ("manual", "speed"):
         where = {part.name: fixed.get(part.name, Residency()) for part in found}
         return MemoryPlan(tuple(found), where, room)
@@ -214,13 +243,14 @@ def flags(plan: MemoryPlan) -> str:
     """The options of `generate` that make this plan."""
     modes = {"resident": "resident", "offloaded": "component-offload", "streamed": "layerwise-offload"}
     away = {name: where for name, where in plan.where.items() if where.kind != "resident"}
+    tiles = ["--vae-tiling"] * plan.tiles
     if not away:
-        return ""
+        return " ".join(tiles)
     words = [f"--component-residency {','.join(f'{name}={modes[each.kind]}' for name, each in away.items())}"]
     kept = {name: each.resident_blocks for name, each in away.items() if each.resident_blocks}
     if kept:
         words.append(f"--layerwise-resident-layers {','.join(f'{name}={n}' for name, n in kept.items())}")
-    return " ".join(words)
+    return " ".join([*words, *tiles])
 
 
 def rows(plan: MemoryPlan) -> list[tuple[str, ...]]:

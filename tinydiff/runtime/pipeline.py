@@ -30,9 +30,10 @@ from tinydiff.parallel import sequence
 from tinydiff.parallel.plan import Plan
 from tinydiff.records import Guidance, InputImages, Output, Request, Result, Sound, UserError
 from tinydiff.runtime import loras, postprocess
-from tinydiff.runtime.blueprint import PRECISIONS, Blueprint, Model
+from tinydiff.runtime.blueprint import PRECISIONS, TILE, Blueprint, Model
 from tinydiff.runtime.clock import Clock
 from tinydiff.runtime.parameters import parameters
+from tinydiff.runtime.shortage import give_memory_back, short_of_memory
 from tinydiff.sampling import guidance, loop, noise, sigmas, solvers
 from tinydiff.sampling.solvers import Table
 
@@ -42,8 +43,6 @@ PIXELS_PER_PASS = 8_000_000
 """Pixels that the autoencoder processes at once. Longer videos go through it in chunks of latent frames, with
 the same result.
 """
-TILE = 256
-"""Side in pixels of the tiles of a tiled autoencoder."""
 FEATHER = 8
 """Half the width in pixels of the seam around an inpainted area. One latent covers as many pixels."""
 
@@ -102,7 +101,25 @@ class Made(NamedTuple):
 def vae_passes(model: Model, output: Output) -> tuple[int, int | None]:
     """(latent frames per pass, side of the tiles or None) for the frames of an output."""
     chunk = max(1, PIXELS_PER_PASS // (4 * output.height * output.width))
-    return chunk, TILE if model.blueprint.tiling else None
+    return chunk, model.blueprint.tile
+
+
+def in_tiles_if_short(model: Model, tile: int | None, code: Callable[[int | None], Tensor]) -> Tensor:
+    """What the autoencoder makes with this side of its tiles; where memory does not suffice for the whole
+    image, in tiles after all, which a line says.
+
+    Ranks that share an image keep to what was asked: only one of them may be short.
+    """
+    asked = model.blueprint
+    bound = tile is not None or asked.tiling is False or asked.on_oom == "fail"
+    try:
+        return code(tile)
+    except Exception as error:
+        if bound or not short_of_memory(error) or model.autoencoder.plan.group("height").size > 1:
+            raise
+    log.warning("out of memory in the autoencoder: it goes on in tiles of %d pixels (see vae_tiling)", TILE)
+    give_memory_back()
+    return code(TILE)
 
 
 def make_context(model: Model, request: Request, warn: Callable[[str], None] = log.warning) -> Context:
@@ -129,7 +146,9 @@ def make_context(model: Model, request: Request, warn: Callable[[str], None] = l
         )
 
     def encode(pixels: Tensor) -> Tensor:
-        latents = vae.family.encode(vae.config, vae.w, pixels, chunk, tile, vae.plan)
+        latents = in_tiles_if_short(
+            model, tile, lambda side: vae.family.encode(vae.config, vae.w, pixels, chunk, side, vae.plan)
+        )
         _check_strides(vae.config, pixels, latents)
         return latents.to(compute_dtype(pixels))
 
@@ -401,10 +420,14 @@ def decode(model: Model, output: Output, latents: Tensor) -> numpy.ndarray:
     """
     vae = model.autoencoder
     chunk, tile = vae_passes(model, output)
-    videos = latents.to(vae.dtype).split(1)  # one by one, for less memory
-    x = torch.cat(
-        [vae.family.decode(vae.config, vae.w, video, chunk, tile, vae.plan)[0] for video in videos], 1
-    )
+    count = 1 if model.blueprint.slicing else len(latents)  # one by one takes less memory
+    parts = [
+        in_tiles_if_short(
+            model, tile, lambda side, z=z: vae.family.decode(vae.config, vae.w, z, chunk, side, vae.plan)
+        )
+        for z in latents.to(vae.dtype).split(count)
+    ]
+    x = torch.cat([video for part in parts for video in part], 1)
     x = x[:, model.denoiser.family.unshown_frames(model.denoiser.config) :]
     return ((x.float() / 2 + 0.5) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from tinydiff.models.recipe import token_count
 from tinydiff.records import Request, UserError
-from tinydiff.runtime.continuous import short_of_memory
 from tinydiff.runtime.foreign_run import usage as foreign_usage
+from tinydiff.runtime.shortage import short_of_memory
 from tinydiff.serve.jobs import Failure, Job, Output
 
 if TYPE_CHECKING:
