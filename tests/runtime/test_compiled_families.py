@@ -11,7 +11,18 @@ import pytest
 import torch
 
 from tests.parity import draw
-from tinydiff.models import ernie, flux, flux2, hunyuan_video, hunyuan_video15, ovis, qwen_image, sd3, z_image
+from tinydiff.models import (
+    ernie,
+    flux,
+    flux2,
+    hunyuan_video,
+    hunyuan_video15,
+    ltx2,
+    ovis,
+    qwen_image,
+    sd3,
+    z_image,
+)
 from tinydiff.models.family import Denoiser
 from tinydiff.ops.network import Network
 from tinydiff.sampling import guidance, loop, solvers
@@ -151,3 +162,34 @@ def test_inductor_makes_the_same():
     for request in (((2, 2), (4, 4), 4, 3.0), ((6, 4), (33, 3), 5, 4.0)):
         same(run(name, fast, *request), run(name, eager, *request))
     assert (graph_count(), graph_breaks()) == (before + 1, broken)
+
+
+LTX2 = ltx2.Config(
+    num_layers=2, num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
+    audio_in_channels=16, audio_out_channels=16, audio_num_attention_heads=2, audio_attention_head_dim=6,
+    cross_attention_dim=24, audio_cross_attention_dim=12, caption_channels=20,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("dynamo")
+def test_one_graph_serves_videos_with_sound_of_all_lengths():
+    """LTX-2's prompts have one length: registers fill them up."""
+    family, prompts = ltx2.FAMILY, [draw(1, 7, 20, seed=i).float() for i in range(2)]
+    eager, fast = (
+        make(Network(family, LTX2), guidance.classifier_free)
+        for make in (loop.eager_denoise, compiled_denoise)
+    )
+    before, broken = graph_count(), graph_breaks()
+    for size, sound, steps, scale in (((1, 2, 2), 4, 4, 3.0), ((2, 3, 5), 7, 3, 1.5), ((3, 6, 4), 9, 5, 4.0)):
+        rows = solvers.with_guidance(solvers.from_scheduler_config(SCHEDULER, steps), scale)
+        places = {
+            "positions": ltx2.positions(LTX2, size, 24.0),
+            "audio_positions": ltx2.audio_positions(LTX2, sound),
+        }
+        branches = [{"text": text, "audio_text": text, **places} for text in prompts]
+        network = loop.hoist(Network(family, LTX2), weights(family, LTX2), branches, rows)
+        noise = draw(1, prod(size) + sound, 16, seed=steps).float()
+        runs = [loop.run(denoise, rows, noise, lambda _, made=network: made) for denoise in (fast, eager)]
+        same(*(list(run)[-1].x for run in runs))
+        assert (graph_count(), graph_breaks()) == (before + 1, broken)
