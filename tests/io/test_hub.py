@@ -77,7 +77,7 @@ def test_mistyped_directory_names_the_nearest(tmp_path):
     (tmp_path / "Wan2.2-TI2V").mkdir()
     with pytest.raises(UserError, match=r"did you mean 'Wan2\.2-TI2V'"):
         resolve(tmp_path / "Wan2.2-TI2W")
-    with pytest.raises(UserError, match="neither a directory here nor a hub id"):
+    with pytest.raises(UserError, match="neither a file nor a directory here, nor a hub id"):
         resolve("no-such-folder")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file") as caught:

@@ -80,6 +80,9 @@ REFUSED = {
 }
 """Architectures that look like ours or are often met, and are not run here -> a name that tells them."""
 
+NEWER = {"LTX-Video": "audio_adaln_single"}
+"""One of these architectures -> a name that tells its newer kind, which is run: LTX-2."""
+
 LORA = re.compile(
     r"[._](lora_(?:[AB]|down|up|mid|linear_layer)|lora[12]?\.(?:down|up)|lokr_w[12]|hada_w[12]"
     r"|oft_(?:blocks|R)"
@@ -181,8 +184,12 @@ def _check_weights(shapes: Mapping[str, Shape], metadata: Mapping[str, str], nam
         raise _refused(name, f"is a LoRA of {layers} layers, not weights; --lora-path takes it")
     if beside := [key for key in shapes if QUANTISED.search(key)]:
         raise _refused(name, f"is quantised ({beside[0]}), which is not read; take the file in bf16 or fp16")
+
+    def has(part: str) -> bool:
+        return any(f".{part}." in f".{key}." for key in shapes)
+
     for other, sign in REFUSED.items():
-        if any(f".{sign}." in f".{key}." for key in shapes):
+        if has(sign) and not (other in NEWER and has(NEWER[other])):
             raise _refused(name, f"is of {other}, whose single files are not read")
 
 
