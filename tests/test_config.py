@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tinydiff import config, flags, unsupported
+from tinydiff import config, environment, flags, unsupported
 from tinydiff.records import UserError
 
 DATA = Path(__file__).parent / "data"
@@ -339,7 +339,7 @@ def test_every_flag_of_sglang_is_known():
         ["--kv-gather-degree", "1"], ["--hsdp-shard-dim", "1"], ["--vae-config.use-parallel-decode"],
         ["--lora-merge-mode", "auto"], ["--lora-scale", "1.0"], ["--performance-mode", "auto"],
         ["--enable-teacache", "false"],
-        ["--guidance-rescale", "0.0"], ["--warmup-mode", "off"], ["--adjust-frames", "true"],
+        ["--warmup-mode", "off"], ["--adjust-frames", "true"],
         ["--quality", "lossless"],
         ["--component-direct-gpu-weight-loading.vae", "false"], ["--embedded-cfg-scale", "6.0"],
     ],
@@ -367,7 +367,7 @@ def test_a_missing_feature_may_be_turned_off(argv: list[str]):
         (["--enable-teacache"], "not supported yet: step caches"),
         (["--enable-teacache"], "step caches"),
         (["--profile"], "profiling"),
-        (["--guidance-rescale", "0.7"], "guidance rescale"),
+        (["--cfg-renorm-min", "0.7"], "renormalisation"),
     ],
 )
 def test_a_missing_feature_is_refused_in_one_sentence(argv: list[str], words: str):
@@ -451,11 +451,13 @@ def test_the_place_that_a_launcher_gave_is_read(monkeypatch):
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     for name in names:
         monkeypatch.delenv(name, raising=False)
-    assert config.under_torchrun() is None
+    assert environment.under_torchrun() is None
     for name, value in zip(names, ("5", "8", "1", "4", "node0", "29500"), strict=True):
-        assert config.under_torchrun() is None  # all of them, or it was another program's
+        assert environment.under_torchrun() is None  # all of them, or it was another program's
         monkeypatch.setenv(name, value)
-    assert config.under_torchrun() == config.LaunchedRank(rank=5, size=8, local_rank=1, local_size=4)
+    assert environment.under_torchrun() == environment.LaunchedRank(
+        rank=5, size=8, local_rank=1, local_size=4
+    )
 
 
 LAUNCHED = {
@@ -486,6 +488,6 @@ def test_a_variable_that_no_launcher_sets_so_is_one_sentence(name, value, says, 
     for each, usual in (LAUNCHED | {name: value}).items():
         monkeypatch.setenv(each, usual)
     with pytest.raises(UserError) as caught:
-        config.under_torchrun()
+        environment.under_torchrun()
     sentence = str(caught.value)
     assert caught.value.field == name and says in sentence and "\n" not in sentence and len(sentence) < 500

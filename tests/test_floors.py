@@ -18,6 +18,7 @@ WORDS = (
     "unsupported",
     "config_file",
     "config",
+    "environment",
     "keymap",
     "residency",
     "parallel.plan",

@@ -16,7 +16,7 @@ SINGLE_PLACES = {
     "torch.compiler": ("tinydiff.sampling.compile",),
     "torch._": ("tinydiff.sampling.compile",),
     "torch.distributed": ("tinydiff.parallel",),
-    "os.environ": ("tinydiff.config",),
+    "os.environ": ("tinydiff.environment",),
     "os.getenv": ("tinydiff.config",),
     "os.putenv": ("tinydiff.config",),
     "diffusers": ("tinydiff.parity", "tinydiff.runtime.diffusers_backend"),
@@ -100,7 +100,7 @@ def test_the_check_finds_what_is_misplaced(source):
 
 def test_the_check_lets_good_sources_pass():
     for module, source in (
-        ("tinydiff.config", "import os\nos.environ.get('A')"),
+        ("tinydiff.environment", "import os\nos.environ.get('A')"),
         ("tinydiff.parallel.mesh", "import torch.distributed as dist\ndist.init_process_group()"),
         (
             "tinydiff.ops.norm",

@@ -91,5 +91,5 @@ def unguided():
 def test_branches_on_ranks_of_their_own_need_guidance():
     for said in on_ranks(2, unguided):
         assert (
-            said is not None and said.startswith("guidance_scale: 1 needs") and "cfg_parallel_size 1" in said
+            said is not None and said.startswith("guidance_scale: 1 runs") and "cfg_parallel_size 1" in said
         )

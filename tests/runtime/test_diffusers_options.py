@@ -13,7 +13,7 @@ from peft import LoraConfig
 
 import tinydiff
 from tests.runtime import foreign_folders, test_ovis_pipelines
-from tinydiff import config
+from tinydiff import environment
 from tinydiff.config import ModelOptions
 from tinydiff.records import UserError
 from tinydiff.runtime import foreign_placement, foreign_settings
@@ -168,13 +168,13 @@ def test_offloading_without_a_gpu_is_said_to_have_no_effect(caplog):
 
 @pytest.mark.parametrize("prefix", ["SGLANG", "TINYDIFF"])
 def test_the_environment_switches_cache_dit_on(prefix, monkeypatch):
-    assert config.cache_dit() is None
+    assert environment.cache_dit() is None
     monkeypatch.setenv(f"{prefix}_CACHE_DIT_ENABLED", "true")
-    assert config.cache_dit() == dict(config.CACHE_DIT.values())
+    assert environment.cache_dit() == dict(environment.CACHE_DIT.values())
     monkeypatch.setenv(f"{prefix}_CACHE_DIT_FN", "2")
     monkeypatch.setenv(f"{prefix}_CACHE_DIT_RDT", "0.5")
     monkeypatch.setenv(f"{prefix}_CACHE_DIT_TAYLORSEER", "1")
-    told = config.cache_dit()
+    told = environment.cache_dit()
     assert told is not None
     assert (told["Fn_compute_blocks"], told["residual_diff_threshold"], told["enable_taylorseer"]) == (
         2,
@@ -183,11 +183,11 @@ def test_the_environment_switches_cache_dit_on(prefix, monkeypatch):
     )
     monkeypatch.setenv(f"{prefix}_CACHE_DIT_MC", "x")
     with pytest.raises(UserError, match="CACHE_DIT_MC: 'x' is not an integer"):
-        config.cache_dit()
+        environment.cache_dit()
     monkeypatch.delenv(f"{prefix}_CACHE_DIT_MC")
     monkeypatch.setenv(f"{prefix}_CACHE_DIT_SCM_PRESET", "fast")
     with pytest.raises(UserError, match="SCM_PRESET: step masks are not passed on"):
-        config.cache_dit()
+        environment.cache_dit()
 
 
 def test_cache_dit_leaves_steps_out(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.serve.bucket import DATA, done, keeping, output_of, serving_storage, until, uploading
-from tinydiff import config
+from tinydiff.environment import CLOUD_STORAGE
 from tinydiff.records import UserError
 from tinydiff.serve.storage import S3, Uploader, client, from_environment
 
@@ -27,7 +27,7 @@ SET = {
 @pytest.fixture
 def environment(monkeypatch):
     """Sets the variables: (prefix, names and values)."""
-    for name in config.CLOUD_STORAGE:
+    for name in CLOUD_STORAGE:
         for prefix in ("TINYDIFF_", "SGLANG_"):
             monkeypatch.delenv(prefix + name, raising=False)
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from tinydiff import config, paths
+from tinydiff import environment, paths
 from tinydiff.io import hub, repositories
 from tinydiff.records import UserError
 
@@ -85,7 +85,7 @@ def named(model: str, revision: str | None = None) -> Overlay | None:
     """The overlay that the registry has for a model: a hub id, or a directory of that name; None
     without one.
     """
-    known = {**BUILT_IN, **config.overlay_registry()}
+    known = {**BUILT_IN, **environment.overlay_registry()}
     path = paths.path(model, "model_path")
     local = paths.kind(path) == "directory"
     if local and ((path / MANIFEST).is_file() or (path / "model_index.json").is_file()):
@@ -163,7 +163,7 @@ def materialised(overlay: Overlay, trusted: bool = False) -> Path:
     made_of = _made_of(overlay)
     own = overlay.source if hub.HUB_ID.fullmatch(overlay.source) else Path(overlay.source).name
     name = f"{re.sub(r'[^A-Za-z0-9.-]+', '__', own)[-60:]}-{_digest(made_of)[:16]}"
-    place = config.cache_root() / "materialized_models" / name
+    place = environment.cache_root() / "materialized_models" / name
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{place}.lock"):

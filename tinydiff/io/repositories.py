@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection
 from pathlib import Path
 
-from tinydiff import config
+from tinydiff import environment
 from tinydiff.records import UserError
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def fetched(
     Files that are in the cache are not downloaded again, and one that was cut short is continued. Where the
     hub cannot be reached, the cache has to do.
     """
-    download = _from_modelscope if config.use_modelscope() else _from_hub
+    download = _from_modelscope if environment.use_modelscope() else _from_hub
     return download(repository, [*wanted], revision, field, [*unwanted])
 
 
@@ -34,7 +34,7 @@ def listing(repository: str, revision: str | None) -> list[str]:
     nothing of the hub.
     """
     try:
-        if config.use_modelscope():
+        if environment.use_modelscope():
             from modelscope.hub.api import HubApi  # pyright: ignore[reportMissingImports]
 
             entries = HubApi().get_model_files(repository, revision=revision, recursive=True)

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from tinydiff import config
+from tinydiff import environment
 from tinydiff.parallel.layout import AXES, COMBINED_AXES, Layout, rank_groups
 from tinydiff.parallel.plan import ALONE, Group
 from tinydiff.records import RankError, UserError
@@ -74,7 +74,7 @@ def meet(timeout: float, device: str) -> Group:
     timeout: seconds that a collective waits for a rank before it fails. device: "cpu" or "cuda"; this rank
     takes its own GPU.
     """
-    place, limit = config.under_torchrun(), timedelta(seconds=timeout)
+    place, limit = environment.under_torchrun(), timedelta(seconds=timeout)
     assert place is not None, "a rank is started by torchrun or by start"
     torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // place.local_size)))
     if device == "cuda":
@@ -309,7 +309,7 @@ def _work(folder: str, fn: Callable[..., T], args: tuple[Any, ...]) -> T:
     try:
         return fn(*args)
     except BaseException as error:
-        place = config.under_torchrun()
+        place = environment.under_torchrun()
         rank = place.rank if place else 0
         field = error.field if isinstance(error, UserError) else None
         entry = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tinydiff import config, paths
+from tinydiff import environment, paths
 from tinydiff.config import ModelOptions
 from tinydiff.records import UserError
 from tinydiff.runtime.foreign import Foreign
@@ -73,7 +73,7 @@ def set_attention(pipe: Any, backend: str | None) -> None:
 
 def set_cache(pipe: Any, file: str | None) -> None:
     """Switch on the package cache-dit, with the settings of a file, else those of the environment."""
-    settings = config.cache_dit()
+    settings = environment.cache_dit()
     if file is None and settings is None:
         return
     field = "cache_dit_config"

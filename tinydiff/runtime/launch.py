@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import TYPE_CHECKING, Protocol
 
-from tinydiff import config
+from tinydiff import environment
 from tinydiff.config import Options
 from tinydiff.parallel import layout
 from tinydiff.parallel.layout import Layout
@@ -49,7 +49,7 @@ def generate(options: Options, watch: MakeDisplay) -> list[Result]:
 
     Raises UserError as `runtime.generate.generate` does, and RankError where a rank fails otherwise.
     """
-    place = config.under_torchrun()
+    place = environment.under_torchrun()
     ranks = layout.count(options.parallel, place and place.size)
     if ranks == 1:
         from tinydiff.runtime.generate import generate  # torch, for those who get here
@@ -77,7 +77,7 @@ def wait_unless_first_to_fail() -> None:
     """Called before a failure is reported. Under torchrun several ranks may hit the same error: all but the
     first sleep here until torchrun ends them, so that it is printed once.
     """
-    place = config.under_torchrun()
+    place = environment.under_torchrun()
     if place is None or place.size == 1:
         return
     ranks = sys.modules.get("tinydiff.parallel.ranks")  # where it was never needed, they have not met

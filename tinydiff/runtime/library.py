@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields as fields_of
 from typing import Any
 
-from tinydiff import config, flags
+from tinydiff import config, environment, flags
 from tinydiff.parallel import layout
 from tinydiff.parallel.ranks import Ranks, make_ranks, meet, once
 from tinydiff.records import Result, UserError, nearest
@@ -31,7 +31,7 @@ def _ranks(asked: config.ParallelOptions, plan: blueprint.Blueprint) -> Ranks | 
     UserError without torchrun.
     """
     given = [each.name for each in fields_of(asked) if getattr(asked, each.name) != each.default]
-    place = config.under_torchrun()
+    place = environment.under_torchrun()
     if not given or (count := layout.count(asked, place and place.size)) == 1:
         return None
     if place is None:

@@ -19,7 +19,7 @@ from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from tinydiff import command_line, config, flags, paths, values
+from tinydiff import command_line, config, environment, flags, paths, values
 from tinydiff.config import ModelOptions, OutputOptions, ParallelOptions, SamplingOptions
 from tinydiff.parallel import layout
 from tinydiff.records import UserError, shown
@@ -139,7 +139,7 @@ def with_keys(options: ServeOptions) -> ServeOptions:
     ):
         if not all(key.strip() for key in given):
             raise UserError(name, f"{name}: is empty; a key has at least one character")
-    keys = [*(key.strip() for key in options.api_key), *config.keys("API_KEY")]
+    keys = [*(key.strip() for key in options.api_key), *environment.keys("API_KEY")]
     if options.api_key_file is not None:
         lines = paths.lines(paths.read_text(options.api_key_file, "api_key_file"))
         if not (found := [line.strip() for line in lines if line.strip()]):
@@ -148,7 +148,7 @@ def with_keys(options: ServeOptions) -> ServeOptions:
     admin = (
         options.admin_api_key.strip()
         if options.admin_api_key
-        else next(iter(config.keys("ADMIN_API_KEY")), None)
+        else next(iter(environment.keys("ADMIN_API_KEY")), None)
     )
     for name, given in (("api_key", keys), ("admin_api_key", [admin or ""])):
         if not all(key.isprintable() for key in given):
@@ -275,7 +275,7 @@ def serve(asked: Serve) -> int:
     failed. Raises UserError, and RankError where a rank fails.
     """
     asked = replace(asked, server=with_keys(checked(asked.server)))
-    place = config.under_torchrun()
+    place = environment.under_torchrun()
     count = layout.count(asked.parallel, place and place.size)
     if count == 1:
         return serve_here(asked)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tinydiff.config import LaunchedRank, ParallelOptions
+from tinydiff.config import ParallelOptions
+from tinydiff.environment import LaunchedRank
 from tinydiff.parallel import layout
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.ranks import Ranks, close, make_ranks, meet, start

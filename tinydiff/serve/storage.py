@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from tinydiff import config
+from tinydiff import environment
 from tinydiff.records import UserError, nearest
 from tinydiff.serve.jobs import DONE, Job, Output
 
@@ -77,11 +77,11 @@ class Unconfirmed(Exception):
 
 
 def from_environment() -> S3 | None:
-    """The bucket of the environment (`config.cloud_storage`); None without one.
+    """The bucket of the environment (`environment.cloud_storage`); None without one.
 
     Raises UserError for an unknown or missing variable, and where boto3 is not installed.
     """
-    found = config.cloud_storage()
+    found = environment.cloud_storage()
     kind = found.pop("CLOUD_STORAGE_TYPE", None)
     if kind is None:
         if found:
