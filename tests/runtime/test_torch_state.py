@@ -248,7 +248,7 @@ def test_the_thread_that_compiles(monkeypatch):
         done.set()
 
     class Image:
-        network = state = coefficients = noise = fixed = denoise = None
+        network = state = inputs = denoise = None
         step = 0
 
     monkeypatch.setattr("tinydiff.runtime.background._structure", lambda image: 0)
