@@ -23,10 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tinydiff.io import gguf, quantised
+from tinydiff.io.floats import FLOATS
 from tinydiff.records import UserError
-
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Types read as they are. Float8 and integers are read by `quantised`, with what stands beside them."""
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 """Extensions of files that torch.save wrote."""
@@ -82,13 +80,18 @@ def opened(file: Path) -> Archive:
     return _pickle(file) if file.suffix in PICKLES else _safetensors(file)
 
 
+def shapes_of(archive: Archive) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of each tensor in an opened file."""
+    return {key: tuple(archive.get_slice(key).get_shape()) for key in archive.keys()}  # noqa: SIM118
+
+
 def header(*files: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """(key -> shape, metadata) of a file, or of the shards of one, from the headers alone."""
     shapes: dict[str, tuple[int, ...]] = {}
     metadata: dict[str, str] = {}
     for file in files:
         archive = opened(file)
-        shapes |= {key: tuple(archive.get_slice(key).get_shape()) for key in archive.keys()}  # noqa: SIM118
+        shapes |= shapes_of(archive)
         metadata |= archive.metadata() or {}
     return shapes, metadata
 

@@ -19,7 +19,7 @@ Decode = Callable[[Tensor], Tensor]
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """The values of a 4-bit code of IQ4_NL and IQ4_XS."""
 FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-"""Twice the values of a 4-bit code of MXFP4: sign, two bits of exponent, one of mantissa."""
+"""Twice the values of a 4-bit code of MXFP4 and NVFP4: sign, two bits of exponent, one of mantissa."""
 
 
 class Block(NamedTuple):

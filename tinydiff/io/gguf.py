@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tinydiff.io import ggml
+from tinydiff.io.floats import FLOATS
 
 GGML = {
     **{0: ("F32", 1, 4), 1: ("F16", 1, 2), 24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4)},
@@ -32,9 +33,6 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _LIST = 8, 9
 SHOWN = 8
 """Values of a list in the metadata that are kept; a vocabulary has 100,000."""
-
-PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Types without blocks."""
 
 
 class Placed(NamedTuple):
@@ -99,8 +97,8 @@ class Part:
     def __getitem__(self, box: tuple[slice, ...]) -> Tensor:
         shape, dtype = self.placed.shape, self.placed.dtype
         held = self.data[self.placed.start : self.placed.start + self.placed.bytes]
-        if dtype in PLAIN:
-            return held.view(PLAIN[dtype]).view(shape)[box]
+        if dtype in FLOATS:
+            return held.view(FLOATS[dtype]).view(shape)[box]
         if len(shape) == 1:
             return ggml.decode(dtype, held[None])[0][box]
         first, *others = box

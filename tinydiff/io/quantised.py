@@ -29,6 +29,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tinydiff.io.floats import FLOATS
+from tinydiff.io.ggml import FP4
+
 Archive = Any
 """What `safe_open` gives."""
 Shape = tuple[int, ...]
@@ -47,8 +50,6 @@ MARKS = ("scaled_fp8",)
 """Keys that say something of the whole file."""
 FUSED = ("img_attn.qkv", "txt_attn.qkv", "linear1")
 """Layers of Black Forest Labs' own layout, whose NVFP4 files are as ComfyUI's, without a marker."""
-FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""The values of a code of NVFP4: sign, two bits of exponent, one of mantissa."""
 
 
 class Recipe(NamedTuple):
@@ -191,7 +192,7 @@ def _recipe(
         return Recipe(shape, lambda a, low, high: _scaled(a, key, scale, low, high, width))
     if dtype in EIGHT_BITS[:2] and not needed and named is None:
         return Recipe(shape, lambda a, low, high: _rows(a, key, low, high))
-    if dtype in ("F64", "F32", "F16", "BF16") and not needed:
+    if dtype in FLOATS and not needed:
         return None
     what = named or ", ".join(sorted(needed)) or dtype
     raise ValueError(f"is quantised in a way that is not known: {key!r} is {dtype} with {what}")
@@ -260,7 +261,7 @@ def _nvfp4(key: str, shape: Shape, own: Mapping[str, str], comfy: bool) -> Recip
     def decode(archive: Archive, low: int, high: int) -> Tensor:
         packed = archive.get_slice(key)[low:high].view(torch.uint8).int()
         halves = (packed >> 4, packed & 15) if high_first else (packed & 15, packed >> 4)
-        codes = torch.tensor(FP4)[torch.stack(halves, -1).flatten(1)]
+        codes = torch.tensor(FP4)[torch.stack(halves, -1).flatten(1)] / 2
         scale = archive.get_tensor(own["weight_scale"]).view(torch.float8_e4m3fn)
         scale = _tiled(scale, low, high, columns // 16) if tiled else scale[low:high]
         second = (

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from tinydiff.io import variants
-from tinydiff.io.archive import FLOATS, Archive, opened
+from tinydiff.io.archive import Archive, opened
 from tinydiff.io.atomic import write_over
+from tinydiff.io.floats import FLOATS
 from tinydiff.io.hub import read_json
 from tinydiff.keymap import AS_IS, KeyMap, Match, Run, Shape, runs, stored_shapes, trimmed
 from tinydiff.parallel.plan import ALONE, SINGLE, Group, Plan, Row

@@ -14,6 +14,7 @@ from typing import Any
 from tinydiff import paths
 from tinydiff.config import ModelOptions
 from tinydiff.io import archive, headers, hub
+from tinydiff.io.floats import FLOATS
 from tinydiff.io.headers import Header
 from tinydiff.io.weights import check_weights, weight_files
 from tinydiff.models import registry, released
@@ -236,23 +237,19 @@ def _whole(header: Header, path: Path) -> tuple[dict[str, tuple[int, ...]], tupl
         return stored, ()
     try:
         opened = archive.opened(path)
-        parts = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 (a handle, not a dict)
+        shapes = archive.shapes_of(opened)
     except UserError as error:
         return stored, (_clause(error, str(path)),)
-    beside = next((key for key in parts if QUANTISED.search(key)), None)
+    beside = next((key for key in shapes if QUANTISED.search(key)), None)
     if beside is not None:
         return stored, (
             f"its weights are quantised ({beside}), which is not read; take them in bf16 or fp16",
         )
-    shapes = {key: tuple(part.get_shape()) for key, part in parts.items()}
-    types = {
-        parts[key].get_dtype() for key, shape in shapes.items() if len(shape) > 1
-    } - archive.FLOATS.keys()
+    matrices = (key for key, shape in shapes.items() if len(shape) > 1)
+    types = {opened.get_slice(key).get_dtype() for key in matrices} - FLOATS.keys()
     if not types:
         return shapes, ()
-    return shapes, (
-        f"its weights are {', '.join(sorted(types))}; the types read are {', '.join(archive.FLOATS)}",
-    )
+    return shapes, (f"its weights are {', '.join(sorted(types))}; the types read are {', '.join(FLOATS)}",)
 
 
 def _component(counted: Contents, found: Found) -> Contents:

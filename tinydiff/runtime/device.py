@@ -9,7 +9,7 @@ the server ends, since those ranks are no longer in step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
@@ -65,13 +65,11 @@ class Device:
 
     # --- ranks ---
 
-    def run_command(
-        self, method: Callable[..., T], arguments: Sequence[Any] = (), named: dict[str, Any] | None = None
-    ) -> T:
+    def run_command(self, method: Callable[..., T], arguments: Sequence[Any], named: Mapping[str, Any]) -> T:
         """Run a method on this rank. Raises its error where it failed on all ranks, else RankError."""
         error = None
         try:
-            value = method(self, *arguments, **named or {})
+            value = method(self, *arguments, **named)
         except Exception as raised:
             value, error = None, raised
             if short_of_memory(raised):
@@ -119,14 +117,14 @@ class Device:
     @on_all_ranks
     def attach(self, adapters: tuple[Read, ...]) -> None:
         """Put adapters beside the weights, in place of those that are there."""
-        self.model = blueprints.with_adapters(self._loaded(), adapters, "dynamic")
+        self.model = blueprints.with_adapters(self.loaded(), adapters, "dynamic")
 
     # --- requests ---
 
     @on_all_ranks
     def condition(self, job: str, request: Request) -> Conditioning:
         """Run the encoders for a job. Its outputs can then be started."""
-        conditioning = self.backend.condition(self._loaded(), request)
+        conditioning = self.backend.condition(self.loaded(), request)
         self._requests[job] = request, conditioning
         return conditioning
 
@@ -134,7 +132,7 @@ class Device:
     def start(self, job: str, index: int, priority: int = 0, previews: int = 0, owner: str = "") -> None:
         """Let output number `index` of a job into the loop. previews: how many of it are wanted."""
         request, conditioning = self._requests[job]
-        asked = self._loaded(), request, conditioning, job, index
+        asked = self.loaded(), request, conditioning, job, index
         self.loop.add(self.backend.make_slot(*asked, priority, previews, owner))
 
     def step(self, count: int | None = None) -> StepResult:
@@ -164,7 +162,7 @@ class Device:
     @on_all_ranks
     def finish(self, job: str, index: int) -> tuple[Made, dict[str, Any]]:
         """(an output whose last step is done, decoded; its effective parameters)."""
-        return self.backend.finish(self._loaded(), self._requests[job][0], self._done.pop((job, index)))
+        return self.backend.finish(self.loaded(), self._requests[job][0], self._done.pop((job, index)))
 
     def jobs(self) -> set[str]:
         """Jobs that are conditioned and not removed."""
@@ -177,6 +175,7 @@ class Device:
         self._requests.pop(job, None)
         self._done = {key: slot for key, slot in self._done.items() if key[0] != job}
 
-    def _loaded(self) -> Model:
+    def loaded(self) -> Model:
+        """The model, where it is on the device."""
         assert self.model is not None, "load comes first"
         return self.model

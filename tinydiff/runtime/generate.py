@@ -15,7 +15,7 @@ from tinydiff.config import Options, OutputOptions, Progress, SamplingOptions
 from tinydiff.io import output
 from tinydiff.parallel.ranks import Ranks, replica_numbers, to_first
 from tinydiff.records import Frames, Request, Result, Sound
-from tinydiff.runtime import backends, blueprint, fit
+from tinydiff.runtime import backends, fit
 from tinydiff.runtime import blueprint as blueprints
 from tinydiff.runtime.blueprint import Blueprint, Model
 from tinydiff.runtime.shortage import give_memory_back, short_of_memory
@@ -50,7 +50,7 @@ def read(options: Options) -> Blueprint:
     plan = backends.read(options.model)
     if options.sampling.use_pe is not False:
         return plan
-    return replace(plan, nets={name: net for name, net in plan.nets.items() if name != blueprint.WRITER})
+    return replace(plan, nets={name: net for name, net in plan.nets.items() if name != blueprints.WRITER})
 
 
 def admitted(options: Options, plan: Blueprint) -> Work:

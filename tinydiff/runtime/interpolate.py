@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinydiff.io import archive
 from tinydiff.models import interpolators
 from tinydiff.models.interpolators import Frame
 from tinydiff.ops.weights import Weights
@@ -73,7 +74,7 @@ def locate(path: str | None) -> Path:
 @lru_cache(maxsize=16)
 def read(path: Path) -> interpolators.Config:
     """The network that a file holds, from its header. Raises UserError for a file of another network."""
-    return _config(path, network_file.shapes(network_file.opened(path, FIELD)))
+    return _config(path, archive.shapes_of(network_file.opened(path, FIELD)))
 
 
 def _config(path: Path, shapes: dict[str, tuple[int, ...]]) -> interpolators.Config:

@@ -11,10 +11,11 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from tinydiff import environment
-from tinydiff.config import Options
+from tinydiff.config import Options, ParallelOptions
+from tinydiff.environment import LaunchedRank
 from tinydiff.parallel import layout
 from tinydiff.parallel.layout import Layout
 from tinydiff.records import RankError, Request, Result, UserError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from tinydiff.runtime.blueprint import Blueprint
     from tinydiff.runtime.generate import Work
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 TIMEOUT = 3600
@@ -59,7 +61,7 @@ def generate(options: Options, watch: MakeDisplay) -> list[Result]:
     from tinydiff.runtime.generate import read
 
     plan = read(options)
-    check_devices(plan, ranks // (options.parallel.nnodes or 1) if place is None else place.local_size)
+    check_devices(plan, ranks_here(options.parallel, ranks, place))
     if place is None:
         return _start_ranks(options, plan, ranks, watch)
     try:
@@ -120,6 +122,11 @@ def check_divides(plan: Blueprint, chosen: Layout) -> None:
         )
 
 
+def ranks_here(asked: ParallelOptions, ranks: int, place: LaunchedRank | None) -> int:
+    """How many of `ranks` ranks run on this machine. place: this rank of torchrun's, if it is one."""
+    return ranks // (asked.nnodes or 1) if place is None else place.local_size
+
+
 def check_devices(plan: Blueprint, here: int) -> None:
     """Raises UserError for more ranks on this machine than it has GPUs. Without a GPU, ranks
     share the CPU.
@@ -146,22 +153,31 @@ def _start_ranks(options: Options, plan: Blueprint, ranks: int, watch: MakeDispl
     On one machine this process admits, so that a mistake starts nothing. Several machines have met only once
     their ranks have: there rank 0 admits.
     """
+    found = admit_with_layout(options, plan, ranks) if (options.parallel.nnodes or 1) == 1 else None
+    return start_ranks(options.parallel, ranks, rank_main, (options, ranks, watch, found)).get(0, [])
+
+
+def start_ranks(
+    asked: ParallelOptions,
+    ranks: int,
+    fn: Callable[..., T],
+    args: tuple[Any, ...],
+    timeout: int = TIMEOUT,
+    graceful: bool = False,
+) -> dict[int, T]:
+    """`parallel.ranks.start` of this machine's share of `ranks` ranks. timeout: where none is asked."""
     from tinydiff.parallel.ranks import start
 
-    asked = options.parallel
-    nodes, node = asked.nnodes or 1, asked.node_rank or 0
-    where, timeout = layout.address(asked), asked.dist_timeout or TIMEOUT
-    found = admit_with_layout(options, plan, ranks) if nodes == 1 else None
-    made = start(
-        rank_main,
-        (options, ranks, watch, found),
-        ranks // nodes,
-        nodes=nodes,
-        node=node,
-        address=where,
-        timeout=timeout,
+    return start(
+        fn,
+        args,
+        ranks_here(asked, ranks, None),
+        nodes=asked.nnodes or 1,
+        node=asked.node_rank or 0,
+        address=layout.address(asked),
+        timeout=asked.dist_timeout or timeout,
+        graceful=graceful,
     )
-    return made.get(0, [])
 
 
 def rank_main(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tinydiff import paths
-from tinydiff.io import archive, hub, repositories
+from tinydiff.io import archive, hub
 from tinydiff.records import UserError, shown
 
 
@@ -17,22 +17,17 @@ def located(path: str, field: str, example: str, usual: str | None = None) -> Pa
     """
     local = paths.path(path, field)
     kind = paths.kind(local)
-    if kind == "file":
-        return local
-    if kind == "directory" and usual is not None:
+    if usual is not None and kind == "directory":
         if paths.kind(local / usual) != "file":
             raise UserError(field, f"{field}: the directory {shown(path)} has no file {usual}")
         return local / usual
-    hub_id, colon, name = path.partition(":")
-    name = name if colon else usual
-    if not (name and hub.HUB_ID.fullmatch(hub_id)):
+    alone = usual is not None and kind is None and hub.HUB_ID.fullmatch(path)
+    found = hub.file(f"{path}:{usual}" if alone else path, field)
+    if found is None:
         raise UserError(
             field,
             f"{field}: {shown(path)} is not a file, and not a file of a hub repository, written as {example}",
         )
-    found = repositories.fetched(hub_id, [name], field=field) / name
-    if not found.is_file():
-        raise UserError(field, f"{field}: {hub_id!r} has no file {shown(name)}")
     return found
 
 
@@ -42,8 +37,3 @@ def opened(path: Path, field: str) -> archive.Archive:
         return archive.opened(path)
     except UserError as error:
         raise UserError(field, f"{field}: {str(error).removeprefix('model_path: ')}") from None
-
-
-def shapes(file: archive.Archive) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor in a file."""
-    return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -62,14 +62,14 @@ def locate(path: str | None, scale: int) -> Path:
 @lru_cache(maxsize=16)
 def read(path: Path) -> upscalers.Config:
     """The network that a file holds, from its header. Raises UserError for a file of another network."""
-    return _config(path, network_file.shapes(_opened(path)))
+    return _config(path, archive.shapes_of(_opened(path)))
 
 
 @lru_cache(maxsize=4)
 def load(path: Path, device: torch.device, compiled: bool = False) -> Upscaler:
     """The network in memory, float32. The last four stay loaded."""
     file = _opened(path)
-    config = _config(path, network_file.shapes(file))
+    config = _config(path, archive.shapes_of(file))
     weights = {name: file.get_tensor(name).float().to(device) for name in file.keys()}  # noqa: SIM118
 
     def enlarge(weights: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -235,11 +235,7 @@ class DeviceScheduler:
         if (adapters := self.adapters.now()) is not self._attached:
             self.device.attach(adapters)
             self._attached = adapters
-        return self._loaded()
-
-    def _loaded(self) -> Model:
-        assert self.device.model is not None, "loaded"
-        return self.device.model
+        return self.device.loaded()
 
     def _warm_up(self) -> None:
         """Run the declared warm-up requests."""

@@ -12,7 +12,7 @@ from tinydiff.config import ParallelOptions
 from tinydiff.environment import LaunchedRank
 from tinydiff.parallel import layout
 from tinydiff.parallel.layout import Layout
-from tinydiff.parallel.ranks import Ranks, close, make_ranks, meet, start
+from tinydiff.parallel.ranks import Ranks, close, make_ranks, meet
 from tinydiff.records import RankError, UserError
 from tinydiff.runtime import backends, blueprint, launch
 from tinydiff.runtime.device import Device
@@ -35,25 +35,15 @@ def serve(asked: Serve, count: int, place: LaunchedRank | None, lead: Lead) -> i
     lead: what the leading rank runs, a function of a module. Raises UserError and RankError.
     """
     plan, parallel = backends.read(asked.model), asked.parallel
-    nodes, node = parallel.nnodes or 1, parallel.node_rank or 0
-    launch.check_devices(plan, count // nodes if place is None else place.local_size)
+    launch.check_devices(plan, launch.ranks_here(parallel, count, place))
     chosen, why = choose_layout(plan, parallel, count)
     launch.check_divides(plan, chosen)
     if place is not None:
         return rank_main(asked, chosen, lead, (signal.SIGTERM, signal.SIGINT))
-    if node == 0:
+    if not parallel.node_rank:
         print(f"tinydiff: {why}", flush=True)
-    timeout = parallel.dist_timeout or TIMEOUT
-    codes = start(
-        rank_main,
-        (asked, chosen, lead, (signal.SIGTERM,)),
-        count // nodes,
-        nodes=nodes,
-        node=node,
-        address=layout.address(parallel),
-        timeout=timeout,
-        graceful=True,
-    )
+    args = asked, chosen, lead, (signal.SIGTERM,)
+    codes = launch.start_ranks(parallel, count, rank_main, args, TIMEOUT, graceful=True)
     return max(codes.values(), default=0)
 
 
