@@ -28,6 +28,7 @@ from tinydiff.models.encoders import (
     qwen_vision,
     siglip_vision,
     t5,
+    wav2vec2,
 )
 from tinydiff.models.encoders.decoder_config import CLASSES
 from tinydiff.models.family import Record
@@ -65,6 +66,8 @@ RECORDS: dict[str, Record] = {
     "CLIPVisionModel": clip_vision.FAMILY,
     "CLIPVisionModelWithProjection": clip_vision.FAMILY,
     "SiglipVisionModel": siglip_vision.FAMILY,
+    "Wav2Vec2ForCTC": wav2vec2.FAMILY,
+    "Wav2Vec2Model": wav2vec2.FAMILY,
     **dict.fromkeys(CLASSES, decoder_lm.FAMILY),
 }
 

@@ -152,7 +152,7 @@ class Denoiser:
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """A text or image encoder. Recipes call the functions of its module.
+    """A text, image or audio encoder. Recipes call the functions of its module.
 
     config: the type that `read` returns. head_width: of attention. biased: whether attention adds a bias or a
     mask. keys: where the rows stand in released files.
