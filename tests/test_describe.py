@@ -381,6 +381,7 @@ def test_gguf(size, kind, tmp_path):
     [
         ("a.safetensors", b"", "is empty"),
         ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        ("a.safetensors", b"<!DOCTYPE html><html>", "is a web page, not the weights"),
         ("a.safetensors", b"\x00" * 40, "is truncated or not a safetensors file"),
         ("a.safetensors", struct.pack("<Q", 2**60) + b"{}", "is truncated or not a safetensors file"),
         ("a.safetensors", struct.pack("<Q", 9) + b'{"a": 1} ', "has a header that is not that of"),

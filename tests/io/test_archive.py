@@ -73,6 +73,16 @@ def test_a_broken_pickle_is_reported(tmp_path):
     assert "does not exist" in refused(path)
 
 
+@pytest.mark.parametrize("extension", [".safetensors", ".gguf", ".pth"])
+def test_what_a_download_left_in_the_place_of_a_file_is_said(tmp_path, extension):
+    path = tmp_path / f"model{extension}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123\n")
+    assert "is a Git LFS pointer, not the weights; `git lfs pull` fetches them" in refused(path)
+    for start in ("<!DOCTYPE html>\n<html>", "\n <html lang='en'>"):
+        path.write_text(start)
+        assert "is a web page, not the weights; take the link that downloads" in refused(path)
+
+
 def test_a_broken_gguf_file_is_reported(tmp_path):
     path = tmp_path / "flux-Q4_0.gguf"
     assert "cannot be read (No such file" in refused(path)

@@ -1,6 +1,7 @@
 """LoRA files that are broken, of another kind or of another model: one sentence each, nothing executed."""
 
 import json
+import os
 import pickle
 import random
 import re
@@ -234,6 +235,30 @@ def test_a_truncated_file(tmp_path):
             read_adapter(file, {"transformer": NETWORK})
     with pytest.raises(UserError, match="is truncated or not a safetensors file"):
         read_adapter(tmp_path / "missing.safetensors", {"transformer": NETWORK})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer, not the weights"),
+        ("<!doctype html>", "is a web page, not the weights"),
+    ],
+)
+def test_what_a_download_left_in_the_place_of_a_file(tmp_path, text, words):
+    (tmp_path / "lora.safetensors").write_text(text)
+    with pytest.raises(UserError, match=words):
+        read_adapter(tmp_path / "lora.safetensors", {"transformer": NETWORK})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_file_that_is_overwritten_in_place_changes_no_adapter(tmp_path, dtype):
+    """Whoever reads a mapped file that was cut short is killed."""
+    tensors = {name: tensor.to(dtype) for name, tensor in GOOD.items()}
+    difference = read(tmp_path, tensors, NETWORK).targets["transformer"]["layer.weight"]
+    expected = difference.apply(torch.zeros(12, 8, dtype=torch.float64), 1.0)
+    os.truncate(tmp_path / "lora.safetensors", 0)
+    assert torch.equal(difference.apply(torch.zeros(12, 8, dtype=torch.float64), 1.0), expected)
+    assert expected.abs().min() > 0
 
 
 def test_an_empty_file_of_weights(tmp_path):

@@ -237,7 +237,7 @@ def test_a_language_model_cut_short_has_the_depth_of_the_released_one():
     [
         (
             {"double_blocks.0.img_attn.qkv.lora_A.weight": (16, 3072)},
-            "is a LoRA of 1 layers, not weights; --lora-path takes it",
+            "is a LoRA of 1 layer, not weights; --lora-path takes it",
         ),
         ({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (4, 3072)}, "is a LoRA"),
         ({"blocks.0.diff_m": (1, 6, 5120), "blocks.0.self_attn.q.diff": (1, 1)}, "is a LoRA of 2 layers"),

@@ -1,12 +1,13 @@
 """LoRA adapters of a running server: loaded, listed, chosen by requests, given to all, taken away."""
 
+import os
 import threading
 
 import pytest
 import torch
 from falcon import testing
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.serve.test_scheduler import asked, started, wait  # noqa: F401  a fixture
 from tinydiff.config import ModelOptions
@@ -143,6 +144,72 @@ def test_a_mistake_changes_nothing(client, folder, name, body, param, words):
     assert (answer.status_code, answer.json["error"]["param"]) == (400, param)
     assert words in answer.json["error"]["message"]
     assert web.simulate_get("/v1/list_loras").json["loaded_adapters"] == []
+
+
+class Harm:
+    """What leaves a mark when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return self.mark.mkdir, ()
+
+
+def bad_files(folder, good):
+    """Adapters that are none, and a part of the sentence for each."""
+    pair = load_file(good)
+    a = f"{LAYER}.lora_A.weight"
+    tensors = {
+        "half": ({a: pair[a]}, "has half a pair only"),
+        "nan": (pair | {a: pair[a] * float("nan")}, "has values that are not numbers in"),
+        "alpha": (pair | {f"{LAYER}.alpha": torch.tensor(float("inf"))}, "has a scale that is not a number"),
+        "foreign": (
+            {key.replace("blocks.0.attn1", "double_blocks.0"): x for key, x in pair.items()},
+            "match no weight",
+        ),
+    }
+    for name, (file, words) in tensors.items():
+        save_file(file, folder / f"{name}.safetensors")
+        yield name, words
+    (folder / "cut.safetensors").write_bytes(good.read_bytes()[:-20])
+    yield "cut", "is truncated"
+    torch.save({"a": Harm(folder / "executed")}, folder / "code.safetensors")
+    yield "code", "is a pickle, which can run code and is never read"
+    (folder / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    yield "pointer", "is a Git LFS pointer"
+
+
+def test_a_bad_adapter_leaves_the_server_as_it_was(client, folder):
+    """By the administrator's route, of the directory, and with a good one beside it."""
+    service, web = client
+    assert post(web, "set_lora", lora_nickname="style", lora_path=str(folder / "style.safetensors")).json
+    right, said = pixels(service)
+    assert said == {"style": 1.0}
+    before = web.simulate_get("/v1/list_loras").json
+    body = {"prompt": "a", "size": "32x32", "num_inference_steps": 2}
+    for name, words in bad_files(folder, folder / "style.safetensors"):
+        path = str(folder / f"{name}.safetensors")
+        answers = (
+            post(web, "set_lora", lora_nickname="mine", lora_path=path),
+            post(web, "set_lora", lora_nickname="style", lora_path=path),
+            web.simulate_post("/v1/images/generations", json=body | {"loras": {"style": 1, name: 1}}),
+        )
+        for answer in answers:
+            message = answer.json["error"]["message"]
+            assert answer.status_code == 400 and words in message and "\n" not in message, (name, message)
+        after = web.simulate_get("/v1/list_loras").json
+        assert (after["loaded_adapters"], after["active"]) == (before["loaded_adapters"], before["active"])
+    assert pixels(service) == (right, said) and not (folder / "executed").exists()
+
+
+def test_an_adapter_whose_file_is_overwritten_stays_what_it_was(client, folder):
+    service, web = client
+    path = folder / "style.safetensors"
+    post(web, "set_lora", lora_nickname="style", lora_path=str(path))
+    os.truncate(path, 0)
+    active, said = pixels(service)
+    assert said == {"style": 1.0} and active != pixels(service, loras={"style": 0})[0]
 
 
 def test_an_adapter_of_another_model_fails_its_request_alone(client):

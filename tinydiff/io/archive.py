@@ -72,12 +72,32 @@ class Pickle:
 Archive = Any
 """A `Pickle`, a `gguf.Gguf`, a `quantised.Decoded`, or what `safe_open` gives."""
 
+_PAGE = "is a web page, not the weights; take the link that downloads the file itself"
+_INSTEAD = {
+    b"version https://git-lfs": "is a Git LFS pointer, not the weights; `git lfs pull` fetches them",
+    b"<!doctype html": _PAGE,
+    b"<html": _PAGE,
+}
+"""How a file begins that a download left in the place of one -> the clause for it."""
+
 
 def opened(file: Path) -> Archive:
     """The mapped file. Raises UserError for one that is cut short, or holds code."""
     if file.suffix == ".gguf":
         return _gguf(file)
     return _pickle(file) if file.suffix in PICKLES else _safetensors(file)
+
+
+def instead(file: Path) -> str | None:
+    """What a download left in the place of a file of weights, as a clause; None where it may be weights."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(64)
+    except OSError:
+        return None
+    return next(
+        (words for begins, words in _INSTEAD.items() if start.lstrip().lower().startswith(begins)), None
+    )
 
 
 def shapes_of(archive: Archive) -> dict[str, tuple[int, ...]]:
@@ -106,9 +126,8 @@ def _safetensors(file: Path) -> Archive:
         ) from None
     except (SafetensorError, OSError) as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
-        raise UserError(
-            "model_path", f"model_path: {str(file)!r} is truncated or not a safetensors file ({reason})"
-        ) from error
+        broken = f"is truncated or not a safetensors file ({reason})"
+        raise _refused(file, instead(file) or broken) from error
     try:
         return quantised.decoded(file, archive)
     except (ValueError, LookupError, TypeError) as error:
@@ -121,7 +140,7 @@ def _gguf(file: Path) -> Archive:
     except OSError as error:
         raise _refused(file, f"cannot be read ({error.strerror or error})") from error
     except ValueError as error:
-        raise _refused(file, str(error)) from error
+        raise _refused(file, instead(file) or str(error)) from error
 
 
 def _pickle(file: Path) -> Pickle:
@@ -129,7 +148,7 @@ def _pickle(file: Path) -> Pickle:
         raise _refused(file, "does not exist")
     if not zipfile.is_zipfile(file):
         old = "a pickle of before torch 1.6, which cannot be mapped; save it anew with torch.save"
-        raise _refused(file, f"is truncated, or {old}")
+        raise _refused(file, instead(file) or f"is truncated, or {old}")
     try:
         held = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:

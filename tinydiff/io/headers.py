@@ -59,8 +59,8 @@ def read(path: Path) -> Header:
         raise ValueError("ends inside its header or has a broken one") from error
     if size == 0:
         raise ValueError("is empty")
-    if start.startswith(b"version ht"):
-        raise ValueError("is a Git LFS pointer, not the weights; `git lfs pull` fetches them")
+    if (words := archive.instead(path)) is not None:
+        raise ValueError(words)
     if path.suffix in archive.PICKLES:
         return _pickle(path)
     if path.suffix == ".safetensors":

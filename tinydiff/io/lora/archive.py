@@ -8,12 +8,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tinydiff.io.archive import instead
+
 PICKLE = (b"PK\x03\x04", b"\x80")
 """How files of torch.save begin, new and old."""
 
 
 def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors in at least float32, metadata). ValueError in words that follow the name of the file."""
+    """(tensors in at least float32, metadata). ValueError in words that follow the name of the file.
+
+    The tensors are copies: a mapped file that is overwritten in place would end the process.
+    """
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = dict(opened.metadata() or {})
@@ -22,7 +27,8 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if _start(file).startswith(PICKLE):
             words = "is a pickle, which can run code and is never read; convert it to safetensors"
             raise ValueError(words) from error
-        raise ValueError(f"is truncated or not a safetensors file ({error})") from error
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise ValueError(instead(file) or f"is truncated or not a safetensors file ({reason})") from error
     if not tensors:
         raise ValueError("holds no tensors")
     return tensors, metadata
@@ -39,4 +45,5 @@ def _start(file: Path) -> bytes:
 def _wide(key: str, tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point() and tensor.numel() > 1 and not key.endswith(".reshape_weight"):
         raise ValueError(f"has values of {tensor.dtype} in {key}, not floating-point numbers")
-    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return tensor.to(wide, copy=True)

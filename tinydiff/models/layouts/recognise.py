@@ -181,7 +181,8 @@ def _check_weights(shapes: Mapping[str, Shape], metadata: Mapping[str, str], nam
     adapters = [key for key in shapes if LORA.search(key)]
     if adapters or "ss_network_module" in metadata:
         layers = len({LORA.split(key)[0] for key in adapters})
-        raise _refused(name, f"is a LoRA of {layers} layers, not weights; --lora-path takes it")
+        of = f"{layers} layer{'s' * (layers != 1)}"
+        raise _refused(name, f"is a LoRA of {of}, not weights; --lora-path takes it")
     if beside := [key for key in shapes if QUANTISED.search(key)]:
         raise _refused(name, f"is quantised ({beside[0]}), which is not read; take the file in bf16 or fp16")
 
