@@ -1,4 +1,4 @@
-"""Reading the sound of any file that has some, audio or video: one channel for an encoder, all for a video."""
+"""Reading the sound of any audio or video file: one channel for an encoder, all of them for a video."""
 
 from __future__ import annotations
 
