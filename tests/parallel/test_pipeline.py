@@ -37,7 +37,10 @@ def made(layout=None, **fields):
         blueprint.read(config.options({}).model), make_ranks(layout, 60) if layout else None
     )
     [request] = admit(model.blueprint, config.options(PROMPT | fields).sampling)
-    table, [stage] = pipeline.table(model.blueprint, request), pipeline.condition(model, request).stages
+    table, [stage] = (
+        pipeline.solver_table(model.blueprint, request),
+        pipeline.condition(model, request).stages,
+    )
     [start], _ = noise.latents(7, stage.sizes, table)
     return hashlib.sha256(start.numpy().tobytes()).hexdigest(), pipeline.run(
         model, request, NoProgress()

@@ -21,7 +21,7 @@ from tinydiff.models.registry import MODELS, SHIPPED
 from tinydiff.records import UserError
 from tinydiff.runtime import blueprint
 from tinydiff.runtime.admit import admit
-from tinydiff.runtime.pipeline import table
+from tinydiff.runtime.pipeline import solver_table
 
 T2V, I2V, EXPERTS = (
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
@@ -201,7 +201,7 @@ def test_strength_leaves_so_many_steps(strength, left, tmp_path, picture):
     """As diffusers' image-to-image pipelines count them."""
     blueprint = read(released(DEV, tmp_path))
     [made] = admit(blueprint, SamplingOptions(prompt=("a fox",), image_path=(picture,), strength=strength))
-    rows = table(blueprint, made)
+    rows = solver_table(blueprint, made)
     assert rows.steps == left and (rows.sigmas[0] == 1) == (strength == 1)
 
 
@@ -589,5 +589,5 @@ def test_steps_closer_together_than_float32_tells_apart(shift, steps, tmp_path):
 def test_a_schedule_that_is_admitted_has_finite_numbers(shift, steps, tmp_path):
     made = read(released(TI2V, tmp_path))
     [asked] = admit(made, SamplingOptions(prompt=("a",), flow_shift=float(shift), num_inference_steps=steps))
-    rows = table(made, asked)
+    rows = solver_table(made, asked)
     assert all(column.isfinite().all() for column in (rows.a, rows.c, rows.b1, rows.b2, rows.n))

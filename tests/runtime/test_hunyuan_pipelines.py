@@ -242,7 +242,7 @@ def test_fast_hunyuan_is_known_by_its_name_and_runs_on_its_own_schedule(tmp_path
     assert model.blueprint.row.name == NAMES[1]
     request = request_for(model, num_inference_steps=None)
     assert (request.schedule.steps, request.guidance.embedded, request.guidance.on) == (6, 6.0, False)
-    sigmas = pipeline.table(model.blueprint, request).sigmas
+    sigmas = pipeline.solver_table(model.blueprint, request).sigmas
     grid = np.linspace(1, 0, 7)[:-1]
     assert np.allclose(sigmas[:6], 17 * grid / (1 + 16 * grid), atol=1e-6)
 

@@ -360,7 +360,7 @@ def test_two_stages_equal_the_reference(both, monkeypatch):
         )
     ]
     monkeypatch.setattr(pipeline_ltx2, "randn_tensor", lambda shape, **_: packed.pop(0))
-    first = conditioning.stages[1].rows.sigmas[0].item()  # in float32, as the scheduler has it
+    first = conditioning.stages[1].table.sigmas[0].item()  # in float32, as the scheduler has it
     seen, cross = [], {"use_cross_timestep": name == "LTX-2.3"}
     video, audio = called(
         pipe, monkeypatch, seen, height=SIZE[0], width=SIZE[1], sigmas=list(DISTILLED), output_type="latent",

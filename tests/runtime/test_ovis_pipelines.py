@@ -159,7 +159,7 @@ def test_an_image_to_start_from(pipe, model, tmp_path):
     with torch.no_grad():
         clean = (pipe.vae.encode(pixels).latent_dist.mode() - VAE["shift_factor"]) * VAE["scaling_factor"]
     start = draw(1, 4, 1, 6, 10, seed=9)
-    sigma = pipeline.table(model.blueprint, request).sigmas[0].item()
+    sigma = pipeline.solver_table(model.blueprint, request).sigmas[0].item()
     noisy = patchify(sigma * start + (1 - sigma) * clean[:, :, None], ovis.PATCH)
     given = {
         "prompt": PROMPT,

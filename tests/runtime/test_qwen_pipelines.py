@@ -266,7 +266,7 @@ def test_noise_is_that_of_a_seeded_generator(tmp_path, small, pictures):
         images = pictures[:1] if more else ()
         request = _request(model, images, height=HEIGHT, width=WIDTH, **more)
         prepared = pipeline.condition(model, request).stages[0].inputs
-        table = pipeline.table(model.blueprint, request)
+        table = pipeline.solver_table(model.blueprint, request)
         [drawn], _ = noise.latents(7, [prepared.latents[0].size], table)
         known = [None, 1, Z, HEIGHT, WIDTH, 3] if more else [1, Z, HEIGHT, WIDTH]
         made = pipe.prepare_latents(
@@ -346,7 +346,7 @@ def test_what_layers_are_made_of(tmp_path, pictures):
 
 def test_one_step_is_not_stretched(tmp_path):
     plan = _read("Qwen/Qwen-Image", tmp_path)
-    table = pipeline.table(plan, _request_of(plan, [], num_inference_steps=1))
+    table = pipeline.solver_table(plan, _request_of(plan, [], num_inference_steps=1))
     assert table.sigmas.tolist() == [1.0] and table.c.tolist() == [-1.0]
 
 

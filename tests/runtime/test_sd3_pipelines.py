@@ -287,7 +287,7 @@ def test_the_noise_of_a_seed_is_the_references(both):
 def test_the_schedule_is_shifted_twice(steps, both):
     """Its grid ends at the lowest sigma of training, which is shifted, and is then shifted again."""
     _, _, model = both()
-    rows = pipeline.table(model.blueprint, request_for(model, num_inference_steps=steps))
+    rows = pipeline.solver_table(model.blueprint, request_for(model, num_inference_steps=steps))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(steps)
     assert torch.equal(rows.sigmas, scheduler.sigmas[:-1].double()) and torch.equal(

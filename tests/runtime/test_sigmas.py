@@ -47,4 +47,6 @@ def test_a_fixed_shift_in_place_of_one_by_size(name, steps, tmp_path):
     ends = {"base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None}
     theirs = FlowMatchEulerDiscreteScheduler.from_config({**plan.scheduler, **ends})
     theirs.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=math.log(3))
-    assert torch.allclose(pipeline.table(plan, asked).timesteps.float(), theirs.timesteps, rtol=1e-6, atol=0)
+    assert torch.allclose(
+        pipeline.solver_table(plan, asked).timesteps.float(), theirs.timesteps, rtol=1e-6, atol=0
+    )

@@ -126,8 +126,8 @@ def by_hand(plain, request):
     clean = fine_kind.pack(
         torch.cat(larger([coarse.unpack(tokens)[:, :, :1], coarse.unpack(tokens)[:, :, 1:]]), 2)
     )
-    x = torch.lerp(clean, fine_kind.pack(torch.cat(drawn[2:], 2)), second.rows.sigmas[0].item())
-    *_, last = loop.run(pipeline.denoiser(plain, second, False), second.rows, x, second.experts, chunk=1)
+    x = torch.lerp(clean, fine_kind.pack(torch.cat(drawn[2:], 2)), second.table.sigmas[0].item())
+    *_, last = loop.run(pipeline.denoiser(plain, second, False), second.table, x, second.experts, chunk=1)
     return last.x
 
 

@@ -246,7 +246,7 @@ def test_the_schedule_is_the_references_to_the_last_digits(steps, model):
     """
     scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
     scheduler.set_timesteps(sigmas=pipeline_z_image.get_default_z_image_sigmas(steps))
-    rows = pipeline.table(model.blueprint, request_for(model, num_inference_steps=steps))
+    rows = pipeline.solver_table(model.blueprint, request_for(model, num_inference_steps=steps))
     assert (rows.sigmas - scheduler.sigmas[:-1]).abs().max() <= 2**-23
     assert (rows.timesteps - scheduler.timesteps).abs().max() <= 2**-13
 
@@ -287,7 +287,7 @@ def test_the_released_models_defaults(name, steps, guided, shift, tmp_path):
     path = released(f"Tongyi-MAI/{name}", tmp_path)
     plan = blueprint.read(ModelOptions(model_path=str(path)))
     [request] = admit(plan, SamplingOptions(prompt=("a fox",)))
-    rows = pipeline.table(plan, request)
+    rows = pipeline.solver_table(plan, request)
     assert plan.row is named(f"Tongyi-MAI/{name}") and plan.nets["text_encoder"].config.layers == 35
     assert (rows.steps, request.guidance.on, (request.output.height, request.output.width)) == (
         steps,

@@ -42,7 +42,9 @@ def test_older_tables_are_brought_up_to_date(where, monkeypatch):
             (*sql.STEPS, ("ALTER TABLE tinydiff_jobs ADD COLUMN more TEXT DEFAULT 'x' NOT NULL",)),
         )
         with closing(open_store(*where, 5)) as newer:
-            assert newer.get(given.id) == given and newer._rows("SELECT more FROM tinydiff_jobs") == [("x",)]
+            assert newer.get(given.id) == given and newer._select("SELECT more FROM tinydiff_jobs") == [
+                ("x",)
+            ]
 
 
 def test_stores_opened_at_once_make_the_tables_once(where):

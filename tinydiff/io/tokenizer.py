@@ -68,9 +68,9 @@ class Tokenizer:
         self, texts: Sequence[str], max_length: int | None = None, side: str | None = None
     ) -> list[Tokens]:
         """Each text as by `encode`, padded to the longest of them."""
-        rows = [self.encode(text, max_length, "none") for text in texts]
-        longest = max(len(row.ids) for row in rows)
-        return [self.padded(row, longest, side) for row in rows]
+        encoded = [self.encode(text, max_length, "none") for text in texts]
+        longest = max(len(each.ids) for each in encoded)
+        return [self.padded(each, longest, side) for each in encoded]
 
     def padded(self, tokens: Tokens, length: int, side: str | None = None) -> Tokens:
         """`tokens` padded to `length`."""

@@ -221,7 +221,7 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
 
 
 def blocks(c: Config) -> Stack:
-    """The stack as rows (function, prefix)."""
+    """The blocks in order, each as (function, prefix of its weights)."""
     return [(block, f"layers.{i}") for i in range(c.num_layers)]
 
 

@@ -163,9 +163,9 @@ def single(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights
 
 
 def blocks(c: Config) -> Stack:
-    """The stack as rows (function, prefix)."""
-    rows: Stack = [(double, f"transformer_blocks.{i}") for i in range(c.num_layers)]
-    return rows + [(single, f"single_transformer_blocks.{i}") for i in range(c.num_single_layers)]
+    """The blocks in order, each as (function, prefix of its weights)."""
+    stack: Stack = [(double, f"transformer_blocks.{i}") for i in range(c.num_layers)]
+    return stack + [(single, f"single_transformer_blocks.{i}") for i in range(c.num_single_layers)]
 
 
 def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, step: Tensors) -> Tensor:

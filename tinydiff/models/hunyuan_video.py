@@ -156,8 +156,8 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     steps = joint.modulations(w, c.num_layers, c.num_single_layers, moving)
     if joint.FROZEN in inputs:
         still = time(torch.zeros_like(timesteps_S[:1]))
-        rows = joint.modulations(w, c.num_layers, c.num_single_layers, still)
-        request |= {f"{name}_{joint.FROZEN}": row[0] for name, row in rows.items() if _of_image(name)}
+        frozen = joint.modulations(w, c.num_layers, c.num_single_layers, still)
+        request |= {f"{name}_{joint.FROZEN}": row[0] for name, row in frozen.items() if _of_image(name)}
     refiner, layers = w / "context_embedder", c.num_refiner_layers
     steps["text"] = token_refiner.refined(
         plan, refiner, text.to(dtype), timesteps_S, layers, c.attention_head_dim
@@ -193,9 +193,9 @@ def single(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights
 
 
 def blocks(c: Config) -> Stack:
-    """The stack as rows (function, prefix)."""
-    rows: Stack = [(double, f"transformer_blocks.{i}") for i in range(c.num_layers)]
-    return rows + [(single, f"single_transformer_blocks.{i}") for i in range(c.num_single_layers)]
+    """The blocks in order, each as (function, prefix of its weights)."""
+    stack: Stack = [(double, f"transformer_blocks.{i}") for i in range(c.num_layers)]
+    return stack + [(single, f"single_transformer_blocks.{i}") for i in range(c.num_single_layers)]
 
 
 def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, step: Tensors) -> Tensor:

@@ -28,7 +28,7 @@ from tinydiff.models.registry import ReleasedModel
 from tinydiff.models.token_refiner import FREQUENCIES, sinusoid
 from tinydiff.ops.activations import gelu_tanh
 from tinydiff.ops.embed import embedder
-from tinydiff.ops.linear import linear, rows
+from tinydiff.ops.linear import embedding, linear
 from tinydiff.ops.network import Stack
 from tinydiff.ops.norm import compute_dtype, layer_norm
 from tinydiff.ops.patch import patchify
@@ -166,7 +166,7 @@ def _text(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
     def kind(number: int) -> Tensor:
         ids = torch.full((len(states), 1), number, device=states.device)
-        return rows(ids, w / "cond_type_embed")  # [B, 1, D]
+        return embedding(ids, w / "cond_type_embed")  # [B, 1, D]
 
     parts: list[Tensor] = []
     if "image" in inputs:
@@ -216,7 +216,7 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
 
 
 def blocks(c: Config) -> Stack:
-    """The stack as rows (function, prefix)."""
+    """The blocks in order, each as (function, prefix of its weights)."""
     return [(block, f"transformer_blocks.{i}") for i in range(c.num_layers)]
 
 

@@ -320,7 +320,7 @@ def _fed(c: Config, plan: Plan, w: Weights, x: Tensor, mod: tuple[Tensor, ...]) 
 
 
 def blocks(c: Config) -> Stack:
-    """The stack as rows (function, prefix)."""
+    """The blocks in order, each as (function, prefix of its weights)."""
     return [(block, f"transformer_blocks.{i}") for i in range(c.num_layers)]
 
 

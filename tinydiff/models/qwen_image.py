@@ -41,7 +41,7 @@ from tinydiff.models.recipe import (
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.activations import gelu_tanh
 from tinydiff.ops.embed import embedder
-from tinydiff.ops.linear import linear, linear_sum, rows
+from tinydiff.ops.linear import embedding, linear, linear_sum
 from tinydiff.ops.network import Stack
 from tinydiff.ops.norm import compute_dtype, modulate, rms_norm
 from tinydiff.ops.patch import patchify
@@ -166,7 +166,7 @@ def _time(w: Weights, t_S: Tensor, kind_B: Tensor | None) -> Tensor:
     kind_B: int64, the row of Layered's additional embedding for each image.
     """
     time = embedder(_sinusoids(t_S).to(t_S.dtype), w / "timestep_embedder")[:, None]
-    return F.silu(time if kind_B is None else time + rows(kind_B, w / "addition_t_embedding"))
+    return F.silu(time if kind_B is None else time + embedding(kind_B, w / "addition_t_embedding"))
 
 
 def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
@@ -212,16 +212,16 @@ def pre(c: Config, plan: Plan, w: Weights, x_BLP: Tensor, request: Weights, step
 
 
 def _modulations(
-    rows: Tensor, frozen_rows: Tensor | None = None, frozen: Tensor | None = None
+    packed: Tensor, frozen_packed: Tensor | None = None, frozen: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """[B, 6, D] -> shift, scale and gate of attention, then of the feed-forward: [B, 1, D] each.
 
     [B, L, D] each where some tokens are frozen: those have the modulation `frozen_rows`, of timestep 0.
     """
-    moving = rows.unsqueeze(2).unbind(1)
-    if frozen_rows is None or frozen is None:
+    moving = packed.unsqueeze(2).unbind(1)
+    if frozen_packed is None or frozen is None:
         return moving
-    fixed = frozen_rows.unsqueeze(2).unbind(1)
+    fixed = frozen_packed.unsqueeze(2).unbind(1)
     return tuple(torch.where(frozen, a, b) for a, b in zip(fixed, moving, strict=True))
 
 
@@ -254,7 +254,7 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
 
 
 def blocks(c: Config) -> Stack:
-    """The stack as rows (function, prefix)."""
+    """The blocks in order, each as (function, prefix of its weights)."""
     return [(block, f"transformer_blocks.{i}") for i in range(c.num_layers)]
 
 

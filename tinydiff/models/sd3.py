@@ -184,8 +184,9 @@ def _joint(
     shift, scale: the text's modulation before attention.
     """
     text, image = streams
-    rows = request["norm1"].unsqueeze(2).unbind(1)
-    (image_shift, image_scale, gate), (ff_shift, ff_scale, ff_gate), own_rows = rows[:3], rows[3:6], rows[6:]
+    modulations = request["norm1"].unsqueeze(2).unbind(1)
+    (image_shift, image_scale, gate), (ff_shift, ff_scale, ff_gate) = modulations[:3], modulations[3:6]
+    own = modulations[6:]
     a = w / "attn"
     y_text, y_image = joint_attention(
         plan,
@@ -194,8 +195,8 @@ def _joint(
         shared,
     )
     x = image + linear_sum(plan, y_image, a / "to_out" / 0) * gate
-    if own_rows:
-        own_shift, own_scale, own_gate = own_rows
+    if own:
+        own_shift, own_scale, own_gate = own
         a = w / "attn2"
         q, k, v = heads(a, modulate(image, own_shift, own_scale), c.attention_head_dim)
         y = attention(plan, q, k, v, keys=keys(plan, shared, "image")).flatten(2)
@@ -229,7 +230,7 @@ def last_block(
 
 
 def blocks(c: Config) -> Stack:
-    """The stack as rows (function, prefix)."""
+    """The blocks in order, each as (function, prefix of its weights)."""
     last = c.num_layers - 1
     return [(block if i < last else last_block, f"transformer_blocks.{i}") for i in range(c.num_layers)]
 

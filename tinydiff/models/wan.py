@@ -272,7 +272,7 @@ def block(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, sh
 
 
 def blocks(c: Config) -> Stack:
-    """The stack as rows (function, prefix)."""
+    """The blocks in order, each as (function, prefix of its weights)."""
     return [(block, f"blocks.{i}") for i in range(c.num_layers)]
 
 

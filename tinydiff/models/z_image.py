@@ -177,8 +177,8 @@ def _steps(c: Config, w: Weights, timesteps_S: Tensor) -> Tensors:
     sinusoid = timestep_embedding(time, TIME_FREQUENCIES).to(w.dtype)
     time_SE = linear(F.silu(linear(sinusoid, mlp / 0)), mlp / 2)
     final = linear(F.silu(time_SE), w / "all_final_layer" / c.patch_name / "adaLN_modulation" / 1)
-    rows = {f"{at}.modulation": _modulation(time_SE, w / at) for _, at in blocks(c)}
-    return rows | {"scale": (1 + final.to(compute_dtype(final)))[:, None, None]}
+    modulations = {f"{at}.modulation": _modulation(time_SE, w / at) for _, at in blocks(c)}
+    return modulations | {"scale": (1 + final.to(compute_dtype(final)))[:, None, None]}
 
 
 def _tables(c: Config, plan: Plan, inputs: Tensors, lengths: list[int]) -> Tensors:
@@ -286,7 +286,7 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
 
 
 def blocks(c: Config) -> Stack:
-    """The stack as rows (function, prefix)."""
+    """The blocks in order, each as (function, prefix of its weights)."""
     refiners: Stack = [(refine, f"noise_refiner.{i}") for i in range(c.n_refiner_layers)]
     return refiners + [(block, f"layers.{i}") for i in range(c.n_layers)]
 

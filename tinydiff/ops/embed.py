@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinydiff.ops.linear import linear, product, rows
+from tinydiff.ops.linear import embedding, linear, product
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.moves import move
 from tinydiff.parallel.plan import Plan
@@ -36,11 +36,11 @@ def lookup(plan: Plan, ids: Tensor, w: Weights) -> Tensor:
     """Rows of a table w.weight [V, D] by ids [...] int64 -> [..., D]; `tp` divides the vocabulary."""
     table, tp = w["weight"], plan.group("tp")
     if tp.size == 1:
-        return rows(ids, w)
+        return embedding(ids, w)
     local = ids - tp.rank * len(table)
     elsewhere = (local < 0) | (local >= len(table))
-    found = rows(local.masked_fill(elsewhere, 0), w)
-    return move(plan, "sum", found.masked_fill(elsewhere[..., None], 0))
+    embedded = embedding(local.masked_fill(elsewhere, 0), w)
+    return move(plan, "sum", embedded.masked_fill(elsewhere[..., None], 0))
 
 
 def scores(plan: Plan, x: Tensor, w: Weights) -> Tensor:

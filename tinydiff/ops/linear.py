@@ -37,7 +37,7 @@ def product(x: Tensor, w: Weights, bias: Tensor | None = None) -> Tensor:
     return y if down is None else y + F.linear(_scaled(F.linear(x, down), w.lora_scale), w[LORA_B])
 
 
-def rows(ids: Tensor, w: Weights) -> Tensor:
+def embedding(ids: Tensor, w: Weights) -> Tensor:
     """Rows of the layer's table and of its low-rank differences, by ids [B, ...] int64 -> [B, ..., I]."""
     y, up = F.embedding(ids, w["weight"]), w.get(LORA_B)
     return y if up is None else y + F.linear(_scaled(F.embedding(ids, up), w.lora_scale), w[LORA_A].T)

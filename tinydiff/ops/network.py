@@ -71,7 +71,7 @@ class Family(Protocol):
 
     @property
     def blocks(self) -> Callable[[Any], Sequence[tuple[Block, str]]]:
-        """Config -> the stack as rows (function, prefix of its weights)."""
+        """Config -> the blocks in order, each as (function, prefix of its weights)."""
         ...
 
     @property

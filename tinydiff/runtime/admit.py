@@ -27,7 +27,7 @@ from tinydiff.records import (
 )
 from tinydiff.runtime import loras, postprocess
 from tinydiff.runtime.blueprint import Blueprint
-from tinydiff.runtime.pipeline import table
+from tinydiff.runtime.pipeline import solver_table
 from tinydiff.runtime.settings import settle
 
 UPSAMPLER = "spatial_upsampler"
@@ -112,7 +112,7 @@ def admit(
         for index, prompt in enumerate(sampling.prompt or ("",) * row.captions)
     ]
     for request in requests:
-        table(blueprint, request)  # refuses a schedule that cannot be
+        solver_table(blueprint, request)  # refuses a schedule that cannot be
     return requests
 
 

@@ -125,10 +125,10 @@ def subject_of(
         if each.family.role != "dit"
     }
     passes = max(1, PIXELS_PER_PASS // (4 * request.output.height * request.output.width))
-    rows = min(ranks, latent_size(vae.config, request.output)[1])
+    strips = min(ranks, latent_size(vae.config, request.output)[1])
     size = request.output.num_frames, request.output.height, request.output.width
     whole, shared = (
-        workload.decode_bytes(vae.family, vae.config, *size, passes, n, itemsize(vae)) for n in (1, rows)
+        workload.decode_bytes(vae.family, vae.config, *size, passes, n, itemsize(vae)) for n in (1, strips)
     )
     return Subject(
         name=name,

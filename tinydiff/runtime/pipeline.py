@@ -51,7 +51,7 @@ class PreparedStage(NamedTuple):
     """The inputs of one stage's loop, without noise."""
 
     stage: Stage
-    rows: Table
+    table: Table
     experts: Callable[[int], loop.Hoisted]
     """Index -> the network prepared for this request, once for all outputs."""
     start: Tensor | None = None
@@ -80,7 +80,7 @@ class Conditioning(NamedTuple):
     @property
     def steps(self) -> int:
         """Steps of all loops."""
-        return sum(stage.rows.steps for stage in self.stages)
+        return sum(stage.table.steps for stage in self.stages)
 
     @property
     def revised(self) -> str | None:
@@ -243,7 +243,7 @@ def _check_branches(plan: Plan, guidance: Guidance) -> None:
 
 def _prepared(model: Model, stage: Stage) -> PreparedStage:
     nets = loras.for_request(model.nets, model.adapters, stage.request.loras)
-    rows = table(model.blueprint, stage.request, stage.denoisers[0])
+    table = solver_table(model.blueprint, stage.request, stage.denoisers[0])
 
     @cache
     def expert(index: int) -> loop.Hoisted:
@@ -252,12 +252,12 @@ def _prepared(model: Model, stage: Stage) -> PreparedStage:
             _network(net, stage.request.guidance),
             net.weights,
             stage.inputs.branches,
-            rows,
+            table,
             net.lora_scale,
             net.store,
         )
 
-    return PreparedStage(stage, rows, expert)
+    return PreparedStage(stage, table, expert)
 
 
 def _network(net: Net[Denoiser], guidance: Guidance) -> Network:
@@ -279,25 +279,25 @@ def _start_from_image(prepared: PreparedStage, context: Context) -> PreparedStag
     return prepared._replace(start=start, mask=inputs.pack([mask[:, :, None].expand(1, *size)]))
 
 
-def table(blueprint: Blueprint, request: Request, denoiser: str = "transformer") -> Table:
+def solver_table(blueprint: Blueprint, request: Request, denoiser: str = "transformer") -> Table:
     """The solver of one loop as a table. denoiser: the component that it runs.
 
     Raises UserError for a scheduler or timesteps that cannot be.
     """
     schedule, guidance, times = request.schedule, request.guidance, request.schedule.dmd_timesteps
-    rows = (
+    table = (
         solvers.dmd(times, schedule.flow_shift or 1.0) if times else _scheduled(blueprint, request, denoiser)
     )
-    if not all(column.isfinite().all() for column in (rows.a, rows.c, rows.b1, rows.b2, rows.n)):
+    if not all(column.isfinite().all() for column in (table.a, table.c, table.b1, table.b2, table.n)):
         shifted = schedule.flow_shift is not None
         field = "flow_shift" if shifted else "num_inference_steps"
         shift = f"a flow_shift of {schedule.flow_shift:g}" if shifted else "the schedule"
         message = f"{schedule.steps} steps of {shift} lie closer together than float32 can represent"
         raise UserError(field, f"{field}: {message}; take fewer steps or a shift nearer to 1")
-    rows = solvers.with_guidance(rows, guidance.scale)
+    table = solvers.with_guidance(table, guidance.scale)
     if schedule.boundary_ratio is not None:
-        rows = solvers.with_experts(rows, schedule.boundary_ratio, guidance.scale_2)
-    return solvers.since(rows, schedule.skipped)
+        table = solvers.with_experts(table, schedule.boundary_ratio, guidance.scale_2)
+    return solvers.since(table, schedule.skipped)
 
 
 def _scheduled(blueprint: Blueprint, request: Request, denoiser: str) -> Table:
@@ -337,8 +337,10 @@ def begin(
     """
     stage = conditioning.stages[number]
     net, inputs, device = model.nets[stage.stage.denoisers[0]], stage.inputs, model.blueprint.device
-    earlier = [shape for each in conditioning.stages[:number] for shape in noise.order(each.sizes, each.rows)]
-    drawn, fresh = noise.latents(seed, stage.sizes, stage.rows, earlier)
+    earlier = [
+        shape for each in conditioning.stages[:number] for shape in noise.order(each.sizes, each.table)
+    ]
+    drawn, fresh = noise.latents(seed, stage.sizes, stage.table, earlier)
     x = inputs.pack([each.to(device) for each in latents or drawn])
     if inputs.blended is not None:
         tokens, share = inputs.blended
@@ -354,7 +356,7 @@ def begin(
     if fixed is not None:
         fixed = loop.FixedTokens(*(sequence.shard(plan, each, 1, kinds) for each in fixed))
     run = denoiser(model, stage, compiled)
-    denoising = loop.start(run, stage.rows, sequence.shard(plan, x, 1, kinds), stage.experts, tokens, fixed)
+    denoising = loop.start(run, stage.table, sequence.shard(plan, x, 1, kinds), stage.experts, tokens, fixed)
     return denoising, lambda x_BLP: sequence.gather(plan, x_BLP, 1, whole, kinds)[:, :made]
 
 
@@ -384,7 +386,7 @@ def _first_tokens(noise_BLP: Tensor, stage: PreparedStage) -> tuple[Tensor, loop
     x, given = noise_BLP, stage.inputs.given_tokens
     if stage.start is not None:
         clean = stage.start.to(x.dtype)
-        x = torch.lerp(clean, noise_BLP, stage.rows.sigmas[0].item())
+        x = torch.lerp(clean, noise_BLP, stage.table.sigmas[0].item())
         if stage.mask is not None:
             return x, loop.FixedTokens(stage.mask.to(x.dtype), clean, noise_BLP)
     if given is None:

@@ -189,11 +189,11 @@ def _no_modes() -> Iterator[None]:
             _push_mode(mode)
 
 
-def _two_rows(rows: Tensor) -> Tensor:
+def _two_rows(table: Tensor) -> Tensor:
     """Rows [S, ...]. Where S is 1 a row is added that is never read, because torch would compile that case
     separately.
     """
-    return rows if rows.shape[0] > 1 else torch.cat([rows, rows])
+    return table if table.shape[0] > 1 else torch.cat([table, table])
 
 
 def _mark_steps(inputs: StepInputs, branches: tuple[Branch, ...]) -> None:

@@ -49,8 +49,8 @@ def latents(
     start = every[: len(sizes)]
     if not table.renoises:
         return start, None
-    rows = (table.n != 0).nonzero()[:, 0]
+    renoising = (table.n != 0).nonzero()[:, 0]
     fresh = [x.new_zeros(table.steps, *x.shape) for x in start]
     for kind, x in enumerate(fresh):
-        x[rows] = torch.stack(every[kind :: len(sizes)][1:])
+        x[renoising] = torch.stack(every[kind :: len(sizes)][1:])
     return start, fresh

@@ -230,11 +230,11 @@ def _value(name: str, parts: list[tuple[list[str], Any]]) -> Any:
         return values
     listed = values[""]
     if isinstance(listed, dict):
-        return _rows(name, listed)
+        return _transposed(name, listed)
     return listed if isinstance(listed, list) else [listed]
 
 
-def _rows(name: str, columns: dict[str, Any]) -> list[dict[str, Any]]:
+def _transposed(name: str, columns: dict[str, Any]) -> list[dict[str, Any]]:
     """{"path": [x, y], "scale": [1, 2]} as [{"path": x, "scale": 1}, {"path": y, "scale": 2}]."""
     lists = {key: value if isinstance(value, list) else [value] for key, value in columns.items()}
     if len({len(values) for values in lists.values()}) > 1:

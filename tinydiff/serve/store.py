@@ -110,7 +110,7 @@ class Store:
         Order: the highest priority, then the owner with the fewest running jobs, then the owner served least
         recently, then the oldest job.
         """
-        if not self._uncertain and not self._rows(
+        if not self._uncertain and not self._select(
             "SELECT 1 FROM tinydiff_jobs WHERE status = 'queued' LIMIT 1"
         ):
             return None  # a read does not wait for writers
@@ -209,7 +209,7 @@ class Store:
     def cancelled(self, server: str) -> list[str]:
         """Ids of running jobs of `server` that were cancelled."""
         statement = "SELECT id FROM tinydiff_jobs WHERE {held} AND server = :server AND cancel_asked = 1"
-        return [id for (id,) in self._rows(statement, server=server)]
+        return [id for (id,) in self._select(statement, server=server)]
 
     def requeue(self, server: str, policy: Policy) -> int:
         """Queue the jobs of `server` again, or fail them, by `policy`; returns how many.
@@ -244,7 +244,7 @@ class Store:
             values |= {"created_at": job.created_at, "after": after}
         statement = f"""SELECT {{columns}} FROM tinydiff_jobs WHERE kind = :kind AND owner = :owner {start}
             ORDER BY created_at {order}, id {order} LIMIT :limit"""
-        jobs = [sql.to_job(row) for row in self._rows(statement, **values, limit=limit + 1)]
+        jobs = [sql.to_job(row) for row in self._select(statement, **values, limit=limit + 1)]
         return jobs[:limit], len(jobs) > limit
 
     def position(self, job: Job) -> int:
@@ -260,7 +260,7 @@ class Store:
                     min(queued.created_at) OVER (PARTITION BY queued.owner) AS since {line})
             SELECT count(*) FROM line WHERE (rank, round, joined, last_start, since, id)
                 < (SELECT rank, round, joined, last_start, since, id FROM line WHERE id = :id)"""
-        return self._rows(statement, id=job.id)[0][0]
+        return self._select(statement, id=job.id)[0][0]
 
     def check(self) -> None:
         """Raise the error that `add` would meet now: the database's own, or Unreachable."""
@@ -268,7 +268,7 @@ class Store:
 
     def counts(self) -> dict[Status, int]:
         """Number of jobs of each status."""
-        found = self._rows("SELECT status, count(*) FROM tinydiff_jobs GROUP BY status")
+        found = self._select("SELECT status, count(*) FROM tinydiff_jobs GROUP BY status")
         return dict.fromkeys(get_args(Status), 0) | dict(found)
 
     # --- done jobs and their files ---
@@ -277,13 +277,13 @@ class Store:
         """Done jobs, failed ones too, whose lifetime has ended, in that order."""
         statement = """SELECT {columns} FROM tinydiff_jobs
             WHERE expires_at <= :now AND completed_at > 0 ORDER BY expires_at, id"""
-        return [sql.to_job(row) for row in self._rows(statement, now=now)]
+        return [sql.to_job(row) for row in self._select(statement, now=now)]
 
     def oldest(self) -> Job | None:
         """The job that was done first, of the done jobs with files here."""
         statement = """SELECT {columns} FROM tinydiff_jobs
             WHERE bytes > 0 AND completed_at > 0 ORDER BY completed_at LIMIT 1"""
-        found = self._rows(statement)
+        found = self._select(statement)
         return sql.to_job(found[0]) if found else None
 
     def update_outputs(self, id: str, outputs: Iterable[Output]) -> bool:
@@ -296,7 +296,7 @@ class Store:
 
     def every(self) -> list[Job]:
         """All jobs; slow, for rare use."""
-        return [sql.to_job(row) for row in self._rows("SELECT {columns} FROM tinydiff_jobs")]
+        return [sql.to_job(row) for row in self._select("SELECT {columns} FROM tinydiff_jobs")]
 
     def delete(self, id: str) -> bool:
         """Delete a job; a running one should be cancelled before. False if there was none."""
@@ -372,7 +372,7 @@ class Store:
 
     # --- connections ---
 
-    def _rows(self, statement: str, **values: Any) -> list[tuple[Any, ...]]:
+    def _select(self, statement: str, **values: Any) -> list[tuple[Any, ...]]:
         return self._attempt(lambda execute: execute(statement, **values).fetchall())
 
     def _write(self, work: Callable[[Execute], Made], durable: bool = False) -> Made:

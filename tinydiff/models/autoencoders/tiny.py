@@ -137,7 +137,7 @@ def decoder_layers(c: Config) -> Iterator[Layer]:
         place = after + 2
 
 
-def _rows(layer: Layer) -> Iterator[Row]:
+def _layer_rows(layer: Layer) -> Iterator[Row]:
     if layer.kind == "block":
         for i in (0, 2, 4):
             yield from conv_rows(f"{layer.at}.conv.{i}", layer.inner, layer.outer, (3, 3))
@@ -149,13 +149,13 @@ def _rows(layer: Layer) -> Iterator[Row]:
 def encoder_spec(c: Config) -> Iterator[Row]:
     """Every weight of the encoder half."""
     for layer in encoder_layers(c):
-        yield from under("encoder", _rows(layer))
+        yield from under("encoder", _layer_rows(layer))
 
 
 def decoder_spec(c: Config) -> Iterator[Row]:
     """Every weight of the decoder half."""
     for layer in decoder_layers(c):
-        yield from under("decoder", _rows(layer))
+        yield from under("decoder", _layer_rows(layer))
 
 
 def spec(c: Config) -> Iterator[Row]:

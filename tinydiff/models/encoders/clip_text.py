@@ -20,7 +20,7 @@ from tinydiff.keymap import KeyMap, also, unread
 from tinydiff.models.family import Encoder
 from tinydiff.ops.activations import Activation, quick_gelu
 from tinydiff.ops.attention import attention
-from tinydiff.ops.linear import linear, linear_sum, rows
+from tinydiff.ops.linear import embedding, linear, linear_sum
 from tinydiff.ops.norm import layer_norm
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat, under
@@ -142,7 +142,7 @@ def encode(c: Config, plan: Plan, w: Weights, ids_BT: Tensor) -> Encoded:
     text, eps, length = w / "text_model", c.layer_norm_eps, ids_BT.shape[1]
     e = text / "embeddings"
     positions = torch.arange(length, device=ids_BT.device)[None]
-    x = rows(ids_BT, e / "token_embedding") + rows(positions, e / "position_embedding")
+    x = embedding(ids_BT, e / "token_embedding") + embedding(positions, e / "position_embedding")
     later = torch.full((length, length), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
     states = [x]
     for i in range(c.num_hidden_layers):

@@ -77,22 +77,22 @@ def generate(
     if at.ndim == 3:  # words after an image count on from the largest of its three axes
         following = following.amax(0, keepdim=True).expand_as(following)
     ids, cache = ids_BT, None
-    rows: list[list[int]] = [[] for _ in range(len(ids))]
+    generated: list[list[int]] = [[] for _ in range(len(ids))]
     running = set(range(len(ids)))
     for _ in range(limit):
         logits, cache = _step(c, plan, w, x, at, mask, cache)
         token = choose(logits, ids, sampling, generator)
-        for row, value in enumerate(integers(token)):
+        for index, value in enumerate(integers(token)):
             if value in stop:
-                running.discard(row)
-            elif row in running:
-                rows[row].append(value)
+                running.discard(index)
+            elif index in running:
+                generated[index].append(value)
         if not running:
             break
         ids, mask = torch.cat([ids, token[:, None]], 1), F.pad(mask, (0, 1), value=1)
         at = following = following + 1
         x = embed(c, plan, w, token[:, None])
-    return rows
+    return generated
 
 
 def _step(

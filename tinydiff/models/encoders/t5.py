@@ -21,7 +21,7 @@ from tinydiff.models.family import Encoder
 from tinydiff.ops.activations import Activation, gelu_tanh
 from tinydiff.ops.attention import attention
 from tinydiff.ops.embed import lookup
-from tinydiff.ops.linear import linear, linear_sum, rows
+from tinydiff.ops.linear import embedding, linear, linear_sum
 from tinydiff.ops.norm import rms_norm
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, under
@@ -147,7 +147,7 @@ def encode(c: Config, plan: Plan, w: Weights, ids_BT: Tensor, mask_BT: Tensor | 
         block = w / "encoder" / "block" / i / "layer"
         a = block / 0 / "SelfAttention"
         if i in c.biased_blocks:
-            bias = rows(bucket[None], a / "relative_attention_bias").permute(0, 3, 1, 2)
+            bias = embedding(bucket[None], a / "relative_attention_bias").permute(0, 3, 1, 2)
             if hidden is not None:
                 bias = bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
         y = rms_norm(x, block / 0 / "layer_norm", c.layer_norm_epsilon)
