@@ -36,6 +36,7 @@ class Family:
     conds: tuple[Cond, ...]
     pooled: bool = False
     spec: Any = None
+    denoised_streams: int = 1
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,8 @@ class Denoiser:
 
     pooled: bool = False
     """Whether the prompt enters the tensors of a step."""
+    denoised_streams: int = 1
+    """How many of the blocks' streams, counted from the last, are tokens that are denoised."""
     guidance: str = "classifier_free"
     """The rule that combines the velocities of two branches, a name in `sampling.guidance`."""
     extra_components: Callable[[Config], tuple[str, ...]] = no_components

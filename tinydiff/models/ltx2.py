@@ -341,6 +341,7 @@ FAMILY = Denoiser(
     config=Config,
     spec=spec,
     conds=CONDS,
+    denoised_streams=2,
     hoist=hoist,
     pre=pre,
     blocks=blocks,

@@ -220,13 +220,13 @@ def block(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights,
 
 def last_block(
     c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, shared: Tensors
-) -> Tensor:
+) -> tuple[Tensor]:
     """The last block: it returns the image only, since nothing reads the text after it.
 
     request: `norm1` as in `block`; `norm1_context` [B, 2, D]: scale, shift.
     """
     scale, shift = request["norm1_context"].unsqueeze(2).unbind(1)
-    return _joint(c, plan, w, streams, request, shared, shift, scale)[1]
+    return (_joint(c, plan, w, streams, request, shared, shift, scale)[1],)
 
 
 def blocks(c: Config) -> Stack:
@@ -235,10 +235,10 @@ def blocks(c: Config) -> Stack:
     return [(block if i < last else last_block, f"transformer_blocks.{i}") for i in range(c.num_layers)]
 
 
-def post(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, step: Tensors) -> Tensor:
+def post(c: Config, plan: Plan, w: Weights, streams: Streams, request: Weights, step: Tensors) -> Tensor:
     """The image [B, L, D] -> predicted velocity of each token [B, L, P]."""
     scale, shift = step["norm_out"].unsqueeze(2).unbind(1)
-    y = linear(modulate(x_BLD, shift, scale), w / "proj_out")
+    y = linear(modulate(streams[-1], shift, scale), w / "proj_out")
     return rearrange(y, "b l (patch c) -> b l (c patch)", c=c.out_channels)
 
 

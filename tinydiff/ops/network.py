@@ -60,6 +60,13 @@ class Family(Protocol):
         ...
 
     @property
+    def denoised_streams(self) -> int:
+        """How many of the streams, counted from the last, are tokens that are denoised. `post` reads these
+        alone.
+        """
+        ...
+
+    @property
     def hoist(self) -> Callable[[Any, Plan, Weights, Tensors, Tensor], tuple[Tensors, Tensors]]:
         """(config, plan, weights, inputs, timesteps [S]) -> (request's tensors, steps' [S, 1 or B, ...])."""
         ...
@@ -119,15 +126,31 @@ def _as_it_is(prefix: str, local: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 RESIDENT = Fetch(_as_it_is, _as_it_is)
 """The weights are on the device already."""
 
-Walk = Callable[[list[Streams]], list[Streams]]
-"""Runs some blocks on the streams of each branch."""
+Calls = Mapping[Block, Callable[..., Streams]]
+"""Block function -> the function of plain tensors that runs it (see `plain`)."""
+
+
+class Walk(Protocol):
+    """Runs the blocks [start, stop) of the stack, all by default, on the streams of each branch.
+
+    calls: those of each branch, in place of the walk's.
+    """
+
+    def __call__(
+        self,
+        streams: list[Streams],
+        start: int = 0,
+        stop: int | None = None,
+        calls: Sequence[Calls] | None = None,
+        /,
+    ) -> list[Streams]: ...
 
 
 class Hooks(NamedTuple):
     """Functions that take part in a walk.
 
     fetch: fetches the weights of each block. stack: called as stack(run, streams) in place of run(streams),
-    which walks all blocks; a step cache may skip that call. after: called with (prefix, streams of each
+    which walks all blocks; a step cache leaves some of them out. after: called with (prefix, streams of each
     branch) after every block.
     """
 
@@ -145,10 +168,6 @@ def plain(network: Network, block: Block) -> Callable[..., Streams]:
         return block(config, plan, weights, x, Weights(request, dtype=dtype), shared)
 
     return call
-
-
-Calls = Mapping[Block, Callable[..., Streams]]
-"""Block function -> the function of plain tensors that runs it (see `plain`)."""
 
 
 def walk(
@@ -173,10 +192,17 @@ def walk(
         for request, step in ends
     ]
 
-    def run(streams: list[Streams]) -> list[Streams]:
-        fetch, prefixes = hooks.fetch, [prefix for _, prefix in stack]
+    def run(
+        streams: list[Streams],
+        start: int = 0,
+        stop: int | None = None,
+        others: Sequence[Calls] | None = None,
+        /,
+    ) -> list[Streams]:
+        fetch, part = hooks.fetch, stack[start:stop]
+        prefixes = [prefix for _, prefix in part]
         pending: list[Mapping[str, Tensor]] = []
-        for index, (block, prefix) in enumerate(stack):
+        for index, (block, prefix) in enumerate(part):
             if not pending:
                 pending.append(fetch.start(prefix, w[prefix]))
             weights = fetch.take(prefix, pending.pop(0))
@@ -184,7 +210,8 @@ def walk(
                 pending.append(fetch.start(following, w[following]))
             own = [{**request[prefix], **step[prefix]} for request, step in branches]
             streams = [
-                call[block](weights, *each) for call, *each in zip(calls, streams, own, shared, strict=True)
+                call[block](weights, *each)
+                for call, *each in zip(others or calls, streams, own, shared, strict=True)
             ]
             weights = {}  # before the next is fetched, which may need its memory; Dynamo cannot trace del
             if hooks.after is not None:

@@ -54,10 +54,11 @@ def batch_key(family: Family, image: Denoising) -> Hashable:
         for name, x in sorted(below.items())
     )
     weights = tuple(id(x) for below in image.network.weights.values() for x in present(below).values())
-    _, noise, fixed_tokens = image.inputs
+    noise, fixed_tokens = image.inputs.noise, image.inputs.fixed
     fixed = None if fixed_tokens is None else tuple(x.shape for x in fixed_tokens)
     x, no_noise = image.state.x, noise is None
-    return image.denoise, weights, len(trees), requests, steps, fixed, no_noise, x.shape, x.dtype
+    alone = object() if image.inputs.limits else None  # a step cache decides for a batch as one
+    return image.denoise, weights, len(trees), requests, steps, fixed, no_noise, x.shape, x.dtype, alone
 
 
 def join(family: Family, images: Sequence[Denoising]) -> Batch:

@@ -43,11 +43,12 @@ from tinydiff.sampling.loop import (
     eager_denoise,
     predictor,
 )
+from tinydiff.sampling.step_cache import StepCache, choose_in_graph
 
 _RECOMPILE_LIMIT = 64
 _regions = itertools.count()
-_compiled: dict[tuple[Network, Guidance, bool], Denoise] = {}
-_by_block: dict[tuple[Network, Guidance, Fetch], Denoise] = {}
+_compiled: dict[tuple[Network, Guidance, bool, int | None], Denoise] = {}
+_by_block: dict[tuple[Network, Guidance, Fetch, int | None], Denoise] = {}
 
 
 def has_compiler() -> bool:
@@ -84,20 +85,24 @@ def _own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
     return FunctionType(code, source.__globals__, code.co_name, source.__defaults__, source.__closure__)
 
 
-def compiled_denoise(network: Network, guidance: Guidance, *, exact: bool = False) -> Denoise:
-    """`denoise` for this network as one compiled graph, built once per (network, guidance, exact).
+def compiled_denoise(
+    network: Network, guidance: Guidance, *, exact: bool = False, cached_after: int | None = None
+) -> Denoise:
+    """`denoise` for this network as one compiled graph, built once for the same arguments.
 
-    The family's `conds` say which dimension of a request's tensor runs over image or text tokens. exact:
+    cached_after: as in `eager_denoise`. The family's `conds` say which dimension of a request's tensor runs over image or text tokens. exact:
     round to the tensors' dtype where eager code does, instead of keeping fused intermediates in float32.
     """
-    key = (network, guidance, exact)
+    key = (network, guidance, exact, cached_after)
     if key not in _compiled:
-        _compiled[key] = _build(network, guidance, exact)
+        _compiled[key] = _build(*key)
     return _compiled[key]
 
 
-def _build(network: Network, guidance: Guidance, exact: bool) -> Denoise:
-    predict, conds = guidance(predictor(network, region), network.plan), network.family.conds
+def _build(network: Network, guidance: Guidance, exact: bool, cached_after: int | None) -> Denoise:
+    cache = None if cached_after is None else StepCache(cached_after, choose_in_graph)
+    predict = guidance(predictor(network, region, cache=cache), network.plan)
+    conds = network.family.conds
     # All networks share this function's code, and with it one cache of graphs in Dynamo.
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _RECOMPILE_LIMIT)
 
@@ -108,7 +113,7 @@ def _build(network: Network, guidance: Guidance, exact: bool) -> Denoise:
 
     def call(hoisted: Hoisted, state: State, inputs: StepInputs, start: int, stop: int) -> State:
         noise = None if inputs.noise is None else _two_rows(inputs.noise)
-        inputs = StepInputs(_two_rows(inputs.coefficients), noise, inputs.fixed)
+        inputs = inputs._replace(coefficients=_two_rows(inputs.coefficients), noise=noise)
         _mark_steps(inputs, hoisted.branches)
         _mark_tokens(state, inputs)
         if state.x.shape[0] > 1:
@@ -125,16 +130,20 @@ def _build(network: Network, guidance: Guidance, exact: bool) -> Denoise:
     return call
 
 
-def compiled_blocks(network: Network, guidance: Guidance, fetch: Fetch) -> Denoise:
+def compiled_blocks(
+    network: Network, guidance: Guidance, fetch: Fetch, cached_after: int | None = None
+) -> Denoise:
     """`denoise` for this network with each kind of block compiled alone, and a Python loop around them.
 
-    This is for weights that come while the loop runs, which torch's loop operator cannot do.
+    cached_after: as in `eager_denoise`. This is for weights that come while the loop runs, which torch's loop operator cannot do.
     """
-    key = (network, guidance, fetch)
+    key = (network, guidance, fetch, cached_after)
     if key not in _by_block:
         dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _RECOMPILE_LIMIT)
         conds = network.family.conds
-        _by_block[key] = eager_denoise(network, guidance, fetch, lambda block: _block(conds, block))
+        _by_block[key] = eager_denoise(
+            network, guidance, fetch, lambda block: _block(conds, block), cached_after
+        )
     return _by_block[key]
 
 
@@ -203,7 +212,8 @@ def _mark_steps(inputs: StepInputs, branches: tuple[Branch, ...]) -> None:
 
 
 def _mark_tokens(state: State, inputs: StepInputs) -> None:
-    for tensor in (state.x, state.h1, state.h2, *(inputs.fixed or ())):
+    cached = [each for each in state.memory.values() if each.ndim == 3]
+    for tensor in (state.x, state.h1, state.h2, *cached, *(inputs.fixed or ())):
         torch._dynamo.mark_dynamic(tensor, 1)
     if inputs.noise is not None:
         torch._dynamo.mark_dynamic(inputs.noise, 2)

@@ -22,6 +22,7 @@ from tinydiff.ops import store as stores
 from tinydiff.ops.network import (
     RESIDENT,
     Branch,
+    Calls,
     Fetch,
     Hooks,
     Network,
@@ -36,10 +37,9 @@ from tinydiff.ops.weights import Weights
 from tinydiff.parallel import sequence, shards
 from tinydiff.parallel.moves import move
 from tinydiff.parallel.plan import LORA_SCALE, Group, Plan
+from tinydiff.sampling import step_cache
 from tinydiff.sampling.solvers import Table, segments
-
-Memory = dict[str, Tensor]
-"""Tensors that a `Predict` passes from step to step. Each keeps its shape, dtype and strides."""
+from tinydiff.sampling.step_cache import Limits, Memory, StepCache
 
 
 class Step(NamedTuple):
@@ -51,6 +51,8 @@ class Step(NamedTuple):
     """Noise level [1 or B, 1, 1], in the latents' dtype."""
     guidance: Tensor
     """Guidance scale [1 or B, 1, 1], in the latents' dtype."""
+    limits: Limits | None = None
+    """Those of the step cache, where there is one."""
 
 
 class State(NamedTuple):
@@ -96,6 +98,8 @@ class StepInputs(NamedTuple):
     noise: Tensor | None = None
     """Fresh noise [S, B, L, P], for a table that renoises."""
     fixed: FixedTokens | None = None
+    limits: Limits | None = None
+    """Those of the step cache, where there is one."""
 
 
 class LoopProgress(NamedTuple):
@@ -201,26 +205,40 @@ def predictor(
     wrap: Wrap = unwrapped,
     hooks: Hooks = Hooks(),  # noqa: B008
     per_branch: bool = True,
+    cache: StepCache | None = None,
 ) -> Predict:
     """The network as a `Predict`. `wrap` is applied once to each kind of block, a function of plain tensors
     in dicts and tuples.
 
-    hooks: those of every walk. With full sharding, their `fetch` is replaced by one that gathers packs.
+    hooks: those of every walk but `stack`, which is the step cache's where there is one. With full sharding, their `fetch` is replaced by one that gathers packs.
     per_branch: whether a wrapped function serves one shape only, so that each branch needs its own.
     """
     kinds = dict.fromkeys(block for block, _ in network.family.blocks(network.config))
     # A compiled region serves one shape. Branches with text differ in shape, so each gets regions of its own.
-    first, second = ({block: wrap(plain(network, block)) for block in kinds} for _ in range(2))
     has_texts = any(cond.stream == "text" for cond in network.family.conds)
-    other, cfg = second if has_texts and per_branch else first, network.plan.group("cfg")
+    cfg = network.plan.group("cfg")
+
+    def calls_of_two() -> tuple[Calls, Calls]:
+        """Those of the first branch, and of the others."""
+        first, second = ({block: wrap(plain(network, block)) for block in kinds} for _ in range(2))
+        return first, second if has_texts and per_branch else first
+
+    calls = calls_of_two()
+    # Dynamo cannot use a region within a branch of torch.cond that it has seen outside.
+    skipped = calls if cache is None else calls_of_two()
     if packs := _packs(network):
         hooks = hooks._replace(fetch=_gathered(packs, network.plan))
 
     def predict(
         w: Tree, x_BLP: Tensor, step: Step, branches: tuple[Branch, ...], memory: Memory
     ) -> tuple[tuple[Tensor, ...], Memory]:
-        calls = [first, *[other] * (len(branches) - 1)]
-        velocities = walk(network, calls, w, x_BLP, branches, hooks)
+        own, rest = ([each[0], *[each[1]] * (len(branches) - 1)] for each in (calls, skipped))
+        stepping = hooks
+        if cache is not None and step.limits is not None:
+            kept: Memory = {}
+            stack = step_cache.stack(network, cache, rest, step.limits, memory, kept)
+            stepping, memory = hooks._replace(stack=stack), kept
+        velocities = walk(network, own, w, x_BLP, branches, stepping)
         if cfg.size > 1:
             ranks = move(network.plan, "branches", torch.stack(velocities)).unflatten(0, (cfg.size, -1))
             return ranks.transpose(0, 1).flatten(0, 1).unbind(0), memory
@@ -275,7 +293,7 @@ def denoise(
 
     Everything that varies is a tensor, so one graph serves every table and every chunk of it.
     """
-    coefficients, noise, fixed = inputs
+    coefficients, noise, fixed, limits = inputs
 
     def running(i: Tensor, *_: Any) -> Tensor:
         return i < stop
@@ -286,7 +304,8 @@ def denoise(
         row = i.view(1)
         sigma, after, a, c, b1, b2, n, guidance = coefficients.index_select(0, row)[0].unbind(0)
         branches = tuple(Branch(request, _at_row(steps, row)) for request, steps in network.branches)
-        v, memory = predict(network.weights, x, Step(i, sigma, guidance), branches, memory)
+        step = Step(i, sigma, guidance, limits)
+        v, memory = predict(network.weights, x, step, branches, memory)
         v = v.to(x.dtype)
         y = a * x + c * v + b1 * h1 + b2 * h2
         if noise is not None:
@@ -306,10 +325,17 @@ def _at_row(steps: Tree, row: Tensor) -> Tree:
 
 
 def eager_denoise(
-    network: Network, guidance: Guidance, fetch: Fetch = RESIDENT, wrap: Wrap = unwrapped
+    network: Network,
+    guidance: Guidance,
+    fetch: Fetch = RESIDENT,
+    wrap: Wrap = unwrapped,
+    cached_after: int | None = None,
 ) -> Denoise:
-    """`denoise` for this network, run operation by operation. wrap: as in `predictor`."""
-    predict = guidance(predictor(network, wrap, Hooks(fetch), per_branch=False), network.plan)
+    """`denoise` for this network, run operation by operation. wrap: as in `predictor`. cached_after: the
+    blocks that run at every step where the step cache may leave out the others; None without a step cache.
+    """
+    cache = None if cached_after is None else StepCache(cached_after, step_cache.choose_now)
+    predict = guidance(predictor(network, wrap, Hooks(fetch), False, cache), network.plan)
 
     def call(hoisted: Hoisted, state: State, inputs: StepInputs, start: int, stop: int) -> State:
         bounds = torch.tensor([start, stop], device=state.x.device)
@@ -334,32 +360,28 @@ def start(
     experts: Callable[[int], Hoisted],
     noise: Tensor | None = None,
     fixed: FixedTokens | None = None,
+    limits: Limits | None = None,
+    memory: Callable[[Hoisted, Tensor], Memory] | None = None,
 ) -> Denoising:
     """x_BLP before the first step of the table.
 
     experts: index -> the prepared network. It is called once per segment, so that one expert may leave the
     device before the next arrives.
-    noise: fresh noise [S, B, L, P], for a table that renoises.
+    noise: fresh noise [S, B, L, P], for a table that renoises. limits: those of the step cache.
+    memory: (network, tokens) -> the step cache before the first step; None without a step cache.
     """
     if table.renoises != (noise is not None):
         raise ValueError("fresh noise must be given for a table that renoises, and only for such a table")
-    inputs = StepInputs(coefficients(table, x_BLP), noise, fixed)
+    inputs = StepInputs(coefficients(table, x_BLP), noise, fixed, limits)
     x = (
         x_BLP.clone(memory_format=torch.contiguous_format)
         if fixed is None
         else fixed.reset(x_BLP, inputs.coefficients[0, 0])
     )
     (expert, _, stop), *_ = segments(table)
-    return Denoising(
-        denoise,
-        table,
-        experts,
-        inputs,
-        experts(expert),
-        State(x, torch.zeros_like(x), torch.zeros_like(x), {}),
-        0,
-        stop,
-    )
+    network = experts(expert)
+    state = State(x, torch.zeros_like(x), torch.zeros_like(x), memory(network, x) if memory else {})
+    return Denoising(denoise, table, experts, inputs, network, state, 0, stop)
 
 
 def at_step(denoising: Denoising, state: State, step: int) -> Denoising:
@@ -368,7 +390,8 @@ def at_step(denoising: Denoising, state: State, step: int) -> Denoising:
     if step < denoising.stop or denoising.done:
         return denoising
     expert, stop = next((expert, stop) for expert, first, stop in segments(denoising.table) if first == step)
-    return denoising._replace(network=denoising.experts(expert), stop=stop)
+    state = state._replace(memory=step_cache.restarted(state.memory))
+    return denoising._replace(network=denoising.experts(expert), state=state, stop=stop)
 
 
 @torch.no_grad()
