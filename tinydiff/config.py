@@ -136,6 +136,14 @@ class SamplingOptions:
     """The same for the second stage. Without this option they are as in the first."""
     dmd_denoising_steps: tuple[int, ...] = within((), least=0, most=1000)
     """Timesteps of a distilled (DMD) model, in descending order."""
+    enable_cache_dit: bool | None = None
+    """Reuse in a step what most blocks changed in the step before, where the first blocks change little. It
+    is faster and changes the output a little. Off by default.
+    """
+    cache_dit_params: Mapping[str, float] = _empty()
+    """Settings of that step cache, which they switch on: Fn=1 blocks run at every step, warmup=4 steps run
+    all, rdt=0.24 is how far the change of the first blocks may differ, mc=3 steps in a row reuse at most.
+    """
     diffusers_kwargs: Mapping[str, Any] = _empty()
     """Further arguments of the pipeline with --backend diffusers, as JSON: {"clip_skip": 1}."""
     audio: bool | None = None

@@ -62,6 +62,7 @@ MAPS = (
     "layerwise_resident_layers",
     "layerwise_residency_policy",
     "diffusers_kwargs",
+    "cache_dit_params",
 )
 """Options that hold one value for each component or adapter: `a=x,b=y`, a JSON object, or `--name.a x`."""
 
@@ -310,6 +311,7 @@ _PAIRS = {
     "layerwise_resident_layers": "transformer=10,text_encoder=0.5",
     "layerwise_residency_policy": "transformer=strided",
     "diffusers_kwargs": "clip_skip=1,eta=0.5",
+    "cache_dit_params": "warmup=8,rdt=0.12",
     "": "transformer=sdpa,text_encoder=math",
 }
 """An example of each map."""

@@ -164,6 +164,20 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class StepCache:
+    """When a step takes over what most blocks changed in an earlier step, and does not run them."""
+
+    first_blocks: int = 1
+    """Blocks that run at every step. Their change is compared."""
+    warmup: int = 4
+    """Steps at the beginning that run all blocks."""
+    threshold: float = 0.24
+    """The change of the first blocks may differ by less than this part of the earlier step's."""
+    most: int = 3
+    """Steps one after another that take over at most; -1 sets no limit."""
+
+
+@dataclass(frozen=True)
 class Refinement:
     """A second denoising loop at the whole size, without guidance; the first makes half the height and width.
 
@@ -298,6 +312,8 @@ class Request:
     """Adapter -> its strength for this request; empty where each has the strength it was loaded with."""
     refinement: Refinement | None = None
     """None: one loop makes the output at once."""
+    step_cache: StepCache | None = None
+    """None: every step runs every block."""
     notes: Mapping[str, str] = field(default_factory=dict[str, str])
     """Option -> where its value came from, or why it has no effect, where that may surprise."""
     arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])

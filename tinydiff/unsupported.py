@@ -26,8 +26,8 @@ component weights in files of their own
 how long resident layers stay, and what offload does while compiling
     layerwise_residency_lifetime= dit_layerwise_residency_lifetime=forward|permanent
     offload_during_compile=true|false ltx2_two_stage_device_mode=
-step caches
-    enable_teacache=false enable_cache_dit=false cache_dit_params= cfg_gate_step=1
+step caches but DBCache (see enable_cache_dit)
+    enable_teacache=false cfg_gate_step=1
     enable_spectrum=false w= taylor_order= history_size= spectrum_window_size= spectrum_flex_window=
     spectrum_warmup_steps= spectrum_m= spectrum_lam= spectrum_tau_num_steps=
 settings of sparse attention

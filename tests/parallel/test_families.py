@@ -18,7 +18,7 @@ from tinydiff.parallel.plan import Plan
 from tinydiff.parallel.ranks import make_ranks
 from tinydiff.parallel.shards import shard_weights
 from tinydiff.parity.denoisers import DENOISERS
-from tinydiff.sampling import guidance, loop, solvers
+from tinydiff.sampling import guidance, loop, solvers, step_cache
 
 LAYOUTS = {
     "cfg": Layout(cfg=2),
@@ -62,10 +62,10 @@ def branches(family, inputs, dtype):
     return [inputs, inputs | other]
 
 
-def denoised(name, plan, fsdp=False, dtype=torch.float64, run=loop.eager_denoise, adapt=None):
+def denoised(name, plan, fsdp=False, dtype=torch.float64, run=loop.eager_denoise, adapt=None, limits=None):
     """The tokens that a plan's ranks make together, after two steps with guidance.
 
-    adapt: the network in memory -> the same with adapters.
+    adapt: the network in memory -> the same with adapters. limits: those of a step cache.
     """
     d = DENOISERS[name]
     if d.family is sd3.FAMILY:
@@ -85,7 +85,9 @@ def denoised(name, plan, fsdp=False, dtype=torch.float64, run=loop.eager_denoise
     hoisted = loop.hoist(network, net.weights, inputs, TABLE, net.lora_scale, net.store)
     x = sequence.shard(plan, asked.tokens.to(dtype), 1, asked.kinds)
     fetch = () if net.store is None else (net.store.fetch,)
-    *_, last = loop.run(run(network, guidance.KINDS[d.family.guidance], *fetch), TABLE, x, lambda _: hoisted)
+    loop_of_steps = run(network, guidance.KINDS[d.family.guidance], *fetch)
+    memory = limits and (lambda ready, x: step_cache.memory(network, ready.weights, ready.branches, x))
+    *_, last = loop.run(loop_of_steps, TABLE, x, lambda _: hoisted, limits=limits, memory=memory)
     return sequence.gather(plan, last.x, 1, asked.tokens.shape[1], asked.kinds)
 
 

@@ -1,4 +1,4 @@
-"""The step cache: its decisions against a plain computation of them, and one compiled graph for all limits."""
+"""The step cache: its decisions against a plain computation of them, and one graph for all limits."""
 
 import pytest
 import torch

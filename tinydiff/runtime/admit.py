@@ -25,7 +25,7 @@ from tinydiff.records import (
     Text,
     UserError,
 )
-from tinydiff.runtime import loras, postprocess
+from tinydiff.runtime import loras, postprocess, step_caches
 from tinydiff.runtime.blueprint import Blueprint
 from tinydiff.runtime.pipeline import solver_table
 from tinydiff.runtime.settings import settle
@@ -78,7 +78,7 @@ def admit(
     mask = _mask(blueprint, sampling, originals, starts, height, width, read)
     steps, timesteps = _steps(blueprint, sampling)
     refinement = _refinement(blueprint, sampling)
-    settled = settle(blueprint, sampling)
+    settled, cache = settle(blueprint, sampling), step_caches.settled(blueprint, sampling)
     guidance = Guidance(
         scale=settled.guidance_scale,
         scale_2=settled.guidance_scale_2,
@@ -107,6 +107,7 @@ def admit(
             seeds=seeds(sampling, index),
             loras=sampling.loras,
             refinement=refinement,
+            step_cache=cache,
             notes=settled.notes,
         )
         for index, prompt in enumerate(sampling.prompt or ("",) * row.captions)

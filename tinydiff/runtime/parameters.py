@@ -64,6 +64,14 @@ def parameters(
         second = loras.refining(model.adapters, request.loras, refinement.loras)
         if strengths := loras.strengths(model.adapters, second):
             entries["refine_loras"] = strengths
+    if (cache := request.step_cache) is not None:
+        settings = {
+            "Fn": cache.first_blocks,
+            "warmup": cache.warmup,
+            "rdt": cache.threshold,
+            "mc": cache.most,
+        }
+        entries |= {"enable_cache_dit": True, "cache_dit_params": settings}
     if request.notes:
         entries["notes"] = dict(request.notes)
     if warnings:

@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from tinydiff.ops.norm import compute_dtype
 from tinydiff.parallel import sequence
 from tinydiff.parallel.plan import Plan
 from tinydiff.records import Guidance, InputImages, Output, Request, Result, Sound, UserError
-from tinydiff.runtime import loras, postprocess
+from tinydiff.runtime import loras, postprocess, step_caches
 from tinydiff.runtime.blueprint import PRECISIONS, TILE, Blueprint, Model
 from tinydiff.runtime.clock import Clock
 from tinydiff.runtime.parameters import parameters
@@ -221,16 +221,22 @@ def condition(model: Model, request: Request) -> Conditioning:
 @torch.no_grad()
 def _conditioned(model: Model, request: Request, context: Context) -> Conditioning:
     net = model.denoiser
-    _check_branches(net.plan, request.guidance)
+    _check_branches(net.plan, request)
     made = net.family.pipelines[model.blueprint.row.pipeline](net.config, context, request)
     stages = (Stage(request, made),) if isinstance(made, LoopInputs) else made
     first, *later = (_prepared(model, stage) for stage in stages)
     return Conditioning((_start_from_image(first, context), *later))
 
 
-def _check_branches(plan: Plan, guidance: Guidance) -> None:
-    """Raises UserError where half of the ranks would have no branch."""
-    if plan.group("cfg").size > 1 and guidance.branches == 1:
+def _check_branches(plan: Plan, request: Request) -> None:
+    """Raises UserError where half of the ranks would have no branch, or not the one that they need."""
+    if plan.group("cfg").size == 1:
+        return
+    guidance = request.guidance
+    if request.step_cache is not None:
+        message = "a step cache decides by the prompt's branch, which half of the ranks do not have"
+        raise UserError("enable_cache_dit", f"enable_cache_dit: {message}; load with cfg_parallel_size 1")
+    if guidance.branches == 1:
         message = (
             f"{guidance.scale:g} runs the prompt's branch alone, and cfg_parallel_size 2 "
             "gives half of the ranks another"
@@ -356,7 +362,18 @@ def begin(
     if fixed is not None:
         fixed = loop.FixedTokens(*(sequence.shard(plan, each, 1, kinds) for each in fixed))
     run = denoiser(model, stage, compiled)
-    denoising = loop.start(run, stage.table, sequence.shard(plan, x, 1, kinds), stage.experts, tokens, fixed)
+    request = stage.stage.request
+    memory = partial(step_caches.empty, _network(net, request.guidance)) if request.step_cache else None
+    denoising = loop.start(
+        run,
+        stage.table,
+        sequence.shard(plan, x, 1, kinds),
+        stage.experts,
+        tokens,
+        fixed,
+        step_caches.limits(request.step_cache, device),
+        memory,
+    )
     return denoising, lambda x_BLP: sequence.gather(plan, x_BLP, 1, whole, kinds)[:, :made]
 
 
@@ -378,6 +395,8 @@ def denoise(
         while not denoising.done:
             denoising = loop.advance(denoising, 1)
             yield all_tokens(denoising.state.x)
+        if "reused" in (memory := denoising.state.memory):
+            log.info("the step cache: %d of %d steps reused", memory["reused"].item(), denoising.step)
         before, latents = stage.inputs.unpack(all_tokens(denoising.state.x)), None
 
 
@@ -407,12 +426,16 @@ def denoiser(model: Model, stage: PreparedStage, compiled: bool) -> loop.Denoise
     form = guidance.KINDS[(stage.inputs.guidance or net.family.guidance) if asked.branches > 1 else "none"]
     network = _network(net, asked)
     fetch = stores.fetch(*(each.store for each in model.nets.values() if each.family.role == "dit"))
+    reuse = stage.stage.request.step_cache
+    cached_after = None if reuse is None else reuse.first_blocks
     if not compiled:
-        return _eager(network, form, fetch)
+        return _eager(network, form, fetch, cached_after=cached_after)
     # pulls in the compiler: only those who compile pay for it
     from tinydiff.sampling.compile import compiled_blocks, compiled_denoise
 
-    return compiled_denoise(network, form) if fetch is RESIDENT else compiled_blocks(network, form, fetch)
+    if fetch is RESIDENT:
+        return compiled_denoise(network, form, cached_after=cached_after)
+    return compiled_blocks(network, form, fetch, cached_after)
 
 
 @torch.no_grad()

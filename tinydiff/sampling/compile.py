@@ -43,7 +43,7 @@ from tinydiff.sampling.loop import (
     eager_denoise,
     predictor,
 )
-from tinydiff.sampling.step_cache import StepCache, choose_in_graph
+from tinydiff.sampling.step_cache import Reuse, choose_in_graph
 
 _RECOMPILE_LIMIT = 64
 _regions = itertools.count()
@@ -90,8 +90,9 @@ def compiled_denoise(
 ) -> Denoise:
     """`denoise` for this network as one compiled graph, built once for the same arguments.
 
-    cached_after: as in `eager_denoise`. The family's `conds` say which dimension of a request's tensor runs over image or text tokens. exact:
-    round to the tensors' dtype where eager code does, instead of keeping fused intermediates in float32.
+    The family's `conds` say which dimension of a request's tensor runs over image or text tokens.
+    cached_after: as in `eager_denoise`. exact: round to the tensors' dtype where eager code does, instead of
+    keeping fused intermediates in float32.
     """
     key = (network, guidance, exact, cached_after)
     if key not in _compiled:
@@ -100,7 +101,7 @@ def compiled_denoise(
 
 
 def _build(network: Network, guidance: Guidance, exact: bool, cached_after: int | None) -> Denoise:
-    cache = None if cached_after is None else StepCache(cached_after, choose_in_graph)
+    cache = None if cached_after is None else Reuse(cached_after, choose_in_graph)
     predict = guidance(predictor(network, region, cache=cache), network.plan)
     conds = network.family.conds
     # All networks share this function's code, and with it one cache of graphs in Dynamo.
@@ -135,7 +136,8 @@ def compiled_blocks(
 ) -> Denoise:
     """`denoise` for this network with each kind of block compiled alone, and a Python loop around them.
 
-    cached_after: as in `eager_denoise`. This is for weights that come while the loop runs, which torch's loop operator cannot do.
+    This is for weights that come while the loop runs, which torch's loop operator cannot do.
+    cached_after: as in `eager_denoise`.
     """
     key = (network, guidance, fetch, cached_after)
     if key not in _by_block:

@@ -39,7 +39,7 @@ from tinydiff.parallel.moves import move
 from tinydiff.parallel.plan import LORA_SCALE, Group, Plan
 from tinydiff.sampling import step_cache
 from tinydiff.sampling.solvers import Table, segments
-from tinydiff.sampling.step_cache import Limits, Memory, StepCache
+from tinydiff.sampling.step_cache import Limits, Memory, Reuse
 
 
 class Step(NamedTuple):
@@ -205,13 +205,14 @@ def predictor(
     wrap: Wrap = unwrapped,
     hooks: Hooks = Hooks(),  # noqa: B008
     per_branch: bool = True,
-    cache: StepCache | None = None,
+    cache: Reuse | None = None,
 ) -> Predict:
     """The network as a `Predict`. `wrap` is applied once to each kind of block, a function of plain tensors
     in dicts and tuples.
 
-    hooks: those of every walk but `stack`, which is the step cache's where there is one. With full sharding, their `fetch` is replaced by one that gathers packs.
-    per_branch: whether a wrapped function serves one shape only, so that each branch needs its own.
+    hooks: those of every walk. With full sharding, their `fetch` is replaced by one that gathers packs; with
+    a step cache, their `stack` by its own. per_branch: whether a wrapped function serves one shape only, so
+    that each branch needs its own.
     """
     kinds = dict.fromkeys(block for block, _ in network.family.blocks(network.config))
     # A compiled region serves one shape. Branches with text differ in shape, so each gets regions of its own.
@@ -334,7 +335,7 @@ def eager_denoise(
     """`denoise` for this network, run operation by operation. wrap: as in `predictor`. cached_after: the
     blocks that run at every step where the step cache may leave out the others; None without a step cache.
     """
-    cache = None if cached_after is None else StepCache(cached_after, step_cache.choose_now)
+    cache = None if cached_after is None else Reuse(cached_after, step_cache.choose_now)
     predict = guidance(predictor(network, wrap, Hooks(fetch), False, cache), network.plan)
 
     def call(hoisted: Hoisted, state: State, inputs: StepInputs, start: int, stop: int) -> State:
@@ -411,6 +412,8 @@ def run(
     noise: Tensor | None = None,
     fixed: FixedTokens | None = None,
     chunk: int | None = None,
+    limits: Limits | None = None,
+    memory: Callable[[Hoisted, Tensor], Memory] | None = None,
 ) -> Iterator[LoopProgress]:
     """Denoise x_BLP over the whole table (see `start`) and yield after every `chunk` steps, or after every
     segment where `chunk` is None.
@@ -419,7 +422,7 @@ def run(
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1")
-    denoising = start(denoise, table, x_BLP, experts, noise, fixed)
+    denoising = start(denoise, table, x_BLP, experts, noise, fixed, limits, memory)
     while not denoising.done:
         denoising = advance(denoising, chunk or table.steps)
         yield LoopProgress(denoising.step, table.steps, denoising.state.x)

@@ -24,7 +24,7 @@ Choose = Callable[[Tensor, Callable[[], tuple[Tensor, ...]], Callable[[], tuple[
 """(bool [], function if true, function if false) -> the result of one of them."""
 
 
-class StepCache(NamedTuple):
+class Reuse(NamedTuple):
     """How a network with a step cache is built."""
 
     first_blocks: int
@@ -92,7 +92,7 @@ def restarted(held: Memory) -> Memory:
 
 def stack(
     network: Network,
-    cache: StepCache,
+    cache: Reuse,
     calls: Sequence[Calls],
     limits: Limits,
     held: Memory,

@@ -140,6 +140,14 @@ def _option(name: str, option: str, value: Any, in_form: bool) -> Any:
     if option in ("loras", "refine_loras"):
         is_json = isinstance(value, str) and in_form and value
         return dict(_loras(name, parse_json(value, name) if is_json else value, in_form))
+    if option == "cache_dit_params":
+        value = parse_json(value, name) if isinstance(value, str) and in_form and value else value
+        numbers = isinstance(value, dict) and all(
+            isinstance(each, int | float) and not isinstance(each, bool) for each in value.values()
+        )
+        if not numbers or len(value) > MOST_LISTED:
+            raise mistake(name, value, 'an object of numbers, such as {"rdt": 0.12}')
+        return value
     if option == "diffusers_kwargs":
         value = parse_json(value, name) if isinstance(value, str) and in_form and value else value
         if not isinstance(value, dict) or len(value) > MOST_LISTED:

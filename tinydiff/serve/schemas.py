@@ -102,6 +102,8 @@ def option(record: type, name: str) -> Schema:
     description = {"description": docstrings(record)[name]}
     if name in ("loras", "refine_loras"):
         return LORAS | description
+    if name == "cache_dit_params":
+        return free(description["description"], additionalProperties={"type": "number"})
     if name == "diffusers_kwargs":
         return {"type": "object", **description}
     kind, limits = get_type_hints(record)[name], record.__dataclass_fields__[name].metadata
