@@ -16,7 +16,7 @@ from tinydiff.ops.network import Network
 from tinydiff.parallel import sequence
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.shards import shard_weights
-from tinydiff.sampling import guidance, loop, solvers
+from tinydiff.sampling import guidance, loop, solvers, step_cache
 from tinydiff.sampling.compile import compiled_denoise, graph_breaks, graph_count
 
 REQUESTS = [
@@ -30,8 +30,8 @@ share evenly, and others.
 """
 
 
-def tokens(name, plan, fsdp, denoise, size, lengths, steps, scale, guided):
-    """The last tokens of a request, of all ranks of the plan together."""
+def tokens(name, plan, fsdp, denoise, size, lengths, steps, scale, guided, limits=None):
+    """The last tokens of a request, of all ranks of the plan together. limits: those of a step cache."""
     family, config, packed, width = FAMILIES[name]
     rows = solvers.with_guidance(solvers.from_scheduler_config(SCHEDULER, steps), scale)
     branches = [
@@ -43,22 +43,27 @@ def tokens(name, plan, fsdp, denoise, size, lengths, steps, scale, guided):
     hoisted = loop.hoist(Network(family, config, plan), mine, branches, rows)
     count = size[0] * size[1] + (z_image.pad_tokens(size[0] * size[1]) if name == "z_image" else 0)
     x = sequence.shard(plan, draw(1, count, packed, seed=steps).float(), 1)
-    return sequence.gather(plan, list(loop.run(denoise, rows, x, lambda _: hoisted))[-1].x, 1, count)
+    network = Network(family, config, plan)
+    memory = limits and (lambda ready, x: step_cache.memory(network, ready.weights, ready.branches, x))
+    *_, last = loop.run(denoise, rows, x, lambda _: hoisted, limits=limits, memory=memory)
+    return sequence.gather(plan, last.x, 1, count)
 
 
-def errors(layout, name, backend, guided):
+def errors(layout, name, backend, guided, limits=None):
     """(graphs compiled, breaks, the largest error against eager) on this rank."""
     plan = plan_of(layout)
     family, config, *_ = FAMILIES[name]
     kind = guidance.classifier_free if guided else guidance.none
     with traced_by_dynamo(backend):
         eager, fast = (
-            make(Network(family, config, plan), kind) for make in (loop.eager_denoise, compiled_denoise)
+            make(Network(family, config, plan), kind, cached_after=limits and 1)
+            for make in (loop.eager_denoise, compiled_denoise)
         )
         before, broken, worst = graph_count(), graph_breaks(), 0.0
         for request in REQUESTS:
             want, got = (
-                tokens(name, plan, layout.fsdp, denoise, *request, guided) for denoise in (eager, fast)
+                tokens(name, plan, layout.fsdp, denoise, *request, guided, limits)
+                for denoise in (eager, fast)
             )
             worst = max(worst, ((want - got).abs().max() / max(1, want.abs().max())).item())
     return graph_count() - before, graph_breaks() - broken, worst
@@ -91,7 +96,7 @@ def test_inductor_gives_the_same():
     check(Layout(ring=2), "ernie", guided=False, backend="inductor")
 
 
-def check(layout, name, guided, backend="eager"):
-    for graphs, breaks, worst in on_ranks(layout.size, errors, layout, name, backend, guided):
+def check(layout, name, guided, backend="eager", limits=None):
+    for graphs, breaks, worst in on_ranks(layout.size, errors, layout, name, backend, guided, limits):
         assert (graphs, breaks) == (1, 0)
         assert worst < 1e-5

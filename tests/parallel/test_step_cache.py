@@ -5,9 +5,11 @@ from functools import partial
 import pytest
 import torch
 
+from tests.parallel import test_compiled
 from tests.parallel.pool import on_ranks
 from tests.parallel.test_families import LAYOUTS, denoised, plan_of
 from tests.parity import close
+from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.plan import Plan
 from tinydiff.sampling import loop, step_cache
 
@@ -33,3 +35,8 @@ def test_every_layout_gives_what_one_rank_gives(case):
             close(rank[name], want)
     for name, want in alone.items():
         assert not torch.allclose(want, denoised(name, Plan()))
+
+
+@pytest.mark.slow
+def test_one_graph_serves_every_request():
+    test_compiled.check(Layout(ulysses=2), "flux", guided=False, limits=LIMITS)

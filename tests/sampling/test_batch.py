@@ -7,7 +7,7 @@ import torch
 
 from tests.sampling import fake
 from tinydiff.ops.network import Network
-from tinydiff.sampling import batch, guidance, loop, solvers
+from tinydiff.sampling import batch, guidance, loop, solvers, step_cache
 
 CONFIG = fake.Config()
 TABLES = {
@@ -103,6 +103,13 @@ def test_each_picture_goes_on_with_its_next_expert():
         images = batch.split(batch.advance(batch.join(fake.family, images), 99))
     for seed, one in zip((3, 4), images, strict=True):
         assert torch.allclose(one.state.x, alone(start(seed)), rtol=1e-12, atol=1e-12)
+
+
+def test_an_image_with_a_step_cache_is_alone():
+    limits = step_cache.Limits(torch.tensor(0.2), torch.tensor(1), torch.tensor(1))
+    one = image(TABLES["long"], 1)
+    one = one._replace(inputs=one.inputs._replace(limits=limits))
+    assert batch.batch_key(fake.family, one) != batch.batch_key(fake.family, one)
 
 
 def test_a_batch_key_is_what_images_must_have_in_common():

@@ -49,6 +49,7 @@ def test_every_sampling_option_is_a_field_at_top_level_and_in_extra_body():
         "audio_guidance_rescale": 0.7,
         "enable_frame_interpolation": True, "frame_interpolation_exp": 2, "frame_interpolation_scale": 0.5,
         "frame_interpolation_scene_threshold": 0.2,
+        "enable_cache_dit": True, "cache_dit_params": {"rdt": 0.12},
     }  # fmt: skip
     assert values.keys() == set(fields.SAMPLING)
     top = read_fields(values, "video").options
@@ -242,6 +243,7 @@ def test_moderation_asks_for_nothing(value):
         ({"loras": {"x": "1"}}, "loras.x", "is not a number from -100 to 100"),
         ({"loras": 5}, "loras", "5 is not an object of adapters and strengths"),
         ({"diffusers_kwargs": 5}, "diffusers_kwargs", "5 is not an object of arguments and their values"),
+        ({"cache_dit_params": {"rdt": "x"}}, "cache_dit_params", "is not an object of numbers"),
         ({"lora_path": "x"}, "lora_path", "when the server is started"),
         ({"enable_teacache": True}, "enable_teacache", "not supported yet: step caches"),
         ({"model_path": "x"}, "model_path", "when the server is started"),
