@@ -34,7 +34,7 @@ def test_every_word_arrives_as_it_is(prompt):
 
 def test_what_is_left_out_is_as_in_the_defaults():
     given = {"seed": 3, "component_paths": {"vae": "a", "transformer": "b"}, "tp_size": 2, "fps": 9}
-    defaults = config.options({**given, "quantization": "fp8", "port": 1})
+    defaults = config.options({**given, "quantization_rank": 32, "port": 1})
     assert command_line.read(config.Options, defaults, []) == defaults
     words = command_line.words(config.Options, {"fps": ["8"], "component_paths": {"vae": "c"}})
     made = command_line.read(config.Options, defaults, words)

@@ -357,7 +357,7 @@ def test_a_missing_feature_may_be_turned_off(argv: list[str]):
         ),
         (["--hsdp-shard-dim", "2"], "several GPUs"),
         (["--enable-nccl-nvls"], "several GPUs"),
-        (["--quantization", "fp8"], "quantisation"),
+        (["--quantization-rank", "32"], "quantisation"),
         (["--vae-quantization", "fp8"], "component_quantizations"),
         (
             ["--component-quantizations.vae", "fp8", "--component-quantizations", "transformer=int8"],

@@ -197,6 +197,13 @@ def test_options_that_change_the_plan(capsys):
         plan("--dit-precision", "fp32")["layouts"][0]["weight_bytes"] - usual["layouts"][0]["weight_bytes"]
     )
     assert heavier == 2 * registry.named("Z-Image").params
+    net = subject("Z-Image").net
+    blocks = [
+        row for rows in net.blocks for row in rows if row.name.endswith(".weight") and len(row.shape) == 2
+    ]
+    saved = sum(row.numel - 4 * row.shape[0] for row in blocks)
+    lighter = plan("--quantization", "fp8")["layouts"][0]["weight_bytes"]
+    assert usual["layouts"][0]["weight_bytes"] - lighter == saved > registry.named("Z-Image").params / 2
     assert plan("--num-inference-steps", "9")["request"]["steps"] == 9
     slower = plan("--gpus-per-node", "1", "--net-bandwidth", "1")
     assert slower["layouts"][0]["seconds_per_step"] > usual["layouts"][0]["seconds_per_step"]

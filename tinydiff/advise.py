@@ -53,6 +53,8 @@ class PlanOptions:
     frame_interpolation_model_path: str | None = same(ModelOptions, "frame_interpolation_model_path")
     dit_precision: Precision = "bf16"
     """Data type of the denoiser."""
+    quantization: Literal["fp8", "int8", "none"] | None = same(ModelOptions, "quantization")
+    quantization_ignored_layers: tuple[str, ...] = same(ModelOptions, "quantization_ignored_layers")
     tflops: float = within(400.0, above=0)
     """10^12 operations per second that a GPU reaches. An H100 peaks at 989."""
     bandwidth: str = "nvlink"
@@ -79,8 +81,8 @@ class PlanOptions:
         return SamplingOptions(**self._shared_with(SamplingOptions))
 
     @property
-    def files(self) -> dict[str, str | None]:
-        """Options that name networks for decoded frames."""
+    def model_options(self) -> dict[str, Any]:
+        """The other options of the model."""
         return self._shared_with(ModelOptions)
 
     @property
@@ -112,7 +114,11 @@ def run(question: PlanOptions) -> int:
         raise UserError("model", "model: is missing; `tinydiff models` lists the names")
     machine, parallel = question.machine, question.parallel
     if question.placements:
-        print(weight_plan.text(question.model, question.sampling, parallel, question.json, question.files))
+        print(
+            weight_plan.text(
+                question.model, question.sampling, parallel, question.json, question.model_options
+            )
+        )
         return 0
     from tinydiff.runtime import estimate, memory  # torch, for those who get here
 
@@ -121,7 +127,7 @@ def run(question: PlanOptions) -> int:
         question.sampling,
         question.num_gpus,
         ITEM_BYTES[question.dit_precision],
-        question.files,
+        question.model_options,
     )
     notes = list(assumptions(question, subject, estimate.RESERVED, estimate.REFERENCE))
     usual = estimate.usual(subject, question.num_gpus)
@@ -293,8 +299,10 @@ def assumptions(question: PlanOptions, subject: Subject, reserved: float, refere
     """What the numbers assume, one line each."""
     m = question.machine
     yield "Estimated, not measured. Every number is for one GPU; 1 GB is 10^9 bytes."
-    yield f"weights: all networks stay loaded; denoiser in {question.dit_precision}, text encoders in bf16,"
-    yield "  image encoder and autoencoder in fp32"
+    made = question.quantization in ("fp8", "int8")
+    blocks = f" and its blocks in {question.quantization}" if made else ""
+    yield f"weights: all networks stay loaded; denoiser in {question.dit_precision}{blocks},"
+    yield "  text encoders in bf16, image encoder and autoencoder in fp32"
     yield "activations: what a step needs beside weights, without torch.compile, and what is computed before"
     yield "total: weights, and the larger of activations and decoding;"
     yield f"  {reserved:g} GB more must be free for the driver and libraries"

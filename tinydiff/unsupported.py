@@ -13,8 +13,8 @@ HSDP, KV gathering and tiles shared by several GPUs
     diffusion_decoder_parallel_tiling=true|false
 choosing GPUs or a NUMA node by number
     base_gpu_id=0 gpu_ids=0 numa_node=0
-quantisation
-    quantization= quantization_ignored_layers= component_quantizations=
+quantisation of single components, to 4 bits and of caches
+    component_quantizations=
     component_quantization_ignored_layers= enable_svdquant=false quantization_precision=
     quantization_rank= quantization_act_unsigned=false dit_config.quant_config= kv_cache_quant=off
     kv_cache_quant_centroids= kv_cache_quant_block_size= kv_cache_quant_stages= kv_cache_quant_iters=
@@ -103,10 +103,15 @@ ATTENTION = """
     block_sparse_attn rain_fusion_attn no_attention xpu mps
 """
 
+QUANTIZATION = """
+    auto-round modelopt modelopt_fp8 modelopt_fp4 bitsandbytes modelslim mxfp8 mxfp4 mxfp4_npu convrot_int8
+"""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "attention_backend": tuple(ATTENTION.split()),
     "component_attention_backends": tuple(ATTENTION.split()),
     "encoder_parallel": ("dp",),
+    "quantization": tuple(QUANTIZATION.split()),
 }
 """Option -> SGLang's values of it."""
 

@@ -22,17 +22,17 @@ def text(
     sampling: SamplingOptions,
     parallel: ParallelOptions,
     as_json: bool,
-    files: Mapping[str, str | None] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> str:
     """The plan of every weight on the layout that a generation with these options has. Raises UserError."""
     from tinydiff.runtime import estimate, launch  # torch, for those who get here
     from tinydiff.runtime.weight_plans import network_placements
 
     ranks = layout.count(parallel)
-    subject = estimate.subject(model, sampling, ranks, 2, files)
+    subject = estimate.subject(model, sampling, ranks, 2, options)
     guided, tokens = subject.request.guidance.on, subject.work.image
     chosen, why = layout.choose(parallel, ranks, subject.net.heads, guided, tokens)
-    plan = estimate.blueprint_of(model)
+    plan = estimate.blueprint_of(model, options)
     launch.check_divides(plan, chosen)
     networks = {name: network_placements(net, chosen) for name, net in plan.nets.items()}
     if as_json:

@@ -66,6 +66,7 @@ def test_the_card_says_what_the_model_does_and_takes(serve):
         "cpu",
         0,
     )
+    assert card["quantization"] == {}
     assert card["defaults"]["num_frames"] == {"image": 1, "video": 17}
     assert (card["defaults"]["num_inference_steps"], card["defaults"]["guidance_scale"]) == (30, 2.5)
     own = 128 * 128

@@ -161,6 +161,15 @@ BLOCKS = {
 """Name -> block type. Those that are left out are rare for diffusion models."""
 
 
+def q8_0(data: Tensor) -> tuple[Tensor, Tensor]:
+    """Bytes uint8 [rows, bytes of a row] of Q8_0 -> (codes int8 [rows, values], scales float32 [rows, blocks
+    of a row]).
+    """
+    blocks = data.reshape(-1, BLOCKS["Q8_0"].bytes)
+    codes = blocks[:, 2:].contiguous().view(torch.int8)
+    return codes.view(len(data), -1), _half(blocks, 0).view(len(data), -1)
+
+
 def decode(name: str, data: Tensor) -> Tensor:
     """Bytes uint8 [rows, bytes of a row] of a type -> float32 [rows, values of a row]."""
     block = BLOCKS[name]

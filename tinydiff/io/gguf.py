@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tinydiff.io import ggml
+from tinydiff.io.eight_bits import EightBits
 from tinydiff.io.floats import FLOATS
 
 GGML = {
@@ -107,6 +108,17 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Codes:
+    """The codes of Q8_0, read in pieces. rows: the bytes of their blocks."""
+
+    rows: Tensor
+
+    def __getitem__(self, box: tuple[slice, ...]) -> Tensor:
+        first, *others = box
+        return ggml.q8_0(self.rows[first])[0][(slice(None), *others)]
+
+
+@dataclass(frozen=True)
 class Gguf:
     """The tensors of a file, mapped."""
 
@@ -122,6 +134,16 @@ class Gguf:
     def get_tensor(self, key: str) -> Tensor:
         part = self.get_slice(key)
         return part[(slice(None),) * max(1, len(part.placed.shape))]
+
+    def eight_bits(self, key: str) -> EightBits | None:
+        """A matrix of Q8_0 as it is in the file; None for any other."""
+        placed = self.tensors[key]
+        if placed.dtype != "Q8_0" or len(placed.shape) != 2:
+            return None
+        held = self.data[placed.start : placed.start + placed.bytes].view(placed.shape[0], -1)
+        return EightBits(
+            "int8", placed.shape[1] // 32, Codes(held), lambda low, high: ggml.q8_0(held[low:high])[1]
+        )
 
     def metadata(self) -> dict[str, str]:
         return {}

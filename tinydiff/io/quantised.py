@@ -19,17 +19,19 @@ Shape letters: O outputs, I inputs.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tinydiff.io.floats import FLOATS
+from tinydiff.io.eight_bits import EightBits
+from tinydiff.io.floats import EIGHT_BITS, FLOATS
 from tinydiff.io.ggml import FP4
 
 Archive = Any
@@ -37,7 +39,7 @@ Archive = Any
 Shape = tuple[int, ...]
 Decode = Callable[[Archive, int, int], Tensor]
 
-EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "I8")
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
 BESIDE = re.compile(
     r"^(?P<of>(?:.*\.)?)(?P<what>scale_weight|scale_input|comfy_quant|input_scale|weight_scale|weight_scale_2"
     r"|weight_global_scale|input_global_scale|input_absmax|pre_quant_scale|SCB|weight_format"
@@ -53,10 +55,16 @@ FUSED = ("img_attn.qkv", "txt_attn.qkv", "linear1")
 
 
 class Recipe(NamedTuple):
-    """A weight whole: its shape, and what gives its rows [low, high) as float32."""
+    """A weight whole: its shape, and what gives its rows [low, high) as float32.
+
+    scales: where a value is its code times a scale, what gives those of the rows [low, high). groups: how
+    many a row has.
+    """
 
     shape: Shape
     decode: Decode
+    scales: Decode | None = None
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,14 @@ class Decoded:
             else recipe.decode(self.archive, 0, recipe.shape[0])
         )
 
+    def eight_bits(self, key: str) -> EightBits | None:
+        """A matrix as it is in the file; None where it is not codes and scales."""
+        recipe, codes = self.recipes.get(key), self.archive.get_slice(key)
+        if recipe is None or recipe.scales is None or len(recipe.shape) != 2:
+            return None
+        stored = str(EIGHT_BITS[codes.get_dtype()]).removeprefix("torch.")
+        return EightBits(stored, recipe.groups, codes, partial(recipe.scales, self.archive))
+
     def metadata(self) -> dict[str, str]:
         return self.archive.metadata() or {}
 
@@ -133,7 +149,7 @@ def _recipes(file: Path, size: int, changed: int) -> tuple[dict[str, Recipe], tu
     for key in weights:
         layer = key.removesuffix("weight")
         own = beside.get(layer, {}) if key.endswith("weight") else {}
-        if own or types[key] in EIGHT_BITS[:2]:
+        if own or types[key] in FLOAT8:
             recipe = _recipe(archive, key, types[key], own, formats.get(layer))
             if recipe is not None:
                 recipes[key] = recipe
@@ -189,9 +205,13 @@ def _recipe(
     known = named in (None, "float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
     if dtype in EIGHT_BITS and scale is not None and known and needed <= {"scale_weight", "weight_scale"}:
         width = int(said.get("convrot_groupsize", 256)) if said and said.get("convrot") else 0
-        return Recipe(shape, lambda a, low, high: _scaled(a, key, scale, low, high, width))
-    if dtype in EIGHT_BITS[:2] and not needed and named is None:
-        return Recipe(shape, lambda a, low, high: _rows(a, key, low, high))
+        decode: Decode = lambda a, low, high: _scaled(a, key, scale, low, high, width)  # noqa: E731
+        if width or (groups := _groups(archive.get_slice(scale).get_shape(), shape)) is None:
+            return Recipe(shape, decode)
+        return Recipe(shape, decode, lambda a, low, high: _scales(a, scale, low, high), groups)
+    if dtype in FLOAT8 and not needed and named is None:
+        ones: Decode = lambda a, low, high: torch.ones(high - low, 1)  # noqa: E731
+        return Recipe(shape, lambda a, low, high: _rows(a, key, low, high), ones)
     if dtype in FLOATS and not needed:
         return None
     what = named or ", ".join(sorted(needed)) or dtype
@@ -216,6 +236,22 @@ def _scaled(archive: Archive, key: str, scale_key: str, low: int, high: int, rot
         scale = scale[low:high].reshape(len(codes), -1, 1)
         y = (codes.reshape(len(codes), scale.shape[1], -1) * scale).view_as(codes)
     return _unrotated(y, rotated) if rotated else y
+
+
+def _groups(scale: Sequence[int], shape: Shape) -> int | None:
+    """How many scales a row of this weight has; None where they are not rows of scales."""
+    count = math.prod(scale)
+    if count == 1:
+        return 1
+    return count // shape[0] if scale[0] == shape[0] else None
+
+
+def _scales(archive: Archive, key: str, low: int, high: int) -> Tensor:
+    """The scales of rows as float32 [N, G]."""
+    scale = archive.get_tensor(key).float()
+    if scale.numel() == 1:
+        return scale.reshape(1, 1).repeat(high - low, 1)
+    return scale[low:high].reshape(high - low, -1)
 
 
 def _by_largest(archive: Archive, key: str, largest_key: str, low: int, high: int) -> Tensor:

@@ -19,10 +19,11 @@ from torch import Tensor
 from tinydiff.io import variants
 from tinydiff.io.archive import Archive, opened
 from tinydiff.io.atomic import write_over
-from tinydiff.io.floats import FLOATS
+from tinydiff.io.eight_bits import View, codes, held, scales, whole
+from tinydiff.io.floats import FLOATS, TYPES
 from tinydiff.io.hub import read_json
 from tinydiff.keymap import AS_IS, KeyMap, Match, Run, Shape, runs, stored_shapes, trimmed
-from tinydiff.parallel.plan import ALONE, SINGLE, Group, Plan, Row
+from tinydiff.parallel.plan import ALONE, SINGLE, WEIGHT_SCALE, Group, Plan, Row
 from tinydiff.parallel.shards import Box, LocalWeight, gather, local_rows, local_weights, shard_range
 from tinydiff.records import UserError
 
@@ -39,11 +40,13 @@ PASSED = 2**20
 over.
 """
 
+_NAMES = {dtype: name for name, dtype in TYPES.items()}
+
 
 class Stored(NamedTuple):
     """A tensor on disk: its file, the key there, its safetensors type name and its shape. lead: dimensions
     of length one before those of the shape. transposed: the shape is that of a matrix stored the other way
-    round.
+    round. view: what is read of it.
     """
 
     file: Path
@@ -52,6 +55,7 @@ class Stored(NamedTuple):
     shape: Shape
     lead: int = 0
     transposed: bool = False
+    view: View = whole
 
 
 class Source(NamedTuple):
@@ -237,7 +241,62 @@ def _instead(folder: Path) -> str:
 
 
 def _sources(folder: Path, wanted: Mapping[str, Row], keys: KeyMap, variant: str | None) -> dict[str, Source]:
-    """Where each row stands, from the files' headers alone. UserError where the files do not fit the rows."""
+    """Where each row stands, from the files' headers alone. UserError where the files do not fit the rows.
+
+    A weight of 8 bits and its scales are read from where the weight stands, in whatever type it is there.
+    """
+    sources = _whole_sources(
+        folder, {name: row for name, row in wanted.items() if not _is_scale(name)}, keys, variant
+    )
+    for name, row in wanted.items():
+        if row.stored is not None:
+            weight, beside = sources[name], wanted[_scale_of(name)]
+            sources[name] = _viewed(weight, _NAMES[_type(row, torch.float32)], row.shape, codes(row.stored))
+            sources[beside.name] = _viewed(weight, "F32", beside.shape, scales(row.stored))
+    return sources
+
+
+def _is_scale(name: str) -> bool:
+    return name.rpartition(".")[2] == WEIGHT_SCALE
+
+
+def _scale_of(name: str) -> str:
+    return f"{name.removesuffix('weight')}{WEIGHT_SCALE}"
+
+
+def _viewed(source: Source, dtype: str, shape: Shape, view: View) -> Source:
+    """The same rows of what a view gives of the stored tensors."""
+    return Source(
+        tuple(
+            (run, at._replace(dtype=dtype, shape=(at.shape[0], *shape[1:]), view=view))
+            for run, at in source.runs
+        )
+    )
+
+
+def eight_bits(
+    folder: Path, rows: Iterable[Row], keys: KeyMap = AS_IS, variant: str | None = None
+) -> dict[str, tuple[str, int]]:
+    """Row -> (type by torch's name, scales of a row) of the matrices that the files hold in 8 bits and that
+    can stay so. Raises what `load_weights` would.
+    """
+    archives = {file: opened(file) for file in weight_files(folder, variant)}
+    if not any(hasattr(archive, "eight_bits") for archive in archives.values()):
+        return {}
+    found: dict[str, tuple[str, int]] = {}
+    for name, source in _whole_sources(folder, {row.name: row for row in rows}, keys, variant).items():
+        kinds = {
+            None if at.transposed or each is None else (each.stored, each.groups)
+            for at, each in ((at, held(archives[at.file], at.key)) for _, at in source.runs)
+        }
+        if len(kinds) == 1 and (kind := kinds.pop()) is not None:
+            found[name] = kind
+    return found
+
+
+def _whole_sources(
+    folder: Path, wanted: Mapping[str, Row], keys: KeyMap, variant: str | None
+) -> dict[str, Source]:
     stored = _stored(folder, keys, variant)
     found, unexpected = _found(stored, wanted, keys)
     made = {name: runs(match, wanted)[name] for name, match in found.items()}
@@ -361,6 +420,8 @@ def _fitted(at: Stored, match: Match) -> Stored:
 
 
 def _type(row: Row, dtype: torch.dtype) -> torch.dtype:
+    if row.stored is not None:
+        return getattr(torch, row.stored)
     return torch.float32 if row.float32 else dtype
 
 
@@ -372,7 +433,7 @@ def _as_stored(held: LocalWeight, source: Source, dtype: torch.dtype) -> bool:
         and not held.replicated_over
         and len(source.runs) == 1
         and not source.runs[0][1].transposed
-        and FLOATS[source.runs[0][1].dtype] == _type(held.row, dtype)
+        and TYPES[source.runs[0][1].dtype] == _type(held.row, dtype)
     )
 
 
@@ -469,9 +530,9 @@ def _cut(archive: Archive, at: Stored, box: Box) -> Tensor:
     """A box of a stored tensor, a view of the mapped file: what is not copied from it is not read."""
     if at.transposed:
         return archive.get_tensor(at.key).T[box.source]
-    if box.shape == at.shape:
+    if at.view is whole and box.shape == at.shape:
         return archive.get_tensor(at.key).reshape(box.shape)
-    return archive.get_slice(at.key)[(slice(None),) * at.lead + box.source].reshape(box.shape)
+    return at.view(archive, at.key)[(slice(None),) * at.lead + box.source].reshape(box.shape)
 
 
 def _pieces(at: Stored, box: Box, size: int, ranks: int = 1) -> Iterator[Box]:
@@ -498,4 +559,4 @@ def _dealt(at: Stored) -> int:
 
 def _row_bytes(at: Stored) -> int:
     """Bytes of a stored tensor per entry of that dimension."""
-    return math.prod(at.shape[_dealt(at) + 1 :]) * FLOATS[at.dtype].itemsize
+    return math.prod(at.shape[_dealt(at) + 1 :]) * TYPES[at.dtype].itemsize

@@ -146,6 +146,8 @@ class Denoiser:
     """(config, configs of the components by name) -> tokens of the text stream before those of the prompt."""
     unshown_frames: Callable[[Config], int] = no_frames
     """Frames at the start of a decoded video that are left out."""
+    plain: Denoiser | None = None
+    """The record of the same networks with no weight in 8 bits, where this one has such."""
 
     role: ClassVar[Role] = "dit"
     biased: ClassVar[bool] = False

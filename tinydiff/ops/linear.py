@@ -2,6 +2,9 @@
 
 A layer's entries are plain tensors whose names say what they are:
 weight [O, I], or [O, C, ...] for the kernel of a patch embedding, where I counts all values of a patch.
+weight_scale [O, G] beside a weight [O, I] of 8 bits: what each of the G equal groups of a row is multiplied
+by, in float32. The product is rounded once to the compute dtype, so it has the bits of a weight that was
+decoded when it was loaded.
 bias [O].
 lora_a [R, I] and lora_b [O, R]: the low-rank matrices of any number of adapters, concatenated along R.
 Each image has its own strength for each of the R directions (`Weights.lora_scale`), so images with different
@@ -10,12 +13,13 @@ adapters share a batch, and another strength or another adapter of the same R ne
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.moves import move
-from tinydiff.parallel.plan import LORA_A, LORA_B, LORA_SCALE, Plan
+from tinydiff.parallel.plan import LORA_A, LORA_B, LORA_SCALE, WEIGHT_SCALE, Plan
 
 
 def linear(x: Tensor, w: Weights) -> Tensor:
@@ -32,9 +36,18 @@ def linear_sum(plan: Plan, x: Tensor, w: Weights) -> Tensor:
 
 def product(x: Tensor, w: Weights, bias: Tensor | None = None) -> Tensor:
     """x [B, ..., I] times the layer's weight and its low-rank differences -> [B, ..., O]."""
-    y = F.linear(x, w["weight"].flatten(1), bias)
+    y = F.linear(x, _whole(w), bias)
     down = w.get(LORA_A)
     return y if down is None else y + F.linear(_scaled(F.linear(x, down), w.lora_scale), w[LORA_B])
+
+
+def _whole(w: Weights) -> Tensor:
+    """The layer's weight [O, I] in the type of the product."""
+    weight, scale = w["weight"].flatten(1), w.get(WEIGHT_SCALE)
+    if scale is None:
+        return weight
+    groups = scale.shape[1]
+    return (torch.unflatten(weight.float(), 1, (groups, -1)) * scale.unsqueeze(-1)).flatten(1).to(w.dtype)
 
 
 def embedding(ids: Tensor, w: Weights) -> Tensor:

@@ -124,12 +124,20 @@ def numel(row: Row, tp: int = 1) -> int:
 
 
 def itemsize(row: Row, b: int) -> int:
-    return 4 if row.float32 else b
+    """Bytes of a value of a weight. b: those of the network's type."""
+    return 1 if row.stored else 4 if row.float32 else b
 
 
 def weight_bytes(rows: Iterable[Row], b: int, tp: int = 1) -> int:
     """Bytes of weights on one rank. Optional weights are not counted."""
     return sum(numel(row, tp) * itemsize(row, b) for row in rows)
+
+
+def decoded_bytes(rows: Iterable[Row], tp: int = 1) -> int:
+    """Bytes of the largest weight of 8 bits while it is multiplied by its scales in float32, before and
+    after.
+    """
+    return max((8 * numel(row, tp) for row in rows if row.stored), default=0)
 
 
 def shard_count(layout: Layout) -> int:

@@ -31,7 +31,8 @@ class Row:
     name: the checkpoint's own key. shape: its full shape. split: the dimension divided over the `tp` axis,
     None when replicated.
     parts: widths of the blocks concatenated along `split`, each divided on its own. float32: stays float32
-    whatever the network's type is. tied: a checkpoint may hold it under a second key too, or instead. head:
+    whatever the network's type is. stored: torch's name of the 8-bit type that it stays in, with its scales
+    in a row beside it. tied: a checkpoint may hold it under a second key too, or instead. head:
     width of the heads that lie along `split`, which are never cut.
     input: what passes through a denoiser's weight; None where costs neglect it. attends: of an attention's
     output projection, the tokens of its queries and of its keys.
@@ -42,6 +43,7 @@ class Row:
     split: int | None = None
     parts: tuple[int, ...] = ()
     float32: bool = False
+    stored: str | None = None
     tied: bool = False
     head: int = 1
     input: Input | None = None
@@ -191,6 +193,26 @@ def low_rank_rows(row: Row, rank: int) -> Iterator[Row]:
     up = Row(f"{stem}{LORA_B}", (row.shape[0], rank), float32=row.float32)
     yield replace(down, split=1, parts=row.parts, head=row.head) if split == 1 else down
     yield replace(up, split=0, parts=row.parts, head=row.head) if split == 0 else up
+
+
+WEIGHT_SCALE = "weight_scale"
+"""The leaf beside a weight of 8 bits: float32 [O, G], a scale for each of the G equal groups of a row."""
+
+
+def eight_bit_rows(row: Row, stored: str, groups: int = 1) -> Iterator[Row]:
+    """A weight [O, I] that stays in this type of 8 bits, and the row of its scales.
+
+    Scales are divided over `tp` as the weight is; one scale of a row is the same for all its inputs.
+    """
+    yield replace(row, stored=stored)
+    scale = Row(f"{row.name.removesuffix('weight')}{WEIGHT_SCALE}", (row.shape[0], groups), float32=True)
+    if row.split == 0:
+        scale = replace(scale, split=0, parts=row.parts, head=row.head)
+    elif row.split == 1 and groups > 1:
+        width = row.shape[1] // groups
+        parts = tuple(part // width for part in row.parts)
+        scale = replace(scale, split=1, parts=parts, head=max(1, row.head // width))
+    yield scale
 
 
 def conv_rows(name: str, channels_in: int, channels_out: int, kernel: tuple[int, ...]) -> Iterator[Row]:

@@ -2,9 +2,9 @@
 "shard" of the weights that a block needs.
 
 Full sharding packs the weights of a block. Each weight is cut along its first dimension into equal shards,
-the last ones padded with zeros. A rank's shards lie one after another in one flat tensor, `{block}.pack`, or
-`{block}.pack32` for rows that stay float32. One collective gathers them when the block is entered. All of
-this follows from the rows, so every rank knows what any other rank holds.
+the last ones padded with zeros. A rank's shards lie one after another in one flat tensor, `{block}.pack`,
+`{block}.pack32` for rows that stay float32, and one for each type of 8 bits. One collective gathers each
+when the block is entered. All of this follows from the rows, so every rank knows what any other rank holds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from itertools import accumulate
 from math import prod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from tinydiff.parallel.moves import start_gather, wait
@@ -46,7 +47,7 @@ def local_rows(rows: Iterable[Row], plan: Plan, blocks: Collection[str] = ()) ->
     whole = {row.name: row for row in rows}
     for name in tensors:
         if pack := packs.get(name):
-            yield Row(name, (pack.numel,), float32=name.endswith("32"))
+            yield Row(name, (pack.numel,), float32=name.endswith(".pack32"), stored=pack.stored)
         else:
             yield _local(whole[name], plan.group("tp"))
 
@@ -144,10 +145,11 @@ class PackedWeight(NamedTuple):
 @dataclass(frozen=True)
 class Pack:
     """The layout of a block's weights in a flat tensor of `numel` elements per rank. Blocks of one shape have
-    equal packs.
+    equal packs. stored: its type of 8 bits, by torch's name.
     """
 
     parts: tuple[PackedWeight, ...]
+    stored: str | None = None
 
     @property
     def numel(self) -> int:
@@ -161,12 +163,13 @@ def packing(rows: Iterable[Row], plan: Plan, blocks: Collection[str]) -> dict[st
     """
     tp, ranks = plan.group("tp"), plan.group("shard").size
     found: dict[str, list[PackedWeight]] = {}
+    stored: dict[str, str | None] = {}
     for row in rows:
         if tensor := _pack_name(row, blocks):
             if not row.shape:
                 raise ValueError(f"{row.name} cannot be in a pack: it is a single number")
             shape = _local(row, tp).shape
-            parts = found.setdefault(tensor, [])
+            parts, stored[tensor] = found.setdefault(tensor, []), row.stored
             name = row.name.removeprefix(f"{tensor.rpartition('.')[0]}.")
             parts.append(
                 PackedWeight(
@@ -176,7 +179,7 @@ def packing(rows: Iterable[Row], plan: Plan, blocks: Collection[str]) -> dict[st
                     parts[-1].offset + parts[-1].numel if parts else 0,
                 )
             )
-    return {tensor: Pack(tuple(parts)) for tensor, parts in found.items()}
+    return {tensor: Pack(tuple(parts), stored[tensor]) for tensor, parts in found.items()}
 
 
 def _packed_weights(packs: Mapping[str, Pack]) -> dict[str, tuple[str, PackedWeight]]:
@@ -191,19 +194,23 @@ def _packed_weights(packs: Mapping[str, Pack]) -> dict[str, tuple[str, PackedWei
 def _pack_name(row: Row, blocks: Collection[str]) -> str | None:
     """The name of the pack that has this weight, or None."""
     prefix = block_of(row, blocks)
-    return None if prefix is None else f"{prefix}.pack32" if row.float32 else f"{prefix}.pack"
+    kind = f"_{row.stored}" if row.stored else "32" if row.float32 else ""
+    return None if prefix is None else f"{prefix}.pack{kind}"
 
 
 def start(shares: Tensor, group: Group) -> Tensor:
     """Begin to gather x [N, ...] of every rank along the first dimension. Read it only after `finish` or
-    `wait`.
+    `wait`. Values of 8 bits travel as bytes, since not every backend knows float8.
     """
-    return shares if group.size == 1 else start_gather(shares, group)
+    if group.size == 1:
+        return shares
+    return start_gather(shares.view(torch.uint8) if shares.dtype.itemsize == 1 else shares, group)
 
 
 def finish(pending: Tensor, pack: Pack) -> dict[str, Tensor]:
     """A started gather of a pack -> the weights of the block, by their names below it."""
-    return unpack(wait(pending).view(-1, pack.numel), pack)
+    whole = wait(pending).view(-1, pack.numel)
+    return unpack(whole if pack.stored is None else whole.view(getattr(torch, pack.stored)), pack)
 
 
 def unpack(shares: Tensor, pack: Pack) -> dict[str, Tensor]:
@@ -219,7 +226,7 @@ def unpack(shares: Tensor, pack: Pack) -> dict[str, Tensor]:
 def gather(x: Tensor, *groups: Group) -> Tensor:
     """x [N, ...] of all ranks along these axes, outermost first, concatenated along the first dimension."""
     for group in reversed(groups):
-        x = x if group.size == 1 else wait(start(x, group))
+        x = x if group.size == 1 else wait(start(x, group)).view(x.dtype)
     return x
 
 
@@ -232,13 +239,15 @@ class GatherOnRead(Mapping[str, Tensor]):
         self.weights = weights
         self.group = plan.group("shard")
         self.parts = _packed_weights(packs)
+        self.stored = {tensor: pack.stored for tensor, pack in packs.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.parts:
             return self.weights[name]
         tensor, part = self.parts[name]
         own = self.weights[tensor][part.offset : part.offset + part.numel]
-        return finish(start(own, self.group), Pack((part._replace(offset=0),)))[part.name]
+        alone = Pack((part._replace(offset=0),), self.stored[tensor])
+        return finish(start(own, self.group), alone)[part.name]
 
     def __contains__(self, name: object) -> bool:
         return name in self.parts or name in self.weights

@@ -33,7 +33,7 @@ from tinydiff.parallel.plan import ALONE, Group, Plan
 from tinydiff.parallel.ranks import Ranks, weights_mesh
 from tinydiff.records import UserError, check_known
 from tinydiff.residency import Kind, OnOom, PerformanceMode, Residency
-from tinydiff.runtime import components, loras, offload
+from tinydiff.runtime import components, loras, offload, quantisation
 from tinydiff.runtime.component_config import preprocessed, read_config
 from tinydiff.runtime.components import SHIPPED as SHIPPED
 from tinydiff.runtime.foreign import Foreign
@@ -163,6 +163,12 @@ class Blueprint:
         return {name: PRECISIONS[net.dtype] for name, net in self.nets.items()}
 
     @property
+    def quantised(self) -> Mapping[str, str]:
+        """Component -> the types of its weights that stay in 8 bits, for those that have such."""
+        kept = {name: quantisation.of(net.family.spec(net.config)) for name, net in self.nets.items()}
+        return {name: each for name, each in kept.items() if each is not None}
+
+    @property
     def frame_stride(self) -> int:
         """A video has a multiple of this many frames, and one."""
         return self.row.frame_multiple if self.foreign else self.autoencoder.config.scale_factor_temporal
@@ -243,7 +249,7 @@ def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
         nets[name] = NetPlan(name, family, own, config, dtype, *_plan(name, family, options))
     _check_fit(row, checkpoint, nets)
     _check_guider(checkpoint)
-    nets = offload.settled(nets, options)
+    nets = offload.settled(quantisation.settled(nets, options), options)
     scheduler = parts["scheduler"].entries("scheduler_config.json")
     solvers.check_types(scheduler)
     if ignored := solvers.unread(scheduler):

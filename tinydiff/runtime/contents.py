@@ -19,9 +19,10 @@ from tinydiff.io.headers import Header
 from tinydiff.io.weights import check_weights, weight_files
 from tinydiff.models import registry, released
 from tinydiff.models.classes import RECORDS
-from tinydiff.models.layouts.recognise import LORA, QUANTISED, Found, recognise
+from tinydiff.models.family import Denoiser
+from tinydiff.models.layouts.recognise import LORA, QUANTISED, Found, config_from, recognise
 from tinydiff.records import UserError, nearest
-from tinydiff.runtime import blueprint
+from tinydiff.runtime import blueprint, quantisation
 from tinydiff.runtime.adapter_facts import adapter_facts
 from tinydiff.runtime.components import nearest_first
 
@@ -37,7 +38,8 @@ class Contents:
 
     kind: in words, such as "model directory". format: of the weight files. layout: how their keys are named,
     after `prefix`. model_class: of model_index.json or of the component. role: of a component. models:
-    released models that have it or that it looks like. precision: type -> bytes. layers, ranks: of an
+    released models that have it or that it looks like. precision: type -> bytes. quantised: the types of 8
+    bits in which weights of the denoiser stay in memory. layers, ranks: of an
     adapter. parts: the components of a model, or the files of a directory. missing: what is needed and not
     there. problems: why it does not run, one sentence each.
     command: runs or uses it.
@@ -56,6 +58,7 @@ class Contents:
     tensors: int = 0
     bytes: int = 0
     precision: Mapping[str, int] = field(default_factory=dict)
+    quantised: str | None = None
     layers: int = 0
     ranks: tuple[int, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -160,13 +163,23 @@ def _named(counted: Contents, header: Header, path: Path) -> Contents:
         return replace(counted, problems=(*why, _clause(error, counted.path)))
     first, *others = found
     if not others:
-        return _runnable(replace(_component(counted, first), problems=why), found)
+        stays = None if why else _quantised(first, path)
+        return _runnable(replace(_component(counted, first), problems=why, quantised=stays), found)
     parts = tuple(_component(Contents(each.prefix or "the rest", "component"), each) for each in found)
     kind = f"{counted.kind} of several components"
     whole = replace(
         counted, kind=kind, family=_family(first.models), models=first.models, parts=parts, problems=why
     )
     return _runnable(whole, found)
+
+
+def _quantised(found: Found, path: Path) -> str | None:
+    """The types in which weights of a denoiser stay in memory; None where none does."""
+    record, config = RECORDS[found.class_name], config_from(found.class_name, found.entries)
+    if not isinstance(record, Denoiser):
+        return None
+    kinds = quantisation.held(record, config, path, found.keys(config))
+    return quantisation.named(stored for stored, _ in kinds.values())
 
 
 def _runnable(counted: Contents, found: Sequence[Found]) -> Contents:
@@ -286,10 +299,10 @@ def _model(folder: Path, shown: str) -> Contents:
     parts = tuple(_part(folder / name, name, kind) for name, (_, kind) in index.components.items())
     problems: list[str] = []
     missing = [f"{part.path}: {what}" for part in parts for what in part.missing]
-    row = None
+    row, stays = None, None
     try:
         read = blueprint.read(ModelOptions(model_path=str(folder)))
-        row = read.row
+        row, stays = read.row, read.quantised.get("transformer")
         for name, net in read.nets.items():
             if not any(part.path == net.component.name and part.missing for part in parts):
                 problems += _unfit(name, net)
@@ -311,6 +324,7 @@ def _model(folder: Path, shown: str) -> Contents:
         tensors=sum(part.tensors for part in parts),
         bytes=sum(part.bytes for part in parts),
         precision=dict(precision.most_common()),
+        quantised=stays,
         parts=parts,
         missing=tuple(missing),
         problems=tuple(problems),

@@ -87,15 +87,15 @@ class Estimate:
 
 
 def subject(
-    model: str, sampling: SamplingOptions, ranks: int, b: int, files: Mapping[str, str | None] | None = None
+    model: str, sampling: SamplingOptions, ranks: int, b: int, options: Mapping[str, Any] | None = None
 ) -> Subject:
     """Read a model and admit a request as a generation would be, but for images to be given, which have no
     bearing here.
 
-    model: a name in the registry, a directory or a hub id. b: bytes of a value of the denoiser. files: the
-    options that name networks for decoded frames. Raises UserError.
+    model: a name in the registry, a directory or a hub id. b: bytes of a value of the denoiser. options:
+    other model options that bear on it. Raises UserError.
     """
-    plan = replace(blueprint_of(model), **files or {})
+    plan = blueprint_of(model, options)
     request = request_without_images(plan, sampling)
     name = plan.row.name if _is_released(model) else model
     return subject_of(plan, request, name, ranks, lambda net: ROLE_BYTES.get(net.family.role, b))
@@ -178,9 +178,9 @@ def _tokens(plan: blueprint.Blueprint, request: Request, references: int) -> tup
     return image + net.family.pad_tokens(image), text + net.family.pad_tokens(text)
 
 
-def blueprint_of(model: str) -> blueprint.Blueprint:
+def blueprint_of(model: str, options: Mapping[str, Any] | None = None) -> blueprint.Blueprint:
     """A model of which only the configs are read; those of a released model are known. Raises UserError."""
-    return blueprint.from_components(_checkpoint(model), ModelOptions(model_path=model))
+    return blueprint.from_components(_checkpoint(model), ModelOptions(model_path=model, **options or {}))
 
 
 def _checkpoint(model: str) -> Checkpoint:
@@ -302,7 +302,9 @@ def estimate(subject: Subject, layout: Layout, vram: float, machine: Machine) ->
     return Estimate(
         layout=layout,
         weights=weights,
-        activations=cost.activation_bytes(net, layout, work, b) + cost.hoisted_bytes(net, layout, work, b),
+        activations=cost.activation_bytes(net, layout, work, b)
+        + cost.hoisted_bytes(net, layout, work, b)
+        + cost.decoded_bytes(net.rows, layout.tp),
         decoding=max(subject.decoding[layout.vae] or 0, *(beside for _, beside in subject.after.values()), 0),
         sent=cost.step_bytes(net, layout, work, b),
         seconds=seconds,

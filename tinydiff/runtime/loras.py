@@ -183,11 +183,19 @@ def attach(
             message = f"{each.name!r} changes the second stage alone, so it cannot be merged into the weights"
             raise UserError("lora_merge_mode", f"lora_merge_mode: {message}")
         merge = only_merges(each, adapter, "dynamic" if each.refines else mode) or mode == "merge"
+        if (quantised := _quantised(adapter, changed)) is not None and merge:
+            message = (
+                f"{each.name!r} changes {quantised}, whose weights stay in 8 bits, so it cannot be merged"
+            )
+            raise UserError(
+                "lora_merge_mode", f"lora_merge_mode: {message}; --quantization none decodes them"
+            )
         absent = next((name for name in adapter.targets if changed[name].absent), None)
         if merge and absent is not None:
             message = f"the weights of {absent} are offloaded, so {each.name!r} cannot be merged into them"
             raise UserError("lora_merge_mode", f"lora_merge_mode: {message}")
-        if mode == "auto" and prefer_merged and not (merge or each.refines) and absent is None:
+        stays = merge or each.refines or quantised is not None or absent is not None
+        if mode == "auto" and prefer_merged and not stays:
             merge = not _rounds_away(each, adapter, changed)
         for component, differences in adapter.targets.items():
             if merge:
@@ -225,6 +233,15 @@ def _component(net: Network) -> Component:
     own = net.family.keys(net.config)
     spellings = (own,) if any(line.alias for line in own.lines) else ()
     return Component(net.family.role, rows, (*key_maps(net.family, net.config), *spellings))
+
+
+def _quantised(adapter: Adapter, nets: Mapping[str, Net[Any]]) -> str | None:
+    """A layer that an adapter changes whose weights are not in the network's own type; None without one."""
+    for component, differences in adapter.targets.items():
+        for row in nets[component].rows:
+            if row.stored is not None and row.name in differences:
+                return row.name.removesuffix(".weight")
+    return None
 
 
 def only_merges(each: Chosen, adapter: Adapter, mode: Mode = "dynamic") -> bool:

@@ -103,6 +103,7 @@ def parts(subject: Subject) -> tuple[Part, ...]:
     net, work, b = subject.net, subject.work, subject.b
     prefixes = [rows[0].name[: _block_end(rows)] for rows in net.blocks]
     working = cost.activation_bytes(net, ALONE, work, b) + cost.hoisted_bytes(net, ALONE, work, b)
+    working += cost.decoded_bytes(net.rows)
     names = ("transformer", "transformer_2")[: subject.experts]
     steps = -(-work.steps // subject.experts)
     found = [_part(name, net.rows, loop_names(net.rows, prefixes), b, working, steps) for name in names]

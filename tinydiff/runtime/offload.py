@@ -26,6 +26,7 @@ from tinydiff.ops.store import (
     loop_names,
     numbered,
 )
+from tinydiff.parallel import cost
 from tinydiff.parallel.plan import Plan, Row
 from tinydiff.records import UserError
 
@@ -124,7 +125,7 @@ def _bringer(
 
 def _check_pinned(rows: list[Row], net: Planned, device: torch.device, pinned: bool) -> None:
     """Raises UserError where more memory would be pinned than this machine has."""
-    size = sum(row.numel * (4 if row.float32 else net.dtype.itemsize) for row in rows)
+    size = cost.weight_bytes(rows, net.dtype.itemsize)
     if device.type == "cuda" and pinned and size > (have := host_bytes()):
         message = (
             f"{net.name} needs {size / 1e9:.1f} GB of pinned memory, and this machine has {have / 1e9:.1f} GB"

@@ -319,6 +319,7 @@ MODEL = obj({
     "dit_precision": string("The precision of the denoiser's weights."),
     "vae_precision": string("The precision of the autoencoder's weights."),
     "precisions": free("The precision of each component's weights."),
+    "quantization": free("The 8-bit types in which weights of components stay, such as fp8."),
     "pipeline_name": string("The model's family."),
     "pipeline_class": string("The pipeline's class in diffusers."),
     "parameters": {"description": "Number of parameters of the denoiser."},

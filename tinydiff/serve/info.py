@@ -116,6 +116,7 @@ def card(service: Service) -> dict[str, Any]:
         "dit_precision": types.get("transformer", types.get("unet")),
         "vae_precision": types.get("vae"),
         "precisions": types,
+        "quantization": dict(plan.quantised),
         "pipeline_name": row.family,
         "pipeline_class": row.pipeline,
         "parameters": row.params,

@@ -160,6 +160,7 @@ def key_maps(record: Record, config: Any) -> tuple[KeyMap, ...]:
 
 def layouts_of(record: Record) -> list[Layout]:
     """The layouts that hold such a network."""
+    record = getattr(record, "plain", None) or record
     return [layout for layout in LAYOUTS if RECORDS[layout.class_name] is record]
 
 

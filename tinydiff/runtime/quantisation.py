@@ -1,0 +1,136 @@
+"""Which weights of a denoiser stay in 8 bits: as their file has them, or as an option asks.
+
+A network whose weights stay quantised has a family of its own, whose `spec` has the types and the rows of the
+scales. So whoever reads rows (loading, sharding, plans, streaming) needs to know nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tinydiff.config import ModelOptions
+from tinydiff.io.weights import eight_bits
+from tinydiff.keymap import KeyMap
+from tinydiff.models.family import Denoiser
+from tinydiff.parallel.placements import block_of
+from tinydiff.parallel.plan import Row, eight_bit_rows
+from tinydiff.records import UserError, nearest
+
+log = logging.getLogger(__name__)
+
+Planned = Any
+"""A network before its weights are there, a `blueprint.NetPlan`."""
+Kinds = Mapping[str, tuple[str, int]]
+"""Row -> (type by torch's name, scales of a row)."""
+
+TYPES = {"fp8": "float8_e4m3fn", "int8": "int8"}
+"""Value of the option -> type by torch's name."""
+NAMES = {"float8_e4m3fn": "fp8", "float8_e5m2": "fp8", "int8": "int8"}
+"""Type by torch's name -> what users call it."""
+
+
+def settled(nets: Mapping[str, Planned], options: ModelOptions) -> dict[str, Planned]:
+    """The networks, the denoisers with the rows of what stays quantised. Raises UserError for options that
+    contradict each other or name no layer.
+    """
+    if options.quantization_ignored_layers and options.quantization not in TYPES:
+        field = "quantization_ignored_layers"
+        message = "leaves layers as they are while others are quantised; --quantization says to what"
+        raise UserError(field, f"{field}: {message}")
+    denoisers = {name: net for name, net in nets.items() if net.family.role == "dit"}
+    if options.quantization == "none":
+        return dict(nets)
+    kinds = [_kinds(net, options) for net in denoisers.values()]
+    both = frozenset.intersection(*(frozenset(each.items()) for each in kinds))
+    if not both:
+        return dict(nets)
+    changed = {name: replace(net, family=keeping(net.family, both)) for name, net in denoisers.items()}
+    for name, net in changed.items():
+        log.info("%s: %d weights stay in %s", name, len(both), of(net.family.spec(net.config)))
+    return dict(nets) | changed
+
+
+def of(rows: Iterable[Row]) -> str | None:
+    """What users call the types in which weights stay; None where none does."""
+    return named(row.stored for row in rows if row.stored is not None)
+
+
+def named(types: Iterable[str]) -> str | None:
+    """The same for torch's names of types."""
+    return " and ".join(dict.fromkeys(NAMES[each] for each in types)) or None
+
+
+def _kinds(net: Planned, options: ModelOptions) -> dict[str, tuple[str, int]]:
+    """How each weight of a denoiser stays that does not stay in the network's own type."""
+    found: dict[str, tuple[str, int]] = {}
+    if net.component.files is not None:
+        with suppress(UserError):  # loading tells it, with all there is to tell
+            found = held(net.family, net.config, net.component.files, net.keys, options.variant)
+    if options.quantization is None:
+        return found
+    able = {row.name for row in matrices(net.family, net.config)}
+    made = able - _ignored(able, options.quantization_ignored_layers)
+    return {name: (TYPES[options.quantization], 1) for name in made} | found
+
+
+def held(
+    family: Denoiser, config: Any, files: Path, keys: KeyMap, variant: str | None = None
+) -> dict[str, tuple[str, int]]:
+    """The matrices of a denoiser's blocks that stay as its files have them. UserError for broken ones."""
+    own: Kinds = eight_bits(files, family.spec(config), keys, variant)
+    able = {row.name: row for row in matrices(family, config)}
+    return {name: own[name] for name in own.keys() & able.keys() if _divides(able[name], own[name][1])}
+
+
+def matrices(family: Denoiser, config: Any) -> Iterator[Row]:
+    """The matrices of a denoiser's blocks, which `ops.linear` alone reads."""
+    blocks = {prefix for _, prefix in family.blocks(config)}
+    for row in family.spec(config):
+        is_matrix = row.name.endswith(".weight") and len(row.shape) == 2 and not row.float32
+        if is_matrix and block_of(row, blocks) is not None:
+            yield row
+
+
+def _divides(row: Row, groups: int) -> bool:
+    """Whether ranks that share a row along its groups of one scale never cut one."""
+    width = row.shape[1] // groups
+    cuts = (*row.parts, row.head) if row.split == 1 and row.head > 1 else row.parts if row.split == 1 else ()
+    return groups == 1 or not any(cut % width for cut in (row.shape[1], *cuts))
+
+
+def _ignored(names: Collection[str], patterns: Iterable[str]) -> set[str]:
+    """The weights whose layers have one of these in their names. Raises UserError for one that none has."""
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in names if fnmatchcase(name.removesuffix(".weight"), f"*{pattern}*")}
+        if not matched:
+            field = "quantization_ignored_layers"
+            parts = {part for name in names for part in name.split(".")[:-1]}
+            message = f"{pattern!r} is in the name of no layer that is quantised{nearest(pattern, parts)}"
+            raise UserError(field, f"{field}: {message}")
+        found |= matched
+    return found
+
+
+@lru_cache(maxsize=64)
+def keeping(family: Denoiser, kinds: frozenset[tuple[str, tuple[str, int]]]) -> Denoiser:
+    """The family with these weights in 8 bits: one object for equal arguments, so that equal networks share
+    compiled graphs.
+    """
+    stays = dict(kinds)
+
+    def spec(config: Any) -> Iterator[Row]:
+        for row in family.spec(config):
+            if row.name in stays:
+                yield from eight_bit_rows(row, *stays[row.name])
+            else:
+                yield row
+
+    return replace(family, spec=spec, plain=family)
