@@ -257,8 +257,8 @@ class ModelOptions:
     """Data types by component: transformer=bf16,vae=fp32."""
     quantization: Literal["fp8", "int8", "none"] | None = None
     """Keep the linear layers of the denoiser's blocks in 8 bits: a weight that its file has in another type
-    is quantised while it loads, with a scale for each output. none decodes all. By default a weight that its
-    file has in fp8, int8 or Q8_0 stays so."""
+    is quantised while it loads, with a scale for each output. none decodes all. By default a weight of the
+    blocks of any denoiser or encoder that its file has in fp8, int8 or Q8_0 stays so."""
     quantization_ignored_layers: tuple[str, ...] = ()
     """Parts of the names of layers that --quantization leaves as they are, such as attn.to_ or ffn."""
     upscaling_model_path: str | None = None

@@ -70,7 +70,7 @@ def told(found: Contents) -> Iterator[str]:
         "prefix": found.prefix,
         "format": found.format,
         "precision": precision(found.precision),
-        "in memory": f"linear layers of the denoiser stay in {found.quantised}" if found.quantised else "",
+        "in memory": f"linear layers stay in {found.quantised}" if found.quantised else "",
         "layers": str(found.layers) if found.layers else "",
         "ranks": ", ".join(map(str, found.ranks)),
         "size": f"{size(found.bytes)} in {count(found.tensors, 'tensor')}, {count(found.files, 'file')}"

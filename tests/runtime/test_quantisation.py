@@ -11,14 +11,13 @@ import torch
 from tests.parallel.pool import on_ranks
 from tests.parallel.test_families import denoised, plan_of, weights
 from tests.runtime.test_adapters import dynamic
-from tests.runtime.test_streaming import FAMILIES, streamed
+from tests.runtime.test_streaming import FAMILIES, QUICK, streamed
 from tinydiff.io.eight_bits import LARGEST, quantised
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.plan import Plan
 from tinydiff.parallel.shards import shard_weights
-from tinydiff.parity.denoisers import DENOISERS
 from tinydiff.runtime.quantisation import keeping, matrices
-from tinydiff.sampling.compile import compiled_denoise, graph_breaks, graph_count
+from tinydiff.sampling.compile import compiled_blocks, graph_breaks, graph_count
 
 TYPES = ("float8_e4m3fn", "float8_e5m2", "int8")
 
@@ -58,7 +57,7 @@ def plain(name, stored="float8_e4m3fn", dtype=torch.float32):
     return denoised(name, Plan(), dtype=dtype, adapt=partial(decoded, stored=stored))
 
 
-@pytest.mark.parametrize("name", DENOISERS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_gives_the_bits_of_decoded_weights(name):
     want = plain(name)
     assert want.isfinite().all() and not torch.equal(want, denoised(name, Plan(), dtype=torch.float32))
@@ -72,13 +71,13 @@ def test_so_does_every_type_in_every_compute_dtype(stored, dtype):
     assert torch.equal(made, plain("FLUX.1", stored, dtype))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", QUICK)
 def test_streamed_blocks_bring_their_scales(name):
     made = denoised(name, Plan(), dtype=torch.float32, adapt=partial(both, streamed))
     assert torch.equal(made, plain(name))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", QUICK)
 def test_adapters_stay_beside_them(name):
     want = denoised(name, Plan(), dtype=torch.float32, adapt=lambda net: dynamic(decoded(net)))
     assert not torch.equal(want, plain(name))
@@ -118,14 +117,14 @@ def test_two_ranks_share_codes_and_scales(layout):
 def test_they_compile_to_as_many_graphs_as_plain_ones_and_once(monkeypatch):
     traced = torch.compile
     monkeypatch.setattr(torch, "compile", lambda fn, **given: traced(fn, **given, backend="eager"))
-    monkeypatch.setattr("tinydiff.sampling.compile._compiled", {})
-    counts = []
+    monkeypatch.setattr("tinydiff.sampling.compile._by_block", {})
+    counts, broken = [], graph_breaks()
     for change in (decoded, kept, kept):
-        before = graph_count()
-        made = denoised("FLUX.1", Plan(), dtype=torch.float32, run=compiled_denoise, adapt=change)
-        assert torch.equal(made, plain("FLUX.1")) and not graph_breaks()
+        before, adapt = graph_count(), lambda net, change=change: streamed(change(net))
+        made = denoised("Wan, text", Plan(), dtype=torch.float32, run=compiled_blocks, adapt=adapt)
+        assert torch.equal(made, plain("Wan, text"))
         counts.append(graph_count() - before)
-    assert counts == [1, 1, 0]
+    assert counts == [1, 1, 0] and graph_breaks() == broken
 
 
 @pytest.mark.parametrize("stored", TYPES)

@@ -190,6 +190,26 @@ def test_rows_of_fused_and_joined_tensors_take_the_scales_of_theirs(tmp_path):
         assert torch.equal(weights[row.name].float() * scale, plain[row.name])
 
 
+def test_an_encoder_keeps_its_type_too(folder, tmp_path):
+    plain = load_file(next((folder / "text_encoder").glob("*.safetensors")))
+    kept, names = dict(plain), set()
+    for key, x in plain.items():
+        if key.startswith("encoder.block.") and x.ndim == 2:
+            codes, scale = quantised("float8_e4m3fn", x)
+            kept |= {key: codes, key.replace("weight", "scale_weight"): scale}
+            names.add(key)
+    save_file(kept, tmp_path / "t5.safetensors")
+    given = {"component_weights_paths": {"text_encoder": str(tmp_path / "t5.safetensors")}}
+    model, whole = loaded(folder, **given), loaded(folder, **given, quantization="none")
+    held = model.nets["text_encoder"].weights
+    assert model.blueprint.quantised == {"text_encoder": "fp8"}
+    assert {key for key, x in held.items() if x.dtype == E4M3} == names and len(names) > 10
+    want = latents(whole)
+    assert torch.equal(latents(model), want) and not torch.equal(want, latents(loaded(folder)))
+    away = loaded(folder, **given, layerwise_offload_components=("text_encoder",))
+    assert torch.equal(latents(away), want)
+
+
 def test_adapters_stay_beside_quantised_weights(folder, tmp_path):
     a, b = torch.randn(2, 24), torch.randn(24, 2)
     name = "transformer.blocks.0.attn1.to_q"

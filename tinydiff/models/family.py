@@ -171,6 +171,8 @@ class Encoder:
     read: Read | None = None
     preprocessor: tuple[str, Callable[[Mapping[str, Any], Config], dict[str, Any]]] | None = None
     """(component of the preprocessor's files, (their entries, config) -> fields of the config)."""
+    plain: Encoder | None = None
+    """As in `Denoiser`."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,7 +52,7 @@ def _whole(w: Weights) -> Tensor:
 
 def embedding(ids: Tensor, w: Weights) -> Tensor:
     """Rows of the layer's table and of its low-rank differences, by ids [B, ...] int64 -> [B, ..., I]."""
-    y, up = F.embedding(ids, w["weight"]), w.get(LORA_B)
+    y, up = F.embedding(ids, _whole(w)), w.get(LORA_B)
     return y if up is None else y + F.linear(_scaled(F.embedding(ids, up), w.lora_scale), w[LORA_A].T)
 
 

@@ -19,7 +19,6 @@ from tinydiff.io.headers import Header
 from tinydiff.io.weights import check_weights, weight_files
 from tinydiff.models import registry, released
 from tinydiff.models.classes import RECORDS
-from tinydiff.models.family import Denoiser
 from tinydiff.models.layouts.recognise import LORA, QUANTISED, Found, config_from, recognise
 from tinydiff.records import UserError, nearest
 from tinydiff.runtime import blueprint, quantisation
@@ -39,7 +38,7 @@ class Contents:
     kind: in words, such as "model directory". format: of the weight files. layout: how their keys are named,
     after `prefix`. model_class: of model_index.json or of the component. role: of a component. models:
     released models that have it or that it looks like. precision: type -> bytes. quantised: the types of 8
-    bits in which weights of the denoiser stay in memory. layers, ranks: of an
+    bits in which weights stay in memory. layers, ranks: of an
     adapter. parts: the components of a model, or the files of a directory. missing: what is needed and not
     there. problems: why it does not run, one sentence each.
     command: runs or uses it.
@@ -174,10 +173,8 @@ def _named(counted: Contents, header: Header, path: Path) -> Contents:
 
 
 def _quantised(found: Found, path: Path) -> str | None:
-    """The types in which weights of a denoiser stay in memory; None where none does."""
+    """The types of 8 bits in which weights stay in memory; None where none does."""
     record, config = RECORDS[found.class_name], config_from(found.class_name, found.entries)
-    if not isinstance(record, Denoiser):
-        return None
     kinds = quantisation.held(record, config, path, found.keys(config))
     return quantisation.named(stored for stored, _ in kinds.values())
 
@@ -302,7 +299,7 @@ def _model(folder: Path, shown: str) -> Contents:
     row, stays = None, None
     try:
         read = blueprint.read(ModelOptions(model_path=str(folder)))
-        row, stays = read.row, read.quantised.get("transformer")
+        row, stays = read.row, " and ".join(dict.fromkeys(read.quantised.values())) or None
         for name, net in read.nets.items():
             if not any(part.path == net.component.name and part.missing for part in parts):
                 problems += _unfit(name, net)

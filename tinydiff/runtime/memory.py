@@ -110,7 +110,9 @@ def parts(subject: Subject) -> tuple[Part, ...]:
     for name, (rows, size) in subject.others.items():
         is_vae = name == "vae"
         need = (
-            subject.decoding[0] or 0 if is_vae else _encoder_working(rows, max(work.text, work.views), size)
+            subject.decoding[0] or 0
+            if is_vae
+            else _encoder_working(rows, max(work.text, work.views), size) + cost.decoded_bytes(rows)
         )
         part = _part(name, rows, numbered(rows), size, need, 1)
         smaller = is_vae and subject.tiled is not None and subject.tiled < need

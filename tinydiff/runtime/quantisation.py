@@ -1,4 +1,4 @@
-"""Which weights of a denoiser stay in 8 bits: as their file has them, or as an option asks.
+"""Which weights of a network stay in 8 bits: as their file has them, or as an option asks.
 
 A network whose weights stay quantised has a family of its own, whose `spec` has the types and the rows of the
 scales. So whoever reads rows (loading, sharding, plans, streaming) needs to know nothing else.
@@ -13,18 +13,20 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tinydiff.config import ModelOptions
 from tinydiff.io.weights import eight_bits
 from tinydiff.keymap import KeyMap
-from tinydiff.models.family import Denoiser
+from tinydiff.models.family import Denoiser, Encoder, Record
+from tinydiff.ops.store import numbered
 from tinydiff.parallel.placements import block_of
 from tinydiff.parallel.plan import Row, eight_bit_rows
 from tinydiff.records import UserError, nearest
 
 log = logging.getLogger(__name__)
 
+R = TypeVar("R", Denoiser, Encoder)
 Planned = Any
 """A network before its weights are there, a `blueprint.NetPlan`."""
 Kinds = Mapping[str, tuple[str, int]]
@@ -37,23 +39,24 @@ NAMES = {"float8_e4m3fn": "fp8", "float8_e5m2": "fp8", "int8": "int8"}
 
 
 def settled(nets: Mapping[str, Planned], options: ModelOptions) -> dict[str, Planned]:
-    """The networks, the denoisers with the rows of what stays quantised. Raises UserError for options that
-    contradict each other or name no layer.
+    """The networks, denoisers and encoders with the rows of what stays quantised. Raises UserError for
+    options that contradict each other or name no layer.
     """
     if options.quantization_ignored_layers and options.quantization not in TYPES:
         field = "quantization_ignored_layers"
         message = "leaves layers as they are while others are quantised; --quantization says to what"
         raise UserError(field, f"{field}: {message}")
-    denoisers = {name: net for name, net in nets.items() if net.family.role == "dit"}
     if options.quantization == "none":
         return dict(nets)
-    kinds = [_kinds(net, options) for net in denoisers.values()]
-    both = frozenset.intersection(*(frozenset(each.items()) for each in kinds))
-    if not both:
-        return dict(nets)
-    changed = {name: replace(net, family=keeping(net.family, both)) for name, net in denoisers.items()}
+    kinds = {name: frozenset(_kinds(net, options).items()) for name, net in nets.items()}
+    experts = [name for name, net in nets.items() if net.family.role == "dit"]
+    kinds |= dict.fromkeys(experts, frozenset.intersection(*(kinds[name] for name in experts)))
+    kept = {name: each for name, each in kinds.items() if each}
+    changed = {
+        name: replace(nets[name], family=keeping(nets[name].family, each)) for name, each in kept.items()
+    }
     for name, net in changed.items():
-        log.info("%s: %d weights stay in %s", name, len(both), of(net.family.spec(net.config)))
+        log.info("%s: %d weights stay in %s", name, len(kept[name]), of(net.family.spec(net.config)))
     return dict(nets) | changed
 
 
@@ -68,12 +71,12 @@ def named(types: Iterable[str]) -> str | None:
 
 
 def _kinds(net: Planned, options: ModelOptions) -> dict[str, tuple[str, int]]:
-    """How each weight of a denoiser stays that does not stay in the network's own type."""
+    """How each weight of a network stays that does not stay in the network's own type."""
     found: dict[str, tuple[str, int]] = {}
     if net.component.files is not None:
         with suppress(UserError):  # loading tells it, with all there is to tell
             found = held(net.family, net.config, net.component.files, net.keys, options.variant)
-    if options.quantization is None:
+    if options.quantization is None or net.family.role != "dit":
         return found
     able = {row.name for row in matrices(net.family, net.config)}
     made = able - _ignored(able, options.quantization_ignored_layers)
@@ -81,18 +84,24 @@ def _kinds(net: Planned, options: ModelOptions) -> dict[str, tuple[str, int]]:
 
 
 def held(
-    family: Denoiser, config: Any, files: Path, keys: KeyMap, variant: str | None = None
+    family: Record, config: Any, files: Path, keys: KeyMap, variant: str | None = None
 ) -> dict[str, tuple[str, int]]:
-    """The matrices of a denoiser's blocks that stay as its files have them. UserError for broken ones."""
-    own: Kinds = eight_bits(files, family.spec(config), keys, variant)
+    """The matrices of a network's blocks that stay as its files have them. UserError for broken ones."""
     able = {row.name: row for row in matrices(family, config)}
+    if not able:
+        return {}
+    own: Kinds = eight_bits(files, family.spec(config), keys, variant)
     return {name: own[name] for name in own.keys() & able.keys() if _divides(able[name], own[name][1])}
 
 
-def matrices(family: Denoiser, config: Any) -> Iterator[Row]:
-    """The matrices of a denoiser's blocks, which `ops.linear` alone reads."""
-    blocks = {prefix for _, prefix in family.blocks(config)}
-    for row in family.spec(config):
+def matrices(family: Record, config: Any) -> Iterator[Row]:
+    """The matrices of the blocks of a denoiser or an encoder, which `ops.linear` alone reads."""
+    rows = list(family.spec(config))
+    if isinstance(family, Denoiser):
+        blocks = {prefix for _, prefix in family.blocks(config)}
+    else:
+        blocks = numbered(rows) if isinstance(family, Encoder) else {}
+    for row in rows:
         is_matrix = row.name.endswith(".weight") and len(row.shape) == 2 and not row.float32
         if is_matrix and block_of(row, blocks) is not None:
             yield row
@@ -120,7 +129,7 @@ def _ignored(names: Collection[str], patterns: Iterable[str]) -> set[str]:
 
 
 @lru_cache(maxsize=64)
-def keeping(family: Denoiser, kinds: frozenset[tuple[str, tuple[str, int]]]) -> Denoiser:
+def keeping(family: R, kinds: frozenset[tuple[str, tuple[str, int]]]) -> R:
     """The family with these weights in 8 bits: one object for equal arguments, so that equal networks share
     compiled graphs.
     """
