@@ -299,10 +299,10 @@ def assumptions(question: PlanOptions, subject: Subject, reserved: float, refere
     """What the numbers assume, one line each."""
     m = question.machine
     yield "Estimated, not measured. Every number is for one GPU; 1 GB is 10^9 bytes."
-    made = question.quantization in ("fp8", "int8")
-    blocks = f" and its blocks in {question.quantization}" if made else ""
-    yield f"weights: all networks stay loaded; denoiser in {question.dit_precision}{blocks},"
-    yield "  text encoders in bf16, image encoder and autoencoder in fp32"
+    yield f"weights: all networks stay loaded; denoiser in {question.dit_precision}, text encoders in bf16,"
+    yield "  image encoder and autoencoder in fp32"
+    if question.quantization in ("fp8", "int8"):
+        yield f"  linear layers of the denoiser's blocks in {question.quantization}"
     yield "activations: what a step needs beside weights, without torch.compile, and what is computed before"
     yield "total: weights, and the larger of activations and decoding;"
     yield f"  {reserved:g} GB more must be free for the driver and libraries"
