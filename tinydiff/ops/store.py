@@ -40,6 +40,10 @@ class Source(Protocol):
         """The weights of a start by their names. They may be overwritten after `ahead` more starts."""
         ...
 
+    def release(self) -> None:
+        """Give back its memory on the device, while nothing is on its way. The next start takes it again."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Store:
@@ -214,6 +218,9 @@ class Mapped:
     def take(self, pending: Future[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {name: x.to(self.device) for name, x in pending.result().items()}
 
+    def release(self) -> None:
+        pass  # it holds none
+
     def _read(self, names: Names) -> dict[str, Tensor]:
         weights = self.read(names)
         for x in weights.values():  # a byte of each page, which reads the page
@@ -277,11 +284,8 @@ class Buckets:
     ahead: int
 
     def __post_init__(self) -> None:
-        largest = max((each.data.nbytes for each in self.buckets.values()), default=0)
         self.stream = torch.cuda.Stream(self.device)
-        self.ring = [
-            torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(self.ahead + 1)
-        ]
+        self.ring = self._buffers()
         every = (*self.buckets.values(), self.rest)
         self.homes = {part.name: (part, each.data) for each in every for part in each.parts}
         self.starts = 0
@@ -289,6 +293,7 @@ class Buckets:
     def start(self, names: Names) -> Names | Copy:
         if names not in self.buckets:
             return names
+        self.ring = self.ring or self._buffers()
         held, slot = self.buckets[names], self.ring[self.starts % len(self.ring)][:]
         self.starts += 1
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -303,6 +308,13 @@ class Buckets:
             return {name: self._alone(name) for name in pending}
         torch.cuda.current_stream(self.device).wait_event(pending.done)
         return {part.name: part.of(pending.bucket.data) for part in pending.bucket.parts}
+
+    def release(self) -> None:
+        self.ring = []
+
+    def _buffers(self) -> list[Tensor]:
+        largest = max((each.data.nbytes for each in self.buckets.values()), default=0)
+        return [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(self.ahead + 1)]
 
     def _alone(self, name: str) -> Tensor:
         part, data = self.homes[name]
@@ -323,6 +335,12 @@ class Berth:
             self.holder = comer
             comer.there.update(comer.bring())
 
+    def leave(self) -> None:
+        """What is there leaves."""
+        if self.holder is not None:
+            self.holder.there.clear()
+        self.holder = None
+
 
 @dataclass(eq=False)
 class Whole:
@@ -338,6 +356,9 @@ class Whole:
     def take(self, pending: Names) -> dict[str, Tensor]:
         self.berth.enter(self)
         return {name: self.there[name] for name in pending}
+
+    def release(self) -> None:
+        self.berth.leave()
 
 
 # --- which names

@@ -20,7 +20,7 @@ from torch import Tensor
 from tinydiff.parallel.plan import ALONE
 from tinydiff.parallel.ranks import Ranks, command_group, describe_failure, from_first, to_all
 from tinydiff.records import RankError, Request
-from tinydiff.runtime import backends, postprocess, preview, torch_state
+from tinydiff.runtime import aside, backends, postprocess, preview, torch_state
 from tinydiff.runtime import blueprint as blueprints
 from tinydiff.runtime.blueprint import Blueprint, Model
 from tinydiff.runtime.continuous import BatchSlot, StepResult, Turn
@@ -56,6 +56,8 @@ class Device:
         # Two threads of one rank may not communicate at once, so a graph is compiled when it is needed.
         self.loop = self.backend.make_loop(max_batch, ranks is None)
         self.model: Model | None = None
+        self._waiting: Model | None = None
+        """The model while it waits in the host's memory."""
         self.failure: RankError | None = None
         """Why the ranks are no longer in step."""
         self._to_colours: Tensor | None = None
@@ -107,12 +109,36 @@ class Device:
         self.model = self.backend.load(self.blueprint, self.ranks)
         self._to_colours = self.backend.fit_colours(self.model)
 
+    def unload(self, keep: bool) -> bool:
+        """Remove the model from the device. keep: its weights wait in the host's memory, if that has room.
+
+        Returns whether they do.
+        """
+        waits = keep and aside.can_wait(self.loaded(), 1 if self.ranks is None else self.ranks.layout.size)
+        self._unload(waits)
+        return waits
+
     @on_all_ranks
-    def unload(self) -> None:
-        """Remove the model from the device."""
-        self.model = None
+    def _unload(self, waits: bool) -> None:
+        model, self.model = self.loaded(), None
+        aside.release(model)
+        if waits:
+            self._waiting = aside.moved(model, aside.HOST, pinned=model.blueprint.pinned is not False)
+        del model
         postprocess.unload()
         give_memory_back()
+
+    @property
+    def waits(self) -> bool:
+        """Whether the model waits in the host's memory, so that `wake` brings it back."""
+        return self._waiting is not None
+
+    @on_all_ranks
+    def wake(self) -> None:
+        """Bring the waiting model back, with the adapters that it had."""
+        assert self._waiting is not None, "asked where a model waits"
+        self.model = aside.moved(self._waiting, self.blueprint.device)
+        self._waiting = None
 
     @on_all_ranks
     def attach(self, adapters: tuple[Read, ...]) -> None:

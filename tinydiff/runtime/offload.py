@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ from tinydiff.parallel.plan import Plan, Row
 from tinydiff.records import UserError
 
 log = logging.getLogger(__name__)
+
+MEMORY = Path("/proc/meminfo")
+"""Where Linux says how much memory is free."""
 
 Planned = Any
 """A network before its weights are there, a `blueprint.NetPlan`."""
@@ -136,3 +140,10 @@ def _check_pinned(rows: list[Row], net: Planned, device: torch.device, pinned: b
 def host_bytes() -> int:
     """Bytes of memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_host_bytes() -> int:
+    """Bytes of memory that this process may take, pages that only cache files among them."""
+    lines = MEMORY.read_text().splitlines() if MEMORY.exists() else []
+    kilobytes = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return host_bytes() if kilobytes is None else 1024 * int(kilobytes)

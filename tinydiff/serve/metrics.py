@@ -75,6 +75,9 @@ class Metrics:
         )
         self._recompiles = Counter("tinydiff_recompiles", "Compiled graphs.", registry=own)
         self._peak = Gauge("tinydiff_peak_memory_bytes", "Peak memory of the device in bytes.", registry=own)
+        self._loaded = Gauge(
+            "tinydiff_model_loaded", "1 while the model is on the device, 0 while it sleeps.", registry=own
+        )
         self._requests = Counter(
             "tinydiff_http_requests", "Requests answered.", ("route", "method", "status"), registry=own
         )
@@ -122,6 +125,10 @@ class Metrics:
     def peak_memory(self, count: int) -> None:
         """Set the peak memory of the device in bytes."""
         self._peak.set(count)
+
+    def loaded(self, is_loaded: bool) -> None:
+        """Set whether the model is on the device."""
+        self._loaded.set(is_loaded)
 
     def request(self, route: str | None, method: str, status: int, seconds: float) -> None:
         """Count an answered request. route: its template, not its URL; None for an unknown route."""

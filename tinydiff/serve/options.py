@@ -92,6 +92,10 @@ class ServeOptions:
     """Denoising steps of the warm-up generations; 0 skips the warm-up."""
     idle_unload: float | None = within(None, above=0)
     """Seconds without a request after which the weights are unloaded. The next request loads them again."""
+    unload_to: Literal["host", "nothing"] = "host"
+    """Where weights of a GPU go when they are unloaded: to the host's memory, if it has room, or to nothing.
+    From nothing they come back by being read from their files again.
+    """
     http_threads: int = within(128, least=2, most=4096)
     """Number of requests that are answered at once, including those that wait for an image."""
     http_graceful_shutdown_timeout: float = within(30.0, least=0)

@@ -66,9 +66,11 @@ class DeviceScheduler:
         adapters: Adapters,
         uploader: Uploader | None = None,
         ranks: Ranks | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """request_of: a job's admitted request; raises UserError. adapters: what LoRA adapters are loaded.
-        uploader: gets finished outputs. ranks: this rank, which leads, among several.
+        uploader: gets finished outputs. ranks: this rank, which leads, among several. clock: in seconds, for
+        idle_unload.
         """
         self.options, self.blueprint, self.metrics = options, blueprint, metrics
         self.store, self.files, self.uploader = store, files, uploader
@@ -82,7 +84,7 @@ class DeviceScheduler:
         self._cancelled: set[str] = set()
         self._state = State("loading", 0, 0, None, "")
         self._asleep = self._ending = False
-        self._last_used, self._compiled = time.monotonic(), 0
+        self.clock, self._last_used, self._compiled = clock, clock(), 0
         self._savers = ThreadPoolExecutor(2, "saver")
         self._job_ended = threading.Condition()
         self._wake_up, self._closing = threading.Event(), threading.Event()
@@ -150,7 +152,8 @@ class DeviceScheduler:
         return 1000 if eta is None else min(10_000, max(200, int(eta * 250)))
 
     def state(self) -> State:
-        return self._state
+        idle = self._state.phase == "ready" and self.device.model is None
+        return self._state._replace(phase="asleep") if idle else self._state
 
     def sleep(self) -> None:
         if self._jobs or self.store.counts().get("queued", 0):
@@ -159,7 +162,7 @@ class DeviceScheduler:
         self._wake_up.set()
 
     def wake(self) -> None:
-        self._asleep, self._last_used = False, time.monotonic()
+        self._asleep, self._last_used = False, self.clock()
         self._wake_up.set()
 
     def figures(self) -> Mapping[str, Any]:
@@ -227,10 +230,14 @@ class DeviceScheduler:
         """The model, loaded onto the device unless it is there."""
         if self.device.model is None:
             started = time.perf_counter()
-            self.device.load()
-            self._attached = ()
+            if self.device.waits:
+                self.device.wake()
+            else:
+                self.device.load()
+                self._attached = ()
             seconds = time.perf_counter() - started
             self.metrics.stage("load", seconds)
+            self.metrics.loaded(True)
             log.info("%s loaded in %.1f s", self.blueprint.row.name, seconds)
         if (adapters := self.adapters.now()) is not self._attached:
             self.device.attach(adapters)
@@ -262,7 +269,7 @@ class DeviceScheduler:
             if not self._jobs and self.options.batching_delay_ms:
                 # Wait for requests that come together.
                 self._closing.wait(self.options.batching_delay_ms / 1000)
-            self._last_used = time.monotonic()
+            self._last_used = self.clock()
             self.events.open(job)
             try:
                 request, model = self.request_of(job), self._load()
@@ -306,7 +313,7 @@ class DeviceScheduler:
 
     def _step(self) -> None:
         result = self.device.step()
-        self._last_used = time.monotonic()
+        self._last_used = self.clock()
         if result.error is not None:
             self._fail(result.slots[0].job, result.error)
             return
@@ -361,10 +368,12 @@ class DeviceScheduler:
         The weights are unloaded on request, or after `idle_unload` seconds without a job. The next job loads
         them again.
         """
-        unused = self.options.idle_unload and time.monotonic() - self._last_used > self.options.idle_unload
+        unused = self.options.idle_unload and self.clock() - self._last_used > self.options.idle_unload
         if self.device.model is not None and not self._jobs and (self._asleep or unused):
-            self.device.unload()
-            log.info("the weights were unloaded from the device")
+            waits = self.device.unload(keep=self.options.unload_to == "host")
+            self.metrics.loaded(False)
+            where = " to the host's memory" if waits else ""
+            log.info("the weights were unloaded from the device%s", where)
         if self._asleep:
             self._set_phase("asleep")
             self._asleep = not (retried(self.store.counts, self._closing) or {}).get("queued", 0)
