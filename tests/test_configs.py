@@ -9,13 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import presets
 from tests.runtime.folders import released
 from tests.sources import ROOT
 from tinydiff import cli, config
 from tinydiff.models.recipe import refined
 from tinydiff.models.registry import find
 from tinydiff.records import UserError
-from tinydiff.runtime import blueprint, pipeline
+from tinydiff.runtime import blueprint, estimate, memory, pipeline
 from tinydiff.runtime.admit import admit
 
 PRESETS = {path.stem: path for path in sorted((ROOT / "configs").glob("*"))}
@@ -88,6 +89,23 @@ def test_ltx2_in_two_stages_takes_the_published_noise_levels_as_they_are(tmp_pat
         UserError, match=r"width: 1568 is not a multiple of 64, .* the nearest: 1536 and 1600"
     ):
         admit(plan, replace(preset.sampling, width=1568))
+
+
+@pytest.mark.parametrize("card", presets.CARDS)
+def test_the_preset_of_a_gpu_is_the_plans_and_fits(card):
+    assert presets.path(card).read_text() == presets.text(card), "run benchmarks/presets.py"
+    preset, (subject, plan) = options(f"gpu-{card}gb").model, presets.planned(card)
+    names = ("component_residency", "layerwise_resident_layers", "vae_tiling")
+    asked = estimate.blueprint_of(preset.model_path, {name: getattr(preset, name) for name in names})
+    where = {name: net.residency for name, net in asked.nets.items()}
+    held = memory.choose(memory.parts(subject), card, "manual", where, tiling=asked.tiling)
+    assert held.fits and (held.peak, held.moved, held.tiles) == (plan.peak, plan.moved, plan.tiles)
+    assert f"`configs/gpu-{card}gb.yaml`" in (ROOT / "docs" / "memory.md").read_text()
+
+
+def test_there_is_a_preset_for_every_size_of_gpu():
+    assert {name for name in PRESETS if name.startswith("gpu-")} == {f"gpu-{n}gb" for n in presets.CARDS}
+    assert list(presets.CARDS) == [8, 12, 16, 24, 48, 80]
 
 
 @pytest.mark.parametrize("steps", [4, 8])
