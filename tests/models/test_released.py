@@ -6,7 +6,7 @@ parameter counts), `tests/data/released` a file of keys and shapes per kind of c
 `{0,2}` standing for numbers. The keys are those of the reference classes built from the released configs;
 where released files spell them otherwise, `spellings` says how. FLUX.2-Tiny-AutoEncoder's class is in no
 library: its keys are those of the layers that its repository describes. Wan2.2-S2V is not here: its files
-have another layout and are not supported.
+have another layout; `test_wan_s2v.py` has its keys.
 """
 
 import functools

@@ -148,11 +148,13 @@ CONDS = (
 """The tensors of a request that belong to no block."""
 
 
-def _time(c: Config, w: Weights, t_S: Tensor) -> tuple[Tensor, Tensor]:
+def _time(c: Config, w: Weights, t_S: Tensor, angles: torch.dtype) -> tuple[Tensor, Tensor]:
     """Timesteps [S] -> time embedding [S, D] and the six modulations of all blocks [S, 6, D]."""
     w = w / "condition_embedder"
     e = w / "time_embedder"
-    sinusoid = timestep_embedding(t_S, c.freq_dim).to(torch.promote_types(w.dtype, torch.float32))
+    sinusoid = timestep_embedding(t_S, c.freq_dim, dtype=angles).to(
+        torch.promote_types(w.dtype, torch.float32)
+    )
     time = linear(F.silu(linear(sinusoid, e / "linear_1")), e / "linear_2").to(w.dtype)
     return time, torch.unflatten(linear(F.silu(time), w / "time_proj"), -1, (6, -1))
 
@@ -169,13 +171,20 @@ def _image(c: Config, w: Weights, image: Tensor) -> Tensor:
     return layer_norm(y, w / "norm2", 1e-5)
 
 
-def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tensor) -> tuple[Tensors, Tensors]:
+def hoist(
+    c: Config,
+    plan: Plan,
+    w: Weights,
+    inputs: Tensors,
+    timesteps_S: Tensor,
+    angles: torch.dtype = torch.float32,
+) -> tuple[Tensors, Tensors]:
     """Everything that depends only on the request and the table -> (request's tensors, steps' tensors).
 
     inputs: `text` [B, T, text_dim], `positions` [L, 3] of the tokens on the latent grid and, where the
     variant has them: `image` [B, N, image_dim], CLIP's tokens; `concat` [B, L, P'], channels beside the
     latents; `frozen` [1, L, 1] bool, the tokens of input frames, at timestep 0. timesteps_S: sigma *
-    1000.
+    1000. angles: the type of sinusoids and rope tables, float32 as diffusers has them.
     """
     embed = w / "condition_embedder"
     text = embed / "text_embedder"
@@ -186,7 +195,7 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
     third = 2 * (c.attention_head_dim // 6)
     rope = rope_table(inputs["positions"], (c.attention_head_dim - 2 * third, third, third))
-    cos, sin = (table.float() for table in rope)  # float32, as the reference keeps its tables
+    cos, sin = (table.to(angles) for table in rope)
     request = {"cos": cos, "sin": sin} | {
         name: inputs[name] for name in ("concat", "frozen") if name in inputs
     }
@@ -202,9 +211,10 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
             request[f"{at}.attn2.image_k"] = torch.unflatten(key, -1, heads)
             request[f"{at}.attn2.image_v"] = torch.unflatten(linear(image, a / "add_v_proj"), -1, heads)
 
-    time, modulation = _time(c, w, timesteps_S)
+    time, modulation = _time(c, w, timesteps_S, angles)
     if "frozen" in inputs:
-        request["frozen_time"], request["frozen_modulation"] = _time(c, w, torch.zeros_like(timesteps_S[:1]))
+        zero = torch.zeros_like(timesteps_S[:1])
+        request["frozen_time"], request["frozen_modulation"] = _time(c, w, zero, angles)
     return request, {"time": time[:, None], "modulation": modulation[:, None]}
 
 
