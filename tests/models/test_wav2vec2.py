@@ -108,3 +108,23 @@ def test_another_sample_rate_is_one_sentence():
 
 def test_its_classes_are_known():
     assert RECORDS["Wav2Vec2ForCTC"] is RECORDS["Wav2Vec2Model"] is wav2vec2.FAMILY
+
+
+RELEASED = {
+    "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
+    "feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True, "vocab_size": 33,
+    "layer_norm_eps": 1e-5, "apply_spec_augment": True, "final_dropout": 0.0,
+}  # fmt: skip
+"""Of wav2vec2-large-xlsr-53-english, which Wan2.2 speech to video reads."""
+
+
+def test_every_key_of_the_released_encoder_is_a_row_or_known_as_unread():
+    c = wav2vec2.config_from(RELEASED, "Wav2Vec2ForCTC")
+    with torch.device("meta"):
+        model = Wav2Vec2ForCTC(Wav2Vec2Config(**RELEASED))
+    row = wav2vec2.key_map(c).row
+    rows = {row(key): tuple(x.shape) for key, x in model.state_dict().items()}
+    assert {name: shape for name, shape in rows.items() if name} == shapes(wav2vec2.spec(c))
+    idle = {key for key in model.state_dict() if row(key) is None}
+    assert idle == {"lm_head.weight", "lm_head.bias", "wav2vec2.masked_spec_embed"}
+    assert c.states == 25 and c.vectors(16000) == 49
