@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from tests.runtime import folders
 from tests.sources import PACKAGE, ROOT
 from tinydiff import cli
-from tinydiff.describe import as_json, told
+from tinydiff.describe import as_json, lines
 from tinydiff.keymap import KeyMap, stored_rows
 from tinydiff.models.classes import RECORDS
 from tinydiff.models.layouts.recognise import LAYOUTS, config_from
@@ -75,9 +75,9 @@ def test_a_whole_model():
     }
     assert parts["transformer"].role == "dit" and parts["transformer"].bytes == 2 * 2_457_184
     assert dict(found.precision) == {"F16": found.bytes} and found.bytes == sum(p.bytes for p in found.parts)
-    lines = list(told(found))
-    assert lines[0] == "tinydiff/shapes: model directory" and "  precision   F16" in lines
-    assert any(line.split()[:4] == ["transformer", "WanTransformer3DModel", "4.9", "MB"] for line in lines)
+    shown = list(lines(found))
+    assert shown[0] == "tinydiff/shapes: model directory" and "  precision   F16" in shown
+    assert any(line.split()[:4] == ["transformer", "WanTransformer3DModel", "4.9", "MB"] for line in shown)
 
 
 def test_what_is_missing_is_said_and_no_command_given(model):
@@ -446,13 +446,13 @@ def test_the_command(capsys, model):
         and printed["parts"][0]["model_class"] == "UniPCMultistepScheduler"
     )
     assert cli.main(["inspect", str(model)]) == 0
-    assert capsys.readouterr().out.splitlines() == list(told(contents(str(model))))
+    assert capsys.readouterr().out.splitlines() == list(lines(contents(str(model))))
 
 
 def test_what_the_page_shows_is_printed():
     page = (ROOT / "docs" / "inspect.md").read_text(encoding="utf-8")
     shown = page.split("$ tinydiff inspect tinydiff/shapes\n")[1].split("\n```")[0]
-    assert shown.splitlines() == list(told(contents("tinydiff/shapes")))
+    assert shown.splitlines() == list(lines(contents("tinydiff/shapes")))
     assert set(re.findall(r"`(\w+)`", page.split("`--json`")[1])) <= {each.name for each in fields(Contents)}
 
 

@@ -112,11 +112,11 @@ def _structure(about: StructTypeInfo) -> StructConstructorSpec | None:
         return None
     defaults = about.default if isinstance(about.default, record) else record()
 
-    def make(**given: Any) -> Any:
-        return _overridden(defaults, given)
+    def make(**chosen: Any) -> Any:
+        return _overridden(defaults, chosen)
 
     make.__doc__ = record.__doc__  # the head of its box in the help
-    parts = (
+    fields = (
         StructFieldSpec(
             entry.name,
             _typed(entry, kind),
@@ -125,15 +125,15 @@ def _structure(about: StructTypeInfo) -> StructConstructorSpec | None:
         )
         for entry, kind in values.options_of(record)
     )
-    return StructConstructorSpec(make, tuple(parts))
+    return StructConstructorSpec(make, tuple(fields))
 
 
-def _overridden(defaults: Any, given: dict[str, Any]) -> Any:
+def _overridden(defaults: Any, chosen: dict[str, Any]) -> Any:
     """`defaults` with the given fields; a map is added to that of `defaults`."""
-    for name, value in given.items():
+    for name, value in chosen.items():
         if isinstance(value, dict):
-            given[name] = {**getattr(defaults, name), **value}
-    return replace(defaults, **given)
+            chosen[name] = {**getattr(defaults, name), **value}
+    return replace(defaults, **chosen)
 
 
 @cache
@@ -151,7 +151,7 @@ def _typed(entry: Field[Any], kind: Any) -> Any:
         metavar=place,
         instance_from_str=partial(_value, entry, kind),
         is_instance=lambda value: True,
-        str_from_instance=_shown,
+        str_from_instance=_default_text,
     )
     # `values` checks the type. tyro would check the default too, with a library that takes longer to import
     # than the help takes to print.
@@ -166,7 +166,7 @@ def _value(entry: Field[Any], kind: Any, normal: list[str]) -> Any:
         raise _Mistake(error) from error
 
 
-def _shown(value: Any) -> list[str]:
+def _default_text(value: Any) -> list[str]:
     """A default as the help shows it."""
     if value is None or isinstance(value, Mapping):
         return []

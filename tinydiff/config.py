@@ -414,7 +414,7 @@ def normalise(argv: Sequence[str]) -> tuple[Options, list[str]]:
 
     Raises UserError.
     """
-    file, typed = flags.given(argv, NAMES)
+    file, typed = flags.from_command_line(argv, NAMES)
     others = {name: value for name, value in flags.merged(file, typed).items() if name not in NAMES}
     own = {name: value for name, value in typed.items() if name in NAMES}
     return _with_others(filled(Options, file), others), command_line.words(Options, own)
@@ -422,24 +422,24 @@ def normalise(argv: Sequence[str]) -> tuple[Options, list[str]]:
 
 def options(entries: Mapping[str, Any]) -> Options:
     """The options of a library call: names with dashes or underscores, and their values. Raises UserError."""
-    given = flags.collect(entries.items(), NAMES)
-    others = {name: value for name, value in given.items() if name not in NAMES}
-    return checked(_with_others(filled(Options, given), others))
+    collected = flags.collect(entries.items(), NAMES)
+    others = {name: value for name, value in collected.items() if name not in NAMES}
+    return checked(_with_others(filled(Options, collected), others))
 
 
-def _with_others(made: Options, others: Mapping[str, Any]) -> Options:
+def _with_others(parsed: Options, others: Mapping[str, Any]) -> Options:
     """The options, with what SGLang's other flags ask for refused or ignored."""
     sentences = [flags.refusal(name, value) for name, value in others.items() if name not in flags.SERVER]
     refusals = tuple(sentence for sentence in sentences if sentence)
-    return replace(made, refusals=refusals, ignored=tuple(name for name in others if name in flags.SERVER))
+    return replace(parsed, refusals=refusals, ignored=tuple(name for name in others if name in flags.SERVER))
 
 
-def checked(made: Options) -> Options:
+def checked(parsed: Options) -> Options:
     """The options, if they fit together. Raises UserError for what no single option shows."""
-    if made.output.output_path == "":
-        made = replace(made, output=replace(made.output, save_output=False))
-    _check_combinations(made)
-    return made
+    if parsed.output.output_path == "":
+        parsed = replace(parsed, output=replace(parsed.output, save_output=False))
+    _check_combinations(parsed)
+    return parsed
 
 
 def seeds(sampling: SamplingOptions, prompt: int) -> tuple[int, ...]:

@@ -34,23 +34,23 @@ def run(options: InspectOptions) -> int:
         raise UserError("path", "path: is missing; give a file, a directory or a hub id")
     from tinydiff.runtime.contents import contents  # torch, for those who get here
 
-    found = contents(options.path)
+    item = contents(options.path)
     if options.json:
-        print(json.dumps(as_json(found), indent=2, ensure_ascii=False))
+        print(json.dumps(as_json(item), indent=2, ensure_ascii=False))
     else:
-        print("\n".join(told(found)))
+        print("\n".join(lines(item)))
     return 0
 
 
-def as_json(found: Contents) -> dict[str, Any]:
+def as_json(item: Contents) -> dict[str, Any]:
     """Every fact that is known."""
-    return {name: _known(value) for name, value in asdict(found).items() if value not in NOTHING}
+    return {name: _jsonable(value) for name, value in asdict(item).items() if value not in NOTHING}
 
 
-def _known(value: Any) -> Any:
+def _jsonable(value: Any) -> Any:
     if isinstance(value, tuple):
         return [
-            {name: _known(each) for name, each in item.items() if each not in NOTHING}
+            {name: _jsonable(each) for name, each in item.items() if each not in NOTHING}
             if isinstance(item, dict)
             else item
             for item in value
@@ -58,37 +58,37 @@ def _known(value: Any) -> Any:
     return value
 
 
-def told(found: Contents) -> Iterator[str]:
+def lines(item: Contents) -> Iterator[str]:
     """The facts as lines, the parts as a table."""
-    yield f"{found.path}: {found.kind}"
+    yield f"{item.path}: {item.kind}"
     facts = {
-        "class": found.model_class,
-        "role": found.role,
-        "family": found.family,
-        "looks like": ", ".join(found.models),
-        "layout": found.layout,
-        "prefix": found.prefix,
-        "format": found.format,
-        "precision": precision(found.precision),
-        "in memory": f"linear layers stay in {found.quantised}" if found.quantised else "",
-        "layers": str(found.layers) if found.layers else "",
-        "ranks": ", ".join(map(str, found.ranks)),
-        "size": f"{size(found.bytes)} in {count(found.tensors, 'tensor')}, {count(found.files, 'file')}"
-        if found.tensors
+        "class": item.model_class,
+        "role": item.role,
+        "family": item.family,
+        "looks like": ", ".join(item.models),
+        "layout": item.layout,
+        "prefix": item.prefix,
+        "format": item.format,
+        "precision": precision(item.precision),
+        "in memory": f"linear layers stay in {item.quantised}" if item.quantised else "",
+        "layers": str(item.layers) if item.layers else "",
+        "ranks": ", ".join(map(str, item.ranks)),
+        "size": f"{size(item.bytes)} in {count(item.tensors, 'tensor')}, {count(item.files, 'file')}"
+        if item.tensors
         else "",
     }
     yield from (f"  {name:<12}{value}" for name, value in facts.items() if value)
-    if found.parts:
+    if item.parts:
         yield "  holds"
-        yield from (f"    {line}" for line in _table([_cells(part) for part in found.parts]))
-    for part in found.parts:
-        yield from (f"  problem     {part.path}: {said}" for said in part.problems)
-    for name, value in found.metadata.items():
+        yield from (f"    {line}" for line in _table([_cells(part) for part in item.parts]))
+    for part in item.parts:
+        yield from (f"  problem     {part.path}: {problem}" for problem in part.problems)
+    for name, value in item.metadata.items():
         yield f"  metadata    {name}: {value}"
-    yield from (f"  missing     {what}" for what in found.missing)
-    yield from (f"  problem     {what}" for what in found.problems)
-    if found.command:
-        yield f"  run it      {found.command}"
+    yield from (f"  missing     {what}" for what in item.missing)
+    yield from (f"  problem     {what}" for what in item.problems)
+    if item.command:
+        yield f"  run it      {item.command}"
 
 
 def _cells(part: Contents) -> tuple[str, ...]:

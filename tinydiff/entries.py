@@ -73,87 +73,87 @@ def _kinds(record: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(record)}
 
 
-def value(name: str, kind: Any, given: Any) -> Any:
-    """`given` as the annotated type `kind`. Raises ValueError, one sentence, naming the field."""
+def value(name: str, kind: Any, entry: Any) -> Any:
+    """`entry` as the annotated type `kind`. Raises ValueError, one sentence, naming the field."""
     try:
-        return _read(kind, given, *_bounds(name))
+        return _read(kind, entry, *_bounds(name))
     except ValueError as error:
-        raise ValueError(f"{name} is {_shown(given)}; it must be {error}") from None
+        raise ValueError(f"{name} is {_brief(entry)}; it must be {error}") from None
 
 
-def mapping(name: str, given: object) -> Mapping[str, Any]:
+def mapping(name: str, entry: object) -> Mapping[str, Any]:
     """An entry that must be an object. Raises ValueError, one sentence, naming the field."""
-    if not is_object(given):
-        raise ValueError(f"{name} is {given!r}; it must be an object")
-    return given
+    if not is_object(entry):
+        raise ValueError(f"{name} is {entry!r}; it must be an object")
+    return entry
 
 
-def is_object(given: object) -> TypeGuard[Mapping[str, Any]]:
+def is_object(entry: object) -> TypeGuard[Mapping[str, Any]]:
     """Whether a value of a JSON file is an object."""
-    return isinstance(given, Mapping)
+    return isinstance(entry, Mapping)
 
 
 def _bounds(name: str) -> tuple[float, float]:
-    found = (bounds for pattern, bounds in BOUNDS.items() if fnmatchcase(name, pattern))
-    return next(found, (-math.inf, math.inf))
+    matching = (bounds for pattern, bounds in BOUNDS.items() if fnmatchcase(name, pattern))
+    return next(matching, (-math.inf, math.inf))
 
 
-def _read(kind: Any, given: Any, least: float, most: float) -> Any:
+def _read(kind: Any, entry: Any, least: float, most: float) -> Any:
     """The value, or ValueError with what is allowed."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return _one_of(inner, given, least, most)
+        return _one_of(inner, entry, least, most)
     if origin is tuple:
-        return _listed(inner, given, least, most)
+        return _listed(inner, entry, least, most)
     if is_dataclass(kind) or origin is not None:
         wanted: Any = kind if origin is None else origin
-        if not isinstance(given, wanted):
+        if not isinstance(entry, wanted):
             raise ValueError("an object")
-        return given
+        return entry
     if kind is int or kind is float:
-        return _number(kind, given, least, most)
-    if not isinstance(given, kind):
+        return _number(kind, entry, least, most)
+    if not isinstance(entry, kind):
         raise ValueError(SHOWN[kind])
-    return given
+    return entry
 
 
-def _one_of(kinds: tuple[Any, ...], given: Any, least: float, most: float) -> Any:
-    if given is None and NoneType in kinds:
+def _one_of(kinds: tuple[Any, ...], entry: Any, least: float, most: float) -> Any:
+    if entry is None and NoneType in kinds:
         return None
     allowed = []
     for kind in kinds:
         if kind is not NoneType:
             try:
-                return _read(kind, given, least, most)
+                return _read(kind, entry, least, most)
             except ValueError as error:
                 allowed.append(str(error))
     raise ValueError(" or ".join([*allowed, *(["null"] if NoneType in kinds else [])]))
 
 
-def _listed(inner: tuple[Any, ...], given: Any, least: float, most: float) -> tuple[Any, ...]:
+def _listed(inner: tuple[Any, ...], entry: Any, least: float, most: float) -> tuple[Any, ...]:
     many = inner[-1] is Ellipsis
     kinds = set(inner) - {Ellipsis}
     assert len(kinds) == 1, "a list holds values of one type"
     [kind] = kinds
-    if not isinstance(given, list | tuple) or (not many and len(given) != len(inner)):
+    if not isinstance(entry, list | tuple) or (not many and len(entry) != len(inner)):
         raise ValueError(f"a list of {'values' if many else len(inner)}, each {_allowed(kind, least, most)}")
     try:
-        return tuple(_read(kind, each, least, most) for each in given)
+        return tuple(_read(kind, each, least, most) for each in entry)
     except ValueError as error:
         raise ValueError(f"a list of values, each {error}") from None
 
 
-def _number(kind: type, given: Any, least: float, most: float) -> Any:
+def _number(kind: type, entry: Any, least: float, most: float) -> Any:
     least, most = _limits(kind, least, most)
-    number = isinstance(given, int | float) and not isinstance(given, bool) and -math.inf < given < math.inf
+    number = isinstance(entry, int | float) and not isinstance(entry, bool) and -math.inf < entry < math.inf
     if (
         not number
-        or (kind is int and given != int(given))
-        or not least <= given <= most
-        or abs(given) > LARGEST
+        or (kind is int and entry != int(entry))
+        or not least <= entry <= most
+        or abs(entry) > LARGEST
     ):
         raise ValueError(_allowed(kind, least, most))
-    return kind(given)
+    return kind(entry)
 
 
 def _limits(kind: Any, least: float, most: float) -> tuple[float, float]:
@@ -171,6 +171,6 @@ def _allowed(kind: Any, least: float, most: float) -> str:
     return " ".join([SHOWN.get(kind, "a value"), " and ".join(bounds)]).strip()
 
 
-def _shown(given: Any) -> str:
-    text = repr(given)
+def _brief(entry: Any) -> str:
+    text = repr(entry)
     return text if len(text) <= 60 else f"{text[:57]}..."

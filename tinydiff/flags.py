@@ -111,18 +111,18 @@ def of_tool(argv: Sequence[str], record: type) -> dict[str, Any]:
     loose = next((entry.name for entry, _ in options_of(record) if is_positional(entry)), "")
     words, pairs = [], []
     for name, values in tokens([f"--{loose}", *argv]):
-        given = [] if values is True else values
-        takes = kinds.get(name.replace("-", "_")) is not bool or given[:1] in (["true"], ["false"])
+        typed = [] if values is True else values
+        takes = kinds.get(name.replace("-", "_")) is not bool or typed[:1] in (["true"], ["false"])
         own = int(takes and name != loose)
-        words += given[own:]
+        words += typed[own:]
         if name != loose:
-            pairs.append((name, given[:own] or True))
+            pairs.append((name, typed[:own] or True))
     if words and not loose:
         raise UserError("command", f"unexpected {shown(words[0])}; this command takes flags only")
     return collect([(loose, words)] * bool(words) + pairs, kinds, dashes=True, foreign=False)
 
 
-def given(
+def from_command_line(
     argv: Sequence[str], names: Collection[str], repeatable: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the `--config FILE` of a command line gives, and what the command line itself does, as `collect`.
@@ -186,8 +186,8 @@ def collect(
 
 def _exists(name: str) -> bool:
     """Whether `name` is a spelling of some option of SGLang."""
-    known = (SPELLINGS, SERVER, unsupported.OPTIONS)
-    return any(name in each for each in known) or _is_map(name) or _component(name) is not None
+    spellings = (SPELLINGS, SERVER, unsupported.OPTIONS)
+    return any(name in each for each in spellings) or _is_map(name) or _component(name) is not None
 
 
 def _is_map(name: str) -> bool:
@@ -251,10 +251,10 @@ def refusal(name: str, value: Any) -> str | None:
     """The sentence that refuses an unsupported option; None where `value` turns its feature off."""
     feature, inert = unsupported.OPTIONS[name]
     value = of_python(value)
-    parts = value.values() if name in unsupported.MAPS else [value]
-    if all(_normal(_spelled(part)) in (*inert, "") for part in parts):
+    each_value = value.values() if name in unsupported.MAPS else [value]
+    if all(_normal(_spelled(part)) in (*inert, "") for part in each_value):
         return None
-    return f"{name}: {shown(_spelled(value))} cannot be used; {unsupported.said(feature)}"
+    return f"{name}: {shown(_spelled(value))} cannot be used; {unsupported.sentence(feature)}"
 
 
 def _normal(text: str) -> str:

@@ -104,21 +104,21 @@ def resolve(
     claims: dict[str, list[Claim]] = {name: [] for name in roles}
     for name, claim in _claims(options, roles):
         claims[name].append(claim)
-    found = {name: _settled(name, each) for name, each in claims.items()}
-    return {name: _tuned(name, each, options, roles, blocks[name]) for name, each in found.items()}
+    settled = {name: _settled(name, each) for name, each in claims.items()}
+    return {name: _tuned(name, each, options, roles, blocks[name]) for name, each in settled.items()}
 
 
 def excluded(options: ModelOptions, roles: Mapping[str, str]) -> dict[str, set[Kind]]:
     """Component -> the kinds that an option rules out."""
-    found: dict[str, set[Kind]] = {name: set() for name in roles}
+    ruled_out: dict[str, set[Kind]] = {name: set() for name in roles}
     for name, claim in _claims(options, roles):
         if claim.without is not None:
-            found[name].add(claim.without)
-    return found
+            ruled_out[name].add(claim.without)
+    return ruled_out
 
 
 def smallest(
-    found: Mapping[str, Residency], ruled_out: Mapping[str, set[Kind]], blocks: Mapping[str, int]
+    residencies: Mapping[str, Residency], ruled_out: Mapping[str, set[Kind]], blocks: Mapping[str, int]
 ) -> dict[str, Residency]:
     """The residencies of performance_mode memory: what no option asks for is streamed, or else offloaded."""
 
@@ -129,7 +129,7 @@ def smallest(
         left: list[Kind] = [kind for kind in kinds if kind not in ruled_out[name]]
         return Residency(left[0], option="performance_mode") if left else where
 
-    return {name: chosen(name, where) for name, where in found.items()}
+    return {name: chosen(name, where) for name, where in residencies.items()}
 
 
 def _claims(options: ModelOptions, roles: Mapping[str, str]) -> Iterator[tuple[str, Claim]]:
@@ -176,13 +176,13 @@ def _members(option: str, word: str, roles: Mapping[str, str]) -> list[str]:
 
 def _exact(option: str, values: Mapping[str, V], roles: Mapping[str, str]) -> dict[str, tuple[str, V]]:
     """Component -> (the key that speaks of it, its value): its own name before its group before `all`."""
-    found: dict[str, tuple[str, V]] = {}
+    chosen: dict[str, tuple[str, V]] = {}
     rank = {"all": 0} | dict.fromkeys(ROLES, 1)
     for key, value in sorted(values.items(), key=lambda pair: rank.get(pair[0], 2)):
         for name in _members(option, key, roles):
-            if name not in found or found[name][0] != name:
-                found[name] = key, value
-    return found
+            if name not in chosen or chosen[name][0] != name:
+                chosen[name] = key, value
+    return chosen
 
 
 def _settled(name: str, claims: Sequence[Claim]) -> Residency:
@@ -201,7 +201,7 @@ def _settled(name: str, claims: Sequence[Claim]) -> Residency:
 
 
 def _tuned(
-    name: str, found: Residency, options: ModelOptions, roles: Mapping[str, str], blocks: int
+    name: str, residency: Residency, options: ModelOptions, roles: Mapping[str, str], blocks: int
 ) -> Residency:
     """The residency with its numbers of blocks."""
     own = {
@@ -210,25 +210,25 @@ def _tuned(
         "policy": ("layerwise_residency_policy", "dit_layerwise_residency_policy"),
     }
     for field, (by_component, of_dit) in own.items():
-        given: Mapping[str, Any] = getattr(options, by_component)
-        values = _exact(by_component, given, roles)
+        values_of: Mapping[str, Any] = getattr(options, by_component)
+        values = _exact(by_component, values_of, roles)
         option, value = by_component, values[name][1] if name in values else None
         if value is None and roles[name] == "dit":
             option, value = of_dit, getattr(options, of_dit)
         if value is None:
             continue
-        if found.kind != "streamed":
+        if residency.kind != "streamed":
             hint = "dit_layerwise_offload" if roles[name] == "dit" else "layerwise_offload_components"
             raise UserError(option, f"{option}: {name} is not streamed by block; add {hint}")
         if field == "policy":
-            found = replace(found, policy=value)
+            residency = replace(residency, policy=value)
         elif field == "prefetch":
-            found = replace(found, prefetch=_count(option, name, value, blocks) or 1)
+            residency = replace(residency, prefetch=_count(option, name, value, blocks) or 1)
         else:
-            found = replace(found, resident_blocks=_count(option, name, value, blocks))
-    if found.kind == "streamed" and blocks == 0:
-        raise UserError(found.option, f"{found.option}: {name} has no blocks to stream")
-    return found
+            residency = replace(residency, resident_blocks=_count(option, name, value, blocks))
+    if residency.kind == "streamed" and blocks == 0:
+        raise UserError(residency.option, f"{residency.option}: {name} has no blocks to stream")
+    return residency
 
 
 def _count(option: str, name: str, value: float, blocks: int) -> int:

@@ -116,7 +116,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 """Option -> SGLang's values of it."""
 
 
-def said(feature: str) -> str:
+def sentence(feature: str) -> str:
     """How every message says that a feature is missing."""
     return f"not supported yet: {feature}"
 

@@ -29,7 +29,7 @@ def test_equals_the_reference_and_reads_every_weight(name):
     c, flat, reference, asked = _case(name)
     assert shapes(hunyuan_video.spec(c)) == shapes(flat)
     with doubles():
-        expected = asked.answer(reference(**asked.known))
+        expected = asked.answer(reference(**asked.reference_inputs))
     weights = tracked(flat)
     with torch.enable_grad():
         network = Network(hunyuan_video.FAMILY, c, dtype=torch.float64)
@@ -45,7 +45,7 @@ def test_padding_of_the_text_changes_nothing():
     padded = torch.cat([text, draw(2, 5, c.text_embed_dim, seed=9)], 1)
     mask = torch.tensor([[1.0] * text.shape[1] + [0.0] * 5] * 2, dtype=torch.float64)
     with doubles():
-        known = asked.known | {"encoder_hidden_states": padded, "encoder_attention_mask": mask}
+        known = asked.reference_inputs | {"encoder_hidden_states": padded, "encoder_attention_mask": mask}
         expected = asked.answer(reference(**known))
     network = Network(hunyuan_video.FAMILY, c, dtype=torch.float64)
     close(predict(network, flat, asked.tokens, TIME, asked.inputs), expected)
@@ -57,7 +57,7 @@ def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
     """
     c, flat, reference, asked = _case(PLAIN)
     asked.inputs["guidance"] = torch.tensor([2.0, 4.0])
-    asked.known["guidance"] = asked.inputs["guidance"] * 1000
+    asked.reference_inputs["guidance"] = asked.inputs["guidance"] * 1000
     rounded = {name: tensor.bfloat16() for name, tensor in flat.items()}
     inputs = {name: x.bfloat16().double() if x.is_floating_point() else x for name, x in asked.inputs.items()}
     tokens = asked.tokens.bfloat16()
@@ -70,7 +70,7 @@ def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16():
     assert ours.dtype == torch.bfloat16
     reference = HunyuanVideoTransformer3DModel(**asdict(c)).bfloat16()
     reference.load_state_dict(rounded)
-    known = {name: x.bfloat16() for name, x in asked.known.items()} | {"timestep": TIME.expand(2)}
+    known = {name: x.bfloat16() for name, x in asked.reference_inputs.items()} | {"timestep": TIME.expand(2)}
     theirs = asked.answer(reference(**known))
     error, allowed = ((y.double() - exact).square().mean().sqrt() for y in (ours, theirs))
     assert error < 1.2 * allowed < 0.1

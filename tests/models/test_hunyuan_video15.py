@@ -30,7 +30,7 @@ def test_equals_the_reference(name):
     c, flat, reference, asked = _case(name)
     assert shapes(hunyuan_video15.spec(c)) == shapes(flat)
     with doubles():
-        expected = asked.answer(reference(**asked.known))
+        expected = asked.answer(reference(**asked.reference_inputs))
     weights = tracked(flat)
     with torch.enable_grad():
         network = Network(hunyuan_video15.FAMILY, c, dtype=torch.float64)
@@ -47,7 +47,7 @@ def test_what_is_masked_changes_nothing():
     """The pipeline hands 729 zeros for an image that is not there, and zeros for words that are not."""
     c, flat, reference, asked = _case(PLAIN)
     text = asked.inputs["text"]
-    known = asked.known | {
+    known = asked.reference_inputs | {
         "encoder_hidden_states": torch.cat([text, draw(2, 4, c.text_embed_dim, seed=9)], 1),
         "encoder_attention_mask": torch.tensor([[1.0] * text.shape[1] + [0.0] * 4] * 2).double(),
         "encoder_hidden_states_2": torch.zeros(2, 6, c.text_embed_2_dim).double(),

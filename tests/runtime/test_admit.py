@@ -55,10 +55,10 @@ def read(path: str | Path, **options):
     return blueprint.read(ModelOptions(model_path=str(path), **options))
 
 
-def request(path, clip=False, options=None, **fields):
+def request(path, as_video=False, options=None, **fields):
     """The one admitted request of a model."""
     asked = SamplingOptions(**{"prompt": ("a fox",)} | fields)
-    [made] = admit(read(path, **options or {}), asked, clip)
+    [made] = admit(read(path, **options or {}), asked, as_video)
     return made
 
 
@@ -133,14 +133,14 @@ def test_several_prompts_and_seeds(tmp_path):
 def test_a_video_is_made_where_its_file_or_its_first_frame_asks_for_one(picture):
     assert [
         request(SHIPPED).output.num_frames,
-        request(SHIPPED, clip=True).output.num_frames,
+        request(SHIPPED, as_video=True).output.num_frames,
         request(SHIPPED, image_path=(picture,)).output.num_frames,
     ] == [
         1,
         17,
         17,
     ]
-    assert request(SHIPPED, clip=True, num_frames=5).output.num_frames == 5
+    assert request(SHIPPED, as_video=True, num_frames=5).output.num_frames == 5
 
 
 @pytest.mark.parametrize(("name", "multiple"), [(I2V, 16), (TI2V, 32), (DEV, 16)])

@@ -276,7 +276,7 @@ def test_a_database_that_fails_loses_no_file(here, storage, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(type(here.store), "update_outputs", lambda *_: 1 / 0)
             uploader.add(job.id, job.outputs[0])
-            until(lambda: not uploader._known)
+            until(lambda: not uploader._tracked)
         assert here.files.path(job.outputs[0].file) is not None
         uploader.pending(here.store.get(job.id))  # and its thread lives
         until(lambda: output_of(here, job).url)

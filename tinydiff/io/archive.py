@@ -150,7 +150,7 @@ def _pickle(file: Path) -> Pickle:
         old = "a pickle of before torch 1.6, which cannot be mapped; save it anew with torch.save"
         raise _refused(file, instead(file) or f"is truncated, or {old}")
     try:
-        held = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        unpickled = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+\w)", str(error))
         what = f"asks to run {asked[1]!r}" if asked else "holds more than tensors"
@@ -162,23 +162,23 @@ def _pickle(file: Path) -> Pickle:
         raise _refused(
             file, f"is truncated or not a file of torch ({reason or type(error).__name__})"
         ) from error
-    return Pickle(_weights(file, held))
+    return Pickle(_weights(file, unpickled))
 
 
-def _weights(file: Path, held: object) -> dict[str, Tensor]:
+def _weights(file: Path, unpickled: object) -> dict[str, Tensor]:
     """The tensors of what a pickle holds: a dict of them, or one under a usual key beside other things."""
-    while isinstance(held, dict) and (inner := _inner(held)) is not None:
-        held = inner
-    if not isinstance(held, dict) or not held:
+    while isinstance(unpickled, dict) and (inner := _inner(unpickled)) is not None:
+        unpickled = inner
+    if not isinstance(unpickled, dict) or not unpickled:
         raise _refused(file, "holds no named tensors, so it is no file of weights")
-    if other := next((key for key, value in held.items() if not _plain(value)), None):
+    if other := next((key for key, value in unpickled.items() if not _plain(value)), None):
         raise _refused(file, f"holds no plain tensor under {str(other)!r}, so it is no file of weights")
-    return {str(key): value.detach() for key, value in held.items() if isinstance(value, Tensor)}
+    return {str(key): value.detach() for key, value in unpickled.items() if isinstance(value, Tensor)}
 
 
-def _inner(held: dict[object, object]) -> dict[object, object] | None:
-    found = (held.get(name) for name in _WRAPPERS)
-    return next((each for each in found if isinstance(each, dict)), None)
+def _inner(unpickled: dict[object, object]) -> dict[object, object] | None:
+    wrapped = (unpickled.get(name) for name in _WRAPPERS)
+    return next((each for each in wrapped if isinstance(each, dict)), None)
 
 
 def _plain(value: object) -> bool:

@@ -98,9 +98,9 @@ def _span(offsets: Any) -> int:
 # --- GGUF
 
 
-def _gguf(found: gguf.Contents) -> Header:
-    tensors = {name: Tensor(each.dtype, each.shape, each.bytes) for name, each in found.tensors.items()}
-    return Header("gguf", tensors, found.metadata, found.lacks)
+def _gguf(contents: gguf.Contents) -> Header:
+    tensors = {name: Tensor(each.dtype, each.shape, each.bytes) for name, each in contents.tensors.items()}
+    return Header("gguf", tensors, contents.metadata, contents.lacks)
 
 
 # --- pickles
@@ -108,11 +108,11 @@ def _gguf(found: gguf.Contents) -> Header:
 
 def _pickle(path: Path) -> Header:
     """By torch's reader of weights, which maps the file and runs nothing."""
-    held = archive.opened(path)
+    opened = archive.opened(path)
     tensors = {}
-    for key in held.keys():  # noqa: SIM118 (a handle, not a dict)
-        tensor = held.get_tensor(key)
+    for key in opened.keys():  # noqa: SIM118 (a handle, not a dict)
+        tensor = opened.get_tensor(key)
         tensors[key] = Tensor(
-            held.get_slice(key).get_dtype(), tuple(tensor.shape), tensor.numel() * tensor.element_size()
+            opened.get_slice(key).get_dtype(), tuple(tensor.shape), tensor.numel() * tensor.element_size()
         )
     return Header("pickle", tensors)

@@ -111,28 +111,28 @@ def of_directory(directory: Path, model: str) -> Overlay | None:
 def read(directory: Path, model: str, source: str | None = None, revision: str | None = None) -> Overlay:
     """The overlay in a directory. source, revision: take the place of the manifest's. Raises UserError."""
     entries = hub.read_json(directory / MANIFEST)
-    said = f"model_path: the manifest of the overlay {str(directory)!r}"
+    subject = f"model_path: the manifest of the overlay {str(directory)!r}"
     if unread := [name for name in entries if name not in FIELDS]:
         log.info("%s: fields that are not read: %s", directory / MANIFEST, ", ".join(unread))
 
     def text(name: str) -> str | None:
         value = entries.get(name)
         if value is not None and not isinstance(value, str):
-            raise UserError("model_path", f"{said}: {name} is {value!r} and must be a string")
+            raise UserError("model_path", f"{subject}: {name} is {value!r} and must be a string")
         return value
 
     def texts(name: str) -> tuple[str, ...]:
         values = entries.get(name) or []
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            raise UserError("model_path", f"{said}: {name} is {values!r} and must be a list of strings")
-        return tuple(_within(value, f"{said}: {name}") for value in values)
+            raise UserError("model_path", f"{subject}: {name} is {values!r} and must be a list of strings")
+        return tuple(_within(value, f"{subject}: {name}") for value in values)
 
     source = source or text("source_model_id")
     if not source:
-        raise UserError("model_path", f"{said} names no source_model_id")
+        raise UserError("model_path", f"{subject} names no source_model_id")
     mappings = entries.get("file_mappings") or []
     if not isinstance(mappings, list):
-        raise UserError("model_path", f"{said}: file_mappings is {mappings!r} and must be a list")
+        raise UserError("model_path", f"{subject}: file_mappings is {mappings!r} and must be a list")
     code = text("custom_materializer")
     return Overlay(
         model,
@@ -141,8 +141,8 @@ def read(directory: Path, model: str, source: str | None = None, revision: str |
         revision or text("source_revision"),
         texts("required_source_files"),
         texts("source_allow_patterns"),
-        tuple(_mapping(each, said) for each in mappings),
-        None if code is None else _within(code, f"{said}: custom_materializer"),
+        tuple(_mapping(each, subject) for each in mappings),
+        None if code is None else _within(code, f"{subject}: custom_materializer"),
         entries,
     )
 
@@ -197,26 +197,26 @@ def _is_copy_of(path: Path, hub_id: str) -> bool:
     return path.name == hub_id.rpartition("/")[2] or f"models--{hub_id.replace('/', '--')}" in path.parts
 
 
-def _mapping(entry: object, said: str) -> Mapped:
+def _mapping(entry: object, subject: str) -> Mapped:
     if not isinstance(entry, Mapping):
-        raise UserError("model_path", f"{said}: file_mappings has {entry!r}, which must be an object")
+        raise UserError("model_path", f"{subject}: file_mappings has {entry!r}, which must be an object")
     kind, source = entry.get("type", "file"), entry.get("src")
     target = entry.get("dst_dir", entry.get("dst"))
     if kind not in KINDS or not isinstance(source, str) or not isinstance(target, str):
         message = (
             f"file_mappings has {dict(entry)!r}; it needs type ({', '.join(KINDS)}), src, and dst or dst_dir"
         )
-        raise UserError("model_path", f"{said}: {message}")
+        raise UserError("model_path", f"{subject}: {message}")
     if kind == "file" and "dst_dir" in entry:
         target = f"{target}/{PurePosixPath(source).name}"
-    return Mapped(kind, _within(source, f"{said}: src"), _within(target, f"{said}: dst"))
+    return Mapped(kind, _within(source, f"{subject}: src"), _within(target, f"{subject}: dst"))
 
 
-def _within(path: str, said: str) -> str:
+def _within(path: str, subject: str) -> str:
     """A path below the directory that it is relative to. Raises UserError for any other."""
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or "\\" in path or "\0" in path or ":" in parts[0] or ".." in parts:
-        raise UserError("model_path", f"{said} is {path!r}, which is not a path inside the model")
+        raise UserError("model_path", f"{subject} is {path!r}, which is not a path inside the model")
     return str(PurePosixPath(path))
 
 

@@ -96,11 +96,11 @@ def load_weights(
     """
     wanted = {row.name: row for row in rows}
     sources = _sources(folder, wanted, keys, variant)
-    held = list(local_weights(wanted.values(), plan, blocks, replicas))
+    local = list(local_weights(wanted.values(), plan, blocks, replicas))
     on_cpu = torch.device(device).type == "cpu"
     mapped = [
         each
-        for each in held
+        for each in local
         if on_cpu and each.row.name not in left and _as_stored(each, sources[each.row.name], dtype)
     ]
     ready = _mapped({each.row.name: sources[each.row.name] for each in mapped}, wanted)
@@ -112,7 +112,7 @@ def load_weights(
             ready[row.name] if row.name in ready else new(row.shape, dtype=_type(row, dtype), device=at)
         )
     there = {*ready, *left}
-    _stream([each for each in held if each.row.name not in there], sources, weights)
+    _stream([each for each in local if each.row.name not in there], sources, weights)
     return weights
 
 
@@ -131,10 +131,12 @@ def unread(
     """
     wanted = {row.name: row for row in rows}
     sources = _sources(folder, wanted, keys, variant)
-    held = {each.row.name: each._replace(replicated_over=()) for each in local_weights(wanted.values(), plan)}
+    local = {
+        each.row.name: each._replace(replicated_over=()) for each in local_weights(wanted.values(), plan)
+    }
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
-        asked = [held[name] for name in names]
+        asked = [local[name] for name in names]
         mapped = [each for each in asked if _as_stored(each, sources[each.row.name], dtype)]
         weights = _mapped({each.row.name: sources[each.row.name] for each in mapped}, wanted)
         others = [each for each in asked if each.row.name not in weights]
@@ -298,24 +300,24 @@ def _whole_sources(
     folder: Path, wanted: Mapping[str, Row], keys: KeyMap, variant: str | None
 ) -> dict[str, Source]:
     stored = _stored(folder, keys, variant)
-    found, unexpected = _found(stored, wanted, keys)
-    made = {name: runs(match, wanted)[name] for name, match in found.items()}
+    matches, unexpected = _matched(stored, wanted, keys)
+    runs_of = {name: runs(match, wanted)[name] for name, match in matches.items()}
     missing = {
         key: None
-        for name in wanted.keys() - found.keys()
+        for name in wanted.keys() - matches.keys()
         for key in keys.of_row(name).keys
         if key not in stored
     }
     _check(
         folder,
-        [key for name in wanted if name not in found for key in keys.of_row(name).keys if key in missing],
+        [key for name in wanted if name not in matches for key in keys.of_row(name).keys if key in missing],
         unexpected,
-        found,
+        matches,
         wanted,
         stored,
     )
     return {
-        name: Source(tuple((run, _fitted(stored[run.key], found[name])) for run in made[name]))
+        name: Source(tuple((run, _fitted(stored[run.key], matches[name])) for run in runs_of[name]))
         for name in wanted
     }
 
@@ -340,12 +342,12 @@ def _twice(name: str, *files: Path) -> UserError:
     return UserError("model_path", f"model_path: {name!r} is stored twice, in {where}")
 
 
-def _found(
+def _matched(
     stored: Mapping[str, Stored], wanted: Mapping[str, Row], keys: KeyMap
 ) -> tuple[dict[str, Match], list[str]]:
     """(row -> what it is read from, keys that are of no row). Of a tied weight's keys its own name is
     preferred."""
-    found: dict[str, Match] = {}
+    matches: dict[str, Match] = {}
     unread, unexpected = [], []
     for key, at in stored.items():
         match = keys.of_key(key)
@@ -357,13 +359,13 @@ def _found(
                 unexpected.append(key)
         elif all(each in stored for each in match.keys):
             for name in match.rows:
-                other = found.setdefault(name, match)
+                other = matches.setdefault(name, match)
                 if other.keys == match.keys:
                     continue
                 if not wanted[name].tied:
                     raise _twice(name, stored[other.keys[0]].file, at.file)
                 if key.endswith(name):
-                    found[name] = match
+                    matches[name] = match
     if unread := sorted(key for key in unread if not key.endswith(BUFFERS)):
         more = ", ..." if len(unread) > 3 else ""
         where = stored[unread[0]].file.parent
@@ -374,33 +376,33 @@ def _found(
             ", ".join(unread[:3]),
             more,
         )
-    return found, unexpected
+    return matches, unexpected
 
 
 def _check(
     folder: Path,
     missing: list[str],
     unexpected: list[str],
-    found: Mapping[str, Match],
+    matches: Mapping[str, Match],
     wanted: Mapping[str, Row],
     stored: Mapping[str, Stored],
 ) -> None:
-    needs = {key: shape for match in found.values() for key, shape in stored_shapes(match, wanted).items()}
+    needs = {key: shape for match in matches.values() for key, shape in stored_shapes(match, wanted).items()}
     misshapen = [
         f"{key} is {list(stored[key].shape)} and should be {list(shape)}"
         for key, shape in needs.items()
         if stored[key].shape != shape
     ]
     kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-    said = [
+    faults = [
         f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
         for kind, names in kinds
         if names
     ]
-    if said:
+    if faults:
         raise UserError(
             "model_path",
-            f"model_path: the weights in {str(folder)!r} do not fit the model's config: {'; '.join(said)}",
+            f"model_path: the weights in {str(folder)!r} do not fit the model's config: {'; '.join(faults)}",
         )
     foreign = [f"{key} is {stored[key].dtype}" for key in needs if stored[key].dtype not in FLOATS]
     if foreign:

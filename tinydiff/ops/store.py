@@ -168,16 +168,16 @@ class InOrder(Mapping[str, Tensor]):
 
     def __post_init__(self) -> None:
         self.order = list(self.store.blocks)
-        self.home = {name: block for block, names in self.store.blocks.items() for name in names}
+        self.block_of = {name: block for block, names in self.store.blocks.items() for name in names}
 
     def __getitem__(self, name: str) -> Tensor:
         value = self.here[name]
         if not value.is_meta:
             return value
-        if name not in self.home:
+        if name not in self.block_of:
             return self.store.read(name)[name]
-        if self.home[name] != self.block:
-            self._enter(self.home[name])
+        if self.block_of[name] != self.block:
+            self._enter(self.block_of[name])
         return self.now[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -369,21 +369,21 @@ def loop_names(rows: Iterable[Row], prefixes: Sequence[str]) -> dict[str, Names]
 
     Weights that only `hoist` reads are left out: it reads each of them alone.
     """
-    found: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
+    names_of: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
     for row in rows:
         cuts = (i for i, letter in enumerate(row.name) if letter == ".")
-        home = next((row.name[:cut] for cut in cuts if row.name[:cut] in found), None)
-        if home is not None and (row.input is None or row.input in STREAMS):
-            found[home].append(row.name)
-    return {prefix: tuple(names) for prefix, names in found.items()}
+        block_of = next((row.name[:cut] for cut in cuts if row.name[:cut] in names_of), None)
+        if block_of is not None and (row.input is None or row.input in STREAMS):
+            names_of[block_of].append(row.name)
+    return {prefix: tuple(names) for prefix, names in names_of.items()}
 
 
 def numbered(rows: Iterable[Row]) -> dict[str, Names]:
     """The blocks of a network without a list of them: what has the same name up to its first number."""
-    found: dict[str, list[str]] = {}
+    names_of: dict[str, list[str]] = {}
     for row in rows:
         parts = row.name.split(".")
         cut = next((i for i, part in enumerate(parts) if part.isdigit()), None)
         if cut is not None:
-            found.setdefault(".".join(parts[: cut + 1]), []).append(row.name)
-    return {prefix: tuple(names) for prefix, names in found.items()}
+            names_of.setdefault(".".join(parts[: cut + 1]), []).append(row.name)
+    return {prefix: tuple(names) for prefix, names in names_of.items()}

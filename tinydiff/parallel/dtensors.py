@@ -83,8 +83,8 @@ def fused_order(row: Row, ranks: int) -> Tensor | None:
 
 def full(weight: DTensor, row: Row, sharding: Sharding) -> Tensor:
     """The weight as a checkpoint has it, on every rank. All ranks call this."""
-    order, found = fused_order(row, sharding.split), weight.full_tensor()
-    return found if order is None else found.index_select(row.split or 0, order.to(found.device))
+    order, whole = fused_order(row, sharding.split), weight.full_tensor()
+    return whole if order is None else whole.index_select(row.split or 0, order.to(whole.device))
 
 
 def replaced(
@@ -97,15 +97,15 @@ def replaced(
     """This rank's weights after whole weights, the same on every rank, took the place of some. What is not
     touched is shared.
     """
-    found, new = dict(weights), set[str]()
-    held = {each.row.name: each for each in local_weights(rows, plan, sharding.blocks)}
+    changed_weights, new = dict(weights), set[str]()
+    local = {each.row.name: each for each in local_weights(rows, plan, sharding.blocks)}
     for name, value in changed:
-        if (key := held[name].tensor) not in new:
-            found[key] = found[key].clone()
+        if (key := local[name].tensor) not in new:
+            changed_weights[key] = changed_weights[key].clone()
             new.add(key)
-        target = _dtensor(held[name], found, plan, sharding)
-        if (order := fused_order(held[name].row, sharding.split)) is not None:
-            value = value.index_select(held[name].row.split or 0, order.argsort().to(value.device))
+        target = _dtensor(local[name], changed_weights, plan, sharding)
+        if (order := fused_order(local[name].row, sharding.split)) is not None:
+            value = value.index_select(local[name].row.split or 0, order.argsort().to(value.device))
         everywhere = DTensor.from_local(value, sharding.mesh, [tensor.Replicate()] * sharding.mesh.ndim)
         target.to_local().copy_(everywhere.redistribute(placements=target.placements).to_local())
-    return found
+    return changed_weights

@@ -74,11 +74,11 @@ def rank_groups(layout: Layout, name: str) -> list[list[int]]:
     rank is in one of them.
     """
     along = COMBINED_AXES.get(name, (name,))
-    found: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[tuple[int, ...], list[int]] = {}
     for rank, place in enumerate(product(*map(range, layout.sizes))):
         fixed = tuple(at for axis, at in zip(AXES, place, strict=True) if axis not in along)
-        found.setdefault(fixed, []).append(rank)
-    return list(found.values())
+        groups.setdefault(fixed, []).append(rank)
+    return list(groups.values())
 
 
 def count(asked: ParallelOptions, running: int | None = None) -> int:
@@ -87,9 +87,9 @@ def count(asked: ParallelOptions, running: int | None = None) -> int:
     running: how many ranks torchrun has started, one of which is this process; None without torchrun. Raises
     UserError where the options contradict each other or the running ranks.
     """
-    given, machines = degrees(asked), asked.nnodes or 1
+    fixed, machines = degrees(asked), asked.nnodes or 1
     if running is None:
-        ranks = asked.num_gpus or prod(given.values())
+        ranks = asked.num_gpus or prod(fixed.values())
         _check_machines(asked, ranks, machines)
     else:
         ranks = running
@@ -103,23 +103,23 @@ def count(asked: ParallelOptions, running: int | None = None) -> int:
                 "num_gpus",
                 f"num_gpus: {asked.num_gpus} is not the number of ranks that torchrun started, {running}",
             )
-    if ranks % prod(given.values()):
-        raise _unequal(ranks, given)
+    if ranks % prod(fixed.values()):
+        raise _unequal(ranks, fixed)
     for name, value in (("use_fsdp_inference", True), ("encoder_parallel", "fold")):
         if ranks == 1 and getattr(asked, name) == value:
             raise UserError(name, f"{name}: {str(value).lower()} needs several ranks; give num_gpus too")
     return ranks
 
 
-def _unequal(ranks: int, given: Mapping[str, int]) -> UserError:
+def _unequal(ranks: int, fixed: Mapping[str, int]) -> UserError:
     return UserError(
         "num_gpus",
-        f"num_gpus: {ranks} does not match {_named(given)}, which makes {prod(given.values())} ranks",
+        f"num_gpus: {ranks} does not match {_named(fixed)}, which makes {prod(fixed.values())} ranks",
     )
 
 
-def _named(given: Mapping[str, int]) -> str:
-    return " x ".join(f"{AXIS_OPTIONS[axis]} {n}" for axis, n in given.items())
+def _named(fixed: Mapping[str, int]) -> str:
+    return " x ".join(f"{AXIS_OPTIONS[axis]} {n}" for axis, n in fixed.items())
 
 
 def _check_machines(asked: ParallelOptions, ranks: int, machines: int) -> None:
@@ -184,24 +184,24 @@ def degrees(asked: ParallelOptions) -> dict[str, int]:
         cfg = 2 if asked.enable_cfg_parallel else 1
     ring, ulysses, both = asked.ring_degree, asked.ulysses_degree, asked.sp_degree
     if both is not None:
-        known = (ring or 1) * (ulysses or 1)
-        if both % known or (ring and ulysses and both != known):
-            given = " times ".join(
+        product = (ring or 1) * (ulysses or 1)
+        if both % product or (ring and ulysses and both != product):
+            asked_for = " times ".join(
                 f"{AXIS_OPTIONS[axis]} {n}" for axis, n in (("ulysses", ulysses), ("ring", ring)) if n
             )
             raise UserError(
                 "sp_degree",
-                f"sp_degree: {both} is not ulysses_degree times ring_degree; {given} is given",
+                f"sp_degree: {both} is not ulysses_degree times ring_degree; {asked_for} is given",
             )
-        ulysses, ring = ulysses or both // known, ring or (both // known if ulysses else 1)
-    found = {
+        ulysses, ring = ulysses or both // product, ring or (both // product if ulysses else 1)
+    fixed = {
         "dp": asked.data_parallel_size,
         "cfg": cfg,
         "ring": ring,
         "ulysses": ulysses,
         "tp": asked.tp_size,
     }
-    return {axis: n for axis, n in found.items() if n is not None}
+    return {axis: n for axis, n in fixed.items() if n is not None}
 
 
 def choose(
@@ -220,18 +220,18 @@ def choose(
     part. tokens: of the smallest image; outputs: how many; None where not known. Raises UserError, see
     `check`.
     """
-    given = degrees(asked)
-    sizes, why = dict.fromkeys(AXES, 1) | given, dict.fromkeys(given, "asked")
-    left, over = divmod(ranks, prod(given.values()))
+    fixed = degrees(asked)
+    sizes, why = dict.fromkeys(AXES, 1) | fixed, dict.fromkeys(fixed, "asked")
+    left, over = divmod(ranks, prod(fixed.values()))
     check(replace(Layout(), **sizes), heads, guided, tokens, outputs)
-    if over or (left > 1 and len(given) == len(AXES)):
-        raise _unequal(ranks, given)
-    if left > 1 and "cfg" not in given and guided and left % 2 == 0:
+    if over or (left > 1 and len(fixed) == len(AXES)):
+        raise _unequal(ranks, fixed)
+    if left > 1 and "cfg" not in fixed and guided and left % 2 == 0:
         sizes["cfg"], why["cfg"], left = 2, "guidance runs", left // 2
     if left > 1:
-        shares = list(_shares(left, sizes, given, heads, tokens))
+        shares = list(_shares(left, sizes, fixed, heads, tokens))
         if not shares:
-            beside = f" beside {_named(given)}" if given else ""
+            beside = f" beside {_named(fixed)}" if fixed else ""
             more = "fewer, or data_parallel_size or ring_degree too"
             raise UserError(
                 "num_gpus",
@@ -261,14 +261,14 @@ def choose(
 
 
 def _shares(
-    left: int, sizes: Mapping[str, int], given: Collection[str], heads: int, tokens: int | None
+    left: int, sizes: Mapping[str, int], fixed: Collection[str], heads: int, tokens: int | None
 ) -> Iterator[tuple[bool, int, int]]:
     """The ways to divide `left` ranks between ulysses and tp, where they are not given: (whether ulysses
     divides the heads, ulysses, tp).
     """
     for ulysses in range(1, left + 1):
         tp = left // ulysses
-        free = (ulysses == 1 or "ulysses" not in given) and (tp == 1 or "tp" not in given)
+        free = (ulysses == 1 or "ulysses" not in fixed) and (tp == 1 or "tp" not in fixed)
         along, across = sizes["ulysses"] * ulysses, sizes["tp"] * tp
         enough = along * across <= heads and (tokens is None or along * sizes["ring"] <= tokens)
         if left % ulysses == 0 and free and enough and heads % across == 0:

@@ -101,16 +101,18 @@ def make_ranks(layout: Layout, timeout: float, device: str = "cpu") -> Ranks:
     rank, limit = dist.get_rank(), timedelta(seconds=timeout)
     if dist.get_world_size() != layout.size:
         raise ValueError(f"the layout has {layout.size} ranks, but {dist.get_world_size()} are running")
-    made: dict[tuple[tuple[int, ...], ...], Any] = {(tuple(range(layout.size)),): dist.group.WORLD}
+    process_groups: dict[tuple[tuple[int, ...], ...], Any] = {(tuple(range(layout.size)),): dist.group.WORLD}
     for name in (*AXES, *COMBINED_AXES):
-        parts = tuple(map(tuple, rank_groups(layout, name)))
-        if parts not in made:  # by hand, as init_device_mesh takes no timeout
-            both = [(team, _untyped.new_group(list(team), timeout=limit)) for team in parts]
-            made[parts] = next(group for team, group in both if rank in team)
-    found = {name: made[tuple(map(tuple, rank_groups(layout, name)))] for name in (*AXES, *COMBINED_AXES)}
+        teams = tuple(map(tuple, rank_groups(layout, name)))
+        if teams not in process_groups:  # by hand, as init_device_mesh takes no timeout
+            both = [(team, _untyped.new_group(list(team), timeout=limit)) for team in teams]
+            process_groups[teams] = next(group for team, group in both if rank in team)
+    group_of = {
+        name: process_groups[tuple(map(tuple, rank_groups(layout, name)))] for name in (*AXES, *COMBINED_AXES)
+    }
     ranks = torch.arange(layout.size).view(layout.sizes)
-    mesh = DeviceMesh.from_group([found[axis] for axis in AXES], device, ranks, mesh_dim_names=AXES)
-    groups = {axis: mesh.get_group(axis) for axis in AXES} | {name: found[name] for name in COMBINED_AXES}
+    mesh = DeviceMesh.from_group([group_of[axis] for axis in AXES], device, ranks, mesh_dim_names=AXES)
+    groups = {axis: mesh.get_group(axis) for axis in AXES} | {name: group_of[name] for name in COMBINED_AXES}
     return Ranks(layout, rank, {name: _seen(group) for name, group in groups.items()}, mesh)
 
 
@@ -148,20 +150,20 @@ def from_first(group: Group, value: T) -> T:
     """The value of the group's first rank, a small object that can be pickled, on all of them."""
     if group.size == 1:
         return value
-    held = [value]
-    dist.broadcast_object_list(held, group=_process_group(group), group_src=0)
-    return held[0]
+    values = [value]
+    dist.broadcast_object_list(values, group=_process_group(group), group_src=0)
+    return values[0]
 
 
 def once(group: Group, make: Callable[[], T]) -> T:
     """What `make` returns on the group's first rank, which alone calls it. Its UserError is raised on all."""
-    said: tuple[T | None, UserError | None] = None, None
+    outcome: tuple[T | None, UserError | None] = None, None
     if group.rank == 0:
         try:
-            said = make(), None
+            outcome = make(), None
         except UserError as error:
-            said = None, error
-    value, mistake = from_first(group, said)
+            outcome = None, error
+    value, mistake = from_first(group, outcome)
     if mistake is not None:
         raise mistake
     return cast("T", value)
@@ -171,18 +173,18 @@ def to_first(group: Group, value: T) -> list[T]:
     """On the group's first rank, the values of all ranks in order; on the others nothing."""
     if group.size == 1:
         return [value]
-    held: list[Any] = [None] * group.size if group.rank == 0 else []
-    dist.gather_object(value, held or None, group=_process_group(group), group_dst=0)
-    return held
+    values: list[Any] = [None] * group.size if group.rank == 0 else []
+    dist.gather_object(value, values or None, group=_process_group(group), group_dst=0)
+    return values
 
 
 def to_all(group: Group, value: T) -> list[T]:
     """On every rank of the group, the values of all ranks in order, small objects that can be pickled."""
     if group.size == 1:
         return [value]
-    held: list[Any] = [None] * group.size
-    _untyped.all_gather_object(held, value, group=_process_group(group))
-    return held
+    values: list[Any] = [None] * group.size
+    _untyped.all_gather_object(values, value, group=_process_group(group))
+    return values
 
 
 def command_group() -> Group:

@@ -21,7 +21,7 @@ class Asked(NamedTuple):
     tokens: Tensor
     inputs: dict[str, Tensor]
     """Of the family's `hoist`."""
-    known: dict[str, Any]
+    reference_inputs: dict[str, Any]
     """The reference's keyword arguments."""
     answer: Callable[[Any], Tensor] = lambda output: output.sample
     """What the reference returns -> the velocity of each token."""

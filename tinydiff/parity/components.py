@@ -112,7 +112,7 @@ _GEMMA_ROPE = {
 }
 
 
-def _language(family: str, known: str, **changes: Any) -> Case:
+def _language(family: str, class_name: str, **changes: Any) -> Case:
     """family: as transformers begins its classes' names. known: the class that released models name."""
     fields = _TEXT | changes
 
@@ -120,7 +120,7 @@ def _language(family: str, known: str, **changes: Any) -> Case:
         return getattr(library("transformers"), f"{family}Config")(**fields)
 
     def config() -> decoder_lm.Config:
-        return decoder_lm.config_from(settings().to_dict(), known)
+        return decoder_lm.config_from(settings().to_dict(), class_name)
 
     def theirs(module: nn.Module) -> dict[str, Tensor]:
         return _states(module(_IDS, attention_mask=_MASK, output_hidden_states=True).hidden_states)
@@ -307,15 +307,15 @@ def _autoencoder(module: ModuleType, reference: str, c: Any, frames: int = 1, ch
     batch = 1 if module is hunyuan15 else 2  # the reference's attention mask fits one video only
     x = draw(batch, channels, frames, 3 * side, 5 * side, seed=7).clamp(-1, 1)
     z = draw(batch, c.z_dim, latent_frames, 3, 5)
-    clips = module in (wan_vae, hunyuan, hunyuan15)
-    pictures = x if clips else x[:, :, 0]
+    videos = module in (wan_vae, hunyuan, hunyuan15)
+    pixels_given = x if videos else x[:, :, 0]
 
     def theirs(net: Any) -> dict[str, Tensor]:
-        encoded = net.encode(pictures)
+        encoded = net.encode(pixels_given)
         latents = encoded.latents if module is tiny else encoded.latent_dist.mode()
-        pixels = net.decode(_raw(c, net, z if clips else z[:, :, 0])).sample.clamp(-1, 1)
-        known = {"encode": _normalised(c, net, latents), "decode": pixels}
-        return known if clips else {name: values[:, :, None] for name, values in known.items()}
+        pixels = net.decode(_raw(c, net, z if videos else z[:, :, 0])).sample.clamp(-1, 1)
+        computed = {"encode": _normalised(c, net, latents), "decode": pixels}
+        return computed if videos else {name: values[:, :, None] for name, values in computed.items()}
 
     def ours(w: Weights) -> Iterator[tuple[str, Tensor]]:
         yield "encode", module.encode(c, w, x)

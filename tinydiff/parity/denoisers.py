@@ -84,7 +84,7 @@ def case(d: Denoiser) -> Case:
 
     def theirs(module: nn.Module) -> dict[str, Tensor]:
         with overheard(module, layers.values()) as heard:
-            velocity = asked.answer(module(**asked.known))
+            velocity = asked.answer(module(**asked.reference_inputs))
         seen = {
             stage: _joined(heard[layer], d.sequence_first and stage in places)
             for stage, layer in layers.items()
@@ -141,11 +141,11 @@ def _concatenated(streams: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(streams), 1)
 
 
-def _time(output: Tensor, pictures: int) -> Tensor:
+def _time(output: Tensor, images: int) -> Tensor:
     """[B, values] of the time that moves: that of timestep 0 follows in further rows, or stands at the first
     tokens.
     """
-    return (output if output.ndim == 2 else output[:, -1])[:pictures]
+    return (output if output.ndim == 2 else output[:, -1])[:images]
 
 
 def _polar(length: Tensor, angle: Tensor) -> Tensor:
@@ -172,18 +172,18 @@ def _wan(frozen: bool = False, length: int = WORDS) -> Callable[[wan.Config], As
         size, channels = (3, 6, 10), c.out_channels
         x, text = draw(2, c.in_channels, *size, seed=2), draw(2, length, c.text_dim, seed=3)
         inputs = {"text": text, "positions": wan.positions(c, size)}
-        known = {"hidden_states": x, "timestep": TIME.long().expand(2), "encoder_hidden_states": text}
+        theirs = {"hidden_states": x, "timestep": TIME.long().expand(2), "encoder_hidden_states": text}
         if c.in_channels > channels:
             inputs["concat"] = patchify(x[:, channels:], c.patch_size)
         if c.image_dim is not None:
-            inputs["image"] = known["encoder_hidden_states_image"] = draw(2, 9, c.image_dim, seed=4)
+            inputs["image"] = theirs["encoder_hidden_states_image"] = draw(2, 9, c.image_dim, seed=4)
         if frozen:
             inputs["frozen"] = (inputs["positions"][:, 0] == 0)[None, :, None]
-            known["timestep"] = torch.where(inputs["frozen"][..., 0], 0, TIME.long()).expand(2, -1)
+            theirs["timestep"] = torch.where(inputs["frozen"][..., 0], 0, TIME.long()).expand(2, -1)
         return Asked(
             patchify(x[:, :channels], c.patch_size),
             inputs,
-            known,
+            theirs,
             lambda output: patchify(output.sample, c.patch_size),
         )
 
@@ -196,41 +196,41 @@ def _z_image(c: z_image.Config) -> Asked:
     x, text = draw(2, c.in_channels, *size, seed=2), draw(2, WORDS, c.cap_feat_dim, seed=3)
     tokens = patchify(x, c.patch_size)
     inputs = {"text": text, "positions": z_image.positions(c, size), "real": z_image.real(c, size)}
-    known = {"x": list(x), "t": (1000 - TIME.expand(2)) / 1000, "cap_feats": list(text)}
+    theirs = {"x": list(x), "t": (1000 - TIME.expand(2)) / 1000, "cap_feats": list(text)}
     padded = torch.cat([tokens, draw(2, z_image.pad_tokens(tokens.shape[1]), tokens.shape[2], seed=4)], 1)
     return Asked(
         padded,
         inputs,
-        known,
+        theirs,
         lambda output: -patchify(torch.stack(output.sample), c.patch_size),
         tokens.shape[1],
     )
 
 
-def _qwen(*sizes: tuple[int, int], made: int = 1) -> Callable[[qwen_image.Config], Asked]:
-    """Images of latents of these sizes, `made` of them made and the others given; two texts of different
+def _qwen(*sizes: tuple[int, int], denoised: int = 1) -> Callable[[qwen_image.Config], Asked]:
+    """Images of latents of these sizes, the first `denoised` of which are denoised. Two texts, of different
     lengths.
     """
 
     def ask(c: qwen_image.Config) -> Asked:
-        pictures = [
+        images = [
             patchify(draw(2, c.out_channels, 1, *size, seed=i), (1, 2, 2)) for i, size in enumerate(sizes)
         ]
-        tokens, text = torch.cat(pictures, 1), draw(2, WORDS, c.joint_attention_dim, seed=11)
+        tokens, text = torch.cat(images, 1), draw(2, WORDS, c.joint_attention_dim, seed=11)
         mask = torch.tensor([[1] * (WORDS - 3) + [0] * 3, [1] * WORDS])
         inputs = {"text": text, "positions": qwen_image.positions(c, sizes), "mask": mask}
-        known = {"hidden_states": tokens, "encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
-        known |= {
+        theirs = {"hidden_states": tokens, "encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
+        theirs |= {
             "timestep": TIME.double().expand(2) / 1000,
             "img_shapes": [[(1, h // 2, w // 2) for h, w in sizes]] * 2,
         }
-        if len(sizes) > made:
+        if len(sizes) > denoised:
             inputs["frozen"] = torch.cat(
-                [torch.full(x.shape[1:2], i >= made) for i, x in enumerate(pictures)]
+                [torch.full(x.shape[1:2], i >= denoised) for i, x in enumerate(images)]
             )[None, :, None]
         if c.use_additional_t_cond:
-            inputs["kind"] = known["additional_t_cond"] = torch.tensor([1, 0])
-        return Asked(tokens, inputs, known)
+            inputs["kind"] = theirs["additional_t_cond"] = torch.tensor([1, 0])
+        return Asked(tokens, inputs, theirs)
 
     return ask
 
@@ -243,20 +243,20 @@ def _flux(module: ModuleType, *sizes: tuple[int, int, int]) -> Callable[[Any], A
         tokens, text = draw(2, len(ids), c.in_channels, seed=2), draw(2, WORDS, c.joint_attention_dim, seed=3)
         inputs = {"text": text, "positions": ids}
         places = {flux: (0, 0, 0), ovis: (0, 1, 1), flux2: (0, 0, 0, 1)}[module]
-        known = {
+        theirs = {
             "hidden_states": tokens,
             "encoder_hidden_states": text,
             "timestep": TIME.double().expand(2) / 1000,
         }
-        known |= {
+        theirs |= {
             "img_ids": ids.double(),
             "txt_ids": torch.arange(WORDS)[:, None].double() * torch.tensor(places),
         }
         if module is flux:
-            inputs["pooled"] = known["pooled_projections"] = draw(2, c.pooled_projection_dim, seed=4)
+            inputs["pooled"] = theirs["pooled_projections"] = draw(2, c.pooled_projection_dim, seed=4)
         if getattr(c, "guidance_embeds", False):
-            inputs["guidance"] = known["guidance"] = torch.tensor([2.5, 4.0])
-        return Asked(tokens, inputs, known)
+            inputs["guidance"] = theirs["guidance"] = torch.tensor([2.5, 4.0])
+        return Asked(tokens, inputs, theirs)
 
     return ask
 
@@ -266,9 +266,9 @@ def _ernie(c: ernie.Config) -> Asked:
     size, ends = (1, 3, 5), torch.tensor([3, WORDS])
     x, text = draw(2, c.in_channels, *size, seed=2), draw(2, WORDS, c.text_in_dim, seed=3)
     inputs = {"text": text, "positions": ernie.positions(size), "mask": torch.arange(WORDS) < ends[:, None]}
-    known = {"hidden_states": x[:, :, 0], "timestep": TIME.expand(2), "text_bth": text, "text_lens": ends}
+    theirs = {"hidden_states": x[:, :, 0], "timestep": TIME.expand(2), "text_bth": text, "text_lens": ends}
     return Asked(
-        patchify(x, (1, 1, 1)), inputs, known, lambda output: patchify(output.sample[:, :, None], (1, 1, 1))
+        patchify(x, (1, 1, 1)), inputs, theirs, lambda output: patchify(output.sample[:, :, None], (1, 1, 1))
     )
 
 
@@ -280,14 +280,17 @@ def _sd3(c: sd3.Config) -> Asked:
         draw(2, c.pooled_projection_dim, seed=4),
     )
     inputs = {"text": text, "pooled": pooled, "positions": sd3.positions(c, size)}
-    known = {
+    theirs = {
         "hidden_states": x[:, :, 0],
         "timestep": TIME.expand(2),
         "encoder_hidden_states": text,
         "pooled_projections": pooled,
     }
     return Asked(
-        patchify(x, patch_size), inputs, known, lambda output: patchify(output.sample[:, :, None], patch_size)
+        patchify(x, patch_size),
+        inputs,
+        theirs,
+        lambda output: patchify(output.sample[:, :, None], patch_size),
     )
 
 
@@ -305,7 +308,7 @@ def _ltx2(frozen: bool = False) -> Callable[[ltx2.Config], Asked]:
             "audio_positions": ltx2.audio_positions(c, _LTX2_SOUND),
         }
         time = TIME.expand(2)
-        known = {
+        theirs = {
             "hidden_states": tokens[:, :_LTX2_VIDEO],
             "audio_hidden_states": tokens[:, _LTX2_VIDEO:],
             "encoder_hidden_states": texts["text"],
@@ -315,13 +318,13 @@ def _ltx2(frozen: bool = False) -> Callable[[ltx2.Config], Asked]:
             "sigma": time,
             "use_cross_timestep": c.cross_attn_mod,
         } | dict(zip(("num_frames", "height", "width"), _LTX2_SIZE, strict=True))
-        known |= {"fps": 25.0, "audio_num_frames": _LTX2_SOUND}
+        theirs |= {"fps": 25.0, "audio_num_frames": _LTX2_SOUND}
         if frozen:
-            given = torch.arange(_LTX2_VIDEO) < _LTX2_VIDEO // _LTX2_SIZE[0]
-            inputs["frozen"] = given[None, :, None]
-            known["timestep"] = torch.where(given, 0, TIME).expand(2, -1)
+            first_frame = torch.arange(_LTX2_VIDEO) < _LTX2_VIDEO // _LTX2_SIZE[0]
+            inputs["frozen"] = first_frame[None, :, None]
+            theirs["timestep"] = torch.where(first_frame, 0, TIME).expand(2, -1)
         kinds = (_LTX2_VIDEO, _LTX2_SOUND)
-        return Asked(tokens, texts | inputs, known, _both_kinds, kinds=kinds)
+        return Asked(tokens, texts | inputs, theirs, _both_kinds, kinds=kinds)
 
     return ask
 
@@ -447,17 +450,17 @@ def _of_flux(
     config: Any,
     time: tuple[str, str],
     sinusoid: str,
-    *given: tuple[int, int],
+    *references: tuple[int, int],
 ) -> Denoiser:
-    ask = _flux(module, *((1, *size) for size in (_PICTURE, *given)))
+    ask = _flux(module, *((1, *size) for size in (_PICTURE, *references)))
     return Denoiser(
         module.FAMILY, reference, config, ask, time, ("context_embedder", "text"), "x_embedder", sinusoid
     )
 
 
-def _of_flux1(config: flux.Config, *given: tuple[int, int]) -> Denoiser:
+def _of_flux1(config: flux.Config, *references: tuple[int, int]) -> Denoiser:
     time = (f"{_FIRST}.norm1.linear", f"{_FIRST}.norm1")
-    return _of_flux(flux, "FluxTransformer2DModel", config, time, "time_text_embed.time_proj", *given)
+    return _of_flux(flux, "FluxTransformer2DModel", config, time, "time_text_embed.time_proj", *references)
 
 
 def _of_flux2(config: flux2.Config) -> Denoiser:
@@ -541,7 +544,7 @@ DENOISERS = {
     _SMALL)),
     "Qwen-Image, layers": _of_qwen(
         replace(_QWEN, use_additional_t_cond=True, use_layer3d_rope=True), _qwen(_PICTURE, _PICTURE, _PICTURE,
-        _GIVEN, made=3)
+        _GIVEN, denoised=3)
     ),
     "FLUX.1": _of_flux1(_FLUX),
     "FLUX.1, guidance": _of_flux1(replace(_FLUX, guidance_embeds=True)),

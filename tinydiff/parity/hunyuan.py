@@ -45,7 +45,7 @@ def asked(c: hunyuan_video.Config) -> Asked:
     patch_size, guidance = hunyuan_video.patch(c), torch.tensor([2.5, 4.0])
     inputs = {"text": text, "positions": hunyuan_video.positions(c, size), "guidance": guidance}
     inputs["pooled"] = draw(2, c.pooled_projection_dim, seed=4)
-    known = {
+    theirs = {
         "hidden_states": x,
         "timestep": TIME.expand(2),
         "encoder_hidden_states": text,
@@ -60,7 +60,7 @@ def asked(c: hunyuan_video.Config) -> Asked:
     return Asked(
         patchify(x[:, :channels], patch_size),
         inputs,
-        known,
+        theirs,
         lambda output: patchify(output.sample, patch_size),
     )
 
@@ -77,7 +77,7 @@ def asked_15(c: hunyuan_video15.Config, parts: Sequence[str] = ()) -> Asked:
     glyphs = draw(2, GLYPHS, c.text_embed_2_dim, seed=4)[:, : lengths["glyphs"]]
     image = draw(2, VIEWS, c.image_embed_dim, seed=5)[:, : lengths["image"]]
     inputs |= {name: values for name, values in (("glyphs", glyphs), ("image", image)) if name in parts}
-    known = {
+    theirs = {
         "hidden_states": x,
         "timestep": TIME.double().expand(2),
         "encoder_hidden_states": text,
@@ -88,6 +88,6 @@ def asked_15(c: hunyuan_video15.Config, parts: Sequence[str] = ()) -> Asked:
     }
     if "ends" in parts:
         inputs["ends"] = TIME / 2
-        known["timestep_r"] = inputs["ends"].double().expand(2)
+        theirs["timestep_r"] = inputs["ends"].double().expand(2)
     tokens = patchify(x[:, :channels], patch_size)
-    return Asked(tokens, inputs, known, lambda output: patchify(output.sample, patch_size))
+    return Asked(tokens, inputs, theirs, lambda output: patchify(output.sample, patch_size))

@@ -164,15 +164,17 @@ def as_text(group: Group, results: Iterable[Compared], every: bool) -> str:
     for r in results:
         first = first_difference(r.stages)
         verdict = (
-            f"equal, {r.error:.0e}" if first is None else f"DIFFERS, first at {first.name}: {_said(first)}"
+            f"equal, {r.error:.0e}"
+            if first is None
+            else f"DIFFERS, first at {first.name}: {_sentence(first)}"
         )
         lines.append(f"  {r.component:<16} {r.what} ({r.reference}): {verdict}")
         if every or first is not None:
-            lines += [f"    {stage.name:<40} {_said(stage)}" for stage in r.stages]
+            lines += [f"    {stage.name:<40} {_sentence(stage)}" for stage in r.stages]
     return "\n".join(lines)
 
 
-def _said(stage: Stage) -> str:
+def _sentence(stage: Stage) -> str:
     return stage.note or f"{stage.error:.1e}"
 
 

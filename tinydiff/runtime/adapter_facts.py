@@ -82,19 +82,19 @@ def _models(
         each: tuple(
             name for name, ends in layers.items() if not _fits(each.layers.get(name.replace(".", "_")), ends)
         )
-        for each in _known()
+        for each in _layer_tables()
     }
     fewest = min(map(len, lacks.values()))
     if 2 * fewest > len(layers):
         return None, (), tuple(layers)
     best = min((each for each in lacks if len(lacks[each]) == fewest), key=lambda each: len(each.layers))
-    alike = {
+    matching = {
         model
         for each in lacks
         if (each.naming, each.class_name) == (best.naming, best.class_name) and len(lacks[each]) == fewest
         for model in each.models
     }
-    return best.naming, tuple(model for model in _denoisers() if model in alike), lacks[best]
+    return best.naming, tuple(model for model in _denoisers() if model in matching), lacks[best]
 
 
 def _fits(shape: Shape | None, ends: tuple[int | None, int | None]) -> bool:
@@ -104,7 +104,7 @@ def _fits(shape: Shape | None, ends: tuple[int | None, int | None]) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Known:
+class LayerTable:
     """A denoiser of released models, in the names of one layout. layers: underscored name of a layer -> its
     weight's shape.
     """
@@ -116,7 +116,7 @@ class Known:
 
 
 @cache
-def _known() -> tuple[Known, ...]:
+def _layer_tables() -> tuple[LayerTable, ...]:
     """The released denoisers, in each of their layouts."""
     return tuple(_tables())
 
@@ -124,17 +124,17 @@ def _known() -> tuple[Known, ...]:
 def _denoisers() -> Mapping[str, tuple[str, Mapping[str, object]]]:
     """Model -> (class, entries of config.json) of its denoiser: the released ones, and the package's own."""
     own = json.loads((SHIPPED / "transformer" / "config.json").read_text())
-    known = {model: components["transformer"] for model, components in released.COMPONENTS.items()}
-    return {**known, registry.SHIPPED: (own.pop("_class_name"), own)}
+    denoisers = {model: components["transformer"] for model, components in released.COMPONENTS.items()}
+    return {**denoisers, registry.SHIPPED: (own.pop("_class_name"), own)}
 
 
-def _tables() -> Iterator[Known]:
-    alike: dict[tuple[str, str], list[str]] = defaultdict(list)
+def _tables() -> Iterator[LayerTable]:
+    models_of: dict[tuple[str, str], list[str]] = defaultdict(list)
     entries: dict[tuple[str, str], Mapping[str, object]] = {}
     for model, (class_name, fields) in _denoisers().items():
-        alike[class_name, repr(fields)].append(model)
+        models_of[class_name, repr(fields)].append(model)
         entries[class_name, repr(fields)] = fields
-    for (class_name, at), models in alike.items():
+    for (class_name, at), models in models_of.items():
         config = config_from(class_name, entries[class_name, at])
         rows = list(RECORDS[class_name].spec(config))
         for layout in LAYOUTS:
@@ -145,4 +145,4 @@ def _tables() -> Iterator[Known]:
                     for key, shape in stored.items()
                     if key.endswith(".weight")
                 }
-                yield Known(layout.name, class_name, tuple(models), names)
+                yield LayerTable(layout.name, class_name, tuple(models), names)

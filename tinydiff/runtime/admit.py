@@ -49,7 +49,7 @@ class Read(Protocol):
 def admit(
     blueprint: Blueprint,
     sampling: SamplingOptions,
-    clip: bool = False,
+    as_video: bool = False,
     read: Read = read_image,
     most_pixels: float = math.inf,
 ) -> list[Request]:
@@ -63,7 +63,7 @@ def admit(
     row = blueprint.row
     originals = _images(blueprint, sampling.image_path, read)
     height, width = _size(blueprint, sampling, originals)
-    frames = _frames(blueprint, sampling, clip or (bool(originals) and row.image_use == "frames"))
+    frames = _frames(blueprint, sampling, as_video or (bool(originals) and row.image_use == "frames"))
     for field, asked in (("loras", sampling.loras), ("refine_loras", sampling.refine_loras)):
         for name in asked:
             if name not in (names := [each.name for each in blueprint.adapters]):
@@ -356,11 +356,11 @@ def _longest_side(blueprint: Blueprint) -> float:
     return net.family.longest_side(net.config) * blueprint.autoencoder.config.scale_factor_spatial
 
 
-def _frames(blueprint: Blueprint, sampling: SamplingOptions, clip: bool) -> int:
+def _frames(blueprint: Blueprint, sampling: SamplingOptions, as_video: bool) -> int:
     row, stride = blueprint.row, blueprint.autoencoder.config.scale_factor_temporal
     if row.layers:
         return 1
-    frames = sampling.num_frames or (row.video_frames if clip else row.num_frames)
+    frames = sampling.num_frames or (row.video_frames if as_video else row.num_frames)
     if frames > 1 and row.video_frames == 1:
         raise UserError(
             "num_frames", f"num_frames: {frames} would be a video, but {row.name} makes images; leave it out"

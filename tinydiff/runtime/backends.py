@@ -16,7 +16,7 @@ from tinydiff.records import Request, Result, UserError, shown
 from tinydiff.runtime import admit as admission
 from tinydiff.runtime import blueprint as blueprints
 from tinydiff.runtime import continuous, diffusers_backend, fit, foreign_requests, foreign_run, pipeline
-from tinydiff.runtime import parameters as told
+from tinydiff.runtime import parameters as effective
 from tinydiff.runtime.background import Background
 from tinydiff.runtime.blueprint import Blueprint, Model
 from tinydiff.runtime.preview import fit_colours
@@ -57,8 +57,8 @@ def _admit(blueprint: Blueprint, sampling: SamplingOptions, *rest: Any, **more: 
 
 def _finish(model: Model, request: Request, slot: Any) -> tuple[pipeline.Made, dict[str, Any]]:
     conditioning, tokens = slot.conditioning, slot.to_image_tokens(slot.denoising.state.x)
-    made = pipeline.finish(model, request, conditioning, tokens)
-    return made, told.parameters(model, request, conditioning.revised, conditioning.warnings)
+    output = pipeline.finish(model, request, conditioning, tokens)
+    return output, effective.parameters(model, request, conditioning.revised, conditioning.warnings)
 
 
 def _make_loop(most: int, beside: bool) -> continuous.Continuous:

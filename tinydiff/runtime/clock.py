@@ -31,22 +31,22 @@ class Clock:
         inside = sum(self.seconds.values()) - others
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started - inside
 
-    def steps(self, made: Iterable[T], total: int) -> Iterator[T]:
+    def steps(self, results: Iterable[T], total: int) -> Iterator[T]:
         """Pass on the result of each of `total` steps, and note its seconds."""
         before = time.perf_counter()
-        for done, latents in enumerate(made, 1):
+        for done, latents in enumerate(results, 1):
             now = time.perf_counter()
             self.step_seconds.append(now - before)
             before = now
             self.progress.on_step(done, total)
             yield latents
 
-    def within(self, name: str, made: Iterator[T]) -> Iterator[T]:
+    def within(self, name: str, results: Iterator[T]) -> Iterator[T]:
         """Pass on what is made, and count the seconds of making it for stage `name`."""
         missing = object()
         while True:
             with self.stage(name, shown=False):
-                each = next(made, missing)
+                each = next(results, missing)
             if each is missing:
                 return
             yield each  # type: ignore[misc]

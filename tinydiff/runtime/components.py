@@ -96,8 +96,10 @@ def _check_runnable(found: overlay.Overlay) -> None:
     """Before anything is fetched: the model's network is one that runs here."""
     _, class_name = hub.read_index(found.directory).components.get("transformer", ("", ""))
     if class_name not in RECORDS:
-        known = ", ".join(name for name, record in RECORDS.items() if record.role == "dit")
-        message = f"{found.name!r} has a {class_name or 'network'} that is not supported; known are {known}"
+        supported = ", ".join(name for name, record in RECORDS.items() if record.role == "dit")
+        message = (
+            f"{found.name!r} has a {class_name or 'network'} that is not supported; known are {supported}"
+        )
         raise UserError("model_path", f"model_path: {message}")
 
 
@@ -105,8 +107,12 @@ def _laid_out(part: Component) -> Component:
     """A component whose weights are in whatever layout, or a pickle, with the map of its keys."""
     if part.class_name not in RECORDS or part.files is None or not part.files.is_dir():
         return part
-    held = {file.suffix: file for file in part.files.iterdir()}
-    pickled = [held[kind] for kind in archive.PICKLES if kind in held and ".safetensors" not in held]
+    files_by_suffix = {file.suffix: file for file in part.files.iterdir()}
+    pickled = [
+        files_by_suffix[kind]
+        for kind in archive.PICKLES
+        if kind in files_by_suffix and ".safetensors" not in files_by_suffix
+    ]
     files = pickled[0] if pickled else part.files
     shapes, _ = archive.header(*weight_files(files))
     return replace(part, files=files, keys=_keys_of(files, shapes, part))
@@ -119,15 +125,15 @@ def _in_place_of(listed: Component, path: str, option: str, variant: str | None)
     if (file := hub.file(path, option)) is not None:
         return _from_file(listed, file, option)
     place = _directory(listed, path, option, variant)
-    found = sources.component(listed.name, place, listed.library, listed.class_name, option)
-    entries = found.json.get("config.json", {})
+    replacement = sources.component(listed.name, place, listed.library, listed.class_name, option)
+    entries = replacement.json.get("config.json", {})
     names = (entries.get("_class_name"), *(entries.get("architectures") or ()))
     own = next((name for name in names if name in RECORDS), listed.class_name)
     role = None if listed.class_name not in RECORDS else RECORDS[listed.class_name].role
     if role is not None and own in RECORDS and RECORDS[own].role != role:
         message = f"{str(place)!r} is a {own}, which cannot stand in for a {listed.class_name}"
         raise UserError(option, f"{option}: {message}")
-    return replace(found, class_name=own)
+    return replace(replacement, class_name=own)
 
 
 def _directory(listed: Component, path: str, option: str, variant: str | None) -> Path:
@@ -165,17 +171,17 @@ def _from_file(listed: Component, file: Path, option: str, config_stays: bool = 
         if keys is not None:
             return replace(listed, files=file, keys=keys, option=option)
         contents = recognise(shapes, metadata, str(file))
-        found = next((each for each in contents if RECORDS[each.class_name].role == record.role), None)
-        if found is None:
-            held = ", ".join(each.class_name for each in contents)
-            message = f"{str(file)!r} holds a {held}, which cannot stand in for a {listed.class_name}"
+        match = next((each for each in contents if RECORDS[each.class_name].role == record.role), None)
+        if match is None:
+            classes = ", ".join(each.class_name for each in contents)
+            message = f"{str(file)!r} holds a {classes}, which cannot stand in for a {listed.class_name}"
             raise UserError(option, f"{option}: {message}")
         if config_stays:
             config = config_from(listed.class_name, listed.entries())
-            check_weights(file, record.spec(config), found.keys(config))
-        class_name, entries = _described(found)
+            check_weights(file, record.spec(config), match.keys(config))
+        class_name, entries = _described(match)
         json = {"config.json": entries}
-        return Component(listed.name, listed.library, class_name, json, file, found.keys, option)
+        return Component(listed.name, listed.library, class_name, json, file, match.keys, option)
 
 
 def _keys_of(file: Path, shapes: Mapping[str, Shape], listed: Component) -> Keys | None:

@@ -39,11 +39,11 @@ def on_all_ranks(method: Callable[Concatenate[Device, P], T]) -> Callable[Concat
     """Lets the other ranks run the method too. Arguments are small objects that can be pickled."""
 
     @wraps(method)
-    def told(self: Device, *arguments: P.args, **named: P.kwargs) -> T:
+    def broadcast(self: Device, *arguments: P.args, **named: P.kwargs) -> T:
         from_first(self.commands, (method.__name__, arguments, named))
         return self.run_command(method, arguments, named)
 
-    return told
+    return broadcast
 
 
 class Device:

@@ -115,13 +115,13 @@ def read(options: ModelOptions) -> Blueprint:
 
 def _takes(pipeline: type[Any]) -> dict[str, Any]:
     """What a call of a class takes, as fields of `Foreign`."""
-    told = list(inspect.signature(pipeline.__call__).parameters.values())[1:]
-    named = [each for each in told if each.kind is not each.VAR_KEYWORD]
+    parameters = list(inspect.signature(pipeline.__call__).parameters.values())[1:]
+    named = [each for each in parameters if each.kind is not each.VAR_KEYWORD]
     own = not pipeline.__module__.startswith("diffusers.")  # diffusers' classes take **kwargs and drop them
     return {
         "arguments": {each.name: None if each.default is each.empty else each.default for each in named},
         "needed": tuple(each.name for each in named if each.default is each.empty),
-        "open": own and len(named) < len(told),
+        "open": own and len(named) < len(parameters),
     }
 
 
@@ -231,25 +231,25 @@ def _brings(directory: Path, component: str, module: str | None) -> bool:
 def _precisions(index: Mapping[str, Any], options: ModelOptions) -> dict[str, str]:
     """Component -> its type: as asked, else bf16 on a GPU and fp32 on a CPU."""
     usual = "fp32" if here().type == "cpu" else "bf16"
-    parts = [
+    models = [
         name
         for name in components_of(index)
         if not re.match("tokenizer|scheduler|.*_(extractor|processor)", name)
     ]
-    encoders = [name for name in parts if name.startswith("text_encoder")]
+    encoders = [name for name in models if name.startswith("text_encoder")]
     if len(options.text_encoder_precisions) > len(encoders):
         message = f"{len(options.text_encoder_precisions)} are given; text encoders: {len(encoders)}"
         raise UserError("text_encoder_precisions", f"text_encoder_precisions: {message}")
     for name in options.component_precisions:
-        check_known("component_precisions", name, parts)
+        check_known("component_precisions", name, models)
     asked = {name: options.dit_precision for name in DENOISERS}
     asked |= {"vae": options.vae_precision, "image_encoder": options.image_encoder_precision}
     asked |= dict(zip(encoders, options.text_encoder_precisions, strict=False))
     asked |= options.component_precisions
-    return {name: asked.get(name) or usual for name in parts}
+    return {name: asked.get(name) or usual for name in models}
 
 
-def _quantization(options: ModelOptions, known: Collection[str]) -> Any:
+def _quantization(options: ModelOptions, components: Collection[str]) -> Any:
     """How diffusers is to quantise the components; None where the options do not say. Raises UserError."""
     field, file = "diffusers_quantization_config", options.diffusers_quantization_config
     if file is None:
@@ -262,7 +262,7 @@ def _quantization(options: ModelOptions, known: Collection[str]) -> Any:
     for name in entries:
         check_known(field, name, names)
     for name in entries.get("components_to_quantize") or ():
-        check_known(field, name, known)
+        check_known(field, name, components)
     from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 
     with explained(field, f"quantise as {file!r} says"):
@@ -271,24 +271,24 @@ def _quantization(options: ModelOptions, known: Collection[str]) -> Any:
 
 def _row(foreign: Foreign, name: str) -> ReleasedModel:
     """The defaults of a request, as far as the class and the JSON files tell them."""
-    told = foreign.arguments
-    video = next((each for each in ("num_frames", "video_length") if each in told), None)
-    frames = 1 if video is None else told[video] or _entry(foreign, "sample_frames") or 16
+    arguments = foreign.arguments
+    video = next((each for each in ("num_frames", "video_length") if each in arguments), None)
+    frames = 1 if video is None else arguments[video] or _entry(foreign, "sample_frames") or 16
     side = _side(foreign)
-    takes_image = next((each for each in ("image", "images") if each in told), None)
+    takes_image = next((each for each in ("image", "images") if each in arguments), None)
     return ReleasedModel(
         name,
         foreign.library,
         foreign.class_name,
-        height=_whole(told.get("height")) or side,
-        width=_whole(told.get("width")) or side,
-        steps=_whole(told.get("num_inference_steps")) or 1,
-        guidance=float(told.get("guidance_scale") or 1.0),
+        height=_whole(arguments.get("height")) or side,
+        width=_whole(arguments.get("width")) or side,
+        steps=_whole(arguments.get("num_inference_steps")) or 1,
+        guidance=float(arguments.get("guidance_scale") or 1.0),
         params=0,
         shape={},
         num_frames=frames,
-        fps=_whole(told.get("fps") or told.get("frame_rate")) or 16,
-        text_tokens=_whole(told.get("max_sequence_length")) or 512,
+        fps=_whole(arguments.get("fps") or arguments.get("frame_rate")) or 16,
+        text_tokens=_whole(arguments.get("max_sequence_length")) or 512,
         size_multiple=8,
         frame_multiple=1,
         images=(0, 0) if takes_image is None else (int(takes_image in foreign.needed), 16),

@@ -57,13 +57,13 @@ SET_HERE: Mapping[str, str] = {
 def admit(
     blueprint: Blueprint,
     sampling: SamplingOptions,
-    clip: bool = False,
+    as_video: bool = False,
     read: Read = read_image,
     most_pixels: float = math.inf,
 ) -> list[Request]:
     """One request per prompt, as `runtime.admit.admit` has it. Raises UserError."""
     foreign, row = _of(blueprint), blueprint.row
-    given = dict(_given(foreign, sampling))
+    given = dict(_chosen(foreign, sampling))
     images = tuple(read(path, "image_path") for path in sampling.image_path)
     mask = None if sampling.mask_path is None else read(sampling.mask_path, "mask_path")[..., 0]
     arguments = {argument: value for argument, value in given.values() if argument}
@@ -105,12 +105,12 @@ def _takes(foreign: Foreign, name: str) -> bool:
 
 def takes_none(foreign: Foreign, name: str, option: str) -> UserError:
     """The error of an argument that a pipeline does not take; it names what it takes."""
-    known = [each for each in foreign.arguments if SET_HERE.get(each) != ""]
-    message = f"{foreign.class_name} takes no {name}; it takes {', '.join(known)}{nearest(name, known)}"
+    taken = [each for each in foreign.arguments if SET_HERE.get(each) != ""]
+    message = f"{foreign.class_name} takes no {name}; it takes {', '.join(taken)}{nearest(name, taken)}"
     return UserError(option, f"{option}: {message}")
 
 
-def _given(foreign: Foreign, sampling: SamplingOptions) -> Iterator[tuple[str, tuple[str, Any]]]:
+def _chosen(foreign: Foreign, sampling: SamplingOptions) -> Iterator[tuple[str, tuple[str, Any]]]:
     """(option, (the argument that it is or "", its value)) of each option that is given."""
     for entry in fields(SamplingOptions):
         name, value = entry.name, getattr(sampling, entry.name)
@@ -127,7 +127,7 @@ def _given(foreign: Foreign, sampling: SamplingOptions) -> Iterator[tuple[str, t
 
 
 def _further(
-    foreign: Foreign, further: Mapping[str, Any], given: Mapping[str, tuple[str, Any]]
+    foreign: Foreign, further: Mapping[str, Any], chosen: Mapping[str, tuple[str, Any]]
 ) -> dict[str, Any]:
     """The arguments of diffusers_kwargs. Raises UserError for one that is not taken, or given twice."""
     field = "diffusers_kwargs"
@@ -135,7 +135,7 @@ def _further(
         if name in SET_HERE:
             instead = f"; give {SET_HERE[name]}" if SET_HERE[name] else ""
             raise UserError(field, f"{field}: {name!r} cannot be set there{instead}")
-        if twice := next((option for option, (argument, _) in given.items() if argument == name), None):
+        if twice := next((option for option, (argument, _) in chosen.items() if argument == name), None):
             message = f"{name!r} is given by {twice} too; give one of them"
             raise UserError(field, f"{field}: {message}")
         if not _takes(foreign, name):

@@ -50,8 +50,8 @@ def make(model: Model, request: Request, seed: int, on_step: OnStep) -> Output:
         on_step(done, total)
 
     frames, effective = call(model, request, seed, counted)
-    told = parameters(model.blueprint, request, frames, count, effective)
-    return Output(frames, told)
+    parameters_made = parameters(model.blueprint, request, frames, count, effective)
+    return Output(frames, parameters_made)
 
 
 def run(
@@ -62,8 +62,8 @@ def run(
     keep: bool = True,
 ) -> Result:
     """Generate everything that one request asks for, as `runtime.pipeline.run` does."""
-    clock, told = Clock(progress), dict[str, Any]()
-    kept: list[numpy.ndarray] = []
+    clock, effective = Clock(progress), dict[str, Any]()
+    delivered: list[numpy.ndarray] = []
     paths: list[Path] = []
     for index, seed in enumerate(request.seeds):
         before = time.perf_counter()
@@ -76,17 +76,17 @@ def run(
             progress.on_step(done, total)
 
         with clock.stage("denoise"):
-            made = make(model, request, seed, on_step)
-        told = told or made.parameters
+            output = make(model, request, seed, on_step)
+        effective = effective or output.parameters
         frames, written = postprocess.deliver(
-            model.blueprint, request, index, made.frames, None, told, clock, save, keep
+            model.blueprint, request, index, output.frames, None, effective, clock, save, keep
         )
         paths += written
-        kept += [] if frames is None else [frames]
+        delivered += [] if frames is None else [frames]
     return Result(
-        frames=tuple(kept),
+        frames=tuple(delivered),
         latents=(),
-        parameters=told,
+        parameters=effective,
         seeds=request.seeds,
         seconds=clock.seconds,
         step_seconds=tuple(clock.step_seconds),
@@ -213,15 +213,15 @@ class OneByOne:
         except StopIteration as end:
             slot.output = end.value
             self.slots.remove(slot)
-            return self._told(slot, 0, started, done=True)
+            return self._step_result(slot, 0, started, done=True)
         except Exception as error:
             self.slots = [other for other in self.slots if other.job != slot.job]
-            return self._told(slot, 0, started, error=error)
-        result = self._told(slot, 1, started)
+            return self._step_result(slot, 0, started, error=error)
+        result = self._step_result(slot, 1, started)
         self.step_times.record(_kind(slot), 1, result.seconds)
         return result
 
-    def _told(
+    def _step_result(
         self, slot: Slot, steps: int, started: float, done: bool = False, error: Exception | None = None
     ) -> StepResult:
         slots: Any = (slot,)

@@ -56,7 +56,7 @@ def read(options: Options) -> Blueprint:
 def admitted(options: Options, plan: Blueprint) -> Work:
     """What the model shall make and where that goes, checked. Reads given images. Raises UserError."""
     named = output.names_video(options.output.output_file_name)
-    requests = backends.of(plan).admit(plan, options.sampling, clip=named)
+    requests = backends.of(plan).admit(plan, options.sampling, as_video=named)
     return Work(tuple(requests), tuple(_destination(options.output, request) for request in requests))
 
 
@@ -82,7 +82,7 @@ def generate_admitted(
     """Load the model, make what was admitted and write it.
 
     ranks: this process among several that all call this with the same work. Replicas then share the outputs,
-    the first rank of each writes its files, and rank 0 rereplica_numbers the results, the others none.
+    the first rank of each writes its files, and rank 0 returns the results, the others none.
     started: when the clock of loading began.
     """
     started = time.perf_counter() if started is None else started
@@ -132,7 +132,7 @@ def _replica_jobs(requests: Sequence[Request], replicas: int) -> list[ReplicaJob
 
 
 def _run_job_in_memory(
-    held: list[Model],
+    loaded: list[Model],
     job: ReplicaJob,
     destination: Destination,
     options: OutputOptions,
@@ -144,9 +144,9 @@ def _run_job_in_memory(
 
     held: the model, the only reference to it, which that one replaces. Raises UserError where none fits.
     """
-    blueprint = held[0].blueprint
+    blueprint = loaded[0].blueprint
     try:
-        return _run_job(held[0], job, destination, options, progress, writes)
+        return _run_job(loaded[0], job, destination, options, progress, writes)
     except Exception as error:
         if not short_of_memory(error) or not alone:
             raise
@@ -156,11 +156,11 @@ def _run_job_in_memory(
         raise fit.refusal(blueprint, job.request, fit.free_bytes(blueprint.device))
     moved = [name for name, net in smaller.nets.items() if net.residency != blueprint.nets[name].residency]
     log.warning("out of memory: it runs again with less on the device (%s)", ", ".join(moved))
-    held.clear()
+    loaded.clear()
     give_memory_back()
-    held.append(blueprints.load(smaller))
+    loaded.append(blueprints.load(smaller))
     try:
-        return _run_job(held[0], job, destination, options, progress, writes)
+        return _run_job(loaded[0], job, destination, options, progress, writes)
     except Exception as error:
         if not short_of_memory(error):
             raise

@@ -46,7 +46,7 @@ class Interpolator:
     between: Callable[[Frame, Frame, Tensor], Tensor]
 
 
-class _Given(NamedTuple):
+class _Prepared(NamedTuple):
     """A decoded frame. small: [1, 3, SMALL, SMALL]."""
 
     pixels: numpy.ndarray
@@ -78,13 +78,15 @@ def read(path: Path) -> interpolators.Config:
 
 
 def _config(path: Path, shapes: dict[str, tuple[int, ...]]) -> interpolators.Config:
-    known = {name: shape for each, shape in shapes.items() if (name := interpolators.canonical(each))}
-    config = interpolators.read(known)
+    canonical_shapes = {
+        name: shape for each, shape in shapes.items() if (name := interpolators.canonical(each))
+    }
+    config = interpolators.read(canonical_shapes)
     if config is None:
-        found = f"its weights begin with {', '.join(list(shapes)[:3])}"
-        if interpolators.too_old(known):
-            found = "it is one of RIFE 4.0 to 4.4, whose networks are others"
-        raise UserError(FIELD, f"{FIELD}: {str(path)!r} holds no IFNet of RIFE 4.5 to 4.26; {found}")
+        reason = f"its weights begin with {', '.join(list(shapes)[:3])}"
+        if interpolators.too_old(canonical_shapes):
+            reason = "it is one of RIFE 4.0 to 4.4, whose networks are others"
+        raise UserError(FIELD, f"{FIELD}: {str(path)!r} holds no IFNet of RIFE 4.5 to 4.26; {reason}")
     return config
 
 
@@ -93,7 +95,7 @@ def load(path: Path, device: torch.device, scale: float, compiled: bool) -> Inte
     """The network in memory, float32. The last four stay loaded."""
     config, file = read(path), network_file.opened(path, FIELD)
     names = {name: each for each in file.keys() if (name := interpolators.canonical(each))}  # noqa: SIM118
-    held = {name: file.get_tensor(each).float().to(device) for name, each in names.items()}
+    tensors = {name: file.get_tensor(each).float().to(device) for name, each in names.items()}
 
     def prepare(weights: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         pixels, encoded = interpolators.prepared(config, Weights(weights), x, scale)
@@ -111,7 +113,7 @@ def load(path: Path, device: torch.device, scale: float, compiled: bool) -> Inte
 
         between = per_size(between)
     return Interpolator(
-        config, device, lambda x: prepare(held, x), lambda a, b, time: between(held, *a, *b, time)
+        config, device, lambda x: prepare(tensors, x), lambda a, b, time: between(tensors, *a, *b, time)
     )
 
 
@@ -130,25 +132,25 @@ def interpolated(
     The last one is repeated, so that the duration is that of the given frames. Where a scene ends the earlier
     frame is repeated too.
     """
-    before: _Given | None = None
+    before: _Prepared | None = None
     for pixels in frames:
-        given = _given(net, pixels)
+        prepared = _prepared(net, pixels)
         if before is not None:
-            yield from _filled(net, before, given, asked)
+            yield from _filled(net, before, prepared, asked)
         yield pixels
-        before = given
+        before = prepared
     if before is not None:
         yield from [before.pixels] * (asked.factor - 1)
 
 
 @torch.no_grad()
-def _given(net: Interpolator, pixels: numpy.ndarray) -> _Given:
+def _prepared(net: Interpolator, pixels: numpy.ndarray) -> _Prepared:
     x = torch.from_numpy(pixels.copy()).to(net.device).permute(2, 0, 1)[None].float() / 255
-    return _Given(pixels, Frame(*net.prepare(x)), F.adaptive_avg_pool2d(x, SMALL))
+    return _Prepared(pixels, Frame(*net.prepare(x)), F.adaptive_avg_pool2d(x, SMALL))
 
 
 def _filled(
-    net: Interpolator, first: _Given, second: _Given, asked: Interpolation
+    net: Interpolator, first: _Prepared, second: _Prepared, asked: Interpolation
 ) -> Iterator[numpy.ndarray]:
     """The frames between two."""
     if (first.small - second.small).abs().mean().item() > asked.scene_threshold:
@@ -158,6 +160,6 @@ def _filled(
     for step in range(1, asked.factor):
         time = torch.tensor([step / asked.factor], device=net.device)
         with torch.no_grad():
-            made = net.between(first.seen, second.seen, time)[0, :, :height, :width]
-            levels = (made * 255).round().clamp(0, 255).to(torch.uint8)
+            between = net.between(first.seen, second.seen, time)[0, :, :height, :width]
+            levels = (between * 255).round().clamp(0, 255).to(torch.uint8)
         yield levels.permute(1, 2, 0).cpu().numpy()

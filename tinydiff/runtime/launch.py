@@ -56,8 +56,8 @@ def generate(options: Options, watch: MakeDisplay) -> list[Result]:
     if ranks == 1:
         from tinydiff.runtime.generate import generate  # torch, for those who get here
 
-        with closing(watch(options.output.log_level)) as shown:
-            return generate(options, shown)
+        with closing(watch(options.output.log_level)) as display:
+            return generate(options, display)
     from tinydiff.runtime.generate import read
 
     plan = read(options)
@@ -153,8 +153,8 @@ def _start_ranks(options: Options, plan: Blueprint, ranks: int, watch: MakeDispl
     On one machine this process admits, so that a mistake starts nothing. Several machines have met only once
     their ranks have: there rank 0 admits.
     """
-    found = admit_with_layout(options, plan, ranks) if (options.parallel.nnodes or 1) == 1 else None
-    return start_ranks(options.parallel, ranks, rank_main, (options, ranks, watch, found)).get(0, [])
+    admitted = admit_with_layout(options, plan, ranks) if (options.parallel.nnodes or 1) == 1 else None
+    return start_ranks(options.parallel, ranks, rank_main, (options, ranks, watch, admitted)).get(0, [])
 
 
 def start_ranks(
@@ -181,7 +181,7 @@ def start_ranks(
 
 
 def rank_main(
-    options: Options, count: int, watch: MakeDisplay, found: tuple[Work, Layout] | None = None
+    options: Options, count: int, watch: MakeDisplay, admitted: tuple[Work, Layout] | None = None
 ) -> list[Result]:
     """What every rank runs. Rank 0 shows the progress and returns the results, the others return none.
 
@@ -194,11 +194,11 @@ def rank_main(
     timeout, device = options.parallel.dist_timeout or TIMEOUT, here().type
     plan, world = read(options), meet(timeout, device)
     log_to_stderr(options.output.log_level if world.rank == 0 else "error")
-    work, chosen = found or once(world, lambda: admit_with_layout(options, plan, count))
+    work, chosen = admitted or once(world, lambda: admit_with_layout(options, plan, count))
     ranks = make_ranks(chosen, timeout, device)
     log_to_stderr(options.output.log_level if ranks.leads else "error")
-    with closing(watch(options.output.log_level if ranks.rank == 0 else "error")) as shown:
-        results = generate_admitted(options, plan, work, shown, ranks)
+    with closing(watch(options.output.log_level if ranks.rank == 0 else "error")) as display:
+        results = generate_admitted(options, plan, work, display, ranks)
     close()
     return results
 

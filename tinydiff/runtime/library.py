@@ -18,26 +18,26 @@ from tinydiff.runtime.torch_state import default_torch_state
 
 def load(model_path: str | None, options: Mapping[str, Any]) -> Model:
     """See `tinydiff.load`."""
-    given = dict(options) if model_path is None else {**options, "model_path": model_path}
-    _only(given, config.ModelOptions, config.ParallelOptions)
-    made = config.options(given)
+    named = dict(options) if model_path is None else {**options, "model_path": model_path}
+    _only(named, config.ModelOptions, config.ParallelOptions)
+    parsed = config.options(named)
     with default_torch_state():
-        plan = backends.read(made.model)
-        return backends.of(plan).load(plan, _ranks(made.parallel, plan))
+        plan = backends.read(parsed.model)
+        return backends.of(plan).load(plan, _ranks(parsed.parallel, plan))
 
 
 def _ranks(asked: config.ParallelOptions, plan: blueprint.Blueprint) -> Ranks | None:
     """This process among the ranks that torchrun started, where `asked` makes them share the model. Raises
     UserError without torchrun.
     """
-    given = [each.name for each in fields_of(asked) if getattr(asked, each.name) != each.default]
+    named = [each.name for each in fields_of(asked) if getattr(asked, each.name) != each.default]
     place = environment.under_torchrun()
-    if not given or (count := layout.count(asked, place and place.size)) == 1:
+    if not named or (count := layout.count(asked, place and place.size)) == 1:
         return None
     if place is None:
         raise UserError(
-            given[0],
-            f"{given[0]}: a Python program runs as one rank; start it with torchrun, or use the command line",
+            named[0],
+            f"{named[0]}: a Python program runs as one rank; start it with torchrun, or use the command line",
         )
     if asked.data_parallel_size not in (None, 1):
         message = (
@@ -76,10 +76,10 @@ def generate(
         return backend.run(model, request, progress or config.NoProgress())
 
 
-def _only(given: Mapping[str, Any], *records: type) -> None:
+def _only(names_given: Mapping[str, Any], *records: type) -> None:
     """Every name is a field of these records, or that of a single component, such as vae_path."""
     names = {field.name for record in records for field in fields_of(record)}
-    for name in given:
+    for name in names_given:
         if name not in names and flags.per_component(name) not in names:
             raise UserError(
                 name,

@@ -154,14 +154,14 @@ def make_context(model: Model, request: Request, warn: Callable[[str], None] = l
 
     def adapted(strengths: Mapping[str, float]) -> Context:
         if dict(strengths) == loras.strengths(model.adapters, request.loras):
-            return made
+            return context
         nets = loras.for_request(model.nets, model.adapters, strengths)
         return make_context(replace(model, nets=nets), replace(request, loras=strengths), warn)
 
-    made = Context(
+    context = Context(
         model.nets, tokens, model.tokenizers, encode, resize, model.blueprint.options, device, adapted
     )
-    return made
+    return context
 
 
 def _check_strides(vae: Any, pixels: Tensor, latents: Tensor) -> None:
@@ -170,12 +170,12 @@ def _check_strides(vae: Any, pixels: Tensor, latents: Tensor) -> None:
     as in diffusers.
     """
     frames, height, width = pixels.shape[2:]
-    for name, made, said in (
+    for name, size, expected in (
         ("temporal", latents.shape[2], (frames - 1) // vae.scale_factor_temporal + 1),
         ("spatial", latents.shape[3], height // vae.scale_factor_spatial),
         ("spatial", latents.shape[4], width // vae.scale_factor_spatial),
     ):
-        if made != said:
+        if size != expected:
             field = f"scale_factor_{name}"
             message = (
                 f"the autoencoder's {field} is {getattr(vae, field)}, and its levels make another "
@@ -210,20 +210,20 @@ def condition(model: Model, request: Request) -> Conditioning:
         strengths = loras.refining(model.adapters, request.loras, second.loras)
         request = replace(request, refinement=replace(second, loras=strengths))
     warnings: dict[str, None] = {}  # in order, each once: tokenizers of one length cut alike
-    told = _conditioned(
-        model, request, make_context(model, request, lambda said: warnings.update({said: None}))
+    conditioning = _conditioned(
+        model, request, make_context(model, request, lambda warning: warnings.update({warning: None}))
     )
-    for said in warnings:
-        log.warning("%s", said)
-    return told._replace(warnings=tuple(warnings))
+    for warning in warnings:
+        log.warning("%s", warning)
+    return conditioning._replace(warnings=tuple(warnings))
 
 
 @torch.no_grad()
 def _conditioned(model: Model, request: Request, context: Context) -> Conditioning:
     net = model.denoiser
     _check_branches(net.plan, request)
-    made = net.family.pipelines[model.blueprint.row.pipeline](net.config, context, request)
-    stages = (Stage(request, made),) if isinstance(made, LoopInputs) else made
+    prepared = net.family.pipelines[model.blueprint.row.pipeline](net.config, context, request)
+    stages = (Stage(request, prepared),) if isinstance(prepared, LoopInputs) else prepared
     first, *later = (_prepared(model, stage) for stage in stages)
     return Conditioning((_start_from_image(first, context), *later))
 
@@ -510,7 +510,7 @@ def run(
     clock = Clock(progress)
     with clock.stage("encode"):
         conditioning = condition(model, request)
-    told = parameters(model, request, conditioning.revised, conditioning.warnings)
+    effective = parameters(model, request, conditioning.revised, conditioning.warnings)
     outputs: list[Made] = []
     paths: list[Path] = []
     for index, seed in enumerate(request.seeds):
@@ -518,21 +518,21 @@ def run(
             steps = clock.steps(denoise(model, conditioning, seed), conditioning.steps)
             tokens = deque(steps, maxlen=1).pop()  # the last one's, holding no others
         with clock.stage("decode"):
-            made = finish(model, request, conditioning, tokens)
+            output = finish(model, request, conditioning, tokens)
         frames, written = postprocess.deliver(
-            model.blueprint, request, index, made.frames, made.sound, told, clock, save, keep
+            model.blueprint, request, index, output.frames, output.sound, effective, clock, save, keep
         )
         paths += written
         if frames is not None:
-            latents = made.latents.transpose(0, 1).flatten(1, 2).cpu()
-            outputs.append(Made(frames, latents, made.sound))
+            latents = output.latents.transpose(0, 1).flatten(1, 2).cpu()
+            outputs.append(Made(frames, latents, output.sound))
     return Result(
-        frames=tuple(made.frames for made in outputs),
-        latents=tuple(made.latents for made in outputs),
-        parameters=told,
+        frames=tuple(output.frames for output in outputs),
+        latents=tuple(output.latents for output in outputs),
+        parameters=effective,
         seeds=request.seeds,
         seconds=clock.seconds,
         step_seconds=tuple(clock.step_seconds),
         paths=tuple(paths),
-        sounds=tuple(made.sound for made in outputs if made.sound is not None),
+        sounds=tuple(output.sound for output in outputs if output.sound is not None),
     )

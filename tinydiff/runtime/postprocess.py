@@ -82,23 +82,23 @@ def _one_frame() -> UserError:
 
 def parameters(output: Output) -> dict[str, Any]:
     """What is done, among the effective parameters."""
-    told: dict[str, Any] = {}
+    effective: dict[str, Any] = {}
     if (added := output.interpolation) is not None:
         values = (added.exp, added.scale, added.scene_threshold)
-        told |= dict(zip(FURTHER[INTERPOLATION], values, strict=True))
+        effective |= dict(zip(FURTHER[INTERPOLATION], values, strict=True))
     if output.upscaling is not None:
-        told["upscaling_scale"] = output.upscaling.scale
-    return told
+        effective["upscaling_scale"] = output.upscaling.scale
+    return effective
 
 
 def needs(output: Output) -> dict[str, tuple[int, int]]:
     """Stage -> (bytes of its weights, bytes that it needs beside them for a frame)."""
-    found: dict[str, tuple[int, int]] = {}
+    bytes_of: dict[str, tuple[int, int]] = {}
     if output.interpolation is not None:
-        found["interpolation"] = interpolate.needs(output.interpolation, output.height, output.width)
+        bytes_of["interpolation"] = interpolate.needs(output.interpolation, output.height, output.width)
     if output.upscaling is not None:
-        found["upscale"] = upscale.needs(output.upscaling.model, output.height, output.width)
-    return found
+        bytes_of["upscale"] = upscale.needs(output.upscaling.model, output.height, output.width)
+    return bytes_of
 
 
 # --- frames
@@ -118,7 +118,7 @@ def processed(
     larger = 1 if scaling is None else scaling.scale
     shape = (count * output.factor, height * larger, width * larger, channels)
 
-    def made() -> Iterator[numpy.ndarray]:
+    def frames_made() -> Iterator[numpy.ndarray]:
         clock.progress.on_stage(" and ".join(names))
         frames, upscaler, device, compiled = iter(decoded), None, blueprint.device, blueprint.compiled
         if asked is not None:
@@ -133,7 +133,7 @@ def processed(
             clock.progress.on_step(done, shape[0])
             yield frame
 
-    return Frames(decoded, shape, made, clock.seconds)
+    return Frames(decoded, shape, frames_made, clock.seconds)
 
 
 class Save(Protocol):

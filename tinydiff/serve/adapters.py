@@ -53,7 +53,7 @@ class Adapters:
         with self._lock:
             return sorted({*self._loaded, *self._files()})
 
-    def known(self) -> Blueprint:
+    def current_blueprint(self) -> Blueprint:
         """The model with the adapters that are loaded now."""
         return replace(self.base, adapters=(*self.base.adapters, *(each.chosen for each in self._now)))
 
@@ -121,13 +121,13 @@ class Adapters:
         with self._lock:
             active: dict[str, list[dict[str, Any]]] = {}
             fixed = {name: each.chosen.strength for name, each in self._merged.items()}
-            known = self._merged | self._loaded
+            current_blueprint = self._merged | self._loaded
             for name, strength in (fixed | self._active).items():
-                each, merged = known[name], name in self._merged
+                each, merged = current_blueprint[name], name in self._merged
                 entry = {"nickname": name, "path": each.chosen.source, "merged": merged, "strength": strength}
                 for component in each.adapter.targets:
                     active.setdefault(component, []).append(entry)
-            loaded = [(name, each.chosen.source) for name, each in known.items()]
+            loaded = [(name, each.chosen.source) for name, each in current_blueprint.items()]
             return {
                 "loaded_adapters": [{"lora_nickname": name, "lora_path": source} for name, source in loaded],
                 "active": active,

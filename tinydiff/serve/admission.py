@@ -135,7 +135,7 @@ def admitted(adapters: Adapters, files: Files, limits: ServeOptions, job: Job) -
     """
     from tinydiff.runtime import backends  # reads models, so it loads torch
 
-    row = adapters.known().row
+    row = adapters.current_blueprint().row
     with _client_spelling(job), decoder.slot() if job.inputs else nullcontext():
         _check_route(row, job)
         frames = {"num_frames": 1} if job.kind == "image" and not row.layers else {}
@@ -150,7 +150,7 @@ def admitted(adapters: Adapters, files: Files, limits: ServeOptions, job: Job) -
         read = partial(_decoded, limits.max_input_pixels)
         most_pixels = limits.pixel_limit(row, job.kind)
         sampling = replace(sampling, loras=adapters.strengths(sampling.loras))
-        plan = adapters.known()
+        plan = adapters.current_blueprint()
         [request] = backends.of(plan).admit(plan, sampling, job.kind == "video", read, most_pixels)
         outputs.plan(job, request, Path("."))
     return request

@@ -110,12 +110,12 @@ def fetch(
     """
     end = time.monotonic() + seconds
     for _ in range(MOST_REDIRECTS + 1):
-        parts = _parts(url, field)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        addresses = _addresses(parts, port, field, end, resolve)
+        split = _split_url(url, field)
+        port = split.port or (443 if split.scheme == "https" else 80)
+        addresses = _addresses(split, port, field, end, resolve)
         try:
-            sock = _first(addresses, port, parts.hostname if parts.scheme == "https" else None, end, connect)
-            data, onward = _answer(sock, parts, field, most_bytes, end)
+            sock = _first(addresses, port, split.hostname if split.scheme == "https" else None, end, connect)
+            data, onward = _answer(sock, split, field, most_bytes, end)
             if onward is None:
                 return data
             url = urljoin(url, onward)
@@ -127,10 +127,10 @@ def fetch(
                 if time.monotonic() >= end
                 else "cannot be fetched"
             )
-            raise UserError(field, f"{field}: {_shown(parts)} {why}") from error
+            raise UserError(field, f"{field}: {_for_message(split)} {why}") from error
     raise UserError(
         field,
-        f"{field}: {_shown(parts)} redirects more than {MOST_REDIRECTS} times, the limit",
+        f"{field}: {_for_message(split)} redirects more than {MOST_REDIRECTS} times, the limit",
     )
 
 
@@ -138,47 +138,47 @@ def too_large(field: str, most_bytes: int) -> UserError:
     return UserError(field, f"{field}: is larger than {most_bytes / 1e6:g} MB, the limit of this server")
 
 
-def _parts(url: str, field: str) -> SplitResult:
+def _split_url(url: str, field: str) -> SplitResult:
     """The parts of a URL, its host in ASCII. Raises UserError for a URL that is never fetched."""
     try:
-        parts = urlsplit(url)
-        port, host = parts.port, parts.hostname or ""
-        if parts.scheme in ("http", "https") and host:
-            parts = urlsplit(paths.ascii_url(url))
+        split = urlsplit(url)
+        port, host = split.port, split.hostname or ""
+        if split.scheme in ("http", "https") and host:
+            split = urlsplit(paths.ascii_url(url))
     except ValueError:
         raise UserError(
             field, f"{field}: is not a valid URL; the form is http://HOST/... or https://HOST/..."
         ) from None
-    if parts.scheme not in ("http", "https") or not host:
+    if split.scheme not in ("http", "https") or not host:
         raise UserError(
             field,
             f"{field}: {url[:20]!r} is not an http(s) URL; the form is http://HOST/... or https://HOST/...",
         )
-    if parts.username is not None or parts.password is not None:
+    if split.username is not None or split.password is not None:
         raise UserError(field, f"{field}: the URL contains a user name or a password; remove them")
     if port is not None and port not in PORTS:
         raise UserError(field, f"{field}: the URL has port {port}; it may be {' or '.join(map(str, PORTS))}")
-    return parts
+    return split
 
 
-def _shown(parts: SplitResult) -> str:
+def _for_message(split: SplitResult) -> str:
     """A URL for messages, without its query, which may contain a key."""
-    text = f"{parts.scheme}://{parts.netloc}{parts.path}"
+    text = f"{split.scheme}://{split.netloc}{split.path}"
     return repr(text if len(text) <= 120 else f"{text[:120]}...")
 
 
-def _addresses(parts: SplitResult, port: int, field: str, end: float, resolve: Resolve) -> list[str]:
+def _addresses(split: SplitResult, port: int, field: str, end: float, resolve: Resolve) -> list[str]:
     """The IP addresses of a host, all public. Raises UserError.
 
     A name that is not found gives the error of a private one, so private names cannot be probed.
     """
     try:
-        found = resolve(parts.hostname or "", port, end - time.monotonic())
+        addresses = resolve(split.hostname or "", port, end - time.monotonic())
     except OSError:
-        found = []
-    if not found or not all(map(is_public, found)):
-        raise UserError(field, f"{field}: {_shown(parts)} is not on the public internet")
-    return found
+        addresses = []
+    if not addresses or not all(map(is_public, addresses)):
+        raise UserError(field, f"{field}: {_for_message(split)} is not on the public internet")
+    return addresses
 
 
 def _first(addresses: list[str], port: int, name: str | None, end: float, connect: Connect) -> socket.socket:
@@ -195,17 +195,17 @@ def _first(addresses: list[str], port: int, name: str | None, end: float, connec
 
 
 def _answer(
-    sock: socket.socket, parts: SplitResult, field: str, most: int, end: float
+    sock: socket.socket, split: SplitResult, field: str, most: int, end: float
 ) -> tuple[bytes, str | None]:
     """(bytes, None), or (b"", the URL of a redirect), of one request.
 
     Raises OSError and HTTPException, TimeoutError after `end`.
     """
-    connection = http.client.HTTPConnection(parts.netloc)
+    connection = http.client.HTTPConnection(split.netloc)
     connection.sock = sock
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    target = (split.path or "/") + (f"?{split.query}" if split.query else "")
     headers = {
-        "Host": parts.netloc,
+        "Host": split.netloc,
         "User-Agent": "tinydiff",
         "Accept": "image/*",
         "Accept-Encoding": "identity",
@@ -217,7 +217,9 @@ def _answer(
             if answer.status in (301, 302, 303, 307, 308) and (location := answer.getheader("Location")):
                 return b"", location
             if answer.status != 200:
-                raise UserError(field, f"{field}: {_shown(parts)} was answered with status {answer.status}")
+                raise UserError(
+                    field, f"{field}: {_for_message(split)} was answered with status {answer.status}"
+                )
             data = bytearray()
             while (answer.length or 0) <= most and len(data) <= most and (piece := answer.read1(PIECE)):
                 data += piece

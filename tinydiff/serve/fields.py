@@ -211,7 +211,7 @@ INERT: dict[str, tuple[tuple[Any, ...], str]] = {
     "frame_duration_ms": ((), "request an animation as a video at /v1/videos, with fps"),
     "svg": ((), "images are made of pixels"),
     "markup": ((), "use mask to mark the area to inpaint"),
-    "enhance_prompt": ((False, "false"), unsupported.said("prompt rewriting by another model")),
+    "enhance_prompt": ((False, "false"), unsupported.sentence("prompt rewriting by another model")),
 }
 """OpenAI's and SGLang's fields that do nothing here: the values that are accepted, and why no others are."""
 

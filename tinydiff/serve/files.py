@@ -57,9 +57,9 @@ def secret(state_dir: Path) -> bytes:
     with _plain_errors():
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not path.exists():
-            made = write_new(path, _write_secret)
-            if made != path:  # another server was first
-                made.unlink()
+            written = write_new(path, _write_secret)
+            if written != path:  # another server was first
+                written.unlink()
         found = path.read_bytes()
     if len(found) != SECRET_BYTES:
         raise UserError(
@@ -80,9 +80,9 @@ def claim(folder: Path, secret: bytes) -> Path:
     try:
         if (
             not note.exists()
-            and (made := write_new(note, lambda temporary: temporary.write_text(mark, "utf-8"))) != note
+            and (written := write_new(note, lambda temporary: temporary.write_text(mark, "utf-8"))) != note
         ):
-            made.unlink()  # another server was first
+            written.unlink()  # another server was first
         if note.read_text("utf-8") == mark:
             return folder
     except (OSError, UserError) as error:

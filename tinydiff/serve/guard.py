@@ -61,12 +61,12 @@ class Guard:
         self.keys = [key.encode() for key in options.api_key]
         self.admin = options.admin_api_key.encode() if options.admin_api_key else None
         self.origins = set(options.cors_origin)
-        self.home = urlsplit(options.public_url).netloc if options.public_url else None
+        self.own_host = urlsplit(options.public_url).netloc if options.public_url else None
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        given = req.get_header("x-request-id") or ""
+        request_id = req.get_header("x-request-id") or ""
         context = req.context
-        context.request_id = given if _SANE_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        context.request_id = request_id if _SANE_ID.fullmatch(request_id) else f"req_{secrets.token_hex(12)}"
         context.begun, context.owner, context.admin, context.error_code, context.job_id = (
             time.perf_counter(),
             "",
@@ -83,13 +83,13 @@ class Guard:
         if req.method == "OPTIONS":
             return
         key, context = _key(req.get_header), req.context
-        is_admin, known = self._is_admin(key), self._known(key)
+        is_admin, is_valid = self._is_admin(key), self._is_valid(key)
         keyless = not self.keys and self.admin is None
         context.admin = is_admin or keyless
-        context.owner = owner(key) if known and self.keys else ""
+        context.owner = owner(key) if is_valid and self.keys else ""
         if getattr(resource, "public", False):  # its owner is set above if the request has a key
             return
-        if self.keys and not known:
+        if self.keys and not is_valid:
             raise _unauthorized("an API key of this server", key)
         if (
             not getattr(resource, "admin", False)
@@ -102,7 +102,7 @@ class Guard:
                 "this route needs an admin key, but the server was started without one (--admin-api-key)"
             )
             raise Refusal(403, "admin_key_missing", message)
-        if known:
+        if is_valid:
             raise Refusal(
                 403,
                 "admin_required",
@@ -150,7 +150,7 @@ class Guard:
             self._check(method, get, length)
         except Refusal:
             return False
-        return not self.keys or self._known(_key(get))
+        return not self.keys or self._is_valid(_key(get))
 
     def _check(self, method: str, get: Callable[[str], str | None], length: int | None) -> None:
         """Raise Refusal for errors that the headers alone show."""
@@ -175,14 +175,14 @@ class Guard:
             host is not None
             and loopback(self.service.options.host)
             and not loopback(_name(host))
-            and host != self.home
+            and host != self.own_host
         ):
             message = f"Host: {_name(host)[:80]!r} is not a name of this server; set --public-url"
             raise Refusal(403, "unknown_host", message)
         if (
             origin is not None
             and method not in SAFE_METHODS
-            and _netloc(origin) not in {host, self.home} - {None}
+            and _netloc(origin) not in {host, self.own_host} - {None}
         ):
             raise Refusal(
                 403,
@@ -193,7 +193,7 @@ class Guard:
     def _is_admin(self, key: bytes) -> bool:
         return self.admin is not None and hmac.compare_digest(key, self.admin)
 
-    def _known(self, key: bytes) -> bool:
+    def _is_valid(self, key: bytes) -> bool:
         return (
             any([self._is_admin(key), *[hmac.compare_digest(key, each) for each in self.keys]]) and key != b""
         )  # a list: all are compared

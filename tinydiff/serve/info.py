@@ -67,9 +67,9 @@ def tasks(service: Service) -> list[str]:
     """The tasks of the model by SGLang's names: T2I, I2I, T2V, I2V."""
     row = service.blueprint.row
     least, most = row.images
-    clips = row.video_frames > 1
-    from_text = (["T2V", "T2I"] if clips else ["T2I"]) if least == 0 else []
-    return from_text + ([("I2V" if clips else "I2I")] if most else [])
+    makes_videos = row.video_frames > 1
+    from_text = (["T2V", "T2I"] if makes_videos else ["T2I"]) if least == 0 else []
+    return from_text + ([("I2V" if makes_videos else "I2I")] if most else [])
 
 
 def precisions(service: Service) -> dict[str, str]:

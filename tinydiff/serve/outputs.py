@@ -37,14 +37,14 @@ TILES = 16
 
 def plan(job: Job, request: Request, folder: Path) -> tuple[output.Target, output.Encoding]:
     """How each output of a job is written. Raises UserError for an impossible format or quality."""
-    clip = request.output.num_frames > 1
-    extension = job.answer.get("output_format") or ("mp4" if clip else "png")
+    is_video = request.output.num_frames > 1
+    extension = job.answer.get("output_format") or ("mp4" if is_video else "png")
     target = output.plan_target(
-        folder, f"{job.id}.{extension}", video=clip, with_alpha=request.output.layers > 0
+        folder, f"{job.id}.{extension}", video=is_video, with_alpha=request.output.layers > 0
     )
     output.check_size(target, *request.output.saved_size)
     if job.fields.get("save_audio"):
-        output.check_sound(clip, request.output.sound)
+        output.check_sound(is_video, request.output.sound)
     chosen = {
         name: job.fields[name]
         for name in ("output_quality", "output_compression", "x264_preset")
@@ -59,7 +59,7 @@ def save(
     files: Files,
     frames: numpy.ndarray | Frames,
     seed: int,
-    told: Mapping[str, Any],
+    parameters: Mapping[str, Any],
     sound: Sound | None = None,
 ) -> list[Output]:
     """Encode one output of a job, uint8 [T, H, W, 3 or 4] with its sound, and store its files.
@@ -70,35 +70,35 @@ def save(
     with tempfile.TemporaryDirectory() as folder:
         target, encoding = plan(job, request, Path(folder))
         media_type = MEDIA_TYPES[target.extension.lower()]
-        parts = [layer[None] for layer in frames] if request.output.layers else [frames]
-        made = []
-        for index, part in enumerate(parts):
-            path = target.path(index, len(parts))
+        layers = [layer[None] for layer in frames] if request.output.layers else [frames]
+        outputs = []
+        for index, part in enumerate(layers):
+            path = target.path(index, len(layers))
             output.write(
                 path,
                 target.extension,
                 part,
                 encoding,
-                {**told, "seed": seed, **({"layer": index} if request.output.layers else {})},
+                {**parameters, "seed": seed, **({"layer": index} if request.output.layers else {})},
                 sound,
             )
             size = path.stat().st_size
-            made.append(Output(files.put(path, media_type, path.name, job.owner), media_type, size, seed))
+            outputs.append(Output(files.put(path, media_type, path.name, job.owner), media_type, size, seed))
         if job.fields.get("save_audio") and sound is not None:
             path = output.save_sound(target.path(0, 1), sound)
             size = path.stat().st_size
-            made.append(Output(files.put(path, WAV, path.name, job.owner), WAV, size, seed, "audio"))
+            outputs.append(Output(files.put(path, WAV, path.name, job.owner), WAV, size, seed, "audio"))
     if request.output.num_frames > 1:
         for variant, draw in (("thumbnail", thumbnail), ("spritesheet", spritesheet)):
             data = draw(frames.decoded if isinstance(frames, Frames) else frames)
             id = files.put(data, "image/webp", f"{job.id}-{variant}.webp", job.owner)
-            made.append(Output(id, "image/webp", len(data), seed, variant))
-    return made
+            outputs.append(Output(id, "image/webp", len(data), seed, variant))
+    return outputs
 
 
-def remove(made: Iterable[Output], files: Files) -> None:
+def remove(outputs: Iterable[Output], files: Files) -> None:
     """Delete the files of outputs that belong to no job."""
-    for each in made:
+    for each in outputs:
         files.delete(each.file)
 
 

@@ -246,9 +246,9 @@ class DeviceScheduler:
 
     def _warm_up(self) -> None:
         """Run the declared warm-up requests."""
-        parts = warmup.parts(self.options, self.blueprint, self.request_of)
-        for i, (request, count) in enumerate(parts):
-            self._set_phase("warming", i, len(parts))
+        batches = warmup.batches(self.options, self.blueprint, self.request_of)
+        for i, (request, count) in enumerate(batches):
+            self._set_phase("warming", i, len(batches))
             self._load()
             warmup.make(self.device, request, count)
 
@@ -348,7 +348,7 @@ class DeviceScheduler:
         """Decode an image and let a saver thread store it. What is still to be made is stored here."""
         started = time.perf_counter()
         try:
-            made, told = self.device.finish(running.job.id, slot.index)
+            output_made, parameters = self.device.finish(running.job.id, slot.index)
         except Exception as error:
             self._fail(running.job.id, error)
             return
@@ -356,11 +356,11 @@ class DeviceScheduler:
         running.spent("decode", seconds)
         self.metrics.stage("decode", seconds)
         output, clock = running.request.output, Clock(NoProgress())
-        frames = postprocess.processed(self.device.blueprint, output, made.frames, clock)
+        frames = postprocess.processed(self.device.blueprint, output, output_made.frames, clock)
         if isinstance(frames, Frames):  # made while they are saved, and only this thread uses the device
-            self._save(running, slot.index, frames, told, made.sound)
+            self._save(running, slot.index, frames, parameters, output_made.sound)
         else:
-            self._savers.submit(self._save, running, slot.index, frames, told, made.sound)
+            self._savers.submit(self._save, running, slot.index, frames, parameters, output_made.sound)
 
     def _idle(self) -> None:
         """Wait for jobs.

@@ -69,7 +69,7 @@ def normalise(argv: Sequence[str]) -> tuple[Serve, list[str]]:
                 "model_path", f"model_path: is given twice, as {shown(argv[0])} and with --model-path"
             )
         argv = ["--model-path", *argv]
-    file, typed = flags.given(argv, [*config.NAMES, *OWN], SEVERAL)
+    file, typed = flags.from_command_line(argv, [*config.NAMES, *OWN], SEVERAL)
     _refuse({name: value for name, value in flags.merged(file, typed).items() if name not in TAKEN})
     taken = {name: value for name, value in typed.items() if name in TAKEN}
     return values.filled(Serve, file), command_line.words(Serve, taken)

@@ -139,7 +139,7 @@ class Uploader:
         self._client = client(target, threads, answer_s)
         self._waiting: deque[tuple[str, Output]] = deque()
         self._removing: deque[str] = deque()  # keys of deleted jobs' outputs
-        self._known: set[tuple[str, str]] = set()  # job and file of all that wait or are being uploaded
+        self._tracked: set[tuple[str, str]] = set()  # job and file of all that wait or are being uploaded
         self._leaving: deque[tuple[float, str, str]] = (
             deque()
         )  # when a local file goes, its id, where it lies then
@@ -155,12 +155,12 @@ class Uploader:
     def add(self, job_id: str, output: Output) -> None:
         """Upload an output of a done job, in the background. If too many wait, the output gets a warning."""
         with self._changed:
-            if self._closing or (job_id, output.file) in self._known:
+            if self._closing or (job_id, output.file) in self._tracked:
                 return
             full = len(self._waiting) >= self._most_waiting
             if not full:
                 self._waiting.append((job_id, output))
-                self._known.add((job_id, output.file))
+                self._tracked.add((job_id, output.file))
                 self._changed.notify()
         if full:
             self._note(job_id, replace(output, warning=_warning("too many wait")))
@@ -205,7 +205,7 @@ class Uploader:
         with self._changed:
             self._waiting.clear()
             self._given_up.set()
-            return len(self._known)
+            return len(self._tracked)
 
     def _run(self) -> None:
         while (task := self._next()) is not None:
@@ -250,7 +250,7 @@ class Uploader:
                 "the upload of an output of %s could not be stored; the next start uploads it again", job_id
             )
         with self._changed:
-            self._known.discard((job_id, output.file))
+            self._tracked.discard((job_id, output.file))
 
     def _attempts(self, job_id: str, output: Output) -> Output | None:
         """The output with its `url` or `warning`; None if `close` came between two attempts."""

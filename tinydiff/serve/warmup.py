@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 def jobs(options: ServeOptions, row: ReleasedModel) -> list[Job]:
     """A job for each declared size, by default the model's own. Raises UserError for an invalid size."""
-    clip = (options.warmup_num_frames or row.num_frames) > 1
+    is_video = (options.warmup_num_frames or row.num_frames) > 1
     if not options.warmup_steps:
         return []
-    made = []
+    queued = []
     for size in options.warmup_resolutions or ("",):
         fields: dict[str, Any] = {"prompt": "warm-up", "seed": 0, "num_inference_steps": options.warmup_steps}
         if size:
@@ -36,11 +36,11 @@ def jobs(options: ServeOptions, row: ReleasedModel) -> list[Job]:
             fields |= {"width": int(width), "height": int(height)}
         if options.warmup_num_frames is not None:
             fields["num_frames"] = options.warmup_num_frames
-        made.append(Job("warm-up", "video" if clip else "image", time.time(), fields=fields))
-    return made
+        queued.append(Job("warm-up", "video" if is_video else "image", time.time(), fields=fields))
+    return queued
 
 
-def parts(
+def batches(
     options: ServeOptions, blueprint: Blueprint, admitted: Callable[[Job], Request]
 ) -> list[tuple[Request, int]]:
     """(request, batch size) of each warm-up. A compiled model has two graphs: for one image and for more."""
