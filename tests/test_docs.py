@@ -74,3 +74,10 @@ def test_every_test_that_a_page_names_is_there():
     assert len(named) >= 10
     for path, test in (name.split("::") for name in named):
         assert f"def {test}(" in (ROOT / path).read_text(), f"{path} has no {test}"
+
+
+def test_no_page_says_a_sentence_twice_in_its_prose():
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "tinydiff/shapes/README.md"):
+        prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        paragraphs = [part.strip() for part in prose.split("\n\n") if len(part.strip()) > 80]
+        assert len(paragraphs) == len(set(paragraphs)), page.name

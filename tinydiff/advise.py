@@ -87,8 +87,10 @@ class PlanOptions:
 
     @property
     def parallel(self) -> ParallelOptions:
-        """The layout of `placements`. Degrees that are given make num_gpus where it is 1. Raises UserError
-        where degrees are given and nothing would come of them.
+        """The layout of `placements`.
+
+        Degrees that are given make num_gpus where it is 1. Raises UserError where degrees are given and
+        nothing would come of them.
         """
         plain, shared = ParallelOptions(), self._shared_with(ParallelOptions)
         asked = {name: value for name, value in shared.items() if value != getattr(plain, name)}

@@ -60,8 +60,9 @@ SHOWN = {int: "an integer", float: "a number", str: "a string", bool: "true or f
 
 
 def typed(record: type, entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `entries` that are fields of `record`, lists made tuples. Raises ValueError, one sentence,
-    naming the field.
+    """Those of `entries` that are fields of `record`, lists made tuples.
+
+    Raises ValueError, one sentence, naming the field.
     """
     kinds = _kinds(record)
     return {name: value(name, kinds[name], entries[name]) for name in kinds if name in entries}

@@ -1,5 +1,6 @@
-"""Where the weights of a network stand in a file of another layout: a table, read in both directions. No
-torch.
+"""Where the weights of a network stand in a file of another layout: a table, read in both directions.
+
+No torch.
 
 A layout is a tuple of `Line`s. A line says: these stored tensors, one behind the other along their first
 dimension, are these rows of the family's `spec`, one behind the other. So a fused projection is one name on

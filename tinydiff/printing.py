@@ -64,8 +64,9 @@ def safe_streams() -> Iterator[SafeStream]:
 
 
 def failure(out: SafeStream) -> str | None:
-    """Why not everything was written. None on success, and if the reader closed the pipe early, as `head`
-    does.
+    """Why not everything was written.
+
+    None on success, and if the reader closed the pipe early, as `head` does.
     """
     out.flush()
     if out.error is None or out.error.errno == errno.EPIPE:

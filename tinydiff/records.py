@@ -87,8 +87,9 @@ class Text:
 
 @dataclass(frozen=True)
 class GuidanceTerms:
-    """Further terms of guidance of a video and its sound, under diffusers' names. A scale of 1 is off, but 0
-    of `stg` and `rescale`.
+    """Further terms of guidance of a video and its sound, under diffusers' names.
+
+    A scale of 1 is off, but 0 of `stg` and `rescale`.
 
     stg: against a pass in which attention to themselves is left out in some blocks (spatio-temporal
     guidance). modality: against a pass in which video and sound do not attend to each other. rescale: how far

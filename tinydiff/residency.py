@@ -96,8 +96,9 @@ class Claim:
 def resolve(
     options: ModelOptions, roles: Mapping[str, str], blocks: Mapping[str, int]
 ) -> dict[str, Residency]:
-    """The residency of every component. Raises UserError for a component that is not there and for
-    contradictions.
+    """The residency of every component.
+
+    Raises UserError for a component that is not there and for contradictions.
 
     roles: component -> its role. blocks: component -> how many blocks it has.
     """

@@ -90,9 +90,6 @@ videos. Captions are drawn anew each time.
 Two LoRAs are in `loras`, made by `python -m training.lora FILE --style purple` and `--style yellow`: one
 paints every shape purple, one the background yellow.
 
-Two LoRAs are in `loras`, made by `python -m training.lora FILE --style purple` and `--style yellow`: one
-paints every shape purple, one the background yellow.
-
 ## Limits
 
 Videos often lose the shape of what moves. Unusual words are split into letters and mean nothing to the

@@ -26,8 +26,9 @@ _COLOURS = np.array(list(PALETTE.values()), dtype=np.float32)
 
 @dataclass(frozen=True)
 class Blob:
-    """One connected area that differs from the background. Lengths in pixels of a 128 x 128 canvas, whatever
-    the picture's size.
+    """One connected area that differs from the background.
+
+    Lengths in pixels of a 128 x 128 canvas, whatever the picture's size.
     """
 
     colour: str | None  # None: none of the palette

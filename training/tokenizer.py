@@ -40,8 +40,9 @@ def corpus(seed: int = 0, count: int = 4000) -> Iterable[str]:
 
 
 def pieces(texts: Iterable[str]) -> list[tuple[str, float]]:
-    """The vocabulary: (piece, score) at its id. Special tokens, the bare space, characters, then words from
-    the most common.
+    """The vocabulary: (piece, score) at its id.
+
+    Special tokens, the bare space, characters, then words from the most common.
     """
     counts = Counter(word for text in texts for word in re.findall(r"[a-z]+", text.lower()))
     total = sum(counts.values())

@@ -23,8 +23,9 @@ FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 class Block(NamedTuple):
-    """A block type. values: of a block. bytes: of a block. decode: int32 [N, bytes], each a byte -> float32
-    [N, values].
+    """A block type.
+
+    values, bytes: of a block. decode: int32 [N, bytes], each a byte -> float32 [N, values].
     """
 
     values: int

@@ -54,8 +54,9 @@ class Contents(NamedTuple):
 
 
 def read(file: BinaryIO, size: int) -> Contents:
-    """The header of an open file of `size` bytes. Raises ValueError, EOFError or struct.error for a broken
-    one.
+    """The header of an open file of `size` bytes.
+
+    Raises ValueError, EOFError or struct.error for a broken one.
     """
     version, count, entries = struct.unpack("<4xIQQ", file.read(24))
     if version not in (2, 3):

@@ -41,8 +41,10 @@ class Header:
 
 
 def read(path: Path) -> Header:
-    """The header of a weight file, its format told by its first bytes. Raises ValueError, a clause about the
-    file, where it is none; UserError for a pickle that cannot be read as weights.
+    """The header of a weight file, its format told by its first bytes.
+
+    Raises ValueError, a clause about the file, where it is none; UserError for a pickle that cannot be read
+    as weights.
     """
     try:
         size = path.stat().st_size

@@ -163,8 +163,9 @@ def index_of(entries: Mapping[str, Any], where: str) -> Index:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; the bare `Infinity` and `NaN` that some released configs hold are accepted. Raises
-    UserError otherwise.
+    """Read a JSON object; the bare `Infinity` and `NaN` that some released configs hold are accepted.
+
+    Raises UserError otherwise.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))

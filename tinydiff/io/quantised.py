@@ -123,8 +123,9 @@ class Decoded:
 
 
 def decoded(file: Path, archive: Archive) -> Archive:
-    """The archive itself where nothing in it is quantised, else with whole weights. Raises ValueError, a
-    clause about the file.
+    """The archive itself where nothing in it is quantised, else with whole weights.
+
+    Raises ValueError, a clause about the file.
     """
     at = file.stat()
     found = _recipes(file, at.st_size, at.st_mtime_ns)
@@ -184,8 +185,9 @@ def _formats(archive: Archive, beside: Mapping[str, Mapping[str, str]]) -> dict[
 def _recipe(
     archive: Archive, key: str, dtype: str, own: Mapping[str, str], said: Mapping[str, Any] | None
 ) -> Recipe | None:
-    """How a weight is decoded; None for a plain one with nothing but what is about its input. Raises
-    ValueError for an unknown format.
+    """How a weight is decoded; None for a plain one with nothing but what is about its input.
+
+    Raises ValueError for an unknown format.
     """
     shape = tuple(archive.get_slice(key).get_shape())
     named = str(said["format"]) if said else None
@@ -226,8 +228,9 @@ def _rows(archive: Archive, key: str, low: int, high: int) -> Tensor:
 
 
 def _scaled(archive: Archive, key: str, scale_key: str, low: int, high: int, rotated: int) -> Tensor:
-    """8-bit rows times their scale: one, one a row, or one a block of a row. rotated: the columns of a group
-    that a Hadamard matrix was applied to; 0 for none.
+    """8-bit rows times their scale: one, one a row, or one a block of a row.
+
+    rotated: the columns of a group that a Hadamard matrix was applied to; 0 for none.
     """
     codes, scale = _rows(archive, key, low, high), archive.get_tensor(scale_key).float()
     if scale.numel() == 1:
@@ -260,8 +263,9 @@ def _by_largest(archive: Archive, key: str, largest_key: str, low: int, high: in
 
 
 def _unrotated(rows: Tensor, width: int) -> Tensor:
-    """Rows times the regular Hadamard matrix, which is its own inverse, in groups of `width` columns. A power
-    of 4.
+    """Rows times the regular Hadamard matrix, which is its own inverse, in groups of `width` columns.
+
+    A power of 4.
     """
     four = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]])
     matrix = torch.ones(1, 1)
@@ -288,8 +292,10 @@ def _mxfp8(archive: Archive, key: str, scale_key: str, low: int, high: int) -> T
 
 
 def _nvfp4(key: str, shape: Shape, own: Mapping[str, str], comfy: bool) -> Recipe:
-    """Three layouts of the same values. ComfyUI's has the even column in the high half of a byte and scales
-    in tiles; LightX2V's has the scales in tiles, and a second scale that divides; ModelOpt's has neither.
+    """Three layouts of the same values.
+
+    ComfyUI's has the even column in the high half of a byte and scales in tiles; LightX2V's has the scales in
+    tiles, and a second scale that divides; ModelOpt's has neither.
     """
     columns, divides = 2 * shape[1], "weight_global_scale" in own
     tiled, high_first = comfy or divides, comfy and not divides

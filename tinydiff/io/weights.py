@@ -44,9 +44,10 @@ _NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
 class Stored(NamedTuple):
-    """A tensor on disk: its file, the key there, its safetensors type name and its shape. lead: dimensions
-    of length one before those of the shape. transposed: the shape is that of a matrix stored the other way
-    round. view: what is read of it.
+    """A tensor on disk: its file, the key there, its safetensors type name and its shape.
+
+    lead: dimensions of length one before those of the shape. transposed: the shape is that of a matrix stored
+    the other way round. view: what is read of it.
     """
 
     file: Path
@@ -345,8 +346,10 @@ def _twice(name: str, *files: Path) -> UserError:
 def _matched(
     stored: Mapping[str, Stored], wanted: Mapping[str, Row], keys: KeyMap
 ) -> tuple[dict[str, Match], list[str]]:
-    """(row -> what it is read from, keys that are of no row). Of a tied weight's keys its own name is
-    preferred."""
+    """(row -> what it is read from, keys that are of no row).
+
+    Of a tied weight's keys its own name is preferred.
+    """
     matches: dict[str, Match] = {}
     unread, unexpected = [], []
     for key, at in stored.items():
@@ -440,8 +443,9 @@ def _as_stored(held: LocalWeight, source: Source, dtype: torch.dtype) -> bool:
 
 
 def _mapped(ready: Mapping[str, Source], rows: Mapping[str, Row]) -> dict[str, Tensor]:
-    """Tensors that are their own mapping of the file. A mapping lives as long as a tensor on it; writes stay
-    private.
+    """Tensors that are their own mapping of the file.
+
+    A mapping lives as long as a tensor on it; writes stay private.
     """
     archives: dict[Path, Archive] = {}
     weights: dict[str, Tensor] = {}
@@ -512,8 +516,9 @@ def _pass_on(
 
 
 def _reader() -> Callable[[Stored, Box], Tensor]:
-    """Reads boxes of stored tensors. The file is mapped anew after `BUDGET` bytes, which lets go of the pages
-    read so far.
+    """Reads boxes of stored tensors.
+
+    The file is mapped anew after `BUDGET` bytes, which lets go of the pages read so far.
     """
     file, archive, left = None, None, 0
 

@@ -134,8 +134,10 @@ def _enlarged(context: Context, kinds: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _inputs(c: Any, context: Context, request: Request, prompts: Sequence[Tensors]) -> LoopInputs:
-    """Loop inputs of video and sound. The tokens of given frames stay clean, at timestep 0: a first frame is
-    the first latent frame; those of any other frame stand behind the tokens of the video.
+    """Loop inputs of video and sound.
+
+    The tokens of given frames stay clean, at timestep 0: a first frame is the first latent frame; those of
+    any other frame stand behind the tokens of the video.
     """
     vae, audio_vae = (context.nets[name].config for name in ("vae", "audio_vae"))
     size, device, fps = latent_size(vae, request.output), context.device, request.output.fps
@@ -189,8 +191,9 @@ def guided_branches(
     prompts: Sequence[Tensors],
     counts: tuple[int, int],
 ) -> tuple[Tensors, ...]:
-    """The branches of a request with further terms of guidance, the prompt's first. counts: tokens of video
-    and of sound.
+    """The branches of a request with further terms of guidance, the prompt's first.
+
+    counts: tokens of video and of sound.
     """
     device, layers = prompts[0]["positions"].device, c.num_layers
     whole = {"attends": torch.ones(layers, device=device), "hears": torch.ones(1, device=device)}

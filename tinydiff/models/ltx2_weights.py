@@ -14,8 +14,9 @@ from tinydiff.parallel.plan import Input, Row, linear_rows, norm_rows, repeat, t
 
 
 class Kind(NamedTuple):
-    """One of the two streams. prefix: how the names of its weights begin. text: width of the
-    prompt it reads.
+    """One of the two streams.
+
+    prefix: how the names of its weights begin. text: width of the prompt it reads.
     """
 
     prefix: str

@@ -71,8 +71,9 @@ class Net(Generic[F]):
         return as_dtensors(self.weights, self.rows, self.plan, self.sharding)
 
     def whole(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Weights as a checkpoint has them, one at a time; all if none are named. All ranks run
-        through this.
+        """Weights as a checkpoint has them, one at a time; all if none are named.
+
+        All ranks run through this.
         """
         rows = [row for row in self.rows if names is None or row.name in names]
         if self.sharding is None:

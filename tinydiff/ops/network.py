@@ -61,8 +61,9 @@ class Family(Protocol):
 
     @property
     def denoised_streams(self) -> int:
-        """How many of the streams, counted from the last, are tokens that are denoised. `post` reads these
-        alone.
+        """How many of the streams, counted from the last, are tokens that are denoised.
+
+        `post` reads these alone.
         """
         ...
 

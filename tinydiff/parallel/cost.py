@@ -45,8 +45,9 @@ class CostModel:
 
     @property
     def attends(self) -> list[tuple[Input, Input, int]]:
-        """The queries and the keys of each attention, and the width of all its heads. Every rank holds all of
-        "prompt" and "views".
+        """The queries and the keys of each attention, and the width of all its heads.
+
+        Every rank holds all of "prompt" and "views".
         """
         return [(*row.attends, _attended_width(row)) for row in self.rows if row.attends is not None]
 
@@ -105,8 +106,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a layout runs on. tflops: 10^12 operations per second that a rank reaches. link, net: 10^9 bytes
-    per second that a rank sends to ranks of its own machine, and to ranks of another. ranks: of one machine.
+    """What a layout runs on.
+
+    tflops: 10^12 operations per second that a rank reaches. link, net: 10^9 bytes per second that a rank
+    sends to ranks of its own machine, and to ranks of another. ranks: of one machine.
     """
 
     tflops: float = 400.0
@@ -146,8 +149,9 @@ def shard_count(layout: Layout) -> int:
 
 
 def shard_bytes(rows: Iterable[Row], layout: Layout, b: int) -> int:
-    """Bytes of a block's weights that one rank keeps under full sharding. Each weight is sharded along its
-    first dimension, rounded up.
+    """Bytes of a block's weights that one rank keeps under full sharding.
+
+    Each weight is sharded along its first dimension, rounded up.
     """
     total = 0
     for row in rows:
@@ -157,8 +161,10 @@ def shard_bytes(rows: Iterable[Row], layout: Layout, b: int) -> int:
 
 
 def denoiser_bytes(net: CostModel, layout: Layout, b: int, experts: int = 1) -> int:
-    """Bytes of weights on one rank, for one network or several of the same shape. Under full sharding: this
-    rank's shards, and two whole blocks, the one that computes and the one being fetched.
+    """Bytes of weights on one rank, for one network or several of the same shape.
+
+    Under full sharding: this rank's shards, and two whole blocks, the one that computes and the one being
+    fetched.
     """
     if shard_count(layout) == 1:
         return experts * weight_bytes(net.rows, b, layout.tp)
@@ -241,8 +247,9 @@ def attention_flops(net: CostModel, layout: Layout, work: Work) -> int:
 
 
 def local_width(net: CostModel, layout: Layout, width: int, keys: str = "image") -> int:
-    """D: what a token's heads on one rank take, of an attention whose heads are `width` together. Attention
-    to what every rank holds whole trades no heads, and fills none up.
+    """D: what a token's heads on one rank take, of an attention whose heads are `width` together.
+
+    Attention to what every rank holds whole trades no heads, and fills none up.
     """
     heads = ceil(net.heads / layout.tp)
     fill = 1 if keys in ("prompt", "views") else layout.ulysses
@@ -259,8 +266,9 @@ def _attended_width(row: Row) -> int:
 
 
 def step_bytes(net: CostModel, layout: Layout, work: Work, b: int = 2) -> dict[str, int]:
-    """Bytes that one rank hands to collectives in one step, by axis, axes that exchange nothing left out. For
-    each branch that it walks:
+    """Bytes that one rank hands to collectives in one step, by axis, axes that exchange nothing left out.
+
+    For each branch that it walks:
 
     ulysses: for each attention of streams to streams all-to-alls of queries and result, 2 B n D b, and of
     keys and values, 2 B n D b, n those of the stream that is attended to.
@@ -314,8 +322,9 @@ a ring; an all-to-all keeps the rank's own part.
 
 
 def crosses_machines(layout: Layout, axis: str, machine: Machine) -> bool:
-    """Whether the ranks of an axis lie in more than one machine. Ranks are counted with tp innermost, then
-    ulysses, ring and cfg.
+    """Whether the ranks of an axis lie in more than one machine.
+
+    Ranks are counted with tp innermost, then ulysses, ring and cfg.
     """
     sizes = {"tp": layout.tp, "ulysses": layout.ulysses, "ring": layout.ring, "cfg": layout.cfg}
     inner = list(sizes)[: list(sizes).index("cfg" if axis == "fsdp" else axis) + 1]

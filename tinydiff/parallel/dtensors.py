@@ -94,8 +94,9 @@ def replaced(
     sharding: Sharding,
     changed: Iterable[tuple[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """This rank's weights after whole weights, the same on every rank, took the place of some. What is not
-    touched is shared.
+    """This rank's weights after whole weights, the same on every rank, took the place of some.
+
+    What is not touched is shared.
     """
     changed_weights, new = dict(weights), set[str]()
     local = {each.row.name: each for each in local_weights(rows, plan, sharding.blocks)}

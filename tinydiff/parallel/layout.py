@@ -70,8 +70,9 @@ all ranks that would hold the same weights; all ranks.
 
 
 def rank_groups(layout: Layout, name: str) -> list[list[int]]:
-    """All groups of an axis, or of a name in `COMBINED_AXES`: lists of ranks in the order of the mesh. Every
-    rank is in one of them.
+    """All groups of an axis, or of a name in `COMBINED_AXES`: lists of ranks in the order of the mesh.
+
+    Every rank is in one of them.
     """
     along = COMBINED_AXES.get(name, (name,))
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -148,8 +149,9 @@ def _check_machines(asked: ParallelOptions, ranks: int, machines: int) -> None:
 
 
 def address(asked: ParallelOptions) -> tuple[str, int]:
-    """(host, port) where the processes meet; port 0 is any free port. Raises UserError for what is not
-    host:port.
+    """(host, port) where the processes meet; port 0 is any free port.
+
+    Raises UserError for what is not host:port.
     """
     if asked.dist_init_addr is None:
         return "localhost", asked.master_port or 0
@@ -170,8 +172,9 @@ def address(asked: ParallelOptions) -> tuple[str, int]:
 
 
 def degrees(asked: ParallelOptions) -> dict[str, int]:
-    """Axis -> ranks along it, for the axes that the options set. Raises UserError where two options of one
-    axis disagree.
+    """Axis -> ranks along it, for the axes that the options set.
+
+    Raises UserError where two options of one axis disagree.
     """
     cfg = asked.cfg_parallel_size
     if asked.enable_cfg_parallel is not None:
@@ -278,8 +281,9 @@ def _shares(
 def check(
     layout: Layout, heads: int, guided: bool, tokens: int | None = None, outputs: int | None = None
 ) -> None:
-    """Refuse a layout that is not possible for this model and request. Arguments as of `choose`. Raises
-    UserError naming the option.
+    """Refuse a layout that is not possible for this model and request.
+
+    Arguments as of `choose`. Raises UserError naming the option.
     """
     if heads % layout.tp:
         fit = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)

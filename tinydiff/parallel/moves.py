@@ -23,8 +23,9 @@ def move(plan: Plan, name: str, x: Tensor) -> Tensor:
 
 
 def reshard(x: Tensor, source: Placement, target: Placement, group: Group) -> Tensor:
-    """This rank's part of x as placed by `source` -> its part as placed by `target`. Sharded dimensions must
-    divide evenly.
+    """This rank's part of x as placed by `source` -> its part as placed by `target`.
+
+    Sharded dimensions must divide evenly.
     """
     match source, target:
         case Partial(), Replicate():
@@ -49,8 +50,9 @@ def reshard(x: Tensor, source: Placement, target: Placement, group: Group) -> Te
 
 
 def rotate(x: Tensor, group: Group) -> Tensor:
-    """Receive x [...] from the next rank of the group, and send this rank's to the previous one. Started;
-    `wait` for the result.
+    """Receive x [...] from the next rank of the group, and send this rank's to the previous one.
+
+    Started; `wait` for the result.
     """
     flat, ranks = x.contiguous().view(-1), range(group.size)
     there, here = (group.rank - 1) % group.size, (group.rank + 1) % group.size

@@ -112,8 +112,9 @@ guidance [N, ...].
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks along one axis, from the view of one of them. name: torch.distributed's name of the process
-    group.
+    """The ranks along one axis, from the view of one of them.
+
+    name: torch.distributed's name of the process group.
     """
 
     name: str
@@ -126,8 +127,9 @@ ALONE = Group("", 1, 0)
 
 @dataclass(frozen=True)
 class Plan:
-    """What is static about how this process runs a network. The default is one device, where every move is
-    the identity.
+    """What is static about how this process runs a network.
+
+    The default is one device, where every move is the identity.
 
     attention: the backend's name, a key of `ops.attention.BACKENDS`. groups: the axes that more than one rank
     shares.

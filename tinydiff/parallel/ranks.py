@@ -95,8 +95,9 @@ def everyone() -> Group:
 
 
 def make_ranks(layout: Layout, timeout: float, device: str = "cpu") -> Ranks:
-    """The mesh of a layout, in a job whose processes have met. One process group serves all names with the
-    same teams.
+    """The mesh of a layout, in a job whose processes have met.
+
+    One process group serves all names with the same teams.
     """
     rank, limit = dist.get_rank(), timedelta(seconds=timeout)
     if dist.get_world_size() != layout.size:
@@ -188,8 +189,9 @@ def to_all(group: Group, value: T) -> list[T]:
 
 
 def command_group() -> Group:
-    """A group of all ranks on the CPU in which they may wait for the first one as long as it is idle. All
-    ranks call this.
+    """A group of all ranks on the CPU in which they may wait for the first one as long as it is idle.
+
+    All ranks call this.
     """
     return _seen(_untyped.new_group(backend="gloo", timeout=timedelta(days=365)))
 
@@ -326,8 +328,9 @@ def _work(folder: str, fn: Callable[..., T], args: tuple[Any, ...]) -> T:
 
 
 def _first_failure(folder: Path, rank: int, failure: Any) -> UserError | RankError | KeyboardInterrupt:
-    """The exception for the rank that failed first. A signal explains itself; other failures are in the file
-    that the rank wrote.
+    """The exception for the rank that failed first.
+
+    A signal explains itself; other failures are in the file that the rank wrote.
     """
     if (
         failure.exitcode == -signal.SIGINT

@@ -127,8 +127,10 @@ def shard_range(size: int, ranks: int, rank: int = 0) -> tuple[int, int, int]:
 
 
 class PackedWeight(NamedTuple):
-    """A weight in a pack. name: below its block. shape: of the gathered weight. width: first dimension of a
-    shard. offset: of the shard in the pack, in elements.
+    """A weight in a pack.
+
+    name: below its block. shape: of the gathered weight. width: first dimension of a shard. offset: of the
+    shard in the pack, in elements.
     """
 
     name: str
@@ -144,8 +146,9 @@ class PackedWeight(NamedTuple):
 
 @dataclass(frozen=True)
 class Pack:
-    """The layout of a block's weights in a flat tensor of `numel` elements per rank. Blocks of one shape have
-    equal packs. stored: its type of 8 bits, by torch's name.
+    """The layout of a block's weights in a flat tensor of `numel` elements per rank.
+
+    Blocks of one shape have equal packs. stored: its type of 8 bits, by torch's name.
     """
 
     parts: tuple[PackedWeight, ...]
@@ -158,8 +161,9 @@ class Pack:
 
 
 def packing(rows: Iterable[Row], plan: Plan, blocks: Collection[str]) -> dict[str, Pack]:
-    """The packs of the blocks with these prefixes, by the names of their tensors. ValueError for a row that
-    cannot be in one.
+    """The packs of the blocks with these prefixes, by the names of their tensors.
+
+    ValueError for a row that cannot be in one.
     """
     tp, ranks = plan.group("tp"), plan.group("shard").size
     found: dict[str, list[PackedWeight]] = {}
@@ -199,8 +203,10 @@ def _pack_name(row: Row, blocks: Collection[str]) -> str | None:
 
 
 def start(shares: Tensor, group: Group) -> Tensor:
-    """Begin to gather x [N, ...] of every rank along the first dimension. Read it only after `finish` or
-    `wait`. Values of 8 bits travel as bytes, since not every backend knows float8.
+    """Begin to gather x [N, ...] of every rank along the first dimension.
+
+    Read it only after `finish` or `wait`. Values of 8 bits travel as bytes, since not every backend knows
+    float8.
     """
     if group.size == 1:
         return shares
@@ -231,8 +237,9 @@ def gather(x: Tensor, *groups: Group) -> Tensor:
 
 
 class GatherOnRead(Mapping[str, Tensor]):
-    """All weights by their own names. A packed one is gathered when it is read, so every rank must read the
-    same weights in the same order.
+    """All weights by their own names.
+
+    A packed one is gathered when it is read, so every rank must read the same weights in the same order.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], packs: Mapping[str, Pack], plan: Plan) -> None:

@@ -40,8 +40,9 @@ WHOLE = Strip(ALONE, (1,))
 
 
 def in_strips(plan: Plan, fn: Callable[[Tensor, Strip], Tensor], x: Tensor, unit: int) -> Tensor:
-    """`fn(x, WHOLE)` over [..., H, W], computed in strips by the ranks of the plan's axis `height`. Each rank
-    gets the whole result.
+    """`fn(x, WHOLE)` over [..., H, W], computed in strips by the ranks of the plan's axis `height`.
+
+    Each rank gets the whole result.
 
     unit: pixels of height that stay together, the stride of an encoder. An image whose height is not a
     multiple of the unit, or has fewer units than ranks, is computed whole on every rank.
@@ -79,8 +80,9 @@ def halo(strip: Strip, x: Tensor, above: int, below: int) -> Tensor:
 
 
 def gather(strip: Strip, x: Tensor, dim: int) -> Tensor:
-    """A strip's x -> that of the whole image, on every rank. dim: the dimension, counted from the last, of
-    the height or of flattened pixels.
+    """A strip's x -> that of the whole image, on every rank.
+
+    dim: the dimension, counted from the last, of the height or of flattened pixels.
     """
     if not strip.divided:
         return x
@@ -93,8 +95,9 @@ def gather(strip: Strip, x: Tensor, dim: int) -> Tensor:
 
 
 def statistics(strip: Strip, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance over a strip -> over the image. They are merged rather than summed: a sum of squares
-    would lose precision under a large mean.
+    """Mean and variance over a strip -> over the image.
+
+    They are merged rather than summed: a sum of squares would lose precision under a large mean.
     """
     if not strip.divided:
         return mean, variance

@@ -164,8 +164,9 @@ def _as_float32(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, .
 
 
 def _wan(frozen: bool = False, length: int = WORDS) -> Callable[[wan.Config], Asked]:
-    """frozen: the first frame is given, and sits at timestep 0. length: where CLIP's tokens come too, the
-    reference expects 512 words.
+    """frozen: the first frame is given, and sits at timestep 0.
+
+    length: where CLIP's tokens come too, the reference expects 512 words.
     """
 
     def ask(c: wan.Config) -> Asked:
@@ -208,8 +209,9 @@ def _z_image(c: z_image.Config) -> Asked:
 
 
 def _qwen(*sizes: tuple[int, int], denoised: int = 1) -> Callable[[qwen_image.Config], Asked]:
-    """Images of latents of these sizes, the first `denoised` of which are denoised. Two texts, of different
-    lengths.
+    """Images of latents of these sizes, the first `denoised` of which are denoised.
+
+    Two texts, of different lengths.
     """
 
     def ask(c: qwen_image.Config) -> Asked:

@@ -115,8 +115,9 @@ GROUPS = (
 
 
 def chosen(model: str | None) -> tuple[Group, ...]:
-    """The groups of a model (hub id or its last part), of a family, or all. Raises UserError with the nearest
-    name.
+    """The groups of a model (hub id or its last part), of a family, or all.
+
+    Raises UserError with the nearest name.
     """
     if model is None:
         return GROUPS

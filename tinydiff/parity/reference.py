@@ -44,8 +44,9 @@ class Case(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """What a comparison found at one stage. error: the largest difference over the largest value of the
-    reference; inf where it failed.
+    """What a comparison found at one stage.
+
+    error: the largest difference over the largest value of the reference; inf where it failed.
     """
 
     name: str

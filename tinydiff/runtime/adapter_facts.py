@@ -37,9 +37,11 @@ LOW = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """kinds: in words. layers: how many are changed. ranks: all that occur. naming: whose names the layers
-    have, None where they are of no known model. models: the released models that have most of the layers.
-    strangers: layers that none of these models has.
+    """What an adapter file is.
+
+    kinds: in words. layers: how many are changed. ranks: all that occur. naming:
+    whose names the layers have, None where they are of no known model. models: the released models that have
+    most of the layers. strangers: layers that none of these models has.
     """
 
     kinds: tuple[str, ...]
@@ -105,8 +107,9 @@ def _fits(shape: Shape | None, ends: tuple[int | None, int | None]) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class LayerTable:
-    """A denoiser of released models, in the names of one layout. layers: underscored name of a layer -> its
-    weight's shape.
+    """A denoiser of released models, in the names of one layout.
+
+    layers: underscored name of a layer -> its weight's shape.
     """
 
     naming: str

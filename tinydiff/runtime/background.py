@@ -33,8 +33,9 @@ class Background:
         self._threads = torch.get_num_threads()
 
     def best(self, compiled: Denoise, image: Denoising) -> Denoise:
-        """The function for the next steps: `compiled` where its graph is ready, else the image's own. In that
-        case the thread compiles the graph.
+        """The function for the next steps: `compiled` where its graph is ready, else the image's own.
+
+        In that case the thread compiles the graph.
         """
         key = compiled, _structure(image)
         if not self._beside:

@@ -301,8 +301,9 @@ def _tiles(options: ModelOptions, vae: Any) -> tuple[bool | None, int | None]:
 
 
 def load(blueprint: Blueprint, ranks: Ranks | None = None, merge_adapters: bool = False) -> Model:
-    """Load the weights of every network to the device and dtype of the blueprint. Raises UserError for broken
-    files.
+    """Load the weights of every network to the device and dtype of the blueprint.
+
+    Raises UserError for broken files.
 
     ranks: this process among several that all load the model; it loads its own part. merge_adapters: whether
     LoRA adapters are preferably merged, where the options leave it open.
@@ -401,8 +402,9 @@ def _row(checkpoint: Checkpoint, options: ModelOptions) -> tuple[ReleasedModel, 
 
 
 def _needed_layers(name: str, config: Any, takes: tuple[int, ...], checkpoint: Checkpoint) -> Any:
-    """A language model with only as many layers as its highest used hidden state needs. takes: the states;
-    negative ones count from the end.
+    """A language model with only as many layers as its highest used hidden state needs.
+
+    takes: the states; negative ones count from the end.
     """
     total = config.num_hidden_layers
     most = max(take if take >= 0 else total + 1 + take for take in takes)

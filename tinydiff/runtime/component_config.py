@@ -16,8 +16,9 @@ DECODED = ("bitsandbytes", "modelopt")
 
 
 def read_config(family: Record, component: Component) -> Any:
-    """The network's `Config` from its config.json. Raises UserError for a field whose meaning is unknown, or
-    a value out of range.
+    """The network's `Config` from its config.json.
+
+    Raises UserError for a field whose meaning is unknown, or a value out of range.
     """
     stored, class_name, path = component.entries(), component.class_name, component.where()
     try:

@@ -137,8 +137,9 @@ def _in_place_of(listed: Component, path: str, option: str, variant: str | None)
 
 
 def _directory(listed: Component, path: str, option: str, variant: str | None) -> Path:
-    """The directory of a component that the user names. One that no model_index.json lists may lie in that of
-    a whole model.
+    """The directory of a component that the user names.
+
+    One that no model_index.json lists may lie in that of a whole model.
     """
     inside = ADDED.get(listed.name)
     if inside is not None and (whole := hub.resolve(path, field=option, only=(inside,)) / inside).is_dir():

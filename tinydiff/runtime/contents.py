@@ -68,8 +68,9 @@ class Contents:
 
 
 def contents(path_or_id: str) -> Contents:
-    """What a file, a directory or a hub id in the download cache holds. Raises UserError where
-    there is none.
+    """What a file, a directory or a hub id in the download cache holds.
+
+    Raises UserError where there is none.
     """
     if path_or_id == registry.SHIPPED:
         return _directory(blueprint.SHIPPED, path_or_id)
@@ -180,8 +181,9 @@ def _quantised(found: Found, path: Path) -> str | None:
 
 
 def _runnable(counted: Contents, found: Sequence[Found]) -> Contents:
-    """With the command that runs a file: as the model where it holds the denoiser, else as a component. What
-    the model has beside is missing.
+    """With the command that runs a file: as the model where it holds the denoiser, else as a component.
+
+    What the model has beside is missing.
     """
     names = [
         name for name in nearest_first(found[0].models, Path(counted.path)) if name in released.COMPONENTS

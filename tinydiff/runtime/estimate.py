@@ -63,8 +63,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A layout's cost per GPU in bytes, and seconds of a step. activations: with hoisted tensors. sent: axis
-    -> bytes in a step.
+    """A layout's cost per GPU in bytes, and seconds of a step.
+
+    activations: with hoisted tensors. sent: axis -> bytes in a step.
     """
 
     layout: Layout
@@ -241,8 +242,9 @@ def usual(subject: Subject, ranks: int) -> Layout | None:
 
 
 def estimates(subject: Subject, ranks: int, vram: float, machine: Machine) -> list[Estimate]:
-    """The layouts that fit into `vram` GB, fastest first, then the others. The layout that `generate` chooses
-    comes first where it is hardly slower.
+    """The layouts that fit into `vram` GB, fastest first, then the others.
+
+    The layout that `generate` chooses comes first where it is hardly slower.
 
     Each layout that does not fit is followed by the first of these that makes it fit, else by the smallest:
     sharding text encoders over all ranks, full sharding, both.
@@ -289,8 +291,9 @@ def over_cards(subject: Subject, ranks: int, machine: Machine) -> list[tuple[Est
 
 
 def estimate(subject: Subject, layout: Layout, vram: float, machine: Machine) -> Estimate:
-    """The cost of a layout. Text encoders are sharded over tp, or over all ranks, where that divides their
-    heads.
+    """The cost of a layout.
+
+    Text encoders are sharded over tp, or over all ranks, where that divides their heads.
     """
     net, work, b = subject.net, subject.work, subject.b
     weights = cost.denoiser_bytes(net, layout, b, subject.experts)

@@ -40,8 +40,9 @@ def fair_order(waiting: Sequence[Image], turns: Mapping[TurnKey, int]) -> list[I
 
 
 def _by_turns(waiting: Sequence[Image], turns: Mapping[TurnKey, int], depth: int) -> list[Image]:
-    """The first image of each group, then the second of each, and so on. In a round, started
-    images go first.
+    """The first image of each group, then the second of each, and so on.
+
+    In a round, started images go first.
     """
     groups: dict[TurnKey, list[Image]] = {}
     for image in waiting:

@@ -62,8 +62,9 @@ def admitted(options: Options, plan: Blueprint) -> Work:
 
 @default_torch_state()
 def generate(options: Options, progress: Progress) -> list[Result]:
-    """Load the model, make everything asked for and write it. One result per prompt. Raises UserError before
-    anything is made.
+    """Load the model, make everything asked for and write it.
+
+    One result per prompt. Raises UserError before anything is made.
     """
     started = time.perf_counter()
     plan = read(options)
@@ -175,8 +176,9 @@ def _run_job(
     progress: Progress,
     writes: bool,
 ) -> Result:
-    """Run a job, and write its files if this rank writes. What is written is kept only where it is asked for,
-    so that many prompts fit into memory.
+    """Run a job, and write its files if this rank writes.
+
+    What is written is kept only where it is asked for, so that many prompts fit into memory.
     """
 
     def save(
@@ -191,8 +193,9 @@ def _run_job(
 
 
 def _merge_results(parts: Sequence[Result]) -> Result:
-    """The result of a prompt from the results of its jobs, in order. The seconds are those of all replicas
-    together.
+    """The result of a prompt from the results of its jobs, in order.
+
+    The seconds are those of all replicas together.
     """
     if len(parts) == 1:
         return parts[0]
@@ -236,8 +239,9 @@ def _save(
     sound: Sound | None,
     parameters: Mapping[str, Any],
 ) -> list[Path]:
-    """Write output `index` of a job. Layers are numbered through all outputs, one file each, or in one
-    directory.
+    """Write output `index` of a job.
+
+    Layers are numbered through all outputs, one file each, or in one directory.
     """
     told = {**parameters, "seed": job.request.seeds[index]}
     number = job.first + index

@@ -36,8 +36,10 @@ SMALL = 32
 
 @dataclass(frozen=True)
 class Interpolator:
-    """A network in memory. prepare: a frame [1, 3, H, W] in [0, 1] -> as the network sees it. between: that
-    of two frames and a time [1] -> the frame then, with its padding.
+    """A network in memory.
+
+    prepare: a frame [1, 3, H, W] in [0, 1] -> as the network sees it. between: that of two frames and a time
+    [1] -> the frame then, with its padding.
     """
 
     config: interpolators.Config

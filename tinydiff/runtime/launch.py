@@ -46,8 +46,9 @@ MakeDisplay = Callable[[str], Display]
 
 
 def generate(options: Options, watch: MakeDisplay) -> list[Result]:
-    """Generate everything asked for, on as many ranks as asked for. One result per prompt; none where another
-    process is rank 0.
+    """Generate everything asked for, on as many ranks as asked for.
+
+    One result per prompt; none where another process is rank 0.
 
     Raises UserError as `runtime.generate.generate` does, and RankError where a rank fails otherwise.
     """
@@ -76,8 +77,10 @@ def generate(options: Options, watch: MakeDisplay) -> list[Result]:
 
 
 def wait_unless_first_to_fail() -> None:
-    """Called before a failure is reported. Under torchrun several ranks may hit the same error: all but the
-    first sleep here until torchrun ends them, so that it is printed once.
+    """Called before a failure is reported.
+
+    Under torchrun several ranks may hit the same error: all but the first sleep here until torchrun ends
+    them, so that it is printed once.
     """
     place = environment.under_torchrun()
     if place is None or place.size == 1:
@@ -128,8 +131,9 @@ def ranks_here(asked: ParallelOptions, ranks: int, place: LaunchedRank | None) -
 
 
 def check_devices(plan: Blueprint, here: int) -> None:
-    """Raises UserError for more ranks on this machine than it has GPUs. Without a GPU, ranks
-    share the CPU.
+    """Raises UserError for more ranks on this machine than it has GPUs.
+
+    Without a GPU, ranks share the CPU.
     """
     import torch
 

@@ -27,8 +27,9 @@ def load(model_path: str | None, options: Mapping[str, Any]) -> Model:
 
 
 def _ranks(asked: config.ParallelOptions, plan: blueprint.Blueprint) -> Ranks | None:
-    """This process among the ranks that torchrun started, where `asked` makes them share the model. Raises
-    UserError without torchrun.
+    """This process among the ranks that torchrun started, where `asked` makes them share the model.
+
+    Raises UserError without torchrun.
     """
     named = [each.name for each in fields_of(asked) if getattr(asked, each.name) != each.default]
     place = environment.under_torchrun()

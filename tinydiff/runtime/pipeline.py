@@ -1,5 +1,6 @@
-"""The stages from an admitted request to frames. Each is a function of the value before it; nothing is kept
-between requests.
+"""The stages from an admitted request to frames.
+
+Each is a function of the value before it; nothing is kept between requests.
 
 Shape letters: B batch, T text tokens, L latent tokens, P values of a packed latent token, C channels, F
 latent frames, H and W latent size.
@@ -123,8 +124,9 @@ def in_tiles_if_short(model: Model, tile: int | None, code: Callable[[int | None
 
 
 def make_context(model: Model, request: Request, warn: Callable[[str], None] = log.warning) -> Context:
-    """What the family's recipe may use of the model. warn: called with a sentence for each text
-    that was cut.
+    """What the family's recipe may use of the model.
+
+    warn: called with a sentence for each text that was cut.
     """
     vae, device = model.autoencoder, model.blueprint.device
     chunk, tile = vae_passes(model, request.output)

@@ -39,8 +39,9 @@ NAMES = {"float8_e4m3fn": "fp8", "float8_e5m2": "fp8", "int8": "int8"}
 
 
 def settled(nets: Mapping[str, Planned], options: ModelOptions) -> dict[str, Planned]:
-    """The networks, denoisers and encoders with the rows of what stays quantised. Raises UserError for
-    options that contradict each other or name no layer.
+    """The networks, denoisers and encoders with the rows of what stays quantised.
+
+    Raises UserError for options that contradict each other or name no layer.
     """
     if options.quantization_ignored_layers and options.quantization not in TYPES:
         field = "quantization_ignored_layers"

@@ -18,8 +18,9 @@ import torch
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of the process. fresh: the values it may have in a process that never set it; `write` gets
-    the first.
+    """One setting of the process.
+
+    fresh: the values it may have in a process that never set it; `write` gets the first.
     """
 
     read: Callable[[], Any]
@@ -45,8 +46,9 @@ def _deterministic() -> tuple[bool, bool]:
 
 
 def _matmul() -> tuple[str, str, str]:
-    """(float32 precision in general, of CUDA, of the CPU). The first is "" where the others contradict it,
-    for which torch raises an error.
+    """(float32 precision in general, of CUDA, of the CPU).
+
+    The first is "" where the others contradict it, for which torch raises an error.
     """
     single = _backends.cuda.matmul.fp32_precision, _backends.mkldnn.matmul.fp32_precision
     try:
@@ -125,8 +127,9 @@ _KINDS = ("cpu", "cuda", "xpu", "mps")
 
 @contextmanager
 def default_torch_state() -> Iterator[None]:
-    """torch as in a fresh process, without gradients. Settings of a thread change for this thread, the others
-    for the process.
+    """torch as in a fresh process, without gradients.
+
+    Settings of a thread change for this thread, the others for the process.
     """
     with ExitStack() as stack:
         stack.enter_context(_shared)

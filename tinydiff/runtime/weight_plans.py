@@ -23,8 +23,10 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class NetworkPlacements:
-    """A network's weights on a mesh. sizes: ranks along each dimension of the mesh. whole: why ranks that
-    could share the weights hold all of them; None where they share them or need not.
+    """A network's weights on a mesh.
+
+    sizes: ranks along each dimension of the mesh. whole: why ranks that could share the weights hold all of
+    them; None where they share them or need not.
     """
 
     rows: tuple[Row, ...]

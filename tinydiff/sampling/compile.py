@@ -187,8 +187,9 @@ def per_size(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _no_modes() -> Iterator[None]:
-    """Turn off the modes that see every torch function, such as a default device. Otherwise the graph would
-    be compiled again for each of them.
+    """Turn off the modes that see every torch function, such as a default device.
+
+    Otherwise the graph would be compiled again for each of them.
     """
     modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
     device, default_device.CURRENT_DEVICE = default_device.CURRENT_DEVICE, None

@@ -207,8 +207,9 @@ def predictor(
     per_branch: bool = True,
     cache: Reuse | None = None,
 ) -> Predict:
-    """The network as a `Predict`. `wrap` is applied once to each kind of block, a function of plain tensors
-    in dicts and tuples.
+    """The network as a `Predict`.
+
+    `wrap` is applied once to each kind of block, a function of plain tensors in dicts and tuples.
 
     hooks: those of every walk. With full sharding, their `fetch` is replaced by one that gathers packs; with
     a step cache, their `stack` by its own. per_branch: whether a wrapped function serves one shape only, so
@@ -332,8 +333,10 @@ def eager_denoise(
     wrap: Wrap = unwrapped,
     cached_after: int | None = None,
 ) -> Denoise:
-    """`denoise` for this network, run operation by operation. wrap: as in `predictor`. cached_after: the
-    blocks that run at every step where the step cache may leave out the others; None without a step cache.
+    """`denoise` for this network, run operation by operation.
+
+    wrap: as in `predictor`. cached_after: the blocks that run at every step where the step cache may leave
+    out the others; None without a step cache.
     """
     cache = None if cached_after is None else Reuse(cached_after, step_cache.choose_now)
     predict = guidance(predictor(network, wrap, Hooks(fetch), False, cache), network.plan)

@@ -72,8 +72,9 @@ def linear_shift(sigmas_S: Tensor, mu: float) -> Tensor:
 
 
 def stretch_to_terminal(sigmas_S: Tensor, terminal: float) -> Tensor:
-    """Stretch 1 - sigma so that the last sigma is `terminal`. A grid whose last sigma is 1 cannot be
-    stretched and yields NaN.
+    """Stretch 1 - sigma so that the last sigma is `terminal`.
+
+    A grid whose last sigma is 1 cannot be stretched and yields NaN.
     """
     clean = 1 - sigmas_S
     return 1 - clean / (clean[-1] / (1 - terminal))

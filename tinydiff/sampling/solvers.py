@@ -183,8 +183,9 @@ def with_experts(table: Table, boundary_ratio: float, guidance_2: float | None =
 
 
 def since(table: Table, step: int) -> Table:
-    """The table from row `step` on, for an image noised to that row's sigma. UniPC, which uses earlier steps,
-    restarts there with its lower order, as in diffusers.
+    """The table from row `step` on, for an image noised to that row's sigma.
+
+    UniPC, which uses earlier steps, restarts there with its lower order, as in diffusers.
     """
     rest = Table(*(column[step:] for column in table))
     if not step or not (table.b1.any() or table.b2.any()):

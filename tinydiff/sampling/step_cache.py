@@ -98,8 +98,10 @@ def stack(
     held: Memory,
     kept: Memory,
 ) -> Callable[[Walk, list[Streams]], list[Streams]]:
-    """The hook over the whole stack (`network.Hooks.stack`). It reads `held`, and fills `kept` with the
-    memory after the step. calls: those of each branch for the blocks that may be left out.
+    """The hook over the whole stack (`network.Hooks.stack`).
+
+    It reads `held`, and fills `kept` with the memory after the step. calls: those of each branch for the
+    blocks that may be left out.
     """
 
     def run_or_reuse(run: Walk, entered: list[Streams]) -> list[Streams]:

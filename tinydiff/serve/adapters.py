@@ -73,8 +73,9 @@ class Adapters:
             return {name: strengths.get(name, 0.0) for name in self._loaded} if self._loaded else {}
 
     def add(self, name: str, path: str, target: str | None = None, alpha: float | None = None) -> None:
-        """Load an adapter from a file, directory or hub id, in place of one of the same name. Raises
-        UserError for one that does not fit.
+        """Load an adapter from a file, directory or hub id, in place of one of the same name.
+
+        Raises UserError for one that does not fit.
         """
         if (foreign := self._blueprint.foreign) is not None:
             message = f"{foreign.library} loads adapters at the start; give them with --lora-path"

@@ -40,8 +40,9 @@ class Decoder:
     def pixels(
         self, data: bytes, field: str, most_pixels: float, with_alpha: bool = False, mask: bool = False
     ) -> np.ndarray:
-        """As `unpack.pixels`, elsewhere. Raises UserError also for an image that takes too much time or
-        memory.
+        """As `unpack.pixels`, elsewhere.
+
+        Raises UserError also for an image that takes too much time or memory.
         """
         import numpy as np
 

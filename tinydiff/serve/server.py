@@ -271,8 +271,9 @@ def _answered(server: Any) -> None:
 
 
 def serve(asked: Serve) -> int:
-    """Run a server until SIGTERM or SIGINT, on as many ranks as asked for. Returns 0, or 1 if the scheduler
-    failed. Raises UserError, and RankError where a rank fails.
+    """Run a server until SIGTERM or SIGINT, on as many ranks as asked for.
+
+    Returns 0, or 1 if the scheduler failed. Raises UserError, and RankError where a rank fails.
     """
     asked = replace(asked, server=with_keys(checked(asked.server)))
     place = environment.under_torchrun()

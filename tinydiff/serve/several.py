@@ -48,8 +48,10 @@ def serve(asked: Serve, count: int, place: LaunchedRank | None, lead: Lead) -> i
 
 
 def choose_layout(plan: Blueprint, asked: ParallelOptions, count: int) -> tuple[Layout, str]:
-    """(how the ranks share every request, the reason in one line). Guidance gets ranks of its own only where
-    that is asked, because requests may be without. Raises UserError.
+    """(how the ranks share every request, the reason in one line).
+
+    Guidance gets ranks of its own only where that is asked, because requests may be without. Raises
+    UserError.
     """
     if (asked.data_parallel_size or 1) > 1:
         message = "a server has one replica of the model; start one for each replica, on one --state-url"

@@ -49,8 +49,9 @@ def batches(
 
 
 def make(device: Device, request: Request, count: int) -> None:
-    """Run a batch of `count` on a loaded device and discard the outputs. Raises the error that a request
-    would get.
+    """Run a batch of `count` on a loaded device and discard the outputs.
+
+    Raises the error that a request would get.
     """
     device.condition("warm-up", replace(request, seeds=(0,) * count))
     try:

@@ -260,8 +260,10 @@ def _oft(parts: Parts, weight: Shape) -> Built:
 
 
 def _dora(change: Difference | None, magnitude: Tensor | None, by_name: Tensor | None, weight: Shape) -> Dora:
-    """PEFT's lengths are those of rows. LyCORIS' are of rows or columns, as their shape tells; a
-    square weight's lie along the dimension that is not one.
+    """PEFT's lengths are those of rows.
+
+    LyCORIS' are of rows or columns, as their shape tells; a square weight's lie along the dimension that is
+    not one.
     """
     if not isinstance(change, LowRank | Dense):
         raise ValueError("has lengths of rows (DoRA) without a change")

@@ -209,8 +209,9 @@ class Half(NamedTuple):
 
 
 def _conv(half: Half, x: Tensor, w: Weights) -> Tensor:
-    """A 3x3x3 convolution that keeps the size. The first frame stands for those before it and, where it is
-    not causal, the last for those after it.
+    """A 3x3x3 convolution that keeps the size.
+
+    The first frame stands for those before it and, where it is not causal, the last for those after it.
     """
     first, last = x[:, :, :1], x[:, :, -1:]
     x = torch.cat([first, first, x] if half.causal else [first, x, last], 2)

@@ -82,8 +82,9 @@ def spec(c: Config) -> Iterator[Row]:
 
 
 def key_map(c: Config) -> KeyMap:
-    """transformers 5 writes the tower without its own prefix, and may write `model.` before each part. The
-    language model is read by its own record.
+    """transformers 5 writes the tower without its own prefix, and may write `model.` before each part.
+
+    The language model is read by its own record.
     """
     tower = "vision_tower.vision_model"
     inside = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")

@@ -248,8 +248,10 @@ T5 = (
 
 
 def _decoder_entries(more: Callable[[int], Entries]) -> Callable[[Sizes], Entries]:
-    """more: width -> what no shape tells. A file without the last norm is cut short: it has as many layers as
-    are read, and the model has as many as the released one of its widths.
+    """A language model's entries from its shapes.
+
+    more: width -> what no shape tells. A file without the last norm is cut short: it has
+    as many layers as are read, and the model has as many as the released one of its widths.
     """
 
     def ask(stored: Sizes) -> Entries:

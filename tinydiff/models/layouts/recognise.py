@@ -229,8 +229,9 @@ def _fits(part: Sizes, prefix: str, why: list[str]) -> Iterator[Found]:
 
 
 def _released(class_name: str, entries: Entries, config: Any) -> Iterator[str]:
-    """The released models with a component of these shapes, and of what else the file says it has. An output
-    head that it has not may be tied or left out.
+    """The released models with a component of these shapes, and of what else the file says it has.
+
+    An output head that it has not may be tied or left out.
     """
     record = RECORDS[class_name]
     said = [name for name, value in entries.items() if value is True and name != "tie_word_embeddings"]

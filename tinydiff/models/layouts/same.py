@@ -11,8 +11,10 @@ EDIT = "__index_timestep_zero__"
 
 
 def qwen_entries(s: Sizes) -> Entries:
-    """Layered embeds the kind of an image. Nothing in a diffusers file tells Edit-2511; ComfyUI's has a
-    marker."""
+    """Layered embeds the kind of an image.
+
+    Nothing in a diffusers file tells Edit-2511; ComfyUI's has a marker.
+    """
     width, head = s("img_in.weight"), s("transformer_blocks.0.attn.norm_q.weight")
     layered = s.has("time_text_embed.addition_t_embedding")
     return {

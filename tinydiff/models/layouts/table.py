@@ -20,8 +20,10 @@ class Sizes:
     shapes: Mapping[str, Shape]
 
     def __call__(self, name: str, dim: int = 0) -> int:
-        """The size of a tensor along a dimension. LookupError where it is not there or has no such
-        dimension."""
+        """The size of a tensor along a dimension.
+
+        LookupError where it is not there or has no such dimension.
+        """
         return self.shapes[name][dim]
 
     def has(self, name: str) -> bool:
@@ -29,8 +31,9 @@ class Sizes:
         return any(key == name or key.startswith(f"{name}.") for key in self.shapes)
 
     def count(self, name: str) -> int:
-        """How many numbered parts stand below a name: the highest number and one. ValueError for more than
-        there are tensors: such a number is not believed.
+        """How many numbered parts stand below a name: the highest number and one.
+
+        ValueError for more than there are tensors: such a number is not believed.
         """
         below = (
             key.removeprefix(f"{name}.").partition(".")[0]
