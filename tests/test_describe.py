@@ -487,6 +487,6 @@ def test_a_float8_file_has_a_command(tmp_path):
     found = contents(str(header_only(tmp_path / "a.safetensors", shapes, "F8_E4M3")))
     assert found.problems == () and "--model-path" in found.command
     assert list(found.precision) == ["F8_E4M3"]
-    assert found.quantised == "fp8" and "  in memory   linear layers stay in fp8" in told(found)
+    assert found.quantised == "fp8" and "  in memory   linear layers stay in fp8" in lines(found)
     plain = contents(str(header_only(tmp_path / "b.safetensors", shapes, "BF16")))
-    assert plain.quantised is None and not any("in memory" in line for line in told(plain))
+    assert plain.quantised is None and not any("in memory" in line for line in lines(plain))
