@@ -12,6 +12,7 @@ import torch
 from tinydiff import config
 from tinydiff.runtime import blueprint, pipeline
 from tinydiff.runtime.admit import admit
+from tinydiff.runtime.background import Background
 from tinydiff.runtime.continuous import Continuous, make_slot
 from tinydiff.runtime.step_times import StepTimes
 from tinydiff.sampling.compile import graph_count
@@ -214,6 +215,22 @@ def test_the_loop_halts_where_an_image_is_looked_at(model):
         loop.step()
         seen.append(loop.steps_done(one))
     assert set(one.preview_steps) <= set(seen)
+
+
+def test_images_of_one_structure_share_a_graph(model):
+    """Another one has fresh noise, fixed tokens or a step cache."""
+    [one], [other] = slots_for(model), slots_for(model, num_inference_steps=3)
+    background, image = Background(beside=False), one.denoising
+    for each in (image, image, other.denoising):
+        assert background.best(compiled, each) is compiled
+        assert background.progress() == (1, 1)
+    for count, field in enumerate(("noise", "fixed", "limits"), 2):
+        background.best(compiled, image._replace(inputs=image.inputs._replace(**{field: ()})))
+        assert background.progress() == (count, count)
+
+
+def compiled(*_):
+    raise AssertionError("only its place is asked for")
 
 
 @pytest.mark.slow

@@ -69,8 +69,8 @@ class Background:
 
 
 def _structure(image: Denoising) -> Hashable:
-    """What a graph depends on: one image or several, fixed tokens, fresh noise, the hoisted tensors, all
-    types. Lengths may vary.
+    """What a graph depends on: one image or several, fixed tokens, fresh noise, a step cache, the hoisted
+    tensors, all types. Lengths may vary.
     """
     trees = [tree for branch in image.network.branches for tree in branch]
     tensors = tuple(
@@ -79,5 +79,6 @@ def _structure(image: Denoising) -> Hashable:
         for prefix, below in tree.items()
         for name, x in below.items()
     )
-    x, (_, noise, fixed) = image.state.x, image.inputs
-    return x.shape[0] > 1, x.dtype, fixed is None, noise is None, tensors
+    x, inputs = image.state.x, image.inputs
+    given = tuple(each is not None for each in (inputs.noise, inputs.fixed, inputs.limits))
+    return x.shape[0] > 1, x.dtype, given, tensors
