@@ -5,6 +5,7 @@ unchanged.
 from __future__ import annotations
 
 import random
+import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -95,6 +96,14 @@ def test_every_option_has_a_description_and_is_in_the_help(name, capsys, monkeyp
             if not hasattr(kind, "__dataclass_fields__"):
                 place = entry.name.upper() if values.is_positional(entry) else entry.name.replace("_", "-")
                 assert place in shown and values.descriptions(record)[entry.name]
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_description_stands_alone(name):
+    for record in records(cli.COMMANDS[name].record):
+        for field, text in values.descriptions(record).items():
+            leans = re.match(r"The same\b|Which of|Of them|Those\b|Which blocks those", text)
+            assert leans is None and not re.search(r"\bin this way\b|\bthat pass\b", text), (field, text)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -168,7 +168,7 @@ def _value(entry: Field[Any], kind: Any, normal: list[str]) -> Any:
 
 def _default_text(value: Any) -> list[str]:
     """A default as the help shows it."""
-    if value is None or isinstance(value, Mapping):
+    if value is None or value == "" or isinstance(value, Mapping):
         return []
     return [str(each) for each in value] if isinstance(value, tuple) else [json.dumps(value).strip('"')]
 

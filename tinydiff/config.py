@@ -105,19 +105,22 @@ class SamplingOptions:
     """LTX-2: spatio-temporal guidance of the video, against a pass without attention in some blocks. 0 is
     off."""
     audio_stg_scale: float | None = within(least=0, most=1000)
-    """The same of the sound."""
+    """LTX-2: spatio-temporal guidance of the sound, as stg_scale is of the video. 0 is off."""
     spatio_temporal_guidance_blocks: tuple[int, ...] = within((), least=0, most=1000)
-    """Numbers of the blocks, from 0, in which that pass has no attention."""
+    """LTX-2: numbers, from 0, of the blocks that have no attention in the extra pass of spatio-temporal
+    guidance (stg_scale, audio_stg_scale)."""
     modality_scale: float | None = within(least=0, most=1000)
     """LTX-2: guidance of the video against a pass in which video and sound do not attend to each other. 1 is
     off."""
     audio_modality_scale: float | None = within(least=0, most=1000)
-    """The same of the sound."""
+    """LTX-2: guidance of the sound against a pass in which video and sound do not attend to each other. 1 is
+    off."""
     guidance_rescale: float | None = within(least=0, most=1)
     """LTX-2: how far the guided prediction of the video is brought back to the deviation of the prompt's own.
     0 is off."""
     audio_guidance_rescale: float | None = within(least=0, most=1)
-    """The same of the sound."""
+    """LTX-2: how far the guided prediction of the sound is brought back to the deviation of the prompt's own.
+    0 is off."""
     guidance_scale_2: float | None = within(least=0, most=1000)
     """Guidance scale of the second expert, for models that have two (Wan2.2 A14B)."""
     boundary_ratio: float | None = within(least=0, most=1)
@@ -133,7 +136,8 @@ class SamplingOptions:
     named are left out. Without this option each has the strength of --lora-scale.
     """
     refine_loras: Mapping[str, float] = _empty()
-    """The same for the second stage. Without this option they are as in the first."""
+    """Strengths of the loaded LoRA adapters in the second stage, as in style=0.8. Without this option they
+    are those of the first stage."""
     dmd_denoising_steps: tuple[int, ...] = within((), least=0, most=1000)
     """Timesteps of a distilled (DMD) model, in descending order."""
     enable_cache_dit: bool | None = None
@@ -141,9 +145,9 @@ class SamplingOptions:
     is faster and changes the output a little. Off by default.
     """
     cache_dit_params: Mapping[str, float] = _empty()
-    """Settings of that step cache, which they switch on: Fn=1 blocks run at every step, warmup=4 steps run
-    all, rdt=0.24 is how far the change of the first blocks may differ, mc=3 steps in a row reuse at most.
-    """
+    """Settings of the step cache, which they turn on (enable_cache_dit): Fn=1 blocks run at every step,
+    warmup=4 steps run all blocks, rdt=0.24 is how far the change of the first blocks may differ, mc=3 steps
+    in a row reuse at most."""
     diffusers_kwargs: Mapping[str, Any] = _empty()
     """Further arguments of the pipeline with --backend diffusers, as JSON: {"clip_skip": 1}."""
     audio: bool | None = None
@@ -273,31 +277,32 @@ class ModelOptions:
     """Run the autoencoder on overlapping tiles, which takes less memory and changes the result a little. By
     default where nothing else makes a request fit."""
     vae_tile_size: int | None = within(least=64, most=2**14)
-    """Side in pixels of the tiles: a multiple of four latents. 256 by default. Given, it turns tiling on."""
+    """Side in pixels of the autoencoder's tiles, a multiple of four latents; 256 by default. A given size
+    turns tiling on."""
     on_oom: OnOom = "degrade"
     """What happens to a request that runs out of memory. degrade: it runs again with more of the model off
     the GPU, and the autoencoder in tiles; a line says so. fail: an error names the largest size that fits."""
     performance_mode: PerformanceMode = "auto"
-    """Where components live of which no other option speaks. auto: as the free memory of the GPU allows, with
-    the fewest bytes moved. memory: streamed by block, or else offloaded. speed and manual: all on the GPU.
-    """
+    """Where components live that no other option places. auto: as the GPU's free memory allows, with the
+    fewest bytes moved. memory: streamed by block, or else offloaded. speed and manual: all on the GPU."""
     dit_cpu_offload: bool | None = None
     """Keep the denoiser in the host's memory, and on the GPU only while it runs."""
     text_encoder_cpu_offload: bool | None = None
-    """The same for the text encoders."""
+    """Keep the text encoders in the host's memory, and on the GPU only while they run."""
     image_encoder_cpu_offload: bool | None = None
-    """The same for the image encoder."""
+    """Keep the image encoder in the host's memory, and on the GPU only while it runs."""
     vae_cpu_offload: bool | None = None
-    """The same for the autoencoder."""
+    """Keep the autoencoder in the host's memory, and on the GPU only while it runs."""
     cpu_offload_components: tuple[str, ...] = ()
-    """The same for these components: names such as text_encoder_2, groups (dit, text_encoder, image_encoder,
-    vae), all or none. Those that are not named are not offloaded."""
+    """Components that are kept in the host's memory, and on the GPU only while they run: names such as
+    text_encoder_2, groups (dit, text_encoder, image_encoder, vae), all or none. Components that are not named
+    are not offloaded."""
     dit_layerwise_offload: bool | None = None
     """Keep the denoiser's blocks in the host's memory, and bring each to the GPU when it runs. Without a GPU
     they stay in their file, so that a model larger than memory runs."""
     layerwise_offload_components: tuple[str, ...] = ()
-    """Components whose blocks are streamed in this way, named as for cpu_offload_components. default is all
-    but the denoiser."""
+    """Components whose blocks are brought to the GPU one by one as they run, named as for
+    cpu_offload_components. default is all but the denoiser."""
     component_residency: Mapping[str, Mode] = _empty()
     """Where components live: transformer=layerwise-offload,vae=resident. The third mode is component-offload.
     A component's own name counts before its group, and a group before all."""
@@ -305,15 +310,16 @@ class ModelOptions:
     """Blocks of the denoiser that are fetched while one computes: a number, or below 1 a share of all blocks.
     0 is one block."""
     layerwise_prefetch_size: Mapping[str, float] = _empty()
-    """The same by component: text_encoder=2."""
+    """Blocks that are fetched while one computes, by component: text_encoder=2."""
     dit_layerwise_resident_layers: float | None = within(least=0)
     """Blocks of a streamed denoiser that stay on the GPU: a number, or below 1 a share of all blocks."""
     layerwise_resident_layers: Mapping[str, float] = _empty()
-    """The same by component."""
+    """Blocks of a streamed component that stay on the GPU, by component: text_encoder=4."""
     dit_layerwise_residency_policy: Policy | None = None
-    """Which blocks those are: the first ones (leading), or evenly spaced ones (strided)."""
+    """Which blocks of a streamed denoiser stay on the GPU: the first ones (leading), or evenly spaced ones
+    (strided)."""
     layerwise_residency_policy: Mapping[str, Policy] = _empty()
-    """The same by component."""
+    """Which blocks of a streamed component stay on the GPU, by component: text_encoder=strided."""
     pin_cpu_memory: bool | None = None
     """Keep offloaded weights in pinned memory, from which copies to the GPU are fast and asynchronous.
     Without it they stay in their files. By default on, where the machine has enough memory."""
@@ -359,7 +365,7 @@ class ParallelOptions:
     """Ulysses degree: ranks that exchange shards of tokens for shards of heads around attention (all-to-all).
     """
     ring_degree: int | None = within(least=1)
-    """Ring attention degree: ranks that pass keys and values around."""
+    """Ring attention degree: ranks that hold shards of the tokens and pass keys and values around."""
     enable_cfg_parallel: bool | None = None
     """Run the prompt and the negative prompt on separate ranks."""
     cfg_parallel_size: int | None = within(least=1, most=2)

@@ -70,7 +70,7 @@ video input
     video_path=
 speech to video
     audio_path= pose_video_path=
-sound
+sound of a given length
     sound_duration=0
 reinforcement learning rollouts
     rollout=false rollout_sde_type=sde rollout_noise_level=0.7 rollout_log_prob_no_const=false
