@@ -12,7 +12,7 @@ from tests.models.wan_s2v_reference import Reference
 from tests.parity import close, draw, randomised, shapes, tracked, unread
 from tinydiff.models import wan_s2v
 from tinydiff.models.evaluate import predict
-from tinydiff.ops.network import Network
+from tinydiff.ops.network import Branch, Network, divide, plain, walk
 from tinydiff.ops.patch import patchify, unpatchify
 from tinydiff.ops.weights import Weights
 
@@ -169,3 +169,38 @@ def test_the_released_layout_is_consumed_whole():
 def test_a_config_that_does_not_run_is_one_sentence(changes, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         wan_s2v.Config(**asdict(TINY) | changes)
+
+
+def test_bfloat16_is_near_float64():
+    """Weights and latents in bfloat16, float32 where the spec says so."""
+    c, flat, _, given, inputs = case("past frames")
+    types = {row.name: torch.float32 if row.float32 else torch.bfloat16 for row in wan_s2v.spec(c)}
+    time, x = torch.tensor([637.0]), patchify(given["x"][None], c.patch_size)
+    behind = torch.zeros(1, len(inputs["positions"]) - x.shape[1], x.shape[2])
+    tokens = torch.cat([x, behind], 1)
+    exact, rounded = (
+        predict(Network(wan_s2v.FAMILY, c, dtype=dtype), weights, tokens.to(dtype), time, inputs)
+        for dtype, weights in (
+            (torch.float64, flat),
+            (torch.bfloat16, {name: x.to(types[name]) for name, x in flat.items()}),
+        )
+    )
+    assert rounded.dtype == torch.bfloat16
+    error = (rounded.double() - exact)[:, : x.shape[1]].square().mean().sqrt()
+    assert error < 0.05 * exact[:, : x.shape[1]].std()
+
+
+def test_hoisted_rows_equal_single_evaluations():
+    """What the loop does: hoist once for all timesteps, then each step with its row."""
+    c, flat, _, given, inputs = case("past frames")
+    network = Network(wan_s2v.FAMILY, c, dtype=torch.float64)
+    times = torch.tensor([999.0, 1.0])
+    request, steps = wan_s2v.hoist(c, network.plan, Weights(flat, dtype=torch.float64), inputs, times)
+    x = patchify(given["x"][None], c.patch_size)
+    tokens = torch.cat([x, x.new_zeros(1, len(inputs["positions"]) - x.shape[1], x.shape[2])], 1)
+    calls = {block: plain(network, block) for block, _ in wan_s2v.blocks(c)}
+    for i, t in enumerate(times):
+        step = divide(network, {key: rows[i] for key, rows in steps.items()})
+        branch = Branch(divide(network, request), step)
+        (y,) = walk(network, [calls], divide(network, flat), tokens, [branch])
+        close(y, predict(network, flat, tokens, t[None], inputs), 1e-12)
