@@ -168,7 +168,7 @@ def shallow(c):
     """The same network of few blocks."""
     fewer = {
         name: n
-        for name, n in (("num_layers", 3), ("num_single_layers", 2), ("n_layers", 2))
+        for name, n in (("num_layers", 2), ("num_single_layers", 1), ("n_layers", 1))
         if hasattr(c, name)
     }
     if getattr(c, "dual_attention_layers", ()):
