@@ -1,5 +1,5 @@
-"""Ranks for tests: four processes, started once, that run a function of a test module side by
-side over gloo.
+"""Ranks for tests: processes, started once and only as many as are asked for, that run a function of a test
+module side by side over gloo.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-SIZE = 4
 TIMEOUT = 900
 """Seconds until ranks that do not answer fail the test."""
+_started: list[tuple[Any, Connection]] = []
 
 
 def on_ranks(ranks: int, fn: Callable[..., Any], *given: Any) -> list[Any]:
@@ -26,9 +25,10 @@ def on_ranks(ranks: int, fn: Callable[..., Any], *given: Any) -> list[Any]:
     The failure of the rank that fails first is raised here; as the others may wait for it for ever, all
     processes are then new.
     """
-    pool, deadline = _pool(), time.monotonic() + TIMEOUT
+    _start(ranks)
+    deadline = time.monotonic() + TIMEOUT
     store = Path(tempfile.mkdtemp()) / "store"
-    waiting = {pipe: rank for rank, (_, pipe) in enumerate(pool[:ranks])}
+    waiting = {pipe: rank for rank, (_, pipe) in enumerate(_started[:ranks])}
     for pipe, rank in waiting.items():
         pipe.send((fn.__module__, fn.__name__, given, rank, ranks, str(store)))
     answers = {}
@@ -38,31 +38,29 @@ def on_ranks(ranks: int, fn: Callable[..., Any], *given: Any) -> list[Any]:
             rank = waiting.pop(pipe)
             failed, answers[rank] = pipe.recv()
             if failed:
-                _end(pool)
+                _end()
                 raise AssertionError(f"rank {rank}:\n{answers[rank]}")
         if not ready:
-            _end(pool)
+            _end()
             raise AssertionError(f"ranks {sorted(waiting.values())} do not answer")
     return [answers[rank] for rank in range(ranks)]
 
 
-@cache
-def _pool() -> list[tuple[Any, Connection]]:
+def _start(ranks: int) -> None:
+    """Start what is missing of so many processes."""
     context = multiprocessing.get_context("spawn")
-    made = []
-    for _ in range(SIZE):
+    while len(_started) < ranks:
         here, there = context.Pipe()
         process = context.Process(target=_serve, args=(there,), daemon=True)
         process.start()
-        made.append((process, here))
-    return made
+        _started.append((process, here))
 
 
-def _end(pool: list[tuple[Any, Connection]]) -> None:
-    for process, _ in pool:
+def _end() -> None:
+    for process, _ in _started:
         process.kill()
         process.join()
-    _pool.cache_clear()
+    _started.clear()
 
 
 def _serve(pipe: Connection) -> None:
