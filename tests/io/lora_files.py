@@ -1,5 +1,7 @@
 """LoRA files of every layout, with random factors, and what they must do to a network's weights."""
 
+from functools import cache
+
 import torch
 from safetensors.torch import save_file
 
@@ -13,6 +15,7 @@ RANK = 2
 FAMILIES = [name for name in CONVERTED if RECORDS[CONVERTED[name][0]].role == "dit"]
 
 
+@cache
 def network(name):
     """A narrow network: (component, key map of the original layout, what makes the spec's names of them)."""
     layout, c, rows, _ = drawn(name)

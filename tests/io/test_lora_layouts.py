@@ -4,6 +4,8 @@ A product of the file's factors is a weight of the layout in which the file name
 converter of single files says of which weights of the model it is a part.
 """
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -47,20 +49,26 @@ LAYOUTS = {
 """Name -> (whose names of the layers, what stands before, how the factors' keys end, what it is called)."""
 
 
+@cache
+def expected_of(family, names):
+    """(network, factors, what they add at half their strength), by our names or stored ones."""
+    component, keys, to_rows = network(family)
+    keys, to_rows = (keys, to_rows) if names == "stored" else (AS_IS, dict)
+    pairs = factors(stored(component, keys))
+    return component, pairs, deltas(component, keys, to_rows, pairs, 0.5)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layout_of_a_family(tmp_path, family, layout):
-    component, keys, to_rows = network(family)
     names, pattern, (down, up), called = LAYOUTS[layout]
-    keys, to_rows = (keys, to_rows) if names == "stored" else (AS_IS, dict)
-    pairs, tensors = factors(stored(component, keys)), {}
+    (component, pairs, expected), tensors = expected_of(family, names), {}
     for module, (a, b) in pairs.items():
         stem = pattern.format(module, _=module.replace(".", "_"))
         tensors |= {stem + down: a, stem + up: b, f"{stem}.alpha": torch.tensor(1.0)}
     adapter = read(tmp_path, tensors, component)
     assert adapter.layout == called
     assert (adapter.kinds, adapter.ranks, adapter.scales) == (("LoRA",), (2,), (0.5,))
-    expected = deltas(component, keys, to_rows, pairs, 0.5)
     equal(added(component, adapter.targets["transformer"]), expected)
     assert all(isinstance(each, LowRank) for each in adapter.targets["transformer"].values())
     half = added(component, adapter.targets["transformer"], 0.5)
