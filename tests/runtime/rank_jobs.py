@@ -40,8 +40,8 @@ def sums(folder: str) -> list[int]:
 
 
 def fails(folder: str, how: str) -> None:
-    """Rank 1 fails while rank 0 waits for it, ten seconds at most."""
-    rank, group = here(folder), dist.new_group(timeout=timedelta(seconds=1000 if how == "waits" else 10))
+    """Rank 1 fails while rank 0 waits for it, five seconds at most."""
+    rank, group = here(folder), dist.new_group(timeout=timedelta(seconds=1000 if how == "waits" else 5))
     if rank == 1:
         (Path(folder) / "failed").touch()
         if how == "user":

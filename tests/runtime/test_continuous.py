@@ -237,7 +237,7 @@ def compiled(*_):
 @pytest.mark.usefixtures("dynamo")
 def test_what_is_compiled_beside_serves_all_that_comes_after():
     """Forms are made eagerly until their graph is ready; then nothing compiles again: sizes, steps, guidance,
-    company. A server does the same with Inductor in tests/serve/test_server.py.
+    company. A server does the same in tests/serve/test_server.py.
     """
     model = blueprint.load(blueprint.read(config.ModelOptions(enable_torch_compile=True)))
     loop = loop_of(model, EveryImage)

@@ -11,17 +11,25 @@ from contextlib import contextmanager
 import requests
 
 COMMAND = "import sys; from tinydiff.cli import main; sys.exit(main(sys.argv[1:]))"
+TRACED = """
+import sys
+from tests.compiling import traced_by_dynamo
+from tinydiff.cli import main
+with traced_by_dynamo():
+    sys.exit(main(sys.argv[1:]))
+"""
+"""The same without Inductor; tests must be on PYTHONPATH."""
 
 
 class Server:
     """A running server: `url`, its process, and what it printed."""
 
-    def __init__(self, folder, *options, **environment):
+    def __init__(self, folder, *options, command=COMMAND, **environment):
         self.log = (folder / f"server-{time.monotonic_ns()}.log").open("w+", encoding="utf-8")
-        command = [
+        words = [
             sys.executable,
             "-c",
-            COMMAND,
+            command,
             "serve",
             "--port",
             "0",
@@ -30,7 +38,7 @@ class Server:
             *options,
         ]
         self.process = subprocess.Popen(
-            command, stdout=self.log, stderr=subprocess.STDOUT, env={**os.environ, **environment}
+            words, stdout=self.log, stderr=subprocess.STDOUT, env={**os.environ, **environment}
         )
         self.url = self._address()
         self.session = requests.Session()

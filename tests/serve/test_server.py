@@ -11,7 +11,8 @@ import pytest
 import requests
 from moto.server import ThreadedMotoServer
 
-from tests.serve.processes import serving, wait
+from tests.serve.processes import TRACED, serving, wait
+from tests.sources import ROOT
 from tinydiff.records import UserError
 from tinydiff.serve import server
 
@@ -41,30 +42,28 @@ def all_done(one, ids):
     return found if all(found[id]["status"] in ("completed", "failed") for id in ids) else None
 
 
+@pytest.mark.slow
 def test_a_killed_server_loses_no_job_and_makes_none_twice(tmp_path):
+    """Where that is asked for, a job that it left unfinished fails with a code instead."""
     with serving(tmp_path, "--lease", "1") as first:
         first.wait_ready()
-        ids = [create(first, seed=k, num_inference_steps=STEPS, size="64x64") for k in range(6)]
+        ids = [create(first, seed=k, num_inference_steps=STEPS, size="64x64") for k in range(4)]
         wait(lambda: any(video["status"] == "in_progress" for video in videos(first).values()))
         first.kill()
     with serving(tmp_path, "--lease", "1") as second:
         found = wait(lambda: all_done(second, ids), 180)
         assert sorted(found) == sorted(ids)
-        assert [video["status"] for video in found.values()] == ["completed"] * 6
+        assert [video["status"] for video in found.values()] == ["completed"] * 4
         assert second.get(f"/v1/videos/{ids[0]}/content").content[4:8] == b"ftyp"
-
-
-def test_unfinished_jobs_fail_with_a_code_where_that_is_asked_for(tmp_path):
-    with serving(tmp_path, "--lease", "1", "--batching-max-size", "1") as first:
-        first.wait_ready()
-        id = create(first, num_inference_steps=1000)
-        wait(lambda: videos(first)[id]["status"] == "in_progress")
-        first.kill()
-    with serving(tmp_path, "--lease", "1", "--unfinished", "fail") as second:
-        found = wait(lambda: all_done(second, [id]))
+        id = create(second, num_inference_steps=1000)
+        wait(lambda: videos(second)[id]["status"] == "in_progress")
+        second.kill()
+    with serving(tmp_path, "--lease", "1", "--unfinished", "fail") as third:
+        found = wait(lambda: all_done(third, [id]))
         assert found[id]["status"] == "failed" and found[id]["error"]["code"] == "server_restarted"
 
 
+@pytest.mark.slow
 def test_stopping_lets_running_jobs_end_and_keeps_the_rest(tmp_path):
     with serving(tmp_path, "--batching-max-size", "1") as first:
         first.wait_ready()
@@ -82,15 +81,16 @@ def test_two_servers_share_a_database_and_one_dies(tmp_path, postgres_url):
     with serving(tmp_path, *options) as first, serving(tmp_path, *options) as second:
         first.wait_ready(), second.wait_ready()
         ids = [
-            create((first, second)[k % 2], seed=k, num_inference_steps=STEPS, size="64x64") for k in range(8)
+            create((first, second)[k % 2], seed=k, num_inference_steps=STEPS, size="64x64") for k in range(5)
         ]
         wait(lambda: sum(video["status"] == "in_progress" for video in videos(first).values()) == 2)
         first.kill()
         found = wait(lambda: all_done(second, ids), 180)
         assert sorted(found) == sorted(ids)
-        assert [video["status"] for video in found.values()] == ["completed"] * 8
+        assert [video["status"] for video in found.values()] == ["completed"] * 5
 
 
+@pytest.mark.slow
 def test_outputs_go_to_object_storage_and_leave_with_their_job(tmp_path):
     storage = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     storage.start()
@@ -124,14 +124,25 @@ def test_outputs_go_to_object_storage_and_leave_with_their_job(tmp_path):
         storage.stop()
 
 
-def test_one_line_a_request_with_its_id(tmp_path):
-    with serving(tmp_path, "--log-format", "json") as one:
-        one.wait_ready()
-        one.get("/v1/models", headers={"x-request-id": "mine"})
-        lines = [json.loads(line) for line in one.said().splitlines() if line.startswith("{")]
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    """A server for several tests, and the directory of its outputs, which holds another's file."""
+    folder = tmp_path_factory.mktemp("logged")
+    (folder / "out").mkdir()
+    (folder / "out" / "mine.txt").write_text("x" * 10_000)
+    options = ("--log-format", "json", "--max-body", "0.001", "--output-path", str(folder / "out"))
+    with serving(folder, *options, "--host", "127.0.0.1") as one:
+        yield one.wait_ready(), folder / "out"
+
+
+def test_one_line_a_request_with_its_id(logged):
+    one, _ = logged
+    one.get("/v1/models", headers={"x-request-id": "mine"})
+    lines = [json.loads(line) for line in one.said().splitlines() if line.startswith("{")]
     assert [line["route"] for line in lines if line.get("request") == "mine"] == ["/v1/models"]
 
 
+@pytest.mark.slow
 def test_stopping_tells_those_who_wait_and_waits_for_no_idle_connection(tmp_path):
     with serving(tmp_path, "--http-graceful-shutdown-timeout", "0.2") as one:
         one.wait_ready()
@@ -178,9 +189,10 @@ def test_the_model_may_come_first_as_sglang_has_it():
     assert (asked.model.model_path, asked.server.port) == ("some/model", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second", "code"),
-    [("SIGTERM", "SIGTERM", 143), ("SIGINT", "SIGINT", 130), ("SIGTERM", "SIGINT", 130)],
+    [("SIGINT", "SIGTERM", 143), ("SIGTERM", "SIGINT", 130)],
 )
 def test_asked_twice_it_stops_at_once(tmp_path, first, second, code):
     with serving(tmp_path) as one:
@@ -196,34 +208,32 @@ def test_asked_twice_it_stops_at_once(tmp_path, first, second, code):
         )
 
 
-def test_files_go_where_sglang_has_them_go(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("x" * 10_000)
-    with serving(tmp_path, "--output-path", str(tmp_path / "out")) as one:
-        one.wait_ready()
-        answer = one.post(
-            "/v1/images/generations", json={"prompt": "a", "num_inference_steps": 1, "response_format": "url"}
-        ).json()
-        assert requests.get(answer["data"][0]["url"], timeout=60).content[:4] == b"\x89PNG"
-        assert [path.suffix for path in (tmp_path / "out").glob("*.png")] == [".png"]
-        assert str(tmp_path) not in one.get("/server_info").text
+def test_files_go_where_sglang_has_them_go(logged, tmp_path):
+    one, out = logged
+    answer = one.post(
+        "/v1/images/generations", json={"prompt": "a", "num_inference_steps": 1, "response_format": "url"}
+    ).json()
+    assert requests.get(answer["data"][0]["url"], timeout=60).content[:4] == b"\x89PNG"
+    assert [path.suffix for path in out.glob("*.png")] == [".png"]
+    assert str(out.parent) not in one.get("/server_info").text
     with pytest.raises(UserError, match=r"output_path: .* has the files of a server with another state_dir"):
-        other, out = str(tmp_path / "other"), str(tmp_path / "out")
-        server.serve(server.parse(["--port", "0", "--state-dir", other, "--output-path", out]))
+        other = ["--state-dir", str(tmp_path), "--output-path", str(out)]
+        server.serve(server.parse(["--port", "0", *other]))
 
 
-def test_a_warning_beyond_loopback_without_a_key(tmp_path):
-    with serving(tmp_path, "--host", "127.0.0.1") as quiet:
-        assert "--api-key" not in quiet.said()
+@pytest.mark.slow
+def test_a_warning_beyond_loopback_without_a_key(tmp_path, logged):
+    quiet, _ = logged
+    assert "--api-key" not in quiet.said()
     with serving(tmp_path, "--host", "0.0.0.0", TINYDIFF_API_KEY="k") as keyed:
         assert "--api-key" not in keyed.said()
 
 
-def test_a_body_that_is_never_read_is_refused_in_the_same_form(tmp_path):
-    with serving(tmp_path, "--max-body", "0.001") as one:
-        answer = one.post("/v1/images/generations", data=b"x" * 2**21)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
-        assert answer.headers["x-request-id"]
+def test_a_body_that_is_never_read_is_refused_in_the_same_form(logged):
+    one, _ = logged
+    answer = one.post("/v1/images/generations", data=b"x" * 2**21)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+    assert answer.headers["x-request-id"]
 
 
 @pytest.mark.parametrize(
@@ -272,7 +282,9 @@ def test_a_mistake_is_reported_before_anything_is_loaded(argv, message, tmp_path
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_it_answers_while_it_compiles_and_compiles_nothing_once_it_is_ready(tmp_path):
-    """One graph serves both sizes. Batches of several are in tests/runtime/test_continuous.py."""
+    """One graph serves both sizes. Batches of several are in tests/runtime/test_continuous.py, Inductor in a
+    thread is in tests/sampling/test_compile.py.
+    """
     options = ("--enable-torch-compile", "--warmup-resolutions", "128x128", "96x160")
     options += ("--batching-max-size", "1")
 
@@ -288,7 +300,7 @@ def test_it_answers_while_it_compiles_and_compiles_nothing_once_it_is_ready(tmp_
             if line.startswith("tinydiff_recompiles_total")
         )
 
-    with serving(tmp_path, *options) as one:
+    with serving(tmp_path, *options, command=TRACED, PYTHONPATH=str(ROOT)) as one:
         wait(lambda: one.get("/ready").json()["phase"] == "compiling")
         assert picture(one, "128x128") == 200 and one.get("/ready").status_code == 503
         one.wait_ready(400)
