@@ -64,6 +64,7 @@ def test_the_denoiser_has_as_many_parameters_as_released(name):
 # --- what a layout costs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_model_is_planned_on_one_to_eight_gpus(name):
     of = subject(name)

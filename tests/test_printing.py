@@ -66,6 +66,7 @@ def test_help_in_ascii_and_without_stdout():
     )
 
 
+@pytest.mark.slow
 def test_an_image_is_saved_whatever_becomes_of_its_report(tmp_path, gone):
     with open("/dev/full", "w") as full:
         assert ended([*ONE_IMAGE, "full.png"], full, folder=tmp_path) == (1, FULL)

@@ -218,6 +218,7 @@ def test_save_is_whole_and_readable_by_safetensors(tmp_path):
     assert re.search(rb'"__metadata__":\{"format":"pt"\}', path.read_bytes())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from Linux's /proc")
 def test_peak_memory_is_the_weights_and_one_mapping(tmp_path):
     """64 MiB of float32 in one tensor to 32 MiB of bfloat16: the peak rises by those 32 MiB and the mapping
@@ -316,6 +317,7 @@ def _bytes_read(folder, layout, fsdp, dtype, keys):
     return sum(taken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("keys", [AS_IS, FUSED], ids=["split", "fused"])
@@ -395,6 +397,7 @@ dist.barrier()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from Linux's /proc")
 @pytest.mark.parametrize("count", [1, 4])
 def test_peak_memory_of_a_rank_is_what_it_holds_and_the_same_more_for_any_weights(tmp_path, count):

@@ -7,6 +7,7 @@ to two, because the reference's converters know the widths of the released model
 
 import re
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -378,6 +379,7 @@ def written(layout, c, rows):
     return all(map(Sizes(stored_rows(KeyMap(layout.lines(c)), rows)).has, layout.signs))
 
 
+@cache
 def drawn(name):
     """(a layout that fits, config, rows, weights): those of the denoisers cut narrow."""
     class_name, layout, c, _ = CONVERTED[name]
@@ -404,11 +406,12 @@ def test_a_file_gives_what_the_reference_makes_of_it(tmp_path, name):
         same(load_weights(tmp_path / "one.pth", rows, torch.float32, keys=keys), weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONVERTED)
 def test_weights_of_another_type_are_cast_on_their_way(tmp_path, monkeypatch, name):
-    """In pieces that are smaller than a tensor."""
-    monkeypatch.setattr(weights_module, "BUDGET", 1000)
+    """In pieces that are smaller than the largest tensor."""
     layout, c, rows, weights = drawn(name)
+    monkeypatch.setattr(weights_module, "BUDGET", 4 * max(row.numel for row in rows) // 3)
     keys = KeyMap(layout.lines(c))
     save_file(exported(weights, rows, keys), tmp_path / "one.safetensors")
     loaded = load_weights(tmp_path / "one.safetensors", rows, torch.bfloat16, keys=keys)
@@ -441,6 +444,7 @@ def _of_a_rank(folder, layout):
     return sum(tensor.numel() for tensor in fused.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RANKS)
 def test_ranks_hold_the_same_shards_from_a_fused_file(tmp_path, name):
     rows = list(flux.spec(SMALL))

@@ -464,6 +464,7 @@ DISTINCT = {
 """A model of each shape, and those of the same shape that are asked with references."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DISTINCT.values())
 def test_one_evaluation_costs_what_the_reference_costs(name, monkeypatch):
     """Floating point operations at the model's default size, counted on the meta device, nothing hoisted.

@@ -16,6 +16,8 @@ from tests.parity import close, draw
 from tinydiff.models.autoencoders import flux2_tiny, kl, tiny, wan
 from tinydiff.ops.weights import Weights
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = {"num_encoder_blocks": (1, 2, 1), "num_decoder_blocks": (2, 1, 1)}
 WIDTHS = {"encoder_block_out_channels": (6, 6, 6), "decoder_block_out_channels": (5, 5, 5)}
 STATISTICS = {"latents_mean": (0.1, 0.2, -0.3, 0.4), "latents_std": (1.0, 2.0, 0.5, 0.7)}

@@ -254,6 +254,8 @@ def run(name: str, plan: Plan, branches: int = 1, *modes):
 
 
 NAMES = (*PICTURES, *CLIPS, *HUNYUAN)
+QUICK = ("FLUX.1-dev", CLIPS[0])
+"""Blocks of two streams and of one, and cross-attention."""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -383,7 +385,9 @@ LAYOUTS = (
 @pytest.mark.parametrize(
     "layout", LAYOUTS, ids=lambda layout: "-".join(map(str, (*layout.sizes[1:], layout.fsdp)))
 )
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_the_bytes_of_a_step_are_those_that_collectives_are_handed(name, layout):
     _, net, work = asked(name)
     live = tuple((axis, Group(axis, n, 0)) for axis, n in zip(AXES, layout.sizes, strict=True) if n > 1)

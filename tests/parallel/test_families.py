@@ -122,12 +122,20 @@ def together(case):
     return on_ranks(LAYOUTS[case].size, all_families, LAYOUTS[case], names(case))
 
 
-@pytest.mark.parametrize(("case", "name"), [(case, name) for case in LAYOUTS for name in names(case)])
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        pytest.param(case, name, marks=[pytest.mark.slow] if layout.size > 2 else [])
+        for case, layout in LAYOUTS.items()
+        for name in names(case)
+    ],
+)
 def test_every_layout_gives_what_one_rank_gives(case, name):
     for rank in together(case):
         close(rank[name], alone(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["ring x ulysses", "tp x ulysses"])
 def test_float32_too(case):
     """As near to float64 as one rank in float32 is, which LTX-2 with its many sums misses by 1.3e-5."""

@@ -18,6 +18,8 @@ from tinydiff.runtime import blueprint, pipeline
 from tinydiff.runtime.admit import admit
 from tinydiff.sampling import noise
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = {  # the shipped model has 5 heads: tp cannot divide it
     "cfg": Layout(cfg=2),
     "ulysses, rows of the autoencoder": Layout(ulysses=2, vae=True),

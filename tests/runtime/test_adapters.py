@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.parallel.pool import on_ranks
-from tests.parallel.test_families import denoised, plan_of
+from tests.parallel.test_families import FULLEST, denoised, plan_of
 from tests.parity import close
 from tests.sampling import fake
 from tinydiff.models.recipe import Net
@@ -108,9 +108,10 @@ LAYOUTS = {
 
 
 def adapted(layout):
-    return {name: denoised(name, plan_of(layout), layout.fsdp, adapt=dynamic) for name in DENOISERS}
+    return {name: denoised(name, plan_of(layout), layout.fsdp, adapt=dynamic) for name in FULLEST}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_every_layout_gives_what_merging_gives_on_one_rank(case):
     for rank in on_ranks(2, adapted, LAYOUTS[case]):

@@ -205,6 +205,7 @@ def test_directories_that_cannot_be_written(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [taken]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
 @pytest.mark.parametrize(
     "words", [[], ["--num-frames", "5"], ["--num-frames", "5", "--output-file-name", "frames/"]]

@@ -70,7 +70,7 @@ SUBJECTS = {
 }
 """Families -> how to make a tiny model of each in a directory, and what is asked of it."""
 
-SAMPLE = 40
+SAMPLE = 20
 """Changes of each family that are tried; all of them are several thousand."""
 
 
@@ -81,6 +81,7 @@ def _small(monkeypatch):
     monkeypatch.setattr(qwen_image, "LANGUAGE_MODEL_PIXELS", 6144)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SUBJECTS)
 def test_each_change_makes_an_image_or_is_one_sentence(family, tmp_path):
     made: Subject = SUBJECTS[family](tmp_path)

@@ -94,6 +94,7 @@ def fuzzed(seed: int, names: list[str], values: list, run, first: list, runs: in
     many_ends(seen, names)
 
 
+@pytest.mark.slow
 def test_a_command_line(plan):
     def run(pairs):
         words = [
@@ -123,6 +124,7 @@ def test_every_option_of_python():
     fuzzed(3, NAMES, [*WORDS, *PLAIN, *PYTHON], lambda pairs: config.options(dict(pairs)), [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["json", "yaml"])
 def test_a_config_file(kind, plan, tmp_path):
     path = tmp_path / f"options.{kind}"

@@ -139,6 +139,7 @@ def test_the_latents_and_the_frames_equal_diffusers(guidance, fields, tmp_path):
     same_frames(frames, video)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shape", "guidance", "steps"),
     [

@@ -50,6 +50,7 @@ def shown(pixels):
     return reading.background, {(blob.colour, blob.shape) for blob in reading.blobs}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prompt", "seed", "background", "shapes"), PROMPTS)
 def test_an_adapter_shows_hides_and_mixes(model, prompt, seed, background, shapes):
     purple = {("purple", shape) for _, shape in shapes}

@@ -44,6 +44,7 @@ def table():
         yield f"| {name.rpartition('/')[2]} | " + " | ".join(cell(name, vram) for vram in CARDS) + " |"
 
 
+@pytest.mark.slow
 def test_the_table_of_the_documentation_is_what_the_plan_says():
     wanted = "\n".join(table())
     page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")

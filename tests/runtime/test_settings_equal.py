@@ -225,6 +225,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "scheduler"), ROWS)
 def test_another_scheduler_gives_the_references_latents(name, scheduler, both):
     both(name).scheduled(SCHEDULERS[scheduler]).compare({})

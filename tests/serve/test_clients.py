@@ -20,6 +20,8 @@ from PIL import Image
 from tests.serve.processes import serving, wait
 from tinydiff.runtime.pipeline import FEATHER
 
+pytestmark = pytest.mark.slow
+
 FIRST, SECOND, ADMIN = "key-of-the-first", "key-of-the-second", "key-of-the-admin"
 RED, BLUE = (216, 26, 36), (35, 84, 224)
 """Of what the model makes when it is told so."""

@@ -15,6 +15,8 @@ from PIL import Image
 
 from tests.serve.processes import serving, wait
 
+pytestmark = pytest.mark.slow
+
 CLIP = {"model": "tinydiff/shapes", "prompt": "a large red circle moving right"}
 SHORT = {"num_frames": 5, "num_inference_steps": 3}
 LONG = {"num_frames": 5, "num_inference_steps": 1000}

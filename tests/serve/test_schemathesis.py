@@ -66,6 +66,7 @@ def known(made, path):
     return made.store.get(id).outputs[0].file if path.startswith("/v1/files") else id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "path", "mode"), OPERATIONS)
 def test_answers_are_as_described(made, described, method, path, mode):
     operation = described[path][method.upper()]
@@ -89,6 +90,7 @@ def test_answers_are_as_described(made, described, method, path, mode):
     ask()
 
 
+@pytest.mark.slow
 def test_enough_was_asked_and_answered():
     assert sum(answered.values()) > 1000
     refused = {one.call for one in operations("")} - {call for call, status in answered if status == 200}

@@ -67,6 +67,7 @@ def image(answer):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))))
 
 
+@pytest.mark.slow
 def test_an_image_is_that_of_one_device(running):
     address, _ = running
     status, answer = post(address)
