@@ -18,6 +18,7 @@ from diffusers import (
     AutoencoderKLLTX2Audio,
     AutoencoderKLLTX2Video,
     FlowMatchEulerDiscreteScheduler,
+    LTX2ConditionPipeline,
     LTX2ImageToVideoPipeline,
     LTX2LatentUpsamplePipeline,
     LTX2Pipeline,
@@ -25,11 +26,13 @@ from diffusers import (
 )
 from diffusers.pipelines.ltx2 import (
     pipeline_ltx2,
+    pipeline_ltx2_condition,
     pipeline_ltx2_image2video,
     pipeline_ltx2_latent_upsample,
 )
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
+from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from PIL import Image
 from safetensors.torch import save_file
@@ -85,7 +88,8 @@ def row():
 def build(folder, newer):
     """The reference's pipeline, saved to `folder`."""
     (folder / "words").mkdir(parents=True)
-    tokenizer = Qwen2Tokenizer.from_pretrained(vocabularies.qwen(folder / "words"))
+    words = vocabularies.qwen(folder / "words")
+    tokenizer = Qwen2Tokenizer.from_pretrained(words, padding_side="left")  # as Gemma's is
     text = Gemma3TextConfig(
         vocab_size=len(tokenizer), hidden_size=24, intermediate_size=28, num_hidden_layers=3,
         num_attention_heads=2, num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8, sliding_window=8,
@@ -246,6 +250,45 @@ def theirs_of(terms):
     }
 
 
+def ours(model, request):
+    """(what the request starts from, the tokens after each step, what is made)."""
+    conditioning = pipeline.condition(model, request)
+    inputs = conditioning.stages[0].inputs
+    drawn = noise.drawn(5, [(1, *kind.size) for kind in inputs.latents])
+    start = [(kind, x.double()) for kind, x in zip(inputs.latents, drawn, strict=True)]
+    steps = pipeline.denoise(model, conditioning, 0, [x for _, x in start])
+    tokens = [x[:, : sum(inputs.kinds)] for x in steps]
+    return start, tokens, pipeline.finish(model, request, conditioning, tokens[-1])
+
+
+def reference(pipe, monkeypatch, name, start, terms, **given):
+    """(the tokens after each step, what the reference makes). start: as ours has it."""
+    draws = {tuple(x.shape): x for kind, noise in start for x in (noise, kind.pack(noise))}
+    for module in (pipeline_ltx2, pipeline_ltx2_image2video, pipeline_ltx2_condition):
+        widened(monkeypatch, module)
+        monkeypatch.setattr(module, "copy", SimpleNamespace(deepcopy=copied))
+        monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: draws[tuple(shape)])
+    pipe.set_progress_bar_config(disable=True)
+    names, seen = ["latents", "audio_latents"], []
+    monkeypatch.setattr(pipe, "_callback_tensor_inputs", names)
+    with exact(pipe):
+        made = pipe(
+            prompt=PROMPT, negative_prompt=NEGATIVE, height=SIZE[0], width=SIZE[1], num_frames=FRAMES,
+            frame_rate=float(FPS), spatio_temporal_guidance_blocks=[1], max_sequence_length=TOKENS,
+            use_cross_timestep=name == "LTX-2.3", output_type="np", callback_on_step_end_tensor_inputs=names,
+            callback_on_step_end=lambda pipe, i, t, kept: seen.append(kept) or {}, **theirs_of(terms),
+            **given,
+        )  # fmt: skip
+    return seen, made
+
+
+def same_tokens(tokens, seen, steps):
+    """After every step, those of the video and then those of the sound."""
+    assert len(seen) == len(tokens) == steps
+    for ours, theirs in zip(tokens, seen, strict=True):
+        close(ours, torch.cat([theirs["latents"], theirs["audio_latents"]], 1))
+
+
 @pytest.mark.parametrize("case", ["text", "text without guidance", "a first frame", *TERMS])
 def test_equals_the_reference(both, monkeypatch, tmp_path, case):
     pipe, model, name = both
@@ -258,33 +301,11 @@ def test_equals_the_reference(both, monkeypatch, tmp_path, case):
         picture.save(tmp_path / "first.png")
         fields, given = {"image_path": (str(tmp_path / "first.png"),)}, {"image": picture, "image_crf": 0}
         pipe = LTX2ImageToVideoPipeline(**pipe.components)
-        pipe.set_progress_bar_config(disable=True)
     request = request_for(model, spatio_temporal_guidance_blocks=(1,), **terms, **fields)
 
-    conditioning = pipeline.condition(model, request)
-    inputs = conditioning.stages[0].inputs
-    start = [x.double() for x in noise.drawn(5, [(1, *kind.size) for kind in inputs.latents])]
-    tokens = [x[:, : sum(inputs.kinds)] for x in pipeline.denoise(model, conditioning, 0, start)]
-    made = pipeline.finish(model, request, conditioning, tokens[-1])
-
-    for module in (pipeline_ltx2, pipeline_ltx2_image2video):
-        widened(monkeypatch, module)
-        monkeypatch.setattr(module, "copy", SimpleNamespace(deepcopy=copied))
-        monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: start[0 if len(shape) == 5 else 1])
-    pipe._callback_tensor_inputs = [*pipe._callback_tensor_inputs, "audio_latents"]
-    seen = []
-    with exact(pipe):
-        expected = pipe(
-            prompt=PROMPT, negative_prompt=NEGATIVE, height=SIZE[0], width=SIZE[1], num_frames=FRAMES,
-            frame_rate=float(FPS), num_inference_steps=STEPS, spatio_temporal_guidance_blocks=[1],
-            max_sequence_length=TOKENS, use_cross_timestep=name == "LTX-2.3", output_type="np",
-            callback_on_step_end_tensor_inputs=["latents", "audio_latents"],
-            callback_on_step_end=lambda pipe, i, t, kept: seen.append(kept) or {}, **given,
-            **theirs_of(terms),
-        )  # fmt: skip
-    assert len(seen) == len(tokens) == STEPS
-    for ours, theirs in zip(tokens, seen, strict=True):
-        close(ours, torch.cat([theirs["latents"], theirs["audio_latents"]], 1))
+    start, tokens, made = ours(model, request)
+    seen, expected = reference(pipe, monkeypatch, name, start, terms, num_inference_steps=STEPS, **given)
+    same_tokens(tokens, seen, STEPS)
     same_frames(made.frames, expected.frames)
     heard = torch.as_tensor(np.asarray(expected.audio))[0].double()
     assert made.sound.rate == 24000 and made.sound.samples.shape == tuple(heard.T.shape)
@@ -397,6 +418,31 @@ def pictures(tmp_path, count, size=SIZE):
         made.append(Image.fromarray(noise))
         made[-1].save(tmp_path / f"{i}.png")
     return made, tuple(str(tmp_path / f"{i}.png") for i in range(count))
+
+
+@pytest.mark.parametrize("indices", [(0, 2), (2,), (1, 0, 2)], ids=str)
+def test_keyframes_equal_the_reference(both, monkeypatch, tmp_path, indices):
+    """Images at any frame; the reference counts latent frames, of which number n begins at frame 8 n - 7."""
+    pipe, model, name = both
+    model, steps, terms = one_stage(model), 2, OFF | TERMS["all terms"]
+    images, paths = pictures(tmp_path, len(indices))
+    frames = tuple(max(0, 8 * index - 7) for index in indices)
+    request = request_for(
+        model, image_path=paths, image_frames=frames, spatio_temporal_guidance_blocks=(1,),
+        num_inference_steps=steps, **terms,
+    )  # fmt: skip
+    start, tokens, made = ours(model, request)
+
+    pipe = LTX2ConditionPipeline(**pipe.components)
+    coords = pipe._prepare_keyframe_coords
+    pipe._prepare_keyframe_coords = as_ever(lambda **given: coords(**given).float())  # as of the video
+    conditions = [
+        LTX2VideoCondition(image, index, 1.0, crf=0) for image, index in zip(images, indices, strict=True)
+    ]
+    given = {"conditions": conditions, "num_inference_steps": steps}
+    seen, expected = reference(pipe, monkeypatch, name, start, terms, **given)
+    same_tokens(tokens, seen, steps)
+    same_frames(made.frames, expected.frames)
 
 
 @pytest.mark.parametrize(
