@@ -30,7 +30,7 @@ _PARTS = (
 _ENDS = tuple((re.compile(f"(?P<stem>.+?){pattern}"), part) for pattern, part in _PARTS)
 
 _DENOISER = re.compile(
-    r"(base_model\.model\.)?((?:model\.)?diffusion_model\.|transformer(?:_2)?\.|unet\.|lora_unet__?"
+    r"(base_model\.model\.)?((?:model\.)?diffusion_model\.|transformer(?:_2)?\.|connectors\.|unet\.|lora_unet__?"
     r"|lora_transformer_|lycoris_|oft_unet_)?"
 )
 _TEXT = re.compile(
@@ -42,7 +42,7 @@ _NAMED_ENCODERS = {"clip_l": 1, "clip_g": 2}
 _TRAINERS = {
     "transformer.": "diffusers", "transformer_2.": "diffusers", "unet.": "diffusers", "lora_unet_": "kohya",
     "lora_unet__": "VideoX-Fun", "lora_transformer_": "OneTrainer", "lycoris_": "LyCORIS",
-    "oft_unet_": "kohya",
+    "oft_unet_": "kohya", "connectors.": "diffusers",
     "diffusion_model.": "ComfyUI", "model.diffusion_model.": "ComfyUI",
 }  # fmt: skip
 
