@@ -30,8 +30,8 @@ _PARTS = (
 _ENDS = tuple((re.compile(f"(?P<stem>.+?){pattern}"), part) for pattern, part in _PARTS)
 
 _DENOISER = re.compile(
-    r"(base_model\.model\.)?((?:model\.)?diffusion_model\.|transformer(?:_2)?\.|connectors\.|unet\.|lora_unet__?"
-    r"|lora_transformer_|lycoris_|oft_unet_)?"
+    r"(base_model\.model\.)?((?:model\.)?diffusion_model\.|transformer(?:_2)?\.|connectors\.|unet\."
+    r"|lora_unet__?|lora_transformer_|lycoris_|oft_unet_)?"
 )
 _TEXT = re.compile(
     r"(?:base_model\.model\.)?(?:text_encoder(?:_(?P<number>\d))?\."
