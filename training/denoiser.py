@@ -38,7 +38,7 @@ from training.scenes import FRAMES, SHAPES, Kind, Scene
 
 C = model.TRANSFORMER
 EMPTY = 0.1  # share of prompts left empty
-GIVEN = 0.15  # share of batches of videos whose first frame is given
+GIVEN_FRAME = 0.15  # share of batches of videos whose first frame is given
 RATE, WARMUP, ENDING = 8e-4, 50, 0.2
 """The learning rate, over how many steps it rises to that, and in what last share of the training it falls
 along a cosine.
@@ -97,8 +97,8 @@ def tokens(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
     ids = torch.zeros(len(texts), model.TEXT_TOKENS, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, encoding in enumerate(tokenizer.encode_batch(texts)):
-        found = encoding.ids[: model.TEXT_TOKENS]
-        ids[row, : len(found)], mask[row, : len(found)] = torch.tensor(found), 1
+        kept_ids = encoding.ids[: model.TEXT_TOKENS]
+        ids[row, : len(kept_ids)], mask[row, : len(kept_ids)] = torch.tensor(kept_ids), 1
     return ids, mask
 
 
@@ -107,12 +107,13 @@ def loss(
     text: t5.Config,
     ids: Tensor,
     mask: Tensor,
-    made: list[Scene],
+    scenes: list[Scene],
     latents: Tensor,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """(mean squared error of the predicted velocity, the probes' loss or 0 without probes), over normalised
-    latents [B, Z, F, H, W].
+    """(mean squared error of the predicted velocity, loss of the probes or 0 without them).
+
+    latents: normalised, [B, Z, F, H, W].
     """
     w = Weights(params)
     hidden = wan.text_input(t5.encode(text, Plan(), w / "text", ids, mask), mask)
@@ -124,7 +125,7 @@ def loss(
     frames, height, width = latents.shape[2:]
     inputs = {"text": hidden, "positions": wan.positions(C, (frames, height, width), clean.device)}
     weight = clean.new_ones(())
-    if latents.shape[2] > 1 and torch.rand((), generator=generator) < GIVEN:
+    if latents.shape[2] > 1 and torch.rand((), generator=generator) < GIVEN_FRAME:
         frozen = (inputs["positions"][:, 0] == 0)[None, :, None]
         noisy = torch.where(frozen, clean, noisy)
         inputs["frozen"] = frozen
@@ -135,24 +136,23 @@ def loss(
     if "probe.weight" not in params:
         return error, error.new_zeros(())
     states = [x for x in evaluation.blocks.values() if isinstance(x, Tensor)]
-    lost = _place_lost(params["probe.weight"], states[PLACED - 1], inputs["positions"][:, 1:])
-    return error, lost + _shape_lost(
-        params["outline.weight"], states[SHAPED - 1], *nearest(made, inputs["positions"])
+    place_loss = _place_loss(params["probe.weight"], states[PLACED - 1], inputs["positions"][:, 1:])
+    return error, place_loss + _shape_loss(
+        params["outline.weight"], states[SHAPED - 1], *nearest(scenes, inputs["positions"])
     )
 
 
-def _place_lost(probe: Tensor, hidden_BLD: Tensor, places_L2: Tensor) -> Tensor:
-    """How badly a linear probe [16, D] reads each token's row and column, 8 of each, off what it holds: a
-    cross-entropy.
-    """
+def _place_loss(probe: Tensor, hidden_BLD: Tensor, places_L2: Tensor) -> Tensor:
+    """The cross-entropy of a linear probe [16, D] that reads each token's row and column, 8 of each."""
     rows, columns = _read(probe, hidden_BLD).flatten(0, 1).chunk(2, -1)
     row, column = places_L2.repeat(len(hidden_BLD), 1).unbind(-1)
     return F.cross_entropy(rows, row) + F.cross_entropy(columns, column)
 
 
-def _shape_lost(probe: Tensor, hidden_BLD: Tensor, shape_BL: Tensor, outline_BL3: Tensor) -> Tensor:
-    """How badly a linear probe [5 + 3, D] reads `nearest`: a cross-entropy and an absolute error, smooth at
-    0.
+def _shape_loss(probe: Tensor, hidden_BLD: Tensor, shape_BL: Tensor, outline_BL3: Tensor) -> Tensor:
+    """The loss of a linear probe [5 + 3, D] that reads what `nearest` returns.
+
+    It is the cross-entropy of the shape plus the smooth L1 error of its outline.
     """
     shape, outline = _read(probe, hidden_BLD).split((len(SHAPES), 3), -1)
     return F.cross_entropy(shape.flatten(0, 1), shape_BL.flatten()) + F.smooth_l1_loss(
@@ -164,12 +164,13 @@ def _read(probe: Tensor, hidden_BLD: Tensor) -> Tensor:
     return F.layer_norm(hidden_BLD, hidden_BLD.shape[-1:]) @ probe.T
 
 
-def nearest(made: list[Scene], positions_L3: Tensor) -> tuple[Tensor, Tensor]:
-    """The shape nearest to each token: its index in SHAPES [B, L], and its centre from the token's and its
-    radius, in 16 px, [B, L, 3].
+def nearest(scenes: list[Scene], positions_L3: Tensor) -> tuple[Tensor, Tensor]:
+    """The shape nearest to each token, as (its index in SHAPES [B, L], its outline [B, L, 3]).
+
+    The outline is the offset of its centre from the token's centre, and its radius, in units of 16 pixels.
     """
-    first = [(scene.start, scene.end) for scene in made]
-    second = [(scene.start2 or (1e6, 1e6, 0.0),) * 2 for scene in made]
+    first = [(scene.start, scene.end) for scene in scenes]
+    second = [(scene.start2 or (1e6, 1e6, 0.0),) * 2 for scene in scenes]
     start, end = torch.tensor([first, second], device=positions_L3.device).unbind(2)  # [2, B, 3]
     frame, row, column = positions_L3.unbind(-1)
     time = (4 * frame - 1.5).clamp(min=0) / (
@@ -181,10 +182,10 @@ def nearest(made: list[Scene], positions_L3: Tensor) -> tuple[Tensor, Tensor]:
     token = torch.stack([16 * column + 8, 16 * row + 8, 0 * row], -1)
     outline = (at - token) / 16  # [2, B, L, 3]
     which = outline[..., :2].norm(dim=-1).argmin(0)  # [B, L]
-    kinds = torch.tensor(
-        [[SHAPES.index(name) for name in (s.shape, s.shape2 or s.shape)] for s in made], device=which.device
+    indices = torch.tensor(
+        [[SHAPES.index(name) for name in (s.shape, s.shape2 or s.shape)] for s in scenes], device=which.device
     )
-    return kinds.gather(1, which), torch.where(which[..., None] == 0, *outline)
+    return indices.gather(1, which), torch.where(which[..., None] == 0, *outline)
 
 
 def finished(folder: Path) -> Params:
@@ -207,18 +208,19 @@ def normalisation(folder: Path) -> tuple[Tensor, Tensor]:
     return torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
 
 
-def pace(step: int, done: float) -> float:
-    """The share of the full learning rate at a step where `done` of the whole training, in [0, 1], is behind
-    it.
-    """
+def rate_factor(step: int, done: float) -> float:
+    """The factor of the learning rate at a step. done: the share of the training behind it, in [0, 1]."""
     left = min(1.0, max(0.0, 1 - done) / ENDING)
     return min(1, (step + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 - math.cos(math.pi * left)))
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one kind of scene is to the training: how many scenes a step takes, how many are coded before the
-    first step and at each one, and what their loss counts."""
+    """How much of one kind of scene the training takes.
+
+    batch: scenes of a step. first, growth: scenes that are encoded before the first step, and at each step.
+    weight: of their loss.
+    """
 
     batch: int
     first: int
@@ -235,8 +237,9 @@ MIX: dict[Kind, Share] = {
 
 @dataclass(frozen=True)
 class Length:
-    """How long to train: `steps` or `minutes` in all, whichever is given, and for how many minutes of that at
-    most in this call.
+    """How long to train: `steps` or `minutes` in all, whichever is given.
+
+    piece: minutes of that in this call, at most.
     """
 
     steps: int | None = None
@@ -250,8 +253,11 @@ class Length:
 
 @dataclass(frozen=True)
 class Start:
-    """What a training begins with: an autoencoder's weights, the denoiser's and text encoder's, and the
-    latents' mean and deviation, which are measured where they are None."""
+    """What a training begins with.
+
+    coder: weights of the autoencoder. params: those of the denoiser and text encoder. normal: mean and
+    deviation of the latents, measured where None.
+    """
 
     coder: Params
     params: Params
@@ -264,9 +270,7 @@ def scratch(run: Path, words: Tokenizer, seed: int) -> Start:
 
 
 def resumed(folder: Path, weights: Path | None = None) -> Start:
-    """From a model directory; `weights` is another directory whose transformer and text encoder are taken
-    instead.
-    """
+    """From a model directory. weights: a directory whose transformer and text encoder take their place."""
     return Start(exported(folder), finished(weights or folder), normalisation(folder))
 
 
@@ -281,12 +285,11 @@ def train(
     device: str = "cpu",
     every: float = 240,
 ) -> bool:
-    """Train and write `run/denoiser.pt` every so many seconds and in the end; goes on from that file where it
-    is there, else from `start`.
-    Returns whether the whole is done.
+    """Train, and return whether the training of this length is complete.
 
-    Each step takes a batch of each kind in `mix`. Where torch.distributed runs, the ranks share each batch
-    and rank 0 writes.
+    `run/denoiser.pt` is written every `every` seconds and at the end. A later call goes on from that file,
+    the first one from `start`. Each step takes a batch of each kind in `mix`. Where torch.distributed runs,
+    the ranks share each batch and rank 0 writes.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     words = Tokenizer.from_file(str(tokenizer))
@@ -298,7 +301,9 @@ def train(
     counts: dict[Kind, int] = {
         kind: share.first + share.growth * state["step"] for kind, share in mix.items()
     }
-    pools = {kind: grown(_kept(run, kind, seed), kind, count, seed, code) for kind, count in counts.items()}
+    pools = {
+        kind: grown(_stored_pool(run, kind, seed), kind, count, seed, code) for kind, count in counts.items()
+    }
     mean, std = (
         values.cpu()
         for values in state.get("statistics") or begin.normal or statistics(pools["picture"].latents)
@@ -309,9 +314,9 @@ def train(
     optimiser = torch.optim.AdamW(leaves, RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     if "optimiser" in state:
         optimiser.load_state_dict(state["optimiser"])
-    history: dict[str, list[float]] = {kind: [] for kind in (*mix, "lost")}
+    history: dict[str, list[float]] = {kind: [] for kind in (*mix, "probes")}
     step, began, first = state["step"], time.monotonic(), state["step"]
-    shown = written = began
+    logged = written = began
 
     def spent() -> float:
         return (time.monotonic() - began) / 60
@@ -325,12 +330,15 @@ def train(
             "average": average,
             "statistics": (mean, std),
         }
-        kept = {"params": {n: t.detach() for n, t in params.items()}, "optimiser": optimiser.state_dict()}
-        autoencoder.keep(path, saved | kept)
+        resumable = {
+            "params": {n: t.detach() for n, t in params.items()},
+            "optimiser": optimiser.state_dict(),
+        }
+        autoencoder.keep(path, saved | resumable)
 
     while (done := length.done(step, state["minutes"] + spent())) < 1 and spent() < length.piece:
         for group in optimiser.param_groups:
-            group["lr"] = RATE * pace(step, done)
+            group["lr"] = RATE * rate_factor(step, done)
         generator, rng = (
             torch.Generator().manual_seed((seed + rank) * 1_000_003 + step),
             Random(f"{seed} {step} {rank}"),
@@ -338,16 +346,16 @@ def train(
         for kind, share in mix.items():
             pools[kind] = pool = grown(pools[kind], kind, share.first + share.growth * step, seed, code)
             picks = torch.randint(len(pool.scenes), (share.batch // ranks,), generator=generator)
-            made = [pool.scenes[i] for i in picks.tolist()]
+            scenes = [pool.scenes[i] for i in picks.tolist()]
             normal = (pool.latents[picks].float() - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
             ids, mask = (
-                rows.to(device)
-                for rows in tokens(words, ["" if rng.random() < EMPTY else caption(s, rng) for s in made])
+                values.to(device)
+                for values in tokens(words, ["" if rng.random() < EMPTY else caption(s, rng) for s in scenes])
             )
-            error, lost = loss(params, text, ids, mask, made, normal.to(device), generator)
-            (share.weight * error + PROBE * lost).backward()
+            error, probe_loss = loss(params, text, ids, mask, scenes, normal.to(device), generator)
+            (share.weight * error + PROBE * probe_loss).backward()
             history[kind].append(error.item())
-            history["lost"].append(lost.item())
+            history["probes"].append(probe_loss.item())
         if ranks > 1:
             autoencoder.average_gradients(leaves, ranks)
         torch.nn.utils.clip_grad_norm_(leaves, 1.0)
@@ -355,11 +363,11 @@ def train(
         optimiser.zero_grad(set_to_none=True)
         with torch.no_grad():
             inertia = min(INERTIA, step / (step + 10))
-            for kept, leaf in zip(average.values(), leaves, strict=True):
-                kept.lerp_(leaf.detach(), 1 - inertia)
+            for averaged, leaf in zip(average.values(), leaves, strict=True):
+                averaged.lerp_(leaf.detach(), 1 - inertia)
         step += 1
-        if rank == 0 and time.monotonic() - shown > 30:
-            shown = time.monotonic()
+        if rank == 0 and time.monotonic() - logged > 30:
+            logged = time.monotonic()
             log(_progress(step, history, spent(), done, step - first))
         if rank == 0 and time.monotonic() - written > every:
             written = time.monotonic()
@@ -370,7 +378,7 @@ def train(
     return done >= 1
 
 
-def _kept(run: Path, kind: Kind, seed: int) -> Pool:
+def _stored_pool(run: Path, kind: Kind, seed: int) -> Pool:
     """The pool that an earlier call left in `run`, or an empty one."""
     path = run / f"pool-{kind}.pt"
     latents = torch.load(path) if path.exists() else None

@@ -84,7 +84,7 @@ def train(style: str, rank: int = 4, steps: int = 200, batch: int = 16, seed: in
     for step in range(steps):
         generator, rng = torch.Generator().manual_seed(seed * 1_000_003 + step), Random(f"{seed} {step}")
         for group in optimiser.param_groups:
-            group["lr"] = RATE * denoiser.pace(step, step / steps)
+            group["lr"] = RATE * denoiser.rate_factor(step, step / steps)
         picks = torch.randint(len(scenes[step % 2]), (batch,), generator=generator)
         made = [scenes[step % 2][i] for i in picks.tolist()]
         captions = ["" if rng.random() < denoiser.EMPTY else caption(scene, rng) for scene in made]

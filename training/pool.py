@@ -50,15 +50,17 @@ def coder(weights: Params, device: str = "cpu") -> Coder:
     made with.
     """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    clips = Weights(autoencoder.fast(_to(_flat(weights, autoencoder.FLAT), device), dtype))
-    stills = Weights(autoencoder.fast(_to(_flat(weights, ("",)), device), dtype))
+    video_weights = Weights(autoencoder.fast(_to(_flat(weights, autoencoder.FLAT), device), dtype))
+    image_weights = Weights(autoencoder.fast(_to(_flat(weights, ("",)), device), dtype))
 
     @torch.no_grad()
-    def code(made: list[Scene]) -> Tensor:
-        w, size = (clips, 4) if made[0].kind == "clip" else (stills, 32)
-        parts = [made[i : i + size] for i in range(0, len(made), size)]
+    def code(scenes: list[Scene]) -> Tensor:
+        w, size = (video_weights, 4) if scenes[0].kind == "clip" else (image_weights, 32)
+        parts = [scenes[i : i + size] for i in range(0, len(scenes), size)]
         moments = (wan_vae.moments(autoencoder.C, w, render(part).to(device, dtype)) for part in parts)
-        return torch.cat([found[:, : autoencoder.C.z_dim].half().cpu() for found in moments])
+        return torch.cat(
+            [mean_and_spread[:, : autoencoder.C.z_dim].half().cpu() for mean_and_spread in moments]
+        )
 
     return code
 

@@ -116,7 +116,7 @@ def test_a_piece_carries_its_state(tmp_path):
 
 def test_the_rate_warms_up_and_ends_in_a_cosine():
     found = [
-        denoiser.pace(step, done)
+        denoiser.rate_factor(step, done)
         for step, done in ((0, 0.0), (24, 0.1), (49, 0.2), (500, 0.79), (600, 0.9), (700, 1.0))
     ]
     assert found == pytest.approx([1 / 50, 0.5, 1.0, 1.0, 0.51, 0.02])
