@@ -225,3 +225,17 @@ def test_the_counter_of_training_is_no_weight():
 def test_what_is_not_implemented_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         replace(CONFIGS["FLUX.1"], **fields)
+
+
+@pytest.mark.parametrize(("tile", "decoded", "encoded"), [(1, 1, 4), (-64, 1, 4), (7 / 2, 4, 4)])
+def test_a_tile_that_cuts_latents_is_refused_with_the_nearest_that_does_not(tile, decoded, encoded):
+    """In latents: the side of a tile, and the nearest that can be decoded and encoded."""
+    c, _, flat = _pair("FLUX.2")
+    w, side = Weights(flat), int(tile * c.stride) + (tile == 1)
+    for fn, x, latents in (
+        (kl.decode, draw(1, c.z_dim, 1, 3, 2), decoded),
+        (kl.encode, draw(1, c.in_channels, 1, 32, 32), encoded),
+    ):
+        words = f"tile: {side} pixels is no multiple of .*; take {latents * c.stride}$"
+        with pytest.raises(ValueError, match=words):
+            fn(c, w, x, tile=side)

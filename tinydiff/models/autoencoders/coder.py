@@ -83,7 +83,10 @@ class Coder(Generic[C]):
         plan: Plan = SINGLE,
     ) -> Tensor:
         """Pixels [B, C, T, H, W] in [-1, 1] -> [B, ..., F, H', W'], the mean of the raw latents in front."""
-        p, side = self.patch(c), None if tile is None else tile // self.patch(c)
+        p, side = (
+            self.patch(c),
+            None if tile is None else self._checked(tile, 4 * self.stride(c)) // self.patch(c),
+        )
 
         def tile_moments(x: Tensor, strip: Strip) -> Tensor:
             return self.encode_tile(c, w, x, chunk, strip)
@@ -114,7 +117,10 @@ class Coder(Generic[C]):
         plan: Plan = SINGLE,
     ) -> Tensor:
         """Raw latents [B, Z, F, H', W'] -> pixels [B, C, T, H, W], not clipped."""
-        p, side = self.patch(c), None if tile is None else tile // self.stride(c)
+        p, side = (
+            self.patch(c),
+            None if tile is None else self._checked(tile, self.stride(c)) // self.stride(c),
+        )
 
         def tile_pixels(z: Tensor, strip: Strip) -> Tensor:
             return self.decode_tile(c, w, z, chunk, strip)
@@ -133,6 +139,15 @@ class Coder(Generic[C]):
     ) -> Tensor:
         """Normalised latents [B, Z, F, H', W'] -> pixels [B, C, T, H, W] in [-1, 1]."""
         return self.raw_pixels(c, w, self.raw_latents(c, w, z_BZFHW), chunk, tile, plan).clamp(-1, 1)
+
+    def _checked(self, tile: int, step: int) -> int:
+        """The side of a tile, which is a multiple of `step` pixels: tiles begin where latents do. Raises
+        ValueError.
+        """
+        if tile <= 0 or tile % step:
+            nearest = max(step, round(tile / step) * step)
+            raise ValueError(f"tile: {tile} pixels is no multiple of {step}; take {nearest}")
+        return tile
 
     def _in_tiles(
         self, fn: ImageFunction, x: Tensor, side: int | None, scales: tuple[float, float], plan: Plan
