@@ -4,6 +4,9 @@ out all ranks.
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from math import prod
@@ -271,3 +274,55 @@ def test_neighbours_share_the_innermost_axis():
     assert rank_groups(made, "shard") == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert rank_groups(made, "peers") == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert rank_groups(made, "world") == [list(range(8))]
+
+
+DEGREES = {
+    **{name: (1, 2, 3, 4) for name in ("tp_size", "sp_degree", "ulysses_degree", "ring_degree")},
+    "num_gpus": (1, 2, 4, 6, 8, 12),
+    "data_parallel_size": (1, 2),
+    "cfg_parallel_size": (1, 2),
+    "enable_cfg_parallel": (True, False),
+    "use_fsdp_inference": (True, False),
+    "encoder_parallel": ("auto", "fold", "replicate"),
+    "vae_sp": (True, False),
+}
+
+
+def explicit(asked: config.ParallelOptions, made: Layout) -> Iterator[tuple[str, object, object]]:
+    """(option, what it asks for, what the layout has) of each that is given."""
+    sizes = {
+        "num_gpus": made.size,
+        "tp_size": made.tp,
+        "sp_degree": made.sequence,
+        "ulysses_degree": made.ulysses,
+        "ring_degree": made.ring,
+        "data_parallel_size": made.dp,
+        "cfg_parallel_size": made.cfg,
+        "enable_cfg_parallel": made.cfg == 2,
+        "use_fsdp_inference": made.fsdp,
+    }
+    yield from ((name, getattr(asked, name), has) for name, has in sizes.items())
+    if asked.vae_sp is False or made.size > made.dp:
+        yield "vae_sp", asked.vae_sp, made.vae
+    if asked.encoder_parallel != "auto":
+        yield "encoder_parallel", asked.encoder_parallel == "fold", made.encoders
+
+
+def test_no_combination_changes_an_explicit_option_and_contradictions_are_one_sentence():
+    draw, seen, refused = random.Random(3), Counter[str](), Counter[str]()
+    for _ in range(4000):
+        names = draw.sample(sorted(DEGREES), draw.randrange(1, 6))
+        asked = config.ParallelOptions(**{name: draw.choice(DEGREES[name]) for name in names})
+        try:
+            made, why = choose(asked, count(asked), draw.choice([12, 24]), draw.random() < 0.7)
+        except UserError as error:
+            assert "\n" not in str(error) and str(error).startswith(f"{error.field}: ")
+            refused[error.field] += 1
+            continue
+        for name, wanted, has in explicit(asked, made):
+            if wanted is not None:
+                assert wanted == has, (name, asked, made)
+                seen[name] += 1
+        assert all(f"{axis} {n}" in why for axis, n in zip(AXES, made.sizes, strict=True) if n > 1)
+    assert seen.keys() == DEGREES.keys() and min(seen.values()) > 50, seen
+    assert set(refused) <= set(DEGREES) and len(refused) > 5, refused
