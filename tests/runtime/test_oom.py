@@ -115,7 +115,7 @@ def test_an_autoencoder_without_memory_goes_on_in_tiles(monkeypatch, caplog):
             assert np.array_equal(got.frames[0], want.frames[0])
             assert "it goes on in tiles of 256 pixels" in caplog.text
         else:
-            with pytest.raises(torch.OutOfMemoryError):
+            with pytest.raises(UserError, match="size: 320x32 does not fit into memory"):
                 tinydiff.generate(model, "a star", **wide)
     assert whole.blueprint.tile is None
 
@@ -169,3 +169,30 @@ def test_the_plan_tiles_where_nothing_else_fits_and_says_so(name, caplog):
         caplog.clear()
         assert fit.fitted(plan, (), vram * 10**9, 10**12).tile == tile
         assert ("runs on tiles of 256 pixels" in caplog.text) == (tile is not None)
+
+
+def test_a_program_is_told_the_largest_size_that_fits_and_its_model_stays_of_use(monkeypatch):
+    model, advance = tinydiff.load(), pipeline.loop.advance
+    asked = {name: value for name, value in SMALL.items() if name != "prompt"}
+    monkeypatch.setattr(pipeline.loop, "advance", short(1, advance))
+    monkeypatch.setattr(fit, "free_bytes", lambda device: 1)
+    monkeypatch.setattr(fit, "largest", lambda plan, request, free: (32, 32))
+    told = "size: 64x64 does not fit into memory; the largest that fits is about 32x32"
+    with pytest.raises(UserError, match=told):
+        tinydiff.generate(model, SMALL["prompt"], **asked)
+    assert tinydiff.generate(model, SMALL["prompt"], **asked).frames
+
+
+def test_the_measured_peak_stands_beside_the_expected_one(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    made()
+    assert not [line for line in caplog.messages if line.startswith("peak of memory")], "a CPU counts none"
+    plan = blueprint.read(config.ModelOptions())
+    [request] = generate.admitted(config.options(SMALL), plan).requests
+    peak = fit.expected(plan, [request]).peak
+    held = sum(part.weights for part in fit.expected(plan, []).parts)
+    assert held < peak < fit.expected(plan, []).peak, "a smaller image than the default needs less"
+    monkeypatch.setattr(fit, "peak_bytes", lambda device: peak * 3 // 2)
+    made()
+    [line] = [line for line in caplog.messages if line.startswith("peak of memory")]
+    assert line == f"peak of memory: {peak * 1.5 / 1e9:.2f} GB, {peak / 1e9:.2f} GB expected (+50%)"

@@ -16,7 +16,7 @@ from tinydiff.models import upscalers
 from tinydiff.models.interpolators import Config, spec
 from tinydiff.models.upscalers import Compact
 from tinydiff.records import Sound
-from tinydiff.runtime import pipeline
+from tinydiff.runtime import fit, pipeline
 from tinydiff.serve import answers, outputs, scheduler, server
 from tinydiff.serve.errors import of_failure
 from tinydiff.serve.jobs import DONE, Busy, Job, Stopping, new_id
@@ -239,6 +239,17 @@ def test_a_job_that_runs_out_of_memory_fails_alone(started, monkeypatch):
     done = [wait(service, job)[0] for job in jobs]
     assert [job.status for job in done] == ["completed", "failed", "completed"]
     assert done[1].error.code == "insufficient_memory"
+    assert done[1].error.message == "size: 128x128 does not fit into memory; take a smaller size"
+
+
+def test_a_job_that_runs_out_of_memory_is_told_the_largest_size_that_fits(started, monkeypatch):
+    service = started()
+    monkeypatch.setattr(pipeline, "begin", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(fit, "free_bytes", lambda device: 1)
+    monkeypatch.setattr(fit, "largest", lambda plan, request, free: (96, 64))
+    job, _ = wait(service, service.scheduler.submit(asked()))
+    told = "size: 128x128 does not fit into memory; the largest that fits is about 96x64"
+    assert (job.error.code, job.error.message) == ("insufficient_memory", told)
 
 
 def ends(service):

@@ -84,6 +84,8 @@ def refusal(blueprint: Blueprint, request: Request, free: int | None) -> UserErr
     output = request.output
     frames = f" of {output.num_frames} frames" if output.num_frames > 1 else ""
     message = f"{output.width}x{output.height}{frames} does not fit into memory"
+    if blueprint.foreign is not None:
+        free = None  # nothing is known of what another library's pipeline needs
     size = None if free is None else largest(blueprint, request, free)
     hint = f"; the largest that fits is about {size[0]}x{size[1]}" if size else "; take a smaller size"
     return UserError("size", f"size: {message}{hint}{' of as many frames' if size and frames else ''}")
@@ -114,19 +116,49 @@ def largest(blueprint: Blueprint, request: Request, free: int) -> tuple[int, int
     return at(low).width, at(low).height
 
 
+def expected(blueprint: Blueprint, requests: Sequence[Request]) -> MemoryPlan:
+    """The plan of the largest of the requests with the model as it is."""
+    where = {name: net.residency for name, net in blueprint.nets.items()}
+    tiling = blueprint.tile is not None
+    return memory.choose(_parts(blueprint, requests), 0.0, "manual", where, tiling=tiling)
+
+
+def compared(blueprint: Blueprint, requests: Sequence[Request]) -> str | None:
+    """The peak of this process on the GPU beside the expected one. None without a GPU, and for a pipeline of
+    another library.
+    """
+    measured = peak_bytes(blueprint.device)
+    if measured is None or blueprint.foreign is not None:
+        return None
+    peak = expected(blueprint, requests).peak
+    return (
+        f"peak of memory: {measured / 1e9:.2f} GB, {peak / 1e9:.2f} GB expected ({measured / peak - 1:+.0%})"
+    )
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most bytes of a GPU that tensors of this process had at a time. None for the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 def planned(blueprint: Blueprint, requests: Sequence[Request], free: int) -> MemoryPlan:
     """The plan for the largest of the requests on a device with `free` bytes."""
-    asked = requests or [estimate.request_without_images(blueprint, SamplingOptions())]
-    largest = max(asked, key=lambda each: each.output.num_frames * each.output.height * each.output.width)
-    subject = estimate.subject_of(blueprint, largest, blueprint.row.name, 1, lambda net: net.dtype.itemsize)
     return memory.choose(
-        memory.parts(subject),
+        _parts(blueprint, requests),
         free / 1e9,
         blueprint.performance_mode,
         fixed={name: net.residency for name, net in blueprint.nets.items() if net.residency.option},
         ruled_out={name: set(net.excluded) for name, net in blueprint.nets.items()},
         tiling=blueprint.tiling,
     )
+
+
+def _parts(blueprint: Blueprint, requests: Sequence[Request]) -> tuple[Part, ...]:
+    """The components for the largest of the requests; by default an output of the model's default size."""
+    asked = requests or [estimate.request_without_images(blueprint, SamplingOptions())]
+    largest = max(asked, key=lambda each: each.output.num_frames * each.output.height * each.output.width)
+    subject = estimate.subject_of(blueprint, largest, blueprint.row.name, 1, lambda net: net.dtype.itemsize)
+    return memory.parts(subject)
 
 
 def lines(plan: MemoryPlan, blueprint: Blueprint) -> Iterator[str]:

@@ -104,6 +104,8 @@ def generate_admitted(
     for n in numbers:
         given = destinations[jobs[n].prompt], options.output, progress, writes
         found[n] = _run_job_in_memory(loaded_now, jobs[n], *given, alone=ranks is None)
+    if ranks is None and (told_peak := fit.compared(loaded_now[0].blueprint, requests)) is not None:
+        log.info("%s", told_peak)
     if ranks is not None:
         told = to_first(ranks.groups["world"], found if writes else {})
         found = {n: result for share in told for n, result in share.items()}

@@ -10,9 +10,10 @@ from tinydiff import config, environment, flags
 from tinydiff.parallel import layout
 from tinydiff.parallel.ranks import Ranks, make_ranks, meet, once
 from tinydiff.records import Result, UserError, nearest
-from tinydiff.runtime import backends, blueprint, launch
+from tinydiff.runtime import backends, blueprint, fit, launch
 from tinydiff.runtime.blueprint import Model
 from tinydiff.runtime.settings import guidance_of
+from tinydiff.runtime.shortage import give_memory_back, short_of_memory
 from tinydiff.runtime.torch_state import default_torch_state
 
 
@@ -74,7 +75,13 @@ def generate(
     with default_torch_state():
         backend = backends.of(model.blueprint)
         [request] = once(model.replica, lambda: backend.admit(model.blueprint, sampling))
-        return backend.run(model, request, progress or config.NoProgress())
+        try:
+            return backend.run(model, request, progress or config.NoProgress())
+        except Exception as error:
+            if not short_of_memory(error) or model.replica.size > 1:
+                raise
+            give_memory_back()
+            raise fit.refusal(model.blueprint, request, fit.free_bytes(model.blueprint.device)) from error
 
 
 def _only(names_given: Mapping[str, Any], *records: type) -> None:

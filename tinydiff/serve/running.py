@@ -116,8 +116,11 @@ def usage(model: Model, request: Request) -> Mapping[str, Any]:
     }
 
 
-def failure(error: BaseException) -> Failure:
-    """The failure that a client sees for an exception. Details that only an operator needs are logged."""
+def failure(error: BaseException, too_large: UserError | None = None) -> Failure:
+    """The failure that a client sees for an exception. Details that only an operator needs are logged.
+
+    too_large: where memory was short, what names the largest size that fits.
+    """
     if isinstance(error, UserError) and error.field == "state_dir":
         log.error("the output of a job could not be stored: %s", error)
         return Failure("storage_failed", str(error))
@@ -127,7 +130,7 @@ def failure(error: BaseException) -> Failure:
         return Failure("invalid_value", str(error), error.field)
     if short_of_memory(error):
         message = "the request does not fit into memory; ask for a smaller size or fewer frames"
-        return Failure("insufficient_memory", message)
+        return Failure("insufficient_memory", message if too_large is None else str(too_large))
     log.error("a job failed", exc_info=error)
     return Failure(
         "server_error", "the job failed because of an error in the server; its log has the details"

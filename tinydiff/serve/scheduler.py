@@ -19,12 +19,13 @@ import torch
 from tinydiff.config import NoProgress
 from tinydiff.parallel.ranks import Ranks
 from tinydiff.records import Frames, Request, Sound
-from tinydiff.runtime import postprocess, torch_state
+from tinydiff.runtime import fit, postprocess, torch_state
 from tinydiff.runtime.blueprint import Blueprint, Model
 from tinydiff.runtime.clock import Clock
 from tinydiff.runtime.continuous import BatchSlot
 from tinydiff.runtime.device import Device
 from tinydiff.runtime.loras import Read
+from tinydiff.runtime.shortage import short_of_memory
 from tinydiff.serve import housekeeping, outputs, warmup
 from tinydiff.serve.adapters import Adapters
 from tinydiff.serve.events import Events
@@ -432,7 +433,11 @@ class DeviceScheduler:
                 self.uploader.add(job.id, output)
 
     def _fail(self, id: str, error: BaseException) -> None:
-        self._end_job(id, failure(error))
+        running, too_large = self._jobs.get(id), None
+        if running is not None and self.device.model is not None and short_of_memory(error):
+            plan = self.device.model.blueprint
+            too_large = fit.refusal(plan, running.request, fit.free_bytes(plan.device))
+        self._end_job(id, failure(error, too_large))
 
     def _end_job(self, id: str, why: Failure) -> None:
         """Let a job fail unless it has ended. Only the thread that removes it from `_jobs` ends it."""
