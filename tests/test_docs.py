@@ -81,3 +81,21 @@ def test_no_page_says_a_sentence_twice_in_its_prose():
         prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
         paragraphs = [part.strip() for part in prose.split("\n\n") if len(part.strip()) > 80]
         assert len(paragraphs) == len(set(paragraphs)), page.name
+
+
+def test_the_glossary_has_at_most_twenty_words_and_each_is_used():
+    page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    lines = page.partition("## Glossary")[2].partition("\n## ")[0].splitlines()
+    words = [line.split("|")[1].split("(")[0].strip() for line in lines if line.startswith("| ")][1:]
+    code = " ".join(path.read_text(encoding="utf-8") for path in (ROOT / "tinydiff").rglob("*.py")).lower()
+    assert 15 < len(words) <= 20
+    assert [word for word in words if len(re.findall(rf"\b{word.replace(' ', '.')}", code)) < 3] == []
+
+
+def test_every_function_that_the_architecture_page_names_is_there():
+    page, package = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), ROOT / "tinydiff"
+    names = re.findall(r"`((?:\w+/)*\w+)\.(\w+)`", page)
+    files = {(at, name): package / f"{at}.py" for at, name in names if "/" in at and name not in ("py", "md")}
+    assert len(files) > 4
+    for (at, name), file in files.items():
+        assert re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")), f"{at}.{name}"

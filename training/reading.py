@@ -1,4 +1,4 @@
-"""Reads a image or video back into words, from its pixels alone: what is where, in which colour, on what
+"""Reads an image or video back into words, from its pixels alone: what is where, in which colour, on what
 background, and how it moves.
 
 The evaluation compares these readings with the attributes that a prompt named. Nothing here knows what was

@@ -116,7 +116,7 @@ def library(name: str) -> ModuleType:
     except ImportError as error:
         raise UserError(
             "parity",
-            f"parity: {name} is not installed, which is compared with; pip install 'tinydiff[diffusers]'",
+            f"parity: {name}, the reference, is not installed; pip install 'tinydiff[diffusers]'",
         ) from error
 
 

@@ -113,7 +113,7 @@ def _file(path: Path, shown: str) -> Contents:
     """One file of weights. Raises UserError where it is none."""
     try:
         header = headers.read(path)
-    except UserError as error:  # a pickle that is no weights is told of, since it was asked about
+    except UserError as error:  # a pickle without weights is described too, since the user asked about it
         return Contents(
             shown, KINDS["pickle"], NAMES["pickle"], files=1, problems=(_clause(error, str(path)),)
         )
