@@ -246,6 +246,23 @@ def test_what_cannot_be_asked(folder, given, words):
         read(folder, **given)
 
 
+@pytest.mark.parametrize("capability", [(8, 6), (8, 9), None])
+def test_a_compiler_that_cannot_read_fp8_gets_decoded_weights(folder, files, monkeypatch, capability):
+    monkeypatch.setattr(blueprint, "_capability", lambda: capability)
+    old, given = capability == (8, 6), {"enable_torch_compile": True}
+    kept = {"transformer": "fp8", "transformer_2": "fp8"}
+    assert read(folder, files["float8_e4m3fn"], **given).quantised == ({} if old else kept)
+    assert read(folder, files["float8_e4m3fn"]).quantised == kept
+    assert set(read(folder, files["int8"], **given).quantised.values()) == {"int8"}
+    if old:
+        with pytest.raises(
+            UserError, match=r"'fp8' .* needs .* capability 8\.9; this one has 8\.6; take int8"
+        ):
+            read(folder, quantization="fp8", **given)
+    else:
+        assert read(folder, quantization="fp8", **given).quantised == kept
+
+
 def frames_on(layouts, folder, file):
     """Frames of each layout with kept and with decoded weights."""
     made = []

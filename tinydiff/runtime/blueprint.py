@@ -77,6 +77,11 @@ def here() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _capability() -> tuple[int, int] | None:
+    """The compute capability of the GPU; None on a CPU."""
+    return torch.cuda.get_device_capability() if here().type == "cuda" else None
+
+
 @dataclass(frozen=True)
 class NetPlan(Generic[R]):
     """One network before its weights are loaded. family: its record."""
@@ -249,7 +254,7 @@ def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
         nets[name] = NetPlan(name, family, own, config, dtype, *_plan(name, family, options))
     _check_fit(row, checkpoint, nets)
     _check_guider(checkpoint)
-    nets = offload.settled(quantisation.settled(nets, options), options)
+    nets = offload.settled(quantisation.settled(nets, options, _capability()), options)
     scheduler = parts["scheduler"].entries("scheduler_config.json")
     solvers.check_types(scheduler)
     if ignored := solvers.unread(scheduler):

@@ -32,17 +32,32 @@ Planned = Any
 Kinds = Mapping[str, tuple[str, int]]
 """Row -> (type by torch's name, scales of a row)."""
 
+Kind = tuple[str, tuple[str, int]]
+"""An entry of them."""
+E4M3_SINCE = (8, 9)
+"""The compute capability of the first GPUs for which Triton, and so torch.compile, reads float8_e4m3fn."""
+
 TYPES = {"fp8": "float8_e4m3fn", "int8": "int8"}
 """Value of the option -> type by torch's name."""
 NAMES = {"float8_e4m3fn": "fp8", "float8_e5m2": "fp8", "int8": "int8"}
 """Type by torch's name -> what users call it."""
 
 
-def settled(nets: Mapping[str, Planned], options: ModelOptions) -> dict[str, Planned]:
+def settled(
+    nets: Mapping[str, Planned], options: ModelOptions, capability: tuple[int, int] | None = None
+) -> dict[str, Planned]:
     """The networks, denoisers and encoders with the rows of what stays quantised.
 
-    Raises UserError for options that contradict each other or name no layer.
+    Raises UserError for options that contradict each other or name no layer. capability: the compute
+    capability of the GPU; None on a CPU.
     """
+    compiles = not options.enable_torch_compile or capability is None or capability >= E4M3_SINCE
+    if options.quantization == "fp8" and not compiles:
+        had, needed = (".".join(map(str, each)) for each in (capability or (), E4M3_SINCE))
+        message = (
+            f"'fp8' with enable_torch_compile needs a GPU of compute capability {needed}; this one has {had}"
+        )
+        raise UserError("quantization", f"quantization: {message}; take int8")
     if options.quantization_ignored_layers and options.quantization not in TYPES:
         field = "quantization_ignored_layers"
         message = "leaves layers as they are while others are quantised; --quantization says to what"
@@ -52,6 +67,8 @@ def settled(nets: Mapping[str, Planned], options: ModelOptions) -> dict[str, Pla
     kinds = {name: frozenset(_kinds(net, options).items()) for name, net in nets.items()}
     experts = [name for name, net in nets.items() if net.family.role == "dit"]
     kinds |= dict.fromkeys(experts, frozenset.intersection(*(kinds[name] for name in experts)))
+    if not compiles:
+        kinds |= {name: frozenset(_without_e4m3(name, kinds[name])) for name in experts}
     kept = {name: each for name, each in kinds.items() if each}
     changed = {
         name: replace(nets[name], family=keeping(nets[name].family, each)) for name, each in kept.items()
@@ -59,6 +76,13 @@ def settled(nets: Mapping[str, Planned], options: ModelOptions) -> dict[str, Pla
     for name, net in changed.items():
         log.info("%s: %d weights stay in %s", name, len(kept[name]), of(net.family.spec(net.config)))
     return dict(nets) | changed
+
+
+def _without_e4m3(name: str, kinds: frozenset[Kind]) -> Iterator[Kind]:
+    """The weights of a denoiser that are not decoded because Triton has no float8_e4m3fn for this GPU."""
+    yield from (each for each in kinds if each[1][0] != "float8_e4m3fn")
+    if any(each[1][0] == "float8_e4m3fn" for each in kinds):
+        log.info("%s: its fp8 weights are decoded, for torch.compile cannot read them on this GPU", name)
 
 
 def of(rows: Iterable[Row]) -> str | None:
@@ -130,7 +154,7 @@ def _ignored(names: Collection[str], patterns: Iterable[str]) -> set[str]:
 
 
 @lru_cache(maxsize=64)
-def keeping(family: R, kinds: frozenset[tuple[str, tuple[str, int]]]) -> R:
+def keeping(family: R, kinds: frozenset[Kind]) -> R:
     """The family with these weights in 8 bits: one object for equal arguments, so that equal networks share
     compiled graphs.
     """
