@@ -163,7 +163,7 @@ def _named(counted: Contents, header: Header, path: Path) -> Contents:
         return replace(counted, problems=(*why, _clause(error, counted.path)))
     first, *others = found
     if not others:
-        stays = None if why else _quantised(first, path)
+        stays = None if why or header.lacks else _quantised(first, path)
         return _runnable(replace(_component(counted, first), problems=why, quantised=stays), found)
     parts = tuple(_component(Contents(each.prefix or "the rest", "component"), each) for each in found)
     kind = f"{counted.kind} of several components"
