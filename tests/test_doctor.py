@@ -277,6 +277,6 @@ def test_without_the_libraries_it_says_how_to_get_them(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     monkeypatch.setattr(builtins, "__import__", absent)
     assert cli.main(["doctor", "--parity", "flux"]) == 2
-    said = "tinydiff: error: parity: diffusers is not installed, which is compared with; "
+    said = "tinydiff: error: parity: diffusers, the reference, is not installed; "
     said += "pip install 'tinydiff[diffusers]'\n"
     assert capsys.readouterr().err == said
