@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ANSWERED_S = 5.0
+"""Seconds that a server which stops waits for its answers to be sent."""
 OWN_DESCRIPTORS = 256
 """File descriptors for databases, weights and outputs, beside those of connections."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
