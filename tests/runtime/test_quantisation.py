@@ -24,7 +24,7 @@ TYPES = ("float8_e4m3fn", "float8_e5m2", "int8")
 
 def changed(net, stored, kept, groups=1):
     """The network with the matrices of its blocks in 8 bits, or as those decode."""
-    family, whole = net.family, weights(net.family, net.config, net.dtype)
+    family, whole = net.family, dict(weights(net.family, net.config, net.dtype))
     names = [row.name for row in matrices(family, net.config)]
     for name in names:
         rows = whole[name].float()
