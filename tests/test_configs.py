@@ -84,7 +84,7 @@ def test_ltx2_in_two_stages_takes_the_published_noise_levels_as_they_are(tmp_pat
     assert request.refinement.sigmas == plan.row.refine_sigmas == (0.909375, 0.725, 0.421875)
     for asked in (request, refined(request, request.refinement)):
         sigmas = torch.tensor(asked.schedule.sigmas, dtype=torch.float64)
-        assert torch.allclose(pipeline.table(plan, asked).sigmas.double(), sigmas, atol=1e-7)
+        assert torch.allclose(pipeline.solver_table(plan, asked).sigmas.double(), sigmas, atol=1e-7)
     with pytest.raises(
         UserError, match=r"width: 1568 is not a multiple of 64, .* the nearest: 1536 and 1600"
     ):
@@ -127,4 +127,4 @@ def test_lightning_resolves_to_the_cards_schedule(model, steps, tmp_path):
     assert request.guidance.scale == 1 and request.schedule.steps == steps
     grid = [at / steps for at in range(steps, 0, -1)]
     shifted = torch.tensor([3 * s / (1 + 2 * s) for s in grid])
-    assert torch.allclose(pipeline.table(plan, request).timesteps.float(), 1000 * shifted)
+    assert torch.allclose(pipeline.solver_table(plan, request).timesteps.float(), 1000 * shifted)
