@@ -97,9 +97,7 @@ def test_what_is_being_made_is_looked_at(serve, browser):
     for prompt in ("first", "second"):
         put(browser, "prompt", prompt)
         go(browser)
-    WebDriverWait(browser, 90, 0.03).until(
-        lambda _: "of 4" in browser.find_element(By.ID, "caption").text
-    )
+    WebDriverWait(browser, 90, 0.03).until(lambda _: "of 4" in browser.find_element(By.ID, "caption").text)
     assert browser.execute_script("return document.querySelectorAll('.gallery li').length") == 0
     WebDriverWait(browser, 90, 0.03).until(lambda _: browser.find_element(By.ID, "caption").text == "first")
     WebDriverWait(browser, 90, 0.03).until(lambda _: "of 4" in browser.find_element(By.ID, "caption").text)

@@ -254,7 +254,7 @@ def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
         nets[name] = NetPlan(name, family, own, config, dtype, *_plan(name, family, options))
     _check_fit(row, checkpoint, nets)
     _check_guider(checkpoint)
-    nets = offload.settled(quantisation.settled(nets, options, _capability()), options)
+    nets = offload.settled(quantisation.settled(nets, options, _capability), options)
     scheduler = parts["scheduler"].entries("scheduler_config.json")
     solvers.check_types(scheduler)
     if ignored := solvers.unread(scheduler):

@@ -7,7 +7,7 @@ scales. So whoever reads rows (loading, sharding, plans, streaming) needs to kno
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -44,16 +44,15 @@ NAMES = {"float8_e4m3fn": "fp8", "float8_e5m2": "fp8", "int8": "int8"}
 
 
 def settled(
-    nets: Mapping[str, Planned], options: ModelOptions, capability: tuple[int, int] | None = None
+    nets: Mapping[str, Planned], options: ModelOptions, capability: Callable[[], tuple[int, int] | None]
 ) -> dict[str, Planned]:
     """The networks, denoisers and encoders with the rows of what stays quantised.
 
-    Raises UserError for options that contradict each other or name no layer. capability: the compute
-    capability of the GPU; None on a CPU.
+    Raises UserError for options that contradict each other or name no layer. capability: gives the compute
+    capability of the GPU, None on a CPU; it is called only where fp8 is to be compiled.
     """
-    compiles = not options.enable_torch_compile or capability is None or capability >= E4M3_SINCE
-    if options.quantization == "fp8" and not compiles:
-        had, needed = (".".join(map(str, each)) for each in (capability or (), E4M3_SINCE))
+    if options.quantization == "fp8" and (have := _too_old(options, capability)):
+        had, needed = (".".join(map(str, each)) for each in (have, E4M3_SINCE))
         message = (
             f"'fp8' with enable_torch_compile needs a GPU of compute capability {needed}; this one has {had}"
         )
@@ -67,7 +66,8 @@ def settled(
     kinds = {name: frozenset(_kinds(net, options).items()) for name, net in nets.items()}
     experts = [name for name, net in nets.items() if net.family.role == "dit"]
     kinds |= dict.fromkeys(experts, frozenset.intersection(*(kinds[name] for name in experts)))
-    if not compiles:
+    has_e4m3 = any(stored == TYPES["fp8"] for name in experts for _, (stored, _) in kinds[name])
+    if has_e4m3 and _too_old(options, capability):
         kinds |= {name: frozenset(_without_e4m3(name, kinds[name])) for name in experts}
     kept = {name: each for name, each in kinds.items() if each}
     changed = {
@@ -83,6 +83,14 @@ def _without_e4m3(name: str, kinds: frozenset[Kind]) -> Iterator[Kind]:
     yield from (each for each in kinds if each[1][0] != "float8_e4m3fn")
     if any(each[1][0] == "float8_e4m3fn" for each in kinds):
         log.info("%s: its fp8 weights are decoded, for torch.compile cannot read them on this GPU", name)
+
+
+def _too_old(
+    options: ModelOptions, capability: Callable[[], tuple[int, int] | None]
+) -> tuple[int, int] | None:
+    """The compute capability of a GPU for which torch.compile, which is asked for, cannot read e4m3."""
+    have = capability() if options.enable_torch_compile else None
+    return have if have is not None and have < E4M3_SINCE else None
 
 
 def of(rows: Iterable[Row]) -> str | None:
