@@ -6,6 +6,8 @@ first rank compiles, and the others meet its collectives eagerly.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch.distributed as dist
 
@@ -47,7 +49,7 @@ def tokens(name, plan, fsdp, denoise, size, lengths, steps, scale, guided, limit
     count = size[0] * size[1] + (z_image.pad_tokens(size[0] * size[1]) if name == "z_image" else 0)
     x = sequence.shard(plan, draw(1, count, packed, seed=steps).float(), 1)
     network = Network(family, config, plan)
-    memory = limits and (lambda ready, x: step_cache.memory(network, ready.weights, ready.branches, x))
+    memory = limits and partial(step_cache.memory, network)
     *_, last = loop.run(denoise, rows, x, lambda _: hoisted, limits=limits, memory=memory)
     return sequence.gather(plan, last.x, 1, count)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -89,7 +89,7 @@ def denoised(name, plan, fsdp=False, dtype=torch.float64, run=loop.eager_denoise
     x = sequence.shard(plan, asked.tokens.to(dtype), 1, asked.kinds)
     fetch = () if net.store is None else (net.store.fetch,)
     loop_of_steps = run(network, guidance.KINDS[d.family.guidance], *fetch)
-    memory = limits and (lambda ready, x: step_cache.memory(network, ready.weights, ready.branches, x))
+    memory = limits and partial(step_cache.memory, network)
     *_, last = loop.run(loop_of_steps, TABLE, x, lambda _: hoisted, limits=limits, memory=memory)
     return sequence.gather(plan, last.x, 1, asked.tokens.shape[1], asked.kinds)
 

@@ -1,5 +1,7 @@
 """The step cache: its decisions against a plain computation of them, and one graph for all limits."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -21,11 +23,7 @@ def denoised(run, asked, *, net=fake.family, steps=8, branches=2, tokens=TOKENS,
     """The last state of a run with these limits; None runs without a step cache."""
     table, x = fake.table(fake.EULER, steps), fake.latents(tokens, seed=seed)
     hoisted = fake.ready(CONFIG, table, tokens, branches, net=net)
-    network = Network(net, CONFIG)
-
-    def memory(prepared, x):
-        return step_cache.memory(network, prepared.weights, prepared.branches, x)
-
+    memory = partial(step_cache.memory, Network(net, CONFIG))
     more = {"limits": asked, "memory": memory} if asked else {}
     denoising = loop.start(run, table, x, lambda _: hoisted, **more)
     while not denoising.done:

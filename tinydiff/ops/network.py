@@ -109,6 +109,13 @@ class Branch(NamedTuple):
     """Tensors of the steps [S, 1 or B, ...]; for a walk, those of one step [1 or B, ...]."""
 
 
+class Hoisted(NamedTuple):
+    """A network prepared for one request: its weights, and what `hoist` computed once."""
+
+    weights: Tree
+    branches: tuple[Branch, ...]
+
+
 class Fetch(NamedTuple):
     """How a block's weights are fetched: started while the block before computes, taken before its own."""
 

@@ -35,7 +35,7 @@ from tinydiff.runtime.blueprint import PRECISIONS, TILE, Blueprint, Model
 from tinydiff.runtime.clock import Clock
 from tinydiff.runtime.parameters import parameters
 from tinydiff.runtime.shortage import give_memory_back, short_of_memory
-from tinydiff.sampling import guidance, loop, noise, sigmas, solvers
+from tinydiff.sampling import guidance, loop, noise, sigmas, solvers, step_cache
 from tinydiff.sampling.solvers import Table
 
 log = logging.getLogger(__name__)
@@ -365,7 +365,7 @@ def begin(
         fixed = loop.FixedTokens(*(sequence.shard(plan, each, 1, kinds) for each in fixed))
     run = denoiser(model, stage, compiled)
     request = stage.stage.request
-    memory = partial(step_caches.empty, _network(net, request.guidance)) if request.step_cache else None
+    memory = partial(step_cache.memory, _network(net, request.guidance)) if request.step_cache else None
     denoising = loop.start(
         run,
         stage.table,

@@ -8,16 +8,13 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from tinydiff import environment
 from tinydiff.config import SamplingOptions
 from tinydiff.models.family import Denoiser
-from tinydiff.ops.network import Network
 from tinydiff.records import StepCache, UserError, nearest, shown
 from tinydiff.runtime.blueprint import Blueprint, NetPlan
 from tinydiff.sampling import step_cache
-from tinydiff.sampling.loop import Hoisted, Memory
 
 FIELD = "cache_dit_params"
 NAMES = {
@@ -109,8 +106,3 @@ def limits(cache: StepCache | None, device: torch.device | str) -> step_cache.Li
         torch.tensor(cache.warmup, device=device),
         torch.tensor(most, device=device),
     )
-
-
-def empty(network: Network, hoisted: Hoisted, x_BLP: Tensor) -> Memory:
-    """The step cache before the first step."""
-    return step_cache.memory(network, hoisted.weights, hoisted.branches, x_BLP)

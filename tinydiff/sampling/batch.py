@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinydiff.ops.network import Branch, Family, Tree, has_images
+from tinydiff.ops.network import Branch, Family, Hoisted, Tree, has_images
 from tinydiff.ops.store import present
-from tinydiff.sampling.loop import Denoise, Denoising, FixedTokens, Hoisted, State, StepInputs, at_step
+from tinydiff.sampling.loop import Denoise, Denoising, FixedTokens, State, StepInputs, at_step
 
 
 class Batch(NamedTuple):

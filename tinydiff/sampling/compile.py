@@ -30,13 +30,12 @@ from torch.fx.experimental import _config as fx_config
 from torch.overrides import _pop_mode, _push_mode
 from torch.utils import _device as default_device
 
-from tinydiff.ops.network import Branch, Fetch, Network, Streams, has_images
+from tinydiff.ops.network import Branch, Fetch, Hoisted, Network, Streams, has_images
 from tinydiff.parallel.plan import Cond
 from tinydiff.parallel.sequence import KEYS, token_dims
 from tinydiff.sampling.loop import (
     Denoise,
     Guidance,
-    Hoisted,
     State,
     StepInputs,
     denoise,

@@ -24,6 +24,7 @@ from tinydiff.ops.network import (
     Branch,
     Calls,
     Fetch,
+    Hoisted,
     Hooks,
     Network,
     Streams,
@@ -62,13 +63,6 @@ class State(NamedTuple):
     h1: Tensor
     h2: Tensor
     memory: Memory
-
-
-class Hoisted(NamedTuple):
-    """A network prepared for one request: its weights, and what `hoist` computed once."""
-
-    weights: Tree
-    branches: tuple[Branch, ...]
 
 
 class FixedTokens(NamedTuple):

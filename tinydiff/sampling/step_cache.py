@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tinydiff.ops.network import RESIDENT, Branch, Calls, Hooks, Network, Streams, Tree, Walk, plain, walk
+from tinydiff.ops.network import RESIDENT, Branch, Calls, Hoisted, Hooks, Network, Streams, Walk, plain, walk
 from tinydiff.parallel.plan import Plan
 from tinydiff.parallel.sequence import sum_over_tokens
 
@@ -53,7 +53,7 @@ def choose_in_graph(condition: Tensor, if_true: Callable[[], Any], if_false: Cal
     return torch.cond(condition, if_true, if_false, ())
 
 
-def memory(network: Network, weights: Tree, branches: Sequence[Branch], x_BLP: Tensor) -> Memory:
+def memory(network: Network, hoisted: Hoisted, x_BLP: Tensor) -> Memory:
     """The cache before the first step, of the shapes that the tokens [B, L, P] have in the blocks.
 
     `done`: steps so far. `reused`: those among them that took over. `run`: those since the last that did not.
@@ -63,7 +63,7 @@ def memory(network: Network, weights: Tree, branches: Sequence[Branch], x_BLP: T
         Branch(
             request, {prefix: {n: rows[0] for n, rows in below.items()} for prefix, below in steps.items()}
         )
-        for request, steps in branches
+        for request, steps in hoisted.branches
     ]
     entered: list[Streams] = []
 
@@ -72,7 +72,7 @@ def memory(network: Network, weights: Tree, branches: Sequence[Branch], x_BLP: T
         return streams
 
     calls = {block: plain(network, block) for block, _ in network.family.blocks(network.config)}
-    walk(network, [calls] * len(branches), weights, x_BLP, at_first, Hooks(RESIDENT, note))
+    walk(network, [calls] * len(at_first), hoisted.weights, x_BLP, at_first, Hooks(RESIDENT, note))
     streams = [_denoised(network, each) for each in entered]
     counts = {name: torch.zeros(1, dtype=torch.int64, device=x_BLP.device) for name in COUNTS}
     first = {f"first.{j}": torch.zeros_like(x) for j, x in enumerate(streams[0])}
