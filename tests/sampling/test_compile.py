@@ -8,11 +8,19 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo import config as dynamo_config
 
 from tests.sampling import fake
 from tinydiff.ops.network import Network
-from tinydiff.sampling import guidance, loop, solvers
-from tinydiff.sampling.compile import compiled_denoise, graph_breaks, graph_count, region, while_loop
+from tinydiff.sampling import compile, guidance, loop, solvers
+from tinydiff.sampling.compile import (
+    compiled_denoise,
+    graph_breaks,
+    graph_count,
+    per_size,
+    region,
+    while_loop,
+)
 
 CONFIG = fake.Config(4)
 
@@ -134,6 +142,34 @@ def test_inductor_renoises_and_keeps_fixed_tokens_as_eager():
         got = pool.submit(in_a_thread).result()
     assert (want - x).abs().max() > 0.1
     assert (got - want).abs().max() < 1e-5 * max(1, want.abs().max().item())
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_loops_and_sizes_do_not_count_against_one_limit(monkeypatch):
+    """Torch limits the graphs of one code. So a loop has a code of its own, and a size too."""
+    monkeypatch.setattr(compile, "_RECOMPILE_LIMIT", 1)
+    table, x = fake.table(fake.EULER, 2), fake.latents(4)
+    before = graph_count()
+    with dynamo_config.patch(recompile_limit=1):
+        for config in (CONFIG, fake.Config(1)):
+            network = fake.ready(config, table, 4, 1)
+            fake.last(pair(guidance.none, config)[1], table, x, lambda _, n=network: n)
+        enlarge = per_size(lambda x: torch.cat([x, x]))
+        assert [len(enlarge(torch.zeros(n))) for n in (2, 3, 4, 2)] == [4, 6, 8, 4]
+    assert graph_count() == before + 2 + 3
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_every_thread_gets_the_settings():
+    """Torch keeps Dynamo's settings per thread, and a server builds a loop in another than it runs it in."""
+    double = per_size(lambda x: 2 * x)
+
+    def limit():
+        double(torch.ones(2))
+        return dynamo_config.recompile_limit
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(limit).result() == compile._RECOMPILE_LIMIT == 64
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from types import FunctionType
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.fx.experimental import _config as fx_config
 from torch.overrides import _pop_mode, _push_mode
 from torch.utils import _device as default_device
+from torch.utils._pytree import tree_leaves
 
 from tinydiff.ops.network import Branch, Fetch, Hoisted, Network, Streams, has_images
 from tinydiff.parallel.plan import Cond
@@ -72,13 +74,15 @@ def region(fn: Callable[..., Any]) -> Callable[..., Any]:
     fn = _own_code(fn)
     # Inside the loop operator a region needs the decompositions spelled out, else Inductor stops with "both a
     # fallback and a decomp".
-    dynamo_config.enable_invoke_subgraph_regional_compile = True
+    _set_dynamo()
     options = NestedCompileRegionOptions(decompositions=select_decomp_table())
     return cast(Callable[..., Any], torch.compiler.nested_compile_region(fn, options=options))
 
 
 def _own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a code object of its own, by which torch keeps what it compiled."""
+    """The same function with a code object of its own. Torch keeps what it compiled by code, and limits how
+    much that is.
+    """
     source = cast(FunctionType, fn)
     code = source.__code__.replace(co_name=f"{source.__name__}_{next(_regions)}")
     return FunctionType(code, source.__globals__, code.co_name, source.__defaults__, source.__closure__)
@@ -103,13 +107,12 @@ def _build(network: Network, guidance: Guidance, exact: bool, cached_after: int 
     cache = None if cached_after is None else Reuse(cached_after, choose_in_graph)
     predict = guidance(predictor(network, region, cache=cache), network.plan)
     conds = network.family.conds
-    # All networks share this function's code, and with it one cache of graphs in Dynamo.
-    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _RECOMPILE_LIMIT)
 
     def whole(hoisted: Hoisted, state: State, inputs: StepInputs, start: Tensor, stop: Tensor) -> State:
         return denoise(while_loop, predict, hoisted, state, inputs, start, stop)
 
-    graph = torch.compile(whole, fullgraph=True, dynamic=False, options={"emulate_precision_casts": exact})
+    options: dict[str, str | int | bool | Callable[..., Any]] = {"emulate_precision_casts": exact}
+    graph = torch.compile(_own_code(whole), fullgraph=True, dynamic=False, options=options)
 
     def call(hoisted: Hoisted, state: State, inputs: StepInputs, start: int, stop: int) -> State:
         noise = None if inputs.noise is None else _two_rows(inputs.noise)
@@ -123,8 +126,7 @@ def _build(network: Network, guidance: Guidance, exact: bool, cached_after: int 
             _mark_named({name: dim + 1 for name, dim in token_dims(conds).items()}, steps[""])
             _mark_named({name: 0 for name in request[""] if name.startswith(KEYS)}, request[""])
         bounds = torch.tensor([start, stop], device=state.x.device)
-        # Two lengths that happen to be equal in the first request are still two.
-        with _no_modes(), cast(Any, fx_config).patch(use_duck_shape=False):
+        with _own_settings():
             return graph(hoisted, state, inputs, bounds[0].clone(), bounds[1].clone())
 
     return call
@@ -140,7 +142,6 @@ def compiled_blocks(
     """
     key = (network, guidance, fetch, cached_after)
     if key not in _by_block:
-        dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _RECOMPILE_LIMIT)
         conds = network.family.conds
         _by_block[key] = eager_denoise(
             network, guidance, fetch, lambda block: _block(conds, block), cached_after
@@ -166,7 +167,7 @@ def _block(conds: Sequence[Cond], block: Callable[..., Streams]) -> Callable[...
             for each in (*streams, *request.values(), *named.values()):
                 if each.ndim and each.shape[0] == images:
                     torch._dynamo.mark_dynamic(each, 0)
-        with _no_modes(), cast(Any, fx_config).patch(use_duck_shape=False):
+        with _own_settings():
             return graph(dict(w), x, dict(request), even)
 
     return call
@@ -174,26 +175,41 @@ def _block(conds: Sequence[Cond], block: Callable[..., Streams]) -> Callable[...
 
 def per_size(fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn` over tensors, in dicts too, as one compiled graph for each of their sizes; all are kept."""
-    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _RECOMPILE_LIMIT)
-    graph = torch.compile(_own_code(fn), fullgraph=True, dynamic=False)
+
+    @cache
+    def graph(*_shapes: torch.Size) -> Callable[..., Any]:
+        return torch.compile(_own_code(fn), fullgraph=True, dynamic=False)
 
     def call(*tensors: Any) -> Any:
-        with _no_modes():
-            return graph(*tensors)
+        with _own_settings():
+            return graph(*(x.shape for x in tree_leaves(tensors)))(*tensors)
 
     return call
 
 
-@contextmanager
-def _no_modes() -> Iterator[None]:
-    """Turn off the modes that see every torch function, such as a default device.
-
-    Otherwise the graph would be compiled again for each of them.
+def _set_dynamo() -> None:
+    """Set what our graphs need. Torch keeps Dynamo's settings per thread, and a server runs a graph in other
+    threads than the one that built it.
     """
+    if dynamo_config.recompile_limit < _RECOMPILE_LIMIT:
+        dynamo_config.recompile_limit = _RECOMPILE_LIMIT
+    if not dynamo_config.enable_invoke_subgraph_regional_compile:
+        dynamo_config.enable_invoke_subgraph_regional_compile = True
+
+
+@contextmanager
+def _own_settings() -> Iterator[None]:
+    """Run a graph under our settings of Dynamo, and outside the caller's modes.
+
+    A mode that sees every torch function, such as a default device, would have the graph compiled again.
+    """
+    _set_dynamo()
     modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
     device, default_device.CURRENT_DEVICE = default_device.CURRENT_DEVICE, None
     try:
-        yield
+        # Two lengths that happen to be equal in the first request are still two.
+        with cast(Any, fx_config).patch(use_duck_shape=False):
+            yield
     finally:
         default_device.CURRENT_DEVICE = device
         for mode in reversed(modes):
