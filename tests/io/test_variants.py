@@ -4,7 +4,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.io.test_weights import ROWS, draw, refused, write_shards
-from tinydiff.io.weights import load_weights, weight_files
+from tinydiff.io.weight_sources import weight_files
+from tinydiff.io.weights import load_weights
 
 
 def test_a_stale_index_beside_a_whole_file_does_not_count(tmp_path):

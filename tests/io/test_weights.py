@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.parallel.pool import on_ranks
 from tinydiff.io import weights as module
-from tinydiff.io.weights import exported, load_weights, save_weights, weight_files
+from tinydiff.io.weight_sources import weight_files
+from tinydiff.io.weights import exported, load_weights, save_weights
 from tinydiff.keymap import AS_IS, KeyMap, also, fused, joined, moved, swapped, transposed, under, unread
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.plan import Group, Plan, Row, linear_rows, norm_rows, repeat

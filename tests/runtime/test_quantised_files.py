@@ -13,7 +13,8 @@ from tests.runtime.folders import VARIANTS, build
 from tinydiff import config
 from tinydiff.config import NoProgress
 from tinydiff.io.eight_bits import quantised
-from tinydiff.io.weights import eight_bits, load_weights
+from tinydiff.io.weight_sources import eight_bits
+from tinydiff.io.weights import load_weights
 from tinydiff.keymap import KeyMap, fused, joined
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.plan import Row, eight_bit_rows

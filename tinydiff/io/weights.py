@@ -1,5 +1,5 @@
-"""Weights in and out: files are memory-mapped, checked against the family's rows, and cast while streaming to
-where the weights shall live. A key map says where in the files each row stands.
+"""Weights in and out: files are memory-mapped, and cast while streaming to where the weights shall live.
+`io.weight_sources` says where in the files each row stands.
 
 Of several ranks each reads only what it holds, and what several hold alike they read in shares and pass on to
 each other.
@@ -7,30 +7,21 @@ each other.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tinydiff.io import variants
 from tinydiff.io.archive import Archive, opened
 from tinydiff.io.atomic import write_over
-from tinydiff.io.eight_bits import View, codes, held, scales, whole
-from tinydiff.io.floats import FLOATS, TYPES
-from tinydiff.io.hub import read_json
-from tinydiff.keymap import AS_IS, KeyMap, Match, Run, Shape, runs, stored_shapes, trimmed
-from tinydiff.parallel.plan import ALONE, SINGLE, WEIGHT_SCALE, Group, Plan, Row
+from tinydiff.io.eight_bits import whole
+from tinydiff.io.floats import TYPES
+from tinydiff.io.weight_sources import Source, Stored, stored_type, weight_sources
+from tinydiff.keymap import AS_IS, KeyMap, runs, stored_shapes, trimmed
+from tinydiff.parallel.plan import ALONE, SINGLE, Group, Plan, Row
 from tinydiff.parallel.shards import Box, LocalWeight, gather, local_rows, local_weights, shard_range
-from tinydiff.records import UserError
-
-log = logging.getLogger(__name__)
-
-BUFFERS = ("position_ids", "rotary_emb.inv_freq", "num_batches_tracked")
-"""Ends of keys that some files store and that are no weights."""
 
 BUDGET = 8 * 2**20
 """Bytes cast before the mapping is closed: mapped pages count as resident memory until then."""
@@ -39,30 +30,6 @@ PASSED = 2**20
 """Bytes that ranks pass on at a time: what a collective has allocated stays with the allocator many times
 over.
 """
-
-_NAMES = {dtype: name for name, dtype in TYPES.items()}
-
-
-class Stored(NamedTuple):
-    """A tensor on disk: its file, the key there, its safetensors type name and its shape.
-
-    lead: dimensions of length one before those of the shape. transposed: the shape is that of a matrix stored
-    the other way round. view: what is read of it.
-    """
-
-    file: Path
-    key: str
-    dtype: str
-    shape: Shape
-    lead: int = 0
-    transposed: bool = False
-    view: View = whole
-
-
-class Source(NamedTuple):
-    """Where a row stands: what it is made of, each run with the tensor that it lies in."""
-
-    runs: tuple[tuple[Run, Stored], ...]
 
 
 def load_weights(
@@ -96,7 +63,7 @@ def load_weights(
     divide a row.
     """
     wanted = {row.name: row for row in rows}
-    sources = _sources(folder, wanted, keys, variant)
+    sources = weight_sources(folder, wanted, keys, variant)
     local = list(local_weights(wanted.values(), plan, blocks, replicas))
     on_cpu = torch.device(device).type == "cpu"
     mapped = [
@@ -110,7 +77,7 @@ def load_weights(
         new = torch.empty if row.name in sources else torch.zeros  # a pack's padding is zero
         at = "meta" if row.name in left else device
         weights[row.name] = (
-            ready[row.name] if row.name in ready else new(row.shape, dtype=_type(row, dtype), device=at)
+            ready[row.name] if row.name in ready else new(row.shape, dtype=stored_type(row, dtype), device=at)
         )
     there = {*ready, *left}
     _stream([each for each in local if each.row.name not in there], sources, weights)
@@ -131,7 +98,7 @@ def unread(
     by itself what it holds.
     """
     wanted = {row.name: row for row in rows}
-    sources = _sources(folder, wanted, keys, variant)
+    sources = weight_sources(folder, wanted, keys, variant)
     local = {
         each.row.name: each._replace(replicated_over=()) for each in local_weights(wanted.values(), plan)
     }
@@ -142,20 +109,13 @@ def unread(
         weights = _mapped({each.row.name: sources[each.row.name] for each in mapped}, wanted)
         others = [each for each in asked if each.row.name not in weights]
         weights |= {
-            each.row.name: torch.empty(each.shape, dtype=_type(each.row, dtype), device="cpu")
+            each.row.name: torch.empty(each.shape, dtype=stored_type(each.row, dtype), device="cpu")
             for each in others
         }
         _stream(others, sources, weights)
         return {each.row.name: weights[each.row.name] for each in asked}
 
     return read
-
-
-def check_weights(
-    folder: Path, rows: Iterable[Row], keys: KeyMap = AS_IS, variant: str | None = None
-) -> None:
-    """Raises what `load_weights` would of these files, from their headers alone."""
-    _sources(folder, {row.name: row for row in rows}, keys, variant)
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -192,244 +152,6 @@ def exported(weights: Mapping[str, Tensor], rows: Iterable[Row], keys: KeyMap) -
     return stored
 
 
-def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The safetensors files of a component: its one file, or the shards that its index names.
-
-    Where there are both, transformers takes the file and diffusers the shards, as each has its own names; an
-    index whose shards are not there is stale and does not count beside a file.
-    """
-    if folder.is_file():
-        return [folder]
-    try:
-        chosen = variants.choose((path.name for path in folder.iterdir()), variant)
-    except ValueError as error:
-        raise UserError("model_path", f"model_path: {str(folder)!r} {error}") from error
-    except OSError:
-        chosen = None
-    if chosen is None:
-        raise UserError("model_path", f"model_path: {str(folder)!r} has {_instead(folder)}")
-    if variant is not None and chosen.variant != variant:
-        log.info("%s has no variant %s; %s is read", folder, variant, chosen.variant or "the plain one")
-    whole, index = folder / chosen.whole, folder / chosen.index
-    if whole.is_file() and (chosen.stem != variants.STEMS[0] or not index.is_file()):
-        return [whole]
-    shards = _shards(index)
-    return [whole] if whole.is_file() and not all(path.is_file() for path in shards) else shards
-
-
-def _shards(index: Path) -> list[Path]:
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise UserError("model_path", f"model_path: {str(index)!r} names no shards (weight_map)")
-    return sorted({index.parent / str(name) for name in shards.values()})
-
-
-def _instead(folder: Path) -> str:
-    """What a directory without weights to load has."""
-    if shards := sorted(folder.glob("*.safetensors")):
-        return f"{shards[0].name!r} and no index of its shards (*.safetensors.index.json)"
-    other = next(
-        (
-            path.name
-            for ending in ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf")
-            for path in folder.glob(ending)
-        ),
-        None,
-    )
-    return (
-        f"only {other!r}: of a directory safetensors are read; name the file itself"
-        if other
-        else "no *.safetensors file"
-    )
-
-
-def _sources(folder: Path, wanted: Mapping[str, Row], keys: KeyMap, variant: str | None) -> dict[str, Source]:
-    """Where each row stands, from the files' headers alone. UserError where the files do not fit the rows.
-
-    A weight of 8 bits and its scales are read from where the weight stands, in whatever type it is there.
-    """
-    sources = _whole_sources(
-        folder, {name: row for name, row in wanted.items() if not _is_scale(name)}, keys, variant
-    )
-    for name, row in wanted.items():
-        if row.stored is not None:
-            weight, beside = sources[name], wanted[_scale_of(name)]
-            sources[name] = _viewed(weight, _NAMES[_type(row, torch.float32)], row.shape, codes(row.stored))
-            sources[beside.name] = _viewed(weight, "F32", beside.shape, scales(row.stored))
-    return sources
-
-
-def _is_scale(name: str) -> bool:
-    return name.rpartition(".")[2] == WEIGHT_SCALE
-
-
-def _scale_of(name: str) -> str:
-    return f"{name.removesuffix('weight')}{WEIGHT_SCALE}"
-
-
-def _viewed(source: Source, dtype: str, shape: Shape, view: View) -> Source:
-    """The same rows of what a view gives of the stored tensors."""
-    return Source(
-        tuple(
-            (run, at._replace(dtype=dtype, shape=(at.shape[0], *shape[1:]), view=view))
-            for run, at in source.runs
-        )
-    )
-
-
-def eight_bits(
-    folder: Path, rows: Iterable[Row], keys: KeyMap = AS_IS, variant: str | None = None
-) -> dict[str, tuple[str, int]]:
-    """Row -> (type by torch's name, scales of a row) of the matrices that the files hold in 8 bits and that
-    can stay so. Raises what `load_weights` would.
-    """
-    archives = {file: opened(file) for file in weight_files(folder, variant)}
-    if not any(hasattr(archive, "eight_bits") for archive in archives.values()):
-        return {}
-    found: dict[str, tuple[str, int]] = {}
-    for name, source in _whole_sources(folder, {row.name: row for row in rows}, keys, variant).items():
-        kinds = {
-            None if at.transposed or each is None else (each.stored, each.groups)
-            for at, each in ((at, held(archives[at.file], at.key)) for _, at in source.runs)
-        }
-        if len(kinds) == 1 and (kind := kinds.pop()) is not None:
-            found[name] = kind
-    return found
-
-
-def _whole_sources(
-    folder: Path, wanted: Mapping[str, Row], keys: KeyMap, variant: str | None
-) -> dict[str, Source]:
-    stored = _stored(folder, keys, variant)
-    matches, unexpected = _matched(stored, wanted, keys)
-    runs_of = {name: runs(match, wanted)[name] for name, match in matches.items()}
-    missing = {
-        key: None
-        for name in wanted.keys() - matches.keys()
-        for key in keys.of_row(name).keys
-        if key not in stored
-    }
-    _check(
-        folder,
-        [key for name in wanted if name not in matches for key in keys.of_row(name).keys if key in missing],
-        unexpected,
-        matches,
-        wanted,
-        stored,
-    )
-    return {
-        name: Source(tuple((run, _fitted(stored[run.key], matches[name])) for run in runs_of[name]))
-        for name in wanted
-    }
-
-
-def _stored(folder: Path, keys: KeyMap, variant: str | None) -> dict[str, Stored]:
-    """The component's tensors by their keys."""
-    stored: dict[str, Stored] = {}
-    for file in weight_files(folder, variant):
-        archive = opened(file)
-        for key in archive.keys():  # noqa: SIM118 (a handle, not a dict)
-            if not key.startswith(keys.prefix):
-                continue
-            if key in stored:
-                raise _twice(key, stored[key].file, file)
-            piece = archive.get_slice(key)
-            stored[key] = Stored(file, key, piece.get_dtype(), tuple(piece.get_shape()))
-    return stored
-
-
-def _twice(name: str, *files: Path) -> UserError:
-    where = " and ".join(map(repr, map(str, files)))
-    return UserError("model_path", f"model_path: {name!r} is stored twice, in {where}")
-
-
-def _matched(
-    stored: Mapping[str, Stored], wanted: Mapping[str, Row], keys: KeyMap
-) -> tuple[dict[str, Match], list[str]]:
-    """(row -> what it is read from, keys that are of no row).
-
-    Of a tied weight's keys its own name is preferred.
-    """
-    matches: dict[str, Match] = {}
-    unread, unexpected = [], []
-    for key, at in stored.items():
-        match = keys.of_key(key)
-        assert match is not None  # the prefix is there
-        if not match.rows:
-            unread.append(key)
-        elif not all(name in wanted for name in match.rows):
-            if not key.endswith(BUFFERS):
-                unexpected.append(key)
-        elif all(each in stored for each in match.keys):
-            for name in match.rows:
-                other = matches.setdefault(name, match)
-                if other.keys == match.keys:
-                    continue
-                if not wanted[name].tied:
-                    raise _twice(name, stored[other.keys[0]].file, at.file)
-                if key.endswith(name):
-                    matches[name] = match
-    if unread := sorted(key for key in unread if not key.endswith(BUFFERS)):
-        more = ", ..." if len(unread) > 3 else ""
-        where = stored[unread[0]].file.parent
-        log.info(
-            "%s: %d stored weights are not needed and not read (%s%s)",
-            where,
-            len(unread),
-            ", ".join(unread[:3]),
-            more,
-        )
-    return matches, unexpected
-
-
-def _check(
-    folder: Path,
-    missing: list[str],
-    unexpected: list[str],
-    matches: Mapping[str, Match],
-    wanted: Mapping[str, Row],
-    stored: Mapping[str, Stored],
-) -> None:
-    needs = {key: shape for match in matches.values() for key, shape in stored_shapes(match, wanted).items()}
-    misshapen = [
-        f"{key} is {list(stored[key].shape)} and should be {list(shape)}"
-        for key, shape in needs.items()
-        if stored[key].shape != shape
-    ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-    faults = [
-        f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
-        for kind, names in kinds
-        if names
-    ]
-    if faults:
-        raise UserError(
-            "model_path",
-            f"model_path: the weights in {str(folder)!r} do not fit the model's config: {'; '.join(faults)}",
-        )
-    foreign = [f"{key} is {stored[key].dtype}" for key in needs if stored[key].dtype not in FLOATS]
-    if foreign:
-        more = f" and {len(foreign) - 1} more like it" if len(foreign) > 1 else ""
-        raise UserError(
-            "model_path",
-            f"model_path: in {str(folder)!r} {foreign[0]}{more}; the types read are {', '.join(FLOATS)}",
-        )
-
-
-def _fitted(at: Stored, match: Match) -> Stored:
-    """A stored tensor in the dimensions of its rows."""
-    shape = trimmed(at.shape, match.line)
-    if match.line.transposed:
-        return at._replace(shape=shape[::-1], transposed=True)
-    return at._replace(shape=shape, lead=match.line.lead)
-
-
-def _type(row: Row, dtype: torch.dtype) -> torch.dtype:
-    if row.stored is not None:
-        return getattr(torch, row.stored)
-    return torch.float32 if row.float32 else dtype
-
-
 def _as_stored(held: LocalWeight, source: Source, dtype: torch.dtype) -> bool:
     """Whether a weight is held as it is in its file, whole, in one piece and by one rank alone."""
     return (
@@ -438,7 +160,7 @@ def _as_stored(held: LocalWeight, source: Source, dtype: torch.dtype) -> bool:
         and not held.replicated_over
         and len(source.runs) == 1
         and not source.runs[0][1].transposed
-        and TYPES[source.runs[0][1].dtype] == _type(held.row, dtype)
+        and TYPES[source.runs[0][1].dtype] == stored_type(held.row, dtype)
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from tinydiff.config import ModelOptions
 from tinydiff.io import archive, hub, overlay, sources
 from tinydiff.io.sources import Checkpoint, Component
-from tinydiff.io.weights import check_weights, weight_files
+from tinydiff.io.weight_sources import check_weights, weight_files
 from tinydiff.keymap import KeyMap, Shape
 from tinydiff.models import registry, released
 from tinydiff.models.classes import RECORDS

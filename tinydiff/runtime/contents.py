@@ -16,7 +16,7 @@ from tinydiff.config import ModelOptions
 from tinydiff.io import archive, headers, hub
 from tinydiff.io.floats import FLOATS
 from tinydiff.io.headers import Header
-from tinydiff.io.weights import check_weights, weight_files
+from tinydiff.io.weight_sources import check_weights, weight_files
 from tinydiff.models import registry, released
 from tinydiff.models.classes import RECORDS
 from tinydiff.models.layouts.recognise import LORA, QUANTISED, Found, config_from, recognise

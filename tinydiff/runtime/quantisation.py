@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tinydiff.config import ModelOptions
-from tinydiff.io.weights import eight_bits
+from tinydiff.io.weight_sources import eight_bits
 from tinydiff.keymap import KeyMap
 from tinydiff.models.family import Denoiser, Encoder, Record
 from tinydiff.ops.store import numbered
