@@ -300,6 +300,26 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Sound:
+    """The sound of an output."""
+
+    samples: numpy.ndarray
+    """float32 [samples, channels], in [-1, 1]."""
+    rate: int
+    """Samples per second."""
+
+
+@dataclass(frozen=True)
+class Speech:
+    """A sound that a video is made to."""
+
+    samples: numpy.ndarray
+    """What the model hears: float32 [samples] in [-1, 1], at its own rate."""
+    sound: Sound
+    """What the video has."""
+
+
+@dataclass(frozen=True)
 class Request:
     """One prompt with every parameter resolved and checked. Each seed gives one output."""
 
@@ -311,6 +331,8 @@ class Request:
     seeds: tuple[int, ...]
     loras: Mapping[str, float] = field(default_factory=dict[str, float])
     """Adapter -> its strength for this request; empty where each has the strength it was loaded with."""
+    speech: Speech | None = None
+    """None where no sound is given."""
     refinement: Refinement | None = None
     """None: one loop makes the output at once."""
     step_cache: StepCache | None = None
@@ -324,16 +346,6 @@ class Request:
     def texts(self) -> list[str]:
         """The prompt and, with guidance, the negative prompt."""
         return [self.text.prompt, *([self.text.negative_prompt] if self.guidance.on else [])]
-
-
-@dataclass(frozen=True)
-class Sound:
-    """The sound of an output."""
-
-    samples: numpy.ndarray
-    """float32 [samples, channels], in [-1, 1]."""
-    rate: int
-    """Samples per second."""
 
 
 @dataclass(frozen=True)

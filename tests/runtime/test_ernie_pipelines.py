@@ -267,5 +267,5 @@ def test_it_can_start_from_an_image(tmp_path):
     request = request_for(model, image_path=(str(path),), strength=0.5)
     conditioning = pipeline.condition(model, request)
     [stage] = conditioning.stages
-    assert stage.start.shape == (1, 24, 16) and stage.start.std() > 0.1
+    assert stage.inputs.start.shape == (1, 24, 16) and stage.inputs.start.std() > 0.1
     assert len(list(pipeline.denoise(model, conditioning, 0))) == 2

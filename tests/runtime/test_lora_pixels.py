@@ -101,7 +101,7 @@ def test_requests_with_different_adapters_share_a_batch_of_the_loop(model):
     assert set(sizes) == {3}
     for name, (request, conditioning, slot) in slots.items():
         tokens = slot.to_image_tokens(slot.denoising.state.x)
-        made = pipeline.finish(model, request, conditioning, tokens).frames[0]
+        made = pipeline.finish(model, request, conditioning.stages[-1].inputs, tokens).frames[0]
         assert shown(made) == asked[name][1], name
 
 

@@ -258,7 +258,7 @@ def ours(model, request):
     start = [(kind, x.double()) for kind, x in zip(inputs.latents, drawn, strict=True)]
     steps = pipeline.denoise(model, conditioning, 0, [x for _, x in start])
     tokens = [x[:, : sum(inputs.kinds)] for x in steps]
-    return start, tokens, pipeline.finish(model, request, conditioning, tokens[-1])
+    return start, tokens, pipeline.finish(model, request, conditioning.stages[-1].inputs, tokens[-1])
 
 
 def reference(pipe, monkeypatch, name, start, terms, **given):
@@ -320,8 +320,8 @@ def test_without_audio_the_video_is_the_same_and_no_sound_is_decoded(both):
     [tokens] = pipeline.denoise(model, conditioning, 3)
     silent = request_for(model, guidance_scale=1.0, num_inference_steps=1, audio=False)
     nets = {name: net for name, net in model.nets.items() if name != "vocoder"}
-    quiet = pipeline.finish(replace(model, nets=nets), silent, conditioning, tokens)
-    made = pipeline.finish(model, request, conditioning, tokens)
+    quiet = pipeline.finish(replace(model, nets=nets), silent, conditioning.stages[-1].inputs, tokens)
+    made = pipeline.finish(model, request, conditioning.stages[-1].inputs, tokens)
     assert quiet.sound is None and made.sound is not None and np.array_equal(quiet.frames, made.frames)
     assert told(model, silent)["audio"] is False and told(model, request)["audio"] is True
 
@@ -368,7 +368,7 @@ def test_two_stages_equal_the_reference(both, monkeypatch):
     sizes = [size for stage in conditioning.stages for size in stage.sizes]
     drawn = noise.drawn(0, [(1, *size) for size in sizes])
     steps = list(pipeline.denoise(model, conditioning, 0))
-    made = pipeline.finish(model, request, conditioning, steps[-1])
+    made = pipeline.finish(model, request, conditioning.stages[-1].inputs, steps[-1])
 
     for module in (pipeline_ltx2, pipeline_ltx2_latent_upsample):
         widened(monkeypatch, module)

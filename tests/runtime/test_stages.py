@@ -81,8 +81,10 @@ def two_stages(c, context, request, own):
     """Half the size, then the whole size from what was made, with a schedule of its own and no guidance."""
     half = replace(request, output=replace(request.output, height=32, width=32))
     fine = replace(request, schedule=FINE, guidance=Guidance())
-    coarse, inputs = own(c, context, half), own(c, context, fine)
-    return Stage(half, divided(c, coarse)), Stage(fine, divided(c, inputs), start=larger)
+    coarse, inputs = own(c, context, half), divided(c, own(c, context, fine))
+    return Stage(half, divided(c, coarse)), Stage(
+        fine, inputs, lambda before, kinds: replace(inputs, start=inputs.pack(larger(kinds)))
+    )
 
 
 def larger(kinds):
@@ -108,7 +110,7 @@ def test_kinds_of_latents_are_one_tensor_in_the_loop(plain):
     *_, want = pipeline.denoise(plain, whole, 5, [video])
     assert torch.equal(got, want)
     [latents] = whole.stages[0].inputs.unpack(want)
-    made = pipeline.finish(model, request, told, got)
+    made = pipeline.finish(model, request, told.stages[-1].inputs, got)
     assert torch.equal(made.latents, latents[:, :, :1]) and made.frames.shape[0] == 1
     assert made.sound is not None and made.sound.rate == 24000
     assert numpy.array_equal(made.sound.samples, as_sound(latents[:, :, 1:]).samples)
@@ -173,10 +175,10 @@ def test_a_stage_that_cannot_begin_ends_its_output_alone(plain):
     def failing(c, context, request, own):
         coarse, fine = two_stages(c, context, request, own)
 
-        def start(kinds):
+        def after(before, kinds):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        return coarse, replace(fine, start=start)
+        return coarse, replace(fine, after=after)
 
     model = with_recipe(plain, failing)
     request, together = request_of(model), Continuous()
@@ -191,7 +193,7 @@ def test_a_stage_that_cannot_begin_ends_its_output_alone(plain):
 
 def test_one_stage_is_what_a_recipe_of_inputs_alone_says(plain):
     [stage] = pipeline.condition(plain, request_of(plain)).stages
-    assert isinstance(stage.inputs, LoopInputs) and stage.stage.start is None
+    assert isinstance(stage.inputs, LoopInputs) and stage.stage.after is None
     assert stage.stage.denoisers == ("transformer", "transformer_2") and len(stage.inputs.latents) == 1
 
 
@@ -212,7 +214,7 @@ def test_all_ranks_of_cfg_run_a_stage_without_guidance(plain):
             torch.zeros(1, *size) for size in guided.sizes
         ]  # what the first stage made does not matter here
         last = [
-            loop.advance(pipeline.begin(each, one, 5, 1, before)[0], 2).state.x
+            loop.advance(pipeline.begin(each, one, 5, 1, (guided.inputs, before)).denoising, 2).state.x
             for each, one in ((split, told), (model, alone))
         ]
         assert torch.equal(*last)

@@ -8,6 +8,7 @@ tokens, A sound tokens, P latent values of a token, T text tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -114,10 +115,16 @@ def prepare(c: Any, context: Context, request: Request) -> LoopInputs | tuple[St
     texts = tuple(_prompts(context, coarse))
     second = context.adapted(fine.loras)
     again = texts[:1] if second is context else tuple(_prompts(second, fine))
+    inputs = _inputs(c, second, fine, again)
     return (
         Stage(coarse, _inputs(c, context, coarse, texts)),
-        Stage(fine, _inputs(c, second, fine, again), start=partial(_enlarged, context)),
+        Stage(fine, inputs, partial(_started, context, inputs)),
     )
+
+
+def _started(context: Context, inputs: LoopInputs, _: LoopInputs, kinds: Sequence[Tensor]) -> LoopInputs:
+    """The inputs of the second loop, which starts from what the first one made."""
+    return replace(inputs, start=inputs.pack(_enlarged(context, kinds)))
 
 
 def _enlarged(context: Context, kinds: Sequence[Tensor]) -> Sequence[Tensor]:

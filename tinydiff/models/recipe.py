@@ -135,6 +135,8 @@ class Context:
     """Component name -> its tokenizer (`io.tokenizer.Tokenizer`), for ids by name and text of ids."""
     encode: Callable[[Tensor], Tensor]
     """Pixels [1, 3 or 4, N, height, width] in [-1, 1] -> the VAE's normalised latents [1, C, F, H, W]."""
+    decode: Callable[[Tensor], Tensor]
+    """Latents [N, C, F, H, W] -> pixels [N, 3 or 4, frames, height, width]."""
     resize: Callable[[numpy.ndarray, int, int], numpy.ndarray]
     """(uint8 image [height, width, 3 or 4], height, width) -> the image resized by Lanczos' filter."""
     options: Mapping[str, Any]
@@ -155,6 +157,12 @@ class Context:
         """
         x = torch.as_tensor(numpy.stack(images)).to(self.device, self.nets["vae"].dtype)
         return (x / 127.5 - 1).permute(3, 0, 1, 2)[None]
+
+
+def as_frames(pixels_CTHW: Tensor) -> numpy.ndarray:
+    """Pixels in [-1, 1] -> frames uint8 [T, height, width, C] in the host's memory."""
+    levels = ((pixels_CTHW.float() / 2 + 0.5) * 255).round()
+    return levels.to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -192,12 +200,23 @@ class LoopInputs:
     the same P, and `pre` and `post` of the family divide the tokens again where the kinds differ.
     """
     given_tokens: GivenTokens | None = None
+    start: Tensor | None = None
+    """Tokens [1, L, P] that the loop starts from, noised to the first sigma of its table."""
+    mask: Tensor | None = None
+    """[1, L, P], 1 where those tokens are inpainted, 0 where they stay."""
     guidance: str | None = None
     """A guidance rule by name, where the pipeline does not use its family's."""
     blended: tuple[Tensor, float] | None = None
     """(tokens [1, L, P], share): these tokens are this share of the noise that the loop starts from."""
     revised: str | None = None
     """The prompt as a language model rewrote or wrote it; None where none did."""
+    frames: Callable[[Tensor], numpy.ndarray] | None = None
+    """The first kind's latents -> all frames of the output, uint8 [frames, height, width, 3].
+
+    None: the autoencoder decodes those latents, and they are the whole output.
+    """
+    carried: Any = None
+    """What the recipe's next stage needs of this one beside its latents."""
 
     @property
     def kinds(self) -> tuple[int, ...]:
@@ -218,15 +237,19 @@ class LoopInputs:
 
 @dataclass(frozen=True)
 class Stage:
-    """One denoising loop of a pipeline that has several, such as one at half the size before another."""
+    """One denoising loop of a pipeline that has several.
+
+    One may be at half the size before another, or each may make a part of a long video.
+    """
 
     request: Request
     """What this loop is asked for. Size, schedule, guidance and strengths of adapters may be its own."""
     inputs: LoopInputs
-    start: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None
-    """Latents of each kind that the stage before made -> those that this one starts from: an upsampler.
+    """As far as they are known before any loop has run. The kinds of latents are."""
+    after: Callable[[LoopInputs, Sequence[Tensor]], LoopInputs] | None = None
+    """Of a later stage: (inputs of the stage before, latents of each kind that it made) -> its own inputs.
 
-    They are noised to the first sigma of this stage's table. None, of the first stage: it starts from noise.
+    None: those above.
     """
     denoisers: tuple[str, ...] = DENOISERS
     """Components that denoise, by the number of the expert in the table."""

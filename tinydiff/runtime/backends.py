@@ -57,7 +57,7 @@ def _admit(blueprint: Blueprint, sampling: SamplingOptions, *rest: Any, **more: 
 
 def _finish(model: Model, request: Request, slot: Any) -> tuple[pipeline.Made, dict[str, Any]]:
     conditioning, tokens = slot.conditioning, slot.to_image_tokens(slot.denoising.state.x)
-    output = pipeline.finish(model, request, conditioning, tokens)
+    output = pipeline.finish(model, request, slot.inputs, tokens)
     return output, effective.parameters(model, request, conditioning.revised, conditioning.warnings)
 
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tinydiff.models.recipe import LoopInputs
 from tinydiff.ops.network import Family
 from tinydiff.records import Request
 from tinydiff.runtime import pipeline
@@ -56,6 +57,8 @@ class BatchSlot:
     """Number of the pipeline's stage that it is in."""
     earlier_steps: int = 0
     """Steps of the stages before that one."""
+    inputs: LoopInputs = field(init=False)
+    """Of its stage."""
     denoising: Denoising = field(init=False)
     to_image_tokens: Callable[[Tensor], Tensor] = field(init=False)
     """The tokens in the loop -> those of the output."""
@@ -66,7 +69,7 @@ class BatchSlot:
     """Whether a step of it has run."""
 
     def __post_init__(self) -> None:
-        self._begin_stage(())
+        self._begin_stage()
 
     @property
     def turn_key(self) -> TurnKey:
@@ -87,14 +90,15 @@ class BatchSlot:
     def begin_next_stage(self) -> None:
         """Begin the next stage with the latents of the one that is done."""
         tokens = self.to_image_tokens(self.denoising.state.x)
-        before = self.conditioning.stages[self.stage].inputs.unpack(tokens)
+        before = self.inputs, self.inputs.unpack(tokens)
         self.earlier_steps += self.denoising.table.steps
         self.stage += 1
         self._begin_stage(before)
 
-    def _begin_stage(self, before: Sequence[Tensor]) -> None:
+    def _begin_stage(self, before: tuple[LoopInputs, Sequence[Tensor]] | None = None) -> None:
         model, conditioning, number = self.model, self.conditioning, self.stage
-        self.denoising, self.to_image_tokens = pipeline.begin(model, conditioning, self.seed, number, before)
+        begun = pipeline.begin(model, conditioning, self.seed, number, before)
+        self.inputs, self.denoising, self.to_image_tokens = begun
         if model.blueprint.compiled:
             self.compiled = pipeline.denoiser(model, conditioning.stages[number], True)
 

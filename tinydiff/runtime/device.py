@@ -181,8 +181,7 @@ class Device:
         """What a job's first output may become, uint8 [height, width, 3]: that of the latest step."""
         assert self._to_colours is not None, "asked where there are previews"
         slot, output = self.loop.slot(job, 0), self._requests[job][0].output
-        inputs = slot.conditioning.stages[slot.stage].inputs
-        latents = inputs.unpack(slot.to_image_tokens(self.loop.clean(slot)))[0]
+        latents = slot.inputs.unpack(slot.to_image_tokens(self.loop.clean(slot)))[0]
         return preview.preview_frame(self._to_colours, latents, output.height, output.width)
 
     @on_all_ranks

@@ -23,7 +23,7 @@ from torch import Tensor
 from tinydiff.config import Progress
 from tinydiff.io.images import resize
 from tinydiff.models.family import Denoiser
-from tinydiff.models.recipe import Context, LoopInputs, Net, Stage, token_count
+from tinydiff.models.recipe import Context, LoopInputs, Net, Stage, as_frames, token_count
 from tinydiff.ops import store as stores
 from tinydiff.ops.network import RESIDENT, Network
 from tinydiff.ops.norm import compute_dtype
@@ -55,10 +55,6 @@ class PreparedStage(NamedTuple):
     table: Table
     experts: Callable[[int], loop.Hoisted]
     """Index -> the network prepared for this request, once for all outputs."""
-    start: Tensor | None = None
-    """Tokens [1, L, P] of the image to start from."""
-    mask: Tensor | None = None
-    """[1, L, P], 1 where that image is inpainted, 0 where it stays."""
 
     @property
     def inputs(self) -> LoopInputs:
@@ -74,7 +70,7 @@ class Conditioning(NamedTuple):
     """The inputs of a request's loops, without noise."""
 
     stages: tuple[PreparedStage, ...]
-    """One for each denoising loop; each starts from the latents of the one before."""
+    """One for each denoising loop, in their order."""
     warnings: tuple[str, ...] = ()
     """Parts of the request without effect: text tokens that were cut."""
 
@@ -87,6 +83,16 @@ class Conditioning(NamedTuple):
     def revised(self) -> str | None:
         """The prompt as a language model rewrote or wrote it; None where none did."""
         return self.stages[0].inputs.revised
+
+
+class Begun(NamedTuple):
+    """One output at the first step of a stage."""
+
+    inputs: LoopInputs
+    """With what the stage before made."""
+    denoising: loop.Denoising
+    to_image_tokens: Callable[[Tensor], Tensor]
+    """Tokens of the loop's state on this rank -> all those of the output."""
 
 
 class Made(NamedTuple):
@@ -154,6 +160,13 @@ def make_context(model: Model, request: Request, warn: Callable[[str], None] = l
         _check_strides(vae.config, pixels, latents)
         return latents.to(compute_dtype(pixels))
 
+    def decode(latents: Tensor) -> Tensor:
+        return in_tiles_if_short(
+            model,
+            tile,
+            lambda side: vae.family.decode(vae.config, vae.w, latents.to(vae.dtype), chunk, side, vae.plan),
+        )
+
     def adapted(strengths: Mapping[str, float]) -> Context:
         if dict(strengths) == loras.strengths(model.adapters, request.loras):
             return context
@@ -161,7 +174,7 @@ def make_context(model: Model, request: Request, warn: Callable[[str], None] = l
         return make_context(replace(model, nets=nets), replace(request, loras=strengths), warn)
 
     context = Context(
-        model.nets, tokens, model.tokenizers, encode, resize, model.blueprint.options, device, adapted
+        model.nets, tokens, model.tokenizers, encode, decode, resize, model.blueprint.options, device, adapted
     )
     return context
 
@@ -226,8 +239,9 @@ def _conditioned(model: Model, request: Request, context: Context) -> Conditioni
     _check_branches(net.plan, request)
     prepared = net.family.pipelines[model.blueprint.row.pipeline](net.config, context, request)
     stages = (Stage(request, prepared),) if isinstance(prepared, LoopInputs) else prepared
-    first, *later = (_prepared(model, stage) for stage in stages)
-    return Conditioning((_start_from_image(first, context), *later))
+    first, *later = stages
+    stages = replace(first, inputs=_start_from_image(first, context)), *later
+    return Conditioning(tuple(_prepared(model, stage) for stage in stages))
 
 
 def _check_branches(plan: Plan, request: Request) -> None:
@@ -273,18 +287,18 @@ def _network(net: Net[Denoiser], guidance: Guidance) -> Network:
     return net.network if guidance.branches > 1 else replace(net.network, plan=net.plan.without("cfg"))
 
 
-def _start_from_image(prepared: PreparedStage, context: Context) -> PreparedStage:
-    """The first stage, which starts from the noised input image where the request asks for that."""
-    images, inputs = prepared.stage.request.images, prepared.inputs
+def _start_from_image(stage: Stage, context: Context) -> LoopInputs:
+    """The inputs of the first stage, which starts from the input image where the request asks for that."""
+    images, inputs = stage.request.images, stage.inputs
     if not images.start:
-        return prepared
+        return inputs
     start = inputs.pack([context.encode(context.pixels(images.resized))])
     if images.mask is None:
-        return prepared._replace(start=start)
-    [size] = prepared.sizes
+        return replace(inputs, start=start)
+    [kind] = inputs.latents
     mask = torch.from_numpy(images.mask).to(start)[None, None] / 255
-    mask = torch.nn.functional.interpolate(mask, size=size[2:])
-    return prepared._replace(start=start, mask=inputs.pack([mask[:, :, None].expand(1, *size)]))
+    mask = torch.nn.functional.interpolate(mask, size=kind.size[2:])
+    return replace(inputs, start=start, mask=inputs.pack([mask[:, :, None].expand(1, *kind.size)]))
 
 
 def solver_table(blueprint: Blueprint, request: Request, denoiser: str = "transformer") -> Table:
@@ -333,17 +347,17 @@ def begin(
     conditioning: Conditioning,
     seed: int,
     number: int = 0,
-    before: Sequence[Tensor] = (),
+    before: tuple[LoopInputs, Sequence[Tensor]] | None = None,
     latents: Sequence[Tensor] | None = None,
     compiled: bool = False,
-) -> tuple[loop.Denoising, Callable[[Tensor], Tensor]]:
-    """(one output at the first step of stage `number`, what makes all its tokens of its state's).
+) -> Begun:
+    """One output at the first step of stage `number`.
 
-    before: latents of each kind that the stage before made. latents: [1, *size] of each kind in place of the
-    noise of `seed`. Every rank draws the same noise for the whole output and keeps its share: the output does
-    not depend on the layout.
+    before: of a later stage, the inputs of the one before and the latents of each kind that it made. latents:
+    [1, *size] of each kind in place of the noise of `seed`. Every rank draws the same noise for the whole
+    output and keeps its share: the output does not depend on the layout.
     """
-    stage = conditioning.stages[number]
+    stage = _after(model, conditioning.stages[number], before)
     net, inputs, device = model.nets[stage.stage.denoisers[0]], stage.inputs, model.blueprint.device
     earlier = [
         shape for each in conditioning.stages[:number] for shape in noise.order(each.sizes, each.table)
@@ -354,8 +368,6 @@ def begin(
         tokens, share = inputs.blended
         x = torch.lerp(x, tokens.to(x), share)
     tokens = None if fresh is None else _packed_steps(inputs, [each.to(x) for each in fresh])
-    if stage.stage.start is not None:
-        stage = stage._replace(start=inputs.pack(stage.stage.start(before)))
     made = x.shape[1]
     x, fixed = _first_tokens(x, stage)
     whole = x.shape[1]
@@ -376,7 +388,22 @@ def begin(
         step_caches.limits(request.step_cache, device),
         memory,
     )
-    return denoising, lambda x_BLP: sequence.gather(plan, x_BLP, 1, whole, kinds)[:, :made]
+    return Begun(inputs, denoising, lambda x_BLP: sequence.gather(plan, x_BLP, 1, whole, kinds)[:, :made])
+
+
+def _after(
+    model: Model, stage: PreparedStage, before: tuple[LoopInputs, Sequence[Tensor]] | None
+) -> PreparedStage:
+    """A stage with the inputs that follow from what the one before made. Its network is prepared again where
+    they change what that depends on.
+    """
+    if stage.stage.after is None or before is None:
+        return stage
+    inputs = stage.stage.after(*before)
+    changed = replace(stage.stage, inputs=inputs)
+    if inputs.branches is stage.inputs.branches:
+        return stage._replace(stage=changed)
+    return _prepared(model, changed)
 
 
 def _packed_steps(inputs: LoopInputs, fresh: Sequence[Tensor]) -> Tensor:
@@ -390,26 +417,34 @@ def denoise(
     """Noise of `seed` (or `latents` of each kind) -> tokens [1, L, P] of the output, float32, after each step
     of each stage.
     """
-    before: tuple[Tensor, ...] = ()
-    for number, stage in enumerate(conditioning.stages):
+    return (tokens for _, tokens in _steps(model, conditioning, seed, latents))
+
+
+def _steps(
+    model: Model, conditioning: Conditioning, seed: int, latents: Sequence[Tensor] | None = None
+) -> Iterator[tuple[LoopInputs, Tensor]]:
+    """As `denoise`, with the inputs of the stage that each step belongs to."""
+    before = None
+    for number in range(len(conditioning.stages)):
         compiled = model.blueprint.compiled
-        denoising, all_tokens = begin(model, conditioning, seed, number, before, latents, compiled)
+        inputs, denoising, all_tokens = begin(model, conditioning, seed, number, before, latents, compiled)
         while not denoising.done:
             denoising = loop.advance(denoising, 1)
-            yield all_tokens(denoising.state.x)
+            yield inputs, all_tokens(denoising.state.x)
         if "reused" in (memory := denoising.state.memory):
             log.info("the step cache: %d of %d steps reused", memory["reused"].item(), denoising.step)
-        before, latents = stage.inputs.unpack(all_tokens(denoising.state.x)), None
+        before, latents = (inputs, inputs.unpack(all_tokens(denoising.state.x))), None
 
 
 def _first_tokens(noise_BLP: Tensor, stage: PreparedStage) -> tuple[Tensor, loop.FixedTokens | None]:
     """(tokens at the noise level where the table begins, and the references' after them; what is fixed)."""
-    x, given = noise_BLP, stage.inputs.given_tokens
-    if stage.start is not None:
-        clean = stage.start.to(x.dtype)
+    x, inputs = noise_BLP, stage.inputs
+    given = inputs.given_tokens
+    if inputs.start is not None:
+        clean = inputs.start.to(x.dtype)
         x = torch.lerp(clean, noise_BLP, stage.table.sigmas[0].item())
-        if stage.mask is not None:
-            return x, loop.FixedTokens(stage.mask.to(x.dtype), clean, noise_BLP)
+        if inputs.mask is not None:
+            return x, loop.FixedTokens(inputs.mask.to(x.dtype), clean, noise_BLP)
     if given is None:
         return x, None
     tokens = given.tokens.to(x.dtype)
@@ -455,8 +490,7 @@ def decode(model: Model, output: Output, latents: Tensor) -> numpy.ndarray:
         for z in latents.to(vae.dtype).split(count)
     ]
     x = torch.cat([video for part in parts for video in part], 1)
-    x = x[:, model.denoiser.family.unshown_frames(model.denoiser.config) :]
-    return ((x.float() / 2 + 0.5) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+    return as_frames(x[:, model.denoiser.family.unshown_frames(model.denoiser.config) :])
 
 
 def _keep_outside_mask(frames: numpy.ndarray, images: InputImages) -> numpy.ndarray:
@@ -480,9 +514,8 @@ def _keep_outside_mask(frames: numpy.ndarray, images: InputImages) -> numpy.ndar
 
 
 @torch.no_grad()
-def finish(model: Model, request: Request, conditioning: Conditioning, tokens: Tensor) -> Made:
-    """The output of the last step's tokens [1, L, P]."""
-    inputs = conditioning.stages[-1].inputs
+def finish(model: Model, request: Request, inputs: LoopInputs, tokens: Tensor) -> Made:
+    """The output of the last step's tokens [1, L, P]. inputs: those of the last stage."""
     latents = inputs.unpack(tokens)
     if not all(x.isfinite().all() for x in latents):
         name, narrow = model.blueprint.row.name, PRECISIONS.get(model.denoiser.dtype)
@@ -491,7 +524,10 @@ def finish(model: Model, request: Request, conditioning: Conditioning, tokens: T
             "narrow for it"
         )
         raise UserError("model_path", f"model_path: {message} (see dit_precision)")
-    frames = _keep_outside_mask(decode(model, request.output, latents[0]), request.images)
+    made = decode(model, request.output, latents[0]) if inputs.frames is None else inputs.frames(latents[0])
+    frames = _keep_outside_mask(made, request.images)
+    if request.speech is not None:
+        return Made(frames, latents[0], request.speech.sound if request.output.sound else None)
     kinds = zip(inputs.latents, latents, strict=True) if request.output.sound else ()
     sound = next((kind.decode(x) for kind, x in kinds if kind.decode is not None), None)
     return Made(frames, latents[0], sound)
@@ -517,10 +553,10 @@ def run(
     paths: list[Path] = []
     for index, seed in enumerate(request.seeds):
         with clock.stage("denoise"):
-            steps = clock.steps(denoise(model, conditioning, seed), conditioning.steps)
-            tokens = deque(steps, maxlen=1).pop()  # the last one's, holding no others
+            steps = clock.steps(_steps(model, conditioning, seed), conditioning.steps)
+            last = deque(steps, maxlen=1).pop()  # holding no others
         with clock.stage("decode"):
-            output = finish(model, request, conditioning, tokens)
+            output = finish(model, request, *last)
         frames, written = postprocess.deliver(
             model.blueprint, request, index, output.frames, output.sound, effective, clock, save, keep
         )
