@@ -32,6 +32,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "fullatt_block_indexes": (0, 1000),
     "max_window_layers": (0, MOST),
     "mrope_section": (0, MOST),
+    "partial_rotary_factor": (0.0, 1.0),
     "original_max_position_embeddings": (0, MOST),
     "*layers": (1, 1000),
     "*blocks": (1, 1000),

@@ -57,6 +57,15 @@ GEMMA3_ROPE = {
     FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
     SLIDING: {"rope_type": "default", "rope_theta": 1e3},
 }
+GEMMA4 = {
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "sliding_window": 5,
+    "layer_types": [SLIDING, FULL, SLIDING, FULL],
+    "final_logit_softcapping": 0.5,
+    "tie_word_embeddings": True,
+}
 
 CASES = {
     "Llama": (
@@ -95,8 +104,12 @@ CASES = {
     "Qwen3, biased": ("Qwen3", "", {"attention_bias": True}),
     "Gemma2": ("Gemma2", "", GEMMA | {"attn_logit_softcapping": 0.4, "final_logit_softcapping": 0.5}),
     "Gemma3": ("Gemma3", "Text", GEMMA | {"sliding_window_pattern": 3, "rope_parameters": GEMMA3_ROPE}),
+    "Gemma4": ("Gemma4Unified", "Text", GEMMA4),
+    "Gemma4, values of their own": (
+        "Gemma4Unified", "Text", GEMMA4 | {"attention_k_eq_v": False, "global_head_dim": 8},
+    ),
 }  # fmt: skip
-WRITERS = {"Llama", "Llama 3.1", "Ministral 3, plain yarn", "Qwen3", "Gemma2", "Gemma3"}
+WRITERS = {"Llama", "Llama 3.1", "Ministral 3, plain yarn", "Qwen3", "Gemma2", "Gemma3", "Gemma4"}
 
 
 def _case(name, head=False):
@@ -191,7 +204,7 @@ def test_no_mask_is_a_mask_of_ones_and_equal_axes_are_one_axis():
         )
 
 
-@pytest.mark.parametrize("name", ["Qwen3", "Gemma3", "Gemma2", "Ministral 3"])
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma4", "Gemma3", "Gemma2", "Ministral 3"])
 def test_half_types_are_as_near_as_the_reference(name):
     c, reference, flat = _case(name)
     ids, mask = _tokens("right")
@@ -341,6 +354,38 @@ GEMMA3_12B = {
     },
 }  # fmt: skip
 
+GEMMA4_12B = {
+    "model_type": "gemma4_unified",
+    "text_config": {
+        "attention_k_eq_v": True, "global_head_dim": 512, "head_dim": 256, "hidden_size": 3840,
+        "intermediate_size": 15360, "model_type": "gemma4_unified_text", "num_attention_heads": 16,
+        "num_global_key_value_heads": 1, "num_hidden_layers": 48, "num_key_value_heads": 8,
+        "sliding_window": 1024, "use_bidirectional_attention": "vision",
+    },
+}  # fmt: skip
+
+
+def test_gemma_4_has_other_heads_in_layers_that_do_not_slide():
+    """Older files name the heads of these layers once, newer ones list them by layer."""
+    c = decoder_lm.config_from(GEMMA4_12B, "Gemma4UnifiedForConditionalGeneration")
+    assert c.layer_types == ((SLIDING,) * 5 + (FULL,)) * 8 and (c.vocab_size, c.layers) == (262144, 48)
+    assert (c.heads(SLIDING), c.heads(FULL)) == ((256, 8, False), (512, 1, True))
+    assert c.rope_parameters == Rope(1e6, "proportional", partial_rotary_factor=0.25)
+    assert c.local_rope_parameters == Rope(1e4)
+    text = {
+        key: value
+        for key, value in GEMMA4_12B["text_config"].items()
+        if key not in ("global_head_dim", "num_global_key_value_heads")
+    }
+    listed = {str(i): {"head_dim": 512, "num_key_value_heads": 1} for i in range(5, 48, 6)}
+    whole = {"text_config": text | {"per_layer_config": listed}}
+    assert decoder_lm.config_from(whole, "Gemma4UnifiedForConditionalGeneration") == c
+    rows = shapes(decoder_lm.spec(c))
+    assert rows["layers.5.self_attn.k_proj.weight"] == (512, 3840)
+    assert "layers.5.self_attn.v_proj.weight" not in rows
+    own = decoder_lm.config_from(text | {"attention_k_eq_v": False}, "Gemma4UnifiedTextModel")
+    assert own.heads(FULL) == (512, 8, False)
+
 
 def test_released_configs_of_both_layouts():
     c = decoder_lm.config_from(QWEN25, "Qwen2_5_VLForConditionalGeneration")
@@ -416,6 +461,31 @@ def test_released_configs_of_both_layouts():
             "Gemma3TextModel",
             r"use_bidirectional_attention",
         ),
+        (
+            GEMMA4_12B["text_config"] | {"use_bidirectional_attention": "all"},
+            "Gemma4UnifiedTextModel",
+            r"use_bidirectional_attention is set; only causal",
+        ),
+        (
+            GEMMA4_12B["text_config"] | {"num_kv_shared_layers": 20},
+            "Gemma4UnifiedTextModel",
+            r"num_kv_shared_layers is 20; only layers with keys of their own",
+        ),
+        (
+            GEMMA4_12B["text_config"] | {"per_layer_config": {"5": {"head_dim": 512}}},
+            "Gemma4UnifiedTextModel",
+            r"per_layer_config is .*; it must give every layer of full_attention the same head_dim and",
+        ),
+        (
+            GEMMA4_12B["text_config"] | {"per_layer_config": {"5": 512}},
+            "Gemma4UnifiedTextModel",
+            r"per_layer_config\.5 is 512; it must be an object",
+        ),
+        (
+            GEMMA4_12B["text_config"] | {"num_global_key_value_heads": 3},
+            "Gemma4UnifiedTextModel",
+            r"num_attention_heads is 16; .* multiple of num_global_key_value_heads, 3",
+        ),
     ],
 )
 def test_what_is_not_implemented_is_refused(entries, class_name, sentence):
@@ -452,7 +522,8 @@ def test_released_names_are_found_and_the_rest_is_dropped(prefix):
         f"{prefix}layers.26.mlp.up_proj.weight", f"{prefix}layers.27.input_layernorm.weight",
         f"{prefix}norm.weight", "lm_head.weight", "visual.merger.mlp.0.bias",
         "model.visual.blocks.3.norm1.weight", "vision_tower.ln_pre.weight",
-        "model.vision_tower.ln_pre.weight", "multi_modal_projector.linear_1.weight",
+        "model.vision_tower.ln_pre.weight",
+        "model.embed_vision.embedding_projection.weight", "multi_modal_projector.linear_1.weight",
         f"{prefix}layers.3.self_attn.rotary_emb.inv_freq", "language_model.lm_head.weight",
     )  # fmt: skip
     assert {decoder_lm.key_map(c).row(key) for key in dropped} == {None}

@@ -19,6 +19,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma4UnifiedConfig,
+    Gemma4UnifiedForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
@@ -334,3 +336,20 @@ def test_gemma_3_with_a_tower_that_is_not_read(tmp_path):
     )
     saved(Gemma3ForConditionalGeneration(config), tmp_path, tied=True)
     same_lm(tmp_path, "Gemma3ForConditionalGeneration", lambda model: model.model.language_model)
+
+
+def test_gemma_4_with_embedders_that_are_not_read(tmp_path):
+    text = LM | {
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "sliding_window": 4,
+    }
+    sees = {"patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": 8, "mm_posemb_size": 6}
+    config = Gemma4UnifiedConfig(
+        text_config=text, vision_config=sees | {"output_proj_dims": 8}, audio_config={"audio_embed_dim": 6}
+    )
+    saved(Gemma4UnifiedForConditionalGeneration(config), tmp_path, tied=True)
+    same_lm(tmp_path, "Gemma4UnifiedForConditionalGeneration", lambda model: model.model.language_model)

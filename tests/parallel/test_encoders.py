@@ -51,6 +51,13 @@ LMS = {
         attn_logit_softcapping=5.0, final_logit_softcapping=2.0, query_pre_attn_scalar=12.0, lm_head=True,
         tie_word_embeddings=True,
     ),
+    "Gemma4": replace(
+        LM, sandwich_norms=True, scale_embeddings=True, layer_types=(SLIDING, FULL) * 2, sliding_window=7,
+        global_head_dim=16, num_global_key_value_heads=2, attention_k_eq_v=True, value_norm=True,
+        qk_norm=True, layer_scalars=True, query_pre_attn_scalar=12.0, tie_word_embeddings=True,
+        rope_parameters=Rope(1e4, "proportional", partial_rotary_factor=0.25),
+        local_rope_parameters=Rope(1e3),
+    ),
 }  # fmt: skip
 WRITERS = [name for name, c in LMS.items() if c.lm_head]
 GRIDS = [(6, 10), (14, 4)]
@@ -137,7 +144,16 @@ CASES = {
     "CLIP vision": _tower(TOWER),
     "Qwen2.5-VL vision": _qwen_tower(QWEN_TOWER),
     **{name: _lm(c) for name, c in LMS.items()},
-    **{f"{name}, 4 heads of keys": _lm(replace(c, num_key_value_heads=4)) for name, c in LMS.items()},
+    **{
+        f"{name}, 4 heads of keys": _lm(
+            replace(
+                c,
+                num_key_value_heads=4,
+                num_global_key_value_heads=4 if c.num_global_key_value_heads else None,
+            )
+        )
+        for name, c in LMS.items()
+    },
 }
 
 
@@ -215,6 +231,7 @@ def test_text_is_that_of_one_rank(name):
         (t5, t5.Config(), [1, 2, 4, 8]),
         (qwen_vision, qwen_vision.Config(), [1, 2, 4]),
         (decoder_lm, decoder_lm.Config(), [1, 2, 4]),
+        (decoder_lm, LMS["Gemma4"], [1, 2]),
     ],
 )
 def test_how_many_ranks_an_encoder_divides_over(module, c, divisors):

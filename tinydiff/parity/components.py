@@ -247,6 +247,20 @@ ENCODERS: dict[str, tuple[str, Callable[[], Case]]] = {
             rope_parameters=_GEMMA_ROPE,
         ),
     ),
+    "Gemma 4": (
+        "Gemma4UnifiedTextModel",
+        partial(
+            _language,
+            "Gemma4UnifiedText",
+            "Gemma4UnifiedTextModel",
+            head_dim=12,
+            global_head_dim=16,
+            num_global_key_value_heads=1,
+            attention_k_eq_v=True,
+            num_hidden_layers=6,
+            sliding_window=5,
+        ),
+    ),
 }
 """What is compared -> (class of transformers, case)."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 
@@ -20,7 +20,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 ACTIVATIONS: dict[str, Activation] = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": gelu_tanh}
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Rope:
 
     mrope_section: channel pairs turned by the temporal, the vertical and the horizontal position; empty where
     a position is one number.
+    partial_rotary_factor: the share of a head's channel pairs that turns, in a rope of type "proportional".
     llama_4_scaling_beta: queries grow by 1 + beta log(1 + position // original_max_position_embeddings).
     """
 
@@ -46,6 +47,7 @@ class Rope:
     truncate: bool = True
     mrope_section: tuple[int, ...] = ()
     llama_4_scaling_beta: float = 0.0
+    partial_rotary_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
@@ -61,6 +63,18 @@ class Rope:
             )
 
 
+class Heads(NamedTuple):
+    """Heads of one kind of layer.
+
+    width: of a head. keys: how many heads keys and values have. keys_are_values: values are the keys before
+    their norm, and have no projection.
+    """
+
+    width: int
+    keys: int
+    keys_are_values: bool
+
+
 @dataclass(frozen=True)
 class Config:
     """Field names are those of the text part of config.json; defaults are Qwen2.5-VL 7B's.
@@ -69,7 +83,10 @@ class Config:
     per head. norm_plus_one: norms multiply by 1 + weight. sandwich_norms: the output of attention and of
     the MLP is normalised too. scale_embeddings: embeddings are multiplied by the root of the width.
     layer_types: the kind of each layer. local_rope_parameters: the rope of sliding layers where it
-    differs from that of the others. layers: how many layers are built and run, counted from the first.
+    differs from that of the others. global_head_dim, num_global_key_value_heads: of the other layers, where
+    they differ from those of sliding ones. attention_k_eq_v: in these layers the values are the keys.
+    value_norm: values are normalised per head, without a weight. layer_scalars: each layer's output is
+    multiplied by a number. layers: how many layers are built and run, counted from the first.
     lm_head: whether the output head is built, to generate text.
     """
 
@@ -97,17 +114,22 @@ class Config:
     norm_plus_one: bool = False
     sandwich_norms: bool = False
     scale_embeddings: bool = False
+    global_head_dim: int | None = None
+    num_global_key_value_heads: int | None = None
+    attention_k_eq_v: bool = False
+    value_norm: bool = False
+    layer_scalars: bool = False
     layers: int = 28
     lm_head: bool = False
 
     def __post_init__(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            heads = f"num_attention_heads is {self.num_attention_heads}"
-            raise ValueError(
-                f"{heads}; it must be a multiple of num_key_value_heads, {self.num_key_value_heads}"
-            )
+        for name in ("num_key_value_heads", "num_global_key_value_heads"):
+            count: int | None = getattr(self, name)
+            if count and self.num_attention_heads % count:
+                heads = f"num_attention_heads is {self.num_attention_heads}"
+                raise ValueError(f"{heads}; it must be a multiple of {name}, {count}")
         if len(self.layer_types) != self.num_hidden_layers or not set(self.layer_types) <= {FULL, SLIDING}:
             raise ValueError(
                 f"layer_types is {self.layer_types}; it must name {FULL} or {SLIDING} for each of "
@@ -125,6 +147,13 @@ class Config:
             raise ValueError(f"layers is {self.layers}; the model has 1 to {self.num_hidden_layers}")
         if self.lm_head and not self.final_norm:
             raise ValueError(f"lm_head needs all {self.num_hidden_layers} layers; layers is {self.layers}")
+
+    def heads(self, kind: str) -> Heads:
+        """Heads of the layers of a kind."""
+        if kind == SLIDING:
+            return Heads(self.head_dim, self.num_key_value_heads, False)
+        keys = self.num_global_key_value_heads or self.num_key_value_heads
+        return Heads(self.global_head_dim or self.head_dim, keys, self.attention_k_eq_v)
 
     @property
     def final_norm(self) -> bool:
@@ -178,6 +207,15 @@ KINDS: dict[str, dict[str, Any]] = {
         "vocab_size": 262208, "max_position_embeddings": 131072, "sliding_window_pattern": 6, "qk_norm": True,
         "rope_theta": 1e6, "rope_local_base_freq": 1e4,
     },
+    "gemma4_unified_text": _GEMMA | {
+        "vocab_size": 262144, "num_hidden_layers": 30, "max_position_embeddings": 262144,
+        "sliding_window": 1024, "sliding_window_pattern": 6, "global_head_dim": 512, "qk_norm": True,
+        "norm_plus_one": False, "value_norm": True, "layer_scalars": True, "query_pre_attn_scalar": 1,
+        "rope_parameters": {
+            SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+            FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+        },
+    },
 }  # fmt: skip
 """model_type of the text part -> entries that its config.json may omit, and the flags of Config."""
 
@@ -200,6 +238,8 @@ class _Stored:
     layer_types: tuple[str, ...] | None = None
     rope_scaling: Mapping[str, Any] | None = None
     rope_parameters: Mapping[str, Any] | None = None
+    per_layer_config: Mapping[str, Any] | None = None
+    use_bidirectional_attention: bool | str | None = None
 
 
 CLASSES = {
@@ -219,6 +259,9 @@ CLASSES = {
     "Gemma3TextModel": ("gemma3_text",),
     "Gemma3ForCausalLM": ("gemma3_text",),
     "Gemma3ForConditionalGeneration": ("gemma3_text",),
+    "Gemma4UnifiedTextModel": ("gemma4_unified_text",),
+    "Gemma4UnifiedForCausalLM": ("gemma4_unified_text",),
+    "Gemma4UnifiedForConditionalGeneration": ("gemma4_unified_text",),
 }
 """Class named in model_index.json: the model_types its text part may have."""
 
@@ -241,8 +284,13 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
         raise ValueError(f"model_type is {kind!r}; {class_name} holds {' or '.join(CLASSES[class_name])}")
     v = KINDS[kind] | dict(text)
     v |= typed(_Stored, v)
-    if v.get("use_bidirectional_attention"):
+    if v.get("use_bidirectional_attention") not in (None, False, "vision"):
         raise ValueError("use_bidirectional_attention is set; only causal attention is implemented")
+    if v.get("num_kv_shared_layers"):
+        raise ValueError(
+            f"num_kv_shared_layers is {v['num_kv_shared_layers']}; only layers with keys of their own are "
+            "implemented"
+        )
     heads, layers = v["num_attention_heads"], v["num_hidden_layers"]
     if not v.get("head_dim") and v["hidden_size"] < heads:
         raise ValueError(
@@ -257,6 +305,7 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
     if kind == "qwen2_5_vl_text" and not all(each.mrope_section for each in (rope, local_rope or rope)):
         raise ValueError("mrope_section is missing; Qwen2.5-VL needs it among its rope parameters")
     window = v.get("sliding_window") if v.get("use_sliding_window", True) else None
+    types = _layer_types(v) if window else (FULL,) * layers
     activation = v["hidden_act"]
     if "gemma" in kind:
         activation = v.get("hidden_activation", KINDS[kind]["hidden_act"])
@@ -266,7 +315,7 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
         "hidden_act": activation,
         "tie_word_embeddings": any(ties) if ties else KINDS[kind].get("tie_word_embeddings", False),
         "sliding_window": window,
-        "layer_types": _layer_types(v) if window else (FULL,) * layers,
+        "layer_types": types,
         "rope_parameters": rope,
         "local_rope_parameters": local_rope,
         "qkv_bias": bias or v.get("qkv_bias", False),
@@ -274,6 +323,8 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
         "layers": layers,
         "lm_head": False,
     }
+    if "global_head_dim" in KINDS[kind]:
+        derived |= _global_heads(v, types)
     present = {name: value for name, value in (v | derived).items() if value is not None}
     return Config(**typed(Config, present))
 
@@ -285,6 +336,24 @@ def _layer_types(v: Mapping[str, Any]) -> tuple[str, ...]:
     first, pattern = v.get("max_window_layers") or 0, v.get("sliding_window_pattern")
     slides = (i >= first and not (pattern and (i + 1) % pattern == 0) for i in range(v["num_hidden_layers"]))
     return tuple(SLIDING if yes else FULL for yes in slides)
+
+
+def _global_heads(v: Mapping[str, Any], types: tuple[str, ...]) -> dict[str, Any]:
+    """The heads of layers that do not slide. Newer files list what differs by layer (`per_layer_config`)."""
+    listed = v.get("per_layer_config")
+    if listed is None:
+        keys = v.get("num_global_key_value_heads") if v.get("attention_k_eq_v") else None
+        return {"num_global_key_value_heads": keys}
+    names = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
+    own = {i: mapping(f"per_layer_config.{i}", each) for i, each in listed.items()}
+    whole = [str(i) for i, kind in enumerate(types) if kind == FULL]
+    wide: dict[str, Any] = dict(own[whole[0]]) if whole and whole[0] in own else {}
+    if not set(wide) <= set(names) or own != (dict.fromkeys(whole, wide) if wide else {}):
+        raise ValueError(
+            f"per_layer_config is {dict(listed)}; it must give every layer of {FULL} the same "
+            f"{' and '.join(names)}, and no other layer any"
+        )
+    return {theirs: wide.get(name) for name, theirs in names.items()}
 
 
 def _ropes(v: Mapping[str, Any]) -> tuple[Rope, Rope | None]:
@@ -310,7 +379,7 @@ def _rope(v: Mapping[str, Any], parameters: Mapping[str, Any]) -> Rope:
     entries: dict[str, Any] = {"rope_theta": v["rope_theta"]} | dict(parameters) | {"rope_type": kind}
     if kind in ("llama3", "yarn"):
         entries.setdefault("original_max_position_embeddings", v["max_position_embeddings"])
-    if entries.pop("partial_rotary_factor", None) not in (None, 1, 1.0):
+    if kind != "proportional" and entries.pop("partial_rotary_factor", None) not in (None, 1, 1.0):
         raise ValueError(
             f"partial_rotary_factor is {parameters['partial_rotary_factor']}; only heads rotated whole are "
             "implemented"

@@ -1,8 +1,8 @@
-"""Decoder language models as text encoders: Llama, Mistral, Ministral 3, Qwen 2.5 (VL), Qwen 3, Gemma 2, 3.
+"""Decoder language models as text encoders: Llama, Mistral, Ministral 3, Qwen 2.5 (VL), Qwen 3, Gemma 2 to 4.
 
 All are one stack. Source: arXiv 2302.13971 (Llama), 2310.06825, 2502.13923, 2505.09388, 2408.00118,
-2503.19786. `decoder_config` holds their differences; `decoder_generate` generates text with them. Only the
-layers up to the last state wanted are built.
+2503.19786, and the Gemma4Unified classes of transformers. `decoder_config` holds their differences;
+`decoder_generate` generates text with them. Only the layers up to the last state wanted are built.
 
 Shape letters: B batch, T tokens computed, S tokens they may see, C width, H heads, D head width, A axes of a
 position.
@@ -27,7 +27,7 @@ from tinydiff.ops.linear import linear, linear_sum
 from tinydiff.ops.norm import compute_dtype, rms_norm
 from tinydiff.ops.rope import rotate_half
 from tinydiff.ops.weights import Weights
-from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, repeat
+from tinydiff.parallel.plan import Plan, Row, linear_rows, norm_rows, under
 
 __all__ = [
     "CLASSES",
@@ -47,15 +47,18 @@ __all__ = [
 # --- weights
 
 
-def _layer_rows(c: Config) -> Iterator[Row]:
-    d, heads, kv_heads = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+def _layer_rows(c: Config, kind: str) -> Iterator[Row]:
+    d, (width, keys, keys_are_values) = c.hidden_size, c.heads(kind)
     yield from norm_rows("input_layernorm", d)
-    for name, width in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)):
-        yield from linear_rows(f"self_attn.{name}", d, width, "out", bias=c.qkv_bias, head=c.head_dim)
-    yield from linear_rows("self_attn.o_proj", heads, d, "in", bias=c.o_bias, head=c.head_dim)
+    for name, heads in (("q_proj", c.num_attention_heads), ("k_proj", keys), ("v_proj", keys)):
+        if name != "v_proj" or not keys_are_values:
+            yield from linear_rows(f"self_attn.{name}", d, heads * width, "out", bias=c.qkv_bias, head=width)
+    yield from linear_rows(
+        "self_attn.o_proj", c.num_attention_heads * width, d, "in", bias=c.o_bias, head=width
+    )
     if c.qk_norm:
-        yield from norm_rows("self_attn.q_norm", c.head_dim)
-        yield from norm_rows("self_attn.k_norm", c.head_dim)
+        yield from norm_rows("self_attn.q_norm", width)
+        yield from norm_rows("self_attn.k_norm", width)
     yield from norm_rows("post_attention_layernorm", d)
     if c.sandwich_norms:
         yield from norm_rows("pre_feedforward_layernorm", d)
@@ -63,6 +66,8 @@ def _layer_rows(c: Config) -> Iterator[Row]:
     for name in ("gate_proj", "up_proj"):
         yield from linear_rows(f"mlp.{name}", d, c.intermediate_size, "out", bias=c.mlp_bias)
     yield from linear_rows("mlp.down_proj", c.intermediate_size, d, "in", bias=c.mlp_bias)
+    if c.layer_scalars:
+        yield Row("layer_scalar", (1,))
 
 
 def spec(c: Config) -> Iterator[Row]:
@@ -71,14 +76,18 @@ def spec(c: Config) -> Iterator[Row]:
     `key_map` maps the released names to them.
     """
     yield Row("embed_tokens.weight", (c.vocab_size, c.hidden_size), split=0, tied=c.tie_word_embeddings)
-    yield from repeat("layers", c.layers, _layer_rows(c))
+    for i, kind in enumerate(c.layer_types[: c.layers]):
+        yield from under(f"layers.{i}", _layer_rows(c, kind))
     if c.final_norm:
         yield from norm_rows("norm", c.hidden_size)
     if c.lm_head and not c.tie_word_embeddings:
         yield Row("lm_head.weight", (c.vocab_size, c.hidden_size), split=0)
 
 
-TOWERS = ("visual", "vision_tower", "vision_model", "multi_modal_projector", "audio_tower")
+TOWERS = (
+    "visual", "vision_tower", "vision_model", "multi_modal_projector", "audio_tower", "vision_embedder",
+    "embed_vision", "embed_audio",
+)  # fmt: skip
 """The first parts of keys of vision and audio towers beside a language model."""
 
 
@@ -143,6 +152,9 @@ def frequencies(rope: Rope, dim: int) -> tuple[Tensor, float]:
             ramp = (torch.arange(dim // 2).float() - low) / (high - low if high > low else 1e-3)
             kept = 1 - ramp.clamp(0, 1)
             return 1.0 / (factor * wavelength) * (1 - kept) + plain * kept, _yarn_factor(rope)
+        case "proportional":
+            turning = int(rope.partial_rotary_factor * dim // 2)
+            return F.pad(plain[:turning], (0, dim // 2 - turning)) / factor, 1.0
         case _:  # "default"
             return plain, 1.0
 
@@ -172,6 +184,10 @@ class View(NamedTuple):
     blind: Tensor
     stretch: Tensor | None
 
+    @property
+    def head_width(self) -> int:
+        return 2 * self.cos.shape[-1]
+
 
 def views(c: Config, positions: Tensor, mask_BS: Tensor, like: Tensor) -> dict[str, View]:
     """Kind of layer -> its View, for tokens at `positions` [B or 1, T], or [3, B or 1, T] on three axes.
@@ -181,16 +197,23 @@ def views(c: Config, positions: Tensor, mask_BS: Tensor, like: Tensor) -> dict[s
     local = c.local_rope_parameters or c.rope_parameters
     ropes = {kind: local if kind == SLIDING else c.rope_parameters for kind in set(c.layer_types[: c.layers])}
     return {
-        kind: _view(c, rope, c.sliding_window if kind == SLIDING else None, positions, mask_BS, like)
+        kind: _view(
+            rope,
+            c.heads(kind).width,
+            c.sliding_window if kind == SLIDING else None,
+            positions,
+            mask_BS,
+            like,
+        )
         for kind, rope in ropes.items()
     }
 
 
 def _view(
-    c: Config, rope: Rope, window: int | None, positions: Tensor, mask_BS: Tensor, like: Tensor
+    rope: Rope, head_width: int, window: int | None, positions: Tensor, mask_BS: Tensor, like: Tensor
 ) -> View:
     device = positions.device
-    turn, factor = frequencies(rope, c.head_dim)
+    turn, factor = frequencies(rope, head_width)
     at = positions[..., None]
     if positions.ndim == 3:
         if not rope.mrope_section:
@@ -276,7 +299,8 @@ def block(
     if c.sandwich_norms:
         x = x_BTC + _norm(c, y, w / "post_attention_layernorm")
         y = _dense(c, plan, w / "mlp", _norm(c, x, w / "pre_feedforward_layernorm"))
-        return x + _norm(c, y, w / "post_feedforward_layernorm"), cache
+        x = x + _norm(c, y, w / "post_feedforward_layernorm")
+        return x * w["layer_scalar"].to(x.dtype) if c.layer_scalars else x, cache
     x = x_BTC + y
     return x + _dense(c, plan, w / "mlp", _norm(c, x, w / "post_attention_layernorm")), cache
 
@@ -284,9 +308,13 @@ def block(
 def _attention(
     c: Config, plan: Plan, w: Weights, x: Tensor, view: View, past: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    q, k, v = (
-        torch.unflatten(linear(x, w / name), -1, (-1, c.head_dim)) for name in ("q_proj", "k_proj", "v_proj")
-    )
+    def heads(name: str) -> Tensor:
+        return torch.unflatten(linear(x, w / name), -1, (-1, view.head_width))
+
+    q, k = heads("q_proj"), heads("k_proj")
+    v = heads("v_proj") if "v_proj.weight" in w else k
+    if c.value_norm:
+        v = F.rms_norm(v, v.shape[-1:], None, c.rms_norm_eps)
     if c.qk_norm:
         q, k = _norm(c, q, w / "q_norm"), _norm(c, k, w / "k_norm")
     q, k = rotate_half(q, view.cos, view.sin), rotate_half(k, view.cos, view.sin)
