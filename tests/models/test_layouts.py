@@ -346,6 +346,11 @@ CONVERTED = {
         "LTX2VideoTransformer3DModel", "original", replace(LTX2, gated_attn=True, audio_gated_attn=True,
         cross_attn_mod=True, audio_cross_attn_mod=True, use_prompt_embeddings=False), newer_ltx2,
     ),
+    "LTX-2.5": (
+        "LTX2VideoTransformer3DModel", "original", replace(LTX2, gated_attn=True, audio_gated_attn=True,
+        cross_attn_mod=True, audio_cross_attn_mod=True, use_prompt_embeddings=False, ff_bias=False),
+        newer_ltx2,
+    ),
     "KL": ("AutoencoderKL", "original", KL, with_quant_convs),
     "KL FLUX.2": (
         "AutoencoderKLFlux2", "original", replace(KL, patch_size=(2, 2), use_quant_conv=True,

@@ -55,9 +55,8 @@ def test_positions_are_the_references():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"patch_size": 2}, "patch_size is 2; LTX-2 and LTX-2.3 run with 1"),
+        ({"patch_size": 2}, "patch_size is 2; LTX-2 to LTX-2.5 run with 1"),
         ({"audio_num_attention_heads": 16}, "audio_num_attention_heads is 16; .* run with 32"),
-        ({"use_keyframes_abs_pos_embedding": True}, "use_keyframes_abs_pos_embedding is True"),
         ({"cross_attn_mod": True}, "cross_attn_mod is True; .* run with False"),
         ({"rope_type": "half"}, "rope_type is 'half'; it must be one of interleaved, split"),
     ],

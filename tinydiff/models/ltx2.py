@@ -1,10 +1,10 @@
-"""LTX-2 and LTX-2.3: a transformer that makes video and sound together.
+"""LTX-2, LTX-2.3 and LTX-2.5: a transformer that makes video and sound together.
 
 Two streams of tokens, video [B, L, D] and sound [B, A, C], go through every block side by side: each attends
 to itself, to its own projection of the prompt, and to the other stream by positions in time alone. The loop
 sees one tensor of tokens [B, L + A, P], video first. LTX-2.3 (`cross_attn_mod`, `gated_attn`) modulates the
-prompt by the timestep too, and gates the heads of every attention. Source: arXiv 2601.03233 and the
-LTX2VideoTransformer3DModel checkpoints.
+prompt by the timestep too, and gates the heads of every attention; LTX-2.5 leaves out biases. Source: arXiv
+2601.03233 and the LTX2VideoTransformer3DModel checkpoints.
 
 Shape letters: B batch, L video tokens, A sound tokens, P latent values of a token, D width of the video
 stream, C width of the sound stream, H heads, E head width, T text tokens, S steps.
@@ -23,7 +23,7 @@ from tinydiff.models.family import Denoiser
 from tinydiff.models.joint import feed_forward
 from tinydiff.models.ltx2_recipe import audio_positions as audio_positions
 from tinydiff.models.ltx2_recipe import positions as positions
-from tinydiff.models.ltx2_weights import CROSS, CROSS_TABLE, ROTATE, TO_SOUND, TO_VIDEO, Kind, spec
+from tinydiff.models.ltx2_weights import CROSS, CROSS_TABLE, ROTATE, TO_SOUND, TO_VIDEO, Kind, key_map, spec
 from tinydiff.models.ltx2_weights import Config as Config
 from tinydiff.ops.activations import gelu_tanh
 from tinydiff.ops.attention import attention
@@ -138,12 +138,16 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
     for kind in (video, audio):
         p = kind.prefix
         text = _caption(c, w, kind, inputs[f"{p}text"].to(w.dtype))
-        if c.cross_attn_mod:  # the keys depend on the step: blocks make them
+        if c.text_by_step:  # blocks make the keys
             request[f"{p}text"] = text
             steps[f"{p}prompt"] = _time(w, f"{p}prompt_adaln", t_S)[1][:, None]
         else:
             for _, at in blocks(c):
-                k, v = _text_keys(c, plan, w / at / f"{p}attn2", text, kind)
+                own = text
+                if c.cross_attn_mod:
+                    shift, scale = w[f"{at}.{p}prompt_scale_shift_table"].to(text.dtype).unbind(0)
+                    own = text * (1 + scale) + shift
+                k, v = _text_keys(c, plan, w / at / f"{p}attn2", own, kind)
                 request |= {f"{at}.{p}attn2.k": k, f"{at}.{p}attn2.v": v}
         steps |= {f"{p}{name}": rows[:, None] for name, rows in _times(c, w, kind, t_S).items()}
     if "frozen" in inputs:
@@ -234,7 +238,7 @@ def _to_text(
     """Attention to the prompt, which every rank holds whole."""
     p = kind.prefix
     a = w / f"{p}attn2"
-    if c.cross_attn_mod:
+    if c.text_by_step:
         shift, scale = _modulations(w[f"{p}prompt_scale_shift_table"], shared[f"{p}prompt"])
         k, v = _text_keys(c, plan, a, shared[f"{p}text"] * (1 + scale) + shift, kind)
     else:
@@ -351,6 +355,7 @@ FAMILY = Denoiser(
     heads=lambda c: c.num_attention_heads,
     head_width=lambda c: c.attention_head_dim,
     must_fit=ltx2_recipe.must_fit,
+    keys=key_map,
     extra_components=ltx2_recipe.extra_components,
     optional_components=ltx2_recipe.optional_components,
     keyframes=True,

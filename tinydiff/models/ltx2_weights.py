@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tinydiff.keymap import KeyMap, unread
 from tinydiff.ops.rope import rotate_half, rotate_interleaved
 from tinydiff.parallel.plan import Input, Row, linear_rows, norm_rows, repeat, through
 
@@ -16,7 +17,8 @@ from tinydiff.parallel.plan import Input, Row, linear_rows, norm_rows, repeat, t
 class Kind(NamedTuple):
     """One of the two streams.
 
-    prefix: how the names of its weights begin. text: width of the prompt it reads.
+    prefix: how the names of its weights begin. text: width of the prompt it reads. biased: whether its
+    feed-forward has biases.
     """
 
     prefix: str
@@ -27,6 +29,7 @@ class Kind(NamedTuple):
     text: int
     modulated: bool
     gated: bool
+    biased: bool
 
     @property
     def width(self) -> int:
@@ -83,14 +86,13 @@ class Config:
     audio_ff_bias: bool = True
     use_prompt_adaln_single: bool = True
     use_keyframes_abs_pos_embedding: bool = False
+    """Whether files have the mark of frames that only pipelines with generated keyframes read."""
 
     def __post_init__(self) -> None:
         fixed = {
             "patch_size": 1, "patch_size_t": 1, "audio_patch_size": 1, "audio_patch_size_t": 1,
             "activation_fn": "gelu-approximate", "qk_norm": "rms_norm_across_heads",
             "norm_elementwise_affine": False, "attention_bias": True, "attention_out_bias": True,
-            "ff_bias": True,
-            "audio_ff_bias": True, "use_prompt_adaln_single": True, "use_keyframes_abs_pos_embedding": False,
             "cross_attn_mod": self.audio_cross_attn_mod, "audio_in_channels": self.in_channels,
             "audio_out_channels": self.out_channels, "audio_num_attention_heads": self.num_attention_heads,
             "cross_attention_dim": self.width,
@@ -98,7 +100,7 @@ class Config:
         }  # fmt: skip
         for name, value in fixed.items():
             if getattr(self, name) != value:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; LTX-2 and LTX-2.3 run with {value!r}")
+                raise ValueError(f"{name} is {getattr(self, name)!r}; LTX-2 to LTX-2.5 run with {value!r}")
         if self.rope_type not in ROTATE:
             raise ValueError(f"rope_type is {self.rope_type!r}; it must be one of {', '.join(ROTATE)}")
 
@@ -107,10 +109,15 @@ class Config:
         return self.num_attention_heads * self.attention_head_dim
 
     @property
+    def text_by_step(self) -> bool:
+        """Whether the keys of the prompt differ from step to step."""
+        return self.cross_attn_mod and self.use_prompt_adaln_single
+
+    @property
     def video(self) -> Kind:
         return Kind(
             "", "image", self.num_attention_heads, self.attention_head_dim, self.in_channels,
-            self.cross_attention_dim, self.cross_attn_mod, self.gated_attn,
+            self.cross_attention_dim, self.cross_attn_mod, self.gated_attn, self.ff_bias,
         )  # fmt: skip
 
     @property
@@ -118,7 +125,7 @@ class Config:
         return Kind(
             "audio_", "audio", self.audio_num_attention_heads, self.audio_attention_head_dim,
             self.audio_in_channels, self.audio_cross_attention_dim, self.audio_cross_attn_mod,
-            self.audio_gated_attn,
+            self.audio_gated_attn, self.audio_ff_bias,
         )  # fmt: skip
 
 
@@ -163,12 +170,12 @@ def _stream_rows(c: Config, kind: Kind) -> Iterator[Row]:
         yield Row(f"{prefix}prompt_scale_shift_table", (2, d))
     yield Row(CROSS_TABLE[prefix], (5, d))
     yield from _attention_rows(f"{prefix}attn1", kind, (d, kind.stream), kind, kind.gated, kind.stream)
-    text: Input = "context" if c.cross_attn_mod else "prompt"
+    text: Input = "context" if c.text_by_step else "prompt"
     yield from _attention_rows(f"{prefix}attn2", kind, (kind.text, text), kind, kind.gated, "prompt")
     yield from through(
         kind.stream,
-        linear_rows(f"{prefix}ff.net.0.proj", d, 4 * d, "out"),
-        linear_rows(f"{prefix}ff.net.2", 4 * d, d, "in"),
+        linear_rows(f"{prefix}ff.net.0.proj", d, 4 * d, "out", bias=kind.biased),
+        linear_rows(f"{prefix}ff.net.2", 4 * d, d, "in", bias=kind.biased),
     )
 
 
@@ -187,6 +194,15 @@ def _time_rows(name: str, d: int, count: int) -> Iterator[Row]:
     yield from through("steps", linear_rows(f"{name}.linear", d, count * d))
 
 
+KEYFRAMES = unread("keyframes_abs_pos_embedding")
+"""LTX-2.5's mark of frames that stand alone, which no pipeline reads here."""
+
+
+def key_map(c: Config) -> KeyMap:
+    """The rows' names, and what files have beside them."""
+    return KeyMap(KEYFRAMES)
+
+
 def spec(c: Config) -> Iterator[Row]:
     """Every weight once: name, shape, tensor-parallel split, and what passes through it."""
     yield from repeat("transformer_blocks", c.num_layers, _block_rows(c))
@@ -198,7 +214,7 @@ def spec(c: Config) -> Iterator[Row]:
             yield from linear_rows(f"{prefix}caption_projection.linear_1", c.caption_channels, d)
             yield from linear_rows(f"{prefix}caption_projection.linear_2", d, d)
         yield from _time_rows(f"{prefix}time_embed", d, 9 if kind.modulated else 6)
-        if c.cross_attn_mod:
+        if c.text_by_step:
             yield from _time_rows(f"{prefix}prompt_adaln", d, 2)
         for layer, count in zip(CROSS[prefix], (4, 1), strict=True):
             yield from _time_rows(layer, d, count)

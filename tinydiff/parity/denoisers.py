@@ -94,7 +94,7 @@ def case(d: Denoiser) -> Case:
     return Case(
         reference,
         lambda: d.family.spec(d.config),
-        lambda key: key,
+        d.family.keys(d.config).row,
         theirs,
         lambda w: _stages(d, asked, w.flat),
     )
@@ -428,6 +428,7 @@ _LTX23 = replace(
     use_prompt_embeddings=False,
     perturbed_attn=True,
 )
+_LTX25 = replace(_LTX23, ff_bias=False, use_keyframes_abs_pos_embedding=True)
 
 _FIRST = "transformer_blocks.0"
 _PICTURE, _GIVEN, _SMALL = (6, 10), (4, 14), (8, 2)
@@ -488,7 +489,7 @@ def _of_ltx2(config: ltx2.Config, frozen: bool = False) -> Denoiser:
         config,
         _ltx2(frozen),
         ("audio_time_embed.linear", "audio_modulation"),
-        None if config.cross_attn_mod else text,
+        None if config.text_by_step else text,
         "audio_proj_in",
         prepare=_ltx2_tables,
     )
@@ -568,6 +569,11 @@ DENOISERS = {
     "LTX-2, a given first frame": _of_ltx2(replace(_LTX2, rope_type="interleaved"), frozen=True),
     "LTX-2.3": _of_ltx2(_LTX23),
     "LTX-2.3, a given first frame": _of_ltx2(_LTX23, frozen=True),
+    "LTX-2.5": _of_ltx2(_LTX25),
+    "LTX-2.5, a given first frame": _of_ltx2(_LTX25, frozen=True),
+    "LTX-2.5, keys of the prompt for all steps": _of_ltx2(
+        replace(_LTX25, use_prompt_adaln_single=False, audio_ff_bias=False)
+    ),
     "HunyuanVideo": _of_hunyuan(),
     "HunyuanVideo, no guidance": _of_hunyuan(guidance_embeds=False),
     "HunyuanVideo, a frame beside the noise": _of_hunyuan(

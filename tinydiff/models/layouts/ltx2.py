@@ -8,6 +8,7 @@ from __future__ import annotations
 from tinydiff.keymap import Line, moved, under, unread
 from tinydiff.models import ltx2
 from tinydiff.models.layouts.table import Entries, Layout, Sizes, by_rows
+from tinydiff.models.ltx2_weights import KEYFRAMES
 
 HEAD = 128
 """The width of a head of the video in every released model, which no shape tells."""
@@ -37,11 +38,15 @@ LINES = (
         *(line for attention in ATTENTIONS for line in _norms(attention)),
     ),
     *unread("video_embeddings_connector", "audio_embeddings_connector"),
+    *KEYFRAMES,
 )
 
 
 def entries(s: Sizes) -> Entries:
-    """LTX-2.3 gates its attention, modulates the prompt, and leaves its projection to the connectors."""
+    """LTX-2.3 gates its attention, modulates the prompt, and leaves its projection to the connectors.
+
+    LTX-2.5 has no biases in the feed-forward of the video.
+    """
     width, sound = s("proj_in.weight"), s("audio_proj_in.weight")
     heads, gated = width // HEAD, s.has("transformer_blocks.0.attn1.to_gate_logits")
     modulated = s.has("transformer_blocks.0.prompt_scale_shift_table")
@@ -63,6 +68,9 @@ def entries(s: Sizes) -> Entries:
         "audio_cross_attn_mod": modulated,
         "use_prompt_embeddings": s.has("caption_projection"),
         "rope_type": "split",
+        "ff_bias": s.has("transformer_blocks.0.ff.net.2.bias"),
+        "audio_ff_bias": s.has("transformer_blocks.0.audio_ff.net.2.bias"),
+        "use_prompt_adaln_single": s.has("prompt_adaln") or not modulated,
     }
     if s.has("caption_projection"):
         found["caption_channels"] = s("caption_projection.linear_1.weight", 1)
