@@ -382,11 +382,22 @@ LAYOUTS = (
 )  # fmt: skip
 
 
+COVERING = (Layout(ulysses=5), Layout(ring=3, ulysses=2), Layout(cfg=2, tp=2, fsdp=True))
+"""Every axis at least once, with heads that five does not divide."""
+
+
 @pytest.mark.parametrize(
-    "layout", LAYOUTS, ids=lambda layout: "-".join(map(str, (*layout.sizes[1:], layout.fsdp)))
-)
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+    ("name", "layout"),
+    [
+        pytest.param(
+            name,
+            layout,
+            marks=() if name in QUICK else pytest.mark.slow,
+            id="-".join(map(str, (name, *layout.sizes[1:], layout.fsdp))),
+        )
+        for name in NAMES
+        for layout in (LAYOUTS if name in QUICK else COVERING)
+    ],
 )
 def test_the_bytes_of_a_step_are_those_that_collectives_are_handed(name, layout):
     _, net, work = asked(name)
