@@ -81,7 +81,7 @@ def make(
     def finish(one: BatchSlot) -> Made:
         number = int(one.job)
         frames, latents, _ = pipeline.finish(
-            model, asked[number], told[number], one.to_image_tokens(one.denoising.state.x)
+            model, asked[number], one.inputs, one.to_image_tokens(one.denoising.state.x)
         )
         return Made(latents, frames)
 

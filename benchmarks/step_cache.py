@@ -49,12 +49,12 @@ def now() -> float:
 def run(model: Model, request: Request) -> tuple[float, numpy.ndarray, int]:
     """(seconds of the loop, frames, steps that reused)."""
     conditioning = pipeline.condition(model, request)
-    denoising, tokens = pipeline.begin(model, conditioning, request.seeds[0])
+    inputs, denoising, tokens = pipeline.begin(model, conditioning, request.seeds[0])
     began = now()
     while not denoising.done:
         denoising = pipeline.loop.advance(denoising, 1)
     seconds = now() - began
-    made = pipeline.finish(model, request, conditioning, tokens(denoising.state.x))
+    made = pipeline.finish(model, request, inputs, tokens(denoising.state.x))
     reused = denoising.state.memory.get("reused")
     return seconds, made.frames, 0 if reused is None else int(reused.item())
 

@@ -8,7 +8,7 @@ What a file says is so either a value that the record's code can work with, or o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -93,6 +93,11 @@ def mapping(name: str, entry: object) -> Mapping[str, Any]:
 def is_object(entry: object) -> TypeGuard[Mapping[str, Any]]:
     """Whether a value of a JSON file is an object."""
     return isinstance(entry, Mapping)
+
+
+def is_array(entry: object) -> TypeGuard[Sequence[object]]:
+    """Whether a value of a JSON file is an array."""
+    return isinstance(entry, list)
 
 
 def _bounds(name: str) -> tuple[float, float]:

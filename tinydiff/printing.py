@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO, cast
 
@@ -36,7 +36,7 @@ class SafeStream:
             self._stream.flush()
 
     @contextmanager
-    def _guarded(self) -> Iterator[None]:
+    def _guarded(self) -> Generator[None]:
         """Keep the first error, and from then on write to the null device, as Python's flush at exit does
         too.
         """
@@ -55,7 +55,7 @@ class SafeStream:
 
 
 @contextmanager
-def safe_streams() -> Iterator[SafeStream]:
+def safe_streams() -> Generator[SafeStream]:
     """Replace stdout and stderr of this process by `SafeStream`s. Yields that of stdout."""
     _open_missing_streams()
     out = SafeStream(sys.stdout)

@@ -46,7 +46,7 @@ DEFAULT_STREAMED = ("text_encoder", "image_encoder", "vae")
 """What `default` means in layerwise_offload_components."""
 
 
-CONFLICTS = {
+CONFLICTS: Mapping[str, tuple[Literal["refused"] | None, str]] = {
     "enable_torch_compile": (None, "torch's loop operator needs all weights on the device: each kind of "
                              "block is compiled alone, and a Python loop runs around them"),
     "use_fsdp_inference": ("refused", "its weights are sharded by use_fsdp_inference"),

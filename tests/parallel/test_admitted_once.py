@@ -12,7 +12,7 @@ from tinydiff import config
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.ranks import everyone, make_ranks, once
 from tinydiff.records import UserError
-from tinydiff.runtime import blueprint, launch, library
+from tinydiff.runtime import blueprint, launch, library, net_plan
 from tinydiff.runtime.generate import read
 
 ASKED = {"prompt": "a red circle", "height": 32, "width": 32, "num_inference_steps": 2, "num_gpus": 2}
@@ -74,7 +74,7 @@ def test_reading_a_model_asks_no_device(monkeypatch):
     options = config.options({"prompt": "a red circle", "dit_precision": "bf16"})
     plan = read(options)
     assert plan.denoiser.asked_dtype is torch.bfloat16 and plan.autoencoder.asked_dtype is None
-    monkeypatch.setattr(blueprint, "here", lambda: torch.device("cuda"))
+    monkeypatch.setattr(net_plan, "here", lambda: torch.device("cuda"))
     assert plan.nets["text_encoder"].dtype is torch.bfloat16
     assert plan.autoencoder.dtype is torch.float32 and plan.denoiser.dtype is torch.bfloat16
     assert replace(plan.denoiser, asked_dtype=None).dtype is torch.bfloat16

@@ -18,7 +18,7 @@ from tinydiff.models.upscalers import Compact, spec, working_bytes
 from tinydiff.parallel.cost import Machine
 from tinydiff.parallel.layout import Layout
 from tinydiff.records import Frames, Interpolation, Output, Upscaling, UserError
-from tinydiff.runtime import estimate, interpolate, memory, postprocess, upscale
+from tinydiff.runtime import estimate, interpolate, memory, network_file, postprocess, upscale
 from tinydiff.runtime.clock import Clock
 
 CPU = torch.device("cpu")
@@ -295,6 +295,12 @@ def test_without_a_model_file_the_sentence_says_where_to_get_one(monkeypatch):
 def test_a_path_that_names_nothing(path):
     with pytest.raises(UserError, match="is not a file, and not a file of a hub repository"):
         interpolate.locate(path)
+
+
+def test_a_hub_id_alone_stands_for_the_published_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(network_file.hub, "file", lambda text, field: tmp_path / text)
+    assert network_file.located("a/b", "f", "a/b:c", "flownet.pkl") == tmp_path / "a/b:flownet.pkl"
+    assert network_file.located("a/b:c", "f", "a/b:c", "flownet.pkl") == tmp_path / "a/b:c"
 
 
 def test_a_directory_without_the_file(tmp_path):

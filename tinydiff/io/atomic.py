@@ -6,7 +6,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
@@ -51,7 +51,7 @@ def _written(path: Path, write: Callable[[Path], object], name: Callable[[Path, 
 
 
 @contextmanager
-def plain_errors(path: Path) -> Iterator[None]:
+def plain_errors(path: Path) -> Generator[None]:
     """Turn an OSError while writing `path` into a UserError."""
     try:
         yield

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
@@ -141,7 +141,7 @@ def built(kind: Any, config: Any) -> nn.Module:
 
 
 @contextmanager
-def overheard(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+def overheard(module: nn.Module, names: Iterable[str]) -> Generator[dict[str, Any]]:
     """A dict that fills with what the submodules of these names return while the reference runs."""
     heard: dict[str, Any] = {}
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinydiff.io.lora import Difference, measured
+from tinydiff.models.family import Record
 from tinydiff.models.recipe import Net
 from tinydiff.parallel.plan import low_rank_rows
 from tinydiff.parallel.shards import shard_weights
@@ -32,7 +32,7 @@ Differences = Mapping[str, Difference]
 """Name of a weight -> what an adapter does to it."""
 
 
-def merged(net: Net[Any], differences: Differences, strength: float) -> Net[Any]:
+def merged(net: Net[Record], differences: Differences, strength: float) -> Net[Record]:
     """The network with an adapter in its weights. What is not touched is shared with `net`.
 
     Weights that several ranks hold parts of are made whole one at a time, and each rank keeps its part.
@@ -42,7 +42,7 @@ def merged(net: Net[Any], differences: Differences, strength: float) -> Net[Any]
     return net.with_weights(changed)
 
 
-def rounded_away(net: Net[Any], differences: Differences, strength: float) -> float:
+def rounded_away(net: Net[Record], differences: Differences, strength: float) -> float:
     """The share of an adapter's differences that the type of the weights would lose, between 0
     and about 1.
     """
@@ -55,7 +55,7 @@ def rounded_away(net: Net[Any], differences: Differences, strength: float) -> fl
     return (lost / total) ** 0.5 if total else 0.0
 
 
-def beside(net: Net[Any], adapters: Mapping[str, Differences]) -> Net[Any]:
+def beside(net: Net[Record], adapters: Mapping[str, Differences]) -> Net[Record]:
     """The network with these adapters beside its weights, in place of those that were there.
 
     Raises ValueError naming a weight whose difference is not low-rank.
@@ -68,7 +68,7 @@ def beside(net: Net[Any], adapters: Mapping[str, Differences]) -> Net[Any]:
     if not touched:
         return replace(net, weights=base, adapters=(), lora_scale=None)
     total = -(-sum(ranks.values()) // RANKS) * RANKS
-    device, leaves = net.device, {}
+    device, leaves = net.device, dict[str, Tensor]()
     for row in touched:
         down, up = low_rank_rows(row, total)
         wide = torch.promote_types(net.dtype, torch.float32) if row.float32 else net.dtype
@@ -109,7 +109,7 @@ def _fill(
         first += rank
 
 
-def with_strengths(net: Net[Any], strengths: Mapping[str, float]) -> Net[Any]:
+def with_strengths(net: Net[Record], strengths: Mapping[str, float]) -> Net[Record]:
     """The network as one request sees it: each adapter beside it at its strength, those not named at 0."""
     if not net.adapters:
         return net

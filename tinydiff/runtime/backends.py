@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from tinydiff import entries
 from tinydiff.config import ModelOptions, SamplingOptions
 from tinydiff.io import hub
 from tinydiff.models import registry
@@ -140,7 +141,7 @@ def _missing(options: ModelOptions) -> str | None:
     except UserError:
         return None
     named = index.get("_class_name")
-    pipeline = str(named[-1]) if isinstance(named, list) and named else named
+    pipeline = str(named[-1]) if entries.is_array(named) and named else named
     if isinstance(pipeline, str) and pipeline not in {row.pipeline for row in registry.MODELS}:
         return pipeline
     listed = diffusers_backend.components_of(index).items()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, cast
 
 import torch
 
@@ -19,7 +19,6 @@ from tinydiff.io.sources import Checkpoint, Component
 from tinydiff.io.tokenizer import Tokenizer, load_tokenizer
 from tinydiff.io.variants import has
 from tinydiff.io.weights import load_weights
-from tinydiff.keymap import KeyMap
 from tinydiff.models import registry
 from tinydiff.models.classes import RECORDS, TOWERS
 from tinydiff.models.encoders import decoder_lm
@@ -32,16 +31,16 @@ from tinydiff.parallel.dtensors import Sharding
 from tinydiff.parallel.plan import ALONE, Group, Plan
 from tinydiff.parallel.ranks import Ranks, weights_mesh
 from tinydiff.records import UserError, check_known
-from tinydiff.residency import Kind, OnOom, PerformanceMode, Residency
+from tinydiff.residency import OnOom, PerformanceMode
 from tinydiff.runtime import components, loras, offload, quantisation
 from tinydiff.runtime.component_config import preprocessed, read_config
 from tinydiff.runtime.components import SHIPPED as SHIPPED
 from tinydiff.runtime.foreign import Foreign
+from tinydiff.runtime.net_plan import NetPlan, here
 from tinydiff.runtime.weight_plans import network_placements
 from tinydiff.sampling import solvers
 
 log = logging.getLogger(__name__)
-R = TypeVar("R", bound=Record)
 
 TILE = 256
 """Side in pixels of the tiles of an autoencoder, where no option says it."""
@@ -72,51 +71,9 @@ NEEDED = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 """Components of every model."""
 
 
-def here() -> torch.device:
-    """Where this process computes."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _capability() -> tuple[int, int] | None:
     """The compute capability of the GPU; None on a CPU."""
     return torch.cuda.get_device_capability() if here().type == "cuda" else None
-
-
-@dataclass(frozen=True)
-class NetPlan(Generic[R]):
-    """One network before its weights are loaded. family: its record."""
-
-    name: str
-    family: R
-    component: Component
-    config: Any
-    asked_dtype: torch.dtype | None
-    """The type that the options name; None: that of its role on this device."""
-    plan: Plan
-    attention_option: str = "attention_backend"
-    """The option that sets its attention backend."""
-    residency: Residency = Residency()  # noqa: RUF009 (frozen)
-    """Where its weights live."""
-    excluded: frozenset[Kind] = frozenset()
-    """Residencies that an option rules out."""
-
-    @property
-    def absent(self) -> bool:
-        """Whether some of its weights will not be on the device all the time."""
-        return self.residency.kind != "resident"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What it computes in: if not asked, float32 on the CPU and for autoencoders and image encoders."""
-        if self.asked_dtype is not None:
-            return self.asked_dtype
-        wide = self.family.role in ("vae", "image_encoder") or here().type == "cpu"
-        return torch.float32 if wide else torch.bfloat16
-
-    @property
-    def keys(self) -> KeyMap:
-        """The key map of its files."""
-        return (self.component.keys or self.family.keys)(self.config)
 
 
 @dataclass(frozen=True)
@@ -128,7 +85,7 @@ class Blueprint:
     """Whether the row was found by name. If it was found by shape only, the directory's own scheduler
     settings count.
     """
-    nets: Mapping[str, NetPlan[Any]]
+    nets: Mapping[str, NetPlan[Record]]
     """Component -> its network."""
     tokenizers: Mapping[str, Component]
     scheduler: Mapping[str, Any]
@@ -181,11 +138,15 @@ class Blueprint:
     @property
     def denoiser(self) -> NetPlan[Denoiser]:
         """The first expert where there are two."""
-        return self.nets["transformer"]
+        return self.expert("transformer")
+
+    def expert(self, name: str) -> NetPlan[Denoiser]:
+        """The denoiser of that name."""
+        return cast(NetPlan[Denoiser], self.nets[name])
 
     @property
     def autoencoder(self) -> NetPlan[Autoencoder]:
-        return self.nets["vae"]
+        return cast(NetPlan[Autoencoder], self.nets["vae"])
 
 
 @dataclass(frozen=True)
@@ -193,9 +154,9 @@ class Model:
     """A model in memory, which can answer any number of requests."""
 
     blueprint: Blueprint
-    nets: Mapping[str, Net[Any]]
+    nets: Mapping[str, Net[Record]]
     tokenizers: Mapping[str, Tokenizer]
-    adapters: Mapping[str, loras.Attached] = field(default_factory=dict)
+    adapters: Mapping[str, loras.Attached] = field(default_factory=dict[str, loras.Attached])
     replica: Group = ALONE
     """The ranks that answer a request together, of which the first admits it."""
     pipe: Any = None
@@ -204,11 +165,15 @@ class Model:
     @property
     def denoiser(self) -> Net[Denoiser]:
         """The first expert where there are two."""
-        return self.nets["transformer"]
+        return self.expert("transformer")
+
+    def expert(self, name: str) -> Net[Denoiser]:
+        """The denoiser of that name."""
+        return cast(Net[Denoiser], self.nets[name])
 
     @property
     def autoencoder(self) -> Net[Autoencoder]:
-        return self.nets["vae"]
+        return cast(Net[Autoencoder], self.nets["vae"])
 
 
 def read(options: ModelOptions) -> Blueprint:
@@ -231,7 +196,7 @@ def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
     if not isinstance(denoiser, Denoiser):
         message = f"the component transformer is a {parts['transformer'].class_name}, which is not a denoiser"
         raise UserError("model_path", f"model_path: {message}")
-    nets = {}
+    nets: dict[str, NetPlan[Record]] = {}
     for name, family in records.items():
         own = parts["text_encoder" if name == VISION else name]
         config = read_config(family, own)
@@ -325,7 +290,7 @@ def load(blueprint: Blueprint, ranks: Ranks | None = None, merge_adapters: bool 
     except ValueError as error:
         raise UserError("model_path", f"{vae.component.where()}: {error}") from error
     tokenizers = {name: load_tokenizer(each.place) for name, each in blueprint.tokenizers.items()}
-    nets, berth = {}, Berth()
+    nets, berth = dict[str, Net[Record]](), Berth()
     for name, net in blueprint.nets.items():
         log.debug("loading %s as %s", name, net.dtype)
         plan, sharding = (net.plan, None) if ranks is None else _sharded(net, ranks)
@@ -374,7 +339,7 @@ def with_adapters(
     return replace(model, nets=nets, adapters=merged | attached)
 
 
-def _sharded(net: NetPlan[Any], ranks: Ranks) -> tuple[Plan, Sharding]:
+def _sharded(net: NetPlan[Record], ranks: Ranks) -> tuple[Plan, Sharding]:
     """A network's plan on this rank, and how its weights lie on all of them."""
     placed, groups = network_placements(net, ranks.layout), ranks.groups
     if placed.whole is not None:
@@ -438,7 +403,7 @@ def _records(checkpoint: Checkpoint, row: ReleasedModel, options: ModelOptions) 
     """The record of each component with weights, after checking that every option about a
     component finds it.
     """
-    records, parts = {}, checkpoint.components
+    records, parts = dict[str, Record](), checkpoint.components
     for name, class_name in ((name, part.class_name) for name, part in parts.items()):
         if name not in FILES and (name != WRITER or "pe_tokenizer" in parts):
             if class_name not in RECORDS:
@@ -526,11 +491,12 @@ def _check_compiler() -> None:
         raise UserError("enable_torch_compile", f"enable_torch_compile: {message}")
 
 
-def _check_fit(row: ReleasedModel, checkpoint: Checkpoint, nets: Mapping[str, NetPlan[Any]]) -> None:
+def _check_fit(row: ReleasedModel, checkpoint: Checkpoint, nets: Mapping[str, NetPlan[Record]]) -> None:
     """Check that the components that a request needs are there and agree with each other."""
     encoders = [name for name, plan in nets.items() if plan.family.role == "text_encoder"]
+    denoiser = cast(NetPlan[Denoiser], nets["transformer"])
     needed = (
-        *nets["transformer"].family.extra_components(nets["transformer"].config),
+        *denoiser.family.extra_components(denoiser.config),
         *(name.replace("text_encoder", "tokenizer") for name in encoders),
     )
     if absent := [name for name in needed if name not in checkpoint.components]:
@@ -538,11 +504,9 @@ def _check_fit(row: ReleasedModel, checkpoint: Checkpoint, nets: Mapping[str, Ne
             "model_path",
             f"model_path: model_index.json has no {absent[0]}, which this {checkpoint.class_name} needs",
         )
-    net = nets["transformer"].config
-    for name, value, why in nets["transformer"].family.must_fit(
-        net, {name: plan.config for name, plan in nets.items()}, row
-    ):
-        if (own := getattr(net, name)) != value:
+    configs = {name: plan.config for name, plan in nets.items()}
+    for name, value, why in denoiser.family.must_fit(denoiser.config, configs, row):
+        if (own := getattr(denoiser.config, name)) != value:
             given = dict.fromkeys(plan.component.option for plan in nets.values())
             option = next((each for each in given if each != "model_path"), "model_path")
             message = (

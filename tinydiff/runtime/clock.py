@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -18,11 +18,11 @@ class Clock:
     """Seconds of each stage and each step, reported to `progress` as they pass."""
 
     progress: Progress
-    seconds: dict[str, float] = field(default_factory=dict)
-    step_seconds: list[float] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    step_seconds: list[float] = field(default_factory=list[float])
 
     @contextmanager
-    def stage(self, name: str, shown: bool = True) -> Iterator[None]:
+    def stage(self, name: str, shown: bool = True) -> Generator[None]:
         """Count the seconds within for stage `name`, but those of stages inside it. shown: to `progress`."""
         if shown:
             self.progress.on_stage(name)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from tinydiff.entries import typed
+from tinydiff.entries import is_object, typed
 from tinydiff.io.sources import Component
 from tinydiff.models.family import Encoder, Record
 from tinydiff.records import UserError, nearest
@@ -46,7 +46,7 @@ def _of_whole_weights(stored: Mapping[str, Any]) -> Mapping[str, Any]:
     said = stored.get("quantization_config")
     if said is None:
         return stored
-    method = said.get("quant_method") if isinstance(said, Mapping) else said
+    method = said.get("quant_method") if is_object(said) else said
     if method not in DECODED:
         message = f"its weights are quantised by {method!r}; those of {' and '.join(DECODED)} are read"
         raise ValueError(f"field 'quantization_config': {message}")
@@ -69,10 +69,10 @@ def preprocessed(family: Encoder, config: Any, component: Component) -> Any:
     assert family.preprocessor is not None
     whole, own = (component.json.get(f"{name}_config.json", {}) for name in ("processor", "preprocessor"))
     inner = whole.get("image_processor")
-    file = "processor_config.json" if isinstance(inner, dict) else "preprocessor_config.json"
+    file = "processor_config.json" if is_object(inner) else "preprocessor_config.json"
     if not {"processor_config.json", "preprocessor_config.json"} & component.json.keys():
         return config
     try:
-        return replace(config, **family.preprocessor[1](inner if isinstance(inner, dict) else own, config))
+        return replace(config, **family.preprocessor[1](inner if is_object(inner) else own, config))
     except ValueError as error:
         raise UserError(component.option, f"{component.where(file)}: {error}") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -203,7 +203,7 @@ def _keys_of(file: Path, shapes: Mapping[str, Shape], listed: Component) -> Keys
 
 
 @contextmanager
-def about(option: str) -> Iterator[None]:
+def about(option: str) -> Generator[None]:
     """Mistakes in a file name the option that gave it."""
     try:
         yield

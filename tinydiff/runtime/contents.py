@@ -9,21 +9,24 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tinydiff import paths
 from tinydiff.config import ModelOptions
+from tinydiff.entries import is_array
 from tinydiff.io import archive, headers, hub
 from tinydiff.io.floats import FLOATS
 from tinydiff.io.headers import Header
 from tinydiff.io.weight_sources import check_weights, weight_files
 from tinydiff.models import registry, released
 from tinydiff.models.classes import RECORDS
+from tinydiff.models.family import Record
 from tinydiff.models.layouts.recognise import LORA, QUANTISED, Found, config_from, recognise
 from tinydiff.records import UserError, nearest
 from tinydiff.runtime import blueprint, quantisation
 from tinydiff.runtime.adapter_facts import adapter_facts
 from tinydiff.runtime.components import nearest_first
+from tinydiff.runtime.net_plan import NetPlan
 
 MOST = 200
 """Files of a directory that are looked at."""
@@ -56,11 +59,11 @@ class Contents:
     files: int = 0
     tensors: int = 0
     bytes: int = 0
-    precision: Mapping[str, int] = field(default_factory=dict)
+    precision: Mapping[str, int] = field(default_factory=dict[str, int])
     quantised: str | None = None
     layers: int = 0
     ranks: tuple[int, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     parts: tuple[Contents, ...] = ()
     missing: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
@@ -93,10 +96,11 @@ def _cached(hub_id: str, path: Path) -> Path:
         siblings = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = nearest(path.name, siblings)
         raise UserError("path", f"path: {hub_id!r} is not a file, a directory or a hub id{hint}")
-    from huggingface_hub import errors, snapshot_download
+    import huggingface_hub
+    from huggingface_hub import errors
 
     try:
-        return Path(snapshot_download(hub_id, local_files_only=True))
+        return Path(cast(Any, huggingface_hub).snapshot_download(hub_id, local_files_only=True))
     except (errors.LocalEntryNotFoundError, errors.HFValidationError):
         known = registry.find(hub_id)
         row = "" if known is None else f"; it is {known.name}, which `tinydiff generate` downloads"
@@ -331,7 +335,7 @@ def _model(folder: Path, shown: str) -> Contents:
     )
 
 
-def _unfit(name: str, net: blueprint.NetPlan[Any]) -> Iterator[str]:
+def _unfit(name: str, net: NetPlan[Record]) -> Iterator[str]:
     """Why a component's weights would not load."""
     try:
         check_weights(net.component.place, net.family.spec(net.config), net.keys)
@@ -350,7 +354,8 @@ def _own_class(folder: Path) -> str | None:
     """The class that a component's config.json names."""
     entries = hub.read_json(folder / "config.json")
     listed = entries.get("architectures")
-    named = [entries.get("_class_name"), *(listed if isinstance(listed, list) else ())]
+    others: Sequence[object] = listed if is_array(listed) else ()
+    named = [entries.get("_class_name"), *others]
     return next((name for name in named if isinstance(name, str)), None)
 
 
@@ -370,7 +375,7 @@ def _part(folder: Path, shown: str, class_name: str | None, kind: str = "compone
     missing: list[str] = []
     if record is not None and not (folder / "config.json").is_file():
         missing.append("config.json")
-    formats = set()
+    formats = set[str | None]()
     for file in files:
         if not file.is_file():
             missing.append(file.name)

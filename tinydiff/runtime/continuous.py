@@ -80,7 +80,7 @@ class BatchSlot:
     def family(self) -> Family:
         """The network of its stage."""
         stage = self.conditioning.stages[self.stage]
-        return self.model.nets[stage.stage.denoisers[0]].family
+        return self.model.nets[stage.stage.denoisers[0]].network.family
 
     @property
     def has_next_stage(self) -> bool:
@@ -152,15 +152,15 @@ class Continuous:
 
     step_times: StepTimes = field(default_factory=StepTimes)
     background: Background = field(default_factory=Background)
-    slots: list[BatchSlot] = field(default_factory=list)
+    slots: list[BatchSlot] = field(default_factory=list[BatchSlot])
     """In order of arrival."""
     _batch: tuple[list[BatchSlot], batch.Batch] | None = None
     """The slots of the latest batch, and their state while they stay together."""
     max_batch: int | None = None
     """Images that run together at most; the others pause."""
-    _device_seconds: dict[Hashable, float] = field(default_factory=dict)
+    _device_seconds: dict[Hashable, float] = field(default_factory=dict[Hashable, float])
     """Batch key -> device seconds that its images had, divided by their share of the device."""
-    _turns: dict[TurnKey, int] = field(default_factory=dict)
+    _turns: dict[TurnKey, int] = field(default_factory=dict[TurnKey, int])
     """Number of the turn at which an owner or a job last started an image."""
 
     def add(self, slot: BatchSlot) -> None:
@@ -298,7 +298,7 @@ class Continuous:
         """Steps until the next preview of one of the images; at most until one is done or changes its
         expert.
         """
-        counts = []
+        counts: list[int] = []
         for slot in chosen:
             step = self._step_of(slot)
             done = slot.earlier_steps + step

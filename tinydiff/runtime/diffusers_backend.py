@@ -12,12 +12,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from tinydiff import config_file, paths
 from tinydiff.config import ModelOptions
+from tinydiff.entries import is_array
 from tinydiff.io import hub
 from tinydiff.io.hub import read_json
 from tinydiff.models import registry
@@ -135,7 +136,7 @@ def _modular(library: Any, directory: Path, options: ModelOptions) -> tuple[type
     if output is None:
         message = f"the blocks of {options.model_path!r} make {', '.join(outputs) or 'nothing'}"
         raise UserError("model_path", f"model_path: {message}, and neither images nor frames")
-    return type(pipe), {
+    return cast(type[Any], type(pipe)), {
         "arguments": {each.name: each.default for each in inputs},
         "needed": (),  # which of them are needed depends on the blocks that run
         "open": False,
@@ -190,8 +191,12 @@ def _index(directory: Path, options: ModelOptions) -> dict[str, Any]:
 
 def components_of(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Component -> (library, class)."""
-    pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) > 1}
-    return {name: (a, b) for name, (a, b, *_) in pairs.items() if name[0] != "_" and isinstance(b, str)}
+    pairs = {name: value for name, value in index.items() if is_array(value) and len(value) > 1}
+    return {
+        name: (a, b)
+        for name, (a, b, *_) in pairs.items()
+        if name[0] != "_" and isinstance(a, str) and isinstance(b, str)
+    }
 
 
 def _pipeline_class(
@@ -202,19 +207,17 @@ def _pipeline_class(
     if options.pipeline_class_name is not None:
         named, field = options.pipeline_class_name, "pipeline_class_name"
     code = [name for name, (module, _) in components_of(index).items() if _brings(directory, name, module)]
-    file = f"{named[0]}.py" if isinstance(named, list) else ""
+    file = f"{named[0]}.py" if is_array(named) else ""
     if not options.trust_remote_code and (file or code):
         what = file or f"the component {code[0]!r}"
         message = f"{options.model_path!r} brings code of its own ({what}), which runs on this machine"
         raise UserError("trust_remote_code", f"trust_remote_code: {message}; the flag allows that")
-    if isinstance(named, list):
-        from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
+    if is_array(named):
+        from diffusers.utils import dynamic_modules_utils
 
+        load_class = cast(Any, dynamic_modules_utils).get_class_from_dynamic_module  # it is not annotated
         with explained("model_path", f"load {named[-1]} from {file}"):
-            found: Any = get_class_from_dynamic_module(
-                str(directory.absolute()), file, class_name=named[-1], trust_remote_code=True
-            )
-        return found
+            return load_class(str(directory.absolute()), file, class_name=named[-1], trust_remote_code=True)
     found = getattr(library, named, None) if isinstance(named, str) else None
     if not (isinstance(found, type) and issubclass(found, library.DiffusionPipeline)):
         known = [name for name in dir(library) if name.endswith("Pipeline")]
@@ -313,7 +316,7 @@ def _side(foreign: Foreign) -> int:
     levels = read_json(file).get("block_out_channels") if file.is_file() else None
     if not isinstance(sample, int):
         return 1024
-    return sample * (2 ** (len(levels) - 1) if isinstance(levels, list) else 1)
+    return sample * (2 ** (len(levels) - 1) if is_array(levels) else 1)
 
 
 def load(
@@ -356,15 +359,16 @@ def load(
 
 def _component(library: str, class_name: str, path: str, dtype: Any, option: str) -> Any:
     """The component at a path, of the class that its own config names, else of the listed one."""
-    from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
+    from diffusers.pipelines import pipeline_loading_utils
 
+    class_of = cast(Any, pipeline_loading_utils).simple_get_class_obj  # it is not annotated
     place = paths.path(path, option)
     kind, stored = paths.kind(place), place / "config.json"
     entries = read_json(stored) if kind == "directory" and stored.is_file() else {}
     names = (entries.get("_class_name"), *(entries.get("architectures") or ()), class_name)
     named = next(name for name in names if name)
     with explained(option, f"load {path!r} as a {named}"):
-        found: Any = simple_get_class_obj(library, named)
+        found = class_of(library, named)
         more = {"dtype": dtype} if hasattr(found, "forward") else {}
         if kind == "file":
             return found.from_single_file(str(place), **more)

@@ -13,6 +13,7 @@ from tinydiff.config import ModelOptions, ParallelOptions, SamplingOptions
 from tinydiff.io import hub, sources
 from tinydiff.io.sources import Checkpoint
 from tinydiff.models import registry, released, workload
+from tinydiff.models.family import Autoencoder, Record
 from tinydiff.models.ltx2_recipe import audio_tokens
 from tinydiff.models.recipe import latent_size, token_count
 from tinydiff.parallel import cost
@@ -23,6 +24,7 @@ from tinydiff.parallel.shards import why_indivisible
 from tinydiff.records import Output, Request, UserError, nearest
 from tinydiff.runtime import blueprint, components, postprocess
 from tinydiff.runtime.admit import admit
+from tinydiff.runtime.net_plan import NetPlan
 from tinydiff.runtime.pipeline import PIXELS_PER_PASS
 
 ROLE_BYTES = {"text_encoder": 2, "image_encoder": 4, "vae": 4}
@@ -114,7 +116,7 @@ def subject_of(
     request: Request,
     name: str,
     ranks: int,
-    itemsize: Callable[[blueprint.NetPlan[Any]], int],
+    itemsize: Callable[[NetPlan[Record]], int],
 ) -> Subject:
     """What is planned for. itemsize: a network -> bytes of its values."""
     row, net, vae = plan.row, plan.denoiser, plan.autoencoder
@@ -155,7 +157,7 @@ def subject_of(
     )
 
 
-def _tiled_bytes(vae: blueprint.NetPlan[Any], output: Output, passes: int, b: int, side: int) -> int | None:
+def _tiled_bytes(vae: NetPlan[Autoencoder], output: Output, passes: int, b: int, side: int) -> int | None:
     """Peak bytes of decoding in tiles: those of one tile beside the pixels of those before, or in the end all
     tiles, which cover 16/9 of the image, their rows and the whole.
     """
@@ -249,7 +251,7 @@ def estimates(subject: Subject, ranks: int, vram: float, machine: Machine) -> li
     Each layout that does not fit is followed by the first of these that makes it fit, else by the smallest:
     sharding text encoders over all ranks, full sharding, both.
     """
-    found = []
+    found: list[Estimate] = []
     for layout in layouts(subject, ranks):
         found.append(estimate(subject, layout, vram, machine))
         if found[-1].lacks > 0 and layout.size > layout.tp:

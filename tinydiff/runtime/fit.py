@@ -10,11 +10,13 @@ import torch
 
 from tinydiff import residency
 from tinydiff.config import SamplingOptions
+from tinydiff.models.family import Record
 from tinydiff.records import Output, Request, UserError
 from tinydiff.residency import Residency
 from tinydiff.runtime import estimate, memory, offload
 from tinydiff.runtime.blueprint import TILE, Blueprint
 from tinydiff.runtime.memory import MemoryPlan, Part
+from tinydiff.runtime.net_plan import NetPlan
 
 SHARES = 64
 """In how many parts of a side the largest size that fits is looked for."""
@@ -65,7 +67,7 @@ def stepped_down(blueprint: Blueprint) -> Blueprint | None:
     """
     if blueprint.foreign is not None:
         return None
-    nets = {}
+    nets: dict[str, NetPlan[Record]] = {}
     for name, net in blueprint.nets.items():
         count = len(offload.blocks(net))
         fixed = net.residency if net.residency.option not in ("", "performance_mode") else None

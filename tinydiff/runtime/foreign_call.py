@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy
 import torch
@@ -68,7 +69,7 @@ def call(
         arguments["output"] = foreign.output
     for part in (pipe, *_blocks(getattr(pipe, "_blocks", None))):
         if hasattr(part, "progress_bar"):
-            part.progress_bar = lambda iterable=(), total=None: StepBar(on_step, iterable, total)
+            part.progress_bar = partial(StepBar, on_step)
     try:
         made = pipe(**arguments)
     except (ValueError, TypeError, AssertionError) as error:
@@ -96,20 +97,22 @@ def _blocks(block: Any) -> Iterator[Any]:
             yield from _blocks(inner)
 
 
-def _as_images(value: Any) -> Any:
+def _as_images(value: object) -> object:
     """Arrays as PIL images, which every pipeline takes."""
     from PIL import Image
 
     if isinstance(value, numpy.ndarray):
-        return Image.fromarray(value)
-    return [_as_images(each) for each in value] if isinstance(value, tuple) else value
+        return Image.fromarray(cast(numpy.ndarray, value))
+    if isinstance(value, tuple):
+        return [_as_images(each) for each in cast(tuple[object, ...], value)]
+    return value
 
 
 def _frames(made: Any) -> numpy.ndarray:
     """The frames of an output of a pipeline, uint8 [frames, height, width, 3]."""
     value = next((getattr(made, name) for name in OUTPUTS if getattr(made, name, None) is not None), made)
     if value is made and isinstance(made, tuple):
-        value = made[0]
+        value = cast(tuple[object, ...], made)[0]
     frames = _array(value)
     frames = frames[0] if frames.ndim == 5 else frames[None] if frames.ndim == 3 else frames
     if frames.dtype != numpy.uint8:
@@ -124,5 +127,5 @@ def _array(value: Any) -> numpy.ndarray:
     if isinstance(value, torch.Tensor):
         return value.detach().float().cpu().movedim(-3, -1).numpy()
     if isinstance(value, Sequence):
-        return numpy.stack([_array(each) for each in value])
+        return numpy.stack([_array(each) for each in cast(Sequence[object], value)])
     return numpy.asarray(value.convert("RGB") if hasattr(value, "convert") else value)

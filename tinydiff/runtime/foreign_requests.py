@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -123,7 +123,7 @@ def _chosen(foreign: Foreign, sampling: SamplingOptions) -> Iterator[tuple[str, 
         harmless = name == "fps" or (name == "num_frames" and value == 1)  # a file's, or what an image has
         if not argument and not harmless:
             raise takes_none(foreign, names[0], name)
-        yield name, (argument, list(value) if isinstance(value, tuple) else value)
+        yield name, (argument, list(cast(tuple[object, ...], value)) if isinstance(value, tuple) else value)
 
 
 def _further(

@@ -184,7 +184,7 @@ class OneByOne:
     max_batch: int | None = None
     step_times: StepTimes = field(default_factory=StepTimes)
     background: Background = field(default_factory=Background)
-    slots: list[Slot] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list[Slot])
 
     def add(self, slot: Slot) -> None:
         self.slots.append(slot)

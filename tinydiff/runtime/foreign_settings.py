@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -23,7 +23,7 @@ DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder")
 
 
 @contextmanager
-def explained(field: str, doing: str) -> Iterator[None]:
+def explained(field: str, doing: str) -> Generator[None]:
     """Mistakes that diffusers finds, as one sentence."""
     try:
         yield

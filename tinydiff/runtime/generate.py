@@ -99,7 +99,7 @@ def generate_admitted(
     )
     if ranks is not None:
         numbers, writes = replica_numbers(ranks, len(jobs)), ranks.leads
-    loaded_now, found = [model], {}
+    loaded_now, found = [model], dict[int, Result]()
     del model  # so that a smaller plan can take its place
     for n in numbers:
         given = destinations[jobs[n].prompt], options.output, progress, writes

@@ -19,6 +19,7 @@ from torch import Tensor
 from tinydiff.io import archive
 from tinydiff.models import interpolators
 from tinydiff.models.interpolators import Frame
+from tinydiff.ops.host import of_array
 from tinydiff.ops.weights import Weights
 from tinydiff.records import Interpolation, UserError
 from tinydiff.runtime import network_file
@@ -147,7 +148,7 @@ def interpolated(
 
 @torch.no_grad()
 def _prepared(net: Interpolator, pixels: numpy.ndarray) -> _Prepared:
-    x = torch.from_numpy(pixels.copy()).to(net.device).permute(2, 0, 1)[None].float() / 255
+    x = of_array(pixels.copy()).to(net.device).permute(2, 0, 1)[None].float() / 255
     return _Prepared(pixels, Frame(*net.prepare(x)), F.adaptive_avg_pool2d(x, SMALL))
 
 

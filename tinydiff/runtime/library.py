@@ -63,7 +63,7 @@ def _ranks(asked: config.ParallelOptions, plan: blueprint.Blueprint) -> Ranks | 
 
 
 def generate(
-    model: Model, prompt: str, fields: Mapping[str, Any], progress: config.Progress | None = None
+    model: Model, prompt: object, fields: Mapping[str, Any], progress: config.Progress | None = None
 ) -> Result:
     """See `tinydiff.generate`."""
     if not isinstance(prompt, str):

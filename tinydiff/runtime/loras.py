@@ -16,6 +16,7 @@ from tinydiff.config import ModelOptions
 from tinydiff.io import hub
 from tinydiff.io.lora import Adapter, Component, read_adapter
 from tinydiff.models import registry
+from tinydiff.models.family import Record
 from tinydiff.models.layouts.recognise import key_maps
 from tinydiff.models.recipe import Net
 from tinydiff.records import UserError, nearest
@@ -169,14 +170,14 @@ class Network(Protocol):
 
 
 def attach(
-    nets: Mapping[str, Net[Any]], read: Sequence[Read], mode: Mode = "auto", prefer_merged: bool = False
-) -> tuple[dict[str, Net[Any]], dict[str, Attached]]:
+    nets: Mapping[str, Net[Record]], read: Sequence[Read], mode: Mode = "auto", prefer_merged: bool = False
+) -> tuple[dict[str, Net[Record]], dict[str, Attached]]:
     """Networks with adapters, in place of those that were beside their weights.
 
     mode: as the option lora_merge_mode. prefer_merged: what auto does where both can be done.
     Raises UserError for an adapter that does not fit, or cannot be attached in that mode.
     """
-    changed, attached = dict(nets), {}
+    changed, attached = dict(nets), dict[str, Attached]()
     beside: dict[str, dict[str, adapters.Differences]] = {name: {} for name in nets}
     for each, adapter in ((one.chosen, one.adapter) for one in read):
         if each.refines and mode == "merge":
@@ -235,7 +236,7 @@ def _component(net: Network) -> Component:
     return Component(net.family.role, rows, (*key_maps(net.family, net.config), *spellings))
 
 
-def _quantised(adapter: Adapter, nets: Mapping[str, Net[Any]]) -> str | None:
+def _quantised(adapter: Adapter, nets: Mapping[str, Net[Record]]) -> str | None:
     """A layer that an adapter changes whose weights are not in the network's own type; None without one."""
     for component, differences in adapter.targets.items():
         for row in nets[component].rows:
@@ -260,7 +261,7 @@ def _stays(differences: adapters.Differences, name: str) -> bool:
     return name.endswith("weight") and differences[name].low_rank() is not None
 
 
-def _rounds_away(each: Chosen, adapter: Adapter, nets: Mapping[str, Net[Any]]) -> bool:
+def _rounds_away(each: Chosen, adapter: Adapter, nets: Mapping[str, Net[Record]]) -> bool:
     for component, differences in adapter.targets.items():
         lost = adapters.rounded_away(nets[component], differences, each.strength)
         if lost > adapters.ROUNDED_AWAY:
@@ -270,8 +271,8 @@ def _rounds_away(each: Chosen, adapter: Adapter, nets: Mapping[str, Net[Any]]) -
 
 
 def for_request(
-    nets: Mapping[str, Net[Any]], attached: Mapping[str, Attached], loras: Mapping[str, float]
-) -> Mapping[str, Net[Any]]:
+    nets: Mapping[str, Net[Record]], attached: Mapping[str, Attached], loras: Mapping[str, float]
+) -> Mapping[str, Net[Record]]:
     """The networks as one request sees them.
 
     loras: the strengths that it asks for; without any, each adapter has its own.

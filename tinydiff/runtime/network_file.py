@@ -21,7 +21,7 @@ def located(path: str, field: str, example: str, usual: str | None = None) -> Pa
         if paths.kind(local / usual) != "file":
             raise UserError(field, f"{field}: the directory {shown(path)} has no file {usual}")
         return local / usual
-    alone = usual is not None and kind is None and hub.HUB_ID.fullmatch(path)
+    alone = usual is not None and not kind and hub.HUB_ID.fullmatch(path)
     found = hub.file(f"{path}:{usual}" if alone else path, field)
     if found is None:
         raise UserError(

@@ -15,6 +15,7 @@ from torch import Tensor
 from tinydiff import residency
 from tinydiff.config import ModelOptions
 from tinydiff.io.weights import unread
+from tinydiff.models.family import Denoiser, Record
 from tinydiff.ops.store import (
     Berth,
     Buckets,
@@ -30,17 +31,15 @@ from tinydiff.ops.store import (
 from tinydiff.parallel import cost
 from tinydiff.parallel.plan import Plan, Row
 from tinydiff.records import UserError
+from tinydiff.runtime.net_plan import NetPlan
 
 log = logging.getLogger(__name__)
 
 MEMORY = Path("/proc/meminfo")
 """Where Linux says how much memory is free."""
 
-Planned = Any
-"""A network before its weights are there, a `blueprint.NetPlan`."""
 
-
-def settled(nets: Mapping[str, Planned], options: ModelOptions) -> dict[str, Planned]:
+def settled(nets: Mapping[str, NetPlan[Record]], options: ModelOptions) -> dict[str, NetPlan[Record]]:
     """The networks with their residencies. Raises UserError for options that contradict each other."""
     roles = {name: net.family.role for name, net in nets.items()}
     counts = {name: len(blocks(net)) for name, net in nets.items()}
@@ -61,16 +60,16 @@ def settled(nets: Mapping[str, Planned], options: ModelOptions) -> dict[str, Pla
     }
 
 
-def blocks(net: Planned) -> dict[str, Names]:
+def blocks(net: NetPlan[Record]) -> dict[str, Names]:
     """Prefix of each block of a network -> the weights that it reads while it runs."""
     rows = list(net.family.spec(net.config))
-    if net.family.role == "dit":
+    if isinstance(net.family, Denoiser):
         return loop_names(rows, [prefix for _, prefix in net.family.blocks(net.config)])
     return numbered(rows)
 
 
 def store(
-    net: Planned, plan: Plan, device: torch.device, variant: str | None, pinned: bool, berth: Berth
+    net: NetPlan[Record], plan: Plan, device: torch.device, variant: str | None, pinned: bool, berth: Berth
 ) -> tuple[set[str], Store | None]:
     """(names of the weights that are left where they are, the store that brings them)."""
     if not net.absent:
@@ -127,7 +126,7 @@ def _bringer(
     return bring
 
 
-def _check_pinned(rows: list[Row], net: Planned, device: torch.device, pinned: bool) -> None:
+def _check_pinned(rows: list[Row], net: NetPlan[Record], device: torch.device, pinned: bool) -> None:
     """Raises UserError where more memory would be pinned than this machine has."""
     size = cost.weight_bytes(rows, net.dtype.itemsize)
     if device.type == "cuda" and pinned and size > (have := host_bytes()):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy
 import torch
@@ -25,6 +25,7 @@ from tinydiff.io.images import resize
 from tinydiff.models.family import Denoiser
 from tinydiff.models.recipe import Context, LoopInputs, Net, Stage, as_frames, token_count
 from tinydiff.ops import store as stores
+from tinydiff.ops.host import of_array
 from tinydiff.ops.network import RESIDENT, Network
 from tinydiff.ops.norm import compute_dtype
 from tinydiff.parallel import sequence
@@ -269,7 +270,7 @@ def _prepared(model: Model, stage: Stage) -> PreparedStage:
 
     @cache
     def expert(index: int) -> loop.Hoisted:
-        net = nets[stage.denoisers[index]]
+        net = cast(Net[Denoiser], nets[stage.denoisers[index]])
         return loop.hoist(
             _network(net, stage.request.guidance),
             net.weights,
@@ -296,7 +297,7 @@ def _start_from_image(stage: Stage, context: Context) -> LoopInputs:
     if images.mask is None:
         return replace(inputs, start=start)
     [kind] = inputs.latents
-    mask = torch.from_numpy(images.mask).to(start)[None, None] / 255
+    mask = of_array(images.mask).to(start)[None, None] / 255
     mask = torch.nn.functional.interpolate(mask, size=kind.size[2:])
     return replace(inputs, start=start, mask=inputs.pack([mask[:, :, None].expand(1, *kind.size)]))
 
@@ -323,7 +324,7 @@ def solver_table(blueprint: Blueprint, request: Request, denoiser: str = "transf
 
 
 def _scheduled(blueprint: Blueprint, request: Request, denoiser: str) -> Table:
-    scheduler, net, schedule = dict(blueprint.scheduler), blueprint.nets[denoiser], request.schedule
+    scheduler, net, schedule = dict(blueprint.scheduler), blueprint.expert(denoiser), request.schedule
     if schedule.flow_shift is not None:
         if scheduler.get(
             "use_dynamic_shifting"
@@ -358,7 +359,7 @@ def begin(
     output and keeps its share: the output does not depend on the layout.
     """
     stage = _after(model, conditioning.stages[number], before)
-    net, inputs, device = model.nets[stage.stage.denoisers[0]], stage.inputs, model.blueprint.device
+    net, inputs, device = model.expert(stage.stage.denoisers[0]), stage.inputs, model.blueprint.device
     earlier = [
         shape for each in conditioning.stages[:number] for shape in noise.order(each.sizes, each.table)
     ]
@@ -388,7 +389,11 @@ def begin(
         step_caches.limits(request.step_cache, device),
         memory,
     )
-    return Begun(inputs, denoising, lambda x_BLP: sequence.gather(plan, x_BLP, 1, whole, kinds)[:, :made])
+
+    def to_image_tokens(x_BLP: Tensor) -> Tensor:
+        return sequence.gather(plan, x_BLP, 1, whole, kinds)[:, :made]
+
+    return Begun(inputs, denoising, to_image_tokens)
 
 
 def _after(
@@ -459,7 +464,7 @@ _eager = cache(loop.eager_denoise)
 
 def denoiser(model: Model, stage: PreparedStage, compiled: bool) -> loop.Denoise:
     """The loop with the stage's form of guidance. All requests of that form get the same function."""
-    net, asked = model.nets[stage.stage.denoisers[0]], stage.stage.request.guidance
+    net, asked = model.expert(stage.stage.denoisers[0]), stage.stage.request.guidance
     form = guidance.KINDS[(stage.inputs.guidance or net.family.guidance) if asked.branches > 1 else "none"]
     network = _network(net, asked)
     fetch = stores.fetch(*(each.store for each in model.nets.values() if each.family.role == "dit"))
@@ -483,13 +488,15 @@ def decode(model: Model, output: Output, latents: Tensor) -> numpy.ndarray:
     vae = model.autoencoder
     chunk, tile = vae_passes(model, output)
     count = 1 if model.blueprint.slicing else len(latents)  # one by one takes less memory
-    parts = [
+    decoded = [
         in_tiles_if_short(
-            model, tile, lambda side, z=z: vae.family.decode(vae.config, vae.w, z, chunk, side, vae.plan)
+            model,
+            tile,
+            lambda side, part=part: vae.family.decode(vae.config, vae.w, part, chunk, side, vae.plan),
         )
-        for z in latents.to(vae.dtype).split(count)
+        for part in torch.split(latents.to(vae.dtype), count)
     ]
-    x = torch.cat([video for part in parts for video in part], 1)
+    x = torch.cat([video for videos in decoded for video in videos], 1)
     return as_frames(x[:, model.denoiser.family.unshown_frames(model.denoiser.config) :])
 
 

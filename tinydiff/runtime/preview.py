@@ -24,13 +24,13 @@ def fit_colours(model: Model) -> Tensor:
     """The map [C + 1, 3] from latents and a constant 1 to red, green and blue in [-1, 1]: least squares over
     soft patches of colour.
     """
-    vae = model.nets["vae"]
+    vae = model.autoencoder
     stride, with_alpha = vae.config.scale_factor_spatial, getattr(vae.config, "in_channels", 3) == 4
     patches = torch.rand(IMAGES, 3, PATCHES, PATCHES, generator=torch.Generator().manual_seed(0)) * 2 - 1
     pixels = F.interpolate(patches, size=(SIDE * stride, SIDE * stride), mode="bilinear")
     colours = F.avg_pool2d(pixels, stride)
     given = F.pad(pixels, (0, 0, 0, 0, 0, 1), value=1.0) if with_alpha else pixels
-    given = given.to(model.blueprint.device, vae.dtype)[:, :, None].split(1)
+    given = torch.split(given.to(model.blueprint.device, vae.dtype)[:, :, None], 1)
     latents = (
         torch.cat([vae.family.encode(vae.config, vae.w, x, plan=vae.plan)[:, :, 0] for x in given])
         .double()
@@ -41,7 +41,7 @@ def fit_colours(model: Model) -> Tensor:
     )  # some autoencoders put several pixels into channels
     known = torch.cat([latents, torch.ones_like(latents[:, :1])], 1).transpose(0, 1).flatten(1).T
     wanted = colours.double().transpose(0, 1).flatten(1).T
-    return torch.linalg.lstsq(known, wanted).solution.float()
+    return torch.linalg.lstsq(known, wanted).solution.float()  # pyright: ignore
 
 
 @torch.no_grad()

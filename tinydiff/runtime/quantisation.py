@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,12 +23,11 @@ from tinydiff.ops.store import numbered
 from tinydiff.parallel.placements import block_of
 from tinydiff.parallel.plan import Row, eight_bit_rows
 from tinydiff.records import UserError, nearest
+from tinydiff.runtime.net_plan import NetPlan
 
 log = logging.getLogger(__name__)
 
 R = TypeVar("R", Denoiser, Encoder)
-Planned = Any
-"""A network before its weights are there, a `blueprint.NetPlan`."""
 Kinds = Mapping[str, tuple[str, int]]
 """Row -> (type by torch's name, scales of a row)."""
 
@@ -44,8 +43,10 @@ NAMES = {"float8_e4m3fn": "fp8", "float8_e5m2": "fp8", "int8": "int8"}
 
 
 def settled(
-    nets: Mapping[str, Planned], options: ModelOptions, capability: Callable[[], tuple[int, int] | None]
-) -> dict[str, Planned]:
+    nets: Mapping[str, NetPlan[Record]],
+    options: ModelOptions,
+    capability: Callable[[], tuple[int, int] | None],
+) -> dict[str, NetPlan[Record]]:
     """The networks, denoisers and encoders with the rows of what stays quantised.
 
     Raises UserError for options that contradict each other or name no layer. capability: gives the compute
@@ -65,7 +66,8 @@ def settled(
         return dict(nets)
     kinds = {name: frozenset(_kinds(net, options).items()) for name, net in nets.items()}
     experts = [name for name, net in nets.items() if net.family.role == "dit"]
-    kinds |= dict.fromkeys(experts, frozenset.intersection(*(kinds[name] for name in experts)))
+    shared = reduce(frozenset[Kind].__and__, (kinds[name] for name in experts))
+    kinds |= dict.fromkeys(experts, shared)
     has_e4m3 = any(stored == TYPES["fp8"] for name in experts for _, (stored, _) in kinds[name])
     if has_e4m3 and _too_old(options, capability):
         kinds |= {name: frozenset(_without_e4m3(name, kinds[name])) for name in experts}
@@ -103,7 +105,7 @@ def named(types: Iterable[str]) -> str | None:
     return " and ".join(dict.fromkeys(NAMES[each] for each in types)) or None
 
 
-def _kinds(net: Planned, options: ModelOptions) -> dict[str, tuple[str, int]]:
+def _kinds(net: NetPlan[Record], options: ModelOptions) -> dict[str, tuple[str, int]]:
     """How each weight of a network stays that does not stay in the network's own type."""
     found: dict[str, tuple[str, int]] = {}
     if net.component.files is not None:

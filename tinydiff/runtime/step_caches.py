@@ -13,7 +13,7 @@ from tinydiff import environment
 from tinydiff.config import SamplingOptions
 from tinydiff.models.family import Denoiser
 from tinydiff.records import StepCache, UserError, nearest, shown
-from tinydiff.runtime.blueprint import Blueprint, NetPlan
+from tinydiff.runtime.blueprint import Blueprint
 from tinydiff.sampling import step_cache
 
 FIELD = "cache_dit_params"
@@ -46,7 +46,7 @@ def settled(blueprint: Blueprint, sampling: SamplingOptions) -> StepCache | None
     cache = _read({**(default or {}), **asked})
     for name, net in blueprint.nets.items():
         if isinstance(net.family, Denoiser):
-            _check(blueprint, name, net, cache)
+            _check(blueprint, name, len(net.family.blocks(net.config)), cache)
     return cache
 
 
@@ -88,9 +88,8 @@ def _whole(name: str, value: float) -> int:
     return int(value)
 
 
-def _check(blueprint: Blueprint, name: str, net: NetPlan[Denoiser], cache: StepCache) -> None:
+def _check(blueprint: Blueprint, name: str, blocks: int, cache: StepCache) -> None:
     """Raises UserError where the denoiser has too few blocks for the step cache."""
-    blocks = len(net.family.blocks(net.config))
     if cache.first_blocks >= blocks:
         message = f"Fn is {cache.first_blocks}; the {name} of {blueprint.row.name} has {blocks} blocks"
         raise UserError(FIELD, f"{FIELD}: {message}, and one at least must be left to be reused")

@@ -8,7 +8,7 @@ is restored.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -126,7 +126,7 @@ _KINDS = ("cpu", "cuda", "xpu", "mps")
 
 
 @contextmanager
-def default_torch_state() -> Iterator[None]:
+def default_torch_state() -> Generator[None]:
     """torch as in a fresh process, without gradients.
 
     Settings of a thread change for this thread, the others for the process.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tinydiff.io import archive, ncnn
 from tinydiff.models import upscalers
+from tinydiff.ops.host import of_array
 from tinydiff.ops.weights import Weights
 from tinydiff.records import UserError
 from tinydiff.runtime import network_file
@@ -134,7 +135,7 @@ def enlarge(upscaler: Upscaler, frame: numpy.ndarray, scale: int) -> numpy.ndarr
     alpha, which the network does not see.
     """
     height, width = (side * scale for side in frame.shape[:2])
-    pixels = torch.from_numpy(frame[..., :3].copy()).to(upscaler.device)
+    pixels = of_array(frame[..., :3].copy()).to(upscaler.device)
     enlarged = (_tiled(upscaler, pixels.permute(2, 0, 1)[None].float() / 255) * 255).round()
     made = enlarged.clamp(0, 255).to(torch.uint8)[0].permute(1, 2, 0).cpu().numpy()
     layers = [_resized(made, height, width)]

@@ -1,5 +1,5 @@
 """The only module that calls torch.compile, and the only one that uses private names of torch (present in
-2.11 to 2.13).
+2.11 to 2.13) and functions that it does not annotate.
 
 The whole loop is one graph: torch's loop operator over steps, with each kind of block as a nested region that
 is compiled once. So the cost of compiling grows neither with depth nor with steps. Tokens and table rows are
@@ -8,10 +8,13 @@ fresh noise, guidance scale or chunk compiles again. A new dtype or device does,
 of several images.
 """
 
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import FunctionType
@@ -198,7 +201,7 @@ def _set_dynamo() -> None:
 
 
 @contextmanager
-def _own_settings() -> Iterator[None]:
+def _own_settings() -> Generator[None]:
     """Run a graph under our settings of Dynamo, and outside the caller's modes.
 
     A mode that sees every torch function, such as a default device, would have the graph compiled again.

@@ -52,10 +52,12 @@ def _plain(condition: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
 
 def _normed(condition: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
     guided = _plain(condition, negative, scale)
-    return guided * (
-        torch.linalg.vector_norm(condition, dim=-1, keepdim=True)
-        / torch.linalg.vector_norm(guided, dim=-1, keepdim=True)
-    )
+    return guided * (_norms(condition) / _norms(guided))
+
+
+def _norms(x: Tensor) -> Tensor:
+    """[..., D] -> [..., 1]."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # pyright: ignore
 
 
 classifier_free = _of_two(_plain)
@@ -104,9 +106,10 @@ def several(predict: Predict, plan: Plan) -> Guided:
         velocities, memory = predict(w, x_BLP, step, branches, memory)
         known, made, at = branches[0].request[""], list[Tensor](), 0
         for kind in ("", "_2"):
-            pulls, (share, real) = known[f"pulls{kind}"], known[f"rescale{kind}"].to(x_BLP.dtype).split(1, -1)
+            pulls, rescale = known[f"pulls{kind}"].to(x_BLP.dtype), known[f"rescale{kind}"].to(x_BLP.dtype)
+            share, real = torch.split(rescale, 1, -1)
             x, c, *others = (v.narrow(1, at, pulls.shape[1]).to(x_BLP.dtype) for v in (x_BLP, *velocities))
-            pulled = zip(pulls.to(x_BLP.dtype).split(1, -1), others, strict=False)  # ranks may repeat one
+            pulled = zip(torch.split(pulls, 1, -1), others, strict=False)  # ranks may repeat one
             free = sum((p * (c - b) for p, b in pulled), c)
             own, clean = x - step.sigma * c, x - step.sigma * free
             ratio = _deviation(plan, own, real) / _deviation(plan, clean, real)

@@ -13,7 +13,7 @@ Shape letters: S steps, B images, L tokens, P packed channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -236,8 +236,9 @@ def predictor(
             stepping, memory = hooks._replace(stack=stack), kept
         velocities = walk(network, own, w, x_BLP, branches, stepping)
         if cfg.size > 1:
-            ranks = move(network.plan, "branches", torch.stack(velocities)).unflatten(0, (cfg.size, -1))
-            return ranks.transpose(0, 1).flatten(0, 1).unbind(0), memory
+            gathered = move(network.plan, "branches", torch.stack(velocities))
+            by_rank = torch.unflatten(gathered, 0, (cfg.size, -1))
+            return by_rank.transpose(0, 1).flatten(0, 1).unbind(0), memory
         return tuple(velocities), memory
 
     return predict
@@ -269,7 +270,13 @@ def _gathered(packs: Mapping[str, shards.Pack], plan: Plan) -> Fetch:
     return Fetch(begin, take)
 
 
-def python_loop(condition: Callable[..., Tensor], body: Callable[..., tuple], carry: tuple) -> tuple:
+Carry = tuple[Tensor, Tensor, Tensor, Tensor, Memory]
+"""What a step hands to the next: its number, `State.x`, `h1`, `h2` and `memory`."""
+Loop = Callable[[Callable[..., Tensor], Callable[..., Carry], Carry], Carry]
+"""(condition, body, carry) -> the last carry."""
+
+
+def python_loop(condition: Callable[..., Tensor], body: Callable[..., Carry], carry: Carry) -> Carry:
     """A Python while loop with the signature of torch's loop operator, which replaces it when compiling."""
     while condition(*carry):
         carry = body(*carry)
@@ -277,7 +284,7 @@ def python_loop(condition: Callable[..., Tensor], body: Callable[..., tuple], ca
 
 
 def denoise(
-    loop: Callable[..., tuple],
+    loop: Loop,
     predict: Guided,
     network: Hoisted,
     state: State,
@@ -291,12 +298,10 @@ def denoise(
     """
     coefficients, noise, fixed, limits = inputs
 
-    def running(i: Tensor, *_: Any) -> Tensor:
+    def running(i: Tensor, *_: object) -> Tensor:
         return i < stop
 
-    def body(
-        i: Tensor, x: Tensor, h1: Tensor, h2: Tensor, memory: Memory
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Memory]:
+    def body(i: Tensor, x: Tensor, h1: Tensor, h2: Tensor, memory: Memory) -> Carry:
         row = i.view(1)
         sigma, after, a, c, b1, b2, n, guidance = coefficients.index_select(0, row)[0].unbind(0)
         branches = tuple(Branch(request, _at_row(steps, row)) for request, steps in network.branches)
@@ -310,7 +315,7 @@ def denoise(
             y = fixed.reset(y, after)
         return i + 1, y, x - sigma * v, h1.clone(), memory  # a loop operator must not return its own input
 
-    return State(*loop(running, body, (start.clone(), *state))[1:])
+    return State(*loop(running, body, (start.clone(), state.x, state.h1, state.h2, state.memory))[1:])
 
 
 def _at_row(steps: Tree, row: Tensor) -> Tree:

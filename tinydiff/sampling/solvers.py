@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tinydiff import entries
+from tinydiff.ops.host import integers
 from tinydiff.records import UserError, nearest
 from tinydiff.sampling.sigmas import (
     TRAIN_STEPS,
@@ -122,7 +123,7 @@ def unipc(sigmas: Tensor, timesteps: Tensor | None = None) -> Table:
     s = sigmas.double()
     alpha, log_snr = 1 - s, torch.log1p(-s) - torch.log(s)
     steps = s.shape[0] - 1
-    rows, correction = [], (0.0, 0.0, 0.0)
+    rows, correction = list[Tensor](), (0.0, 0.0, 0.0)
     for i in range(steps):
         kept = s[i + 1] / s[i]
         h = log_snr[i + 1] - log_snr[i]
@@ -195,7 +196,7 @@ def since(table: Table, step: int) -> Table:
 
 def segments(table: Table) -> list[tuple[int, int, int]]:
     """Runs of steps with one expert: (expert, start, stop)."""
-    experts = table.expert.tolist()
+    experts = integers(table.expert)
     starts = [i for i in range(len(experts)) if i == 0 or experts[i] != experts[i - 1]]
     return [
         (experts[start], start, stop) for start, stop in zip(starts, [*starts[1:], len(experts)], strict=True)

@@ -50,7 +50,7 @@ def choose_now(condition: Tensor, if_true: Callable[[], Any], if_false: Callable
 
 def choose_in_graph(condition: Tensor, if_true: Callable[[], Any], if_false: Callable[[], Any]) -> Any:
     """A `Choose` within a compiled graph."""
-    return torch.cond(condition, if_true, if_false, ())
+    return torch.cond(condition, if_true, if_false, ())  # pyright: ignore[reportUnknownMemberType]
 
 
 def memory(network: Network, hoisted: Hoisted, x_BLP: Tensor) -> Memory:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -238,7 +238,7 @@ def _stored(service: Service, owner: str, source: ImageSource, field: str) -> st
 
 
 @contextmanager
-def _client_spelling(job: Job) -> Iterator[None]:
+def _client_spelling(job: Job) -> Generator[None]:
     """Raise UserError with the client's name of a field: `size` for a height that came from it."""
     first = "image" if job.kind == "image" else "input_reference"
     spelled: Mapping[str, str] = {"image_path": first, "mask_path": "mask", **job.answer.get("spelled", {})}

@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -70,7 +70,7 @@ class Decoder:
             _end(self._idle.pop())
 
     @contextmanager
-    def _process(self) -> Iterator[subprocess.Popen[bytes]]:
+    def _process(self) -> Generator[subprocess.Popen[bytes]]:
         """A process for one image, killed at its time limit."""
         process = self._waiting()
         if process is None:
@@ -116,7 +116,7 @@ _slots = threading.BoundedSemaphore(AT_ONCE)
 
 
 @contextmanager
-def slot() -> Iterator[None]:
+def slot() -> Generator[None]:
     """Hold one of AT_ONCE slots for decoding and resizing; returns free memory to the system at the end."""
     with _slots:
         try:

@@ -8,7 +8,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager, suppress
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -233,7 +233,7 @@ def _answer(
 
 
 @contextmanager
-def _ended_at(sock: socket.socket, end: float) -> Iterator[None]:
+def _ended_at(sock: socket.socket, end: float) -> Generator[None]:
     """Shut a connection down at `end`; a socket's own timeout starts again with every byte."""
 
     def shut() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,7 +75,7 @@ class Retries:
         return queued
 
     @contextmanager
-    def waiting(self, job: Job) -> Iterator[None]:
+    def waiting(self, job: Job) -> Generator[None]:
         """Count a client that waits for a job; the job is cancelled when the last of them leaves too early.
 
         Raises Refusal where MOST_WAITING clients wait already.

@@ -103,7 +103,7 @@ def usage(model: Model, request: Request) -> Mapping[str, Any]:
     """OpenAI's token counts for a request; an image counts as its tokens in the denoiser."""
     if model.blueprint.foreign is not None:
         return foreign_usage(model, request)
-    net, vae = model.nets["transformer"], model.nets["vae"].config
+    net, vae = model.denoiser, model.autoencoder.config
     tokens = token_count(vae, request.output, net.family.patch(net.config))
     tokenizer = next(iter(model.tokenizers.values()))
     text, images = len(tokenizer.encode(request.text.prompt).ids), tokens * len(request.images.originals)

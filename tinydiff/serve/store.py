@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, LifoQueue
@@ -416,7 +416,7 @@ class Store:
                 time.sleep(PAUSE)
 
     @contextmanager
-    def _connection(self) -> Iterator[Any]:
+    def _connection(self) -> Generator[Any]:
         connection = self._idle.get()
         try:
             connection = self._dialect.connect() if connection is None else connection
