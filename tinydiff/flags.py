@@ -79,7 +79,7 @@ SERVER = """
     prompt_encoder_urls image_encoder_urls denoiser_urls decoder_urls encoder_tp denoiser_tp denoiser_sp
     denoiser_ulysses denoiser_ring decoder_sp api_key api_key_file admin_api_key cors_origin public_url
     state_dir state_url unfinished lease output_lifetime output_limit max_queue max_body max_input_pixels
-    max_pixels max_outputs allow_url_inputs idle_unload unload_to http_threads log_format
+    max_pixels max_outputs models allow_url_inputs idle_unload unload_to http_threads log_format
 """.split()
 """Server options. `generate` ignores them and says so."""
 

@@ -42,7 +42,7 @@ from tinydiff.serve.guard import Guard
 from tinydiff.serve.jobs import Busy, Failure, Job, Output, Stopping
 from tinydiff.serve.metrics import Metrics
 from tinydiff.serve.options import ServeOptions
-from tinydiff.serve.service import JobUpdate, QueuePlace, Service, State
+from tinydiff.serve.service import JobUpdate, QueuePlace, ServedModel, Service, State
 from tinydiff.serve.store import open_store
 
 SERVER = "fake"
@@ -72,8 +72,8 @@ def service(folder: Path, row: dict[str, Any] | None = None, **options: Any) -> 
     )
     name = chosen.served_model_name or plan.row.name
     scheduler: Any = FakeScheduler(store, files)
-    adapters = Adapters(plan, chosen.lora_dir)
-    made = Service(chosen, plan, name, int(time.time()), store, files, scheduler, Metrics(), adapters)
+    model = ServedModel(name, plan, Adapters(plan, chosen.lora_dir))
+    made = Service(chosen, (model,), model, int(time.time()), store, files, scheduler, Metrics())
     made.scheduler.service = made  # pyright: ignore
     return made
 
@@ -172,6 +172,10 @@ class FakeScheduler:
         return State(
             self.phase, 0 if self.phase != "ready" else 1, 1, None if self.phase == "ready" else 2.0, ""
         )
+
+    def loaded(self) -> frozenset[str]:
+        awake = self.phase != "asleep"
+        return frozenset(model.name for model in self.service.models if awake)
 
     def sleep(self) -> None:
         if any(self.store.counts().get(status) for status in ("queued", "in_progress")):

@@ -28,9 +28,9 @@ class Idle:
         given = {"state_dir": str(folder), "warmup_steps": 0, "idle_unload": 300.0, **options}
         self.service = server.build(ModelOptions(), ServeOptions(**given))
         self.scheduler, self.now = self.service.scheduler, 0.0
-        self.scheduler.clock = lambda: self.now
+        self.scheduler.loading.clock = lambda: self.now
         self.scheduler.wake()
-        self.scheduler._load()
+        self.scheduler.loading.load()
         self.scheduler._set_phase("ready")
 
     def after(self, seconds):

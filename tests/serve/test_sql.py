@@ -27,7 +27,7 @@ def test_the_tables_of_a_newer_version_are_refused(where, monkeypatch):
         patched.setattr(sql, "STEPS", (*sql.STEPS, ("CREATE TABLE tinydiff_more (id TEXT)",)))
         open_store(*where, 5).close()
     with pytest.raises(
-        UserError, match=rf"{field}: .* newer tinydiff \(version 2, not 1\); upgrade tinydiff"
+        UserError, match=rf"{field}: .* newer tinydiff \(version 3, not 2\); upgrade tinydiff"
     ) as caught:
         open_store(*where, 5)
     assert caught.value.field == field

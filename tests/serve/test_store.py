@@ -49,6 +49,7 @@ def test_a_job_comes_back_as_it_was(store):
         lease=4.4,
         attempts=2,
         idempotency="again",
+        model="b",
     )
     plain = Job("video_plain", "video", 1.0)
     assert [

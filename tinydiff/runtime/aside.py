@@ -19,7 +19,10 @@ HOST = torch.device("cpu")
 
 def size(model: Model) -> int:
     """Bytes of the weights that are on the device all the time, each once."""
-    weights = [x for net in model.nets.values() for x in net.weights.values() if not x.is_meta]
+    parts = getattr(model.pipe, "components", {}).values()  # another library's are modules
+    foreign = [x for part in parts if hasattr(part, "parameters") for x in part.parameters()]
+    own = [x for net in model.nets.values() for x in net.weights.values()]
+    weights = [x for x in (*own, *foreign) if not x.is_meta]
     storages = [x.untyped_storage() for x in weights]
     return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
 

@@ -1,4 +1,7 @@
-"""What a server does on its device: load the model, encode requests, denoise and decode their images.
+"""What a server does on its device: load a model, encode requests, denoise and decode their images.
+
+Of the server's models one is current, and every command is for it. Another one becomes current once the loop
+is empty; the others stay loaded while the plan has room for them.
 
 On several GPUs every rank has a `Device`, and all of them run the same commands in the same order, because
 each command communicates. The leading rank, where the scheduler runs, calls methods. The others are in
@@ -15,12 +18,11 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import numpy
-from torch import Tensor
 
 from tinydiff.parallel.plan import ALONE
 from tinydiff.parallel.ranks import Ranks, command_group, describe_failure, from_first, to_all
 from tinydiff.records import RankError, Request
-from tinydiff.runtime import aside, backends, postprocess, preview, torch_state
+from tinydiff.runtime import aside, device_model, preview, torch_state
 from tinydiff.runtime import blueprint as blueprints
 from tinydiff.runtime.blueprint import Blueprint, Model
 from tinydiff.runtime.continuous import BatchSlot, StepResult, Turn
@@ -47,20 +49,24 @@ def on_all_ranks(method: Callable[Concatenate[Device, P], T]) -> Callable[Concat
 
 
 class Device:
-    """The model of a server on this rank, and the images in its loop. Used by one thread."""
+    """The models of a server on this rank, and the images in the loop. Used by one thread."""
 
-    def __init__(self, blueprint: Blueprint, max_batch: int, ranks: Ranks | None = None) -> None:
-        """blueprint: with the adapters that are merged. max_batch: images that share the loop at most."""
-        self.blueprint, self.ranks, self.backend = blueprint, ranks, backends.of(blueprint)
+    def __init__(
+        self, blueprints: Mapping[str, Blueprint], max_batch: int, ranks: Ranks | None = None
+    ) -> None:
+        """blueprints: of each model by its name, with the adapters that are merged; the first is current, and
+        several ranks have one. max_batch: images that share the loop at most.
+        """
+        self.ranks = ranks
         self.commands = ALONE if ranks is None else command_group()
-        # Two threads of one rank may not communicate at once, so a graph is compiled when it is needed.
-        self.loop = self.backend.make_loop(max_batch, ranks is None)
-        self.model: Model | None = None
-        self._waiting: Model | None = None
-        """The model while it waits in the host's memory."""
+        self.models = {
+            name: device_model.make(each, max_batch, ranks is None) for name, each in blueprints.items()
+        }
+        self._order = tuple(self.models)
+        """Their names, the one used last at the end."""
+        self.use(next(iter(blueprints)))
         self.failure: RankError | None = None
         """Why the ranks are no longer in step."""
-        self._to_colours: Tensor | None = None
         self._requests: dict[str, tuple[Request, Conditioning]] = {}
         self._done: dict[tuple[str, int], BatchSlot] = {}
         """(job, index) -> an output whose last step is done."""
@@ -101,56 +107,94 @@ class Device:
         if self.failure is None:
             from_first(self.commands, NO_COMMAND)
 
-    # --- the model ---
+    # --- the models ---
 
-    @on_all_ranks
-    def load(self) -> None:
-        """Load the model, without adapters of requests."""
-        self.model = self.backend.load(self.blueprint, self.ranks)
-        self._to_colours = self.backend.fit_colours(self.model)
+    def use(self, name: str) -> None:
+        """Make a model the current one. The loop is empty."""
+        self.name, self.current = name, self.models[name]
+        self._order = (*(other for other in self._order if other != name), name)
 
-    def unload(self, keep: bool) -> bool:
-        """Remove the model from the device. keep: its weights wait in the host's memory, if that has room.
+    @property
+    def blueprint(self) -> Blueprint:
+        """Of the current model."""
+        return self.current.blueprint
 
-        Returns whether they do.
-        """
-        waits = keep and aside.can_wait(self.loaded(), 1 if self.ranks is None else self.ranks.layout.size)
-        self._unload(waits)
-        return waits
+    @property
+    def loop(self) -> Any:
+        """The images of the current model that are being denoised."""
+        return self.current.loop
 
-    @on_all_ranks
-    def _unload(self, waits: bool) -> None:
-        model, self.model = self.loaded(), None
-        aside.release(model)
-        if waits:
-            self._waiting = aside.moved(model, aside.HOST, pinned=model.blueprint.pinned is not False)
-        del model
-        postprocess.unload()
-        give_memory_back()
+    @property
+    def model(self) -> Model | None:
+        """The current model, where it is on the device."""
+        return self.current.model
+
+    def loaded(self) -> Model:
+        """The current model, which is on the device."""
+        assert self.current.model is not None, "load comes first"
+        return self.current.model
+
+    def loaded_names(self) -> frozenset[str]:
+        """The models that are on the device. For any thread."""
+        return frozenset(name for name, each in self.models.items() if each.model is not None)
 
     @property
     def waits(self) -> bool:
-        """Whether the model waits in the host's memory, so that `wake` brings it back."""
-        return self._waiting is not None
+        """Whether the current model waits in the host's memory, so that `wake` brings it back."""
+        return self.current.waiting is not None
+
+    def make_room(self, keep: bool, least: int = 0) -> list[str]:
+        """Let the least recently used other models leave until the current one's plan fits.
+
+        keep: as of `unload`. least: how many leave at least, if there are so many. Returns their names.
+        """
+        others = [name for name in self._order[:-1] if self.models[name].model is not None]
+        if not others:
+            return []
+        count = max(least, device_model.leaving(self.current, [self.models[name] for name in others]))
+        for name in others[:count]:
+            self.unload(keep, name)
+        return others[:count]
+
+    @on_all_ranks
+    def load(self) -> None:
+        """Load the current model, without adapters of requests."""
+        self.current.load(self.ranks)
+
+    def unload(self, keep: bool, name: str | None = None) -> bool:
+        """Remove a model, by default the current one, from the device. keep: its weights wait in the host's
+        memory, if that has room.
+
+        Returns whether they do.
+        """
+        name = self.name if name is None else name
+        model = self.models[name].model
+        assert model is not None, "asked where it is loaded"
+        waits = keep and aside.can_wait(model, 1 if self.ranks is None else self.ranks.layout.size)
+        del model
+        self._unload(name, waits)
+        return waits
+
+    @on_all_ranks
+    def _unload(self, name: str, waits: bool) -> None:
+        self.models[name].unload(waits)
 
     @on_all_ranks
     def wake(self) -> None:
-        """Bring the waiting model back, with the adapters that it had."""
-        assert self._waiting is not None, "asked where a model waits"
-        self.model = aside.moved(self._waiting, self.blueprint.device)
-        self._waiting = None
+        """Bring the current model back from the host's memory, with the adapters that it had."""
+        self.current.wake()
 
     @on_all_ranks
     def attach(self, adapters: tuple[Read, ...]) -> None:
         """Put adapters beside the weights, in place of those that are there."""
-        self.model = blueprints.with_adapters(self.loaded(), adapters, "dynamic")
+        self.current.model = blueprints.with_adapters(self.loaded(), adapters, "dynamic")
 
     # --- requests ---
 
     @on_all_ranks
     def condition(self, job: str, request: Request) -> Conditioning:
         """Run the encoders for a job. Its outputs can then be started."""
-        conditioning = self.backend.condition(self.loaded(), request)
+        conditioning = self.current.backend.condition(self.loaded(), request)
         self._requests[job] = request, conditioning
         return conditioning
 
@@ -159,7 +203,7 @@ class Device:
         """Let output number `index` of a job into the loop. previews: how many of it are wanted."""
         request, conditioning = self._requests[job]
         asked = self.loaded(), request, conditioning, job, index
-        self.loop.add(self.backend.make_slot(*asked, priority, previews, owner))
+        self.loop.add(self.current.backend.make_slot(*asked, priority, previews, owner))
 
     def step(self, count: int | None = None) -> StepResult:
         """Run the next steps of some images. count: how many; by default as many as pays."""
@@ -174,20 +218,22 @@ class Device:
     @property
     def has_previews(self) -> bool:
         """Whether `preview` may be called."""
-        return self._to_colours is not None
+        return self.current.to_colours is not None
 
     @on_all_ranks
     def preview(self, job: str) -> numpy.ndarray:
         """What a job's first output may become, uint8 [height, width, 3]: that of the latest step."""
-        assert self._to_colours is not None, "asked where there are previews"
+        assert self.current.to_colours is not None, "asked where there are previews"
         slot, output = self.loop.slot(job, 0), self._requests[job][0].output
         latents = slot.inputs.unpack(slot.to_image_tokens(self.loop.clean(slot)))[0]
-        return preview.preview_frame(self._to_colours, latents, output.height, output.width)
+        return preview.preview_frame(self.current.to_colours, latents, output.height, output.width)
 
     @on_all_ranks
     def finish(self, job: str, index: int) -> tuple[Made, dict[str, Any]]:
         """(an output whose last step is done, decoded; its effective parameters)."""
-        return self.backend.finish(self.loaded(), self._requests[job][0], self._done.pop((job, index)))
+        return self.current.backend.finish(
+            self.loaded(), self._requests[job][0], self._done.pop((job, index))
+        )
 
     def jobs(self) -> set[str]:
         """Jobs that are conditioned and not removed."""
@@ -199,8 +245,3 @@ class Device:
         self.loop.leave(job)
         self._requests.pop(job, None)
         self._done = {key: slot for key, slot in self._done.items() if key[0] != job}
-
-    def loaded(self) -> Model:
-        """The model, where it is on the device."""
-        assert self.model is not None, "load comes first"
-        return self.model

@@ -61,6 +61,19 @@ def fitted(
     return replace(blueprint, nets=nets, pinned=pinned, tile=tile)
 
 
+def in_the_way(blueprint: Blueprint, held: Sequence[int], free: int) -> int:
+    """How many models must leave the device, from the first on, before this one's plan fits beside the rest.
+
+    held: bytes of the weights of each. free: bytes of the device without all of them. Nothing is known of
+    what another library's pipeline needs, so it gets the device alone.
+    """
+    if blueprint.foreign is not None:
+        return len(held)
+    plan = planned(blueprint, (), free)
+    fitting = (n for n in range(len(held)) if plan.peak + sum(held[n:]) <= plan.room)
+    return next(fitting, len(held))
+
+
 def stepped_down(blueprint: Blueprint) -> Blueprint | None:
     """The blueprint with everything off the device of which no option says otherwise; None where all of it is
     already.

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import falcon
 
 from tinydiff.config import options
-from tinydiff.records import UserError, nearest, shown
+from tinydiff.records import UserError, shown
 from tinydiff.serve import decoder, outputs
 from tinydiff.serve.body import fingerprint, read_body
 from tinydiff.serve.errors import Refusal
@@ -64,7 +64,7 @@ def read_job(service: Service, req: falcon.Request, kind: Kind) -> Job:
     """
     body, form = read_body(req, int(service.options.max_body * 1e6))
     request = read_fields(body, kind, form)
-    check_model(service, request.answer.pop("model", ""))
+    service = of_model(service, request.answer.pop("model", ""))
     priority = request.answer.pop("priority", 0)
     if priority > 0 and not req.context.admin:
         message = f"priority: {priority} is above 0, which needs the admin key"
@@ -74,6 +74,7 @@ def read_job(service: Service, req: falcon.Request, kind: Kind) -> Job:
         kind=kind,
         created_at=time.time(),
         owner=req.context.owner,
+        model=service.name if len(service.models) > 1 else "",
         fields=resolved(service, request, kind),
         answer={**request.answer, "fingerprint": fingerprint(body)},
         priority=priority,
@@ -99,13 +100,12 @@ def idempotency(req: falcon.Request) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:32] if key else ""
 
 
-def check_model(service: Service, name: str) -> None:
-    """Raise Refusal unless `name` is empty, the served name, or the model's released name."""
-    row = service.blueprint.row
-    if name not in ("", service.name, row.name):
-        hint = nearest(name, [service.name, row.name])
-        message = f"model: this server does not serve {name!r}; it serves {service.name!r}{hint}"
-        raise Refusal(404, "model_not_found", message, "model")
+def of_model(service: Service, name: str) -> Service:
+    """The server as that of the model with this name; see `Service.of`. Raises Refusal for an unknown one."""
+    try:
+        return service.of(name)
+    except UserError as error:
+        raise Refusal(404, "model_not_found", str(error), "model") from None
 
 
 def admitted_job(service: Service, job: Job) -> Job:

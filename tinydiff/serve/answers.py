@@ -9,7 +9,18 @@ from typing import Any, NamedTuple
 
 from tinydiff.serve.errors import Refusal, body, of_failure
 from tinydiff.serve.jobs import DONE, Job, Kind, Output
-from tinydiff.serve.schemas import Schema, array, choice, free, integer, nullable, number, obj, string
+from tinydiff.serve.schemas import (
+    Schema,
+    array,
+    boolean,
+    choice,
+    free,
+    integer,
+    nullable,
+    number,
+    obj,
+    string,
+)
 from tinydiff.serve.service import QueuePlace, Service
 
 NO_USAGE = {
@@ -135,6 +146,10 @@ def _whole_seconds(seconds: float | None) -> int | None:
     return None if seconds is None else int(seconds)
 
 
+def _model(view: View) -> str:
+    return view.job.model or view.service.name
+
+
 _TIME = integer("Seconds since 1970.")
 
 
@@ -143,7 +158,7 @@ def _job(kind: Kind) -> Members:
     return {
         "id": Member(string("The id of the job."), lambda view: view.job.id),
         "object": Member(choice("The kind of this object.", kind), lambda view: kind),
-        "model": Member(string("The name of the model."), lambda view: view.service.name),
+        "model": Member(string("The name of the model."), _model),
         "status": Member(
             choice("The state of the job.", "queued", "in_progress", "completed", "failed"),
             lambda view: view.job.status,
@@ -227,7 +242,7 @@ IMAGES: Members = {
         lambda view: view.job.result.get("usage", NO_USAGE),
     ),
     "id": Member(string("The id of the job."), lambda view: view.job.id),
-    "model": Member(string("The name of the model."), lambda view: view.service.name),
+    "model": Member(string("The name of the model."), _model),
     **SUMMARY,
 }
 """OpenAI's ImagesResponse, and our members beside it."""
@@ -308,6 +323,7 @@ ERROR = obj({
 
 MODEL = obj({
     "id": string("The name of the model, for the field `model` of requests."),
+    "loaded": boolean("Whether its weights are on the device."),
     "object": choice("The kind of this object.", "model"),
     "created": integer("When the server started, in seconds since 1970."),
     "owned_by": string("Always tinydiff."),

@@ -7,13 +7,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 import falcon
 
-from tinydiff.records import UserError, nearest
+from tinydiff.records import UserError
+from tinydiff.serve.admission import of_model
 from tinydiff.serve.body import parse_json, read_bytes
 from tinydiff.serve.errors import NO_RETRY, Refusal, of_exception
 from tinydiff.serve.jobs import Busy
@@ -103,6 +104,7 @@ def card(service: Service) -> dict[str, Any]:
         "object": "model",
         "created": service.created,
         "owned_by": "tinydiff",
+        "loaded": service.name in service.scheduler.loaded(),
         "root": row.name,
         "parent": None,
         "task_type": made[0]
@@ -138,28 +140,24 @@ def card(service: Service) -> dict[str, Any]:
 
 
 class Models:
-    """OpenAI's list of models, which has one entry."""
+    """OpenAI's list of models, the default one first."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
 
     def on_get(self, req: Req, resp: Resp) -> None:
-        resp.media = {"object": "list", "data": [card(self.service)]}
+        cards = [card(replace(self.service, model=model)) for model in self.service.models]
+        resp.media = {"object": "list", "data": cards}
 
 
 class Model:
-    """The model by its name, which may contain slashes."""
+    """A model by its name, which may contain slashes."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
 
     def on_get(self, req: Req, resp: Resp, id: str) -> None:
-        if id != self.service.name:
-            hint = nearest(id, [self.service.name]) or f"; this server serves {self.service.name!r}"
-            raise Refusal(
-                404, "model_not_found", f"model: this server does not serve {id[:80]!r}{hint}", "model"
-            )
-        resp.media = card(self.service)
+        resp.media = card(of_model(self.service, id))
 
 
 class ModelInfo:
@@ -206,6 +204,7 @@ class ServerInfo:
         resp.media = {
             "model_path": service.blueprint.row.name,
             "served_model_name": service.name,
+            "models": {model.name: model.name in service.scheduler.loaded() for model in service.models},
             "version": __version__,
             "tp_size": 1,
             "dp_size": 1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Kind = Literal["image", "video"]
 Status = Literal["queued", "in_progress", "completed", "failed"]
@@ -53,6 +53,8 @@ class Job:
     created_at: float
     owner: str = ""
     """Fingerprint of the client's API key; "" on a server without keys. Other keys cannot see the job."""
+    model: str = ""
+    """The name of the model that runs it; "" on a server with one."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Sampling and encoding options, by the names of `tinydiff generate`."""
     inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -82,6 +84,13 @@ class Job:
     attempts: int = 0
     idempotency: str = ""
     """Hash of the Idempotency-Key, unique among an owner's unfinished jobs; "" without one."""
+
+
+class Turn(NamedTuple):
+    """A model's turn on a device. began: in seconds since 1970."""
+
+    model: str
+    began: float
 
 
 def new_id(kind: Kind) -> str:

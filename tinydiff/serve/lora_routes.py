@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import falcon
 
-from tinydiff.records import UserError, nearest
-from tinydiff.serve.body import parse_json, read_bytes
+from tinydiff.records import UserError, nearest, shown
+from tinydiff.serve.admission import of_model
+from tinydiff.serve.body import parameters, parse_json, read_bytes
 from tinydiff.serve.errors import Refusal
 from tinydiff.serve.service import Service
+
+if TYPE_CHECKING:
+    from tinydiff.serve.adapters import Adapters
 
 MOST_BYTES = 2**16
 """Bytes of the body of a request here."""
@@ -23,7 +27,7 @@ class Loras:
         self.service = service
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        resp.media = self.service.adapters.listing()
+        resp.media = _adapters(self.service, parameters(req, ("model",))).listing()
 
 
 class SetLora:
@@ -37,6 +41,7 @@ class SetLora:
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         fields = ("lora_nickname", "lora_path", "target", "strength", "merge_mode", "lora_alpha")
         body = _body(req, fields)
+        adapters = _adapters(self.service, body)
         if body.get("merge_mode", "auto") not in ("auto", "dynamic"):
             message = (
                 "merge_mode: a running server keeps adapters beside the weights; it may be auto or dynamic"
@@ -51,13 +56,13 @@ class SetLora:
         alphas = _for_each(body, "lora_alpha", float, names)
         for name, path, target, alpha in zip(names, paths, targets, alphas, strict=True):
             if path is not None:
-                self.service.adapters.add(name, path, target, alpha)
+                adapters.add(name, path, target, alpha)
         own = (1.0 if strength is None else strength for strength in strengths)
-        self.service.adapters.activate(dict(zip(names, own, strict=True)))
+        adapters.activate(dict(zip(names, own, strict=True)))
         resp.media = {
             "status": "ok",
             "message": f"active: {', '.join(names)}",
-            **self.service.adapters.listing(),
+            **adapters.listing(),
         }
 
 
@@ -73,8 +78,9 @@ class MergeLora:
         body = _body(req, ("target", "strength"))
         _all(body)
         [strength] = _several(body, "strength", float) or [None]
-        self.service.adapters.merge(strength)
-        resp.media = {"status": "ok", "message": "the adapters are active", **self.service.adapters.listing()}
+        adapters = _adapters(self.service, body)
+        adapters.merge(strength)
+        resp.media = {"status": "ok", "message": "the adapters are active", **adapters.listing()}
 
 
 class UnmergeLora:
@@ -86,9 +92,11 @@ class UnmergeLora:
         self.service = service
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        _all(_body(req, ("target",)))
-        self.service.adapters.activate({})
-        resp.media = {"status": "ok", "message": "no adapter is active", **self.service.adapters.listing()}
+        body = _body(req, ("target",))
+        _all(body)
+        adapters = _adapters(self.service, body)
+        adapters.activate({})
+        resp.media = {"status": "ok", "message": "no adapter is active", **adapters.listing()}
 
 
 def routes(service: Service) -> list[tuple[str, object]]:
@@ -101,7 +109,17 @@ def routes(service: Service) -> list[tuple[str, object]]:
     ]
 
 
-def _body(req: falcon.Request, fields: tuple[str, ...]) -> dict[str, Any]:
+def _adapters(service: Service, given: Mapping[str, Any]) -> Adapters:
+    """The adapters of the model that a request names, by default of the first. Raises Refusal."""
+    name = given.get("model", "")
+    if not isinstance(name, str):
+        raise UserError("model", f"model: {shown(name)} is not a string")
+    return of_model(service, name).adapters
+
+
+def _body(req: falcon.Request, own: tuple[str, ...]) -> dict[str, Any]:
+    """The body of a request. own: its fields beside `model`."""
+    fields = (*own, "model")
     data = read_bytes(req, MOST_BYTES)
     body = parse_json(data, "body") if data.strip() else {}
     if not isinstance(body, dict):

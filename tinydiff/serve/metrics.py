@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -76,7 +78,10 @@ class Metrics:
         self._recompiles = Counter("tinydiff_recompiles", "Compiled graphs.", registry=own)
         self._peak = Gauge("tinydiff_peak_memory_bytes", "Peak memory of the device in bytes.", registry=own)
         self._loaded = Gauge(
-            "tinydiff_model_loaded", "1 while the model is on the device, 0 while it sleeps.", registry=own
+            "tinydiff_model_loaded", "1 while a model is on the device, 0 while all sleep.", registry=own
+        )
+        self._on_device = Gauge(
+            "tinydiff_model_on_device", "1 while this model is on the device.", ("model",), registry=own
         )
         self._requests = Counter(
             "tinydiff_http_requests", "Requests answered.", ("route", "method", "status"), registry=own
@@ -126,9 +131,11 @@ class Metrics:
         """Set the peak memory of the device in bytes."""
         self._peak.set(count)
 
-    def loaded(self, is_loaded: bool) -> None:
-        """Set whether the model is on the device."""
-        self._loaded.set(is_loaded)
+    def loaded(self, models: Mapping[str, bool]) -> None:
+        """Set which models are on the device."""
+        self._loaded.set(any(models.values()))
+        for name, is_loaded in models.items():
+            self._on_device.labels(name).set(is_loaded)
 
     def request(self, route: str | None, method: str, status: int, seconds: float) -> None:
         """Count an answered request. route: its template, not its URL; None for an unknown route."""

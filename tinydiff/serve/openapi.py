@@ -16,7 +16,7 @@ from tinydiff.serve.videos import VARIANTS
 from tinydiff.version import __version__
 
 ABOUT = """\
-Images and videos from one model, under the routes of OpenAI's API. OpenAI's official clients work with \
+Images and videos under the routes of OpenAI's API. OpenAI's official clients work with \
 base_url http://HOST:PORT/v1.
 
 Every sampling option of `tinydiff generate` is a field of a request, at top level or inside `extra_body`. \
@@ -214,9 +214,9 @@ def video_operations(name: str) -> Iterator[Operation]:
 def model_operations(name: str) -> Iterator[Operation]:
     models = obj({
         "object": choice("The kind of this object.", "list"),
-        "data": array(ref("Model"), "The one model of this server."),
+        "data": array(ref("Model"), "The models of this server, the default one first."),
     })  # fmt: skip
-    listed, one = {200: Answer("A list with one model.", models)}, {200: Answer("The model.", ref("Model"))}
+    listed, one = {200: Answer("The models.", models)}, {200: Answer("The model.", ref("Model"))}
     info = {200: Answer("The abilities of the model.", free("What the model makes from what."))}
     yield Operation("get /v1/models", "listModels", "The model, its defaults and its limits.", listed)
     yield Operation("get /v1/models/{id}", "model", "The model with this name.", one, (404,))
@@ -230,7 +230,8 @@ def lora_operations() -> Iterator[Operation]:
     description = (
         "LoRA adapters: loaded ones, those that requests get unless they name others, and all names."
     )
-    yield Operation("get /v1/list_loras", "listLoras", description, state)
+    model = {"model": string("Whose adapters, on a server of several models; by default the first one's.")}
+    yield Operation("get /v1/list_loras", "listLoras", description, state, query=model)
     name, scale = {"type": "string"}, {"type": "number", "minimum": -100, "maximum": 100}
     adapter = {
         field: {"anyOf": [kind, {"type": "array", "items": kind}], "description": text}
@@ -252,7 +253,7 @@ def lora_operations() -> Iterator[Operation]:
         ("merge_lora_weights", "mergeLoraWeights", merge, (), target | strength),
         ("unmerge_lora_weights", "unmergeLoraWeights", unmerge, (), target),
     ):
-        body = {JSON: obj(fields, required, closed=True)}
+        body = {JSON: obj(fields | model, required, closed=True)}
         yield Operation(f"post /v1/{route}", call, text, state, (401,), {}, body, key="admin")
 
 

@@ -28,6 +28,11 @@ class ServeOptions:
     """End with an error if the port is taken, instead of using the next free port."""
     served_model_name: str | None = None
     """Name of the model in the API. Default: the model's own name."""
+    models: tuple[str, ...] = ()
+    """Several models behind one server, in place of --model-path: hub ids or directories, each alone or as
+    NAME=MODEL. A request names one in its field `model`; without, the first one runs it. The model that was
+    used least recently leaves the GPU where not all fit.
+    """
     api_key: tuple[str, ...] = ()
     """API keys that clients send as `Authorization: Bearer KEY`. The environment variable TINYDIFF_API_KEY
     may hold more, separated by commas.

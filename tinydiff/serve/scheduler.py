@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -20,18 +20,15 @@ from tinydiff.config import NoProgress
 from tinydiff.parallel.ranks import Ranks
 from tinydiff.records import Frames, Request, Sound
 from tinydiff.runtime import fit, postprocess, torch_state
-from tinydiff.runtime.blueprint import Blueprint, Model
 from tinydiff.runtime.clock import Clock
 from tinydiff.runtime.continuous import BatchSlot
-from tinydiff.runtime.device import Device
-from tinydiff.runtime.loras import Read
 from tinydiff.runtime.shortage import short_of_memory
 from tinydiff.serve import housekeeping, outputs, warmup
-from tinydiff.serve.adapters import Adapters
 from tinydiff.serve.events import Events
 from tinydiff.serve.files import Files
 from tinydiff.serve.housekeeping import STORE_ERRORS, retried, server_name
-from tinydiff.serve.jobs import DONE, Busy, Failure, Job, Status, Stopping
+from tinydiff.serve.jobs import DONE, Busy, Failure, Job, Status, Stopping, Turn
+from tinydiff.serve.loading import Loading
 from tinydiff.serve.metrics import Metrics
 from tinydiff.serve.options import ServeOptions
 from tinydiff.serve.running import (
@@ -43,7 +40,7 @@ from tinydiff.serve.running import (
     next_to_start,
     usage,
 )
-from tinydiff.serve.service import QueuePlace, State, Watch
+from tinydiff.serve.service import QueuePlace, ServedModel, State, Watch, find
 from tinydiff.serve.storage import Uploader
 from tinydiff.serve.store import CANCELLED, Store
 
@@ -59,33 +56,31 @@ class DeviceScheduler:
     def __init__(
         self,
         options: ServeOptions,
-        blueprint: Blueprint,
+        models: Sequence[ServedModel],
         store: Store,
         files: Files,
         metrics: Metrics,
         request_of: Callable[[Job], Request],
-        adapters: Adapters,
         uploader: Uploader | None = None,
         ranks: Ranks | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """request_of: a job's admitted request; raises UserError. adapters: what LoRA adapters are loaded.
-        uploader: gets finished outputs. ranks: this rank, which leads, among several. clock: in seconds, for
-        idle_unload.
+        """request_of: a job's admitted request; raises UserError. uploader: gets finished outputs. ranks:
+        this rank, which leads, among several. clock: in seconds, for idle_unload.
         """
-        self.options, self.blueprint, self.metrics = options, blueprint, metrics
+        self.options, self.models, self.metrics = options, models, metrics
         self.store, self.files, self.uploader = store, files, uploader
-        self.request_of, self.adapters = request_of, adapters
-        self._attached: tuple[Read, ...] | None = None
+        self.request_of = request_of
         self.name = server_name()
         self.events = Events()
-        self.device = Device(adapters.base, options.batching_max_size, ranks)
+        self.loading = Loading(options, models, metrics, ranks, clock)
+        self.device = self.loading.device
+        self._turn = Turn("", 0.0)
         self._jobs: dict[str, RunningJob] = {}
         self._times = JobTimes(options.batching_max_size)
         self._cancelled: set[str] = set()
         self._state = State("loading", 0, 0, None, "")
-        self._asleep = self._ending = False
-        self.clock, self._last_used, self._compiled = clock, clock(), 0
+        self._ending, self._compiled = False, 0
         self._savers = ThreadPoolExecutor(2, "saver")
         self._job_ended = threading.Condition()
         self._wake_up, self._closing = threading.Event(), threading.Event()
@@ -153,17 +148,21 @@ class DeviceScheduler:
         return 1000 if eta is None else min(10_000, max(200, int(eta * 250)))
 
     def state(self) -> State:
-        idle = self._state.phase == "ready" and self.device.model is None
+        idle = self._state.phase == "ready" and not self.device.loaded_names()
         return self._state._replace(phase="asleep") if idle else self._state
+
+    def loaded(self) -> frozenset[str]:
+        return self.device.loaded_names()
 
     def sleep(self) -> None:
         if self._jobs or self.store.counts().get("queued", 0):
             raise Busy(self._times.until_done("image", 1) or 5.0)
-        self._asleep = True
+        self.loading.asleep = True
         self._wake_up.set()
 
     def wake(self) -> None:
-        self._asleep, self._last_used = False, self.clock()
+        self.loading.asleep = False
+        self.loading.used()
         self._wake_up.set()
 
     def figures(self) -> Mapping[str, Any]:
@@ -201,7 +200,6 @@ class DeviceScheduler:
     @torch_state.default_torch_state()
     def _device_loop(self) -> None:
         try:
-            self._load()
             self._warm_up()
             self._set_phase("compiling")
             while not self._ending:
@@ -227,31 +225,14 @@ class DeviceScheduler:
         if phase == "failed" or self._state.phase not in ("stopping", "failed"):
             self._state = State(phase, done, total, None, detail)
 
-    def _load(self) -> Model:
-        """The model, loaded onto the device unless it is there."""
-        if self.device.model is None:
-            started = time.perf_counter()
-            if self.device.waits:
-                self.device.wake()
-            else:
-                self.device.load()
-                self._attached = ()
-            seconds = time.perf_counter() - started
-            self.metrics.stage("load", seconds)
-            self.metrics.loaded(True)
-            log.info("%s loaded in %.1f s", self.blueprint.row.name, seconds)
-        if (adapters := self.adapters.now()) is not self._attached:
-            self.device.attach(adapters)
-            self._attached = adapters
-        return self.device.loaded()
-
     def _warm_up(self) -> None:
-        """Run the declared warm-up requests."""
-        batches = warmup.batches(self.options, self.blueprint, self.request_of)
-        for i, (request, count) in enumerate(batches):
-            self._set_phase("warming", i, len(batches))
-            self._load()
-            warmup.make(self.device, request, count)
+        """Load each model, the first one last, and run the declared warm-up requests."""
+        for model in reversed(self.models):
+            self.loading.load(model.name)
+            batches = warmup.batches(self.options, model, self.request_of)
+            for i, (request, count) in enumerate(batches):
+                self._set_phase("warming", i, len(batches))
+                warmup.make(self.device, request, count)
 
     def _check_compiling(self) -> None:
         """Count finished compilations. The server is ready once those of the warm-up are done."""
@@ -263,17 +244,18 @@ class DeviceScheduler:
 
     def _take_jobs(self) -> None:
         """Take jobs from the queue while the device has room."""
-        while self._state.phase in ("compiling", "ready") and not self._asleep and self._room():
+        while self._state.phase in ("compiling", "ready") and not self.loading.asleep and self._room():
             job = retried(self._next_job, self._closing)
             if job is None:
                 return
             if not self._jobs and self.options.batching_delay_ms:
                 # Wait for requests that come together.
                 self._closing.wait(self.options.batching_delay_ms / 1000)
-            self._last_used = self.clock()
+            self.loading.used()
             self.events.open(job)
             try:
-                request, model = self.request_of(job), self._load()
+                request = self.request_of(job)
+                model = self.loading.load(find(self.models, job.model).name)
                 started = time.perf_counter()
                 conditioning = self.device.condition(job.id, request)
             except Exception as error:
@@ -287,7 +269,16 @@ class DeviceScheduler:
             self.events.publish(job, 0, running.total)
 
     def _next_job(self) -> Job | None:
-        return self.store.take(self.name, time.time() + self.options.lease)
+        """The next job from the queue. While images of a model are to be made it is of that model, whose turn
+        ends when the others have waited for all that came before it began.
+        """
+        lease = time.time() + self.options.lease
+        if self.device.loop.slots or any(running.waiting for running in list(self._jobs.values())):
+            return self.store.take(self.name, lease, self._turn)
+        job = self.store.take(self.name, lease)
+        if job is not None:
+            self._turn = Turn(job.model, time.time())
+        return job
 
     def _room(self) -> bool:
         return has_room(self._jobs.values(), self.device.loop.slots, self.options.batching_max_size)
@@ -299,7 +290,7 @@ class DeviceScheduler:
             index, job, started = running.waiting.popleft(), running.job, time.perf_counter()
             previews = 0 if index else running.previews
             try:
-                self._load()
+                self.loading.load()
                 self.device.start(job.id, index, job.priority, previews, job.owner)
                 running.spent("denoise", time.perf_counter() - started)
             except Exception as error:
@@ -314,7 +305,7 @@ class DeviceScheduler:
 
     def _step(self) -> None:
         result = self.device.step()
-        self._last_used = self.clock()
+        self.loading.used()
         if result.error is not None:
             self._fail(result.slots[0].job, result.error)
             return
@@ -364,23 +355,15 @@ class DeviceScheduler:
             self._savers.submit(self._save, running, slot.index, frames, parameters, output_made.sound)
 
     def _idle(self) -> None:
-        """Wait for jobs.
-
-        The weights are unloaded on request, or after `idle_unload` seconds without a job. The next job loads
-        them again.
-        """
-        unused = self.options.idle_unload and self.clock() - self._last_used > self.options.idle_unload
-        if self.device.model is not None and not self._jobs and (self._asleep or unused):
-            waits = self.device.unload(keep=self.options.unload_to == "host")
-            self.metrics.loaded(False)
-            where = " to the host's memory" if waits else ""
-            log.info("the weights were unloaded from the device%s", where)
-        if self._asleep:
+        """Wait for jobs. Unused weights leave the device."""
+        if not self._jobs:
+            self.loading.unload_unused()
+        if self.loading.asleep:
             self._set_phase("asleep")
-            self._asleep = not (retried(self.store.counts, self._closing) or {}).get("queued", 0)
-        if not self._asleep and self._state.phase == "asleep":
+            self.loading.asleep = not (retried(self.store.counts, self._closing) or {}).get("queued", 0)
+        if not self.loading.asleep and self._state.phase == "asleep":
             self._set_phase("loading")
-            self._load()
+            self.loading.load()
             self._set_phase("compiling")
         self._wake_up.wait(POLL_S)
         self._wake_up.clear()  # before the queue is read, so that a job which comes then wakes this thread

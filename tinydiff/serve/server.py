@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +70,11 @@ def normalise(argv: Sequence[str]) -> tuple[Serve, list[str]]:
             )
         argv = ["--model-path", *argv]
     file, typed = flags.from_command_line(argv, [*config.NAMES, *OWN], SEVERAL)
-    _refuse({name: value for name, value in flags.merged(file, typed).items() if name not in TAKEN})
+    given = flags.merged(file, typed)
+    _refuse({name: value for name, value in given.items() if name not in TAKEN})
+    if "models" in given and "model_path" in given:
+        message = "a model is named by it and others by --models; put all into --models, the default first"
+        raise UserError("model_path", f"model_path: {message}")
     taken = {name: value for name, value in typed.items() if name in TAKEN}
     return values.filled(Serve, file), command_line.words(Serve, taken)
 
@@ -162,19 +165,14 @@ def build(model: ModelOptions, options: ServeOptions, ranks: Ranks | None = None
 
     Raises UserError.
     """
-    from tinydiff.runtime import backends
-    from tinydiff.serve import admission, storage, warmup
-    from tinydiff.serve.adapters import Adapters
+    from tinydiff.serve import admission, models, storage, warmup
     from tinydiff.serve.files import Files, claim, secret
     from tinydiff.serve.metrics import Metrics
     from tinydiff.serve.scheduler import DeviceScheduler
-    from tinydiff.serve.service import AdmittedRequests, Service
+    from tinydiff.serve.service import AdmittedRequests, Service, find
     from tinydiff.serve.store import open_store
 
-    plan = backends.read(model)
-    if plan.foreign is not None and options.lora_dir is not None:
-        message = f"{plan.foreign.library} loads adapters at the start; give them with --lora-path"
-        raise UserError("lora_dir", f"lora_dir: {message}")
+    served = models.read(model, options)
     folder = paths.path(options.state_dir, "state_dir")
     signing = secret(folder)
     kept = (
@@ -190,20 +188,20 @@ def build(model: ModelOptions, options: ServeOptions, ranks: Ranks | None = None
     cloud = storage.from_environment()
     uploader = None if cloud is None else storage.Uploader(cloud, files, store)
 
-    adapters = Adapters(plan, options.lora_dir)
-    admit, requests = partial(admission.admitted, adapters, files, options), AdmittedRequests()
+    requests = AdmittedRequests()
+
+    def admit(job: Job) -> Request:
+        return admission.admitted(find(served, job.model).adapters, files, options, job)
 
     def request_of(job: Job) -> Request:
         return requests.take(job.id) or admit(job)
 
-    scheduler = DeviceScheduler(options, plan, store, files, metrics, request_of, adapters, uploader, ranks)
-    name = options.served_model_name or model.model_path
-    for job in warmup.jobs(options, plan.row):
-        admit(job)  # refuses a size that the model cannot make
+    scheduler = DeviceScheduler(options, served, store, files, metrics, request_of, uploader, ranks)
+    for each in served:
+        for job in warmup.jobs(options, each):
+            admit(job)  # refuses a size that the model cannot make
     started = int(time.time())
-    return Service(
-        options, plan, name, started, store, files, scheduler, metrics, adapters, uploader, requests
-    )
+    return Service(options, served, served[0], started, store, files, scheduler, metrics, uploader, requests)
 
 
 def listening(options: ServeOptions) -> socket.socket:
@@ -281,6 +279,9 @@ def serve(asked: Serve) -> int:
     count = layout.count(asked.parallel, place and place.size)
     if count == 1:
         return serve_here(asked)
+    if asked.server.models:
+        message = f"several models share one GPU, and {count} ranks are asked for; start a server for each"
+        raise UserError("models", f"models: {message}")
     from tinydiff.serve import several
 
     return several.serve(asked, count, place, serve_here)
@@ -318,8 +319,9 @@ def serve_here(
     for number in signals:
         signal.signal(number, stop)
     with running(service, sock) as address:
+        names = ", ".join(model.name for model in service.models)
         print(
-            f"tinydiff: {service.name} at {address} (page /, API {address}/v1, documentation /docs)",
+            f"tinydiff: {names} at {address} (page /, API {address}/v1, documentation /docs)",
             flush=True,
         )
         while not told.wait(0.5):

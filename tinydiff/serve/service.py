@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from tinydiff.records import UserError, nearest, shown
 from tinydiff.serve.jobs import Job, files_of
 from tinydiff.serve.options import ServeOptions
 
@@ -120,6 +121,10 @@ class Scheduler(Protocol):
         """The phase of the scheduler and its progress."""
         ...
 
+    def loaded(self) -> frozenset[str]:
+        """The names of the models that are on the device."""
+        ...
+
     def sleep(self) -> None:
         """Unload the weights from the device. Raises Busy while jobs run or wait."""
         ...
@@ -177,24 +182,66 @@ def image_bytes(request: Request) -> int:
 
 
 @dataclass(frozen=True)
+class ServedModel:
+    """A model of a server. name: that for clients."""
+
+    name: str
+    blueprint: Blueprint
+    adapters: Adapters
+
+
+def find(models: Sequence[ServedModel], name: str) -> ServedModel:
+    """The model with this name: its own or its released one; "" is the first. Raises UserError."""
+    if not name:
+        return models[0]
+    own = [model for model in models if model.name == name]
+    released = [model for model in models if model.blueprint.row.name == name]
+    if not own and len(released) != 1:  # of two of one release the name says nothing
+        names = [model.name for model in models]
+        hint = nearest(name, [*names, *(model.blueprint.row.name for model in models)])
+        message = f"this server does not serve {shown(name)}; it serves {', '.join(map(repr, names))}{hint}"
+        raise UserError("model", f"model: {message}")
+    return (own or released)[0]
+
+
+@dataclass(frozen=True)
 class Service:
-    """A running server."""
+    """A running server, seen as that of one of its models, by default of the first."""
 
     options: ServeOptions
-    blueprint: Blueprint
-    name: str
-    """The model's name for clients."""
+    models: tuple[ServedModel, ...]
+    model: ServedModel
+    """The model that this view is of."""
     created: int
     """When the server started, in seconds since 1970."""
     store: Store
     files: Files
     scheduler: Scheduler
     metrics: Metrics
-    adapters: Adapters
     uploader: Uploader | None = None
     """Uploads outputs to object storage; None where none is configured."""
     requests: AdmittedRequests = field(default_factory=AdmittedRequests)
     """Admitted requests whose jobs wait for the device."""
+
+    @property
+    def name(self) -> str:
+        """The model's name for clients."""
+        return self.model.name
+
+    @property
+    def blueprint(self) -> Blueprint:
+        return self.model.blueprint
+
+    @property
+    def adapters(self) -> Adapters:
+        return self.model.adapters
+
+    def of(self, name: str) -> Service:
+        """The server as that of the model with this name: its own or its released one; "" is the first.
+
+        Raises UserError.
+        """
+        return replace(self, model=find(self.models, name))
 
     def forget(self, job: Job) -> bool:
         """Remove a finished job and all its files, here and in object storage. False where it is gone."""

@@ -75,7 +75,7 @@ def rank_main(asked: Serve, chosen: Layout, lead: Lead, signals: tuple[signal.Si
 def _follow(asked: Serve, ranks: Ranks) -> int:
     launch.log_to_stderr("error")
     base = Adapters(backends.read(asked.model)).base
-    device = Device(base, asked.server.batching_max_size, ranks)
+    device = Device({"": base}, asked.server.batching_max_size, ranks)
     try:
         device.follow()
     except RankError:

@@ -19,7 +19,7 @@ from tinydiff.serve.jobs import Failure, Job, Output
 COLUMNS = (
     "id", "kind", "owner", "status", "priority", "progress",
     "created_at", "started_at", "completed_at", "expires_at", "pinned", "server",
-    "lease", "attempts", "idempotency", "error", "outputs", "result", "rest",
+    "lease", "attempts", "idempotency", "model", "error", "outputs", "result", "rest",
 )  # fmt: skip
 """Columns of a job. `error`, `outputs`, `result` and `rest`, its other fields, are JSON."""
 
@@ -44,6 +44,7 @@ STEPS: tuple[tuple[str, ...], ...] = (
             WHERE idempotency <> '' AND status IN ('queued', 'in_progress')""",
         "CREATE TABLE tinydiff_turns (owner TEXT PRIMARY KEY, last_start DOUBLE PRECISION NOT NULL)",
     ),
+    ("ALTER TABLE tinydiff_jobs ADD COLUMN model TEXT DEFAULT '' NOT NULL",),
 )
 """Migrations: the statements that lead from version n to n + 1. A released one never changes."""
 

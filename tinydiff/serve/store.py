@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args
 
 from tinydiff.serve import sql
-from tinydiff.serve.jobs import DONE, Busy, Failure, Job, Kind, Output, Status, Unreachable
+from tinydiff.serve.jobs import DONE, Busy, Failure, Job, Kind, Output, Status, Turn, Unreachable
 
 CONNECTIONS = 8
 """Most connections; a call waits for a free one. A statement takes under 1 ms, so more are not faster."""
@@ -104,11 +104,13 @@ class Store:
             raise queued
         return queued
 
-    def take(self, server: str, lease_until: float) -> Job | None:
+    def take(self, server: str, lease_until: float, turn: Turn | None = None) -> Job | None:
         """The next queued job for `server`, now in progress with a lease until `lease_until`; None if none.
 
         Order: the highest priority, then the owner with the fewest running jobs, then the owner served least
-        recently, then the oldest job.
+        recently, then the oldest job. turn: the model whose turn it is. Where the next job is of another
+        model, jobs of this one that came before the turn began may still overtake it, but for those of a
+        lower priority.
         """
         if not self._uncertain and not self._select(
             "SELECT 1 FROM tinydiff_jobs WHERE status = 'queued' LIMIT 1"
@@ -116,26 +118,30 @@ class Store:
             return None  # a read does not wait for writers
         ticket = self._uncertain.pop() if self._uncertain else secrets.token_hex(8)
         mine = "SELECT {columns} FROM tinydiff_jobs WHERE {held} AND server = :server AND ticket = :ticket"
-        next_in_line = """SELECT queued.id, queued.owner {line}
-            AND (queued.pinned = 0 OR queued.server = :server)
+        next_in_line = """SELECT queued.id, queued.owner, queued.model, queued.priority {line}
+            AND (queued.pinned = 0 OR queued.server = :server) %s
             ORDER BY queued.priority DESC, COALESCE(running.jobs, 0), COALESCE(turns.last_start, 0),
             queued.created_at, queued.id
             LIMIT 1 {skip}"""
+        of_turn = "AND queued.model = :model AND queued.created_at <= :began AND queued.priority >= :priority"
         take = """UPDATE tinydiff_jobs SET status = 'in_progress', server = :server,
             lease = :until + {skew}, started_at = :now, progress = 0, attempts = attempts + 1,
             ticket = :ticket WHERE id = :id"""
-        turn = """INSERT INTO tinydiff_turns (owner, last_start) VALUES (:owner, :now)
+        owners_turn = """INSERT INTO tinydiff_turns (owner, last_start) VALUES (:owner, :now)
             ON CONFLICT (owner) DO UPDATE SET last_start = excluded.last_start"""
 
         def work(execute: Execute) -> Job | None:
             if taken := _jobs(execute(mine, server=server, ticket=ticket)):
                 return taken[0]
-            found = execute(next_in_line, server=server).fetchone()
+            found = execute(next_in_line % "", server=server).fetchone()
+            if found is not None and turn is not None and found[2] != turn.model:
+                values = {**turn._asdict(), "priority": found[3]}
+                found = execute(next_in_line % of_turn, server=server, **values).fetchone()
             if found is None:
                 return None
-            id, owner = found
+            id, owner = found[:2]
             execute(take, id=id, server=server, until=lease_until, now=time.time(), ticket=ticket)
-            execute(turn, owner=owner, now=time.time())
+            execute(owners_turn, owner=owner, now=time.time())
             return _jobs(execute(mine, server=server, ticket=ticket))[0]
 
         try:
@@ -248,7 +254,9 @@ class Store:
         return jobs[:limit], len(jobs) > limit
 
     def position(self, job: Job) -> int:
-        """How many jobs `take` would return before this one if none were added or finished."""
+        """How many jobs `take` would return before this one if none were added or finished, and models had no
+        turns.
+        """
         # Fair share: by priority, then by the owner's running jobs plus this job's place among the owner's
         # queued ones. Of equals the owner with more running jobs comes first, then the one served least
         # recently.

@@ -8,7 +8,7 @@ from dataclasses import replace
 import falcon
 
 from tinydiff.records import UserError, nearest
-from tinydiff.serve.admission import admitted_job, discard, idempotency, read_job
+from tinydiff.serve.admission import admitted_job, discard, idempotency, of_model, read_job
 from tinydiff.serve.answers import describe
 from tinydiff.serve.body import fingerprint, integer, parameters, read_body
 from tinydiff.serve.downloads import FileContent, base_url, expired, send_output
@@ -137,6 +137,7 @@ class Remix:
             kind="video",
             created_at=time.time(),
             owner=source.owner,
+            model=source.model,
             fields={**source.fields, **changed},
             answer={**source.answer, "fingerprint": fingerprint([id, body])},
             priority=source.priority,
@@ -149,7 +150,7 @@ class Remix:
         }
         job = replace(job, inputs=copies)
         try:
-            job = admitted_job(self.service, job)
+            job = admitted_job(of_model(self.service, source.model), job)
         except BaseException:
             discard(self.service, job)
             raise

@@ -12,15 +12,14 @@ from tinydiff.serve.jobs import Job
 from tinydiff.serve.options import ServeOptions
 
 if TYPE_CHECKING:
-    from tinydiff.models.registry import ReleasedModel
     from tinydiff.records import Request
-    from tinydiff.runtime.blueprint import Blueprint
     from tinydiff.runtime.device import Device
+    from tinydiff.serve.service import ServedModel
 
 
-def jobs(options: ServeOptions, row: ReleasedModel) -> list[Job]:
+def jobs(options: ServeOptions, model: ServedModel) -> list[Job]:
     """A job for each declared size, by default the model's own. Raises UserError for an invalid size."""
-    is_video = (options.warmup_num_frames or row.num_frames) > 1
+    is_video = (options.warmup_num_frames or model.blueprint.row.num_frames) > 1
     if not options.warmup_steps:
         return []
     queued = []
@@ -36,16 +35,17 @@ def jobs(options: ServeOptions, row: ReleasedModel) -> list[Job]:
             fields |= {"width": int(width), "height": int(height)}
         if options.warmup_num_frames is not None:
             fields["num_frames"] = options.warmup_num_frames
-        queued.append(Job("warm-up", "video" if is_video else "image", time.time(), fields=fields))
+        kind = "video" if is_video else "image"
+        queued.append(Job("warm-up", kind, time.time(), model=model.name, fields=fields))
     return queued
 
 
 def batches(
-    options: ServeOptions, blueprint: Blueprint, admitted: Callable[[Job], Request]
+    options: ServeOptions, model: ServedModel, admitted: Callable[[Job], Request]
 ) -> list[tuple[Request, int]]:
     """(request, batch size) of each warm-up. A compiled model has two graphs: for one image and for more."""
-    counts = (1, 2) if blueprint.compiled and options.batching_max_size > 1 else (1,)
-    return [(admitted(job), count) for job in jobs(options, blueprint.row) for count in counts]
+    counts = (1, 2) if model.blueprint.compiled and options.batching_max_size > 1 else (1,)
+    return [(admitted(job), count) for job in jobs(options, model) for count in counts]
 
 
 def make(device: Device, request: Request, count: int) -> None:
