@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from tinydiff import weight_plan
 from tinydiff.config import ModelOptions, ParallelOptions, SamplingOptions
+from tinydiff.entries import EntryDict
 from tinydiff.parallel.cost import Machine
 from tinydiff.parallel.layout import AXES, AXIS_OPTIONS, Layout
 from tinydiff.records import UserError, nearest
@@ -81,7 +82,7 @@ class PlanOptions:
         return SamplingOptions(**self._shared_with(SamplingOptions))
 
     @property
-    def model_options(self) -> dict[str, Any]:
+    def model_options(self) -> EntryDict:
         """The other options of the model."""
         return self._shared_with(ModelOptions)
 
@@ -99,7 +100,7 @@ class PlanOptions:
             raise UserError(name, f"{name}: every layout is compared; give --placements too to see one")
         return ParallelOptions(num_gpus=None if asked and self.num_gpus == 1 else self.num_gpus, **asked)
 
-    def _shared_with(self, record: type) -> dict[str, Any]:
+    def _shared_with(self, record: type) -> EntryDict:
         shared = (entry.name for entry in fields(self) if entry.metadata.get("same") is record)
         return {name: getattr(self, name) for name in shared}
 
@@ -237,7 +238,7 @@ def in_memory(question: PlanOptions, plan: MemoryPlan) -> str:
     return f"expected peak {plan.peak / 1e9:.1f} GB of {question.vram:g} GB: {how}"
 
 
-def _memory_json(plan: MemoryPlan) -> dict[str, Any]:
+def _memory_json(plan: MemoryPlan) -> EntryDict:
     return {
         "fits": plan.fits,
         "peak_bytes": plan.peak,
@@ -321,7 +322,7 @@ def assumptions(question: PlanOptions, subject: Subject, reserved: float, refere
         yield "replicas (--data-parallel-size) are left out: they make no single request faster"
 
 
-def _question_json(question: PlanOptions, subject: Subject) -> dict[str, Any]:
+def _question_json(question: PlanOptions, subject: Subject) -> EntryDict:
     request = subject.request
     return {
         "model": subject.name,
@@ -337,13 +338,13 @@ def _question_json(question: PlanOptions, subject: Subject) -> dict[str, Any]:
     }
 
 
-def _layouts_json(subject: Subject, estimates: Sequence[Estimate]) -> dict[str, Any]:
+def _layouts_json(subject: Subject, estimates: Sequence[Estimate]) -> EntryDict:
     first = best(estimates)
     recommended = named(first.layout) if first.lacks <= 0 else None
     return {"recommended": recommended, "layouts": [_estimate_json(subject, each) for each in estimates]}
 
 
-def _cards_json(subject: Subject, cards: Sequence[tuple[Estimate, Estimate | None]]) -> dict[str, Any]:
+def _cards_json(subject: Subject, cards: Sequence[tuple[Estimate, Estimate | None]]) -> EntryDict:
     rows = []
     for plain, helped in cards:
         extra = None if helped is None else _estimate_json(subject, helped)
@@ -351,7 +352,7 @@ def _cards_json(subject: Subject, cards: Sequence[tuple[Estimate, Estimate | Non
     return {"cards": rows}
 
 
-def _estimate_json(subject: Subject, each: Estimate) -> dict[str, Any]:
+def _estimate_json(subject: Subject, each: Estimate) -> EntryDict:
     return {
         "layout": named(each.layout),
         "options": flags(each.layout),

@@ -41,7 +41,7 @@ class _Mistake(Exception):
     """Carries a UserError through tyro, which would print a ValueError in a box of its own."""
 
 
-def words(record: type, entries: Mapping[str, Any]) -> list[str]:
+def words(record: type, entries: Mapping[str, object]) -> list[str]:
     """Options of a record as words of a command line, each once, its value in JSON.
 
     JSON keeps several values, values that begin with a dash and maps in one word.
@@ -71,7 +71,7 @@ def show(commands: Mapping[str, Command], about: str, argv: Sequence[str]) -> No
         _cli(_union(commands, {}), argv, description=about)
 
 
-def _union(commands: Mapping[str, Command], defaults: Mapping[str, Any]) -> Any:
+def _union(commands: Mapping[str, Command], defaults: Mapping[str, object]) -> Any:
     """The type of every command's record. defaults: of the chosen command."""
     import tyro
 
@@ -128,7 +128,7 @@ def _structure(about: StructTypeInfo) -> StructConstructorSpec | None:
     return StructConstructorSpec(make, tuple(fields))
 
 
-def _overridden(defaults: Any, chosen: dict[str, Any]) -> Any:
+def _overridden(defaults: Any, chosen: dict[str, object]) -> Any:
     """`defaults` with the given fields; a map is added to that of `defaults`."""
     for name, value in chosen.items():
         if isinstance(value, dict):

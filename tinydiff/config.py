@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
 from tinydiff import command_line, flags, paths
+from tinydiff.entries import Entries
 from tinydiff.records import UserError, shown
 from tinydiff.residency import Mode, OnOom, PerformanceMode, Policy
 from tinydiff.values import Attention, LogLevel, Precision, filled, outcome, within
@@ -148,7 +149,7 @@ class SamplingOptions:
     """Settings of the step cache, which they turn on (enable_cache_dit): Fn=1 blocks run at every step,
     warmup=4 steps run all blocks, rdt=0.24 is how far the change of the first blocks may differ, mc=3 steps
     in a row reuse at most."""
-    diffusers_kwargs: Mapping[str, Any] = _empty()
+    diffusers_kwargs: Mapping[str, object] = _empty()
     """Further arguments of the pipeline with --backend diffusers, as JSON: {"clip_skip": 1}."""
     audio: bool | None = None
     """Make the sound of a video too. It is on by default where the model makes sound. --no-audio is
@@ -426,14 +427,14 @@ def normalise(argv: Sequence[str]) -> tuple[Options, list[str]]:
     return _with_others(filled(Options, file), others), command_line.words(Options, own)
 
 
-def options(entries: Mapping[str, Any]) -> Options:
+def options(entries: Entries) -> Options:
     """The options of a library call: names with dashes or underscores, and their values. Raises UserError."""
     collected = flags.collect(entries.items(), NAMES)
     others = {name: value for name, value in collected.items() if name not in NAMES}
     return checked(_with_others(filled(Options, collected), others))
 
 
-def _with_others(parsed: Options, others: Mapping[str, Any]) -> Options:
+def _with_others(parsed: Options, others: Entries) -> Options:
     """The options, with what SGLang's other flags ask for refused or ignored."""
     sentences = [flags.refusal(name, value) for name, value in others.items() if name not in flags.SERVER]
     refusals = tuple(sentence for sentence in sentences if sentence)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tinydiff import paths
+from tinydiff.entries import EntryDict
 from tinydiff.records import UserError, shown
 
 MOST_TEXT = 1_000_000
@@ -75,7 +76,7 @@ def _of_yaml(text: str) -> Any:
     return None if node is None else loader.construct_document(node)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> EntryDict:
     """The pairs as a dict. Raises KeyError for a repeated key."""
     mapping = {}
     for key, value in pairs:

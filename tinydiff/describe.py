@@ -42,7 +42,7 @@ def run(options: InspectOptions) -> int:
     return 0
 
 
-def as_json(item: Contents) -> dict[str, Any]:
+def as_json(item: Contents) -> dict[str, object]:
     """Every fact that is known."""
     return {name: _jsonable(value) for name, value in asdict(item).items() if value not in NOTHING}
 

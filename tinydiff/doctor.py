@@ -6,8 +6,8 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from tinydiff.entries import EntryDict
 from tinydiff.records import UserError
 from tinydiff.values import positional
 from tinydiff.version import __version__
@@ -65,7 +65,7 @@ def _parity(options: DoctorOptions) -> int:
     return 0 if all(result.equal for _, results in outcome for result in results) else 1
 
 
-def machine() -> dict[str, Any]:
+def machine() -> EntryDict:
     """Versions, devices and what runs on them, as JSON values."""
     import torch
 
@@ -114,7 +114,7 @@ def _listed(installed: Mapping[str, str | None]) -> str:
     return ", ".join(f"{name} {number or '(not installed)'}" for name, number in installed.items())
 
 
-def _text(report: dict[str, Any]) -> str:
+def _text(report: EntryDict) -> str:
     lines = [
         f"tinydiff {report['tinydiff']}, Python {report['python']}, {report['system']}",
         _listed(report["packages"]),

@@ -15,6 +15,12 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, TypeGuard, Union, get_args, get_origin, get_type_hints
 
+Entries = Mapping[str, Any]
+"""Values by name, as a file or a user gives them; each is checked where it is read."""
+EntryDict = dict[str, Any]
+"""The same, in the making."""
+
+
 MOST = 2**24
 """No width, size or count of a network is larger."""
 
@@ -60,7 +66,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 SHOWN = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
 
-def typed(record: type, entries: Mapping[str, Any]) -> dict[str, Any]:
+def typed(record: type, entries: Entries) -> EntryDict:
     """Those of `entries` that are fields of `record`, lists made tuples.
 
     Raises ValueError, one sentence, naming the field.
@@ -70,7 +76,7 @@ def typed(record: type, entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def _kinds(record: type) -> dict[str, Any]:
+def _kinds(record: type) -> EntryDict:
     hints = get_type_hints(record)
     return {field.name: hints[field.name] for field in fields(record)}
 
@@ -83,14 +89,14 @@ def value(name: str, kind: Any, entry: Any) -> Any:
         raise ValueError(f"{name} is {_brief(entry)}; it must be {error}") from None
 
 
-def mapping(name: str, entry: object) -> Mapping[str, Any]:
+def mapping(name: str, entry: object) -> Entries:
     """An entry that must be an object. Raises ValueError, one sentence, naming the field."""
     if not is_object(entry):
         raise ValueError(f"{name} is {entry!r}; it must be an object")
     return entry
 
 
-def is_object(entry: object) -> TypeGuard[Mapping[str, Any]]:
+def is_object(entry: object) -> TypeGuard[Entries]:
     """Whether a value of a JSON file is an object."""
     return isinstance(entry, Mapping)
 

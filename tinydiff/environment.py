@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinydiff import paths
+from tinydiff.entries import EntryDict
 from tinydiff.records import UserError, shown
 from tinydiff.values import read
 
@@ -64,13 +65,13 @@ def _environment_integer(name: str) -> int:
     return int(text)
 
 
-def overlay_registry() -> dict[str, Any]:
+def overlay_registry() -> EntryDict:
     """Source repository -> its overlay, as the environment says it. Raises UserError.
 
     TINYDIFF_MODEL_OVERLAY_REGISTRY and SGLANG_DIFFUSION_MODEL_OVERLAY_REGISTRY each hold a JSON object or the
     path of a JSON file. The first wins.
     """
-    entries: dict[str, Any] = {}
+    entries: EntryDict = {}
     for name in ("SGLANG_DIFFUSION_MODEL_OVERLAY_REGISTRY", "TINYDIFF_MODEL_OVERLAY_REGISTRY"):
         text = os.environ.get(name, "").strip()
         if not text:
@@ -125,7 +126,7 @@ CACHE_DIT: Mapping[str, tuple[str, Any]] = {
 """End of a variable TINYDIFF_CACHE_DIT_... -> the setting of the package cache-dit, and SGLang's default."""
 
 
-def cache_dit() -> dict[str, Any] | None:
+def cache_dit() -> EntryDict | None:
     """The settings of cache-dit from the environment; None where it is not switched on. Raises UserError.
 
     TINYDIFF_CACHE_DIT_ENABLED, else SGLANG_CACHE_DIT_ENABLED, switches it on. The ends of `CACHE_DIT` in

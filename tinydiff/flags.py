@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any
 
 from tinydiff import config_file, paths, unsupported
+from tinydiff.entries import Entries, EntryDict
 from tinydiff.records import LONGEST, UserError, nearest, shown
 from tinydiff.values import is_positional, of_python, options_of, read
 
@@ -101,7 +102,7 @@ def tokens(argv: Sequence[str]) -> Iterator[tuple[str, Any]]:
         yield name, values or True
 
 
-def of_tool(argv: Sequence[str], record: type) -> dict[str, Any]:
+def of_tool(argv: Sequence[str], record: type) -> EntryDict:
     """The options of a command whose record has one field without a flag, or none, as `collect`.
 
     A flag takes one value there, a switch `true`, `false` or none. Further words are of the field without a
@@ -124,7 +125,7 @@ def of_tool(argv: Sequence[str], record: type) -> dict[str, Any]:
 
 def from_command_line(
     argv: Sequence[str], names: Collection[str], repeatable: Collection[str] = ()
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[EntryDict, EntryDict]:
     """What the `--config FILE` of a command line gives, and what the command line itself does, as `collect`.
 
     Raises UserError.
@@ -135,7 +136,7 @@ def from_command_line(
     return collect(entries, names), typed
 
 
-def merged(file: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
+def merged(file: Entries, typed: Entries) -> EntryDict:
     """The options of a config file, overridden by those of a command line; maps are joined."""
     maps = (*MAPS, *unsupported.MAPS)
     joined = {name: file[name] | typed[name] for name in maps if name in file and name in typed}
@@ -148,7 +149,7 @@ def collect(
     dashes: bool = False,
     repeatable: Collection[str] = (),
     foreign: bool = True,
-) -> dict[str, Any]:
+) -> EntryDict:
     """Rename one source's (name, value) pairs to tinydiff's options; None means that an option is not given.
 
     Aliases, shorthands and forms per component are resolved. names: the options. dashes: whether messages
@@ -157,7 +158,7 @@ def collect(
     nearest one, and for two spellings of one option.
     """
     names = [*names, *(MAPS if foreign else ()), *(SHAPES if "height" in names else ())]
-    options: dict[str, Any] = {}
+    options: EntryDict = {}
     spelled: dict[str, str] = {}
 
     def display(name: str) -> str:

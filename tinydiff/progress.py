@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any, TextIO, cast
+from typing import TextIO, cast
 
 from tinydiff.config import NoProgress
+from tinydiff.entries import EntryDict
 from tinydiff.printing import SafeStream
 
-BAR: dict[str, Any] = {
+BAR: EntryDict = {
     "unit": "step",
     "leave": False,
     "smoothing": 0,

@@ -9,6 +9,8 @@ from pathlib import Path
 from reprlib import Repr
 from typing import TYPE_CHECKING, Any
 
+from tinydiff.entries import Entries, EntryDict
+
 if TYPE_CHECKING:
     import numpy
     import torch
@@ -339,7 +341,7 @@ class Request:
     """None: every step runs every block."""
     notes: Mapping[str, str] = field(default_factory=dict[str, str])
     """Option -> where its value came from, or why it has no effect, where that may surprise."""
-    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    arguments: Entries = field(default_factory=EntryDict)
     """Arguments of the pipeline that runs it, where another library does."""
 
     @property
@@ -356,7 +358,7 @@ class Result:
     """For each seed: uint8 [frames, height, width, 3], or layers with alpha [layers, height, width, 4]."""
     latents: tuple[torch.Tensor, ...]
     """For each seed: the latents that the autoencoder decodes, [C, frames or layers, H, W], float32, CPU."""
-    parameters: Mapping[str, Any]
+    parameters: Entries
     """Every effective parameter, as JSON values."""
     seeds: tuple[int, ...]
     seconds: Mapping[str, float]

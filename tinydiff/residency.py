@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any, Literal, TypeVar
 
+from tinydiff.entries import Entries
 from tinydiff.records import UserError, check_known
 
 V = TypeVar("V")
@@ -211,7 +212,7 @@ def _tuned(
         "policy": ("layerwise_residency_policy", "dit_layerwise_residency_policy"),
     }
     for field, (by_component, of_dit) in own.items():
-        values_of: Mapping[str, Any] = getattr(options, by_component)
+        values_of: Entries = getattr(options, by_component)
         values = _exact(by_component, values_of, roles)
         option, value = by_component, values[name][1] if name in values else None
         if value is None and roles[name] == "dit":

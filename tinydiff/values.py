@@ -20,6 +20,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from tinydiff import unsupported
+from tinydiff.entries import Entries
 from tinydiff.records import UserError, nearest, shown
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -112,7 +113,7 @@ def _docstrings(module: str) -> Mapping[str, Mapping[str, str]]:
     return found
 
 
-def filled(record: type[Record], entries: Mapping[str, Any]) -> Record:
+def filled(record: type[Record], entries: Entries) -> Record:
     """A record with those of `entries` that are its options, or those of a record in it. Raises UserError.
 
     None, and an empty list where the default is one, mean that an option is not given.

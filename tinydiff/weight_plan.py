@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinydiff.config import ParallelOptions, SamplingOptions
 from tinydiff.parallel import layout
@@ -22,7 +22,7 @@ def text(
     sampling: SamplingOptions,
     parallel: ParallelOptions,
     as_json: bool,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> str:
     """The plan of every weight on the layout that a generation with these options has. Raises UserError."""
     from tinydiff.runtime import estimate, launch  # torch, for those who get here
@@ -55,7 +55,7 @@ def lines(networks: Mapping[str, NetworkPlacements]) -> Iterator[str]:
         yield ""
 
 
-def objects(networks: Mapping[str, NetworkPlacements]) -> dict[str, Any]:
+def objects(networks: Mapping[str, NetworkPlacements]) -> dict[str, object]:
     """The same with every weight by its own name."""
     return {
         name: {

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tinydiff.entries import Entries
 from tinydiff.io.hub import read_json
 from tinydiff.records import UserError
 
@@ -41,7 +42,7 @@ def template(directory: Path) -> Callable[[Turns], str] | None:
     return render
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(path: Path) -> Entries:
     return read_json(path) if path.is_file() else {}
 
 
@@ -51,7 +52,7 @@ def _is_token(name: str, token: Any) -> bool:
     )
 
 
-def _rendered(source: str, directory: Path, values: Mapping[str, Any]) -> str:
+def _rendered(source: str, directory: Path, values: Entries) -> str:
     """The template rendered in Jinja's sandbox: it comes with the weights and may be malicious."""
     from jinja2 import TemplateError
     from jinja2.ext import loopcontrols

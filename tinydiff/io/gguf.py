@@ -49,7 +49,7 @@ class Contents(NamedTuple):
     """What a header says. lacks: bytes that it speaks of and that are not there."""
 
     tensors: Mapping[str, Placed]
-    metadata: Mapping[str, Any]
+    metadata: Mapping[str, object]
     lacks: int
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
+from tinydiff.entries import Entries
 from tinydiff.io import archive, gguf
 
 Format = Literal["safetensors", "pickle", "gguf"]
@@ -36,7 +37,7 @@ class Header:
 
     format: Format
     tensors: Mapping[str, Tensor]
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Entries = field(default_factory=dict)
     lacks: int = 0
 
 

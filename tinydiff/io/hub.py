@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tinydiff import paths
+from tinydiff.entries import Entries, EntryDict
 from tinydiff.entries import value as typed_value
 from tinydiff.io import repositories
 from tinydiff.io.variants import unchosen
@@ -28,7 +28,7 @@ they would double the download.
 UNWANTED = ("*onnx*", "*flax*", "*openvino*", "pe/*")
 """Of that, what is not run. So are weights of variants that are not loaded."""
 
-SETTINGS: dict[str, Any] = {
+SETTINGS: EntryDict = {
     "boundary_ratio": float | None,
     "expand_timesteps": bool | None,
     "is_distilled": bool | None,
@@ -49,7 +49,7 @@ class Index:
 
     class_name: str
     components: dict[str, tuple[str, str]]
-    options: dict[str, Any]
+    options: EntryDict
 
 
 def resolve(
@@ -144,7 +144,7 @@ def read_index(folder: Path) -> Index:
     return index_of(read_json(path), str(path))
 
 
-def index_of(entries: Mapping[str, Any], where: str) -> Index:
+def index_of(entries: Entries, where: str) -> Index:
     """What the entries of a model_index.json say. where: its path, for messages. Raises UserError."""
     if not entries.get("_class_name") or not isinstance(entries["_class_name"], str):
         raise UserError("model_path", f"model_path: {where!r} names no pipeline class (_class_name)")
@@ -162,7 +162,7 @@ def index_of(entries: Mapping[str, Any], where: str) -> Index:
     return Index(entries["_class_name"], components, options)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> EntryDict:
     """Read a JSON object; the bare `Infinity` and `NaN` that some released configs hold are accepted.
 
     Raises UserError otherwise.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinydiff import paths
 from tinydiff.io.parameters import as_ascii, as_text, read
@@ -87,7 +87,10 @@ def cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def encode_image(
-    image: np.ndarray, extension: str, quality: int | None = None, parameters: Mapping[str, Any] | None = None
+    image: np.ndarray,
+    extension: str,
+    quality: int | None = None,
+    parameters: Mapping[str, object] | None = None,
 ) -> bytes:
     """The bytes of an image file, with `parameters` as JSON in its metadata.
 
@@ -116,7 +119,7 @@ def encode_image(
     return out.getvalue()
 
 
-def read_image_parameters(path: Path) -> dict[str, Any]:
+def read_image_parameters(path: Path) -> dict[str, object]:
     """The parameters that `encode_image` stored in an image (or a GIF's comment), {} if there are none."""
     from PIL import Image
 

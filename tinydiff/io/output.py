@@ -8,13 +8,13 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinydiff import paths
+from tinydiff.entries import Entries, EntryDict
 from tinydiff.io.atomic import write_new
 from tinydiff.io.images import ALPHA_EXTENSIONS, IMAGE_EXTENSIONS, encode_image, read_image_parameters
 from tinydiff.io.video import (
@@ -220,7 +220,7 @@ def save(
     target: Target,
     frames: np.ndarray | Frames,
     encoding: Encoding,
-    parameters: Mapping[str, Any] | None = None,
+    parameters: Entries | None = None,
     index: int = 0,
     count: int = 1,
     sound: Sound | None = None,
@@ -253,7 +253,7 @@ def write(
     extension: str,
     frames: np.ndarray | Frames,
     encoding: Encoding,
-    parameters: Mapping[str, Any] | None = None,
+    parameters: Entries | None = None,
     sound: Sound | None = None,
 ) -> None:
     """Write frames as those of `save` to a new `path`: a file of that format, or a directory of frames.
@@ -290,7 +290,7 @@ def write(
         )
 
 
-def read_parameters(path: Path) -> dict[str, Any]:
+def read_parameters(path: Path) -> EntryDict:
     """The generation parameters that `save` stored in a file or directory of frames, {} if there are none."""
     if path.is_dir():
         return read_parameters(path / "00000.png")

@@ -25,6 +25,7 @@ from typing import Any
 from filelock import FileLock
 
 from tinydiff import environment, paths
+from tinydiff.entries import Entries
 from tinydiff.io import hub, repositories
 from tinydiff.records import UserError
 
@@ -78,7 +79,7 @@ class Overlay:
     patterns: tuple[str, ...] = ()
     mappings: tuple[Mapped, ...] = ()
     code: str | None = None
-    manifest: Mapping[str, Any] = field(default_factory=dict)
+    manifest: Entries = field(default_factory=dict)
 
 
 def named(model: str, revision: str | None = None) -> Overlay | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def as_text(parameters: Mapping[str, Any]) -> str:
+def as_text(parameters: Mapping[str, object]) -> str:
     """Parameters as JSON that can be encoded: readable UTF-8, or ASCII if a string has a lone surrogate."""
     text = json.dumps(dict(parameters), ensure_ascii=False, default=str)
     try:
@@ -17,7 +17,7 @@ def as_text(parameters: Mapping[str, Any]) -> str:
     return text
 
 
-def as_ascii(parameters: Mapping[str, Any], most: int | None = None) -> bytes:
+def as_ascii(parameters: Mapping[str, object], most: int | None = None) -> bytes:
     """Parameters as ASCII JSON of at most `most` bytes: long strings are cut until it fits."""
     text, length = json.dumps(dict(parameters), default=str), 4096
     while most is not None and len(text) > most and length:
@@ -26,7 +26,7 @@ def as_ascii(parameters: Mapping[str, Any], most: int | None = None) -> bytes:
     return text.encode("ascii")
 
 
-def read(text: str | bytes | None) -> dict[str, Any]:
+def read(text: str | bytes | None) -> dict[str, object]:
     """The parameters in a text; {} if another program wrote it."""
     try:
         parameters = json.loads(text or "{}")

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tinydiff.entries import Entries
 from tinydiff.io.eight_bits import EightBits
 from tinydiff.io.floats import EIGHT_BITS, FLOATS
 from tinydiff.io.ggml import FP4
@@ -168,9 +169,9 @@ def _beside(keys: list[str]) -> dict[str, dict[str, str]]:
     return beside
 
 
-def _formats(archive: Archive, beside: Mapping[str, Mapping[str, str]]) -> dict[str, Mapping[str, Any]]:
+def _formats(archive: Archive, beside: Mapping[str, Mapping[str, str]]) -> dict[str, Entries]:
     """Layer, with its dot -> what ComfyUI's marker says of it."""
-    formats: dict[str, Mapping[str, Any]] = {}
+    formats: dict[str, Entries] = {}
     layers = json.loads((archive.metadata() or {}).get("_quantization_metadata", "{}")).get("layers", {})
     for layer in beside:
         names = (layer[:-1], re.sub(r"^(?:model\.)?diffusion_model\.", "", layer[:-1]))
@@ -183,7 +184,7 @@ def _formats(archive: Archive, beside: Mapping[str, Mapping[str, str]]) -> dict[
 
 
 def _recipe(
-    archive: Archive, key: str, dtype: str, own: Mapping[str, str], said: Mapping[str, Any] | None
+    archive: Archive, key: str, dtype: str, own: Mapping[str, str], said: Entries | None
 ) -> Recipe | None:
     """How a weight is decoded; None for a plain one with nothing but what is about its input.
 

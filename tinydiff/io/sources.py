@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tinydiff.entries import Entries
 from tinydiff.io.hub import Index, index_of, read_index, read_json
 from tinydiff.keymap import KeyMap
 from tinydiff.records import UserError
@@ -35,12 +36,12 @@ class Component:
     name: str
     library: str
     class_name: str
-    json: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    json: Mapping[str, Entries] = field(default_factory=dict)
     files: Path | None = None
     keys: Callable[[Any], KeyMap] | None = None
     option: str = "model_path"
 
-    def entries(self, file: str = "config.json") -> Mapping[str, Any]:
+    def entries(self, file: str = "config.json") -> Entries:
         """The entries of a JSON file. Raises UserError where there is none."""
         if file not in self.json:
             raise UserError(self.option, f"{self.option}: {self.where(file)!r} does not exist")
@@ -74,7 +75,7 @@ class Checkpoint:
 
     name: str
     class_name: str
-    options: Mapping[str, Any]
+    options: Entries
     components: Mapping[str, Component]
 
 
@@ -88,7 +89,7 @@ def from_directory(directory: Path, name: str) -> Checkpoint:
     )
 
 
-def from_released(name: str, files: Mapping[str, Any]) -> Checkpoint:
+def from_released(name: str, files: Entries) -> Checkpoint:
     """A released model of which only the JSON files are here; see `models.released`."""
     index = index_of(files["model_index"], name)
     json = {part: {"config.json": entries["config"]} for part, entries in files["components"].items()}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from tinydiff.entries import value
+from tinydiff.entries import Entries, EntryDict, value
 from tinydiff.io import chat
 from tinydiff.io.hub import read_json
 from tinydiff.records import UserError
@@ -121,7 +121,7 @@ class Settings(NamedTuple):
 
     kind: str
     named: dict[str, str]
-    added: dict[int, dict[str, Any]]
+    added: dict[int, EntryDict]
     side: str
     extra_ids: int
 
@@ -172,7 +172,7 @@ T = TypeVar("T")
 WORDS = {str: "a string", list: "a list", dict: "an object"}
 
 
-def _of_type(entries: Mapping[str, Any], name: str, kind: type[T]) -> T:
+def _of_type(entries: Entries, name: str, kind: type[T]) -> T:
     """An entry, empty where it is left out or null. Raises ValueError for one of another type."""
     given = entries.get(name)
     if given is not None and not isinstance(given, kind):

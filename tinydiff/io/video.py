@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from tinydiff.io.parameters import as_ascii, as_text, read
 from tinydiff.records import Frames, Sound, UserError
@@ -77,7 +77,7 @@ def write_video(
     fps: float,
     quality: int | None = None,
     preset: str = "fast",
-    parameters: Mapping[str, Any] | None = None,
+    parameters: Mapping[str, object] | None = None,
     sound: Sound | None = None,
 ) -> None:
     """Write uint8 RGB frames [T, H, W, 3] as a video, with `parameters` as JSON in its comment.
@@ -107,7 +107,7 @@ def check_encoder(extension: str) -> None:
         raise UserError("output_file_name", f"output_file_name: {missing}; choose {others}")
 
 
-def read_video_parameters(path: Path) -> dict[str, Any]:
+def read_video_parameters(path: Path) -> dict[str, object]:
     """The parameters that `write_video` stored in an MP4 or WebM, {} if there are none."""
     import av
 
@@ -131,7 +131,7 @@ def _write_coded(
     fps: float,
     quality: int,
     preset: str,
-    parameters: Mapping[str, Any] | None,
+    parameters: Mapping[str, object] | None,
     sound: Sound | None,
 ) -> None:
     import av
@@ -218,7 +218,7 @@ def write_wav(path: Path, sound: Sound) -> None:
         file.writeframes(whole.tobytes())
 
 
-def _write_gif(path: Path, frames: np.ndarray, fps: float, parameters: Mapping[str, Any] | None) -> None:
+def _write_gif(path: Path, frames: np.ndarray, fps: float, parameters: Mapping[str, object] | None) -> None:
     first, *rest = _paletted(frames)
     ends = [round(100 * index / fps) for index in range(len(frames) + 1)]
     comment = b"" if parameters is None else as_ascii(parameters)

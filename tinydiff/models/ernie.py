@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinydiff.entries import Entries
 from tinydiff.models.encoders import decoder_lm
 from tinydiff.models.encoders.decoder_generate import Sampling, generate
 from tinydiff.models.family import Denoiser
@@ -260,7 +260,7 @@ NEUTRAL_SAMPLING = {
 """Other sampling entries of generation_config.json, at the values that change nothing."""
 
 
-def _sampling(entries: Mapping[str, Any]) -> Sampling:
+def _sampling(entries: Entries) -> Sampling:
     """The pipeline's own sampling, completed by generation_config.json and transformers' defaults.
 
     Raises UserError for an entry that is not supported.
@@ -322,7 +322,7 @@ def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
     return replace(on_grid(branches, vae, request.output, PIXEL), revised=revised)
 
 
-def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+def must_fit(c: Config, nets: Entries, row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What this network's config must say to fit the components around it: (field, value, why)."""
     for field in ("in_channels", "out_channels"):
         yield field, nets["vae"].z_dim, "the vae's latents need"

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from tinydiff.entries import Entries, EntryDict
 from tinydiff.keymap import AS_IS, KeyMap
 from tinydiff.models.recipe import Context, LoopInputs, Patch, Stage
 from tinydiff.models.registry import ReleasedModel
@@ -27,7 +28,7 @@ Recipe = Callable[[Config, Context, Request], LoopInputs | tuple[Stage, ...]]
 """(config, context of the loaded model, request) -> the loop's inputs, or the stages of several loops."""
 Keys = Callable[[Config], KeyMap]
 """config -> the map between rows and keys in a component's files."""
-Read = Callable[[Mapping[str, Any], str], Config]
+Read = Callable[[Entries, str], Config]
 """(entries of config.json, class name) -> config."""
 States = tuple[int, ...] | Mapping[str, tuple[int, ...]]
 """Numbers of hidden states, or pipeline class -> those."""
@@ -45,22 +46,22 @@ def no_components(c: Config) -> tuple[str, ...]:
     return ()
 
 
-def no_options(c: Config) -> Mapping[str, tuple[str, Mapping[str, Any]]]:
+def no_options(c: Config) -> Mapping[str, tuple[str, Entries]]:
     """No components that a user may add."""
     return {}
 
 
-def no_shift(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
+def no_shift(c: Config, tokens: int, steps: int, scheduler: Entries) -> float | None:
     """No dynamic shift of the schedule."""
     return None
 
 
-def one_frame(c: Config, options: Mapping[str, Any]) -> tuple[int, ...]:
+def one_frame(c: Config, options: Entries) -> tuple[int, ...]:
     """A video may start from one input frame."""
     return (1,)
 
 
-def no_tokens(c: Config, configs: Mapping[str, Any]) -> int:
+def no_tokens(c: Config, configs: Entries) -> int:
     """No tokens before those of the prompt."""
     return 0
 
@@ -97,7 +98,7 @@ class Denoiser:
     heads: Callable[[Config], int]
     """Heads of attention, for keys as for queries."""
     head_width: HeadWidth
-    must_fit: Callable[[Config, Mapping[str, Any], ReleasedModel], Iterator[tuple[str, int, str]]]
+    must_fit: Callable[[Config, Entries, ReleasedModel], Iterator[tuple[str, int, str]]]
     """(config, configs of the components by name, row) -> (field, the value that it must have, why)."""
 
     pooled: bool = False
@@ -108,14 +109,14 @@ class Denoiser:
     """The rule that combines the velocities of two branches, a name in `sampling.guidance`."""
     extra_components: Callable[[Config], tuple[str, ...]] = no_components
     """Components that it needs beside transformer, vae, text_encoder, tokenizer and scheduler."""
-    optional_components: Callable[[Config], Mapping[str, tuple[str, Mapping[str, Any]]]] = no_options
+    optional_components: Callable[[Config], Mapping[str, tuple[str, Entries]]] = no_options
     """Components that a user may add to the model: name -> (class, entries of its released config.json)."""
     hidden_states: Mapping[str, States] = field(default_factory=dict[str, States])
     """Language model -> the numbers of its hidden states that are read; negative numbers count from the end.
 
     By pipeline class where the pipelines differ.
     """
-    mu: Callable[[Config, int, int, Mapping[str, Any]], float | None] = no_shift
+    mu: Callable[[Config, int, int, Entries], float | None] = no_shift
     """(config, image tokens, steps, scheduler_config.json) -> dynamic shift of the schedule."""
     linear_grid: bool = False
     """Whether the pipeline gives its scheduler the sigmas 1, 1 - 1/S, ..., 1/S."""
@@ -131,18 +132,18 @@ class Denoiser:
     """
     crops_images: bool = False
     """Whether an input image keeps its aspect: it is resized to cover the output and cut at its centre."""
-    input_frames: Callable[[Config, Mapping[str, Any]], tuple[int, ...]] = one_frame
+    input_frames: Callable[[Config, Entries], tuple[int, ...]] = one_frame
     """(config, settings in model_index.json) -> the numbers of input frames a video may have.
 
     One is the first frame; two are the first and the last.
     """
     keyframes: bool = False
     """Whether an input image may stand at any frame of a video; `input_frames` does not count then."""
-    config_overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    config_overrides: Mapping[str, Entries] = field(default_factory=dict[str, Entries])
     """Component -> fields of its config that the pipeline sets, in place of those in config.json."""
     pad_tokens: Callable[[int], int] = no_padding
     """Tokens of an image or text -> pad tokens behind them."""
-    leading_tokens: Callable[[Config, Mapping[str, Any]], int] = no_tokens
+    leading_tokens: Callable[[Config, Entries], int] = no_tokens
     """(config, configs of the components by name) -> tokens of the text stream before those of the prompt."""
     unshown_frames: Callable[[Config], int] = no_frames
     """Frames at the start of a decoded video that are left out."""
@@ -169,7 +170,7 @@ class Encoder:
     biased: bool
     keys: Keys = as_is
     read: Read | None = None
-    preprocessor: tuple[str, Callable[[Mapping[str, Any], Config], dict[str, Any]]] | None = None
+    preprocessor: tuple[str, Callable[[Entries, Config], EntryDict]] | None = None
     """(component of the preprocessor's files, (their entries, config) -> fields of the config)."""
     plain: Encoder | None = None
     """As in `Denoiser`."""

@@ -9,15 +9,15 @@ Shape letters: B batch, T text tokens, L image tokens, P latent values of a toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
+from tinydiff.entries import Entries
 from tinydiff.models import joint
 from tinydiff.models.encoders import clip_text, t5
 from tinydiff.models.family import Denoiser
@@ -258,7 +258,7 @@ def prepare_edit(c: Config, context: Context, request: Request) -> LoopInputs:
     return _prepare(c, context, request, [latents(image) for image in request.images.originals])
 
 
-def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+def must_fit(c: Config, nets: Entries, row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What this network's config must say to fit the components around it: (field, value, why)."""
     values = nets["vae"].z_dim * prod(PATCH)
     yield "in_channels", values, "the vae's latents need"

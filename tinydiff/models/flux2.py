@@ -11,15 +11,15 @@ width, S steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinydiff.entries import Entries
 from tinydiff.models.encoders import decoder_lm
 from tinydiff.models.family import Denoiser
 from tinydiff.models.joint import IMAGE, TEXT, Streams, heads, joint_attention, rope_tables, split
@@ -372,7 +372,7 @@ def prepare_klein(c: Config, context: Context, request: Request) -> LoopInputs:
     return _prepare(c, context, request, texts, None, KLEIN_LAYERS)
 
 
-def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
+def mu(c: Config, tokens: int, steps: int, scheduler: Entries) -> float | None:
     """The dynamic shift of the schedule, linear in `steps` between its values at 10 and 200 steps.
 
     Each of the two values is linear in `tokens`. Above 4300 image tokens the shift is that of 200 steps.
@@ -383,7 +383,7 @@ def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> floa
     return slope * steps + (many - 200 * slope)
 
 
-def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+def must_fit(c: Config, nets: Entries, row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What this network's config must say to fit the components around it: (field, value, why)."""
     yield "in_channels", nets["vae"].z_dim, "the vae's latents need"
     if c.out_channels is not None:

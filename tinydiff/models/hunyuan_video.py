@@ -12,7 +12,7 @@ D width, S steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from tinydiff.entries import Entries
 from tinydiff.models import joint, token_refiner
 from tinydiff.models.encoders import clip_text, decoder_lm, llava_vision
 from tinydiff.models.encoders.qwen_vision import expand, place
@@ -347,7 +348,7 @@ def prepare_image(c: Config, context: Context, request: Request) -> LoopInputs:
     return on_grid(branches, vae, output, patch(c), given_tokens, trace)
 
 
-def leading_tokens(c: Config, configs: Mapping[str, Any]) -> int:
+def leading_tokens(c: Config, configs: Entries) -> int:
     """Tokens of the text stream before those of the prompt: of the image."""
     every = EVERY[c.image_condition_type or TOKEN_REPLACE]
     return -(-configs["vision"].tokens // every) if "vision" in configs else 0
@@ -358,7 +359,7 @@ def unshown_frames(c: Config) -> int:
     return 4 if c.image_condition_type == LATENT_CONCAT else 0
 
 
-def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+def must_fit(c: Config, nets: Entries, row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What this network's config must say to fit the components around it: (field, value, why)."""
     z = nets["vae"].z_dim
     yield "in_channels", 2 * z + 1 if c.image_condition_type == LATENT_CONCAT else z, "the vae's latents need"

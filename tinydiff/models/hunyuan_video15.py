@@ -12,14 +12,14 @@ values of a token, D width, S steps.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinydiff.entries import Entries
 from tinydiff.models import joint, token_refiner
 from tinydiff.models.encoders import decoder_lm, siglip_vision, t5
 from tinydiff.models.family import Denoiser
@@ -320,7 +320,7 @@ def extra_components(c: Config) -> tuple[str, ...]:
     return ("text_encoder_2", "tokenizer_2", *tower)
 
 
-def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+def must_fit(c: Config, nets: Entries, row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What this network's config must say to fit the components around it: (field, value, why)."""
     z = nets["vae"].z_dim
     yield "in_channels", 2 * z + 1, "the vae's latents need"

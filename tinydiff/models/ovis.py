@@ -9,14 +9,14 @@ Shape letters: B batch, T text tokens, L image tokens, P latent values of a toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from tinydiff.entries import Entries
 from tinydiff.models import joint
 from tinydiff.models.encoders import decoder_lm
 from tinydiff.models.family import Denoiser
@@ -182,7 +182,7 @@ def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
     return on_grid([{"text": text[None]} | shared for text in hidden], vae, request.output, PATCH)
 
 
-def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+def must_fit(c: Config, nets: Entries, row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What this network's config must say to fit the components around it: (field, value, why)."""
     values = nets["vae"].z_dim * prod(PATCH)
     yield "in_channels", values, "the vae's latents need"

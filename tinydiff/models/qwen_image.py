@@ -11,10 +11,9 @@ head width, S steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import numpy
 import torch
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from tinydiff.entries import Entries
 from tinydiff.models import qwen_prompts
 from tinydiff.models.family import Denoiser
 from tinydiff.models.joint import IMAGE, TEXT, Streams, feed_forward, heads, joint_attention
@@ -412,7 +412,7 @@ def patch(c: Config) -> Patch:
     return 1, c.patch_size, c.patch_size
 
 
-def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
+def mu(c: Config, tokens: int, steps: int, scheduler: Entries) -> float | None:
     """The dynamic shift of the schedule.
 
     Layered's pipeline has a shift of its own, which grows with an image's side, whatever the scheduler's
@@ -421,7 +421,7 @@ def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> floa
     return (tokens / 256) ** 0.5 if c.use_layer3d_rope else shift_by_tokens(tokens, scheduler)
 
 
-def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+def must_fit(c: Config, nets: Entries, row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What this network's config must say to fit the components around it: (field, value, why)."""
     vae = nets["vae"]
     yield "in_channels", vae.z_dim * prod(patch(c)), "the vae's latents need"

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy
 import torch
 from torch import Tensor
 
+from tinydiff.entries import EntryDict
 from tinydiff.models.encoders import decoder_lm, qwen_vision
 from tinydiff.models.encoders.decoder_generate import Sampling, generate
 from tinydiff.models.encoders.qwen_vision import Grid
@@ -93,9 +94,7 @@ def encode_images(context: Context, images: Sequence[numpy.ndarray]) -> ImageTok
     )
 
 
-def _with_images(
-    context: Context, ids_1T: Tensor, image_tokens: ImageTokens
-) -> tuple[Tensor, dict[str, Any]]:
+def _with_images(context: Context, ids_1T: Tensor, image_tokens: ImageTokens) -> tuple[Tensor, EntryDict]:
     """(ids with a place for each image token [1, T + N - images], their positions and embeddings)."""
     language, vision = context.nets["text_encoder"], context.nets["vision"].config
     pad = context.tokenizers["tokenizer"].token_id(PAD)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tinydiff import entries
+from tinydiff.entries import Entries, EntryDict
 from tinydiff.ops import store as stores
 from tinydiff.ops.network import Family, Network
 from tinydiff.ops.patch import patchify, unpatchify
@@ -47,7 +48,7 @@ class Net(Generic[F]):
     plan: Plan
     weights: dict[str, Tensor]
     dtype: torch.dtype
-    generation: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    generation: Entries = field(default_factory=EntryDict)
     """`generation_config.json`, of a language model that writes."""
     adapters: tuple[tuple[str, int], ...] = ()
     """(name, rank) of the adapters beside the weights, in their order along the low-rank leaves."""
@@ -131,7 +132,7 @@ class Context:
     "none" pads to the longest text only. framed (default true): whether the tokens that open and close a
     text are added. The result is on the device.
     """
-    tokenizers: Mapping[str, Any]
+    tokenizers: Entries
     """Component name -> its tokenizer (`io.tokenizer.Tokenizer`), for ids by name and text of ids."""
     encode: Callable[[Tensor], Tensor]
     """Pixels [1, 3 or 4, N, height, width] in [-1, 1] -> the VAE's normalised latents [1, C, F, H, W]."""
@@ -139,7 +140,7 @@ class Context:
     """Latents [N, C, F, H, W] -> pixels [N, 3 or 4, frames, height, width]."""
     resize: Callable[[numpy.ndarray, int, int], numpy.ndarray]
     """(uint8 image [height, width, 3 or 4], height, width) -> the image resized by Lanczos' filter."""
-    options: Mapping[str, Any]
+    options: Entries
     """The pipeline's own settings in model_index.json."""
     device: torch.device
     adapted: Callable[[Mapping[str, float]], Context]
@@ -373,7 +374,7 @@ def reference_tokens(output_tokens: int, references: Sequence[Tensor]) -> GivenT
     return GivenTokens(tokens, denoised[None, :, None])
 
 
-def shift_by_tokens(tokens: int, scheduler: Mapping[str, Any], max_shift: float = 1.15) -> float:
+def shift_by_tokens(tokens: int, scheduler: Entries, max_shift: float = 1.15) -> float:
     """mu of a dynamic shift by the number of image tokens: a line through two points of the config.
 
     scheduler: entries of scheduler_config.json. Source: `calculate_shift` of diffusers' pipelines, with

@@ -6,10 +6,10 @@ Defaults come from the model cards (steps, guidance, shift, sizes) and each repo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tinydiff.entries import Entries, EntryDict
 from tinydiff.records import GuidanceTerms, UserError, nearest
 
 WAN_NEGATIVE = (
@@ -55,7 +55,7 @@ class ReleasedModel:
     steps: int
     guidance: float
     params: int
-    shape: Mapping[str, Any]
+    shape: Entries
     num_frames: int = 1
     fps: int = 16
     flow_shift: float | None = None
@@ -117,16 +117,16 @@ def _wan(
     """A Wan model. shape: its layers, heads and input channels."""
     names = ("num_layers", "num_attention_heads", "in_channels")
     entries = {**dict(zip(names, shape, strict=True))}
-    fields: dict[str, Any] = {"num_frames": frames, "fps": fps, "flow_shift": shift, "stored_shift": shift}
+    fields: EntryDict = {"num_frames": frames, "fps": fps, "flow_shift": shift, "stored_shift": shift}
     fields |= {"solver": "unipc", "negative_prompt": WAN_NEGATIVE} | more
     return ReleasedModel(name, "wan", pipeline, *size, steps, guidance, params, entries, **fields)
 
 
 _480P, _720P, _704P = (480, 832), (720, 1280), (704, 1280)
-_TI2V: dict[str, Any] = {"size_multiple": 32, "images": (0, 1), "expand_timesteps": True}
-_DISTILLED: dict[str, Any] = {"solver": "dmd", "dmd_timesteps": DMD, "negative_prompt": None}
+_TI2V: EntryDict = {"size_multiple": 32, "images": (0, 1), "expand_timesteps": True}
+_DISTILLED: EntryDict = {"solver": "dmd", "dmd_timesteps": DMD, "negative_prompt": None}
 
-_START: dict[str, Any] = {"images": (0, 1), "image_use": "start"}
+_START: EntryDict = {"images": (0, 1), "image_use": "start"}
 """A text-to-image model can also start from an input image."""
 
 QWEN_2512_NEGATIVE = (
@@ -134,11 +134,11 @@ QWEN_2512_NEGATIVE = (
     "构图混乱。文字模糊，扭曲。"
 )
 """The negative prompt on Qwen-Image-2512's card."""
-_QWEN: dict[str, Any] = {"params": 20_430_401_088, "negative_prompt": " "}
-_QWEN_2512: dict[str, Any] = {**_QWEN, "negative_prompt": QWEN_2512_NEGATIVE}
-_QWEN_EDIT: dict[str, Any] = {**_QWEN, "images": (1, 1), "image_use": "references", "reference_multiple": 32}
-_QWEN_EDIT_PLUS: dict[str, Any] = {**_QWEN_EDIT, "images": (1, 3)}
-_QWEN_LAYERED: dict[str, Any] = {**_QWEN_EDIT, "params": 20_430_407_232}
+_QWEN: EntryDict = {"params": 20_430_401_088, "negative_prompt": " "}
+_QWEN_2512: EntryDict = {**_QWEN, "negative_prompt": QWEN_2512_NEGATIVE}
+_QWEN_EDIT: EntryDict = {**_QWEN, "images": (1, 1), "image_use": "references", "reference_multiple": 32}
+_QWEN_EDIT_PLUS: EntryDict = {**_QWEN_EDIT, "images": (1, 3)}
+_QWEN_LAYERED: EntryDict = {**_QWEN_EDIT, "params": 20_430_407_232}
 
 
 def _klein(name: str, distilled: bool, params: int, shape: tuple[int, int, int]) -> ReleasedModel:
@@ -146,19 +146,19 @@ def _klein(name: str, distilled: bool, params: int, shape: tuple[int, int, int])
     names = ("num_layers", "num_single_layers", "num_attention_heads")
     entries = {**dict(zip(names, shape, strict=True)), "is_distilled": distilled}
     steps, guidance, negative = (4, 1.0, None) if distilled else (50, 4.0, "")
-    fields: dict[str, Any] = {"negative_prompt": negative, **_FLUX2}
+    fields: EntryDict = {"negative_prompt": negative, **_FLUX2}
     pipeline, name = "Flux2KleinPipeline", f"black-forest-labs/FLUX.2-klein-{name}"
     return ReleasedModel(name, "flux2", pipeline, 1024, 1024, steps, guidance, params, entries, **fields)
 
 
-_FLUX2: dict[str, Any] = {"images": (0, 10), "image_use": "references"}
-_ERNIE: dict[str, Any] = {
+_FLUX2: EntryDict = {"images": (0, 10), "image_use": "references"}
+_ERNIE: EntryDict = {
     "params": 8_033_490_048,
     "shape": {"num_layers": 36, "hidden_size": 4096},
     "text_tokens": 2048,
 }
 
-_HUNYUAN: dict[str, Any] = {
+_HUNYUAN: EntryDict = {
     "params": 12_821_012_544,
     "num_frames": 129,
     "fps": 24,
@@ -367,7 +367,7 @@ def named(model_id: str) -> ReleasedModel:
     return row
 
 
-def _kind(class_name: str, options: Mapping[str, Any]) -> Kind:
+def _kind(class_name: str, options: Entries) -> Kind:
     experts = 1 if options.get("boundary_ratio") is None else 2
     return class_name, experts, bool(options.get("expand_timesteps")), bool(options.get("is_distilled"))
 
@@ -380,9 +380,7 @@ def describe(kind: Kind) -> str:
     return f"{class_name} with {' and '.join(words)}" if words else class_name
 
 
-def match(
-    class_name: str, options: Mapping[str, Any], transformer: Mapping[str, Any], name: str
-) -> ReleasedModel:
+def match(class_name: str, options: Entries, transformer: Entries, name: str) -> ReleasedModel:
     """The row whose defaults a model directory uses.
 
     It is the row of the directory's name if that has the same kind, else the first row of the kind with

@@ -11,15 +11,15 @@ steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from tinydiff.entries import Entries
 from tinydiff.models.encoders import clip_text, t5
 from tinydiff.models.family import Denoiser
 from tinydiff.models.joint import IMAGE, TEXT, Streams, feed_forward, heads, joint_attention
@@ -310,7 +310,7 @@ def patch(c: Config) -> Patch:
     return 1, c.patch_size, c.patch_size
 
 
-def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> float | None:
+def mu(c: Config, tokens: int, steps: int, scheduler: Entries) -> float | None:
     """The dynamic shift of the schedule, which no released scheduler uses.
 
     The pipeline's own default of max_shift counts only where the scheduler's class has none.
@@ -319,7 +319,7 @@ def mu(c: Config, tokens: int, steps: int, scheduler: Mapping[str, Any]) -> floa
     return shift_by_tokens(tokens, scheduler, 1.15 if euler else 1.16)
 
 
-def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+def must_fit(c: Config, nets: Entries, row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What this network's config must say to fit the components around it: (field, value, why)."""
     for field in ("in_channels", "out_channels"):
         yield field, nets["vae"].z_dim, "the vae's latents need"

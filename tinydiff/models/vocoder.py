@@ -10,16 +10,15 @@ Shape letters: B batch, C channels of sound, T windows of the spectrogram, M mel
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from math import ceil, pi, prod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinydiff.entries import typed
+from tinydiff.entries import Entries, EntryDict, typed
 from tinydiff.keymap import KeyMap, unread
 from tinydiff.models.family import Vocoder
 from tinydiff.ops.weights import Weights
@@ -90,18 +89,18 @@ class Config:
 
 
 BWE = "LTX2VocoderWithBWE"
-_PERIODIC: dict[str, Any] = {
+_PERIODIC: EntryDict = {
     "act_fn": "snakebeta",
     "antialias": True,
     "final_act_fn": None,
     "final_bias": False,
 }
-_FIRST: dict[str, Any] = _PERIODIC | {
+_FIRST: EntryDict = _PERIODIC | {
     "hidden_channels": 1536,
     "upsample_kernel_sizes": (11, 4, 4, 4, 4, 4),
     "upsample_factors": (5, 2, 2, 2, 2, 2),
 }
-_SECOND: dict[str, Any] = _PERIODIC | {
+_SECOND: EntryDict = _PERIODIC | {
     "hidden_channels": 512,
     "upsample_kernel_sizes": (12, 11, 4, 4, 4),
     "upsample_factors": (6, 5, 2, 2, 2),
@@ -109,7 +108,7 @@ _SECOND: dict[str, Any] = _PERIODIC | {
 """Of LTX2VocoderWithBWE's generators: what its config.json leaves out where it is the default."""
 
 
-def read(entries: Mapping[str, Any], class_name: str) -> Config:
+def read(entries: Entries, class_name: str) -> Config:
     """config.json of either class. Raises ValueError, one sentence, naming the field."""
     second = {name.removeprefix("bwe_"): each for name, each in entries.items() if name.startswith("bwe_")}
     names = {each.name for each in fields(Generator)} | {each.name for each in fields(Config)}

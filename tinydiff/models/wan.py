@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from tinydiff.entries import Entries
 from tinydiff.keymap import KeyMap, unread
 from tinydiff.models.encoders import clip_vision, t5
 from tinydiff.models.family import Denoiser
@@ -383,7 +383,7 @@ def extra_components(c: Config) -> tuple[str, ...]:
     return () if c.image_dim is None else ("image_encoder",)
 
 
-def input_frames(c: Config, options: Mapping[str, Any]) -> tuple[int, ...]:
+def input_frames(c: Config, options: Entries) -> tuple[int, ...]:
     """How many input frames a video may have: the first, or the first and the last.
 
     CLIP reads one image, or two where the model has a position table. TI2V takes a first frame only.
@@ -393,7 +393,7 @@ def input_frames(c: Config, options: Mapping[str, Any]) -> tuple[int, ...]:
     return (1,) if options.get("expand_timesteps") else (1, 2)
 
 
-def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+def must_fit(c: Config, nets: Entries, row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What this network's config must say to fit the components around it: (field, value, why)."""
     z = nets["vae"].z_dim
     yield "in_channels", 2 * z + 4 if row.images[0] else z, "the vae's latents need"

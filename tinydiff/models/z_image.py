@@ -9,16 +9,16 @@ Shape letters: B batch, L image tokens, P latent values of a token, D width, H h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from tinydiff.entries import Entries
 from tinydiff.models.encoders import decoder_lm
 from tinydiff.models.family import Denoiser
 from tinydiff.models.joint import Streams, heads, joint_mask, split
@@ -354,7 +354,7 @@ def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
     )
 
 
-def must_fit(c: Config, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
+def must_fit(c: Config, nets: Entries, row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
     """What this network's config must say to fit the components around it: (field, value, why)."""
     yield "in_channels", nets["vae"].z_dim, "the vae's latents need"
     yield "cap_feat_dim", nets["text_encoder"].hidden_size, "the text encoder gives"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tinydiff.entries import EntryDict
 from tinydiff.parallel.plan import Plan
 
 PLAN = Plan()
@@ -21,7 +22,7 @@ class Asked(NamedTuple):
     tokens: Tensor
     inputs: dict[str, Tensor]
     """Of the family's `hoist`."""
-    reference_inputs: dict[str, Any]
+    reference_inputs: EntryDict
     """The reference's keyword arguments."""
     answer: Callable[[Any], Tensor] = lambda output: output.sample
     """What the reference returns -> the velocity of each token."""

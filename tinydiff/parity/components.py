@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinydiff.entries import EntryDict
 from tinydiff.models.autoencoders import hunyuan, hunyuan15, kl, tiny
 from tinydiff.models.autoencoders import wan as wan_vae
 from tinydiff.models.encoders import (
@@ -66,7 +67,7 @@ def _t5(kind: str, prefix: str) -> Case:
 
 def _clip(projects: bool, act: str) -> Case:
     model = clip_text.WITH_PROJECTION if projects else "CLIPTextModel"
-    fields: dict[str, Any] = {
+    fields: EntryDict = {
         "vocab_size": 61, "hidden_size": 24,
         "intermediate_size": 40, "projection_dim": 10,
         "num_hidden_layers": 3,
@@ -92,7 +93,7 @@ def _states(states: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return {"embeddings" if i == 0 else f"layers.{i - 1}": state for i, state in enumerate(states)}
 
 
-_TEXT: dict[str, Any] = {
+_TEXT: EntryDict = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 80, "rms_norm_eps": 1e-5, "pad_token_id": 0,
@@ -167,7 +168,7 @@ def _qwen_vision() -> Case:
 
 def _vision(name: str, module: Any) -> Case:
     """A tower of CLIP's layers. name: of its class in transformers, without its ending."""
-    fields: dict[str, Any] = {
+    fields: EntryDict = {
         "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3,
         "image_size": 21, "patch_size": 7,
         "layer_norm_eps": 1e-3,
@@ -195,7 +196,7 @@ def _llava_vision() -> Case:
         "model_type": "llama", "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1,
         "num_attention_heads": 2, "vocab_size": 30,
     }  # fmt: skip
-    entries: dict[str, Any] = {"vision_config": eyes, "text_config": words}
+    entries: EntryDict = {"vision_config": eyes, "text_config": words}
     c, x = llava_vision.config_from(entries, "LlavaForConditionalGeneration"), draw(2, 3, 21, 21)
 
     build = partial(_transformers, "LlavaModel", "LlavaConfig", **entries)
@@ -266,7 +267,7 @@ ENCODERS: dict[str, tuple[str, Callable[[], Case]]] = {
 
 # --- autoencoders ---
 
-_STATISTICS: dict[str, Any] = {"latents_mean": (0.1, 0.2, -0.3, 0.4), "latents_std": (1.0, 2.0, 0.5, 0.7)}
+_STATISTICS: EntryDict = {"latents_mean": (0.1, 0.2, -0.3, 0.4), "latents_std": (1.0, 2.0, 0.5, 0.7)}
 _WAN = wan_vae.Config(base_dim=6, z_dim=4, num_res_blocks=2, **_STATISTICS)
 _WAN22 = replace(
     _WAN,
@@ -277,7 +278,7 @@ _WAN22 = replace(
     patch_size=2,
     scale_factor_spatial=16,
 )
-_LEVELS: dict[str, Any] = {
+_LEVELS: EntryDict = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,
     "up_block_types": ("UpDecoderBlock2D",) * 3,
 }

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from tinydiff.entries import EntryDict
 from tinydiff.models import (
     ernie,
     family,
@@ -352,7 +353,7 @@ def _ltx2_tables(module: Any) -> None:
 
 # --- the denoisers ---
 
-_NARROW: dict[str, Any] = {
+_NARROW: EntryDict = {
     "num_layers": 2,
     "attention_head_dim": 16,
     "num_attention_heads": 2,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tinydiff.models import registry
 from tinydiff.parity import reference
@@ -179,7 +179,7 @@ def _sentence(stage: Stage) -> str:
     return stage.note or f"{stage.error:.1e}"
 
 
-def as_json(group: Group, results: Iterable[Compared]) -> dict[str, Any]:
+def as_json(group: Group, results: Iterable[Compared]) -> dict[str, object]:
     """The group as plain values; an error that is no number is null."""
     return {
         "family": group.family,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tinydiff.entries import EntryDict
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Row
 from tinydiff.records import UserError
@@ -141,9 +142,9 @@ def built(kind: Any, config: Any) -> nn.Module:
 
 
 @contextmanager
-def overheard(module: nn.Module, names: Iterable[str]) -> Generator[dict[str, Any]]:
+def overheard(module: nn.Module, names: Iterable[str]) -> Generator[EntryDict]:
     """A dict that fills with what the submodules of these names return while the reference runs."""
-    heard: dict[str, Any] = {}
+    heard: EntryDict = {}
 
     def hook(name: str) -> Callable[..., None]:
         return lambda _module, _args, output: heard.__setitem__(name, output)

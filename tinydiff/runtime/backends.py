@@ -9,6 +9,7 @@ from typing import Any
 
 from tinydiff import entries
 from tinydiff.config import ModelOptions, SamplingOptions
+from tinydiff.entries import EntryDict
 from tinydiff.io import hub
 from tinydiff.models import registry
 from tinydiff.models.classes import RECORDS
@@ -44,7 +45,7 @@ class Backend:
     run: Callable[..., Result]
     condition: Callable[[Model, Request], Any]
     make_slot: Callable[..., Any]
-    finish: Callable[[Model, Request, Any], tuple[pipeline.Made, dict[str, Any]]]
+    finish: Callable[[Model, Request, Any], tuple[pipeline.Made, EntryDict]]
     make_loop: Callable[[int, bool], Any]
     fit_colours: Callable[[Model], Any]
 
@@ -56,7 +57,7 @@ def _admit(blueprint: Blueprint, sampling: SamplingOptions, *rest: Any, **more: 
     return admission.admit(blueprint, sampling, *rest, **more)
 
 
-def _finish(model: Model, request: Request, slot: Any) -> tuple[pipeline.Made, dict[str, Any]]:
+def _finish(model: Model, request: Request, slot: Any) -> tuple[pipeline.Made, EntryDict]:
     conditioning, tokens = slot.conditioning, slot.to_image_tokens(slot.denoising.state.x)
     output = pipeline.finish(model, request, slot.inputs, tokens)
     return output, effective.parameters(model, request, conditioning.revised, conditioning.warnings)

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 
 from tinydiff.config import ModelOptions
+from tinydiff.entries import Entries
 from tinydiff.io.sources import Checkpoint, Component
 from tinydiff.io.tokenizer import Tokenizer, load_tokenizer
 from tinydiff.io.variants import has
@@ -88,9 +89,9 @@ class Blueprint:
     nets: Mapping[str, NetPlan[Record]]
     """Component -> its network."""
     tokenizers: Mapping[str, Component]
-    scheduler: Mapping[str, Any]
+    scheduler: Entries
     """`scheduler_config.json`."""
-    options: Mapping[str, Any]
+    options: Entries
     """The pipeline's own settings in `model_index.json`."""
     compiled: bool
     tiling: bool | None

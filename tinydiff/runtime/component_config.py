@@ -41,7 +41,7 @@ def read_config(family: Record, component: Component) -> Any:
     return config
 
 
-def _of_whole_weights(stored: Mapping[str, Any]) -> Mapping[str, Any]:
+def _of_whole_weights(stored: Mapping[str, object]) -> Mapping[str, object]:
     """The entries without what they say of quantised weights, which are decoded as they are read."""
     said = stored.get("quantization_config")
     if said is None:
@@ -53,7 +53,7 @@ def _of_whole_weights(stored: Mapping[str, Any]) -> Mapping[str, Any]:
     return {name: value for name, value in stored.items() if name != "quantization_config"}
 
 
-def _config(family: Record, stored: Mapping[str, Any], class_name: str) -> Any:
+def _config(family: Record, stored: Mapping[str, object], class_name: str) -> Any:
     """The Config whose fields are the file's own; an unknown field that holds null says nothing."""
     entries = {name: value for name, value in stored.items() if not name.startswith("_")}
     known = {f.name for f in fields(family.config)}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tinydiff.config import ModelOptions
+from tinydiff.entries import Entries
 from tinydiff.io import archive, hub, overlay, sources
 from tinydiff.io.sources import Checkpoint, Component
 from tinydiff.io.weight_sources import check_weights, weight_files
@@ -213,7 +214,7 @@ def about(option: str) -> Generator[None]:
         raise UserError(option, f"{option}{str(error).removeprefix('model_path')}") from error
 
 
-def _described(found: Found) -> tuple[str, Mapping[str, Any]]:
+def _described(found: Found) -> tuple[str, Entries]:
     """(class, entries of config.json) of a network that a file holds."""
     for model in found.models:
         for class_name, entries in released.COMPONENTS[model].values():

@@ -73,7 +73,9 @@ class Device:
 
     # --- ranks ---
 
-    def run_command(self, method: Callable[..., T], arguments: Sequence[Any], named: Mapping[str, Any]) -> T:
+    def run_command(
+        self, method: Callable[..., T], arguments: Sequence[Any], named: Mapping[str, object]
+    ) -> T:
         """Run a method on this rank. Raises its error where it failed on all ranks, else RankError."""
         error = None
         try:
@@ -229,7 +231,7 @@ class Device:
         return preview.preview_frame(self.current.to_colours, latents, output.height, output.width)
 
     @on_all_ranks
-    def finish(self, job: str, index: int) -> tuple[Made, dict[str, Any]]:
+    def finish(self, job: str, index: int) -> tuple[Made, dict[str, object]]:
         """(an output whose last step is done, decoded; its effective parameters)."""
         return self.current.backend.finish(
             self.loaded(), self._requests[job][0], self._done.pop((job, index))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 
 from tinydiff import config_file, paths
 from tinydiff.config import ModelOptions
-from tinydiff.entries import is_array
+from tinydiff.entries import Entries, EntryDict, is_array
 from tinydiff.io import hub
 from tinydiff.io.hub import read_json
 from tinydiff.models import registry
@@ -114,7 +114,7 @@ def read(options: ModelOptions) -> Blueprint:
     )
 
 
-def _takes(pipeline: type[Any]) -> dict[str, Any]:
+def _takes(pipeline: type[Any]) -> EntryDict:
     """What a call of a class takes, as fields of `Foreign`."""
     parameters = list(inspect.signature(pipeline.__call__).parameters.values())[1:]
     named = [each for each in parameters if each.kind is not each.VAR_KEYWORD]
@@ -126,7 +126,7 @@ def _takes(pipeline: type[Any]) -> dict[str, Any]:
     }
 
 
-def _modular(library: Any, directory: Path, options: ModelOptions) -> tuple[type[Any], dict[str, Any]]:
+def _modular(library: Any, directory: Path, options: ModelOptions) -> tuple[type[Any], EntryDict]:
     """The class of a pipeline of blocks, and what its blocks take."""
     with explained("model_path", f"read the blocks of {options.model_path!r}"):
         pipe = _blocks_of(library, directory, options)
@@ -180,7 +180,7 @@ def _directory(library: Any, options: ModelOptions) -> Path:
         )
 
 
-def _index(directory: Path, options: ModelOptions) -> dict[str, Any]:
+def _index(directory: Path, options: ModelOptions) -> EntryDict:
     modular = directory / MODULAR
     file = modular if modular.is_file() else directory / "model_index.json"
     if not file.is_file():
@@ -189,7 +189,7 @@ def _index(directory: Path, options: ModelOptions) -> dict[str, Any]:
     return dict(read_json(file))
 
 
-def components_of(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+def components_of(index: Entries) -> dict[str, tuple[str, str]]:
     """Component -> (library, class)."""
     pairs = {name: value for name, value in index.items() if is_array(value) and len(value) > 1}
     return {
@@ -199,9 +199,7 @@ def components_of(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     }
 
 
-def _pipeline_class(
-    library: Any, directory: Path, index: Mapping[str, Any], options: ModelOptions
-) -> type[Any]:
+def _pipeline_class(library: Any, directory: Path, index: Entries, options: ModelOptions) -> type[Any]:
     """The class that runs the model: diffusers' own, or one in the model's code where that is trusted."""
     named, field = index.get("_class_name"), "model_path"
     if options.pipeline_class_name is not None:
@@ -231,7 +229,7 @@ def _brings(directory: Path, component: str, module: str | None) -> bool:
     return bool(module) and (directory / component / f"{module}.py").is_file()
 
 
-def _precisions(index: Mapping[str, Any], options: ModelOptions) -> dict[str, str]:
+def _precisions(index: Entries, options: ModelOptions) -> dict[str, str]:
     """Component -> its type: as asked, else bf16 on a GPU and fp32 on a CPU."""
     usual = "fp32" if here().type == "cpu" else "bf16"
     models = [

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tinydiff import paths
 from tinydiff.config import ModelOptions, ParallelOptions, SamplingOptions
+from tinydiff.entries import Entries
 from tinydiff.io import hub, sources
 from tinydiff.io.sources import Checkpoint
 from tinydiff.models import registry, released, workload
@@ -90,7 +90,7 @@ class Estimate:
 
 
 def subject(
-    model: str, sampling: SamplingOptions, ranks: int, b: int, options: Mapping[str, Any] | None = None
+    model: str, sampling: SamplingOptions, ranks: int, b: int, options: Entries | None = None
 ) -> Subject:
     """Read a model and admit a request as a generation would be, but for images to be given, which have no
     bearing here.
@@ -181,7 +181,7 @@ def _tokens(plan: blueprint.Blueprint, request: Request, references: int) -> tup
     return image + net.family.pad_tokens(image), text + net.family.pad_tokens(text)
 
 
-def blueprint_of(model: str, options: Mapping[str, Any] | None = None) -> blueprint.Blueprint:
+def blueprint_of(model: str, options: Entries | None = None) -> blueprint.Blueprint:
     """A model of which only the configs are read; those of a released model are known. Raises UserError."""
     return blueprint.from_components(_checkpoint(model), ModelOptions(model_path=model, **options or {}))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tinydiff.config import ModelOptions
+from tinydiff.entries import Entries
 from tinydiff.runtime.loras import Chosen
 
 
@@ -24,7 +25,7 @@ class Foreign:
     pipeline: Any
     directory: Path
     options: ModelOptions
-    arguments: Mapping[str, Any]
+    arguments: Entries
     needed: Collection[str]
     open: bool
     precisions: Mapping[str, str]

@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy
 import torch
 
+from tinydiff.entries import EntryDict
 from tinydiff.records import Request, UserError
 from tinydiff.runtime.blueprint import Model
 from tinydiff.runtime.shortage import short_of_memory
@@ -51,7 +52,7 @@ class StepBar:
 
 def call(
     model: Model, request: Request, seed: int, on_step: Callable[[int, int], None]
-) -> tuple[numpy.ndarray, dict[str, Any]]:
+) -> tuple[numpy.ndarray, EntryDict]:
     """(frames uint8 [frames, height, width, 3], values that the pipeline tells) of one seed.
 
     on_step(done, total) is called after each step; what it raises ends the call. Raises UserError for

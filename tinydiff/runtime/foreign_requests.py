@@ -15,6 +15,7 @@ import numpy
 import torch
 
 from tinydiff.config import SamplingOptions, seeds
+from tinydiff.entries import Entries, EntryDict
 from tinydiff.io.images import read_image
 from tinydiff.records import Guidance, InputImages, Output, Request, Schedule, Text, UserError, nearest
 from tinydiff.runtime import postprocess
@@ -126,9 +127,7 @@ def _chosen(foreign: Foreign, sampling: SamplingOptions) -> Iterator[tuple[str, 
         yield name, (argument, list(cast(tuple[object, ...], value)) if isinstance(value, tuple) else value)
 
 
-def _further(
-    foreign: Foreign, further: Mapping[str, Any], chosen: Mapping[str, tuple[str, Any]]
-) -> dict[str, Any]:
+def _further(foreign: Foreign, further: Entries, chosen: Mapping[str, tuple[str, Any]]) -> EntryDict:
     """The arguments of diffusers_kwargs. Raises UserError for one that is not taken, or given twice."""
     field = "diffusers_kwargs"
     for name in further:
@@ -143,7 +142,7 @@ def _further(
     return dict(further)
 
 
-def _check_needed(foreign: Foreign, arguments: Mapping[str, Any], prompts: Iterable[str]) -> None:
+def _check_needed(foreign: Foreign, arguments: Entries, prompts: Iterable[str]) -> None:
     if any(prompts) and not _takes(foreign, "prompt"):
         raise takes_none(foreign, "prompt", "prompt")
     for name in foreign.needed:
@@ -163,7 +162,7 @@ def _check_loras(foreign: Foreign, sampling: SamplingOptions) -> None:
 
 
 def _output(
-    blueprint: Blueprint, sampling: SamplingOptions, arguments: Mapping[str, Any], most_pixels: float
+    blueprint: Blueprint, sampling: SamplingOptions, arguments: Entries, most_pixels: float
 ) -> Output:
     """The size of an output as far as it is known; where nothing says it, the pipeline chooses another."""
     row = blueprint.row
@@ -177,8 +176,8 @@ def _output(
 
 
 def parameters(
-    blueprint: Blueprint, request: Request, frames: numpy.ndarray, steps: int, effective: Mapping[str, Any]
-) -> dict[str, Any]:
+    blueprint: Blueprint, request: Request, frames: numpy.ndarray, steps: int, effective: Entries
+) -> EntryDict:
     """Every effective parameter of an output but the seed, as `runtime.parameters.parameters` has it.
 
     frames, steps: what was made, and in how many steps. effective: what the pipeline itself tells of
@@ -187,7 +186,7 @@ def parameters(
     foreign = _of(blueprint)
     defaults = {name: value for name, value in foreign.arguments.items() if value is not None}
     held = {**effective, **defaults, **request.arguments}
-    entries: dict[str, Any] = {"model": blueprint.row.name, "backend": foreign.library}
+    entries: EntryDict = {"model": blueprint.row.name, "backend": foreign.library}
     entries |= {"pipeline": foreign.class_name}
     entries |= {
         name: value for name, value in held.items() if SET_HERE.get(name, name) == name and _is_plain(value)

@@ -37,7 +37,7 @@ class Output(NamedTuple):
     """The frames of one output, and every effective parameter but the seed."""
 
     frames: numpy.ndarray
-    parameters: dict[str, Any]
+    parameters: dict[str, object]
 
 
 def make(model: Model, request: Request, seed: int, on_step: OnStep) -> Output:
@@ -62,7 +62,7 @@ def run(
     keep: bool = True,
 ) -> Result:
     """Generate everything that one request asks for, as `runtime.pipeline.run` does."""
-    clock, effective = Clock(progress), dict[str, Any]()
+    clock, effective = Clock(progress), dict[str, object]()
     delivered: list[numpy.ndarray] = []
     paths: list[Path] = []
     for index, seed in enumerate(request.seeds):
@@ -233,14 +233,14 @@ def _kind(slot: Slot) -> Hashable:
     return output.height * output.width * output.num_frames, 1
 
 
-def finish(model: Model, request: Request, slot: Slot) -> tuple[Made, dict[str, Any]]:
+def finish(model: Model, request: Request, slot: Slot) -> tuple[Made, dict[str, object]]:
     """(an output that the loop is done with, its effective parameters)."""
     output = slot.output
     assert output is not None
     return Made(output.frames, torch.empty(0)), output.parameters
 
 
-def usage(model: Model, request: Request) -> dict[str, Any]:
+def usage(model: Model, request: Request) -> dict[str, object]:
     """OpenAI's token counts: of the prompt, where the pipeline has a tokenizer; outputs have none here."""
     tokenizer, text = getattr(model.pipe, "tokenizer", None), 0
     with suppress(TypeError, ValueError):

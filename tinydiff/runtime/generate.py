@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy
 
 from tinydiff.config import Options, OutputOptions, Progress, SamplingOptions
+from tinydiff.entries import Entries
 from tinydiff.io import output
 from tinydiff.parallel.ranks import Ranks, replica_numbers, to_first
 from tinydiff.records import Frames, Request, Result, Sound
@@ -184,7 +184,7 @@ def _run_job(
     """
 
     def save(
-        index: int, frames: numpy.ndarray | Frames, sound: Sound | None, parameters: Mapping[str, Any]
+        index: int, frames: numpy.ndarray | Frames, sound: Sound | None, parameters: Entries
     ) -> list[Path]:
         paths = _save(*destination, job, index, frames, sound, parameters)
         beside = [output.save_sound(paths[0], sound)] if options.save_audio and sound is not None else []
@@ -239,7 +239,7 @@ def _save(
     index: int,
     frames: numpy.ndarray | Frames,
     sound: Sound | None,
-    parameters: Mapping[str, Any],
+    parameters: Entries,
 ) -> list[Path]:
     """Write output `index` of a job.
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields as fields_of
-from typing import Any
 
 from tinydiff import config, environment, flags
+from tinydiff.entries import Entries
 from tinydiff.parallel import layout
 from tinydiff.parallel.ranks import Ranks, make_ranks, meet, once
 from tinydiff.records import Result, UserError, nearest
@@ -17,7 +16,7 @@ from tinydiff.runtime.shortage import give_memory_back, short_of_memory
 from tinydiff.runtime.torch_state import default_torch_state
 
 
-def load(model_path: str | None, options: Mapping[str, Any]) -> Model:
+def load(model_path: str | None, options: Entries) -> Model:
     """See `tinydiff.load`."""
     named = dict(options) if model_path is None else {**options, "model_path": model_path}
     _only(named, config.ModelOptions, config.ParallelOptions)
@@ -63,7 +62,7 @@ def _ranks(asked: config.ParallelOptions, plan: blueprint.Blueprint) -> Ranks | 
 
 
 def generate(
-    model: Model, prompt: object, fields: Mapping[str, Any], progress: config.Progress | None = None
+    model: Model, prompt: object, fields: Entries, progress: config.Progress | None = None
 ) -> Result:
     """See `tinydiff.generate`."""
     if not isinstance(prompt, str):
@@ -84,7 +83,7 @@ def generate(
             raise fit.refusal(model.blueprint, request, fit.free_bytes(model.blueprint.device)) from error
 
 
-def _only(names_given: Mapping[str, Any], *records: type) -> None:
+def _only(names_given: Entries, *records: type) -> None:
     """Every name is a field of these records, or that of a single component, such as vae_path."""
     names = {field.name for record in records for field in fields_of(record)}
     for name in names_given:

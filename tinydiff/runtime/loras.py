@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tinydiff.config import ModelOptions
+from tinydiff.entries import Entries
 from tinydiff.io import hub
 from tinydiff.io.lora import Adapter, Component, read_adapter
 from tinydiff.models import registry
@@ -312,7 +313,7 @@ def refining(
     return dict(asked) or ((dict(loras) or _own(attached)) | _own(attached, refines=True))
 
 
-def unknown(name: str, names: Mapping[str, Any] | Sequence[str]) -> str:
+def unknown(name: str, names: Entries | Sequence[str]) -> str:
     """The sentence for an adapter that is not loaded."""
     loaded = f"loaded are {', '.join(names)}" if names else "none is loaded; see --lora-path"
     return f"{name!r} is no adapter of this model; {loaded}{nearest(name, names)}"

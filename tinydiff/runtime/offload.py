@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinydiff import residency
 from tinydiff.config import ModelOptions
+from tinydiff.entries import Entries
 from tinydiff.io.weights import unread
 from tinydiff.models.family import Denoiser, Record
 from tinydiff.ops.store import (
@@ -97,7 +97,7 @@ def store(
     return {row.name for row in left}, Store(source, device, chosen, where.prefetch)
 
 
-def _is_below(name: str, prefixes: Mapping[str, Any]) -> bool:
+def _is_below(name: str, prefixes: Entries) -> bool:
     return any(name[:i] in prefixes for i, letter in enumerate(name) if letter == ".")
 
 

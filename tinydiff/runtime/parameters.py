@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
+from tinydiff.entries import EntryDict
 from tinydiff.records import Request
 from tinydiff.runtime import loras, postprocess
 from tinydiff.runtime.blueprint import PRECISIONS, WRITER, Model
@@ -16,11 +16,11 @@ from tinydiff.version import __version__
 
 def parameters(
     model: Model, request: Request, revised: str | None = None, warnings: Sequence[str] = ()
-) -> dict[str, Any]:
+) -> EntryDict:
     """Every effective parameter of a request but the seed, and what of it had no effect. JSON-able. revised:
     the prompt as a language model wrote it."""
     text, guidance, schedule, output = request.text, request.guidance, request.schedule, request.output
-    entries: dict[str, Any] = {
+    entries: EntryDict = {
         "model": model.blueprint.row.name,
         "prompt": text.prompt,
         **({"negative_prompt": text.negative_prompt} if guidance.on else {}),

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy
 
 from tinydiff.config import SamplingOptions
+from tinydiff.entries import Entries, EntryDict
 from tinydiff.records import Frames, Interpolation, Output, Request, Sound, Upscaling, UserError
 from tinydiff.runtime import interpolate, upscale
 from tinydiff.runtime.blueprint import Blueprint
@@ -80,9 +81,9 @@ def _one_frame() -> UserError:
     return UserError(INTERPOLATION, f"{INTERPOLATION}: {message}")
 
 
-def parameters(output: Output) -> dict[str, Any]:
+def parameters(output: Output) -> EntryDict:
     """What is done, among the effective parameters."""
-    effective: dict[str, Any] = {}
+    effective: EntryDict = {}
     if (added := output.interpolation) is not None:
         values = (added.exp, added.scale, added.scene_threshold)
         effective |= dict(zip(FURTHER[INTERPOLATION], values, strict=True))
@@ -144,7 +145,7 @@ class Save(Protocol):
         index: int,
         frames: numpy.ndarray | Frames,
         sound: Sound | None,
-        parameters: Mapping[str, Any],
+        parameters: Entries,
         /,
     ) -> Sequence[Path]: ...
 
@@ -155,7 +156,7 @@ def deliver(
     index: int,
     decoded: numpy.ndarray,
     sound: Sound | None,
-    parameters: Mapping[str, Any],
+    parameters: Entries,
     clock: Clock,
     save: Save | None,
     keep: bool,

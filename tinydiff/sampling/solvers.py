@@ -259,7 +259,7 @@ _KINDS = {
 """Types of the fields that may have any value."""
 
 
-def check_types(config: Mapping[str, Any]) -> None:
+def check_types(config: Mapping[str, object]) -> None:
     """Raises UserError for a `scheduler_config.json` with a value of a wrong type or out of range."""
     name = config.get("_class_name")
     if not isinstance(name, str):
@@ -280,14 +280,14 @@ def check_types(config: Mapping[str, Any]) -> None:
                 raise UserError(f"scheduler.{field}", f"scheduler: {error}") from error
 
 
-def unread(config: Mapping[str, Any]) -> list[str]:
+def unread(config: Mapping[str, object]) -> list[str]:
     """Fields of a `scheduler_config.json` that its class does not have. diffusers ignores them too."""
     known = _FIELDS.get(str(config.get("_class_name")), config)
     return [field for field in config if field not in known and not field.startswith("_")]
 
 
 def from_scheduler_config(
-    config: Mapping[str, Any], steps: int, *, sigmas: Tensor | None = None, mu: float | None = None
+    config: Mapping[str, object], steps: int, *, sigmas: Tensor | None = None, mu: float | None = None
 ) -> Table:
     """The table of a diffusers `scheduler_config.json` for `steps` steps, with sigmas rounded to float32 as
     diffusers stores them.
@@ -343,7 +343,7 @@ def _bend(grid: Tensor, get: Callable[[str], Any], shift: float, mu: float | Non
     return grid
 
 
-def _check(config: Mapping[str, Any]) -> tuple[str, Callable[[str], Any]]:
+def _check(config: Mapping[str, object]) -> tuple[str, Callable[[str], Any]]:
     """The scheduler's class name, and a reader of its fields, after checking that all of them
     are supported.
     """

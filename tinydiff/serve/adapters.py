@@ -12,7 +12,6 @@ import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tinydiff.records import UserError
 from tinydiff.runtime import loras
@@ -117,10 +116,10 @@ class Adapters:
         """Activate the adapters that were active last, at another strength where one is given."""
         self.activate({name: own if strength is None else strength for name, own in self._last.items()})
 
-    def listing(self) -> dict[str, Any]:
+    def listing(self) -> dict[str, object]:
         """Loaded and active adapters, in SGLang's words, and what a request may name."""
         with self._lock:
-            active: dict[str, list[dict[str, Any]]] = {}
+            active: dict[str, list[dict[str, object]]] = {}
             fixed = {name: each.chosen.strength for name, each in self._merged.items()}
             current_blueprint = self._merged | self._loaded
             for name, strength in (fixed | self._active).items():

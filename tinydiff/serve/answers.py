@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from tinydiff.entries import Entries, EntryDict
 from tinydiff.serve.errors import Refusal, body, of_failure
 from tinydiff.serve.jobs import DONE, Job, Kind, Output
 from tinydiff.serve.schemas import (
@@ -53,7 +54,7 @@ class Member(NamedTuple):
 Members = dict[str, Member]
 
 
-def render(members: Members, service: Service, job: Job, base: str) -> dict[str, Any]:
+def render(members: Members, service: Service, job: Job, base: str) -> EntryDict:
     """The answer about a job. base: the URL under which the client reaches this server."""
     place = None if job.status in DONE else service.scheduler.place(job)
     view = View(service, job, place, base)
@@ -94,7 +95,7 @@ _VIDEO_ITEM = obj({
 })  # fmt: skip
 
 
-def _output(output: Output) -> dict[str, Any]:
+def _output(output: Output) -> EntryDict:
     warning = {"warning": output.warning} if output.warning else {}
     return {"seed": output.seed, "media_type": output.media_type, **warning}
 
@@ -105,11 +106,11 @@ def _url(view: View, output: Output) -> str:
     return output.url or view.service.files.url(output.file, view.base, lifetime)
 
 
-def _image_data(view: View) -> list[dict[str, Any]]:
+def _image_data(view: View) -> list[EntryDict]:
     return [{"url": _url(view, output), **_output(output)} for output in view.job.outputs]
 
 
-def _response_data(view: View) -> list[dict[str, Any]]:
+def _response_data(view: View) -> list[EntryDict]:
     """The images in the form that the request asked for."""
     if view.job.answer.get("response_format") == "url":
         return _image_data(view)
@@ -123,7 +124,7 @@ def _in_base64(service: Service, output: Output) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
 
-def _video_outputs(view: View) -> list[dict[str, Any]]:
+def _video_outputs(view: View) -> list[EntryDict]:
     videos = [output for output in view.job.outputs if output.variant == "content"]
     return [
         {**_output(output), "bytes": output.size, "url": _url(view, output), "warning": output.warning}
@@ -284,19 +285,19 @@ VIDEO: Members = {
 """A job that makes videos: OpenAI's Video, and our members beside it."""
 
 
-def describe(service: Service, job: Job, base: str) -> dict[str, Any]:
+def describe(service: Service, job: Job, base: str) -> EntryDict:
     """The state of a job. base: the URL under which the client reaches this server."""
     return render(IMAGE if job.kind == "image" else VIDEO, service, job, base)
 
 
-def finished_images(service: Service, job: Job, base: str) -> dict[str, Any]:
+def finished_images(service: Service, job: Job, base: str) -> EntryDict:
     """The answer to a client that waited for images. Raises Refusal for a job that failed."""
     if job.error is not None:
         raise of_failure(job.error)
     return render(IMAGES, service, job, base)
 
 
-def repeated(service: Service, job: Job) -> Mapping[str, Any]:
+def repeated(service: Service, job: Job) -> Entries:
     """The members of REPEATED for the events of a stream."""
     view = View(service, job, None, "")
     return {name: member.value(view) for name, member in REPEATED.items()}

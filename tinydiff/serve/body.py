@@ -35,7 +35,7 @@ _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 _PLAIN_ENCODINGS = (b"binary", b"8bit", b"7bit")
 
 
-def read_body(req: falcon.Request, most: int) -> tuple[dict[str, Any], bool]:
+def read_body(req: falcon.Request, most: int) -> tuple[dict[str, object], bool]:
     """(names and values, whether the body is a form). In a form every value is a string or bytes.
 
     Raises Refusal for another media type (415) and for more than `most` bytes (413), UserError for a body
@@ -86,8 +86,8 @@ def fingerprint(body: Any) -> str:
 def parse_json(text: str | bytes, field: str) -> Any:
     """Parse JSON without NaN and without repeated names. Raises UserError naming `field`."""
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        members: dict[str, Any] = {}
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, object]:
+        members: dict[str, object] = {}
         for name, value in pairs:
             if name in members:
                 raise UserError(name[:80], f"{name[:80]}: is given twice")
@@ -109,14 +109,14 @@ def parse_json(text: str | bytes, field: str) -> Any:
         raise UserError(field, f"{field}: is not JSON ({why})") from error
 
 
-def _json(data: bytes) -> dict[str, Any]:
+def _json(data: bytes) -> dict[str, object]:
     body = parse_json(data, "body")
     if not isinstance(body, dict):
         raise UserError("body", f"body: is a JSON {_kind(body)}; it must be an object")
     return body
 
 
-def _form(data: bytes, boundary: str) -> dict[str, Any]:
+def _form(data: bytes, boundary: str) -> dict[str, object]:
     parts: dict[str, list[tuple[list[str], Any]]] = {}
     for head, value in _parts(data, boundary):
         spelled, file = _part_name(head)
@@ -234,7 +234,7 @@ def _value(name: str, parts: list[tuple[list[str], Any]]) -> Any:
     return listed if isinstance(listed, list) else [listed]
 
 
-def _transposed(name: str, columns: dict[str, Any]) -> list[dict[str, Any]]:
+def _transposed(name: str, columns: dict[str, object]) -> list[dict[str, object]]:
     """{"path": [x, y], "scale": [1, 2]} as [{"path": x, "scale": 1}, {"path": y, "scale": 2}]."""
     lists = {key: value if isinstance(value, list) else [value] for key, value in columns.items()}
     if len({len(values) for values in lists.values()}) > 1:

@@ -12,10 +12,10 @@ import json
 import logging
 import sqlite3
 from collections.abc import Mapping
-from typing import Any
 
 import falcon
 
+from tinydiff.entries import EntryDict
 from tinydiff.records import UserError
 from tinydiff.serve.jobs import Busy, Failure, Stopping, Unreachable
 
@@ -72,7 +72,7 @@ class Refusal(Exception):
         return self.message
 
 
-def body(status: int, code: str, message: str, param: str | None = None) -> dict[str, Any]:
+def body(status: int, code: str, message: str, param: str | None = None) -> EntryDict:
     """OpenAI's error object."""
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -138,7 +138,7 @@ def answer_for(req: falcon.Request, error: Exception) -> Refusal:
 def install(app: falcon.App) -> None:
     """Let the app answer every error in this form."""
 
-    def handle(req: falcon.Request, resp: falcon.Response, error: Exception, params: dict[str, Any]) -> None:
+    def handle(req: falcon.Request, resp: falcon.Response, error: Exception, params: EntryDict) -> None:
         refusal = answer_for(req, error)
         resp.status = falcon.code_to_http_status(refusal.status)
         error_body = body(refusal.status, refusal.code, refusal.message, refusal.param)

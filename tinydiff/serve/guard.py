@@ -78,7 +78,7 @@ class Guard:
         self._check(req.method, req.get_header, req.content_length)
 
     def process_resource(
-        self, req: falcon.Request, resp: falcon.Response, resource: Any, params: dict[str, Any]
+        self, req: falcon.Request, resp: falcon.Response, resource: Any, params: dict[str, object]
     ) -> None:
         if req.method == "OPTIONS":
             return

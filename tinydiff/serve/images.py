@@ -9,13 +9,14 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import falcon
 
+from tinydiff.entries import Entries, EntryDict
 from tinydiff.serve.admission import read_job
 from tinydiff.serve.answers import finished_images, repeated
 from tinydiff.serve.body import integer, parameters, switch
@@ -180,7 +181,7 @@ def _events(service: Service, retries: Retries, req: Req, job: Job, event: str) 
         yield _data("error", body(refusal.status, refusal.code, refusal.message, refusal.param))
 
 
-def _completed(service: Service, job: Job, event: str, same: Mapping[str, Any], base: str) -> Iterator[bytes]:
+def _completed(service: Service, job: Job, event: str, same: Entries, base: str) -> Iterator[bytes]:
     """The completed event of each image. Raises Refusal for a job that failed."""
     if job.error is not None:
         raise of_failure(job.error)
@@ -203,7 +204,7 @@ def _updates(service: Service, job: Job) -> Iterator[JobUpdate | None]:
             yield update
 
 
-def _progress(service: Service, update: JobUpdate) -> dict[str, Any]:
+def _progress(service: Service, update: JobUpdate) -> EntryDict:
     job, place = update.job, service.scheduler.place(update.job)
     return {
         "id": job.id,
@@ -230,11 +231,11 @@ def _client_timeout(req: Req) -> float:
     return float("inf")
 
 
-def _event(kind: str, members: Mapping[str, Any]) -> bytes:
+def _event(kind: str, members: Entries) -> bytes:
     return _data(kind, {"type": kind, **members})
 
 
-def _data(event: str, members: Mapping[str, Any]) -> bytes:
+def _data(event: str, members: Entries) -> bytes:
     return f"event: {event}\ndata: {json.dumps(members)}\n\n".encode()
 
 

@@ -78,7 +78,7 @@ def precisions(service: Service) -> dict[str, str]:
     return dict(service.blueprint.precisions)
 
 
-def defaults(service: Service) -> dict[str, Any]:
+def defaults(service: Service) -> dict[str, object]:
     """The values of fields that a request leaves out."""
     row = service.blueprint.row
     return {
@@ -95,7 +95,7 @@ def defaults(service: Service) -> dict[str, Any]:
     }
 
 
-def card(service: Service) -> dict[str, Any]:
+def card(service: Service) -> dict[str, object]:
     """The model as an entry of /v1/models: OpenAI's members, SGLang's and ours."""
     plan, row = service.blueprint, service.blueprint.row
     made, types = tasks(service), precisions(service)

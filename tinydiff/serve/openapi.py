@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+from tinydiff.entries import Entries, EntryDict
 from tinydiff.serve import answers
 from tinydiff.serve.fields import option, request_schema
 from tinydiff.serve.pages import Document, File, policy
@@ -68,7 +69,7 @@ class Operation(NamedTuple):
     query: Mapping[str, Schema] = {}
     body: Mapping[str, Schema] = {}
     """Media type -> schema."""
-    example: Mapping[str, Any] | None = None
+    example: Entries | None = None
     key: Literal["key", "admin", "none"] = "key"
     tag: str = ""
 
@@ -327,9 +328,9 @@ def operations(name: str) -> Iterator[Operation]:
         yield from (operation._replace(tag=tag) for operation in group(name))
 
 
-def document(service: Service) -> dict[str, Any]:
+def document(service: Service) -> EntryDict:
     """The whole document, JSON-able."""
-    paths: dict[str, Any] = {}
+    paths: EntryDict = {}
     for operation in operations(service.name):
         paths.setdefault(operation.path, {})[operation.method] = _operation(operation)
     schemas = {
@@ -358,13 +359,13 @@ def document(service: Service) -> dict[str, Any]:
     }
 
 
-def _operation(operation: Operation) -> dict[str, Any]:
+def _operation(operation: Operation) -> EntryDict:
     """An operation in OpenAPI's form."""
     errors = {*operation.errors, *ANY_REQUEST}
     errors |= set() if operation.key == "none" else {401}
     errors |= {415} if operation.body else set()
     in_path = [part[1:-1] for part in operation.path.split("/") if part.startswith("{")]
-    found: dict[str, Any] = {
+    found: EntryDict = {
         "operationId": operation.name,
         "tags": [operation.tag],
         "summary": operation.description.split(". ")[0].split(";")[0].rstrip("."),
@@ -396,12 +397,12 @@ def _operation(operation: Operation) -> dict[str, Any]:
     return found
 
 
-def _answer(answer: Answer) -> dict[str, Any]:
-    content: dict[str, Any] = {kind: {} for kind in answer.files}
+def _answer(answer: Answer) -> EntryDict:
+    content: EntryDict = {kind: {} for kind in answer.files}
     if answer.schema is not None:
         content[JSON] = {"schema": answer.schema}
     return {"description": answer.description, **({"content": content} if content else {})}
 
 
-def _error(description: str) -> dict[str, Any]:
+def _error(description: str) -> EntryDict:
     return {"description": description, "content": {JSON: {"schema": ref("Error")}}}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from tinydiff.entries import Entries
 from tinydiff.io import output
 from tinydiff.records import Frames
 from tinydiff.serve.jobs import Job, Output
@@ -59,7 +60,7 @@ def save(
     files: Files,
     frames: numpy.ndarray | Frames,
     seed: int,
-    parameters: Mapping[str, Any],
+    parameters: Entries,
     sound: Sound | None = None,
 ) -> list[Output]:
     """Encode one output of a job, uint8 [T, H, W, 3 or 4] with its sound, and store its files.

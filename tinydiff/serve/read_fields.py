@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple, get_type_hints
 
 from tinydiff import flags, unsupported, values
 from tinydiff.config import OutputOptions, SamplingOptions
+from tinydiff.entries import Entries, EntryDict
 from tinydiff.records import UserError, nearest
 from tinydiff.serve.body import parse_json
 from tinydiff.serve.errors import Refusal
@@ -50,21 +51,21 @@ ImageSource = str | bytes | FileId
 class RequestFields(NamedTuple):
     """The fields of a request."""
 
-    options: dict[str, Any]
+    options: EntryDict
     """Sampling and encoding options, by the names of `tinydiff generate`."""
-    answer: dict[str, Any]
+    answer: EntryDict
     """The fields of `fields.OWN`; and `spelled`: option -> the client's name of it, where they differ."""
     images: dict[str, tuple[ImageSource, ...]]
     """"image_path" or "mask_path" -> input images."""
 
 
-def read_fields(body: Mapping[str, Any], kind: Kind, form: bool = False) -> RequestFields:
+def read_fields(body: Entries, kind: Kind, form: bool = False) -> RequestFields:
     """Read the fields of a body. form: it is a form, where numbers are strings. null means "not given".
 
     Without a seed the request gets a random one. Raises UserError, and Refusal for an unknown field.
     """
-    options: dict[str, Any] = {}
-    answer: dict[str, Any] = {}
+    options: EntryDict = {}
+    answer: EntryDict = {}
     images: dict[str, tuple[ImageSource, ...]] = {}
     spelled: dict[str, str] = {}
 
@@ -113,7 +114,7 @@ def _is_known(name: str, kind: Kind) -> bool:
     return name in names(kind) or name in flags.ALIASES or name in flags.SIZES or name in unsupported.OPTIONS
 
 
-def _entries(body: Mapping[str, Any], form: bool) -> Iterator[tuple[str, Any, bool]]:
+def _entries(body: Entries, form: bool) -> Iterator[tuple[str, Any, bool]]:
     """(name, value, whether it is of a form) of the body and of the objects of NESTED, each name once."""
     seen: set[str] = set()
     for name, value in body.items():
@@ -218,7 +219,7 @@ def _sources(name: str, value: Any) -> Iterator[ImageSource]:
         yield item
 
 
-def _source_of_object(name: str, item: dict[str, Any]) -> str | FileId:
+def _source_of_object(name: str, item: EntryDict) -> str | FileId:
     members = {key: value for key, value in item.items() if value is not None}
     [(key, value)] = members.items() if len(members) == 1 else [("", None)]
     if key not in ("image_url", "file_id") or not isinstance(value, str):
@@ -249,7 +250,7 @@ def _refuse(name: str, value: Any, kind: Kind) -> None:
     raise Refusal(400, "unknown_parameter", message, name[:80])
 
 
-def _check_together(answer: Mapping[str, Any], images: Mapping[str, Any]) -> None:
+def _check_together(answer: Entries, images: Entries) -> None:
     """Raise UserError for fields that contradict each other."""
     streams = answer.get("stream", False)
     for name in ("partial_images", "progress"):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from tinydiff.entries import Entries
 from tinydiff.models.recipe import token_count
 from tinydiff.records import Request, UserError
 from tinydiff.runtime.foreign_run import usage as foreign_usage
@@ -32,7 +33,7 @@ class RunningJob:
     job: Job
     request: Request
     conditioning: Conditioning
-    usage: Mapping[str, Any]
+    usage: Entries
     """OpenAI's token counts: of the prompt, of input images and of outputs."""
     previews: int
     """How many previews of the first output the client wants."""
@@ -69,7 +70,7 @@ class RunningJob:
         """Add to the seconds of a stage."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
-    def result(self, parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    def result(self, parameters: Entries) -> Entries:
         """What `Job.result` stores. parameters: the effective ones."""
         return {
             "parameters": dict(parameters),
@@ -99,7 +100,7 @@ class JobTimes:
         return None if seconds is None else seconds * -(-jobs // self.batch_size)
 
 
-def usage(model: Model, request: Request) -> Mapping[str, Any]:
+def usage(model: Model, request: Request) -> Entries:
     """OpenAI's token counts for a request; an image counts as its tokens in the denoiser."""
     if model.blueprint.foreign is not None:
         return foreign_usage(model, request)

@@ -7,9 +7,10 @@ from functools import cache
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from tinydiff.entries import EntryDict
 from tinydiff.values import descriptions
 
-Schema = dict[str, Any]
+Schema = EntryDict
 
 TYPES = {int: "integer", float: "number", str: "string", bool: "boolean"}
 BOUNDS = {"least": "minimum", "most": "maximum", "above": "exclusiveMinimum"}

@@ -79,7 +79,7 @@ def normalise(argv: Sequence[str]) -> tuple[Serve, list[str]]:
     return values.filled(Serve, file), command_line.words(Serve, taken)
 
 
-def _refuse(others: Mapping[str, Any]) -> None:
+def _refuse(others: Mapping[str, object]) -> None:
     """Raise UserError for what is no option of a server, unless its value turns a feature off."""
     for entry in (*fields(SamplingOptions), *fields(OutputOptions)):
         if entry.name in others:

@@ -222,7 +222,7 @@ def to_json(value: Any) -> str:
     return json.dumps(value, default=lambda other: asdict(other) if is_dataclass(other) else dict(other))  # type: ignore[arg-type]
 
 
-def to_row(job: Job) -> dict[str, Any]:
+def to_row(job: Job) -> dict[str, object]:
     """Column -> value."""
     values = {entry.name: getattr(job, entry.name) for entry in fields(job)}
     rest = {name: value for name, value in values.items() if name not in COLUMNS}

@@ -171,7 +171,7 @@ class Store:
         *,
         error: Failure | None = None,
         outputs: Iterable[Output] = (),
-        result: Mapping[str, Any] | None = None,
+        result: Mapping[str, object] | None = None,
         expires_at: float | None = None,
     ) -> bool:
         """End a job that is in progress at `server`, or queued where that is "".
@@ -334,7 +334,7 @@ class Store:
         status: Status,
         error: Failure | None,
         outputs: tuple[Output, ...] = (),
-        result: Mapping[str, Any] = MappingProxyType({}),
+        result: Mapping[str, object] = MappingProxyType({}),
         expires_at: float | None = None,
         ticket: str = "",
         **values: str,

@@ -14,8 +14,9 @@ import struct
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
+from tinydiff.entries import EntryDict
 from tinydiff.records import UserError
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def _mask(opened: ImageFile.ImageFile, field: str) -> np.ndarray:
 # --- the process ---
 
 
-def send(stream: IO[bytes], head: dict[str, Any], data: bytes | memoryview) -> None:
+def send(stream: IO[bytes], head: EntryDict, data: bytes | memoryview) -> None:
     """Write a message: JSON and bytes."""
     words = json.dumps(head).encode()
     stream.write(struct.pack(">II", len(words), len(data)) + words)
@@ -162,7 +163,7 @@ def send(stream: IO[bytes], head: dict[str, Any], data: bytes | memoryview) -> N
     stream.flush()
 
 
-def receive(stream: IO[bytes]) -> tuple[dict[str, Any], bytearray]:
+def receive(stream: IO[bytes]) -> tuple[EntryDict, bytearray]:
     """Read a message. Raises EOFError where the other process has ended."""
     words, size = struct.unpack(">II", _exactly(stream, 8))
     return json.loads(_exactly(stream, words)), _exactly(stream, size)

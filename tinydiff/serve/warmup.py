@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinydiff.records import UserError
 from tinydiff.serve.jobs import Job
@@ -24,7 +24,11 @@ def jobs(options: ServeOptions, model: ServedModel) -> list[Job]:
         return []
     queued = []
     for size in options.warmup_resolutions or ("",):
-        fields: dict[str, Any] = {"prompt": "warm-up", "seed": 0, "num_inference_steps": options.warmup_steps}
+        fields: dict[str, object] = {
+            "prompt": "warm-up",
+            "seed": 0,
+            "num_inference_steps": options.warmup_steps,
+        }
         if size:
             width, _, height = size.lower().partition("x")
             if not (width.isdecimal() and height.isdecimal()):

@@ -8,11 +8,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-Config = Mapping[str, Any]
+Config = Mapping[str, object]
 """A configuration of PEFT."""
 
 GLOBAL = ("lora_alpha", "network_alpha", "alpha")
@@ -103,14 +102,14 @@ def _by_pattern(patterns: object, module: str, usual: object) -> object:
 
 def _configs(text: str | None, what: str) -> dict[str, Config]:
     """The entries of diffusers' metadata, `transformer.r`, by component."""
-    configs: dict[str, dict[str, Any]] = {}
+    configs: dict[str, dict[str, object]] = {}
     for name, value in _object(text, what).items() if text else ():
         component, _, entry = name.rpartition(".")
         configs.setdefault(component, {})[entry] = value
     return dict(configs)
 
 
-def _object(text: str, what: str) -> dict[str, Any]:
+def _object(text: str, what: str) -> dict[str, object]:
     try:
         found = json.loads(text)
     except ValueError as error:

@@ -7,15 +7,15 @@ Shape letters: B batch, T tokens, D width, P width of CLIP's joint space.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinydiff.entries import mapping, typed
+from tinydiff.entries import Entries, mapping, typed
 from tinydiff.keymap import KeyMap, also, unread
 from tinydiff.models.family import Encoder
 from tinydiff.ops.activations import Activation, quick_gelu
@@ -68,7 +68,7 @@ class Config:
         return self.architectures == (WITH_PROJECTION,)
 
 
-def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
+def config_from(entries: Entries, class_name: str) -> Config:
     """The Config of a config.json, of a text encoder or of a whole CLIP.
 
     class_name: CLIPTextModelWithProjection has a projection into the joint space, CLIPTextModel has none.

@@ -7,15 +7,15 @@ Shape letters: B batch, C colours, S side in pixels, N tokens (1 + patches), D w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinydiff.entries import mapping, typed
+from tinydiff.entries import Entries, mapping, typed
 from tinydiff.keymap import KeyMap, also, unread
 from tinydiff.models.encoders import preprocess
 from tinydiff.models.family import Encoder
@@ -96,7 +96,7 @@ def check_layers(c: Layers) -> None:
         )
 
 
-def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
+def config_from(entries: Entries, class_name: str) -> Config:
     """The Config of a config.json, of a vision tower or of a whole CLIP."""
     vision = mapping("vision_config", entries.get("vision_config", entries))
     return Config(**typed(Config, vision))

@@ -7,13 +7,12 @@ class's defaults, so those defaults are listed here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.nn.functional as F
 
-from tinydiff.entries import is_object, mapping, typed
+from tinydiff.entries import Entries, EntryDict, is_object, mapping, typed
 from tinydiff.ops.activations import Activation, gelu_tanh
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -174,7 +173,7 @@ _LLAMA = {
     "rope_theta": 1e4,
 }  # fmt: skip
 
-KINDS: dict[str, dict[str, Any]] = {
+KINDS: dict[str, EntryDict] = {
     "llama": _LLAMA,
     "mistral": _LLAMA | {
         "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
@@ -236,9 +235,9 @@ class _Stored:
     sliding_window_pattern: int | None = None
     rope_local_base_freq: float | None = None
     layer_types: tuple[str, ...] | None = None
-    rope_scaling: Mapping[str, Any] | None = None
-    rope_parameters: Mapping[str, Any] | None = None
-    per_layer_config: Mapping[str, Any] | None = None
+    rope_scaling: Entries | None = None
+    rope_parameters: Entries | None = None
+    per_layer_config: Entries | None = None
     use_bidirectional_attention: bool | str | None = None
 
 
@@ -269,7 +268,7 @@ _WHOLE = {"qwen2_5_vl": "qwen2_5_vl_text", "gemma3": "gemma3_text"}
 """model_type of a whole multimodal model whose older files hold the text part's fields beside it."""
 
 
-def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
+def config_from(entries: Entries, class_name: str) -> Config:
     """The Config of a released config.json, with all layers and no output head.
 
     `dataclasses.replace` sets `layers` and `lm_head`. class_name: the class in model_index.json. Raises
@@ -329,7 +328,7 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
     return Config(**typed(Config, present))
 
 
-def _layer_types(v: Mapping[str, Any]) -> tuple[str, ...]:
+def _layer_types(v: Entries) -> tuple[str, ...]:
     """As listed; else layers slide from `max_window_layers` on, but for every `sliding_window_pattern`-th."""
     if v.get("layer_types"):
         return tuple(v["layer_types"])
@@ -338,7 +337,7 @@ def _layer_types(v: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(SLIDING if yes else FULL for yes in slides)
 
 
-def _global_heads(v: Mapping[str, Any], types: tuple[str, ...]) -> dict[str, Any]:
+def _global_heads(v: Entries, types: tuple[str, ...]) -> EntryDict:
     """The heads of layers that do not slide. Newer files list what differs by layer (`per_layer_config`)."""
     listed = v.get("per_layer_config")
     if listed is None:
@@ -347,7 +346,7 @@ def _global_heads(v: Mapping[str, Any], types: tuple[str, ...]) -> dict[str, Any
     names = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
     own = {i: mapping(f"per_layer_config.{i}", each) for i, each in listed.items()}
     whole = [str(i) for i, kind in enumerate(types) if kind == FULL]
-    wide: dict[str, Any] = dict(own[whole[0]]) if whole and whole[0] in own else {}
+    wide: EntryDict = dict(own[whole[0]]) if whole and whole[0] in own else {}
     if not set(wide) <= set(names) or own != (dict.fromkeys(whole, wide) if wide else {}):
         raise ValueError(
             f"per_layer_config is {dict(listed)}; it must give every layer of {FULL} the same "
@@ -356,9 +355,9 @@ def _global_heads(v: Mapping[str, Any], types: tuple[str, ...]) -> dict[str, Any
     return {theirs: wide.get(name) for name, theirs in names.items()}
 
 
-def _ropes(v: Mapping[str, Any]) -> tuple[Rope, Rope | None]:
+def _ropes(v: Entries) -> tuple[Rope, Rope | None]:
     """The rope of full layers and that of sliding ones, None where it is the same."""
-    parameters: Mapping[str, Any] = v.get("rope_scaling") or v.get("rope_parameters") or {}
+    parameters: Entries = v.get("rope_scaling") or v.get("rope_parameters") or {}
     if FULL in parameters:
         full: object = parameters[FULL]
         sliding: object = parameters.get(SLIDING)
@@ -372,11 +371,11 @@ def _ropes(v: Mapping[str, Any]) -> tuple[Rope, Rope | None]:
     return _rope(v, parameters), None if local is None else Rope(local)
 
 
-def _rope(v: Mapping[str, Any], parameters: Mapping[str, Any]) -> Rope:
+def _rope(v: Entries, parameters: Entries) -> Rope:
     """v: entries of the text model. parameters: those of one kind of layer's rope."""
     kind = parameters.get("rope_type") or parameters.get("type", "default")
     kind = "default" if kind == "mrope" else kind
-    entries: dict[str, Any] = {"rope_theta": v["rope_theta"]} | dict(parameters) | {"rope_type": kind}
+    entries: EntryDict = {"rope_theta": v["rope_theta"]} | dict(parameters) | {"rope_type": kind}
     if kind in ("llama3", "yarn"):
         entries.setdefault("original_max_position_embeddings", v["max_position_embeddings"])
     if kind != "proportional" and entries.pop("partial_rotary_factor", None) not in (None, 1, 1.0):

@@ -6,13 +6,13 @@ Shape letters: B batch, S side in pixels, N patches, C width of the language mod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from tinydiff.entries import mapping, value
+from tinydiff.entries import Entries, EntryDict, mapping, value
 from tinydiff.keymap import KeyMap, also, unread
 from tinydiff.models.encoders import clip_vision, preprocess
 from tinydiff.models.encoders.clip_vision import ACTIVATIONS
@@ -55,7 +55,7 @@ class Config:
         return self.tower.tokens - 1
 
 
-def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
+def config_from(entries: Entries, class_name: str) -> Config:
     """The Config of a config.json. Raises ValueError, one sentence, for what is not implemented."""
     for name, always in ALWAYS.items():
         if entries.get(name, always) != always:
@@ -69,7 +69,7 @@ def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
     )
 
 
-def preprocessed(entries: Mapping[str, Any], c: Config) -> dict[str, Any]:
+def preprocessed(entries: Entries, c: Config) -> EntryDict:
     """Fields of the Config from the preprocessor's file. Raises ValueError, one sentence."""
     return {"tower": replace(c.tower, **preprocess.clip(entries, c.tower.image_size))}
 

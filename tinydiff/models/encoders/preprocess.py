@@ -7,9 +7,8 @@ defaults these are. A value that is not supported is an error.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from tinydiff.entries import is_object, value
+from tinydiff.entries import Entries, EntryDict, is_object, value
 
 ALWAYS = {
     "do_resize": True,
@@ -23,7 +22,7 @@ ALWAYS = {
 RGB = tuple[float, float, float]
 
 
-def clip(entries: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+def clip(entries: Entries, image_size: int) -> EntryDict:
     """Fields of `clip_vision.Config`. image_size: the tower's input side in pixels.
 
     Raises ValueError, one sentence.
@@ -48,7 +47,7 @@ def clip(entries: Mapping[str, Any], image_size: int) -> dict[str, Any]:
     return fields
 
 
-def siglip(entries: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+def siglip(entries: Entries, image_size: int) -> EntryDict:
     """Fields of `siglip_vision.Config`. image_size: the tower's input side in pixels.
 
     Raises ValueError, one sentence.
@@ -61,7 +60,7 @@ def siglip(entries: Mapping[str, Any], image_size: int) -> dict[str, Any]:
     return _shared(entries, ALWAYS | {"do_center_crop": False})
 
 
-def qwen(entries: Mapping[str, Any], shape: Mapping[str, int]) -> dict[str, Any]:
+def qwen(entries: Entries, shape: Mapping[str, int]) -> EntryDict:
     """Fields of `qwen_vision.Config`. Raises ValueError, one sentence.
 
     shape: the tower's patch_size, temporal_patch_size and merge_size.
@@ -82,7 +81,7 @@ def qwen(entries: Mapping[str, Any], shape: Mapping[str, int]) -> dict[str, Any]
     return _shared(entries) | edges
 
 
-def _shared(entries: Mapping[str, Any], steps: Mapping[str, bool] = ALWAYS) -> dict[str, Any]:
+def _shared(entries: Entries, steps: Mapping[str, bool] = ALWAYS) -> EntryDict:
     """The fields that all encoders have. steps: whether each step runs."""
     for name, always in steps.items():
         if entries.get(name) not in (None, always):
@@ -95,7 +94,7 @@ def _shared(entries: Mapping[str, Any], steps: Mapping[str, bool] = ALWAYS) -> d
     return {name: value(name, kind, entries[name]) for name, kind in stored.items()}
 
 
-def _edges(entries: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, int]:
+def _edges(entries: Entries, names: tuple[str, ...]) -> dict[str, int]:
     """The named entries of `size`, which older files give as one number."""
     size = entries.get("size")
     if isinstance(size, int) and not isinstance(size, bool):

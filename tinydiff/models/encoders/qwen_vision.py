@@ -11,16 +11,16 @@ language model, B batch, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from tinydiff.entries import mapping, typed
+from tinydiff.entries import Entries, mapping, typed
 from tinydiff.keymap import KeyMap, also, moved, unread
 from tinydiff.models.encoders import preprocess
 from tinydiff.models.encoders.clip_vision import MEAN, STD
@@ -89,7 +89,7 @@ class Config:
         }
 
 
-def config_from(entries: Mapping[str, Any]) -> Config:
+def config_from(entries: Entries) -> Config:
     """The Config of a released Qwen2.5-VL config.json. Older files call `in_channels` `in_chans`."""
     vision = mapping("vision_config", entries.get("vision_config"))
     older = {"in_channels": vision["in_chans"]} if "in_chans" in vision else {}

@@ -7,14 +7,14 @@ Shape letters: B batch, S side in pixels, N tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tinydiff.entries import mapping, typed
+from tinydiff.entries import Entries, mapping, typed
 from tinydiff.keymap import KeyMap, also, unread
 from tinydiff.models.encoders import preprocess
 from tinydiff.models.encoders.clip_vision import check_layers, layer, layer_rows
@@ -56,7 +56,7 @@ class Config:
         return (self.image_size // self.patch_size) ** 2
 
 
-def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
+def config_from(entries: Entries, class_name: str) -> Config:
     """The Config of a config.json, of a vision tower or of a whole SigLIP."""
     vision = mapping("vision_config", entries.get("vision_config", entries))
     return Config(**typed(Config, vision))

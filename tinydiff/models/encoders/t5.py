@@ -7,15 +7,14 @@ bucketed by distance. Shape letters: B batch, T tokens, C width, H heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinydiff.entries import typed
+from tinydiff.entries import Entries, typed
 from tinydiff.keymap import KeyMap, also, unread
 from tinydiff.models.family import Encoder
 from tinydiff.ops.activations import Activation, gelu_tanh
@@ -61,7 +60,7 @@ class Config:
         return range(self.num_layers if self.model_type == "umt5" else 1)
 
 
-def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
+def config_from(entries: Entries, class_name: str) -> Config:
     """The Config of a config.json, of an encoder or of a whole T5.
 
     class_name: UMT5EncoderModel or T5EncoderModel, as in transformers. Raises ValueError, one sentence,

@@ -10,15 +10,14 @@ Shape letters: B batch, N samples, T feature vectors, C channels, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinydiff.entries import typed, value
+from tinydiff.entries import Entries, EntryDict, typed, value
 from tinydiff.keymap import KeyMap, also, unread
 from tinydiff.models.encoders.clip_vision import ACTIVATIONS
 from tinydiff.models.family import Encoder
@@ -85,14 +84,14 @@ class Config:
         return samples
 
 
-def config_from(entries: Mapping[str, Any], class_name: str) -> Config:
+def config_from(entries: Entries, class_name: str) -> Config:
     """The Config of a config.json. Raises ValueError for an adapter behind the layers."""
     if value("add_adapter", bool, entries.get("add_adapter", False)):
         raise ValueError("add_adapter is True; an adapter behind the layers is not supported")
     return Config(**typed(Config, entries))
 
 
-def preprocessing(entries: Mapping[str, Any], c: Config) -> dict[str, Any]:
+def preprocessing(entries: Entries, c: Config) -> EntryDict:
     """Fields of the config that preprocessor_config.json has. Raises ValueError for another sample rate."""
     rate = value("sampling_rate", int, entries.get("sampling_rate", SAMPLE_RATE))
     if rate != SAMPLE_RATE:

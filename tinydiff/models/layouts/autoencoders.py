@@ -7,10 +7,11 @@ a convolution of one pixel. Wan 2.1 has all layers of a half in one list, Wan 2.
 
 from __future__ import annotations
 
+from tinydiff.entries import Entries
 from tinydiff.keymap import Line, moved, under
 from tinydiff.models.autoencoders import flux2_tiny, kl, tiny
 from tinydiff.models.autoencoders import wan as wan_vae
-from tinydiff.models.layouts.table import Entries, Layout, Sizes, by_rows
+from tinydiff.models.layouts.table import Layout, Sizes, by_rows
 
 # --- AutoencoderKL ---
 

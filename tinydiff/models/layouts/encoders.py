@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import isqrt
 
+from tinydiff.entries import Entries
 from tinydiff.keymap import KeyMap, Line, fused, moved, transposed, under, unread
 from tinydiff.models import released
 from tinydiff.models.encoders import clip_text, clip_vision, decoder_lm, t5
 from tinydiff.models.encoders.decoder_config import Config as DecoderConfig
-from tinydiff.models.layouts.table import Entries, Layout, Sizes, by_rows
+from tinydiff.models.layouts.table import Layout, Sizes, by_rows
 
 TOKENIZERS = unread("spiece_model", "tekken_model", "logit_scale")
 """What ComfyUI's files hold beside the weights: the bytes of a tokenizer, and CLIP's temperature."""
@@ -68,7 +69,8 @@ def clip_entries(s: Sizes) -> Entries:
 def _open_clip(s: Sizes) -> Entries:
     """The map into the joint space is stored the other way round."""
     found = by_rows(OPEN_CLIP, clip_entries)(s)
-    return found | ({"projection_dim": s("text_projection", 1)} if s.has("text_projection") else {})
+    joint = {"projection_dim": s("text_projection", 1)} if s.has("text_projection") else {}
+    return {**found, **joint}
 
 
 def _of_clip(class_name: str, signs: tuple[str, ...], lacks: tuple[str, ...]) -> tuple[Layout, ...]:
@@ -270,7 +272,8 @@ def _decoder_entries(more: Callable[[int], Entries]) -> Callable[[Sizes], Entrie
             "num_key_value_heads": s(f"{attention}.k_proj.weight") // head,
             "head_dim": head,
             "tie_word_embeddings": not s.has("lm_head"),
-        } | more(width)
+            **more(width),
+        }
 
     return ask
 

@@ -6,9 +6,10 @@ and the MLP; the last modulation is shift, then scale.
 
 from __future__ import annotations
 
+from tinydiff.entries import Entries
 from tinydiff.keymap import Line, also, fused, moved, swapped, under
 from tinydiff.models import flux
-from tinydiff.models.layouts.table import Entries, Layout, Sizes, by_rows
+from tinydiff.models.layouts.table import Layout, Sizes, by_rows
 
 TWO_LAYERS = (moved("in_layer", "linear_1"), moved("out_layer", "linear_2"))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from tinydiff.entries import Entries
 from tinydiff.keymap import moved, under
 from tinydiff.models import flux2
 from tinydiff.models.layouts.flux import DOUBLE_ATTENTION, FINAL, TWO_LAYERS, norms
-from tinydiff.models.layouts.table import Entries, Layout, Sizes, by_rows
+from tinydiff.models.layouts.table import Layout, Sizes, by_rows
 
 LINES = (
     moved("img_in", "x_embedder"),

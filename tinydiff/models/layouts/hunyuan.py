@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from math import prod
 
+from tinydiff.entries import Entries
 from tinydiff.keymap import Line, fused, moved, swapped, under
 from tinydiff.models import hunyuan_video, hunyuan_video15
-from tinydiff.models.layouts.table import Entries, Layout, Sizes, by_rows
+from tinydiff.models.layouts.table import Layout, Sizes, by_rows
 
 
 def _embedder(stored: str, row: str) -> tuple[Line, ...]:
@@ -120,7 +121,8 @@ def entries(s: Sizes) -> Entries:
     """A network with channels beside its latents has an image there; one that keeps an image has no sign."""
     found = _shared(s)
     beside = found["in_channels"] > found["out_channels"]
-    return found | {
+    return {
+        **found,
         "num_single_layers": s.count("single_transformer_blocks"),
         "guidance_embeds": s.has("time_text_embed.guidance_embedder"),
         "pooled_projection_dim": s("time_text_embed.text_embedder.linear_1.weight", 1),
@@ -130,7 +132,8 @@ def entries(s: Sizes) -> Entries:
 
 def entries_15(s: Sizes) -> Entries:
     """Of HunyuanVideo-1.5."""
-    return _shared(s) | {
+    return {
+        **_shared(s),
         "text_embed_2_dim": s("context_embedder_2.linear_1.weight", 1),
         "image_embed_dim": s("image_embedder.linear_1.weight", 1),
         "use_meanflow": s.has("time_embed.timestep_embedder_r"),

@@ -5,9 +5,10 @@ Source: the names of Lightricks' code, which diffusers' converters of checkpoint
 
 from __future__ import annotations
 
+from tinydiff.entries import Entries
 from tinydiff.keymap import Line, moved, under, unread
 from tinydiff.models import ltx2
-from tinydiff.models.layouts.table import Entries, Layout, Sizes, by_rows
+from tinydiff.models.layouts.table import Layout, Sizes, by_rows
 from tinydiff.models.ltx2_weights import KEYFRAMES
 
 HEAD = 128

@@ -5,10 +5,11 @@ Source: the names of AIDC-AI's reference code. Of a gated MLP the value's half s
 
 from __future__ import annotations
 
+from tinydiff.entries import Entries
 from tinydiff.keymap import Line, also, joined, moved, under
 from tinydiff.models import ovis
 from tinydiff.models.layouts.flux import DOUBLE_ATTENTION, FINAL, MODULATION, SINGLE, TWO_LAYERS
-from tinydiff.models.layouts.table import Entries, Layout, Sizes, by_rows
+from tinydiff.models.layouts.table import Layout, Sizes, by_rows
 
 
 def _dotted(lines: tuple[Line, ...]) -> tuple[Line, ...]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from tinydiff.entries import typed
+from tinydiff.entries import Entries, typed
 from tinydiff.keymap import KeyMap, Shape
 from tinydiff.models import released
 from tinydiff.models.classes import RECORDS
@@ -38,7 +38,7 @@ from tinydiff.models.layouts import (
     wan,
     z_image,
 )
-from tinydiff.models.layouts.table import Entries, Layout, Sizes
+from tinydiff.models.layouts.table import Layout, Sizes
 from tinydiff.records import UserError
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -111,7 +111,7 @@ class Found:
     class_name: str
     layout: Layout
     prefix: str
-    entries: Mapping[str, Any]
+    entries: Entries
     models: tuple[str, ...]
 
     def keys(self, config: Any) -> KeyMap:
@@ -164,7 +164,7 @@ def layouts_of(record: Record) -> list[Layout]:
     return [layout for layout in LAYOUTS if RECORDS[layout.class_name] is record]
 
 
-def config_from(class_name: str, entries: Mapping[str, Any]) -> Any:
+def config_from(class_name: str, entries: Entries) -> Any:
     """The network's Config of entries of a config.json. ValueError where they make none."""
     record = RECORDS[class_name]
     if record.read is not None:

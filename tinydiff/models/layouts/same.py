@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from tinydiff.entries import Entries
 from tinydiff.keymap import unread
 from tinydiff.models import ernie, qwen_image
-from tinydiff.models.layouts.table import Entries, Layout, Sizes
+from tinydiff.models.layouts.table import Layout, Sizes
 
 EDIT = "__index_timestep_zero__"
 """A marker that ComfyUI's files of Edit-2511 hold: given images are at timestep 0."""

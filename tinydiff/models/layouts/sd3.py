@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from math import isqrt
 
+from tinydiff.entries import Entries
 from tinydiff.keymap import Line, fused, moved, swapped, under
 from tinydiff.models import sd3
-from tinydiff.models.layouts.table import Entries, Layout, Sizes, by_rows
+from tinydiff.models.layouts.table import Layout, Sizes, by_rows
 
 MLP = (moved("mlp.fc1", "net.0.proj"), moved("mlp.fc2", "net.2"))
 

@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tinydiff.entries import Entries
 from tinydiff.keymap import KeyMap, Line, Shape
-
-Entries = dict[str, Any]
-"""Entries of a config.json."""
 
 
 @dataclass(frozen=True)

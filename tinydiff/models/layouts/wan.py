@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from math import prod
 
+from tinydiff.entries import Entries
 from tinydiff.keymap import Line, moved, under
 from tinydiff.models import wan
-from tinydiff.models.layouts.table import Entries, Layout, Sizes, by_rows
+from tinydiff.models.layouts.table import Layout, Sizes, by_rows
 
 HEAD = 128
 """The width of a head in every released model, which no shape tells."""

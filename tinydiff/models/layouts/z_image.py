@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from tinydiff.entries import Entries
 from tinydiff.keymap import Line, fused, moved, under, unread
 from tinydiff.models import z_image
-from tinydiff.models.layouts.table import Entries, Layout, Sizes, by_rows
+from tinydiff.models.layouts.table import Layout, Sizes, by_rows
 
 ATTENTION = (
     fused("qkv", "to_q", "to_k", "to_v"),

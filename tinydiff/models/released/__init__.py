@@ -10,19 +10,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from tinydiff.entries import Entries
 from tinydiff.models import registry
 
 DIRECTORY = Path(__file__).parent
 
-REPOSITORIES: Mapping[str, Any] = {
+REPOSITORIES: Entries = {
     path.stem.replace("__", "/"): json.loads(path.read_text(encoding="utf-8"))
     for path in sorted(DIRECTORY.glob("*.json"))
 }
 """Hub id -> its file. The model in the package is not here: its files are."""
 
-COMPONENTS: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
+COMPONENTS: Mapping[str, Mapping[str, tuple[str, Entries]]] = {
     row.name: {
         part: (REPOSITORIES[row.name]["model_index"][part][1], component["config"])
         for part, component in REPOSITORIES[row.name]["components"].items()
