@@ -1,12 +1,20 @@
-"""Properties of every denoiser, tested on the tiny ones of the parity table."""
+"""What holds for every denoiser, tested on the tiny ones of the parity table and on further configs.
+
+Each equals diffusers in float64 with every parameter redrawn, and has the properties that the loop, the
+compiler and the plan build on.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 
+from tests.models.tiny import in_bfloat16, tiny
 from tests.parallel.test_families import weights
-from tests.parity import close
+from tests.parity import close, shapes, tracked, unread
+from tinydiff.models import hunyuan_video15, qwen_image
 from tinydiff.models.evaluate import evaluate, predict
 from tinydiff.ops.network import Branch, Network, divide, plain, walk
 from tinydiff.ops.weights import Weights
@@ -29,6 +37,67 @@ def hoisted(network, flat, inputs):
     return network.family.hoist(
         network.config, network.plan, Weights(flat, dtype=network.dtype), inputs, TIMES
     )
+
+
+def changed(name, **changes):
+    d = DENOISERS[name]
+    return replace(d, config=replace(d.config, **changes))
+
+
+VARIANTS = DENOISERS | {
+    "Wan, thick patches": changed("Wan, text", patch_size=(3, 2, 1), in_channels=3, out_channels=5),
+    "Wan, no norm before cross-attention": changed("Wan, text", cross_attn_norm=False),
+    "Wan, first and last frame with CLIP": changed(
+        "Wan, a frame beside the noise and CLIP", pos_embed_seq_len=18
+    ),
+    "FLUX.1, other values out": changed("FLUX.1", out_channels=12),
+    "FLUX.2, another feed-forward": changed("FLUX.2, references", mlp_ratio=2.5, out_channels=5, eps=1e-3),
+    "Ovis-Image, other values out": changed("Ovis-Image", out_channels=12),
+    "ERNIE-Image, other values out": changed("ERNIE-Image", out_channels=5, eps=1e-3),
+    "SD3, dual attention to the end": changed(
+        "SD3", dual_attention_layers=(1, 2), patch_size=1, pos_embed_max_size=10
+    ),
+}
+"""Further configs, which only the comparison with the reference needs."""
+
+LAST_TEXT = {
+    qwen_image.FAMILY: ("attn.to_add_out.", "txt_mlp."),
+    hunyuan_video15.FAMILY: ("attn.to_add_out.", "ff_context."),
+}
+"""What the last block does to the text, which nothing reads after it."""
+PARTS = {"context_embedder_2.": "glyphs", "image_embedder.": "image"}
+"""Layers of HunyuanVideo-1.5 for inputs that a request may not have."""
+
+
+def idle(d, inputs):
+    """How the names of weights begin on which no image depends."""
+    *_, (_, last) = d.family.blocks(d.config)
+    layers = [f"{last}.{layer}" for layer in LAST_TEXT.get(d.family, ())]
+    missing = [layer for layer, name in PARTS.items() if name not in inputs]
+    return (*layers, *(missing if d.family is hunyuan_video15.FAMILY else ()))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_equals_the_reference_and_reads_every_weight(name):
+    d = VARIANTS[name]
+    both = tiny(d)
+    assert shapes(d.family.spec(d.config)) == shapes(both.flat)
+    kept = tracked(both.flat)
+    with torch.enable_grad():
+        y = both.predict(kept)
+    close(y.detach(), both.expected())
+    left, unused = unread(y, kept), idle(d, both.asked.inputs)
+    assert [name for name in left if not name.startswith(unused)] == []
+    assert [layer for layer in unused if not any(name.startswith(layer) for name in left)] == []
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16(name):
+    """The distance to float64 is at most a fifth above that of the reference."""
+    ours, theirs, exact = in_bfloat16(DENOISERS[name])
+    assert ours.dtype == torch.bfloat16
+    error, allowed = ((y.double() - exact).square().mean().sqrt() for y in (ours, theirs))
+    assert error < 1.2 * allowed < 0.12
 
 
 @pytest.mark.parametrize("name", DENOISERS)

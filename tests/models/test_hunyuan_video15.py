@@ -1,73 +1,40 @@
-"""HunyuanVideo-1.5 against diffusers.HunyuanVideo15Transformer3DModel in float64, every parameter redrawn."""
-
-from dataclasses import asdict
+"""HunyuanVideo-1.5: inputs that are not there, what half types round, the words to be written, and configs
+that are not implemented.
+"""
 
 import pytest
 import torch
-from diffusers import HunyuanVideo15Transformer3DModel
 from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import extract_glyph_texts
 
-from tests.parity import close, doubles, draw, randomised, shapes, tracked, unread
+from tests.models.tiny import tiny
+from tests.parity import close, draw
 from tinydiff.models import hunyuan_video15
 from tinydiff.models.evaluate import predict
 from tinydiff.ops.network import Network
-from tinydiff.parity.asked import TIME
-from tinydiff.parity.denoisers import DENOISERS
-
-VARIANTS = [name for name in DENOISERS if name.startswith("HunyuanVideo-1.5")]
-PLAIN, WHOLE = "HunyuanVideo-1.5", "HunyuanVideo-1.5, glyphs and an image"
-
-
-def _case(name):
-    d = DENOISERS[name]
-    reference = HunyuanVideo15Transformer3DModel(**asdict(d.config))
-    d.prepare(reference)
-    return d.config, randomised(reference, 1), reference, d.ask(d.config)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_equals_the_reference(name):
-    c, flat, reference, asked = _case(name)
-    assert shapes(hunyuan_video15.spec(c)) == shapes(flat)
-    with doubles():
-        expected = asked.answer(reference(**asked.reference_inputs))
-    weights = tracked(flat)
-    with torch.enable_grad():
-        network = Network(hunyuan_video15.FAMILY, c, dtype=torch.float64)
-        y = predict(network, weights, asked.tokens, TIME, asked.inputs)
-    close(y.detach(), expected)
-    last = f"transformer_blocks.{c.num_layers - 1}"
-    parts = {"context_embedder_2.": "glyphs", "image_embedder.": "image"}
-    idle = [prefix for prefix, part in parts.items() if part not in asked.inputs]
-    idle += [f"{last}.attn.to_add_out.", f"{last}.ff_context."]  # nothing reads the text of the last block
-    assert [key for key in unread(y, weights) if not key.startswith(tuple(idle))] == []
 
 
 def test_what_is_masked_changes_nothing():
     """The pipeline hands 729 zeros for an image that is not there, and zeros for words that are not."""
-    c, flat, reference, asked = _case(PLAIN)
-    text = asked.inputs["text"]
-    known = asked.reference_inputs | {
+    both = tiny("HunyuanVideo-1.5")
+    c, text = both.network.config, both.asked.inputs["text"]
+    known = {
         "encoder_hidden_states": torch.cat([text, draw(2, 4, c.text_embed_dim, seed=9)], 1),
         "encoder_attention_mask": torch.tensor([[1.0] * text.shape[1] + [0.0] * 4] * 2).double(),
         "encoder_hidden_states_2": torch.zeros(2, 6, c.text_embed_2_dim).double(),
         "encoder_attention_mask_2": torch.zeros(2, 6).double(),
         "image_embeds": torch.zeros(2, 5, c.image_embed_dim).double(),
     }
-    with doubles():
-        expected = asked.answer(reference(**known))
-    network = Network(hunyuan_video15.FAMILY, c, dtype=torch.float64)
-    close(predict(network, flat, asked.tokens, TIME, asked.inputs), expected)
+    close(both.predict(), both.expected(**known))
 
 
 def test_half_types_round_the_timestep_first():
     """The reference's pipeline hands the network its timestep in the network's type."""
-    c, flat, _, asked = _case(WHOLE)
-    rounded = {name: tensor.bfloat16() for name, tensor in flat.items()}
-    network = Network(hunyuan_video15.FAMILY, c, dtype=torch.bfloat16)
+    both = tiny("HunyuanVideo-1.5, glyphs and an image")
+    rounded = {name: tensor.bfloat16() for name, tensor in both.flat.items()}
+    network = Network(hunyuan_video15.FAMILY, both.network.config, dtype=torch.bfloat16)
 
     def at(time):
-        return predict(network, rounded, asked.tokens, torch.tensor([time]), asked.inputs)
+        return predict(network, rounded, both.asked.tokens, torch.tensor([time]), both.asked.inputs)
 
     assert torch.equal(at(987.3), at(torch.tensor(987.3).bfloat16().item()))
     assert not torch.equal(at(987.3), at(971.0))

@@ -178,7 +178,8 @@ def _wan(frozen: bool = False, length: int = WORDS) -> Callable[[wan.Config], As
         if c.in_channels > channels:
             inputs["concat"] = patchify(x[:, channels:], c.patch_size)
         if c.image_dim is not None:
-            inputs["image"] = theirs["encoder_hidden_states_image"] = draw(2, 9, c.image_dim, seed=4)
+            images = 2 if c.pos_embed_seq_len is None else 4  # a first frame each, or a last one too
+            inputs["image"] = theirs["encoder_hidden_states_image"] = draw(images, 9, c.image_dim, seed=4)
         if frozen:
             inputs["frozen"] = (inputs["positions"][:, 0] == 0)[None, :, None]
             theirs["timestep"] = torch.where(inputs["frozen"][..., 0], 0, TIME.long()).expand(2, -1)
@@ -209,7 +210,7 @@ def _z_image(c: z_image.Config) -> Asked:
     )
 
 
-def _qwen(*sizes: tuple[int, int], denoised: int = 1) -> Callable[[qwen_image.Config], Asked]:
+def qwen(*sizes: tuple[int, int], denoised: int = 1) -> Callable[[qwen_image.Config], Asked]:
     """Images of latents of these sizes, the first `denoised` of which are denoised.
 
     Two texts, of different lengths.
@@ -258,7 +259,7 @@ def _flux(module: ModuleType, *sizes: tuple[int, int, int]) -> Callable[[Any], A
         if module is flux:
             inputs["pooled"] = theirs["pooled_projections"] = draw(2, c.pooled_projection_dim, seed=4)
         if getattr(c, "guidance_embeds", False):
-            inputs["guidance"] = theirs["guidance"] = torch.tensor([2.5, 4.0])
+            inputs["guidance"] = theirs["guidance"] = torch.tensor([2.0, 4.0])
         return Asked(tokens, inputs, theirs)
 
     return ask
@@ -542,12 +543,12 @@ DENOISERS = {
         "scale"),
         ("context_refiner.1", "text"), None, image_alone="noise_refiner.", image_first=True,
     ),
-    "Qwen-Image": _of_qwen(_QWEN, _qwen(_PICTURE)),
-    "Qwen-Image, references": _of_qwen(_QWEN, _qwen(_PICTURE, _GIVEN, _SMALL)),
-    "Qwen-Image, references at timestep 0": _of_qwen(replace(_QWEN, zero_cond_t=True), _qwen(_PICTURE, _GIVEN,
+    "Qwen-Image": _of_qwen(_QWEN, qwen(_PICTURE)),
+    "Qwen-Image, references": _of_qwen(_QWEN, qwen(_PICTURE, _GIVEN, _SMALL)),
+    "Qwen-Image, references at timestep 0": _of_qwen(replace(_QWEN, zero_cond_t=True), qwen(_PICTURE, _GIVEN,
     _SMALL)),
     "Qwen-Image, layers": _of_qwen(
-        replace(_QWEN, use_additional_t_cond=True, use_layer3d_rope=True), _qwen(_PICTURE, _PICTURE, _PICTURE,
+        replace(_QWEN, use_additional_t_cond=True, use_layer3d_rope=True), qwen(_PICTURE, _PICTURE, _PICTURE,
         _GIVEN, denoised=3)
     ),
     "FLUX.1": _of_flux1(_FLUX),

@@ -42,7 +42,7 @@ def asked(c: hunyuan_video.Config) -> Asked:
     """With `token_replace` the first frame is given, with `latent_concat` channels beside the noise."""
     size, channels = (3, 6, 10), c.out_channels
     x, text = draw(2, c.in_channels, *size, seed=2), draw(2, WORDS, c.text_embed_dim, seed=3)
-    patch_size, guidance = hunyuan_video.patch(c), torch.tensor([2.5, 4.0])
+    patch_size, guidance = hunyuan_video.patch(c), torch.tensor([2.0, 4.0])
     inputs = {"text": text, "positions": hunyuan_video.positions(c, size), "guidance": guidance}
     inputs["pooled"] = draw(2, c.pooled_projection_dim, seed=4)
     theirs = {
