@@ -5,6 +5,7 @@ error names the size that fits.
 from __future__ import annotations
 
 import logging
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -172,7 +173,7 @@ def test_the_plan_tiles_where_nothing_else_fits_and_says_so(name, caplog):
 
 
 def test_a_program_is_told_the_largest_size_that_fits_and_its_model_stays_of_use(monkeypatch):
-    model, advance = tinydiff.load(), pipeline.loop.advance
+    model, advance = tinydiff.load(on_oom="fail"), pipeline.loop.advance
     asked = {name: value for name, value in SMALL.items() if name != "prompt"}
     monkeypatch.setattr(pipeline.loop, "advance", short(1, advance))
     monkeypatch.setattr(fit, "free_bytes", lambda device: 1)
@@ -181,6 +182,38 @@ def test_a_program_is_told_the_largest_size_that_fits_and_its_model_stays_of_use
     with pytest.raises(UserError, match=told):
         tinydiff.generate(model, SMALL["prompt"], **asked)
     assert tinydiff.generate(model, SMALL["prompt"], **asked).frames
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_path": ("tinydiff/shapes/loras/purple.safetensors",)}])
+def test_a_model_of_a_program_becomes_a_smaller_one_in_place(monkeypatch, caplog, options):
+    asked = {name: value for name, value in SMALL.items() if name != "prompt"}
+    model, advance = tinydiff.load(**options), pipeline.loop.advance
+    want = tinydiff.generate(model, SMALL["prompt"], **asked)
+    old = weakref.ref(model.denoiser.weights["proj_out.weight"])
+    loads, load = [], blueprint.load
+    monkeypatch.setattr(blueprint, "load", lambda plan: (loads.append(old() is None), load(plan))[1])
+    monkeypatch.setattr(pipeline.loop, "advance", short(1, advance, after=1))
+    for _ in range(2):
+        got = tinydiff.generate(model, SMALL["prompt"], **asked)
+        assert torch.equal(got.latents[0], want.latents[0]) and np.array_equal(got.frames[0], want.frames[0])
+    assert loads == [True], "the old weights are gone before the new ones come, which stay"
+    assert {net.residency.kind for net in model.blueprint.nets.values()} <= {"streamed", "offloaded"}
+    assert sum("runs again with less on the device" in line for line in caplog.messages) == 1
+    monkeypatch.setattr(pipeline.loop, "advance", short(1, advance))
+    with pytest.raises(UserError, match="size: 64x64 does not fit into memory"):
+        tinydiff.generate(model, SMALL["prompt"], **asked)
+
+
+def test_a_model_that_could_not_load_again_loads_with_the_next_request(monkeypatch):
+    asked = {name: value for name, value in SMALL.items() if name != "prompt"}
+    model, load = tinydiff.load(), blueprint.load
+    want = tinydiff.generate(model, SMALL["prompt"], **asked)
+    monkeypatch.setattr(pipeline.loop, "advance", short(1, pipeline.loop.advance))
+    monkeypatch.setattr(blueprint, "load", short(1, load))
+    with pytest.raises(torch.OutOfMemoryError):
+        tinydiff.generate(model, SMALL["prompt"], **asked)
+    got = tinydiff.generate(model, SMALL["prompt"], **asked)
+    assert np.array_equal(got.frames[0], want.frames[0])
 
 
 def test_the_measured_peak_stands_beside_the_expected_one(monkeypatch, caplog):

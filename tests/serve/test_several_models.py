@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import falcon.testing
@@ -25,9 +26,9 @@ TWO = ("a=tinydiff/shapes", "b=tinydiff/shapes")
 ASKED = {"prompt": "a red circle", "num_inference_steps": 2, "seed": 1, "height": 64, "width": 64}
 
 
-def service(folder, models=TWO, **options):
+def service(folder, models=TWO, model_options=(), **options):
     given = {"state_dir": str(folder), "warmup_steps": 0, "models": models, **options}
-    return server.build(ModelOptions(), ServeOptions(**given))
+    return server.build(ModelOptions(**dict(model_options)), ServeOptions(**given))
 
 
 def job(model, priority=0, **fields):
@@ -49,12 +50,13 @@ class Turns:
     def turn(self):
         """The models of the images that run together in the next turn of the loop."""
         self.scheduler._remove_ended()
+        self.scheduler._begin_again()
         self.scheduler._take_jobs()
         self.scheduler._start_images()
         running = [self.scheduler._jobs[slot.job].job.model for slot in self.device.loop.slots]
         if running:
             self.scheduler._step()
-        return running
+        return running or ["again"] * len(self.scheduler._short)
 
     def drain(self):
         """The models of the running images, turn by turn, until nothing is left to run."""
@@ -62,6 +64,7 @@ class Turns:
         while running := self.turn():
             rounds.append(running)
         self.scheduler._savers.shutdown(wait=True)
+        self.scheduler._savers = ThreadPoolExecutor(1)
         return rounds
 
     def close(self):

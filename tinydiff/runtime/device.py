@@ -22,13 +22,14 @@ import numpy
 from tinydiff.parallel.plan import ALONE
 from tinydiff.parallel.ranks import Ranks, command_group, describe_failure, from_first, to_all
 from tinydiff.records import RankError, Request
-from tinydiff.runtime import aside, device_model, preview, torch_state
+from tinydiff.runtime import aside, device_model, fit, preview, step_down, torch_state
 from tinydiff.runtime import blueprint as blueprints
 from tinydiff.runtime.blueprint import Blueprint, Model
 from tinydiff.runtime.continuous import BatchSlot, StepResult, Turn
 from tinydiff.runtime.loras import Read
 from tinydiff.runtime.pipeline import Conditioning, Made
 from tinydiff.runtime.shortage import give_memory_back, short_of_memory
+from tinydiff.runtime.step_times import StepTimes
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -185,6 +186,24 @@ class Device:
     def wake(self) -> None:
         """Bring the current model back from the host's memory, with the adapters that it had."""
         self.current.wake()
+
+    def step_down(self, request: Request) -> list[str]:
+        """Load the current model again with less of it on the device, where a request ran out of memory that
+        fits then. All jobs are removed first.
+
+        Returns the components that left; none where nothing can be done, or there are several ranks.
+        """
+        smaller = None if self.ranks is not None else self.current.smaller()
+        if smaller is None or not fit.fits(smaller, request):
+            return []
+        for job in self.jobs():
+            self.remove(job)
+        moved = step_down.moved(self.loaded().blueprint, smaller)
+        self.unload(keep=False)
+        self.current.blueprint, self.current.settled = smaller, True
+        self.loop.step_times = StepTimes()  # and what fitted before
+        self.load()
+        return moved
 
     @on_all_ranks
     def attach(self, adapters: tuple[Read, ...]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -44,6 +44,14 @@ class DeviceModel:
         else:
             self.model = self.backend.load(self.blueprint, ranks)
         self.to_colours = self.backend.fit_colours(self.model)
+
+    def smaller(self) -> Blueprint | None:
+        """The blueprint with less on the device; None where there is none."""
+        assert self.model is not None, "asked where it is loaded"
+        least = fit.stepped_down(self.model.blueprint)
+        if least is None:  # its merged adapters are those of the start; others are attached once it is loaded
+            return None
+        return replace(least, adapters=self.blueprint.adapters, lora_mode=self.blueprint.lora_mode)
 
     def unload(self, waits: bool) -> None:
         """Remove it from the device. waits: its weights stay in the host's memory."""

@@ -15,6 +15,7 @@ from tinydiff.records import Output, Request, UserError
 from tinydiff.residency import Residency
 from tinydiff.runtime import estimate, memory, offload
 from tinydiff.runtime.blueprint import TILE, Blueprint
+from tinydiff.runtime.estimate import RESERVED
 from tinydiff.runtime.memory import MemoryPlan, Part
 from tinydiff.runtime.net_plan import NetPlan
 
@@ -75,10 +76,10 @@ def in_the_way(blueprint: Blueprint, held: Sequence[int], free: int) -> int:
 
 
 def stepped_down(blueprint: Blueprint) -> Blueprint | None:
-    """The blueprint with everything off the device of which no option says otherwise; None where all of it is
-    already.
+    """The blueprint with everything off the device of which no option says otherwise. None where all of it is
+    already, and where `on_oom` is fail.
     """
-    if blueprint.foreign is not None:
+    if blueprint.foreign is not None or blueprint.on_oom == "fail":
         return None
     nets: dict[str, NetPlan[Record]] = {}
     for name, net in blueprint.nets.items():
@@ -92,6 +93,12 @@ def stepped_down(blueprint: Blueprint) -> Blueprint | None:
     ):
         return None
     return replace(blueprint, nets=nets)
+
+
+def fits(blueprint: Blueprint, request: Request) -> bool:
+    """Whether a request fits on this device with the model as it is; True where nothing is known of it."""
+    free = free_bytes(blueprint.device)
+    return free is None or expected(blueprint, [request]).peak <= free - RESERVED * 1e9
 
 
 def refusal(blueprint: Blueprint, request: Request, free: int | None) -> UserError:

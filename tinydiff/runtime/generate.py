@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -15,10 +16,9 @@ from tinydiff.entries import Entries
 from tinydiff.io import output
 from tinydiff.parallel.ranks import Ranks, replica_numbers, to_first
 from tinydiff.records import Frames, Request, Result, Sound
-from tinydiff.runtime import backends, fit
+from tinydiff.runtime import backends, fit, step_down
 from tinydiff.runtime import blueprint as blueprints
 from tinydiff.runtime.blueprint import Blueprint, Model
-from tinydiff.runtime.shortage import give_memory_back, short_of_memory
 from tinydiff.runtime.torch_state import default_torch_state
 
 log = logging.getLogger(__name__)
@@ -99,12 +99,19 @@ def generate_admitted(
     )
     if ranks is not None:
         numbers, writes = replica_numbers(ranks, len(jobs)), ranks.leads
-    loaded_now, found = [model], dict[int, Result]()
-    del model  # so that a smaller plan can take its place
+    found = dict[int, Result]()
     for n in numbers:
-        given = destinations[jobs[n].prompt], options.output, progress, writes
-        found[n] = _run_job_in_memory(loaded_now, jobs[n], *given, alone=ranks is None)
-    if ranks is None and (told_peak := fit.compared(loaded_now[0].blueprint, requests)) is not None:
+        job, destination = jobs[n], destinations[jobs[n].prompt]
+        make = partial(
+            _run_job,
+            job=job,
+            destination=destination,
+            options=options.output,
+            progress=progress,
+            writes=writes,
+        )
+        found[n] = step_down.run(model, job.request, make, alone=ranks is None)
+    if ranks is None and (told_peak := fit.compared(model.blueprint, requests)) is not None:
         log.info("%s", told_peak)
     if ranks is not None:
         told = to_first(ranks.groups["world"], found if writes else {})
@@ -132,42 +139,6 @@ def _replica_jobs(requests: Sequence[Request], replicas: int) -> list[ReplicaJob
         ReplicaJob(i, k, len(request.seeds), replace(request, seeds=request.seeds[k : k + 1]))
         for i, k, request in each
     ]
-
-
-def _run_job_in_memory(
-    loaded: list[Model],
-    job: ReplicaJob,
-    destination: Destination,
-    options: OutputOptions,
-    progress: Progress,
-    writes: bool,
-    alone: bool,
-) -> Result:
-    """Run a job. Out of memory, it runs again on a model of which less is on the device.
-
-    held: the model, the only reference to it, which that one replaces. Raises UserError where none fits.
-    """
-    blueprint = loaded[0].blueprint
-    try:
-        return _run_job(loaded[0], job, destination, options, progress, writes)
-    except Exception as error:
-        if not short_of_memory(error) or not alone:
-            raise
-        log.debug("", exc_info=error)
-    smaller = fit.stepped_down(blueprint) if blueprint.on_oom == "degrade" else None
-    if smaller is None:
-        raise fit.refusal(blueprint, job.request, fit.free_bytes(blueprint.device))
-    moved = [name for name, net in smaller.nets.items() if net.residency != blueprint.nets[name].residency]
-    log.warning("out of memory: it runs again with less on the device (%s)", ", ".join(moved))
-    loaded.clear()
-    give_memory_back()
-    loaded.append(blueprints.load(smaller))
-    try:
-        return _run_job(loaded[0], job, destination, options, progress, writes)
-    except Exception as error:
-        if not short_of_memory(error):
-            raise
-        raise fit.refusal(smaller, job.request, fit.free_bytes(smaller.device)) from error
 
 
 def _run_job(

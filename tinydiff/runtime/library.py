@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import fields as fields_of
+from functools import partial
 
 from tinydiff import config, environment, flags
 from tinydiff.entries import Entries
 from tinydiff.parallel import layout
 from tinydiff.parallel.ranks import Ranks, make_ranks, meet, once
 from tinydiff.records import Result, UserError, nearest
-from tinydiff.runtime import backends, blueprint, fit, launch
+from tinydiff.runtime import backends, blueprint, launch, step_down
 from tinydiff.runtime.blueprint import Model
 from tinydiff.runtime.settings import guidance_of
-from tinydiff.runtime.shortage import give_memory_back, short_of_memory
 from tinydiff.runtime.torch_state import default_torch_state
 
 
@@ -74,13 +74,8 @@ def generate(
     with default_torch_state():
         backend = backends.of(model.blueprint)
         [request] = once(model.replica, lambda: backend.admit(model.blueprint, sampling))
-        try:
-            return backend.run(model, request, progress or config.NoProgress())
-        except Exception as error:
-            if not short_of_memory(error) or model.replica.size > 1:
-                raise
-            give_memory_back()
-            raise fit.refusal(model.blueprint, request, fit.free_bytes(model.blueprint.device)) from error
+        make = partial(backend.run, request=request, progress=progress or config.NoProgress())
+        return step_down.run(model, request, make, alone=model.replica.size == 1)
 
 
 def _only(names_given: Entries, *records: type) -> None:

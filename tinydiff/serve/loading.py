@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from tinydiff.parallel.ranks import Ranks
+from tinydiff.records import Request
 from tinydiff.runtime.blueprint import Model
 from tinydiff.runtime.device import Device
 from tinydiff.runtime.loras import Read
@@ -69,6 +70,23 @@ class Loading:
             device.attach(adapters)
             self._attached[device.name] = adapters
         return device.loaded()
+
+    def make_room(self, request: Request) -> bool:
+        """Make room for a request that ran out of memory: the other models leave, or else the current one
+        loads again with less of it on the device, which removes its jobs. Whether anything was done.
+        """
+        if others := self.device.make_room(self._keep, least=len(self._adapters)):
+            for name in others:
+                self._tell(name, "left because a request of another model ran out of memory")
+            return True
+        if not (moved := self.device.step_down(request)):
+            return False
+        name = self.device.name
+        self._attached[name] = ()
+        log.warning(
+            "%s ran out of memory and was loaded with less on the device (%s)", name, ", ".join(moved)
+        )
+        return True
 
     def unload_unused(self) -> None:
         """Unload all models on request, or after `idle_unload` seconds without a job. The next job loads its

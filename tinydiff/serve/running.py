@@ -19,7 +19,6 @@ from tinydiff.serve.jobs import Failure, Job, Output
 if TYPE_CHECKING:
     from tinydiff.runtime.blueprint import Model
     from tinydiff.runtime.continuous import BatchSlot
-    from tinydiff.runtime.pipeline import Conditioning
 
 log = logging.getLogger(__name__)
 
@@ -32,29 +31,31 @@ class RunningJob:
 
     job: Job
     request: Request
-    conditioning: Conditioning
     usage: Entries
     """OpenAI's token counts: of the prompt, of input images and of outputs."""
     previews: int
     """How many previews of the first output the client wants."""
-    waiting: deque[int] = field(init=False)
+    waiting: deque[int] = field(default_factory=deque[int])
     """Indices of the outputs that have not started."""
     taken: float = field(default_factory=time.monotonic)
     seconds: dict[str, float] = field(default_factory=dict)
     """Stage -> seconds spent in it."""
+    steps_each: int = 0
+    """Denoising steps of an output."""
     steps: int = 0
     """Denoising steps done, over all outputs."""
+    made: set[int] = field(default_factory=set[int])
+    """Indices of the outputs that are decoded."""
     saved: dict[int, list[Output]] = field(default_factory=dict)
     """Index of an output -> its stored files."""
 
     def __post_init__(self) -> None:
-        self.waiting = deque(range(len(self.request.seeds)))
         self.spent("queue", max(0.0, (self.job.started_at or self.job.created_at) - self.job.created_at))
 
     @property
     def total(self) -> int:
         """Denoising steps of all outputs."""
-        return self.conditioning.steps * len(self.request.seeds)
+        return self.steps_each * len(self.request.seeds)
 
     @property
     def eta_s(self) -> float | None:
@@ -65,6 +66,16 @@ class RunningJob:
     def files(self) -> tuple[Output, ...]:
         """Files stored so far, in the order of the outputs."""
         return tuple(output for index in sorted(self.saved) for output in self.saved[index])
+
+    @property
+    def unmade(self) -> list[int]:
+        """Indices of the outputs that are not decoded."""
+        return [index for index in range(len(self.request.seeds)) if index not in self.made]
+
+    def begin(self, steps_each: int) -> None:
+        """Begin, or begin again, with the outputs that are not decoded."""
+        self.steps_each, self.waiting = steps_each, deque(self.unmade)
+        self.steps = steps_each * len(self.made)
 
     def spent(self, stage: str, seconds: float) -> None:
         """Add to the seconds of a stage."""

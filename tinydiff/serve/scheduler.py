@@ -79,6 +79,8 @@ class DeviceScheduler:
         self._jobs: dict[str, RunningJob] = {}
         self._times = JobTimes(options.batching_max_size)
         self._cancelled: set[str] = set()
+        self._short: list[str] = []
+        """Jobs that ran out of memory."""
         self._state = State("loading", 0, 0, None, "")
         self._ending, self._compiled = False, 0
         self._savers = ThreadPoolExecutor(2, "saver")
@@ -205,6 +207,7 @@ class DeviceScheduler:
             while not self._ending:
                 self._check_compiling()
                 self._remove_ended()
+                self._begin_again()
                 self._take_jobs()
                 self._start_images()
                 if self.device.loop.slots:
@@ -244,7 +247,8 @@ class DeviceScheduler:
 
     def _take_jobs(self) -> None:
         """Take jobs from the queue while the device has room."""
-        while self._state.phase in ("compiling", "ready") and not self.loading.asleep and self._room():
+        able = self._state.phase in ("compiling", "ready") and not self.loading.asleep
+        while able and not self._short and self._room():
             job = retried(self._next_job, self._closing)
             if job is None:
                 return
@@ -256,17 +260,46 @@ class DeviceScheduler:
             try:
                 request = self.request_of(job)
                 model = self.loading.load(find(self.models, job.model).name)
-                started = time.perf_counter()
-                conditioning = self.device.condition(job.id, request)
+                tokens = usage(model, request)
             except Exception as error:
                 self._record(job, "failed", error=failure(error))
                 continue
-            tokens, previews = usage(model, request), job.answer.get("previews", 0)
-            running = RunningJob(job, request, conditioning, tokens, previews)
-            running.spent("encode", time.perf_counter() - started)
-            self.metrics.stage("encode", running.seconds["encode"])
-            self._jobs[job.id] = running
-            self.events.publish(job, 0, running.total)
+            del model  # so that it can leave
+            self._jobs[job.id] = RunningJob(job, request, tokens, job.answer.get("previews", 0))
+            self._condition(self._jobs[job.id])
+
+    def _condition(self, running: RunningJob) -> None:
+        """Run the encoders for a job. Its outputs that are not decoded can then be started."""
+        started = time.perf_counter()
+        try:
+            running.begin(self.device.condition(running.job.id, running.request).steps)
+        except Exception as error:
+            self._on_error(running.job.id, error)
+            return
+        seconds = time.perf_counter() - started
+        running.spent("encode", seconds)
+        self.metrics.stage("encode", seconds)
+        self.events.publish(running.job, running.steps, running.total)
+
+    def _on_error(self, id: str, error: Exception) -> None:
+        """Let a job fail, or note that it is out of memory: it begins again once nothing holds tensors."""
+        if short_of_memory(error):
+            self._short.append(id)
+        else:
+            self._fail(id, error)
+
+    def _begin_again(self) -> None:
+        """Begin again with the jobs that ran out of memory, where something can leave the device for them."""
+        short, self._short, has_more = self._short, [], False
+        for running in [self._jobs[id] for id in short if id in self._jobs]:
+            self.device.remove(running.job.id)
+            has_more = has_more or self.loading.make_room(running.request)
+            if not has_more:
+                self._fail(running.job.id, MemoryError())
+        there = self.device.jobs()
+        for running in [each for each in list(self._jobs.values()) if each.unmade]:
+            if running.job.id not in there:
+                self._condition(running)
 
     def _next_job(self) -> Job | None:
         """The next job from the queue. While images of a model are to be made it is of that model, whose turn
@@ -294,7 +327,7 @@ class DeviceScheduler:
                 self.device.start(job.id, index, job.priority, previews, job.owner)
                 running.spent("denoise", time.perf_counter() - started)
             except Exception as error:
-                self._fail(job.id, error)
+                self._on_error(job.id, error)
 
     def _remove_ended(self) -> None:
         """End cancelled jobs, and remove the images of ended jobs from the loop."""
@@ -307,7 +340,7 @@ class DeviceScheduler:
         result = self.device.step()
         self.loading.used()
         if result.error is not None:
-            self._fail(result.slots[0].job, result.error)
+            self._on_error(result.slots[0].job, result.error)
             return
         count = len(result.slots)
         if result.steps:
@@ -325,7 +358,7 @@ class DeviceScheduler:
         """Publish a job's progress, and previews of its first image at even distances where it wants them."""
         previews = []
         if running.previews and slot.index == 0 and self.device.has_previews:
-            due = self.device.loop.steps_done(slot) * (running.previews + 1) // running.conditioning.steps
+            due = self.device.loop.steps_done(slot) * (running.previews + 1) // running.steps_each
             is_new = not slot.denoising.done and due > self.events.preview_count(running.job.id)
             if is_new:
                 previews.append(self.device.preview(running.job.id))
@@ -342,8 +375,9 @@ class DeviceScheduler:
         try:
             output_made, parameters = self.device.finish(running.job.id, slot.index)
         except Exception as error:
-            self._fail(running.job.id, error)
+            self._on_error(running.job.id, error)
             return
+        running.made.add(slot.index)
         seconds = time.perf_counter() - started
         running.spent("decode", seconds)
         self.metrics.stage("decode", seconds)
