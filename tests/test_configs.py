@@ -22,6 +22,14 @@ from tinydiff.runtime.admit import admit
 PRESETS = {path.stem: path for path in sorted((ROOT / "configs").glob("*"))}
 
 
+@pytest.fixture(autouse=True)
+def given_files(tmp_path, monkeypatch):
+    """What a preset leaves to the user."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("person.png", "speech.wav"):
+        (tmp_path / name).touch()
+
+
 def options(name: str) -> config.Options:
     return config.parse(["--config", str(PRESETS[name])])
 
@@ -33,7 +41,8 @@ def test_a_preset_is_short_and_says_something(name):
     assert len(preset.sampling.prompt) == 1 and preset.refusals == preset.ignored == ()
     assert find(preset.model.model_path) is not None
     plain = config.options({"model_path": preset.model.model_path, "prompt": preset.sampling.prompt})
-    assert (preset.model, preset.parallel) != (plain.model, plain.parallel)
+    told = preset.model, preset.parallel, preset.sampling.audio_path
+    assert told != (plain.model, plain.parallel, None)
 
 
 def test_several_gpus_is_the_documented_example():

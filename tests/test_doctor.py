@@ -138,6 +138,8 @@ def test_every_released_model_is_compared_in_all_its_parts():
     for name in MODELS:
         (group,) = models.chosen(name)
         released = set(MODELS[name]["components"]) - {"transformer_2", "pe"}
+        if group.family == "wan_s2v":  # a class in no library
+            released -= {"transformer"}
         assert group.parts.keys() - {"vision"} == released
         for component in released:
             kind, what = class_of(name, component), group.parts[component]
@@ -154,7 +156,7 @@ def _switches(c):
     }
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != ALONE])
+@pytest.mark.parametrize("name", [name for name in MODELS if "transformer" in models.chosen(name)[0].parts])
 def test_the_tiny_denoiser_has_the_released_ones_switches(name):
     (group,) = models.chosen(name)
     ours, released = (

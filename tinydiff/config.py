@@ -66,6 +66,9 @@ class SamplingOptions:
     image_frames: tuple[int, ...] = within((), least=-100_000, most=100_000)
     """LTX-2: the frame of the video at which each input image stands, from 0; -1 is the last. One image is
     the first frame by default, two are the first and the last."""
+    audio_path: str | None = None
+    """Wan2.2 speech to video: the sound that the video is made to, of an audio file or a video with sound. It
+    is a file, an http(s) URL or a data URI. The video is about as long, and has the sound."""
     mask_path: str | None = None
     """Mask for inpainting, of the input image's size. White is inpainted, black is kept."""
     strength: float | None = within(above=0, most=1)
@@ -79,7 +82,8 @@ class SamplingOptions:
     width: int | None = within(least=1, most=2**16)
     """Width in pixels."""
     num_frames: int | None = within(least=1, most=100_000)
-    """Number of frames; 1 makes an image. For Qwen-Image-Layered, the number of layers."""
+    """Number of frames; 1 makes an image. For Qwen-Image-Layered, the number of layers. For Wan2.2 speech to
+    video, the frames of each segment, a multiple of 4."""
     fps: int | None = within(least=1, most=1000)
     """Frames per second of a video."""
     num_inference_steps: int | None = within(least=1, most=1000)
@@ -478,6 +482,9 @@ def _check_combinations(parsed: Options) -> None:
             f"output_file_name: {name} names the output of one prompt and {prompts} are given; leave it out"
         )
         raise UserError("output_file_name", message)
-    for path in sampling.image_path:
-        if not paths.scheme(path) and paths.kind(paths.path(path, "image_path")) != "file":
-            raise UserError("image_path", f"image_path: {shown(path)} is not a file")
+    given = [("image_path", path) for path in sampling.image_path]
+    if sampling.audio_path is not None:
+        given.append(("audio_path", sampling.audio_path))
+    for name, path in given:
+        if not paths.scheme(path) and paths.kind(paths.path(path, name)) != "file":
+            raise UserError(name, f"{name}: {shown(path)} is not a file")

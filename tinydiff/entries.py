@@ -35,6 +35,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "*single_layers": (0, 1000),
     "n_refiner_layers": (0, 1000),
     "dual_attention_layers": (0, 1000),
+    "audio_inject_layers": (0, 1000),
     "fullatt_block_indexes": (0, 1000),
     "max_window_layers": (0, MOST),
     "mrope_section": (0, MOST),

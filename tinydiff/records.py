@@ -277,6 +277,8 @@ class Output:
     upscaling: Upscaling | None = None
     sound: bool = False
     """Whether the video has sound."""
+    length: int | None = None
+    """Frames of a video that is made in segments of `num_frames`; None: it is made at once."""
     interpolation: Interpolation | None = None
 
     @property
@@ -285,9 +287,14 @@ class Output:
         return 1 if self.interpolation is None else self.interpolation.factor
 
     @property
+    def decoded_frames(self) -> int:
+        """Frames that the autoencoder makes and that are shown."""
+        return self.num_frames if self.length is None else self.length
+
+    @property
     def saved_frames(self) -> int:
         """Frames that are returned, after any interpolation."""
-        return self.num_frames * self.factor
+        return self.decoded_frames * self.factor
 
     @property
     def saved_fps(self) -> int:

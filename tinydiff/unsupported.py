@@ -68,8 +68,8 @@ prompt rewriting by another model
     srt_encoder_connection_timeout=3.05 srt_encoder_timeout=100
 video input
     video_path=
-speech to video
-    audio_path= pose_video_path=
+a video of poses
+    pose_video_path=
 sound of a given length
     sound_duration=0
 reinforcement learning rollouts

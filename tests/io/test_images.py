@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinydiff.io import images as module
+from tinydiff.io import given
 from tinydiff.io.images import IMAGE_EXTENSIONS, encode_image, read_image, read_image_parameters, resize
 from tinydiff.records import UserError
 
@@ -194,7 +194,7 @@ def test_refused_sources(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="does not exist"):
         read_image(f"file://{tmp_path}/text")  # an address scheme that would read this machine
-    monkeypatch.setattr(module, "MOST_BYTES", 10)
+    monkeypatch.setattr(given, "MOST_BYTES", 10)
     with pytest.raises(UserError, match="is larger than"):
         read_image("data:image/png;base64," + base64.b64encode(good).decode())
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.models.wan_s2v_reference import Reference
 from tests.parity import close, draw, randomised, shapes, tracked, unread
-from tinydiff.models import wan_s2v
+from tinydiff.models import wan_s2v, wan_s2v_recipe
 from tinydiff.models.evaluate import predict
 from tinydiff.ops.network import Branch, Network, divide, plain, walk
 from tinydiff.ops.patch import patchify, unpatchify
@@ -60,7 +60,7 @@ def case(name):
         "audio": draw(c.audio_states, c.audio_dim, 4 * SIZE[0], seed=7),
     }
     audio = given["audio"]
-    inputs = wan_s2v.layout(c, SIZE, past is not None) | {
+    inputs = wan_s2v_recipe.layout(c, SIZE, past is not None) | {
         "text": given["text"][None],
         "reference": patchify(given["reference"][None], c.patch_size),
         "audio": torch.cat([audio[..., :1].expand(-1, -1, c.motion_frames), audio], -1)[None],

@@ -1,13 +1,15 @@
-"""Reading the sound of any audio or video file: one channel for an encoder, all of them for a video."""
+"""Reading the sound of any audio or video: one channel for an encoder, one or two beside a video."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from tinydiff import paths
+from tinydiff.io import given
 from tinydiff.io.video import as_file
-from tinydiff.records import Sound, UserError
+from tinydiff.records import Sound, Speech, UserError
 
 if TYPE_CHECKING:
     import av
@@ -27,8 +29,19 @@ FORMATS = (
 """FFmpeg's names of the formats that are read. Others, such as playlists, would open other files and URLs."""
 
 
+def read(
+    source: str | Path | bytes, rate: int, field: str = "audio_path", longest: float = LONGEST
+) -> Speech:
+    """The sound at a path, http(s) URL or data URI, or in a file's bytes, to be heard at `rate` and to be
+    written beside a video. Raises UserError.
+    """
+    if isinstance(source, str | Path) and not given.is_file(source):
+        source = given.read_bytes(source, field)
+    return Speech(read_speech(source, rate, field, longest), read_sound(source, field, longest))
+
+
 def read_speech(
-    source: str | Path, rate: int, field: str = "audio_path", longest: float = LONGEST
+    source: str | Path | bytes, rate: int, field: str = "audio_path", longest: float = LONGEST
 ) -> np.ndarray:
     """The sound of a file as one channel, float32 [samples] in [-1, 1] with `rate` samples per second.
 
@@ -39,43 +52,50 @@ def read_speech(
     return _read(source, rate, field, longest).mean(1)
 
 
-def read_sound(source: str | Path, field: str = "audio_path", longest: float = LONGEST) -> Sound:
+def read_sound(source: str | Path | bytes, field: str = "audio_path", longest: float = LONGEST) -> Sound:
     """The sound of a file with one or two channels, to be written beside a video. Raises as `read_speech`."""
     return Sound(_read(source, VIDEO_RATE, field, longest), VIDEO_RATE)
 
 
-def _read(source: str | Path, rate: int, field: str, longest: float) -> np.ndarray:
+def _read(source: str | Path | bytes, rate: int, field: str, longest: float) -> np.ndarray:
     """float32 [samples, 1 or 2 channels]."""
     import av
     import numpy as np
     from av.error import FFmpegError
 
-    path = paths.path(source, field)
-    if paths.kind(path) != "file":
-        missing = "is a directory" if paths.kind(path) == "directory" else "does not exist"
-        raise UserError(
-            field, f"{field}: {str(path)!r} {missing}; it must be an audio file, or a video with sound"
-        )
+    name, opened = _opened(source, field)
     most = round(longest * rate)
     try:
         # a limited list of formats, because FFmpeg would take some text files for lists of other files
-        with av.open(as_file(path), options={"format_whitelist": ",".join(FORMATS)}) as container:
+        with av.open(opened, "r", options={"format_whitelist": ",".join(FORMATS)}) as container:
             parts = _decoded(container, rate, most) if container.streams.audio else None
     except (FFmpegError, ValueError) as error:
         known = "an audio file, or a video with sound (WAV, MP3, FLAC, Ogg, MP4, WebM, ... are)"
-        raise UserError(field, f"{field}: {str(path)!r} cannot be read as {known}") from error
+        raise UserError(field, f"{field}: {name} cannot be read as {known}") from error
     if parts is None:
-        raise UserError(field, f"{field}: {str(path)!r} has no audio stream")
+        raise UserError(field, f"{field}: {name} has no audio stream")
     samples = np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
     if len(samples) == 0:
-        raise UserError(field, f"{field}: {str(path)!r} has an audio stream without any sound")
+        raise UserError(field, f"{field}: {name} has an audio stream without any sound")
     if len(samples) > most:
         raise UserError(
-            field, f"{field}: {str(path)!r} is longer than {longest:g} seconds, the most that is read; cut it"
+            field, f"{field}: {name} is longer than {longest:g} seconds, the most that is read; cut it"
         )
     if not np.isfinite(samples).all():
-        raise UserError(field, f"{field}: {str(path)!r} has samples that are no finite numbers")
+        raise UserError(field, f"{field}: {name} has samples that are no finite numbers")
     return samples
+
+
+def _opened(source: str | Path | bytes, field: str) -> tuple[str, str | IO[bytes]]:
+    """(what errors call it, what PyAV opens)."""
+    if isinstance(source, bytes):
+        return "what is given", io.BytesIO(source)
+    path = paths.path(source, field)
+    if paths.kind(path) != "file":
+        missing = "is a directory" if paths.kind(path) == "directory" else "does not exist"
+        message = f"{str(path)!r} {missing}; it must be an audio file, or a video with sound"
+        raise UserError(field, f"{field}: {message}")
+    return repr(str(path)), as_file(path)
 
 
 def _decoded(container: InputContainer, rate: int, most: int) -> list[np.ndarray]:

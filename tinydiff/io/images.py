@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinydiff import paths
+from tinydiff.io import given
 from tinydiff.io.parameters import as_ascii, as_text, read
 from tinydiff.records import UserError
 
@@ -23,9 +23,6 @@ DEFAULT_QUALITY = {".jpg": 95, ".jpeg": 95, ".webp": 90}
 
 PROGRAMS = ("EPS",)
 """Formats that are programs, which Pillow would run in Ghostscript: they are not read."""
-
-MOST_BYTES = 64 * 2**20
-"""Most bytes of an image downloaded from a URL."""
 
 JPEG_COMMENT = 60_000
 """Most bytes of parameters in a JPEG, whose segments end at 65,535."""
@@ -45,8 +42,7 @@ def read_image(source: str | Path, field: str = "image_path", with_alpha: bool =
 
     from tinydiff.io import decode
 
-    source_name = repr(str(source) if len(str(source)) < 120 else f"{str(source)[:80]}...")
-    data = _fetch(source, field, source_name)
+    source_name, data = given.name(source), given.read_bytes(source, field)
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as opened:
             return decode.srgb(opened, with_alpha, f"{field}: {source_name}")
@@ -129,25 +125,3 @@ def read_image_parameters(path: Path) -> dict[str, object]:
     if isinstance(comment, bytes) and comment.startswith(ASCII):
         text = comment[len(ASCII) :]
     return read(text)
-
-
-def _fetch(source: str | Path, field: str, source_name: str) -> bytes:
-    from http.client import HTTPException
-    from urllib.request import Request, urlopen
-
-    scheme = paths.scheme(str(source))
-    file = None if scheme else paths.path(source, field)
-    try:
-        if file is not None:
-            return file.read_bytes()
-        url = str(source) if scheme == "data" else paths.ascii_url(str(source))
-        with urlopen(Request(url, headers={"User-Agent": "tinydiff"}), timeout=30) as answer:
-            data = answer.read(MOST_BYTES + 1)
-    except FileNotFoundError:
-        raise UserError(field, f"{field}: {source_name} does not exist") from None
-    except (OSError, ValueError, HTTPException) as error:
-        reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
-        raise UserError(field, f"{field}: {source_name} cannot be read ({reason})") from error
-    if len(data) > MOST_BYTES:
-        raise UserError(field, f"{field}: {source_name} is larger than {MOST_BYTES // 2**20} MiB")
-    return data

@@ -15,6 +15,7 @@ from tinydiff.models import (
     sd3,
     vocoder,
     wan,
+    wan_s2v,
     z_image,
 )
 from tinydiff.models.autoencoders import flux2_tiny, hunyuan, hunyuan15, kl, ltx2_audio, ltx2_video, tiny
@@ -35,6 +36,8 @@ from tinydiff.models.family import Record
 
 RECORDS: dict[str, Record] = {
     "WanTransformer3DModel": wan.FAMILY,
+    "WanS2VTransformer3DModel": wan_s2v.FAMILY,
+    "WanModel_S2V": wan_s2v.FAMILY,
     "FluxTransformer2DModel": flux.FAMILY,
     "OvisImageTransformer2DModel": ovis.FAMILY,
     "Flux2Transformer2DModel": flux2.FAMILY,

@@ -76,6 +76,18 @@ def no_padding(tokens: int) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Hearing:
+    """How a video is made to a given sound, in segments."""
+
+    rate: int
+    """Samples per second that are heard."""
+    length: Callable[[Mapping[str, Any], int, int, int], int]
+    """(configs of the components by name, samples, frames of a segment, frames per second) -> frames of the
+    video. Raises UserError for a sound that is too short.
+    """
+
+
 @dataclass(frozen=True, eq=False)
 class Denoiser:
     """A family of denoisers: an `ops.network.Family` and everything that a pipeline asks for."""
@@ -147,6 +159,8 @@ class Denoiser:
     """(config, configs of the components by name) -> tokens of the text stream before those of the prompt."""
     unshown_frames: Callable[[Config], int] = no_frames
     """Frames at the start of a decoded video that are left out."""
+    hearing: Hearing | None = None
+    """None where a video is not made to a given sound."""
     plain: Denoiser | None = None
     """The record of the same networks with no weight in 8 bits, where this one has such."""
 

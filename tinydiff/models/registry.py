@@ -18,6 +18,11 @@ WAN_NEGATIVE = (
     "背景人很多，倒着走"
 )
 """The negative prompt of Wan's model cards."""
+S2V_NEGATIVE = (
+    "画面模糊，最差质量，画面模糊，细节模糊不清，情绪激动剧烈，手快速抖动，字幕，丑陋的，残缺的，多余的手指，画得不好的手部，"
+    "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+"""The negative prompt of Wan's speech to video, from its published config."""
 
 
 Kind = tuple[str, int, bool, bool]
@@ -37,8 +42,9 @@ class ReleasedModel:
     "embedded" is an input of the network (guidance-distilled). With "embedded" and "true", CFG has a scale of
     its own, true_cfg_scale, and runs where a negative prompt is given.
     solver: a name of the engine; dmd_timesteps belong to "dmd". refine_sigmas: those of a second stage, which
-    an upsampler begins. sound: whether an output has sound. terms: those of guidance beside `guidance`, None
-    where the model knows none. negative_prompt: None where guidance reads none. text_tokens: most tokens of a
+    an upsampler begins. sound: whether an output has sound. speech: whether a video is made to a given sound,
+    in segments of num_frames. terms: those of guidance beside `guidance`, None where the model knows none.
+    negative_prompt: None where guidance reads none. text_tokens: most tokens of a
     prompt.
     images: least and most input images. image_use: as frames of the video, as the image to start from, or as
     references. reference_multiple: the output's size follows the last input image, rounded to multiples of
@@ -67,6 +73,7 @@ class ReleasedModel:
     dmd_timesteps: tuple[int, ...] = ()
     refine_sigmas: tuple[float, ...] = ()
     sound: bool = False
+    speech: bool = False
     terms: GuidanceTerms | None = None
     negative_prompt: str | None = ""
     text_tokens: int = 512
@@ -234,6 +241,11 @@ MODELS: tuple[ReleasedModel, ...] = (
     _wan(
         "Wan-AI/Wan2.2-TI2V-5B-Diffusers", T2V, _704P, 121, 24, 50, 5.0, 5.0, 4_999_787_712, (30, 24, 48),
         **_TI2V,
+    ),
+    ReleasedModel(
+        "Wan-AI/Wan2.2-S2V-14B", "wan_s2v", "WanSpeechToVideoPipeline", 704, 1024, 40, 4.5, 16_295_755_609,
+        {"num_layers": 40, "dim": 5120}, num_frames=80, fps=16, flow_shift=3.0, stored_shift=3.0,
+        solver="unipc", negative_prompt=S2V_NEGATIVE, images=(1, 1), sound=True, speech=True,
     ),
     _wan(
         "FastVideo/FastWan2.1-T2V-1.3B-Diffusers", DMD_PIPELINE, _480P, 61, 16, 3, 1.0, 8.0, 1_418_996_800,

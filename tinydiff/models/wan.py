@@ -335,18 +335,22 @@ def input_frames_mask(size: tuple[int, int, int], first: bool = True, last: bool
     return grouped[None, :, :, None, None].expand(1, 4, frames, height, width)
 
 
+def encode_texts(context: Context, request: Request) -> Tensor:
+    """The prompt and, with guidance, the negative prompt -> states [B, T, width]."""
+    encoder = context.nets["text_encoder"]
+    texts = [prompt_clean(text) for text in request.texts]
+    ids, mask = context.tokens("tokenizer", texts, request.text.max_tokens)
+    states = t5.encode(encoder.config, encoder.plan, encoder.w, ids, mask)
+    return text_input(states, mask).to(context.nets["transformer"].dtype)
+
+
 def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
     """Loop inputs: text states, and the input frames in the form that the variant reads.
 
     TI2V keeps clean tokens in place; image to video puts latents and a mask beside the noise.
     """
-    encoder, vae = context.nets["text_encoder"], context.nets["vae"].config
+    vae, hidden = context.nets["vae"].config, encode_texts(context, request)
     size = latent_size(vae, request.output)
-    texts = [prompt_clean(text) for text in request.texts]
-    ids, mask = context.tokens("tokenizer", texts, request.text.max_tokens)
-    hidden = text_input(t5.encode(encoder.config, encoder.plan, encoder.w, ids, mask), mask).to(
-        context.nets["transformer"].dtype
-    )
     given_tokens, shared = None, {"positions": positions(c, size, context.device)}
     images = () if request.images.start else request.images.resized
     if images and context.options.get("expand_timesteps"):

@@ -27,24 +27,18 @@ from tinydiff.models import wan
 from tinydiff.models.family import Denoiser
 from tinydiff.models.layouts.wan import LINES
 from tinydiff.models.registry import ReleasedModel
+from tinydiff.models.wan_s2v_recipe import BUCKETS, HEARING, PAST, prepare
 from tinydiff.ops.attention import attention
 from tinydiff.ops.linear import linear, linear_sum
 from tinydiff.ops.network import Stack
 from tinydiff.ops.norm import compute_dtype, layer_norm, modulate, rms_norm_across
 from tinydiff.ops.patch import patchify
-from tinydiff.ops.rope import grid_positions
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Cond, Plan, Row, linear_rows, norm_rows, repeat, through
 from tinydiff.parallel.sequence import without_sequence
 
 Tensors = dict[str, Tensor]
 
-BUCKETS = ((1, (1, 2, 2), "proj"), (2, (2, 4, 4), "proj_2x"), (16, (4, 8, 8), "proj_4x"))
-"""Past latent frames from the newest to the oldest: how many, their patch, and the layer that embeds it."""
-PAST = sum(frames for frames, _, _ in BUCKETS)
-"""Latent frames of the past that are read."""
-REFERENCE_FRAME = 30
-"""Where the reference image stands in time."""
 VIDEO, REFERENCE, MOTION = range(3)
 """Rows of the table that says what a token is."""
 INJECTOR_EPS, ADAIN_EPS = 1e-6, 1e-5
@@ -298,40 +292,6 @@ def _added(c: Config, w: Weights, inputs: Tensors) -> Tensor:
     return torch.cat([video + kinds[VIDEO], *behind], 1)
 
 
-def layout(c: Config, size: tuple[int, int, int], past: bool) -> Tensors:
-    """`positions`, `frozen` and `frames` of all tokens, inputs of `hoist`.
-
-    size: (frames, height, width) of the video's latents. past: whether past frames stand behind the reference
-    image. Theirs are negative times, and rows and columns of the video, evenly chosen.
-    """
-    frames, height, width = (n // p for n, p in zip(size, c.patch_size, strict=True))
-    video = grid_positions(frames, height, width)
-    behind = [grid_positions(1, height, width) + torch.tensor([REFERENCE_FRAME, 0, 0])]
-    age = 0
-    for count, patch, _ in BUCKETS if past else ():
-        age += count
-        axes = (
-            -_spread(age, age - count + 1, count // patch[0]),
-            _spread(0, height - 1, size[1] // patch[1]),
-            _spread(0, width - 1, size[2] // patch[2]),
-        )
-        behind.append(torch.cartesian_prod(*axes))
-    positions = torch.cat([video, *behind])
-    frozen = torch.arange(len(positions)) >= len(video)
-    return {
-        "positions": positions,
-        "frozen": frozen[None, :, None],
-        "frames": torch.where(frozen, 0, positions[:, 0]),
-    }
-
-
-def _spread(first: int, last: int, count: int) -> Tensor:
-    """`count` integers from `first` to `last`, rounded towards 0 as the reference does."""
-    import numpy as np
-
-    return torch.tensor(np.linspace(first, last, count).astype(int).tolist(), dtype=torch.int64)
-
-
 # --- the network
 
 
@@ -407,11 +367,13 @@ FAMILY = Denoiser(
     pre=pre,
     blocks=blocks,
     post=post,
-    pipelines={},
+    pipelines={"WanSpeechToVideoPipeline": prepare},
     patch=lambda c: c.patch_size,
     heads=lambda c: c.num_heads,
     head_width=lambda c: c.dim // c.num_heads,
     must_fit=must_fit,
     extra_components=lambda c: ("audio_encoder",),
     keys=key_map,
+    crops_images=True,
+    hearing=HEARING,
 )

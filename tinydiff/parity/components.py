@@ -23,6 +23,7 @@ from tinydiff.models.encoders import (
     qwen_vision,
     siglip_vision,
     t5,
+    wav2vec2,
 )
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
@@ -186,6 +187,29 @@ def _vision(name: str, module: Any) -> Case:
     return Case(build, lambda: module.spec(c), module.key_map(c).row, theirs, ours)
 
 
+def _speech() -> Case:
+    c = wav2vec2.Config(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, layer_norm_eps=1e-3,
+        feat_extract_norm="layer", conv_dim=(10, 12, 14), conv_stride=(5, 2, 2), conv_kernel=(10, 3, 2),
+        conv_bias=True, num_conv_pos_embeddings=6, num_conv_pos_embedding_groups=4, do_stable_layer_norm=True,
+    )  # fmt: skip
+    fields = {name: value for name, value in asdict(c).items() if name != "do_normalize"}
+    fields |= {"vocab_size": 7, "layerdrop": 0.0, "attn_implementation": "eager"}
+    x = draw(2, 333)
+
+    def theirs(reference: Any) -> dict[str, Tensor]:
+        output = reference.wav2vec2(x, output_hidden_states=True)
+        states = (*output.hidden_states[:-1], output.last_hidden_state)
+        return {f"states.{i}": state for i, state in enumerate(states)}
+
+    def ours(w: Weights) -> Iterator[tuple[str, Tensor]]:
+        for i, state in enumerate(wav2vec2.encode(c, PLAN, w, x)):
+            yield f"states.{i}", state
+
+    build = partial(_transformers, "Wav2Vec2ForCTC", "Wav2Vec2Config", **fields)
+    return Case(build, lambda: wav2vec2.spec(c), wav2vec2.key_map(c).row, theirs, ours)
+
+
 def _llava_vision() -> Case:
     eyes = {
         "model_type": "clip_vision_model", "hidden_act": "quick_gelu", "hidden_size": 24,
@@ -219,6 +243,7 @@ ENCODERS: dict[str, tuple[str, Callable[[], Case]]] = {
     "CLIP ViT": ("CLIPVisionModel", partial(_vision, "CLIPVision", clip_vision)),
     "LLaVA vision": ("LlavaModel", _llava_vision),
     "SigLIP": ("SiglipVisionModel", partial(_vision, "SiglipVision", siglip_vision)),
+    "wav2vec 2.0": ("Wav2Vec2ForCTC", _speech),
     "Qwen3": ("Qwen3Model", partial(_language, "Qwen3", "Qwen3Model", head_dim=16)),
     "Qwen2.5": (
         "Qwen2_5_VLTextModel",

@@ -64,6 +64,7 @@ GROUPS = (
     "Wan, a frame beside the noise " "and CLIP", _WAN21, "UMT5",
            image_encoder="CLIP ViT"),
     _group("wan", "Wan2.2-I2V-A14B-Diffusers", "Wan, a frame beside the noise", _WAN21, "UMT5"),
+    _group("wan_s2v", "Wan2.2-S2V-14B", None, _WAN21, "UMT5", audio_encoder="wav2vec 2.0"),
     _group("z_image", "Z-Image Z-Image-Turbo", "Z-Image", "KL autoencoder", "Qwen3"),
     _group("qwen_image", "Qwen-Image Qwen-Image-2512", "Qwen-Image", _QWEN_VAE, "Qwen2.5"),
     _group("qwen_image", "Qwen-Image-Edit Qwen-Image-Edit-2509", "Qwen-Image, references", _QWEN_VAE,
@@ -253,9 +254,8 @@ definition written anew in `tests/models/test_interpolators.py`; every module of
 was also compared by hand, at its full width in float64, with an error of at most 8e-14. Wan2.2
 speech to video, whose class is in neither library, is compared with its arithmetic written a second time in
 `tests/models/wan_s2v_reference.py`; both were also compared by hand with the published modules, tiny and in
-float64, with an error of at most 3e-14. Its encoder of speech is compared with transformers in
-`tests/models/test_wav2vec2.py`. What nobody has compared here: released
-weights, half types on a GPU. What differs on purpose: [differences.md](differences.md).
+float64, with an error of at most 3e-14. What nobody has compared here: released weights,
+half types on a GPU. What differs on purpose: [differences.md](differences.md).
 
 Measured with {versions}.
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy
 
 from tinydiff.config import SamplingOptions, seeds
+from tinydiff.io import audio
 from tinydiff.io.images import cover, read_image, resize
 from tinydiff.models.recipe import fit_area, rectangle_side, too_elongated
 from tinydiff.models.registry import ReleasedModel
@@ -22,6 +23,7 @@ from tinydiff.records import (
     Refinement,
     Request,
     Schedule,
+    Speech,
     Text,
     UserError,
 )
@@ -38,6 +40,14 @@ LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in brightness, ITU-R BT.601."""
 
 
+class Hear(Protocol):
+    """What a given sound is read by: its path, URL or data URI, and the samples per second that a model
+    hears.
+    """
+
+    def __call__(self, source: str, rate: int, /) -> Speech: ...
+
+
 class Read(Protocol):
     """What a given image is read by: its path, URL or data URI, the field that names it, and whether its
     alpha is kept.
@@ -52,6 +62,7 @@ def admit(
     as_video: bool = False,
     read: Read = read_image,
     most_pixels: float = math.inf,
+    hear: Hear = audio.read,
 ) -> list[Request]:
     """One request per prompt.
 
@@ -70,7 +81,8 @@ def admit(
                 raise UserError(field, f"{field}: {loras.unknown(name, names)}")
     layers = (sampling.num_frames or row.layers) if row.layers else 0
     starts = _starts(blueprint, sampling, originals, frames)
-    if (pixels := frames * max(1, layers) * height * width) > most_pixels:
+    speech, length = _speech(blueprint, sampling, frames, hear)
+    if (pixels := (length or frames) * max(1, layers) * height * width) > most_pixels:
         raise UserError("size", f"size: an output has {pixels:,} pixels; {most_pixels:,.0f} are the most")
     fit = cover if blueprint.denoiser.family.crops_images else resize
     resized = () if row.image_use == "references" else tuple(fit(image, height, width) for image in originals)
@@ -95,7 +107,8 @@ def admit(
         strength=_strength(blueprint, sampling, starts, steps),
     )
     fps = row.fps if sampling.fps is None else sampling.fps
-    output = Output(height, width, frames, layers, fps, sound=_sound(blueprint, sampling, frames))
+    sound = _sound(blueprint, sampling, frames)
+    output = Output(height, width, frames, layers, fps, sound=sound, length=length)
     output = postprocess.planned(blueprint, sampling, output, most_pixels)
     requests = [
         Request(
@@ -105,6 +118,7 @@ def admit(
             images=InputImages(resized, originals, mask, places, starts),
             output=output,
             seeds=seeds(sampling, index),
+            speech=speech,
             loras=sampling.loras,
             refinement=refinement,
             step_cache=cache,
@@ -115,6 +129,25 @@ def admit(
     for request in requests:
         solver_table(blueprint, request)  # refuses a schedule that cannot be
     return requests
+
+
+def _speech(
+    blueprint: Blueprint, sampling: SamplingOptions, frames: int, hear: Hear
+) -> tuple[Speech | None, int | None]:
+    """(the sound that the video is made to, how many frames the video has)."""
+    row, hearing, path = blueprint.row, blueprint.denoiser.family.hearing, sampling.audio_path
+    if hearing is None or not row.speech:
+        if path is not None:
+            message = f"{row.name} makes no video to a given sound; leave it out"
+            raise UserError("audio_path", f"audio_path: {message}")
+        return None, None
+    if path is None:
+        message = f"{row.name} makes a video to a sound; give one with --audio-path"
+        raise UserError("audio_path", f"audio_path: {message}")
+    speech = hear(path, hearing.rate)
+    configs = {name: net.config for name, net in blueprint.nets.items()}
+    fps = row.fps if sampling.fps is None else sampling.fps
+    return speech, hearing.length(configs, len(speech.samples), frames, fps)
 
 
 def _sound(blueprint: Blueprint, sampling: SamplingOptions, frames: int) -> bool:
@@ -365,6 +398,15 @@ def _frames(blueprint: Blueprint, sampling: SamplingOptions, as_video: bool) -> 
         raise UserError(
             "num_frames", f"num_frames: {frames} would be a video, but {row.name} makes images; leave it out"
         )
+    if blueprint.denoiser.family.hearing is not None:
+        if frames % stride:
+            below = frames // stride * stride
+            near = f"{below} and {below + stride}" if below else f"{stride}"
+            message = (
+                f"{frames} is not a multiple of {stride}, which a segment of {row.name} has; the nearest"
+            )
+            raise UserError("num_frames", f"num_frames: {message}: {near}")
+        return frames
     if (frames - 1) % stride:
         below = (frames - 1) // stride * stride + 1
         near = f"{below} and {below + stride}"

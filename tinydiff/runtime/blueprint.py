@@ -53,9 +53,9 @@ VISION = "vision"
 """The network of a tower that has no component of its own."""
 FILES = (
     *("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "pe_tokenizer"),
-    *("guider", "image_processor", "processor", "feature_extractor"),
+    *("guider", "image_processor", "processor", "feature_extractor", "audio_processor"),
 )
-"""Components without weights. The last three only describe the preprocessing of an encoder."""
+"""Components without weights. The last four only describe the preprocessing of an encoder."""
 GUIDER = {
     "enabled": True,
     "guidance_rescale": 0.0,

@@ -92,8 +92,8 @@ class Estimate:
 def subject(
     model: str, sampling: SamplingOptions, ranks: int, b: int, options: Entries | None = None
 ) -> Subject:
-    """Read a model and admit a request as a generation would be, but for images to be given, which have no
-    bearing here.
+    """Read a model and admit a request as a generation would be, but for images and sound to be given, which
+    have no bearing here: of a video in segments, one is planned.
 
     model: a name in the registry, a directory or a hub id. b: bytes of a value of the denoiser. options:
     other model options that bear on it. Raises UserError.
@@ -105,8 +105,8 @@ def subject(
 
 
 def request_without_images(plan: blueprint.Blueprint, sampling: SamplingOptions) -> Request:
-    """The request that these options make, but for images to be given. Raises UserError."""
-    row = replace(plan.row, images=(0, plan.row.images[1]))
+    """The request that these options make, but for images and sound to be given. Raises UserError."""
+    row = replace(plan.row, images=(0, plan.row.images[1]), speech=False)
     [request] = admit(replace(plan, row=row), replace(sampling, prompt=("",)))
     return request
 

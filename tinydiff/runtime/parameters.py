@@ -51,6 +51,8 @@ def parameters(
         entries["dmd_denoising_steps"] = list(schedule.dmd_timesteps)
     if schedule.flow_shift is not None:
         entries["flow_shift"] = schedule.flow_shift
+    if output.length is not None:
+        entries["video_frames"] = output.length
     if output.layers:
         entries["layers"] = output.layers
     entries["given_images"] = len(request.images.originals)

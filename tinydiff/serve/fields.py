@@ -216,7 +216,7 @@ INERT: dict[str, tuple[tuple[Any, ...], str]] = {
 """OpenAI's and SGLang's fields that do nothing here: the values that are accepted, and why no others are."""
 
 ENCODING = ("output_quality", "output_compression", "x264_preset", "save_audio")
-_PATHS = ("image_path", "mask_path")
+_PATHS = ("image_path", "mask_path", "audio_path")
 SAMPLING = tuple(entry.name for entry in fields_of(SamplingOptions) if entry.name not in _PATHS)
 OPTIONS: dict[str, type] = {
     **dict.fromkeys(SAMPLING, SamplingOptions),

@@ -170,7 +170,7 @@ def key_map(c: Config) -> KeyMap:
 
 def samples(c: Config, sound_N: Tensor) -> Tensor:
     """Mono sound [N] at 16 kHz -> [1, N] as the encoder reads it."""
-    x = sound_N.float()
+    x = sound_N.to(torch.promote_types(sound_N.dtype, torch.float32))
     if c.do_normalize:
         x = (x - x.mean()) / (x.var(correction=0) + 1e-7).sqrt()
     return x[None]
