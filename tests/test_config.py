@@ -188,6 +188,47 @@ def test_json_and_nested_sections(tmp_path: Path):
     )
 
 
+SIDES = ("vae_config.tile_sample_min_height", "vae_config.tile_sample_min_width")
+STRIDES = ("vae_config.tile_sample_stride_height", "vae_config.tile_sample_stride_width")
+
+
+@pytest.mark.parametrize(
+    ("values", "side"),
+    [
+        (dict.fromkeys(SIDES, 128), 128),
+        (dict.fromkeys(SIDES, "512") | dict.fromkeys(STRIDES, 384), 512),
+        (dict.fromkeys(SIDES, 256) | dict.fromkeys(STRIDES, 192), None),
+        ({STRIDES[0]: 192}, None),
+    ],
+)
+def test_sglangs_tiles_are_a_tile_size(values, side):
+    """Its usual side is ours, so it asks for nothing, not even for tiles."""
+    assert config.options(values).model.vae_tile_size == side
+    words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert config.parse(["--prompt", "a", *words]).model.vae_tile_size == side
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({SIDES[0]: 128}, f"tiles are square; give {SIDES[0]} 128 and {SIDES[1]} 256 one value"),
+        (
+            dict.fromkeys(SIDES, 128) | {STRIDES[1]: 64},
+            f"{STRIDES[1]}: 64 cannot be used; tiles overlap by a quarter, so here it is 96",
+        ),
+        (
+            dict.fromkeys(SIDES, 128) | {"vae_tile_size": 64},
+            f"give either vae_tile_size or {SIDES[0]}, not both",
+        ),
+        (dict.fromkeys(SIDES, 8), "8 must be at least 64"),
+    ],
+)
+def test_sglangs_tiles_that_ours_cannot_be_are_one_sentence(values, sentence):
+    with pytest.raises(UserError) as error:
+        config.options(values)
+    assert str(error.value).startswith(f"vae_tile_size: {sentence}") and "\n" not in str(error.value)
+
+
 def test_the_command_line_wins(tmp_path: Path):
     path = tmp_path / "config.yaml"
     path.write_text(

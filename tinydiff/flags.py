@@ -8,7 +8,7 @@ silently ignored.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any
@@ -41,7 +41,18 @@ SIZES = {"720p": (720, 1280), "1080p": (1080, 1920), "2k": (1440, 2560), "4k": (
 SHAPES = ("size", *SIZES)
 """Names that stand for height and width."""
 
-SPELLINGS = (*ALIASES, *SHAPES, "prompt_path", "output_file_path", "no_save_output", "no_audio")
+TILES = {
+    f"vae_config.tile_sample_{part}_{side}": (part, side)
+    for part in ("min", "stride")
+    for side in ("height", "width")
+}
+"""SGLang's options of the autoencoder's tiles, which stand for `vae_tile_size`. min: the side of a tile.
+stride: the distance from one tile to the next.
+"""
+USUAL_TILE = 256
+"""The side of SGLang's tiles where no option says otherwise, and that of ours."""
+
+SPELLINGS = (*ALIASES, *SHAPES, *TILES, "prompt_path", "output_file_path", "no_save_output", "no_audio")
 """Names that stand for other options."""
 
 COMPONENTS = """
@@ -182,7 +193,31 @@ def collect(
                 options[option] = [*_as_list(options[option]), *_as_list(meaning)]
             else:
                 options[option] = meaning
+    if "tile_sample" in options:
+        _set_tile(options, options.pop("tile_sample"), display)
     return options
+
+
+def _set_tile(options: dict[str, Any], given: Mapping[str, int], display: Callable[[str], str]) -> None:
+    """Set `vae_tile_size` from SGLang's options of tiles, where they ask for another side than the usual one.
+
+    Ours are square and overlap by a quarter. Raises UserError for others.
+    """
+    sides = {name: given.get(f"min.{name}", USUAL_TILE) for name in ("height", "width")}
+    side = sides["height"]
+    names = {(part, name): display(spelling) for spelling, (part, name) in TILES.items()}
+    if side != sides["width"]:
+        both = f"{names['min', 'height']} {side} and {names['min', 'width']} {sides['width']}"
+        raise UserError("vae_tile_size", f"vae_tile_size: tiles are square; give {both} one value")
+    for name in ("height", "width"):
+        if (stride := given.get(f"stride.{name}", side * 3 // 4)) != side * 3 // 4:
+            message = f"{names['stride', name]}: {stride} cannot be used; tiles overlap by a quarter"
+            raise UserError("vae_tile_size", f"vae_tile_size: {message}, so here it is {side * 3 // 4}")
+    if side != USUAL_TILE:
+        if "vae_tile_size" in options:
+            either = f"give either {display('vae_tile_size')} or {names['min', 'height']}, not both"
+            raise UserError("vae_tile_size", f"vae_tile_size: {either}")
+        options["vae_tile_size"] = side
 
 
 def _exists(name: str) -> bool:
@@ -222,6 +257,8 @@ def _meanings(name: str, value: Any, names: Collection[str]) -> Iterator[tuple[s
         if not (cross and width.isdecimal() and height.isdecimal() and len(text) < LONGEST):
             raise UserError(name, f"{name}: {shown(text)} is not WIDTHxHEIGHT, such as 1280x720")
         yield from (("width", None, width), ("height", None, height))
+    elif name in TILES:
+        yield "tile_sample", ".".join(TILES[name]), read(name, int, value)
     elif name in ("no_save_output", "no_audio"):
         yield name.removeprefix("no_"), None, not read(name, bool, value)
     elif name == "output_file_path":

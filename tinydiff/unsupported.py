@@ -40,10 +40,8 @@ regional compilation and partial CUDA graphs
 other numerics than the defaults
     allow_cudnn_tf32=true allow_bf16_reduced_precision_reduction=true disable_autocast=true
     quality=lossless vae_decode_precision=
-tile sizes
-    vae_config.tile_sample_min_height=256 vae_config.tile_sample_min_width=256
-    vae_config.tile_sample_min_num_frames=16 vae_config.tile_sample_stride_height=192
-    vae_config.tile_sample_stride_width=192 vae_config.tile_sample_stride_num_frames=12
+tiles in time
+    vae_config.tile_sample_min_num_frames=16 vae_config.tile_sample_stride_num_frames=12
     vae_config.blend_num_frames= vae_config.use_temporal_tiling=false diffusion_decoder_tiling=true|false
 another pipeline or scheduler than the checkpoint's
     pipeline_config_path= model_subfolder= model_variant= scheduler_class_override=

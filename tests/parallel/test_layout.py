@@ -155,11 +155,17 @@ def test_what_else_is_divided():
             "6 is not the port of dist_init_addr, 5",
         ),
         ("use_fsdp_inference=true", "use_fsdp_inference", "true needs several ranks; give num_gpus too"),
+        ("vae_sp=true", "vae_sp", "true needs several ranks; give num_gpus too"),
         ("encoder_parallel=fold", "encoder_parallel", "fold needs several ranks; give num_gpus too"),
     ],
 )
 def test_options_that_contradict_each_other(options: str, field: str, words: str):
     refused(field, words, count, asked(options))
+
+
+def test_an_autoencoder_shared_by_one_rank_is_refused_for_replicas_of_one_rank_too():
+    one_each = asked("num_gpus=2 data_parallel_size=2 vae_sp=true")
+    refused("vae_sp", "true needs several ranks in a replica", choose, one_each, 2, 12, False)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +308,7 @@ def explicit(asked: config.ParallelOptions, made: Layout) -> Iterator[tuple[str,
         "use_fsdp_inference": made.fsdp,
     }
     yield from ((name, getattr(asked, name), has) for name, has in sizes.items())
-    if asked.vae_sp is False or made.size > made.dp:
+    if asked.vae_sp is not None:
         yield "vae_sp", asked.vae_sp, made.vae
     if asked.encoder_parallel != "auto":
         yield "encoder_parallel", asked.encoder_parallel == "fold", made.encoders

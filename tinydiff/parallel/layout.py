@@ -106,7 +106,7 @@ def count(asked: ParallelOptions, running: int | None = None) -> int:
             )
     if ranks % prod(fixed.values()):
         raise _unequal(ranks, fixed)
-    for name, value in (("use_fsdp_inference", True), ("encoder_parallel", "fold")):
+    for name, value in (("use_fsdp_inference", True), ("vae_sp", True), ("encoder_parallel", "fold")):
         if ranks == 1 and getattr(asked, name) == value:
             raise UserError(name, f"{name}: {str(value).lower()} needs several ranks; give num_gpus too")
     return ranks
@@ -244,6 +244,9 @@ def choose(
         sizes |= {"ulysses": sizes["ulysses"] * ulysses, "tp": sizes["tp"] * tp}
         why = {"ulysses": f"{'divides' if fit else 'pads'} {heads} heads", "tp": "the rest"} | why
     replica, fsdp = ranks // sizes["dp"], bool(asked.use_fsdp_inference)
+    if asked.vae_sp and replica == 1:
+        message = "true needs several ranks in a replica; give fewer replicas (data_parallel_size)"
+        raise UserError("vae_sp", f"vae_sp: {message}")
     vae = replica > 1 and asked.vae_sp is not False
     layout = replace(Layout(), **sizes, fsdp=fsdp, encoders=asked.encoder_parallel == "fold", vae=vae)
     check(layout, heads, guided, tokens, outputs)
