@@ -1,10 +1,12 @@
-"""The code on the documentation's pages runs as it stands."""
+"""The code on the documentation's pages runs as it stands, and docstrings can be read line by line."""
 
 from __future__ import annotations
 
+import ast
 import re
 from contextlib import chdir, redirect_stdout
 from io import StringIO
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -99,3 +101,52 @@ def test_every_function_that_the_architecture_page_names_is_there():
     assert len(files) > 4
     for (at, name), file in files.items():
         assert re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")), f"{at}.{name}"
+
+
+DEFINED = ast.FunctionDef | ast.ClassDef
+
+
+def public(module: ast.Module) -> list[tuple[str, ast.AST]]:
+    """The module itself, its public functions and classes, and their public methods."""
+    top = [("module", module), *((n.name, n) for n in module.body if isinstance(n, DEFINED))]
+    shown = [(name, n) for name, n in top if name[0] != "_"]
+    return shown + [
+        (f"{name}.{m.name}", m)
+        for name, n in shown
+        if isinstance(n, ast.ClassDef)
+        for m in n.body
+        if isinstance(m, ast.FunctionDef) and m.name[0] != "_"
+    ]
+
+
+def faults(source: str) -> list[str]:
+    """What has no docstring, or one whose first sentence runs on to the second line."""
+    described = [(name, n, ast.get_docstring(n)) for name, n in public(ast.parse(source))]
+    absent = [name for name, n, text in described if text is None and isinstance(n, ast.FunctionDef)]
+    absent = [name for name in absent if "." not in name]  # a method may be its protocol's or its base's
+    return absent + [name for name, _, text in described if text and text.splitlines()[0][-1] not in ".:?!"]
+
+
+def test_every_public_function_says_in_its_first_line_what_it_is():
+    files = sorted((ROOT / "tinydiff").rglob("*.py"))
+    found = chain.from_iterable(
+        (f"{file.relative_to(ROOT)}: {name}" for name in faults(file.read_text(encoding="utf-8")))
+        for file in files
+    )
+    assert list(found) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("def f():\n    return 1", "f"),
+        ('def f():\n    """A sentence that runs\n    on."""', "f"),
+        (
+            'class A:\n    """A."""\n\n    def f(self):\n        """A sentence that\n        runs on."""',
+            "A.f",
+        ),
+        ('"""A module whose sentence\nruns on."""', "module"),
+    ],
+)
+def test_a_docstring_that_does_not_is_found(source, name):
+    assert faults(source) == [name]

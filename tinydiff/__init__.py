@@ -19,8 +19,7 @@ __all__ = ["__version__", "generate", "load"]
 
 
 def load(model_path: str | None = None, **options: Any) -> Model:
-    """Load a model: a directory in diffusers layout, a hub id, or by default the small one that comes with
-    the package.
+    """Load a model: a directory in diffusers layout, a hub id, or the small model of the package.
 
     options: the command line's model options by their names, such as `dit_precision="bf16"`,
     `attention_backend="flash"` or `enable_torch_compile=True`; under torchrun also those of ranks, such as

@@ -1,5 +1,6 @@
-"""The entries of a JSON file as the fields of a record: the one place where their types and bounds are
-checked. No torch here.
+"""The entries of a JSON file as the fields of a record.
+
+This is the one place where their types and bounds are checked. No torch here.
 
 A record is a frozen dataclass whose annotations say the types; `BOUNDS` says by name what a number may be.
 What a file says is so either a value that the record's code can work with, or one sentence.

@@ -90,8 +90,10 @@ def overlay_registry() -> EntryDict:
 
 
 def cache_root() -> Path:
-    """The directory of what is made once and used again: TINYDIFF_CACHE_ROOT, else
-    SGLANG_DIFFUSION_CACHE_ROOT, else `tinydiff` in XDG_CACHE_HOME or ~/.cache.
+    """The directory of what is made once and used again.
+
+    It is TINYDIFF_CACHE_ROOT, else SGLANG_DIFFUSION_CACHE_ROOT, else `tinydiff` in XDG_CACHE_HOME or
+    ~/.cache.
     """
     for name in ("TINYDIFF_CACHE_ROOT", "SGLANG_DIFFUSION_CACHE_ROOT"):
         if text := os.environ.get(name):

@@ -65,8 +65,10 @@ class Match(NamedTuple):
 
 
 class Run(NamedTuple):
-    """`size` entries along the first dimension: from `at` on in the stored tensor, from `into` on in the
-    row."""
+    """`size` entries along the first dimension.
+
+    They are from `at` on in the stored tensor, and from `into` on in the row.
+    """
 
     key: str
     at: int

@@ -21,8 +21,9 @@ NO_LINKS = frozenset((errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS
 
 
 def write_new(path: Path, write: Callable[[Path], object]) -> Path:
-    """Have `write(temporary)` make a file or directory, and name it `path`, or the next free
-    `name-1.extension`.
+    """Have `write(temporary)` make a file or directory, and give it a name that is free.
+
+    The name is that of `path`, or the next free `name-1.extension`.
 
     Returns the name. Nothing is ever replaced, even if two processes want one name at once. After a failure
     nothing is left behind. A full disk or a refused directory is a UserError that names the file.

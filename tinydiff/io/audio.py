@@ -32,8 +32,9 @@ FORMATS = (
 def read(
     source: str | Path | bytes, rate: int, field: str = "audio_path", longest: float = LONGEST
 ) -> Speech:
-    """The sound at a path, http(s) URL or data URI, or in a file's bytes, to be heard at `rate` and to be
-    written beside a video. Raises UserError.
+    """The sound of a file, to be heard at `rate` and to be written beside a video.
+
+    source: a path, an http(s) URL, a data URI, or a file's bytes. Raises UserError.
     """
     if isinstance(source, str | Path) and not given.is_file(source):
         source = given.read_bytes(source, field)

@@ -1,5 +1,6 @@
-"""Weights of 8 bits with their scales, as a network keeps them: from a file that has them, or made from the
-rows of any other file.
+"""Weights of 8 bits with their scales, as a network keeps them.
+
+They come from a file that has them, or are made from the rows of any other file.
 
 A value is its code times the scale of its group, in float32, and that is how the same file decodes. Made
 codes have one scale for each row, its largest absolute value over the largest of the type.

@@ -163,8 +163,9 @@ BLOCKS = {
 
 
 def q8_0(data: Tensor) -> tuple[Tensor, Tensor]:
-    """Bytes uint8 [rows, bytes of a row] of Q8_0 -> (codes int8 [rows, values], scales float32 [rows, blocks
-    of a row]).
+    """Decode blocks of Q8_0.
+
+    Bytes uint8 [rows, bytes of a row] -> (codes int8 [rows, values], scales float32 [rows, blocks of a row]).
     """
     blocks = data.reshape(-1, BLOCKS["Q8_0"].bytes)
     codes = blocks[:, 2:].contiguous().view(torch.int8)

@@ -1,5 +1,6 @@
-"""What a weight file says of itself: names, types, shapes and bytes of its tensors, its metadata, and whether
-all of it is there. No value of a tensor is read.
+"""What a weight file says of itself, without a value of a tensor.
+
+It says the names, types, shapes and bytes of its tensors, its metadata, and whether all of it is there.
 
 `io.archive` opens files to load them; this also tells of a file that is cut short, or of a kind that is not
 loaded.

@@ -1,5 +1,6 @@
-"""Where a model lies: a local directory or a hub id brought to the cache, and the JSON files that describe
-it.
+"""Where a model lies, and the JSON files that describe it.
+
+It is a local directory, or a hub id that is brought to the cache.
 """
 
 from __future__ import annotations
@@ -61,8 +62,10 @@ def resolve(
     only: Collection[str] = (),
     also: Collection[str] = (),
 ) -> Path:
-    """The local directory of a model: `path_or_id` itself if it is a directory, else the hub's snapshot of
-    that id, downloaded if need be.
+    """The local directory of a model.
+
+    It is `path_or_id` itself if that is a directory, else the hub's snapshot of that id, downloaded if need
+    be.
 
     revision: branch, tag or commit of a hub id. field: the option to name in errors. weights: false fetches
     JSON files alone. variant: of a component's weights these alone are fetched, where it has them. only: the
@@ -117,9 +120,10 @@ def resolve(
 
 
 def file(text: str | Path, field: str) -> Path | None:
-    """The file that `text` names: a path, or a hub id and a file in its repository as `id:file`, which is
-    downloaded if need be; None where it names neither. Raises UserError where the repository has no such
-    file.
+    """The file that `text` names, or None.
+
+    `text` is a path, or a hub id and a file in its repository as `id:file`, which is downloaded if need be.
+    Raises UserError where the repository has no such file.
     """
     path = paths.path(text, field)
     if paths.kind(path) == "file":

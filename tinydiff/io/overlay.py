@@ -83,8 +83,9 @@ class Overlay:
 
 
 def named(model: str, revision: str | None = None) -> Overlay | None:
-    """The overlay that the registry has for a model: a hub id, or a directory of that name; None
-    without one.
+    """The overlay of a model, or None.
+
+    model: a hub id, or a directory of that name.
     """
     known = {**BUILT_IN, **environment.overlay_registry()}
     path = paths.path(model, "model_path")

@@ -19,8 +19,10 @@ def fetched(
     field: str = "model_path",
     unwanted: Collection[str] = (),
 ) -> Path:
-    """The directory in the download cache with the files of a repository that the patterns `wanted` match and
-    `unwanted` do not. field: the option to name in errors. Raises UserError.
+    """The directory in the download cache with a repository's files, which are downloaded if need be.
+
+    The files are those that the patterns `wanted` match and `unwanted` do not. field: the option to name in
+    errors. Raises UserError.
 
     Files that are in the cache are not downloaded again, and one that was cut short is continued. Where the
     hub cannot be reached, the cache has to do.
@@ -30,8 +32,9 @@ def fetched(
 
 
 def listing(repository: str, revision: str | None) -> list[str]:
-    """The repository's files; none where the hub does not answer, since the download then says why, or needs
-    nothing of the hub.
+    """The repository's files; none where the hub does not answer.
+
+    The download then says why, or needs nothing of the hub.
     """
     try:
         if environment.use_modelscope():

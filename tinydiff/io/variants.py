@@ -1,5 +1,6 @@
-"""Which of a directory's files hold its weights: whole or in shards with an index, plain or a variant such as
-fp16.
+"""Which of a directory's files hold its weights.
+
+They are whole or in shards with an index, plain or a variant such as fp16.
 
 Names are those that diffusers and transformers write: `model.safetensors`, `model.fp16.safetensors`, shards
 such as `model.fp16-00001-of-00002.safetensors` (of old `model-00001-of-00002.fp16.safetensors`) and their
@@ -89,9 +90,7 @@ def has(folder: Path, variant: str) -> bool:
 
 
 def unchosen(paths: Collection[str], variant: str | None = None) -> list[str]:
-    """Those of a repository's files that hold weights of its directories which are not loaded, so that they
-    need not be downloaded.
-    """
+    """A repository's weight files that are not loaded, and need not be downloaded."""
     folders: dict[str, list[str]] = {}
     for path in paths:
         folder, _, name = path.rpartition("/")

@@ -99,8 +99,9 @@ def _viewed(source: Source, dtype: str, shape: Shape, view: View) -> Source:
 def eight_bits(
     folder: Path, rows: Iterable[Row], keys: KeyMap = AS_IS, variant: str | None = None
 ) -> dict[str, tuple[str, int]]:
-    """Row -> (type by torch's name, scales of a row) of the matrices that the files hold in 8 bits and that
-    can stay so. Raises what `load_weights` would.
+    """Row -> (type by torch's name, scales of a row) of the matrices that can stay in the files' 8 bits.
+
+    Raises what `load_weights` would.
     """
     archives = {file: opened(file) for file in weight_files(folder, variant)}
     if not any(hasattr(archive, "eight_bits") for archive in archives.values()):
@@ -244,6 +245,7 @@ def _fitted(at: Stored, match: Match) -> Stored:
 
 
 def stored_type(row: Row, dtype: torch.dtype) -> torch.dtype:
+    """The type in which a weight is held in memory."""
     if row.stored is not None:
         return getattr(torch, row.stored)
     return torch.float32 if row.float32 else dtype

@@ -44,8 +44,9 @@ def load_weights(
     variant: str | None = None,
     left: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """What this rank holds of the weights named by `rows`, in `dtype` (rows marked float32 in float32) on
-    `device`.
+    """What this rank holds of the weights named by `rows`, on `device`.
+
+    Its type is `dtype`, and float32 for rows marked float32.
 
     folder: a component's directory, holding one safetensors file or shards with their index; or one file.
     keys: where each row stands. What it knows and does not read is said in one line.
@@ -131,8 +132,10 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def exported(weights: Mapping[str, Tensor], rows: Iterable[Row], keys: KeyMap) -> dict[str, Tensor]:
-    """The whole weights of these rows as a file of the layout holds them: what `load_weights` reads with
-    `keys`."""
+    """The whole weights of these rows as a file of the layout holds them.
+
+    This is what `load_weights` reads with `keys`.
+    """
     wanted = {row.name: row for row in rows}
     stored: dict[str, Tensor] = {}
     for name in wanted:

@@ -321,8 +321,9 @@ def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
 
 
 def prepare_image(c: Config, context: Context, request: Request) -> LoopInputs:
-    """Loop inputs of image to video: the first frame in the form that the variant reads, and a trace of it in
-    the noise of every frame.
+    """Loop inputs of image to video.
+
+    The first frame has the form that the variant reads, and leaves a trace in the noise of every frame.
     """
     vae, output, images = context.nets["vae"].config, request.output, request.images
     black = numpy.zeros((output.height, output.width, 3), numpy.uint8)

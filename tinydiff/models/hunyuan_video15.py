@@ -274,8 +274,10 @@ def _texts(context: Context, prompt: str, length: int) -> Tensors:
 
 
 def prepare(c: Config, context: Context, request: Request) -> LoopInputs:
-    """Loop inputs: where the request has a first frame, its latents and a mask of ones beside the noise, and
-    SigLIP's tokens of it. Elsewhere zeros are beside the noise.
+    """Loop inputs, with the first frame where the request has one.
+
+    The frame's latents and a mask of ones are beside the noise, and SigLIP's tokens of it are given. Without
+    a frame, zeros are beside the noise.
     """
     vae, output = context.nets["vae"].config, request.output
     size = latent_size(vae, output)

@@ -41,8 +41,9 @@ PATCH = (1, 1, 1)
 def positions(
     c: Any, size: tuple[int, int, int], fps: float, device: torch.device | str | None = None
 ) -> Tensor:
-    """Positions [L, 3] of the tokens of latents (frames, height, width): the middle of each in seconds and
-    pixels, float32.
+    """Positions [L, 3] of the tokens of latents (frames, height, width), float32.
+
+    Each is the middle of a token, in seconds and pixels.
 
     The first latent frame holds one frame, each other one `vae_scale_factors[0]`.
     """

@@ -203,8 +203,9 @@ def _pooled(w: Weights, x_BCT: Tensor) -> Tensor:
 
 
 def encode_audio(c: Config, w: Weights, states_BSCT: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Hidden states of the sound, one per frame -> its tokens [B, F, K, D] and, with AdaIN, it as a whole
-    [B, F, D].
+    """Hidden states of the sound, one per frame -> its tokens [B, F, K, D].
+
+    With AdaIN, the sound as a whole [B, F, D] comes beside them.
 
     The states are weighted, and each of `num_audio_token` parts of the channels gives one token; one more is
     the same for every sound.

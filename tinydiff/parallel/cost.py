@@ -1,5 +1,6 @@
-"""The cost of a layout for one of its ranks, by arithmetic alone: bytes of weights and activations,
-operations, bytes sent, seconds of a step.
+"""The cost of a layout for one of its ranks, by arithmetic alone.
+
+It is bytes of weights and activations, operations, bytes sent, and seconds of a step.
 
 Names: B images, E head width, b bytes of a value, U ranks of ulysses, R ranks of ring; n tokens of a stream
 on one rank (text and image tokens are each sharded over R U ranks, rounded up). D is the width of all heads
@@ -137,8 +138,9 @@ def weight_bytes(rows: Iterable[Row], b: int, tp: int = 1) -> int:
 
 
 def decoded_bytes(rows: Iterable[Row], tp: int = 1) -> int:
-    """Bytes of the largest weight of 8 bits while it is multiplied by its scales in float32, before and
-    after.
+    """Bytes of the largest weight of 8 bits while it is decoded.
+
+    It is there twice in float32: before and after it is multiplied by its scales.
     """
     return max((8 * numel(row, tp) for row in rows if row.stored), default=0)
 
@@ -332,8 +334,9 @@ def crosses_machines(layout: Layout, axis: str, machine: Machine) -> bool:
 
 
 def step_seconds(net: CostModel, layout: Layout, work: Work, machine: Machine, b: int = 2) -> float:
-    """Seconds of a step: the operations at the machine's rate, then the exchanges one after another at its
-    bandwidths.
+    """Seconds of a step.
+
+    The operations take the machine's rate, and the exchanges follow one after another at its bandwidths.
 
     Only gathering the weights of a block is assumed to overlap with computing. Rings are not, although
     attention computes on one part while the next is on its way. Kernel launches, waiting for the slowest rank

@@ -1,5 +1,6 @@
-"""A network's weights on several ranks as DTensors, which know the whole weight, over the memory that this
-rank holds.
+"""A network's weights on several ranks as DTensors.
+
+They know the whole weight, and lie over the memory that this rank holds.
 
 Whatever runs outside the loop goes through them: merging adapters, saving, comparing. The loop and the
 encoders run on the local tensors, since a DTensor does not pass through torch's loop operator.

@@ -1,5 +1,7 @@
-"""The plan of a network's weights in DTensor's terms: a mesh of ranks, and a placement of every weight on
-each of its dimensions. No torch; `parallel/dtensors.py` makes torch's own objects of this.
+"""The plan of a network's weights in DTensor's terms.
+
+It is a mesh of ranks, and a placement of every weight on each of its dimensions. No torch;
+`parallel/dtensors.py` makes torch's own objects of this.
 """
 
 from __future__ import annotations

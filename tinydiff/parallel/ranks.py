@@ -1,5 +1,6 @@
-"""The processes of a job: they are started, joined into groups, and exchange what is not the networks' own
-communication.
+"""The processes of a job: they are started, joined into groups, and exchange values.
+
+What the networks exchange is in `ops` and the other files of this directory.
 
 Everything is torch.distributed's. Its elastic launcher starts the ranks of a machine and ends all of them
 when one fails; its store and process groups carry messages. Every rank makes the same groups in the same
@@ -118,8 +119,9 @@ def make_ranks(layout: Layout, timeout: float, device: str = "cpu") -> Ranks:
 
 
 def weights_mesh(ranks: Ranks, axes: tuple[str, ...]) -> DeviceMesh:
-    """The same ranks as a mesh of other dimensions, each an axis or a group of `COMBINED_AXES`, which
-    together have every axis once.
+    """The same ranks as a mesh of other dimensions.
+
+    Each is an axis or a group of `COMBINED_AXES`, and together they have every axis once.
     """
     if axes == AXES:
         return ranks.mesh
@@ -211,8 +213,9 @@ def take_number(ranks: Ranks, queue: str = "work") -> int:
 
 
 def replica_numbers(ranks: Ranks, count: int) -> Iterator[int]:
-    """The numbers below `count` for this replica: all of them where there is one replica, else those that it
-    takes before the others do.
+    """The numbers below `count` that this replica runs.
+
+    One replica runs all of them. Several take them as they become free.
     """
     if ranks.layout.dp == 1:
         yield from range(count)
@@ -247,8 +250,7 @@ def start(
     timeout: float = 3600,
     graceful: bool = False,
 ) -> dict[int, T]:
-    """Run `fn(*args)`, a function of a module, in `here` processes on this machine: global rank -> its
-    result.
+    """Run a module's function `fn(*args)` in `here` processes on this machine: global rank -> its result.
 
     nodes: the number of machines, each of which calls this with its number `node`. address: host and port
     where they meet; port 0 is a free one, for one machine only. timeout: seconds to wait for the other

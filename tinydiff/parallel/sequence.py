@@ -49,8 +49,9 @@ def shard_sizes(tokens: int, shards: int) -> list[int]:
 
 
 def padded_size(sizes: list[int]) -> int:
-    """The length of every padded shard: that of the longest, and at least 2, because a graph is compiled
-    again for a length of 1.
+    """The length of every padded shard: that of the longest, and at least 2.
+
+    A graph is compiled again for a length of 1.
     """
     return max(2, *sizes)
 
@@ -129,8 +130,9 @@ def shard_steps(plan: Plan, conds: Sequence[Cond], steps: Mapping[str, Tensor]) 
 
 
 def keys(plan: Plan, tensors: TensorsByName, stream: str) -> tuple[Tensor, ...]:
-    """The indices of the real keys for `ops.attention`, int64 [real]: one tensor for each part of the ring,
-    in the order in which this rank meets the parts.
+    """The indices of the real keys for `ops.attention`, int64 [real].
+
+    There is one tensor for each part of the ring, in the order in which this rank meets the parts.
 
     tensors: the request's tensors that belong to no block. stream: one of `STREAMS`. Empty where the sequence
     is not sharded.

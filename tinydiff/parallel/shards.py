@@ -1,5 +1,7 @@
-"""What a rank holds of a network's weights: slices over "tp" as the rows' `split` says, and shards over
-"shard" of the weights that a block needs.
+"""What a rank holds of a network's weights.
+
+It holds slices over "tp" as the rows' `split` says, and shards over "shard" of the weights that a block
+needs.
 
 Full sharding packs the weights of a block. Each weight is cut along its first dimension into equal shards,
 the last ones padded with zeros. A rank's shards lie one after another in one flat tensor, `{block}.pack`,
@@ -26,8 +28,9 @@ from tinydiff.parallel.plan import ALONE, Group, Plan, Row
 
 
 def why_indivisible(rows: Iterable[Row], ranks: int) -> str | None:
-    """Why these weights cannot be divided over this many ranks, naming the first weight that does not divide;
-    None if they can.
+    """Why these weights cannot be divided over this many ranks; None if they can.
+
+    It names the first weight that does not divide.
     """
     for row in rows:
         for width in _widths(row):
@@ -64,8 +67,9 @@ def _widths(row: Row) -> tuple[int, ...]:
 
 
 class Box(NamedTuple):
-    """A part of a weight: its start along each dimension in the whole weight and in this rank's tensor, and
-    its shape.
+    """A part of a weight.
+
+    It is its start along each dimension in the whole weight and in this rank's tensor, and its shape.
     """
 
     global_start: tuple[int, ...]
@@ -115,8 +119,9 @@ def _boxes(row: Row, tp: Group) -> list[Box]:
 
 
 def shard_range(size: int, ranks: int, rank: int = 0) -> tuple[int, int, int]:
-    """One of the equal shards of a dimension, of which the last are padded: (width of a shard, start of this
-    rank's, how many of its indices are real).
+    """One of the equal shards of a dimension, of which the last are padded.
+
+    Returns (width of a shard, start of this rank's, how many of its indices are real).
     """
     width = -(-size // ranks)
     start = min(rank * width, size)

@@ -1,5 +1,6 @@
-"""The height of an image sharded over ranks, for networks that look at neighbouring pixels: every rank runs
-the same network on its strip.
+"""The height of an image sharded over ranks, for networks that look at neighbouring pixels.
+
+Every rank runs the same network on its strip.
 
 Ranks exchange the edges of their strips where a convolution reaches across, merge statistics where a norm
 covers the whole image, and gather keys and values where every pixel attends to all. So the result is that of
@@ -58,8 +59,9 @@ def in_strips(plan: Plan, fn: Callable[[Tensor, Strip], Tensor], x: Tensor, unit
 
 
 def halo(strip: Strip, x: Tensor, above: int, below: int) -> Tensor:
-    """x [..., H, W] of a strip -> [..., above + H + below, W], with the edges of the neighbouring strips, or
-    zeros outside the image.
+    """A strip with the edges of its neighbours: x [..., H, W] -> [..., above + H + below, W].
+
+    Outside the image the edges are zeros.
 
     A whole image is returned as it is. `above` and `below` must not exceed the height of any strip.
     """

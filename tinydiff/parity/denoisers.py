@@ -1,5 +1,6 @@
-"""The tiny denoisers, what each is asked, and under which names its reference shows what it computes on the
-way.
+"""The tiny denoisers, and how each is compared with its reference.
+
+Each says its inputs, and under which names its reference shows what it computes on the way.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ from tinydiff.parity.reference import Case, built, draw, library, overheard
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A tiny denoiser, and names of the reference's layers: what is hoisted of the time and of the text, and
-    how tokens enter.
+    """A tiny denoiser, and names of the reference's layers.
+
+    The names are of what is hoisted of the time and of the text, and of how tokens enter.
 
     time, text: (layer, the name under which `hoist` returns its output). Blocks need no names, for theirs are
     ours.

@@ -66,7 +66,9 @@ def asked(c: hunyuan_video.Config) -> Asked:
 
 
 def asked_15(c: hunyuan_video15.Config, parts: Sequence[str] = ()) -> Asked:
-    """parts: "glyphs" and "image" where the text stream has them, "ends" where a step knows its end; the
+    """Inputs of HunyuanVideo-1.5 and of its reference.
+
+    parts: "glyphs" and "image" where the text stream has them, "ends" where a step knows its end; the
     reference gets no others.
     """
     size, channels, patch_size = (3, 4, 6), c.out_channels, hunyuan_video15.patch(c)

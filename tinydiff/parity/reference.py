@@ -1,5 +1,6 @@
-"""Running a reference so that it can be compared with: every parameter redrawn, its own roundings taken out,
-its layers overheard.
+"""Running a reference so that it can be compared with.
+
+Every parameter is redrawn, its own roundings are taken out, and its layers are overheard.
 
 Only the modules of this directory import diffusers and transformers: they come with the extra of that name,
 and nothing that makes an image needs them.
@@ -77,8 +78,9 @@ class doubles(TorchFunctionMode):
 
 
 def randomised(module: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    """Redraw every entry of the module's state in float64, scales near 1 and all else near 0, and return the
-    state dict.
+    """Redraw every entry of the module's state in float64, and return the state dict.
+
+    Scales are drawn near 1, and all else near 0.
 
     Fresh modules hold zeros and ones in biases, norms and tables, which would hide a weight that is never
     read. Matrices and kernels are divided by the square root of their fan-in, so that deep stacks neither
@@ -175,8 +177,9 @@ def prepared(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def compared(case: Case, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterator[Stage]:
-    """Each stage of our network with these weights against the reference's values; first of all the weights'
-    names and shapes.
+    """Each stage of our network with these weights against the reference's values.
+
+    The names and shapes of the weights come first.
     """
     rows = {row.name: row.shape for row in case.spec()}
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}

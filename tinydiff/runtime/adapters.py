@@ -43,8 +43,9 @@ def merged(net: Net[Record], differences: Differences, strength: float) -> Net[R
 
 
 def rounded_away(net: Net[Record], differences: Differences, strength: float) -> float:
-    """The share of an adapter's differences that the type of the weights would lose, between 0
-    and about 1.
+    """The share of an adapter's differences that the type of the weights would lose.
+
+    It lies between 0 and about 1.
     """
     lost = total = 0.0
     for name, weight in net.whole(differences):

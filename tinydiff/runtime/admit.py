@@ -1,5 +1,6 @@
-"""Admission: the fields of a request are completed with the model's defaults and checked against what the
-model can do, before anything is computed.
+"""Admission: a request is completed with the model's defaults and checked.
+
+It is checked against what the model can do, before anything is computed.
 """
 
 from __future__ import annotations
@@ -41,16 +42,18 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 class Hear(Protocol):
-    """What a given sound is read by: its path, URL or data URI, and the samples per second that a model
-    hears.
+    """How an input sound is read.
+
+    source: its path, URL or data URI. rate: the samples per second that a model hears.
     """
 
     def __call__(self, source: str, rate: int, /) -> Speech: ...
 
 
 class Read(Protocol):
-    """What a given image is read by: its path, URL or data URI, the field that names it, and whether its
-    alpha is kept.
+    """Where an input image comes from.
+
+    It is its path, URL or data URI, the field that names it, and whether its alpha is kept.
     """
 
     def __call__(self, source: str, field: str, with_alpha: bool = False, /) -> numpy.ndarray: ...

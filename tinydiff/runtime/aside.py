@@ -28,8 +28,9 @@ def size(model: Model) -> int:
 
 
 def can_wait(model: Model, ranks: int) -> bool:
-    """Whether the weights may wait in the host's memory: they are on GPUs, and it has room for those of all
-    ranks.
+    """Whether the weights may wait in the host's memory.
+
+    They may where they are on GPUs and the host has room for those of all ranks.
 
     Without a GPU they are in it already, most of them mapped from files.
     """

@@ -1,5 +1,6 @@
-"""From a model's components to a model in memory: first the JSON files are checked, then the weights are
-loaded.
+"""From a model's components to a model in memory.
+
+First the JSON files are checked, then the weights are loaded.
 
 A `Blueprint` comes from a few JSON files and touches no device, so a request is refused before gigabytes are
 moved.

@@ -63,8 +63,9 @@ def _config(family: Record, stored: Mapping[str, object], class_name: str) -> An
 
 
 def preprocessed(family: Encoder, config: Any, component: Component) -> Any:
-    """An encoder's Config with what the preprocessor's files say; transformers 5 may keep that in
-    processor_config.json.
+    """An encoder's Config with what the preprocessor's files say.
+
+    transformers 5 may keep that in processor_config.json.
     """
     assert family.preprocessor is not None
     whole, own = (component.json.get(f"{name}_config.json", {}) for name in ("processor", "preprocessor"))

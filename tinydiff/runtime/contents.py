@@ -1,5 +1,6 @@
-"""What a file or directory holds, from headers and JSON files alone: no weight is read, nothing is
-downloaded, nothing is run.
+"""What a file or directory holds, from headers and JSON files alone.
+
+No weight is read, nothing is downloaded, and nothing is run.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Images of many requests in one denoising loop: which of them run the next steps together, and how many
-steps.
+"""Images of many requests in one denoising loop.
+
+This decides which of them run the next steps together, and how many steps.
 
 Images of one `batch_key` share the loop, and join and leave it between two steps. The batch size is the one
 that measured step times make worthwhile (`step_times`). Where more images wait than that, owners and jobs

@@ -165,8 +165,9 @@ class Device:
         self.current.load(self.ranks)
 
     def unload(self, keep: bool, name: str | None = None) -> bool:
-        """Remove a model, by default the current one, from the device. keep: its weights wait in the host's
-        memory, if that has room.
+        """Remove a model, by default the current one, from the device.
+
+        keep: its weights wait in the host's memory, if that has room.
 
         Returns whether they do.
         """
@@ -188,8 +189,9 @@ class Device:
         self.current.wake()
 
     def step_down(self, request: Request) -> list[str]:
-        """Load the current model again with less of it on the device, where a request ran out of memory that
-        fits then. All jobs are removed first.
+        """Load the current model again with less of it on the device.
+
+        This is for a request that ran out of memory and fits then. All jobs are removed first.
 
         Returns the components that left; none where nothing can be done, or there are several ranks.
         """

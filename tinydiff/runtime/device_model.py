@@ -79,8 +79,9 @@ def make(blueprint: Blueprint, max_batch: int, alone: bool) -> DeviceModel:
 
 
 def leaving(chosen: DeviceModel, others: Sequence[DeviceModel]) -> int:
-    """How many of the other loaded models have to leave, from the first on, so that the chosen one gets what
-    its plan would give it alone.
+    """How many of the other loaded models have to leave, from the first on, to make room.
+
+    The chosen one then gets what its plan would give it alone.
     """
     held = [other.bytes_held for other in others]
     free = fit.free_bytes(chosen.blueprint.device)

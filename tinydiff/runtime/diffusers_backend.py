@@ -51,6 +51,7 @@ MODULAR = "modular_model_index.json"
 
 
 def installed() -> bool:
+    """Whether diffusers is installed."""
     return find_spec("diffusers") is not None
 
 

@@ -1,5 +1,6 @@
-"""Costs of the layouts in which GPUs can share a request, from a model's configs alone: no GPU,
-no weights.
+"""Costs of the layouts in which GPUs can share a request.
+
+They come from a model's configs alone, without a GPU or weights.
 """
 
 from __future__ import annotations
@@ -92,8 +93,10 @@ class Estimate:
 def subject(
     model: str, sampling: SamplingOptions, ranks: int, b: int, options: Entries | None = None
 ) -> Subject:
-    """Read a model and admit a request as a generation would be, but for images and sound to be given, which
-    have no bearing here: of a video in segments, one is planned.
+    """Read a model and admit a request as a generation would.
+
+    Input images and sound need not be given, since they have no bearing here. Of a video in segments, one is
+    planned.
 
     model: a name in the registry, a directory or a hub id. b: bytes of a value of the denoiser. options:
     other model options that bear on it. Raises UserError.
@@ -278,8 +281,9 @@ def _helped(subject: Subject, layout: Layout, vram: float, machine: Machine) -> 
 
 
 def over_cards(subject: Subject, ranks: int, machine: Machine) -> list[tuple[Estimate, Estimate | None]]:
-    """For each of CARDS: the usual layout, the fastest where `generate` has none, and what helps where it
-    does not fit.
+    """For each of CARDS: the usual layout, and what helps where it does not fit.
+
+    The layout is the fastest one where `generate` has no usual one.
 
     None where it fits, and where no layer is held twice, so that nothing is left to divide.
     """

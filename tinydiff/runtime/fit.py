@@ -76,8 +76,9 @@ def in_the_way(blueprint: Blueprint, held: Sequence[int], free: int) -> int:
 
 
 def stepped_down(blueprint: Blueprint) -> Blueprint | None:
-    """The blueprint with everything off the device of which no option says otherwise. None where all of it is
-    already, and where `on_oom` is fail.
+    """The blueprint with less on the device; None where nothing more may leave it.
+
+    Everything leaves of which no option says otherwise. Nothing may where `on_oom` is fail.
     """
     if blueprint.foreign is not None or blueprint.on_oom == "fail":
         return None
@@ -114,8 +115,9 @@ def refusal(blueprint: Blueprint, request: Request, free: int | None) -> UserErr
 
 
 def largest(blueprint: Blueprint, request: Request, free: int) -> tuple[int, int] | None:
-    """(width, height) of the largest output of this shape that fits with the model as it is; None where none
-    does.
+    """(width, height) of the largest output of this shape that fits; None where none does.
+
+    The model stays as it is.
     """
     net, vae = blueprint.denoiser, blueprint.autoencoder.config
     step = vae.scale_factor_spatial * max(net.family.patch(net.config))
@@ -146,8 +148,9 @@ def expected(blueprint: Blueprint, requests: Sequence[Request]) -> MemoryPlan:
 
 
 def compared(blueprint: Blueprint, requests: Sequence[Request]) -> str | None:
-    """The peak of this process on the GPU beside the expected one. None without a GPU, and for a pipeline of
-    another library.
+    """The peak of this process on the GPU beside the expected one.
+
+    None without a GPU, and for a pipeline of another library.
     """
     measured = peak_bytes(blueprint.device)
     if measured is None or blueprint.foreign is not None:

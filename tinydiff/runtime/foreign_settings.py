@@ -38,12 +38,14 @@ def explained(field: str, doing: str) -> Generator[None]:
 
 
 def denoisers(pipe: Any) -> Iterator[tuple[str, Any]]:
+    """The pipeline's denoising networks, by name."""
     for name in DENOISERS:
         if hasattr(net := getattr(pipe, name, None), "forward"):
             yield name, net
 
 
 def set_vae(pipe: Any, options: ModelOptions) -> None:
+    """Set tiling and slicing of the autoencoder as the options ask. Raises UserError."""
     vae = getattr(pipe, "vae", None)
     for option, method in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
         if getattr(options, option):
@@ -87,6 +89,7 @@ def set_cache(pipe: Any, file: str | None) -> None:
 
 
 def load_loras(pipe: Any, foreign: Foreign) -> None:
+    """Load the adapters that the options name. Raises UserError."""
     adapters = foreign.adapters
     if not adapters:
         return

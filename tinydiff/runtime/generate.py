@@ -27,8 +27,9 @@ Destination = tuple[output.Target, output.Encoding]
 
 @dataclass(frozen=True)
 class ReplicaJob:
-    """What a replica generates at once: outputs of a prompt from number `first` on, as a request of their
-    own. of: all outputs of the prompt.
+    """What a replica generates at once: outputs of a prompt from number `first` on.
+
+    They are a request of their own. of: all outputs of the prompt.
     """
 
     prompt: int

@@ -1,5 +1,6 @@
-"""From a command line to the ranks that run it: this process alone, ranks that it starts, or ranks that
-torchrun started.
+"""From a command line to the ranks that run it.
+
+They are this process alone, ranks that it starts, or ranks that torchrun started.
 
 Whatever can be refused is refused here, before a process is started or a rank waits for another.
 """

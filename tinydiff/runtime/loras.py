@@ -130,8 +130,10 @@ def _nth(values: Sequence[str], index: int) -> str | None:
 
 
 def adapter_file(source: str, weight_name: str | None = None, field: str = "lora_path") -> Path:
-    """The safetensors file of an adapter that is given as a file, a directory, a hub id, or a hub id and a
-    file as `id:file`. field: the option that gives it. Raises UserError.
+    """The safetensors file of an adapter.
+
+    It is given as a file, a directory, a hub id, or a hub id and a file as `id:file`. field: the option that
+    gives it. Raises UserError.
     """
     path = hub.file(source, field)
     if path is not None:

@@ -1,5 +1,6 @@
-"""Which components are on the device all the time, which are moved in for their stage and which are streamed
-by block, so that a request fits.
+"""Where each component's weights live, so that a request fits.
+
+They are on the device all the time, moved in for their stage, or streamed block by block.
 
 Every choice is tried. Of those that fit, the one that moves the fewest bytes per request is taken; so no
 threshold is chosen by hand.

@@ -113,8 +113,9 @@ def vae_passes(model: Model, output: Output) -> tuple[int, int | None]:
 
 
 def in_tiles_if_short(model: Model, tile: int | None, code: Callable[[int | None], Tensor]) -> Tensor:
-    """What the autoencoder makes with this side of its tiles; where memory does not suffice for the whole
-    image, in tiles after all, which a line says.
+    """What the autoencoder makes with this side of its tiles, or in tiles where memory runs short.
+
+    A line in the log says so.
 
     Ranks that share an image keep to what was asked: only one of them may be short.
     """
@@ -419,8 +420,9 @@ def _packed_steps(inputs: LoopInputs, fresh: Sequence[Tensor]) -> Tensor:
 def denoise(
     model: Model, conditioning: Conditioning, seed: int, latents: Sequence[Tensor] | None = None
 ) -> Iterator[Tensor]:
-    """Noise of `seed` (or `latents` of each kind) -> tokens [1, L, P] of the output, float32, after each step
-    of each stage.
+    """Run every stage, and yield the tokens [1, L, P] of the output, float32, after each step.
+
+    The noise is that of `seed`, or `latents` of each kind.
     """
     return (tokens for _, tokens in _steps(model, conditioning, seed, latents))
 
@@ -482,8 +484,9 @@ def denoiser(model: Model, stage: PreparedStage, compiled: bool) -> loop.Denoise
 
 @torch.no_grad()
 def decode(model: Model, output: Output, latents: Tensor) -> numpy.ndarray:
-    """Latents [N, C, F, H, W] -> frames uint8 [frames, height, width, 3 or 4]: those of the N videos, one
-    after another.
+    """Latents [N, C, F, H, W] -> frames uint8 [frames, height, width, 3 or 4].
+
+    The frames of the N videos follow one another.
     """
     vae = model.autoencoder
     chunk, tile = vae_passes(model, output)

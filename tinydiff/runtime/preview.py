@@ -21,8 +21,9 @@ LONGEST = 512
 
 @torch.no_grad()
 def fit_colours(model: Model) -> Tensor:
-    """The map [C + 1, 3] from latents and a constant 1 to red, green and blue in [-1, 1]: least squares over
-    soft patches of colour.
+    """The map [C + 1, 3] from latents and a constant 1 to red, green and blue in [-1, 1].
+
+    It is fitted by least squares over soft patches of colour.
     """
     vae = model.autoencoder
     stride, with_alpha = vae.config.scale_factor_spatial, getattr(vae.config, "in_channels", 3) == 4
@@ -46,8 +47,9 @@ def fit_colours(model: Model) -> Tensor:
 
 @torch.no_grad()
 def preview_frame(to_colours: Tensor, latents: Tensor, height: int, width: int) -> numpy.ndarray:
-    """The middle frame of the first of latents [N, C, F, H, W] as uint8 [height, width, 3], reduced to
-    `LONGEST` pixels.
+    """The middle frame of the first of latents [N, C, F, H, W] as uint8 [height, width, 3].
+
+    It is reduced to `LONGEST` pixels.
     """
     middle = latents[0, :, latents.shape[2] // 2].float().cpu()
     colours = torch.einsum("chw,cr->hwr", middle, to_colours[:-1]) + to_colours[-1]

@@ -165,8 +165,9 @@ def _ignored(names: Collection[str], patterns: Iterable[str]) -> set[str]:
 
 @lru_cache(maxsize=64)
 def keeping(family: R, kinds: frozenset[Kind]) -> R:
-    """The family with these weights in 8 bits: one object for equal arguments, so that equal networks share
-    compiled graphs.
+    """The family with these weights in 8 bits.
+
+    Equal arguments give one object, so that equal networks share compiled graphs.
     """
     stays = dict(kinds)
 

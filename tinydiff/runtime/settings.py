@@ -1,5 +1,6 @@
-"""Guidance, experts and shift of a request: which value counts, of the requested one, the directory's, and
-the one recommended for the release.
+"""Guidance, experts and shift of a request.
+
+This says which value counts: the requested one, the directory's, or the one recommended for the release.
 
 A requested value counts first, then the directory's own files. A recommendation for a release counts only
 where the directory is that release, by name, and its file is as released. docs/differences.md has the rules
@@ -70,8 +71,9 @@ def settle(blueprint: Blueprint, sampling: SamplingOptions) -> Settings:
 def guidance_of(
     blueprint: Blueprint, sampling: SamplingOptions, notes: dict[str, str] | None = None
 ) -> tuple[float, float | None]:
-    """(classifier-free guidance scale, where 1 is off; the guidance scale that is a network input, None for a
-    network without one).
+    """The (classifier-free scale, embedded scale) of guidance.
+
+    The first is off at 1. The second is an input of the network; None for a network without one.
     """
     row, asked, true = blueprint.row, sampling.guidance_scale, sampling.true_cfg_scale
     if row.guidance_form in ("embedded", "true"):

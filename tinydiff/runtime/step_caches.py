@@ -1,5 +1,6 @@
-"""The step cache of a request: its settings under the names of SGLang and of the package cache-dit, and the
-loop's part of it.
+"""The settings of a request's step cache, and the loop's part of it.
+
+The settings have the names of SGLang and of the package cache-dit.
 """
 
 from __future__ import annotations

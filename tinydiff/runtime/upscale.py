@@ -117,8 +117,9 @@ def _ncnn(path: Path) -> dict[str, Tensor]:
 
 
 def needs(model: Path, height: int, width: int) -> tuple[int, int]:
-    """(bytes of the weights, bytes of enlarging a frame beside them): of a tile, and three copies of a result
-    in float32.
+    """(bytes of the weights, bytes of enlarging a frame beside them).
+
+    Enlarging takes those of a tile, and three copies of a result in float32.
     """
     config = read(model)
     around = TILE + 2 * min(OVERLAP, config.reach)

@@ -1,5 +1,7 @@
-"""The only module that calls torch.compile, and the only one that uses private names of torch (present in
-2.11 to 2.13) and functions that it does not annotate.
+"""The only module that calls torch.compile.
+
+It is also the only one that uses private names of torch (present in 2.11 to 2.13) and functions that torch
+does not annotate.
 
 The whole loop is one graph: torch's loop operator over steps, with each kind of block as a nested region that
 is compiled once. So the cost of compiling grows neither with depth nor with steps. Tokens and table rows are
@@ -56,8 +58,9 @@ _by_block: dict[tuple[Network, Guidance, Fetch, int | None], Denoise] = {}
 
 
 def has_compiler() -> bool:
-    """Whether this machine has the C++ compiler that compiled graphs need: on the CPU for kernels, on GPUs
-    for their launchers.
+    """Whether this machine has the C++ compiler that compiled graphs need.
+
+    The CPU needs it for kernels, a GPU for their launchers.
     """
     try:
         get_cpp_compiler()

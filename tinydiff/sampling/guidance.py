@@ -70,8 +70,9 @@ Qwen-Image's pipelines.
 
 
 def clamped(predict: Predict, plan: Plan) -> Guided:
-    """`classifier_free`, with an upper bound on the norm ratio guided / prompt: an image above `limit` is
-    scaled back to that ratio.
+    """`classifier_free`, with an upper bound on the norm ratio guided / prompt.
+
+    An image above `limit` is scaled back to that ratio.
 
     The request holds `limit` [1 or B, 1, 1] and `real` [1 or B, L, 1] bool, the tokens that count. Source:
     Z-Image's pipelines.
@@ -92,8 +93,10 @@ def clamped(predict: Predict, plan: Plan) -> Guided:
 
 
 def several(predict: Predict, plan: Plan) -> Guided:
-    """c + sum of p (c - b) over the other branches b, for each kind of tokens with its own pulls p; then the
-    clean latents that it implies are brought back to the deviation of the prompt's own.
+    """Guidance by several branches: c + sum of p (c - b) over the other branches b.
+
+    Each kind of tokens has its own pulls p. Then the clean latents that it implies are brought back to the
+    deviation of the prompt's own.
 
     The request holds, for each kind of tokens in order, `pulls` [1 or B, L, branches - 1] and `rescale` [1 or
     B, L, 2]: the share of the guided latents that is brought back, and 1 for a token that counts. The names

@@ -1,5 +1,6 @@
-"""The denoising loop: one function that runs eagerly or is compiled whole, and the code that calls it in
-chunks.
+"""The denoising loop, and the code that calls it in chunks.
+
+It is one function that runs eagerly or is compiled whole.
 
 The engine knows a family only as `ops.network.Family`; any record with these functions will do. What depends
 only on the request and the table is computed once, before the loop (`hoist`); the loop gathers its rows.
@@ -118,8 +119,9 @@ Denoise = Callable[[Hoisted, State, StepInputs, int, int], State]
 
 
 class Denoising(NamedTuple):
-    """An image (or a batch) that is being denoised: the step it has reached, and all that the next steps
-    need.
+    """An image (or a batch) that is being denoised.
+
+    It is the step that the image has reached, and all that the next steps need.
     """
 
     denoise: Denoise
@@ -191,6 +193,7 @@ def _own_branches(cfg: Group, branches: Sequence[dict[str, Tensor]]) -> list[dic
 
 
 def unwrapped(fn: Callable[..., Streams]) -> Callable[..., Streams]:
+    """A `Wrap` that changes nothing."""
     return fn
 
 
@@ -348,8 +351,9 @@ def eager_denoise(
 
 
 def coefficients(table: Table, x: Tensor) -> Tensor:
-    """The columns sigma, next sigma, a, c, b1, b2, n and guidance as [S, 8, 1, 1, 1], in x's dtype and on its
-    device.
+    """The table's columns as one tensor [S, 8, 1, 1, 1], in x's dtype and on its device.
+
+    They are sigma, next sigma, a, c, b1, b2, n and guidance.
     """
     after = torch.cat([table.sigmas[1:], table.sigmas.new_zeros(1)])
     columns = (table.sigmas, after, table.a, table.c, table.b1, table.b2, table.n, table.guidance)
@@ -417,8 +421,9 @@ def run(
     limits: Limits | None = None,
     memory: Callable[[Hoisted, Tensor], Memory] | None = None,
 ) -> Iterator[LoopProgress]:
-    """Denoise x_BLP over the whole table (see `start`) and yield after every `chunk` steps, or after every
-    segment where `chunk` is None.
+    """Denoise x_BLP over the whole table (see `start`) and yield after every `chunk` steps.
+
+    Where `chunk` is None, it yields after every segment.
 
     Stop iterating to cancel. The result does not depend on `chunk`.
     """

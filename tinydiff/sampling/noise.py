@@ -1,5 +1,7 @@
-"""Noise from (seed, image index) alone: drawn on the CPU at the global latent shape, so batch, layout and
-device do not change it. S in a shape is the number of steps.
+"""Noise from (seed, image index) alone.
+
+It is drawn on the CPU at the global latent shape, so batch, layout and device do not change it. S in a shape
+is the number of steps.
 """
 
 from __future__ import annotations

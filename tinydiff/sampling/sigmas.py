@@ -1,5 +1,6 @@
-"""Noise levels of flow matching: grids of sigma from 1 (noise) towards 0 (clean), and the shifts applied to
-them.
+"""Noise levels of flow matching.
+
+These are grids of sigma from 1 (noise) towards 0 (clean), and the shifts applied to them.
 
 Every function keeps its argument's dtype: float64 gives the exact grid, float32 the digits that diffusers
 stores. Sources: arXiv 2403.03206 (shift), diffusers 0.42.1 `FlowMatchEulerDiscreteScheduler` and
@@ -35,15 +36,17 @@ def linear_grid(steps: int) -> Tensor:
 
 
 def unipc_grid(steps: int, train_steps: int = TRAIN_STEPS) -> Tensor:
-    """The unshifted grid [S] of UniPC and DPM-Solver on flows: S + 1 values from 1 to 1 / train_steps,
-    without the last one.
+    """The unshifted grid [S] of UniPC and DPM-Solver on flows.
+
+    It is S + 1 values from 1 to 1 / train_steps, without the last one.
     """
     return spaced(1.0, 1 / train_steps, steps + 1)[:-1]
 
 
 def scheduler_grid(steps: int, lowest: float, train_steps: int = TRAIN_STEPS) -> Tensor:
-    """The grid [S] from 1 to `lowest` that FlowMatchEuler computes when the pipeline passes none (Wan and
-    SD3).
+    """The grid [S] from 1 to `lowest` that FlowMatchEuler computes when the pipeline passes none.
+
+    Wan and SD3 pass none.
     """
     return spaced(train_steps, lowest * train_steps, steps) / train_steps
 

@@ -1,5 +1,6 @@
-"""Solvers as tables of coefficients: every solver here is linear in the latents, the predictions and fresh
-noise.
+"""Solvers as tables of coefficients.
+
+Every solver here is linear in the latents, the predictions and fresh noise.
 
 Step i of any solver, with v_i the guided velocity predicted at x_i and x0_i = x_i - sigma_i v_i the clean
 latents it implies, is
@@ -74,8 +75,9 @@ def _table(timesteps: Tensor, sigmas: Tensor, a: Tensor, c: Tensor, **columns: T
 
 
 def flow_euler(sigmas: Tensor, timesteps: Tensor | None = None) -> Table:
-    """Euler on the flow: x + (sigma' - sigma) v. sigmas [S + 1] with the end included; timesteps default to
-    sigma * 1000.
+    """Euler on the flow: x + (sigma' - sigma) v.
+
+    sigmas: [S + 1], with the end. timesteps: by default sigma * 1000.
     """
     timesteps = sigmas[:-1] * TRAIN_STEPS if timesteps is None else timesteps
     s = sigmas.double()
@@ -92,8 +94,9 @@ def renoise(sigmas: Tensor, timesteps: Tensor | None = None) -> Table:
 
 
 def dmd(timesteps: Sequence[float] = (1000, 757, 522), shift: float = 8.0) -> Table:
-    """Distribution matching distillation: renoise at the given timesteps, each at the sigma whose training
-    timestep is nearest.
+    """Distribution matching distillation: each step renoises to the next timestep.
+
+    The sigma of a timestep is the one whose training timestep is nearest.
 
     Raises UserError where a timestep is outside 0 to 1000 or the timesteps do not decrease.
     """
@@ -110,8 +113,9 @@ def dmd(timesteps: Sequence[float] = (1000, 757, 522), shift: float = 8.0) -> Ta
 
 
 def unipc(sigmas: Tensor, timesteps: Tensor | None = None) -> Table:
-    """UniPC of order 2, B(h) = e^h - 1, on clean latents, corrected at every step but the first, the last
-    step of order 1.
+    """UniPC of order 2, B(h) = e^h - 1, on clean latents.
+
+    Every step but the first is corrected, and the last step has order 1.
 
     sigmas [S + 1] in (0, 1), falling, the last 0; timesteps default to sigma * 1000 truncated to integers.
 
@@ -173,8 +177,9 @@ def with_guidance(table: Table, scale: float | Sequence[float]) -> Table:
 
 
 def with_experts(table: Table, boundary_ratio: float, guidance_2: float | None = None) -> Table:
-    """Expert 0 while the timestep is at least boundary_ratio * 1000, expert 1 below; guidance_2 is the scale
-    of expert 1's steps.
+    """Expert 0 while the timestep is at least boundary_ratio * 1000, expert 1 below.
+
+    guidance_2: the scale of expert 1's steps.
     """
     if not 0 <= boundary_ratio <= 1:
         raise UserError("boundary_ratio", f"boundary_ratio is {boundary_ratio}; it must lie between 0 and 1")
@@ -289,8 +294,9 @@ def unread(config: Mapping[str, object]) -> list[str]:
 def from_scheduler_config(
     config: Mapping[str, object], steps: int, *, sigmas: Tensor | None = None, mu: float | None = None
 ) -> Table:
-    """The table of a diffusers `scheduler_config.json` for `steps` steps, with sigmas rounded to float32 as
-    diffusers stores them.
+    """The table of a diffusers `scheduler_config.json` for `steps` steps.
+
+    Sigmas are rounded to float32 as diffusers stores them.
 
     sigmas: the unshifted grid [S] where the pipeline passes one to its scheduler (`sigmas.linear_grid`); None
     is the scheduler's own grid. mu: the dynamic shift, needed where the config says use_dynamic_shifting.

@@ -1,5 +1,7 @@
-"""A step cache: a step whose first blocks change their input much as those of an earlier step did takes over
-what the other blocks changed in that step, and does not run them.
+"""A step cache: a step much like an earlier one reuses its result.
+
+Where the first blocks change their input much as in the earlier step, what the other blocks changed then is
+added again, and they do not run.
 
 The decision is made at every step, from the prompt's branch, and holds for all branches. The state between
 steps is tensors, so that one compiled graph serves every threshold. Source: DBCache of the package cache-dit,

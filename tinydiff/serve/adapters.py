@@ -57,8 +57,9 @@ class Adapters:
         return replace(self.base, adapters=(*self.base.adapters, *(each.chosen for each in self._now)))
 
     def strengths(self, asked: Mapping[str, float]) -> dict[str, float]:
-        """How strong each loaded adapter is for a request that asks for `asked`; adapters of the directory
-        are loaded for it. Raises UserError for a name that there is none of.
+        """How strong each loaded adapter is for a request that asks for `asked`.
+
+        Adapters of the directory are loaded for it. Raises UserError for an unknown name.
         """
         with self._lock:
             for name in asked:

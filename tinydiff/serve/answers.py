@@ -74,6 +74,7 @@ END_USER: Schema = {
 
 
 def end_user(job: Job) -> dict[str, str]:
+    """What the client said of its end user."""
     return {name: job.answer[name] for name in END_USER if name in job.answer}
 
 

@@ -70,6 +70,7 @@ def read_bytes(req: falcon.Request, most: int) -> bytes:
 
 
 def too_large(most: int) -> Refusal:
+    """The refusal of a body of more than `most` bytes."""
     message = f"the body is larger than {most / 1e6:g} MB, the limit of this server"
     return Refusal(413, "request_too_large", message)
 

@@ -135,6 +135,7 @@ def fetch(
 
 
 def too_large(field: str, most_bytes: int) -> UserError:
+    """The mistake of a file that is too large."""
     return UserError(field, f"{field}: is larger than {most_bytes / 1e6:g} MB, the limit of this server")
 
 

@@ -94,6 +94,7 @@ class Turn(NamedTuple):
 
 
 def new_id(kind: Kind) -> str:
+    """A new id of a job, which cannot be guessed."""
     return PREFIXES[kind] + secrets.token_hex(16)
 
 

@@ -72,8 +72,10 @@ class Loading:
         return device.loaded()
 
     def make_room(self, request: Request) -> bool:
-        """Make room for a request that ran out of memory: the other models leave, or else the current one
-        loads again with less of it on the device, which removes its jobs. Whether anything was done.
+        """Make room for a request that ran out of memory. Returns whether anything was done.
+
+        The other models leave, or else the current one loads again with less of it on the device, which
+        removes its jobs.
         """
         if others := self.device.make_room(self._keep, least=len(self._adapters)):
             for name in others:
@@ -89,8 +91,9 @@ class Loading:
         return True
 
     def unload_unused(self) -> None:
-        """Unload all models on request, or after `idle_unload` seconds without a job. The next job loads its
-        model again.
+        """Unload all models on request, or after `idle_unload` seconds without a job.
+
+        The next job loads its model again.
         """
         unused = self._options.idle_unload and self.clock() - self._last_used > self._options.idle_unload
         if self.asleep or unused:

@@ -83,6 +83,7 @@ class Operation(NamedTuple):
 
 
 def ref(name: str) -> dict[str, str]:
+    """A reference to a schema of the document."""
     return {"$ref": f"#/components/schemas/{name}"}
 
 
@@ -119,6 +120,7 @@ def removed(kind: str) -> dict[int, Answer]:
 
 
 def image_operations(name: str) -> Iterator[Operation]:
+    """The operations on images."""
     generation = request_schema("image", name, False, ("prompt",), without=("image", "images", "mask"))
     edit = request_schema("image", name, True, ("prompt", "image"))
     edit_json = request_schema("image", name, False, ("prompt", "images"), without=("image",))
@@ -152,6 +154,7 @@ def image_operations(name: str) -> Iterator[Operation]:
 
 
 def video_operations(name: str) -> Iterator[Operation]:
+    """The operations on videos."""
     form, body = (request_schema("video", name, form, ("prompt",)) for form in (True, False))
     job = {200: Answer("The state of the job.", ref("Video"))}
     listed = {200: Answer("One page of videos.", answers.VIDEO_LIST)}
@@ -213,6 +216,7 @@ def video_operations(name: str) -> Iterator[Operation]:
 
 
 def model_operations(name: str) -> Iterator[Operation]:
+    """The operations on models."""
     models = obj({
         "object": choice("The kind of this object.", "list"),
         "data": array(ref("Model"), "The models of this server, the default one first."),
@@ -227,6 +231,7 @@ def model_operations(name: str) -> Iterator[Operation]:
 
 
 def lora_operations() -> Iterator[Operation]:
+    """The operations on LoRA adapters."""
     state = {200: Answer("The adapters.", free("Loaded, active and available LoRA adapters."))}
     description = (
         "LoRA adapters: loaded ones, those that requests get unless they name others, and all names."
@@ -259,6 +264,7 @@ def lora_operations() -> Iterator[Operation]:
 
 
 def server_operations(name: str) -> Iterator[Operation]:
+    """The operations on the server itself."""
     phase = string("loading, warming, compiling, ready, asleep, stopping or failed.")
     alive = obj({"status": string("Always ok.")})
     status = obj(

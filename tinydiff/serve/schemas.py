@@ -42,28 +42,34 @@ def free(description: str, **more: Any) -> Schema:
 
 
 def string(description: str, **more: Any) -> Schema:
+    """The schema of a string."""
     return {"type": "string", "description": description, **more}
 
 
 def integer(description: str, least: int | None = None, most: int | None = None, **more: Any) -> Schema:
+    """The schema of an integer."""
     bounds = {"minimum": least, "maximum": most}
     bounds = {name: bound for name, bound in bounds.items() if bound is not None}
     return {"type": "integer", "description": description, **bounds, **more}
 
 
 def number(description: str, **more: Any) -> Schema:
+    """The schema of a number."""
     return {"type": "number", "description": description, **more}
 
 
 def boolean(description: str) -> Schema:
+    """The schema of a boolean."""
     return {"type": "boolean", "description": description}
 
 
 def choice(description: str, *values: Any, **more: Any) -> Schema:
+    """The schema of one of several values."""
     return {"enum": list(values), "description": description, **more}
 
 
 def array(items: Schema, description: str, **more: Any) -> Schema:
+    """The schema of an array."""
     return {"type": "array", "items": items, "description": description, **more}
 
 

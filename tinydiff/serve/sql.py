@@ -219,6 +219,7 @@ def prepare(dialect: Dialect) -> None:
 
 
 def to_json(value: Any) -> str:
+    """A value as JSON text for a column."""
     return json.dumps(value, default=lambda other: asdict(other) if is_dataclass(other) else dict(other))  # type: ignore[arg-type]
 
 

@@ -254,8 +254,9 @@ class Store:
         return jobs[:limit], len(jobs) > limit
 
     def position(self, job: Job) -> int:
-        """How many jobs `take` would return before this one if none were added or finished, and models had no
-        turns.
+        """How many jobs `take` would return before this one.
+
+        It counts as if no job were added or finished, and models had no turns.
         """
         # Fair share: by priority, then by the owner's running jobs plus this job's place among the owner's
         # queued ones. Of equals the owner with more running jobs comes first, then the one served least

@@ -66,14 +66,16 @@ def media_type(data: bytes, field: str) -> str:
 
 
 def unreadable(field: str) -> UserError:
+    """The mistake of a file that is not a whole image."""
     return UserError(field, f"{field}: is not a complete image in a supported format ({SHOWN_FORMATS})")
 
 
 def pixels(
     data: bytes, field: str, most_pixels: float, with_alpha: bool = False, mask: bool = False
 ) -> np.ndarray:
-    """The pixels of one whole image of `FORMATS`, upright, uint8 sRGB [H, W, 3], or with `alpha` RGBA [H,
-    W, 4].
+    """The pixels of one whole image of `FORMATS`, upright, as sRGB uint8 [H, W, 3].
+
+    With `alpha` they are RGBA [H, W, 4].
 
     mask: of a mask in OpenAI's form, which is transparent where the image is inpainted, in ours, white there;
     any other as it is. Raises UserError naming `field` for an animation, and for what has too many pixels or

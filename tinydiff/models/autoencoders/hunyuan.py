@@ -123,10 +123,12 @@ def _stages(way: str, widths: tuple[int, ...], layers: int) -> Iterator[Stage]:
 
 
 def down_stages(c: Config) -> Iterator[Stage]:
+    """The encoder's stages, from the image on."""
     return _stages("down", c.block_out_channels, c.layers_per_block)
 
 
 def up_stages(c: Config) -> Iterator[Stage]:
+    """The decoder's stages, from the latents on."""
     return _stages("up", c.block_out_channels[::-1], c.layers_per_block + 1)
 
 

@@ -105,11 +105,13 @@ def _stages(way: str, widths: tuple[int, ...], layers: int, times: range) -> Ite
 
 
 def down_stages(c: Config) -> Iterator[Stage]:
+    """The encoder's stages, from the image on."""
     last = len(c.block_out_channels) - 1
     return _stages("down", c.block_out_channels, c.layers_per_block, range(last - 2, last))
 
 
 def up_stages(c: Config) -> Iterator[Stage]:
+    """The decoder's stages, from the latents on."""
     return _stages("up", c.block_out_channels[::-1], c.layers_per_block + 1, range(2))
 
 

@@ -109,8 +109,9 @@ class Config:
 
 
 class Stage(NamedTuple):
-    """Blocks of one width and a change of resolution, which comes after them on the way down, before on the
-    way up.
+    """Blocks of one width and a change of resolution.
+
+    The change comes after them on the way down, and before them on the way up.
 
     enter: (prefix, width in, width out) of a block before it all. change: (prefix, width in, width out)
     of the convolution; stride: its factors. residual: whether the input, folded alike, is added.
@@ -125,6 +126,7 @@ class Stage(NamedTuple):
 
 
 def down_stages(c: Config) -> Iterator[Stage]:
+    """The encoder's stages, from the video on."""
     inner = c.latent_channels
     for i, outer in enumerate(c.block_out_channels):
         at, stride = f"down_blocks.{i}", STRIDES[c.downsample_type[i]]
@@ -135,6 +137,7 @@ def down_stages(c: Config) -> Iterator[Stage]:
 
 
 def up_stages(c: Config) -> Iterator[Stage]:
+    """The decoder's stages, from the latents on."""
     widths, layers = c.decoder_block_out_channels[::-1], c.decoder_layers_per_block[::-1]
     before = widths[0]
     for i, width in enumerate(widths):

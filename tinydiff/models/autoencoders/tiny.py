@@ -107,6 +107,7 @@ class Layer(NamedTuple):
 
 
 def encoder_layers(c: Config) -> Iterator[Layer]:
+    """The encoder's layers, from the image on."""
     width, place = c.encoder_block_out_channels[0], 0
     for i, count in enumerate(c.num_encoder_blocks):
         if i == 0:

@@ -136,6 +136,7 @@ def _widths(base: int, multipliers: Iterable[int]) -> list[int]:
 
 
 def down_stages(c: Config) -> Iterator[Stage]:
+    """The encoder's stages, from the video on."""
     widths = _widths(c.base_dim, (1, *c.dim_mult))
     last, index = len(c.dim_mult) - 1, 0
     for i, (inner, outer) in enumerate(pairwise(widths)):
@@ -152,6 +153,7 @@ def down_stages(c: Config) -> Iterator[Stage]:
 
 
 def up_stages(c: Config) -> Iterator[Stage]:
+    """The decoder's stages, from the latents on."""
     widths = _widths(c.decoder_base_dim or c.base_dim, (c.dim_mult[-1], *reversed(c.dim_mult)))
     last, doubled = len(c.dim_mult) - 1, tuple(reversed(c.temperal_downsample))
     for i, (inner, outer) in enumerate(pairwise(widths)):

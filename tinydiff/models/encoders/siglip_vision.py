@@ -93,8 +93,10 @@ def spec(c: Config) -> Iterator[Row]:
 
 
 def key_map(c: Config) -> KeyMap:
-    """Files of a whole SigLIP also hold its text half: unread. transformers 5 writes the tower without its
-    prefix.
+    """The key map of SigLIP's files.
+
+    Files of a whole SigLIP also hold its text half, which is not read. transformers 5 writes the tower
+    without its prefix.
     """
     tower = ("embeddings", "encoder", "post_layernorm", "head")
     return KeyMap(

@@ -1,5 +1,6 @@
-"""Files of autoencoders: the original layouts of FLUX, SD3, FLUX.2, Wan 2.1 and 2.2 and Qwen-Image, and
-diffusers'.
+"""Files of autoencoders in the authors' layouts and in diffusers'.
+
+The authors are those of FLUX, SD3, FLUX.2, Wan 2.1 and 2.2 and Qwen-Image.
 
 Source: the names of the reference codes. FLUX's decoder counts its stages from the last, and its attention is
 a convolution of one pixel. Wan 2.1 has all layers of a half in one list, Wan 2.2 a list in a list.

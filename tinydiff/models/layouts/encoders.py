@@ -1,5 +1,7 @@
-"""Files of text and image encoders: transformers' names, which ComfyUI keeps, open_clip's, llama.cpp's in
-GGUF files, and Wan's pickles.
+"""Files of text and image encoders.
+
+They have transformers' names, which ComfyUI keeps, open_clip's, llama.cpp's in GGUF files, or are Wan's
+pickles.
 
 What no shape tells is that of the one released model of the architecture: widths of heads, activations, the
 base of a rotary embedding.

@@ -1,5 +1,7 @@
-"""What a layout of files says: which keys tell it, where the rows stand, and what the shapes say of the
-config."""
+"""What a layout of files says.
+
+It says which keys tell it, where the rows stand, and what the shapes say of the config.
+"""
 
 from __future__ import annotations
 

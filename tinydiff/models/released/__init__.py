@@ -1,5 +1,6 @@
-"""The JSON files of the released models as they were released, one file per repository, so that a model is
-planned and a file recognised without a download. No torch.
+"""The JSON files of the released models as they were released, one file per repository.
+
+So a model is planned and a file recognised without a download. No torch.
 
 Each has `model_index`, `scheduler` (scheduler_config.json), and per component its `config` (config.json), its
 number of `parameters`, and which list of `keys` in the tests its weights have.
