@@ -265,9 +265,9 @@ class ModelOptions:
     component_precisions: Mapping[str, Precision] = _empty()
     """Data types by component: transformer=bf16,vae=fp32."""
     quantization: Literal["fp8", "int8", "none"] | None = None
-    """Keep the linear layers of the denoiser's blocks in 8 bits: a weight that its file has in another type
+    """Keep the linear layers of the denoiser's blocks in 8 bits: a weight that its file has in a plain type
     is quantised while it loads, with a scale for each output. none decodes all. By default a weight of the
-    blocks of any denoiser or encoder that its file has in fp8, int8 or Q8_0 stays so."""
+    blocks of any denoiser or encoder stays as its file has it: fp8, int8, NVFP4, NF4, or a type of GGUF."""
     quantization_ignored_layers: tuple[str, ...] = ()
     """Parts of the names of layers that --quantization leaves as they are, such as attn.to_ or ffn."""
     upscaling_model_path: str | None = None

@@ -1,4 +1,4 @@
-"""Weights that stay in 8 bits: the bits of decoded ones, on every family, layout and road to the device."""
+"""Weights that stay quantised: the bits of decoded ones, on every family, layout and road to the device."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from functools import cache, partial
 import pytest
 import torch
 
+from tests.blocks import blocks as drawn
 from tests.parallel.pool import on_ranks
 from tests.parallel.test_families import denoised, plan_of, weights
 from tests.runtime.test_adapters import dynamic
 from tests.runtime.test_streaming import FAMILIES, QUICK, streamed
-from tinydiff.io.eight_bits import LARGEST, quantised
+from tinydiff.io.kept import LARGEST, quantised
+from tinydiff.ops import packed
 from tinydiff.parallel.layout import Layout
-from tinydiff.parallel.plan import Plan
+from tinydiff.parallel.plan import PACKED, Plan, packed_leaf
 from tinydiff.parallel.shards import shard_weights
 from tinydiff.runtime.quantisation import keeping, matrices
 from tinydiff.sampling.compile import compiled_blocks, graph_breaks, graph_count
@@ -26,7 +28,16 @@ def changed(net, stored, kept, groups=1):
     """The network with the matrices of its blocks in 8 bits, or as those decode."""
     family, whole = net.family, dict(weights(net.family, net.config, net.dtype))
     names = [row.name for row in matrices(family, net.config)]
-    for name in names:
+    if stored in PACKED:
+        names = [name for name in names if whole[name].shape[1] % PACKED[stored][0] == 0]
+        assert names
+    for seed, name in enumerate(names):
+        if stored in PACKED:
+            rows, scale = drawn(stored, *whole[name].shape, seed)
+            stem = name.removesuffix("weight")
+            leaves = {f"{stem}{packed_leaf(stored)}": rows} | {f"{stem}weight_scale": scale}
+            whole |= leaves if kept else {name: packed.decode(stored, rows, scale).to(net.dtype)}
+            continue
         rows = whole[name].float()
         codes, scale = quantised(stored, rows.view(-1, rows.shape[1] // groups))
         codes, scale = codes.view(rows.shape), scale.view(-1, groups)
@@ -65,7 +76,7 @@ def test_every_family_gives_the_bits_of_decoded_weights(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("stored", TYPES)
+@pytest.mark.parametrize("stored", [*TYPES, "NVFP4"])
 def test_so_does_every_type_in_every_compute_dtype(stored, dtype):
     made = denoised("FLUX.1", Plan(), dtype=dtype, adapt=partial(kept, stored=stored))
     assert torch.equal(made, plain("FLUX.1", stored, dtype))
@@ -114,15 +125,16 @@ def test_two_ranks_share_codes_and_scales(layout):
             assert mine.isfinite().all() and torch.equal(mine, theirs)
 
 
-def test_they_compile_to_as_many_graphs_as_plain_ones_and_once(monkeypatch):
+@pytest.mark.parametrize("stored", ["float8_e4m3fn", "NVFP4"])
+def test_they_compile_to_as_many_graphs_as_plain_ones_and_once(monkeypatch, stored):
     traced = torch.compile
     monkeypatch.setattr(torch, "compile", lambda fn, **given: traced(fn, **given, backend="eager"))
     monkeypatch.setattr("tinydiff.sampling.compile._by_block", {})
     counts, broken = [], graph_breaks()
     for change in (decoded, kept, kept):
-        before, adapt = graph_count(), lambda net, change=change: streamed(change(net))
+        before, adapt = graph_count(), lambda net, change=change: streamed(change(net, stored))
         made = denoised("Wan, text", Plan(), dtype=torch.float32, run=compiled_blocks, adapt=adapt)
-        assert torch.equal(made, plain("Wan, text"))
+        assert torch.equal(made, plain("Wan, text", stored))
         counts.append(graph_count() - before)
     assert counts == [1, 1, 0] and graph_breaks() == broken
 

@@ -4,20 +4,22 @@ import re
 
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, quants
+from gguf import GGMLQuantizationType, quants
 from safetensors.torch import load_file, save_file
 
 import tinydiff
+from tests.blocks import gguf_file
 from tests.parallel.pool import on_ranks
 from tests.runtime.folders import VARIANTS, build
 from tinydiff import config
 from tinydiff.config import NoProgress
-from tinydiff.io.eight_bits import quantised
-from tinydiff.io.weight_sources import eight_bits
+from tinydiff.io.kept import quantised
+from tinydiff.io.weight_sources import kept_kinds
 from tinydiff.io.weights import load_weights
 from tinydiff.keymap import KeyMap, fused, joined
+from tinydiff.ops import packed
 from tinydiff.parallel.layout import Layout
-from tinydiff.parallel.plan import Row, eight_bit_rows
+from tinydiff.parallel.plan import Row, kept_rows
 from tinydiff.parallel.ranks import make_ranks
 from tinydiff.records import UserError
 from tinydiff.runtime import blueprint, fit, pipeline, quantisation
@@ -150,24 +152,19 @@ def test_experts_keep_what_both_files_hold(folder, files):
         assert {x.dtype for x in matrices(model, name).values()} == {torch.float32}
 
 
-def test_q8_0_keeps_its_blocks(folder, tmp_path):
-    kind, source = GGMLQuantizationType.Q8_0, tmp_path / "ffn.gguf"
+@pytest.mark.parametrize("name", ["Q4_0", "Q8_0"])
+def test_blocks_of_gguf_are_the_bytes_of_the_file_mapped(tmp_path, name):
+    source, x = tmp_path / "ffn.gguf", torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
     rows = [Row("blocks.0.ffn.weight", (6, 64), 1), Row("blocks.0.ffn.bias", (6,))]
-    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
-    writer = GGUFWriter(source, "wan")
-    data = quants.quantize(x.numpy(), kind)
-    writer.add_tensor(rows[0].name, data, raw_dtype=kind)
-    writer.add_tensor(rows[1].name, x[:, 0].contiguous().numpy())
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        step()
-    writer.close()
-    assert eight_bits(source, rows) == {rows[0].name: ("int8", 2)}
-    kept = [*eight_bit_rows(rows[0], "int8", 2), rows[1]]
-    weights = load_weights(source, kept, torch.bfloat16)
-    codes, scale = weights["blocks.0.ffn.weight"], weights["blocks.0.ffn.weight_scale"]
-    assert (codes.dtype, scale.dtype, scale.shape) == (torch.int8, torch.float32, (6, 2))
-    want = torch.from_numpy(quants.dequantize(data, kind))
-    assert torch.equal((codes.float().view(6, 2, 32) * scale[..., None]).view(6, 64), want)
+    data = quants.quantize(x.numpy(), GGMLQuantizationType[name])
+    gguf_file(source, {rows[0].name: (name, data), rows[1].name: x[:, 0]})
+    assert kept_kinds(source, rows) == {rows[0].name: (name, 1)}
+    weights = load_weights(source, [*kept_rows(rows[0], name), rows[1]], torch.bfloat16)
+    assert weights.keys() == {f"blocks.0.ffn.weight_{name.lower()}", rows[1].name}
+    kept = weights[f"blocks.0.ffn.weight_{name.lower()}"]
+    assert torch.equal(kept, torch.from_numpy(data)) and kept.untyped_storage().nbytes() > kept.nbytes
+    want = torch.from_numpy(quants.dequantize(data, GGMLQuantizationType[name]))
+    assert torch.equal(packed.decode(name, kept), want)
 
 
 def test_rows_of_fused_and_joined_tensors_take_the_scales_of_theirs(tmp_path):
@@ -180,9 +177,9 @@ def test_rows_of_fused_and_joined_tensors_take_the_scales_of_theirs(tmp_path):
     save_file(stored, tmp_path / "fused.safetensors")
     keys = KeyMap((fused("qkv", "q", "k", "v"), joined(("a", "b"), "ab")))
     rows = [*(Row(f"{name}.weight", (4, 8), 0) for name in "qkv"), Row("ab.weight", (24, 8), 1)]
-    found = eight_bits(tmp_path / "fused.safetensors", rows, keys)
+    found = kept_kinds(tmp_path / "fused.safetensors", rows, keys)
     assert found == {row.name: ("float8_e4m3fn", 1) for row in rows}
-    kept = [each for row in rows for each in eight_bit_rows(row, *found[row.name])]
+    kept = [each for row in rows for each in kept_rows(row, *found[row.name])]
     weights = load_weights(tmp_path / "fused.safetensors", kept, torch.bfloat16, keys=keys)
     plain = load_weights(tmp_path / "fused.safetensors", rows, torch.float32, keys=keys)
     for row in rows:
@@ -221,7 +218,7 @@ def test_adapters_stay_beside_quantised_weights(folder, tmp_path):
     base = latents(loaded(folder, quantization="fp8"))
     assert torch.equal(latents(model, loras={"default": 0}), base)
     assert not torch.equal(latents(model, loras={"default": 2}), base)
-    words = "changes blocks.0.attn1.to_q, whose weights stay in 8 bits, so it cannot be merged"
+    words = "changes blocks.0.attn1.to_q, whose weights stay quantised, so it cannot be merged"
     with pytest.raises(UserError, match=words) as caught:
         blueprint.load(read(folder, **given, lora_merge_mode="merge"))
     assert caught.value.field == "lora_merge_mode"

@@ -13,9 +13,10 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from tinydiff.io import ggml
-from tinydiff.io.eight_bits import EightBits
 from tinydiff.io.floats import FLOATS
+from tinydiff.io.kept import Kept
+from tinydiff.ops import packed
+from tinydiff.parallel.plan import PACKED
 
 GGML = {
     **{0: ("F32", 1, 4), 1: ("F16", 1, 2), 24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4)},
@@ -94,7 +95,7 @@ class Part:
         return list(self.placed.shape)
 
     def get_dtype(self) -> str:
-        return "F32" if self.placed.dtype in ggml.BLOCKS else self.placed.dtype
+        return "F32" if self.placed.dtype in PACKED else self.placed.dtype
 
     def __getitem__(self, box: tuple[slice, ...]) -> Tensor:
         shape, dtype = self.placed.shape, self.placed.dtype
@@ -102,21 +103,10 @@ class Part:
         if dtype in FLOATS:
             return held.view(FLOATS[dtype]).view(shape)[box]
         if len(shape) == 1:
-            return ggml.decode(dtype, held[None])[0][box]
+            return packed.decode(dtype, held[None])[0][box]
         first, *others = box
-        rows = ggml.decode(dtype, held.view(shape[0], -1)[first])
+        rows = packed.decode(dtype, held.view(shape[0], -1)[first])
         return rows.view(-1, *shape[1:])[(slice(None), *others)]
-
-
-@dataclass(frozen=True)
-class Codes:
-    """The codes of Q8_0, read in pieces. rows: the bytes of their blocks."""
-
-    rows: Tensor
-
-    def __getitem__(self, box: tuple[slice, ...]) -> Tensor:
-        first, *others = box
-        return ggml.q8_0(self.rows[first])[0][(slice(None), *others)]
 
 
 @dataclass(frozen=True)
@@ -136,15 +126,13 @@ class Gguf:
         part = self.get_slice(key)
         return part[(slice(None),) * max(1, len(part.placed.shape))]
 
-    def eight_bits(self, key: str) -> EightBits | None:
-        """A matrix of Q8_0 as it is in the file; None for any other."""
+    def kept(self, key: str) -> Kept | None:
+        """A matrix in blocks as it is in the file; None for any other."""
         placed = self.tensors[key]
-        if placed.dtype != "Q8_0" or len(placed.shape) != 2:
+        if placed.dtype not in PACKED or len(placed.shape) != 2:
             return None
         held = self.data[placed.start : placed.start + placed.bytes].view(placed.shape[0], -1)
-        return EightBits(
-            "int8", placed.shape[1] // 32, Codes(held), lambda low, high: ggml.q8_0(held[low:high])[1]
-        )
+        return Kept(placed.dtype, held)
 
     def metadata(self) -> dict[str, str]:
         return {}

@@ -31,9 +31,10 @@ import torch
 from torch import Tensor
 
 from tinydiff.entries import Entries
-from tinydiff.io.eight_bits import EightBits
 from tinydiff.io.floats import EIGHT_BITS, FLOATS
-from tinydiff.io.ggml import FP4
+from tinydiff.io.kept import Kept, Rows
+from tinydiff.ops import packed
+from tinydiff.parallel.plan import PACKED
 
 Archive = Any
 """What `safe_open` gives."""
@@ -59,13 +60,15 @@ class Recipe(NamedTuple):
     """A weight whole: its shape, and what gives its rows [low, high) as float32.
 
     scales: where a value is its code times a scale, what gives those of the rows [low, high). groups: how
-    many a row has.
+    many a row has. stored: the packed type that the weight stays in. blocks: what gives its rows.
     """
 
     shape: Shape
     decode: Decode
     scales: Decode | None = None
     groups: int = 1
+    stored: str | None = None
+    blocks: Decode | None = None
 
 
 @dataclass(frozen=True)
@@ -111,13 +114,20 @@ class Decoded:
             else recipe.decode(self.archive, 0, recipe.shape[0])
         )
 
-    def eight_bits(self, key: str) -> EightBits | None:
-        """A matrix as it is in the file; None where it is not codes and scales."""
-        recipe, codes = self.recipes.get(key), self.archive.get_slice(key)
-        if recipe is None or recipe.scales is None or len(recipe.shape) != 2:
+    def kept(self, key: str) -> Kept | None:
+        """A matrix as it is in the file; None where it is neither codes and scales nor blocks."""
+        recipe = self.recipes.get(key)
+        if recipe is None or len(recipe.shape) != 2:
             return None
+        scales = recipe.scales and partial(recipe.scales, self.archive)
+        if recipe.stored is not None and (blocks := recipe.blocks) is not None:
+            rows = Rows(lambda rows: blocks(self.archive, rows.start, rows.stop))
+            return Kept(recipe.stored, rows, recipe.groups, scales)
+        if scales is None:
+            return None
+        codes = self.archive.get_slice(key)
         stored = str(EIGHT_BITS[codes.get_dtype()]).removeprefix("torch.")
-        return EightBits(stored, recipe.groups, codes, partial(recipe.scales, self.archive))
+        return Kept(stored, codes, recipe.groups, scales)
 
     def metadata(self) -> dict[str, str]:
         return self.archive.metadata() or {}
@@ -298,25 +308,30 @@ def _nvfp4(key: str, shape: Shape, own: Mapping[str, str], comfy: bool) -> Recip
     ComfyUI's has the even column in the high half of a byte and scales in tiles; LightX2V's has the scales in
     tiles, and a second scale that divides; ModelOpt's has neither.
     """
-    columns, divides = 2 * shape[1], "weight_global_scale" in own
-    tiled, high_first = comfy or divides, comfy and not divides
+    columns, inverse = 2 * shape[1], "weight_global_scale" in own
+    tiled, high_first = comfy or inverse, comfy and not inverse
+
+    def blocks(archive: Archive, low: int, high: int) -> Tensor:
+        codes = archive.get_slice(key)[low:high].view(torch.uint8)
+        codes = codes >> 4 | codes << 4 if high_first else codes
+        scale = archive.get_tensor(own["weight_scale"]).view(torch.uint8)
+        scale = _tiled(scale, low, high, columns // 16) if tiled else scale[low:high]
+        return torch.cat([scale[..., None], codes.view(len(codes), -1, 8)], 2).flatten(1)
+
+    def second(archive: Archive, low: int, high: int) -> Tensor:
+        scale = archive.get_tensor(own.get("weight_global_scale") or own["weight_scale_2"]).float()
+        return (1 / scale if inverse else scale).reshape(1, 1).repeat(high - low, 1)
 
     def decode(archive: Archive, low: int, high: int) -> Tensor:
-        packed = archive.get_slice(key)[low:high].view(torch.uint8).int()
-        halves = (packed >> 4, packed & 15) if high_first else (packed & 15, packed >> 4)
-        codes = torch.tensor(FP4)[torch.stack(halves, -1).flatten(1)] / 2
-        scale = archive.get_tensor(own["weight_scale"]).view(torch.float8_e4m3fn)
-        scale = _tiled(scale, low, high, columns // 16) if tiled else scale[low:high]
-        second = (
-            archive.get_tensor(own.get("weight_global_scale") or own["weight_scale_2"]).float().reshape(())
-        )
-        scale = scale.float() / second if divides else scale.float() * second
-        y = (codes.view(len(codes), -1, 16) * scale[..., None]).view_as(codes)
+        y = packed.decode("NVFP4", blocks(archive, low, high), second(archive, low, high))
         if "pre_quant_scale" in own:  # multiplies the layer's input
             y = y * archive.get_tensor(own["pre_quant_scale"]).float()
         return y
 
-    return Recipe((shape[0], columns), decode)
+    whole = Recipe((shape[0], columns), decode)
+    if "pre_quant_scale" in own or columns % 16:
+        return whole
+    return whole._replace(scales=second, stored="NVFP4", blocks=blocks)
 
 
 def _bitsandbytes(archive: Archive, key: str, own: Mapping[str, str]) -> Recipe:
@@ -332,18 +347,39 @@ def _bitsandbytes(archive: Archive, key: str, own: Mapping[str, str]) -> Recipe:
     for each in shape[1:]:
         values *= each
 
+    def largest(archive: Archive, start: int, stop: int) -> Tensor:
+        """The largest absolute values of the blocks [start, stop)."""
+        each = archive.get_tensor(own["weight.absmax"])
+        if "weight.nested_absmax" not in own:
+            return each[start:stop].float()
+        at = torch.arange(start, stop) // int(state["nested_blocksize"])
+        outer = archive.get_tensor(own["weight.nested_absmax"]).float()[at]
+        table = archive.get_tensor(own["weight.nested_quant_map"]).float()
+        return table[each[start:stop].int()] * outer + float(state["nested_offset"])
+
     def decode(archive: Archive, low: int, high: int) -> Tensor:
         start, stop = low * values, high * values
-        packed = archive.get_tensor(key).flatten()[start // 2 : -(-stop // 2)].int()
-        codes = torch.stack([packed >> 4, packed & 15], -1).flatten()[start % 2 :][: stop - start]
-        largest = archive.get_tensor(own["weight.absmax"])
-        if "weight.nested_absmax" in own:
-            outer = archive.get_tensor(own["weight.nested_absmax"]).float()
-            outer = outer.repeat_interleave(int(state["nested_blocksize"]))[: len(largest)]
-            table = archive.get_tensor(own["weight.nested_quant_map"]).float()
-            largest = table[largest.int()] * outer + float(state["nested_offset"])
-        at = torch.arange(start, stop) // size
+        stored = archive.get_tensor(key).flatten()[start // 2 : -(-stop // 2)].int()
+        codes = torch.stack([stored >> 4, stored & 15], -1).flatten()[start % 2 :][: stop - start]
+        first = start // size
+        scale = largest(archive, first, -(-stop // size))[torch.arange(start, stop) // size - first]
         table = archive.get_tensor(own["weight.quant_map"]).float()
-        return (table[codes] * largest.float()[at]).view(high - low, *shape[1:])
+        return (table[codes] * scale).view(high - low, *shape[1:])
 
-    return Recipe(shape, decode)
+    def blocks(archive: Archive, low: int, high: int) -> Tensor:
+        start, stop = low * values, high * values
+        codes = archive.get_tensor(key).flatten()[start // 2 : stop // 2].view(-1, width // 2)
+        first = start // size
+        at = torch.arange(start, stop, width) // size - first
+        scale = largest(archive, first, -(-stop // size))[at].contiguous()
+        bytes_of = scale.view(torch.uint8).view(-1, 4)
+        return torch.cat([bytes_of, codes], 1).view(high - low, -1)
+
+    whole = Recipe(shape, decode)
+    stored = str(state["quant_type"]).upper()
+    width = PACKED[stored][0] if stored in packed.BITSANDBYTES else 1
+    table = archive.get_tensor(own["weight.quant_map"]).float()
+    alike = stored in packed.BITSANDBYTES and torch.equal(table, torch.tensor(packed.BITSANDBYTES[stored]))
+    if not alike or values % width or size % width:
+        return whole
+    return whole._replace(stored=stored, blocks=blocks)

@@ -14,11 +14,11 @@ import torch
 
 from tinydiff.io import variants
 from tinydiff.io.archive import opened
-from tinydiff.io.eight_bits import View, codes, held, scales, whole
 from tinydiff.io.floats import FLOATS, TYPES
 from tinydiff.io.hub import read_json
+from tinydiff.io.kept import View, codes, kept, scales, whole
 from tinydiff.keymap import AS_IS, KeyMap, Match, Run, Shape, runs, stored_shapes, trimmed
-from tinydiff.parallel.plan import WEIGHT_SCALE, Row
+from tinydiff.parallel.plan import WEIGHT_SCALE, Row, decoded_row, scale_name
 from tinydiff.records import UserError
 
 log = logging.getLogger(__name__)
@@ -56,18 +56,22 @@ def weight_sources(
 ) -> dict[str, Source]:
     """Where each row stands, from the files' headers alone. UserError where the files do not fit the rows.
 
-    A weight of 8 bits and its scales are read from where the weight stands, in whatever type it is there.
+    A weight that stays quantised and its scales are read from where the weight stands, in whatever type it is
+    there.
     """
-    sources = _whole_sources(
-        folder, {name: row for name, row in wanted.items() if not _is_scale(name)}, keys, variant
-    )
-    for name, row in wanted.items():
-        if row.stored is not None:
-            weight, beside = sources[name], wanted[_scale_of(name)]
-            sources[name] = _viewed(
-                weight, _NAMES[stored_type(row, torch.float32)], row.shape, codes(row.stored)
-            )
-            sources[beside.name] = _viewed(weight, "F32", beside.shape, scales(row.stored))
+    whole_rows = {row.name: decoded_row(row) for row in wanted.values() if not _is_scale(row.name)}
+    named = {decoded.name: decoded for decoded in whole_rows.values()}
+    found = _whole_sources(folder, named, keys, variant)
+    sources: dict[str, Source] = {}
+    for name, decoded in whole_rows.items():
+        row, source = wanted[name], found[decoded.name]
+        if row.stored is None:
+            sources[name] = source
+            continue
+        type_name = _NAMES[stored_type(row, torch.float32)]
+        sources[name] = _viewed(source, type_name, row.shape, codes(row.stored))
+        if beside := wanted.get(scale_name(decoded.name)):
+            sources[beside.name] = _viewed(source, "F32", beside.shape, scales(row.stored))
     return sources
 
 
@@ -82,10 +86,6 @@ def _is_scale(name: str) -> bool:
     return name.rpartition(".")[2] == WEIGHT_SCALE
 
 
-def _scale_of(name: str) -> str:
-    return f"{name.removesuffix('weight')}{WEIGHT_SCALE}"
-
-
 def _viewed(source: Source, dtype: str, shape: Shape, view: View) -> Source:
     """The same rows of what a view gives of the stored tensors."""
     return Source(
@@ -96,21 +96,21 @@ def _viewed(source: Source, dtype: str, shape: Shape, view: View) -> Source:
     )
 
 
-def eight_bits(
+def kept_kinds(
     folder: Path, rows: Iterable[Row], keys: KeyMap = AS_IS, variant: str | None = None
 ) -> dict[str, tuple[str, int]]:
-    """Row -> (type by torch's name, scales of a row) of the matrices that can stay in the files' 8 bits.
+    """Row -> (type as in `Row.stored`, scales of a row) of the matrices that can stay as the files have them.
 
     Raises what `load_weights` would.
     """
     archives = {file: opened(file) for file in weight_files(folder, variant)}
-    if not any(hasattr(archive, "eight_bits") for archive in archives.values()):
+    if not any(hasattr(archive, "kept") for archive in archives.values()):
         return {}
     found: dict[str, tuple[str, int]] = {}
     for name, source in _whole_sources(folder, {row.name: row for row in rows}, keys, variant).items():
         kinds = {
             None if at.transposed or each is None else (each.stored, each.groups)
-            for at, each in ((at, held(archives[at.file], at.key)) for _, at in source.runs)
+            for at, each in ((at, kept(archives[at.file], at.key)) for _, at in source.runs)
         }
         if len(kinds) == 1 and (kind := kinds.pop()) is not None:
             found[name] = kind
@@ -246,8 +246,8 @@ def _fitted(at: Stored, match: Match) -> Stored:
 
 def stored_type(row: Row, dtype: torch.dtype) -> torch.dtype:
     """The type in which a weight is held in memory."""
-    if row.stored is not None:
-        return getattr(torch, row.stored)
+    if row.stored_type is not None:
+        return getattr(torch, row.stored_type)
     return torch.float32 if row.float32 else dtype
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tinydiff.io.archive import Archive, opened
 from tinydiff.io.atomic import write_over
-from tinydiff.io.eight_bits import whole
 from tinydiff.io.floats import TYPES
+from tinydiff.io.kept import whole
 from tinydiff.io.weight_sources import Source, Stored, stored_type, weight_sources
 from tinydiff.keymap import AS_IS, KeyMap, runs, stored_shapes, trimmed
 from tinydiff.parallel.plan import ALONE, SINGLE, Group, Plan, Row

@@ -161,8 +161,6 @@ class Denoiser:
     """Frames at the start of a decoded video that are left out."""
     hearing: Hearing | None = None
     """None where a video is not made to a given sound."""
-    plain: Denoiser | None = None
-    """The record of the same networks with no weight in 8 bits, where this one has such."""
 
     role: ClassVar[Role] = "dit"
     biased: ClassVar[bool] = False
@@ -186,8 +184,6 @@ class Encoder:
     read: Read | None = None
     preprocessor: tuple[str, Callable[[Entries, Config], EntryDict]] | None = None
     """(component of the preprocessor's files, (their entries, config) -> fields of the config)."""
-    plain: Encoder | None = None
-    """As in `Denoiser`."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,8 +3,11 @@
 A layer's entries are plain tensors whose names say what they are:
 weight [O, I], or [O, C, ...] for the kernel of a patch embedding, where I counts all values of a patch.
 weight_scale [O, G] beside a weight [O, I] of 8 bits: what each of the G equal groups of a row is multiplied
-by, in float32. The product is rounded once to the compute dtype, so it has the bits of a weight that was
-decoded when it was loaded.
+by, in float32.
+weight_q4_k and other packed types in place of a weight: its rows as bytes, uint8 [O, bytes] (see
+`ops.packed`).
+A weight of these kinds is decoded in float32 and rounded once to the compute dtype, so it has the bits of one
+that was decoded when it was loaded.
 bias [O].
 lora_a [R, I] and lora_b [O, R]: the low-rank matrices of any number of adapters, concatenated along R.
 Each image has its own strength for each of the R directions (`Weights.lora_scale`), so images with different
@@ -17,9 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinydiff.ops import packed
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.moves import move
-from tinydiff.parallel.plan import LORA_A, LORA_B, LORA_SCALE, WEIGHT_SCALE, Plan
+from tinydiff.parallel.plan import LORA_A, LORA_B, LORA_SCALE, PACKED, WEIGHT_SCALE, Plan, packed_leaf
+
+_PACKED_LEAVES = {stored: packed_leaf(stored) for stored in PACKED}
 
 
 def linear(x: Tensor, w: Weights) -> Tensor:
@@ -43,7 +49,13 @@ def product(x: Tensor, w: Weights, bias: Tensor | None = None) -> Tensor:
 
 def _whole(w: Weights) -> Tensor:
     """The layer's weight [O, I] in the type of the product."""
-    weight, scale = w["weight"].flatten(1), w.get(WEIGHT_SCALE)
+    weight, scale = w.get("weight"), w.get(WEIGHT_SCALE)
+    if weight is None:
+        for stored, leaf in _PACKED_LEAVES.items():
+            if (rows := w.get(leaf)) is not None:
+                return packed.decode(stored, rows, scale).to(w.dtype)
+        raise KeyError(f"{w.at}weight")
+    weight = weight.flatten(1)
     if scale is None:
         return weight
     groups = scale.shape[1]

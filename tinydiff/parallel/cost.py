@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from tinydiff.parallel.layout import Layout
-from tinydiff.parallel.plan import STREAMS, Input, Row
+from tinydiff.parallel.plan import PACKED, STREAMS, Input, Row, decoded_row
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,12 @@ class CostModel:
     @property
     def inputs(self) -> dict[str, Input]:
         """Name of each weight that multiplies its input -> that input."""
-        return {row.name: row.input for row in self.rows if row.input is not None and len(row.shape) > 1}
+        return {row.name: row.input for row in self.layers if row.input is not None and len(row.shape) > 1}
+
+    @property
+    def layers(self) -> list[Row]:
+        """The weights as they are multiplied, decoded where they stay quantised."""
+        return [decoded_row(row) for row in self.rows]
 
     @property
     def norms(self) -> list[Input]:
@@ -50,7 +55,7 @@ class CostModel:
 
         Every rank holds all of "prompt" and "views".
         """
-        return [(*row.attends, _attended_width(row)) for row in self.rows if row.attends is not None]
+        return [(*row.attends, _attended_width(row)) for row in self.layers if row.attends is not None]
 
     @property
     def width(self) -> int:
@@ -138,11 +143,13 @@ def weight_bytes(rows: Iterable[Row], b: int, tp: int = 1) -> int:
 
 
 def decoded_bytes(rows: Iterable[Row], tp: int = 1) -> int:
-    """Bytes of the largest weight of 8 bits while it is decoded.
+    """Bytes of the largest quantised weight while it is decoded.
 
-    It is there twice in float32: before and after it is multiplied by its scales.
+    Its values are there twice in float32, before and after the last operation, beside the codes of a packed
+    one.
     """
-    return max((8 * numel(row, tp) for row in rows if row.stored), default=0)
+    sizes = ((9 if row.stored in PACKED else 8) * numel(decoded_row(row), tp) for row in rows if row.stored)
+    return max(sizes, default=0)
 
 
 def shard_count(layout: Layout) -> int:
@@ -192,7 +199,7 @@ def activation_bytes(net: CostModel, layout: Layout, work: Work, b: int) -> int:
     given = max(
         sum(
             work.local_tokens(streamed[row.name], layout) * output_values(row, layout.tp) * b
-            for row in rows
+            for row in map(decoded_row, rows)
             if row.split == 0 and row.name in streamed
         )
         for rows in net.blocks
@@ -209,7 +216,7 @@ def hoisted_bytes(net: CostModel, layout: Layout, work: Work, b: int) -> int:
     bytes a value.
     """
     each = work.evaluations(layout)
-    rows = {row.name: row for row in net.rows}
+    rows = {row.name: row for row in net.layers}
     values = dict.fromkeys(("steps", "prompt", "prompt_steps", "views"), 0)
     for name, kind in net.inputs.items():
         if kind in values:
@@ -233,7 +240,7 @@ def step_flops(net: CostModel, layout: Layout, work: Work) -> int:
 
     2 n (values of the weight that it holds) for every linear, 4 n (keys) D for every attention.
     """
-    rows = {row.name: row for row in net.rows}
+    rows = {row.name: row for row in net.layers}
     linear = sum(
         2 * work.local_tokens(stream, layout) * numel(rows[name], layout.tp) for name, stream in net.streamed
     )
@@ -284,7 +291,7 @@ def step_bytes(net: CostModel, layout: Layout, work: Work, b: int = 2) -> dict[s
     cfg: one gather of the velocities of its branches, B n (values of a token) b each.
     fsdp: one gather of every block's weights, of which the rank holds a share (`share_bytes`).
     """
-    rows = {row.name: row for row in net.rows}
+    rows = {row.name: row for row in net.layers}
     streams = [each for each in net.attends if each[1] in ("image", "joint", "audio")]
     asked = sum(
         work.local_tokens(queries, layout) * local_width(net, layout, width) for queries, _, width in streams

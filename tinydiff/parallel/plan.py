@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from math import prod
+from math import lcm, prod
 from typing import Literal
 
 Input = Literal["image", "text", "joint", "audio", "context", "steps", "prompt", "prompt_steps", "views"]
@@ -31,9 +31,9 @@ class Row:
     name: the checkpoint's own key. shape: its full shape. split: the dimension divided over the `tp` axis,
     None when replicated.
     parts: widths of the blocks concatenated along `split`, each divided on its own. float32: stays float32
-    whatever the network's type is. stored: torch's name of the 8-bit type that it stays in, with its scales
-    in a row beside it. tied: a checkpoint may hold it under a second key too, or instead. head:
-    width of the heads that lie along `split`, which are never cut.
+    whatever the network's type is. stored: the type that it stays in, of 8 bits by torch's name, or one of
+    `PACKED`, of which the row counts bytes. tied: a checkpoint may hold it under a second key too, or
+    instead. head: width of the heads that lie along `split`, which are never cut.
     input: what passes through a denoiser's weight; None where costs neglect it. attends: of an attention's
     output projection, the tokens of its queries and of its keys.
     """
@@ -52,6 +52,11 @@ class Row:
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    @property
+    def stored_type(self) -> str | None:
+        """Torch's name of the type that a weight stays in."""
+        return "uint8" if self.stored in PACKED else self.stored
 
 
 @dataclass(frozen=True)
@@ -198,16 +203,42 @@ def low_rank_rows(row: Row, rank: int) -> Iterator[Row]:
 
 
 WEIGHT_SCALE = "weight_scale"
-"""The leaf beside a weight of 8 bits: float32 [O, G], a scale for each of the G equal groups of a row."""
+"""The leaf beside a weight that stays quantised: float32 [O, G], a scale for each of the G equal groups of a
+row.
+"""
+PACKED = {
+    **{"Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34)},
+    **{"Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210)},
+    **{"IQ4_NL": (32, 18), "IQ4_XS": (256, 136), "MXFP4": (32, 17)},
+    **{"NF4": (64, 36), "FP4": (64, 36), "NVFP4": (16, 9)},
+}
+"""Type whose values lie in blocks of a row -> values of a block, bytes of one (see `ops.packed`)."""
+SCALED = ("NVFP4",)
+"""Those with one more scale for a row in the leaf beside."""
 
 
-def eight_bit_rows(row: Row, stored: str, groups: int = 1) -> Iterator[Row]:
-    """A weight [O, I] that stays in this type of 8 bits, and the row of its scales.
+def packed_leaf(stored: str) -> str:
+    """The leaf in place of a weight in this packed type: its rows as bytes, uint8 [O, bytes of a row]."""
+    return f"weight_{stored.lower()}"
+
+
+def kept_rows(row: Row, stored: str, groups: int = 1) -> Iterator[Row]:
+    """The rows of a weight [O, I] that stays in this type, torch's name of 8 bits or one of `PACKED`.
 
     Scales are divided over `tp` as the weight is; one scale of a row is the same for all its inputs.
     """
-    yield replace(row, stored=stored)
-    scale = Row(f"{row.name.removesuffix('weight')}{WEIGHT_SCALE}", (row.shape[0], groups), float32=True)
+    if stored in PACKED:
+        values, size = PACKED[stored]
+        yield replace(
+            _resized(row, values, size, lcm(row.head, values)),
+            name=f"{row.name.removesuffix('weight')}{packed_leaf(stored)}",
+            stored=stored,
+        )
+    else:
+        yield replace(row, stored=stored)
+    if stored in PACKED and stored not in SCALED:
+        return
+    scale = Row(scale_name(row.name), (row.shape[0], groups), float32=True)
     if row.split == 0:
         scale = replace(scale, split=0, parts=row.parts, head=row.head)
     elif row.split == 1 and groups > 1:
@@ -215,6 +246,30 @@ def eight_bit_rows(row: Row, stored: str, groups: int = 1) -> Iterator[Row]:
         parts = tuple(part // width for part in row.parts)
         scale = replace(scale, split=1, parts=parts, head=max(1, row.head // width))
     yield scale
+
+
+def scale_name(weight: str) -> str:
+    """The name of the scales of a weight."""
+    return f"{weight.removesuffix('weight')}{WEIGHT_SCALE}"
+
+
+def decoded_row(row: Row) -> Row:
+    """The row of the weight that one in another type decodes to. A packed one has whole blocks for heads."""
+    if row.stored not in PACKED:
+        return replace(row, stored=None)
+    values, size = PACKED[row.stored]
+    name = f"{row.name.removesuffix(packed_leaf(row.stored))}weight"
+    return replace(_resized(row, size, values, row.head), name=name, stored=None)
+
+
+def _resized(row: Row, old: int, new: int, head: int) -> Row:
+    """A matrix each of whose rows has `new` elements in place of each `old`. head: along the rows, in old
+    elements.
+    """
+    made = replace(row, shape=(row.shape[0], row.shape[1] // old * new))
+    if row.split != 1:
+        return made
+    return replace(made, parts=tuple(part // old * new for part in row.parts), head=head // old * new)
 
 
 def conv_rows(name: str, channels_in: int, channels_out: int, kernel: tuple[int, ...]) -> Iterator[Row]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tinydiff.parallel.moves import start_gather, wait
 from tinydiff.parallel.placements import block_of
-from tinydiff.parallel.plan import ALONE, Group, Plan, Row
+from tinydiff.parallel.plan import ALONE, PACKED, Group, Plan, Row
 
 # --- slices over tp ---
 
@@ -35,9 +35,17 @@ def why_indivisible(rows: Iterable[Row], ranks: int) -> str | None:
     for row in rows:
         for width in _widths(row):
             if width % (ranks * row.head):
-                what = f"{width // row.head} heads" if row.head > 1 else f"a width of {width}"
-                return f"{row.name} has {what}, which {ranks} ranks cannot share evenly"
+                return f"{row.name} has {_shared(row, width)}, which {ranks} ranks cannot share evenly"
     return None
+
+
+def _shared(row: Row, width: int) -> str:
+    """What ranks share of a row, in words."""
+    if row.stored in PACKED and row.split == 1:
+        values, size = PACKED[row.stored]
+        count = f"{width // row.head} groups of {row.head // size * values} values in {row.stored}"
+        return f"{count} (--quantization none decodes them)"
+    return f"{width // row.head} heads" if row.head > 1 else f"a width of {width}"
 
 
 def local_rows(rows: Iterable[Row], plan: Plan, blocks: Collection[str] = ()) -> Iterator[Row]:
@@ -153,7 +161,7 @@ class PackedWeight(NamedTuple):
 class Pack:
     """The layout of a block's weights in a flat tensor of `numel` elements per rank.
 
-    Blocks of one shape have equal packs. stored: its type of 8 bits, by torch's name.
+    Blocks of one shape have equal packs. stored: its type of 8 bits or of bytes, by torch's name.
     """
 
     parts: tuple[PackedWeight, ...]
@@ -178,7 +186,7 @@ def packing(rows: Iterable[Row], plan: Plan, blocks: Collection[str]) -> dict[st
             if not row.shape:
                 raise ValueError(f"{row.name} cannot be in a pack: it is a single number")
             shape = _local(row, tp).shape
-            parts, stored[tensor] = found.setdefault(tensor, []), row.stored
+            parts, stored[tensor] = found.setdefault(tensor, []), row.stored_type
             name = row.name.removeprefix(f"{tensor.rpartition('.')[0]}.")
             parts.append(
                 PackedWeight(
@@ -203,7 +211,7 @@ def _packed_weights(packs: Mapping[str, Pack]) -> dict[str, tuple[str, PackedWei
 def _pack_name(row: Row, blocks: Collection[str]) -> str | None:
     """The name of the pack that has this weight, or None."""
     prefix = block_of(row, blocks)
-    kind = f"_{row.stored}" if row.stored else "32" if row.float32 else ""
+    kind = f"_{row.stored_type}" if row.stored else "32" if row.float32 else ""
     return None if prefix is None else f"{prefix}.pack{kind}"
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tinydiff.io.lora import Difference, measured
 from tinydiff.models.family import Record
 from tinydiff.models.recipe import Net
-from tinydiff.parallel.plan import low_rank_rows
+from tinydiff.parallel.plan import decoded_row, low_rank_rows
 from tinydiff.parallel.shards import shard_weights
 
 RANKS = 64
@@ -61,7 +61,7 @@ def beside(net: Net[Record], adapters: Mapping[str, Differences]) -> Net[Record]
 
     Raises ValueError naming a weight whose difference is not low-rank.
     """
-    rows = {row.name: row for row in net.family.spec(net.config)}
+    rows = {row.name: row for row in map(decoded_row, net.family.spec(net.config))}
     parts = {name: dict(_low_rank(name, differences)) for name, differences in adapters.items()}
     ranks = {name: max((len(a) for a, _ in pairs.values()), default=0) for name, pairs in parts.items()}
     touched = [rows[name] for name in rows if any(name in pairs for pairs in parts.values())]

@@ -20,6 +20,7 @@ from tinydiff.models import registry
 from tinydiff.models.family import Record
 from tinydiff.models.layouts.recognise import key_maps
 from tinydiff.models.recipe import Net
+from tinydiff.parallel.plan import decoded_row
 from tinydiff.records import UserError, nearest
 from tinydiff.runtime import adapters
 from tinydiff.runtime.components import SHIPPED
@@ -189,7 +190,7 @@ def attach(
         merge = only_merges(each, adapter, "dynamic" if each.refines else mode) or mode == "merge"
         if (quantised := _quantised(adapter, changed)) is not None and merge:
             message = (
-                f"{each.name!r} changes {quantised}, whose weights stay in 8 bits, so it cannot be merged"
+                f"{each.name!r} changes {quantised}, whose weights stay quantised, so it cannot be merged"
             )
             raise UserError(
                 "lora_merge_mode", f"lora_merge_mode: {message}; --quantization none decodes them"
@@ -233,7 +234,7 @@ def read(each: Chosen, nets: Mapping[str, Network]) -> Read:
 
 
 def _component(net: Network) -> Component:
-    rows = {row.name: row for row in net.family.spec(net.config)}
+    rows = {row.name: row for row in map(decoded_row, net.family.spec(net.config))}
     own = net.family.keys(net.config)
     spellings = (own,) if any(line.alias for line in own.lines) else ()
     return Component(net.family.role, rows, (*key_maps(net.family, net.config), *spellings))
@@ -243,8 +244,8 @@ def _quantised(adapter: Adapter, nets: Mapping[str, Net[Record]]) -> str | None:
     """A layer that an adapter changes whose weights are not in the network's own type; None without one."""
     for component, differences in adapter.targets.items():
         for row in nets[component].rows:
-            if row.stored is not None and row.name in differences:
-                return row.name.removesuffix(".weight")
+            if row.stored is not None and (name := decoded_row(row).name) in differences:
+                return name.removesuffix(".weight")
     return None
 
 

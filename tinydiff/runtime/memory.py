@@ -15,7 +15,7 @@ from itertools import product
 from tinydiff.ops.store import loop_names, numbered
 from tinydiff.parallel import cost
 from tinydiff.parallel.layout import Layout
-from tinydiff.parallel.plan import Row
+from tinydiff.parallel.plan import Row, decoded_row
 from tinydiff.residency import Kind, PerformanceMode, Residency
 from tinydiff.runtime.estimate import RESERVED, Subject
 
@@ -154,7 +154,7 @@ def _part(
 
 def _encoder_working(rows: Sequence[Row], tokens: int, b: int) -> int:
     """About what an encoder needs beside weights: six tensors as wide as its widest layer reads."""
-    return 6 * tokens * max((row.shape[1] for row in rows if len(row.shape) == 2), default=0) * b
+    return 6 * tokens * max((decoded_row(row).shape[1] for row in rows if len(row.shape) == 2), default=0) * b
 
 
 def choose(

@@ -1,4 +1,4 @@
-"""Which weights of a network stay in 8 bits: as their file has them, or as an option asks.
+"""Which weights of a network stay quantised: as their file has them, or in 8 bits as an option asks.
 
 A network whose weights stay quantised has a family of its own, whose `spec` has the types and the rows of the
 scales. So whoever reads rows (loading, sharding, plans, streaming) needs to know nothing else.
@@ -7,6 +7,7 @@ scales. So whoever reads rows (loading, sharding, plans, streaming) needs to kno
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -16,12 +17,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tinydiff.config import ModelOptions
-from tinydiff.io.weight_sources import eight_bits
+from tinydiff.io.weight_sources import kept_kinds
 from tinydiff.keymap import KeyMap
 from tinydiff.models.family import Denoiser, Encoder, Record
 from tinydiff.ops.store import numbered
 from tinydiff.parallel.placements import block_of
-from tinydiff.parallel.plan import Row, eight_bit_rows
+from tinydiff.parallel.plan import PACKED, Row, kept_rows
 from tinydiff.records import UserError, nearest
 from tinydiff.runtime.net_plan import NetPlan
 
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R", Denoiser, Encoder)
 Kinds = Mapping[str, tuple[str, int]]
-"""Row -> (type by torch's name, scales of a row)."""
+"""Row -> (type as in `Row.stored`, scales of a row)."""
 
 Kind = tuple[str, tuple[str, int]]
 """An entry of them."""
@@ -39,7 +40,7 @@ E4M3_SINCE = (8, 9)
 TYPES = {"fp8": "float8_e4m3fn", "int8": "int8"}
 """Value of the option -> type by torch's name."""
 NAMES = {"float8_e4m3fn": "fp8", "float8_e5m2": "fp8", "int8": "int8"}
-"""Type by torch's name -> what users call it."""
+"""Type by torch's name -> what users call it, as they do packed types by their own names."""
 
 
 def settled(
@@ -101,8 +102,9 @@ def of(rows: Iterable[Row]) -> str | None:
 
 
 def named(types: Iterable[str]) -> str | None:
-    """The same for torch's names of types."""
-    return " and ".join(dict.fromkeys(NAMES[each] for each in types)) or None
+    """The same for types as in `Row.stored`, that of most weights first."""
+    counts = Counter(NAMES.get(each, each) for each in types)
+    return " and ".join(sorted(counts, key=lambda name: (-counts[name], name))) or None
 
 
 def _kinds(net: NetPlan[Record], options: ModelOptions) -> dict[str, tuple[str, int]]:
@@ -125,8 +127,8 @@ def held(
     able = {row.name: row for row in matrices(family, config)}
     if not able:
         return {}
-    own: Kinds = eight_bits(files, family.spec(config), keys, variant)
-    return {name: own[name] for name in own.keys() & able.keys() if _divides(able[name], own[name][1])}
+    own: Kinds = kept_kinds(files, family.spec(config), keys, variant)
+    return {name: own[name] for name in own.keys() & able.keys() if _divides(able[name], *own[name])}
 
 
 def matrices(family: Record, config: Any) -> Iterator[Row]:
@@ -142,11 +144,16 @@ def matrices(family: Record, config: Any) -> Iterator[Row]:
             yield row
 
 
-def _divides(row: Row, groups: int) -> bool:
-    """Whether ranks that share a row along its groups of one scale never cut one."""
+def _divides(row: Row, stored: str, groups: int) -> bool:
+    """Whether no block and no group of one scale crosses the parts of a row that ranks share, nor the heads
+    where a group has its own leaf.
+    """
+    cuts = row.parts if row.split == 1 else ()
+    if stored in PACKED:
+        return not any(cut % PACKED[stored][0] for cut in (row.shape[1], *cuts))
     width = row.shape[1] // groups
-    cuts = (*row.parts, row.head) if row.split == 1 and row.head > 1 else row.parts if row.split == 1 else ()
-    return groups == 1 or not any(cut % width for cut in (row.shape[1], *cuts))
+    heads = (row.head,) if row.split == 1 and row.head > 1 else ()
+    return groups == 1 or not any(cut % width for cut in (row.shape[1], *cuts, *heads))
 
 
 def _ignored(names: Collection[str], patterns: Iterable[str]) -> set[str]:
@@ -165,7 +172,7 @@ def _ignored(names: Collection[str], patterns: Iterable[str]) -> set[str]:
 
 @lru_cache(maxsize=64)
 def keeping(family: R, kinds: frozenset[Kind]) -> R:
-    """The family with these weights in 8 bits.
+    """The family with these weights quantised.
 
     Equal arguments give one object, so that equal networks share compiled graphs.
     """
@@ -174,8 +181,8 @@ def keeping(family: R, kinds: frozenset[Kind]) -> R:
     def spec(config: Any) -> Iterator[Row]:
         for row in family.spec(config):
             if row.name in stays:
-                yield from eight_bit_rows(row, *stays[row.name])
+                yield from kept_rows(row, *stays[row.name])
             else:
                 yield row
 
-    return replace(family, spec=spec, plain=family)
+    return replace(family, spec=spec)

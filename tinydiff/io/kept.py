@@ -1,9 +1,10 @@
-"""Weights of 8 bits with their scales, as a network keeps them.
+"""Weights as a network keeps them quantised.
 
-They come from a file that has them, or are made from the rows of any other file.
+They come from a file that has them so, or are made in 8 bits from the rows of any other file.
 
-A value is its code times the scale of its group, in float32, and that is how the same file decodes. Made
-codes have one scale for each row, its largest absolute value over the largest of the type.
+A value of 8 bits is its code times the scale of its group, in float32, and that is how the same file decodes.
+Made codes have one scale for each row, its largest absolute value over the largest of the type. Packed types
+keep the bytes of their blocks (see `ops.packed`).
 """
 
 from __future__ import annotations
@@ -28,17 +29,18 @@ class Slice(Protocol):
     def __getitem__(self, box: tuple[slice, ...], /) -> Tensor: ...
 
 
-class EightBits(NamedTuple):
-    """A matrix that a file holds in 8 bits.
+class Kept(NamedTuple):
+    """A quantised matrix as it stays.
 
-    stored: the type, by torch's name. groups: scales of a row. codes: [O, I]. scales: rows [low, high) of
-    them, float32 [N, groups].
+    stored: of 8 bits by torch's name, or one of `parallel.plan.PACKED`. codes: [O, I], or the bytes of a
+    packed type [O, bytes of a row]. groups: scales of a row. scales: rows [low, high) of them, float32
+    [N, groups]; None where the codes are all.
     """
 
     stored: str
-    groups: int
     codes: Slice
-    scales: Callable[[int, int], Tensor]
+    groups: int = 1
+    scales: Callable[[int, int], Tensor] | None = None
 
 
 View = Callable[[Archive, str], Slice]
@@ -50,9 +52,9 @@ def whole(archive: Archive, key: str) -> Slice:
     return archive.get_slice(key)
 
 
-def held(archive: Archive, key: str) -> EightBits | None:
+def kept(archive: Archive, key: str) -> Kept | None:
     """The matrix as its file holds it; None where it does not in a form that can be kept."""
-    find = getattr(archive, "eight_bits", None)
+    find = getattr(archive, "kept", None)
     return None if find is None else find(key)
 
 
@@ -68,15 +70,19 @@ def scales(stored: str) -> View:
 
 def _view(stored: str, part: int, archive: Archive, key: str) -> Slice:
     """part: 0 for the codes, 1 for the scales."""
-    found = held(archive, key)
+    found = kept(archive, key)
     if found is None or found.stored != stored:
         tensor = archive.get_slice(key)
-        return _Rows(lambda rows: quantised(stored, tensor[(rows,)].float().flatten(1))[part])
-    return _Rows(lambda rows: found.scales(rows.start, rows.stop)) if part else found.codes
+        return Rows(lambda rows: quantised(stored, tensor[(rows,)].float().flatten(1))[part])
+    if not part:
+        return found.codes
+    assert found.scales is not None
+    scales = found.scales
+    return Rows(lambda rows: scales(rows.start, rows.stop))
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Rows that are made when they are read. `make` takes a slice with a start and a stop."""
 
     make: Callable[[slice], Tensor]
