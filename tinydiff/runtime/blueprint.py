@@ -128,7 +128,7 @@ class Blueprint:
 
     @property
     def quantised(self) -> Mapping[str, str]:
-        """Component -> the types of its weights that stay in 8 bits, for those that have such."""
+        """Component -> the types of its weights that stay quantised, for those that have such."""
         kept = {name: quantisation.of(net.family.spec(net.config)) for name, net in self.nets.items()}
         return {name: each for name, each in kept.items() if each is not None}
 

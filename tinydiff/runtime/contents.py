@@ -41,9 +41,8 @@ class Contents:
 
     kind: in words, such as "model directory". format: of the weight files. layout: how their keys are named,
     after `prefix`. model_class: of model_index.json or of the component. role: of a component. models:
-    released models that have it or that it looks like. precision: type -> bytes. quantised: the types of 8
-    bits in which weights stay in memory. layers, ranks: of an
-    adapter. parts: the components of a model, or the files of a directory. missing: what is needed and not
+    released models that have it or that it looks like. precision: type -> bytes. quantised: the types in
+    which quantised weights stay in memory. layers, ranks: of an adapter. parts: the components of a model, or the files of a directory. missing: what is needed and not
     there. problems: why it does not run, one sentence each.
     command: runs or uses it.
     """
@@ -179,7 +178,7 @@ def _named(counted: Contents, header: Header, path: Path) -> Contents:
 
 
 def _quantised(found: Found, path: Path) -> str | None:
-    """The types of 8 bits in which weights stay in memory; None where none does."""
+    """The types in which quantised weights stay in memory; None where none does."""
     record, config = RECORDS[found.class_name], config_from(found.class_name, found.entries)
     kinds = quantisation.held(record, config, path, found.keys(config))
     return quantisation.named(stored for stored, _ in kinds.values())
