@@ -5,8 +5,9 @@ needs.
 
 Full sharding packs the weights of a block. Each weight is cut along its first dimension into equal shards,
 the last ones padded with zeros. A rank's shards lie one after another in one flat tensor, `{block}.pack`,
-`{block}.pack32` for rows that stay float32, one for each type of 8 bits and one of bytes. One collective gathers
-each when the block is entered. All of this follows from the rows, so every rank knows what any other rank holds.
+`{block}.pack32` for rows that stay float32, one for each type of 8 bits and one of bytes. One collective
+gathers each when the block is entered. All of this follows from the rows, so every rank knows what any other
+rank holds.
 """
 
 from __future__ import annotations

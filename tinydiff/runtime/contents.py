@@ -42,8 +42,9 @@ class Contents:
     kind: in words, such as "model directory". format: of the weight files. layout: how their keys are named,
     after `prefix`. model_class: of model_index.json or of the component. role: of a component. models:
     released models that have it or that it looks like. precision: type -> bytes. quantised: the types in
-    which quantised weights stay in memory. layers, ranks: of an adapter. parts: the components of a model, or the files of a directory. missing: what is needed and not
-    there. problems: why it does not run, one sentence each.
+    which quantised weights stay in memory. layers, ranks: of an adapter. parts: the components of a model, or
+    the files of a directory. missing: what is needed and not there. problems: why it does not run, one
+    sentence each.
     command: runs or uses it.
     """
 
