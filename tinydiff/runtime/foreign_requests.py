@@ -16,10 +16,11 @@ import torch
 
 from tinydiff.config import SamplingOptions, seeds
 from tinydiff.entries import Entries, EntryDict
+from tinydiff.io import audio
 from tinydiff.io.images import read_image
 from tinydiff.records import Guidance, InputImages, Output, Request, Schedule, Text, UserError, nearest
 from tinydiff.runtime import postprocess
-from tinydiff.runtime.admit import Read
+from tinydiff.runtime.admit import Hear, Read
 from tinydiff.runtime.blueprint import Blueprint
 from tinydiff.runtime.foreign import Foreign
 from tinydiff.version import __version__
@@ -61,8 +62,12 @@ def admit(
     as_video: bool = False,
     read: Read = read_image,
     most_pixels: float = math.inf,
+    hear: Hear = audio.read,
 ) -> list[Request]:
-    """One request per prompt, as `runtime.admit.admit` has it. Raises UserError."""
+    """One request per prompt, as `runtime.admit.admit` has it. Raises UserError.
+
+    hear: is not called, because no pipeline is given a sound.
+    """
     foreign, row = _of(blueprint), blueprint.row
     given = dict(_chosen(foreign, sampling))
     images = tuple(read(path, "image_path") for path in sampling.image_path)

@@ -1,6 +1,7 @@
-"""Admission: from a request's body to a checked job, its input images fetched and kept among the files.
+"""Admission: from a request's body to a checked job, its input images and sound fetched and kept among the
+files.
 
-Nothing about an input image is trusted: not where a URL leads, nor what a header, a media type or an
+Nothing about an input file is trusted: not where a URL leads, nor what a header, a media type or an
 extension says of its bytes.
 """
 
@@ -17,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import falcon
 
@@ -30,13 +31,13 @@ from tinydiff.serve.fetch import FETCH_S, fetch, too_large
 from tinydiff.serve.fields import STEPS_OF_QUALITY
 from tinydiff.serve.jobs import Job, Kind, new_id
 from tinydiff.serve.read_fields import FileId, ImageSource, RequestFields, read_fields
-from tinydiff.serve.unpack import media_type
+from tinydiff.serve.unpack import media_type, sound_type
 
 if TYPE_CHECKING:
     import numpy
 
     from tinydiff.models.registry import ReleasedModel
-    from tinydiff.records import Request
+    from tinydiff.records import Request, Speech
     from tinydiff.serve.adapters import Adapters
     from tinydiff.serve.files import Files
     from tinydiff.serve.options import ServeOptions
@@ -87,7 +88,7 @@ def read_job(service: Service, req: falcon.Request, kind: Kind) -> Job:
             files[name] = ()
             for source in sources:
                 field = request.answer["spelled"].get(name, name)
-                files[name] += (_stored(service, job.owner, source, field),)
+                files[name] += (_stored(service, job.owner, source, name, field),)
         return admitted_job(service, replace(job, inputs=files))
     except BaseException:
         discard(service, replace(job, inputs=files))
@@ -117,7 +118,7 @@ def admitted_job(service: Service, job: Job) -> Job:
     service.requests.put(job.id, request)
     effective: dict[str, Any] = {"size": "{1}x{0}".format(*request.output.saved_size)}
     if job.kind == "video":
-        effective["seconds"] = f"{request.output.num_frames / request.output.fps:g}"
+        effective["seconds"] = f"{request.output.decoded_frames / request.output.fps:g}"
     return replace(job, answer={**job.answer, **effective})
 
 
@@ -151,7 +152,8 @@ def admitted(adapters: Adapters, files: Files, limits: ServeOptions, job: Job) -
         most_pixels = limits.pixel_limit(row, job.kind)
         sampling = replace(sampling, loras=adapters.strengths(sampling.loras))
         plan = adapters.current_blueprint()
-        [request] = backends.of(plan).admit(plan, sampling, job.kind == "video", read, most_pixels)
+        as_video = job.kind == "video"
+        [request] = backends.of(plan).admit(plan, sampling, as_video, read, most_pixels, _heard)
         outputs.plan(job, request, Path("."))
     return request
 
@@ -162,9 +164,17 @@ def _decoded(most_pixels: float, path: str, field: str, with_alpha: bool = False
     return decoder.DECODER.pixels(data, field, most_pixels, with_alpha, mask)
 
 
+def _heard(path: str, rate: int) -> Speech:
+    """The sound of an input file, decoded in another process."""
+    return decoder.DECODER.sound(Path(path).read_bytes(), "audio_path", rate)
+
+
 def resolved(service: Service, request: RequestFields, kind: Kind) -> dict[str, Any]:
     """The options of a request, with OpenAI's `seconds` and `quality` translated for this model."""
     row, fields = service.blueprint.row, dict(request.options)
+    if "seconds" in request.answer and row.speech:
+        message = f"the video of {row.name} is as long as its sound; leave it out"
+        raise UserError("seconds", f"seconds: {message}")
     if "seconds" in request.answer:
         stride = service.blueprint.frame_stride
         frames = request.answer["seconds"] * fields.get("fps", row.fps)
@@ -216,13 +226,13 @@ def _paths(files: Files, job: Job) -> dict[str, Any]:
     for name, ids in job.inputs.items():
         paths = [files.path(id) for id in ids]
         if None in paths:
-            raise UserError(name, f"{name}: an input image is no longer kept; send it again")
+            raise UserError(name, f"{name}: an input file is no longer kept; send it again")
         found[name] = [str(path) for path in paths] if name == "image_path" else str(paths[0])
     return found
 
 
-def _stored(service: Service, owner: str, source: ImageSource, field: str) -> str:
-    """Store an input image as this owner's; the id of its file.
+def _stored(service: Service, owner: str, source: ImageSource, name: str, field: str) -> str:
+    """Store an input file as this owner's; the id of its file. name: of the option. field: the client's name.
 
     A file of the owner is copied, so that each job has its own. A file of another owner is answered like one
     that does not exist.
@@ -233,8 +243,9 @@ def _stored(service: Service, owner: str, source: ImageSource, field: str) -> st
         if path is None:
             raise Refusal(404, "not_found", f"{field}: no file has the id {source.id[:80]!r}", field)
         source = path.read_bytes()
-    data = received(source, field, limits.allow_url_inputs, limits)
-    return service.files.put(data, media_type(data, field), "given", owner)
+    kind = SOUND if name == "audio_path" else IMAGE
+    data = received(source, field, limits.allow_url_inputs, limits, kind=kind)
+    return service.files.put(data, kind.media_type(data, field), "given", owner)
 
 
 @contextmanager
@@ -250,52 +261,72 @@ def _client_spelling(job: Job) -> Generator[None]:
         client_name = spelled.get(name, name)
         inner = f"{name} " if client_name != name and name in derived else ""
         message = f"{client_name}: {inner}{message}".replace("--image-path", spelled["image_path"])
+        message = message.replace("--audio-path", "audio_path")
         raise UserError(client_name, message) from error
 
 
-# --- the bytes of an input image ---
+# --- the bytes of an input file ---
+
+
+class InputKind(NamedTuple):
+    """What an input file may be."""
+
+    noun: str
+    example: str
+    """A media type."""
+    media_type: Callable[[bytes, str], str]
+    """(first bytes, field) -> media type. Raises UserError for any other kind of file."""
+
+
+IMAGE = InputKind("image", "image/png", media_type)
+SOUND = InputKind("sound", "audio/wav", sound_type)
 
 
 def received(
-    source: str | bytes, field: str, allow_urls: bool, limits: ServeOptions, get: Get = fetch
+    source: str | bytes,
+    field: str,
+    allow_urls: bool,
+    limits: ServeOptions,
+    get: Get = fetch,
+    kind: InputKind = IMAGE,
 ) -> bytes:
-    """The bytes of an input image: a file's own, a data URI's, or those that `get` fetches from a URL.
+    """The bytes of an input file: its own, a data URI's, or those that `get` fetches from a URL.
 
-    They begin like one of the image formats that are read, whatever their name or type says, and are at most
+    They begin like one of the formats of its kind, whatever their name or type says, and are at most
     `limits.max_body` MB. They are not decoded. Raises UserError naming `field`.
     """
     most = int(limits.max_body * 1e6)
-    data = source if isinstance(source, bytes) else _read(source, field, allow_urls, most, get)
+    data = source if isinstance(source, bytes) else _read(source, field, allow_urls, most, get, kind)
     if len(data) > most:
         raise too_large(field, most)
-    media_type(data, field)
+    kind.media_type(data, field)
     return data
 
 
-def _read(source: str, field: str, allow_urls: bool, most: int, get: Get) -> bytes:
+def _read(source: str, field: str, allow_urls: bool, most: int, get: Get, kind: InputKind) -> bytes:
     """The bytes that a string stands for."""
     source = source.strip()
     scheme = source[: source.find(":")].lower() if ":" in source[:20] else ""
     if scheme == "data":
-        return _data_uri(source, field, most)
+        return _data_uri(source, field, most, kind)
     if scheme in ("http", "https"):
         if not allow_urls:
-            how = "send the image as a file or a data URI, or start the server with --allow-url-inputs"
+            how = f"send the {kind.noun} as a file or a data URI, or start the server with --allow-url-inputs"
             raise UserError(field, f"{field}: is a URL, and this server does not fetch URLs; {how}")
         return get(source, field, most, FETCH_S)
     is_long_base64 = len(source) >= 256 and re.fullmatch(r"[A-Za-z0-9+/_\s-]+", source[:256])
     if source.startswith(BASE64_STARTS) or is_long_base64:
-        message = "is base64 without the head of a data URI; put data:image/png;base64, before it"
+        message = f"is base64 without the head of a data URI; put data:{kind.example};base64, before it"
         raise UserError(field, f"{field}: {message}")
     allowed = "a file, a data URI or an http(s) URL" if allow_urls else "a file or a data URI"
     message = f"{shown(source)} must be {allowed}; files on the server's disk are not read"
     raise UserError(field, f"{field}: {message}")
 
 
-def _data_uri(source: str, field: str, most: int) -> bytes:
+def _data_uri(source: str, field: str, most: int, kind: InputKind) -> bytes:
     head, comma, body = source.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        message = "is a data URI that is not in base64; the form is data:image/png;base64,..."
+        message = f"is a data URI that is not in base64; the form is data:{kind.example};base64,..."
         raise UserError(field, f"{field}: {message}")
     if len(body) > 6 * most:  # base64 needs 4 characters for 3 bytes, and an escape is 3 characters
         raise too_large(field, most)

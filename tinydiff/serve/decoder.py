@@ -1,4 +1,7 @@
-"""Decodes input images in other processes, few at a time, with a time limit; see `unpack`. No torch here."""
+"""Decodes input images and sounds in other processes, few at a time, with a time limit; see `unpack`.
+
+No torch here.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from tinydiff.records import UserError
+from tinydiff.entries import EntryDict
+from tinydiff.records import Sound, Speech, UserError
 from tinydiff.serve import unpack
 
 if TYPE_CHECKING:
@@ -47,22 +51,36 @@ class Decoder:
         import numpy as np
 
         ask = {"field": field, "most_pixels": most_pixels, "with_alpha": with_alpha, "mask": mask}
-        with self._process() as process:
+        answer, values = self._answer(ask, data, "image; save it as a plain PNG or JPEG")
+        return np.frombuffer(values, np.uint8).reshape(answer["shape"])
+
+    def sound(self, data: bytes, field: str, rate: int) -> Speech:
+        """As `io.audio.read`, elsewhere. Raises UserError also for one that takes too much time or memory."""
+        import numpy as np
+
+        answer, values = self._answer({"field": field, "rate": rate}, data, "sound; save it as a WAV", True)
+        samples = np.frombuffer(values, np.float32)
+        heard, kept = samples[: answer["heard"]], samples[answer["heard"] :]
+        return Speech(heard, Sound(kept.reshape(answer["shape"]), answer["rate"]))
+
+    def _answer(
+        self, ask: EntryDict, data: bytes, instead: str, new: bool = False
+    ) -> tuple[EntryDict, bytearray]:
+        """What a process answers. new: it is started for this alone. instead: how an error ends."""
+        field = ask["field"]
+        with self._process(new) as process:
             assert process.stdin is not None and process.stdout is not None
             try:
                 unpack.send(process.stdin, ask, data)
                 answer, values = unpack.receive(process.stdout)
             except (EOFError, OSError):
-                message = (
-                    "needs more time or memory to decode than this server allows for one image; "
-                    "save it as a plain PNG or JPEG"
-                )
+                message = f"needs more time or memory to decode than this server allows for one {instead}"
                 raise UserError(field, f"{field}: {message}") from None
             if answer.get("last"):
                 process.wait()  # it exits, which returns its memory to the system
         if "error" in answer:
             raise UserError(field, str(answer["error"]))
-        return np.frombuffer(values, np.uint8).reshape(answer["shape"])
+        return answer, values
 
     def close(self) -> None:
         """End the idle processes."""
@@ -70,9 +88,9 @@ class Decoder:
             _end(self._idle.pop())
 
     @contextmanager
-    def _process(self) -> Generator[subprocess.Popen[bytes]]:
-        """A process for one image, killed at its time limit."""
-        process = self._waiting()
+    def _process(self, new: bool = False) -> Generator[subprocess.Popen[bytes]]:
+        """A process for one image or sound, killed at its time limit."""
+        process = None if new else self._waiting()
         if process is None:
             process = subprocess.Popen(
                 self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -86,7 +104,7 @@ class Decoder:
             answered = True
         finally:
             timer.cancel()
-            if answered and process.poll() is None and len(self._idle) < AT_ONCE:
+            if answered and not new and process.poll() is None and len(self._idle) < AT_ONCE:
                 self._idle.append(process)
             else:
                 _end(process)

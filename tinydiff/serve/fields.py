@@ -198,9 +198,10 @@ INPUT_IMAGES: dict[Kind, dict[str, str]] = {
         "image": "image_path",
         "images": "image_path",
         "reference_url": "image_path",
+        "audio_path": "audio_path",
     },
 }
-"""Fields with input images -> the option of `generate`, which is a field too."""
+"""Fields with input images, or a sound -> the option of `generate`, which is a field too."""
 
 INERT: dict[str, tuple[tuple[Any, ...], str]] = {
     "moderation": (("auto", "low"), "this server does not moderate"),
@@ -216,8 +217,9 @@ INERT: dict[str, tuple[tuple[Any, ...], str]] = {
 """OpenAI's and SGLang's fields that do nothing here: the values that are accepted, and why no others are."""
 
 ENCODING = ("output_quality", "output_compression", "x264_preset", "save_audio")
-_PATHS = ("image_path", "mask_path", "audio_path")
-SAMPLING = tuple(entry.name for entry in fields_of(SamplingOptions) if entry.name not in _PATHS)
+GIVEN = ("image_path", "mask_path", "audio_path")
+"""Options that name input files. A request has their bytes in place of paths."""
+SAMPLING = tuple(entry.name for entry in fields_of(SamplingOptions) if entry.name not in GIVEN)
 OPTIONS: dict[str, type] = {
     **dict.fromkeys(SAMPLING, SamplingOptions),
     **dict.fromkeys(ENCODING, OutputOptions),
@@ -271,7 +273,7 @@ def request_schema(
     }
     properties = {
         "prompt": schemas.string("What the image or video shows.", maxLength=MOST_PROMPT),
-        **{name: _input_image(name, form) for name in images},
+        **{name: _input_file(name, form) for name in images},
         **own,
         **{name: option(name) for name in OPTIONS if name != "prompt"},
         **inert,
@@ -296,11 +298,12 @@ _IMAGE_SOURCE: Schema = {
 }
 
 
-def _input_image(name: str, form: bool) -> Schema:
+def _input_file(name: str, form: bool) -> Schema:
     description = {
         "mask": "The area to inpaint, of the image's size: white or transparent pixels are inpainted.",
+        "audio_path": "The sound that a video is made to.",
         "input_reference": "The first frame; for some models also the last frame, or reference images.",
     }.get(name, "The image to start from, or reference images. A form sends several as image[].")
-    one = schemas.string("An image.", format="binary") if form else _IMAGE_SOURCE
+    one = schemas.string("A file.", format="binary") if form else _IMAGE_SOURCE
     several = {"anyOf": [one, {"type": "array", "items": one, "maxItems": MOST_IMAGES}]}
-    return {**(one if form or name == "mask" else several), "description": description}
+    return {**(one if form or name in ("mask", "audio_path") else several), "description": description}

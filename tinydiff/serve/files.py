@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 MEDIA_TYPES = {
     ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp",
     ".gif": "image/gif", ".bmp": "image/bmp", ".avif": "image/avif", ".mp4": "video/mp4",
+    ".mp3": "audio/mpeg", ".flac": "audio/flac", ".ogg": "audio/ogg",
     ".webm": "video/webm", ".wav": "audio/wav", ".zip": "application/zip", ".bin": "application/octet-stream",
 }  # fmt: skip
 """Extension -> media type."""

@@ -58,7 +58,7 @@ class Job:
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Sampling and encoding options, by the names of `tinydiff generate`."""
     inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Input images: "image_path" or "mask_path" -> ids of files."""
+    """Input files: "image_path", "mask_path" or "audio_path" -> their ids."""
     answer: Mapping[str, Any] = field(default_factory=dict)
     """Fields that matter to the answer: `size`, `seconds`, `output_format`, `response_format`, `user`, ..."""
     status: Status = "queued"

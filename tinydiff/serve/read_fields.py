@@ -14,6 +14,7 @@ from tinydiff.serve.body import parse_json
 from tinydiff.serve.errors import Refusal
 from tinydiff.serve.fields import (
     ENCODING,
+    GIVEN,
     INERT,
     INPUT_IMAGES,
     MOST_IMAGE_BYTES,
@@ -56,7 +57,7 @@ class RequestFields(NamedTuple):
     answer: EntryDict
     """The fields of `fields.OWN`; and `spelled`: option -> the client's name of it, where they differ."""
     images: dict[str, tuple[ImageSource, ...]]
-    """"image_path" or "mask_path" -> input images."""
+    """"image_path", "mask_path" or "audio_path" -> input files."""
 
 
 def read_fields(body: Entries, kind: Kind, form: bool = False) -> RequestFields:
@@ -79,7 +80,7 @@ def read_fields(body: Entries, kind: Kind, form: bool = False) -> RequestFields:
             continue
         if name in OWN[kind]:
             answer[name] = OWN[kind][name].read(name, value, in_form)
-        elif (path := INPUT_IMAGES[kind].get(name, option)) in ("image_path", "mask_path"):
+        elif (path := INPUT_IMAGES[kind].get(name, option)) in GIVEN:
             claim(name, path)
             images[path] = tuple(_sources(name, value))
         elif name in flags.SIZES:
@@ -204,18 +205,24 @@ def _loras(name: str, value: Any, in_form: bool) -> Iterator[tuple[str, float]]:
 def _sources(name: str, value: Any) -> Iterator[ImageSource]:
     """The input images of a field: bytes, a string, {"image_url": ...}, {"file_id": ...}, or a list."""
     items = value if isinstance(value, list) else [value]
-    if len(items) > (1 if name.startswith("mask") else MOST_IMAGES):
-        most = "one mask" if name.startswith("mask") else f"{MOST_IMAGES} images"
-        raise UserError(name, f"{name}: has {len(items)} images; at most {most} may be given")
+    heard = name.startswith("audio")
+    what, article = ("sound", "a") if heard else ("image", "an")
+    single = "one mask" if name.startswith("mask") else "one sound" if heard else ""
+    if len(items) > (1 if single else MOST_IMAGES):
+        most = single or f"{MOST_IMAGES} images"
+        raise UserError(name, f"{name}: has {len(items)} {what}s; at most {most} may be given")
     for item in items:
         if isinstance(item, dict):
             item = _source_of_object(name, item)
         if not isinstance(item, str | bytes | FileId):
             allowed = "a file, a data URI, a URL, or an object with image_url or file_id"
-            raise mistake(name, item, f"an image: {allowed}")
+            raise mistake(name, item, f"{article} {what}: {allowed}")
         if isinstance(item, bytes) and len(item) > MOST_IMAGE_BYTES:
             size, most = len(item) / 2**20, MOST_IMAGE_BYTES // 2**20
-            raise UserError(name, f"{name}: an image has {size:.0f} MiB; at most {most} MiB are allowed")
+            raise UserError(
+                name,
+                f"{name}: {article} {what} has {size:.0f} MiB; at most {most} MiB are allowed",
+            )
         yield item
 
 

@@ -119,7 +119,8 @@ def usage(model: Model, request: Request) -> Entries:
     tokens = token_count(vae, request.output, net.family.patch(net.config))
     tokenizer = next(iter(model.tokenizers.values()))
     text, images = len(tokenizer.encode(request.text.prompt).ids), tokens * len(request.images.originals)
-    outputs = tokens * len(request.seeds)
+    segments = -(-request.output.decoded_frames // request.output.num_frames)
+    outputs = tokens * segments * len(request.seeds)
     return {
         "input_tokens": text + images,
         "input_tokens_details": {"text_tokens": text, "image_tokens": images},

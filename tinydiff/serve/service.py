@@ -172,11 +172,12 @@ class AdmittedRequests:
 
 
 def image_bytes(request: Request) -> int:
-    """Bytes of all images in a request."""
+    """Bytes of all images and of the sound in a request."""
     arrays = (
         *request.images.resized,
         *request.images.originals,
         *(() if request.images.mask is None else (request.images.mask,)),
+        *(() if request.speech is None else (request.speech.samples, request.speech.sound.samples)),
     )
     return sum(array.nbytes for array in arrays)
 

@@ -1,4 +1,6 @@
-"""Decodes input images with bounds on the work, in a process that does nothing else. No torch here.
+"""Decodes input images and sounds with bounds on the work, in a process that does nothing else.
+
+No torch here.
 
 A few bytes of an image file may ask for any number of pixels, scans or entries. What can be counted is
 counted before decoding. The process bounds the rest: `decoder` limits its time, it limits its own memory, and
@@ -39,6 +41,19 @@ FORMATS = {
 }  # fmt: skip
 """Media type -> Pillow's formats. MPO is a JPEG with more images behind it, as phones write it."""
 
+SOUNDS = {
+    "audio/wav": re.compile(rb"RIFF....WAVE", re.DOTALL),
+    "audio/flac": re.compile(rb"fLaC"),
+    "audio/ogg": re.compile(rb"OggS"),
+    "audio/mpeg": re.compile(rb"ID3|\xff[\xe0-\xff]"),
+    "video/mp4": re.compile(rb"....ftyp", re.DOTALL),
+    "video/webm": re.compile(rb"\x1aE\xdf\xa3"),
+}
+"""Media type of a file with sound -> its first bytes. MP3 begins as raw AAC does, MP4 as M4A and MOV do."""
+SHOWN_SOUNDS = "WAV, FLAC, Ogg, MP3, AAC, MP4, WebM"
+SOUND_BYTES = 2**31
+"""Memory for decoding a sound of the longest allowed time."""
+
 SHOWN_FORMATS = "PNG, JPEG, WebP, GIF, BMP, AVIF"
 
 MOST_MARKERS = 5000
@@ -63,6 +78,16 @@ def media_type(data: bytes, field: str) -> str:
         if begins.match(data):
             return name
     raise UserError(field, f"{field}: is empty") if not data else unreadable(field)
+
+
+def sound_type(data: bytes, field: str) -> str:
+    """The media type of a file with sound, from its first bytes. Raises UserError naming `field`."""
+    for name, begins in SOUNDS.items():
+        if begins.match(data):
+            return name
+    if not data:
+        raise UserError(field, f"{field}: is empty")
+    raise UserError(field, f"{field}: is no sound in a supported format ({SHOWN_SOUNDS})")
 
 
 def unreadable(field: str) -> UserError:
@@ -184,26 +209,55 @@ def _exactly(stream: IO[bytes], size: int) -> bytearray:
 
 def main() -> None:
     """Answer messages until the input ends or an image was large."""
-    import numpy as np
-
     from tinydiff.io import decode  # noqa: F401  imported before the memory is limited
 
     source, sink, bounded = sys.stdin.buffer, sys.stdout.buffer, False
     with suppress(EOFError):
         while True:
             ask, data = receive(source)
+            answer = _sound if "rate" in ask else _image
             if not bounded:
                 bounded = True
-                _bound_memory(int(BYTES_A_PIXEL * float(ask["most_pixels"])) + BYTES)
+                _bound_memory(_allowed(ask))
             try:
-                image = np.ascontiguousarray(pixels(bytes(data), **ask))
+                head, values = answer(bytes(data), ask)
             except UserError as error:
                 send(sink, {"error": str(error)}, b"")
                 continue
-            large = image.size > 3 * LARGE
-            send(sink, {"shape": image.shape, "last": large}, image.data.cast("B"))
-            if large:
+            send(sink, head, values)
+            if head["last"]:
                 return
+
+
+def _allowed(ask: EntryDict) -> int:
+    """Bytes of memory for what is asked."""
+    if "rate" not in ask:
+        return int(BYTES_A_PIXEL * float(ask["most_pixels"])) + BYTES
+    import av  # noqa: F401  before the memory is limited
+
+    return SOUND_BYTES
+
+
+def _image(data: bytes, ask: EntryDict) -> tuple[EntryDict, memoryview]:
+    import numpy as np
+
+    image = np.ascontiguousarray(pixels(data, **ask))
+    return {"shape": image.shape, "last": image.size > 3 * LARGE}, image.data.cast("B")
+
+
+def _sound(data: bytes, ask: EntryDict) -> tuple[EntryDict, bytes]:
+    """The samples that are heard, and behind them those of the sound that is kept."""
+    from tinydiff.io import audio
+
+    try:
+        speech = audio.read(data, **ask)
+    except MemoryError:
+        field = ask["field"]
+        message = f"{field}: needs more memory to decode than this server allows for one sound"
+        raise UserError(field, message) from None
+    sound = speech.sound
+    head = {"heard": len(speech.samples), "shape": sound.samples.shape, "rate": sound.rate, "last": True}
+    return head, speech.samples.tobytes() + sound.samples.tobytes()
 
 
 def _bound_memory(more: int) -> None:
