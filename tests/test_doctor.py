@@ -133,6 +133,7 @@ def test_every_released_model_is_compared_in_all_its_parts():
     encoders = {"Qwen3Model": "Qwen3", "Qwen3ForCausalLM": "Qwen3",
                 "Mistral3ForConditionalGeneration": "Mistral",
                 "Mistral3Model": "Ministral 3", "Gemma3ForConditionalGeneration": "Gemma 3",
+                "Gemma4UnifiedForConditionalGeneration": "Gemma 4",
                 "Qwen2_5_VLForConditionalGeneration": "Qwen2.5",
                 "LlavaForConditionalGeneration": "Llama"}  # fmt: skip
     for name in MODELS:

@@ -84,6 +84,12 @@ class SamplingOptions:
     num_frames: int | None = within(least=1, most=100_000)
     """Number of frames; 1 makes an image. For Qwen-Image-Layered, the number of layers. For Wan2.2 speech to
     video, the frames of each segment, a multiple of 4."""
+    auto_duration: bool = False
+    """LTX-2.5: the model decides from the prompt how many frames the video has."""
+    auto_duration_min_seconds: float | None = within(above=0, most=1000)
+    """The least seconds of --auto-duration; 1 by default."""
+    auto_duration_max_seconds: float | None = within(above=0, most=1000)
+    """The most seconds of --auto-duration; 20 by default. Memory is planned for this length."""
     fps: int | None = within(least=1, most=1000)
     """Frames per second of a video."""
     num_inference_steps: int | None = within(least=1, most=1000)

@@ -279,6 +279,9 @@ class Output:
     """Whether the video has sound."""
     length: int | None = None
     """Frames of a video that is made in segments of `num_frames`; None: it is made at once."""
+    seconds: tuple[float, float] | None = None
+    """Least and most seconds of a video whose length follows from the prompt; `num_frames` is then the most
+    frames until the prompt is read. None: the number of frames is given."""
     interpolation: Interpolation | None = None
 
     @property

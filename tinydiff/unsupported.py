@@ -76,8 +76,7 @@ reinforcement learning rollouts
 options of other model families
     minimax_h3_adaln_online=false minimax_h3_adaln_plan_width=4 minimax_h3_adaln_host_cache_gb=8
     minimax_h3_adaln_cache_path= load_diffusion_decoder=false use_diffusion_decoder=false
-    auto_duration=false auto_duration_min_seconds= auto_duration_max_seconds= resolution= streaming=false
-    refiner_chunked=false num_frame_per_block= realtime_causal_sink_size=
+    resolution= streaming=false refiner_chunked=false num_frame_per_block= realtime_causal_sink_size=
     realtime_causal_kv_cache_num_frames= action= translation_speed= rotation_speed_deg= pitch_limit_deg=
     sr_resolution_scale= sr_num_steps= sr_tiles_batch_size= sr_tile_min_overlap= sr_target_resolution=
     sr_target_resize_mode= action_mode= domain_id= domain_name= raw_action_dim= action_fps= bot_task=

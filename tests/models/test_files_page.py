@@ -47,7 +47,7 @@ FILES = {
         config("HunyuanVideo"),
         MODEL,
     ),
-    "LTX-2, LTX-2.3, the transformer": ("LTX2VideoTransformer3DModel", config("LTX-2"), MODEL),
+    "LTX-2, LTX-2.3, LTX-2.5, the transformer": ("LTX2VideoTransformer3DModel", config("LTX-2"), MODEL),
     "HunyuanVideo-1.5": ("HunyuanVideo15Transformer3DModel", config("HunyuanVideo-1.5"), MODEL),
     "autoencoder of FLUX.1, SD3, Z-Image, Ovis": ("AutoencoderKL", KL, ""),
     "autoencoder of FLUX.2, ERNIE-Image": ("AutoencoderKLFlux2", config("KL FLUX.2"), ""),

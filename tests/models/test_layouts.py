@@ -488,6 +488,8 @@ NAMES = {
     "LTX2Vocoder": set(),
     "LTX2VocoderWithBWE": set(),
     "Gemma3ForConditionalGeneration": set(),
+    "Gemma4UnifiedForConditionalGeneration": set(),
+    "LTX2DurationHead": set(),
     "SiglipVisionModel": set(),
 }
 """Class, or kind of component, of the released models -> the layouts in which its files are read."""

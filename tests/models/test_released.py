@@ -43,6 +43,7 @@ from tinydiff.models.encoders import clip_vision, llava_vision, qwen_vision
 from tinydiff.models.evaluate import predict
 from tinydiff.models.released import REPOSITORIES
 from tinydiff.ops.network import Network
+from tinydiff.runtime.blueprint import UNREAD
 from tinydiff.runtime.component_config import read_config
 
 RELEASED = Path(__file__).parents[1] / "data" / "released"
@@ -56,7 +57,7 @@ WITHOUT_WEIGHTS = {
     "T5TokenizerFast", "T5Tokenizer", "CLIPTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast",
     "LlamaTokenizerFast", "GemmaTokenizerFast", "ByT5Tokenizer", "ClassifierFreeGuidance",
     "TokenizersBackend", "PixtralProcessor", "CLIPImageProcessor", "Qwen2VLProcessor", "SiglipImageProcessor",
-    "Wav2Vec2Processor",
+    "Wav2Vec2Processor", "GemmaTokenizer", "Gemma4Processor",
 }  # fmt: skip
 
 PREFIXES = {
@@ -130,16 +131,17 @@ def spellings(class_name, key):
 
 
 def counted_apart(key, config):
-    """Second names of one weight, and buffers: counts of parameters leave them out."""
+    """Second names of one weight, buffers, and a mark that nothing reads: counts of parameters leave them
+    out.
+    """
     tied = key.endswith("lm_head.weight") and config.get("tie_word_embeddings") is not False
-    return (
-        tied or key == "encoder.embed_tokens.weight" or key.startswith("bn.") or key == "pos_embed.pos_embed"
-    )
+    others = ("encoder.embed_tokens.weight", "keyframes_abs_pos_embedding", "pos_embed.pos_embed")
+    return tied or key in others or key.startswith("bn.")
 
 
 def test_all_models_are_here():
     names = {row.name for row in registry.MODELS if row.name != registry.SHIPPED}
-    assert len(MODELS) == 47 and sum("transformer_2" in model["components"] for model in MODELS.values()) == 2
+    assert len(MODELS) == 48 and sum("transformer_2" in model["components"] for model in MODELS.values()) == 2
     assert set(MODELS) - {ALONE} == names
 
 
@@ -171,8 +173,8 @@ def test_other_spellings_of_a_key_mean_the_same(name, component):
 
 
 def test_what_is_dropped_of_a_checkpoint():
-    """Only towers and heads that no recipe reads, the batch norm's counter, and a basis to invert
-    spectrograms. A tied head is the embeddings.
+    """Only towers and heads that no recipe reads, the batch norm's counter, a basis to invert spectrograms,
+    and a mark of keyframes that no pipeline sets. A tied head is the embeddings.
     """
     dropped = {}
     for name, component in COMPONENTS:
@@ -181,7 +183,8 @@ def test_what_is_dropped_of_a_checkpoint():
             if rename(class_name, c, key) is None:
                 part = re.match(
                     r"(model\.)?(visual|vision_tower|multi_modal_projector|lm_head|bn\.num_batches_tracked"
-                    r"|mel_stft\.stft_fn\.inverse_basis|wav2vec2\.masked_spec_embed)",
+                    r"|mel_stft\.stft_fn\.inverse_basis|wav2vec2\.masked_spec_embed"
+                    r"|embed_vision|embed_audio|keyframes_abs_pos_embedding)",
                     key,
                 )
                 dropped.setdefault(class_name, set()).add(part and part[2])
@@ -189,6 +192,8 @@ def test_what_is_dropped_of_a_checkpoint():
         "AutoencoderKLFlux2": {"bn.num_batches_tracked"},
         "LTX2VocoderWithBWE": {"mel_stft.stft_fn.inverse_basis"},
         "Gemma3ForConditionalGeneration": {"vision_tower", "multi_modal_projector"},
+        "Gemma4UnifiedForConditionalGeneration": {"embed_vision", "embed_audio"},
+        "LTX2VideoTransformer3DModel": {"keyframes_abs_pos_embedding"},
         "LlavaForConditionalGeneration": {"vision_tower", "multi_modal_projector", "lm_head"},
         "Mistral3ForConditionalGeneration": {"vision_tower", "multi_modal_projector", "lm_head"},
         "Mistral3Model": {"vision_tower", "multi_modal_projector"},
@@ -229,6 +234,7 @@ def test_every_component_with_weights_is_known(name):
         if isinstance(value, list) and value[1] is not None
     }
     assert {key for key, kind in listed.items() if kind in RECORDS} == set(model["components"])
+    listed = {key: kind for key, kind in listed.items() if key not in UNREAD}
     assert set(listed.values()) - set(RECORDS) <= SCHEDULERS | WITHOUT_WEIGHTS
     assert model["scheduler"]["_class_name"] == listed["scheduler"] and listed["scheduler"] in SCHEDULERS
     if "image_processor" in model:

@@ -231,11 +231,11 @@ def test_a_pair_of_files_for_two_experts_equals_diffusers(variant, tmp_path, ima
         assert all((a - b).abs().max() > 0.01 for a, b in zip(made, theirs, strict=True))
 
 
-@pytest.mark.parametrize("newer", [False, True], ids=["LTX-2", "LTX-2.3"])
-def test_video_with_sound_equals_diffusers(newer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["LTX-2", "LTX-2.3", "LTX-2.5"])
+def test_video_with_sound_equals_diffusers(name, tmp_path, monkeypatch):
     """The file changes the transformer and what reads the prompt, by the names of diffusers."""
     monkeypatch.setattr(registry, "MODELS", (*registry.MODELS, ltx2.ROW))
-    pipe = ltx2.build(tmp_path / "model", newer)
+    pipe = ltx2.build(tmp_path / "model", name)
     model, components = load(tmp_path / "model"), ("transformer", "connectors")
     terms = ltx2.OFF | {"guidance_scale": 4.0, "audio_guidance_scale": 7.0}
     request = ltx2.request_for(model, num_inference_steps=2, **terms)
@@ -247,7 +247,6 @@ def test_video_with_sound_equals_diffusers(newer, tmp_path, monkeypatch):
     options = ModelOptions(lora_path=(str(file),), lora_scale=(STRENGTH,))
     made = {mode: ltx2.ours(attached(model, options, mode), request) for mode in ("merge", "dynamic")}
     start, _, _ = made["merge"]
-    name = "LTX-2.3" if newer else "LTX-2"
     seen, _ = ltx2.reference(pipe, monkeypatch, name, start, terms, num_inference_steps=2)
     for _, tokens, _ in made.values():
         ltx2.same_tokens(tokens, seen, 2)

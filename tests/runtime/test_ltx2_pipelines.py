@@ -8,41 +8,28 @@ are made in float32, as ours are.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial, wraps
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKLLTX2Audio,
-    AutoencoderKLLTX2Video,
-    FlowMatchEulerDiscreteScheduler,
-    LTX2ConditionPipeline,
-    LTX2ImageToVideoPipeline,
-    LTX2LatentUpsamplePipeline,
-    LTX2Pipeline,
-    LTX2VideoTransformer3DModel,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, LTX2ConditionPipeline, LTX2ImageToVideoPipeline
 from diffusers.pipelines.ltx2 import (
     pipeline_ltx2,
     pipeline_ltx2_condition,
     pipeline_ltx2_image2video,
     pipeline_ltx2_latent_upsample,
 )
-from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
-from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
-from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import Gemma3TextConfig, Gemma3TextModel, Qwen2Tokenizer
 
-from tests import vocabularies
-from tests.parity import close, randomised
+from tests.parity import close
 from tests.runtime import compare
 from tests.runtime.compare import exact, same_frames, widened
-from tests.runtime.folders import load, saved
+from tests.runtime.folders import load
+from tests.runtime.ltx2_folders import as_ever, build, copied
 from tinydiff import config
 from tinydiff.config import ModelOptions
 from tinydiff.models import registry
@@ -60,22 +47,6 @@ ROW = ReleasedModel(
     terms=GuidanceTerms(spatio_temporal_guidance_blocks=(0,)),
     size_multiple=32, frame_multiple=8, images=(0, 16), negative_prompt=NEGATIVE,
 )  # fmt: skip
-SCHEDULER = {
-    "use_dynamic_shifting": True, "base_shift": 0.95, "max_shift": 2.05, "base_image_seq_len": 1024,
-    "max_image_seq_len": 4096, "shift_terminal": 0.1,
-}  # fmt: skip
-NEWER = {
-    "transformer": {
-        "gated_attn": True, "audio_gated_attn": True, "cross_attn_mod": True, "audio_cross_attn_mod": True,
-        "use_prompt_embeddings": False,
-    },
-    "connectors": {
-        "video_gated_attn": True, "audio_gated_attn": True, "per_modality_projections": True,
-        "video_hidden_dim": 40, "audio_hidden_dim": 28, "proj_bias": True,
-        "video_connector_attention_head_dim": 20, "audio_connector_attention_head_dim": 14,
-    },
-}  # fmt: skip
-"""What LTX-2.3 has otherwise."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,116 +56,10 @@ def row():
         yield
 
 
-def build(folder, newer):
-    """The reference's pipeline, saved to `folder`."""
-    (folder / "words").mkdir(parents=True)
-    words = vocabularies.qwen(folder / "words")
-    tokenizer = Qwen2Tokenizer.from_pretrained(words, padding_side="left")  # as Gemma's is
-    text = Gemma3TextConfig(
-        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=28, num_hidden_layers=3,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8, sliding_window=8,
-    )  # fmt: skip
-    changes = NEWER if newer else {"transformer": {}, "connectors": {}}
-    networks = {
-        "transformer": LTX2VideoTransformer3DModel(
-            **{
-                "in_channels": 8, "out_channels": 8, "audio_in_channels": 8, "audio_out_channels": 8,
-                "num_attention_heads": 2, "attention_head_dim": 20, "cross_attention_dim": 40,
-                "audio_num_attention_heads": 2, "audio_attention_head_dim": 14,
-                "audio_cross_attention_dim": 28, "caption_channels": 24, "num_layers": 2,
-                "rope_type": "split", "perturbed_attn": True,
-            } | changes["transformer"]
-        ),
-        "vae": AutoencoderKLLTX2Video(
-            latent_channels=8, block_out_channels=(8, 8, 16, 16), decoder_block_out_channels=(8, 16, 32),
-            layers_per_block=(1, 1, 1, 1, 1), decoder_layers_per_block=(1, 1, 1, 1), decoder_causal=False,
-            spatial_compression_ratio=32, temporal_compression_ratio=8,
-        ),
-        "audio_vae": AutoencoderKLLTX2Audio(
-            base_channels=8, latent_channels=2, mel_bins=16, num_res_blocks=1,
-        ),
-        "connectors": LTX2TextConnectors(
-            **{
-                "caption_channels": 24, "text_proj_in_factor": 4, "video_connector_num_attention_heads": 2,
-                "video_connector_attention_head_dim": 12, "video_connector_num_layers": 1,
-                "video_connector_num_learnable_registers": 4, "audio_connector_num_attention_heads": 2,
-                "audio_connector_attention_head_dim": 12, "audio_connector_num_layers": 1,
-                "audio_connector_num_learnable_registers": 8, "rope_type": "split",
-            } | changes["connectors"]
-        ),
-        "vocoder": LTX2Vocoder(
-            in_channels=32, hidden_channels=16, upsample_kernel_sizes=[7, 4], upsample_factors=[3, 2],
-            resnet_kernel_sizes=[3], resnet_dilations=[[1, 3]],
-        ),
-        "text_encoder": Gemma3TextModel(text),
-    }  # fmt: skip
-    scheduler = FlowMatchEulerDiscreteScheduler(**SCHEDULER)
-    pipe = saved(LTX2Pipeline, folder, networks, tokenizer=tokenizer, scheduler=scheduler)
-    upsampler = LTX2LatentUpsamplerModel(
-        in_channels=8, mid_channels=32, num_blocks_per_stage=1, use_rational_resampler=not newer
-    )
-    randomised(upsampler, 9)
-    upsampler.float().save_pretrained(folder / "latent_upsampler")
-    pipe.upsampler = LTX2LatentUpsamplePipeline(pipe.vae, upsampler.double())
-    transformer, connectors = networks["transformer"], networks["connectors"]
-    ropes = [transformer.rope, transformer.audio_rope]
-    ropes += [transformer.cross_attn_rope, transformer.cross_attn_audio_rope]
-    for rope in (*ropes, connectors.video_connector.rope, connectors.audio_connector.rope):
-        rope.forward = as_ever(rope.forward)
-    connectors.forward = with_usual_constants(connectors.forward)
-    for name, module in transformer.named_modules():
-        if name.endswith("time_proj"):
-            module.forward = in_float32(module.forward)
-    return pipe
-
-
-def as_ever(forward):
-    """The function outside `doubles`: tables stay float32."""
-
-    def call(*args, **kwargs):
-        with torch._C.DisableTorchFunction():
-            return forward(*args, **kwargs)
-
-    return call
-
-
-def with_usual_constants(forward):
-    """The function where torch makes constants in float32: the connectors add 1e-6 to a count of tokens."""
-
-    def call(*args, **kwargs):
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            torch.set_default_dtype(before)
-
-    return call
-
-
-def copied(scheduler):
-    """A second scheduler, for the sound, that steps with sigmas in float64, as the first does."""
-    made = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-    set_timesteps = made.set_timesteps
-
-    @wraps(set_timesteps)
-    def upcast(*args, **kwargs):
-        with torch._C.DisableTorchFunction():
-            set_timesteps(*args, **kwargs)
-        made.sigmas = made.sigmas.double()
-
-    made.set_timesteps = upcast
-    return made
-
-
-def in_float32(forward):
-    return as_ever(lambda timesteps: forward(timesteps.to(torch.float32)))
-
-
 @pytest.fixture(scope="module", params=["LTX-2", "LTX-2.3"])
 def both(request, tmp_path_factory, row):
     folder = tmp_path_factory.mktemp("ltx2")
-    pipe = build(folder, request.param == "LTX-2.3")
+    pipe = build(folder, request.param)
     return pipe, load(folder, component_paths={"spatial_upsampler": str(folder)}), request.param
 
 
@@ -275,7 +140,7 @@ def reference(pipe, monkeypatch, name, start, terms, **given):
         made = pipe(
             prompt=PROMPT, negative_prompt=NEGATIVE, height=SIZE[0], width=SIZE[1], num_frames=FRAMES,
             frame_rate=float(FPS), spatio_temporal_guidance_blocks=[1], max_sequence_length=TOKENS,
-            use_cross_timestep=name == "LTX-2.3", output_type="np", callback_on_step_end_tensor_inputs=names,
+            use_cross_timestep=name != "LTX-2", output_type="np", callback_on_step_end_tensor_inputs=names,
             callback_on_step_end=lambda pipe, i, t, kept: seen.append(kept) or {}, **theirs_of(terms),
             **given,
         )  # fmt: skip

@@ -38,8 +38,9 @@ def test_every_sampling_option_is_a_field_at_top_level_and_in_extra_body():
     values = {
         "prompt": "p", "negative_prompt": "n", "strength": 0.5, "seed": 7, "num_outputs_per_prompt": 2,
         "height": 64, "width": 96,
-        "num_frames": 5, "fps": 8, "num_inference_steps": 4, "guidance_scale": 2.0, "true_cfg_scale": 2.0,
-        "cfg_normalization": 1.0,
+        "num_frames": 5, "auto_duration": True, "auto_duration_min_seconds": 2.0,
+        "auto_duration_max_seconds": 4.0, "fps": 8, "num_inference_steps": 4, "guidance_scale": 2.0,
+        "true_cfg_scale": 2.0, "cfg_normalization": 1.0,
         "guidance_scale_2": 3.0, "boundary_ratio": 0.5, "flow_shift": 2.0, "dmd_denoising_steps": [1000, 500],
         "use_pe": False, "loras": {"style": 0.5}, "diffusers_kwargs": {"a": [1]}, "sigmas": [1.0, 0.5],
         "enable_upscaling": True, "upscaling_scale": 2, "audio": True, "refine_sigmas": [0.9, 0.5],

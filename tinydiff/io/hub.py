@@ -26,7 +26,10 @@ WANTED = ("*.json", *(f"*/{name}" for name in OF_COMPONENT[1:]))
 they would double the download.
 """
 
-UNWANTED = ("*onnx*", "*flax*", "*openvino*", "pe/*")
+UNWANTED = (
+    *("*onnx*", "*flax*", "*openvino*", "pe/*"),
+    *("prompt_enhancer/*", "transformer_full/*", "diffusion_decoder/*"),
+)
 """Of that, what is not run. So are weights of variants that are not loaded."""
 
 SETTINGS: EntryDict = {

@@ -1,4 +1,4 @@
-"""LTX-2's pipelines: text, or text and a first frame, to video with sound.
+"""LTX-2's pipelines: text, or text and images at any frame, to video with sound.
 
 Gemma's states of the prompt go through the connectors to the prompts of both streams. The loop's tokens are
 those of the video, then those of the sound, for as long as the video runs. Shape letters: B batch, L video
@@ -7,6 +7,7 @@ tokens, A sound tokens, P latent values of a token, T text tokens.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,13 +18,14 @@ from torch import Tensor
 
 from tinydiff.models import ltx2_upsampler, vocoder
 from tinydiff.models.autoencoders import ltx2_audio, ltx2_video
-from tinydiff.models.encoders import decoder_lm, ltx2_connectors
+from tinydiff.models.encoders import decoder_lm, ltx2_connectors, ltx2_duration
 from tinydiff.models.recipe import (
     Context,
     GivenTokens,
     Latents,
     LoopInputs,
     Stage,
+    frames_between,
     half_size,
     latent_size,
     refined,
@@ -33,6 +35,8 @@ from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.patch import patchify, unpatchify
 from tinydiff.ops.rope import grid_positions
 from tinydiff.records import Guidance, GuidanceTerms, Output, Request, Sound
+
+log = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
 PATCH = (1, 1, 1)
@@ -108,12 +112,25 @@ def _sound(context: Context, latents: Tensor) -> Sound:
     return Sound(wave.clamp(-1, 1).float().T.cpu().numpy(), speaker.config.sampling_rate)
 
 
-def prepare(c: Any, context: Context, request: Request) -> LoopInputs | tuple[Stage, Stage]:
-    """Loop inputs of video and sound; those of two loops where the second refines what the first made."""
+def _as_long(context: Context, request: Request, prompt: Tensors) -> Request:
+    """The request with as many frames as the duration head gives the prompt, where it is asked."""
+    output = request.output
+    if output.seconds is None:
+        return request
+    head, stride = context.nets["duration_head"], context.nets["vae"].config.scale_factor_temporal
+    seconds = ltx2_duration.seconds(head.config, head.plan, head.w, prompt["text"], prompt["audio_text"])
+    frames = frames_between(seconds.item(), *output.seconds, output.fps, stride)
+    log.info("the prompt's %.2f seconds become %d frames", seconds.item(), frames)
+    return replace(request, output=replace(output, num_frames=frames))
+
+
+def prepare(c: Any, context: Context, request: Request) -> tuple[Stage, ...]:
+    """The loop of video and sound, or two where the second refines what the first made."""
+    texts = tuple(_prompts(context, request))
+    request = _as_long(context, request, texts[0])
     if request.refinement is None:
-        return _inputs(c, context, request, tuple(_prompts(context, request)))
+        return (Stage(request, _inputs(c, context, request, texts)),)
     coarse, fine = half_size(context, request), refined(request, request.refinement)
-    texts = tuple(_prompts(context, coarse))
     second = context.adapted(fine.loras)
     again = texts[:1] if second is context else tuple(_prompts(second, fine))
     inputs = _inputs(c, second, fine, again)
@@ -234,9 +251,15 @@ def extra_components(c: Any) -> tuple[str, ...]:
 
 
 def optional_components(c: Any) -> Mapping[str, tuple[str, Mapping[str, Any]]]:
-    """The latent upsampler, with which a request has two stages. LTX-2.3's has a plain layer less."""
-    config = {"use_rational_resampler": not c.gated_attn}
-    return {"spatial_upsampler": ("LTX2LatentUpsamplerModel", config)}
+    """The latent upsampler, with which a request has two stages, and the head that tells how long a video is.
+
+    The upsampler of LTX-2 has a plain layer more than the newer ones.
+    """
+    upsampler = {"use_rational_resampler": not c.gated_attn}
+    return {
+        "spatial_upsampler": ("LTX2LatentUpsamplerModel", upsampler),
+        "duration_head": ("LTX2DurationHead", {}),
+    }
 
 
 def must_fit(c: Any, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tuple[str, int, str]]:
@@ -246,6 +269,12 @@ def must_fit(c: Any, nets: Mapping[str, Any], row: ReleasedModel) -> Iterator[tu
     if "spatial_upsampler" in nets:
         yield "in_channels", nets["spatial_upsampler"].in_channels, "the spatial_upsampler reads"
     yield "caption_channels", nets["text_encoder"].hidden_size, "the text encoder gives"
+    if "duration_head" in nets:
+        yield (
+            "cross_attention_dim",
+            nets["duration_head"].video_cross_attention_dim,
+            "the duration_head reads",
+        )
     if not c.use_prompt_embeddings:
         video, audio = nets["connectors"].sides
         yield "cross_attention_dim", video.width, "the connectors give"

@@ -290,6 +290,19 @@ def latent_size(vae: Any, output: Output) -> tuple[int, int, int]:
     )
 
 
+def frames_between(seconds: float, least: float, most: float, fps: float, stride: int) -> int:
+    """The number of frames of a video of so many seconds, within bounds in seconds: stride * k + 1.
+
+    Where no such number is within the bounds, it is the nearest one.
+    """
+    lowest, highest = max(1, round(least * fps)), round(most * fps)
+    wanted = max(lowest, min(round(min(seconds, most) * fps), highest))
+    below = (wanted - 1) // stride * stride + 1
+    above = below + stride
+    nearer = abs(above - wanted) < abs(below - wanted)
+    return above if below < lowest and (above <= highest or nearer) else below
+
+
 def rectangle_side(area: int, along: int, across: int) -> int:
     """One side of a rectangle of about `area` pixels and aspect along:across, in pixels.
 

@@ -41,10 +41,11 @@ class ReleasedModel:
     guidance_form: "scale" is a CFG scale; "offset" is the model card's scale, to which 1 is added for CFG;
     "embedded" is an input of the network (guidance-distilled). With "embedded" and "true", CFG has a scale of
     its own, true_cfg_scale, and runs where a negative prompt is given.
-    solver: a name of the engine; dmd_timesteps belong to "dmd". refine_sigmas: those of a second stage, which
-    an upsampler begins. sound: whether an output has sound. speech: whether a video is made to a given sound,
-    in segments of num_frames. terms: those of guidance beside `guidance`, None where the model knows none.
-    negative_prompt: None where guidance reads none. text_tokens: most tokens of a
+    solver: a name of the engine; dmd_timesteps belong to "dmd". sigmas: those that a distilled model is made
+    for, as many as its steps. refine_sigmas: those of a second stage, which an upsampler begins. sound:
+    whether an output has sound. speech: whether a video is made to a given sound, in segments of num_frames.
+    terms: those of guidance beside `guidance`, None where the model knows none. negative_prompt: None where
+    guidance reads none. text_tokens: most tokens of a
     prompt.
     images: least and most input images. image_use: as frames of the video, as the image to start from, or as
     references. reference_multiple: the output's size follows the last input image, rounded to multiples of
@@ -71,6 +72,7 @@ class ReleasedModel:
     boundary_ratio: float | None = None
     solver: Literal["unipc", "dmd", "euler"] = "euler"
     dmd_timesteps: tuple[int, ...] = ()
+    sigmas: tuple[float, ...] = ()
     refine_sigmas: tuple[float, ...] = ()
     sound: bool = False
     speech: bool = False
@@ -198,17 +200,24 @@ def _hunyuan15(
     )  # fmt: skip
 
 
+_LTX2: dict[str, Any] = {
+    "num_frames": 121, "fps": 24, "text_tokens": 1024, "size_multiple": 32, "frame_multiple": 8,
+    "images": (0, 16), "refine_sigmas": (0.909375, 0.725, 0.421875), "sound": True,
+}  # fmt: skip
+
+
 def _ltx2(name: str, params: int, gated: bool) -> ReleasedModel:
     """An LTX-2. gated: whether attention has gates, which tell LTX-2.3."""
     shape = {"num_layers": 48, "gated_attn": gated}
+    terms = GuidanceTerms(7.0, float(gated), float(gated), 3.0, 3.0, 0.7, 0.7, (28 if gated else 29,))
     return ReleasedModel(
-        f"Lightricks/{name}", "ltx2", "LTX2Pipeline", 512, 768, 30, 3.0, params, shape, num_frames=121,
-        fps=24, negative_prompt=LTX2_NEGATIVE, text_tokens=1024, size_multiple=32, frame_multiple=8,
-        images=(0, 16), refine_sigmas=(0.909375, 0.725, 0.421875), sound=True,
-        terms=GuidanceTerms(7.0, float(gated), float(gated), 3.0, 3.0, 0.7, 0.7, (28 if gated else 29,)),
+        f"Lightricks/{name}", "ltx2", "LTX2Pipeline", 512, 768, 30, 3.0, params, shape,
+        negative_prompt=LTX2_NEGATIVE, terms=terms, **_LTX2,
     )  # fmt: skip
 
 
+DISTILLED_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875)
+"""Those that LTX-2's distilled weights are made for."""
 LTX2_NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
 """The negative prompt of LTX-2's example in diffusers."""
 
@@ -282,6 +291,11 @@ MODELS: tuple[ReleasedModel, ...] = (
     _hunyuan15("720p", "i2v", 7.0),
     _hunyuan15("720p", "i2v", 7.0, "distilled"),
     _ltx2("LTX-2", 18_876_174_592, gated=False),
+    ReleasedModel(
+        "Lightricks/LTX-2.5-Diffusers", "ltx2", "LTX2Pipeline", 544, 960, 8, 1.0, 18_987_855_104,
+        {"num_layers": 48, "gated_attn": True, "ff_bias": False}, sigmas=DISTILLED_SIGMAS,
+        terms=GuidanceTerms(spatio_temporal_guidance_blocks=(28,)), negative_prompt=None, **_LTX2,
+    ),
     _ltx2("LTX-2.3", 18_988_838_144, gated=True),
     ReleasedModel(
         "black-forest-labs/FLUX.1-dev", "flux", "FluxPipeline", 1024, 1024, 50, 3.5, 11_901_408_320,

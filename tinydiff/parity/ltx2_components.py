@@ -1,4 +1,4 @@
-"""The tiny components of LTX-2 and LTX-2.3 around the transformer, and what is compared of each."""
+"""The tiny components of LTX-2 to LTX-2.5 around the transformer, and what is compared of each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tinydiff.models import ltx2_upsampler, vocoder
 from tinydiff.models.autoencoders import ltx2_audio, ltx2_video
-from tinydiff.models.encoders import ltx2_connectors
+from tinydiff.models.encoders import ltx2_connectors, ltx2_duration
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
 from tinydiff.parity.reference import Case, built, draw, library
@@ -40,6 +40,22 @@ def _connectors(c: ltx2_connectors.Config) -> Case:
         yield from zip(("video", "audio"), ltx2_connectors.encode(c, Plan(), w, states, _MASK), strict=True)
 
     return Case(reference, lambda: ltx2_connectors.spec(c), lambda key: key, theirs, ours)
+
+
+def _duration(c: ltx2_duration.Config) -> Case:
+    video = draw(2, 9, c.video_cross_attention_dim, seed=3)
+    audio = draw(2, 7, c.audio_cross_attention_dim, seed=4)
+
+    def ours(w: Weights) -> Iterator[tuple[str, Tensor]]:
+        yield "seconds", ltx2_duration.seconds(c, Plan(), w, video, audio)
+
+    return Case(
+        lambda: built(_of_pipeline("LTX2DurationHead"), c),
+        lambda: ltx2_duration.spec(c),
+        lambda key: key,
+        lambda head: {"seconds": head(video, audio)},
+        ours,
+    )
 
 
 def _video(c: ltx2_video.Config) -> Case:
@@ -120,10 +136,11 @@ def _upsampler(c: ltx2_upsampler.Config) -> Case:
 def _of_pipeline(name: str) -> Any:
     """A class that diffusers keeps beside its pipelines."""
     library("diffusers")
-    from diffusers.pipelines.ltx2 import connectors, latent_upsampler
+    from diffusers.pipelines.ltx2 import connectors, duration_head, latent_upsampler
     from diffusers.pipelines.ltx2 import vocoder as vocoders
 
-    found = (getattr(module, name, None) for module in (connectors, vocoders, latent_upsampler))
+    modules = connectors, vocoders, latent_upsampler, duration_head
+    found = (getattr(module, name, None) for module in modules)
     return next(each for each in found if each is not None)
 
 
@@ -155,6 +172,14 @@ _CONNECTORS23 = replace(
     video_hidden_dim=32,
     audio_hidden_dim=16,
     proj_bias=True,
+)
+_DURATION = ltx2_duration.Config(
+    video_cross_attention_dim=32,
+    audio_cross_attention_dim=16,
+    pooler_hidden_dim=12,
+    num_queries=2,
+    num_pooler_heads=3,
+    mlp_hidden_dim=10,
 )
 _VIDEO = ltx2_video.Config(
     latent_channels=8,
@@ -213,6 +238,7 @@ _UPSAMPLER = ltx2_upsampler.Config(in_channels=6, mid_channels=32, num_blocks_pe
 COMPONENTS: dict[str, tuple[str, Callable[[], Case]]] = {
     "LTX-2 connectors": ("LTX2TextConnectors", partial(_connectors, _CONNECTORS)),
     "LTX-2.3 connectors": ("LTX2TextConnectors", partial(_connectors, _CONNECTORS23)),
+    "LTX-2.5 duration head": ("LTX2DurationHead", partial(_duration, _DURATION)),
     "LTX-2 video autoencoder": (_VIDEO_CLASS, partial(_video, _VIDEO)),
     "LTX-2.3 video autoencoder": (_VIDEO_CLASS, partial(_video, _VIDEO23)),
     "LTX-2 audio autoencoder": (_AUDIO_CLASS, partial(_audio, _AUDIO)),

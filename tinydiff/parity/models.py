@@ -103,6 +103,9 @@ GROUPS = (
            audio_vae="LTX-2 audio autoencoder", vocoder="LTX-2 vocoder"),
     _group("ltx2", "LTX-2.3", "LTX-2.3, a given first frame", "LTX-2.3 video autoencoder", "Gemma 3",
            connectors="LTX-2.3 connectors", audio_vae="LTX-2 audio autoencoder", vocoder="LTX-2.3 vocoder"),
+    _group("ltx2", "LTX-2.5-Diffusers", "LTX-2.5, a given first frame", "LTX-2.3 video autoencoder",
+           "Gemma 4", connectors="LTX-2.3 connectors", duration_head="LTX-2.5 duration head",
+           audio_vae="LTX-2 audio autoencoder", vocoder="LTX-2.3 vocoder"),
     _group("flux2", "FLUX.2-Tiny-AutoEncoder", None, "tiny autoencoder"),
     _group("ovis", "Ovis-Image-7B", "Ovis-Image", "KL autoencoder", "Qwen3"),
     _group("ernie", "ERNIE-Image ERNIE-Image-Turbo", "ERNIE-Image", _FLUX2_VAE, "Ministral 3"),
@@ -254,8 +257,10 @@ definition written anew in `tests/models/test_interpolators.py`; every module of
 was also compared by hand, at its full width in float64, with an error of at most 8e-14. Wan2.2
 speech to video, whose class is in neither library, is compared with its arithmetic written a second time in
 `tests/models/wan_s2v_reference.py`; both were also compared by hand with the published modules, tiny and in
-float64, with an error of at most 3e-14. What nobody has compared here: released weights,
-half types on a GPU. What differs on purpose: [differences.md](differences.md).
+float64, with an error of at most 3e-14. LTX-2.5's released config files were not seen. Class defaults, the
+code of diffusers' blocks and what public ports state of the files stand in for them; the number of weights
+that follows gives the published sizes of Gemma 4 (23.92 GB) and of the duration head. What nobody has compared
+here: released weights, half types on a GPU. What differs on purpose: [differences.md](differences.md).
 
 Measured with {versions}.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Protocol
 
@@ -15,7 +16,7 @@ import numpy
 from tinydiff.config import SamplingOptions, seeds
 from tinydiff.io import audio
 from tinydiff.io.images import cover, read_image, resize
-from tinydiff.models.recipe import fit_area, rectangle_side, too_elongated
+from tinydiff.models.recipe import fit_area, frames_between, rectangle_side, too_elongated
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.records import (
     Guidance,
@@ -35,6 +36,10 @@ from tinydiff.runtime.settings import settle
 
 UPSAMPLER = "spatial_upsampler"
 """The component that begins a second stage."""
+DURATION = "duration_head"
+"""The component that tells from a prompt how long the video is."""
+SECONDS = (1.0, 20.0)
+"""Default bounds of a length that follows from the prompt."""
 STRENGTH = 0.6
 """Default strength where an image is given to start from."""
 LUMA = (0.299, 0.587, 0.114)
@@ -77,6 +82,12 @@ def admit(
     row = blueprint.row
     originals = _images(blueprint, sampling.image_path, read)
     height, width = _size(blueprint, sampling, originals)
+    fps = row.fps if sampling.fps is None else sampling.fps
+    seconds = _seconds(blueprint, sampling)
+    if seconds is not None:  # room for the longest video; the prompt decides
+        stride = blueprint.autoencoder.config.scale_factor_temporal
+        longest = frames_between(math.inf, *seconds, fps, stride)
+        sampling = replace(sampling, num_frames=longest)
     frames = _frames(blueprint, sampling, as_video or (bool(originals) and row.image_use == "frames"))
     for field, asked in (("loras", sampling.loras), ("refine_loras", sampling.refine_loras)):
         for name in asked:
@@ -90,8 +101,11 @@ def admit(
     fit = cover if blueprint.denoiser.family.crops_images else resize
     resized = () if row.image_use == "references" else tuple(fit(image, height, width) for image in originals)
     places = _places(blueprint, sampling, len(originals), frames)
+    if seconds is not None and set(places) - {0}:
+        message = "only the first frame is known where the prompt decides the length; give num_frames"
+        raise UserError("image_frames", f"image_frames: {message} in place of auto_duration")
     mask = _mask(blueprint, sampling, originals, starts, height, width, read)
-    steps, timesteps = _steps(blueprint, sampling)
+    steps, sigmas, timesteps = _steps(blueprint, sampling)
     refinement = _refinement(blueprint, sampling)
     settled, cache = settle(blueprint, sampling), step_caches.settled(blueprint, sampling)
     guidance = Guidance(
@@ -103,15 +117,14 @@ def admit(
     )
     schedule = Schedule(
         steps=steps,
-        sigmas=sampling.sigmas,
+        sigmas=sigmas,
         dmd_timesteps=timesteps,
         flow_shift=settled.flow_shift,
         boundary_ratio=settled.boundary_ratio,
         strength=_strength(blueprint, sampling, starts, steps),
     )
-    fps = row.fps if sampling.fps is None else sampling.fps
     sound = _sound(blueprint, sampling, frames)
-    output = Output(height, width, frames, layers, fps, sound=sound, length=length)
+    output = Output(height, width, frames, layers, fps, sound=sound, seconds=seconds, length=length)
     output = postprocess.planned(blueprint, sampling, output, most_pixels)
     requests = [
         Request(
@@ -151,6 +164,34 @@ def _speech(
     configs = {name: net.config for name, net in blueprint.nets.items()}
     fps = row.fps if sampling.fps is None else sampling.fps
     return speech, hearing.length(configs, len(speech.samples), frames, fps)
+
+
+def _seconds(blueprint: Blueprint, sampling: SamplingOptions) -> tuple[float, float] | None:
+    """The bounds of a length that follows from the prompt; None where the number of frames is known."""
+    asked = sampling.auto_duration_min_seconds, sampling.auto_duration_max_seconds
+    if not sampling.auto_duration:
+        for name, bound in zip(("min", "max"), asked, strict=True):
+            if bound is not None:
+                field = f"auto_duration_{name}_seconds"
+                raise UserError(
+                    field, f"{field}: {bound:g} is a bound of auto_duration, which is not asked for"
+                )
+        return None
+    if DURATION not in blueprint.nets:
+        message = f"{blueprint.row.name} has no {DURATION}, which tells from a prompt how long the video is"
+        raise UserError("auto_duration", f"auto_duration: {message}; give num_frames")
+    if sampling.num_frames is not None:
+        message = (
+            f"{sampling.num_frames} is given, and auto_duration asks the model for it; leave one of them out"
+        )
+        raise UserError("num_frames", f"num_frames: {message}")
+    least, most = (
+        standard if bound is None else bound for bound, standard in zip(asked, SECONDS, strict=True)
+    )
+    if least >= most:
+        field = "auto_duration_min_seconds"
+        raise UserError(field, f"{field}: {least:g} is not below auto_duration_max_seconds, {most:g}")
+    return least, most
 
 
 def _sound(blueprint: Blueprint, sampling: SamplingOptions, frames: int) -> bool:
@@ -420,19 +461,23 @@ def _frames(blueprint: Blueprint, sampling: SamplingOptions, as_video: bool) -> 
     return frames
 
 
-def _steps(blueprint: Blueprint, sampling: SamplingOptions) -> tuple[int, tuple[int, ...]]:
-    """(steps, the timesteps of a distilled model or nothing)."""
+def _steps(blueprint: Blueprint, sampling: SamplingOptions) -> tuple[int, tuple[float, ...], tuple[int, ...]]:
+    """(steps, the sigmas of a distilled model or nothing, its timesteps or nothing).
+
+    Another number of steps than that of the model's own sigmas takes the sigmas of its scheduler.
+    """
     row, asked = blueprint.row, sampling.num_inference_steps
     if sampling.sigmas:
         _check_sigmas(row, sampling)
-        return len(sampling.sigmas), ()
+        return len(sampling.sigmas), sampling.sigmas, ()
     if row.solver != "dmd":
         if sampling.dmd_denoising_steps:
             raise UserError(
                 "dmd_denoising_steps",
                 f"dmd_denoising_steps: {row.name} is not distilled; give num_inference_steps instead",
             )
-        return asked or row.steps, ()
+        steps = asked or row.steps
+        return steps, row.sigmas if steps == len(row.sigmas) else (), ()
     timesteps = sampling.dmd_denoising_steps or row.dmd_timesteps
     if asked is not None and asked != len(timesteps):
         message = (
@@ -440,7 +485,7 @@ def _steps(blueprint: Blueprint, sampling: SamplingOptions) -> tuple[int, tuple[
             "into dmd_denoising_steps"
         )
         raise UserError("num_inference_steps", f"num_inference_steps: {message}")
-    return len(timesteps), tuple(timesteps)
+    return len(timesteps), (), tuple(timesteps)
 
 
 def _check_sigmas(row: ReleasedModel, sampling: SamplingOptions) -> None:

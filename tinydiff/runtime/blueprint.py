@@ -57,6 +57,8 @@ FILES = (
     *("guider", "image_processor", "processor", "feature_extractor", "audio_processor"),
 )
 """Components without weights. The last four only describe the preprocessing of an encoder."""
+UNREAD = ("prompt_enhancer",)
+"""Components that nothing here runs: the pipelines that have them work without."""
 GUIDER = {
     "enabled": True,
     "guidance_rescale": 0.0,
@@ -408,6 +410,8 @@ def _records(checkpoint: Checkpoint, row: ReleasedModel, options: ModelOptions) 
     records, parts = dict[str, Record](), checkpoint.components
     for name, class_name in ((name, part.class_name) for name, part in parts.items()):
         if name not in FILES and (name != WRITER or "pe_tokenizer" in parts):
+            if name in UNREAD:
+                continue
             if class_name not in RECORDS:
                 message = (
                     f"component {name!r} has the class {class_name}, which is not supported; known "

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 Keys = Callable[[Any], KeyMap]
 """Config -> where the rows of such a network stand in a file."""
 
-ADDED = {"spatial_upsampler": "latent_upsampler"}
+ADDED = {"spatial_upsampler": "latent_upsampler", "duration_head": "duration_head"}
 """Component that a user may add to a model -> its directory in the release's repository."""
 SHIPPED = Path(__file__).parent.parent / "shapes"
 """The model in the package."""

@@ -218,7 +218,7 @@ class Device:
     def condition(self, job: str, request: Request) -> Conditioning:
         """Run the encoders for a job. Its outputs can then be started."""
         conditioning = self.current.backend.condition(self.loaded(), request)
-        self._requests[job] = request, conditioning
+        self._requests[job] = conditioning.settled(request), conditioning
         return conditioning
 
     @on_all_ranks

@@ -142,6 +142,10 @@ class Planned:
     revised: str | None = None
     warnings: tuple[str, ...] = ()
 
+    def settled(self, request: Request) -> Request:
+        """The request as it is: the pipeline decides nothing of it before it runs."""
+        return request
+
 
 def condition(model: Model, request: Request) -> Planned:
     """The pipeline encodes the prompt itself."""

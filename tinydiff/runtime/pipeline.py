@@ -85,6 +85,13 @@ class Conditioning(NamedTuple):
         """The prompt as a language model rewrote or wrote it; None where none did."""
         return self.stages[0].inputs.revised
 
+    def settled(self, request: Request) -> Request:
+        """The request with as many frames as its prompt asks for, where that decides."""
+        if request.output.seconds is None:
+            return request
+        frames = self.stages[-1].stage.request.output.num_frames
+        return replace(request, output=replace(request.output, num_frames=frames))
+
 
 class Begun(NamedTuple):
     """One output at the first step of a stage."""
@@ -558,6 +565,7 @@ def run(
     clock = Clock(progress)
     with clock.stage("encode"):
         conditioning = condition(model, request)
+    request = conditioning.settled(request)
     effective = parameters(model, request, conditioning.revised, conditioning.warnings)
     outputs: list[Made] = []
     paths: list[Path] = []

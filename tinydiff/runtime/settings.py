@@ -125,7 +125,10 @@ def _terms(blueprint: Blueprint, sampling: SamplingOptions, scale: float) -> Gui
             raise UserError(strange[0], f"{strange[0]}: {message}, as LTX-2 does")
         return None
     unguided = scale <= 1 and (sampling.guidance_scale, sampling.true_cfg_scale) != (None, None)
-    terms = replace(off if unguided else row.terms, **asked)
+    own = row.terms
+    if own.audio_guidance_scale == row.guidance:  # one scale of both, so that of the request is one too
+        own = replace(own, audio_guidance_scale=scale)
+    terms = replace(off if unguided else own, **asked)
     net, blocks = blueprint.denoiser, terms.spatio_temporal_guidance_blocks
     count, name = len(net.family.blocks(net.config)), "spatio_temporal_guidance_blocks"
     if max(terms.stg_scale, terms.audio_stg_scale) > 0 and not blocks:

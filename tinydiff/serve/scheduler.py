@@ -272,7 +272,9 @@ class DeviceScheduler:
         """Run the encoders for a job. Its outputs that are not decoded can then be started."""
         started = time.perf_counter()
         try:
-            running.begin(self.device.condition(running.job.id, running.request).steps)
+            conditioning = self.device.condition(running.job.id, running.request)
+            running.request = conditioning.settled(running.request)
+            running.begin(conditioning.steps)
         except Exception as error:
             self._on_error(running.job.id, error)
             return
