@@ -5,13 +5,14 @@ not a value.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
-from tinydiff import config, flags, unsupported
+from tinydiff import config, flags, unsupported, values
 from tinydiff.records import UserError, shown
 
 NONE = {
@@ -119,3 +120,9 @@ def test_a_seed_whose_outputs_would_go_past_the_last_one():
     assert config.seeds(config.options({"seed": config.seeds(made, 0)[-1]}).sampling, 0) == (last,)
     with pytest.raises(UserError, match=f"^seed: {last} and 2 outputs .* at most {last - 1}"):
         config.options({"seed": last, "num_outputs": 2})
+
+
+def test_values_of_any_type_stay_as_they_are():
+    given = {"guidance": 2.5, "sizes": [1, 2], "mode": {"fast": True}}
+    assert values.read("diffusers_kwargs", Mapping[str, object], given) == given
+    assert config.options({"prompt": "a", "diffusers_kwargs": given}).sampling.diffusers_kwargs == given

@@ -162,7 +162,7 @@ def read(name: str, kind: Any, value: Any) -> Any:
     """`value` as the annotated type `kind`. Raises UserError."""
     origin, inner = get_origin(kind), get_args(kind)
     value = of_python(value)
-    if kind is Any:
+    if kind in (Any, object):
         return value
     if origin in (Union, UnionType):
         return None if value is None else read(name, next(k for k in inner if k is not NoneType), value)

@@ -48,9 +48,6 @@ MOST_CALLS, MOST_BYTES, MOST_COPIES = 200_000, 20_000_000, 20
 
 @pytest.fixture(scope="module")
 def plan():
-    """The shipped model. What asks the hub imports its client, which is no cost of a run."""
-    from huggingface_hub import errors, snapshot_download  # noqa: F401
-
     return blueprint.read(ModelOptions())
 
 

@@ -259,8 +259,9 @@ speech to video, whose class is in neither library, is compared with its arithme
 `tests/models/wan_s2v_reference.py`; both were also compared by hand with the published modules, tiny and in
 float64, with an error of at most 3e-14. LTX-2.5's released config files were not seen. Class defaults, the
 code of diffusers' blocks and what public ports state of the files stand in for them; the number of weights
-that follows gives the published sizes of Gemma 4 (23.92 GB) and of the duration head. What nobody has compared
-here: released weights, half types on a GPU. What differs on purpose: [differences.md](differences.md).
+that follows gives the published sizes of Gemma 4 (23.92 GB) and of the duration head. What nobody has
+compared here: released weights, half types on a GPU. What differs on purpose:
+[differences.md](differences.md).
 
 Measured with {versions}.
 
