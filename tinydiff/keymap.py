@@ -44,7 +44,8 @@ class Line(NamedTuple):
 
     swapped: what is stored is the second half of the row, then the first. lead, ones: dimensions of length
     one that the stored tensor has more at its beginning and at its end. transposed: its two dimensions are
-    the other way round. alias: another spelling, which is read and never written.
+    the other way round. interleaved: width of the heads along the first dimension whose two halves are
+    stored entry by entry in turns. alias: another spelling, which is read and never written.
     """
 
     stored: tuple[str, ...]
@@ -53,6 +54,7 @@ class Line(NamedTuple):
     lead: int = 0
     ones: int = 0
     transposed: bool = False
+    interleaved: int = 0
     alias: bool = False
 
 
@@ -108,6 +110,11 @@ def swapped(stored: str, row: str) -> Line:
 def transposed(stored: str, row: str) -> Line:
     """A matrix that is stored the other way round."""
     return Line((stored,), (row,), transposed=True)
+
+
+def interleaved(stored: str, row: str, head: int) -> Line:
+    """A row whose heads are stored with their halves in turns, as a rotary embedding of pairs wants them."""
+    return Line((stored,), (row,), interleaved=head)
 
 
 def unread(*stored: str) -> tuple[Line, ...]:

@@ -477,7 +477,7 @@ NAMES = {
     "CLIPTextModel": {"transformers", "open_clip"},
     "CLIPTextModelWithProjection": {"transformers", "open_clip"},
     "CLIPVisionModel": {"transformers", "original"},
-    "language": {"transformers"},
+    "language": {"transformers", "llama.cpp"},
     # Directories alone: single files of these are not read.
     "AutoencoderKLHunyuanVideo": set(),
     "AutoencoderKLHunyuanVideo15": set(),

@@ -298,6 +298,8 @@ def test_metadata_may_tell_a_lora():
         ("T5ENCODER", "Wan-AI/Wan2.1-T2V-14B-Diffusers", "text_encoder", ""),
         ("QWEN3", "Tongyi-MAI/Z-Image-Turbo", "text_encoder", "model."),
         ("QWEN2VL", "Qwen/Qwen-Image", "text_encoder", "model."),
+        ("LLAMA", "black-forest-labs/FLUX.2-dev", "text_encoder", "model."),
+        ("MISTRAL3", "black-forest-labs/FLUX.2-dev", "text_encoder", "model."),
     ],
 )
 def test_names_of_gguf_text_encoders_are_those_of_the_gguf_package(arch, name, part, before):

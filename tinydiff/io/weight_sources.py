@@ -33,7 +33,7 @@ class Stored(NamedTuple):
     """A tensor on disk: its file, the key there, its safetensors type name and its shape.
 
     lead: dimensions of length one before those of the shape. transposed: the shape is that of a matrix stored
-    the other way round. view: what is read of it.
+    the other way round. interleaved: as of `keymap.Line`. view: what is read of it.
     """
 
     file: Path
@@ -42,6 +42,7 @@ class Stored(NamedTuple):
     shape: Shape
     lead: int = 0
     transposed: bool = False
+    interleaved: int = 0
     view: View = whole
 
 
@@ -241,7 +242,7 @@ def _fitted(at: Stored, match: Match) -> Stored:
     shape = trimmed(at.shape, match.line)
     if match.line.transposed:
         return at._replace(shape=shape[::-1], transposed=True)
-    return at._replace(shape=shape, lead=match.line.lead)
+    return at._replace(shape=shape, lead=match.line.lead, interleaved=match.line.interleaved)
 
 
 def stored_type(row: Row, dtype: torch.dtype) -> torch.dtype:

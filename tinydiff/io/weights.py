@@ -17,7 +17,7 @@ from torch import Tensor
 from tinydiff.io.archive import Archive, opened
 from tinydiff.io.atomic import write_over
 from tinydiff.io.floats import TYPES
-from tinydiff.io.kept import whole
+from tinydiff.io.kept import Slice, whole
 from tinydiff.io.weight_sources import Source, Stored, stored_type, weight_sources
 from tinydiff.keymap import AS_IS, KeyMap, runs, stored_shapes, trimmed
 from tinydiff.parallel.plan import ALONE, SINGLE, Group, Plan, Row
@@ -151,6 +151,11 @@ def exported(weights: Mapping[str, Tensor], rows: Iterable[Row], keys: KeyMap) -
                     target[run.at : run.at + run.size] = weights[row][run.into : run.into + run.size]
                 else:
                     target.copy_(weights[row])
+        if head := match.line.interleaved:
+            made = {
+                key: x.unflatten(0, (-1, 2, head // 2)).transpose(1, 2).flatten(0, 2)
+                for key, x in made.items()
+            }
         stored |= {key: made[key].view(shape) for key, shape in shapes.items()}
     return stored
 
@@ -163,6 +168,7 @@ def _as_stored(held: LocalWeight, source: Source, dtype: torch.dtype) -> bool:
         and not held.replicated_over
         and len(source.runs) == 1
         and not source.runs[0][1].transposed
+        and not source.runs[0][1].interleaved
         and TYPES[source.runs[0][1].dtype] == stored_type(held.row, dtype)
     )
 
@@ -262,9 +268,19 @@ def _cut(archive: Archive, at: Stored, box: Box) -> Tensor:
     """A box of a stored tensor, a view of the mapped file: what is not copied from it is not read."""
     if at.transposed:
         return archive.get_tensor(at.key).T[box.source]
+    if at.interleaved:
+        return _halves_apart(at.view(archive, at.key), at.interleaved, box.source)
     if at.view is whole and box.shape == at.shape:
         return archive.get_tensor(at.key).reshape(box.shape)
     return at.view(archive, at.key)[(slice(None),) * at.lead + box.source].reshape(box.shape)
+
+
+def _halves_apart(stored: Slice, head: int, source: tuple[slice, ...]) -> Tensor:
+    """A box of heads whose halves are stored in turns. Whole heads are read for it."""
+    rows, *others = source
+    first = rows.start // head * head
+    heads = stored[(slice(first, -(-rows.stop // head) * head), *others)].unflatten(0, (-1, head // 2, 2))
+    return heads.transpose(1, 2).flatten(0, 2)[rows.start - first : rows.stop - first]
 
 
 def _pieces(at: Stored, box: Box, size: int, ranks: int = 1) -> Iterator[Box]:

@@ -86,7 +86,8 @@ class Component:
             for spelling in (keys, *aliases):
                 for name in self.rows:
                     match = spelling.of_row(name)
-                    if not match.line.transposed and all(row in self.rows for row in match.rows):
+                    turned = match.line.transposed or match.line.interleaved
+                    if not turned and all(row in self.rows for row in match.rows):
                         for key in match.keys:
                             index.setdefault(key.replace(".", "_"), match)
         return index

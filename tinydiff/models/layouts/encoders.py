@@ -13,7 +13,7 @@ from collections.abc import Callable
 from math import isqrt
 
 from tinydiff.entries import Entries
-from tinydiff.keymap import KeyMap, Line, fused, moved, transposed, under, unread
+from tinydiff.keymap import KeyMap, Line, fused, interleaved, moved, transposed, under, unread
 from tinydiff.models import released
 from tinydiff.models.encoders import clip_text, clip_vision, decoder_lm, t5
 from tinydiff.models.encoders.decoder_config import Config as DecoderConfig
@@ -345,7 +345,14 @@ GGUF_DECODER = (
     ),
     moved("output_norm", "norm"),
 )
-"""Qwen's. The queries and keys of Mistral's are stored in another order of rows, so those are not read."""
+"""As Qwen's."""
+
+
+def _gguf_mistral(c: DecoderConfig) -> tuple[Line, ...]:
+    """Its queries and keys are stored for a rotary embedding of neighbouring values."""
+    rows = ((f"attn_{name}", f"self_attn.{name}_proj") for name in "qk")
+    turned = (interleaved(stored, row, c.head_dim) for stored, row in rows)
+    return (*under("blk.*", "layers.*", *turned), *_gguf_lines(c))
 
 
 def _gguf_lines(c: DecoderConfig) -> tuple[Line, ...]:
@@ -361,12 +368,16 @@ GGUF_LANGUAGE = tuple(
         "llama.cpp",
         class_name,
         ("token_embd", "blk.0.attn_q", "blk.0.ffn_up", *(f"blk.0.{name}" for name in signs)),
-        _gguf_lines,
+        lines,
         by_rows(GGUF_DECODER, _decoder_entries(more)),
         (*(f"blk.0.{name}" for name in (*lacks, "post_ffw_norm")), _GEMMA),
     )
-    for (class_name, _, _, more), signs, lacks in zip(
-        _KINDS, (("attn_k.bias",), ("attn_q_norm",)), (("attn_q_norm",), ("attn_k.bias",)), strict=False
+    for (class_name, _, _, more), signs, lacks, lines in zip(
+        _KINDS,
+        (("attn_k.bias",), ("attn_q_norm",), ()),
+        (("attn_q_norm",), ("attn_k.bias",), ("attn_q_norm", "attn_k.bias")),
+        (_gguf_lines, _gguf_lines, _gguf_mistral),
+        strict=True,
     )
 )
 
