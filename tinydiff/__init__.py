@@ -30,7 +30,7 @@ def load(model_path: str | None = None, **options: Any) -> Model:
     return library.load(model_path, options)
 
 
-def generate(model: Model, prompt: str, *, progress: Progress | None = None, **fields: Any) -> Result:
+def generate(model: Model, prompt: str, *, progress: Progress | None = None, **fields: object) -> Result:
     """Make images or a video from a prompt.
 
     progress: told of each stage and step, an object with `on_stage(name)` and `on_step(done, total)`. fields:

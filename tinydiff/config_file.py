@@ -64,7 +64,7 @@ def _of_json(text: str) -> Any:
 def _of_yaml(text: str) -> Any:
     import yaml
 
-    def check(node: Any) -> None:
+    def check(node: object) -> None:
         if isinstance(node, yaml.MappingNode):
             _unique([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
             for _, inner in node.value:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinydiff.records import UserError
 from tinydiff.values import positional
@@ -47,7 +47,7 @@ def as_json(item: Contents) -> dict[str, object]:
     return {name: _jsonable(value) for name, value in asdict(item).items() if value not in NOTHING}
 
 
-def _jsonable(value: Any) -> Any:
+def _jsonable(value: object) -> object:
     if isinstance(value, tuple):
         return [
             {name: _jsonable(each) for name, each in item.items() if each not in NOTHING}

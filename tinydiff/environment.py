@@ -143,7 +143,7 @@ def cache_dit() -> EntryDict | None:
     return {setting: _cache_dit_variable(name, value) for name, (setting, value) in CACHE_DIT.items()}
 
 
-def _cache_dit_variable(name: str, default: Any) -> Any:
+def _cache_dit_variable(name: str, default: object) -> Any:
     for prefix in ("TINYDIFF", "SGLANG"):
         variable = f"{prefix}_CACHE_DIT_{name}"
         if text := os.environ.get(variable, "").strip():

@@ -244,7 +244,7 @@ def per_component(name: str) -> str | None:
     return None if component is None else _PER_COMPONENT[name.removeprefix(f"{component}_")]
 
 
-def _meanings(name: str, value: Any, names: Collection[str]) -> Iterator[tuple[str, str | None, Any]]:
+def _meanings(name: str, value: object, names: Collection[str]) -> Iterator[tuple[str, str | None, Any]]:
     """What one flag means, as (option, component, value)."""
     if name in ALIASES:
         yield from _meanings(ALIASES[name], value, names)
@@ -302,26 +302,26 @@ def _normal(text: str) -> str:
     return text.lower()
 
 
-def _spelled(value: Any) -> str:
+def _spelled(value: object) -> str:
     """A value as the user wrote it, a long one cut."""
     if isinstance(value, Mapping):
         return ",".join(f"{part}={_words(inner)}" for part, inner in islice(value.items(), LONGEST))
     return _words(value)
 
 
-def _words(value: Any) -> str:
+def _words(value: object) -> str:
     return " ".join(map(_word, value[:LONGEST])) if isinstance(value, list | tuple) else _word(value)
 
 
-def _word(value: Any) -> str:
+def _word(value: object) -> str:
     return value[: LONGEST + 1] if isinstance(value, str) else shown(value)
 
 
-def _as_list(value: Any) -> list[Any]:
+def _as_list(value: object) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def one_text(name: str, value: Any) -> str:
+def one_text(name: str, value: object) -> str:
     """The string of an option that takes exactly one. Raises UserError."""
     words = _as_list(value)
     if len(words) != 1 or not isinstance(words[0], str):
@@ -355,7 +355,7 @@ _PAIRS = {
 """An example of each map."""
 
 
-def _pairs(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _pairs(name: str, value: object) -> Iterator[tuple[str, Any]]:
     """The (component, value) pairs of a map: a mapping, a JSON object, or `a=x,b=y`."""
     if isinstance(value, Mapping):
         yield from ((_word(key), inner) for key, inner in value.items())
@@ -375,7 +375,7 @@ def _pairs(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield key, _value_of(name, inner)
 
 
-def _value_of(name: str, value: Any) -> Any:
+def _value_of(name: str, value: object) -> Any:
     """A value of a map. Words of `diffusers_kwargs`, whose values have any type, are read as JSON."""
     words = _as_list(value)
     if name != "diffusers_kwargs" or len(words) != 1 or not isinstance(words[0], str):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import Repr
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinydiff.entries import Entries, EntryDict
 
@@ -47,7 +47,7 @@ def _one_line(message: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in message)
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A user's value as an error message shows it: its repr, shortened if it is long."""
     if isinstance(value, int) and abs(value) >= 10**LONGEST:
         return f"an integer of more than {LONGEST} digits"

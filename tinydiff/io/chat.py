@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tinydiff.entries import Entries
 from tinydiff.io.hub import read_json
@@ -46,7 +45,7 @@ def _read(path: Path) -> Entries:
     return read_json(path) if path.is_file() else {}
 
 
-def _is_token(name: str, token: Any) -> bool:
+def _is_token(name: str, token: object) -> bool:
     return name.endswith("_token") and (
         isinstance(token, str) or (isinstance(token, Mapping) and "content" in token)
     )

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 from tinydiff.entries import Entries
 from tinydiff.io import archive, gguf
@@ -92,7 +92,7 @@ def _safetensors(file: BinaryIO, size: int) -> Header:
     return Header("safetensors", tensors, metadata, lacks=max(0, 8 + length + end - size))
 
 
-def _span(offsets: Any) -> int:
+def _span(offsets: Sequence[int]) -> int:
     start, stop = offsets
     if not 0 <= start <= stop:
         raise ValueError("offsets run backwards")

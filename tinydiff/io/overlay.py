@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from filelock import FileLock
 
@@ -177,7 +176,7 @@ def materialised(overlay: Overlay, trusted: bool = False) -> Path:
     return place
 
 
-def _entry(model: str, value: Any) -> Mapping[str, str]:
+def _entry(model: str, value: object) -> Mapping[str, str]:
     """A registry entry: an overlay's id, or an object that also has revisions."""
     entry = {"overlay_repo_id": value} if isinstance(value, str) else value
     names = ("overlay_repo_id", "overlay_revision", "source_revision")
@@ -222,7 +221,7 @@ def _within(path: str, subject: str) -> str:
     return str(PurePosixPath(path))
 
 
-def _made_of(overlay: Overlay) -> list[Any]:
+def _made_of(overlay: Overlay) -> list[object]:
     """What a materialised directory depends on, as far as it can be known without the source's files."""
     files = [
         [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 
 def as_text(parameters: Mapping[str, object]) -> str:
@@ -35,6 +34,6 @@ def read(text: str | bytes | None) -> dict[str, object]:
     return parameters if isinstance(parameters, dict) else {}
 
 
-def _cut(value: Any, length: int) -> Any:
+def _cut(value: object, length: int) -> object:
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return value if len(text) <= length else f"{text[:length]}..."

@@ -17,13 +17,11 @@ from tinydiff.entries import Entries, EntryDict
 from tinydiff.keymap import AS_IS, KeyMap
 from tinydiff.models.recipe import Context, LoopInputs, Patch, Stage
 from tinydiff.models.registry import ReleasedModel
-from tinydiff.ops.network import Block, Streams, Tensors
+from tinydiff.ops.network import Block, Config, Streams, Tensors
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Cond, Plan, Row
 from tinydiff.records import Request
 
-Config = Any
-"""A family's own frozen dataclass. Its fields are the names in the checkpoint's config.json."""
 Recipe = Callable[[Config, Context, Request], LoopInputs | tuple[Stage, ...]]
 """(config, context of the loaded model, request) -> the loop's inputs, or the stages of several loops."""
 Keys = Callable[[Config], KeyMap]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy
 import torch
@@ -258,7 +257,7 @@ def _text(context: Context, text: str, length: int) -> Tensor:
     return states[:, SKIPPED:]
 
 
-def _states(c: Any) -> tuple[int]:
+def _states(c: decoder_lm.Config) -> tuple[int]:
     """Which states of a language model with this config are read."""
     return (c.num_hidden_layers + 1 + HIDDEN_STATE,)
 

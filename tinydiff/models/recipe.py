@@ -22,7 +22,7 @@ from torch import Tensor
 from tinydiff import entries
 from tinydiff.entries import Entries, EntryDict
 from tinydiff.ops import store as stores
-from tinydiff.ops.network import Family, Network
+from tinydiff.ops.network import Config, Family, Network
 from tinydiff.ops.patch import patchify, unpatchify
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.dtensors import DTensor, Sharding, as_dtensors, full, replaced
@@ -44,7 +44,7 @@ class Net(Generic[F]):
     """
 
     family: F
-    config: Any
+    config: Config
     plan: Plan
     weights: dict[str, Tensor]
     dtype: torch.dtype
@@ -280,7 +280,7 @@ def refined(request: Request, refinement: Refinement) -> Request:
     )
 
 
-def latent_size(vae: Any, output: Output) -> tuple[int, int, int]:
+def latent_size(vae: Config, output: Output) -> tuple[int, int, int]:
     """The (F, H, W) of an output's latents. vae: the autoencoder's config."""
     stride = vae.scale_factor_spatial
     return (
@@ -339,14 +339,14 @@ Patch = tuple[int, int, int]
 """Latents per token along frames, height and width."""
 
 
-def token_count(vae: Any, output: Output, patch: Patch) -> int:
+def token_count(vae: Config, output: Output, patch: Patch) -> int:
     """How many tokens an output's latents have."""
     return prod(n // p for n, p in zip(latent_size(vae, output), patch, strict=True))
 
 
 def on_grid(
     branches: Sequence[dict[str, Tensor]],
-    vae: Any,
+    vae: Config,
     output: Output,
     patch: Patch,
     given_tokens: GivenTokens | None = None,

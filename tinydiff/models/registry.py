@@ -7,7 +7,7 @@ Defaults come from the model cards (steps, guidance, shift, sizes) and each repo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from tinydiff.entries import Entries, EntryDict
 from tinydiff.records import GuidanceTerms, UserError, nearest
@@ -121,7 +121,7 @@ def _wan(
     shift: float,
     params: int,
     shape: tuple[int, int, int],
-    **more: Any,
+    **more: object,
 ) -> ReleasedModel:
     """A Wan model. shape: its layers, heads and input channels."""
     names = ("num_layers", "num_attention_heads", "in_channels")

@@ -5,13 +5,12 @@ A test holds the rows of every family to the operations that torch counts in one
 
 from __future__ import annotations
 
-from typing import Any
-
 from tinydiff.models.family import Autoencoder, Denoiser
+from tinydiff.ops.network import Config
 from tinydiff.parallel.cost import CostModel
 
 
-def cost_model(family: Denoiser, config: Any) -> CostModel:
+def cost_model(family: Denoiser, config: Config) -> CostModel:
     """A family's network as its costs see it."""
     rows = tuple(family.spec(config))
     blocks = [[row for row in rows if row.name.startswith(f"{at}.")] for _, at in family.blocks(config)]
@@ -28,7 +27,7 @@ def cost_model(family: Denoiser, config: Any) -> CostModel:
 
 
 def decode_bytes(
-    vae: Autoencoder, c: Any, frames: int, height: int, width: int, passes: int, ranks: int, b: int
+    vae: Autoencoder, c: Config, frames: int, height: int, width: int, passes: int, ranks: int, b: int
 ) -> int | None:
     """Bytes at the peak of decoding an image or video whose rows are divided over ranks.
 

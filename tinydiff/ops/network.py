@@ -18,6 +18,8 @@ from tinydiff.ops.weights import Weights
 from tinydiff.parallel import sequence
 from tinydiff.parallel.plan import LORA_SCALE, SINGLE, Cond, Plan, Row
 
+Config = Any
+"""A family's own frozen dataclass. Its fields are the names in the checkpoint's config.json."""
 Tensors = dict[str, Tensor]
 Tree = Mapping[str, Mapping[str, Tensor]]
 """Block prefix -> the block's entries of a flat dict, without the prefix; "" -> what belongs to no block."""
@@ -33,7 +35,7 @@ class Block(Protocol):
     """
 
     def __call__(
-        self, c: Any, plan: Plan, w: Weights, x: Any, request: Weights, shared: Tensors, /
+        self, c: Config, plan: Plan, w: Weights, x: Any, request: Weights, shared: Tensors, /
     ) -> Streams: ...
 
 
@@ -45,7 +47,7 @@ class Family(Protocol):
     """What the loop asks of a family. `models.family.Denoiser` is this and more."""
 
     @property
-    def spec(self) -> Callable[[Any], Iterable[Row]]:
+    def spec(self) -> Callable[[Config], Iterable[Row]]:
         """Config -> every weight."""
         ...
 
@@ -68,22 +70,22 @@ class Family(Protocol):
         ...
 
     @property
-    def hoist(self) -> Callable[[Any, Plan, Weights, Tensors, Tensor], tuple[Tensors, Tensors]]:
+    def hoist(self) -> Callable[[Config, Plan, Weights, Tensors, Tensor], tuple[Tensors, Tensors]]:
         """(config, plan, weights, inputs, timesteps [S]) -> (request's tensors, steps' [S, 1 or B, ...])."""
         ...
 
     @property
-    def pre(self) -> Callable[[Any, Plan, Weights, Tensor, Weights, Tensors], Streams]:
+    def pre(self) -> Callable[[Config, Plan, Weights, Tensor, Weights, Tensors], Streams]:
         """(config, plan, weights, tokens [B, L, P], request, step) -> what enters the first block."""
         ...
 
     @property
-    def blocks(self) -> Callable[[Any], Sequence[tuple[Block, str]]]:
+    def blocks(self) -> Callable[[Config], Sequence[tuple[Block, str]]]:
         """Config -> the blocks in order, each as (function, prefix of its weights)."""
         ...
 
     @property
-    def post(self) -> Callable[[Any, Plan, Weights, Any, Weights, Tensors], Tensor]:
+    def post(self) -> Callable[[Config, Plan, Weights, Any, Weights, Tensors], Tensor]:
         """(config, plan, weights, what leaves the last block, request, step) -> velocity [B, L, P]."""
         ...
 
@@ -96,7 +98,7 @@ class Network:
     """
 
     family: Family
-    config: Any
+    config: Config
     plan: Plan = SINGLE
     dtype: torch.dtype = torch.float32
 

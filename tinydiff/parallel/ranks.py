@@ -241,7 +241,7 @@ def describe_failure(rank: int, error: BaseException) -> str:
 
 def start(
     fn: Callable[..., T],
-    args: tuple[Any, ...],
+    args: tuple[object, ...],
     here: int,
     *,
     nodes: int = 1,
@@ -308,7 +308,7 @@ def _end_ranks(number: int, frame: FrameType | None) -> None:
                 os.kill(child.pid, signal.SIGTERM)
 
 
-def _work(folder: str, fn: Callable[..., T], args: tuple[Any, ...]) -> T:
+def _work(folder: str, fn: Callable[..., T], args: tuple[object, ...]) -> T:
     """What a started process does."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no word of its own: the parent speaks for all of them
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

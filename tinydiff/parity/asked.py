@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tinydiff.entries import EntryDict
+from tinydiff.ops.network import Config
 from tinydiff.parallel.plan import Plan
 
 PLAN = Plan()
@@ -24,7 +25,7 @@ class Asked(NamedTuple):
     """Of the family's `hoist`."""
     reference_inputs: EntryDict
     """The reference's keyword arguments."""
-    answer: Callable[[Any], Tensor] = lambda output: output.sample
+    answer: Callable[[Config], Tensor] = lambda output: output.sample
     """What the reference returns -> the velocity of each token."""
     answered: int | None = None
     """Tokens that it answers; pads follow among ours."""

@@ -25,9 +25,10 @@ from tinydiff.models.encoders import (
     t5,
     wav2vec2,
 )
+from tinydiff.ops.network import Config
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Plan
-from tinydiff.parity.reference import Case, built, draw, library
+from tinydiff.parity.reference import Case, Foreign, built, draw, library
 
 PLAN = Plan()
 
@@ -118,7 +119,7 @@ def _language(family: str, class_name: str, **changes: Any) -> Case:
     """family: as transformers begins its classes' names. known: the class that released models name."""
     fields = _TEXT | changes
 
-    def settings() -> Any:
+    def settings() -> Foreign:
         return getattr(library("transformers"), f"{family}Config")(**fields)
 
     def config() -> decoder_lm.Config:
@@ -167,7 +168,7 @@ def _qwen_vision() -> Case:
     return Case(reference, lambda: qwen_vision.spec(c), qwen_vision.key_map(c).row, theirs, ours)
 
 
-def _vision(name: str, module: Any) -> Case:
+def _vision(name: str, module: Foreign) -> Case:
     """A tower of CLIP's layers. name: of its class in transformers, without its ending."""
     fields: EntryDict = {
         "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3,
@@ -197,7 +198,7 @@ def _speech() -> Case:
     fields |= {"vocab_size": 7, "layerdrop": 0.0, "attn_implementation": "eager"}
     x = draw(2, 333)
 
-    def theirs(reference: Any) -> dict[str, Tensor]:
+    def theirs(reference: Foreign) -> dict[str, Tensor]:
         output = reference.wav2vec2(x, output_hidden_states=True)
         states = (*output.hidden_states[:-1], output.last_hidden_state)
         return {f"states.{i}": state for i, state in enumerate(states)}
@@ -225,7 +226,7 @@ def _llava_vision() -> Case:
 
     build = partial(_transformers, "LlavaModel", "LlavaConfig", **entries)
 
-    def theirs(module: Any) -> dict[str, Tensor]:
+    def theirs(module: Foreign) -> dict[str, Tensor]:
         return {"last": torch.stack(list(module.get_image_features(x).pooler_output))}
 
     def ours(w: Weights) -> Iterator[tuple[str, Tensor]]:
@@ -339,7 +340,7 @@ _HUNYUAN15 = hunyuan15.Config(
 )
 
 
-def _autoencoder(module: ModuleType, reference: str, c: Any, frames: int = 1, channels: int = 3) -> Case:
+def _autoencoder(module: ModuleType, reference: str, c: Config, frames: int = 1, channels: int = 3) -> Case:
     """Images or a video to normalised latents, and other latents to pixels; the reference's own latents are
     the raw ones.
     """
@@ -350,7 +351,7 @@ def _autoencoder(module: ModuleType, reference: str, c: Any, frames: int = 1, ch
     videos = module in (wan_vae, hunyuan, hunyuan15)
     pixels_given = x if videos else x[:, :, 0]
 
-    def theirs(net: Any) -> dict[str, Tensor]:
+    def theirs(net: Foreign) -> dict[str, Tensor]:
         encoded = net.encode(pixels_given)
         latents = encoded.latents if module is tiny else encoded.latent_dist.mode()
         pixels = net.decode(_raw(c, net, z if videos else z[:, :, 0])).sample.clamp(-1, 1)
@@ -367,7 +368,7 @@ def _autoencoder(module: ModuleType, reference: str, c: Any, frames: int = 1, ch
     return Case(build, lambda: module.spec(c), module.FAMILY.keys(c).row, theirs, ours)
 
 
-def _statistics(c: Any, net: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics(c: Config, net: Foreign, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the denoiser's latents, as the reference's pipelines take them."""
     if isinstance(c, tiny.Config):
         mean, std = like.new_zeros(1), like.new_ones(1)
@@ -383,13 +384,13 @@ def _statistics(c: Any, net: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     return mean.view(shape), std.view(shape)
 
 
-def _normalised(c: Any, net: Any, z: Tensor) -> Tensor:
+def _normalised(c: Config, net: Foreign, z: Tensor) -> Tensor:
     z = F.pixel_unshuffle(z, 2) if getattr(c, "patch_size", None) == (2, 2) else z
     mean, std = _statistics(c, net, z)
     return (z - mean) / std
 
 
-def _raw(c: Any, net: Any, z: Tensor) -> Tensor:
+def _raw(c: Config, net: Foreign, z: Tensor) -> Tensor:
     mean, std = _statistics(c, net, z)
     z = z * std + mean
     return F.pixel_shuffle(z, 2) if getattr(c, "patch_size", None) == (2, 2) else z

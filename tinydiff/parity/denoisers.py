@@ -31,11 +31,11 @@ from tinydiff.models import (
     z_image,
 )
 from tinydiff.models.evaluate import evaluate
-from tinydiff.ops.network import Network
+from tinydiff.ops.network import Config, Network
 from tinydiff.ops.patch import patchify
 from tinydiff.parity import hunyuan
 from tinydiff.parity.asked import PLAN, TIME, WORDS, Asked
-from tinydiff.parity.reference import Case, built, draw, library, overheard
+from tinydiff.parity.reference import Case, Foreign, built, draw, library, overheard
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Denoiser:
 
     family: family.Denoiser
     reference: str
-    config: Any
-    ask: Callable[[Any], Asked]
+    config: Config
+    ask: Callable[[Config], Asked]
     time: tuple[str, str]
     text: tuple[str, str] | None
     """None where the text enters the blocks as it is given."""
@@ -127,7 +127,7 @@ def _stages(d: Denoiser, asked: Asked, weights: Mapping[str, Tensor]) -> Iterato
     yield "last", velocity[:, : asked.answered]
 
 
-def _joined(output: Any, sequence_first: bool) -> Tensor:
+def _joined(output: Foreign, sequence_first: bool) -> Tensor:
     """What a layer of the reference returns -> [B, tokens, D], both streams one after the other."""
     joined = _concatenated(
         [part for part in (output if isinstance(output, tuple) else (output,)) if part is not None]
@@ -241,10 +241,10 @@ def qwen(*sizes: tuple[int, int], denoised: int = 1) -> Callable[[qwen_image.Con
     return ask
 
 
-def _flux(module: ModuleType, *sizes: tuple[int, int, int]) -> Callable[[Any], Asked]:
+def _flux(module: ModuleType, *sizes: tuple[int, int, int]) -> Callable[[Config], Asked]:
     """FLUX.1, FLUX.2 and Ovis-Image; sizes of the image's latents and of references."""
 
-    def ask(c: Any) -> Asked:
+    def ask(c: Config) -> Asked:
         ids = module.positions(sizes[0], sizes[1:]) if sizes[1:] else module.positions(sizes[0])
         tokens, text = draw(2, len(ids), c.in_channels, seed=2), draw(2, WORDS, c.joint_attention_dim, seed=3)
         inputs = {"text": text, "positions": ids}
@@ -335,12 +335,12 @@ def _ltx2(frozen: bool = False) -> Callable[[ltx2.Config], Asked]:
     return ask
 
 
-def _both_kinds(output: Any) -> Tensor:
+def _both_kinds(output: Foreign) -> Tensor:
     """The velocities of video and sound as one sequence."""
     return torch.cat([output.sample, output.audio_sample], 1)
 
 
-def _ltx2_tables(module: Any) -> None:
+def _ltx2_tables(module: Foreign) -> None:
     """LTX-2 makes its rope tables in float32, and was trained with them; they are made here once."""
     video = module.rope.prepare_video_coords(2, *_LTX2_SIZE, "cpu", fps=25.0)
     sound = module.audio_rope.prepare_audio_coords(2, _LTX2_SOUND, "cpu")
@@ -444,7 +444,7 @@ def _of_wan(config: wan.Config, **more: Any) -> Denoiser:
     return Denoiser(wan.FAMILY, "WanTransformer3DModel", config, _wan(**more), time, text, "patch_embedding")
 
 
-def _of_qwen(config: qwen_image.Config, ask: Callable[[Any], Asked]) -> Denoiser:
+def _of_qwen(config: qwen_image.Config, ask: Callable[[Config], Asked]) -> Denoiser:
     time = (f"{_FIRST}.img_mod.1", f"{_FIRST}.img_mod")
     return Denoiser(
         qwen_image.FAMILY, "QwenImageTransformer2DModel", config, ask, time, ("txt_in", "text"), "img_in"
@@ -454,7 +454,7 @@ def _of_qwen(config: qwen_image.Config, ask: Callable[[Any], Asked]) -> Denoiser
 def _of_flux(
     module: ModuleType,
     reference: str,
-    config: Any,
+    config: Config,
     time: tuple[str, str],
     sinusoid: str,
     *references: tuple[int, int],
@@ -526,7 +526,7 @@ def _of_hunyuan15(parts: Sequence[str] = (), **changes: Any) -> Denoiser:
     )
 
 
-def _sinusoids_15(module: Any) -> None:
+def _sinusoids_15(module: Foreign) -> None:
     projections = [module.time_embed.time_proj, module.context_embedder.time_text_embed.time_proj]
     if module.time_embed.use_meanflow:
         projections.append(module.time_embed.time_proj_r)

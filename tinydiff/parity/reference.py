@@ -22,9 +22,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tinydiff.entries import EntryDict
+from tinydiff.ops.network import Config
 from tinydiff.ops.weights import Weights
 from tinydiff.parallel.plan import Row
 from tinydiff.records import UserError
+
+Foreign = Any
+"""A network, config or output of a reference library, which has no types here."""
 
 BOUND = 1e-10
 """The largest error that is none: in float64 rounding leaves about 1e-15 a layer."""
@@ -135,7 +139,7 @@ def versions(names: Iterable[str]) -> dict[str, str | None]:
     return {name: of(name) for name in names}
 
 
-def built(kind: Any, config: Any) -> nn.Module:
+def built(kind: Foreign, config: Config) -> nn.Module:
     """A class of diffusers from one of our configs: the fields that it knows."""
     known = inspect.signature(kind.__init__).parameters
     return kind(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -28,6 +28,7 @@ from tinydiff.models.family import Autoencoder, Denoiser, Encoder, Record
 from tinydiff.models.recipe import Net
 from tinydiff.models.registry import ReleasedModel
 from tinydiff.ops.attention import BACKENDS, serves
+from tinydiff.ops.network import Config
 from tinydiff.ops.store import Berth
 from tinydiff.parallel.dtensors import Sharding
 from tinydiff.parallel.plan import ALONE, Group, Plan
@@ -37,7 +38,7 @@ from tinydiff.residency import OnOom, PerformanceMode
 from tinydiff.runtime import components, loras, offload, quantisation
 from tinydiff.runtime.component_config import preprocessed, read_config
 from tinydiff.runtime.components import SHIPPED as SHIPPED
-from tinydiff.runtime.foreign import Foreign
+from tinydiff.runtime.foreign import Foreign, Untyped
 from tinydiff.runtime.net_plan import NetPlan, here
 from tinydiff.runtime.weight_plans import network_placements
 from tinydiff.sampling import solvers
@@ -163,7 +164,7 @@ class Model:
     adapters: Mapping[str, loras.Attached] = field(default_factory=dict[str, loras.Attached])
     replica: Group = ALONE
     """The ranks that answer a request together, of which the first admits it."""
-    pipe: Any = None
+    pipe: Untyped = None
     """The loaded pipeline of another library, where one runs the model."""
 
     @property
@@ -260,7 +261,7 @@ def from_components(checkpoint: Checkpoint, options: ModelOptions) -> Blueprint:
     )
 
 
-def _tiles(options: ModelOptions, vae: Any) -> tuple[bool | None, int | None]:
+def _tiles(options: ModelOptions, vae: Config) -> tuple[bool | None, int | None]:
     """(whether the autoencoder runs on tiles, None where no option says so; the side of a tile)."""
     side, step = options.vae_tile_size, 4 * vae.scale_factor_spatial
     if side is None:
@@ -375,7 +376,7 @@ def _row(checkpoint: Checkpoint, options: ModelOptions) -> tuple[ReleasedModel, 
     return row, row is registry.find(name)
 
 
-def _needed_layers(name: str, config: Any, takes: tuple[int, ...], checkpoint: Checkpoint) -> Any:
+def _needed_layers(name: str, config: Config, takes: tuple[int, ...], checkpoint: Checkpoint) -> Config:
     """A language model with only as many layers as its highest used hidden state needs.
 
     takes: the states; negative ones count from the end.

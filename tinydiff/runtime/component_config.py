@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any
 
 from tinydiff.entries import is_object, typed
 from tinydiff.io.sources import Component
 from tinydiff.models.family import Encoder, Record
+from tinydiff.ops.network import Config
 from tinydiff.records import UserError, nearest
 
 DECODED = ("bitsandbytes", "modelopt")
 """Methods of a quantization_config whose weights `io.quantised` decodes."""
 
 
-def read_config(family: Record, component: Component) -> Any:
+def read_config(family: Record, component: Component) -> Config:
     """The network's `Config` from its config.json.
 
     Raises UserError for a field whose meaning is unknown, or a value out of range.
@@ -53,7 +53,7 @@ def _of_whole_weights(stored: Mapping[str, object]) -> Mapping[str, object]:
     return {name: value for name, value in stored.items() if name != "quantization_config"}
 
 
-def _config(family: Record, stored: Mapping[str, object], class_name: str) -> Any:
+def _config(family: Record, stored: Mapping[str, object], class_name: str) -> Config:
     """The Config whose fields are the file's own; an unknown field that holds null says nothing."""
     entries = {name: value for name, value in stored.items() if not name.startswith("_")}
     known = {f.name for f in fields(family.config)}
@@ -62,7 +62,7 @@ def _config(family: Record, stored: Mapping[str, object], class_name: str) -> An
     return family.config(**typed(family.config, entries))
 
 
-def preprocessed(family: Encoder, config: Any, component: Component) -> Any:
+def preprocessed(family: Encoder, config: Config, component: Component) -> Config:
     """An encoder's Config with what the preprocessor's files say.
 
     transformers 5 may keep that in processor_config.json.

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tinydiff.config import ModelOptions
 from tinydiff.entries import Entries
@@ -25,11 +24,12 @@ from tinydiff.models import registry, released
 from tinydiff.models.classes import RECORDS
 from tinydiff.models.family import Denoiser
 from tinydiff.models.layouts.recognise import Found, config_from, layouts_of, prefixes, recognise
+from tinydiff.ops.network import Config
 from tinydiff.records import UserError, check_known
 
 log = logging.getLogger(__name__)
 
-Keys = Callable[[Any], KeyMap]
+Keys = Callable[[Config], KeyMap]
 """Config -> where the rows of such a network stand in a file."""
 
 ADDED = {"spatial_upsampler": "latent_upsampler", "duration_head": "duration_head"}

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -26,7 +26,7 @@ from tinydiff.models.registry import ReleasedModel
 from tinydiff.records import UserError, check_known, nearest, shown
 from tinydiff.runtime import foreign_placement, foreign_settings, loras
 from tinydiff.runtime.blueprint import DTYPES, SHIPPED, Blueprint, Model, here
-from tinydiff.runtime.foreign import Foreign
+from tinydiff.runtime.foreign import Foreign, Untyped
 from tinydiff.runtime.foreign_call import OUTPUTS
 from tinydiff.runtime.foreign_settings import DENOISERS, explained
 
@@ -55,7 +55,7 @@ def installed() -> bool:
     return find_spec("diffusers") is not None
 
 
-def _library() -> Any:
+def _library() -> Untyped:
     """The package diffusers. Raises UserError where it is not installed."""
     if not installed():
         raise UserError("backend", f"backend: 'diffusers' is not installed; {INSTALL}")
@@ -115,7 +115,7 @@ def read(options: ModelOptions) -> Blueprint:
     )
 
 
-def _takes(pipeline: type[Any]) -> EntryDict:
+def _takes(pipeline: type[Untyped]) -> EntryDict:
     """What a call of a class takes, as fields of `Foreign`."""
     parameters = list(inspect.signature(pipeline.__call__).parameters.values())[1:]
     named = [each for each in parameters if each.kind is not each.VAR_KEYWORD]
@@ -127,7 +127,7 @@ def _takes(pipeline: type[Any]) -> EntryDict:
     }
 
 
-def _modular(library: Any, directory: Path, options: ModelOptions) -> tuple[type[Any], EntryDict]:
+def _modular(library: Untyped, directory: Path, options: ModelOptions) -> tuple[type[Untyped], EntryDict]:
     """The class of a pipeline of blocks, and what its blocks take."""
     with explained("model_path", f"read the blocks of {options.model_path!r}"):
         pipe = _blocks_of(library, directory, options)
@@ -137,7 +137,7 @@ def _modular(library: Any, directory: Path, options: ModelOptions) -> tuple[type
     if output is None:
         message = f"the blocks of {options.model_path!r} make {', '.join(outputs) or 'nothing'}"
         raise UserError("model_path", f"model_path: {message}, and neither images nor frames")
-    return cast(type[Any], type(pipe)), {
+    return cast(type[Untyped], type(pipe)), {
         "arguments": {each.name: each.default for each in inputs},
         "needed": (),  # which of them are needed depends on the blocks that run
         "open": False,
@@ -145,7 +145,7 @@ def _modular(library: Any, directory: Path, options: ModelOptions) -> tuple[type
     }
 
 
-def _blocks_of(library: Any, directory: Path, options: ModelOptions) -> Any:
+def _blocks_of(library: Untyped, directory: Path, options: ModelOptions) -> Untyped:
     """A pipeline of blocks without its networks. Raises UserError for code that is not trusted."""
     stored = read_json(directory / MODULAR)
     code = "auto_map" in stored or (directory / "modular_config.json").is_file()
@@ -156,7 +156,7 @@ def _blocks_of(library: Any, directory: Path, options: ModelOptions) -> Any:
     return library.ModularPipeline.from_pretrained(str(directory.absolute()), **trusted)
 
 
-def _directory(library: Any, options: ModelOptions) -> Path:
+def _directory(library: Untyped, options: ModelOptions) -> Path:
     """The model's directory; what diffusers needs of a hub id is downloaded."""
     if options.model_path == registry.SHIPPED:
         return SHIPPED
@@ -200,7 +200,9 @@ def components_of(index: Entries) -> dict[str, tuple[str, str]]:
     }
 
 
-def _pipeline_class(library: Any, directory: Path, index: Entries, options: ModelOptions) -> type[Any]:
+def _pipeline_class(
+    library: Untyped, directory: Path, index: Entries, options: ModelOptions
+) -> type[Untyped]:
     """The class that runs the model: diffusers' own, or one in the model's code where that is trusted."""
     named, field = index.get("_class_name"), "model_path"
     if options.pipeline_class_name is not None:
@@ -214,7 +216,7 @@ def _pipeline_class(library: Any, directory: Path, index: Entries, options: Mode
     if is_array(named):
         from diffusers.utils import dynamic_modules_utils
 
-        load_class = cast(Any, dynamic_modules_utils).get_class_from_dynamic_module  # it is not annotated
+        load_class = cast(Untyped, dynamic_modules_utils).get_class_from_dynamic_module  # it is not annotated
         with explained("model_path", f"load {named[-1]} from {file}"):
             return load_class(str(directory.absolute()), file, class_name=named[-1], trust_remote_code=True)
     found = getattr(library, named, None) if isinstance(named, str) else None
@@ -251,7 +253,7 @@ def _precisions(index: Entries, options: ModelOptions) -> dict[str, str]:
     return {name: asked.get(name) or usual for name in models}
 
 
-def _quantization(options: ModelOptions, components: Collection[str]) -> Any:
+def _quantization(options: ModelOptions, components: Collection[str]) -> Untyped:
     """How diffusers is to quantise the components; None where the options do not say. Raises UserError."""
     field, file = "diffusers_quantization_config", options.diffusers_quantization_config
     if file is None:
@@ -298,11 +300,11 @@ def _row(foreign: Foreign, name: str) -> ReleasedModel:
     )
 
 
-def _whole(value: Any) -> int:
+def _whole(value: Untyped) -> int:
     return int(value) if isinstance(value, int | float) else 0
 
 
-def _entry(foreign: Foreign, name: str) -> Any:
+def _entry(foreign: Foreign, name: str) -> Untyped:
     """An entry of the denoiser's config.json."""
     files = (foreign.directory / each / "config.json" for each in DENOISERS)
     return next((read_json(file).get(name) for file in files if file.is_file()), None)
@@ -319,7 +321,10 @@ def _side(foreign: Foreign) -> int:
 
 
 def load(
-    blueprint: Blueprint, ranks: Any = None, merge_adapters: bool = False, requests: Sequence[Any] = ()
+    blueprint: Blueprint,
+    ranks: object = None,
+    merge_adapters: bool = False,
+    requests: Sequence[object] = (),
 ) -> Model:
     """Load the pipeline and set what the options ask for. Raises UserError."""
     foreign = blueprint.foreign
@@ -356,11 +361,11 @@ def load(
     return Model(blueprint, {}, {}, pipe=pipe)
 
 
-def _component(library: str, class_name: str, path: str, dtype: Any, option: str) -> Any:
+def _component(library: str, class_name: str, path: str, dtype: Untyped, option: str) -> Untyped:
     """The component at a path, of the class that its own config names, else of the listed one."""
     from diffusers.pipelines import pipeline_loading_utils
 
-    class_of = cast(Any, pipeline_loading_utils).simple_get_class_obj  # it is not annotated
+    class_of = cast(Untyped, pipeline_loading_utils).simple_get_class_obj  # it is not annotated
     place = paths.path(path, option)
     kind, stored = paths.kind(place), place / "config.json"
     entries = read_json(stored) if kind == "directory" and stored.is_file() else {}

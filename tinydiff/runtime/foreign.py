@@ -11,6 +11,9 @@ from tinydiff.config import ModelOptions
 from tinydiff.entries import Entries
 from tinydiff.runtime.loras import Chosen
 
+Untyped = Any
+"""An object of another library, which has no types here."""
+
 
 @dataclass(frozen=True)
 class Foreign:
@@ -22,7 +25,7 @@ class Foreign:
 
     library: str
     version: str
-    pipeline: Any
+    pipeline: Untyped
     directory: Path
     options: ModelOptions
     arguments: Entries

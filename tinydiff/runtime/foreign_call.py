@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import numpy
 import torch
@@ -14,6 +14,7 @@ import torch
 from tinydiff.entries import EntryDict
 from tinydiff.records import Request, UserError
 from tinydiff.runtime.blueprint import Model
+from tinydiff.runtime.foreign import Untyped
 from tinydiff.runtime.shortage import short_of_memory
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ class StepBar:
     """Stands in for the progress bar of a pipeline, which it moves after each step; told to `on_step`."""
 
     def __init__(
-        self, on_step: Callable[[int, int], None], iterable: Iterable[Any] = (), total: int | None = None
+        self, on_step: Callable[[int, int], None], iterable: Iterable[Untyped] = (), total: int | None = None
     ) -> None:
         self._on_step, self._iterable = on_step, iterable
         self._done, self._total = 0, len(list(iterable)) if total is None else total
@@ -36,7 +37,7 @@ class StepBar:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Untyped]:
         for each in self._iterable:
             yield each
             self.update()
@@ -90,7 +91,7 @@ def call(
     return _frames(made), {name: value for name, value in told.items() if value is not None}
 
 
-def _blocks(block: Any) -> Iterator[Any]:
+def _blocks(block: Untyped) -> Iterator[Untyped]:
     """A block of a modular pipeline, and all in it."""
     if block is not None:
         yield block
@@ -109,7 +110,7 @@ def _as_images(value: object) -> object:
     return value
 
 
-def _frames(made: Any) -> numpy.ndarray:
+def _frames(made: Untyped) -> numpy.ndarray:
     """The frames of an output of a pipeline, uint8 [frames, height, width, 3]."""
     value = next((getattr(made, name) for name in OUTPUTS if getattr(made, name, None) is not None), made)
     if value is made and isinstance(made, tuple):
@@ -121,7 +122,7 @@ def _frames(made: Any) -> numpy.ndarray:
     return frames.repeat(3, -1) if frames.shape[-1] == 1 else frames[..., :3]
 
 
-def _array(value: Any) -> numpy.ndarray:
+def _array(value: Untyped) -> numpy.ndarray:
     """Arrays, tensors with channels before height and width, and PIL images, or lists of them, as an array
     with channels last.
     """

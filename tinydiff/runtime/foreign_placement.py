@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
-from typing import Any
 
 import torch
 
 from tinydiff.config import ModelOptions
 from tinydiff.records import UserError, check_known
+from tinydiff.runtime.foreign import Untyped
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def check(options: ModelOptions) -> None:
         raise UserError("dit_layerwise_offload", f"dit_layerwise_offload: {message}")
 
 
-def place(pipe: Any, options: ModelOptions, device: torch.device, components: Collection[str]) -> None:
+def place(pipe: Untyped, options: ModelOptions, device: torch.device, components: Collection[str]) -> None:
     """Move a pipeline to the device, or let it come there part by part where the options ask for that."""
     whole = _chosen(options, "component-offload", components)
     layers = _chosen(options, "layerwise-offload", components)

@@ -206,7 +206,7 @@ def parameters(
     return entries | {foreign.library: foreign.version, "tinydiff": __version__, "torch": torch.__version__}
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     """Whether JSON can hold a value that says something."""
     if value is None or isinstance(value, numpy.ndarray | tuple):
         return False

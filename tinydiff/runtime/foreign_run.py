@@ -170,7 +170,7 @@ class Slot:
 def make_slot(
     model: Model,
     request: Request,
-    conditioning: Any,
+    conditioning: object,
     job: str,
     index: int,
     priority: int = 0,

@@ -7,14 +7,13 @@ import logging
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 
 from tinydiff import environment, paths
 from tinydiff.config import ModelOptions
 from tinydiff.records import UserError
-from tinydiff.runtime.foreign import Foreign
+from tinydiff.runtime.foreign import Foreign, Untyped
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +36,14 @@ def explained(field: str, doing: str) -> Generator[None]:
         raise UserError(field, f"{field}: diffusers cannot {doing}: {said}") from error
 
 
-def denoisers(pipe: Any) -> Iterator[tuple[str, Any]]:
+def denoisers(pipe: Untyped) -> Iterator[tuple[str, Untyped]]:
     """The pipeline's denoising networks, by name."""
     for name in DENOISERS:
         if hasattr(net := getattr(pipe, name, None), "forward"):
             yield name, net
 
 
-def set_vae(pipe: Any, options: ModelOptions) -> None:
+def set_vae(pipe: Untyped, options: ModelOptions) -> None:
     """Set tiling and slicing of the autoencoder as the options ask. Raises UserError."""
     vae = getattr(pipe, "vae", None)
     for option, method in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
@@ -56,7 +55,7 @@ def set_vae(pipe: Any, options: ModelOptions) -> None:
                 getattr(vae, method)()
 
 
-def set_attention(pipe: Any, backend: str | None) -> None:
+def set_attention(pipe: Untyped, backend: str | None) -> None:
     """Let every denoiser use an attention backend of diffusers."""
     field = "diffusers_attention_backend"
     for name, net in () if backend is None else denoisers(pipe):
@@ -73,7 +72,7 @@ def set_attention(pipe: Any, backend: str | None) -> None:
                 raise UserError(field, f"{field}: the attention of the {name} can be native or xformers only")
 
 
-def set_cache(pipe: Any, file: str | None) -> None:
+def set_cache(pipe: Untyped, file: str | None) -> None:
     """Switch on the package cache-dit, with the settings of a file, else those of the environment."""
     settings = environment.cache_dit()
     if file is None and settings is None:
@@ -82,13 +81,13 @@ def set_cache(pipe: Any, file: str | None) -> None:
     if find_spec("cache_dit") is None:
         message = "the package cache-dit is not installed; `pip install cache-dit` adds it"
         raise UserError(field, f"{field}: {message}")
-    cache_dit: Any = importlib.import_module("cache_dit")
+    cache_dit: Untyped = importlib.import_module("cache_dit")
     with explained(field, "cache the steps of this pipeline"):
         told = {"cache_config": settings} if file is None else str(paths.path(file, field))
         cache_dit.enable_cache(pipe, **cache_dit.load_configs(told))
 
 
-def load_loras(pipe: Any, foreign: Foreign) -> None:
+def load_loras(pipe: Untyped, foreign: Foreign) -> None:
     """Load the adapters that the options name. Raises UserError."""
     adapters = foreign.adapters
     if not adapters:
@@ -109,7 +108,7 @@ def load_loras(pipe: Any, foreign: Foreign) -> None:
             pipe.unload_lora_weights()
 
 
-def compile_blocks(pipe: Any) -> None:
+def compile_blocks(pipe: Untyped) -> None:
     """Compile each kind of repeated block of the denoisers, or the whole where a class names none."""
     for _, net in denoisers(pipe):
         with explained("enable_torch_compile", "compile the denoiser"):

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from tinydiff import environment
 from tinydiff.config import Options, ParallelOptions
@@ -166,7 +166,7 @@ def start_ranks(
     asked: ParallelOptions,
     ranks: int,
     fn: Callable[..., T],
-    args: tuple[Any, ...],
+    args: tuple[object, ...],
     timeout: int = TIMEOUT,
     graceful: bool = False,
 ) -> dict[int, T]:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 from tinydiff.config import ModelOptions
 from tinydiff.entries import Entries
@@ -24,6 +24,7 @@ from tinydiff.parallel.plan import decoded_row
 from tinydiff.records import UserError, nearest
 from tinydiff.runtime import adapters
 from tinydiff.runtime.components import SHIPPED
+from tinydiff.runtime.net_plan import Described
 
 log = logging.getLogger(__name__)
 
@@ -163,16 +164,6 @@ def adapter_file(source: str, weight_name: str | None = None, field: str = "lora
     return usual[0] if usual else next(iter(files.values()))
 
 
-class Network(Protocol):
-    """A network before or after its weights are there."""
-
-    @property
-    def family(self) -> Any: ...
-
-    @property
-    def config(self) -> Any: ...
-
-
 def attach(
     nets: Mapping[str, Net[Record]], read: Sequence[Read], mode: Mode = "auto", prefer_merged: bool = False
 ) -> tuple[dict[str, Net[Record]], dict[str, Attached]]:
@@ -217,7 +208,7 @@ def attach(
     return changed, attached
 
 
-def read(each: Chosen, nets: Mapping[str, Network]) -> Read:
+def read(each: Chosen, nets: Mapping[str, Described]) -> Read:
     """Read an adapter's file for the components that it may change. Raises UserError."""
     can = {name: net for name, net in nets.items() if net.family.role in ("dit", "text_encoder")}
     if each.target not in ("all", *can):
@@ -233,7 +224,7 @@ def read(each: Chosen, nets: Mapping[str, Network]) -> Read:
     return Read(each, adapter)
 
 
-def _component(net: Network) -> Component:
+def _component(net: Described) -> Component:
     rows = {row.name: row for row in map(decoded_row, net.family.spec(net.config))}
     own = net.family.keys(net.config)
     spellings = (own,) if any(line.alias for line in own.lines) else ()

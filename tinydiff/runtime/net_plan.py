@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -19,6 +19,16 @@ R_co = TypeVar("R_co", bound=Record, covariant=True)
 def here() -> torch.device:
     """Where this process computes."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Described(Protocol):
+    """A network before or after its weights are loaded."""
+
+    @property
+    def family(self) -> Record: ...
+
+    @property
+    def config(self) -> Config: ...
 
 
 @dataclass(frozen=True)

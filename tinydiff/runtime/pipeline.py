@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy
 import torch
@@ -26,7 +26,7 @@ from tinydiff.models.family import Denoiser
 from tinydiff.models.recipe import Context, LoopInputs, Net, Stage, as_frames, token_count
 from tinydiff.ops import store as stores
 from tinydiff.ops.host import of_array
-from tinydiff.ops.network import RESIDENT, Network
+from tinydiff.ops.network import RESIDENT, Config, Network
 from tinydiff.ops.norm import compute_dtype
 from tinydiff.parallel import sequence
 from tinydiff.parallel.plan import Plan
@@ -188,7 +188,7 @@ def make_context(model: Model, request: Request, warn: Callable[[str], None] = l
     return context
 
 
-def _check_strides(vae: Any, pixels: Tensor, latents: Tensor) -> None:
+def _check_strides(vae: Config, pixels: Tensor, latents: Tensor) -> None:
     """Raises UserError where the latents of an input image do not have the size that the autoencoder's config
     says, so that they would not fit the latents of the output. Without an input image the config is trusted,
     as in diffusers.

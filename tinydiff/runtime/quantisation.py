@@ -14,7 +14,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import lru_cache, reduce
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tinydiff.config import ModelOptions
 from tinydiff.io.weight_sources import kept_kinds
@@ -121,7 +121,7 @@ def _kinds(net: NetPlan[Record], options: ModelOptions) -> dict[str, tuple[str, 
 
 
 def held(
-    family: Record, config: Any, files: Path, keys: KeyMap, variant: str | None = None
+    family: Record, config: object, files: Path, keys: KeyMap, variant: str | None = None
 ) -> dict[str, tuple[str, int]]:
     """The matrices of a network's blocks that stay as its files have them. UserError for broken ones."""
     able = {row.name: row for row in matrices(family, config)}
@@ -131,7 +131,7 @@ def held(
     return {name: own[name] for name in own.keys() & able.keys() if _divides(able[name], *own[name])}
 
 
-def matrices(family: Record, config: Any) -> Iterator[Row]:
+def matrices(family: Record, config: object) -> Iterator[Row]:
     """The matrices of the blocks of a denoiser or an encoder, which `ops.linear` alone reads."""
     rows = list(family.spec(config))
     if isinstance(family, Denoiser):
@@ -178,7 +178,7 @@ def keeping(family: R, kinds: frozenset[Kind]) -> R:
     """
     stays = dict(kinds)
 
-    def spec(config: Any) -> Iterator[Row]:
+    def spec(config: object) -> Iterator[Row]:
         for row in family.spec(config):
             if row.name in stays:
                 yield from kept_rows(row, *stays[row.name])

@@ -31,7 +31,7 @@ class Setting:
 _backends: Any = torch.backends
 
 
-def _attribute(owner: Any, name: str, *fresh: Any) -> Setting:
+def _attribute(owner: object, name: str, *fresh: object) -> Setting:
     return Setting(lambda: getattr(owner, name), lambda value: setattr(owner, name, value), fresh)
 
 

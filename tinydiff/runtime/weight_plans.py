@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
 
+from tinydiff.models.family import Denoiser
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.placements import WeightMesh, placements, size, weight_mesh
 from tinydiff.parallel.plan import Placement, Row
 from tinydiff.parallel.shards import why_indivisible
-
-
-class Network(Protocol):
-    """A network before its weights are there."""
-
-    @property
-    def family(self) -> Any: ...
-
-    @property
-    def config(self) -> Any: ...
+from tinydiff.runtime.net_plan import Described
 
 
 @dataclass(frozen=True)
@@ -37,7 +28,7 @@ class NetworkPlacements:
     whole: str | None = None
 
 
-def network_placements(net: Network, layout: Layout) -> NetworkPlacements:
+def network_placements(net: Described, layout: Layout) -> NetworkPlacements:
     """Where each weight of a network lies.
 
     An encoder whose weights the ranks cannot share evenly is whole on all of them. Such a denoiser is refused
@@ -48,6 +39,7 @@ def network_placements(net: Network, layout: Layout) -> NetworkPlacements:
     if role != "dit" and mesh.split and (ranks := size(layout, mesh.split)) > 1:
         why = why_indivisible(rows, ranks)
         mesh = mesh if why is None else weight_mesh(layout, role, whole=True)
-    blocks = frozenset(at for _, at in net.family.blocks(net.config)) if mesh.blocks else frozenset[str]()
+    stack = net.family.blocks(net.config) if mesh.blocks and isinstance(net.family, Denoiser) else ()
+    blocks = frozenset(prefix for _, prefix in stack)
     sizes = tuple(size(layout, axis) for axis in mesh.axes)
     return NetworkPlacements(rows, mesh, sizes, placements(rows, mesh, blocks), blocks, why)

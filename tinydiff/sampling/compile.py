@@ -186,7 +186,7 @@ def per_size(fn: Callable[..., Any]) -> Callable[..., Any]:
     def graph(*_shapes: torch.Size) -> Callable[..., Any]:
         return torch.compile(_own_code(fn), fullgraph=True, dynamic=False)
 
-    def call(*tensors: Any) -> Any:
+    def call(*tensors: object) -> Any:
         with _own_settings():
             return graph(*(x.shape for x in tree_leaves(tensors)))(*tensors)
 

@@ -11,7 +11,7 @@ whose decisions these are. Shape letters: B images, L tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from tinydiff.parallel.sequence import sum_over_tokens
 
 Memory = dict[str, Tensor]
 """Tensors that pass from step to step. Each keeps its shape, dtype and strides."""
-Choose = Callable[[Tensor, Callable[[], tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]], Any]
+Tensors = Callable[[], tuple[Tensor, ...]]
+Choose = Callable[[Tensor, Tensors, Tensors], tuple[Tensor, ...]]
 """(bool [], function if true, function if false) -> the result of one of them."""
 
 
@@ -45,12 +46,12 @@ class Limits(NamedTuple):
     """int64. So many steps one after another take over at most."""
 
 
-def choose_now(condition: Tensor, if_true: Callable[[], Any], if_false: Callable[[], Any]) -> Any:
+def choose_now(condition: Tensor, if_true: Tensors, if_false: Tensors) -> tuple[Tensor, ...]:
     """A `Choose` that reads the condition from the device."""
     return if_true() if condition.item() else if_false()
 
 
-def choose_in_graph(condition: Tensor, if_true: Callable[[], Any], if_false: Callable[[], Any]) -> Any:
+def choose_in_graph(condition: Tensor, if_true: Tensors, if_false: Tensors) -> tuple[Tensor, ...]:
     """A `Choose` within a compiled graph."""
     return torch.cond(condition, if_true, if_false, ())  # pyright: ignore[reportUnknownMemberType]
 

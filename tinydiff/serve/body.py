@@ -75,7 +75,7 @@ def too_large(most: int) -> Refusal:
     return Refusal(413, "request_too_large", message)
 
 
-def fingerprint(body: Any) -> str:
+def fingerprint(body: object) -> str:
     """A hash of the body's names and values; the boundary of a form does not change it."""
 
     def short(data: bytes) -> str:
@@ -244,7 +244,7 @@ def _transposed(name: str, columns: dict[str, object]) -> list[dict[str, object]
     return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
 
 
-def _check_values(name: str, value: Any, depth: int = 0) -> None:
+def _check_values(name: str, value: object, depth: int = 0) -> None:
     """Raise UserError for NUL, half a surrogate pair, and nesting deeper than MOST_DEPTH."""
     name = name[:80]
     if depth > MOST_DEPTH:
@@ -260,7 +260,7 @@ def _check_values(name: str, value: Any, depth: int = 0) -> None:
             _check_values(name, inner, depth + 1)
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return {list: "list", str: "string", bool: "boolean", type(None): "null"}.get(type(value), "number")
 
 

@@ -48,12 +48,12 @@ class Field(NamedTuple):
     schema: Schema
 
 
-def mistake(name: str, value: Any, wanted: str) -> UserError:
+def mistake(name: str, value: object, wanted: str) -> UserError:
     """The error of a value that is not what is wanted."""
     return UserError(name, f"{name}: {show(value)} is not {wanted}")
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """A value as messages show it."""
     if isinstance(value, bytes):
         return "a file"
@@ -62,7 +62,7 @@ def show(value: Any) -> str:
     return shown(value)
 
 
-def read_string(name: str, value: Any, most: int = MOST_WORD) -> str:
+def read_string(name: str, value: object, most: int = MOST_WORD) -> str:
     """A string of at most `most` characters. Raises UserError."""
     if not isinstance(value, str):
         raise mistake(name, value, "a string")
@@ -71,7 +71,7 @@ def read_string(name: str, value: Any, most: int = MOST_WORD) -> str:
     return value
 
 
-def read_boolean(name: str, value: Any, in_form: bool) -> bool:
+def read_boolean(name: str, value: object, in_form: bool) -> bool:
     """A boolean, or in a form the word for one. Raises UserError."""
     if in_form and isinstance(value, str):
         value = {"true": True, "false": False}.get(value[:8].lower(), value)
@@ -81,14 +81,14 @@ def read_boolean(name: str, value: Any, in_form: bool) -> bool:
 
 
 def _string(description: str) -> Field:
-    def read(name: str, value: Any, in_form: bool) -> str:
+    def read(name: str, value: object, in_form: bool) -> str:
         return read_string(name, value)
 
     return Field(read, schemas.string(description, maxLength=MOST_WORD))
 
 
 def _integer(description: str, least: int, most: int) -> Field:
-    def read(name: str, value: Any, in_form: bool) -> int:
+    def read(name: str, value: object, in_form: bool) -> int:
         if in_form and isinstance(value, str) and re.fullmatch("-?[0-9]{1,18}", value):
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool):
@@ -118,14 +118,14 @@ def _choice(description: str, *choices: str, **aliases: str) -> Field:
 _SIZE = "auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4}"
 
 
-def _read_size(name: str, value: Any, in_form: bool) -> str:
+def _read_size(name: str, value: object, in_form: bool) -> str:
     if not isinstance(value, str) or not re.fullmatch(_SIZE, value):
         message = f'{name}: {show(value)} must be "auto" or WIDTHxHEIGHT in pixels, such as "1024x768"'
         raise UserError(name, message)
     return value
 
 
-def _read_seconds(name: str, value: Any, in_form: bool) -> float:
+def _read_seconds(name: str, value: object, in_form: bool) -> float:
     """A number, or a string with one, as OpenAI has it."""
     if isinstance(value, str) and not NUMBERS.fullmatch(value):
         raise mistake(name, value, 'a number of seconds, such as "4"')

@@ -116,7 +116,7 @@ class Retries:
         return job if job.status == "completed" and recent else None
 
 
-def _remember(memory: OrderedDict[str, Any], identity: str, value: Any) -> None:
+def _remember(memory: OrderedDict[str, Any], identity: str, value: object) -> None:
     memory[identity] = value
     memory.move_to_end(identity)
     if len(memory) > MOST_REMEMBERED:

@@ -24,7 +24,7 @@ def obj(
     required: tuple[str, ...] | None = None,
     closed: bool = False,
     optional: Schema | None = None,
-    **more: Any,
+    **more: object,
 ) -> Schema:
     """An object.
 

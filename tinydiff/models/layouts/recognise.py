@@ -18,7 +18,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from tinydiff.entries import Entries, typed
 from tinydiff.keymap import KeyMap, Shape
@@ -39,6 +38,7 @@ from tinydiff.models.layouts import (
     z_image,
 )
 from tinydiff.models.layouts.table import Layout, Sizes
+from tinydiff.ops.network import Config
 from tinydiff.records import UserError
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -113,7 +113,7 @@ class Found:
     entries: Entries
     models: tuple[str, ...]
 
-    def keys(self, config: Any) -> KeyMap:
+    def keys(self, config: object) -> KeyMap:
         """Where the rows of a network with this config stand in the file."""
         return self.layout.keys(config, self.prefix)
 
@@ -152,7 +152,7 @@ def recognise(
     return tuple(sorted(found, key=lambda each: ROLES.index(each.role)))
 
 
-def key_maps(record: Record, config: Any) -> tuple[KeyMap, ...]:
+def key_maps(record: Record, config: object) -> tuple[KeyMap, ...]:
     """Where the rows of a network stand in files of each layout that holds it."""
     return tuple(dict.fromkeys(layout.keys(config) for layout in layouts_of(record)))
 
@@ -163,7 +163,7 @@ def layouts_of(record: Record) -> list[Layout]:
     return [layout for layout in LAYOUTS if RECORDS[layout.class_name] is record]
 
 
-def config_from(class_name: str, entries: Entries) -> Any:
+def config_from(class_name: str, entries: Entries) -> Config:
     """The network's Config of entries of a config.json. ValueError where they make none."""
     record = RECORDS[class_name]
     if record.read is not None:
@@ -227,7 +227,7 @@ def _fits(part: Sizes, prefix: str, why: list[str]) -> Iterator[Found]:
             yield Found(RECORDS[layout.class_name].role, layout.class_name, layout, prefix, entries, models)
 
 
-def _released(class_name: str, entries: Entries, config: Any) -> Iterator[str]:
+def _released(class_name: str, entries: Entries, config: object) -> Iterator[str]:
     """The released models with a component of these shapes, and of what else the file says it has.
 
     An output head that it has not may be tied or left out.
@@ -249,5 +249,5 @@ def _released(class_name: str, entries: Entries, config: Any) -> Iterator[str]:
             yield model
 
 
-def _shapes(class_name: str, config: Any) -> dict[str, Shape]:
+def _shapes(class_name: str, config: object) -> dict[str, Shape]:
     return {row.name: row.shape for row in RECORDS[class_name].spec(config)}

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from tinydiff.entries import Entries
 from tinydiff.keymap import KeyMap, Line, Shape
+from tinydiff.ops.network import Config
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class Layout:
     name: str
     class_name: str
     signs: tuple[str, ...]
-    lines: Callable[[Any], tuple[Line, ...]]
+    lines: Callable[[Config], tuple[Line, ...]]
     entries: Callable[[Sizes], Entries]
     lacks: tuple[str, ...] = ()
 
-    def keys(self, config: Any, prefix: str = "") -> KeyMap:
+    def keys(self, config: object, prefix: str = "") -> KeyMap:
         """Where the rows of a network with this config stand in a file, below a prefix of its keys."""
         return KeyMap(self.lines(config), prefix)
 
