@@ -200,7 +200,7 @@ def _hunyuan15(
     )  # fmt: skip
 
 
-_LTX2: dict[str, Any] = {
+_LTX2: EntryDict = {
     "num_frames": 121, "fps": 24, "text_tokens": 1024, "size_multiple": 32, "frame_multiple": 8,
     "images": (0, 16), "refine_sigmas": (0.909375, 0.725, 0.421875), "sound": True,
 }  # fmt: skip

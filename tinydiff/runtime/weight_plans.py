@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from tinydiff.models.family import Denoiser
 from tinydiff.parallel.layout import Layout
@@ -39,7 +40,7 @@ def network_placements(net: Described, layout: Layout) -> NetworkPlacements:
     if role != "dit" and mesh.split and (ranks := size(layout, mesh.split)) > 1:
         why = why_indivisible(rows, ranks)
         mesh = mesh if why is None else weight_mesh(layout, role, whole=True)
-    stack = net.family.blocks(net.config) if mesh.blocks and isinstance(net.family, Denoiser) else ()
+    stack = cast(Denoiser, net.family).blocks(net.config) if mesh.blocks else ()
     blocks = frozenset(prefix for _, prefix in stack)
     sizes = tuple(size(layout, axis) for axis in mesh.axes)
     return NetworkPlacements(rows, mesh, sizes, placements(rows, mesh, blocks), blocks, why)
