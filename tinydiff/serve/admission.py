@@ -1,5 +1,6 @@
-"""Admission: from a request's body to a checked job, its input images and sound fetched and kept among the
-files.
+"""Admission: from a request's body to a checked job.
+
+Its input images and sound are fetched and kept among the files.
 
 Nothing about an input file is trusted: not where a URL leads, nor what a header, a media type or an
 extension says of its bytes.
