@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from tests.parallel.pool import on_ranks
-from tests.parity import close
-from tinydiff.models import sd3, z_image
+from tests.parity import close, draw
+from tests.runtime import s2v
+from tinydiff.models import sd3, wan_s2v, z_image
+from tinydiff.models.family import Denoiser
 from tinydiff.models.recipe import Net
+from tinydiff.models.wan_s2v_recipe import layout as places_of
 from tinydiff.parallel import sequence
 from tinydiff.parallel.layout import Layout
 from tinydiff.parallel.plan import Plan
@@ -33,8 +39,34 @@ LAYOUTS = {
     "cfg x ulysses": Layout(cfg=2, ulysses=2),
     "cfg x tp, full sharding": Layout(cfg=2, tp=2, fsdp=True),
 }
+S2V = "Wan, speech to video"
+"""Its class is in no library, so it is not among those that are compared with one."""
 FULLEST = list({d.reference: name for name, d in DENOISERS.items()}.values())
 """The last case of each family, with all that its requests may give."""
+
+
+class Subject(NamedTuple):
+    """A network that is in no library."""
+
+    family: Denoiser
+    config: Any
+    ask: Callable[[Any], Any]
+
+
+def speech(c):
+    """A segment that continues another."""
+    places = places_of(c, (3, 6, 8), True)
+    inputs = places | {
+        "text": draw(1, 7, c.text_dim, seed=1),
+        "reference": draw(1, 12, 4 * c.in_dim, seed=2),
+        "motion": draw(1, c.in_dim, 3, 6, 8, seed=3),
+        "audio": draw(1, c.audio_states, c.audio_dim, c.motion_frames + 12, seed=4),
+    }
+    tokens = draw(1, len(places["positions"]), 4 * c.in_dim, seed=5)
+    return SimpleNamespace(inputs=inputs, tokens=tokens, kinds=())
+
+
+SUBJECTS = DENOISERS | {S2V: Subject(wan_s2v.FAMILY, s2v.CONFIG, speech)}
 EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 TABLE = solvers.with_guidance(solvers.from_scheduler_config(EULER, 2), 3.0)
 
@@ -70,7 +102,7 @@ def denoised(name, plan, fsdp=False, dtype=torch.float64, run=loop.eager_denoise
 
     adapt: the network in memory -> the same with adapters. limits: those of a step cache.
     """
-    d = DENOISERS[name]
+    d = SUBJECTS[name]
     if d.family is sd3.FAMILY:
         d = replace(
             d, config=replace(d.config, out_channels=d.config.in_channels)
@@ -109,7 +141,8 @@ def names(case):
     """All cases where two ranks communicate in one way, and where sequences lie on two axes: what a request
     gives is sharded there as on any other four.
     """
-    return list(DENOISERS) if LAYOUTS[case].size == 2 or case == "ring x ulysses" else FULLEST
+    every = LAYOUTS[case].size == 2 or case == "ring x ulysses"
+    return [*(DENOISERS if every else FULLEST), S2V]
 
 
 @cache

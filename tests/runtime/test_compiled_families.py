@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.parity import draw
+from tests.runtime import s2v
 from tinydiff.models import (
     ernie,
     flux,
@@ -22,6 +23,8 @@ from tinydiff.models import (
     ovis,
     qwen_image,
     sd3,
+    wan_s2v,
+    wan_s2v_recipe,
     z_image,
 )
 from tinydiff.models.family import Denoiser
@@ -199,6 +202,33 @@ def test_one_graph_serves_videos_with_sound_of_all_lengths():
         branches = [{"text": text, "audio_text": text, **places} for text in prompts]
         network = loop.hoist(Network(family, LTX2), weights(family, LTX2), branches, rows)
         noise = draw(1, prod(size) + sound, 16, seed=steps).float()
+        runs = [loop.run(denoise, rows, noise, lambda _, made=network: made) for denoise in (fast, eager)]
+        same(*(list(run)[-1].x for run in runs))
+        assert (graph_count(), graph_breaks()) == (before + 1, broken)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("dynamo")
+def test_one_graph_serves_all_segments_of_a_video_and_all_its_sizes():
+    """Of speech to video: only later segments have past frames. Another length of segments compiles again."""
+    family, c = wan_s2v.FAMILY, s2v.CONFIG
+    eager, fast = (
+        make(Network(family, c), guidance.classifier_free) for make in (loop.eager_denoise, compiled_denoise)
+    )
+    before, broken = graph_count(), graph_breaks()
+    for size, past, steps, scale in (((2, 4, 4), 0, 4, 3.0), ((2, 6, 8), 3, 3, 1.5), ((2, 8, 6), 2, 5, 4.0)):
+        rows = solvers.with_guidance(solvers.from_scheduler_config(SCHEDULER, steps), scale)
+        places = wan_s2v_recipe.layout(c, size, past > 0)
+        shared = places | {"reference": draw(1, size[1] * size[2] // 4, 4 * c.in_dim, seed=1).float()}
+        if past:
+            shared["motion"] = draw(1, c.in_dim, past, *size[1:], seed=2).float()
+        sound = draw(1, c.audio_states, c.audio_dim, c.motion_frames + 4 * size[0], seed=3).float()
+        branches = [
+            shared | {"text": draw(1, 9, c.text_dim, seed=seed).float(), "audio": sound * (1 - seed)}
+            for seed in range(2)
+        ]
+        network = loop.hoist(Network(family, c), weights(family, c), branches, rows)
+        noise = draw(1, len(places["positions"]), 4 * c.in_dim, seed=steps).float()
         runs = [loop.run(denoise, rows, noise, lambda _, made=network: made) for denoise in (fast, eager)]
         same(*(list(run)[-1].x for run in runs))
         assert (graph_count(), graph_breaks()) == (before + 1, broken)

@@ -184,7 +184,6 @@ CONDS = (
     *(cond for cond in wan.CONDS if cond.name != "concat"),
     Cond("added", "image", dim=1),
     Cond("frames", "image", shared=True),
-    Cond("heard", "image", dim=2, shared=True),
 )
 """The tensors of a request that belong to no block."""
 
@@ -256,8 +255,6 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
 
     tokens, whole = encode_audio(c, w, inputs["audio"].to(dtype))
     tokens = tokens[:, c.past :]
-    of_frame = torch.arange(tokens.shape[1], device=tokens.device).repeat_interleave(tokens.shape[2])
-    request["heard"] = (inputs["frames"][:, None] == of_frame)[None, None]
     sound = tokens.flatten(1, 2)
     heads = (-1, c.dim // c.num_heads)
     for i, at in enumerate(_injectors(c)):
@@ -267,8 +264,9 @@ def hoist(c: Config, plan: Plan, w: Weights, inputs: Tensors, timesteps_S: Tenso
         request[f"{at}.v"] = torch.unflatten(linear(sound, a / "v"), -1, heads)
         if whole is not None:
             layer = w / "audio_injector" / "injector_adain_layers" / i / "linear"
-            shift, scale = linear(F.silu(whole[:, c.past :]), layer).chunk(2, -1)
-            request[f"{at}.shift"], request[f"{at}.scale"] = shift.contiguous(), scale.contiguous()
+            both = linear(F.silu(whole[:, c.past :]), layer).chunk(2, -1)
+            for name, half in zip(("shift", "scale"), both, strict=True):
+                request[f"{at}.{name}"] = half.clone(memory_format=torch.contiguous_format)
     return request, steps
 
 
@@ -320,8 +318,9 @@ def inject(c: Config, plan: Plan, w: Weights, x_BLD: Tensor, request: Weights, s
     q = rms_norm_across(plan, linear(y, w / "q"), w / "norm_q", INJECTOR_EPS)
     # every rank holds the whole sound, and not every kernel of attention takes a mask
     alone = replace(without_sequence(plan), attention="sdpa")
-    q = torch.unflatten(q, -1, (-1, c.dim // c.num_heads))
-    y = attention(alone, q, request["k"], request["v"], shared["heard"])
+    q, k = torch.unflatten(q, -1, (-1, c.dim // c.num_heads)), request["k"]
+    of_frame = torch.arange(k.shape[1], device=k.device) // (c.num_audio_token + 1)
+    y = attention(alone, q, k, request["v"], (shared["frames"][:, None] == of_frame)[None, None])
     y = x_BLD + linear_sum(plan, y.flatten(2), w / "o")
     return torch.where(shared["frozen"], x_BLD, y)
 
