@@ -30,6 +30,7 @@ from tinydiff.models import recipe, registry
 from tinydiff.models.registry import DISTILLED_SIGMAS
 from tinydiff.records import GuidanceTerms, UserError
 from tinydiff.runtime import pipeline
+from tinydiff.runtime.device import Device
 
 PROMPT, TOKENS, SIZE, FRAMES, FPS = " A red circle and a star 日本 ", 16, (64, 96), 17, 24
 ROW = replace(
@@ -143,6 +144,21 @@ def test_the_prompt_decides_how_long_the_video_is(both, monkeypatch):
     assert settled.output.num_frames == state.get("num_frames") == len(made.frames) < 41
     assert settled.output == replace(request.output, num_frames=len(made.frames))
     same(made, tokens, seen, state)
+
+
+def test_a_server_says_how_many_frames_the_prompt_asked_for(both):
+    """A job's outputs and its parameters have them, whatever was planned for."""
+    model = both[1]
+    device = Device({"model": model.blueprint}, 1)
+    device.current.model = model
+    bounds = {"auto_duration_min_seconds": 0.3, "auto_duration_max_seconds": 2.0}
+    request = request_for(model, auto_duration=True, num_inference_steps=1, **bounds)
+    settled = device.condition("job", request).settled(request)
+    device.start("job", 0)
+    while not (result := device.step()).done:
+        assert result.error is None
+    made, parameters = device.finish("job", 0)
+    assert parameters["num_frames"] == settled.output.num_frames == len(made.frames) < 41
 
 
 @pytest.mark.parametrize(

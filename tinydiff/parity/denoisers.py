@@ -573,7 +573,6 @@ DENOISERS = {
     "LTX-2, a given first frame": _of_ltx2(replace(_LTX2, rope_type="interleaved"), frozen=True),
     "LTX-2.3": _of_ltx2(_LTX23),
     "LTX-2.3, a given first frame": _of_ltx2(_LTX23, frozen=True),
-    "LTX-2.5": _of_ltx2(_LTX25),
     "LTX-2.5, a given first frame": _of_ltx2(_LTX25, frozen=True),
     "LTX-2.5, keys of the prompt for all steps": _of_ltx2(
         replace(_LTX25, use_prompt_adaln_single=False, audio_ff_bias=False)
