@@ -399,11 +399,6 @@ def test_a_missing_feature_may_be_turned_off(argv: list[str]):
         (["--hsdp-shard-dim", "2"], "several GPUs"),
         (["--enable-nccl-nvls"], "several GPUs"),
         (["--quantization-rank", "32"], "quantisation"),
-        (["--vae-quantization", "fp8"], "component_quantizations"),
-        (
-            ["--component-quantizations.vae", "fp8", "--component-quantizations", "transformer=int8"],
-            "'vae=fp8,transformer=int8'",
-        ),
         (["--component-direct-gpu-weight-loading.vae"], "'vae=True'"),
         (["--enable-teacache"], "not supported yet: step caches"),
         (["--enable-teacache"], "step caches"),

@@ -130,6 +130,21 @@ def test_the_options_shown_ask_generate_for_that_layout(name):
 # --- the command
 
 
+def test_the_commands_that_are_printed_quantise_as_the_plan_does(capsys):
+    given = ["--quantization", "fp8", "--quantization-ignored-layers", "attn.to_"]
+    given += ["--component-quantizations", "text_encoder=int8"]
+    words = "--quantization fp8 --component-quantizations text_encoder=int8"
+    words = f"tinydiff generate {words} --quantization-ignored-layers attn.to_"
+    assert f"`{words} --num-gpus 2`" in printed(
+        capsys, "FLUX.1-dev", "--num-gpus", "2", "--vram", "80", *given
+    )
+    alone = printed(capsys, "FLUX.1-dev", "--vram", "80", *given)
+    assert f"`{words}" in alone and "text_encoder in int8" in alone
+    assert "`tinydiff generate --num-gpus 2`" in printed(
+        capsys, "FLUX.1-dev", "--num-gpus", "2", "--vram", "80"
+    )
+
+
 def test_what_is_printed(capsys):
     first, why, _, head, *lines = printed(
         capsys, "FLUX.1-dev", "--num-gpus", "2", "--vram", "80"

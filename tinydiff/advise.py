@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
@@ -55,6 +56,9 @@ class PlanOptions:
     dit_precision: Precision = "bf16"
     """Data type of the denoiser."""
     quantization: Literal["fp8", "int8", "none"] | None = same(ModelOptions, "quantization")
+    component_quantizations: Mapping[str, Literal["fp8", "int8", "none"]] = same(
+        ModelOptions, "component_quantizations"
+    )
     quantization_ignored_layers: tuple[str, ...] = same(ModelOptions, "quantization_ignored_layers")
     tflops: float = within(400.0, above=0)
     """10^12 operations per second that a GPU reaches. An H100 peaks at 989."""
@@ -186,6 +190,16 @@ def flags(layout: Layout) -> str:
     return " ".join([*axes, *switches])
 
 
+def quantized(question: PlanOptions) -> Iterator[str]:
+    """The options of `generate` that quantise as the plan assumes."""
+    if question.quantization is not None:
+        yield f"--quantization {question.quantization}"
+    if own := question.component_quantizations:
+        yield f"--component-quantizations {','.join(f'{name}={value}' for name, value in own.items())}"
+    if layers := question.quantization_ignored_layers:
+        yield f"--quantization-ignored-layers {shlex.join(layers)}"
+
+
 COUNTS = {2: "two", 3: "three", 4: "four"}
 WHY = {
     "cfg": "the branches of guidance exchange data once per step",
@@ -205,7 +219,8 @@ def best(estimates: Sequence[Estimate]) -> Estimate:
 def peak(question: PlanOptions, plain: Estimate, usual: Layout | None) -> str:
     """One line: what the layout needs on any GPU. usual: the layout that `generate` selects by itself."""
     chosen = plain.layout == usual and question.num_gpus > 1
-    how = f", which `tinydiff generate --num-gpus {question.num_gpus}` selects," if chosen else ""
+    command = " ".join(["tinydiff generate", *quantized(question), f"--num-gpus {question.num_gpus}"])
+    how = f", which `{command}` selects," if chosen else ""
     needs = f"needs {plain.total / 1e9:.1f} GB at its peak and takes {plain.seconds:.3g} s/step"
     return f"{named(plain.layout)}{how} {needs}"
 
@@ -219,7 +234,7 @@ def reason(question: PlanOptions, vram: float, first: Estimate, usual: Layout | 
     if layout.size == 1:
         return "one GPU has room"
     parts = (name for name in (*AXES, "encoders", "fsdp") if int(getattr(layout, name)) > (name in AXES))
-    command = f"tinydiff generate --num-gpus {question.num_gpus}"
+    command = " ".join(["tinydiff generate", *quantized(question), f"--num-gpus {question.num_gpus}"])
     how = f"`{command}` selects it" if layout == usual else f"`{command} {flags(layout)}`"
     return f"{named(layout)} is the fastest that fits: {'; '.join(WHY[name] for name in parts)}. {how}"
 
@@ -228,7 +243,7 @@ def in_memory(question: PlanOptions, plan: MemoryPlan) -> str:
     """One line: the expected peak of the memory plan, how to select it, and whether the machine has room."""
     from tinydiff.runtime import memory
 
-    options = memory.flags(plan)
+    options = " ".join([*quantized(question), *filter(None, [memory.flags(plan)])])
     how = f"`tinydiff generate {options}`" if options else "`tinydiff generate` as it is"
     if not plan.fits:
         lacks = (plan.peak - plan.room) / 1e9
@@ -306,6 +321,8 @@ def assumptions(question: PlanOptions, subject: Subject, reserved: float, refere
     yield "  image encoder and autoencoder in fp32"
     if question.quantization in ("fp8", "int8"):
         yield f"  linear layers of the denoiser's blocks in {question.quantization}"
+    for name, value in question.component_quantizations.items():
+        yield f"  linear layers of the blocks of {name} " + ("decoded" if value == "none" else f"in {value}")
     yield "activations: what a step needs beside weights, without torch.compile, and what is computed before"
     yield "total: weights, and the larger of activations and decoding;"
     yield f"  {reserved:g} GB more must be free for the driver and libraries"

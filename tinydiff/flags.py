@@ -66,6 +66,7 @@ MAPS = (
     "component_paths",
     "component_attention_backends",
     "component_precisions",
+    "component_quantizations",
     "component_weights_paths",
     "loras",
     "refine_loras",

@@ -13,8 +13,7 @@ HSDP, KV gathering and tiles shared by several GPUs
     diffusion_decoder_parallel_tiling=true|false
 choosing GPUs or a NUMA node by number
     base_gpu_id=0 gpu_ids=0 numa_node=0
-quantisation of single components, to 4 bits and of caches
-    component_quantizations=
+quantisation to 4 bits and of caches
     component_quantization_ignored_layers= enable_svdquant=false quantization_precision=
     quantization_rank= quantization_act_unsigned=false dit_config.quant_config= kv_cache_quant=off
     kv_cache_quant_centroids= kv_cache_quant_block_size= kv_cache_quant_stages= kv_cache_quant_iters=
@@ -89,7 +88,6 @@ accepts no value.
 """
 
 MAPS = (
-    "component_quantizations",
     "component_quantization_ignored_layers",
     "component_direct_gpu_weight_loading",
 )
@@ -111,6 +109,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "component_attention_backends": tuple(ATTENTION.split()),
     "encoder_parallel": ("dp",),
     "quantization": tuple(QUANTIZATION.split()),
+    "component_quantizations": tuple(QUANTIZATION.split()),
 }
 """Option -> SGLang's values of it."""
 

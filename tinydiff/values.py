@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, field, fields, is_dataclass
+from dataclasses import MISSING, Field, field, fields, is_dataclass
 from functools import cache
 from itertools import chain, pairwise
 from pathlib import Path
@@ -63,7 +63,10 @@ def within(
 def same(record: type, name: str) -> Any:
     """A field that is an option of another record: its default, bounds and description."""
     entry = record.__dataclass_fields__[name]
-    return field(default=entry.default, metadata={**entry.metadata, "same": record})
+    metadata = {**entry.metadata, "same": record}
+    if entry.default_factory is not MISSING:
+        return field(default_factory=entry.default_factory, metadata=metadata)
+    return field(default=entry.default, metadata=metadata)
 
 
 def positional(default: str | None = "") -> Any:

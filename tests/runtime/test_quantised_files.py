@@ -208,6 +208,33 @@ def test_an_encoder_keeps_its_type_too(folder, tmp_path):
     assert torch.equal(latents(away), want)
 
 
+def test_single_components_are_quantised_as_asked(folder, files):
+    def types(model, name, prefix):
+        own = model.nets[name].weights
+        return {
+            x.dtype for key, x in own.items() if key.startswith(prefix) and x.ndim == 2 and "scale" not in key
+        }
+
+    def of(file=None, **options):
+        model = loaded(folder, file, **options)
+        return dict(model.blueprint.quantised), types(model, "transformer_2", "blocks")
+
+    both = {"transformer": "int8", "transformer_2": "int8"}
+    own = {"text_encoder": "fp8", "transformer": "int8"}
+    assert of(component_quantizations=own)[0] == both | {"text_encoder": "fp8"}
+    made = of(quantization="fp8", component_quantizations={"transformer_2": "int8"})
+    assert made[0] == both and torch.int8 in made[1]
+    assert of(files["int8"])[0] == both
+    assert of(files["int8"], component_quantizations={"transformer": "none"})[0] == {}
+    model = loaded(folder, component_quantizations={"text_encoder": "int8"})
+    base = loaded(folder)
+    rows = base.nets["text_encoder"].weights
+    key = next(key for key, x in model.nets["text_encoder"].weights.items() if x.dtype == torch.int8)
+    codes, _ = quantised("int8", rows[key])
+    assert torch.equal(model.nets["text_encoder"].weights[key], codes)
+    assert not torch.equal(latents(model), latents(base))
+
+
 def test_adapters_stay_beside_quantised_weights(folder, tmp_path):
     a, b = torch.randn(2, 24), torch.randn(24, 2)
     name = "transformer.blocks.0.attn1.to_q"
@@ -229,6 +256,22 @@ def test_adapters_stay_beside_quantised_weights(folder, tmp_path):
     [
         ({"quantization": "fp9"}, "quantization: 'fp9' is not one of fp8, int8, none"),
         ({"quantization": "modelopt"}, "quantization: .*not supported yet"),
+        (
+            {"component_quantizations": {"vae": "fp8"}},
+            "component_quantizations: 'vae' is none of the components with layers to quantise: text_enc",
+        ),
+        (
+            {"component_quantizations": {"text_encoder": "mxfp4"}},
+            "text_encoder: 'mxfp4' is not supported yet; choose one of fp8, int8, none",
+        ),
+        (
+            {"component_quantizations": {"text_encoder": "fp4"}},
+            "component_quantizations.*'fp4' is not one of",
+        ),
+        (
+            {"component_quantizations": {"transformer": "fp8", "transformer_2": "int8"}},
+            "component_quantizations: transformer and transformer_2 .* they are given fp8 and int8",
+        ),
         (
             {"quantization_ignored_layers": ("ffn",)},
             "quantization_ignored_layers: leaves layers as they are .* --quantization says to what",

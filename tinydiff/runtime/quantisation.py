@@ -53,20 +53,20 @@ def settled(
     Raises UserError for options that contradict each other or name no layer. capability: gives the compute
     capability of the GPU, None on a CPU; it is called only where fp8 is to be compiled.
     """
-    if options.quantization == "fp8" and (have := _too_old(options, capability)):
+    asked = _asked(nets, options)
+    experts = [name for name, net in nets.items() if net.family.role == "dit"]
+    field = "component_quantizations" if options.component_quantizations else "quantization"
+    if any(asked[name] == "fp8" for name in experts) and (have := _too_old(options, capability)):
         had, needed = (".".join(map(str, each)) for each in (have, E4M3_SINCE))
         message = (
             f"'fp8' with enable_torch_compile needs a GPU of compute capability {needed}; this one has {had}"
         )
-        raise UserError("quantization", f"quantization: {message}; take int8")
-    if options.quantization_ignored_layers and options.quantization not in TYPES:
+        raise UserError(field, f"{field}: {message}; take int8")
+    if options.quantization_ignored_layers and not any(asked[name] in TYPES for name in experts):
         field = "quantization_ignored_layers"
         message = "leaves layers as they are while others are quantised; --quantization says to what"
         raise UserError(field, f"{field}: {message}")
-    if options.quantization == "none":
-        return dict(nets)
-    kinds = {name: frozenset(_kinds(net, options).items()) for name, net in nets.items()}
-    experts = [name for name, net in nets.items() if net.family.role == "dit"]
+    kinds = {name: frozenset(_kinds(net, asked[name], options).items()) for name, net in nets.items()}
     shared = reduce(frozenset[Kind].__and__, (kinds[name] for name in experts))
     kinds |= dict.fromkeys(experts, shared)
     has_e4m3 = any(stored == TYPES["fp8"] for name in experts for _, (stored, _) in kinds[name])
@@ -79,6 +79,26 @@ def settled(
     for name, net in changed.items():
         log.info("%s: %d weights stay in %s", name, len(kept[name]), of(net.family.spec(net.config)))
     return dict(nets) | changed
+
+
+def _asked(nets: Mapping[str, NetPlan[Record]], options: ModelOptions) -> dict[str, str | None]:
+    """What each network's weights are to be quantised to: fp8, int8, none; None where nothing is asked."""
+    own, field = options.component_quantizations, "component_quantizations"
+    able = [name for name, net in nets.items() if next(matrices(net.family, net.config), None)]
+    experts = [name for name, net in nets.items() if net.family.role == "dit"]
+    for name in own:
+        if name not in able:
+            message = f"{name!r} is none of the components with layers to quantise: {', '.join(able)}"
+            raise UserError(field, f"{field}: {message}{nearest(name, able)}")
+    general = {
+        name: options.quantization if name in experts or options.quantization == "none" else None
+        for name in nets
+    }
+    of_experts = {own[name] for name in experts if name in own}
+    if len(of_experts) > 1:
+        message = f"{' and '.join(experts)} take turns with the same graph, so they take the same value"
+        raise UserError(field, f"{field}: {message}; they are given {' and '.join(sorted(of_experts))}")
+    return general | dict(own) | {name: each for name in experts for each in of_experts}
 
 
 def _without_e4m3(name: str, kinds: frozenset[Kind]) -> Iterator[Kind]:
@@ -107,17 +127,20 @@ def named(types: Iterable[str]) -> str | None:
     return " and ".join(sorted(counts, key=lambda name: (-counts[name], name))) or None
 
 
-def _kinds(net: NetPlan[Record], options: ModelOptions) -> dict[str, tuple[str, int]]:
+def _kinds(net: NetPlan[Record], asked: str | None, options: ModelOptions) -> dict[str, tuple[str, int]]:
     """How each weight of a network stays that does not stay in the network's own type."""
+    if asked == "none":
+        return {}
     found: dict[str, tuple[str, int]] = {}
     if net.component.files is not None:
         with suppress(UserError):  # loading tells it, with all there is to tell
             found = held(net.family, net.config, net.component.files, net.keys, options.variant)
-    if options.quantization is None or net.family.role != "dit":
+    if asked is None:
         return found
     able = {row.name for row in matrices(net.family, net.config)}
-    made = able - _ignored(able, options.quantization_ignored_layers)
-    return {name: (TYPES[options.quantization], 1) for name in made} | found
+    ignored = options.quantization_ignored_layers if net.family.role == "dit" else ()
+    made = able - _ignored(able, ignored)
+    return {name: (TYPES[asked], 1) for name in made} | found
 
 
 def held(
