@@ -150,7 +150,7 @@ def test_a_server_says_how_many_frames_the_prompt_asked_for(both):
     """A job's outputs and its parameters have them, whatever was planned for."""
     model = both[1]
     device = Device({"model": model.blueprint}, 1)
-    device.current.model = model
+    device.load()
     bounds = {"auto_duration_min_seconds": 0.3, "auto_duration_max_seconds": 2.0}
     request = request_for(model, auto_duration=True, num_inference_steps=1, **bounds)
     settled = device.condition("job", request).settled(request)
