@@ -104,7 +104,15 @@ BAD = {
     ),
     "wider": (
         GOOD | {"transformer.layer.reshape_weight": torch.tensor([12, 16])},
-        r"widens a weight to \(12, 16\), and the model's is \(12, 8\)",
+        "reads 16 values where the model's layer reads 8: this is a control LoRA, which needs",
+    ),
+    "wider without saying so": (
+        {"transformer.layer.lora_A.weight": randn(4, 16), "transformer.layer.lora_B.weight": randn(12, 4)},
+        "reads 16 values where the model's layer reads 8: .* control LoRA, .*, and the model takes none",
+    ),
+    "of another shape altogether": (
+        GOOD | {"transformer.layer.reshape_weight": torch.tensor([14, 16])},
+        r"widens a weight to \(14, 16\), and the model's is \(12, 8\)",
     ),
     "another size": ({"transformer.layer.diff": randn(5, 5)}, "has a full difference of shape"),
     "weights": (

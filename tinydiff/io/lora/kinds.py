@@ -97,6 +97,7 @@ def build(
         built = Built("replaced weight", changes=changes)
     if "reshape_weight" in parts and tuple(parts["reshape_weight"].int().tolist()) != weight:
         wide = tuple(parts["reshape_weight"].int().tolist())
+        _check_inputs(wide, weight)
         raise ValueError(f"widens a weight to {wide}, and the model's is {weight}")
     magnitude, by_name = parts.get("magnitude"), parts.get("dora_scale")
     if magnitude is not None or by_name is not None:
@@ -131,6 +132,16 @@ def _check(fits: bool, name: str, tensor: Tensor, weight: Shape) -> None:
         )
 
 
+def _check_inputs(wide: Shape, weight: Shape) -> None:
+    """Raises ValueError for a layer with the model's outputs and a multiple of its inputs."""
+    inputs, own = prod(wide[1:]), prod(weight[1:])
+    if wide[:1] == weight[:1] and inputs > own and inputs % own == 0:
+        raise ValueError(
+            f"reads {inputs} values where the model's layer reads {own}: this is a control LoRA, which needs "
+            "a control image beside the latents, and the model takes none"
+        )
+
+
 def _need(parts: Parts, *names: str) -> tuple[Tensor, ...]:
     for name in names:
         if name not in parts:
@@ -162,6 +173,7 @@ def _lora(parts: Parts, shapes: Mapping[str, Shape], scale: Scale) -> Built:
         mid = parts["mid"]
         down = torch.einsum("pq...,qi->pi...", mid, down.flatten(1))
     a, b = down.flatten(1), up.flatten(1)
+    _check_inputs((len(b), a.shape[1]), weight)
     _check(a.shape[1] == prod(weight[1:]), "lora_A (lora_down)", parts["down"], weight)
     _check(b.shape[0] == _rows(weight), "lora_B (lora_up)", up, weight)
     if b.shape[1] != len(a):
