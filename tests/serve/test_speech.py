@@ -2,6 +2,7 @@
 
 import base64
 import io
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -16,7 +17,7 @@ from tinydiff.io import audio
 from tinydiff.io.video import write_video, write_wav
 from tinydiff.records import Sound, UserError
 from tinydiff.runtime import blueprint
-from tinydiff.serve import unpack
+from tinydiff.serve import admission, unpack, warmup
 from tinydiff.serve.app import make_app
 from tinydiff.serve.decoder import Decoder
 
@@ -129,3 +130,21 @@ def test_a_video_holds_sound(tmp_path, speech):
     path = tmp_path / "a.mp4"
     write_video(path, np.zeros((8, 32, 32, 3), np.uint8), ".mp4", 16, sound=audio.read_sound(speech))
     assert unpack.sound_type(path.read_bytes(), "audio_path") == "video/mp4"
+
+
+def test_the_warm_up_has_the_image_and_the_sound_that_the_model_needs(made):
+    [job] = warmup.jobs(made.options, made.models[0])
+    request = admission.admitted(made.models[0].adapters, made.files, made.options, job)
+    assert len(request.images.originals) == 1 and request.output.length == 4
+    assert (request.output.height, request.output.width) == (704, 1024)
+    assert not request.speech.samples.any()
+
+
+@pytest.mark.parametrize("use", ["frames", "references"])
+def test_the_warm_up_of_a_model_that_needs_images(tmp_path, use):
+    made = service(tmp_path, row={"images": (1, 2), "image_use": use})
+    kind = "video" if use == "frames" else "image"
+    jobs = warmup.jobs(replace(made.options, warmup_num_frames=17 if use == "frames" else 1), made.models[0])
+    [request] = [admission.admitted(made.models[0].adapters, made.files, made.options, job) for job in jobs]
+    assert [job.kind for job in jobs] == [kind] and len(request.images.originals) == 1
+    made.scheduler.close()

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import falcon
 
 from tinydiff.config import options
+from tinydiff.io import given
 from tinydiff.records import UserError, shown
 from tinydiff.serve import decoder, outputs
 from tinydiff.serve.body import fingerprint, read_body
@@ -161,13 +162,13 @@ def admitted(adapters: Adapters, files: Files, limits: ServeOptions, job: Job) -
 
 def _decoded(most_pixels: float, path: str, field: str, with_alpha: bool = False) -> numpy.ndarray:
     """The pixels of an input image, decoded in another process."""
-    data, mask = Path(path).read_bytes(), field == "mask_path"
+    data, mask = given.read_bytes(path, field), field == "mask_path"
     return decoder.DECODER.pixels(data, field, most_pixels, with_alpha, mask)
 
 
 def _heard(path: str, rate: int) -> Speech:
     """The sound of an input file, decoded in another process."""
-    return decoder.DECODER.sound(Path(path).read_bytes(), "audio_path", rate)
+    return decoder.DECODER.sound(given.read_bytes(path, "audio_path"), "audio_path", rate)
 
 
 def resolved(service: Service, request: RequestFields, kind: Kind) -> dict[str, Any]:

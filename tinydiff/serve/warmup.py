@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import time
+import wave
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -13,8 +16,12 @@ from tinydiff.serve.options import ServeOptions
 
 if TYPE_CHECKING:
     from tinydiff.records import Request
+    from tinydiff.runtime.blueprint import Blueprint
     from tinydiff.runtime.device import Device
     from tinydiff.serve.service import ServedModel
+
+SILENCE = 3200
+"""Samples of the sound of a warm-up, 0.2 seconds."""
 
 
 def jobs(options: ServeOptions, model: ServedModel) -> list[Job]:
@@ -37,11 +44,38 @@ def jobs(options: ServeOptions, model: ServedModel) -> list[Job]:
                     f"warmup_resolutions: {size!r} is not WIDTHxHEIGHT, such as 1024x768",
                 )
             fields |= {"width": int(width), "height": int(height)}
+        fields |= _inputs(model.blueprint)
         if options.warmup_num_frames is not None:
             fields["num_frames"] = options.warmup_num_frames
         kind = "video" if is_video else "image"
         queued.append(Job("warm-up", kind, time.time(), model=model.name, fields=fields))
     return queued
+
+
+def _inputs(plan: Blueprint) -> dict[str, object]:
+    """What a request of the model must have: grey images of its default aspect, and silence, as data URIs."""
+    row, fields = plan.row, dict[str, object]()
+    least = row.images[0]
+    if least and row.image_use == "frames" and plan.foreign is None:
+        least = min(plan.denoiser.family.input_frames(plan.denoiser.config, plan.options))
+    if least:
+        import numpy
+
+        from tinydiff.io.images import encode_image
+
+        grey = numpy.full((max(row.height // 8, 32), max(row.width // 8, 32), 3), 128, numpy.uint8)
+        fields["image_path"] = [_data_uri("image/png", encode_image(grey, ".png"))] * least
+    if row.speech:
+        silence = io.BytesIO()
+        with wave.open(silence, "wb") as out:
+            out.setparams((1, 2, 16_000, 0, "NONE", ""))
+            out.writeframes(bytes(2 * SILENCE))
+        fields["audio_path"] = _data_uri("audio/wav", silence.getvalue())
+    return fields
+
+
+def _data_uri(media_type: str, data: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
 def batches(
