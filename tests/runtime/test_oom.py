@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tinydiff
+from benchmarks.peak_error import peaks
 from tinydiff import config
 from tinydiff.records import UserError
 from tinydiff.runtime import blueprint, estimate, fit, generate, memory, pipeline
@@ -214,6 +215,19 @@ def test_a_model_that_could_not_load_again_loads_with_the_next_request(monkeypat
         tinydiff.generate(model, SMALL["prompt"], **asked)
     got = tinydiff.generate(model, SMALL["prompt"], **asked)
     assert np.array_equal(got.frames[0], want.frames[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("width", "height", "count"), [(64, 64, 1), (64, 64, 4), (128, 128, 1), (128, 128, 4)]
+)
+def test_the_expected_peak_is_within_a_tenth_of_the_measured_one(precision, width, height, count):
+    """Of the shipped model, weights left out: bytes of the tensors that a run holds at a time, on the CPU."""
+    stages = peaks(width, height, count, precision)
+    expected, measured = (max(each) for each in zip(*stages.values(), strict=True))
+    assert expected == pytest.approx(measured, rel=0.1)
+    denoising = stages["denoise"]
+    assert count > 1 or denoising[0] == pytest.approx(denoising[1], rel=0.1)
 
 
 def test_the_measured_peak_stands_beside_the_expected_one(monkeypatch, caplog):

@@ -207,6 +207,8 @@ class Autoencoder:
     """
     frames_per_pass: Callable[[Config], int] | None = None
     """Latent frames of a pass, where the result depends on them; None where the memory decides."""
+    wide_norms: bool = False
+    """Whether the norms of half types are computed in float32."""
 
     role: ClassVar[Role] = "vae"
     biased: ClassVar[bool] = False

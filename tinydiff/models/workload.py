@@ -35,9 +35,11 @@ def decode_bytes(
     passes: latent frames at once. b: bytes of a value.
     The largest stage holds about three tensors of the width that enters a residual block and one of that
     which leaves it, or what enters and leaves a doubling of the resolution, each (width) (frames of the
-    pass) (pixels) b. Where convolutions look back on frames, there are two more of the width that enters,
-    each two frames longer where passes follow each other, and beside them the last two frames that every
-    convolution has read. Then the pixels decoded so far; in the end three copies of all, on every rank.
+    pass) (pixels) b. Where convolutions look back on frames, there is one more of the width that enters, two
+    where passes follow each other, each two frames longer, and beside them the last two frames that every
+    convolution has read. Where norms of half types are computed in float32, two tensors of that type stand
+    beside three others instead. Then the pixels decoded so far; in the end three copies of all, on every
+    rank.
     """
     if vae.peak is not None:
         return max(vae.peak(c, frames, height, width), 3 * frames * height * width * 3) * b
@@ -54,8 +56,9 @@ def decode_bytes(
     most = past = 0
     for stage in stages:
         for _, inner, outer in stage.blocks:
-            read = looks_back * (now + 2 * (not first)) * places
-            most = max(most, (3 * inner + outer) * now * places + 2 * inner * read * (frames > 1))
+            read = looks_back * (frames > 1) * (1 if first else 2) * inner * (now + 2) * places
+            normed = (inner + 2 * outer + 8 // b * outer) * (vae.wide_norms and b < 4)
+            most = max(most, (3 * inner + outer) * now * places + read, normed * now * places)
             past += (inner + outer) * looks_back * min(now, 2) * places
         if stage.resample is not None:
             wide = stage.blocks[-1][2]

@@ -103,21 +103,21 @@ def parts(subject: Subject) -> tuple[Part, ...]:
     """The components of a subject, for one image on one device."""
     net, work, b = subject.net, subject.work, subject.b
     prefixes = [rows[0].name[: _block_end(rows)] for rows in net.blocks]
-    working = cost.activation_bytes(net, ALONE, work, b) + cost.hoisted_bytes(net, ALONE, work, b)
-    working += cost.decoded_bytes(net.rows)
+    hoisted = cost.hoisted_bytes(net, ALONE, work, b)  # kept for the other outputs of a request
+    working = cost.activation_bytes(net, ALONE, work, b) + hoisted + cost.decoded_bytes(net.rows)
     names = ("transformer", "transformer_2")[: subject.experts]
     steps = -(-work.steps // subject.experts)
     found = [_part(name, net.rows, loop_names(net.rows, prefixes), b, working, steps) for name in names]
     for name, (rows, size) in subject.others.items():
         is_vae = name == "vae"
         need = (
-            subject.decoding[0] or 0
+            (subject.decoding[0] or 0) + hoisted
             if is_vae
             else _encoder_working(rows, max(work.text, work.views), size) + cost.decoded_bytes(rows)
         )
         part = _part(name, rows, numbered(rows), size, need, 1)
-        smaller = is_vae and subject.tiled is not None and subject.tiled < need
-        found.append(replace(part, tiled=subject.tiled) if smaller else part)
+        tiled = need if not is_vae or subject.tiled is None else subject.tiled + hoisted
+        found.append(replace(part, tiled=tiled) if tiled < need else part)
     for name, (weights, working) in subject.after.items():
         found.append(Part(name, weights, (), 0, working, 1, stays=True))
     return tuple(found)
@@ -251,8 +251,9 @@ def flags(plan: MemoryPlan) -> str:
     if not away:
         return " ".join(tiles)
     words = [f"--component-residency {','.join(f'{name}={modes[each.kind]}' for name, each in away.items())}"]
-    kept = {name: each.resident_blocks for name, each in away.items() if each.resident_blocks}
-    if kept:
+    # Zeros too: text_encoder names a group as well, of which text_encoder_2 is.
+    kept = {name: each.resident_blocks for name, each in away.items() if each.kind == "streamed"}
+    if any(kept.values()):
         words.append(f"--layerwise-resident-layers {','.join(f'{name}={n}' for name, n in kept.items())}")
     return " ".join([*words, *tiles])
 

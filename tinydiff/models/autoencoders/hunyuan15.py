@@ -309,4 +309,4 @@ CODER = Coder[Config](
 )
 moments, encode, raw_pixels, decode = CODER.moments, CODER.encode, CODER.raw_pixels, CODER.decode
 
-FAMILY = Autoencoder(Config, spec, encode, decode, up_stages=up_stages)
+FAMILY = Autoencoder(Config, spec, encode, decode, up_stages=up_stages, wide_norms=True)

@@ -332,16 +332,6 @@ def _down(x: Tensor, w: Weights, stage: Stage, past: Past | None, strip: Strip) 
     return x + _average_down(start, x.shape[1], ft, fs)
 
 
-def _up(x: Tensor, w: Weights, stage: Stage, past: Past | None, first: bool, strip: Strip) -> Tensor:
-    start = x
-    for name, _, _ in stage.blocks:
-        x = _block(x, w / name, past, strip)
-    if (r := stage.resample) is None:
-        return x
-    x = _upsample(x, w / r.at, r.time, past, strip)
-    return x + _duplicate_up(start, r.width_out, 2 if r.time else 1, first) if stage.skip else x
-
-
 def _encode_chunk(c: Config, w: Weights, x: Tensor, past: Past | None, strip: Strip) -> Tensor:
     x = _conv(x, w / "conv_in", past, strip)
     for stage in down_stages(c):
@@ -353,8 +343,16 @@ def _encode_chunk(c: Config, w: Weights, x: Tensor, past: Past | None, strip: St
 def _decode_chunk(c: Config, w: Weights, z: Tensor, past: Past | None, strip: Strip) -> Tensor:
     first = not past
     x = _middle(_conv(z, w / "conv_in", past, strip), w / "mid_block", past, strip)
-    for stage in up_stages(c):
-        x = _up(x, w, stage, past, first, strip)
+    for stage in up_stages(
+        c
+    ):  # here and in no function of its own, which would keep what enters a stage alive
+        start = x if stage.skip else None
+        for name, _, _ in stage.blocks:
+            x = _block(x, w / name, past, strip)
+        if (r := stage.resample) is not None:
+            x = _upsample(x, w / r.at, r.time, past, strip)
+            if start is not None:
+                x = x + _duplicate_up(start, r.width_out, 2 if r.time else 1, first)
     return _conv(F.silu(channel_norm(x, w / "norm_out")), w / "conv_out", past, strip)
 
 
@@ -389,4 +387,6 @@ CODER = Coder[Config](
 )
 moments, encode, raw_pixels, decode = CODER.moments, CODER.encode, CODER.raw_pixels, CODER.decode
 
-FAMILY = Autoencoder(Config, spec, encode, decode, up_stages=up_stages, check_runnable=check_statistics)
+FAMILY = Autoencoder(
+    Config, spec, encode, decode, up_stages=up_stages, check_runnable=check_statistics, wide_norms=True
+)
