@@ -491,6 +491,8 @@ NAMES = {
     "Gemma4UnifiedForConditionalGeneration": set(),
     "LTX2DurationHead": set(),
     "SiglipVisionModel": set(),
+    "WanS2VTransformer3DModel": set(),
+    "Wav2Vec2ForCTC": set(),
 }
 """Class, or kind of component, of the released models -> the layouts in which its files are read."""
 
