@@ -16,9 +16,10 @@ from PIL import Image
 from tests.runtime.folders import edit, released
 from tinydiff import config
 from tinydiff.config import ModelOptions, SamplingOptions
+from tinydiff.io.video import write_wav
 from tinydiff.models.recipe import rectangle_side
 from tinydiff.models.registry import MODELS, SHIPPED
-from tinydiff.records import UserError
+from tinydiff.records import Sound, UserError
 from tinydiff.runtime import blueprint
 from tinydiff.runtime.admit import admit
 from tinydiff.runtime.pipeline import solver_table
@@ -77,7 +78,11 @@ def refused(field: str, words: str, call, *args, **fields) -> None:
 def test_defaults_are_the_registrys(row, tmp_path, picture):
     path = row.name if row.name == SHIPPED else released(row.name, tmp_path)
     image = (picture,) * row.images[0]
-    made = request(path, image_path=image, **({"height": row.height, "width": row.width} if image else {}))
+    fields = {"height": row.height, "width": row.width} if image else {}
+    if row.speech:
+        write_wav(tmp_path / "a.wav", Sound(np.zeros((3200, 1), np.float32), 16000))
+        fields["audio_path"] = str(tmp_path / "a.wav")
+    made = request(path, image_path=image, **fields)
     assert (made.output.height, made.output.width, made.output.num_frames, made.output.fps) == (
         row.height,
         row.width,

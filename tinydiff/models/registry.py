@@ -33,7 +33,8 @@ Kind = tuple[str, int, bool, bool]
 class ReleasedModel:
     """A released model: the defaults of a request, and how a model directory is recognised.
 
-    height, width: pixels, multiples of `size_multiple`. num_frames: k * `frame_multiple` + 1. video_frames:
+    height, width: pixels, multiples of `size_multiple`. num_frames: k * `frame_multiple` + 1, of segments
+    without the 1. video_frames:
     the frames of a video where num_frames, the default, gives an image.
     steps, guidance, guidance_2 (of the second expert), boundary_ratio (the part of the schedule in which the
     second expert runs), flow_shift (None: that of the directory's scheduler), stored_shift (that of the
@@ -386,7 +387,8 @@ def named(model_id: str) -> ReleasedModel:
     """The row that --model-id names. Raises UserError with the nearest name."""
     row = find(model_id)
     if row is None:
-        hint = nearest(model_id, [row.name for row in MODELS])
+        begun = [row.name for row in MODELS if row.name.startswith(model_id)]
+        hint = nearest(model_id, begun or [row.name for row in MODELS])
         raise UserError(
             "model_id", f"model_id: {model_id!r} is not a known model (`tinydiff models` lists them){hint}"
         )

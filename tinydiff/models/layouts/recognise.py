@@ -71,6 +71,7 @@ REFUSED = {
     "Chroma": "distilled_guidance_layer",
     "LTX-Video": "adaln_single.emb.timestep_embedder",
     "Wan-VACE": "vace_patch_embedding",
+    "Wan2.2-S2V": "casual_audio_encoder",
     "Wan2.2-Animate": "face_adapter",
     "Wan-Fun camera control": "control_adapter",
     "Wan-Fun control": "ref_conv",
