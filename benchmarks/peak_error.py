@@ -52,7 +52,7 @@ class Stages:
         self.end()
         self.name, self.alive.most = name, sum(size for _, size in self.alive.made.values())
 
-    def on_step(self, step: int, total: int) -> None:
+    def on_step(self, done: int, total: int) -> None:
         pass
 
     def end(self) -> None:
@@ -84,7 +84,7 @@ def peaks(width: int, height: int, count: int, precision: str) -> dict[str, tupl
         stages = Stages(alive)
         library.generate(model, "a red circle", asked, stages)
     stages.end()
-    working = {part.name: part.working for part in fit.expected(model.blueprint, requests).parts}
+    working = {part.name: part.working for part in fit.expected(model.blueprint, requests).footprints}
     return {stage: (working[name], stages.peaks[stage]) for stage, name in PARTS.items()}
 
 
@@ -95,7 +95,8 @@ def main() -> None:
     options.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     asked = options.parse_args()
     for precision, size, count in product(asked.precisions, asked.sizes, asked.counts):
-        for stage, (expected, measured) in peaks(*map(int, size.split("x")), count, precision).items():
+        width, height = map(int, size.split("x"))
+        for stage, (expected, measured) in peaks(width, height, count, precision).items():
             print(f"{precision} {size}, {count} images, {stage}: expected {expected / 1e6:.2f} MB, "
                   f"measured {measured / 1e6:.2f} MB, error {expected / measured - 1:+.0%}")  # fmt: skip
 

@@ -35,7 +35,7 @@ def planned(card: int) -> tuple[Subject, MemoryPlan]:
     from tinydiff.runtime import estimate, memory
 
     subject = estimate.subject(CARDS[card], SamplingOptions(), 1, BYTES)
-    return subject, memory.choose(memory.parts(subject), card)
+    return subject, memory.choose(memory.footprints(subject), card)
 
 
 def text(card: int) -> str:

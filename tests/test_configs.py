@@ -107,7 +107,7 @@ def test_the_preset_of_a_gpu_is_the_plans_and_fits(card):
     names = ("component_residency", "layerwise_resident_layers", "vae_tiling")
     asked = estimate.blueprint_of(preset.model_path, {name: getattr(preset, name) for name in names})
     where = {name: net.residency for name, net in asked.nets.items()}
-    held = memory.choose(memory.parts(subject), card, "manual", where, tiling=asked.tiling)
+    held = memory.choose(memory.footprints(subject), card, "manual", where, tiling=asked.tiling)
     assert held.fits and (held.peak, held.moved, held.tiles) == (plan.peak, plan.moved, plan.tiles)
     assert f"`configs/gpu-{card}gb.yaml`" in (ROOT / "docs" / "memory.md").read_text()
 

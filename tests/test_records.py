@@ -12,7 +12,7 @@ import pytest
 
 from tests.sources import modules
 from tinydiff import config
-from tinydiff.records import LONGEST, LONGEST_MESSAGE, UserError, nearest, shown
+from tinydiff.records import LONGEST, LONGEST_MESSAGE, UserError, brief, nearest
 
 
 def errors():
@@ -83,13 +83,13 @@ def test_a_mistake_in_a_pool_of_multiprocessing_does_not_hang_it():
     ],
 )
 def test_how_a_value_is_shown(value, text):
-    assert shown(value) == text
+    assert brief(value) == text
 
 
 def test_a_long_value_is_cut_before_anything_is_made_of_it():
     for value in ("x" * 20_000_000, [7] * 4_000_000, {"a": ["b" * 20_000_000] * 30}, [10**5000]):
         tracemalloc.start()
-        assert len(shown(value)) <= LONGEST + 3
+        assert len(brief(value)) <= LONGEST + 3
         assert tracemalloc.get_traced_memory()[1] < 100_000
         tracemalloc.stop()
 

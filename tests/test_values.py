@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tinydiff import config, flags, unsupported, values
-from tinydiff.records import UserError, shown
+from tinydiff.records import UserError, brief
 
 NONE = {
     name: None
@@ -105,7 +105,7 @@ def test_other_numbers_and_truths_of_numpy():
         ("x" * 100_000, 1, "no such key"),
         ("a\nb", 1, "a b: no such key"),
     ],
-    ids=lambda value: shown(value)[:30],
+    ids=lambda value: brief(value)[:30],
 )  # fmt: skip
 def test_odd_values_from_a_program(name, value, words):
     with pytest.raises(UserError) as caught:

@@ -150,7 +150,7 @@ def run(question: PlanOptions) -> int:
         rows = [HEAD, *(_cells(each, subject.decoding[0] is None) for each in estimates)]
     memory_lines: list[str] = []
     if question.vram is not None and question.num_gpus == 1:
-        plan = memory.choose(memory.parts(subject), question.vram, question.performance_mode)
+        plan = memory.choose(memory.footprints(subject), question.vram, question.performance_mode)
         if plan.fits and plan.moved:
             why = "not all weights fit on the GPU at once; offload makes the request fit, as shown below"
         report |= {"memory": _memory_json(plan)}
@@ -259,7 +259,8 @@ def _memory_json(plan: MemoryPlan) -> EntryDict:
         "peak_bytes": plan.peak,
         "moved_bytes": plan.moved,
         "components": {
-            part.name: asdict(plan.where[part.name]) | {"weight_bytes": part.weights} for part in plan.parts
+            part.name: asdict(plan.where[part.name]) | {"weight_bytes": part.weights}
+            for part in plan.footprints
         },
     }
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 from tinydiff import command_line, flags, paths
 from tinydiff.entries import Entries
-from tinydiff.records import UserError, shown
+from tinydiff.records import UserError, brief
 from tinydiff.residency import Mode, OnOom, PerformanceMode, Policy
 from tinydiff.values import Attention, LogLevel, Precision, filled, outcome, within
 
@@ -486,7 +486,7 @@ def _check_combinations(parsed: Options) -> None:
         raise UserError("seed", f"seed: {listed} are given for {count} outputs of each prompt; give {wanted}")
     seeds(sampling, 0)
     if prompts > 1 and output.output_file_name is not None:
-        name = shown(output.output_file_name)
+        name = brief(output.output_file_name)
         message = (
             f"output_file_name: {name} names the output of one prompt and {prompts} are given; leave it out"
         )
@@ -496,4 +496,4 @@ def _check_combinations(parsed: Options) -> None:
         given.append(("audio_path", sampling.audio_path))
     for name, path in given:
         if not paths.scheme(path) and paths.kind(paths.path(path, name)) != "file":
-            raise UserError(name, f"{name}: {shown(path)} is not a file")
+            raise UserError(name, f"{name}: {brief(path)} is not a file")

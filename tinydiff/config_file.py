@@ -8,7 +8,7 @@ from typing import Any
 
 from tinydiff import paths
 from tinydiff.entries import EntryDict
-from tinydiff.records import UserError, shown
+from tinydiff.records import UserError, brief
 
 MOST_TEXT = 1_000_000
 """Most characters of a config file."""
@@ -23,11 +23,11 @@ def entries_of(path: str) -> Iterator[tuple[str, Any]]:
     """
     text = paths.read_text(path, "config")
     if len(text) > MOST_TEXT:
-        raise UserError("config", f"config: {shown(path)} has more than {MOST_TEXT} characters")
+        raise UserError("config", f"config: {brief(path)} has more than {MOST_TEXT} characters")
     entries = _parsed(path, text)
     if not isinstance(entries, dict):
         kind = "nothing" if entries is None else f"a {type(entries).__name__}"
-        message = f"{shown(path)} holds {kind}; it must hold keys and values, such as `num_frames: 17`"
+        message = f"{brief(path)} holds {kind}; it must hold keys and values, such as `num_frames: 17`"
         raise UserError("config", f"config: {message}")
     for name, value in entries.items():
         if name in ("pipeline_config", "vae_config", "dit_config") and isinstance(value, dict):
@@ -44,14 +44,14 @@ def _parsed(path: str, text: str) -> Any:
     try:
         return _of_json(text) if text.lstrip().startswith(("{", "[", '"')) else _of_yaml(text)
     except RecursionError as error:
-        raise UserError("config", f"config: {shown(path)} is nested too deeply") from error
+        raise UserError("config", f"config: {brief(path)} is nested too deeply") from error
     except KeyError as error:
-        key = shown(error.args[0])
-        raise UserError("config", f"config: {shown(path)} has the key {key} twice") from error
+        key = brief(error.args[0])
+        raise UserError("config", f"config: {brief(path)} has the key {key} twice") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date or number
         mark = getattr(error, "problem_mark", None)
         where = f" (YAML error in line {mark.line + 1})" if mark else ""
-        raise UserError("config", f"config: {shown(path)} is neither JSON nor YAML{where}") from error
+        raise UserError("config", f"config: {brief(path)} is neither JSON nor YAML{where}") from error
 
 
 def _of_json(text: str) -> Any:

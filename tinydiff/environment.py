@@ -11,7 +11,7 @@ from typing import Any
 
 from tinydiff import paths
 from tinydiff.entries import EntryDict
-from tinydiff.records import UserError, shown
+from tinydiff.records import UserError, brief
 from tinydiff.values import read
 
 CLOUD_STORAGE = (
@@ -59,7 +59,7 @@ def _environment_integer(name: str) -> int:
     text = os.environ[name]
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         message = (
-            f"the environment variable {name} is {shown(text)}; a launcher such as torchrun sets it to an"
+            f"the environment variable {name} is {brief(text)}; a launcher such as torchrun sets it to an"
         )
         raise UserError(name, f"{message} integer of at least 0; unset it if there is no launcher")
     return int(text)
@@ -106,7 +106,7 @@ def use_modelscope() -> bool:
     for name in ("TINYDIFF_USE_MODELSCOPE", "SGLANG_USE_MODELSCOPE"):
         if text := os.environ.get(name, "").strip().lower():
             if text not in ("1", "true", "0", "false"):
-                raise UserError(name, f"the environment variable {name} is {shown(text)}; set true or false")
+                raise UserError(name, f"the environment variable {name} is {brief(text)}; set true or false")
             return text in ("1", "true")
     return False
 

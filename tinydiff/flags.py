@@ -15,7 +15,7 @@ from typing import Any
 
 from tinydiff import config_file, paths, unsupported
 from tinydiff.entries import Entries, EntryDict
-from tinydiff.records import LONGEST, UserError, nearest, shown
+from tinydiff.records import LONGEST, UserError, brief, nearest
 from tinydiff.values import is_positional, of_python, options_of, read
 
 ALIASES = {
@@ -104,7 +104,7 @@ def tokens(argv: Sequence[str]) -> Iterator[tuple[str, Any]]:
     "--" only after an equals sign. Raises UserError for a word that follows no flag.
     """
     if argv and not argv[0].startswith("--"):
-        word = shown(argv[0])
+        word = brief(argv[0])
         message = f"unexpected {word}; every value follows its flag, as in --prompt {word}"
         raise UserError("prompt", f"prompt: {message}")
     starts = [i for i, word in enumerate(argv) if word.startswith("--")]
@@ -131,7 +131,7 @@ def of_tool(argv: Sequence[str], record: type) -> EntryDict:
         if name != loose:
             pairs.append((name, typed[:own] or True))
     if words and not loose:
-        raise UserError("command", f"unexpected {shown(words[0])}; this command takes flags only")
+        raise UserError("command", f"unexpected {brief(words[0])}; this command takes flags only")
     return collect([(loose, words)] * bool(words) + pairs, kinds, dashes=True, foreign=False)
 
 
@@ -256,7 +256,7 @@ def _meanings(name: str, value: object, names: Collection[str]) -> Iterator[tupl
     elif name == "size":
         width, cross, height = (text := one_text(name, value)).lower().partition("x")
         if not (cross and width.isdecimal() and height.isdecimal() and len(text) < LONGEST):
-            raise UserError(name, f"{name}: {shown(text)} is not WIDTHxHEIGHT, such as 1280x720")
+            raise UserError(name, f"{name}: {brief(text)} is not WIDTHxHEIGHT, such as 1280x720")
         yield from (("width", None, width), ("height", None, height))
     elif name in TILES:
         yield "tile_sample", ".".join(TILES[name]), read(name, int, value)
@@ -293,7 +293,7 @@ def refusal(name: str, value: Any) -> str | None:
     each_value = value.values() if name in unsupported.MAPS else [value]
     if all(_normal(_spelled(part)) in (*inert, "") for part in each_value):
         return None
-    return f"{name}: {shown(_spelled(value))} cannot be used; {unsupported.sentence(feature)}"
+    return f"{name}: {brief(_spelled(value))} cannot be used; {unsupported.sentence(feature)}"
 
 
 def _normal(text: str) -> str:
@@ -315,7 +315,7 @@ def _words(value: object) -> str:
 
 
 def _word(value: object) -> str:
-    return value[: LONGEST + 1] if isinstance(value, str) else shown(value)
+    return value[: LONGEST + 1] if isinstance(value, str) else brief(value)
 
 
 def _as_list(value: object) -> list[Any]:
@@ -326,7 +326,7 @@ def one_text(name: str, value: object) -> str:
     """The string of an option that takes exactly one. Raises UserError."""
     words = _as_list(value)
     if len(words) != 1 or not isinstance(words[0], str):
-        got = "none" if value is True else shown(words)
+        got = "none" if value is True else brief(words)
         raise UserError(name, f"{name}: takes one string and was given {got}")
     return words[0]
 
@@ -361,18 +361,18 @@ def _pairs(name: str, value: object) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         yield from ((_word(key), inner) for key, inner in value.items())
         return
-    text = ",".join(word if isinstance(word, str) else shown(word) for word in _as_list(value))
+    text = ",".join(word if isinstance(word, str) else brief(word) for word in _as_list(value))
     if text.lstrip().startswith("{"):
         try:
             yield from json.loads(text).items()
             return
         except (ValueError, RecursionError) as error:
-            raise UserError(name, f"{name}: {shown(text)} is not a JSON object") from error
+            raise UserError(name, f"{name}: {brief(text)} is not a JSON object") from error
     for pair in text.split(","):
         key, equals, inner = (part.strip() for part in pair.partition("="))
         if not (key and equals and inner):
             example = _PAIRS.get(name, _PAIRS[""])
-            raise UserError(name, f"{name}: {shown(text)} must be pairs such as {example}")
+            raise UserError(name, f"{name}: {brief(text)} must be pairs such as {example}")
         yield key, _value_of(name, inner)
 
 

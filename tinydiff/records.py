@@ -47,7 +47,7 @@ def _one_line(message: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in message)
 
 
-def shown(value: object) -> str:
+def brief(value: object) -> str:
     """A user's value as an error message shows it: its repr, shortened if it is long."""
     if isinstance(value, int) and abs(value) >= 10**LONGEST:
         return f"an integer of more than {LONGEST} digits"

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 from tinydiff import unsupported
 from tinydiff.entries import Entries
-from tinydiff.records import UserError, nearest, shown
+from tinydiff.records import UserError, brief, nearest
 
 Precision = Literal["fp32", "fp16", "bf16"]
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
@@ -157,7 +157,7 @@ def _without_unit(name: str, text: str, units: Mapping[str, float]) -> Any:
         return text
     if found is None:
         hint = nearest(unit, units)
-        raise UserError(name, f"{name}: {shown(unit)} is not one of the units {', '.join(units)}{hint}")
+        raise UserError(name, f"{name}: {brief(unit)} is not one of the units {', '.join(units)}{hint}")
     return read(name, float, number.strip()) * found
 
 
@@ -175,7 +175,7 @@ def read(name: str, kind: Any, value: Any) -> Any:
         return {key: read(f"{name}.{key}", inner[1], word) for key, word in value.items() if word is not None}
     if isinstance(value, list | tuple):
         if len(value) != 1:
-            words = " ".join(map(shown, value[:20])) or "none"
+            words = " ".join(map(brief, value[:20])) or "none"
             message = f"takes one value and was given {words}; a string with spaces needs quotes"
             raise UserError(name, f"{name}: {message}")
         value = of_python(value[0])
@@ -247,7 +247,7 @@ def _encodable(name: str, text: str) -> str:
     try:
         text.encode("utf-8", "surrogateescape" if _PATHS.fullmatch(name) else "strict")
     except UnicodeEncodeError:
-        message = f"{shown(text)} contains bytes that are not UTF-8, or half a character"
+        message = f"{brief(text)} contains bytes that are not UTF-8, or half a character"
         raise UserError(name, f"{name}: {message}") from None
     return text
 
@@ -263,25 +263,25 @@ _FORMS = {
 
 def _number(name: str, kind: type, text: str) -> Any:
     if len(text) > MOST_DIGITS:
-        raise UserError(name, f"{name}: {shown(text)} has too many digits")
+        raise UserError(name, f"{name}: {brief(text)} has too many digits")
     if not _FORMS[kind].fullmatch(text):
         raise _wrong(name, kind, text)
     return kind(text)
 
 
 def _wrong(name: str, kind: type, value: Any) -> UserError:
-    return UserError(name, f"{name}: {shown(value)} is not {_allowed(kind)}")
+    return UserError(name, f"{name}: {brief(value)} is not {_allowed(kind)}")
 
 
 def _choice(name: str, choices: Sequence[str], value: Any) -> str:
     if not isinstance(value, str):
-        raise UserError(name, f"{name}: {shown(value)} is not one of {', '.join(choices)}")
+        raise UserError(name, f"{name}: {brief(value)} is not one of {', '.join(choices)}")
     text = SAME_ATTENTION.get(value, value) if tuple(choices) == get_args(Attention) else value
     if text in unsupported.CHOICES.get(name.partition(".")[0], ()):
         raise UserError(name, f"{name}: {text!r} is not supported yet; choose one of {', '.join(choices)}")
     if text not in choices:
         hint = nearest(text, choices)
-        raise UserError(name, f"{name}: {shown(text)} is not one of {', '.join(choices)}{hint}")
+        raise UserError(name, f"{name}: {brief(text)} is not one of {', '.join(choices)}{hint}")
     return text
 
 
@@ -300,4 +300,4 @@ def _check_range(name: str, value: Any, limits: Mapping[str, float]) -> None:
         return
     low = f"at least {least}" if least > -math.inf else f"above {above}"
     high = f" and at most {most}" if most < math.inf else ""
-    raise UserError(name, f"{name}: {shown(value)} must be {low}{high}")
+    raise UserError(name, f"{name}: {brief(value)} must be {low}{high}")

@@ -319,8 +319,8 @@ def test_both_are_in_the_plan_of_memory(tmp_path):
     model = "Wan2.1-T2V-1.3B-Diffusers"
     subject = estimate.subject(model, sampling, 1, 2, paths)
     plain = estimate.subject(model, replace(sampling, **{name: False for name in postprocess.FURTHER}), 1, 2)
-    *others, added, enlarged = memory.parts(subject)
-    assert tuple(others) == memory.parts(plain) and (added.name, enlarged.name) == (
+    *others, added, enlarged = memory.footprints(subject)
+    assert tuple(others) == memory.footprints(plain) and (added.name, enlarged.name) == (
         "interpolation",
         "upscale",
     )
@@ -328,7 +328,7 @@ def test_both_are_in_the_plan_of_memory(tmp_path):
     assert added.working == interpolators.working_bytes(CONFIG, 480, 832)
     assert enlarged.working == working_bytes(Compact(5, 1, 2), 262, 262) + 3 * 3 * 4 * 480 * 832 * 4
     for mode in ("auto", "memory", "speed"):
-        where = memory.choose(memory.parts(subject), 12, mode).where
+        where = memory.choose(memory.footprints(subject), 12, mode).where
         assert where["interpolation"].kind == where["upscale"].kind == "resident"
     layout = estimate.estimate(subject, Layout(), 12, Machine(400.0, 300.0, 25.0, 8))
     without = estimate.estimate(plain, Layout(), 12, Machine(400.0, 300.0, 25.0, 8))

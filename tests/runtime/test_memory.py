@@ -24,7 +24,7 @@ NAMES = [row.name for row in registry.MODELS]
 
 @cache
 def parts(name):
-    return memory.parts(estimate.subject(name, config.SamplingOptions(), 1, 2))
+    return memory.footprints(estimate.subject(name, config.SamplingOptions(), 1, 2))
 
 
 def cell(name, vram):
@@ -56,7 +56,7 @@ def test_weights_are_those_of_the_rows(name):
     of = estimate.subject(name, config.SamplingOptions(), 1, 2)
     want = of.experts * cost.weight_bytes(of.net.rows, 2)
     want += sum(cost.weight_bytes(rows, b) for rows, b in of.others.values())
-    assert sum(part.weights for part in memory.parts(of)) == want
+    assert sum(part.weights for part in memory.footprints(of)) == want
 
 
 @pytest.mark.parametrize("name", ["FLUX.1-dev", "Wan2.2-T2V-A14B-Diffusers"])

@@ -237,7 +237,7 @@ def test_the_measured_peak_stands_beside_the_expected_one(monkeypatch, caplog):
     plan = blueprint.read(config.ModelOptions())
     [request] = generate.admitted(config.options(SMALL), plan).requests
     peak = fit.expected(plan, [request]).peak
-    held = sum(part.weights for part in fit.expected(plan, []).parts)
+    held = sum(part.weights for part in fit.expected(plan, []).footprints)
     assert held < peak < fit.expected(plan, []).peak, "a smaller image than the default needs less"
     monkeypatch.setattr(fit, "peak_bytes", lambda device: peak * 3 // 2)
     made()

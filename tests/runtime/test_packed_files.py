@@ -123,7 +123,7 @@ def test_the_bytes_in_memory_are_those_of_the_blocks_and_plans_know_them(folder,
         assert packed_bytes * 8 == BITS[name] * values
     assert packed_bytes < 0.8 * values and plain - held > 3 * values
     [request] = admit(kept.blueprint, config.options({"prompt": "", **SMALL}).sampling)
-    planned = {part.name: part.weights for part in fit.planned(kept.blueprint, [request], 10**10).parts}
+    planned = {part.name: part.weights for part in fit.planned(kept.blueprint, [request], 10**10).footprints}
     assert planned["transformer"] == held
     assert contents.contents(str(files[name])).quantised == WORDS[name]
 

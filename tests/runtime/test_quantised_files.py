@@ -98,7 +98,7 @@ def test_the_bytes_in_memory_are_those_of_the_codes_and_one_scale_a_row(folder, 
     assert plain - held == saved > plain / 4
     assert kept.blueprint.quantised == {"transformer": "fp8", "transformer_2": "fp8"}
     [request] = admit(kept.blueprint, config.options({"prompt": "", **SMALL}).sampling)
-    planned = {part.name: part.weights for part in fit.planned(kept.blueprint, [request], 10**10).parts}
+    planned = {part.name: part.weights for part in fit.planned(kept.blueprint, [request], 10**10).footprints}
     assert planned["transformer"] == planned["transformer_2"] == held
 
 

@@ -165,7 +165,7 @@ def test_the_line_lets_only_jobs_of_the_turn_overtake(both):
 def test_the_model_that_was_used_least_recently_leaves(turns, monkeypatch):
     one = turns(models=("a=tinydiff/shapes", "b=tinydiff/shapes", "c=tinydiff/shapes"))
     plan = fit.planned(one.device.blueprint, (), 10**12)
-    held = sum(part.weights for part in plan.parts)
+    held = sum(part.weights for part in plan.footprints)
     room = int(plan.peak + held * 1.5 + (10**12 / 1e9 - plan.room / 1e9) * 1e9)  # for one beside it, not two
     monkeypatch.setattr(fit, "free_bytes", lambda device: room)
     names = one.scheduler.loaded

@@ -85,7 +85,7 @@ def read(file: BinaryIO, size: int) -> Contents:
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorReader:
     """A tensor of a file, read in pieces, as `safe_open` gives one. Blocks come as float32."""
 
     data: Tensor
@@ -119,8 +119,8 @@ class Gguf:
     def keys(self) -> list[str]:
         return list(self.tensors)
 
-    def get_slice(self, key: str) -> Part:
-        return Part(self.data, self.tensors[key])
+    def get_slice(self, key: str) -> TensorReader:
+        return TensorReader(self.data, self.tensors[key])
 
     def get_tensor(self, key: str) -> Tensor:
         part = self.get_slice(key)

@@ -16,7 +16,7 @@ from tinydiff.entries import Entries, EntryDict
 from tinydiff.entries import value as typed_value
 from tinydiff.io import repositories
 from tinydiff.io.variants import unchosen
-from tinydiff.records import UserError, nearest, shown
+from tinydiff.records import UserError, brief, nearest
 
 OF_COMPONENT = ("*.json", "*.safetensors", "spiece.model", "tokenizer.model", "merges.txt")
 """What a component's directory is run from."""
@@ -136,7 +136,7 @@ def file(text: str | Path, field: str) -> Path | None:
         return None
     found = repositories.fetched(hub_id, [name], field=field) / name
     if not found.is_file():
-        raise UserError(field, f"{field}: {hub_id!r} has no file {shown(name)}")
+        raise UserError(field, f"{field}: {hub_id!r} has no file {brief(name)}")
     return found
 
 

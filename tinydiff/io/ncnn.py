@@ -16,7 +16,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from tinydiff.records import UserError, shown
+from tinydiff.records import UserError, brief
 
 MAGIC = "7767517"
 FLOAT16, FLOAT32 = b"\x47\x6b\x30\x01", b"\0\0\0\0"
@@ -74,13 +74,13 @@ def layers(param: Path) -> Iterator[Layer]:
             yield Layer(line.kind, line.name, take(width, numpy.float32), None)
             continue
         if line.kind != "Convolution":
-            raise _wrong(param, f"has a layer of the kind {shown(line.kind)}, which is not read")
+            raise _wrong(param, f"has a layer of the kind {brief(line.kind)}, which is not read")
         side, count = _integer(param, line, 1), _integer(param, line, 6)
         if not (width > 0 and side > 0 and count % (width * side * side) == 0):
-            raise _wrong(param, f"gives the layer {shown(line.name)} {count} weights, which do not divide")
+            raise _wrong(param, f"gives the layer {brief(line.name)} {count} weights, which do not divide")
         tag, at = data[at : at + 4], at + 4
         if tag not in (FLOAT16, FLOAT32):
-            raise _wrong(binary, f"has weights of an unknown type in the layer {shown(line.name)}")
+            raise _wrong(binary, f"has weights of an unknown type in the layer {brief(line.name)}")
         weight = take(count, numpy.float16 if tag == FLOAT16 else numpy.float32)
         at += -at % 4
         bias = take(width, numpy.float32) if line.fields.get(5) == "1" else None
@@ -103,13 +103,13 @@ def _line(param: Path, line: str) -> _Line:
         fields = dict(word.split("=", 1) for word in words[second:])
         return _Line(kind, name, words[:first], words[first:second], {int(k): v for k, v in fields.items()})
     except ValueError:
-        raise _wrong(param, f"has the line {shown(line.strip())}, which is none of ncnn's") from None
+        raise _wrong(param, f"has the line {brief(line.strip())}, which is none of ncnn's") from None
 
 
 def _integer(param: Path, line: _Line, field: int) -> int:
     text = line.fields.get(field, "")
     if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise _wrong(param, f"gives the layer {shown(line.name)} no number {field}")
+        raise _wrong(param, f"gives the layer {brief(line.name)} no number {field}")
     return int(text)
 
 

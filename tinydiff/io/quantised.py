@@ -72,7 +72,7 @@ class Recipe(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorReader:
     """A decoded tensor, read in pieces, as `safe_open` gives one."""
 
     archive: Archive
@@ -104,7 +104,7 @@ class Decoded:
 
     def get_slice(self, key: str) -> Any:
         recipe = self.recipes.get(key)
-        return self.archive.get_slice(key) if recipe is None else Part(self.archive, recipe)
+        return self.archive.get_slice(key) if recipe is None else TensorReader(self.archive, recipe)
 
     def get_tensor(self, key: str) -> Tensor:
         recipe = self.recipes.get(key)

@@ -228,7 +228,7 @@ class Mapped:
         return weights
 
 
-class Part(NamedTuple):
+class InBucket(NamedTuple):
     """A weight in a bucket. at: its first byte."""
 
     name: str
@@ -245,15 +245,15 @@ class Bucket(NamedTuple):
     """Weights one behind the other in a flat tensor of bytes."""
 
     data: Tensor
-    parts: tuple[Part, ...]
+    parts: tuple[InBucket, ...]
 
 
 def bucket(weights: Mapping[str, Tensor], pinned: bool) -> Bucket:
     """A copy of these weights in one bucket in the host's memory."""
-    parts: list[Part] = []
+    parts: list[InBucket] = []
     end = 0
     for name, x in weights.items():
-        parts.append(Part(name, end, x.to("meta")))
+        parts.append(InBucket(name, end, x.to("meta")))
         end += -(-x.nbytes // ALIGNMENT) * ALIGNMENT
     data = torch.empty(end, dtype=torch.uint8, device="cpu", pin_memory=pinned)
     for part in parts:

@@ -14,7 +14,7 @@ from tinydiff.io import hub
 from tinydiff.models import registry
 from tinydiff.models.classes import RECORDS
 from tinydiff.parallel.ranks import Ranks
-from tinydiff.records import Request, Result, UserError, shown
+from tinydiff.records import Request, Result, UserError, brief
 from tinydiff.runtime import admit as admission
 from tinydiff.runtime import blueprint as blueprints
 from tinydiff.runtime import continuous, diffusers_backend, fit, foreign_requests, foreign_run, pipeline
@@ -127,7 +127,7 @@ def read(options: ModelOptions) -> Blueprint:
     for entry in fields(ModelOptions):
         name, value = entry.name, getattr(options, entry.name)
         if name in DIFFUSERS_ONLY and value:
-            message = f"{shown(value)} has an effect with --backend diffusers only"
+            message = f"{brief(value)} has an effect with --backend diffusers only"
             raise UserError(name, f"{name}: {message}")
     return native
 

@@ -23,7 +23,7 @@ from tinydiff.io import hub
 from tinydiff.io.hub import read_json
 from tinydiff.models import registry
 from tinydiff.models.registry import ReleasedModel
-from tinydiff.records import UserError, check_known, nearest, shown
+from tinydiff.records import UserError, brief, check_known, nearest
 from tinydiff.runtime import foreign_placement, foreign_settings, loras
 from tinydiff.runtime.blueprint import DTYPES, SHIPPED, Blueprint, Model, here
 from tinydiff.runtime.foreign import Foreign, Untyped
@@ -71,7 +71,7 @@ def read(options: ModelOptions) -> Blueprint:
     for entry in fields(ModelOptions):
         value = getattr(options, entry.name)
         if entry.name not in TAKEN and value != getattr(defaults, entry.name):
-            message = f"{shown(value)} is for tinydiff's own code; --backend diffusers does not take it"
+            message = f"{brief(value)} is for tinydiff's own code; --backend diffusers does not take it"
             raise UserError(entry.name, f"{entry.name}: {message}")
     library = _library()
     directory = _directory(library, options)
@@ -222,7 +222,7 @@ def _pipeline_class(
     found = getattr(library, named, None) if isinstance(named, str) else None
     if not (isinstance(found, type) and issubclass(found, library.DiffusionPipeline)):
         known = [name for name in dir(library) if name.endswith("Pipeline")]
-        message = f"diffusers {library.__version__} has no pipeline class {shown(named)}"
+        message = f"diffusers {library.__version__} has no pipeline class {brief(named)}"
         raise UserError(field, f"{field}: {message}{nearest(str(named), known)}")
     return found
 

@@ -16,7 +16,7 @@ from tinydiff.residency import Residency
 from tinydiff.runtime import estimate, memory, offload
 from tinydiff.runtime.blueprint import TILE, Blueprint
 from tinydiff.runtime.estimate import RESERVED
-from tinydiff.runtime.memory import MemoryPlan, Part
+from tinydiff.runtime.memory import Footprint, MemoryPlan
 from tinydiff.runtime.net_plan import NetPlan
 
 SHARES = 64
@@ -144,7 +144,7 @@ def expected(blueprint: Blueprint, requests: Sequence[Request]) -> MemoryPlan:
     """The plan of the largest of the requests with the model as it is."""
     where = {name: net.residency for name, net in blueprint.nets.items()}
     tiling = blueprint.tile is not None
-    return memory.choose(_parts(blueprint, requests), 0.0, "manual", where, tiling=tiling)
+    return memory.choose(_footprints(blueprint, requests), 0.0, "manual", where, tiling=tiling)
 
 
 def compared(blueprint: Blueprint, requests: Sequence[Request]) -> str | None:
@@ -169,7 +169,7 @@ def peak_bytes(device: torch.device) -> int | None:
 def planned(blueprint: Blueprint, requests: Sequence[Request], free: int) -> MemoryPlan:
     """The plan for the largest of the requests on a device with `free` bytes."""
     return memory.choose(
-        _parts(blueprint, requests),
+        _footprints(blueprint, requests),
         free / 1e9,
         blueprint.performance_mode,
         fixed={name: net.residency for name, net in blueprint.nets.items() if net.residency.option},
@@ -178,23 +178,23 @@ def planned(blueprint: Blueprint, requests: Sequence[Request], free: int) -> Mem
     )
 
 
-def _parts(blueprint: Blueprint, requests: Sequence[Request]) -> tuple[Part, ...]:
+def _footprints(blueprint: Blueprint, requests: Sequence[Request]) -> tuple[Footprint, ...]:
     """The components for the largest of the requests; by default an output of the model's default size."""
     asked = requests or [estimate.request_without_images(blueprint, SamplingOptions())]
     largest = max(asked, key=lambda each: each.output.num_frames * each.output.height * each.output.width)
     subject = estimate.subject_of(blueprint, largest, blueprint.row.name, 1, lambda net: net.dtype.itemsize)
-    return memory.parts(subject)
+    return memory.footprints(subject)
 
 
 def lines(plan: MemoryPlan, blueprint: Blueprint) -> Iterator[str]:
     """Each component with its residency and the reason for it."""
-    whole = replace(plan, where={part.name: Residency() for part in plan.parts})
-    for part in plan.parts:
+    whole = replace(plan, where={part.name: Residency() for part in plan.footprints})
+    for part in plan.footprints:
         where = plan.where[part.name]
         yield f"{part.name}: {memory.described(part, where)} ({_reason(part, where, whole, blueprint)})"
 
 
-def _reason(part: Part, where: Residency, whole: MemoryPlan, blueprint: Blueprint) -> str:
+def _reason(part: Footprint, where: Residency, whole: MemoryPlan, blueprint: Blueprint) -> str:
     """Why a component is where it is. whole: the plan with all components resident."""
     needs = f"with all on the GPU {whole.peak / 1e9:.1f} GB are needed, there is room for"
     mode = blueprint.performance_mode

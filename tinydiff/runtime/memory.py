@@ -25,7 +25,7 @@ ALONE = Layout()
 
 
 @dataclass(frozen=True)
-class Part:
+class Footprint:
     """A component as the plan sees it, in bytes.
 
     rest: what belongs to no block. blocks: what each block reads while it runs. unread: what blocks have and
@@ -72,9 +72,9 @@ class Part:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A residency for each component. peak, moved: bytes; see `Part`. room: bytes of the device for it."""
+    """A residency for each component. peak, moved: bytes; see `Footprint`. room: bytes of the device."""
 
-    parts: tuple[Part, ...]
+    footprints: tuple[Footprint, ...]
     where: Mapping[str, Residency]
     room: float
     tiles: bool = False
@@ -82,24 +82,24 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        held = sum(part.held(self.where[part.name]) for part in self.parts)
-        return held + max(part.stage(self.where[part.name]) for part in self.parts)
+        held = sum(part.held(self.where[part.name]) for part in self.footprints)
+        return held + max(part.stage(self.where[part.name]) for part in self.footprints)
 
     @property
     def moved(self) -> int:
-        return sum(part.moved(self.where[part.name]) for part in self.parts)
+        return sum(part.moved(self.where[part.name]) for part in self.footprints)
 
     @property
     def away(self) -> int:
         """Bytes of weights that the host's memory holds."""
-        return sum(part.weights for part in self.parts if self.where[part.name].kind != "resident")
+        return sum(part.weights for part in self.footprints if self.where[part.name].kind != "resident")
 
     @property
     def fits(self) -> bool:
         return self.peak <= self.room
 
 
-def parts(subject: Subject) -> tuple[Part, ...]:
+def footprints(subject: Subject) -> tuple[Footprint, ...]:
     """The components of a subject, for one image on one device."""
     net, work, b = subject.net, subject.work, subject.b
     prefixes = [rows[0].name[: _block_end(rows)] for rows in net.blocks]
@@ -119,7 +119,7 @@ def parts(subject: Subject) -> tuple[Part, ...]:
         tiled = need if not is_vae or subject.tiled is None else subject.tiled + hoisted
         found.append(replace(part, tiled=tiled) if tiled < need else part)
     for name, (weights, working) in subject.after.items():
-        found.append(Part(name, weights, (), 0, working, 1, stays=True))
+        found.append(Footprint(name, weights, (), 0, working, 1, stays=True))
     return tuple(found)
 
 
@@ -137,12 +137,12 @@ def _part(
     b: int,
     working: int,
     passes: int,
-) -> Part:
+) -> Footprint:
     sizes = {row.name: row.numel * cost.itemsize(row, b) for row in rows}
     below = tuple(f"{prefix}." for prefix in blocks)
     inside = {row for row in sizes if row.startswith(below)} if below else set[str]()
     read = {row for names in blocks.values() for row in names}
-    return Part(
+    return Footprint(
         name,
         rest=sum(size for row, size in sizes.items() if row not in inside),
         blocks=tuple(sum(sizes[row] for row in names) for names in blocks.values()),
@@ -158,7 +158,7 @@ def _encoder_working(rows: Sequence[Row], tokens: int, b: int) -> int:
 
 
 def choose(
-    found: Sequence[Part],
+    found: Sequence[Footprint],
     vram: float,
     mode: PerformanceMode = "auto",
     fixed: Mapping[str, Residency] | None = None,
@@ -186,7 +186,7 @@ def choose(
 
 
 def _chosen(
-    found: Sequence[Part],
+    found: Sequence[Footprint],
     vram: float,
     mode: PerformanceMode,
     fixed: Mapping[str, Residency],
@@ -211,7 +211,7 @@ def _chosen(
     return min(plans, key=lambda plan: (plan.peak, plan.moved))
 
 
-def _options(part: Part, fixed: Mapping[str, Residency], ruled_out: set[Kind]) -> list[Residency]:
+def _options(part: Footprint, fixed: Mapping[str, Residency], ruled_out: set[Kind]) -> list[Residency]:
     if part.name in fixed or part.stays:
         return [fixed.get(part.name, Residency())]
     return [
@@ -223,7 +223,7 @@ def _options(part: Part, fixed: Mapping[str, Residency], ruled_out: set[Kind]) -
 
 def _filled(plan: MemoryPlan, fixed: Mapping[str, Residency]) -> MemoryPlan:
     """The plan with as many resident blocks of streamed components as fit, those read most often first."""
-    for part in sorted(plan.parts, key=lambda part: -part.passes):
+    for part in sorted(plan.footprints, key=lambda part: -part.passes):
         where = plan.where[part.name]
         if where.kind != "streamed" or part.name in fixed or not plan.fits:
             continue
@@ -261,7 +261,7 @@ def flags(plan: MemoryPlan) -> str:
 def rows(plan: MemoryPlan) -> list[tuple[str, ...]]:
     """The plan as the rows of a table, the head first."""
     table = [("component", "weights", "working", "where", "on the GPU", "moved per request")]
-    for part in plan.parts:
+    for part in plan.footprints:
         where = plan.where[part.name]
         sizes = (part.weights, part.working, part.held(where), part.moved(where))
         weights, working, held, moved = (f"{size / 1e9:.1f} GB" for size in sizes)
@@ -269,7 +269,7 @@ def rows(plan: MemoryPlan) -> list[tuple[str, ...]]:
     return table
 
 
-def described(part: Part, where: Residency) -> str:
+def described(part: Footprint, where: Residency) -> str:
     """Where a component is, in words."""
     if where.kind == "resident":
         return "resident"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tinydiff import paths
 from tinydiff.io import archive, hub
-from tinydiff.records import UserError, shown
+from tinydiff.records import UserError, brief
 
 
 def located(path: str, field: str, example: str, usual: str | None = None) -> Path:
@@ -19,14 +19,14 @@ def located(path: str, field: str, example: str, usual: str | None = None) -> Pa
     kind = paths.kind(local)
     if usual is not None and kind == "directory":
         if paths.kind(local / usual) != "file":
-            raise UserError(field, f"{field}: the directory {shown(path)} has no file {usual}")
+            raise UserError(field, f"{field}: the directory {brief(path)} has no file {usual}")
         return local / usual
     alone = usual is not None and not kind and hub.HUB_ID.fullmatch(path)
     found = hub.file(f"{path}:{usual}" if alone else path, field)
     if found is None:
         raise UserError(
             field,
-            f"{field}: {shown(path)} is not a file, and not a file of a hub repository, written as {example}",
+            f"{field}: {brief(path)} is not a file, and not a file of a hub repository, written as {example}",
         )
     return found
 

@@ -13,7 +13,7 @@ import torch
 from tinydiff import environment
 from tinydiff.config import SamplingOptions
 from tinydiff.models.family import Denoiser
-from tinydiff.records import StepCache, UserError, nearest, shown
+from tinydiff.records import StepCache, UserError, brief, nearest
 from tinydiff.runtime.blueprint import Blueprint
 from tinydiff.sampling import step_cache
 
@@ -61,9 +61,9 @@ def _read(settings: Mapping[str, object]) -> StepCache:
                 raise UserError(FIELD, f"{FIELD}: {message}")
             continue
         if key not in NAMES:
-            raise UserError(FIELD, f"{FIELD}: {shown(name)} is none of {_known()}{nearest(key, NAMES)}")
+            raise UserError(FIELD, f"{FIELD}: {brief(name)} is none of {_known()}{nearest(key, NAMES)}")
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(FIELD, f"{FIELD}: {name} is {shown(value)}; give a number")
+            raise UserError(FIELD, f"{FIELD}: {name} is {brief(value)}; give a number")
         values[NAMES[key]] = value
     whole = {name: _whole(name, value) for name, value in values.items() if name != "threshold"}
     threshold = values.get("threshold", StepCache.threshold)

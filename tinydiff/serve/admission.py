@@ -25,7 +25,7 @@ import falcon
 
 from tinydiff.config import options
 from tinydiff.io import given
-from tinydiff.records import UserError, shown
+from tinydiff.records import UserError, brief
 from tinydiff.serve import decoder, outputs
 from tinydiff.serve.body import fingerprint, read_body
 from tinydiff.serve.errors import Refusal
@@ -321,7 +321,7 @@ def _read(source: str, field: str, allow_urls: bool, most: int, get: Get, kind: 
         message = f"is base64 without the head of a data URI; put data:{kind.example};base64, before it"
         raise UserError(field, f"{field}: {message}")
     allowed = "a file, a data URI or an http(s) URL" if allow_urls else "a file or a data URI"
-    message = f"{shown(source)} must be {allowed}; files on the server's disk are not read"
+    message = f"{brief(source)} must be {allowed}; files on the server's disk are not read"
     raise UserError(field, f"{field}: {message}")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import falcon
 
-from tinydiff.records import UserError, nearest, shown
+from tinydiff.records import UserError, brief, nearest
 from tinydiff.serve.errors import Refusal
 
 MOST_PARTS = 512
@@ -176,7 +176,7 @@ def _header(name: str, text: str) -> tuple[str, dict[str, str]]:
         match = _PARAMETER.match(text, at)
         key = ((match and match[1]) or "").lower()
         if match is None or key in parameters:
-            raise UserError(name, f"{name}: {shown(text)} is not a value with parameters, such as a/b; c=d")
+            raise UserError(name, f"{name}: {brief(text)} is not a value with parameters, such as a/b; c=d")
         if key:
             word = match[2]
             quoted = word.startswith('"')
@@ -284,7 +284,7 @@ def integer(query: dict[str, str], name: str, least: int, most: int, default: in
     """An integer parameter of the query. Raises UserError."""
     text = query.get(name, str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
-        raise UserError(name, f"{name}: {shown(text)} is not an integer from {least} to {most}")
+        raise UserError(name, f"{name}: {brief(text)} is not an integer from {least} to {most}")
     return int(text)
 
 

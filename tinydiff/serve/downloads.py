@@ -114,7 +114,7 @@ def send_file(req: falcon.Request, resp: falcon.Response, path: Path, media_type
         file.close()
         return
     file.seek(start)
-    resp.stream = Part(file, stop)
+    resp.stream = Extent(file, stop)
 
 
 def _is_current(req: falcon.Request, tag: str, changed: datetime) -> bool:
@@ -140,7 +140,7 @@ def _range(text: str, size: int) -> tuple[int, int] | None:
     return int(first), min(size, int(last) + 1) if last else size
 
 
-class Part:
+class Extent:
     """A file up to `stop`. It supports seek, so the connection loop sends it and no thread waits."""
 
     def __init__(self, file: BinaryIO, stop: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tinydiff import config, flags, unsupported, values
 from tinydiff.config import OutputOptions, SamplingOptions
-from tinydiff.records import UserError, nearest, shown
+from tinydiff.records import UserError, brief, nearest
 from tinydiff.serve import schemas
 from tinydiff.serve.jobs import Kind
 from tinydiff.serve.schemas import Schema
@@ -59,7 +59,7 @@ def show(value: object) -> str:
         return "a file"
     if isinstance(value, bool | None):
         return {True: "true", False: "false", None: "null"}[value]
-    return shown(value)
+    return brief(value)
 
 
 def read_string(name: str, value: object, most: int = MOST_WORD) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinydiff.io.atomic import FULL, write_new, write_over
-from tinydiff.records import UserError, shown
+from tinydiff.records import UserError, brief
 from tinydiff.serve.jobs import files_of
 
 if TYPE_CHECKING:
@@ -89,9 +89,9 @@ def claim(folder: Path, secret: bytes) -> Path:
     except (OSError, UserError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         reason = (getattr(cause, "strerror", None) or str(error)).lower()
-        raise UserError(field, f"{field}: cannot write to {shown(str(folder))} ({reason})") from error
+        raise UserError(field, f"{field}: cannot write to {brief(str(folder))} ({reason})") from error
     message = (
-        f"{shown(str(folder))} has the files of a server with another state_dir; "
+        f"{brief(str(folder))} has the files of a server with another state_dir; "
         "use another directory, or that state_dir"
     )
     raise UserError(field, f"{field}: {message}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import falcon
 
-from tinydiff.records import UserError, nearest, shown
+from tinydiff.records import UserError, brief, nearest
 from tinydiff.serve.admission import of_model
 from tinydiff.serve.body import parameters, parse_json, read_bytes
 from tinydiff.serve.errors import Refusal
@@ -113,7 +113,7 @@ def _adapters(service: Service, given: Mapping[str, Any]) -> Adapters:
     """The adapters of the model that a request names, by default of the first. Raises Refusal."""
     name = given.get("model", "")
     if not isinstance(name, str):
-        raise UserError("model", f"model: {shown(name)} is not a string")
+        raise UserError("model", f"model: {brief(name)} is not a string")
     return of_model(service, name).adapters
 
 

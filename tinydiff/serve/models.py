@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 
 from tinydiff.config import ModelOptions
-from tinydiff.records import UserError, shown
+from tinydiff.records import UserError, brief
 from tinydiff.runtime import backends
 from tinydiff.serve.adapters import Adapters
 from tinydiff.serve.options import ServeOptions
@@ -41,13 +41,13 @@ def _model(name: str, options: ModelOptions, server: ServeOptions) -> ServedMode
 def _refuse(options: ModelOptions, server: ServeOptions) -> None:
     """Raise UserError for an option about one model."""
     if server.served_model_name is not None:
-        message = f"{shown(server.served_model_name)} names one model; with --models write NAME=MODEL"
+        message = f"{brief(server.served_model_name)} names one model; with --models write NAME=MODEL"
         raise UserError("served_model_name", f"served_model_name: {message}")
     default = ModelOptions()
     for entry in fields(ModelOptions):
         name, value = entry.name, getattr(options, entry.name)
         if name in OF_ONE and value != getattr(default, name):
-            message = f"{shown(value)} is about one model, so it cannot be given with --models"
+            message = f"{brief(value)} is about one model, so it cannot be given with --models"
             raise UserError(name, f"{name}: {message}")
 
 
@@ -58,11 +58,11 @@ def _named(server: ServeOptions) -> Iterator[tuple[str, str]]:
         name, equals, path = entry.partition("=")
         name, path = name.strip(), path.strip() if equals else entry
         if not (name and path and name.isprintable()):
-            message = f"{shown(entry)} is not a directory, a hub id or NAME=MODEL"
+            message = f"{brief(entry)} is not a directory, a hub id or NAME=MODEL"
             raise UserError("models", f"models: {message}, such as draft=black-forest-labs/FLUX.1-schnell")
         if name in seen:
             raise UserError(
-                "models", f"models: {shown(name)} is given twice; write NAME=MODEL with two names"
+                "models", f"models: {brief(name)} is given twice; write NAME=MODEL with two names"
             )
         seen.add(name)
         yield name, path

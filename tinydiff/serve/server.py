@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from tinydiff import command_line, config, environment, flags, paths, values
 from tinydiff.config import ModelOptions, OutputOptions, ParallelOptions, SamplingOptions
 from tinydiff.parallel import layout
-from tinydiff.records import UserError, shown
+from tinydiff.records import UserError, brief
 from tinydiff.serve.options import Serve, ServeOptions
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def normalise(argv: Sequence[str]) -> tuple[Serve, list[str]]:
     if argv and not argv[0].startswith("--"):  # as SGLang's server takes it
         if any(word.partition("=")[0] in ("--model-path", "--model_path") for word in argv):
             raise UserError(
-                "model_path", f"model_path: is given twice, as {shown(argv[0])} and with --model-path"
+                "model_path", f"model_path: is given twice, as {brief(argv[0])} and with --model-path"
             )
         argv = ["--model-path", *argv]
     file, typed = flags.from_command_line(argv, [*config.NAMES, *OWN], SEVERAL)
@@ -97,17 +97,17 @@ def checked(options: ServeOptions) -> ServeOptions:
     for name in ("host", "state_dir", "output_path", "served_model_name"):
         value = getattr(options, name)
         if value is not None and (not value.strip() or not value.isprintable()):
-            raise UserError(name, f"{name}: {shown(value)} is empty or has unprintable characters")
+            raise UserError(name, f"{name}: {brief(value)} is empty or has unprintable characters")
     for origin in options.cors_origin:
         if origin != "*" and ((meant := _origin(origin)) == "" or origin != meant):
             hint = f"; did you mean {meant!r}?" if meant else ", such as 'https://example.com'"
             raise UserError(
                 "cors_origin",
-                f"cors_origin: {shown(origin)} is neither * nor SCHEME://HOST or SCHEME://HOST:PORT{hint}",
+                f"cors_origin: {brief(origin)} is neither * nor SCHEME://HOST or SCHEME://HOST:PORT{hint}",
             )
     if options.public_url is not None and not _is_public(options.public_url):
         message = (
-            f"public_url: {shown(options.public_url)} is not http(s)://HOST with an optional port and path"
+            f"public_url: {brief(options.public_url)} is not http(s)://HOST with an optional port and path"
         )
         raise UserError("public_url", f"{message}, such as 'https://example.com/images'")
     return options
@@ -214,7 +214,7 @@ def listening(options: ServeOptions) -> socket.socket:
         except (OSError, ValueError) as error:  # ValueError: an invalid name
             if getattr(error, "errno", None) != errno.EADDRINUSE:
                 reason = (getattr(error, "strerror", None) or str(error)).lower()
-                raise UserError("host", f"host: {shown(options.host)} cannot be used ({reason})") from error
+                raise UserError("host", f"host: {brief(options.host)} cannot be used ({reason})") from error
     raise UserError("port", f"port: {options.port} is taken; choose another, or 0 for any free one")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from tinydiff.records import UserError, nearest, shown
+from tinydiff.records import UserError, brief, nearest
 from tinydiff.serve.jobs import Job, files_of
 from tinydiff.serve.options import ServeOptions
 
@@ -200,7 +200,7 @@ def find(models: Sequence[ServedModel], name: str) -> ServedModel:
     if not own and len(released) != 1:  # of two of one release the name says nothing
         names = [model.name for model in models]
         hint = nearest(name, [*names, *(model.blueprint.row.name for model in models)])
-        message = f"this server does not serve {shown(name)}; it serves {', '.join(map(repr, names))}{hint}"
+        message = f"this server does not serve {brief(name)}; it serves {', '.join(map(repr, names))}{hint}"
         raise UserError("model", f"model: {message}")
     return (own or released)[0]
 
