@@ -131,10 +131,10 @@ def test_the_options_shown_ask_generate_for_that_layout(name):
 
 
 def test_the_commands_that_are_printed_quantise_as_the_plan_does(capsys):
-    given = ["--quantization", "fp8", "--quantization-ignored-layers", "attn.to_"]
+    given = ["--quantization", "fp8", "--quantization-ignored-layers", "attn.to_", "ff."]
     given += ["--component-quantizations", "text_encoder=int8"]
     words = "--quantization fp8 --component-quantizations text_encoder=int8"
-    words = f"tinydiff generate {words} --quantization-ignored-layers attn.to_"
+    words = f"tinydiff generate {words} --quantization-ignored-layers attn.to_ ff."
     assert f"`{words} --num-gpus 2`" in printed(
         capsys, "FLUX.1-dev", "--num-gpus", "2", "--vram", "80", *given
     )

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
-from typing import Any
+from typing import Any, get_origin
 
 from tinydiff import config_file, paths, unsupported
 from tinydiff.entries import Entries, EntryDict
@@ -117,16 +117,17 @@ def tokens(argv: Sequence[str]) -> Iterator[tuple[str, Any]]:
 def of_tool(argv: Sequence[str], record: type) -> EntryDict:
     """The options of a command whose record has one field without a flag, or none, as `collect`.
 
-    A flag takes one value there, a switch `true`, `false` or none. Further words are of the field without a
-    flag.
+    A flag takes one value there, a switch `true`, `false` or none, and an option of several values all that
+    follow. Further words are of the field without a flag.
     """
     kinds = {entry.name: kind for entry, kind in options_of(record)}
     loose = next((entry.name for entry, _ in options_of(record) if is_positional(entry)), "")
     words, pairs = [], []
     for name, values in tokens([f"--{loose}", *argv]):
         typed = [] if values is True else values
-        takes = kinds.get(name.replace("-", "_")) is not bool or typed[:1] in (["true"], ["false"])
-        own = int(takes and name != loose)
+        kind = kinds.get(name.replace("-", "_"))
+        takes = kind is not bool or typed[:1] in (["true"], ["false"])
+        own = 0 if name == loose else len(typed) if get_origin(kind) is tuple else int(takes)
         words += typed[own:]
         if name != loose:
             pairs.append((name, typed[:own] or True))
