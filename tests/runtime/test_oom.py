@@ -16,7 +16,7 @@ import tinydiff
 from benchmarks.peak_error import peaks
 from tinydiff import config
 from tinydiff.records import UserError
-from tinydiff.runtime import blueprint, estimate, fit, generate, memory, pipeline
+from tinydiff.runtime import autoencoding, blueprint, estimate, fit, generate, memory, pipeline
 
 SMALL = {"prompt": "a red circle", "height": 64, "width": 64, "num_inference_steps": 3, "seed": 5}
 
@@ -106,11 +106,11 @@ def test_an_autoencoder_without_memory_goes_on_in_tiles(monkeypatch, caplog):
     wide = {"height": 32, "width": 320, "num_inference_steps": 1}
     whole, tiled = tinydiff.load(), tinydiff.load(vae_tiling=True)
     want = tinydiff.generate(tiled, "a star", **wide)
-    real = pipeline.in_tiles_if_short
+    real = autoencoding.in_tiles_if_short
     for options, falls_back in (({}, True), ({"on_oom": "fail"}, False), ({"vae_tiling": False}, False)):
         model = tinydiff.load(**options)
         monkeypatch.setattr(
-            pipeline, "in_tiles_if_short", lambda model, tile, code: real(model, tile, short(1, code))
+            autoencoding, "in_tiles_if_short", lambda model, tile, code: real(model, tile, short(1, code))
         )
         if falls_back:
             got = tinydiff.generate(model, "a star", **wide)

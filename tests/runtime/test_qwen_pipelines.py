@@ -36,6 +36,7 @@ from tinydiff.models.recipe import fit_area
 from tinydiff.records import UserError
 from tinydiff.runtime import blueprint, pipeline
 from tinydiff.runtime.admit import admit
+from tinydiff.runtime.context import make_context
 from tinydiff.sampling import noise
 from tinydiff.sampling.sigmas import linear_grid
 
@@ -230,7 +231,7 @@ def test_layers(prompt, scale, scheduler, small, tmp_path, pictures, monkeypatch
     }
     theirs = _theirs(pipe, latents=packed, **given)
     whole = np.asarray(_opened(pictures[0], "RGBA").resize((width, height), Image.Resampling.LANCZOS))
-    assert len(qwen_prompts.caption(pipeline.make_context(model, _request(model, pictures[:1])), whole)) > 3
+    assert len(qwen_prompts.caption(make_context(model, _request(model, pictures[:1])), whole)) > 3
     request = _request(
         model,
         pictures[:1],

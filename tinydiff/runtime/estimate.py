@@ -25,8 +25,8 @@ from tinydiff.parallel.shards import why_indivisible
 from tinydiff.records import Output, Request, UserError, nearest
 from tinydiff.runtime import blueprint, components, postprocess
 from tinydiff.runtime.admit import admit
+from tinydiff.runtime.autoencoding import PIXELS_PER_PASS
 from tinydiff.runtime.net_plan import NetPlan
-from tinydiff.runtime.pipeline import PIXELS_PER_PASS
 
 ROLE_BYTES = {"text_encoder": 2, "image_encoder": 4, "vae": 4}
 """Bytes of a value in the networks beside the denoiser, in their default dtypes on a GPU."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -21,30 +21,24 @@ import torch
 from torch import Tensor
 
 from tinydiff.config import Progress
-from tinydiff.io.images import resize
 from tinydiff.models.family import Denoiser
 from tinydiff.models.recipe import Context, LoopInputs, Net, Stage, as_frames, token_count
 from tinydiff.ops import store as stores
 from tinydiff.ops.host import of_array
-from tinydiff.ops.network import RESIDENT, Config, Network
-from tinydiff.ops.norm import compute_dtype
+from tinydiff.ops.network import RESIDENT, Network
 from tinydiff.parallel import sequence
 from tinydiff.parallel.plan import Plan
 from tinydiff.records import Guidance, InputImages, Output, Request, Result, Sound, UserError
-from tinydiff.runtime import loras, postprocess, step_caches
-from tinydiff.runtime.blueprint import PRECISIONS, TILE, Blueprint, Model
+from tinydiff.runtime import autoencoding, loras, postprocess, step_caches
+from tinydiff.runtime.blueprint import PRECISIONS, Blueprint, Model
 from tinydiff.runtime.clock import Clock
+from tinydiff.runtime.context import make_context
 from tinydiff.runtime.parameters import parameters
-from tinydiff.runtime.shortage import give_memory_back, short_of_memory
 from tinydiff.sampling import guidance, loop, noise, sigmas, solvers, step_cache
 from tinydiff.sampling.solvers import Table
 
 log = logging.getLogger(__name__)
 
-PIXELS_PER_PASS = 8_000_000
-"""Pixels that the autoencoder processes at once. Longer videos go through it in chunks of latent frames, with
-the same result.
-"""
 FEATHER = 8
 """Half the width in pixels of the seam around an inpainted area. One latent covers as many pixels."""
 
@@ -111,120 +105,6 @@ class Made(NamedTuple):
     latents: Tensor
     """Those of the frames, [N, C, F, H, W]."""
     sound: Sound | None = None
-
-
-def vae_passes(model: Model, output: Output) -> tuple[int, int | None]:
-    """(latent frames per pass, side of the tiles or None) for the frames of an output."""
-    chunk = max(1, PIXELS_PER_PASS // (4 * output.height * output.width))
-    return chunk, model.blueprint.tile
-
-
-def in_tiles_if_short(model: Model, tile: int | None, code: Callable[[int | None], Tensor]) -> Tensor:
-    """What the autoencoder makes with this side of its tiles, or in tiles where memory runs short.
-
-    A line in the log says so.
-
-    Ranks that share an image keep to what was asked: only one of them may be short.
-    """
-    asked = model.blueprint
-    bound = tile is not None or asked.tiling is False or asked.on_oom == "fail"
-    try:
-        return code(tile)
-    except Exception as error:
-        if bound or not short_of_memory(error) or model.autoencoder.plan.group("height").size > 1:
-            raise
-    log.warning("out of memory in the autoencoder: it goes on in tiles of %d pixels (see vae_tiling)", TILE)
-    give_memory_back()
-    return code(TILE)
-
-
-def make_context(model: Model, request: Request, warn: Callable[[str], None] = log.warning) -> Context:
-    """What the family's recipe may use of the model.
-
-    warn: called with a sentence for each text that was cut.
-    """
-    vae, device = model.autoencoder, model.blueprint.device
-    chunk, tile = vae_passes(model, request.output)
-
-    def tokens(
-        component: str, texts: list[str], length: int | None, side: str | None = None, framed: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        tokenizer = model.tokenizers[component]
-        encoded = [tokenizer.encode(text, length, side, framed) for text in texts]
-        for index, each in enumerate(encoded):
-            if each.truncated:
-                name = "negative_prompt" if _is_negative(request, texts, index) else "prompt"
-                warn(f"{name}: the last {each.truncated} of its tokens were cut, the model reads {length}")
-        longest = max(len(each.ids) for each in encoded)
-        encoded = [tokenizer.padded(each, longest) for each in encoded]
-        _check_vocabulary(model, component, [token for each in encoded for token in each.ids])
-        return torch.tensor([each.ids for each in encoded], device=device), torch.tensor(
-            [each.mask for each in encoded], device=device
-        )
-
-    def encode(pixels: Tensor) -> Tensor:
-        latents = in_tiles_if_short(
-            model, tile, lambda side: vae.family.encode(vae.config, vae.w, pixels, chunk, side, vae.plan)
-        )
-        _check_strides(vae.config, pixels, latents)
-        return latents.to(compute_dtype(pixels))
-
-    def decode(latents: Tensor) -> Tensor:
-        return in_tiles_if_short(
-            model,
-            tile,
-            lambda side: vae.family.decode(vae.config, vae.w, latents.to(vae.dtype), chunk, side, vae.plan),
-        )
-
-    def adapted(strengths: Mapping[str, float]) -> Context:
-        if dict(strengths) == loras.strengths(model.adapters, request.loras):
-            return context
-        nets = loras.for_request(model.nets, model.adapters, strengths)
-        return make_context(replace(model, nets=nets), replace(request, loras=strengths), warn)
-
-    context = Context(
-        model.nets, tokens, model.tokenizers, encode, decode, resize, model.blueprint.options, device, adapted
-    )
-    return context
-
-
-def _check_strides(vae: Config, pixels: Tensor, latents: Tensor) -> None:
-    """Raises UserError where the latents of an input image do not have the size that the autoencoder's config
-    says, so that they would not fit the latents of the output. Without an input image the config is trusted,
-    as in diffusers.
-    """
-    frames, height, width = pixels.shape[2:]
-    for name, size, expected in (
-        ("temporal", latents.shape[2], (frames - 1) // vae.scale_factor_temporal + 1),
-        ("spatial", latents.shape[3], height // vae.scale_factor_spatial),
-        ("spatial", latents.shape[4], width // vae.scale_factor_spatial),
-    ):
-        if size != expected:
-            field = f"scale_factor_{name}"
-            message = (
-                f"the autoencoder's {field} is {getattr(vae, field)}, and its levels make another "
-                "size of latents"
-            )
-            raise UserError("model_path", f"model_path: {message}; with it no image can be given")
-
-
-def _check_vocabulary(model: Model, component: str, ids: Sequence[int]) -> None:
-    """Raises UserError for a token beyond the vocabulary of the encoder that reads it."""
-    encoder = "pe" if component == "pe_tokenizer" else component.replace("tokenizer", "text_encoder")
-    size = model.nets[encoder].config.vocab_size
-    if ids and max(ids) >= size:
-        message = (
-            f"{component} makes the token {max(ids)}, and the vocabulary of {encoder} has {size}; the "
-            "two are not of one model"
-        )
-        raise UserError("model_path", f"model_path: {message}")
-
-
-def _is_negative(request: Request, texts: Sequence[str], index: int) -> bool:
-    """Whether a text is the negative prompt: the second one, or one that the model's template surrounds."""
-    if not request.guidance.on or len(texts) > 1:
-        return request.guidance.on and index > 0
-    return request.text.prompt not in texts[0] and request.text.negative_prompt in texts[0]
 
 
 def condition(model: Model, request: Request) -> Conditioning:
@@ -495,17 +375,8 @@ def decode(model: Model, output: Output, latents: Tensor) -> numpy.ndarray:
 
     The frames of the N videos follow one another.
     """
-    vae = model.autoencoder
-    chunk, tile = vae_passes(model, output)
     count = 1 if model.blueprint.slicing else len(latents)  # one by one takes less memory
-    decoded = [
-        in_tiles_if_short(
-            model,
-            tile,
-            lambda side, part=part: vae.family.decode(vae.config, vae.w, part, chunk, side, vae.plan),
-        )
-        for part in torch.split(latents.to(vae.dtype), count)
-    ]
+    decoded = [autoencoding.decode(model, output, part) for part in torch.split(latents, count)]
     x = torch.cat([video for videos in decoded for video in videos], 1)
     return as_frames(x[:, model.denoiser.family.unshown_frames(model.denoiser.config) :])
 
