@@ -16,7 +16,8 @@ from tinydiff.models.encoders import clip_text, decoder_lm, t5
 from tinydiff.models.encoders.decoder_config import Config as DecoderConfig
 from tinydiff.models.encoders.decoder_config import Rope
 from tinydiff.models.layouts.recognise import key_maps
-from tinydiff.parity.denoisers import DENOISERS, case
+from tinydiff.parity.denoiser_case import case
+from tinydiff.parity.denoisers import DENOISERS
 from tinydiff.parity.reference import randomised
 
 

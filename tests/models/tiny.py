@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from tinydiff.models.evaluate import predict
 from tinydiff.ops.network import Network
 from tinydiff.parity.asked import TIME, Asked
-from tinydiff.parity.denoisers import DENOISERS, Denoiser, case
+from tinydiff.parity.denoiser_case import Denoiser, case
+from tinydiff.parity.denoisers import DENOISERS
 from tinydiff.parity.reference import built, doubles, library, randomised
 
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from tinydiff.models import registry
 from tinydiff.parity import reference
 from tinydiff.parity.components import AUTOENCODERS, ENCODERS
-from tinydiff.parity.denoisers import DENOISERS, case
+from tinydiff.parity.denoiser_case import case
+from tinydiff.parity.denoisers import DENOISERS
 from tinydiff.parity.ltx2_components import COMPONENTS
 from tinydiff.parity.reference import BOUND, Case, Stage, first_difference
 from tinydiff.records import UserError, nearest
