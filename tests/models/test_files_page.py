@@ -53,6 +53,16 @@ FILES = {
     "autoencoder of FLUX.2, ERNIE-Image": ("AutoencoderKLFlux2", config("KL FLUX.2"), ""),
     "autoencoder of Wan 2.1, Qwen-Image": ("AutoencoderKLWan", wan_vae.Config(base_dim=8), ""),
     "autoencoder of Wan 2.2 TI2V": ("AutoencoderKLWan", config("Wan 2.2 VAE"), ""),
+    "autoencoder of HunyuanVideo, FastHunyuan, HunyuanVideo-I2V": (
+        "AutoencoderKLHunyuanVideo",
+        config("HunyuanVideo VAE"),
+        "",
+    ),
+    "autoencoder of HunyuanVideo-1.5": (
+        "AutoencoderKLHunyuanVideo15",
+        config("HunyuanVideo-1.5 VAE"),
+        "vae.",
+    ),
     "tiny autoencoder (taef1, taesd3)": ("AutoencoderTiny", tiny.Config(latent_channels=16), ""),
     "tiny autoencoder of FLUX.2": ("Flux2TinyAutoEncoder", flux2_tiny.Config(), ""),
     "CLIP-L, CLIP-G (original: open_clip)": (

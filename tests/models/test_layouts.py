@@ -33,7 +33,7 @@ from tinydiff.models import (
     wan,
     z_image,
 )
-from tinydiff.models.autoencoders import kl
+from tinydiff.models.autoencoders import hunyuan, hunyuan15, kl
 from tinydiff.models.autoencoders import wan as wan_vae
 from tinydiff.models.classes import RECORDS
 from tinydiff.models.encoders import clip_text, clip_vision, t5
@@ -154,6 +154,46 @@ def by_hand_wan22_vae(stored, c):
     )  # fmt: skip
 
 
+MIDDLE = (
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.attentions\.0\.([qkv])\.", r".attentions.0.to_\1."),
+)
+STAGES = (
+    (r"^encoder\.down\.(\d)\.block\.", r"encoder.down_blocks.\1.resnets."),
+    (r"^encoder\.down\.(\d)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
+    (r"^decoder\.up\.(\d)\.block\.", r"decoder.up_blocks.\1.resnets."),
+    (r"^decoder\.up\.(\d)\.upsample\.", r"decoder.up_blocks.\1.upsamplers.0."),
+)
+
+
+def by_hand_hunyuan15_vae(stored, c):
+    """As the model's conversion script in diffusers does: stages keep their numbers."""
+    return renamed(stored, *STAGES, *MIDDLE)
+
+
+def by_hand_hunyuan_vae(stored, c):
+    """The inverse of ComfyUI's conversion: the decoder's stages are counted from the last, and the linear
+    layers of the attention are convolutions of one pixel of one frame.
+    """
+    last = len(c.block_out_channels) - 1
+    out = renamed(
+        stored,
+        *((rf"^decoder\.up\.{i}\.", f"decoder.UP.{last - i}.") for i in range(last + 1)),
+        (r"^decoder\.UP\.", "decoder.up."),
+        *STAGES,
+        *MIDDLE,
+        (r"\.nin_shortcut\.", ".conv_shortcut."), (r"\.norm_out\.", ".conv_norm_out."),
+        (r"\.attentions\.0\.norm\.", ".attentions.0.group_norm."),
+        (r"\.attentions\.0\.proj_out\.", ".attentions.0.to_out.0."),
+    )  # fmt: skip
+    return {
+        key: tensor[..., 0, 0, 0] if ".attentions." in key and tensor.dim() == 5 else tensor
+        for key, tensor in out.items()
+    }
+
+
 def with_quant_convs(stored, c):
     """FLUX.2's are inside the halves, and the batch norm is kept."""
     out = theirs.convert_ldm_vae_checkpoint(
@@ -262,6 +302,13 @@ KL = kl.Config(
     block_out_channels=(32, 64, 96),
     layers_per_block=2, latent_channels=4, use_quant_conv=False, use_post_quant_conv=False,
 )  # fmt: skip
+HUNYUAN_VAE = hunyuan.Config(
+    down_block_types=("HunyuanVideoDownBlock3D",) * 3, up_block_types=("HunyuanVideoUpBlock3D",) * 3,
+    block_out_channels=(32, 32, 64), layers_per_block=1, latent_channels=4, spatial_compression_ratio=4,
+)  # fmt: skip
+HUNYUAN15_VAE = hunyuan15.Config(
+    block_out_channels=(8, 16, 32, 32), layers_per_block=1, latent_channels=4, spatial_compression_ratio=8
+)
 HUNYUAN = hunyuan_video.Config(num_layers=2, num_single_layers=2)
 CLIP = clip_text.Config(
     vocab_size=60,
@@ -369,6 +416,10 @@ CONVERTED = {
         out_channels=12, patch_size=2),
         by_hand_wan22_vae,
     ),
+    "HunyuanVideo VAE": ("AutoencoderKLHunyuanVideo", "comfyui", HUNYUAN_VAE, by_hand_hunyuan_vae),
+    "HunyuanVideo-1.5 VAE": (
+        "AutoencoderKLHunyuanVideo15", "original", HUNYUAN15_VAE, by_hand_hunyuan15_vae,
+    ),
     "CLIP": ("CLIPTextModel", "open_clip", CLIP, open_clip),
     "CLIP with projection": ("CLIPTextModelWithProjection", "open_clip", PROJECTS, open_clip),
     "CLIP vision": ("CLIPVisionModel", "original", VISION, by_hand_vision),
@@ -467,6 +518,7 @@ NAMES = {
     "QwenImageTransformer2DModel": {"diffusers"},
     "ErnieImageTransformer2DModel": {"diffusers"},
     "vae": {"original", "diffusers"},
+    "AutoencoderKLHunyuanVideo": {"comfyui", "diffusers"},
     "Flux2TinyAutoEncoder": {"its own"},
     "T5EncoderModel": {"transformers", "llama.cpp"},
     "UMT5EncoderModel": {"transformers", "original", "llama.cpp"},
@@ -479,8 +531,6 @@ NAMES = {
     "CLIPVisionModel": {"transformers", "original"},
     "language": {"transformers", "llama.cpp"},
     # Directories alone: single files of these are not read.
-    "AutoencoderKLHunyuanVideo": set(),
-    "AutoencoderKLHunyuanVideo15": set(),
     "LTX2VideoTransformer3DModel": {"original", "diffusers"},
     "AutoencoderKLLTX2Video": set(),
     "AutoencoderKLLTX2Audio": set(),

@@ -1,57 +1,79 @@
 """Files of autoencoders in the authors' layouts and in diffusers'.
 
-The authors are those of FLUX, SD3, FLUX.2, Wan 2.1 and 2.2 and Qwen-Image.
+The authors are those of FLUX, SD3, FLUX.2, Wan 2.1 and 2.2, Qwen-Image, HunyuanVideo and HunyuanVideo-1.5.
 
 Source: the names of the reference codes. FLUX's decoder counts its stages from the last, and its attention is
-a convolution of one pixel. Wan 2.1 has all layers of a half in one list, Wan 2.2 a list in a list.
+a convolution of one pixel. HunyuanVideo's authors have diffusers' names, and ComfyUI gives its file FLUX's.
+HunyuanVideo-1.5 counts its stages in the order in which they run. Wan 2.1 has all layers of a half in one
+list, Wan 2.2 a list in a list.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from tinydiff.entries import Entries
 from tinydiff.keymap import Line, moved, under
-from tinydiff.models.autoencoders import flux2_tiny, kl, tiny
+from tinydiff.models.autoencoders import flux2_tiny, hunyuan, hunyuan15, kl, tiny
 from tinydiff.models.autoencoders import wan as wan_vae
 from tinydiff.models.layouts.table import Layout, Sizes, by_rows
 
 # --- AutoencoderKL ---
 
 
-def _projection(stored: str, row: str) -> tuple[Line, ...]:
-    """A convolution of one pixel that is a linear layer here."""
-    return moved(f"{stored}.weight", f"{row}.weight", ones=2), moved(f"{stored}.bias", f"{row}.bias")
+def _projections(ones: int) -> tuple[Line, ...]:
+    """Convolutions of one pixel that are linear layers here. ones: their dimensions of length one."""
+    return tuple(
+        moved(f"{stored}.{leaf}", f"{row}.{leaf}", ones=extra)
+        for stored, row in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))
+        for leaf, extra in (("weight", ones), ("bias", 0))
+    )
 
 
 _BLOCK = moved("nin_shortcut", "conv_shortcut")
-_HALF = (
-    moved("mid.block_1", "mid_block.resnets.0"),
-    moved("mid.block_2", "mid_block.resnets.1"),
-    moved("mid.attn_1.norm", "mid_block.attentions.0.group_norm"),
-    *(
+
+
+def _half(*attention: Line) -> tuple[Line, ...]:
+    """A half of an autoencoder but its stages. attention: the lines of what is in the middle."""
+    return (
+        moved("mid.block_1", "mid_block.resnets.0"),
+        moved("mid.block_2", "mid_block.resnets.1"),
+        *under("mid.attn_1", "mid_block.attentions.0", *attention),
+    )
+
+
+def _kl_half(ones: int) -> tuple[Line, ...]:
+    attention = (moved("norm", "group_norm"), *_projections(ones))
+    return (*_half(*attention), moved("norm_out", "conv_norm_out"))
+
+
+def _stages(stages: Iterable[tuple[str, str]]) -> tuple[Line, ...]:
+    """Blocks and changes of the resolution of (stored stage, stage)."""
+    return tuple(
         line
-        for stored, row in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))
-        for line in _projection(f"mid.attn_1.{stored}", f"mid_block.attentions.0.{row}")
-    ),
-    moved("norm_out", "conv_norm_out"),
-)
+        for stored, row in stages
+        for line in (
+            *under(f"{stored}.block.*", f"{row}.resnets.*", _BLOCK),
+            moved(f"{stored}.block", f"{row}.resnets"),
+            moved(f"{stored}.downsample.conv", f"{row}.downsamplers.0.conv"),
+            moved(f"{stored}.upsample.conv", f"{row}.upsamplers.0.conv"),
+        )
+    )
+
+
+_DOWN = ("encoder.down.*", "encoder.down_blocks.*")
+
+
+def _from_last(levels: int, ones: int) -> tuple[Line, ...]:
+    """FLUX's names. ones: the dimensions of length one that a convolution of one pixel has."""
+    up = ((f"decoder.up.{i}", f"decoder.up_blocks.{levels - 1 - i}") for i in range(levels))
+    half = _kl_half(ones)
+    return (*_stages((_DOWN, *up)), *under("encoder", "encoder", *half), *under("decoder", "decoder", *half))
 
 
 def _kl(levels: int) -> tuple[Line, ...]:
-    stages = [("encoder.down.*", "encoder.down_blocks.*")]
-    stages += [(f"decoder.up.{i}", f"decoder.up_blocks.{levels - 1 - i}") for i in range(levels)]
     return (
-        *(
-            line
-            for stored, row in stages
-            for line in (
-                *under(f"{stored}.block.*", f"{row}.resnets.*", _BLOCK),
-                moved(f"{stored}.block", f"{row}.resnets"),
-                moved(f"{stored}.downsample.conv", f"{row}.downsamplers.0.conv"),
-                moved(f"{stored}.upsample.conv", f"{row}.upsamplers.0.conv"),
-            )
-        ),
-        *under("encoder", "encoder", *_HALF),
-        *under("decoder", "decoder", *_HALF),
+        *_from_last(levels, ones=2),
         moved("encoder.quant_conv", "quant_conv"),
         moved("decoder.post_quant_conv", "post_quant_conv"),
     )
@@ -91,6 +113,8 @@ _KL_DIRECTORY = (
     "decoder.up_blocks.0.resnets.0.norm1",
     "encoder.conv_norm_out",
 )
+_CAUSAL = "decoder.conv_in.conv"
+"""HunyuanVideo's convolutions are in a layer that pads."""
 
 
 def _of_kl(class_name: str, signs: tuple[str, ...], lacks: tuple[str, ...]) -> tuple[Layout, ...]:
@@ -101,7 +125,7 @@ def _of_kl(class_name: str, signs: tuple[str, ...], lacks: tuple[str, ...]) -> t
             (*_KL_FILES, *signs),
             lambda c: (*_kl(len(c.block_out_channels)), *kl.FAMILY.keys(c).lines),
             _kl_original,
-            lacks=lacks,
+            (*lacks, _CAUSAL),
         ),
         Layout(
             "diffusers",
@@ -109,7 +133,7 @@ def _of_kl(class_name: str, signs: tuple[str, ...], lacks: tuple[str, ...]) -> t
             (*_KL_DIRECTORY, *signs),
             lambda c: kl.FAMILY.keys(c).lines,
             kl_entries,
-            lacks,
+            (*lacks, _CAUSAL),
         ),
     )
 
@@ -201,6 +225,80 @@ def wan_entries(s: Sizes) -> Entries:
 _WAN = "AutoencoderKLWan"
 _NESTED = wan_vae.Config(is_residual=True)
 
+# --- HunyuanVideo's ---
+
+HUNYUAN15 = (
+    *_stages((_DOWN, ("decoder.up.*", "decoder.up_blocks.*"))),
+    *(
+        line
+        for half in ("encoder", "decoder")
+        for line in under(half, half, *_half(*(moved(name, f"to_{name}") for name in "qkv")))
+    ),
+)
+
+
+def hunyuan_entries(s: Sizes) -> Entries:
+    """The scale of latents is not told; it is that of the released models."""
+    levels = s.count("encoder.down_blocks")
+    return {
+        "in_channels": s("encoder.conv_in.conv.weight", 1),
+        "out_channels": s("decoder.conv_out.conv.weight"),
+        "latent_channels": s("decoder.conv_in.conv.weight", 1),
+        "block_out_channels": [
+            s(f"encoder.down_blocks.{i}.resnets.0.conv2.conv.weight") for i in range(levels)
+        ],
+        "layers_per_block": s.count("encoder.down_blocks.0.resnets"),
+        "spatial_compression_ratio": 2 ** (levels - 1),
+    }
+
+
+def hunyuan_first_entries(s: Sizes) -> Entries:
+    """HunyuanVideo's, which also names its blocks."""
+    found = hunyuan_entries(s)
+    levels = s.count("encoder.down_blocks")
+    return {
+        **found,
+        "down_block_types": ["HunyuanVideoDownBlock3D"] * levels,
+        "up_block_types": ["HunyuanVideoUpBlock3D"] * levels,
+        "mid_block_add_attention": s.has("encoder.mid_block.attentions"),
+    }
+
+
+def _hunyuan_comfyui(s: Sizes) -> Entries:
+    return by_rows(_from_last(s.count("encoder.down"), ones=3), hunyuan_first_entries)(s)
+
+
+_HUNYUAN = (
+    Layout(
+        "comfyui",
+        "AutoencoderKLHunyuanVideo",
+        (*_KL_FILES, _CAUSAL, "encoder.norm_out.weight"),
+        lambda c: _from_last(len(c.block_out_channels), ones=3),
+        _hunyuan_comfyui,
+    ),
+    Layout(
+        "diffusers",
+        "AutoencoderKLHunyuanVideo",
+        (*_KL_DIRECTORY, _CAUSAL),
+        lambda c: hunyuan.FAMILY.keys(c).lines,
+        hunyuan_first_entries,
+    ),
+    Layout(
+        "original",
+        "AutoencoderKLHunyuanVideo15",
+        (*_KL_FILES, _CAUSAL, "encoder.norm_out.gamma"),
+        lambda c: HUNYUAN15,
+        by_rows(HUNYUAN15, hunyuan_entries),
+    ),
+    Layout(
+        "diffusers",
+        "AutoencoderKLHunyuanVideo15",
+        ("encoder.down_blocks.0.resnets.0.norm1.gamma", "decoder.up_blocks.0.resnets.0", _CAUSAL),
+        lambda c: hunyuan15.FAMILY.keys(c).lines,
+        hunyuan_entries,
+    ),
+)
+
 # --- tiny ones ---
 
 
@@ -235,6 +333,7 @@ def tiny_entries(s: Sizes) -> Entries:
 LAYOUTS = (
     *_of_kl("AutoencoderKLFlux2", ("bn.running_mean",), ()),
     *_of_kl("AutoencoderKL", (), ("bn",)),
+    *_HUNYUAN,
     Layout(
         "original",
         _WAN,
