@@ -19,7 +19,7 @@ from tinydiff.ops import packed
 from tinydiff.parallel.plan import Group, Plan, Row, kept_rows
 
 CONFIG = Config(
-    **{"vocab_size": 9, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2},
+    **{"vocab_size": 10, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rope_parameters": Rope(1e6)},
     **{"layer_types": ("full_attention",) * 2, "layers": 2},
 )
