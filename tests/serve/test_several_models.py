@@ -6,7 +6,8 @@ import base64
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
+from dataclasses import replace
 
 import falcon.testing
 import pytest
@@ -17,6 +18,7 @@ from tinydiff.config import ModelOptions
 from tinydiff.io import hub
 from tinydiff.records import UserError
 from tinydiff.runtime import fit
+from tinydiff.serve import models as several
 from tinydiff.serve import server
 from tinydiff.serve.app import make_app
 from tinydiff.serve.jobs import Job, Turn, new_id
@@ -184,6 +186,50 @@ def test_the_model_that_was_used_least_recently_leaves(turns, monkeypatch):
     one.loading.unload_unused()
     assert one.loaded() == frozenset() and one.state().phase == "asleep"
     assert "tinydiff_model_loaded 0.0" in one.metrics.text().decode()
+
+
+def test_the_start_says_which_models_fit_together_and_which_take_turns(tmp_path, monkeypatch):
+    three = ("a=tinydiff/shapes", "b=tinydiff/shapes", "c=tinydiff/shapes")
+    with closing((made := service(tmp_path, three)).store):
+        plan = fit.planned(made.blueprint, (), 10**12)
+    held = sum(part.weights for part in plan.footprints)
+    reserved = round(10**12 - plan.room)
+
+    def told(beside, models=made.models):
+        monkeypatch.setattr(fit, "free_bytes", lambda device: reserved + plan.peak + beside * held)
+        return list(several.told(models))
+
+    fits = "fits on the device beside"
+    assert told(2) == [f"a {fits} b, c", f"b {fits} a, c", f"c {fits} a, b"]
+    assert told(1)[0] == f"a {fits} some of b, c"
+    assert told(0)[1] == "b takes turns with a, c"
+    assert told(2, made.models[:1]) == []
+    a, b, c = made.models
+    foreign = replace(c.adapters.base, foreign=object())
+    assert list(fit.together({"a": a.adapters.base, "b": b.adapters.base, "x": foreign}, 10**12)) == [
+        f"a {fits} b and takes turns with x",
+        f"b {fits} a and takes turns with x",
+        "x takes turns with a, b",
+    ]
+
+
+def test_the_server_prints_them_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    @contextmanager
+    def failed(made, sock):
+        made.scheduler._set_phase("failed", detail="of the test")
+        with sock, closing(made.store):
+            yield "URL"
+
+    monkeypatch.setattr(server, "running", failed)
+    monkeypatch.setattr(fit, "free_bytes", lambda device: 10**12)
+    asked = server.parse(("--state-dir", str(tmp_path), "--port", "0", "--models", *TWO))
+    assert server.serve_here(asked, signals=()) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        "tinydiff: a fits on the device beside b",
+        "tinydiff: b fits on the device beside a",
+    ]
+    assert lines[2].startswith("tinydiff: a, b at URL")
 
 
 def test_each_model_has_its_own_adapters(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tinydiff.parallel.ranks import Ranks
-from tinydiff.runtime import aside, backends, blueprint, fit, offload, postprocess
+from tinydiff.runtime import aside, backends, blueprint, fit, postprocess
 from tinydiff.runtime.backends import Backend
 from tinydiff.runtime.blueprint import Blueprint, Model
 from tinydiff.runtime.shortage import give_memory_back
@@ -84,7 +84,5 @@ def leaving(chosen: DeviceModel, others: Sequence[DeviceModel]) -> int:
     The chosen one then gets what its plan would give it alone.
     """
     held = [other.bytes_held for other in others]
-    free = fit.free_bytes(chosen.blueprint.device)
-    if free is None:  # what the CPU holds can be given back too
-        free = offload.free_host_bytes() + sum(held)
-    return fit.in_the_way(chosen.blueprint, held, free)
+    free = fit.room(chosen.blueprint.device, sum(held))
+    return fit.in_the_way(fit.alone(chosen.blueprint, free), held)

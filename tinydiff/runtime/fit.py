@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -29,6 +29,12 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def room(device: torch.device, held: int = 0) -> int:
+    """Bytes that models may fill here. held: bytes of those that are loaded, which count as room."""
+    free = free_bytes(device)
+    return offload.free_host_bytes() + held if free is None else free
 
 
 def fitted(
@@ -62,17 +68,58 @@ def fitted(
     return replace(blueprint, nets=nets, pinned=pinned, tile=tile)
 
 
-def in_the_way(blueprint: Blueprint, held: Sequence[int], free: int) -> int:
-    """How many models must leave the device, from the first on, before this one's plan fits beside the rest.
+def alone(blueprint: Blueprint, free: int) -> MemoryPlan | None:
+    """The plan of a model of a server where no other is loaded: it keeps it beside others.
 
-    held: bytes of the weights of each. free: bytes of the device without all of them. Nothing is known of
-    what another library's pipeline needs, so it gets the device alone.
+    None where nothing is known of what it needs, as of another library's pipeline.
     """
-    if blueprint.foreign is not None:
+    return None if blueprint.foreign is not None else planned(blueprint, (), free)
+
+
+def in_the_way(plan: MemoryPlan | None, held: Sequence[int]) -> int:
+    """How many models must leave the device, from the first on, before this plan fits beside the rest.
+
+    plan: of a model that is to be loaded, see `alone`. held: bytes of the weights of each. A model of which
+    nothing is known gets the device alone.
+    """
+    if plan is None:
         return len(held)
-    plan = planned(blueprint, (), free)
     fitting = (n for n in range(len(held)) if plan.peak + sum(held[n:]) <= plan.room)
     return next(fitting, len(held))
+
+
+def together(blueprints: Mapping[str, Blueprint], free: int) -> Iterator[str]:
+    """One line for each of several models: those beside which it fits, those with which it takes turns.
+
+    free: bytes of the device without all of them. Models fit together where each has room beside the others.
+    """
+    plans = {name: alone(each, free) for name, each in blueprints.items()}
+    held = {name: _held(each, plans[name]) for name, each in blueprints.items()}
+
+    def fit_together(names: Sequence[str]) -> bool:
+        return not any(
+            in_the_way(plans[name], [held[other] for other in names if other != name]) for name in names
+        )
+
+    for name in blueprints:
+        others = [other for other in blueprints if other != name]
+        beside = [other for other in others if fit_together((name, other))]
+        turns = [other for other in others if other not in beside]
+        some = "" if fit_together((name, *beside)) else "some of "
+        fits = f"fits on the device beside {some}{', '.join(beside)}" if beside else ""
+        waits = f"takes turns with {', '.join(turns)}" if turns else ""
+        yield f"{name} {' and '.join(filter(None, (fits, waits)))}"
+
+
+def _held(blueprint: Blueprint, plan: MemoryPlan | None) -> int:
+    """Bytes of weights on the device while other models run; 0 where a model gets the device alone anyway.
+
+    A CPU keeps all weights, whatever is planned.
+    """
+    if plan is None:
+        return 0
+    kept = plan if blueprint.device.type != "cpu" else expected(blueprint, ())
+    return sum(part.held(kept.where[part.name]) for part in plan.footprints)
 
 
 def stepped_down(blueprint: Blueprint) -> Blueprint | None:

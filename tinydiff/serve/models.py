@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 
 from tinydiff.config import ModelOptions
 from tinydiff.records import UserError, brief
-from tinydiff.runtime import backends
+from tinydiff.runtime import backends, fit
 from tinydiff.serve.adapters import Adapters
 from tinydiff.serve.options import ServeOptions
 from tinydiff.serve.service import ServedModel
@@ -28,6 +28,16 @@ def read(options: ModelOptions, server: ServeOptions) -> tuple[ServedModel, ...]
     _refuse(options, server)
     named = dict(_named(server))
     return tuple(_model(name, replace(options, model_path=path), server) for name, path in named.items())
+
+
+def told(models: Sequence[ServedModel]) -> Iterator[str]:
+    """One line for each of several models: which others fit on the device beside it. None where it is one.
+
+    For a server that has loaded nothing yet.
+    """
+    if len(models) > 1:
+        free = fit.room(models[0].blueprint.device)
+        yield from fit.together({model.name: model.adapters.base for model in models}, free)
 
 
 def _model(name: str, options: ModelOptions, server: ServeOptions) -> ServedModel:

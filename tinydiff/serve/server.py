@@ -295,6 +295,7 @@ def serve_here(
     """`serve` in this process. asked: with checked options. ranks: this rank, which leads, among several.
     signals: those that end the server.
     """
+    from tinydiff.serve import models
     from tinydiff.serve.guard import configure_logging
 
     options = asked.server
@@ -306,6 +307,8 @@ def serve_here(
             f"tinydiff: anyone who reaches {options.host} can use this server; --api-key KEY requires a key",
             file=sys.stderr,
         )
+    for line in models.told(service.models):
+        print(f"tinydiff: {line}", flush=True)
     told = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
