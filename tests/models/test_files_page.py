@@ -16,12 +16,17 @@ from tinydiff.keymap import KeyMap
 from tinydiff.models.autoencoders import flux2_tiny, tiny
 from tinydiff.models.autoencoders import wan as wan_vae
 from tinydiff.models.classes import RECORDS
+from tinydiff.models.encoders import siglip_vision
 from tinydiff.models.encoders.decoder_config import Config as DecoderConfig
 from tinydiff.models.layouts.recognise import LAYOUTS, recognise
 
 LM = DecoderConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
 num_attention_heads=2,
                    num_key_value_heads=1, layers=2, layer_types=("full_attention",) * 2)  # fmt: skip
+SIGLIP = siglip_vision.Config(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=16, image_size=28,
+    patch_size=14,
+)  # fmt: skip
 MODEL = "model.diffusion_model."
 
 
@@ -73,9 +78,13 @@ FILES = {
     "T5": ("T5EncoderModel", replace(UMT5, model_type="t5"), "text_encoders.t5xxl.transformer."),
     "UMT5": ("UMT5EncoderModel", UMT5, ""),
     "CLIP's image encoder": ("CLIPVisionModel", VISION, ""),
+    "SigLIP's image encoder": ("SiglipVisionModel", SIGLIP, ""),
     "Qwen2.5-VL, Qwen3, Mistral Small, Ministral": ("Qwen2_5_VLForConditionalGeneration", LM, "model."),
 }
 """Row of the table -> (class, a small config, what stands before the keys of ComfyUI's files)."""
+
+TRANSFORMERS = {"CLIP's image encoder"}
+"""Rows whose ComfyUI files have transformers' names though there is an original layout."""
 
 COLUMNS = ("original", "comfyui", "diffusers")
 NAMES = {
@@ -123,6 +132,8 @@ def spelt(name, column, stored):
     """The keys as ComfyUI's files have them, where it has a spelling of its own in the original layout."""
     if (name, column) == ("Ovis-Image", "comfyui"):
         return {key.replace(".semantic_txt_", ".txt_"): tensor for key, tensor in stored.items()}
+    if (name, column) == ("CLIP's image encoder", "comfyui"):
+        return {**stored, "visual_projection.weight": torch.zeros(4, VISION.hidden_size)}
     return stored
 
 
@@ -134,7 +145,8 @@ def test_every_cell_of_the_page(tmp_path, name, column):
     cell, (class_name, c, prefix) = PAGE[name, column], FILES[name]
     layout = layout_of(name, column)
     if column == "comfyui" and cell != "-":
-        layout = layout or layout_of(name, "original") or layout_of(name, "diffusers")
+        others = ("diffusers",) if name in TRANSFORMERS else ("original", "diffusers")
+        layout = layout or next(filter(None, (layout_of(name, other) for other in others)))
     if cell == "-":
         return pytest.fail(f"{layout.name} is read") if layout is not None else None
     assert layout is not None

@@ -170,6 +170,7 @@ STAGES = (
 
 def by_hand_hunyuan15_vae(stored, c):
     """As the model's conversion script in diffusers does: stages keep their numbers."""
+    assert not any("_block" in key for key in stored)
     return renamed(stored, *STAGES, *MIDDLE)
 
 
@@ -177,6 +178,7 @@ def by_hand_hunyuan_vae(stored, c):
     """The inverse of ComfyUI's conversion: the decoder's stages are counted from the last, and the linear
     layers of the attention are convolutions of one pixel of one frame.
     """
+    assert not any("_block" in key or "to_" in key for key in stored)
     last = len(c.block_out_channels) - 1
     out = renamed(
         stored,
@@ -529,6 +531,7 @@ NAMES = {
     "CLIPTextModel": {"transformers", "open_clip"},
     "CLIPTextModelWithProjection": {"transformers", "open_clip"},
     "CLIPVisionModel": {"transformers", "original"},
+    "SiglipVisionModel": {"transformers"},
     "language": {"transformers", "llama.cpp"},
     # Directories alone: single files of these are not read.
     "LTX2VideoTransformer3DModel": {"original", "diffusers"},
@@ -540,7 +543,6 @@ NAMES = {
     "Gemma3ForConditionalGeneration": set(),
     "Gemma4UnifiedForConditionalGeneration": set(),
     "LTX2DurationHead": set(),
-    "SiglipVisionModel": set(),
     "WanS2VTransformer3DModel": set(),
     "Wav2Vec2ForCTC": set(),
 }

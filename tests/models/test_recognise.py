@@ -1,5 +1,7 @@
 """What a file is, told from keys and shapes, and what it is not: one sentence each."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gguf import MODEL_ARCH
@@ -11,7 +13,7 @@ from tests.models.test_released import config_of
 from tinydiff.io import archive
 from tinydiff.io.weights import exported, load_weights
 from tinydiff.keymap import KeyMap, stored_rows
-from tinydiff.models import flux
+from tinydiff.models import flux, released
 from tinydiff.models.classes import RECORDS
 from tinydiff.models.layouts import recognise as module
 from tinydiff.models.layouts.recognise import LAYOUTS, config_from, recognise
@@ -127,6 +129,25 @@ SEEN = {
         "visual.pre_norm.weight",
         "visual.transformer.0.mlp.2.bias", "visual.post_norm.bias", "visual.patch_embedding.weight",
     ),
+    ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "image_encoder", "transformers"): (
+        "vision_model.embeddings.class_embedding", "vision_model.pre_layrnorm.weight",
+        "vision_model.encoder.layers.30.layer_norm1.weight",
+    ),
+    ("hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v", "image_encoder", "transformers"): (
+        "vision_model.embeddings.patch_embedding.bias", "vision_model.encoder.layers.22.layer_norm1.weight",
+        "vision_model.post_layernorm.weight",
+    ),
+    ("hunyuanvideo-community/HunyuanVideo", "vae", "comfyui"): (
+        "decoder.conv_in.conv.weight", "decoder.up.3.block.2.conv1.conv.weight",
+        "decoder.mid.attn_1.q.weight", "encoder.mid.attn_1.norm.bias", "encoder.mid.attn_1.proj_out.weight",
+        "decoder.up.1.block.0.nin_shortcut.conv.weight", "encoder.norm_out.bias", "post_quant_conv.weight",
+        "encoder.down.0.downsample.conv.conv.weight",
+    ),
+    ("hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v", "vae", "original"): (
+        "decoder.conv_in.conv.weight", "decoder.up.0.upsample.conv.conv.weight", "encoder.norm_out.gamma",
+        "decoder.up.4.block.2.conv2.conv.bias", "encoder.mid.attn_1.norm.gamma",
+        "encoder.mid.attn_1.proj_out.weight", "encoder.down.3.downsample.conv.conv.weight",
+    ),
     (FLUX, "text_encoder_2", "transformers"): ("encoder.block.23.layer.1.DenseReluDense.wi_1.weight",
     "shared.weight"),
     ("stabilityai/stable-diffusion-3.5-large", "text_encoder_2", "open_clip"): (
@@ -144,6 +165,19 @@ def test_keys_of_released_files_are_in_the_table(file):
     assert [key for key in SEEN[file] if key not in shapes] == []
     (found,) = recognise(shapes)
     assert file[0] in found.models and found.layout.name == file[2]
+
+
+def test_siglip_without_its_head_is_that_of_384_pixels():
+    """No shape tells the side: 384 is no multiple of a patch of 14 pixels. The head is never run."""
+    name = "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v"
+    shapes = {key: shape for key, shape in original(name, "image_encoder", "transformers").items()
+              if ".head." not in key}  # fmt: skip
+    (found,) = recognise(shapes)
+    class_name, entries = released.COMPONENTS[name]["image_encoder"]
+    assert found.class_name == class_name
+    config = config_from(class_name, found.entries)
+    assert config == replace(config_from(class_name, entries), vision_use_head=False)
+    assert config.image_size == 384 and config.tokens == 729
 
 
 def test_an_all_in_one_file_holds_several_components(tmp_path):

@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from safetensors.torch import load_file, save_file
 
 import tinydiff
+from tests.models.test_layouts import drawn
 from tests.runtime.folders import VARIANTS, build, load
 from tinydiff.config import ModelOptions
 from tinydiff.io.weights import exported
@@ -186,6 +187,15 @@ def test_files_that_do_not_fit(saved, tmp_path):
     refused(
         "vae_path",
         "holds a WanTransformer3DModel, which cannot stand in for",
+        model_path=str(folder),
+        **paths,
+    )
+    layout, c, rows, weights = drawn("CLIP")
+    save_file(exported(weights, rows, KeyMap(layout.lines(c))), tmp_path / "clip.safetensors")
+    paths = {"component_paths": {"text_encoder": str(tmp_path / "clip.safetensors")}}
+    refused(
+        "text_encoder_path",
+        "holds a CLIPTextModel, which cannot stand in for a UMT5EncoderModel",
         model_path=str(folder),
         **paths,
     )

@@ -130,8 +130,7 @@ def _in_place_of(listed: Component, path: str, option: str, variant: str | None)
     entries = replacement.json.get("config.json", {})
     names = (entries.get("_class_name"), *(entries.get("architectures") or ()))
     own = next((name for name in names if name in RECORDS), listed.class_name)
-    role = None if listed.class_name not in RECORDS else RECORDS[listed.class_name].role
-    if role is not None and own in RECORDS and RECORDS[own].role != role:
+    if listed.class_name in RECORDS and own in RECORDS and not _stands_in(own, listed.class_name):
         message = f"{str(place)!r} is a {own}, which cannot stand in for a {listed.class_name}"
         raise UserError(option, f"{option}: {message}")
     return replace(replacement, class_name=own)
@@ -173,7 +172,7 @@ def _from_file(listed: Component, file: Path, option: str, config_stays: bool = 
         if keys is not None:
             return replace(listed, files=file, keys=keys, option=option)
         contents = recognise(shapes, metadata, str(file))
-        match = next((each for each in contents if RECORDS[each.class_name].role == record.role), None)
+        match = next((each for each in contents if _stands_in(each.class_name, listed.class_name)), None)
         if match is None:
             classes = ", ".join(each.class_name for each in contents)
             message = f"{str(file)!r} holds a {classes}, which cannot stand in for a {listed.class_name}"
@@ -184,6 +183,15 @@ def _from_file(listed: Component, file: Path, option: str, config_stays: bool = 
         class_name, entries = _described(match)
         json = {"config.json": entries}
         return Component(listed.name, listed.library, class_name, json, file, match.keys, option)
+
+
+def _stands_in(class_name: str, listed: str) -> bool:
+    """Whether a component of a class may take the place of a listed one.
+
+    A model runs the encoder that it was trained with, and whatever has latents of its kind as autoencoder.
+    """
+    own, record = RECORDS[class_name], RECORDS[listed]
+    return own is record or (own.role == record.role and record.role in ("dit", "vae"))
 
 
 def _keys_of(file: Path, shapes: Mapping[str, Shape], listed: Component) -> Keys | None:

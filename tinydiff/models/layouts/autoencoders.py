@@ -39,6 +39,7 @@ def _half(*attention: Line) -> tuple[Line, ...]:
         moved("mid.block_1", "mid_block.resnets.0"),
         moved("mid.block_2", "mid_block.resnets.1"),
         *under("mid.attn_1", "mid_block.attentions.0", *attention),
+        moved("mid.attn_1", "mid_block.attentions.0"),
     )
 
 

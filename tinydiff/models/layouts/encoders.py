@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import isqrt
 
-from tinydiff.entries import Entries
+from tinydiff.entries import Entries, EntryDict
 from tinydiff.keymap import KeyMap, Line, fused, interleaved, moved, transposed, under, unread
 from tinydiff.models import released
-from tinydiff.models.encoders import clip_text, clip_vision, decoder_lm, t5
+from tinydiff.models.encoders import clip_text, clip_vision, decoder_lm, siglip_vision, t5
 from tinydiff.models.encoders.decoder_config import Config as DecoderConfig
 from tinydiff.models.layouts.table import Layout, Sizes, by_rows
 
@@ -120,13 +120,16 @@ WAN_CLIP = (
 )
 
 VISION_HEADS = 16
+WHOLE = {378: 384}
+"""27 patches of 14 pixels are those of an image of 384, whose border is left out."""
 
 
-def vision_entries(s: Sizes) -> Entries:
-    """The tower of Wan's image encoder."""
+def _tower_entries(s: Sizes, extra: int) -> EntryDict:
+    """A vision tower. extra: tokens that are no patch."""
     e = "vision_model.embeddings"
     width, channels, side, _ = s.shapes[f"{e}.patch_embedding.weight"]
     *_, tokens, _ = s.shapes[f"{e}.position_embedding.weight"]
+    pixels = side * isqrt(tokens - extra)
     return {
         "hidden_size": width,
         "intermediate_size": s("vision_model.encoder.layers.0.mlp.fc1.weight"),
@@ -134,19 +137,47 @@ def vision_entries(s: Sizes) -> Entries:
         "num_attention_heads": VISION_HEADS,
         "num_channels": channels,
         "patch_size": side,
-        "image_size": side * isqrt(tokens - 1),
+        "image_size": WHOLE.get(pixels, pixels),
     }
 
 
+def vision_entries(s: Sizes) -> Entries:
+    """The tower of Wan's image encoder."""
+    return _tower_entries(s, extra=1)
+
+
+def siglip_entries(s: Sizes) -> Entries:
+    """The tower of HunyuanVideo-1.5's image encoder. The head is never run, and a file may lack it."""
+    return {**_tower_entries(s, extra=0), "vision_use_head": s.has("vision_model.head")}
+
+
 _VISION = clip_vision.FAMILY.keys(clip_vision.Config()).lines
+_SIGLIP = siglip_vision.FAMILY.keys(siglip_vision.Config()).lines
+
+
+def _tower_signs(prefix: str) -> tuple[str, ...]:
+    return f"{prefix}encoder.layers.0.self_attn.q_proj", f"{prefix}embeddings.patch_embedding"
+
+
 VISION = (
     *(
         Layout(
             "transformers",
             "CLIPVisionModel",
-            (f"{prefix}encoder.layers.0.self_attn.q_proj", f"{prefix}embeddings.patch_embedding"),
+            (*_tower_signs(prefix), f"{prefix}embeddings.class_embedding"),
             lambda c: _VISION,
             by_rows(_VISION, vision_entries),
+        )
+        for prefix in ("vision_model.", "")
+    ),
+    *(
+        Layout(
+            "transformers",
+            "SiglipVisionModel",
+            (*_tower_signs(prefix), f"{prefix}embeddings.patch_embedding.bias"),
+            lambda c: _SIGLIP,
+            by_rows(_SIGLIP, siglip_entries),
+            (f"{prefix}embeddings.class_embedding",),
         )
         for prefix in ("vision_model.", "")
     ),
