@@ -5,7 +5,9 @@ own.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import cache
+from itertools import takewhile
 
 import pytest
 
@@ -18,7 +20,8 @@ from tinydiff.residency import Residency, excluded, resolve, smallest
 from tinydiff.runtime import blueprint, estimate, memory
 from tinydiff.values import GIGABYTES, within_limits
 
-CARDS = (8, 12, 16, 24, 48, 80)
+CARDS = (8, 12, 16, 24, 48, 80, 141)
+GPUS = (8, 4, 2)
 NAMES = [row.name for row in registry.MODELS]
 
 
@@ -27,11 +30,28 @@ def parts(name):
     return memory.footprints(estimate.subject(name, config.SamplingOptions(), 1, 2))
 
 
+@cache
+def needs(name, gpus):
+    """GB of each of several GPUs that share all they can; None where they cannot share the model."""
+    of = estimate.subject(name, config.SamplingOptions(), gpus, 2)
+    layout = estimate.usual(of, gpus)
+    if layout is None:
+        return None
+    sharded = replace(layout, encoders=True, fsdp=True)
+    return estimate.estimate(of, sharded, 0.0, cost.Machine(400.0, 300.0, 25.0, 8)).lacks
+
+
+def instead(name, vram):
+    """What to do where one GPU of `vram` GB is too small: the fewest of them that suffice, or larger ones."""
+    enough = takewhile(lambda gpus: (needs(name, gpus) or vram + 1) <= vram, GPUS)
+    return f"{least} GPUs" if (least := min(enough, default=0)) else "larger"
+
+
 def cell(name, vram):
     """What a released model does on a GPU of `vram` GB, in words."""
     plan = memory.choose(parts(name), vram)
     if not plan.fits:
-        return f"lacks {(plan.peak - plan.room) / 1e9:.0f} GB"
+        return instead(name, vram)
     words = {where.kind for where in plan.where.values()} | ({"tiled"} if plan.tiles else set())
     return " + ".join(kind for kind in ("offloaded", "streamed", "tiled") if kind in words) or "resident"
 
@@ -51,6 +71,15 @@ def test_the_table_of_the_documentation_is_what_the_plan_says():
     assert wanted in page, f"the table of docs/memory.md should be:\n{wanted}"
 
 
+def test_a_gpu_that_is_too_small_gets_the_fewest_that_suffice_or_a_larger_one(monkeypatch):
+    gigabytes = {2: 20.2, 4: 11.0, 8: 6.4}
+    monkeypatch.setitem(globals(), "needs", lambda name, gpus: gigabytes[gpus])
+    said = {vram: instead("a model", vram) for vram in (6, 6.4, 8, 11, 20, 20.2)}
+    assert said == {6: "larger", 6.4: "8 GPUs", 8: "8 GPUs", 11: "4 GPUs", 20: "4 GPUs", 20.2: "2 GPUs"}
+    monkeypatch.setitem(globals(), "needs", lambda name, gpus: None)
+    assert instead("a model", 80) == "larger"
+
+
 @pytest.mark.parametrize("name", ["FLUX.1-dev", "Wan2.2-T2V-A14B-Diffusers", registry.SHIPPED])
 def test_weights_are_those_of_the_rows(name):
     of = estimate.subject(name, config.SamplingOptions(), 1, 2)
@@ -62,7 +91,7 @@ def test_weights_are_those_of_the_rows(name):
 @pytest.mark.parametrize("name", ["FLUX.1-dev", "Wan2.2-T2V-A14B-Diffusers"])
 def test_more_memory_never_moves_more_and_auto_fits_wherever_memory_does(name):
     moved = []
-    for vram in (4, *CARDS, 141):
+    for vram in (4, *CARDS):
         plan, least = memory.choose(parts(name), vram), memory.choose(parts(name), vram, "memory")
         assert plan.fits == least.fits and least.peak <= plan.peak
         assert memory.choose(parts(name), vram, "speed").moved == 0
