@@ -9,19 +9,21 @@ from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from tests.blocks import gguf_file
 from tinydiff.io import weights as module
+from tinydiff.io.sources import Component
 from tinydiff.io.weight_sources import kept_kinds
 from tinydiff.io.weights import exported, load_weights, unread
 from tinydiff.keymap import KeyMap
 from tinydiff.models.encoders import decoder_lm
-from tinydiff.models.encoders.decoder_config import Config, Rope
+from tinydiff.models.encoders.decoder_config import Config, Rope, config_from
 from tinydiff.models.layouts.recognise import LAYOUTS
 from tinydiff.ops import packed
 from tinydiff.parallel.plan import Group, Plan, Row, kept_rows
+from tinydiff.runtime import components
 
 CONFIG = Config(
     **{"vocab_size": 10, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rope_parameters": Rope(1e6)},
-    **{"layer_types": ("full_attention",) * 2, "layers": 2},
+    **{"layer_types": ("full_attention",) * 2, "layers": 2, "qkv_bias": False},
 )
 HEADS = {"q": 4, "k": 2}
 MISTRAL = next(
@@ -39,6 +41,24 @@ def stored():
     generator = torch.Generator().manual_seed(0)
     drawn = {row.name: torch.randn(row.shape, generator=generator) for row in rows}
     return {key: x.contiguous() for key, x in exported(drawn, rows, KEYS).items()}, drawn, rows
+
+
+@pytest.mark.parametrize("class_name", ["LlamaModel", "Mistral3ForConditionalGeneration"])
+def test_the_file_in_place_of_a_component_is_read_so(tmp_path, stored, class_name):
+    """Its map is found by its keys and shapes, which are those of other language models too."""
+    tensors, drawn, rows = stored
+    save_file(tensors, tmp_path / "a.safetensors")
+    entries = {
+        "model_type": "llama" if class_name == "LlamaModel" else "mistral", "vocab_size": CONFIG.vocab_size,
+        "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "sliding_window": None,
+    }  # fmt: skip
+    listed = Component("text_encoder", "transformers", class_name, {"config.json": entries}, tmp_path)
+    part = components._from_file(listed, tmp_path / "a.safetensors", "text_encoder_path")
+    config = config_from(entries, class_name)
+    made = load_weights(part.files, rows, torch.float32, keys=part.keys(config))
+    for row in rows:
+        assert torch.equal(made[row.name], drawn[row.name]), row.name
 
 
 def test_rows_are_those_that_transformers_reads(tmp_path, stored, monkeypatch):

@@ -379,11 +379,16 @@ GGUF_DECODER = (
 """As Qwen's."""
 
 
-def _gguf_mistral(c: DecoderConfig) -> tuple[Line, ...]:
-    """Its queries and keys are stored for a rotary embedding of neighbouring values."""
+def _gguf_turned(c: DecoderConfig) -> tuple[Line, ...]:
+    """Llama's and Mistral's queries and keys are stored for a rotary embedding of neighbouring values.
+
+    The config tells them, so that every layout that fits a file reads the same weights: Qwen's have biases or
+    norms there.
+    """
+    if c.qkv_bias or c.qk_norm:
+        return ()
     rows = ((f"attn_{name}", f"self_attn.{name}_proj") for name in "qk")
-    turned = (interleaved(stored, row, c.head_dim) for stored, row in rows)
-    return (*under("blk.*", "layers.*", *turned), *_gguf_lines(c))
+    return under("blk.*", "layers.*", *(interleaved(stored, row, c.head_dim) for stored, row in rows))
 
 
 def _gguf_lines(c: DecoderConfig) -> tuple[Line, ...]:
@@ -391,7 +396,7 @@ def _gguf_lines(c: DecoderConfig) -> tuple[Line, ...]:
     beyond = (f"blk.{i}" for i in range(c.layers, c.num_hidden_layers))
     left = unread(*beyond, "rope_freqs", *(() if c.final_norm else ("output_norm",)))
     head = moved("output", "lm_head") if c.lm_head else unread("output")[0]
-    return (*left, head, *GGUF_DECODER)
+    return (*left, head, *_gguf_turned(c), *GGUF_DECODER)
 
 
 GGUF_LANGUAGE = tuple(
@@ -399,15 +404,14 @@ GGUF_LANGUAGE = tuple(
         "llama.cpp",
         class_name,
         ("token_embd", "blk.0.attn_q", "blk.0.ffn_up", *(f"blk.0.{name}" for name in signs)),
-        lines,
+        _gguf_lines,
         by_rows(GGUF_DECODER, _decoder_entries(more)),
         (*(f"blk.0.{name}" for name in (*lacks, "post_ffw_norm")), _GEMMA),
     )
-    for (class_name, _, _, more), signs, lacks, lines in zip(
+    for (class_name, _, _, more), signs, lacks in zip(
         _KINDS,
         (("attn_k.bias",), ("attn_q_norm",), ()),
         (("attn_q_norm",), ("attn_k.bias",), ("attn_q_norm", "attn_k.bias")),
-        (_gguf_lines, _gguf_lines, _gguf_mistral),
         strict=True,
     )
 )
