@@ -475,6 +475,6 @@ def test_the_log_has_a_line_for_each_request_and_no_key(server, client):
 def test_every_line_of_a_log_in_json_is_an_object(server):
     lines = [line for line in server.said().splitlines() if not line.startswith("tinydiff: ")]
     told = [json.loads(line) for line in lines]
-    assert any(line.get("message", "").startswith("tinydiff/shapes loaded") for line in told) and all(
+    assert any(line.get("message", "").startswith("tinydiff/shapes was loaded") for line in told) and all(
         line["time"] for line in told
     )

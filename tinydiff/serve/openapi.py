@@ -237,7 +237,7 @@ def lora_operations() -> Iterator[Operation]:
         "LoRA adapters: loaded ones, those that requests get unless they name others, and all names."
     )
     model = {"model": string("Whose adapters, on a server of several models; by default the first one's.")}
-    yield Operation("get /v1/list_loras", "listLoras", description, state, query=model)
+    yield Operation("get /v1/list_loras", "listLoras", description, state, (404,), model)
     name, scale = {"type": "string"}, {"type": "number", "minimum": -100, "maximum": 100}
     adapter = {
         field: {"anyOf": [kind, {"type": "array", "items": kind}], "description": text}
@@ -260,7 +260,7 @@ def lora_operations() -> Iterator[Operation]:
         ("unmerge_lora_weights", "unmergeLoraWeights", unmerge, (), target),
     ):
         body = {JSON: obj(fields | model, required, closed=True)}
-        yield Operation(f"post /v1/{route}", call, text, state, (401,), {}, body, key="admin")
+        yield Operation(f"post /v1/{route}", call, text, state, (401, 404), {}, body, key="admin")
 
 
 def server_operations(name: str) -> Iterator[Operation]:
