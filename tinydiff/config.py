@@ -275,7 +275,7 @@ class ModelOptions:
     is quantised while it loads, with a scale for each output. none decodes all. By default a weight of the
     blocks of any denoiser or encoder stays as its file has it: fp8, int8, NVFP4, NF4, or a type of GGUF."""
     component_quantizations: Mapping[str, Literal["fp8", "int8", "none"]] = _empty()
-    """The same for single components, in place of --quantization: transformer=fp8,text_encoder=int8, or
+    """Quantisation by component, in place of --quantization: transformer=fp8,text_encoder=int8, or
     --text-encoder-quantization int8. Two experts take the same."""
     quantization_ignored_layers: tuple[str, ...] = ()
     """Parts of the names of layers that --quantization leaves as they are, such as attn.to_ or ffn."""
