@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil, prod
 
 from tinydiff.parallel.layout import Layout
@@ -33,12 +34,12 @@ class CostModel:
     values: int
     pooled: bool = False
 
-    @property
+    @cached_property
     def inputs(self) -> dict[str, Input]:
         """Name of each weight that multiplies its input -> that input."""
         return {row.name: row.input for row in self.layers if row.input is not None and len(row.shape) > 1}
 
-    @property
+    @cached_property
     def layers(self) -> list[Row]:
         """The weights as they are multiplied, decoded where they stay quantised."""
         return [decoded_row(row) for row in self.rows]
@@ -49,7 +50,7 @@ class CostModel:
         rows = (row for row in self.rows if len(row.shape) == 1 and row.split == 0)
         return [row.input for row in rows if row.input in STREAMS]
 
-    @property
+    @cached_property
     def attends(self) -> list[tuple[Input, Input, int]]:
         """The queries and the keys of each attention, and the width of all its heads.
 
@@ -61,7 +62,7 @@ class CostModel:
     def width(self) -> int:
         return self.heads * self.head_width
 
-    @property
+    @cached_property
     def streamed(self) -> list[tuple[str, str]]:
         """The weights that every step reads, with their streams."""
         return [(name, stream) for name, stream in self.inputs.items() if stream in STREAMS]

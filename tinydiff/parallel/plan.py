@@ -255,6 +255,8 @@ def scale_name(weight: str) -> str:
 
 def decoded_row(row: Row) -> Row:
     """The row of the weight that one in another type decodes to. A packed one has whole blocks for heads."""
+    if row.stored is None:
+        return row
     if row.stored not in PACKED:
         return replace(row, stored=None)
     values, size = PACKED[row.stored]
