@@ -7,6 +7,7 @@ import pytest
 from tests.serve.chromium import browser, serve  # noqa: F401  fixtures
 from tests.serve.node import package  # noqa: F401  a fixture
 from tests.serve.postgres import database, postgres, postgres_url  # noqa: F401  fixtures
+from tests.serve.turns import turns  # noqa: F401  a fixture
 from tinydiff.serve.store import open_store
 
 

@@ -11,24 +11,11 @@ import pytest
 from PIL import Image
 
 from tests.runtime.test_oom import short
-from tests.serve.test_several_models import TWO, Turns
+from tests.serve.turns import TWO, Turns
 from tinydiff.runtime import blueprint, fit, pipeline
 from tinydiff.sampling import batch
 
 OOM = ("does not fit into memory", "insufficient_memory")
-
-
-@pytest.fixture
-def turns(tmp_path):
-    made = []
-
-    def start(**options):
-        made.append(Turns(tmp_path / str(len(made)), **options))
-        return made[-1]
-
-    yield start
-    for one in made:
-        one.close()
 
 
 def pixels(one, job):

@@ -31,7 +31,7 @@ def read(options: ModelOptions, server: ServeOptions) -> tuple[ServedModel, ...]
 
 
 def told(models: Sequence[ServedModel]) -> Iterator[str]:
-    """One line for each of several models: which others fit on the device beside it. None where it is one.
+    """One line for each of several models: which others fit on the device beside it. Of one there is none.
 
     For a server that has loaded nothing yet.
     """
