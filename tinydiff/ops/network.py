@@ -111,6 +111,15 @@ class Branch(NamedTuple):
     """Tensors of the steps [S, 1 or B, ...]; for a walk, those of one step [1 or B, ...]."""
 
 
+def of_step(branch: Branch, number: Tensor) -> Branch:
+    """A branch of all steps -> that of one step, for a walk. number: of the step, int64 [1]."""
+    steps = {
+        prefix: {name: rows.index_select(0, number)[0] for name, rows in below.items()}
+        for prefix, below in branch.steps.items()
+    }
+    return Branch(branch.request, steps)
+
+
 class Hoisted(NamedTuple):
     """A network prepared for one request: its weights, and what `hoist` computed once."""
 

@@ -31,6 +31,7 @@ from tinydiff.ops.network import (
     Streams,
     Tree,
     divide,
+    of_step,
     plain,
     walk,
 )
@@ -307,7 +308,7 @@ def denoise(
     def body(i: Tensor, x: Tensor, h1: Tensor, h2: Tensor, memory: Memory) -> Carry:
         row = i.view(1)
         sigma, after, a, c, b1, b2, n, guidance = coefficients.index_select(0, row)[0].unbind(0)
-        branches = tuple(Branch(request, _at_row(steps, row)) for request, steps in network.branches)
+        branches = tuple(of_step(branch, row) for branch in network.branches)
         step = Step(i, sigma, guidance, limits)
         v, memory = predict(network.weights, x, step, branches, memory)
         v = v.to(x.dtype)
@@ -319,13 +320,6 @@ def denoise(
         return i + 1, y, x - sigma * v, h1.clone(), memory  # a loop operator must not return its own input
 
     return State(*loop(running, body, (start.clone(), state.x, state.h1, state.h2, state.memory))[1:])
-
-
-def _at_row(steps: Tree, row: Tensor) -> Tree:
-    return {
-        prefix: {name: rows.index_select(0, row)[0] for name, rows in below.items()}
-        for prefix, below in steps.items()
-    }
 
 
 def eager_denoise(

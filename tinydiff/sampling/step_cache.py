@@ -16,7 +16,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinydiff.ops.network import RESIDENT, Branch, Calls, Hoisted, Hooks, Network, Streams, Walk, plain, walk
+from tinydiff.ops.network import (
+    RESIDENT,
+    Calls,
+    Hoisted,
+    Hooks,
+    Network,
+    Streams,
+    Walk,
+    of_step,
+    plain,
+    walk,
+)
 from tinydiff.parallel.plan import Plan
 from tinydiff.parallel.sequence import sum_over_tokens
 
@@ -62,12 +73,8 @@ def memory(network: Network, hoisted: Hoisted, x_BLP: Tensor) -> Memory:
     `done`: steps so far. `reused`: those among them that took over. `run`: those since the last that did not.
     `first.J`: what the first blocks changed in stream J. `rest.B.J`: what the others changed, of branch B.
     """
-    at_first = [
-        Branch(
-            request, {prefix: {n: rows[0] for n, rows in below.items()} for prefix, below in steps.items()}
-        )
-        for request, steps in hoisted.branches
-    ]
+    number = torch.zeros(1, dtype=torch.int64, device=x_BLP.device)
+    at_first = [of_step(branch, number) for branch in hoisted.branches]
     entered: list[Streams] = []
 
     def note(run: Walk, streams: list[Streams]) -> list[Streams]:
